@@ -1,0 +1,228 @@
+"""The small JSON files that pass between rules, one dataclass each, written atomically and last.
+
+Every arrow between two rules is one of these. Big data is referred to by path, size and hash. Nothing in here that a
+training rule takes as an input may hold a time, a host or a duration: its bytes decide whether weights are trained anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from longhaul.errors import UserError
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal bytes, whatever their key order."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def content_hash(value: Any, length: int = 16) -> str:
+    """First `length` hex digits of the SHA-256 of `value`'s canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; fsynced and renamed onto it when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of this run; a missing or broken one is a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "run the rule that makes it: snakemake --profile profiles/local") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}", "delete it; the next run makes it again") from None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Base of the JSON artefacts: a kind, a schema version, and exactly the dataclass' own fields."""
+
+    schema_version: ClassVar[int] = 1
+
+    def write(self, path: Path) -> None:
+        """Writes the artefact atomically."""
+        write_json(path, {"kind": type(self).__name__, "schema_version": self.schema_version, **dataclasses.asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads an artefact back; UserError when it is another kind, version or shape."""
+        value = read_json(path)
+        found = (value.pop("kind", None), value.pop("schema_version", None)) if isinstance(value, dict) else (None, None)
+        if found != (cls.__name__, cls.schema_version):
+            raise UserError(
+                f"{path} holds {found[0]} version {found[1]}, not {cls.__name__} version {cls.schema_version}",
+                "it was written by another release: delete it, the next run makes it again",
+            )
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise UserError(f"{path} is not a complete {cls.__name__}: {error}", "delete it and run again") from None
+
+
+@dataclass(frozen=True)
+class Lock(Artifact):
+    """What fetch pinned: `results/<run>.lock.json`.
+
+    sources: "tokenizer", "model" or a dataset's name -> {"hub": id, "revision": commit, "path": folder,
+             "files": [data files]} (hub) or {"path", "files", "documents", "skipped_files", "bytes"} (python_stdlib).
+    model:   the Hugging Face config.json of a pretrained model, as a dict; empty when the model is built from the config.
+    """
+
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenizerManifest(Artifact):
+    """`results/<run>/tokenizer.json`: the tokenizer folder every later step reads.
+
+    hash covers tokenizer.json, its config and the chat template: equal hashes give equal ids.
+    """
+
+    path: str
+    hash: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    has_chat_template: bool
+    trained_on: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataManifest(Artifact):
+    """`results/<run>/data/<dataset>.json`: token shards of one dataset.
+
+    path:     folder of the shards, results/<run>/data/<dataset>/<hash>
+    hash:     of the shard bytes, the tokenizer and the dataset's settings
+    splits:   "train" / "validation" -> {"shards": [{"prefix", "tokens", "documents", "sha256": {"bin", "idx", "mask"?}}],
+              "tokens", "documents", "loss_tokens"}; a prefix is relative to `path`
+    sources:  [{"path", "bytes", "sha256", "documents"}]
+    skipped:  reason -> number of documents left out
+    unigram_entropy_nats: entropy of the training split's token frequencies, in nats (the loss of a model that only counts)
+    """
+
+    dataset: str
+    kind: str
+    path: str
+    hash: str
+    tokenizer_hash: str
+    dtype: str
+    splits: dict[str, dict[str, Any]]
+    sources: list[dict[str, Any]]
+    skipped: dict[str, int]
+    unigram_entropy_nats: float
+
+
+@dataclass(frozen=True)
+class Checkpoint(Artifact):
+    """`results/<run>/stages/<stage>/checkpoint.json`: a finished stage.
+
+    weights:     folder results/<run>/stages/<stage>/weights/<hash>
+    spec:        the result spec that was trained (plan.result_spec)
+    checkpoints: "last" and, where there is validation, "best" -> {"step", "path", "sha256", "validation_loss"};
+                 path is relative to `weights`; sha256 is that of the checkpoint's manifest.json
+    """
+
+    run: str
+    stage: str
+    weights: str
+    spec: dict[str, Any]
+    checkpoints: dict[str, dict[str, Any]]
+    steps: int
+    data_hash: str
+    tokenizer_hash: str
+
+
+@dataclass(frozen=True)
+class EnvironmentReport(Artifact):
+    """`results/<run>/environment.json`: what the check nodes hold; `problems` is empty when all is well."""
+
+    nodes: list[dict[str, Any]]
+    problems: list[str]
+    warnings: list[str]
+    ops: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FabricReport(Artifact):
+    """`results/<run>/fabric.json`: collective measurements.
+
+    results: [{"collective", "bytes", "time_us", "algorithm_bandwidth_gbps", "bus_bandwidth_gbps", "world_size"}] in GB/s.
+    """
+
+    backend: str
+    world_size: int
+    hosts: list[str]
+    results: list[dict[str, Any]]
+    floors: dict[str, float]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Export(Artifact):
+    """`results/<run>/export/<stage>.json`: a proved Hugging Face folder.
+
+    proof: {"tensors": {"count", "equal", "dtype"}, "logits": {"bit_equal", "max_abs_difference", "bound"},
+            "from_pretrained": {"missing", "unexpected"}}
+    samples: [{"prompt", "completion", "ended_with_eos"}]
+    """
+
+    stage: str
+    checkpoint: str
+    step: int
+    path: str
+    dtype: str
+    parameters: int
+    bytes: int
+    files: dict[str, str]
+    proof: dict[str, Any]
+    samples: list[dict[str, Any]]
+    provenance: dict[str, Any]

@@ -1,0 +1,175 @@
+"""Model architectures: the Hugging Face config keys that shape a network, one model per architecture.
+
+Field names and defaults are those of transformers' config classes (a test compares them), so that a config copied from a
+model card works and a misspelt key is found at once. Sizes have no default: a wrong guess there costs a training.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from longhaul.config.fields import Count, Frozen, HubId, OneLine, Share
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Decoder(Frozen):
+    """Keys that every architecture shares."""
+
+    vocab_size: Count = Field(description="Rows of the embedding; at least the tokenizer's size.")
+    hidden_size: Count = Field(description="Width of the residual stream.")
+    intermediate_size: Count = Field(description="Width of a dense MLP.")
+    num_hidden_layers: Count = Field(description="Decoder layers.")
+    num_attention_heads: Count = Field(description="Query heads.")
+    num_key_value_heads: Count = Field(description="Key and value heads.")
+    max_position_embeddings: Count = Field(description="Longest sequence the positions allow.")
+    rope_theta: Positive = Field(10000.0, description="Base of the rotary embedding.")
+    rope_scaling: dict[str, float | int | str | bool] | None = Field(None, description="Rotary scaling, e.g. yarn.")
+    rms_norm_eps: Positive = Field(1e-6, description="Added inside RMSNorm.")
+    initializer_range: Positive = Field(0.02, description="Standard deviation of initial weights.")
+    tie_word_embeddings: bool = Field(False, description="Output head shares the embedding's weights.")
+    attention_dropout: Share = Field(0.0, description="Dropout on attention weights.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Decoder:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class Llama(Decoder):
+    """Llama."""
+
+    head_dim: Count | None = Field(None, description="Default: hidden_size / num_attention_heads.")
+    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+    mlp_bias: bool = Field(False, description="Biases in the MLP.")
+
+
+class Qwen2(Decoder):
+    """Qwen2 and Qwen2.5."""
+
+
+class Qwen3(Decoder):
+    """Qwen3, dense."""
+
+    head_dim: Count = Field(128, description="Width of one head.")
+    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+
+
+class Qwen3Moe(Decoder):
+    """Qwen3, mixture of experts."""
+
+    head_dim: Count | None = Field(None, description="Default: hidden_size / num_attention_heads.")
+    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+    moe_intermediate_size: Count = Field(description="Width of one expert.")
+    num_experts: Count = Field(description="Routed experts of a layer.")
+    num_experts_per_tok: Count = Field(description="Experts a token visits.")
+    norm_topk_prob: bool = Field(False, description="Router weights of the chosen experts sum to 1.")
+    decoder_sparse_step: Count = Field(1, description="Every n-th layer is a mixture.")
+    mlp_only_layers: tuple[int, ...] = Field((), description="Layers that stay dense.")
+
+
+class LatentAttention(Decoder):
+    """Multi-head latent attention and experts, as in DeepSeek V2 and V3."""
+
+    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+    moe_intermediate_size: Count = Field(description="Width of one expert.")
+    n_routed_experts: Count = Field(description="Routed experts of a layer.")
+    n_shared_experts: Count = Field(description="Experts every token visits.")
+    num_experts_per_tok: Count = Field(description="Routed experts a token visits.")
+    first_k_dense_replace: Annotated[int, Field(ge=0)] = Field(description="Leading layers that stay dense.")
+    q_lora_rank: Count | None = Field(description="Rank of the query compression; null: none.")
+    kv_lora_rank: Count = Field(description="Rank of the key/value compression.")
+    qk_nope_head_dim: Count = Field(description="Width of a head without positions.")
+    qk_rope_head_dim: Count = Field(description="Width of a head with rotary positions.")
+    v_head_dim: Count = Field(description="Width of a value head.")
+
+
+class DeepseekV2(LatentAttention):
+    """DeepSeek V2."""
+
+    n_group: Count | None = Field(None, description="Expert groups; topk_method group_limited_greedy.")
+    topk_group: Count | None = Field(None, description="Groups a token may choose from.")
+    topk_method: OneLine = Field("greedy", description="greedy or group_limited_greedy.")
+    norm_topk_prob: bool = Field(False, description="Router weights of the chosen experts sum to 1.")
+    routed_scaling_factor: Positive = Field(1.0, description="Scale of the routed experts' output.")
+
+
+class DeepseekV3(LatentAttention):
+    """DeepSeek V3 and R1."""
+
+    n_group: Count = Field(8, description="Expert groups.")
+    topk_group: Count = Field(4, description="Groups a token may choose from.")
+    norm_topk_prob: bool = Field(True, description="Router weights of the chosen experts sum to 1.")
+    routed_scaling_factor: Positive = Field(2.5, description="Scale of the routed experts' output.")
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> DeepseekV3:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.topk_group > self.n_group or self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} cannot be chosen from topk_group {self.topk_group} of "
+                f"n_group {self.n_group} groups ({reachable} experts)"
+            )
+        return self
+
+
+class PretrainedHub(Frozen):
+    """A model repository on the hub."""
+
+    id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
+    revision: OneLine = Field("main", description="Branch, tag or commit; pinned to a commit by fetch.")
+
+
+class Pretrained(Frozen):
+    """Weights to start from; exactly one of path and hub."""
+
+    path: OneLine | None = Field(None, description="Hugging Face folder; relative to the config file.")
+    hub: PretrainedHub | None = Field(None, description="Take the weights from the hub.")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Pretrained:
+        if bool(self.path) == bool(self.hub):
+            raise ValueError("needs exactly one of path, hub")
+        return self
+
+
+class Model(Frozen):
+    """Exactly one of these: the key names the architecture."""
+
+    llama: Llama | None = Field(None, description="Llama.")
+    qwen2: Qwen2 | None = Field(None, description="Qwen2 and Qwen2.5.")
+    qwen3: Qwen3 | None = Field(None, description="Qwen3, dense.")
+    qwen3_moe: Qwen3Moe | None = Field(None, description="Qwen3, mixture of experts.")
+    deepseek_v2: DeepseekV2 | None = Field(None, description="DeepSeek V2.")
+    deepseek_v3: DeepseekV3 | None = Field(None, description="DeepSeek V3 and R1.")
+    pretrained: Pretrained | None = Field(None, description="Start from existing weights.")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Model:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"needs exactly one of {', '.join(type(self).model_fields)}; found {found}")
+        return self
+
+    def config_dict(self) -> dict[str, Any]:
+        """The Hugging Face config of a model built here, as config.json would hold it; empty for a pretrained one."""
+        if self.pretrained:
+            return {}
+        architecture, decoder = next((name, value) for name, value in self if value is not None)
+        keys = decoder.model_dump(mode="json")
+        rope = {"rope_type": "default", **(keys.pop("rope_scaling") or {}), "rope_theta": keys.pop("rope_theta")}
+        if keys.get("head_dim", 0) is None:
+            keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
+        if architecture.startswith("deepseek"):
+            keys["head_dim"] = keys["qk_rope_head_dim"]
+        return {"model_type": architecture, **keys, "rope_parameters": rope}

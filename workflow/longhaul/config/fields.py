@@ -1,0 +1,27 @@
+"""Field types shared by the run and site models: names and words that are safe wherever they end up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+
+# Names become folder names, Snakemake wildcards and job names; words become arguments of Slurm's commands.
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+SlurmWord = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@%/+=\[\]&|*()-]+$", max_length=256)]
+SlurmOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+\[\]-]+)?$")]
+EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")]
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
+HubId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=128)]
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Frozen(BaseModel):
+    """Immutable, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)

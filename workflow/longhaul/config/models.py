@@ -1,0 +1,261 @@
+"""The run's config: every key a user may write, with its unit, default and bounds.
+
+`config/config.schema.json`, `config/default.yaml` and `docs/config.md` are generated from these models.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from longhaul.config.architectures import Model
+from longhaul.config.fields import Count, Frozen, HubId, Name, OneLine, Precision, Share
+
+M = TypeVar("M", bound=Frozen)
+
+
+class Storage(Frozen):
+    """Where big data goes. Relative paths are taken from the working folder (snakemake --directory)."""
+
+    weights: OneLine | None = Field(None, description="Root for checkpoints; default results/<run>/stages.")
+    data: OneLine | None = Field(None, description="Root for token shards; default results/<run>/data.")
+    scratch: OneLine | None = Field(
+        None, description="Node-local folder for compiled ops and temporary files; default: $TMPDIR, else /tmp."
+    )
+
+
+class HubSource(Frozen):
+    """A repository on the Hugging Face hub; `fetch` pins the revision to a commit."""
+
+    id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
+    revision: OneLine = Field("main", description="Branch, tag or commit; pinned to a commit by fetch.")
+
+
+class HubDataset(HubSource):
+    """A data set on the hub."""
+
+    name: Name | None = Field(None, description="Configuration of the data set, where it has several.")
+    split: OneLine = Field("train", description="Split to read; the validation split is taken from it by hash.")
+
+
+class PythonStdlib(Frozen):
+    """The sources of the Python that runs fetch: text = its modules, chat = questions made from their docstrings."""
+
+    max_mb: Annotated[float, Field(gt=0, le=1000)] = Field(8.0, description="Stop after this much text, in MB (10^6).")
+
+
+class TrainTokenizer(Frozen):
+    """A byte-level BPE trained on the run's own text datasets."""
+
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = Field(
+        description="Size with special tokens; at least 256 bytes and the special tokens."
+    )
+    datasets: tuple[Name, ...] = Field(min_length=1, description="Names of the datasets it is trained on.")
+
+
+class Tokenizer(Frozen):
+    """Exactly one of path, hub and train."""
+
+    path: OneLine | None = Field(None, description="Folder with tokenizer.json; relative to the config file.")
+    hub: HubSource | None = Field(None, description="Take the tokenizer from the hub.")
+    train: TrainTokenizer | None = Field(None, description="Train one on the run's text.")
+    chat_template: OneLine | None = Field(
+        None, description="Jinja file that replaces the tokenizer's chat template; relative to the config file."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Tokenizer:
+        return _exactly_one(self, "path", "hub", "train")
+
+
+class Columns(Frozen):
+    """Names of the columns that are read."""
+
+    text: OneLine = Field("text", description="kind text: the document.")
+    messages: OneLine = Field("messages", description="kind chat: a list of {role, content}.")
+
+
+class Dataset(Frozen):
+    """Exactly one of files, hub and python_stdlib."""
+
+    kind: Literal["text", "chat"] = Field(description="text: one document a row; chat: one conversation a row.")
+    files: tuple[OneLine, ...] = Field((), description="Paths or globs; relative to the config file.")
+    hub: HubDataset | None = Field(None, description="Take the data from the hub.")
+    python_stdlib: PythonStdlib | None = Field(None, description="The demo's data: this Python's standard library.")
+    format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
+        "auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
+    )
+    columns: Columns = Field(Columns(), description="Columns that are read.")
+    validation_share: Share = Field(0.01, description="Share of documents held out, chosen by document hash.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Dataset:
+        return _exactly_one(self, "files", "hub", "python_stdlib")
+
+
+class StartFrom(Frozen):
+    """The checkpoint of another stage that this one starts from."""
+
+    stage: Name = Field(description="Name of the stage.")
+    checkpoint: Literal["last", "best"] = Field("last", description="best: by validation loss.")
+
+
+class Optimizer(Frozen):
+    """AdamW; norms, biases and other one-dimensional parameters have no weight decay."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="Peak learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="Decay rates of the two moments."
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Largest global gradient norm; 0 switches clipping off. Always written for DeepSpeed."
+    )
+
+
+class Schedule(Frozen):
+    """Learning rate over optimizer steps."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("cosine", description="Shape after the warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Linear rise from 0 to the peak.")
+    decay_steps: Annotated[int, Field(ge=0)] = Field(0, description="wsd: length of the linear decay at the end.")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Final rate as a share of the peak.")
+
+
+class LossScale(Frozen):
+    """fp16's loss scaling; static 0 means dynamic."""
+
+    static: Annotated[float, Field(ge=0)] = Field(0.0, description="Fixed scale; 0: dynamic.")
+    initial_power: Annotated[int, Field(ge=0, le=32)] = Field(16, description="The dynamic scale starts at 2^this.")
+    window_steps: Count = Field(1000, description="Overflow-free steps before the scale is doubled.")
+    hysteresis: Count = Field(2, description="Overflows before the scale is halved.")
+    min_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="The scale never falls below this.")
+
+
+class Parallel(Frozen):
+    """How many ranks share one copy of the model; the rest is data parallel."""
+
+    tensor: Count = Field(1, description="Tensor-parallel ranks.")
+    pipeline: Count = Field(1, description="Pipeline stages.")
+    expert: Count = Field(1, description="Expert-parallel ranks.")
+    sequence: Count = Field(1, description="Sequence-parallel ranks.")
+
+
+class Zero(Frozen):
+    """DeepSpeed's ZeRO. Fields left at null keep DeepSpeed's own default."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="What is partitioned: 1 optimizer, 2 + gradients, 3 + weights.")
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Optimizer states in CPU memory (stage >= 1).")
+    offload_param: Literal["none", "cpu"] = Field("none", description="Weights in CPU memory (stage 3 only).")
+    pin_memory: bool = Field(True, description="Pin offloaded CPU memory.")
+    overlap_comm: bool = Field(True, description="Overlap gradient reduction with the backward pass.")
+    contiguous_gradients: bool = Field(True, description="Copy gradients to one buffer as they are produced.")
+    reduce_bucket_size: Count | None = Field(None, description="Elements reduced at a time.")
+    allgather_bucket_size: Count | None = Field(None, description="Elements gathered at a time (stages 1 and 2).")
+    stage3_prefetch_bucket_size: Count | None = Field(None, description="Elements prefetched (stage 3).")
+    stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Weights smaller than this many elements stay whole (stage 3)."
+    )
+
+
+class Checkpoints(Frozen):
+    """When weights are saved and which saves are kept; a save another stage or an export needs is never removed."""
+
+    every_steps: Count = Field(100, description="Steps between saves; the last step is always saved.")
+    keep_last: Count = Field(2, description="Newest saves kept.")
+    keep_best: Annotated[int, Field(ge=0)] = Field(1, description="Best saves kept, by validation loss.")
+
+
+class Validation(Frozen):
+    """Loss on the held-out documents."""
+
+    every_steps: Count = Field(100, description="Steps between validations; one more follows the last step.")
+    max_samples: Count = Field(256, description="Samples of the validation split that are read, always the same ones.")
+
+
+class Nonfinite(Frozen):
+    """What happens when loss or gradients are NaN or infinite."""
+
+    skip_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Consecutive steps that may be skipped (weights unchanged, batch recorded) before the stage fails."
+    )
+
+
+class Stage(Frozen):
+    """One training stage."""
+
+    name: Name = Field(description="Folder name and Snakemake wildcard.")
+    kind: Literal["pretrain", "sft"] = Field(description="pretrain: loss on every token; sft: on the assistant's.")
+    dataset: Name = Field(description="Name of a dataset: text for pretrain, chat for sft.")
+    start_from: StartFrom | None = Field(None, alias="from", description="Start from another stage; default: the model.")
+    steps: Count | None = Field(None, description="Optimizer steps. Exactly one of steps and tokens.")
+    tokens: Count | None = Field(None, description="Tokens to train on; rounded up to whole steps.")
+    global_batch: Count = Field(description="Sequences per optimizer step, over all ranks.")
+    micro_batch: Count = Field(1, description="Sequences per rank and forward pass.")
+    sequence_length: Annotated[int, Field(ge=8)] = Field(description="Tokens per sequence.")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW's settings.")
+    schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
+    precision: Precision = Field("bf16", description="Compute precision; master weights are fp32 (ZeRO >= 1).")
+    loss_scale: LossScale = Field(LossScale(), description="fp16 only.")
+    nodes: Count = Field(1, description="Nodes of the allocation.")
+    gpus_per_node: Count = Field(1, description="Ranks per node: one per GPU, or CPU processes where there is none.")
+    parallel: Parallel = Field(Parallel(), description="Parallel layout.")
+    zero: Zero = Field(Zero(), description="ZeRO and offload.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    checkpoints: Checkpoints = Field(Checkpoints(), description="Saves.")
+    validation: Validation = Field(Validation(), description="Held-out loss.")
+    nonfinite: Nonfinite = Field(Nonfinite(), description="NaN and infinity.")
+    export: Literal["none", "last", "best"] = Field("none", description="Checkpoint that becomes a Hugging Face folder.")
+    export_dtype: Literal["fp32", "bf16"] = Field("bf16", description="Precision of the exported weights.")
+    minutes: Count = Field(60, description="Length of one allocation.")
+    restart: bool = Field(
+        False, description="Allow a changed number of steps to train a decaying schedule anew, in a new weights folder."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        return _exactly_one(self, "steps", "tokens")
+
+
+class Checks(Frozen):
+    """The environment and fabric checks before training."""
+
+    nodes: Count = Field(2, description="Nodes that are checked.")
+    gpus_per_node: Count | None = Field(None, description="Ranks per node; default: the largest of the stages.")
+    minutes: Count = Field(20, description="Length of their allocation.")
+    min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(10.0, description="Free space the run folder needs, in GB.")
+    max_clock_skew_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest difference between node clocks.")
+
+
+class Trackers(Frozen):
+    """Where metrics go beside metrics.jsonl; WANDB_MODE=offline and MLflow's file store are respected."""
+
+    tensorboard: bool = Field(True, description="Event files beside the metrics.")
+    wandb: bool = Field(False, description="Weights & Biases; needs the wandb package.")
+    mlflow: bool = Field(False, description="MLflow; needs the mlflow package.")
+
+
+class Config(Frozen):
+    """One run, from raw text to verified models."""
+
+    run: Name = Field(description="Results go to results/<run>.")
+    site: OneLine = Field("local", description="A file of config/sites by name, or a path relative to the config file.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of initial weights, data order and packing.")
+    storage: Storage = Field(Storage(), description="Where big data goes.")
+    tokenizer: Tokenizer = Field(description="The tokenizer of the whole run.")
+    datasets: dict[Name, Dataset] = Field(min_length=1, description="Name -> dataset.")
+    model: Model = Field(description="An architecture with its config, or a pretrained folder.")
+    checks: Checks = Field(Checks(), description="Environment and fabric checks.")
+    data_minutes: Count = Field(120, description="Length of a tokenizing or conversion allocation.")
+    trackers: Trackers = Field(Trackers(), description="Experiment trackers.")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="In any order; `from` links them.")
+
+
+def _exactly_one(model: M, *keys: str) -> M:
+    given = [key for key in keys if getattr(model, key)]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none"
+        raise ValueError(f"needs exactly one of {', '.join(keys)}; found {found}")
+    return model

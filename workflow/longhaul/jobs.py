@@ -1,0 +1,127 @@
+"""What each job is told: one JSON file per job, rendered before submission and read by nothing else than that job.
+
+A job never reads the user's config, so an edit made while it waits in the queue cannot change it. Relative paths are
+taken from the working folder (snakemake --directory), in which `launch.sh` starts every job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from longhaul.artifacts import write_text
+from longhaul.config.fields import Frozen
+from longhaul.config.models import Checks, Dataset, Stage, Trackers
+from longhaul.config.sites import FabricFloors
+from longhaul.errors import UserError
+
+
+class Job(Frozen):
+    """Reads and writes itself."""
+
+    run: str
+
+    def write(self, path: Path) -> None:
+        """Writes the job's JSON atomically."""
+        write_text(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads the job's JSON; UserError when it is missing or was rendered by another release."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist", "let Snakemake's render rule make it") from None
+        except ValidationError as error:
+            raise UserError(f"{path} is not a complete {cls.__name__}: {error}", "delete it and run again") from None
+
+
+class EnvironmentJob(Job):
+    """Checks the nodes it runs on: one process per node."""
+
+    nodes: int
+    gpus_per_node: int
+    checks: Checks
+    cuda_build: str
+    scratch: str | None
+    prebuild_ops: tuple[str, ...]  # DeepSpeed op builders the stages need: "cpu_adam", "fused_adam"
+    folder: str  # results/<run>; where write access and free space are tested
+    out: str  # results/<run>/environment.json
+
+
+class FabricJob(Job):
+    """Measures collectives between all ranks of its allocation."""
+
+    nodes: int
+    gpus_per_node: int
+    floors: FabricFloors
+    out: str  # results/<run>/fabric.json
+
+
+class TokenizerJob(Job):
+    """Loads or trains the tokenizer."""
+
+    path: str | None  # folder with tokenizer.json, or
+    train_vocab_size: int | None  # size of the one to train
+    train_files: dict[str, tuple[str, ...]]  # dataset name -> its files
+    train_datasets: dict[str, Dataset]
+    chat_template: str | None  # path of a Jinja file
+    needs_chat_template: bool  # a stage trains on chats
+    model_vocab_size: int | None  # refuse a larger tokenizer; None when the model is not known yet
+    folder: str  # results/<run>/tokenizers
+    out: str  # results/<run>/tokenizer.json
+
+
+class TokenizeJob(Job):
+    """Turns one dataset into token shards."""
+
+    name: str
+    dataset: Dataset
+    files: tuple[str, ...]  # resolved files, in order
+    tokenizer: str  # results/<run>/tokenizer.json
+    workers: int
+    folder: str  # results/<run>/data/<dataset>
+    out: str  # results/<run>/data/<dataset>.json
+
+
+class StageJob(Job):
+    """Trains one stage: one process per rank."""
+
+    seed: int
+    stage: Stage
+    model: dict[str, Any]  # Hugging Face config, model_type included
+    pretrained: str | None  # folder with the first weights; None: random from the seed
+    trust_remote_code: bool
+    steps: int
+    accumulation: int  # micro batches per optimizer step and rank
+    data_parallel: int
+    world_size: int
+    exportable: tuple[str, ...]  # "last", "best": saves that must carry a proof, because they are exported
+    spec: dict[str, Any]  # result spec: what the weights depend on beside data and starting checkpoint
+    start_checkpoint: str | None  # the earlier stage's checkpoint.json
+    tokenizer: str  # results/<run>/tokenizer.json
+    data: str  # results/<run>/data/<dataset>.json
+    deepspeed: str  # results/<run>/stages/<stage>/ds_config.json
+    folder: str  # results/<run>/stages/<stage>
+    weights_root: str  # …/weights; the trainer works in <weights_root>/<hash>
+    out: str  # results/<run>/stages/<stage>/checkpoint.json
+    gpu_peak_tflops: float | None
+    trackers: Trackers
+    scratch: str | None
+
+
+class ConvertJob(Job):
+    """Exports and proves one checkpoint of one stage."""
+
+    stage: str
+    checkpoint: str  # results/<run>/stages/<stage>/checkpoint.json
+    which: str  # last | best
+    dtype: str  # fp32 | bf16
+    tokenizer: str
+    config_hash: str
+    chat: bool  # sample through the chat template
+    samples: int
+    folder: str  # results/<run>/export/<stage>
+    out: str  # results/<run>/export/<stage>.json
