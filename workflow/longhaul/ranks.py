@@ -1,0 +1,60 @@
+"""Which process of a job this is: read from the srun task, else from torchrun, else one process alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from longhaul.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a job; ranks of one node are consecutive."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    nodes: int
+    host: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def this_rank(environ: Mapping[str, str] = os.environ) -> Rank:
+    """This process' place. An srun task wins over torchrun: an outer launcher's RANK may linger in the environment."""
+    host = socket.gethostname()
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        numbers = (int(environ[f"SLURM_{key}"]) for key in ("PROCID", "NTASKS", "LOCALID", "NNODES"))
+        return Rank(*numbers, host)
+    if "RANK" in environ:
+        world, local_world = int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]))
+        return Rank(int(environ["RANK"]), world, int(environ["LOCAL_RANK"]), world // local_world, host)
+    return Rank(0, 1, 0, 1, host)
+
+
+def require_geometry(rank: Rank, world_size: int, nodes: int) -> None:
+    """Refuses to work with another number of ranks or nodes than was planned (UserError names both)."""
+    if (rank.world_size, rank.nodes) != (world_size, nodes):
+        raise UserError(
+            f"this job runs {rank.world_size} ranks on {rank.nodes} nodes; the plan says {world_size} ranks on {nodes} nodes",
+            "start it through its launch.sh, in an allocation of the planned size",
+        )
+
+
+def export_rank(rank: Rank) -> None:
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK, which torch.distributed and DeepSpeed read; MASTER_* defaults to this host."""
+    os.environ.update(RANK=str(rank.rank), WORLD_SIZE=str(rank.world_size), LOCAL_RANK=str(rank.local_rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port() if rank.world_size == 1 else 29500)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
