@@ -1,0 +1,171 @@
+"""Sizes of a network, counted from its Hugging Face config without building it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from longhaul.errors import UserError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Counts of parameters (weights), not bytes.
+
+    total:     all parameters, a tied embedding counted once
+    active:    parameters one token passes through, as in 6·N FLOPs per token
+    embedding: parameters of the input embedding
+    layer_max: parameters of the largest decoder layer
+    vocab_size, hidden, layers, heads, positions: as in the config
+    attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
+    saved_per_token: activation elements one layer keeps for the backward pass, per token
+    """
+
+    total: int
+    active: int
+    embedding: int
+    layer_max: int
+    vocab_size: int
+    hidden: int
+    layers: int
+    positions: int
+    attention_width: int
+    saved_per_token: int
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs per token: 6·N_active plus causal attention (PaLM, arXiv:2204.02311, appendix B, halved)."""
+        return 6.0 * self.active + 3.0 * self.layers * self.attention_width * sequence_length
+
+
+def geometry(config: Mapping[str, Any]) -> Geometry:
+    """Counts a supported architecture; UserError for any other, or when the config lacks a size."""
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"model_type {architecture!r} is not supported", f"use one of {', '.join(ARCHITECTURES)}")
+    try:
+        return _count(config)
+    except KeyError as error:
+        raise UserError(f"the {architecture} config lacks {error.args[0]}", "complete its config.json") from None
+
+
+def _count(c: Mapping[str, Any]) -> Geometry:
+    hidden, layers = c["hidden_size"], c["num_hidden_layers"]
+    attention = _attention(c) + 2 * hidden
+    sparse = [_is_sparse(c, layer) for layer in range(layers)]
+    dense_mlp = _mlp(c, c["intermediate_size"])
+    routed, shared, chosen = _experts(c)
+    embedding = c["vocab_size"] * hidden
+    head = 0 if c.get("tie_word_embeddings") else embedding
+    sparse_total, sparse_active = routed + shared, chosen + shared
+    mlps = sum(sparse_total if s else dense_mlp for s in sparse)
+    active_mlps = sum(sparse_active if s else dense_mlp for s in sparse)
+    return Geometry(
+        total=embedding + head + hidden + layers * attention + mlps,
+        active=embedding + hidden + layers * attention + active_mlps,
+        embedding=embedding,
+        layer_max=attention + (sparse_total if any(sparse) else dense_mlp),
+        vocab_size=c["vocab_size"],
+        hidden=hidden,
+        layers=layers,
+        positions=c["max_position_embeddings"],
+        attention_width=_attention_width(c),
+        saved_per_token=_saved_per_token(c, any(sparse)),
+    )
+
+
+def _head_dim(c: Mapping[str, Any]) -> int:
+    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+
+
+def _is_latent(c: Mapping[str, Any]) -> bool:
+    return c["model_type"].startswith("deepseek")
+
+
+def _attention(c: Mapping[str, Any]) -> int:
+    return _latent_attention(c) if _is_latent(c) else _grouped_attention(c)
+
+
+def _grouped_attention(c: Mapping[str, Any]) -> int:
+    """Grouped-query attention: q, k, v, o projections, their biases, and Qwen3's norms of q and k."""
+    hidden, d = c["hidden_size"], _head_dim(c)
+    q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+    qkv_bias = c["model_type"] == "qwen2" or c.get("attention_bias", False)
+    o_bias = c["model_type"] != "qwen2" and c.get("attention_bias", False)
+    norms = 2 * d if c["model_type"].startswith("qwen3") else 0
+    return hidden * (2 * q + 2 * kv) + (q + 2 * kv if qkv_bias else 0) + (hidden if o_bias else 0) + norms
+
+
+def _latent_attention(c: Mapping[str, Any]) -> int:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+    hidden, heads, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
+    qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+    bias = c.get("attention_bias", False)
+    q_rank = c.get("q_lora_rank")
+    query = hidden * q_rank + q_rank + q_rank * heads * qk + (q_rank if bias else 0) if q_rank else hidden * heads * qk
+    down = hidden * (rank + c["qk_rope_head_dim"]) + (rank + c["qk_rope_head_dim"] if bias else 0) + rank
+    up = rank * heads * (c["qk_nope_head_dim"] + c["v_head_dim"])
+    return query + down + up + heads * c["v_head_dim"] * hidden + (hidden if bias else 0)
+
+
+def _mlp(c: Mapping[str, Any], width: int) -> int:
+    biases = 2 * width + c["hidden_size"] if c.get("mlp_bias") else 0
+    return 3 * c["hidden_size"] * width + biases
+
+
+def _is_sparse(c: Mapping[str, Any], layer: int) -> bool:
+    if _is_latent(c):
+        return layer >= c["first_k_dense_replace"]
+    if c["model_type"] == "qwen3_moe":
+        return layer not in (c.get("mlp_only_layers") or ()) and (layer + 1) % c.get("decoder_sparse_step", 1) == 0
+    return False
+
+
+def _expert_counts(c: Mapping[str, Any]) -> tuple[int, int]:
+    """(routed experts, shared experts) of a sparse layer."""
+    if _is_latent(c):
+        return c["n_routed_experts"], c["n_shared_experts"] or 0
+    # transformers 5 writes num_local_experts, model cards write num_experts.
+    return c.get("num_experts") or c.get("num_local_experts") or 0, 0
+
+
+def _experts(c: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Parameters of a sparse layer: (all routed experts + router, shared experts, the chosen experts + router)."""
+    routed, shared = _expert_counts(c)
+    if not routed:
+        return 0, 0, 0
+    width = c["moe_intermediate_size"]
+    one, router = 3 * c["hidden_size"] * width, routed * c["hidden_size"]
+    return routed * one + router, 3 * c["hidden_size"] * width * shared, c["num_experts_per_tok"] * one + router
+
+
+def _attention_width(c: Mapping[str, Any]) -> int:
+    heads = c["num_attention_heads"]
+    if _is_latent(c):
+        return heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
+    return 2 * heads * _head_dim(c)
+
+
+def _saved_per_token(c: Mapping[str, Any], sparse: bool) -> int:
+    """Activation elements of one layer per token, without recomputation: inputs of both norms and of every matmul.
+
+    Counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4) for RMSNorm, SwiGLU and an attention that keeps
+    no score matrix: 2 norm inputs, 2 norm outputs, q, k, v, the attention's output, and gate, up, activation, product.
+    """
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    if _is_latent(c):
+        qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+        latents = 2 * ((c.get("q_lora_rank") or 0) + c["kv_lora_rank"]) + c["qk_rope_head_dim"]
+        attention = heads * (2 * qk + 2 * c["v_head_dim"]) + latents
+    else:
+        attention = 2 * (heads + c["num_key_value_heads"]) * _head_dim(c)
+    width = c["intermediate_size"]
+    if sparse:
+        visits = c["num_experts_per_tok"] + (_expert_counts(c)[1])
+        width = max(width, c["moe_intermediate_size"] * visits)
+        hidden_copies = 4 + c["num_experts_per_tok"]
+    else:
+        hidden_copies = 4
+    return hidden_copies * hidden + attention + 4 * width

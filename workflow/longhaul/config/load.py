@@ -1,0 +1,161 @@
+"""Reads one YAML file into frozen models; every fault is one UserError that names key, value, limit and remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from longhaul.config.fields import Frozen
+from longhaul.config.models import Config
+from longhaul.config.sites import Site
+from longhaul.errors import UserError
+
+SITES = Path(__file__).resolve().parents[3] / "config" / "sites"
+M = TypeVar("M", bound=Frozen)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config, its site, and the folder that relative paths in it are taken from."""
+
+    config: Config
+    site: Site
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def resolve(self, written: str) -> Path:
+        """A path of the config as an absolute one: relative to the config file, not to the working folder."""
+        return (self.folder / Path(written).expanduser()).resolve()
+
+
+def load_config(path: Path) -> LoadedConfig:
+    """Reads a run's config and its site; UserError when either is missing, broken or invalid."""
+    config = read_model(path, Config)
+    return LoadedConfig(config, load_site(config.site, path.resolve().parent), path.resolve())
+
+
+def load_site(written: str, folder: Path) -> Site:
+    """A site by name from config/sites, or by path (anything with a slash or a .yaml ending) relative to `folder`."""
+    if "/" in written or written.endswith((".yaml", ".yml")):
+        return read_model(folder / Path(written).expanduser(), Site)
+    path = SITES / f"{written}.yaml"
+    if not path.exists():
+        names = sorted(file.stem for file in SITES.glob("*.yaml"))
+        raise UserError(f"site: there is no site {written!r}", f"use one of {', '.join(names)}, or the path of a site file")
+    return read_model(path, Site)
+
+
+def read_model(path: Path, model: type[M]) -> M:
+    """Reads a YAML file into `model`."""
+    value = _read_yaml(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected keys and values, found {_shown(value)}", "see docs/config.md")
+    try:
+        # YAML has no tuples: validating as JSON-like input lets strict models take lists for them.
+        return model.model_validate_json(_as_json(value, path))
+    except ValidationError as error:
+        raise UserError(_explain(path, model, error), "docs/config.md lists every key") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, and reads 1e-4 as a number as YAML 1.2 does."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if isinstance(key, typing.Hashable) and key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} is written twice, in lines {seen[key]} and {line}")
+        seen[key] = line
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789."))
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "name an existing YAML file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", "name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}", "mend the line; docs/config.md has an example") from None
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return f"{problem or error}{where}".replace("\n", " ")
+
+
+def _as_json(value: Any, path: Path) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}", "dates and sets are not used here: quote the value") from None
+
+
+def _explain(path: Path, model: type[BaseModel], error: ValidationError) -> str:
+    problems = [_explain_one(model, problem) for problem in error.errors(include_url=False)]
+    return "\n".join(f"{path}: {problem}" for problem in problems)
+
+
+def _explain_one(model: type[BaseModel], problem: Any) -> str:
+    location, kind = problem["loc"], problem["type"]
+    where = ".".join(str(part) for part in location) or "the file"
+    if kind == "extra_forbidden":
+        return f"{where} is not a known key{_nearest(str(location[-1]), _keys_at(model, location[:-1]))}"
+    if kind == "missing":
+        return f"{where} is missing"
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("String should ")
+    return f"{where} is {_shown(problem['input'])}; expected: {text}" if kind != "value_error" else f"{where}: {text}"
+
+
+def _nearest(word: str, keys: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, keys, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(keys)}"
+
+
+def _shown(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys a model has at a place of the file, following nested models, lists and dictionaries."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if field is not None:
+            model = next(_models_in(field.annotation), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
