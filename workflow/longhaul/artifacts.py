@@ -48,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -75,7 +75,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "run the rule that makes it: snakemake --profile profiles/local") from None
+        raise UserError(
+            f"{path} does not exist", "run the rule that makes it: snakemake --profile profiles/local"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", "delete it; the next run makes it again") from None
 
@@ -88,13 +90,17 @@ class Artifact:
 
     def write(self, path: Path) -> None:
         """Writes the artefact atomically."""
-        write_json(path, {"kind": type(self).__name__, "schema_version": self.schema_version, **dataclasses.asdict(self)})
+        write_json(
+            path, {"kind": type(self).__name__, "schema_version": self.schema_version, **dataclasses.asdict(self)}
+        )
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Reads an artefact back; UserError when it is another kind, version or shape."""
         value = read_json(path)
-        found = (value.pop("kind", None), value.pop("schema_version", None)) if isinstance(value, dict) else (None, None)
+        found = (
+            (value.pop("kind", None), value.pop("schema_version", None)) if isinstance(value, dict) else (None, None)
+        )
         if found != (cls.__name__, cls.schema_version):
             raise UserError(
                 f"{path} holds {found[0]} version {found[1]}, not {cls.__name__} version {cls.schema_version}",

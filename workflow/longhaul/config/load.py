@@ -54,7 +54,9 @@ def load_site(written: str, folder: Path) -> Site:
     path = SITES / f"{written}.yaml"
     if not path.exists():
         names = sorted(file.stem for file in SITES.glob("*.yaml"))
-        raise UserError(f"site: there is no site {written!r}", f"use one of {', '.join(names)}, or the path of a site file")
+        raise UserError(
+            f"site: there is no site {written!r}", f"use one of {', '.join(names)}, or the path of a site file"
+        )
     return read_model(path, Site)
 
 
@@ -86,12 +88,14 @@ def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, 
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789."))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
 
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "name an existing YAML file") from None
     except IsADirectoryError:
@@ -99,7 +103,9 @@ def _read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}", "mend the line; docs/config.md has an example") from None
+        raise UserError(
+            f"{path} is not valid YAML: {_one_line(error)}", "mend the line; docs/config.md has an example"
+        ) from None
 
 
 def _one_line(error: yaml.YAMLError) -> str:

@@ -146,8 +146,12 @@ class Parallel(Frozen):
 class Zero(Frozen):
     """DeepSpeed's ZeRO. Fields left at null keep DeepSpeed's own default."""
 
-    stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="What is partitioned: 1 optimizer, 2 + gradients, 3 + weights.")
-    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Optimizer states in CPU memory (stage >= 1).")
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        1, description="What is partitioned: 1 optimizer, 2 + gradients, 3 + weights."
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="Optimizer states in CPU memory (stage >= 1)."
+    )
     offload_param: Literal["none", "cpu"] = Field("none", description="Weights in CPU memory (stage 3 only).")
     pin_memory: bool = Field(True, description="Pin offloaded CPU memory.")
     overlap_comm: bool = Field(True, description="Overlap gradient reduction with the backward pass.")
@@ -179,7 +183,8 @@ class Nonfinite(Frozen):
     """What happens when loss or gradients are NaN or infinite."""
 
     skip_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Consecutive steps that may be skipped (weights unchanged, batch recorded) before the stage fails."
+        0,
+        description="Consecutive steps that may be skipped (weights unchanged, batch recorded) before the stage fails.",
     )
 
 
@@ -189,7 +194,9 @@ class Stage(Frozen):
     name: Name = Field(description="Folder name and Snakemake wildcard.")
     kind: Literal["pretrain", "sft"] = Field(description="pretrain: loss on every token; sft: on the assistant's.")
     dataset: Name = Field(description="Name of a dataset: text for pretrain, chat for sft.")
-    start_from: StartFrom | None = Field(None, alias="from", description="Start from another stage; default: the model.")
+    start_from: StartFrom | None = Field(
+        None, alias="from", description="Start from another stage; default: the model."
+    )
     steps: Count | None = Field(None, description="Optimizer steps. Exactly one of steps and tokens.")
     tokens: Count | None = Field(None, description="Tokens to train on; rounded up to whole steps.")
     global_batch: Count = Field(description="Sequences per optimizer step, over all ranks.")
@@ -207,7 +214,9 @@ class Stage(Frozen):
     checkpoints: Checkpoints = Field(Checkpoints(), description="Saves.")
     validation: Validation = Field(Validation(), description="Held-out loss.")
     nonfinite: Nonfinite = Field(Nonfinite(), description="NaN and infinity.")
-    export: Literal["none", "last", "best"] = Field("none", description="Checkpoint that becomes a Hugging Face folder.")
+    export: Literal["none", "last", "best"] = Field(
+        "none", description="Checkpoint that becomes a Hugging Face folder."
+    )
     export_dtype: Literal["fp32", "bf16"] = Field("bf16", description="Precision of the exported weights.")
     minutes: Count = Field(60, description="Length of one allocation.")
     restart: bool = Field(

@@ -44,7 +44,9 @@ class FabricFloors(Frozen):
     all_gather_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="all_gather.")
     reduce_scatter_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="reduce_scatter.")
     send_recv_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="send/recv between neighbours.")
-    all_reduce_latency_us: Annotated[float, Field(gt=0)] | None = Field(None, description="Largest all_reduce time at 8 bytes, in microseconds.")
+    all_reduce_latency_us: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Largest all_reduce time at 8 bytes, in microseconds."
+    )
 
 
 class Interconnect(Frozen):
@@ -61,9 +63,13 @@ class Software(Frozen):
     kind: Literal["current", "venv", "conda", "container", "modules"] = Field(
         "current", description="current: the environment Snakemake itself runs in."
     )
-    path: OneLine | None = Field(None, description="venv: its folder. conda: the environment's folder. container: the image.")
+    path: OneLine | None = Field(
+        None, description="venv: its folder. conda: the environment's folder. container: the image."
+    )
     runtime: Literal["apptainer", "singularity"] = Field("apptainer", description="container: the command.")
-    binds: tuple[OneLine, ...] = Field((), description="container: folders to bind beside the checkout and the run folder.")
+    binds: tuple[OneLine, ...] = Field(
+        (), description="container: folders to bind beside the checkout and the run folder."
+    )
     modules: tuple[SlurmWord, ...] = Field((), description="Modules loaded first, whatever the kind.")
 
     @model_validator(mode="after")
@@ -101,7 +107,9 @@ class Site(Frozen):
     interconnect: Interconnect = Field(Interconnect(), description="The network between nodes.")
     inode_limit: Count | None = Field(None, description="File quota of the run folder; the plan compares with it.")
     software: Software = Field(Software(), description="The job environment.")
-    cuda_build: OneLine = Field("cpu", description="torch's build: cpu, cu128, cu130, …; the environment check compares.")
+    cuda_build: OneLine = Field(
+        "cpu", description="torch's build: cpu, cu128, cu130, …; the environment check compares."
+    )
     environment: dict[EnvironmentName, OneLine] = Field({}, description="Variables for every job, e.g. NCCL_IB_HCA.")
 
     @model_validator(mode="after")

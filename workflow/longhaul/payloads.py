@@ -1,0 +1,180 @@
+"""Plan -> what each job is told (longhaul.jobs), with the paths that rules and jobs agree on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longhaul.artifacts import Lock, content_hash
+from longhaul.jobs import ConvertJob, EnvironmentJob, FabricJob, Job, StageJob, TokenizeJob, TokenizerJob
+from longhaul.plan import Plan, dataset_files, model_config
+
+_GREEDY_SAMPLES = 6
+
+
+def payload(plan: Plan, job: str) -> Job:
+    """The payload of a job by its name: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
+    verb, _, name = job.partition("-")
+    if verb == "environment":
+        return _environment(
+            plan, plan.config.checks.nodes, plan.check_gpus_per_node, f"{results(plan)}/environment.json"
+        )
+    if verb == "fabric":
+        return _fabric(plan)
+    if verb == "tokenizer":
+        return _tokenizer(plan)
+    return {"tokenize": _tokenize, "train": _train, "convert": _convert}[verb](plan, name)
+
+
+def results(plan: Plan) -> str:
+    """The run's folder, relative to the working folder."""
+    return f"results/{plan.run}"
+
+
+def job_names(plan: Plan) -> list[str]:
+    """Every job of a run but the training stages, in the order of the chain."""
+    datasets = sorted(plan.used_datasets)
+    return [
+        "environment",
+        "fabric",
+        "tokenizer",
+        *(f"tokenize-{name}" for name in datasets),
+        *(f"convert-{name}" for name in plan.exported),
+    ]
+
+
+def stage_environment_job(plan: Plan, name: str) -> EnvironmentJob:
+    """The quick check of the nodes that a stage really got."""
+    stage = plan.stage(name).stage
+    return _environment(plan, stage.nodes, stage.gpus_per_node, f"{results(plan)}/stages/{name}/nodes.json")
+
+
+def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentJob:
+    offloads = any(stage.stage.zero.offload_optimizer == "cpu" for stage in plan.stages)
+    return EnvironmentJob(
+        run=plan.run,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        checks=plan.config.checks,
+        cuda_build=plan.site.cuda_build,
+        scratch=plan.config.storage.scratch,
+        prebuild_ops=("cpu_adam",) if offloads else (),
+        folder=results(plan),
+        out=out,
+    )
+
+
+def _fabric(plan: Plan) -> FabricJob:
+    return FabricJob(
+        run=plan.run,
+        nodes=plan.config.checks.nodes,
+        gpus_per_node=plan.check_gpus_per_node,
+        floors=plan.site.interconnect.floors,
+        out=f"{results(plan)}/fabric.json",
+    )
+
+
+def _tokenizer(plan: Plan) -> TokenizerJob:
+    config = plan.config
+    tokenizer, train = config.tokenizer, config.tokenizer.train
+    path = str(plan.loaded.resolve(tokenizer.path)) if tokenizer.path else None
+    if tokenizer.hub:
+        path = _locked(plan.lock, "tokenizer", "path")
+    model = model_config(plan.loaded, plan.lock)
+    return TokenizerJob(
+        run=plan.run,
+        path=path,
+        train_vocab_size=train.vocab_size if train else None,
+        train_files={name: source_files(plan, name) for name in (train.datasets if train else ())},
+        train_datasets={name: config.datasets[name] for name in (train.datasets if train else ())},
+        chat_template=str(plan.loaded.resolve(tokenizer.chat_template)) if tokenizer.chat_template else None,
+        needs_chat_template=any(config.datasets[name].kind == "chat" for name in plan.used_datasets),
+        model_vocab_size=model["vocab_size"] if model else None,
+        folder=f"{results(plan)}/tokenizers",
+        out=f"{results(plan)}/tokenizer.json",
+    )
+
+
+def _tokenize(plan: Plan, name: str) -> TokenizeJob:
+    root = plan.config.storage.data
+    return TokenizeJob(
+        run=plan.run,
+        name=name,
+        dataset=plan.config.datasets[name],
+        files=source_files(plan, name),
+        tokenizer=f"{results(plan)}/tokenizer.json",
+        workers=plan.site.node.cpus,
+        folder=f"{root}/{plan.run}/{name}" if root else f"{results(plan)}/data/{name}",
+        out=f"{results(plan)}/data/{name}.json",
+    )
+
+
+def _train(plan: Plan, name: str) -> StageJob:
+    staged, config = plan.stage(name), plan.config
+    stage, pretrained, root = staged.stage, config.model.pretrained, config.storage.weights
+    folder = f"{results(plan)}/stages/{name}"
+    start = f"{results(plan)}/stages/{stage.start_from.stage}/checkpoint.json" if stage.start_from else None
+    return StageJob(
+        run=plan.run,
+        seed=config.seed,
+        stage=stage,
+        model=model_config(plan.loaded, plan.lock) or {},
+        pretrained=_pretrained_folder(plan),
+        trust_remote_code=bool(pretrained and pretrained.trust_remote_code),
+        steps=staged.steps,
+        accumulation=staged.accumulation,
+        data_parallel=staged.data_parallel,
+        world_size=staged.world_size,
+        exportable=staged.exportable,
+        spec=staged.spec,
+        start_checkpoint=start,
+        tokenizer=f"{results(plan)}/tokenizer.json",
+        data=f"{results(plan)}/data/{stage.dataset}.json",
+        deepspeed=f"{folder}/ds_config.json",
+        folder=folder,
+        weights_root=f"{root}/{plan.run}/{name}" if root else f"{folder}/weights",
+        out=f"{folder}/checkpoint.json",
+        gpu_peak_tflops=plan.site.node.gpu_peak_tflops,
+        trackers=config.trackers,
+        scratch=config.storage.scratch,
+    )
+
+
+def _pretrained_folder(plan: Plan) -> str | None:
+    pretrained = plan.config.model.pretrained
+    if pretrained is None:
+        return None
+    return str(plan.loaded.resolve(pretrained.path)) if pretrained.path else _locked(plan.lock, "model", "path")
+
+
+def _convert(plan: Plan, name: str) -> ConvertJob:
+    stage = plan.stage(name).stage
+    return ConvertJob(
+        run=plan.run,
+        stage=name,
+        checkpoint=f"{results(plan)}/stages/{name}/checkpoint.json",
+        which=stage.export,
+        dtype=stage.export_dtype,
+        tokenizer=f"{results(plan)}/tokenizer.json",
+        config_hash=content_hash(plan.config.model_dump(mode="json")),
+        chat=stage.kind == "sft",
+        samples=_GREEDY_SAMPLES,
+        folder=f"{results(plan)}/export/{name}",
+        out=f"{results(plan)}/export/{name}.json",
+    )
+
+
+def source_files(plan: Plan, name: str) -> tuple[str, ...]:
+    """A dataset's files: the user's own, or those that fetch brought; () until fetch has run."""
+    if plan.config.datasets[name].files:
+        return tuple(str(path) for path in dataset_files(plan.loaded, name))
+    source = plan.lock.sources.get(name) if plan.lock else None
+    return tuple(source["files"]) if source else ()
+
+
+def _locked(lock: Lock | None, name: str, key: str) -> str | None:
+    return lock.sources[name][key] if lock and name in lock.sources else None
+
+
+def repository_sources(plan: Plan, name: str) -> list[Path]:
+    """The user's own files of a dataset, as inputs of its tokenize rule; empty for fetched ones."""
+    return dataset_files(plan.loaded, name) if plan.config.datasets[name].files else []

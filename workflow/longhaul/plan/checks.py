@@ -1,0 +1,142 @@
+"""Batch arithmetic of a stage, and every combination that is refused before anything is submitted."""
+
+from __future__ import annotations
+
+from longhaul.config.geometry import Geometry
+from longhaul.config.models import Config, Stage
+from longhaul.config.sites import Site
+from longhaul.errors import UserError
+from longhaul.memory import Memory
+from longhaul.plan.requests import partition_for
+
+
+def data_parallel(stage: Stage, world_size: int) -> int:
+    parallel, where = stage.parallel, f"stages.{stage.name}"
+    if parallel.pipeline > 1 and stage.zero.stage >= 2:
+        raise UserError(
+            f"{where}: pipeline {parallel.pipeline} with ZeRO stage {stage.zero.stage}: DeepSpeed's pipelines work with "
+            "ZeRO 0 and 1 only",
+            "set zero.stage to 1, or parallel.pipeline to 1",
+        )
+    for axis in ("tensor", "pipeline", "expert", "sequence"):
+        if (ways := getattr(parallel, axis)) > 1:
+            raise UserError(
+                f"{where}.parallel.{axis} is {ways}: this release trains data-parallel with ZeRO only",
+                f"set {axis} to 1 and use zero.stage 3, with offload where the memory does not suffice",
+            )
+    return world_size
+
+
+def accumulation(stage: Stage, data_parallel: int) -> int:
+    per_pass = stage.micro_batch * data_parallel
+    if stage.global_batch % per_pass:
+        raise UserError(
+            f"stages.{stage.name}: global_batch {stage.global_batch} is not a multiple of micro_batch "
+            f"{stage.micro_batch} x data parallel {data_parallel} = {per_pass}",
+            f"use a global_batch of {max(1, stage.global_batch // per_pass) * per_pass}, or another micro_batch",
+        )
+    return stage.global_batch // per_pass
+
+
+def check_vocabulary(config: Config, sizes: Geometry) -> None:
+    train = config.tokenizer.train
+    if train and train.vocab_size > sizes.vocab_size:
+        raise UserError(
+            f"tokenizer.train.vocab_size {train.vocab_size} is larger than the model's vocab_size {sizes.vocab_size}",
+            f"train at most {sizes.vocab_size} tokens, or enlarge the model's vocab_size",
+        )
+
+
+def check_schedule(stage: Stage, steps: int) -> None:
+    schedule, where = stage.schedule, f"stages.{stage.name}.schedule"
+    if schedule.kind == "wsd" and schedule.decay_steps == 0:
+        raise UserError(f"{where}: wsd needs decay_steps >= 1", "10 to 20 % of the steps is usual")
+    if schedule.kind != "wsd" and schedule.decay_steps:
+        raise UserError(
+            f"{where}.decay_steps {schedule.decay_steps} has no meaning for {schedule.kind}", "drop it, or use wsd"
+        )
+    if schedule.warmup_steps + schedule.decay_steps > steps:
+        raise UserError(
+            f"{where}: warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} exceed the stage's "
+            f"{steps} steps",
+            "shorten them, or train longer",
+        )
+
+
+def check_precision(stage: Stage) -> None:
+    if stage.precision != "fp32" and stage.zero.stage == 0:
+        raise UserError(
+            f"stages.{stage.name}: precision {stage.precision} with ZeRO stage 0 keeps no fp32 master weights and trains "
+            "to other numbers",
+            "set zero.stage to 1",
+        )
+
+
+def check_offload(stage: Stage) -> None:
+    zero, where = stage.zero, f"stages.{stage.name}.zero"
+    if zero.offload_optimizer == "cpu" and zero.stage == 0:
+        raise UserError(f"{where}.offload_optimizer needs stage >= 1; it is 0", "set stage to 1, 2 or 3")
+    if zero.offload_param == "cpu" and zero.stage < 3:
+        raise UserError(
+            f"{where}.offload_param needs stage 3; it is {zero.stage} (DeepSpeed would ignore it in silence)",
+            "set stage to 3, or offload the optimizer only",
+        )
+
+
+def check_site(stage: Stage, site: Site) -> None:
+    where = f"stages.{stage.name}"
+    if site.node.gpus and stage.gpus_per_node > site.node.gpus:
+        raise UserError(
+            f"{where}.gpus_per_node {stage.gpus_per_node}: site {site.name} has {site.node.gpus} GPUs a node",
+            "use more nodes with fewer GPUs each",
+        )
+    if not site.node.gpus and stage.gpus_per_node > site.node.cpus:
+        raise UserError(
+            f"{where}.gpus_per_node {stage.gpus_per_node}: site {site.name} has {site.node.cpus} CPUs a node and no GPU",
+            "one process needs at least one CPU",
+        )
+    partition = partition_for(site, "gpu")
+    most = min(site.max_nodes, (partition.max_nodes if partition else None) or site.max_nodes)
+    if stage.nodes > most:
+        raise UserError(f"{where}.nodes {stage.nodes}: site {site.name} allows {most}", f"use at most {most} nodes")
+    if partition and stage.minutes > partition.max_minutes:
+        raise UserError(
+            f"{where}.minutes {stage.minutes}: partition {partition.name} allows {partition.max_minutes}",
+            f"use at most {partition.max_minutes} minutes",
+        )
+
+
+def check_positions(stage: Stage, sizes: Geometry) -> None:
+    if stage.sequence_length > sizes.positions:
+        raise UserError(
+            f"stages.{stage.name}.sequence_length {stage.sequence_length} exceeds the model's "
+            f"max_position_embeddings {sizes.positions}",
+            f"use at most {sizes.positions}, or enlarge the positions",
+        )
+
+
+def check_memory(stage: Stage, memory: Memory, site: Site) -> None:
+    limit = site.node.gpu_memory_gib
+    if limit and memory.states > limit * 2**30:
+        raise UserError(
+            f"stages.{stage.name}: weights, gradients and optimizer alone take {memory.states / 2**30:.1f} GiB per GPU; "
+            f"site {site.name} has {limit:g} GiB",
+            "raise zero.stage, offload to the CPU, or use more GPUs",
+        )
+
+
+def files_per_checkpoint(stage: Stage, world_size: int, exportable: bool) -> int:
+    """Files of one save: DeepSpeed's model and optimizer states, one trainer state per rank, state, manifest, proof."""
+    model = world_size if stage.zero.stage == 3 else 1
+    optimizer = world_size if stage.zero.stage >= 1 else 0
+    return model + optimizer + world_size + 2 + (3 if exportable else 0)
+
+
+def check_inodes(stage: Stage, files: int, site: Site) -> None:
+    kept = stage.checkpoints.keep_last + stage.checkpoints.keep_best + 1
+    if site.inode_limit and files * kept > site.inode_limit:
+        raise UserError(
+            f"stages.{stage.name}: {kept} checkpoints of {files} files exceed site {site.name}'s inode_limit "
+            f"{site.inode_limit}",
+            "keep fewer checkpoints",
+        )

@@ -1,0 +1,170 @@
+"""Config -> Plan: everything that can be decided before a job is submitted, and every refusal that can be made there.
+
+Pure but for small local JSON (the site, `results/<run>.lock.json`, a local model's config.json), so `snakemake -n` stays
+instant and every job may make the plan again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts import Lock
+from longhaul.config.geometry import Geometry, geometry
+from longhaul.config.load import LoadedConfig
+from longhaul.config.models import Config, Stage
+from longhaul.config.sites import Site
+from longhaul.memory import Memory, estimate
+from longhaul.plan import requests
+from longhaul.plan.checks import (
+    accumulation,
+    check_inodes,
+    check_memory,
+    check_offload,
+    check_positions,
+    check_precision,
+    check_schedule,
+    check_site,
+    check_vocabulary,
+    data_parallel,
+    files_per_checkpoint,
+)
+from longhaul.plan.order import check_references, order
+from longhaul.plan.sources import check_files, model_config
+from longhaul.plan.spec import result_spec
+from longhaul.slurm import SlurmRequest
+
+# MFU assumed for GPU-hours where nothing was measured yet; DeepSpeed ZeRO runs on H100-class GPUs reach 35-50 %.
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, worked out. tokens: trained on in all. memory and flops are None until the model's geometry is known."""
+
+    stage: Stage
+    steps: int
+    tokens: int
+    world_size: int
+    data_parallel: int
+    accumulation: int
+    memory: Memory | None
+    flops: float | None
+    files_per_checkpoint: int
+    exportable: tuple[str, ...]
+    spec: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, worked out. `stages` are in an order in which each follows the one it starts from."""
+
+    loaded: LoadedConfig
+    lock: Lock | None
+    stages: tuple[StagePlan, ...]
+    waiting: tuple[str, ...] = field(default=())
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+    @property
+    def site(self) -> Site:
+        return self.loaded.site
+
+    @property
+    def run(self) -> str:
+        return self.config.run
+
+    def stage(self, name: str) -> StagePlan:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def exported(self) -> tuple[str, ...]:
+        return tuple(stage.name for stage in self.stages if stage.stage.export != "none")
+
+    @property
+    def used_datasets(self) -> set[str]:
+        """Datasets that a stage trains on."""
+        return {stage.stage.dataset for stage in self.stages}
+
+    @cached_property
+    def needs_fetch(self) -> bool:
+        """Whether anything comes from the hub or is collected on this machine."""
+        config = self.config
+        pretrained = config.model.pretrained
+        sources = [config.tokenizer.hub, pretrained and pretrained.hub]
+        return any(sources) or any(d.hub or d.python_stdlib for d in config.datasets.values())
+
+    @property
+    def check_gpus_per_node(self) -> int:
+        return self.config.checks.gpus_per_node or max(s.stage.gpus_per_node for s in self.stages)
+
+    def request(self, job: str) -> SlurmRequest:
+        """The allocation of a job: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
+        return requests.request(self, job)
+
+
+def lock_path(run: str) -> Path:
+    """Where fetch writes what it pinned, relative to the working folder."""
+    return Path("results") / f"{run}.lock.json"
+
+
+def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
+    """Works a config out; UserError names the first thing that cannot work.
+
+    `lock` is what fetch pinned; until it exists the checks that need a hub model's geometry wait (Plan.waiting).
+    """
+    config = loaded.config
+    ordered = order(config)
+    check_references(config)
+    check_files(loaded)
+    model = model_config(loaded, lock)
+    sizes = geometry(model) if model else None
+    if sizes is None:
+        hub = config.model.pretrained.hub if config.model.pretrained else None
+        waiting = (
+            f"model {hub.id if hub else ''}: memory, positions and vocabulary are checked once fetch knows its size",
+        )
+    else:
+        waiting = ()
+        check_vocabulary(config, sizes)
+    stages = tuple(_plan_stage(loaded, stage, sizes) for stage in ordered)
+    return Plan(loaded, lock, stages, waiting)
+
+
+def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None) -> StagePlan:
+    world_size = stage.nodes * stage.gpus_per_node
+    ranks = data_parallel(stage, world_size)
+    exportable = () if stage.export == "none" else (stage.export,)
+    tokens_per_step = stage.global_batch * stage.sequence_length
+    steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
+    check_schedule(stage, steps)
+    check_precision(stage)
+    check_offload(stage)
+    check_site(stage, loaded.site)
+    memory = estimate(stage, sizes, ranks) if sizes else None
+    if sizes and memory:
+        check_positions(stage, sizes)
+        check_memory(stage, memory, loaded.site)
+    files = files_per_checkpoint(stage, world_size, bool(exportable))
+    check_inodes(stage, files, loaded.site)
+    return StagePlan(
+        stage=stage,
+        steps=steps,
+        tokens=steps * tokens_per_step,
+        world_size=world_size,
+        data_parallel=ranks,
+        accumulation=accumulation(stage, ranks),
+        memory=memory,
+        flops=sizes.flops_per_token(stage.sequence_length) * steps * tokens_per_step if sizes else None,
+        files_per_checkpoint=files,
+        exportable=exportable,
+        spec=result_spec(loaded, stage, steps),
+    )

@@ -1,0 +1,77 @@
+"""The order of stages, and the references between the parts of a config."""
+
+from __future__ import annotations
+
+from longhaul.config.models import Config, Stage
+from longhaul.errors import UserError
+
+
+def order(config: Config) -> list[Stage]:
+    """Stages so that each follows the one it starts from; in the order of the file where that is free."""
+    by_name: dict[str, Stage] = {}
+    for stage in config.stages:
+        if stage.name in by_name:
+            raise UserError(f"stages: {stage.name} is there twice", "give every stage its own name")
+        by_name[stage.name] = stage
+    ordered: list[Stage] = []
+    for stage in config.stages:
+        for one in reversed(_lineage(stage, by_name)):
+            if one not in ordered:
+                ordered.append(one)
+    return ordered
+
+
+def _lineage(stage: Stage, by_name: dict[str, Stage]) -> list[Stage]:
+    line = [stage]
+    while line[-1].start_from:
+        parent = line[-1].start_from.stage
+        if parent not in by_name:
+            raise UserError(
+                f"stages.{line[-1].name}.from.stage: there is no stage {parent!r}", f"use one of {', '.join(by_name)}"
+            )
+        if by_name[parent] in line:
+            names = " <- ".join(one.name for one in [*line, by_name[parent]])
+            raise UserError(f"stages: {names} is a cycle", "let one of them start from the model: drop its `from`")
+        line.append(by_name[parent])
+    return line
+
+
+def check_references(config: Config) -> None:
+    for stage in config.stages:
+        if stage.dataset not in config.datasets:
+            raise UserError(
+                f"stages.{stage.name}.dataset: there is no dataset {stage.dataset!r}",
+                f"use one of {', '.join(config.datasets)}",
+            )
+        wanted, kind = ("chat" if stage.kind == "sft" else "text"), config.datasets[stage.dataset].kind
+        if kind != wanted:
+            raise UserError(
+                f"stages.{stage.name}: kind {stage.kind} needs a {wanted} dataset; {stage.dataset} is {kind}",
+                f"name a {wanted} dataset, or change the stage's kind",
+            )
+        check_best(config, stage)
+    train = config.tokenizer.train
+    for name in train.datasets if train else ():
+        if name not in config.datasets:
+            raise UserError(
+                f"tokenizer.train.datasets: there is no dataset {name!r}", f"use one of {', '.join(config.datasets)}"
+            )
+        if config.datasets[name].kind != "text":
+            raise UserError(f"tokenizer.train.datasets: {name} is not a text dataset", "name text datasets")
+
+
+def check_best(config: Config, stage: Stage) -> None:
+    """`best` needs a validation split and a kept best checkpoint."""
+    wants_best = {s.start_from.stage for s in config.stages if s.start_from and s.start_from.checkpoint == "best"}
+    if stage.name not in wants_best and stage.export != "best":
+        return
+    if config.datasets[stage.dataset].validation_share == 0:
+        raise UserError(
+            f"stages.{stage.name}: its best checkpoint is asked for, but {stage.dataset} has validation_share 0",
+            "set a validation_share, or ask for the last checkpoint",
+        )
+    if stage.checkpoints.keep_best == 0:
+        raise UserError(
+            f"stages.{stage.name}.checkpoints.keep_best is 0, but its best checkpoint is asked for",
+            "set keep_best to 1",
+        )

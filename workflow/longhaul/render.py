@@ -1,0 +1,278 @@
+"""Plan -> files: launch scripts, sbatch headers, DeepSpeed configs and job payloads, as text.
+
+Jinja only places what is decided here. Values reach a shell quoted, and JSON through `tojson`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from longhaul.artifacts import content_hash, file_sha256, write_text
+from longhaul.config.sites import Site
+from longhaul.errors import UserError
+from longhaul.jobs import Job
+from longhaul.payloads import payload, stage_environment_job
+from longhaul.plan import Plan, StagePlan
+from longhaul.slurm import SlurmRequest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEMPLATES = REPOSITORY / "templates"
+_UNSAFE_IN_PATHS = set("\"'\\$`%\n\r")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a launch script: words already quoted for the shell, one a line."""
+
+    title: str
+    command: list[str]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The files of one job, by name."""
+
+    files: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Writes them into `folder`, each atomically."""
+        for name, text in self.files.items():
+            write_text(folder / name, text)
+
+
+def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
+    """launch.sh, job.sbatch, ds_config.json, stage.json and environment.json of one training stage."""
+    stage = plan.stage(name)
+    folder = workdir / stage_folder(plan, name)
+    request = plan.request(f"train-{name}")
+    title = f"longhaul {plan.run}: stage {name}"
+    one_per_node = SlurmRequest(**{**vars(request), "tasks_per_node": 1, "cpus_per_task": 1})
+    steps = [
+        _step(
+            "The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json", "--quick"
+        ),
+        _step("Training", plan, request, "train", folder / "stage.json"),
+    ]
+    return Rendered(
+        {
+            "launch.sh": _launch(plan, request, title, steps, workdir),
+            "job.sbatch": _sbatch(
+                request, title, folder, workdir / "results" / plan.run / "logs" / f"train_stage-{name}.log"
+            ),
+            "ds_config.json": render_deepspeed(stage, plan.site),
+            "stage.json": _json(payload(plan, f"train-{name}")),
+            "environment.json": _json(stage_environment_job(plan, name)),
+        }
+    )
+
+
+def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
+    """launch.sh, job.sbatch and job.json of a job that is no training stage."""
+    folder = workdir / job_folder(plan, job)
+    request = plan.request(job)
+    title = f"longhaul {plan.run}: {job}"
+    steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json")]
+    return Rendered(
+        {
+            "launch.sh": _launch(plan, request, title, steps, workdir),
+            "job.sbatch": _sbatch(request, title, folder, workdir / "results" / plan.run / "logs" / f"{job}.log"),
+            "job.json": _json(payload(plan, job)),
+        }
+    )
+
+
+def render_key(plan: Plan, job: str) -> str:
+    """A hash of all that a job's files are made from, for Snakemake's params: a changed one renders anew.
+
+    The lock is left out, as it does not exist at the first parse; the render rules take it as an input instead.
+    """
+    unlocked = Plan(plan.loaded, None, plan.stages)
+    verb, _, name = job.partition("-")
+    made = [payload(unlocked, job).model_dump(mode="json"), vars(plan.request(job)), plan.site.model_dump(mode="json")]
+    if verb == "train":
+        made.append(deepspeed_sections(plan.stage(name), plan.site))
+    templates = [file_sha256(path) for path in sorted(TEMPLATES.rglob("*.j2"))]
+    return content_hash([made, templates, sys.executable, str(REPOSITORY)])
+
+
+def stage_folder(plan: Plan, name: str) -> Path:
+    return Path("results") / plan.run / "stages" / name
+
+
+def job_folder(plan: Plan, job: str) -> Path:
+    return Path("results") / plan.run / "jobs" / job
+
+
+def render_deepspeed(stage: StagePlan, site: Site) -> str:
+    """ds_config.json of a stage; the total batch is left out, as DeepSpeed derives it."""
+    return _template("deepspeed/ds_config.json.j2").render(sections=deepspeed_sections(stage, site))
+
+
+def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
+    """DeepSpeed's config of a stage. Every key is one that the pinned DeepSpeed reads (a test asks it)."""
+    stage = plan.stage
+    sections: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": stage.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        # DeepSpeed clips at 1.0 when this is not written.
+        "gradient_clipping": stage.optimizer.gradient_clipping,
+        "steps_per_print": 1_000_000_000,
+        "optimizer": _optimizer(plan, site),
+        "zero_optimization": _zero(plan),
+    }
+    if stage.precision == "bf16":
+        sections["bf16"] = {"enabled": True}
+    if stage.precision == "fp16":
+        scale = stage.loss_scale
+        sections["fp16"] = {
+            "enabled": True,
+            "loss_scale": scale.static,
+            "initial_scale_power": scale.initial_power,
+            "loss_scale_window": scale.window_steps,
+            "hysteresis": scale.hysteresis,
+            "min_loss_scale": scale.min_scale,
+        }
+    return sections
+
+
+def _optimizer(plan: StagePlan, site: Site) -> dict[str, Any]:
+    optimizer = plan.stage.optimizer
+    params: dict[str, Any] = {
+        "lr": optimizer.lr,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if plan.stage.zero.offload_optimizer == "none":
+        # torch's own AdamW needs no compiler; DeepSpeed's FusedAdam is built at run time.
+        params["torch_adam"] = True
+        if site.node.gpus:
+            params["fused"] = True
+    return {"type": "AdamW", "params": params}
+
+
+def _zero(plan: StagePlan) -> dict[str, Any]:
+    zero = plan.stage.zero
+    section: dict[str, Any] = {"stage": zero.stage}
+    if zero.stage == 0:
+        return section
+    section |= {"overlap_comm": zero.overlap_comm, "contiguous_gradients": zero.contiguous_gradients}
+    if zero.offload_optimizer == "cpu":
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": zero.pin_memory}
+    if zero.offload_param == "cpu":
+        section["offload_param"] = {"device": "cpu", "pin_memory": zero.pin_memory}
+    names = ["reduce_bucket_size"]
+    names += (
+        ["stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+        if zero.stage == 3
+        else ["allgather_bucket_size"]
+    )
+    return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
+
+
+def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, job: Path, *flags: str) -> Step:
+    workdir = job.parents[4]  # <workdir>/results/<run>/<jobs|stages>/<name>/<file>
+    words = ["-m", "longhaul", verb, str(job), *flags]
+    launcher = _srun(plan.site, request) if plan.site.scheduler == "slurm" else []
+    python = _python(plan.site)
+    if plan.site.scheduler == "local" and request.tasks > 1:
+        # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
+        python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.tasks}"]
+    quoted = [shlex.quote(word) for word in [*launcher, *_enter_container(plan, workdir), *python]]
+    return Step(title, [" ".join(quoted), " ".join(shlex.quote(word) for word in words)])
+
+
+def _srun(site: Site, request: SlurmRequest) -> list[str]:
+    options = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--label"]
+    mpi = [] if any(extra.startswith("--mpi") for extra in site.srun_extra) else ["--mpi=none"]
+    return ["srun", *request.as_srun(), *mpi, *options, *site.srun_extra]
+
+
+def _python(site: Site) -> list[str]:
+    software = site.software
+    if software.kind in ("venv", "conda"):
+        return [f"{software.path}/bin/python"]
+    return [sys.executable] if software.kind == "current" else ["python3"]
+
+
+def _enter_container(plan: Plan, workdir: Path) -> list[str]:
+    """The container command; Slurm's client stays outside, so a trainer in it sees none."""
+    site, software, storage = plan.site, plan.site.software, plan.config.storage
+    if software.kind != "container" or not software.path:
+        return []
+    roots = [root for root in (storage.weights, storage.data, storage.scratch) if root]
+    folders = dict.fromkeys([str(REPOSITORY), str(workdir), *roots, *software.binds])
+    binds = [word for folder in folders for word in ("--bind", folder)]
+    gpus = ["--nv"] if site.node.gpus else []
+    return [software.runtime, "exec", *gpus, "--bind", "/dev/shm", *binds, software.path]
+
+
+def _launch(plan: Plan, request: SlurmRequest, title: str, steps: list[Step], workdir: Path) -> str:
+    site = plan.site
+    return _template("sbatch/launch.sh.j2").render(
+        title=title,
+        workdir=_safe_path(workdir),
+        modules=site.software.modules,
+        environment=_environment(site, request),
+        path_prefix=[f"{site.software.path}/bin"] if site.software.kind in ("venv", "conda") else [],
+        slurm=site.scheduler == "slurm",
+        nodes=request.nodes,
+        steps=steps,
+    )
+
+
+def _environment(site: Site, request: SlurmRequest) -> dict[str, str]:
+    variables = {
+        "PYTHONPATH": str(REPOSITORY / "workflow"),
+        # Compute nodes have no internet: a library that tries it would hang until a time-out.
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(request.cpus_per_task),
+    }
+    if not site.node.gpus:
+        variables["DS_ACCELERATOR"] = "cpu"
+    if interface := site.interconnect.socket_interface:
+        variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    return variables | site.environment
+
+
+def _sbatch(request: SlurmRequest, title: str, folder: Path, log: Path) -> str:
+    options = {"--job-name": title.replace("longhaul ", "longhaul-").replace(": ", "-").replace(" ", "-")}
+    options |= request.as_sbatch()
+    options["--output"] = f'"{_safe_path(log)}"'
+    return _template("sbatch/job.sbatch.j2").render(title=title, options=options, launch=str(folder / "launch.sh"))
+
+
+def _safe_path(path: Path) -> str:
+    if found := _UNSAFE_IN_PATHS & set(str(path)):
+        raise UserError(
+            f"the working folder {str(path)!r} holds {sorted(found)[0]!r}", "run from a plainly named folder"
+        )
+    return str(path)
+
+
+def _json(job: Job) -> str:
+    return json.dumps(job.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["tojson"] = json.dumps
+    return environment.get_template(name)
