@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Brings what a config names from elsewhere, and pins it."""

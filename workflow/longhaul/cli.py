@@ -1,0 +1,153 @@
+"""longhaul <verb>: one verb per rule, and a few for people. Heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longhaul.errors import UserError
+
+# Jobs run where there is no internet; only fetch and doctor-like verbs may look outside.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb; a UserError is printed without a traceback and ends with exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(UserError.exit_code) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longhaul", description=__doc__)
+    verbs = parser.add_subparsers(metavar="verb", required=True)
+    for verb, (run, text) in _FOR_PEOPLE.items():
+        added = verbs.add_parser(verb, help=text)
+        added.add_argument("config", type=Path, nargs="?", default=Path("config/config.yaml"))
+        added.set_defaults(run=run)
+    verbs.choices["plan"].add_argument("--out", type=Path, help="write it as JSON instead of printing it")
+    verbs.choices["fetch"].add_argument("--out", type=Path, help="lock file; default results/<run>.lock.json")
+    for verb, text in _JOBS.items():
+        added = verbs.add_parser(verb, help=text)
+        added.add_argument("job", type=Path, help="the rendered job file")
+        added.set_defaults(run=_run_job, verb=verb)
+    verbs.choices["environment"].add_argument("--quick", action="store_true", help="compare the nodes only, in seconds")
+    render = verbs.add_parser("render", help="write the launch files of a job (train-<stage>, environment, …)")
+    render.add_argument("job")
+    render.add_argument("config", type=Path)
+    render.add_argument("folder", type=Path)
+    render.set_defaults(run=_render)
+    report = verbs.add_parser("report", help="write one self-contained HTML page about a run")
+    report.add_argument("folder", type=Path, help="results/<run>")
+    report.add_argument("out", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from longhaul.artifacts import write_json
+    from longhaul.plan_table import plan_json, print_plan
+
+    plan = _load_plan(options.config)
+    if options.out:
+        write_json(options.out, plan_json(plan))
+    else:
+        print_plan(plan)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from longhaul.config.load import load_config
+    from longhaul.fetch.sources import fetch
+    from longhaul.plan import lock_path, make_plan
+
+    loaded = load_config(options.config)
+    waiting = make_plan(loaded).waiting
+    lock = fetch(loaded, Path("results") / loaded.config.run / "fetched")
+    make_plan(loaded, lock)
+    lock.write(options.out or lock_path(loaded.config.run))
+    for check in waiting:
+        print(f"checked now: {check}")
+
+
+def _render(options: argparse.Namespace) -> None:
+    from longhaul.render import render_job, render_stage
+
+    plan = _load_plan(options.config)
+    verb, _, name = options.job.partition("-")
+    workdir = Path.cwd()
+    rendered = render_stage(plan, name, workdir) if verb == "train" else render_job(plan, options.job, workdir)
+    rendered.write(options.folder)
+
+
+def _load_plan(config: Path):
+    from longhaul.artifacts import Lock
+    from longhaul.config.load import load_config
+    from longhaul.plan import lock_path, make_plan
+
+    loaded = load_config(config)
+    lock = lock_path(loaded.config.run)
+    return make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from longhaul.report.page import run
+
+    run(options.folder, options.out)
+
+
+def _run_job(options: argparse.Namespace) -> None:
+    os.environ.update(_OFFLINE)
+    verb, path = options.verb, options.job
+    if verb == "environment":
+        from longhaul.environment import check
+        from longhaul.jobs import EnvironmentJob
+
+        job = EnvironmentJob.read(path)
+        check.run_quick(job, Path(job.out)) if options.quick else check.run(job)
+    elif verb == "fabric":
+        from longhaul.fabric.measure import run
+        from longhaul.jobs import FabricJob
+
+        run(FabricJob.read(path))
+    elif verb == "tokenizer":
+        from longhaul.data.tokenizer import run
+        from longhaul.jobs import TokenizerJob
+
+        run(TokenizerJob.read(path))
+    elif verb == "tokenize":
+        from longhaul.data.tokenize import run
+        from longhaul.jobs import TokenizeJob
+
+        run(TokenizeJob.read(path))
+    elif verb == "train":
+        from longhaul.jobs import StageJob
+        from longhaul.train.loop import run
+
+        run(StageJob.read(path))
+    else:
+        from longhaul.convert.export import run
+        from longhaul.jobs import ConvertJob
+
+        run(ConvertJob.read(path))
+
+
+_FOR_PEOPLE = {
+    "plan": (_plan, "print what a config will do: batches, memory, GPU-hours, Slurm requests"),
+    "fetch": (_fetch, "download what the config names on the hub, and pin it"),
+}
+_JOBS = {
+    "environment": "check the nodes",
+    "fabric": "measure the network between the ranks",
+    "tokenizer": "load or train the tokenizer",
+    "tokenize": "turn a dataset into token shards",
+    "train": "train one stage",
+    "convert": "export a checkpoint as a Hugging Face folder, and prove it",
+}

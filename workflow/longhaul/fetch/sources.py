@@ -1,0 +1,83 @@
+"""Resolves hub ids to commits and downloads them; collects the demo's text. Runs where there is internet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts import Lock
+from longhaul.config.load import LoadedConfig
+from longhaul.config.models import HubDataset
+from longhaul.errors import UserError
+from longhaul.fetch.stdlib import collect
+
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "config.json", "*.model"]
+_DATA_ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".arrow", ".txt")
+
+
+def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
+    """Downloads every hub source of a config and collects local ones; resumable, and quick when all is there.
+
+    Raises UserError when a repository, revision or split cannot be had.
+    """
+    config = loaded.config
+    sources: dict[str, dict[str, Any]] = {}
+    model: dict[str, Any] = {}
+    if config.tokenizer.hub:
+        sources["tokenizer"] = _snapshot(config.tokenizer.hub, "model", _TOKENIZER)
+    pretrained = config.model.pretrained
+    if pretrained and pretrained.hub:
+        patterns = [*_WEIGHTS, "*.py"] if pretrained.trust_remote_code else _WEIGHTS
+        sources["model"] = _snapshot(pretrained.hub, "model", patterns)
+        model = json.loads((Path(sources["model"]["path"]) / "config.json").read_text(encoding="utf-8"))
+    for name, dataset in config.datasets.items():
+        if dataset.hub:
+            sources[name] = _dataset(dataset.hub)
+        elif dataset.python_stdlib:
+            sources[name] = collect(dataset.kind, dataset.python_stdlib, folder / f"{name}.jsonl", dataset.columns)
+    return Lock(sources=sources, model=model)
+
+
+def _snapshot(source: Any, kind: str, patterns: list[str]) -> dict[str, Any]:
+    """Pins a revision to its commit and downloads the files that match; finished files are not fetched again."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        commit = HfApi().repo_info(source.id, revision=source.revision, repo_type=kind).sha
+        path = snapshot_download(source.id, revision=commit, repo_type=kind, allow_patterns=patterns)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot fetch {kind} {source.id} at {source.revision} from the hub: {_first_line(error)}",
+            "check the name, the network and `hf auth login`; or download it elsewhere and give its path",
+        ) from None
+    return {"hub": source.id, "revision": commit, "path": str(path)}
+
+
+def _dataset(source: HubDataset) -> dict[str, Any]:
+    fetched = _snapshot(source, "dataset", [f"*{ending}" for ending in _DATA_ENDINGS])
+    root = Path(fetched["path"])
+    files = sorted(
+        str(path) for path in root.rglob("*") if path.name.endswith(_DATA_ENDINGS) and _belongs(path, root, source)
+    )
+    if not files:
+        raise UserError(
+            f"dataset {source.id} at {fetched['revision']} has no data file for name {source.name!r}, split {source.split!r}",
+            f"files are {', '.join(_DATA_ENDINGS)} with the split in their path; or download it and give `files`",
+        )
+    return {**fetched, "files": files}
+
+
+def _belongs(path: Path, root: Path, source: HubDataset) -> bool:
+    """The hub's layouts put the configuration and the split into the path: plain_text/train-00000-of-00001.parquet."""
+    relative = path.relative_to(root)
+    if path.name in ("dataset_infos.json", "README.json") or path.name.startswith("."):
+        return False
+    in_split = source.split in relative.name or source.split in relative.parts
+    return in_split and (source.name is None or source.name in relative.parts)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

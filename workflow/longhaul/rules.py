@@ -1,0 +1,81 @@
+"""What the Snakemake files need from the package beside the plan: which config was named, and what a rule's triggers are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts import Lock, content_hash
+from longhaul.config.load import load_config
+from longhaul.errors import UserError
+from longhaul.payloads import payload
+from longhaul.plan import Plan, lock_path, make_plan
+from longhaul.slurm import RESOURCE_KEYS
+
+__all__ = ["RESOURCE_KEYS", "load_run_plan", "plan_key", "source_key", "spec_key"]
+
+# Parts of a payload that say where and how fast, not what: a change re-runs nothing that is finished.
+_NOT_RESULTS = {
+    "workers",
+    "scratch",
+    "config_hash",
+    "folder",
+    "out",
+    "files",
+    "train_files",
+    "path",
+    "model_vocab_size",
+}
+
+
+def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
+    """(config file, plan) of a Snakemake run; a UserError is printed and ends the parse with exit code 2."""
+    try:
+        config = _config_file(workflow)
+        loaded = load_config(config)
+        lock = lock_path(loaded.config.run)
+        return config, make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(UserError.exit_code)
+
+
+def _config_file(workflow: Any) -> Path:
+    """Exactly one config: Snakemake would merge several, and --config would change one that no file records."""
+    named = [Path(path) for path in workflow.overwrite_configfiles]
+    if len(named) > 1:
+        raise UserError(f"--configfile names {len(named)} files", "name one: a run is described by exactly one file")
+    if workflow.config_settings.config:
+        keys = ", ".join(workflow.config_settings.config)
+        raise UserError(
+            f"--config sets {keys}", "write it into the config file: a run is described by exactly one file"
+        )
+    return (named[0] if named else Path(workflow.basedir) / "config" / "config.yaml").absolute()
+
+
+def spec_key(plan: Plan, job: str) -> str:
+    """A hash of what a job's result depends on beside its inputs; Snakemake re-runs the job when it changes."""
+    verb, _, name = job.partition("-")
+    if verb == "train":
+        return content_hash(plan.stage(name).spec)
+    told = payload(Plan(plan.loaded, None, plan.stages), job).model_dump(mode="json")
+    return content_hash({key: value for key, value in told.items() if key not in _NOT_RESULTS})
+
+
+def plan_key(plan: Plan) -> str:
+    """A hash of what the plan's JSON shows."""
+    return content_hash([plan.config.model_dump(mode="json"), plan.site.model_dump(mode="json")])
+
+
+def source_key(plan: Plan) -> str:
+    """A hash of everything that fetch reads."""
+    config = plan.config
+    fetched = {n: d.model_dump(mode="json") for n, d in config.datasets.items() if d.hub or d.python_stdlib}
+    return content_hash(
+        [
+            fetched,
+            config.tokenizer.model_dump(mode="json"),
+            config.model.pretrained and config.model.pretrained.model_dump(mode="json"),
+        ]
+    )

@@ -1,0 +1,69 @@
+"""
+Reads the config into a plan, and gives the rules what they share: paths, resources and triggers.
+Nothing here decides anything about training; longhaul.plan does.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
+
+from longhaul.rules import RESOURCE_KEYS, load_run_plan, plan_key, source_key, spec_key
+from longhaul.lease import RunLease
+from longhaul.payloads import job_names, repository_sources
+from longhaul.plan import lock_path
+from longhaul.render import render_key
+
+CONFIG, PLAN = load_run_plan(workflow)
+LONGHAUL = shlex.join(["env", f"PYTHONPATH={workflow.basedir}/workflow", sys.executable, "-m", "longhaul"])
+LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
+
+
+wildcard_constraints:
+    run=PLAN.run,
+    stage="|".join(stage.name for stage in PLAN.stages),
+    dataset="|".join(sorted(PLAN.used_datasets)),
+    job="|".join(job_names(PLAN)),
+
+
+def job_resources(job_of):
+    """Resources of a rule, straight from its job's SlurmRequest; a key the request lacks is left out."""
+
+    def value(key):
+        return lambda wildcards: PLAN.request(job_of(wildcards)).as_resources().get(key)
+
+    return {key: value(key) for key in RESOURCE_KEYS}
+
+
+def job_threads(job_of):
+    """Cores a job holds on this machine; on a cluster the resources say it."""
+
+    def threads(wildcards):
+        request = PLAN.request(job_of(wildcards))
+        return request.tasks * request.cpus_per_task if PLAN.site.scheduler == "local" else 1
+
+    return threads
+
+
+def launch_of(job_of):
+    return lambda wildcards: f"results/{PLAN.run}/jobs/{job_of(wildcards)}/launch.sh"
+
+
+def finished_stages():
+    return [f"results/{PLAN.run}/stages/{stage.name}/checkpoint.json" for stage in PLAN.stages]
+
+
+def exports():
+    return [f"results/{PLAN.run}/export/{stage}.json" for stage in PLAN.exported]
+
+
+def sbatch_file(folder):
+    """job.sbatch is rendered where there is a Slurm to submit it to."""
+    return [f"{folder}/job.sbatch"] if PLAN.site.scheduler == "slurm" else []
+
+
+def take_run_lease():
+    """One main Snakemake per run: a second one is refused by name. Jobs on nodes take none."""
+    if workflow.is_main_process:
+        RunLease(Path("results") / f"{PLAN.run}.lease.json").take()

@@ -1,0 +1,21 @@
+"""
+Pins and downloads what the config names on the hub, and collects the demo's text; on the machine that runs Snakemake.
+IN   the config
+OUT  results/<run>.lock.json   (revisions, files, the pretrained model's geometry)
+"""
+
+
+localrules:
+    fetch,
+
+
+rule fetch:
+    output:
+        f"results/{PLAN.run}.lock.json",
+    log:
+        f"results/{PLAN.run}/logs/fetch.log",
+    params:
+        spec=source_key(PLAN),
+        config=CONFIG,
+    shell:
+        "{LONGHAUL} fetch {params.config:q} --out {output:q} >> {log:q} 2>&1"

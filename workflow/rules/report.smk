@@ -1,0 +1,28 @@
+"""
+Writes one self-contained page about the run.
+IN   every artefact of the run
+OUT  results/<run>/report.html
+"""
+
+
+localrules:
+    report,
+
+
+rule report:
+    input:
+        plan="results/{run}/plan.json",
+        environment="results/{run}/environment.json",
+        fabric="results/{run}/fabric.json",
+        tokenizer="results/{run}/tokenizer.json",
+        data=expand("results/{{run}}/data/{dataset}.json", dataset=sorted(PLAN.used_datasets)),
+        stages=finished_stages(),
+        exports=exports(),
+    output:
+        "results/{run}/report.html",
+    log:
+        "results/{run}/logs/report.log",
+    params:
+        folder=subpath(output[0], parent=True),
+    shell:
+        "{LONGHAUL} report {params.folder:q} {output:q} >> {log:q} 2>&1"
