@@ -1,0 +1,64 @@
+# longhaul: `make run` runs the demo, `make test` passes every test; both set up what they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
+CLUSTER := $(BIN)/python tests/cluster/cluster.py
+
+.PHONY: help run setup test test-packages check format generate cluster cluster-down bench-trainer bench-plan clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+run: setup  ## the whole pipeline on this machine: text -> tokenizer -> shards -> two stages -> Hugging Face model -> report
+	$(BIN)/snakemake --profile profiles/local
+
+setup: $(VENV)/.installed  ## make .venv from the pinned versions (quick when it is there)
+
+$(VENV)/.installed: envs/constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longhaul needs Python >= 3.11; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==$(TORCH)
+	$(BIN)/pip install --quiet -c envs/constraints.txt -e '.[job,dev]'
+	touch $@
+
+test: setup test-packages  ## every test, the real Slurm cluster included
+	$(BIN)/pytest tests
+
+test-packages: setup  ## install what the cluster and browser tests need (Debian packages), or say what is left out
+	@$(CLUSTER) install
+
+check: setup  ## linters, types, import layers, rule files, shell scripts, generated files
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+	$(BIN)/shellcheck .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
+	$(BIN)/python -m longhaul.config.generate --check
+	$(BIN)/python envs/generate.py --check
+
+format: setup  ## format Python and rule files
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow/rules
+
+generate: setup  ## write the config schema, default and docs, environments and golden files anew
+	$(BIN)/python -m longhaul.config.generate
+	$(BIN)/python envs/generate.py
+	$(BIN)/python tests/golden/regenerate.py
+
+cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to play with
+	$(CLUSTER) up
+
+cluster-down:  ## end it
+	$(CLUSTER) down
+
+bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTorch
+	$(BIN)/python bench/trainer.py
+
+bench-plan: setup  ## time of the demo's dry run
+	$(BIN)/python bench/plan.py
+
+clean:  ## remove results and caches, keep .venv
+	rm -rf results .snakemake .pytest_cache .ruff_cache
