@@ -11,17 +11,20 @@ GIB = 2**30
 _COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's default bucket (elements), used twice: one fills while the other is reduced.
 _DEFAULT_BUCKET = 500_000_000
+# DeepSpeed's default of stage3_max_live_parameters.
+_MAX_LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU; `host` is the CPU memory that offload needs per rank."""
+    """Bytes per GPU; `gathered` are ZeRO-3's whole weights in use; `host` is the CPU memory offload needs per rank."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    gathered: int
     buckets: int
     host: int
 
@@ -32,7 +35,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.states + self.activations + self.logits + self.buckets
+        return self.states + self.activations + self.logits + self.gathered + self.buckets
 
     def as_gib(self) -> dict[str, float]:
         """Every part and the total, in GiB."""
@@ -48,6 +51,7 @@ def estimate(stage: Stage, sizes: Geometry, data_parallel: int) -> Memory:
         optimizer=optimizer,
         activations=_activations(stage, sizes),
         logits=_logits(stage, sizes),
+        gathered=_gathered(stage, sizes),
         buckets=_buckets(stage, sizes, data_parallel),
         host=host,
     )
@@ -64,13 +68,15 @@ def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, 
         # The gradients of offloaded states go to the host in fp32.
         host, optimizer = optimizer + 4 * parameters // ranks, 0
     if zero.offload_param == "cpu":
-        host, weights = host + weights, width * _live_parameters(parameters)
+        host, weights = host + weights, 0
     return weights, gradients, optimizer, host
 
 
-def _live_parameters(parameters: int, max_live: int = 1_000_000_000) -> int:
-    """Weights resident at once when they live on the host: DeepSpeed's stage3_max_live_parameters at most."""
-    return min(parameters, max_live)
+def _gathered(stage: Stage, sizes: Geometry) -> int:
+    """ZeRO-3 holds at least the layer at work whole, and prefetches up to DeepSpeed's stage3_max_live_parameters."""
+    if stage.zero.stage < 3:
+        return 0
+    return _COMPUTE_BYTES[stage.precision] * max(sizes.layer_max, min(sizes.total, _MAX_LIVE_PARAMETERS))
 
 
 def _activations(stage: Stage, sizes: Geometry) -> int:
