@@ -1,0 +1,202 @@
+"""Where each parameter's master copy lies in a DeepSpeed checkpoint folder, for ZeRO 0 to 3.
+
+The layouts are those of DeepSpeed's own deepspeed/utils/zero_to_fp32.py and runtime/zero/{stage_1_and_2,stage3}.py:
+
+ZeRO 0    mp_rank_00_model_states.pt: the module's own fp32 weights are the masters.
+ZeRO 1, 2 zero_pp_rank_<r>_mp_rank_00_optim_states.pt: per parameter group, rank r's share of one flat vector that holds
+          the group's parameters in order, each followed by its alignment padding; the vector's end is padding.
+ZeRO 3    the same files: per sub-group, rank r's share of every single parameter, ceil(numel / world) elements each, the
+          last ranks' padded; frozen parameters lie in rank r's model_states file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from longhaul.errors import UserError
+from longhaul.zero_checkpoint.archive import StoredTensor, read_archive
+from longhaul.zero_checkpoint.tensors import LazyTensor, Piece, cut, lazy, whole
+
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+OTHER_LAYOUTS = {
+    "mp_rank_01_*": "tensor parallelism",
+    "zero_pp_rank_*_mp_rank_01_*": "tensor parallelism",
+    "layer_*": "pipeline parallelism or experts spread over ranks",
+    "expp_rank_*": "experts spread over ranks",
+}
+
+
+def open_master_weights(checkpoint_dir: Path) -> Mapping[str, LazyTensor]:
+    """Every parameter and persistent buffer of a DeepSpeed checkpoint, by the name the Hugging Face model gives it.
+
+    checkpoint_dir is the tag folder that save_checkpoint wrote, of any ZeRO stage, world size and precision, without
+    tensor, pipeline or expert parallelism. Tied parameters appear once, under their first name, the others in `aliases`.
+    The files' headers are read now, the elements when a LazyTensor is read.
+
+    Raises:
+        UserError: a file is missing, damaged, or of a layout that this reader does not know.
+    """
+    _refuse_other_layouts(checkpoint_dir)
+    partitioned = checkpoint_dir / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    model_file = partitioned if partitioned.exists() else checkpoint_dir / "mp_rank_00_model_states.pt"
+    model = read_archive(model_file)
+    optimizer_files = _optimizer_files(checkpoint_dir)
+    if not optimizer_files:
+        return _unpartitioned(model, model_file)
+    states = [read_archive(path)["optimizer_state_dict"] for path in optimizer_files]
+    _check_partition_count(states[0], len(states), checkpoint_dir)
+    if "fp32_flat_groups" in states[0]:
+        masters = _zero3(model, states, checkpoint_dir)
+    else:
+        masters = _zero12(model, states, checkpoint_dir)
+    return _ordered(model, masters, checkpoint_dir)
+
+
+def _refuse_other_layouts(folder: Path) -> None:
+    for pattern, layout in OTHER_LAYOUTS.items():
+        if found := sorted(folder.glob(pattern)):
+            raise UserError(
+                f"{folder} was saved with {layout} ({found[0].name}), which cannot be read here",
+                "train the stage with data parallelism and ZeRO only",
+            )
+
+
+def _optimizer_files(folder: Path) -> list[Path]:
+    ranks = {int(match[1]): path for path in folder.iterdir() if (match := OPTIMIZER_FILE.fullmatch(path.name))}
+    if sorted(ranks) != list(range(len(ranks))):
+        raise UserError(
+            f"{folder} holds optimizer files of ranks {sorted(ranks)}: some are missing", "use another checkpoint"
+        )
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _check_partition_count(state: dict[str, Any], files: int, folder: Path) -> None:
+    counts = state["partition_count"]
+    counts = set(counts) if isinstance(counts, list) else {counts}
+    if counts != {files}:
+        raise UserError(
+            f"{folder} was saved by {sorted(counts)} data-parallel ranks but holds {files} optimizer files",
+            "a rank did not finish its save, or two saves share the folder: use another checkpoint",
+        )
+
+
+def _unpartitioned(model: dict[str, Any], path: Path) -> dict[str, LazyTensor]:
+    """ZeRO 0: names that share a storage are tied."""
+    tensors: dict[StoredTensor, str] = {}
+    found: dict[str, LazyTensor] = {}
+    for name, stored in _module_tensors(model, path).items():
+        if stored.dtype.is_floating_point and stored.dtype.itemsize != 4:
+            raise UserError(
+                f"{path} holds {stored.dtype} weights ({name}) and no fp32 master copy",
+                "train with ZeRO stage 1 or higher",
+            )
+        first = tensors.setdefault(stored, name)
+        if first == name:
+            found[name] = lazy(stored.shape, (whole(stored),))
+        else:
+            found[first] = replace(found[first], aliases=(*found[first].aliases, name))
+    return found
+
+
+def _module_tensors(model: dict[str, Any], path: Path) -> dict[str, StoredTensor]:
+    tensors = model["module"]
+    for name, stored in tensors.items():
+        if not isinstance(stored, StoredTensor):
+            raise UserError(f"{path}: {name} is not a contiguous tensor", "only plain tensors can be exported")
+    return tensors
+
+
+def _zero12(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> dict[str, LazyTensor]:
+    masters: dict[str, LazyTensor] = {}
+    paddings = states[0].get("param_alignment_paddings")
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = [whole(state["single_partition_of_fp32_groups"][group]) for state in states]
+        gaps = paddings[group] if paddings else [0] * len(shapes)
+        masters |= _flat_group(shapes, gaps, flat, folder)
+    # What the optimizer does not own (frozen weights) lies in the module as it is.
+    path = folder / "mp_rank_00_model_states.pt"
+    aliases = model["shared_params"]
+    for name, stored in _module_tensors(model, path).items():
+        if name not in masters and name not in aliases:
+            masters[name] = lazy(stored.shape, (whole(stored),))
+    return masters
+
+
+def _flat_group(shapes: dict[str, Any], gaps: list[int], flat: list[Piece], folder: Path) -> dict[str, LazyTensor]:
+    found, offset = {}, 0
+    for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+        numel = math.prod(shape)
+        found[name] = lazy(shape, cut(flat, offset, offset + numel))
+        offset += numel + gap
+    held = sum(piece.numel for piece in flat)
+    # The group's end is padded to twice the world size or not at all, whichever DeepSpeed chose.
+    if not 0 <= held - offset < 2 * len(flat):
+        raise _wrong_size(folder, next(iter(shapes)), held, offset)
+    return found
+
+
+def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> dict[str, LazyTensor]:
+    masters: dict[str, LazyTensor] = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = [whole(state["fp32_flat_groups"][group]) for state in states]
+        offset = 0
+        for name, shape in shapes.items():
+            masters[name] = _partitioned(shape, flat, offset)
+            offset += math.ceil(math.prod(shape) / len(flat))
+        if any(piece.numel != offset for piece in flat):
+            raise _wrong_size(folder, next(iter(shapes)), flat[0].numel, offset)
+    return masters | _zero3_frozen(model, len(states), folder) | _buffers(model)
+
+
+def _partitioned(shape: tuple[int, ...], flat: list[Piece], offset: int) -> LazyTensor:
+    """One ZeRO-3 parameter: rank r's share starts at `offset` of its flat vector; the last shares end in padding."""
+    numel = math.prod(shape)
+    share = math.ceil(numel / len(flat))
+    pieces = []
+    for rank, piece in enumerate(flat):
+        count = min(share, numel - rank * share)
+        if count > 0:
+            pieces.append(piece.part(offset, offset + count))
+    return lazy(shape, tuple(pieces))
+
+
+def _zero3_frozen(model: dict[str, Any], world_size: int, folder: Path) -> dict[str, LazyTensor]:
+    shapes = model["frozen_param_shapes"] or {}
+    if not shapes:
+        return {}
+    files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
+    fragments = [read_archive(path)["frozen_param_fragments"] for path in files]
+    return {
+        name: _partitioned(shape, [whole(fragment[name]) for fragment in fragments], 0)
+        for name, shape in shapes.items()
+    }
+
+
+def _buffers(model: dict[str, Any]) -> dict[str, LazyTensor]:
+    tensors = model["module"]
+    return {name: lazy(tensors[name].shape, (whole(tensors[name]),)) for name in model["buffer_names"]}
+
+
+def _ordered(model: dict[str, Any], masters: dict[str, LazyTensor], folder: Path) -> dict[str, LazyTensor]:
+    """The masters in the module's order, each with its aliases."""
+    shared: dict[str, str] = model["shared_params"]
+    found = {name: masters[name] for name in model["module"] if name in masters}
+    if missing := set(model["module"]) - set(found) - set(shared):
+        raise UserError(f"{folder} holds no master copy of {sorted(missing)[0]}", "use another checkpoint")
+    for alias, name in shared.items():
+        if name not in found:
+            raise UserError(f"{folder}: {alias} is tied to {name}, which has no master copy", "use another checkpoint")
+        found[name] = replace(found[name], aliases=(*found[name].aliases, alias))
+    return found
+
+
+def _wrong_size(folder: Path, first: str, held: int, wanted: int) -> UserError:
+    return UserError(
+        f"{folder}: the parameter group of {first} holds {held} elements a rank or group, its parameters need {wanted}",
+        "the checkpoint was written by a DeepSpeed release with another layout, or it is damaged",
+    )

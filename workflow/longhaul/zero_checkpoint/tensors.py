@@ -1,0 +1,103 @@
+"""A tensor that is scattered over checkpoint files and read on demand."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longhaul.errors import UserError
+from longhaul.zero_checkpoint.archive import StoredTensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`numel` consecutive elements of `dtype` from byte `offset_bytes` of `path`."""
+
+    path: Path
+    offset_bytes: int
+    numel: int
+    dtype: torch.dtype
+
+    def part(self, start: int, stop: int) -> Piece:
+        return Piece(self.path, self.offset_bytes + start * self.dtype.itemsize, stop - start, self.dtype)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """One parameter or buffer of the model; nothing is read before `read`.
+
+    shape:   of the whole tensor
+    dtype:   of what `read` returns: float32, or the buffer's own type where it is not a floating-point one
+    pieces:  where its elements lie, in order
+    aliases: further names of the same parameter (tied weights)
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, contiguous, of `shape`."""
+        return self.read_range(0, self.numel).view(self.shape)
+
+    def read_range(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, as a new 1-D tensor."""
+        values = torch.empty(stop - start, dtype=self.dtype)
+        filled = 0
+        for piece in cut(self.pieces, start, stop):
+            target = values[filled : filled + piece.numel]
+            if piece.dtype == self.dtype:
+                _read_into(piece, target)
+            else:
+                target.copy_(_read_into(piece, torch.empty(piece.numel, dtype=piece.dtype)))
+            filled += piece.numel
+        return values
+
+
+def cut(pieces: Iterable[Piece], start: int, stop: int) -> tuple[Piece, ...]:
+    """The pieces of elements [start, stop) of the concatenation of `pieces`."""
+    found, first = [], 0
+    for piece in pieces:
+        begin, end = max(start - first, 0), min(stop - first, piece.numel)
+        if begin < end:
+            found.append(piece.part(begin, end))
+        first += piece.numel
+    return tuple(found)
+
+
+def whole(stored: StoredTensor) -> Piece:
+    """All elements of a stored tensor."""
+    return Piece(stored.path, stored.offset_bytes, stored.numel, stored.dtype)
+
+
+def lazy(shape: Sequence[int], pieces: tuple[Piece, ...]) -> LazyTensor:
+    """A LazyTensor of `shape`, read as float32 unless it holds integers or booleans."""
+    floating = all(piece.dtype.is_floating_point for piece in pieces)
+    return LazyTensor(tuple(shape), torch.float32 if floating else pieces[0].dtype, pieces)
+
+
+def _read_into(piece: Piece, target: torch.Tensor) -> torch.Tensor:
+    view = memoryview(target.view(torch.uint8).numpy()) if piece.numel else memoryview(b"")
+    done = 0
+    descriptor = os.open(piece.path, os.O_RDONLY)
+    try:
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], piece.offset_bytes + done)
+            if count == 0:
+                raise UserError(
+                    f"{piece.path} ends before its tensor does", "the file was cut short: use another checkpoint"
+                )
+            done += count
+    finally:
+        os.close(descriptor)
+    return target
