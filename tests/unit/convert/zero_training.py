@@ -1,17 +1,20 @@
 """Trains tiny models for two steps with real DeepSpeed and saves them, with the weights gathered from the live engine.
 
 One process per rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT): python zero_training.py FOLDER. Every case of the
-world size goes to FOLDER/<case>/: DeepSpeed's own files under `step`, `reference.safetensors`, `config/`.
+world size goes to FOLDER/<case>/: `reference.safetensors` and a stage's weights folder with one checkpoint and its proof.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 STEPS = 2
+TAG = "step-00000002"
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,54 @@ def gathered(engine, case: Case) -> dict:
     return found
 
 
+def proof_logits(engine) -> dict:
+    """Two prompts and the live engine's logits, as the trainer keeps them."""
+    import torch
+
+    input_ids = torch.randint(3, 261, (2, 17), generator=torch.Generator().manual_seed(1))
+    engine.module.eval()
+    with torch.no_grad():
+        logits = torch.cat([engine.module(input_ids=row[None], use_cache=False).logits for row in input_ids])
+    return {"input_ids": input_ids, "logits": logits.float()}
+
+
+def write_proof(folder: Path, case: Case, reference: dict, logits: dict) -> None:
+    """The proof folder and the manifest of a save that is exported as bf16."""
+    import torch
+    from safetensors.torch import save_file
+
+    proof = folder / "proof"
+    proof.mkdir()
+    entries = {}
+    for name, tensor in reference.items():
+        exported = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+        entries[name] = {
+            "shape": list(tensor.shape),
+            "sha256_fp32": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
+            "sha256_export": hashlib.sha256(exported.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
+        }
+    (proof / "tensors.json").write_text(json.dumps(entries))
+    made = {"device": "cpu", "threads": 1, "dtype": case.precision, "torch": torch.__version__}
+    (proof / "logits.json").write_text(json.dumps(made))
+    save_file(logits, proof / "logits.safetensors")
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> str:
+    """Writes manifest.json for what the checkpoint folder holds now; returns its SHA-256."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    files = {
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in paths
+    }
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"step": STEPS, "exportable": True, "files": files}))
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
 def main(folder: Path) -> None:
     """Runs every case of this world size."""
     import deepspeed
@@ -180,11 +231,14 @@ def main(folder: Path) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     for index, (name, case) in enumerate(CASES[int(os.environ["WORLD_SIZE"])].items()):
         engine = train(case, seed=index)
-        reference = gathered(engine, case)
-        engine.save_checkpoint(str(folder / name), tag="step")
+        reference, logits = gathered(engine, case), proof_logits(engine)
+        checkpoints = folder / name / "weights" / "checkpoints"
+        engine.save_checkpoint(str(checkpoints), tag=TAG)
         if engine.global_rank == 0:
             save_file(reference, folder / name / "reference.safetensors")
-            engine.module.config.save_pretrained(folder / name / "config")
+            write_proof(checkpoints / TAG, case, reference, logits)
+            config = {**engine.module.config.to_dict(), "architectures": [type(engine.module).__name__]}
+            (folder / name / "weights" / "model_config.json").write_text(json.dumps(config))
         engine.destroy()
 
 

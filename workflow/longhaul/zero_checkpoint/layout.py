@@ -50,11 +50,8 @@ def open_master_weights(checkpoint_dir: Path) -> Mapping[str, LazyTensor]:
         return _unpartitioned(model, model_file)
     states = [read_archive(path)["optimizer_state_dict"] for path in optimizer_files]
     _check_partition_count(states[0], len(states), checkpoint_dir)
-    if "fp32_flat_groups" in states[0]:
-        masters = _zero3(model, states, checkpoint_dir)
-    else:
-        masters = _zero12(model, states, checkpoint_dir)
-    return _ordered(model, masters, checkpoint_dir)
+    find = _zero3 if "fp32_flat_groups" in states[0] else _zero12
+    return _ordered(model, find(model, states, checkpoint_dir), checkpoint_dir)
 
 
 def _refuse_other_layouts(folder: Path) -> None:

@@ -87,7 +87,7 @@ def lazy(shape: Sequence[int], pieces: tuple[Piece, ...]) -> LazyTensor:
 
 
 def _read_into(piece: Piece, target: torch.Tensor) -> torch.Tensor:
-    view = memoryview(target.view(torch.uint8).numpy()) if piece.numel else memoryview(b"")
+    view = memoryview(target.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     done = 0
     descriptor = os.open(piece.path, os.O_RDONLY)
     try:

@@ -1,0 +1,144 @@
+"""Exports one checkpoint as a Hugging Face folder, and keeps it only when it is proved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
+
+from longhaul.artifacts import Export, file_sha256, write_text
+from longhaul.convert.card import card, provenance
+from longhaul.convert.generate import samples
+from longhaul.convert.layout import ExportedTensor, export_layout, hugging_face_config, meta_model
+from longhaul.convert.loading import available_bytes, fits_memory, load
+from longhaul.convert.proof import DTYPES, compute_dtype, prove_loading, prove_logits, prove_tensors
+from longhaul.convert.shards import write_shards
+from longhaul.convert.source import Source, open_source
+from longhaul.errors import UserError
+from longhaul.jobs import ConvertJob
+from longhaul.zero_checkpoint import open_master_weights
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def run(job: ConvertJob) -> None:
+    """Verifies the checkpoint, writes the folder, proves it, samples from it; job.out is written last.
+
+    Raises:
+        UserError: the checkpoint is not whole, or a proof failed; then neither folder nor job.out is left as new.
+    """
+    Path(job.out).unlink(missing_ok=True)
+    source = open_source(job)
+    masters = open_master_weights(source.folder)
+    dtype = DTYPES[job.dtype]
+    tensors = export_layout(meta_model(source.model_config), masters, dtype)
+    parameters = sum(tensor.numel for tensor in tensors)
+    facts = provenance(job, source)
+    with _staged(Path(job.folder)) as folder:
+        files = write_shards(folder, tensors)
+        _write_config(folder, source, dtype)
+        _copy_tokenizer(Path(source.tokenizer.path), folder)
+        write_text(folder / "README.md", card(facts, source.model_config, parameters, job.folder))
+        proof, sampled = _prove(job, source, folder, tensors)
+    files |= {path.name: file_sha256(path) for path in sorted(Path(job.folder).iterdir()) if path.name not in files}
+    Export(
+        stage=job.stage,
+        checkpoint=str(source.folder),
+        step=source.step,
+        path=job.folder,
+        dtype=job.dtype,
+        parameters=parameters,
+        bytes=sum(tensor.size_bytes for tensor in tensors),
+        files=files,
+        proof=proof,
+        samples=sampled,
+        provenance=facts,
+    ).write(Path(job.out))
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which replaces it when the block ends well and is removed when it does not."""
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        _fsync(folder.parent)
+    finally:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json; the special ids are the tokenizer's."""
+    config = hugging_face_config(source.model_config)
+    ids = {
+        "bos_token_id": source.tokenizer.bos_id,
+        "eos_token_id": source.tokenizer.eos_id,
+        "pad_token_id": source.tokenizer.pad_id,
+    }
+    for key, value in ids.items():
+        setattr(config, key, value)
+    config.dtype, config.use_cache = dtype, True
+    config.save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+def _prove(
+    job: ConvertJob, source: Source, folder: Path, tensors: Sequence[ExportedTensor]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The proofs and the samples; what needs the whole model in memory is left out, and says so, when it does not fit."""
+    recorded, dtype = source.folder / "proof", DTYPES[job.dtype]
+    proof: dict[str, Any] = {"tensors": prove_tensors(folder, tensors, recorded, dtype)}
+    compute = compute_dtype(recorded)
+    needed = sum(tensor.numel for tensor in tensors) * max(dtype.itemsize, compute.itemsize)
+    if not fits_memory(needed):
+        reason = f"{needed / 1e9:.1f} GB of weights do not fit the {available_bytes() / 1e9:.1f} GB of free memory"
+        return proof | {"logits": {"left_out": reason}, "from_pretrained": {"left_out": reason}}, []
+    model = load(folder, dtype)
+    proof["from_pretrained"] = prove_loading(model, tensors)
+    if compute != dtype:
+        del model
+        model = load(folder, compute)
+    proof["logits"] = prove_logits(model, recorded, dtype)
+    prompts_PT = load_file(recorded / "logits.safetensors")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if job.chat and not tokenizer.chat_template:
+        raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
+    return proof, samples(model, tokenizer, prompts_PT, job.samples, job.chat)
