@@ -1,0 +1,154 @@
+"""A run of seconds through the whole chain, started as a user starts it: snakemake in a subprocess, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """Two stages of a few steps on a network of 0.2 M parameters; `changes` replace top-level keys."""
+    stage = {
+        "global_batch": 4,
+        "micro_batch": 2,
+        "sequence_length": 64,
+        "gpus_per_node": 2,
+        "precision": "fp32",
+        "optimizer": {"lr": 0.003},
+        "checkpoints": {"every_steps": 3, "keep_best": 1},
+        "validation": {"every_steps": 3, "max_samples": 8},
+        "export_dtype": "fp32",
+        "minutes": 5,
+    }
+    return {
+        "run": "tiny",
+        "site": "local",
+        "seed": 3,
+        "tokenizer": {"train": {"vocab_size": 400, "datasets": ["prose"]}},
+        "datasets": {
+            "prose": {"kind": "text", "files": ["prose.jsonl"], "validation_share": 0.1},
+            "chats": {"kind": "chat", "files": ["chats.jsonl"], "validation_share": 0.1},
+        },
+        "model": {
+            "llama": {
+                "vocab_size": 400,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+                "tie_word_embeddings": True,
+            }
+        },
+        "checks": {"nodes": 1, "min_disk_free_gb": 0.1},
+        "trackers": {"tensorboard": False},
+        "stages": [
+            {"name": "base", "kind": "pretrain", "dataset": "prose", "steps": 6, "zero": {"stage": 1}, **stage},
+            {
+                "name": "chat",
+                "kind": "sft",
+                "dataset": "chats",
+                "from": {"stage": "base", "checkpoint": "best"},
+                "steps": 4,
+                "zero": {"stage": 3},
+                "export": "last",
+                **stage,
+            },
+        ],
+        **changes,
+    }
+
+
+def write_data(folder: Path) -> None:
+    """Small deterministic documents and conversations."""
+    words = "the long haul takes raw text to a model and proves every step of the way home again".split()  # noqa: SIM905
+    prose = [" ".join(words[(i * k) % len(words)] for k in range(1, 60)) for i in range(1, 61)]
+    (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
+    chats = [
+        [
+            {"role": "user", "content": f"What follows {i}?"},
+            {"role": "assistant", "content": f"After {i} comes {i + 1}."},
+        ]
+        for i in range(80)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+
+
+class Chain:
+    """A working folder with a config and data."""
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], profile: str = "local", prefix: tuple[str, ...] = ()
+    ) -> None:
+        self.folder, self.config, self.profile, self.prefix = folder, config, profile, prefix
+        folder.mkdir(parents=True, exist_ok=True)
+        write_data(folder)
+        self.save()
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / self.config["run"]
+
+    def save(self, text: str | None = None) -> None:
+        """Writes the config as it is now, or the given text of it."""
+        (self.folder / "run.yaml").write_text(text or yaml.safe_dump(self.config, sort_keys=False))
+
+    def command(self, *arguments: str) -> list[str]:
+        profile = str(REPOSITORY / "profiles" / self.profile)
+        where = [
+            "-s",
+            str(REPOSITORY / "Snakefile"),
+            "--directory",
+            str(self.folder),
+            "--configfile",
+            str(self.folder / "run.yaml"),
+        ]
+        return [*self.prefix, *SNAKEMAKE, *where, "--profile", profile, *arguments]
+
+    def snakemake(self, *arguments: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        return subprocess.run(  # noqa: PLW1510
+            self.command(*arguments),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=environment,
+        )
+
+    def run(self, *arguments: str) -> str:
+        """Runs to the end; fails with the output and the job logs when Snakemake fails."""
+        done = self.snakemake(*arguments)
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output[-6000:] + self.logs()
+        return output
+
+    def would_run(self) -> dict[str, int]:
+        """Rule -> jobs that a dry run would start, `all` aside."""
+        return {rule: count for rule, count in job_counts(self.run("-n")).items() if rule != "all"}
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.results.glob("logs/**/*.log"))
+        )
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.results / name).read_text())
+
+
+def job_counts(output: str) -> dict[str, int]:
+    """The last `Job stats` table of Snakemake's output; empty when there is nothing to be done."""
+    tables = re.findall(r"^job +count\n-+ +-+\n((?:\w+ +\d+\n)+)", output, flags=re.MULTILINE)
+    rows = tables[-1].splitlines() if tables else []
+    return {rule: int(count) for rule, count in (row.split() for row in rows) if rule != "total"}
