@@ -46,8 +46,16 @@ model = AutoModelForCausalLM.from_pretrained("{{ folder }}", dtype="auto")
 | {{ name }} | `{{ value }}` |
 {%- endfor %}
 
-Every tensor was compared, bit for bit, with the master weights gathered from the training engine, and the logits of fixed
-prompts with those of the engine.
+## Proof
+
+Each of the {{ proof.tensors.count }} tensors equals, bit for bit, the master weight gathered from the training engine after
+the cast to {{ p.dtype }}.
+{%- if "left_out" in proof.logits %} Logits were not compared: {{ proof.logits.left_out }}.
+{%- else %} The logits of {{ proof.logits.prompts }} fixed prompts ({{ proof.logits.tokens }} tokens) are
+{%- if proof.logits.bit_equal %} bit-equal to the engine's.
+{%- else %} within {{ "%.3g" % proof.logits.max_abs_difference }} of the engine's; limit {{ "%.3g" % proof.logits.bound }}.
+{%- endif %}
+{%- endif %}
 """
 
 
@@ -74,12 +82,12 @@ def provenance(job: ConvertJob, source: Source) -> dict[str, Any]:
     }
 
 
-def card(facts: dict[str, Any], config: dict[str, Any], parameters: int, folder: str) -> str:
+def card(facts: dict[str, Any], config: dict[str, Any], parameters: int, folder: str, proof: dict[str, Any]) -> str:
     """The README.md of an export."""
     base, base_hub = _base_model(facts["model"] or {})
     plain = {key: value for key, value in facts.items() if isinstance(value, str | int) and value != ""}
     rows = [*plain.items(), *facts["versions"].items()]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
     return environment.from_string(CARD).render(
         p=facts,
         base=base,
@@ -87,6 +95,7 @@ def card(facts: dict[str, Any], config: dict[str, Any], parameters: int, folder:
         architecture=config["architectures"][0],
         parameters=parameters,
         folder=folder,
+        proof=proof,
         rows=[(name.replace("_", " "), value) for name, value in rows],
     )
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from longhaul.artifacts import Export, file_sha256, write_text
 from longhaul.convert.card import card, provenance
 from longhaul.convert.generate import samples
 from longhaul.convert.layout import ExportedTensor, export_layout, hugging_face_config, meta_model
 from longhaul.convert.loading import available_bytes, fits_memory, load
-from longhaul.convert.proof import DTYPES, compute_dtype, prove_loading, prove_logits, prove_tensors
+from longhaul.convert.logits import compute_dtype, prove_logits
+from longhaul.convert.proof import DTYPES, prove_loading, prove_tensors
 from longhaul.convert.shards import write_shards
 from longhaul.convert.source import Source, open_source
 from longhaul.errors import UserError
@@ -55,8 +56,8 @@ def run(job: ConvertJob) -> None:
         files = write_shards(folder, tensors)
         _write_config(folder, source, dtype)
         _copy_tokenizer(Path(source.tokenizer.path), folder)
-        write_text(folder / "README.md", card(facts, source.model_config, parameters, job.folder))
         proof, sampled = _prove(job, source, folder, tensors)
+        write_text(folder / "README.md", card(facts, source.model_config, parameters, job.folder, proof))
     files |= {path.name: file_sha256(path) for path in sorted(Path(job.folder).iterdir()) if path.name not in files}
     Export(
         stage=job.stage,
@@ -136,9 +137,14 @@ def _prove(
     if compute != dtype:
         del model
         model = load(folder, compute)
-    proof["logits"] = prove_logits(model, recorded, dtype)
-    prompts_PT = load_file(recorded / "logits.safetensors")["input_ids"]
+    sampled = _samples(job, source, folder, model)  # before prove_logits, which moves the weights
+    proof["logits"] = prove_logits(model, tensors, recorded, dtype)
+    return proof, sampled
+
+
+def _samples(job: ConvertJob, source: Source, folder: Path, model: PreTrainedModel) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if job.chat and not tokenizer.chat_template:
         raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
-    return proof, samples(model, tokenizer, prompts_PT, job.samples, job.chat)
+    prompts_PT = load_file(source.folder / "proof" / "logits.safetensors")["input_ids"]
+    return samples(model, tokenizer, prompts_PT, job.samples, job.chat)
