@@ -84,14 +84,14 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Base of the JSON artefacts: a kind, a schema version, and exactly the dataclass' own fields."""
+    """Base of the JSON artefacts: its name, a schema version, and exactly the dataclass' own fields."""
 
     schema_version: ClassVar[int] = 1
 
     def write(self, path: Path) -> None:
         """Writes the artefact atomically."""
         write_json(
-            path, {"kind": type(self).__name__, "schema_version": self.schema_version, **dataclasses.asdict(self)}
+            path, {"artifact": type(self).__name__, "schema_version": self.schema_version, **dataclasses.asdict(self)}
         )
 
     @classmethod
@@ -99,7 +99,7 @@ class Artifact:
         """Reads an artefact back; UserError when it is another kind, version or shape."""
         value = read_json(path)
         found = (
-            (value.pop("kind", None), value.pop("schema_version", None)) if isinstance(value, dict) else (None, None)
+            (value.pop("artifact", None), value.pop("schema_version", None)) if isinstance(value, dict) else (None, None)
         )
         if found != (cls.__name__, cls.schema_version):
             raise UserError(
