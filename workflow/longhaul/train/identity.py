@@ -1,0 +1,72 @@
+"""Which folder a stage's weights belong in: a hash of all that they depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest, content_hash, read_json, write_json
+from longhaul.errors import UserError
+from longhaul.jobs import StageJob
+from longhaul.train.checkpoints import complete_checkpoints
+from longhaul.train.processes import Processes
+from longhaul.train.schedule import may_grow
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint of an earlier stage: its folder and the hash of its manifest."""
+
+    folder: Path
+    sha256: str
+
+
+def starting_checkpoint(job: StageJob) -> Start | None:
+    """The checkpoint this stage starts from; None when it starts from the model itself."""
+    if job.start_checkpoint is None or job.stage.start_from is None:
+        return None
+    earlier, which = Checkpoint.read(Path(job.start_checkpoint)), job.stage.start_from.checkpoint
+    if which not in earlier.checkpoints:
+        raise UserError(f"stage {earlier.stage} has no {which} checkpoint", "start from its last one")
+    found = earlier.checkpoints[which]
+    return Start(Path(earlier.weights) / found["path"], found["sha256"])
+
+
+def weights_identity(
+    job: StageJob, data: DataManifest, tokenizer: TokenizerManifest, start: Start | None
+) -> dict[str, Any]:
+    """What the weights depend on. The number of steps is left out, unless `restart` asks for new weights when it changes."""
+    spec = {key: value for key, value in job.spec.items() if key != "steps" or job.stage.restart}
+    return {
+        "spec": spec,
+        "pretrained": job.pretrained,
+        "data": data.hash,
+        "tokenizer": tokenizer.hash,
+        "start": start.sha256 if start else None,
+    }
+
+
+def claim_weights_folder(job: StageJob, identity: dict[str, Any], processes: Processes) -> Path:
+    """<weights_root>/<hash>, made by rank 0; UserError when its weights may not go on under the planned steps."""
+    folder = Path(job.weights_root) / content_hash(identity)
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_steps(job, folder)
+        write_json(folder / "identity.json", {**identity, "steps": job.steps})
+    processes.barrier()
+    return folder
+
+
+def _check_steps(job: StageJob, folder: Path) -> None:
+    if not (folder / "identity.json").exists():
+        return
+    planned, trained = read_json(folder / "identity.json")["steps"], max(complete_checkpoints(folder), default=0)
+    if planned == job.steps or trained == 0:
+        return
+    if job.steps < trained or not may_grow(job.stage.schedule, trained, planned):
+        raise UserError(
+            f"stage {job.stage.name}: steps changed from {planned} to {job.steps}, but its weights have {trained} steps of a "
+            f"{job.stage.schedule.kind} schedule planned for {planned}",
+            f"go back to {planned} steps, or set restart: true in the stage to train it anew",
+        )

@@ -1,0 +1,196 @@
+"""The network with its first weights, and the DeepSpeed engine around it.
+
+First weights come from the seed, from an earlier stage's checkpoint, or from a Hugging Face folder. The first two are
+filled in one parameter at a time, by name, so that every layout starts from the same bits and ZeRO-3 never holds the
+whole model on one rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longhaul.artifacts import TokenizerManifest
+from longhaul.errors import UserError
+from longhaul.jobs import StageJob
+from longhaul.train.identity import Start
+from longhaul.train.processes import Processes
+from longhaul.zero_checkpoint import open_master_weights
+
+Values = Callable[[str, torch.Size], torch.Tensor]
+
+
+def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
+    """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
+    ds_config = read_deepspeed_config(job)
+    keep_alive = _announce_zero3(job, ds_config)
+    if job.pretrained and start is None:
+        model = _from_pretrained(job)
+    else:
+        config = _config(job, tokenizer)
+        model = _from_config(job, config, ds_config)
+        values = _checkpoint_values(model, start) if start else seeded_values(config, job.seed)
+        _fill(model, values, start is not None)
+    del keep_alive
+    model.config.use_cache = False
+    if job.stage.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def read_deepspeed_config(job: StageJob) -> dict[str, Any]:
+    """The rendered ds_config.json; the total batch follows from the world size."""
+    return json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
+
+
+def make_engine(job: StageJob, model: Any) -> Any:
+    """deepspeed.initialize, with no weight decay on norms and biases."""
+    import deepspeed
+
+    decay = job.stage.optimizer.weight_decay
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for _, p in named if _dimensions(p) >= 2], "weight_decay": decay},
+        {"params": [p for _, p in named if _dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=read_deepspeed_config(job))
+    return engine
+
+
+def _dimensions(parameter: Any) -> int:
+    """Dimensions of the whole parameter; ZeRO-3 leaves an empty vector in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _announce_zero3(job: StageJob, ds_config: dict[str, Any]) -> Any:
+    """from_pretrained partitions while it loads, as long as this object lives."""
+    if job.stage.zero.stage < 3 or not job.pretrained:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config)
+
+
+def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
+    from transformers import AutoConfig
+
+    if tokenizer.vocab_size > job.model["vocab_size"]:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens; the model's vocab_size is {job.model['vocab_size']}",
+            f"set vocab_size to at least {tokenizer.vocab_size}",
+        )
+    keys = {**job.model, "use_cache": False}
+    if not job.pretrained:
+        keys |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return AutoConfig.for_model(**keys)
+
+
+def _from_pretrained(job: StageJob) -> Any:
+    """The folder's own weights; transformers only warns of missing keys, here they are errors."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        job.pretrained,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=job.trust_remote_code,
+        output_loading_info=True,
+    )
+    wrong = {
+        kind: sorted(map(str, info[kind]))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    }
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise UserError(
+            f"{job.pretrained}: {kind.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)",
+            "the weights do not belong to this config.json, or the download is incomplete",
+        )
+    return model
+
+
+def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with _partitioning(job, ds_config):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=job.trust_remote_code
+        )
+
+
+def _partitioning(job: StageJob, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+    if job.stage.zero.stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=ds_config)
+
+
+def seeded_values(config: Any, seed: int) -> Values:
+    """First values by name: ones for norms, zeros for biases, else a normal distribution with the config's deviation.
+
+    Each parameter has its own generator, so that its values depend on nothing but the seed and its name.
+    """
+
+    def values(name: str, shape: torch.Size) -> torch.Tensor:
+        if name.endswith(("bias", "e_score_correction_bias")):
+            return torch.zeros(shape)
+        if len(shape) < 2:
+            return torch.ones(shape)
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+
+    return values
+
+
+def _checkpoint_values(model: Any, start: Start) -> Values:
+    """Master weights of an earlier stage, whatever its ZeRO stage and world size were."""
+    weights = open_master_weights(start.folder)
+    wanted = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
+    if set(weights) != wanted:
+        differing = sorted(set(weights) ^ wanted)
+        raise UserError(
+            f"{start.folder} and the model differ in {', '.join(differing[:5])} ({len(differing)} in all)",
+            "a stage starts from one with the same model",
+        )
+
+    def values(name: str, shape: torch.Size) -> torch.Tensor:
+        if tuple(weights[name].shape) != tuple(shape):
+            raise UserError(
+                f"{start.folder}: {name} is {tuple(weights[name].shape)}, the model wants {tuple(shape)}", ""
+            )
+        return weights[name].read()
+
+    return values
+
+
+def _persistent_buffers(model: Any) -> Mapping[str, torch.Tensor]:
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _fill(model: Any, values: Values, buffers: bool) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with _whole(parameter):
+                parameter.copy_(values(name, parameter.shape).to(parameter.dtype))
+        for name, buffer in _persistent_buffers(model).items() if buffers else ():
+            buffer.copy_(values(name, buffer.shape))
+
+
+def _whole(parameter: Any) -> AbstractContextManager[Any]:
+    """ZeRO-3: the parameter gathered; rank 0's values are kept."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

@@ -1,0 +1,71 @@
+"""The processes of a training: who this one is, what it computes on, and the few sums they share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from longhaul.jobs import StageJob
+from longhaul.ops import disable_shm_comm, use_ops_folder
+from longhaul.ranks import Rank, export_rank, require_geometry, this_rank
+
+_COLLECTIVE_TIMEOUT_MINUTES = 30
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers. Every data-parallel rank sees other samples of the same global batch."""
+
+    rank: Rank
+    device: torch.device
+    threads: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank.is_main
+
+    def sum(self, value: float) -> float:
+        """The sum over all ranks, in double precision: the same bits on each."""
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.item()
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    def broadcast(self, value):
+        """Rank 0's (small, picklable) value on every rank."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's (small, picklable) value, on every rank."""
+        values = [None] * self.rank.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def start_processes(job: StageJob) -> Processes:
+    """Joins the process group; UserError when the geometry is not the planned one."""
+    rank = this_rank()
+    require_geometry(rank, job.world_size, job.stage.nodes)
+    export_rank(rank)
+    use_ops_folder(job.scratch)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // max(1, job.stage.gpus_per_node)))
+    torch.set_num_threads(threads)
+    import deepspeed
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        disable_shm_comm()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=_COLLECTIVE_TIMEOUT_MINUTES), verbose=False
+    )
+    return Processes(rank, device, threads)
