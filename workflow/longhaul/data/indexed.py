@@ -1,0 +1,183 @@
+"""Token shards in Megatron-LM's IndexedDataset format, version 1 (megatron/core/datasets/indexed_dataset.py).
+
+<prefix>.bin   the tokens of all documents, one after another, uint16 or int32
+<prefix>.idx   "MMIDIDX\\0\\0", version <Q, dtype code <B, sequence count <Q, document count + 1 <Q,
+               int32 lengths, int64 byte offsets into .bin, int64 document boundaries (in sequences)
+<prefix>.mask  longhaul's own, chats only: one uint8 a token, 1 = in the loss
+
+One sequence is one document. Checksums are taken while writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longhaul.errors import UserError
+
+MAX_SHARD_BYTES = 256_000_000
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_CODES = {"int32": 4, "uint16": 8}
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest type Megatron uses for a vocabulary of this size."""
+    return "uint16" if vocab_size < 65500 else "int32"
+
+
+class _HashedFile:
+    """A new file whose SHA-256 is known when it is closed; closing also brings it to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._hash.update(data)
+
+    def close(self) -> str:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self._hash.hexdigest()
+
+
+class ShardWriter:
+    """Writes one shard document by document."""
+
+    def __init__(self, prefix: Path, dtype: str, with_mask: bool) -> None:
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype)
+        self._files = {"bin": _HashedFile(prefix.with_suffix(".bin"))}
+        if with_mask:
+            self._files["mask"] = _HashedFile(prefix.with_suffix(".mask"))
+        self._lengths: list[np.ndarray] = []
+        self.tokens = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None) -> None:
+        """Appends documents: tokens [sum(lengths)], lengths [D], mask [sum(lengths)] uint8 for chats."""
+        self._files["bin"].write(np.ascontiguousarray(tokens, dtype=self._dtype).data.cast("B"))
+        if mask is not None:
+            self._files["mask"].write(np.ascontiguousarray(mask, dtype=np.uint8).data)
+        self._lengths.append(lengths.astype(np.int32))
+        self.tokens += len(tokens)
+
+    def close(self) -> dict[str, Any]:
+        """Writes the index; returns the shard's entry of the data manifest."""
+        lengths = np.concatenate(self._lengths)
+        self._files["idx"] = _HashedFile(self._prefix.with_suffix(".idx"))
+        self._files["idx"].write(_index_bytes(lengths, self._dtype))
+        return {
+            "prefix": self._prefix.name,
+            "tokens": self.tokens,
+            "documents": len(lengths),
+            "sha256": {ending: file.close() for ending, file in self._files.items()},
+        }
+
+
+def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    offsets = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+    boundaries = np.arange(len(lengths) + 1, dtype=np.int64)
+    header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype.name], len(lengths), len(boundaries))
+    return header + lengths.tobytes() + (offsets * dtype.itemsize).tobytes() + boundaries.tobytes()
+
+
+class SplitWriter:
+    """Writes one split as shards <split>-00000, <split>-00001, … cut between documents.
+
+    A shard is closed before it would pass `max_bytes` of tokens; a document longer than that gets its own.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, with_mask: bool, max_bytes: int = MAX_SHARD_BYTES) -> None:
+        self._folder, self._split, self._dtype, self._with_mask = folder, split, dtype, with_mask
+        self._max_tokens = max_bytes // np.dtype(dtype).itemsize
+        self._shards: list[dict[str, Any]] = []
+        self._open: ShardWriter | None = None
+        self._loss_tokens = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None) -> None:
+        """Appends documents (shapes as in ShardWriter.add), starting new shards where needed."""
+        self._loss_tokens += len(tokens) if mask is None else int(mask.sum())
+        ends = np.cumsum(lengths, dtype=np.int64)
+        document = token = 0
+        while document < len(lengths):
+            shard = self._open or self._start()
+            room = self._max_tokens - shard.tokens
+            fits = int(np.searchsorted(ends, token + room, side="right"))
+            if fits == document and shard.tokens:
+                self._finish()
+                continue
+            last = max(fits, document + 1)
+            end = int(ends[last - 1])
+            shard.add(tokens[token:end], lengths[document:last], None if mask is None else mask[token:end])
+            document, token = last, end
+
+    def close(self) -> dict[str, Any]:
+        """Finishes the last shard; returns the split's entry of the data manifest."""
+        if self._open:
+            self._finish()
+        return {
+            "shards": self._shards,
+            "tokens": sum(shard["tokens"] for shard in self._shards),
+            "documents": sum(shard["documents"] for shard in self._shards),
+            "loss_tokens": self._loss_tokens,
+        }
+
+    def _start(self) -> ShardWriter:
+        prefix = self._folder / f"{self._split}-{len(self._shards):05d}"
+        self._open = ShardWriter(prefix, self._dtype, self._with_mask)
+        return self._open
+
+    def _finish(self) -> None:
+        assert self._open is not None
+        self._shards.append(self._open.close())
+        self._open = None
+
+
+class ShardReader:
+    """A shard, memory-mapped: `tokens` [N], `lengths` [D] int32, `mask` [N] uint8 or None.
+
+    Raises UserError when a file is missing, has another format, or is shorter or longer than its index says.
+    """
+
+    def __init__(self, prefix: Path, with_mask: bool) -> None:
+        index = _map(prefix.with_suffix(".idx"), np.uint8)
+        dtype, count = _read_header(prefix.with_suffix(".idx"), index)
+        self.lengths = np.frombuffer(index, np.int32, count, _HEADER.size)
+        self.tokens = _map(prefix.with_suffix(".bin"), dtype)
+        self.mask = _map(prefix.with_suffix(".mask"), np.uint8) if with_mask else None
+        expected = int(self.lengths.sum(dtype=np.int64))
+        for ending, array in (("bin", self.tokens), ("mask", self.mask)):
+            if array is not None and len(array) != expected:
+                raise _damaged(prefix.with_suffix(f".{ending}"), f"{len(array)} tokens, its index says {expected}")
+
+
+def _read_header(path: Path, index: np.ndarray) -> tuple[str, int]:
+    if len(index) < _HEADER.size:
+        raise _damaged(path, "too short")
+    magic, version, code, count, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    names = {number: name for name, number in _DTYPE_CODES.items()}
+    if magic != _MAGIC or version != 1 or code not in names:
+        raise _damaged(path, "not a Megatron index, version 1, of uint16 or int32 tokens")
+    if len(index) != _HEADER.size + 12 * count + 8 * boundaries:
+        raise _damaged(path, f"{len(index)} bytes do not fit {count} documents")
+    return names[code], count
+
+
+def _map(path: Path, dtype: Any) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype=dtype, mode="r")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"token shard {path}: {reason}", "delete its folder and run again: the shards are made anew")
