@@ -29,15 +29,13 @@ Values = Callable[[str, torch.Size], torch.Tensor]
 def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
     ds_config = read_deepspeed_config(job)
-    keep_alive = _announce_zero3(job, ds_config)
     if job.pretrained and start is None:
-        model = _from_pretrained(job)
+        model = _from_pretrained(job, ds_config)
     else:
         config = _config(job, tokenizer)
         model = _from_config(job, config, ds_config)
         values = _checkpoint_values(model, start) if start else seeded_values(config, job.seed)
         _fill(model, values, start is not None)
-    del keep_alive
     model.config.use_cache = False
     if job.stage.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -91,10 +89,11 @@ def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
     return AutoConfig.for_model(**keys)
 
 
-def _from_pretrained(job: StageJob) -> Any:
+def _from_pretrained(job: StageJob, ds_config: dict[str, Any]) -> Any:
     """The folder's own weights; transformers only warns of missing keys, here they are errors."""
     from transformers import AutoModelForCausalLM
 
+    announced = _announce_zero3(job, ds_config)
     model, info = AutoModelForCausalLM.from_pretrained(
         job.pretrained,
         dtype=torch.float32,
@@ -103,6 +102,7 @@ def _from_pretrained(job: StageJob) -> Any:
         trust_remote_code=job.trust_remote_code,
         output_loading_info=True,
     )
+    del announced
     wrong = {
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -119,11 +119,15 @@ def _from_pretrained(job: StageJob) -> Any:
 
 def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    with _partitioning(job, ds_config):
-        return AutoModelForCausalLM.from_config(
+    # All values are filled in by name; under ZeRO-3 transformers would find nothing left to initialise.
+    with no_init_weights(), _partitioning(job, ds_config):
+        model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=job.trust_remote_code
         )
+    model.tie_weights()
+    return model
 
 
 def _partitioning(job: StageJob, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
