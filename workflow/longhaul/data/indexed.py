@@ -143,7 +143,7 @@ class SplitWriter:
 
 
 class ShardReader:
-    """A shard, memory-mapped: `tokens` [N], `lengths` [D] int32, `mask` [N] uint8 or None.
+    """A shard, memory-mapped: `tokens` [N], `lengths` [D] int32, `offsets` [D] int64 in bytes, `mask` [N] or None.
 
     Raises UserError when a file is missing, has another format, or is shorter or longer than its index says.
     """
@@ -152,12 +152,54 @@ class ShardReader:
         index = _map(prefix.with_suffix(".idx"), np.uint8)
         dtype, count = _read_header(prefix.with_suffix(".idx"), index)
         self.lengths = np.frombuffer(index, np.int32, count, _HEADER.size)
+        self.offsets = np.frombuffer(index, np.int64, count, _HEADER.size + self.lengths.nbytes)
         self.tokens = _map(prefix.with_suffix(".bin"), dtype)
         self.mask = _map(prefix.with_suffix(".mask"), np.uint8) if with_mask else None
         expected = int(self.lengths.sum(dtype=np.int64))
         for ending, array in (("bin", self.tokens), ("mask", self.mask)):
             if array is not None and len(array) != expected:
                 raise _damaged(prefix.with_suffix(f".{ending}"), f"{len(array)} tokens, its index says {expected}")
+
+
+class SplitReader:
+    """The shards of one split as one stream of tokens and one list of documents; nothing is read before it is asked for.
+
+    Raises UserError as ShardReader does.
+    """
+
+    def __init__(self, folder: Path, entry: dict[str, Any], with_mask: bool) -> None:
+        self._shards = [ShardReader(folder / shard["prefix"], with_mask) for shard in entry["shards"]]
+        self._token_ends = np.cumsum([len(shard.tokens) for shard in self._shards], dtype=np.int64)
+        self._document_ends = np.cumsum([len(shard.lengths) for shard in self._shards], dtype=np.int64)
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all shards."""
+        return int(self._token_ends[-1]) if self._shards else 0
+
+    def lengths(self) -> np.ndarray:
+        """[D] int32: tokens of each document."""
+        return np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in self._shards)])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] int64: tokens of the stream, across shards."""
+        pieces, index = [], int(np.searchsorted(self._token_ends, start, side="right"))
+        while start < stop:
+            end = int(self._token_ends[index])
+            shard = self._shards[index].tokens
+            pieces.append(shard[len(shard) - (end - start) :][: stop - start])
+            start, index = min(stop, end), index + 1
+        return np.concatenate([np.empty(0, np.int64), *pieces])
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [T] and loss mask [T] of one document."""
+        index = int(np.searchsorted(self._document_ends, number, side="right"))
+        shard = self._shards[index]
+        local = number - int(self._document_ends[index]) + len(shard.lengths)
+        start = int(shard.offsets[local]) // shard.tokens.itemsize
+        place = slice(start, start + int(shard.lengths[local]))
+        assert shard.mask is not None, "only chats have a mask"
+        return shard.tokens[place], shard.mask[place]
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[str, int]:

@@ -1,0 +1,181 @@
+"""Training samples by number: a window of the text stream (pretrain) or a pack of whole conversations (sft).
+
+Which samples a batch holds is a function of (seed, batch number, batch size) alone, so there is no state to save beside
+the step and the list of skipped batches, and every layout and world size sees the same batches.
+
+Attention inside a pack. Pass `position_ids` and leave `attention_mask` at None: transformers (>= 5) then finds the
+documents of a pack where positions restart and masks attention between them (masking_utils.find_packed_sequence_indices;
+it needs use_cache=False or training mode, that is no past_key_values). tests/unit/data/test_isolation.py holds this for
+Llama, Qwen3 and DeepSeek V3 (multi-head latent attention) with attn_implementation "sdpa" and "eager".
+S = sequence length, T = tokens of a document, D = documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from longhaul.artifacts import DataManifest
+from longhaul.data.indexed import SplitReader
+from longhaul.data.packing import Packs, make_packs
+from longhaul.data.permutation import permutation
+from longhaul.errors import UserError
+
+IGNORED_LABEL = -100
+
+
+class Sample(NamedTuple):
+    """One sequence, all arrays [S] int64.
+
+    labels[t] is the token that position t has to predict (already shifted), IGNORED_LABEL where it is not in the loss.
+    position_ids restart at 0 with every conversation of a pack, and once more for the padding behind the last.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+
+
+class Samples:
+    """The samples of one split at one sequence length."""
+
+    def __init__(self, source: _Windows | _Packed, seed: int) -> None:
+        self._source = source
+        self._seed = seed
+
+    @classmethod
+    def open(
+        cls,
+        manifest: DataManifest,
+        split: str,
+        kind: Literal["pretrain", "sft"],
+        sequence_length: int,
+        seed: int,
+        cache: Path,
+        pad_id: int = 0,
+    ) -> Samples:
+        """Maps the shards; for sft also the pack file in `cache`, which is made if it is not there.
+
+        One process should open first, the others behind a barrier: the file is written atomically, but every process
+        that does not find it makes it. Raises UserError for damaged shards and for a training split without a sample.
+        """
+        reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")
+        if kind == "pretrain":
+            source = _Windows(reader, sequence_length, pad_id)
+        else:
+            _require_chats(manifest)
+            name = f"pack-{manifest.hash}-{split}-{sequence_length}-{seed}.bin"
+            source = _Packed(reader, sequence_length, pad_id, seed, cache / name)
+        if split == "train" and not len(source):
+            raise UserError(
+                f"dataset {manifest.dataset}: the train split has {reader.token_count} tokens, too few for one sample",
+                "add documents",
+            )
+        return cls(source, seed)
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index` in storage order, 0 <= index < len."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is outside 0..{len(self) - 1}")
+        return self._source[int(index)]
+
+    @property
+    def cut_documents(self) -> int:
+        """Conversations longer than a sequence, whose ends are never trained on (0 for windows)."""
+        return self._source.cut_documents
+
+    def ids(self, batch: int, global_batch: int) -> np.ndarray:
+        """[global_batch] int64: the samples of global batch number `batch` (from 0), in order.
+
+        Batches are cut one after another from an endless row of epochs, each epoch its own permutation of all samples.
+        """
+        places = batch * global_batch + np.arange(global_batch, dtype=np.int64)
+        epochs, indices = np.divmod(places, len(self))
+        ids = np.empty(global_batch, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            ids[chosen] = permutation(self._seed, int(epoch), indices[chosen], len(self))
+        return ids
+
+
+def batch_of_step(step: int, skipped: Sequence[int]) -> int:
+    """The global batch of optimizer step `step` (from 0), when the batches `skipped` (sorted) are never trained on."""
+    batch = step
+    for left_out in skipped:
+        if left_out > batch:
+            break
+        batch += 1
+    return batch
+
+
+def _require_chats(manifest: DataManifest) -> None:
+    if manifest.kind != "chat":
+        raise UserError(
+            f"an sft stage needs chats, dataset {manifest.dataset} is {manifest.kind}", "set its kind to chat"
+        )
+
+
+class _Windows:
+    """Sample i reads tokens [i*S, i*S + S + 1) of the stream: every token but the first is a label exactly once."""
+
+    cut_documents = 0
+
+    def __init__(self, reader: SplitReader, length: int, pad_id: int) -> None:
+        self._reader, self._length, self._pad_id = reader, length, pad_id
+
+    def __len__(self) -> int:
+        return max(0, -(-(self._reader.token_count - 1) // self._length))
+
+    def __getitem__(self, index: int) -> Sample:
+        start = index * self._length
+        stop = min(start + self._length + 1, self._reader.token_count)
+        tokens = self._reader.tokens(start, stop)
+        sample = _blank(self._length, self._pad_id)
+        inputs = tokens[: self._length]
+        sample.input_ids[: len(inputs)] = inputs
+        sample.labels[: len(tokens) - 1] = tokens[1:]
+        return sample
+
+
+class _Packed:
+    """Sample i is pack i; a conversation longer than S is cut at S."""
+
+    def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
+        self._reader, self._length, self._pad_id = reader, length, pad_id
+        lengths = reader.lengths()
+        self.cut_documents = int((lengths > length).sum())
+        if len(lengths) and not path.exists():
+            make_packs(lengths, length, seed, path)
+        self._packs = Packs(path, len(lengths)) if len(lengths) else []
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = _blank(self._length, self._pad_id)
+        start = 0
+        for document in self._packs[index]:
+            start += self._place(sample, start, *self._reader.document(int(document)))
+        sample.position_ids[start:] = np.arange(self._length - start)
+        return sample
+
+    def _place(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
+        """Writes one conversation [T] at `start`; its last position predicts nothing. Returns the room it took."""
+        tokens, mask = tokens[: self._length], mask[: self._length]
+        stop = start + len(tokens)
+        sample.input_ids[start:stop] = tokens
+        sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)
+        sample.position_ids[start:stop] = np.arange(len(tokens))
+        return len(tokens)
+
+
+def _blank(length: int, pad_id: int) -> Sample:
+    padding = np.full(length, pad_id, dtype=np.int64)
+    return Sample(padding, np.full(length, IGNORED_LABEL, dtype=np.int64), np.arange(length, dtype=np.int64))
