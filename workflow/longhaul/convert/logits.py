@@ -7,7 +7,7 @@ P prompts, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def prove_logits(
         if rounded and not machine:
             result["masters_bit_equal"] = _masters_give(model, tensors, input_ids_PT, wanted_PTV)
         if rounded or machine:
-            result["bound"] = _bound(model, input_ids_PT, _coarsest_eps(made, device, dtype))
+            result["bound"] = _bound(model, tensors, input_ids_PT, _coarsest_eps(made, device, dtype))
     because = [f"exported as {dtype_name(dtype)}, computed in {made['dtype']}"] * rounded + machine
     result["asked"] = f"within the bound ({'; '.join(because)})" if because else "bit equality"
     return _judged(result)
@@ -99,26 +99,36 @@ def _masters_give(
     model: PreTrainedModel, tensors: Sequence[ExportedTensor], input_ids_PT: torch.Tensor, wanted_PTV: torch.Tensor
 ) -> bool:
     """Puts the master weights in the place of the exported ones and compares the logits."""
+    _fill(model, tensors, lambda values: values)
+    return torch.equal(prompt_logits(model, input_ids_PT), wanted_PTV)
+
+
+def _bound(model: PreTrainedModel, tensors: Sequence[ExportedTensor], input_ids_PT: torch.Tensor, eps: float) -> float:
+    """BOUND_MARGIN times the largest change of a logit when every master weight moves by a share of `eps`, up or down."""
+    before_PTV = prompt_logits(model, input_ids_PT)
+    changes = []
+    for seed in range(PERTURBATIONS):
+        generator = torch.Generator().manual_seed(seed)
+
+        def moved(values: torch.Tensor, generator: torch.Generator = generator) -> torch.Tensor:
+            steps = torch.randint(0, 2, values.shape, generator=generator).mul_(2).sub_(1)
+            return values * (1 + eps * steps) if values.is_floating_point() else values
+
+        _fill(model, tensors, moved)
+        changes.append(_largest(prompt_logits(model, input_ids_PT) - before_PTV))
+    return BOUND_MARGIN * max(changes)
+
+
+def _fill(
+    model: PreTrainedModel, tensors: Sequence[ExportedTensor], change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Writes the changed master weights into the model, a chunk at a time."""
     state = model.state_dict()
     for tensor in tensors:
         target = state[tensor.source].view(-1)
         for start, stop in chunks(tensor.numel):
             begin, end = tensor.start + start, tensor.start + stop
-            target[begin:end].copy_(tensor.master.read_range(begin, end))
-    return torch.equal(prompt_logits(model, input_ids_PT), wanted_PTV)
-
-
-def _bound(model: PreTrainedModel, input_ids_PT: torch.Tensor, eps: float) -> float:
-    before_PTV = prompt_logits(model, input_ids_PT)
-    weights = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
-    changes = []
-    for seed in range(PERTURBATIONS):
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            steps = torch.randint(0, 2, parameter.shape, generator=generator).mul_(2).sub_(1)
-            parameter.copy_(weights[name].float() * (1 + eps * steps))
-        changes.append(_largest(prompt_logits(model, input_ids_PT) - before_PTV))
-    return BOUND_MARGIN * max(changes)
+            target[begin:end].copy_(change(tensor.master.read_range(begin, end)))
 
 
 def _coarsest_eps(made: dict[str, Any], device: str, dtype: torch.dtype) -> float:

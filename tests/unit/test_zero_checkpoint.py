@@ -1,0 +1,207 @@
+"""Master weights read from real DeepSpeed checkpoints equal those gathered from the live engine, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from longhaul.errors import UserError
+from longhaul.zero_checkpoint import open_master_weights
+from longhaul.zero_checkpoint.archive import Inert, StoredTensor, read_archive
+from safetensors.torch import load_file
+
+TAG = "weights/checkpoints/step-00000002"
+CASES = (
+    "one-llama-z0",
+    "one-llama-z1",
+    "one-llama-z3",
+    "llama-z0",
+    "llama-tied-z0",
+    "llama-tied-z1",
+    "llama-tied-z2-bf16",
+    "llama-tied-z3-bf16",
+    "llama-frozen-z1",
+    "llama-frozen-z2",
+    "llama-frozen-z3",
+    "llama-offload-z2",
+    "llama-offload-z3",
+    "llama-round-robin-z2",
+    "llama-sub-groups-z3",
+    "qwen3-z1-fp16",
+    "qwen3-z3-fp16",
+    "qwen3-moe-z1-bf16",
+    "qwen3-moe-z3",
+    "deepseek-v2-z2",
+    "deepseek-v3-z1",
+    "deepseek-v3-z3-bf16",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masters_equal_the_live_engine(zero_checkpoints: Path, case: str) -> None:
+    gathered = load_file(zero_checkpoints / case / "reference.safetensors")
+    masters = open_master_weights(zero_checkpoints / case / TAG)
+    assert set(masters) == set(gathered)
+    for name, wanted in gathered.items():
+        found = masters[name].read()
+        assert (found.dtype, found.shape) == (torch.float32, wanted.shape), name
+        assert masters[name].shape == tuple(wanted.shape), name
+        assert torch.equal(found, wanted), name
+
+
+def test_every_case_is_checked(zero_checkpoints: Path) -> None:
+    assert {path.parent.name for path in zero_checkpoints.glob("*/reference.safetensors")} == set(CASES)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "tied" in case])
+def test_tied_weights_appear_once_with_an_alias(zero_checkpoints: Path, case: str) -> None:
+    masters = open_master_weights(zero_checkpoints / case / TAG)
+    assert {name: tensor.aliases for name, tensor in masters.items() if tensor.aliases} == {
+        "model.embed_tokens.weight": ("lm_head.weight",)
+    }
+
+
+@pytest.mark.parametrize("case", ["llama-tied-z2-bf16", "llama-sub-groups-z3"])
+def test_a_range_is_that_part_of_the_whole(zero_checkpoints: Path, case: str) -> None:
+    tensor = open_master_weights(zero_checkpoints / case / TAG)["model.embed_tokens.weight"]
+    flat = tensor.read().flatten()
+    middle = tensor.numel // 2  # where the ranks' shares meet in ZeRO 3
+    for start, stop in [(0, 5), (middle - 3, middle + 3), (tensor.numel - 1, tensor.numel), (7, 7)]:
+        assert torch.equal(tensor.read_range(start, stop), flat[start:stop])
+
+
+class Attack:
+    """Runs a shell command when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.command = f"touch {target}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_code_in_a_checkpoint_never_runs(zero_checkpoints: Path, tmp_path: Path) -> None:
+    folder = copy(zero_checkpoints / "llama-z0", tmp_path)
+    path, ran = folder / "mp_rank_00_model_states.pt", tmp_path / "ran"
+    state = torch.load(path, weights_only=False)  # made by this test's own training
+    torch.save({**state, "client": Attack(ran)}, path)
+    assert len(open_master_weights(folder)) == 21
+    assert not ran.exists()
+    torch.load(path, weights_only=False)
+    assert ran.exists(), "the attack must be one that works"
+
+
+def test_code_in_the_place_of_a_weight_is_refused(zero_checkpoints: Path, tmp_path: Path) -> None:
+    folder = copy(zero_checkpoints / "llama-z0", tmp_path)
+    path, ran = folder / "mp_rank_00_model_states.pt", tmp_path / "ran"
+    state = torch.load(path, weights_only=False)
+    state["module"]["model.norm.weight"] = Attack(ran)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is not a contiguous tensor"):
+        open_master_weights(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        b"cposix\nsystem\n(S'touch {}'\ntR.",
+        b"(S'touch {}'\niposix\nsystem\n.",
+        b'cbuiltins\nexec\n(S\'open("{}", "w")\'\ntR.',
+        b"c__main__\n__loader__\n}S'x'\nS'{}'\nsb.",
+        b"ccollections\nOrderedDict\n(tRcposix\nsystem\n(S'touch {}'\ntR\x86.",
+    ],
+)
+def test_pickle_instructions_build_only_plain_data(tmp_path: Path, instructions: bytes) -> None:
+    ran = tmp_path / "ran"
+    archive = tmp_path / "file.pt"
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("file/data.pkl", instructions.replace(b"{}", str(ran).encode()))
+    found = read_archive(archive)
+    assert not ran.exists()
+    assert isinstance(found, Inert | tuple)
+
+
+def test_tensors_stay_on_disk(tmp_path: Path) -> None:
+    whole = torch.arange(12, dtype=torch.float16)
+    torch.save({"part": whole[4:10].view(2, 3), "turned": whole.view(3, 4).T, "kind": torch.float16}, tmp_path / "t.pt")
+    found = read_archive(tmp_path / "t.pt")
+    part = found["part"]
+    assert (type(part), part.shape, part.dtype) == (StoredTensor, (2, 3), torch.float16)
+    data = (tmp_path / "t.pt").read_bytes()[part.offset_bytes : part.offset_bytes + 12]
+    assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.float16), whole[4:10])
+    assert isinstance(found["turned"], Inert)
+
+
+def test_a_tensor_outside_its_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    torch.save({"x": torch.ones(4)}, path)
+    with zipfile.ZipFile(path) as members:
+        content = {name: members.read(name) for name in members.namelist()}
+    content["t/data/0"] = content["t/data/0"][:8]
+    with zipfile.ZipFile(path, "w") as members:
+        for name, data in content.items():
+            members.writestr(name, data)
+    with pytest.raises(UserError, match=r"storage 0 is shorter than its tensor of shape \[4\]"):
+        read_archive(path)
+
+
+def copy(case: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(case / "weights/checkpoints/step-00000002", tmp_path / "step"))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def compress(folder: Path) -> None:
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    with zipfile.ZipFile(path) as members:
+        content = {name: members.read(name) for name in members.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as members:
+        for name, data in content.items():
+            members.writestr(name, data)
+
+
+def old_format(folder: Path) -> None:
+    stream = io.BytesIO()
+    pickle.dump({}, stream)
+    (folder / "mp_rank_00_model_states.pt").write_bytes(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "zero_pp_rank_1_mp_rank_00_optim_states.pt is not a readable torch checkpoint"),
+        (compress, "is compressed"),
+        (old_format, "mp_rank_00_model_states.pt is not a readable torch checkpoint"),
+        (lambda f: (f / "mp_rank_00_model_states.pt").unlink(), "mp_rank_00_model_states.pt does not exist"),
+        (lambda f: (f / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink(), r"ranks \[1\]: some are missing"),
+        (
+            lambda f: (f / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink(),
+            r"by \[2\] data-parallel ranks but holds 1",
+        ),
+        (lambda f: (f / "mp_rank_01_model_states.pt").touch(), "tensor parallelism"),
+        (lambda f: (f / "layer_00-model_00-model_states.pt").touch(), "pipeline parallelism"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(zero_checkpoints: Path, tmp_path: Path, damage, message: str) -> None:
+    folder = copy(zero_checkpoints / "llama-tied-z1", tmp_path)
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        open_master_weights(folder)
+
+
+def test_half_precision_without_masters_is_refused(zero_checkpoints: Path, tmp_path: Path) -> None:
+    folder = copy(zero_checkpoints / "one-llama-z1", tmp_path)
+    (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink(missing_ok=True)
+    (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"holds torch\.bfloat16 weights .* and no fp32 master copy"):
+        open_master_weights(folder)

@@ -1,0 +1,121 @@
+"""Numbers as people read them: `1.23 M`, `3.4 GiB`, `4 min 12 s`. Missing values are an en dash."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+MISSING = "–"
+_DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_BINARY = ((2**50, "PiB"), (2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_DURATIONS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def finite(value: Any) -> float | None:
+    """The value as a finite float, or None: JSON of a training may hold null, NaN or infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def count(value: Any) -> str:
+    """A number of things: exact below 10,000, with three digits and a unit (k, M, B, T) above."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    if abs(number) < 10_000:
+        return f"{number:,.0f}" if number == round(number) else significant(number)
+    return _scaled(number, _DECIMAL)
+
+
+def size(value: Any) -> str:
+    """Bytes, in KiB, MiB, GiB, …"""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    return f"{number:.0f} B" if abs(number) < 1024 else _scaled(number, _BINARY)
+
+
+def _scaled(number: float, units: tuple[tuple[float, str], ...]) -> str:
+    for index, (unit, name) in enumerate(units):
+        # A value that would round up to 1,000 of a unit is shown as 1 of the next.
+        if abs(number) >= unit * (0.9995 if index < len(units) - 1 else 1):
+            return f"{significant(number / unit)} {name}"
+    return significant(number)
+
+
+def significant(value: Any, digits: int = 3) -> str:
+    """`digits` significant digits, no exponent between 0.001 and 1,000,000, no trailing zeros."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    if number == 0:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(number)))
+    rounded = round(number, decimals)
+    if not 1e-3 <= abs(rounded) < 1e6:
+        mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
+        return f"{_trimmed(mantissa)}e{int(exponent)}"
+    return _trimmed(f"{rounded:,.{max(0, decimals)}f}")
+
+
+def _trimmed(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def nats(value: Any) -> str:
+    """A loss in nats per token, three decimals."""
+    number = finite(value)
+    return MISSING if number is None else f"{number:.3f}"
+
+
+def percent(value: Any) -> str:
+    """A share of 1 as a percentage."""
+    number = finite(value)
+    return MISSING if number is None else f"{significant(100 * number, 3 if number >= 0.1 else 2)} %"
+
+
+def duration(value: Any) -> str:
+    """Seconds as the two largest units that matter: `850 ms`, `4.2 s`, `4 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
+    seconds = finite(value)
+    if seconds is None:
+        return MISSING
+    if seconds < 1:
+        return f"{significant(seconds * 1000)} ms"
+    if seconds < 59.95:
+        return f"{significant(seconds)} s"
+    index = next(i for i, (unit, _) in enumerate(_DURATIONS) if seconds >= unit * (1 if unit == 1 else 0.999))
+    (large, large_name), (small, small_name) = _DURATIONS[index], _DURATIONS[index + 1]
+    whole, rest = divmod(round(seconds / small), large // small)
+    return f"{whole} {large_name} {rest} {small_name}" if rest else f"{whole} {large_name}"
+
+
+def moment(epoch_s: float) -> str:
+    """Seconds since 1970 as a UTC date and time."""
+    return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def words(name: str) -> str:
+    """A field's name as words: `gpus_per_node` -> `GPUs per node`."""
+    text = name.replace("_", " ").replace("-", " ")
+    spelt = {"gpu": "GPU", "gpus": "GPUs", "cpu": "CPU", "cpus": "CPUs", "nccl": "NCCL", "cuda": "CUDA", "zero": "ZeRO"}
+    spelt |= {"gib": "GiB", "mfu": "MFU", "flops": "FLOPs", "deepspeed": "DeepSpeed", "id": "ID", "sha256": "SHA-256"}
+    return " ".join(spelt.get(word, word) for word in text.split())
+
+
+def plain(value: Any) -> str:
+    """Any JSON value in one line: lists and dicts spelt out, long fractions shortened."""
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return significant(value, 4) if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{words(str(key))} {plain(entry)}" for key, entry in value.items()) or MISSING
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(entry) for entry in value) or MISSING
+    return str(value)
