@@ -82,6 +82,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}", "delete it; the next run makes it again") from None
 
 
+def failed_path(out: Path) -> Path:
+    """Where a check that found problems leaves its report: `out` itself stays absent, as it means that all is well."""
+    return out.with_name(f"{out.name}.failed.json")
+
+
 @dataclass(frozen=True)
 class Artifact:
     """Base of the JSON artefacts: its name, a schema version, and exactly the dataclass' own fields."""
@@ -99,7 +104,9 @@ class Artifact:
         """Reads an artefact back; UserError when it is another kind, version or shape."""
         value = read_json(path)
         found = (
-            (value.pop("artifact", None), value.pop("schema_version", None)) if isinstance(value, dict) else (None, None)
+            (value.pop("artifact", None), value.pop("schema_version", None))
+            if isinstance(value, dict)
+            else (None, None)
         )
         if found != (cls.__name__, cls.schema_version):
             raise UserError(
@@ -194,7 +201,6 @@ class EnvironmentReport(Artifact):
     nodes: list[dict[str, Any]]
     problems: list[str]
     warnings: list[str]
-    ops: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         added = verbs.add_parser(verb, help=text)
         added.add_argument("job", type=Path, help="the rendered job file")
         added.set_defaults(run=_run_job, verb=verb)
-    verbs.choices["environment"].add_argument("--quick", action="store_true", help="compare the nodes only, in seconds")
     render = verbs.add_parser("render", help="write the launch files of a job (train-<stage>, environment, …)")
     render.add_argument("job")
     render.add_argument("config", type=Path)
@@ -107,11 +106,10 @@ def _run_job(options: argparse.Namespace) -> None:
     os.environ.update(_OFFLINE)
     verb, path = options.verb, options.job
     if verb == "environment":
-        from longhaul.environment import check
+        from longhaul.environment.check import run
         from longhaul.jobs import EnvironmentJob
 
-        job = EnvironmentJob.read(path)
-        check.run_quick(job, Path(job.out)) if options.quick else check.run(job)
+        run(EnvironmentJob.read(path))
     elif verb == "fabric":
         from longhaul.fabric.measure import run
         from longhaul.jobs import FabricJob

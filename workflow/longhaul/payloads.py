@@ -43,7 +43,7 @@ def job_names(plan: Plan) -> list[str]:
 
 
 def stage_environment_job(plan: Plan, name: str) -> EnvironmentJob:
-    """The quick check of the nodes that a stage really got."""
+    """The check of the nodes that a stage really got; it takes seconds."""
     stage = plan.stage(name).stage
     return _environment(plan, stage.nodes, stage.gpus_per_node, f"{results(plan)}/stages/{name}/nodes.json")
 

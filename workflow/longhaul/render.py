@@ -55,9 +55,7 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
     title = f"longhaul {plan.run}: stage {name}"
     one_per_node = SlurmRequest(**{**vars(request), "tasks_per_node": 1, "cpus_per_task": 1})
     steps = [
-        _step(
-            "The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json", "--quick"
-        ),
+        _step("The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json"),
         _step("Training", plan, request, "train", folder / "stage.json"),
     ]
     return Rendered(
@@ -177,9 +175,9 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
 
 
-def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, job: Path, *flags: str) -> Step:
+def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, job: Path) -> Step:
     workdir = job.parents[4]  # <workdir>/results/<run>/<jobs|stages>/<name>/<file>
-    words = ["-m", "longhaul", verb, str(job), *flags]
+    words = ["-m", "longhaul", verb, str(job)]
     launcher = _srun(plan.site, request) if plan.site.scheduler == "slurm" else []
     python = _python(plan.site)
     if plan.site.scheduler == "local" and request.tasks > 1:

@@ -73,7 +73,9 @@ def _meet(rank: Rank, meet_s: float) -> TCPStore:
     except (DistError, OSError) as error:
         raise _unreachable(rank, meet_s, error) from None
     if verdict != "all here":
-        raise UserError(verdict, "look in the job's log for why they did not start: a drained node, a failed module or mount")
+        raise UserError(
+            verdict, "look in the job's log for why they did not start: a drained node, a failed module or mount"
+        )
     return store
 
 
@@ -84,7 +86,8 @@ def _open_store(rank: Rank, meet_s: float) -> TCPStore:
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         rank.world_size,
-        is_master=rank.is_main,
+        # torchrun's agent serves the store itself, and says so
+        is_master=rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         # the others outwait rank 0, which tells them who is missing
         timeout=timedelta(seconds=meet_s if rank.is_main else meet_s + 10),
         wait_for_workers=False,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
-
 from longhaul.artifacts import DataManifest
 
 

@@ -12,9 +12,33 @@ from longhaul.config.models import Dataset
 from longhaul.data import tokenize, tokenizer
 from longhaul.jobs import TokenizeJob, TokenizerJob
 
-WORDS = (
-    "the ship sails on a long haul over calm water while old stars turn and Σ naïve 北京 🚢 says 12 + 30 = 42".split()
-)
+WORDS = [
+    "the",
+    "ship",
+    "sails",
+    "on",
+    "a",
+    "long",
+    "haul",
+    "over",
+    "calm",
+    "water",
+    "while",
+    "old",
+    "stars",
+    "turn",
+    "and",
+    "Σ",
+    "naïve",
+    "北京",
+    "🚢",
+    "says",
+    "12",
+    "+",
+    "30",
+    "=",
+    "42",
+]
 
 
 def text(number: int, words: int = 40) -> str:

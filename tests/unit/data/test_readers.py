@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from corpora import conversation, dataset
-
 from longhaul.data.readers import read_documents
 from longhaul.errors import UserError
 
@@ -69,7 +68,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, name: str):
 def test_a_text_file_is_one_document(tmp_path: Path):
     (tmp_path / "a.txt").write_text("two\nlines\n")
     (tmp_path / "b.rst").write_text("another")
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("packed".encode()))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"packed"))
     files = [str(tmp_path / name) for name in ("a.txt", "b.rst", "c.txt.gz")]
     found = list(read_documents(files, dataset(format="text")))
     assert [document.content for document in found] == ["two\nlines\n", "another", "packed"]

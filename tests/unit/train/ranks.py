@@ -10,7 +10,15 @@ from pathlib import Path
 
 def spawn(worker: Path, ranks: int, *arguments: str, timeout_s: float = 180) -> str:
     """Runs `worker` on `ranks` gloo processes with one thread each; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(worker), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        str(worker),
+        *arguments,
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

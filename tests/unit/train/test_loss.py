@@ -26,7 +26,9 @@ def test_one_masked_batch_gives_one_gradient_whatever_the_layout(tmp_path: Path)
     for layout, gradients in results.items():
         for name, gradient in gradients.items():
             difference = (gradient - reference[name]).abs().max().item()
-            assert difference <= 1e-6 * largest, f"{layout}: {name} differs by {difference} (largest gradient {largest})"
+            assert difference <= 1e-6 * largest, (
+                f"{layout}: {name} differs by {difference} (largest gradient {largest})"
+            )
 
 
 def test_the_reference_is_the_mean_token_loss(tmp_path: Path):

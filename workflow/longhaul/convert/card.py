@@ -82,7 +82,7 @@ def provenance(job: ConvertJob, source: Source) -> dict[str, Any]:
     }
 
 
-def card(facts: dict[str, Any], config: dict[str, Any], parameters: int, folder: str, proof: dict[str, Any]) -> str:
+def card(facts: dict[str, Any], architecture: str, parameters: int, folder: str, proof: dict[str, Any]) -> str:
     """The README.md of an export."""
     base, base_hub = _base_model(facts["model"] or {})
     plain = {key: value for key, value in facts.items() if isinstance(value, str | int) and value != ""}
@@ -92,7 +92,7 @@ def card(facts: dict[str, Any], config: dict[str, Any], parameters: int, folder:
         p=facts,
         base=base,
         base_hub=base_hub,
-        architecture=config["architectures"][0],
+        architecture=architecture,
         parameters=parameters,
         folder=folder,
         proof=proof,

@@ -49,15 +49,16 @@ def run(job: ConvertJob) -> None:
     source = open_source(job)
     masters = open_master_weights(source.folder)
     dtype = DTYPES[job.dtype]
-    tensors = export_layout(meta_model(source.model_config), masters, dtype)
+    model = meta_model(source.model_config)
+    architecture, tensors = type(model).__name__, export_layout(model, masters, dtype)
     parameters = sum(tensor.numel for tensor in tensors)
     facts = provenance(job, source)
     with _staged(Path(job.folder)) as folder:
         files = write_shards(folder, tensors)
-        _write_config(folder, source, dtype)
+        _write_config(folder, source, architecture, dtype)
         _copy_tokenizer(Path(source.tokenizer.path), folder)
         proof, sampled = _prove(job, source, folder, tensors)
-        write_text(folder / "README.md", card(facts, source.model_config, parameters, job.folder, proof))
+        write_text(folder / "README.md", card(facts, architecture, parameters, job.folder, proof))
     files |= {path.name: file_sha256(path) for path in sorted(Path(job.folder).iterdir()) if path.name not in files}
     Export(
         stage=job.stage,
@@ -100,7 +101,7 @@ def _fsync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
+def _write_config(folder: Path, source: Source, architecture: str, dtype: torch.dtype) -> None:
     """config.json and generation_config.json; the special ids are the tokenizer's."""
     config = hugging_face_config(source.model_config)
     ids = {
@@ -110,7 +111,7 @@ def _write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
     }
     for key, value in ids.items():
         setattr(config, key, value)
-    config.dtype, config.use_cache = dtype, True
+    config.architectures, config.dtype, config.use_cache = [architecture], dtype, True
     config.save_pretrained(folder)
     GenerationConfig(**ids).save_pretrained(folder)
 

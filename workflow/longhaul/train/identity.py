@@ -54,6 +54,7 @@ def claim_weights_folder(job: StageJob, identity: dict[str, Any], processes: Pro
         folder.mkdir(parents=True, exist_ok=True)
         _check_steps(job, folder)
         write_json(folder / "identity.json", {**identity, "steps": job.steps})
+        write_json(folder / "model_config.json", job.model)  # what a conversion builds the model from
     processes.barrier()
     return folder
 

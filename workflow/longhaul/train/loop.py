@@ -32,7 +32,11 @@ def run(job: StageJob) -> None:
         UserError: the job runs in another geometry than planned, or its inputs do not fit together.
         TrainingFailure: loss or gradients stayed non-finite beyond what the config allows.
     """
-    processes = start_processes(job)
+    with start_processes(job) as processes:
+        _run(job, processes)
+
+
+def _run(job: StageJob, processes: Processes) -> None:
     tokenizer, data = TokenizerManifest.read(Path(job.tokenizer)), DataManifest.read(Path(job.data))
     start = starting_checkpoint(job)
     identity = weights_identity(job, data, tokenizer, start)

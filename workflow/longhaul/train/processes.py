@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 
 from longhaul.jobs import StageJob
 from longhaul.ops import disable_shm_comm, use_ops_folder
-from longhaul.ranks import Rank, export_rank, require_geometry, this_rank
+from longhaul.ranks import Rank, require_geometry, this_rank
+from longhaul.rendezvous import process_group
 
-_COLLECTIVE_TIMEOUT_MINUTES = 30
+_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,31 @@ class Processes:
         return values
 
 
-def start_processes(job: StageJob) -> Processes:
-    """Joins the process group; UserError when the geometry is not the planned one."""
+@contextmanager
+def start_processes(job: StageJob) -> Iterator[Processes]:
+    """All processes of the stage for the length of the block.
+
+    Raises:
+        UserError: another number of ranks or nodes than planned, ranks that do not come, a network that does not work.
+    """
     rank = this_rank()
     require_geometry(rank, job.world_size, job.stage.nodes)
-    export_rank(rank)
     use_ops_folder(job.scratch)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // max(1, job.stage.gpus_per_node)))
     torch.set_num_threads(threads)
     # DeepSpeed still calls collectives by names that torch has deprecated, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
+    with process_group(rank, "nccl" if on_gpu else "gloo", _COLLECTIVE_TIMEOUT_S):
+        _join_deepspeed(on_gpu)
+        yield Processes(rank, device, threads)
+
+
+def _join_deepspeed(on_gpu: bool) -> None:
+    """Has DeepSpeed use the process group that is there."""
+    import deepspeed
+
+    if not on_gpu:
         disable_shm_comm()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=_COLLECTIVE_TIMEOUT_MINUTES), verbose=False
-    )
-    return Processes(rank, device, threads)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)

@@ -33,6 +33,7 @@ def write_proof(engine: Any, job: StageJob, folder: Path, processes: Processes) 
         "threads": torch.get_num_threads(),
         "dtype": job.stage.precision,
         "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     write_json(folder / "logits.json", made)
 
