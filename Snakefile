@@ -29,4 +29,4 @@ rule all:
 
 
 onstart:
-    take_run_lease()
+    start_run()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "checks": {"nodes": 1, "min_disk_free_gb": 0.1},
         "trackers": {"tensorboard": False},
         "stages": [
-            {"name": "base", "kind": "pretrain", "dataset": "prose", "steps": 6, "zero": {"stage": 1}, **stage},
+            {"name": "base", "kind": "pretrain", "dataset": "prose", "steps": 6, "zero": {"stage": 1}, **deepcopy(stage)},
             {
                 "name": "chat",
                 "kind": "sft",

@@ -39,11 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         added = verbs.add_parser(verb, help=text)
         added.add_argument("job", type=Path, help="the rendered job file")
         added.set_defaults(run=_run_job, verb=verb)
-    render = verbs.add_parser("render", help="write the launch files of a job (train-<stage>, environment, …)")
-    render.add_argument("job")
-    render.add_argument("config", type=Path)
-    render.add_argument("folder", type=Path)
-    render.set_defaults(run=_render)
     report = verbs.add_parser("report", help="write one self-contained HTML page about a run")
     report.add_argument("folder", type=Path, help="results/<run>")
     report.add_argument("out", type=Path)
@@ -77,13 +72,9 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _render(options: argparse.Namespace) -> None:
-    from longhaul.render import render_job, render_stage
+    from longhaul.render import render_run
 
-    plan = _load_plan(options.config)
-    verb, _, name = options.job.partition("-")
-    workdir = Path.cwd()
-    rendered = render_stage(plan, name, workdir) if verb == "train" else render_job(plan, options.job, workdir)
-    rendered.write(options.folder)
+    render_run(_load_plan(options.config), Path.cwd())
 
 
 def _load_plan(config: Path):
@@ -140,6 +131,7 @@ def _run_job(options: argparse.Namespace) -> None:
 _FOR_PEOPLE = {
     "plan": (_plan, "print what a config will do: batches, memory, GPU-hours, Slurm requests"),
     "fetch": (_fetch, "download what the config names on the hub, and pin it"),
+    "render": (_render, "write every job's launch.sh, job.sbatch and DeepSpeed config below results/<run>"),
 }
 _JOBS = {
     "environment": "check the nodes",

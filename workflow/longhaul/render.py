@@ -14,11 +14,11 @@ from typing import Any
 
 import jinja2
 
-from longhaul.artifacts import content_hash, file_sha256, write_text
+from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
 from longhaul.jobs import Job
-from longhaul.payloads import payload, stage_environment_job
+from longhaul.payloads import job_names, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
 from longhaul.slurm import SlurmRequest
 
@@ -42,9 +42,21 @@ class Rendered:
     files: dict[str, str]
 
     def write(self, folder: Path) -> None:
-        """Writes them into `folder`, each atomically."""
+        """Writes into `folder` those whose text is new, each atomically."""
         for name, text in self.files.items():
-            write_text(folder / name, text)
+            path = folder / name
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
+
+
+def render_run(plan: Plan, workdir: Path) -> None:
+    """Writes the files of every job that can be rendered now; what reads fetched data or models waits for the lock."""
+    locked = plan.lock is not None or not plan.needs_fetch
+    for job in job_names(plan):
+        if locked or job in ("environment", "fabric"):
+            render_job(plan, job, workdir).write(workdir / job_folder(plan, job))
+    for stage in plan.stages if locked else ():
+        render_stage(plan, stage.name, workdir).write(workdir / stage_folder(plan, stage.name))
 
 
 def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
@@ -84,20 +96,6 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
             "job.json": _json(payload(plan, job)),
         }
     )
-
-
-def render_key(plan: Plan, job: str) -> str:
-    """A hash of all that a job's files are made from, for Snakemake's params: a changed one renders anew.
-
-    The lock is left out, as it does not exist at the first parse; the render rules take it as an input instead.
-    """
-    unlocked = Plan(plan.loaded, None, plan.stages)
-    verb, _, name = job.partition("-")
-    made = [payload(unlocked, job).model_dump(mode="json"), vars(plan.request(job)), plan.site.model_dump(mode="json")]
-    if verb == "train":
-        made.append(deepspeed_sections(plan.stage(name), plan.site))
-    templates = [file_sha256(path) for path in sorted(TEMPLATES.rglob("*.j2"))]
-    return content_hash([made, templates, sys.executable, str(REPOSITORY)])
 
 
 def stage_folder(plan: Plan, name: str) -> Path:

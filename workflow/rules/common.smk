@@ -9,14 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
+from longhaul.artifacts import canonical_json
 from longhaul.rules import RESOURCE_KEYS, load_run_plan, plan_key, source_key, spec_key
 from longhaul.lease import RunLease
-from longhaul.payloads import job_names, repository_sources
+from longhaul.payloads import repository_sources
 from longhaul.plan import lock_path
-from longhaul.render import render_key
+from longhaul.render import job_folder, render_run, stage_folder
 
 CONFIG, PLAN = load_run_plan(workflow)
-LONGHAUL = shlex.join(["env", f"PYTHONPATH={workflow.basedir}/workflow", sys.executable, "-m", "longhaul"])
+LONGHAUL = shlex.join(
+    ["env", f"PYTHONPATH={workflow.basedir}/workflow", sys.executable, "-m", "longhaul"]
+)
 LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
 
 
@@ -24,7 +27,6 @@ wildcard_constraints:
     run=PLAN.run,
     stage="|".join(stage.name for stage in PLAN.stages),
     dataset="|".join(sorted(PLAN.used_datasets)),
-    job="|".join(job_names(PLAN)),
 
 
 def job_resources(job_of):
@@ -41,29 +43,35 @@ def job_threads(job_of):
 
     def threads(wildcards):
         request = PLAN.request(job_of(wildcards))
-        return request.tasks * request.cpus_per_task if PLAN.site.scheduler == "local" else 1
+        return (
+            request.tasks * request.cpus_per_task
+            if PLAN.site.scheduler == "local"
+            else 1
+        )
 
     return threads
 
 
-def launch_of(job_of):
-    return lambda wildcards: f"results/{PLAN.run}/jobs/{job_of(wildcards)}/launch.sh"
+def launch_of(job):
+    """No input of a rule, as its text is no cause to run a job again; the main process writes it before any job starts."""
+    verb, _, name = job.partition("-")
+    folder = stage_folder(PLAN, name) if verb == "train" else job_folder(PLAN, job)
+    return f"{folder}/launch.sh"
 
 
 def finished_stages():
-    return [f"results/{PLAN.run}/stages/{stage.name}/checkpoint.json" for stage in PLAN.stages]
+    return [
+        f"results/{PLAN.run}/stages/{stage.name}/checkpoint.json"
+        for stage in PLAN.stages
+    ]
 
 
 def exports():
     return [f"results/{PLAN.run}/export/{stage}.json" for stage in PLAN.exported]
 
 
-def sbatch_file(folder):
-    """job.sbatch is rendered where there is a Slurm to submit it to."""
-    return [f"{folder}/job.sbatch"] if PLAN.site.scheduler == "slurm" else []
-
-
-def take_run_lease():
-    """One main Snakemake per run: a second one is refused by name. Jobs on nodes take none."""
+def start_run():
+    """One main Snakemake per run, a second one is refused by name; it writes what the jobs are started with."""
     if workflow.is_main_process:
         RunLease(Path("results") / f"{PLAN.run}.lease.json").take()
+        render_run(PLAN, Path.cwd())

@@ -1,33 +1,37 @@
 """
 Makes the tokenizer and, for each dataset that a stage trains on, token shards.
-IN   results/<run>/jobs/{tokenizer,tokenize-<dataset>}/{launch.sh,job.json}; the datasets' own files, or fetch's lock
+IN   the datasets' own files, or fetch's lock
 OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards beside it, in a folder named by their hash)
 """
 
 
 def text_of_tokenizer(wildcards):
     train = PLAN.config.tokenizer.train
-    return [path for name in (train.datasets if train else ()) for path in repository_sources(PLAN, name)]
+    return [
+        path
+        for name in (train.datasets if train else ())
+        for path in repository_sources(PLAN, name)
+    ]
 
 
 rule tokenizer:
     input:
         LOCK,
         text_of_tokenizer,
-        launch=ancient("results/{run}/jobs/tokenizer/launch.sh"),
     output:
         "results/{run}/tokenizer.json",
     log:
         "results/{run}/logs/tokenizer.log",
     benchmark:
         "results/{run}/benchmarks/tokenizer.tsv"
-    params:
-        spec=spec_key(PLAN, "tokenizer"),
     threads: job_threads(lambda wildcards: "tokenizer")
     resources:
         **job_resources(lambda wildcards: "tokenizer"),
+    params:
+        spec=spec_key(PLAN, "tokenizer"),
+        launch=launch_of("tokenizer"),
     shell:
-        "bash {input.launch:q} >> {log:q} 2>&1"
+        "bash {params.launch:q} >> {log:q} 2>&1"
 
 
 rule tokenize:
@@ -35,17 +39,17 @@ rule tokenize:
         LOCK,
         lambda wildcards: repository_sources(PLAN, wildcards.dataset),
         tokenizer="results/{run}/tokenizer.json",
-        launch=ancient("results/{run}/jobs/tokenize-{dataset}/launch.sh"),
     output:
         "results/{run}/data/{dataset}.json",
     log:
         "results/{run}/logs/tokenize/{dataset}.log",
     benchmark:
         "results/{run}/benchmarks/tokenize/{dataset}.tsv"
-    params:
-        spec=lambda wildcards: spec_key(PLAN, f"tokenize-{wildcards.dataset}"),
     threads: job_threads(lambda wildcards: f"tokenize-{wildcards.dataset}")
     resources:
         **job_resources(lambda wildcards: f"tokenize-{wildcards.dataset}"),
+    params:
+        spec=lambda wildcards: spec_key(PLAN, f"tokenize-{wildcards.dataset}"),
+        launch=lambda wildcards: launch_of(f"tokenize-{wildcards.dataset}"),
     shell:
-        "bash {input.launch:q} >> {log:q} 2>&1"
+        "bash {params.launch:q} >> {log:q} 2>&1"

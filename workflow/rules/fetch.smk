@@ -1,7 +1,7 @@
 """
 Pins and downloads what the config names on the hub, and collects the demo's text; on the machine that runs Snakemake.
 IN   the config
-OUT  results/<run>.lock.json   (revisions, files, the pretrained model's geometry)
+OUT  results/<run>.lock.json   (revisions, files, the pretrained model's geometry); then every job is rendered
 """
 
 
@@ -18,4 +18,4 @@ rule fetch:
         spec=source_key(PLAN),
         config=CONFIG,
     shell:
-        "{LONGHAUL} fetch {params.config:q} --out {output:q} >> {log:q} 2>&1"
+        "({LONGHAUL} fetch {params.config:q} --out {output:q} && {LONGHAUL} render {params.config:q}) >> {log:q} 2>&1"

@@ -15,7 +15,9 @@ rule report:
         environment="results/{run}/environment.json",
         fabric="results/{run}/fabric.json",
         tokenizer="results/{run}/tokenizer.json",
-        data=expand("results/{{run}}/data/{dataset}.json", dataset=sorted(PLAN.used_datasets)),
+        data=expand(
+            "results/{{run}}/data/{dataset}.json", dataset=sorted(PLAN.used_datasets)
+        ),
         stages=finished_stages(),
         exports=exports(),
     output:

@@ -1,6 +1,6 @@
 """
 Trains one stage of the plan; the same rule serves every stage.
-IN   results/<run>/stages/<stage>/{launch.sh,ds_config.json,stage.json}; its data; the checkpoint.json it starts from
+IN   results/<run>/stages/<stage>/spec.json; its data; the checkpoint.json it starts from; the checks passed
 OUT  results/<run>/stages/<stage>/checkpoint.json   (written last, after a verified save)
 
 Weights are no output: Snakemake deletes outputs before a rerun. They lie in <stage>/weights/<hash of all they depend on>.
@@ -14,11 +14,9 @@ def starting_checkpoint(wildcards):
 
 rule train_stage:
     input:
+        spec="results/{run}/stages/{stage}/spec.json",
         data=lambda wildcards: f"results/{PLAN.run}/data/{PLAN.stage(wildcards.stage).stage.dataset}.json",
         start=starting_checkpoint,
-        launch=ancient("results/{run}/stages/{stage}/launch.sh"),
-        deepspeed=ancient("results/{run}/stages/{stage}/ds_config.json"),
-        environment=ancient("results/{run}/environment.json"),
         fabric=ancient("results/{run}/fabric.json"),
     output:
         "results/{run}/stages/{stage}/checkpoint.json",
@@ -26,10 +24,10 @@ rule train_stage:
         "results/{run}/logs/train_stage/{stage}.log",
     benchmark:
         "results/{run}/benchmarks/train_stage/{stage}.tsv"
-    params:
-        spec=lambda wildcards: spec_key(PLAN, f"train-{wildcards.stage}"),
     threads: job_threads(lambda wildcards: f"train-{wildcards.stage}")
     resources:
         **job_resources(lambda wildcards: f"train-{wildcards.stage}"),
+    params:
+        launch=lambda wildcards: launch_of(f"train-{wildcards.stage}"),
     shell:
-        "bash {input.launch:q} >> {log:q} 2>&1"
+        "bash {params.launch:q} >> {log:q} 2>&1"

@@ -1,0 +1,11 @@
+"""Snakemake whose executor asks Slurm every second: its own interval grows to minutes, which tests need not wait for."""
+
+import sys
+
+from snakemake.cli import main
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+
+RemoteExecutor.next_seconds_between_status_checks = property(lambda self: 1, lambda self, value: None)  # type: ignore[assignment]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The test cluster itself: hosts that are apart, that can be pulled and switched off, and nothing left behind."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import _running
+from virtual_cluster import ClusterError, Shape, VirtualCluster
+
+
+def wait_for(condition, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.2)
+
+
+def test_a_job_runs_on_both_hosts(cluster: VirtualCluster):
+    assert sorted(cluster.run("srun", "--nodes=2", "hostname").split()) == ["n1", "n2"]
+    addresses = cluster.run("srun", "--nodes=2", "ip", "-4", "-br", "addr", "show", "eth0")
+    assert "10.77.0.11" in addresses and "10.77.0.12" in addresses
+
+
+def test_fake_gpus_are_given_out(cluster: VirtualCluster):
+    shown = cluster.run("srun", "--gpus-per-node=2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert shown.split() == ["0,1"]
+    with pytest.raises(ClusterError, match="not available"):
+        cluster.run("sbatch", "--test-only", "--gpus-per-node=3", "--wrap=true")
+
+
+def test_a_pulled_link_and_a_dead_node_are_noticed_and_come_back(cluster: VirtualCluster):
+    def state() -> str:
+        return cluster.run("sinfo", "-h", "-N", "-n", "n2", "-p", "main", "-o", "%T").strip()
+
+    cluster.unplug("n2")
+    with pytest.raises(ClusterError):
+        cluster.run("ping", "-c1", "-W1", "10.77.0.12", timeout_s=10)
+    cluster.plug("n2")
+    cluster.power_off("n2")
+    with pytest.raises(ClusterError, match="n2 is off"):
+        cluster.run("true", host="n2")
+    cluster.boot("n2")
+    wait_for(lambda: state() == "idle")
+    assert cluster.run("srun", "--nodelist=n2", "hostname").strip() == "n2"
+
+
+def test_nothing_is_left_behind_and_two_clusters_do_not_meet(cluster: VirtualCluster, tmp_path: Path):
+    before = {process.pid for process in psutil.process_iter()}
+    with _running(tmp_path / "second", Shape(nodes=1)) as second:
+        assert second.run("srun", "hostname").strip() == "n1"
+        with pytest.raises(ClusterError, match="is up"):
+            VirtualCluster(tmp_path / "second").up()
+    assert not (tmp_path / "second").exists()
+    names = {"slurmctld", "slurmd", "munged", "sleep", "unshare"}
+    left = [p.name() for p in psutil.process_iter() if p.pid not in before and p.name() in names]
+    assert left == []
+    assert cluster.run("sinfo", "-h").strip()
+
+
+def test_accounting_answers(tmp_path: Path):
+    with _running(tmp_path / "accounted", Shape(nodes=1, accounting=True)) as accounted:
+        job = accounted.run("sbatch", "--parsable", "--wrap=true", f"--output={tmp_path}/out", cwd=tmp_path).strip()
+        wait_for(lambda: "COMPLETED" in accounted.run("sacct", "-n", "-X", "-j", job, "-o", "State"))
