@@ -1,6 +1,21 @@
-"""Lets every test import tests/configs.py."""
+"""What several test folders share: their helper modules, and one finished tiny run."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster"))]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny run of four processes that went through the whole chain on this machine."""
+    from chain import Chain, tiny_config
+
+    chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config())
+    chain.run()
+    return chain

@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=f"{name} a node")
         verb.add_argument("node")
         verb.set_defaults(run=lambda options, method=method: getattr(VirtualCluster(FOLDER), method)(options.node))
-    verbs.add_parser("install", help="install the Debian packages that tests need").set_defaults(run=lambda _: _install())
+    verbs.add_parser("install", help="install the Debian packages that tests need").set_defaults(
+        run=lambda _: _install()
+    )
     return parser
 
 

@@ -24,7 +24,16 @@ import psutil
 CONTROLLER = "ctl"
 _NETWORK = "10.77.0"
 # Slurm wants a distinct character device for each GPU; nothing opens them.
-_FAKE_GPUS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/kmsg")
+_FAKE_GPUS = (
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/ptmx",
+    "/dev/kmsg",
+)
 _SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 PACKAGES = ("slurm-wlm", "munge", "iproute2", "util-linux", "procps")
@@ -58,6 +67,7 @@ class VirtualCluster:
 
     def __init__(self, folder: Path, shape: Shape | None = None) -> None:
         self.folder, self.shape = folder.absolute(), shape or Shape()
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._etc, self._run, self._log = (self.folder / name for name in ("etc", "run", "log"))
 
     # Life of the cluster
@@ -140,6 +150,8 @@ class VirtualCluster:
         if holder := self._holder(name):
             os.kill(holder.pid, signal.SIGKILL)
             psutil.wait_procs([holder], timeout=5)
+        if outer := self._started.pop(name, None):
+            outer.wait(timeout=5)
         (self._run / f"{name}.holder").unlink(missing_ok=True)
 
     def unplug(self, name: str) -> None:
@@ -158,13 +170,15 @@ class VirtualCluster:
         mounts.append(f"mount --bind {shlex.quote(str(self._etc))} /etc/slurm")
         # process numbers are a host's own, and so must be the shared memory that is named after them
         mounts.append("mount -t tmpfs tmpfs /dev/shm")
-        script = f"hostname {name} && {' && '.join(mounts)} && ip link set lo up && trap '' INT HUP && exec sleep infinity"
+        script = (
+            f"hostname {name} && {' && '.join(mounts)} && ip link set lo up && trap '' INT HUP && exec sleep infinity"
+        )
         words = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         words += ["--propagation=private", "sh", "-c", script]
         if getattr(self, "_dies_with_caller", False):
             words = ["setpriv", "--pdeathsig=KILL", *words]
         with (self._log / f"{name}.host.log").open("ab") as log:
-            outer = subprocess.Popen(
+            outer = self._started[name] = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=self.environment()
             )
         holder = self._wait(10, f"host {name}", lambda: _sleeping_child(outer.pid))
@@ -206,10 +220,18 @@ class VirtualCluster:
 
     def _start_controller(self) -> None:
         self._start_host(CONTROLLER)
-        for words in ("link add br0 type bridge", f"addr add {self._address(CONTROLLER)}/24 dev br0", "link set br0 up"):
+        for words in (
+            "link add br0 type bridge",
+            f"addr add {self._address(CONTROLLER)}/24 dev br0",
+            "link set br0 up",
+        ):
             self._on_bridge(*words.split())
         munge = self._run / "munge"
-        files = {"key-file": self.folder / "munge/key", "socket": munge / "socket", "seed-file": self.folder / "munge/seed"}
+        files = {
+            "key-file": self.folder / "munge/key",
+            "socket": munge / "socket",
+            "seed-file": self.folder / "munge/seed",
+        }
         files |= {"pid-file": self._run / "munged.pid", "log-file": self._log / "munged.log"}
         self._daemon(CONTROLLER, "munged", "--force", *(f"--{key}={path}" for key, path in files.items()))
         if self.shape.accounting:
@@ -220,7 +242,14 @@ class VirtualCluster:
         data, socket = self.folder / "db", self._run / "mysql.sock"
         install = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"]
         self.run(*install, "--auth-root-authentication-method=socket", "--skip-test-db", timeout_s=120)
-        server = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={socket}", "--skip-networking"]
+        server = [
+            "mariadbd",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={data}",
+            f"--socket={socket}",
+            "--skip-networking",
+        ]
         server += ["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M", "--performance-schema=OFF"]
         server += [f"--pid-file={self._run / 'mariadbd.pid'}", "--innodb-flush-log-at-trx-commit=0"]
         server += ["--innodb-lock-wait-timeout=900"]

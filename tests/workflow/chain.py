@@ -18,22 +18,22 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Two stages of a few steps on a network of 0.2 M parameters; `changes` replace top-level keys."""
+    """Two stages of a few steps on a network of 0.2 M parameters, over four processes; `changes` replace top-level keys."""
     stage = {
-        "global_batch": 4,
-        "micro_batch": 2,
+        "global_batch": 8,
+        "micro_batch": 1,
         "sequence_length": 64,
-        "gpus_per_node": 2,
+        "gpus_per_node": 4,
         "precision": "fp32",
         "optimizer": {"lr": 0.003},
-        "checkpoints": {"every_steps": 3, "keep_best": 1},
-        "validation": {"every_steps": 3, "max_samples": 8},
+        "checkpoints": {"every_steps": 10, "keep_best": 1},
+        "validation": {"every_steps": 10, "max_samples": 8},
         "export_dtype": "fp32",
         "minutes": 5,
     }
     return {
         "run": "tiny",
-        "site": "local",
+        "site": "./site.yaml",
         "seed": 3,
         "tokenizer": {"train": {"vocab_size": 400, "datasets": ["prose"]}},
         "datasets": {
@@ -55,7 +55,15 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "checks": {"nodes": 1, "min_disk_free_gb": 0.1},
         "trackers": {"tensorboard": False},
         "stages": [
-            {"name": "base", "kind": "pretrain", "dataset": "prose", "steps": 6, "zero": {"stage": 1}, **deepcopy(stage)},
+            {
+                "name": "base",
+                "kind": "pretrain",
+                "dataset": "prose",
+                "steps": 40,
+                "export": "last",
+                "zero": {"stage": 1},
+                **deepcopy(stage),
+            },
             {
                 "name": "chat",
                 "kind": "sft",
@@ -69,6 +77,16 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         ],
         **changes,
     }
+
+
+def local_site() -> dict[str, Any]:
+    """This machine as if it had four cores."""
+    node = {"cpus": 4, "memory_mb": 8000}
+    return {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
+
+
+def write_site(folder: Path, site: dict[str, Any]) -> None:
+    (folder / "site.yaml").write_text(yaml.safe_dump(site))
 
 
 def write_data(folder: Path) -> None:
@@ -89,12 +107,11 @@ def write_data(folder: Path) -> None:
 class Chain:
     """A working folder with a config and data."""
 
-    def __init__(
-        self, folder: Path, config: dict[str, Any], profile: str = "local", prefix: tuple[str, ...] = ()
-    ) -> None:
-        self.folder, self.config, self.profile, self.prefix = folder, config, profile, prefix
+    def __init__(self, folder: Path, config: dict[str, Any], profile: str = "local") -> None:
+        self.folder, self.config, self.profile = folder, config, profile
         folder.mkdir(parents=True, exist_ok=True)
         write_data(folder)
+        write_site(folder, local_site())
         self.save()
 
     @property
@@ -115,18 +132,20 @@ class Chain:
             "--configfile",
             str(self.folder / "run.yaml"),
         ]
-        return [*self.prefix, *SNAKEMAKE, *where, "--profile", profile, *arguments]
+        return [*SNAKEMAKE, *where, "--profile", profile, *arguments]
 
     def snakemake(self, *arguments: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         return subprocess.run(  # noqa: PLW1510
             self.command(*arguments),
             cwd=self.folder,
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=environment,
+            env=self.environment(),
         )
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONWARNINGS": "ignore"}
 
     def run(self, *arguments: str) -> str:
         """Runs to the end; fails with the output and the job logs when Snakemake fails."""

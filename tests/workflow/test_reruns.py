@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chain import Chain
+from chain import Chain, local_site, write_site
 
 TRAINING = {"train_stage", "convert", "tokenize", "tokenizer"}
 
@@ -22,6 +22,7 @@ def run(finished: Chain) -> Iterator[Chain]:
     yield finished
     finished.config = before
     finished.save()
+    write_site(finished.folder, local_site())
 
 
 def expensive(run: Chain) -> dict[str, int]:
@@ -43,7 +44,7 @@ def test_a_comment_and_another_key_order_run_nothing(run: Chain):
     "change",
     [
         lambda config: config["stages"][0].update(minutes=7),
-        lambda config: config["stages"][1].update(micro_batch=1),
+        lambda config: config["stages"][1].update(micro_batch=2),
         lambda config: config["stages"][1]["zero"].update(stage=2),
         lambda config: config["checks"].update(minutes=3),
         lambda config: config["stages"][0]["checkpoints"].update(keep_last=5),
@@ -66,8 +67,7 @@ def test_partition_nccl_environment_and_container_are_no_cause(run: Chain):
         "environment": {"NCCL_DEBUG": "INFO"},
         "software": {"kind": "container", "path": "/images/job.sif"},
     }
-    (run.folder / "site.yaml").write_text(yaml.safe_dump(site))
-    run.config["site"] = "./site.yaml"
+    write_site(run.folder, site)
     run.config["stages"][0].update(nodes=2, gpus_per_node=1)
     run.save()
     assert expensive(run) == {}

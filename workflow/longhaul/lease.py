@@ -1,4 +1,4 @@
-"""One main Snakemake per run. Snakemake's own lock outlives a killed main; this lease does not.
+"""Leases: one main Snakemake per run, one writer per weights folder. Snakemake's own lock outlives a killed main.
 
 O_CREAT|O_EXCL decides who holds it, on any file system; whether a holder still lives is asked of the operating system on
 its own host. From another host that cannot be known, so a person must say it (`rm`), never a time-out.
@@ -31,6 +31,9 @@ class Holder:
     def this_process(cls) -> Holder:
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
     def is_gone(self) -> bool:
         """True when the holder is surely dead: on this host, and its process is not there any more."""
         if self.host != socket.gethostname():
@@ -41,63 +44,69 @@ class Holder:
             return True
 
 
-class RunLease:
-    """A lease file that is given back when this process ends in any orderly way."""
+class Lease:
+    """A lease file of this process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.holder = Holder.this_process()
 
-    def take(self) -> None:
-        """Takes the lease, or prints who holds it and ends this process with exit code 2."""
-        try:
-            self.acquire()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(UserError.exit_code)
-        atexit.register(self.release)
-
-    def acquire(self) -> None:
-        """Takes the lease, over a dead holder too; UserError while a live or unknown one holds it."""
+    def try_acquire(self) -> bool:
+        """Takes the lease, over a holder that is surely dead too; False while another one has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
-                self._clear_dead_holder()
+                holder = self.current()
+                if holder is None or not holder.is_gone():
+                    return False
+                self.clear(holder)
                 continue
             with os.fdopen(handle, "w") as stream:
                 json.dump(asdict(self.holder), stream)
-            return
-        raise UserError(f"{self.path} changes hands too fast", "run again")
+            return True
+        return False
 
     def release(self) -> None:
         """Gives the lease back, if it is still ours."""
-        if self._read() == self.holder:
+        if self.current() == self.holder:
             self.path.unlink(missing_ok=True)
 
-    def _read(self) -> Holder | None:
+    def current(self) -> Holder | None:
+        """Who holds it; None when nobody does, or the file is not whole yet."""
         try:
             return Holder(**json.loads(self.path.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def _clear_dead_holder(self) -> None:
-        holder = self._read()
-        if holder is None:
-            raise UserError(f"{self.path} is unreadable", f"if no other snakemake works on this run: rm {self.path}")
-        if not holder.is_gone():
-            raise UserError(
-                f"another snakemake (process {holder.pid} on {holder.host}) works on this run",
-                f"wait for it or stop it; if it is surely gone: rm {self.path}",
-            )
-        # Of several that find it dead, the one whose rename succeeds clears it; a fresh lease is put back.
-        moved = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+    def clear(self, dead: Holder) -> None:
+        """Takes the file of a dead holder away. Of several that try, one succeeds; a fresh lease is put back."""
+        moved = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
         try:
             self.path.rename(moved)
         except FileNotFoundError:
             return
-        taken = Holder(**json.loads(moved.read_text()))
-        if taken != holder:
+        if Holder(**json.loads(moved.read_text())) != dead:
             os.link(moved, self.path)
         moved.unlink()
+
+
+class RunLease(Lease):
+    """The lease of a run's main process, given back when the process ends in any orderly way."""
+
+    def take(self) -> None:
+        """Takes the lease, or prints who holds it and ends this process with exit code 2."""
+        if not self.try_acquire():
+            print(f"error: {self._refusal()}", file=sys.stderr, flush=True)
+            sys.exit(UserError.exit_code)
+        atexit.register(self.release)
+
+    def _refusal(self) -> UserError:
+        holder = self.current()
+        if holder is None:
+            return UserError(f"{self.path} is unreadable", f"if no other snakemake works on this run: rm {self.path}")
+        return UserError(
+            f"another snakemake ({holder}) works on this run",
+            f"wait for it or stop it; if it is surely gone: rm {self.path}",
+        )

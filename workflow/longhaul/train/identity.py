@@ -47,16 +47,18 @@ def weights_identity(
     }
 
 
-def claim_weights_folder(job: StageJob, identity: dict[str, Any], processes: Processes) -> Path:
-    """<weights_root>/<hash>, made by rank 0; UserError when its weights may not go on under the planned steps."""
-    folder = Path(job.weights_root) / content_hash(identity)
+def weights_folder(job: StageJob, identity: dict[str, Any]) -> Path:
+    """<weights_root>/<hash>."""
+    return Path(job.weights_root) / content_hash(identity)
+
+
+def claim_weights_folder(job: StageJob, identity: dict[str, Any], folder: Path, processes: Processes) -> None:
+    """Writes what the weights are of; UserError when they may not go on under the planned steps."""
     if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         _check_steps(job, folder)
         write_json(folder / "identity.json", {**identity, "steps": job.steps})
         write_json(folder / "model_config.json", job.model)  # what a conversion builds the model from
     processes.barrier()
-    return folder
 
 
 def _check_steps(job: StageJob, folder: Path) -> None:

@@ -16,13 +16,14 @@ from longhaul.jobs import StageJob
 from longhaul.train.batches import Batch, Prefetcher, validation_batches
 from longhaul.train.checkpoints import Checkpoints, TrainingState
 from longhaul.train.guard import NonfiniteGuard, TrainingFailure
-from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_identity
+from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.loss import global_loss, loss_sum
 from longhaul.train.metrics import Metrics, device_numbers
 from longhaul.train.model import build_model, make_engine
 from longhaul.train.processes import Processes, start_processes
 from longhaul.train.proof import write_proof
 from longhaul.train.schedule import learning_rate
+from longhaul.train.writer import sole_writer
 
 
 def run(job: StageJob) -> None:
@@ -40,13 +41,15 @@ def _run(job: StageJob, processes: Processes) -> None:
     tokenizer, data = TokenizerManifest.read(Path(job.tokenizer)), DataManifest.read(Path(job.data))
     start = starting_checkpoint(job)
     identity = weights_identity(job, data, tokenizer, start)
-    weights = claim_weights_folder(job, identity, processes)
-    checkpoints = Checkpoints(weights, job, processes)
-    if not checkpoints.finished():
-        _train(job, processes, tokenizer, data, start, checkpoints)
-    if processes.is_main:
-        finished_stage(job, weights, checkpoints, data, tokenizer).write(Path(job.out))
-    processes.barrier()
+    weights = weights_folder(job, identity)
+    with sole_writer(weights, processes):
+        claim_weights_folder(job, identity, weights, processes)
+        checkpoints = Checkpoints(weights, job, processes)
+        if not checkpoints.finished():
+            _train(job, processes, tokenizer, data, start, checkpoints)
+        if processes.is_main:
+            finished_stage(job, weights, checkpoints, data, tokenizer).write(Path(job.out))
+        processes.barrier()
 
 
 def finished_stage(

@@ -1,0 +1,85 @@
+"""A training that is killed, and a main Snakemake that is killed: the same command goes on, to the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from chain import Chain
+
+STAGE = "results/tiny/stages/base/checkpoint.json"
+
+
+def steps_done(chain: Chain) -> int:
+    """Steps in the stage's metrics."""
+    lines = [line for path in chain.results.glob("stages/base/weights/*/metrics.jsonl") for line in path.open()]
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def wait_for(condition: Callable[[], bool], main: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert main.poll() is None, "snakemake ended early:\n" + main.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def start(chain: Chain) -> subprocess.Popen[str]:
+    command = chain.command(STAGE)
+    return subprocess.Popen(
+        command, cwd=chain.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=chain.environment()
+    )
+
+
+def trainers(main: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a main Snakemake, by rank."""
+    below = psutil.Process(main.pid).children(recursive=True)
+    found = [process for process in below if "train" in process.cmdline() and "longhaul" in process.cmdline()]
+    ranks = [
+        process for process in found if "RANK" in process.environ() and "torch.distributed.run" not in process.cmdline()
+    ]
+    return sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
+
+
+def masters(chain: Chain) -> dict[str, str]:
+    """Name -> SHA-256 of the last checkpoint's master weights."""
+    checkpoint = chain.read("stages/base/checkpoint.json")
+    last = Path(checkpoint["weights"]) / checkpoint["checkpoints"]["last"]["path"]
+    tensors = json.loads((chain.folder / last / "proof" / "tensors.json").read_text())
+    return {name: entry["sha256_fp32"] for name, entry in tensors.items()}
+
+
+@pytest.fixture
+def killed(finished: Chain, tmp_path: Path) -> Chain:
+    """The finished run's twin, not yet started."""
+    return Chain(tmp_path / "twin", finished.config)
+
+
+def test_kills_cost_no_bit(finished: Chain, killed: Chain):
+    first = start(killed)
+    wait_for(lambda: steps_done(killed) >= 12, first)
+    trainers(first)[-1].send_signal(signal.SIGKILL)
+    assert first.wait(timeout=120) == 1
+    assert not (killed.folder / STAGE).exists()
+
+    second = start(killed)
+    wait_for(lambda: steps_done(killed) >= 22, second)
+    third = killed.snakemake(STAGE)
+    assert third.returncode == 2, third.stdout + third.stderr
+    assert f"another snakemake (process {second.pid} on " in third.stdout + third.stderr
+    second.kill()  # its trainers go on; the next ones wait for them
+    second.wait()
+
+    killed.run(STAGE)
+    weights = killed.folder / killed.read("stages/base/checkpoint.json")["weights"]
+    legs = [json.loads(line)["resumed_from"] for line in (weights / "legs.jsonl").open()]
+    assert legs[:2] == [0, 10]
+    rows = [json.loads(line) for line in (weights / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
+    assert masters(killed) == masters(finished)
