@@ -152,7 +152,8 @@ def _parse_whole(text: str, path: Path) -> list[Any]:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        message = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+        raise UserError(message, "mend the file, or give one object a line as .jsonl") from None
 
 
 def _csv(path: Path, column: str) -> Iterator[Row]:
