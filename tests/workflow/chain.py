@@ -147,9 +147,9 @@ class Chain:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "PYTHONWARNINGS": "ignore"}
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str, timeout_s: float = 400) -> str:
         """Runs to the end; fails with the output and the job logs when Snakemake fails."""
-        done = self.snakemake(*arguments)
+        done = self.snakemake(*arguments, timeout_s=timeout_s)
         output = done.stdout + done.stderr
         assert done.returncode == 0, output[-6000:] + self.logs()
         return output
@@ -162,6 +162,10 @@ class Chain:
         return "\n".join(
             f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.results.glob("logs/**/*.log"))
         )
+
+    def weights(self, stage: str) -> Path:
+        """A finished stage's weights folder."""
+        return self.folder / self.read(f"stages/{stage}/checkpoint.json")["weights"]
 
     def read(self, name: str) -> Any:
         return json.loads((self.results / name).read_text())

@@ -34,6 +34,12 @@ def test_nothing_is_left_to_do(run: Chain):
     assert run.would_run() == {}
 
 
+def test_a_run_from_elsewhere_holds_nothing_of_the_demo(run: Chain):
+    assert sorted(path.name for path in (run.folder / "results").iterdir()) == ["tiny"]
+    assert (run.results / "config.yaml").read_text() == (run.folder / "run.yaml").read_text()
+    assert "stdlib" not in (run.results / "plan.json").read_text()
+
+
 def test_a_comment_and_another_key_order_run_nothing(run: Chain):
     reordered = dict(reversed(run.config.items()))
     run.save("# a comment\n" + yaml.safe_dump(reordered, sort_keys=True))

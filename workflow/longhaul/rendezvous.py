@@ -18,7 +18,7 @@ from longhaul.errors import UserError
 from longhaul.ranks import Rank, export_rank
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 MEET_S = 180.0
 """Nodes of one srun start within seconds; imports from a cold shared file system take up to minutes."""
@@ -80,7 +80,7 @@ def _meet(rank: Rank, meet_s: float) -> TCPStore:
 
 
 def _open_store(rank: Rank, meet_s: float) -> TCPStore:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     return TCPStore(
         os.environ["MASTER_ADDR"],

@@ -25,12 +25,14 @@ class Decoder(Frozen):
     num_attention_heads: Count = Field(description="Query heads.")
     num_key_value_heads: Count = Field(description="Key and value heads.")
     max_position_embeddings: Count = Field(description="Longest sequence the positions allow.")
-    rope_theta: Positive = Field(10000.0, description="Base of the rotary embedding.")
-    rope_scaling: dict[str, float | int | str | bool] | None = Field(None, description="Rotary scaling, e.g. yarn.")
-    rms_norm_eps: Positive = Field(1e-6, description="Added inside RMSNorm.")
-    initializer_range: Positive = Field(0.02, description="Standard deviation of initial weights.")
-    tie_word_embeddings: bool = Field(False, description="Output head shares the embedding's weights.")
-    attention_dropout: Share = Field(0.0, description="Dropout on attention weights.")
+    rope_theta: Positive = Field(default=10000.0, description="Base of the rotary embedding.")
+    rope_scaling: dict[str, float | int | str | bool] | None = Field(
+        default=None, description="Rotary scaling, e.g. yarn."
+    )
+    rms_norm_eps: Positive = Field(default=1e-6, description="Added inside RMSNorm.")
+    initializer_range: Positive = Field(default=0.02, description="Standard deviation of initial weights.")
+    tie_word_embeddings: bool = Field(default=False, description="Output head shares the embedding's weights.")
+    attention_dropout: Share = Field(default=0.0, description="Dropout on attention weights.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Decoder:
@@ -45,9 +47,9 @@ class Decoder(Frozen):
 class Llama(Decoder):
     """Llama."""
 
-    head_dim: Count | None = Field(None, description="Default: hidden_size / num_attention_heads.")
-    attention_bias: bool = Field(False, description="Biases in the attention projections.")
-    mlp_bias: bool = Field(False, description="Biases in the MLP.")
+    head_dim: Count | None = Field(default=None, description="Default: hidden_size / num_attention_heads.")
+    attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
+    mlp_bias: bool = Field(default=False, description="Biases in the MLP.")
 
 
 class Qwen2(Decoder):
@@ -57,27 +59,27 @@ class Qwen2(Decoder):
 class Qwen3(Decoder):
     """Qwen3, dense."""
 
-    head_dim: Count = Field(128, description="Width of one head.")
-    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+    head_dim: Count = Field(default=128, description="Width of one head.")
+    attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
 
 
 class Qwen3Moe(Decoder):
     """Qwen3, mixture of experts."""
 
-    head_dim: Count | None = Field(None, description="Default: hidden_size / num_attention_heads.")
-    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+    head_dim: Count | None = Field(default=None, description="Default: hidden_size / num_attention_heads.")
+    attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
     moe_intermediate_size: Count = Field(description="Width of one expert.")
     num_experts: Count = Field(description="Routed experts of a layer.")
     num_experts_per_tok: Count = Field(description="Experts a token visits.")
-    norm_topk_prob: bool = Field(False, description="Router weights of the chosen experts sum to 1.")
-    decoder_sparse_step: Count = Field(1, description="Every n-th layer is a mixture.")
-    mlp_only_layers: tuple[int, ...] = Field((), description="Layers that stay dense.")
+    norm_topk_prob: bool = Field(default=False, description="Router weights of the chosen experts sum to 1.")
+    decoder_sparse_step: Count = Field(default=1, description="Every n-th layer is a mixture.")
+    mlp_only_layers: tuple[int, ...] = Field(default=(), description="Layers that stay dense.")
 
 
 class LatentAttention(Decoder):
     """Multi-head latent attention and experts, as in DeepSeek V2 and V3."""
 
-    attention_bias: bool = Field(False, description="Biases in the attention projections.")
+    attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
     moe_intermediate_size: Count = Field(description="Width of one expert.")
     n_routed_experts: Count = Field(description="Routed experts of a layer.")
     n_shared_experts: Count = Field(description="Experts every token visits.")
@@ -93,20 +95,20 @@ class LatentAttention(Decoder):
 class DeepseekV2(LatentAttention):
     """DeepSeek V2."""
 
-    n_group: Count | None = Field(None, description="Expert groups; topk_method group_limited_greedy.")
-    topk_group: Count | None = Field(None, description="Groups a token may choose from.")
-    topk_method: OneLine = Field("greedy", description="greedy or group_limited_greedy.")
-    norm_topk_prob: bool = Field(False, description="Router weights of the chosen experts sum to 1.")
-    routed_scaling_factor: Positive = Field(1.0, description="Scale of the routed experts' output.")
+    n_group: Count | None = Field(default=None, description="Expert groups; topk_method group_limited_greedy.")
+    topk_group: Count | None = Field(default=None, description="Groups a token may choose from.")
+    topk_method: OneLine = Field(default="greedy", description="greedy or group_limited_greedy.")
+    norm_topk_prob: bool = Field(default=False, description="Router weights of the chosen experts sum to 1.")
+    routed_scaling_factor: Positive = Field(default=1.0, description="Scale of the routed experts' output.")
 
 
 class DeepseekV3(LatentAttention):
     """DeepSeek V3 and R1."""
 
-    n_group: Count = Field(8, description="Expert groups.")
-    topk_group: Count = Field(4, description="Groups a token may choose from.")
-    norm_topk_prob: bool = Field(True, description="Router weights of the chosen experts sum to 1.")
-    routed_scaling_factor: Positive = Field(2.5, description="Scale of the routed experts' output.")
+    n_group: Count = Field(default=8, description="Expert groups.")
+    topk_group: Count = Field(default=4, description="Groups a token may choose from.")
+    norm_topk_prob: bool = Field(default=True, description="Router weights of the chosen experts sum to 1.")
+    routed_scaling_factor: Positive = Field(default=2.5, description="Scale of the routed experts' output.")
 
     @model_validator(mode="after")
     def _groups_divide(self) -> DeepseekV3:
@@ -125,15 +127,15 @@ class PretrainedHub(Frozen):
     """A model repository on the hub."""
 
     id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
-    revision: OneLine = Field("main", description="Branch, tag or commit; pinned to a commit by fetch.")
+    revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")
 
 
 class Pretrained(Frozen):
     """Weights to start from; exactly one of path and hub."""
 
-    path: OneLine | None = Field(None, description="Hugging Face folder; relative to the config file.")
-    hub: PretrainedHub | None = Field(None, description="Take the weights from the hub.")
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+    path: OneLine | None = Field(default=None, description="Hugging Face folder; relative to the config file.")
+    hub: PretrainedHub | None = Field(default=None, description="Take the weights from the hub.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Pretrained:
@@ -145,13 +147,13 @@ class Pretrained(Frozen):
 class Model(Frozen):
     """Exactly one of these: the key names the architecture."""
 
-    llama: Llama | None = Field(None, description="Llama.")
-    qwen2: Qwen2 | None = Field(None, description="Qwen2 and Qwen2.5.")
-    qwen3: Qwen3 | None = Field(None, description="Qwen3, dense.")
-    qwen3_moe: Qwen3Moe | None = Field(None, description="Qwen3, mixture of experts.")
-    deepseek_v2: DeepseekV2 | None = Field(None, description="DeepSeek V2.")
-    deepseek_v3: DeepseekV3 | None = Field(None, description="DeepSeek V3 and R1.")
-    pretrained: Pretrained | None = Field(None, description="Start from existing weights.")
+    llama: Llama | None = Field(default=None, description="Llama.")
+    qwen2: Qwen2 | None = Field(default=None, description="Qwen2 and Qwen2.5.")
+    qwen3: Qwen3 | None = Field(default=None, description="Qwen3, dense.")
+    qwen3_moe: Qwen3Moe | None = Field(default=None, description="Qwen3, mixture of experts.")
+    deepseek_v2: DeepseekV2 | None = Field(default=None, description="DeepSeek V2.")
+    deepseek_v3: DeepseekV3 | None = Field(default=None, description="DeepSeek V3 and R1.")
+    pretrained: Pretrained | None = Field(default=None, description="Start from existing weights.")
 
     @model_validator(mode="after")
     def _one_model(self) -> Model:

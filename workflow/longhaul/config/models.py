@@ -18,10 +18,10 @@ M = TypeVar("M", bound=Frozen)
 class Storage(Frozen):
     """Where big data goes. Relative paths are taken from the working folder (snakemake --directory)."""
 
-    weights: OneLine | None = Field(None, description="Root for checkpoints; default results/<run>/stages.")
-    data: OneLine | None = Field(None, description="Root for token shards; default results/<run>/data.")
+    weights: OneLine | None = Field(default=None, description="Root for checkpoints; default results/<run>/stages.")
+    data: OneLine | None = Field(default=None, description="Root for token shards; default results/<run>/data.")
     scratch: OneLine | None = Field(
-        None, description="Node-local folder for compiled ops and temporary files; default: $TMPDIR, else /tmp."
+        default=None, description="Node-local folder for compiled ops and temporary files; default: $TMPDIR, else /tmp."
     )
 
 
@@ -29,20 +29,22 @@ class HubSource(Frozen):
     """A repository on the Hugging Face hub; `fetch` pins the revision to a commit."""
 
     id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
-    revision: OneLine = Field("main", description="Branch, tag or commit; pinned to a commit by fetch.")
+    revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")
 
 
 class HubDataset(HubSource):
     """A data set on the hub."""
 
-    name: Name | None = Field(None, description="Configuration of the data set, where it has several.")
-    split: OneLine = Field("train", description="Split to read; the validation split is taken from it by hash.")
+    name: Name | None = Field(default=None, description="Configuration of the data set, where it has several.")
+    split: OneLine = Field(default="train", description="Split to read; the validation split is taken from it by hash.")
 
 
 class PythonStdlib(Frozen):
     """The sources of the Python that runs fetch: text = its modules, chat = questions made from their docstrings."""
 
-    max_mb: Annotated[float, Field(gt=0, le=1000)] = Field(8.0, description="Stop after this much text, in MB (10^6).")
+    max_mb: Annotated[float, Field(gt=0, le=1000)] = Field(
+        default=8.0, description="Stop after this much text, in MB (10^6)."
+    )
 
 
 class TrainTokenizer(Frozen):
@@ -57,11 +59,11 @@ class TrainTokenizer(Frozen):
 class Tokenizer(Frozen):
     """Exactly one of path, hub and train."""
 
-    path: OneLine | None = Field(None, description="Folder with tokenizer.json; relative to the config file.")
-    hub: HubSource | None = Field(None, description="Take the tokenizer from the hub.")
-    train: TrainTokenizer | None = Field(None, description="Train one on the run's text.")
+    path: OneLine | None = Field(default=None, description="Folder with tokenizer.json; relative to the config file.")
+    hub: HubSource | None = Field(default=None, description="Take the tokenizer from the hub.")
+    train: TrainTokenizer | None = Field(default=None, description="Train one on the run's text.")
     chat_template: OneLine | None = Field(
-        None, description="Jinja file that replaces the tokenizer's chat template; relative to the config file."
+        default=None, description="Jinja file that replaces the tokenizer's chat template; relative to the config file."
     )
 
     @model_validator(mode="after")
@@ -72,22 +74,24 @@ class Tokenizer(Frozen):
 class Columns(Frozen):
     """Names of the columns that are read."""
 
-    text: OneLine = Field("text", description="kind text: the document.")
-    messages: OneLine = Field("messages", description="kind chat: a list of {role, content}.")
+    text: OneLine = Field(default="text", description="kind text: the document.")
+    messages: OneLine = Field(default="messages", description="kind chat: a list of {role, content}.")
 
 
 class Dataset(Frozen):
     """Exactly one of files, hub and python_stdlib."""
 
     kind: Literal["text", "chat"] = Field(description="text: one document a row; chat: one conversation a row.")
-    files: tuple[OneLine, ...] = Field((), description="Paths or globs; relative to the config file.")
-    hub: HubDataset | None = Field(None, description="Take the data from the hub.")
-    python_stdlib: PythonStdlib | None = Field(None, description="The demo's data: this Python's standard library.")
-    format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
-        "auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
+    files: tuple[OneLine, ...] = Field(default=(), description="Paths or globs; relative to the config file.")
+    hub: HubDataset | None = Field(default=None, description="Take the data from the hub.")
+    python_stdlib: PythonStdlib | None = Field(
+        default=None, description="The demo's data: this Python's standard library."
     )
-    columns: Columns = Field(Columns(), description="Columns that are read.")
-    validation_share: Share = Field(0.01, description="Share of documents held out, chosen by document hash.")
+    format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
+        default="auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
+    )
+    columns: Columns = Field(default=Columns(), description="Columns that are read.")
+    validation_share: Share = Field(default=0.01, description="Share of documents held out, chosen by document hash.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
@@ -98,92 +102,104 @@ class StartFrom(Frozen):
     """The checkpoint of another stage that this one starts from."""
 
     stage: Name = Field(description="Name of the stage.")
-    checkpoint: Literal["last", "best"] = Field("last", description="best: by validation loss.")
+    checkpoint: Literal["last", "best"] = Field(default="last", description="best: by validation loss.")
 
 
 class Optimizer(Frozen):
     """AdamW; norms, biases and other one-dimensional parameters have no weight decay."""
 
-    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="Peak learning rate.")
+    lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Peak learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="Decay rates of the two moments."
+        default=(0.9, 0.95), description="Decay rates of the two moments."
     )
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")
+    eps: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="Added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Decoupled weight decay.")
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Largest global gradient norm; 0 switches clipping off. Always written for DeepSpeed."
+        default=1.0, description="Largest global gradient norm; 0 switches clipping off. Always written for DeepSpeed."
     )
 
 
 class Schedule(Frozen):
     """Learning rate over optimizer steps."""
 
-    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Linear rise from 0 to the peak.")
-    decay_steps: Annotated[int, Field(ge=0)] = Field(0, description="wsd: length of the linear decay at the end.")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Final rate as a share of the peak.")
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        default="cosine", description="Shape after the warm-up."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Linear rise from 0 to the peak.")
+    decay_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="wsd: length of the linear decay at the end."
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="Final rate as a share of the peak."
+    )
 
 
 class LossScale(Frozen):
     """fp16's loss scaling; static 0 means dynamic."""
 
-    static: Annotated[float, Field(ge=0)] = Field(0.0, description="Fixed scale; 0: dynamic.")
-    initial_power: Annotated[int, Field(ge=0, le=32)] = Field(16, description="The dynamic scale starts at 2^this.")
-    window_steps: Count = Field(1000, description="Overflow-free steps before the scale is doubled.")
-    hysteresis: Count = Field(2, description="Overflows before the scale is halved.")
-    min_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="The scale never falls below this.")
+    static: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Fixed scale; 0: dynamic.")
+    initial_power: Annotated[int, Field(ge=0, le=32)] = Field(
+        default=16, description="The dynamic scale starts at 2^this."
+    )
+    window_steps: Count = Field(default=1000, description="Overflow-free steps before the scale is doubled.")
+    hysteresis: Count = Field(default=2, description="Overflows before the scale is halved.")
+    min_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="The scale never falls below this.")
 
 
 class Parallel(Frozen):
     """How many ranks share one copy of the model; the rest is data parallel."""
 
-    tensor: Count = Field(1, description="Tensor-parallel ranks.")
-    pipeline: Count = Field(1, description="Pipeline stages.")
-    expert: Count = Field(1, description="Expert-parallel ranks.")
-    sequence: Count = Field(1, description="Sequence-parallel ranks.")
+    tensor: Count = Field(default=1, description="Tensor-parallel ranks.")
+    pipeline: Count = Field(default=1, description="Pipeline stages.")
+    expert: Count = Field(default=1, description="Expert-parallel ranks.")
+    sequence: Count = Field(default=1, description="Sequence-parallel ranks.")
 
 
 class Zero(Frozen):
     """DeepSpeed's ZeRO. Fields left at null keep DeepSpeed's own default."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
-        1, description="What is partitioned: 1 optimizer, 2 + gradients, 3 + weights."
+        default=1, description="What is partitioned: 1 optimizer, 2 + gradients, 3 + weights."
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="Optimizer states in CPU memory (stage >= 1)."
+        default="none", description="Optimizer states in CPU memory (stage >= 1)."
     )
-    offload_param: Literal["none", "cpu"] = Field("none", description="Weights in CPU memory (stage 3 only).")
-    pin_memory: bool = Field(True, description="Pin offloaded CPU memory.")
-    overlap_comm: bool = Field(True, description="Overlap gradient reduction with the backward pass.")
-    contiguous_gradients: bool = Field(True, description="Copy gradients to one buffer as they are produced.")
-    reduce_bucket_size: Count | None = Field(None, description="Elements reduced at a time.")
-    allgather_bucket_size: Count | None = Field(None, description="Elements gathered at a time (stages 1 and 2).")
-    stage3_prefetch_bucket_size: Count | None = Field(None, description="Elements prefetched (stage 3).")
+    offload_param: Literal["none", "cpu"] = Field(default="none", description="Weights in CPU memory (stage 3 only).")
+    pin_memory: bool = Field(default=True, description="Pin offloaded CPU memory.")
+    overlap_comm: bool = Field(default=True, description="Overlap gradient reduction with the backward pass.")
+    contiguous_gradients: bool = Field(default=True, description="Copy gradients to one buffer as they are produced.")
+    reduce_bucket_size: Count | None = Field(default=None, description="Elements reduced at a time.")
+    allgather_bucket_size: Count | None = Field(
+        default=None, description="Elements gathered at a time (stages 1 and 2)."
+    )
+    stage3_prefetch_bucket_size: Count | None = Field(default=None, description="Elements prefetched (stage 3).")
     stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Weights smaller than this many elements stay whole (stage 3)."
+        default=None, description="Weights smaller than this many elements stay whole (stage 3)."
     )
 
 
 class Checkpoints(Frozen):
     """When weights are saved and which saves are kept; a save another stage or an export needs is never removed."""
 
-    every_steps: Count = Field(100, description="Steps between saves; the last step is always saved.")
-    keep_last: Count = Field(2, description="Newest saves kept.")
-    keep_best: Annotated[int, Field(ge=0)] = Field(1, description="Best saves kept, by validation loss.")
+    every_steps: Count = Field(default=100, description="Steps between saves; the last step is always saved.")
+    keep_last: Count = Field(default=2, description="Newest saves kept.")
+    keep_best: Annotated[int, Field(ge=0)] = Field(default=1, description="Best saves kept, by validation loss.")
 
 
 class Validation(Frozen):
     """Loss on the held-out documents."""
 
-    every_steps: Count = Field(100, description="Steps between validations; one more follows the last step.")
-    max_samples: Count = Field(256, description="Samples of the validation split that are read, always the same ones.")
+    every_steps: Count = Field(default=100, description="Steps between validations; one more follows the last step.")
+    max_samples: Count = Field(
+        default=256, description="Samples of the validation split that are read, always the same ones."
+    )
 
 
 class Nonfinite(Frozen):
     """What happens when loss or gradients are NaN or infinite."""
 
     skip_steps: Annotated[int, Field(ge=0)] = Field(
-        0,
+        default=0,
         description="Consecutive steps that may be skipped (weights unchanged, batch recorded) before the stage fails.",
     )
 
@@ -195,32 +211,35 @@ class Stage(Frozen):
     kind: Literal["pretrain", "sft"] = Field(description="pretrain: loss on every token; sft: on the assistant's.")
     dataset: Name = Field(description="Name of a dataset: text for pretrain, chat for sft.")
     start_from: StartFrom | None = Field(
-        None, alias="from", description="Start from another stage; default: the model."
+        default=None, alias="from", description="Start from another stage; default: the model."
     )
-    steps: Count | None = Field(None, description="Optimizer steps. Exactly one of steps and tokens.")
-    tokens: Count | None = Field(None, description="Tokens to train on; rounded up to whole steps.")
+    steps: Count | None = Field(default=None, description="Optimizer steps. Exactly one of steps and tokens.")
+    tokens: Count | None = Field(default=None, description="Tokens to train on; rounded up to whole steps.")
     global_batch: Count = Field(description="Sequences per optimizer step, over all ranks.")
-    micro_batch: Count = Field(1, description="Sequences per rank and forward pass.")
+    micro_batch: Count = Field(default=1, description="Sequences per rank and forward pass.")
     sequence_length: Annotated[int, Field(ge=8)] = Field(description="Tokens per sequence.")
-    optimizer: Optimizer = Field(Optimizer(), description="AdamW's settings.")
-    schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
-    precision: Precision = Field("bf16", description="Compute precision; master weights are fp32 (ZeRO >= 1).")
-    loss_scale: LossScale = Field(LossScale(), description="fp16 only.")
-    nodes: Count = Field(1, description="Nodes of the allocation.")
-    gpus_per_node: Count = Field(1, description="Ranks per node: one per GPU, or CPU processes where there is none.")
-    parallel: Parallel = Field(Parallel(), description="Parallel layout.")
-    zero: Zero = Field(Zero(), description="ZeRO and offload.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    checkpoints: Checkpoints = Field(Checkpoints(), description="Saves.")
-    validation: Validation = Field(Validation(), description="Held-out loss.")
-    nonfinite: Nonfinite = Field(Nonfinite(), description="NaN and infinity.")
-    export: Literal["none", "last", "best"] = Field(
-        "none", description="Checkpoint that becomes a Hugging Face folder."
+    optimizer: Optimizer = Field(default=Optimizer(), description="AdamW's settings.")
+    schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
+    precision: Precision = Field(default="bf16", description="Compute precision; master weights are fp32 (ZeRO >= 1).")
+    loss_scale: LossScale = Field(default=LossScale(), description="fp16 only.")
+    nodes: Count = Field(default=1, description="Nodes of the allocation.")
+    gpus_per_node: Count = Field(
+        default=1, description="Ranks per node: one per GPU, or CPU processes where there is none."
     )
-    export_dtype: Literal["fp32", "bf16"] = Field("bf16", description="Precision of the exported weights.")
-    minutes: Count = Field(60, description="Length of one allocation.")
+    parallel: Parallel = Field(default=Parallel(), description="Parallel layout.")
+    zero: Zero = Field(default=Zero(), description="ZeRO and offload.")
+    activation_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
+    checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
+    validation: Validation = Field(default=Validation(), description="Held-out loss.")
+    nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN and infinity.")
+    export: Literal["none", "last", "best"] = Field(
+        default="none", description="Checkpoint that becomes a Hugging Face folder."
+    )
+    export_dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Precision of the exported weights.")
+    minutes: Count = Field(default=60, description="Length of one allocation.")
     restart: bool = Field(
-        False, description="Allow a changed number of steps to train a decaying schedule anew, in a new weights folder."
+        default=False,
+        description="Allow a changed number of steps to train a decaying schedule anew, in a new weights folder.",
     )
 
     @model_validator(mode="after")
@@ -231,34 +250,42 @@ class Stage(Frozen):
 class Checks(Frozen):
     """The environment and fabric checks before training."""
 
-    nodes: Count = Field(2, description="Nodes that are checked.")
-    gpus_per_node: Count | None = Field(None, description="Ranks per node; default: the largest of the stages.")
-    minutes: Count = Field(20, description="Length of their allocation.")
-    min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(10.0, description="Free space the run folder needs, in GB.")
-    max_clock_skew_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest difference between node clocks.")
+    nodes: Count = Field(default=2, description="Nodes that are checked.")
+    gpus_per_node: Count | None = Field(default=None, description="Ranks per node; default: the largest of the stages.")
+    minutes: Count = Field(default=20, description="Length of their allocation.")
+    min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(
+        default=10.0, description="Free space the run folder needs, in GB."
+    )
+    max_clock_skew_s: Annotated[float, Field(gt=0)] = Field(
+        default=5.0, description="Largest difference between node clocks."
+    )
 
 
 class Trackers(Frozen):
     """Where metrics go beside metrics.jsonl; WANDB_MODE=offline and MLflow's file store are respected."""
 
-    tensorboard: bool = Field(True, description="Event files beside the metrics.")
-    wandb: bool = Field(False, description="Weights & Biases; needs the wandb package.")
-    mlflow: bool = Field(False, description="MLflow; needs the mlflow package.")
+    tensorboard: bool = Field(default=True, description="Event files beside the metrics.")
+    wandb: bool = Field(default=False, description="Weights & Biases; needs the wandb package.")
+    mlflow: bool = Field(default=False, description="MLflow; needs the mlflow package.")
 
 
 class Config(Frozen):
     """One run, from raw text to verified models."""
 
     run: Name = Field(description="Results go to results/<run>.")
-    site: OneLine = Field("local", description="A file of config/sites by name, or a path relative to the config file.")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of initial weights, data order and packing.")
-    storage: Storage = Field(Storage(), description="Where big data goes.")
+    site: OneLine = Field(
+        default="local", description="A file of config/sites by name, or a path relative to the config file."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        default=0, description="Of initial weights, data order and packing."
+    )
+    storage: Storage = Field(default=Storage(), description="Where big data goes.")
     tokenizer: Tokenizer = Field(description="The tokenizer of the whole run.")
     datasets: dict[Name, Dataset] = Field(min_length=1, description="Name -> dataset.")
     model: Model = Field(description="An architecture with its config, or a pretrained folder.")
-    checks: Checks = Field(Checks(), description="Environment and fabric checks.")
-    data_minutes: Count = Field(120, description="Length of a tokenizing or conversion allocation.")
-    trackers: Trackers = Field(Trackers(), description="Experiment trackers.")
+    checks: Checks = Field(default=Checks(), description="Environment and fabric checks.")
+    data_minutes: Count = Field(default=120, description="Length of a tokenizing or conversion allocation.")
+    trackers: Trackers = Field(default=Trackers(), description="Experiment trackers.")
     stages: tuple[Stage, ...] = Field(min_length=1, description="In any order; `from` links them.")
 
 

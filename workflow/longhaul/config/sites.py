@@ -14,15 +14,15 @@ class Partition(Frozen):
 
     name: SlurmWord = Field(description="Its name, as in sinfo.")
     max_minutes: Count = Field(description="Its time limit.")
-    max_nodes: Count | None = Field(None, description="Largest job, in nodes; null: not checked.")
+    max_nodes: Count | None = Field(default=None, description="Largest job, in nodes; null: not checked.")
 
 
 class Partitions(Frozen):
     """Which partition serves which kind of job."""
 
     gpu: Partition = Field(description="Training, fabric and environment checks.")
-    cpu: Partition | None = Field(None, description="Tokenizing and conversion; default: the gpu partition.")
-    debug: Partition | None = Field(None, description="Short checks; default: the gpu partition.")
+    cpu: Partition | None = Field(default=None, description="Tokenizing and conversion; default: the gpu partition.")
+    debug: Partition | None = Field(default=None, description="Short checks; default: the gpu partition.")
 
 
 class NodeShape(Frozen):
@@ -30,47 +30,53 @@ class NodeShape(Frozen):
 
     cpus: Count = Field(description="CPU cores that jobs may use.")
     memory_mb: Count = Field(description="Memory that jobs may use, in MiB.")
-    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs; 0: training runs on the CPU.")
-    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(None, description="Memory of one GPU.")
+    gpus: Annotated[int, Field(ge=0)] = Field(default=0, description="GPUs; 0: training runs on the CPU.")
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(default=None, description="Memory of one GPU.")
     gpu_peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s, for MFU."
+        default=None, description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s, for MFU."
     )
 
 
 class FabricFloors(Frozen):
     """Smallest acceptable bus bandwidth of each collective at the largest size, in GB/s; null: not judged."""
 
-    all_reduce_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="all_reduce.")
-    all_gather_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="all_gather.")
-    reduce_scatter_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="reduce_scatter.")
-    send_recv_gbps: Annotated[float, Field(gt=0)] | None = Field(None, description="send/recv between neighbours.")
+    all_reduce_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="all_reduce.")
+    all_gather_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="all_gather.")
+    reduce_scatter_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="reduce_scatter.")
+    send_recv_gbps: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="send/recv between neighbours."
+    )
     all_reduce_latency_us: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Largest all_reduce time at 8 bytes, in microseconds."
+        default=None, description="Largest all_reduce time at 8 bytes, in microseconds."
     )
 
 
 class Interconnect(Frozen):
     """The network between nodes."""
 
-    kind: Literal["infiniband", "roce", "ethernet", "none"] = Field("ethernet", description="none: one machine.")
-    socket_interface: SlurmWord | None = Field(None, description="Interface for NCCL's and gloo's sockets, e.g. ib0.")
-    floors: FabricFloors = Field(FabricFloors(), description="What the fabric check demands.")
+    kind: Literal["infiniband", "roce", "ethernet", "none"] = Field(
+        default="ethernet", description="none: one machine."
+    )
+    socket_interface: SlurmWord | None = Field(
+        default=None, description="Interface for NCCL's and gloo's sockets, e.g. ib0."
+    )
+    floors: FabricFloors = Field(default=FabricFloors(), description="What the fabric check demands.")
 
 
 class Software(Frozen):
     """How a job enters the job environment; `launch.sh` does it."""
 
     kind: Literal["current", "venv", "conda", "container", "modules"] = Field(
-        "current", description="current: the environment Snakemake itself runs in."
+        default="current", description="current: the environment Snakemake itself runs in."
     )
     path: OneLine | None = Field(
-        None, description="venv: its folder. conda: the environment's folder. container: the image."
+        default=None, description="venv: its folder. conda: the environment's folder. container: the image."
     )
-    runtime: Literal["apptainer", "singularity"] = Field("apptainer", description="container: the command.")
+    runtime: Literal["apptainer", "singularity"] = Field(default="apptainer", description="container: the command.")
     binds: tuple[OneLine, ...] = Field(
-        (), description="container: folders to bind beside the checkout and the run folder."
+        default=(), description="container: folders to bind beside the checkout and the run folder."
     )
-    modules: tuple[SlurmWord, ...] = Field((), description="Modules loaded first, whatever the kind.")
+    modules: tuple[SlurmWord, ...] = Field(default=(), description="Modules loaded first, whatever the kind.")
 
     @model_validator(mode="after")
     def _needs_path(self) -> Software:
@@ -85,32 +91,38 @@ class Site(Frozen):
     """A computing centre, or this machine."""
 
     name: Name = Field(description="Shown in plans and reports.")
-    scheduler: Literal["slurm", "local"] = Field("slurm", description="local: processes on this machine, no Slurm.")
-    partitions: Partitions | None = Field(None, description="Needed for slurm.")
+    scheduler: Literal["slurm", "local"] = Field(
+        default="slurm", description="local: processes on this machine, no Slurm."
+    )
+    partitions: Partitions | None = Field(default=None, description="Needed for slurm.")
     node: NodeShape = Field(description="Shape of one node.")
     max_nodes: Count = Field(description="Most nodes one job may use.")
-    account: SlurmWord | None = Field(None, description="--account.")
-    qos: SlurmWord | None = Field(None, description="--qos.")
-    constraint: SlurmWord | None = Field(None, description="--constraint.")
-    reservation: SlurmWord | None = Field(None, description="--reservation.")
+    account: SlurmWord | None = Field(default=None, description="--account.")
+    qos: SlurmWord | None = Field(default=None, description="--qos.")
+    constraint: SlurmWord | None = Field(default=None, description="--constraint.")
+    reservation: SlurmWord | None = Field(default=None, description="--reservation.")
     gpu_request: Literal["gpus_per_node", "gres", "none"] = Field(
-        "gpus_per_node", description="How GPUs are asked for: --gpus-per-node, --gres, or not at all."
+        default="gpus_per_node", description="How GPUs are asked for: --gpus-per-node, --gres, or not at all."
     )
-    gpu_type: SlurmWord | None = Field(None, description="Type in the request, e.g. a100.")
+    gpu_type: SlurmWord | None = Field(default=None, description="Type in the request, e.g. a100.")
     memory: Literal["per_node", "all", "omit"] = Field(
-        "per_node", description="per_node: the node's memory_mb. all: --mem=0, the whole node. omit: not sent."
+        default="per_node", description="per_node: the node's memory_mb. all: --mem=0, the whole node. omit: not sent."
     )
-    exclusive: bool = Field(False, description="--exclusive.")
-    requeue: bool = Field(True, description="Jobs may be requeued.")
-    sbatch_from_jobs: bool = Field(False, description="Compute nodes may call sbatch.")
-    srun_extra: tuple[SlurmOption, ...] = Field((), description="More options for every srun, e.g. --mpi=pmix.")
-    interconnect: Interconnect = Field(Interconnect(), description="The network between nodes.")
-    inode_limit: Count | None = Field(None, description="File quota of the run folder; the plan compares with it.")
-    software: Software = Field(Software(), description="The job environment.")
+    exclusive: bool = Field(default=False, description="--exclusive.")
+    requeue: bool = Field(default=True, description="Jobs may be requeued.")
+    sbatch_from_jobs: bool = Field(default=False, description="Compute nodes may call sbatch.")
+    srun_extra: tuple[SlurmOption, ...] = Field(default=(), description="More options for every srun, e.g. --mpi=pmix.")
+    interconnect: Interconnect = Field(default=Interconnect(), description="The network between nodes.")
+    inode_limit: Count | None = Field(
+        default=None, description="File quota of the run folder; the plan compares with it."
+    )
+    software: Software = Field(default=Software(), description="The job environment.")
     cuda_build: OneLine = Field(
-        "cpu", description="torch's build: cpu, cu128, cu130, …; the environment check compares."
+        default="cpu", description="torch's build: cpu, cu128, cu130, …; the environment check compares."
     )
-    environment: dict[EnvironmentName, OneLine] = Field({}, description="Variables for every job, e.g. NCCL_IB_HCA.")
+    environment: dict[EnvironmentName, OneLine] = Field(
+        default={}, description="Variables for every job, e.g. NCCL_IB_HCA."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Site:

@@ -43,9 +43,15 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {package: _version(package) for package in PACKAGES}
     found["cuda_build"] = cuda_build(torch.version.cuda)
-    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    found["nccl"] = _nccl() if torch.cuda.is_available() else None
     found["driver"] = _driver()
     return found
+
+
+def _nccl() -> str:
+    from torch.cuda import nccl
+
+    return ".".join(map(str, nccl.version()))
 
 
 def cuda_build(cuda: str | None) -> str:

@@ -105,7 +105,8 @@ def _op_problems(node: Facts, job: EnvironmentJob) -> list[str]:
 def _clock_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
     limit = job.checks.max_clock_skew_s
     return [
-        f"{node['host']}: clock is {node['clock_skew_s']:+.1f} s from {nodes[0]['host']}'s, checks.max_clock_skew_s allows {limit:g}"
+        f"{node['host']}: clock is {node['clock_skew_s']:+.1f} s from that of {nodes[0]['host']}, "
+        f"checks.max_clock_skew_s allows {limit:g}"
         for node in nodes
         if abs(node["clock_skew_s"]) > limit
     ]

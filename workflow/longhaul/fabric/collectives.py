@@ -36,7 +36,7 @@ class Collective:
     """
 
     name: str
-    prepare: Callable[[Group, int], tuple[Callable[[], None], Callable[[], bool]]]
+    prepare: Callable[[Group, int], tuple[Callable[[], object], Callable[[], bool]]]
     bus_factor: Callable[[int], float]
 
 
@@ -66,7 +66,7 @@ def measure(collective: Collective, group: Group, size_bytes: int, budget_s: flo
     }
 
 
-def _seconds(group: Group, once: Callable[[], None], rounds: int) -> float:
+def _seconds(group: Group, once: Callable[[], object], rounds: int) -> float:
     """Mean time of a round."""
     dist.barrier()
     _synchronise(group)

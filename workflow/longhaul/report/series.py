@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def downsample(curve: Curve, limit: int = MAX_POINTS) -> Curve:
     buckets = (limit - 2) // 2
     edges = [round(index * len(inner) / buckets) for index in range(buckets + 1)]
     kept = [(curve.x[0], curve.y[0])]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         kept += _extremes(inner[start:stop])
     kept.append((curve.x[-1], curve.y[-1]))
     return Curve([x for x, _ in kept], [y for _, y in kept])

@@ -104,16 +104,20 @@ def words(name: str) -> str:
     return " ".join(spelt.get(word, word) for word in text.split())
 
 
-def plain(value: Any) -> str:
-    """Any JSON value in one line: lists and dicts spelt out, long fractions shortened."""
-    if value is None or value == "":
-        return MISSING
+def _plain_number(value: bool | int | float) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, float):
-        return significant(value, 4) if math.isfinite(value) else str(value)
+    return significant(value, 4) if math.isfinite(value) else str(value)
+
+
+def plain(value: Any) -> str:
+    """Any JSON value in one line: lists and dicts spelt out, long fractions shortened."""
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, bool | int | float):
+        return _plain_number(value)
     if isinstance(value, dict):
         return ", ".join(f"{words(str(key))} {plain(entry)}" for key, entry in value.items()) or MISSING
     if isinstance(value, list | tuple):

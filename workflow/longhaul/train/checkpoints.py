@@ -62,7 +62,7 @@ class Checkpoints:
         return self._job.steps in self._steps()
 
     def _steps(self) -> dict[int, Path]:
-        return self._processes.broadcast(complete_checkpoints(self.folder) if self._processes.is_main else None)
+        return self._processes.broadcast(complete_checkpoints(self.folder) if self._processes.is_main else {})
 
     def resume(self, engine: Any) -> TrainingState:
         """Loads the newest complete checkpoint into the engine; a fresh state when there is none.

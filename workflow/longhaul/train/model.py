@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,7 +57,9 @@ def make_engine(job: StageJob, model: Any) -> Any:
         {"params": [p for _, p in named if _dimensions(p) >= 2], "weight_decay": decay},
         {"params": [p for _, p in named if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=read_deepspeed_config(job))
+    # its annotation says Module, its docstring and code say iterable
+    parameters = cast(Any, groups)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=read_deepspeed_config(job))
     return engine
 
 
@@ -70,7 +72,7 @@ def _announce_zero3(job: StageJob, ds_config: dict[str, Any]) -> Any:
     """from_pretrained partitions while it loads, as long as this object lives."""
     if job.stage.zero.stage < 3 or not job.pretrained:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
 
@@ -94,7 +96,7 @@ def _from_pretrained(job: StageJob, ds_config: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     announced = _announce_zero3(job, ds_config)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
         job.pretrained,
         dtype=torch.float32,
         attn_implementation="sdpa",

@@ -58,6 +58,8 @@ def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
     for name, parameter in engine.module.named_parameters():
         master = parameter.detach() if engine.zero_optimization_stage() == 0 else safe_get_full_fp32_param(parameter)
+        if master is None:
+            raise RuntimeError(f"DeepSpeed holds no master weights of {name}")
         yield name, master.cpu(), False
     saved = engine.module.state_dict().keys()
     for name, buffer in engine.module.named_buffers():

@@ -1,0 +1,84 @@
+"""The demo through profiles/slurm, over two nodes with two processes each, in a container without a Slurm client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from chain import REPOSITORY
+from cluster_chain import ClusterChain, fake_image
+from virtual_cluster import VirtualCluster
+
+HOSTS = {"n1", "n2"}
+
+
+@pytest.fixture(scope="module")
+def demo(cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> ClusterChain:
+    """The finished demo; only its site and the places of its processes are changed."""
+    folder = tmp_path_factory.mktemp("demo")
+    config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
+    config["site"], config["checks"]["nodes"] = "./site.yaml", 2
+    for stage in config["stages"]:
+        stage.update(nodes=2, gpus_per_node=2, micro_batch=4)
+    chain = ClusterChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
+    chain.run(timeout_s=580)
+    return chain
+
+
+def validation_losses(demo: ClusterChain, stage: str) -> list[float]:
+    lines = (demo.weights(stage) / "metrics.jsonl").read_text().splitlines()
+    return [row["validation_loss"] for row in map(json.loads, lines) if "validation_loss" in row]
+
+
+@pytest.mark.timeout(700)
+def test_both_nodes_took_part(demo: ClusterChain):
+    assert {node["host"] for node in demo.read("environment.json")["nodes"]} == HOSTS
+    assert set(demo.read("fabric.json")["hosts"]) == HOSTS and demo.read("fabric.json")["world_size"] == 4
+    for stage in ("pretrain", "chat"):
+        leg = json.loads((demo.weights(stage) / "legs.jsonl").read_text())
+        assert set(leg["hosts"]) == HOSTS and leg["world_size"] == 4
+    assert "n1, n2" in (demo.results / "report.html").read_text()
+
+
+def test_it_learns(demo: ClusterChain):
+    entropy = demo.read("data/stdlib.json")["unigram_entropy_nats"]
+    assert validation_losses(demo, "pretrain")[-1] < entropy - 1.0
+    before, *_, after = validation_losses(demo, "chat")
+    assert after < before - 0.5
+
+
+def test_the_export_answers_and_ends(demo: ClusterChain):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export = demo.read("export/chat.json")
+    assert (
+        export["proof"]["logits"]["bit_equal"]
+        and export["proof"]["tensors"]["equal"] == export["proof"]["tensors"]["count"]
+    )
+    folder = demo.folder / export["path"]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    asked = [{"role": "user", "content": "What does os.path.join do?"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=96, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert all(sample["ended_with_eos"] for sample in export["samples"])
+
+
+def test_the_jobs_saw_no_slurm_client(demo: ClusterChain, tmp_path: Path):
+    """The stand-in for Apptainer hides it; the launch script talks to Slurm outside."""
+    launch = (demo.results / "stages" / "chat" / "launch.sh").read_text()
+    assert "scontrol" in launch and "apptainer exec" in launch
+    seen = demo.cluster.run(
+        "env",
+        f"PATH={demo.environment()['PATH']}",
+        "apptainer",
+        "exec",
+        str(demo.folder / "job.sif"),
+        "scontrol",
+        "ping",
+        check=False,
+    )
+    assert seen == ""
