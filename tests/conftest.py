@@ -13,7 +13,7 @@ sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster"
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory):
-    """A tiny run of four processes that went through the whole chain on this machine."""
+    """A tiny run of two processes that went through the whole chain on this machine."""
     from chain import Chain, tiny_config
 
     chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config())

@@ -21,7 +21,7 @@ def demo(cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> C
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
     config["site"], config["checks"]["nodes"] = "./site.yaml", 2
     for stage in config["stages"]:
-        stage.update(nodes=2, gpus_per_node=2, micro_batch=4)
+        stage.update(nodes=2, gpus_per_node=2, micro_batch=2)
     chain = ClusterChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
     chain.run(timeout_s=580)
     return chain

@@ -22,12 +22,12 @@ def losses(weights: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def rendered(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """The finished run's data and tokenizer in a folder of its own, and its first stage rendered for 2 nodes x 2 ranks."""
+    """The finished run's data and tokenizer in a folder of its own, and its first stage rendered for 2 nodes x 1 rank."""
     twin = Chain(tmp_path_factory.mktemp("by-hand"), json.loads(json.dumps(finished.config)))
     shutil.copytree(finished.results, twin.results)
     shutil.rmtree(twin.results / "stages")
     write_site(twin.folder, SITE)
-    twin.config["stages"][0].update(nodes=2, gpus_per_node=2)
+    twin.config["stages"][0].update(nodes=2, gpus_per_node=1)
     twin.save()
     command = [sys.executable, "-m", "longhaul", "render", str(twin.folder / "run.yaml")]
     subprocess.run(command, cwd=twin.folder, check=True, env=twin.environment())
@@ -42,7 +42,7 @@ def test_it_gives_the_same_losses_as_the_same_world_size_here(
     wait_for((stage / "checkpoint.json").exists, 120)
     weights = rendered.weights("base")
     leg = json.loads((weights / "legs.jsonl").read_text())
-    assert set(leg["hosts"]) == {"n1", "n2"} and leg["world_size"] == 4
+    assert set(leg["hosts"]) == {"n1", "n2"} and leg["world_size"] == 2
     assert losses(weights) == pytest.approx(losses(finished.weights("base")), rel=1e-6)
     assert weights.name == finished.weights("base").name
     wait_for(lambda: not cluster.run("squeue", "-h").strip(), 30)

@@ -18,12 +18,12 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Two stages of a few steps on a network of 0.2 M parameters, over four processes; `changes` replace top-level keys."""
+    """Two stages of a few steps on a network of 0.2 M parameters, over two processes; `changes` replace top-level keys."""
     stage = {
         "global_batch": 8,
-        "micro_batch": 1,
+        "micro_batch": 2,
         "sequence_length": 64,
-        "gpus_per_node": 4,
+        "gpus_per_node": 2,
         "precision": "fp32",
         "optimizer": {"lr": 0.003},
         "checkpoints": {"every_steps": 10, "keep_best": 1},

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(UserError.exit_code) from None
+        raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
 

@@ -29,7 +29,9 @@ def this_rank(environ: Mapping[str, str] = os.environ) -> Rank:
     """This process' place. An srun task wins over torchrun: an outer launcher's RANK may linger in the environment."""
     host = socket.gethostname()
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        rank, world, local_rank, nodes = (int(environ[f"SLURM_{key}"]) for key in ("PROCID", "NTASKS", "LOCALID", "NNODES"))
+        rank, world, local_rank, nodes = (
+            int(environ[f"SLURM_{key}"]) for key in ("PROCID", "NTASKS", "LOCALID", "NNODES")
+        )
         return Rank(rank, world, local_rank, nodes, host)
     if "RANK" in environ:
         world, local_world = int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]))

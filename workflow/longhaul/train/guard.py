@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from longhaul.errors import UserError
 
-class TrainingFailure(RuntimeError):
-    """Training cannot go on; the message says at which step, on which samples, and what to try."""
 
-    def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(f"{message}\n  remedy: {remedy}")
+class TrainingFailure(UserError):
+    """Training cannot go on, by no mistake in the config; says at which step, on which samples, and what to try."""
+
+    exit_code = 1
 
 
 class NonfiniteGuard:

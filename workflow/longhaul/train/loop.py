@@ -77,8 +77,8 @@ def _train(
     checkpoints: Checkpoints,
 ) -> None:
     cache = checkpoints.folder / "samples"
-    train = _open_samples(job, data, "train", cache, processes)
-    held_out = _open_samples(job, data, "validation", cache, processes)
+    train = open_samples(job, data, "train", cache, processes)
+    held_out = open_samples(job, data, "validation", cache, processes)
     model = build_model(job, tokenizer, start, processes)
     engine = make_engine(job, model)
     state = checkpoints.resume(engine)
@@ -95,7 +95,7 @@ def _train(
     metrics.close()
 
 
-def _open_samples(job: StageJob, data: DataManifest, split: str, cache: Path, processes: Processes) -> Samples | None:
+def open_samples(job: StageJob, data: DataManifest, split: str, cache: Path, processes: Processes) -> Samples | None:
     """A split's samples; None when it has none. Rank 0 goes first: it makes the packs that the others map."""
     if not data.splits.get(split, {}).get("documents"):
         return None

@@ -1,0 +1,34 @@
+"""What a benchmark's numbers were made on, and how they are written down."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def header(packages: tuple[str, ...]) -> list[str]:
+    """Command, machine and versions."""
+    models = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    command = shlex.join(["python", *sys.argv])
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return [
+        f"command: {command}",
+        f"machine: {os.cpu_count()} cores, {models[0] if models else platform.machine()}",
+        f"versions: Python {platform.python_version()}, {versions}",
+    ]
+
+
+def publish(name: str, lines: list[str]) -> None:
+    """Prints the lines and keeps them in bench/results/<name>.txt."""
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.txt").write_text(text)

@@ -1,0 +1,50 @@
+"""Time of the demo's dry run, beside an empty Snakefile's: what a user waits for before anything is submitted."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import header, publish
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROUNDS = 7
+
+
+def main() -> None:
+    """Alternates both, ROUNDS times; prints medians."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "Snakefile").write_text("rule all:\n    output: 'x'\n    shell: 'touch x'\n")
+        demo = ["-s", str(REPOSITORY / "Snakefile"), "--profile", str(REPOSITORY / "profiles" / "local")]
+        commands = {"demo": demo, "empty Snakefile": ["-s", str(folder / "Snakefile"), "--cores", "1"]}
+        times_s = {kind: [] for kind in commands}
+        for _ in range(ROUNDS):
+            for kind, words in commands.items():
+                times_s[kind].append(_seconds([*words, "-n", "--directory", name]))
+    lines = [f"{kind}: {statistics.median(found):.2f} s, median of {ROUNDS}" for kind, found in times_s.items()]
+    ratio = statistics.median(times_s["demo"]) / statistics.median(times_s["empty Snakefile"])
+    publish(
+        "plan",
+        [
+            *header(("snakemake", "pydantic")),
+            "snakemake -n:",
+            *lines,
+            f"ratio: {ratio:.2f}",
+            "aim: the demo within 3 s",
+        ],
+    )
+
+
+def _seconds(arguments: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "snakemake", *arguments], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

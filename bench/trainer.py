@@ -1,0 +1,36 @@
+"""Throughput of longhaul's training step beside a bare deepspeed.initialize loop and a bare PyTorch loop.
+
+The demo's pretraining stage: same model, micro batch, accumulation and world size, in the same processes, in turns. Ours reads
+its data, reduces its loss, guards and writes its metrics; the bare loops step on one batch in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER = REPOSITORY / "build" / "bench-trainer"
+DATA = "results/demo/data/stdlib.json"
+PROCESSES = 2
+
+
+def main() -> None:
+    """Makes the demo's data once, then starts bench/trainer_worker.py on two processes."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    snakemake = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", str(FOLDER)]
+    subprocess.run(
+        [*snakemake, "--profile", str(REPOSITORY / "profiles" / "local"), "--quiet", "all", "--", DATA], check=True
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+    worker = str(Path(__file__).with_name("trainer_worker.py"))
+    command = [*torchrun, worker, "results/demo/stages/pretrain/stage.json", " ".join(sys.argv)]
+    subprocess.run(command, check=True, cwd=FOLDER, env=environment)
+
+
+if __name__ == "__main__":
+    main()

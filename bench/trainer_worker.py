@@ -1,0 +1,134 @@
+"""One process of bench/trainer.py. Arguments: a stage's payload, the command to name."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from longhaul.artifacts import DataManifest, TokenizerManifest
+from longhaul.jobs import StageJob
+from longhaul.train.batches import MicroBatch, Prefetcher
+from longhaul.train.checkpoints import Checkpoints, TrainingState
+from longhaul.train.loop import Trainer, open_samples
+from longhaul.train.metrics import Metrics
+from longhaul.train.model import build_model, make_engine, read_deepspeed_config
+from longhaul.train.processes import Processes, start_processes
+from machine import header, publish
+
+ROUNDS, STEPS_PER_ROUND = 9, 2
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Builds the three loops and runs them in turns."""
+    job = StageJob.read(Path(sys.argv[1]))
+    with start_processes(job) as processes, tempfile.TemporaryDirectory() as name:
+        tokenizer = TokenizerManifest.read(Path(job.tokenizer))
+        ours, micro_batches = _ours(job, processes, tokenizer, Path(name))
+        loops = {
+            "longhaul": ours,
+            "deepspeed.initialize": _bare_deepspeed(job, processes, tokenizer, micro_batches),
+            "PyTorch DDP": _bare_torch(job, processes, tokenizer, micro_batches),
+        }
+        seconds = _in_turns(loops, processes)
+        if processes.is_main:
+            _publish(job, seconds)
+
+
+def _ours(
+    job: StageJob, processes: Processes, tokenizer: TokenizerManifest, folder: Path
+) -> tuple[Step, list[MicroBatch]]:
+    samples = open_samples(job, DataManifest.read(Path(job.data)), "train", folder, processes)
+    engine = make_engine(job, build_model(job, tokenizer, None, processes))
+    metrics = Metrics(job, folder, 0, processes, job.model)
+    trainer = Trainer(job, processes, engine, None, Checkpoints(folder, job, processes), metrics, TrainingState())
+    batches = iter(Prefetcher(samples, job, processes, first_step=0))
+    first = next(batches)
+    following = chain([first], batches)
+    return lambda: trainer.step(next(following)), first.micro_batches
+
+
+def _bare_deepspeed(
+    job: StageJob, processes: Processes, tokenizer: TokenizerManifest, batches: list[MicroBatch]
+) -> Step:
+    import deepspeed
+
+    model = build_model(job, tokenizer, None, processes)
+    engine: Any = deepspeed.initialize(model=model, config=read_deepspeed_config(job))[0]
+
+    def step() -> None:
+        for batch in batches:
+            loss = engine(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
+
+    return step
+
+
+def _bare_torch(job: StageJob, processes: Processes, tokenizer: TokenizerManifest, batches: list[MicroBatch]) -> Step:
+    model = torch.nn.parallel.DistributedDataParallel(build_model(job, tokenizer, None, processes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.stage.optimizer.lr)
+
+    def step() -> None:
+        for batch in batches:
+            loss = model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.stage.optimizer.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _in_turns(loops: dict[str, Step], processes: Processes) -> dict[str, list[float]]:
+    """Seconds per step of every round; each round begins with another loop."""
+    for step in loops.values():
+        step()  # the first one allocates
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for index in range(ROUNDS):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            processes.barrier()
+            started = time.perf_counter()
+            for step in repeat(loops[name], STEPS_PER_ROUND):
+                step()
+            processes.barrier()
+            seconds[name].append((time.perf_counter() - started) / STEPS_PER_ROUND)
+    return seconds
+
+
+def _publish(job: StageJob, seconds: dict[str, list[float]]) -> None:
+    tokens = job.stage.global_batch * job.stage.sequence_length
+    lines = [f"{name:22} {tokens / statistics.median(found):9,.0f} tokens/s" for name, found in seconds.items()]
+    ours = seconds["longhaul"]
+    for name in list(seconds)[1:]:
+        ratios = [theirs / mine for mine, theirs in zip(ours, seconds[name], strict=True)]
+        lines.append(
+            f"longhaul / {name}: {statistics.median(ratios):.3f}, median of {len(ratios)} pairs "
+            f"(from {min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    facts = (
+        f"{job.world_size} processes, micro batch {job.stage.micro_batch}, sequence length {job.stage.sequence_length}"
+    )
+    sys.argv = sys.argv[2].split()
+    versions = header(("torch", "deepspeed", "transformers"))
+    publish(
+        "trainer",
+        [
+            *versions,
+            f"demo's pretraining stage: {facts}, ZeRO {job.stage.zero.stage}",
+            *lines,
+            "aim: >= 0.97 of deepspeed.initialize",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
