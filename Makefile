@@ -35,7 +35,7 @@ check: setup  ## linters, types, import layers, rule files, shell scripts, gener
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
-	$(BIN)/shellcheck .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
+	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
 	$(BIN)/python -m longhaul.config.generate --check
 	$(BIN)/python envs/generate.py --check
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster"))]
+sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster", "golden"))]
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def render_run(plan: Plan, workdir: Path) -> None:
 
 
 def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
-    """launch.sh, job.sbatch, ds_config.json, stage.json and environment.json of one training stage."""
+    """launch.sh, job.sbatch (on Slurm), ds_config.json, stage.json and environment.json of one training stage."""
     stage = plan.stage(name)
     folder = workdir / stage_folder(plan, name)
     request = plan.request(f"train-{name}")
@@ -73,9 +73,7 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
     return Rendered(
         {
             "launch.sh": _launch(plan, request, title, steps, workdir),
-            "job.sbatch": _sbatch(
-                request, title, folder, workdir / "results" / plan.run / "logs" / f"train_stage-{name}.log"
-            ),
+            **_by_hand(plan, request, title, folder, f"train_stage-{name}"),
             "ds_config.json": render_deepspeed(stage, plan.site),
             "stage.json": _json(payload(plan, f"train-{name}")),
             "environment.json": _json(stage_environment_job(plan, name)),
@@ -84,7 +82,7 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
 
 
 def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
-    """launch.sh, job.sbatch and job.json of a job that is no training stage."""
+    """launch.sh, job.sbatch (on Slurm) and job.json of a job that is no training stage."""
     folder = workdir / job_folder(plan, job)
     request = plan.request(job)
     title = f"longhaul {plan.run}: {job}"
@@ -92,7 +90,7 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
     return Rendered(
         {
             "launch.sh": _launch(plan, request, title, steps, workdir),
-            "job.sbatch": _sbatch(request, title, folder, workdir / "results" / plan.run / "logs" / f"{job}.log"),
+            **_by_hand(plan, request, title, folder, job),
             "job.json": _json(payload(plan, job)),
         }
     )
@@ -241,6 +239,13 @@ def _environment(site: Site, request: SlurmRequest) -> dict[str, str]:
     return variables | site.environment
 
 
+def _by_hand(plan: Plan, request: SlurmRequest, title: str, folder: Path, log: str) -> dict[str, str]:
+    """job.sbatch, where there is a Slurm to give it to."""
+    if plan.site.scheduler != "slurm":
+        return {}
+    return {"job.sbatch": _sbatch(request, title, folder, folder.parents[1] / "logs" / f"{log}.log")}
+
+
 def _sbatch(request: SlurmRequest, title: str, folder: Path, log: Path) -> str:
     options = {"--job-name": title.replace("longhaul ", "longhaul-").replace(": ", "-").replace(" ", "-")}
     options |= request.as_sbatch()
@@ -260,6 +265,11 @@ def _json(job: Job) -> str:
     return json.dumps(job.model_dump(mode="json", by_alias=True), indent=2) + "\n"
 
 
+def _quoted(value: str) -> str:
+    """Single-quoted whatever it holds: unquoted, `NAME==value` reads like a comparison."""
+    return "'" + value.replace("'", "'\"'\"'") + "'"
+
+
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -270,5 +280,6 @@ def _template(name: str) -> jinja2.Template:
         autoescape=False,
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["sh_value"] = _quoted
     environment.filters["tojson"] = json.dumps
     return environment.get_template(name)

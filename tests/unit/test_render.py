@@ -1,0 +1,175 @@
+"""Rendered files: what they say, that DeepSpeed reads every key of them, and that no value escapes into a shell."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from configs import plan_of
+from longhaul.errors import UserError
+from longhaul.render import deepspeed_sections, render_run, render_stage
+from regenerate import CASES, GOLDEN, rendered
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_are_the_agreed_ones(case: str):
+    """After a wanted change: make generate, and read the difference."""
+    texts = rendered(case)
+    assert texts == {name: (GOLDEN / case / name).read_text() for name in texts}
+
+
+def test_a_guides_zero3_settings_come_out_key_for_key():
+    found = json.loads((GOLDEN / "guide" / "ds_config.json").read_text())
+    assert found["train_micro_batch_size_per_gpu"] == 4 and found["gradient_accumulation_steps"] == 8
+    assert found["optimizer"] == {
+        "type": "AdamW",
+        "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+    }
+    assert found["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+    }
+    assert found["fp16"]["loss_scale"] == 0 and found["fp16"]["loss_scale_window"] == 1000
+    assert found["gradient_clipping"] == 1.0, "the guide's grad_clip is no key of DeepSpeed"
+
+
+class Recording(dict):
+    """A dictionary that notes which of its keys were asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def __copy__(self) -> Recording:
+        return self
+
+
+def unread(config: dict[str, Any]) -> set[str]:
+    """Top-level keys that DeepSpeed's own config class does not look at. Nested unknown keys make it raise."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recording = Recording(copy.deepcopy(config))
+    DeepSpeedConfig(recording)
+    return set(config) - recording.read
+
+
+EVERYTHING = {
+    "stages.0.precision": "fp16",
+    "stages.0.zero": {
+        "stage": 3,
+        "offload_optimizer": "cpu",
+        "offload_param": "cpu",
+        "reduce_bucket_size": 1000,
+        "stage3_prefetch_bucket_size": 1000,
+        "stage3_param_persistence_threshold": 10,
+    },
+}
+LAYOUTS = [
+    {"stages.0.zero": {"stage": 0}},
+    {"stages.0.zero": {"stage": 1, "allgather_bucket_size": 1000}, "stages.0.precision": "bf16"},
+    {"stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"}},
+    EVERYTHING,
+]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS, ids=lambda changes: f"ZeRO {changes['stages.0.zero']['stage']}")
+def test_deepspeed_reads_every_key(tmp_path: Path, changes: dict[str, Any]):
+    plan = plan_of(tmp_path, changes)
+    assert unread(deepspeed_sections(plan.stages[0], plan.site)) == set()
+
+
+def test_a_key_that_deepspeed_ignores_would_be_noticed(tmp_path: Path):
+    plan = plan_of(tmp_path, EVERYTHING)
+    sections = deepspeed_sections(plan.stages[0], plan.site)
+    assert unread({**sections, "gradient_cliping": 1.0}) == {"gradient_cliping"}
+    sections["zero_optimization"]["overlap_com"] = True
+    with pytest.raises(Exception, match="overlap_com"):
+        unread(sections)
+
+
+def test_torchs_fused_adam_needs_no_compiler_and_offload_takes_deepspeeds(tmp_path: Path):
+    def optimizer(changes: dict[str, Any], gpus: int = 8) -> dict[str, Any]:
+        plan = plan_of(tmp_path, changes, {"node.gpus": gpus, "gpu_request": "gpus_per_node" if gpus else "none"})
+        return deepspeed_sections(plan.stages[0], plan.site)["optimizer"]["params"]
+
+    assert optimizer({})["torch_adam"] and optimizer({})["fused"]
+    assert "fused" not in optimizer({}, gpus=0)
+    assert "torch_adam" not in optimizer({"stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"}})
+
+
+HOSTILE = ["a b", "it's", '"quoted"', "$(touch pwned)", "`touch pwned`", "; touch pwned", "#SBATCH --nodes=99", "\\", "é"]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_value_reaches_the_job_as_it_was_written(tmp_path: Path, value: str):
+    plan = plan_of(tmp_path, None, {"environment": {"SHOWN": value}})
+    launch = render_stage(plan, "base", tmp_path).files["launch.sh"]
+    exports = "\n".join(line for line in launch.splitlines() if line.startswith("export "))
+    shown = subprocess.run(
+        ["bash", "-c", exports + '\nprintf %s "$SHOWN"'], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == value
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_image_with_an_odd_name_is_one_word(tmp_path: Path):
+    software = {"kind": "container", "path": "/images/$(touch pwned) a.sif"}
+    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
+    assert "'/images/$(touch pwned) a.sif' python3" in launch
+
+
+@pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])
+def test_a_working_folder_that_sbatch_would_read_differently_is_refused(tmp_path: Path, name: str):
+    plan = plan_of(tmp_path / "config")
+    with pytest.raises(UserError, match="working folder"):
+        render_stage(plan, "base", tmp_path / name)
+
+
+def test_headers_hold_only_options(tmp_path: Path):
+    folder = tmp_path / "with a blank"
+    sbatch = render_stage(plan_of(tmp_path), "base", folder).files["job.sbatch"]
+    body = [line for line in sbatch.splitlines() if not line.startswith("#")]
+    assert body == [f"exec bash '{folder}/results/small/stages/base/launch.sh'"]
+    assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=\S.*)?", line) for line in sbatch.splitlines()[2:-1])
+
+
+def test_a_second_rendering_touches_nothing(tmp_path: Path):
+    (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
+    changes = {
+        "datasets": {"prose": {"kind": "text", "files": ["prose.jsonl"]}},
+        "stages": [yaml.safe_load("{name: base, kind: pretrain, dataset: prose, steps: 1, global_batch: 1, "
+                                  "sequence_length: 8, precision: fp32}")],
+    }  # fmt: skip
+    plan = plan_of(tmp_path, changes)
+    render_run(plan, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/**/*") if path.is_file()}
+    assert {"launch.sh", "job.sbatch", "ds_config.json", "job.json"} <= {path.name for path in before}
+    render_run(plan, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_container_is_left_for_slurms_client(tmp_path: Path):
+    """scontrol and srun stand outside; what the container runs is Python alone."""
+    software = {"kind": "container", "path": "/images/job.sif"}
+    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
+    commands = [line for line in launch.splitlines() if "apptainer" in line]
+    assert len(commands) == 2
+    for command in commands:
+        outside, inside = command.split("apptainer exec")
+        assert outside.startswith("srun ") and "srun" not in inside and "scontrol" not in inside
