@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import _running
+from running import running
 from virtual_cluster import ClusterError, Shape, VirtualCluster
 
 
@@ -49,7 +49,7 @@ def test_a_pulled_link_and_a_dead_node_are_noticed_and_come_back(cluster: Virtua
 
 def test_nothing_is_left_behind_and_two_clusters_do_not_meet(cluster: VirtualCluster, tmp_path: Path):
     before = {process.pid for process in psutil.process_iter()}
-    with _running(tmp_path / "second", Shape(nodes=1)) as second:
+    with running(tmp_path / "second", Shape(nodes=1)) as second:
         assert second.run("srun", "hostname").strip() == "n1"
         with pytest.raises(ClusterError, match="is up"):
             VirtualCluster(tmp_path / "second").up()
@@ -61,6 +61,6 @@ def test_nothing_is_left_behind_and_two_clusters_do_not_meet(cluster: VirtualClu
 
 
 def test_accounting_answers(tmp_path: Path):
-    with _running(tmp_path / "accounted", Shape(nodes=1, accounting=True)) as accounted:
+    with running(tmp_path / "accounted", Shape(nodes=1, accounting=True)) as accounted:
         job = accounted.run("sbatch", "--parsable", "--wrap=true", f"--output={tmp_path}/out", cwd=tmp_path).strip()
         wait_for(lambda: "COMPLETED" in accounted.run("sacct", "-n", "-X", "-j", job, "-o", "State"))

@@ -32,10 +32,11 @@ def expensive(run: Chain) -> dict[str, int]:
 
 def test_nothing_is_left_to_do(run: Chain):
     assert run.would_run() == {}
+    assert not list((run.folder / "results").glob("*.lease*")), "the lease was not given back"
 
 
 def test_a_run_from_elsewhere_holds_nothing_of_the_demo(run: Chain):
-    assert sorted(path.name for path in (run.folder / "results").iterdir()) == ["tiny"]
+    assert [path.name for path in (run.folder / "results").iterdir()] == ["tiny"]
     assert (run.results / "config.yaml").read_text() == (run.folder / "run.yaml").read_text()
     assert "stdlib" not in (run.results / "plan.json").read_text()
 

@@ -48,7 +48,8 @@ class Lease:
     """A lease file of this process."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # absolute: Snakemake has left --directory when it ends
+        self.path = path.absolute()
         self.holder = Holder.this_process()
 
     def try_acquire(self) -> bool:

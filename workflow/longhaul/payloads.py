@@ -16,7 +16,7 @@ def payload(plan: Plan, job: str) -> Job:
     verb, _, name = job.partition("-")
     if verb == "environment":
         return _environment(
-            plan, plan.config.checks.nodes, plan.check_gpus_per_node, f"{results(plan)}/environment.json"
+            plan, plan.check_nodes, plan.check_gpus_per_node, f"{results(plan)}/environment.json"
         )
     if verb == "fabric":
         return _fabric(plan)
@@ -58,7 +58,7 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
         cuda_build=plan.site.cuda_build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=("cpu_adam",) if offloads else (),
-        folder=results(plan),
+        folder=plan.config.storage.weights or results(plan),
         out=out,
     )
 
@@ -66,7 +66,7 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
 def _fabric(plan: Plan) -> FabricJob:
     return FabricJob(
         run=plan.run,
-        nodes=plan.config.checks.nodes,
+        nodes=plan.check_nodes,
         gpus_per_node=plan.check_gpus_per_node,
         floors=plan.site.interconnect.floors,
         out=f"{results(plan)}/fabric.json",

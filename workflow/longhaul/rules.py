@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,22 @@ def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     """(config file, plan) of a Snakemake run; a UserError is printed and ends the parse with exit code 2."""
     try:
         config = _config_file(workflow)
+        _check_results_folder(Path("results"))
         loaded = load_config(config)
         lock = lock_path(loaded.config.run)
         return config, make_plan(loaded, Lock.read(lock) if lock.exists() else None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(UserError.exit_code)
+
+
+def _check_results_folder(folder: Path) -> None:
+    """Snakemake looks into it before anything of ours runs, and would end in a traceback."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder.absolute()} is not a folder", "move it away, or run with another --directory")
+    existing = folder if folder.exists() else Path.cwd()
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {existing.absolute()}", "name a folder of your own with --directory")
 
 
 def _config_file(workflow: Any) -> Path:

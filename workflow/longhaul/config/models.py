@@ -250,7 +250,7 @@ class Stage(Frozen):
 class Checks(Frozen):
     """The environment and fabric checks before training."""
 
-    nodes: Count = Field(default=2, description="Nodes that are checked.")
+    nodes: Count | None = Field(default=None, description="Nodes that are checked; default: 2, or the site's only one.")
     gpus_per_node: Count | None = Field(default=None, description="Ranks per node; default: the largest of the stages.")
     minutes: Count = Field(default=20, description="Length of their allocation.")
     min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from longhaul.config.geometry import Geometry
-from longhaul.config.models import Config, Stage
-from longhaul.config.sites import Site
+from longhaul.config.models import Checks, Config, Stage
+from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
 from longhaul.memory import Memory
 from longhaul.plan.requests import partition_for
@@ -84,26 +84,33 @@ def check_offload(stage: Stage) -> None:
 
 
 def check_site(stage: Stage, site: Site) -> None:
-    where = f"stages.{stage.name}"
-    if site.node.gpus and stage.gpus_per_node > site.node.gpus:
-        raise UserError(
-            f"{where}.gpus_per_node {stage.gpus_per_node}: site {site.name} has {site.node.gpus} GPUs a node",
-            "use more nodes with fewer GPUs each",
-        )
-    if not site.node.gpus and stage.gpus_per_node > site.node.cpus:
-        raise UserError(
-            f"{where}.gpus_per_node {stage.gpus_per_node}: site {site.name} has {site.node.cpus} CPUs a node and no GPU",
-            "one process needs at least one CPU",
-        )
-    partition = partition_for(site, "gpu")
-    most = min(site.max_nodes, (partition.max_nodes if partition else None) or site.max_nodes)
-    if stage.nodes > most:
-        raise UserError(f"{where}.nodes {stage.nodes}: site {site.name} allows {most}", f"use at most {most} nodes")
+    where, partition = f"stages.{stage.name}", partition_for(site, "gpu")
+    _check_size(where, stage.nodes, stage.gpus_per_node, site, partition)
     if partition and stage.minutes > partition.max_minutes:
         raise UserError(
             f"{where}.minutes {stage.minutes}: partition {partition.name} allows {partition.max_minutes}",
             f"use at most {partition.max_minutes} minutes",
         )
+
+
+def check_checks(checks: Checks, site: Site) -> None:
+    _check_size("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, partition_for(site, "debug"))
+
+
+def _check_size(where: str, nodes: int, gpus_per_node: int, site: Site, partition: Partition | None) -> None:
+    if site.node.gpus and gpus_per_node > site.node.gpus:
+        raise UserError(
+            f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {site.node.gpus} GPUs a node",
+            "use more nodes with fewer GPUs each",
+        )
+    if not site.node.gpus and gpus_per_node > site.node.cpus:
+        raise UserError(
+            f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {site.node.cpus} CPUs a node and no GPU",
+            "one process needs at least one CPU",
+        )
+    most = min(site.max_nodes, (partition.max_nodes if partition else None) or site.max_nodes)
+    if nodes > most:
+        raise UserError(f"{where}.nodes {nodes}: site {site.name} allows {most}", f"use at most {most} nodes")
 
 
 def check_positions(stage: Stage, sizes: Geometry) -> None:

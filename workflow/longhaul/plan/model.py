@@ -20,6 +20,7 @@ from longhaul.memory import Memory, estimate
 from longhaul.plan import requests
 from longhaul.plan.checks import (
     accumulation,
+    check_checks,
     check_inodes,
     check_memory,
     check_offload,
@@ -103,6 +104,10 @@ class Plan:
         return any(sources) or any(d.hub or d.python_stdlib for d in config.datasets.values())
 
     @property
+    def check_nodes(self) -> int:
+        return self.config.checks.nodes or min(2, self.site.max_nodes)
+
+    @property
     def check_gpus_per_node(self) -> int:
         return self.config.checks.gpus_per_node or max(s.stage.gpus_per_node for s in self.stages)
 
@@ -125,6 +130,7 @@ def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     ordered = order(config)
     check_references(config)
     check_files(loaded)
+    check_checks(config.checks, loaded.site)
     model = model_config(loaded, lock)
     sizes = geometry(model) if model else None
     if sizes is None:

@@ -26,7 +26,7 @@ def request(plan: Plan, job: str) -> SlurmRequest:
         return _gpu_request(site, "gpu", stage.nodes, stage.gpus_per_node, stage.gpus_per_node, stage.minutes)
     if verb in ("environment", "fabric"):
         tasks = plan.check_gpus_per_node if verb == "fabric" else 1
-        return _gpu_request(site, "debug", config.checks.nodes, tasks, plan.check_gpus_per_node, config.checks.minutes)
+        return _gpu_request(site, "debug", plan.check_nodes, tasks, plan.check_gpus_per_node, config.checks.minutes)
     return _cpu_request(site, config.data_minutes)
 
 

@@ -23,20 +23,16 @@ _LAYOUT: dict[str, Any] = {
 
 
 def loss_figure(stage: StageRecord) -> go.Figure:
-    """Training and validation loss over steps, with the line of a model that only counts tokens."""
+    """Training and validation loss over steps, with the level that this stage has to beat."""
     figure = _figure(f"{stage.name}: loss, nats per token", "step")
     _line(figure, stage.metrics.curves["loss"], "training", COLOURS[0], width=1)
     _line(figure, stage.metrics.validation, "validation", COLOURS[1], mode="lines+markers")
-    if stage.kind == "pretrain" and stage.unigram_entropy_nats:
-        figure.add_hline(
-            stage.unigram_entropy_nats,
-            line_dash="dash",
-            line_color="#777",
-            annotation_text="unigram entropy of the data",
-        )
-    start = stage.summary.first_validation
-    if stage.kind == "sft" and start:
-        figure.add_hline(start, line_dash="dash", line_color="#777", annotation_text="before this stage")
+    level, name = stage.unigram_entropy_nats, "unigram entropy of the data"
+    if stage.kind == "sft":
+        level, name = stage.summary.first_validation, "validation before this stage"
+    if level:
+        ends = stage.metrics.curves["loss"].x[:: max(1, stage.metrics.steps - 1)]
+        _line(figure, Curve(ends, [level] * len(ends)), name, "#777777", dash="dash")
     return figure
 
 
@@ -49,7 +45,7 @@ def speed_figure(stage: StageRecord) -> go.Figure:
     _line(figure, in_gib, "peak memory of a process, GiB", COLOURS[3], yaxis="y2")
     figure.update_layout(
         yaxis={"title": "tokens/s", "rangemode": "tozero"},
-        yaxis2={"title": "GiB", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        yaxis2={"title": "GiB", "overlaying": "y", "side": "right", "rangemode": "tozero", "tickmode": "auto"},
         margin={**_LAYOUT["margin"], "r": 60},
     )
     return figure
@@ -62,7 +58,7 @@ def schedule_figure(stage: StageRecord) -> go.Figure:
     _line(figure, stage.metrics.curves["grad_norm"], "gradient norm", COLOURS[4], yaxis="y2", width=1)
     figure.update_layout(
         yaxis={"title": "learning rate", "rangemode": "tozero", "exponentformat": "power"},
-        yaxis2={"title": "gradient norm", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        yaxis2={"title": "gradient norm", "overlaying": "y", "side": "right", "rangemode": "tozero", "tickmode": "auto"},
         margin={**_LAYOUT["margin"], "r": 60},
     )
     return figure
@@ -115,10 +111,11 @@ def _line(
     mode: str = "lines",
     width: float = 2,
     yaxis: str = "y",
+    dash: str = "solid",
 ) -> None:
     if curve:
         short = downsample(curve)
-        line = {"color": colour, "width": width}
+        line = {"color": colour, "width": width, "dash": dash}
         figure.add_scatter(x=short.x, y=short.y, name=name, mode=mode, line=line, yaxis=yaxis)
 
 

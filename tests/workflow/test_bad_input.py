@@ -1,0 +1,338 @@
+"""Mistakes of users: one clear message with a remedy, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chain import REPOSITORY
+from configs import CHAT, STAGE, write_config
+from corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
+from longhaul.cli import main
+from longhaul.jobs import Job
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs one verb, which must end with exit code 2; its message, which must name a remedy."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    output = capsys.readouterr()
+    assert ended.value.code == 2, output.err
+    assert output.err.startswith("error: ") and "\n  remedy: " in output.err, output.err
+    assert "Traceback" not in output.err + output.out
+    return output.err
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def stages(*changes: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**STAGE, **change} for change in changes]
+
+
+# (what is wrong, changes of the config, changes of the site, what the message says)
+CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
+    ("misspelt key", {"datsets": {}}, {}, ("datsets is not a known key", "did you mean datasets?")),
+    ("misspelt stage key", {"stages.0.gradient_cliping": 1}, {}, ("stages.0.gradient_cliping", "known key")),
+    (
+        "misspelt nested key",
+        {"stages.0.optimizer": {"gradient_cliping": 1.0}},
+        {},
+        ("stages.0.optimizer.gradient_cliping", "did you mean gradient_clipping?"),
+    ),
+    (
+        "misspelt ZeRO key",
+        {"stages.0.zero": {"overlap_com": True}},
+        {},
+        ("stages.0.zero.overlap_com", "did you mean overlap_comm?"),
+    ),
+    (
+        "misspelt model key",
+        {"model.llama.num_hiden_layers": 2},
+        {},
+        ("num_hiden_layers", "did you mean num_hidden_layers?"),
+    ),
+    ("missing key", {"run": ...}, {}, ("run is missing",)),
+    ("missing model size", {"model.llama.hidden_size": ...}, {}, ("model.llama.hidden_size is missing",)),
+    ("text for a number", {"stages.0.steps": "ten"}, {}, ("stages.0.steps is 'ten'", "valid integer")),
+    ("number for a switch", {"stages.0.activation_checkpointing": 1}, {}, ("activation_checkpointing is 1", "boolean")),
+    ("fraction for a count", {"stages.0.global_batch": 8.5}, {}, ("stages.0.global_batch is 8.5", "integer")),
+    ("zero steps", {"stages.0.steps": 0}, {}, ("stages.0.steps is 0", "greater than or equal to 1")),
+    ("negative rate", {"stages.0.optimizer": {"lr": -1.0}}, {}, ("stages.0.optimizer.lr is -1.0", "greater than 0")),
+    ("unknown precision", {"stages.0.precision": "fp8"}, {}, ("stages.0.precision is 'fp8'", "'fp32', 'bf16' or 'fp16'")),
+    ("unknown kind", {"stages.0.kind": "dpo"}, {}, ("stages.0.kind is 'dpo'", "'pretrain' or 'sft'")),
+    ("share of one", {"datasets.prose.validation_share": 1.0}, {}, ("validation_share is 1.0", "less than 1")),
+    ("steps and tokens", {"stages.0.tokens": 100}, {}, ("exactly one of steps, tokens", "steps and tokens")),
+    ("no length", {"stages.0.steps": ...}, {}, ("exactly one of steps, tokens", "none")),
+    ("two sources", {"datasets.prose.files": ["a.txt"]}, {}, ("exactly one of files, hub, python_stdlib",)),
+    ("two models", {"model.pretrained": {"path": "m"}}, {}, ("exactly one of llama", "llama and pretrained")),
+    ("path in the run's name", {"run": "../elsewhere"}, {}, ("run is '../elsewhere'",)),
+    ("path in a stage's name", {"stages.0.name": "a/b"}, {}, ("stages.0.name is 'a/b'",)),
+    ("path in a dataset's name", {"datasets.a/b": {"kind": "text", "python_stdlib": {}}}, {}, ("a/b",)),
+    ("line break in a name", {"stages.0.name": "base\n#SBATCH"}, {}, ("stages.0.name",)),
+    ("line break in a path", {"storage": {"weights": "/a\nb"}}, {}, ("storage.weights",)),
+    ("no stages", {"stages": []}, {}, ("stages is []", "at least 1")),
+    ("a stage twice", {"stages": stages({}, {})}, {}, ("stages: base is there twice",)),
+    (
+        "from nowhere",
+        {"stages.1.from.stage": "bse"},
+        {},
+        ("stages.chat.from.stage: there is no stage 'bse'", "base, chat"),
+    ),
+    (
+        "a cycle",
+        {"stages": stages({"name": "a", "from": {"stage": "b"}}, {"name": "b", "from": {"stage": "a"}})},
+        {},
+        ("a <- b <- a is a cycle",),
+    ),
+    ("unknown dataset", {"stages.0.dataset": "pros"}, {}, ("there is no dataset 'pros'", "prose, chats")),
+    ("text for sft", {"stages": [{**CHAT, "from": None, "dataset": "prose"}]}, {}, ("sft needs a chat dataset",)),
+    ("no such file", {"datasets.prose": {"kind": "text", "files": ["no/*.txt"]}}, {}, ("nothing matches 'no/*.txt'",)),
+    ("tokenizer of an unknown dataset", {"tokenizer.train.datasets": ["x"]}, {}, ("there is no dataset 'x'",)),
+    ("no tokenizer there", {"tokenizer": {"path": "nowhere"}}, {}, ("nowhere holds no tokenizer.json",)),
+    ("no such model folder", {"model": {"pretrained": {"path": "nowhere"}}}, {}, ("model.pretrained.path", "nowhere")),
+    (
+        "tokenizer beyond the vocabulary",
+        {"tokenizer.train.vocab_size": 500},
+        {},
+        ("vocab_size 500 is larger than the model's vocab_size 400",),
+    ),
+    ("batch that does not divide", {"stages.0.micro_batch": 3}, {}, ("global_batch 8 is not a multiple", "= 3", "of 6")),
+    ("warm-up beyond the end", {"stages.0.schedule": {"warmup_steps": 11}}, {}, ("warmup_steps 11", "10 steps")),
+    ("wsd without decay", {"stages.0.schedule": {"kind": "wsd"}}, {}, ("wsd needs decay_steps >= 1",)),
+    ("decay without wsd", {"stages.0.schedule": {"decay_steps": 2}}, {}, ("decay_steps 2 has no meaning for cosine",)),
+    ("bf16 at ZeRO 0", {"stages.0.zero": {"stage": 0}, "stages.0.precision": "bf16"}, {}, ("bf16 with ZeRO stage 0",)),
+    (
+        "offload at ZeRO 0",
+        {"stages.0.zero": {"stage": 0, "offload_optimizer": "cpu"}},
+        {},
+        ("offload_optimizer needs stage >= 1",),
+    ),
+    (
+        "parameters offloaded at ZeRO 1",
+        {"stages.0.zero": {"offload_param": "cpu"}},
+        {},
+        ("offload_param needs stage 3; it is 1",),
+    ),
+    ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),
+    ("sequence beyond the positions", {"stages.0.sequence_length": 256}, {}, ("256 exceeds", "max_position_embeddings 128")),
+    ("more GPUs than a node has", {"stages.0.gpus_per_node": 16}, {}, ("gpus_per_node 16: site centre has 8 GPUs",)),
+    ("more nodes than the site has", {"stages.0.nodes": 17}, {}, ("nodes 17: site centre allows 16",)),
+    ("checks on more nodes than the site has", {"checks.nodes": 17}, {}, ("checks.nodes 17: site centre allows 16",)),
+    (
+        "checks on more GPUs than a node has",
+        {"checks.gpus_per_node": 9},
+        {},
+        ("checks.gpus_per_node 9: site centre has 8 GPUs",),
+    ),
+    ("longer than the partition allows", {"stages.0.minutes": 1441}, {}, ("minutes 1441: partition gpu allows 1440",)),
+    (
+        "more memory than a GPU has",
+        {"model.llama.num_hidden_layers": 100_000},
+        {"node.gpu_memory_gib": 1},
+        ("GiB per GPU", "site centre has 1 GiB"),
+    ),
+    ("more files than the quota", {}, {"inode_limit": 5}, ("exceed site centre's inode_limit 5",)),
+    (
+        "best without validation",
+        {"stages.1.export": "best", "datasets.chats.validation_share": 0.0},
+        {},
+        ("best checkpoint is asked for", "validation_share 0"),
+    ),
+    (
+        "best that is not kept",
+        {"stages.1.export": "best", "stages.1.checkpoints": {"keep_best": 0}},
+        {},
+        ("keep_best is 0",),
+    ),
+    ("heads that do not divide", {"model.llama.num_key_value_heads": 3}, {}, ("4 is not a multiple of", "3")),
+    ("unknown site", {"site": "moon"}, {}, ("there is no site 'moon'", "local, slurm-generic")),
+    ("missing site file", {"site": "./moon.yaml"}, {}, ("moon.yaml does not exist",)),
+    ("misspelt site key", {}, {"interconect": {}}, ("interconect is not a known key", "did you mean interconnect?")),
+    ("Slurm without partitions", {}, {"partitions": ...}, ("scheduler slurm needs partitions",)),
+    ("container without image", {}, {"software": {"kind": "container"}}, ("kind container needs path",)),
+    ("shell in an account", {}, {"account": "a; rm -rf b"}, ("account is 'a; rm -rf b'",)),
+    ("sbatch option in a partition", {}, {"partitions.gpu.name": "gpu\n#SBATCH --exclusive"}, ("partitions.gpu.name",)),
+    ("shell in a variable's name", {}, {"environment": {"A;touch b": "1"}}, ("environment.A;touch b",)),
+    ("line break in a variable", {}, {"environment": {"A": "1\n2"}}, ("environment.A",)),
+    ("shell in an srun option", {}, {"srun_extra": ["--mpi=$(id)"]}, ("srun_extra.0 is '--mpi=$(id)'",)),
+    ("layouts that are not there yet", {"stages.0.parallel": {"tensor": 2}}, {}, ("parallel.tensor is 2",)),
+]
+
+
+@pytest.mark.parametrize(("config", "site", "says"), [case[1:] for case in CONFIGS], ids=[case[0] for case in CONFIGS])
+def test_config(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, Any],
+    site: dict[str, Any],
+    says: tuple[str, ...],
+):
+    path = write_config(tmp_path, config, site)
+    before = files_below(tmp_path)
+    message = refused(capsys, "plan", str(path))
+    assert [text for text in says if text not in message] == [], message
+    assert files_below(tmp_path) == before
+
+
+TEXTS: dict[str, tuple[bytes, str]] = {
+    "not YAML": (b"run: [a\nseed: 1\n", "is not valid YAML"),
+    "a key twice": (b"run: a\nrun: b\n", "key 'run' is written twice, in lines 1 and 2"),
+    "a list": (b"- run\n", "expected keys and values"),
+    "empty": (b"", "expected keys and values"),
+    "a tab": (b"run: a\n\tseed: 1\n", "line 2"),
+    "Latin-1": ("run: caf\u00e9\n".encode("latin-1"), "is not UTF-8"),
+    "a Python object": (b"run: !!python/object/apply:os.system ['touch pwned']\n", "could not determine a constructor"),
+    "a date": (b"run: 2026-01-01\n", "quote the value"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), TEXTS.values(), ids=TEXTS)
+def test_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    assert says in refused(capsys, "plan", str(path))
+    assert files_below(tmp_path) == {"run.yaml"}
+
+
+def test_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "does not exist" in refused(capsys, "plan", str(tmp_path / "no.yaml"))
+    assert "is a folder" in refused(capsys, "plan", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds tokenizer.json, the manifest of a tokenizer of 400 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", (text(i) for i in range(200)))])
+    return folder
+
+
+def write_job(folder: Path, job: Job) -> str:
+    job.write(folder / "job.json")
+    return str(folder / "job.json")
+
+
+GOOD = b'{"text": "one"}\n{"text": "two"}\n'
+DATA: dict[str, tuple[str, bytes, str]] = {
+    "broken JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "a.jsonl:3: not valid JSON"),
+    "missing column": ("a.jsonl", GOOD + b'{"body": "x"}\n', "a.jsonl:3: no column 'text'; found 'body'"),
+    "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3: text is null"),
+    "a number": ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: text is int '5', not a string"),
+    "invalid UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl:3: byte 0xff is not valid UTF-8"),
+    "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: text holds half of a surrogate pair"),
+    "no documents": ("a.jsonl", b"\n\n", "a.jsonl holds no documents"),
+    "empty": ("a.jsonl", b"", "a.jsonl is empty"),
+    "cut short": ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", "cannot read"),
+    "no Parquet": ("a.parquet", b"PAR1 and nothing more", "cannot read"),
+    "CSV with another header": ("a.csv", b"body,n\nx,1\n", "a.csv:1: no column 'text'; found 'body', 'n'"),
+    "CSV with an open comma": ("a.csv", b"text,n\na, b,1\n", "a.csv:2: 3 fields where the header has 2"),
+    "unknown ending": ("a.bin", b"abc", "the ending does not tell its format"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "says"), DATA.values(), ids=DATA)
+def test_data(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tokenizer_folder: Path,
+    name: str,
+    content: bytes,
+    says: str,
+):
+    (tmp_path / name).write_bytes(content)
+    job = tokenize_job(tmp_path, tokenizer_folder, [tmp_path / name], dataset())
+    assert says in refused(capsys, "tokenize", write_job(tmp_path, job))
+    assert files_below(tmp_path) - {name, "job.json", "data"} == set(), "something was left half-written"
+
+
+CHATS: dict[str, tuple[Any, str]] = {
+    "text instead of messages": ("hello", "a.jsonl:1: a conversation is a list of messages, found str"),
+    "no messages": ([], "found an empty list"),
+    "unknown role": ([{"role": "robot", "content": "x"}], "message 1: role 'robot' is not one of system"),
+    "no content": ([{"role": "user"}], "message 1: no 'content'; found 'role'"),
+    "content that is no text": ([{"role": "user", "content": 1}], "message 1: content is int '1'"),
+}
+
+
+@pytest.mark.parametrize(("messages", "says"), CHATS.values(), ids=CHATS)
+def test_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path, messages: Any, says: str):
+    write_jsonl(tmp_path / "a.jsonl", "messages", [messages, conversation(1)])
+    job = tokenize_job(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset("chat"))
+    assert says in refused(capsys, "tokenize", write_job(tmp_path, job))
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
+):
+    made = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    job = tokenizer_job(tmp_path, path=made["path"], train_vocab_size=None, model_vocab_size=300)
+    message = refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert f"the tokenizer has {made['vocab_size']} tokens; the model's vocab_size is 300" in message
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_job_file_of_another_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "job.json").write_text('{"run": "a"}')
+    assert "is not a complete TokenizeJob" in refused(capsys, "tokenize", str(tmp_path / "job.json"))
+    assert "does not exist" in refused(capsys, "train", str(tmp_path / "no.json"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path):
+    """A file system of 200 KiB, in a mount namespace of this test alone."""
+    write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 300) for i in range(400)))
+    (tmp_path / "small").mkdir()
+    job = tokenize_job(tmp_path / "small", tokenizer_folder, [tmp_path / "a.jsonl"], dataset())
+    words = [sys.executable, "-m", "longhaul", "tokenize", write_job(tmp_path, job)]
+    script = 'mount -t tmpfs -o size=200k none small && "$@"; code=$?; find small -name "*.bin" -o -name "*.json"; exit $code'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, "bash", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "No space left on device" in done.stderr, done.stderr
+    assert "storage.data" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.split() == [], "shards were left half-written"
+
+
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(folder)]
+    profile = ["--profile", str(REPOSITORY / "profiles" / "local")]
+    command = [sys.executable, "-m", "snakemake", *where, *profile, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+CALLS: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "a mistake in the config": ({"stages.0.steps": 0}, [], "stages.0.steps is 0"),
+    "a value on the command line": ({}, ["--config", "seed=4"], "--config sets seed"),
+    "two configs": ({}, [str(REPOSITORY / "config" / "config.yaml")], "--configfile names 2 files"),
+}
+
+
+@pytest.mark.parametrize(("changes", "arguments", "says"), CALLS.values(), ids=CALLS)
+def test_snakemake_says_so_before_any_job(tmp_path: Path, changes: dict[str, Any], arguments: list[str], says: str):
+    config = write_config(tmp_path / "config", changes)
+    run = tmp_path / "run"
+    run.mkdir()
+    done = snakemake(run, "--configfile", str(config), *arguments)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "remedy: " in done.stderr
+    assert not (run / "results").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    """A file stands where results/ has to be: root may write wherever a mode forbids it."""
+    config = write_config(tmp_path / "config")
+    (tmp_path / "results").write_text("")
+    done = snakemake(tmp_path, "--configfile", str(config))
+    assert done.returncode == 2, done.stderr
+    assert "results" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
