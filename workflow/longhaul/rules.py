@@ -34,6 +34,7 @@ def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     """(config file, plan) of a Snakemake run; a UserError is printed and ends the parse with exit code 2."""
     try:
         config = _config_file(workflow)
+        _check_deployment(workflow)
         _check_results_folder(Path("results"))
         loaded = load_config(config)
         lock = lock_path(loaded.config.run)
@@ -41,6 +42,13 @@ def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(UserError.exit_code)
+
+
+def _check_deployment(workflow: Any) -> None:
+    """Snakemake would enter an environment around launch.sh, which then enters the site's own."""
+    if methods := workflow.deployment_settings.deployment_method:
+        names = ", ".join(sorted(str(method) for method in methods))
+        raise UserError(f"--software-deployment-method is {names}", "the site file's `software` says it: drop the option")
 
 
 def _check_results_folder(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """
 Reads the config into a plan, and gives the rules what they share: paths, resources and triggers.
 Nothing here decides anything about training; longhaul.plan does.
+
+A rule's `conda:` names the environment it needs; which one a job enters is the site file's word, and launch.sh does it.
 """
 
 import shlex
@@ -17,8 +19,10 @@ from longhaul.plan import lock_path
 from longhaul.render import job_folder, render_run, stage_folder
 
 CONFIG, PLAN = load_run_plan(workflow)
-LONGHAUL = shlex.join(
-    ["env", f"PYTHONPATH={workflow.basedir}/workflow", sys.executable, "-m", "longhaul"]
+# Shell commands on this machine call `longhaul <verb>`.
+shell.prefix(
+    "set -euo pipefail; "
+    f'longhaul() {{{{ PYTHONPATH={shlex.quote(workflow.basedir)}/workflow {shlex.quote(sys.executable)} -m longhaul "$@"; }}}}; '
 )
 LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
 
@@ -57,6 +61,20 @@ def launch_of(job):
     verb, _, name = job.partition("-")
     folder = stage_folder(PLAN, name) if verb == "train" else job_folder(PLAN, job)
     return f"{folder}/launch.sh"
+
+
+def text_of_tokenizer(wildcards):
+    train = PLAN.config.tokenizer.train
+    return [
+        path
+        for name in (train.datasets if train else ())
+        for path in repository_sources(PLAN, name)
+    ]
+
+
+def starting_checkpoint(wildcards):
+    start = PLAN.stage(wildcards.stage).stage.start_from
+    return f"results/{PLAN.run}/stages/{start.stage}/checkpoint.json" if start else []
 
 
 def finished_stages():

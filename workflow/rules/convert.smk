@@ -14,6 +14,8 @@ rule convert:
         "results/{run}/logs/convert/{stage}.log",
     benchmark:
         "results/{run}/benchmarks/convert/{stage}.tsv"
+    conda:
+        "../../envs/job.yaml"
     threads: job_threads(lambda wildcards: f"convert-{wildcards.stage}")
     resources:
         **job_resources(lambda wildcards: f"convert-{wildcards.stage}"),

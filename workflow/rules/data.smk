@@ -5,15 +5,6 @@ OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards 
 """
 
 
-def text_of_tokenizer(wildcards):
-    train = PLAN.config.tokenizer.train
-    return [
-        path
-        for name in (train.datasets if train else ())
-        for path in repository_sources(PLAN, name)
-    ]
-
-
 rule tokenizer:
     input:
         LOCK,
@@ -24,6 +15,8 @@ rule tokenizer:
         "results/{run}/logs/tokenizer.log",
     benchmark:
         "results/{run}/benchmarks/tokenizer.tsv"
+    conda:
+        "../../envs/job.yaml"
     threads: job_threads(lambda wildcards: "tokenizer")
     resources:
         **job_resources(lambda wildcards: "tokenizer"),
@@ -45,6 +38,8 @@ rule tokenize:
         "results/{run}/logs/tokenize/{dataset}.log",
     benchmark:
         "results/{run}/benchmarks/tokenize/{dataset}.tsv"
+    conda:
+        "../../envs/job.yaml"
     threads: job_threads(lambda wildcards: f"tokenize-{wildcards.dataset}")
     resources:
         **job_resources(lambda wildcards: f"tokenize-{wildcards.dataset}"),

@@ -12,6 +12,8 @@ rule environment:
         "results/{run}/logs/environment.log",
     benchmark:
         "results/{run}/benchmarks/environment.tsv"
+    conda:
+        "../../envs/job.yaml"
     threads: job_threads(lambda wildcards: "environment")
     resources:
         **job_resources(lambda wildcards: "environment"),

@@ -14,6 +14,8 @@ rule fabric:
         "results/{run}/logs/fabric.log",
     benchmark:
         "results/{run}/benchmarks/fabric.tsv"
+    conda:
+        "../../envs/job.yaml"
     threads: job_threads(lambda wildcards: "fabric")
     resources:
         **job_resources(lambda wildcards: "fabric"),

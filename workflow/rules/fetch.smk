@@ -14,8 +14,10 @@ rule fetch:
         f"results/{PLAN.run}.lock.json",
     log:
         f"results/{PLAN.run}/logs/fetch.log",
+    conda:
+        "../../envs/controller.yaml"
     params:
         spec=source_key(PLAN),
         config=CONFIG,
     shell:
-        "({LONGHAUL} fetch {params.config:q} --out {output:q} && {LONGHAUL} render {params.config:q}) >> {log:q} 2>&1"
+        "(longhaul fetch {params.config:q} --out {output:q} && longhaul render {params.config:q}) >> {log:q} 2>&1"

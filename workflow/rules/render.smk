@@ -20,11 +20,13 @@ rule render:
         config="results/{run}/config.yaml",
     log:
         "results/{run}/logs/render.log",
+    conda:
+        "../../envs/controller.yaml"
     params:
         key=plan_key(PLAN),
         config=CONFIG,
     shell:
-        "({LONGHAUL} plan {params.config:q} --out {output.plan:q} && cp {params.config:q} {output.config:q}) >> {log:q} 2>&1"
+        "(longhaul plan {params.config:q} --out {output.plan:q} && cp {params.config:q} {output.config:q}) >> {log:q} 2>&1"
 
 
 # A file and not a parameter of train_stage: while a check runs anew, Snakemake does not compare the parameters of what
@@ -34,6 +36,8 @@ rule render_spec:
         "results/{run}/stages/{stage}/spec.json",
     log:
         "results/{run}/logs/render_spec/{stage}.log",
+    conda:
+        "../../envs/controller.yaml"
     params:
         spec=lambda wildcards: spec_key(PLAN, f"train-{wildcards.stage}"),
         text=lambda wildcards: canonical_json(PLAN.stage(wildcards.stage).spec),

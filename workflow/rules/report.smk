@@ -24,7 +24,9 @@ rule report:
         "results/{run}/report.html",
     log:
         "results/{run}/logs/report.log",
+    conda:
+        "../../envs/controller.yaml"
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "{LONGHAUL} report {params.folder:q} {output:q} >> {log:q} 2>&1"
+        "longhaul report {params.folder:q} {output:q} >> {log:q} 2>&1"

@@ -7,11 +7,6 @@ Weights are no output: Snakemake deletes outputs before a rerun. They lie in <st
 """
 
 
-def starting_checkpoint(wildcards):
-    start = PLAN.stage(wildcards.stage).stage.start_from
-    return f"results/{PLAN.run}/stages/{start.stage}/checkpoint.json" if start else []
-
-
 rule train_stage:
     input:
         spec="results/{run}/stages/{stage}/spec.json",
@@ -24,6 +19,8 @@ rule train_stage:
         "results/{run}/logs/train_stage/{stage}.log",
     benchmark:
         "results/{run}/benchmarks/train_stage/{stage}.tsv"
+    conda:
+        "../../envs/job.yaml"
     threads: job_threads(lambda wildcards: f"train-{wildcards.stage}")
     resources:
         **job_resources(lambda wildcards: f"train-{wildcards.stage}"),

@@ -1,0 +1,59 @@
+"""What reading the rules costs and refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chain import REPOSITORY
+from configs import write_config
+
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "plotly"}
+
+
+def run(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def imported(*arguments: str, cwd: Path) -> set[str]:
+    """Top-level packages that a Python process imports."""
+    done = run("-X", "importtime", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_a_dry_run_imports_nothing_heavy(tmp_path: Path):
+    config = write_config(tmp_path)
+    words = ["-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "-n", "--profile"]
+    found = imported(
+        *words, str(REPOSITORY / "profiles" / "slurm"), "--configfile", str(config), "--executor", "local", cwd=tmp_path
+    )
+    assert "longhaul" in found and "snakemake" in found
+    assert found & HEAVY == set()
+
+
+def test_the_report_imports_no_torch(tmp_path: Path):
+    assert "torch" not in imported("-c", "import longhaul.report.page", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_the_demos_dry_run_names_the_whole_chain(tmp_path: Path, profile: str):
+    where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "--executor", "local"]
+    done = run("-m", "snakemake", *where, "-n", "--profile", str(REPOSITORY / "profiles" / profile))
+    assert done.returncode == 0, done.stderr
+    rules = ["fetch", "environment", "fabric", "tokenizer", "tokenize", "render", "train_stage", "convert", "report"]
+    assert [rule for rule in rules if f"rule {rule}:" not in done.stdout] == []
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / ".snakemake"]), "a dry run writes nothing"
+
+
+def test_an_environment_around_the_jobs_own_is_refused():
+    done = run("-m", "snakemake", "-n", "--sdm", "conda")
+    assert done.returncode == 2 and "software-deployment-method is conda" in done.stderr
+
+
+def test_the_rules_are_in_good_condition():
+    done = run("-m", "snakemake", "--lint")
+    assert done.returncode == 0, done.stderr
