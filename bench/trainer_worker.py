@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.jobs import StageJob
 from longhaul.train.batches import MicroBatch, Prefetcher

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from longhaul.artifacts import Lock
 from longhaul.config.load import load_config
 from longhaul.plan import Plan, make_plan

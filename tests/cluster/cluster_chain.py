@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from chain import Chain, write_site
 from virtual_cluster import VirtualCluster
 

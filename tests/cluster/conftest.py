@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from running import running
 from virtual_cluster import Shape, VirtualCluster
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from virtual_cluster import Shape, VirtualCluster, missing_programs
 
 

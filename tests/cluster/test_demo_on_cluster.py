@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from chain import REPOSITORY
 from cluster_chain import ClusterChain, fake_image
 from virtual_cluster import VirtualCluster

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from chain import Chain, write_site
 from cluster_chain import SITE
 from test_virtual_cluster import wait_for

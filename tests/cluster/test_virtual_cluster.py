@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from running import running
 from virtual_cluster import ClusterError, Shape, VirtualCluster
 

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "config" / "README.md"]
+PAGES = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted(REPOSITORY.glob("docs/**/*.md")),
+    REPOSITORY / "config" / "README.md",
+]
 
 
 def test_the_table_of_changes_names_places_that_exist():
     table = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Where do I change")[1].split("##")[0]
-    named = [path for row in table.splitlines() if row.startswith("| ") for path in re.findall(r"`([\w./]+/[\w./]*)`", row)]
+    named = [
+        path for row in table.splitlines() if row.startswith("| ") for path in re.findall(r"`([\w./]+/[\w./]*)`", row)
+    ]
     assert len(named) > 25
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
 

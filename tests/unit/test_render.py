@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from configs import plan_of
 from longhaul.errors import UserError
 from longhaul.render import deepspeed_sections, render_run, render_stage
@@ -54,7 +55,8 @@ class Recording(dict):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        self.read.add(key)
+        return super().get(key, default)
 
     def __copy__(self) -> Recording:
         return self
@@ -113,7 +115,17 @@ def test_torchs_fused_adam_needs_no_compiler_and_offload_takes_deepspeeds(tmp_pa
     assert "torch_adam" not in optimizer({"stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"}})
 
 
-HOSTILE = ["a b", "it's", '"quoted"', "$(touch pwned)", "`touch pwned`", "; touch pwned", "#SBATCH --nodes=99", "\\", "é"]
+HOSTILE = [
+    "a b",
+    "it's",
+    '"quoted"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "#SBATCH --nodes=99",
+    "\\",
+    "é",
+]
 
 
 @pytest.mark.parametrize("value", HOSTILE)

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from configs import plan_of
-from longhaul.slurm import RESOURCE_KEYS, SlurmRequest
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
+
+from configs import plan_of
+from longhaul.slurm import RESOURCE_KEYS, SlurmRequest
 
 SHORT = {"-t": "--time", "-p": "--partition", "-A": "--account", "-C": "--constraint", "-D": "--chdir"}
 PLUGIN_ONLY = {"--job-name", "--output", "--export", "--comment", "--parsable", "--chdir"}

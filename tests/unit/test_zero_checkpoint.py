@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint import open_master_weights
 from longhaul.zero_checkpoint.archive import Inert, StoredTensor, read_archive
-from safetensors.torch import load_file
 
 TAG = "weights/checkpoints/step-00000002"
 CASES = (

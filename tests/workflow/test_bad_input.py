@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from chain import REPOSITORY
 from configs import CHAT, STAGE, write_config
 from corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
@@ -65,7 +66,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("fraction for a count", {"stages.0.global_batch": 8.5}, {}, ("stages.0.global_batch is 8.5", "integer")),
     ("zero steps", {"stages.0.steps": 0}, {}, ("stages.0.steps is 0", "greater than or equal to 1")),
     ("negative rate", {"stages.0.optimizer": {"lr": -1.0}}, {}, ("stages.0.optimizer.lr is -1.0", "greater than 0")),
-    ("unknown precision", {"stages.0.precision": "fp8"}, {}, ("stages.0.precision is 'fp8'", "'fp32', 'bf16' or 'fp16'")),
+    (
+        "unknown precision",
+        {"stages.0.precision": "fp8"},
+        {},
+        ("stages.0.precision is 'fp8'", "'fp32', 'bf16' or 'fp16'"),
+    ),
     ("unknown kind", {"stages.0.kind": "dpo"}, {}, ("stages.0.kind is 'dpo'", "'pretrain' or 'sft'")),
     ("share of one", {"datasets.prose.validation_share": 1.0}, {}, ("validation_share is 1.0", "less than 1")),
     ("steps and tokens", {"stages.0.tokens": 100}, {}, ("exactly one of steps, tokens", "steps and tokens")),
@@ -103,7 +109,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("vocab_size 500 is larger than the model's vocab_size 400",),
     ),
-    ("batch that does not divide", {"stages.0.micro_batch": 3}, {}, ("global_batch 8 is not a multiple", "= 3", "of 6")),
+    (
+        "batch that does not divide",
+        {"stages.0.micro_batch": 3},
+        {},
+        ("global_batch 8 is not a multiple", "= 3", "of 6"),
+    ),
     ("warm-up beyond the end", {"stages.0.schedule": {"warmup_steps": 11}}, {}, ("warmup_steps 11", "10 steps")),
     ("wsd without decay", {"stages.0.schedule": {"kind": "wsd"}}, {}, ("wsd needs decay_steps >= 1",)),
     ("decay without wsd", {"stages.0.schedule": {"decay_steps": 2}}, {}, ("decay_steps 2 has no meaning for cosine",)),
@@ -121,7 +132,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("offload_param needs stage 3; it is 1",),
     ),
     ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),
-    ("sequence beyond the positions", {"stages.0.sequence_length": 256}, {}, ("256 exceeds", "max_position_embeddings 128")),
+    (
+        "sequence beyond the positions",
+        {"stages.0.sequence_length": 256},
+        {},
+        ("256 exceeds", "max_position_embeddings 128"),
+    ),
     ("more GPUs than a node has", {"stages.0.gpus_per_node": 16}, {}, ("gpus_per_node 16: site centre has 8 GPUs",)),
     ("more nodes than the site has", {"stages.0.nodes": 17}, {}, ("nodes 17: site centre allows 16",)),
     ("checks on more nodes than the site has", {"checks.nodes": 17}, {}, ("checks.nodes 17: site centre allows 16",)),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from chain import Chain
 
 STAGE = "results/tiny/stages/base/checkpoint.json"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from chain import REPOSITORY
 from configs import write_config
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chain import Chain
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from chain import Chain
 
 SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "proof", "provenance"]
 

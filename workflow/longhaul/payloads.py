@@ -15,9 +15,7 @@ def payload(plan: Plan, job: str) -> Job:
     """The payload of a job by its name: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
     verb, _, name = job.partition("-")
     if verb == "environment":
-        return _environment(
-            plan, plan.check_nodes, plan.check_gpus_per_node, f"{results(plan)}/environment.json"
-        )
+        return _environment(plan, plan.check_nodes, plan.check_gpus_per_node, f"{results(plan)}/environment.json")
     if verb == "fabric":
         return _fabric(plan)
     if verb == "tokenizer":

@@ -48,7 +48,9 @@ def _check_deployment(workflow: Any) -> None:
     """Snakemake would enter an environment around launch.sh, which then enters the site's own."""
     if methods := workflow.deployment_settings.deployment_method:
         names = ", ".join(sorted(str(method) for method in methods))
-        raise UserError(f"--software-deployment-method is {names}", "the site file's `software` says it: drop the option")
+        raise UserError(
+            f"--software-deployment-method is {names}", "the site file's `software` says it: drop the option"
+        )
 
 
 def _check_results_folder(folder: Path) -> None:

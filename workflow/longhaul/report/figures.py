@@ -58,7 +58,13 @@ def schedule_figure(stage: StageRecord) -> go.Figure:
     _line(figure, stage.metrics.curves["grad_norm"], "gradient norm", COLOURS[4], yaxis="y2", width=1)
     figure.update_layout(
         yaxis={"title": "learning rate", "rangemode": "tozero", "exponentformat": "power"},
-        yaxis2={"title": "gradient norm", "overlaying": "y", "side": "right", "rangemode": "tozero", "tickmode": "auto"},
+        yaxis2={
+            "title": "gradient norm",
+            "overlaying": "y",
+            "side": "right",
+            "rangemode": "tozero",
+            "tickmode": "auto",
+        },
         margin={**_LAYOUT["margin"], "r": 60},
     )
     return figure

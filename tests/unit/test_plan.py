@@ -1,0 +1,206 @@
+"""The plan: arithmetic, order, what a stage's weights depend on, sizes, requests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import CHAT, STAGE, plan_of
+from longhaul.artifacts import Lock
+from longhaul.config.geometry import geometry
+from longhaul.config.load import load_config
+from longhaul.config.models import Model
+from longhaul.plan import make_plan
+from longhaul.render import REPOSITORY
+from longhaul.rules import spec_key
+
+EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
+
+
+def test_tokens_are_rounded_up_to_whole_steps(tmp_path: Path):
+    stage = plan_of(tmp_path, {"stages.0.steps": ..., "stages.0.tokens": 8 * 64 * 3 + 1}).stages[0]
+    assert (stage.steps, stage.tokens) == (4, 8 * 64 * 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "micro", "accumulation"), [(1, 1, 1, 64), (1, 8, 2, 4), (2, 8, 4, 1), (4, 4, 1, 4)]
+)
+def test_batch_is_micro_times_ranks_times_accumulation(
+    tmp_path: Path, nodes: int, gpus: int, micro: int, accumulation: int
+):
+    shape = {"nodes": nodes, "gpus_per_node": gpus, "micro_batch": micro, "global_batch": 64}
+    stage = plan_of(tmp_path, {f"stages.0.{key}": value for key, value in shape.items()}).stages[0]
+    assert (stage.world_size, stage.data_parallel, stage.accumulation) == (nodes * gpus, nodes * gpus, accumulation)
+
+
+def family(names: list[str]) -> list[dict[str, Any]]:
+    """A line of stages, each from the one before."""
+    first = {**STAGE, "name": names[0]}
+    return [first, *({**STAGE, "name": b, "from": {"stage": a}} for a, b in itertools.pairwise(names))]
+
+
+@given(st.permutations(range(4)))
+def test_stages_follow_what_they_start_from_in_whatever_order_they_are_written(order: list[int]):
+    with tempfile.TemporaryDirectory() as folder:
+        line = family(["a", "b", "c", "d"])
+        plan = plan_of(Path(folder), {"stages": [line[index] for index in order]})
+    assert [stage.name for stage in plan.stages] == ["a", "b", "c", "d"]
+
+
+def keys(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None) -> tuple[str, str]:
+    plan = plan_of(folder, config, site)
+    return spec_key(plan, "train-base"), spec_key(plan, "train-chat")
+
+
+LAYOUT_ONLY: dict[str, Any] = {
+    "nodes": 2,
+    "gpus_per_node": 2,
+    "micro_batch": 2,
+    "zero": {"stage": 3, "offload_param": "cpu"},
+    "activation_checkpointing": True,
+    "checkpoints": {"every_steps": 1, "keep_last": 9},
+    "validation": {"every_steps": 3},
+    "export": "last",
+    "export_dtype": "fp32",
+    "minutes": 7,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), LAYOUT_ONLY.items(), ids=LAYOUT_ONLY)
+def test_where_and_how_fast_is_no_cause(tmp_path: Path, key: str, value: Any):
+    assert keys(tmp_path, {f"stages.0.{key}": value}) == keys(tmp_path)
+
+
+RESULT: dict[str, Any] = {
+    "steps": 11,
+    "global_batch": 16,
+    "sequence_length": 32,
+    "optimizer": {"lr": 1e-5},
+    "schedule": {"warmup_steps": 1},
+    "precision": "bf16",
+    "nonfinite": {"skip_steps": 1},
+}
+
+
+@pytest.mark.parametrize(("key", "value"), RESULT.items(), ids=RESULT)
+def test_what_changes_weights_is_a_cause_of_that_stage_alone(tmp_path: Path, key: str, value: Any):
+    """What follows is run by its input, the checkpoint."""
+    before, after = keys(tmp_path), keys(tmp_path, {f"stages.0.{key}": value})
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+def test_seed_and_model_are_causes_of_all_stages(tmp_path: Path):
+    before = keys(tmp_path)
+    for change in ({"seed": 1}, {"model.llama.num_hidden_layers": 3}):
+        assert all(a != b for a, b in zip(before, keys(tmp_path, change), strict=True))
+
+
+def test_a_hub_models_size_waits_for_fetch_and_its_lock_changes_no_key(tmp_path: Path):
+    config = {"model": {"pretrained": {"hub": {"id": "org/model"}}}}
+    waiting = plan_of(tmp_path, config)
+    assert "org/model" in waiting.waiting[0] and waiting.stages[0].memory is None
+    llama = {"model_type": "llama", **plan_of(tmp_path).config.model.config_dict()}
+    lock = Lock({"model": {"path": "/m"}}, llama)
+    known = plan_of(tmp_path, config, lock=lock)
+    assert known.waiting == () and known.stages[0].memory is not None
+    assert spec_key(waiting, "train-base") == spec_key(known, "train-base")
+
+
+def test_checks_take_two_nodes_or_all_of_a_smaller_site(tmp_path: Path):
+    assert plan_of(tmp_path, {"checks": {}}).request("fabric").nodes == 2
+    assert plan_of(tmp_path, {"checks": {}}, {"max_nodes": 1}).request("environment").nodes == 1
+
+
+def test_half_of_a_nodes_gpus_asks_for_half_of_the_node(tmp_path: Path):
+    request = plan_of(tmp_path, {"stages.0.gpus_per_node": 4}).request("train-base")
+    assert (request.gpus_per_node, request.tasks_per_node, request.cpus_per_task) == (4, 4, 8)
+    assert request.memory_mb == 250_000
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_can_be_planned(path: Path):
+    plan = make_plan(load_config(path))
+    assert plan.stages and plan.request(f"train-{plan.stages[0].name}").nodes >= 1
+
+
+def test_deepseek_v3_has_the_published_size():
+    """671 B parameters, 37 B active: arXiv:2412.19437, section 4.2."""
+    plan = make_plan(load_config(REPOSITORY / "config" / "examples" / "deepseek-v3-671b.yaml"))
+    sizes = geometry(plan.config.model.config_dict())
+    assert sizes.total == pytest.approx(671e9, rel=1e-3)
+    assert sizes.active == pytest.approx(37e9, rel=2e-2)
+
+
+SHARED = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LATENT = {
+    **SHARED,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**SHARED, "mlp_bias": True, "attention_bias": True},
+    "qwen2": {**SHARED, "tie_word_embeddings": True},
+    "qwen3": {**SHARED, "head_dim": 16},
+    "qwen3_moe": {
+        **SHARED,
+        "head_dim": 24,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+    },
+    "deepseek_v2": {**LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**LATENT, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_parameters_are_counted_as_transformers_builds_them(tmp_path: Path, architecture: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plan = plan_of(
+        tmp_path, {"model": {architecture: MODELS[architecture]}, "stages": [STAGE, {**CHAT, "sequence_length": 64}]}
+    )
+    config = plan.config.model.config_dict()
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
+    assert geometry(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_keys_and_defaults_are_transformers_own(architecture: str):
+    """A config copied from a model card must work, and must mean the same here."""
+    from transformers import AutoConfig
+
+    sizes = {key: value for key, value in MODELS[architecture].items() if key not in ("mlp_bias", "attention_bias")}
+    ours = Model.model_validate_json(json.dumps({architecture: sizes})).config_dict()
+    theirs = AutoConfig.for_model(architecture, **sizes).to_dict()
+    # Qwen3-MoE's attention reads head_dim, which its config class does not list; expert counts have two names.
+    theirs.setdefault("head_dim", ours.get("head_dim"))
+    theirs.setdefault("num_experts", theirs.get("num_local_experts"))
+    assert {key: theirs.get(key, "no key of transformers") for key in ours} == ours
