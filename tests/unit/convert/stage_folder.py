@@ -7,10 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from longhaul.artifacts import Checkpoint, TokenizerManifest
-from longhaul.jobs import ConvertJob
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from longhaul.artifacts import Checkpoint, TokenizerManifest
+from longhaul.jobs import ConvertJob
 from zero_training import STEPS, TAG, write_manifest
 
 CHAT_TEMPLATE = (

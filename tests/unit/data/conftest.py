@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 from longhaul.artifacts import DataManifest
 

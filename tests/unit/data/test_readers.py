@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+
 from corpora import conversation, dataset
 from longhaul.data.readers import read_documents
 from longhaul.errors import UserError

@@ -12,10 +12,11 @@ import deepspeed
 import torch
 import transformers
 from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
 from longhaul.ops import disable_shm_comm
 from longhaul.train.batches import MicroBatch
 from longhaul.train.loss import global_loss, loss_sum
-from safetensors.torch import save_file
 
 GLOBAL_BATCH, LENGTH, VOCABULARY = 16, 24, 96
 

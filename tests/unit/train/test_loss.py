@@ -34,6 +34,7 @@ def test_one_masked_batch_gives_one_gradient_whatever_the_layout(tmp_path: Path)
 def test_the_reference_is_the_mean_token_loss(tmp_path: Path):
     """The same gradient from plain PyTorch, without DeepSpeed and without micro batches."""
     import transformers
+
     from gradient_worker import VOCABULARY, batch
 
     spawn(WORKER, 1, str(tmp_path))

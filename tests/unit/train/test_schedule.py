@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from longhaul.config.models import Schedule
 from longhaul.train.schedule import learning_rate, may_grow
 
