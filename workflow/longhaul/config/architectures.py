@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from longhaul.config.fields import Count, Frozen, HubId, OneLine, Share
+from longhaul.config.fields import Count, Frozen, HubSource, OneLine, Share
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -123,18 +123,11 @@ class DeepseekV3(LatentAttention):
         return self
 
 
-class PretrainedHub(Frozen):
-    """A model repository on the hub."""
-
-    id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
-    revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")
-
-
 class Pretrained(Frozen):
     """Weights to start from; exactly one of path and hub."""
 
     path: OneLine | None = Field(default=None, description="Hugging Face folder; relative to the config file.")
-    hub: PretrainedHub | None = Field(default=None, description="Take the weights from the hub.")
+    hub: HubSource | None = Field(default=None, description="Take the weights from the hub.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
 
     @model_validator(mode="after")

@@ -25,3 +25,10 @@ class Frozen(BaseModel):
     """Immutable, no unknown keys, no silent conversion between types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class HubSource(Frozen):
+    """A repository on the Hugging Face hub; `fetch` pins the revision to a commit."""
+
+    id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
+    revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from longhaul.config.architectures import Model
-from longhaul.config.fields import Count, Frozen, HubId, Name, OneLine, Precision, Share
+from longhaul.config.fields import Count, Frozen, HubSource, Name, OneLine, Precision, Share
 
 M = TypeVar("M", bound=Frozen)
 
@@ -23,13 +23,6 @@ class Storage(Frozen):
     scratch: OneLine | None = Field(
         default=None, description="Node-local folder for compiled ops and temporary files; default: $TMPDIR, else /tmp."
     )
-
-
-class HubSource(Frozen):
-    """A repository on the Hugging Face hub; `fetch` pins the revision to a commit."""
-
-    id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
-    revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")
 
 
 class HubDataset(HubSource):

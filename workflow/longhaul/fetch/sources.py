@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import json
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longhaul.artifacts import Lock
 from longhaul.config.load import LoadedConfig
+from longhaul.config.fields import HubSource
 from longhaul.config.models import HubDataset
 from longhaul.errors import UserError
 from longhaul.fetch.stdlib import collect
@@ -40,43 +44,56 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
     return Lock(sources=sources, model=model)
 
 
-def _snapshot(source: Any, kind: str, patterns: list[str]) -> dict[str, Any]:
+def _snapshot(source: HubSource, kind: str, patterns: list[str]) -> dict[str, Any]:
     """Pins a revision to its commit and downloads the files that match; finished files are not fetched again."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with _asking(source, kind):
         commit = HfApi().repo_info(source.id, revision=source.revision, repo_type=kind).sha
         path = snapshot_download(source.id, revision=commit, repo_type=kind, allow_patterns=patterns)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot fetch {kind} {source.id} at {source.revision} from the hub: {_first_line(error)}",
-            "check the name, the network and `hf auth login`; or download it elsewhere and give its path",
-        ) from None
     return {"hub": source.id, "revision": commit, "path": str(path)}
 
 
 def _dataset(source: HubDataset) -> dict[str, Any]:
-    fetched = _snapshot(source, "dataset", [f"*{ending}" for ending in _DATA_ENDINGS])
-    root = Path(fetched["path"])
-    files = sorted(
-        str(path) for path in root.rglob("*") if path.name.endswith(_DATA_ENDINGS) and _belongs(path, root, source)
-    )
-    if not files:
-        raise UserError(
-            f"dataset {source.id} at {fetched['revision']} has no data file for name {source.name!r}, split {source.split!r}",
-            f"files are {', '.join(_DATA_ENDINGS)} with the split in their path; or download it and give `files`",
+    """The data files of one configuration and split alone: a data set's others may be terabytes."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _asking(source, "dataset"):
+        info = HfApi().repo_info(source.id, revision=source.revision, repo_type="dataset")
+        names = sorted(
+            file.rfilename for file in info.siblings or () if _belongs(PurePosixPath(file.rfilename), source)
         )
-    return {**fetched, "files": files}
+        if not names:
+            raise UserError(
+                f"dataset {source.id} at {info.sha} has no data file for name {source.name!r}, split {source.split!r}",
+                f"files are {', '.join(_DATA_ENDINGS)} with the split in their path; or download it and give `files`",
+            )
+        patterns = [glob.escape(name) for name in names]
+        path = snapshot_download(source.id, revision=info.sha, repo_type="dataset", allow_patterns=patterns)
+    files = [str(Path(path) / name) for name in names]
+    return {"hub": source.id, "revision": info.sha, "path": str(path), "files": files}
 
 
-def _belongs(path: Path, root: Path, source: HubDataset) -> bool:
+def _belongs(path: PurePosixPath, source: HubDataset) -> bool:
     """The hub's layouts put the configuration and the split into the path: plain_text/train-00000-of-00001.parquet."""
-    relative = path.relative_to(root)
     if path.name in ("dataset_infos.json", "README.json") or path.name.startswith("."):
         return False
-    in_split = source.split in relative.name or source.split in relative.parts
-    return in_split and (source.name is None or source.name in relative.parts)
+    in_split = source.split in path.name or source.split in path.parts
+    return path.name.endswith(_DATA_ENDINGS) and in_split and (source.name is None or source.name in path.parts)
+
+
+@contextmanager
+def _asking(source: HubSource, kind: str) -> Iterator[None]:
+    """Turns what the hub and the network answer into a UserError."""
+    import httpx2  # what huggingface_hub speaks through; its own errors are subclasses
+
+    try:
+        yield
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot fetch {kind} {source.id} at {source.revision} from the hub: {_first_line(error)}",
+            "check the name, the network and `hf auth login`; or download it elsewhere and give its path",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,92 @@
+"""A hub on this machine: the part of the Hugging Face hub's HTTP interface that a download uses.
+
+GET /api/models/<id>/revision/<rev> (or /api/datasets/…) gives the commit and the files, …/tree/<rev> their sizes; HEAD and
+GET of /<id>/resolve/<commit>/<file> (or /datasets/<id>/…) give one, with its ETag and commit in the headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+COMMIT = "5d0e1c7ab0f54c3b8d0e6e1d1c4b9a7f3e2d1c0b"
+_INFO = re.compile(r"/api/(models|datasets)/([^?]+)/(revision|tree)/([^/?]+)")
+_FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… at a port of its own; `served` names the files sent."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.served: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def _answer(self, with_body: bool) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if found := _INFO.fullmatch(path):
+            self._info(found[1], found[2], found[4], is_tree=found[3] == "tree")
+        elif found := _FILE.fullmatch(path):
+            self._file("datasets" if found[1] else "models", found[2], found[4], with_body)
+        else:
+            self._send(404, b"")
+
+    def _info(self, kind: str, name: str, revision: str, is_tree: bool) -> None:
+        root = self.server.folder / kind / name
+        if not root.is_dir() or revision not in ("main", "v1", COMMIT):
+            error = "RepoNotFound" if not root.is_dir() else "RevisionNotFound"
+            self._send(404, b'{"error": "not found"}', {"X-Error-Code": error})
+            return
+        files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+        answer: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+        if is_tree:
+            answer = [
+                {"type": "file", "path": file, "size": path.stat().st_size, "oid": _digest(path.read_bytes())}
+                for file, path in files.items()
+            ]
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, kind: str, name: str, file: str, with_body: bool) -> None:
+        path = self.server.folder / kind / name / file
+        if not path.is_file():
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        body = path.read_bytes()
+        if with_body:
+            self.server.served.append(f"{name}/{file}")
+        self._send(200, body, {"ETag": f'"{_digest(body)}"', "X-Repo-Commit": COMMIT}, with_body)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, with_body: bool = True) -> None:
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if with_body and self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()

@@ -1,0 +1,113 @@
+"""Fetching from a hub: pinned to a commit, only what is needed, once; clear words when it cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub import COMMIT, Hub
+
+from configs import LLAMA, STAGE, write_config
+from longhaul.artifacts import Lock
+
+FILES = {
+    "models/org/base/config.json": json.dumps({"model_type": "llama", **LLAMA, "vocab_size": 400}),
+    "models/org/base/model.safetensors": "weights",
+    "models/org/base/pytorch_model.bin": "a pickle",
+    "models/org/base/modeling_own.py": "raise SystemExit('this code must not run')",
+    "models/org/base/tokenizer.json": "{}",
+    "models/org/base/tokenizer_config.json": "{}",
+    "datasets/org/text/en/train-00000-of-00002.jsonl": '{"text": "a"}\n',
+    "datasets/org/text/en/train-00001-of-00002.jsonl": '{"text": "b"}\n',
+    "datasets/org/text/en/test-00000-of-00001.jsonl": '{"text": "c"}\n',
+    "datasets/org/text/de/train-00000-of-00001.jsonl": '{"text": "d"}\n',
+    "datasets/org/text/README.md": "train",
+}
+CONFIG = {
+    "tokenizer": {"hub": {"id": "org/base", "revision": "v1"}},
+    "datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "en"}}},
+    "model": {"pretrained": {"hub": {"id": "org/base"}}},
+    "stages": [STAGE],
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    for name, text in FILES.items():
+        path = tmp_path / "served" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with Hub(tmp_path / "served") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def fetch(folder: Path, url: str, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as the hub's address is read when its library is imported."""
+    config = write_config(folder, {**CONFIG, **(changes or {})})
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "longhaul", "fetch", str(config)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_sources_are_pinned_and_only_what_is_needed_comes(tmp_path: Path, hub: Hub):
+    done = fetch(tmp_path, hub.url)
+    assert done.returncode == 0, done.stderr
+    assert "checked now: model org/base" in done.stdout
+    lock = Lock.read(tmp_path / "results" / "small.lock.json")
+    assert {source["revision"] for source in lock.sources.values()} == {COMMIT}
+    assert [Path(file).name for file in lock.sources["prose"]["files"]] == [
+        "train-00000-of-00002.jsonl",
+        "train-00001-of-00002.jsonl",
+    ]
+    assert [Path(file).read_text() for file in lock.sources["prose"]["files"]] == ['{"text": "a"}\n', '{"text": "b"}\n']
+    assert lock.model["hidden_size"] == LLAMA["hidden_size"]
+    sent = set(hub.served)
+    assert "org/base/model.safetensors" in sent
+    assert not [name for name in sent if name.endswith((".bin", ".py")) or "test-" in name or "/de/" in name]
+
+
+def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):
+    assert fetch(tmp_path, hub.url).returncode == 0
+    lock = (tmp_path / "results" / "small.lock.json").read_bytes()
+    hub.served.clear()
+    assert fetch(tmp_path, hub.url).returncode == 0
+    assert hub.served == []
+    assert (tmp_path / "results" / "small.lock.json").read_bytes() == lock
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no such model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
+    "no such revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
+    "no such configuration": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "fr"}}}},
+        "no data file for name 'fr', split 'train'",
+    ),
+    "a model too small for the sequence": (
+        {"stages": [{**STAGE, "sequence_length": 256}]},
+        "256 exceeds the model's max_position_embeddings 128",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_had_is_named(tmp_path: Path, hub: Hub, changes: dict[str, Any], says: str):
+    done = fetch(tmp_path, hub.url, changes)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert "remedy: " in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "results" / "small.lock.json").exists()
+
+
+def test_no_network_is_named(tmp_path: Path):
+    done = fetch(tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 2 and "cannot fetch model org/base at v1 from the hub" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
