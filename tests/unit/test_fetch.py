@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import COMMIT, Hub
 
 from configs import LLAMA, STAGE, write_config
+from hub import COMMIT, Hub
 from longhaul.artifacts import Lock
 
 FILES = {

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longhaul.artifacts import Lock
-from longhaul.config.load import LoadedConfig
 from longhaul.config.fields import HubSource
+from longhaul.config.load import LoadedConfig
 from longhaul.config.models import HubDataset
 from longhaul.errors import UserError
 from longhaul.fetch.stdlib import collect
@@ -59,7 +59,7 @@ def _dataset(source: HubDataset) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     with _asking(source, "dataset"):
-        info = HfApi().repo_info(source.id, revision=source.revision, repo_type="dataset")
+        info = HfApi().dataset_info(source.id, revision=source.revision)
         names = sorted(
             file.rfilename for file in info.siblings or () if _belongs(PurePosixPath(file.rfilename), source)
         )
