@@ -89,7 +89,7 @@ def _open_store(rank: Rank, meet_s: float) -> TCPStore:
         # torchrun's agent serves the store itself, and says so
         is_master=rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         # the others outwait rank 0, which tells them who is missing
-        timeout=timedelta(seconds=meet_s if rank.is_main else meet_s + 10),
+        timeout=timedelta(seconds=meet_s if rank.is_main else meet_s + min(10.0, meet_s)),
         wait_for_workers=False,
     )
 
