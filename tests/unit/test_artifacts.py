@@ -21,7 +21,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
     with pytest.raises(TypeError):
         write_json(path, {"a set": {1}})
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_files_get_the_users_own_mode(tmp_path: Path):

@@ -9,6 +9,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def write_error(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
 
 
 def build_ops(names: Sequence[str], scratch: str | None) -> dict[str, Any]:
