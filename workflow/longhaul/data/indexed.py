@@ -112,7 +112,7 @@ class SplitWriter:
             shard = self._open or self._start()
             room = self._max_tokens - shard.tokens
             fits = int(np.searchsorted(ends, token + room, side="right"))
-            if fits == document and shard.tokens:
+            if fits <= document and shard.tokens:
                 self._finish()
                 continue
             last = max(fits, document + 1)

@@ -1,0 +1,159 @@
+"""Samples by number: the stream covered once, packs of whole conversations, an order that needs no state."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longhaul.artifacts import DataManifest
+from longhaul.data.indexed import SplitReader
+from longhaul.data.packing import Packs, first_fit, make_packs
+from longhaul.data.permutation import permutation
+from longhaul.data.samples import IGNORED_LABEL, Samples, batch_of_step
+from longhaul.errors import UserError
+
+S = 64
+
+
+def windows(manifest: DataManifest, tmp_path: Path, length: int = S, seed: int = 1) -> Samples:
+    return Samples.open(manifest, "train", "pretrain", length, seed, tmp_path)
+
+
+def packs(manifest: DataManifest, tmp_path: Path, length: int = 128, seed: int = 1) -> Samples:
+    return Samples.open(manifest, "train", "sft", length, seed, tmp_path)
+
+
+def reader(manifest: DataManifest) -> SplitReader:
+    return SplitReader(Path(manifest.path), manifest.splits["train"], with_mask=manifest.kind == "chat")
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**31 - 1), st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+def test_a_permutation_covers_each_index_once(size: int, seed: int, epoch: int):
+    assert sorted(permutation(seed, epoch, np.arange(size), size)) == list(range(size))
+
+
+def test_permutations_differ_by_seed_and_epoch_and_need_no_neighbour():
+    size = 10**12
+    index = np.array([0, 1, size - 1])
+    orders = {tuple(permutation(seed, epoch, index, size)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    assert permutation(1, 2, np.array([size - 1]), size)[0] == permutation(1, 2, index, size)[2]
+    with pytest.raises(IndexError):
+        permutation(0, 0, np.array([5]), 5)
+
+
+def test_every_token_but_the_first_is_a_label_once(text_shards: DataManifest, tmp_path: Path):
+    samples = windows(text_shards, tmp_path)
+    stream = reader(text_shards).tokens(0, reader(text_shards).token_count)
+    labels = np.concatenate([samples[index].labels for index in range(len(samples))])
+    assert labels[labels != IGNORED_LABEL].tolist() == stream[1:].tolist()
+    assert (labels == IGNORED_LABEL).sum() == len(samples) * S - (len(stream) - 1)
+    for index in (0, 1, len(samples) - 2):
+        sample = samples[index]
+        assert sample.input_ids.tolist() == stream[index * S : index * S + S].tolist()
+        assert sample.position_ids.tolist() == list(range(S))
+
+
+@pytest.mark.parametrize("open_samples", [windows, packs])
+def test_an_epoch_holds_every_sample_once_and_batches_follow_each_other(
+    text_shards: DataManifest, chat_shards: DataManifest, tmp_path: Path, open_samples
+):
+    samples = open_samples(text_shards if open_samples is windows else chat_shards, tmp_path)
+    size = len(samples)
+    row = np.concatenate([samples.ids(batch, 7) for batch in range(-(-3 * size // 7))])
+    for epoch in range(3):
+        assert sorted(row[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert row[:size].tolist() != row[size : 2 * size].tolist(), "epochs are shuffled anew"
+    wide = np.concatenate([samples.ids(batch, 21) for batch in range(-(-size // 21))])
+    assert wide.tolist() == row[: len(wide)].tolist(), "the order does not depend on the batch size"
+
+
+def test_order_is_a_function_of_the_seed(text_shards: DataManifest, tmp_path: Path):
+    first, same, other = (windows(text_shards, tmp_path, seed=seed).ids(0, 32).tolist() for seed in (1, 1, 2))
+    assert first == same != other
+
+
+def test_skipped_batches_are_stepped_over():
+    assert [batch_of_step(step, [2, 3, 7]) for step in range(7)] == [0, 1, 4, 5, 6, 8, 9]
+    assert [batch_of_step(step, []) for step in range(3)] == [0, 1, 2]
+
+
+def test_conversations_stay_whole_and_see_only_their_own_positions(chat_shards: DataManifest, tmp_path: Path):
+    samples, source = packs(chat_shards, tmp_path), reader(chat_shards)
+    seen = []
+    for index in range(len(samples)):
+        sample = samples[index]
+        starts = np.flatnonzero(sample.position_ids == 0).tolist()
+        for start, stop in zip(starts, [*starts[1:], len(sample.input_ids)], strict=True):
+            assert sample.position_ids[start:stop].tolist() == list(range(stop - start))
+            if (sample.labels[start:stop] != IGNORED_LABEL).any():
+                seen.append((tuple(sample.input_ids[start:stop]), tuple(sample.labels[start:stop])))
+    expected = []
+    for number in range(len(source.lengths())):
+        tokens, mask = (array.astype(np.int64) for array in source.document(number))
+        labels = [*np.where(mask[1:] == 1, tokens[1:], IGNORED_LABEL), IGNORED_LABEL]
+        expected.append((tuple(tokens), tuple(labels)))
+    assert sorted(seen) == sorted(expected)
+
+
+def test_a_conversation_longer_than_a_sequence_is_cut_and_counted(chat_shards: DataManifest, tmp_path: Path):
+    samples = packs(chat_shards, tmp_path, length=48)
+    longer = int((reader(chat_shards).lengths() > 48).sum())
+    assert samples.cut_documents == longer > 0
+    assert all(len(samples[index].input_ids) == 48 for index in range(len(samples)))
+
+
+def test_a_pack_file_is_made_once_and_another_seed_has_another(chat_shards: DataManifest, tmp_path: Path):
+    packs(chat_shards, tmp_path)
+    (path,) = tmp_path.iterdir()
+    written = path.stat().st_mtime_ns
+    packs(chat_shards, tmp_path)
+    assert path.stat().st_mtime_ns == written
+    assert path.stat().st_size <= 8 * len(reader(chat_shards).lengths())
+    packs(chat_shards, tmp_path, seed=2)
+    assert len(list(tmp_path.iterdir())) == 2
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="is not a pack file of"):
+        packs(chat_shards, tmp_path)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 50))
+@settings(max_examples=80, deadline=None)
+def test_packs_hold_every_document_once_and_never_too_many_tokens(lengths: list[int], capacity: int):
+    array = np.array(lengths, dtype=np.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        make_packs(array, capacity, 3, Path(folder) / "packs")
+        made = Packs(Path(folder) / "packs", len(lengths))
+        found = [made[index].tolist() for index in range(len(made))]
+    assert sorted(number for pack in found for number in pack) == list(range(len(lengths)))
+    sizes = [sum(min(lengths[number], capacity) for number in pack) for pack in found]
+    assert max(sizes) <= capacity
+    assert sum(2 * size <= capacity for size in sizes) <= 1, "two half-empty packs would have been one"
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+@settings(max_examples=80, deadline=None)
+def test_first_fit_is_first_fit(lengths: list[int]):
+    """Beside the plain definition."""
+    rooms: list[int] = []
+    expected = []
+    for length in lengths:
+        place = next((index for index, room in enumerate(rooms) if room >= length), len(rooms))
+        if place == len(rooms):
+            rooms.append(20)
+        rooms[place] -= length
+        expected.append(place)
+    assert first_fit(lengths, 20) == expected
+
+
+def test_what_cannot_be_trained_on_is_refused(text_shards: DataManifest, chat_shards: DataManifest, tmp_path: Path):
+    with pytest.raises(UserError, match="an sft stage needs chats, dataset corpus is text"):
+        packs(text_shards, tmp_path)
+    with pytest.raises(IndexError):
+        windows(text_shards, tmp_path)[10**9]
