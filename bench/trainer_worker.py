@@ -19,7 +19,8 @@ from longhaul.train.batches import MicroBatch, Prefetcher
 from longhaul.train.checkpoints import Checkpoints, TrainingState
 from longhaul.train.loop import Trainer, open_samples
 from longhaul.train.metrics import Metrics
-from longhaul.train.model import build_model, make_engine, read_deepspeed_config
+from longhaul.train.backend import make_backend
+from longhaul.train.model import build_model, read_deepspeed_config
 from longhaul.train.processes import Processes, start_processes
 from machine import header, publish
 
@@ -47,9 +48,9 @@ def _ours(
     job: StageJob, processes: Processes, tokenizer: TokenizerManifest, folder: Path
 ) -> tuple[Step, list[MicroBatch]]:
     samples = open_samples(job, DataManifest.read(Path(job.data)), "train", folder, processes)
-    engine = make_engine(job, build_model(job, tokenizer, None, processes))
+    backend = make_backend(job, build_model(job, tokenizer, None, processes), processes)
     metrics = Metrics(job, folder, 0, processes, job.model)
-    trainer = Trainer(job, processes, engine, None, Checkpoints(folder, job, processes), metrics, TrainingState())
+    trainer = Trainer(job, processes, backend, None, Checkpoints(folder, job, processes), metrics, TrainingState())
     batches = iter(Prefetcher(samples, job, processes, first_step=0))
     first = next(batches)
     following = chain([first], batches)

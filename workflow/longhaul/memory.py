@@ -42,9 +42,16 @@ class Memory:
         return {key: round(value / GIB, 3) for key, value in {**asdict(self), "total": self.total}.items()}
 
 
-def estimate(stage: Stage, sizes: Geometry, data_parallel: int) -> Memory:
-    """Memory of one rank. Model states as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3)."""
-    weights, gradients, optimizer, host = _model_states(stage, sizes.total, data_parallel)
+def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
+    """Memory of the fullest rank. Model states as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3)."""
+    parallel = stage.parallel
+    data_parallel = world_size // (parallel.tensor * parallel.pipeline)
+    dense, experts = _held_parameters(stage, sizes)
+    states = [
+        _model_states(stage, dense, data_parallel),
+        _model_states(stage, experts, data_parallel // parallel.expert),
+    ]
+    weights, gradients, optimizer, host = (sum(part) for part in zip(*states, strict=True))
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -52,9 +59,22 @@ def estimate(stage: Stage, sizes: Geometry, data_parallel: int) -> Memory:
         activations=_activations(stage, sizes),
         logits=_logits(stage, sizes),
         gathered=_gathered(stage, sizes),
-        buckets=_buckets(stage, sizes, data_parallel),
+        buckets=_buckets(stage, dense + experts, data_parallel),
         host=host,
     )
+
+
+def _held_parameters(stage: Stage, sizes: Geometry) -> tuple[int, int]:
+    """(all but routed experts, routed experts) that one rank holds, of a pipeline the first or the last stage.
+
+    Tensor parallelism leaves norms, routers and MLA's compressions whole; they are counted as if it split them.
+    """
+    parallel = stage.parallel
+    layers = -(-sizes.layers // parallel.pipeline)
+    ends = sizes.embedding if parallel.pipeline > 1 else sizes.ends
+    dense = ends + layers * (sizes.total - sizes.ends - sizes.experts) // sizes.layers
+    experts = min(sizes.experts, layers * sizes.layer_experts)
+    return dense // parallel.tensor, experts // (parallel.tensor * parallel.expert)
 
 
 def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, int, int]:
@@ -81,19 +101,23 @@ def _gathered(stage: Stage, sizes: Geometry) -> int:
 
 def _activations(stage: Stage, sizes: Geometry) -> int:
     tokens, width = stage.micro_batch * stage.sequence_length, _COMPUTE_BYTES[stage.precision]
-    one_layer = sizes.saved_per_token * tokens * width
+    parallel = stage.parallel
+    one_layer = sizes.saved_per_token * tokens * width // (parallel.tensor * parallel.sequence)
+    # The first stage of a 1F1B pipeline holds as many micro batches as there are stages, of its share of the layers.
+    layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
     if stage.activation_checkpointing:
-        return sizes.layers * sizes.hidden * tokens * width + one_layer
-    return sizes.layers * one_layer
+        return layers * sizes.hidden * tokens * width // parallel.sequence + one_layer
+    return layers * one_layer
 
 
 def _logits(stage: Stage, sizes: Geometry) -> int:
     """Logits in compute precision, in fp32, and their fp32 gradient."""
-    return stage.micro_batch * stage.sequence_length * sizes.vocab_size * (_COMPUTE_BYTES[stage.precision] + 8)
+    tokens = stage.micro_batch * stage.sequence_length // stage.parallel.sequence
+    return tokens * sizes.vocab_size // stage.parallel.tensor * (_COMPUTE_BYTES[stage.precision] + 8)
 
 
-def _buckets(stage: Stage, sizes: Geometry, ranks: int) -> int:
+def _buckets(stage: Stage, parameters: int, ranks: int) -> int:
     if ranks == 1 or stage.zero.stage == 0:
         return 0
     bucket = stage.zero.reduce_bucket_size or _DEFAULT_BUCKET
-    return 2 * _COMPUTE_BYTES[stage.precision] * min(bucket, sizes.total)
+    return 2 * _COMPUTE_BYTES[stage.precision] * min(bucket, parameters)

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from longhaul.config.models import Parallel
 from longhaul.payloads import job_names
 from longhaul.plan import Plan, StagePlan
 from longhaul.plan.model import ASSUMED_MFU
@@ -45,6 +46,9 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "gpus_per_node": stage.gpus_per_node,
         "precision": stage.precision,
         "zero_stage": stage.zero.stage,
+        "layout": layout_text(stage.parallel),
+        "pipeline_bubble": round(planned.bubble, 4),
+        "warnings": list(planned.warnings),
         "memory_per_gpu_gib": planned.memory.as_gib() if planned.memory else None,
         "flops": planned.flops,
         "gpu_hours_estimate": gpu_hours(plan, planned),
@@ -52,6 +56,11 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "files_per_checkpoint": planned.files_per_checkpoint,
         "minutes": stage.minutes,
     }
+
+
+def layout_text(parallel: Parallel) -> str:
+    """The axes that have several ranks."""
+    return ", ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if size > 1) or "data parallel"
 
 
 def gpu_hours(plan: Plan, planned: StagePlan) -> float | None:
@@ -78,6 +87,8 @@ def print_plan(plan: Plan) -> None:
     ]
     if plan.site.scheduler == "slurm":
         console.print(_table("Slurm requests", ["job", "sbatch options"], requests))
+    for warning in (warning for row in rows for warning in row["warnings"]):
+        console.print(f"warning: {warning}")
     for check in plan.waiting:
         console.print(f"not known yet: {check}")
 
@@ -85,7 +96,19 @@ def print_plan(plan: Plan) -> None:
 def _stage_lines(rows: list[Row]) -> list[list[str]]:
     batch = [f"{r['global_batch']} = {r['micro_batch']} x {r['accumulation']} x {r['data_parallel']}" for r in rows]
     lines = [["global batch = micro x accumulation x data parallel", *batch]]
-    keys = ["kind", "dataset", "from", "steps", "tokens", "sequence_length", "precision", "zero_stage", "nodes"]
+    keys = [
+        "layout",
+        "pipeline_bubble",
+        "kind",
+        "dataset",
+        "from",
+        "steps",
+        "tokens",
+        "sequence_length",
+        "precision",
+        "zero_stage",
+        "nodes",
+    ]
     keys += ["gpus_per_node", "gpu_hours_estimate", "gpu_hours_per_allocation", "minutes", "files_per_checkpoint"]
     return lines + [[key.replace("_", " "), *(_text(row[key]) for row in rows)] for key in keys]
 

@@ -121,6 +121,9 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
         "optimizer": _optimizer(plan, site),
         "zero_optimization": _zero(plan),
     }
+    if stage.parallel.pipeline > 1:
+        # Between stages whole activations travel: DeepSpeed's splitting over tensor ranks loses the position ids.
+        sections["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if stage.precision == "bf16":
         sections["bf16"] = {"enabled": True}
     if stage.precision == "fp16":

@@ -18,6 +18,9 @@ class Geometry:
     total:     all parameters, a tied embedding counted once
     active:    parameters one token passes through, as in 6·N FLOPs per token
     embedding: parameters of the input embedding
+    ends:      parameters outside the decoder layers: embedding, head unless tied, final norm
+    experts:   parameters of the routed experts of all layers, without routers
+    layer_experts: of one layer that has them
     layer_max: parameters of the largest decoder layer
     vocab_size, hidden, layers, heads, positions: as in the config
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
@@ -27,6 +30,9 @@ class Geometry:
     total: int
     active: int
     embedding: int
+    ends: int
+    experts: int
+    layer_experts: int
     layer_max: int
     vocab_size: int
     hidden: int
@@ -59,6 +65,7 @@ def _count(c: Mapping[str, Any]) -> Geometry:
     routed, shared, chosen = _experts(c)
     embedding = c["vocab_size"] * hidden
     head = 0 if c.get("tie_word_embeddings") else embedding
+    layer_experts = routed - _expert_counts(c)[0] * hidden if routed else 0
     sparse_total, sparse_active = routed + shared, chosen + shared
     mlps = sum(sparse_total if s else dense_mlp for s in sparse)
     active_mlps = sum(sparse_active if s else dense_mlp for s in sparse)
@@ -66,6 +73,9 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         total=embedding + head + hidden + layers * attention + mlps,
         active=embedding + hidden + layers * attention + active_mlps,
         embedding=embedding,
+        ends=embedding + head + hidden,
+        experts=sum(sparse) * layer_experts,
+        layer_experts=layer_experts,
         layer_max=attention + (sparse_total if any(sparse) else dense_mlp),
         vocab_size=c["vocab_size"],
         hidden=hidden,

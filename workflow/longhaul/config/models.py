@@ -221,6 +221,10 @@ class Stage(Frozen):
     )
     parallel: Parallel = Field(default=Parallel(), description="Parallel layout.")
     zero: Zero = Field(default=Zero(), description="ZeRO and offload.")
+    expert_bias_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="DeepSeek V3's balancing without auxiliary loss: change of an expert's bias a step; 0: none.",
+    )
     activation_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
     checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
     validation: Validation = Field(default=Validation(), description="Held-out loss.")

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from longhaul.config.geometry import Geometry
-from longhaul.config.models import Checks, Config, Stage
+from longhaul.config.models import Checks, Config, Parallel, Stage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
 from longhaul.memory import Memory
 from longhaul.plan.requests import partition_for
-
-
-def data_parallel(stage: Stage, world_size: int) -> int:
-    parallel, where = stage.parallel, f"stages.{stage.name}"
-    if parallel.pipeline > 1 and stage.zero.stage >= 2:
-        raise UserError(
-            f"{where}: pipeline {parallel.pipeline} with ZeRO stage {stage.zero.stage}: DeepSpeed's pipelines work with "
-            "ZeRO 0 and 1 only",
-            "set zero.stage to 1, or parallel.pipeline to 1",
-        )
-    for axis in ("tensor", "pipeline", "expert", "sequence"):
-        if (ways := getattr(parallel, axis)) > 1:
-            raise UserError(
-                f"{where}.parallel.{axis} is {ways}: this release trains data-parallel with ZeRO only",
-                f"set {axis} to 1 and use zero.stage 3, with offload where the memory does not suffice",
-            )
-    return world_size
 
 
 def accumulation(stage: Stage, data_parallel: int) -> int:
@@ -133,10 +116,16 @@ def check_memory(stage: Stage, memory: Memory, site: Site) -> None:
 
 
 def files_per_checkpoint(stage: Stage, world_size: int, exportable: bool) -> int:
-    """Files of one save: DeepSpeed's model and optimizer states, one trainer state per rank, state, manifest, proof."""
-    model = world_size if stage.zero.stage == 3 else 1
+    """Files of one save, at most: DeepSpeed's model and optimizer states, one trainer state per rank, state, manifest, proof.
+
+    Each stage of a pipeline has a file beside the embedding's and the head's; split models have a layout and buffers.
+    """
+    parallel = stage.parallel
+    model = world_size if stage.zero.stage == 3 else parallel.tensor * parallel.pipeline
     optimizer = world_size if stage.zero.stage >= 1 else 0
-    return model + optimizer + world_size + 2 + (3 if exportable else 0)
+    layers = (parallel.pipeline + 2) * parallel.tensor if parallel.pipeline > 1 and parallel.expert == 1 else 0
+    split = 1 + parallel.pipeline if parallel.model_copy(update={"sequence": 1}) != Parallel() else 0
+    return model + layers + optimizer + split + world_size + 2 + (3 if exportable else 0)
 
 
 def check_inodes(stage: Stage, files: int, site: Site) -> None:

@@ -29,9 +29,9 @@ from longhaul.plan.checks import (
     check_schedule,
     check_site,
     check_vocabulary,
-    data_parallel,
     files_per_checkpoint,
 )
+from longhaul.plan.layout import bubble, bubble_warning, check_model, sample_ranks
 from longhaul.plan.order import check_references, order
 from longhaul.plan.sources import check_files, model_config
 from longhaul.plan.spec import result_spec
@@ -49,13 +49,15 @@ class StagePlan:
     steps: int
     tokens: int
     world_size: int
-    data_parallel: int
+    data_parallel: int  # ranks that read different samples
     accumulation: int
     memory: Memory | None
     flops: float | None
     files_per_checkpoint: int
     exportable: tuple[str, ...]
     spec: dict[str, Any]
+    bubble: float
+    warnings: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -141,13 +143,13 @@ def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     else:
         waiting = ()
         check_vocabulary(config, sizes)
-    stages = tuple(_plan_stage(loaded, stage, sizes) for stage in ordered)
+    stages = tuple(_plan_stage(loaded, stage, sizes, model) for stage in ordered)
     return Plan(loaded, lock, stages, waiting)
 
 
-def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None) -> StagePlan:
+def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, model: dict[str, Any] | None) -> StagePlan:
     world_size = stage.nodes * stage.gpus_per_node
-    ranks = data_parallel(stage, world_size)
+    ranks = sample_ranks(stage, world_size)
     exportable = () if stage.export == "none" else (stage.export,)
     tokens_per_step = stage.global_batch * stage.sequence_length
     steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
@@ -155,22 +157,27 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None) -> S
     check_precision(stage)
     check_offload(stage)
     check_site(stage, loaded.site)
-    memory = estimate(stage, sizes, ranks) if sizes else None
-    if sizes and memory:
+    memory = estimate(stage, sizes, world_size) if sizes else None
+    if model and sizes and memory:
+        check_model(stage, model)
         check_positions(stage, sizes)
         check_memory(stage, memory, loaded.site)
     files = files_per_checkpoint(stage, world_size, bool(exportable))
     check_inodes(stage, files, loaded.site)
+    micro_batches = accumulation(stage, ranks)
+    warning = bubble_warning(stage, micro_batches)
     return StagePlan(
         stage=stage,
         steps=steps,
         tokens=steps * tokens_per_step,
         world_size=world_size,
         data_parallel=ranks,
-        accumulation=accumulation(stage, ranks),
+        accumulation=micro_batches,
         memory=memory,
         flops=sizes.flops_per_token(stage.sequence_length) * steps * tokens_per_step if sizes else None,
         files_per_checkpoint=files,
         exportable=exportable,
         spec=result_spec(loaded, stage, steps),
+        bubble=bubble(stage.parallel.pipeline, micro_batches),
+        warnings=(warning,) if warning else (),
     )

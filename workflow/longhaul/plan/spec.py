@@ -29,6 +29,7 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
         "schedule": stage.schedule.model_dump(mode="json"),
         "precision": stage.precision,
         "loss_scale": stage.loss_scale.model_dump(mode="json") if stage.precision == "fp16" else None,
+        "expert_bias_rate": stage.expert_bias_rate,
         "nonfinite": stage.nonfinite.model_dump(mode="json"),
     }
 

@@ -55,7 +55,7 @@ class Prefetcher:
     def __init__(self, samples: Samples | None, job: StageJob, processes: Processes, first_step: int) -> None:
         if samples is None:
             raise ValueError("a stage trains on a split that has documents")
-        self._samples, self._job, self._rank = samples, job, processes.rank.rank
+        self._samples, self._job, self._share = samples, job, processes.grid.sample_rank
         self._steps = range(first_step, job.steps)
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
 
@@ -78,7 +78,7 @@ class Prefetcher:
     def _read(self, step: int) -> Batch:
         stage = self._job.stage
         ids = self._samples.ids(step, stage.global_batch)
-        mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch)[:, self._rank]
+        mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch)[:, self._share]
         micro_batches = [collate(self._samples, row) for row in mine]
         return Batch(ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
 
@@ -95,7 +95,7 @@ def validation_batches(samples: Samples, job: StageJob, processes: Processes) ->
     count = min(len(samples), job.stage.validation.max_samples)
     per_pass = job.stage.micro_batch * job.data_parallel
     for first in range(0, count, per_pass):
-        mine = np.arange(job.stage.micro_batch) + first + processes.rank.rank * job.stage.micro_batch
+        mine = np.arange(job.stage.micro_batch) + first + processes.grid.sample_rank * job.stage.micro_batch
         batch = collate(samples, np.minimum(mine, count - 1))
         batch.labels[torch.from_numpy(mine >= count)] = -100
         yield batch

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from longhaul.artifacts import file_sha256, read_json, write_json
+from longhaul.config.models import Parallel
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
+from longhaul.train.parallel.saving import is_tied, load_engine, write_layout
 from longhaul.train.processes import Processes
 
 _MANIFEST = "manifest.json"
@@ -75,7 +77,7 @@ class Checkpoints:
         step = max(steps)
         folder = steps[step]
         self._check_loadable(folder)
-        engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        load_engine(engine, self._processes.grid, folder)
         own = torch.load(folder / self._rank_file(), weights_only=True)
         torch.set_rng_state(own["cpu_rng"])
         if "cuda_rng" in own:
@@ -92,6 +94,7 @@ class Checkpoints:
                 f"{self._job.world_size} ranks with ZeRO {self._job.stage.zero.stage}",
                 "finish the stage in the layout it began with",
             )
+        self._check_same_axes(folder, manifest)
         share = self._share(sorted(manifest["files"]))
         damaged = [name for name in share if file_sha256(folder / name) != manifest["files"][name]["sha256"]]
         if any(self._processes.gather(damaged)):
@@ -99,6 +102,14 @@ class Checkpoints:
             raise UserError(
                 f"{folder / found[0]} has not the hash that its manifest states",
                 f"the file is damaged: remove {folder}; the stage then goes on from the checkpoint before it",
+            )
+
+    def _check_same_axes(self, folder: Path, manifest: dict[str, Any]) -> None:
+        saved, planned = manifest.get("parallel", Parallel().model_dump()), self._job.stage.parallel.model_dump()
+        if saved != planned:
+            raise UserError(
+                f"{folder} was written with {_axes(saved)}; this job has {_axes(planned)}",
+                "finish the stage in the layout it began with; a new stage may start `from` it in any layout",
             )
 
     def _share(self, names: list[str]) -> list[str]:
@@ -133,6 +144,8 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
         self._processes.barrier()
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if self._processes.grid.is_split:
+            write_layout(engine, self._processes.grid, folder, is_tied(self._job), self._processes.gather)
         torch.save(self._own_state(), folder / self._rank_file())
         if self._processes.is_main:
             write_json(folder / "state.json", asdict(state))
@@ -145,6 +158,7 @@ class Checkpoints:
                 "validation_loss": validation_loss,
                 "zero_stage": self._job.stage.zero.stage,
                 "world_size": self._job.world_size,
+                "parallel": self._job.stage.parallel.model_dump(),
                 "exportable": exportable,
                 "files": hashes,
             }
@@ -197,6 +211,10 @@ class Checkpoints:
             }
             for which, step in chosen.items()
         }
+
+
+def _axes(parallel: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in parallel.items())
 
 
 def _fsync(path: Path) -> None:

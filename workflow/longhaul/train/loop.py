@@ -6,20 +6,18 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
+from longhaul.train.backend import Backend, make_backend
 from longhaul.train.batches import Batch, Prefetcher, validation_batches
 from longhaul.train.checkpoints import Checkpoints, TrainingState
-from longhaul.train.guard import NonfiniteGuard, TrainingFailure
+from longhaul.train.guard import TrainingFailure
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
-from longhaul.train.loss import global_loss, loss_sum
 from longhaul.train.metrics import Metrics, device_numbers
-from longhaul.train.model import build_model, make_engine
+from longhaul.train.model import build_model
+from longhaul.train.parallel.balance import Load, load_summary
 from longhaul.train.processes import Processes, start_processes
 from longhaul.train.proof import write_proof
 from longhaul.train.schedule import learning_rate
@@ -80,10 +78,10 @@ def _train(
     train = open_samples(job, data, "train", cache, processes)
     held_out = open_samples(job, data, "validation", cache, processes)
     model = build_model(job, tokenizer, start, processes)
-    engine = make_engine(job, model)
-    state = checkpoints.resume(engine)
+    backend = make_backend(job, model, processes)
+    state = checkpoints.resume(backend.engine)
     metrics = Metrics(job, checkpoints.folder, state.step, processes, model.config.to_dict())
-    trainer = Trainer(job, processes, engine, held_out, checkpoints, metrics, state)
+    trainer = Trainer(job, processes, backend, held_out, checkpoints, metrics, state)
     if state.step == 0:
         trainer.validate()
     for batch in Prefetcher(train, job, processes, first_step=state.step):
@@ -112,14 +110,13 @@ class Trainer:
 
     job: StageJob
     processes: Processes
-    engine: Any
+    backend: Backend
     held_out: Samples | None
     checkpoints: Checkpoints
     metrics: Metrics
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self.guard = NonfiniteGuard(self.engine)
         self.failures_in_a_row = 0
         self.validation_loss: float | None = None
 
@@ -131,11 +128,12 @@ class Trainer:
         """One optimizer step over a global batch."""
         started = time.perf_counter()
         lr = learning_rate(self.job.stage.schedule, self.job.stage.optimizer.lr, self.state.step, self.job.steps)
-        for group in self.engine.optimizer.param_groups:
+        for group in self.backend.engine.optimizer.param_groups:
             group["lr"] = lr
-        tokens = self.processes.sum(batch.loss_tokens)
-        loss = self.processes.sum(self._accumulate(batch, tokens)) / max(1.0, tokens)
-        grad_norm = self.guard.grad_norm()
+        tokens = self._sum_over_samples(batch.loss_tokens)
+        loss = self.processes.sum(self.backend.train(batch, tokens)) / max(1.0, tokens)
+        grad_norm = self.backend.guard.grad_norm()
+        loads = self.backend.load.finish_step()
         self.state.step += 1
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         self._note_nonfinite(finite, loss, grad_norm, batch)
@@ -150,20 +148,19 @@ class Trainer:
                 "data_wait_s": batch.wait_s,
                 "skipped": not finite,
                 "sample_ids": batch.ids_digest,
+                **load_summary(self._all_loads(loads)),
             },
         )
 
-    def _accumulate(self, batch: Batch, tokens: float) -> float:
-        """Forward and backward of this rank's micro batches; returns the sum of its token losses."""
-        total = 0.0
-        for micro in batch.micro_batches:
-            summed = loss_sum(self.engine, micro.to(self.processes.device))
-            self.engine.backward(global_loss(summed, tokens, self.job.data_parallel, self.job.accumulation))
-            if self.engine.is_gradient_accumulation_boundary():
-                self.guard.measure_plain()
-            self.engine.step()
-            total += summed.item()
-        return total
+    def _sum_over_samples(self, value: float) -> float:
+        """The sum of what every rank counted in its samples; ranks with the same samples count once."""
+        return self.processes.sum(value if self.processes.grid.counts_samples else 0.0)
+
+    def _all_loads(self, loads: Load) -> Load:
+        """Those of the other pipeline stages too."""
+        if self.job.stage.parallel.pipeline == 1:
+            return loads
+        return {layer: counts for part in self.processes.gather(loads) for layer, counts in part.items()}
 
     def _note_nonfinite(self, finite: bool, loss: float, grad_norm: float, batch: Batch) -> None:
         self.failures_in_a_row = 0 if finite else self.failures_in_a_row + 1
@@ -182,20 +179,17 @@ class Trainer:
         """Mean loss over the loss tokens of the same held-out samples every time."""
         if self.held_out is None:
             return
-        self.engine.eval()
         total = tokens = 0.0
-        with torch.no_grad():
-            for micro in validation_batches(self.held_out, self.job, self.processes):
-                total += loss_sum(self.engine, micro.to(self.processes.device)).item()
-                tokens += micro.loss_tokens
-        self.engine.train()
-        self.validation_loss = self.processes.sum(total) / max(1.0, self.processes.sum(tokens))
+        for micro in validation_batches(self.held_out, self.job, self.processes):
+            total += self.backend.evaluate(micro)
+            tokens += micro.loss_tokens
+        self.validation_loss = self.processes.sum(total) / max(1.0, self._sum_over_samples(tokens))
         self.metrics.validation(self.state.step, self.validation_loss)
 
     def save(self) -> None:
         """Saves a checkpoint; one that will be exported carries its proof."""
         with_proof = self.checkpoints.is_exportable(self.state.step, self.validation_loss)
-        with self.checkpoints.saving(self.engine, self.state, self.validation_loss, with_proof) as folder:
+        with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_proof) as folder:
             if with_proof:
-                write_proof(self.engine, self.job, folder / "proof", self.processes)
+                write_proof(self.backend, self.job, folder / "proof", self.processes)
         self.metrics.note(f"saved step {self.state.step}", **device_numbers(self.processes.device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,8 @@ from longhaul.artifacts import TokenizerManifest
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
 from longhaul.train.identity import Start
+from longhaul.train.parallel.split import parameters, saved_buffers, split_model
+from longhaul.train.pretrained import pretrained_values
 from longhaul.train.processes import Processes
 from longhaul.zero_checkpoint import open_master_weights
 
@@ -29,12 +31,14 @@ Values = Callable[[str, torch.Size], torch.Tensor]
 def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
     ds_config = read_deepspeed_config(job)
-    if job.pretrained and start is None:
+    if processes.grid.is_split:
+        model = _split_model(job, tokenizer, start, processes)
+    elif job.pretrained and start is None:
         model = _from_pretrained(job, ds_config)
     else:
         config = _config(job, tokenizer)
         model = _from_config(job, config, ds_config)
-        values = _checkpoint_values(model, start) if start else seeded_values(config, job.seed)
+        values = _checkpoint_values(_names(model), start) if start else seeded_values(config, job.seed)
         _fill(model, values, start is not None)
     model.config.use_cache = False
     if job.stage.activation_checkpointing:
@@ -47,25 +51,19 @@ def read_deepspeed_config(job: StageJob) -> dict[str, Any]:
     return json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
 
 
-def make_engine(job: StageJob, model: Any) -> Any:
-    """deepspeed.initialize, with no weight decay on norms and biases."""
-    import deepspeed
-
-    decay = job.stage.optimizer.weight_decay
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if _dimensions(p) >= 2], "weight_decay": decay},
-        {"params": [p for _, p in named if _dimensions(p) < 2], "weight_decay": 0.0},
-    ]
-    # its annotation says Module, its docstring and code say iterable
-    parameters = cast(Any, groups)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=read_deepspeed_config(job))
-    return engine
-
-
-def _dimensions(parameter: Any) -> int:
-    """Dimensions of the whole parameter; ZeRO-3 leaves an empty vector in its place."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def _split_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
+    """This rank's part of the model; its values are cut from one whole tensor after the other."""
+    config = _config(job, tokenizer)
+    model = split_model(config, processes.grid, job.trust_remote_code, processes.device)
+    names = {name for part in processes.gather(_names(model)) for name in part}
+    if start:
+        values = _checkpoint_values(names, start)
+    elif job.pretrained:
+        values = pretrained_values(Path(job.pretrained), names, config)
+    else:
+        values = seeded_values(config, job.seed)
+    _fill(model, values, bool(start or job.pretrained))
+    return model
 
 
 def _announce_zero3(job: StageJob, ds_config: dict[str, Any]) -> Any:
@@ -158,10 +156,9 @@ def seeded_values(config: Any, seed: int) -> Values:
     return values
 
 
-def _checkpoint_values(model: Any, start: Start) -> Values:
-    """Master weights of an earlier stage, whatever its ZeRO stage and world size were."""
+def _checkpoint_values(wanted: set[str], start: Start) -> Values:
+    """Master weights of an earlier stage, whatever its layout was; `wanted` names all tensors of the model."""
     weights = open_master_weights(start.folder)
-    wanted = {name for name, _ in model.named_parameters()} | set(_persistent_buffers(model))
     if set(weights) != wanted:
         differing = sorted(set(weights) ^ wanted)
         raise UserError(
@@ -179,18 +176,17 @@ def _checkpoint_values(model: Any, start: Start) -> Values:
     return values
 
 
-def _persistent_buffers(model: Any) -> Mapping[str, torch.Tensor]:
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+def _names(model: Any) -> set[str]:
+    return {shard.name for shard, _ in [*parameters(model), *saved_buffers(model)]}
 
 
 def _fill(model: Any, values: Values, buffers: bool) -> None:
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for shard, parameter in parameters(model):
             with _whole(parameter):
-                parameter.copy_(values(name, parameter.shape).to(parameter.dtype))
-        for name, buffer in _persistent_buffers(model).items() if buffers else ():
-            buffer.copy_(values(name, buffer.shape))
+                parameter.copy_(shard.cut(values(shard.name, torch.Size(shard.shape))).to(parameter.dtype))
+        for shard, buffer in saved_buffers(model) if buffers else ():
+            buffer.copy_(values(shard.name, buffer.shape))
 
 
 def _whole(parameter: Any) -> AbstractContextManager[Any]:

@@ -14,17 +14,19 @@ from longhaul.jobs import StageJob
 from longhaul.ops import disable_shm_comm, use_ops_folder
 from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
+from longhaul.train.parallel.grid import Grid, make_grid
 
 _COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers. Every data-parallel rank sees other samples of the same global batch."""
+    """This process among its peers; `grid` says which of them share its samples, and which its part of the model."""
 
     rank: Rank
     device: torch.device
     threads: int
+    grid: Grid
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +72,7 @@ def start_processes(job: StageJob) -> Iterator[Processes]:
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
     with process_group(rank, "nccl" if on_gpu else "gloo", _COLLECTIVE_TIMEOUT_S):
         _join_deepspeed(on_gpu)
-        yield Processes(rank, device, threads)
+        yield Processes(rank, device, threads, make_grid(job.stage.parallel, rank.rank, rank.world_size))
 
 
 def _join_deepspeed(on_gpu: bool) -> None:

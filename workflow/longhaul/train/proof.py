@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,20 @@ from safetensors.torch import save_file
 
 from longhaul.artifacts import write_json
 from longhaul.jobs import StageJob
+from longhaul.train.backend import Backend
+from longhaul.train.parallel.gathering import whole_tensors
+from longhaul.train.parallel.saving import TIED, is_tied
 from longhaul.train.processes import Processes
 
 PROMPTS, PROMPT_TOKENS = 2, 32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_proof(engine: Any, job: StageJob, folder: Path, processes: Processes) -> None:
+def write_proof(backend: Backend, job: StageJob, folder: Path, processes: Processes) -> None:
     """Writes tensors.json, logits.safetensors and logits.json; every rank takes part, rank 0 writes."""
-    tensors = _tensor_hashes(engine, _DTYPES[job.stage.export_dtype], processes)
+    tensors = _tensor_hashes(backend.engine, job, processes)
     input_ids_PT = _prompts(job)
-    logits_PTV = _logits(engine, input_ids_PT, processes)
+    logits_PTV = torch.cat([backend.logits(row_T) for row_T in input_ids_PT]).float().cpu()
     if not processes.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,41 +36,31 @@ def write_proof(engine: Any, job: StageJob, folder: Path, processes: Processes) 
         "dtype": job.stage.precision,
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        # These sum in another order than the exported model does on one device.
+        "splits_sums": max(job.stage.parallel.tensor, job.stage.parallel.expert, job.stage.parallel.sequence) > 1,
     }
     write_json(folder / "logits.json", made)
 
 
-def _tensor_hashes(engine: Any, dtype: torch.dtype, processes: Processes) -> dict[str, dict[str, Any]]:
+def _tensor_hashes(engine: Any, job: StageJob, processes: Processes) -> dict[str, dict[str, Any]]:
     """Name -> shape and hashes, gathered one tensor at a time, by DeepSpeed's own route and not from its files."""
-    aliases = _aliases(engine.module)
+    dtype = _DTYPES[job.stage.export_dtype]
+    aliases = _aliases(engine.module, is_tied(job))
     hashes = {}
-    for name, value, is_buffer in _tensors(engine):
-        if processes.is_main:
-            entry = {
-                "shape": list(value.shape),
-                "sha256_fp32": _sha256(value.float()),
-                "sha256_export": _sha256(value if is_buffer else value.to(dtype)),
-            }
-            hashes[name] = entry | ({"aliases": aliases[name]} if name in aliases else {})
+    for name, value, is_buffer in whole_tensors(engine, processes):
+        entry = {
+            "shape": list(value.shape),
+            "sha256_fp32": _sha256(value.float()),
+            "sha256_export": _sha256(value if is_buffer else value.to(dtype)),
+        }
+        hashes[name] = entry | ({"aliases": aliases[name]} if name in aliases else {})
     return hashes
 
 
-def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    for name, parameter in engine.module.named_parameters():
-        master = parameter.detach() if engine.zero_optimization_stage() == 0 else safe_get_full_fp32_param(parameter)
-        if master is None:
-            raise RuntimeError(f"DeepSpeed holds no master weights of {name}")
-        yield name, master.cpu(), False
-    saved = engine.module.state_dict().keys()
-    for name, buffer in engine.module.named_buffers():
-        if name in saved:
-            yield name, buffer.detach().cpu(), True
-
-
-def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
+def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
     """First name of a shared parameter -> its other names."""
+    if is_tied:
+        return {name: [alias] for alias, name in TIED.items()}
     first: dict[int, str] = {}
     shared: dict[str, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -86,12 +78,3 @@ def _prompts(job: StageJob) -> torch.Tensor:
     """input_ids [P, T] int64, the same for the same seed and vocabulary."""
     generator = torch.Generator().manual_seed(job.seed)
     return torch.randint(job.model["vocab_size"], (PROMPTS, PROMPT_TOKENS), generator=generator)
-
-
-def _logits(engine: Any, input_ids_PT: torch.Tensor, processes: Processes) -> torch.Tensor:
-    """logits [P, T, V] fp32, one prompt at a time, as the proof will compute them again."""
-    engine.eval()
-    with torch.no_grad():
-        rows = [engine(input_ids=row[None].to(processes.device), use_cache=False).logits for row in input_ids_PT]
-    engine.train()
-    return torch.cat(rows).float().cpu()

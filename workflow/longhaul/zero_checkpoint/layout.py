@@ -20,7 +20,8 @@ from typing import Any
 
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import StoredTensor, read_archive
-from longhaul.zero_checkpoint.tensors import LazyTensor, Piece, cut, lazy, whole
+from longhaul.zero_checkpoint.parallel import LAYOUT, open_assembled
+from longhaul.zero_checkpoint.tensors import LazyTensor, Piece, flat_group, lazy, whole, wrong_size
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 OTHER_LAYOUTS = {
@@ -34,13 +35,16 @@ OTHER_LAYOUTS = {
 def open_master_weights(checkpoint_dir: Path) -> Mapping[str, LazyTensor]:
     """Every parameter and persistent buffer of a DeepSpeed checkpoint, by the name the Hugging Face model gives it.
 
-    checkpoint_dir is the tag folder that save_checkpoint wrote, of any ZeRO stage, world size and precision, without
-    tensor, pipeline or expert parallelism. Tied parameters appear once, under their first name, the others in `aliases`.
+    checkpoint_dir is the tag folder that save_checkpoint wrote, of any ZeRO stage, world size and precision; tensor,
+    pipeline and expert parallelism with the trainer's layout.json. Tied parameters appear once, under their first name, the
+    others in `aliases`.
     The files' headers are read now, the elements when a LazyTensor is read.
 
     Raises:
         UserError: a file is missing, damaged, or of a layout that this reader does not know.
     """
+    if (checkpoint_dir / LAYOUT).exists():
+        return open_assembled(checkpoint_dir)
     _refuse_other_layouts(checkpoint_dir)
     partitioned = checkpoint_dir / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     model_file = partitioned if partitioned.exists() else checkpoint_dir / "mp_rank_00_model_states.pt"
@@ -58,8 +62,8 @@ def _refuse_other_layouts(folder: Path) -> None:
     for pattern, layout in OTHER_LAYOUTS.items():
         if found := sorted(folder.glob(pattern)):
             raise UserError(
-                f"{folder} was saved with {layout} ({found[0].name}), which cannot be read here",
-                "train the stage with data parallelism and ZeRO only",
+                f"{folder} was saved with {layout} ({found[0].name}) and lacks {LAYOUT}, so it cannot be read",
+                "use a checkpoint that longhaul wrote, or one with data parallelism and ZeRO only",
             )
 
 
@@ -114,7 +118,7 @@ def _zero12(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -
     for group, shapes in enumerate(model["param_shapes"]):
         flat = [whole(state["single_partition_of_fp32_groups"][group]) for state in states]
         gaps = paddings[group] if paddings else [0] * len(shapes)
-        masters |= _flat_group(shapes, gaps, flat, folder)
+        masters |= flat_group(shapes, gaps, flat, folder)
     # What the optimizer does not own (frozen weights) lies in the module as it is.
     path = folder / "mp_rank_00_model_states.pt"
     aliases = model["shared_params"]
@@ -122,19 +126,6 @@ def _zero12(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -
         if name not in masters and name not in aliases:
             masters[name] = lazy(stored.shape, (whole(stored),))
     return masters
-
-
-def _flat_group(shapes: dict[str, Any], gaps: list[int], flat: list[Piece], folder: Path) -> dict[str, LazyTensor]:
-    found, offset = {}, 0
-    for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
-        numel = math.prod(shape)
-        found[name] = lazy(shape, cut(flat, offset, offset + numel))
-        offset += numel + gap
-    held = sum(piece.numel for piece in flat)
-    # The group's end is padded to twice the world size or not at all, whichever DeepSpeed chose.
-    if not 0 <= held - offset < 2 * len(flat):
-        raise _wrong_size(folder, next(iter(shapes)), held, offset)
-    return found
 
 
 def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> dict[str, LazyTensor]:
@@ -146,7 +137,7 @@ def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) ->
             masters[name] = _partitioned(shape, flat, offset)
             offset += math.ceil(math.prod(shape) / len(flat))
         if any(piece.numel != offset for piece in flat):
-            raise _wrong_size(folder, next(iter(shapes)), flat[0].numel, offset)
+            raise wrong_size(folder, next(iter(shapes)), flat[0].numel, offset)
     return masters | _zero3_frozen(model, len(states), folder) | _buffers(model)
 
 
@@ -190,10 +181,3 @@ def _ordered(model: dict[str, Any], masters: dict[str, LazyTensor], folder: Path
             raise UserError(f"{folder}: {alias} is tied to {name}, which has no master copy", "use another checkpoint")
         found[name] = replace(found[name], aliases=(*found[name].aliases, alias))
     return found
-
-
-def _wrong_size(folder: Path, first: str, held: int, wanted: int) -> UserError:
-    return UserError(
-        f"{folder}: the parameter group of {first} holds {held} elements a rank or group, its parameters need {wanted}",
-        "the checkpoint was written by a DeepSpeed release with another layout, or it is damaged",
-    )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,6 +85,27 @@ def lazy(shape: Sequence[int], pieces: tuple[Piece, ...]) -> LazyTensor:
     """A LazyTensor of `shape`, read as float32 unless it holds integers or booleans."""
     floating = all(piece.dtype.is_floating_point for piece in pieces)
     return LazyTensor(tuple(shape), torch.float32 if floating else pieces[0].dtype, pieces)
+
+
+def flat_group(shapes: dict[str, Any], gaps: list[int], flat: list[Piece], folder: Path) -> dict[str, LazyTensor]:
+    """The parameters of a ZeRO 1 or 2 group: one flat vector in the ranks' shares, each followed by its alignment padding."""
+    found, offset = {}, 0
+    for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+        numel = math.prod(shape)
+        found[name] = lazy(shape, cut(flat, offset, offset + numel))
+        offset += numel + gap
+    held = sum(piece.numel for piece in flat)
+    # The group's end is padded to twice the world size or not at all, whichever DeepSpeed chose.
+    if not 0 <= held - offset < 2 * len(flat):
+        raise wrong_size(folder, next(iter(shapes)), held, offset)
+    return found
+
+
+def wrong_size(folder: Path, first: str, held: int, wanted: int) -> UserError:
+    return UserError(
+        f"{folder}: the parameter group of {first} holds {held} elements a rank or group, its parameters need {wanted}",
+        "the checkpoint was written by a DeepSpeed release with another layout, or it is damaged",
+    )
 
 
 def _read_into(piece: Piece, target: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,88 @@
+"""The job of one cell: a config in a folder of its own, planned as a user's is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layouts import GLOBAL_BATCH, LAYOUTS, TWINS
+from longhaul.artifacts import TokenizerManifest, write_text
+from longhaul.config.load import load_config
+from longhaul.jobs import ConvertJob, StageJob
+from longhaul.payloads import payload
+from longhaul.plan import make_plan
+from longhaul.render import render_stage
+
+STEPS = 10
+SEED = 5
+SITE = {"name": "here", "scheduler": "local", "max_nodes": 1, "node": {"cpus": 8, "memory_mb": 8000}, "gpu_request": "none"}
+
+
+def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
+    """The run of a cell; `stage` replaces keys of its only stage."""
+    chosen = LAYOUTS[layout]
+    return {
+        "run": "cell",
+        "site": "./site.yaml",
+        "seed": SEED,
+        "model": TWINS[twin],
+        "trackers": {"tensorboard": False},
+        "checks": {"nodes": 1},
+        "stages": [
+            {
+                "name": "main",
+                "kind": "sft",
+                "dataset": "chats",
+                "steps": STEPS,
+                "global_batch": GLOBAL_BATCH,
+                "sequence_length": 64,
+                "precision": "fp32",
+                "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5},
+                "schedule": {"kind": "constant", "warmup_steps": 3},
+                "expert_bias_rate": 0.01,
+                "gpus_per_node": chosen.ranks,
+                "validation": {"every_steps": STEPS, "max_samples": 8},
+                "checkpoints": {"every_steps": STEPS // 2, "keep_last": 2},
+                "export": "last",
+                "export_dtype": "fp32",
+                **chosen.stage,
+                **stage,
+            }
+        ],
+    }
+
+
+def _datasets(shared: Path) -> dict[str, Any]:
+    return {"chats": {"kind": "chat", "files": [str(shared / "chats.jsonl")], "validation_share": 0.1}}
+
+
+def prepare(folder: Path, shared: Path, run: dict[str, Any]) -> tuple[StageJob, ConvertJob]:
+    """Writes config and rendered files of a cell into `folder`; tokenizer and shards are those of `shared`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "site.yaml", yaml.safe_dump(SITE))
+    tokenizer = TokenizerManifest.read(shared / "tokenizer.json").path
+    write_text(folder / "run.yaml", yaml.safe_dump({**run, "tokenizer": {"path": tokenizer}, "datasets": _datasets(shared)}))
+    plan = make_plan(load_config(folder / "run.yaml"))
+    name = run["stages"][0]["name"]
+    stage_folder = folder / "stages" / name
+    render_stage(plan, name, folder).write(stage_folder)
+    paths = {
+        "tokenizer": str(shared / "tokenizer.json"),
+        "data": str(shared / "data.json"),
+        "deepspeed": str(stage_folder / "ds_config.json"),
+        "folder": str(stage_folder),
+        "weights_root": str(stage_folder / "weights"),
+        "out": str(stage_folder / "checkpoint.json"),
+    }
+    stage_job, convert_job = payload(plan, f"train-{name}"), payload(plan, f"convert-{name}")
+    assert isinstance(stage_job, StageJob) and isinstance(convert_job, ConvertJob)
+    return stage_job.model_copy(update=paths), convert_job.model_copy(
+        update={
+            "checkpoint": paths["out"],
+            "tokenizer": paths["tokenizer"],
+            "folder": str(folder / "export"),
+            "out": str(folder / "export.json"),
+        }
+    )

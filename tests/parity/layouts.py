@@ -1,0 +1,111 @@
+"""The parity table: every twin model under every layout that is proved, by name. The plan allows these kinds and no others.
+
+A cell trains 10 steps in fp32 from one seed on one order of samples, through the trainer that users run, and is compared
+with the plain PyTorch loop of reference.py: losses and gradient norms agree to 1e-5 relative. Then its last checkpoint is
+exported, proved, and its logits compared with those of the reference's weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+TWINS: dict[str, dict[str, Any]] = {
+    "llama": {"llama": {**SIZES, "attention_bias": True, "mlp_bias": True}},
+    "qwen3": {"qwen3": {**SIZES, "head_dim": 16, "tie_word_embeddings": True}},
+    "qwen3_moe": {
+        "qwen3_moe": {
+            **SIZES,
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        }
+    },
+    "deepseek_v3": {"deepseek_v3": {**LATENT, "q_lora_rank": 32, "n_group": 2, "topk_group": 1}},
+}
+GLOBAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage is spread: `ranks` processes, and the stage's keys that say so."""
+
+    ranks: int
+    stage: dict[str, Any] = field(default_factory=dict)
+    twins: tuple[str, ...] = tuple(TWINS)
+
+
+def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = tuple(TWINS), **axes: Any) -> Layout:
+    more = axes.pop("more", {})
+    zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
+    return Layout(ranks, {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}, twins)
+
+
+MIXTURES = ("qwen3_moe", "deepseek_v3")
+LAYOUTS: dict[str, Layout] = {
+    "one": _layout(1, 0, 8),
+    "one, micro batch 1": _layout(1, 1),
+    "data 2, ZeRO 0": _layout(2, 0, 2),
+    "data 2, ZeRO 1": _layout(2, 1, 4),
+    "data 4, ZeRO 2": _layout(4, 2),
+    "data 2, ZeRO 3": _layout(2, 3),
+    "data 4, ZeRO 3": _layout(4, 3, 2),
+    "data 4, ZeRO 3, recompute": _layout(4, 3, more={"activation_checkpointing": True}),
+    "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more={"offload_optimizer": "cpu"}),
+    "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more={"offload_optimizer": "cpu", "offload_param": "cpu"}),
+    "tensor 2": _layout(2, 1, 2, tensor=2),
+    "tensor 2, data 2, ZeRO 2": _layout(4, 2, 2, tensor=2),
+    "pipeline 2": _layout(2, 1, 2, pipeline=2),
+    "pipeline 2, data 2": _layout(4, 1, 1, pipeline=2),
+    "pipeline 4": _layout(4, 1, 1, pipeline=4, twins=("llama", "qwen3")),
+    "pipeline 2, recompute": _layout(2, 1, 2, pipeline=2, more={"activation_checkpointing": True}),
+    "pipeline 2, tensor 2": _layout(4, 1, 2, pipeline=2, tensor=2),
+    "pipeline 2, tensor 2, data 2": _layout(8, 1, 1, pipeline=2, tensor=2),
+    "expert 2": _layout(2, 1, 2, MIXTURES, expert=2),
+    "expert 2, data 4, ZeRO 2": _layout(4, 2, 2, MIXTURES, expert=2),
+    "expert 4": _layout(4, 1, 1, MIXTURES, expert=4),
+    "expert 2, tensor 2": _layout(4, 1, 2, MIXTURES, expert=2, tensor=2),
+    "expert 2, pipeline 2": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2),
+    "expert 2, pipeline 2, tensor 2": _layout(8, 1, 2, MIXTURES, expert=2, pipeline=2, tensor=2),
+    "sequence 2": _layout(2, 1, 4, sequence=2),
+    "sequence 2, data 2, ZeRO 3": _layout(4, 3, 2, sequence=2),
+}
+# Cells that `make test` trains: every axis once, and the twin that has the most to go wrong.
+SUBSET = (
+    ("llama", "tensor 2, data 2, ZeRO 2"),
+    ("qwen3", "pipeline 2, data 2"),
+    ("qwen3", "pipeline 2, tensor 2"),
+    ("qwen3_moe", "expert 2, data 4, ZeRO 2"),
+    ("deepseek_v3", "sequence 2, data 2, ZeRO 3"),
+    ("deepseek_v3", "expert 2, tensor 2"),
+    ("deepseek_v3", "expert 2, pipeline 2"),
+)
+
+
+def cells() -> list[tuple[str, str]]:
+    """Every (twin, layout) of the table."""
+    return [(twin, name) for name, layout in LAYOUTS.items() for twin in layout.twins]

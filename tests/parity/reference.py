@@ -1,0 +1,87 @@
+"""The training of a stage in plain PyTorch: one process, no DeepSpeed, the whole global batch in one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longhaul.data.samples import Samples
+from longhaul.train.batches import collate
+from longhaul.train.model import seeded_values
+from longhaul.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Of every step the loss and the gradient norm before clipping; the model after the last one."""
+
+    losses: list[float]
+    norms: list[float]
+    model: Any
+
+
+def train(job: Any, samples: Samples) -> Trace:
+    """`job` is the StageJob of any layout of the twin: only what decides the result is read of it."""
+    model = _model(job)
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    settings = job.stage.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+    losses, norms = [], []
+    counts = _count_experts(model)
+    for step in range(job.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(job.stage.schedule, settings.lr, step, job.steps)
+        batch = collate(samples, samples.ids(step, job.stage.global_batch))
+        logits_BSV = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+        optimizer.step()
+        _balance(model, counts, job.stage.expert_bias_rate)
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return Trace(losses, norms, model.eval())
+
+
+def _model(job: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**job.model, use_cache=False)
+    config.pad_token_id = None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    values = seeded_values(config, job.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values(name, parameter.shape))
+    return model.train()
+
+
+def _count_experts(model: Any) -> dict[str, torch.Tensor]:
+    counts: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, gate: Any) -> None:
+        def count(_gate: Any, _inputs: Any, output: Any) -> None:
+            counts[name] = torch.bincount(output[2].flatten(), minlength=gate.num_experts).float()
+
+        gate.register_forward_hook(count)
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            watch(name, module)
+    return counts
+
+
+def _balance(model: Any, counts: dict[str, torch.Tensor], rate: float) -> None:
+    for name, load in counts.items():
+        gate = model.get_submodule(name)
+        if hasattr(gate, "e_score_correction_bias"):
+            gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)

@@ -1,0 +1,176 @@
+"""Trains cells of the parity table, compares them with the reference and prints every one: python run.py [TWIN/LAYOUT …]"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "unit" / "data")]
+
+import reference
+from cell import STEPS, config, prepare
+from corpora import conversation, dataset, make_shards, make_tokenizer, write_jsonl
+from layouts import LAYOUTS, cells
+from longhaul.errors import UserError
+
+TOLERANCE = 1e-5
+"""Relative, of losses and gradient norms in fp32: sums over ranks round in another order."""
+LOGITS_TOLERANCE = 1e-4
+"""Relative to the largest logit, of the exported model against the reference's after the last step: Adam divides by the root
+of the second moment, so a rounding of a gradient near zero moves a weight. The export's own proof is the strict one."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a cell: largest relative differences, and the export's proof; `problem` is empty when all holds."""
+
+    twin: str
+    layout: str
+    loss: float = float("nan")
+    norm: float = float("nan")
+    logits: float = float("nan")
+    proof: str = ""
+    problem: str = ""
+
+    def line(self) -> str:
+        verdict = self.problem or "agrees"
+        numbers = f"loss {self.loss:8.1e}  grad norm {self.norm:8.1e}  logits {self.logits:8.1e}"
+        return f"{self.twin:12} {self.layout:38} {numbers}  {self.proof:24} {verdict}"
+
+
+def make_data(folder: Path) -> Path:
+    """Tokenizer and shards that all cells share: packed conversations, several documents in a sample."""
+    folder.mkdir(parents=True)
+    texts = [part["content"] for i in range(60) for part in conversation(i)]
+    make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", texts)], chat_template=str(CHATML))
+    chats = write_jsonl(folder / "chats.jsonl", "messages", [conversation(i, 1 + i % 2) for i in range(160)])
+    make_shards(folder, folder, [chats], dataset("chat", validation_share=0.1))
+    return folder
+
+
+CHATML = HERE.parents[1] / "templates" / "chat" / "chatml.jinja"
+
+
+def run(chosen: list[tuple[str, str]], folder: Path) -> list[Result]:
+    """Trains and judges cells; those of one world size share their processes."""
+    shared = make_data(folder / "shared")
+    failures: dict[tuple[str, str], str] = {}
+    for ranks in sorted({LAYOUTS[layout].ranks for _, layout in chosen}):
+        failures |= _train(ranks, [cell for cell in chosen if LAYOUTS[cell[1]].ranks == ranks], shared, folder)
+    traces = {twin: _reference(twin, shared, folder) for twin in dict.fromkeys(twin for twin, _ in chosen)}
+    return [_judge(cell, traces[cell[0]], shared, folder, failures.get(cell, "")) for cell in chosen]
+
+
+def _train(ranks: int, chosen: list[tuple[str, str]], shared: Path, folder: Path) -> dict[tuple[str, str], str]:
+    """Trains the cells in one set of processes; after one that fails, the others go on in new ones."""
+    failures = {}
+    while chosen:
+        names = [f"{twin}/{layout}" for twin, layout in chosen]
+        done = _launch(ranks, names, shared, folder)
+        if done.returncode == 0:
+            break
+        output = done.stdout + done.stderr
+        failed = next((line for line in output.splitlines() if line.startswith("FAILED ")), "")
+        index = names.index(failed.removeprefix("FAILED ")) if failed else 0
+        failures[chosen[index]] = output[output.find("FAILED ") :][:6000] or output[-6000:]
+        chosen = chosen[index + 1 :]
+    return failures
+
+
+def _launch(ranks: int, names: list[str], shared: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(HERE / "worker.py"), str(shared), str(folder), *names]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PARITY_PORT": str(_ports()),
+    }
+    return subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, check=False)
+
+
+def _ports() -> int:
+    """The first of many neighbouring ports, below those that the kernel gives to outgoing connections."""
+    return 20_000 + os.getpid() * 211 % 10_000
+
+
+def _reference(twin: str, shared: Path, folder: Path) -> Any:
+    import torch
+
+    from longhaul.artifacts import DataManifest
+    from longhaul.data.samples import Samples
+
+    torch.set_num_threads(1)
+    job, _ = prepare(folder / twin / "reference", shared, config(twin, "one"))
+    manifest, stage = DataManifest.read(Path(job.data)), job.stage
+    cache = folder / twin / "reference" / "samples"
+    samples = Samples.open(manifest, "train", stage.kind, stage.sequence_length, job.seed, cache)
+    return reference.train(job, samples)
+
+
+def _judge(cell: tuple[str, str], trace: Any, shared: Path, folder: Path, failure: str) -> Result:
+    if failure:
+        return Result(*cell, problem=f"failed\n{failure}")
+    own = folder / cell[0] / cell[1]
+    rows = [json.loads(line) for path in own.glob("stages/main/weights/*/metrics.jsonl") for line in path.open()]
+    rows = [row for row in rows if "loss" in row]
+    if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
+        return Result(*cell, problem=f"steps {[row['step'] for row in rows]}")
+    loss = _largest([row["loss"] for row in rows], trace.losses)
+    norm = _largest([row["grad_norm"] for row in rows], trace.norms)
+    try:
+        logits, proof = _export(cell, trace, shared, own)
+    except UserError as error:
+        return Result(*cell, loss, norm, problem=f"not exported: {error}")
+    limits = {"loss": (loss, TOLERANCE), "grad norm": (norm, TOLERANCE), "logits": (logits, LOGITS_TOLERANCE)}
+    wrong = [name for name, (value, limit) in limits.items() if not value <= limit]
+    return Result(*cell, loss, norm, logits, proof, f"differs in {', '.join(wrong)}" if wrong else "")
+
+
+def _largest(found: list[float], wanted: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+
+
+def _export(cell: tuple[str, str], trace: Any, shared: Path, own: Path) -> tuple[float, str]:
+    """Exports the last checkpoint with its proof; logits of the exported model against the reference's, relative."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from longhaul.convert import export
+
+    _, job = prepare(own, shared, config(*cell))
+    export.run(job)
+    proof = json.loads(Path(job.out).read_text())["proof"]
+    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    (prompts,) = own.glob(f"stages/main/weights/*/checkpoints/step-{STEPS:08d}/proof/logits.safetensors")
+    ids = load_file(prompts)["input_ids"]
+    with torch.no_grad():
+        found, wanted = (one(input_ids=ids, use_cache=False).logits for one in (model, trace.model))
+    stated = "bits" if proof["logits"]["bit_equal"] else f"{proof['logits']['max_abs_difference']:.0e}"
+    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    return difference, f"{proof['tensors']['equal']} tensors, logits {stated}"
+
+
+def main() -> int:
+    """Prints every cell as it was judged; returns how many failed."""
+    named = [tuple(name.split("/")) for name in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(named or cells(), Path(folder))  # pyright: ignore[reportArgumentType]
+    for result in results:
+        print(result.line(), flush=True)
+    bad = sum(bool(result.problem) for result in results)
+    print(f"{len(results) - bad} of {len(results)} cells agree with the plain PyTorch loop to {TOLERANCE:g} relative")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

@@ -1,0 +1,57 @@
+"""One of several ranks that train the cells of one world size one after the other: python worker.py SHARED FOLDER CELL…
+
+A cell is `twin/layout`. Each trains half of its steps, ends, and goes on from its checkpoint in a new engine, as a job that
+was cut off does; rank 0 of a cell that fails prints why and the process ends with code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from cell import STEPS, config, prepare
+from longhaul.jobs import StageJob
+
+
+def reset_deepspeed() -> None:
+    """Forgets the groups of the cell before; a user's process trains one stage."""
+    import deepspeed.comm.comm as comm
+    from deepspeed.runtime.pipe import p2p
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references(None)
+    comm.cdb = None
+    p2p._groups = None
+    p2p._grid = None
+
+
+def train_in_two_legs(job: StageJob) -> None:
+    from longhaul.train import loop
+
+    half = job.model_copy(update={"steps": STEPS // 2, "exportable": ()})
+    for leg, port in ((half, 0), (job, 1)):
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + port)
+        loop.run(leg)
+        reset_deepspeed()
+
+
+def main() -> None:
+    shared, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    for index, name in enumerate(sys.argv[3:]):
+        twin, layout = name.split("/")
+        os.environ["MASTER_PORT"] = str(int(os.environ["PARITY_PORT"]) + 2 * index)
+        own = folder / twin / layout
+        try:
+            # Every rank writes the same files, each of them atomically.
+            job, _ = prepare(own, shared, config(twin, layout))
+            train_in_two_legs(job)
+        except BaseException:
+            print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

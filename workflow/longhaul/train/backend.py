@@ -1,0 +1,208 @@
+"""What computes a step: DeepSpeed's engine around the whole model, or around a pipeline of its layers.
+
+Both give the same numbers for the same global batch. Sums that a backend returns are this rank's share: ranks that
+compute the same thing, as tensor-parallel ones do, must not count it twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+import torch
+
+from longhaul.jobs import StageJob
+from longhaul.train.batches import Batch, MicroBatch
+from longhaul.train.guard import NonfiniteGuard
+from longhaul.train.loss import global_loss, loss_sum, token_loss_sum
+from longhaul.train.model import read_deepspeed_config
+from longhaul.train.parallel.balance import ExpertLoad
+from longhaul.train.parallel.grid import Grid
+from longhaul.train.processes import Processes
+
+
+class Backend(Protocol):
+    """`model` is the Hugging Face model (or this rank's part of it), `engine` DeepSpeed's around it."""
+
+    engine: Any
+    guard: NonfiniteGuard
+    load: ExpertLoad
+    grid: Grid
+
+    def train(self, batch: Batch, tokens: float) -> float:
+        """One optimizer step over a global batch of `tokens` loss tokens; returns the sum of token losses."""
+        ...
+
+    def evaluate(self, micro: MicroBatch) -> float:
+        """The sum of a micro batch's token losses, without gradients, in evaluation mode."""
+        ...
+
+    def logits(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Logits [1, T, V] of one sequence, in evaluation mode; every rank takes part, rank 0's are whole."""
+        ...
+
+
+def make_backend(job: StageJob, model: Any, processes: Processes) -> Backend:
+    """Wraps a built model; every rank of the job calls it."""
+    kind = PipelinedModel if job.stage.parallel.pipeline > 1 else WholeModel
+    return kind(job, model, processes)
+
+
+class WholeModel:
+    """The Hugging Face model itself: ZeRO 0-3, with tensor, expert and sequence parallelism inside it."""
+
+    def __init__(self, job: StageJob, model: Any, processes: Processes) -> None:
+        self._job, self._device, self.grid = job, processes.device, processes.grid
+        if self.grid.parallel.sequence > 1:
+            from longhaul.train.parallel.sequence import split_sequences
+
+            split_sequences(model, self.grid)
+        self._model = model
+        self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
+        self.engine = make_engine(job, model, self.grid)
+        self.guard = NonfiniteGuard(self.engine)
+
+    def train(self, batch: Batch, tokens: float) -> float:
+        """Forward and backward of this rank's micro batches."""
+        total = 0.0
+        for micro in batch.micro_batches:
+            summed = self._loss_sum(micro)
+            self.engine.backward(global_loss(summed, tokens, self.grid.data, self._job.accumulation))
+            if self.engine.is_gradient_accumulation_boundary():
+                self.guard.measure_plain()
+            self.engine.step()
+            total += summed.item()
+        return self._share(total)
+
+    def evaluate(self, micro: MicroBatch) -> float:
+        self.engine.eval()
+        with torch.no_grad():
+            total = self._loss_sum(micro).item()
+        self.engine.train()
+        return self._share(total)
+
+    def _loss_sum(self, micro: MicroBatch) -> torch.Tensor:
+        micro = micro.to(self._device)
+        if self.grid.parallel.sequence > 1:
+            from longhaul.train.parallel.sequence import local_tokens
+
+            micro = local_tokens(self._model, micro, self.grid)
+        return loss_sum(self.engine, micro, self.grid)
+
+    def _share(self, total: float) -> float:
+        return total if self.grid.tensor_rank == 0 else 0.0
+
+    def logits(self, ids_T: torch.Tensor) -> torch.Tensor:
+        ids_1T = ids_T[None].to(self._device)
+        positions = torch.arange(len(ids_T), device=self._device)[None]
+        micro = MicroBatch(ids_1T, torch.full_like(ids_1T, -100), positions)
+        if self.grid.parallel.sequence > 1:
+            from longhaul.train.parallel.sequence import local_tokens
+
+            micro = local_tokens(self._model, micro, self.grid)
+        self.engine.eval()
+        with torch.no_grad():
+            options = {"position_ids": micro.position_ids} if self.grid.parallel.sequence > 1 else {}
+            found = self.engine(input_ids=micro.input_ids, use_cache=False, **options).logits
+        self.engine.train()
+        return _whole_logits(found, self.grid)
+
+
+class PipelinedModel:
+    """Stages of decoder layers over ranks; inside a stage tensor and expert parallelism, ZeRO 1 over the data ranks."""
+
+    def __init__(self, job: StageJob, model: Any, processes: Processes) -> None:
+        from longhaul.train.parallel.pipeline import as_pipeline
+
+        self._job, self._device, self.grid = job, processes.device, processes.grid
+        self._scale = 1.0
+        self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
+        self.engine = make_engine(job, as_pipeline(model, self.grid, self._loss), None)
+        self.guard = NonfiniteGuard(self.engine)
+
+    def _loss(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        return token_loss_sum(logits_BSV, labels_BS, self.grid) * self._scale
+
+    def train(self, batch: Batch, tokens: float) -> float:
+        # The engine divides by micro batches and data ranks; its mean over them is then the global mean.
+        self._scale = self.grid.data * self._job.accumulation / max(1.0, tokens)
+        mean = self.engine.train_batch(data_iter=self._inputs(batch.micro_batches)).item()
+        return mean * tokens if self.grid.rank == 0 else 0.0
+
+    def evaluate(self, micro: MicroBatch) -> float:
+        self._scale = float(self.grid.data)
+        found = self.engine.eval_batch(self._inputs([micro]), num_micro_batches=1)
+        self.engine.train()
+        return found.item() if self.grid.rank == 0 else 0.0
+
+    def logits(self, ids_T: torch.Tensor) -> torch.Tensor:
+        ids_1T = ids_T[None].to(self._device)
+        positions = torch.arange(len(ids_T), device=self._device)[None]
+        micro = MicroBatch(ids_1T, torch.full_like(ids_1T, -100), positions)
+        self.engine.reset_activation_shape()
+        _, found = self.engine.eval_batch(self._inputs([micro]), return_logits=True, num_micro_batches=1)
+        self.engine.reset_activation_shape()
+        self.engine.train()
+        whole = _whole_logits(found, self.grid) if found is not None else None
+        return self._to_rank_0(whole, len(ids_T))
+
+    def _to_rank_0(self, logits: torch.Tensor | None, length: int) -> torch.Tensor:
+        """The last stage's logits, sent from its first rank."""
+        last = self.grid.world_size - self.grid.data * self.grid.parallel.tensor
+        if self.grid.rank == last and logits is not None:
+            torch.distributed.send(logits.float().contiguous(), 0)
+        found = torch.empty(1, length, self._job.model["vocab_size"], device=self._device)
+        if self.grid.rank == 0:
+            torch.distributed.recv(found, last)
+        return found
+
+    def _inputs(self, micro_batches: list[MicroBatch]) -> Iterator[Any]:
+        for micro in micro_batches:
+            moved = micro.to(self._device)
+            yield (moved.input_ids, moved.position_ids), moved.labels
+
+
+def _whole_logits(logits: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Logits [1, T, V] from parts of the tokens or of the vocabulary."""
+    if grid.parallel.sequence > 1:
+        parts = [torch.empty_like(logits) for _ in range(grid.parallel.sequence)]
+        torch.distributed.all_gather(parts, logits.contiguous(), group=grid.group("sequence"))
+        return torch.cat(parts, 1)
+    if grid.parallel.tensor > 1:
+        from longhaul.train.parallel.tensor import gather_vocabulary
+
+        return gather_vocabulary(logits, grid)
+    return logits
+
+
+def make_engine(job: StageJob, module: Any, grid: Grid | None) -> Any:
+    """deepspeed.initialize, with no weight decay on norms and biases. A PipelineModule brings its own grid."""
+    import deepspeed
+
+    parameters = cast(Any, _parameter_groups(job, module))  # its annotation says Module, its code takes groups
+    mpu = grid if grid and grid.parallel.tensor > 1 else None
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=parameters, config=read_deepspeed_config(job), mpu=mpu
+    )
+    return engine
+
+
+def _parameter_groups(job: StageJob, module: Any) -> list[dict[str, Any]]:
+    """Weights that decay and weights that do not; experts that are spread over ranks in groups of their own."""
+    decay = job.stage.optimizer.weight_decay
+    found: dict[tuple[bool, str | None], list[Any]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            key = (_dimensions(parameter) >= 2, getattr(parameter, "group_name", None))
+            found.setdefault(key, []).append(parameter)
+    groups = []
+    for (decays, experts), members in sorted(found.items(), key=lambda item: (item[0][1] or "", not item[0][0])):
+        groups.append({"params": members, "weight_decay": decay if decays else 0.0})
+        if experts:
+            groups[-1] |= {"moe": True, "name": experts}
+    return groups
+
+
+def _dimensions(parameter: Any) -> int:
+    """Dimensions of the whole parameter; ZeRO-3 leaves an empty vector in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

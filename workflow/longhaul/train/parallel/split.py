@@ -1,0 +1,89 @@
+"""Makes this rank's part of a model, whose whole never has memory here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from longhaul.train.parallel.grid import Grid
+from longhaul.train.parallel.shards import shard_of
+from longhaul.zero_checkpoint.shard import Shard
+
+_EXPERTS = ".mlp.experts.local."
+
+
+def split_model(config: Any, grid: Grid, trust_remote_code: bool, device: torch.device) -> Any:
+    """A Hugging Face causal LM in fp32 of which only this rank's part is there, with undefined values.
+
+    Raises:
+        RuntimeError: the architecture has a buffer that is neither saved nor known here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    if grid.parallel.pipeline > 1:
+        from longhaul.train.parallel.pipeline import keep_own_stage
+
+        keep_own_stage(model, grid)
+    if grid.parallel.tensor > 1:
+        from longhaul.train.parallel.tensor import split_tensors
+
+        split_tensors(model, grid)
+    if grid.parallel.expert > 1:
+        from longhaul.train.parallel.expert import split_experts
+
+        split_experts(model, grid)
+    _give_memory(model, device)
+    if grid.parallel.tensor > 1:
+        from longhaul.train.parallel.tensor import hook_gradients
+
+        hook_gradients(model, grid)
+    return model
+
+
+def _give_memory(model: Any, device: torch.device) -> None:
+    """Memory for parameters and saved buffers; a tied parameter stays one. The rotary tables are computed anew."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                new: Any = torch.nn.Parameter(torch.empty_like(parameter, device=device))
+                new.__dict__.update(parameter.__dict__)
+                made[id(parameter)] = new
+            setattr(module, key, made[id(parameter)])
+        for key, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
+            if key in module._non_persistent_buffers_set:
+                raise RuntimeError(f"{name}.{key} is a buffer that no checkpoint holds; it cannot be made here")
+            setattr(module, key, torch.zeros_like(buffer, device=device))
+
+
+def parameters(module: torch.nn.Module) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
+    """Every parameter of a model or PipelineModule, with the part of the Hugging Face tensor that it is; tied ones once."""
+    for name, parameter in module.named_parameters():
+        yield shard_of(hugging_face_name(module, name), parameter), parameter
+
+
+def saved_buffers(module: torch.nn.Module) -> Iterator[tuple[Shard, torch.Tensor]]:
+    """Every buffer that belongs to a checkpoint."""
+    saved = torch.nn.Module.state_dict(module).keys()
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            yield shard_of(hugging_face_name(module, name), buffer), buffer
+
+
+def hugging_face_name(module: torch.nn.Module, name: str) -> str:
+    """The transformers name of a parameter or buffer, whatever this package wrapped around it."""
+    if hasattr(module, "tied_modules"):
+        from longhaul.train.parallel.pipeline import hugging_face_name as of_pipeline
+
+        name = of_pipeline(name)
+    return name.replace(_EXPERTS, ".mlp.experts.")
