@@ -17,7 +17,13 @@ from longhaul.render import render_stage
 
 STEPS = 10
 SEED = 5
-SITE = {"name": "here", "scheduler": "local", "max_nodes": 1, "node": {"cpus": 8, "memory_mb": 8000}, "gpu_request": "none"}
+SITE = {
+    "name": "here",
+    "scheduler": "local",
+    "max_nodes": 1,
+    "node": {"cpus": 8, "memory_mb": 8000},
+    "gpu_request": "none",
+}
 
 
 def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
@@ -63,7 +69,9 @@ def prepare(folder: Path, shared: Path, run: dict[str, Any]) -> tuple[StageJob, 
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "site.yaml", yaml.safe_dump(SITE))
     tokenizer = TokenizerManifest.read(shared / "tokenizer.json").path
-    write_text(folder / "run.yaml", yaml.safe_dump({**run, "tokenizer": {"path": tokenizer}, "datasets": _datasets(shared)}))
+    write_text(
+        folder / "run.yaml", yaml.safe_dump({**run, "tokenizer": {"path": tokenizer}, "datasets": _datasets(shared)})
+    )
     plan = make_plan(load_config(folder / "run.yaml"))
     name = run["stages"][0]["name"]
     stage_folder = folder / "stages" / name

@@ -48,6 +48,10 @@ TWINS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"deepseek_v3": {**LATENT, "q_lora_rank": 32, "n_group": 2, "topk_group": 1}},
 }
 GLOBAL_BATCH = 8
+TOLERANCE = 1e-5
+"""Relative, of losses and gradient norms in fp32: sums over ranks round in another order."""
+BF16_TOLERANCE = 5e-2
+"""The same of bf16, which has 8 significant bits, against fp32; a factor of two in a gradient would be far beyond it."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,17 @@ class Layout:
     ranks: int
     stage: dict[str, Any] = field(default_factory=dict)
     twins: tuple[str, ...] = tuple(TWINS)
+    tolerance: float = TOLERANCE
 
 
 def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = tuple(TWINS), **axes: Any) -> Layout:
     more = axes.pop("more", {})
     zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
-    return Layout(ranks, {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}, twins)
+    stage = {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}
+    return Layout(ranks, stage, twins, BF16_TOLERANCE if more.get("precision") == "bf16" else TOLERANCE)
 
 
+BF16 = {"precision": "bf16"}
 MIXTURES = ("qwen3_moe", "deepseek_v3")
 LAYOUTS: dict[str, Layout] = {
     "one": _layout(1, 0, 8),
@@ -75,6 +82,7 @@ LAYOUTS: dict[str, Layout] = {
     "data 2, ZeRO 3": _layout(2, 3),
     "data 4, ZeRO 3": _layout(4, 3, 2),
     "data 4, ZeRO 3, recompute": _layout(4, 3, more={"activation_checkpointing": True}),
+    "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"hierarchical_partition": 2}),
     "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more={"offload_optimizer": "cpu"}),
     "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more={"offload_optimizer": "cpu", "offload_param": "cpu"}),
     "tensor 2": _layout(2, 1, 2, tensor=2),
@@ -93,6 +101,13 @@ LAYOUTS: dict[str, Layout] = {
     "expert 2, pipeline 2, tensor 2": _layout(8, 1, 2, MIXTURES, expert=2, pipeline=2, tensor=2),
     "sequence 2": _layout(2, 1, 4, sequence=2),
     "sequence 2, data 2, ZeRO 3": _layout(4, 3, 2, sequence=2),
+    "data 2, ZeRO 1, bf16": _layout(2, 1, 2, more=BF16),
+    "data 2, ZeRO 3, bf16": _layout(2, 3, 2, more=BF16),
+    "tensor 2, bf16": _layout(2, 1, 2, tensor=2, more=BF16),
+    "pipeline 2, bf16": _layout(2, 1, 2, pipeline=2, more=BF16),
+    "expert 2, bf16": _layout(2, 1, 2, MIXTURES, expert=2, more=BF16),
+    "sequence 2, bf16": _layout(2, 1, 2, sequence=2, more=BF16),
+    "expert 2, pipeline 2, bf16": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2, more=BF16),
 }
 # Cells that `make test` trains: every axis once, and the twin that has the most to go wrong.
 SUBSET = (

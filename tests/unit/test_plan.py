@@ -54,6 +54,35 @@ def test_stages_follow_what_they_start_from_in_whatever_order_they_are_written(o
     assert [stage.name for stage in plan.stages] == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize(
+    ("axes", "ranks", "data", "accumulation"),
+    [
+        ({"tensor": 2}, 8, 4, 16),
+        ({"pipeline": 2, "tensor": 2}, 8, 2, 32),
+        ({"sequence": 2}, 8, 4, 16),
+    ],
+)
+def test_ranks_that_share_their_samples_count_once(
+    tmp_path: Path, axes: dict[str, int], ranks: int, data: int, accumulation: int
+):
+    shape = {"gpus_per_node": ranks, "global_batch": 64, "parallel": axes}
+    stage = plan_of(tmp_path, {f"stages.0.{key}": value for key, value in shape.items()}).stages[0]
+    assert (stage.data_parallel, stage.accumulation) == (data, accumulation)
+
+
+def test_the_layout_is_no_cause(tmp_path: Path):
+    ranks = {"stages.0.gpus_per_node": 4}
+    assert keys(tmp_path, {**ranks, "stages.0.parallel": {"tensor": 2, "pipeline": 2}}) == keys(tmp_path, ranks)
+
+
+def test_a_pipeline_that_idles_is_warned_of_with_the_batch_that_mends_it(tmp_path: Path):
+    shape = {"gpus_per_node": 2, "parallel": {"pipeline": 2}}
+    few = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch": 2}.items()}).stages[0]
+    assert few.bubble == pytest.approx(1 / 3) and "4 micro batches" in few.warnings[0]
+    enough = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch": 4}.items()}).stages[0]
+    assert enough.bubble == pytest.approx(0.2) and enough.warnings == ()
+
+
 def keys(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None) -> tuple[str, str]:
     plan = plan_of(folder, config, site)
     return spec_key(plan, "train-base"), spec_key(plan, "train-chat")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chain import REPOSITORY
-from configs import CHAT, STAGE, write_config
+from configs import CHAT, LLAMA, STAGE, write_config
 from corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
 from longhaul.cli import main
 from longhaul.jobs import Job
@@ -36,6 +36,23 @@ def files_below(folder: Path) -> set[str]:
 def stages(*changes: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**STAGE, **change} for change in changes]
 
+
+MIXTURE = {
+    **LLAMA,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 
 # (what is wrong, changes of the config, changes of the site, what the message says)
 CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
@@ -178,7 +195,119 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("shell in a variable's name", {}, {"environment": {"A;touch b": "1"}}, ("environment.A;touch b",)),
     ("line break in a variable", {}, {"environment": {"A": "1\n2"}}, ("environment.A",)),
     ("shell in an srun option", {}, {"srun_extra": ["--mpi=$(id)"]}, ("srun_extra.0 is '--mpi=$(id)'",)),
-    ("layouts that are not there yet", {"stages.0.parallel": {"tensor": 2}}, {}, ("parallel.tensor is 2",)),
+    (
+        "axes beyond the ranks",
+        {"stages.0.parallel": {"tensor": 2, "pipeline": 2}, "stages.0.gpus_per_node": 2},
+        {},
+        ("tensor 2 x pipeline 2 x sequence 1 = 4 does not divide the 2 ranks", "a product of 1 or 2"),
+    ),
+    (
+        "heads that tensor ranks cannot share",
+        {"stages.0.parallel": {"tensor": 4}, "stages.0.gpus_per_node": 4},
+        {},
+        ("tensor 4 does not divide the model's num_key_value_heads 2", "set tensor to 1 or 2"),
+    ),
+    (
+        "a vocabulary that tensor ranks cannot share",
+        {"model.llama.vocab_size": 401, "stages.0.parallel": {"tensor": 2}, "stages.0.gpus_per_node": 2},
+        {},
+        ("tensor 2 does not divide the model's vocab_size 401", "pad vocab_size"),
+    ),
+    (
+        "experts that ranks cannot share",
+        {"model": {"deepseek_v3": MIXTURE}, "stages.0.parallel": {"expert": 8}, "stages.0.gpus_per_node": 8},
+        {},
+        ("expert 8: the model has 4 routed experts", "set expert to 1, 2 or 4"),
+    ),
+    (
+        "experts of a dense model",
+        {"stages.0.parallel": {"expert": 2}, "stages.0.gpus_per_node": 2},
+        {},
+        ("expert 2: the model has 0 routed experts", "set expert to 1"),
+    ),
+    (
+        "more experts' ranks than data ranks",
+        {"model": {"deepseek_v3": MIXTURE}, "stages.0.parallel": {"expert": 4}, "stages.0.gpus_per_node": 2},
+        {},
+        ("expert is 4", "here 2", "set expert to 1 or 2"),
+    ),
+    (
+        "more stages than layers",
+        {"stages.0.parallel": {"pipeline": 4}, "stages.0.gpus_per_node": 4},
+        {},
+        ("pipeline 4: the model has 2 layers", "at most 2 stages"),
+    ),
+    (
+        "a stage without experts",
+        {
+            "model": {"deepseek_v3": MIXTURE},
+            "stages.0.parallel": {"pipeline": 2, "expert": 2},
+            "stages.0.gpus_per_node": 4,
+        },
+        {},
+        ("1 layers, all of them dense", "at most 1 stages, or set expert to 1"),
+    ),
+    (
+        "a pipeline with ZeRO 2",
+        {"stages.0.parallel": {"pipeline": 2}, "stages.0.gpus_per_node": 2, "stages.0.zero": {"stage": 2}},
+        {},
+        ("pipeline 2 with ZeRO stage 2", "set zero.stage to 1"),
+    ),
+    (
+        "tensor parallelism with ZeRO 3",
+        {"stages.0.parallel": {"tensor": 2}, "stages.0.gpus_per_node": 2, "stages.0.zero": {"stage": 3}},
+        {},
+        ("tensor 2 with ZeRO stage 3 is not proved here", "set zero.stage to 1 or 2"),
+    ),
+    (
+        "tensor parallelism with offload",
+        {
+            "stages.0.parallel": {"tensor": 2},
+            "stages.0.gpus_per_node": 2,
+            "stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"},
+        },
+        {},
+        ("offload with parallel.tensor 2 is not proved here", "switch offload off"),
+    ),
+    (
+        "sequence and tensor parallelism",
+        {"stages.0.parallel": {"tensor": 2, "sequence": 2}, "stages.0.gpus_per_node": 4},
+        {},
+        ("sequence 2 with tensor 2 is not proved here", "set tensor to 1"),
+    ),
+    (
+        "heads that sequence ranks cannot share",
+        {"stages.0.parallel": {"sequence": 4}, "stages.0.gpus_per_node": 4},
+        {},
+        ("sequence 4 does not divide the model's num_key_value_heads 2", "set sequence to 1 or 2"),
+    ),
+    (
+        "a sequence that ranks cannot share",
+        {"stages.0.parallel": {"sequence": 2}, "stages.0.gpus_per_node": 2, "stages.0.sequence_length": 63},
+        {},
+        ("sequence_length 63 is no multiple of parallel.sequence 2", "use a sequence_length of 62"),
+    ),
+    (
+        "fp16 with an axis",
+        {"stages.0.parallel": {"tensor": 2}, "stages.0.gpus_per_node": 2, "stages.0.precision": "fp16"},
+        {},
+        ("fp16 with tensor parallelism is not proved here", "use bf16 or fp32"),
+    ),
+    (
+        "a hierarchy without ZeRO 3",
+        {"stages.0.zero": {"stage": 2, "hierarchical_partition": 2}},
+        {},
+        ("hierarchical_partition 2 needs ZeRO stage 3",),
+    ),
+    (
+        "a hierarchy that does not divide",
+        {"stages.0.zero": {"stage": 3, "hierarchical_partition": 3}, "stages.0.gpus_per_node": 4},
+        {},
+        ("hierarchical_partition 3 does not divide the 4 ranks", "use 1, 2 or 4"),
+    ),
+    ("qwZ", {"stages.0.zero": {"zero_quantized_weights": True}}, {}, ("qwZ", "is not proved here")),
+    ("qgZ", {"stages.0.zero": {"zero_quantized_gradients": True}}, {}, ("qgZ", "is not proved here")),
+    ("ZenFlow", {"stages.0.zero": {"zenflow": {"topk_ratio": 0.1}}}, {}, ("ZenFlow", "is not proved here")),
 ]
 
 

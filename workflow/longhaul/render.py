@@ -165,6 +165,8 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": zero.pin_memory}
     if zero.offload_param == "cpu":
         section["offload_param"] = {"device": "cpu", "pin_memory": zero.pin_memory}
+    if zero.hierarchical_partition > 1:
+        section["zero_hpz_partition_size"] = zero.hierarchical_partition
     names = ["reduce_bucket_size"]
     names += (
         ["stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]

@@ -121,6 +121,14 @@ def _as_json(value: Any, path: Path) -> str:
         raise UserError(f"{path}: {error}", "dates and sets are not used here: quote the value") from None
 
 
+# Keys of DeepSpeed that a user may bring along, and what they switch on.
+_NOT_PROVED = {
+    "zero_quantized_weights": "ZeRO++'s quantized weights (qwZ)",
+    "zero_quantized_gradients": "ZeRO++'s quantized gradients (qgZ)",
+    "zenflow": "ZenFlow",
+}
+
+
 def _explain(path: Path, model: type[BaseModel], error: ValidationError) -> str:
     problems = [_explain_one(model, problem) for problem in error.errors(include_url=False)]
     return "\n".join(f"{path}: {problem}" for problem in problems)
@@ -130,6 +138,8 @@ def _explain_one(model: type[BaseModel], problem: Any) -> str:
     location, kind = problem["loc"], problem["type"]
     where = ".".join(str(part) for part in location) or "the file"
     if kind == "extra_forbidden":
+        if reason := _NOT_PROVED.get(str(location[-1])):
+            return f"{where}: {reason} is not proved here, so it is refused; drop the key"
         return f"{where} is not a known key{_nearest(str(location[-1]), _keys_at(model, location[:-1]))}"
     if kind == "missing":
         return f"{where} is missing"

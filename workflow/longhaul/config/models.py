@@ -142,10 +142,12 @@ class LossScale(Frozen):
 class Parallel(Frozen):
     """How many ranks share one copy of the model; the rest is data parallel."""
 
-    tensor: Count = Field(default=1, description="Tensor-parallel ranks.")
-    pipeline: Count = Field(default=1, description="Pipeline stages.")
-    expert: Count = Field(default=1, description="Expert-parallel ranks.")
-    sequence: Count = Field(default=1, description="Sequence-parallel ranks.")
+    tensor: Count = Field(
+        default=1, description="Ranks that split heads, inner widths and the vocabulary; keep it in a node."
+    )
+    pipeline: Count = Field(default=1, description="Stages of consecutive decoder layers; needs ZeRO 1.")
+    expert: Count = Field(default=1, description="Data-parallel ranks that split the routed experts; ZeRO 1 or 2.")
+    sequence: Count = Field(default=1, description="Ranks that split the tokens of a sample (Ulysses).")
 
 
 class Zero(Frozen):
@@ -158,6 +160,11 @@ class Zero(Frozen):
         default="none", description="Optimizer states in CPU memory (stage >= 1)."
     )
     offload_param: Literal["none", "cpu"] = Field(default="none", description="Weights in CPU memory (stage 3 only).")
+    hierarchical_partition: Count = Field(
+        default=1,
+        description="Stage 3: a second copy of the weights is partitioned over this many neighbouring ranks only (ZeRO++ hpZ), "
+        "so that the backward pass gathers inside a node; 1: none.",
+    )
     pin_memory: bool = Field(default=True, description="Pin offloaded CPU memory.")
     overlap_comm: bool = Field(default=True, description="Overlap gradient reduction with the backward pass.")
     contiguous_gradients: bool = Field(default=True, description="Copy gradients to one buffer as they are produced.")

@@ -34,6 +34,7 @@ def sample_ranks(stage: Stage, world_size: int) -> int:
             f"set expert to {_divisors(data)}",
         )
     _check_zero(stage)
+    _check_hierarchy(stage, world_size)
     _check_combination(stage)
     return world_size // shared
 
@@ -102,6 +103,20 @@ def _check_zero(stage: Stage) -> None:
             f"{where}: offload with parallel.{split[0]} {getattr(parallel, split[0])} is not proved here",
             f"switch offload off, or set {' and '.join(split)} to 1",
         )
+
+
+def _check_hierarchy(stage: Stage, world_size: int) -> None:
+    ways, where = stage.zero.hierarchical_partition, f"stages.{stage.name}.zero.hierarchical_partition"
+    if ways == 1:
+        return
+    if stage.zero.stage < 3:
+        raise UserError(
+            f"{where} {ways} needs ZeRO stage 3; it is {stage.zero.stage}", "set zero.stage to 3, or drop the key"
+        )
+    if world_size % ways:
+        raise UserError(f"{where} {ways} does not divide the {world_size} ranks", f"use {_divisors(world_size)}")
+    if stage.parallel.sequence > 1 or stage.zero.offload_param != "none":
+        raise UserError(f"{where} with sequence parallelism or offloaded weights is not proved here", "drop the key")
 
 
 def _check_combination(stage: Stage) -> None:
