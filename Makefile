@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-packages check format generate cluster cluster-down bench-trainer bench-plan clean
+.PHONY: help run setup test test-packages check format generate parity cluster cluster-down bench-trainer bench-plan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,9 @@ cluster: setup test-packages  ## start a real two-node Slurm cluster on this mac
 
 cluster-down:  ## end it
 	$(CLUSTER) down
+
+parity: setup  ## every model under every layout against plain PyTorch, about 10 minutes
+	PYTHONPATH=tests/unit/data:bench $(BIN)/python tests/parity/parity_table.py
 
 bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTorch
 	$(BIN)/python bench/trainer.py

@@ -15,11 +15,11 @@ import torch
 
 from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.jobs import StageJob
+from longhaul.train.backend import make_backend
 from longhaul.train.batches import MicroBatch, Prefetcher
 from longhaul.train.checkpoints import Checkpoints, TrainingState
 from longhaul.train.loop import Trainer, open_samples
 from longhaul.train.metrics import Metrics
-from longhaul.train.backend import make_backend
 from longhaul.train.model import build_model, read_deepspeed_config
 from longhaul.train.processes import Processes, start_processes
 from machine import header, publish

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster", "golden", "unit/data"))]
+sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster", "golden", "unit/data", "parity"))]
 
 
 @pytest.fixture(scope="session")

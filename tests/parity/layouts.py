@@ -48,10 +48,24 @@ TWINS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"deepseek_v3": {**LATENT, "q_lora_rank": 32, "n_group": 2, "topk_group": 1}},
 }
 GLOBAL_BATCH = 8
-TOLERANCE = 1e-5
-"""Relative, of losses and gradient norms in fp32: sums over ranks round in another order."""
-BF16_TOLERANCE = 5e-2
-"""The same of bf16, which has 8 significant bits, against fp32; a factor of two in a gradient would be far beyond it."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative differences from the fp32 reference over all steps; logits are those after the last step."""
+
+    loss: float
+    norm: float
+    logits: float
+
+
+FP32 = Bounds(loss=1e-5, norm=1e-5, logits=1e-4)
+"""Sums over ranks round in another order. Adam divides by the root of the second moment, so that the rounding of a gradient
+near zero moves a weight, and logits drift further apart than losses. (The proof of the export is stricter: it compares the
+exported model with the trainer's own logits.)"""
+BF16 = Bounds(loss=2e-2, norm=2e-1, logits=float("inf"))
+"""8 significant bits, against fp32: a token of a mixture may go to another expert, which no small bound on a logit survives.
+The export's proof has its own bound; the arithmetic of the layout is what the fp32 cells prove."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +75,17 @@ class Layout:
     ranks: int
     stage: dict[str, Any] = field(default_factory=dict)
     twins: tuple[str, ...] = tuple(TWINS)
-    tolerance: float = TOLERANCE
+    bounds: Bounds = FP32
 
 
 def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = tuple(TWINS), **axes: Any) -> Layout:
     more = axes.pop("more", {})
     zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
     stage = {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}
-    return Layout(ranks, stage, twins, BF16_TOLERANCE if more.get("precision") == "bf16" else TOLERANCE)
+    return Layout(ranks, stage, twins, BF16 if more.get("precision") == "bf16" else FP32)
 
 
-BF16 = {"precision": "bf16"}
+HALF = {"precision": "bf16"}
 MIXTURES = ("qwen3_moe", "deepseek_v3")
 LAYOUTS: dict[str, Layout] = {
     "one": _layout(1, 0, 8),
@@ -101,13 +115,13 @@ LAYOUTS: dict[str, Layout] = {
     "expert 2, pipeline 2, tensor 2": _layout(8, 1, 2, MIXTURES, expert=2, pipeline=2, tensor=2),
     "sequence 2": _layout(2, 1, 4, sequence=2),
     "sequence 2, data 2, ZeRO 3": _layout(4, 3, 2, sequence=2),
-    "data 2, ZeRO 1, bf16": _layout(2, 1, 2, more=BF16),
-    "data 2, ZeRO 3, bf16": _layout(2, 3, 2, more=BF16),
-    "tensor 2, bf16": _layout(2, 1, 2, tensor=2, more=BF16),
-    "pipeline 2, bf16": _layout(2, 1, 2, pipeline=2, more=BF16),
-    "expert 2, bf16": _layout(2, 1, 2, MIXTURES, expert=2, more=BF16),
-    "sequence 2, bf16": _layout(2, 1, 2, sequence=2, more=BF16),
-    "expert 2, pipeline 2, bf16": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2, more=BF16),
+    "data 2, ZeRO 1, bf16": _layout(2, 1, 2, more=HALF),
+    "data 2, ZeRO 3, bf16": _layout(2, 3, 2, more=HALF),
+    "tensor 2, bf16": _layout(2, 1, 2, tensor=2, more=HALF),
+    "pipeline 2, bf16": _layout(2, 1, 2, pipeline=2, more=HALF),
+    "expert 2, bf16": _layout(2, 1, 2, MIXTURES, expert=2, more=HALF),
+    "sequence 2, bf16": _layout(2, 1, 2, sequence=2, more=HALF),
+    "expert 2, pipeline 2, bf16": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2, more=HALF),
 }
 # Cells that `make test` trains: every axis once, and the twin that has the most to go wrong.
 SUBSET = (

@@ -1,7 +1,9 @@
 """One of several ranks that train the cells of one world size one after the other: python worker.py SHARED FOLDER CELL…
 
-A cell is `twin/layout`. Each trains half of its steps, ends, and goes on from its checkpoint in a new engine, as a job that
-was cut off does; rank 0 of a cell that fails prints why and the process ends with code 1.
+A cell is `twin/layout`, or `twin/layout/pretrained=FOLDER` to begin with a Hugging Face folder, or
+`twin/layout/start=CHECKPOINT.JSON` to begin where another layout's stage ended. Each trains half of its steps, ends, and
+goes on from its checkpoint in a new engine, as a job that was cut off does. A rank whose cell fails prints why and ends
+with code 1.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from cell import STEPS, config, prepare
 from longhaul.jobs import StageJob
+from parity_cell import STEPS, config, prepare
 
 
 def reset_deepspeed() -> None:
     """Forgets the groups of the cell before; a user's process trains one stage."""
-    import deepspeed.comm.comm as comm
+    from deepspeed.comm import comm
     from deepspeed.runtime.pipe import p2p
     from deepspeed.utils import groups
 
@@ -41,12 +43,12 @@ def main() -> None:
     shared, folder = Path(sys.argv[1]), Path(sys.argv[2])
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     for index, name in enumerate(sys.argv[3:]):
-        twin, layout = name.split("/")
+        twin, layout, *begin = name.split("/", 2)
         os.environ["MASTER_PORT"] = str(int(os.environ["PARITY_PORT"]) + 2 * index)
-        own = folder / twin / layout
+        own = folder / twin / (layout if not begin else f"{layout}, {begin[0].partition('=')[0]}")
         try:
             # Every rank writes the same files, each of them atomically.
-            job, _ = prepare(own, shared, config(twin, layout))
+            job, _ = prepare(own, shared, config(twin, layout), *begin)
             train_in_two_legs(job)
         except BaseException:
             print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)

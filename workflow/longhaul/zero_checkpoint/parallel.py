@@ -123,6 +123,8 @@ def _parts_of_rank(
         if missing := sorted(set(own) - set(found)):
             raise UserError(f"{folder}: model rank {model_rank} holds no master copy of {missing[0]}", _HINT)
         for local, tensor in found.items():
+            if local not in own:
+                raise UserError(f"{folder}: {LAYOUT} has no entry of {local} on model rank {model_rank}", _HINT)
             shard = _shard(own[local])
             if shard.local_shape != tensor.shape:
                 raise UserError(f"{folder}: {local} has shape {tensor.shape}, {LAYOUT} says {shard.local_shape}", _HINT)

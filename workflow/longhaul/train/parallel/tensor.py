@@ -95,7 +95,7 @@ def _split_vocabulary(model: Any, grid: Grid) -> None:
         model.model.embed_tokens = VocabularyParallelEmbedding(embedding.weight, embedding.padding_idx, grid)
     if head is not None:
         if tied:
-            head.weight = embedding.weight
+            head.weight = model.model.embed_tokens.weight
         else:
             _split(head, "weight", 0, grid)
         _copy_inputs(head, grid.group("tensor"))

@@ -10,6 +10,7 @@ import yaml
 from layouts import GLOBAL_BATCH, LAYOUTS, TWINS
 from longhaul.artifacts import TokenizerManifest, write_text
 from longhaul.config.load import load_config
+from longhaul.config.models import StartFrom
 from longhaul.jobs import ConvertJob, StageJob
 from longhaul.payloads import payload
 from longhaul.plan import make_plan
@@ -64,8 +65,14 @@ def _datasets(shared: Path) -> dict[str, Any]:
     return {"chats": {"kind": "chat", "files": [str(shared / "chats.jsonl")], "validation_share": 0.1}}
 
 
-def prepare(folder: Path, shared: Path, run: dict[str, Any]) -> tuple[StageJob, ConvertJob]:
-    """Writes config and rendered files of a cell into `folder`; tokenizer and shards are those of `shared`."""
+def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") -> tuple[StageJob, ConvertJob]:
+    """Writes config and rendered files of a cell into `folder`; tokenizer and shards are those of `shared`.
+
+    begin: where its weights come from: "", "pretrained=<folder>" or "start=<checkpoint.json of another cell>".
+    """
+    kind, _, source = begin.partition("=")
+    if kind == "pretrained":
+        run = {**run, "model": {"pretrained": {"path": source}}}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "site.yaml", yaml.safe_dump(SITE))
     tokenizer = TokenizerManifest.read(shared / "tokenizer.json").path
@@ -84,9 +91,12 @@ def prepare(folder: Path, shared: Path, run: dict[str, Any]) -> tuple[StageJob, 
         "weights_root": str(stage_folder / "weights"),
         "out": str(stage_folder / "checkpoint.json"),
     }
+    if kind == "start":
+        paths["start_checkpoint"] = source
     stage_job, convert_job = payload(plan, f"train-{name}"), payload(plan, f"convert-{name}")
     assert isinstance(stage_job, StageJob) and isinstance(convert_job, ConvertJob)
-    return stage_job.model_copy(update=paths), convert_job.model_copy(
+    stage = stage_job.stage.model_copy(update={"start_from": StartFrom(stage="main")} if kind == "start" else {})
+    return stage_job.model_copy(update={**paths, "stage": stage}), convert_job.model_copy(
         update={
             "checkpoint": paths["out"],
             "tokenizer": paths["tokenizer"],
