@@ -17,11 +17,13 @@ from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.jobs import StageJob
 from longhaul.train.backend import make_backend
 from longhaul.train.batches import MicroBatch, Prefetcher
-from longhaul.train.checkpoints import Checkpoints, TrainingState
+from longhaul.train.checkpoints import Checkpoints
+from longhaul.train.events import Events
 from longhaul.train.loop import Trainer, open_samples
 from longhaul.train.metrics import Metrics
 from longhaul.train.model import build_model, read_deepspeed_config
 from longhaul.train.processes import Processes, start_processes
+from longhaul.train.state import TrainingState
 from machine import header, publish
 
 ROUNDS, STEPS_PER_ROUND = 9, 2
@@ -49,12 +51,18 @@ def _ours(
 ) -> tuple[Step, list[MicroBatch]]:
     samples = open_samples(job, DataManifest.read(Path(job.data)), "train", folder, processes)
     backend = make_backend(job, build_model(job, tokenizer, None, processes), processes)
-    metrics = Metrics(job, folder, 0, processes, job.model)
-    trainer = Trainer(job, processes, backend, None, Checkpoints(folder, job, processes), metrics, TrainingState())
-    batches = iter(Prefetcher(samples, job, processes, first_step=0))
+    events, state = Events(None), TrainingState()
+    metrics = Metrics(job, folder, 0, processes, job.model, events)
+    checkpoints = Checkpoints(folder, job, processes, events)
+    trainer = Trainer(job, processes, backend, None, checkpoints, metrics, events, state)
+    batches = iter(Prefetcher(samples, job, processes, state))
     first = next(batches)
     following = chain([first], batches)
-    return lambda: trainer.step(next(following)), first.micro_batches
+
+    def step() -> None:
+        trainer.step(next(following))
+
+    return step, first.micro_batches
 
 
 def _bare_deepspeed(

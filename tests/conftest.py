@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("workflow", "cluster", "golden", "unit/data", "parity"))]
+FOLDERS = ("workflow", "cluster", "golden", "unit/data", "parity", "survival")
+sys.path[:0] = [str(HERE), *(str(HERE / name) for name in FOLDERS)]
 
 
 @pytest.fixture(scope="session")

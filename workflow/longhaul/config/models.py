@@ -196,11 +196,25 @@ class Validation(Frozen):
 
 
 class Nonfinite(Frozen):
-    """What happens when loss or gradients are NaN or infinite."""
+    """What happens at a bad step: loss or gradients are NaN or infinite, or the loss is a spike. Each is in events.jsonl.
 
-    skip_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="Consecutive steps that may be skipped (weights unchanged, batch recorded) before the stage fails.",
+    A bad step never changes weights. Batches that are left out are left out for good: the weights are those of a run
+    without bad steps whose skip_batches names them.
+    """
+
+    policy: Literal["stop", "skip", "roll_back"] = Field(
+        default="stop",
+        description="stop: the stage fails. skip: leave the batch out and go on. roll_back: return to the last checkpoint "
+        "and leave out the batches since then.",
+    )
+    limit: Count = Field(
+        default=3, description="skip: bad steps in a row, roll_back: returns without a save in between; one more fails."
+    )
+    window_batches: Count | None = Field(
+        default=None, description="roll_back: leave out only this many batches, the bad one the last of them."
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="A loss above this many times the median of the last 64 is a spike; null: none is."
     )
 
 
@@ -235,7 +249,11 @@ class Stage(Frozen):
     activation_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
     checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
     validation: Validation = Field(default=Validation(), description="Held-out loss.")
-    nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN and infinity.")
+    nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN, infinity, spikes of the loss.")
+    skip_batches: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        description="Global batches, counted from 0, that are never trained on; a stage that is past one refuses it.",
+    )
     export: Literal["none", "last", "best"] = Field(
         default="none", description="Checkpoint that becomes a Hugging Face folder."
     )

@@ -11,7 +11,8 @@ from longhaul.config.models import Stage
 def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any]:
     """What a stage's weights depend on, beside its data and starting checkpoint, whose hashes the job adds.
 
-    Nodes, layout, ZeRO stage, micro batch and the like are not in it: they change how long the same result takes.
+    Nodes, layout, ZeRO stage, micro batch and the like are not in it: they change how long the same result takes. What is
+    done at a bad step is not either: a stage that failed at one goes on from its checkpoint under another policy.
     Written as the config states it, never from the lock: a spec must not change when fetch has run.
     """
     model = loaded.config.model
@@ -30,7 +31,6 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
         "precision": stage.precision,
         "loss_scale": stage.loss_scale.model_dump(mode="json") if stage.precision == "fp16" else None,
         "expert_bias_rate": stage.expert_bias_rate,
-        "nonfinite": stage.nonfinite.model_dump(mode="json"),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from longhaul.jobs import StageJob
 from longhaul.train.batches import Batch, MicroBatch
-from longhaul.train.guard import NonfiniteGuard
+from longhaul.train.guard import StepGuard
 from longhaul.train.loss import global_loss, loss_sum, token_loss_sum
 from longhaul.train.model import read_deepspeed_config
 from longhaul.train.parallel.balance import ExpertLoad
@@ -25,12 +25,12 @@ class Backend(Protocol):
     """`model` is the Hugging Face model (or this rank's part of it), `engine` DeepSpeed's around it."""
 
     engine: Any
-    guard: NonfiniteGuard
+    guard: StepGuard
     load: ExpertLoad
     grid: Grid
 
     def train(self, batch: Batch, tokens: float) -> float:
-        """One optimizer step over a global batch of `tokens` loss tokens; returns the sum of token losses."""
+        """One optimizer step over a global batch of `tokens` loss tokens, which the guard may refuse; the mean token loss."""
         ...
 
     def evaluate(self, micro: MicroBatch) -> float:
@@ -52,7 +52,7 @@ class WholeModel:
     """The Hugging Face model itself: ZeRO 0-3, with tensor, expert and sequence parallelism inside it."""
 
     def __init__(self, job: StageJob, model: Any, processes: Processes) -> None:
-        self._job, self._device, self.grid = job, processes.device, processes.grid
+        self._job, self._processes, self._device, self.grid = job, processes, processes.device, processes.grid
         if self.grid.parallel.sequence > 1:
             from longhaul.train.parallel.sequence import split_sequences
 
@@ -60,19 +60,20 @@ class WholeModel:
         self._model = model
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
         self.engine = make_engine(job, model, self.grid)
-        self.guard = NonfiniteGuard(self.engine)
+        self.guard = StepGuard(self.engine)
 
     def train(self, batch: Batch, tokens: float) -> float:
         """Forward and backward of this rank's micro batches."""
         total = 0.0
+        self.guard.begin(lambda: self._processes.sum(self._share(total)) / max(1.0, tokens))
         for micro in batch.micro_batches:
             summed = self._loss_sum(micro)
             self.engine.backward(global_loss(summed, tokens, self.grid.data, self._job.accumulation))
             if self.engine.is_gradient_accumulation_boundary():
                 self.guard.measure_plain()
-            self.engine.step()
             total += summed.item()
-        return self._share(total)
+            self.engine.step()
+        return self.guard.finish()
 
     def evaluate(self, micro: MicroBatch) -> float:
         self.engine.eval()
@@ -114,11 +115,11 @@ class PipelinedModel:
     def __init__(self, job: StageJob, model: Any, processes: Processes) -> None:
         from longhaul.train.parallel.pipeline import as_pipeline
 
-        self._job, self._device, self.grid = job, processes.device, processes.grid
+        self._job, self._processes, self._device, self.grid = job, processes, processes.device, processes.grid
         self._scale = 1.0
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
         self.engine = make_engine(job, as_pipeline(model, self.grid, self._loss), None)
-        self.guard = NonfiniteGuard(self.engine)
+        self.guard = StepGuard(self.engine)
 
     def _loss(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         return token_loss_sum(logits_BSV, labels_BS, self.grid) * self._scale
@@ -126,8 +127,16 @@ class PipelinedModel:
     def train(self, batch: Batch, tokens: float) -> float:
         # The engine divides by micro batches and data ranks; its mean over them is then the global mean.
         self._scale = self.grid.data * self._job.accumulation / max(1.0, tokens)
-        mean = self.engine.train_batch(data_iter=self._inputs(batch.micro_batches)).item()
-        return mean * tokens if self.grid.rank == 0 else 0.0
+        self.guard.begin(self._mean_loss)
+        self.engine.train_batch(data_iter=self._inputs(batch.micro_batches))
+        return self.guard.finish()
+
+    def _mean_loss(self) -> float:
+        """The engine itself sums it up after the step, which is too late to refuse it."""
+        own = 0.0
+        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+            own = float(self.engine.total_loss) / self._job.accumulation / self.grid.data
+        return self._processes.sum(own)
 
     def evaluate(self, micro: MicroBatch) -> float:
         self._scale = float(self.grid.data)

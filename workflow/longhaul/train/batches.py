@@ -7,14 +7,17 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from longhaul.data.samples import Samples
+from longhaul.data.samples import Samples, batch_of_step
 from longhaul.jobs import StageJob
 from longhaul.train.processes import Processes
+from longhaul.train.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch; ids are those of the whole."""
+    """One rank's share of global batch `number`; ids are those of the whole."""
 
+    number: int
     ids: np.ndarray
     micro_batches: list[MicroBatch]
     loss_tokens: int
@@ -50,37 +54,64 @@ class Batch:
 
 
 class Prefetcher:
-    """Iterates the batches of steps first_step … job.steps - 1; a thread reads ahead while the step computes."""
+    """Iterates the batches of the steps that are left; a thread reads ahead while the step computes.
 
-    def __init__(self, samples: Samples | None, job: StageJob, processes: Processes, first_step: int) -> None:
+    When the state did not move on by one step, because a batch is skipped or steps are done again, it reads anew.
+    """
+
+    def __init__(self, samples: Samples | None, job: StageJob, processes: Processes, state: TrainingState) -> None:
         if samples is None:
             raise ValueError("a stage trains on a split that has documents")
-        self._samples, self._job, self._share = samples, job, processes.grid.sample_rank
-        self._steps = range(first_step, job.steps)
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
+        self._samples, self._job, self._share, self._state = samples, job, processes.grid.sample_rank, state
 
     def __iter__(self) -> Iterator[Batch]:
-        threading.Thread(target=self._read_ahead, daemon=True).start()
-        for _ in self._steps:
-            started = time.perf_counter()
-            found = self._queue.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield Batch(found.ids, found.micro_batches, found.loss_tokens, time.perf_counter() - started)
+        while self._state.step < self._job.steps:
+            skipped = list(self._state.skipped)
+            steps = range(self._state.step, self._job.steps)
+            with self._reading(batch_of_step(step, skipped) for step in steps) as found:
+                for step in steps:
+                    if (self._state.step, self._state.skipped) != (step, skipped):
+                        break
+                    yield _take(found)
 
-    def _read_ahead(self) -> None:
+    @contextmanager
+    def _reading(self, numbers: Iterator[int]) -> Iterator[queue.Queue[Batch | BaseException]]:
+        found: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
+        stopped = threading.Event()
+        thread = threading.Thread(target=self._read_ahead, args=(numbers, found, stopped), daemon=True)
+        thread.start()
         try:
-            for step in self._steps:
-                self._queue.put(self._read(step))
-        except BaseException as error:
-            self._queue.put(error)
+            yield found
+        finally:
+            stopped.set()
+            while thread.is_alive():  # it may wait for room
+                with suppress(queue.Empty):
+                    found.get_nowait()
+                thread.join(0.01)
 
-    def _read(self, step: int) -> Batch:
+    def _read_ahead(self, numbers: Iterator[int], found: queue.Queue[Any], stopped: threading.Event) -> None:
+        try:
+            for number in numbers:
+                if stopped.is_set():
+                    return
+                found.put(self._read(number))
+        except BaseException as error:
+            found.put(error)
+
+    def _read(self, number: int) -> Batch:
         stage = self._job.stage
-        ids = self._samples.ids(step, stage.global_batch)
+        ids = self._samples.ids(number, stage.global_batch)
         mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch)[:, self._share]
         micro_batches = [collate(self._samples, row) for row in mine]
-        return Batch(ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
+        return Batch(number, ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
+
+
+def _take(found: queue.Queue[Batch | BaseException]) -> Batch:
+    started = time.perf_counter()
+    batch = found.get()
+    if isinstance(batch, BaseException):
+        raise batch
+    return replace(batch, wait_s=time.perf_counter() - started)
 
 
 def collate(samples: Samples, ids: np.ndarray) -> MicroBatch:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest, content_hash, read_json, write_json
+from longhaul.artifacts import (
+    Checkpoint,
+    DataManifest,
+    TokenizerManifest,
+    canonical_json,
+    content_hash,
+    read_json,
+    write_json,
+)
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
-from longhaul.train.checkpoints import complete_checkpoints
 from longhaul.train.processes import Processes
 from longhaul.train.schedule import may_grow
+from longhaul.train.store import complete_checkpoints
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,25 @@ def weights_folder(job: StageJob, identity: dict[str, Any]) -> Path:
 
 
 def claim_weights_folder(job: StageJob, identity: dict[str, Any], folder: Path, processes: Processes) -> None:
-    """Writes what the weights are of; UserError when they may not go on under the planned steps."""
+    """Writes what the weights are of; UserError when others lie there, or they may not go on under the planned steps."""
     if processes.is_main:
+        _check_identity(folder, identity)
         _check_steps(job, folder)
         write_json(folder / "identity.json", {**identity, "steps": job.steps})
         write_json(folder / "model_config.json", job.model)  # what a conversion builds the model from
     processes.barrier()
+
+
+def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / "identity.json"
+    found = read_json(path) if path.exists() else identity
+    differing = [key for key, value in json.loads(canonical_json(identity)).items() if found.get(key) != value]
+    if differing:
+        raise UserError(
+            f"{path} says that the weights there are of another {differing[0]}: {found.get(differing[0])}, not "
+            f"{identity[differing[0]]}",
+            "the folder was copied or edited: move it away, and the stage is trained in its place",
+        )
 
 
 def _check_steps(job: StageJob, folder: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import disk_usage
 
 from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.data.samples import Samples
+from longhaul.errors import DiskFull
 from longhaul.jobs import StageJob
 from longhaul.train.backend import Backend, make_backend
 from longhaul.train.batches import Batch, Prefetcher, validation_batches
-from longhaul.train.checkpoints import Checkpoints, TrainingState
-from longhaul.train.guard import TrainingFailure
+from longhaul.train.checkpoints import Checkpoints
+from longhaul.train.events import Events
+from longhaul.train.guard import TrainingFailure, badness
+from longhaul.train.hashed_files import DISK_FULL
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.metrics import Metrics, device_numbers
 from longhaul.train.model import build_model
@@ -21,6 +26,7 @@ from longhaul.train.parallel.balance import Load, load_summary
 from longhaul.train.processes import Processes, start_processes
 from longhaul.train.proof import write_proof
 from longhaul.train.schedule import learning_rate
+from longhaul.train.state import TrainingState
 from longhaul.train.writer import sole_writer
 
 
@@ -31,8 +37,19 @@ def run(job: StageJob) -> None:
         UserError: the job runs in another geometry than planned, or its inputs do not fit together.
         TrainingFailure: loss or gradients stayed non-finite beyond what the config allows.
     """
-    with start_processes(job) as processes:
+    with start_processes(job) as processes, _disk_full_told(Path(job.weights_root)):
         _run(job, processes)
+
+
+@contextmanager
+def _disk_full_told(folder: Path) -> Iterator[None]:
+    """For small files, such as metrics; a checkpoint that finds no room says itself what it would have needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DiskFull(str(error.filename or "a file of the stage"), folder, 0, disk_usage(folder).free) from error
 
 
 def _run(job: StageJob, processes: Processes) -> None:
@@ -42,9 +59,10 @@ def _run(job: StageJob, processes: Processes) -> None:
     weights = weights_folder(job, identity)
     with sole_writer(weights, processes):
         claim_weights_folder(job, identity, weights, processes)
-        checkpoints = Checkpoints(weights, job, processes)
+        events = Events(weights if processes.is_main else None)
+        checkpoints = Checkpoints(weights, job, processes, events)
         if not checkpoints.finished():
-            _train(job, processes, tokenizer, data, start, checkpoints)
+            _train(job, processes, tokenizer, data, start, checkpoints, events)
         if processes.is_main:
             finished_stage(job, weights, checkpoints, data, tokenizer).write(Path(job.out))
         processes.barrier()
@@ -73,6 +91,7 @@ def _train(
     data: DataManifest,
     start: Start | None,
     checkpoints: Checkpoints,
+    events: Events,
 ) -> None:
     cache = checkpoints.folder / "samples"
     train = open_samples(job, data, "train", cache, processes)
@@ -80,12 +99,13 @@ def _train(
     model = build_model(job, tokenizer, start, processes)
     backend = make_backend(job, model, processes)
     state = checkpoints.resume(backend.engine)
-    metrics = Metrics(job, checkpoints.folder, state.step, processes, model.config.to_dict())
-    trainer = Trainer(job, processes, backend, held_out, checkpoints, metrics, state)
+    metrics = Metrics(job, checkpoints.folder, state.step, processes, model.config.to_dict(), events)
+    trainer = Trainer(job, processes, backend, held_out, checkpoints, metrics, events, state)
     if state.step == 0:
-        trainer.validate()
-    for batch in Prefetcher(train, job, processes, first_step=state.step):
-        trainer.step(batch)
+        trainer.begin()
+    for batch in Prefetcher(train, job, processes, state):
+        if not trainer.step(batch):
+            continue
         if trainer.is_due(job.stage.validation.every_steps) or trainer.is_due(job.stage.checkpoints.every_steps):
             trainer.validate()
         if trainer.is_due(job.stage.checkpoints.every_steps):
@@ -114,43 +134,58 @@ class Trainer:
     held_out: Samples | None
     checkpoints: Checkpoints
     metrics: Metrics
+    events: Events
     state: TrainingState
 
     def __post_init__(self) -> None:
-        self.failures_in_a_row = 0
+        self.bad_in_a_row = 0
         self.validation_loss: float | None = None
+        self.backend.guard.judge = self._badness
+
+    def _badness(self, loss: float, grad_norm: float) -> str | None:
+        return badness(loss, grad_norm, self.state.recent_losses, self.job.stage.nonfinite.spike_factor)
+
+    def begin(self) -> None:
+        """Before the first step; where a bad step returns to a checkpoint, there must be one."""
+        self.validate()
+        if self.job.stage.nonfinite.policy == "roll_back":
+            self.save()
 
     def is_due(self, every_steps: int) -> bool:
         """After every `every_steps` steps, and after the last one."""
         return self.state.step % every_steps == 0 or self.state.step == self.job.steps
 
-    def step(self, batch: Batch) -> None:
-        """One optimizer step over a global batch."""
+    def step(self, batch: Batch) -> bool:
+        """One optimizer step over a global batch; False when it was a bad one, which counts for nothing."""
         started = time.perf_counter()
         lr = learning_rate(self.job.stage.schedule, self.job.stage.optimizer.lr, self.state.step, self.job.steps)
         for group in self.backend.engine.optimizer.param_groups:
             group["lr"] = lr
         tokens = self._sum_over_samples(batch.loss_tokens)
-        loss = self.processes.sum(self.backend.train(batch, tokens)) / max(1.0, tokens)
-        grad_norm = self.backend.guard.grad_norm()
+        loss, guard = self.backend.train(batch, tokens), self.backend.guard
+        if guard.reason:
+            self.backend.load.discard_step()
+            self._answer_bad_step(batch, guard.reason)
+            return False
         loads = self.backend.load.finish_step()
-        self.state.step += 1
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        self._note_nonfinite(finite, loss, grad_norm, batch)
+        self.state.finish_step(loss)
         self.metrics.step(
             self.state.step,
             seconds=time.perf_counter() - started,
             values={
                 "loss": loss,
-                "grad_norm": grad_norm,
+                "grad_norm": guard.grad_norm(),
                 "lr": lr,
                 "loss_tokens": int(tokens),
                 "data_wait_s": batch.wait_s,
-                "skipped": not finite,
+                "batch": batch.number,
                 "sample_ids": batch.ids_digest,
                 **load_summary(self._all_loads(loads)),
             },
         )
+        if self.job.stage.nonfinite.policy == "skip":
+            self.bad_in_a_row = 0
+        return True
 
     def _sum_over_samples(self, value: float) -> float:
         """The sum of what every rank counted in its samples; ranks with the same samples count once."""
@@ -162,18 +197,35 @@ class Trainer:
             return loads
         return {layer: counts for part in self.processes.gather(loads) for layer, counts in part.items()}
 
-    def _note_nonfinite(self, finite: bool, loss: float, grad_norm: float, batch: Batch) -> None:
-        self.failures_in_a_row = 0 if finite else self.failures_in_a_row + 1
-        if finite:
-            return
-        self.state.skipped.append(self.state.step - 1)
-        allowed = self.job.stage.nonfinite.skip_steps
-        if self.failures_in_a_row > allowed:
+    def _answer_bad_step(self, batch: Batch, reason: str) -> None:
+        """Stops, skips the batch or rolls back, as the policy says."""
+        settings, step = self.job.stage.nonfinite, self.state.step + 1
+        self.bad_in_a_row += 1
+        self.events.write("bad_step", step=step, batch=batch.number, reason=reason, policy=settings.policy)
+        if settings.policy == "stop" or self.bad_in_a_row > settings.limit:
             raise TrainingFailure(
-                f"step {self.state.step}: loss {loss}, gradient norm {grad_norm}; {self.failures_in_a_row} steps in a row were "
-                f"not finite, nonfinite.skip_steps allows {allowed}. Samples {batch.ids[:8].tolist()}…",
-                "lower the learning rate, lengthen the warm-up, look at the named samples, or raise nonfinite.skip_steps",
+                f"step {step}: {reason}; nonfinite.policy is {settings.policy}, its limit {settings.limit}. "
+                f"Batch {batch.number}, samples {batch.ids[:8].tolist()}…",
+                "look at the named samples, lower the learning rate, lengthen the warm-up, or choose another "
+                "nonfinite.policy or limit; the stage goes on from its last checkpoint",
             )
+        if settings.policy == "roll_back":
+            self._roll_back(batch.number, settings.window_batches)
+        else:
+            self.state.leave_out({batch.number})
+            self.metrics.note(f"step {step}: {reason}; batch {batch.number} is left out")
+        self.checkpoints.record_skipped(self.state.skipped)
+
+    def _roll_back(self, bad_batch: int, window_batches: int | None) -> None:
+        """Returns to the last checkpoint; the batches from there to the bad one, or the last of them, are left out."""
+        reached = self.state.step
+        self.state.become(self.checkpoints.resume(self.backend.engine, is_needed=True))
+        window = range(self.state.next_batch, bad_batch + 1)[-(window_batches or self.job.steps + bad_batch + 1) :]
+        self.state.leave_out(set(window))
+        self.metrics.roll_back(self.state.step)
+        text = f"batches {window[0]} to {window[-1]} are left out"
+        self.metrics.note(f"rolled back from step {reached} to step {self.state.step}; {text}")
+        self.events.write("rolled_back", from_step=reached, to_step=self.state.step, batches=[window[0], window[-1]])
 
     def validate(self) -> None:
         """Mean loss over the loss tokens of the same held-out samples every time."""
@@ -188,6 +240,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint; one that will be exported carries its proof."""
+        self.bad_in_a_row = 0
         with_proof = self.checkpoints.is_exportable(self.state.step, self.validation_loss)
         with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_proof) as folder:
             if with_proof:

@@ -11,13 +11,14 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from longhaul.artifacts import write_text
 from longhaul.config.geometry import geometry
 from longhaul.jobs import StageJob
+from longhaul.train.events import Events
 from longhaul.train.processes import Processes
 from longhaul.train.trackers import Tracker, open_trackers
 
@@ -28,9 +29,15 @@ class Metrics:
     """Writes on rank 0 only; lines past the step a resume starts from are dropped, as those steps are done again."""
 
     def __init__(
-        self, job: StageJob, folder: Path, resumed_from: int, processes: Processes, model: dict[str, Any]
+        self,
+        job: StageJob,
+        folder: Path,
+        resumed_from: int,
+        processes: Processes,
+        model: dict[str, Any],
+        events: Events,
     ) -> None:
-        self._job, self._processes = job, processes
+        self._job, self._processes, self._events = job, processes, events
         self._flops_per_token = geometry(model).flops_per_token(job.stage.sequence_length)
         self._started, self._first_step, self._printed = time.monotonic(), resumed_from, 0.0
         hosts = processes.gather(processes.rank.host)
@@ -38,11 +45,24 @@ class Metrics:
             self._trackers: list[Tracker] = []
             return
         self._path = folder / "metrics.jsonl"
-        _drop_lines_past(self._path, resumed_from)
-        self._stream = self._path.open("a", encoding="utf-8")
+        self._stream = self._open_at(resumed_from)
         self._trackers = open_trackers(job, folder)
         with (folder / "legs.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_leg(job, resumed_from, processes, hosts)) + "\n")
+
+    def _open_at(self, step: int) -> TextIO:
+        """metrics.jsonl without the steps past `step`, which are done again; what they had taken is an event."""
+        lost = _drop_lines_past(self._path, step)
+        if lost:
+            seconds = sum(row.get("step_time_s", 0.0) + row.get("data_wait_s", 0.0) for row in lost)
+            self._events.write("work_lost", to_step=step, steps=len(lost), seconds=round(seconds, 3))
+        return self._path.open("a", encoding="utf-8")
+
+    def roll_back(self, step: int) -> None:
+        """The steps past `step` are done again."""
+        if self._processes.is_main:
+            self._stream.close()
+            self._stream = self._open_at(step)
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """One optimizer step: its values, and what follows from its duration."""
@@ -137,15 +157,19 @@ def _leg(job: StageJob, resumed_from: int, processes: Processes, hosts: list[str
     }
 
 
-def _drop_lines_past(path: Path, step: int) -> None:
-    """A killed run may have written steps that its checkpoint does not hold, and half a line."""
+def _drop_lines_past(path: Path, step: int) -> list[dict[str, Any]]:
+    """Returns the rows of optimizer steps that it drops. A killed run may also have written half a line."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, lost = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            row = json.loads(line)
         except ValueError:
             continue
+        if row["step"] <= step:
+            kept.append(line)
+        elif "loss" in row:
+            lost.append(row)
     write_text(path, "".join(line + "\n" for line in kept))
+    return lost

@@ -1,6 +1,6 @@
-"""Reads the master weights of a DeepSpeed checkpoint, one tensor at a time, without running anything from its files."""
+"""Reads the master weights and Adam's moments of a DeepSpeed checkpoint, one tensor at a time; nothing of its files runs."""
 
-from longhaul.zero_checkpoint.layout import open_master_weights
+from longhaul.zero_checkpoint.layout import OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.zero_checkpoint.tensors import LazyTensor
 
-__all__ = ["LazyTensor", "open_master_weights"]
+__all__ = ["LazyTensor", "OptimizerState", "open_master_weights", "open_optimizer_state"]

@@ -1,4 +1,4 @@
-"""Where each parameter's master copy lies in a DeepSpeed checkpoint folder, for ZeRO 0 to 3.
+"""Where each parameter's master copy and Adam moments lie in a DeepSpeed checkpoint folder, for ZeRO 0 to 3.
 
 The layouts are those of DeepSpeed's own deepspeed/utils/zero_to_fp32.py and runtime/zero/{stage_1_and_2,stage3}.py:
 
@@ -7,6 +7,9 @@ ZeRO 1, 2 zero_pp_rank_<r>_mp_rank_00_optim_states.pt: per parameter group, rank
           the group's parameters in order, each followed by its alignment padding; the vector's end is padding.
 ZeRO 3    the same files: per sub-group, rank r's share of every single parameter, ceil(numel / world) elements each, the
           last ranks' padded; frozen parameters lie in rank r's model_states file.
+
+The moments have the places of the masters, in the state of the optimizer that ZeRO wraps. At ZeRO 0 that state counts its
+parameters; their names are in `optimizer_parameters`, which the trainer adds.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import StoredTensor, read_archive
-from longhaul.zero_checkpoint.parallel import LAYOUT, open_assembled
+from longhaul.zero_checkpoint.optimizer import MASTER, MOMENTS, flat_share, step_of
+from longhaul.zero_checkpoint.parallel import LAYOUT, assembled_step, open_assembled
 from longhaul.zero_checkpoint.tensors import LazyTensor, Piece, flat_group, lazy, whole, wrong_size
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -45,17 +49,74 @@ def open_master_weights(checkpoint_dir: Path) -> Mapping[str, LazyTensor]:
     """
     if (checkpoint_dir / LAYOUT).exists():
         return open_assembled(checkpoint_dir)
-    _refuse_other_layouts(checkpoint_dir)
-    partitioned = checkpoint_dir / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    model_file = partitioned if partitioned.exists() else checkpoint_dir / "mp_rank_00_model_states.pt"
-    model = read_archive(model_file)
-    optimizer_files = _optimizer_files(checkpoint_dir)
-    if not optimizer_files:
+    model, model_file, states = _read(checkpoint_dir)
+    if not states:
         return _unpartitioned(model, model_file)
-    states = [read_archive(path)["optimizer_state_dict"] for path in optimizer_files]
-    _check_partition_count(states[0], len(states), checkpoint_dir)
-    find = _zero3 if "fp32_flat_groups" in states[0] else _zero12
-    return _ordered(model, find(model, states, checkpoint_dir), checkpoint_dir)
+    masters = (
+        _zero3(model, states, checkpoint_dir, MASTER) if _is_zero3(states) else _zero12(model, states, checkpoint_dir)
+    )
+    return _ordered(model, masters, checkpoint_dir)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """Adam's state of every parameter: optimizer steps done, and the moments by their DeepSpeed names and the parameter's.
+
+    A state without moments is that of an optimizer before its first step.
+    """
+
+    step: int
+    moments: Mapping[str, Mapping[str, LazyTensor]]
+
+
+def open_optimizer_state(checkpoint_dir: Path) -> OptimizerState:
+    """Adam's moments of a checkpoint, by the names that open_master_weights gives; nothing is read yet.
+
+    Raises:
+        UserError: as open_master_weights; or the checkpoint does not name the parameters of a state.
+    """
+    if (checkpoint_dir / LAYOUT).exists():
+        step, find = assembled_step(checkpoint_dir), lambda key: open_assembled(checkpoint_dir, key)
+    else:
+        model, model_file, states = _read(checkpoint_dir)
+        step = step_of(states[0] if states else model["optimizer"])
+        find = lambda key: _moments(model, model_file, states, checkpoint_dir, key)  # noqa: E731
+    return OptimizerState(step, {key: find(key) for key in MOMENTS} if step else {})
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
+    """The model file's content, its path, and what each rank's optimizer file holds; of ZeRO 0, none."""
+    _refuse_other_layouts(folder)
+    partitioned = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    model_file = partitioned if partitioned.exists() else folder / "mp_rank_00_model_states.pt"
+    model = read_archive(model_file)
+    states = [read_archive(path)["optimizer_state_dict"] for path in _optimizer_files(folder)]
+    if states:
+        _check_partition_count(states[0], len(states), folder)
+    return model, model_file, states
+
+
+def _is_zero3(states: list[dict[str, Any]]) -> bool:
+    return "fp32_flat_groups" in states[0]
+
+
+def _moments(
+    model: dict[str, Any], model_file: Path, states: list[dict[str, Any]], folder: Path, key: str
+) -> dict[str, LazyTensor]:
+    if not states:
+        return _unpartitioned_moments(model, model_file, key)
+    find = _zero3_trained if _is_zero3(states) else _zero12_trained
+    return find(model, states, folder, key)
+
+
+def _unpartitioned_moments(model: dict[str, Any], path: Path, key: str) -> dict[str, LazyTensor]:
+    names, state = model.get("optimizer_parameters"), model["optimizer"]["state"]
+    if names is None or len(names) != len(state):
+        raise UserError(
+            f"{path} does not name the parameters of its optimizer's state",
+            "it was not written by this trainer: go on in the layout it was saved with",
+        )
+    return {name: lazy(state[index][key].shape, (whole(state[index][key]),)) for index, name in enumerate(names)}
 
 
 def _refuse_other_layouts(folder: Path) -> None:
@@ -113,12 +174,7 @@ def _module_tensors(model: dict[str, Any], path: Path) -> dict[str, StoredTensor
 
 
 def _zero12(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> dict[str, LazyTensor]:
-    masters: dict[str, LazyTensor] = {}
-    paddings = states[0].get("param_alignment_paddings")
-    for group, shapes in enumerate(model["param_shapes"]):
-        flat = [whole(state["single_partition_of_fp32_groups"][group]) for state in states]
-        gaps = paddings[group] if paddings else [0] * len(shapes)
-        masters |= flat_group(shapes, gaps, flat, folder)
+    masters = _zero12_trained(model, states, folder, MASTER)
     # What the optimizer does not own (frozen weights) lies in the module as it is.
     path = folder / "mp_rank_00_model_states.pt"
     aliases = model["shared_params"]
@@ -128,17 +184,36 @@ def _zero12(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -
     return masters
 
 
-def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> dict[str, LazyTensor]:
-    masters: dict[str, LazyTensor] = {}
+def _zero12_trained(
+    model: dict[str, Any], states: list[dict[str, Any]], folder: Path, key: str
+) -> dict[str, LazyTensor]:
+    found: dict[str, LazyTensor] = {}
+    paddings = states[0].get("param_alignment_paddings")
     for group, shapes in enumerate(model["param_shapes"]):
-        flat = [whole(state["fp32_flat_groups"][group]) for state in states]
+        flat = [whole(flat_share(state, group, key)) for state in states]
+        gaps = paddings[group] if paddings else [0] * len(shapes)
+        found |= flat_group(shapes, gaps, flat, folder)
+    return found
+
+
+def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path, key: str) -> dict[str, LazyTensor]:
+    masters = _zero3_trained(model, states, folder, key)
+    return masters | _zero3_frozen(model, len(states), folder) | _buffers(model)
+
+
+def _zero3_trained(
+    model: dict[str, Any], states: list[dict[str, Any]], folder: Path, key: str
+) -> dict[str, LazyTensor]:
+    found: dict[str, LazyTensor] = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = [whole(flat_share(state, group, key)) for state in states]
         offset = 0
         for name, shape in shapes.items():
-            masters[name] = _partitioned(shape, flat, offset)
+            found[name] = _partitioned(shape, flat, offset)
             offset += math.ceil(math.prod(shape) / len(flat))
         if any(piece.numel != offset for piece in flat):
             raise wrong_size(folder, next(iter(shapes)), flat[0].numel, offset)
-    return masters | _zero3_frozen(model, len(states), folder) | _buffers(model)
+    return found
 
 
 def _partitioned(shape: tuple[int, ...], flat: list[Piece], offset: int) -> LazyTensor:

@@ -26,6 +26,7 @@ import torch
 from longhaul.artifacts import read_json
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import read_archive
+from longhaul.zero_checkpoint.optimizer import MASTER, flat_share, step_of
 from longhaul.zero_checkpoint.shard import Shard, place
 from longhaul.zero_checkpoint.tensors import LazyTensor, flat_group, whole
 
@@ -78,8 +79,8 @@ def _overlaps(shard: Shard, first: int, last: int) -> Iterator[tuple[int, int, i
         local += stop - start
 
 
-def open_assembled(folder: Path) -> dict[str, Any]:
-    """Every parameter and saved buffer of the model, by its transformers name.
+def open_assembled(folder: Path, key: str = MASTER) -> dict[str, Any]:
+    """Every parameter and saved buffer of the model, by its transformers name; or one of Adam's moments, of parameters.
 
     Raises:
         UserError: a file or a part is missing, parts overlap, or they do not have the stated shapes.
@@ -89,13 +90,19 @@ def open_assembled(folder: Path) -> dict[str, Any]:
     files = _optimizer_files(folder, layout["axes"])
     for model_rank, paths in files.items():
         entries = [entry for entry in layout["entries"] if entry["model_rank"] == model_rank]
-        for shard, tensor in _parts_of_rank(folder, model_rank, paths, entries, layout["axes"]["expert"]):
+        for shard, tensor in _parts_of_rank(folder, model_rank, paths, entries, layout["axes"]["expert"], key):
             parts.setdefault(shard.name, {})[tuple(sorted(shard.parts.items()))] = (shard, tensor)
     aliases: dict[str, tuple[str, ...]] = {}
     for alias, name in layout["tied"].items():
         aliases[name] = (*aliases.get(name, ()), alias)
     found = {name: _assemble(folder, name, list(own.values()), aliases.get(name, ())) for name, own in parts.items()}
-    return found | _buffers(folder)
+    return found | _buffers(folder) if key == MASTER else found
+
+
+def assembled_step(folder: Path) -> int:
+    """Optimizer steps done."""
+    files = _optimizer_files(folder, read_json(folder / LAYOUT)["axes"])
+    return step_of(read_archive(files[0][0])["optimizer_state_dict"])
 
 
 def _optimizer_files(folder: Path, axes: dict[str, int]) -> dict[int, list[Path]]:
@@ -112,14 +119,14 @@ def _optimizer_files(folder: Path, axes: dict[str, int]) -> dict[int, list[Path]
 
 
 def _parts_of_rank(
-    folder: Path, model_rank: int, paths: list[Path], entries: list[dict[str, Any]], expert_ranks: int
+    folder: Path, model_rank: int, paths: list[Path], entries: list[dict[str, Any]], expert_ranks: int, key: str
 ) -> Iterator[tuple[Shard, LazyTensor]]:
     groups = read_archive(folder / f"mp_rank_{model_rank:02d}_model_states.pt")["param_shapes"]
     states = [read_archive(path)["optimizer_state_dict"] for path in paths]
     for expert_rank in (None, *range(expert_ranks)):
         own = {entry["local"]: entry for entry in entries if entry["expert_rank"] == expert_rank}
         sharing = states if expert_rank is None else states[expert_rank::expert_ranks]
-        found = _masters(groups, own, sharing, folder)
+        found = _masters(groups, own, sharing, folder, key)
         if missing := sorted(set(own) - set(found)):
             raise UserError(f"{folder}: model rank {model_rank} holds no master copy of {missing[0]}", _HINT)
         for local, tensor in found.items():
@@ -132,7 +139,7 @@ def _parts_of_rank(
 
 
 def _masters(
-    groups: list[dict[str, Any]], wanted: Iterable[str], states: list[dict[str, Any]], folder: Path
+    groups: list[dict[str, Any]], wanted: Iterable[str], states: list[dict[str, Any]], folder: Path, key: str
 ) -> dict[str, LazyTensor]:
     """The groups that hold the wanted parameters, in the shares of the ranks that `states` are of."""
     names, found = set(wanted), {}
@@ -142,7 +149,7 @@ def _masters(
         if any(state["partition_count"][index] != len(states) for state in states):
             raise UserError(f"{folder}: {next(iter(shapes))} was saved by another number of ranks", _HINT)
         paddings = states[0].get("param_alignment_paddings")
-        flat = [whole(state["single_partition_of_fp32_groups"][index]) for state in states]
+        flat = [whole(flat_share(state, index, key)) for state in states]
         found |= flat_group(shapes, paddings[index] if paddings else [0] * len(shapes), flat, folder)
     return found
 

@@ -53,6 +53,10 @@ class ExpertLoad:
         self._counts = {}
         return loads
 
+    def discard_step(self) -> None:
+        """Forgets the counts of a step that was refused."""
+        self._counts = {}
+
     def _balance(self, router: Any, counts: torch.Tensor) -> None:
         bias = getattr(router, "e_score_correction_bias", None)
         if bias is not None and self._bias_rate:

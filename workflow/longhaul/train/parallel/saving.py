@@ -24,15 +24,24 @@ def is_tied(job: StageJob) -> bool:
     return bool(job.model.get("tie_word_embeddings"))
 
 
-def write_layout(engine: Any, grid: Grid, folder: Path, is_tied: bool, gather: Callable[[Any], list[Any]]) -> None:
-    """Writes layout.json and the buffers of every stage (zero_checkpoint/parallel.py describes both); all ranks call it."""
+def write_layout(
+    engine: Any, grid: Grid, folder: Path, is_tied: bool, gather: Callable[[Any], list[Any]]
+) -> list[Path]:
+    """Writes layout.json and the buffers of every stage (zero_checkpoint/parallel.py describes both); all ranks call it.
+
+    Returns what this rank wrote.
+    """
+    written = []
     entries = [entry for part in gather(_entries(engine.module, grid)) for entry in part]
     if grid.rank == 0:
         axes = grid.parallel.model_dump(include={"tensor", "pipeline", "expert"}) | {"data": grid.data}
         write_json(folder / LAYOUT, {"axes": axes, "tied": TIED if is_tied else {}, "entries": entries})
+        written.append(folder / LAYOUT)
     if grid.data_rank == grid.tensor_rank == 0:
         buffers = {shard.name: buffer.detach().cpu().contiguous() for shard, buffer in saved_buffers(engine.module)}
         save_file(buffers, _buffers_file(folder, grid))
+        written.append(_buffers_file(folder, grid))
+    return written
 
 
 def _entries(module: torch.nn.Module, grid: Grid) -> list[dict[str, Any]]:

@@ -1,0 +1,22 @@
+"""events.jsonl: what happened to a stage beside its steps. Lines are only ever added, over all legs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """Writes on the rank that has a file to write to; other ranks' calls do nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder / "events.jsonl" if folder else None
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line: time in seconds since 1970, the event's name, its values."""
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time_s": round(time.time(), 3), "event": event, **values}) + "\n")
