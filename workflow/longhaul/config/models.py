@@ -197,6 +197,24 @@ class Nonfinite(Frozen):
     )
 
 
+class Recovery(Frozen):
+    """How soon a fault is noticed, and what follows."""
+
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="Crashes without a new checkpoint that are followed by a restart in the same allocation."
+    )
+    hang_s: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="A process that is not heard of for this long is taken for hung or dead."
+    )
+    collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=1800.0, description="A collective that waits longer for a rank ends the attempt."
+    )
+    lead_s: Annotated[float, Field(ge=0)] = Field(
+        default=60.0,
+        description="Time kept free before the end of an allocation, beside what a save, a validation and two steps took.",
+    )
+
+
 class Stage(Frozen):
     """One training stage."""
 
@@ -225,6 +243,7 @@ class Stage(Frozen):
     checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
     validation: Validation = Field(default=Validation(), description="Held-out loss.")
     nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN and infinity.")
+    recovery: Recovery = Field(default=Recovery(), description="Faults.")
     export: Literal["none", "last", "best"] = Field(
         default="none", description="Checkpoint that becomes a Hugging Face folder."
     )

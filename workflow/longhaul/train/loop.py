@@ -16,6 +16,7 @@ from longhaul.jobs import StageJob
 from longhaul.train.batches import Batch, Prefetcher, validation_batches
 from longhaul.train.checkpoints import Checkpoints, TrainingState
 from longhaul.train.guard import NonfiniteGuard, TrainingFailure
+from longhaul.train.heartbeat import Heartbeat
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.loss import global_loss, loss_sum
 from longhaul.train.metrics import Metrics, device_numbers
@@ -23,17 +24,20 @@ from longhaul.train.model import build_model, make_engine
 from longhaul.train.processes import Processes, start_processes
 from longhaul.train.proof import write_proof
 from longhaul.train.schedule import learning_rate
+from longhaul.train.stopping import Stopping
 from longhaul.train.writer import sole_writer
 
 
 def run(job: StageJob) -> None:
     """Trains the stage, or goes on where its last complete checkpoint stands, and writes job.out last.
 
+    When its allocation is about to end, it saves and leaves instead, with outcome.json.
+
     Raises:
         UserError: the job runs in another geometry than planned, or its inputs do not fit together.
         TrainingFailure: loss or gradients stayed non-finite beyond what the config allows.
     """
-    with start_processes(job) as processes:
+    with start_processes(job) as processes, Heartbeat(processes.rank, Path(job.folder), job.stage.recovery.hang_s):
         _run(job, processes)
 
 
@@ -45,9 +49,8 @@ def _run(job: StageJob, processes: Processes) -> None:
     with sole_writer(weights, processes):
         claim_weights_folder(job, identity, weights, processes)
         checkpoints = Checkpoints(weights, job, processes)
-        if not checkpoints.finished():
-            _train(job, processes, tokenizer, data, start, checkpoints)
-        if processes.is_main:
+        finished = checkpoints.finished() or _train(job, processes, tokenizer, data, start, checkpoints)
+        if processes.is_main and finished:
             finished_stage(job, weights, checkpoints, data, tokenizer).write(Path(job.out))
         processes.barrier()
 
@@ -75,7 +78,9 @@ def _train(
     data: DataManifest,
     start: Start | None,
     checkpoints: Checkpoints,
-) -> None:
+) -> bool:
+    """Whether the last step was reached."""
+    stopping = Stopping(job, processes)
     cache = checkpoints.folder / "samples"
     train = open_samples(job, data, "train", cache, processes)
     held_out = open_samples(job, data, "validation", cache, processes)
@@ -92,7 +97,12 @@ def _train(
             trainer.validate()
         if trainer.is_due(job.stage.checkpoints.every_steps):
             trainer.save()
+        elif reason := stopping.reason(trainer.leaving_takes_s):
+            trainer.save_unvalidated()
+            stopping.leave(reason, trainer.state.step)
+            break
     metrics.close()
+    return trainer.state.step == job.steps
 
 
 def open_samples(job: StageJob, data: DataManifest, split: str, cache: Path, processes: Processes) -> Samples | None:
@@ -122,6 +132,17 @@ class Trainer:
         self.guard = NonfiniteGuard(self.engine)
         self.failures_in_a_row = 0
         self.validation_loss: float | None = None
+        self.longest_s = {"step": 0.0, "validate": 0.0, "save": 0.0}
+
+    @property
+    def leaving_takes_s(self) -> float:
+        """What another step and a save may take, by what they took so far."""
+        return 2 * self.longest_s["step"] + self.longest_s["validate"] + 1.5 * self.longest_s["save"]
+
+    def _took(self, what: str, started: float) -> float:
+        seconds = time.perf_counter() - started
+        self.longest_s[what] = max(self.longest_s[what], seconds)
+        return seconds
 
     def is_due(self, every_steps: int) -> bool:
         """After every `every_steps` steps, and after the last one."""
@@ -141,7 +162,7 @@ class Trainer:
         self._note_nonfinite(finite, loss, grad_norm, batch)
         self.metrics.step(
             self.state.step,
-            seconds=time.perf_counter() - started,
+            seconds=self._took("step", started),
             values={
                 "loss": loss,
                 "grad_norm": grad_norm,
@@ -182,6 +203,7 @@ class Trainer:
         """Mean loss over the loss tokens of the same held-out samples every time."""
         if self.held_out is None:
             return
+        started = time.perf_counter()
         self.engine.eval()
         total = tokens = 0.0
         with torch.no_grad():
@@ -191,11 +213,19 @@ class Trainer:
         self.engine.train()
         self.validation_loss = self.processes.sum(total) / max(1.0, self.processes.sum(tokens))
         self.metrics.validation(self.state.step, self.validation_loss)
+        self._took("validate", started)
 
     def save(self) -> None:
         """Saves a checkpoint; one that will be exported carries its proof."""
+        started = time.perf_counter()
         with_proof = self.checkpoints.is_exportable(self.state.step, self.validation_loss)
         with self.checkpoints.saving(self.engine, self.state, self.validation_loss, with_proof) as folder:
             if with_proof:
                 write_proof(self.engine, self.job, folder / "proof", self.processes)
         self.metrics.note(f"saved step {self.state.step}", **device_numbers(self.processes.device))
+        self._took("save", started)
+
+    def save_unvalidated(self) -> None:
+        """A save between validations: it is resumed from, and never the best."""
+        self.validation_loss = None
+        self.save()
