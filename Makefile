@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-packages check format generate parity cluster cluster-down bench-trainer bench-plan clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity cluster cluster-down bench-trainer bench-plan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,7 +24,10 @@ $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	touch $@
 
 test: setup test-packages  ## every test, the real Slurm cluster included
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --ignore=tests/gpu
+
+test-gpu: setup  ## the chain on this machine's GPUs (needs torch's CUDA build in .venv)
+	$(BIN)/pytest tests/gpu -rA
 
 test-packages: setup  ## install what the cluster and browser tests need (Debian packages), or say what is left out
 	@$(CLUSTER) install

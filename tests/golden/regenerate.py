@@ -12,7 +12,7 @@ from longhaul.render import REPOSITORY, render_stage
 
 GOLDEN = Path(__file__).parent
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
-SHOWN = ("launch.sh", "job.sbatch", "ds_config.json")
+SHOWN = ("launch.sh", "launch.json", "job.sbatch", "ds_config.json")
 
 
 def rendered(case: str) -> dict[str, str]:

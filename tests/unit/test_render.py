@@ -148,8 +148,9 @@ def test_a_value_reaches_the_job_as_it_was_written(tmp_path: Path, value: str):
 
 def test_an_image_with_an_odd_name_is_one_word(tmp_path: Path):
     software = {"kind": "container", "path": "/images/$(touch pwned) a.sif"}
-    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
-    assert "'/images/$(touch pwned) a.sif' python3" in launch
+    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.json"]
+    for step in json.loads(launch)["steps"]:
+        assert step["command"][-6:-4] == ["/images/$(touch pwned) a.sif", "python3"]
 
 
 @pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])
@@ -185,9 +186,10 @@ def test_a_second_rendering_touches_nothing(tmp_path: Path):
 def test_a_container_is_left_for_slurms_client(tmp_path: Path):
     """scontrol and srun stand outside; what the container runs is Python alone."""
     software = {"kind": "container", "path": "/images/job.sif"}
-    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
-    commands = [line for line in launch.splitlines() if "apptainer" in line]
-    assert len(commands) == 2
-    for command in commands:
-        outside, inside = command.split("apptainer exec")
-        assert outside.startswith("srun ") and "srun" not in inside and "scontrol" not in inside
+    files = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files
+    assert "apptainer" not in files["launch.sh"], "the supervisor, which asks Slurm, stays outside"
+    steps = json.loads(files["launch.json"])["steps"]
+    assert len(steps) == 2
+    for step in steps:
+        inside = step["command"][step["command"].index("apptainer") :]
+        assert step["command"][0] == "srun" and "srun" not in inside and "supervise" not in inside

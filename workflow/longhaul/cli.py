@@ -39,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
         added = verbs.add_parser(verb, help=text)
         added.add_argument("job", type=Path, help="the rendered job file")
         added.set_defaults(run=_run_job, verb=verb)
+    supervise = verbs.add_parser("supervise", help="run a job's steps, restart them, queue the job again")
+    supervise.add_argument("job", type=Path, help="the rendered launch.json")
+    supervise.set_defaults(run=_supervise)
+    retry = verbs.add_parser("retry", help="forget why a job failed, so that the next run tries it again")
+    retry.add_argument("folder", type=Path, help="results/<run>/stages/<stage>, or results/<run>/jobs/<job>")
+    retry.set_defaults(run=_retry)
     report = verbs.add_parser("report", help="write one self-contained HTML page about a run")
     report.add_argument("folder", type=Path, help="results/<run>")
     report.add_argument("out", type=Path)
@@ -93,9 +99,37 @@ def _report(options: argparse.Namespace) -> None:
     run(options.folder, options.out)
 
 
+def _supervise(options: argparse.Namespace) -> None:
+    from longhaul.jobs import LaunchJob
+    from longhaul.supervise.supervisor import run
+
+    run(LaunchJob.read(options.job))
+
+
+def _retry(options: argparse.Namespace) -> None:
+    from longhaul.records import read_failure
+
+    failure = read_failure(options.folder)
+    if failure is None:
+        raise UserError(f"{options.folder} holds no failure.json", "name a failed job's folder, as its log does")
+    (options.folder / "failure.json").unlink()
+    print(f"forgotten: {failure.cause}")
+
+
 def _run_job(options: argparse.Namespace) -> None:
+    """A failure is written down beside the job file, as its exit code may not arrive."""
     os.environ.update(_OFFLINE)
-    verb, path = options.verb, options.job
+    try:
+        _start_job(options.verb, options.job)
+    except Exception as error:
+        from longhaul.ranks import this_rank
+        from longhaul.records import report_failure
+
+        report_failure(options.job.parent, error, this_rank())
+        raise
+
+
+def _start_job(verb: str, path: Path) -> None:
     if verb == "environment":
         from longhaul.environment.check import run
         from longhaul.jobs import EnvironmentJob

@@ -12,6 +12,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    failure_class = "permanent"
+    """Of a job that ends with it (longhaul.records): run again unchanged, it would fail again."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -38,6 +38,29 @@ class Job(Frozen):
             raise UserError(f"{path} is not a complete {cls.__name__}: {error}", "delete it and run again") from None
 
 
+class LaunchStep(Frozen):
+    """One command of a job, as words; no shell reads them."""
+
+    title: str
+    command: tuple[str, ...]
+
+
+class LaunchJob(Job):
+    """What launch.sh becomes: a supervisor around the steps of a job, which checks, restarts and queues again."""
+
+    name: str  # train-<stage>, tokenize-<dataset>, …
+    folder: str  # absolute: launch.json lies in it, and what is recorded about the job
+    slurm: bool
+    nodes: int
+    requeue: bool  # the job may put itself back into the queue
+    restarts: int  # crashes without progress that are followed by a restart in place
+    deadline_every_s: float  # how often Slurm is asked for the end of the allocation
+    steps: tuple[LaunchStep, ...]
+    inputs: tuple[str, ...]  # files that a permanent failure depends on
+    checkpoints: str | None  # weights root of a stage: where progress is looked for
+    quarantine: str  # results/quarantine.json
+
+
 class EnvironmentJob(Job):
     """Checks the nodes it runs on: one process per node."""
 

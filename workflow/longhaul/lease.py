@@ -21,18 +21,21 @@ from longhaul.errors import UserError
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease; `started_s` tells a process from a later one with the same number."""
+    """Who holds a lease; `started_s` tells a process from a later one with the same number; `job_id` is Slurm's."""
 
     host: str
     pid: int
     started_s: float
+    job_id: str | None = None
 
     @classmethod
     def this_process(cls) -> Holder:
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        job_id = os.environ.get("SLURM_JOB_ID")
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job_id)
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        job = f" (job {self.job_id})" if self.job_id else ""
+        return f"process {self.pid} on {self.host}{job}"
 
     def is_gone(self) -> bool:
         """True when the holder is surely dead: on this host, and its process is not there any more."""

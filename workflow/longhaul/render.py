@@ -10,29 +10,22 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 
 from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
-from longhaul.jobs import Job
+from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob
 from longhaul.payloads import job_names, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
 from longhaul.slurm import SlurmRequest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATES = REPOSITORY / "templates"
+QUARANTINE = "results/quarantine.json"
 _UNSAFE_IN_PATHS = set("\"'\\$`%\n\r")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a launch script: words already quoted for the shell, one a line."""
-
-    title: str
-    command: list[str]
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ def render_run(plan: Plan, workdir: Path) -> None:
 
 
 def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
-    """launch.sh, job.sbatch (on Slurm), ds_config.json, stage.json and environment.json of one training stage."""
+    """launch.sh and launch.json, job.sbatch (on Slurm), ds_config.json, stage.json and environment.json of one stage."""
     stage = plan.stage(name)
     folder = workdir / stage_folder(plan, name)
     request = plan.request(f"train-{name}")
@@ -70,29 +63,56 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
         _step("The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json"),
         _step("Training", plan, request, "train", folder / "stage.json"),
     ]
+    told = cast(StageJob, payload(plan, f"train-{name}"))
+    inputs = [folder / "stage.json", folder / "ds_config.json", told.data, told.start_checkpoint]
+    supervised = _supervised(plan, f"train-{name}", request, folder, steps, inputs)
+    supervised = supervised.model_copy(
+        update={"restarts": stage.stage.recovery.restarts, "checkpoints": told.weights_root}
+    )
     return Rendered(
         {
-            "launch.sh": _launch(plan, request, title, steps, workdir),
+            "launch.sh": _launch(plan, request, title, folder, workdir),
+            "launch.json": _json(supervised),
             **_by_hand(plan, request, title, folder, f"train_stage-{name}"),
             "ds_config.json": render_deepspeed(stage, plan.site),
-            "stage.json": _json(payload(plan, f"train-{name}")),
+            "stage.json": _json(told),
             "environment.json": _json(stage_environment_job(plan, name)),
         }
     )
 
 
 def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
-    """launch.sh, job.sbatch (on Slurm) and job.json of a job that is no training stage."""
+    """launch.sh and launch.json, job.sbatch (on Slurm) and job.json of a job that is no training stage."""
     folder = workdir / job_folder(plan, job)
     request = plan.request(job)
     title = f"longhaul {plan.run}: {job}"
     steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json")]
     return Rendered(
         {
-            "launch.sh": _launch(plan, request, title, steps, workdir),
+            "launch.sh": _launch(plan, request, title, folder, workdir),
+            "launch.json": _json(_supervised(plan, job, request, folder, steps, [folder / "job.json"])),
             **_by_hand(plan, request, title, folder, job),
             "job.json": _json(payload(plan, job)),
         }
+    )
+
+
+def _supervised(
+    plan: Plan, job: str, request: SlurmRequest, folder: Path, steps: list[LaunchStep], inputs: list[Path | str | None]
+) -> LaunchJob:
+    return LaunchJob(
+        run=plan.run,
+        name=job,
+        folder=str(folder),
+        slurm=plan.site.scheduler == "slurm",
+        nodes=request.nodes,
+        requeue=plan.site.requeue,
+        restarts=0,
+        deadline_every_s=plan.site.deadline_every_s,
+        steps=tuple(steps),
+        inputs=tuple(str(path) for path in (folder / "launch.json", *inputs) if path),
+        checkpoints=None,
+        quarantine=QUARANTINE,
     )
 
 
@@ -176,16 +196,15 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
 
 
-def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, job: Path) -> Step:
+def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, job: Path) -> LaunchStep:
     workdir = job.parents[4]  # <workdir>/results/<run>/<jobs|stages>/<name>/<file>
-    words = ["-m", "longhaul", verb, str(job)]
+    words = ("-m", "longhaul", verb, str(job))
     launcher = _srun(plan.site, request) if plan.site.scheduler == "slurm" else []
     python = _python(plan.site)
     if plan.site.scheduler == "local" and request.tasks > 1:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
         python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.tasks}"]
-    quoted = [shlex.quote(word) for word in [*launcher, *_enter_container(plan, workdir), *python]]
-    return Step(title, [" ".join(quoted), " ".join(shlex.quote(word) for word in words)])
+    return LaunchStep(title=title, command=(*launcher, *_enter_container(plan, workdir), *python, *words))
 
 
 def _srun(site: Site, request: SlurmRequest) -> list[str]:
@@ -213,7 +232,8 @@ def _enter_container(plan: Plan, workdir: Path) -> list[str]:
     return [software.runtime, "exec", *gpus, "--bind", "/dev/shm", *binds, software.path]
 
 
-def _launch(plan: Plan, request: SlurmRequest, title: str, steps: list[Step], workdir: Path) -> str:
+def _launch(plan: Plan, request: SlurmRequest, title: str, folder: Path, workdir: Path) -> str:
+    """Enters the working folder and the environment, and becomes the supervisor, in the Python that runs Snakemake."""
     site = plan.site
     return _template("sbatch/launch.sh.j2").render(
         title=title,
@@ -221,9 +241,8 @@ def _launch(plan: Plan, request: SlurmRequest, title: str, steps: list[Step], wo
         modules=site.software.modules,
         environment=_environment(site, request),
         path_prefix=[f"{site.software.path}/bin"] if site.software.kind in ("venv", "conda") else [],
-        slurm=site.scheduler == "slurm",
-        nodes=request.nodes,
-        steps=steps,
+        python=sys.executable,
+        job=folder / "launch.json",
     )
 
 

@@ -20,6 +20,13 @@ from longhaul.ranks import Rank, export_rank
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+
+class RendezvousError(UserError):
+    """Ranks that did not meet; on other nodes, or a minute later, they may."""
+
+    failure_class = "node"
+
+
 MEET_S = 180.0
 """Nodes of one srun start within seconds; imports from a cold shared file system take up to minutes."""
 
@@ -28,7 +35,7 @@ MEET_S = 180.0
 def process_group(rank: Rank, backend: str, timeout_s: float, meet_s: float = MEET_S) -> Iterator[None]:
     """All ranks' default process group ("gloo" or "nccl") for the length of the block.
 
-    A rank that does not come within `meet_s`, or a network the backend cannot use, is a UserError on every rank that
+    A rank that does not come within `meet_s`, or a network the backend cannot use, is a RendezvousError on every rank that
     came. A collective that waits longer than `timeout_s` raises torch's error.
     """
     import torch
@@ -49,7 +56,7 @@ def process_group(rank: Rank, backend: str, timeout_s: float, meet_s: float = ME
             device_id=device,
         )
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
-        raise UserError(
+        raise RendezvousError(
             f"{rank.host}: rank {rank.rank} cannot open {backend} connections to the other ranks: {_first_line(error)}",
             _interface_hint(backend),
         ) from None
@@ -73,7 +80,7 @@ def _meet(rank: Rank, meet_s: float) -> TCPStore:
     except (DistError, OSError) as error:
         raise _unreachable(rank, meet_s, error) from None
     if verdict != "all here":
-        raise UserError(
+        raise RendezvousError(
             verdict, "look in the job's log for why they did not start: a drained node, a failed module or mount"
         )
     return store
@@ -135,14 +142,14 @@ def _numbers(ranges: str) -> Iterator[str]:
             yield str(number).zfill(len(first))
 
 
-def _unreachable(rank: Rank, meet_s: float, error: Exception) -> UserError:
+def _unreachable(rank: Rank, meet_s: float, error: Exception) -> RendezvousError:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if rank.is_main:
-        return UserError(
+        return RendezvousError(
             f"{rank.host}: rank 0 cannot serve the rendezvous at {address}: {_first_line(error)}",
             "MASTER_ADDR must be this node and MASTER_PORT free; start through launch.sh, which sets both",
         )
-    return UserError(
+    return RendezvousError(
         f"{rank.host}: rank {rank.rank} did not reach rank 0 at {address} within {meet_s:g} s: {_first_line(error)}",
         "check that rank 0's node is up, and that no firewall closes ports between compute nodes",
     )

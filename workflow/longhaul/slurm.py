@@ -34,7 +34,12 @@ RESOURCE_KEYS = (
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """What one job asks Slurm for. memory_mb: None sends nothing, 0 asks for the whole node."""
+    """What one job asks Slurm for.
+
+    memory_mb: None sends nothing, 0 asks for the whole node. exclude: nodes to leave out; () says that there are none, since
+    the executor plugin would leave out every node of an earlier failure (the last --exclude wins); None says nothing.
+    after_job: start when that job has ended.
+    """
 
     nodes: int
     tasks_per_node: int
@@ -50,6 +55,8 @@ class SlurmRequest:
     constraint: str | None = None
     reservation: str | None = None
     exclusive: bool = False
+    exclude: tuple[str, ...] | None = None
+    after_job: str | None = None
 
     @property
     def tasks(self) -> int:
@@ -96,6 +103,10 @@ class SlurmRequest:
             extra.append(f"--reservation={self.reservation}")
         if self.exclusive:
             extra.append("--exclusive")
+        if self.exclude is not None:
+            extra.append(f"--exclude={','.join(self.exclude)}")
+        if self.after_job:
+            extra.append(f"--dependency=afterany:{self.after_job}")
         return extra
 
     def as_sbatch(self) -> dict[str, str]:
@@ -115,6 +126,8 @@ class SlurmRequest:
             "--constraint": self.constraint,
             "--reservation": self.reservation,
             "--exclusive": "" if self.exclusive else None,
+            "--exclude": ",".join(self.exclude) if self.exclude else None,
+            "--dependency": f"afterany:{self.after_job}" if self.after_job else None,
             "--open-mode": "append",
         }
         return {option: str(value) for option, value in options.items() if value is not None}

@@ -16,6 +16,7 @@ from longhaul.rules import RESOURCE_KEYS, load_run_plan, plan_key, source_key, s
 from longhaul.lease import RunLease
 from longhaul.payloads import repository_sources
 from longhaul.plan import lock_path
+from longhaul.submission import submitted_request
 from longhaul.render import job_folder, render_run, stage_folder
 
 CONFIG, PLAN = load_run_plan(workflow)
@@ -36,8 +37,11 @@ wildcard_constraints:
 def job_resources(job_of):
     """Resources of a rule, straight from its job's SlurmRequest; a key the request lacks is left out."""
 
+    def request(wildcards):
+        return submitted_request(PLAN, job_of(wildcards), Path.cwd())
+
     def value(key):
-        return lambda wildcards: PLAN.request(job_of(wildcards)).as_resources().get(key)
+        return lambda wildcards: request(wildcards).as_resources().get(key)
 
     return {key: value(key) for key in RESOURCE_KEYS}
 

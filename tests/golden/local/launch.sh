@@ -12,10 +12,5 @@ export TOKENIZERS_PARALLELISM='false'
 export OMP_NUM_THREADS='1'
 export DS_ACCELERATOR='cpu'
 
-# The nodes this stage really got
-/opt/venv/bin/python \
-    -m longhaul environment /scratch/my-run/results/local/stages/main/environment.json
-
-# Training
-/opt/venv/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 \
-    -m longhaul train /scratch/my-run/results/local/stages/main/stage.json
+# Checks the allocation, starts the steps of launch.json, restarts them, queues the job again.
+exec /opt/venv/bin/python -m longhaul supervise /scratch/my-run/results/local/stages/main/launch.json

@@ -224,6 +224,8 @@ def main(folder: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from safetensors.torch import save_file
 
+    from longhaul.ranks import leave
+
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed refuses fp16 on CPUs without fp16 matrix units, though torch computes it on any: only the layout matters.
@@ -240,6 +242,8 @@ def main(folder: Path) -> None:
             config = {**engine.module.config.to_dict(), "architectures": [type(engine.module).__name__]}
             (folder / name / "weights" / "model_config.json").write_text(json.dumps(config))
         engine.destroy()
+    torch.distributed.barrier()
+    leave()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def test_skipped_batches_are_stepped_over():
 
 
 def test_conversations_stay_whole_and_see_only_their_own_positions(chat_shards: DataManifest, tmp_path: Path):
-    samples, source = packs(chat_shards, tmp_path), reader(chat_shards)
+    source = reader(chat_shards)
+    samples = packs(chat_shards, tmp_path, length=int(source.lengths().max()))
     seen = []
     for index in range(len(samples)):
         sample = samples[index]

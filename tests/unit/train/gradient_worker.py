@@ -15,6 +15,7 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from longhaul.ops import disable_shm_comm
+from longhaul.ranks import leave
 from longhaul.train.batches import MicroBatch
 from longhaul.train.loss import global_loss, loss_sum
 
@@ -69,6 +70,8 @@ def main() -> None:
             found = gradients(micro, zero_stage)
             if torch.distributed.get_rank() == 0:
                 save_file(found, out / f"ranks{ranks}-micro{micro}-zero{zero_stage}.safetensors")
+    torch.distributed.barrier()
+    leave()
 
 
 if __name__ == "__main__":

@@ -218,6 +218,24 @@ class Nonfinite(Frozen):
     )
 
 
+class Recovery(Frozen):
+    """How soon a fault is noticed, and what follows."""
+
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="Crashes without a new checkpoint that are followed by a restart in the same allocation."
+    )
+    hang_s: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="A process that is not heard of for this long is taken for hung or dead."
+    )
+    collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=1800.0, description="A collective that waits longer for a rank ends the attempt."
+    )
+    lead_s: Annotated[float, Field(ge=0)] = Field(
+        default=60.0,
+        description="Time kept free before the end of an allocation, beside what a save, a validation and two steps took.",
+    )
+
+
 class Stage(Frozen):
     """One training stage."""
 
@@ -254,6 +272,7 @@ class Stage(Frozen):
         default=(),
         description="Global batches, counted from 0, that are never trained on; a stage that is past one refuses it.",
     )
+    recovery: Recovery = Field(default=Recovery(), description="Faults.")
     export: Literal["none", "last", "best"] = Field(
         default="none", description="Checkpoint that becomes a Hugging Face folder."
     )

@@ -110,6 +110,9 @@ class Site(Frozen):
     )
     exclusive: bool = Field(default=False, description="--exclusive.")
     requeue: bool = Field(default=True, description="Jobs may be requeued.")
+    deadline_every_s: Annotated[float, Field(gt=0)] = Field(
+        default=30.0, description="How often a job asks Slurm for the end of its allocation, in seconds."
+    )
     sbatch_from_jobs: bool = Field(default=False, description="Compute nodes may call sbatch.")
     srun_extra: tuple[SlurmOption, ...] = Field(default=(), description="More options for every srun, e.g. --mpi=pmix.")
     interconnect: Interconnect = Field(default=Interconnect(), description="The network between nodes.")

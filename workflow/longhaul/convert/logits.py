@@ -35,7 +35,7 @@ def prove_logits(
     """Recomputes the trainer's logits with the exported model, loaded in the trainer's compute dtype.
 
     Bit equality is asked for when nothing that rounds differs: the export has the trainer's bits after the cast to the
-    compute dtype, and device type, thread count, processor capability and torch version are the trainer's.
+    compute dtype, both were computed on a CPU, and thread count, processor capability and torch version are the trainer's.
     Where only the export's dtype differs, the master weights in the same model must give equal bits, and the export
     itself must stay within a bound; where the machine differs, the export must stay within the bound.
     A layout that sums over ranks (tensor, expert and sequence parallelism) rounds in another order than one device does:
@@ -90,7 +90,9 @@ def compute_dtype(proof_folder: Path) -> torch.dtype:
 
 
 def _machine_differences(made: dict[str, Any], device: str) -> list[str]:
-    """What makes the same weights round differently here, in words."""
+    """What makes the same weights round differently here, in words; cuBLAS chooses kernels by where its operands lie."""
+    if device == made["device"] != "cpu":
+        return [f"computed on {device}, where kernels depend on the alignment of tensors"]
     here = {"device": device, "torch": torch.__version__}
     if device == "cpu":
         here["cpu_capability"] = torch.backends.cpu.get_cpu_capability()

@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 _WARMUP_ROUNDS = 3
 _FLOAT_BYTES = 4
+# torch 2.13's names; releases before it know only the older ones.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _all_gather(group: Group, elements: int):
         parts = whole.view(group.size, -1)
         return all(bool((parts[rank] == rank + 1).all()) for rank in range(group.size))
 
-    return lambda: dist.all_gather_single(whole, part), is_correct
+    return lambda: _all_gather_single(whole, part), is_correct
 
 
 def _reduce_scatter(group: Group, elements: int):
@@ -124,7 +127,7 @@ def _reduce_scatter(group: Group, elements: int):
     def is_correct() -> bool:
         return bool((part == (group.rank + 1) * group.size).all())
 
-    return lambda: dist.reduce_scatter_single(part, whole), is_correct
+    return lambda: _reduce_scatter_single(part, whole), is_correct
 
 
 def _send_recv(group: Group, elements: int):

@@ -19,6 +19,7 @@ from longhaul.train.checkpoints import Checkpoints
 from longhaul.train.events import Events
 from longhaul.train.guard import TrainingFailure, badness
 from longhaul.train.hashed_files import DISK_FULL
+from longhaul.train.heartbeat import Heartbeat
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.metrics import Metrics, device_numbers
 from longhaul.train.model import build_model
@@ -27,17 +28,24 @@ from longhaul.train.processes import Processes, start_processes
 from longhaul.train.proof import write_proof
 from longhaul.train.schedule import learning_rate
 from longhaul.train.state import TrainingState
+from longhaul.train.stopping import Stopping
 from longhaul.train.writer import sole_writer
 
 
 def run(job: StageJob) -> None:
     """Trains the stage, or goes on where its last complete checkpoint stands, and writes job.out last.
 
+    When its allocation is about to end, it saves and leaves instead, with outcome.json.
+
     Raises:
         UserError: the job runs in another geometry than planned, or its inputs do not fit together.
         TrainingFailure: loss or gradients stayed non-finite beyond what the config allows.
     """
-    with start_processes(job) as processes, _disk_full_told(Path(job.weights_root)):
+    with (
+        start_processes(job) as processes,
+        Heartbeat(processes.rank, Path(job.folder), job.stage.recovery.hang_s),
+        _disk_full_told(Path(job.weights_root)),
+    ):
         _run(job, processes)
 
 
@@ -61,9 +69,8 @@ def _run(job: StageJob, processes: Processes) -> None:
         claim_weights_folder(job, identity, weights, processes)
         events = Events(weights if processes.is_main else None)
         checkpoints = Checkpoints(weights, job, processes, events)
-        if not checkpoints.finished():
-            _train(job, processes, tokenizer, data, start, checkpoints, events)
-        if processes.is_main:
+        finished = checkpoints.finished() or _train(job, processes, tokenizer, data, start, checkpoints, events)
+        if processes.is_main and finished:
             finished_stage(job, weights, checkpoints, data, tokenizer).write(Path(job.out))
         processes.barrier()
 
@@ -92,7 +99,9 @@ def _train(
     start: Start | None,
     checkpoints: Checkpoints,
     events: Events,
-) -> None:
+) -> bool:
+    """Whether the last step was reached."""
+    stopping = Stopping(job, processes)
     cache = checkpoints.folder / "samples"
     train = open_samples(job, data, "train", cache, processes)
     held_out = open_samples(job, data, "validation", cache, processes)
@@ -110,7 +119,12 @@ def _train(
             trainer.validate()
         if trainer.is_due(job.stage.checkpoints.every_steps):
             trainer.save()
+        elif reason := stopping.reason(trainer.leaving_takes_s):
+            trainer.save_unvalidated()
+            stopping.leave(reason, trainer.state.step)
+            break
     metrics.close()
+    return trainer.state.step == job.steps
 
 
 def open_samples(job: StageJob, data: DataManifest, split: str, cache: Path, processes: Processes) -> Samples | None:
@@ -140,6 +154,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.bad_in_a_row = 0
         self.validation_loss: float | None = None
+        self.longest_s = {"step": 0.0, "validate": 0.0, "save": 0.0}
         self.backend.guard.judge = self._badness
 
     def _badness(self, loss: float, grad_norm: float) -> str | None:
@@ -150,6 +165,16 @@ class Trainer:
         self.validate()
         if self.job.stage.nonfinite.policy == "roll_back":
             self.save()
+
+    @property
+    def leaving_takes_s(self) -> float:
+        """What another step and a save may take, by what they took so far."""
+        return 2 * self.longest_s["step"] + self.longest_s["validate"] + 1.5 * self.longest_s["save"]
+
+    def _took(self, what: str, started: float) -> float:
+        seconds = time.perf_counter() - started
+        self.longest_s[what] = max(self.longest_s[what], seconds)
+        return seconds
 
     def is_due(self, every_steps: int) -> bool:
         """After every `every_steps` steps, and after the last one."""
@@ -171,7 +196,7 @@ class Trainer:
         self.state.finish_step(loss)
         self.metrics.step(
             self.state.step,
-            seconds=time.perf_counter() - started,
+            seconds=self._took("step", started),
             values={
                 "loss": loss,
                 "grad_norm": guard.grad_norm(),
@@ -231,18 +256,27 @@ class Trainer:
         """Mean loss over the loss tokens of the same held-out samples every time."""
         if self.held_out is None:
             return
+        started = time.perf_counter()
         total = tokens = 0.0
         for micro in validation_batches(self.held_out, self.job, self.processes):
             total += self.backend.evaluate(micro)
             tokens += micro.loss_tokens
         self.validation_loss = self.processes.sum(total) / max(1.0, self._sum_over_samples(tokens))
         self.metrics.validation(self.state.step, self.validation_loss)
+        self._took("validate", started)
 
     def save(self) -> None:
         """Saves a checkpoint; one that will be exported carries its proof."""
         self.bad_in_a_row = 0
+        started = time.perf_counter()
         with_proof = self.checkpoints.is_exportable(self.state.step, self.validation_loss)
         with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_proof) as folder:
             if with_proof:
                 write_proof(self.backend, self.job, folder / "proof", self.processes)
         self.metrics.note(f"saved step {self.state.step}", **device_numbers(self.processes.device))
+        self._took("save", started)
+
+    def save_unvalidated(self) -> None:
+        """A save between validations: it is resumed from, and never the best."""
+        self.validation_loss = None
+        self.save()

@@ -16,8 +16,6 @@ from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
 from longhaul.train.parallel.grid import Grid, make_grid
 
-_COLLECTIVE_TIMEOUT_S = 1800.0
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -70,7 +68,7 @@ def start_processes(job: StageJob) -> Iterator[Processes]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
-    with process_group(rank, "nccl" if on_gpu else "gloo", _COLLECTIVE_TIMEOUT_S):
+    with process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s):
         _join_deepspeed(on_gpu)
         yield Processes(rank, device, threads, make_grid(job.stage.parallel, rank.rank, rank.world_size))
 

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longhaul.artifacts import write_text
-from longhaul.lease import Lease
+from longhaul.lease import Holder, Lease
 from longhaul.train.processes import Processes
 
 BEAT_S = 5.0
 DEAD_AFTER_S = 60.0
+SAME_JOB_BEATS = 3
+"""An earlier attempt of this very job is waited for no longer: Slurm has ended its processes where it reaches them."""
 _RETRY_S = 0.5
 
 
@@ -28,7 +30,7 @@ def sole_writer(
 ) -> Iterator[None]:
     """All ranks hold `folder` for the length of the block, after whoever holds it now has ended; rank 0 has the lease."""
     lease, beat = Lease(folder / "lease.json"), folder / "lease.beat"
-    claim = Claim(lease, beat, dead_after_s)
+    claim = Claim(lease, beat, dead_after_s, SAME_JOB_BEATS * beat_s)
     # Every rank takes part in every try: a rank left alone in a collective would run into its time-out.
     while not processes.broadcast(processes.is_main and claim.succeeds()):
         time.sleep(_RETRY_S)
@@ -49,8 +51,9 @@ def sole_writer(
 class Claim:
     """Tries to take a lease, and remembers since when its holder's count has stood still."""
 
-    def __init__(self, lease: Lease, beat: Path, dead_after_s: float) -> None:
+    def __init__(self, lease: Lease, beat: Path, dead_after_s: float, same_job_s: float | None = None) -> None:
         self._lease, self._beat, self._dead_after_s = lease, beat, dead_after_s
+        self._same_job_s = dead_after_s if same_job_s is None else same_job_s
         self._seen, self._since, self._told = "", time.monotonic(), False
 
     def succeeds(self) -> bool:
@@ -60,13 +63,18 @@ class Claim:
         holder, count = self._lease.current(), _read(self._beat)
         if count != self._seen:
             self._seen, self._since = count, time.monotonic()
-        if holder and time.monotonic() - self._since > self._dead_after_s:
-            print(f"{holder} has not been heard of for {self._dead_after_s:g} s; taking over", flush=True)
+        patience_s = self._patience_s(holder)
+        if holder and time.monotonic() - self._since > patience_s:
+            print(f"{holder} has not been heard of for {patience_s:g} s; taking over", flush=True)
             self._lease.clear(holder)
         elif holder and not self._told:
             print(f"{holder} works on {self._lease.path.parent}; waiting for it", flush=True)
             self._told = True
         return False
+
+    def _patience_s(self, holder: Holder | None) -> float:
+        own = self._lease.holder.job_id
+        return self._same_job_s if own and holder and holder.job_id == own else self._dead_after_s
 
 
 def _beat(path: Path, beat_s: float, stopped: threading.Event) -> None:

@@ -1,0 +1,68 @@
+"""What a job asks Slurm for at the moment it is submitted: its plan's request, and what was learnt since."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from longhaul.errors import UserError
+from longhaul.jobs import LaunchJob
+from longhaul.plan import Plan, partition_for
+from longhaul.records import invocation, launch_key, read_failure, read_quarantine, read_state
+from longhaul.render import QUARANTINE, job_folder, stage_folder
+from longhaul.slurm import SlurmRequest
+
+
+def submitted_request(plan: Plan, job: str, workdir: Path) -> SlurmRequest:
+    """The plan's request without quarantined nodes, behind the job that still works on it.
+
+    A job that would only fail again asks for one task and one minute, in which it tells why. Also called on the node,
+    by the Snakemake inside the job; it never raises.
+    """
+    request, folder = plan.request(job), workdir / _folder(plan, job)
+    if _would_fail_again(plan, folder):
+        return _a_minute(plan, request)
+    state = read_state(folder)
+    after = state.job_id if state and state.holds_job else None
+    return replace(request, exclude=_quarantined(workdir), after_job=after)
+
+
+def _folder(plan: Plan, job: str) -> Path:
+    verb, _, name = job.partition("-")
+    return stage_folder(plan, name) if verb == "train" else job_folder(plan, job)
+
+
+def _would_fail_again(plan: Plan, folder: Path) -> bool:
+    failure = read_failure(folder)
+    if failure is None:
+        return False
+    try:
+        key = launch_key(LaunchJob.read(folder / "launch.json").inputs)
+    except UserError:
+        return False
+    return failure.is_current(key, invocation(folder.parents[2], plan.run))
+
+
+def _a_minute(plan: Plan, request: SlurmRequest) -> SlurmRequest:
+    partition = partition_for(plan.site, "cpu")
+    return replace(
+        request,
+        nodes=1,
+        tasks_per_node=1,
+        cpus_per_task=1,
+        minutes=1,
+        partition=partition.name if partition else request.partition,
+        gpus_per_node=0,
+        memory_mb=request.memory_mb and 1000,
+        exclusive=False,
+    )
+
+
+def _quarantined(workdir: Path) -> tuple[str, ...]:
+    """A name that no host can have would make Slurm refuse every job."""
+    try:
+        names = read_quarantine(workdir / QUARANTINE).names
+    except UserError:
+        return ()
+    return tuple(name for name in names if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name))

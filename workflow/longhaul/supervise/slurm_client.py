@@ -1,0 +1,146 @@
+"""Slurm's own commands, and an answer that never confuses «I do not know» with «it is gone»."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+
+from longhaul.errors import UserError
+
+_ANSWER_S = 30.0
+_ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
+
+
+class SlurmSilentError(Exception):
+    """Slurm did not answer, or answered with an error of its own."""
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job as `scontrol show job` has it; end_s in seconds since the epoch."""
+
+    state: str
+    nodes: int
+    node_list: str
+    end_s: float | None
+    preempted: bool
+    restarts: int
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in _ENDED
+
+
+def job_info(job_id: str) -> JobInfo | None:
+    """None when Slurm knows no such job (any more).
+
+    Raises:
+        SlurmSilentError: Slurm does not answer.
+    """
+    try:
+        text = _scontrol("--oneliner", "show", "job", job_id)
+    except SlurmSilentError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    found = dict(re.findall(r"(\w+)=(\S*)", text))
+    return JobInfo(
+        state=found.get("JobState", ""),
+        nodes=int(re.match(r"\d+", found.get("NumNodes", "0"))[0]),  # pyright: ignore[reportOptionalSubscript]
+        node_list=found.get("NodeList", ""),
+        end_s=_seconds(found.get("EndTime", "")),
+        preempted=_seconds(found.get("PreemptTime", "")) is not None,
+        restarts=int(found.get("Restarts", 0)),
+    )
+
+
+def hostnames(node_list: str) -> list[str]:
+    return _scontrol("show", "hostnames", node_list).split()
+
+
+def requeue(job_id: str, excluded: list[str]) -> str:
+    """Puts the job back into the queue, away from `excluded` nodes; returns why it could not be done, else ""."""
+    try:
+        _scontrol("requeue", job_id)
+    except SlurmSilentError as error:
+        return str(error)
+    if excluded:
+        try:
+            _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(excluded)}")
+        except SlurmSilentError as error:
+            print(f"warning: {', '.join(excluded)} could not be excluded: {error}", flush=True)
+    return ""
+
+
+def down_nodes(nodes: list[str]) -> list[str]:
+    """Those that Slurm has down, failing or not responding; [] when it does not answer."""
+    try:
+        shown = _run("sinfo", "--noheader", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    except SlurmSilentError:
+        return []
+    states = dict(line.split(maxsplit=1) for line in shown.splitlines() if " " in line)
+    return [node for node in nodes if re.match(r"down|fail|drain\w*\*|.*\*$", states.get(node, ""))]
+
+
+def silent_nodes(nodes: list[str], wait_s: float) -> list[str]:
+    """Nodes of this job's allocation on which no process can be started within `wait_s` seconds."""
+
+    def answers(node: str) -> bool:
+        try:
+            _run(
+                "srun",
+                "--overlap",
+                "--nodes=1",
+                "--ntasks=1",
+                f"--nodelist={node}",
+                "--mpi=none",
+                "true",
+                wait_s=wait_s,
+            )
+            return True
+        except SlurmSilentError:
+            return False
+
+    with ThreadPoolExecutor(min(32, len(nodes))) as pool:
+        return [node for node, answered in zip(nodes, pool.map(answers, nodes), strict=True) if not answered]
+
+
+def _scontrol(*words: str) -> str:
+    return _run("scontrol", *words)
+
+
+def _run(*words: str, wait_s: float = _ANSWER_S) -> str:
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=wait_s, check=False, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{words[0]} is not on the PATH of this node", "submit through Slurm, or load its module"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmSilentError(f"{words[0]} did not answer within {wait_s:g} s") from None
+    if done.returncode:
+        raise SlurmSilentError((done.stderr or done.stdout).strip() or f"{words[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+def _seconds(time: str) -> float | None:
+    """Slurm's local time; None for "None", "Unknown" and the like."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except ValueError:
+        return None
