@@ -69,6 +69,16 @@ class Columns(Frozen):
 
     text: OneLine = Field(default="text", description="kind text: the document.")
     messages: OneLine = Field(default="messages", description="kind chat: a list of {role, content}.")
+    prompt: OneLine | None = Field(
+        default=None, description="kind chat, in place of messages: what the user says (a text, or messages)."
+    )
+    completion: OneLine | None = Field(default=None, description="With prompt: what the assistant answers.")
+
+    @model_validator(mode="after")
+    def _both(self) -> Columns:
+        if bool(self.prompt) != bool(self.completion):
+            raise ValueError("prompt and completion belong together")
+        return self
 
 
 class Dataset(Frozen):
@@ -84,6 +94,20 @@ class Dataset(Frozen):
         default="auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
     )
     columns: Columns = Field(default=Columns(), description="Columns that are read.")
+    bad_rows: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A row that cannot be read ends the job, or is left out, counted by reason and named once.",
+    )
+    max_document_mb: Annotated[float, Field(gt=0, le=200)] = Field(
+        default=64.0, description="Longest document (or line) that is read, in MB; longer ones are bad rows."
+    )
+    unit_mb: Annotated[float, Field(gt=0)] = Field(
+        default=16.0,
+        description="Source per work unit, in MB; each becomes shards of its own. For terabytes raise it to some 256.",
+    )
+    reasoning_in_loss: bool = Field(
+        default=True, description="kind chat: train on the assistant's <think>…</think>; false: it is context alone."
+    )
     validation_share: Share = Field(default=0.01, description="Share of documents held out, chosen by document hash.")
 
     @model_validator(mode="after")
