@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +40,14 @@ class Reference:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Without a post-processor offsets keep the spaces of a token, and they are in the loss as well.
-        self._bare = Tokenizer.from_str(_without_post_processor(folder))
+        self._folder = folder
+
+    @cached_property
+    def _bare(self) -> Any:
+        """Without a post-processor offsets keep the spaces of a token, and they are in the loss as well."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(_without_post_processor(self._folder))
 
     def encode(self, texts: Sequence[str]) -> Rows:
         """Ids with the special tokens that the tokenizer adds to a text."""

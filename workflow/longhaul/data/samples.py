@@ -12,6 +12,7 @@ S = sequence length, T = tokens of a document, D = documents.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -91,6 +92,12 @@ class Samples:
         """Conversations longer than a sequence, whose ends are never trained on (0 for windows)."""
         return self._source.cut_documents
 
+    @property
+    def padding_share(self) -> float:
+        """Share of an epoch's positions that hold no token."""
+        positions = len(self) * self._source.length
+        return 1 - self._source.token_count / positions if positions else 0.0
+
     def ids(self, batch: int, global_batch: int) -> np.ndarray:
         """[global_batch] int64: the samples of global batch number `batch` (from 0), in order.
 
@@ -128,17 +135,18 @@ class _Windows:
     cut_documents = 0
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int) -> None:
-        self._reader, self._length, self._pad_id = reader, length, pad_id
+        self._reader, self.length, self._pad_id = reader, length, pad_id
+        self.token_count = reader.token_count
 
     def __len__(self) -> int:
-        return max(0, -(-(self._reader.token_count - 1) // self._length))
+        return max(0, -(-(self.token_count - 1) // self.length))
 
     def __getitem__(self, index: int) -> Sample:
-        start = index * self._length
-        stop = min(start + self._length + 1, self._reader.token_count)
+        start = index * self.length
+        stop = min(start + self.length + 1, self._reader.token_count)
         tokens = self._reader.tokens(start, stop)
-        sample = _blank(self._length, self._pad_id)
-        inputs = tokens[: self._length]
+        sample = _blank(self.length, self._pad_id)
+        inputs = tokens[: self.length]
         sample.input_ids[: len(inputs)] = inputs
         sample.labels[: len(tokens) - 1] = tokens[1:]
         return sample
@@ -148,27 +156,35 @@ class _Packed:
     """Sample i is pack i; a conversation longer than S is cut at S."""
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
-        self._reader, self._length, self._pad_id = reader, length, pad_id
+        self._reader, self.length, self._pad_id = reader, length, pad_id
         lengths = reader.lengths()
         self.cut_documents = int((lengths > length).sum())
+        self.token_count = int(np.minimum(lengths, length).sum(dtype=np.int64))
         if len(lengths) and not path.exists():
             make_packs(lengths, length, seed, path)
+            packs = len(Packs(path, len(lengths)))
+            print(
+                f"packed {len(lengths):,} conversations into {packs:,} sequences of {length}: "
+                f"{1 - self.token_count / (packs * length):.2%} padding, {self.cut_documents:,} cut at the end",
+                file=sys.stderr,
+                flush=True,
+            )
         self._packs = Packs(path, len(lengths)) if len(lengths) else []
 
     def __len__(self) -> int:
         return len(self._packs)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = _blank(self._length, self._pad_id)
+        sample = _blank(self.length, self._pad_id)
         start = 0
         for document in self._packs[index]:
             start += self._place(sample, start, *self._reader.document(int(document)))
-        sample.position_ids[start:] = np.arange(self._length - start)
+        sample.position_ids[start:] = np.arange(self.length - start)
         return sample
 
     def _place(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
         """Writes one conversation [T] at `start`; its last position predicts nothing. Returns the room it took."""
-        tokens, mask = tokens[: self._length], mask[: self._length]
+        tokens, mask = tokens[: self.length], mask[: self.length]
         stop = start + len(tokens)
         sample.input_ids[start:stop] = tokens
         sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)

@@ -28,7 +28,7 @@ from longhaul.data.encoding import NOTHING_TO_TRAIN_ON, Encoded, Encoder, batche
 from longhaul.data.formats import BadData
 from longhaul.data.indexed import SplitWriter, token_dtype
 from longhaul.data.progress import Counters
-from longhaul.data.readers import Document, documents_of
+from longhaul.data.readers import Document, documents_of, no_documents
 from longhaul.data.units import Piece, Source, Unit
 
 RECORD = "record.json"
@@ -81,7 +81,10 @@ class Worker:
                 self._add(encoded, writers, found)
                 self._note(piece, documents[-1].position, len(encoded.keys), len(encoded.tokens), found)
             self._note(piece, None, 0, 0, found)
-            self._task.sources[piece.file].check_unchanged()
+            source = self._task.sources[piece.file]
+            source.check_unchanged()
+            if piece.stop is None and not found.documents[-1] and self._task.dataset.bad_rows == "stop":
+                raise no_documents(source.path)
         return found.record({split: writer.close() for split, writer in writers.items()})
 
     def _documents(self, piece: Piece, found: _Found) -> Iterator[Document]:
