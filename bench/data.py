@@ -136,6 +136,7 @@ def make_job(folder: Path, corpus: Path) -> Path:
     job = TokenizeJob(
         run="bench",
         name="corpus",
+        parts={},
         dataset=Dataset(kind="text", files=(str(corpus),)),
         files=(str(corpus),),
         tokenizer=str(folder / "tokenizer.artifact.json"),

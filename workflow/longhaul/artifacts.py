@@ -160,6 +160,7 @@ class DataManifest(Artifact):
     sources:  [{"path", "bytes", "sha256", "documents"}]
     skipped:  reason -> number of documents left out
     unigram_entropy_nats: entropy of the training split's token frequencies, in nats (the loss of a model that only counts)
+    mixture:  [{"weight": whole number, "manifest": a DataManifest's fields}] where the samples are those of other datasets
     encoder:  {"name": "gigatoken" or "tokenizers", "reason": why it is not the fast one, "" if it is}
     """
 
@@ -174,6 +175,7 @@ class DataManifest(Artifact):
     skipped: dict[str, int]
     unigram_entropy_nats: float
     encoder: dict[str, str] = field(default_factory=dict)
+    mixture: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from longhaul.config.architectures import Model
 from longhaul.config.fields import Count, Frozen, HubSource, Name, OneLine, Precision, Share
+from longhaul.config.weights import whole_weights
 
 M = TypeVar("M", bound=Frozen)
 
@@ -82,13 +83,16 @@ class Columns(Frozen):
 
 
 class Dataset(Frozen):
-    """Exactly one of files, hub and python_stdlib."""
+    """Exactly one of files, hub, python_stdlib and mixture."""
 
     kind: Literal["text", "chat"] = Field(description="text: one document a row; chat: one conversation a row.")
     files: tuple[OneLine, ...] = Field(default=(), description="Paths or globs; relative to the config file.")
     hub: HubDataset | None = Field(default=None, description="Take the data from the hub.")
     python_stdlib: PythonStdlib | None = Field(
         default=None, description="The demo's data: this Python's standard library."
+    )
+    mixture: dict[Name, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Other datasets of the same kind and their weights: their samples in these proportions."
     )
     format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
         default="auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
@@ -112,7 +116,9 @@ class Dataset(Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
-        return _exactly_one(self, "files", "hub", "python_stdlib")
+        if self.mixture:
+            whole_weights(self.mixture)
+        return _exactly_one(self, "files", "hub", "python_stdlib", "mixture")
 
 
 class StartFrom(Frozen):

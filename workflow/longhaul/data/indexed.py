@@ -206,14 +206,14 @@ class SplitReader:
         return np.concatenate([np.empty(0, np.int64), *pieces])
 
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [T] and loss mask [T] of one document."""
+        """Tokens [T] and loss mask [T] of one document; all ones where the shards have no mask."""
         index = int(np.searchsorted(self._document_ends, number, side="right"))
         shard = self._shard(index)
         local = number - int(self._document_ends[index]) + len(shard.lengths)
         start = int(shard.offsets[local]) // shard.tokens.itemsize
         place = slice(start, start + int(shard.lengths[local]))
-        assert shard.mask is not None, "only chats have a mask"
-        return shard.tokens[place], shard.mask[place]
+        tokens = shard.tokens[place]
+        return tokens, np.ones(len(tokens), np.uint8) if shard.mask is None else shard.mask[place]
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[str, int]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from longhaul.artifacts import DataManifest
 from longhaul.data.indexed import SplitReader
+from longhaul.data.mixing import Order
 from longhaul.data.packing import Packs, make_packs
 from longhaul.data.permutation import permutation
 from longhaul.errors import UserError
@@ -63,6 +64,11 @@ class Samples:
         One process should open first, the others behind a barrier: the file is written atomically, but every process
         that does not find it makes it. Raises UserError for damaged shards and for a training split without a sample.
         """
+        if manifest.mixture:
+            parts = [(part["weight"], DataManifest(**part["manifest"])) for part in manifest.mixture]
+            held = [(weight, part) for weight, part in parts if part.splits[split]["documents"]]
+            opened = [Samples.open(part, split, kind, sequence_length, seed, cache, pad_id) for _, part in held]
+            return Mixed(opened, [weight for weight, _ in held])
         reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")
         if kind == "pretrain":
             source = _Windows(reader, sequence_length, pad_id)
@@ -103,12 +109,50 @@ class Samples:
 
         Batches are cut one after another from an endless row of epochs, each epoch its own permutation of all samples.
         """
-        places = batch * global_batch + np.arange(global_batch, dtype=np.int64)
+        return self.at(batch * global_batch + np.arange(global_batch, dtype=np.int64))
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The samples [N] at places [N] of the endless row of epochs."""
         epochs, indices = np.divmod(places, len(self))
-        ids = np.empty(global_batch, dtype=np.int64)
+        ids = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             ids[chosen] = permutation(self._seed, int(epoch), indices[chosen], len(self))
+        return ids
+
+
+class Mixed(Samples):
+    """Samples of several datasets in fixed proportions (longhaul.data.mixing); each goes through its own epochs.
+
+    Of K datasets, sample i is sample i // K of dataset i % K, which begins anew behind its last.
+    """
+
+    def __init__(self, parts: Sequence[Samples], weights: Sequence[int]) -> None:
+        self._parts, self._order = parts, Order(weights)
+
+    def __len__(self) -> int:
+        """As if every dataset had as many samples as the largest."""
+        return len(self._parts) * max(map(len, self._parts))
+
+    def __getitem__(self, index: int) -> Sample:
+        part = self._parts[int(index) % len(self._parts)]
+        return part[int(index) // len(self._parts) % len(part)]
+
+    @property
+    def cut_documents(self) -> int:
+        return sum(part.cut_documents for part in self._parts)
+
+    @property
+    def padding_share(self) -> float:
+        """Of an epoch of every dataset."""
+        return sum(part.padding_share * len(part) for part in self._parts) / sum(map(len, self._parts))
+
+    def ids(self, batch: int, global_batch: int) -> np.ndarray:
+        chosen, numbers = self._order(batch * global_batch + np.arange(global_batch, dtype=np.int64))
+        ids = np.empty(global_batch, dtype=np.int64)
+        for number, part in enumerate(self._parts):
+            mine = chosen == number
+            ids[mine] = part.at(numbers[mine]) * len(self._parts) + number
         return ids
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from longhaul.artifacts import DataManifest, TokenizerManifest, content_hash
+from longhaul.data import mixing
 from longhaul.data.encoders import Choice, Reference, choose
 from longhaul.data.encoding import EncodersDisagree
 from longhaul.data.indexed import ShardReader, token_dtype
@@ -43,6 +44,9 @@ def run(job: TokenizeJob) -> None:
     Raises UserError for whatever is wrong in the sources (longhaul.data.readers), for a dataset that holds nothing to
     train on, and when the shards cannot be written.
     """
+    if job.dataset.mixture:
+        mixing.run(job)
+        return
     tokenizer = TokenizerManifest.read(Path(job.tokenizer))
     if job.dataset.kind == "chat" and not tokenizer.has_chat_template:
         raise UserError(f"dataset {job.name}: the tokenizer has no chat template", "set tokenizer.chat_template")
