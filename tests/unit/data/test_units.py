@@ -124,7 +124,10 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path:
         words = [sys.executable, "-m", "longhaul", "tokenize", str(tmp_path / "job.json")]
         process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
         wait_for_work(process, root, before)
-        time.sleep(chance.uniform(0, 0.4))
+        more = len(list(root.glob("*/record.json"))) + chance.randrange(6)
+        while process.poll() is None and len(list(root.glob("*/record.json"))) < more:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for finished in root.glob("[!.]*"):
@@ -158,7 +161,7 @@ def unit_and_worker(folder: Path, tokenizer_folder: Path) -> tuple[Unit, Worker]
     sources = [Source.of(str(path), "auto")]
     tokenizer = TokenizerManifest.read(tokenizer_folder / "tokenizer.json")
     (folder / "data").mkdir(exist_ok=True)
-    task = Task(folder / "data", dataset(), sources, tokenizer, "gigatoken", 2**60)
+    task = Task(folder / "data", dataset(), dict(enumerate(sources)), tokenizer, "gigatoken", 2**60)
     return cut(sources, 10**9, {})[0], Worker(task, Counters(get_context("spawn")))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,8 +122,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+@lru_cache(maxsize=4)
 def open_encoder(folder: Path, name: str) -> tuple[Reference | Fast, Reference]:
-    """The named encoder of a tokenizer folder, and the reference."""
+    """The named encoder of a tokenizer folder, and the reference; kept, as loading them takes half a second."""
     reference = Reference(folder)
     return (Fast(folder, reference) if name == Fast.name else reference), reference
 
@@ -133,14 +134,14 @@ def choose(folder: Path, sample: Sequence[str]) -> Choice:
     settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if reason := _unfit(settings):
         return Choice(Reference.name, reason)
-    reference = Reference(folder)
     try:
-        fast = Fast(folder, reference)
+        fast, reference = open_encoder(folder, Fast.name)
     # Whatever its Rust half meets is a reason not to use it.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return Choice(Reference.name, f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}")
+    assert isinstance(fast, Fast)
     added = [token["content"] for token in settings.get("added_tokens", [])]
     difference = first_difference(fast, reference, [*hard_texts(added), *sample])
     return Choice(Reference.name, difference) if difference else Choice(Fast.name, "")

@@ -11,17 +11,18 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longhaul.artifacts import DataManifest, TokenizerManifest, content_hash
 from longhaul.data import mixing
-from longhaul.data.encoders import Choice, Reference, choose
+from longhaul.data.encoders import Choice, Fast, Reference, choose, open_encoder
 from longhaul.data.encoding import EncodersDisagree
 from longhaul.data.indexed import ShardReader, token_dtype
 from longhaul.data.progress import Counters, Progress
@@ -52,18 +53,19 @@ def run(job: TokenizeJob) -> None:
         raise UserError(f"dataset {job.name}: the tokenizer has no chat template", "set tokenizer.chat_template")
     if not job.files:
         raise UserError("the dataset has no files", "check its `files`, or run `longhaul fetch` first")
-    root = Path(job.folder)
-    sources = _sources(job)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(root)
-        choice = choose(Path(tokenizer.path), _sample(job, sources))
-        made = _make(job, tokenizer, sources, choice)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the shards of dataset {job.name} to {root}: {error.strerror}",
-            "free space or quota there, or choose another place with storage.data",
-        ) from None
+    root, counters = Path(job.folder), Counters(_SPAWN)
+    with _pool(job, Path(tokenizer.path), counters) as pool:
+        sources = _sources(job)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(root)
+            choice = choose(Path(tokenizer.path), _sample(job, sources))
+            made = _make(job, tokenizer, sources, choice, _Makers(pool, counters))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the shards of dataset {job.name} to {root}: {error.strerror}",
+                "free space or quota there, or choose another place with storage.data",
+            ) from None
     open_split_files(made, root)
     made.write(Path(job.out))
 
@@ -96,16 +98,18 @@ def _cut(job: TokenizeJob, sources: Sequence[Source], settings: dict[str, Any]) 
     return cut(sources, int(job.dataset.unit_mb * 1e6), settings)
 
 
-def _make(job: TokenizeJob, tokenizer: TokenizerManifest, sources: Sequence[Source], choice: Choice) -> DataManifest:
+def _make(
+    job: TokenizeJob, tokenizer: TokenizerManifest, sources: Sequence[Source], choice: Choice, makers: _Makers
+) -> DataManifest:
     """All units; with the reference when an encoder was caught out, and again when the split left one side empty."""
     threshold = int(job.dataset.validation_share * 2**64)
     for _ in range(3):
         if choice.reason:
             print(f"tokenize {job.name}: encoding with tokenizers: {choice.reason}", file=sys.stderr, flush=True)
-        task = Task(Path(job.folder), job.dataset, sources, tokenizer, choice.name, threshold)
+        task = Task(Path(job.folder), job.dataset, dict(enumerate(sources)), tokenizer, choice.name, threshold)
         units = _cut(job, sources, _settings(job, tokenizer, choice.name, threshold))
         try:
-            _make_units(job, task, units)
+            _make_units(job, task, units, makers)
         except EncodersDisagree as error:
             choice = Choice(Reference.name, str(error))
             continue
@@ -145,50 +149,74 @@ def _settle(threshold: int, records: list[dict[str, Any]]) -> int:
     return min(max(threshold, lowest + 1), highest)
 
 
-def _make_units(job: TokenizeJob, task: Task, units: Sequence[Unit]) -> None:
-    waiting = [unit for unit in units if not (task.root / unit.name / RECORD).is_file()]
-    counters, total = Counters(_SPAWN), sum(unit.bytes for unit in waiting)
-    progress = Progress(job.name, total, counters)
-    workers = min(job.workers, len(waiting), total // _BYTES_PER_WORKER)
-    if len(waiting) < len(units):
-        print(f"tokenize {job.name}: {len(units) - len(waiting)} of {len(units)} units are there", file=sys.stderr)
-    if workers > 1:
-        _make_in_pool(task, waiting, counters, progress, workers)
-    elif waiting:
-        worker = Worker(task, counters)
-        for unit in waiting:
-            worker.make(unit)
-    if progress.has_begun:
-        progress.show()
+class _Makers(NamedTuple):
+    """Who makes units: a pool, or this process; and what they count."""
+
+    pool: ProcessPoolExecutor | None
+    counters: Counters
 
 
-def _make_in_pool(task: Task, waiting: Sequence[Unit], counters: Counters, progress: Progress, workers: int) -> None:
-    with ProcessPoolExecutor(workers, _SPAWN, _start_worker, (task, counters)) as pool:
-        # The largest first: no worker is left alone with one at the end.
-        futures: set[Future[None]] = {
-            pool.submit(_make_in_worker, unit) for unit in sorted(waiting, key=lambda unit: -unit.bytes)
-        }
+@contextmanager
+def _pool(job: TokenizeJob, tokenizer: Path, counters: Counters) -> Iterator[ProcessPoolExecutor | None]:
+    """A pool whose processes load the encoders while this one hashes the sources and tries the fast encoder.
+
+    None where there is too little to do for it.
+    """
+    size = sum(Path(file).stat().st_size for file in job.files if Path(file).exists())
+    workers = min(job.workers, size // _BYTES_PER_WORKER)
+    if workers < 2:
+        yield None
+        return
+    with ProcessPoolExecutor(workers, _SPAWN, _start_worker, (tokenizer, counters)) as pool:
+        pool.submit(os.getpid)  # starts all processes
         try:
-            while futures:
-                done, futures = wait(futures, progress.every_s, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                if futures:
-                    progress.show()
-        except BrokenProcessPool:
-            raise UserError(
-                "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
-            ) from None
+            yield pool
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: list[Worker] = []  # of this process, filled once when a pool starts it
+def _make_units(job: TokenizeJob, task: Task, units: Sequence[Unit], makers: _Makers) -> None:
+    waiting = [unit for unit in units if not (task.root / unit.name / RECORD).is_file()]
+    progress = Progress(job.name, sum(unit.bytes for unit in waiting), makers.counters)
+    if len(waiting) < len(units):
+        print(f"tokenize {job.name}: {len(units) - len(waiting)} of {len(units)} units are there", file=sys.stderr)
+    if makers.pool:
+        _make_in_pool(makers.pool, task, waiting, progress)
+    else:
+        for unit in waiting:
+            Worker(task.of(unit), makers.counters).make(unit)
+    if progress.has_begun:
+        progress.show()
 
 
-def _start_worker(task: Task, counters: Counters) -> None:
+def _make_in_pool(pool: ProcessPoolExecutor, task: Task, waiting: Sequence[Unit], progress: Progress) -> None:
+    """The largest first: no worker is left alone with one at the end."""
+    largest_first = sorted(waiting, key=lambda unit: -unit.bytes)
+    try:
+        futures: set[Future[None]] = {pool.submit(_make_in_worker, task.of(unit), unit) for unit in largest_first}
+        while futures:
+            done, futures = wait(futures, progress.every_s, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if futures:
+                progress.show()
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
+        ) from None
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+_counters: list[Counters] = []  # of this process, filled once when a pool starts it
+
+
+def _start_worker(tokenizer: Path, counters: Counters) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.append(Worker(task, counters))
+    _counters.append(counters)
+    with suppress(Exception):  # a tokenizer that it cannot read is left to the reference
+        open_encoder(tokenizer, Fast.name)
 
 
 def _end_with_parent() -> None:
@@ -199,8 +227,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_in_worker(unit: Unit) -> None:
-    _worker[0].make(unit)
+def _make_in_worker(task: Task, unit: Unit) -> None:
+    Worker(task, _counters[0]).make(unit)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -225,13 +253,13 @@ def _manifest(
         dataset=job.name,
         kind=job.dataset.kind,
         path=job.folder,
-        hash=content_hash([settings, [source.sha256 for source in task.sources]]),
+        hash=content_hash([settings, [source.sha256 for source in task.sources.values()]]),
         tokenizer_hash=task.tokenizer.hash,
         dtype=token_dtype(task.tokenizer.vocab_size),
         splits={split: _split(split, units, records) for split in SPLITS},
         sources=[
             {"path": source.path, "bytes": source.bytes, "sha256": source.sha256, "documents": count}
-            for source, count in zip(task.sources, documents, strict=True)
+            for source, count in zip(task.sources.values(), documents, strict=True)
         ],
         skipped=dict(sorted(skipped.items())),
         unigram_entropy_nats=unigram_entropy(_token_counts(records)),

@@ -7,7 +7,7 @@ depends on each file's own content and size alone, so a new file remakes the gro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Piece:
     stop: int | None
     bytes: int
 
-    def part(self, sources: Sequence[Source]) -> Part:
+    def part(self, sources: Sequence[Source] | Mapping[int, Source]) -> Part:
         source = sources[self.file]
         return Part(Path(source.path), source.file_format, self.start, self.stop)
 

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,14 @@ class Task:
 
     root: Path
     dataset: Dataset
-    sources: Sequence[Source]
+    sources: Mapping[int, Source]
     tokenizer: TokenizerManifest
     encoder: str
     threshold: int
+
+    def of(self, unit: Unit) -> Task:
+        """What one unit needs of it, small enough to be sent with it."""
+        return replace(self, sources={piece.file: self.sources[piece.file] for piece in unit.pieces})
 
 
 class Worker:
