@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from longhaul.data.formats import BadData
 from longhaul.data.progress import Counters
 from longhaul.data.readers import documents_of
 from longhaul.data.units import Source, Unit, cut
-from longhaul.data.work import RECORD, Task, Worker
+from longhaul.data.work import RECORD, Task, Worker, remove_leftovers
 from longhaul.errors import UserError
 
 SMALL = dataset(unit_mb=0.02)
@@ -76,6 +77,17 @@ def test_a_mistake_behind_a_cut_is_named_by_its_line(tmp_path: Path):
     assert message.startswith(f"{path}:41: ")
 
 
+def test_leftovers_of_processes_that_are_gone_are_removed(tmp_path: Path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    names = {f".u-{host}-{ended.pid}-a": False, f".u-{host}-{os.getpid()}-b": True, ".u-other-host-1-c": True}
+    for name in names:
+        (tmp_path / name / "unit").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in names.items() if stays}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 3000), min_size=2, max_size=60), st.data())
 def test_a_new_file_leaves_the_units_of_others_alone(sizes: list[int], data: st.DataObject):
@@ -101,7 +113,8 @@ def test_adding_a_large_file_encodes_that_file_alone(tmp_path: Path, tokenizer_f
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+    """Of finished units; a half-written one begins with a dot until its process is seen to be gone."""
+    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.glob("[!.]*/*")}
 
 
 def wait_for_work(process: subprocess.Popen[bytes], root: Path, before: set[str]) -> None:

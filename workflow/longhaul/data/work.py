@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -173,5 +174,16 @@ def remove_leftovers(root: Path) -> None:
     """Half-written units of processes of this host that are gone."""
     for leftover in root.glob(".*-*-*-*"):
         _, *host, pid, _ = leftover.name.split("-")
-        if "-".join(host) == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            made_s = leftover.stat().st_ctime
+            if "-".join(host) == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid), made_s):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int, since_s: float) -> bool:
+    """Whether the process that was there at that time still runs; its number may be another's by now."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since_s + 1
+    except psutil.NoSuchProcess:
+        return False
