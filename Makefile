@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity cluster cluster-down bench-trainer bench-plan clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity cluster cluster-down bench-trainer bench-plan bench-data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -65,6 +65,14 @@ bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTor
 
 bench-plan: setup  ## time of the demo's dry run
 	$(BIN)/python bench/plan.py
+
+bench-data: setup .venv-bench/.installed  ## raw text to shards beside datasets map, datatrove and the raw limit
+	$(BIN)/python bench/data.py
+
+.venv-bench/.installed: bench/requirements-data.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet -r bench/requirements-data.txt
+	touch $@
 
 clean:  ## remove results and caches, keep .venv
 	rm -rf results .snakemake .pytest_cache .ruff_cache

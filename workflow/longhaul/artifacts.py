@@ -153,13 +153,15 @@ class TokenizerManifest(Artifact):
 class DataManifest(Artifact):
     """`results/<run>/data/<dataset>.json`: token shards of one dataset.
 
-    path:     folder of the shards, results/<run>/data/<dataset>/<hash>
-    hash:     of the shard bytes, the tokenizer and the dataset's settings
+    path:     folder of the shards, results/<run>/data/<dataset>
+    hash:     of the source bytes, the tokenizer and the dataset's settings
     splits:   "train" / "validation" -> {"shards": [{"prefix", "tokens", "documents", "sha256": {"bin", "idx", "mask"?}}],
               "tokens", "documents", "loss_tokens"}; a prefix is relative to `path`
     sources:  [{"path", "bytes", "sha256", "documents"}]
     skipped:  reason -> number of documents left out
     unigram_entropy_nats: entropy of the training split's token frequencies, in nats (the loss of a model that only counts)
+    mixture:  [{"weight": whole number, "manifest": a DataManifest's fields}] where the samples are those of other datasets
+    encoder:  {"name": "gigatoken" or "tokenizers", "reason": why it is not the fast one, "" if it is}
     """
 
     dataset: str
@@ -172,6 +174,8 @@ class DataManifest(Artifact):
     sources: list[dict[str, Any]]
     skipped: dict[str, int]
     unigram_entropy_nats: float
+    encoder: dict[str, str] = field(default_factory=dict)
+    mixture: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

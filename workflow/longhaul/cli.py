@@ -49,7 +49,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="results/<run>")
     report.add_argument("out", type=Path)
     report.set_defaults(run=_report)
+    _add_data_verbs(verbs.add_parser("data", help="look into token shards"))
     return parser
+
+
+def _add_data_verbs(data: argparse.ArgumentParser) -> None:
+    inspect = data.add_subparsers(metavar="verb", required=True).add_parser("inspect", help="print documents and masks")
+    inspect.add_argument("manifest", type=Path, help="results/<run>/data/<dataset>.json")
+    inspect.add_argument("--split", default="train")
+    inspect.add_argument("--first", type=int, default=0, help="number of the first document")
+    inspect.add_argument("--count", type=int, default=3, help="how many documents")
+    inspect.add_argument("--tokenizer", type=Path, help="its tokenizer.json, default: that of the run")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from longhaul.data.inspect import run
+
+    run(options.manifest, options.split, options.first, options.count, options.tokenizer)
 
 
 def _plan(options: argparse.Namespace) -> None:

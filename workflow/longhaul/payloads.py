@@ -99,6 +99,7 @@ def _tokenize(plan: Plan, name: str) -> TokenizeJob:
         name=name,
         dataset=plan.config.datasets[name],
         files=source_files(plan, name),
+        parts={part: f"{results(plan)}/data/{part}.json" for part in plan.config.datasets[name].mixture},
         tokenizer=f"{results(plan)}/tokenizer.json",
         workers=plan.site.node.cpus,
         folder=f"{root}/{plan.run}/{name}" if root else f"{results(plan)}/data/{name}",
@@ -174,5 +175,7 @@ def _locked(lock: Lock | None, name: str, key: str) -> str | None:
 
 
 def repository_sources(plan: Plan, name: str) -> list[Path]:
-    """The user's own files of a dataset, as inputs of its tokenize rule; empty for fetched ones."""
+    """Inputs of a dataset's tokenize rule: the user's own files, or the parts of a mixture; empty for fetched ones."""
+    if mixture := plan.config.datasets[name].mixture:
+        return [Path(f"{results(plan)}/data/{part}.json") for part in mixture]
     return dataset_files(plan.loaded, name) if plan.config.datasets[name].files else []

@@ -101,6 +101,7 @@ def tokenize_job(
     return TokenizeJob(
         run="test",
         name="corpus",
+        parts={},
         dataset=settings,
         files=tuple(map(str, files)),
         tokenizer=str(tokenizer_folder / "tokenizer.json"),

@@ -73,7 +73,6 @@ def test_a_text_file_is_one_document(tmp_path: Path):
     files = [str(tmp_path / name) for name in ("a.txt", "b.rst", "c.txt.gz")]
     found = list(read_documents(files, dataset(format="text")))
     assert [document.content for document in found] == ["two\nlines\n", "another", "packed"]
-    assert [document.file_index for document in found] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrow"])

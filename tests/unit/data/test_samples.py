@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from longhaul.artifacts import DataManifest
 from longhaul.data.indexed import SplitReader
-from longhaul.data.packing import Packs, first_fit, make_packs
+from longhaul.data.packing import Packs, best_fit, make_packs, pack_block
 from longhaul.data.permutation import permutation
 from longhaul.data.samples import IGNORED_LABEL, Samples, batch_of_step
 from longhaul.errors import UserError
@@ -139,18 +139,57 @@ def test_packs_hold_every_document_once_and_never_too_many_tokens(lengths: list[
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))
-@settings(max_examples=80, deadline=None)
-def test_first_fit_is_first_fit(lengths: list[int]):
+@settings(max_examples=200, deadline=None)
+def test_best_fit_is_best_fit(lengths: list[int]):
     """Beside the plain definition."""
     rooms: list[int] = []
+    order: list[int] = []  # bins, the one that was touched last at the end
     expected = []
     for length in lengths:
-        place = next((index for index, room in enumerate(rooms) if room >= length), len(rooms))
-        if place == len(rooms):
+        fitting = [index for index in order if rooms[index] >= length]
+        if fitting and any(rooms[index] for index in fitting):
+            tightest = min(rooms[index] for index in fitting)
+            place = [index for index in fitting if rooms[index] == tightest][-1]
+            order.remove(place)
+        else:
+            place = len(rooms)
             rooms.append(20)
+        order.append(place)
         rooms[place] -= length
         expected.append(place)
-    assert first_fit(lengths, 20) == expected
+    assert best_fit(lengths, 20) == expected
+
+
+def test_blocks_are_packed_from_their_own_documents_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("longhaul.data.packing.BLOCK_DOCUMENTS", 100)
+    lengths = np.random.default_rng(1).integers(1, 700, 350)
+    make_packs(lengths, 1000, 3, tmp_path / "packs")
+    whole = Packs(tmp_path / "packs", len(lengths))
+    found = np.concatenate([whole[index] for index in range(len(whole))])
+    alone = [pack_block(lengths, 1000, 3, first) for first in (300, 100, 0, 200)]
+    blocks = [alone[2], alone[1], alone[3], alone[0]]
+    assert found.tolist() == np.concatenate([documents for documents, _ in blocks]).tolist()
+    assert len(whole) == sum(len(sizes) for _, sizes in blocks)
+
+
+def test_padding_share_is_what_the_packs_leave_empty(chat_shards: DataManifest, tmp_path: Path):
+    samples = packs(chat_shards, tmp_path, length=512)
+    lengths = np.minimum(reader(chat_shards).lengths(), 512)
+    assert samples.padding_share == pytest.approx(1 - lengths.sum() / (512 * len(samples)))
+    assert samples.padding_share < 0.1
+
+
+def test_a_manifest_of_a_billion_samples_opens_without_its_shards(tmp_path: Path):
+    """The shards are not even there: nothing is opened before it is read, and the order needs no memory."""
+    shard = {"tokens": 64_000_000, "documents": 50_000, "sha256": {}}
+    entry = {"shards": [{**shard, "prefix": f"{i:016x}/train-00000"} for i in range(64_000)]}
+    split = {**entry, "tokens": 64_000 * shard["tokens"], "documents": 64_000 * 50_000, "loss_tokens": 0}
+    manifest = DataManifest("c", "text", str(tmp_path), "h", "t", "int32", {"train": split}, [], {}, 0.0)
+    samples = windows(manifest, tmp_path, length=4096)
+    assert len(samples) == 10**9
+    assert len(set(samples.ids(10**6, 64).tolist())) == 64
+    with pytest.raises(UserError, match=r"train-00000\.idx"):
+        samples[0]
 
 
 def test_what_cannot_be_trained_on_is_refused(text_shards: DataManifest, chat_shards: DataManifest, tmp_path: Path):

@@ -93,15 +93,15 @@ def test_a_small_share_still_holds_out_a_document_and_none_holds_out_none(tmp_pa
 def test_equal_sources_find_their_shards_and_a_changed_one_gets_a_new_folder(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(20)))
     first = make_shards(tmp_path, tokenizer_folder, [corpus], dataset())
-    shard = Path(first.path) / "train-00000.bin"
+    shard = Path(first.path) / f"{first.splits['train']['shards'][0]['prefix']}.bin"
     written = shard.stat().st_mtime_ns
     moved = corpus.rename(tmp_path / "b.jsonl")
     again = make_shards(tmp_path, tokenizer_folder, [moved], dataset())
-    assert again.path == first.path and shard.stat().st_mtime_ns == written
+    assert again.splits == first.splits and again.hash == first.hash and shard.stat().st_mtime_ns == written
     assert again.sources[0]["path"] == str(moved)
     write_jsonl(moved, "text", (text(i) for i in range(21)))
     changed = make_shards(tmp_path, tokenizer_folder, [moved], dataset())
-    assert changed.path != first.path and shard.exists()
+    assert changed.hash != first.hash and changed.splits != first.splits and shard.exists()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_settings_that_change_the_shards_change_the_folder(tmp_path: Path, token
     lines = [json.dumps({"text": text(i), "other": text(i + 1)}) for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     first = make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset())
-    assert make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], settings).path != first.path
+    second = make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], settings)
+    assert second.hash != first.hash and second.splits != first.splits
 
 
 def test_loss_is_on_what_the_assistant_says_and_on_its_end(chat_shards: DataManifest, tokenizer_folder: Path):

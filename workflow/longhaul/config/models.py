@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from longhaul.config.architectures import Model
 from longhaul.config.fields import Count, Frozen, HubSource, Name, OneLine, Precision, Share
+from longhaul.config.weights import whole_weights
 
 M = TypeVar("M", bound=Frozen)
 
@@ -69,10 +70,20 @@ class Columns(Frozen):
 
     text: OneLine = Field(default="text", description="kind text: the document.")
     messages: OneLine = Field(default="messages", description="kind chat: a list of {role, content}.")
+    prompt: OneLine | None = Field(
+        default=None, description="kind chat, in place of messages: what the user says (a text, or messages)."
+    )
+    completion: OneLine | None = Field(default=None, description="With prompt: what the assistant answers.")
+
+    @model_validator(mode="after")
+    def _both(self) -> Columns:
+        if bool(self.prompt) != bool(self.completion):
+            raise ValueError("prompt and completion belong together")
+        return self
 
 
 class Dataset(Frozen):
-    """Exactly one of files, hub and python_stdlib."""
+    """Exactly one of files, hub, python_stdlib and mixture."""
 
     kind: Literal["text", "chat"] = Field(description="text: one document a row; chat: one conversation a row.")
     files: tuple[OneLine, ...] = Field(default=(), description="Paths or globs; relative to the config file.")
@@ -80,15 +91,34 @@ class Dataset(Frozen):
     python_stdlib: PythonStdlib | None = Field(
         default=None, description="The demo's data: this Python's standard library."
     )
+    mixture: dict[Name, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Other datasets of the same kind and their weights: their samples in these proportions."
+    )
     format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
         default="auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
     )
     columns: Columns = Field(default=Columns(), description="Columns that are read.")
+    bad_rows: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A row that cannot be read ends the job, or is left out, counted by reason and named once.",
+    )
+    max_document_mb: Annotated[float, Field(gt=0, le=200)] = Field(
+        default=64.0, description="Longest document (or line) that is read, in MB; longer ones are bad rows."
+    )
+    unit_mb: Annotated[float, Field(gt=0)] = Field(
+        default=16.0,
+        description="Source per work unit, in MB; each becomes shards of its own. For terabytes raise it to some 256.",
+    )
+    reasoning_in_loss: bool = Field(
+        default=True, description="kind chat: train on the assistant's <think>…</think>; false: it is context alone."
+    )
     validation_share: Share = Field(default=0.01, description="Share of documents held out, chosen by document hash.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
-        return _exactly_one(self, "files", "hub", "python_stdlib")
+        if self.mixture:
+            whole_weights(self.mixture)
+        return _exactly_one(self, "files", "hub", "python_stdlib", "mixture")
 
 
 class StartFrom(Frozen):

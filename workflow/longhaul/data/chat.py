@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from longhaul.data.formats import BadData
 from longhaul.data.readers import Message
-from longhaul.errors import UserError
 
 Span = tuple[int, int]
+_THINK, _THINK_END = "<think>", "</think>"
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "give a template with {% generation %} markers as tokenizer.chat_template (templates/chat has some)"
 
@@ -37,7 +38,7 @@ class ChatTemplate:
         text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(text, {key: value for key, value in tokens.items() if isinstance(value, str)})
 
-    def render(self, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+    def render(self, messages: list[Message], where: object) -> tuple[str, list[Span]]:
         """The conversation's text and the assistant's stretches of it, in characters, EOS included.
 
         Raises UserError (naming `where`) when the template refuses the conversation, when it does not end an
@@ -50,7 +51,7 @@ class ChatTemplate:
             self._check(messages, text, spans, where)
         return text, spans
 
-    def _render(self, messages: list[Message], where: str, prompt: bool = False) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[Message], where: object, prompt: bool = False) -> tuple[str, list[Span]]:
         """Text, and the stretches between generation markers where the template has them."""
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -64,20 +65,20 @@ class ChatTemplate:
                 **cast(Any, self.special_tokens),
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(
+            raise _refused(
                 f"{where}: the chat template refuses this conversation: {error}", "mend the conversation, or " + _REMEDY
             ) from None
         (text,), (spans,) = rendered
         return text, spans
 
-    def _spans_by_prefix(self, messages: list[Message], text: str, where: str) -> list[Span]:
+    def _spans_by_prefix(self, messages: list[Message], text: str, where: object) -> list[Span]:
         spans: list[Span] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             prompt = self._render(messages[:index], where, prompt=True)[0]
             if not text.startswith(prompt) or (spans and len(prompt) < spans[-1][1]):
-                raise UserError(
+                raise _refused(
                     f"{where}: cannot tell which tokens are the assistant's: the chat template rewrites what stands "
                     f"before message {index + 1}",
                     _REMEDY,
@@ -85,28 +86,28 @@ class ChatTemplate:
             spans.append((len(prompt), self._turn_end(text, len(prompt), where)))
         return spans
 
-    def _turn_end(self, text: str, start: int, where: str) -> int:
+    def _turn_end(self, text: str, start: int, where: object) -> int:
         eos = self.special_tokens["eos_token"]
         found = text.find(eos, start)
         if found < 0:
             raise self._no_eos(where)
         return found + len(eos)
 
-    def _check(self, messages: list[Message], text: str, spans: list[Span], where: str) -> None:
+    def _check(self, messages: list[Message], text: str, spans: list[Span], where: object) -> None:
         written = "".join(text[start:end] for start, end in spans)
         if not written.rstrip().endswith(self.special_tokens["eos_token"]):
             raise self._no_eos(where)
         last = next(message["content"] for message in reversed(messages) if message["role"] == "assistant")
         if _without_spaces(last) not in _without_spaces(written):
-            raise UserError(
+            raise _refused(
                 f"{where}: the chat template drops part of the last assistant message (reasoning, most often), so it "
                 "would not be trained on",
                 _REMEDY,
             )
 
-    def _no_eos(self, where: str) -> UserError:
+    def _no_eos(self, where: object) -> BadData:
         eos = self.special_tokens["eos_token"]
-        return UserError(
+        return _refused(
             f"{where}: the chat template does not end an assistant turn with the tokenizer's EOS {eos!r}: "
             "the model would never learn to stop",
             _REMEDY + ", or set the template's end-of-turn token as eos_token in tokenizer_config.json",
@@ -115,3 +116,20 @@ class ChatTemplate:
 
 def _without_spaces(text: str) -> str:
     return "".join(text.split())
+
+
+def _refused(message: str, hint: str) -> BadData:
+    return BadData.because("chat template", message, hint)
+
+
+def without_reasoning(text: str, spans: list[Span]) -> list[Span]:
+    """The stretches without what stands in <think>…</think>; a template may have opened it before the stretch begins."""
+    kept: list[Span] = []
+    for start, end in spans:
+        place = start
+        while (stop := text.find(_THINK_END, place, end)) >= 0:
+            opened = text.find(_THINK, place, stop)
+            kept.append((place, opened if opened >= 0 else place))
+            place = stop + len(_THINK_END)
+        kept.append((place, end))
+    return [(start, end) for start, end in kept if start < end]

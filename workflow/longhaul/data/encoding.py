@@ -1,17 +1,9 @@
-"""Documents -> token ids, loss masks and split keys, in this process or in a pool; the order is always the documents'.
-
-A worker loads the tokenizer from its folder with `tokenizers` alone: no torch, no GPU, about 60 MB.
-"""
+"""Documents -> token ids, loss masks and split keys."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +11,21 @@ from typing import Any
 import numpy as np
 
 from longhaul.artifacts import TokenizerManifest, canonical_json
-from longhaul.data.chat import ChatTemplate, Span
+from longhaul.config.models import Dataset
+from longhaul.data.chat import ChatTemplate, without_reasoning
+from longhaul.data.encoders import Fast, first_difference, open_encoder, with_added
+from longhaul.data.formats import BadData
 from longhaul.data.indexed import token_dtype
 from longhaul.data.readers import Document
-from longhaul.errors import UserError
 
-_BATCH_CHARACTERS = 1 << 19
-_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 4 << 20
+_BATCH_DOCUMENTS = 8192
+_CHECKED_PER_BATCH = 2
+_CHECKED_CHARACTERS = 20_000
+
+
+class EncodersDisagree(Exception):
+    """The fast encoder's ids are not the reference's: the dataset has to be encoded by the reference."""
 
 
 @dataclass(frozen=True)
@@ -33,77 +33,74 @@ class Encoded:
     """One batch of D documents with N tokens in all.
 
     tokens [N] uint16 or int32, lengths [D] int32, mask [N] uint8 for chats, keys [D] uint64 (document hashes),
-    skipped: reason -> documents of the batch that were left out.
+    left_out: what is wrong with the documents that are not in it.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     mask: np.ndarray | None
     keys: np.ndarray
-    skipped: Counter[str]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a worker gets, and the last document's place for progress."""
-
-    documents: list[Document]
-    characters: int
+    left_out: list[BadData]
 
 
 class Encoder:
     """Turns batches into ids with one thread."""
 
-    def __init__(self, manifest: TokenizerManifest, kind: str) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(Path(manifest.path) / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+    def __init__(self, manifest: TokenizerManifest, dataset: Dataset, encoder: str) -> None:
+        folder = Path(manifest.path)
+        self._encoder, self._reference = open_encoder(folder, encoder)
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
-        self._template = ChatTemplate.load(Path(manifest.path)) if kind == "chat" else None
+        self._template = ChatTemplate.load(folder) if dataset.kind == "chat" else None
+        self._reasoning_in_loss = dataset.reasoning_in_loss
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
-        """Ids of each document; UserError (with file and line) for a conversation that cannot be rendered."""
+        """Ids of each document; what a chat template refuses is left out. EncodersDisagree as the class says."""
         if self._template is None:
-            kept, skipped = _without(documents, "empty text", lambda document: not document.content)
-            ids, masks = self._texts(kept), None
+            left_out = [_nothing(document, "empty text") for document in documents if not document.content]
+            kept = [document for document in documents if document.content]
+            rendered = [(str(document.content), []) for document in kept]
         else:
-            kept, skipped = _without(documents, "no assistant turn", _has_no_answer)
-            ids, masks = self._chats(self._template, kept)
+            kept, rendered, left_out = self._render(self._template, documents)
+        texts = [text for text, _ in rendered]
+        self._check(texts)
+        if self._template is None:
+            # BOS where the tokenizer adds one, then EOS, once.
+            rows, mask = with_added(self._encoder.encode(texts), (), (), self._eos_id), None
+        else:
+            rows, mask = self._encoder.encode_with_mask(texts, [spans for _, spans in rendered])
         return Encoded(
-            tokens=np.concatenate([np.empty(0, self._dtype), *ids]),
-            lengths=np.array([len(row) for row in ids], dtype=np.int32),
-            mask=None if masks is None else np.concatenate([np.empty(0, np.uint8), *masks]),
+            tokens=rows.tokens.astype(self._dtype),
+            lengths=rows.lengths.astype(np.int32),
+            mask=mask,
             keys=np.array([document_key(document) for document in kept], dtype=np.uint64),
-            skipped=skipped,
+            left_out=left_out,
         )
 
-    def _texts(self, documents: Sequence[Document]) -> list[np.ndarray]:
-        """The tokenizer's own ids (with BOS where it adds one), then EOS."""
-        texts = [str(document.content) for document in documents]
-        rows = (encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts))
-        return [np.array(row if row and row[-1] == self._eos_id else [*row, self._eos_id], self._dtype) for row in rows]
+    def _render(self, template: ChatTemplate, documents: Sequence[Document]) -> tuple[list[Document], list[Any], Any]:
+        kept, rendered, left_out = [], [], []
+        for document in documents:
+            messages: Any = document.content
+            if not any(message["role"] == "assistant" for message in messages):
+                left_out.append(_nothing(document, "no assistant turn"))
+                continue
+            try:
+                text, spans = template.render(messages, document.where)
+            except BadData as error:
+                left_out.append(error)
+                continue
+            rendered.append((text, spans if self._reasoning_in_loss else without_reasoning(text, spans)))
+            kept.append(document)
+        return kept, rendered, left_out
 
-    def _chats(
-        self, template: ChatTemplate, documents: Sequence[Document]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        rendered = [template.render(_conversation(document), document.where) for document in documents]
-        encodings = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        ids = [np.array(encoding.ids, self._dtype) for encoding in encodings]
-        pairs = zip(encodings, rendered, strict=True)
-        return ids, [_loss_mask(encoding.offsets, spans) for encoding, (_, spans) in pairs]
-
-
-def _loss_mask(offsets: Sequence[tuple[int, int]], spans: list[Span]) -> np.ndarray:
-    """[T] uint8: 1 where a token overlaps a stretch (in characters) that the assistant wrote."""
-    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(starts), dtype=np.uint8)
-    for start, end in spans:
-        mask[(starts < end) & (ends > start)] = 1
-    return mask
+    def _check(self, texts: Sequence[str]) -> None:
+        """Compares a few texts of the batch, spread over it, with the reference."""
+        if not isinstance(self._encoder, Fast):
+            return
+        short = [text for text in texts if len(text) <= _CHECKED_CHARACTERS]
+        some = short[:: max(1, len(short) // _CHECKED_PER_BATCH)][:_CHECKED_PER_BATCH]
+        if difference := first_difference(self._encoder, self._reference, some):
+            raise EncodersDisagree(difference)
 
 
 def document_key(document: Document) -> int:
@@ -113,82 +110,28 @@ def document_key(document: Document) -> int:
     return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "little")
 
 
-def _conversation(document: Document) -> list[dict[str, Any]]:
-    assert isinstance(document.content, list)
-    return document.content
+def _nothing(document: Document, reason: str) -> BadData:
+    """Left out whatever the policy: there is nothing in it to train on."""
+    return BadData.because(reason, f"{document.where}: {reason}", "nothing to train on")
 
 
-def _has_no_answer(document: Document) -> bool:
-    return not any(message["role"] == "assistant" for message in _conversation(document))
+NOTHING_TO_TRAIN_ON = ("empty text", "no assistant turn")
 
 
-def _without(documents: Sequence[Document], reason: str, is_left_out: Any) -> tuple[list[Document], Counter[str]]:
-    kept = [document for document in documents if not is_left_out(document)]
-    left_out = len(documents) - len(kept)
-    return kept, Counter({reason: left_out} if left_out else {})
-
-
-def batches(documents: Iterator[Document]) -> Iterator[Batch]:
-    """Consecutive documents of about half a million characters: the same batches whatever the number of workers."""
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Consecutive documents of some million characters."""
     held: list[Document] = []
     characters = 0
     for document in documents:
         held.append(document)
         characters += _size(document)
         if characters >= _BATCH_CHARACTERS or len(held) >= _BATCH_DOCUMENTS:
-            yield Batch(held, characters)
+            yield held
             held, characters = [], 0
     if held:
-        yield Batch(held, characters)
+        yield held
 
 
 def _size(document: Document) -> int:
     content = document.content
     return len(content) if isinstance(content, str) else sum(len(message["content"]) for message in content)
-
-
-def encode_all(
-    work: Iterator[Batch], manifest: TokenizerManifest, kind: str, workers: int
-) -> Iterator[tuple[Batch, Encoded]]:
-    """Encodes batches in `workers` processes (1: in this one); results come in the order of the batches.
-
-    Raises UserError when a worker process dies.
-    """
-    if workers == 1:
-        encoder = Encoder(manifest, kind)
-        yield from ((batch, encoder.encode(batch.documents)) for batch in work)
-        return
-    # Spawned, not forked: the tokenizer's Rust threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (manifest, kind)) as pool:
-        try:
-            yield from _in_order(pool, work, most_waiting=2 * workers)
-        except BrokenProcessPool:
-            raise UserError(
-                "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(pool: ProcessPoolExecutor, work: Iterator[Batch], most_waiting: int) -> Iterator[tuple[Batch, Encoded]]:
-    """A bounded number of batches is under way, so memory does not grow with the corpus."""
-    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
-    for batch in work:
-        waiting.append((batch, pool.submit(_encode_in_worker, batch.documents)))
-        if len(waiting) > most_waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    for done, future in waiting:
-        yield done, future.result()
-
-
-_worker: list[Encoder] = []  # of this process, filled once when a pool starts it
-
-
-def _start_worker(manifest: TokenizerManifest, kind: str) -> None:
-    _worker.append(Encoder(manifest, kind))
-
-
-def _encode_in_worker(documents: list[Document]) -> Encoded:
-    return _worker[0].encode(documents)

@@ -1,20 +1,24 @@
-"""Data files -> raw values of one column, each with its place, in every format and compression longhaul reads."""
+"""Data files -> raw values of some columns, each with its place, in every format and compression longhaul reads."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import orjson
 
 from longhaul.errors import UserError
 
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
+_MAX_LIST_BYTES = 200_000_000
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _ENDINGS = {
     ".jsonl": "jsonl",
@@ -29,25 +33,63 @@ _ENDINGS = {
 }
 
 
+class BadData(UserError):
+    """A row, or the rest of a file, that cannot be read; `reason` is what a count of such rows is kept under."""
+
+    reason = "damaged file"
+
+    @classmethod
+    def because(cls, reason: str, message: str, hint: str) -> BadData:
+        error = cls(message, hint)
+        error.reason = reason
+        return error
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line's place: the number is counted from where reading began, and turned into the file's when it is printed."""
+
+    path: Path
+    number: int
+    first_byte: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number + _newlines(self.path, self.first_byte)}"
+
+
 class Row(NamedTuple):
-    """One raw value: where it stands ("file:line" or "file row n"), and the share of its file read so far."""
+    """A row's columns, or what is wrong with it; its place ("file:line" or "file row n"); bytes of the file read so far."""
 
-    where: str
-    value: Any
-    read_share: float
+    where: object
+    values: tuple[Any, ...] | BadData
+    position: int
 
 
-def rows(path: Path, file_format: str, column: str) -> Iterator[Row]:
-    """Reads a column of one file; UserError with file and line for whatever cannot be read."""
+class Part(NamedTuple):
+    """Some of a file: lines that start in bytes [start, stop), or row groups [start, stop); stop None: the whole file."""
+
+    path: Path
+    file_format: str
+    start: int = 0
+    stop: int | None = None
+
+
+def rows(part: Part, columns: tuple[str, ...], max_document_bytes: int) -> Iterator[Row]:
+    """Reads columns of one file. What is wrong with a row, or with the rest of the file, comes as a row of its own."""
     try:
-        size = path.stat().st_size
+        size = part.path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "check the dataset's `files`") from None
+        raise UserError(f"{part.path} does not exist", "check the dataset's `files`") from None
     if not size:
-        raise UserError(f"{path} is empty", "remove it from the dataset's `files`, or fill it")
-    chosen = format_of(path) if file_format == "auto" else file_format
-    with _readable(path):
-        yield from _READERS[chosen](path, column)
+        hint = "remove it from the dataset's `files`, or fill it"
+        yield Row(part.path, BadData.because("empty file", f"{part.path} is empty", hint), 0)
+        return
+    chosen = format_of(part.path) if part.file_format == "auto" else part.file_format
+    try:
+        with _readable(part.path):
+            yield from _READERS[chosen](part, columns, max_document_bytes)
+    except BadData as error:
+        yield Row(part.path, error, size)
 
 
 def format_of(path: Path) -> str:
@@ -69,7 +111,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, pyarrow.ArrowException) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"cannot read {path}: {reason}", "the file is damaged or cut short: fetch it again") from None
+        hint = "the file is damaged or cut short: fetch it again"
+        raise BadData.because("damaged file", f"cannot read {path}: {reason}", hint) from None
 
 
 def _open(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -83,69 +126,130 @@ def _open(path: Path, raw: BinaryIO) -> BinaryIO:
     return io.BufferedReader(stream, _BUFFER_BYTES)  # pyright: ignore[reportReturnType]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, float]]:
-    """(line number, text, share read) of each line that is not blank."""
-    size = path.stat().st_size
-    with path.open("rb", buffering=_BUFFER_BYTES) as raw:
-        for number, line in enumerate(_open(path, raw), start=1):
-            text = _decode(line, path, number)
-            if text.strip():
-                yield number, text, raw.tell() / size
+def _newlines(path: Path, stop: int) -> int:
+    """Line breaks before byte `stop`."""
+    count = 0
+    with path.open("rb") as raw:
+        while stop > 0 and (data := raw.read(min(stop, _BUFFER_BYTES))):
+            count += data.count(b"\n")
+            stop -= len(data)
+    return count
 
 
-def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
+def _lines(part: Part, max_bytes: int) -> Iterator[tuple[Line, bytes | None, int]]:
+    """(place, line, bytes read) of each line that is not blank and starts in the part; None for one that is too long."""
+    with part.path.open("rb", buffering=_BUFFER_BYTES) as raw:
+        stream, first = _open(part.path, raw), part.start
+        if part.start:
+            raw.seek(part.start - 1)
+            first += _rest_of_line(stream) - 1
+        is_plain, number, position = stream is raw, 0, first
+        while part.stop is None or position < part.stop:
+            line = stream.readline(max_bytes + 1)
+            if not line:
+                return
+            number += 1
+            position += len(line)
+            is_long = len(line) > max_bytes and not line.endswith(b"\n")
+            if is_long:
+                position += _rest_of_line(stream)
+            if is_long or line.strip():
+                yield Line(part.path, number, first), None if is_long else line, position if is_plain else raw.tell()
+
+
+def _rest_of_line(stream: BinaryIO) -> int:
+    """Bytes up to the next line break, which is read too; no more than a buffer of them is held."""
+    count = 0
+    while data := stream.readline(_BUFFER_BYTES):
+        count += len(data)
+        if data.endswith(b"\n"):
+            break
+    return count
+
+
+def too_long(where: object, max_bytes: int) -> BadData:
+    """A document beyond the dataset's max_document_mb."""
+    return BadData.because(
+        "too long",
+        f"{where}: longer than {max_bytes / 1e6:g} MB, the dataset's max_document_mb",
+        "cut the document, or raise max_document_mb",
+    )
+
+
+def _decode(data: bytes, path: Path, first_line: int = 1, place: object = None) -> str:
     try:
         return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise UserError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason})",
+        where = place or f"{path}:{first_line + data.count(bytes([10]), 0, error.start)}"
+        raise BadData.because(
+            "invalid UTF-8",
+            f"{where}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason})",
             "convert the file: iconv -f <its encoding> -t utf-8",
         ) from None
 
 
-def _jsonl(path: Path, column: str) -> Iterator[Row]:
-    for number, line, share in _lines(path):
-        where = f"{path}:{number}"
-        yield Row(where, _column(_parse(line, where), column, where), share)
+def _jsonl(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+    for where, line, position in _lines(part, max_bytes):
+        try:
+            if line is None:
+                raise too_long(where, max_bytes)
+            yield Row(where, _columns(_parse(line, where), columns, where), position)
+        except BadData as error:
+            yield Row(where, error, position)
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(line: bytes, where: Line) -> Any:
+    """orjson is strict and fast; the standard parser decides what is wrong, and reads what only it reads (a BOM, NaN)."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        text = _decode(line, where.path, where.number + where.first_byte, where)
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         reason = (
             f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         )
-        raise UserError(f"{where}: not valid JSON: {reason}", "mend or remove the line") from None
+        message = f"{where}: not valid JSON: {reason}"
+        raise BadData.because("not valid JSON", message, "mend or remove the line") from None
 
 
-def _column(row: Any, column: str, where: str) -> Any:
+def _columns(row: Any, columns: tuple[str, ...], where: object) -> tuple[Any, ...]:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}", "one {…} for each document")
-    if column not in row:
-        raise _missing(where, column, list(row))
-    return row[column]
+        message = f"{where}: expected a JSON object, found {type(row).__name__}"
+        raise BadData.because("not an object", message, "one {…} for each document")
+    for column in columns:
+        if column not in row:
+            raise _missing(where, column, list(row))
+    return tuple(row[column] for column in columns)
 
 
-def _missing(where: str, column: str, found: list[str]) -> UserError:
-    columns = ", ".join(map(repr, found[:12])) or "none"
-    return UserError(f"{where}: no column {column!r}; found {columns}", "name the column under the dataset's `columns`")
+def _missing(where: object, column: str, found: list[str]) -> BadData:
+    named = ", ".join(map(repr, found[:12])) or "none"
+    message = f"{where}: no column {column!r}; found {named}"
+    return BadData.because("missing column", message, "name the column under the dataset's `columns`")
 
 
-def _json(path: Path, column: str) -> Iterator[Row]:
+def _json(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
     """A JSON list of objects; a file that does not start with [ is read as JSON lines, as the hub's often are."""
+    path = part.path
     with path.open("rb") as raw:
         stream = _open(path, raw)
         start = stream.read(_BUFFER_BYTES)
         if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            yield from _jsonl(path, column)
+            yield from _jsonl(part, columns, max_bytes)
             return
-        text = _decode(start + stream.read(), path)
-    values = _parse_whole(text, path)
+        data = start + stream.read(_MAX_LIST_BYTES)
+    if len(data) > _MAX_LIST_BYTES:
+        limit = f"{path}: a JSON list is read as a whole, and this one is larger than {_MAX_LIST_BYTES // 10**6} MB"
+        raise BadData.because("too long", limit, "give one object a line as .jsonl: jq -c '.[]'")
+    values, size = _parse_whole(_decode(data, path), path), path.stat().st_size
     for number, value in enumerate(values, start=1):
         where = f"{path} row {number}"
-        yield Row(where, _column(value, column, where), number / len(values))
+        try:
+            yield Row(where, _columns(value, columns, where), size * number // len(values))
+        except BadData as error:
+            yield Row(where, error, size * number // len(values))
 
 
 def _parse_whole(text: str, path: Path) -> list[Any]:
@@ -153,81 +257,124 @@ def _parse_whole(text: str, path: Path) -> list[Any]:
         return json.loads(text)
     except json.JSONDecodeError as error:
         message = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
-        raise UserError(message, "mend the file, or give one object a line as .jsonl") from None
+        hint = "mend the file, or give one object a line as .jsonl"
+        raise BadData.because("not valid JSON", message, hint) from None
 
 
-def _csv(path: Path, column: str) -> Iterator[Row]:
-    """Comma-separated, with a header line; quoted fields may hold line breaks."""
-    csv.field_size_limit(sys.maxsize)
-    size = path.stat().st_size
+def _csv(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+    """Comma-separated, with a header line; quoted fields may hold line breaks. After a broken quote nothing can be read."""
+    csv.field_size_limit(max_bytes)
+    path = part.path
     with path.open("rb", buffering=_BUFFER_BYTES) as raw:
-        lines = (_decode(line, path, number) for number, line in enumerate(_open(path, raw), start=1))
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(_csv_lines(_open(path, raw), path, max_bytes), strict=True)
         try:
             header = next(reader, [])
-            if column not in header:
-                raise _missing(f"{path}:1", column, header)
-            for fields in reader:
-                if fields:
-                    where = f"{path}:{reader.line_num}"
-                    yield Row(where, _field(fields, header, column, where), raw.tell() / size)
+            for column in columns:
+                if column not in header:
+                    raise _missing(f"{path}:1", column, header)
+            for fields in filter(None, reader):
+                where = f"{path}:{reader.line_num}"
+                yield Row(where, _fields(fields, header, columns, where), raw.tell())
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}", "mend or remove the line") from None
+            message = f"{path}:{reader.line_num}: not valid CSV: {error}"
+            raise BadData.because("not valid CSV", message, "mend or remove the line") from None
 
 
-def _field(fields: list[str], header: list[str], column: str, where: str) -> str:
+def _csv_lines(stream: BinaryIO, path: Path, max_bytes: int) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = stream.readline(max_bytes + 1)
+        if not line:
+            return
+        if len(line) > max_bytes:
+            raise too_long(f"{path}:{number}", max_bytes)
+        yield _decode(line, path, number)
+
+
+def _fields(fields: list[str], header: list[str], columns: tuple[str, ...], where: str) -> tuple[str, ...] | BadData:
     if len(fields) != len(header):
-        raise UserError(f"{where}: {len(fields)} fields where the header has {len(header)}", "quote commas in text")
-    return fields[header.index(column)]
+        message = f"{where}: {len(fields)} fields where the header has {len(header)}"
+        return BadData.because("ragged CSV", message, "quote commas in text")
+    return tuple(fields[header.index(column)] for column in columns)
 
 
-def _text(path: Path, column: str) -> Iterator[Row]:
+def _text(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
     """One document a file."""
-    with path.open("rb") as raw:
-        yield Row(f"{path}:1", _decode(_open(path, raw).read(), path), 1.0)
+    with part.path.open("rb") as raw:
+        data = _open(part.path, raw).read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise too_long(part.path, max_bytes)
+    yield Row(f"{part.path}:1", (_decode(data, part.path),), part.path.stat().st_size)
 
 
-def _parquet(path: Path, column: str) -> Iterator[Row]:
+def _parquet(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as table:
-        if column not in table.schema_arrow.names:
-            raise _missing(str(path), column, table.schema_arrow.names)
-        batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=[column])
-        yield from _batches(path, (batch.column(0) for batch in batches), table.metadata.num_rows)
+    with pyarrow.parquet.ParquetFile(part.path) as table:
+        _require(part.path, columns, table.schema_arrow.names)
+        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
+        first = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
+        batches = table.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=list(columns))
+        yield from _batches(part.path, batches, columns, first, max(1, table.metadata.num_rows))
 
 
-def _arrow(path: Path, column: str) -> Iterator[Row]:
-    """Arrow's stream format, which `datasets` writes, or its file format."""
+def _require(path: Path, columns: tuple[str, ...], found: list[str]) -> None:
+    for column in columns:
+        if column not in found:
+            raise _missing(path, column, found)
+
+
+def _arrow(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+    """Arrow's stream format, which `datasets` writes, or its file format; one batch at a time."""
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as source:
+    with pyarrow.memory_map(str(part.path)) as source:
         try:
-            table = pyarrow.ipc.open_stream(source).read_all()
+            opened = pyarrow.ipc.open_stream(source)
+            _require(part.path, columns, opened.schema.names)
+            batches = iter(opened)
         except pyarrow.ArrowInvalid:
-            table = pyarrow.ipc.open_file(source).read_all()
-        if column not in table.column_names:
-            raise _missing(str(path), column, table.column_names)
-        yield from _batches(path, iter(table.column(column).chunks), table.num_rows)
+            opened = pyarrow.ipc.open_file(source)
+            _require(part.path, columns, opened.schema.names)
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        yield from _batches(part.path, batches, columns, 0, 0)
 
 
-def _batches(path: Path, arrays: Iterator[Any], row_count: int) -> Iterator[Row]:
-    number = 0
-    for array in arrays:
-        for scalar in array:
+def _batches(path: Path, batches: Iterable[Any], columns: tuple[str, ...], first: int, row_count: int) -> Iterator[Row]:
+    """Rows of Arrow batches; row_count 0: not known, so progress stands until the file is done."""
+    number, size = first, path.stat().st_size
+    for batch in batches:
+        arrays = [batch.column(column) for column in columns]
+        for values in zip(*map(_as_python, arrays), strict=True):
             number += 1
             where = f"{path} row {number}"
-            yield Row(where, _as_python(scalar, where), number / row_count)
+            position = size * number // row_count if row_count else 0
+            yield Row(where, _checked_cells(values, where), position)
 
 
-def _as_python(scalar: Any, where: str) -> Any:
+def _as_python(array: Any) -> list[Any]:
+    """Python values; a cell that is not valid UTF-8 becomes the error it raised."""
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        return [_cell(scalar) for scalar in array]
+
+
+def _cell(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid UTF-8 ({error.reason})", "write the file anew with valid text") from None
+        return error
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+def _checked_cells(values: tuple[Any, ...], where: str) -> tuple[Any, ...] | BadData:
+    for value in values:
+        if isinstance(value, UnicodeDecodeError):
+            message = f"{where}: not valid UTF-8 ({value.reason})"
+            return BadData.because("invalid UTF-8", message, "write the file anew with valid text")
+    return values
+
+
+_READERS: dict[str, Callable[[Part, tuple[str, ...], int], Iterator[Row]]] = {
     "jsonl": _jsonl,
     "json": _json,
     "parquet": _parquet,

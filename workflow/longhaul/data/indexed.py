@@ -10,6 +10,7 @@ One sequence is one document. Checksums are taken while writing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import struct
@@ -21,6 +22,7 @@ import numpy as np
 from longhaul.errors import UserError
 
 MAX_SHARD_BYTES = 256_000_000
+_MOST_OPEN_SHARDS = 4096
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
@@ -162,44 +164,56 @@ class ShardReader:
 
 
 class SplitReader:
-    """The shards of one split as one stream of tokens and one list of documents; nothing is read before it is asked for.
+    """The shards of one split as one stream of tokens and one list of documents.
 
-    Raises UserError as ShardReader does.
+    Nothing but the manifest's own counts is held: a shard is mapped when it is first read, and the one that was read
+    longest ago is let go (a process may map some 65,000 files). Raises UserError as ShardReader does.
     """
 
     def __init__(self, folder: Path, entry: dict[str, Any], with_mask: bool) -> None:
-        self._shards = [ShardReader(folder / shard["prefix"], with_mask) for shard in entry["shards"]]
-        self._token_ends = np.cumsum([len(shard.tokens) for shard in self._shards], dtype=np.int64)
-        self._document_ends = np.cumsum([len(shard.lengths) for shard in self._shards], dtype=np.int64)
+        self._folder, self._with_mask = folder, with_mask
+        self._prefixes = [shard["prefix"] for shard in entry["shards"]]
+        self._token_ends = np.cumsum([shard["tokens"] for shard in entry["shards"]], dtype=np.int64)
+        self._document_ends = np.cumsum([shard["documents"] for shard in entry["shards"]], dtype=np.int64)
+        self._shard = functools.lru_cache(_MOST_OPEN_SHARDS)(self._open)
+
+    def _open(self, index: int) -> ShardReader:
+        return ShardReader(self._folder / self._prefixes[index], self._with_mask)
 
     @property
     def token_count(self) -> int:
         """Tokens of all shards."""
-        return int(self._token_ends[-1]) if self._shards else 0
+        return int(self._token_ends[-1]) if self._prefixes else 0
+
+    @property
+    def document_count(self) -> int:
+        """Documents of all shards."""
+        return int(self._document_ends[-1]) if self._prefixes else 0
 
     def lengths(self) -> np.ndarray:
         """[D] int32: tokens of each document."""
-        return np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in self._shards)])
+        shards = map(self._shard, range(len(self._prefixes)))
+        return np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in shards)])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """[stop - start] int64: tokens of the stream, across shards."""
         pieces, index = [], int(np.searchsorted(self._token_ends, start, side="right"))
         while start < stop:
             end = int(self._token_ends[index])
-            shard = self._shards[index].tokens
+            shard = self._shard(index).tokens
             pieces.append(shard[len(shard) - (end - start) :][: stop - start])
             start, index = min(stop, end), index + 1
         return np.concatenate([np.empty(0, np.int64), *pieces])
 
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [T] and loss mask [T] of one document."""
+        """Tokens [T] and loss mask [T] of one document; all ones where the shards have no mask."""
         index = int(np.searchsorted(self._document_ends, number, side="right"))
-        shard = self._shards[index]
+        shard = self._shard(index)
         local = number - int(self._document_ends[index]) + len(shard.lengths)
         start = int(shard.offsets[local]) // shard.tokens.itemsize
         place = slice(start, start + int(shard.lengths[local]))
-        assert shard.mask is not None, "only chats have a mask"
-        return shard.tokens[place], shard.mask[place]
+        tokens = shard.tokens[place]
+        return tokens, np.ones(len(tokens), np.uint8) if shard.mask is None else shard.mask[place]
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[str, int]:

@@ -1,5 +1,7 @@
-"""Whole conversations packed into sequences, first fit over a seeded order, kept in a memory-mapped file.
+"""Whole conversations packed into sequences, kept in a memory-mapped file.
 
+Documents are put in a seeded order and cut into blocks of 65,536; each block is packed on its own, from its own lengths
+alone: best fit, the longest first. So memory is a block's, and blocks can be packed by anyone, in any order.
 The file holds little-endian uint32 and nothing else: the D document numbers in pack order, then for each of the P <= D
 packs the place where it ends in that order: at most 8 bytes a document.
 """
@@ -14,6 +16,7 @@ from longhaul.artifacts import atomic_path
 from longhaul.data.permutation import permutation
 from longhaul.errors import UserError
 
+BLOCK_DOCUMENTS = 65_536
 _ORDER = -1  # the permutation's "epoch" for packing; training epochs start at 0
 
 
@@ -38,29 +41,68 @@ class Packs:
 
 def make_packs(lengths: np.ndarray, capacity: int, seed: int, path: Path) -> None:
     """Packs documents of these lengths [D] (longer ones count as `capacity`) and writes the file whole or not at all."""
-    order = permutation(seed, _ORDER, np.arange(len(lengths)), len(lengths))
-    bins = np.array(first_fit(np.minimum(lengths[order], capacity).tolist(), capacity), dtype=np.int64)
-    documents = order[np.argsort(bins, kind="stable")]
-    ends = np.cumsum(np.bincount(bins))
+    blocks = [pack_block(lengths, capacity, seed, first) for first in range(0, len(lengths), BLOCK_DOCUMENTS)]
+    documents = [documents for documents, _ in blocks]
+    ends = np.cumsum(np.concatenate([sizes for _, sizes in blocks]))
     with atomic_path(path) as temporary:
-        np.concatenate([documents, ends]).astype("<u4").tofile(temporary)
+        np.concatenate([*documents, ends]).astype("<u4").tofile(temporary)
 
 
-def first_fit(lengths: list[int], capacity: int) -> list[int]:
-    """The bin of each item: the first one that still has room. O(n log n), by a tree of the largest room below each node."""
-    leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    room = [capacity] * (2 * leaves)
-    bins = []
+def pack_block(lengths: np.ndarray, capacity: int, seed: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The block that begins at place `first` of the order: its documents in pack order, and documents a pack [P]."""
+    places = np.arange(first, min(first + BLOCK_DOCUMENTS, len(lengths)))
+    order = permutation(seed, _ORDER, places, len(lengths))
+    sizes = np.minimum(lengths[order], capacity)
+    longest_first = np.argsort(-sizes, kind="stable")
+    bins = np.empty(len(order), dtype=np.int64)
+    bins[longest_first] = best_fit(sizes[longest_first].tolist(), capacity)
+    return order[np.argsort(bins, kind="stable")], np.bincount(bins)
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[int]:
+    """The bin of each item: of those with room, the one that it fills best, the latest among equals.
+
+    Bins lie in stacks by the room they have; a tree over rooms finds the smallest that is enough in O(log capacity).
+    """
+    leaves = 1 << capacity.bit_length()
+    stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
+    is_filled = [False] * (2 * leaves)
+    bins, count = [], 0
     for length in lengths:
-        node = 1
-        while node < leaves:
-            node = 2 * node if room[2 * node] >= length else 2 * node + 1
-        bins.append(node - leaves)
-        room[node] -= length
-        while node > 1:
-            node //= 2
-            largest = max(room[2 * node], room[2 * node + 1])
-            if room[node] == largest:
-                break
-            room[node] = largest
+        room = _smallest_from(is_filled, leaves, length) if length else capacity
+        if room > capacity or not stacks[room]:
+            chosen, room, count = count, capacity, count + 1
+        else:
+            chosen = stacks[room].pop()
+            _mark(is_filled, leaves + room, bool(stacks[room]))
+        bins.append(chosen)
+        stacks[room - length].append(chosen)
+        _mark(is_filled, leaves + room - length, True)
     return bins
+
+
+def _smallest_from(is_filled: list[bool], leaves: int, room: int) -> int:
+    """The smallest leaf >= room that is filled; `leaves` when there is none."""
+    node = leaves + room
+    while not is_filled[node]:
+        while node & 1:  # the right child: go up until there is something to the right
+            node >>= 1
+            if node <= 1:
+                return leaves
+        node += 1
+        if node & (node - 1) == 0:
+            return leaves
+    while node < leaves:
+        node = 2 * node if is_filled[2 * node] else 2 * node + 1
+    return node - leaves
+
+
+def _mark(is_filled: list[bool], node: int, value: bool) -> None:
+    """Sets a leaf, and above it whether anything below is set."""
+    is_filled[node] = value
+    while node > 1:
+        node >>= 1
+        value = is_filled[2 * node] or is_filled[2 * node + 1]
+        if is_filled[node] == value:
+            return
+        is_filled[node] = value

@@ -1,43 +1,58 @@
-"""One line of progress on stderr, a few times a minute."""
+"""One line of progress on stderr, a few times a minute, from counters that worker processes share."""
 
 from __future__ import annotations
 
 import sys
 import time
+from multiprocessing.context import SpawnContext
+from typing import Any
 
 _EVERY_S = 5.0
+_BYTES, _DOCUMENTS, _TOKENS = range(3)
+
+
+class Counters:
+    """Bytes of source, documents and tokens done; may be handed to processes as they start."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self._counts: Any = context.Array("q", 3)
+
+    def add(self, source_bytes: int, documents: int, tokens: int) -> None:
+        """Notes a finished batch."""
+        with self._counts.get_lock():
+            for index, count in enumerate((source_bytes, documents, tokens)):
+                self._counts[index] += count
+
+    def read(self) -> list[int]:
+        """[bytes, documents, tokens]."""
+        with self._counts.get_lock():
+            return list(self._counts)
 
 
 class Progress:
-    """Counts documents and tokens; knows from the files' sizes how much is left."""
+    """Knows how many bytes there are, and from the rate how long the rest will take."""
 
-    def __init__(self, name: str, file_bytes: list[int]) -> None:
-        self.total_bytes = sum(file_bytes)
-        self._name, self._file_bytes = name, file_bytes
-        self._documents = self._tokens = 0
-        self._read_bytes = 0.0
-        self._started_s = self._shown_s = time.monotonic()
+    every_s = _EVERY_S
 
-    def add(self, documents: int, tokens: int, file_index: int, read_share: float) -> None:
-        """Notes a finished batch whose last document stands at `read_share` of file `file_index`."""
-        self._documents += documents
-        self._tokens += tokens
-        self._read_bytes = sum(self._file_bytes[:file_index]) + read_share * self._file_bytes[file_index]
-        if time.monotonic() - self._shown_s >= _EVERY_S:
-            self._show()
+    def __init__(self, name: str, total_bytes: int, counters: Counters) -> None:
+        self._name, self._total_bytes, self._counters = name, total_bytes, counters
+        self._started_s = time.monotonic()
 
-    def finish(self) -> None:
-        """Shows the last line, whenever the one before was."""
-        self._show()
+    @property
+    def has_begun(self) -> bool:
+        """Whether any document is done."""
+        return self._counters.read()[_DOCUMENTS] > 0
 
-    def _show(self) -> None:
-        self._shown_s = time.monotonic()
-        elapsed_s = max(self._shown_s - self._started_s, 1e-3)
-        left_s = elapsed_s * (self.total_bytes - self._read_bytes) / max(self._read_bytes, 1)
+    def show(self) -> None:
+        """Prints the line."""
+        counts = self._counters.read()
+        elapsed_s = max(time.monotonic() - self._started_s, 1e-3)
+        rate_mb_s = counts[_BYTES] / 1e6 / elapsed_s
+        left_s = (self._total_bytes - counts[_BYTES]) / 1e6 / max(rate_mb_s, 1e-6)
         print(
-            f"tokenize {self._name}: {self._documents:,} documents, "
-            f"{self._read_bytes / 1e6:.1f} of {self.total_bytes / 1e6:.1f} MB, {self._tokens:,} tokens, "
-            f"{self._read_bytes / 1e6 / elapsed_s:.1f} MB/s, {left_s:.0f} s left",
+            f"tokenize {self._name}: {counts[_DOCUMENTS]:,} documents, "
+            f"{counts[_BYTES] / 1e6:.1f} of {self._total_bytes / 1e6:.1f} MB, {counts[_TOKENS]:,} tokens, "
+            f"{rate_mb_s:.1f} MB/s, {left_s:.0f} s left",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""A dataset's files -> checked documents, in order. Nothing is repaired in silence: what is wrong is refused by place."""
+"""A dataset's files -> checked documents, in order. Nothing is repaired in silence: what is wrong is named by place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.config.models import Dataset
-from longhaul.data.formats import Row, rows
+from longhaul.data.formats import BadData, Part, rows
 from longhaul.errors import UserError
 
 Message = dict[str, Any]
@@ -21,34 +21,74 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 class Document:
     """One text, or one conversation as [{"role", "content", …}].
 
-    file_index: which of the dataset's files it came from.
-    where:      "file:line" or "file row n", for error messages.
-    read_share: share of that file read so far, for progress.
+    where:    "file:line" or "file row n" when printed, for error messages.
+    position: bytes of the file read so far, for progress.
     """
 
     content: str | list[Message]
-    file_index: int
-    where: str
-    read_share: float
+    where: object
+    position: int
+
+
+def columns_of(dataset: Dataset) -> tuple[str, ...]:
+    """The columns a dataset's documents are made of."""
+    names = dataset.columns
+    if dataset.kind == "text":
+        return (names.text,)
+    return (names.prompt, names.completion) if names.prompt and names.completion else (names.messages,)
 
 
 def read_documents(files: Sequence[str], dataset: Dataset) -> Iterator[Document]:
-    """Every document of a dataset, in file order.
+    """Every document of a dataset, in file order; bad rows are refused, or left out where the dataset says so.
 
     Raises UserError (with file and line) for a missing, empty or damaged file, broken JSON or CSV, a missing column,
     invalid UTF-8, text that is null or no string, and conversations of a wrong shape.
     """
     if not files:
         raise UserError("the dataset has no files", "check its `files`, or run `longhaul fetch` first")
-    is_chat = dataset.kind == "chat"
-    column = dataset.columns.messages if is_chat else dataset.columns.text
-    for index, file in enumerate(files):
-        row = None
-        for row in rows(Path(file), dataset.format, column):
-            content = _messages(row) if is_chat else _checked_text(row.value, row.where, column)
-            yield Document(content, index, row.where, row.read_share)
-        if row is None:
-            raise UserError(f"{file} holds no documents", "remove it from the dataset's `files`, or fill it")
+    for file in files:
+        found = None
+        for found in documents_of(Part(Path(file), dataset.format), dataset):
+            if isinstance(found, Document):
+                yield found
+            elif dataset.bad_rows == "stop":
+                raise found
+        if found is None:
+            raise no_documents(file)
+
+
+def no_documents(file: str) -> UserError:
+    """A file that holds none."""
+    return UserError(f"{file} holds no documents", "remove it from the dataset's `files`, or fill it")
+
+
+def documents_of(part: Part, dataset: Dataset) -> Iterator[Document | BadData]:
+    """The documents of a part of a file; what cannot be read comes as an error in its place."""
+    columns = columns_of(dataset)
+    for row in rows(part, columns, int(dataset.max_document_mb * 1e6)):
+        if isinstance(row.values, BadData):
+            yield row.values
+            continue
+        try:
+            yield Document(_content(row.values, columns, row.where, dataset.kind), row.where, row.position)
+        except BadData as error:
+            yield error
+
+
+def _content(values: tuple[Any, ...], columns: tuple[str, ...], where: object, kind: str) -> str | list[Message]:
+    if kind == "text":
+        return _checked_text(values[0], where, columns[0])
+    if len(columns) == 1:
+        return _messages(values[0], where)
+    prompt, completion = values
+    return [*_turns(prompt, "user", columns[0], where), *_turns(completion, "assistant", columns[1], where)]
+
+
+def _turns(value: Any, role: str, column: str, where: object) -> list[Message]:
+    """A prompt or a completion: a text, or messages."""
+    if isinstance(value, list):
+        return _messages(value, where)
+    return [{"role": role, "content": _checked_text(value, where, column)}]
 
 
 def texts(document: Document) -> Iterator[str]:
@@ -59,39 +99,44 @@ def texts(document: Document) -> Iterator[str]:
         yield from (message["content"] for message in document.content)
 
 
-def _checked_text(value: Any, where: str, name: str) -> str:
+def _checked_text(value: Any, where: object, name: str) -> str:
     if not isinstance(value, str):
         found = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise UserError(f"{where}: {name} is {found}, not a string", "every document needs text: mend or remove it")
+        reason = "null text" if value is None else "not a string"
+        message = f"{where}: {name} is {found}, not a string"
+        raise BadData.because(reason, message, "every document needs text: mend or remove it")
     if not value.isascii():
         _refuse_surrogates(value, where, name)
     return value
 
 
-def _refuse_surrogates(value: str, where: str, name: str) -> None:
+def _refuse_surrogates(value: str, where: object, name: str) -> None:
     """JSON can smuggle half characters in as "\\ud800"; they have no UTF-8 form."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise UserError(f"{where}: {name} holds half of a surrogate pair ({half})", "mend or remove it") from None
+        message = f"{where}: {name} holds half of a surrogate pair ({half})"
+        raise BadData.because("half a surrogate pair", message, "mend or remove it") from None
 
 
-def _messages(row: Row) -> list[Message]:
-    if not isinstance(row.value, list) or not row.value:
-        found = "an empty list" if row.value == [] else type(row.value).__name__
-        raise UserError(f"{row.where}: a conversation is a list of messages, found {found}", "[{role, content}, …]")
-    return [_message(value, f"{row.where}, message {i}") for i, value in enumerate(row.value, start=1)]
+def _messages(value: Any, where: object) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else type(value).__name__
+        raise _misshapen(f"{where}: a conversation is a list of messages, found {found}", "[{role, content}, …]")
+    return [_message(item, f"{where}, message {i}") for i, item in enumerate(value, start=1)]
 
 
 def _message(value: Any, where: str) -> Message:
     """{role, content}, or ShareGPT's {from, value}; other keys that are set are kept for the template."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected {{role, content}}, found {type(value).__name__}", "mend the conversation")
+        raise _misshapen(f"{where}: expected {{role, content}}, found {type(value).__name__}", "mend the conversation")
     role_key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
     for key in (role_key, content_key):
         if key not in value:
-            raise UserError(f"{where}: no {key!r}; found {', '.join(map(repr, value)) or 'nothing'}", "{role, content}")
+            raise _misshapen(
+                f"{where}: no {key!r}; found {', '.join(map(repr, value)) or 'nothing'}", "{role, content}"
+            )
     extra = {key: item for key, item in value.items() if key not in (role_key, content_key) and item is not None}
     content = _checked_text(value[content_key], where, content_key)
     return {"role": _role(value[role_key], where), "content": content, **extra}
@@ -100,5 +145,9 @@ def _message(value: Any, where: str) -> Message:
 def _role(value: Any, where: str) -> str:
     role = _SHAREGPT_ROLES.get(value, value) if isinstance(value, str) else value
     if role not in ROLES:
-        raise UserError(f"{where}: role {value!r} is not one of {', '.join(ROLES)}", "mend the conversation")
+        raise _misshapen(f"{where}: role {value!r} is not one of {', '.join(ROLES)}", "mend the conversation")
     return role
+
+
+def _misshapen(message: str, hint: str) -> BadData:
+    return BadData.because("misshapen conversation", message, hint)

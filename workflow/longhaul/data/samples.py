@@ -12,6 +12,7 @@ S = sequence length, T = tokens of a document, D = documents.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 
 from longhaul.artifacts import DataManifest
 from longhaul.data.indexed import SplitReader
+from longhaul.data.mixing import Order
 from longhaul.data.packing import Packs, make_packs
 from longhaul.data.permutation import permutation
 from longhaul.errors import UserError
@@ -62,6 +64,11 @@ class Samples:
         One process should open first, the others behind a barrier: the file is written atomically, but every process
         that does not find it makes it. Raises UserError for damaged shards and for a training split without a sample.
         """
+        if manifest.mixture:
+            parts = [(part["weight"], DataManifest(**part["manifest"])) for part in manifest.mixture]
+            held = [(weight, part) for weight, part in parts if part.splits[split]["documents"]]
+            opened = [Samples.open(part, split, kind, sequence_length, seed, cache, pad_id) for _, part in held]
+            return Mixed(opened, [weight for weight, _ in held])
         reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")
         if kind == "pretrain":
             source = _Windows(reader, sequence_length, pad_id)
@@ -91,17 +98,61 @@ class Samples:
         """Conversations longer than a sequence, whose ends are never trained on (0 for windows)."""
         return self._source.cut_documents
 
+    @property
+    def padding_share(self) -> float:
+        """Share of an epoch's positions that hold no token."""
+        positions = len(self) * self._source.length
+        return 1 - self._source.token_count / positions if positions else 0.0
+
     def ids(self, batch: int, global_batch: int) -> np.ndarray:
         """[global_batch] int64: the samples of global batch number `batch` (from 0), in order.
 
         Batches are cut one after another from an endless row of epochs, each epoch its own permutation of all samples.
         """
-        places = batch * global_batch + np.arange(global_batch, dtype=np.int64)
+        return self.at(batch * global_batch + np.arange(global_batch, dtype=np.int64))
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The samples [N] at places [N] of the endless row of epochs."""
         epochs, indices = np.divmod(places, len(self))
-        ids = np.empty(global_batch, dtype=np.int64)
+        ids = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             ids[chosen] = permutation(self._seed, int(epoch), indices[chosen], len(self))
+        return ids
+
+
+class Mixed(Samples):
+    """Samples of several datasets in fixed proportions (longhaul.data.mixing); each goes through its own epochs.
+
+    Of K datasets, sample i is sample i // K of dataset i % K, which begins anew behind its last.
+    """
+
+    def __init__(self, parts: Sequence[Samples], weights: Sequence[int]) -> None:
+        self._parts, self._order = parts, Order(weights)
+
+    def __len__(self) -> int:
+        """As if every dataset had as many samples as the largest."""
+        return len(self._parts) * max(map(len, self._parts))
+
+    def __getitem__(self, index: int) -> Sample:
+        part = self._parts[int(index) % len(self._parts)]
+        return part[int(index) // len(self._parts) % len(part)]
+
+    @property
+    def cut_documents(self) -> int:
+        return sum(part.cut_documents for part in self._parts)
+
+    @property
+    def padding_share(self) -> float:
+        """Of an epoch of every dataset."""
+        return sum(part.padding_share * len(part) for part in self._parts) / sum(map(len, self._parts))
+
+    def ids(self, batch: int, global_batch: int) -> np.ndarray:
+        chosen, numbers = self._order(batch * global_batch + np.arange(global_batch, dtype=np.int64))
+        ids = np.empty(global_batch, dtype=np.int64)
+        for number, part in enumerate(self._parts):
+            mine = chosen == number
+            ids[mine] = part.at(numbers[mine]) * len(self._parts) + number
         return ids
 
 
@@ -128,17 +179,18 @@ class _Windows:
     cut_documents = 0
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int) -> None:
-        self._reader, self._length, self._pad_id = reader, length, pad_id
+        self._reader, self.length, self._pad_id = reader, length, pad_id
+        self.token_count = reader.token_count
 
     def __len__(self) -> int:
-        return max(0, -(-(self._reader.token_count - 1) // self._length))
+        return max(0, -(-(self.token_count - 1) // self.length))
 
     def __getitem__(self, index: int) -> Sample:
-        start = index * self._length
-        stop = min(start + self._length + 1, self._reader.token_count)
+        start = index * self.length
+        stop = min(start + self.length + 1, self._reader.token_count)
         tokens = self._reader.tokens(start, stop)
-        sample = _blank(self._length, self._pad_id)
-        inputs = tokens[: self._length]
+        sample = _blank(self.length, self._pad_id)
+        inputs = tokens[: self.length]
         sample.input_ids[: len(inputs)] = inputs
         sample.labels[: len(tokens) - 1] = tokens[1:]
         return sample
@@ -148,27 +200,35 @@ class _Packed:
     """Sample i is pack i; a conversation longer than S is cut at S."""
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
-        self._reader, self._length, self._pad_id = reader, length, pad_id
+        self._reader, self.length, self._pad_id = reader, length, pad_id
         lengths = reader.lengths()
         self.cut_documents = int((lengths > length).sum())
+        self.token_count = int(np.minimum(lengths, length).sum(dtype=np.int64))
         if len(lengths) and not path.exists():
             make_packs(lengths, length, seed, path)
+            packs = len(Packs(path, len(lengths)))
+            print(
+                f"packed {len(lengths):,} conversations into {packs:,} sequences of {length}: "
+                f"{1 - self.token_count / (packs * length):.2%} padding, {self.cut_documents:,} cut at the end",
+                file=sys.stderr,
+                flush=True,
+            )
         self._packs = Packs(path, len(lengths)) if len(lengths) else []
 
     def __len__(self) -> int:
         return len(self._packs)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = _blank(self._length, self._pad_id)
+        sample = _blank(self.length, self._pad_id)
         start = 0
         for document in self._packs[index]:
             start += self._place(sample, start, *self._reader.document(int(document)))
-        sample.position_ids[start:] = np.arange(self._length - start)
+        sample.position_ids[start:] = np.arange(self.length - start)
         return sample
 
     def _place(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
         """Writes one conversation [T] at `start`; its last position predicts nothing. Returns the room it took."""
-        tokens, mask = tokens[: self._length], mask[: self._length]
+        tokens, mask = tokens[: self.length], mask[: self.length]
         stop = start + len(tokens)
         sample.input_ids[start:stop] = tokens
         sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)

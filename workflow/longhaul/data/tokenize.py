@@ -1,55 +1,73 @@
-"""One dataset -> token shards in <job.folder>/<hash>, and the manifest that points to them.
+"""One dataset -> token shards in <job.folder>/<unit>/, and the manifest that names them in the order of the sources.
 
-The hash is made of the source files' contents, the tokenizer and the dataset's settings: unchanged sources find their
-finished shards again, a changed source gets a new folder and the old one stays.
+The sources are cut into units (longhaul.data.units) that a pool of processes makes; finished units are found again, so a
+killed job goes on, and a new file is encoded alone. No byte depends on the number of workers or on who made which unit.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-import tempfile
+import multiprocessing
+import os
+import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from longhaul.artifacts import DataManifest, TokenizerManifest, content_hash, file_sha256
-from longhaul.data.encoding import Encoded, batches, encode_all
-from longhaul.data.formats import format_of
-from longhaul.data.indexed import ShardReader, SplitWriter, token_dtype
-from longhaul.data.progress import Progress
-from longhaul.data.readers import Document, read_documents
+from longhaul.artifacts import DataManifest, TokenizerManifest, content_hash
+from longhaul.data import mixing
+from longhaul.data.encoders import Choice, Fast, Reference, choose, open_encoder
+from longhaul.data.encoding import EncodersDisagree
+from longhaul.data.indexed import ShardReader, token_dtype
+from longhaul.data.progress import Counters, Progress
+from longhaul.data.readers import Document, columns_of, documents_of, no_documents, texts
+from longhaul.data.units import Source, Unit, cut
+from longhaul.data.work import RECORD, SPLITS, Task, Worker, read_record, remove_leftovers
 from longhaul.errors import UserError
 from longhaul.jobs import TokenizeJob
 
-_LAYOUT_VERSION = 1
-_MANIFEST = "manifest.json"
+_LAYOUT_VERSION = 2
 _BYTES_PER_WORKER = 2_000_000  # less than this is encoded sooner than a worker starts
+_SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
+# Spawned, not forked: the tokenizer's Rust threads do not survive a fork.
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 def run(job: TokenizeJob) -> None:
-    """Makes the shards, or finds finished ones, then writes `job.out`.
+    """Makes the shards that are not there yet, then writes `job.out`.
 
     Raises UserError for whatever is wrong in the sources (longhaul.data.readers), for a dataset that holds nothing to
     train on, and when the shards cannot be written.
     """
+    if job.dataset.mixture:
+        mixing.run(job)
+        return
     tokenizer = TokenizerManifest.read(Path(job.tokenizer))
     if job.dataset.kind == "chat" and not tokenizer.has_chat_template:
         raise UserError(f"dataset {job.name}: the tokenizer has no chat template", "set tokenizer.chat_template")
-    sources = [_source(file) for file in job.files]
-    digest = _identity(job, tokenizer, sources)
-    folder = Path(job.folder) / digest
-    if not (folder / _MANIFEST).is_file():
-        _make(job, tokenizer, sources, folder)
-    made = DataManifest.read(folder / _MANIFEST)
-    open_split_files(made, folder)
-    # The same bytes may have moved since the shards were made.
-    moved = [{**old, "path": new["path"]} for old, new in zip(made.sources, sources, strict=True)]
-    dataclasses.replace(made, path=str(folder), sources=moved).write(Path(job.out))
+    if not job.files:
+        raise UserError("the dataset has no files", "check its `files`, or run `longhaul fetch` first")
+    root, counters = Path(job.folder), Counters(_SPAWN)
+    with _pool(job, Path(tokenizer.path), counters) as pool:
+        sources = _sources(job)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(root)
+            choice = choose(Path(tokenizer.path), _sample(job, sources))
+            made = _make(job, tokenizer, sources, choice, _Makers(pool, counters))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the shards of dataset {job.name} to {root}: {error.strerror}",
+                "free space or quota there, or choose another place with storage.data",
+            ) from None
+    open_split_files(made, root)
+    made.write(Path(job.out))
 
 
 def open_split_files(manifest: DataManifest, folder: Path) -> None:
@@ -59,123 +77,158 @@ def open_split_files(manifest: DataManifest, folder: Path) -> None:
             ShardReader(folder / shard["prefix"], with_mask=manifest.kind == "chat")
 
 
-def _source(file: str) -> dict[str, Any]:
-    path = Path(file)
-    try:
-        return {"path": file, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}", "check the dataset's `files`") from None
+def _sources(job: TokenizeJob) -> list[Source]:
+    """Hashing releases the interpreter's lock: threads do."""
+    with ThreadPoolExecutor(job.workers) as pool:
+        return list(pool.map(lambda file: Source.of(file, job.dataset.format), job.files))
 
 
-def _identity(job: TokenizeJob, tokenizer: TokenizerManifest, sources: list[dict[str, Any]]) -> str:
+def _sample(job: TokenizeJob, sources: Sequence[Source]) -> list[str]:
+    """Texts from units spread over the dataset."""
+    units = _cut(job, sources, {})
+    sample: list[str] = []
+    for unit in units[:: max(1, len(units) // _SAMPLED_UNITS)]:
+        documents = documents_of(unit.pieces[0].part(sources), job.dataset)
+        found = next((document for document in documents if isinstance(document, Document)), None)
+        sample += [text[:_SAMPLED_CHARACTERS] for text in texts(found)] if found else []
+    return sample
+
+
+def _cut(job: TokenizeJob, sources: Sequence[Source], settings: dict[str, Any]) -> list[Unit]:
+    return cut(sources, int(job.dataset.unit_mb * 1e6), settings)
+
+
+def _make(
+    job: TokenizeJob, tokenizer: TokenizerManifest, sources: Sequence[Source], choice: Choice, makers: _Makers
+) -> DataManifest:
+    """All units; with the reference when an encoder was caught out, and again when the split left one side empty."""
+    threshold = int(job.dataset.validation_share * 2**64)
+    for _ in range(3):
+        if choice.reason:
+            print(f"tokenize {job.name}: encoding with tokenizers: {choice.reason}", file=sys.stderr, flush=True)
+        task = Task(Path(job.folder), job.dataset, dict(enumerate(sources)), tokenizer, choice.name, threshold)
+        units = _cut(job, sources, _settings(job, tokenizer, choice.name, threshold))
+        try:
+            _make_units(job, task, units, makers)
+        except EncodersDisagree as error:
+            choice = Choice(Reference.name, str(error))
+            continue
+        records = [read_record(task.root / unit.name) for unit in units]
+        settled = _settle(threshold, records)
+        if settled == threshold:
+            return _manifest(job, task, units, records, choice)
+        threshold = settled
+    raise AssertionError("a threshold settles at once")
+
+
+def _settings(job: TokenizeJob, tokenizer: TokenizerManifest, encoder: str, threshold: int) -> dict[str, Any]:
+    """What a unit's shards depend on beside its sources."""
     dataset = job.dataset
-    chosen = dataset.format
-    return content_hash(
-        {
-            "version": _LAYOUT_VERSION,
-            "kind": dataset.kind,
-            "column": dataset.columns.messages if dataset.kind == "chat" else dataset.columns.text,
-            "formats": [format_of(Path(file)) if chosen == "auto" else chosen for file in job.files],
-            "validation_share": dataset.validation_share,
-            "sources": [source["sha256"] for source in sources],
-            "tokenizer": tokenizer.hash,
-        }
-    )
+    return {
+        "version": _LAYOUT_VERSION,
+        "kind": dataset.kind,
+        "columns": columns_of(dataset),
+        "format": dataset.format,
+        "bad_rows": dataset.bad_rows,
+        "max_document_mb": dataset.max_document_mb,
+        "reasoning_in_loss": dataset.reasoning_in_loss,
+        "threshold": threshold,
+        "tokenizer": tokenizer.hash,
+        "encoder": encoder,
+    }
 
 
-def _make(job: TokenizeJob, tokenizer: TokenizerManifest, sources: list[dict[str, Any]], folder: Path) -> None:
-    """Writes the folder beside its final place and renames it when all is on disk."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            made = Path(temporary) / "shards"
-            _manifest(job, tokenizer, sources, folder, _fill(job, tokenizer, sources, made)).write(made / _MANIFEST)
-            made.replace(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the shards of dataset {job.name} to {folder}: {error.strerror}",
-            "free space or quota there, or choose another place with storage.data",
-        ) from None
-
-
-def _fill(job: TokenizeJob, tokenizer: TokenizerManifest, sources: list[dict[str, Any]], made: Path) -> _Filled:
-    """Writes all shards; a second time when the split by hash left one side without a document."""
-    nominal = int(job.dataset.validation_share * 2**64)
-    filled = _write(job, tokenizer, sources, made, nominal)
-    settled = _settle(nominal, filled.lowest_key, filled.highest_key)
-    if settled != nominal:
-        shutil.rmtree(made)
-        filled = _write(job, tokenizer, sources, made, settled)
-    return filled
-
-
-def _settle(threshold: int, lowest: int, highest: int) -> int:
+def _settle(threshold: int, records: list[dict[str, Any]]) -> int:
     """Keys below the result are validation: at least the lowest one, never the highest one.
 
     Documents that are all alike stay in training: they cannot be told apart.
     """
-    if threshold == 0 or lowest == highest:
-        return 0
+    lowest, highest = min(r["lowest_key"] for r in records), max(r["highest_key"] for r in records)
+    if threshold == 0 or lowest == highest or highest < 0:
+        return 0 if lowest == highest else threshold
     return min(max(threshold, lowest + 1), highest)
 
 
-@dataclass
-class _Filled:
-    """What a pass over the sources gave."""
+class _Makers(NamedTuple):
+    """Who makes units: a pool, or this process; and what they count."""
 
-    documents_per_file: list[int]
-    token_counts: np.ndarray  # [vocabulary] int64: tokens in the training loss
-    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
-    lowest_key: int = 2**64
-    highest_key: int = -1
+    pool: ProcessPoolExecutor | None
+    counters: Counters
 
 
-def _write(
-    job: TokenizeJob, tokenizer: TokenizerManifest, sources: list[dict[str, Any]], folder: Path, threshold: int
-) -> _Filled:
-    folder.mkdir()
-    dtype, is_chat = token_dtype(tokenizer.vocab_size), job.dataset.kind == "chat"
-    writers = {split: SplitWriter(folder, split, dtype, is_chat) for split in ("train", "validation")}
-    filled = _Filled([0] * len(job.files), np.zeros(tokenizer.vocab_size, dtype=np.int64))
-    progress = Progress(job.name, [source["bytes"] for source in sources])
-    workers = max(1, min(job.workers, progress.total_bytes // _BYTES_PER_WORKER))
-    documents = _counted(read_documents(job.files, job.dataset), filled)
-    for batch, encoded in encode_all(batches(documents), tokenizer, job.dataset.kind, workers):
-        _add(encoded, writers, filled, threshold)
-        last = batch.documents[-1]
-        progress.add(len(batch.documents), len(encoded.tokens), last.file_index, last.read_share)
-    progress.finish()
-    filled.splits = {split: writer.close() for split, writer in writers.items()}
-    if filled.highest_key < 0:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in filled.skipped.items())
-        raise UserError(f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns")
-    return filled
+@contextmanager
+def _pool(job: TokenizeJob, tokenizer: Path, counters: Counters) -> Iterator[ProcessPoolExecutor | None]:
+    """A pool whose processes load the encoders while this one hashes the sources and tries the fast encoder.
 
-
-def _counted(documents: Iterator[Document], filled: _Filled) -> Iterator[Document]:
-    for document in documents:
-        filled.documents_per_file[document.file_index] += 1
-        yield document
-
-
-def _add(encoded: Encoded, writers: dict[str, SplitWriter], filled: _Filled, threshold: int) -> None:
-    filled.skipped.update(encoded.skipped)
-    if not len(encoded.keys):
+    None where there is too little to do for it.
+    """
+    size = sum(Path(file).stat().st_size for file in job.files if Path(file).exists())
+    workers = min(job.workers, size // _BYTES_PER_WORKER)
+    if workers < 2:
+        yield None
         return
-    filled.lowest_key = min(filled.lowest_key, int(encoded.keys.min()))
-    filled.highest_key = max(filled.highest_key, int(encoded.keys.max()))
-    is_validation = encoded.keys < np.uint64(threshold)
-    for split, chosen in (("train", ~is_validation), ("validation", is_validation)):
-        of_tokens = np.repeat(chosen, encoded.lengths)
-        tokens = encoded.tokens[of_tokens]
-        mask = None if encoded.mask is None else encoded.mask[of_tokens]
-        writers[split].add(tokens, encoded.lengths[chosen], mask)
-        if split == "train":
-            in_loss = tokens if mask is None else tokens[mask == 1]
-            filled.token_counts += np.bincount(in_loss, minlength=len(filled.token_counts))
+    with ProcessPoolExecutor(workers, _SPAWN, _start_worker, (tokenizer, counters)) as pool:
+        pool.submit(os.getpid)  # starts all processes
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _make_units(job: TokenizeJob, task: Task, units: Sequence[Unit], makers: _Makers) -> None:
+    waiting = [unit for unit in units if not (task.root / unit.name / RECORD).is_file()]
+    progress = Progress(job.name, sum(unit.bytes for unit in waiting), makers.counters)
+    if len(waiting) < len(units):
+        print(f"tokenize {job.name}: {len(units) - len(waiting)} of {len(units)} units are there", file=sys.stderr)
+    if makers.pool:
+        _make_in_pool(makers.pool, task, waiting, progress)
+    else:
+        for unit in waiting:
+            Worker(task.of(unit), makers.counters).make(unit)
+    if progress.has_begun:
+        progress.show()
+
+
+def _make_in_pool(pool: ProcessPoolExecutor, task: Task, waiting: Sequence[Unit], progress: Progress) -> None:
+    """The largest first: no worker is left alone with one at the end."""
+    largest_first = sorted(waiting, key=lambda unit: -unit.bytes)
+    try:
+        futures: set[Future[None]] = {pool.submit(_make_in_worker, task.of(unit), unit) for unit in largest_first}
+        while futures:
+            done, futures = wait(futures, progress.every_s, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if futures:
+                progress.show()
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
+        ) from None
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+_counters: list[Counters] = []  # of this process, filled once when a pool starts it
+
+
+def _start_worker(tokenizer: Path, counters: Counters) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _counters.append(counters)
+    with suppress(Exception):  # a tokenizer that it cannot read is left to the reference
+        open_encoder(tokenizer, Fast.name)
+
+
+def _end_with_parent() -> None:
+    """A killed job leaves no worker behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _make_in_worker(task: Task, unit: Unit) -> None:
+    Worker(task, _counters[0]).make(unit)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -185,18 +238,60 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 
 def _manifest(
-    job: TokenizeJob, tokenizer: TokenizerManifest, sources: list[dict[str, Any]], folder: Path, filled: _Filled
+    job: TokenizeJob, task: Task, units: Sequence[Unit], records: Sequence[dict[str, Any]], choice: Choice
 ) -> DataManifest:
-    counted = zip(sources, filled.documents_per_file, strict=True)
+    skipped = Counter[str]()
+    for record in records:
+        skipped.update(record["skipped"])
+    documents = [0] * len(task.sources)
+    for unit, record in zip(units, records, strict=True):
+        for piece, count in zip(unit.pieces, record["documents"], strict=True):
+            documents[piece.file] += count
+    _require_documents(job, documents, records, skipped)
+    settings = _settings(job, task.tokenizer, "", task.threshold)
     return DataManifest(
         dataset=job.name,
         kind=job.dataset.kind,
-        path=str(folder),
-        hash=folder.name,
-        tokenizer_hash=tokenizer.hash,
-        dtype=token_dtype(tokenizer.vocab_size),
-        splits=filled.splits,
-        sources=[{**source, "documents": documents} for source, documents in counted],
-        skipped=dict(sorted(filled.skipped.items())),
-        unigram_entropy_nats=unigram_entropy(filled.token_counts),
+        path=job.folder,
+        hash=content_hash([settings, [source.sha256 for source in task.sources.values()]]),
+        tokenizer_hash=task.tokenizer.hash,
+        dtype=token_dtype(task.tokenizer.vocab_size),
+        splits={split: _split(split, units, records) for split in SPLITS},
+        sources=[
+            {"path": source.path, "bytes": source.bytes, "sha256": source.sha256, "documents": count}
+            for source, count in zip(task.sources.values(), documents, strict=True)
+        ],
+        skipped=dict(sorted(skipped.items())),
+        unigram_entropy_nats=unigram_entropy(_token_counts(records)),
+        encoder=choice._asdict(),
     )
+
+
+def _token_counts(records: Sequence[dict[str, Any]]) -> np.ndarray:
+    total = np.zeros(len(records[0]["token_counts"]), dtype=np.int64)
+    for record in records:
+        total += record["token_counts"]
+    return total
+
+
+def _require_documents(
+    job: TokenizeJob, documents: list[int], records: Sequence[dict[str, Any]], skipped: Counter[str]
+) -> None:
+    for file, count in zip(job.files, documents, strict=True):
+        if not count and job.dataset.bad_rows == "stop":
+            raise no_documents(file)
+    if max(record["highest_key"] for record in records) < 0:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
+        raise UserError(f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns")
+
+
+def _split(split: str, units: Sequence[Unit], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A split's entry of the data manifest: the shards of all units in order, and their sums."""
+    entries = [record["splits"][split] for record in records]
+    named = [
+        {**shard, "prefix": f"{unit.name}/{shard['prefix']}"}
+        for unit, entry in zip(units, entries, strict=True)
+        for shard in entry["shards"]
+    ]
+    totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "loss_tokens")}
+    return {"shards": named, **totals}

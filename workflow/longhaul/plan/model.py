@@ -94,8 +94,9 @@ class Plan:
 
     @property
     def used_datasets(self) -> set[str]:
-        """Datasets that a stage trains on."""
-        return {stage.stage.dataset for stage in self.stages}
+        """Datasets that a stage trains on, and the parts of mixtures."""
+        trained_on = {stage.stage.dataset for stage in self.stages}
+        return trained_on.union(*(self.config.datasets[name].mixture for name in trained_on))
 
     @cached_property
     def needs_fetch(self) -> bool:

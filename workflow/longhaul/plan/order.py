@@ -50,14 +50,30 @@ def check_references(config: Config) -> None:
                 f"name a {wanted} dataset, or change the stage's kind",
             )
         check_best(config, stage)
+    for name, dataset in config.datasets.items():
+        for part in dataset.mixture:
+            _check_part(config, name, part)
     train = config.tokenizer.train
     for name in train.datasets if train else ():
         if name not in config.datasets:
             raise UserError(
                 f"tokenizer.train.datasets: there is no dataset {name!r}", f"use one of {', '.join(config.datasets)}"
             )
-        if config.datasets[name].kind != "text":
-            raise UserError(f"tokenizer.train.datasets: {name} is not a text dataset", "name text datasets")
+        if config.datasets[name].kind != "text" or config.datasets[name].mixture:
+            raise UserError(f"tokenizer.train.datasets: {name} is not a text dataset with files", "name text datasets")
+
+
+def _check_part(config: Config, mixture: str, part: str) -> None:
+    where = f"datasets.{mixture}.mixture: "
+    if part not in config.datasets:
+        raise UserError(f"{where}there is no dataset {part!r}", f"use some of {', '.join(config.datasets)}")
+    if config.datasets[part].mixture:
+        raise UserError(f"{where}{part} is a mixture itself", "name its parts, with their weights multiplied")
+    if config.datasets[part].kind != config.datasets[mixture].kind:
+        raise UserError(
+            f"{where}{part} is {config.datasets[part].kind}, {mixture} is {config.datasets[mixture].kind}",
+            "mix datasets of one kind",
+        )
 
 
 def check_best(config: Config, stage: Stage) -> None:

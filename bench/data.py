@@ -1,0 +1,207 @@
+"""Raw text to shards on two cores: ours beside `datasets` map, datatrove and the raw limit; then how fast batches are read.
+
+Wall time with start-up, rounds alternated, medians. Megatron-LM's preprocess_data.py is in no package that pip installs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from longhaul.artifacts import DataManifest, TokenizerManifest
+from longhaul.config.models import Dataset
+from longhaul.data.encoders import choose
+from longhaul.data.indexed import SplitReader
+from longhaul.data.samples import Samples
+from longhaul.jobs import TokenizeJob
+from machine import header, publish
+
+ROUNDS = 3
+CORPUS_BYTES = 165_000_000
+PEERS = Path(sys.prefix).parent / ".venv-bench" / "bin" / "python"
+AIMS = {"datasets": 20, "datatrove": 12}
+EOS, TOKENS_PER_S = "<｜end▁of▁sentence｜>", 200_000
+
+
+def main() -> None:
+    """Prints medians and ratios, and checks every id of the corpus against AutoTokenizer's."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as name:
+        folder = Path(name)
+        corpus = make_corpus(folder)
+        tokenizer = make_tokenizer(folder)
+        commands = {
+            peer: [str(PEERS), str(Path(__file__).with_name("data_peers.py")), peer, name] for peer in ("raw", *AIMS)
+        }
+        commands = {
+            "longhaul": [sys.executable, "-m", "longhaul", "tokenize", str(make_job(folder, corpus))],
+            **commands,
+        }
+        seconds: dict[str, list[float]] = {kind: [] for kind in commands}
+        for _ in range(ROUNDS):
+            for kind, words in commands.items():
+                shutil.rmtree(folder / "shards", ignore_errors=True) if kind == "longhaul" else None
+                seconds[kind].append(timed(words, folder))
+        manifest = DataManifest.read(folder / "shards.json")
+        check_s = timed_call(lambda: choose(Path(tokenizer.path), []))
+        lines = [
+            *header(("gigatoken", "tokenizers", "orjson", "numpy")),
+            f"corpus: {corpus.stat().st_size / 1e6:.0f} MB of jsonl, {manifest.sources[0]['documents']:,} documents, "
+            f"{sum(split['tokens'] for split in manifest.splits.values()):,} tokens, DeepSeek's byte-level BPE",
+            f"wall s, start-up included, 2 cores, median of {ROUNDS} alternated rounds:",
+            *(
+                f"  {kind}: {statistics.median(found):.2f} ({', '.join(f'{s:.2f}' for s in found)})"
+                for kind, found in seconds.items()
+            ),
+            *ratios(seconds, check_s),
+            f"encoder: {manifest.encoder['name']}; its check on hard texts, once a dataset: {check_s:.2f} s",
+            f"peak resident memory of the largest of our processes: {peak_mb(commands['longhaul'], folder):.0f} MB",
+            f"ids equal to AutoTokenizer's: {compare(manifest, tokenizer, corpus)}",
+            *reading(manifest, folder),
+        ]
+    publish("data", lines)
+
+
+def ratios(seconds: dict[str, list[float]], check_s: float) -> Iterator[str]:
+    """Medians against ours."""
+    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
+    for peer, aim in AIMS.items():
+        yield f"{peer} / longhaul: {medians[peer] / medians['longhaul']:.1f} (aim: >= {aim})"
+    share = medians["raw"] / (medians["longhaul"] - check_s)
+    yield f"share of the raw limit without the check: {share:.0%} (aim: >= 90%)"
+    yield "Megatron preprocess_data.py: not in any package that pip installs, not measured"
+
+
+def make_corpus(folder: Path) -> Path:
+    """Python sources and documentation that lie on this machine, one document a file, in a fixed order."""
+    corpus, halves, size = folder / "corpus.jsonl", folder / "halves", 0
+    halves.mkdir()
+    lines: list[bytes] = []
+    for text in texts_of_this_machine():
+        lines.append(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+        size += len(lines[-1])
+        if size >= CORPUS_BYTES:
+            break
+    corpus.write_bytes(b"".join(lines))
+    middle = int(np.searchsorted(np.cumsum([len(line) for line in lines]), size // 2))
+    (halves / "0.jsonl").write_bytes(b"".join(lines[:middle]))
+    (halves / "1.jsonl").write_bytes(b"".join(lines[middle:]))
+    return corpus
+
+
+def texts_of_this_machine() -> Iterator[str]:
+    """Distinct texts of 200 to 600,000 characters, in a fixed shuffle of their paths."""
+    roots = [Path("/usr/share/doc"), Path(os.__file__).parent, Path(sys.prefix) / "lib", PEERS.parent.parent / "lib"]
+    kinds = {".py", ".pyi", ".txt", ".rst", ".md", ".html", ".h", ".hpp"}
+    paths = sorted({path for root in roots for path in root.rglob("*") if path.suffix in kinds and path.is_file()})
+    seen: set[int] = set()
+    for index in np.random.default_rng(0).permutation(len(paths)):
+        try:
+            text = paths[index].read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if 200 <= len(text) <= 600_000 and hash(text) not in seen:
+            seen.add(hash(text))
+            yield text
+
+
+def make_tokenizer(folder: Path) -> TokenizerManifest:
+    """DeepSeek's tokenizer.json out of the peers' environment."""
+    (found,) = PEERS.parent.parent.glob(
+        "lib/*/site-packages/litellm/litellm_core_utils/tokenizers/deepseek_tokenizer.json"
+    )
+    (folder / "tokenizer").mkdir()
+    shutil.copy(found, folder / "tokenizer" / "tokenizer.json")
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(found), eos_token=EOS)
+    size = max(tokenizer.get_vocab().values()) + 1
+    manifest = TokenizerManifest(str(folder / "tokenizer"), "bench", size, None, 1, 1, False)
+    manifest.write(folder / "tokenizer.artifact.json")
+    return manifest
+
+
+def make_job(folder: Path, corpus: Path) -> Path:
+    """A job as a rule would run it, with the dataset's defaults."""
+    job = TokenizeJob(
+        run="bench",
+        name="corpus",
+        parts={},
+        dataset=Dataset(kind="text", files=(str(corpus),)),
+        files=(str(corpus),),
+        tokenizer=str(folder / "tokenizer.artifact.json"),
+        workers=2,
+        folder=str(folder / "shards"),
+        out=str(folder / "shards.json"),
+    )
+    job.write(folder / "job.json")
+    return folder / "job.json"
+
+
+def timed(words: list[str], folder: Path) -> float:
+    """Wall seconds of a command."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"}
+    return timed_call(lambda: subprocess.run(words, check=True, capture_output=True, cwd=folder, env=environment))
+
+
+def timed_call(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def peak_mb(words: list[str], folder: Path) -> float:
+    """Largest resident set among a command's processes, in a run of its own."""
+    shutil.rmtree(folder / "shards")
+    script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+    script += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", script, *words], check=True, capture_output=True, text=True)
+    return int(done.stdout) / 1024
+
+
+def compare(manifest: DataManifest, tokenizer: TokenizerManifest, corpus: Path) -> str:
+    """Every document of the corpus, looked up by its ids in the shards."""
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(Path(tokenizer.path) / "tokenizer.json"), eos_token=EOS)
+    readers = [SplitReader(Path(manifest.path), split, with_mask=False) for split in manifest.splits.values()]
+    places, counts = [0] * len(readers), [reader.token_count for reader in readers]
+    documents = same = 0
+    for line in corpus.open("rb"):
+        ids = np.array([*theirs(json.loads(line)["text"])["input_ids"], tokenizer.eos_id])
+        documents += 1
+        for index, reader in enumerate(readers):
+            stop = places[index] + len(ids)
+            if stop <= counts[index] and np.array_equal(reader.tokens(places[index], stop), ids):
+                places[index], same = stop, same + 1
+                break
+    return f"{same:,} of {documents:,} documents, {sum(places):,} of {sum(counts):,} tokens"
+
+
+def reading(manifest: DataManifest, folder: Path) -> Iterator[str]:
+    """Batches in memory, and the opening of a manifest of a billion samples."""
+    samples = Samples.open(manifest, "train", "pretrain", 4096, 0, folder)
+    batches = 64
+    read_s = timed_call(
+        lambda: [np.stack([samples[int(i)].input_ids for i in samples.ids(b, 8)]) for b in range(batches)]
+    )
+    per_step_s = read_s / batches
+    step_s = 8 * 4096 / TOKENS_PER_S
+    yield (
+        f"reading: {8 * 4096 / per_step_s / 1e6:.1f} M tokens/s of shuffled windows of 4096; behind a step at "
+        f"{TOKENS_PER_S:,} tokens/s the reader is busy {per_step_s / step_s:.1%} of the time, and runs ahead of it"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""One work unit -> its folder <root>/<unit>: shards of both splits and record.json, renamed into place when all is there.
+
+Whoever comes second with the same unit finds the folder taken and throws its own away. A worker holds one batch of
+documents and its ids in memory, whatever the size of the unit.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from longhaul.artifacts import TokenizerManifest, read_json, write_json
+from longhaul.config.models import Dataset
+from longhaul.data.encoding import NOTHING_TO_TRAIN_ON, Encoded, Encoder, batches
+from longhaul.data.formats import BadData
+from longhaul.data.indexed import SplitWriter, token_dtype
+from longhaul.data.progress import Counters
+from longhaul.data.readers import Document, documents_of, no_documents
+from longhaul.data.units import Piece, Source, Unit
+
+RECORD = "record.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all units of a dataset share. Keys below `threshold` are held out."""
+
+    root: Path
+    dataset: Dataset
+    sources: Mapping[int, Source]
+    tokenizer: TokenizerManifest
+    encoder: str
+    threshold: int
+
+    def of(self, unit: Unit) -> Task:
+        """What one unit needs of it, small enough to be sent with it."""
+        return replace(self, sources={piece.file: self.sources[piece.file] for piece in unit.pieces})
+
+
+class Worker:
+    """Makes units, one after another, in one process."""
+
+    def __init__(self, task: Task, counters: Counters) -> None:
+        self._task, self._counters = task, counters
+        self._encoder = Encoder(task.tokenizer, task.dataset, task.encoder)
+
+    def make(self, unit: Unit) -> None:
+        """Makes the unit's folder unless it is there. UserError for bad data, EncodersDisagree, OSError for the disk."""
+        folder = self._task.root / unit.name
+        if (folder / RECORD).is_file():
+            return
+        with tempfile.TemporaryDirectory(dir=self._task.root, prefix=_prefix(unit)) as temporary:
+            made = Path(temporary) / "unit"
+            made.mkdir()
+            write_json(made / RECORD, self._fill(unit, made))
+            try:
+                made.rename(folder)
+            except OSError:
+                if not (folder / RECORD).is_file():
+                    raise
+
+    def _fill(self, unit: Unit, folder: Path) -> dict[str, Any]:
+        dtype, is_chat = token_dtype(self._task.tokenizer.vocab_size), self._task.dataset.kind == "chat"
+        writers = {split: SplitWriter(folder, split, dtype, is_chat) for split in SPLITS}
+        found = _Found(np.zeros(self._task.tokenizer.vocab_size, dtype=np.int64))
+        for piece in unit.pieces:
+            for documents in batches(self._documents(piece, found)):
+                encoded = self._encoder.encode(documents)
+                for error in encoded.left_out:
+                    self._leave_out(error, found)
+                self._add(encoded, writers, found)
+                self._note(piece, documents[-1].position, len(encoded.keys), len(encoded.tokens), found)
+            self._note(piece, None, 0, 0, found)
+            source = self._task.sources[piece.file]
+            source.check_unchanged()
+            if piece.stop is None and not found.documents[-1] and self._task.dataset.bad_rows == "stop":
+                raise no_documents(source.path)
+        return found.record({split: writer.close() for split, writer in writers.items()})
+
+    def _documents(self, piece: Piece, found: _Found) -> Iterator[Document]:
+        found.documents.append(0)
+        for document in documents_of(piece.part(self._task.sources), self._task.dataset):
+            if isinstance(document, BadData):
+                self._leave_out(document, found)
+            else:
+                found.documents[-1] += 1
+                yield document
+
+    def _leave_out(self, error: BadData, found: _Found) -> None:
+        """By the dataset's policy; the first of each kind in a unit is named."""
+        if error.reason not in NOTHING_TO_TRAIN_ON:
+            if self._task.dataset.bad_rows == "stop":
+                raise error
+            if error.reason not in found.skipped:
+                print(f"left out ({error.reason}): {error.message}", file=sys.stderr, flush=True)
+        found.skipped[error.reason] += 1
+
+    def _add(self, encoded: Encoded, writers: dict[str, SplitWriter], found: _Found) -> None:
+        if not len(encoded.keys):
+            return
+        found.lowest_key = min(found.lowest_key, int(encoded.keys.min()))
+        found.highest_key = max(found.highest_key, int(encoded.keys.max()))
+        is_validation = encoded.keys < np.uint64(self._task.threshold)
+        for split, chosen in (("train", ~is_validation), ("validation", is_validation)):
+            if not chosen.any():
+                continue
+            of_tokens = slice(None) if chosen.all() else np.repeat(chosen, encoded.lengths)
+            tokens = encoded.tokens[of_tokens]
+            mask = None if encoded.mask is None else encoded.mask[of_tokens]
+            writers[split].add(tokens, encoded.lengths[chosen], mask)
+            if split == "train":
+                in_loss = tokens if mask is None else tokens[mask == 1]
+                found.token_counts += np.bincount(in_loss, minlength=len(found.token_counts))
+
+    def _note(self, piece: Piece, position: int | None, documents: int, tokens: int, found: _Found) -> None:
+        """Progress within a piece: bytes count from its start, in the share of the file that the piece is."""
+        first = piece.start if piece.bytes == (piece.stop or 0) - piece.start else 0
+        done = piece.bytes if position is None else max(0, min(position - first, piece.bytes))
+        self._counters.add(max(0, done - found.noted_bytes), documents, tokens)
+        found.noted_bytes = 0 if position is None else max(done, found.noted_bytes)
+
+
+@dataclass
+class _Found:
+    """What a unit's sources gave."""
+
+    token_counts: np.ndarray  # [vocabulary] int64: tokens in the training loss
+    documents: list[int] = field(default_factory=list)  # of each piece
+    skipped: Counter[str] = field(default_factory=Counter)
+    lowest_key: int = 2**64
+    highest_key: int = -1
+    noted_bytes: int = 0
+
+    def record(self, splits: dict[str, Any]) -> dict[str, Any]:
+        """The unit's record.json."""
+        counts = zlib.compress(self.token_counts.astype("<i4").tobytes(), level=1)
+        return {
+            "splits": splits,
+            "documents": self.documents,
+            "skipped": dict(sorted(self.skipped.items())),
+            "lowest_key": self.lowest_key,
+            "highest_key": self.highest_key,
+            "token_counts": base64.b85encode(counts).decode(),
+        }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A finished unit's record; "token_counts" as [vocabulary] int32."""
+    record = read_json(folder / RECORD)
+    counts = zlib.decompress(base64.b85decode(record["token_counts"]))
+    return {**record, "token_counts": np.frombuffer(counts, "<i4")}
+
+
+def _prefix(unit: Unit) -> str:
+    return f".{unit.name}-{socket.gethostname()}-{os.getpid()}-"
+
+
+def remove_leftovers(root: Path) -> None:
+    """Half-written units of processes of this host that are gone."""
+    for leftover in root.glob(".*-*-*-*"):
+        _, *host, pid, _ = leftover.name.split("-")
+        with suppress(FileNotFoundError):
+            made_s = leftover.stat().st_ctime
+            if "-".join(host) == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid), made_s):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int, since_s: float) -> bool:
+    """Whether the process that was there at that time still runs; its number may be another's by now."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since_s + 1
+    except psutil.NoSuchProcess:
+        return False
