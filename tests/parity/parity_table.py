@@ -75,7 +75,8 @@ def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path)
         output = done.stdout + done.stderr
         failed = next((line for line in output.splitlines() if line.startswith("FAILED ")), "")
         index = names.index(failed.removeprefix("FAILED ")) if failed else 0
-        failures[chosen[index]] = output[output.find("FAILED ") :][:6000] or output[-6000:]
+        told = output[output.find("FAILED ") :].split("\n\n")[0]  # the first rank that failed
+        failures[chosen[index]] = told[-6000:] if failed else output[-6000:]
         chosen = chosen[index + 1 :]
     return failures
 
@@ -171,8 +172,8 @@ def main() -> int:
         results = run(named or cells(), Path(folder))
     bad = sum(bool(result.problem) for result in results)
     verdict = (
-        f"{len(results) - bad} of {len(results)} cells agree with the plain PyTorch loop, losses and gradient norms to {FP32.loss:g} "
-        f"relative in fp32; in bf16 losses to {BF16.loss:g}, norms to {BF16.norm:g}"
+        f"{len(results) - bad} of {len(results)} cells agree with the plain PyTorch loop: losses and gradient norms to "
+        f"{FP32.loss:g} relative in fp32; in bf16 losses to {BF16.loss:g}, norms to {BF16.norm:g}"
     )
     lines = [*(result.line() for result in results), verdict]
     if named:

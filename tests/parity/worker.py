@@ -51,7 +51,7 @@ def main() -> None:
             job, _ = prepare(own, shared, config(twin, layout), *begin)
             train_in_two_legs(job)
         except BaseException:
-            print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
+            print(f"FAILED {name}\n{traceback.format_exc()}\n", flush=True)
             os._exit(1)
 
 

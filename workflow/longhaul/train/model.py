@@ -121,6 +121,9 @@ def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    # Imports the architecture: of a class that is first seen inside zero.Init, DeepSpeed takes away what decorators added.
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=job.trust_remote_code)
     # All values are filled in by name; under ZeRO-3 transformers would find nothing left to initialise.
     with no_init_weights(), _partitioning(job, ds_config):
         model = AutoModelForCausalLM.from_config(
