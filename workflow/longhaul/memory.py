@@ -65,16 +65,30 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
 
 
 def _held_parameters(stage: Stage, sizes: Geometry) -> tuple[int, int]:
-    """(all but routed experts, routed experts) that one rank holds, of a pipeline the first or the last stage.
-
-    Tensor parallelism leaves norms, routers and MLA's compressions whole; they are counted as if it split them.
-    """
+    """(all but routed experts, routed experts) that the fullest rank holds."""
     parallel = stage.parallel
-    layers = -(-sizes.layers // parallel.pipeline)
-    ends = sizes.embedding if parallel.pipeline > 1 else sizes.ends
-    dense = ends + layers * (sizes.total - sizes.ends - sizes.experts) // sizes.layers
-    experts = min(sizes.experts, layers * sizes.layer_experts)
-    return dense // parallel.tensor, experts // (parallel.tensor * parallel.expert)
+    held = []
+    for ends, dense, mixtures in _stages(stage, sizes):
+        whole = (dense + mixtures) * sizes.layer_whole
+        split = ends + dense * sizes.layer_dense + mixtures * sizes.layer_sparse - whole
+        experts = mixtures * sizes.layer_experts // (parallel.tensor * parallel.expert)
+        held.append((whole + split // parallel.tensor, experts))
+    return max(held, key=sum)
+
+
+def _stages(stage: Stage, sizes: Geometry) -> list[tuple[int, int, int]]:
+    """(parameters outside the layers, dense layers, mixtures) of a pipeline's first, middle and last stage."""
+    stages = stage.parallel.pipeline
+    mixtures = sizes.experts // sizes.layer_experts if sizes.experts else 0
+    dense = sizes.layers - mixtures
+    if stages == 1:
+        return [(sizes.ends, dense, mixtures)]
+    longest, shortest = -(-sizes.layers // stages), sizes.layers // stages
+    leading, inner, trailing = min(longest, dense), min(longest, mixtures), min(shortest, mixtures)
+    first = (sizes.embedding, leading, longest - leading)
+    middle = [(0, longest - inner, inner)] if stages > 2 else []
+    # A tied head is the embedding once more.
+    return [first, *middle, (max(sizes.ends - sizes.embedding, sizes.embedding), shortest - trailing, trailing)]
 
 
 def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, int, int]:

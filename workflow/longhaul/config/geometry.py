@@ -21,6 +21,8 @@ class Geometry:
     ends:      parameters outside the decoder layers: embedding, head unless tied, final norm
     experts:   parameters of the routed experts of all layers, without routers
     layer_experts: of one layer that has them
+    layer_dense, layer_sparse: parameters of a layer without and of one with routed experts, these left out
+    layer_whole: parameters of a layer that tensor parallelism does not split: norms, router, MLA's compressions
     layer_max: parameters of the largest decoder layer
     vocab_size, hidden, layers, heads, positions: as in the config
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
@@ -33,6 +35,9 @@ class Geometry:
     ends: int
     experts: int
     layer_experts: int
+    layer_dense: int
+    layer_sparse: int
+    layer_whole: int
     layer_max: int
     vocab_size: int
     hidden: int
@@ -76,6 +81,9 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         ends=embedding + head + hidden,
         experts=sum(sparse) * layer_experts,
         layer_experts=layer_experts,
+        layer_dense=attention + dense_mlp,
+        layer_sparse=attention + sparse_total - layer_experts,
+        layer_whole=_compressions(c) + 2 * hidden + routed - layer_experts,
         layer_max=attention + (sparse_total if any(sparse) else dense_mlp),
         vocab_size=c["vocab_size"],
         hidden=hidden,
@@ -118,6 +126,14 @@ def _latent_attention(c: Mapping[str, Any]) -> int:
     down = hidden * (rank + c["qk_rope_head_dim"]) + (rank + c["qk_rope_head_dim"] if bias else 0) + rank
     up = rank * heads * (c["qk_nope_head_dim"] + c["v_head_dim"])
     return query + down + up + heads * c["v_head_dim"] * hidden + (hidden if bias else 0)
+
+
+def _compressions(c: Mapping[str, Any]) -> int:
+    """MLA's projections to the low ranks, and their norms."""
+    if not _is_latent(c):
+        return 0
+    ranks = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
+    return c["hidden_size"] * (ranks + c["qk_rope_head_dim"]) + ranks
 
 
 def _mlp(c: Mapping[str, Any], width: int) -> int:

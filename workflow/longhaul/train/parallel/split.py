@@ -20,6 +20,17 @@ def split_model(config: Any, grid: Grid, trust_remote_code: bool, device: torch.
     Raises:
         RuntimeError: the architecture has a buffer that is neither saved nor known here.
     """
+    model = cut_model(config, grid, trust_remote_code)
+    _give_memory(model, device)
+    if grid.parallel.tensor > 1:
+        from longhaul.train.parallel.tensor import hook_gradients
+
+        hook_gradients(model, grid)
+    return model
+
+
+def cut_model(config: Any, grid: Grid, trust_remote_code: bool = False) -> Any:
+    """This rank's part of the model without any memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -39,11 +50,6 @@ def split_model(config: Any, grid: Grid, trust_remote_code: bool, device: torch.
         from longhaul.train.parallel.expert import split_experts
 
         split_experts(model, grid)
-    _give_memory(model, device)
-    if grid.parallel.tensor > 1:
-        from longhaul.train.parallel.tensor import hook_gradients
-
-        hook_gradients(model, grid)
     return model
 
 
