@@ -130,6 +130,8 @@ def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> Any:
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=job.trust_remote_code
         )
     model.tie_weights()
+    # zero.Init rounds every tensor that is made inside it to the compute precision, the rotary frequencies too.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
     return model
 
 
