@@ -99,6 +99,8 @@ LAYOUT_ONLY: dict[str, Any] = {
     "export": "last",
     "export_dtype": "fp32",
     "minutes": 7,
+    "nonfinite": {"policy": "skip"},
+    "skip_batches": [3],
 }
 
 
@@ -114,7 +116,6 @@ RESULT: dict[str, Any] = {
     "optimizer": {"lr": 1e-5},
     "schedule": {"warmup_steps": 1},
     "precision": "bf16",
-    "nonfinite": {"skip_steps": 1},
 }
 
 

@@ -100,6 +100,20 @@ def _render(options: argparse.Namespace) -> None:
     render_run(_load_plan(options.config), Path.cwd())
 
 
+def _verify(options: argparse.Namespace) -> None:
+    from longhaul.jobs import StageJob
+    from longhaul.payloads import payload
+    from longhaul.verify import print_verdicts, verify
+
+    plan = _load_plan(options.config)
+    jobs = [payload(plan, f"train-{stage.name}") for stage in plan.stages]
+    roots = {job.stage.name: Path(job.weights_root) for job in jobs if isinstance(job, StageJob)}
+    verdicts = verify(plan, roots, Path("results") / plan.run)
+    print_verdicts(verdicts)
+    if any(verdict.damage for verdict in verdicts):
+        raise SystemExit(1)
+
+
 def _load_plan(config: Path):
     from longhaul.artifacts import Lock
     from longhaul.config.load import load_config
@@ -183,6 +197,7 @@ _FOR_PEOPLE = {
     "plan": (_plan, "print what a config will do: batches, memory, GPU-hours, Slurm requests"),
     "fetch": (_fetch, "download what the config names on the hub, and pin it"),
     "render": (_render, "write every job's launch.sh, job.sbatch and DeepSpeed config below results/<run>"),
+    "verify": (_verify, "read every file of a run's checkpoints and exports, and name those that are damaged"),
 }
 _JOBS = {
     "environment": "check the nodes",
