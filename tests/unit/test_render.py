@@ -144,7 +144,7 @@ def test_an_image_with_an_odd_name_is_one_word(tmp_path: Path):
     software = {"kind": "container", "path": "/images/$(touch pwned) a.sif"}
     launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.json"]
     for step in json.loads(launch)["steps"]:
-        assert ["/images/$(touch pwned) a.sif", "python3"] == step["command"][-6:-4]
+        assert step["command"][-6:-4] == ["/images/$(touch pwned) a.sif", "python3"]
 
 
 @pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])
