@@ -82,7 +82,7 @@ class VirtualCluster:
             self._start_controller()
             for name in self.node_names:
                 self.boot(name)
-            self._wait(30, "all nodes idle", self._all_idle)
+            self._wait(30, "all nodes idle", self.all_idle)
         except BaseException:
             self.down()
             raise
@@ -92,6 +92,9 @@ class VirtualCluster:
         for name in [*self.node_names_on_disk(), CONTROLLER]:
             self.power_off(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_on(self, name: str) -> bool:
+        return self._holder(name) is not None
 
     def is_up(self) -> bool:
         return self._holder(CONTROLLER) is not None
@@ -153,6 +156,27 @@ class VirtualCluster:
         if outer := self._started.pop(name, None):
             outer.wait(timeout=5)
         (self._run / f"{name}.holder").unlink(missing_ok=True)
+
+    def restart_slurmctld(self, away_s: float = 3.0) -> None:
+        """Kills the controller's daemon and starts it again after `away_s` seconds; its state is on disk."""
+        self._kill_daemon(CONTROLLER, "slurmctld")
+        time.sleep(away_s)
+        self._daemon(CONTROLLER, "slurmctld")
+
+    def restart_slurmd(self, name: str, away_s: float = 2.0) -> None:
+        """Kills a node's daemon and starts it again; jobs of the node go on meanwhile."""
+        self._kill_daemon(name, "slurmd")
+        time.sleep(away_s)
+        self._daemon(name, "slurmd", "-N", name)
+
+    def _kill_daemon(self, host: str, daemon: str) -> None:
+        holder = self._holder(host)
+        if holder is None:
+            raise ClusterError(f"host {host} is off")
+        daemons = [child for child in holder.children(recursive=True) if child.name() == daemon]
+        for process in daemons:
+            process.kill()
+        psutil.wait_procs(daemons, timeout=5)
 
     def unplug(self, name: str) -> None:
         """Takes a node's link down; its processes go on."""
@@ -290,7 +314,8 @@ class VirtualCluster:
         except (ClusterError, subprocess.TimeoutExpired):
             return False
 
-    def _all_idle(self) -> bool:
+    def all_idle(self) -> bool:
+        """Whether every node is there and does nothing."""
         shown = self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False, timeout_s=10)
         return shown.strip() == str(self.shape.nodes)
 
