@@ -87,8 +87,7 @@ class FaultedRun(ClusterChain):
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
     def is_saving(self) -> bool:
-        folders = self.results.glob("stages/base/weights/*/checkpoints/step-*")
-        return any(not (folder / "manifest.json").exists() for folder in folders)
+        return any(self.results.glob("stages/base/weights/*/checkpoints/step-*.partial"))
 
     def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
