@@ -113,17 +113,17 @@ def test_a_full_disk_loses_nothing(half: Leg, tmp_path: Path):
     size = sum(path.stat().st_size for path in (half.weights / "checkpoints" / NEWEST).iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
-    legs = [Leg(disk / "full", 2)]
-    mount = f"mount -t tmpfs -o size={int(2.6 * size)} none {disk} && cp -r {half.folder.parent}/shared {disk}/ && "
+    leg = Leg(disk, 2)
+    mount = f"mount -t tmpfs -o size={int(2.6 * size)} none {disk}"
     output = train(
-        half.folder.parent / "shared", *legs, before=["unshare", "-m", "sh", "-c", f'{mount} exec "$@"', "sh"]
+        half.folder.parent / "shared", leg, before=["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
     )
-    assert legs[0].checkpoints == [BEFORE, NEWEST], output[-3000:]
-    assert legs[0].ended.startswith("DiskFull: a checkpoint needs ")
-    needed = int(legs[0].ended.split(" needs ")[1].split(" bytes")[0])
+    assert leg.checkpoints == [BEFORE, NEWEST], output[-3000:]
+    assert leg.ended.startswith("DiskFull: a checkpoint needs ")
+    needed = int(leg.ended.split(" needs ")[1].split(" bytes")[0])
     assert needed == pytest.approx(size, rel=0.02)
-    assert f"no room in {legs[0].folder}/stages/main/weights/" in legs[0].ended
-    assert "bytes (0.00 GiB) are free" in legs[0].ended
+    assert f"no room in {leg.folder}/stages/main/weights/" in leg.ended
+    assert "bytes (0.00 GiB) are free" in leg.ended
 
 
 def test_what_is_pointed_to_stays(half: Leg, tmp_path: Path):

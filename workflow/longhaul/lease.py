@@ -1,6 +1,6 @@
 """Leases: one main Snakemake per run, one writer per weights folder. Snakemake's own lock outlives a killed main.
 
-O_CREAT|O_EXCL decides who holds it, on any file system; whether a holder still lives is asked of the operating system on
+link(2) decides who holds it, on any file system, NFS included; whether a holder still lives is asked of the operating system on
 its own host. From another host that cannot be known, so a person must say it (`rm`), never a time-out.
 """
 
@@ -59,18 +59,25 @@ class Lease:
         """Takes the lease, over a holder that is surely dead too; False while another one has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
-            try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                holder = self.current()
-                if holder is None or not holder.is_gone():
-                    return False
-                self.clear(holder)
-                continue
-            with os.fdopen(handle, "w") as stream:
-                json.dump(asdict(self.holder), stream)
-            return True
+            if self._link():
+                return True
+            holder = self.current()
+            if holder is None or not holder.is_gone():
+                return False
+            self.clear(holder)
         return False
+
+    def _link(self) -> bool:
+        """A file that is whole before it has the lease's name: whoever finds it can read who holds it."""
+        whole = self.path.with_name(f".{self.path.name}.{self.holder.host}.{self.holder.pid}")
+        try:
+            whole.write_text(json.dumps(asdict(self.holder)))
+            os.link(whole, self.path)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            whole.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Gives the lease back, if it is still ours."""

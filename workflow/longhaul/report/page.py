@@ -61,7 +61,7 @@ def _stage_rows(stage: StageRecord) -> dict[str, Any]:
         "model FLOPs utilisation, median": text.percent(summary.median_mfu),
         "data wait": text.percent(summary.data_wait_share),
         "peak memory of a process": text.size(summary.peak_memory_bytes),
-        "skipped steps": text.count(stage.metrics.skipped_steps),
+        "batches left out after a bad step": text.count(stage.skipped_batches),
         "trained for": text.duration(summary.training_time_s),
         "legs": text.count(len(stage.legs)),
         "hosts": ", ".join(stage.hosts),

@@ -31,6 +31,7 @@ class StageRecord:
     legs: list[dict[str, Any]]
     metrics: Metrics
     summary: Summary
+    skipped_batches: int
     unigram_entropy_nats: float | None
 
     @property
@@ -88,7 +89,7 @@ def read_run(folder: Path) -> RunRecord:
 def _stage(folder: Path, row: dict[str, Any], data: dict[str, DataManifest]) -> StageRecord:
     checkpoint = Checkpoint.read(folder / "stages" / row["name"] / "checkpoint.json")
     weights = Path(checkpoint.weights)
-    metrics = read_metrics(weights / "metrics.jsonl")
+    metrics, skipped = read_metrics(weights / "metrics.jsonl"), weights / "skipped.json"
     lines = (weights / "legs.jsonl").read_text(encoding="utf-8").splitlines()
     return StageRecord(
         name=row["name"],
@@ -97,6 +98,7 @@ def _stage(folder: Path, row: dict[str, Any], data: dict[str, DataManifest]) -> 
         legs=[json.loads(line) for line in lines],
         metrics=metrics,
         summary=summarise(metrics),
+        skipped_batches=len(read_json(skipped)) if skipped.exists() else 0,
         unigram_entropy_nats=data[row["dataset"]].unigram_entropy_nats,
     )
 

@@ -51,7 +51,6 @@ class Metrics:
     curves: dict[str, Curve]
     validation: Curve
     steps: int  # lines of steps read
-    skipped_steps: int  # steps that changed no weights, because loss or gradients were not finite
     broken_lines: int  # lines that are no JSON object with a step, such as the half line of a killed writer
 
 
@@ -59,7 +58,7 @@ def read_metrics(path: Path) -> Metrics:
     """Reads metrics.jsonl line by line; a line that is not whole is counted and left out."""
     curves = {name: Curve() for name in STEP_VALUES}
     validation = Curve()
-    steps = skipped = broken = 0
+    steps = broken = 0
     for row in _rows(path):
         if row is None:
             broken += 1
@@ -67,11 +66,10 @@ def read_metrics(path: Path) -> Metrics:
             _append(validation, row["step"], row["validation_loss"])
         else:
             steps += 1
-            skipped += bool(row.get("skipped"))
             for name, curve in curves.items():
                 if name in row:
                     _append(curve, row["step"], row[name])
-    return Metrics(curves, validation, steps, skipped, broken)
+    return Metrics(curves, validation, steps, broken)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:

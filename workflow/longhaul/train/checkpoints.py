@@ -142,8 +142,8 @@ class Checkpoints:
         self._processes.barrier()
 
     def is_exportable(self, step: int, validation_loss: float | None) -> bool:
-        """Whether the save at `step` will be exported, as far as is known now."""
-        if "last" in self._job.exportable and step == self._job.steps:
+        """Whether the save at `step` carries the proof that an export needs: the last one always, as `export` may come later."""
+        if step == self._job.steps:
             return True
         best = self._best_losses()
         return (

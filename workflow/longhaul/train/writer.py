@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from longhaul.artifacts import write_text
@@ -80,7 +80,9 @@ class Claim:
 def _beat(path: Path, beat_s: float, stopped: threading.Event) -> None:
     count = 0
     while not stopped.is_set():
-        write_text(path, f"{count}\n")
+        # a file system that is full or away for a while must not make the others take this writer for dead
+        with suppress(OSError):
+            write_text(path, f"{count}\n")
         count += 1
         stopped.wait(beat_s)
 
