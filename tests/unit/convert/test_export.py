@@ -41,9 +41,7 @@ def refused(stage: Stage, says: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "dtype"), EXPORTED, ids=[case for case, _ in EXPORTED])
-def test_what_is_exported_are_the_live_engines_weights(
-    zero_checkpoints: Path, tmp_path: Path, case: str, dtype: str
-):
+def test_what_is_exported_are_the_live_engines_weights(zero_checkpoints: Path, tmp_path: Path, case: str, dtype: str):
     """Against tensors that the training gathered from its engine and saved beside, not through a checkpoint."""
     made = export(make_stage(zero_checkpoints / case, tmp_path, dtype))
     assert made.proof["tensors"]["equal"] == made.proof["tensors"]["count"] > 0
