@@ -148,7 +148,7 @@ def _retry(options: argparse.Namespace) -> None:
 
 
 def _run_job(options: argparse.Namespace) -> None:
-    """A failure is written down beside the job file, as its exit code may not arrive."""
+    """A failure is written down beside the job file for the supervisor, as its exit code may not arrive."""
     os.environ.update(_OFFLINE)
     try:
         _start_job(options.verb, options.job)
@@ -156,7 +156,8 @@ def _run_job(options: argparse.Namespace) -> None:
         from longhaul.ranks import this_rank
         from longhaul.records import report_failure
 
-        report_failure(options.job.parent, error, this_rank())
+        if (options.job.parent / "launch.json").exists():
+            report_failure(options.job.parent, error, this_rank())
         raise
 
 
