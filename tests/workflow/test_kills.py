@@ -72,10 +72,10 @@ def test_kills_cost_no_bit(finished: Chain, killed: Chain):
     first = start(killed)
     wait_for(lambda: steps_done(killed) >= 12, first)
     trainers(first)[-1].send_signal(signal.SIGKILL)  # restarted in place
-    wait_for(lambda: steps_done(killed) >= 22 and len(legs(killed)) == 2, first)
     second = killed.snakemake(STAGE)
     assert second.returncode == 2, second.stdout + second.stderr
     assert f"another snakemake (process {first.pid} on " in second.stdout + second.stderr
+    wait_for(lambda: steps_done(killed) >= 22 and len(legs(killed)) == 2, first)
     first.kill()  # its trainers go on; the next ones wait for them
     first.wait()
 
