@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ class Killed(BaseException):
 
 def befall(leg: dict[str, Any]) -> None:
     """Wraps the trainer's step and the loss in what the leg says; the product's code knows nothing of it."""
-    loop.Trainer.step, backend.loss_sum = STEP, LOSS
     poison = {int(batch): factor for batch, factor in leg.get("poison", {}).items()}
     at: list[int] = [-1]
 
@@ -38,17 +38,22 @@ def befall(leg: dict[str, Any]) -> None:
         if leg.get("save_again") or trainer.state.step == leg.get("stop_after"):
             raise Killed
         at[0] = batch.number
-        return STEP(trainer, batch)
+        found = STEP(trainer, batch)
+        at[0] = -1
+        return found
 
-    def loss_sum(engine: Any, micro: Any, grid: Any) -> torch.Tensor:
-        found = LOSS(engine, micro, grid)
-        is_hit = engine.training and at[0] in poison and grid.rank == grid.world_size - 1
-        return found * poison[at[0]] if is_hit else found
+    def poisoned(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def found(*arguments: Any) -> torch.Tensor:
+            grid = arguments[-1]
+            return loss(*arguments) * (poison.get(at[0], 1.0) if grid.rank == grid.world_size - 1 else 1.0)
 
-    loop.Trainer.step, backend.loss_sum = step, loss_sum  # pyright: ignore[reportAttributeAccessIssue]
+        return found
+
+    loop.Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
+    backend.loss_sum, backend.token_loss_sum = (poisoned(loss) for loss in LOSSES)
 
 
-STEP, LOSS = loop.Trainer.step, backend.loss_sum
+STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.token_loss_sum)
 
 
 def train(leg: dict[str, Any]) -> str:

@@ -38,6 +38,8 @@ def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Leg]:
         calm = leg(folder / f"calm {name}", "stop", {})
         calm.stage["skip_batches"] = skipped
         found[f"{name}, told before"] = calm
+    found["skip, pipeline"] = leg(folder / "pipeline", "skip", {4: NAN, 6: NAN, 7: NAN})
+    found["skip, pipeline"].stage["parallel"] = {"pipeline": 2}
     late = leg(folder / "stop", "stop", {})
     late.stage["skip_batches"] = [1]
     mended = leg(folder / "stop", "stop", {4: NAN})
@@ -60,9 +62,11 @@ def test_a_poisoned_batch_would_have_changed_the_weights(legs: dict[str, Leg]):
     assert legs["skip"].masters() != legs["spike"].masters() != legs["no spike"].masters()
 
 
-def test_zero_3_skips_too(legs: dict[str, Leg]):
-    assert legs["skip, ZeRO 3"].ended == "finished"
-    assert legs["skip, ZeRO 3"].losses() == pytest.approx(legs["skip"].losses(), rel=1e-5)
+@pytest.mark.parametrize("layout", ["ZeRO 3", "pipeline"])
+def test_other_layouts_skip_alike(legs: dict[str, Leg], layout: str):
+    found = legs[f"skip, {layout}"]
+    assert found.ended == "finished" and [row["batch"] for row in found.events("bad_step")] == [4, 6, 7]
+    assert found.losses() == pytest.approx(legs["skip"].losses(), rel=1e-5)
 
 
 def test_every_decision_is_recorded(legs: dict[str, Leg]):

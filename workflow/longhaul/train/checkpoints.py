@@ -81,9 +81,14 @@ class Checkpoints:
         state = self._load(engine, *newest) if newest else TrainingState()
         if newest is None and is_needed:
             raise UserError(f"{self.folder} holds no whole checkpoint to return to", "run the same command again")
-        decided = read_json(self.folder / _SKIPPED) if (self.folder / _SKIPPED).exists() else []
+        decided = self._processes.broadcast(self._decided() if self._processes.is_main else None)
         state.leave_out({*decided, *self._job.stage.skip_batches})
         return state
+
+    def _decided(self) -> list[int]:
+        """Rank 0 alone reads the list: it also writes it, while others may still be loading."""
+        path = self.folder / _SKIPPED
+        return read_json(path) if path.exists() else []
 
     def _load(self, engine: Any, step: int, folder: Path) -> TrainingState:
         manifest = read_json(folder / MANIFEST)
