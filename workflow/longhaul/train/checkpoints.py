@@ -81,7 +81,7 @@ class Checkpoints:
         state = self._load(engine, *newest) if newest else TrainingState()
         if newest is None and is_needed:
             raise UserError(f"{self.folder} holds no whole checkpoint to return to", "run the same command again")
-        decided = self._processes.broadcast(self._decided() if self._processes.is_main else None)
+        decided = self._processes.broadcast(self._decided() if self._processes.is_main else [])
         state.leave_out({*decided, *self._job.stage.skip_batches})
         return state
 
