@@ -83,7 +83,7 @@ class FaultedRun(ClusterChain):
         return max((json.loads(row)["step"] for row in rows if row.endswith("\n")), default=0)
 
     def saved_steps(self) -> list[int]:
-        found = self.results.glob("stages/base/weights/*/checkpoints/step-*/manifest.json")
+        found = self.results.glob("stages/base/weights/*/checkpoints/step-????????/manifest.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
     def is_saving(self) -> bool:

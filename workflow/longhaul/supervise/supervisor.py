@@ -171,7 +171,7 @@ class Supervisor:
     def _progress(self) -> int:
         """The newest step that a checkpoint holds."""
         root = self.job.checkpoints
-        found = Path(root).glob("*/checkpoints/step-*/manifest.json") if root else ()
+        found = Path(root).glob("*/checkpoints/step-????????/manifest.json") if root else ()
         return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
 
     # What ends an allocation
