@@ -173,7 +173,8 @@ def main() -> int:
     bad = sum(bool(result.problem) for result in results)
     verdict = (
         f"{len(results) - bad} of {len(results)} cells agree with the plain PyTorch loop: losses and gradient norms to "
-        f"{FP32.loss:g} relative in fp32 (norms to {EXPERT_FP32.norm:g} where experts are spread); in bf16 losses to {BF16.loss:g}, norms to {BF16.norm:g}"
+        f"{FP32.loss:g} relative in fp32 (norms to {EXPERT_FP32.norm:g} where experts are spread); "
+        f"in bf16 losses to {BF16.loss:g}, norms to {BF16.norm:g}"
     )
     lines = [*(result.line() for result in results), verdict]
     if named:
