@@ -63,9 +63,6 @@ FP32 = Bounds(loss=1e-5, norm=1e-5, logits=1e-4)
 """Sums over ranks round in another order. Adam divides by the root of the second moment, so that the rounding of a gradient
 near zero moves a weight, and logits drift further apart than losses. (The proof of the export is stricter: it compares the
 exported model with the trainer's own logits.)"""
-EXPERT_FP32 = Bounds(loss=1e-5, norm=3e-5, logits=3e-4)
-"""An expert that few tokens reach has gradients near zero, whose rounding Adam makes a step of full size: 1.3e-5 and 1.4e-4 were
-seen on DeepSeek-V3 where its tokens are summed over two ranks, with losses within 1.1e-6."""
 BF16 = Bounds(loss=2e-2, norm=2e-1, logits=float("inf"))
 """8 significant bits, against fp32: a token of a mixture may go to another expert, which no small bound on a logit survives.
 The export's proof has its own bound; the arithmetic of the layout is what the fp32 cells prove."""
@@ -85,8 +82,7 @@ def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = tupl
     more = axes.pop("more", {})
     zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
     stage = {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}
-    fp32 = EXPERT_FP32 if axes.get("expert", 1) > 1 else FP32
-    return Layout(ranks, stage, twins, BF16 if more.get("precision") == "bf16" else fp32)
+    return Layout(ranks, stage, twins, BF16 if more.get("precision") == "bf16" else FP32)
 
 
 HALF = {"precision": "bf16"}
