@@ -60,8 +60,8 @@ class FaultedRun(ClusterChain):
             env=self.environment(),
         )
 
-    def finish(self, timeout_s: float = 150) -> int:
-        """Waits for the main Snakemake; starts the same command again when it had been ended from outside."""
+    def finish(self, timeout_s: float = 300) -> int:
+        """Waits for the main Snakemake: after a permanent failure each of its retries takes some ten seconds to say so again."""
         assert self.main is not None
         return self.main.wait(timeout=timeout_s)
 

@@ -26,14 +26,9 @@ from longhaul.artifacts import Artifact, content_hash
 from longhaul.errors import DiskFull, UserError
 from longhaul.ranks import Rank
 
-PERMANENT, TRANSIENT, NODE, WALLTIME, PREEMPTED, CANCELLED = (
-    "permanent",
-    "transient",
-    "node",
-    "walltime",
-    "preempted",
-    "cancelled",
-)
+PERMANENT, TRANSIENT, NODE, WALLTIME, CANCELLED = "permanent", "transient", "node", "walltime", "cancelled"
+SIGNALLED = "asked to end by a signal"
+"""Outcome.reason of a training that got SIGTERM while nothing was known of an end or a preemption."""
 
 
 def now() -> str:
@@ -79,7 +74,7 @@ class Deadline(Artifact):
 class Failure(Artifact):
     """Why a job failed.
 
-    failure_class: permanent (it would fail again), cancelled (by a user), or transient | node | walltime | preempted.
+    failure_class: permanent (it would fail again), cancelled (by a user), or transient | node | walltime.
     key:           of what was launched; a failure of another key says nothing about this one.
     invocation:    the main Snakemake it happened under: a cancelled job stays so for that one alone.
     needs_bytes:   of free space at needs_path; when they are there the failure is over.
@@ -98,10 +93,15 @@ class Failure(Artifact):
     needs_bytes: int = 0
     needs_path: str = ""
 
-    def is_current(self, key: str, invocation: str) -> bool:
-        """Whether the job would only fail again: same files, and nothing that was asked for has come."""
+    def is_current(self, key: str, invocation: str, job_id: str | None = None) -> bool:
+        """Whether the job would only fail again: same files, and nothing that was asked for has come.
+
+        Slurm shows a job that ends as COMPLETING, whether by scancel or by scontrol requeue: one that starts again under
+        its own id was not cancelled.
+        """
         if self.failure_class == CANCELLED:
-            return bool(invocation) and self.invocation == invocation
+            restarted = job_id is not None and self.job_id == job_id
+            return bool(invocation) and self.invocation == invocation and not restarted
         if self.failure_class != PERMANENT or self.key != key:
             return False
         return not (self.needs_bytes and _free_bytes(Path(self.needs_path)) >= self.needs_bytes)

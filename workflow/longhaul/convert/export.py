@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from longhaul.convert.shards import write_shards
 from longhaul.convert.source import Source, open_source
 from longhaul.errors import UserError
 from longhaul.jobs import ConvertJob
+from longhaul.train.store import fsync
 from longhaul.zero_checkpoint import open_master_weights
 
 TOKENIZER_FILES = (
@@ -87,18 +87,10 @@ def _staged(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_config(folder: Path, source: Source, architecture: str, dtype: torch.dtype) -> None:

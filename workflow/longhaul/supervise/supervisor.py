@@ -7,6 +7,7 @@ What would only fail again ends the job, with its reason in failure.json.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from longhaul.records import (
     CANCELLED,
     NODE,
     PERMANENT,
+    SIGNALLED,
     TRANSIENT,
     WALLTIME,
     Failure,
@@ -64,6 +66,7 @@ class Supervisor:
         self.nodes = [this_host()]
         self.leg = 1
         self.ended_by: int | None = None
+        self._meetings = 0
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
@@ -84,7 +87,7 @@ class Supervisor:
 
     def _refuse_to_fail_again(self) -> None:
         failure = read_failure(self.folder)
-        if failure and failure.is_current(self.key, self.invocation):
+        if failure and failure.is_current(self.key, self.invocation, self.job_id):
             print(f"{self.job.name} failed at {failure.time} and would only fail again:\n{failure.told()}", flush=True)
             print(f"  to try all the same: longhaul retry {self.folder}", flush=True)
             sys.exit(1)
@@ -163,7 +166,7 @@ class Supervisor:
         """Where ranks meet: below the ephemeral ports, and not where a process of the last attempt may still listen."""
         if not self.job.slurm:
             return dict(os.environ)
-        self._meetings = getattr(self, "_meetings", -1) + 1
+        self._meetings += 1
         port = 20000 + (int(self.job_id or 0) * 16 + self.leg * 4 + self._meetings) % 12000
         print(f"job {self.job_id}: {len(self.nodes)} nodes, rendezvous {self.nodes[0]}:{port}", flush=True)
         return {**os.environ, "MASTER_ADDR": self.nodes[0], "MASTER_PORT": str(port)}
@@ -184,43 +187,48 @@ class Supervisor:
             if self.ended_by:
                 self._fail(replace(failure, failure_class=CANCELLED, cause=f"ended by signal {self.ended_by}"))
             return
-        info = self._info()
-        if info is None or info.state == "CANCELLED":
-            self._fail(replace(failure, failure_class=CANCELLED, cause="cancelled by scancel"))
-        if info.state == "TIMEOUT":
-            self._fail(replace(failure, failure_class=WALLTIME, cause="the allocation ended before the last save"))
-        if self.ended_by or info.state not in ("RUNNING", "COMPLETING"):
-            self._leave("waiting", f"Slurm ended the allocation ({info.state})")
+        if self.ended_by:
+            self._end_as_told(failure)
         if silent := self._silent_nodes():
             self._quarantine(silent, failure.cause if failure.failure_class == NODE else "does not answer")
             self._next_allocation(f"{', '.join(silent)} does not answer", silent)
+
+    def _end_as_told(self, failure: Failure) -> NoReturn:
+        """SIGTERM is all that a batch script hears of a lost node, of its time limit, of scancel and of a requeue."""
+        info = self._info()
+        if (info and info.preempted) or slurm_client.down_nodes(self.nodes):
+            self._leave("Slurm took the allocation away")
+        if info and info.end_s and info.state == "TIMEOUT":
+            self._fail(replace(failure, failure_class=WALLTIME, cause="the allocation ended before the last save"))
+        cause = "ended by Slurm, most likely by scancel"
+        self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
 
     def _silent_nodes(self) -> list[str]:
         return slurm_client.down_nodes(self.nodes) or slurm_client.silent_nodes(self.nodes, _PROBE_S)
 
     def _info(self) -> JobInfo | None:
+        """None when Slurm does not say."""
         try:
             return slurm_client.job_info(str(self.job_id))
-        except SlurmSilentError:  # a controller that restarts is no reason to end
-            return JobInfo("RUNNING", len(self.nodes), "", None, False, 0)
+        except SlurmSilentError:
+            return None
 
     def _next_allocation(self, reason: str, excluded: list[str] | None = None) -> NoReturn:
         """Requeues this very job, which Snakemake sees running on; where that is not allowed, its retries submit another."""
-        info = self._info() if self.job.slurm else None
-        if info and info.state == "CANCELLED":
-            self._fail(Failure(CANCELLED, "cancelled by scancel", "the next run goes on", host=this_host()))
+        if self.job.slurm and reason == SIGNALLED:
+            self._end_as_told(Failure(CANCELLED, reason, "", host=this_host()))
         if not self.job.slurm or not self.job.requeue:
-            self._leave("waiting", reason)
+            self._leave(reason)
         self._note("waiting", reason)
         everything = [*read_quarantine(Path(self.job.quarantine)).names, *(excluded or [])]
         if refused := slurm_client.requeue(str(self.job_id), list(dict.fromkeys(everything))):
-            self._leave("waiting", f"{reason}; requeue was refused: {refused}")
+            self._leave(f"{reason}; requeue was refused: {refused}")
         print(f"{self.job.name}: {reason}; job {self.job_id} is queued again", flush=True)
         time.sleep(_REQUEUE_S)  # Slurm ends this process
         sys.exit(1)
 
-    def _leave(self, state: str, reason: str) -> NoReturn:
-        self._note(state, reason)
+    def _leave(self, reason: str) -> NoReturn:
+        self._note("waiting", reason)
         print(f"{self.job.name}: {reason}; the next run goes on", flush=True)
         sys.exit(1)
 
@@ -246,8 +254,6 @@ class Supervisor:
 
     def _event(self, event: str, reason: str) -> None:
         """A line of history.jsonl: what the stage's time went into."""
-        import json
-
         line = {
             "time_s": round(time.time(), 3),
             "event": event,

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from longhaul.jobs import StageJob
-from longhaul.records import Outcome, read_deadline
+from longhaul.records import SIGNALLED, Outcome, read_deadline
 from longhaul.train.processes import Processes
 
 _WALLTIME, _PREEMPTED, _SIGNAL = 1, 2, 3
-_REASONS = {_WALLTIME: "the allocation ends", _PREEMPTED: "preempted", _SIGNAL: "asked to end by a signal"}
+_REASONS = {_WALLTIME: "the allocation ends", _PREEMPTED: "preempted", _SIGNAL: SIGNALLED}
 _READ_EVERY_S = 1.0
 
 

@@ -1,0 +1,189 @@
+"""A supervised job on this machine: restarts, reasons that are kept and told again, and what a submission makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chain import REPOSITORY
+from configs import plan_of
+from longhaul.jobs import LaunchJob, LaunchStep
+from longhaul.ranks import Rank
+from longhaul.records import (
+    CANCELLED,
+    PERMANENT,
+    Failure,
+    State,
+    failure_of,
+    invocation,
+    launch_key,
+    now,
+    quarantine,
+    read_failure,
+    read_quarantine,
+    read_state,
+)
+from longhaul.render import render_run
+from longhaul.submission import submitted_request
+
+CRASHES_TWICE = "import pathlib, sys; p = pathlib.Path('tries'); n = len(p.read_text()) if p.exists() else 0; " \
+    "p.write_text('x' * (n + 1)); sys.exit(n < 2)"  # fmt: skip
+
+
+def job(folder: Path, code: str, restarts: int = 3) -> LaunchJob:
+    """One step that runs `code` in the job's working folder."""
+    made = LaunchJob(
+        run="small",
+        name="train-base",
+        folder=str(folder / "results/small/stages/base"),
+        slurm=False,
+        nodes=1,
+        requeue=True,
+        restarts=restarts,
+        deadline_every_s=1.0,
+        steps=(LaunchStep(title="Training", command=(sys.executable, "-c", code)),),
+        inputs=(str(folder / "input"),),
+        checkpoints=None,
+        quarantine="results/quarantine.json",
+    )
+    made.write(Path(made.folder) / "launch.json")
+    return made
+
+
+def command(made: LaunchJob) -> list[str]:
+    return [sys.executable, "-m", "longhaul", "supervise", f"{made.folder}/launch.json"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY / "workflow")}
+
+
+def supervise(folder: Path, made: LaunchJob) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(made), cwd=folder, capture_output=True, text=True, check=False, timeout=60, env=environment()
+    )
+
+
+def test_a_crash_is_followed_by_a_restart_in_place(tmp_path: Path):
+    made = job(tmp_path, CRASHES_TWICE)
+    done = supervise(tmp_path, made)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "tries").read_text() == "xxx"
+    state = read_state(Path(made.folder))
+    assert state and state.state == "done" and read_failure(Path(made.folder)) is None
+    events = [json.loads(line)["event"] for line in (Path(made.folder) / "history.jsonl").open()]
+    assert events == ["running", "restarted", "restarted", "done"]
+
+
+def test_crashes_without_progress_end_it_and_the_reason_is_told_again(tmp_path: Path):
+    made = job(tmp_path, "open('tries', 'a').write('x'); raise SystemExit(3)", restarts=2)
+    assert supervise(tmp_path, made).returncode == 1
+    failure = read_failure(Path(made.folder))
+    assert failure and failure.failure_class == PERMANENT and "3 crashes without a new checkpoint" in failure.cause
+    assert "longhaul retry" in failure.remedy
+    again = supervise(tmp_path, made)
+    assert again.returncode == 1 and "would only fail again" in again.stdout
+    assert (tmp_path / "tries").read_text() == "xxx", "nothing was started again"
+    (tmp_path / "input").write_text("mended")
+    supervise(tmp_path, made)
+    assert (tmp_path / "tries").read_text() == "x" * 6, "another input is another try"
+
+
+def test_retry_forgets_the_reason(tmp_path: Path):
+    made = job(tmp_path, CRASHES_TWICE, restarts=0)
+    assert supervise(tmp_path, made).returncode == 1
+    words = [sys.executable, "-m", "longhaul", "retry", made.folder]
+    assert subprocess.run(words, check=False, env=environment(), capture_output=True).returncode == 0
+    assert subprocess.run(words, check=False, env=environment(), capture_output=True).returncode == 2
+
+
+def test_a_signal_reaches_the_step_and_ends_the_job_for_this_invocation(tmp_path: Path):
+    made = job(tmp_path, "open('started', 'w').close(); import time; time.sleep(60)")
+    lease = tmp_path / "results/small.lease.json"
+    lease.write_text("this main")
+    process = subprocess.Popen(command(made), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
+    failure = read_failure(Path(made.folder))
+    assert failure and failure.failure_class == CANCELLED
+    assert failure.is_current(failure.key, "this main") and not failure.is_current(failure.key, "the next main")
+
+
+def test_a_job_that_slurm_starts_again_was_not_cancelled():
+    failure = Failure(CANCELLED, "ended by Slurm", "", job_id="7", invocation="main")
+    assert failure.is_current("", "main", "8") and not failure.is_current("", "main", "7")
+
+
+def test_a_full_disk_is_over_when_there_is_space(tmp_path: Path):
+    def failure(needs_bytes: int) -> Failure:
+        return Failure(PERMANENT, "disk full", "", key="k", needs_path=str(tmp_path), needs_bytes=needs_bytes)
+
+    assert failure(2**62).is_current("k", "") and not failure(1).is_current("k", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (OSError(28, "No space left on device", "/somewhere/file"), PERMANENT, "disk full"),
+        (MemoryError(), PERMANENT, "out of memory"),
+        (RuntimeError("connection reset by peer"), "transient", "connection reset"),
+    ],
+)
+def test_what_would_happen_again_is_permanent(error: Exception, kind: str, says: str):
+    failure = failure_of(error, Rank(3, 4, 1, 2, "n2"))
+    assert failure.failure_class == kind and says in failure.cause
+    assert (failure.rank, failure.host) == (3, "n2")
+
+
+def test_a_submission_leaves_out_quarantined_nodes_and_waits_for_the_job_that_runs(tmp_path: Path):
+    plan, folder = planned(tmp_path)
+    assert submitted_request(plan, "train-base", tmp_path).exclude == ()
+    quarantine(tmp_path / "results/quarantine.json", ["n7", "n7", "; rm"], "down", "job 5")
+    assert read_quarantine(tmp_path / "results/quarantine.json").names == ("n7", "; rm")
+    State("running", "41", "n1", ["n1"], 1, now()).write(folder / "state.json")
+    request = submitted_request(plan, "train-base", tmp_path)
+    assert request.exclude == ("n7",) and request.after_job == "41"
+    extra = str(request.as_resources()["slurm_extra"])
+    assert "--exclude=n7" in extra and "--dependency=afterany:41" in extra
+    State("done", "41", "n1", ["n1"], 1, now()).write(folder / "state.json")
+    assert submitted_request(plan, "train-base", tmp_path).after_job is None
+
+
+def test_a_job_that_would_only_fail_again_asks_for_a_minute(tmp_path: Path):
+    plan, folder = planned(tmp_path)
+    key = launch_key(LaunchJob.read(folder / "launch.json").inputs)
+    Failure(PERMANENT, "NaN", "", key=key).write(folder / "failure.json")
+    request = submitted_request(plan, "train-base", tmp_path)
+    assert (request.nodes, request.tasks, request.minutes, request.gpus_per_node) == (1, 1, 1, 0)
+    (folder / "ds_config.json").write_text("{}")
+    assert submitted_request(plan, "train-base", tmp_path).minutes > 1
+
+
+def test_the_invocation_is_the_main_that_holds_the_lease(tmp_path: Path):
+    assert invocation(tmp_path, "small") == ""
+    (tmp_path / "small.lease.json").write_text("holder")
+    assert invocation(tmp_path, "small") == "holder"
+
+
+def planned(folder: Path) -> tuple[Any, Path]:
+    """A plan whose files are rendered, and its first stage's folder."""
+    (folder / "prose.jsonl").write_text('{"text": "a"}\n')
+    (folder / "chats.jsonl").write_text('{"messages": []}\n')
+    datasets = {
+        name: {"kind": kind, "files": [f"{name}.jsonl"]} for name, kind in (("prose", "text"), ("chats", "chat"))
+    }
+    plan = plan_of(folder, {"datasets": datasets})
+    render_run(plan, folder)
+    return plan, folder / "results/small/stages/base"
