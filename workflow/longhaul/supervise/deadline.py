@@ -40,7 +40,8 @@ class DeadlineKeeper:
     def _refresh(self) -> None:
         try:
             info = job_info(self._job_id)
-            found = Deadline(info.end_s, info.preempted) if info else None
+            # Of a job that was ended, EndTime is now: scancel must not look like the end of the allocation.
+            found = Deadline(info.end_s, info.preempted) if info and info.state == "RUNNING" else None
             if found and found != read_deadline(self._folder):
                 found.write(self._folder / "deadline.json")
         except (SlurmSilentError, OSError) as error:

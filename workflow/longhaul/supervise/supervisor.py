@@ -36,6 +36,7 @@ from longhaul.records import (
     now,
     quarantine,
     rank_failures,
+    read_deadline,
     read_failure,
     read_outcome,
     read_quarantine,
@@ -198,7 +199,8 @@ class Supervisor:
         info = self._info()
         if (info and info.preempted) or slurm_client.down_nodes(self.nodes):
             self._leave("Slurm took the allocation away")
-        if info and info.end_s and info.state == "TIMEOUT":
+        deadline = read_deadline(self.folder)
+        if deadline and deadline.end_s and deadline.end_s <= time.time():
             self._fail(replace(failure, failure_class=WALLTIME, cause="the allocation ended before the last save"))
         cause = "ended by Slurm, most likely by scancel"
         self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
