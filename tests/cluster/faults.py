@@ -258,7 +258,7 @@ CELLS = [
     Cell("preemption", "saving", preempt),
     Cell("time limit", "training", shorten, quick=True),
     Cell("time limit", "saving", shorten),
-    Cell("power-off of a node", "training", power_off(1)),
+    Cell("power-off of a node", "training", power_off(1), quick=True),
     Cell("power-off of the first node", "training", power_off(0)),
     Cell("power-off of a node", "saving", power_off(1)),
     Cell("link unplugged for 10 s", "training", unplug_for(1, 10)),
@@ -269,7 +269,7 @@ CELLS = [
     Cell("slurmctld restarted", "saving", restart_slurmctld),
     Cell("slurmd restarted", "training", restart_slurmd),
     Cell("slurmd restarted", "saving", restart_slurmd),
-    Cell("a hung rank", "training", stop_rank(1)),
+    Cell("a hung rank", "training", stop_rank(1), quick=True),
     Cell("a hung rank 0", "training", stop_rank(0)),
     Cell("disk full", "training", fill_disk, fails_with="disk full", mends=free_disk),
 ]

@@ -56,7 +56,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """A line for every cell that passed; the whole matrix is kept."""
     lines = [f"{'fault':<45} {'while':<9} {'lost s':>7} {'legs':>5} {'resumed from':>12}"]
     yield lines
-    if request.config.getoption("--all-faults"):
+    if sum("cell" in getattr(item, "fixturenames", ()) for item in request.session.items) == len(CELLS):
         head = ["command: make faults", *header(("torch", "deepspeed", "snakemake"))[1:]]
         said = f"{len(lines) - 1} of {len(CELLS)} cells: final weights bit-identical to the undisturbed run's, every step once"
         publish("faults", [*head, said, "", *lines])

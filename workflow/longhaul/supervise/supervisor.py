@@ -226,7 +226,13 @@ class Supervisor:
         if refused := slurm_client.requeue(str(self.job_id), list(dict.fromkeys(everything))):
             self._leave(f"{reason}; requeue was refused: {refused}")
         print(f"{self.job.name}: {reason}; job {self.job_id} is queued again", flush=True)
-        time.sleep(_REQUEUE_S)  # Slurm ends this process
+        self._wait_for_the_end()
+
+    def _wait_for_the_end(self) -> NoReturn:
+        """Until Slurm sends SIGTERM, lest the job counts as failed before it is queued; then nothing of it stays behind."""
+        deadline = time.monotonic() + _REQUEUE_S
+        while self.ended_by is None and time.monotonic() < deadline:
+            time.sleep(0.2)
         sys.exit(1)
 
     def _leave(self, reason: str) -> NoReturn:
