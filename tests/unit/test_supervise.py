@@ -121,11 +121,6 @@ def test_a_signal_reaches_the_step_and_ends_the_job_for_this_invocation(tmp_path
     assert failure.is_current(failure.key, "this main") and not failure.is_current(failure.key, "the next main")
 
 
-def test_a_job_that_slurm_starts_again_was_not_cancelled():
-    failure = Failure(CANCELLED, "ended by Slurm", "", job_id="7", invocation="main")
-    assert failure.is_current("", "main", "8") and not failure.is_current("", "main", "7")
-
-
 def test_a_full_disk_is_over_when_there_is_space(tmp_path: Path):
     def failure(needs_bytes: int) -> Failure:
         return Failure(PERMANENT, "disk full", "", key="k", needs_path=str(tmp_path), needs_bytes=needs_bytes)

@@ -93,15 +93,10 @@ class Failure(Artifact):
     needs_bytes: int = 0
     needs_path: str = ""
 
-    def is_current(self, key: str, invocation: str, job_id: str | None = None) -> bool:
-        """Whether the job would only fail again: same files, and nothing that was asked for has come.
-
-        Slurm shows a job that ends as COMPLETING, whether by scancel or by scontrol requeue: one that starts again under
-        its own id was not cancelled.
-        """
+    def is_current(self, key: str, invocation: str) -> bool:
+        """Whether the job would only fail again: same files, and nothing that was asked for has come."""
         if self.failure_class == CANCELLED:
-            restarted = job_id is not None and self.job_id == job_id
-            return bool(invocation) and self.invocation == invocation and not restarted
+            return bool(invocation) and self.invocation == invocation
         if self.failure_class != PERMANENT or self.key != key:
             return False
         return not (self.needs_bytes and _free_bytes(Path(self.needs_path)) >= self.needs_bytes)

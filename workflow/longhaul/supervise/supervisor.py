@@ -36,7 +36,6 @@ from longhaul.records import (
     now,
     quarantine,
     rank_failures,
-    read_deadline,
     read_failure,
     read_outcome,
     read_quarantine,
@@ -88,7 +87,7 @@ class Supervisor:
 
     def _refuse_to_fail_again(self) -> None:
         failure = read_failure(self.folder)
-        if failure and failure.is_current(self.key, self.invocation, self.job_id):
+        if failure and failure.is_current(self.key, self.invocation):
             print(f"{self.job.name} failed at {failure.time} and would only fail again:\n{failure.told()}", flush=True)
             print(f"  to try all the same: longhaul retry {self.folder}", flush=True)
             sys.exit(1)
@@ -195,15 +194,15 @@ class Supervisor:
             self._next_allocation(f"{', '.join(silent)} does not answer", silent)
 
     def _end_as_told(self, failure: Failure) -> NoReturn:
-        """SIGTERM is all that a batch script hears of a lost node, of its time limit, of scancel and of a requeue."""
+        """SIGTERM is all that a batch script hears of scancel, a requeue and the time limit; Slurm tells them apart."""
         info = self._info()
-        if (info and info.preempted) or slurm_client.down_nodes(self.nodes):
-            self._leave("Slurm took the allocation away")
-        deadline = read_deadline(self.folder)
-        if deadline and deadline.end_s and deadline.end_s <= time.time():
+        state = info.state if info else "it does not say why"
+        if state == "CANCELLED":
+            cause = "cancelled by scancel"
+            self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
+        if state == "TIMEOUT":
             self._fail(replace(failure, failure_class=WALLTIME, cause="the allocation ended before the last save"))
-        cause = "ended by Slurm, most likely by scancel"
-        self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
+        self._leave(f"Slurm ended the allocation ({state})")
 
     def _silent_nodes(self) -> list[str]:
         return slurm_client.down_nodes(self.nodes) or slurm_client.silent_nodes(self.nodes, _PROBE_S)
