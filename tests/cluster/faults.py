@@ -151,6 +151,7 @@ class Cell:
     ended_from_outside: bool = False
     fails_with: str = ""
     mends: Callable[[FaultedRun], None] | None = None
+    cuts_off: bool = False  # a node stays unreachable: what runs there ends when it is back
     quick: bool = False
 
 
@@ -263,8 +264,8 @@ CELLS = [
     Cell("power-off of a node", "saving", power_off(1)),
     Cell("link unplugged for 10 s", "training", unplug_for(1, 10)),
     Cell("link unplugged for 10 s", "saving", unplug_for(1, 10)),
-    Cell("link unplugged for good", "training", unplug(1)),
-    Cell("link of the first node unplugged for good", "training", unplug(0)),
+    Cell("link unplugged for good", "training", unplug(1), cuts_off=True),
+    Cell("link of the first node unplugged for good", "training", unplug(0), cuts_off=True),
     Cell("slurmctld restarted", "training", restart_slurmctld),
     Cell("slurmctld restarted", "saving", restart_slurmctld),
     Cell("slurmd restarted", "training", restart_slurmd),

@@ -116,6 +116,11 @@ def test_a_fault_costs_no_bit(
     assert run.trained_steps() == list(range(1, STEPS + 1)), "a step is missing, or was written twice"
     assert run.masters() == undisturbed.masters()
     wait_for(lambda: not cluster_mended.run("squeue", "-h", "-n", "", "-o", "%i", "--me").strip(), 30)
+    if cell.cuts_off:
+        for node in cluster_mended.node_names:
+            cluster_mended.plug(node)
+        wait_for(lambda: not run.processes("longhaul"), 60)
+        assert run.state()["state"] == "done", "who was cut off wrote over what came after"
     assert [process.cmdline() for process in run.processes("longhaul")] == []
     legs = run.legs()
     table.append(f"{cell.name:<45} {cell.when:<9} {lost_s:7.1f} {len(legs):5} {legs[-1]['resumed_from']:12}")

@@ -182,3 +182,17 @@ def planned(folder: Path) -> tuple[Any, Path]:
     plan = plan_of(folder, {"datasets": datasets})
     render_run(plan, folder)
     return plan, folder / "results/small/stages/base"
+
+
+def test_a_supervisor_that_was_cut_off_writes_over_nothing(tmp_path: Path):
+    """Its step ends when another leg has long finished."""
+    folder = tmp_path / "results/small/stages/base"
+    later = State("done", "41", "n2", ["n2"], 2, now())
+    code = (
+        f"import shutil; shutil.copy({str(tmp_path / 'later')!r}, {str(folder / 'state.json')!r}); raise SystemExit(1)"
+    )
+    later.write(tmp_path / "later")
+    made = job(tmp_path, code, restarts=0)
+    done = supervise(tmp_path, made)
+    assert done.returncode == 1 and "has no more to say" in done.stdout
+    assert read_state(folder) == later and read_failure(folder) is None

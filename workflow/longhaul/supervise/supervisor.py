@@ -187,11 +187,17 @@ class Supervisor:
             if self.ended_by:
                 self._fail(replace(failure, failure_class=CANCELLED, cause=f"ended by signal {self.ended_by}"))
             return
-        if self.ended_by:
-            self._end_as_told(failure)
-        if silent := self._silent_nodes():
+        self._end_if_told(failure)
+        silent = self._silent_nodes()
+        self._end_if_told(failure)  # of an allocation that is being taken away no node answers
+        if silent:
             self._quarantine(silent, failure.cause if failure.failure_class == NODE else "does not answer")
             self._next_allocation(f"{', '.join(silent)} does not answer", silent)
+
+    def _end_if_told(self, failure: Failure) -> None:
+        info = self._info()
+        if self.ended_by or (info and info.state != "RUNNING"):
+            self._end_as_told(failure)
 
     def _end_as_told(self, failure: Failure) -> NoReturn:
         """SIGTERM is all that a batch script hears of scancel, a requeue and the time limit; Slurm tells them apart."""
@@ -205,7 +211,11 @@ class Supervisor:
         self._leave(f"Slurm ended the allocation ({state})")
 
     def _silent_nodes(self) -> list[str]:
-        return slurm_client.down_nodes(self.nodes) or slurm_client.silent_nodes(self.nodes, _PROBE_S)
+        """Of the other nodes: this one is at work."""
+        others = [node for node in self.nodes if node != this_host()]
+        if not others:
+            return []
+        return slurm_client.down_nodes(others) or slurm_client.silent_nodes(others, _PROBE_S)
 
     def _info(self) -> JobInfo | None:
         """None when Slurm does not say."""
@@ -247,6 +257,7 @@ class Supervisor:
         self._fail(failure)
 
     def _fail(self, failure: Failure) -> NoReturn:
+        self._leave_to_successor()
         failure = replace(failure, key=self.key, invocation=self.invocation, job_id=self.job_id)
         failure.write(self.folder / "failure.json")
         self._note("failed", f"{failure.failure_class}: {failure.cause}")
@@ -255,7 +266,19 @@ class Supervisor:
 
     # Records and signals
 
+    def _leave_to_successor(self) -> None:
+        """A node that was cut off may bring this process back when the job has long been running elsewhere."""
+        state = read_state(self.folder)
+        if state and (state.job_id, state.leg) != (self.job_id, self.leg):
+            print(
+                f"{self.job.name} goes on in job {state.job_id}, leg {state.leg}; this one has no more to say",
+                flush=True,
+            )
+            sys.exit(1)
+
     def _note(self, state: str, reason: str = "") -> None:
+        if state != "running":
+            self._leave_to_successor()
         State(state, self.job_id, this_host(), self.nodes, self.leg, now(), reason).write(self.folder / "state.json")
         self._event(state, reason)
 
