@@ -58,6 +58,8 @@ class FaultedRun(ClusterChain):
             stderr=subprocess.STDOUT,
             text=True,
             env=self.environment(),
+            # a shell that runs tests in the background has it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self, timeout_s: float = 300) -> int:
@@ -151,6 +153,7 @@ class Cell:
     ended_from_outside: bool = False
     fails_with: str = ""
     mends: Callable[[FaultedRun], None] | None = None
+    starts: int = 2  # of the training, at least: else the fault came too late to test anything
     cuts_off: bool = False  # a node stays unreachable: what runs there ends when it is back
     quick: bool = False
 
@@ -195,7 +198,7 @@ def preempt(run: FaultedRun) -> None:
 
 def shorten(run: FaultedRun) -> None:
     """The allocation will end in a few seconds."""
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 12))
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 5))
     run.slurm("scontrol", "update", f"JobId={run.job_id}", f"EndTime={end}")
 
 
@@ -241,16 +244,23 @@ CELLS = [
     Cell("kill -9 of a rank", "training", kill_rank(1), quick=True),
     Cell("kill -9 of rank 0", "training", kill_rank(0)),
     Cell("kill -9 of a rank", "saving", kill_rank(1), quick=True),
-    Cell("kill -9 of a rank", "starting", kill_rank(1)),
+    Cell("kill -9 of a rank", "starting", kill_rank(1), starts=1),
     Cell("kill -9 of rank 0", "saving", kill_rank(0)),
     Cell("kill -9 of the launcher", "training", kill_launcher, quick=True),
     Cell("kill -9 of the launcher", "saving", kill_launcher),
     Cell("kill -9 of the nested snakemake", "training", kill_nested_snakemake),
     Cell("kill -9 of the nested snakemake", "saving", kill_nested_snakemake),
-    Cell("kill -9 of the main snakemake", "training", end_main(signal.SIGKILL), ended_from_outside=True, quick=True),
-    Cell("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), ended_from_outside=True),
+    Cell(
+        "kill -9 of the main snakemake",
+        "training",
+        end_main(signal.SIGKILL),
+        ended_from_outside=True,
+        starts=1,
+        quick=True,
+    ),
+    Cell("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), ended_from_outside=True, starts=1),
     Cell("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), ended_from_outside=True),
-    Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), ended_from_outside=True),
+    Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), ended_from_outside=True, starts=1),
     Cell("scancel", "training", scancel, ended_from_outside=True),
     Cell("scancel", "saving", scancel, ended_from_outside=True),
     Cell("scontrol requeue", "training", requeue),
@@ -266,10 +276,10 @@ CELLS = [
     Cell("link unplugged for 10 s", "saving", unplug_for(1, 10)),
     Cell("link unplugged for good", "training", unplug(1), cuts_off=True),
     Cell("link of the first node unplugged for good", "training", unplug(0), cuts_off=True),
-    Cell("slurmctld restarted", "training", restart_slurmctld),
-    Cell("slurmctld restarted", "saving", restart_slurmctld),
-    Cell("slurmd restarted", "training", restart_slurmd),
-    Cell("slurmd restarted", "saving", restart_slurmd),
+    Cell("slurmctld restarted", "training", restart_slurmctld, starts=1),
+    Cell("slurmctld restarted", "saving", restart_slurmctld, starts=1),
+    Cell("slurmd restarted", "training", restart_slurmd, starts=1),
+    Cell("slurmd restarted", "saving", restart_slurmd, starts=1),
     Cell("a hung rank", "training", stop_rank(1), quick=True),
     Cell("a hung rank 0", "training", stop_rank(0)),
     Cell("disk full", "training", fill_disk, fails_with="disk full", mends=free_disk),

@@ -97,6 +97,7 @@ def test_a_fault_costs_no_bit(
     run = FaultedRun(folder / slug(cell), finished.config, cluster_mended, finished.results)
     if cell.fails_with:
         run.config["storage"] = {"weights": str(run.folder / "small")}
+        run.config["checks"]["min_disk_free_gb"] = 0.0
         run.save()
     started = time.monotonic()
     run.start()
@@ -123,6 +124,7 @@ def test_a_fault_costs_no_bit(
         assert run.state()["state"] == "done", "who was cut off wrote over what came after"
     assert [process.cmdline() for process in run.processes("longhaul")] == []
     legs = run.legs()
+    assert len(legs) >= cell.starts, "the run had ended before the fault"
     table.append(f"{cell.name:<45} {cell.when:<9} {lost_s:7.1f} {len(legs):5} {legs[-1]['resumed_from']:12}")
 
 

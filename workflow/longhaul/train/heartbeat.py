@@ -25,32 +25,34 @@ class Heartbeat:
     def __init__(self, rank: Rank, folder: Path, hang_s: float) -> None:
         self._rank, self._folder, self._hang_s = rank, folder, hang_s
         self._every_s = min(5.0, hang_s / 5)
+        self._answered = time.monotonic()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        if self._rank.world_size > 1:
-            self._thread.start()
+        self._answered = time.monotonic()
+        # Two threads, as a store whose process hangs takes a request and never answers.
+        for run in (self._beat, self._watch_rank_0) if self._rank.world_size > 1 else ():
+            threading.Thread(target=run, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
 
     def _beat(self) -> None:
-        heard, count = time.monotonic(), 0
-        watch = Watch(self._rank.world_size, self._hang_s)
-        store = None
+        watch, store = Watch(self._rank.world_size, self._hang_s), None
         while not self._stopped.wait(self._every_s):
             try:
                 store = store or self._connect()
-                count += 1
-                store.set(f"{_KEY}/{self._rank.rank}", str(count))
-                heard = time.monotonic()
+                store.add(f"{_KEY}/{self._rank.rank}", 1)
+                self._answered = time.monotonic()
                 if self._rank.is_main:
                     self._end_if_silent(store, watch)
             except (RuntimeError, OSError):
                 store = None
-            if time.monotonic() - heard > self._hang_s and not self._stopped.is_set():
+
+    def _watch_rank_0(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            if time.monotonic() - self._answered > self._hang_s:
                 self._end("rank 0", 0, os.environ.get("MASTER_ADDR", ""))
 
     def _connect(self):
