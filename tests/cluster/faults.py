@@ -2,160 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import psutil
+from faulted_run import CONVERT, TOKENIZE, TRAIN, FaultedRun
 
-from cluster_chain import ClusterChain
-from virtual_cluster import VirtualCluster
-
-STAGE = "results/tiny/stages/base/checkpoint.json"
-EXPORT = "results/tiny/export/base.json"
-STEPS, SAVE_EVERY = 400, 25
-SITE = {"max_nodes": 3, "deadline_every_s": 1.0}
-RECOVERY = {"hang_s": 6.0, "lead_s": 3.0, "collective_timeout_s": 60.0, "restarts": 3}
-
-
-def faulted_config(finished: dict[str, Any]) -> dict[str, Any]:
-    """The tiny run's first stage, longer, over two nodes with a rank each."""
-    config = json.loads(json.dumps(finished))
-    base = config["stages"][0]
-    base |= {"nodes": 2, "gpus_per_node": 1, "steps": STEPS, "recovery": RECOVERY, "minutes": 5}
-    base["schedule"] = {"kind": "constant"}
-    base["checkpoints"] = {"every_steps": SAVE_EVERY, "keep_best": 1}
-    base["validation"] = {"every_steps": SAVE_EVERY, "max_samples": 8}
-    config["stages"] = [base]
-    return config
-
-
-class FaultedRun(ClusterChain):
-    """A run in a folder of its own, whose data are there already, and what a test does to it."""
-
-    def __init__(self, folder: Path, config: dict[str, Any], cluster: VirtualCluster, data_of: Path | None) -> None:
-        super().__init__(folder, faulted_config(config), cluster, **SITE)
-        if data_of:
-            shutil.copytree(data_of, self.results, ignore=shutil.ignore_patterns("stages", "export", "logs", "jobs"))
-        self.target = STAGE
-        self.main: subprocess.Popen[str] | None = None
-
-    # Its life
-
-    def start(self) -> None:
-        log = (self.folder / "main.log").open("a")
-        self.main = subprocess.Popen(
-            self.command(self.target),
-            cwd=self.folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=self.environment(),
-            # a shell that runs tests in the background has it ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def finish(self, timeout_s: float = 300) -> int:
-        """Waits for the main Snakemake: after a permanent failure each of its retries takes some ten seconds to say so again."""
-        assert self.main is not None
-        return self.main.wait(timeout=timeout_s)
-
-    def snakemake_process(self) -> psutil.Process:
-        """The main Snakemake itself, below nsenter."""
-        assert self.main is not None
-        found = [p for p in [psutil.Process(self.main.pid), *psutil.Process(self.main.pid).children(recursive=True)]]
-        return next(
-            p for p in found if "fast_snakemake.py" in " ".join(p.cmdline()) and "nsenter" not in p.cmdline()[0]
-        )
-
-    def said(self) -> str:
-        return (self.folder / "main.log").read_text() + self.logs()
-
-    # What it is doing
-
-    def step(self) -> int:
-        rows = [line for path in self.results.glob("stages/base/weights/*/metrics.jsonl") for line in path.open()]
-        return max((json.loads(row)["step"] for row in rows if row.endswith("\n")), default=0)
-
-    def saved_steps(self) -> list[int]:
-        found = self.results.glob("stages/base/weights/*/checkpoints/step-????????/manifest.json")
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
-
-    def is_saving(self) -> bool:
-        return any(self.results.glob("stages/base/weights/*/checkpoints/step-*.partial"))
-
-    def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.main is None or self.main.poll() is None, "snakemake ended early:\n" + self.said()[-4000:]
-            assert time.monotonic() < deadline, "it did not happen in time:\n" + self.said()[-6000:]
-            time.sleep(0.01)
-
-    def state(self) -> dict[str, Any]:
-        return self.read("stages/base/state.json")
-
-    @property
-    def job_id(self) -> str:
-        return self.state()["job_id"]
-
-    def processes(self, *words: str) -> list[psutil.Process]:
-        """Processes of this run, on whatever host, whose command line has all the words."""
-        mine = str(self.folder)
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            line = process.info["cmdline"] or []
-            text = " ".join(line)
-            if (
-                mine in text
-                and all(word in line for word in words)
-                and line[0] not in ("srun", "bash", "sh", "nsenter")
-            ):
-                found.append(process)
-        return found
-
-    def ranks(self) -> list[psutil.Process]:
-        found = self.processes("longhaul", "train")
-        return sorted(found, key=lambda process: int(process.environ()["SLURM_PROCID"]))
-
-    def slurm(self, *words: str) -> str:
-        return self.cluster.run(*words)
-
-    # What must hold afterwards
-
-    def masters(self) -> dict[str, str]:
-        checkpoint = self.read("stages/base/checkpoint.json")
-        last = Path(checkpoint["weights"]) / checkpoint["checkpoints"]["last"]["path"]
-        tensors = json.loads((self.folder / last / "proof" / "tensors.json").read_text())
-        return {name: entry["sha256_fp32"] for name, entry in tensors.items()}
-
-    def trained_steps(self) -> list[int]:
-        rows = [json.loads(line) for line in (self.weights("base") / "metrics.jsonl").open()]
-        return [row["step"] for row in rows if "loss" in row]
-
-    def legs(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.weights("base") / "legs.jsonl").open()]
+_PHASES = {"tokenizing": TOKENIZE, "converting": CONVERT}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`act` is done when `when` is true; then the same command must finish, `again` times started anew."""
+    """`act` is done when `when` is true; then the same command must finish, once more where it was ended from outside."""
 
     name: str
-    when: str  # training | saving | starting
+    when: str  # starting | training | saving | tokenizing | converting
     act: Callable[[FaultedRun], None]
     ended_from_outside: bool = False
     fails_with: str = ""
-    mends: Callable[[FaultedRun], None] | None = None
-    starts: int = 2  # of the training, at least: else the fault came too late to test anything
+    before_again: Callable[[FaultedRun], None] = lambda run: None
+    says: str = ""  # in the log
+    attempts: int = 2  # at least: else the fault came too late to test anything
     cuts_off: bool = False  # a node stays unreachable: what runs there ends when it is back
+    partition: str = "main"
+    nodes: int = 2
     quick: bool = False
+
+    @property
+    def phase(self) -> str:
+        return _PHASES.get(self.when, TRAIN)
 
 
 def kill_rank(index: int) -> Callable[[FaultedRun], None]:
@@ -165,6 +43,20 @@ def kill_rank(index: int) -> Callable[[FaultedRun], None]:
 def stop_rank(index: int) -> Callable[[FaultedRun], None]:
     """The process hangs: it is there, and does nothing."""
     return lambda run: run.ranks()[index].suspend()
+
+
+def slow_rank(index: int, seconds: float = 12.0) -> Callable[[FaultedRun], None]:
+    """The process gets to run for a quarter of the time."""
+
+    def act(run: FaultedRun) -> None:
+        process, until = run.ranks()[index], time.monotonic() + seconds
+        while time.monotonic() < until and process.is_running():
+            process.suspend()
+            time.sleep(0.015)
+            process.resume()
+            time.sleep(0.005)
+
+    return act
 
 
 def kill_launcher(run: FaultedRun) -> None:
@@ -190,16 +82,16 @@ def requeue(run: FaultedRun) -> None:
 
 
 def preempt(run: FaultedRun) -> None:
-    """A job of the urgent partition wants all cores of two of the nodes that the run has, for a few seconds."""
-    nodes = ",".join(run.state()["nodes"])
-    wanted = ["--partition=urgent", "--nodes=2", f"--nodelist={nodes}", "--exclusive", "--output=/dev/null"]
-    run.slurm("sbatch", *wanted, "--wrap=sleep 3")
+    """A job of the urgent partition wants all cores of the nodes that the run has, for a few seconds."""
+    nodes = run.state()["nodes"]
+    wanted = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--output=/dev/null"]
+    run.slurm("sbatch", "--partition=urgent", *wanted, "--wrap=sleep 3")
 
 
-def shorten(run: FaultedRun) -> None:
-    """The allocation will end in a few seconds."""
+def shorten(run: FaultedRun, job_id: str | None = None) -> None:
+    """The allocation of the stage's job, or of another one, will end in a few seconds."""
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 5))
-    run.slurm("scontrol", "update", f"JobId={run.job_id}", f"EndTime={end}")
+    run.slurm("scontrol", "update", f"JobId={job_id or run.job_id}", f"EndTime={end}")
 
 
 def power_off(index: int) -> Callable[[FaultedRun], None]:
@@ -240,47 +132,69 @@ def free_disk(run: FaultedRun) -> None:
     (run.folder / "small" / "ballast").unlink()
 
 
+def damage_newest(run: FaultedRun) -> None:
+    """One byte of the newest checkpoint's largest file is another one than was written."""
+    newest = max(run.results.glob("stages/base/weights/*/checkpoints/step-????????"))
+    largest = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as stream:
+        stream.seek(largest.stat().st_size // 2)
+        byte = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte[0] ^ 1]))
+
+
+_BY_HAND = {"ended_from_outside": True}
+
 CELLS = [
+    Cell("kill -9 of a rank", "starting", kill_rank(1), attempts=1),
     Cell("kill -9 of a rank", "training", kill_rank(1), quick=True),
     Cell("kill -9 of rank 0", "training", kill_rank(0)),
     Cell("kill -9 of a rank", "saving", kill_rank(1), quick=True),
-    Cell("kill -9 of a rank", "starting", kill_rank(1), starts=1),
     Cell("kill -9 of rank 0", "saving", kill_rank(0)),
+    Cell("kill -9 of the process", "tokenizing", kill_rank(0)),
+    Cell("kill -9 of the process", "converting", kill_rank(0)),
     Cell("kill -9 of the launcher", "training", kill_launcher, quick=True),
     Cell("kill -9 of the launcher", "saving", kill_launcher),
+    Cell("kill -9 of the launcher", "tokenizing", kill_launcher),
+    Cell("kill -9 of the launcher", "converting", kill_launcher),
     Cell("kill -9 of the nested snakemake", "training", kill_nested_snakemake),
     Cell("kill -9 of the nested snakemake", "saving", kill_nested_snakemake),
-    Cell(
-        "kill -9 of the main snakemake",
-        "training",
-        end_main(signal.SIGKILL),
-        ended_from_outside=True,
-        starts=1,
-        quick=True,
-    ),
-    Cell("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), ended_from_outside=True, starts=1),
-    Cell("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), ended_from_outside=True),
-    Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), ended_from_outside=True, starts=1),
-    Cell("scancel", "training", scancel, ended_from_outside=True),
-    Cell("scancel", "saving", scancel, ended_from_outside=True),
+    Cell("kill -9 of the main snakemake", "training", end_main(signal.SIGKILL), **_BY_HAND, attempts=1, quick=True),
+    Cell("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
+    Cell("kill -9 of the main snakemake", "tokenizing", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
+    Cell("kill -9 of the main snakemake", "converting", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
+    Cell("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), **_BY_HAND),
+    Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), **_BY_HAND, attempts=1),
+    Cell("scancel", "training", scancel, **_BY_HAND),
+    Cell("scancel", "saving", scancel, **_BY_HAND),
     Cell("scontrol requeue", "training", requeue),
     Cell("scontrol requeue", "saving", requeue),
+    Cell("scontrol requeue", "tokenizing", requeue),
     Cell("preemption", "training", preempt, quick=True),
     Cell("preemption", "saving", preempt),
+    Cell("preemption of one process", "training", preempt, nodes=1),
+    Cell("preemption with grace", "training", preempt, partition="graceful"),
+    Cell("preemption that cancels", "training", preempt, partition="killable"),
+    Cell("preemption that cancels, with grace", "training", preempt, partition="killable-graceful"),
     Cell("time limit", "training", shorten, quick=True),
     Cell("time limit", "saving", shorten),
+    Cell("time limit of one process", "training", shorten, nodes=1),
     Cell("power-off of a node", "training", power_off(1), quick=True),
     Cell("power-off of the first node", "training", power_off(0)),
     Cell("power-off of a node", "saving", power_off(1)),
+    Cell("power-off of the node", "tokenizing", power_off(0)),
+    Cell("power-off of the node", "converting", power_off(0)),
     Cell("link unplugged for 10 s", "training", unplug_for(1, 10)),
     Cell("link unplugged for 10 s", "saving", unplug_for(1, 10)),
     Cell("link unplugged for good", "training", unplug(1), cuts_off=True),
     Cell("link of the first node unplugged for good", "training", unplug(0), cuts_off=True),
-    Cell("slurmctld restarted", "training", restart_slurmctld, starts=1),
-    Cell("slurmctld restarted", "saving", restart_slurmctld, starts=1),
-    Cell("slurmd restarted", "training", restart_slurmd, starts=1),
-    Cell("slurmd restarted", "saving", restart_slurmd, starts=1),
+    Cell("slurmctld restarted", "training", restart_slurmctld, attempts=1),
+    Cell("slurmctld restarted", "saving", restart_slurmctld, attempts=1),
+    Cell("slurmd restarted", "training", restart_slurmd, attempts=1),
+    Cell("slurmd restarted", "saving", restart_slurmd, attempts=1),
     Cell("a hung rank", "training", stop_rank(1), quick=True),
     Cell("a hung rank 0", "training", stop_rank(0)),
-    Cell("disk full", "training", fill_disk, fails_with="disk full", mends=free_disk),
+    Cell("a slow rank", "training", slow_rank(1), says="straggler at step", attempts=1),
+    Cell("disk full", "training", fill_disk, fails_with="disk full", before_again=free_disk),
+    Cell("newest checkpoint damaged", "training", scancel, **_BY_HAND, before_again=damage_newest, says="it is passed over"),
 ]

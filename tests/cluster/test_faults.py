@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from chain import REPOSITORY, Chain
-from faults import CELLS, SAVE_EVERY, STEPS, Cell, FaultedRun
+import fault_table
+from chain import Chain
+from faulted_run import (
+    CONVERT,
+    NAN_BATCHES,
+    STEPS,
+    TOKENIZE,
+    TRAIN,
+    FaultedRun,
+    faulted_config,
+    faulted_site,
+    write_larger_corpus,
+)
+from faults import CELLS, Cell, shorten
 from running import running
 from test_virtual_cluster import wait_for
 from virtual_cluster import Shape, VirtualCluster
-
-sys.path.insert(0, str(REPOSITORY / "bench"))
-from machine import header, publish
 
 SMALL_MB = 24
 
@@ -41,9 +51,32 @@ def three_nodes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> FaultedRun:
-    """The run that nothing happens to."""
-    run = FaultedRun(folder / "undisturbed", finished.config, three_nodes, finished.results)
+def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> Callable[[str, int], FaultedRun]:
+    """phase, nodes -> the run that nothing happens to, made when it is first asked for."""
+    made: dict[tuple[str, int], FaultedRun] = {}
+
+    def run_of(phase: str, nodes: int) -> FaultedRun:
+        if (phase, nodes) not in made:
+            given = run_of(TRAIN, nodes).results if phase == CONVERT else finished.results
+            name = f"undisturbed-{Path(phase).name}-{nodes}"
+            run = FaultedRun(folder / name, faulted_config(finished.config, nodes), three_nodes, given, phase)
+            prepare(run)
+            made[phase, nodes] = timed(run)
+        return made[phase, nodes]
+
+    return run_of
+
+
+def prepare(run: FaultedRun) -> None:
+    """Data that take some seconds to tokenize, where that is what will be disturbed; older than the tokenizer."""
+    if run.phase == TOKENIZE:
+        run.config["datasets"]["prose"]["unit_mb"] = 4
+        run.save()
+        write_larger_corpus(run)
+        os.utime(run.folder / "prose.jsonl", (1e9, 1e9))
+
+
+def timed(run: FaultedRun) -> FaultedRun:
     started = time.monotonic()
     run.start()
     assert run.finish() == 0, run.said()[-6000:]
@@ -52,14 +85,12 @@ def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> F
 
 
 @pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """A line for every cell that passed; the whole matrix is kept."""
-    lines = [f"{'fault':<45} {'while':<9} {'lost s':>7} {'legs':>5} {'resumed from':>12}"]
-    yield lines
-    if sum("cell" in getattr(item, "fixturenames", ()) for item in request.session.items) == len(CELLS):
-        head = ["command: make faults", *header(("torch", "deepspeed", "snakemake"))[1:]]
-        said = f"{len(lines) - 1} of {len(CELLS)} cells: final weights bit-identical to the undisturbed run's, every step once"
-        publish("faults", [*head, said, "", *lines])
+def table() -> Iterator[list[fault_table.Row]]:
+    """A row for every cell that passed, kept beside those of earlier sessions."""
+    rows: list[fault_table.Row] = []
+    yield rows
+    if rows:
+        fault_table.keep(rows, [(cell.name, cell.when) for cell in CELLS])
 
 
 @pytest.fixture
@@ -79,8 +110,12 @@ def cluster_mended(three_nodes: VirtualCluster) -> Iterator[VirtualCluster]:
 def act_in_time(run: FaultedRun, cell: Cell) -> None:
     if cell.when == "starting":
         run.until(lambda: len(run.ranks()) == 2)
+    elif cell.when == "tokenizing":
+        run.until(run.has_tokenized_a_unit)
+    elif cell.when == "converting":
+        run.until(run.is_exporting)
     else:
-        run.until(lambda: run.step() > 3 * SAVE_EVERY)
+        run.until(lambda: run.step() > 80)
     if cell.when == "saving":
         run.until(run.is_saving)
     cell.act(run)
@@ -89,12 +124,16 @@ def act_in_time(run: FaultedRun, cell: Cell) -> None:
 def test_a_fault_costs_no_bit(
     cell: Cell,
     cluster_mended: VirtualCluster,
-    undisturbed: FaultedRun,
+    undisturbed: Callable[[str, int], FaultedRun],
     finished: Chain,
     folder: Path,
-    table: list[str],
+    table: list[fault_table.Row],
 ):
-    run = FaultedRun(folder / slug(cell), finished.config, cluster_mended, finished.results)
+    calm = undisturbed(cell.phase, cell.nodes)
+    given = undisturbed(TRAIN, cell.nodes).results if cell.phase == CONVERT else finished.results
+    config, site = faulted_config(finished.config, cell.nodes), faulted_site(cell.partition)
+    run = FaultedRun(folder / slug(cell), config, cluster_mended, given, cell.phase, site)
+    prepare(run)
     if cell.fails_with:
         run.config["storage"] = {"weights": str(run.folder / "small")}
         run.config["checks"]["min_disk_free_gb"] = 0.0
@@ -107,25 +146,95 @@ def test_a_fault_costs_no_bit(
         failure = run.read("stages/base/failure.json")
         assert code != 0 and failure["failure_class"] == "permanent", run.said()[-6000:]
         assert cell.fails_with in failure["cause"] and failure["remedy"]
-        assert cell.mends is not None
-        cell.mends(run)
     if cell.ended_from_outside or cell.fails_with:
+        cell.before_again(run)
         run.start()
         code = run.finish()
     assert code == 0, run.said()[-8000:]
-    lost_s = time.monotonic() - started - undisturbed.seconds  # pyright: ignore[reportAttributeAccessIssue]
-    assert run.trained_steps() == list(range(1, STEPS + 1)), "a step is missing, or was written twice"
-    assert run.masters() == undisturbed.masters()
-    wait_for(lambda: not cluster_mended.run("squeue", "-h", "-n", "", "-o", "%i", "--me").strip(), 30)
-    if cell.cuts_off:
-        for node in cluster_mended.node_names:
-            cluster_mended.plug(node)
+    lost_s = time.monotonic() - started - calm.seconds  # pyright: ignore[reportAttributeAccessIssue]
+    assert run.product() == calm.product()
+    assert cell.says in run.said()
+    nothing_is_left(run, cell.cuts_off)
+    assert run.attempts() >= cell.attempts, "the work was done before the fault"
+    if cell.phase == TRAIN:
+        assert run.trained_steps() == list(range(1, STEPS + 1)), "a step is missing, or was written twice"
+        table.append(
+            fault_table.row(cell.name, cell.when, lost_s, run.attempts(), run.last_start_up_s(), run.goodput())
+        )
+    else:
+        table.append(fault_table.row(cell.name, cell.when, lost_s, run.attempts()))
+
+
+def nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
+    """No job and no process; who was cut off from the others ends, and writes nothing, when it is back."""
+    wait_for(lambda: not run.slurm("squeue", "-h", "-o", "%i", "--me").strip(), 30)
+    if cut_off:
+        for node in run.cluster.node_names:
+            run.cluster.plug(node)
         wait_for(lambda: not run.processes("longhaul"), 60)
         assert run.state()["state"] == "done", "who was cut off wrote over what came after"
     assert [process.cmdline() for process in run.processes("longhaul")] == []
-    legs = run.legs()
-    assert len(legs) >= cell.starts, "the run had ended before the fault"
-    table.append(f"{cell.name:<45} {cell.when:<9} {lost_s:7.1f} {len(legs):5} {legs[-1]['resumed_from']:12}")
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("policy", ["skip", "roll_back"])
+def test_nan_costs_the_named_batches_alone(
+    policy: str, cluster_mended: VirtualCluster, finished: Chain, folder: Path, table: list[fault_table.Row]
+):
+    """Bit-identical to a run without NaN that is given the same list of batches to leave out."""
+    stage = {"nonfinite": {"policy": policy, "limit": 3, "window_batches": 2}}
+    config = faulted_config(finished.config, **stage)
+    site = faulted_site(poisoned=True)
+    met = timed(FaultedRun(folder / f"nan-{policy}", config, cluster_mended, finished.results, TRAIN, site))
+    left_out = json.loads((met.weights("base") / "skipped.json").read_text())
+    assert set(NAN_BATCHES) <= set(left_out)
+    told = faulted_config(finished.config, **stage, skip_batches=left_out)
+    calm = timed(FaultedRun(folder / f"calm-{policy}", told, cluster_mended, finished.results))
+    assert met.masters() == calm.masters()
+    nothing_is_left(met)
+    lost_s = met.seconds - calm.seconds  # pyright: ignore[reportAttributeAccessIssue]
+    name = f"NaN in {len(NAN_BATCHES)} batches, {policy}"
+    table.append(fault_table.row(name, "training", lost_s, met.attempts(), met.last_start_up_s(), met.goodput()))
+
+
+@pytest.mark.all_faults
+def test_the_main_snakemake_outlives_its_own_job(
+    cluster_mended: VirtualCluster,
+    undisturbed: Callable[[str, int], FaultedRun],
+    finished: Chain,
+    folder: Path,
+    table: list[fault_table.Row],
+):
+    """controller.sbatch meets its time limit while the stage trains: its successor goes on, and queues none when all is done."""
+    calm, config = undisturbed(TRAIN, 2), faulted_config(finished.config)
+    run = FaultedRun(folder / "controller", config, cluster_mended, finished.results)
+    started = time.monotonic()
+    run.start_controller()
+    run.until(lambda: run.step() > 80)
+    (controller,) = run.slurm("squeue", "-h", "-t", "RUNNING", "-n", "longhaul-tiny-controller", "-o", "%i").split()
+    shorten(run, controller)
+    wait_for(lambda: (run.folder / run.target).exists() and not run.slurm("squeue", "-h", "-o", "%i").strip(), 240)
+    assert run.masters() == calm.masters()
+    assert run.trained_steps() == list(range(1, STEPS + 1))
+    assert "has ended; taking over" in (run.results / "logs/controller.log").read_text()
+    nothing_is_left(run)
+    lost_s = time.monotonic() - started - calm.seconds  # pyright: ignore[reportAttributeAccessIssue]
+    row = fault_table.row("time limit of the controller job", "training", lost_s, run.attempts(), run.last_start_up_s())
+    table.append(row)
+
+
+@pytest.mark.all_faults
+def test_a_quarantine_that_leaves_too_few_nodes_is_refused(
+    cluster_mended: VirtualCluster, finished: Chain, folder: Path
+):
+    run = FaultedRun(folder / "quarantined", faulted_config(finished.config), cluster_mended, finished.results)
+    entries = [{"node": node, "cause": "no answer", "time": "now", "evidence": ""} for node in ("n1", "n3")]
+    run.results.parent.joinpath("quarantine.json").write_text(json.dumps({"nodes": entries}))
+    run.start()
+    assert run.finish() == 2
+    said = run.said()
+    assert "partition main has 3, of which n1, n3 are quarantined" in said and "Traceback" not in said
+    assert run.slurm("squeue", "-h", "-o", "%i").strip() == ""
 
 
 def slug(cell: Cell) -> str:

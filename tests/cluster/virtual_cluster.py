@@ -409,6 +409,9 @@ GresTypes=gpu
 {accounting}
 {chr(10).join(lines)}
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=graceful Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=killable Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL
+PartitionName=killable-graceful Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
 PartitionName=urgent Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=10
 """
 

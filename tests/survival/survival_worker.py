@@ -11,15 +11,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longhaul.errors import UserError
-from longhaul.train import backend, loop
+from longhaul.train import loop
 from parity_cell import prepare
+from poison import poison_batches
 from worker import reset_deepspeed
 
 
@@ -28,32 +26,15 @@ class Killed(BaseException):
 
 
 def befall(leg: dict[str, Any]) -> None:
-    """Wraps the trainer's step and the loss in what the leg says; the product's code knows nothing of it."""
-    poison = {int(batch): factor for batch, factor in leg.get("poison", {}).items()}
-    at: list[int] = [-1]
+    """Wraps the trainer's step and the loss in what the leg says."""
 
-    def step(trainer: loop.Trainer, batch: Any) -> bool:
+    def before_step(trainer: loop.Trainer) -> None:
         if leg.get("save_again"):
             trainer.save()
         if leg.get("save_again") or trainer.state.step == leg.get("stop_after"):
             raise Killed
-        at[0] = batch.number
-        found = STEP(trainer, batch)
-        at[0] = -1
-        return found
 
-    def poisoned(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def found(*arguments: Any) -> torch.Tensor:
-            grid = arguments[-1]
-            return loss(*arguments) * (poison.get(at[0], 1.0) if grid.rank == grid.world_size - 1 else 1.0)
-
-        return found
-
-    loop.Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
-    backend.loss_sum, backend.token_loss_sum = (poisoned(loss) for loss in LOSSES)
-
-
-STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.token_loss_sum)
+    poison_batches({int(batch): factor for batch, factor in leg.get("poison", {}).items()}, before_step)
 
 
 def train(leg: dict[str, Any]) -> str:

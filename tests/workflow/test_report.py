@@ -66,7 +66,8 @@ def test_every_section_is_there_and_says_something(shown: Shown):
 def test_curves_are_drawn_and_each_has_its_level(shown: Shown):
     for stage, level in (("base", "unigram entropy of the data"), ("chat", "validation before this stage")):
         figures = shown.page.query_selector_all(f"#stage-{stage} .js-plotly-plot")
-        assert len(figures) == 3
+        assert len(figures) == 4
+        assert "training that counts" in (figures[3].text_content() or "")
         legend = figures[0].query_selector_all(".legendtext")
         assert [entry.text_content() for entry in legend] == ["training", "validation", level]
         assert len(figures[0].query_selector_all(".scatterlayer .js-line")) == 3

@@ -1,7 +1,8 @@
 """Leases: one main Snakemake per run, one writer per weights folder. Snakemake's own lock outlives a killed main.
 
 link(2) decides who holds it, on any file system, NFS included; whether a holder still lives is asked of the operating system on
-its own host. From another host that cannot be known, so a person must say it (`rm`), never a time-out.
+its own host, and of Slurm where it was in a job. Else it cannot be known from another host, so a person must say it (`rm`),
+never a time-out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +32,8 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        job_id = os.environ.get("SLURM_JOB_ID")
+        # the executor plugin drops Slurm's variables from the main process; controller.sbatch says it by another name
+        job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("LONGHAUL_JOB_ID")
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job_id)
 
     def __str__(self) -> str:
@@ -106,8 +109,15 @@ class Lease:
 class RunLease(Lease):
     """The lease of a run's main process, given back when the process ends in any orderly way."""
 
-    def take(self) -> None:
-        """Takes the lease, or prints who holds it and ends this process with exit code 2."""
+    def take(self, job_has_ended: Callable[[str], bool] = lambda job_id: False) -> None:
+        """Takes the lease, or prints who holds it and ends this process with exit code 2.
+
+        job_has_ended: whether a Slurm job is surely over; a main process that was in it is dead, wherever it was.
+        """
+        holder = self.current()
+        if holder and holder.job_id and holder.job_id != self.holder.job_id and job_has_ended(holder.job_id):
+            print(f"{holder} has ended; taking over", flush=True)
+            self.clear(holder)
         if not self.try_acquire():
             print(f"error: {self._refusal()}", file=sys.stderr, flush=True)
             sys.exit(UserError.exit_code)

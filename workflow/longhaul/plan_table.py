@@ -54,6 +54,7 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "gpu_hours_estimate": gpu_hours(plan, planned),
         "gpu_hours_per_allocation": round(planned.world_size * stage.minutes / 60, 2),
         "files_per_checkpoint": planned.files_per_checkpoint,
+        "checkpoint_gb": round(planned.checkpoint_bytes / 1e9, 3) if planned.checkpoint_bytes else None,
         "minutes": stage.minutes,
     }
 
@@ -109,7 +110,14 @@ def _stage_lines(rows: list[Row]) -> list[list[str]]:
         "zero_stage",
         "nodes",
     ]
-    keys += ["gpus_per_node", "gpu_hours_estimate", "gpu_hours_per_allocation", "minutes", "files_per_checkpoint"]
+    keys += [
+        "gpus_per_node",
+        "gpu_hours_estimate",
+        "gpu_hours_per_allocation",
+        "minutes",
+        "files_per_checkpoint",
+        "checkpoint_gb",
+    ]
     return lines + [[key.replace("_", " "), *(_text(row[key]) for row in rows)] for key in keys]
 
 

@@ -25,6 +25,7 @@ from longhaul.slurm import SlurmRequest
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATES = REPOSITORY / "templates"
 QUARANTINE = "results/quarantine.json"
+CONTROLLER = "controller.sbatch"
 _UNSAFE_IN_PATHS = set("\"'\\$`%\n\r")
 
 
@@ -50,6 +51,21 @@ def render_run(plan: Plan, workdir: Path) -> None:
             render_job(plan, job, workdir).write(workdir / job_folder(plan, job))
     for stage in plan.stages if locked else ():
         render_stage(plan, stage.name, workdir).write(workdir / stage_folder(plan, stage.name))
+    if plan.site.scheduler == "slurm":
+        render_controller(plan, workdir).write(workdir / "results" / plan.run)
+
+
+def render_controller(plan: Plan, workdir: Path) -> Rendered:
+    """controller.sbatch: the main Snakemake as a job that is followed by itself."""
+    folder = workdir / "results" / plan.run
+    title = f"longhaul {plan.run} controller"
+    options = _sbatch_options(plan.controller_request, title, folder / "logs" / "controller.log")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", workdir]
+    command += ["--configfile", plan.loaded.path.absolute(), "--profile", REPOSITORY / "profiles" / "slurm"]
+    text = _template("sbatch/controller.sbatch.j2").render(
+        title=title, options=options, workdir=_safe_path(workdir), controller=folder / CONTROLLER, command=command
+    )
+    return Rendered({CONTROLLER: text})
 
 
 def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
@@ -110,7 +126,7 @@ def _supervised(
         restarts=0,
         deadline_every_s=plan.site.deadline_every_s,
         steps=tuple(steps),
-        inputs=tuple(str(path) for path in (folder / "launch.json", *inputs) if path),
+        inputs=tuple(str(path) for path in (folder / "launch.json", QUARANTINE, *inputs) if path),
         checkpoints=None,
         quarantine=QUARANTINE,
     )
@@ -271,10 +287,13 @@ def _by_hand(plan: Plan, request: SlurmRequest, title: str, folder: Path, log: s
 
 
 def _sbatch(request: SlurmRequest, title: str, folder: Path, log: Path) -> str:
-    options = {"--job-name": title.replace("longhaul ", "longhaul-").replace(": ", "-").replace(" ", "-")}
-    options |= request.as_sbatch()
-    options["--output"] = f'"{_safe_path(log)}"'
+    options = _sbatch_options(request, title, log)
     return _template("sbatch/job.sbatch.j2").render(title=title, options=options, launch=str(folder / "launch.sh"))
+
+
+def _sbatch_options(request: SlurmRequest, title: str, log: Path) -> dict[str, str]:
+    options = {"--job-name": title.replace(": ", "-").replace(" ", "-")}
+    return {**options, **request.as_sbatch(), "--output": f'"{_safe_path(log)}"'}
 
 
 def _safe_path(path: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from longhaul.artifacts import Lock, content_hash
 from longhaul.config.load import load_config
@@ -14,7 +15,9 @@ from longhaul.payloads import payload
 from longhaul.plan import Plan, lock_path, make_plan
 from longhaul.slurm import RESOURCE_KEYS
 
-__all__ = ["RESOURCE_KEYS", "load_run_plan", "plan_key", "source_key", "spec_key"]
+__all__ = ["RESOURCE_KEYS", "load_run_plan", "or_exit", "plan_key", "source_key", "spec_key"]
+
+T = TypeVar("T")
 
 # Parts of a payload that say where and how fast, not what: a change re-runs nothing that is finished.
 _NOT_RESULTS = {
@@ -32,16 +35,25 @@ _NOT_RESULTS = {
 
 def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     """(config file, plan) of a Snakemake run; a UserError is printed and ends the parse with exit code 2."""
+    return or_exit(_load_run_plan, workflow)
+
+
+def or_exit(function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result; a UserError is printed and ends this process with exit code 2."""
     try:
-        config = _config_file(workflow)
-        _check_deployment(workflow)
-        _check_results_folder(Path("results"))
-        loaded = load_config(config)
-        lock = lock_path(loaded.config.run)
-        return config, make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+        return function(*arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(UserError.exit_code)
+
+
+def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
+    config = _config_file(workflow)
+    _check_deployment(workflow)
+    _check_results_folder(Path("results"))
+    loaded = load_config(config)
+    lock = lock_path(loaded.config.run)
+    return config, make_plan(loaded, Lock.read(lock) if lock.exists() else None)
 
 
 def _check_deployment(workflow: Any) -> None:

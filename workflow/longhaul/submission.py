@@ -12,6 +12,7 @@ from longhaul.plan import Plan, partition_for
 from longhaul.records import invocation, launch_key, read_failure, read_quarantine, read_state
 from longhaul.render import QUARANTINE, job_folder, stage_folder
 from longhaul.slurm import SlurmRequest
+from longhaul.supervise.slurm_client import too_few_nodes
 
 
 def submitted_request(plan: Plan, job: str, workdir: Path) -> SlurmRequest:
@@ -26,6 +27,15 @@ def submitted_request(plan: Plan, job: str, workdir: Path) -> SlurmRequest:
     state = read_state(folder)
     after = state.job_id if state and state.holds_job else None
     return replace(request, exclude=_quarantined(workdir), after_job=after)
+
+
+def require_nodes(plan: Plan, workdir: Path) -> None:
+    """Raises UserError when the quarantine is broken, or leaves too few nodes for a stage; Slurm is asked which there are."""
+    left_out = list(read_quarantine(workdir / QUARANTINE).names)
+    for stage in plan.stages if plan.site.scheduler == "slurm" else ():
+        request = plan.request(f"train-{stage.name}")
+        if missing := too_few_nodes(request.partition, request.nodes, left_out):
+            raise UserError(f"stages.{stage.name}: {missing}", f"take those that are mended off {QUARANTINE}")
 
 
 def _folder(plan: Plan, job: str) -> Path:

@@ -12,11 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
 from longhaul.artifacts import canonical_json
-from longhaul.rules import RESOURCE_KEYS, load_run_plan, plan_key, source_key, spec_key
+from longhaul.rules import RESOURCE_KEYS, load_run_plan, or_exit, plan_key, source_key, spec_key
 from longhaul.lease import RunLease
 from longhaul.payloads import repository_sources
 from longhaul.plan import lock_path
-from longhaul.submission import submitted_request
+from longhaul.submission import require_nodes, submitted_request
+from longhaul.slurm_executor import keep_unanswered_jobs
+from longhaul.supervise.slurm_client import job_has_ended
 from longhaul.render import job_folder, render_run, stage_folder
 
 CONFIG, PLAN = load_run_plan(workflow)
@@ -25,6 +27,8 @@ shell.prefix(
     "set -euo pipefail; "
     f'longhaul() {{{{ PYTHONPATH={shlex.quote(workflow.basedir)}/workflow {shlex.quote(sys.executable)} -m longhaul "$@"; }}}}; '
 )
+if workflow.is_main_process and PLAN.site.scheduler == "slurm":
+    keep_unanswered_jobs()
 LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
 
 
@@ -95,5 +99,6 @@ def exports():
 def start_run():
     """One main Snakemake per run, a second one is refused by name; it writes what the jobs are started with."""
     if workflow.is_main_process:
-        RunLease(Path("results") / f"{PLAN.run}.lease.json").take()
+        RunLease(Path("results") / f"{PLAN.run}.lease.json").take(job_has_ended)
+        or_exit(require_nodes, PLAN, Path.cwd())
         render_run(PLAN, Path.cwd())

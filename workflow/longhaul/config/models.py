@@ -264,6 +264,9 @@ class Recovery(Frozen):
         default=60.0,
         description="Time kept free before the end of an allocation, beside what a save, a validation and two steps took.",
     )
+    straggler_share: Annotated[float, Field(gt=0)] = Field(
+        default=0.5, description="A rank slower than the others' median by this share, three looks in a row, is named."
+    )
 
 
 class Stage(Frozen):

@@ -113,6 +113,10 @@ class Site(Frozen):
     deadline_every_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0, description="How often a job asks Slurm for the end of its allocation, in seconds."
     )
+    checkpoint_write_gb_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="What all nodes together write to the storage, in GB/s; the plan compares a save with recovery.lead_s.",
+    )
     sbatch_from_jobs: bool = Field(default=False, description="Compute nodes may call sbatch.")
     srun_extra: tuple[SlurmOption, ...] = Field(default=(), description="More options for every srun, e.g. --mpi=pmix.")
     interconnect: Interconnect = Field(default=Interconnect(), description="The network between nodes.")

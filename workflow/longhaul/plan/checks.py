@@ -76,6 +76,29 @@ def check_site(stage: Stage, site: Site) -> None:
         )
 
 
+def checkpoint_bytes(stage: Stage, sizes: Geometry) -> int:
+    """Of one save: fp32 masters, two moments, and the weights in compute precision."""
+    return (12 + {"fp32": 4, "bf16": 2, "fp16": 2}[stage.precision]) * sizes.total
+
+
+def check_lead(stage: Stage, save_bytes: int, site: Site) -> str:
+    """A warning, or ""; refuses an allocation that ends before a save could."""
+    where, lead_s = f"stages.{stage.name}", stage.recovery.lead_s
+    save_s = save_bytes / (site.checkpoint_write_gb_per_s * 1e9) if site.checkpoint_write_gb_per_s else 0.0
+    if save_s + lead_s >= 60 * stage.minutes:
+        raise UserError(
+            f"{where}.minutes {stage.minutes}: a save of {save_bytes / 1e9:.1f} GB takes about {save_s:.0f} s, and "
+            f"recovery.lead_s is {lead_s:g}: nothing that is trained could be saved",
+            "give the stage more minutes, or lower recovery.lead_s",
+        )
+    if save_s > lead_s:
+        return (
+            f"{where}: a save of {save_bytes / 1e9:.1f} GB takes about {save_s:.0f} s, longer than recovery.lead_s "
+            f"{lead_s:g}: until one was measured, the end of an allocation may cut it off"
+        )
+    return ""
+
+
 def check_checks(checks: Checks, site: Site) -> None:
     _check_size("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, partition_for(site, "debug"))
 

@@ -22,6 +22,7 @@ from longhaul.plan.checks import (
     accumulation,
     check_checks,
     check_inodes,
+    check_lead,
     check_memory,
     check_offload,
     check_positions,
@@ -29,6 +30,7 @@ from longhaul.plan.checks import (
     check_schedule,
     check_site,
     check_vocabulary,
+    checkpoint_bytes,
     files_per_checkpoint,
 )
 from longhaul.plan.layout import bubble, bubble_warning, check_model, sample_ranks
@@ -54,6 +56,7 @@ class StagePlan:
     memory: Memory | None
     flops: float | None
     files_per_checkpoint: int
+    checkpoint_bytes: int | None
     exportable: tuple[str, ...]
     spec: dict[str, Any]
     bubble: float
@@ -114,6 +117,11 @@ class Plan:
     def check_gpus_per_node(self) -> int:
         return self.config.checks.gpus_per_node or max(s.stage.gpus_per_node for s in self.stages)
 
+    @property
+    def controller_request(self) -> SlurmRequest:
+        """The allocation of the main Snakemake, where it runs as a job."""
+        return requests.controller_request(self.site)
+
     def request(self, job: str) -> SlurmRequest:
         """The allocation of a job: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
         return requests.request(self, job)
@@ -166,7 +174,8 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, mode
     files = files_per_checkpoint(stage, world_size, bool(exportable))
     check_inodes(stage, files, loaded.site)
     micro_batches = accumulation(stage, ranks)
-    warning = bubble_warning(stage, micro_batches)
+    save_bytes = checkpoint_bytes(stage, sizes) if sizes else None
+    warnings = (bubble_warning(stage, micro_batches), check_lead(stage, save_bytes or 0, loaded.site))
     return StagePlan(
         stage=stage,
         steps=steps,
@@ -177,8 +186,9 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, mode
         memory=memory,
         flops=sizes.flops_per_token(stage.sequence_length) * steps * tokens_per_step if sizes else None,
         files_per_checkpoint=files,
+        checkpoint_bytes=save_bytes,
         exportable=exportable,
         spec=result_spec(loaded, stage, steps),
         bubble=bubble(stage.parallel.pipeline, micro_batches),
-        warnings=(warning,) if warning else (),
+        warnings=tuple(warning for warning in warnings if warning),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from longhaul.config.sites import Partition, Site
@@ -9,6 +10,8 @@ from longhaul.slurm import SlurmRequest
 
 if TYPE_CHECKING:
     from longhaul.plan.model import Plan
+
+_CONTROLLER_MB = 2000
 
 
 def partition_for(site: Site, kind: str) -> Partition | None:
@@ -60,6 +63,14 @@ def _cpu_request(site: Site, minutes: int) -> SlurmRequest:
         memory_mb=_memory_mb(site, 1.0),
         **_common(site),
     )
+
+
+def controller_request(site: Site) -> SlurmRequest:
+    """One core for as long as its partition allows; Snakemake needs about half a GiB for a plan of some hundred jobs."""
+    partition = partition_for(site, "cpu")
+    memory_mb = None if site.memory == "omit" else min(_CONTROLLER_MB, site.node.memory_mb)
+    request = _cpu_request(site, partition.max_minutes if partition else 1)
+    return replace(request, cpus_per_task=1, memory_mb=memory_mb, exclusive=False)
 
 
 def _memory_mb(site: Site, share: float) -> int | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 import plotly.graph_objects as go
 
+from longhaul.goodput import Goodput
 from longhaul.report.records import Span, StageRecord
 from longhaul.report.series import Curve, downsample
+from longhaul.report.text import duration, percent, words
 
 COLOURS = ("#2563a8", "#d97706", "#3f8f5b", "#8b5cb8", "#b4483c")
 _LAYOUT: dict[str, Any] = {
@@ -67,6 +70,24 @@ def schedule_figure(stage: StageRecord) -> go.Figure:
         },
         margin={**_LAYOUT["margin"], "r": 60},
     )
+    return figure
+
+
+def goodput_figure(goodput: Goodput) -> go.Figure:
+    """One bar: what the stage's time went into, from its first submission to its end."""
+    figure = _figure(f"Where the time went: {percent(goodput.goodput)} into training that counts", "seconds")
+    colours = (*COLOURS, "#9db7d3", "#777777", "#c9b458")
+    for colour, (name, seconds) in zip(colours, asdict(goodput).items(), strict=False):
+        share = percent(seconds / goodput.total) if goodput.total else ""
+        figure.add_bar(
+            orientation="h",
+            y=[""],
+            x=[seconds],
+            name=f"{words(name)}, {share}",
+            marker_color=colour,
+            hovertemplate=f"{words(name)}: {duration(seconds)}, {share}<extra></extra>",
+        )
+    figure.update_layout(barmode="stack", height=230, hovermode="closest", legend={"orientation": "h", "y": -0.6})
     return figure
 
 

@@ -66,8 +66,11 @@ def _stage_rows(stage: StageRecord) -> dict[str, Any]:
         "legs": text.count(len(stage.legs)),
         "hosts": ", ".join(stage.hosts),
     }
-    drawn = (figures.loss_figure, figures.speed_figure, figures.schedule_figure)
-    return {"name": stage.name, "numbers": numbers, "figures": [_embedded(draw(stage)) for draw in drawn]}
+    drawn = [draw(stage) for draw in (figures.loss_figure, figures.speed_figure, figures.schedule_figure)]
+    if stage.goodput:
+        numbers["goodput"] = text.percent(stage.goodput.goodput)
+        drawn.append(figures.goodput_figure(stage.goodput))
+    return {"name": stage.name, "numbers": numbers, "figures": [_embedded(figure) for figure in drawn]}
 
 
 def _proof_rows(export: Export) -> dict[str, Any]:

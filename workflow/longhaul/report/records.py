@@ -17,6 +17,7 @@ from longhaul.artifacts import (
     TokenizerManifest,
     read_json,
 )
+from longhaul.goodput import Goodput, read_goodput
 from longhaul.report.series import Metrics, Summary, read_metrics, summarise
 from longhaul.report.text import duration
 
@@ -33,6 +34,7 @@ class StageRecord:
     summary: Summary
     skipped_batches: int
     unigram_entropy_nats: float | None
+    goodput: Goodput | None
 
     @property
     def hosts(self) -> list[str]:
@@ -100,6 +102,7 @@ def _stage(folder: Path, row: dict[str, Any], data: dict[str, DataManifest]) -> 
         summary=summarise(metrics),
         skipped_batches=len(read_json(skipped)) if skipped.exists() else 0,
         unigram_entropy_nats=data[row["dataset"]].unigram_entropy_nats,
+        goodput=read_goodput(folder / "stages" / row["name"], weights),
     )
 
 

@@ -30,14 +30,15 @@ class SlurmSilentError(Exception):
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as `scontrol show job` has it; end_s in seconds since the epoch."""
+    """One job as `scontrol show job` has it; submit_s (of its last queueing) and end_s in seconds since the epoch."""
 
     state: str
     nodes: int
     node_list: str
     end_s: float | None
     preempted: bool
-    restarts: int
+    submit_s: float | None = None
+    partition: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -63,8 +64,36 @@ def job_info(job_id: str) -> JobInfo | None:
         node_list=found.get("NodeList", ""),
         end_s=_seconds(found.get("EndTime", "")),
         preempted=_seconds(found.get("PreemptTime", "")) is not None,
-        restarts=int(found.get("Restarts", 0)),
+        submit_s=_seconds(found.get("SubmitTime", "")),
+        partition=found.get("Partition", ""),
     )
+
+
+def job_has_ended(job_id: str) -> bool:
+    """Whether it is surely over; a Slurm that does not answer says nothing."""
+    try:
+        info = job_info(job_id)
+    except (SlurmSilentError, UserError):
+        return False
+    return info is None or info.has_ended
+
+
+def nodes_of(partition: str) -> list[str]:
+    """Every node of a partition, whatever its state; [] when Slurm does not answer."""
+    try:
+        return list(dict.fromkeys(_run("sinfo", "--noheader", "-N", "-p", partition, "-o", "%N").split()))
+    except SlurmSilentError:
+        return []
+
+
+def too_few_nodes(partition: str, wanted: int, left_out: list[str]) -> str:
+    """Why a job of `wanted` nodes cannot be placed without those that are left out; "" when it can, or Slurm is silent."""
+    nodes = nodes_of(partition) if left_out and partition else []
+    left = [node for node in nodes if node not in left_out]
+    if not nodes or len(left) >= wanted:
+        return ""
+    out = ", ".join(node for node in nodes if node in left_out)
+    return f"{wanted} nodes are needed; partition {partition} has {len(nodes)}, of which {out} are quarantined"
 
 
 def hostnames(node_list: str) -> list[str]:

@@ -64,6 +64,7 @@ class Supervisor:
         self.job_id = os.environ.get("SLURM_JOB_ID") if job.slurm else None
         self.key, self.invocation = launch_key(job.inputs), invocation(Path("results"), job.run)
         self.nodes = [this_host()]
+        self.partition, self.queued_since_s = "", None
         self.leg = 1
         self.ended_by: int | None = None
         self._meetings = 0
@@ -76,7 +77,8 @@ class Supervisor:
         earlier = read_state(self.folder)
         self.leg = earlier.leg + 1 if earlier and earlier.state != "done" else 1
         self._blame_nodes_of(earlier)
-        self._note("running")
+        self.reached = self._progress()
+        self._note("running", queued_since_s=self.queued_since_s)
         with self._signals(), self._deadline() as keeper:
             self._keeper = keeper
             self._attempts()
@@ -106,6 +108,7 @@ class Supervisor:
                 "drop --set-resources, or set nodes in the config",
             )
         self.nodes = slurm_client.hostnames(info.node_list)
+        self.partition, self.queued_since_s = info.partition, info.submit_s
         self._wait_for_other_jobs()
 
     def _wait_for_other_jobs(self) -> None:
@@ -207,8 +210,17 @@ class Supervisor:
             cause = "cancelled by scancel"
             self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
         if state == "TIMEOUT":
-            self._fail(replace(failure, failure_class=WALLTIME, cause="the allocation ended before the last save"))
+            self._fail_at_the_limit(failure)
         self._leave(f"Slurm ended the allocation ({state})")
+
+    def _fail_at_the_limit(self, failure: Failure) -> NoReturn:
+        """Once, it may have been bad luck; a second allocation in which nothing was saved will not be the last one."""
+        cause, before = "the allocation ended before a save", read_failure(self.folder)
+        again = before and before.failure_class == WALLTIME and before.key == self.key
+        if again and self._progress() == self.reached:
+            remedy = "give it more minutes, or save more often (checkpoints.every_steps)"
+            self._fail(replace(failure, failure_class=PERMANENT, cause=f"{cause}, twice in a row", remedy=remedy))
+        self._fail(replace(failure, failure_class=WALLTIME, cause=cause))
 
     def _silent_nodes(self) -> list[str]:
         """Of the other nodes: this one is at work."""
@@ -230,12 +242,19 @@ class Supervisor:
             self._end_as_told(Failure(CANCELLED, reason, "", host=this_host()))
         if not self.job.slurm or not self.job.requeue:
             self._leave(reason)
+        left_out = list(dict.fromkeys([*read_quarantine(Path(self.job.quarantine)).names, *(excluded or [])]))
+        self._require_nodes(left_out)
         self._note("waiting", reason)
-        everything = [*read_quarantine(Path(self.job.quarantine)).names, *(excluded or [])]
-        if refused := slurm_client.requeue(str(self.job_id), list(dict.fromkeys(everything))):
+        if refused := slurm_client.requeue(str(self.job_id), left_out):
             self._leave(f"{reason}; requeue was refused: {refused}")
         print(f"{self.job.name}: {reason}; job {self.job_id} is queued again", flush=True)
         self._wait_for_the_end()
+
+    def _require_nodes(self, left_out: list[str]) -> None:
+        """A job that no node is left for would wait in the queue for ever."""
+        if missing := slurm_client.too_few_nodes(self.partition, self.job.nodes, left_out):
+            remedy = f"take those that are mended off {self.job.quarantine}; the next run goes on"
+            self._fail(Failure(PERMANENT, missing, remedy, host=this_host()))
 
     def _wait_for_the_end(self) -> NoReturn:
         """Until Slurm sends SIGTERM, lest the job counts as failed before it is queued; then nothing of it stays behind."""
@@ -276,20 +295,21 @@ class Supervisor:
             )
             sys.exit(1)
 
-    def _note(self, state: str, reason: str = "") -> None:
+    def _note(self, state: str, reason: str = "", **values: float | None) -> None:
         if state != "running":
             self._leave_to_successor()
         State(state, self.job_id, this_host(), self.nodes, self.leg, now(), reason).write(self.folder / "state.json")
-        self._event(state, reason)
+        self._event(state, reason, **values)
 
-    def _event(self, event: str, reason: str) -> None:
-        """A line of history.jsonl: what the stage's time went into."""
+    def _event(self, event: str, reason: str, **values: float | None) -> None:
+        """A line of history.jsonl: what the stage's time went into (goodput.py reads it)."""
         line = {
             "time_s": round(time.time(), 3),
             "event": event,
             "leg": self.leg,
             "job_id": self.job_id,
             "reason": reason,
+            **values,
         }
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -338,4 +358,4 @@ def _patiently(job_id: str, unknown_is_gone: bool = False) -> JobInfo:
             raise UserError(
                 f"Slurm knows no job {job_id}", "Submit job.sbatch, or run snakemake --profile profiles/slurm"
             )
-        return info or JobInfo("COMPLETED", 0, "", None, False, 0)
+        return info or JobInfo("COMPLETED", 0, "", None, False)

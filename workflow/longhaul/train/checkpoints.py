@@ -41,6 +41,10 @@ class Checkpoints:
         newest = self._newest_whole()
         return newest is not None and newest[0] == self._job.steps
 
+    def longest_save_s(self) -> float:
+        """What a save took at most, in any leg so far; 0 when there was none."""
+        return self._processes.broadcast(self._events.longest("saved", "saving_s") if self._processes.is_main else 0.0)
+
     def _steps(self) -> dict[int, Path]:
         return self._processes.broadcast(complete_checkpoints(self.folder) if self._processes.is_main else {})
 

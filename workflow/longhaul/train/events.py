@@ -20,3 +20,18 @@ class Events:
             return
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time_s": round(time.time(), 3), "event": event, **values}) + "\n")
+
+    def longest(self, event: str, key: str) -> float:
+        """The largest value of all such events so far; 0 when there is none."""
+        if self._path is None or not self._path.exists():
+            return 0.0
+        rows = [_parsed(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        return max((row[key] for row in rows if row.get("event") == event), default=0.0)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """{} for half a line, of a process that was killed."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}

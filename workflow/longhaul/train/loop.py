@@ -29,6 +29,7 @@ from longhaul.train.proof import write_proof
 from longhaul.train.schedule import learning_rate
 from longhaul.train.state import TrainingState
 from longhaul.train.stopping import Stopping
+from longhaul.train.stragglers import Stragglers
 from longhaul.train.writer import sole_writer
 
 
@@ -110,13 +111,13 @@ def _train(
     state = checkpoints.resume(backend.engine)
     metrics = Metrics(job, checkpoints.folder, state.step, processes, model.config.to_dict(), events)
     trainer = Trainer(job, processes, backend, held_out, checkpoints, metrics, events, state)
-    if state.step == 0:
-        trainer.begin()
+    trainer.begin()
+    stopping.require_time_for(trainer.leaving_takes_s)
     for batch in Prefetcher(train, job, processes, state):
         if not trainer.step(batch):
             continue
         if trainer.is_due(job.stage.validation.every_steps) or trainer.is_due(job.stage.checkpoints.every_steps):
-            trainer.validate()
+            trainer.look_and_validate()
         if trainer.is_due(job.stage.checkpoints.every_steps):
             trainer.save()
         elif reason := stopping.reason(trainer.leaving_takes_s):
@@ -154,7 +155,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.bad_in_a_row = 0
         self.validation_loss: float | None = None
-        self.longest_s = {"step": 0.0, "validate": 0.0, "save": 0.0}
+        self.longest_s = {"step": 0.0, "validate": 0.0, "save": self.checkpoints.longest_save_s()}
+        self.spent_s = dict.fromkeys(self.longest_s, 0.0)
+        self.stragglers = Stragglers(self.processes, self.job.stage.recovery.straggler_share, self.events)
         self.backend.guard.judge = self._badness
 
     def _badness(self, loss: float, grad_norm: float) -> str | None:
@@ -162,9 +165,11 @@ class Trainer:
 
     def begin(self) -> None:
         """Before the first step; where a bad step returns to a checkpoint, there must be one."""
-        self.validate()
-        if self.job.stage.nonfinite.policy == "roll_back":
-            self.save()
+        self.events.write("training", step=self.state.step)
+        if self.state.step == 0:
+            self.validate()
+            if self.job.stage.nonfinite.policy == "roll_back":
+                self.save()
 
     @property
     def leaving_takes_s(self) -> float:
@@ -174,6 +179,7 @@ class Trainer:
     def _took(self, what: str, started: float) -> float:
         seconds = time.perf_counter() - started
         self.longest_s[what] = max(self.longest_s[what], seconds)
+        self.spent_s[what] += seconds
         return seconds
 
     def is_due(self, every_steps: int) -> bool:
@@ -183,6 +189,8 @@ class Trainer:
     def step(self, batch: Batch) -> bool:
         """One optimizer step over a global batch; False when it was a bad one, which counts for nothing."""
         started = time.perf_counter()
+        self.stragglers.waited(batch.wait_s)
+        self.spent_s["step"] += batch.wait_s
         lr = learning_rate(self.job.stage.schedule, self.job.stage.optimizer.lr, self.state.step, self.job.steps)
         for group in self.backend.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -190,7 +198,7 @@ class Trainer:
         loss, guard = self.backend.train(batch, tokens), self.backend.guard
         if guard.reason:
             self.backend.load.discard_step()
-            self._answer_bad_step(batch, guard.reason)
+            self._answer_bad_step(batch, guard.reason, time.perf_counter() - started)
             return False
         loads = self.backend.load.finish_step()
         self.state.finish_step(loss)
@@ -222,11 +230,18 @@ class Trainer:
             return loads
         return {layer: counts for part in self.processes.gather(loads) for layer, counts in part.items()}
 
-    def _answer_bad_step(self, batch: Batch, reason: str) -> None:
+    def _answer_bad_step(self, batch: Batch, reason: str, seconds: float) -> None:
         """Stops, skips the batch or rolls back, as the policy says."""
         settings, step = self.job.stage.nonfinite, self.state.step + 1
         self.bad_in_a_row += 1
-        self.events.write("bad_step", step=step, batch=batch.number, reason=reason, policy=settings.policy)
+        self.events.write(
+            "bad_step",
+            step=step,
+            batch=batch.number,
+            reason=reason,
+            policy=settings.policy,
+            seconds=round(seconds, 3),
+        )
         if settings.policy == "stop" or self.bad_in_a_row > settings.limit:
             raise TrainingFailure(
                 f"step {step}: {reason}; nonfinite.policy is {settings.policy}, its limit {settings.limit}. "
@@ -252,6 +267,11 @@ class Trainer:
         self.metrics.note(f"rolled back from step {reached} to step {self.state.step}; {text}")
         self.events.write("rolled_back", from_step=reached, to_step=self.state.step, batches=[window[0], window[-1]])
 
+    def look_and_validate(self) -> None:
+        """Looks for a rank that holds the others up, then validates."""
+        self.stragglers.look(self.state.step, self.longest_s["step"])
+        self.validate()
+
     def validate(self) -> None:
         """Mean loss over the loss tokens of the same held-out samples every time."""
         if self.held_out is None:
@@ -275,6 +295,14 @@ class Trainer:
                 write_proof(self.backend, self.job, folder / "proof", self.processes)
         self.metrics.note(f"saved step {self.state.step}", **device_numbers(self.processes.device))
         self._took("save", started)
+        self._record_save()
+
+    def _record_save(self) -> None:
+        """What the time since the last save went into."""
+        names = {"step": "training_s", "validate": "validation_s", "save": "saving_s"}
+        spent = {names[what]: round(seconds, 3) for what, seconds in self.spent_s.items()}
+        self.events.write("saved", step=self.state.step, **spent)
+        self.spent_s = dict.fromkeys(self.spent_s, 0.0)
 
     def save_unvalidated(self) -> None:
         """A save between validations: it is resumed from, and never the best."""

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+from longhaul.errors import UserError
 from longhaul.jobs import StageJob
 from longhaul.records import SIGNALLED, Outcome, read_deadline
 from longhaul.train.processes import Processes
@@ -31,6 +32,23 @@ class Stopping:
         if not self._processes.sum(own):
             return ""
         return self._processes.broadcast(_REASONS.get(own, _REASONS[_SIGNAL]))
+
+    def require_time_for(self, leaving_takes_s: float) -> None:
+        """Refuses an allocation in which nothing could be saved; `leaving_takes_s` is what earlier saves took. A collective.
+
+        Raises UserError on every rank.
+        """
+        left_s = None
+        if self._processes.is_main:
+            self._read()
+            left_s = None if self._end_s is None else self._end_s - time.time()
+        left_s = self._processes.broadcast(left_s)
+        if left_s is not None and left_s < leaving_takes_s + self._lead_s:
+            raise UserError(
+                f"the allocation ends in {left_s:.0f} s; a step, a validation and a save take {leaving_takes_s:.0f} s here, "
+                f"and recovery.lead_s is {self._lead_s:g}: nothing that is trained in it could be saved",
+                "give the stage more minutes, or lower recovery.lead_s",
+            )
 
     def leave(self, reason: str, step: int) -> None:
         """Rank 0 writes outcome.json, when everything is saved."""
