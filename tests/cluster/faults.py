@@ -196,5 +196,12 @@ CELLS = [
     Cell("a hung rank 0", "training", stop_rank(0)),
     Cell("a slow rank", "training", slow_rank(1), says="straggler at step", attempts=1),
     Cell("disk full", "training", fill_disk, fails_with="disk full", before_again=free_disk),
-    Cell("newest checkpoint damaged", "training", scancel, **_BY_HAND, before_again=damage_newest, says="it is passed over"),
+    Cell(
+        "newest checkpoint damaged",
+        "training",
+        scancel,
+        **_BY_HAND,
+        before_again=damage_newest,
+        says="it is passed over",
+    ),
 ]

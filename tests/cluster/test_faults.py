@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -68,12 +67,11 @@ def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> C
 
 
 def prepare(run: FaultedRun) -> None:
-    """Data that take some seconds to tokenize, where that is what will be disturbed; older than the tokenizer."""
+    """Data that take some seconds to tokenize, where that is what will be disturbed."""
     if run.phase == TOKENIZE:
         run.config["datasets"]["prose"]["unit_mb"] = 4
         run.save()
         write_larger_corpus(run)
-        os.utime(run.folder / "prose.jsonl", (1e9, 1e9))
 
 
 def timed(run: FaultedRun) -> FaultedRun:
