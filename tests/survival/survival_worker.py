@@ -1,6 +1,7 @@
 """One of several ranks that train the legs of a list one after the other: python survival_worker.py LEGS.JSON.
 
 A leg is {"folder", "shared", "run", …} and what befalls it:
+left_s       the allocation ends after so many seconds
 stop_after   the process ends before the step after this many, as if it were killed
 save_again   the checkpoint that was loaded is saved at once, then the leg ends
 poison       {batch number: factor}: the loss of this global batch is multiplied by the factor, on one rank alone
@@ -11,10 +12,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from longhaul.errors import UserError
+from longhaul.records import Deadline
 from longhaul.train import loop
 from parity_cell import prepare
 from poison import poison_batches
@@ -41,6 +44,8 @@ def train(leg: dict[str, Any]) -> str:
     """How the leg ended."""
     job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"])
     befall(leg)
+    if "left_s" in leg and os.environ["RANK"] == "0":
+        Deadline(time.time() + leg["left_s"], False).write(Path(job.folder) / "deadline.json")
     try:
         loop.run(job)
     except Killed:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.lease import Holder, Lease
+from longhaul.lease import Holder, Lease, RunLease
 from longhaul.train.writer import Claim
 
 
@@ -109,3 +109,35 @@ def test_a_holder_that_counts_is_alive(tmp_path: Path):
         (tmp_path / "beat").write_text(f"{count}\n")
         time.sleep(0.15)
         assert not waiting.succeeds()
+
+
+def run_lease_of(path: Path, holder: Holder) -> RunLease:
+    held_by(path, holder)
+    return RunLease(path)
+
+
+def test_a_main_on_another_host_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lease = run_lease_of(tmp_path / "lease", replace(dead_process(), host="login7"))
+    with pytest.raises(SystemExit) as ended:
+        lease.take(lambda job_id: True)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "on login7" in said and f"rm {tmp_path / 'lease'}" in said
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_main_in_a_job_is_dead_when_slurm_says_so(
+    tmp_path: Path, over: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("LONGHAUL_JOB_ID", "8")
+    lease = run_lease_of(tmp_path / "lease", replace(Holder.this_process(), host="n3", job_id="7"))
+    asked: list[str] = []
+    if over:
+        lease.take(lambda job_id: not asked.append(job_id))
+        assert lease.current() == lease.holder and lease.holder.job_id == "8"
+        assert "(job 7) has ended; taking over" in capsys.readouterr().out
+        lease.release()
+    else:
+        with pytest.raises(SystemExit):
+            lease.take(lambda job_id: bool(asked.append(job_id)))
+        assert "(job 7)) works on this run" in capsys.readouterr().err
+    assert asked == ["7"]

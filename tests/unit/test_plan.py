@@ -17,6 +17,7 @@ from longhaul.artifacts import Lock
 from longhaul.config.geometry import geometry
 from longhaul.config.load import load_config
 from longhaul.config.models import Model
+from longhaul.errors import UserError
 from longhaul.plan import make_plan
 from longhaul.render import REPOSITORY
 from longhaul.rules import spec_key
@@ -81,6 +82,16 @@ def test_a_pipeline_that_idles_is_warned_of_with_the_batch_that_mends_it(tmp_pat
     assert few.bubble == pytest.approx(1 / 3) and "4 micro batches" in few.warnings[0]
     enough = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch": 4}.items()}).stages[0]
     assert enough.bubble == pytest.approx(0.2) and enough.warnings == ()
+
+
+def test_a_save_longer_than_the_lead_is_warned_of_and_one_longer_than_the_allocation_refused(tmp_path: Path):
+    save_bytes = plan_of(tmp_path).stages[0].checkpoint_bytes
+    assert save_bytes and plan_of(tmp_path).stages[0].warnings == ()
+    site = {"checkpoint_write_gb_per_s": save_bytes / 1e9 / 90}
+    warning = plan_of(tmp_path, site=site).stages[0].warnings[0]
+    assert "takes about 90 s, longer than recovery.lead_s 60" in warning
+    with pytest.raises(UserError, match=r"stages.base.minutes 2: a save of .* takes about 90 s"):
+        plan_of(tmp_path, {"stages.0.minutes": 2}, site)
 
 
 def keys(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None) -> tuple[str, str]:
