@@ -1,0 +1,126 @@
+"""Layouts whose ranks sit on different hosts: each trains what plain PyTorch does in one process, and is exported and proved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reference
+from chain import tiny_config
+from cluster_chain import ClusterChain
+from layouts import FP32, TWINS
+from longhaul.artifacts import DataManifest
+from longhaul.data.samples import Samples
+from longhaul.jobs import StageJob
+from running import running
+from virtual_cluster import Shape, VirtualCluster
+
+STEPS = 6
+# twin -> stage -> (nodes, ranks a node, the stage's keys). Groups of every axis cross hosts.
+LAYOUTS: dict[str, dict[str, tuple[int, int, dict[str, Any]]]] = {
+    "llama": {
+        "data4-zero3": (4, 1, {"zero": {"stage": 3}}),
+        "tensor2": (2, 1, {"zero": {"stage": 1}, "parallel": {"tensor": 2}, "micro_batch": 2}),
+        "tensor2-data2-zero2": (2, 2, {"zero": {"stage": 2}, "parallel": {"tensor": 2}}),
+        "pipeline2-tensor2": (4, 1, {"zero": {"stage": 1}, "parallel": {"pipeline": 2, "tensor": 2}}),
+        "sequence2-data2-zero3": (4, 1, {"zero": {"stage": 3}, "parallel": {"sequence": 2}}),
+        "pipeline4": (4, 1, {"zero": {"stage": 1}, "parallel": {"pipeline": 4}}),
+    },
+    "deepseek_v3": {
+        "expert4": (4, 1, {"zero": {"stage": 1}, "parallel": {"expert": 4}}),
+        "expert2-data4-zero2": (2, 2, {"zero": {"stage": 2}, "parallel": {"expert": 2}}),
+        "expert2-pipeline2": (4, 1, {"zero": {"stage": 1}, "parallel": {"expert": 2, "pipeline": 2}}),
+        "expert2-tensor2": (2, 2, {"zero": {"stage": 1}, "parallel": {"expert": 2, "tensor": 2}}),
+        "pipeline2-tensor2-data2": (4, 2, {"zero": {"stage": 1}, "parallel": {"pipeline": 2, "tensor": 2}}),
+    },
+}
+CASES = [(twin, name) for twin, layouts in LAYOUTS.items() for name in layouts]
+
+
+@pytest.fixture(scope="module")
+def four_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]:
+    with running(tmp_path_factory.mktemp("four"), Shape(nodes=4)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def trained(four_nodes: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ClusterChain]:
+    """One run for each model: a stage for each layout, all of them from the same first weights and data."""
+    made = {}
+    for twin, layouts in LAYOUTS.items():
+        config = tiny_config(model=TWINS[twin], run="layouts")
+        config["stages"] = [_stage(name, *layout) for name, layout in layouts.items()]
+        folder = tmp_path_factory.mktemp(twin)
+        chain = made[twin] = ClusterChain(folder, config, four_nodes, max_nodes=4)
+        chain.run("--jobs", "2", timeout_s=900)
+    return made
+
+
+def _stage(name: str, nodes: int, ranks: int, keys: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": "sft",
+        "dataset": "chats",
+        "steps": STEPS,
+        "global_batch": 8,
+        "micro_batch": 1,
+        "sequence_length": 64,
+        "precision": "fp32",
+        "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
+        "schedule": {"kind": "constant", "warmup_steps": 3},
+        "nodes": nodes,
+        "gpus_per_node": ranks,
+        "checkpoints": {"every_steps": STEPS},
+        "validation": {"every_steps": STEPS, "max_samples": 8},
+        "export": "last",
+        "export_dtype": "fp32",
+        "minutes": 5,
+        **keys,
+    }
+
+
+@pytest.fixture(scope="module")
+def traces(trained: dict[str, ClusterChain]) -> dict[str, reference.Trace]:
+    """The same steps in plain PyTorch."""
+    return {twin: _trace(chain, next(iter(LAYOUTS[twin]))) for twin, chain in trained.items()}
+
+
+def _trace(chain: ClusterChain, name: str) -> reference.Trace:
+    job = StageJob.read(chain.results / "stages" / name / "stage.json")
+    stage, manifest = job.stage, DataManifest.read(chain.results / "data/chats.json")
+    cache = chain.folder / "reference-samples"
+    samples = Samples.open(
+        _found_from(manifest, chain.folder), "train", stage.kind, stage.sequence_length, job.seed, cache
+    )
+    return reference.train(job, samples)
+
+
+def _found_from(manifest: DataManifest, folder: Path) -> DataManifest:
+    """Its path is relative to the run's working folder."""
+    return DataManifest(**{**vars(manifest), "path": str(folder / manifest.path)})
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("twin", "name"), CASES, ids=["/".join(case) for case in CASES])
+def test_losses_and_norms_are_those_of_plain_pytorch(
+    twin: str, name: str, trained: dict[str, ClusterChain], traces: dict[str, reference.Trace]
+):
+    chain, (nodes, ranks, _) = trained[twin], LAYOUTS[twin][name]
+    leg = json.loads((chain.weights(name) / "legs.jsonl").read_text())
+    assert len(set(leg["hosts"])) == nodes and leg["world_size"] == nodes * ranks
+    rows = [json.loads(line) for line in (chain.weights(name) / "metrics.jsonl").open()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in steps] == pytest.approx(traces[twin].losses, rel=FP32.loss)
+    assert [row["grad_norm"] for row in steps] == pytest.approx(traces[twin].norms, rel=FP32.norm)
+
+
+@pytest.mark.parametrize(("twin", "name"), CASES, ids=["/".join(case) for case in CASES])
+def test_the_export_is_proved(twin: str, name: str, trained: dict[str, ClusterChain]):
+    proof = trained[twin].read(f"export/{name}.json")["proof"]
+    assert proof["tensors"]["equal"] == proof["tensors"]["count"] > 10
+    assert proof["logits"]["bit_equal"] or proof["logits"]["max_abs_difference"] < 1e-4
