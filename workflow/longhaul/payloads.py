@@ -53,6 +53,7 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         checks=plan.config.checks,
+        memory_mb=plan.site.node.memory_mb,
         cuda_build=plan.site.cuda_build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=("cpu_adam",) if offloads else (),
