@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -577,6 +578,32 @@ def test_snakemake_says_so_before_any_job(
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "remedy: " in done.stderr
     assert not (run / "results").exists()
+
+
+UNREADABLE: dict[str, tuple[str, list[str], str]] = {
+    "no such file": ("no.yaml", ["-n"], "no.yaml does not exist"),
+    "a folder": (".", ["-n"], "is a folder"),
+    "broken YAML": ("broken.yaml", ["-n"], "broken.yaml is not valid YAML: expected"),
+    "a second config": ("run.yaml", ["-n", "--configfile=other.yaml"], "--configfile=other.yaml names a second config"),
+}
+
+
+@pytest.mark.parametrize(("config", "options", "says"), UNREADABLE.values(), ids=UNREADABLE)
+def test_run_reads_the_config_before_snakemake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, options: list[str], says: str
+):
+    write_config(tmp_path)
+    (tmp_path / "broken.yaml").write_text("run: [a\nseed: 1\n")
+    assert says in refused(capsys, "run", str(tmp_path / config), *options)
+
+
+def test_run_becomes_snakemake(tmp_path: Path):
+    """Options and targets arrive, and the config is that file."""
+    config = write_config(tmp_path, None, {"scheduler": "local"})
+    words = ["-m", "longhaul", "run", config.name, "results/small/plan.json", "-n", "--profile", "none"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^render +1$", done.stdout, re.MULTILINE) and "train_stage" not in done.stdout
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
