@@ -606,6 +606,15 @@ def test_run_becomes_snakemake(tmp_path: Path):
     assert re.search(r"^render +1$", done.stdout, re.MULTILINE) and "train_stage" not in done.stdout
 
 
+def test_a_working_folder_that_no_script_can_name(tmp_path: Path):
+    config = write_config(tmp_path / "config", None, {"scheduler": "local"})
+    run = tmp_path / "costs $5"
+    run.mkdir()
+    done = snakemake(run, "-n", "--configfile", str(config))
+    assert done.returncode == 2 and "holds '$'" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "remedy: " in done.stderr
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
     """A file stands where results/ has to be: root may write wherever a mode forbids it."""
     config = write_config(tmp_path / "config")

@@ -17,6 +17,7 @@ from longhaul.config.sites import Site
 from longhaul.errors import UserError
 from longhaul.payloads import payload
 from longhaul.plan import Plan, lock_path, make_plan
+from longhaul.render import rendered_run
 from longhaul.slurm import RESOURCE_KEYS
 
 __all__ = ["RESOURCE_KEYS", "load_run_plan", "plan_key", "source_key", "spec_key"]
@@ -45,7 +46,10 @@ def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
         if workflow.is_main_process:
             _check_executor(loaded.site)
         lock = lock_path(loaded.config.run)
-        return config, make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+        plan = make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+        if workflow.is_main_process:
+            rendered_run(plan, Path.cwd())  # what cannot be written into a launch script is refused in a dry run too
+        return config, plan
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(UserError.exit_code)

@@ -74,7 +74,8 @@ class Software(Frozen):
     )
     runtime: Literal["apptainer", "singularity"] = Field(default="apptainer", description="container: the command.")
     binds: tuple[OneLine, ...] = Field(
-        default=(), description="container: folders to bind beside the checkout and the run folder."
+        default=(),
+        description="container: more folders to bind (or `from:to`) than those of checkout, run, storage, data and models.",
     )
     modules: tuple[SlurmWord, ...] = Field(default=(), description="Modules loaded first, whatever the kind.")
 
