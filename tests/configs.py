@@ -48,6 +48,7 @@ SITE = {
     "partitions": {"gpu": {"name": "gpu", "max_minutes": 1440}},
     "node": {"cpus": 64, "memory_mb": 500_000, "gpus": 8},
     "max_nodes": 16,
+    "cuda_build": "cu130",
 }
 
 

@@ -30,6 +30,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentJob:
         "nodes": 1,
         "gpus_per_node": 8,
         "checks": Checks(min_disk_free_gb=0.001),
+        "memory_mb": 100,
         "cuda_build": "cpu",
         "scratch": str(folder / "scratch"),
         "prebuild_ops": (),
@@ -51,6 +52,7 @@ def nodes() -> list[dict[str, Any]]:
     }
     node = {
         "versions": versions,
+        "memory_bytes": 512 * 2**30,
         "gpus": [gpu] * 8,
         "disk_free_bytes": 50 * 10**9,
         "shared_memory_bytes": 2**33,
@@ -84,6 +86,10 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda node: node["gpus"].pop(),
         "n2: torch can use 7 GPUs, 8 are needed (driver: 590.1)",
     ),
+    "less memory than the plan counts on": (
+        lambda node: node.update(memory_bytes=99 * 2**20),
+        "n2: the node has 99 MiB of memory, the site file says node.memory_mb: 100",
+    ),
     "a full disk": (
         lambda node: node.update(disk_free_bytes=10**5),
         "0.0 GB free, checks.min_disk_free_gb asks for 0.001",
@@ -115,10 +121,18 @@ def test_what_is_worth_a_look(tmp_path: Path):
     for node in found:
         node["versions"]["deepspeed"] = "0.18.0"
     found[1]["shared_memory_bytes"] = 2**20
+    found[1]["memory_bytes"] = 448 * 2**30
     found[1]["ops"]["cleared"] = ["cpu_adam"]
     said = warnings(found, check.tested_versions())
     assert said[0].startswith("deepspeed 0.18.0 is installed; longhaul is tested with ")
-    assert said[1].startswith("n2: /dev/shm has 1 MiB free") and "cpu_adam" in said[2]
+    assert said[1].startswith("n2: /dev/shm has 1 MiB free") and "cpu_adam" in said[3]
+    assert said[2] == "n2: 448.0 GiB of memory, another node has 512.0 GiB"
+
+
+def test_what_a_kernel_keeps_is_no_missing_memory(tmp_path: Path):
+    found = nodes()
+    found[1]["memory_bytes"] -= 2**30
+    assert warnings(found, check.tested_versions()) == []
 
 
 def test_facts_of_this_machine(tmp_path: Path):

@@ -22,6 +22,8 @@ FILES = {
     "models/org/base/model.safetensors": "weights",
     "models/org/base/pytorch_model.bin": "a pickle",
     "models/org/base/modeling_own.py": "raise SystemExit('this code must not run')",
+    "models/org/pickle/config.json": json.dumps({"model_type": "llama", **LLAMA}),
+    "models/org/pickle/pytorch_model.bin": "a pickle",
     "models/org/base/tokenizer.json": "{}",
     "models/org/base/tokenizer_config.json": "{}",
     "datasets/org/text/en/train-00000-of-00002.jsonl": '{"text": "a"}\n',
@@ -87,6 +89,10 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
+    "no safetensors": (
+        {"model": {"pretrained": {"hub": {"id": "org/pickle"}}}},
+        "holds no weights (*.safetensors",
+    ),
     "no such revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
     "no such configuration": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "fr"}}}},

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from configs import plan_of
+from longhaul.artifacts import Lock
 from longhaul.errors import UserError
-from longhaul.render import deepspeed_sections, render_run, render_stage
+from longhaul.plan import Plan
+from longhaul.render import REPOSITORY, deepspeed_sections, render_job, render_run, render_stage
 from regenerate import CASES, GOLDEN, rendered
 
 
@@ -151,6 +153,68 @@ def test_an_image_with_an_odd_name_is_one_word(tmp_path: Path):
     launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.json"]
     for step in json.loads(launch)["steps"]:
         assert step["command"][-6:-4] == ["/images/$(touch pwned) a.sif", "python3"]
+
+
+MODULE = 'module() { echo "$HARMLESS_BUT_UNSET" > /dev/null; export LOADED="${LOADED:-} $2"; }'
+
+
+def test_modules_may_use_unset_variables(tmp_path: Path):
+    """Lmod and Tcl modules do; after them the script is strict again."""
+    software = {"kind": "modules", "modules": ["cuda/13.0", "python"]}
+    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
+    before_python = launch[: launch.index("exec ")]
+    shown = subprocess.run(
+        ["bash", "-c", f'{MODULE}\n{before_python}\necho "$LOADED $-"'], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    *loaded, flags = shown.stdout.split()
+    assert loaded == ["cuda/13.0", "python"] and "u" in flags
+
+
+def binds(plan: Plan, folder: Path, job: str) -> list[str]:
+    step = json.loads(render_job(plan, job, folder).files["launch.json"])["steps"][0]["command"]
+    return [step[i + 1] for i, word in enumerate(step) if word == "--bind"]
+
+
+def test_a_container_sees_the_data_and_where_links_lead(tmp_path: Path):
+    for name in ("data", "real", "tokenizer", "blobs", "run/own"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "real" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "data" / "a.jsonl").symlink_to(tmp_path / "real" / "a.jsonl")
+    (tmp_path / "run" / "own" / "b.jsonl").write_text('{"text": "b"}\n')
+    (tmp_path / "blobs" / "0123").write_text("{}")
+    (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(tmp_path / "blobs" / "0123")
+    config = {
+        "datasets.prose": {"kind": "text", "files": ["data/*.jsonl", "run/own/*.jsonl"]},
+        "tokenizer": {"path": "tokenizer"},
+        "storage": {"weights": "/scratch/weights", "data": "shards"},
+    }
+    site = {"software": {"kind": "container", "path": "/job.sif", "binds": ["/cvmfs", "/a:/b"]}}
+    plan = plan_of(tmp_path, config, site, Lock({"chats": {"path": "x", "files": ["/hub/chats.jsonl"]}}))
+    run = tmp_path / "run"
+    always = ["/dev/shm", str(REPOSITORY), str(run), "/scratch/weights"]
+    assert binds(plan, run, "environment") == [*always, "/cvmfs", "/a:/b"]
+    assert binds(plan, run, "tokenize-prose") == [
+        *always,
+        *(str(tmp_path / n) for n in ("data", "real")),
+        "/cvmfs",
+        "/a:/b",
+    ]
+    assert binds(plan, run, "tokenize-chats") == [*always, "/hub", "/cvmfs", "/a:/b"]
+    assert binds(plan, run, "tokenizer") == [
+        *always,
+        *(str(tmp_path / n) for n in ("tokenizer", "blobs")),
+        "/cvmfs",
+        "/a:/b",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a:b", "a,b"])
+def test_a_folder_that_a_container_command_would_take_apart_is_refused(tmp_path: Path, name: str):
+    software = {"kind": "container", "path": "/images/job.sif"}
+    plan = plan_of(tmp_path, {"storage": {"weights": f"/scratch/{name}"}}, {"software": software})
+    with pytest.raises(UserError, match="separates folders"):
+        render_stage(plan, "base", tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])

@@ -81,7 +81,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 def local_site() -> dict[str, Any]:
     """This machine as if it had four cores."""
-    node = {"cpus": 4, "memory_mb": 8000}
+    node = {"cpus": 4, "memory_mb": 3000}
     return {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
 
 

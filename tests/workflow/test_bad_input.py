@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +325,19 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("hierarchical_partition 3 does not divide the 4 ranks", "use 1, 2 or 4"),
     ),
+    (
+        "fp16 without a GPU",
+        {"stages.0.precision": "fp16"},
+        {"node.gpus": 0, "cuda_build": "cpu"},
+        ("stages.base: precision fp16", "site centre", "set precision to bf16 or fp32"),
+    ),
+    (
+        "GPUs and torch's CPU build",
+        {},
+        {"cuda_build": "cpu"},
+        ("node.gpus 8 with cuda_build cpu", "set cuda_build, e.g. cu130"),
+    ),
+    ("a build that no wheel has", {}, {"cuda_build": "12.8"}, ("cuda_build is '12.8'", "cu[0-9]")),
     ("qwZ", {"stages.0.zero": {"zero_quantized_weights": True}}, {}, ("qwZ", "is not proved here")),
     ("qgZ", {"stages.0.zero": {"zero_quantized_gradients": True}}, {}, ("qgZ", "is not proved here")),
     ("ZenFlow", {"stages.0.zero": {"zenflow": {"topk_ratio": 0.1}}}, {}, ("ZenFlow", "is not proved here")),
@@ -343,6 +357,69 @@ def test_config(
     message = refused(capsys, "plan", str(path))
     assert [text for text in says if text not in message] == [], message
     assert files_below(tmp_path) == before
+
+
+CONFIG_JSON = {"model_type": "llama", "tie_word_embeddings": False, **LLAMA}
+PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
+    "no weights": (
+        CONFIG_JSON,
+        {},
+        "holds no weights (*.safetensors, pytorch_model.bin, pytorch_model.bin.index.json)",
+    ),
+    "a config that is a list": ([], {"model.safetensors": ""}, "config.json holds a list, not keys and values"),
+    "an unknown architecture": (
+        {"model_type": "rwkv"},
+        {"model.safetensors": ""},
+        "model_type 'rwkv' is not supported",
+    ),
+    "a size that is missing": (
+        {key: value for key, value in CONFIG_JSON.items() if key != "hidden_size"},
+        {"model.safetensors": ""},
+        "the llama config lacks hidden_size",
+    ),
+    "a size that is text": (
+        {**CONFIG_JSON, "hidden_size": "64"},
+        {"model.safetensors": ""},
+        "hidden_size of the llama config is '64', not a whole number",
+    ),
+    "a size of nothing": (
+        {**CONFIG_JSON, "num_attention_heads": 0},
+        {"model.safetensors": ""},
+        "num_attention_heads of the llama config is 0, not a whole number from 1",
+    ),
+    "endless layers": (
+        {**CONFIG_JSON, "num_hidden_layers": 10**12},
+        {"model.safetensors": ""},
+        "num_hidden_layers of the llama config is 1000000000000, not a whole number from 1",
+    ),
+    "half a download": (
+        CONFIG_JSON,
+        {
+            "1.safetensors": "",
+            "model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}',
+        },
+        "names 2.safetensors, not there (1 of 2 files)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "files", "says"), PRETRAINED.values(), ids=PRETRAINED)
+def test_pretrained_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Any, files: dict[str, str], says: str
+):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in {**files, "config.json": json.dumps(model)}.items():
+        (folder / name).write_text(content)
+    path = write_config(tmp_path, {"model": {"pretrained": {"path": "model"}}})
+    assert says in refused(capsys, "plan", str(path))
+
+
+def test_a_whole_pretrained_folder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
+    (tmp_path / "model.safetensors").write_text("")
+    main(["plan", str(write_config(tmp_path, {"model": {"pretrained": {"path": "."}}}))])
+    assert "base" in capsys.readouterr().out
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
@@ -475,22 +552,67 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-CALLS: dict[str, tuple[dict[str, Any], list[str], str]] = {
-    "a mistake in the config": ({"stages.0.steps": 0}, [], "stages.0.steps is 0"),
-    "a value on the command line": ({}, ["--config", "seed=4"], "--config sets seed"),
-    "two configs": ({}, [str(REPOSITORY / "config" / "config.yaml")], "--configfile names 2 files"),
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
+    "a mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.0.steps is 0"),
+    "a value on the command line": ({}, {}, ["--config", "seed=4"], "--config sets seed"),
+    "two configs": ({}, {}, [str(REPOSITORY / "config" / "config.yaml")], "--configfile names 2 files"),
+    "a Slurm site without Slurm": ({}, {}, [], "use --profile profiles/slurm"),
+    "the same in a dry run": ({}, {}, ["-n", "-j4"], "use --profile profiles/slurm"),
+    "this machine through Slurm": (
+        {},
+        {"scheduler": "local"},
+        ["-n", "--executor", "slurm", "-j4"],
+        "site centre has scheduler: local, but Snakemake's executor is slurm",
+    ),
 }
 
 
-@pytest.mark.parametrize(("changes", "arguments", "says"), CALLS.values(), ids=CALLS)
-def test_snakemake_says_so_before_any_job(tmp_path: Path, changes: dict[str, Any], arguments: list[str], says: str):
-    config = write_config(tmp_path / "config", changes)
+@pytest.mark.parametrize(("changes", "site", "arguments", "says"), CALLS.values(), ids=CALLS)
+def test_snakemake_says_so_before_any_job(
+    tmp_path: Path, changes: dict[str, Any], site: dict[str, Any], arguments: list[str], says: str
+):
+    config = write_config(tmp_path / "config", changes, site)
     run = tmp_path / "run"
     run.mkdir()
     done = snakemake(run, "--configfile", str(config), *arguments)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "remedy: " in done.stderr
     assert not (run / "results").exists()
+
+
+UNREADABLE: dict[str, tuple[str, list[str], str]] = {
+    "no such file": ("no.yaml", ["-n"], "no.yaml does not exist"),
+    "a folder": (".", ["-n"], "is a folder"),
+    "broken YAML": ("broken.yaml", ["-n"], "broken.yaml is not valid YAML: expected"),
+    "a second config": ("run.yaml", ["-n", "--configfile=other.yaml"], "--configfile=other.yaml names a second config"),
+}
+
+
+@pytest.mark.parametrize(("config", "options", "says"), UNREADABLE.values(), ids=UNREADABLE)
+def test_run_reads_the_config_before_snakemake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, options: list[str], says: str
+):
+    write_config(tmp_path)
+    (tmp_path / "broken.yaml").write_text("run: [a\nseed: 1\n")
+    assert says in refused(capsys, "run", str(tmp_path / config), *options)
+
+
+def test_run_becomes_snakemake(tmp_path: Path):
+    """Options and targets arrive, and the config is that file."""
+    config = write_config(tmp_path, None, {"scheduler": "local"})
+    words = ["-m", "longhaul", "run", config.name, "results/small/plan.json", "-n", "--profile", "none"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^render +1$", done.stdout, re.MULTILINE) and "train_stage" not in done.stdout
+
+
+def test_a_working_folder_that_no_script_can_name(tmp_path: Path):
+    config = write_config(tmp_path / "config", None, {"scheduler": "local"})
+    run = tmp_path / "costs $5"
+    run.mkdir()
+    done = snakemake(run, "-n", "--configfile", str(config))
+    assert done.returncode == 2 and "holds '$'" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "remedy: " in done.stderr
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):

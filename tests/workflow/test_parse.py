@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from chain import REPOSITORY
 from configs import write_config
@@ -29,9 +30,7 @@ def imported(*arguments: str, cwd: Path) -> set[str]:
 def test_a_dry_run_imports_nothing_heavy(tmp_path: Path):
     config = write_config(tmp_path)
     words = ["-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "-n", "--profile"]
-    found = imported(
-        *words, str(REPOSITORY / "profiles" / "slurm"), "--configfile", str(config), "--executor", "local", cwd=tmp_path
-    )
+    found = imported(*words, str(REPOSITORY / "profiles" / "slurm"), "--configfile", str(config), cwd=tmp_path)
     assert "longhaul" in found and "snakemake" in found
     assert found & HEAVY == set()
 
@@ -42,12 +41,19 @@ def test_the_report_imports_no_torch(tmp_path: Path):
 
 @pytest.mark.parametrize("profile", ["local", "slurm"])
 def test_the_demos_dry_run_names_the_whole_chain(tmp_path: Path, profile: str):
-    where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "--executor", "local"]
+    config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
+    config["site"] = {"local": "local", "slurm": str(REPOSITORY / "tests" / "cluster" / "site.yaml")}[profile]
+    named = tmp_path / "config" / "run.yaml"
+    named.parent.mkdir()
+    named.write_text(yaml.safe_dump(config))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(folder), "--configfile", str(named)]
     done = run("-m", "snakemake", *where, "-n", "--profile", str(REPOSITORY / "profiles" / profile))
     assert done.returncode == 0, done.stderr
     rules = ["fetch", "environment", "fabric", "tokenizer", "tokenize", "render", "train_stage", "convert", "report"]
     assert [rule for rule in rules if f"rule {rule}:" not in done.stdout] == []
-    assert list(tmp_path.iterdir()) in ([], [tmp_path / ".snakemake"]), "a dry run writes nothing"
+    assert list(folder.iterdir()) in ([], [folder / ".snakemake"]), "a dry run writes nothing"
 
 
 def test_an_environment_around_the_jobs_own_is_refused():

@@ -21,7 +21,7 @@ def run(finished: Chain) -> Iterator[Chain]:
     """The finished run, whose config a test may change; it is put back afterwards."""
     before = copy.deepcopy(finished.config)
     yield finished
-    finished.config = before
+    finished.config, finished.profile = before, "local"
     finished.save()
     write_site(finished.folder, local_site())
 
@@ -69,13 +69,14 @@ def test_partition_nccl_environment_and_container_are_no_cause(run: Chain):
     site = {
         "name": "elsewhere",
         "partitions": {"gpu": {"name": "other", "max_minutes": 100}},
-        "node": {"cpus": 4, "memory_mb": 9000},
+        "node": {"cpus": 4, "memory_mb": 2000},
         "max_nodes": 2,
         "gpu_request": "none",
         "environment": {"NCCL_DEBUG": "INFO"},
         "software": {"kind": "container", "path": "/images/job.sif"},
     }
     write_site(run.folder, site)
+    run.profile = "slurm"
     run.config["stages"][0].update(nodes=2, gpus_per_node=1)
     run.save()
     assert expensive(run) == {}

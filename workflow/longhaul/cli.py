@@ -35,6 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
     verbs.choices["plan"].add_argument("--out", type=Path, help="write it as JSON instead of printing it")
     verbs.choices["fetch"].add_argument("--out", type=Path, help="lock file; default results/<run>.lock.json")
+    run = verbs.add_parser("run", help="read a config, then start Snakemake with it")
+    run.add_argument("config", type=Path)
+    run.add_argument("options", nargs=argparse.REMAINDER, help="Snakemake's own, e.g. -n --profile profiles/slurm")
+    run.set_defaults(run=_run)
     for verb, text in _JOBS.items():
         added = verbs.add_parser(verb, help=text)
         added.add_argument("job", type=Path, help="the rendered job file")
@@ -78,6 +82,19 @@ def _plan(options: argparse.Namespace) -> None:
         write_json(options.out, plan_json(plan))
     else:
         print_plan(plan)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Snakemake reads --configfile before any rule, and ends in a traceback where that is no readable YAML file."""
+    from longhaul.config.load import load_config
+    from longhaul.render import REPOSITORY
+
+    if named := [word for word in options.options if word.startswith("--configfile")]:
+        raise UserError(f"{named[0]} names a second config", f"drop it: {options.config} is the run's one file")
+    load_config(options.config)
+    # --configfile takes every word up to the next option: ahead of those of the user, which may begin with a target.
+    words = ["--configfile", str(options.config.absolute()), "--snakefile", str(REPOSITORY / "Snakefile")]
+    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *words, *options.options])
 
 
 def _fetch(options: argparse.Namespace) -> None:

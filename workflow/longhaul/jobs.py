@@ -67,9 +67,10 @@ class EnvironmentJob(Job):
     nodes: int
     gpus_per_node: int
     checks: Checks
+    memory_mb: int  # that the site file gives a node, in MiB
     cuda_build: str
     scratch: str | None
-    prebuild_ops: tuple[str, ...]  # DeepSpeed op builders the stages need: "cpu_adam", "fused_adam"
+    prebuild_ops: tuple[str, ...]  # DeepSpeed op builders the stages need: "cpu_adam" where the optimizer is offloaded
     folder: str  # results/<run>; where write access and free space are tested
     out: str  # results/<run>/environment.json
 

@@ -46,6 +46,32 @@ def stage_environment_job(plan: Plan, name: str) -> EnvironmentJob:
     return _environment(plan, stage.nodes, stage.gpus_per_node, f"{results(plan)}/stages/{name}/nodes.json")
 
 
+def outside_folders(told: Job) -> list[str]:
+    """Folders of the user's, and of the hub's cache, that a job reads beside the working folder and the storage roots.
+
+    A link's target counts too: the hub's cache consists of them. A file below / stands for itself.
+    """
+    match told:
+        case TokenizerJob():
+            files = [file for files in told.train_files.values() for file in files]
+            read = [told.path, told.chat_template, *files]
+        case TokenizeJob():
+            read = [*told.files]
+        case StageJob():
+            read = [told.pretrained]
+        case _:
+            read = []
+    paths = [Path(path) for path in read if path]
+    return list(dict.fromkeys(str(folder) for path in paths for folder in _folders_of(path)))
+
+
+def _folders_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        places = [path, *([path.resolve()] if path.is_symlink() else [])]
+        return [place if place.parent == Path("/") else place.parent for place in places]
+    return [path, *(entry.resolve().parent for entry in sorted(path.iterdir()) if entry.is_symlink())]
+
+
 def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentJob:
     offloads = any(stage.stage.zero.offload_optimizer == "cpu" for stage in plan.stages)
     return EnvironmentJob(
@@ -53,6 +79,7 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         checks=plan.config.checks,
+        memory_mb=plan.site.node.memory_mb,
         cuda_build=plan.site.cuda_build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=("cpu_adam",) if offloads else (),

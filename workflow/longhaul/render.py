@@ -18,7 +18,7 @@ from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
 from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob
-from longhaul.payloads import job_names, payload, stage_environment_job
+from longhaul.payloads import job_names, outside_folders, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
 from longhaul.slurm import SlurmRequest
 
@@ -27,6 +27,7 @@ TEMPLATES = REPOSITORY / "templates"
 QUARANTINE = "results/quarantine.json"
 CONTROLLER = "controller.sbatch"
 _UNSAFE_IN_PATHS = set("\"'\\$`%\n\r")
+_UNBINDABLE = set(":,")
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,25 @@ class Rendered:
 
 
 def render_run(plan: Plan, workdir: Path) -> None:
-    """Writes the files of every job that can be rendered now; what reads fetched data or models waits for the lock."""
+    """Writes the files of every job that can be rendered now."""
+    for folder, files in rendered_run(plan, workdir).items():
+        files.write(workdir / folder)
+
+
+def rendered_run(plan: Plan, workdir: Path) -> dict[Path, Rendered]:
+    """Folder -> files of every job that can be rendered now; what reads fetched data or models waits for the lock.
+
+    Raises:
+        UserError: a path that sbatch or the container command would read differently.
+    """
     locked = plan.lock is not None or not plan.needs_fetch
-    for job in job_names(plan):
-        if locked or job in ("environment", "fabric"):
-            render_job(plan, job, workdir).write(workdir / job_folder(plan, job))
+    jobs = [job for job in job_names(plan) if locked or job in ("environment", "fabric")]
+    files = {job_folder(plan, job): render_job(plan, job, workdir) for job in jobs}
     for stage in plan.stages if locked else ():
-        render_stage(plan, stage.name, workdir).write(workdir / stage_folder(plan, stage.name))
+        files[stage_folder(plan, stage.name)] = render_stage(plan, stage.name, workdir)
     if plan.site.scheduler == "slurm":
-        render_controller(plan, workdir).write(workdir / "results" / plan.run)
+        files[Path("results") / plan.run] = render_controller(plan, workdir)
+    return files
 
 
 def render_controller(plan: Plan, workdir: Path) -> Rendered:
@@ -75,11 +86,11 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
     request = plan.request(f"train-{name}")
     title = f"longhaul {plan.run}: stage {name}"
     one_per_node = SlurmRequest(**{**vars(request), "tasks_per_node": 1, "cpus_per_task": 1})
+    told, check = cast(StageJob, payload(plan, f"train-{name}")), stage_environment_job(plan, name)
     steps = [
-        _step("The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json"),
-        _step("Training", plan, request, "train", folder / "stage.json"),
+        _step("The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json", check),
+        _step("Training", plan, request, "train", folder / "stage.json", told),
     ]
-    told = cast(StageJob, payload(plan, f"train-{name}"))
     inputs = [folder / "stage.json", folder / "ds_config.json", told.data, told.start_checkpoint]
     supervised = _supervised(plan, f"train-{name}", request, folder, steps, inputs)
     supervised = supervised.model_copy(
@@ -92,7 +103,7 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
             **_by_hand(plan, request, title, folder, f"train_stage-{name}"),
             "ds_config.json": render_deepspeed(stage, plan.site),
             "stage.json": _json(told),
-            "environment.json": _json(stage_environment_job(plan, name)),
+            "environment.json": _json(check),
         }
     )
 
@@ -102,13 +113,14 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
     folder = workdir / job_folder(plan, job)
     request = plan.request(job)
     title = f"longhaul {plan.run}: {job}"
-    steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json")]
+    told = payload(plan, job)
+    steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json", told)]
     return Rendered(
         {
             "launch.sh": _launch(plan, request, title, folder, workdir),
             "launch.json": _json(_supervised(plan, job, request, folder, steps, [folder / "job.json"])),
             **_by_hand(plan, request, title, folder, job),
-            "job.json": _json(payload(plan, job)),
+            "job.json": _json(told),
         }
     )
 
@@ -212,15 +224,15 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
 
 
-def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, job: Path) -> LaunchStep:
-    workdir = job.parents[4]  # <workdir>/results/<run>/<jobs|stages>/<name>/<file>
-    words = ("-m", "longhaul", verb, str(job))
+def _step(title: str, plan: Plan, request: SlurmRequest, verb: str, path: Path, told: Job) -> LaunchStep:
+    workdir = path.parents[4]  # <workdir>/results/<run>/<jobs|stages>/<name>/<file>
+    words = ("-m", "longhaul", verb, str(path))
     launcher = _srun(plan.site, request) if plan.site.scheduler == "slurm" else []
     python = _python(plan.site)
     if plan.site.scheduler == "local" and request.tasks > 1:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
         python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.tasks}"]
-    return LaunchStep(title=title, command=(*launcher, *_enter_container(plan, workdir), *python, *words))
+    return LaunchStep(title=title, command=(*launcher, *_enter_container(plan, told, workdir), *python, *words))
 
 
 def _srun(site: Site, request: SlurmRequest) -> list[str]:
@@ -236,16 +248,35 @@ def _python(site: Site) -> list[str]:
     return [sys.executable] if software.kind == "current" else ["python3"]
 
 
-def _enter_container(plan: Plan, workdir: Path) -> list[str]:
-    """The container command; Slurm's client stays outside, so a trainer in it sees none."""
+# A folder that is not there cannot be bound; scratch is another one on every node.
+_MAKE_FOLDERS = 'while [ "$1" != -- ]; do mkdir -p -- "$1" || exit; shift; done; shift; exec "$@"'
+
+
+def _enter_container(plan: Plan, told: Job, workdir: Path) -> list[str]:
+    """The container command, with all that the job reads and writes bound; Slurm's client stays outside, so it sees none."""
     site, software, storage = plan.site, plan.site.software, plan.config.storage
     if software.kind != "container" or not software.path:
         return []
-    roots = [root for root in (storage.weights, storage.data, storage.scratch) if root]
-    folders = dict.fromkeys([str(REPOSITORY), str(workdir), *roots, *software.binds])
-    binds = [word for folder in folders for word in ("--bind", folder)]
+    roots = [str(workdir / root) for root in (storage.weights, storage.data, storage.scratch) if root]
+    make = ["bash", "-c", _MAKE_FOLDERS, "bash", *roots, "--"] if roots else []
+    results = workdir / "results"
+    own = [REPOSITORY, workdir, *([results.resolve()] if results.is_symlink() else []), *roots]
+    folders = [*_outermost([*map(str, own), *outside_folders(told)]), *software.binds]
+    binds = [word for folder in ("/dev/shm", *folders) for word in ("--bind", folder)]
     gpus = ["--nv"] if site.node.gpus else []
-    return [software.runtime, "exec", *gpus, "--bind", "/dev/shm", *binds, software.path]
+    return [*make, software.runtime, "exec", *gpus, *binds, software.path]
+
+
+def _outermost(folders: list[str]) -> list[str]:
+    """Those that lie in no other one, in their order, without repetition."""
+    for folder in folders:
+        if found := _UNBINDABLE & set(folder):
+            raise UserError(
+                f"software: {folder!r} holds {sorted(found)[0]!r}, which separates folders for the container command",
+                "move it to a plainly named folder",
+            )
+    unique = list(dict.fromkeys(folders))
+    return [f for f in unique if not any(f != other and Path(f).is_relative_to(other) for other in unique)]
 
 
 def _launch(plan: Plan, request: SlurmRequest, title: str, folder: Path, workdir: Path) -> str:

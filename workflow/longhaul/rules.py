@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from snakemake.cli import args_to_api
+from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
+
 from longhaul.artifacts import Lock, content_hash
 from longhaul.config.load import load_config
+from longhaul.config.sites import Site
 from longhaul.errors import UserError
 from longhaul.payloads import payload
 from longhaul.plan import Plan, lock_path, make_plan
+from longhaul.render import rendered_run
 from longhaul.slurm import RESOURCE_KEYS
 
 __all__ = ["RESOURCE_KEYS", "load_run_plan", "or_exit", "plan_key", "source_key", "spec_key"]
@@ -52,8 +58,13 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     _check_deployment(workflow)
     _check_results_folder(Path("results"))
     loaded = load_config(config)
+    if workflow.is_main_process:
+        _check_executor(loaded.site)
     lock = lock_path(loaded.config.run)
-    return config, make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    plan = make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    if workflow.is_main_process:
+        rendered_run(plan, Path.cwd())  # what cannot be written into a launch script is refused in a dry run too
+    return config, plan
 
 
 def _check_deployment(workflow: Any) -> None:
@@ -63,6 +74,36 @@ def _check_deployment(workflow: Any) -> None:
         raise UserError(
             f"--software-deployment-method is {names}", "the site file's `software` says it: drop the option"
         )
+
+
+def _check_executor(site: Site) -> None:
+    """Jobs of a Slurm site ask for what only Slurm gives, and those of this machine would go to no partition."""
+    executor = _executor()
+    if executor is None:
+        return
+    is_local = ExecutorPluginRegistry().get_plugin(executor).common_settings.local_exec
+    if site.scheduler == "slurm" and is_local:
+        raise UserError(
+            f"site {site.name} has scheduler: slurm, but Snakemake's executor is {executor}: jobs would start here",
+            "use --profile profiles/slurm, or name a site of this machine in the config: `site: local`",
+        )
+    if site.scheduler == "local" and not is_local:
+        raise UserError(
+            f"site {site.name} has scheduler: local, but Snakemake's executor is {executor}",
+            "use --profile profiles/local, or name your centre's site file in the config: `site: my-centre.yaml`",
+        )
+
+
+def _executor() -> str | None:
+    """What --executor or a profile named; None where Snakemake was not started by its command line.
+
+    Rules are read before Snakemake tells its workflow of an executor, and a dry run never does. Its command line cannot be
+    parsed again: a relative --profile was meant from the folder before --directory. So this looks where Snakemake has it.
+    """
+    frame = inspect.currentframe()
+    while frame and frame.f_code is not args_to_api.__code__:
+        frame = frame.f_back
+    return frame.f_locals["args"].executor if frame else None
 
 
 def _check_results_folder(folder: Path) -> None:

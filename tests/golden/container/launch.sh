@@ -4,7 +4,9 @@
 # Change the config and render again instead of editing this file.
 set -euo pipefail
 cd /scratch/my-run
+set +u  # modules and the `module` function itself use unset variables
 module load apptainer/1.3
+set -u
 export PYTHONPATH='/opt/longhaul/workflow'
 export HF_HUB_OFFLINE='1'
 export HF_DATASETS_OFFLINE='1'

@@ -8,6 +8,33 @@ from typing import Any
 
 from longhaul.errors import UserError
 
+# What is counted with; architectures built here have been through their models, a config.json has not.
+_SIZES = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "decoder_sparse_step",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+}
+_SIZES_OR_NONE = {
+    "head_dim",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "q_lora_rank",
+}
+MAX_SIZE = 10**8
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 
@@ -57,9 +84,21 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
     if architecture not in ARCHITECTURES:
         raise UserError(f"model_type {architecture!r} is not supported", f"use one of {', '.join(ARCHITECTURES)}")
     try:
+        _check_sizes(config)
         return _count(config)
     except KeyError as error:
         raise UserError(f"the {architecture} config lacks {error.args[0]}", "complete its config.json") from None
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key not in _SIZES | _SIZES_OR_NONE or (key in _SIZES_OR_NONE and not value):
+            continue
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise UserError(
+                f"{key} of the {config['model_type']} config is {value!r}, not a whole number from 1 to {MAX_SIZE}",
+                "mend its config.json",
+            )
 
 
 def _count(c: Mapping[str, Any]) -> Geometry:

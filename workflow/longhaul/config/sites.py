@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from longhaul.config.fields import Count, EnvironmentName, Frozen, Name, OneLine, SlurmOption, SlurmWord
+from longhaul.config.fields import Count, CudaBuild, EnvironmentName, Frozen, Name, OneLine, SlurmOption, SlurmWord
 
 
 class Partition(Frozen):
@@ -74,7 +74,8 @@ class Software(Frozen):
     )
     runtime: Literal["apptainer", "singularity"] = Field(default="apptainer", description="container: the command.")
     binds: tuple[OneLine, ...] = Field(
-        default=(), description="container: folders to bind beside the checkout and the run folder."
+        default=(),
+        description="container: more folders to bind (or `from:to`) than those of checkout, run, storage, data and models.",
     )
     modules: tuple[SlurmWord, ...] = Field(default=(), description="Modules loaded first, whatever the kind.")
 
@@ -124,7 +125,7 @@ class Site(Frozen):
         default=None, description="File quota of the run folder; the plan compares with it."
     )
     software: Software = Field(default=Software(), description="The job environment.")
-    cuda_build: OneLine = Field(
+    cuda_build: CudaBuild = Field(
         default="cpu", description="torch's build: cpu, cu128, cu130, …; the environment check compares."
     )
     environment: dict[EnvironmentName, OneLine] = Field(
@@ -135,6 +136,10 @@ class Site(Frozen):
     def _consistent(self) -> Site:
         if self.scheduler == "slurm" and self.partitions is None:
             raise ValueError("scheduler slurm needs partitions")
+        if self.node.gpus and self.cuda_build == "cpu":
+            raise ValueError(
+                f"node.gpus {self.node.gpus} with cuda_build cpu: torch's CPU build uses no GPU; set cuda_build, e.g. cu130"
+            )
         if self.gpu_request == "gres" and not self.node.gpus:
             raise ValueError("gpu_request gres needs node.gpus >= 1")
         return self

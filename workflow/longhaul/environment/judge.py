@@ -10,6 +10,8 @@ from longhaul.jobs import EnvironmentJob
 GB = 10**9
 # NCCL and gloo pass buffers between the ranks of a node through /dev/shm.
 MIN_SHARED_MEMORY_BYTES = 256 * 2**20
+# Nodes of one kind differ by what their firmware and kernel keep, a lost memory module by more.
+MEMORY_TOLERANCE = 0.03
 
 Facts = Mapping[str, Any]
 
@@ -23,7 +25,7 @@ def problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
 
 
 def warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
-    """Worth a look: untested versions, little shared memory, locks that were cleared."""
+    """Worth a look: untested versions, little shared memory, less memory than elsewhere, locks that were cleared."""
     found = [
         f"{package} {value} is installed; longhaul is tested with {tested[package]}"
         for package, value in nodes[0]["versions"].items()
@@ -33,6 +35,11 @@ def warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
         free = node["shared_memory_bytes"]
         if free is not None and free < MIN_SHARED_MEMORY_BYTES:
             found.append(f"{node['host']}: /dev/shm has {free / 2**20:.0f} MiB free; ranks of one node talk through it")
+        most = max(other["memory_bytes"] for other in nodes)
+        if node["memory_bytes"] < (1 - MEMORY_TOLERANCE) * most:
+            found.append(
+                f"{node['host']}: {node['memory_bytes'] / 2**30:.1f} GiB of memory, another node has {most / 2**30:.1f} GiB"
+            )
         if node["ops"]["cleared"]:
             found.append(
                 f"{node['host']}: cleared the build locks that a killed job left: {', '.join(node['ops']['cleared'])}"
@@ -68,7 +75,12 @@ def _gpus_text(gpus: Sequence[Facts]) -> str:
 
 
 def _node_problems(node: Facts, job: EnvironmentJob) -> list[str]:
-    return [*_build_problems(node, job), *_disk_problems(node, job), *_op_problems(node, job)]
+    return [
+        *_build_problems(node, job),
+        *_memory_problems(node, job),
+        *_disk_problems(node, job),
+        *_op_problems(node, job),
+    ]
 
 
 def _build_problems(node: Facts, job: EnvironmentJob) -> list[str]:
@@ -83,6 +95,13 @@ def _build_problems(node: Facts, job: EnvironmentJob) -> list[str]:
         driver = versions["driver"] or "none found"
         found.append(f"torch can use {len(node['gpus'])} GPUs, {job.gpus_per_node} are needed (driver: {driver})")
     return found
+
+
+def _memory_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+    found_mb = node["memory_bytes"] // 2**20
+    if found_mb >= job.memory_mb:
+        return []
+    return [f"the node has {found_mb} MiB of memory, the site file says node.memory_mb: {job.memory_mb}"]
 
 
 def _disk_problems(node: Facts, job: EnvironmentJob) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from longhaul.config.load import LoadedConfig
 from longhaul.config.models import HubDataset
 from longhaul.errors import UserError
 from longhaul.fetch.stdlib import collect
+from longhaul.plan.sources import model_folder
 
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "config.json", "*.model"]
@@ -35,7 +35,7 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
     if pretrained and pretrained.hub:
         patterns = [*_WEIGHTS, "*.py"] if pretrained.trust_remote_code else _WEIGHTS
         sources["model"] = _snapshot(pretrained.hub, "model", patterns)
-        model = json.loads((Path(sources["model"]["path"]) / "config.json").read_text(encoding="utf-8"))
+        model = model_folder(Path(sources["model"]["path"]), "model.pretrained.hub")
     for name, dataset in config.datasets.items():
         if dataset.hub:
             sources[name] = _dataset(dataset.hub)

@@ -46,7 +46,12 @@ def check_schedule(stage: Stage, steps: int) -> None:
         )
 
 
-def check_precision(stage: Stage) -> None:
+def check_precision(stage: Stage, site: Site) -> None:
+    if stage.precision == "fp16" and not site.node.gpus:
+        raise UserError(
+            f"stages.{stage.name}: precision fp16 on site {site.name}, which has no GPU: loss scaling is DeepSpeed's for GPUs",
+            "set precision to bf16 or fp32",
+        )
     if stage.precision != "fp32" and stage.zero.stage == 0:
         raise UserError(
             f"stages.{stage.name}: precision {stage.precision} with ZeRO stage 0 keeps no fp32 master weights and trains "

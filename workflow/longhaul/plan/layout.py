@@ -140,7 +140,7 @@ def _split_by_tensor(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _heads(model: dict[str, Any]) -> dict[str, int]:
-    return {name: model[name] for name in ("num_attention_heads", "num_key_value_heads")}
+    return {name: model[name] for name in ("num_attention_heads", "num_key_value_heads") if name in model}
 
 
 def _check_divides(where: str, axis: str, ranks: int, sizes: dict[str, int]) -> None:

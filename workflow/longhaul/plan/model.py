@@ -163,7 +163,7 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, mode
     tokens_per_step = stage.global_batch * stage.sequence_length
     steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
     check_schedule(stage, steps)
-    check_precision(stage)
+    check_precision(stage, loaded.site)
     check_offload(stage)
     check_site(stage, loaded.site)
     memory = estimate(stage, sizes, world_size) if sizes else None

@@ -18,13 +18,42 @@ def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | No
         return loaded.config.model.config_dict()
     if pretrained.hub:
         return lock.model if lock and lock.model else None
-    path = loaded.resolve(pretrained.path or "") / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    return model_folder(loaded.resolve(pretrained.path or ""), "model.pretrained.path")
+
+
+# What transformers loads weights from, in a folder.
+_WEIGHTS = ("*.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def model_folder(folder: Path, where: str) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder that holds all its weights; UserError, naming the key `where`, for any other."""
+    config = _json_object(folder / "config.json", where)
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise UserError(
-            f"model.pretrained.path: cannot read {path}: {error}", "name a Hugging Face model folder"
-        ) from None
+            f"{where}: {folder} holds no weights ({', '.join(_WEIGHTS)})",
+            "name a model with weights, or train from the start: an architecture in place of pretrained",
+        )
+    for index in folder.glob("*.index.json"):
+        listed = _json_object(index, where).get("weight_map")
+        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(
+                f"{where}: {index} names {', '.join(missing[:3])}, not there ({len(missing)} of {len(names)} files)",
+                "finish the download",
+            )
+    return config
+
+
+def _json_object(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot read {path}: {error}", "name a Hugging Face model folder") from None
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: {path} holds a {type(value).__name__}, not keys and values", "name a Hugging Face model folder"
+        )
+    return value
 
 
 def check_files(loaded: LoadedConfig) -> None:

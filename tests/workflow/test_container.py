@@ -1,0 +1,92 @@
+"""Jobs in a container: launch.sh through a stand-in for Apptainer, in which there is nothing but an image and what is bound."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chain import REPOSITORY, write_data
+from cluster_chain import fake_image
+from configs import LLAMA, STAGE, plan_of
+from corpora import make_tokenizer
+from longhaul import render
+from longhaul.plan import Plan
+from longhaul.render import render_run
+
+HERE = REPOSITORY / "tests" / "cluster"
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="the stand-in for Apptainer mounts, which needs root"),
+    pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare (util-linux)"),
+]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Every place that a config can name lies in a folder of its own, the data behind a link, and none of it below the run's."""
+    for name in ("corpus", "data", "templates", "images"):
+        (tmp_path / name).mkdir()
+    write_data(tmp_path / "corpus")
+    (tmp_path / "data" / "prose.jsonl").symlink_to(tmp_path / "corpus" / "prose.jsonl")
+    tokenizer = make_tokenizer(tmp_path / "tokenizers", [tmp_path / "corpus" / "prose.jsonl"])
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "model")
+    (tmp_path / "templates" / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    config = {
+        "storage": {name: str(tmp_path / "storage" / name) for name in ("weights", "data", "scratch")},
+        "tokenizer": {"path": tokenizer.path, "chat_template": str(tmp_path / "templates" / "chat.jinja")},
+        "datasets": {"prose": {"kind": "text", "files": [str(tmp_path / "data" / "*.jsonl")], "validation_share": 0.1}},
+        "model": {"pretrained": {"path": str(tmp_path / "model")}},
+        "checks": {"nodes": 1, "min_disk_free_gb": 0.01},
+        "trackers": {"tensorboard": False},
+        "stages": [{**STAGE, "steps": 2, "global_batch": 2, "export": "last", "export_dtype": "fp32"}],
+    }
+    site = {
+        "scheduler": "local",
+        "node": {"cpus": 2, "memory_mb": 1000},
+        "cuda_build": "cpu",
+        "software": {"kind": "container", "path": str(fake_image(tmp_path / "images"))},
+    }
+    return plan_of(tmp_path / "config", config, site)
+
+
+def launch(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{HERE}:{os.environ['PATH']}"}
+    command = ["bash", str(folder / "launch.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_job_sees_what_it_reads_and_writes(tmp_path: Path, plan: Plan):
+    work = tmp_path / "work"
+    render_run(plan, work)
+    for name in ("jobs/tokenizer", "jobs/tokenize-prose", "stages/base", "jobs/convert-base"):
+        done = launch(work / "results" / "small" / name)
+        assert done.returncode == 0, (name, (done.stdout + done.stderr)[-3000:])
+    assert list((tmp_path / "storage" / "data").rglob("*.bin")), "shards lie where storage.data says"
+    assert list((tmp_path / "storage" / "weights").rglob("manifest.json")), "checkpoints lie where storage.weights says"
+    assert json.loads((work / "results" / "small" / "export" / "base.json").read_text())["parameters"] > 0
+
+
+@pytest.mark.parametrize("job", ["tokenizer", "tokenize-prose"])
+def test_what_is_not_bound_is_not_there(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, job: str):
+    """The stand-in bites: without the binds of a job's own files it fails."""
+    work = tmp_path / "work"
+    render_run(plan, work)
+    if job == "tokenize-prose":
+        assert launch(work / "results" / "small" / "jobs" / "tokenizer").returncode == 0
+    monkeypatch.setattr(render, "outside_folders", lambda told: [])
+    render_run(plan, work)
+    done = launch(work / "results" / "small" / "jobs" / job)
+    assert done.returncode == 1 and str(tmp_path) in done.stdout + done.stderr
+
+
+def test_the_stand_in_shows_only_what_is_bound(tmp_path: Path):
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "unseen").mkdir()
+    words = ["exec", "--bind", str(tmp_path / "seen"), str(fake_image(tmp_path)), "ls", str(tmp_path)]
+    done = subprocess.run([str(HERE / "apptainer"), *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["seen"]
