@@ -2,7 +2,8 @@
 
 A leg is {"folder", "shared", "run", …} and what befalls it:
 stop_after   the process ends before the step after this many, as if it were killed
-save_again   the checkpoint that was loaded is saved at once, then the leg ends
+save_again   what was loaded is saved at once, with its proof, then the leg ends
+begin        the source of its first weights, as in parity_cell.prepare
 poison       {batch number: factor}: the loss of this global batch is multiplied by the factor, on one rank alone
 """
 
@@ -34,6 +35,7 @@ def befall(leg: dict[str, Any]) -> None:
 
     def step(trainer: loop.Trainer, batch: Any) -> bool:
         if leg.get("save_again"):
+            trainer.checkpoints.is_exportable = lambda *_: True
             trainer.save()
         if leg.get("save_again") or trainer.state.step == leg.get("stop_after"):
             raise Killed
@@ -58,7 +60,7 @@ STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.token_loss_sum)
 
 def train(leg: dict[str, Any]) -> str:
     """How the leg ended."""
-    job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"])
+    job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"], leg.get("begin", ""))
     befall(leg)
     try:
         loop.run(job)

@@ -23,7 +23,7 @@ from longhaul.train.hashed_files import DISK_FULL
 from longhaul.train.heartbeat import Heartbeat
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.metrics import Metrics, device_numbers
-from longhaul.train.model import build_model
+from longhaul.train.model import build_model, restore_first_masters
 from longhaul.train.parallel.balance import Load, load_summary
 from longhaul.train.processes import Processes, start_processes
 from longhaul.train.proof import sample_prompts, write_proof
@@ -109,6 +109,8 @@ def _train(
     model = build_model(job, tokenizer, start, processes)
     backend = make_backend(job, model, processes)
     state = checkpoints.resume(backend.engine)
+    if state.step == 0:
+        restore_first_masters(backend.engine, job, tokenizer, start, processes)
     metrics = Metrics(job, checkpoints.folder, state.step, processes, model.config.to_dict(), events)
     prompts = sample_prompts(validation=held_out, train=train)
     trainer = Trainer(job, processes, backend, held_out, prompts, checkpoints, metrics, events, state)

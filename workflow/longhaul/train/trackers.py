@@ -62,7 +62,10 @@ def _tensorboard(job: StageJob, folder: Path, first_step: int) -> Tracker:
         writer.close()
         writer = open_at(step)
 
-    return Tracker(log, lambda: writer.close(), rewind)
+    def close() -> None:
+        writer.close()
+
+    return Tracker(log, close, rewind)
 
 
 def _wandb(job: StageJob, folder: Path, first_step: int) -> Tracker:
