@@ -3,7 +3,8 @@
 A leg is {"folder", "shared", "run", …} and what befalls it:
 left_s       the allocation ends after so many seconds
 stop_after   the process ends before the step after this many, as if it were killed
-save_again   the checkpoint that was loaded is saved at once, then the leg ends
+save_again   what was loaded is saved at once, with its proof, then the leg ends
+begin        the source of its first weights, as in parity_cell.prepare
 poison       {batch number: factor}: the loss of this global batch is multiplied by the factor, on one rank alone
 """
 
@@ -33,6 +34,7 @@ def befall(leg: dict[str, Any]) -> None:
 
     def before_step(trainer: loop.Trainer) -> None:
         if leg.get("save_again"):
+            trainer.checkpoints.is_exportable = lambda *_: True
             trainer.save()
         if leg.get("save_again") or trainer.state.step == leg.get("stop_after"):
             raise Killed
@@ -42,7 +44,7 @@ def befall(leg: dict[str, Any]) -> None:
 
 def train(leg: dict[str, Any]) -> str:
     """How the leg ended."""
-    job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"])
+    job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"], leg.get("begin", ""))
     befall(leg)
     if "left_s" in leg and os.environ["RANK"] == "0":
         Deadline(time.time() + leg["left_s"], False).write(Path(job.folder) / "deadline.json")

@@ -1,7 +1,8 @@
 """A hub on this machine: the part of the Hugging Face hub's HTTP interface that a download uses.
 
-GET /api/models/<id>/revision/<rev> (or /api/datasets/…) gives the commit and the files, …/tree/<rev> their sizes; HEAD and
-GET of /<id>/resolve/<commit>/<file> (or /datasets/<id>/…) give one, with its ETag and commit in the headers.
+GET /api/models/<id>/revision/<rev> (or /api/datasets/…) gives the commit and the files; …/tree/<rev>/<folder> lists a folder,
+POST …/paths-info/<rev> some paths; HEAD and GET of /<id>/resolve/<commit>/<file> (or /datasets/<id>/…) give one file, with its
+ETag and commit in the headers.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "5d0e1c7ab0f54c3b8d0e6e1d1c4b9a7f3e2d1c0b"
-_INFO = re.compile(r"/api/(models|datasets)/([^?]+)/(revision|tree)/([^/?]+)")
+_INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree|paths-info)/([^/]+)/?(.*)")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -45,28 +47,37 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
+    def do_POST(self) -> None:
+        self._answer(with_body=True)
+
     def _answer(self, with_body: bool) -> None:
-        path = unquote(self.path.partition("?")[0])
+        path, _, query = self.path.partition("?")
+        path = unquote(path)
         if found := _INFO.fullmatch(path):
-            self._info(found[1], found[2], found[4], is_tree=found[3] == "tree")
+            self._info(found, parse_qs(query))
         elif found := _FILE.fullmatch(path):
             self._file("datasets" if found[1] else "models", found[2], found[4], with_body)
         else:
             self._send(404, b"")
 
-    def _info(self, kind: str, name: str, revision: str, is_tree: bool) -> None:
+    def _info(self, asked: re.Match[str], query: dict[str, list[str]]) -> None:
+        kind, name, what, revision, folder = asked.groups()
         root = self.server.folder / kind / name
         if not root.is_dir() or revision not in ("main", "v1", COMMIT):
             error = "RepoNotFound" if not root.is_dir() else "RevisionNotFound"
             self._send(404, b'{"error": "not found"}', {"X-Error-Code": error})
-            return
-        files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-        answer: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-        if is_tree:
-            answer = [
-                {"type": "file", "path": file, "size": path.stat().st_size, "oid": _digest(path.read_bytes())}
-                for file, path in files.items()
-            ]
+        elif what == "tree" and not (root / folder).is_dir():
+            self._send(404, b'{"error": "not found"}', {"X-Error-Code": "EntryNotFound"})
+        elif what == "tree":
+            self._send_json(_entries(root, sorted((root / folder).glob("**/*" if _is_true(query) else "*"))))
+        elif what == "paths-info":
+            body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self._send_json(_entries(root, [root / path for path in body["paths"] if (root / path).exists()]))
+        else:
+            files = [entry["path"] for entry in _entries(root, sorted(root.rglob("*"))) if entry["type"] == "file"]
+            self._send_json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]})
+
+    def _send_json(self, answer: object) -> None:
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _file(self, kind: str, name: str, file: str, with_body: bool) -> None:
@@ -86,6 +97,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if with_body and self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _is_true(query: dict[str, list[str]]) -> bool:
+    return query.get("recursive", ["false"])[0].lower() == "true"
+
+
+def _entries(root: Path, paths: list[Path]) -> list[dict[str, Any]]:
+    """What the hub says of files and folders."""
+    return [
+        {
+            "type": "file",
+            "path": str(path.relative_to(root)),
+            "size": path.stat().st_size,
+            "oid": _digest(path.read_bytes()),
+        }
+        if path.is_file()
+        else {"type": "directory", "path": str(path.relative_to(root)), "size": 0, "oid": _digest(str(path).encode())}
+        for path in paths
+    ]
 
 
 def _digest(body: bytes) -> str:

@@ -30,7 +30,46 @@ FILES = {
     "datasets/org/text/en/train-00001-of-00002.jsonl": '{"text": "b"}\n',
     "datasets/org/text/en/test-00000-of-00001.jsonl": '{"text": "c"}\n',
     "datasets/org/text/de/train-00000-of-00001.jsonl": '{"text": "d"}\n',
-    "datasets/org/text/README.md": "train",
+    "datasets/org/text/README.md": """\
+---
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: en/train-*}
+  - {split: test, path: en/test-*}
+- config_name: de
+  data_files: [{split: train, path: de/*}]
+---
+train
+""",
+    # Configurations with other names than their folders; one split's name begins with another's.
+    "datasets/org/named/en/train.jsonl": '{"text": "the decoy, in a folder of the name"}\n',
+    "datasets/org/named/part-0/a.jsonl": '{"text": "e"}\n',
+    "datasets/org/named/part-0/b.jsonl": '{"text": "f"}\n',
+    "datasets/org/named/part-0/train.txt": "not listed",
+    "datasets/org/named/part-1/train_extra.jsonl": '{"text": "g"}\n',
+    "datasets/org/named/part-2/train.jsonl": '{"text": "h"}\n',
+    "datasets/org/named/README.md": """\
+---
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: [part-0/b.jsonl, part-0/a.jsonl]}
+  - {split: train_extra, path: part-1/*}
+- config_name: german
+  default: true
+  data_files: part-2/*.jsonl
+---
+""",
+    # No card: what `datasets` finds by its own patterns.
+    "datasets/org/bare/data/train-00000-of-00001.jsonl": '{"text": "i"}\n',
+    "datasets/org/bare/data/train_extra-00000-of-00001.jsonl": '{"text": "j"}\n',
+    "datasets/org/bare/data/test-00000-of-00001.jsonl": '{"text": "k"}\n',
+    "datasets/org/folders/training/x.jsonl": '{"text": "l"}\n',
+    "datasets/org/folders/dev/y.jsonl": '{"text": "m"}\n',
+    "datasets/org/unsplit/anything.csv": "text\nn\n",
+    "datasets/org/pictures/train/cat.png": "not text",
+    "datasets/org/scripted/scripted.py": "raise SystemExit('this code must not run')",
 }
 CONFIG = {
     "tokenizer": {"hub": {"id": "org/base", "revision": "v1"}},
@@ -87,6 +126,37 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):
     assert (tmp_path / "results" / "small.lock.json").read_bytes() == lock
 
 
+SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "in the card's order": ({"id": "org/named", "name": "en"}, ["part-0/b.jsonl", "part-0/a.jsonl"]),
+    "a split whose name begins with another's": (
+        {"id": "org/named", "name": "en", "split": "train_extra"},
+        ["part-1/train_extra.jsonl"],
+    ),
+    "the card's default, of one split": ({"id": "org/named"}, ["part-2/train.jsonl"]),
+    "no card, shards": ({"id": "org/bare"}, ["data/train-00000-of-00001.jsonl"]),
+    "no card, shards of the longer name": (
+        {"id": "org/bare", "split": "train_extra"},
+        ["data/train_extra-00000-of-00001.jsonl"],
+    ),
+    "no card, folders": ({"id": "org/folders"}, ["training/x.jsonl"]),
+    "no card, a folder under another word": ({"id": "org/folders", "split": "validation"}, ["dev/y.jsonl"]),
+    "no card, no split at all": ({"id": "org/unsplit"}, ["anything.csv"]),
+}
+
+
+@pytest.mark.parametrize(("source", "wanted"), SPLITS.values(), ids=SPLITS)
+def test_the_files_of_a_split_are_those_that_datasets_reads(
+    tmp_path: Path, hub: Hub, source: dict[str, Any], wanted: list[str]
+):
+    done = fetch(tmp_path, hub.url, {"datasets": {"prose": {"kind": "text", "hub": source}}})
+    assert done.returncode == 0, done.stderr
+    prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
+    assert [str(Path(file).relative_to(prose["path"])) for file in prose["files"]] == wanted
+    assert prose["revision"] == COMMIT
+    sent = {name.removeprefix(f"{source['id']}/") for name in hub.served if name.startswith(source["id"])}
+    assert sent - {"README.md"} == set(wanted)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
     "no safetensors": (
@@ -96,7 +166,27 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
     "no such configuration": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "fr"}}}},
-        "no data file for name 'fr', split 'train'",
+        "name 'fr': BuilderConfig 'fr' not found. Available: ['en', 'de']",
+    ),
+    "no name where there are several": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text"}}}},
+        "Config name is missing. Please pick one among the available configs: ['en', 'de']",
+    ),
+    "no such split": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "en", "split": "trai"}}}},
+        "configuration en, has no split 'trai'",
+    ),
+    "a format that is not read": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/pictures"}}}},
+        "train/cat.png is in a format that is not read here",
+    ),
+    "a data set that is code": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/scripted"}}}},
+        "Dataset scripts are no longer supported, but found scripted.py",
+    ),
+    "no such data set": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/none"}}}},
+        "fetch dataset org/none",
     ),
     "a model too small for the sequence": (
         {"stages": [{**STAGE, "sequence_length": 256}]},

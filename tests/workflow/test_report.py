@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from transformers import AutoTokenizer
 
 from chain import Chain
+from longhaul.artifacts import DataManifest
+from longhaul.data.indexed import SplitReader
 
 SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "proof", "provenance"]
 
@@ -83,13 +86,27 @@ def test_numbers_are_those_of_the_run(shown: Shown, finished: Chain):
     assert str(proof["tensors"]["count"]) in shown.page.inner_text("#proof")
 
 
+def test_samples_begin_as_held_out_documents(finished: Chain):
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / finished.read("export/chat.json")["path"])
+    for stage, dataset in (("base", "prose"), ("chat", "chats")):
+        manifest = DataManifest.read(finished.results / "data" / f"{dataset}.json")
+        held_out = SplitReader(finished.folder / manifest.path, manifest.splits["validation"], dataset == "chats")
+        texts = [tokenizer.decode(held_out.document(number)[0]) for number in range(held_out.document_count)]
+        samples = finished.read(f"export/{stage}.json")["samples"]
+        prompts = {sample["prompt"] for sample in samples}
+        assert 1 < len(prompts) == len(samples) and {sample["split"] for sample in samples} == {"validation"}
+        assert all(any(text.startswith(prompt) and text != prompt for text in texts) for prompt in prompts)
+        if stage == "chat":
+            assert all("What follows" in prompt and "After" not in prompt for prompt in prompts)
+
+
 def test_text_of_a_run_stays_text(browser: Browser, finished: Chain, tmp_path: Path):
     """A model may well write <script>; so may a tokenizer's template or a host name."""
     results = tmp_path / "tiny"
     shutil.copytree(finished.results, results, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
     attack = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
     export = json.loads((results / "export" / "base.json").read_text())
-    export["samples"] = [{"prompt": attack, "completion": attack, "ended_with_eos": True}]
+    export["samples"] = [{"prompt": attack, "split": "validation", "completion": attack, "ended_with_eos": True}]
     (results / "export" / "base.json").write_text(json.dumps(export))
     (results / "config.yaml").write_text(attack)
     command = [sys.executable, "-m", "longhaul", "report", str(results), str(tmp_path / "page.html")]

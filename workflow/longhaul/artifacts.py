@@ -228,7 +228,7 @@ class Export(Artifact):
 
     proof: {"tensors": {"count", "equal", "dtype"}, "logits": {"bit_equal", "max_abs_difference", "bound"},
             "from_pretrained": {"missing", "unexpected"}}
-    samples: [{"prompt", "completion", "ended_with_eos"}]
+    samples: [{"prompt", "split", "completion", "ended_with_eos"}]; a prompt is how a document of that split begins
     """
 
     stage: str

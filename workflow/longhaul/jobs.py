@@ -146,7 +146,6 @@ class ConvertJob(Job):
     dtype: str  # fp32 | bf16
     tokenizer: str
     config_hash: str
-    chat: bool  # sample through the chat template
-    samples: int
+    chat: bool  # the export must hold a chat template
     folder: str  # results/<run>/export/<stage>
     out: str  # results/<run>/export/<stage>.json

@@ -8,8 +8,6 @@ from longhaul.artifacts import Lock, content_hash
 from longhaul.jobs import ConvertJob, EnvironmentJob, FabricJob, Job, StageJob, TokenizeJob, TokenizerJob
 from longhaul.plan import Plan, dataset_files, model_config
 
-_GREEDY_SAMPLES = 6
-
 
 def payload(plan: Plan, job: str) -> Job:
     """The payload of a job by its name: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
@@ -183,7 +181,6 @@ def _convert(plan: Plan, name: str) -> ConvertJob:
         tokenizer=f"{results(plan)}/tokenizer.json",
         config_hash=content_hash(plan.config.model_dump(mode="json")),
         chat=stage.kind == "sft",
-        samples=_GREEDY_SAMPLES,
         folder=f"{results(plan)}/export/{name}",
         out=f"{results(plan)}/export/{name}.json",
     )

@@ -63,7 +63,6 @@ def _job(root: Path, dtype: str, chat: bool) -> ConvertJob:
         tokenizer=str(root / "tokenizer.json"),
         config_hash="c0",
         chat=chat,
-        samples=2,
         folder=str(root / "export/main"),
         out=str(root / "export/main.json"),
     )

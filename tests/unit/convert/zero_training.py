@@ -198,6 +198,7 @@ def write_proof(folder: Path, case: Case, reference: dict, logits: dict) -> None
     (proof / "tensors.json").write_text(json.dumps(entries))
     made = {"device": "cpu", "threads": 1, "dtype": case.precision, "torch": torch.__version__}
     (proof / "logits.json").write_text(json.dumps(made))
+    (proof / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": [[5, 6, 7], [8, 9]]}))
     save_file(logits, proof / "logits.safetensors")
     write_manifest(folder)
 

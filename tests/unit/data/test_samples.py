@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longhaul.artifacts import DataManifest
+from corpora import conversation
+from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.data.indexed import SplitReader
 from longhaul.data.packing import Packs, best_fit, make_packs, pack_block
 from longhaul.data.permutation import permutation
-from longhaul.data.samples import IGNORED_LABEL, Samples, batch_of_step
+from longhaul.data.samples import IGNORED_LABEL, OPENING_TOKENS, Mixed, Samples, batch_of_step
 from longhaul.errors import UserError
 
 S = 64
@@ -72,6 +73,38 @@ def test_an_epoch_holds_every_sample_once_and_batches_follow_each_other(
     assert row[:size].tolist() != row[size : 2 * size].tolist(), "epochs are shuffled anew"
     wide = np.concatenate([samples.ids(batch, 21) for batch in range(-(-size // 21))])
     assert wide.tolist() == row[: len(wide)].tolist(), "the order does not depend on the batch size"
+
+
+def test_openings_of_texts_are_the_first_tokens_of_documents(text_shards: DataManifest, tmp_path: Path):
+    documents = reader(text_shards)
+    openings = list(windows(text_shards, tmp_path).openings())
+    assert len(openings) == documents.document_count
+    for number, opening in enumerate(openings):
+        tokens = documents.document(number)[0].tolist()
+        assert list(opening) == tokens[: len(opening)] and len(opening) == min(OPENING_TOKENS, -(-len(tokens) // 2))
+    assert max(map(len, windows(text_shards, tmp_path, length=8).openings())) == 7
+
+
+def test_openings_of_chats_are_questions_up_to_where_the_answer_begins(
+    chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path
+):
+    from transformers import AutoTokenizer
+
+    path = TokenizerManifest.read(tokenizer_folder / "tokenizer.json").path
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    found = {tokenizer.decode(opening) for opening in packs(chat_shards, tmp_path, length=512).openings()}
+    asked = {
+        tokenizer.apply_chat_template(conversation(number)[:2], tokenize=False, add_generation_prompt=True)
+        for number in range(200)
+    }
+    assert len(found) > 150 and found <= asked
+    assert not list(packs(chat_shards, tmp_path, length=8).openings()), "no question fits eight tokens"
+
+
+def test_openings_of_a_mixture_take_turns(text_shards: DataManifest, tmp_path: Path):
+    parts = [windows(text_shards, tmp_path, length) for length in (8, S)]
+    first, second = (list(part.openings()) for part in parts)
+    assert list(Mixed(parts, [3, 1]).openings())[:4] == [first[0], second[0], first[1], second[1]]
 
 
 def test_order_is_a_function_of_the_seed(text_shards: DataManifest, tmp_path: Path):

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from longhaul.artifacts import Export, file_sha256, write_text
+from longhaul.artifacts import Export, file_sha256, read_json, write_text
 from longhaul.convert.card import card, provenance
 from longhaul.convert.generate import samples
 from longhaul.convert.layout import ExportedTensor, export_layout, hugging_face_config, meta_model
@@ -139,5 +138,4 @@ def _samples(job: ConvertJob, source: Source, folder: Path, model: PreTrainedMod
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if job.chat and not tokenizer.chat_template:
         raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
-    prompts_PT = load_file(source.folder / "proof" / "logits.safetensors")["input_ids"]
-    return samples(model, tokenizer, prompts_PT, job.samples, job.chat)
+    return samples(model, tokenizer, read_json(source.folder / "proof" / "prompts.json"))

@@ -13,7 +13,8 @@ S = sequence length, T = tokens of a document, D = documents.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from longhaul.data.permutation import permutation
 from longhaul.errors import UserError
 
 IGNORED_LABEL = -100
+OPENING_TOKENS = 24
 
 
 class Sample(NamedTuple):
@@ -104,6 +106,14 @@ class Samples:
         positions = len(self) * self._source.length
         return 1 - self._source.token_count / positions if positions else 0.0
 
+    def openings(self) -> Iterator[tuple[int, ...]]:
+        """How the documents begin, in storage order, as token ids, each shorter than a sequence.
+
+        For windows the first OPENING_TOKENS, or half of a shorter document. For packs what stands before the first token
+        of an answer: the question in the chat template, generation prompt included; a conversation without one is left out.
+        """
+        return self._source.openings()
+
     def ids(self, batch: int, global_batch: int) -> np.ndarray:
         """[global_batch] int64: the samples of global batch number `batch` (from 0), in order.
 
@@ -146,6 +156,11 @@ class Mixed(Samples):
     def padding_share(self) -> float:
         """Of an epoch of every dataset."""
         return sum(part.padding_share * len(part) for part in self._parts) / sum(map(len, self._parts))
+
+    def openings(self) -> Iterator[tuple[int, ...]]:
+        """Those of every dataset in turn."""
+        turns = chain.from_iterable(zip_longest(*(part.openings() for part in self._parts)))
+        return (opening for opening in turns if opening is not None)
 
     def ids(self, batch: int, global_batch: int) -> np.ndarray:
         chosen, numbers = self._order(batch * global_batch + np.arange(global_batch, dtype=np.int64))
@@ -195,6 +210,13 @@ class _Windows:
         sample.labels[: len(tokens) - 1] = tokens[1:]
         return sample
 
+    def openings(self) -> Iterator[tuple[int, ...]]:
+        for document in range(self._reader.document_count):
+            tokens, _ = self._reader.document(document)
+            stop = min(OPENING_TOKENS, -(-len(tokens) // 2), self.length - 1)
+            if stop:
+                yield tuple(tokens[:stop].tolist())
+
 
 class _Packed:
     """Sample i is pack i; a conversation longer than S is cut at S."""
@@ -225,6 +247,13 @@ class _Packed:
             start += self._place(sample, start, *self._reader.document(int(document)))
         sample.position_ids[start:] = np.arange(self.length - start)
         return sample
+
+    def openings(self) -> Iterator[tuple[int, ...]]:
+        for document in range(self._reader.document_count):
+            tokens, mask = self._reader.document(document)
+            stop = int(mask.argmax()) if mask.any() else 0
+            if 0 < stop < self.length:
+                yield tuple(tokens[:stop].tolist())
 
     def _place(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
         """Writes one conversation [T] at `start`; its last position predicts nothing. Returns the room it took."""

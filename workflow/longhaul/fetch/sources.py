@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from longhaul.artifacts import Lock
@@ -18,7 +19,7 @@ from longhaul.plan.sources import model_folder
 
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "config.json", "*.model"]
-_DATA_ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".arrow", ".txt")
+_DATA_ENDINGS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".arrow", ".txt")
 
 
 def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
@@ -59,27 +60,50 @@ def _dataset(source: HubDataset) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     with _asking(source, "dataset"):
-        info = HfApi().dataset_info(source.id, revision=source.revision)
-        names = sorted(
-            file.rfilename for file in info.siblings or () if _belongs(PurePosixPath(file.rfilename), source)
-        )
-        if not names:
-            raise UserError(
-                f"dataset {source.id} at {info.sha} has no data file for name {source.name!r}, split {source.split!r}",
-                f"files are {', '.join(_DATA_ENDINGS)} with the split in their path; or download it and give `files`",
-            )
+        commit = HfApi().dataset_info(source.id, revision=source.revision).sha
+        names = _data_files(source, commit)
         patterns = [glob.escape(name) for name in names]
-        path = snapshot_download(source.id, revision=info.sha, repo_type="dataset", allow_patterns=patterns)
+        path = snapshot_download(source.id, revision=commit, repo_type="dataset", allow_patterns=patterns)
     files = [str(Path(path) / name) for name in names]
-    return {"hub": source.id, "revision": info.sha, "path": str(path), "files": files}
+    return {"hub": source.id, "revision": commit, "path": str(path), "files": files}
 
 
-def _belongs(path: PurePosixPath, source: HubDataset) -> bool:
-    """The hub's layouts put the configuration and the split into the path: plain_text/train-00000-of-00001.parquet."""
-    if path.name in ("dataset_infos.json", "README.json") or path.name.startswith("."):
-        return False
-    in_split = source.split in path.name or source.split in path.parts
-    return path.name.endswith(_DATA_ENDINGS) and in_split and (source.name is None or source.name in path.parts)
+def _data_files(source: HubDataset, commit: str) -> list[str]:
+    """The files that `datasets` reads for a configuration and split: by the card's `configs`, else by its patterns of names.
+
+    Raises:
+        UserError: there is no such configuration or split, or longhaul does not read its files' format.
+    """
+    configuration = _configuration(source, commit)
+    splits = configuration.data_files or {}
+    where = f"dataset {source.id} at {commit}, configuration {configuration.name}"
+    if source.split not in splits:
+        raise UserError(f"{where}, has no split {source.split!r}", f"its splits are {', '.join(map(str, splits))}")
+    root = f"hf://datasets/{source.id}@{commit}/"
+    names = [str(file).removeprefix(root) for file in splits[source.split]]
+    for name in names:
+        if not name.removesuffix(".gz").removesuffix(".zst").endswith(_DATA_ENDINGS):
+            raise UserError(
+                f"{where}: {name} is in a format that is not read here",
+                f"read are {', '.join(_DATA_ENDINGS)}, with .gz or .zst too; convert the split and give `files`",
+            )
+    return names
+
+
+def _configuration(source: HubDataset, commit: str) -> Any:
+    """The builder configuration that `datasets` makes of the card and the files, no row read: name, and split -> files."""
+    from datasets import load_dataset_builder
+
+    try:
+        # What an earlier call left in a cache would stand in for an answer of the hub.
+        with TemporaryDirectory() as cache:
+            return load_dataset_builder(source.id, source.name, revision=commit, cache_dir=cache).config
+    except (ValueError, TypeError, RuntimeError) as error:  # a wrong name, no name where several are, a broken card
+        reason = " ".join(str(error).split("\n")[:2])
+        raise UserError(
+            f"dataset {source.id} at {commit}, name {source.name!r}: {reason}",
+            "set the dataset's hub `name` to one of its configurations, or download it and give `files`",
+        ) from None
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 DeepSpeed's own load wants the ranks that saved. Here every rank reads, tensor by tensor, the elements that its optimizer
 owns of the masters and of Adam's moments, and writes them to where the optimizer keeps them. The numbers are those that
 were saved; only sums over other ranks are rounded otherwise from then on.
+
+The same way a stage in half precision gets the first masters that it was given, and not their rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,39 @@ class Slot:
     flat: torch.Tensor
     offset: int
 
-    def write(self, target: torch.Tensor, source: LazyTensor) -> None:
+    def write(self, target: torch.Tensor, source: LazyTensor | Held) -> None:
         """target: `flat` itself, or a moment of its shape."""
         target.detach().view(-1)[self.offset : self.offset + self.numel].copy_(self._read(source))
 
-    def _read(self, source: LazyTensor) -> torch.Tensor:
+    def _read(self, source: LazyTensor | Held) -> torch.Tensor:
         stop = self.start + self.numel
         if self.shard.parts:
             return self.shard.cut(source.read()).flatten()[self.start : stop]
         return source.read_range(self.start, stop)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in memory; reads like a LazyTensor."""
+
+    values: torch.Tensor
+
+    def read(self) -> torch.Tensor:
+        return self.values
+
+    def read_range(self, start: int, stop: int) -> torch.Tensor:
+        return self.values.flatten()[start:stop]
+
+
+def write_masters(engine: Any, values: Callable[[str, torch.Size], torch.Tensor]) -> None:
+    """Gives the masters the fp32 `values` of (name, shape) of the model's tensors, and the 16-bit copies their rounding.
+
+    DeepSpeed makes masters from weights that are rounded already. Every rank calls it, before the first step.
+    """
+    with torch.no_grad():
+        for slot in _slots(engine):
+            slot.write(slot.flat, Held(values(slot.shard.name, torch.Size(slot.shard.shape))))
+        _refresh_copies(engine)
 
 
 def load_other_layout(engine: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from typing import Any
 
 from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.data.samples import Samples
@@ -22,10 +23,10 @@ from longhaul.train.hashed_files import DISK_FULL
 from longhaul.train.heartbeat import Heartbeat
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.metrics import Metrics, device_numbers
-from longhaul.train.model import build_model
+from longhaul.train.model import build_model, restore_first_masters
 from longhaul.train.parallel.balance import Load, load_summary
 from longhaul.train.processes import Processes, start_processes
-from longhaul.train.proof import write_proof
+from longhaul.train.proof import sample_prompts, write_proof
 from longhaul.train.schedule import learning_rate
 from longhaul.train.state import TrainingState
 from longhaul.train.stopping import Stopping
@@ -109,8 +110,11 @@ def _train(
     model = build_model(job, tokenizer, start, processes)
     backend = make_backend(job, model, processes)
     state = checkpoints.resume(backend.engine)
+    if state.step == 0:
+        restore_first_masters(backend.engine, job, tokenizer, start, processes)
     metrics = Metrics(job, checkpoints.folder, state.step, processes, model.config.to_dict(), events)
-    trainer = Trainer(job, processes, backend, held_out, checkpoints, metrics, events, state)
+    prompts = sample_prompts(validation=held_out, train=train)
+    trainer = Trainer(job, processes, backend, held_out, prompts, checkpoints, metrics, events, state)
     trainer.begin()
     stopping.require_time_for(trainer.leaving_takes_s)
     for batch in Prefetcher(train, job, processes, state):
@@ -147,6 +151,7 @@ class Trainer:
     processes: Processes
     backend: Backend
     held_out: Samples | None
+    prompts: dict[str, Any]
     checkpoints: Checkpoints
     metrics: Metrics
     events: Events
@@ -292,7 +297,7 @@ class Trainer:
         with_proof = self.checkpoints.is_exportable(self.state.step, self.validation_loss)
         with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_proof) as folder:
             if with_proof:
-                write_proof(self.backend, self.job, folder / "proof", self.processes)
+                write_proof(self.backend, self.job, folder / "proof", self.processes, self.prompts)
         self.metrics.note(f"saved step {self.state.step}", **device_numbers(self.processes.device))
         self._took("save", started)
         self._record_save()

@@ -45,24 +45,28 @@ class Metrics:
             self._trackers: list[Tracker] = []
             return
         self._path = folder / "metrics.jsonl"
-        self._stream = self._open_at(resumed_from)
-        self._trackers = open_trackers(job, folder)
+        # Who starts at step 0 validates before the first step, and does so again.
+        first_step = resumed_from + 1 if resumed_from else 0
+        self._stream = self._open_before(first_step)
+        self._trackers = open_trackers(job, folder, first_step)
         with (folder / "legs.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_leg(job, resumed_from, processes, hosts)) + "\n")
 
-    def _open_at(self, step: int) -> TextIO:
-        """metrics.jsonl without the steps past `step`, which are done again; what they had taken is an event."""
-        lost = _drop_lines_past(self._path, step)
+    def _open_before(self, step: int) -> TextIO:
+        """metrics.jsonl without `step` and those after it, which are done again; what they had taken is an event."""
+        lost = _drop_lines_from(self._path, step)
         if lost:
             seconds = sum(row.get("step_time_s", 0.0) + row.get("data_wait_s", 0.0) for row in lost)
-            self._events.write("work_lost", to_step=step, steps=len(lost), seconds=round(seconds, 3))
+            self._events.write("work_lost", to_step=max(0, step - 1), steps=len(lost), seconds=round(seconds, 3))
         return self._path.open("a", encoding="utf-8")
 
     def roll_back(self, step: int) -> None:
         """The steps past `step` are done again."""
         if self._processes.is_main:
             self._stream.close()
-            self._stream = self._open_at(step)
+            self._stream = self._open_before(step + 1)
+            for tracker in self._trackers:
+                tracker.rewind(step + 1)
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """One optimizer step: its values, and what follows from its duration."""
@@ -157,7 +161,7 @@ def _leg(job: StageJob, resumed_from: int, processes: Processes, hosts: list[str
     }
 
 
-def _drop_lines_past(path: Path, step: int) -> list[dict[str, Any]]:
+def _drop_lines_from(path: Path, step: int) -> list[dict[str, Any]]:
     """Returns the rows of optimizer steps that it drops. A killed run may also have written half a line."""
     if not path.exists():
         return []
@@ -167,7 +171,7 @@ def _drop_lines_past(path: Path, step: int) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] <= step:
+        if row["step"] < step:
             kept.append(line)
         elif "loss" in row:
             lost.append(row)

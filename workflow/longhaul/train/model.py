@@ -19,6 +19,7 @@ import torch
 from longhaul.artifacts import TokenizerManifest
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
+from longhaul.train.elastic import write_masters
 from longhaul.train.identity import Start
 from longhaul.train.parallel.split import parameters, saved_buffers, split_model
 from longhaul.train.pretrained import pretrained_values
@@ -38,8 +39,7 @@ def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None
     else:
         config = _config(job, tokenizer)
         model = _from_config(job, config, ds_config)
-        values = _checkpoint_values(_names(model), start) if start else seeded_values(config, job.seed)
-        _fill(model, values, start is not None)
+        _fill(model, _first_values(job, config, _names(model), start), start is not None)
     model.config.use_cache = False
     if job.stage.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -56,14 +56,27 @@ def _split_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | Non
     config = _config(job, tokenizer)
     model = split_model(config, processes.grid, job.trust_remote_code, processes.device)
     names = {name for part in processes.gather(_names(model)) for name in part}
-    if start:
-        values = _checkpoint_values(names, start)
-    elif job.pretrained:
-        values = pretrained_values(Path(job.pretrained), names, config)
-    else:
-        values = seeded_values(config, job.seed)
-    _fill(model, values, bool(start or job.pretrained))
+    _fill(model, _first_values(job, config, names, start), bool(start or job.pretrained))
     return model
+
+
+def restore_first_masters(
+    engine: Any, job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes
+) -> None:
+    """Before the first step of half precision: the masters are the source's fp32 weights, which the model holds rounded."""
+    if job.stage.precision == "fp32" or not (start or job.pretrained):
+        return
+    names = {name for part in processes.gather(_names(engine.module)) for name in part}
+    write_masters(engine, _first_values(job, _config(job, tokenizer), names, start))
+
+
+def _first_values(job: StageJob, config: Any, names: set[str], start: Start | None) -> Values:
+    """Where the weights begin: an earlier stage's masters, a Hugging Face folder, or the seed. `names` are the whole model's."""
+    if start:
+        return _checkpoint_values(names, start)
+    if job.pretrained:
+        return pretrained_values(Path(job.pretrained), names, config)
+    return seeded_values(config, job.seed)
 
 
 def _announce_zero3(job: StageJob, ds_config: dict[str, Any]) -> Any:

@@ -29,6 +29,8 @@ def pretrained_values(folder: Path, names: set[str], config: Any) -> Callable[[s
     stored = {
         key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in open_safetensors(path).items()
     }
+    if not stored:
+        raise UserError(f"{folder} holds no *.safetensors", "save the model with save_pretrained: pickles are not read")
     keys = {name: _stored_keys(name, config) for name in names}
     wanted = {key for found in keys.values() for key in found}
     extra_layer = f"model.layers.{config.num_hidden_layers}."

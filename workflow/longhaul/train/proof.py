@@ -1,8 +1,10 @@
-"""What a conversion is measured against later: hashes of the live master weights, and logits of fixed prompts."""
+"""What an export needs of the trainer: hashes of the live master weights and logits of fixed prompts, against which it is
+measured, and the beginnings of held-out documents, which it completes for the report."""
 
 from __future__ import annotations
 
 import hashlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from longhaul.artifacts import write_json
+from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
 from longhaul.train.backend import Backend
 from longhaul.train.parallel.gathering import whole_tensors
@@ -17,11 +20,13 @@ from longhaul.train.parallel.saving import TIED, is_tied
 from longhaul.train.processes import Processes
 
 PROMPTS, PROMPT_TOKENS = 2, 32
+SAMPLE_PROMPTS = 6
+_MOST_DOCUMENTS_READ = 1000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_proof(backend: Backend, job: StageJob, folder: Path, processes: Processes) -> None:
-    """Writes tensors.json, logits.safetensors and logits.json; every rank takes part, rank 0 writes."""
+def write_proof(backend: Backend, job: StageJob, folder: Path, processes: Processes, prompts: dict[str, Any]) -> None:
+    """Writes tensors.json, logits.safetensors, logits.json and prompts.json; every rank takes part, rank 0 writes."""
     tensors = _tensor_hashes(backend.engine, job, processes)
     input_ids_PT = _prompts(job)
     logits_PTV = torch.cat([backend.logits(row_T) for row_T in input_ids_PT]).float().cpu()
@@ -29,6 +34,7 @@ def write_proof(backend: Backend, job: StageJob, folder: Path, processes: Proces
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tensors.json", tensors)
+    write_json(folder / "prompts.json", prompts)
     save_file({"input_ids": input_ids_PT, "logits": logits_PTV}, folder / "logits.safetensors")
     made = {
         "device": processes.device.type,
@@ -72,6 +78,13 @@ def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
 
 def _sha256(value: torch.Tensor) -> str:
     return hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def sample_prompts(**splits: Samples | None) -> dict[str, Any]:
+    """{"split", "input_ids": [[int]]}: how the first few documents begin, no two alike, of the first split that has any."""
+    split, samples = next((name, samples) for name, samples in splits.items() if samples)
+    distinct = dict.fromkeys(islice(samples.openings(), _MOST_DOCUMENTS_READ))
+    return {"split": split, "input_ids": [list(ids) for ids in islice(distinct, SAMPLE_PROMPTS)]}
 
 
 def _prompts(job: StageJob) -> torch.Tensor:
