@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,19 @@ class Stage:
         _write_checkpoint(self.root, self.tag, write_manifest(self.tag))
 
 
-def make_stage(trained: Path, root: Path, dtype: str = "bf16", chat: bool = False) -> Stage:
-    """Copies the training's weights folder to `root` and adds checkpoint.json, the tokenizer and the job."""
+def make_stage(
+    trained: Path,
+    root: Path,
+    dtype: str = "bf16",
+    chat: bool = False,
+    copy: Callable[[str, str], object] = shutil.copy2,
+) -> Stage:
+    """Copies the training's weights folder to `root` and adds checkpoint.json, the tokenizer and the job.
+
+    copy: a file; os.link where it is large and no test alters it
+    """
     weights = root / "stages/main/weights/0123"
-    shutil.copytree(trained / "weights", weights)
+    shutil.copytree(trained / "weights", weights, copy_function=copy)
     _write_tokenizer(root / "tokenizer")
     tokenizer = TokenizerManifest(
         path=str(root / "tokenizer"),

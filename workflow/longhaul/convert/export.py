@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig
 
 from longhaul.artifacts import Export, file_sha256, read_json, write_text
 from longhaul.convert.card import card, provenance
 from longhaul.convert.generate import samples
 from longhaul.convert.layout import ExportedTensor, export_layout, hugging_face_config, meta_model
-from longhaul.convert.loading import available_bytes, fits_memory, load
-from longhaul.convert.logits import compute_dtype, prove_logits
-from longhaul.convert.proof import DTYPES, prove_loading, prove_tensors
+from longhaul.convert.loading import prove_loading
+from longhaul.convert.logits import Exported, compute_dtype, prove_logits
+from longhaul.convert.proof import DTYPES, prove_tensors
 from longhaul.convert.shards import write_shards
 from longhaul.convert.source import Source, open_source
 from longhaul.errors import UserError
@@ -49,7 +49,7 @@ def run(job: ConvertJob) -> None:
     masters = open_master_weights(source.folder)
     dtype = DTYPES[job.dtype]
     model = meta_model(source.model_config)
-    architecture, tensors = type(model).__name__, export_layout(model, masters, dtype)
+    architecture, tensors = type(model).__name__, list(export_layout(model, masters, dtype))
     parameters = sum(tensor.numel for tensor in tensors)
     facts = provenance(job, source)
     with _staged(Path(job.folder)) as folder:
@@ -114,28 +114,24 @@ def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
 
 
 def _prove(
-    job: ConvertJob, source: Source, folder: Path, tensors: Sequence[ExportedTensor]
+    job: ConvertJob, source: Source, folder: Path, tensors: list[ExportedTensor]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The proofs and the samples; what needs the whole model in memory is left out, and says so, when it does not fit."""
+    """The proofs and the samples, neither of which ever has more than one decoder layer in memory."""
     recorded, dtype = source.folder / "proof", DTYPES[job.dtype]
-    proof: dict[str, Any] = {"tensors": prove_tensors(folder, tensors, recorded, dtype)}
-    compute = compute_dtype(recorded)
-    needed = sum(tensor.numel for tensor in tensors) * max(dtype.itemsize, compute.itemsize)
-    if not fits_memory(needed):
-        reason = f"{needed / 1e9:.1f} GB of weights do not fit the {available_bytes() / 1e9:.1f} GB of free memory"
-        return proof | {"logits": {"left_out": reason}, "from_pretrained": {"left_out": reason}}, []
-    model = load(folder, dtype)
-    proof["from_pretrained"] = prove_loading(model, tensors)
-    if compute != dtype:
-        del model
-        model = load(folder, compute)
-    sampled = _samples(job, source, folder, model)  # before prove_logits, which moves the weights
-    proof["logits"] = prove_logits(model, tensors, recorded, dtype)
-    return proof, sampled
+    exported = Exported(folder, read_json(folder / "config.json"), tensors)
+    proof = {
+        "tensors": prove_tensors(folder, tensors, recorded, dtype),
+        "from_pretrained": prove_loading(folder, tensors, dtype),
+        "logits": prove_logits(exported, recorded, dtype),
+    }
+    return proof, _samples(job, source, exported)
 
 
-def _samples(job: ConvertJob, source: Source, folder: Path, model: PreTrainedModel) -> list[dict[str, Any]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def _samples(job: ConvertJob, source: Source, exported: Exported) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder, local_files_only=True)
     if job.chat and not tokenizer.chat_template:
         raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
-    return samples(model, tokenizer, read_json(source.folder / "proof" / "prompts.json"))
+    recorded = source.folder / "proof"
+    weights_bytes = sum(tensor.size_bytes for tensor in exported.tensors)
+    model = exported.model(compute_dtype(recorded))
+    return samples(model, weights_bytes, tokenizer, read_json(recorded / "prompts.json"))

@@ -77,7 +77,7 @@ def export_layout(
         if sources[name].shape != tuple(meta.shape):
             found, wanted = list(sources[name].shape), list(meta.shape)
             raise UserError(f"{name} has shape {found} in the checkpoint, but {wanted} in the model", NOT_THE_MODEL)
-        tensors += _cut(name, sources[name], _target_dtype(model, name, sources[name], dtype))
+        tensors += _cut(name, sources[name], target_dtype(model, name, sources[name], dtype))
     _check_against_transformers(model, untied, tensors)
     return tuple(tensors)
 
@@ -97,7 +97,7 @@ def _match(names: set[str], untied: list[str], masters: Mapping[str, LazyTensor]
     return {name: found[name] for name in untied}
 
 
-def _target_dtype(model: PreTrainedModel, name: str, master: LazyTensor, dtype: torch.dtype) -> torch.dtype:
+def target_dtype(model: PreTrainedModel, name: str, master: LazyTensor, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, but fp32 for what transformers keeps in fp32, and integers as they are."""
     if not master.dtype.is_floating_point:
         return master.dtype

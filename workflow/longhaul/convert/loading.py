@@ -1,53 +1,46 @@
-"""Loads an export the way its users will, and takes transformers' warnings for errors."""
+"""Reads an export the way its users will, and takes transformers' warnings for errors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from longhaul.convert.layout import ExportedTensor
+from longhaul.convert.proof import NO_EXPORT
+from longhaul.convert.shards import chunks, exported_bytes, raw_bytes
 from longhaul.errors import UserError
 
-# Beside the weights, loading holds the experts of a layer twice while it fuses them, and the forward pass its activations.
-MEMORY_PER_WEIGHT_BYTE = 1.3
+# Weights that are loaded whole, experts twice while they are fused, stay well below what a conversion may use.
+WHOLE_BYTES = 1 << 27
 
 
-def fits_memory(weights_bytes: int) -> bool:
-    """Whether a model with this many bytes of weights can be loaded whole by this process."""
-    return weights_bytes * MEMORY_PER_WEIGHT_BYTE <= available_bytes()
+def prove_loading(folder: Path, tensors: list[ExportedTensor], dtype: torch.dtype) -> dict[str, Any]:
+    """from_pretrained finds every key in its place; in a small model, the values too.
 
-
-def available_bytes() -> int:
-    """Free memory of this machine, or what this process' control groups leave of it, whichever is less."""
-    return min([psutil.virtual_memory().available, *_cgroup_rests(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-
-
-def _cgroup_rests(membership: Path, root: Path) -> list[int]:
-    """Limit minus use of every version 2 control group above this process. Kernel: admin-guide/cgroup-v2.rst."""
-    if not membership.exists():
-        return []
-    lines = [line.partition("::")[2] for line in membership.read_text().splitlines() if line.startswith("0::")]
-    own = root / lines[0].lstrip("/") if lines else root
-    rests = []
-    for folder in [own, *own.parents]:
-        limit, use = folder / "memory.max", folder / "memory.current"
-        if folder.is_relative_to(root) and limit.exists() and limit.read_text().strip() != "max":
-            rests.append(int(limit.read_text()) - int(use.read_text()))
-    return rests
-
-
-def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The exported model in evaluation mode.
+    `equal` counts the tensors whose values were compared. In a larger model from_pretrained is given no memory: the keys are
+    compared, and the values are those that the proof of the tensors read from the files.
 
     Raises:
-        UserError: transformers found a key missing, unexpected or of another shape (it would only warn and go on).
+        UserError: transformers finds a key missing, unexpected or of another shape (it would only warn and go on), or
+            gives a tensor another type or other values.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True
-    )
+    small = sum(tensor.size_bytes for tensor in tensors) <= WHOLE_BYTES
+    model = _load(folder, dtype, "cpu" if small else "meta")
+    if small:
+        _compare(model, tensors)
+    return {"missing": 0, "unexpected": 0, "mismatched": 0, "equal": len(tensors) if small else 0}
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
+        )
+    except RuntimeError as error:  # what it raises for tensors of another shape
+        raise UserError(f"from_pretrained on the export: {error}", NO_EXPORT) from None
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info[kind])):
@@ -55,4 +48,15 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 f"from_pretrained on the export: {kind.replace('_', ' ')}: {', '.join(found[:3])} ({len(found)} in all)",
                 "this transformers release reads another layout than it writes: use the tested version",
             )
-    return model.eval()
+    return model
+
+
+def _compare(model: PreTrainedModel, tensors: list[ExportedTensor]) -> None:
+    state = model.state_dict()
+    for tensor in tensors:
+        loaded = state[tensor.source].flatten()[tensor.start : tensor.start + tensor.numel]
+        if loaded.dtype != tensor.dtype:
+            raise UserError(f"from_pretrained gives {tensor.source} as {loaded.dtype}, not {tensor.dtype}", NO_EXPORT)
+        for start, stop in chunks(tensor.numel):
+            if raw_bytes(loaded[start:stop]) != exported_bytes(tensor, start, stop):
+                raise UserError(f"from_pretrained gives {tensor.source} other values than the export holds", NO_EXPORT)

@@ -7,19 +7,20 @@ P prompts, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from longhaul.artifacts import read_json
 from longhaul.convert.layout import ExportedTensor
-from longhaul.convert.proof import DTYPES, NO_EXPORT, dtype_name
-from longhaul.convert.shards import chunks
+from longhaul.convert.proof import DTYPES, NO_EXPORT, dtype_name, open_export
+from longhaul.convert.streamed import Read, StreamedModel
+from longhaul.convert.threads import torch_threads
 from longhaul.errors import UserError
 
 TF32_EPS = 2.0**-10  # GPUs may multiply fp32 numbers with a significand of 11 bits
@@ -29,10 +30,26 @@ BOUND_MARGIN = 2.0
 SPLIT_SUMS_RELATIVE = 1e-5
 
 
-def prove_logits(
-    model: PreTrainedModel, tensors: Sequence[ExportedTensor], proof_folder: Path, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Recomputes the trainer's logits with the exported model, loaded in the trainer's compute dtype.
+@dataclass(frozen=True)
+class Exported:
+    """A written export: its folder, the content of its config.json, and what its files should hold."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Sequence[ExportedTensor]
+
+    def model(self, compute: torch.dtype, device: str = "cpu") -> StreamedModel:
+        """The model of the folder's files."""
+        stored = open_export(self.folder)
+        return self.model_of(lambda tensor, start, stop: stored[tensor.name].read_range(start, stop), compute, device)
+
+    def model_of(self, read: Read, compute: torch.dtype, device: str) -> StreamedModel:
+        """The model of other values."""
+        return StreamedModel(self.config, self.tensors, read, compute, device)
+
+
+def prove_logits(exported: Exported, proof_folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Recomputes the trainer's logits in the trainer's compute dtype, with one decoder layer of the export in memory.
 
     Bit equality is asked for when nothing that rounds differs: the export has the trainer's bits after the cast to the
     compute dtype, both were computed on a CPU, and thread count, processor capability and torch version are the trainer's.
@@ -47,19 +64,23 @@ def prove_logits(
     rounding: BOUND_MARGIN times the largest change of any logit when every weight moves at random one unit in the last
     place of the coarsest type involved, up or down (PERTURBATIONS draws, fixed seeds).
 
-    The model's weights are no longer the export's afterwards.
-
     Raises:
         UserError: the logits differ by more.
     """
     made, recorded = read_json(proof_folder / "logits.json"), load_file(proof_folder / "logits.safetensors")
     input_ids_PT, wanted_PTV = recorded["input_ids"], recorded["logits"]
     device = made["device"] if made["device"] == "cpu" or torch.cuda.is_available() else "cpu"
-    torch.nn.Module.to(model, device)
     compute = DTYPES[made["dtype"]]
     rounded, machine = dtype not in (torch.float32, compute), _machine_differences(made, device)
-    with _threads(made["threads"]), torch.no_grad():
-        found_PTV = prompt_logits(model, input_ids_PT)
+
+    def logits_of(model: StreamedModel) -> torch.Tensor:
+        return torch.cat(model.logits(list(input_ids_PT)))
+
+    def logits_with(read: Read) -> torch.Tensor:
+        return logits_of(exported.model_of(read, compute, device))
+
+    with torch_threads(made["threads"]):
+        found_PTV = logits_of(exported.model(compute, device))
         if compute != torch.float32 and not machine and not rounded and not torch.equal(found_PTV, wanted_PTV):
             machine = [f"computed in {made['dtype']}, which does not round alike in every process"]
         result = {
@@ -69,23 +90,18 @@ def prove_logits(
             "prompts": wanted_PTV.shape[0],
             "tokens": wanted_PTV.shape[0] * wanted_PTV.shape[1],
         }
-        if rounded and not machine:
-            result["masters_bit_equal"] = _masters_give(model, tensors, input_ids_PT, wanted_PTV)
         if machine == [SPLIT_SUMS] and {compute, dtype} == {torch.float32}:
             result["bound"] = SPLIT_SUMS_RELATIVE * _largest(wanted_PTV)
         elif rounded or machine:
-            result["bound"] = _bound(model, tensors, input_ids_PT, _coarsest_eps(made, device, dtype))
+            masters_PTV = logits_with(_master_values)
+            if rounded and not machine:
+                result["masters_bit_equal"] = torch.equal(masters_PTV, wanted_PTV)
+            eps = _coarsest_eps(made, device, dtype)
+            changes = [_largest(logits_with(_moved(eps, draw)) - masters_PTV) for draw in range(PERTURBATIONS)]
+            result["bound"] = BOUND_MARGIN * max(changes)
     because = [f"exported as {dtype_name(dtype)}, computed in {made['dtype']}"] * rounded + machine
     result["asked"] = f"within the bound ({'; '.join(because)})" if because else "bit equality"
     return _judged(result)
-
-
-def prompt_logits(model: PreTrainedModel, input_ids_PT: torch.Tensor) -> torch.Tensor:
-    """Logits [P, T, V] in fp32 on the CPU, one prompt at a time, without padding or cache."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        rows = [model(input_ids=row_T[None].to(device), use_cache=False).logits for row_T in input_ids_PT]
-    return torch.cat(rows).float().cpu()
 
 
 def compute_dtype(proof_folder: Path) -> torch.dtype:
@@ -108,40 +124,23 @@ def _machine_differences(made: dict[str, Any], device: str) -> list[str]:
     return [*found, SPLIT_SUMS] if made.get("splits_sums") else found
 
 
-def _masters_give(
-    model: PreTrainedModel, tensors: Sequence[ExportedTensor], input_ids_PT: torch.Tensor, wanted_PTV: torch.Tensor
-) -> bool:
-    """Puts the master weights in the place of the exported ones and compares the logits."""
-    _fill(model, tensors, lambda values: values)
-    return torch.equal(prompt_logits(model, input_ids_PT), wanted_PTV)
+def _master_values(tensor: ExportedTensor, start: int, stop: int) -> torch.Tensor:
+    return tensor.master.read_range(tensor.start + start, tensor.start + stop)
 
 
-def _bound(model: PreTrainedModel, tensors: Sequence[ExportedTensor], input_ids_PT: torch.Tensor, eps: float) -> float:
-    """BOUND_MARGIN times the largest change of a logit when every master weight moves by a share of `eps`, up or down."""
-    before_PTV = prompt_logits(model, input_ids_PT)
-    changes = []
-    for seed in range(PERTURBATIONS):
-        generator = torch.Generator().manual_seed(seed)
+def _moved(eps: float, draw: int) -> Read:
+    """The master weights, each moved by a share of `eps` of itself, up or down; alike whenever a range is read again."""
 
-        def moved(values: torch.Tensor, generator: torch.Generator = generator) -> torch.Tensor:
-            steps = torch.randint(0, 2, values.shape, generator=generator).mul_(2).sub_(1)
-            return values * (1 + eps * steps) if values.is_floating_point() else values
+    def read(tensor: ExportedTensor, start: int, stop: int) -> torch.Tensor:
+        values = _master_values(tensor, start, stop)
+        if not values.is_floating_point():
+            return values
+        digest = hashlib.blake2b(f"{draw}/{tensor.name}/{start}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        steps = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        return values * (1 + eps * steps)
 
-        _fill(model, tensors, moved)
-        changes.append(_largest(prompt_logits(model, input_ids_PT) - before_PTV))
-    return BOUND_MARGIN * max(changes)
-
-
-def _fill(
-    model: PreTrainedModel, tensors: Sequence[ExportedTensor], change: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    """Writes the changed master weights into the model, a chunk at a time."""
-    state = model.state_dict()
-    for tensor in tensors:
-        target = state[tensor.source].view(-1)
-        for start, stop in chunks(tensor.numel):
-            begin, end = tensor.start + start, tensor.start + stop
-            target[begin:end].copy_(change(tensor.master.read_range(begin, end)))
+    return read
 
 
 def _coarsest_eps(made: dict[str, Any], device: str, dtype: torch.dtype) -> float:
@@ -167,13 +166,3 @@ def _judged(result: dict[str, Any]) -> dict[str, Any]:
 
 def _largest(difference: torch.Tensor) -> float:
     return difference.abs().max().item()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
-"""Writes tensors as safetensors files, streamed: memory stays at one chunk per thread, whatever the model's size.
+"""Writes tensors as safetensors files, streamed: memory stays at a few chunks per thread, whatever the model's size.
 
+Readers cast and write chunks at their places, several at once; one thread a shard hashes them in order, as they come.
 Format: 8 bytes little-endian header length, JSON header, data. https://huggingface.co/docs/safetensors
 """
 
@@ -9,27 +10,25 @@ import hashlib
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from longhaul.artifacts import write_json
 from longhaul.convert.layout import ExportedTensor
+from longhaul.convert.threads import torch_threads
+from longhaul.zero_checkpoint import DTYPE_NAMES
 
 SHARD_BYTES = 5 * 10**9
-CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32
-WRITING_THREADS = 4
+CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: fits the processor's cache from read to hash
+READING_THREADS = 4
+SHARDS_AT_ONCE = 4
+CHUNKS_AHEAD = 8  # of a shard: read and not yet hashed
 INDEX = "model.safetensors.index.json"
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 
 
 def write_shards(folder: Path, tensors: Sequence[ExportedTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
@@ -39,9 +38,11 @@ def write_shards(folder: Path, tensors: Sequence[ExportedTensor], shard_bytes: i
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         _write_index(folder, names, shards)
-    with ThreadPoolExecutor(WRITING_THREADS) as pool:
-        paths = [folder / name for name in names]
-        return dict(zip(names, pool.map(_write_shard, paths, shards), strict=True))
+    with torch_threads(1), ThreadPoolExecutor(READING_THREADS) as readers, ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        work = [
+            pool.submit(_write_shard, folder / name, shard, readers) for name, shard in zip(names, shards, strict=True)
+        ]
+        return dict(zip(names, [shard.result() for shard in work], strict=True))
 
 
 def chunks(numel: int, chunk: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -52,8 +53,13 @@ def chunks(numel: int, chunk: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]
 
 def exported_bytes(tensor: ExportedTensor, start: int, stop: int) -> memoryview:
     """The bytes that elements [start, stop) of an exported tensor have in the file."""
-    values = tensor.master.read_range(tensor.start + start, tensor.start + stop)
-    return memoryview(values.to(tensor.dtype).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return raw_bytes(tensor.master.read_range(tensor.start + start, tensor.start + stop).to(tensor.dtype))
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _split(tensors: Sequence[ExportedTensor], shard_bytes: int) -> list[list[ExportedTensor]]:
@@ -85,7 +91,7 @@ def _header(tensors: list[ExportedTensor]) -> bytes:
     for tensor in tensors:
         start, end = end, end + tensor.size_bytes
         entries[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -94,18 +100,33 @@ def _header(tensors: list[ExportedTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, tensors: list[ExportedTensor]) -> str:
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-
-        def write(data: bytes | memoryview) -> None:
-            stream.write(data)
-            digest.update(data)
-
-        write(_header(tensors))
-        for tensor in tensors:
-            for start, stop in chunks(tensor.numel):
-                write(exported_bytes(tensor, start, stop))
-        stream.flush()
+def _write_shard(path: Path, tensors: list[ExportedTensor], readers: Executor) -> str:
+    header = _header(tensors)
+    digest = hashlib.sha256(header)
+    with path.open("wb", buffering=0) as stream:
+        stream.write(header)
+        ahead: deque[Future[memoryview]] = deque()
+        for work in _chunks_of_shard(tensors, len(header)):
+            ahead.append(readers.submit(_write_chunk, stream.fileno(), *work))
+            if len(ahead) >= CHUNKS_AHEAD:
+                digest.update(ahead.popleft().result())
+        for chunk in ahead:
+            digest.update(chunk.result())
         os.fsync(stream.fileno())
     return digest.hexdigest()
+
+
+def _chunks_of_shard(tensors: list[ExportedTensor], offset: int) -> Iterator[tuple[ExportedTensor, int, int, int]]:
+    """(tensor, start, stop, byte in the file) in the file's order."""
+    for tensor in tensors:
+        for start, stop in chunks(tensor.numel):
+            yield tensor, start, stop, offset + start * tensor.dtype.itemsize
+        offset += tensor.size_bytes
+
+
+def _write_chunk(descriptor: int, tensor: ExportedTensor, start: int, stop: int, offset: int) -> memoryview:
+    data = exported_bytes(tensor, start, stop)
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+    return data

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from longhaul.errors import UserError
-from longhaul.zero_checkpoint import LazyTensor
-from longhaul.zero_checkpoint.parallel import open_safetensors
+from longhaul.zero_checkpoint import LazyTensor, open_safetensors
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _HINT = "the weights do not belong to this config.json, or the download is incomplete"

@@ -27,6 +27,7 @@ from longhaul.artifacts import read_json
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import read_archive
 from longhaul.zero_checkpoint.optimizer import MASTER, flat_share, step_of
+from longhaul.zero_checkpoint.safetensors_files import open_safetensors
 from longhaul.zero_checkpoint.shard import Shard, place
 from longhaul.zero_checkpoint.tensors import LazyTensor, flat_group, whole
 
@@ -53,10 +54,23 @@ class AssembledTensor:
         return self._read_rows(0, self.shape[0])
 
     def read_range(self, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor; the rows they are in are read whole."""
+        """Elements [start, stop) of the flattened tensor; where a later axis is split, their rows are read whole."""
+        if all(not axis for shard, _ in self.parts for axis in shard.parts):
+            return self._read_split_rows(start, stop)
         row = self.numel // self.shape[0]
         first, last = start // row, -(-stop // row)
         return self._read_rows(first, last).flatten()[start - first * row : stop - first * row].clone()
+
+    def _read_split_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Of parts that are whole rows: a row may be as large as an expert, and is not read for a few of its elements."""
+        values = torch.empty(stop - start, dtype=self.dtype)
+        row = self.numel // self.shape[0]
+        for shard, part in self.parts:
+            for begin, end, local in _overlaps(shard, start // row, -(-stop // row)):
+                first, last = max(begin * row, start), min(end * row, stop)
+                offset = local * row - begin * row
+                values[first - start : last - start] = part.read_range(first + offset, last + offset)
+        return values
 
     def _read_rows(self, first: int, last: int) -> torch.Tensor:
         rows = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
@@ -177,26 +191,3 @@ def _buffers(folder: Path) -> dict[str, LazyTensor]:
         for path in sorted(folder.glob("buffers-stage-*.safetensors"))
         for name, tensor in open_safetensors(path).items()
     }
-
-
-def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, unread. Format: https://huggingface.co/docs/safetensors"""
-    import json
-    import struct
-
-    from longhaul.zero_checkpoint.tensors import Piece, lazy
-
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
-    found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in dtypes:
-            raise UserError(f"{path}: {name} has type {entry['dtype']}", f"use one of {', '.join(dtypes)}")
-        dtype = dtypes[entry["dtype"]]
-        numel = math.prod(entry["shape"])
-        found[name] = lazy(entry["shape"], (Piece(path, 8 + length + entry["data_offsets"][0], numel, dtype),))
-    return found

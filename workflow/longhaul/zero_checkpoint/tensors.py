@@ -27,6 +27,10 @@ class Piece:
     def part(self, start: int, stop: int) -> Piece:
         return Piece(self.path, self.offset_bytes + start * self.dtype.itemsize, stop - start, self.dtype)
 
+    def read(self) -> torch.Tensor:
+        """The elements as they are stored, 1-D."""
+        return _read_into(self, torch.empty(self.numel, dtype=self.dtype))
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -60,7 +64,7 @@ class LazyTensor:
             if piece.dtype == self.dtype:
                 _read_into(piece, target)
             else:
-                target.copy_(_read_into(piece, torch.empty(piece.numel, dtype=piece.dtype)))
+                target.copy_(piece.read())
             filled += piece.numel
         return values
 

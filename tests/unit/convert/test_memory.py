@@ -1,0 +1,65 @@
+"""Conversion and proof of a model keep within 1 GiB and its largest layer, mapped pages counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from longhaul.artifacts import Export
+from stage_folder import Stage, make_stage
+from synthetic import llama, write_checkpoint, write_proof
+from zero_training import write_manifest
+
+LAYERS, HIDDEN, VOCABULARY = 24, 1024, 2000
+LIMIT_BYTES = 1 << 30
+# ru_maxrss would be the largest of this process and of the one that started it.
+CONVERT = """
+import sys
+from pathlib import Path
+from longhaul.convert.export import run
+from longhaul.jobs import ConvertJob
+run(ConvertJob.read(Path(sys.argv[1])))
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained() -> Iterator[Path]:
+    """A training's folder; removed at once, as pytest would keep gigabytes."""
+    with tempfile.TemporaryDirectory() as name:
+        config = llama(LAYERS, HIDDEN, VOCABULARY)
+        folder = write_checkpoint(Path(name) / "weights", config, ranks=2, moments=False)
+        write_proof(Path(name) / "weights", config)
+        write_manifest(folder)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peak_memory_is_bounded_by_the_largest_layer(trained: Path, dtype: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        stage = make_stage(trained, Path(name), dtype, copy=os.link)
+        made, peak_bytes = _convert(stage)
+    layer_bytes = 4 * (HIDDEN * HIDDEN * 5 // 2 + 3 * HIDDEN * 4 * HIDDEN)
+    weights_bytes = 4 * made.parameters
+    assert made.proof["logits"]["tokens"] == 34
+    assert made.proof["logits"].get("masters_bit_equal", made.proof["logits"]["bit_equal"])
+    assert weights_bytes > LIMIT_BYTES + 4 * layer_bytes, "a model that fits would prove nothing"
+    assert peak_bytes <= LIMIT_BYTES + layer_bytes, f"{peak_bytes / 2**20:.0f} MiB"
+
+
+def _convert(stage: Stage) -> tuple[Export, int]:
+    path = stage.root / "job.json"
+    stage.job.model_copy(update={"samples": 0}).write(path)  # they read the same way, 48 times
+    found = subprocess.run(
+        [sys.executable, "-c", CONVERT, str(path)], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return Export.read(Path(stage.job.out)), int(found.stdout.split()[-2]) * 1024
