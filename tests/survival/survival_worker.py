@@ -50,10 +50,10 @@ def befall(leg: dict[str, Any]) -> None:
         return found
 
     loop.Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
-    backend.loss_sum, backend.token_loss_sum = (poisoned(loss) for loss in LOSSES)
+    backend.loss_sum, backend.head_loss_sum = (poisoned(loss) for loss in LOSSES)
 
 
-STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.token_loss_sum)
+STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.head_loss_sum)
 
 
 def train(leg: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ GIB = 2**30
 _COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's default bucket (elements), used twice: one fills while the other is reduced.
 _DEFAULT_BUCKET = 500_000_000
+# Tokens whose logits a rank has at a time (train/loss.py): enough rows to keep the matmuls as fast as whole ones.
+LOSS_CHUNK_TOKENS = 2048
 # DeepSpeed's default of stage3_max_live_parameters.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 
@@ -125,9 +127,12 @@ def _activations(stage: Stage, sizes: Geometry) -> int:
 
 
 def _logits(stage: Stage, sizes: Geometry) -> int:
-    """Logits in compute precision, in fp32, and their fp32 gradient."""
+    """A chunk's logits, as they come, in fp32 and their softmax; the head's two gradients, made on the way forward."""
     tokens = stage.micro_batch * stage.sequence_length // stage.parallel.sequence
-    return tokens * sizes.vocab_size // stage.parallel.tensor * (_COMPUTE_BYTES[stage.precision] + 8)
+    width = _COMPUTE_BYTES[stage.precision]
+    vocabulary = sizes.vocab_size // stage.parallel.tensor
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (8 if width == 4 else width + 8)
+    return chunk + (tokens + vocabulary) * sizes.hidden * width
 
 
 def _buckets(stage: Stage, parameters: int, ranks: int) -> int:
