@@ -9,7 +9,7 @@ import torch
 
 from longhaul.train import backend, loop
 
-STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.token_loss_sum)
+STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.head_loss_sum)
 
 
 def poison_batches(
@@ -33,4 +33,4 @@ def poison_batches(
         return found
 
     loop.Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
-    backend.loss_sum, backend.token_loss_sum = (poisoned(loss) for loss in LOSSES)
+    backend.loss_sum, backend.head_loss_sum = (poisoned(loss) for loss in LOSSES)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import CHAT, STAGE, plan_of
+from configs import CHAT, LLAMA, STAGE, plan_of
 from longhaul.artifacts import Lock
 from longhaul.config.geometry import geometry
 from longhaul.config.load import load_config
@@ -104,7 +104,7 @@ LAYOUT_ONLY: dict[str, Any] = {
     "gpus_per_node": 2,
     "micro_batch": 2,
     "zero": {"stage": 3, "offload_param": "cpu"},
-    "activation_checkpointing": True,
+    "activation_checkpointing": "full",
     "checkpoints": {"every_steps": 1, "keep_last": 9},
     "validation": {"every_steps": 3},
     "export": "last",
@@ -245,3 +245,28 @@ def test_keys_and_defaults_are_transformers_own(architecture: str):
     theirs.setdefault("head_dim", ours.get("head_dim"))
     theirs.setdefault("num_experts", theirs.get("num_local_experts"))
     assert {key: theirs.get(key, "no key of transformers") for key in ours} == ours
+
+
+def test_each_kind_of_recomputation_takes_less_memory_than_the_one_before(tmp_path: Path):
+    """none > selective > full > offload on the GPU; the host takes the layers' inputs."""
+    kinds = ("none", "selective", "full", "offload")
+    more = {"stages.0.sequence_length": 128, "stages.0.micro_batch": 8, "model.llama.num_hidden_layers": 8}
+    plans = [plan_of(tmp_path, {"stages.0.activation_checkpointing": kind, **more}).stages[0] for kind in kinds]
+    memory = [plan.memory for plan in plans if plan.memory]
+    activations = [one.activations for one in memory]
+    assert len(activations) == 4 and activations == sorted(activations, reverse=True)
+    assert len(set(activations)) == 4
+    inputs_bytes = 4 * 8 * LLAMA["hidden_size"] * 128 * 8
+    assert [one.host for one in memory] == [0, 0, 0, inputs_bytes]
+
+
+def test_logits_take_no_more_than_a_chunk(tmp_path: Path):
+    def logits(micro_batch: int) -> int:
+        keys = {"stages.0.sequence_length": 128, "stages.0.micro_batch": micro_batch, "stages.0.global_batch": 64}
+        memory = plan_of(tmp_path, keys).stages[0].memory
+        assert memory
+        return memory.logits
+
+    hidden_bytes = 4 * LLAMA["hidden_size"]
+    assert logits(32) - logits(16) == 16 * 128 * hidden_bytes
+    assert logits(16) - logits(8) == 8 * 128 * (hidden_bytes + 8 * LLAMA["vocab_size"])

@@ -80,7 +80,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("missing key", {"run": ...}, {}, ("run is missing",)),
     ("missing model size", {"model.llama.hidden_size": ...}, {}, ("model.llama.hidden_size is missing",)),
     ("text for a number", {"stages.0.steps": "ten"}, {}, ("stages.0.steps is 'ten'", "valid integer")),
-    ("number for a switch", {"stages.0.activation_checkpointing": 1}, {}, ("activation_checkpointing is 1", "boolean")),
+    ("number for a switch", {"stages.0.restart": 1}, {}, ("restart is 1", "boolean")),
     ("fraction for a count", {"stages.0.global_batch": 8.5}, {}, ("stages.0.global_batch is 8.5", "integer")),
     ("zero steps", {"stages.0.steps": 0}, {}, ("stages.0.steps is 0", "greater than or equal to 1")),
     ("negative rate", {"stages.0.optimizer": {"lr": -1.0}}, {}, ("stages.0.optimizer.lr is -1.0", "greater than 0")),

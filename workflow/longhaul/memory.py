@@ -11,6 +11,8 @@ GIB = 2**30
 _COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's default bucket (elements), used twice: one fills while the other is reduced.
 _DEFAULT_BUCKET = 500_000_000
+# Tokens whose logits a rank has at a time (train/loss.py): enough rows to keep the matmuls as fast as whole ones.
+LOSS_CHUNK_TOKENS = 2048
 # DeepSpeed's default of stage3_max_live_parameters.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 
@@ -52,15 +54,16 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
         _model_states(stage, experts, data_parallel // parallel.expert),
     ]
     weights, gradients, optimizer, host = (sum(part) for part in zip(*states, strict=True))
+    activations, offloaded = _activations(stage, sizes)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=_activations(stage, sizes),
+        activations=activations,
         logits=_logits(stage, sizes),
         gathered=_gathered(stage, sizes),
         buckets=_buckets(stage, dense + experts, data_parallel),
-        host=host,
+        host=host + offloaded,
     )
 
 
@@ -113,21 +116,31 @@ def _gathered(stage: Stage, sizes: Geometry) -> int:
     return _COMPUTE_BYTES[stage.precision] * max(sizes.layer_max, min(sizes.total, _MAX_LIVE_PARAMETERS))
 
 
-def _activations(stage: Stage, sizes: Geometry) -> int:
-    tokens, width = stage.micro_batch * stage.sequence_length, _COMPUTE_BYTES[stage.precision]
-    parallel = stage.parallel
-    one_layer = sizes.saved_per_token * tokens * width // (parallel.tensor * parallel.sequence)
+def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
+    """(on the GPU, on the host) in bytes: what layers keep for the backward pass, beside all of the one that is at work."""
+    parallel, width = stage.parallel, _COMPUTE_BYTES[stage.precision]
+    tokens = stage.micro_batch * stage.sequence_length // parallel.sequence
     # The first stage of a 1F1B pipeline holds as many micro batches as there are stages, of its share of the layers.
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
-    if stage.activation_checkpointing:
-        return layers * sizes.hidden * tokens * width // parallel.sequence + one_layer
-    return layers * one_layer
+    at_work = sizes.saved_per_token // parallel.tensor * tokens * width
+    layer_input = sizes.hidden * tokens * width
+    if stage.activation_checkpointing == "none":
+        return layers * at_work, 0
+    if stage.activation_checkpointing == "offload":
+        # One input comes back while the layer above is at work.
+        return 2 * layer_input + at_work, layers * layer_input
+    matmuls = 2 * layer_input + sizes.matmuls_per_token // parallel.tensor * tokens * width
+    kept = layer_input + (matmuls if stage.activation_checkpointing == "selective" else 0)
+    return layers * kept + at_work, 0
 
 
 def _logits(stage: Stage, sizes: Geometry) -> int:
-    """Logits in compute precision, in fp32, and their fp32 gradient."""
+    """A chunk's logits, as they come, in fp32 and their softmax; the head's two gradients, made on the way forward."""
     tokens = stage.micro_batch * stage.sequence_length // stage.parallel.sequence
-    return tokens * sizes.vocab_size // stage.parallel.tensor * (_COMPUTE_BYTES[stage.precision] + 8)
+    width = _COMPUTE_BYTES[stage.precision]
+    vocabulary = sizes.vocab_size // stage.parallel.tensor
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (8 if width == 4 else width + 8)
+    return chunk + (tokens + vocabulary) * sizes.hidden * width
 
 
 def _buckets(stage: Stage, parameters: int, ranks: int) -> int:

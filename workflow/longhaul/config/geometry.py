@@ -54,6 +54,7 @@ class Geometry:
     vocab_size, hidden, layers, heads, positions: as in the config
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
     saved_per_token: activation elements one layer keeps for the backward pass, per token
+    matmuls_per_token: of one layer, those that its matmuls and its attention give, without the two that are added to its input
     """
 
     total: int
@@ -72,6 +73,7 @@ class Geometry:
     positions: int
     attention_width: int
     saved_per_token: int
+    matmuls_per_token: int
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token: 6·N_active plus causal attention (PaLM, arXiv:2204.02311, appendix B, halved)."""
@@ -130,6 +132,7 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         positions=c["max_position_embeddings"],
         attention_width=_attention_width(c),
         saved_per_token=_saved_per_token(c, any(sparse)),
+        matmuls_per_token=_matmuls_per_token(c, any(sparse)),
     )
 
 
@@ -226,11 +229,25 @@ def _saved_per_token(c: Mapping[str, Any], sparse: bool) -> int:
         attention = heads * (2 * qk + 2 * c["v_head_dim"]) + latents
     else:
         attention = 2 * (heads + c["num_key_value_heads"]) * _head_dim(c)
-    width = c["intermediate_size"]
-    if sparse:
-        visits = c["num_experts_per_tok"] + (_expert_counts(c)[1])
-        width = max(width, c["moe_intermediate_size"] * visits)
-        hidden_copies = 4 + c["num_experts_per_tok"]
+    hidden_copies = 4 + (c["num_experts_per_tok"] if sparse else 0)
+    return hidden_copies * hidden + attention + 4 * _widest_mlp(c, sparse)
+
+
+def _matmuls_per_token(c: Mapping[str, Any], sparse: bool) -> int:
+    """Results of a layer's matmuls and attention per token: q, k, v, MLA's compressions, the attention's, gate and up; and of
+    experts, whose results are weighted before they are added, those too."""
+    heads = c["num_attention_heads"]
+    if _is_latent(c):
+        qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+        ranks = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
+        attention = ranks + heads * (qk + c["qk_nope_head_dim"] + 2 * c["v_head_dim"])
     else:
-        hidden_copies = 4
-    return hidden_copies * hidden + attention + 4 * width
+        attention = 2 * (heads + c["num_key_value_heads"]) * _head_dim(c)
+    experts = c["num_experts_per_tok"] * c["hidden_size"] if sparse else 0
+    return attention + 2 * _widest_mlp(c, sparse) + experts
+
+
+def _widest_mlp(c: Mapping[str, Any], sparse: bool) -> int:
+    """Inner width that a token sees in one layer, over all experts it visits."""
+    visits = c["num_experts_per_tok"] + _expert_counts(c)[1] if sparse else 0
+    return max(c["intermediate_size"], c.get("moe_intermediate_size", 0) * visits)

@@ -297,7 +297,11 @@ class Stage(Frozen):
         default=0.0,
         description="DeepSeek V3's balancing without auxiliary loss: change of an expert's bias a step; 0: none.",
     )
-    activation_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
+        default="none",
+        description="What a decoder layer does again in the backward pass. selective: all but matmuls and attention; full: "
+        "everything, from its input; offload: everything, from its input kept in CPU memory.",
+    )
     checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
     validation: Validation = Field(default=Validation(), description="Held-out loss.")
     nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN, infinity, spikes of the loss.")

@@ -14,7 +14,7 @@ import torch
 from longhaul.jobs import StageJob
 from longhaul.train.batches import Batch, MicroBatch
 from longhaul.train.guard import StepGuard
-from longhaul.train.loss import global_loss, loss_sum, token_loss_sum
+from longhaul.train.loss import global_loss, head_loss_sum, loss_sum
 from longhaul.train.model import read_deepspeed_config
 from longhaul.train.parallel.balance import ExpertLoad
 from longhaul.train.parallel.grid import Grid
@@ -116,13 +116,13 @@ class PipelinedModel:
         from longhaul.train.parallel.pipeline import as_pipeline
 
         self._job, self._processes, self._device, self.grid = job, processes, processes.device, processes.grid
-        self._scale = 1.0
+        self._scale, self._head = 1.0, model.lm_head
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
         self.engine = make_engine(job, as_pipeline(model, self.grid, self._loss), None)
         self.guard = StepGuard(self.engine)
 
-    def _loss(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        return token_loss_sum(logits_BSV, labels_BS, self.grid) * self._scale
+    def _loss(self, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        return head_loss_sum(self._head, hidden_BSH, labels_BS, self.grid) * self._scale
 
     def train(self, batch: Batch, tokens: float) -> float:
         # The engine divides by micro batches and data ranks; its mean over them is then the global mean.
@@ -149,10 +149,11 @@ class PipelinedModel:
         positions = torch.arange(len(ids_T), device=self._device)[None]
         micro = MicroBatch(ids_1T, torch.full_like(ids_1T, -100), positions)
         self.engine.reset_activation_shape()
-        _, found = self.engine.eval_batch(self._inputs([micro]), return_logits=True, num_micro_batches=1)
+        _, hidden = self.engine.eval_batch(self._inputs([micro]), return_logits=True, num_micro_batches=1)
         self.engine.reset_activation_shape()
         self.engine.train()
-        whole = _whole_logits(found, self.grid) if found is not None else None
+        with torch.no_grad():
+            whole = _whole_logits(self._head(hidden), self.grid) if hidden is not None else None
         return self._to_rank_0(whole, len(ids_T))
 
     def _to_rank_0(self, logits: torch.Tensor | None, length: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from longhaul.train.identity import Start
 from longhaul.train.parallel.split import parameters, saved_buffers, split_model
 from longhaul.train.pretrained import pretrained_values
 from longhaul.train.processes import Processes
+from longhaul.train.recompute import recompute_layers
 from longhaul.zero_checkpoint import open_master_weights
 
 Values = Callable[[str, torch.Size], torch.Tensor]
@@ -41,8 +42,7 @@ def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None
         model = _from_config(job, config, ds_config)
         _fill(model, _first_values(job, config, _names(model), start), start is not None)
     model.config.use_cache = False
-    if job.stage.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(model, job.stage.activation_checkpointing)
     return model.train()
 
 

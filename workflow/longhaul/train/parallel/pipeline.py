@@ -1,8 +1,9 @@
 """Pipeline parallelism: stages of consecutive decoder layers in DeepSpeed's PipelineModule, which runs 1F1B over them.
 
 A stage's module works on (hidden states [B, S, H], position ids [B, S]); the first takes ids in the place of hidden
-states, the last gives logits. Between embedding and head a stage is one module, so that mask and rotary embedding are made
-once in each. Parallelism inside a stage is applied to the Hugging Face layers before they come here.
+states, the last gives what the head works on, as the head is the loss's, which never has logits whole. Between embedding
+and head a stage is one module, so that mask and rotary embedding are made once in each. Parallelism inside a stage is applied
+to the Hugging Face layers before they come here.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def as_pipeline(model: Any, grid: Grid, loss: Callable[[torch.Tensor, torch.Tens
     parallel = grid.parallel
     if model.config.tie_word_embeddings:
         embed = TiedLayerSpec("embed", Embedding, model, tied_weight_attr="weight")
-        head = TiedLayerSpec("embed", Embedding, model, forward_fn=_tied_head(model), tied_weight_attr="weight")
+        head = TiedLayerSpec("embed", Embedding, model, forward_fn=_as_it_is, tied_weight_attr="weight")
     else:
         embed, head = LayerSpec(Embedding, model), LayerSpec(Head, model)
     stages = [LayerSpec(Stage, model, stage == parallel.pipeline - 1) for stage in range(parallel.pipeline)]
@@ -101,23 +102,18 @@ class Stage(torch.nn.Module):
 
 
 class Head(torch.nn.Module):
-    """hidden [B, S, H] -> logits [B, S, V]."""
+    """Holds the head's weight for the optimizer; hidden [B, S, H] passes through to the loss."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.lm_head = model.lm_head
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden)
+        return hidden
 
 
-def _tied_head(model: Any) -> Callable[[Embedding, torch.Tensor], torch.Tensor]:
-    """The head's own hooks, on the embedding's weight of this stage."""
-
-    def forward(_embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
-        return model.lm_head(hidden)
-
-    return forward
+def _as_it_is(_embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def hugging_face_name(name: str) -> str:

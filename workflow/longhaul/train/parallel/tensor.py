@@ -177,26 +177,6 @@ class VocabularyParallelEmbedding(torch.nn.Module):
         return reduce_from(found_BTH.masked_fill(foreign_BT[..., None], 0.0), self.group)
 
 
-def vocabulary_parallel_loss_sum(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, ignore: int, grid: Grid
-) -> torch.Tensor:
-    """Sum of the cross entropies of N tokens whose logits are split over tensor ranks [N, V / ranks], in fp32.
-
-    The logits are never gathered: their largest, the sum of their exponentials and the label's own one are reduced.
-    """
-    group = grid.group("tensor")
-    logits_NV = logits_NV.float()
-    largest_N = logits_NV.detach().amax(-1)
-    dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
-    shifted_NV = logits_NV - largest_N[:, None]
-    denominator_N = reduce_from(shifted_NV.exp().sum(-1), group)
-    local_N = labels_N - grid.tensor_rank * logits_NV.shape[1]
-    foreign_N = (local_N < 0) | (local_N >= logits_NV.shape[1])
-    own_N = shifted_NV.gather(1, local_N.masked_fill(foreign_N, 0)[:, None])[:, 0].masked_fill(foreign_N, 0.0)
-    losses_N = denominator_N.log() - reduce_from(own_N, group)
-    return losses_N.masked_fill(labels_N == ignore, 0.0).sum()
-
-
 def gather_vocabulary(logits: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Logits [..., V / ranks] of every tensor rank, put together; without gradient."""
     parts = [torch.empty_like(logits) for _ in range(grid.parallel.tensor)]

@@ -1,0 +1,109 @@
+"""The loss without whole logits: equal to the whole one, over any chunk and any split of the vocabulary, and smaller."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chunks import HIDDEN, TOKENS, VOCABULARY, operands
+from longhaul.train.loss import IGNORE, chunked_loss_sum
+from ranks import spawn
+
+SCALE = 0.125
+
+
+def whole(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, gradient of hidden and of weight by torch's own cross entropy."""
+    hidden, weight, labels = operands(dtype)
+    logits = (hidden @ weight.T).float()
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    (loss * SCALE).backward()
+    return loss.detach(), *_gradients(hidden, weight)
+
+
+def chunked(chunk: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight, labels = operands(dtype)
+    loss = chunked_loss_sum(hidden, weight, labels, chunk=chunk)
+    (loss * SCALE).backward()
+    return loss.detach(), *_gradients(hidden, weight)
+
+
+def _gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, TOKENS, 10 * TOKENS])
+def test_any_chunk_gives_the_whole_loss_and_its_gradients(chunk: int):
+    for found, wanted in zip(chunked(chunk), whole(), strict=True):
+        assert relative(found, wanted) <= 1e-6
+
+
+def test_in_half_precision_it_is_as_near_to_the_truth_as_the_whole_one():
+    truth = whole()
+    for exact, ours, theirs in zip(truth, chunked(25, torch.bfloat16), whole(torch.bfloat16), strict=True):
+        assert relative(ours.float(), exact) <= 1.5 * relative(theirs.float(), exact) + 1e-6
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_split_vocabulary_gives_the_same(tmp_path: Path, ranks: int):
+    spawn(Path(__file__).with_name("chunk_worker.py"), ranks, str(tmp_path))
+    found = load_file(tmp_path / f"ranks{ranks}.safetensors")
+    loss, hidden, weight = whole()
+    assert relative(found["loss"], loss) <= 1e-6
+    assert relative(found["hidden"] * SCALE, hidden) <= 1e-6
+    assert relative(found["weight"] * SCALE, weight) <= 1e-6
+
+
+def test_without_a_loss_token_nothing_moves():
+    hidden, weight, labels = operands()
+    loss = chunked_loss_sum(hidden, weight, torch.full_like(labels, IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in _gradients(hidden, weight))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_the_largest_tensor_is_a_chunk_of_logits():
+    """Beside it only the gradients of hidden states and weight, which the step needs anyway."""
+    hidden, weight, labels = operands()
+    with Largest() as seen:
+        chunked_loss_sum(hidden, weight, labels, chunk=25).backward()
+    assert seen.elements == max(25 * VOCABULARY, TOKENS * HIDDEN, VOCABULARY * HIDDEN)
+    with Largest() as seen:
+        chunked_loss_sum(hidden, weight, labels, chunk=TOKENS).backward()
+    assert seen.elements == TOKENS * VOCABULARY
+
+
+def test_without_gradients_none_are_made():
+    hidden, weight, labels = operands()
+    with torch.no_grad(), Largest() as seen:
+        loss = chunked_loss_sum(hidden, weight, labels, chunk=5)
+    assert relative(loss, whole()[0]) <= 1e-6
+    assert seen.elements == max(5 * VOCABULARY, VOCABULARY * HIDDEN)  # the weight transposed, which is a view
