@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,22 +130,31 @@ def open_encoder(folder: Path, name: str) -> tuple[Reference | Fast, Reference]:
     return (Fast(folder, reference) if name == Fast.name else reference), reference
 
 
-def choose(folder: Path, sample: Sequence[str]) -> Choice:
-    """The fast encoder where it can read the tokenizer and gives the reference's ids for hard texts and the sample."""
+def choose(folder: Path, sample: Sequence[str], parts: int = 1, each: Callable[..., Iterable[str]] = map) -> Choice:
+    """The fast encoder where it can read the tokenizer and gives the reference's ids for hard texts and the sample.
+
+    The texts are compared in `parts`, by `each`: a pool's map shares them out.
+    """
     settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if reason := _unfit(settings):
         return Choice(Reference.name, reason)
+    texts = [*hard_texts([token["content"] for token in settings.get("added_tokens", [])]), *sample]
+    objections = each(_objection, repeat(folder, parts), [texts[part::parts] for part in range(parts)])
+    reason = next(filter(None, objections), "")
+    return Choice(Reference.name, reason) if reason else Choice(Fast.name, "")
+
+
+def _objection(folder: Path, texts: Sequence[str]) -> str:
+    """Why the fast encoder is not to be used, as far as these texts show it; "" for no reason."""
     try:
         fast, reference = open_encoder(folder, Fast.name)
     # Whatever its Rust half meets is a reason not to use it.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return Choice(Reference.name, f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}")
+        return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
     assert isinstance(fast, Fast)
-    added = [token["content"] for token in settings.get("added_tokens", [])]
-    difference = first_difference(fast, reference, [*hard_texts(added), *sample])
-    return Choice(Reference.name, difference) if difference else Choice(Fast.name, "")
+    return first_difference(fast, reference, texts)
 
 
 def _unfit(settings: dict[str, Any]) -> str:

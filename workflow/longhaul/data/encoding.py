@@ -70,7 +70,7 @@ class Encoder:
         else:
             rows, mask = self._encoder.encode_with_mask(texts, [spans for _, spans in rendered])
         return Encoded(
-            tokens=rows.tokens.astype(self._dtype),
+            tokens=rows.tokens.astype(self._dtype) if self._dtype.itemsize < 4 else rows.tokens.view(self._dtype),
             lengths=rows.lengths.astype(np.int32),
             mask=mask,
             keys=np.array([document_key(document) for document in kept], dtype=np.uint64),

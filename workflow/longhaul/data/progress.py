@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import BaseContext
 from typing import Any
 
 _EVERY_S = 5.0
@@ -14,7 +14,7 @@ _BYTES, _DOCUMENTS, _TOKENS = range(3)
 class Counters:
     """Bytes of source, documents and tokens done; may be handed to processes as they start."""
 
-    def __init__(self, context: SpawnContext) -> None:
+    def __init__(self, context: BaseContext) -> None:
         self._counts: Any = context.Array("q", 3)
 
     def add(self, source_bytes: int, documents: int, tokens: int) -> None:

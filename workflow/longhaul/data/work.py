@@ -155,14 +155,14 @@ class _Found:
             "skipped": dict(sorted(self.skipped.items())),
             "lowest_key": self.lowest_key,
             "highest_key": self.highest_key,
-            "token_counts": base64.b85encode(counts).decode(),
+            "token_counts": base64.b64encode(counts).decode(),
         }
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """A finished unit's record; "token_counts" as [vocabulary] int32."""
     record = read_json(folder / RECORD)
-    counts = zlib.decompress(base64.b85decode(record["token_counts"]))
+    counts = zlib.decompress(base64.b64decode(record["token_counts"]))
     return {**record, "token_counts": np.frombuffer(counts, "<i4")}
 
 
