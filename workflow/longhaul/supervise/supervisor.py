@@ -242,7 +242,8 @@ class Supervisor:
             self._end_as_told(Failure(CANCELLED, reason, "", host=this_host()))
         if not self.job.slurm or not self.job.requeue:
             self._leave(reason)
-        left_out = list(dict.fromkeys([*read_quarantine(Path(self.job.quarantine)).names, *(excluded or [])]))
+        known = read_quarantine(Path(self.job.quarantine)).names
+        left_out = [*known, *(node for node in excluded or [] if node not in known)]
         self._require_nodes(left_out)
         self._note("waiting", reason)
         if refused := slurm_client.requeue(str(self.job_id), left_out):
