@@ -1,44 +1,58 @@
-"""Mends a defect of snakemake-executor-plugin-slurm (2.x) in the main process, without which a run may wait for ever.
+"""Mends two defects of snakemake-executor-plugin-slurm (2.x) in the main process, with which a run may wait for ever.
 
-The plugin's `check_active_jobs` hands back the jobs that still run; Snakemake forgets those that it does not. When no
-status query succeeds, because slurmctld restarts or its network is away, the plugin hands back none, and Snakemake waits
-for jobs that it never asks about again. Here a job of which nothing was said counts as running.
+The plugin's `check_active_jobs` hands back the jobs that still run; Snakemake forgets those that it does not.
+- When no status query succeeds, because slurmctld restarts or its network is away, the plugin hands back none, and Snakemake
+  waits for jobs that it never asks about again (upstream issue 207). Here a job of which nothing was said counts as running.
+- It leaves a preempted job to Slurm, which does nothing where preemption cancels (PreemptMode=CANCEL). Here such a job is
+  queued again under its own id, or fails, so that a retry submits another.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from longhaul.supervise import slurm_client
 
-def keep_unanswered_jobs() -> None:
-    """Patches the plugin's executor; to be called before Snakemake makes it."""
+Requeue = Callable[[str], str]
+
+
+def mend_executor(may_requeue: bool) -> None:
+    """Patches the plugin's executor class; to be called before Snakemake makes one. may_requeue: the site allows it."""
     from snakemake_executor_plugin_slurm import Executor
 
     if not hasattr(Executor.check_active_jobs, "unmended"):
-        Executor.check_active_jobs = _mended(Executor.check_active_jobs)  # pyright: ignore[reportAttributeAccessIssue]
+        requeue = slurm_client.requeue if may_requeue else lambda job_id: "the site forbids requeue"
+        Executor.check_active_jobs = _mended(Executor.check_active_jobs, requeue)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _mended(check_active_jobs: Any) -> Any:
-    async def check_all(self: Any, active_jobs: list[Any]) -> AsyncGenerator[Any, None]:
-        answered: set[int] = set()
-        with _noting_reports(self, answered):
-            async for job in check_active_jobs(self, active_jobs):
-                answered.add(id(job))
-                yield job
+def _mended(check_active_jobs: Any, requeue: Requeue) -> Any:
+    async def check_all(executor: Any, active_jobs: list[Any]) -> AsyncGenerator[Any, None]:
+        ended: set[int] = set()
+        with _Reports(executor, ended):
+            async for _ in check_active_jobs(executor, active_jobs):
+                pass
+            _requeue_preempted(executor, [job for job in active_jobs if id(job) not in ended], requeue)
         for job in active_jobs:
-            if id(job) not in answered:
+            if id(job) not in ended:
                 yield job
 
     check_all.unmended = check_active_jobs  # pyright: ignore[reportFunctionMemberAccess]
     return check_all
 
 
-class _noting_reports:
+def _requeue_preempted(executor: Any, jobs: list[Any], requeue: Requeue) -> None:
+    preempted = set(slurm_client.preempted_jobs(executor.run_uuid)) if jobs else set()
+    for job in jobs:
+        if job.external_jobid in preempted and (refused := requeue(job.external_jobid)):
+            executor.report_job_error(job, msg=f"job {job.external_jobid} was preempted; not queued again: {refused}. ")
+
+
+class _Reports:
     """Notes the jobs that an executor reports as ended, for the length of a `with` block."""
 
-    def __init__(self, executor: Any, answered: set[int]) -> None:
-        self._executor, self._answered = executor, answered
+    def __init__(self, executor: Any, ended: set[int]) -> None:
+        self._executor, self._ended = executor, ended
 
     def __enter__(self) -> None:
         for name in ("report_job_success", "report_job_error"):
@@ -50,7 +64,7 @@ class _noting_reports:
 
     def _noting(self, report: Any) -> Any:
         def noted(job: Any, *arguments: Any, **options: Any) -> None:
-            self._answered.add(id(job))
+            self._ended.add(id(job))
             report(job, *arguments, **options)
 
         return noted

@@ -17,7 +17,7 @@ from longhaul.lease import RunLease
 from longhaul.payloads import repository_sources
 from longhaul.plan import lock_path
 from longhaul.submission import require_nodes, submitted_request
-from longhaul.slurm_executor import keep_unanswered_jobs
+from longhaul.slurm_executor import mend_executor
 from longhaul.supervise.slurm_client import job_has_ended
 from longhaul.render import job_folder, render_run, stage_folder
 
@@ -28,7 +28,7 @@ shell.prefix(
     f'longhaul() {{{{ PYTHONPATH={shlex.quote(workflow.basedir)}/workflow {shlex.quote(sys.executable)} -m longhaul "$@"; }}}}; '
 )
 if workflow.is_main_process and PLAN.site.scheduler == "slurm":
-    keep_unanswered_jobs()
+    mend_executor(PLAN.site.requeue)
 LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
 
 

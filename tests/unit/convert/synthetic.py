@@ -126,6 +126,7 @@ def write_proof(weights: Path, config: dict[str, Any]) -> None:
     save_file({"input_ids": ids, "logits": logits}, proof / "logits.safetensors")
     made = {"device": "cpu", "threads": 1, "dtype": "fp32", "torch": torch.__version__}
     (proof / "logits.json").write_text(json.dumps(made))
+    (proof / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": ids[:, :8].tolist()}))
     (proof / "tensors.json").write_text(json.dumps(entries))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,6 +79,14 @@ def job_has_ended(job_id: str) -> bool:
     return info is None or info.has_ended
 
 
+def preempted_jobs(name: str) -> list[str]:
+    """Ids of the jobs of this name that a preemption ended, and that are not in the queue again; [] without an answer."""
+    try:
+        return _run("squeue", "--noheader", f"--name={name}", "--states=PREEMPTED", "--format=%i").split()
+    except SlurmSilentError:
+        return []
+
+
 def nodes_of(partition: str) -> list[str]:
     """Every node of a partition, whatever its state; [] when Slurm does not answer."""
     try:
@@ -100,7 +109,7 @@ def hostnames(node_list: str) -> list[str]:
     return _scontrol("show", "hostnames", node_list).split()
 
 
-def requeue(job_id: str, excluded: list[str]) -> str:
+def requeue(job_id: str, excluded: Sequence[str] = ()) -> str:
     """Puts the job back into the queue, away from `excluded` nodes; returns why it could not be done, else ""."""
     try:
         _scontrol("requeue", job_id)
