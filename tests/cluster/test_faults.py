@@ -24,6 +24,7 @@ from faulted_run import (
     write_larger_corpus,
 )
 from faults import CELLS, Cell, shorten
+from longhaul.records import quarantine
 from running import running
 from test_virtual_cluster import wait_for
 from virtual_cluster import Shape, VirtualCluster
@@ -221,13 +222,11 @@ def test_the_main_snakemake_outlives_its_own_job(
     table.append(row)
 
 
-@pytest.mark.all_faults
 def test_a_quarantine_that_leaves_too_few_nodes_is_refused(
     cluster_mended: VirtualCluster, finished: Chain, folder: Path
 ):
     run = FaultedRun(folder / "quarantined", faulted_config(finished.config), cluster_mended, finished.results)
-    entries = [{"node": node, "cause": "no answer", "time": "now", "evidence": ""} for node in ("n1", "n3")]
-    run.results.parent.joinpath("quarantine.json").write_text(json.dumps({"nodes": entries}))
+    quarantine(run.folder / "results/quarantine.json", ["n1", "n3"], "no answer", "job 7")
     run.start()
     assert run.finish() == 2
     said = run.said()
