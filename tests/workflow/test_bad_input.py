@@ -337,6 +337,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"cuda_build": "cpu"},
         ("node.gpus 8 with cuda_build cpu", "set cuda_build, e.g. cu130"),
     ),
+    (
+        "several nodes without a network",
+        {},
+        {"interconnect": {"kind": "none"}},
+        ("interconnect.kind none is one machine, and max_nodes is 16",),
+    ),
     ("a build that no wheel has", {}, {"cuda_build": "12.8"}, ("cuda_build is '12.8'", "cu[0-9]")),
     ("qwZ", {"stages.0.zero": {"zero_quantized_weights": True}}, {}, ("qwZ", "is not proved here")),
     ("qgZ", {"stages.0.zero": {"zero_quantized_gradients": True}}, {}, ("qgZ", "is not proved here")),

@@ -80,6 +80,7 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
         gpus_per_node=gpus_per_node,
         checks=plan.config.checks,
         memory_mb=plan.site.node.memory_mb,
+        interconnect=plan.site.interconnect.kind,
         cuda_build=plan.site.cuda_build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=("cpu_adam",) if offloads else (),

@@ -55,7 +55,8 @@ class Interconnect(Frozen):
     """The network between nodes."""
 
     kind: Literal["infiniband", "roce", "ethernet", "none"] = Field(
-        default="ethernet", description="none: one machine."
+        default="ethernet",
+        description="infiniband, roce: every node of several must have an active port of it. none: one machine.",
     )
     socket_interface: SlurmWord | None = Field(
         default=None, description="Interface for NCCL's and gloo's sockets, e.g. ib0."
@@ -114,7 +115,6 @@ class Site(Frozen):
     deadline_every_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0, description="How often a job asks Slurm for the end of its allocation, in seconds."
     )
-    sbatch_from_jobs: bool = Field(default=False, description="Compute nodes may call sbatch.")
     srun_extra: tuple[SlurmOption, ...] = Field(default=(), description="More options for every srun, e.g. --mpi=pmix.")
     interconnect: Interconnect = Field(default=Interconnect(), description="The network between nodes.")
     inode_limit: Count | None = Field(
@@ -136,6 +136,8 @@ class Site(Frozen):
             raise ValueError(
                 f"node.gpus {self.node.gpus} with cuda_build cpu: torch's CPU build uses no GPU; set cuda_build, e.g. cu130"
             )
+        if self.interconnect.kind == "none" and self.max_nodes > 1:
+            raise ValueError(f"interconnect.kind none is one machine, and max_nodes is {self.max_nodes}; set either")
         if self.gpu_request == "gres" and not self.node.gpus:
             raise ValueError("gpu_request gres needs node.gpus >= 1")
         return self
