@@ -82,7 +82,7 @@ def _install() -> None:
         return
     prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("apt-get") or (prefix and not shutil.which("sudo")) or not _apt(prefix, packages):
-        left_out = "the Slurm cluster's (tests/cluster) and the browser's (tests/report)"
+        left_out = "the Slurm cluster's (tests/cluster) and the browser's (tests/workflow/test_report.py)"
         print(f"left out: tests that need {', '.join(packages)}, {left_out}; install them and run again")
 
 

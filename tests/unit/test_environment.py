@@ -17,7 +17,7 @@ import pytest
 from longhaul.artifacts import EnvironmentReport, failed_path
 from longhaul.config.models import Checks
 from longhaul.environment import check
-from longhaul.environment.facts import compiler, cuda_build, node_facts, write_error
+from longhaul.environment.facts import compiler, cuda_build, node_facts, rdma_ports, write_error
 from longhaul.environment.judge import problems, warnings
 from longhaul.errors import UserError
 from longhaul.jobs import EnvironmentJob
@@ -31,6 +31,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentJob:
         "gpus_per_node": 8,
         "checks": Checks(min_disk_free_gb=0.001),
         "memory_mb": 100,
+        "interconnect": "infiniband",
         "cuda_build": "cpu",
         "scratch": str(folder / "scratch"),
         "prebuild_ops": (),
@@ -53,6 +54,7 @@ def nodes() -> list[dict[str, Any]]:
     node = {
         "versions": versions,
         "memory_bytes": 512 * 2**30,
+        "rdma_ports": ["InfiniBand"] * 4 + ["Ethernet"],
         "gpus": [gpu] * 8,
         "disk_free_bytes": 50 * 10**9,
         "shared_memory_bytes": 2**33,
@@ -89,6 +91,14 @@ BAD: dict[str, tuple[Change, str]] = {
     "less memory than the plan counts on": (
         lambda node: node.update(memory_bytes=99 * 2**20),
         "n2: the node has 99 MiB of memory, the site file says node.memory_mb: 100",
+    ),
+    "no InfiniBand": (
+        lambda node: node.update(rdma_ports=["Ethernet"]),
+        "n2: no active InfiniBand port in /sys/class/infiniband, the site file says interconnect.kind: infiniband",
+    ),
+    "a port that is down": (
+        lambda node: node["rdma_ports"].remove("InfiniBand"),
+        "number of active InfiniBand ports is not the same on all nodes: 4 on n1; 3 on n2",
     ),
     "a full disk": (
         lambda node: node.update(disk_free_bytes=10**5),
@@ -133,6 +143,28 @@ def test_what_a_kernel_keeps_is_no_missing_memory(tmp_path: Path):
     found = nodes()
     found[1]["memory_bytes"] -= 2**30
     assert warnings(found, check.tested_versions()) == []
+
+
+def test_ports_that_nobody_speaks_of_are_not_judged(tmp_path: Path):
+    found = nodes()
+    found[1]["rdma_ports"] = []
+    for kind in ("roce", "infiniband"):
+        assert problems(found, job(tmp_path, cuda_build="cu130", interconnect=kind))
+        assert problems(found[1:], job(tmp_path, cuda_build="cu130", interconnect=kind)) == [], (
+            "one node talks to nobody"
+        )
+    assert problems(found, job(tmp_path, cuda_build="cu130", interconnect="ethernet")) == []
+
+
+def test_active_ports_are_the_kernels(tmp_path: Path):
+    for device, state, layer in (("mlx5_0", "4: ACTIVE", "InfiniBand"), ("mlx5_1", "1: DOWN", "InfiniBand"),
+                                 ("mlx5_2", "4: ACTIVE", "Ethernet")):  # fmt: skip
+        port = tmp_path / device / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(f"{state}\n")
+        (port / "link_layer").write_text(f"{layer}\n")
+    assert rdma_ports(tmp_path) == ["InfiniBand", "Ethernet"]
+    assert rdma_ports(tmp_path / "none") == []
 
 
 def test_facts_of_this_machine(tmp_path: Path):

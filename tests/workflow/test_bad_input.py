@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -187,7 +188,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("longer than the partition allows", {"stages.0.minutes": 1441}, {}, ("minutes 1441: partition gpu allows 1440",)),
     (
         "more memory than a GPU has",
-        {"model.llama.num_hidden_layers": 100_000},
+        {"model.llama.num_hidden_layers": 10_000},
         {"node.gpu_memory_gib": 1},
         ("GiB per GPU", "site centre has 1 GiB"),
     ),
@@ -337,7 +338,102 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"cuda_build": "cpu"},
         ("node.gpus 8 with cuda_build cpu", "set cuda_build, e.g. cu130"),
     ),
+    (
+        "several nodes without a network",
+        {},
+        {"interconnect": {"kind": "none"}},
+        ("interconnect.kind none is one machine, and max_nodes is 16",),
+    ),
     ("a build that no wheel has", {}, {"cuda_build": "12.8"}, ("cuda_build is '12.8'", "cu[0-9]")),
+    # Slips and malice, as found by playing a user at a centre.
+    ("a number without end", {"stages.0.tokens": 10**400, "stages.0.steps": ...}, {}, ("stages.0.tokens is 1000", "…")),
+    ("endless layers", {"model.llama.num_hidden_layers": 10**9}, {}, ("num_hidden_layers is 1000000000", "10000")),
+    (
+        "an endless vocabulary in parts",
+        {"model.llama.vocab_size": 10**8 - 1, "stages.0.parallel": {"tensor": 2}, "stages.0.gpus_per_node": 2},
+        {},
+        ("tensor 2 does not divide the model's vocab_size 99999999", "set tensor to 1"),
+    ),
+    ("endless nodes", {}, {"max_nodes": 10**12}, ("max_nodes is 1000000000000", "100000")),
+    (
+        "units of nothing",
+        {"datasets.prose": {"kind": "text", "python_stdlib": {}, "unit_mb": 1e-300}},
+        {},
+        ("unit_mb is 1e-300",),
+    ),
+    ("an empty path", {"datasets.prose": {"kind": "text", "files": [""]}}, {}, ("files.0 is ''", "not empty")),
+    ("no data files", {"datasets.prose": {"kind": "text", "files": []}}, {}, ("exactly one of files, hub",)),
+    (
+        "an unknown home",
+        {"tokenizer": {"path": "~nobody-at-all/t"}},
+        {},
+        ("tokenizer.path '~nobody-at-all/t' is no path",),
+    ),
+    (
+        "a path too long",
+        {"datasets.prose": {"kind": "text", "files": ["a" * 3000]}},
+        {},
+        ("datasets.prose.files 'aaa", "File name too long"),
+    ),
+    ("a site's path too long", {"site": "a" * 3000}, {}, ("site: there is no site 'aaa",)),
+    ("a folder for a template", {"tokenizer.chat_template": "."}, {}, ("tokenizer.chat_template: ", "is no file")),
+    (
+        "a key that is no text",
+        {"datasets": {True: {"kind": "text"}}},
+        {},
+        ("datasets.True: key True is no text", "quote"),
+    ),
+    ("a date for a name", {"run": datetime.date(2026, 1, 1)}, {}, ("run is 2026-01-01, which YAML reads as a date",)),
+    (
+        "a dataset with the lock's name",
+        {"datasets.model": {"kind": "text", "python_stdlib": {}}},
+        {},
+        ("datasets.model: ",),
+    ),
+    ("odd heads", {"model.llama.hidden_size": 12}, {}, ("heads are 3 wide", "even width")),
+    ("a width that heads do not divide", {"model.llama.hidden_size": 65}, {}, ("hidden_size 65 is not a multiple",)),
+    ("an unknown rotary scaling", {"model.llama.rope_scaling": {"rope_type": "yarm"}}, {}, ("'yarm'", "yarn")),
+    (
+        "more experts chosen than there are",
+        {"model": {"deepseek_v3": {**MIXTURE, "num_experts_per_tok": 5}}},
+        {},
+        ("num_experts_per_tok 5 is more than n_routed_experts 4",),
+    ),
+    (
+        "a window without a return",
+        {"stages.0.nonfinite": {"policy": "skip", "window_batches": 2}},
+        {},
+        ("window_batches has no meaning for policy skip",),
+    ),
+    ("checks beyond the partition", {"checks.minutes": 2000}, {}, ("checks.minutes 2000: partition gpu allows 1440",)),
+    ("data beyond the partition", {"data_minutes": 2000}, {}, ("data_minutes 2000: partition gpu allows 1440",)),
+    ("an option for an account", {}, {"account": "--wrap=id"}, ("account is '--wrap=id'", "the first a letter")),
+    (
+        "an option for a module",
+        {},
+        {"software": {"kind": "modules", "modules": ["-h"]}},
+        ("software.modules.0 is '-h'",),
+    ),
+    # the executor plugin hands these two to a shell unquoted
+    ("a command in a reservation", {}, {"reservation": "a&reboot"}, ("reservation is 'a&reboot'",)),
+    ("a command in a GPU type", {}, {"gpu_type": "a100|reboot"}, ("gpu_type is 'a100|reboot'",)),
+    ("a GPU type that no gres takes", {}, {"gpu_type": "rtx-3090", "gpu_request": "gres"}, ("gpu_type 'rtx-3090'",)),
+    (
+        "a relative environment",
+        {},
+        {"software": {"kind": "venv", "path": "~/venv"}},
+        ("path '~/venv' is not absolute",),
+    ),
+    (
+        "an option for a bind",
+        {},
+        {"software": {"kind": "container", "path": "/a.sif", "binds": ["--pwn"]}},
+        ("binds '--pwn' is not absolute",),
+    ),
+    ("a variable of ours", {}, {"environment": {"PYTHONPATH": "/x"}}, ("environment sets PYTHONPATH",)),
+    ("a geometry of its own", {}, {"srun_extra": ["--nodes=1"]}, ("srun_extra holds --nodes",)),
+    ("fewer cores than GPUs", {}, {"node.cpus": 4}, ("cpus 4 are fewer than gpus 8",)),
+    ("this machine, 16 times", {}, {"scheduler": "local"}, ("scheduler local is this machine, and max_nodes is 16",)),
     ("qwZ", {"stages.0.zero": {"zero_quantized_weights": True}}, {}, ("qwZ", "is not proved here")),
     ("qgZ", {"stages.0.zero": {"zero_quantized_gradients": True}}, {}, ("qgZ", "is not proved here")),
     ("ZenFlow", {"stages.0.zero": {"zenflow": {"topk_ratio": 0.1}}}, {}, ("ZenFlow", "is not proved here")),
@@ -422,6 +518,37 @@ def test_a_whole_pretrained_folder_is_planned(tmp_path: Path, capsys: pytest.Cap
     assert "base" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name", [b"a{run}.txt", b"a\n.txt", b"caf\xe9.txt"], ids=["a wildcard", "two lines", "Latin-1"]
+)
+def test_a_data_file_that_no_rule_can_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / os.fsdecode(name)).write_text("text")
+    path = write_config(tmp_path, {"datasets.prose": {"kind": "text", "files": ["data/*.txt"]}})
+    assert "datasets.prose.files: " in refused(capsys, "plan", str(path))
+
+
+def test_hostile_values_arrive_as_they_are_or_not_at_all(tmp_path: Path):
+    """Through Snakemake's own shell: folder, config and variables with quotes, blanks, expansions and braces."""
+    folder = tmp_path / "it's {run} $(touch pwned) #SBATCH"
+    hostile = "$(touch pwned) '\" {run} #SBATCH"
+    config = write_config(
+        folder, {"storage": {"weights": hostile}}, {"scheduler": "local", "max_nodes": 1, "environment": {"X": hostile}}
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    done = snakemake(run, "results/small/plan.json", "--configfile", str(config), "--forcerun", "render")
+    assert done.returncode == 0, done.stderr
+    assert (run / "results" / "small" / "config.yaml").read_text() == config.read_text()
+    launch = (run / "results" / "small" / "jobs" / "environment" / "launch.sh").read_text()
+    shown = [line for line in launch.splitlines() if line.startswith("export X=")]
+    told = subprocess.run(
+        ["bash", "-c", f'{shown[0]}; printf %s "$X"'], cwd=run, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == hostile
+    assert not [*tmp_path.rglob("pwned"), *REPOSITORY.glob("pwned")]
+
+
 TEXTS: dict[str, tuple[bytes, str]] = {
     "not YAML": (b"run: [a\nseed: 1\n", "is not valid YAML"),
     "a key twice": (b"run: a\nrun: b\n", "key 'run' is written twice, in lines 1 and 2"),
@@ -431,6 +558,19 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "Latin-1": ("run: caf\u00e9\n".encode("latin-1"), "is not UTF-8"),
     "a Python object": (b"run: !!python/object/apply:os.system ['touch pwned']\n", "could not determine a constructor"),
     "a date": (b"run: 2026-01-01\n", "quote the value"),
+    "a date that is none": (b"run: 2026-13-45\n", "month must be in 1..12"),
+    "a number of 5000 digits": (b"seed: " + b"1" * 5000 + b"\n", "quote the value, or mend it"),
+    "an alias of itself": (b"run: &a [*a]\n", "found unconstructable recursive node"),
+    "a billion laughs": (
+        b"a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (i + 1, i + 1, b",".join([b"*%c" % i] * 10)) for i in range(ord("a"), ord("j"))),
+        "its aliases (&, *) followed",
+    ),
+    "a deep pit": (b"run: " + b"[" * 5000 + b"]" * 5000 + b"\n", "nested too deeply"),
+    "expressions of Snakemake's YAML": (
+        b"__use_yte__: true\nrun: ?__import__('os').system('touch pwned')\n",
+        "__use_yte__",
+    ),
 }
 
 
@@ -560,7 +700,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "the same in a dry run": ({}, {}, ["-n", "-j4"], "use --profile profiles/slurm"),
     "this machine through Slurm": (
         {},
-        {"scheduler": "local"},
+        {"scheduler": "local", "max_nodes": 1},
         ["-n", "--executor", "slurm", "-j4"],
         "site centre has scheduler: local, but Snakemake's executor is slurm",
     ),
@@ -599,7 +739,7 @@ def test_run_reads_the_config_before_snakemake(
 
 def test_run_becomes_snakemake(tmp_path: Path):
     """Options and targets arrive, and the config is that file."""
-    config = write_config(tmp_path, None, {"scheduler": "local"})
+    config = write_config(tmp_path, None, {"scheduler": "local", "max_nodes": 1})
     words = ["-m", "longhaul", "run", config.name, "results/small/plan.json", "-n", "--profile", "none"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -607,7 +747,7 @@ def test_run_becomes_snakemake(tmp_path: Path):
 
 
 def test_a_working_folder_that_no_script_can_name(tmp_path: Path):
-    config = write_config(tmp_path / "config", None, {"scheduler": "local"})
+    config = write_config(tmp_path / "config", None, {"scheduler": "local", "max_nodes": 1})
     run = tmp_path / "costs $5"
     run.mkdir()
     done = snakemake(run, "-n", "--configfile", str(config))

@@ -47,6 +47,7 @@ def plan(tmp_path: Path) -> Plan:
     }
     site = {
         "scheduler": "local",
+        "max_nodes": 1,
         "node": {"cpus": 2, "memory_mb": 1000},
         "cuda_build": "cpu",
         "software": {"kind": "container", "path": str(fake_image(tmp_path / "images"))},

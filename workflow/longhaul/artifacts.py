@@ -199,16 +199,31 @@ class Checkpoint(Artifact):
 
 
 @dataclass(frozen=True)
-class EnvironmentReport(Artifact):
-    """`results/<run>/environment.json`: what the check nodes hold; `problems` is empty when all is well."""
+class CheckReport(Artifact):
+    """What a check found; `problems` is empty when all is well."""
+
+    problems: list[str]
+
+    def conclude(self, out: Path, what_is_wrong: str, hint: str) -> None:
+        """Writes `out`, which means that all is well; with problems failed_path(out) instead, and raises UserError."""
+        failed = failed_path(out)
+        if self.problems:
+            self.write(failed)
+            raise UserError(f"{what_is_wrong}:\n  - " + "\n  - ".join(self.problems), f"{hint}; all is in {failed}")
+        self.write(out)
+        failed.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class EnvironmentReport(CheckReport):
+    """`results/<run>/environment.json`: what the check nodes hold."""
 
     nodes: list[dict[str, Any]]
-    problems: list[str]
     warnings: list[str]
 
 
 @dataclass(frozen=True)
-class FabricReport(Artifact):
+class FabricReport(CheckReport):
     """`results/<run>/fabric.json`: collective measurements.
 
     results: [{"collective", "bytes", "time_us", "algorithm_bandwidth_gbps", "bus_bandwidth_gbps", "world_size"}] in GB/s.
@@ -219,7 +234,6 @@ class FabricReport(Artifact):
     hosts: list[str]
     results: list[dict[str, Any]]
     floors: dict[str, float]
-    problems: list[str]
 
 
 @dataclass(frozen=True)

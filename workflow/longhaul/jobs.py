@@ -68,6 +68,7 @@ class EnvironmentJob(Job):
     gpus_per_node: int
     checks: Checks
     memory_mb: int  # that the site file gives a node, in MiB
+    interconnect: str  # infiniband | roce | ethernet | none, as the site file says
     cuda_build: str
     scratch: str | None
     prebuild_ops: tuple[str, ...]  # DeepSpeed op builders the stages need: "cpu_adam" where the optimizer is offloaded

@@ -78,6 +78,7 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
         gpus_per_node=gpus_per_node,
         checks=plan.config.checks,
         memory_mb=plan.site.node.memory_mb,
+        interconnect=plan.site.interconnect.kind,
         cuda_build=plan.site.cuda_build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=("cpu_adam",) if offloads else (),
@@ -99,9 +100,10 @@ def _fabric(plan: Plan) -> FabricJob:
 def _tokenizer(plan: Plan) -> TokenizerJob:
     config = plan.config
     tokenizer, train = config.tokenizer, config.tokenizer.train
-    path = str(plan.loaded.resolve(tokenizer.path)) if tokenizer.path else None
+    path = str(plan.loaded.resolve("tokenizer.path", tokenizer.path)) if tokenizer.path else None
     if tokenizer.hub:
         path = _locked(plan.lock, "tokenizer", "path")
+    template = tokenizer.chat_template and str(plan.loaded.resolve("tokenizer.chat_template", tokenizer.chat_template))
     model = model_config(plan.loaded, plan.lock)
     return TokenizerJob(
         run=plan.run,
@@ -109,7 +111,7 @@ def _tokenizer(plan: Plan) -> TokenizerJob:
         train_vocab_size=train.vocab_size if train else None,
         train_files={name: source_files(plan, name) for name in (train.datasets if train else ())},
         train_datasets={name: config.datasets[name] for name in (train.datasets if train else ())},
-        chat_template=str(plan.loaded.resolve(tokenizer.chat_template)) if tokenizer.chat_template else None,
+        chat_template=template,
         needs_chat_template=any(config.datasets[name].kind == "chat" for name in plan.used_datasets),
         model_vocab_size=model["vocab_size"] if model else None,
         folder=f"{results(plan)}/tokenizers",
@@ -167,7 +169,9 @@ def _pretrained_folder(plan: Plan) -> str | None:
     pretrained = plan.config.model.pretrained
     if pretrained is None:
         return None
-    return str(plan.loaded.resolve(pretrained.path)) if pretrained.path else _locked(plan.lock, "model", "path")
+    if pretrained.path:
+        return str(plan.loaded.resolve("model.pretrained.path", pretrained.path))
+    return _locked(plan.lock, "model", "path")
 
 
 def _convert(plan: Plan, name: str) -> ConvertJob:

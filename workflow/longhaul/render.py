@@ -61,7 +61,7 @@ def rendered_run(plan: Plan, workdir: Path) -> dict[Path, Rendered]:
     files = {job_folder(plan, job): render_job(plan, job, workdir) for job in jobs}
     for stage in plan.stages if locked else ():
         files[stage_folder(plan, stage.name)] = render_stage(plan, stage.name, workdir)
-    if plan.site.scheduler == "slurm":
+    if plan.site.scheduler == "slurm" and plan.site.sbatch_from_jobs:
         files[Path("results") / plan.run] = render_controller(plan, workdir)
     return files
 

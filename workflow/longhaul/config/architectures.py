@@ -10,21 +10,25 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from longhaul.config.fields import Count, Frozen, HubSource, OneLine, Share
+from longhaul.config.fields import Frozen, HubSource, OneLine, Share, Whole
 
 Positive = Annotated[float, Field(gt=0)]
+# Of widths, heads, experts, positions and rows; and of layers, which are counted one by one.
+MAX_SIZE, MAX_LAYERS = 10**8, 10**4
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 class Decoder(Frozen):
     """Keys that every architecture shares."""
 
-    vocab_size: Count = Field(description="Rows of the embedding; at least the tokenizer's size.")
-    hidden_size: Count = Field(description="Width of the residual stream.")
-    intermediate_size: Count = Field(description="Width of a dense MLP.")
-    num_hidden_layers: Count = Field(description="Decoder layers.")
-    num_attention_heads: Count = Field(description="Query heads.")
-    num_key_value_heads: Count = Field(description="Key and value heads.")
-    max_position_embeddings: Count = Field(description="Longest sequence the positions allow.")
+    vocab_size: Size = Field(description="Rows of the embedding; at least the tokenizer's size.")
+    hidden_size: Size = Field(description="Width of the residual stream.")
+    intermediate_size: Size = Field(description="Width of a dense MLP.")
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(description="Decoder layers.")
+    num_attention_heads: Size = Field(description="Query heads.")
+    num_key_value_heads: Size = Field(description="Key and value heads.")
+    max_position_embeddings: Size = Field(description="Longest sequence the positions allow.")
     rope_theta: Positive = Field(default=10000.0, description="Base of the rotary embedding.")
     rope_scaling: dict[str, float | int | str | bool] | None = Field(
         default=None, description="Rotary scaling, e.g. yarn."
@@ -41,13 +45,29 @@ class Decoder(Frozen):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        self._check_head_width()
+        kind = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_scaling.rope_type is {kind!r}; use one of {', '.join(ROPE_TYPES)}")
         return self
+
+    def _check_head_width(self) -> None:
+        """Rotary embeddings turn pairs."""
+        width = getattr(self, "head_dim", None)
+        if width is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if (width or self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"heads are {width or self.hidden_size // self.num_attention_heads} wide; rotary embeddings need an even width"
+            )
 
 
 class Llama(Decoder):
     """Llama."""
 
-    head_dim: Count | None = Field(default=None, description="Default: hidden_size / num_attention_heads.")
+    head_dim: Size | None = Field(default=None, description="Default: hidden_size / num_attention_heads.")
     attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
     mlp_bias: bool = Field(default=False, description="Biases in the MLP.")
 
@@ -59,44 +79,63 @@ class Qwen2(Decoder):
 class Qwen3(Decoder):
     """Qwen3, dense."""
 
-    head_dim: Count = Field(default=128, description="Width of one head.")
+    head_dim: Size = Field(default=128, description="Width of one head.")
     attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
 
 
 class Qwen3Moe(Decoder):
     """Qwen3, mixture of experts."""
 
-    head_dim: Count | None = Field(default=None, description="Default: hidden_size / num_attention_heads.")
+    head_dim: Size | None = Field(default=None, description="Default: hidden_size / num_attention_heads.")
     attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
-    moe_intermediate_size: Count = Field(description="Width of one expert.")
-    num_experts: Count = Field(description="Routed experts of a layer.")
-    num_experts_per_tok: Count = Field(description="Experts a token visits.")
+    moe_intermediate_size: Size = Field(description="Width of one expert.")
+    num_experts: Size = Field(description="Routed experts of a layer.")
+    num_experts_per_tok: Size = Field(description="Experts a token visits.")
     norm_topk_prob: bool = Field(default=False, description="Router weights of the chosen experts sum to 1.")
-    decoder_sparse_step: Count = Field(default=1, description="Every n-th layer is a mixture.")
+    decoder_sparse_step: Size = Field(default=1, description="Every n-th layer is a mixture.")
     mlp_only_layers: tuple[int, ...] = Field(default=(), description="Layers that stay dense.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Qwen3Moe:
+        _check_choice(self.num_experts_per_tok, "num_experts", self.num_experts)
+        return self
 
 
 class LatentAttention(Decoder):
     """Multi-head latent attention and experts, as in DeepSeek V2 and V3."""
 
     attention_bias: bool = Field(default=False, description="Biases in the attention projections.")
-    moe_intermediate_size: Count = Field(description="Width of one expert.")
-    n_routed_experts: Count = Field(description="Routed experts of a layer.")
-    n_shared_experts: Count = Field(description="Experts every token visits.")
-    num_experts_per_tok: Count = Field(description="Routed experts a token visits.")
-    first_k_dense_replace: Annotated[int, Field(ge=0)] = Field(description="Leading layers that stay dense.")
-    q_lora_rank: Count | None = Field(description="Rank of the query compression; null: none.")
-    kv_lora_rank: Count = Field(description="Rank of the key/value compression.")
-    qk_nope_head_dim: Count = Field(description="Width of a head without positions.")
-    qk_rope_head_dim: Count = Field(description="Width of a head with rotary positions.")
-    v_head_dim: Count = Field(description="Width of a value head.")
+    moe_intermediate_size: Size = Field(description="Width of one expert.")
+    n_routed_experts: Size = Field(description="Routed experts of a layer.")
+    n_shared_experts: Size = Field(description="Experts every token visits.")
+    num_experts_per_tok: Size = Field(description="Routed experts a token visits.")
+    first_k_dense_replace: Whole = Field(description="Leading layers that stay dense.")
+    q_lora_rank: Size | None = Field(description="Rank of the query compression; null: none.")
+    kv_lora_rank: Size = Field(description="Rank of the key/value compression.")
+    qk_nope_head_dim: Size = Field(description="Width of a head without positions.")
+    qk_rope_head_dim: Size = Field(description="Width of a head with rotary positions.")
+    v_head_dim: Size = Field(description="Width of a value head.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> LatentAttention:
+        _check_choice(self.num_experts_per_tok, "n_routed_experts", self.n_routed_experts)
+        return self
+
+    def _check_head_width(self) -> None:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary embeddings need an even width")
+
+
+def _check_choice(chosen: int, key: str, experts: int) -> None:
+    if chosen > experts:
+        raise ValueError(f"num_experts_per_tok {chosen} is more than {key} {experts}")
 
 
 class DeepseekV2(LatentAttention):
     """DeepSeek V2."""
 
-    n_group: Count | None = Field(default=None, description="Expert groups; topk_method group_limited_greedy.")
-    topk_group: Count | None = Field(default=None, description="Groups a token may choose from.")
+    n_group: Size | None = Field(default=None, description="Expert groups; topk_method group_limited_greedy.")
+    topk_group: Size | None = Field(default=None, description="Groups a token may choose from.")
     topk_method: OneLine = Field(default="greedy", description="greedy or group_limited_greedy.")
     norm_topk_prob: bool = Field(default=False, description="Router weights of the chosen experts sum to 1.")
     routed_scaling_factor: Positive = Field(default=1.0, description="Scale of the routed experts' output.")
@@ -105,8 +144,8 @@ class DeepseekV2(LatentAttention):
 class DeepseekV3(LatentAttention):
     """DeepSeek V3 and R1."""
 
-    n_group: Count = Field(default=8, description="Expert groups.")
-    topk_group: Count = Field(default=4, description="Groups a token may choose from.")
+    n_group: Size = Field(default=8, description="Expert groups.")
+    topk_group: Size = Field(default=4, description="Groups a token may choose from.")
     norm_topk_prob: bool = Field(default=True, description="Router weights of the chosen experts sum to 1.")
     routed_scaling_factor: Positive = Field(default=2.5, description="Scale of the routed experts' output.")
 

@@ -7,17 +7,33 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+ONE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
+SLURM_WORD_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%/+=-]*$"
+IN_WORDS = {
+    NAME_PATTERN: "letters, digits, _ and -, at most 64 of them, the first a letter or digit",
+    ONE_LINE_PATTERN: "one line of text, not empty",
+    SLURM_WORD_PATTERN: "one word of letters, digits and _.,:@%/+=-, the first a letter, digit or _",
+}
 
-# Names become folder names, Snakemake wildcards and job names; words become arguments of Slurm's commands.
+# Names become folder names, Snakemake wildcards and job names. A SlurmWord becomes an argument, of which the executor plugin
+# gives some to a shell unquoted; the plugin quotes a constraint, which alone may hold operators. None begins like an option.
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-SlurmWord = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@%/+=\[\]&|*()-]+$", max_length=256)]
+SlurmWord = Annotated[str, StringConstraints(pattern=SLURM_WORD_PATTERN, max_length=256)]
+Constraint = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_\[(][A-Za-z0-9_.,:@%/+=\[\]&|*()-]*$", max_length=256)
+]
 SlurmOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+\[\]-]+)?$")]
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 CudaBuild = Annotated[str, StringConstraints(pattern=r"^(cpu|cu[0-9]{2,4})$")]
-OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
+OneLine = Annotated[str, StringConstraints(pattern=ONE_LINE_PATTERN, max_length=4096)]
+OneLineOrEmpty = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
 HubId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=128)]
 
-Count = Annotated[int, Field(ge=1)]
+# Beyond any machine or training; without an end, a slip of the keyboard is found when the arithmetic takes for ever.
+LARGEST = 10**15
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+MachineCount = Annotated[int, Field(ge=1, le=100_000)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 

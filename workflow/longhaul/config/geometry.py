@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from longhaul.config.architectures import MAX_LAYERS, MAX_SIZE
 from longhaul.errors import UserError
 
 # What is counted with; architectures built here have been through their models, a config.json has not.
@@ -34,7 +35,6 @@ _SIZES_OR_NONE = {
     "first_k_dense_replace",
     "q_lora_rank",
 }
-MAX_SIZE = 10**8
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 
@@ -96,9 +96,10 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key not in _SIZES | _SIZES_OR_NONE or (key in _SIZES_OR_NONE and not value):
             continue
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        most = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+        if type(value) is not int or not 1 <= value <= most:
             raise UserError(
-                f"{key} of the {config['model_type']} config is {value!r}, not a whole number from 1 to {MAX_SIZE}",
+                f"{key} of the {config['model_type']} config is {value!r}, not a whole number from 1 to {most}",
                 "mend its config.json",
             )
 

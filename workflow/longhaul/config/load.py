@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from longhaul.config.fields import Frozen
+from longhaul.config.fields import IN_WORDS, Frozen
 from longhaul.config.models import Config
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
@@ -36,9 +36,22 @@ class LoadedConfig:
     def folder(self) -> Path:
         return self.path.parent
 
-    def resolve(self, written: str) -> Path:
-        """A path of the config as an absolute one: relative to the config file, not to the working folder."""
-        return (self.folder / Path(written).expanduser()).resolve()
+    def resolve(self, key: str, written: str) -> Path:
+        """The path that a key of the config holds as an absolute one: relative to the config file, not to the working folder."""
+        return absolute_path(key, written, self.folder)
+
+
+def absolute_path(key: str, written: str, folder: Path) -> Path:
+    """A written path, relative to `folder` or to a ~; UserError for one that no file can have, or that is barred."""
+    try:
+        path = (folder / Path(written).expanduser()).resolve()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # pathlib says with a RuntimeError that a ~user or a loop of links is none
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"{key} {_shown(written)} is no path: {reason}", "name a path that you can read, in full"
+        ) from None
+    return path
 
 
 def load_config(path: Path) -> LoadedConfig:
@@ -50,14 +63,13 @@ def load_config(path: Path) -> LoadedConfig:
 def load_site(written: str, folder: Path) -> Site:
     """A site by name from config/sites, or by path (anything with a slash or a .yaml ending) relative to `folder`."""
     if "/" in written or written.endswith((".yaml", ".yml")):
-        return read_model(folder / Path(written).expanduser(), Site)
-    path = SITES / f"{written}.yaml"
-    if not path.exists():
-        names = sorted(file.stem for file in SITES.glob("*.yaml"))
+        return read_model(absolute_path("site", written, folder), Site)
+    names = sorted(file.stem for file in SITES.glob("*.yaml"))
+    if written not in names:
         raise UserError(
-            f"site: there is no site {written!r}", f"use one of {', '.join(names)}, or the path of a site file"
+            f"site: there is no site {_shown(written)}", f"use one of {', '.join(names)}, or the path of a site file"
         )
-    return read_model(path, Site)
+    return read_model(SITES / f"{written}.yaml", Site)
 
 
 def read_model(path: Path, model: type[M]) -> M:
@@ -67,7 +79,8 @@ def read_model(path: Path, model: type[M]) -> M:
         raise UserError(f"{path}: expected keys and values, found {_shown(value)}", "see docs/config.md")
     try:
         # YAML has no tuples: validating as JSON-like input lets strict models take lists for them.
-        return model.model_validate_json(_as_json(value, path))
+        _check_plain(value, path)
+        return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
         raise UserError(_explain(path, model, error), "docs/config.md lists every key") from None
 
@@ -100,25 +113,53 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"{path} does not exist", "name an existing YAML file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder", "name a YAML file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "name a YAML file that you can read") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(
             f"{path} is not valid YAML: {_one_line(error)}", "mend the line; docs/config.md has an example"
         ) from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply", f"{_MAX_DEPTH} levels are enough") from None
+    except ValueError as error:  # a date or a number that is none
+        raise UserError(f"{path}: {_one_line(error)}", "quote the value, or mend it") from None
 
 
-def _one_line(error: yaml.YAMLError) -> str:
+def _one_line(error: Exception) -> str:
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
     return f"{problem or error}{where}".replace("\n", " ")
 
 
-def _as_json(value: Any, path: Path) -> str:
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}", "dates and sets are not used here: quote the value") from None
+_MAX_VALUES, _MAX_DEPTH = 100_000, 20
+
+
+def _check_plain(value: Any, path: Path) -> None:
+    """Only what JSON has too, with keys that are text, and no more of it than a person writes: aliases multiply."""
+    waiting: list[tuple[Any, tuple[str, ...]]] = [(value, ())]
+    seen = 0
+    while waiting:
+        value, place = waiting.pop()
+        seen += 1
+        if seen > _MAX_VALUES or len(place) > _MAX_DEPTH:
+            raise UserError(
+                f"{path} holds more than {_MAX_VALUES} values or {_MAX_DEPTH} levels, its aliases (&, *) followed",
+                "write the config without aliases; many files are one glob",
+            )
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise UserError(f"{path}: {'.'.join((*place, str(key)))}: key {key!r} is no text", "quote the key")
+            waiting += [(inner, (*place, key)) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(inner, (*place, str(number))) for number, inner in enumerate(value)]
+        elif not isinstance(value, str | int | float | bool | None):
+            where = ".".join(place) or "the file"
+            raise UserError(
+                f"{path}: {where} is {value}, which YAML reads as a {type(value).__name__}", "quote the value"
+            )
 
 
 # Keys of DeepSpeed that a user may bring along, and what they switch on.
@@ -143,7 +184,9 @@ def _explain_one(model: type[BaseModel], problem: Any) -> str:
         return f"{where} is not a known key{_nearest(str(location[-1]), _keys_at(model, location[:-1]))}"
     if kind == "missing":
         return f"{where} is missing"
-    text = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("String should ")
+    if kind == "string_pattern_mismatch" and (words := IN_WORDS.get(problem["ctx"]["pattern"])):
+        return f"{where} is {_shown(problem['input'])}; expected: {words}"
+    text = re.sub(r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)", "", problem["msg"])
     return f"{where} is {_shown(problem['input'])}; expected: {text}" if kind != "value_error" else f"{where}: {text}"
 
 

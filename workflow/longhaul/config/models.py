@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from longhaul.config.architectures import Model
-from longhaul.config.fields import Count, Frozen, HubSource, Name, OneLine, Precision, Share
+from longhaul.config.fields import Count, Frozen, HubSource, MachineCount, Name, OneLine, Precision, Share, Whole
 from longhaul.config.weights import whole_weights
 
 M = TypeVar("M", bound=Frozen)
@@ -91,7 +91,7 @@ class Dataset(Frozen):
     python_stdlib: PythonStdlib | None = Field(
         default=None, description="The demo's data: this Python's standard library."
     )
-    mixture: dict[Name, Annotated[float, Field(gt=0)]] = Field(
+    mixture: dict[Name, Annotated[float, Field(ge=1e-9, le=1e9)]] = Field(
         default={}, description="Other datasets of the same kind and their weights: their samples in these proportions."
     )
     format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
@@ -105,7 +105,7 @@ class Dataset(Frozen):
     max_document_mb: Annotated[float, Field(gt=0, le=200)] = Field(
         default=64.0, description="Longest document (or line) that is read, in MB; longer ones are bad rows."
     )
-    unit_mb: Annotated[float, Field(gt=0)] = Field(
+    unit_mb: Annotated[float, Field(ge=0.001, le=1e6)] = Field(
         default=16.0,
         description="Source per work unit, in MB; each becomes shards of its own. For terabytes raise it to some 256.",
     )
@@ -148,10 +148,8 @@ class Schedule(Frozen):
     kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
         default="cosine", description="Shape after the warm-up."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Linear rise from 0 to the peak.")
-    decay_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="wsd: length of the linear decay at the end."
-    )
+    warmup_steps: Whole = Field(default=0, description="Linear rise from 0 to the peak.")
+    decay_steps: Whole = Field(default=0, description="wsd: length of the linear decay at the end.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Final rate as a share of the peak."
     )
@@ -203,7 +201,7 @@ class Zero(Frozen):
         default=None, description="Elements gathered at a time (stages 1 and 2)."
     )
     stage3_prefetch_bucket_size: Count | None = Field(default=None, description="Elements prefetched (stage 3).")
-    stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] | None = Field(
+    stage3_param_persistence_threshold: Whole | None = Field(
         default=None, description="Weights smaller than this many elements stay whole (stage 3)."
     )
 
@@ -213,7 +211,7 @@ class Checkpoints(Frozen):
 
     every_steps: Count = Field(default=100, description="Steps between saves; the last step is always saved.")
     keep_last: Count = Field(default=2, description="Newest saves kept.")
-    keep_best: Annotated[int, Field(ge=0)] = Field(default=1, description="Best saves kept, by validation loss.")
+    keep_best: Whole = Field(default=1, description="Best saves kept, by validation loss.")
 
 
 class Validation(Frozen):
@@ -247,11 +245,17 @@ class Nonfinite(Frozen):
         default=None, description="A loss above this many times the median of the last 64 is a spike; null: none is."
     )
 
+    @model_validator(mode="after")
+    def _window_of_a_return(self) -> Nonfinite:
+        if self.window_batches and self.policy != "roll_back":
+            raise ValueError(f"window_batches has no meaning for policy {self.policy}; drop it, or use roll_back")
+        return self
+
 
 class Recovery(Frozen):
     """How soon a fault is noticed, and what follows."""
 
-    restarts: Annotated[int, Field(ge=0)] = Field(
+    restarts: Whole = Field(
         default=3, description="Crashes without a new checkpoint that are followed by a restart in the same allocation."
     )
     hang_s: Annotated[float, Field(gt=0)] = Field(
@@ -287,8 +291,8 @@ class Stage(Frozen):
     schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
     precision: Precision = Field(default="bf16", description="Compute precision; master weights are fp32 (ZeRO >= 1).")
     loss_scale: LossScale = Field(default=LossScale(), description="fp16 only.")
-    nodes: Count = Field(default=1, description="Nodes of the allocation.")
-    gpus_per_node: Count = Field(
+    nodes: MachineCount = Field(default=1, description="Nodes of the allocation.")
+    gpus_per_node: MachineCount = Field(
         default=1, description="Ranks per node: one per GPU, or CPU processes where there is none."
     )
     parallel: Parallel = Field(default=Parallel(), description="Parallel layout.")
@@ -305,7 +309,7 @@ class Stage(Frozen):
     checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
     validation: Validation = Field(default=Validation(), description="Held-out loss.")
     nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN, infinity, spikes of the loss.")
-    skip_batches: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    skip_batches: tuple[Whole, ...] = Field(
         default=(),
         description="Global batches, counted from 0, that are never trained on; a stage that is past one refuses it.",
     )
@@ -328,8 +332,12 @@ class Stage(Frozen):
 class Checks(Frozen):
     """The environment and fabric checks before training."""
 
-    nodes: Count | None = Field(default=None, description="Nodes that are checked; default: 2, or the site's only one.")
-    gpus_per_node: Count | None = Field(default=None, description="Ranks per node; default: the largest of the stages.")
+    nodes: MachineCount | None = Field(
+        default=None, description="Nodes that are checked; default: 2, or the site's only one."
+    )
+    gpus_per_node: MachineCount | None = Field(
+        default=None, description="Ranks per node; default: the largest of the stages."
+    )
     minutes: Count = Field(default=20, description="Length of their allocation.")
     min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(
         default=10.0, description="Free space the run folder needs, in GB."

@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts import EnvironmentReport, failed_path
+from longhaul.artifacts import EnvironmentReport
 from longhaul.environment import judge
 from longhaul.environment.facts import build_ops, node_facts
-from longhaul.errors import UserError
 from longhaul.jobs import EnvironmentJob
 from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
@@ -40,21 +39,9 @@ def run(job: EnvironmentJob) -> None:
         facts |= {"clock_skew_s": _clock_skew_s(rank), "sees_run_folder": _sees_run_folder(rank, Path(job.folder))}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        _conclude(nodes, job)
-
-
-def _conclude(nodes: list[dict[str, Any]], job: EnvironmentJob) -> None:
-    report = EnvironmentReport(nodes, judge.problems(nodes, job), judge.warnings(nodes, tested_versions()))
-    _print(report)
-    out, failed = Path(job.out), failed_path(Path(job.out))
-    if report.problems:
-        report.write(failed)
-        raise UserError(
-            f"the nodes are not ready: {len(report.problems)} problems\n  - " + "\n  - ".join(report.problems),
-            f"mend them, or leave the nodes out; all that was found is in {failed}",
-        )
-    report.write(out)
-    failed.unlink(missing_ok=True)
+        report = EnvironmentReport(judge.problems(nodes, job), nodes, judge.warnings(nodes, tested_versions()))
+        _print(report)
+        report.conclude(Path(job.out), "the nodes are not ready", "mend them, or leave the nodes out")
 
 
 def tested_versions() -> dict[str, str]:

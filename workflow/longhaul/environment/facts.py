@@ -33,6 +33,7 @@ def node_facts(host: str, folder: Path) -> dict[str, Any]:
         "write_error": write_error(folder),
         "compiler": compiler(),
         "gpus": gpus(),
+        "rdma_ports": rdma_ports(),
         "versions": versions(),
     }
 
@@ -68,6 +69,19 @@ def gpus() -> list[dict[str, Any]]:
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+
+
+def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> list[str]:
+    """The link layer of every active port that can do RDMA, as the kernel has it: "InfiniBand", or "Ethernet" for RoCE."""
+    ports = sorted(devices.glob("*/ports/*"))
+    return [_text(port / "link_layer") for port in ports if _text(port / "state").endswith("ACTIVE")]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def compiler() -> str | None:

@@ -13,6 +13,9 @@ MIN_SHARED_MEMORY_BYTES = 256 * 2**20
 # Nodes of one kind differ by what their firmware and kernel keep, a lost memory module by more.
 MEMORY_TOLERANCE = 0.03
 
+# interconnect.kind -> the link layer of its ports (environment.facts.rdma_ports).
+LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
+
 Facts = Mapping[str, Any]
 
 
@@ -21,7 +24,7 @@ def problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
     found = _differences(nodes)
     for node in nodes:
         found += [f"{node['host']}: {text}" for text in _node_problems(node, job)]
-    return found + _clock_problems(nodes, job)
+    return found + _port_problems(nodes, job) + _clock_problems(nodes, job)
 
 
 def warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
@@ -119,6 +122,20 @@ def _op_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     if job.prebuild_ops and not node["compiler"]:
         return [f"no C++ compiler (c++ or $CXX), and optimizer offload needs {', '.join(job.prebuild_ops)} compiled"]
     return [f"DeepSpeed's {op} does not build: {reason}" for op, reason in node["ops"]["failed"].items()]
+
+
+def _port_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
+    """NCCL falls back to sockets in silence where it finds no port, and goes as fast as the node with the fewest."""
+    layer = LINK_LAYERS.get(job.interconnect)
+    if layer is None or len(nodes) == 1:
+        return []
+    counts = {node["host"]: node["rdma_ports"].count(layer) for node in nodes}
+    missing = [
+        f"{host}: no active {layer} port in /sys/class/infiniband, the site file says interconnect.kind: {job.interconnect}"
+        for host, count in counts.items()
+        if not count
+    ]
+    return missing or _difference(f"number of active {layer} ports", {host: str(n) for host, n in counts.items()})
 
 
 def _clock_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:

@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts import FabricReport, failed_path
-from longhaul.errors import UserError
+from longhaul.artifacts import FabricReport
 from longhaul.jobs import FabricJob
 from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
@@ -43,7 +42,13 @@ def run(job: FabricJob) -> None:
         hosts: list[Any] = [None] * rank.world_size
         torch.distributed.all_gather_object(hosts, rank.host)
     if rank.is_main:
-        _conclude(job, backend, list(dict.fromkeys(hosts)), results, rank.world_size)
+        report = _report(job, backend, list(dict.fromkeys(hosts)), results, rank.world_size)
+        _print(report)
+        report.conclude(
+            Path(job.out),
+            f"the network between {', '.join(report.hosts)} is not fit for training",
+            "try other nodes to find the slow link, or correct interconnect in the site file",
+        )
 
 
 def _measure_all(rank: Rank, device: Any, backend: str) -> list[dict[str, Any]]:
@@ -55,19 +60,11 @@ def _measure_all(rank: Rank, device: Any, backend: str) -> list[dict[str, Any]]:
     return [measure(collective, group, size, _BUDGET_S) for collective in COLLECTIVES for size in SIZES_BYTES[backend]]
 
 
-def _conclude(job: FabricJob, backend: str, hosts: list[str], results: list[dict[str, Any]], world_size: int) -> None:
+def _report(
+    job: FabricJob, backend: str, hosts: list[str], results: list[dict[str, Any]], world_size: int
+) -> FabricReport:
     floors = {name: value for name, value in job.floors.model_dump().items() if value is not None}
-    report = FabricReport(backend, world_size, hosts, results, floors, judge(results, floors))
-    _print(report)
-    out, failed = Path(job.out), failed_path(Path(job.out))
-    if report.problems:
-        report.write(failed)
-        raise UserError(
-            f"the network between {', '.join(hosts)} is not fit for training:\n  - " + "\n  - ".join(report.problems),
-            f"try other nodes to find the slow link, or correct interconnect in the site file; all is in {failed}",
-        )
-    report.write(out)
-    failed.unlink(missing_ok=True)
+    return FabricReport(judge(results, floors), backend, world_size, hosts, results, floors)
 
 
 def judge(results: list[dict[str, Any]], floors: dict[str, float]) -> list[str]:

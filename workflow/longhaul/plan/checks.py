@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longhaul.config.geometry import Geometry
-from longhaul.config.models import Checks, Config, Parallel, Stage
+from longhaul.config.models import Config, Parallel, Stage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
 from longhaul.memory import Memory
@@ -74,9 +74,23 @@ def check_offload(stage: Stage) -> None:
 def check_site(stage: Stage, site: Site) -> None:
     where, partition = f"stages.{stage.name}", partition_for(site, "gpu")
     _check_size(where, stage.nodes, stage.gpus_per_node, site, partition)
-    if partition and stage.minutes > partition.max_minutes:
+    _check_minutes(f"{where}.minutes", stage.minutes, partition)
+
+
+def check_checks(config: Config, site: Site) -> None:
+    """Of the checks' and the data's allocations. A default that a partition does not allow is cut to what it does."""
+    checks = config.checks
+    _check_size("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, partition_for(site, "debug"))
+    if "minutes" in checks.model_fields_set:
+        _check_minutes("checks.minutes", checks.minutes, partition_for(site, "debug"))
+    if "data_minutes" in config.model_fields_set:
+        _check_minutes("data_minutes", config.data_minutes, partition_for(site, "cpu"))
+
+
+def _check_minutes(key: str, minutes: int, partition: Partition | None) -> None:
+    if partition and minutes > partition.max_minutes:
         raise UserError(
-            f"{where}.minutes {stage.minutes}: partition {partition.name} allows {partition.max_minutes}",
+            f"{key} {minutes}: partition {partition.name} allows {partition.max_minutes}",
             f"use at most {partition.max_minutes} minutes",
         )
 
@@ -102,10 +116,6 @@ def check_lead(stage: Stage, save_bytes: int, site: Site) -> str:
             f"{lead_s:g}: until one was measured, the end of an allocation may cut it off"
         )
     return ""
-
-
-def check_checks(checks: Checks, site: Site) -> None:
-    _check_size("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, partition_for(site, "debug"))
 
 
 def _check_size(where: str, nodes: int, gpus_per_node: int, site: Site, partition: Partition | None) -> None:

@@ -5,6 +5,7 @@ What is allowed here is what tests/parity/layouts.py proves, and no more.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from longhaul.config.models import Stage
@@ -146,10 +147,10 @@ def _heads(model: dict[str, Any]) -> dict[str, int]:
 def _check_divides(where: str, axis: str, ranks: int, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if size % ranks:
-            common = [n for n in range(1, size + 1) if all(other % n == 0 for other in sizes.values())]
             raise UserError(
                 f"{where}.{axis} {ranks} does not divide the model's {name} {size}",
-                f"set {axis} to {_either(common)}" + (", or pad vocab_size" if name == "vocab_size" else ""),
+                f"set {axis} to {_divisors(math.gcd(*sizes.values()))}"
+                + (", or pad vocab_size" if name == "vocab_size" else ""),
             )
 
 

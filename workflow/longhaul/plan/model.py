@@ -141,7 +141,7 @@ def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     ordered = order(config)
     check_references(config)
     check_files(loaded)
-    check_checks(config.checks, loaded.site)
+    check_checks(config, loaded.site)
     model = model_config(loaded, lock)
     sizes = geometry(model) if model else None
     if sizes is None:

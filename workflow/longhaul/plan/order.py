@@ -50,6 +50,10 @@ def check_references(config: Config) -> None:
                 f"name a {wanted} dataset, or change the stage's kind",
             )
         check_best(config, stage)
+    if reserved := sorted({"tokenizer", "model"} & set(config.datasets)):
+        raise UserError(
+            f"datasets.{reserved[0]}: fetch's lock keeps the {reserved[0]} under this name", "call it otherwise"
+        )
     for name, dataset in config.datasets.items():
         for part in dataset.mixture:
             _check_part(config, name, part)

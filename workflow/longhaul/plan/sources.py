@@ -18,7 +18,7 @@ def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | No
         return loaded.config.model.config_dict()
     if pretrained.hub:
         return lock.model if lock and lock.model else None
-    return model_folder(loaded.resolve(pretrained.path or ""), "model.pretrained.path")
+    return model_folder(loaded.resolve("model.pretrained.path", pretrained.path or ""), "model.pretrained.path")
 
 
 # What transformers loads weights from, in a folder.
@@ -61,34 +61,44 @@ def check_files(loaded: LoadedConfig) -> None:
         if dataset.files:
             dataset_files(loaded, name)
     tokenizer = loaded.config.tokenizer
-    if tokenizer.path and not (loaded.resolve(tokenizer.path) / "tokenizer.json").is_file():
-        raise UserError(
-            f"tokenizer.path: {loaded.resolve(tokenizer.path)} holds no tokenizer.json",
-            "name a Hugging Face tokenizer folder",
-        )
-    if tokenizer.chat_template and not loaded.resolve(tokenizer.chat_template).is_file():
-        raise UserError(
-            f"tokenizer.chat_template: {loaded.resolve(tokenizer.chat_template)} does not exist", "name a Jinja file"
-        )
+    if tokenizer.path:
+        folder = loaded.resolve("tokenizer.path", tokenizer.path)
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"tokenizer.path: {folder} holds no tokenizer.json", "name a Hugging Face tokenizer folder")
+    if tokenizer.chat_template:
+        template = loaded.resolve("tokenizer.chat_template", tokenizer.chat_template)
+        if not template.is_file():
+            raise UserError(f"tokenizer.chat_template: {template} is no file", "name a Jinja file")
 
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:
     """A dataset's own files, globs expanded, sorted within each pattern; UserError for a pattern that finds none."""
     found: list[Path] = []
     for pattern in loaded.config.datasets[name].files:
-        paths = _expand(loaded.resolve(pattern))
+        paths = _expand(loaded.resolve(f"datasets.{name}.files", pattern))
         if not paths:
             raise UserError(
                 f"datasets.{name}.files: nothing matches {pattern!r} (looked in {loaded.folder})",
                 "paths are relative to the config file",
             )
         for path in paths:
+            _check_name(name, path)
             if path.stat().st_size == 0:
                 raise UserError(f"datasets.{name}.files: {path} is empty", "remove it from the list, or fill it")
             if path in found:
                 raise UserError(f"datasets.{name}.files: {path} is listed twice", "list every file once")
             found.append(path)
     return found
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Snakemake takes braces in an input for wildcards, and no JSON holds bytes that are no text."""
+    bad = next((c for c in str(path) if c in "{}" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000), None)
+    if bad:
+        raise UserError(
+            f"datasets.{name}.files: {str(path)!r} holds {bad!r}, which Snakemake or JSON cannot pass on as it is",
+            "rename the file or its folder",
+        )
 
 
 def _expand(pattern: Path) -> list[Path]:
