@@ -21,7 +21,10 @@ _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… at a port of its own; `served` names the files sent, `tokens` what was asked with which."""
+    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… at a port of its own.
+
+    `served` names the files sent, `tokens` holds (path, token) of every request.
+    """
 
     daemon_threads = True
 
