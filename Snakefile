@@ -30,3 +30,7 @@ rule all:
 
 onstart:
     start_run()
+
+
+onsuccess:
+    call_off()

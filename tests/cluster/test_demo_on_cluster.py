@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import yaml
 
-from chain import REPOSITORY
-from cluster_chain import ClusterChain, fake_image
+from chain import REPOSITORY, Chain, leaks, local_site, write_site
+from cluster_chain import SITE, ClusterChain, fake_image
+from test_virtual_cluster import wait_for
 from virtual_cluster import VirtualCluster
 
 HOSTS = {"n1", "n2"}
+COMPARED_STEPS = 20
+"""Enough for routing, clipping and Adam to tell a difference; all 240 would take minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,49 @@ def test_both_nodes_took_part(demo: ClusterChain):
         leg = json.loads((demo.weights(stage) / "legs.jsonl").read_text())
         assert set(leg["hosts"]) == HOSTS and leg["world_size"] == 4
     assert "n1, n2" in (demo.results / "report.html").read_text()
+
+
+def training_losses(weights: Path) -> list[float]:
+    """Of the first COMPARED_STEPS steps, as far as they are done; the last line may still be half written."""
+    path = weights / "metrics.jsonl"
+    rows = (json.loads(line) for line in path.open() if line.endswith("\n")) if path.exists() else ()
+    return list(islice((row["loss"] for row in rows if "loss" in row), COMPARED_STEPS))
+
+
+@pytest.fixture(scope="module")
+def twin(demo: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The demo's data and tokenizer in a folder of its own, and its first stage rendered for 4 ranks of this machine."""
+    config = json.loads(json.dumps(demo.config))
+    config["checks"]["nodes"] = 1
+    for stage in config["stages"]:
+        stage.update(nodes=1, gpus_per_node=4)
+    twin = Chain(tmp_path_factory.mktemp("twin"), config)
+    shutil.copytree(demo.folder / "results", twin.folder / "results", ignore=shutil.ignore_patterns("stages"))
+    # As many threads a rank as there: the site's cores are shared out to twice as many ranks of a node.
+    site = local_site()
+    write_site(twin.folder, site | {"node": site["node"] | {"cpus": 2 * SITE["node"]["cpus"]}})
+    command = [sys.executable, "-m", "longhaul", "render", str(twin.folder / "run.yaml")]
+    subprocess.run(command, cwd=twin.folder, check=True, env=twin.environment())
+    return twin
+
+
+def test_it_gives_the_same_losses_as_the_same_world_size_here(demo: Chain, twin: Chain):
+    weights = twin.results / "stages/pretrain/weights" / demo.weights("pretrain").name
+    command, log = ["bash", str(twin.results / "stages/pretrain/launch.sh")], twin.folder / "log"
+    with log.open("w") as stream:
+        here = subprocess.Popen(command, cwd=twin.folder, stdout=stream, stderr=stream, env=twin.environment())
+        try:
+            wait_for(lambda: len(training_losses(weights)) == COMPARED_STEPS or here.poll() is not None, 240)
+        finally:
+            here.terminate()  # the supervisor passes it on, and the training saves and leaves
+            here.wait(60)
+    assert training_losses(weights) == pytest.approx(training_losses(demo.weights("pretrain")), rel=1e-6), (
+        log.read_text()
+    )
+
+
+def test_no_secret_is_in_what_it_wrote(demo: ClusterChain):
+    assert leaks(demo.folder) == []
 
 
 def test_it_learns(demo: ClusterChain):

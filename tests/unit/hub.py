@@ -21,7 +21,10 @@ _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… at a port of its own; `served` names the files sent."""
+    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… at a port of its own.
+
+    `served` names the files sent, `tokens` holds (path, token) of every request.
+    """
 
     daemon_threads = True
 
@@ -29,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.served: list[str] = []
+        self.tokens: list[tuple[str, str | None]] = []
 
     @property
     def url(self) -> str:
@@ -51,6 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:
+        self.server.tokens.append((self.path, self.headers["Authorization"]))
         path, _, query = self.path.partition("?")
         path = unquote(path)
         if found := _INFO.fullmatch(path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from chain import SECRETS, leaks
 from configs import LLAMA, STAGE, write_config
 from hub import COMMIT, Hub
 from longhaul.artifacts import Lock
@@ -115,6 +116,17 @@ def test_sources_are_pinned_and_only_what_is_needed_comes(tmp_path: Path, hub: H
     sent = set(hub.served)
     assert "org/base/model.safetensors" in sent
     assert not [name for name in sent if name.endswith((".bin", ".py")) or "test-" in name or "/de/" in name]
+
+
+def test_the_token_is_sent_and_written_nowhere(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    for changes in (None, WRONG["no such model"][0], WRONG["no such split"][0]):
+        done = fetch(tmp_path / str(len(hub.tokens)), hub.url, changes)
+        assert not any(secret in done.stdout + done.stderr for secret in SECRETS.values())
+    assert {token for path, token in hub.tokens if "/org/" in path} == {f"Bearer {SECRETS['HF_TOKEN']}"}
+    (tmp_path / "served").rename(tmp_path.with_name(f"{tmp_path.name}-served"))
+    assert leaks(tmp_path) == []
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):

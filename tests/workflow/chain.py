@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+SECRETS = {
+    name: f"canary-{name.lower().replace('_', '-')}-5d0e1c7ab0f5"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+}
+"""Every chain of the tests runs with these in its environment; none of them may be found in what it writes."""
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -145,7 +151,7 @@ class Chain:
         )
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONWARNINGS": "ignore"}
+        return {**os.environ, **SECRETS, "PYTHONWARNINGS": "ignore"}
 
     def run(self, *arguments: str, timeout_s: float = 400) -> str:
         """Runs to the end; fails with the output and the job logs when Snakemake fails."""
@@ -169,6 +175,17 @@ class Chain:
 
     def read(self, name: str) -> Any:
         return json.loads((self.results / name).read_text())
+
+
+def leaks(folder: Path) -> list[str]:
+    """Every file below `folder` that holds one of SECRETS, as it is or in base64, and which."""
+    marks = {name: (value.encode(), b64encode(value.encode()).rstrip(b"=")) for name, value in SECRETS.items()}
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            found += [f"{path}: {name}" for name, forms in marks.items() if any(form in content for form in forms)]
+    return found
 
 
 def job_counts(output: str) -> dict[str, int]:

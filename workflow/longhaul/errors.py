@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What OSError.errno is when there is no room, or the quota is used up."""
 
 
 class UserError(Exception):

@@ -11,7 +11,6 @@ deadline.json         when the allocation ends; the supervisor writes it, rank 0
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import Artifact, content_hash
-from longhaul.errors import DiskFull, UserError
+from longhaul.errors import DISK_FULL, DiskFull, UserError
 from longhaul.ranks import Rank
 
 PERMANENT, TRANSIENT, NODE, WALLTIME, CANCELLED = "permanent", "transient", "node", "walltime", "cancelled"
@@ -173,7 +172,7 @@ def failure_of(error: BaseException, rank: Rank) -> Failure:
     if isinstance(error, UserError):
         return failure(error.failure_class, error.message, error.hint, [])
     tail = traceback.format_exception(error)[-1].strip().splitlines()[-3:]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         remedy = "free space or raise the quota; the next run goes on from the last complete checkpoint"
         return failure(PERMANENT, f"disk full: {error}", remedy, tail, **_wanted_space(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -19,6 +19,7 @@ from longhaul.errors import UserError
 from longhaul.payloads import payload
 from longhaul.plan import Plan, lock_path, make_plan
 from longhaul.render import rendered_run
+from longhaul.room import require_room
 from longhaul.slurm import RESOURCE_KEYS
 
 __all__ = ["RESOURCE_KEYS", "load_run_plan", "or_exit", "plan_key", "source_key", "spec_key"]
@@ -56,7 +57,9 @@ def or_exit(function: Callable[..., T], *arguments: Any) -> T:
 def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     config = _config_file(workflow)
     _check_deployment(workflow)
-    _check_results_folder(Path("results"))
+    existing = _check_results_folder(Path("results"))
+    if workflow.is_main_process:
+        require_room(existing)
     loaded = load_config(config)
     if workflow.is_main_process:
         _check_executor(loaded.site)
@@ -106,13 +109,14 @@ def _executor() -> str | None:
     return frame.f_locals["args"].executor if frame else None
 
 
-def _check_results_folder(folder: Path) -> None:
-    """Snakemake looks into it before anything of ours runs, and would end in a traceback."""
+def _check_results_folder(folder: Path) -> Path:
+    """Snakemake looks into it before anything of ours runs, and would end in a traceback. Returns it, or where it will be."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder.absolute()} is not a folder", "move it away, or run with another --directory")
     existing = folder if folder.exists() else Path.cwd()
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {existing.absolute()}", "name a folder of your own with --directory")
+    return existing
 
 
 def _config_file(workflow: Any) -> Path:

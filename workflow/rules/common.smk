@@ -16,6 +16,7 @@ from longhaul.rules import RESOURCE_KEYS, load_run_plan, or_exit, plan_key, sour
 from longhaul.lease import RunLease
 from longhaul.payloads import repository_sources
 from longhaul.plan import lock_path
+from longhaul.room import call_off, tell_at_exit
 from longhaul.submission import require_nodes, submitted_request
 from longhaul.slurm_executor import mend_executor
 from longhaul.supervise.slurm_client import job_has_ended
@@ -100,5 +101,6 @@ def start_run():
     """One main Snakemake per run, a second one is refused by name; it writes what the jobs are started with."""
     if workflow.is_main_process:
         RunLease(Path("results") / f"{PLAN.run}.lease.json").take(job_has_ended)
+        tell_at_exit(Path("results"))
         or_exit(require_nodes, PLAN, Path.cwd())
         render_run(PLAN, Path.cwd())

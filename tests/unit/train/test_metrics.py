@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +20,7 @@ from longhaul.errors import UserError
 from longhaul.jobs import StageJob
 from longhaul.payloads import payload
 from longhaul.train.events import Events
-from longhaul.train.metrics import Metrics
+from longhaul.train.metrics import Metrics, device_numbers
 from longhaul.train.trackers import Tracker, open_trackers
 
 MODEL = {"model_type": "llama", **LLAMA}
@@ -97,6 +99,74 @@ def test_a_roll_back_drops_what_is_past_its_step(tmp_path: Path):
     train(metrics, range(3, 5), 2.0)
     metrics.close()
     assert rows(tmp_path) == drawn(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+class NvmlStandIn(ModuleType):
+    """The part of pynvml (nvidia-ml-py) that torch.cuda.utilization calls; GPU `index` is busy 10 * index + 7 per cent."""
+
+    class NVMLError(Exception):
+        pass
+
+    class NVMLError_DriverNotLoaded(NVMLError):
+        pass
+
+    class NVMLError_NotSupported(NVMLError):
+        pass
+
+    def __init__(self, fails_with: type[NVMLError] | None = None) -> None:
+        super().__init__("pynvml")
+        self.fails_with = fails_with
+
+    def nvmlInit(self) -> None:
+        if self.fails_with is self.NVMLError_DriverNotLoaded:
+            raise self.fails_with
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        if self.fails_with:
+            raise self.fails_with
+        return SimpleNamespace(gpu=10 * handle + 7, memory=1)
+
+
+@pytest.fixture
+def utilisation(monkeypatch: pytest.MonkeyPatch) -> Callable[[NvmlStandIn | None], Any]:
+    """What is written of GPU 2 when NVML is this one."""
+
+    def found(nvml: NvmlStandIn | None) -> Any:
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(torch.cuda, "pynvml", nvml, raising=False)
+        monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", nvml is not None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+        return device_numbers(torch.device("cuda", 2))["gpu_utilisation"]
+
+    return found
+
+
+def test_gpu_utilisation_is_nvmls_number(utilisation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    assert utilisation(NvmlStandIn()) == 27
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert utilisation(NvmlStandIn()) == 67, "NVML counts the machine's GPUs, torch those it may use"
+
+
+@pytest.mark.parametrize("nvml", [None, *map(NvmlStandIn, NvmlStandIn.NVMLError.__subclasses__())])
+def test_gpu_utilisation_that_nobody_tells_is_null(utilisation: Callable[..., Any], nvml: NvmlStandIn | None):
+    """Without the package, without a driver, on a part of a GPU."""
+    assert utilisation(nvml) is None
+
+
+def test_a_cpu_has_no_gpu_utilisation(tmp_path: Path):
+    metrics = open_metrics(tmp_path, 0)
+    train(metrics, range(1, 2), 1.0)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["gpu_utilisation"] is None and row["memory_bytes"] > 10**7
+
+
+def test_the_job_environment_holds_nvml():
+    assert version("nvidia-ml-py") and hasattr(pynvml, "nvmlDeviceGetUtilizationRates")
+    stood_in_for = {name for name in vars(NvmlStandIn) if name.lower().startswith("nvml")}
+    assert len(stood_in_for) == 6 and stood_in_for <= set(vars(pynvml))
 
 
 class MlflowStandIn:

@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from longhaul.errors import DISK_FULL
 
 
 class HashedFile:

@@ -12,14 +12,13 @@ from typing import Any
 
 from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.data.samples import Samples
-from longhaul.errors import DiskFull
+from longhaul.errors import DISK_FULL, DiskFull
 from longhaul.jobs import StageJob
 from longhaul.train.backend import Backend, make_backend
 from longhaul.train.batches import Batch, Prefetcher, validation_batches
 from longhaul.train.checkpoints import Checkpoints
 from longhaul.train.events import Events
 from longhaul.train.guard import TrainingFailure, badness
-from longhaul.train.hashed_files import DISK_FULL
 from longhaul.train.heartbeat import Heartbeat
 from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
 from longhaul.train.metrics import Metrics, device_numbers

@@ -128,16 +128,17 @@ class Metrics:
 
 
 def device_numbers(device: torch.device) -> dict[str, Any]:
-    """Peak memory in bytes (of the GPU, or of this process) and GPU utilisation in per cent where there is a GPU."""
+    """Peak memory in bytes (of the GPU, or of this process) and GPU utilisation in per cent; None where there is no GPU."""
     if device.type != "cuda":
-        return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu_utilisation": None}
     return {"memory_bytes": torch.cuda.max_memory_allocated(device), "gpu_utilisation": _utilisation(device)}
 
 
 def _utilisation(device: torch.device) -> int | None:
+    """What NVML says. It does not say it of a part of a GPU, or to everyone: no reason to end a training."""
     try:
         return torch.cuda.utilization(device)
-    except (ModuleNotFoundError, RuntimeError):  # NVML is not there, or not allowed
+    except Exception:  # NVML's own errors have no other class in common
         return None
 
 
