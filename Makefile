@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-memory clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-convert bench-memory clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -71,6 +71,9 @@ bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTor
 
 bench-plan: setup  ## time of the demo's dry run
 	$(BIN)/python bench/plan.py
+
+bench-convert: setup  ## conversion beside zero_to_fp32 with transformers and beside plain copying
+	PYTHONPATH=tests/unit/convert $(BIN)/python bench/convert.py
 
 bench-data: setup .venv-bench/.installed  ## raw text to shards beside datasets map, datatrove and the raw limit
 	$(BIN)/python bench/data.py

@@ -1,0 +1,222 @@
+"""Speed of the conversion beside zero_to_fp32 with transformers' save, and beside plain copying of the same bytes.
+
+A checkpoint of ZeRO 3 over 4 ranks, fp32 masters and Adam's moments, becomes a folder of bf16 safetensors. Each run is a process
+of its own and begins when its imports are done. All end with the files on the disk; ours has hashed them, too. The copy reads the
+bytes of the masters and writes as many as the export has. Proofs and the check of the checkpoint are not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from longhaul.convert.layout import export_layout, hugging_face_config, meta_model
+from longhaul.convert.shards import write_shards
+from longhaul.zero_checkpoint import open_master_weights
+from machine import header, publish
+
+RANKS, ROUNDS = 4, 3
+BLOCK_BYTES = 4 << 20
+
+
+def main() -> None:
+    """Makes the checkpoint, runs the three in turns, compares what was written, prints medians and ratios."""
+    arguments = _arguments()
+    if arguments.run:
+        _run(arguments.run, Path(arguments.checkpoint), Path(arguments.out))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        weights = Path(name) / "weights"
+        parameters = _make_checkpoint(weights, arguments)
+        found = _in_turns(weights, Path(name))
+    _publish(found, parameters)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=17)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=40_000)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where there is room for 25 bytes a parameter")
+    parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _make_checkpoint(weights: Path, arguments: argparse.Namespace) -> int:
+    """In a process of its own, so that this one stays small; returns the number of parameters."""
+    script = f"""
+import sys
+from pathlib import Path
+from longhaul.convert.layout import meta_model
+from synthetic import llama, write_checkpoint
+config = llama(*map(int, sys.argv[2:]))
+write_checkpoint(Path(sys.argv[1]), config, ranks={RANKS}, moments=True)
+print(meta_model(config).num_parameters())
+"""
+    sizes = [str(value) for value in (arguments.layers, arguments.hidden, arguments.vocabulary)]
+    command = [sys.executable, "-c", script, str(weights), *sizes]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    os.sync()
+    return int(made.stdout.split()[-1])
+
+
+def _in_turns(weights: Path, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """What every run says of itself; each round begins with another one, and the first compares the outputs."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
+    names = list(RUNS)
+    for index in range(ROUNDS):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            found[name].append(_in_own_process(name, weights, folder / name.replace(" ", "-")))
+        if not index:
+            _compare(folder)
+        for name in names:
+            subprocess.run(["rm", "-r", str(folder / name.replace(" ", "-"))], check=True)
+    return found
+
+
+def _in_own_process(name: str, weights: Path, out: Path) -> dict[str, float]:
+    out.mkdir()
+    command = [sys.executable, __file__, "--run", name, "--checkpoint", str(weights), "--out", str(out)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True)
+    os.sync()  # what one leaves to be written is not on the next one's clock
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run(name: str, weights: Path, out: Path) -> None:
+    prepared = RUNS[name](weights, out)
+    started = time.perf_counter()
+    prepared()
+    for path in out.glob("*"):
+        _to_disk(path)
+    seconds = time.perf_counter() - started
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "peak_mib": peak / 1024}))
+
+
+def _to_disk(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _longhaul(weights: Path, out: Path) -> Any:
+    config = json.loads((weights / "model_config.json").read_text())
+    meta_model(config)  # imports the architecture
+
+    def convert() -> None:
+        masters = open_master_weights(_checkpoint(weights))
+        write_shards(out, export_layout(meta_model(config), masters, torch.bfloat16))
+        hugging_face_config(config).save_pretrained(out)
+
+    return convert
+
+
+def _peer(weights: Path, out: Path) -> Any:
+    """As their documentation has it: to fp32 files first, which transformers loads, casts and saves."""
+    import transformers
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    transformers.logging.disable_progress_bar()
+    config = hugging_face_config(json.loads((weights / "model_config.json").read_text()))
+    architecture: Any = transformers.LlamaForCausalLM
+    between = out / "fp32"
+
+    def convert() -> None:
+        checkpoint = _checkpoint(weights)
+        convert_zero_checkpoint_to_fp32_state_dict(
+            str(checkpoint.parent), str(between), safe_serialization=True, tag=checkpoint.name
+        )
+        config.save_pretrained(between)
+        model = architecture.from_pretrained(between, dtype=torch.bfloat16)
+        model.save_pretrained(out)
+
+    return convert
+
+
+def _copy(weights: Path, out: Path) -> Any:
+    """The bytes of the masters are read; every second block is written."""
+
+    def convert() -> None:
+        stretches = [
+            (piece.path, piece.offset_bytes, piece.numel * piece.dtype.itemsize)
+            for tensor in open_master_weights(_checkpoint(weights)).values()
+            for piece in tensor.pieces
+        ]
+        block = memoryview(bytearray(BLOCK_BYTES))
+        with (out / "copy").open("wb", buffering=0) as target:
+            for path, first, size in stretches:
+                with path.open("rb", buffering=0) as stream:
+                    stream.seek(first)
+                    for start in range(0, size, BLOCK_BYTES):
+                        count = stream.readinto(block[: size - start])
+                        target.write(block[: (count or 0) // 2])
+
+    return convert
+
+
+RUNS = {"longhaul": _longhaul, "zero_to_fp32 + transformers": _peer, "copy": _copy}
+
+
+def _checkpoint(weights: Path) -> Path:
+    return next((weights / "checkpoints").iterdir())
+
+
+def _compare(folder: Path) -> None:
+    """Both folders hold the same tensors, bit for bit."""
+    ours, theirs = (_tensors(folder / name.replace(" ", "-")) for name in list(RUNS)[:2])
+    if set(ours) != set(theirs):
+        raise SystemExit(f"the outputs differ in {sorted(set(ours) ^ set(theirs))[:3]}")
+    for name, file in ours.items():
+        if not torch.equal(file.get_tensor(name), theirs[name].get_tensor(name)):
+            raise SystemExit(f"{name} differs")
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    files = [safe_open(path, "pt") for path in folder.glob("*.safetensors")]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _publish(found: dict[str, list[dict[str, float]]], parameters: int) -> None:
+    lines = []
+    for name, runs in found.items():
+        seconds = [run["seconds"] for run in runs]
+        peak = max(run["peak_mib"] for run in runs)
+        lines.append(
+            f"{name:28} {statistics.median(seconds):7.2f} s, median of {len(seconds)} "
+            f"(from {min(seconds):.2f} to {max(seconds):.2f}); peak RSS {peak:,.0f} MiB"
+        )
+    ours, peer, copy = ([run["seconds"] for run in found[name]] for name in RUNS)
+    faster = [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
+    slower = [mine / plain for mine, plain in zip(ours, copy, strict=True)]
+    publish(
+        "convert",
+        [
+            *header(("torch", "deepspeed", "transformers", "safetensors")),
+            f"{parameters / 1e9:.2f} billion parameters, ZeRO 3 over {RANKS} ranks, fp32 masters and moments, to bf16; "
+            "tensors of both conversions bit-equal",
+            *lines,
+            f"zero_to_fp32 + transformers / longhaul: {statistics.median(faster):.2f}, median of {len(faster)} pairs "
+            f"(from {min(faster):.2f} to {max(faster):.2f}); aim: >= 5",
+            f"longhaul / copy: {statistics.median(slower):.2f}, median of {len(slower)} pairs "
+            f"(from {min(slower):.2f} to {max(slower):.2f}); aim: <= 1.5",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
