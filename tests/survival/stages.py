@@ -85,7 +85,7 @@ def train(shared: Path, *legs: Leg, before: list[str] = []) -> str:  # noqa: B00
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": f"{HERE}:{HERE.parent / 'parity'}",
+        "PYTHONPATH": f"{HERE}:{HERE.parent / 'parity'}:{os.environ.get('PYTHONPATH', '')}",
         "SURVIVAL_PORT": str(20_000 + (os.getpid() * 211 + id(path)) % 10_000),
     }
     command = [*before, *launcher, str(HERE / "survival_worker.py"), str(path)]
