@@ -82,7 +82,12 @@ def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = tupl
     more = axes.pop("more", {})
     zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
     stage = {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}
-    return Layout(ranks, stage, twins, BF16 if more.get("precision") == "bf16" else FP32)
+    halved = more.get("precision") == "bf16" or "communication" in more
+    return Layout(ranks, stage, twins, BF16 if halved else FP32)
+
+
+def _sent_in(data_type: str) -> dict[str, Any]:
+    return {"communication": {"data_type": data_type}}
 
 
 HALF = {"precision": "bf16"}
@@ -99,6 +104,10 @@ LAYOUTS: dict[str, Layout] = {
     "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"hierarchical_partition": 2}),
     "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more={"offload_optimizer": "cpu"}),
     "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more={"offload_optimizer": "cpu", "offload_param": "cpu"}),
+    "data 2, ZeRO 0, gradients sent in bf16": _layout(2, 0, 2, more=_sent_in("bf16")),
+    "data 2, ZeRO 1, gradients sent in fp16": _layout(2, 1, 2, more=_sent_in("fp16")),
+    "data 2, ZeRO 2, gradients sent in bf16": _layout(2, 2, 2, more=_sent_in("bf16")),
+    "data 2, ZeRO 3, gradients sent in fp16": _layout(2, 3, 2, more=_sent_in("fp16")),
     "tensor 2": _layout(2, 1, 2, tensor=2),
     "tensor 2, data 2, ZeRO 2": _layout(4, 2, 2, tensor=2),
     "pipeline 2": _layout(2, 1, 2, pipeline=2),

@@ -127,6 +127,7 @@ RESULT: dict[str, Any] = {
     "optimizer": {"lr": 1e-5},
     "schedule": {"warmup_steps": 1},
     "precision": "bf16",
+    "communication": {"data_type": "bf16"},
 }
 
 

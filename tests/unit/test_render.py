@@ -85,6 +85,12 @@ EVERYTHING = {
     },
 }
 LAYOUTS = [
+    {"stages.0.zero": {"stage": 2}, "stages.0.communication": {"data_type": "fp32"}, "stages.0.precision": "bf16"},
+    {
+        "stages.0.zero": {"stage": 1, "reduce_bucket_size": 1000},
+        "stages.0.gpus_per_node": 2,
+        "stages.0.communication": {"powersgd": {}},
+    },
     {"stages.0.zero": {"stage": 0}},
     {"stages.0.zero": {"stage": 1, "allgather_bucket_size": 1000}, "stages.0.precision": "bf16"},
     {"stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"}},
@@ -102,6 +108,22 @@ LAYOUTS = [
 def test_deepspeed_reads_every_key(tmp_path: Path, changes: dict[str, Any]):
     plan = plan_of(tmp_path, changes)
     assert unread(deepspeed_sections(plan.stages[0], plan.site)) == set()
+
+
+def test_deepspeed_reduces_in_the_stated_precision(tmp_path: Path):
+    """What its config class makes of the key, and what compressed gradients leave of the overlap."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for name, expected in {
+        "bf16": "torch.bfloat16",
+        "fp16": "torch.float16",
+        "fp32": "torch.float32",
+        None: "None",
+    }.items():
+        plan = plan_of(tmp_path, {"stages.0.communication": {"data_type": name}})
+        assert str(DeepSpeedConfig(deepspeed_sections(plan.stages[0], plan.site)).communication_data_type) == expected
+    plan = plan_of(tmp_path, {"stages.0.communication": {"powersgd": {}}, "stages.0.gpus_per_node": 2})
+    assert deepspeed_sections(plan.stages[0], plan.site)["zero_optimization"]["overlap_comm"] is False
 
 
 def test_a_key_that_deepspeed_ignores_would_be_noticed(tmp_path: Path):

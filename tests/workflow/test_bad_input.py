@@ -234,6 +234,52 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("tensor 2 does not divide the model's vocab_size 401", "pad vocab_size"),
     ),
+    *(
+        (
+            f"PowerSGD with {what}",
+            {"stages.0.communication": {"powersgd": {}}, "stages.0.gpus_per_node": 2, **keys},
+            {},
+            says,
+        )
+        for what, keys, says in (
+            ("ZeRO 2", {"stages.0.zero": {"stage": 2}}, ("powersgd with ZeRO stage 2", "set zero.stage to 1")),
+            ("offload", {"stages.0.zero": {"offload_optimizer": "cpu"}}, ("offloaded optimizer is not proved here",)),
+            ("fp16", {"stages.0.precision": "fp16"}, ("powersgd with fp16", "use bf16 or fp32")),
+            ("one rank", {"stages.0.gpus_per_node": 1}, ("one data-parallel rank", "use more ranks")),
+            (
+                "tensor ranks",
+                {"stages.0.parallel": {"tensor": 2}},
+                ("powersgd with parallel.tensor 2", "set tensor to 1"),
+            ),
+            ("stages", {"stages.0.parallel": {"pipeline": 2}}, ("powersgd with parallel.pipeline 2",)),
+            (
+                "a data type",
+                {"stages.0.communication": {"powersgd": {}, "data_type": "bf16"}},
+                ("both powersgd and data_type",),
+            ),
+            (
+                "too early a start",
+                {"stages.0.communication": {"powersgd": {"start_step": 1}}},
+                ("start_step is 1", "greater than or equal to 2"),
+            ),
+        )
+    ),
+    (
+        "gradients' precision with other axes",
+        {
+            "stages.0.communication": {"data_type": "bf16"},
+            "stages.0.parallel": {"sequence": 2},
+            "stages.0.gpus_per_node": 2,
+        },
+        {},
+        ("data_type with parallel.sequence 2 is not proved here", "or drop data_type"),
+    ),
+    (
+        "gradients in fp8",
+        {"stages.0.communication": {"data_type": "fp8"}},
+        {},
+        ("communication.data_type is 'fp8'", "'fp32', 'bf16' or 'fp16'"),
+    ),
     (
         "experts that ranks cannot share",
         {"model": {"deepseek_v3": MIXTURE}, "stages.0.parallel": {"expert": 8}, "stages.0.gpus_per_node": 8},

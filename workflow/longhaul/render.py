@@ -169,6 +169,8 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
         "optimizer": _optimizer(plan, site),
         "zero_optimization": _zero(plan),
     }
+    if stage.communication.data_type:
+        sections["communication_data_type"] = stage.communication.data_type
     if stage.parallel.pipeline > 1:
         # Between stages whole activations travel: DeepSpeed's splitting over tensor ranks loses the position ids.
         sections["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
@@ -208,7 +210,9 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": zero.stage}
     if zero.stage == 0:
         return section
-    section |= {"overlap_comm": zero.overlap_comm, "contiguous_gradients": zero.contiguous_gradients}
+    # Compressed gradients are whole matrices, which there are after the backward pass only.
+    overlaps = zero.overlap_comm and plan.stage.communication.powersgd is None
+    section |= {"overlap_comm": overlaps, "contiguous_gradients": zero.contiguous_gradients}
     if zero.offload_optimizer == "cpu":
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": zero.pin_memory}
     if zero.offload_param == "cpu":

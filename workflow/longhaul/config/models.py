@@ -206,6 +206,27 @@ class Zero(Frozen):
     )
 
 
+class PowerSgd(Frozen):
+    """Low-rank gradients (arXiv:1905.13727): each matrix travels as two thin ones, what that loses in the next step."""
+
+    rank: Count = Field(default=4, description="Columns of the thin matrices: more are more exact and more bytes.")
+    start_step: Annotated[int, Field(ge=2)] = Field(
+        default=10, description="Steps that are reduced whole before it begins; no fewer than the warm-up is wise."
+    )
+
+
+class Communication(Frozen):
+    """How gradients travel between data-parallel ranks. It changes what is learnt, so a change trains the stage anew."""
+
+    data_type: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="Precision they are summed in; null: the stage's. Without other parallelism only."
+    )
+    powersgd: PowerSgd | None = Field(
+        default=None,
+        description="Compress them; ZeRO 0 and 1, data parallelism alone. zero.overlap_comm has no effect then.",
+    )
+
+
 class Checkpoints(Frozen):
     """When weights are saved and which saves are kept; a save another stage or an export needs is never removed."""
 
@@ -297,6 +318,7 @@ class Stage(Frozen):
     )
     parallel: Parallel = Field(default=Parallel(), description="Parallel layout.")
     zero: Zero = Field(default=Zero(), description="ZeRO and offload.")
+    communication: Communication = Field(default=Communication(), description="Reduction of gradients.")
     expert_bias_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="DeepSeek V3's balancing without auxiliary loss: change of an expert's bias a step; 0: none.",

@@ -37,6 +37,7 @@ def sample_ranks(stage: Stage, world_size: int) -> int:
     _check_zero(stage)
     _check_hierarchy(stage, world_size)
     _check_combination(stage)
+    _check_communication(stage, data)
     return world_size // shared
 
 
@@ -132,6 +133,40 @@ def _check_combination(stage: Stage) -> None:
         raise UserError(
             f"{where}: fp16 with {(others or ['sequence'])[0]} parallelism is not proved here", "use bf16 or fp32"
         )
+
+
+def _check_communication(stage: Stage, data: int) -> None:
+    settings, where = stage.communication, f"stages.{stage.name}.communication"
+    key = "powersgd" if settings.powersgd else "data_type"
+    if not settings.powersgd and not settings.data_type:
+        return
+    if settings.powersgd and settings.data_type:
+        raise UserError(f"{where} has both powersgd and data_type", "choose one: thin matrices are reduced in fp32")
+    split = [axis for axis, ranks in stage.parallel if ranks > 1]
+    if split:
+        raise UserError(
+            f"{where}.{key} with parallel.{split[0]} {getattr(stage.parallel, split[0])} is not proved here",
+            f"set {' and '.join(split)} to 1, or drop {key}",
+        )
+    if settings.powersgd:
+        _check_powersgd(stage, data, f"{where}.powersgd")
+
+
+def _check_powersgd(stage: Stage, data: int, where: str) -> None:
+    if stage.zero.stage >= 2:
+        raise UserError(
+            f"{where} with ZeRO stage {stage.zero.stage}: it compresses whole gradients, and that stage partitions them",
+            "set zero.stage to 1, or use communication.data_type bf16",
+        )
+    if stage.zero.offload_optimizer != "none":
+        raise UserError(f"{where} with an offloaded optimizer is not proved here", "set zero.offload_optimizer to none")
+    if stage.precision == "fp16":
+        raise UserError(
+            f"{where} with fp16: gradients that overflow would stay in what is added to the next step's",
+            "use bf16 or fp32",
+        )
+    if data == 1:
+        raise UserError(f"{where}: one data-parallel rank reduces no gradients", "drop it, or use more ranks")
 
 
 def _split_by_tensor(model: dict[str, Any]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from longhaul.train.loss import global_loss, head_loss_sum, loss_sum
 from longhaul.train.model import read_deepspeed_config
 from longhaul.train.parallel.balance import ExpertLoad
 from longhaul.train.parallel.grid import Grid
+from longhaul.train.powersgd import compress_reduction
 from longhaul.train.processes import Processes
 
 
@@ -60,6 +61,7 @@ class WholeModel:
         self._model = model
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
         self.engine = make_engine(job, model, self.grid)
+        self._low_rank = compress_reduction(self.engine, job)
         self.guard = StepGuard(self.engine)
 
     def train(self, batch: Batch, tokens: float) -> float:
@@ -73,7 +75,10 @@ class WholeModel:
                 self.guard.measure_plain()
             total += summed.item()
             self.engine.step()
-        return self.guard.finish()
+        loss = self.guard.finish()
+        if self._low_rank:
+            self._low_rank.finish_step(was_refused=bool(self.guard.reason))
+        return loss
 
     def evaluate(self, micro: MicroBatch) -> float:
         self.engine.eval()

@@ -6,6 +6,7 @@ A checkpoint holds DeepSpeed's files, trainer-rank-*.pt, state.json, proof/ wher
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,12 +102,16 @@ class Checkpoints:
         saved, planned = _layout_of(manifest), self._layout()
         if saved == planned:
             load_engine(engine, self._processes.grid, folder)
-            self._restore_own_state(torch.load(folder / self._rank_file(), weights_only=True))
+            self._restore_own_state(engine, torch.load(folder / self._rank_file(), weights_only=True))
         else:
             load_other_layout(engine, folder)
             engine.global_steps, engine.global_samples = step, step * self._job.stage.global_batch
             self._seed_own_state(step)
-            restore_loss_scale(engine, torch.load(folder / _rank_file(0), weights_only=True).get("loss_scale"))
+            own = (torch.load(folder / _rank_file(rank), weights_only=True) for rank in range(saved["world_size"]))
+            first = next(own)
+            restore_loss_scale(engine, first.get("loss_scale"))
+            if hasattr(engine, "low_rank"):
+                engine.low_rank.load(one["low_rank"] for one in itertools.chain([first], own))
         if self._processes.is_main:
             moved = "" if saved == planned else f", saved with {_words(saved)}; this job has {_words(planned)}"
             print(f"resumed from step {step}{moved}", flush=True)
@@ -131,7 +136,9 @@ class Checkpoints:
             "parallel": self._job.stage.parallel.model_dump(),
         }
 
-    def _restore_own_state(self, own: dict[str, Any]) -> None:
+    def _restore_own_state(self, engine: Any, own: dict[str, Any]) -> None:
+        if hasattr(engine, "low_rank"):
+            engine.low_rank.load([own["low_rank"]])
         torch.set_rng_state(own["cpu_rng"])
         if "cuda_rng" in own:
             torch.cuda.set_rng_state(own["cuda_rng"], self._processes.device)
@@ -204,6 +211,8 @@ class Checkpoints:
 
     def _own_state(self, engine: Any) -> dict[str, Any]:
         state: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "loss_scale": loss_scale_of(engine)}
+        if hasattr(engine, "low_rank"):
+            state["low_rank"] = engine.low_rank.state()
         if self._processes.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self._processes.device)
         return state
