@@ -144,6 +144,7 @@ def make_job(folder: Path, corpus: Path) -> Path:
     job = TokenizeJob(
         run="bench",
         name="corpus",
+        evaluation=(),
         parts={},
         dataset=Dataset(kind="text", files=(str(corpus),)),
         files=(str(corpus),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def check_files(loaded: LoadedConfig) -> None:
     for name, dataset in loaded.config.datasets.items():
         if dataset.files:
             dataset_files(loaded, name)
+        evaluation_files(loaded, name)
     tokenizer = loaded.config.tokenizer
     if tokenizer.path and not (loaded.resolve(tokenizer.path) / "tokenizer.json").is_file():
         raise UserError(
@@ -45,19 +47,29 @@ def check_files(loaded: LoadedConfig) -> None:
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:
     """A dataset's own files, globs expanded, sorted within each pattern; UserError for a pattern that finds none."""
+    return _matches(loaded, loaded.config.datasets[name].files, f"datasets.{name}.files")
+
+
+def evaluation_files(loaded: LoadedConfig, name: str) -> list[Path]:
+    """The files whose texts a dataset must not hold, as `dataset_files`; none unless it is to be decontaminated."""
+    settings = loaded.config.datasets[name].decontaminate
+    return _matches(loaded, settings.files, f"datasets.{name}.decontaminate.files") if settings else []
+
+
+def _matches(loaded: LoadedConfig, patterns: Sequence[str], key: str) -> list[Path]:
     found: list[Path] = []
-    for pattern in loaded.config.datasets[name].files:
+    for pattern in patterns:
         paths = _expand(loaded.resolve(pattern))
         if not paths:
             raise UserError(
-                f"datasets.{name}.files: nothing matches {pattern!r} (looked in {loaded.folder})",
+                f"{key}: nothing matches {pattern!r} (looked in {loaded.folder})",
                 "paths are relative to the config file",
             )
         for path in paths:
             if path.stat().st_size == 0:
-                raise UserError(f"datasets.{name}.files: {path} is empty", "remove it from the list, or fill it")
+                raise UserError(f"{key}: {path} is empty", "remove it from the list, or fill it")
             if path in found:
-                raise UserError(f"datasets.{name}.files: {path} is listed twice", "list every file once")
+                raise UserError(f"{key}: {path} is listed twice", "list every file once")
             found.append(path)
     return found
 
