@@ -30,7 +30,12 @@ _DTYPE_CODES = {"int32": 4, "uint16": 8}
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest type Megatron uses for a vocabulary of this size."""
+    """The smallest type Megatron uses for a vocabulary of this size; UserError for one that none of them holds."""
+    if vocab_size > 2**31:
+        raise UserError(
+            f"the tokenizer's ids reach {vocab_size - 1}; shards hold ids up to {2**31 - 1} (int32, Megatron's largest type)",
+            "give the tokenizer's added tokens smaller ids",
+        )
     return "uint16" if vocab_size < 65500 else "int32"
 
 
