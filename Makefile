@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults cluster cluster-down bench-trainer bench-plan bench-data clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity faults cluster cluster-down bench-trainer bench-plan bench-data bench-read clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -71,6 +71,9 @@ bench-plan: setup  ## time of the demo's dry run
 
 bench-data: setup .venv-bench/.installed  ## raw text to shards beside datasets map, datatrove and the raw limit
 	$(BIN)/python bench/data.py
+
+bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
+	$(BIN)/python bench/read.py
 
 .venv-bench/.installed: bench/requirements-data.txt
 	$(PYTHON) -m venv .venv-bench

@@ -207,11 +207,15 @@ class SplitReader:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """[stop - start] int64: tokens of the stream, across shards and what is passed over."""
         found = np.empty(stop - start, dtype=np.int64)
-        filled = 0
-        for piece in self._pieces(start, stop):
-            found[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        self.read(start, found)
         return found
+
+    def read(self, start: int, into: np.ndarray) -> None:
+        """As `tokens`, written over `into` [any length]."""
+        filled = 0
+        for piece in self._pieces(start, start + len(into)):
+            into[filled : filled + len(piece)] = piece
+            filled += len(piece)
 
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Views of the shards."""
