@@ -1,4 +1,4 @@
-"""Raw text to shards on two cores: ours beside `datasets` map, datatrove and the raw limit; then how fast batches are read.
+"""Raw text to shards on two cores: ours beside `datasets` map, datatrove and the raw limit.
 
 Wall time with start-up, rounds alternated, medians. Megatron-LM's preprocess_data.py is in no package that pip installs.
 """
@@ -21,7 +21,6 @@ import numpy as np
 from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.config.models import Dataset
 from longhaul.data.indexed import SplitReader
-from longhaul.data.samples import Samples
 from longhaul.jobs import TokenizeJob
 from machine import header, publish
 
@@ -35,7 +34,7 @@ UNCHECKED = (
     "tokenize.choose = lambda *_: tokenize.Choice('gigatoken', ''); encoding.Encoder._check = lambda *_: None; "
     "cli.main(['tokenize', sys.argv[1]])"
 )
-EOS, TOKENS_PER_S = "<｜end▁of▁sentence｜>", 200_000
+EOS = "<｜end▁of▁sentence｜>"
 
 
 def main() -> None:
@@ -74,7 +73,6 @@ def main() -> None:
             f"encoder: {manifest.encoder['name']}",
             f"peak resident memory of the largest of our processes: {peak_mb(commands['longhaul'], folder):.0f} MB",
             f"ids equal to AutoTokenizer's: {compare(manifest, tokenizer, corpus)}",
-            *reading(manifest, folder),
         ]
     publish("data", lines)
 
@@ -144,6 +142,7 @@ def make_job(folder: Path, corpus: Path) -> Path:
     job = TokenizeJob(
         run="bench",
         name="corpus",
+        evaluation=(),
         parts={},
         dataset=Dataset(kind="text", files=(str(corpus),)),
         files=(str(corpus),),
@@ -194,21 +193,6 @@ def compare(manifest: DataManifest, tokenizer: TokenizerManifest, corpus: Path) 
                 places[index], same = stop, same + 1
                 break
     return f"{same:,} of {documents:,} documents, {sum(places):,} of {sum(counts):,} tokens"
-
-
-def reading(manifest: DataManifest, folder: Path) -> Iterator[str]:
-    """Batches in memory, and the opening of a manifest of a billion samples."""
-    samples = Samples.open(manifest, "train", "pretrain", 4096, 0, folder)
-    batches = 64
-    read_s = timed_call(
-        lambda: [np.stack([samples[int(i)].input_ids for i in samples.ids(b, 8)]) for b in range(batches)]
-    )
-    per_step_s = read_s / batches
-    step_s = 8 * 4096 / TOKENS_PER_S
-    yield (
-        f"reading: {8 * 4096 / per_step_s / 1e6:.1f} M tokens/s of shuffled windows of 4096; behind a step at "
-        f"{TOKENS_PER_S:,} tokens/s the reader is busy {per_step_s / step_s:.1%} of the time, and runs ahead of it"
-    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _ours(
     events, state = Events(None), TrainingState()
     metrics = Metrics(job, folder, 0, processes, job.model, events)
     checkpoints = Checkpoints(folder, job, processes, events)
-    trainer = Trainer(job, processes, backend, None, checkpoints, metrics, events, state)
+    trainer = Trainer(job, processes, backend, None, {}, checkpoints, metrics, events, state)
     batches = iter(Prefetcher(samples, job, processes, state))
     first = next(batches)
     following = chain([first], batches)

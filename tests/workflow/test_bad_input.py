@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,29 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("GiB per GPU", "site centre has 1 GiB"),
     ),
     ("more files than the quota", {}, {"inode_limit": 5}, ("exceed site centre's inode_limit 5",)),
+    (
+        "more work units than the quota",
+        {"datasets.chats": {"kind": "chat", "files": ["run.yaml"], "unit_mb": 1e-6}},
+        {"inode_limit": 150},
+        (
+            "datasets.chats: ",
+            " work units of 1e-06 MB are up to ",
+            "site centre's inode_limit 150",
+            "set unit_mb to 1 or more",
+        ),
+    ),
+    (
+        "evaluation files that are not there",
+        {"datasets.chats.decontaminate": {"files": ["evals/*.jsonl"]}},
+        {},
+        ("datasets.chats.decontaminate.files: nothing matches 'evals/*.jsonl'",),
+    ),
+    (
+        "a mixture that is to be screened",
+        {"datasets.both": {"kind": "chat", "mixture": {"chats": 1}, "deduplicate": "near"}},
+        {},
+        ("datasets.both", "a mixture takes its parts as they are"),
+    ),
     (
         "best without validation",
         {"stages.1.export": "best", "datasets.chats.validation_share": 0.0},
@@ -703,6 +727,28 @@ def test_a_tokenizer_beyond_the_models_vocabulary(
     message = refused(capsys, "tokenizer", write_job(tmp_path, job))
     assert f"the tokenizer has {made['vocab_size']} tokens; the model's vocab_size is 300" in message
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_without_eos(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path):
+    made = Path(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
+    job = tokenizer_job(tmp_path, path=str(tmp_path / "bare"), train_vocab_size=None, needs_chat_template=False)
+    assert "bare has no EOS token" in refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_beyond_what_shards_can_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
+):
+    shutil.copytree(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"], tmp_path / "large")
+    path = tmp_path / "large" / "tokenizer.json"
+    written = json.loads(path.read_text())
+    written["model"]["vocab"]["unheard of"] = 2**31
+    path.write_text(json.dumps(written))
+    job = tokenizer_job(tmp_path, path=str(tmp_path / "large"), train_vocab_size=None, model_vocab_size=None)
+    message = refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert "ids reach 2147483648; shards hold ids up to 2147483647" in message
 
 
 def test_a_job_file_of_another_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -157,8 +157,10 @@ class DataManifest(Artifact):
     hash:     of the source bytes, the tokenizer and the dataset's settings
     splits:   "train" / "validation" -> {"shards": [{"prefix", "tokens", "documents", "sha256": {"bin", "idx", "mask"?}}],
               "tokens", "documents", "loss_tokens"}; a prefix is relative to `path`
+              "dropped": file in `path` that names the documents readers pass over (longhaul.data.screen), where there are any;
+              the sums are then without them
     sources:  [{"path", "bytes", "sha256", "documents"}]
-    skipped:  reason -> number of documents left out
+    skipped:  reason -> number of documents left out or passed over
     unigram_entropy_nats: entropy of the training split's token frequencies, in nats (the loss of a model that only counts)
     mixture:  [{"weight": whole number, "manifest": a DataManifest's fields}] where the samples are those of other datasets
     encoder:  {"name": "gigatoken" or "tokenizers", "reason": why it is not the fast one, "" if it is}

@@ -105,6 +105,7 @@ class TokenizeJob(Job):
     name: str
     dataset: Dataset
     files: tuple[str, ...]  # resolved files, in order
+    evaluation: tuple[str, ...]  # evaluation files to keep out of the data, in order
     parts: dict[str, str]  # of a mixture: dataset -> its results/<run>/data/<dataset>.json
     tokenizer: str  # results/<run>/tokenizer.json
     workers: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longhaul.artifacts import Lock, content_hash
 from longhaul.jobs import ConvertJob, EnvironmentJob, FabricJob, Job, StageJob, TokenizeJob, TokenizerJob
-from longhaul.plan import Plan, dataset_files, model_config
+from longhaul.plan import Plan, dataset_files, evaluation_files, model_config
 
 
 def payload(plan: Plan, job: str) -> Job:
@@ -126,6 +126,7 @@ def _tokenize(plan: Plan, name: str) -> TokenizeJob:
         name=name,
         dataset=plan.config.datasets[name],
         files=source_files(plan, name),
+        evaluation=tuple(map(str, evaluation_files(plan.loaded, name))),
         parts={part: f"{results(plan)}/data/{part}.json" for part in plan.config.datasets[name].mixture},
         tokenizer=f"{results(plan)}/tokenizer.json",
         workers=plan.site.node.cpus,
@@ -203,7 +204,8 @@ def _locked(lock: Lock | None, name: str, key: str) -> str | None:
 
 
 def repository_sources(plan: Plan, name: str) -> list[Path]:
-    """Inputs of a dataset's tokenize rule: the user's own files, or the parts of a mixture; empty for fetched ones."""
+    """Inputs of a dataset's tokenize rule: the user's own files and evaluation files, or the parts of a mixture."""
     if mixture := plan.config.datasets[name].mixture:
         return [Path(f"{results(plan)}/data/{part}.json") for part in mixture]
-    return dataset_files(plan.loaded, name) if plan.config.datasets[name].files else []
+    own = dataset_files(plan.loaded, name) if plan.config.datasets[name].files else []
+    return [*own, *evaluation_files(plan.loaded, name)]

@@ -95,12 +95,18 @@ def make_tokenizer(folder: Path, files: Sequence[Path] = (), **settings: Any) ->
 
 
 def tokenize_job(
-    folder: Path, tokenizer_folder: Path, files: Sequence[Path], settings: Dataset, workers: int = 1
+    folder: Path,
+    tokenizer_folder: Path,
+    files: Sequence[Path],
+    settings: Dataset,
+    workers: int = 1,
+    evaluation: Sequence[Path] = (),
 ) -> TokenizeJob:
     """Tokenizes files into <folder>/data."""
     return TokenizeJob(
         run="test",
         name="corpus",
+        evaluation=tuple(map(str, evaluation)),
         parts={},
         dataset=settings,
         files=tuple(map(str, files)),
@@ -112,9 +118,14 @@ def tokenize_job(
 
 
 def make_shards(
-    folder: Path, tokenizer_folder: Path, files: Sequence[Path], settings: Dataset, workers: int = 1
+    folder: Path,
+    tokenizer_folder: Path,
+    files: Sequence[Path],
+    settings: Dataset,
+    workers: int = 1,
+    evaluation: Sequence[Path] = (),
 ) -> DataManifest:
     """Runs a tokenize job and reads what it made."""
-    job = tokenize_job(folder, tokenizer_folder, files, settings, workers)
+    job = tokenize_job(folder, tokenizer_folder, files, settings, workers, evaluation)
     tokenize.run(job)
     return DataManifest.read(Path(job.out))

@@ -52,7 +52,10 @@ def test_the_bytes_are_megatrons(tmp_path: Path, dtype: str, code: int, size: in
 
 
 def test_types_change_where_megatrons_do():
-    assert [token_dtype(size) for size in (300, 65499, 65500, 129280)] == ["uint16", "uint16", "int32", "int32"]
+    sizes = (300, 65499, 65500, 129280, 2**31)
+    assert [token_dtype(size) for size in sizes] == ["uint16", "uint16", "int32", "int32", "int32"]
+    with pytest.raises(UserError, match="ids reach 2147483648; shards hold ids up to 2147483647"):
+        token_dtype(2**31 + 1)
 
 
 @settings(max_examples=60, deadline=None)

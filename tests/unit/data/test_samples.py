@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import conversation
-from longhaul.artifacts import DataManifest, TokenizerManifest
+from longhaul.artifacts import DataManifest, TokenizerManifest, read_json
 from longhaul.data.indexed import SplitReader
 from longhaul.data.packing import Packs, best_fit, make_packs, pack_block
 from longhaul.data.permutation import permutation
-from longhaul.data.samples import IGNORED_LABEL, OPENING_TOKENS, Mixed, Samples, batch_of_step
+from longhaul.data.samples import IGNORED_LABEL, OPENING_TOKENS, Mixed, Sample, Samples, batch_of_step
 from longhaul.errors import UserError
 
 S = 64
@@ -145,13 +145,13 @@ def test_a_conversation_longer_than_a_sequence_is_cut_and_counted(chat_shards: D
 
 def test_a_pack_file_is_made_once_and_another_seed_has_another(chat_shards: DataManifest, tmp_path: Path):
     packs(chat_shards, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.bin")
     written = path.stat().st_mtime_ns
     packs(chat_shards, tmp_path)
     assert path.stat().st_mtime_ns == written
     assert path.stat().st_size <= 8 * len(reader(chat_shards).lengths())
     packs(chat_shards, tmp_path, seed=2)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.bin"))) == 2
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="is not a pack file of"):
         packs(chat_shards, tmp_path)
@@ -210,6 +210,37 @@ def test_padding_share_is_what_the_packs_leave_empty(chat_shards: DataManifest, 
     lengths = np.minimum(reader(chat_shards).lengths(), 512)
     assert samples.padding_share == pytest.approx(1 - lengths.sum() / (512 * len(samples)))
     assert samples.padding_share < 0.1
+    (record,) = tmp_path.glob("pack-*.json")
+    assert read_json(record) == {
+        "documents": len(lengths),
+        "packs": len(samples),
+        "sequence_length": 512,
+        "tokens": int(lengths.sum()),
+        "cut_documents": 0,
+        "padding_share": samples.padding_share,
+    }
+
+
+def test_packs_are_opened_without_a_look_at_every_document(
+    chat_shards: DataManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = packs(chat_shards, tmp_path)
+    monkeypatch.setattr(SplitReader, "lengths", lambda self: pytest.fail("all lengths were read"))
+    again = packs(chat_shards, tmp_path)
+    assert (len(again), again.padding_share) == (len(made), made.padding_share)
+
+
+@pytest.mark.parametrize("kind", ["windows", "packs"])
+def test_samples_are_written_into_rows_of_a_batch(
+    text_shards: DataManifest, chat_shards: DataManifest, tmp_path: Path, kind: str
+):
+    """Whatever lay there before; the last window is shorter than a sequence."""
+    samples = windows(text_shards, tmp_path) if kind == "windows" else packs(chat_shards, tmp_path)
+    batch = np.full((3, len(samples), samples.length), 7, dtype=np.int64)
+    for index in range(len(samples)):
+        samples.fill(index, Sample(*batch[:, index]))
+        for row, alone in zip(batch[:, index], samples[index], strict=True):
+            np.testing.assert_array_equal(row, alone)
 
 
 def test_a_manifest_of_a_billion_samples_opens_without_its_shards(tmp_path: Path):

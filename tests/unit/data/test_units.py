@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import dataset, make_shards, text, tokenize_job, write_jsonl
-from longhaul.artifacts import TokenizerManifest, file_sha256
+from longhaul.artifacts import DataManifest, TokenizerManifest, file_sha256
 from longhaul.data.formats import BadData
 from longhaul.data.progress import Counters
 from longhaul.data.readers import documents_of
@@ -131,7 +131,7 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path:
     (tmp_path / "killed").mkdir()
     job = tokenize_job(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
     job.write(tmp_path / "job.json")
-    chance, root, was_kept = random.Random(5), Path(job.folder), 0
+    chance, root, was_kept, was_cut = random.Random(5), Path(job.folder), 0, 0
     for _ in range(20):
         before = {path.name for path in root.glob(".*")}
         words = [sys.executable, "-m", "longhaul", "tokenize", str(tmp_path / "job.json")]
@@ -143,6 +143,7 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path:
         time.sleep(chance.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        was_cut += any(root.glob(".*/unit/*.bin"))
         for finished in root.glob("[!.]*"):
             if chance.random() < 0.5:
                 shutil.rmtree(finished)
@@ -150,7 +151,7 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path:
                 was_kept += 1
         Path(job.out).unlink(missing_ok=True)
     made = make_shards(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
-    assert was_kept, "the kills came too early to test anything"
+    assert was_kept and was_cut >= 5, f"kills test little: {was_kept} units kept, {was_cut} kills amid a unit"
     assert hashes(Path(made.path)) == hashes(Path(whole.path))
     assert (made.splits, made.hash, made.sources) == (whole.splits, whole.hash, whole.sources)
 
@@ -243,22 +244,51 @@ def test_the_default_is_to_stop_at_a_line_that_is_too_long(tmp_path: Path, token
         make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset(max_document_mb=0.001))
 
 
-def test_a_huge_line_is_never_held_whole(tmp_path: Path):
-    """200 MB without a line break, beside a limit of 1 MB: peak memory grows by a few buffers."""
-    path = tmp_path / "a.jsonl"
-    with path.open("wb") as stream:
+# Makes a job in a process of its own and prints its peak memory in MB, and the exit code as a job would end with it.
+MEASURED = (
+    "import resource, sys; from longhaul.cli import main\n"
+    "try: main(['tokenize', sys.argv[1]]); code = 0\n"
+    "except SystemExit as ended: code = ended.code\n"
+    "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+)
+
+
+def measured(folder: Path, tokenizer_folder: Path, path: Path, settings: Any) -> tuple[int, int, str]:
+    """Exit code, peak MB and stderr of a job over one file, in one process."""
+    folder.mkdir()
+    job = tokenize_job(folder, tokenizer_folder, [path], settings)
+    job.write(folder / "job.json")
+    words = [sys.executable, "-c", MEASURED, str(folder / "job.json")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    code, peak_mb = map(int, done.stdout.split())
+    return code, peak_mb, done.stderr
+
+
+def test_a_line_of_a_gigabyte_is_never_held_whole(tmp_path: Path, tokenizer_folder: Path):
+    """A file with a hole, which takes no room; it spans dozens of units."""
+    path = write_jsonl(tmp_path / "a.jsonl", "text", ["before"])
+    with path.open("r+b") as stream:
+        stream.seek(0, os.SEEK_END)
         stream.write(b'{"text": "')
-        for _ in range(200):
-            stream.write(b"x" * 10**6)
+        stream.seek(10**9, os.SEEK_CUR)
         stream.write(b'"}\n{"text": "after"}\n')
-    script = (
-        "import resource, sys; from pathlib import Path; from longhaul.config.models import Dataset\n"
-        "from longhaul.data.formats import Part; from longhaul.data.readers import documents_of\n"
-        "dataset = Dataset(kind='text', files=('x',), max_document_mb=1)\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak()\n"
-        "found = list(documents_of(Part(Path(sys.argv[1]), 'auto'), dataset))\n"
-        "print(found[0].reason, found[1].content, peak() - before)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    *reason, after, grown_mb = done.stdout.split()
-    assert (reason, after) == (["too", "long"], "after") and int(grown_mb) < 60
+    code, peak_mb, log = measured(tmp_path / "skip", tokenizer_folder, path, dataset(bad_rows="skip"))
+    made = DataManifest.read(tmp_path / "skip" / "data.json")
+    assert code == 0 and peak_mb < 1024 // 2, log
+    assert sum(split["documents"] for split in made.splits.values()) == 2 and made.skipped == {"too long": 1}
+    assert f"left out (too long): {path}:2: longer than 64 MB" in log
+    code, peak_mb, log = measured(tmp_path / "stop", tokenizer_folder, path, dataset())
+    assert code == 2 and peak_mb < 1024 // 2
+    assert f"error: {path}:2: longer than 64 MB, the dataset's max_document_mb" in log
+
+
+def test_a_large_row_group_is_never_held_whole(tmp_path: Path, tokenizer_folder: Path):
+    """One row group of 600 MB of text: its rows are the same thirty again and again."""
+    rows = pa.array([f"{number} " + "long haul " * 200_000 for number in range(30)], pa.large_string())
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": pa.chunked_array([rows] * 10)}), path, use_dictionary=False)
+    group = pyarrow.parquet.read_metadata(path).row_group(0)
+    assert (group.num_rows, group.total_byte_size > 5 * 10**8) == (300, True)
+    code, peak_mb, log = measured(tmp_path / "made", tokenizer_folder, path, dataset(validation_share=0))
+    assert code == 0 and peak_mb < 600, log
+    assert sum(s["documents"] for s in DataManifest.read(tmp_path / "made" / "data.json").splits.values()) == 300

@@ -82,6 +82,20 @@ class Columns(Frozen):
         return self
 
 
+class Decontaminate(Frozen):
+    """Documents that share a run of words with an evaluation text are not trained on."""
+
+    files: Annotated[tuple[OneLine, ...], Field(min_length=1)] = Field(
+        description="Evaluation files, in any format that is read; paths or globs relative to the config file."
+    )
+    columns: Annotated[tuple[OneLine, ...], Field(min_length=1)] = Field(
+        default=("text",), description="Their text columns; each value is a text of its own."
+    )
+    ngram_words: Annotated[int, Field(ge=4, le=100)] = Field(
+        default=13, description="Length of the run in words, without case, punctuation and spacing; GPT-3 took 13."
+    )
+
+
 class Dataset(Frozen):
     """Exactly one of files, hub, python_stdlib and mixture."""
 
@@ -113,11 +127,20 @@ class Dataset(Frozen):
         default=True, description="kind chat: train on the assistant's <think>…</think>; false: it is context alone."
     )
     validation_share: Share = Field(default=0.01, description="Share of documents held out, chosen by document hash.")
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        default="none",
+        description="Of equal (near: also of alike, MinHash over runs of 5 words) documents the first alone is trained on.",
+    )
+    decontaminate: Decontaminate | None = Field(
+        default=None, description="Keep evaluation texts out of the data: whole documents are dropped and named."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
         if self.mixture:
             whole_weights(self.mixture)
+            if self.deduplicate != "none" or self.decontaminate:
+                raise ValueError("a mixture takes its parts as they are: set deduplicate and decontaminate there")
         return _exactly_one(self, "files", "hub", "python_stdlib", "mixture")
 
 

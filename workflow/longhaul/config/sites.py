@@ -21,7 +21,6 @@ from longhaul.config.fields import (
     SlurmWord,
 )
 
-
 # What the launch script, srun, torchrun or the supervisor gives a process, and the plan's geometry of a step.
 _OWN_VARIABLES = {
     "PATH",

@@ -16,7 +16,7 @@ import orjson
 
 from longhaul.errors import UserError
 
-_BATCH_ROWS = 1024
+_BATCH_ROWS, _BATCH_BYTES = 1024, 16_000_000
 _BUFFER_BYTES = 1 << 20
 _MAX_LIST_BYTES = 200_000_000
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -142,7 +142,8 @@ def _lines(part: Part, max_bytes: int) -> Iterator[tuple[Line, bytes | None, int
         stream, first = _open(part.path, raw), part.start
         if part.start:
             raw.seek(part.start - 1)
-            first += _rest_of_line(stream) - 1
+            # A line that goes on behind the part is its neighbours': no need to see where it ends.
+            first += _rest_of_line(stream, part.stop) - 1
         is_plain, number, position = stream is raw, 0, first
         while part.stop is None or position < part.stop:
             line = stream.readline(max_bytes + 1)
@@ -157,10 +158,10 @@ def _lines(part: Part, max_bytes: int) -> Iterator[tuple[Line, bytes | None, int
                 yield Line(part.path, number, first), None if is_long else line, position if is_plain else raw.tell()
 
 
-def _rest_of_line(stream: BinaryIO) -> int:
-    """Bytes up to the next line break, which is read too; no more than a buffer of them is held."""
+def _rest_of_line(stream: BinaryIO, stop: int | None = None) -> int:
+    """Bytes up to the next line break, which is read too, or to place `stop`; no more than a buffer of them is held."""
     count = 0
-    while data := stream.readline(_BUFFER_BYTES):
+    while (stop is None or stream.tell() < stop) and (data := stream.readline(_BUFFER_BYTES)):
         count += len(data)
         if data.endswith(b"\n"):
             break
@@ -309,12 +310,20 @@ def _text(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]
 def _parquet(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(part.path) as table:
+    # Pages are read as they are needed, not a row group's whole columns.
+    with pyarrow.parquet.ParquetFile(part.path, buffer_size=_BUFFER_BYTES) as table:
         _require(part.path, columns, table.schema_arrow.names)
         groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
         first = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
-        batches = table.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=list(columns))
+        batches = table.iter_batches(_rows_at_once(table.metadata), row_groups=list(groups), columns=list(columns))
         yield from _batches(part.path, batches, columns, first, max(1, table.metadata.num_rows))
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """So many that they hold some MB, going by the fullest row group."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1, row_bytes))))
 
 
 def _require(path: Path, columns: tuple[str, ...], found: list[str]) -> None:

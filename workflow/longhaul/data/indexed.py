@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ _DTYPE_CODES = {"int32": 4, "uint16": 8}
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest type Megatron uses for a vocabulary of this size."""
+    """The smallest type Megatron uses for a vocabulary of this size; UserError for one that none of them holds."""
+    if vocab_size > 2**31:
+        raise UserError(
+            f"the tokenizer's ids reach {vocab_size - 1}; shards hold ids up to {2**31 - 1} (int32, Megatron's largest type)",
+            "give the tokenizer's added tokens smaller ids",
+        )
     return "uint16" if vocab_size < 65500 else "int32"
 
 
@@ -176,37 +182,55 @@ class SplitReader:
         self._token_ends = np.cumsum([shard["tokens"] for shard in entry["shards"]], dtype=np.int64)
         self._document_ends = np.cumsum([shard["documents"] for shard in entry["shards"]], dtype=np.int64)
         self._shard = functools.lru_cache(_MOST_OPEN_SHARDS)(self._open)
+        self._dropped = Dropped(folder / entry["dropped"] if entry.get("dropped") else None)
 
     def _open(self, index: int) -> ShardReader:
         return ShardReader(self._folder / self._prefixes[index], self._with_mask)
 
     @property
     def token_count(self) -> int:
-        """Tokens of all shards."""
-        return int(self._token_ends[-1]) if self._prefixes else 0
+        """Tokens of all shards, without what is passed over."""
+        return int(self._token_ends[-1]) - self._dropped.token_count if self._prefixes else 0
 
     @property
     def document_count(self) -> int:
-        """Documents of all shards."""
-        return int(self._document_ends[-1]) if self._prefixes else 0
+        """Documents of all shards, without those passed over."""
+        return int(self._document_ends[-1]) - len(self._dropped) if self._prefixes else 0
 
     def lengths(self) -> np.ndarray:
         """[D] int32: tokens of each document."""
         shards = map(self._shard, range(len(self._prefixes)))
-        return np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in shards)])
+        return np.delete(
+            np.concatenate([np.empty(0, np.int32), *(shard.lengths for shard in shards)]), self._dropped.numbers()
+        )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] int64: tokens of the stream, across shards."""
-        pieces, index = [], int(np.searchsorted(self._token_ends, start, side="right"))
-        while start < stop:
-            end = int(self._token_ends[index])
-            shard = self._shard(index).tokens
-            pieces.append(shard[len(shard) - (end - start) :][: stop - start])
-            start, index = min(stop, end), index + 1
-        return np.concatenate([np.empty(0, np.int64), *pieces])
+        """[stop - start] int64: tokens of the stream, across shards and what is passed over."""
+        found = np.empty(stop - start, dtype=np.int64)
+        self.read(start, found)
+        return found
+
+    def read(self, start: int, into: np.ndarray) -> None:
+        """As `tokens`, written over `into` [any length]."""
+        filled = 0
+        for piece in self._pieces(start, start + len(into)):
+            into[filled : filled + len(piece)] = piece
+            filled += len(piece)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Views of the shards."""
+        for first, last in self._dropped.stretches(start, stop):
+            place = first
+            index = int(np.searchsorted(self._token_ends, place, side="right"))
+            while place < last:
+                end = int(self._token_ends[index])
+                shard = self._shard(index).tokens
+                yield shard[len(shard) - (end - place) :][: last - place]
+                place, index = min(last, end), index + 1
 
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [T] and loss mask [T] of one document; all ones where the shards have no mask."""
+        number = self._dropped.place(number)
         index = int(np.searchsorted(self._document_ends, number, side="right"))
         shard = self._shard(index)
         local = number - int(self._document_ends[index]) + len(shard.lengths)
@@ -214,6 +238,46 @@ class SplitReader:
         place = slice(start, start + int(shard.lengths[local]))
         tokens = shard.tokens[place]
         return tokens, np.ones(len(tokens), np.uint8) if shard.mask is None else shard.mask[place]
+
+
+class Dropped:
+    """The documents of a split that are passed over, from a file that longhaul.data.screen wrote, memory-mapped.
+
+    Its columns [X] int64: documents that stay before each one, tokens that stay before it, tokens dropped up to its end.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        try:
+            table = np.load(path, mmap_mode="r") if path else np.empty((3, 0), np.int64)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}", "delete the dataset's manifest and run again") from None
+        self._documents, self._tokens, self._gone = table
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    @property
+    def token_count(self) -> int:
+        """Tokens passed over."""
+        return int(self._gone[-1]) if len(self) else 0
+
+    def numbers(self) -> np.ndarray:
+        """[X] int64: the documents' numbers among all."""
+        return self._documents + np.arange(len(self))
+
+    def place(self, number: int) -> int:
+        """The number among all documents of one that stays."""
+        return number + int(np.searchsorted(self._documents, number, side="right"))
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Tokens [start, stop) of those that stay -> stretches among all tokens."""
+        index = int(np.searchsorted(self._tokens, start, side="right"))
+        while start < stop:
+            end = min(stop, int(self._tokens[index])) if index < len(self) else stop
+            gone = int(self._gone[index - 1]) if index else 0
+            if start < end:
+                yield start + gone, end + gone
+            start, index = end, index + 1
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[str, int]:

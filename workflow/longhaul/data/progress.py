@@ -36,16 +36,16 @@ class Progress:
 
     def __init__(self, name: str, total_bytes: int, counters: Counters) -> None:
         self._name, self._total_bytes, self._counters = name, total_bytes, counters
-        self._started_s = time.monotonic()
+        self._started_s, self._before = time.monotonic(), counters.read()
 
     @property
     def has_begun(self) -> bool:
         """Whether any document is done."""
-        return self._counters.read()[_DOCUMENTS] > 0
+        return self._counters.read()[_DOCUMENTS] > self._before[_DOCUMENTS]
 
     def show(self) -> None:
         """Prints the line."""
-        counts = self._counters.read()
+        counts = [now - before for now, before in zip(self._counters.read(), self._before, strict=True)]
         elapsed_s = max(time.monotonic() - self._started_s, 1e-3)
         rate_mb_s = counts[_BYTES] / 1e6 / elapsed_s
         left_s = (self._total_bytes - counts[_BYTES]) / 1e6 / max(rate_mb_s, 1e-6)

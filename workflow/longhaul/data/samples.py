@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from longhaul.artifacts import DataManifest
+from longhaul.artifacts import DataManifest, read_json, write_json
 from longhaul.data.indexed import SplitReader
 from longhaul.data.mixing import Order
 from longhaul.data.packing import Packs, make_packs
@@ -89,11 +89,22 @@ class Samples:
         """Samples of one epoch."""
         return len(self._source)
 
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self._source.length
+
     def __getitem__(self, index: int) -> Sample:
         """Sample `index` in storage order, 0 <= index < len."""
+        sample = Sample(*np.empty((3, self.length), dtype=np.int64))
+        self.fill(index, sample)
+        return sample
+
+    def fill(self, index: int, sample: Sample) -> None:
+        """Writes sample `index` over `sample`, whose arrays may be rows of a batch: the only copy made on the way."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside 0..{len(self) - 1}")
-        return self._source[int(index)]
+        self._source.fill(int(index), sample)
 
     @property
     def cut_documents(self) -> int:
@@ -144,9 +155,13 @@ class Mixed(Samples):
         """As if every dataset had as many samples as the largest."""
         return len(self._parts) * max(map(len, self._parts))
 
-    def __getitem__(self, index: int) -> Sample:
+    @property
+    def length(self) -> int:
+        return self._parts[0].length
+
+    def fill(self, index: int, sample: Sample) -> None:
         part = self._parts[int(index) % len(self._parts)]
-        return part[int(index) // len(self._parts) % len(part)]
+        part.fill(int(index) // len(self._parts) % len(part), sample)
 
     @property
     def cut_documents(self) -> int:
@@ -200,15 +215,12 @@ class _Windows:
     def __len__(self) -> int:
         return max(0, -(-(self.token_count - 1) // self.length))
 
-    def __getitem__(self, index: int) -> Sample:
+    def fill(self, index: int, sample: Sample) -> None:
         start = index * self.length
-        stop = min(start + self.length + 1, self._reader.token_count)
-        tokens = self._reader.tokens(start, stop)
-        sample = _blank(self.length, self._pad_id)
-        inputs = tokens[: self.length]
-        sample.input_ids[: len(inputs)] = inputs
-        sample.labels[: len(tokens) - 1] = tokens[1:]
-        return sample
+        count = min(self.length, self._reader.token_count - start - 1)
+        _blank(sample, self._pad_id)
+        self._reader.read(start + 1, sample.labels[:count])
+        self._reader.read(start, sample.input_ids[: min(self.length, count + 1)])
 
     def openings(self) -> Iterator[tuple[int, ...]]:
         for document in range(self._reader.document_count):
@@ -223,30 +235,27 @@ class _Packed:
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
         self._reader, self.length, self._pad_id = reader, length, pad_id
-        lengths = reader.lengths()
-        self.cut_documents = int((lengths > length).sum())
-        self.token_count = int(np.minimum(lengths, length).sum(dtype=np.int64))
-        if len(lengths) and not path.exists():
-            make_packs(lengths, length, seed, path)
-            packs = len(Packs(path, len(lengths)))
-            print(
-                f"packed {len(lengths):,} conversations into {packs:,} sequences of {length}: "
-                f"{1 - self.token_count / (packs * length):.2%} padding, {self.cut_documents:,} cut at the end",
-                file=sys.stderr,
-                flush=True,
-            )
-        self._packs = Packs(path, len(lengths)) if len(lengths) else []
+        self.token_count = self.cut_documents = 0
+        self._packs: Packs | list[np.ndarray] = []
+        if not reader.document_count:
+            return
+        record = path.with_suffix(".json")
+        if not (path.exists() and record.exists()):
+            _pack(reader.lengths(), length, seed, path, record)
+        # The record spares a look at every document's length.
+        found = read_json(record)
+        self.token_count, self.cut_documents = found["tokens"], found["cut_documents"]
+        self._packs = Packs(path, reader.document_count)
 
     def __len__(self) -> int:
         return len(self._packs)
 
-    def __getitem__(self, index: int) -> Sample:
-        sample = _blank(self.length, self._pad_id)
+    def fill(self, index: int, sample: Sample) -> None:
+        _blank(sample, self._pad_id)
         start = 0
         for document in self._packs[index]:
             start += self._place(sample, start, *self._reader.document(int(document)))
         sample.position_ids[start:] = np.arange(self.length - start)
-        return sample
 
     def openings(self) -> Iterator[tuple[int, ...]]:
         for document in range(self._reader.document_count):
@@ -265,6 +274,28 @@ class _Packed:
         return len(tokens)
 
 
-def _blank(length: int, pad_id: int) -> Sample:
-    padding = np.full(length, pad_id, dtype=np.int64)
-    return Sample(padding, np.full(length, IGNORED_LABEL, dtype=np.int64), np.arange(length, dtype=np.int64))
+def _pack(lengths: np.ndarray, length: int, seed: int, path: Path, record: Path) -> None:
+    """Writes the pack file, then what it came to: `record`, which the report reads too."""
+    make_packs(lengths, length, seed, path)
+    packs, tokens = len(Packs(path, len(lengths))), int(np.minimum(lengths, length).sum(dtype=np.int64))
+    made = {
+        "documents": len(lengths),
+        "packs": packs,
+        "sequence_length": length,
+        "tokens": tokens,
+        "cut_documents": int((lengths > length).sum()),
+        "padding_share": 1 - tokens / (packs * length),
+    }
+    write_json(record, made)
+    print(
+        f"packed {len(lengths):,} conversations into {packs:,} sequences of {length}: "
+        f"{made['padding_share']:.2%} padding, {made['cut_documents']:,} cut at the end",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _blank(sample: Sample, pad_id: int) -> None:
+    sample.input_ids[:] = pad_id
+    sample.labels[:] = IGNORED_LABEL
+    sample.position_ids[:] = np.arange(len(sample.position_ids))

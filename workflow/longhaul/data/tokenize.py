@@ -11,10 +11,11 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from longhaul.data.encoding import EncodersDisagree
 from longhaul.data.indexed import ShardReader, token_dtype
 from longhaul.data.progress import Counters, Progress
 from longhaul.data.readers import Document, columns_of, documents_of, no_documents, texts
+from longhaul.data.scan import Scan, scan_unit
+from longhaul.data.screen import screen
 from longhaul.data.units import Source, Unit, cut
 from longhaul.data.work import RECORD, SPLITS, Task, Worker, read_record, remove_leftovers
 from longhaul.errors import UserError
@@ -54,7 +57,7 @@ def run(job: TokenizeJob) -> None:
         raise UserError(f"dataset {job.name}: the tokenizer has no chat template", "set tokenizer.chat_template")
     if not job.files:
         raise UserError("the dataset has no files", "check its `files`, or run `longhaul fetch` first")
-    root, counters = Path(job.folder), Counters(_FORK)
+    root, counters, scan = Path(job.folder), Counters(_FORK), Scan.of(job.dataset, job.evaluation)
     with _pool(job, Path(tokenizer.path), counters) as pool:
         sources = _sources(job)
         try:
@@ -63,7 +66,7 @@ def run(job: TokenizeJob) -> None:
             sample = _sample(job, sources)
             shares = (job.workers, pool.map) if pool else ()
             choice = choose(Path(tokenizer.path), sample, *shares)
-            made = _make(job, tokenizer, sources, choice, _Makers(pool, counters))
+            made = _make(job, tokenizer, sources, choice, scan, _Makers(pool, counters))
         except OSError as error:
             raise UserError(
                 f"cannot write the shards of dataset {job.name} to {root}: {error.strerror}",
@@ -102,7 +105,12 @@ def _cut(job: TokenizeJob, sources: Sequence[Source], settings: dict[str, Any]) 
 
 
 def _make(
-    job: TokenizeJob, tokenizer: TokenizerManifest, sources: Sequence[Source], choice: Choice, makers: _Makers
+    job: TokenizeJob,
+    tokenizer: TokenizerManifest,
+    sources: Sequence[Source],
+    choice: Choice,
+    scan: Scan,
+    makers: _Makers,
 ) -> DataManifest:
     """All units; with the reference when an encoder was caught out, and again when the split left one side empty."""
     threshold = int(job.dataset.validation_share * 2**64)
@@ -119,7 +127,7 @@ def _make(
         records = [read_record(task.root / unit.name) for unit in units]
         settled = _settle(threshold, records)
         if settled == threshold:
-            return _manifest(job, task, units, records, choice)
+            return _screened(_manifest(job, task, units, records, choice), task, units, records, scan, makers)
         threshold = settled
     raise AssertionError("a threshold settles at once")
 
@@ -184,7 +192,9 @@ def _make_units(job: TokenizeJob, task: Task, units: Sequence[Unit], makers: _Ma
     if len(waiting) < len(units):
         print(f"tokenize {job.name}: {len(units) - len(waiting)} of {len(units)} units are there", file=sys.stderr)
     if makers.pool:
-        _make_in_pool(makers.pool, task, waiting, progress)
+        # The largest first: no worker is left alone with one at the end.
+        largest_first = sorted(waiting, key=lambda unit: -unit.bytes)
+        _share_out(makers.pool, _make_in_worker, [(task.of(unit), unit) for unit in largest_first], progress.show)
     else:
         for unit in waiting:
             Worker(task.of(unit), makers.counters).make(unit)
@@ -192,17 +202,42 @@ def _make_units(job: TokenizeJob, task: Task, units: Sequence[Unit], makers: _Ma
         progress.show()
 
 
-def _make_in_pool(pool: ProcessPoolExecutor, task: Task, waiting: Sequence[Unit], progress: Progress) -> None:
-    """The largest first: no worker is left alone with one at the end."""
-    largest_first = sorted(waiting, key=lambda unit: -unit.bytes)
+def _screened(
+    manifest: DataManifest,
+    task: Task,
+    units: Sequence[Unit],
+    records: Sequence[dict[str, Any]],
+    scan: Scan,
+    makers: _Makers,
+) -> DataManifest:
+    """Without duplicates and evaluation texts, where the dataset asks for it."""
+    if not scan.is_needed and task.dataset.deduplicate == "none":
+        return manifest
+    tasks = [(task.of(unit), unit, scan) for unit in units] if scan.is_needed else []
+    if makers.pool:
+        _share_out(
+            makers.pool, scan_unit, tasks, lambda: print("looking for alike texts …", file=sys.stderr, flush=True)
+        )
+    else:
+        for arguments in tasks:
+            scan_unit(*arguments)
+    screened, token_counts = screen(manifest, task, units, scan, _token_counts(records))
+    return replace(screened, unigram_entropy_nats=unigram_entropy(token_counts))
+
+
+def _share_out(
+    pool: ProcessPoolExecutor, function: Callable[..., None], tasks: Sequence[tuple[Any, ...]], show: Callable[[], None]
+) -> None:
+    """Calls a function for each of the tasks' arguments, and shows progress meanwhile; the first exception ends it."""
+    futures: set[Future[None]] = set()
     try:
-        futures: set[Future[None]] = {pool.submit(_make_in_worker, task.of(unit), unit) for unit in largest_first}
+        futures = {pool.submit(function, *arguments) for arguments in tasks}
         while futures:
-            done, futures = wait(futures, progress.every_s, FIRST_EXCEPTION)
+            done, futures = wait(futures, Progress.every_s, FIRST_EXCEPTION)
             for future in done:
                 future.result()
             if futures:
-                progress.show()
+                show()
     except BrokenProcessPool:
         raise UserError(
             "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"

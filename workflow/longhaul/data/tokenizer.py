@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from longhaul.artifacts import TokenizerManifest, content_hash, file_sha256
 from longhaul.data.chat import ChatTemplate
+from longhaul.data.indexed import token_dtype
 from longhaul.data.readers import read_documents, texts
 from longhaul.errors import UserError
 from longhaul.jobs import TokenizerJob
@@ -45,6 +46,7 @@ def run(job: TokenizerJob) -> None:
             f"the tokenizer has {vocab_size} tokens; the model's vocab_size is {job.model_vocab_size}",
             "raise the model's vocab_size, or use (train) a smaller tokenizer",
         )
+    token_dtype(vocab_size)  # refuses what no shard can hold
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     folder, digest = _save(tokenizer, Path(job.folder), probe=job.needs_chat_template)

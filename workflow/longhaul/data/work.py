@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from longhaul.data.readers import Document, documents_of, no_documents
 from longhaul.data.units import Piece, Source, Unit
 
 RECORD = "record.json"
+_KEYS = "keys.bin"
 SPLITS = ("train", "validation")
 
 
@@ -64,15 +65,8 @@ class Worker:
         folder = self._task.root / unit.name
         if (folder / RECORD).is_file():
             return
-        with tempfile.TemporaryDirectory(dir=self._task.root, prefix=_prefix(unit)) as temporary:
-            made = Path(temporary) / "unit"
-            made.mkdir()
+        with published(self._task.root, folder, RECORD) as made:
             write_json(made / RECORD, self._fill(unit, made))
-            try:
-                made.rename(folder)
-            except OSError:
-                if not (folder / RECORD).is_file():
-                    raise
 
     def _fill(self, unit: Unit, folder: Path) -> dict[str, Any]:
         dtype, is_chat = token_dtype(self._task.tokenizer.vocab_size), self._task.dataset.kind == "chat"
@@ -90,6 +84,7 @@ class Worker:
             source.check_unchanged()
             if piece.stop is None and not found.documents[-1] and self._task.dataset.bad_rows == "stop":
                 raise no_documents(source.path)
+        found.write_keys(folder)
         return found.record({split: writer.close() for split, writer in writers.items()})
 
     def _documents(self, piece: Piece, found: _Found) -> Iterator[Document]:
@@ -113,6 +108,7 @@ class Worker:
     def _add(self, encoded: Encoded, writers: dict[str, SplitWriter], found: _Found) -> None:
         if not len(encoded.keys):
             return
+        found.keys.append(encoded.keys)
         found.lowest_key = min(found.lowest_key, int(encoded.keys.min()))
         found.highest_key = max(found.highest_key, int(encoded.keys.max()))
         is_validation = encoded.keys < np.uint64(self._task.threshold)
@@ -142,9 +138,16 @@ class _Found:
     token_counts: np.ndarray  # [vocabulary] int64: tokens in the training loss
     documents: list[int] = field(default_factory=list)  # of each piece
     skipped: Counter[str] = field(default_factory=Counter)
+    keys: list[np.ndarray] = field(default_factory=list)  # of the documents in the shards, [D] uint64 in all
     lowest_key: int = 2**64
     highest_key: int = -1
     noted_bytes: int = 0
+
+    def write_keys(self, folder: Path) -> None:
+        """In the order of the sources; those of either split are in the order of its shards."""
+        with (folder / _KEYS).open("wb") as stream:
+            np.concatenate([np.empty(0, np.uint64), *self.keys]).astype("<u8").tofile(stream)
+            os.fsync(stream.fileno())
 
     def record(self, splits: dict[str, Any]) -> dict[str, Any]:
         """The unit's record.json."""
@@ -166,8 +169,27 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {**record, "token_counts": np.frombuffer(counts, "<i4")}
 
 
-def _prefix(unit: Unit) -> str:
-    return f".{unit.name}-{socket.gethostname()}-{os.getpid()}-"
+def read_keys(folder: Path) -> np.ndarray:
+    """[D] uint64: document keys of a finished unit, in the order of its sources."""
+    return np.fromfile(folder / _KEYS, "<u8")
+
+
+@contextmanager
+def published(root: Path, folder: Path, last: str) -> Iterator[Path]:
+    """A folder to fill, renamed to `folder` when the block ends well.
+
+    Where another has been there first, with its file `last` in it, this one is thrown away.
+    """
+    prefix = f".{folder.name}-{socket.gethostname()}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as temporary:
+        made = Path(temporary) / "unit"
+        made.mkdir()
+        yield made
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / last).is_file():
+                raise
 
 
 def remove_leftovers(root: Path) -> None:

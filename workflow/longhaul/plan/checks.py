@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from longhaul.config.geometry import Geometry
-from longhaul.config.models import Config, Parallel, Stage
+from longhaul.config.models import Config, Dataset, Parallel, Stage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
 from longhaul.memory import Memory
 from longhaul.plan.requests import partition_for
+
+_FILES_PER_UNIT = 9  # bin, idx and mask of two splits, keys, record, folder
 
 
 def accumulation(stage: Stage, data_parallel: int) -> int:
@@ -173,4 +178,19 @@ def check_inodes(stage: Stage, files: int, site: Site) -> None:
             f"stages.{stage.name}: {kept} checkpoints of {files} files exceed site {site.name}'s inode_limit "
             f"{site.inode_limit}",
             "keep fewer checkpoints",
+        )
+
+
+def check_unit_files(name: str, dataset: Dataset, sizes_bytes: Sequence[int], site: Site) -> None:
+    """Files of a dataset's work units: small sources taken together."""
+    unit_bytes = dataset.unit_mb * 1e6
+    large = sum(math.ceil(size / unit_bytes) for size in sizes_bytes if size >= unit_bytes)
+    units = large + math.ceil(sum(size for size in sizes_bytes if size < unit_bytes) / unit_bytes)
+    files = units * _FILES_PER_UNIT
+    if site.inode_limit and files > site.inode_limit:
+        unit_mb = math.ceil(dataset.unit_mb * files / site.inode_limit)
+        raise UserError(
+            f"datasets.{name}: {units} work units of {dataset.unit_mb:g} MB are up to {files} files, more than site "
+            f"{site.name}'s inode_limit {site.inode_limit}",
+            f"set unit_mb to {unit_mb} or more",
         )

@@ -29,13 +29,14 @@ from longhaul.plan.checks import (
     check_precision,
     check_schedule,
     check_site,
+    check_unit_files,
     check_vocabulary,
     checkpoint_bytes,
     files_per_checkpoint,
 )
 from longhaul.plan.layout import bubble, bubble_warning, check_model, sample_ranks
 from longhaul.plan.order import check_references, order
-from longhaul.plan.sources import check_files, model_config
+from longhaul.plan.sources import check_files, dataset_files, model_config
 from longhaul.plan.spec import result_spec
 from longhaul.slurm import SlurmRequest
 
@@ -153,7 +154,12 @@ def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
         waiting = ()
         check_vocabulary(config, sizes)
     stages = tuple(_plan_stage(loaded, stage, sizes, model) for stage in ordered)
-    return Plan(loaded, lock, stages, waiting)
+    plan = Plan(loaded, lock, stages, waiting)
+    for name in sorted(plan.used_datasets):
+        if config.datasets[name].files:
+            sizes_bytes = [path.stat().st_size for path in dataset_files(loaded, name)]
+            check_unit_files(name, config.datasets[name], sizes_bytes, loaded.site)
+    return plan
 
 
 def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, model: dict[str, Any] | None) -> StagePlan:

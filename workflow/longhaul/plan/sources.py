@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def check_files(loaded: LoadedConfig) -> None:
     for name, dataset in loaded.config.datasets.items():
         if dataset.files:
             dataset_files(loaded, name)
+        evaluation_files(loaded, name)
     tokenizer = loaded.config.tokenizer
     if tokenizer.path:
         folder = loaded.resolve("tokenizer.path", tokenizer.path)
@@ -73,30 +75,40 @@ def check_files(loaded: LoadedConfig) -> None:
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:
     """A dataset's own files, globs expanded, sorted within each pattern; UserError for a pattern that finds none."""
+    return _matches(loaded, loaded.config.datasets[name].files, f"datasets.{name}.files")
+
+
+def evaluation_files(loaded: LoadedConfig, name: str) -> list[Path]:
+    """The files whose texts a dataset must not hold, as `dataset_files`; none unless it is to be decontaminated."""
+    settings = loaded.config.datasets[name].decontaminate
+    return _matches(loaded, settings.files, f"datasets.{name}.decontaminate.files") if settings else []
+
+
+def _matches(loaded: LoadedConfig, patterns: Sequence[str], key: str) -> list[Path]:
     found: list[Path] = []
-    for pattern in loaded.config.datasets[name].files:
-        paths = _expand(loaded.resolve(f"datasets.{name}.files", pattern))
+    for pattern in patterns:
+        paths = _expand(loaded.resolve(key, pattern))
         if not paths:
             raise UserError(
-                f"datasets.{name}.files: nothing matches {pattern!r} (looked in {loaded.folder})",
+                f"{key}: nothing matches {pattern!r} (looked in {loaded.folder})",
                 "paths are relative to the config file",
             )
         for path in paths:
-            _check_name(name, path)
+            _check_name(key, path)
             if path.stat().st_size == 0:
-                raise UserError(f"datasets.{name}.files: {path} is empty", "remove it from the list, or fill it")
+                raise UserError(f"{key}: {path} is empty", "remove it from the list, or fill it")
             if path in found:
-                raise UserError(f"datasets.{name}.files: {path} is listed twice", "list every file once")
+                raise UserError(f"{key}: {path} is listed twice", "list every file once")
             found.append(path)
     return found
 
 
-def _check_name(name: str, path: Path) -> None:
+def _check_name(key: str, path: Path) -> None:
     """Snakemake takes braces in an input for wildcards, and no JSON holds bytes that are no text."""
     bad = next((c for c in str(path) if c in "{}" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000), None)
     if bad:
         raise UserError(
-            f"datasets.{name}.files: {str(path)!r} holds {bad!r}, which Snakemake or JSON cannot pass on as it is",
+            f"{key}: {str(path)!r} holds {bad!r}, which Snakemake or JSON cannot pass on as it is",
             "rename the file or its folder",
         )
 

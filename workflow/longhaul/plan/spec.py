@@ -40,5 +40,5 @@ def _pretrained_identity(loaded: LoadedConfig) -> dict[str, Any]:
     pretrained = loaded.config.model.pretrained
     if pretrained is None or pretrained.hub:
         return pretrained.model_dump(mode="json") if pretrained else {}
-    folder = loaded.resolve(pretrained.path or "")
+    folder = loaded.resolve("model.pretrained.path", pretrained.path or "")
     return {"path": str(folder), "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}}

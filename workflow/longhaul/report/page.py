@@ -60,6 +60,7 @@ def _stage_rows(stage: StageRecord) -> dict[str, Any]:
         "step time, median": text.duration(summary.median_step_time_s),
         "model FLOPs utilisation, median": text.percent(summary.median_mfu),
         "data wait": text.percent(summary.data_wait_share),
+        "padding of the packs": text.percent(stage.padding_share),
         "peak memory of a process": text.size(summary.peak_memory_bytes),
         "batches left out after a bad step": text.count(stage.skipped_batches),
         "trained for": text.duration(summary.training_time_s),

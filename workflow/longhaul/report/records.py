@@ -33,6 +33,7 @@ class StageRecord:
     metrics: Metrics
     summary: Summary
     skipped_batches: int
+    padding_share: float | None  # of an epoch's packs; None where nothing is packed
     unigram_entropy_nats: float | None
     goodput: Goodput | None
 
@@ -101,9 +102,17 @@ def _stage(folder: Path, row: dict[str, Any], data: dict[str, DataManifest]) -> 
         metrics=metrics,
         summary=summarise(metrics),
         skipped_batches=len(read_json(skipped)) if skipped.exists() else 0,
+        padding_share=_padding_share(weights / "samples"),
         unigram_entropy_nats=data[row["dataset"]].unigram_entropy_nats,
         goodput=read_goodput(folder / "stages" / row["name"], weights),
     )
+
+
+def _padding_share(folder: Path) -> float | None:
+    """From the records of the training packs (longhaul.data.samples), one for each part of a mixture."""
+    packs = [read_json(path) for path in folder.glob("pack-*-train-*.json")]
+    positions = sum(pack["packs"] * pack["sequence_length"] for pack in packs)
+    return 1 - sum(pack["tokens"] for pack in packs) / positions if positions else None
 
 
 def _spans(folder: Path, plan: dict[str, Any]) -> list[Span]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longhaul.data.samples import Samples, batch_of_step
+from longhaul.data.samples import Sample, Samples, batch_of_step
 from longhaul.jobs import StageJob
 from longhaul.train.processes import Processes
 from longhaul.train.state import TrainingState
@@ -63,6 +63,7 @@ class Prefetcher:
         if samples is None:
             raise ValueError("a stage trains on a split that has documents")
         self._samples, self._job, self._share, self._state = samples, job, processes.grid.sample_rank, state
+        self._device = processes.device
 
     def __iter__(self) -> Iterator[Batch]:
         while self._state.step < self._job.steps:
@@ -91,6 +92,10 @@ class Prefetcher:
 
     def _read_ahead(self, numbers: Iterator[int], found: queue.Queue[Any], stopped: threading.Event) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(
+                    self._device
+                )  # a new thread's is the first one: pinning would open a context there
             for number in numbers:
                 if stopped.is_set():
                     return
@@ -102,7 +107,7 @@ class Prefetcher:
         stage = self._job.stage
         ids = self._samples.ids(number, stage.global_batch)
         mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch)[:, self._share]
-        micro_batches = [collate(self._samples, row) for row in mine]
+        micro_batches = [collate(self._samples, row, self._device.type == "cuda") for row in mine]
         return Batch(number, ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
 
 
@@ -114,11 +119,12 @@ def _take(found: queue.Queue[Batch | BaseException]) -> Batch:
     return replace(batch, wait_s=time.perf_counter() - started)
 
 
-def collate(samples: Samples, ids: np.ndarray) -> MicroBatch:
-    """Stacks samples [micro batch]."""
-    rows = [samples[int(index)] for index in ids]
-    names = ("input_ids", "labels", "position_ids")
-    return MicroBatch(*(torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names))
+def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> MicroBatch:
+    """Samples [micro batch], read straight into the batch's memory: pinned, a copy to the GPU waits for nobody."""
+    arrays = torch.empty((3, len(ids), samples.length), dtype=torch.int64, pin_memory=is_pinned)
+    for row, index in enumerate(ids):
+        samples.fill(int(index), Sample(*arrays[:, row].numpy()))
+    return MicroBatch(*arrays)
 
 
 def validation_batches(samples: Samples, job: StageJob, processes: Processes) -> Iterator[MicroBatch]:
