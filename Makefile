@@ -79,7 +79,7 @@ bench-data: setup .venv-bench/.installed  ## raw text to shards beside datasets 
 	$(BIN)/python bench/data.py
 
 bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's CUDA build in .venv)
-	PYTHONPATH=tests/workflow:tests/gpu:tests/cluster $(BIN)/python bench/gpu_memory.py
+	PYTHONPATH=tests/unit/data $(BIN)/python bench/gpu_memory.py
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
 	$(BIN)/python bench/read.py

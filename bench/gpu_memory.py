@@ -1,53 +1,75 @@
 """Planned beside measured peak memory of one GPU, and losses beside the plain run's, for every way to save memory.
 
-    make bench-memory          a dense model and a mixture of experts of about 1 B parameters, on one GPU
+    make bench-memory          a dense model and a mixture of experts of about 1 B parameters
 
-Each option is a stage of one run through the whole chain; all of them begin with the same weights and see the same samples.
+Each option takes the same steps from the same weights on the same samples, in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from test_chain_on_gpus import gpu_site
+import yaml
 
-from chain import Chain, tiny_config, write_site
+from corpora import dataset, make_shards, make_tokenizer, text, write_jsonl
+from longhaul.config.load import load_config
+from longhaul.jobs import StageJob
+from longhaul.payloads import payload
+from longhaul.plan import Plan, make_plan
+from longhaul.render import render_stage
 from machine import header, publish
 
-STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 8, 2048, 4, 8
-DENSE = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096,
-    }
+STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
+AT_ONCE = 2
+"""Processes that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {
+        "llama": {
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096,
+        }
+    },
+    "mixture": {
+        "qwen3_moe": {
+            "vocab_size": 32000,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "moe_intermediate_size": 768,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 4096,
+        }
+    },
+    "tiny": {
+        "llama": {
+            "vocab_size": 400,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+        }
+    },
 }
-MIXTURE = {
-    "qwen3_moe": {
-        "vocab_size": 32000,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "moe_intermediate_size": 768,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 4096,
-    }
-}
-MODELS = {"dense": DENSE, "mixture": MIXTURE}
 PLAIN = "zero1"
 OPTIONS: dict[str, dict[str, Any]] = {
     PLAIN: {"zero": {"stage": 1}},
@@ -63,21 +85,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Trains every option of the models that are named, or of both, and prints a line for each."""
-    lines = [
-        f"{torch.cuda.get_device_name(0)}; {STEPS} steps, sequence length {SEQUENCE_LENGTH}, micro batch {MICRO_BATCH}, bf16"
-    ]
-    for name in sys.argv[1:] or MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            lines += compare(name, trained(Path(folder), MODELS[name]))
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    lines = [f"{device}; {STEPS} steps, sequence length {SEQUENCE_LENGTH}, micro batch {MICRO_BATCH}, bf16"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_data(folder)
+        for model in sys.argv[1:] or ("dense", "mixture"):
+            lines += compare(model, folder)
     publish("gpu_memory", [*header(("torch", "deepspeed", "transformers")), *lines])
 
 
-def trained(folder: Path, model: dict[str, Any]) -> Chain:
-    """A run with a stage for every option."""
-    config = tiny_config(model=model)
+def make_data(folder: Path) -> None:
+    corpus = write_jsonl(folder / "corpus.jsonl", "text", [text(number, 200) for number in range(400)])
+    make_tokenizer(folder, [corpus])
+    make_shards(folder, folder, [corpus], dataset("text", validation_share=0.1))
+
+
+def plan(folder: Path, model: str) -> Plan:
+    """A stage for every option, on this machine."""
     stage = {
         "kind": "pretrain",
-        "dataset": "prose",
+        "dataset": "corpus",
         "steps": STEPS,
         "global_batch": GLOBAL_BATCH,
         "micro_batch": MICRO_BATCH,
@@ -85,46 +113,59 @@ def trained(folder: Path, model: dict[str, Any]) -> Chain:
         "precision": "bf16",
         "optimizer": {"lr": 1e-4},
         "schedule": {"kind": "constant", "warmup_steps": 2},
-        "checkpoints": {"every_steps": STEPS, "keep_best": 0},
-        "validation": {"every_steps": STEPS, "max_samples": 2},
-        "minutes": 10,
     }
-    config["stages"] = [{"name": name, **stage, **option} for name, option in OPTIONS.items()]
-    chain = Chain(folder, config)
-    words = "the long haul takes raw text to a model and proves every step of the way home again".split()  # noqa: SIM905
-    texts = [" ".join(words[(i * k) % len(words)] for k in range(1, 400)) for i in range(1, 600)]
-    (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    write_site(folder, gpu_site())
-    chain.run(
-        "--",
-        *(f"results/tiny/stages/{name}/checkpoint.json" for name in OPTIONS),
-        "results/tiny/plan.json",
-        timeout_s=590,
-    )
-    return chain
+    gpus = torch.cuda.device_count()
+    node = {"cpus": os.cpu_count(), "memory_mb": 64_000, "gpus": gpus}
+    site = {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
+    if gpus:
+        site["cuda_build"] = f"cu{str(torch.version.cuda).replace('.', '')}"
+    config = {
+        "run": "memory",
+        "site": "./site.yaml",
+        "tokenizer": {"train": {"vocab_size": 400, "datasets": ["corpus"]}},
+        "datasets": {"corpus": {"kind": "text", "files": ["corpus.jsonl"]}},
+        "model": MODELS[model],
+        "trackers": {"tensorboard": False},
+        "stages": [{"name": name, **stage, **option} for name, option in OPTIONS.items()],
+    }
+    (folder / "site.yaml").write_text(yaml.safe_dump(site))
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return make_plan(load_config(folder / "run.yaml"))
 
 
-def compare(model: str, chain: Chain) -> list[str]:
+def compare(model: str, folder: Path) -> list[str]:
     """Planned and measured GiB, and the largest relative difference of a loss from the plain run's."""
-    planned = {row["name"]: row["memory_per_gpu_gib"] for row in chain.read("plan.json")["stages"]}
-    plain = values(chain, PLAIN, "loss")
-    title = f"{model:28} {'planned GiB':>11} {'measured':>9} {'planned / measured':>19} {'tokens/s':>9} {'loss differs by':>16}"
-    lines = ["", title]
-    for name in OPTIONS:
-        measured = max(values(chain, name, "memory_bytes")) / 2**30
-        losses = values(chain, name, "loss")
-        differs = max(abs(a - b) / abs(b) for a, b in zip(losses, plain, strict=True))
-        rate = sorted(values(chain, name, "tokens_per_s"))[STEPS // 2]
-        total = planned[name]["total"]
-        lines.append(f"{name:28} {total:11.2f} {measured:9.2f} {total / measured:19.3f} {rate:9,.0f} {differs:16.1e}")
-    lines += [f"{name:28} {json.dumps(planned[name])}" for name in OPTIONS]
-    return lines
+    planned = plan(folder, model)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = dict(zip(OPTIONS, pool.map(lambda name: measured(planned, name, folder / model), OPTIONS), strict=True))
+    lines = ["", f"{model:28} {'planned GiB':>11} {'measured':>9} {'planned / measured':>19} {'loss differs by':>16}"]
+    for name, option in found.items():
+        total, peak = planned.stage(name).memory.total / 2**30, option["peak_bytes"] / 2**30  # pyright: ignore[reportOptionalMemberAccess]
+        differs = max(abs(a - b) / abs(b) for a, b in zip(option["losses"], found[PLAIN]["losses"], strict=True))
+        lines.append(f"{name:28} {total:11.2f} {peak:9.2f} {total / peak:19.3f} {differs:16.1e}")
+    parts = {name: planned.stage(name).memory for name in OPTIONS}
+    return lines + [f"{name:28} {memory.as_gib()}" for name, memory in parts.items() if memory]
 
 
-def values(chain: Chain, stage: str, key: str) -> list[float]:
-    """Of every optimizer step."""
-    rows = [json.loads(line) for line in (chain.weights(stage) / "metrics.jsonl").open()]
-    return [row[key] for row in rows if "loss" in row]
+def measured(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
+    """Peak bytes and losses of a stage's steps."""
+    own = folder / name
+    render_stage(planned, name, own).write(own)
+    job = payload(planned, f"train-{name}")
+    assert isinstance(job, StageJob)
+    shared = folder.parent
+    paths = {"tokenizer": shared / "tokenizer.json", "data": shared / "data.json", "deepspeed": own / "ds_config.json"}
+    job.model_copy(update={key: str(path) for key, path in paths.items()}).write(own / "job.json")
+    port = 21_000 + (os.getpid() * 31 + list(OPTIONS).index(name)) % 9_000
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
+    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "4"}
+    command = [sys.executable, str(Path(__file__).with_name("gpu_memory_worker.py")), str(own)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
+    if done.returncode:
+        raise SystemExit(f"{name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{folder.name} {name}: {found}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -13,18 +13,13 @@ from typing import Any
 
 import torch
 
-from longhaul.artifacts import DataManifest, TokenizerManifest
+from longhaul.artifacts import TokenizerManifest
 from longhaul.jobs import StageJob
-from longhaul.train.backend import make_backend
-from longhaul.train.batches import MicroBatch, Prefetcher
-from longhaul.train.checkpoints import Checkpoints
-from longhaul.train.events import Events
-from longhaul.train.loop import Trainer, open_samples
-from longhaul.train.metrics import Metrics
+from longhaul.train.batches import MicroBatch
 from longhaul.train.model import build_model, read_deepspeed_config
 from longhaul.train.processes import Processes, start_processes
-from longhaul.train.state import TrainingState
 from machine import header, publish
+from stepping import open_trainer
 
 ROUNDS, STEPS_PER_ROUND = 9, 2
 Step = Callable[[], None]
@@ -35,7 +30,7 @@ def main() -> None:
     job = StageJob.read(Path(sys.argv[1]))
     with start_processes(job) as processes, tempfile.TemporaryDirectory() as name:
         tokenizer = TokenizerManifest.read(Path(job.tokenizer))
-        ours, micro_batches = _ours(job, processes, tokenizer, Path(name))
+        ours, micro_batches = _ours(job, processes, Path(name))
         loops = {
             "longhaul": ours,
             "deepspeed.initialize": _bare_deepspeed(job, processes, tokenizer, micro_batches),
@@ -46,16 +41,8 @@ def main() -> None:
             _publish(job, seconds)
 
 
-def _ours(
-    job: StageJob, processes: Processes, tokenizer: TokenizerManifest, folder: Path
-) -> tuple[Step, list[MicroBatch]]:
-    samples = open_samples(job, DataManifest.read(Path(job.data)), "train", folder, processes)
-    backend = make_backend(job, build_model(job, tokenizer, None, processes), processes)
-    events, state = Events(None), TrainingState()
-    metrics = Metrics(job, folder, 0, processes, job.model, events)
-    checkpoints = Checkpoints(folder, job, processes, events)
-    trainer = Trainer(job, processes, backend, None, {}, checkpoints, metrics, events, state)
-    batches = iter(Prefetcher(samples, job, processes, state))
+def _ours(job: StageJob, processes: Processes, folder: Path) -> tuple[Step, list[MicroBatch]]:
+    trainer, batches = open_trainer(job, processes, folder)
     first = next(batches)
     following = chain([first], batches)
 

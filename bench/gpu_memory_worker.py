@@ -1,0 +1,32 @@
+"""The process of one option of bench/gpu_memory.py: python gpu_memory_worker.py FOLDER, which holds job.json."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from longhaul.jobs import StageJob
+from longhaul.train.processes import start_processes
+from stepping import open_trainer
+
+
+def main() -> None:
+    """Takes the job's steps and prints {"peak_bytes", "losses"}: of the GPU's allocator, or of this process on a CPU."""
+    folder = Path(sys.argv[1])
+    job = StageJob.read(folder / "job.json")
+    with start_processes(job) as processes:
+        trainer, batches = open_trainer(job, processes, folder)
+        for _ in range(job.steps):
+            trainer.step(next(batches))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    on_gpu = processes.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_bytes": peak, "losses": [row["loss"] for row in rows if "loss" in row]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
