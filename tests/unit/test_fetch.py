@@ -96,7 +96,8 @@ def fetch(folder: Path, url: str, changes: dict[str, Any] | None = None) -> subp
     """In a process of its own, as the hub's address is read when its library is imported."""
     config = write_config(folder, {**CONFIG, **(changes or {})})
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_HUB_OFFLINE", None)
+    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # jobs that other tests ran in this process set them
+        environment.pop(switch, None)
     command = [sys.executable, "-m", "longhaul", "fetch", str(config)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

@@ -84,7 +84,8 @@ def _check_executor(site: Site) -> None:
     executor = _executor()
     if executor is None:
         return
-    is_local = ExecutorPluginRegistry().get_plugin(executor).common_settings.local_exec
+    plugin: Any = ExecutorPluginRegistry().get_plugin(executor)
+    is_local = plugin.common_settings.local_exec
     if site.scheduler == "slurm" and is_local:
         raise UserError(
             f"site {site.name} has scheduler: slurm, but Snakemake's executor is {executor}: jobs would start here",
