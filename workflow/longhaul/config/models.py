@@ -119,7 +119,7 @@ class Dataset(Frozen):
     max_document_mb: Annotated[float, Field(gt=0, le=200)] = Field(
         default=64.0, description="Longest document (or line) that is read, in MB; longer ones are bad rows."
     )
-    unit_mb: Annotated[float, Field(ge=0.001, le=1e6)] = Field(
+    unit_mb: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
         default=16.0,
         description="Source per work unit, in MB; each becomes shards of its own. For terabytes raise it to some 256.",
     )
