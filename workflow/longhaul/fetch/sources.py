@@ -60,7 +60,7 @@ def _dataset(source: HubDataset) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     with _asking(source, "dataset"):
-        commit = HfApi().dataset_info(source.id, revision=source.revision).sha
+        commit = str(HfApi().dataset_info(source.id, revision=source.revision).sha)
         names = _data_files(source, commit)
         patterns = [glob.escape(name) for name in names]
         path = snapshot_download(source.id, revision=commit, repo_type="dataset", allow_patterns=patterns)

@@ -25,9 +25,9 @@ from longhaul.train.parallel.split import parameters, saved_buffers, split_model
 from longhaul.train.pretrained import pretrained_values
 from longhaul.train.processes import Processes
 from longhaul.train.recompute import recompute_layers
-from longhaul.zero_checkpoint import open_master_weights
+from longhaul.zero_checkpoint import Held, Readable, open_master_weights
 
-Values = Callable[[str, torch.Size], torch.Tensor]
+Values = Callable[[str, torch.Size], Readable]
 
 
 def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
@@ -76,7 +76,8 @@ def _first_values(job: StageJob, config: Any, names: set[str], start: Start | No
         return _checkpoint_values(names, start)
     if job.pretrained:
         return pretrained_values(Path(job.pretrained), names, config)
-    return seeded_values(config, job.seed)
+    seeded = seeded_values(config, job.seed)
+    return lambda name, shape: Held(seeded(name, shape))
 
 
 def _announce_zero3(job: StageJob, ds_config: dict[str, Any]) -> Any:
@@ -156,7 +157,7 @@ def _partitioning(job: StageJob, ds_config: dict[str, Any]) -> AbstractContextMa
     return deepspeed.zero.Init(config_dict_or_path=ds_config)
 
 
-def seeded_values(config: Any, seed: int) -> Values:
+def seeded_values(config: Any, seed: int) -> Callable[[str, torch.Size], torch.Tensor]:
     """First values by name: ones for norms, zeros for biases, else a normal distribution with the config's deviation.
 
     Each parameter has its own generator, so that its values depend on nothing but the seed and its name.
@@ -184,12 +185,12 @@ def _checkpoint_values(wanted: set[str], start: Start) -> Values:
             "a stage starts from one with the same model",
         )
 
-    def values(name: str, shape: torch.Size) -> torch.Tensor:
+    def values(name: str, shape: torch.Size) -> Readable:
         if tuple(weights[name].shape) != tuple(shape):
             raise UserError(
                 f"{start.folder}: {name} is {tuple(weights[name].shape)}, the model wants {tuple(shape)}", ""
             )
-        return weights[name].read()
+        return weights[name]
 
     return values
 
@@ -202,9 +203,9 @@ def _fill(model: Any, values: Values, buffers: bool) -> None:
     with torch.no_grad():
         for shard, parameter in parameters(model):
             with _whole(parameter):
-                parameter.copy_(shard.cut(values(shard.name, torch.Size(shard.shape))).to(parameter.dtype))
+                parameter.copy_(shard.cut(values(shard.name, torch.Size(shard.shape)).read()).to(parameter.dtype))
         for shard, buffer in saved_buffers(model) if buffers else ():
-            buffer.copy_(values(shard.name, buffer.shape))
+            buffer.copy_(values(shard.name, buffer.shape).read())
 
 
 def _whole(parameter: Any) -> AbstractContextManager[Any]:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from longhaul.errors import UserError
-from longhaul.zero_checkpoint import LazyTensor, open_safetensors
+from longhaul.zero_checkpoint import Held, LazyTensor, Readable, open_safetensors
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _HINT = "the weights do not belong to this config.json, or the download is incomplete"
 
 
-def pretrained_values(folder: Path, names: set[str], config: Any) -> Callable[[str, torch.Size], torch.Tensor]:
-    """The values of the model's tensors, read from safetensors when they are asked for.
+def pretrained_values(folder: Path, names: set[str], config: Any) -> Callable[[str, torch.Size], Readable]:
+    """The values of the model's tensors in safetensors, unread.
 
     names: of all tensors of the model, as transformers has them; the hub's folder holds experts one by one.
 
@@ -41,9 +41,9 @@ def pretrained_values(folder: Path, names: set[str], config: Any) -> Callable[[s
     if unknown:
         raise UserError(f"{folder}: unexpected keys: {', '.join(unknown[:5])} ({len(unknown)} in all)", _HINT)
 
-    def values(name: str, shape: torch.Size) -> torch.Tensor:
-        found = _read(stored, keys[name], shape)
-        if found.shape != shape:
+    def values(name: str, shape: torch.Size) -> Readable:
+        found = _found(stored, keys[name], shape)
+        if found.shape != tuple(shape):
             raise UserError(f"{folder}: {name} is {list(found.shape)}, the model wants {list(shape)}", _HINT)
         return found
 
@@ -64,8 +64,8 @@ def _stored_keys(name: str, config: Any) -> list[str]:
     return [f"{match[1]}.{expert}.{part}.weight" for expert in range(experts) for part in parts]
 
 
-def _read(stored: dict[str, LazyTensor], keys: list[str], shape: torch.Size) -> torch.Tensor:
+def _found(stored: dict[str, LazyTensor], keys: list[str], shape: torch.Size) -> Readable:
     if len(keys) == 1:
-        return stored[keys[0]].read()
+        return stored[keys[0]]
     rows = torch.cat([stored[key].read() for key in keys])
-    return rows.view(shape) if rows.numel() == shape.numel() else rows
+    return Held(rows.view(shape) if rows.numel() == shape.numel() else rows)
