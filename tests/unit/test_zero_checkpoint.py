@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longhaul.errors import UserError
-from longhaul.zero_checkpoint import open_master_weights, open_safetensors
+from longhaul.zero_checkpoint import open_master_weights, open_optimizer_state, open_safetensors
 from longhaul.zero_checkpoint.archive import Inert, StoredTensor, read_archive
 from longhaul.zero_checkpoint.parallel import AssembledTensor
 from longhaul.zero_checkpoint.shard import Shard
@@ -130,6 +130,74 @@ def test_pickle_instructions_build_only_plain_data(tmp_path: Path, instructions:
     found = read_archive(archive)
     assert not ran.exists()
     assert found is Inert or isinstance(found, Inert | tuple)
+
+
+def _archive(path: Path, instructions: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as members:
+        members.writestr("file/data.pkl", instructions)
+        members.writestr("file/data/0", b"0" * 64)
+    return path
+
+
+STORAGE = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI16\ntQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE
+
+
+@pytest.mark.parametrize(
+    ("instructions", "says"),
+    [
+        (b"cbuiltins\ngetattr\n(cbuiltins\nobject\nV__subclasses__\ntR(tR.", "not callable"),
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "its memo is to hold 2147483647 values"),
+        (b"Np2147483647\n.", "its memo is to hold 2147483647 values"),
+        (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f", ""),
+        (b"\x80\x05\x96\x00\x00\x00\x00\x01\x00\x00\x00.", ""),
+        (b"ctorch\nSize\n}V__init__\nI1\nsb.", ""),
+        (b"ctorch\nSize\nN}V__init__\nI1\ns\x86b.", ""),
+        (STORAGE + b"N}Vkey\nV1\ns\x86b.", "cannot assign to field 'key'"),
+        (b"\x82\x01.", "unregistered extension code 1"),
+        (b"2.", ""),
+        (b"Vt\nQ.", "not enough values"),
+        (b"NQ.", ""),
+        (b"\xff.", ""),
+        (TENSOR + b"I0\n(I-4\nt(I1\ntI0\nNtR.", "a tensor has offset 0 and shape"),
+        (TENSOR + b"I-4\n(I4\nt(I1\ntI0\nNtR.", "a tensor has offset -4 and shape"),
+        (TENSOR + b"I0\n(F2.5\nt(I1\ntI0\nNtR.", "a tensor has offset 0 and shape"),
+        (TENSOR + b"I1\n(I16\nt(I1\ntI0\nNtR.", "storage 0 is shorter than its tensor of shape"),
+    ],
+)
+def test_hostile_pickles_are_refused_and_take_no_memory(tmp_path: Path, instructions: bytes, says: str) -> None:
+    path = _archive(tmp_path / "file.pt", instructions)
+    with pytest.raises(UserError, match=rf"file\.pt is not a readable torch checkpoint: .*{says}"):
+        read_archive(path)
+
+
+def test_a_pickle_that_would_unpack_to_much_is_refused(tmp_path: Path) -> None:
+    path = _archive(tmp_path / "file.pt", b"V" + b"a" * 10**6 + b"\n.", zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match=r"member file/data\.pkl is compressed"):
+        read_archive(path)
+
+
+@pytest.mark.parametrize("state", [b"}Vitems\ncos\nsystem\nsb", b"N}Vitems\ncos\nsystem\ns\x86b"])
+def test_a_pickle_cannot_put_its_own_in_place_of_methods(tmp_path: Path, state: bytes) -> None:
+    """torch.save does set an attribute of a state dict, `_metadata`, which is ignored."""
+    path = _archive(tmp_path / "file.pt", b"ccollections\nOrderedDict\n(tRVkey\nI1\ns" + state + b".")
+    assert list(read_archive(path).items()) == [("key", 1)]
+
+
+@pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_parameter"])
+def test_a_pickle_leaves_no_mark_on_the_reader(tmp_path: Path, name: str) -> None:
+    code = b"ctorch._utils\n" + name.encode() + b"\n}Vmark\nI1\nsb."
+    assert read_archive(_archive(tmp_path / "file.pt", code)).mark == 1
+    again = read_archive(_archive(tmp_path / "file.pt", b"ctorch._utils\n" + name.encode() + b"\n."))
+    assert not hasattr(again, "mark")
+
+
+@pytest.mark.parametrize("reader", [open_master_weights, open_optimizer_state])
+@pytest.mark.parametrize("content", ["a text", {"module": 1, "optimizer": 2}, {"module": {"x": 1}, "optimizer": []}])
+def test_content_that_is_not_a_checkpoints_is_refused(tmp_path: Path, content: object, reader) -> None:
+    torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match=r"not laid out as DeepSpeed writes|not a contiguous tensor"):
+        reader(tmp_path)
 
 
 def test_tensors_stay_on_disk(tmp_path: Path) -> None:

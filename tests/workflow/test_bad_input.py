@@ -530,9 +530,19 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
     "no weights": (
         CONFIG_JSON,
         {},
-        "holds no weights (*.safetensors, pytorch_model.bin, pytorch_model.bin.index.json)",
+        "holds no weights (*.safetensors)",
     ),
     "a config that is a list": ([], {"model.safetensors": ""}, "config.json holds a list, not keys and values"),
+    "weights in four bits": (
+        {**CONFIG_JSON, "quantization_config": {"quant_method": "awq", "bits": 4}},
+        {"model.safetensors": ""},
+        "quantization_config has quant_method 'awq', fmt None, weight_block_size None; only DeepSeek's block-scaled FP8",
+    ),
+    "FP8 without blocks": (
+        {**CONFIG_JSON, "quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
+        {"model.safetensors": ""},
+        "weight_block_size [rows, columns]",
+    ),
     "an unknown architecture": (
         {"model_type": "rwkv"},
         {"model.safetensors": ""},

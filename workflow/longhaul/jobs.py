@@ -148,6 +148,7 @@ class ConvertJob(Job):
     dtype: str  # fp32 | bf16
     tokenizer: str
     config_hash: str
+    first_weights: tuple[str, ...]  # how they differ from those in the pretrained folder, in words
     chat: bool  # the export must hold a chat template
     folder: str  # results/<run>/export/<stage>
     out: str  # results/<run>/export/<stage>.json

@@ -185,6 +185,7 @@ def _convert(plan: Plan, name: str) -> ConvertJob:
         dtype=stage.export_dtype,
         tokenizer=f"{results(plan)}/tokenizer.json",
         config_hash=content_hash(plan.config.model_dump(mode="json")),
+        first_weights=plan.first_weights,
         chat=stage.kind == "sft",
         folder=f"{results(plan)}/export/{name}",
         out=f"{results(plan)}/export/{name}.json",

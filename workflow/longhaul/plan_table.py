@@ -24,6 +24,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "scheduler": plan.site.scheduler,
         "stages": [_stage_row(plan, stage) for stage in plan.stages],
         "requests": {job: plan.request(job).as_sbatch() for job in jobs},
+        "first_weights": list(plan.first_weights),
         "waiting": list(plan.waiting),
     }
 
@@ -88,6 +89,8 @@ def print_plan(plan: Plan) -> None:
     ]
     if plan.site.scheduler == "slurm":
         console.print(_table("Slurm requests", ["job", "sbatch options"], requests))
+    for note in plan.first_weights:
+        console.print(f"first weights: {note}")
     for warning in (warning for row in rows for warning in row["warnings"]):
         console.print(f"warning: {warning}")
     for check in plan.waiting:

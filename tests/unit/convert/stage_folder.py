@@ -72,6 +72,7 @@ def _job(root: Path, dtype: str, chat: bool) -> ConvertJob:
         dtype=dtype,
         tokenizer=str(root / "tokenizer.json"),
         config_hash="c0",
+        first_weights=(),
         chat=chat,
         folder=str(root / "export/main"),
         out=str(root / "export/main.json"),

@@ -75,6 +75,14 @@ def test_the_card_and_the_folder_say_where_it_comes_from(zero_checkpoints: Path,
     assert names == set(made.files)
 
 
+def test_the_card_says_what_became_of_pretrained_weights(zero_checkpoints: Path, tmp_path: Path):
+    stage = make_stage(zero_checkpoints / "llama-z0", tmp_path, "bf16")
+    job = stage.job.model_copy(update={"first_weights": ("Its FP8 weights were dequantised.", "Layers were left out.")})
+    run(job)
+    card = (Path(job.folder) / "README.md").read_text()
+    assert "from random weights. Its FP8 weights were dequantised. Layers were left out." in card, card
+
+
 def test_an_altered_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
     stage = make_stage(zero_checkpoints / "llama-z0", tmp_path)
     victim = max(stage.tag.glob("*.pt"), key=lambda path: path.stat().st_size)

@@ -29,6 +29,7 @@ tags:
 
 {{ architecture }} with {{ "{:,}".format(parameters) }} parameters in {{ p.dtype }}, trained by longhaul
 {%- if base %} from {{ base }}{% else %} from random weights{% endif %}.
+{%- for note in p.first_weights %} {{ note }}{% endfor %}
 {%- if p.from %} The stage started from the `{{ p.from.checkpoint }}` checkpoint of stage `{{ p.from.stage }}`.{% endif %}
 
 ```python
@@ -70,6 +71,7 @@ def provenance(job: ConvertJob, source: Source) -> dict[str, Any]:
         "dataset": spec.get("dataset"),
         "from": spec.get("from"),
         "model": spec.get("model"),
+        "first_weights": list(job.first_weights),
         "checkpoint_sha256": source.manifest_sha256,
         "config_hash": job.config_hash,
         "data_hash": source.checkpoint.data_hash,

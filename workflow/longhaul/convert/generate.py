@@ -23,18 +23,20 @@ def samples(
     """
     room = min(NEW_TOKENS, READ_BYTES // max(1, weights_bytes))
     begun = prompts["input_ids"] if room else []
-    completions = _complete(model, begun, room, tokenizer.eos_token_id)
+    completions = _complete(model, begun, room, tokenizer)
     return [{"split": prompts["split"], **_sample(tokenizer, *pair)} for pair in zip(begun, completions, strict=True)]
 
 
-def _complete(model: StreamedModel, prompts: list[list[int]], room: int, eos: int | None) -> list[list[int]]:
+def _complete(
+    model: StreamedModel, prompts: list[list[int]], room: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
     """Greedy completions of at most `room` tokens, within the model's positions: one pass over the weights a token."""
     completions: list[list[int]] = [[] for _ in prompts]
     for _ in range(room):
         open_ = [
             index
             for index, made in enumerate(completions)
-            if (eos is None or eos not in made) and len(prompts[index]) + len(made) < model.positions
+            if tokenizer.eos_token_id not in made and len(prompts[index]) + len(made) < model.positions
         ]
         if not open_:
             break

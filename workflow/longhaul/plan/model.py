@@ -36,7 +36,7 @@ from longhaul.plan.checks import (
 )
 from longhaul.plan.layout import bubble, bubble_warning, check_model, sample_ranks
 from longhaul.plan.order import check_references, order
-from longhaul.plan.sources import check_files, dataset_files, model_config
+from longhaul.plan.sources import check_files, dataset_files, first_weights_notes, model_config
 from longhaul.plan.spec import result_spec
 from longhaul.slurm import SlurmRequest
 
@@ -109,6 +109,11 @@ class Plan:
         pretrained = config.model.pretrained
         sources = [config.tokenizer.hub, pretrained and pretrained.hub]
         return any(sources) or any(d.hub or d.python_stdlib for d in config.datasets.values())
+
+    @cached_property
+    def first_weights(self) -> tuple[str, ...]:
+        """How they differ from those in the pretrained folder, in words."""
+        return first_weights_notes(self.loaded, self.lock)
 
     @property
     def check_nodes(self) -> int:

@@ -9,29 +9,48 @@ from typing import Any
 
 from longhaul.artifacts import Lock
 from longhaul.config.load import LoadedConfig
+from longhaul.config.stored_weights import as_trained, fp8_block, notes
 from longhaul.errors import UserError
 
 
 def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
-    """The model's Hugging Face config; None while it is on the hub and not fetched."""
-    pretrained = loaded.config.model.pretrained
-    if pretrained is None:
+    """The model's Hugging Face config; None while it is on the hub and not fetched.
+
+    Raises:
+        UserError: the pretrained weights are missing, or stored in a way that training cannot start from.
+    """
+    if loaded.config.model.pretrained is None:
         return loaded.config.model.config_dict()
-    if pretrained.hub:
+    stored = _stored_config(loaded, lock)
+    if stored is None:
+        return None
+    fp8_block(stored, "model.pretrained")
+    return as_trained(stored)
+
+
+def first_weights_notes(loaded: LoadedConfig, lock: Lock | None) -> tuple[str, ...]:
+    """How the first weights differ from those in the pretrained folder, in words."""
+    stored = _stored_config(loaded, lock) if loaded.config.model.pretrained else None
+    return notes(stored) if stored else ()
+
+
+def _stored_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
+    """The pretrained folder's config.json."""
+    pretrained = loaded.config.model.pretrained
+    if pretrained is None or pretrained.hub:
         return lock.model if lock and lock.model else None
     return model_folder(loaded.resolve("model.pretrained.path", pretrained.path or ""), "model.pretrained.path")
 
 
-# What transformers loads weights from, in a folder.
-_WEIGHTS = ("*.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = "*.safetensors"  # pickles are not read
 
 
 def model_folder(folder: Path, where: str) -> dict[str, Any]:
     """The config.json of a Hugging Face folder that holds all its weights; UserError, naming the key `where`, for any other."""
     config = _json_object(folder / "config.json", where)
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if not any(folder.glob(_WEIGHTS)):
         raise UserError(
-            f"{where}: {folder} holds no weights ({', '.join(_WEIGHTS)})",
+            f"{where}: {folder} holds no weights ({_WEIGHTS})",
             "name a model with weights, or train from the start: an architecture in place of pretrained",
         )
     for index in folder.glob("*.index.json"):

@@ -18,7 +18,7 @@ import torch
 
 from longhaul.errors import UserError
 from longhaul.train.parallel.split import parameters, saved_buffers
-from longhaul.zero_checkpoint import OptimizerState, Readable, open_master_weights, open_optimizer_state
+from longhaul.zero_checkpoint import LazyTensor, OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.zero_checkpoint.shard import Shard
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -35,26 +35,32 @@ class Slot:
     flat: torch.Tensor
     offset: int
 
-    def write(self, target: torch.Tensor, source: Readable) -> None:
+    def write(self, target: torch.Tensor, source: LazyTensor) -> None:
         """target: `flat` itself, or a moment of its shape."""
-        target.detach().view(-1)[self.offset : self.offset + self.numel].copy_(self._read(source))
+        self._put(target, self._read(source))
 
-    def _read(self, source: Readable) -> torch.Tensor:
+    def write_part(self, values: torch.Tensor) -> None:
+        """values: of the whole parameter as this rank has it."""
+        self._put(self.flat, values.flatten()[self.start : self.start + self.numel])
+
+    def _put(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        target.detach().view(-1)[self.offset : self.offset + self.numel].copy_(values)
+
+    def _read(self, source: LazyTensor) -> torch.Tensor:
         stop = self.start + self.numel
         if self.shard.parts:
             return self.shard.cut(source.read()).flatten()[self.start : stop]
         return source.read_range(self.start, stop)
 
 
-def write_masters(engine: Any, values: Callable[[str, torch.Size], Readable]) -> None:
-    """Gives the masters the fp32 `values` of (name, shape) of the model's tensors, and the 16-bit copies their rounding.
+def write_masters(engine: Any, values: Callable[[Shard], torch.Tensor]) -> None:
+    """Gives the masters the fp32 `values` of the parts of the model's tensors, and the 16-bit copies their rounding.
 
-    DeepSpeed makes masters from weights that are rounded already. Every rank calls it, before the first step, and reads the
-    elements that its optimizer owns.
+    DeepSpeed makes masters from weights that are rounded already. Every rank calls it, before the first step.
     """
     with torch.no_grad():
         for slot in _slots(engine):
-            slot.write(slot.flat, values(slot.shard.name, torch.Size(slot.shard.shape)))
+            slot.write_part(values(slot.shard))
         _refresh_copies(engine)
 
 

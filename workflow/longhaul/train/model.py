@@ -1,8 +1,8 @@
 """The network with its first weights, and the DeepSpeed engine around it.
 
-First weights come from the seed, from an earlier stage's checkpoint, or from a Hugging Face folder. The first two are
-filled in one parameter at a time, by name, so that every layout starts from the same bits and ZeRO-3 never holds the
-whole model on one rank.
+First weights come from the seed, from an earlier stage's checkpoint, or from a Hugging Face folder. All are filled in one
+parameter at a time, by name, so that every layout starts from the same bits and ZeRO-3 never holds the whole model on
+one rank.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from longhaul.artifacts import TokenizerManifest
+from longhaul.artifacts import TokenizerManifest, read_json
+from longhaul.config.stored_weights import notes
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
 from longhaul.train.elastic import write_masters
@@ -25,22 +26,25 @@ from longhaul.train.parallel.split import parameters, saved_buffers, split_model
 from longhaul.train.pretrained import pretrained_values
 from longhaul.train.processes import Processes
 from longhaul.train.recompute import recompute_layers
-from longhaul.zero_checkpoint import Held, Readable, open_master_weights
+from longhaul.zero_checkpoint import open_master_weights
+from longhaul.zero_checkpoint.shard import Shard
 
-Values = Callable[[str, torch.Size], Readable]
+Shapes = dict[str, tuple[int, ...]]
+Values = Callable[[Shard], torch.Tensor]
 
 
 def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
     ds_config = read_deepspeed_config(job)
+    if processes.is_main and job.pretrained and not start:
+        for note in notes(read_json(Path(job.pretrained) / "config.json")):
+            print(f"first weights: {note}", flush=True)
     if processes.grid.is_split:
         model = _split_model(job, tokenizer, start, processes)
-    elif job.pretrained and start is None:
-        model = _from_pretrained(job, ds_config)
     else:
         config = _config(job, tokenizer)
         model = _from_config(job, config, ds_config)
-        _fill(model, _first_values(job, config, _names(model), start), start is not None)
+        _fill(model, _first_values(job, config, _shapes(model), start), bool(start or job.pretrained))
     model.config.use_cache = False
     recompute_layers(model, job.stage.activation_checkpointing)
     return model.train()
@@ -55,8 +59,7 @@ def _split_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | Non
     """This rank's part of the model; its values are cut from one whole tensor after the other."""
     config = _config(job, tokenizer)
     model = split_model(config, processes.grid, job.trust_remote_code, processes.device)
-    names = {name for part in processes.gather(_names(model)) for name in part}
-    _fill(model, _first_values(job, config, names, start), bool(start or job.pretrained))
+    _fill(model, _first_values(job, config, _all_shapes(model, processes), start), bool(start or job.pretrained))
     return model
 
 
@@ -66,27 +69,18 @@ def restore_first_masters(
     """Before the first step of half precision: the masters are the source's fp32 weights, which the model holds rounded."""
     if job.stage.precision == "fp32" or not (start or job.pretrained):
         return
-    names = {name for part in processes.gather(_names(engine.module)) for name in part}
-    write_masters(engine, _first_values(job, _config(job, tokenizer), names, start))
+    shapes = _all_shapes(engine.module, processes)
+    write_masters(engine, _first_values(job, _config(job, tokenizer), shapes, start))
 
 
-def _first_values(job: StageJob, config: Any, names: set[str], start: Start | None) -> Values:
-    """Where the weights begin: an earlier stage's masters, a Hugging Face folder, or the seed. `names` are the whole model's."""
+def _first_values(job: StageJob, config: Any, shapes: Shapes, start: Start | None) -> Values:
+    """Where the weights begin: an earlier stage's masters, a Hugging Face folder, or the seed. `shapes` are the whole model's."""
     if start:
-        return _checkpoint_values(names, start)
+        return _checkpoint_values(shapes, start)
     if job.pretrained:
-        return pretrained_values(Path(job.pretrained), names, config)
-    seeded = seeded_values(config, job.seed)
-    return lambda name, shape: Held(seeded(name, shape))
-
-
-def _announce_zero3(job: StageJob, ds_config: dict[str, Any]) -> Any:
-    """from_pretrained partitions while it loads, as long as this object lives."""
-    if job.stage.zero.stage < 3 or not job.pretrained:
-        return None
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(ds_config)
+        return pretrained_values(Path(job.pretrained), shapes, config)
+    whole = seeded_values(config, job.seed)
+    return lambda shard: shard.cut(whole(shard.name, torch.Size(shard.shape)))
 
 
 def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
@@ -101,34 +95,6 @@ def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
     if not job.pretrained:
         keys |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return AutoConfig.for_model(**keys)
-
-
-def _from_pretrained(job: StageJob, ds_config: dict[str, Any]) -> Any:
-    """The folder's own weights; transformers only warns of missing keys, here they are errors."""
-    from transformers import AutoModelForCausalLM
-
-    announced = _announce_zero3(job, ds_config)
-    model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
-        job.pretrained,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=job.trust_remote_code,
-        output_loading_info=True,
-    )
-    del announced
-    wrong = {
-        kind: sorted(map(str, info[kind]))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
-    if wrong:
-        kind, names = next(iter(wrong.items()))
-        raise UserError(
-            f"{job.pretrained}: {kind.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)",
-            "the weights do not belong to this config.json, or the download is incomplete",
-        )
-    return model
 
 
 def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> Any:
@@ -175,41 +141,45 @@ def seeded_values(config: Any, seed: int) -> Callable[[str, torch.Size], torch.T
     return values
 
 
-def _checkpoint_values(wanted: set[str], start: Start) -> Values:
-    """Master weights of an earlier stage, whatever its layout was; `wanted` names all tensors of the model."""
+def _checkpoint_values(shapes: Shapes, start: Start) -> Values:
+    """Master weights of an earlier stage, whatever its layout was; `shapes` has all tensors of the model."""
     weights = open_master_weights(start.folder)
-    if set(weights) != wanted:
-        differing = sorted(set(weights) ^ wanted)
+    if differing := sorted(set(weights) ^ set(shapes)):
         raise UserError(
             f"{start.folder} and the model differ in {', '.join(differing[:5])} ({len(differing)} in all)",
             "a stage starts from one with the same model",
         )
-
-    def values(name: str, shape: torch.Size) -> Readable:
-        if tuple(weights[name].shape) != tuple(shape):
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
             raise UserError(
-                f"{start.folder}: {name} is {tuple(weights[name].shape)}, the model wants {tuple(shape)}", ""
+                f"{start.folder}: {name} is {list(weights[name].shape)}, the model wants {list(shape)}",
+                "a stage starts from one with the same model",
             )
-        return weights[name]
-
-    return values
+    return lambda shard: shard.cut(weights[shard.name].read())
 
 
-def _names(model: Any) -> set[str]:
-    return {shard.name for shard, _ in [*parameters(model), *saved_buffers(model)]}
+def _shapes(model: Any) -> Shapes:
+    """Name -> shape of the whole tensors of which this rank has parts."""
+    return {shard.name: tuple(shard.shape) for shard, _ in [*parameters(model), *saved_buffers(model)]}
+
+
+def _all_shapes(model: Any, processes: Processes) -> Shapes:
+    """The same of all ranks together."""
+    return {name: shape for part in processes.gather(_shapes(model)) for name, shape in part.items()}
 
 
 def _fill(model: Any, values: Values, buffers: bool) -> None:
     with torch.no_grad():
         for shard, parameter in parameters(model):
             with _whole(parameter):
-                parameter.copy_(shard.cut(values(shard.name, torch.Size(shard.shape)).read()).to(parameter.dtype))
+                if not hasattr(parameter, "ds_id") or torch.distributed.get_rank() == 0:
+                    parameter.copy_(values(shard).to(parameter.dtype))
         for shard, buffer in saved_buffers(model) if buffers else ():
-            buffer.copy_(values(shard.name, buffer.shape).read())
+            buffer.copy_(values(shard))
 
 
 def _whole(parameter: Any) -> AbstractContextManager[Any]:
-    """ZeRO-3: the parameter gathered; rank 0's values are kept."""
+    """ZeRO-3: the parameter gathered; rank 0's values are kept, so that no other rank reads any."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed

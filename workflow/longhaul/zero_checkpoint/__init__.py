@@ -2,14 +2,12 @@
 
 from longhaul.zero_checkpoint.layout import OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.zero_checkpoint.safetensors_files import DTYPE_NAMES, open_safetensors
-from longhaul.zero_checkpoint.tensors import Held, LazyTensor, Readable
+from longhaul.zero_checkpoint.tensors import LazyTensor
 
 __all__ = [
     "DTYPE_NAMES",
-    "Held",
     "LazyTensor",
     "OptimizerState",
-    "Readable",
     "open_master_weights",
     "open_optimizer_state",
     "open_safetensors",

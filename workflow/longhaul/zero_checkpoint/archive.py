@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,15 @@ class Inert:
     __setstate__ = append = extend = add = __setitem__ = ignore
 
 
+class _Dict(dict):
+    """Stands in for OrderedDict: attributes that a pickle would set on it, over its methods even, are ignored."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class _StorageType:
     dtype: torch.dtype
@@ -79,7 +88,9 @@ class _Unpickler(pickle.Unpickler):
     """Builds containers, numbers, strings and StoredTensors; nothing is imported and no code of the file's choice runs."""
 
     def __init__(self, archive: _Archive) -> None:
-        super().__init__(io.BytesIO(archive.pickle_bytes()))
+        instructions = archive.pickle_bytes()
+        _check_memo(instructions)
+        super().__init__(io.BytesIO(instructions))
         self._archive = archive
 
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -88,12 +99,17 @@ class _Unpickler(pickle.Unpickler):
         return self._allowed().get((module_name, global_name), Inert)
 
     def _allowed(self) -> dict[tuple[str, str], Any]:
+        """Made anew for each use: a pickle may set attributes of functions, and these go with it."""
+
+        def tensor(*arguments: Any) -> Any:
+            return self._tensor(*arguments)
+
         return {
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("torch._tensor", "_rebuild_from_type_v2"): lambda make, _type, args, _state: make(*args),
             ("torch", "Size"): tuple,
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): _Dict,
             ("builtins", "set"): set,
         }
 
@@ -123,22 +139,29 @@ class _Archive:
             raise zipfile.BadZipFile("its numbers are not little-endian")
 
     def pickle_bytes(self) -> bytes:
-        return self._members.read(f"{self._prefix}data.pkl")
+        return self._members.read(self._stored_member(f"{self._prefix}data.pkl"))
+
+    def _stored_member(self, name: str) -> zipfile.ZipInfo:
+        """A member that is as large in the file as it says."""
+        member = self._members.getinfo(name)
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"member {member.filename} is compressed")
+        return member
 
     def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
         """A StoredTensor; Inert when the tensor is not contiguous (no weight DeepSpeed saves is)."""
+        if not all(type(size) is int and size >= 0 for size in (offset, *shape)):
+            raise pickle.UnpicklingError(f"a tensor has offset {offset!r} and shape {shape!r}")
         if stride != _contiguous_stride(shape) and math.prod(shape) > 1:
             return Inert()
         start, size = self._span(storage.key)
         tensor = StoredTensor(self._path, start + offset * storage.dtype.itemsize, storage.dtype, shape)
-        if offset < 0 or offset + tensor.numel > size // storage.dtype.itemsize:
+        if offset + tensor.numel > size // storage.dtype.itemsize:
             raise pickle.UnpicklingError(f"storage {storage.key} is shorter than its tensor of shape {list(shape)}")
         return tensor
 
     def _span(self, key: str) -> tuple[int, int]:
-        member = self._members.getinfo(f"{self._prefix}data/{key}")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise zipfile.BadZipFile(f"member {member.filename} is compressed")
+        member = self._stored_member(f"{self._prefix}data/{key}")
         with self._path.open("rb") as stream:
             stream.seek(member.header_offset)
             header = stream.read(LOCAL_HEADER_BYTES)
@@ -148,6 +171,13 @@ class _Archive:
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _check_memo(instructions: bytes) -> None:
+    """An unpickler makes as much room for remembered values as the largest index that the file names."""
+    for instruction, argument, _ in pickletools.genops(instructions):
+        if instruction.name in ("PUT", "LONG_BINPUT") and not 0 <= (argument or 0) < len(instructions):
+            raise pickle.UnpicklingError(f"its memo is to hold {argument} values, more than its pickle has bytes")
 
 
 def read_archive(path: Path) -> Any:
@@ -164,8 +194,11 @@ def read_archive(path: Path) -> Any:
     except (
         zipfile.BadZipFile,
         pickle.UnpicklingError,
+        ArithmeticError,
+        AttributeError,
         EOFError,
-        KeyError,
+        LookupError,
+        RecursionError,
         ValueError,
         TypeError,
         struct.error,

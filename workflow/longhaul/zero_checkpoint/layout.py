@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,14 @@ def open_master_weights(checkpoint_dir: Path) -> Mapping[str, LazyTensor]:
     Raises:
         UserError: a file is missing, damaged, or of a layout that this reader does not know.
     """
-    if (checkpoint_dir / LAYOUT).exists():
-        return open_assembled(checkpoint_dir)
-    model, model_file, states = _read(checkpoint_dir)
-    if not states:
-        return _unpartitioned(model, model_file)
-    masters = (
-        _zero3(model, states, checkpoint_dir, MASTER) if _is_zero3(states) else _zero12(model, states, checkpoint_dir)
-    )
-    return _ordered(model, masters, checkpoint_dir)
+    with _as_deepspeed_writes(checkpoint_dir):
+        if (checkpoint_dir / LAYOUT).exists():
+            return open_assembled(checkpoint_dir)
+        model, model_file, states = _read(checkpoint_dir)
+        if not states:
+            return _unpartitioned(model, model_file)
+        find = _zero3 if _is_zero3(states) else _zero12
+        return _ordered(model, find(model, states, checkpoint_dir), checkpoint_dir)
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,26 @@ def open_optimizer_state(checkpoint_dir: Path) -> OptimizerState:
     Raises:
         UserError: as open_master_weights; or the checkpoint does not name the parameters of a state.
     """
-    if (checkpoint_dir / LAYOUT).exists():
-        step, find = assembled_step(checkpoint_dir), lambda key: open_assembled(checkpoint_dir, key)
-    else:
-        model, model_file, states = _read(checkpoint_dir)
-        step = step_of(states[0] if states else model["optimizer"])
-        find = lambda key: _moments(model, model_file, states, checkpoint_dir, key)  # noqa: E731
-    return OptimizerState(step, {key: find(key) for key in MOMENTS} if step else {})
+    with _as_deepspeed_writes(checkpoint_dir):
+        if (checkpoint_dir / LAYOUT).exists():
+            step, find = assembled_step(checkpoint_dir), lambda key: open_assembled(checkpoint_dir, key)
+        else:
+            model, model_file, states = _read(checkpoint_dir)
+            step = step_of(states[0] if states else model["optimizer"])
+            find = lambda key: _moments(model, model_file, states, checkpoint_dir, key)  # noqa: E731
+        return OptimizerState(step, {key: find(key) for key in MOMENTS} if step else {})
+
+
+@contextmanager
+def _as_deepspeed_writes(folder: Path) -> Iterator[None]:
+    """What is read is looked for where DeepSpeed puts it; a file that holds anything else there is named as what it is."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder} is not laid out as DeepSpeed writes checkpoints: {type(error).__name__}: {error}",
+            "the files were altered or written by another release: use another checkpoint",
+        ) from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
@@ -196,8 +209,8 @@ def _zero12_trained(
     return found
 
 
-def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path, key: str) -> dict[str, LazyTensor]:
-    masters = _zero3_trained(model, states, folder, key)
+def _zero3(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> dict[str, LazyTensor]:
+    masters = _zero3_trained(model, states, folder, MASTER)
     return masters | _zero3_frozen(model, len(states), folder) | _buffers(model)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,34 +30,6 @@ class Piece:
     def read(self) -> torch.Tensor:
         """The elements as they are stored, 1-D."""
         return _read_into(self, torch.empty(self.numel, dtype=self.dtype))
-
-
-class Readable(Protocol):
-    """A tensor of which all, or the elements [start, stop) of the flattened whole, can be read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read(self) -> torch.Tensor: ...
-
-    def read_range(self, start: int, stop: int) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor in memory that reads like one in files."""
-
-    values: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
-    def read(self) -> torch.Tensor:
-        return self.values
-
-    def read_range(self, start: int, stop: int) -> torch.Tensor:
-        return self.values.flatten()[start:stop]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""What a pretrained folder's config.json says of how its weights are stored, none of which the trained model keeps.
+
+DeepSeek's official folders hold matrices as float8_e4m3fn with one fp32 factor for each block of 128 x 128 elements, and
+behind the last decoder layer those that predict further tokens (https://github.com/deepseek-ai/DeepSeek-V3,
+README_WEIGHTS.md). Training starts from the dequantised weights of the decoder layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longhaul.errors import UserError
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
+
+
+def fp8_block(config: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Rows and columns that share a factor; None where the weights are stored as plain numbers.
+
+    Raises:
+        UserError: they are quantised in any other way.
+    """
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    block = stored.get("weight_block_size")
+    other = {key: stored.get(key) for key, value in FP8.items() if stored.get(key, value) != value}
+    if other or "quant_method" not in stored or not _is_block(block):
+        found = ", ".join(f"{key} {stored.get(key)!r}" for key in (*FP8, "weight_block_size"))
+        raise UserError(
+            f"{where}: quantization_config has {found}; only DeepSeek's block-scaled FP8 can be trained from "
+            "(quant_method 'fp8', fmt 'e4m3', weight_block_size [rows, columns])",
+            "name the model's bf16 or fp32 weights",
+        )
+    return block[0], block[1]
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+
+
+def further_layers(config: dict[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of the tensors that predict further tokens."""
+    first = config.get("num_hidden_layers") or 0
+    return tuple(f"model.layers.{first + index}." for index in range(config.get("num_nextn_predict_layers") or 0))
+
+
+def as_trained(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the model that is trained and exported."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return kept | ({"num_nextn_predict_layers": 0} if further_layers(config) else {})
+
+
+def notes(config: dict[str, Any]) -> tuple[str, ...]:
+    """In words, for the plan, the log and the card: how the first weights differ from those in the folder."""
+    found = []
+    if block := fp8_block(config, "config.json"):
+        found.append(f"Its FP8 weights, scaled in blocks of {block[0]} x {block[1]}, were dequantised to fp32.")
+    if layers := further_layers(config):
+        named = ", ".join(f"`{layer}*`" for layer in layers)
+        found.append(f"Its layers that predict further tokens ({named}) were left out.")
+    return tuple(found)
