@@ -8,18 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.jobs import StageJob
 from longhaul.ranks import leave
-from longhaul.train.backend import make_backend
-from longhaul.train.batches import Prefetcher
-from longhaul.train.checkpoints import Checkpoints
-from longhaul.train.events import Events
-from longhaul.train.loop import Trainer, open_samples
-from longhaul.train.metrics import Metrics
-from longhaul.train.model import build_model
 from longhaul.train.processes import Processes, start_processes
-from longhaul.train.state import TrainingState
+from stepping import open_trainer
 
 
 def main() -> None:
@@ -33,32 +25,26 @@ def main() -> None:
 
 def train(job: StageJob, steps: int, processes: Processes, folder: Path) -> dict[str, list[float]]:
     """Of each step: its seconds, those of the reduction in it, bytes sent, loss."""
-    tokenizer = TokenizerManifest.read(Path(job.tokenizer))
-    samples = open_samples(job, DataManifest.read(Path(job.data)), "train", folder, processes)
-    backend = make_backend(job, build_model(job, tokenizer, None, processes), processes)
-    events, state = Events(None), TrainingState()
-    metrics = Metrics(job, folder, 0, processes, job.model, events)
-    trainer = Trainer(
-        job, processes, backend, None, Checkpoints(folder, job, processes, events), metrics, events, state
-    )
+    trainer, batches = open_trainer(job, processes, folder)
+    engine = trainer.backend.engine
     found: dict[str, list[float]] = {"step_s": [], "reduction_s": [], "sent_bytes": [], "loss": []}
-    reduce = backend.engine.allreduce_gradients
+    reduce = engine.allreduce_gradients
 
     def timed_reduction(*arguments: object, **options: object) -> None:
-        if not backend.engine.is_gradient_accumulation_boundary():
+        if not engine.is_gradient_accumulation_boundary():
             return reduce(*arguments, **options)
         processes.barrier()  # waiting for a slower peer is no communication
         started = time.perf_counter()
         reduce(*arguments, **options)
         found["reduction_s"].append(time.perf_counter() - started)
 
-    backend.engine.allreduce_gradients = timed_reduction
-    for _, batch in zip(range(steps), Prefetcher(samples, job, processes, state), strict=False):
+    engine.allreduce_gradients = timed_reduction
+    for _, batch in zip(range(steps), batches, strict=False):
         sent, started = sent_bytes(), time.perf_counter()
         trainer.step(batch)
         found["step_s"].append(time.perf_counter() - started)
         found["sent_bytes"].append(sent_bytes() - sent)
-        found["loss"].append(state.recent_losses[-1])
+        found["loss"].append(trainer.state.recent_losses[-1])
     return found
 
 
