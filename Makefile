@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-read bench-convert bench-memory clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -83,6 +83,9 @@ bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
 	$(BIN)/python bench/read.py
+
+bench-comm: setup  ## bytes and time of gradient reduction over a slow link between two hosts (needs root), plain and compressed
+	$(BIN)/python bench/communication.py
 
 .venv-bench/.installed: bench/requirements-data.txt
 	$(PYTHON) -m venv .venv-bench

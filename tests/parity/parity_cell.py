@@ -51,6 +51,8 @@ def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
                 "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
                 "schedule": {"kind": "constant", "warmup_steps": 3},
                 "expert_bias_rate": 0.01,
+                # So heavy that it shows in the gradient norms of every cell.
+                "sequence_balance_weight": 0.1,
                 "gpus_per_node": chosen.ranks,
                 "validation": {"every_steps": STEPS, "max_samples": 8},
                 "checkpoints": {"every_steps": STEPS // 2, "keep_last": 2},

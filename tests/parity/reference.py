@@ -35,7 +35,7 @@ def train(job: Any, samples: Samples) -> Trace:
         eps=settings.eps,
     )
     losses, norms = [], []
-    counts = _count_experts(model)
+    routed = _watch_routers(model)
     for step in range(job.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(job.stage.schedule, settings.lr, step, job.steps)
@@ -43,10 +43,11 @@ def train(job: Any, samples: Samples) -> Trace:
         logits_BSV = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        weight = job.stage.sequence_balance_weight
+        (loss + weight * sum(_balance_loss(*found, len(batch.labels)) for found in routed.values())).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
         optimizer.step()
-        _balance(model, counts, job.stage.expert_bias_rate)
+        _balance(model, routed, job.stage.expert_bias_rate)
         losses.append(loss.item())
         norms.append(norm.item())
     return Trace(losses, norms, model.eval())
@@ -65,23 +66,35 @@ def _model(job: Any) -> Any:
     return model.train()
 
 
-def _count_experts(model: Any) -> dict[str, torch.Tensor]:
-    counts: dict[str, torch.Tensor] = {}
+def _watch_routers(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Router -> affinities [N, E] to the experts, which sum to 1, and the chosen ones [N, K], of the last forward pass."""
+    routed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(name: str, gate: Any) -> None:
-        def count(_gate: Any, _inputs: Any, output: Any) -> None:
-            counts[name] = torch.bincount(output[2].flatten(), minlength=gate.num_experts).float()
+        def keep(_gate: Any, _inputs: Any, output: Any) -> None:
+            scores = output[0].sigmoid() if hasattr(gate, "e_score_correction_bias") else output[0].softmax(-1)
+            routed[name] = (scores / scores.sum(-1, keepdim=True), output[2])
 
-        gate.register_forward_hook(count)
+        gate.register_forward_hook(keep)
 
     for name, module in model.named_modules():
         if name.endswith("mlp.gate"):
             watch(name, module)
-    return counts
+    return routed
 
 
-def _balance(model: Any, counts: dict[str, torch.Tensor], rate: float) -> None:
-    for name, load in counts.items():
+def _balance_loss(affinities: torch.Tensor, chosen: torch.Tensor, sequences: int) -> torch.Tensor:
+    """Mean over sequences, one after the other, of E / (K T) times the visits of each expert times its mean affinity."""
+    experts, losses = affinities.shape[1], []
+    for own, visited in zip(affinities.chunk(sequences), chosen.chunk(sequences), strict=True):
+        visits = torch.bincount(visited.flatten(), minlength=experts)
+        losses.append((experts / visited.numel() * visits * own.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def _balance(model: Any, routed: dict[str, tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:
+    for name, (affinities, chosen) in routed.items():
+        load = torch.bincount(chosen.flatten(), minlength=affinities.shape[1]).float()
         gate = model.get_submodule(name)
         if hasattr(gate, "e_score_correction_bias"):
             gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)

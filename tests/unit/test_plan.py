@@ -128,6 +128,7 @@ RESULT: dict[str, Any] = {
     "schedule": {"warmup_steps": 1},
     "precision": "bf16",
     "communication": {"data_type": "bf16"},
+    "sequence_balance_weight": 0.001,
 }
 
 

@@ -299,6 +299,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("data_type with parallel.sequence 2 is not proved here", "or drop data_type"),
     ),
     (
+        "balance loss in fp16",
+        {"stages.0.sequence_balance_weight": 0.001, "stages.0.precision": "fp16"},
+        {},
+        ("sequence_balance_weight 0.001 with fp16", "use bf16 or fp32"),
+    ),
+    (
         "gradients in fp8",
         {"stages.0.communication": {"data_type": "fp8"}},
         {},

@@ -346,6 +346,10 @@ class Stage(Frozen):
         default=0.0,
         description="DeepSeek V3's balancing without auxiliary loss: change of an expert's bias a step; 0: none.",
     )
+    sequence_balance_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Weight of the experts' balance loss of each sequence; DeepSeek V3 took 0.0001. 0: none.",
+    )
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
         default="none",
         description="What a decoder layer does again in the backward pass. selective: all but matmuls and attention; full: "

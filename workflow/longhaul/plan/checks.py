@@ -63,6 +63,11 @@ def check_precision(stage: Stage, site: Site) -> None:
             "to other numbers",
             "set zero.stage to 1",
         )
+    if stage.precision == "fp16" and stage.sequence_balance_weight:
+        raise UserError(
+            f"stages.{stage.name}: sequence_balance_weight {stage.sequence_balance_weight:g} with fp16 is not proved here",
+            "use bf16 or fp32",
+        )
 
 
 def check_offload(stage: Stage) -> None:

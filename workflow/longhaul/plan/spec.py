@@ -31,6 +31,7 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
         "precision": stage.precision,
         "loss_scale": stage.loss_scale.model_dump(mode="json") if stage.precision == "fp16" else None,
         "expert_bias_rate": stage.expert_bias_rate,
+        "sequence_balance_weight": stage.sequence_balance_weight,
         "communication": stage.communication.model_dump(mode="json"),
     }
 

@@ -17,6 +17,7 @@ from longhaul.train.guard import StepGuard
 from longhaul.train.loss import global_loss, head_loss_sum, loss_sum
 from longhaul.train.model import read_deepspeed_config
 from longhaul.train.parallel.balance import ExpertLoad
+from longhaul.train.parallel.balance_loss import SequenceBalance
 from longhaul.train.parallel.grid import Grid
 from longhaul.train.powersgd import compress_reduction
 from longhaul.train.processes import Processes
@@ -28,6 +29,7 @@ class Backend(Protocol):
     engine: Any
     guard: StepGuard
     load: ExpertLoad
+    balance: SequenceBalance
     grid: Grid
 
     def train(self, batch: Batch, tokens: float) -> float:
@@ -60,6 +62,7 @@ class WholeModel:
             split_sequences(model, self.grid)
         self._model = model
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
+        self.balance = SequenceBalance(model, self.grid, job)
         self.engine = make_engine(job, model, self.grid)
         self._low_rank = compress_reduction(self.engine, job)
         self.guard = StepGuard(self.engine)
@@ -123,6 +126,7 @@ class PipelinedModel:
         self._job, self._processes, self._device, self.grid = job, processes, processes.device, processes.grid
         self._scale, self._head = 1.0, model.lm_head
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
+        self.balance = SequenceBalance(model, self.grid, job)
         self.engine = make_engine(job, as_pipeline(model, self.grid, self._loss), None)
         self.guard = StepGuard(self.engine)
 

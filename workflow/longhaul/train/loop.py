@@ -200,6 +200,7 @@ class Trainer:
             group["lr"] = lr
         tokens = self._sum_over_samples(batch.loss_tokens)
         loss, guard = self.backend.train(batch, tokens), self.backend.guard
+        balance = self.backend.balance.take()
         if guard.reason:
             self.backend.load.discard_step()
             self._answer_bad_step(batch, guard.reason, time.perf_counter() - started)
@@ -218,11 +219,15 @@ class Trainer:
                 "batch": batch.number,
                 "sample_ids": batch.ids_digest,
                 **load_summary(self._all_loads(loads)),
+                **self._balance_loss(balance),
             },
         )
         if self.job.stage.nonfinite.policy == "skip":
             self.bad_in_a_row = 0
         return True
+
+    def _balance_loss(self, own: float) -> dict[str, float]:
+        return {"balance_loss": self.processes.sum(own)} if self.job.stage.sequence_balance_weight else {}
 
     def _sum_over_samples(self, value: float) -> float:
         """The sum of what every rank counted in its samples; ranks with the same samples count once."""

@@ -1,0 +1,234 @@
+"""What the reduction of gradients costs between two hosts over a slow link: plain, in half precision, and low-rank.
+
+Two hosts are two network namespaces with a cable between them (a veth pair) whose both ends a token bucket filter limits. The
+rate is set so that the plain run spends 35 % of its step reducing gradients; the others run at that rate. Bytes are those
+that the sending interface counted. Everything that a variant does to reduce counts as its reduction, compression included;
+waiting for a slower peer does not. Needs root, iproute2 and util-linux.
+
+python communication.py [--short]: with --short the machinery is tried; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from machine import header, publish
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER = REPOSITORY / "build" / "bench-communication"
+ADDRESSES = ("10.97.53.1", "10.97.53.2")
+WARM_UP_STEPS = 6
+STEPS, PROBE_STEPS, PROBES = 80, 16, 6
+SHARE, TOLERANCE, AIM = 0.35, 0.03, 0.18
+LOSS_BOUND = 1.05
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"data_type": "bf16"},
+    "fp16": {"data_type": "fp16"},
+    "powersgd": {"powersgd": {"rank": 4, "start_step": WARM_UP_STEPS - 2}},
+}
+MODEL = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one run: seconds of a step and of the reduction in it, bytes sent in it (medians after the warm-up), losses."""
+
+    step_s: float
+    reduction_s: float
+    sent_bytes: float
+    losses: list[float]
+
+    @property
+    def share(self) -> float:
+        return self.reduction_s / self.step_s
+
+    @property
+    def end_loss(self) -> float:
+        return statistics.mean(self.losses[-5:])
+
+
+def main() -> int:
+    """Sets the rate, runs every variant, prints and keeps what was found; 1 when an aim is missed."""
+    short = "--short" in sys.argv
+    steps, probe_steps, probes = (12, 9, 2) if short else (STEPS, PROBE_STEPS, PROBES)
+    prepare(steps)
+    with two_hosts() as hosts:
+        rate_mbit = calibrate(hosts, probe_steps, probes)
+        found = {name: run(hosts, name, rate_mbit, steps) for name in VARIANTS}
+    lines = [*header(("torch", "deepspeed", "transformers")), *report(found, rate_mbit, steps)]
+    if short:
+        print(*lines, sep="\n")
+    else:
+        publish("communication", lines)
+    return int(not short and missed(found))
+
+
+def prepare(steps: int) -> None:
+    """Tokenizer, shards and rendered stages, one a variant, by the workflow itself."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
+    stage = {
+        "kind": "pretrain",
+        "dataset": "stdlib",
+        "steps": steps,
+        "global_batch": 8,
+        "micro_batch": 4,
+        "sequence_length": 256,
+        "gpus_per_node": 2,
+        "precision": "fp32",
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "constant", "warmup_steps": WARM_UP_STEPS - 2},
+        "zero": {"stage": 0},
+    }
+    config |= {
+        "run": "communication",
+        "model": {"llama": MODEL},
+        "stages": [{"name": name, **stage, "communication": keys} for name, keys in VARIANTS.items()],
+    }
+    (FOLDER / "run.yaml").write_text(yaml.safe_dump(config))
+    words = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(FOLDER), "--configfile", str(FOLDER / "run.yaml")]
+    words += ["--profile", str(REPOSITORY / "profiles" / "local"), "--quiet", "all", "--"]
+    subprocess.run([sys.executable, "-m", "snakemake", *words, "results/communication/data/stdlib.json"], check=True)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[int]]:
+    """Process ids that hold a network namespace each; they and the cable end with the block, or with this process."""
+    holders: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in ADDRESSES:
+            script = "ip link set lo up && echo up && exec sleep infinity"
+            words = ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "sh", "-c", script]
+            holders.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
+            assert holders[-1].stdout and holders[-1].stdout.readline() == b"up\n"
+        hosts = [holder.pid for holder in holders]
+        cable = ["ip", "link", "add", "eth0", "netns", str(hosts[0]), "type", "veth"]
+        subprocess.run([*cable, "peer", "name", "eth0", "netns", str(hosts[1])], check=True)
+        for host, address in zip(hosts, ADDRESSES, strict=True):
+            subprocess.run([*on(host), "ip", "addr", "add", f"{address}/24", "dev", "eth0"], check=True)
+            subprocess.run([*on(host), "ip", "link", "set", "eth0", "up"], check=True)
+        yield hosts
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+
+
+def on(host: int) -> list[str]:
+    """The words in front of a command that runs in the network of `host`."""
+    return ["nsenter", f"--target={host}", "--net", "--"]
+
+
+def limit(hosts: Sequence[int], rate_mbit: float) -> None:
+    """Both ends of the cable send no faster; what waits is queued and never dropped."""
+    for host in hosts:
+        bucket = ["rate", f"{rate_mbit:.3f}mbit", "burst", "256kb", "limit", "256mb"]
+        subprocess.run([*on(host), "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *bucket], check=True)
+
+
+def calibrate(hosts: Sequence[int], steps: int, probes: int) -> float:
+    """The rate in Mbit/s at which the plain run spends SHARE of its step reducing gradients."""
+    rate_mbit, wanted = 500.0, SHARE / (1 - SHARE)
+    for _ in range(probes):
+        found = run(hosts, "plain", rate_mbit, steps)
+        print(f"at {rate_mbit:.0f} Mbit/s plain spends {found.share:.1%} of {found.step_s:.2f} s", flush=True)
+        if abs(found.share - SHARE) < TOLERANCE / 2:
+            break
+        # The time beside the reduction is the machine's, the reduction's goes with the inverse of the rate.
+        rate_mbit *= found.share / (1 - found.share) / wanted
+    return rate_mbit
+
+
+def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int) -> Found:
+    """Trains a variant for `steps` steps, one process a host."""
+    limit(hosts, rate_mbit)
+    payload = f"results/communication/stages/{variant}/stage.json"
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "found"
+        worker = [
+            sys.executable,
+            str(Path(__file__).with_name("communication_worker.py")),
+            payload,
+            str(steps),
+            str(out),
+        ]
+        shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29533"}
+        shared |= {
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        ranks = [
+            subprocess.Popen(
+                [*on(host), *worker], cwd=FOLDER, env={**os.environ, **shared, "RANK": str(rank)}, stdout=sys.stderr
+            )
+            for rank, host in enumerate(hosts)
+        ]
+        codes = [rank.wait(timeout=3600) for rank in ranks]
+        if any(codes):
+            raise RuntimeError(f"{variant}: the processes ended with {codes}")
+        return summary([json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(len(hosts))])
+
+
+def summary(ranks: list[dict[str, list[float]]]) -> Found:
+    """Of each step the slower host's time and the longer reduction."""
+    slowest = {
+        key: statistics.median(list(map(max, zip(*(rank[key] for rank in ranks), strict=True)))[WARM_UP_STEPS:])
+        for key in ("step_s", "reduction_s", "sent_bytes")
+    }
+    return Found(**slowest, losses=ranks[0]["loss"])
+
+
+def report(found: dict[str, Found], rate_mbit: float, steps: int) -> list[str]:
+    plain = found["plain"]
+    lines = [
+        f"Llama of hidden width {MODEL['hidden_size']}, {MODEL['num_hidden_layers']} layers, ZeRO 0, fp32, {steps} steps; "
+        f"2 hosts with one process each, link limited to {rate_mbit:.0f} Mbit/s each way",
+        f"{'reduction':10} {'MB sent/step':>13} {'step s':>8} {'reducing s':>11} {'share':>7} {'end loss':>9}",
+    ]
+    for name, one in found.items():
+        lines.append(
+            f"{name:10} {one.sent_bytes / 1e6:13.2f} {one.step_s:8.3f} {one.reduction_s:11.3f} {one.share:7.1%} "
+            f"{one.end_loss:9.4f}"
+        )
+    compressed = found["powersgd"]
+    lines += [
+        f"powersgd sends {plain.sent_bytes / compressed.sent_bytes:.1f} times fewer bytes; its end loss is "
+        f"{compressed.end_loss / plain.end_loss:.4f} of plain's (bound {LOSS_BOUND})",
+        f"aim: plain {SHARE:.0%} +- {TOLERANCE:.0%}, powersgd <= {AIM:.0%} of the step: "
+        f"{'missed' if missed(found) else 'reached'}",
+    ]
+    return lines
+
+
+def missed(found: dict[str, Found]) -> bool:
+    plain, compressed = found["plain"], found["powersgd"]
+    is_set = abs(plain.share - SHARE) <= TOLERANCE
+    return not (is_set and compressed.share <= AIM and compressed.end_loss <= LOSS_BOUND * plain.end_loss)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
