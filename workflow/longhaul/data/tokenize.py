@@ -253,7 +253,7 @@ _counters: list[Counters] = []  # of this process, filled once when a pool start
 def _start_worker(tokenizer: Path, counters: Counters) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _counters.append(counters)
-    with suppress(Exception):  # a tokenizer that it cannot read is left to the reference
+    with suppress(BaseException):  # a tokenizer at which its Rust half panics is left to the reference
         open_encoder(tokenizer, Fast.name)
 
 
