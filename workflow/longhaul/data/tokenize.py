@@ -63,9 +63,8 @@ def run(job: TokenizeJob) -> None:
         try:
             root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(root)
-            sample = _sample(job, sources)
-            shares = (job.workers, pool.map) if pool else ()
-            choice = choose(Path(tokenizer.path), sample, *shares)
+            parts, each = (job.workers, pool.map) if pool else (1, map)
+            choice = choose(Path(tokenizer.path), _sample(job, sources), parts, each)
             made = _make(job, tokenizer, sources, choice, scan, _Makers(pool, counters))
         except OSError as error:
             raise UserError(
