@@ -196,11 +196,11 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("more files than the quota", {}, {"inode_limit": 5}, ("exceed site centre's inode_limit 5",)),
     (
         "more work units than the quota",
-        {"datasets.chats": {"kind": "chat", "files": ["run.yaml"], "unit_mb": 1e-6}},
+        {"datasets.chats": {"kind": "chat", "files": [str(REPOSITORY / "docs" / "config.md")], "unit_mb": 0.001}},
         {"inode_limit": 150},
         (
             "datasets.chats: ",
-            " work units of 1e-06 MB are up to ",
+            " work units of 0.001 MB are up to ",
             "site centre's inode_limit 150",
             "set unit_mb to 1 or more",
         ),

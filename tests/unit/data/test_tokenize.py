@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from corpora import conversation, dataset, make_shards, text, write_jsonl
@@ -49,6 +52,36 @@ def test_every_document_is_there_once_and_ends_with_eos(text_shards: DataManifes
     (source,) = text_shards.sources
     assert source["documents"] == 300 and source["sha256"] == file_sha256(Path(source["path"]))
     assert text_shards.skipped == {} and text_shards.tokenizer_hash == manifest.hash
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(TEXT, min_size=1, max_size=12), min_size=1, max_size=3),
+    st.integers(20, 400),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_any_documents_come_out_whole_and_in_order(
+    tokenizer_folder: Path, files: list[list[str]], unit_bytes: int, validation_share: float
+):
+    """Wherever files are cut into units, and equal files and documents included; the proof has tests of its own."""
+    tokenizer, manifest = tokenizer_of(tokenizer_folder)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longhaul.data.encoders.hard_texts", lambda tokens: [])
+        paths = [write_jsonl(Path(name) / f"{i}.jsonl", "text", texts) for i, texts in enumerate(files)]
+        # Smaller units than a config may ask for, so that small files are cut.
+        settled = dataset(validation_share=validation_share).model_copy(update={"unit_mb": unit_bytes / 1e6})
+        made = make_shards(Path(name), tokenizer_folder, paths, settled)
+        left = {split: documents(made, split) for split in made.splits}
+    rows = [(*tokenizer.encode(text).ids, manifest.eos_id) for texts in files for text in texts]
+    assert sum(map(len, rows)) == sum(entry["tokens"] for entry in made.splits.values())
+    for row in rows:
+        (taken, *_) = [split for split, waiting in left.items() if waiting[:1] == [row]] or ["train"]
+        assert left[taken][:1] == [row]
+        del left[taken][0]
+    assert not any(left.values())
 
 
 def test_order_within_a_split_is_the_files(text_shards: DataManifest, tokenizer_folder: Path):

@@ -116,8 +116,9 @@ class Dataset(Frozen):
         default="stop",
         description="A row that cannot be read ends the job, or is left out, counted by reason and named once.",
     )
-    max_document_mb: Annotated[float, Field(gt=0, le=200)] = Field(
-        default=64.0, description="Longest document (or line) that is read, in MB; longer ones are bad rows."
+    max_document_mb: Annotated[float, Field(gt=0, le=80)] = Field(
+        default=64.0,
+        description="Longest document (or line) that is read, in MB; longer ones are bad rows. 80 MB take up to 1 GB of memory.",
     )
     unit_mb: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
         default=16.0,

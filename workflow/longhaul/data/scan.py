@@ -55,7 +55,9 @@ class Scan(NamedTuple):
         """UserError for evaluation texts that cannot be read; they are read here, so that forked workers share them."""
         hashes = tuple(file_sha256(Path(file)) for file in evaluation)
         if dataset.decontaminate:
-            found = read_evaluation(evaluation, hashes, dataset.decontaminate)
+            found = read_evaluation(
+                evaluation, hashes, dataset.decontaminate.columns, dataset.decontaminate.ngram_words
+            )
             print(
                 f"decontaminate: {len(found.texts):,} evaluation texts, {found.short:,} of them shorter than "
                 f"{found.length} words, which cannot be found",
@@ -76,7 +78,8 @@ class Scan(NamedTuple):
         if self.near:
             import rensa
 
-            found += [rensa.RMinHash.ALGORITHM_VERSION, _SHINGLE_WORDS, _BANDS, _ROWS, _SEED]
+            version = rensa.RMinHash.ALGORITHM_VERSION  # pyright: ignore[reportAttributeAccessIssue]
+            found += [version, _SHINGLE_WORDS, _BANDS, _ROWS, _SEED]
         if self.decontaminate:
             found += [self.decontaminate.ngram_words, self.decontaminate.columns, self.evaluation_sha256]
         return found
@@ -127,7 +130,7 @@ def _documents(task: Task, unit: Unit) -> Iterator[Document]:
 
 def band_hashes(rows_of_words: list[list[str]]) -> np.ndarray:
     """[D, 14] uint64: MinHash signatures of the documents' 5-word runs, in bands of 8; one equal band makes a candidate."""
-    from rensa import RMinHash
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
     signatures = np.empty((len(rows_of_words), _BANDS * _ROWS), "<u4")
     # One by one: its batches start threads, of which there is one a process here already.
@@ -143,7 +146,7 @@ def band_hashes(rows_of_words: list[list[str]]) -> np.ndarray:
 def _hits(documents: Iterable[Document], rows_of_words: Iterable[list[str]], scan: Scan) -> Iterator[Hit]:
     assert scan.decontaminate
     length = scan.decontaminate.ngram_words
-    evaluation = read_evaluation(scan.evaluation, scan.evaluation_sha256, scan.decontaminate)
+    evaluation = read_evaluation(scan.evaluation, scan.evaluation_sha256, scan.decontaminate.columns, length)
     for document, row in zip(documents, rows_of_words, strict=True):
         # Hashes of this process are compared first; words decide.
         if evaluation.hashes.isdisjoint(map(hash, runs(row, length))):
@@ -173,24 +176,26 @@ class Evaluation(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def read_evaluation(files: tuple[str, ...], sha256: tuple[str, ...], settings: Decontaminate) -> Evaluation:
+def read_evaluation(
+    files: tuple[str, ...], sha256: tuple[str, ...], columns: tuple[str, ...], length: int
+) -> Evaluation:
     """All evaluation texts, some 150 bytes a word; files of other hashes are read anew. UserError for what is wrong."""
     first: dict[int, int] = {}
     places: list[str] = []
     kept: list[str] = []
     short = 0
     for file in files:
-        for row in rows(Part(Path(file), "auto"), settings.columns, _MAX_EVALUATION_ROW_BYTES):
+        for row in rows(Part(Path(file), "auto"), columns, _MAX_EVALUATION_ROW_BYTES):
             if isinstance(row.values, BadData):
                 raise row.values
-            for column, value in zip(settings.columns, row.values, strict=True):
+            for column, value in zip(columns, row.values, strict=True):
                 if not isinstance(value, str):
                     found = type(value).__name__
                     raise UserError(f"{row.where}: {column} is {found}, not a string", "name a text column")
                 row_of_words = words(value)
-                short += len(row_of_words) < settings.ngram_words
-                for run in runs(row_of_words, settings.ngram_words):
+                short += len(row_of_words) < length
+                for run in runs(row_of_words, length):
                     first.setdefault(hash(run), len(kept))
                 places.append(str(row.where))
                 kept.append(value)
-    return Evaluation(first.keys(), first, places, kept, short, settings.ngram_words)
+    return Evaluation(first.keys(), first, places, kept, short, length)

@@ -63,9 +63,8 @@ def run(job: TokenizeJob) -> None:
         try:
             root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(root)
-            sample = _sample(job, sources)
-            shares = (job.workers, pool.map) if pool else ()
-            choice = choose(Path(tokenizer.path), sample, *shares)
+            parts, each = (job.workers, pool.map) if pool else (1, map)
+            choice = choose(Path(tokenizer.path), _sample(job, sources), parts, each)
             made = _make(job, tokenizer, sources, choice, scan, _Makers(pool, counters))
         except OSError as error:
             raise UserError(
@@ -253,7 +252,7 @@ _counters: list[Counters] = []  # of this process, filled once when a pool start
 def _start_worker(tokenizer: Path, counters: Counters) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _counters.append(counters)
-    with suppress(Exception):  # a tokenizer that it cannot read is left to the reference
+    with suppress(BaseException):  # a tokenizer at which its Rust half panics is left to the reference
         open_encoder(tokenizer, Fast.name)
 
 
