@@ -1,7 +1,7 @@
 """Speed of the conversion beside zero_to_fp32 with transformers' save, and beside plain copying of the same bytes.
 
 A checkpoint of ZeRO 3 over 4 ranks, fp32 masters and Adam's moments, becomes a folder of bf16 safetensors. Each run is a process
-of its own and begins when its imports are done. All end with the files on the disk; ours has hashed them, too. The copy reads the
+of its own and begins when its imports are done. All end with the files on the disk. The copy reads the
 bytes of the masters and writes as many as the export has. Proofs and the check of the checkpoint are not part of it.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from longhaul.convert.generate import samples
 from longhaul.convert.layout import ExportedTensor, export_layout, hugging_face_config, meta_model
 from longhaul.convert.loading import prove_loading
 from longhaul.convert.logits import Exported, compute_dtype, prove_logits
-from longhaul.convert.proof import DTYPES, prove_tensors
+from longhaul.convert.proof import DTYPES, HASHING_THREADS, prove_tensors
 from longhaul.convert.shards import write_shards
 from longhaul.convert.source import Source, open_source
 from longhaul.errors import UserError
@@ -53,12 +54,14 @@ def run(job: ConvertJob) -> None:
     parameters = sum(tensor.numel for tensor in tensors)
     facts = provenance(job, source)
     with _staged(Path(job.folder)) as folder:
-        files = write_shards(folder, tensors)
+        write_shards(folder, tensors)
         _write_config(folder, source, architecture, dtype)
         _copy_tokenizer(Path(source.tokenizer.path), folder)
         proof, sampled = _prove(job, source, folder, tensors)
         write_text(folder / "README.md", card(facts, architecture, parameters, job.folder, proof))
-    files |= {path.name: file_sha256(path) for path in sorted(Path(job.folder).iterdir()) if path.name not in files}
+    paths = sorted(Path(job.folder).iterdir())
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        files = dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
     Export(
         stage=job.stage,
         checkpoint=str(source.folder),

@@ -1,18 +1,16 @@
-"""Writes tensors as safetensors files, streamed: memory stays at a few chunks per thread, whatever the model's size.
+"""Writes tensors as safetensors files, streamed: memory stays at one chunk per thread, whatever the model's size.
 
-Readers cast and write chunks at their places, several at once; one thread a shard hashes them in order, as they come.
 Format: 8 bytes little-endian header length, JSON header, data. https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,26 +21,22 @@ from longhaul.convert.threads import torch_threads
 from longhaul.zero_checkpoint import DTYPE_NAMES
 
 SHARD_BYTES = 5 * 10**9
-CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: fits the processor's cache from read to hash
-READING_THREADS = 4
-SHARDS_AT_ONCE = 4
-CHUNKS_AHEAD = 8  # of a shard: read and not yet hashed
+CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: stays in the processor's cache from read to write
+COPYING_THREADS = 4
 INDEX = "model.safetensors.index.json"
 NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 
 
-def write_shards(folder: Path, tensors: Sequence[ExportedTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Writes the tensors as model.safetensors, or as numbered shards and an index; returns name -> SHA-256 of each shard."""
+def write_shards(folder: Path, tensors: Sequence[ExportedTensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the tensors as model.safetensors, or as numbered shards and an index, on the disk when it returns."""
     shards = _split(tensors, shard_bytes)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         _write_index(folder, names, shards)
-    with torch_threads(1), ThreadPoolExecutor(READING_THREADS) as readers, ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        work = [
-            pool.submit(_write_shard, folder / name, shard, readers) for name, shard in zip(names, shards, strict=True)
-        ]
-        return dict(zip(names, [shard.result() for shard in work], strict=True))
+    with torch_threads(1), ThreadPoolExecutor(COPYING_THREADS) as pool:
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(folder / name, shard, pool)
 
 
 def chunks(numel: int, chunk: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -100,20 +94,13 @@ def _header(tensors: list[ExportedTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, tensors: list[ExportedTensor], readers: Executor) -> str:
+def _write_shard(path: Path, tensors: list[ExportedTensor], pool: Executor) -> None:
     header = _header(tensors)
-    digest = hashlib.sha256(header)
     with path.open("wb", buffering=0) as stream:
         stream.write(header)
-        ahead: deque[Future[memoryview]] = deque()
-        for work in _chunks_of_shard(tensors, len(header)):
-            ahead.append(readers.submit(_write_chunk, stream.fileno(), *work))
-            if len(ahead) >= CHUNKS_AHEAD:
-                digest.update(ahead.popleft().result())
-        for chunk in ahead:
-            digest.update(chunk.result())
+        for _ in pool.map(partial(_write_chunk, stream.fileno()), _chunks_of_shard(tensors, len(header))):
+            pass
         os.fsync(stream.fileno())
-    return digest.hexdigest()
 
 
 def _chunks_of_shard(tensors: list[ExportedTensor], offset: int) -> Iterator[tuple[ExportedTensor, int, int, int]]:
@@ -124,9 +111,9 @@ def _chunks_of_shard(tensors: list[ExportedTensor], offset: int) -> Iterator[tup
         offset += tensor.size_bytes
 
 
-def _write_chunk(descriptor: int, tensor: ExportedTensor, start: int, stop: int, offset: int) -> memoryview:
+def _write_chunk(descriptor: int, work: tuple[ExportedTensor, int, int, int]) -> None:
+    tensor, start, stop, offset = work
     data = exported_bytes(tensor, start, stop)
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
-    return data

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from longhaul.convert.layout import ExportedTensor, meta_model, target_dtype
-from longhaul.convert.shards import READING_THREADS, chunks
+from longhaul.convert.shards import COPYING_THREADS, chunks
 from longhaul.errors import UserError
 
 Read = Callable[[ExportedTensor, int, int], torch.Tensor]
@@ -101,7 +101,7 @@ class StreamedModel:
     def _resident(self, module: torch.nn.Module) -> Iterator[None]:
         """Memory and values for the module's tensors; they are without memory again afterwards."""
         before = [(part, key, tensor) for part in module.modules() for key, tensor in _own_tensors(part)]
-        with ThreadPoolExecutor(READING_THREADS) as readers:
+        with ThreadPoolExecutor(COPYING_THREADS) as readers:
             for part, key, tensor in before:
                 if tensor.is_meta:
                     setattr(part, key, self._filled(self._names[part, key], tensor, readers))
