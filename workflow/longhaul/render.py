@@ -45,7 +45,8 @@ class Rendered:
 
 
 def render_run(plan: Plan, workdir: Path) -> None:
-    """Writes the files of every job that can be rendered now."""
+    """Writes the files of every job that can be rendered now; Slurm starts no job whose log has no folder."""
+    (workdir / "results" / plan.run / "logs").mkdir(parents=True, exist_ok=True)
     for folder, files in rendered_run(plan, workdir).items():
         files.write(workdir / folder)
 

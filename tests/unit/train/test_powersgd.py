@@ -1,4 +1,4 @@
-"""What the low-rank reduction makes of one rank's gradients; tests/survival/test_powersgd.py trains with it on several."""
+"""What the low-rank reduction makes of one rank's gradients; survival/test_compressed_gradients.py trains with it on several."""
 
 from __future__ import annotations
 
