@@ -27,7 +27,7 @@ from longhaul.plan import Plan, make_plan
 from longhaul.render import render_stage
 from machine import header, publish
 
-STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
+STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 4, 2048, 4, 8
 AT_ONCE = 2
 """Processes that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
 MODELS: dict[str, dict[str, Any]] = {
@@ -158,7 +158,7 @@ def measured(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
     job.model_copy(update={key: str(path) for key, path in paths.items()}).write(own / "job.json")
     port = 21_000 + (os.getpid() * 31 + list(OPTIONS).index(name)) % 9_000
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
-    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "4"}
+    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "8"}
     command = [sys.executable, str(Path(__file__).with_name("gpu_memory_worker.py")), str(own)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
     if done.returncode:

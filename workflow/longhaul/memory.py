@@ -21,7 +21,10 @@ _MAX_LIVE_PARAMETERS = 1_000_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU; `gathered` are ZeRO-3's whole weights in use; `host` is the CPU memory offload needs per rank."""
+    """Bytes per GPU; `gathered` are ZeRO-3's whole weights in use; `host` is the CPU memory offload needs per rank.
+
+    `update` is what the optimizer's step adds, when activations, logits and buckets are gone: the larger of both counts.
+    """
 
     weights: int
     gradients: int
@@ -30,6 +33,7 @@ class Memory:
     logits: int
     gathered: int
     buckets: int
+    update: int
     host: int
 
     @property
@@ -39,7 +43,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.states + self.activations + self.logits + self.gathered + self.buckets
+        passes = self.activations + self.logits + self.gathered + self.buckets
+        return self.states + max(passes, self.update)
 
     def as_gib(self) -> dict[str, float]:
         """Every part and the total, in GiB."""
@@ -63,8 +68,9 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
         optimizer=optimizer,
         activations=activations,
         logits=_logits(stage, sizes),
-        gathered=_gathered(stage, sizes),
+        gathered=_gathered(stage, sizes, data_parallel),
         buckets=_buckets(stage, dense + experts, data_parallel),
+        update=_update(stage, dense, data_parallel) + _update(stage, experts, data_parallel // parallel.expert),
         host=host + offloaded,
     )
 
@@ -104,16 +110,27 @@ def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, 
     optimizer = 12 * parameters // ranks if zero.stage >= 1 else 8 * parameters
     host = 0
     if zero.offload_optimizer == "cpu":
-        # The gradients of offloaded states go to the host in fp32.
-        host, optimizer = optimizer + 4 * parameters // ranks, 0
+        # The gradients of offloaded states go to the host in fp32, bucket by bucket.
+        host, optimizer, gradients = optimizer + 4 * parameters // ranks, 0, 0
     if zero.offload_param == "cpu":
         host, weights = host + weights, 0
     return weights, gradients, optimizer, host
 
 
-def _gathered(stage: Stage, sizes: Geometry) -> int:
-    """ZeRO-3 holds at least the layer at work whole, and prefetches up to DeepSpeed's stage3_max_live_parameters."""
-    if stage.zero.stage < 3:
+def _update(stage: Stage, parameters: int, ranks: int) -> int:
+    """The partition's gradients once more, in one piece, and their fp32 copy."""
+    if stage.zero.stage == 0 or stage.zero.offload_optimizer == "cpu":
+        return 0
+    width = _COMPUTE_BYTES[stage.precision]
+    return (width + (0 if width == 4 else 4)) * parameters // ranks
+
+
+def _gathered(stage: Stage, sizes: Geometry, ranks: int) -> int:
+    """ZeRO-3 holds at least the layer at work whole, and prefetches up to DeepSpeed's stage3_max_live_parameters.
+
+    A single rank's partition is the whole, which is only copied where it lies in CPU memory.
+    """
+    if stage.zero.stage < 3 or (ranks == 1 and stage.zero.offload_param == "none"):
         return 0
     return _COMPUTE_BYTES[stage.precision] * max(sizes.layer_max, min(sizes.total, _MAX_LIVE_PARAMETERS))
 
@@ -124,7 +141,9 @@ def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
     tokens = stage.micro_batch * stage.sequence_length // parallel.sequence
     # The first stage of a 1F1B pipeline holds as many micro batches as there are stages, of its share of the layers.
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
-    at_work = sizes.saved_per_token // parallel.tensor * tokens * width
+    # A norm keeps its input in fp32, and what it multiplies by its weight; tensor parallelism does not split it.
+    norms = sizes.normed_per_token * tokens * (4 + width)
+    at_work = sizes.saved_per_token // parallel.tensor * tokens * width + norms
     layer_input = sizes.hidden * tokens * width
     if stage.activation_checkpointing == "none":
         return layers * at_work, 0
@@ -149,7 +168,9 @@ def _buckets(stage: Stage, parameters: int, ranks: int) -> int:
     if stage.communication.powersgd:
         # In fp32: the lost part of all gradients, before and after the step; of a bucket, gradients and their copy.
         return 4 * (2 * parameters + 2 * min(stage.zero.reduce_bucket_size or POWERSGD_BUCKET, parameters))
-    if ranks == 1 or stage.zero.stage == 0:
+    zero = stage.zero
+    if zero.stage == 0 or not zero.contiguous_gradients:
         return 0
-    bucket = stage.zero.reduce_bucket_size or _DEFAULT_BUCKET
-    return 2 * _COMPUTE_BYTES[stage.precision] * min(bucket, parameters)
+    # ZeRO-3 has one, as its gradients are taken out of it at once.
+    count = 2 if zero.stage < 3 and zero.overlap_comm else 1
+    return count * _COMPUTE_BYTES[stage.precision] * (zero.reduce_bucket_size or _DEFAULT_BUCKET)

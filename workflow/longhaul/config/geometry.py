@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,8 @@ class Geometry:
     layer_max: parameters of the largest decoder layer
     vocab_size, hidden, layers, heads, positions: as in the config
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
-    saved_per_token: activation elements one layer keeps for the backward pass, per token
+    saved_per_token: activation elements one layer keeps for the backward pass, per token, beside those inside its norms
+    normed_per_token: elements that go through a layer's norms, per token
     matmuls_per_token: of one layer, those that its matmuls and its attention give, without the two that are added to its input
     """
 
@@ -73,6 +74,7 @@ class Geometry:
     positions: int
     attention_width: int
     saved_per_token: int
+    normed_per_token: int
     matmuls_per_token: int
 
     def flops_per_token(self, sequence_length: int) -> float:
@@ -132,8 +134,9 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         layers=layers,
         positions=c["max_position_embeddings"],
         attention_width=_attention_width(c),
-        saved_per_token=_saved_per_token(c, any(sparse)),
-        matmuls_per_token=_matmuls_per_token(c, any(sparse)),
+        saved_per_token=_saved_per_token(c, sparse),
+        normed_per_token=_normed_per_token(c),
+        matmuls_per_token=_matmuls_per_token(c, sparse),
     )
 
 
@@ -217,24 +220,33 @@ def _attention_width(c: Mapping[str, Any]) -> int:
     return 2 * heads * _head_dim(c)
 
 
-def _saved_per_token(c: Mapping[str, Any], sparse: bool) -> int:
-    """Activation elements of one layer per token, without recomputation: inputs of both norms and of every matmul.
+def _saved_per_token(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+    """Activation elements of one layer per token, without recomputation: inputs of every matmul, products and attention.
 
     Counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4) for RMSNorm, SwiGLU and an attention that keeps
-    no score matrix: 2 norm inputs, 2 norm outputs, q, k, v, the attention's output, and gate, up, activation, product.
+    no score matrix: 2 norm outputs, q, k, v, the attention's output, and gate, up, activation, product; of experts, what
+    each gets and gives, too. What the norms keep inside is counted apart.
     """
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     if _is_latent(c):
         qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
-        latents = 2 * ((c.get("q_lora_rank") or 0) + c["kv_lora_rank"]) + c["qk_rope_head_dim"]
+        latents = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
         attention = heads * (2 * qk + 2 * c["v_head_dim"]) + latents
     else:
         attention = 2 * (heads + c["num_key_value_heads"]) * _head_dim(c)
-    hidden_copies = 4 + (c["num_experts_per_tok"] if sparse else 0)
+    hidden_copies = 2 + (2 * c["num_experts_per_tok"] if any(sparse) else 0)
     return hidden_copies * hidden + attention + 4 * _widest_mlp(c, sparse)
 
 
-def _matmuls_per_token(c: Mapping[str, Any], sparse: bool) -> int:
+def _normed_per_token(c: Mapping[str, Any]) -> int:
+    """A layer's two norms, and those of MLA's compressions or of Qwen3's q and k."""
+    if _is_latent(c):
+        return 2 * c["hidden_size"] + (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
+    normed_heads = c["num_attention_heads"] + c["num_key_value_heads"] if c["model_type"].startswith("qwen3") else 0
+    return 2 * c["hidden_size"] + normed_heads * _head_dim(c)
+
+
+def _matmuls_per_token(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
     """Results of a layer's matmuls and attention per token: q, k, v, MLA's compressions, the attention's, gate and up; and of
     experts, whose results are weighted before they are added, those too."""
     heads = c["num_attention_heads"]
@@ -244,11 +256,11 @@ def _matmuls_per_token(c: Mapping[str, Any], sparse: bool) -> int:
         attention = ranks + heads * (qk + c["qk_nope_head_dim"] + 2 * c["v_head_dim"])
     else:
         attention = 2 * (heads + c["num_key_value_heads"]) * _head_dim(c)
-    experts = c["num_experts_per_tok"] * c["hidden_size"] if sparse else 0
+    experts = c["num_experts_per_tok"] * c["hidden_size"] if any(sparse) else 0
     return attention + 2 * _widest_mlp(c, sparse) + experts
 
 
-def _widest_mlp(c: Mapping[str, Any], sparse: bool) -> int:
-    """Inner width that a token sees in one layer, over all experts it visits."""
-    visits = c["num_experts_per_tok"] + _expert_counts(c)[1] if sparse else 0
-    return max(c["intermediate_size"], c.get("moe_intermediate_size", 0) * visits)
+def _widest_mlp(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+    """Inner width that a token sees in the widest layer, over all experts it visits there."""
+    visits = c["num_experts_per_tok"] + _expert_counts(c)[1] if any(sparse) else 0
+    return max(0 if all(sparse) else c["intermediate_size"], c.get("moe_intermediate_size", 0) * visits)
