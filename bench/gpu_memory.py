@@ -27,7 +27,7 @@ from longhaul.plan import Plan, make_plan
 from longhaul.render import render_stage
 from machine import header, publish
 
-STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 4, 2048, 4, 8
+STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
 AT_ONCE = 2
 """Processes that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
 MODELS: dict[str, dict[str, Any]] = {
