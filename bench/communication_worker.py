@@ -39,7 +39,8 @@ def train(job: StageJob, steps: int, processes: Processes, folder: Path) -> dict
         found["reduction_s"].append(time.perf_counter() - started)
 
     engine.allreduce_gradients = timed_reduction
-    for _, batch in zip(range(steps), batches, strict=False):
+    for _ in range(steps):
+        batch = next(batches)
         sent, started = sent_bytes(), time.perf_counter()
         trainer.step(batch)
         found["step_s"].append(time.perf_counter() - started)
