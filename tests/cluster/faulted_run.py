@@ -101,12 +101,8 @@ class FaultedRun(ClusterChain):
         """The main Snakemake as a job of the cluster; polling is pinned to a second there, too."""
         self.run_render()
         script = self.results / "controller.sbatch"
-        fast = f"{sys.executable} {REPOSITORY / 'tests/cluster/fast_snakemake.py'}"
-        script.write_text(
-            script.read_text()
-            .replace(f"{sys.executable} -m snakemake", fast)
-            .replace("--profile", f"{self.target} --profile")
-        )
+        fast = f"{sys.executable} {REPOSITORY / 'tests/cluster/fast_snakemake.py'} {self.target}"
+        script.write_text(script.read_text().replace(f"{sys.executable} -m snakemake", fast))
         self.cluster.run("sbatch", str(script))
 
     def run_render(self) -> None:
