@@ -12,7 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
 from longhaul.artifacts import canonical_json
-from longhaul.rules import RESOURCE_KEYS, load_run_plan, or_exit, plan_key, source_key, spec_key
+from longhaul.rules import (
+    RESOURCE_KEYS,
+    load_run_plan,
+    or_exit,
+    plan_key,
+    source_key,
+    spec_key,
+)
 from longhaul.lease import RunLease
 from longhaul.payloads import repository_sources
 from longhaul.plan import lock_path
