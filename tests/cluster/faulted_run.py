@@ -127,12 +127,17 @@ class FaultedRun(ClusterChain):
 
     # What it is doing
 
+    def in_weights(self, pattern: str) -> list[Path]:
+        """Paths in the stage's weights folder, below the run or in a storage of its own."""
+        roots = (self.results / "stages/base/weights", self.folder / "small/tiny/base")
+        return [path for root in roots for path in root.glob(f"*/{pattern}")]
+
     def step(self) -> int:
-        rows = [line for path in self.results.glob("stages/base/weights/*/metrics.jsonl") for line in path.open()]
+        rows = [line for path in self.in_weights("metrics.jsonl") for line in path.open()]
         return max((json.loads(row)["step"] for row in rows if row.endswith("\n")), default=0)
 
     def is_saving(self) -> bool:
-        return any(self.results.glob("stages/base/weights/*/checkpoints/step-*.partial"))
+        return bool(self.in_weights("checkpoints/step-*.partial"))
 
     def has_tokenized_a_unit(self) -> bool:
         return any(self.results.glob("data/prose/*/record.json"))

@@ -134,7 +134,7 @@ def free_disk(run: FaultedRun) -> None:
 
 def damage_newest(run: FaultedRun) -> None:
     """One byte of the newest checkpoint's largest file is another one than was written."""
-    newest = max(run.results.glob("stages/base/weights/*/checkpoints/step-????????"))
+    newest = max(run.in_weights("checkpoints/step-????????"))
     largest = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as stream:
         stream.seek(largest.stat().st_size // 2)
