@@ -23,7 +23,7 @@ from faulted_run import (
     faulted_site,
     write_larger_corpus,
 )
-from faults import CELLS, Cell, shorten
+from faults import CELLS, Cell, shorten, slow_rank
 from longhaul.records import quarantine
 from running import running
 from test_virtual_cluster import wait_for
@@ -212,6 +212,7 @@ def test_the_main_snakemake_outlives_its_own_job(
     run.until(lambda: run.step() > 80)
     (controller,) = run.slurm("squeue", "-h", "-t", "RUNNING", "-n", "longhaul-tiny-controller", "-o", "%i").split()
     shorten(run, controller)
+    slow_rank(1, 40)(run)  # Slurm looks for jobs beyond their limit every half minute: the stage must outlast it
     wait_for(lambda: (run.folder / run.target).exists() and not run.slurm("squeue", "-h", "-o", "%i").strip(), 240)
     assert run.masters() == calm.masters()
     assert run.trained_steps() == list(range(1, STEPS + 1))
