@@ -45,14 +45,14 @@ def stop_rank(index: int) -> Callable[[FaultedRun], None]:
     return lambda run: run.ranks()[index].suspend()
 
 
-def slow_rank(index: int, seconds: float = 12.0) -> Callable[[FaultedRun], None]:
-    """The process gets to run for a quarter of the time."""
+def slow_rank(index: int, seconds: float = 12.0, stopped_s: float = 0.015) -> Callable[[FaultedRun], None]:
+    """The process runs for 5 ms, then stands still for `stopped_s`, and so on."""
 
     def act(run: FaultedRun) -> None:
         process, until = run.ranks()[index], time.monotonic() + seconds
         while time.monotonic() < until and process.is_running():
             process.suspend()
-            time.sleep(0.015)
+            time.sleep(stopped_s)
             process.resume()
             time.sleep(0.005)
 

@@ -209,10 +209,12 @@ def test_the_main_snakemake_outlives_its_own_job(
     run = FaultedRun(folder / "controller", config, cluster_mended, finished.results)
     started = time.monotonic()
     run.start_controller()
-    run.until(lambda: run.step() > 80)
+    run.until(lambda: run.step() > 10)
     (controller,) = run.slurm("squeue", "-h", "-t", "RUNNING", "-n", "longhaul-tiny-controller", "-o", "%i").split()
     shorten(run, controller)
-    slow_rank(1, 40)(run)  # Slurm looks for jobs beyond their limit every half minute: the stage must outlast it
+    # Slurm looks for jobs beyond their limit every half minute: the stage must outlast it.
+    while controller in run.slurm("squeue", "-h", "-t", "RUNNING", "-o", "%i").split():
+        slow_rank(1, 2, stopped_s=0.06)(run)
     wait_for(lambda: (run.folder / run.target).exists() and not run.slurm("squeue", "-h", "-o", "%i").strip(), 240)
     assert run.masters() == calm.masters()
     assert run.trained_steps() == list(range(1, STEPS + 1))
