@@ -29,17 +29,25 @@ pytestmark = [
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """Every place that a config can name lies in a folder of its own, the data behind a link, and none of it below the run's."""
-    for name in ("corpus", "data", "templates", "images"):
+    for name in ("corpus", "data", "templates", "images", "evaluation"):
         (tmp_path / name).mkdir()
     write_data(tmp_path / "corpus")
     (tmp_path / "data" / "prose.jsonl").symlink_to(tmp_path / "corpus" / "prose.jsonl")
+    (tmp_path / "evaluation" / "quiz.jsonl").write_text('{"text": "of this no document holds a run"}\n')
     tokenizer = make_tokenizer(tmp_path / "tokenizers", [tmp_path / "corpus" / "prose.jsonl"])
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "model")
     (tmp_path / "templates" / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     config = {
         "storage": {name: str(tmp_path / "storage" / name) for name in ("weights", "data", "scratch")},
         "tokenizer": {"path": tokenizer.path, "chat_template": str(tmp_path / "templates" / "chat.jinja")},
-        "datasets": {"prose": {"kind": "text", "files": [str(tmp_path / "data" / "*.jsonl")], "validation_share": 0.1}},
+        "datasets": {
+            "prose": {
+                "kind": "text",
+                "files": [str(tmp_path / "data" / "*.jsonl")],
+                "validation_share": 0.1,
+                "decontaminate": {"files": [str(tmp_path / "evaluation" / "*.jsonl")], "ngram_words": 5},
+            }
+        },
         "model": {"pretrained": {"path": str(tmp_path / "model")}},
         "checks": {"nodes": 1, "min_disk_free_gb": 0.01},
         "trackers": {"tensorboard": False},

@@ -54,7 +54,7 @@ def outside_folders(told: Job) -> list[str]:
             files = [file for files in told.train_files.values() for file in files]
             read = [told.path, told.chat_template, *files]
         case TokenizeJob():
-            read = [*told.files]
+            read = [*told.files, *told.evaluation]
         case StageJob():
             read = [told.pretrained]
         case _:
