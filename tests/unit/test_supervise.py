@@ -20,6 +20,8 @@ from longhaul.ranks import Rank
 from longhaul.records import (
     CANCELLED,
     PERMANENT,
+    TRANSIENT,
+    WALLTIME,
     Failure,
     State,
     failure_of,
@@ -33,6 +35,7 @@ from longhaul.records import (
 )
 from longhaul.render import render_run
 from longhaul.submission import submitted_request
+from longhaul.supervise.supervisor import Supervisor
 
 CRASHES_TWICE = "import pathlib, sys; p = pathlib.Path('tries'); n = len(p.read_text()) if p.exists() else 0; " \
     "p.write_text('x' * (n + 1)); sys.exit(n < 2)"  # fmt: skip
@@ -170,6 +173,31 @@ def test_the_invocation_is_the_main_that_holds_the_lease(tmp_path: Path):
     assert invocation(tmp_path, "small") == ""
     (tmp_path / "small.lease.json").write_text("holder")
     assert invocation(tmp_path, "small") == "holder"
+
+
+def ended_by_the_limit(made: LaunchJob) -> str:
+    """The class of the failure of an allocation that ended before a save."""
+    supervisor, state = Supervisor(made), read_state(Path(made.folder))
+    supervisor.leg = state.leg if state else 1
+    with pytest.raises(SystemExit):
+        supervisor._fail_at_the_limit(Failure(TRANSIENT, "ended with 143", ""))
+    failure = read_failure(Path(made.folder))
+    assert failure and "before a save" in failure.cause
+    return failure.failure_class
+
+
+def test_two_allocations_in_a_row_without_a_save_are_enough(tmp_path: Path):
+    made = job(tmp_path, "")
+    assert [ended_by_the_limit(made), ended_by_the_limit(made)] == [WALLTIME, PERMANENT]
+
+
+def test_an_allocation_that_went_well_in_between_begins_the_count_anew(tmp_path: Path):
+    outcome = str(tmp_path / "results/small/stages/base/outcome.json")
+    leave = "from pathlib import Path; from longhaul.records import Outcome; Outcome('the allocation ends', 5).write"
+    made = job(tmp_path, f"{leave}(Path({outcome!r}))")
+    assert ended_by_the_limit(made) == WALLTIME
+    assert "the next run goes on" in supervise(tmp_path, made).stdout
+    assert ended_by_the_limit(made) == WALLTIME
 
 
 def planned(folder: Path) -> tuple[Any, Path]:

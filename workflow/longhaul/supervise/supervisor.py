@@ -65,7 +65,8 @@ class Supervisor:
         self.key, self.invocation = launch_key(job.inputs), invocation(Path("results"), job.run)
         self.nodes = [this_host()]
         self.partition, self.queued_since_s = "", None
-        self.leg = 1
+        self.earlier_failure = read_failure(self.folder)
+        self.leg, self.reached = 1, self._progress()
         self.ended_by: int | None = None
         self._meetings = 0
         self._child: subprocess.Popen[bytes] | None = None
@@ -77,18 +78,17 @@ class Supervisor:
         earlier = read_state(self.folder)
         self.leg = earlier.leg + 1 if earlier and earlier.state != "done" else 1
         self._blame_nodes_of(earlier)
-        self.reached = self._progress()
+        (self.folder / "failure.json").unlink(missing_ok=True)
         self._note("running", queued_since_s=self.queued_since_s)
         with self._signals(), self._deadline() as keeper:
             self._keeper = keeper
             self._attempts()
-        (self.folder / "failure.json").unlink(missing_ok=True)
         self._note("done")
 
     # Before the first attempt
 
     def _refuse_to_fail_again(self) -> None:
-        failure = read_failure(self.folder)
+        failure = self.earlier_failure
         if failure and failure.is_current(self.key, self.invocation):
             print(f"{self.job.name} failed at {failure.time} and would only fail again:\n{failure.told()}", flush=True)
             print(f"  to try all the same: longhaul retry {self.folder}", flush=True)
@@ -215,7 +215,7 @@ class Supervisor:
 
     def _fail_at_the_limit(self, failure: Failure) -> NoReturn:
         """Once, it may have been bad luck; a second allocation in which nothing was saved will not be the last one."""
-        cause, before = "the allocation ended before a save", read_failure(self.folder)
+        cause, before = "the allocation ended before a save", self.earlier_failure
         again = before and before.failure_class == WALLTIME and before.key == self.key
         if again and self._progress() == self.reached:
             remedy = "give it more minutes, or save more often (checkpoints.every_steps)"
