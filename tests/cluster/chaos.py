@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 
 import psutil
 import pytest
@@ -138,7 +137,7 @@ def tell(run: FaultedRun, calm: FaultedRun, done: Counter[str], seconds: float) 
         f"{sum(done.values())} faults in {duration(seconds)}: {', '.join(f'{n} x {name}' for name, n in done.items())}"
     ]
     lines += [f"{run.attempts()} attempts; final weights bit-identical to the calm run's, every step once", ""]
-    for part, spent_s in asdict(goodput).items():
-        lines.append(f"{words(part):<12} {duration(spent_s):>12} {percent(spent_s / goodput.total):>8}")
+    for part, share in goodput.shares().items():
+        lines.append(f"{words(part):<12} {duration(getattr(goodput, part)):>12} {percent(share):>8}")
     lines += [f"goodput      {percent(goodput.goodput):>21}, without faults {percent(calm.goodput().goodput)}"]
     publish("chaos", lines)

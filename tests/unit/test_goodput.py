@@ -59,6 +59,13 @@ def test_a_damaged_checkpoint_makes_what_led_to_it_lost():
     assert (found.training, found.lost_work, found.restarts) == (9, 5, 3)
 
 
+def test_the_time_between_a_failure_and_the_next_submission_is_nobodys_queue():
+    history = [at(0, "running"), at(20, "failed"), at(1000, "running", queued_since_s=990.0), at(1030, "done")]
+    found = account(history, [at(5, "training", step=0), at(1004, "training", step=0), saved(1028, 10, 20)])
+    assert (found.stopped, found.queue, found.start_up, found.restarts) == (970, 10, 5, 4)
+    assert found.total == pytest.approx(1030)
+
+
 def test_an_earlier_life_and_half_a_line_are_left_out(tmp_path: Path):
     history = [at(0, "running"), at(9, "done"), at(100, "running"), at(120, "done")]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-_BEGINS, _ENDS = ("running", "restarted"), ("waiting", "failed", "done")
+_BEGINS = ("running", "restarted")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Goodput:
     """Seconds of a stage's life, from the submission of its first job to its end."""
 
     queue: float
+    stopped: float  # after a failure, until somebody submitted it again
     start_up: float  # of the first attempt: from the job's start to the first step
     training: float  # steps that count
     validation: float
@@ -59,7 +60,7 @@ def account(history: list[Event], events: list[Event]) -> Goodput:
     total = history[-1]["time_s"] - (history[0].get("queued_since_s") or history[0]["time_s"])
     starts = list(start_ups(history, events))
     parts = {
-        "queue": _queued(history),
+        **_between_attempts(history),
         "start_up": starts[0] if starts else 0.0,
         "restarts": sum(starts[1:]),
         **_training(events),
@@ -73,16 +74,20 @@ def _since_last_done(history: list[Event]) -> list[Event]:
     return history[dones[-1] + 1 :] if dones else history
 
 
-def _queued(history: list[Event]) -> float:
-    """From a submission, or a job's return into the queue, to its start. A job that waits for another one's end queues, too."""
-    seconds = 0.0
+def _between_attempts(history: list[Event]) -> dict[str, float]:
+    """From a submission, or a job's return into the queue, to its start; a job that waits for another one's end queues, too."""
+    queue = stopped = 0.0
     for before, event in pairwise([None, *history]):
-        if event and event["event"] == "running":
-            since = [event.get("queued_since_s") or event["time_s"]]
-            if before:
-                since = [before["time_s"]] if before["event"] in _ENDS else [max(since[0], before["time_s"])]
-            seconds += max(0.0, event["time_s"] - since[0])
-    return seconds
+        if event is None or event["event"] != "running":
+            continue
+        since_s = event.get("queued_since_s") or event["time_s"]
+        if before and before["event"] == "waiting":
+            since_s = before["time_s"]
+        elif before:
+            since_s = max(since_s, before["time_s"])
+            stopped += since_s - before["time_s"] if before["event"] == "failed" else 0.0
+        queue += max(0.0, event["time_s"] - since_s)
+    return {"queue": queue, "stopped": stopped}
 
 
 def start_ups(history: list[Event], events: list[Event]) -> Iterable[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,16 +75,16 @@ def schedule_figure(stage: StageRecord) -> go.Figure:
 def goodput_figure(goodput: Goodput) -> go.Figure:
     """One bar: what the stage's time went into, from its first submission to its end."""
     figure = _figure(f"Where the time went: {percent(goodput.goodput)} into training that counts", "seconds")
-    colours = (*COLOURS, "#9db7d3", "#777777", "#c9b458")
-    for colour, (name, seconds) in zip(colours, asdict(goodput).items(), strict=False):
-        share = percent(seconds / goodput.total) if goodput.total else ""
+    colours = (*COLOURS, "#9db7d3", "#777777", "#c9b458", "#54b6c4")
+    for colour, (name, share) in zip(colours, goodput.shares().items(), strict=True):
+        seconds = getattr(goodput, name)
         figure.add_bar(
             orientation="h",
             y=[""],
             x=[seconds],
-            name=f"{words(name)}, {share}",
+            name=f"{words(name)}, {percent(share)}",
             marker_color=colour,
-            hovertemplate=f"{words(name)}: {duration(seconds)}, {share}<extra></extra>",
+            hovertemplate=f"{words(name)}: {duration(seconds)}, {percent(share)}<extra></extra>",
         )
     figure.update_layout(barmode="stack", height=230, hovermode="closest", legend={"orientation": "h", "y": -0.6})
     return figure

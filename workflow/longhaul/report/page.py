@@ -68,7 +68,7 @@ def _stage_rows(stage: StageRecord) -> dict[str, Any]:
         "hosts": ", ".join(stage.hosts),
     }
     drawn = [draw(stage) for draw in (figures.loss_figure, figures.speed_figure, figures.schedule_figure)]
-    if stage.goodput:
+    if stage.goodput and stage.goodput.total:
         numbers["goodput"] = text.percent(stage.goodput.goodput)
         drawn.append(figures.goodput_figure(stage.goodput))
     return {"name": stage.name, "numbers": numbers, "figures": [_embedded(figure) for figure in drawn]}

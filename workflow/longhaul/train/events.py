@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from longhaul.goodput import read_events
+
 
 class Events:
     """Writes on the rank that has a file to write to; other ranks' calls do nothing."""
@@ -23,15 +25,5 @@ class Events:
 
     def longest(self, event: str, key: str) -> float:
         """The largest value of all such events so far; 0 when there is none."""
-        if self._path is None or not self._path.exists():
-            return 0.0
-        rows = [_parsed(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-        return max((row[key] for row in rows if row.get("event") == event), default=0.0)
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """{} for half a line, of a process that was killed."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
+        rows = read_events(self._path) if self._path else []
+        return max((row[key] for row in rows if row["event"] == event), default=0.0)
