@@ -8,8 +8,8 @@ from longhaul.config.geometry import Geometry
 from longhaul.config.models import Stage
 
 GIB = 2**30
-_COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# DeepSpeed's default bucket (elements), used twice: one fills while the other is reduced.
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# DeepSpeed's default bucket, in elements.
 _DEFAULT_BUCKET = 500_000_000
 # Tokens whose logits a rank has at a time (train/loss.py): enough rows to keep the matmuls as fast as whole ones.
 LOSS_CHUNK_TOKENS = 2048
@@ -69,7 +69,7 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
         activations=activations,
         logits=_logits(stage, sizes),
         gathered=_gathered(stage, sizes, data_parallel),
-        buckets=_buckets(stage, dense + experts, data_parallel),
+        buckets=_buckets(stage, dense + experts),
         update=_update(stage, dense, data_parallel) + _update(stage, experts, data_parallel // parallel.expert),
         host=host + offloaded,
     )
@@ -104,7 +104,7 @@ def _stages(stage: Stage, sizes: Geometry) -> list[tuple[int, int, int]]:
 
 def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer, host) in bytes; ZeRO >= 1 keeps fp32 masters beside the two moments."""
-    zero, width = stage.zero, _COMPUTE_BYTES[stage.precision]
+    zero, width = stage.zero, COMPUTE_BYTES[stage.precision]
     weights = width * parameters // (ranks if zero.stage == 3 else 1)
     gradients = width * parameters // (ranks if zero.stage >= 2 else 1)
     optimizer = 12 * parameters // ranks if zero.stage >= 1 else 8 * parameters
@@ -121,7 +121,7 @@ def _update(stage: Stage, parameters: int, ranks: int) -> int:
     """The partition's gradients once more, in one piece, and their fp32 copy."""
     if stage.zero.stage == 0 or stage.zero.offload_optimizer == "cpu":
         return 0
-    width = _COMPUTE_BYTES[stage.precision]
+    width = COMPUTE_BYTES[stage.precision]
     return (width + (0 if width == 4 else 4)) * parameters // ranks
 
 
@@ -132,12 +132,12 @@ def _gathered(stage: Stage, sizes: Geometry, ranks: int) -> int:
     """
     if stage.zero.stage < 3 or (ranks == 1 and stage.zero.offload_param == "none"):
         return 0
-    return _COMPUTE_BYTES[stage.precision] * max(sizes.layer_max, min(sizes.total, _MAX_LIVE_PARAMETERS))
+    return COMPUTE_BYTES[stage.precision] * max(sizes.layer_max, min(sizes.total, _MAX_LIVE_PARAMETERS))
 
 
 def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
     """(on the GPU, on the host) in bytes: what layers keep for the backward pass, beside all of the one that is at work."""
-    parallel, width = stage.parallel, _COMPUTE_BYTES[stage.precision]
+    parallel, width = stage.parallel, COMPUTE_BYTES[stage.precision]
     tokens = stage.micro_batch * stage.sequence_length // parallel.sequence
     # The first stage of a 1F1B pipeline holds as many micro batches as there are stages, of its share of the layers.
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
@@ -158,19 +158,19 @@ def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
 def _logits(stage: Stage, sizes: Geometry) -> int:
     """A chunk's logits, as they come, in fp32 and their softmax; the head's two gradients, made on the way forward."""
     tokens = stage.micro_batch * stage.sequence_length // stage.parallel.sequence
-    width = _COMPUTE_BYTES[stage.precision]
+    width = COMPUTE_BYTES[stage.precision]
     vocabulary = sizes.vocab_size // stage.parallel.tensor
     chunk = min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (8 if width == 4 else width + 8)
     return chunk + (tokens + vocabulary) * sizes.hidden * width
 
 
-def _buckets(stage: Stage, parameters: int, ranks: int) -> int:
+def _buckets(stage: Stage, parameters: int) -> int:
     if stage.communication.powersgd:
         # In fp32: the lost part of all gradients, before and after the step; of a bucket, gradients and their copy.
         return 4 * (2 * parameters + 2 * min(stage.zero.reduce_bucket_size or POWERSGD_BUCKET, parameters))
     zero = stage.zero
     if zero.stage == 0 or not zero.contiguous_gradients:
         return 0
-    # ZeRO-3 has one, as its gradients are taken out of it at once.
+    # Of two, one fills while the other is reduced. ZeRO-3 has one, as its gradients are taken out of it at once.
     count = 2 if zero.stage < 3 and zero.overlap_comm else 1
-    return count * _COMPUTE_BYTES[stage.precision] * (zero.reduce_bucket_size or _DEFAULT_BUCKET)
+    return count * COMPUTE_BYTES[stage.precision] * (zero.reduce_bucket_size or _DEFAULT_BUCKET)

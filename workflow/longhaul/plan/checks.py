@@ -9,7 +9,7 @@ from longhaul.config.geometry import Geometry
 from longhaul.config.models import Config, Dataset, Parallel, Stage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
-from longhaul.memory import Memory
+from longhaul.memory import COMPUTE_BYTES, Memory
 from longhaul.plan.requests import partition_for
 
 _FILES_PER_UNIT = 9  # bin, idx and mask of two splits, keys, record, folder
@@ -107,7 +107,7 @@ def _check_minutes(key: str, minutes: int, partition: Partition | None) -> None:
 
 def checkpoint_bytes(stage: Stage, sizes: Geometry) -> int:
     """Of one save: fp32 masters, two moments, and the weights in compute precision."""
-    return (12 + {"fp32": 4, "bf16": 2, "fp16": 2}[stage.precision]) * sizes.total
+    return (12 + COMPUTE_BYTES[stage.precision]) * sizes.total
 
 
 def check_lead(stage: Stage, save_bytes: int, site: Site) -> str:

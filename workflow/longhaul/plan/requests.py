@@ -11,7 +11,7 @@ from longhaul.slurm import SlurmRequest
 if TYPE_CHECKING:
     from longhaul.plan.model import Plan
 
-_CONTROLLER_MB = 2000
+_CONTROLLER_MB = 2000  # ample for Snakemake, of which the run's few dozen jobs ask little
 
 
 def partition_for(site: Site, kind: str) -> Partition | None:
@@ -66,7 +66,7 @@ def _cpu_request(site: Site, minutes: int) -> SlurmRequest:
 
 
 def controller_request(site: Site) -> SlurmRequest:
-    """One core for as long as its partition allows; Snakemake needs about half a GiB for a plan of some hundred jobs."""
+    """One core for as long as its partition allows."""
     partition = partition_for(site, "cpu")
     memory_mb = None if site.memory == "omit" else min(_CONTROLLER_MB, site.node.memory_mb)
     request = _cpu_request(site, partition.max_minutes if partition else 1)
