@@ -48,20 +48,14 @@ def row(
 
 
 def keep(rows: Sequence[Row], cells: Sequence[tuple[str, str]]) -> None:
-    """Writes the table anew with these rows in place of their older ones; rows of cells that are no more are dropped."""
+    """Writes the table anew, in the order of `cells`, with these rows in place of their older ones."""
     found = {old.key: old for old in _read()} | {new.key: new for new in rows}
-    others = [key for key in found if key not in cells and key in {new.key for new in rows} | _beside(found)]
-    ordered = [found[key] for key in (*cells, *others) if key in found]
+    ordered = [found[key] for key in cells if key in found]
     missing = [" ".join(key) for key in cells if key not in found]
     said = [f"{len(ordered)} cells: the same bits as the undisturbed run, every step once, no job or process left"]
     said += [f"not seen to pass: {', '.join(missing)}"] if missing else []
     head = ["command: make faults", *header(("torch", "deepspeed", "snakemake"))[1:]]
     publish("faults", [*head, *said, "", _text(_TITLES), *(row.text() for row in ordered)])
-
-
-def _beside(found: dict[tuple[str, str], Row]) -> set[tuple[str, str]]:
-    """Those that are tests of their own, not cells of the list."""
-    return {key for key in found if key[0].startswith(("NaN", "time limit of the controller"))}
 
 
 def _read() -> list[Row]:

@@ -30,6 +30,7 @@ from test_virtual_cluster import wait_for
 from virtual_cluster import Shape, VirtualCluster
 
 SMALL_MB = 24
+POLICIES, CONTROLLER = ("skip", "roll_back"), "time limit of the controller job"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,10 @@ def table() -> Iterator[list[fault_table.Row]]:
     rows: list[fault_table.Row] = []
     yield rows
     if rows:
-        fault_table.keep(rows, [(cell.name, cell.when) for cell in CELLS])
+        others = [*(nan_fault(policy) for policy in POLICIES), CONTROLLER]
+        fault_table.keep(
+            rows, [*((cell.name, cell.when) for cell in CELLS), *((fault, "training") for fault in others)]
+        )
 
 
 @pytest.fixture
@@ -176,12 +180,13 @@ def nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
 
 
 @pytest.mark.all_faults
-@pytest.mark.parametrize("policy", ["skip", "roll_back"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_nan_costs_the_named_batches_alone(
     policy: str, cluster_mended: VirtualCluster, finished: Chain, folder: Path, table: list[fault_table.Row]
 ):
     """Bit-identical to a run without NaN that is given the same list of batches to leave out."""
-    stage = {"nonfinite": {"policy": policy, "limit": 3, "window_batches": 2}}
+    window = {"window_batches": 2} if policy == "roll_back" else {}
+    stage = {"nonfinite": {"policy": policy, "limit": 3, **window}}
     config = faulted_config(finished.config, **stage)
     site = faulted_site(poisoned=True)
     met = timed(FaultedRun(folder / f"nan-{policy}", config, cluster_mended, finished.results, TRAIN, site))
@@ -192,8 +197,8 @@ def test_nan_costs_the_named_batches_alone(
     assert met.masters() == calm.masters()
     nothing_is_left(met)
     lost_s = met.seconds - calm.seconds  # pyright: ignore[reportAttributeAccessIssue]
-    name = f"NaN in {len(NAN_BATCHES)} batches, {policy}"
-    table.append(fault_table.row(name, "training", lost_s, met.attempts(), met.last_start_up_s(), met.goodput()))
+    row = fault_table.row(nan_fault(policy), "training", lost_s, met.attempts(), met.last_start_up_s(), met.goodput())
+    table.append(row)
 
 
 @pytest.mark.all_faults
@@ -221,7 +226,7 @@ def test_the_main_snakemake_outlives_its_own_job(
     assert "has ended; taking over" in (run.results / "logs/controller.log").read_text()
     nothing_is_left(run)
     lost_s = time.monotonic() - started - calm.seconds  # pyright: ignore[reportAttributeAccessIssue]
-    row = fault_table.row("time limit of the controller job", "training", lost_s, run.attempts(), run.last_start_up_s())
+    row = fault_table.row(CONTROLLER, "training", lost_s, run.attempts(), run.last_start_up_s())
     table.append(row)
 
 
@@ -235,6 +240,10 @@ def test_a_quarantine_that_leaves_too_few_nodes_is_refused(
     said = run.said()
     assert "partition main has 3, of which n1, n3 are quarantined" in said and "Traceback" not in said
     assert run.slurm("squeue", "-h", "-o", "%i").strip() == ""
+
+
+def nan_fault(policy: str) -> str:
+    return f"NaN in {len(NAN_BATCHES)} batches, {policy}"
 
 
 def slug(cell: Cell) -> str:
