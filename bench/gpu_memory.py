@@ -58,17 +58,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "max_position_embeddings": 4096,
         }
     },
-    "tiny": {
-        "llama": {
-            "vocab_size": 400,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-        }
-    },
 }
 PLAIN = "zero1"
 OPTIONS: dict[str, dict[str, Any]] = {

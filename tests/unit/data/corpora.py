@@ -117,15 +117,8 @@ def tokenize_job(
     )
 
 
-def make_shards(
-    folder: Path,
-    tokenizer_folder: Path,
-    files: Sequence[Path],
-    settings: Dataset,
-    workers: int = 1,
-    evaluation: Sequence[Path] = (),
-) -> DataManifest:
-    """Runs a tokenize job and reads what it made."""
-    job = tokenize_job(folder, tokenizer_folder, files, settings, workers, evaluation)
+def make_shards(folder: Path, *arguments: Any, **options: Any) -> DataManifest:
+    """Runs a tokenize job, whose arguments these are, and reads what it made."""
+    job = tokenize_job(folder, *arguments, **options)
     tokenize.run(job)
     return DataManifest.read(Path(job.out))

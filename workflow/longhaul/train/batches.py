@@ -93,9 +93,8 @@ class Prefetcher:
     def _read_ahead(self, numbers: Iterator[int], found: queue.Queue[Any], stopped: threading.Event) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(
-                    self._device
-                )  # a new thread's is the first one: pinning would open a context there
+                # a new thread's is the first one: pinning would open a context there
+                torch.cuda.set_device(self._device)
             for number in numbers:
                 if stopped.is_set():
                     return
