@@ -56,10 +56,8 @@ def faulted_site(partition: str = "main", poisoned: bool = False) -> dict[str, A
     gpu, cpu = ({"name": name, "max_minutes": 600} for name in (partition, "main"))
     site: dict[str, Any] = {"max_nodes": 3, "deadline_every_s": 1.0, "partitions": {"gpu": gpu, "cpu": cpu}}
     if poisoned:
-        tests = REPOSITORY / "tests"
-        folders = (tests / "cluster/poisoned", tests / "survival", REPOSITORY / "workflow")
-        batches = ",".join(map(str, NAN_BATCHES))
-        site["environment"] = {"PYTHONPATH": ":".join(map(str, folders)), "NAN_BATCHES": batches}
+        site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/cluster/poisoned/task_prolog.sh'}"]
+        site["environment"] = {"NAN_BATCHES": ",".join(map(str, NAN_BATCHES))}
     return site
 
 
