@@ -1,8 +1,9 @@
 """Speed of the conversion beside zero_to_fp32 with transformers' save, and beside plain copying of the same bytes.
 
 A checkpoint of ZeRO 3 over 4 ranks, fp32 masters and Adam's moments, becomes a folder of bf16 safetensors. Each run is a process
-of its own and begins when its imports are done. All end with the files on the disk. The copy reads the
-bytes of the masters and writes as many as the export has. Proofs and the check of the checkpoint are not part of it.
+of its own and begins when its imports are done and the masters are in the page cache, from which whatever ran before may have
+driven them. All end with the files on the disk. The copy reads the bytes of the masters and writes as many as the export has.
+Proofs and the check of the checkpoint are not part of it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from longhaul.convert.shards import write_shards
 from longhaul.zero_checkpoint import open_master_weights
 from machine import header, publish
 
-RANKS, ROUNDS = 4, 3
+RANKS, ROUNDS = 4, 7
 BLOCK_BYTES = 4 << 20
 
 
@@ -74,16 +77,18 @@ print(meta_model(config).num_parameters())
 
 
 def _in_turns(weights: Path, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """What every run says of itself; each round begins with another one, and the first compares the outputs."""
+    """What every run says of itself. Each round begins with another one; before them, outputs are compared."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
     names = list(RUNS)
+    outputs = [folder / str(index) for index in range(2)]
+    for name, out in zip(names, outputs, strict=False):
+        _in_own_process(name, weights, out)
+    _compare(*outputs)
+    _remove(*outputs)
     for index in range(ROUNDS):
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            found[name].append(_in_own_process(name, weights, folder / name.replace(" ", "-")))
-        if not index:
-            _compare(folder)
-        for name in names:
-            subprocess.run(["rm", "-r", str(folder / name.replace(" ", "-"))], check=True)
+            found[name].append(_in_own_process(name, weights, outputs[0]))
+            _remove(outputs[0])
     return found
 
 
@@ -92,12 +97,20 @@ def _in_own_process(name: str, weights: Path, out: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--run", name, "--checkpoint", str(weights), "--out", str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True)
-    os.sync()  # what one leaves to be written is not on the next one's clock
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _remove(*outputs: Path) -> None:
+    """The next one finds the memory and the disk at rest."""
+    for out in outputs:
+        shutil.rmtree(out)
+    os.sync()
 
 
 def _run(name: str, weights: Path, out: Path) -> None:
     prepared = RUNS[name](weights, out)
+    for _ in _blocks_of_masters(weights):
+        pass
     started = time.perf_counter()
     prepared()
     for path in out.glob("*"):
@@ -152,21 +165,23 @@ def _copy(weights: Path, out: Path) -> Any:
     """The bytes of the masters are read; every second block is written."""
 
     def convert() -> None:
-        stretches = [
-            (piece.path, piece.offset_bytes, piece.numel * piece.dtype.itemsize)
-            for tensor in open_master_weights(_checkpoint(weights)).values()
-            for piece in tensor.pieces
-        ]
-        block = memoryview(bytearray(BLOCK_BYTES))
         with (out / "copy").open("wb", buffering=0) as target:
-            for path, first, size in stretches:
-                with path.open("rb", buffering=0) as stream:
-                    stream.seek(first)
-                    for start in range(0, size, BLOCK_BYTES):
-                        count = stream.readinto(block[: size - start])
-                        target.write(block[: (count or 0) // 2])
+            for block in _blocks_of_masters(weights):
+                target.write(block[: len(block) // 2])
 
     return convert
+
+
+def _blocks_of_masters(weights: Path) -> Iterator[memoryview]:
+    """All bytes of the masters; a block is overwritten by the next one."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    for tensor in open_master_weights(_checkpoint(weights)).values():
+        for piece in tensor.pieces:
+            size = piece.numel * piece.dtype.itemsize
+            with piece.path.open("rb", buffering=0) as stream:
+                stream.seek(piece.offset_bytes)
+                for start in range(0, size, BLOCK_BYTES):
+                    yield buffer[: stream.readinto(buffer[: size - start]) or 0]
 
 
 RUNS = {"longhaul": _longhaul, "zero_to_fp32 + transformers": _peer, "copy": _copy}
@@ -176,9 +191,9 @@ def _checkpoint(weights: Path) -> Path:
     return next((weights / "checkpoints").iterdir())
 
 
-def _compare(folder: Path) -> None:
+def _compare(*folders: Path) -> None:
     """Both folders hold the same tensors, bit for bit."""
-    ours, theirs = (_tensors(folder / name.replace(" ", "-")) for name in list(RUNS)[:2])
+    ours, theirs = map(_tensors, folders)
     if set(ours) != set(theirs):
         raise SystemExit(f"the outputs differ in {sorted(set(ours) ^ set(theirs))[:3]}")
     for name, file in ours.items():
