@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -80,6 +80,9 @@ bench-data: setup .venv-bench/.installed  ## raw text to shards beside datasets 
 
 bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's CUDA build in .venv)
 	PYTHONPATH=tests/unit/data $(BIN)/python bench/gpu_memory.py
+
+bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
+	$(BIN)/python bench/memory_plan.py
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
 	$(BIN)/python bench/read.py

@@ -11,6 +11,7 @@ from chain import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from gpu_memory import MODELS, OPTIONS, plan
+from memory_plan import REFERENCE, make_175b_plan
 
 MEASURED = REPOSITORY / "bench/results/gpu_memory.txt"
 
@@ -32,3 +33,10 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(model: str, option: str
     memory = plan(tmp_path, model).stage(option).memory
     assert memory
     assert memory.total / 2**30 == pytest.approx(measured_gib()[model, option], rel=0.1)
+
+
+def test_keeping_fewer_activations_saves_a_third_and_more_at_175_billion_parameters():
+    totals = {stage.name: stage.memory.total for stage in make_175b_plan().stages if stage.memory}
+    assert list(totals) == ["none", "selective", "full", "offload"]
+    assert sorted(totals.values(), reverse=True) == list(totals.values())
+    assert totals["full"] < REFERENCE * totals["none"]

@@ -1,0 +1,83 @@
+"""Planned memory of a dense model of 175 B parameters in 3-D, for each way to keep fewer activations.
+
+The geometry is GPT-3's (Brown et al. 2020, arXiv:2005.14165, table 2.1) with the gated feed-forward layers of Llama, whose width
+is two thirds of four times the hidden one. Embedding and head are spread over the ranks of a tensor-parallel group, and logits
+are made 2,048 tokens at a time, in every row. `make bench-memory` compares plans with what a GPU needs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from longhaul.config.load import load_config
+from longhaul.plan import Plan, make_plan
+from machine import header, publish
+
+GPUS_PER_NODE, NODES = 8, 32
+MODEL = {
+    "vocab_size": 50_304,
+    "hidden_size": 12_288,
+    "intermediate_size": 32_768,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 96,
+    "max_position_embeddings": 2048,
+}
+STAGE = {
+    "kind": "pretrain",
+    "dataset": "corpus",
+    "steps": 1000,
+    "global_batch": 512,
+    "micro_batch": 1,
+    "sequence_length": 2048,
+    "precision": "bf16",
+    "optimizer": {"lr": 1e-4},
+    "schedule": {"kind": "constant", "warmup_steps": 100},
+    "parallel": {"tensor": 8, "pipeline": 16},
+    "zero": {"stage": 1},
+    "nodes": NODES,
+    "gpus_per_node": GPUS_PER_NODE,
+    "minutes": 600,
+}
+CHECKPOINTING = ("none", "selective", "full", "offload")
+REFERENCE = 280 / 420
+"""To be beaten: from 420 to 280 GB at 175 B parameters."""
+
+
+def main() -> None:
+    """Prints GB of a node's GPUs, and their share of the first row's, for each kind of checkpointing."""
+    planned = {stage.name: stage for stage in make_175b_plan().stages}
+    total = {name: stage.memory.total * GPUS_PER_NODE / 1e9 for name, stage in planned.items() if stage.memory}
+    lines = [f"{'activation_checkpointing':26} {'GB a node':>9} {'share':>6}"]
+    lines += [f"{name:26} {size:9.0f} {size / total['none']:6.0%}" for name, size in total.items()]
+    parts = [f"{name}: {stage.memory.as_gib()}" for name, stage in planned.items() if stage.memory]
+    aim = f"aim: below {REFERENCE:.0%} (420 -> 280 GB)"
+    publish("memory_plan", [*header(("pydantic",)), _layout(), *lines, aim, "GiB of the fullest GPU:", *parts])
+
+
+def make_175b_plan() -> Plan:
+    """A stage for every kind of checkpointing."""
+    config = {
+        "run": "dense-175b",
+        "site": "slurm-generic",
+        "tokenizer": {"train": {"vocab_size": 400, "datasets": ["corpus"]}},
+        "datasets": {"corpus": {"kind": "text", "files": ["corpus.jsonl"]}},
+        "model": {"llama": MODEL},
+        "stages": [{"name": kind, **STAGE, "activation_checkpointing": kind} for kind in CHECKPOINTING],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "corpus.jsonl").write_text('{"text": "a"}\n')
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        return make_plan(load_config(folder / "run.yaml"))
+
+
+def _layout() -> str:
+    return f"{NODES} nodes x {GPUS_PER_NODE} GPUs, tensor 8, pipeline 16, ZeRO 1, bf16, micro batch 1, sequence length 2048"
+
+
+if __name__ == "__main__":
+    main()
