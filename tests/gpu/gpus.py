@@ -1,0 +1,67 @@
+"""This machine's GPUs as a site, and a run with a stage for each of some variants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chain import Chain, tiny_config, write_site
+from longhaul.environment.facts import cuda_build
+
+GPUS = torch.cuda.device_count()
+STEPS = 12
+
+
+def run_variants(folder: Path, variants: dict[str, dict[str, Any]], **changes: Any) -> Chain:
+    """The finished chain; `changes` replace the top-level keys of the tiny config."""
+    config = tiny_config(**changes)
+    stages = {stage["kind"]: stage for stage in config["stages"]}
+    config["stages"] = [
+        {**stages[variant.get("kind", "pretrain")], "name": name, "gpus_per_node": GPUS, "steps": STEPS, **variant}
+        for name, variant in variants.items()
+    ]
+    chain = Chain(folder, config)
+    write_site(chain.folder, _site())
+    chain.run(timeout_s=540)
+    return chain
+
+
+def rows(chain: Chain, stage: str, key: str) -> list[float]:
+    """A metric of every step that has it."""
+    lines = (chain.weights(stage) / "metrics.jsonl").read_text().splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+def require_proof(chain: Chain, stage: str) -> str:
+    """Fails unless the stage's export is proved; a line that says how."""
+    proof = chain.read(f"export/{stage}.json")["proof"]
+    assert proof["tensors"]["equal"] == proof["tensors"]["count"] > 0
+    assert proof["logits"]["max_abs_difference"] <= proof["logits"]["bound"]
+    assert proof["from_pretrained"]["missing"] == proof["from_pretrained"]["unexpected"] == 0
+    return f"{stage:>20} {proof['tensors']['count']} tensors equal; logits {proof['logits']}"
+
+
+def require_cuda(chain: Chain, stage: str) -> None:
+    """Fails unless the stage was trained in one go on GPUs."""
+    assert (chain.weights(stage) / "legs.jsonl").read_text().count('"device": "cuda"') == 1
+
+
+def description() -> str:
+    return f"{GPUS} x {torch.cuda.get_device_name(0)}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+
+
+def _site() -> dict[str, Any]:
+    """This machine, with floors that any GPU reaches."""
+    memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return {
+        "name": "gpus",
+        "scheduler": "local",
+        "max_nodes": 1,
+        "node": {"cpus": 16, "memory_mb": 64_000, "gpus": GPUS, "gpu_memory_gib": memory_gib, "gpu_peak_tflops": 989},
+        "gpu_request": "none",
+        "cuda_build": cuda_build(torch.version.cuda),
+        "interconnect": {"kind": "none", "floors": {"all_reduce_gbps": 1.0} if GPUS > 1 else {}},
+    }
