@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FOLDERS = ("workflow", "cluster", "golden", "unit", "unit/data", "unit/train", "unit/convert", "parity", "survival", "gpu")
+FOLDERS = (
+    "workflow",
+    "cluster",
+    "golden",
+    "unit",
+    "unit/data",
+    "unit/train",
+    "unit/convert",
+    "parity",
+    "survival",
+    "gpu",
+)
 sys.path[:0] = [str(HERE), *(str(HERE / name) for name in FOLDERS)]
 
 
