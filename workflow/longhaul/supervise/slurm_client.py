@@ -40,10 +40,24 @@ class JobInfo:
     preempted: bool
     submit_s: float | None = None
     partition: str = ""
+    reason: str = "None"
 
     @property
     def has_ended(self) -> bool:
         return self.state in _ENDED
+
+    @property
+    def is_cancelled(self) -> bool:
+        """By scancel. While its processes end, COMPLETING hides that.
+
+        A time limit and a dead node are a Reason then, a preemption has its time, and what is queued again has no end.
+        """
+        ends_without_a_word = self.reason == "None" and self.end_s is not None and not self.preempted
+        return self.state == "CANCELLED" or (self.state == "COMPLETING" and ends_without_a_word)
+
+    @property
+    def is_at_its_limit(self) -> bool:
+        return self.state == "TIMEOUT" or (self.state == "COMPLETING" and self.reason == "TimeLimit")
 
 
 def job_info(job_id: str) -> JobInfo | None:
@@ -53,12 +67,16 @@ def job_info(job_id: str) -> JobInfo | None:
         SlurmSilentError: Slurm does not answer.
     """
     try:
-        text = _scontrol("--oneliner", "show", "job", job_id)
+        return _parsed(_scontrol("--oneliner", "show", "job", job_id))
     except SlurmSilentError as error:
         if "Invalid job id" in str(error):
             return None
         raise
-    found = dict(re.findall(r"(\w+)=(\S*)", text))
+
+
+def _parsed(shown: str) -> JobInfo:
+    """One line of `scontrol --oneliner show job`."""
+    found = dict(re.findall(r"(\w+)=(\S*)", shown))
     return JobInfo(
         state=found.get("JobState", ""),
         nodes=int(re.match(r"\d+", found.get("NumNodes", "0"))[0]),  # pyright: ignore[reportOptionalSubscript]
@@ -67,6 +85,7 @@ def job_info(job_id: str) -> JobInfo | None:
         preempted=_seconds(found.get("PreemptTime", "")) is not None,
         submit_s=_seconds(found.get("SubmitTime", "")),
         partition=found.get("Partition", ""),
+        reason=found.get("Reason", "None"),
     )
 
 

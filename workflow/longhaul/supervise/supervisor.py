@@ -205,13 +205,12 @@ class Supervisor:
     def _end_as_told(self, failure: Failure) -> NoReturn:
         """SIGTERM is all that a batch script hears of scancel, a requeue and the time limit; Slurm tells them apart."""
         info = self._info()
-        state = info.state if info else "it does not say why"
-        if state == "CANCELLED":
+        if info and info.is_cancelled:
             cause = "cancelled by scancel"
             self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
-        if state == "TIMEOUT":
+        if info and info.is_at_its_limit:
             self._fail_at_the_limit(failure)
-        self._leave(f"Slurm ended the allocation ({state})")
+        self._leave(f"Slurm ended the allocation ({info.state if info else 'it does not say why'})")
 
     def _fail_at_the_limit(self, failure: Failure) -> NoReturn:
         """Once, it may have been bad luck; a second allocation in which nothing was saved will not be the last one."""
