@@ -174,7 +174,8 @@ def nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
     if cut_off:
         for node in run.cluster.node_names:
             run.cluster.plug(node)
-        wait_for(lambda: not run.processes("longhaul"), 60)
+        # Slurm ends them once it hears of the node again: KillWait, and what they were waiting for.
+        wait_for(lambda: not run.processes("longhaul"), 120)
         assert run.state()["state"] == "done", "who was cut off wrote over what came after"
     assert [process.cmdline() for process in run.processes("longhaul")] == []
 
