@@ -30,8 +30,8 @@ PEERS = Path(sys.prefix).parent / ".venv-bench" / "bin" / "python"
 AIMS = {"datasets": 20, "datatrove": 12}
 # The same without any comparison of the fast encoder with the reference; workers are forked, and inherit it.
 UNCHECKED = (
-    "import sys; from longhaul import cli; from longhaul.data import encoding, tokenize; "
-    "tokenize.choose = lambda *_: tokenize.Choice('gigatoken', ''); encoding.Encoder._check = lambda *_: None; "
+    "import sys; from longhaul import cli; from longhaul.data import corpus, encoding; "
+    "corpus.choose = lambda *_: corpus.Choice('gigatoken', ''); encoding.Encoder._check = lambda *_: None; "
     "cli.main(['tokenize', sys.argv[1]])"
 )
 EOS = "<｜end▁of▁sentence｜>"
@@ -148,6 +148,7 @@ def make_job(folder: Path, corpus: Path) -> Path:
         files=(str(corpus),),
         tokenizer=str(folder / "tokenizer.artifact.json"),
         workers=2,
+        survey=None,
         folder=str(folder / "shards"),
         out=str(folder / "shards.json"),
     )
