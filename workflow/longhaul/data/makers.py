@@ -46,6 +46,8 @@ class Makers:
         if workers < 2:
             yield cls(name, None, 1, counters)
             return
+        import awkward  # noqa: F401 - gigatoken does it at its first batch; here it is paid for once, not in each process
+
         with ProcessPoolExecutor(workers, _FORK, _start_worker, (tokenizer, counters)) as pool:
             pool.submit(os.getpid)  # starts all processes
             try:
