@@ -75,7 +75,7 @@ bench-plan: setup  ## time of the demo's dry run
 bench-convert: setup  ## conversion beside zero_to_fp32 with transformers and beside plain copying
 	PYTHONPATH=tests/unit/convert $(BIN)/python bench/convert.py
 
-bench-data: setup .venv-bench/.installed  ## raw text to shards beside datasets map, datatrove and the raw limit
+bench-data: setup .venv-bench/.installed $(if $(MEGATRON),.venv-bench/.megatron)  ## raw text to shards beside datasets map, datatrove and the raw limit; MEGATRON=<checkout of Megatron-LM> adds its preprocess
 	$(BIN)/python bench/data.py
 
 bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's CUDA build in .venv)
@@ -89,6 +89,10 @@ bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifes
 
 bench-comm: setup  ## bytes and time of gradient reduction over a slow link between two hosts (needs root), plain and compressed
 	$(BIN)/python bench/communication.py
+
+.venv-bench/.megatron: .venv-bench/.installed bench/requirements-megatron.txt
+	.venv-bench/bin/pip install --quiet --no-deps --upgrade --target .venv-bench/megatron -r bench/requirements-megatron.txt
+	touch $@
 
 .venv-bench/.installed: bench/requirements-data.txt
 	$(PYTHON) -m venv .venv-bench

@@ -1,6 +1,7 @@
-"""Raw text to shards on two cores: ours beside `datasets` map, datatrove and the raw limit.
+"""Raw text to shards on two cores: ours beside `datasets` map, datatrove, Megatron's preprocess and the raw limit.
 
-Wall time with start-up, rounds alternated, medians. Megatron-LM's preprocess_data.py is in no package that pip installs.
+Wall time with start-up, rounds alternated, medians. Megatron's tools/preprocess_data.py is in no package that pip installs:
+MEGATRON=<checkout of NVIDIA/Megatron-LM> adds it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ import numpy as np
 
 from longhaul.artifacts import DataManifest, TokenizerManifest
 from longhaul.config.models import Dataset
-from longhaul.data.indexed import SplitReader
+from longhaul.data.indexed import SplitReader, token_dtype
 from longhaul.jobs import TokenizeJob
 from machine import header, publish
 
 ROUNDS = 3
 CORPUS_BYTES = 165_000_000
+MEGATRON = os.environ.get("MEGATRON", "")
 PEERS = Path(sys.prefix).parent / ".venv-bench" / "bin" / "python"
-AIMS = {"datasets": 20, "datatrove": 12}
+AIMS = {"datasets": 20, "datatrove": 12, "megatron": 35}
+LONGEST_S = 3600  # Megatron's main process waits for ever when its child fails
 # The same without any comparison of the fast encoder with the reference; workers are forked, and inherit it.
 UNCHECKED = (
-    "import sys; from longhaul import cli; from longhaul.data import encoding, tokenize; "
-    "tokenize.choose = lambda *_: tokenize.Choice('gigatoken', ''); encoding.Encoder._check = lambda *_: None; "
+    "import sys; from longhaul import cli; from longhaul.data import corpus, encoding; "
+    "corpus.choose = lambda *_: corpus.Choice('gigatoken', ''); encoding.Encoder._check = lambda *_: None; "
     "cli.main(['tokenize', sys.argv[1]])"
 )
 EOS = "<｜end▁of▁sentence｜>"
@@ -44,14 +47,13 @@ def main() -> None:
         folder = Path(name)
         corpus = make_corpus(folder)
         tokenizer = make_tokenizer(folder)
-        commands = {
-            peer: [str(PEERS), str(Path(__file__).with_name("data_peers.py")), peer, name] for peer in ("raw", *AIMS)
-        }
+        peers = ("raw", "datasets", "datatrove")
         job = str(make_job(folder, corpus))
         commands = {
             "longhaul": [sys.executable, "-m", "longhaul", "tokenize", job],
             "longhaul without the check": [sys.executable, "-c", UNCHECKED, job],
-            **commands,
+            **{peer: [str(PEERS), str(Path(__file__).with_name("data_peers.py")), peer, name] for peer in peers},
+            **megatron(folder, corpus),
         }
         seconds: dict[str, list[float]] = {kind: [] for kind in commands}
         for _ in range(ROUNDS):
@@ -73,6 +75,7 @@ def main() -> None:
             f"encoder: {manifest.encoder['name']}",
             f"peak resident memory of the largest of our processes: {peak_mb(commands['longhaul'], folder):.0f} MB",
             f"ids equal to AutoTokenizer's: {compare(manifest, tokenizer, corpus)}",
+            *about_megatron(folder, corpus, tokenizer),
         ]
     publish("data", lines)
 
@@ -81,11 +84,36 @@ def ratios(seconds: dict[str, list[float]]) -> Iterator[str]:
     """Medians against ours."""
     medians = {kind: statistics.median(found) for kind, found in seconds.items()}
     for peer, aim in AIMS.items():
-        yield f"{peer} / longhaul: {medians[peer] / medians['longhaul']:.1f} (aim: >= {aim})"
+        if peer in medians:
+            yield f"{peer} / longhaul: {medians[peer] / medians['longhaul']:.1f} (aim: >= {aim})"
     unchecked_s = medians["longhaul without the check"]
     yield f"the check, on hard texts, a sample and in every unit: {medians['longhaul'] - unchecked_s:.2f} s"
     yield f"share of the raw limit without it: {medians['raw'] / unchecked_s:.0%} (aim: >= 90%)"
-    yield "Megatron preprocess_data.py: not in any package that pip installs, not measured"
+
+
+def megatron(folder: Path, corpus: Path) -> dict[str, list[str]]:
+    """Megatron's script by its own command line, where MEGATRON names a checkout; ids as ours are, EOS behind each document."""
+    if not MEGATRON:
+        return {}
+    script = Path(MEGATRON) / "tools" / "preprocess_data.py"
+    if not script.is_file():
+        raise SystemExit(f"MEGATRON={MEGATRON} holds no tools/preprocess_data.py")
+    path = os.pathsep.join([MEGATRON, str(PEERS.parents[1] / "megatron")])
+    words = ["--input", str(corpus), "--output-prefix", str(folder / "megatron"), "--workers", "2", "--append-eod"]
+    words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "tokenizer")]
+    return {"megatron": ["env", f"PYTHONPATH={path}", sys.executable, "-W", "ignore", str(script), *words]}
+
+
+def about_megatron(folder: Path, corpus: Path, tokenizer: TokenizerManifest) -> Iterator[str]:
+    """Which Megatron it was, and whether its ids are AutoTokenizer's, too."""
+    if not MEGATRON:
+        yield "megatron: left out; MEGATRON=<checkout of NVIDIA/Megatron-LM> make bench-data adds it"
+        return
+    asked = ["git", "-C", MEGATRON, "describe", "--tags", "--always", "--long", "--abbrev=40"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "an unknown commit"
+    ids = np.fromfile(folder / "megatron_text_document.bin", token_dtype(tokenizer.vocab_size))
+    expected = np.concatenate(list(reference_ids(tokenizer, corpus)))
+    yield f"megatron: tools/preprocess_data.py of {commit}; its ids are AutoTokenizer's: {np.array_equal(ids, expected)}"
 
 
 def make_corpus(folder: Path) -> Path:
@@ -128,6 +156,8 @@ def make_tokenizer(folder: Path) -> TokenizerManifest:
     )
     (folder / "tokenizer").mkdir()
     shutil.copy(found, folder / "tokenizer" / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(found), eos_token=EOS)
@@ -148,6 +178,7 @@ def make_job(folder: Path, corpus: Path) -> Path:
         files=(str(corpus),),
         tokenizer=str(folder / "tokenizer.artifact.json"),
         workers=2,
+        survey=None,
         folder=str(folder / "shards"),
         out=str(folder / "shards.json"),
     )
@@ -158,7 +189,9 @@ def make_job(folder: Path, corpus: Path) -> Path:
 def timed(words: list[str], folder: Path) -> float:
     """Wall seconds of a command."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"}
-    return timed_call(lambda: subprocess.run(words, check=True, capture_output=True, cwd=folder, env=environment))
+    return timed_call(
+        lambda: subprocess.run(words, check=True, capture_output=True, cwd=folder, env=environment, timeout=LONGEST_S)
+    )
 
 
 def timed_call(call: Callable[[], object]) -> float:
@@ -178,14 +211,10 @@ def peak_mb(words: list[str], folder: Path) -> float:
 
 def compare(manifest: DataManifest, tokenizer: TokenizerManifest, corpus: Path) -> str:
     """Every document of the corpus, looked up by its ids in the shards."""
-    from transformers import PreTrainedTokenizerFast
-
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(Path(tokenizer.path) / "tokenizer.json"), eos_token=EOS)
     readers = [SplitReader(Path(manifest.path), split, with_mask=False) for split in manifest.splits.values()]
     places, counts = [0] * len(readers), [reader.token_count for reader in readers]
     documents = same = 0
-    for line in corpus.open("rb"):
-        ids = np.array([*theirs(json.loads(line)["text"])["input_ids"], tokenizer.eos_id])
+    for ids in reference_ids(tokenizer, corpus):
         documents += 1
         for index, reader in enumerate(readers):
             stop = places[index] + len(ids)
@@ -193,6 +222,15 @@ def compare(manifest: DataManifest, tokenizer: TokenizerManifest, corpus: Path) 
                 places[index], same = stop, same + 1
                 break
     return f"{same:,} of {documents:,} documents, {sum(places):,} of {sum(counts):,} tokens"
+
+
+def reference_ids(tokenizer: TokenizerManifest, corpus: Path) -> Iterator[np.ndarray]:
+    """AutoTokenizer's ids of each document, and EOS."""
+    from transformers import PreTrainedTokenizerFast
+
+    encode = PreTrainedTokenizerFast(tokenizer_file=str(Path(tokenizer.path) / "tokenizer.json"), eos_token=EOS)
+    for line in corpus.open("rb"):
+        yield np.array([*encode(json.loads(line)["text"])["input_ids"], tokenizer.eos_id])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from longhaul.config.load import load_config
 from longhaul.config.models import Model
 from longhaul.errors import UserError
 from longhaul.plan import make_plan
+from longhaul.plan_table import plan_json
 from longhaul.render import REPOSITORY
 from longhaul.rules import spec_key
 
@@ -154,6 +155,13 @@ def test_a_hub_models_size_waits_for_fetch_and_its_lock_changes_no_key(tmp_path:
     known = plan_of(tmp_path, config, lock=lock)
     assert known.waiting == () and known.stages[0].memory is not None
     assert spec_key(waiting, "train-base") == spec_key(known, "train-base")
+
+
+def test_jobs_that_share_a_dataset_stand_before_the_one_that_writes_its_manifest(tmp_path: Path):
+    requests = plan_json(plan_of(tmp_path, {"data_jobs": {"prose": 2}}))["requests"]
+    of_data = {job: asked for job, asked in requests.items() if job.startswith(("survey", "encode", "tokenize-"))}
+    assert list(of_data) == ["tokenize-chats", "survey-prose", "encode-prose-1", "encode-prose-2", "tokenize-prose"]
+    assert all(asked == of_data["tokenize-chats"] for asked in of_data.values())
 
 
 def test_checks_take_two_nodes_or_all_of_a_smaller_site(tmp_path: Path):

@@ -482,6 +482,14 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("window_batches has no meaning for policy skip",),
     ),
     ("checks beyond the partition", {"checks.minutes": 2000}, {}, ("checks.minutes 2000: partition gpu allows 1440",)),
+    ("jobs for no dataset", {"data_jobs": {"x": 2}}, {}, ("data_jobs: there is no dataset 'x'", "prose, chats")),
+    (
+        "jobs for a mixture",
+        {"datasets.m": {"kind": "text", "mixture": {"prose": 1}}, "data_jobs": {"m": 2}},
+        {},
+        ("data_jobs: m is a mixture, nothing of it is encoded",),
+    ),
+    ("no jobs for a dataset", {"data_jobs": {"prose": 0}}, {}, ("data_jobs.prose is 0",)),
     ("data beyond the partition", {"data_minutes": 2000}, {}, ("data_minutes 2000: partition gpu allows 1440",)),
     ("an option for an account", {}, {"account": "--wrap=id"}, ("account is '--wrap=id'", "the first a letter")),
     (

@@ -150,6 +150,28 @@ class TokenizerManifest(Artifact):
 
 
 @dataclass(frozen=True)
+class Survey(Artifact):
+    """`results/<run>/data/<dataset>.survey.json`: what the jobs that share a dataset's units agree on.
+
+    sources: fields of longhaul.data.units.Source, in order; encoder as in DataManifest
+    """
+
+    tokenizer_hash: str
+    sources: list[dict[str, Any]]
+    encoder: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EncodedShare(Artifact):
+    """`results/<run>/data/<dataset>.encoded-<share>-of-<shares>.json`: one job's share of the units is on the disk."""
+
+    share: int
+    shares: int
+    encoder: dict[str, str]
+    units: list[str]
+
+
+@dataclass(frozen=True)
 class DataManifest(Artifact):
     """`results/<run>/data/<dataset>.json`: token shards of one dataset.
 

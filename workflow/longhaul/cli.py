@@ -194,6 +194,16 @@ def _start_job(verb: str, path: Path) -> None:
         from longhaul.jobs import TokenizerJob
 
         run(TokenizerJob.read(path))
+    elif verb == "survey":
+        from longhaul.data.tokenize import survey
+        from longhaul.jobs import TokenizeJob
+
+        survey(TokenizeJob.read(path))
+    elif verb == "encode":
+        from longhaul.data.tokenize import encode
+        from longhaul.jobs import EncodeJob
+
+        encode(EncodeJob.read(path))
     elif verb == "tokenize":
         from longhaul.data.tokenize import run
         from longhaul.jobs import TokenizeJob
@@ -221,6 +231,8 @@ _JOBS = {
     "environment": "check the nodes",
     "fabric": "measure the network between the ranks",
     "tokenizer": "load or train the tokenizer",
+    "survey": "hash a dataset's files and choose its encoder, for jobs that share its units",
+    "encode": "make a share of a dataset's units",
     "tokenize": "turn a dataset into token shards",
     "train": "train one stage",
     "convert": "export a checkpoint as a Hugging Face folder, and prove it",

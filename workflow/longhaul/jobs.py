@@ -109,8 +109,16 @@ class TokenizeJob(Job):
     parts: dict[str, str]  # of a mixture: dataset -> its results/<run>/data/<dataset>.json
     tokenizer: str  # results/<run>/tokenizer.json
     workers: int
+    survey: str | None  # results/<run>/data/<dataset>.survey.json, where several jobs share its units
     folder: str  # results/<run>/data/<dataset>
-    out: str  # results/<run>/data/<dataset>.json
+    out: str  # results/<run>/data/<dataset>.json; the job that surveys writes the survey there
+
+
+class EncodeJob(TokenizeJob):
+    """Makes a share of a dataset's units."""
+
+    share: int  # 1 … shares
+    shares: int
 
 
 class StageJob(Job):

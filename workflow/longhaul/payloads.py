@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from longhaul.artifacts import Lock, content_hash
-from longhaul.jobs import ConvertJob, EnvironmentJob, FabricJob, Job, StageJob, TokenizeJob, TokenizerJob
+from longhaul.jobs import ConvertJob, EncodeJob, EnvironmentJob, FabricJob, Job, StageJob, TokenizeJob, TokenizerJob
 from longhaul.plan import Plan, dataset_files, evaluation_files, model_config
 
 
 def payload(plan: Plan, job: str) -> Job:
-    """The payload of a job by its name: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
+    """The payload of a job by its name.
+
+    These are environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>, and where several jobs
+    share a dataset's units survey-<dataset> and encode-<dataset>-<share>.
+    """
     verb, _, name = job.partition("-")
     if verb == "environment":
         return _environment(plan, plan.check_nodes, plan.check_gpus_per_node, f"{results(plan)}/environment.json")
@@ -18,7 +22,8 @@ def payload(plan: Plan, job: str) -> Job:
         return _fabric(plan)
     if verb == "tokenizer":
         return _tokenizer(plan)
-    return {"tokenize": _tokenize, "train": _train, "convert": _convert}[verb](plan, name)
+    kinds = {"survey": _survey, "encode": _encode, "tokenize": _tokenize, "train": _train, "convert": _convert}
+    return kinds[verb](plan, name)
 
 
 def results(plan: Plan) -> str:
@@ -33,9 +38,23 @@ def job_names(plan: Plan) -> list[str]:
         "environment",
         "fabric",
         "tokenizer",
-        *(f"tokenize-{name}" for name in datasets),
+        *(job for name in datasets for job in (*shared_jobs(plan, name), f"tokenize-{name}")),
         *(f"convert-{name}" for name in plan.exported),
     ]
+
+
+def shared_jobs(plan: Plan, dataset: str) -> list[str]:
+    """The jobs before the one that writes a dataset's manifest; none where it makes all units itself."""
+    shares = plan.data_jobs(dataset)
+    encode = [f"encode-{dataset}-{share}" for share in range(1, shares + 1)]
+    return [f"survey-{dataset}", *encode] if shares > 1 else []
+
+
+def shared_artifacts(plan: Plan, dataset: str) -> list[str]:
+    """What these jobs write, in their order."""
+    shares = plan.data_jobs(dataset)
+    encoded = [_encoded_path(plan, dataset, share) for share in range(1, shares + 1)]
+    return [_survey_path(plan, dataset), *encoded] if shares > 1 else []
 
 
 def stage_environment_job(plan: Plan, name: str) -> EnvironmentJob:
@@ -130,9 +149,28 @@ def _tokenize(plan: Plan, name: str) -> TokenizeJob:
         parts={part: f"{results(plan)}/data/{part}.json" for part in plan.config.datasets[name].mixture},
         tokenizer=f"{results(plan)}/tokenizer.json",
         workers=plan.site.node.cpus,
+        survey=_survey_path(plan, name) if plan.data_jobs(name) > 1 else None,
         folder=f"{root}/{plan.run}/{name}" if root else f"{results(plan)}/data/{name}",
         out=f"{results(plan)}/data/{name}.json",
     )
+
+
+def _survey(plan: Plan, name: str) -> TokenizeJob:
+    return _tokenize(plan, name).model_copy(update={"survey": None, "out": _survey_path(plan, name)})
+
+
+def _survey_path(plan: Plan, name: str) -> str:
+    return f"{results(plan)}/data/{name}.survey.json"
+
+
+def _encode(plan: Plan, name: str) -> EncodeJob:
+    dataset, _, share = name.rpartition("-")
+    own = {"out": _encoded_path(plan, dataset, int(share)), "share": int(share), "shares": plan.data_jobs(dataset)}
+    return EncodeJob.model_validate({**dict(_tokenize(plan, dataset)), **own})
+
+
+def _encoded_path(plan: Plan, dataset: str, share: int) -> str:
+    return f"{results(plan)}/data/{dataset}.encoded-{share}-of-{plan.data_jobs(dataset)}.json"
 
 
 def _train(plan: Plan, name: str) -> StageJob:

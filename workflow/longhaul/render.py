@@ -17,7 +17,7 @@ import jinja2
 from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
-from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob
+from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob, TokenizeJob
 from longhaul.payloads import job_names, outside_folders, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
 from longhaul.slurm import SlurmRequest
@@ -116,10 +116,11 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
     title = f"longhaul {plan.run}: {job}"
     told = payload(plan, job)
     steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json", told)]
+    inputs = [folder / "job.json", told.survey if isinstance(told, TokenizeJob) else None]
     return Rendered(
         {
             "launch.sh": _launch(plan, request, title, folder, workdir),
-            "launch.json": _json(_supervised(plan, job, request, folder, steps, [folder / "job.json"])),
+            "launch.json": _json(_supervised(plan, job, request, folder, steps, inputs)),
             **_by_hand(plan, request, title, folder, job),
             "job.json": _json(told),
         }

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from snakemake.cli import args_to_api
+from snakemake.io import flag, is_flagged
+from snakemake.persistence import PersistenceBase
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 from longhaul.artifacts import Lock, content_hash
@@ -22,13 +24,23 @@ from longhaul.render import rendered_run
 from longhaul.room import require_room
 from longhaul.slurm import RESOURCE_KEYS
 
-__all__ = ["RESOURCE_KEYS", "load_run_plan", "or_exit", "plan_key", "source_key", "spec_key"]
+__all__ = [
+    "RESOURCE_KEYS",
+    "ignore_order_only_inputs",
+    "load_run_plan",
+    "or_exit",
+    "order_only",
+    "plan_key",
+    "source_key",
+    "spec_key",
+]
 
 T = TypeVar("T")
 
 # Parts of a payload that say where and how fast, not what: a change re-runs nothing that is finished.
 _NOT_RESULTS = {
     "workers",
+    "survey",
     "scratch",
     "config_hash",
     "folder",
@@ -131,6 +143,28 @@ def _config_file(workflow: Any) -> Path:
             f"--config sets {keys}", "write it into the config file: a run is described by exactly one file"
         )
     return (named[0] if named else Path(workflow.basedir) / "config" / "config.yaml").absolute()
+
+
+_ORDER_ONLY = "order_only"
+
+
+def order_only(paths: list[str]) -> list[Any]:
+    """Inputs that are to be there before a job starts, as make calls them: which ones, and how many, is no cause to run it."""
+    return [flag(path, _ORDER_ONLY) for path in paths]
+
+
+def ignore_order_only_inputs() -> None:
+    """Snakemake runs a job again when its set of inputs is another one, and knows no exception. Patches what it compares."""
+    compared: Any = PersistenceBase._input
+    if hasattr(compared, "unmended"):
+        return
+
+    def without_order_only(persistence: Any, job: Any) -> list[str]:
+        passed_over = {str(path) for path in job.input if is_flagged(path, _ORDER_ONLY)}
+        return [path for path in compared(persistence, job) if path not in passed_over]
+
+    without_order_only.unmended = compared  # pyright: ignore[reportFunctionMemberAccess]
+    PersistenceBase._input = without_order_only  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def spec_key(plan: Plan, job: str) -> str:

@@ -14,14 +14,16 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from longhaul.artifacts import canonical_json
 from longhaul.rules import (
     RESOURCE_KEYS,
+    ignore_order_only_inputs,
     load_run_plan,
     or_exit,
+    order_only,
     plan_key,
     source_key,
     spec_key,
 )
 from longhaul.lease import RunLease
-from longhaul.payloads import repository_sources
+from longhaul.payloads import repository_sources, shared_artifacts
 from longhaul.plan import lock_path
 from longhaul.room import call_off, tell_at_exit
 from longhaul.submission import require_nodes, submitted_request
@@ -30,6 +32,7 @@ from longhaul.supervise.slurm_client import job_has_ended
 from longhaul.render import job_folder, render_run, stage_folder
 
 CONFIG, PLAN = load_run_plan(workflow)
+ignore_order_only_inputs()
 # Shell commands on this machine call `longhaul <verb>`.
 shell.prefix(
     "set -euo pipefail; "
@@ -44,6 +47,8 @@ wildcard_constraints:
     run=PLAN.run,
     stage="|".join(stage.name for stage in PLAN.stages),
     dataset="|".join(sorted(PLAN.used_datasets)),
+    share=r"\d+",
+    shares=r"\d+",
 
 
 def job_resources(job_of):
@@ -77,6 +82,10 @@ def launch_of(job):
     verb, _, name = job.partition("-")
     folder = stage_folder(PLAN, name) if verb == "train" else job_folder(PLAN, job)
     return f"{folder}/launch.sh"
+
+
+def encode_job(wildcards):
+    return f"encode-{wildcards.dataset}-{wildcards.share}"
 
 
 def text_of_tokenizer(wildcards):

@@ -112,6 +112,7 @@ def tokenize_job(
         files=tuple(map(str, files)),
         tokenizer=str(tokenizer_folder / "tokenizer.json"),
         workers=workers,
+        survey=None,
         folder=str(folder / "data"),
         out=str(folder / "data.json"),
     )

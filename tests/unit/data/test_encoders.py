@@ -123,7 +123,7 @@ def test_a_difference_found_in_a_unit_makes_the_whole_dataset_anew(
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(300)))
     honest = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(unit_mb=0.02))
     monkeypatch.setattr(encoders, "hard_texts", lambda tokens: [])
-    monkeypatch.setattr("longhaul.data.tokenize._sample", lambda *arguments: [])
+    monkeypatch.setattr("longhaul.data.corpus._sample", lambda *arguments: [])
     off_by_one(monkeypatch, "Document 25")
     monkeypatch.setattr("longhaul.data.encoding._CHECKED_PER_BATCH", 1000)
     made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(unit_mb=0.02))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,23 @@ def test_the_bytes_are_megatrons(tmp_path: Path, dtype: str, code: int, size: in
     (shard,) = entry["shards"]
     assert shard["sha256"] == {name: file_sha256(tmp_path / f"train-00000.{name}") for name in ("bin", "idx", "mask")}
     assert (entry["tokens"], entry["documents"], entry["loss_tokens"]) == (11, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_megatrons_own_reader_reads_what_its_own_writer_would_have_written(tmp_path: Path, dtype: str):
+    lengths = [1 + number * 7 % 90 for number in range(300)]
+    write(tmp_path, lengths, dtype)
+    ours, theirs = tmp_path / "train-00000", tmp_path / "theirs"
+    script = Path(__file__).with_name("megatron_files.py")
+    words = [sys.executable, "-W", "ignore", str(script), str(ours), str(theirs)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = np.cumsum(lengths).tolist()
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)
+    ]
+    for ending in (".bin", ".idx"):
+        assert ours.with_suffix(ending).read_bytes() == theirs.with_suffix(ending).read_bytes()
 
 
 def test_types_change_where_megatrons_do():

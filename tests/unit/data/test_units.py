@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet
@@ -30,7 +31,7 @@ from longhaul.data.formats import BadData
 from longhaul.data.progress import Counters
 from longhaul.data.readers import documents_of
 from longhaul.data.units import Source, Unit, cut
-from longhaul.data.work import RECORD, Task, Worker, remove_leftovers
+from longhaul.data.work import RECORD, Task, Worker, of_documents, remove_leftovers
 from longhaul.errors import UserError
 
 SMALL = dataset(unit_mb=0.02)
@@ -99,6 +100,14 @@ def test_a_new_file_leaves_the_units_of_others_alone(sizes: list[int], data: st.
     assert len(before - after) <= 1 + sum(size < 1000 for size in sizes) // 4
     covered = [(piece.file, piece.start) for unit in cut(more, 1000, {}) for piece in unit.pieces]
     assert covered == sorted(set(covered)) and {file for file, _ in covered} == set(range(len(more)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=12))
+def test_documents_are_chosen_whole(documents: list[tuple[int, bool]]):
+    lengths = np.array([length for length, _ in documents], np.int32)
+    chosen = np.array([is_chosen for _, is_chosen in documents], bool)
+    values = np.arange(lengths.sum())
+    assert of_documents(values, lengths, chosen).tolist() == values[np.repeat(chosen, lengths)].tolist()
 
 
 def test_adding_a_large_file_encodes_that_file_alone(tmp_path: Path, tokenizer_folder: Path):

@@ -421,6 +421,10 @@ class Config(Frozen):
     model: Model = Field(description="An architecture with its config, or a pretrained folder.")
     checks: Checks = Field(default=Checks(), description="Environment and fabric checks.")
     data_minutes: Count = Field(default=120, description="Length of a tokenizing or conversion allocation.")
+    data_jobs: dict[Name, Annotated[int, Field(ge=1, le=1000)]] = Field(
+        default={},
+        description="Dataset -> how many jobs share out its units, a node each; 1 where it is not named. Changes no byte.",
+    )
     trackers: Trackers = Field(default=Trackers(), description="Experiment trackers.")
     stages: tuple[Stage, ...] = Field(min_length=1, description="In any order; `from` links them.")
 

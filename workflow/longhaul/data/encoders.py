@@ -83,7 +83,7 @@ class Fast:
 
     def encode(self, texts: Sequence[str]) -> Rows:
         """As Reference.encode."""
-        rows = self._encode([text.encode() for text in texts])
+        rows = self._encode(list(texts))
         return with_added(rows, self._prefix, self._suffix)
 
     def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[Rows, np.ndarray]:
@@ -101,7 +101,7 @@ class Fast:
             first, spelt = first + length, spelt + len(raw)
         return rows, np.concatenate([np.empty(0, np.uint8), *masks])
 
-    def _encode(self, data: list[bytes]) -> Rows:
+    def _encode(self, data: list[str] | list[bytes]) -> Rows:
         layout = self._tokenizer.encode_batch(data, parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         tokens = np.asarray(layout.content.data)[int(offsets[0]) : int(offsets[-1])]

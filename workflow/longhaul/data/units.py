@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ class Source:
         source = cls(file, found, before.st_size, digest, before.st_mtime_ns)
         source.check_unchanged()
         return source
+
+    def again(self) -> Source:
+        """The file in a later job: hashed once more only if it was touched since. UserError when it is another one."""
+        with suppress(OSError, UserError):
+            self.check_unchanged()
+            return self
+        now = Source.of(self.path, self.file_format)
+        if now.sha256 != self.sha256:
+            raise UserError(f"{self.path} changed since the dataset was surveyed", "run again: it is surveyed anew")
+        return now
 
     def check_unchanged(self) -> None:
         """UserError when the file is not the one that was hashed."""
@@ -83,6 +94,11 @@ def cut(sources: Sequence[Source], unit_bytes: int, settings: dict[str, Any]) ->
     """All units of a dataset, in the order of its files."""
     groups = _groups(sources, unit_bytes)
     return [Unit(_name(group, sources, settings), tuple(group)) for group in groups]
+
+
+def share_of(units: Sequence[Unit], share: int, shares: int) -> list[Unit]:
+    """Share 1 … shares of the units, about as many bytes in each; the largest first."""
+    return sorted(units, key=lambda unit: (-unit.bytes, unit.name))[share - 1 :: shares]
 
 
 def _name(group: list[Piece], sources: Sequence[Source], settings: dict[str, Any]) -> str:

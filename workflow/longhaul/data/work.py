@@ -115,9 +115,8 @@ class Worker:
         for split, chosen in (("train", ~is_validation), ("validation", is_validation)):
             if not chosen.any():
                 continue
-            of_tokens = slice(None) if chosen.all() else np.repeat(chosen, encoded.lengths)
-            tokens = encoded.tokens[of_tokens]
-            mask = None if encoded.mask is None else encoded.mask[of_tokens]
+            tokens = of_documents(encoded.tokens, encoded.lengths, chosen)
+            mask = None if encoded.mask is None else of_documents(encoded.mask, encoded.lengths, chosen)
             writers[split].add(tokens, encoded.lengths[chosen], mask)
             if split == "train":
                 in_loss = tokens if mask is None else tokens[mask == 1]
@@ -129,6 +128,15 @@ class Worker:
         done = piece.bytes if position is None else max(0, min(position - first, piece.bytes))
         self._counters.add(max(0, done - found.noted_bytes), documents, tokens)
         found.noted_bytes = 0 if position is None else max(done, found.noted_bytes)
+
+
+def of_documents(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Of values [N] of documents with these lengths [D], those of the chosen [D] bool; neighbours are copied in one go."""
+    if chosen.all():
+        return values
+    turns = np.flatnonzero(np.diff(np.r_[False, chosen, False]))
+    places = np.r_[0, np.cumsum(lengths)][turns].reshape(-1, 2)
+    return np.concatenate([values[:0], *(values[start:stop] for start, stop in places.tolist())])
 
 
 @dataclass

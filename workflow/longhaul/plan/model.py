@@ -102,6 +102,10 @@ class Plan:
         trained_on = {stage.stage.dataset for stage in self.stages}
         return trained_on.union(*(self.config.datasets[name].mixture for name in trained_on))
 
+    def data_jobs(self, dataset: str) -> int:
+        """Jobs that share out a dataset's units."""
+        return self.config.data_jobs.get(dataset, 1)
+
     @cached_property
     def needs_fetch(self) -> bool:
         """Whether anything comes from the hub or is collected on this machine."""
@@ -129,7 +133,7 @@ class Plan:
         return requests.controller_request(self.site)
 
     def request(self, job: str) -> SlurmRequest:
-        """The allocation of a job: environment, fabric, tokenizer, tokenize-<dataset>, train-<stage>, convert-<stage>."""
+        """The allocation of a job, by its name (longhaul.payloads.payload)."""
         return requests.request(self, job)
 
 

@@ -50,13 +50,7 @@ def check_references(config: Config) -> None:
                 f"name a {wanted} dataset, or change the stage's kind",
             )
         check_best(config, stage)
-    if reserved := sorted({"tokenizer", "model"} & set(config.datasets)):
-        raise UserError(
-            f"datasets.{reserved[0]}: fetch's lock keeps the {reserved[0]} under this name", "call it otherwise"
-        )
-    for name, dataset in config.datasets.items():
-        for part in dataset.mixture:
-            _check_part(config, name, part)
+    _check_datasets(config)
     train = config.tokenizer.train
     for name in train.datasets if train else ():
         if name not in config.datasets:
@@ -65,6 +59,18 @@ def check_references(config: Config) -> None:
             )
         if config.datasets[name].kind != "text" or config.datasets[name].mixture:
             raise UserError(f"tokenizer.train.datasets: {name} is not a text dataset with files", "name text datasets")
+
+
+def _check_datasets(config: Config) -> None:
+    if reserved := sorted({"tokenizer", "model"} & set(config.datasets)):
+        raise UserError(
+            f"datasets.{reserved[0]}: fetch's lock keeps the {reserved[0]} under this name", "call it otherwise"
+        )
+    for name, dataset in config.datasets.items():
+        for part in dataset.mixture:
+            _check_part(config, name, part)
+    for name in config.data_jobs:
+        _check_shared_out(config, name)
 
 
 def _check_part(config: Config, mixture: str, part: str) -> None:
@@ -78,6 +84,13 @@ def _check_part(config: Config, mixture: str, part: str) -> None:
             f"{where}{part} is {config.datasets[part].kind}, {mixture} is {config.datasets[mixture].kind}",
             "mix datasets of one kind",
         )
+
+
+def _check_shared_out(config: Config, name: str) -> None:
+    if name not in config.datasets:
+        raise UserError(f"data_jobs: there is no dataset {name!r}", f"use some of {', '.join(config.datasets)}")
+    if config.datasets[name].mixture:
+        raise UserError(f"data_jobs: {name} is a mixture, nothing of it is encoded", "name its parts")
 
 
 def check_best(config: Config, stage: Stage) -> None:
