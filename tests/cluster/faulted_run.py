@@ -108,7 +108,7 @@ class FaultedRun(ClusterChain):
         subprocess.run(words, cwd=self.folder, check=True, env=self.environment(), capture_output=True)
 
     def finish(self, timeout_s: float = 300) -> int:
-        """Waits for the main Snakemake: after a permanent failure each of its retries takes some ten seconds to say so again."""
+        """Waits for the main Snakemake."""
         assert self.main is not None
         return self.main.wait(timeout=timeout_s)
 
@@ -122,6 +122,13 @@ class FaultedRun(ClusterChain):
 
     def said(self) -> str:
         return (self.folder / "main.log").read_text() + self.logs()
+
+    def tried_again(self) -> bool:
+        return "Trying to restart" in (self.folder / "main.log").read_text()
+
+    def last_words(self) -> str:
+        """What the main Snakemake said of the stage when it ended."""
+        return (self.folder / "main.log").read_text().partition("train-base failed (")[2]
 
     # What it is doing
 

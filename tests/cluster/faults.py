@@ -23,6 +23,7 @@ class Cell:
     act: Callable[[FaultedRun], None]
     ended_from_outside: bool = False
     fails_with: str = ""
+    told_last: str = ""  # by the first run, which does not try again
     before_again: Callable[[FaultedRun], None] = lambda run: None
     says: str = ""  # in the log
     attempts: int = 2  # at least: else the fault came too late to test anything
@@ -144,6 +145,7 @@ def damage_newest(run: FaultedRun) -> None:
 
 
 _BY_HAND = {"ended_from_outside": True}
+_CANCELLED = {**_BY_HAND, "told_last": "cancelled by scancel"}
 
 CELLS = [
     Cell("kill -9 of a rank", "starting", kill_rank(1), attempts=1),
@@ -165,8 +167,8 @@ CELLS = [
     Cell("kill -9 of the main snakemake", "converting", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
     Cell("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), **_BY_HAND),
     Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), **_BY_HAND, attempts=1),
-    Cell("scancel", "training", scancel, **_BY_HAND),
-    Cell("scancel", "saving", scancel, **_BY_HAND),
+    Cell("scancel", "training", scancel, **_CANCELLED),
+    Cell("scancel", "saving", scancel, **_CANCELLED),
     Cell("scontrol requeue", "training", requeue),
     Cell("scontrol requeue", "saving", requeue),
     Cell("scontrol requeue", "tokenizing", requeue),
@@ -195,12 +197,12 @@ CELLS = [
     Cell("a hung rank", "training", stop_rank(1), quick=True),
     Cell("a hung rank 0", "training", stop_rank(0)),
     Cell("a slow rank", "training", slow_rank(1), says="straggler at step", attempts=1),
-    Cell("disk full", "training", fill_disk, fails_with="disk full", before_again=free_disk),
+    Cell("disk full", "training", fill_disk, fails_with="disk full", told_last="disk full", before_again=free_disk),
     Cell(
         "newest checkpoint damaged",
         "training",
         scancel,
-        **_BY_HAND,
+        **_CANCELLED,
         before_again=damage_newest,
         says="it is passed over",
     ),

@@ -149,6 +149,8 @@ def test_a_fault_costs_no_bit(
         failure = run.read("stages/base/failure.json")
         assert code != 0 and failure["failure_class"] == "permanent", run.said()[-6000:]
         assert cell.fails_with in failure["cause"] and failure["remedy"]
+    if cell.told_last:
+        assert code == 1 and not run.tried_again() and cell.told_last in run.last_words(), run.said()[-6000:]
     if cell.ended_from_outside or cell.fails_with:
         cell.before_again(run)
         run.start()

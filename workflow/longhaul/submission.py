@@ -9,7 +9,7 @@ from pathlib import Path
 from longhaul.errors import UserError
 from longhaul.jobs import LaunchJob
 from longhaul.plan import Plan, partition_for
-from longhaul.records import invocation, launch_key, read_failure, read_quarantine, read_state
+from longhaul.records import Failure, invocation, launch_key, read_failure, read_quarantine, read_state
 from longhaul.render import QUARANTINE, job_folder, stage_folder
 from longhaul.slurm import SlurmRequest
 from longhaul.supervise.slurm_client import too_few_nodes
@@ -22,7 +22,7 @@ def submitted_request(plan: Plan, job: str, workdir: Path) -> SlurmRequest:
     by the Snakemake inside the job; it never raises.
     """
     request, folder = plan.request(job), workdir / _folder(plan, job)
-    if _would_fail_again(plan, folder):
+    if final_failure(folder):
         return _a_minute(plan, request)
     state = read_state(folder)
     after = state.job_id if state and state.holds_job else None
@@ -43,15 +43,17 @@ def _folder(plan: Plan, job: str) -> Path:
     return stage_folder(plan, name) if verb == "train" else job_folder(plan, job)
 
 
-def _would_fail_again(plan: Plan, folder: Path) -> bool:
+def final_failure(folder: Path) -> Failure | None:
+    """Why a job that is started now would only fail again; None when it may go well. folder: results/<run>/…/<job>."""
     failure = read_failure(folder)
     if failure is None:
-        return False
+        return None
     try:
         key = launch_key(LaunchJob.read(folder / "launch.json").inputs)
     except UserError:
-        return False
-    return failure.is_current(key, invocation(folder.parents[2], plan.run))
+        return None
+    run = folder.parents[1]
+    return failure if failure.is_current(key, invocation(run.parent, run.name)) else None
 
 
 def _a_minute(plan: Plan, request: SlurmRequest) -> SlurmRequest:

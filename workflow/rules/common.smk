@@ -25,7 +25,7 @@ from longhaul.rules import (
 from longhaul.lease import RunLease
 from longhaul.payloads import repository_sources, shared_artifacts
 from longhaul.plan import lock_path
-from longhaul.room import call_off, tell_at_exit
+from longhaul import room, verdict
 from longhaul.submission import require_nodes, submitted_request
 from longhaul.slurm_executor import mend_executor
 from longhaul.supervise.slurm_client import job_has_ended
@@ -38,8 +38,10 @@ shell.prefix(
     "set -euo pipefail; "
     f'longhaul() {{{{ PYTHONPATH={shlex.quote(workflow.basedir)}/workflow {shlex.quote(sys.executable)} -m longhaul "$@"; }}}}; '
 )
-if workflow.is_main_process and PLAN.site.scheduler == "slurm":
-    mend_executor(PLAN.site.requeue)
+if workflow.is_main_process:
+    verdict.end_retries()
+    if PLAN.site.scheduler == "slurm":
+        mend_executor(PLAN.site.requeue)
 LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
 
 
@@ -117,6 +119,14 @@ def start_run():
     """One main Snakemake per run, a second one is refused by name; it writes what the jobs are started with."""
     if workflow.is_main_process:
         RunLease(Path("results") / f"{PLAN.run}.lease.json").take(job_has_ended)
-        tell_at_exit(Path("results"))
+        room.tell_at_exit(Path("results"))
         or_exit(require_nodes, PLAN, Path.cwd())
         render_run(PLAN, Path.cwd())
+        or_exit(verdict.require_hope, workflow.dag.needrun_jobs())
+        verdict.tell_failures_at_exit(Path("results") / PLAN.run)
+
+
+def call_off():
+    """A run that succeeded has nothing to explain."""
+    room.call_off()
+    verdict.call_off()
