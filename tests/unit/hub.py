@@ -93,7 +93,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = path.read_bytes()
         if with_body:
             self.server.served.append(f"{name}/{file}")
-        self._send(200, body, {"ETag": f'"{_digest(body)}"', "X-Repo-Commit": COMMIT}, with_body)
+        status = 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
+            status, body = 206, body[int(wanted[1]) : int(wanted[2]) + 1 if wanted[2] else None]
+        self._send(status, body, {"ETag": f'"{_digest(body)}"', "X-Repo-Commit": COMMIT}, with_body)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, with_body: bool = True) -> None:
         self.send_response(status)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from chain import SECRETS, leaks
@@ -170,6 +172,38 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(
     assert sent - {"README.md"} == set(wanted)
 
 
+def test_the_first_documents_are_streamed_and_nothing_else_comes(tmp_path: Path, hub: Hub):
+    """`datasets` looks a file ahead, no further. Another number is another file, the same one is there already."""
+    parquet = tmp_path / "served" / "datasets" / "org" / "columns" / "train.parquet"
+    parquet.parent.mkdir()
+    for file in range(6):
+        path = tmp_path / "served" / "datasets" / "org" / "many" / f"train-0000{file}-of-00006.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": f"{file}.{row}", "id": row}) + "\n" for row in range(3)))
+    pyarrow.parquet.write_table(pa.table({"id": [b"\xff"] * 3, "text": ["p", "q", "r"]}), parquet, row_group_size=1)
+
+    def texts(count: int, source: dict[str, Any]) -> list[str]:
+        changes = {"datasets": {"prose": {"kind": "text", "hub": {**source, "max_documents": count}}}}
+        done = fetch(tmp_path, hub.url, changes)
+        assert done.returncode == 0, done.stderr
+        prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
+        (file,) = prose["files"]
+        rows = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+        assert prose["revision"] == COMMIT and prose["documents"] == len(rows)
+        assert all(set(row) == {"text"} for row in rows)
+        return [row["text"] for row in rows]
+
+    many = {"id": "org/many"}
+    assert texts(1, many) == ["0.0"]
+    assert texts(3, many) == ["0.0", "0.1", "0.2"]
+    first_two = {f"org/many/train-0000{file}-of-00006.jsonl" for file in range(2)}
+    assert {name for name in hub.served if "many" in name} <= first_two
+    hub.served.clear()
+    assert texts(3, many) == ["0.0", "0.1", "0.2"] and hub.served == []
+    assert len(texts(99, many)) == 18
+    assert texts(2, {"id": "org/columns"}) == ["p", "q"]
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
     "no safetensors": (
@@ -188,6 +222,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such split": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "en", "split": "trai"}}}},
         "configuration en, has no split 'trai'",
+    ),
+    "no such column in a stream": (
+        {
+            "datasets": {
+                "prose": {
+                    "kind": "text",
+                    "hub": {"id": "org/text", "name": "de", "max_documents": 3},
+                    "columns": {"text": "body"},
+                }
+            }
+        },
+        "row 1: there is no column 'body'",
+    ),
+    "no such split to stream": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/bare", "split": "dev", "max_documents": 3}}}},
+        "has no split 'dev'",
     ),
     "a format that is not read": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/pictures"}}}},

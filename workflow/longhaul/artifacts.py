@@ -124,7 +124,8 @@ class Lock(Artifact):
     """What fetch pinned: `results/<run>.lock.json`.
 
     sources: "tokenizer", "model" or a dataset's name -> {"hub": id, "revision": commit, "path": folder,
-             "files": [data files]} (hub) or {"path", "files", "documents", "skipped_files", "bytes"} (python_stdlib).
+             "files": [data files]} (hub; streamed rows with "documents" and "sha256" of their one file) or
+             {"path", "files", "documents", "skipped_files", "bytes"} (python_stdlib).
     model:   the Hugging Face config.json of a pretrained model, as a dict; empty when the model is built from the config.
     """
 

@@ -31,6 +31,9 @@ class HubDataset(HubSource):
 
     name: Name | None = Field(default=None, description="Configuration of the data set, where it has several.")
     split: OneLine = Field(default="train", description="Split to read; the validation split is taken from it by hash.")
+    max_documents: Count | None = Field(
+        default=None, description="Stream the split's first documents, so many, in place of downloading its files."
+    )
 
 
 class PythonStdlib(Frozen):

@@ -6,14 +6,14 @@ import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from longhaul.artifacts import Lock
 from longhaul.config.fields import HubSource
 from longhaul.config.load import LoadedConfig
-from longhaul.config.models import HubDataset
+from longhaul.config.models import Dataset, HubDataset
 from longhaul.errors import UserError
+from longhaul.fetch.splits import split_files, stream
 from longhaul.fetch.stdlib import collect
 from longhaul.plan.sources import model_folder
 
@@ -39,7 +39,7 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
         model = model_folder(Path(sources["model"]["path"]), "model.pretrained.hub")
     for name, dataset in config.datasets.items():
         if dataset.hub:
-            sources[name] = _dataset(dataset.hub)
+            sources[name] = _dataset(dataset.hub, dataset, folder / f"{name}.jsonl")
         elif dataset.python_stdlib:
             sources[name] = collect(dataset.kind, dataset.python_stdlib, folder / f"{name}.jsonl", dataset.columns)
     return Lock(sources=sources, model=model)
@@ -55,12 +55,14 @@ def _snapshot(source: HubSource, kind: str, patterns: list[str]) -> dict[str, An
     return {"hub": source.id, "revision": commit, "path": str(path)}
 
 
-def _dataset(source: HubDataset) -> dict[str, Any]:
-    """The data files of one configuration and split alone: a data set's others may be terabytes."""
+def _dataset(source: HubDataset, dataset: Dataset, streamed: Path) -> dict[str, Any]:
+    """The data files of one configuration and split alone, or their first rows: a data set's others may be terabytes."""
     from huggingface_hub import HfApi, snapshot_download
 
     with _asking(source, "dataset"):
         commit = str(HfApi().dataset_info(source.id, revision=source.revision).sha)
+        if source.max_documents:
+            return {"hub": source.id, "revision": commit, **stream(source, commit, dataset, streamed)}
         names = _data_files(source, commit)
         patterns = [glob.escape(name) for name in names]
         path = snapshot_download(source.id, revision=commit, repo_type="dataset", allow_patterns=patterns)
@@ -69,41 +71,15 @@ def _dataset(source: HubDataset) -> dict[str, Any]:
 
 
 def _data_files(source: HubDataset, commit: str) -> list[str]:
-    """The files that `datasets` reads for a configuration and split: by the card's `configs`, else by its patterns of names.
-
-    Raises:
-        UserError: there is no such configuration or split, or longhaul does not read its files' format.
-    """
-    configuration = _configuration(source, commit)
-    splits = configuration.data_files or {}
-    where = f"dataset {source.id} at {commit}, configuration {configuration.name}"
-    if source.split not in splits:
-        raise UserError(f"{where}, has no split {source.split!r}", f"its splits are {', '.join(map(str, splits))}")
-    root = f"hf://datasets/{source.id}@{commit}/"
-    names = [str(file).removeprefix(root) for file in splits[source.split]]
+    """The files of a configuration and split; UserError also where longhaul does not read their format."""
+    names = split_files(source, commit)
     for name in names:
         if not name.removesuffix(".gz").removesuffix(".zst").endswith(_DATA_ENDINGS):
             raise UserError(
-                f"{where}: {name} is in a format that is not read here",
+                f"dataset {source.id} at {commit}: {name} is in a format that is not read here",
                 f"read are {', '.join(_DATA_ENDINGS)}, with .gz or .zst too; convert the split and give `files`",
             )
     return names
-
-
-def _configuration(source: HubDataset, commit: str) -> Any:
-    """The builder configuration that `datasets` makes of the card and the files, no row read: name, and split -> files."""
-    from datasets import load_dataset_builder
-
-    try:
-        # What an earlier call left in a cache would stand in for an answer of the hub.
-        with TemporaryDirectory() as cache:
-            return load_dataset_builder(source.id, source.name, revision=commit, cache_dir=cache).config
-    except (ValueError, TypeError, RuntimeError) as error:  # a wrong name, no name where several are, a broken card
-        reason = " ".join(str(error).split("\n")[:2])
-        raise UserError(
-            f"dataset {source.id} at {commit}, name {source.name!r}: {reason}",
-            "set the dataset's hub `name` to one of its configurations, or download it and give `files`",
-        ) from None
 
 
 @contextmanager
