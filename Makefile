@@ -29,7 +29,7 @@ test: setup test-packages  ## every test, the real Slurm cluster included
 test-gpu: setup  ## the chain on this machine's GPUs (needs torch's CUDA build in .venv)
 	$(BIN)/pytest tests/gpu -rA
 
-test-packages: setup  ## install what the cluster and browser tests need (Debian packages), or say what is left out
+test-packages: setup  ## install what the cluster, browser and file system tests need (Debian packages), or say what is left out
 	@$(CLUSTER) install
 
 check: setup  ## linters, types, import layers, rule files, shell scripts, generated files

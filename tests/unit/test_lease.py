@@ -40,7 +40,7 @@ def test_a_living_holder_keeps_it(tmp_path: Path):
 
 @pytest.mark.parametrize("reused", [False, True], ids=["ended", "another process has its number"])
 def test_a_dead_holder_of_this_host_loses_it(tmp_path: Path, reused: bool):
-    dead = replace(Holder.this_process(), started_s=1.0) if reused else dead_process()
+    dead = replace(Holder.this_process(), started="1.00000000") if reused else dead_process()
     held_by(tmp_path / "lease", dead)
     lease = Lease(tmp_path / "lease")
     assert lease.try_acquire() and lease.current() == lease.holder

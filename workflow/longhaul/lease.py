@@ -16,25 +16,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from longhaul.errors import UserError
+from longhaul.shared_files import appears
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease; `started_s` tells a process from a later one with the same number; `job_id` is Slurm's."""
+    """Who holds a lease; `started` tells a process from a later one with the same number; `job_id` is Slurm's."""
 
     host: str
     pid: int
-    started_s: float
+    started: str | None
     job_id: str | None = None
 
     @classmethod
     def this_process(cls) -> Holder:
         # the executor plugin drops Slurm's variables from the main process; controller.sbatch says it by another name
         job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("LONGHAUL_JOB_ID")
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job_id)
+        return cls(socket.gethostname(), os.getpid(), process_start(os.getpid()), job_id)
 
     def __str__(self) -> str:
         job = f" (job {self.job_id})" if self.job_id else ""
@@ -42,12 +41,21 @@ class Holder:
 
     def is_gone(self) -> bool:
         """True when the holder is surely dead: on this host, and its process is not there any more."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_s) > 1.0
-        except psutil.NoSuchProcess:
-            return True
+        return self.host == socket.gethostname() and process_start(self.pid) != self.started
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host began, in clock ticks since that boot of it; None when it has ended.
+
+    A date would not do: the kernel counts ticks, and what date that was changes when the host's clock is set.
+    """
+    try:
+        _, _, after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *rest = after_name.split()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    return None if state == "Z" else f"{rest[18]}.{boot}"
 
 
 class Lease:
@@ -65,6 +73,8 @@ class Lease:
             if self._link():
                 return True
             holder = self.current()
+            if holder is None and not appears(self.path):
+                continue
             if holder is None or not holder.is_gone():
                 return False
             self.clear(holder)
@@ -78,7 +88,8 @@ class Lease:
             os.link(whole, self.path)
             return True
         except FileExistsError:
-            return False
+            # NFS may repeat a request whose answer was lost: then the name is our own file's
+            return whole.stat().st_nlink == 2
         finally:
             whole.unlink(missing_ok=True)
 

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 import uuid
 from pathlib import Path
 
@@ -131,8 +130,10 @@ def _nobody_has_open(path: Path) -> bool:
 
 
 def _idle_s(folder: Path) -> float:
-    """Seconds since anything in the folder, or the folder itself, was written."""
-    return time.time() - max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
+    """Seconds since anything in the folder, or the folder itself, was written, by the file system's own clock."""
+    with tempfile.TemporaryFile(dir=folder.parent) as now:
+        now_s = os.fstat(now.fileno()).st_mtime
+    return now_s - max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 def _set_aside(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 from longhaul.artifacts import Artifact, content_hash
 from longhaul.errors import DISK_FULL, DiskFull, UserError
 from longhaul.ranks import Rank
+from longhaul.shared_files import appears, names
 
 PERMANENT, TRANSIENT, NODE, WALLTIME, CANCELLED = "permanent", "transient", "node", "walltime", "cancelled"
 SIGNALLED = "asked to end by a signal"
@@ -121,10 +122,16 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def read_deadline(folder: Path) -> Deadline | None:
-    return _read(Deadline, folder / "deadline.json")
+    """Of the supervisor on this host: it is read every second."""
+    return _read_here(Deadline, folder / "deadline.json")
 
 
 def _read(kind, path: Path):
+    """What may have been written by another host, where this one remembers that it was not there."""
+    return _read_here(kind, path) if appears(path) else None
+
+
+def _read_here(kind, path: Path):
     try:
         return kind.read(path)
     except (UserError, OSError):
@@ -194,7 +201,8 @@ def _free_bytes(path: Path) -> int:
 
 def rank_failures(folder: Path) -> list[Failure]:
     """What the processes of the last attempt said, permanent reasons first, then by rank."""
-    found = [_read(Failure, path) for path in sorted((folder / "failures").glob("*.json"))]
+    said = folder / "failures"
+    found = [_read(Failure, said / name) for name in sorted(names(said)) if name.endswith(".json")]
     return sorted((f for f in found if f), key=lambda f: (f.failure_class != PERMANENT, f.failure_class != NODE))
 
 

@@ -33,6 +33,7 @@ from longhaul.data.readers import documents_of
 from longhaul.data.units import Source, Unit, cut
 from longhaul.data.work import RECORD, Task, Worker, of_documents, remove_leftovers
 from longhaul.errors import UserError
+from longhaul.lease import process_start
 
 SMALL = dataset(unit_mb=0.02)
 
@@ -82,7 +83,9 @@ def test_leftovers_of_processes_that_are_gone_are_removed(tmp_path: Path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     host = socket.gethostname()
-    names = {f".u-{host}-{ended.pid}-a": False, f".u-{host}-{os.getpid()}-b": True, ".u-other-host-1-c": True}
+    mine = f".u-{host}-{os.getpid()}-{process_start(os.getpid())}-b"
+    names = {f".u-{host}-{ended.pid}-9.ab-a": False, mine: True, f".u-{host}-{os.getpid()}-9.ab-c": False}
+    names[".u-other-host-1-9.ab-d"] = True
     for name in names:
         (tmp_path / name / "unit").mkdir(parents=True)
     remove_leftovers(tmp_path)

@@ -18,6 +18,7 @@ from longhaul.data.units import Source, Unit, cut
 from longhaul.data.work import Task
 from longhaul.errors import UserError
 from longhaul.jobs import TokenizeJob
+from longhaul.shared_files import appears
 
 _LAYOUT_VERSION = 3
 _SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
@@ -67,13 +68,13 @@ class Corpus:
 
     def choice(self) -> Choice:
         """The encoder to take now: the chosen one, until a unit of these sources finds it out."""
-        if self._refuted.exists():
+        if appears(self._refuted):
             return Choice(Reference.name, read_json(self._refuted)["reason"])
         return self.chosen
 
     def refute(self, reason: str) -> None:
         """Tells all jobs of the dataset that the fast encoder's ids are wrong; the first reason stands."""
-        if not self._refuted.exists():
+        if not appears(self._refuted):
             write_json(self._refuted, {"reason": reason})
 
     @cached_property

@@ -15,13 +15,12 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from longhaul.artifacts import TokenizerManifest, read_json, write_json
 from longhaul.config.models import Dataset
@@ -31,6 +30,8 @@ from longhaul.data.indexed import SplitWriter, token_dtype
 from longhaul.data.progress import Counters
 from longhaul.data.readers import Document, documents_of, no_documents
 from longhaul.data.units import Piece, Source, Unit
+from longhaul.lease import process_start
+from longhaul.shared_files import appears
 
 RECORD = "record.json"
 _KEYS = "keys.bin"
@@ -188,7 +189,7 @@ def published(root: Path, folder: Path, last: str) -> Iterator[Path]:
 
     Where another has been there first, with its file `last` in it, this one is thrown away.
     """
-    prefix = f".{folder.name}-{socket.gethostname()}-{os.getpid()}-"
+    prefix = f".{folder.name}-{socket.gethostname()}-{os.getpid()}-{process_start(os.getpid())}-"
     with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as temporary:
         made = Path(temporary) / "unit"
         made.mkdir()
@@ -196,24 +197,13 @@ def published(root: Path, folder: Path, last: str) -> Iterator[Path]:
         try:
             made.rename(folder)
         except OSError:
-            if not (folder / last).is_file():
+            if not appears(folder / last):
                 raise
 
 
 def remove_leftovers(root: Path) -> None:
     """Half-written units of processes of this host that are gone."""
-    for leftover in root.glob(".*-*-*-*"):
-        _, *host, pid, _ = leftover.name.split("-")
-        with suppress(FileNotFoundError):
-            made_s = leftover.stat().st_ctime
-            if "-".join(host) == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid), made_s):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_alive(pid: int, since_s: float) -> bool:
-    """Whether the process that was there at that time still runs; its number may be another's by now."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since_s + 1
-    except psutil.NoSuchProcess:
-        return False
+    for leftover in root.glob(".*-*-*-*-*"):
+        _, *host, pid, started, _ = leftover.name.split("-")
+        if "-".join(host) == socket.gethostname() and pid.isdigit() and process_start(int(pid)) != started:
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -6,11 +6,14 @@ import threading
 from pathlib import Path
 
 from longhaul.records import Deadline, read_deadline
-from longhaul.supervise.slurm_client import SlurmSilentError, job_info
+from longhaul.supervise.slurm_client import SlurmSilentError, clock_ahead_s, job_info
 
 
 class DeadlineKeeper:
-    """Asks Slurm every `every_s` seconds, and at once when `ask` is called, for the length of a `with` block."""
+    """Asks Slurm every `every_s` seconds, and at once when `ask` is called, for the length of a `with` block.
+
+    The end is written by this host's clock, which is rank 0's; slurmctld's may be minutes away.
+    """
 
     def __init__(self, job_id: str, folder: Path, every_s: float) -> None:
         self._job_id, self._folder, self._every_s = job_id, folder, every_s
@@ -19,6 +22,7 @@ class DeadlineKeeper:
 
     def __enter__(self) -> DeadlineKeeper:
         (self._folder / "deadline.json").unlink(missing_ok=True)
+        self._ahead_s = clock_ahead_s()
         self._thread.start()
         return self
 
@@ -37,11 +41,15 @@ class DeadlineKeeper:
             self._wake.wait(self._every_s)
             self._wake.clear()
 
+    def _on_this_clock(self, slurm_s: float | None) -> float | None:
+        return None if slurm_s is None else slurm_s + self._ahead_s
+
     def _refresh(self) -> None:
         try:
             info = job_info(self._job_id)
             # Of a job that was ended, EndTime is now: scancel must not look like the end of the allocation.
-            found = Deadline(info.end_s, info.preempted) if info and info.state == "RUNNING" else None
+            running = info if info and info.state == "RUNNING" else None
+            found = running and Deadline(self._on_this_clock(running.end_s), running.preempted)
             if found and found != read_deadline(self._folder):
                 found.write(self._folder / "deadline.json")
         except (SlurmSilentError, OSError) as error:

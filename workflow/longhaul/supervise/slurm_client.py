@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,10 @@ class SlurmSilentError(Exception):
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as `scontrol show job` has it; submit_s (of its last queueing) and end_s in seconds since the epoch."""
+    """One job as `scontrol show job` has it; submit_s (of its last queueing) and end_s in seconds since the epoch.
+
+    Both by slurmctld's clock: add `clock_ahead_s` for this host's.
+    """
 
     state: str
     nodes: int
@@ -87,6 +91,20 @@ def _parsed(shown: str) -> JobInfo:
         partition=found.get("Partition", ""),
         reason=found.get("Reason", "None"),
     )
+
+
+def clock_ahead_s() -> float:
+    """This host's clock minus slurmctld's, at least, to a second; 0 when Slurm does not answer.
+
+    scontrol reckons RunTime and TimeLeft by its own host's clock; only the date of the configuration is slurmctld's now.
+    """
+    before_s = time.time()
+    try:
+        found = re.search(r"Configuration data as of (\S+)", _scontrol("show", "config"))
+    except SlurmSilentError:
+        return 0.0
+    answered_s = _seconds(found[1]) if found else None
+    return 0.0 if answered_s is None else before_s - answered_s - 1.0  # it was up to a second later
 
 
 def job_has_ended(job_id: str) -> bool:

@@ -108,7 +108,9 @@ class Supervisor:
                 "drop --set-resources, or set nodes in the config",
             )
         self.nodes = slurm_client.hostnames(info.node_list)
-        self.partition, self.queued_since_s = info.partition, info.submit_s
+        self.partition = info.partition
+        if info.submit_s is not None:
+            self.queued_since_s = info.submit_s + slurm_client.clock_ahead_s()
         self._wait_for_other_jobs()
 
     def _wait_for_other_jobs(self) -> None:
@@ -161,6 +163,8 @@ class Supervisor:
     def _execute(self, command: list[str]) -> int:
         with subprocess.Popen(command, env=self._environment(), start_new_session=not self.job.slurm) as child:
             self._child = child
+            if self.ended_by:  # by a signal that came before the child was known
+                self._pass_on()
             code = child.wait()
         self._child = None
         return code
@@ -329,8 +333,8 @@ class Supervisor:
             self.ended_by = number
             if self.job.slurm and self._keeper:
                 self._keeper.ask()
-            elif self._child:
-                os.killpg(self._child.pid, signal.SIGTERM)
+            else:
+                self._pass_on()
 
         self._keeper = None
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -339,6 +343,11 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _pass_on(self) -> None:
+        """SIGTERM for the processes below; in a job Slurm sends it itself."""
+        if self._child and not self.job.slurm:
+            os.killpg(self._child.pid, signal.SIGTERM)
 
 
 def _patiently(job_id: str, unknown_is_gone: bool = False) -> JobInfo:

@@ -17,10 +17,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import file_sha256, read_json
+from longhaul.shared_files import appears, names
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
@@ -51,9 +53,10 @@ def complete_checkpoints(weights: Path) -> dict[int, Path]:
 def wrong_sizes(folder: Path) -> str | None:
     """The first file that is missing or has another size than the manifest states; None when there is none."""
     try:
+        names(folder)  # what this host remembers of it may be another save of the same step
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, entry in files.items():
-            if (found := (folder / name).stat().st_size) != entry["bytes"]:
+            if (found := _size(folder / name, entry["bytes"])) != entry["bytes"]:
                 return f"{name} has {found} bytes, its manifest states {entry['bytes']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
@@ -62,8 +65,19 @@ def wrong_sizes(folder: Path) -> str | None:
     return None
 
 
+def _size(path: Path, stated_bytes: int) -> int:
+    """A file's bytes; where they are not those that are stated, the server is asked, as NFS does when a file is opened."""
+    with suppress(FileNotFoundError):
+        if path.stat().st_size == stated_bytes:
+            return stated_bytes
+    appears(path)
+    with path.open("rb") as stream:
+        return os.fstat(stream.fileno()).st_size
+
+
 def wrong_hashes(folder: Path, files: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[str]:
     """Of the given entries of a manifest, those whose bytes have not the stated SHA-256."""
+    names(folder)  # as another rank may have just renamed it
     for name, entry in files:
         try:
             if file_sha256(folder / name) != entry["sha256"]:

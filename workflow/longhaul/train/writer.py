@@ -15,10 +15,12 @@ from pathlib import Path
 
 from longhaul.artifacts import write_text
 from longhaul.lease import Holder, Lease
+from longhaul.shared_files import REMEMBERED_S
 from longhaul.train.processes import Processes
 
 BEAT_S = 5.0
-DEAD_AFTER_S = 60.0
+DEAD_AFTER_S = REMEMBERED_S + 3 * BEAT_S
+"""A count may be seen as late as a file system's clients remember."""
 SAME_JOB_BEATS = 3
 """An earlier attempt of this very job is waited for no longer: Slurm has ended its processes where it reaches them."""
 _RETRY_S = 0.5
