@@ -1,8 +1,10 @@
-"""Mends two defects of snakemake-executor-plugin-slurm (2.x) in the main process, with which a run may wait for ever.
+"""Mends three defects of snakemake-executor-plugin-slurm (2.x) in the main process, with which a run may wait for ever.
 
 The plugin's `check_active_jobs` hands back the jobs that still run; Snakemake forgets those that it does not.
 - When no status query succeeds, because slurmctld restarts or its network is away, the plugin hands back none, and Snakemake
   waits for jobs that it never asks about again (upstream issue 207). Here a job of which nothing was said counts as running.
+- It reports a job that its user cancelled in the queue as any failure, which Snakemake tries again; no supervisor was there to
+  write down why. Here that is done for it.
 - It leaves a preempted job to Slurm, which does nothing where preemption cancels (PreemptMode=CANCEL). Here such a job is
   queued again under its own id, or fails, so that a retry submits another.
 """
@@ -12,7 +14,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from longhaul.errors import UserError
+from longhaul.records import CANCELLED, Failure, invocation
 from longhaul.supervise import slurm_client
+from longhaul.verdict import folder_of
 
 Requeue = Callable[[str], str]
 
@@ -48,6 +53,20 @@ def _requeue_preempted(executor: Any, jobs: list[Any], requeue: Requeue) -> None
             executor.report_job_error(job, msg=f"job {job.external_jobid} was preempted; not queued again: {refused}. ")
 
 
+def _write_down_a_cancelled_wait(job: Any) -> None:
+    """failure.json of a job that was cancelled before it began; job: a SubmittedJobInfo that ended badly."""
+    try:
+        info = slurm_client.job_info(job.external_jobid)
+    except (slurm_client.SlurmSilentError, UserError):
+        return
+    folder = folder_of(job.job)
+    if folder and info and info.state == "CANCELLED" and info.has_not_begun:
+        cause = f"job {job.external_jobid} was cancelled by scancel while it waited in the queue"
+        this_main = invocation(folder.parents[2], folder.parents[1].name)
+        failure = Failure(CANCELLED, cause, "the next run goes on", job_id=job.external_jobid, invocation=this_main)
+        failure.write(folder / "failure.json")
+
+
 class _Reports:
     """Notes the jobs that an executor reports as ended, for the length of a `with` block."""
 
@@ -55,16 +74,18 @@ class _Reports:
         self._executor, self._ended = executor, ended
 
     def __enter__(self) -> None:
-        for name in ("report_job_success", "report_job_error"):
-            setattr(self._executor, name, self._noting(getattr(self._executor, name)))
+        executor = self._executor
+        executor.report_job_success = self._noting(executor.report_job_success)
+        executor.report_job_error = self._noting(executor.report_job_error, _write_down_a_cancelled_wait)
 
     def __exit__(self, *_: object) -> None:
         for name in ("report_job_success", "report_job_error"):
             delattr(self._executor, name)
 
-    def _noting(self, report: Any) -> Any:
+    def _noting(self, report: Any, before: Callable[[Any], None] = lambda job: None) -> Any:
         def noted(job: Any, *arguments: Any, **options: Any) -> None:
             self._ended.add(id(job))
+            before(job)
             report(job, *arguments, **options)
 
         return noted

@@ -51,6 +51,11 @@ class JobInfo:
         return self.state in _ENDED
 
     @property
+    def has_not_begun(self) -> bool:
+        """Whether it never had nodes."""
+        return self.node_list in ("", "(null)")
+
+    @property
     def is_cancelled(self) -> bool:
         """By scancel. While its processes end, COMPLETING hides that.
 
