@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from snakemake.jobs import Job
@@ -58,21 +58,14 @@ def test_what_may_go_well_next_time_is_tried_again_and_nothing_else(
     assert _restart_times(snakemakes(None), 10) == 10, "a rule of this machine"
 
 
-@pytest.fixture
-def retries_ended() -> Iterator[None]:
-    usual = Job.restart_times
-    end_retries()
-    yield
-    Job.restart_times = usual
-
-
-@pytest.mark.usefixtures("retries_ended")
-def test_snakemakes_own_jobs_ask(made: LaunchJob):
+def test_snakemakes_own_jobs_ask(made: LaunchJob, monkeypatch: pytest.MonkeyPatch):
     """The property that its scheduler compares with the attempt."""
-    asked = Job.restart_times.fget
-    assert asked(snakemakes(made)) == 10  # pyright: ignore[reportOptionalCall]
+    monkeypatch.setattr(Job, "restart_times", Job.restart_times)  # put back after the test
+    end_retries()
+    asked: Any = Job.restart_times
+    assert asked.fget(snakemakes(made)) == 10
     fails(made, PERMANENT)
-    assert asked(snakemakes(made)) == 0  # pyright: ignore[reportOptionalCall]
+    assert asked.fget(snakemakes(made)) == 0
 
 
 def test_a_reason_that_stays_is_told_before_anything_is_submitted(made: LaunchJob):

@@ -21,8 +21,8 @@ def end_retries() -> None:
     """Patches Snakemake's job class in the main process, whatever the executor: see `_restart_times`."""
     from snakemake.jobs import Job
 
-    usual = Job.restart_times.fget
-    Job.restart_times = property(lambda job: _restart_times(job, usual(job)))  # pyright: ignore[reportOptionalCall]
+    usual: Any = Job.restart_times
+    setattr(Job, "restart_times", property(lambda job: _restart_times(job, usual.fget(job))))  # noqa: B010
 
 
 def _restart_times(job: Any, usual: int) -> int:
