@@ -45,6 +45,7 @@ class JobInfo:
     submit_s: float | None = None
     partition: str = ""
     reason: str = "None"
+    restarts: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -55,13 +56,13 @@ class JobInfo:
         """Whether it never had nodes."""
         return self.node_list in ("", "(null)")
 
-    @property
-    def is_cancelled(self) -> bool:
-        """By scancel. While its processes end, COMPLETING hides that.
+    def is_cancelled(self, restarts: int) -> bool:
+        """By scancel; restarts: how often the job had been queued again when it started.
 
-        A time limit and a dead node are a Reason then, a preemption has its time, and what is queued again has no end.
+        While its processes end, COMPLETING hides why. A time limit and a dead node are a Reason then, a preemption has its time,
+        and what is queued again counts as restarted at once.
         """
-        ends_without_a_word = self.reason == "None" and self.end_s is not None and not self.preempted
+        ends_without_a_word = self.reason == "None" and not self.preempted and self.restarts == restarts
         return self.state == "CANCELLED" or (self.state == "COMPLETING" and ends_without_a_word)
 
     @property
@@ -95,6 +96,7 @@ def _parsed(shown: str) -> JobInfo:
         submit_s=_seconds(found.get("SubmitTime", "")),
         partition=found.get("Partition", ""),
         reason=found.get("Reason", "None"),
+        restarts=int(found.get("Restarts", 0)),
     )
 
 

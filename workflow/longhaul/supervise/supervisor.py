@@ -64,7 +64,7 @@ class Supervisor:
         self.job_id = os.environ.get("SLURM_JOB_ID") if job.slurm else None
         self.key, self.invocation = launch_key(job.inputs), invocation(Path("results"), job.run)
         self.nodes = [this_host()]
-        self.partition, self.queued_since_s = "", None
+        self.partition, self.queued_since_s, self.restarts = "", None, 0
         self.earlier_failure = read_failure(self.folder)
         self.leg, self.reached = 1, self._progress()
         self.ended_by: int | None = None
@@ -108,7 +108,7 @@ class Supervisor:
                 "drop --set-resources, or set nodes in the config",
             )
         self.nodes = slurm_client.hostnames(info.node_list)
-        self.partition = info.partition
+        self.partition, self.restarts = info.partition, info.restarts
         if info.submit_s is not None:
             self.queued_since_s = info.submit_s + slurm_client.clock_ahead_s()
         self._wait_for_other_jobs()
@@ -209,7 +209,7 @@ class Supervisor:
     def _end_as_told(self, failure: Failure) -> NoReturn:
         """SIGTERM is all that a batch script hears of scancel, a requeue and the time limit; Slurm tells them apart."""
         info = self._info()
-        if info and info.is_cancelled:
+        if info and info.is_cancelled(self.restarts):
             cause = "cancelled by scancel"
             self._fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy="the next run goes on"))
         if info and info.is_at_its_limit:
