@@ -6,7 +6,6 @@ A target of its own, `make test-gpu`, as it needs a GPU; `make test` does not co
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from chain import REPOSITORY, Chain, tiny_config, write_site
+from chain import Chain, tiny_config, write_site
 from longhaul.environment.facts import cuda_build
-
-sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish
 
 GPUS = torch.cuda.device_count()

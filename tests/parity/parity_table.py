@@ -64,12 +64,14 @@ def run(chosen: list[tuple[str, str]], folder: Path) -> list[Result]:
     return [_judge(cell, traces[cell[0]], shared, folder, failures.get(cell, "")) for cell in chosen]
 
 
-def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path) -> dict[tuple[str, ...], str]:
-    """Trains the cells in one set of processes; after one that fails, the others go on in new ones."""
+def train(
+    ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path, device: str = "cpu"
+) -> dict[tuple[str, ...], str]:
+    """Trains the cells in one set of processes, on "cpu" or "cuda"; after one that fails, the others go on in new ones."""
     failures = {}
     while chosen:
         names = ["/".join(cell) for cell in chosen]
-        done = _launch(ranks, names, shared, folder)
+        done = _launch(ranks, names, shared, folder, device)
         if done.returncode == 0:
             break
         output = done.stdout + done.stderr
@@ -81,12 +83,13 @@ def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path)
     return failures
 
 
-def _launch(ranks: int, names: list[str], shared: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def _launch(ranks: int, names: list[str], shared: Path, folder: Path, device: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(HERE / "worker.py"), str(shared), str(folder), *names]
     environment = {
         **os.environ,
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
+        "NVIDIA_TF32_OVERRIDE": "0",  # 10 significant bits, where fp32 is to be compared
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PARITY_PORT": str(_ports()),
@@ -120,8 +123,8 @@ def _judge(cell: tuple[str, str], trace: Any, shared: Path, folder: Path, failur
     rows = steps(own)
     if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
         return Result(*cell, problem=f"steps {[row['step'] for row in rows]}")
-    loss = _largest([row["loss"] for row in rows], trace.losses)
-    norm = _largest([row["grad_norm"] for row in rows], trace.norms)
+    loss = largest([row["loss"] for row in rows], trace.losses)
+    norm = largest([row["grad_norm"] for row in rows], trace.norms)
     try:
         logits, proof = _export(cell, trace, shared, own)
     except UserError as error:
@@ -138,7 +141,8 @@ def steps(cell: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row]
 
 
-def _largest(found: list[float], wanted: list[float]) -> float:
+def largest(found: list[float], wanted: list[float]) -> float:
+    """The largest relative difference."""
     return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -148,12 +152,8 @@ def _export(cell: tuple[str, str], trace: Any, shared: Path, own: Path) -> tuple
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from longhaul.convert import export
-
-    _, job = prepare(own, shared, config(*cell))
-    export.run(job)
-    proof = json.loads(Path(job.out).read_text())["proof"]
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    proof = prove(cell, shared, own)
+    model = AutoModelForCausalLM.from_pretrained(own / "export", dtype=torch.float32, attn_implementation="sdpa").eval()
     (prompts,) = own.glob(f"stages/main/weights/*/checkpoints/step-{STEPS:08d}/proof/logits.safetensors")
     ids = load_file(prompts)["input_ids"]
     with torch.no_grad():
@@ -161,6 +161,15 @@ def _export(cell: tuple[str, str], trace: Any, shared: Path, own: Path) -> tuple
     stated = "bits" if proof["logits"]["bit_equal"] else f"{proof['logits']['max_abs_difference']:.0e}"
     difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
     return difference, f"{proof['tensors']['equal']} tensors, logits {stated}"
+
+
+def prove(cell: tuple[str, str], shared: Path, own: Path) -> dict[str, Any]:
+    """Exports the last checkpoint of a cell to own/export; the proof, without which there is no export."""
+    from longhaul.convert import export
+
+    _, job = prepare(own, shared, config(*cell))
+    export.run(job)
+    return json.loads(Path(job.out).read_text())["proof"]
 
 
 def main() -> int:
