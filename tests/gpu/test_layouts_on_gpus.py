@@ -27,6 +27,8 @@ AXES: dict[str, dict[str, Any]] = {
 EXACT: dict[str, dict[str, Any]] = {
     PLAIN: {},
     **AXES,
+    **{f"zero3-{axis}": {**AXES[axis], "zero": {"stage": 3}} for axis in ("tensor", "expert")},
+    "pipeline-offloaded": {**AXES["pipeline"], "zero": {"stage": 1, "offload_optimizer": "cpu"}},
     "selective": {"activation_checkpointing": "selective"},
     "inputs-offloaded": {"activation_checkpointing": "offload"},
 }

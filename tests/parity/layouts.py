@@ -91,6 +91,8 @@ def _sent_in(data_type: str) -> dict[str, Any]:
 
 
 HALF = {"precision": "bf16"}
+OFFLOADED = {"offload_optimizer": "cpu"}
+ALL_OFFLOADED = {"offload_optimizer": "cpu", "offload_param": "cpu"}
 MIXTURES = ("qwen3_moe", "deepseek_v3")
 LAYOUTS: dict[str, Layout] = {
     "one": _layout(1, 0, 8),
@@ -102,8 +104,8 @@ LAYOUTS: dict[str, Layout] = {
     "data 4, ZeRO 3": _layout(4, 3, 2),
     "data 4, ZeRO 3, recompute": _layout(4, 3, more={"activation_checkpointing": "full"}),
     "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"hierarchical_partition": 2}),
-    "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more={"offload_optimizer": "cpu"}),
-    "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more={"offload_optimizer": "cpu", "offload_param": "cpu"}),
+    "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more=OFFLOADED),
+    "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more=ALL_OFFLOADED),
     "data 2, ZeRO 0, gradients sent in bf16": _layout(2, 0, 2, more=_sent_in("bf16")),
     "data 2, ZeRO 1, gradients sent in fp16": _layout(2, 1, 2, more=_sent_in("fp16")),
     "data 2, ZeRO 2, gradients sent in bf16": _layout(2, 2, 2, more=_sent_in("bf16")),
@@ -125,6 +127,20 @@ LAYOUTS: dict[str, Layout] = {
     "expert 2, tensor 2": _layout(4, 1, 2, MIXTURES, expert=2, tensor=2),
     "expert 2, pipeline 2": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2),
     "expert 2, pipeline 2, tensor 2": _layout(8, 1, 2, MIXTURES, expert=2, pipeline=2, tensor=2),
+    "expert 2, data 4, ZeRO 3": _layout(4, 3, 2, MIXTURES, expert=2),
+    "expert 2, tensor 2, ZeRO 3": _layout(4, 3, 2, MIXTURES, expert=2, tensor=2),
+    "expert 2, data 4, ZeRO 3, recompute": _layout(
+        4, 3, 2, MIXTURES, expert=2, more={"activation_checkpointing": "full"}
+    ),
+    "expert 2, data 4, ZeRO 3, bf16": _layout(4, 3, 2, MIXTURES, expert=2, more=HALF),
+    "expert 4, ZeRO 3": _layout(4, 3, 1, MIXTURES, expert=4),
+    "tensor 2, data 2, ZeRO 3": _layout(4, 3, 2, tensor=2),
+    "tensor 2, ZeRO 3": _layout(2, 3, 2, tensor=2),
+    "tensor 2, data 2, ZeRO 3, all offloaded": _layout(4, 3, 2, tensor=2, zero_more=ALL_OFFLOADED),
+    "tensor 2, data 2, optimizer offloaded": _layout(4, 1, 2, tensor=2, zero_more=OFFLOADED),
+    "pipeline 2, data 2, optimizer offloaded": _layout(4, 1, 1, pipeline=2, zero_more=OFFLOADED),
+    "expert 2, data 4, ZeRO 2, optimizer offloaded": _layout(4, 2, 2, MIXTURES, expert=2, zero_more=OFFLOADED),
+    "expert 2, data 4, ZeRO 3, all offloaded": _layout(4, 3, 2, MIXTURES, expert=2, zero_more=ALL_OFFLOADED),
     "sequence 2": _layout(2, 1, 4, sequence=2),
     "sequence 2, data 2, ZeRO 3": _layout(4, 3, 2, sequence=2),
     "data 2, ZeRO 1, bf16": _layout(2, 1, 2, more=HALF),
@@ -143,6 +159,7 @@ SUBSET = (
     ("qwen3_moe", "expert 2, data 4, ZeRO 2"),
     ("deepseek_v3", "sequence 2, data 2, ZeRO 3"),
     ("deepseek_v3", "expert 2, tensor 2"),
+    ("deepseek_v3", "expert 2, tensor 2, ZeRO 3"),
     ("deepseek_v3", "expert 2, pipeline 2"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from longhaul.zero_checkpoint import open_master_weights, open_optimizer_state
 from parity_table import make_data
 from stages import HALF, STEPS, Leg, train
 
+Split = tuple[int, int, dict[str, int]]
 STOPPED = {"stop_after": HALF}
 MOVES = {
     "data 1 to 2": ((1, 1), (2, 1)),
@@ -22,15 +24,20 @@ MOVES = {
     "ZeRO 2 to 0": ((2, 2), (2, 0)),
     "ZeRO 0 to 2": ((2, 0), (2, 2)),
     "ZeRO 3, data 2 to 4": ((2, 3), (4, 3)),
+    "ZeRO 3, data 4 to 2": ((4, 3), (2, 3)),
 }
-
-
-CROSSINGS = {
-    "tensor 2 to ZeRO 3": ("llama", {"tensor": 2}, 3, {}),
-    "tensor 2 to pipeline 2": ("llama", {"tensor": 2}, 1, {"pipeline": 2}),
-    "pipeline 2 to tensor 2": ("llama", {"pipeline": 2}, 1, {"tensor": 2}),
-    "expert 2 to ZeRO 1": ("deepseek_v3", {"expert": 2}, 1, {}),
-    "expert 2 to pipeline 2": ("deepseek_v3", {"expert": 2}, 1, {"pipeline": 2}),
+# Name -> twin, and ranks, ZeRO stage and axes before and after.
+CROSSINGS: dict[str, tuple[str, Split, Split]] = {
+    "tensor 2 to ZeRO 3": ("llama", (2, 1, {"tensor": 2}), (2, 3, {})),
+    "tensor 2 to pipeline 2": ("llama", (2, 1, {"tensor": 2}), (2, 1, {"pipeline": 2})),
+    "pipeline 2 to tensor 2": ("llama", (2, 1, {"pipeline": 2}), (2, 1, {"tensor": 2})),
+    "pipeline 2, tensor 2 to data 4": ("llama", (4, 1, {"pipeline": 2, "tensor": 2}), (4, 1, {})),
+    "pipeline 2 to tensor 2, ZeRO 3": ("llama", (2, 1, {"pipeline": 2}), (4, 3, {"tensor": 2})),
+    "expert 2 to ZeRO 1": ("deepseek_v3", (2, 1, {"expert": 2}), (2, 1, {})),
+    "expert 2 to pipeline 2": ("deepseek_v3", (2, 1, {"expert": 2}), (2, 1, {"pipeline": 2})),
+    "pipeline 2, expert 2 to data 2": ("deepseek_v3", (4, 1, {"pipeline": 2, "expert": 2}), (2, 1, {})),
+    "ZeRO 1 to expert 2, ZeRO 3": ("deepseek_v3", (2, 1, {}), (4, 3, {"expert": 2})),
+    "expert 2, ZeRO 3 to tensor 2": ("deepseek_v3", (4, 3, {"expert": 2}), (2, 1, {"tensor": 2})),
 }
 
 
@@ -45,8 +52,7 @@ def legs(shared: Path) -> dict[str, Leg]:
     folder = shared.parent
     whole = Leg(folder / "whole", 2)
     halves = {layout: Leg(folder / f"half-{layout}", *layout, befalls=STOPPED) for layout, _ in MOVES.values()}
-    train(shared, whole, *(half for half in halves.values() if half.ranks == 2))
-    train(shared, *(half for half in halves.values() if half.ranks == 1))
+    train_all(shared, [whole, *halves.values()])
     found = {"whole": whole}
     for name, (before, after) in MOVES.items():
         for kind, befalls in (("again", {"save_again": True}), ("on", {})):
@@ -54,9 +60,14 @@ def legs(shared: Path) -> dict[str, Leg]:
             shutil.copytree(halves[before].folder, leg.folder)
             found[f"{name} {kind}"] = leg
         found[f"{name} half"] = halves[before]
-    for ranks in (1, 2, 4):
-        train(shared, *(leg for name, leg in found.items() if leg.ranks == ranks and name.endswith(("again", "on"))))
+    train_all(shared, [leg for name, leg in found.items() if name.endswith(("again", "on"))])
     return found
+
+
+def train_all(shared: Path, legs: list[Leg]) -> None:
+    """Those of one number of ranks share their processes."""
+    for ranks in sorted({leg.ranks for leg in legs}):
+        train(shared, *(leg for leg in legs if leg.ranks == ranks))
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -91,22 +102,40 @@ def test_no_sample_is_lost_and_losses_are_those_of_the_unchanged_run(legs: dict[
 
 
 @pytest.fixture(scope="module")
-def crossings(shared: Path) -> dict[str, tuple[Leg, Leg]]:
-    """Every crossing's stopped half, and the half that was loaded in the other split of the model and saved again."""
-    found = {}
-    for name, (twin, before, zero, after) in CROSSINGS.items():
-        stages = [{"parallel": axes, "expert_bias_rate": 0.01} for axes in (before, after)]
-        folder = shared.parent / name
-        half = Leg(folder / "half", 2, 1, stages[0], STOPPED, twin)
-        found[name] = (half, Leg(folder / "again", 2, zero, stages[1], {"save_again": True}, twin))
-    train(shared, *(half for half, _ in found.values()))
-    for half, again in found.values():
-        shutil.copytree(half.folder, again.folder)
-    train(shared, *(again for _, again in found.values()))
+def crossings(shared: Path) -> dict[str, Leg]:
+    """Of every twin the undisturbed run; of every crossing the stopped half, and what the other split of the model made of
+    it: saved again at once, and trained to the end."""
+    folder = shared.parent
+    found = {
+        twin: Leg(folder / twin, 2, stage=BALANCED, twin=twin) for twin in {twin for twin, _, _ in CROSSINGS.values()}
+    }
+    for name, (twin, before, _) in CROSSINGS.items():
+        found[f"{name} half"] = _split_leg(folder / name / "half", before, STOPPED, twin)
+    train_all(shared, list(found.values()))
+    for name, (twin, _, after) in CROSSINGS.items():
+        for kind, befalls in (("again", {"save_again": True}), ("on", {})):
+            found[f"{name} {kind}"] = _split_leg(folder / name / kind, after, befalls, twin)
+            shutil.copytree(found[f"{name} half"].folder, folder / name / kind)
+    train_all(shared, [leg for name, leg in found.items() if name.endswith(("again", "on"))])
     return found
 
 
+BALANCED = {"expert_bias_rate": 0.01}
+
+
+def _split_leg(folder: Path, split: Split, befalls: dict[str, Any], twin: str) -> Leg:
+    ranks, zero, axes = split
+    return Leg(folder, ranks, zero, {"parallel": axes, **BALANCED}, befalls, twin)
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("crossing", CROSSINGS)
-def test_another_split_of_the_model_takes_the_state_over(crossings: dict[str, tuple[Leg, Leg]], crossing: str):
-    """Losses of every split are held to the same reference by the parity table; so the state is what is left to prove."""
-    assert_same_state(*crossings[crossing])
+def test_another_split_of_the_model_takes_the_state_over(crossings: dict[str, Leg], crossing: str):
+    assert_same_state(crossings[f"{crossing} half"], crossings[f"{crossing} again"])
+
+
+@pytest.mark.parametrize("crossing", CROSSINGS)
+def test_losses_in_another_split_are_those_of_the_unchanged_run(crossings: dict[str, Leg], crossing: str):
+    whole, moved = crossings[CROSSINGS[crossing][0]], crossings[f"{crossing} on"]
+    assert moved.ended == "finished" and moved.sample_ids() == whole.sample_ids()
+    assert moved.losses() == pytest.approx(whole.losses(), rel=1e-5)

@@ -351,20 +351,20 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("pipeline 2 with ZeRO stage 2", "set zero.stage to 1"),
     ),
     (
-        "tensor parallelism with ZeRO 3",
-        {"stages.0.parallel": {"tensor": 2}, "stages.0.gpus_per_node": 2, "stages.0.zero": {"stage": 3}},
+        "tensor parallelism with ZeRO 0",
+        {"stages.0.parallel": {"tensor": 2}, "stages.0.gpus_per_node": 2, "stages.0.zero": {"stage": 0}},
         {},
-        ("tensor 2 with ZeRO stage 3 is not proved here", "set zero.stage to 1 or 2"),
+        ("tensor 2 with ZeRO stage 0", "set zero.stage to 1, 2 or 3"),
     ),
     (
-        "tensor parallelism with offload",
+        "a hierarchy with tensor ranks",
         {
             "stages.0.parallel": {"tensor": 2},
-            "stages.0.gpus_per_node": 2,
-            "stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"},
+            "stages.0.gpus_per_node": 4,
+            "stages.0.zero": {"stage": 3, "hierarchical_partition": 2},
         },
         {},
-        ("offload with parallel.tensor 2 is not proved here", "switch offload off"),
+        ("hierarchical_partition with tensor parallelism is not proved here", "drop the key"),
     ),
     (
         "sequence and tensor parallelism",

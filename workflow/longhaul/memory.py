@@ -68,7 +68,7 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
         optimizer=optimizer,
         activations=activations,
         logits=_logits(stage, sizes),
-        gathered=_gathered(stage, sizes, data_parallel),
+        gathered=_gathered(stage, sizes, data_parallel, dense + experts),
         buckets=_buckets(stage, dense + experts),
         update=_update(stage, dense, data_parallel) + _update(stage, experts, data_parallel // parallel.expert),
         host=host + offloaded,
@@ -125,14 +125,19 @@ def _update(stage: Stage, parameters: int, ranks: int) -> int:
     return (width + (0 if width == 4 else 4)) * parameters // ranks
 
 
-def _gathered(stage: Stage, sizes: Geometry, ranks: int) -> int:
-    """ZeRO-3 holds at least the layer at work whole, and prefetches up to DeepSpeed's stage3_max_live_parameters.
+def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
+    """ZeRO-3 has at least the layer at work in one piece, and prefetches up to DeepSpeed's stage3_max_live_parameters.
+
+    `held` are the parameters of this rank's part of the model, of which tensor and expert parallelism make layers smaller.
 
     A single rank's partition is the whole, which is only copied where it lies in CPU memory.
     """
     if stage.zero.stage < 3 or (ranks == 1 and stage.zero.offload_param == "none"):
         return 0
-    return COMPUTE_BYTES[stage.precision] * max(sizes.layer_max, min(sizes.total, _MAX_LIVE_PARAMETERS))
+    experts = sizes.layer_experts // stage.parallel.expert
+    split = sizes.layer_max - sizes.layer_experts + experts - sizes.layer_whole
+    layer = sizes.layer_whole + split // stage.parallel.tensor
+    return COMPUTE_BYTES[stage.precision] * max(layer, min(held, _MAX_LIVE_PARAMETERS))
 
 
 def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:

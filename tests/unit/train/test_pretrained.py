@@ -117,7 +117,8 @@ def test_stages_start_from_the_folder(folder, tmp_path: Path, changes: dict[str,
     save_file({name: tensor.contiguous() for name, tensor in wanted.items()}, tmp_path / "wanted.safetensors")
     job = payload(_plan(tmp_path, path, changes), "train-base")
     ds_config = tmp_path / "ds_config.json"
-    ds_config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}))
+    zero = {"stage": job.stage.zero.stage}
+    ds_config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
     job.model_copy(update={"deepspeed": str(ds_config)}).write(tmp_path / "stage.json")
     printed = spawn(
         HERE / "pretrained_worker.py", 2, str(tmp_path / "stage.json"), str(tmp_path / "wanted.safetensors")

@@ -201,7 +201,7 @@ class Parallel(Frozen):
         default=1, description="Ranks that split heads, inner widths and the vocabulary; keep it in a node."
     )
     pipeline: Count = Field(default=1, description="Stages of consecutive decoder layers; needs ZeRO 1.")
-    expert: Count = Field(default=1, description="Data-parallel ranks that split the routed experts; ZeRO 1 or 2.")
+    expert: Count = Field(default=1, description="Data-parallel ranks that split the routed experts; ZeRO 1 to 3.")
     sequence: Count = Field(default=1, description="Ranks that split the tokens of a sample (Ulysses).")
 
 

@@ -95,15 +95,11 @@ def _check_zero(stage: Stage) -> None:
             "set zero.stage to 1, or parallel.pipeline to 1",
         )
     split = [axis for axis in ("tensor", "pipeline", "expert") if getattr(parallel, axis) > 1]
-    if split and zero.stage not in (1, 2):
+    if split and zero.stage == 0:
         raise UserError(
-            f"{where}: parallel.{split[0]} {getattr(parallel, split[0])} with ZeRO stage {zero.stage} is not proved here",
-            f"set zero.stage to 1{'' if 'pipeline' in split else ' or 2'}, or {' and '.join(split)} to 1",
-        )
-    if split and (zero.offload_optimizer != "none" or zero.offload_param != "none"):
-        raise UserError(
-            f"{where}: offload with parallel.{split[0]} {getattr(parallel, split[0])} is not proved here",
-            f"switch offload off, or set {' and '.join(split)} to 1",
+            f"{where}: parallel.{split[0]} {getattr(parallel, split[0])} with ZeRO stage 0: the parts of a split model are "
+            "saved as ZeRO's masters, which stage 0 does not have",
+            f"set zero.stage to 1{'' if 'pipeline' in split else ', 2 or 3'}, or {' and '.join(split)} to 1",
         )
 
 
@@ -117,8 +113,10 @@ def _check_hierarchy(stage: Stage, world_size: int) -> None:
         )
     if world_size % ways:
         raise UserError(f"{where} {ways} does not divide the {world_size} ranks", f"use {_divisors(world_size)}")
-    if stage.parallel.sequence > 1 or stage.zero.offload_param != "none":
-        raise UserError(f"{where} with sequence parallelism or offloaded weights is not proved here", "drop the key")
+    others = [axis for axis, ranks in stage.parallel if ranks > 1]
+    if others or stage.zero.offload_param != "none":
+        what = f"{others[0]} parallelism" if others else "offloaded weights"
+        raise UserError(f"{where} with {what} is not proved here", "drop the key")
 
 
 def _check_combination(stage: Stage) -> None:

@@ -40,7 +40,7 @@ def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None
         for note in notes(read_json(Path(job.pretrained) / "config.json")):
             print(f"first weights: {note}", flush=True)
     if processes.grid.is_split:
-        model = _split_model(job, tokenizer, start, processes)
+        model = _split_model(job, tokenizer, start, processes, ds_config)
     else:
         config = _config(job, tokenizer)
         model = _from_config(job, config, ds_config)
@@ -55,10 +55,12 @@ def read_deepspeed_config(job: StageJob) -> dict[str, Any]:
     return json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
 
 
-def _split_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
+def _split_model(
+    job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes, ds_config: dict[str, Any]
+) -> Any:
     """This rank's part of the model; its values are cut from one whole tensor after the other."""
     config = _config(job, tokenizer)
-    model = split_model(config, processes.grid, job.trust_remote_code, processes.device)
+    model = split_model(config, processes.grid, job.trust_remote_code, processes.device, ds_config)
     _fill(model, _first_values(job, config, _all_shapes(model, processes), start), bool(start or job.pretrained))
     return model
 
@@ -172,14 +174,14 @@ def _fill(model: Any, values: Values, buffers: bool) -> None:
     with torch.no_grad():
         for shard, parameter in parameters(model):
             with _whole(parameter):
-                if not hasattr(parameter, "ds_id") or torch.distributed.get_rank() == 0:
+                if not hasattr(parameter, "ds_id") or torch.distributed.get_rank(parameter.ds_process_group) == 0:
                     parameter.copy_(values(shard).to(parameter.dtype))
         for shard, buffer in saved_buffers(model) if buffers else ():
             buffer.copy_(values(shard))
 
 
 def _whole(parameter: Any) -> AbstractContextManager[Any]:
-    """ZeRO-3: the parameter gathered; rank 0's values are kept, so that no other rank reads any."""
+    """ZeRO-3: the parameter gathered; its first rank's values are kept, so that no other rank reads any."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed

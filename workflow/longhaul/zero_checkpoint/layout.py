@@ -14,7 +14,6 @@ parameters; their names are in `optimizer_parameters`, which the trainer adds.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from typing import Any
 
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import StoredTensor, read_archive
-from longhaul.zero_checkpoint.optimizer import MASTER, MOMENTS, flat_share, step_of
+from longhaul.zero_checkpoint.optimizer import MASTER, MOMENTS, flat_share, is_zero3, step_of
 from longhaul.zero_checkpoint.parallel import LAYOUT, assembled_step, open_assembled
-from longhaul.zero_checkpoint.tensors import LazyTensor, Piece, flat_group, lazy, whole, wrong_size
+from longhaul.zero_checkpoint.tensors import LazyTensor, flat_group, lazy, partitioned, partitioned_group, whole
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 OTHER_LAYOUTS = {
@@ -54,7 +53,7 @@ def open_master_weights(checkpoint_dir: Path) -> Mapping[str, LazyTensor]:
         model, model_file, states = _read(checkpoint_dir)
         if not states:
             return _unpartitioned(model, model_file)
-        find = _zero3 if _is_zero3(states) else _zero12
+        find = _zero3 if is_zero3(states[0]) else _zero12
         return _ordered(model, find(model, states, checkpoint_dir), checkpoint_dir)
 
 
@@ -109,16 +108,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
     return model, model_file, states
 
 
-def _is_zero3(states: list[dict[str, Any]]) -> bool:
-    return "fp32_flat_groups" in states[0]
-
-
 def _moments(
     model: dict[str, Any], model_file: Path, states: list[dict[str, Any]], folder: Path, key: str
 ) -> dict[str, LazyTensor]:
     if not states:
         return _unpartitioned_moments(model, model_file, key)
-    find = _zero3_trained if _is_zero3(states) else _zero12_trained
+    find = _zero3_trained if is_zero3(states[0]) else _zero12_trained
     return find(model, states, folder, key)
 
 
@@ -219,26 +214,8 @@ def _zero3_trained(
 ) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for group, shapes in enumerate(model["param_shapes"]):
-        flat = [whole(flat_share(state, group, key)) for state in states]
-        offset = 0
-        for name, shape in shapes.items():
-            found[name] = _partitioned(shape, flat, offset)
-            offset += math.ceil(math.prod(shape) / len(flat))
-        if any(piece.numel != offset for piece in flat):
-            raise wrong_size(folder, next(iter(shapes)), flat[0].numel, offset)
+        found |= partitioned_group(shapes, [whole(flat_share(state, group, key)) for state in states], folder)
     return found
-
-
-def _partitioned(shape: tuple[int, ...], flat: list[Piece], offset: int) -> LazyTensor:
-    """One ZeRO-3 parameter: rank r's share starts at `offset` of its flat vector; the last shares end in padding."""
-    numel = math.prod(shape)
-    share = math.ceil(numel / len(flat))
-    pieces = []
-    for rank, piece in enumerate(flat):
-        count = min(share, numel - rank * share)
-        if count > 0:
-            pieces.append(piece.part(offset, offset + count))
-    return lazy(shape, tuple(pieces))
 
 
 def _zero3_frozen(model: dict[str, Any], world_size: int, folder: Path) -> dict[str, LazyTensor]:
@@ -248,8 +225,7 @@ def _zero3_frozen(model: dict[str, Any], world_size: int, folder: Path) -> dict[
     files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
     fragments = [read_archive(path)["frozen_param_fragments"] for path in files]
     return {
-        name: _partitioned(shape, [whole(fragment[name]) for fragment in fragments], 0)
-        for name, shape in shapes.items()
+        name: partitioned(shape, [whole(fragment[name]) for fragment in fragments], 0) for name, shape in shapes.items()
     }
 
 

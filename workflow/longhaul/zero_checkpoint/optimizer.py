@@ -15,7 +15,21 @@ def flat_share(state: dict[str, Any], group: int, key: str) -> StoredTensor:
     """The share of the masters (key MASTER) or of a moment that a rank has of parameter group or sub-group `group`."""
     if key != MASTER:
         return _wrapped(state)["state"][group][key]
-    return state["fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"][group]
+    return state["fp32_flat_groups" if is_zero3(state) else "single_partition_of_fp32_groups"][group]
+
+
+def is_zero3(state: dict[str, Any]) -> bool:
+    """Whether parameters are partitioned one by one; else a group of them is one flat vector."""
+    return "fp32_flat_groups" in state
+
+
+def sharing_ranks(state: dict[str, Any], group: int) -> int:
+    """Over how many data-parallel ranks a group is partitioned; ZeRO 3 says it of every group where some are experts."""
+    counts = state["partition_count"]
+    if isinstance(counts, list):
+        return counts[group]
+    groups = state.get("ds_zero_partition_groups")
+    return groups[group]["partition_count"] if groups else counts
 
 
 def step_of(state: dict[str, Any]) -> int:

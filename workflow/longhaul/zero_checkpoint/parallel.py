@@ -1,4 +1,4 @@
-"""Master weights of a model whose tensors are spread over ranks: tensor, pipeline and expert parallelism, ZeRO 1 and 2.
+"""Master weights of a model whose tensors are spread over ranks: tensor, pipeline and expert parallelism, ZeRO 1 to 3.
 
 DeepSpeed's files know the parts only by the names and shapes that each rank had. What they are parts of is in layout.json,
 which the trainer writes beside them:
@@ -7,8 +7,9 @@ axes      {"tensor": t, "pipeline": p, "expert": e, "data": d}: d data-parallel 
 tied      name -> the name of the parameter it shares
 entries   [{"model_rank", "expert_rank" or null, "local": name on that rank, "name", "shape", "parts": [[axis, [[start, stop]]]]}]
 
-mp_rank_<m>_model_states.pt names the parameters of model rank m; zero_pp_rank_<d>_mp_rank_<m>_optim_states.pt holds
-data rank d's share of their masters. Experts are shared among the data ranks d with d mod e = their expert rank only.
+mp_rank_<m>_model_states.pt (of ZeRO 3, zero_pp_rank_0_mp_rank_<m>_model_states.pt) names the parameters of model rank m;
+zero_pp_rank_<d>_mp_rank_<m>_optim_states.pt holds data rank d's share of their masters. Experts are shared among the data
+ranks d with d mod e = their expert rank only.
 buffers-stage-<p>.safetensors holds the saved buffers of stage p.
 """
 
@@ -26,10 +27,10 @@ import torch
 from longhaul.artifacts import read_json
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import read_archive
-from longhaul.zero_checkpoint.optimizer import MASTER, flat_share, step_of
+from longhaul.zero_checkpoint.optimizer import MASTER, flat_share, is_zero3, sharing_ranks, step_of
 from longhaul.zero_checkpoint.safetensors_files import open_safetensors
 from longhaul.zero_checkpoint.shard import Shard, place
-from longhaul.zero_checkpoint.tensors import LazyTensor, flat_group, whole
+from longhaul.zero_checkpoint.tensors import LazyTensor, flat_group, partitioned_group, whole
 
 LAYOUT = "layout.json"
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -135,8 +136,9 @@ def _optimizer_files(folder: Path, axes: dict[str, int]) -> dict[int, list[Path]
 def _parts_of_rank(
     folder: Path, model_rank: int, paths: list[Path], entries: list[dict[str, Any]], expert_ranks: int, key: str
 ) -> Iterator[tuple[Shard, LazyTensor]]:
-    groups = read_archive(folder / f"mp_rank_{model_rank:02d}_model_states.pt")["param_shapes"]
     states = [read_archive(path)["optimizer_state_dict"] for path in paths]
+    prefix = "zero_pp_rank_0_" if is_zero3(states[0]) else ""
+    groups = read_archive(folder / f"{prefix}mp_rank_{model_rank:02d}_model_states.pt")["param_shapes"]
     for expert_rank in (None, *range(expert_ranks)):
         own = {entry["local"]: entry for entry in entries if entry["expert_rank"] == expert_rank}
         sharing = states if expert_rank is None else states[expert_rank::expert_ranks]
@@ -160,10 +162,13 @@ def _masters(
     for index, shapes in enumerate(groups):
         if not names & set(shapes):
             continue
-        if any(state["partition_count"][index] != len(states) for state in states):
+        if any(sharing_ranks(state, index) != len(states) for state in states):
             raise UserError(f"{folder}: {next(iter(shapes))} was saved by another number of ranks", _HINT)
-        paddings = states[0].get("param_alignment_paddings")
         flat = [whole(flat_share(state, index, key)) for state in states]
+        if is_zero3(states[0]):
+            found |= partitioned_group(shapes, flat, folder)
+            continue
+        paddings = states[0].get("param_alignment_paddings")
         found |= flat_group(shapes, paddings[index] if paddings else [0] * len(shapes), flat, folder)
     return found
 

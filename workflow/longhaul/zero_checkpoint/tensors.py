@@ -105,6 +105,29 @@ def flat_group(shapes: dict[str, Any], gaps: list[int], flat: list[Piece], folde
     return found
 
 
+def partitioned_group(shapes: dict[str, Any], flat: list[Piece], folder: Path) -> dict[str, LazyTensor]:
+    """The parameters of a ZeRO 3 group: each rank's vector has its share of one parameter after the other."""
+    found, offset = {}, 0
+    for name, shape in shapes.items():
+        found[name] = partitioned(shape, flat, offset)
+        offset += math.ceil(math.prod(shape) / len(flat))
+    if any(piece.numel != offset for piece in flat):
+        raise wrong_size(folder, next(iter(shapes)), flat[0].numel, offset)
+    return found
+
+
+def partitioned(shape: tuple[int, ...], flat: list[Piece], offset: int) -> LazyTensor:
+    """One ZeRO-3 parameter: rank r's share starts at `offset` of its flat vector; the last shares end in padding."""
+    numel = math.prod(shape)
+    share = math.ceil(numel / len(flat))
+    pieces = []
+    for rank, piece in enumerate(flat):
+        count = min(share, numel - rank * share)
+        if count > 0:
+            pieces.append(piece.part(offset, offset + count))
+    return lazy(shape, tuple(pieces))
+
+
 def wrong_size(folder: Path, first: str, held: int, wanted: int) -> UserError:
     return UserError(
         f"{folder}: the parameter group of {first} holds {held} elements a rank or group, its parameters need {wanted}",

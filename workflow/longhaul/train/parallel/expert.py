@@ -17,12 +17,13 @@ from longhaul.train.parallel.grid import Grid
 from longhaul.train.parallel.shards import decoder_layers, even_part, shard_parameter
 
 
-def split_experts(model: Any, grid: Grid) -> None:
-    """Gives every mixture of a Hugging Face causal LM the experts of this rank."""
+def split_experts(model: Any, grid: Grid, partitioned: bool = False) -> None:
+    """Gives every mixture of a Hugging Face causal LM the experts of this rank, which ZeRO-3 is to partition or not."""
     _register_groups(grid)
+    kind = ExpertParallel if partitioned else ExpertParallelMoE
     for layer in decoder_layers(model):
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = ExpertParallel(layer.mlp.experts, grid)
+            layer.mlp.experts = kind(layer.mlp.experts, grid)
 
 
 def _register_groups(grid: Grid) -> None:
@@ -38,27 +39,19 @@ def group_name(grid: Grid) -> str:
     return f"ep_size_{grid.parallel.expert}"
 
 
-class ExpertParallel(MoE):
-    """Stands in for a transformers experts module of E experts, E / ranks of which are here.
-
-    A DeepSpeed MoE by name alone: it is how an engine knows that some gradients are averaged over fewer ranks.
-    """
+class ExpertParallel(torch.nn.Module):
+    """Stands in for a transformers experts module of E experts, E / ranks of which are here."""
 
     def __init__(self, experts: Any, grid: Grid) -> None:
         torch.nn.Module.__init__(self)
         self.local, self.group, self.ranks = experts, grid.group("expert"), grid.parallel.expert
         self.num_experts, self.expert_group_name = experts.num_experts, group_name(grid)
         self.here = self.num_experts // self.ranks
-        # DeepSpeed would look for a file of each; the optimizer's files hold them.
-        self.num_local_experts = 0
         for name in ("gate_up_proj", "down_proj"):
             part = even_part(self.num_experts, grid.expert_rank, self.ranks)
             parameter: Any = shard_parameter(experts, name, {0: part})
             parameter.allreduce, parameter.group_name = False, self.expert_group_name
         experts.num_experts = self.here
-
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups are there already."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -84,8 +77,22 @@ class ExpertParallel(MoE):
     def _compute(self, rows_RH: torch.Tensor, received_RE: torch.Tensor) -> torch.Tensor:
         """This rank's experts on the rows [R, H], which come sorted by sender, then by expert."""
         if not len(rows_RH):
-            # Every rank takes part in the backward exchange and in the reduction of every gradient.
-            return rows_RH * sum(parameter.sum() for parameter in self.local.parameters())
+            # Every rank takes part in the backward exchange, and in what is gathered and reduced of every parameter.
+            row_1H = torch.cat([rows_RH, rows_RH.new_zeros(1, rows_RH.shape[1])])
+            return self.local(row_1H, row_1H.new_zeros(1, 1, dtype=torch.long), row_1H.new_zeros(1, 1))[:0]
         experts = torch.arange(self.here, device=rows_RH.device).repeat(self.ranks)
         index_R1 = experts.repeat_interleave(received_RE.flatten())[:, None]
         return self.local(rows_RH, index_R1, rows_RH.new_ones(len(rows_RH), 1))
+
+
+class ExpertParallelMoE(ExpertParallel, MoE):
+    """A DeepSpeed MoE by name alone: it is how ZeRO 1 and 2 know that some gradients are averaged over fewer ranks.
+
+    ZeRO 3 refuses an MoE, and goes by marks of the parameters (split.py).
+    """
+
+    # DeepSpeed would look for a file of each; the optimizer's files hold them.
+    num_local_experts = 0
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups are there already."""

@@ -78,7 +78,8 @@ def load_engine(engine: Any, grid: Grid, folder: Path) -> None:
     engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=grid.parallel.expert == 1)
     if not grid.is_split:
         return
-    engine.optimizer.update_lp_params()
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer.update_lp_params()
     buffers = load_file(_buffers_file(folder, grid))
     for shard, buffer in saved_buffers(engine.module):
         buffer.copy_(buffers[shard.name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,15 +13,21 @@ from longhaul.zero_checkpoint.shard import Shard
 
 _EXPERTS = ".mlp.experts.local."
 
+Give = Callable[[torch.Tensor, torch.device], torch.nn.Parameter]
+"""Gives a parameter without memory (device meta) its memory."""
 
-def split_model(config: Any, grid: Grid, trust_remote_code: bool, device: torch.device) -> Any:
-    """A Hugging Face causal LM in fp32 of which only this rank's part is there, with undefined values.
+
+def split_model(
+    config: Any, grid: Grid, trust_remote_code: bool, device: torch.device, ds_config: dict[str, Any]
+) -> Any:
+    """A Hugging Face causal LM of which only this rank's part is there, with undefined values; of ZeRO-3, its partition.
 
     Raises:
         RuntimeError: the architecture has a buffer that is neither saved nor known here.
     """
-    model = cut_model(config, grid, trust_remote_code)
-    _give_memory(model, device)
+    partitioned = ds_config["zero_optimization"]["stage"] == 3
+    model = cut_model(config, grid, trust_remote_code, partitioned)
+    _give_memory(model, device, _give_partition(grid, ds_config) if partitioned else _give_whole)
     if grid.parallel.tensor > 1:
         from longhaul.train.parallel.tensor import hook_gradients
 
@@ -29,8 +35,8 @@ def split_model(config: Any, grid: Grid, trust_remote_code: bool, device: torch.
     return model
 
 
-def cut_model(config: Any, grid: Grid, trust_remote_code: bool = False) -> Any:
-    """This rank's part of the model without any memory."""
+def cut_model(config: Any, grid: Grid, trust_remote_code: bool = False, partitioned: bool = False) -> Any:
+    """This rank's part of the model without any memory, which ZeRO-3 is to partition or not."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -49,20 +55,47 @@ def cut_model(config: Any, grid: Grid, trust_remote_code: bool = False) -> Any:
     if grid.parallel.expert > 1:
         from longhaul.train.parallel.expert import split_experts
 
-        split_experts(model, grid)
+        split_experts(model, grid, partitioned)
     return model
 
 
-def _give_memory(model: Any, device: torch.device) -> None:
+def _give_whole(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+    """With undefined values, and what was noted at it."""
+    made: Any = torch.nn.Parameter(torch.empty_like(parameter, device=device))
+    made.__dict__.update(parameter.__dict__)
+    return made
+
+
+def _give_partition(grid: Grid, ds_config: dict[str, Any]) -> Give:
+    """For ZeRO-3: every parameter is partitioned over its data-parallel ranks before the next one is made.
+
+    DeepSpeed knows no experts of ours; those of its AutoEP have the same parts on the same ranks, so they bear its marks.
+    """
+    import deepspeed
+
+    data = grid.group("data") if grid.parallel.tensor > 1 else None
+    init = deepspeed.zero.Init(module=torch.nn.Module(), data_parallel_group=data, config_dict_or_path=ds_config)
+
+    def give(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+        made: Any = _give_whole(parameter.to(init.dtype), device)
+        made.__dict__.update(parameter.__dict__)
+        if name := getattr(made, "group_name", None):
+            made.ds_zero_placement_family, made.ds_zero_partition_group_name = "autoep_expert", name
+            made.ds_zero_partition_process_group = grid.group("expert_data")
+        init._convert_to_zero_parameters([made])
+        return made
+
+    return give
+
+
+def _give_memory(model: Any, device: torch.device, give: Give) -> None:
     """Memory for parameters and saved buffers; a tied parameter stays one. The rotary tables are computed anew."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     made: dict[int, torch.nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in made:
-                new: Any = torch.nn.Parameter(torch.empty_like(parameter, device=device))
-                new.__dict__.update(parameter.__dict__)
-                made[id(parameter)] = new
+                made[id(parameter)] = give(parameter, device)
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:
