@@ -205,7 +205,7 @@ def make_engine(job: StageJob, module: Any, grid: Grid | None) -> Any:
     )
     if mpu and job.stage.zero.stage == 3:
         # DeepSpeed takes all experts for those of its AutoEP, which no tensor rank splits; ours are marked as split.
-        engine.optimizer._grad_norm_counts_every_rank = lambda *_: False
+        cast(Any, engine.optimizer)._grad_norm_counts_every_rank = lambda *_: False
     return engine
 
 

@@ -174,10 +174,14 @@ def _fill(model: Any, values: Values, buffers: bool) -> None:
     with torch.no_grad():
         for shard, parameter in parameters(model):
             with _whole(parameter):
-                if not hasattr(parameter, "ds_id") or torch.distributed.get_rank(parameter.ds_process_group) == 0:
+                if _is_filled_here(parameter):
                     parameter.copy_(values(shard).to(parameter.dtype))
         for shard, buffer in saved_buffers(model) if buffers else ():
             buffer.copy_(values(shard))
+
+
+def _is_filled_here(parameter: Any) -> bool:
+    return not hasattr(parameter, "ds_id") or torch.distributed.get_rank(parameter.ds_process_group) == 0
 
 
 def _whole(parameter: Any) -> AbstractContextManager[Any]:
