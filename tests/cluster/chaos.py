@@ -37,7 +37,7 @@ from faults import (
 )
 from longhaul.report.text import duration, percent, words
 from running import running
-from virtual_cluster import Shape
+from virtual_cluster import ClusterError, Shape
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish
@@ -64,7 +64,7 @@ FAULTS: dict[str, Callable[[FaultedRun], None]] = {
 }
 # After these the user, or a controller job, gives the command again.
 ENDS_THE_MAIN = ("kill -9 of the main snakemake", "scancel")
-_MISSED = (AssertionError, IndexError, KeyError, StopIteration, psutil.Error)
+_MISSED = (AssertionError, IndexError, KeyError, StopIteration, psutil.Error, ClusterError)
 
 
 @pytest.mark.timeout(int(60 * MINUTES * 6) + 900)
