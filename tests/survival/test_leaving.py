@@ -18,6 +18,7 @@ def leg(tmp_path_factory: pytest.TempPathFactory) -> Leg:
     late, last = (Leg(folder / "run", 2, befalls={"left_s": seconds}) for seconds in (2.0, 3600.0))
     train(shared, first, late, last)
     assert "nothing that is trained in it could be saved" in late.ended, late.ended
+    assert "AllocationTooShort" in late.ended, "the next allocation may be long enough"
     return last
 
 

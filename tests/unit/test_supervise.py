@@ -15,6 +15,7 @@ import pytest
 
 from chain import REPOSITORY
 from configs import plan_of
+from longhaul.errors import AllocationTooShort
 from longhaul.jobs import LaunchJob, LaunchStep
 from longhaul.ranks import Rank
 from longhaul.records import (
@@ -35,6 +36,8 @@ from longhaul.records import (
 )
 from longhaul.render import render_run
 from longhaul.submission import submitted_request
+from longhaul.supervise import slurm_client
+from longhaul.supervise.slurm_client import JobInfo
 from longhaul.supervise.supervisor import Supervisor
 
 CRASHES_TWICE = "import pathlib, sys; p = pathlib.Path('tries'); n = len(p.read_text()) if p.exists() else 0; " \
@@ -224,3 +227,41 @@ def test_a_supervisor_that_was_cut_off_writes_over_nothing(tmp_path: Path):
     done = supervise(tmp_path, made)
     assert done.returncode == 1 and "has no more to say" in done.stdout
     assert read_state(folder) == later and read_failure(folder) is None
+
+
+def short_of_time() -> Failure:
+    """What the trainer says when a restart comes too late in an allocation."""
+    error = AllocationTooShort("the allocation ends in 1 s: nothing could be saved", "give the stage more minutes")
+    return failure_of(error, Rank(0, 2, 0, 2, "n1"))
+
+
+def test_an_allocation_that_ends_while_a_stage_starts_is_not_the_last_one(tmp_path: Path, monkeypatch):
+    made = job(tmp_path, "").model_copy(update={"slurm": True})
+    monkeypatch.setattr(Supervisor, "_info", lambda self: JobInfo("RUNNING", 1, "n1", None, False))
+    classes = []
+    for _ in range(2):
+        supervisor = Supervisor(made)
+        with pytest.raises(SystemExit):
+            supervisor._end_if_over(short_of_time())
+        failure = read_failure(Path(made.folder))
+        assert failure and "the allocation ends in 1 s" in failure.cause and failure.remedy
+        classes.append(failure.failure_class)
+    assert classes == [WALLTIME, PERMANENT], "the second one in a row in which nothing is saved says that none will do"
+
+
+def test_an_allocation_in_which_something_was_saved_is_followed_by_the_next(tmp_path: Path, monkeypatch):
+    made = job(tmp_path, "").model_copy(update={"slurm": True, "checkpoints": "weights"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Supervisor, "_info", lambda self: JobInfo("RUNNING", 1, "n1", None, False))
+    monkeypatch.setattr(slurm_client, "requeue", lambda job_id, excluded: "")
+    supervisor = Supervisor(made)
+    saved = tmp_path / "weights/abc/checkpoints/step-00000005"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    supervisor.ended_by = signal.SIGTERM  # Slurm's, by which it takes the requeued job's processes away
+    monkeypatch.setattr(Supervisor, "_end_if_told", lambda self, failure: None)
+    with pytest.raises(SystemExit):
+        supervisor._end_if_over(short_of_time())
+    state = read_state(Path(made.folder))
+    assert state and (state.state, state.reason) == ("waiting", "the allocation ends")
+    assert read_failure(Path(made.folder)) is None

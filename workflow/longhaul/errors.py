@@ -28,6 +28,12 @@ class UserError(Exception):
         return f"{self.message}\n  remedy: {self.hint}" if self.hint else self.message
 
 
+class AllocationTooShort(UserError):
+    """Nothing could be saved in what is left of an allocation. The next one may be long enough."""
+
+    failure_class = "walltime"
+
+
 class DiskFull(UserError):
     """A file system has no room, or a quota is used up: `folder` needed `needed_bytes`, where `free_bytes` were free.
 

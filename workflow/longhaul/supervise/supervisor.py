@@ -195,6 +195,8 @@ class Supervisor:
                 self._fail(replace(failure, failure_class=CANCELLED, cause=f"ended by signal {self.ended_by}"))
             return
         self._end_if_told(failure)
+        if failure.failure_class == WALLTIME:
+            self._go_on_elsewhere(failure)
         silent = self._silent_nodes()
         self._end_if_told(failure)  # of an allocation that is being taken away no node answers
         if silent:
@@ -216,9 +218,16 @@ class Supervisor:
             self._fail_at_the_limit(failure)
         self._leave(f"Slurm ended the allocation ({info.state if info else 'it does not say why'})")
 
+    def _go_on_elsewhere(self, failure: Failure) -> NoReturn:
+        """Too little is left of this allocation for a restart; whether it was ever enough, its saves say."""
+        if self._progress() > self.reached:
+            self._next_allocation("the allocation ends")
+        self._fail_at_the_limit(failure)
+
     def _fail_at_the_limit(self, failure: Failure) -> NoReturn:
         """Once, it may have been bad luck; a second allocation in which nothing was saved will not be the last one."""
-        cause, before = "the allocation ended before a save", self.earlier_failure
+        before = self.earlier_failure
+        cause = failure.cause if failure.failure_class == WALLTIME else "the allocation ended before a save"
         again = before and before.failure_class == WALLTIME and before.key == self.key
         if again and self._progress() == self.reached:
             remedy = "give it more minutes, or save more often (checkpoints.every_steps)"

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from longhaul.errors import UserError
+from longhaul.errors import AllocationTooShort
 from longhaul.jobs import StageJob
 from longhaul.records import SIGNALLED, Outcome, read_deadline
 from longhaul.train.processes import Processes
@@ -36,7 +36,7 @@ class Stopping:
     def require_time_for(self, leaving_takes_s: float) -> None:
         """Refuses an allocation in which nothing could be saved; `leaving_takes_s` is what earlier saves took. A collective.
 
-        Raises UserError on every rank.
+        Raises AllocationTooShort on every rank.
         """
         left_s = None
         if self._processes.is_main:
@@ -44,7 +44,7 @@ class Stopping:
             left_s = None if self._end_s is None else self._end_s - time.time()
         left_s = self._processes.broadcast(left_s)
         if left_s is not None and left_s < leaving_takes_s + self._lead_s:
-            raise UserError(
+            raise AllocationTooShort(
                 f"the allocation ends in {left_s:.0f} s; a step, a validation and a save take {leaving_takes_s:.0f} s here, "
                 f"and recovery.lead_s is {self._lead_s:g}: nothing that is trained in it could be saved",
                 "give the stage more minutes, or lower recovery.lead_s",
