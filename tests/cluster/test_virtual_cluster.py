@@ -64,4 +64,6 @@ def test_nothing_is_left_behind_and_two_clusters_do_not_meet(cluster: VirtualClu
 def test_accounting_answers(tmp_path: Path):
     with running(tmp_path / "accounted", Shape(nodes=1, accounting=True)) as accounted:
         job = accounted.run("sbatch", "--parsable", "--wrap=true", f"--output={tmp_path}/out", cwd=tmp_path).strip()
-        wait_for(lambda: "COMPLETED" in accounted.run("sacct", "-n", "-X", "-j", job, "-o", "State"))
+        state_of_job = ["sacct", "-n", "-X", "-j", job, "-o", "State"]
+        wait_for(lambda: accounted.run(*state_of_job).strip() not in ("", "PENDING", "RUNNING"))
+        assert accounted.run(*state_of_job).strip() == "COMPLETED"

@@ -35,18 +35,28 @@ def rows(chain: Chain, stage: str, key: str) -> list[float]:
     return [row[key] for row in map(json.loads, lines) if key in row]
 
 
-def require_proof(chain: Chain, stage: str) -> str:
-    """Fails unless the stage's export is proved; a line that says how."""
-    proof = chain.read(f"export/{stage}.json")["proof"]
-    assert proof["tensors"]["equal"] == proof["tensors"]["count"] > 0
-    assert proof["logits"]["max_abs_difference"] <= proof["logits"]["bound"]
-    assert proof["from_pretrained"]["missing"] == proof["from_pretrained"]["unexpected"] == 0
+def proof_of(chain: Chain, stage: str) -> dict[str, Any]:
+    """How the stage's export was proved."""
+    return chain.read(f"export/{stage}.json")["proof"]
+
+
+def is_proved(proof: dict[str, Any]) -> bool:
+    tensors, logits, loaded = proof["tensors"], proof["logits"], proof["from_pretrained"]
+    return (
+        tensors["equal"] == tensors["count"] > 0
+        and logits["max_abs_difference"] <= logits["bound"]
+        and loaded["missing"] == loaded["unexpected"] == 0
+    )
+
+
+def told(stage: str, proof: dict[str, Any]) -> str:
+    """A line for a record."""
     return f"{stage:>20} {proof['tensors']['count']} tensors equal; logits {proof['logits']}"
 
 
-def require_cuda(chain: Chain, stage: str) -> None:
-    """Fails unless the stage was trained in one go on GPUs."""
-    assert (chain.weights(stage) / "legs.jsonl").read_text().count('"device": "cuda"') == 1
+def trained_on_gpus(chain: Chain, stage: str) -> bool:
+    """In one go."""
+    return (chain.weights(stage) / "legs.jsonl").read_text().count('"device": "cuda"') == 1
 
 
 def description() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chain import REPOSITORY, Chain
-from gpus import GPUS, description, require_cuda, require_proof, rows, run_variants
+from gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish
@@ -65,9 +65,11 @@ def test_every_variant_follows_the_same_curve(chain: Chain, variant: str, record
     bound = 1e-4 if variant.startswith("fp32") else 3e-2
     assert losses == pytest.approx(rows(chain, "fp32-zero0", "loss"), rel=bound)
     assert losses[-1] < losses[0] - 0.3
-    require_cuda(chain, variant)
+    assert trained_on_gpus(chain, variant)
 
 
 @pytest.mark.parametrize("stage", [*VARIANTS, "chat"])
 def test_every_export_is_proved(chain: Chain, stage: str, record: list[str]):
-    record.append(require_proof(chain, stage))
+    proof = proof_of(chain, stage)
+    record.append(told(stage, proof))
+    assert is_proved(proof), proof

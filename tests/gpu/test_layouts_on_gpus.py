@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chain import REPOSITORY, Chain
-from gpus import GPUS, description, require_cuda, require_proof, rows, run_variants
+from gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
 from layouts import TWINS
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
@@ -62,9 +62,11 @@ def test_every_layout_follows_the_same_curve(chain: Chain, variant: str, record:
     # Low rank learns the same at another pace; its error feedback is proved bit for bit elsewhere.
     assert furthest <= (1e-4 if variant in EXACT else 3e-2 if variant in ROUNDED else 1e-1)
     assert losses[-1] < losses[0] - 0.3
-    require_cuda(chain, variant)
+    assert trained_on_gpus(chain, variant)
 
 
 @pytest.mark.parametrize("stage", VARIANTS)
 def test_every_layout_is_exported_with_proof(chain: Chain, stage: str, record: list[str]):
-    record.append(require_proof(chain, stage))
+    proof = proof_of(chain, stage)
+    record.append(told(stage, proof))
+    assert is_proved(proof), proof

@@ -26,6 +26,11 @@ def appears(path: Path, within_s: float = REMEMBERED_S) -> bool:
     return True
 
 
+def look_again(folder: Path) -> None:
+    """Has the server asked what is in a folder: what this host remembers of it may be an earlier folder of that name."""
+    names(folder)
+
+
 def names(folder: Path) -> set[str]:
     """What is in a folder; nothing when it is not there."""
     for _ in range(2):

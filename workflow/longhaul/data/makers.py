@@ -21,7 +21,7 @@ from longhaul.data.scan import Scan, scan_unit
 from longhaul.data.units import Unit
 from longhaul.data.work import RECORD, Task, Worker
 from longhaul.errors import UserError
-from longhaul.shared_files import names
+from longhaul.shared_files import look_again
 
 _BYTES_PER_WORKER = 2_000_000  # less than this is encoded sooner than a worker starts
 # Forked, which spares every worker a third of a second of imports. It is done before a tokenizer is loaded, and workers
@@ -76,7 +76,7 @@ class Makers:
                 return task, units, choice
 
     def _make(self, task: Task, units: Sequence[Unit]) -> None:
-        names(task.root)  # lest those that other hosts made are made again
+        look_again(task.root)  # lest those that other hosts made are made again
         waiting = [unit for unit in units if not (task.root / unit.name / RECORD).is_file()]
         progress = Progress(self._name, sum(unit.bytes for unit in waiting), self._counters)
         if len(waiting) < len(units):

@@ -19,7 +19,7 @@ import torch
 from longhaul.artifacts import file_sha256, read_json, write_json
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs import StageJob
-from longhaul.shared_files import names
+from longhaul.shared_files import look_again
 from longhaul.train import store
 from longhaul.train.elastic import load_other_layout, loss_scale_of, restore_loss_scale
 from longhaul.train.events import Events
@@ -186,7 +186,7 @@ class Checkpoints:
         with files.noting():
             self._make(partial)
         self._processes.barrier()
-        names(partial.parent)  # else a node may write into an earlier save of this step, which had that name
+        look_again(partial.parent)  # else a node may write into an earlier save of this step
         _save_engine(engine, partial, files)
         files.save(self._own_state(engine), partial / self._rank_file())
         others: list[Path] = []

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import file_sha256, read_json
-from longhaul.shared_files import appears, names
+from longhaul.shared_files import appears, look_again
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
@@ -53,7 +53,7 @@ def complete_checkpoints(weights: Path) -> dict[int, Path]:
 def wrong_sizes(folder: Path) -> str | None:
     """The first file that is missing or has another size than the manifest states; None when there is none."""
     try:
-        names(folder)  # what this host remembers of it may be another save of the same step
+        look_again(folder)
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, entry in files.items():
             if (found := _size(folder / name, entry["bytes"])) != entry["bytes"]:
@@ -77,7 +77,7 @@ def _size(path: Path, stated_bytes: int) -> int:
 
 def wrong_hashes(folder: Path, files: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[str]:
     """Of the given entries of a manifest, those whose bytes have not the stated SHA-256."""
-    names(folder)  # as another rank may have just renamed it
+    look_again(folder)  # another rank may have just renamed it
     for name, entry in files:
         try:
             if file_sha256(folder / name) != entry["sha256"]:
