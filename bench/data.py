@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from longhaul.artifacts import DataManifest, TokenizerManifest
-from longhaul.config.models import Dataset
+from longhaul.config.datasets import Dataset
 from longhaul.data.indexed import SplitReader, token_dtype
 from longhaul.jobs import TokenizeJob
 from machine import header, publish

@@ -12,8 +12,9 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from longhaul.artifacts import write_text
+from longhaul.config.datasets import Dataset
 from longhaul.config.fields import Frozen
-from longhaul.config.models import Checks, Dataset, Stage, Trackers
+from longhaul.config.models import Checks, Stage, Trackers
 from longhaul.config.sites import FabricFloors
 from longhaul.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import DataManifest, TokenizerManifest
-from longhaul.config.models import Dataset
+from longhaul.config.datasets import Dataset
 from longhaul.data import tokenize, tokenizer
 from longhaul.jobs import TokenizeJob, TokenizerJob
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -49,3 +49,15 @@ class HubSource(Frozen):
 
     id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
     revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")
+
+
+M = TypeVar("M", bound="Frozen")
+
+
+def exactly_one(model: M, *keys: str) -> M:
+    """The model, for a validator; ValueError unless one of these keys alone is given."""
+    given = [key for key in keys if getattr(model, key)]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none"
+        raise ValueError(f"needs exactly one of {', '.join(keys)}; found {found}")
+    return model

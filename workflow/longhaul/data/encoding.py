@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from longhaul.artifacts import TokenizerManifest, canonical_json
-from longhaul.config.models import Dataset
+from longhaul.config.datasets import Dataset
 from longhaul.data.chat import ChatTemplate, without_reasoning
 from longhaul.data.encoders import Fast, first_difference, open_encoder, with_added
 from longhaul.data.formats import BadData

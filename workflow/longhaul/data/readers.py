@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longhaul.config.models import Dataset
+from longhaul.config.datasets import Dataset
 from longhaul.data.formats import BadData, Part, rows
 from longhaul.errors import UserError
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longhaul.artifacts import content_hash, file_sha256, write_json
-from longhaul.config.models import Dataset, Decontaminate
+from longhaul.config.datasets import Dataset, Decontaminate
 from longhaul.data.encoding import batches, document_key
 from longhaul.data.formats import BadData, Part, rows
 from longhaul.data.readers import Document, documents_of, texts

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from longhaul.artifacts import TokenizerManifest, read_json, write_json
-from longhaul.config.models import Dataset
+from longhaul.config.datasets import Dataset
 from longhaul.data.encoding import NOTHING_TO_TRAIN_ON, Encoded, Encoder, batches
 from longhaul.data.formats import BadData
 from longhaul.data.indexed import SplitWriter, token_dtype

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import Lock
+from longhaul.config.datasets import Dataset, HubDataset
 from longhaul.config.fields import HubSource
 from longhaul.config.load import LoadedConfig
-from longhaul.config.models import Dataset, HubDataset
 from longhaul.errors import UserError
 from longhaul.fetch.splits import split_files, stream
 from longhaul.fetch.stdlib import collect

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from longhaul.artifacts import atomic_path, content_hash, file_sha256
-from longhaul.config.models import Dataset, HubDataset
+from longhaul.config.datasets import Dataset, HubDataset
 from longhaul.errors import UserError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import atomic_path, file_sha256
-from longhaul.config.models import Columns, PythonStdlib
+from longhaul.config.datasets import Columns, PythonStdlib
 from longhaul.errors import UserError
 
 _MB = 1_000_000

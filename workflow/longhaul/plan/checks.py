@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from longhaul.config.datasets import Dataset
 from longhaul.config.geometry import Geometry
-from longhaul.config.models import Config, Dataset, Parallel, Stage
+from longhaul.config.models import Config, Parallel, Stage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
 from longhaul.memory import COMPUTE_BYTES, Memory
