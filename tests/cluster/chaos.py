@@ -37,7 +37,8 @@ from faults import (
 )
 from longhaul.report.text import duration, percent, words
 from running import running
-from virtual_cluster import ClusterError, Shape
+from slurm_conf import Shape
+from virtual_cluster import ClusterError
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish

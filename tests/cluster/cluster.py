@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from slurm_conf import CONTROLLER, Shape
 from virtual_cluster import (
     ACCOUNTING_PACKAGES,
-    CONTROLLER,
     PACKAGES,
     ClusterError,
-    Shape,
     VirtualCluster,
     missing_programs,
 )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from running import running
-from virtual_cluster import Shape, VirtualCluster
+from slurm_conf import Shape
+from virtual_cluster import VirtualCluster
 
 
 @pytest.fixture(scope="session")

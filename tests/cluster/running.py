@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from virtual_cluster import Shape, VirtualCluster, missing_programs
+from slurm_conf import Shape
+from virtual_cluster import VirtualCluster, missing_programs
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from longhaul.artifacts import DataManifest
 from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
 from running import running
-from virtual_cluster import Shape, VirtualCluster
+from slurm_conf import Shape
+from virtual_cluster import VirtualCluster
 
 STEPS = 6
 # twin -> stage -> (nodes, ranks a node, the stage's keys). Groups of every axis cross hosts.

@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from running import running
-from virtual_cluster import ClusterError, Shape, VirtualCluster
+from slurm_conf import Shape
+from virtual_cluster import ClusterError, VirtualCluster
 
 
 def wait_for(condition, seconds: float = 40) -> None:

@@ -16,12 +16,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-CONTROLLER = "ctl"
+from slurm_conf import CONTROLLER, Shape, slurm_conf, slurmdbd_conf
+
 _NETWORK = "10.77.0"
 # Slurm wants a distinct character device for each GPU; nothing opens them.
 _FAKE_GPUS = (
@@ -49,17 +49,6 @@ def missing_programs(accounting: bool = False) -> list[str]:
 
 class ClusterError(RuntimeError):
     """The cluster could not do what was asked."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the nodes look like; memory in MB."""
-
-    nodes: int = 2
-    cpus: int = 8
-    memory_mb: int = 8000
-    gpus: int = 2
-    accounting: bool = False
 
 
 class VirtualCluster:
@@ -341,94 +330,15 @@ class VirtualCluster:
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        hosts = ["127.0.0.1 localhost", *(f"{self._address(name)} {name}" for name in (CONTROLLER, *self.node_names))]
+        addresses = {name: self._address(name) for name in (CONTROLLER, *self.node_names)}
+        hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
         (self._etc / "hosts").write_text("\n".join(hosts) + "\n")
-        (self._etc / "slurm.conf").write_text(self._slurm_conf())
+        (self._etc / "slurm.conf").write_text(slurm_conf(self.shape, self.folder, addresses))
         gres = ["AutoDetect=off", *(f"Name=gpu File={device}" for device in _FAKE_GPUS[: self.shape.gpus])]
         (self._etc / "gres.conf").write_text("\n".join(gres) + "\n")
         if self.shape.accounting:
             (self._etc / "slurmdbd.conf").touch(mode=0o600)
-            (self._etc / "slurmdbd.conf").write_text(self._slurmdbd_conf())
-
-    def _slurm_conf(self) -> str:
-        shape, nodes = self.shape, f"n[1-{self.shape.nodes}]"
-        accounting = "AccountingStorageType=accounting_storage/none"
-        if shape.accounting:
-            accounting = (
-                f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost={self._address(CONTROLLER)}\n"
-                f"AccountingStoragePass={self._run}/munge/socket\nAccountingStorageTRES=gres/gpu"
-            )
-        gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
-        lines = [
-            f"NodeName={name} NodeAddr={self._address(name)} CPUs={shape.cpus} RealMemory={shape.memory_mb}{gres}"
-            for name in self.node_names
-        ]
-        return f"""\
-ClusterName=lab
-SlurmctldHost={CONTROLLER}({self._address(CONTROLLER)})
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={self._run}/munge/socket,cred_expire=10
-CredType=cred/munge
-StateSaveLocation={self.folder}/state
-SlurmctldPidFile={self._run}/slurmctld.pid
-SlurmctldLogFile={self._log}/slurmctld.log
-SlurmdPidFile={self._run}/slurmd-%n.pid
-SlurmdSpoolDir={self.folder}/spool/%n
-SlurmdLogFile={self._log}/slurmd-%n.log
-# no cgroups are needed
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-# more cores than the machine has
-SlurmdParameters=config_overrides
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU=100
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-JobRequeue=1
-# the executor plugin falls back from squeue to sacct when this is short
-MinJobAge=300
-KillWait=3
-SlurmdTimeout=10
-SlurmctldTimeout=30
-MessageTimeout=5
-TCPTimeout=2
-BatchStartTimeout=10
-CompleteWait=0
-InactiveLimit=0
-OverTimeLimit=0
-ReturnToService=2
-GresTypes=gpu
-{accounting}
-{chr(10).join(lines)}
-PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
-PartitionName=graceful Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
-PartitionName=killable Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL
-PartitionName=killable-graceful Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
-PartitionName=urgent Nodes={nodes} Default=NO MaxTime=INFINITE State=UP PriorityTier=10
-"""
-
-    def _slurmdbd_conf(self) -> str:
-        return f"""\
-AuthType=auth/munge
-AuthInfo=socket={self._run}/munge/socket
-DbdHost={CONTROLLER}
-DbdAddr={self._address(CONTROLLER)}
-SlurmUser=root
-PidFile={self._run}/slurmdbd.pid
-LogFile={self._log}/slurmdbd.log
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm_acct
-"""
+            (self._etc / "slurmdbd.conf").write_text(slurmdbd_conf(self.folder, addresses))
 
 
 def _sleeping_child(pid: int) -> psutil.Process | None:

@@ -1,0 +1,116 @@
+"""What the test cluster's Slurm is told: slurm.conf and slurmdbd.conf (slurm.conf(5), slurmdbd.conf(5))."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CONTROLLER = "ctl"
+_BEHAVIOUR = """\
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# no cgroups are needed
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+# more cores than the machine has
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=100
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+# the executor plugin falls back from squeue to sacct when this is short
+MinJobAge=300
+KillWait=3
+SlurmdTimeout=10
+SlurmctldTimeout=30
+MessageTimeout=5
+TCPTimeout=2
+BatchStartTimeout=10
+CompleteWait=0
+InactiveLimit=0
+OverTimeLimit=0
+ReturnToService=2
+GresTypes=gpu
+"""
+# Name -> what is its own. A job of a partition below the last one gives way to that one's: it is queued again or cancelled.
+_PARTITIONS = {
+    "main": "Default=YES PriorityTier=1 PreemptMode=REQUEUE",
+    "graceful": "Default=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=20",
+    "killable": "Default=NO PriorityTier=1 PreemptMode=CANCEL",
+    "killable-graceful": "Default=NO PriorityTier=1 PreemptMode=CANCEL GraceTime=20",
+    "urgent": "Default=NO PriorityTier=10",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the nodes look like; memory in MB."""
+
+    nodes: int = 2
+    cpus: int = 8
+    memory_mb: int = 8000
+    gpus: int = 2
+    accounting: bool = False
+
+
+def slurm_conf(shape: Shape, folder: Path, addresses: Mapping[str, str]) -> str:
+    """addresses: of the controller and of every node, by name; folder: where all state lies."""
+    lines = [*_paths(folder, addresses[CONTROLLER]), _BEHAVIOUR, *_accounting(shape, folder, addresses[CONTROLLER])]
+    gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
+    size = f"CPUs={shape.cpus} RealMemory={shape.memory_mb}{gres}"
+    lines += [f"NodeName={name} NodeAddr={at} {size}" for name, at in addresses.items() if name != CONTROLLER]
+    nodes = f"n[1-{shape.nodes}]"
+    lines += [
+        f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE State=UP {own}" for name, own in _PARTITIONS.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _paths(folder: Path, controller: str) -> Iterator[str]:
+    run, log = folder / "run", folder / "log"
+    yield "ClusterName=lab"
+    yield f"SlurmctldHost={CONTROLLER}({controller})"
+    yield f"AuthInfo=socket={run}/munge/socket,cred_expire=10"
+    yield f"StateSaveLocation={folder}/state"
+    yield f"SlurmctldPidFile={run}/slurmctld.pid"
+    yield f"SlurmctldLogFile={log}/slurmctld.log"
+    yield f"SlurmdPidFile={run}/slurmd-%n.pid"
+    yield f"SlurmdSpoolDir={folder}/spool/%n"
+    yield f"SlurmdLogFile={log}/slurmd-%n.log"
+
+
+def _accounting(shape: Shape, folder: Path, controller: str) -> Iterator[str]:
+    if not shape.accounting:
+        yield "AccountingStorageType=accounting_storage/none"
+        return
+    yield "AccountingStorageType=accounting_storage/slurmdbd"
+    yield f"AccountingStorageHost={controller}"
+    yield f"AccountingStoragePass={folder}/run/munge/socket"
+    yield "AccountingStorageTRES=gres/gpu"
+
+
+def slurmdbd_conf(folder: Path, addresses: Mapping[str, str]) -> str:
+    """Of the accounting daemon, which runs beside the controller."""
+    return f"""\
+AuthType=auth/munge
+AuthInfo=socket={folder}/run/munge/socket
+DbdHost={CONTROLLER}
+DbdAddr={addresses[CONTROLLER]}
+SlurmUser=root
+PidFile={folder}/run/slurmdbd.pid
+LogFile={folder}/log/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct
+"""
