@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ from faulted_run import (
 from faults import CELLS, Cell, shorten, slow_rank
 from longhaul.records import quarantine
 from running import running
+from slurm_conf import Shape
 from test_virtual_cluster import wait_for
-from virtual_cluster import Shape, VirtualCluster
+from virtual_cluster import VirtualCluster
 
 SMALL_MB = 24
 POLICIES, CONTROLLER = ("skip", "roll_back"), "time limit of the controller job"
@@ -176,8 +178,9 @@ def nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
     if cut_off:
         for node in run.cluster.node_names:
             run.cluster.plug(node)
-        # Slurm ends them once it hears of the node again: KillWait, and what they were waiting for.
-        wait_for(lambda: not run.processes("longhaul"), 120)
+        # Slurm ends what is left there when it hears of the node again, for which it takes its time.
+        wait_for(lambda: not re.search(r"down|[*]", run.slurm("sinfo", "-h", "-N", "-o", "%T")), 90)
+        wait_for(lambda: not run.processes("longhaul"), 60)
         assert run.state()["state"] == "done", "who was cut off wrote over what came after"
     assert [process.cmdline() for process in run.processes("longhaul")] == []
 
