@@ -15,6 +15,7 @@ from stages import HALF, STEPS, Leg, train
 
 Split = tuple[int, int, dict[str, int]]
 STOPPED = {"stop_after": HALF}
+BALANCED = {"expert_bias_rate": 0.01}
 MOVES = {
     "data 1 to 2": ((1, 1), (2, 1)),
     "data 2 to 1": ((2, 1), (1, 1)),
@@ -118,9 +119,6 @@ def crossings(shared: Path) -> dict[str, Leg]:
             shutil.copytree(found[f"{name} half"].folder, folder / name / kind)
     train_all(shared, [leg for name, leg in found.items() if name.endswith(("again", "on"))])
     return found
-
-
-BALANCED = {"expert_bias_rate": 0.01}
 
 
 def _split_leg(folder: Path, split: Split, befalls: dict[str, Any], twin: str) -> Leg:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from longhaul.supervise.slurm_client import JobInfo, _parsed
+from longhaul.supervise.slurm_client import JobInfo, parse_job
 
 AS_STARTED, QUEUED_AGAIN = "Restarts=1", "Restarts=2"
 NOT_PREEMPTED, PREEMPTED = "PreemptTime=None", "PreemptTime=2026-11-25T07:22:40"
 
 
 def job(*words: str) -> JobInfo:
-    return _parsed(" ".join(["JobId=7", "Partition=main", "NodeList=n1", "NumNodes=1", *words]))
+    return parse_job(" ".join(["JobId=7", "Partition=main", "NodeList=n1", "NumNodes=1", *words]))
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,14 @@ def job_info(job_id: str) -> JobInfo | None:
         SlurmSilentError: Slurm does not answer.
     """
     try:
-        return _parsed(_scontrol("--oneliner", "show", "job", job_id))
+        return parse_job(_scontrol("--oneliner", "show", "job", job_id))
     except SlurmSilentError as error:
         if "Invalid job id" in str(error):
             return None
         raise
 
 
-def _parsed(shown: str) -> JobInfo:
+def parse_job(shown: str) -> JobInfo:
     """One line of `scontrol --oneliner show job`."""
     found = dict(re.findall(r"(\w+)=(\S*)", shown))
     return JobInfo(
