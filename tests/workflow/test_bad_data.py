@@ -1,0 +1,137 @@
+"""Mistakes in data, tokenizers and job files, told by the job that reads them; nothing is left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bad_input import files_below, refused
+from corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
+from longhaul.jobs import Job
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds tokenizer.json, the manifest of a tokenizer of 400 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", (text(i) for i in range(200)))])
+    return folder
+
+
+def write_job(folder: Path, job: Job) -> str:
+    job.write(folder / "job.json")
+    return str(folder / "job.json")
+
+
+GOOD = b'{"text": "one"}\n{"text": "two"}\n'
+DATA: dict[str, tuple[str, bytes, str]] = {
+    "broken JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "a.jsonl:3: not valid JSON"),
+    "missing column": ("a.jsonl", GOOD + b'{"body": "x"}\n', "a.jsonl:3: no column 'text'; found 'body'"),
+    "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3: text is null"),
+    "a number": ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: text is int '5', not a string"),
+    "invalid UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl:3: byte 0xff is not valid UTF-8"),
+    "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: text holds half of a surrogate pair"),
+    "no documents": ("a.jsonl", b"\n\n", "a.jsonl holds no documents"),
+    "empty": ("a.jsonl", b"", "a.jsonl is empty"),
+    "cut short": ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", "cannot read"),
+    "no Parquet": ("a.parquet", b"PAR1 and nothing more", "cannot read"),
+    "CSV with another header": ("a.csv", b"body,n\nx,1\n", "a.csv:1: no column 'text'; found 'body', 'n'"),
+    "CSV with an open comma": ("a.csv", b"text,n\na, b,1\n", "a.csv:2: 3 fields where the header has 2"),
+    "unknown ending": ("a.bin", b"abc", "the ending does not tell its format"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "says"), DATA.values(), ids=DATA)
+def test_data(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tokenizer_folder: Path,
+    name: str,
+    content: bytes,
+    says: str,
+):
+    (tmp_path / name).write_bytes(content)
+    job = tokenize_job(tmp_path, tokenizer_folder, [tmp_path / name], dataset())
+    assert says in refused(capsys, "tokenize", write_job(tmp_path, job))
+    assert files_below(tmp_path) - {name, "job.json", "data"} == set(), "something was left half-written"
+
+
+CHATS: dict[str, tuple[Any, str]] = {
+    "text instead of messages": ("hello", "a.jsonl:1: a conversation is a list of messages, found str"),
+    "no messages": ([], "found an empty list"),
+    "unknown role": ([{"role": "robot", "content": "x"}], "message 1: role 'robot' is not one of system"),
+    "no content": ([{"role": "user"}], "message 1: no 'content'; found 'role'"),
+    "content that is no text": ([{"role": "user", "content": 1}], "message 1: content is int '1'"),
+}
+
+
+@pytest.mark.parametrize(("messages", "says"), CHATS.values(), ids=CHATS)
+def test_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path, messages: Any, says: str):
+    write_jsonl(tmp_path / "a.jsonl", "messages", [messages, conversation(1)])
+    job = tokenize_job(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset("chat"))
+    assert says in refused(capsys, "tokenize", write_job(tmp_path, job))
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
+):
+    made = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    job = tokenizer_job(tmp_path, path=made["path"], train_vocab_size=None, model_vocab_size=300)
+    message = refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert f"the tokenizer has {made['vocab_size']} tokens; the model's vocab_size is 300" in message
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_without_eos(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path):
+    made = Path(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
+    job = tokenizer_job(tmp_path, path=str(tmp_path / "bare"), train_vocab_size=None, needs_chat_template=False)
+    assert "bare has no EOS token" in refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_beyond_what_shards_can_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
+):
+    shutil.copytree(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"], tmp_path / "large")
+    path = tmp_path / "large" / "tokenizer.json"
+    written = json.loads(path.read_text())
+    written["model"]["vocab"]["unheard of"] = 2**31
+    path.write_text(json.dumps(written))
+    job = tokenizer_job(tmp_path, path=str(tmp_path / "large"), train_vocab_size=None, model_vocab_size=None)
+    message = refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert "ids reach 2147483648; shards hold ids up to 2147483647" in message
+
+
+def test_a_job_file_of_another_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "job.json").write_text('{"run": "a"}')
+    assert "is not a complete TokenizeJob" in refused(capsys, "tokenize", str(tmp_path / "job.json"))
+    assert "does not exist" in refused(capsys, "train", str(tmp_path / "no.json"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path):
+    """A file system of 200 KiB, in a mount namespace of this test alone."""
+    write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 300) for i in range(400)))
+    (tmp_path / "small").mkdir()
+    job = tokenize_job(tmp_path / "small", tokenizer_folder, [tmp_path / "a.jsonl"], dataset())
+    words = [sys.executable, "-m", "longhaul", "tokenize", write_job(tmp_path, job)]
+    script = 'mount -t tmpfs -o size=200k none small && "$@"; code=$?; find small -name "*.bin" -o -name "*.json"; exit $code'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, "bash", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "No space left on device" in done.stderr, done.stderr
+    assert "storage.data" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.split() == [], "shards were left half-written"
