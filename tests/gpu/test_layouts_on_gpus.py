@@ -18,7 +18,10 @@ from layouts import TWINS
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish
 
-pytestmark = pytest.mark.skipif(GPUS != 2, reason=f"needs two GPUs, this machine has {GPUS}")
+pytestmark = [
+    pytest.mark.skipif(GPUS != 2, reason=f"needs two GPUs, this machine has {GPUS}"),
+    pytest.mark.timeout(1800),
+]
 
 PLAIN = "data"
 AXES: dict[str, dict[str, Any]] = {
