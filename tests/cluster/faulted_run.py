@@ -157,6 +157,10 @@ class FaultedRun(ClusterChain):
             assert time.monotonic() < deadline, "it did not happen in time:\n" + self.said()[-6000:]
             time.sleep(0.01)
 
+    def queued_jobs(self) -> list[str]:
+        """Ids of what waits for nodes."""
+        return self.slurm("squeue", "-h", "-t", "PENDING", "-o", "%i").split()
+
     def state(self) -> dict[str, Any]:
         return self.read(f"{self.phase}/state.json")
 

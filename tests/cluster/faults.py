@@ -19,11 +19,12 @@ class Cell:
     """`act` is done when `when` is true; then the same command must finish, once more where it was ended from outside."""
 
     name: str
-    when: str  # starting | training | saving | tokenizing | converting
+    when: str  # queued | starting | training | saving | tokenizing | converting
     act: Callable[[FaultedRun], None]
     ended_from_outside: bool = False
     fails_with: str = ""
     told_last: str = ""  # by the first run, which does not try again
+    before: Callable[[FaultedRun], None] = lambda run: None
     before_again: Callable[[FaultedRun], None] = lambda run: None
     says: str = ""  # in the log
     attempts: int = 2  # at least: else the fault came too late to test anything
@@ -76,6 +77,21 @@ def end_main(number: signal.Signals) -> Callable[[FaultedRun], None]:
 
 def scancel(run: FaultedRun) -> None:
     run.slurm("scancel", run.job_id)
+
+
+def occupy(run: FaultedRun) -> None:
+    """A job holds all nodes."""
+    wanted = [f"--nodes={len(run.cluster.node_names)}", "--exclusive", "--output=/dev/null"]
+    run.slurm("sbatch", "--job-name=occupant", *wanted, "--wrap=sleep 600")
+    run.until(lambda: not run.queued_jobs())
+
+
+def leave(run: FaultedRun) -> None:
+    run.slurm("scancel", "--name=occupant")
+
+
+def scancel_queued(run: FaultedRun) -> None:
+    run.slurm("scancel", *run.queued_jobs())
 
 
 def requeue(run: FaultedRun) -> None:
@@ -167,6 +183,7 @@ CELLS = [
     Cell("kill -9 of the main snakemake", "converting", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
     Cell("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), **_BY_HAND),
     Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), **_BY_HAND, attempts=1),
+    Cell("scancel", "queued", scancel_queued, **_CANCELLED, before=occupy, before_again=leave, attempts=1),
     Cell("scancel", "training", scancel, **_CANCELLED),
     Cell("scancel", "saving", scancel, **_CANCELLED),
     Cell("scontrol requeue", "training", requeue),

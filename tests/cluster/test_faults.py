@@ -113,7 +113,9 @@ def cluster_mended(three_nodes: VirtualCluster) -> Iterator[VirtualCluster]:
 
 
 def act_in_time(run: FaultedRun, cell: Cell) -> None:
-    if cell.when == "starting":
+    if cell.when == "queued":
+        run.until(lambda: bool(run.queued_jobs()))
+    elif cell.when == "starting":
         run.until(lambda: len(run.ranks()) == 2)
     elif cell.when == "tokenizing":
         run.until(run.has_tokenized_a_unit)
@@ -143,6 +145,7 @@ def test_a_fault_costs_no_bit(
         run.config["storage"] = {"weights": str(run.folder / "small")}
         run.config["checks"]["min_disk_free_gb"] = 0.0
         run.save()
+    cell.before(run)
     started = time.monotonic()
     run.start()
     act_in_time(run, cell)
