@@ -172,7 +172,7 @@ def test_the_job_environment_holds_nvml():
 class MlflowStandIn:
     """The part of mlflow 3 that is used: runs by id, in a store that outlives this module, as a server's does.
 
-    Its set_experiment, start_run(run_id=…), log_metrics(…, step=…), end_run and MlflowClient.get_metric_history.
+    Its set_tracking_uri, set_experiment, start_run, log_metrics, end_run and MlflowClient.get_metric_history.
     """
 
     class MlflowException(Exception):
@@ -185,8 +185,11 @@ class MlflowStandIn:
     def set_experiment(self, name: str) -> None:
         assert name == "small"
 
+    def set_tracking_uri(self, uri: str) -> None:
+        self.uri = uri
+
     def get_tracking_uri(self) -> str:
-        return "file:///runs"
+        return "https://me:secret@runs"
 
     def start_run(self, run_id: str | None = None, run_name: str | None = None) -> Any:
         if run_id is not None and run_id not in self.store:
@@ -233,8 +236,35 @@ def test_mlflow_goes_on_in_its_run_and_shows_each_step_once(leg: Callable[..., T
 
 def test_an_mlflow_run_that_is_gone_is_named(leg: Callable[..., Tracker], tmp_path: Path):
     leg("mlflow", MlflowStandIn({}), tmp_path, 0).close()
-    with pytest.raises(UserError, match="run run-0 cannot be opened at file:///runs"):
+    with pytest.raises(UserError, match="run run-0 cannot be opened at https://runs"):
         leg("mlflow", MlflowStandIn({}), tmp_path, 5)
+
+
+class WandbError(Exception):
+    """As wandb.Error."""
+
+
+def test_wandb_without_a_key_is_told(leg: Callable[..., Tracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def init(**_: Any) -> Any:
+        raise WandbError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(UserError, match="No API key configured"):
+        leg("wandb", SimpleNamespace(init=init, Error=WandbError), tmp_path, 0)
+
+
+def test_a_tracker_that_fails_is_told_once_and_ends_no_training(
+    leg: Callable[..., Tracker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    standing_in = MlflowStandIn({})
+    tracker = leg("mlflow", standing_in, tmp_path, 0)
+    tracker.log(1, {"loss": 1.0})
+    standing_in.store.clear()
+    for step in (2, 3):
+        tracker.log(step, {"loss": 1.0})
+    tracker.close()
+    said = capsys.readouterr().err
+    assert said.count("trackers.mlflow is left out from here on") == 1 and "KeyError" in said
 
 
 def test_wandb_goes_on_in_its_run_and_another_folder_has_another(leg: Callable[..., Tracker], tmp_path: Path):
@@ -246,6 +276,7 @@ def test_wandb_goes_on_in_its_run_and_another_folder_has_another(leg: Callable[.
 
     for folder in ("one", "one", "two"):
         (tmp_path / folder).mkdir(exist_ok=True)
-        leg("wandb", SimpleNamespace(init=init), tmp_path / folder, 0).close()
+        leg("wandb", SimpleNamespace(init=init, Error=WandbError), tmp_path / folder, 0).close()
     first, again, other = (settings["id"] for settings in asked)
+    assert {settings["mode"] for settings in asked} == {"offline"}
     assert first == again != other and {settings["resume"] for settings in asked} == {"allow"}

@@ -277,7 +277,7 @@ class Checks(Frozen):
 
 
 class Trackers(Frozen):
-    """Where metrics go beside metrics.jsonl; WANDB_MODE=offline and MLflow's file store are respected."""
+    """Where metrics go beside metrics.jsonl: into the weights folder, unless WANDB_MODE or MLFLOW_TRACKING_URI says otherwise."""
 
     tensorboard: bool = Field(default=True, description="Event files beside the metrics.")
     wandb: bool = Field(default=False, description="Weights & Biases; needs the wandb package.")

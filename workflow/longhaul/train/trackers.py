@@ -1,11 +1,15 @@
 """Experiment trackers, each behind a switch of the config. A resumed stage goes on in the run of the tracker that it began.
 
 trackers.json in the weights folder keeps the ids of those runs. The steps that a resume does again show once: TensorBoard
-is told to forget the old ones; W&B and MLflow cannot forget, and keep the first.
+is told to forget the old ones; W&B and MLflow cannot forget, and keep the first. Compute nodes have no internet: unless the
+environment says otherwise, both write into the weights folder. A tracker that fails does not end a training.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,20 +33,47 @@ class Tracker:
 def open_trackers(job: StageJob, folder: Path, first_step: int) -> list[Tracker]:
     """The trackers the config asks for; numbers of `first_step` and later steps follow.
 
-    Raises UserError when a tracker's package is missing, or its run is not where it was begun.
+    Raises UserError when a tracker's package or key is missing, or its run is not where it was begun.
     """
     wanted = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     opened = []
     for name, opener in wanted.items():
         if getattr(job.trackers, name):
             try:
-                opened.append(opener(job, folder, first_step))
+                opened.append(_tolerated(name, opener(job, folder, first_step)))
             except ModuleNotFoundError as error:
                 raise UserError(
                     f"trackers.{name}: the package {error.name} is not installed",
                     f"pip install {name}, or switch it off",
                 ) from None
     return opened
+
+
+def _tolerated(name: str, tracker: Tracker) -> Tracker:
+    """A tracker that, when it fails, says so once and does nothing more: metrics.jsonl holds everything anyway."""
+    has_failed = False
+
+    def guarded(call: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*arguments: Any) -> None:
+            nonlocal has_failed
+            if has_failed:
+                return
+            try:
+                call(*arguments)
+            except Exception as error:  # of a server, a disk, a library: no class in common
+                has_failed = True
+                cause = _without_credentials(f"{type(error).__name__}: {error}")
+                told = f"warning: trackers.{name} is left out from here on, metrics.jsonl goes on: {cause}"
+                print(told, file=sys.stderr, flush=True)
+
+        return attempt
+
+    return Tracker(guarded(tracker.log), guarded(tracker.close), guarded(tracker.rewind))
+
+
+def _without_credentials(text: str) -> str:
+    """Without what stands before the host of a URL."""
+    return re.sub(r"//[^/\s@]*@", "//", text)
 
 
 def _tensorboard(job: StageJob, folder: Path, first_step: int) -> Tracker:
@@ -69,25 +100,38 @@ def _tensorboard(job: StageJob, folder: Path, first_step: int) -> Tracker:
 
 
 def _wandb(job: StageJob, folder: Path, first_step: int) -> Tracker:
-    """W&B itself leaves out what comes for a step before the last one it has."""
+    """W&B itself leaves out what comes for a step before the last one that this process gave it."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     run_id = _run_ids(folder).get("wandb") or uuid.uuid4().hex
     _keep_run_id(folder, "wandb", run_id)
-    run = wandb.init(project=job.run, name=job.stage.name, id=run_id, dir=str(folder), resume="allow")
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
+    try:
+        run = wandb.init(project=job.run, name=job.stage.name, id=run_id, dir=str(folder), resume="allow", mode=mode)
+    except wandb.Error as error:
+        raise UserError(
+            f"trackers.wandb: WANDB_MODE={mode}, and no run can be begun: {_without_credentials(str(error))}",
+            f"`wandb login` on this site; or unset WANDB_MODE, and `wandb sync` what is in {folder / 'wandb'}",
+        ) from None
     return Tracker(lambda step, numbers: run.log(numbers, step=step), run.finish)
 
 
 def _mlflow(job: StageJob, folder: Path, first_step: int) -> Tracker:
     import mlflow  # pyright: ignore[reportMissingImports]
 
-    mlflow.set_experiment(job.run)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ.setdefault(
+            "MLFLOW_ALLOW_FILE_STORE", "true"
+        )  # MLflow 3 would have SQLite, which network folders break
+        mlflow.set_tracking_uri((folder.resolve() / "mlruns").as_uri())
     run_id = _run_ids(folder).get("mlflow")
     try:
+        mlflow.set_experiment(job.run)
         run = mlflow.start_run(run_id=run_id, run_name=f"{job.stage.name}-{folder.name}")
     except mlflow.MlflowException as error:
+        where = _without_credentials(f"{mlflow.get_tracking_uri()}: {error}")
         raise UserError(
-            f"trackers.mlflow: run {run_id or 'of this stage'} cannot be opened at {mlflow.get_tracking_uri()}: {error}",
+            f"trackers.mlflow: run {run_id or 'of this stage'} cannot be opened at {where}",
             f"set MLFLOW_TRACKING_URI to where it was begun, or remove {_ids_path(folder)} to begin a new one",
         ) from None
     _keep_run_id(folder, "mlflow", run.info.run_id)
