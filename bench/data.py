@@ -26,7 +26,7 @@ from longhaul.jobs import TokenizeJob
 from machine import header, publish
 
 ROUNDS = 3
-CORPUS_BYTES = 165_000_000
+CORPUS_BYTES = 400_000_000
 MEGATRON = os.environ.get("MEGATRON", "")
 PEERS = Path(sys.prefix).parent / ".venv-bench" / "bin" / "python"
 AIMS = {"datasets": 20, "datatrove": 12, "megatron": 35}
@@ -62,6 +62,7 @@ def main() -> None:
                     shutil.rmtree(folder / "shards", ignore_errors=True)
                 seconds[kind].append(timed(words, folder))
         manifest = DataManifest.read(folder / "shards.json")
+        expected = list(reference_ids(tokenizer, corpus))
         lines = [
             *header(("gigatoken", "tokenizers", "orjson", "numpy")),
             f"corpus: {corpus.stat().st_size / 1e6:.0f} MB of jsonl, {manifest.sources[0]['documents']:,} documents, "
@@ -74,8 +75,8 @@ def main() -> None:
             *ratios(seconds),
             f"encoder: {manifest.encoder['name']}",
             f"peak resident memory of the largest of our processes: {peak_mb(commands['longhaul'], folder):.0f} MB",
-            f"ids equal to AutoTokenizer's: {compare(manifest, tokenizer, corpus)}",
-            *about_megatron(folder, corpus, tokenizer),
+            f"ids equal to AutoTokenizer's: {compare(manifest, expected)}",
+            *about_megatron(folder, expected, tokenizer),
         ]
     publish("data", lines)
 
@@ -104,7 +105,7 @@ def megatron(folder: Path, corpus: Path) -> dict[str, list[str]]:
     return {"megatron": ["env", f"PYTHONPATH={path}", sys.executable, "-W", "ignore", str(script), *words]}
 
 
-def about_megatron(folder: Path, corpus: Path, tokenizer: TokenizerManifest) -> Iterator[str]:
+def about_megatron(folder: Path, expected: list[np.ndarray], tokenizer: TokenizerManifest) -> Iterator[str]:
     """Which Megatron it was, and whether its ids are AutoTokenizer's, too."""
     if not MEGATRON:
         yield "megatron: left out; MEGATRON=<checkout of NVIDIA/Megatron-LM> make bench-data adds it"
@@ -112,8 +113,8 @@ def about_megatron(folder: Path, corpus: Path, tokenizer: TokenizerManifest) -> 
     asked = ["git", "-C", MEGATRON, "describe", "--tags", "--always", "--long", "--abbrev=40"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "an unknown commit"
     ids = np.fromfile(folder / "megatron_text_document.bin", token_dtype(tokenizer.vocab_size))
-    expected = np.concatenate(list(reference_ids(tokenizer, corpus)))
-    yield f"megatron: tools/preprocess_data.py of {commit}; its ids are AutoTokenizer's: {np.array_equal(ids, expected)}"
+    same = np.array_equal(ids, np.concatenate(expected))
+    yield f"megatron: tools/preprocess_data.py of {commit}; its ids are AutoTokenizer's: {same}"
 
 
 def make_corpus(folder: Path) -> Path:
@@ -209,12 +210,12 @@ def peak_mb(words: list[str], folder: Path) -> float:
     return int(done.stdout) / 1024
 
 
-def compare(manifest: DataManifest, tokenizer: TokenizerManifest, corpus: Path) -> str:
+def compare(manifest: DataManifest, expected: list[np.ndarray]) -> str:
     """Every document of the corpus, looked up by its ids in the shards."""
     readers = [SplitReader(Path(manifest.path), split, with_mask=False) for split in manifest.splits.values()]
     places, counts = [0] * len(readers), [reader.token_count for reader in readers]
     documents = same = 0
-    for ids in reference_ids(tokenizer, corpus):
+    for ids in expected:
         documents += 1
         for index, reader in enumerate(readers):
             stop = places[index] + len(ids)
@@ -230,7 +231,7 @@ def reference_ids(tokenizer: TokenizerManifest, corpus: Path) -> Iterator[np.nda
 
     encode = PreTrainedTokenizerFast(tokenizer_file=str(Path(tokenizer.path) / "tokenizer.json"), eos_token=EOS)
     for line in corpus.open("rb"):
-        yield np.array([*encode(json.loads(line)["text"])["input_ids"], tokenizer.eos_id])
+        yield np.array([*encode(json.loads(line)["text"])["input_ids"], tokenizer.eos_id], dtype=np.int32)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Texts -> ids, by two encoders that must agree: `tokenizers` (the reference, which AutoTokenizer runs) and gigatoken.
 
 gigatoken reads byte-level BPE alone and is some thirty times faster. It is believed only as far as it is checked:
-`choose` compares both on hard texts and on a sample of the corpus, and every work unit compares a few documents again.
+`choose` compares both on hard texts and on a sample of the corpus, and every batch compares pieces of a few documents again.
 N tokens, D texts.
 """
 
