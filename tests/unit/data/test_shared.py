@@ -74,6 +74,16 @@ def test_the_number_of_jobs_changes_no_byte(tmp_path: Path, tokenizer_folder: Pa
     assert all(units) and sorted(itertools.chain(*units)) == sorted(path.parent.name for path in before)
 
 
+def test_jobs_with_pools_of_workers_make_the_same(tmp_path: Path, tokenizer_folder: Path):
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", "text", (text(n, 900) for _ in range(1200))) for n in (1, 2)]
+    assert all(file.stat().st_size > 4_000_000 for file in files), "enough for two workers in each share"
+    settings = dataset(unit_mb=1, validation_share=0.1)
+    alone = make_shards(tmp_path / "alone", tokenizer_folder, files, settings)
+    job = tokenize_job(tmp_path / "shared", tokenizer_folder, files, settings)
+    made = run(job.model_copy(update={"workers": 2}), 2)
+    assert contents(made) == contents(alone)
+
+
 def test_another_number_of_jobs_goes_on_with_what_is_there(tmp_path: Path, tokenizer_folder: Path):
     """One of two jobs is killed amid its share, the other never starts; then there are three."""
     files = [write_jsonl(tmp_path / f"{n}.jsonl", "text", (text(n * 900 + i, 900) for i in range(700))) for n in (1, 2)]

@@ -20,7 +20,7 @@ from longhaul.errors import UserError
 from longhaul.jobs import TokenizeJob
 from longhaul.shared_files import appears
 
-_LAYOUT_VERSION = 3
+_LAYOUT_VERSION = 4
 _SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
 
 
@@ -35,11 +35,14 @@ class Corpus:
 
     @classmethod
     def survey(
-        cls, job: TokenizeJob, tokenizer: TokenizerManifest, parts: int, each: Callable[..., Iterable[str]]
+        cls,
+        job: TokenizeJob,
+        tokenizer: TokenizerManifest,
+        sources: tuple[Source, ...],
+        parts: int,
+        each: Callable[..., Iterable[str]],
     ) -> Corpus:
-        """Hashes the sources and tries the fast encoder, in `parts` by `each` as longhaul.data.encoders.choose does."""
-        with ThreadPoolExecutor(job.workers) as pool:  # hashing releases the interpreter's lock
-            sources = tuple(pool.map(lambda file: Source.of(file, job.dataset.format), job.files))
+        """Tries the fast encoder, in `parts` by `each` as longhaul.data.encoders.choose does."""
         return cls(job, tokenizer, sources, choose(Path(tokenizer.path), _sample(job, sources), parts, each))
 
     @classmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import repeat
 from pathlib import Path
@@ -54,6 +55,10 @@ class Reference:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_str(_without_post_processor(self._folder))
+
+    def load(self) -> None:
+        """Now, that is."""
+        _ = self._tokenizer
 
     def encode(self, texts: Sequence[str]) -> Rows:
         """Ids with the special tokens that the tokenizer adds to a text."""
@@ -143,6 +148,14 @@ def open_encoder(folder: Path, name: str) -> tuple[Reference | Fast, Reference]:
     """The named encoder of a tokenizer folder, and the reference; kept, as loading them takes half a second."""
     reference = Reference(folder)
     return (Fast(folder, reference) if name == Fast.name else reference), reference
+
+
+def load_encoders(folder: Path) -> None:
+    """Loads what open_encoder opens, for the processes that are forked later, too."""
+    with suppress(BaseException):  # a tokenizer at which gigatoken's Rust half panics is left to the reference
+        import awkward  # noqa: F401 - gigatoken does it at its first batch
+
+        open_encoder(folder, Fast.name)[1].load()
 
 
 def choose(folder: Path, sample: Sequence[str], parts: int = 1, each: Callable[..., Iterable[str]] = map) -> Choice:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from longhaul.artifacts import TokenizerManifest, canonical_json
 from longhaul.config.datasets import Dataset
@@ -18,9 +18,9 @@ from longhaul.data.formats import BadData
 from longhaul.data.indexed import token_dtype
 from longhaul.data.readers import Document
 
-_BATCH_CHARACTERS = 4 << 20
+_BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
-_CHECKED_PER_BATCH = 4
+_CHECKED_PER_BATCH = 2
 _CHECKED_CHARACTERS = 2_500
 
 
@@ -113,10 +113,13 @@ def _pieces(texts: Sequence[str]) -> Iterator[str]:
 
 
 def document_key(document: Document) -> int:
-    """64 bits of BLAKE2 of the text, or of the conversation's canonical JSON: decides the split, for any tokenizer."""
+    """XXH3 (64 bits) of the text, or of the conversation's canonical JSON: decides the split, for any tokenizer.
+
+    It takes a tenth of the time of a cryptographic hash, and nobody gains by two documents with one key.
+    """
     content = document.content
-    data = content if isinstance(content, str) else canonical_json(content)
-    return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "little")
+    text = content if isinstance(content, str) else canonical_json(content)
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def _nothing(document: Document, reason: str) -> BadData:

@@ -9,26 +9,39 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from typing import Any
 
 from longhaul.data.corpus import Corpus
-from longhaul.data.encoders import Choice, Fast, open_encoder
+from longhaul.data.encoders import Choice
 from longhaul.data.encoding import EncodersDisagree
 from longhaul.data.progress import Counters, Progress
 from longhaul.data.scan import Scan, scan_unit
-from longhaul.data.units import Unit
+from longhaul.data.units import Source, Unit
 from longhaul.data.work import RECORD, Task, Worker
 from longhaul.errors import UserError
 from longhaul.shared_files import look_again
 
 _BYTES_PER_WORKER = 2_000_000  # less than this is encoded sooner than a worker starts
-# Forked, which spares every worker a third of a second of imports. It is done before a tokenizer is loaded, and workers
-# encode with one thread, so there is no thread that a child would miss.
+# Forked, workers share this process's imports and the loaded encoders, which take a second. Both encoders run in the
+# thread that calls them, so there is none that a child would miss.
 _FORK = multiprocessing.get_context("fork")
 
 Chosen = Callable[[Sequence[Unit]], Sequence[Unit]]
+
+
+def worker_count(source_bytes: int, most: int) -> int:
+    """Processes that are worth their start: 1, this one, up to `most`."""
+    return max(1, min(most, source_bytes // _BYTES_PER_WORKER))
+
+
+@contextmanager
+def hashed(files: Sequence[str], file_format: str, workers: int) -> Iterator[Iterable[Source]]:
+    """The files as sources, hashed by up to `workers` processes from now on; UserError as Source.of raises it."""
+    with _pool(min(workers, len(files))) if files and workers > 1 else nullcontext() as pool:
+        each = pool.map if pool else map
+        yield each(Source.of, files, repeat(file_format))
 
 
 class Makers:
@@ -36,25 +49,16 @@ class Makers:
 
     def __init__(self, name: str, pool: ProcessPoolExecutor | None, workers: int, counters: Counters) -> None:
         self._name, self._pool, self._counters = name, pool, counters
-        self.parts: int = workers if pool else 1
+        self.parts = workers
         self.each: Callable[..., Iterable[Any]] = pool.map if pool else map
 
     @classmethod
     @contextmanager
-    def start(cls, name: str, tokenizer: Path, source_bytes: int, workers: int) -> Iterator[Makers]:
-        """A pool's processes load the encoders while this one hashes the sources and tries the fast encoder."""
-        counters, workers = Counters(_FORK), min(workers, source_bytes // _BYTES_PER_WORKER)
-        if workers < 2:
-            yield cls(name, None, 1, counters)
-            return
-        import awkward  # noqa: F401 - gigatoken does it at its first batch; here it is paid for once, not in each process
-
-        with ProcessPoolExecutor(workers, _FORK, _start_worker, (tokenizer, counters)) as pool:
-            pool.submit(os.getpid)  # starts all processes
-            try:
-                yield cls(name, pool, workers, counters)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def start(cls, name: str, workers: int) -> Iterator[Makers]:
+        """A pool's processes, which start with what this one has loaded, or this one alone."""
+        counters = Counters(_FORK)
+        with _pool(workers, counters) if workers > 1 else nullcontext() as pool:
+            yield cls(name, pool, workers, counters)
 
     def make(self, corpus: Corpus, threshold: int, chosen: Chosen = list) -> tuple[Task, Sequence[Unit], Choice]:
         """Makes those of the corpus' units that are `chosen` and not there yet.
@@ -129,14 +133,21 @@ def _share_out(
             future.cancel()
 
 
+@contextmanager
+def _pool(workers: int, *counters: Counters) -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(workers, _FORK, _start_worker, counters) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 _counters: list[Counters] = []  # of this process, filled once when a pool starts it
 
 
-def _start_worker(tokenizer: Path, counters: Counters) -> None:
+def _start_worker(*counters: Counters) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _counters.append(counters)
-    with suppress(BaseException):  # a tokenizer at which its Rust half panics is left to the reference
-        open_encoder(tokenizer, Fast.name)
+    _counters.extend(counters)
 
 
 def _end_with_parent() -> None:

@@ -22,9 +22,9 @@ import numpy as np
 from longhaul.artifacts import DataManifest, EncodedShare, TokenizerManifest, content_hash
 from longhaul.data import mixing
 from longhaul.data.corpus import Corpus
-from longhaul.data.encoders import Choice
+from longhaul.data.encoders import Choice, load_encoders
 from longhaul.data.indexed import ShardReader, token_dtype
-from longhaul.data.makers import Makers
+from longhaul.data.makers import Makers, hashed, worker_count
 from longhaul.data.readers import no_documents
 from longhaul.data.scan import Scan
 from longhaul.data.screen import screen
@@ -75,12 +75,16 @@ def _at_work(job: TokenizeJob, name: str, shares: int = 1) -> Iterator[tuple[Cor
         raise UserError("the dataset has no files", "check its `files`, or run `longhaul fetch` first")
     scan = Scan.of(job.dataset, job.evaluation)  # before a pool is forked: its processes share the evaluation texts
     size = sum(Path(file).stat().st_size for file in job.files if Path(file).exists())
-    with Makers.start(name, Path(tokenizer.path), size // shares, job.workers) as makers:
+    workers = worker_count(size // shares, job.workers)
+    with hashed(() if job.survey else job.files, job.dataset.format, workers) as hashing:
+        load_encoders(Path(tokenizer.path))  # meanwhile, and before the makers are forked, which share them
+        sources = tuple(hashing)
+    with Makers.start(name, workers) as makers:
         try:
             if job.survey:
                 corpus = Corpus.surveyed(job, tokenizer, Path(job.survey))
             else:
-                corpus = Corpus.survey(job, tokenizer, makers.parts, makers.each)
+                corpus = Corpus.survey(job, tokenizer, sources, makers.parts, makers.each)
             corpus.root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(corpus.root)
             yield corpus, scan, makers
