@@ -52,7 +52,8 @@ def packages(group: str) -> list[str]:
     if group == "job":
         # Jobs run the same package: what it imports everywhere, without Snakemake.
         shared = [name for name in names if not name.startswith("snakemake")]
-        names = ["torch", *(name for name in [*project["optional-dependencies"]["job"], *shared] if name != "torch")]
+        extras = project["optional-dependencies"]
+        names = ["torch", *(name for name in [*extras["job"], *extras["trackers"], *shared] if name != "torch")]
     version = pins()
     return [f"{name}=={version[normal(name)]}" for name in names]
 

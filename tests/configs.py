@@ -10,6 +10,8 @@ import yaml
 
 from longhaul.artifacts import Lock
 from longhaul.config.load import load_config
+from longhaul.jobs import StageJob
+from longhaul.payloads import payload
 from longhaul.plan import Plan, make_plan
 
 LLAMA = {
@@ -81,3 +83,11 @@ def plan_of(
 ) -> Plan:
     """The plan of a changed CONFIG at a changed SITE."""
     return make_plan(load_config(write_config(folder, config, site)), lock)
+
+
+def base_stage(folder: Path, **trackers: bool) -> StageJob:
+    """The job of CONFIG's first stage as one process with these trackers."""
+    switches = {f"trackers.{name}": is_on for name, is_on in {"tensorboard": False, **trackers}.items()}
+    job = payload(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), "train-base")
+    assert isinstance(job, StageJob)
+    return job

@@ -1,9 +1,12 @@
-"""What several test folders share: their helper modules, and one finished tiny run."""
+"""What several test folders share: their helper modules, one finished tiny run, a server in the place of a tracker's."""
 
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +49,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
     chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config())
     chain.run()
     return chain
+
+
+@pytest.fixture
+def serve():
+    """Starts a tracker's server that answers as told, on this machine."""
+    from tracker_server import Server
+
+    servers: list[Server] = []
+
+    def start(answer: Callable[[str, Any], tuple[int, Any]]) -> Server:
+        servers.append(Server(answer))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from chain import SECRETS, Chain, leaks
+import pytest
+
+from chain import REPOSITORY, SECRETS, Chain, leaks
+from configs import base_stage
+from tracker_server import AT_ONCE, Answer, Server, broken, mlflow_answer, wandb_answer
+
+TRACKED_LEG = REPOSITORY / "tests/unit/train/tracked_leg.py"
 
 
 def test_a_whole_run_keeps_them_to_itself(finished: Chain):
@@ -30,6 +40,37 @@ def test_every_job_had_them(finished: Chain, tmp_path: Path):
     assert {name: seen.get(name) for name in SECRETS} == SECRETS
 
 
-def test_what_looks_for_them_finds_them(tmp_path: Path):
-    (tmp_path / "log").write_text(f"token={SECRETS['HF_TOKEN']}!")
-    assert leaks(tmp_path) == [f"{tmp_path / 'log'}: HF_TOKEN"]
+@pytest.mark.parametrize("at", ["files", "servers"])
+def test_trackers_keep_them_to_themselves(tmp_path: Path, serve: Callable[[Answer], Server], at: str):
+    """In the weights folder, the user's home, and what is said of servers that break down."""
+    base_stage(tmp_path, wandb=True, mlflow=True).write(tmp_path / "job.json")
+    server = serve(breaks_down)
+    own = {"HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_USERNAME": "me", "WANDB_FINISH_TIMEOUT": "1", **AT_ONCE}
+    if at == "servers":
+        own |= {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "MLFLOW_TRACKING_URI": server.url}
+    command = [sys.executable, str(TRACKED_LEG), str(tmp_path / "job.json"), str(tmp_path)]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, **SECRETS, **own}
+        subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, timeout=120
+        )
+    sent = {f"api:{SECRETS['WANDB_API_KEY']}", f"me:{SECRETS['MLFLOW_TRACKING_PASSWORD']}"}
+    assert server.credentials == (sent if at == "servers" else set())
+    assert list(tmp_path.glob("wandb/*/*.wandb")) and ((tmp_path / "mlruns").exists() == (at == "files"))
+    assert ("trackers.mlflow is left out" in (tmp_path / "log").read_text()) == (at == "servers")
+    assert leaks(tmp_path) == []
+
+
+def breaks_down(path: str, request: Any) -> tuple[int, Any]:
+    """Both trackers' servers, which begin a run and then take nothing."""
+    if path.endswith(("/log-batch", "/file_stream")):
+        return broken(path, request)
+    return (mlflow_answer if "/mlflow/" in path else wandb_answer)(path, request)
+
+
+@pytest.mark.parametrize("form", ["token={}!", "api:{}", "user:{}"])
+def test_what_looks_for_them_finds_them(tmp_path: Path, form: str):
+    text = form.format(SECRETS["HF_TOKEN"])
+    (tmp_path / "log").write_text(text)
+    (tmp_path / "header").write_text(f"Authorization: Basic {b64encode(text.encode()).decode()}")
+    assert sorted(leaks(tmp_path)) == [f"{tmp_path / name}: HF_TOKEN" for name in ("header", "log")]

@@ -15,23 +15,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs import LLAMA, plan_of
-from longhaul.errors import UserError
-from longhaul.jobs import StageJob
-from longhaul.payloads import payload
+from configs import LLAMA, base_stage
 from longhaul.train.events import Events
 from longhaul.train.metrics import Metrics, device_numbers
-from longhaul.train.trackers import Tracker, open_trackers
 
 MODEL = {"model_type": "llama", **LLAMA}
-
-
-def job(folder: Path, **trackers: bool) -> StageJob:
-    """A stage of one process with these trackers."""
-    switches = {f"trackers.{name}": is_on for name, is_on in {"tensorboard": False, **trackers}.items()}
-    planned = payload(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), "train-base")
-    assert isinstance(planned, StageJob)
-    return planned
 
 
 def open_metrics(folder: Path, resumed_from: int, **trackers: bool) -> Metrics:
@@ -42,7 +30,7 @@ def open_metrics(folder: Path, resumed_from: int, **trackers: bool) -> Metrics:
         rank=SimpleNamespace(host="here"),
         gather=lambda value: [value],
     )
-    return Metrics(job(folder, **trackers), folder, resumed_from, processes, MODEL, Events(folder))
+    return Metrics(base_stage(folder, **trackers), folder, resumed_from, processes, MODEL, Events(folder))
 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
@@ -167,116 +155,3 @@ def test_the_job_environment_holds_nvml():
     assert version("nvidia-ml-py") and hasattr(pynvml, "nvmlDeviceGetUtilizationRates")
     stood_in_for = {name for name in vars(NvmlStandIn) if name.lower().startswith("nvml")}
     assert len(stood_in_for) == 6 and stood_in_for <= set(vars(pynvml))
-
-
-class MlflowStandIn:
-    """The part of mlflow 3 that is used: runs by id, in a store that outlives this module, as a server's does.
-
-    Its set_tracking_uri, set_experiment, start_run, log_metrics, end_run and MlflowClient.get_metric_history.
-    """
-
-    class MlflowException(Exception):
-        pass
-
-    def __init__(self, store: dict[str, list[tuple[str, int, float]]]) -> None:
-        self.store, self._active = store, ""
-        self.MlflowClient = lambda: SimpleNamespace(get_metric_history=self._history)
-
-    def set_experiment(self, name: str) -> None:
-        assert name == "small"
-
-    def set_tracking_uri(self, uri: str) -> None:
-        self.uri = uri
-
-    def get_tracking_uri(self) -> str:
-        return "https://me:secret@runs"
-
-    def start_run(self, run_id: str | None = None, run_name: str | None = None) -> Any:
-        if run_id is not None and run_id not in self.store:
-            raise self.MlflowException(f"Run '{run_id}' not found")
-        self._active = run_id or f"run-{len(self.store)}"
-        self.store.setdefault(self._active, [])
-        return SimpleNamespace(info=SimpleNamespace(run_id=self._active))
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.store[self._active] += [(name, step, value) for name, value in metrics.items()]
-
-    def end_run(self) -> None:
-        self._active = ""
-
-    def _history(self, run_id: str, key: str) -> list[Any]:
-        return [SimpleNamespace(step=step, value=value) for name, step, value in self.store[run_id] if name == key]
-
-
-@pytest.fixture
-def leg(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tracker]:
-    """Opens the only tracker of a leg, as a new process would."""
-
-    def open_one(name: str, module: object, folder: Path, first_step: int) -> Tracker:
-        monkeypatch.setitem(sys.modules, name, module)
-        (tracker,) = open_trackers(job(folder, **{name: True}), folder, first_step)
-        return tracker
-
-    return open_one
-
-
-def test_mlflow_goes_on_in_its_run_and_shows_each_step_once(leg: Callable[..., Tracker], tmp_path: Path):
-    store: dict[str, list[tuple[str, int, float]]] = {}
-    for first, last, value in ((0, 7, 1.0), (5, 9, 2.0)):
-        tracker = leg("mlflow", MlflowStandIn(store), tmp_path, first)
-        for step in range(first, last):
-            tracker.log(step, {"loss": value})
-        if first == 0:
-            tracker.log(4, {"validation_loss": 3.0})
-        tracker.close()
-    (found,) = store.values()
-    assert [step for name, step, _ in found if name == "loss"] == list(range(9))
-    assert ("loss", 6, 1.0) in found and ("loss", 7, 2.0) in found
-
-
-def test_an_mlflow_run_that_is_gone_is_named(leg: Callable[..., Tracker], tmp_path: Path):
-    leg("mlflow", MlflowStandIn({}), tmp_path, 0).close()
-    with pytest.raises(UserError, match="run run-0 cannot be opened at https://runs"):
-        leg("mlflow", MlflowStandIn({}), tmp_path, 5)
-
-
-class WandbError(Exception):
-    """As wandb.Error."""
-
-
-def test_wandb_without_a_key_is_told(leg: Callable[..., Tracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def init(**_: Any) -> Any:
-        raise WandbError("No API key configured. Use `wandb login` to log in.")
-
-    monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(UserError, match="No API key configured"):
-        leg("wandb", SimpleNamespace(init=init, Error=WandbError), tmp_path, 0)
-
-
-def test_a_tracker_that_fails_is_told_once_and_ends_no_training(
-    leg: Callable[..., Tracker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    standing_in = MlflowStandIn({})
-    tracker = leg("mlflow", standing_in, tmp_path, 0)
-    tracker.log(1, {"loss": 1.0})
-    standing_in.store.clear()
-    for step in (2, 3):
-        tracker.log(step, {"loss": 1.0})
-    tracker.close()
-    said = capsys.readouterr().err
-    assert said.count("trackers.mlflow is left out from here on") == 1 and "KeyError" in said
-
-
-def test_wandb_goes_on_in_its_run_and_another_folder_has_another(leg: Callable[..., Tracker], tmp_path: Path):
-    asked: list[dict[str, Any]] = []
-
-    def init(**settings: Any) -> Any:
-        asked.append(settings)
-        return SimpleNamespace(log=lambda numbers, step: None, finish=lambda: None)
-
-    for folder in ("one", "one", "two"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        leg("wandb", SimpleNamespace(init=init, Error=WandbError), tmp_path / folder, 0).close()
-    first, again, other = (settings["id"] for settings in asked)
-    assert {settings["mode"] for settings in asked} == {"offline"}
-    assert first == again != other and {settings["resume"] for settings in asked} == {"allow"}

@@ -281,7 +281,7 @@ class Trackers(Frozen):
 
     tensorboard: bool = Field(default=True, description="Event files beside the metrics.")
     wandb: bool = Field(default=False, description="Weights & Biases; needs the wandb package.")
-    mlflow: bool = Field(default=False, description="MLflow; needs the mlflow package.")
+    mlflow: bool = Field(default=False, description="MLflow; needs the mlflow-skinny package.")
 
 
 class Config(Frozen):
