@@ -67,6 +67,7 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             left = sorted(path.name for path in Path(leg["folder"]).glob("stages/main/weights/*/checkpoints/*"))
             print("LEG " + json.dumps({"ended": ended, "checkpoints": left}), flush=True)
+    assert "torch._inductor.compile_fx" not in sys.modules, "nothing is compiled; a second of every rank's start"
     sys.stdout.flush()
     os._exit(0)  # the interpreter's teardown is slow after DeepSpeed
 

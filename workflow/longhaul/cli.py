@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longhaul.errors import UserError
+
+if TYPE_CHECKING:
+    from longhaul.jobs import Job
 
 # Jobs run where there is no internet; only fetch and doctor-like verbs may look outside.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -168,7 +174,9 @@ def _run_job(options: argparse.Namespace) -> None:
     """A failure is written down beside the job file for the supervisor, as its exit code may not arrive."""
     os.environ.update(_OFFLINE)
     try:
-        _start_job(options.verb, options.job)
+        with _lean_imports():
+            run, kind = _job(options.verb)
+        run(kind.read(options.job))
     except Exception as error:
         from longhaul.ranks import this_rank
         from longhaul.records import report_failure
@@ -178,47 +186,65 @@ def _run_job(options: argparse.Namespace) -> None:
         raise
 
 
-def _start_job(verb: str, path: Path) -> None:
-    if verb == "environment":
-        from longhaul.environment.check import run
-        from longhaul.jobs import EnvironmentJob
+@contextmanager
+def _lean_imports() -> Iterator[None]:
+    """What a process imports is most of what it costs to start one, and a training starts thousands.
 
-        run(EnvironmentJob.read(path))
-    elif verb == "fabric":
-        from longhaul.fabric.measure import run
-        from longhaul.jobs import FabricJob
+    Modules are half a million objects and no garbage: looking for some again and again while they are made takes a fifth of
+    that time, and each full collection of the training would look through them once more. And DeepSpeed's autotuner, which
+    nothing here uses, imports MLflow where it is installed; trackers import it on rank 0 where a config asks for it.
+    """
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if hidden:
+            del sys.modules["mlflow"]
 
-        run(FabricJob.read(path))
-    elif verb == "tokenizer":
-        from longhaul.data.tokenizer import run
-        from longhaul.jobs import TokenizerJob
 
-        run(TokenizerJob.read(path))
-    elif verb == "survey":
-        from longhaul.data.tokenize import survey
-        from longhaul.jobs import TokenizeJob
+def _job(verb: str) -> tuple[Callable[[Any], None], type[Job]]:
+    """What runs a job, and what it is told by."""
+    from longhaul import jobs
 
-        survey(TokenizeJob.read(path))
-    elif verb == "encode":
-        from longhaul.data.tokenize import encode
-        from longhaul.jobs import EncodeJob
+    match verb:
+        case "environment":
+            from longhaul.environment.check import run
 
-        encode(EncodeJob.read(path))
-    elif verb == "tokenize":
-        from longhaul.data.tokenize import run
-        from longhaul.jobs import TokenizeJob
+            kind = jobs.EnvironmentJob
+        case "fabric":
+            from longhaul.fabric.measure import run
 
-        run(TokenizeJob.read(path))
-    elif verb == "train":
-        from longhaul.jobs import StageJob
-        from longhaul.train.loop import run
+            kind = jobs.FabricJob
+        case "tokenizer":
+            from longhaul.data.tokenizer import run
 
-        run(StageJob.read(path))
-    else:
-        from longhaul.convert.export import run
-        from longhaul.jobs import ConvertJob
+            kind = jobs.TokenizerJob
+        case "survey":
+            from longhaul.data.tokenize import survey as run
 
-        run(ConvertJob.read(path))
+            kind = jobs.TokenizeJob
+        case "encode":
+            from longhaul.data.tokenize import encode as run
+
+            kind = jobs.EncodeJob
+        case "tokenize":
+            from longhaul.data.tokenize import run
+
+            kind = jobs.TokenizeJob
+        case "train":
+            from longhaul.train.loop import run
+
+            kind = jobs.StageJob
+        case _:
+            from longhaul.convert.export import run
+
+            kind = jobs.ConvertJob
+    return run, kind
 
 
 _FOR_PEOPLE = {

@@ -19,7 +19,13 @@ def spawn(worker: Path, ranks: int, *arguments: str, timeout_s: float = 180) -> 
         str(worker),
         *arguments,
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TORCHDYNAMO_DISABLE": "1",  # as the trainer has it
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout

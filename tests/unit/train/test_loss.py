@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -15,11 +16,17 @@ from ranks import spawn
 WORKER = Path(__file__).with_name("gradient_worker.py")
 
 
-def test_one_masked_batch_gives_one_gradient_whatever_the_layout(tmp_path: Path):
-    """micro batch 1, 2, 4 x data parallel 1, 2, 4, to 1e-6 of the largest gradient; ZeRO 0 and 1."""
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """Layout -> name -> gradient."""
+    folder = tmp_path_factory.mktemp("gradients")
     for ranks in (1, 2, 4):
-        spawn(WORKER, ranks, str(tmp_path))
-    results = {path.stem: load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))}
+        spawn(WORKER, ranks, str(folder))
+    return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_one_masked_batch_gives_one_gradient_whatever_the_layout(results: dict[str, dict[str, torch.Tensor]]):
+    """micro batch 1, 2, 4 x data parallel 1, 2, 4, to 1e-6 of the largest gradient; ZeRO 0 and 1."""
     assert len(results) == 12
     reference = results["ranks1-micro4-zero0"]
     largest = max(gradient.abs().max().item() for gradient in reference.values())
@@ -31,14 +38,13 @@ def test_one_masked_batch_gives_one_gradient_whatever_the_layout(tmp_path: Path)
             )
 
 
-def test_the_reference_is_the_mean_token_loss(tmp_path: Path):
+def test_the_reference_is_the_mean_token_loss(results: dict[str, dict[str, torch.Tensor]]):
     """The same gradient from plain PyTorch, without DeepSpeed and without micro batches."""
     import transformers
 
     from gradient_worker import VOCABULARY, batch
 
-    spawn(WORKER, 1, str(tmp_path))
-    found = load_file(tmp_path / "ranks1-micro1-zero0.safetensors")
+    found = results["ranks1-micro1-zero0"]
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

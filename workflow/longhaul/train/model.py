@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+# The base class takes all of transformers' machinery with it: here, so that every rank has it before they meet.
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
 from longhaul.artifacts import TokenizerManifest, read_json
 from longhaul.config.stored_weights import notes
 from longhaul.errors import UserError
@@ -33,7 +37,9 @@ Shapes = dict[str, tuple[int, ...]]
 Values = Callable[[Shard], torch.Tensor]
 
 
-def build_model(job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes) -> Any:
+def build_model(
+    job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes
+) -> PreTrainedModel:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
     ds_config = read_deepspeed_config(job)
     if processes.is_main and job.pretrained and not start:
@@ -86,8 +92,6 @@ def _first_values(job: StageJob, config: Any, shapes: Shapes, start: Start | Non
 
 
 def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
-    from transformers import AutoConfig
-
     if tokenizer.vocab_size > job.model["vocab_size"]:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens; the model's vocab_size is {job.model['vocab_size']}",
@@ -99,10 +103,7 @@ def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
     return AutoConfig.for_model(**keys)
 
 
-def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
+def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> PreTrainedModel:
     # Imports the architecture: of a class that is first seen inside zero.Init, DeepSpeed takes away what decorators added.
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=job.trust_remote_code)

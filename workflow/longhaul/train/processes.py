@@ -64,6 +64,8 @@ def start_processes(job: StageJob) -> Iterator[Processes]:
     use_ops_folder(job.scratch)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // max(1, job.stage.gpus_per_node)))
     torch.set_num_threads(threads)
+    # Nothing here is compiled, but DeepSpeed decorates its Muon so, which imports the compiler: a second of every rank.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # DeepSpeed still calls collectives by names that torch has deprecated, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
