@@ -19,16 +19,26 @@ _STAGE_S = 90
 
 def run_variants(folder: Path, variants: dict[str, dict[str, Any]], **changes: Any) -> Chain:
     """The finished chain; `changes` replace the top-level keys of the tiny config."""
-    config = tiny_config(**changes)
-    stages = {stage["kind"]: stage for stage in config["stages"]}
-    config["stages"] = [
-        {**stages[variant.get("kind", "pretrain")], "name": name, "gpus_per_node": GPUS, "steps": STEPS, **variant}
-        for name, variant in variants.items()
-    ]
-    chain = Chain(folder, config)
+    chain = Chain(folder, {**tiny_config(**changes), "stages": stages_of(variants)})
     write_site(chain.folder, _site())
     chain.run(timeout_s=_STAGE_S * len(variants))
     return chain
+
+
+def go_on(chain: Chain, variants: dict[str, dict[str, Any]]) -> None:
+    """Runs the chain again with its stages as these say."""
+    chain.config["stages"] = stages_of(variants)
+    chain.save()
+    chain.run(timeout_s=_STAGE_S * len(variants))
+
+
+def stages_of(variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A stage of the tiny config for each variant, over all GPUs."""
+    stages = {stage["kind"]: stage for stage in tiny_config()["stages"]}
+    return [
+        {**stages[variant.get("kind", "pretrain")], "name": name, "gpus_per_node": GPUS, "steps": STEPS, **variant}
+        for name, variant in variants.items()
+    ]
 
 
 def rows(chain: Chain, stage: str, key: str) -> list[float]:
@@ -56,9 +66,9 @@ def told(stage: str, proof: dict[str, Any]) -> str:
     return f"{stage:>20} {proof['tensors']['count']} tensors equal; logits {proof['logits']}"
 
 
-def trained_on_gpus(chain: Chain, stage: str) -> bool:
-    """In one go."""
-    return (chain.weights(stage) / "legs.jsonl").read_text().count('"device": "cuda"') == 1
+def trained_on_gpus(chain: Chain, stage: str, legs: int = 1) -> bool:
+    """In so many goes."""
+    return (chain.weights(stage) / "legs.jsonl").read_text().count('"device": "cuda"') == legs
 
 
 def description() -> str:
