@@ -13,16 +13,17 @@ import sys
 import traceback
 from pathlib import Path
 
+from deepspeed.comm import comm
+from deepspeed.runtime.pipe import p2p
+from deepspeed.utils import groups
+
 from longhaul.jobs import StageJob
+from longhaul.train import loop
 from parity_cell import STEPS, config, prepare
 
 
 def reset_deepspeed() -> None:
     """Forgets the groups of the cell before; a user's process trains one stage."""
-    from deepspeed.comm import comm
-    from deepspeed.runtime.pipe import p2p
-    from deepspeed.utils import groups
-
     groups._release_process_group_references(None)
     comm.cdb = None
     p2p._groups = None
@@ -30,8 +31,6 @@ def reset_deepspeed() -> None:
 
 
 def train_in_two_legs(job: StageJob) -> None:
-    from longhaul.train import loop
-
     half = job.model_copy(update={"steps": STEPS // 2, "exportable": ()})
     for leg, port in ((half, 0), (job, 1)):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + port)
@@ -41,7 +40,6 @@ def train_in_two_legs(job: StageJob) -> None:
 
 def main() -> None:
     shared, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     for index, name in enumerate(sys.argv[3:]):
         twin, layout, *begin = name.split("/", 2)
         os.environ["MASTER_PORT"] = str(int(os.environ["PARITY_PORT"]) + 2 * index)
