@@ -18,6 +18,7 @@ from corpora import conversation, dataset, make_shards, make_tokenizer, write_js
 from layouts import BF16, FP32, LAYOUTS, cells
 from longhaul.errors import UserError
 from parity_cell import STEPS, config, prepare
+from ranks import command_of, environment_of_ranks
 
 HERE = Path(__file__).resolve().parent
 _CELLS_A_LAUNCH = 12
@@ -85,15 +86,8 @@ def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path)
 
 
 def _launch(ranks: int, names: list[str], shared: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(HERE / "worker.py"), str(shared), str(folder), *names]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PARITY_PORT": str(_ports()),
-    }
+    command = command_of(HERE / "worker.py", ranks, str(shared), str(folder), *names)
+    environment = {**environment_of_ranks(), "PARITY_PORT": str(_ports())}
     return subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, check=False)
 
 

@@ -1,9 +1,9 @@
 """One of several ranks that train the cells of one world size one after the other: python worker.py SHARED FOLDER CELL…
 
 A cell is `twin/layout`, or `twin/layout/pretrained=FOLDER` to begin with a Hugging Face folder, or
-`twin/layout/start=CHECKPOINT.JSON` to begin where another layout's stage ended. Each trains half of its steps, ends, and
-goes on from its checkpoint in a new engine, as a job that was cut off does. A rank whose cell fails prints why and ends
-with code 1.
+`twin/layout/start=CHECKPOINT.JSON` to begin where another layout's stage ended. Each trains half of its steps and ends. It then
+goes on from its checkpoint in a new engine, as a job that was cut off does, unless it only shows how it begins. A rank whose
+cell fails prints why and ends with code 1.
 """
 
 from __future__ import annotations
@@ -13,43 +13,41 @@ import sys
 import traceback
 from pathlib import Path
 
+from deepspeed.comm import comm
+from deepspeed.runtime.pipe import p2p
+from deepspeed.utils import groups
+
 from longhaul.jobs import StageJob
+from longhaul.train import loop
 from parity_cell import STEPS, config, prepare
 
 
 def reset_deepspeed() -> None:
     """Forgets the groups of the cell before; a user's process trains one stage."""
-    from deepspeed.comm import comm
-    from deepspeed.runtime.pipe import p2p
-    from deepspeed.utils import groups
-
     groups._release_process_group_references(None)
     comm.cdb = None
     p2p._groups = None
     p2p._grid = None
 
 
-def train_in_two_legs(job: StageJob) -> None:
-    from longhaul.train import loop
-
+def train(job: StageJob, first_port: int, begins: bool) -> None:
+    """In two legs; the first alone where it is asked how the stage begins."""
     half = job.model_copy(update={"steps": STEPS // 2, "exportable": ()})
-    for leg, port in ((half, 0), (job, 1)):
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + port)
+    for index, leg in enumerate([half] if begins else [half, job]):
+        os.environ["MASTER_PORT"] = str(first_port + index)
         loop.run(leg)
         reset_deepspeed()
 
 
 def main() -> None:
     shared, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     for index, name in enumerate(sys.argv[3:]):
         twin, layout, *begin = name.split("/", 2)
-        os.environ["MASTER_PORT"] = str(int(os.environ["PARITY_PORT"]) + 2 * index)
         own = folder / twin / (layout if not begin else f"{layout}, {begin[0].partition('=')[0]}")
         try:
             # Every rank writes the same files, each of them atomically.
             job, _ = prepare(own, shared, config(twin, layout), *begin)
-            train_in_two_legs(job)
+            train(job, int(os.environ["PARITY_PORT"]) + 2 * index, begins=bool(begin))
         except BaseException:
             print(f"FAILED {name}\n{traceback.format_exc()}\n", flush=True)
             os._exit(1)

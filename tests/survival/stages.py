@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parity_cell import config
+from ranks import command_of, environment_of_ranks
 
 HERE = Path(__file__).resolve().parent
 STEPS, HALF = 12, 6
@@ -79,16 +80,12 @@ def train(shared: Path, *legs: Leg, before: list[str] = []) -> str:  # noqa: B00
     path = legs[0].folder.with_suffix(".legs.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([leg.as_json(shared) for leg in legs]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
+        **environment_of_ranks(),
         "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         "SURVIVAL_PORT": str(20_000 + (os.getpid() * 211 + id(path)) % 10_000),
     }
-    command = [*before, *launcher, str(HERE / "survival_worker.py"), str(path)]
+    command = [*before, *command_of(HERE / "survival_worker.py", ranks, str(path))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     output = done.stdout + done.stderr
     ends = [json.loads(line.removeprefix("LEG ")) for line in done.stdout.splitlines() if line.startswith("LEG ")]

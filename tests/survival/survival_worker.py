@@ -58,7 +58,6 @@ def train(leg: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     first_port = int(os.environ["SURVIVAL_PORT"])
     for index, leg in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["MASTER_PORT"] = str(first_port + index)
