@@ -13,7 +13,7 @@ COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DEFAULT_BUCKET = 500_000_000
 # Tokens whose logits a rank has at a time (train/loss.py): enough rows to keep the matmuls as fast as whole ones.
 LOSS_CHUNK_TOKENS = 2048
-# Elements that PowerSGD takes at a time (train/powersgd.py), where the config sets no bucket.
+# Elements that PowerSGD takes at a time (train/powersgd.py). What it keeps lies in such buckets, so no config changes them.
 POWERSGD_BUCKET = 25_000_000
 # DeepSpeed's default of stage3_max_live_parameters.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -172,7 +172,7 @@ def _logits(stage: Stage, sizes: Geometry) -> int:
 def _buckets(stage: Stage, parameters: int) -> int:
     if stage.communication.powersgd:
         # In fp32: the lost part of all gradients, before and after the step; of a bucket, gradients and their copy.
-        return 4 * (2 * parameters + 2 * min(stage.zero.reduce_bucket_size or POWERSGD_BUCKET, parameters))
+        return 4 * (2 * parameters + 2 * min(POWERSGD_BUCKET, parameters))
     zero = stage.zero
     if zero.stage == 0 or not zero.contiguous_gradients:
         return 0

@@ -5,6 +5,7 @@ Run by test_powersgd.py in a process of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from configs import plan_of
 from longhaul.config.models import PowerSgd
-from longhaul.train.powersgd import LowRankReduction, _in_buckets, _matrices
+from longhaul.train.powersgd import LowRankReduction, _in_buckets, _matrices, compress_reduction
 
 RANK, START = 2, 2
 
@@ -124,8 +125,36 @@ def test_buckets_hold_all_that_is_trained_in_order():
     assert _matrices(torch.Size((3, 4, 5))) == [torch.Size((4, 5))] * 3
 
 
+def test_a_stage_goes_on_with_another_bucket_size():
+    gradients = [torch.randn(32, 48), torch.randn(16, 64)]
+
+    def engine_of(bucket_size: int | None) -> tuple[Any, LowRankReduction]:
+        engine = SimpleNamespace(module=module(*gradients), optimizer=None, zero_optimization_stage=lambda: 0)
+        powersgd = PowerSgd(rank=RANK, start_step=START)
+        stage = SimpleNamespace(
+            communication=SimpleNamespace(powersgd=powersgd), zero=SimpleNamespace(reduce_bucket_size=bucket_size)
+        )
+        made = compress_reduction(engine, SimpleNamespace(stage=stage))  # pyright: ignore[reportArgumentType]
+        assert made is engine.low_rank
+        return engine, made
+
+    def second_step(bucket_size: int | None) -> list[torch.Tensor]:
+        engine, made = engine_of(bucket_size)
+        made.load([copy.deepcopy(saved)])
+        made.reduce()
+        return [parameter.grad for parameter in engine.module]
+
+    _, made = engine_of(1600)
+    made._state.iter = START
+    made.reduce()
+    saved = made.state()
+    assert saved["error_dict"]
+    for found, wanted in zip(second_step(None), second_step(1600), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_the_plan_counts_its_memory(tmp_path: Path):
-    """Twice 4 bytes a parameter for what is lost, before and after a step, and a bucket with its copy."""
+    """Twice 4 bytes a parameter for what is lost, before and after a step, and a bucket with its copy, here of all."""
 
     def buckets(**communication: Any) -> int:
         keys = {"stages.0.gpus_per_node": 2, "stages.0.zero": {"stage": 1, "reduce_bucket_size": 1000}}
@@ -133,6 +162,5 @@ def test_the_plan_counts_its_memory(tmp_path: Path):
         assert memory
         return memory.buckets
 
-    parameters = buckets(powersgd={}) - 4 * 2 * 1000
-    assert parameters == 8 * plan_of(tmp_path).stages[0].memory.weights // 4  # pyright: ignore
+    assert buckets(powersgd={}) == 16 * plan_of(tmp_path).stages[0].memory.weights // 4  # pyright: ignore
     assert buckets() == 2 * 4 * 1000

@@ -17,6 +17,7 @@ from longhaul.memory import _held_parameters
 from longhaul.plan import make_plan
 from longhaul.plan.model import StagePlan
 from longhaul.render import REPOSITORY
+from longhaul.train.parallel import grid as grids
 from longhaul.train.parallel.grid import Grid
 from longhaul.train.parallel.pipeline import stage_layers
 from longhaul.train.parallel.sequence import document_mask
@@ -132,3 +133,31 @@ def test_documents_do_not_see_each_other():
     documents = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
     expected = (documents[:, None] == documents[None, :]).tril()
     assert torch.equal(document_mask(positions)[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {},
+        {"sequence": 4},
+        {"tensor": 2, "sequence": 2},
+        {"tensor": 2, "pipeline": 2, "expert": 2},
+        {"pipeline": 4, "expert": 4},
+    ],
+)
+@pytest.mark.parametrize("axis", ["tensor", "sequence", "expert", "expert_data", "data", "model"])
+def test_ranks_that_differ_along_one_axis_are_a_line(axes: dict[str, int], axis: str):
+    parallel, ranks = Parallel(**axes), range(16)
+    own = {rank: grids._coordinates(Grid(rank, 16, parallel), axis) for rank in ranks}
+    wanted = dict.fromkeys(tuple(r for r in ranks if own[r] == own[rank]) for rank in ranks)
+    assert [tuple(line) for line in grids._lines(parallel, 16, axis)] == list(wanted)
+    for rank in ranks:
+        line = Grid(rank, 16, parallel).get_data_parallel_group_ranks()
+        assert rank in line and len(line) == Grid(rank, 16, parallel).data
+
+
+def test_lines_of_two_thousand_ranks_ask_each_rank_once(monkeypatch: pytest.MonkeyPatch):
+    asked, coordinates = [], grids._coordinates
+    monkeypatch.setattr(grids, "_coordinates", lambda grid, axis: asked.append(grid.rank) or coordinates(grid, axis))
+    lines = grids._lines(Parallel(tensor=8, pipeline=8, expert=8), 2048, "expert_data")
+    assert sorted(asked) == list(range(2048)) == sorted(rank for line in lines for rank in line)

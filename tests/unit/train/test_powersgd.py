@@ -12,4 +12,4 @@ def test_one_rank():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(file)], capture_output=True, text=True, check=False, timeout=300
     )
-    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]

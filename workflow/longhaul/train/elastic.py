@@ -105,9 +105,14 @@ def _write(engine: Any, masters: Any, saved: OptimizerState) -> None:
 
 
 def _fresh_state(adam: Any, flat: torch.Tensor, saved: OptimizerState) -> dict[str, Any]:
-    """What Adam makes at its first step; torch's counts steps in a tensor, DeepSpeed's in a number."""
+    """What Adam makes at its first step; torch's counts steps in a tensor, DeepSpeed's in a number.
+
+    A fused kernel reads the tensor beside the parameter, on its device; else torch keeps it on the CPU.
+    """
     counts_in_tensor = isinstance(adam, torch.optim.Optimizer) and type(adam).__module__.startswith("torch.")
-    step = torch.tensor(float(saved.step)) if counts_in_tensor else saved.step
+    beside = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
+    device = flat.device if beside else torch.device("cpu")
+    step = torch.tensor(float(saved.step), device=device) if counts_in_tensor else saved.step
     return {"step": step, **{key: torch.zeros_like(flat) for key in saved.moments}}
 
 

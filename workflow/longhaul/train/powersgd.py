@@ -48,7 +48,7 @@ class Bucket:
 class LowRankReduction:
     """Averages the gradients of an engine at ZeRO 0 or 1 over all ranks, once a step."""
 
-    def __init__(self, engine: Any, settings: PowerSgd, bucket_elements: int) -> None:
+    def __init__(self, engine: Any, settings: PowerSgd, bucket_elements: int = POWERSGD_BUCKET) -> None:
         self._settings, self._optimizer = settings, engine.optimizer if engine.zero_optimization_stage() else None
         self._buckets = list(_in_buckets(engine.module.parameters(), bucket_elements))
         self._state, self._before = self._fresh(), {}
@@ -159,5 +159,5 @@ def compress_reduction(engine: Any, job: StageJob) -> LowRankReduction | None:
     settings = job.stage.communication.powersgd
     if settings is None:
         return None
-    engine.low_rank = LowRankReduction(engine, settings, job.stage.zero.reduce_bucket_size or POWERSGD_BUCKET)
+    engine.low_rank = LowRankReduction(engine, settings)
     return engine.low_rank

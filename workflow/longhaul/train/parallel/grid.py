@@ -106,7 +106,7 @@ class Grid:
         return self.group("data")
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return _line(self.parallel, self.world_size, "data", self.rank)
+        return next(line for line in _lines(self.parallel, self.world_size, "data") if self.rank in line)
 
 
 def make_grid(parallel: Parallel, rank: int, world_size: int) -> Grid:
@@ -125,12 +125,10 @@ def make_grid(parallel: Parallel, rank: int, world_size: int) -> Grid:
 
 def _lines(parallel: Parallel, world_size: int, axis: str) -> Iterable[list[int]]:
     """Every set of ranks that differ along one axis only, in the order of their first rank."""
-    return {tuple(_line(parallel, world_size, axis, rank)): None for rank in range(world_size)}.keys()  # pyright: ignore
-
-
-def _line(parallel: Parallel, world_size: int, axis: str, rank: int) -> list[int]:
-    own = _coordinates(Grid(rank, world_size, parallel), axis)
-    return [r for r in range(world_size) if _coordinates(Grid(r, world_size, parallel), axis) == own]
+    lines: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(world_size):
+        lines.setdefault(_coordinates(Grid(rank, world_size, parallel), axis), []).append(rank)
+    return lines.values()
 
 
 def _coordinates(grid: Grid, axis: str) -> tuple[int, ...]:
