@@ -26,6 +26,7 @@ Bootstrap: docker
 From: python:{python}-bookworm
 
 %post
+    apt-get update && apt-get install -y --no-install-recommends libaio-dev
     pip install --no-cache-dir torch=={torch}
     pip install --no-cache-dir {packages}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -39,6 +41,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("all_faults")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def offload_ops() -> None:
+    """DeepSpeed's ops for an offloaded optimizer, compiled before ranks with a time limit need them: it takes a minute."""
+    from longhaul.ops import ops_folder
+
+    names = ("cpu_adam", "pin_memory", "async_io")
+    if not all((ops_folder(None) / name / f"{name}.so").exists() for name in names):
+        build = f"from longhaul.environment.facts import build_ops; failed = build_ops({names}, None)['failed']"
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, "-c", f"{build}; assert not failed, failed"]
+        subprocess.run(command, env=environment, check=True)
 
 
 @pytest.fixture(scope="session")

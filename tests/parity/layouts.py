@@ -92,6 +92,7 @@ def _sent_in(data_type: str) -> dict[str, Any]:
 
 HALF = {"precision": "bf16"}
 OFFLOADED = {"offload_optimizer": "cpu"}
+SWAPPED = {"offload_optimizer": "nvme"}
 ALL_OFFLOADED = {"offload_optimizer": "cpu", "offload_param": "cpu"}
 MIXTURES = ("qwen3_moe", "deepseek_v3")
 LAYOUTS: dict[str, Layout] = {
@@ -106,6 +107,7 @@ LAYOUTS: dict[str, Layout] = {
     "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"hierarchical_partition": 2}),
     "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more=OFFLOADED),
     "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more=ALL_OFFLOADED),
+    "data 2, ZeRO 3, optimizer on a disk": _layout(2, 3, 2, zero_more=SWAPPED),
     "data 2, ZeRO 0, gradients sent in bf16": _layout(2, 0, 2, more=_sent_in("bf16")),
     "data 2, ZeRO 1, gradients sent in fp16": _layout(2, 1, 2, more=_sent_in("fp16")),
     "data 2, ZeRO 2, gradients sent in bf16": _layout(2, 2, 2, more=_sent_in("bf16")),
@@ -141,10 +143,14 @@ LAYOUTS: dict[str, Layout] = {
     "pipeline 2, data 2, optimizer offloaded": _layout(4, 1, 1, pipeline=2, zero_more=OFFLOADED),
     "expert 2, data 4, ZeRO 2, optimizer offloaded": _layout(4, 2, 2, MIXTURES, expert=2, zero_more=OFFLOADED),
     "expert 2, data 4, ZeRO 3, all offloaded": _layout(4, 3, 2, MIXTURES, expert=2, zero_more=ALL_OFFLOADED),
+    "tensor 2, data 2, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, tensor=2, zero_more=SWAPPED),
+    "expert 2, data 4, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, MIXTURES, expert=2, zero_more=SWAPPED),
     "sequence 2": _layout(2, 1, 4, sequence=2),
     "sequence 2, data 2, ZeRO 3": _layout(4, 3, 2, sequence=2),
+    "sequence 2, data 2, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, sequence=2, zero_more=SWAPPED),
     "data 2, ZeRO 1, bf16": _layout(2, 1, 2, more=HALF),
     "data 2, ZeRO 3, bf16": _layout(2, 3, 2, more=HALF),
+    "data 2, ZeRO 3, optimizer on a disk, bf16": _layout(2, 3, 2, zero_more=SWAPPED, more=HALF),
     "tensor 2, bf16": _layout(2, 1, 2, tensor=2, more=HALF),
     "pipeline 2, bf16": _layout(2, 1, 2, pipeline=2, more=HALF),
     "expert 2, bf16": _layout(2, 1, 2, MIXTURES, expert=2, more=HALF),
@@ -154,6 +160,7 @@ LAYOUTS: dict[str, Layout] = {
 # Cells that `make test` trains: every axis once, and the twin that has the most to go wrong.
 SUBSET = (
     ("llama", "tensor 2, data 2, ZeRO 2"),
+    ("qwen3", "data 2, ZeRO 3, optimizer on a disk"),
     ("qwen3", "pipeline 2, data 2"),
     ("qwen3", "pipeline 2, tensor 2"),
     ("qwen3_moe", "expert 2, data 4, ZeRO 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
         "seed": SEED,
         "model": TWINS[twin],
         "trackers": {"tensorboard": False},
+        "storage": {"scratch": tempfile.gettempdir()},
         "checks": {"nodes": 1},
         "stages": [
             {

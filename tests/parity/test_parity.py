@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[tuple[str, str], parity.Result]:
+def results(folder: Path, offload_ops: None) -> dict[tuple[str, str], parity.Result]:
     return {(result.twin, result.layout): result for result in parity.run(list(SUBSET), folder)}
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from deepspeed.comm import comm
 from deepspeed.runtime.pipe import p2p
@@ -30,6 +31,22 @@ def reset_deepspeed() -> None:
     p2p._grid = None
 
 
+def swap_small_groups() -> None:
+    """Has twins swapped, in several groups: DeepSpeed keeps less than 1 MiB in memory, here only norms and biases."""
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+
+    from longhaul import render
+
+    render.SWAP_GROUP = 20_000
+    make = OptimizerSwapper.__init__
+
+    def make_for_twins(swapper: OptimizerSwapper, *arguments: Any, **named: Any) -> None:
+        make(swapper, *arguments, **named)
+        swapper.min_aio_bytes = 4096
+
+    OptimizerSwapper.__init__ = make_for_twins
+
+
 def train(job: StageJob, first_port: int, begins: bool) -> None:
     """In two legs; the first alone where it is asked how the stage begins."""
     half = job.model_copy(update={"steps": STEPS // 2, "exportable": ()})
@@ -41,6 +58,7 @@ def train(job: StageJob, first_port: int, begins: bool) -> None:
 
 def main() -> None:
     shared, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    swap_small_groups()
     for index, name in enumerate(sys.argv[3:]):
         twin, layout, *begin = name.split("/", 2)
         own = folder / twin / (layout if not begin else f"{layout}, {begin[0].partition('=')[0]}")

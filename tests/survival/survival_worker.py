@@ -2,8 +2,9 @@
 
 A leg is {"folder", "shared", "run", …} and what befalls it:
 left_s       the allocation ends after so many seconds
-stop_after   the process ends before the step after this many, as if it were killed
+stop_after   the process ends before the step after this many, as if it were killed; what lies in its swap folder is noted
 save_again   what was loaded is saved at once, with its proof, then the leg ends
+goes_on_from the folder of an earlier leg, whose checkpoints it takes over
 begin        the source of its first weights, as in parity_cell.prepare
 poison       {batch number: factor}: the loss of this global batch is multiplied by the factor, on one rank alone
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,9 +22,10 @@ from typing import Any
 from longhaul.errors import UserError
 from longhaul.records import Deadline
 from longhaul.train import loop
+from longhaul.train.processes import Processes
 from parity_cell import prepare
 from poison import poison_batches
-from worker import reset_deepspeed
+from worker import reset_deepspeed, swap_small_groups
 
 
 class Killed(BaseException):
@@ -37,15 +40,26 @@ def befall(leg: dict[str, Any]) -> None:
             trainer.checkpoints.is_exportable = lambda *_: True
             trainer.save()
         if leg.get("save_again") or trainer.state.step == leg.get("stop_after"):
+            note_swapped(Path(leg["folder"]), trainer.processes)
             raise Killed
 
     poison_batches({int(batch): factor for batch, factor in leg.get("poison", {}).items()}, before_step)
+
+
+def note_swapped(folder: Path, processes: Processes) -> None:
+    """swapped-<rank>.json: name -> bytes of the files in this rank's swap folder, where it has one."""
+    if processes.swap:
+        sizes = {path.name: path.stat().st_size for path in processes.swap.rglob("*.swp")}
+        (folder / f"swapped-{processes.rank.rank}.json").write_text(json.dumps(sizes))
 
 
 def train(leg: dict[str, Any]) -> str:
     """How the leg ended."""
     job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"], leg.get("begin", ""))
     befall(leg)
+    if "goes_on_from" in leg and os.environ["RANK"] == "0":  # the others look for them when all have met
+        weights = Path("stages/main/weights")
+        shutil.copytree(Path(leg["goes_on_from"]) / weights, Path(leg["folder"]) / weights)
     if "left_s" in leg and os.environ["RANK"] == "0":
         Deadline(time.time() + leg["left_s"], False).write(Path(job.folder) / "deadline.json")
     try:
@@ -58,6 +72,7 @@ def train(leg: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    swap_small_groups()
     first_port = int(os.environ["SURVIVAL_PORT"])
     for index, leg in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["MASTER_PORT"] = str(first_port + index)

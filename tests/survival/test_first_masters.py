@@ -23,6 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO 1": {"zero": {"stage": 1}},
     "ZeRO 2": {"zero": {"stage": 2}},
     "ZeRO 3": {"zero": {"stage": 3}},
+    "ZeRO 3, optimizer on a disk": {"zero": {"stage": 3, "offload_optimizer": "nvme"}},
     "ZeRO 1, tensor 2": {"zero": {"stage": 1}, "parallel": {"tensor": 2}},
     "ZeRO 1, pipeline 2": {"zero": {"stage": 1}, "parallel": {"pipeline": 2}},
     "ZeRO 1, expert 2": {"zero": {"stage": 1}, "parallel": {"expert": 2}},
@@ -31,7 +32,7 @@ SOURCES = ("start", "pretrained")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Leg:
+def source(tmp_path_factory: pytest.TempPathFactory, offload_ops: None) -> Leg:
     """A stage that was trained and exported in fp32."""
     folder = tmp_path_factory.mktemp("masters")
     leg = Leg(folder / "source", 2, twin=TWIN)

@@ -35,6 +35,8 @@ def job(folder: Path, **changes: Any) -> EnvironmentJob:
         "cuda_build": "cpu",
         "scratch": str(folder / "scratch"),
         "prebuild_ops": (),
+        "swap_bytes": 0,
+        "locked_bytes": 0,
         "folder": str(folder / "results"),
         "out": str(folder / "environment.json"),
     }
@@ -63,6 +65,7 @@ def nodes() -> list[dict[str, Any]]:
         "clock_skew_s": 0.0,
         "compiler": "c++ 12",
         "ops": {"cleared": [], "built": {}, "failed": {}},
+        "swap": {"folder": "/local", "cleared": [], "free_bytes": 10**12, "lockable_bytes": None, "error": None},
     }
     return [{**copy.deepcopy(node), "host": host} for host in ("n1", "n2")]
 
@@ -115,6 +118,22 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda node: node["ops"]["failed"].update(cpu_adam="omp.h: No such file"),
         "n2: DeepSpeed's cpu_adam does not build: omp.h: No such file",
     ),
+    "no libaio": (
+        lambda node: node["ops"]["failed"].update(async_io="Unable to JIT load the async_io op"),
+        "n2: DeepSpeed's async_io does not build: Unable to JIT load the async_io op; it needs libaio with its headers",
+    ),
+    "too small a disk for optimizer states": (
+        lambda node: node["swap"].update(free_bytes=10**9),
+        "n2: storage.scratch /local has 1.0 GB free; the optimizer states of this node's ranks take 2.5 GB",
+    ),
+    "a scratch folder in memory": (
+        lambda node: node["swap"].update(error="Invalid argument"),
+        "n2: storage.scratch /local takes no unbuffered writes (Invalid argument), as zero.offload_optimizer nvme makes them",
+    ),
+    "little memory that may be locked": (
+        lambda node: node["swap"].update(lockable_bytes=8 * 2**20),
+        "n2: a process may lock 0.008 GB of memory (ulimit -l); zero.offload_optimizer nvme locks 0.100 GB in each",
+    ),
 }
 
 
@@ -122,7 +141,8 @@ BAD: dict[str, tuple[Change, str]] = {
 def test_what_is_wrong_is_named_with_its_node(tmp_path: Path, change: Change, says: str):
     found = nodes()
     change(found[1])
-    text = "\n".join(problems(found, job(tmp_path, cuda_build="cu130", prebuild_ops=("cpu_adam",))))
+    swapping = {"prebuild_ops": ("cpu_adam",), "swap_bytes": 2_500_000_000, "locked_bytes": 10**8}
+    text = "\n".join(problems(found, job(tmp_path, cuda_build="cu130", **swapping)))
     assert says in text
 
 
@@ -133,9 +153,11 @@ def test_what_is_worth_a_look(tmp_path: Path):
     found[1]["shared_memory_bytes"] = 2**20
     found[1]["memory_bytes"] = 448 * 2**30
     found[1]["ops"]["cleared"] = ["cpu_adam"]
+    found[1]["swap"]["cleared"] = ["run-base-rank-00003-x"]
     said = warnings(found, check.tested_versions())
     assert said[0].startswith("deepspeed 0.18.0 is installed; longhaul is tested with ")
     assert said[1].startswith("n2: /dev/shm has 1 MiB free") and "cpu_adam" in said[3]
+    assert said[4] == "n2: removed the optimizer states that killed ranks left: run-base-rank-00003-x"
     assert said[2] == "n2: 448.0 GiB of memory, another node has 512.0 GiB"
 
 
@@ -198,10 +220,11 @@ def run(job: EnvironmentJob, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_bad_machine_stops_the_run_and_leaves_the_evidence(tmp_path: Path):
-    done = run(job(tmp_path, checks=Checks(min_disk_free_gb=1e9)), tmp_path)
+    done = run(job(tmp_path, checks=Checks(min_disk_free_gb=1e9), swap_bytes=10**18), tmp_path)
     assert done.returncode == 2 and "checks.min_disk_free_gb asks for 1e+09" in done.stderr, done.stderr
+    assert "the optimizer states of this node's ranks take 1000000000.0 GB" in done.stderr
     assert not (tmp_path / "environment.json").exists()
-    assert len(EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems) == 1
+    assert len(EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems) == 2
 
 
 def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: Path):

@@ -18,6 +18,8 @@ from longhaul.config.geometry import geometry
 from longhaul.config.load import load_config
 from longhaul.config.models import Model
 from longhaul.errors import UserError
+from longhaul.jobs import EnvironmentJob
+from longhaul.payloads import payload
 from longhaul.plan import make_plan
 from longhaul.plan_table import plan_json
 from longhaul.render import REPOSITORY
@@ -268,6 +270,20 @@ def test_each_kind_of_recomputation_takes_less_memory_than_the_one_before(tmp_pa
     assert len(set(activations)) == 4
     inputs_bytes = 4 * 8 * LLAMA["hidden_size"] * 128 * 8
     assert [one.host for one in memory] == [0, 0, 0, inputs_bytes]
+
+
+def test_an_optimizer_on_a_disk_takes_16_bytes_a_parameter_of_it(tmp_path: Path):
+    """Of a node's ranks together; the buffers that are locked are those of a rank's whole partition, where that is small."""
+    keys = {"storage": {"scratch": "/local"}, "stages.1.zero": {"stage": 3, "offload_optimizer": "nvme"}}
+    plan = plan_of(tmp_path, {**keys, "stages.1.gpus_per_node": 2})
+    memory, kept = plan.stage("chat").memory, plan.stage("base").memory
+    sizes = geometry(plan.config.model.config_dict())
+    assert memory and kept and (memory.disk, kept.disk, kept.locked) == (16 * sizes.total // 2, 0, 0)
+    assert memory.optimizer == memory.gradients == memory.update == 0 < memory.weights
+    assert memory.locked == 16 * (sizes.total // 2) < memory.host
+    told = payload(plan, "environment")
+    assert isinstance(told, EnvironmentJob) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
+    assert (told.swap_bytes, told.locked_bytes) == (16 * sizes.total, memory.locked)
 
 
 def test_logits_take_no_more_than_a_chunk(tmp_path: Path):

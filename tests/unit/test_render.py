@@ -95,6 +95,7 @@ LAYOUTS = [
     {"stages.0.zero": {"stage": 1, "allgather_bucket_size": 1000}, "stages.0.precision": "bf16"},
     {"stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"}},
     EVERYTHING,
+    {"stages.0.zero": {"stage": 3, "offload_optimizer": "nvme"}, "storage": {"scratch": "/local"}},
     {"stages.0.zero": {"stage": 3, "hierarchical_partition": 2}, "stages.0.gpus_per_node": 2},
     {
         "stages.0.zero": {"stage": 1},

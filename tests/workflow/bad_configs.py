@@ -143,6 +143,31 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("offload_param needs stage 3; it is 1",),
     ),
+    *(
+        (
+            f"an optimizer on a disk {where}",
+            {"storage": {"scratch": "/local"}, "stages.0.zero": {"stage": 3, "offload_optimizer": "nvme"}, **keys},
+            {},
+            says,
+        )
+        for where, keys, says in (
+            (
+                "at ZeRO 2",
+                {"stages.0.zero": {"stage": 2, "offload_optimizer": "nvme"}},
+                ("offload_optimizer nvme needs stage 3; it is 2", "offload_optimizer to cpu"),
+            ),
+            ("that is not named", {"storage": {}}, ("nvme needs storage.scratch", "a local disk of every node")),
+            (
+                "in hierarchical partitions",
+                {
+                    "stages.0.gpus_per_node": 2,
+                    "stages.0.zero": {"stage": 3, "offload_optimizer": "nvme", "hierarchical_partition": 2},
+                },
+                ("hierarchical_partition with an optimizer on a disk is not proved here",),
+            ),
+            ("with PowerSGD", {"stages.0.communication": {"powersgd": {}}}, ("powersgd with ZeRO stage 3",)),
+        )
+    ),
     ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),
     (
         "sequence beyond the positions",

@@ -73,6 +73,8 @@ class EnvironmentJob(Job):
     cuda_build: str
     scratch: str | None
     prebuild_ops: tuple[str, ...]  # DeepSpeed op builders the stages need: "cpu_adam" where the optimizer is offloaded
+    swap_bytes: int  # that a node's ranks need below scratch, where optimizer states lie on its disk; else 0
+    locked_bytes: int  # that each rank must be able to lock for it
     folder: str  # results/<run>; where write access and free space are tested
     out: str  # results/<run>/environment.json
 

@@ -17,11 +17,17 @@ LOSS_CHUNK_TOKENS = 2048
 POWERSGD_BUCKET = 25_000_000
 # DeepSpeed's default of stage3_max_live_parameters.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
+# Elements of the sub-groups that are updated one after the other where the optimizer lies on a disk; DeepSpeed's default, ten
+# times as many, would lock 16 GB of memory for each rank.
+SWAP_GROUP = 100_000_000
+# Masters, two moments and gradients of the sub-group at work.
+SWAP_BUFFERS = 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU; `gathered` are ZeRO-3's whole weights in use; `host` is the CPU memory offload needs per rank.
+    """Bytes per GPU; `gathered` are ZeRO-3's whole weights in use; `host` is the CPU memory offload needs per rank, of which
+    `locked` must be locked, and `disk` what it needs of the node's disk.
 
     `update` is what the optimizer's step adds, when activations, logits and buckets are gone: the larger of both counts.
     """
@@ -35,6 +41,8 @@ class Memory:
     buckets: int
     update: int
     host: int
+    locked: int
+    disk: int
 
     @property
     def states(self) -> int:
@@ -60,8 +68,10 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
         _model_states(stage, dense, data_parallel),
         _model_states(stage, experts, data_parallel // parallel.expert),
     ]
-    weights, gradients, optimizer, host = (sum(part) for part in zip(*states, strict=True))
+    weights, gradients, optimizer, host, disk = (sum(part) for part in zip(*states, strict=True))
     activations, offloaded = _activations(stage, sizes)
+    partition = dense // data_parallel + experts // (data_parallel // parallel.expert)
+    locked = _swap_buffers(sizes, partition, data_parallel) if disk else 0
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -71,7 +81,9 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
         gathered=_gathered(stage, sizes, data_parallel, dense + experts),
         buckets=_buckets(stage, dense + experts),
         update=_update(stage, dense, data_parallel) + _update(stage, experts, data_parallel // parallel.expert),
-        host=host + offloaded,
+        host=host + offloaded + locked,
+        locked=locked,
+        disk=disk,
     )
 
 
@@ -102,24 +114,33 @@ def _stages(stage: Stage, sizes: Geometry) -> list[tuple[int, int, int]]:
     return [first, *middle, (max(sizes.ends - sizes.embedding, sizes.embedding), shortest - trailing, trailing)]
 
 
-def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, int, int]:
-    """(weights, gradients, optimizer, host) in bytes; ZeRO >= 1 keeps fp32 masters beside the two moments."""
+def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, int, int, int]:
+    """(weights, gradients, optimizer, host, disk) in bytes; ZeRO >= 1 keeps fp32 masters beside the two moments."""
     zero, width = stage.zero, COMPUTE_BYTES[stage.precision]
     weights = width * parameters // (ranks if zero.stage == 3 else 1)
     gradients = width * parameters // (ranks if zero.stage >= 2 else 1)
     optimizer = 12 * parameters // ranks if zero.stage >= 1 else 8 * parameters
-    host = 0
+    host = disk = 0
     if zero.offload_optimizer == "cpu":
         # The gradients of offloaded states go to the host in fp32, bucket by bucket.
         host, optimizer, gradients = optimizer + 4 * parameters // ranks, 0, 0
+    if zero.offload_optimizer == "nvme":
+        # The partition's gradients stay on the host until they are whole, and go to the disk in fp32.
+        host, disk, optimizer, gradients = gradients, optimizer + 4 * parameters // ranks, 0, 0
     if zero.offload_param == "cpu":
         host, weights = host + weights, 0
-    return weights, gradients, optimizer, host
+    return weights, gradients, optimizer, host, disk
+
+
+def _swap_buffers(sizes: Geometry, partition: int, ranks: int) -> int:
+    """Of the largest sub-group of a partition of so many elements; a group ends with the parameter that fills it."""
+    last = max(sizes.embedding, sizes.layer_max) // ranks
+    return 4 * SWAP_BUFFERS * min(partition, SWAP_GROUP + last)
 
 
 def _update(stage: Stage, parameters: int, ranks: int) -> int:
     """The partition's gradients once more, in one piece, and their fp32 copy."""
-    if stage.zero.stage == 0 or stage.zero.offload_optimizer == "cpu":
+    if stage.zero.stage == 0 or stage.zero.offload_optimizer != "none":
         return 0
     width = COMPUTE_BYTES[stage.precision]
     return (width + (0 if width == 4 else 4)) * parameters // ranks

@@ -41,7 +41,7 @@ def use_ops_folder(scratch: str | None) -> Path:
     """
     folder = ops_folder(scratch).absolute()
     for part in (folder.parent, folder):
-        _make_private(part)
+        make_private(part, "libraries")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder
 
@@ -93,18 +93,19 @@ def _host() -> str:
     return "".join(c if c.isalnum() or c in "-." else "_" for c in platform.node()) or "host"
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path, holds: str) -> None:
+    """Makes a folder that this user alone may write to, as `holds` is read back from it; UserError when it cannot be one."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
         raise UserError(
-            f"compiled ops cannot go to {folder}: {error.strerror}",
+            f"{folder}, for {holds}, cannot be made: {error.strerror}",
             "set storage.scratch to a folder that you may write to",
         ) from None
     if status.st_uid != os.getuid() or status.st_mode & 0o022 or folder.is_symlink():
         raise UserError(
-            f"{folder} is no folder that only this user may write to; libraries would be loaded from it",
+            f"{folder} is no folder that only this user may write to; {holds} would be read from it",
             "remove it, or set storage.scratch to a folder of your own",
         )
 

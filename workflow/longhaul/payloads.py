@@ -90,7 +90,9 @@ def _folders_of(path: Path) -> list[Path]:
 
 
 def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentJob:
-    offloads = any(stage.stage.zero.offload_optimizer == "cpu" for stage in plan.stages)
+    swapped = [stage for stage in plan.stages if stage.stage.zero.offload_optimizer == "nvme"]
+    memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
+    offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
     return EnvironmentJob(
         run=plan.run,
         nodes=nodes,
@@ -100,7 +102,9 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
         interconnect=plan.site.interconnect.kind,
         cuda_build=plan.site.cuda_build,
         scratch=plan.config.storage.scratch,
-        prebuild_ops=("cpu_adam",) if offloads else (),
+        prebuild_ops=(("cpu_adam",) if offloads else ()) + (("pin_memory", "async_io") if swapped else ()),
+        swap_bytes=max((rank.disk * ranks for rank, ranks in memory), default=0),
+        locked_bytes=max((rank.locked for rank, _ in memory), default=0),
         folder=plan.config.storage.weights or results(plan),
         out=out,
     )

@@ -82,7 +82,11 @@ def print_plan(plan: Plan) -> None:
         parts = list(rows[0]["memory_per_gpu_gib"])
         lines = [[part, *(f"{row['memory_per_gpu_gib'][part]:.2f}" for row in rows)] for part in parts]
         console.print(
-            _table("Memory per GPU, GiB (host: CPU memory per rank)", ["", *(r["name"] for r in rows)], lines)
+            _table(
+                "Memory per GPU, GiB (host, locked, disk: of the node, per rank)",
+                ["", *(r["name"] for r in rows)],
+                lines,
+            )
         )
     requests = [
         [job, " ".join(f"{k}={v}" if v else k for k, v in asked.items())] for job, asked in value["requests"].items()

@@ -18,6 +18,7 @@ from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
 from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob, TokenizeJob
+from longhaul.memory import SWAP_BUFFERS, SWAP_GROUP
 from longhaul.payloads import job_names, outside_folders, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
 from longhaul.slurm import SlurmRequest
@@ -215,8 +216,12 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     # Compressed gradients are whole matrices, which there are after the backward pass only.
     overlaps = zero.overlap_comm and plan.stage.communication.powersgd is None
     section |= {"overlap_comm": overlaps, "contiguous_gradients": zero.contiguous_gradients}
-    if zero.offload_optimizer == "cpu":
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": zero.pin_memory}
+    if zero.offload_optimizer != "none":
+        section["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": zero.pin_memory}
+    if zero.offload_optimizer == "nvme":
+        # The trainer adds nvme_path: every process has a folder of its own.
+        section["offload_optimizer"]["buffer_count"] = SWAP_BUFFERS
+        section["sub_group_size"] = SWAP_GROUP
     if zero.offload_param == "cpu":
         section["offload_param"] = {"device": "cpu", "pin_memory": zero.pin_memory}
     if zero.hierarchical_partition > 1:

@@ -87,8 +87,10 @@ class Zero(Frozen):
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=1, description="What is partitioned: 1 optimizer, 2 + gradients, 3 + weights."
     )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        default="none", description="Optimizer states in CPU memory (stage >= 1)."
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="Optimizer states in CPU memory (stage >= 1), or in files below storage.scratch of every node (nvme, "
+        "stage 3 only).",
     )
     offload_param: Literal["none", "cpu"] = Field(default="none", description="Weights in CPU memory (stage 3 only).")
     hierarchical_partition: Count = Field(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from longhaul.artifacts import EnvironmentReport
 from longhaul.environment import judge
-from longhaul.environment.facts import build_ops, node_facts
+from longhaul.environment.facts import build_ops, node_facts, swap_facts
 from longhaul.jobs import EnvironmentJob
 from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
@@ -35,6 +35,8 @@ def run(job: EnvironmentJob) -> None:
     rank = this_rank()
     require_geometry(rank, job.nodes, job.nodes)
     facts = node_facts(rank.host, Path(job.folder)) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
+    if job.swap_bytes and job.scratch:
+        facts |= {"swap": swap_facts(job.scratch)}
     with process_group(rank, "gloo", _TIMEOUT_S):
         facts |= {"clock_skew_s": _clock_skew_s(rank), "sees_run_folder": _sees_run_folder(rank, Path(job.folder))}
         nodes = _gather(facts, rank)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import time
@@ -17,6 +19,7 @@ from typing import Any
 import psutil
 
 from longhaul.ops import clear_stale_locks, use_ops_folder
+from longhaul.swap import clear_stale_swaps, swap_folder
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
@@ -121,6 +124,44 @@ def build_ops(names: Sequence[str], scratch: str | None) -> dict[str, Any]:
         except Exception as error:  # a compiler fails in many ways, and every one of them must reach the report
             result["failed"][name] = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     return result
+
+
+def swap_facts(scratch: str) -> dict[str, Any]:
+    """Whether optimizer states can lie below `scratch`, after what killed jobs left there is removed.
+
+    Returns {"folder", "cleared": [folder], "free_bytes", "lockable_bytes", "error": why nothing can be swapped there, or None}.
+    """
+    cleared = clear_stale_swaps(scratch)
+    with swap_folder(scratch, "test") as folder:
+        error = _direct_error(folder)
+    return {
+        "folder": scratch,
+        "cleared": cleared,
+        "free_bytes": _free_bytes(Path(scratch)),
+        "lockable_bytes": lockable_bytes(),
+        "error": error,
+    }
+
+
+def _direct_error(folder: Path) -> str | None:
+    """Why the file system takes no unbuffered writes, as libaio makes them; None when it does. tmpfs of old kernels does not."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:  # aligned, as O_DIRECT wants it
+        try:
+            handle = os.open(folder / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
+            try:
+                os.write(handle, page)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
+
+
+def lockable_bytes() -> int | None:
+    """Memory that a process may lock; None: without limit. CAP_IPC_LOCK (bit 14) lifts it."""
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY or int(status["CapEff"], 16) >> 14 & 1 else soft
 
 
 def _builder(name: str) -> Any:

@@ -16,6 +16,9 @@ MEMORY_TOLERANCE = 0.03
 # interconnect.kind -> the link layer of its ports (environment.facts.rdma_ports).
 LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
 
+# DeepSpeed does not say of every op what it lacks.
+_NEEDS = {"async_io": "; it needs libaio with its headers (libaio-dev), and CUDA's toolkit on a node with GPUs"}
+
 Facts = Mapping[str, Any]
 
 
@@ -28,7 +31,7 @@ def problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
 
 
 def warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
-    """Worth a look: untested versions, little shared memory, less memory than elsewhere, locks that were cleared."""
+    """Worth a look: untested versions, little shared memory, less memory than elsewhere, what was cleared."""
     found = [
         f"{package} {value} is installed; longhaul is tested with {tested[package]}"
         for package, value in nodes[0]["versions"].items()
@@ -47,6 +50,8 @@ def warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
             found.append(
                 f"{node['host']}: cleared the build locks that a killed job left: {', '.join(node['ops']['cleared'])}"
             )
+        if cleared := node.get("swap", {}).get("cleared"):
+            found.append(f"{node['host']}: removed the optimizer states that killed ranks left: {', '.join(cleared)}")
     return found
 
 
@@ -83,6 +88,7 @@ def _node_problems(node: Facts, job: EnvironmentJob) -> list[str]:
         *_memory_problems(node, job),
         *_disk_problems(node, job),
         *_op_problems(node, job),
+        *_swap_problems(node, job),
     ]
 
 
@@ -121,7 +127,32 @@ def _disk_problems(node: Facts, job: EnvironmentJob) -> list[str]:
 def _op_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     if job.prebuild_ops and not node["compiler"]:
         return [f"no C++ compiler (c++ or $CXX), and optimizer offload needs {', '.join(job.prebuild_ops)} compiled"]
-    return [f"DeepSpeed's {op} does not build: {reason}" for op, reason in node["ops"]["failed"].items()]
+    return [
+        f"DeepSpeed's {op} does not build: {reason}{_NEEDS.get(op, '')}" for op, reason in node["ops"]["failed"].items()
+    ]
+
+
+def _swap_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+    """Of optimizer states that are to lie on the node's disk."""
+    swap = node.get("swap")
+    if not swap:
+        return []
+    found, folder = [], f"storage.scratch {swap['folder']}"
+    if swap["error"]:
+        found.append(
+            f"{folder} takes no unbuffered writes ({swap['error']}), as zero.offload_optimizer nvme makes them"
+        )
+    free, lockable = swap["free_bytes"], swap["lockable_bytes"]
+    if free is not None and free < job.swap_bytes:
+        found.append(
+            f"{folder} has {free / GB:.1f} GB free; the optimizer states of this node's ranks take {job.swap_bytes / GB:.1f} GB"
+        )
+    if lockable is not None and lockable < job.locked_bytes:
+        found.append(
+            f"a process may lock {lockable / GB:.3f} GB of memory (ulimit -l); zero.offload_optimizer nvme locks "
+            f"{job.locked_bytes / GB:.3f} GB in each"
+        )
+    return found
 
 
 def _port_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from longhaul.config.datasets import Dataset
 from longhaul.config.geometry import Geometry
-from longhaul.config.models import Config, Parallel, Stage
+from longhaul.config.models import Config, Parallel, Stage, Storage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
 from longhaul.memory import COMPUTE_BYTES, Memory
@@ -71,15 +71,32 @@ def check_precision(stage: Stage, site: Site) -> None:
         )
 
 
-def check_offload(stage: Stage) -> None:
+def check_offload(stage: Stage, storage: Storage) -> None:
     zero, where = stage.zero, f"stages.{stage.name}.zero"
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         raise UserError(f"{where}.offload_optimizer needs stage >= 1; it is 0", "set stage to 1, 2 or 3")
+    if zero.offload_optimizer == "nvme":
+        _check_swapping(stage, storage, f"{where}.offload_optimizer nvme")
     if zero.offload_param == "cpu" and zero.stage < 3:
         raise UserError(
             f"{where}.offload_param needs stage 3; it is {zero.stage} (DeepSpeed would ignore it in silence)",
             "set stage to 3, or offload the optimizer only",
         )
+
+
+def _check_swapping(stage: Stage, storage: Storage, where: str) -> None:
+    if stage.zero.stage < 3:
+        raise UserError(
+            f"{where} needs stage 3; it is {stage.zero.stage} (DeepSpeed would keep the states in CPU memory, in silence)",
+            "set stage to 3, or offload_optimizer to cpu",
+        )
+    if storage.scratch is None:
+        raise UserError(
+            f"{where} needs storage.scratch: states are not written to $TMPDIR or /tmp unasked",
+            "set storage.scratch to a folder on a local disk of every node",
+        )
+    if stage.precision == "fp16":
+        raise UserError(f"{where} with fp16 is not proved here", "use bf16 or fp32")
 
 
 def check_site(stage: Stage, site: Site) -> None:

@@ -114,8 +114,9 @@ def _check_hierarchy(stage: Stage, world_size: int) -> None:
     if world_size % ways:
         raise UserError(f"{where} {ways} does not divide the {world_size} ranks", f"use {_divisors(world_size)}")
     others = [axis for axis, ranks in stage.parallel if ranks > 1]
-    if others or stage.zero.offload_param != "none":
-        what = f"{others[0]} parallelism" if others else "offloaded weights"
+    swapped = stage.zero.offload_optimizer == "nvme"
+    if others or swapped or stage.zero.offload_param != "none":
+        what = f"{others[0]} parallelism" if others else "an optimizer on a disk" if swapped else "offloaded weights"
         raise UserError(f"{where} with {what} is not proved here", "drop the key")
 
 

@@ -179,7 +179,7 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, mode
     steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
     check_schedule(stage, steps)
     check_precision(stage, loaded.site)
-    check_offload(stage)
+    check_offload(stage, loaded.config.storage)
     check_site(stage, loaded.site)
     memory = estimate(stage, sizes, world_size) if sizes else None
     if model and sizes and memory:

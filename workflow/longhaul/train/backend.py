@@ -63,7 +63,7 @@ class WholeModel:
         self._model = model
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
         self.balance = SequenceBalance(model, self.grid, job)
-        self.engine = make_engine(job, model, self.grid)
+        self.engine = make_engine(job, model, processes)
         self._low_rank = compress_reduction(self.engine, job)
         self.guard = StepGuard(self.engine)
 
@@ -127,7 +127,7 @@ class PipelinedModel:
         self._scale, self._head = 1.0, model.lm_head
         self.load = ExpertLoad(model, self.grid, job.stage.expert_bias_rate)
         self.balance = SequenceBalance(model, self.grid, job)
-        self.engine = make_engine(job, as_pipeline(model, self.grid, self._loss), None)
+        self.engine = make_engine(job, as_pipeline(model, self.grid, self._loss), processes)
         self.guard = StepGuard(self.engine)
 
     def _loss(self, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
@@ -194,14 +194,15 @@ def _whole_logits(logits: torch.Tensor, grid: Grid) -> torch.Tensor:
     return logits
 
 
-def make_engine(job: StageJob, module: Any, grid: Grid | None) -> Any:
+def make_engine(job: StageJob, module: Any, processes: Processes) -> Any:
     """deepspeed.initialize, with no weight decay on norms and biases. A PipelineModule brings its own grid."""
     import deepspeed
 
     parameters = cast(Any, _parameter_groups(job, module))  # its annotation says Module, its code takes groups
-    mpu = grid if grid and grid.parallel.tensor > 1 else None
+    parallel = job.stage.parallel
+    mpu = processes.grid if parallel.tensor > 1 and parallel.pipeline == 1 else None
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=parameters, config=read_deepspeed_config(job), mpu=mpu
+        model=module, model_parameters=parameters, config=read_deepspeed_config(job, processes), mpu=mpu
     )
     if mpu and job.stage.zero.stage == 3:
         # DeepSpeed takes all experts for those of its AutoEP, which no tensor rank splits; ours are marked as split.

@@ -21,13 +21,14 @@ from longhaul.errors import DiskFull, UserError
 from longhaul.jobs import StageJob
 from longhaul.shared_files import look_again
 from longhaul.train import store
-from longhaul.train.elastic import load_other_layout, loss_scale_of, restore_loss_scale
+from longhaul.train.elastic import load_other_layout, loss_scale_of, recount_steps, restore_loss_scale
 from longhaul.train.events import Events
 from longhaul.train.hashed_files import HashedFiles
 from longhaul.train.parallel.saving import is_tied, load_engine, write_layout
 from longhaul.train.processes import Processes
 from longhaul.train.state import TrainingState
 from longhaul.train.store import MANIFEST, complete_checkpoints, partial_folder, step_folder
+from longhaul.train.swapping import states_in_reach
 
 _SKIPPED = "skipped.json"
 
@@ -101,12 +102,16 @@ class Checkpoints:
         self._check_same_weights(folder, manifest)
         state = TrainingState(**read_json(folder / "state.json"))
         saved, planned = _layout_of(manifest), self._layout()
-        if saved == planned:
+        # DeepSpeed's own load forgets a part of what is swapped, and would have all of it in memory at once.
+        if saved == planned and self._job.stage.zero.offload_optimizer != "nvme":
             load_engine(engine, self._processes.grid, folder)
-            self._restore_own_state(engine, torch.load(folder / self._rank_file(), weights_only=True))
         else:
             load_other_layout(engine, folder)
             engine.global_steps, engine.global_samples = step, step * self._job.stage.global_batch
+        recount_steps(engine)
+        if saved == planned:
+            self._restore_own_state(engine, torch.load(folder / self._rank_file(), weights_only=True))
+        else:
             self._seed_own_state(step)
             own = (torch.load(folder / _rank_file(rank), weights_only=True) for rank in range(saved["world_size"]))
             first = next(own)
@@ -138,6 +143,7 @@ class Checkpoints:
         }
 
     def _restore_own_state(self, engine: Any, own: dict[str, Any]) -> None:
+        restore_loss_scale(engine, own.get("loss_scale"))
         if hasattr(engine, "low_rank"):
             engine.low_rank.load([own["low_rank"]])
         torch.set_rng_state(own["cpu_rng"])
@@ -187,16 +193,19 @@ class Checkpoints:
             self._make(partial)
         self._processes.barrier()
         look_again(partial.parent)  # else a node may write into an earlier save of this step
-        _save_engine(engine, partial, files)
-        files.save(self._own_state(engine), partial / self._rank_file())
         others: list[Path] = []
-        with files.noting():
-            if self._processes.grid.is_split:
-                others = write_layout(engine, self._processes.grid, partial, is_tied(self._job), self._processes.gather)
-            if self._processes.is_main:
-                write_json(partial / "state.json", asdict(state))
-        with files.noting():
-            yield partial
+        with states_in_reach(engine):
+            _save_engine(engine, partial, files)
+            files.save(self._own_state(engine), partial / self._rank_file())
+            with files.noting():
+                if self._processes.grid.is_split:
+                    others = write_layout(
+                        engine, self._processes.grid, partial, is_tied(self._job), self._processes.gather
+                    )
+                if self._processes.is_main:
+                    write_json(partial / "state.json", asdict(state))
+            with files.noting():
+                yield partial
         manifest = {
             "step": state.step,
             "validation_loss": validation_loss,

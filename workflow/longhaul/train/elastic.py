@@ -18,6 +18,7 @@ import torch
 
 from longhaul.errors import UserError
 from longhaul.train.parallel.split import parameters, saved_buffers
+from longhaul.train.swapping import forget_moments, states_in_reach, zero_moment
 from longhaul.zero_checkpoint import LazyTensor, OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.zero_checkpoint.shard import Shard
 
@@ -58,7 +59,7 @@ def write_masters(engine: Any, values: Callable[[Shard], torch.Tensor]) -> None:
 
     DeepSpeed makes masters from weights that are rounded already. Every rank calls it, before the first step.
     """
-    with torch.no_grad():
+    with torch.no_grad(), states_in_reach(engine, writable=True):
         for slot in _slots(engine):
             slot.write_part(values(slot.shard))
         _refresh_copies(engine)
@@ -72,7 +73,7 @@ def load_other_layout(engine: Any, folder: Path) -> None:
     """
     masters, saved = open_master_weights(folder), open_optimizer_state(folder)
     _check_names(engine, masters, folder)
-    with torch.no_grad():
+    with torch.no_grad(), states_in_reach(engine, writable=True):
         _write(engine, masters, saved)
         for shard, buffer in saved_buffers(engine.module):
             buffer.copy_(masters[shard.name].read())
@@ -92,19 +93,19 @@ def _check_names(engine: Any, masters: Any, folder: Path) -> None:
 def _write(engine: Any, masters: Any, saved: OptimizerState) -> None:
     optimizer = engine.optimizer
     adam = optimizer.optimizer if engine.zero_optimization_stage() else optimizer
-    adam.state.clear()
+    forget_moments(engine)
     for slot in _slots(engine):
         slot.write(slot.flat, masters[slot.shard.name])
         if not saved.step:
             continue
         state = adam.state[slot.flat]
         if not state:
-            state |= _fresh_state(adam, slot.flat, saved)
+            state |= _fresh_state(adam, slot.flat, saved, getattr(optimizer, "optimizer_swapper", None))
         for key, moments in saved.moments.items():
             slot.write(state[key], moments[slot.shard.name])
 
 
-def _fresh_state(adam: Any, flat: torch.Tensor, saved: OptimizerState) -> dict[str, Any]:
+def _fresh_state(adam: Any, flat: torch.Tensor, saved: OptimizerState, swapper: Any = None) -> dict[str, Any]:
     """What Adam makes at its first step; torch's counts steps in a tensor, DeepSpeed's in a number.
 
     A fused kernel reads the tensor beside the parameter, on its device; else torch keeps it on the CPU.
@@ -113,7 +114,7 @@ def _fresh_state(adam: Any, flat: torch.Tensor, saved: OptimizerState) -> dict[s
     beside = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
     device = flat.device if beside else torch.device("cpu")
     step = torch.tensor(float(saved.step), device=device) if counts_in_tensor else saved.step
-    return {"step": step, **{key: torch.zeros_like(flat) for key in saved.moments}}
+    return {"step": step, **{key: zero_moment(swapper, flat, key) for key in saved.moments}}
 
 
 def _slots(engine: Any) -> Iterator[Slot]:
@@ -158,6 +159,24 @@ def _refresh_copies(engine: Any) -> None:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         optimizer.checkpoint_event_epilogue()
+
+
+def recount_steps(engine: Any) -> None:
+    """Gives DeepSpeed's CPU Adam the bias corrections of a run that was never interrupted.
+
+    It multiplies the powers of the betas up from step to step, in fp32, and saves none of it; after a load it would take
+    them from pow(), which rounds otherwise. So it counts to the step once more, over nothing.
+    """
+    adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    op = getattr(adam, "ds_opt_adam", None)
+    if op is None:
+        return
+    group, nothing = adam.param_groups[0], torch.empty(0)
+    hyper = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    op.destroy_adam(adam.opt_id)
+    op.create_adam(adam.opt_id, *hyper, adam.adam_w_mode, False)
+    for step in range(1, max((state["step"] for state in adam.state.values()), default=0) + 1):
+        op.adam_update(adam.opt_id, step, *hyper, group["bias_correction"], nothing, nothing, nothing, nothing)
 
 
 def loss_scale_of(engine: Any) -> dict[str, float] | None:

@@ -41,7 +41,7 @@ def build_model(
     job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes
 ) -> PreTrainedModel:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
-    ds_config = read_deepspeed_config(job)
+    ds_config = read_deepspeed_config(job, processes)
     if processes.is_main and job.pretrained and not start:
         for note in notes(read_json(Path(job.pretrained) / "config.json")):
             print(f"first weights: {note}", flush=True)
@@ -56,9 +56,12 @@ def build_model(
     return model.train()
 
 
-def read_deepspeed_config(job: StageJob) -> dict[str, Any]:
-    """The rendered ds_config.json; the total batch follows from the world size."""
-    return json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
+def read_deepspeed_config(job: StageJob, processes: Processes | None = None) -> dict[str, Any]:
+    """The rendered ds_config.json with this process' swap folder; the total batch follows from the world size."""
+    found = json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
+    if processes and processes.swap:
+        found["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(processes.swap)
+    return found
 
 
 def _split_model(

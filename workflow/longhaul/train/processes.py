@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,17 +15,22 @@ from longhaul.jobs import StageJob
 from longhaul.ops import disable_shm_comm, use_ops_folder
 from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
+from longhaul.swap import swap_folder
 from longhaul.train.parallel.grid import Grid, make_grid
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers; `grid` says which of them share its samples, and which its part of the model."""
+    """This process among its peers; `grid` says which of them share its samples, and which its part of the model.
+
+    `swap` is this process' own folder for states that are offloaded to a disk.
+    """
 
     rank: Rank
     device: torch.device
     threads: int
     grid: Grid
+    swap: Path | None = None
 
     @property
     def is_main(self) -> bool:
@@ -70,9 +76,18 @@ def start_processes(job: StageJob) -> Iterator[Processes]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
-    with process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s):
+    with (
+        _swap_folder(job, rank) as swap,
+        process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),
+    ):
         _join_deepspeed(on_gpu)
-        yield Processes(rank, device, threads, make_grid(job.stage.parallel, rank.rank, rank.world_size))
+        yield Processes(rank, device, threads, make_grid(job.stage.parallel, rank.rank, rank.world_size), swap)
+
+
+def _swap_folder(job: StageJob, rank: Rank) -> AbstractContextManager[Path | None]:
+    if job.stage.zero.offload_optimizer != "nvme" or job.scratch is None:  # the plan refuses the one without the other
+        return nullcontext()
+    return swap_folder(job.scratch, f"{job.run}-{job.stage.name}-rank-{rank.rank:05d}")
 
 
 def _join_deepspeed(on_gpu: bool) -> None:
