@@ -30,6 +30,15 @@ MIXTURE = {
     "v_head_dim": 16,
 }
 
+SPARSE = {
+    **LLAMA,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
 # (what is wrong, changes of the config, changes of the site, what the message says)
 CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("misspelt key", {"datsets": {}}, {}, ("datsets is not a known key", "did you mean datasets?")),
@@ -340,7 +349,27 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             "stages.0.gpus_per_node": 4,
         },
         {},
-        ("1 layers, all of them dense", "at most 1 stages, or set expert to 1"),
+        ("layers 0 to 0, stage 1 of 2 of the pipeline, are all dense", "use 1 stages, or set expert to 1"),
+    ),
+    (
+        "a later stage without experts",
+        {
+            "model": {"qwen3_moe": {**SPARSE, "mlp_only_layers": [2, 3]}},
+            "stages.0.parallel": {"pipeline": 2, "expert": 2},
+            "stages.0.gpus_per_node": 4,
+        },
+        {},
+        ("layers 2 to 3, stage 2 of 2 of the pipeline, are all dense", "use 1 stages"),
+    ),
+    (
+        "a stage between mixtures",
+        {
+            "model": {"qwen3_moe": {**SPARSE, "decoder_sparse_step": 2}},
+            "stages.0.parallel": {"pipeline": 4, "expert": 2},
+            "stages.0.gpus_per_node": 8,
+        },
+        {},
+        ("layers 0 to 0, stage 1 of 4 of the pipeline, are all dense", "use 2 stages"),
     ),
     (
         "a pipeline with ZeRO 2",
@@ -398,7 +427,13 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "a hierarchy that does not divide",
         {"stages.0.zero": {"stage": 3, "hierarchical_partition": 3}, "stages.0.gpus_per_node": 4},
         {},
-        ("hierarchical_partition 3 does not divide the 4 ranks", "use 1, 2 or 4"),
+        ("hierarchical_partition 3 does not divide the 4 ranks of a node", "use 1, 2 or 4"),
+    ),
+    (
+        "a hierarchy over two nodes",
+        {"stages.0.zero": {"stage": 3, "hierarchical_partition": 4}, "stages.0.gpus_per_node": 2, "stages.0.nodes": 2},
+        {},
+        ("hierarchical_partition 4 does not divide the 2 ranks of a node", "use 1 or 2"),
     ),
     (
         "fp16 without a GPU",

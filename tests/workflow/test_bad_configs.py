@@ -29,6 +29,7 @@ def test_config(
     before = files_below(tmp_path)
     message = refused(capsys, "plan", str(path))
     assert [text for text in says if text not in message] == [], message
+    assert "stages is [{" not in message, "no list is told to be too short where an item of it is wrong"
     assert files_below(tmp_path) == before
 
 

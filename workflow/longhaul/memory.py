@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from longhaul.config.geometry import Geometry
+from longhaul.config.geometry import Geometry, stage_layers
 from longhaul.config.models import Stage
 
 GIB = 2**30
@@ -99,25 +100,24 @@ def _held_parameters(stage: Stage, sizes: Geometry) -> tuple[int, int]:
     return max(held, key=sum)
 
 
-def _stages(stage: Stage, sizes: Geometry) -> list[tuple[int, int, int]]:
-    """(parameters outside the layers, dense layers, mixtures) of a pipeline's first, middle and last stage."""
+def _stages(stage: Stage, sizes: Geometry) -> Iterator[tuple[int, int, int]]:
+    """(parameters outside the layers, dense layers, mixtures) of each stage of a pipeline."""
     stages = stage.parallel.pipeline
-    mixtures = sizes.experts // sizes.layer_experts if sizes.experts else 0
-    dense = sizes.layers - mixtures
-    if stages == 1:
-        return [(sizes.ends, dense, mixtures)]
-    longest, shortest = -(-sizes.layers // stages), sizes.layers // stages
-    leading, inner, trailing = min(longest, dense), min(longest, mixtures), min(shortest, mixtures)
-    first = (sizes.embedding, leading, longest - leading)
-    middle = [(0, longest - inner, inner)] if stages > 2 else []
     # A tied head is the embedding once more.
-    return [first, *middle, (max(sizes.ends - sizes.embedding, sizes.embedding), shortest - trailing, trailing)]
+    last = max(sizes.ends - sizes.embedding, sizes.embedding)
+    ends = [sizes.ends] if stages == 1 else [sizes.embedding, *[0] * (stages - 2), last]
+    for outside, layers in zip(ends, stage_layers(sizes.layers, stages), strict=True):
+        mixtures = sum(sizes.sparse[layer] for layer in layers)
+        yield outside, len(layers) - mixtures, mixtures
 
 
 def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, int, int, int]:
     """(weights, gradients, optimizer, host, disk) in bytes; ZeRO >= 1 keeps fp32 masters beside the two moments."""
     zero, width = stage.zero, COMPUTE_BYTES[stage.precision]
     weights = width * parameters // (ranks if zero.stage == 3 else 1)
+    if zero.hierarchical_partition > 1:
+        # A second copy, which stays (ds_secondary_tensor).
+        weights += width * parameters // zero.hierarchical_partition
     gradients = width * parameters // (ranks if zero.stage >= 2 else 1)
     optimizer = 12 * parameters // ranks if zero.stage >= 1 else 8 * parameters
     host = disk = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ class Geometry:
     layer_whole: parameters of a layer that tensor parallelism does not split: norms, router, MLA's compressions
     layer_max: parameters of the largest decoder layer
     vocab_size, hidden, layers, heads, positions: as in the config
+    sparse: of each layer, whether it has routed experts
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
     saved_per_token: activation elements one layer keeps for the backward pass, per token, beside those inside its norms
     normed_per_token: elements that go through a layer's norms, per token
@@ -71,6 +73,7 @@ class Geometry:
     vocab_size: int
     hidden: int
     layers: int
+    sparse: tuple[bool, ...]
     positions: int
     attention_width: int
     saved_per_token: int
@@ -80,6 +83,18 @@ class Geometry:
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token: 6·N_active plus causal attention (PaLM, arXiv:2204.02311, appendix B, halved)."""
         return 6.0 * self.active + 3.0 * self.layers * self.attention_width * sequence_length
+
+
+def stage_layers(layers: int, stages: int) -> list[range]:
+    """Which decoder layers each stage of a pipeline holds: consecutive, as even as can be, the earlier stages longer."""
+    share, more = divmod(layers, stages)
+    starts = [stage * share + min(stage, more) for stage in range(stages + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def sparse_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Of each decoder layer, whether it is a mixture of routed experts."""
+    return tuple(_is_sparse(config, layer) for layer in range(config["num_hidden_layers"]))
 
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
@@ -109,7 +124,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 def _count(c: Mapping[str, Any]) -> Geometry:
     hidden, layers = c["hidden_size"], c["num_hidden_layers"]
     attention = _attention(c) + 2 * hidden
-    sparse = [_is_sparse(c, layer) for layer in range(layers)]
+    sparse = sparse_layers(c)
     dense_mlp = _mlp(c, c["intermediate_size"])
     routed, shared, chosen = _experts(c)
     embedding = c["vocab_size"] * hidden
@@ -132,6 +147,7 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         vocab_size=c["vocab_size"],
         hidden=hidden,
         layers=layers,
+        sparse=sparse,
         positions=c["max_position_embeddings"],
         attention_width=_attention_width(c),
         saved_per_token=_saved_per_token(c, sparse),

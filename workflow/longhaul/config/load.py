@@ -171,8 +171,15 @@ _NOT_PROVED = {
 
 
 def _explain(path: Path, model: type[BaseModel], error: ValidationError) -> str:
-    problems = [_explain_one(model, problem) for problem in error.errors(include_url=False)]
-    return "\n".join(f"{path}: {problem}" for problem in problems)
+    problems = error.errors(include_url=False)
+    # A list of which items are wrong is told to be too short, as pydantic counts what is right.
+    told = [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
+    ]
+    return "\n".join(f"{path}: {_explain_one(model, problem)}" for problem in told)
 
 
 def _explain_one(model: type[BaseModel], problem: Any) -> str:
@@ -186,7 +193,7 @@ def _explain_one(model: type[BaseModel], problem: Any) -> str:
         return f"{where} is missing"
     if kind == "string_pattern_mismatch" and (words := IN_WORDS.get(problem["ctx"]["pattern"])):
         return f"{where} is {_shown(problem['input'])}; expected: {words}"
-    text = re.sub(r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)", "", problem["msg"])
+    text = re.sub(r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)|(?<= item) after validation", "", problem["msg"])
     return f"{where} is {_shown(problem['input'])}; expected: {text}" if kind != "value_error" else f"{where}: {text}"
 
 

@@ -55,8 +55,8 @@ def prove_logits(exported: Exported, proof_folder: Path, dtype: torch.dtype) -> 
     compute dtype, both were computed on a CPU, and thread count, processor capability and torch version are the trainer's.
     Where only the export's dtype differs, the master weights in the same model must give equal bits, and the export
     itself must stay within a bound; where the machine differs, the export must stay within the bound.
-    A layout that sums over ranks (tensor, expert and sequence parallelism) rounds in another order than one device does:
-    in fp32 the export must then agree to SPLIT_SUMS_RELATIVE of the largest logit.
+    A layout that sums over ranks (tensor, expert and sequence parallelism) rounds in another order than one device does,
+    and so may kernels of the same GPU: in fp32 the export must then agree to SPLIT_SUMS_RELATIVE of the largest logit.
     In bf16 and fp16 the same weights on the same machine may round otherwise from process to process (two runs of one
     training differ in their bits, too): where bits differ, the bound holds.
 
@@ -90,7 +90,9 @@ def prove_logits(exported: Exported, proof_folder: Path, dtype: torch.dtype) -> 
             "prompts": wanted_PTV.shape[0],
             "tokens": wanted_PTV.shape[0] * wanted_PTV.shape[1],
         }
-        if machine == [SPLIT_SUMS] and {compute, dtype} == {torch.float32}:
+        if {compute, dtype} == {torch.float32} and (
+            machine == [SPLIT_SUMS] or (machine and _is_on_its_gpu(made, device))
+        ):
             result["bound"] = SPLIT_SUMS_RELATIVE * _largest(wanted_PTV)
         elif rounded or machine:
             masters_PTV = logits_with(_master_values)
@@ -141,6 +143,11 @@ def _moved(eps: float, draw: int) -> Read:
         return values * (1 + eps * steps)
 
     return read
+
+
+def _is_on_its_gpu(made: dict[str, Any], device: str) -> bool:
+    """The same kind of device multiplies fp32 as the trainer's did, which leaves torch's default: no TF32."""
+    return device == made["device"] != "cpu" and not torch.backends.cuda.matmul.allow_tf32
 
 
 def _coarsest_eps(made: dict[str, Any], device: str, dtype: torch.dtype) -> float:

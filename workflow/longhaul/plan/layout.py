@@ -6,8 +6,10 @@ What is allowed here is what tests/parity/layouts.py proves, and no more.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from longhaul.config.geometry import sparse_layers, stage_layers
 from longhaul.config.models import Stage
 from longhaul.errors import UserError
 
@@ -35,7 +37,7 @@ def sample_ranks(stage: Stage, world_size: int) -> int:
             f"set expert to {_divisors(data)}",
         )
     _check_zero(stage)
-    _check_hierarchy(stage, world_size)
+    _check_hierarchy(stage)
     _check_combination(stage)
     _check_communication(stage, data)
     return world_size // shared
@@ -103,7 +105,7 @@ def _check_zero(stage: Stage) -> None:
         )
 
 
-def _check_hierarchy(stage: Stage, world_size: int) -> None:
+def _check_hierarchy(stage: Stage) -> None:
     ways, where = stage.zero.hierarchical_partition, f"stages.{stage.name}.zero.hierarchical_partition"
     if ways == 1:
         return
@@ -111,8 +113,12 @@ def _check_hierarchy(stage: Stage, world_size: int) -> None:
         raise UserError(
             f"{where} {ways} needs ZeRO stage 3; it is {stage.zero.stage}", "set zero.stage to 3, or drop the key"
         )
-    if world_size % ways:
-        raise UserError(f"{where} {ways} does not divide the {world_size} ranks", f"use {_divisors(world_size)}")
+    if stage.gpus_per_node % ways:
+        raise UserError(
+            f"{where} {ways} does not divide the {stage.gpus_per_node} ranks of a node; its copy is there to spare the "
+            "network between nodes",
+            f"use {_divisors(stage.gpus_per_node)}",
+        )
     others = [axis for axis, ranks in stage.parallel if ranks > 1]
     swapped = stage.zero.offload_optimizer == "nvme"
     if others or swapped or stage.zero.offload_param != "none":
@@ -190,18 +196,21 @@ def _check_divides(where: str, axis: str, ranks: int, sizes: dict[str, int]) -> 
 
 def _check_experts_in_every_stage(where: str, stage: Stage, model: dict[str, Any]) -> None:
     """DeepSpeed's ranks agree on one gradient norm, a parameter group at a time: every stage must have the same groups."""
-    dense = model.get("first_k_dense_replace", 0)
-    shortest_first = -(-model["num_hidden_layers"] // stage.parallel.pipeline)
-    if dense >= shortest_first:
+    sparse, stages = sparse_layers(model), stage.parallel.pipeline
+    without = _stages_without_experts(sparse, stages)
+    if without:
+        layers = stage_layers(len(sparse), stages)[without[0]]
+        fits = max((n for n in range(1, stages) if not _stages_without_experts(sparse, n)), default=1)
         raise UserError(
-            f"{where}: the first of {stage.parallel.pipeline} pipeline stages has {shortest_first} layers, all of them dense "
-            f"(first_k_dense_replace {dense}); with experts spread over ranks every stage needs a mixture",
-            f"use at most {_most_stages(model['num_hidden_layers'], dense)} stages, or set expert to 1",
+            f"{where}: layers {layers.start} to {layers.stop - 1}, stage {without[0] + 1} of {stages} of the pipeline, are all "
+            "dense; with experts spread over ranks every stage needs a mixture",
+            f"use {fits} stages, or set expert to 1",
         )
 
 
-def _most_stages(layers: int, dense: int) -> int:
-    return max(stages for stages in range(1, layers + 1) if -(-layers // stages) > dense)
+def _stages_without_experts(sparse: Sequence[bool], stages: int) -> list[int]:
+    cut = stage_layers(len(sparse), stages)
+    return [stage for stage, layers in enumerate(cut) if not any(sparse[layer] for layer in layers)]
 
 
 def _divisors(number: int) -> str:

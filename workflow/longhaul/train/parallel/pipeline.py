@@ -8,7 +8,6 @@ to the Hugging Face layers before they come here.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +15,8 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from longhaul.config.geometry import stage_layers
 from longhaul.train.parallel.grid import Grid
-
-
-def stage_layers(layers: int, stages: int) -> list[range]:
-    """Which decoder layers each stage holds: consecutive, as even as can be, the earlier stages longer."""
-    share, more = divmod(layers, stages)
-    starts = [stage * share + min(stage, more) for stage in range(stages + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def keep_own_stage(model: Any, grid: Grid) -> None:
