@@ -13,6 +13,20 @@ import pytest
 TRAINING = Path(__file__).parent / "convert" / "zero_training.py"
 
 
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many each read of a tensor's file took; a test may clear it."""
+    sizes: list[int] = []
+    original = os.preadv
+
+    def counted(*arguments):
+        sizes.append(original(*arguments))
+        return sizes[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    return sizes
+
+
 @pytest.fixture(scope="session")
 def zero_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the checkpoints of zero_training.py: every case, trained by real DeepSpeed over gloo."""

@@ -17,8 +17,6 @@ from safetensors.torch import load_file, save_file
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint import open_master_weights, open_optimizer_state, open_safetensors
 from longhaul.zero_checkpoint.archive import Inert, StoredTensor, read_archive
-from longhaul.zero_checkpoint.parallel import AssembledTensor
-from longhaul.zero_checkpoint.shard import Shard
 
 TAG = "weights/checkpoints/step-00000002"
 CASES = (
@@ -277,27 +275,6 @@ def test_half_precision_without_masters_is_refused(zero_checkpoints: Path, tmp_p
     (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"holds torch\.bfloat16 weights .* and no fp32 master copy"):
         open_master_weights(folder)
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ({0: ((0, 3), (6, 8))}, {0: ((3, 6),)}),
-        ({0: ((0, 4),)}, {0: ((4, 8),), 1: ((0, 2),)}, {0: ((4, 8),), 1: ((2, 5),)}),
-    ],
-    ids=["rows", "rows and columns"],
-)
-def test_a_range_of_an_assembled_tensor_is_that_part_of_the_whole(tmp_path: Path, parts) -> None:
-    whole = torch.arange(8 * 5 * 3, dtype=torch.float32).view(8, 5, 3)
-    found = []
-    for index, ranges in enumerate(parts):
-        shard = Shard("x", tuple(whole.shape), ranges)
-        save_file({"x": shard.cut(whole).contiguous()}, tmp_path / f"{index}.safetensors")
-        found.append((shard, open_safetensors(tmp_path / f"{index}.safetensors")["x"]))
-    tensor = AssembledTensor(tuple(whole.shape), torch.float32, tuple(found))
-    assert torch.equal(tensor.read(), whole)
-    for start, stop in [(0, 120), (1, 2), (44, 46), (45, 60), (13, 107), (7, 7)]:
-        assert torch.equal(tensor.read_range(start, stop), whole.flatten()[start:stop])
 
 
 def _doubled(path: Path) -> None:

@@ -182,12 +182,20 @@ def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
 
 
 def _logits(stage: Stage, sizes: Geometry) -> int:
-    """A chunk's logits, as they come, in fp32 and their softmax; the head's two gradients, made on the way forward."""
+    """A chunk's logits, as they come, in fp32 and their softmax; the head's two gradients, made on the way forward.
+
+    Of several chunks the weight's gradient is summed in fp32; the products, and in the end the sum, are there in the stage's
+    precision, too, when the fp32 logits are gone.
+    """
     tokens = stage.micro_batch * stage.sequence_length // stage.parallel.sequence
     width = COMPUTE_BYTES[stage.precision]
     vocabulary = sizes.vocab_size // stage.parallel.tensor
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (8 if width == 4 else width + 8)
-    return chunk + (tokens + vocabulary) * sizes.hidden * width
+    rows = min(tokens, LOSS_CHUNK_TOKENS)
+    chunk = rows * vocabulary * (8 if width == 4 else width + 8)
+    weight = vocabulary * sizes.hidden
+    if width == 4 or tokens <= LOSS_CHUNK_TOKENS:
+        return chunk + (tokens * sizes.hidden + weight) * width
+    return max(chunk, rows * vocabulary * width + weight * width) + 4 * weight + tokens * sizes.hidden * width
 
 
 def _buckets(stage: Stage, parameters: int) -> int:

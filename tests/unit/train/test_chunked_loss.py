@@ -51,10 +51,29 @@ def test_any_chunk_gives_the_whole_loss_and_its_gradients(chunk: int):
         assert relative(found, wanted) <= 1e-6
 
 
-def test_in_half_precision_it_is_as_near_to_the_truth_as_the_whole_one():
+@pytest.mark.parametrize("chunk", [25, 1])
+def test_in_half_precision_it_is_as_near_to_the_truth_as_the_whole_one(chunk: int):
     truth = whole()
-    for exact, ours, theirs in zip(truth, chunked(25, torch.bfloat16), whole(torch.bfloat16), strict=True):
+    for exact, ours, theirs in zip(truth, chunked(chunk, torch.bfloat16), whole(torch.bfloat16), strict=True):
         assert relative(ours.float(), exact) <= 1.5 * relative(theirs.float(), exact) + 1e-6
+
+
+def test_many_chunks_in_half_precision_lose_nothing_of_the_weights_gradient():
+    """Of hidden states with a common direction, so that the sum grows from chunk to chunk beyond what a late one adds."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = (torch.randn(4096, 16, generator=generator) + torch.randn(16, generator=generator)).bfloat16()
+    weight = (0.05 * torch.randn(64, 16, generator=generator)).bfloat16()
+    labels = torch.randint(64, (4096,), generator=generator)
+
+    def gradient(chunk: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        own = weight.detach().to(dtype, copy=True).requires_grad_()
+        chunked_loss_sum(hidden.to(dtype), own, labels, chunk=chunk).backward()
+        assert own.grad is not None and own.grad.dtype == dtype
+        return own.grad.float()
+
+    truth = gradient(4096, torch.float32)
+    at_once, in_chunks = ((found - truth).norm() for found in (gradient(4096), gradient(32)))
+    assert 0 < in_chunks <= 1.5 * at_once
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

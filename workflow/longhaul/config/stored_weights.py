@@ -1,4 +1,9 @@
-"""What a pretrained folder's config.json says of how its weights are stored, none of which the trained model keeps.
+"""How Hugging Face folders store weights that a model holds otherwise: what their config.json says, and experts one by one.
+
+transformers keeps the experts of a layer in one tensor; the hub, and every reader of it, has one per expert:
+    mlp.experts.gate_up_proj [E, 2I, H] -> mlp.experts.<e>.gate_proj.weight [I, H] and mlp.experts.<e>.up_proj.weight [I, H]
+    mlp.experts.down_proj    [E, H, I]  -> mlp.experts.<e>.down_proj.weight [H, I]
+with E experts of inner width I and hidden width H. Each is one contiguous range of the whole.
 
 DeepSeek's official folders hold matrices as float8_e4m3fn with one fp32 factor for each block of 128 x 128 elements, and
 behind the last decoder layer those that predict further tokens (https://github.com/deepseek-ai/DeepSeek-V3,
@@ -7,11 +12,22 @@ README_WEIGHTS.md). Training starts from the dequantised weights of the decoder 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from longhaul.errors import UserError
 
+_FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
+
+
+def expert_keys(name: str, shape: tuple[int, ...]) -> list[str]:
+    """The hub's keys of a tensor of fused experts [E, rows, columns], in the order in which they lie in it; of others none."""
+    match = _FUSED_EXPERTS.fullmatch(name)
+    if not match:
+        return []
+    return [f"{match[1]}.{expert}.{part}.weight" for expert in range(shape[0]) for part in _PROJECTIONS[match[2]]]
 
 
 def fp8_block(config: dict[str, Any], where: str) -> tuple[int, int] | None:

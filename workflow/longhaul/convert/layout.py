@@ -1,15 +1,11 @@
 """Which tensors an export holds: the names, shapes and types of the Hugging Face hub, cut from the model's own.
 
-transformers keeps the experts of a layer in one tensor; the hub, and every reader of it, has one per expert:
-    mlp.experts.gate_up_proj [E, 2I, H] -> mlp.experts.<e>.gate_proj.weight [I, H] and mlp.experts.<e>.up_proj.weight [I, H]
-    mlp.experts.down_proj    [E, H, I]  -> mlp.experts.<e>.down_proj.weight [H, I]
-with E experts of inner width I and hidden width H. Each is one contiguous range of the whole.
+Experts are stored one by one (config/stored_weights.py); each is one contiguous range of the model's own tensor.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +15,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from longhaul.config.stored_weights import expert_keys
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint import LazyTensor
 
-FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 KNOWN_MODELS = "export a Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2 or DeepSeek V3 model"
 NOT_THE_MODEL = "the checkpoint and model_config.json belong to different models: train the stage again"
 
@@ -106,16 +102,13 @@ def target_dtype(model: PreTrainedModel, name: str, master: LazyTensor, dtype: t
 
 
 def _cut(name: str, master: LazyTensor, dtype: torch.dtype) -> Iterator[ExportedTensor]:
-    match = FUSED_EXPERTS.fullmatch(name)
-    if not match:
+    keys = expert_keys(name, master.shape)
+    if not keys:
         yield ExportedTensor(name, master.shape, dtype, name, master)
         return
     experts, rows, columns = master.shape
-    parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
-    shape = (rows // len(parts), columns)
-    for index in range(experts * len(parts)):
-        expert, part = divmod(index, len(parts))
-        key = f"{match[1]}.{expert}.{parts[part]}.weight"
+    shape = (experts * rows // len(keys), columns)
+    for index, key in enumerate(keys):
         yield ExportedTensor(key, shape, dtype, name, master, index * math.prod(shape))
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longhaul.convert.layout import ExportedTensor
 from longhaul.convert.proof import NO_EXPORT
-from longhaul.convert.shards import chunks, exported_bytes, raw_bytes
+from longhaul.convert.shards import chunks, exported_bytes
 from longhaul.errors import UserError
+from longhaul.zero_checkpoint import raw_bytes
 
 # Weights that are loaded whole, experts twice while they are fused, stay well below what a conversion may use.
 WHOLE_BYTES = 1 << 27

@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 from longhaul.artifacts import read_json
 from longhaul.convert.layout import ExportedTensor
-from longhaul.convert.shards import NAMES, chunks, exported_bytes, raw_bytes
+from longhaul.convert.shards import NAMES, chunks, exported_bytes
 from longhaul.convert.threads import torch_threads
 from longhaul.errors import UserError
-from longhaul.zero_checkpoint import LazyTensor, open_safetensors
+from longhaul.zero_checkpoint import LazyTensor, open_safetensors, raw_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HASHING_THREADS = 4

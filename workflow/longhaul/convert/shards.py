@@ -13,12 +13,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from longhaul.artifacts import write_json
 from longhaul.convert.layout import ExportedTensor
 from longhaul.convert.threads import torch_threads
-from longhaul.zero_checkpoint import DTYPE_NAMES
+from longhaul.zero_checkpoint import DTYPE_NAMES, raw_bytes
 
 SHARD_BYTES = 5 * 10**9
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: stays in the processor's cache from read to write
@@ -48,12 +46,6 @@ def chunks(numel: int, chunk: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]
 def exported_bytes(tensor: ExportedTensor, start: int, stop: int) -> memoryview:
     """The bytes that elements [start, stop) of an exported tensor have in the file."""
     return raw_bytes(tensor.master.read_range(tensor.start + start, tensor.start + stop).to(tensor.dtype))
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor's elements."""
-    flat = tensor.contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _split(tensors: Sequence[ExportedTensor], shard_bytes: int) -> list[list[ExportedTensor]]:

@@ -38,7 +38,7 @@ class Slot:
 
     def write(self, target: torch.Tensor, source: LazyTensor) -> None:
         """target: `flat` itself, or a moment of its shape."""
-        self._put(target, self._read(source))
+        self._put(target, self.shard.read_range(source, self.start, self.start + self.numel))
 
     def write_part(self, values: torch.Tensor) -> None:
         """values: of the whole parameter as this rank has it."""
@@ -46,12 +46,6 @@ class Slot:
 
     def _put(self, target: torch.Tensor, values: torch.Tensor) -> None:
         target.detach().view(-1)[self.offset : self.offset + self.numel].copy_(values)
-
-    def _read(self, source: LazyTensor) -> torch.Tensor:
-        stop = self.start + self.numel
-        if self.shard.parts:
-            return self.shard.cut(source.read()).flatten()[self.start : stop]
-        return source.read_range(self.start, stop)
 
 
 def write_masters(engine: Any, values: Callable[[Shard], torch.Tensor]) -> None:

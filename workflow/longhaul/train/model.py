@@ -161,7 +161,7 @@ def _checkpoint_values(shapes: Shapes, start: Start) -> Values:
                 f"{start.folder}: {name} is {list(weights[name].shape)}, the model wants {list(shape)}",
                 "a stage starts from one with the same model",
             )
-    return lambda shard: shard.cut(weights[shard.name].read())
+    return lambda shard: shard.read(weights[shard.name])
 
 
 def _shapes(model: Any) -> Shapes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 
 from longhaul.artifacts import read_json
-from longhaul.config.stored_weights import fp8_block, further_layers
+from longhaul.config.stored_weights import expert_keys, fp8_block, further_layers
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint import LazyTensor, open_safetensors
 from longhaul.zero_checkpoint.shard import Shard
 
-_FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _SCALE = "_scale_inv"
 _HINT = "the weights do not belong to this config.json, or the download is incomplete"
 _NAMED = 5
@@ -58,13 +56,15 @@ def pretrained_values(folder: Path, shapes: dict[str, tuple[int, ...]], config: 
             DeepSeek's folders hold behind the last one, are left out.
     """
     stored = _open(folder)
-    keys = {name: _stored_keys(name, config) for name in shapes}
+    keys = {name: expert_keys(name, shape) or [name] for name, shape in shapes.items()}
     _check_keys(folder, stored, {key for found in keys.values() for key in found}, config)
     for name, shape in shapes.items():
-        _check_shapes(folder, [(key, stored[key].shape) for key in keys[name]], _stored_shape(name, shape), config)
+        _check_shapes(
+            folder, [(key, stored[key].shape) for key in keys[name]], _stored_shape(name, shape, keys[name]), config
+        )
 
     def values(shard: Shard) -> torch.Tensor:
-        if len(keys[shard.name]) == 1:
+        if keys[shard.name] == [shard.name]:
             return shard.cut(stored[keys[shard.name][0]].read())
         return _experts(stored, keys[shard.name], shard)
 
@@ -132,25 +132,9 @@ def _check_shapes(
         raise UserError(f"{folder}: {key} is {list(shape)}, the model wants {list(wanted)}", _HINT)
 
 
-def _expert_parts(name: str) -> tuple[str, tuple[str, ...]]:
-    """Of a fused tensor of experts: its prefix, and the projections of which each expert has one; else the name and ()."""
-    match = _FUSED.fullmatch(name)
-    if not match:
-        return name, ()
-    return match[1], ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
-
-
-def _stored_keys(name: str, config: Any) -> list[str]:
-    """The hub's keys of a tensor: of fused experts, each expert's gate and up, or down projection, in order."""
-    prefix, parts = _expert_parts(name)
-    experts = (getattr(config, "n_routed_experts", None) or config.num_experts) if parts else 0
-    return [f"{prefix}.{expert}.{part}.weight" for expert in range(experts) for part in parts] or [name]
-
-
-def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _stored_shape(name: str, shape: tuple[int, ...], keys: list[str]) -> tuple[int, ...]:
     """Of each of a tensor's keys."""
-    _, parts = _expert_parts(name)
-    return (shape[1] // len(parts), shape[2]) if parts else tuple(shape)
+    return tuple(shape) if keys == [name] else (shape[0] * shape[1] // len(keys), shape[2])
 
 
 def _experts(stored: dict[str, LazyTensor | BlockScaled], keys: list[str], shard: Shard) -> torch.Tensor:

@@ -3,7 +3,6 @@ measured, and the beginnings of held-out documents, which it completes for the r
 
 from __future__ import annotations
 
-import hashlib
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from longhaul.artifacts import write_json
 from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
 from longhaul.train.backend import Backend
-from longhaul.train.parallel.gathering import whole_tensors
+from longhaul.train.parallel.gathering import sha256, whole_tensors
 from longhaul.train.parallel.saving import TIED, is_tied
 from longhaul.train.processes import Processes
 
@@ -56,8 +55,8 @@ def _tensor_hashes(engine: Any, job: StageJob, processes: Processes) -> dict[str
     for name, value, is_buffer in whole_tensors(engine, processes):
         entry = {
             "shape": list(value.shape),
-            "sha256_fp32": _sha256(value.float()),
-            "sha256_export": _sha256(value if is_buffer else value.to(dtype)),
+            "sha256_fp32": sha256(value.float()),
+            "sha256_export": sha256(value if is_buffer else value.to(dtype)),
         }
         hashes[name] = entry | ({"aliases": aliases[name]} if name in aliases else {})
     return hashes
@@ -74,10 +73,6 @@ def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
             shared.setdefault(first[id(parameter)], []).append(name)
         first.setdefault(id(parameter), name)
     return shared
-
-
-def _sha256(value: torch.Tensor) -> str:
-    return hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def sample_prompts(**splits: Samples | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from longhaul.zero_checkpoint.layout import OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.zero_checkpoint.safetensors_files import DTYPE_NAMES, open_safetensors
-from longhaul.zero_checkpoint.tensors import LazyTensor
+from longhaul.zero_checkpoint.tensors import LazyTensor, raw_bytes
 
 __all__ = [
     "DTYPE_NAMES",
@@ -11,4 +11,5 @@ __all__ = [
     "open_master_weights",
     "open_optimizer_state",
     "open_safetensors",
+    "raw_bytes",
 ]

@@ -29,7 +29,7 @@ from longhaul.errors import UserError
 from longhaul.zero_checkpoint.archive import read_archive
 from longhaul.zero_checkpoint.optimizer import MASTER, flat_share, is_zero3, sharing_ranks, step_of
 from longhaul.zero_checkpoint.safetensors_files import open_safetensors
-from longhaul.zero_checkpoint.shard import Shard, place
+from longhaul.zero_checkpoint.shard import Shard, place, row_width
 from longhaul.zero_checkpoint.tensors import LazyTensor, flat_group, partitioned_group, whole
 
 LAYOUT = "layout.json"
@@ -52,46 +52,19 @@ class AssembledTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, contiguous, of `shape`."""
-        return self._read_rows(0, self.shape[0])
+        return self.read_range(0, self.numel).view(self.shape)
 
     def read_range(self, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor; where a later axis is split, their rows are read whole."""
-        if all(not axis for shard, _ in self.parts for axis in shard.parts):
-            return self._read_split_rows(start, stop)
-        row = self.numel // self.shape[0]
-        first, last = start // row, -(-stop // row)
-        return self._read_rows(first, last).flatten()[start - first * row : stop - first * row].clone()
-
-    def _read_split_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Of parts that are whole rows: a row may be as large as an expert, and is not read for a few of its elements."""
-        values = torch.empty(stop - start, dtype=self.dtype)
-        row = self.numel // self.shape[0]
+        """Elements [start, stop) of the flattened tensor; of their rows all is read."""
+        width = row_width(self.shape)
+        first, last = start // width, -(-stop // width)
+        rows = torch.empty(last - first, width, dtype=self.dtype)
         for shard, part in self.parts:
-            for begin, end, local in _overlaps(shard, start // row, -(-stop // row)):
-                first, last = max(begin * row, start), min(end * row, stop)
-                offset = local * row - begin * row
-                values[first - start : last - start] = part.read_range(first + offset, last + offset)
-        return values
-
-    def _read_rows(self, first: int, last: int) -> torch.Tensor:
-        rows = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
-        for shard, part in self.parts:
-            rest = {axis: shard.ranges(axis) for axis in shard.parts if axis > 0}
-            for begin, end, local in _overlaps(shard, first, last):
-                row = part.numel // part.shape[0]
-                values = part.read_range(local * row, (local + end - begin) * row)
-                place(rows[begin - first : end - first], values.view(end - begin, *part.shape[1:]), rest)
-        return rows
-
-
-def _overlaps(shard: Shard, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Rows of the whole in [first, last) that the shard has: (begin, end, the row of the part that `begin` is)."""
-    local = 0
-    for start, stop in shard.ranges(0):
-        begin, end = max(start, first), min(stop, last)
-        if begin < end:
-            yield begin, end, local + begin - start
-        local += stop - start
+            own_width = row_width(shard.local_shape)
+            for begin, end, local in shard.rows(first, last):
+                values = part.read_range(local * own_width, (local + end - begin) * own_width).view(-1, own_width)
+                place(rows[begin - first : end - first], values, {1: shard.columns})
+        return rows.flatten()[start - first * width : stop - first * width]
 
 
 def open_assembled(folder: Path, key: str = MASTER) -> dict[str, Any]:

@@ -135,6 +135,12 @@ def wrong_size(folder: Path, first: str, held: int, wanted: int) -> UserError:
     )
 
 
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements: the tensor's own memory where it is contiguous."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
+
+
 def _read_into(piece: Piece, target: torch.Tensor) -> torch.Tensor:
     view = memoryview(target.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     done = 0

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from longhaul.train.parallel.split import parameters, saved_buffers
 from longhaul.train.processes import Processes
+from longhaul.zero_checkpoint import raw_bytes
 from longhaul.zero_checkpoint.shard import Ranges, Shard
 
 Part = tuple[tuple[int, Ranges], ...]
@@ -30,8 +31,8 @@ def whole_tensors(engine: Any, processes: Processes) -> Iterator[tuple[str, torc
     for name in dict.fromkeys(name for held in everywhere for name in held):
         holders = _first_holders(name, everywhere)
         value = _master(engine, *own[name][1:]) if name in own else None
-        if value is not None:
-            digests[name] = _digest(value)
+        if value is not None and _may_differ(engine, processes, own[name][2]):
+            digests[name] = sha256(value)
         if processes.is_main:
             shard, is_buffer = everywhere[next(iter(holders.values()))][name]
             yield name, _collect(shard.shape, value, holders, everywhere, name, processes), is_buffer
@@ -91,16 +92,22 @@ def _master(engine: Any, tensor: Any, is_buffer: bool) -> torch.Tensor:
     return master.cpu().contiguous()
 
 
-def _digest(value: torch.Tensor) -> str:
-    return hashlib.sha256(value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _may_differ(engine: Any, processes: Processes, is_buffer: bool) -> bool:
+    """Whether ranks hold the tensor each for itself. What ZeRO gathers from all ranks is the same on each of them."""
+    return is_buffer or processes.grid.is_split or engine.zero_optimization_stage() == 0
+
+
+def sha256(value: torch.Tensor) -> str:
+    """Of the bytes of a tensor's elements."""
+    return hashlib.sha256(raw_bytes(value)).hexdigest()
 
 
 def _check_replicas(everywhere: list[dict[str, tuple[Shard, bool]]], digests: list[dict[str, str]]) -> None:
     seen: dict[tuple[str, Part], tuple[int, str]] = {}
-    for rank, held in enumerate(everywhere):
-        for name, (shard, _) in held.items():
-            first, digest = seen.setdefault((name, _part(shard)), (rank, digests[rank][name]))
-            if digest != digests[rank][name]:
+    for rank, own in enumerate(digests):
+        for name, digest in own.items():
+            first, wanted = seen.setdefault((name, _part(everywhere[rank][name][0])), (rank, digest))
+            if digest != wanted:
                 raise RuntimeError(
                     f"ranks {first} and {rank} hold {name} with different values: a gradient is not summed"
                 )
