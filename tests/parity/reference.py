@@ -22,9 +22,14 @@ class Trace:
     model: Any
 
 
-def train(job: Any, samples: Samples) -> Trace:
-    """`job` is the StageJob of any layout of the twin: only what decides the result is read of it."""
+def train(job: Any, samples: Samples, nudged: bool = False) -> Trace:
+    """`job` is the StageJob of any layout of the twin: only what decides the result is read of it.
+
+    nudged: begin with every weight moved by a unit in its last place, up or down: a measure of what rounding alone does.
+    """
     model = _model(job)
+    if nudged:
+        _nudge(model)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     settings = job.stage.optimizer
@@ -64,6 +69,14 @@ def _model(job: Any) -> Any:
         for name, parameter in model.named_parameters():
             parameter.copy_(values(name, parameter.shape))
     return model.train()
+
+
+def _nudge(model: Any) -> None:
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            up = torch.rand(parameter.shape, generator=chance) < 0.5
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
 
 
 def _watch_routers(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -98,7 +98,7 @@ def write_site(folder: Path, site: dict[str, Any]) -> None:
 def write_data(folder: Path) -> None:
     """Small deterministic documents and conversations."""
     words = "the long haul takes raw text to a model and proves every step of the way home again".split()  # noqa: SIM905
-    prose = [" ".join(words[(i * k) % len(words)] for k in range(1, 60)) for i in range(1, 61)]
+    prose = [f"Part {i}: " + " ".join(words[(i * k) % len(words)] for k in range(1, 60)) for i in range(1, 61)]
     (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
     chats = [
         [
