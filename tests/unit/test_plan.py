@@ -296,3 +296,21 @@ def test_logits_take_no_more_than_a_chunk(tmp_path: Path):
     hidden_bytes = 4 * LLAMA["hidden_size"]
     assert logits(32) - logits(16) == 16 * 128 * hidden_bytes
     assert logits(16) - logits(8) == 8 * 128 * (hidden_bytes + 8 * LLAMA["vocab_size"])
+
+
+def test_a_file_is_listed_once_whatever_it_is_called(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    prose = {"kind": "text", "files": ["*.jsonl"]}
+    with pytest.raises(UserError, match=r"datasets.prose.files: .*b.jsonl is the same file as .*a.jsonl"):
+        plan_of(tmp_path, {"datasets.prose": prose})
+    with pytest.raises(UserError, match=r"a.jsonl is listed twice"):
+        plan_of(tmp_path, {"datasets.prose": {**prose, "files": ["a.jsonl", "a.jsonl"]}})
+
+
+def test_an_empty_file_is_refused_unless_bad_rows_are_counted(tmp_path: Path):
+    (tmp_path / "a.jsonl").touch()
+    prose = {"kind": "text", "files": ["a.jsonl"]}
+    with pytest.raises(UserError, match=r"datasets.prose.files: .*a.jsonl is empty"):
+        plan_of(tmp_path, {"datasets.prose": prose})
+    plan_of(tmp_path, {"datasets.prose": {**prose, "bad_rows": "skip"}})

@@ -57,6 +57,7 @@ def job(folder: Path, code: str, restarts: int = 3) -> LaunchJob:
         deadline_every_s=1.0,
         steps=(LaunchStep(title="Training", command=(sys.executable, "-c", code)),),
         inputs=(str(folder / "input"),),
+        data=(str(folder / "corpus"),),
         checkpoints=None,
         quarantine="results/quarantine.json",
     )
@@ -164,7 +165,7 @@ def test_a_submission_leaves_out_quarantined_nodes_and_waits_for_the_job_that_ru
 
 def test_a_job_that_would_only_fail_again_asks_for_a_minute(tmp_path: Path):
     plan, folder = planned(tmp_path)
-    key = launch_key(LaunchJob.read(folder / "launch.json").inputs)
+    key = launch_key(LaunchJob.read(folder / "launch.json").inputs, [])
     Failure(PERMANENT, "NaN", "", key=key).write(folder / "failure.json")
     request = submitted_request(plan, "train-base", tmp_path)
     assert (request.nodes, request.tasks, request.minutes, request.gpus_per_node) == (1, 1, 1, 0)

@@ -27,7 +27,9 @@ def made(tmp_path: Path) -> LaunchJob:
 
 
 def fails(made: LaunchJob, failure_class: str, main: str = THIS_MAIN) -> None:
-    failure = Failure(failure_class, "why it failed", "what to do", key=launch_key(made.inputs), invocation=main)
+    failure = Failure(
+        failure_class, "why it failed", "what to do", key=launch_key(made.inputs, made.data), invocation=main
+    )
     failure.write(Path(made.folder) / "failure.json")
 
 
@@ -76,6 +78,14 @@ def test_a_reason_that_stays_is_told_before_anything_is_submitted(made: LaunchJo
         require_hope([snakemakes(None), snakemakes(made)])
     assert refused.value.hint.startswith("what to do; ") and f"longhaul retry {made.folder}" in refused.value.hint
     Path(made.inputs[0]).write_text("mended")
+    require_hope([snakemakes(made)])
+
+
+def test_who_mends_a_data_file_may_try_again(made: LaunchJob):
+    fails(made, PERMANENT, EARLIER_MAIN)
+    with pytest.raises(UserError, match="would only fail again"):
+        require_hope([snakemakes(made)])
+    Path(made.data[0]).write_text("mended")
     require_hope([snakemakes(made)])
 
 

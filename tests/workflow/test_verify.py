@@ -1,4 +1,4 @@
-"""`longhaul verify` of a finished run: all is whole; then a bit of a checkpoint and a byte of an export are lost."""
+"""`longhaul verify` of a finished run: all is whole; then bits of a checkpoint and a shard are lost, and a file of an export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def verify(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_verify_names_what_is_damaged(finished: Chain, tmp_path: Path):
     whole = verify(finished.folder)
     assert whole.returncode == 0 and whole.stdout.endswith(" folders, 0 damaged\n"), whole.stdout + whole.stderr
-    assert whole.stdout.count("whole") >= 5  # checkpoints of two stages and an export of each
+    assert whole.stdout.count("whole") >= 7  # two datasets, checkpoints of two stages and an export of each
 
     folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
     optimizer = sorted(folder.glob("results/tiny/stages/base/weights/*/checkpoints/step-*/zero_pp_rank_0*optim*"))[-1]
@@ -26,7 +26,12 @@ def test_verify_names_what_is_damaged(finished: Chain, tmp_path: Path):
     data[-1000] ^= 1
     optimizer.write_bytes(data)
     (folder / "results/tiny/export/chat/config.json").unlink()
+    shard = next((folder / "results/tiny/data/prose").glob("*/train*.bin"))
+    tokens = bytearray(shard.read_bytes())
+    tokens[-1] ^= 1
+    shard.write_bytes(tokens)
     damaged = verify(folder)
-    assert damaged.returncode == 1 and damaged.stdout.endswith(" folders, 2 damaged\n"), damaged.stdout + damaged.stderr
+    assert damaged.returncode == 1 and damaged.stdout.endswith(" folders, 3 damaged\n"), damaged.stdout + damaged.stderr
     assert f"{optimizer.name} has not the hash that its manifest states" in damaged.stdout
+    assert f"{shard.name} has not the hash that was stated" in damaged.stdout
     assert "config.json cannot be read: No such file or directory" in damaged.stdout

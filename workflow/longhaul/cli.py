@@ -251,7 +251,7 @@ _FOR_PEOPLE = {
     "plan": (_plan, "print what a config will do: batches, memory, GPU-hours, Slurm requests"),
     "fetch": (_fetch, "download what the config names on the hub, and pin it"),
     "render": (_render, "write every job's launch.sh, job.sbatch and DeepSpeed config below results/<run>"),
-    "verify": (_verify, "read every file of a run's checkpoints and exports, and name those that are damaged"),
+    "verify": (_verify, "read every file of a run's data, checkpoints and exports, and name those that are damaged"),
 }
 _JOBS = {
     "environment": "check the nodes",

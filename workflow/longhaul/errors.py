@@ -37,15 +37,22 @@ class AllocationTooShort(UserError):
 class DiskFull(UserError):
     """A file system has no room, or a quota is used up: `folder` needed `needed_bytes`, where `free_bytes` were free.
 
-    needed_bytes is 0 where it is not known.
+    needed_bytes is 0 where it is not known; choices: what else than freeing space there would help.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, folder: Path, needed_bytes: int, free_bytes: int) -> None:
+    def __init__(
+        self,
+        what: str,
+        folder: Path,
+        needed_bytes: int,
+        free_bytes: int,
+        choices: str = "lower checkpoints.keep_last or keep_best",
+    ) -> None:
         needs = f" needs {needed_bytes} bytes ({needed_bytes / 2**30:.2f} GiB) and" if needed_bytes else ""
         super().__init__(
             f"{what}{needs} has no room in {folder}: {free_bytes} bytes ({free_bytes / 2**30:.2f} GiB) are free",
-            "free space or raise the quota there, or lower checkpoints.keep_last or keep_best; then run the same command again",
+            f"free space or raise the quota there, or {choices}; then run the same command again",
         )
         self.folder, self.needed_bytes, self.free_bytes = folder, needed_bytes, free_bytes

@@ -57,7 +57,8 @@ class LaunchJob(Job):
     restarts: int  # crashes without progress that are followed by a restart in place
     deadline_every_s: float  # how often Slurm is asked for the end of the allocation
     steps: tuple[LaunchStep, ...]
-    inputs: tuple[str, ...]  # files that a permanent failure depends on
+    inputs: tuple[str, ...]  # texts that a permanent failure depends on, and
+    data: tuple[str, ...]  # files that it depends on, too large to be read for it
     checkpoints: str | None  # weights root of a stage: where progress is looked for
     quarantine: str  # results/quarantine.json
 

@@ -138,9 +138,9 @@ def _read_here(kind, path: Path):
         return None
 
 
-def launch_key(paths: Iterable[str | Path]) -> str:
-    """Of the texts of what a job is started with; a file that is not there counts as empty."""
-    return content_hash([_text(Path(path)) for path in paths])
+def launch_key(texts: Iterable[str | Path], data: Iterable[str | Path] = ()) -> str:
+    """Of what a job is started with: texts as they are, data by size and time of change; what is not there counts as empty."""
+    return content_hash([[_text(Path(path)) for path in texts], [_stamp(Path(path)) for path in data]])
 
 
 def invocation(results: Path, run: str) -> str:
@@ -153,6 +153,14 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 # What a failing process says of itself

@@ -5,6 +5,7 @@ Jinja only places what is decided here. Values reach a shell quoted, and JSON th
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -17,7 +18,7 @@ import jinja2
 from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
-from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob, TokenizeJob
+from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob, TokenizeJob, TokenizerJob
 from longhaul.memory import SWAP_BUFFERS, SWAP_GROUP
 from longhaul.payloads import job_names, outside_folders, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
@@ -117,15 +118,25 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
     title = f"longhaul {plan.run}: {job}"
     told = payload(plan, job)
     steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json", told)]
-    inputs = [folder / "job.json", told.survey if isinstance(told, TokenizeJob) else None]
+    texts, data = _made_from(told)
+    supervised = _supervised(plan, job, request, folder, steps, [folder / "job.json", *texts])
     return Rendered(
         {
             "launch.sh": _launch(plan, request, title, folder, workdir),
-            "launch.json": _json(_supervised(plan, job, request, folder, steps, inputs)),
+            "launch.json": _json(supervised.model_copy(update={"data": data})),
             **_by_hand(plan, request, title, folder, job),
             "job.json": _json(told),
         }
     )
+
+
+def _made_from(told: Job) -> tuple[list[str | None], tuple[str, ...]]:
+    """Small texts and data files that a job reads: who mends one of them may have the job tried again."""
+    if isinstance(told, TokenizeJob):
+        return [told.tokenizer, told.survey, *told.parts.values()], (*told.files, *told.evaluation)
+    if isinstance(told, TokenizerJob):
+        return [told.chat_template], tuple(itertools.chain.from_iterable(told.train_files.values()))
+    return [], ()
 
 
 def _supervised(
@@ -142,6 +153,7 @@ def _supervised(
         deadline_every_s=plan.site.deadline_every_s,
         steps=tuple(steps),
         inputs=tuple(str(path) for path in (folder / "launch.json", QUARANTINE, *inputs) if path),
+        data=(),
         checkpoints=None,
         quarantine=QUARANTINE,
     )

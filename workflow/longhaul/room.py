@@ -36,7 +36,7 @@ def require_room(folder: Path) -> None:
 
 def tell_at_exit(folder: Path) -> None:
     """Has the terminal told of a full disk when this process ends, however it ends."""
-    atexit.register(_tell, folder)
+    atexit.register(_tell, folder.absolute())  # a library may have gone elsewhere by then
 
 
 def call_off() -> None:

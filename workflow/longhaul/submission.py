@@ -49,10 +49,10 @@ def final_failure(folder: Path) -> Failure | None:
     if failure is None:
         return None
     try:
-        key = launch_key(LaunchJob.read(folder / "launch.json").inputs)
+        job = LaunchJob.read(folder / "launch.json")
     except UserError:
         return None
-    run = folder.parents[1]
+    key, run = launch_key(job.inputs, job.data), folder.parents[1]
     return failure if failure.is_current(key, invocation(run.parent, run.name)) else None
 
 

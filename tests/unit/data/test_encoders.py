@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from corpora import conversation, dataset, make_shards, text, write_jsonl
 from longhaul.artifacts import TokenizerManifest
 from longhaul.data import encoders
-from longhaul.data.chat import without_reasoning
+from longhaul.data.chat import ChatTemplate, without_reasoning
 from longhaul.data.encoders import Fast, Reference, Rows, choose, with_added
 from longhaul.data.hard_texts import hard_texts
 from longhaul.errors import UserError
@@ -185,6 +185,18 @@ def test_reasoning_that_the_template_opened_is_left_out_from_its_start():
     spoken = "Q<think>because</think>A<think>x</think>B"
     assert without_reasoning(spoken, [(8, len(spoken))]) == [(23, 24), (40, 41)]
     assert without_reasoning("plain", [(0, 5)]) == [(0, 5)]
+
+
+def test_reasoning_that_nothing_ends_is_left_out_to_the_end_of_the_turn():
+    assert without_reasoning("Q yes<think>but then", [(2, 20)]) == [(2, 5)]
+    assert without_reasoning("<think>a</think>b<think>c", [(0, 25)]) == [(16, 17)]
+
+
+def test_whatever_a_template_raises_is_told_with_the_place():
+    endless = ChatTemplate("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {"eos_token": "<e>"})
+    for template in (endless, ChatTemplate("{{ 1 // 0 }}", {"eos_token": "<e>"})):
+        with pytest.raises(UserError, match=r"a.jsonl:7: the chat template refuses this conversation: \w+Error"):
+            template.render([{"role": "user", "content": "Q"}], "a.jsonl:7")
 
 
 def test_prompt_and_completion_make_a_conversation(tmp_path: Path, tokenizer_folder: Path):

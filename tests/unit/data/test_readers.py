@@ -109,6 +109,12 @@ def _bad_utf8_parquet() -> bytes:
     return _parquet_of(text=values)
 
 
+def _twice_in_parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 # name of the file, its bytes, kind, what the message must say
 BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "missing file": ("a.jsonl", None, "text", "a.jsonl does not exist"),
@@ -136,6 +142,10 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
         "a.parquet: no column 'text'; found 'body'",
     ),
     "ragged CSV": ("a.csv", b"id,text\n1,a\n2,b,c\n", "text", "a.csv:3: 3 fields where the header has 2"),
+    "invalid UTF-8 in CSV": ("a.csv", b"id,text\n1,a\n2,\xff\n", "text", "a.csv:3: byte 0xff is not valid UTF-8"),
+    "a column twice in parquet": ("a.parquet", _twice_in_parquet(), "text", "a.parquet: 2 columns are named 'text'"),
+    "a column twice in CSV": ("a.csv", b"text,text\n1,a\n", "text", "a.csv:1: 2 columns are named 'text'"),
+    "deep list": ("a.json", b"[" * 200_000, "text", "a.json: not valid JSON: nested too deep"),
     "open quote in CSV": ("a.csv", b'id,text\n1,"a\n', "text", "not valid CSV"),
     "invalid UTF-8": (
         "a.jsonl",
@@ -150,7 +160,7 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "null text": ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "text", "a.jsonl:3: text is null, not a string"),
     "null in parquet": ("a.parquet", _parquet_of(text=["a", None]), "text", "a.parquet row 2: text is null"),
     "number for text": ("a.jsonl", b'{"text": 5}', "text", "a.jsonl:1: text is int '5', not a string"),
-    "cut gzip": ("a.jsonl.gz", _long_gzip()[:-5000], "text", "cannot read"),
+    "cut gzip": ("a.jsonl.gz", _long_gzip()[:-5000], "text", "a.jsonl.gz after line "),
     "cut zstd": ("a.jsonl.zst", _zstd(b'{"text": "a"}\n' * 9999)[:-4], "text", "cannot read"),
     "no gzip": ("a.jsonl.gz", b'{"text": "a"}', "text", "cannot read"),
     "no parquet": ("a.parquet", b"not parquet at all", "text", "cannot read"),
@@ -197,6 +207,27 @@ def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, case: str):
     assert expected in caught.value.message
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "stream.arrow", "a.csv", "a.txt"])
+def test_no_format_lets_a_document_pass_that_is_too_long(tmp_path: Path, name: str):
+    long, path = "é" * 600_000, tmp_path / name  # 1.2 MB
+    writers: dict[str, Callable[[], Any]] = {
+        "a.jsonl": lambda: path.write_bytes(_jsonl_bytes("text", [long])),
+        "a.json": lambda: path.write_text(json.dumps([{"text": long}])),
+        "a.parquet": lambda: pyarrow.parquet.write_table(pa.table({"text": [long]}), path),
+        "stream.arrow": lambda: _write_arrow(path, [long], "text"),
+        "a.csv": lambda: path.write_text(f"text\n{long}\n"),
+        "a.txt": lambda: path.write_text(long),
+    }
+    writers[name]()
+    with pytest.raises(UserError, match="longer than 1 MB, the dataset's max_document_mb"):
+        _read(path, max_document_mb=1)
+
+
+def test_a_bad_row_of_a_csv_costs_no_other(tmp_path: Path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,a\n2,\xff\n3\n4,\xc3\xa9\n")
+    assert _read(tmp_path / "a.csv", bad_rows="skip") == ["a", "é"]
 
 
 def test_no_files_at_all():

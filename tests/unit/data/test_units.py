@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -210,6 +211,23 @@ def test_of_two_workers_on_one_unit_one_writes_it(
     assert [path.name for path in (tmp_path / "data").iterdir()] == [unit.name]
 
 
+def test_what_is_in_a_units_way_is_named(tmp_path: Path, tokenizer_folder: Path):
+    unit, worker = unit_and_worker(tmp_path, tokenizer_folder)
+    (tmp_path / "data" / unit.name / "notes").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{unit.name} is in the way: it holds no {RECORD}"):
+        worker.make(unit)
+
+
+def test_a_file_that_is_removed_meanwhile_is_named(tmp_path: Path, tokenizer_folder: Path):
+    unit, worker = unit_and_worker(tmp_path, tokenizer_folder)
+    (source,) = worker._task.sources.values()
+    Path(source.path).unlink()
+    with pytest.raises(UserError, match=r"a.jsonl does not exist"):
+        worker.make(unit)
+    with pytest.raises(UserError, match=r"a.jsonl was removed while it was read"):
+        source.check_unchanged()
+
+
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, tokenizer_folder: Path):
     unit, worker = unit_and_worker(tmp_path, tokenizer_folder)
     with (tmp_path / "a.jsonl").open("a") as stream:
@@ -232,11 +250,12 @@ def test_bad_rows_are_left_out_counted_and_named_where_the_dataset_says_so(
     (tmp_path / "a.jsonl").write_bytes(BAD_LINES)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(BAD_LINES * 50)[:-30])
     (tmp_path / "c.jsonl").write_bytes(b"")
+    (tmp_path / "d.jsonl").write_bytes(b"\n\n")
     lenient = dataset(bad_rows="skip", max_document_mb=0.001)
     made = make_shards(tmp_path, tokenizer_folder, sorted(tmp_path.glob("?.jsonl*")), lenient)
     (of_gzip,) = [source["documents"] for source in made.sources if source["path"].endswith("gz")]
     assert made.splits["train"]["documents"] + made.splits["validation"]["documents"] == 2 + of_gzip
-    assert made.skipped["damaged file"] == made.skipped["empty file"] == 1
+    assert made.skipped["damaged file"] == made.skipped["empty file"] == made.skipped["no documents"] == 1
     assert set(made.skipped) == {
         "not valid JSON",
         "null text",
@@ -245,8 +264,10 @@ def test_bad_rows_are_left_out_counted_and_named_where_the_dataset_says_so(
         "too long",
         "damaged file",
         "empty file",
+        "no documents",
     }
     named = capsys.readouterr().err
+    assert re.search(r"b.jsonl.gz after line \d+: .*; nothing that follows in the file is read", named)
     assert "a.jsonl:2: not valid JSON" in named and "a.jsonl:6: longer than 0.001 MB" in named
 
 

@@ -193,7 +193,11 @@ def _explain_one(model: type[BaseModel], problem: Any) -> str:
         return f"{where} is missing"
     if kind == "string_pattern_mismatch" and (words := IN_WORDS.get(problem["ctx"]["pattern"])):
         return f"{where} is {_shown(problem['input'])}; expected: {words}"
-    text = re.sub(r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)|(?<= item) after validation", "", problem["msg"])
+    text = re.sub(
+        r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)|(?<= item) after validation",
+        "",
+        problem["msg"],
+    )
     return f"{where} is {_shown(problem['input'])}; expected: {text}" if kind != "value_error" else f"{where}: {text}"
 
 

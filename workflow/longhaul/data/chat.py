@@ -64,9 +64,10 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **cast(Any, self.special_tokens),
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
+            told = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             raise _refused(
-                f"{where}: the chat template refuses this conversation: {error}", "mend the conversation, or " + _REMEDY
+                f"{where}: the chat template refuses this conversation: {told}", "mend the conversation, or " + _REMEDY
             ) from None
         (text,), (spans,) = rendered
         return text, spans
@@ -123,7 +124,10 @@ def _refused(message: str, hint: str) -> BadData:
 
 
 def without_reasoning(text: str, spans: list[Span]) -> list[Span]:
-    """The stretches without what stands in <think>…</think>; a template may have opened it before the stretch begins."""
+    """The stretches without what stands in <think>…</think>, or behind a <think> that nothing closes.
+
+    A template may have opened it before the stretch begins.
+    """
     kept: list[Span] = []
     for start, end in spans:
         place = start
@@ -131,5 +135,6 @@ def without_reasoning(text: str, spans: list[Span]) -> list[Span]:
             opened = text.find(_THINK, place, stop)
             kept.append((place, opened if opened >= 0 else place))
             place = stop + len(_THINK_END)
-        kept.append((place, end))
+        unclosed = text.find(_THINK, place, end)
+        kept.append((place, unclosed if unclosed >= 0 else end))
     return [(start, end) for start, end in kept if start < end]

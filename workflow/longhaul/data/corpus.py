@@ -20,7 +20,7 @@ from longhaul.errors import UserError
 from longhaul.jobs import TokenizeJob
 from longhaul.shared_files import appears
 
-_LAYOUT_VERSION = 4
+_LAYOUT_VERSION = 5
 _SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import repeat
 from pathlib import Path
@@ -152,10 +151,14 @@ def open_encoder(folder: Path, name: str) -> tuple[Reference | Fast, Reference]:
 
 def load_encoders(folder: Path) -> None:
     """Loads what open_encoder opens, for the processes that are forked later, too."""
-    with suppress(BaseException):  # a tokenizer at which gigatoken's Rust half panics is left to the reference
+    try:
         import awkward  # noqa: F401 - gigatoken does it at its first batch
 
         open_encoder(folder, Fast.name)[1].load()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a tokenizer at which gigatoken's Rust half panics is left to the reference
+        return
 
 
 def choose(folder: Path, sample: Sequence[str], parts: int = 1, each: Callable[..., Iterable[str]] = map) -> Choice:
@@ -180,7 +183,7 @@ def _objection(folder: Path, texts: Sequence[str]) -> str:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
+        return f"gigatoken cannot read this tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}"
     assert isinstance(fast, Fast)
     return first_difference(fast, reference, texts)
 

@@ -37,6 +37,7 @@ class BadData(UserError):
     """A row, or the rest of a file, that cannot be read; `reason` is what a count of such rows is kept under."""
 
     reason = "damaged file"
+    ends_file = False
 
     @classmethod
     def because(cls, reason: str, message: str, hint: str) -> BadData:
@@ -89,6 +90,7 @@ def rows(part: Part, columns: tuple[str, ...], max_document_bytes: int) -> Itera
         with _readable(part.path):
             yield from _READERS[chosen](part, columns, max_document_bytes)
     except BadData as error:
+        error.ends_file = True
         yield Row(part.path, error, size)
 
 
@@ -110,9 +112,13 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        hint = "the file is damaged or cut short: fetch it again"
-        raise BadData.because("damaged file", f"cannot read {path}: {reason}", hint) from None
+        raise _damaged(error, path) from None
+
+
+def _damaged(error: Exception, where: object) -> BadData:
+    reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+    hint = "the file is damaged or cut short: fetch it again"
+    return BadData.because("damaged file", f"cannot read {where}: {reason}", hint)
 
 
 def _open(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -146,7 +152,10 @@ def _lines(part: Part, max_bytes: int) -> Iterator[tuple[Line, bytes | None, int
             first += _rest_of_line(stream, part.stop) - 1
         is_plain, number, position = stream is raw, 0, first
         while part.stop is None or position < part.stop:
-            line = stream.readline(max_bytes + 1)
+            try:
+                line = stream.readline(max_bytes + 1)
+            except OSError as error:
+                raise _damaged(error, f"{part.path} after line {number}") from None
             if not line:
                 return
             number += 1
@@ -177,11 +186,12 @@ def too_long(where: object, max_bytes: int) -> BadData:
     )
 
 
-def _decode(data: bytes, path: Path, first_line: int = 1, place: object = None) -> str:
+def _decode(data: bytes, path: Path | None = None, place: object = None) -> str:
+    """Of a whole file, or of what stands in a place of it."""
     try:
-        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        where = place or f"{path}:{first_line + data.count(bytes([10]), 0, error.start)}"
+        where = place or f"{path}:{1 + data.count(bytes([10]), 0, error.start)}"
         raise BadData.because(
             "invalid UTF-8",
             f"{where}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason})",
@@ -204,7 +214,7 @@ def _parse(line: bytes, where: Line) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
-        text = _decode(line, where.path, where.number + where.first_byte, where)
+        text = _decode(line, place=where)
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -245,6 +255,10 @@ def _json(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]
         limit = f"{path}: a JSON list is read as a whole, and this one is larger than {_MAX_LIST_BYTES // 10**6} MB"
         raise BadData.because("too long", limit, "give one object a line as .jsonl: jq -c '.[]'")
     values, size = _parse_whole(_decode(data, path), path), path.stat().st_size
+    yield from _short_enough(_list_rows(values, columns, path, size), max_bytes)
+
+
+def _list_rows(values: list[Any], columns: tuple[str, ...], path: Path, size: int) -> Iterator[Row]:
     for number, value in enumerate(values, start=1):
         where = f"{path} row {number}"
         try:
@@ -253,11 +267,29 @@ def _json(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]
             yield Row(where, error, size * number // len(values))
 
 
+def _short_enough(found: Iterable[Row], max_bytes: int) -> Iterator[Row]:
+    """Rows that were not measured as lines; one that is too long is refused as a line is."""
+    for row in found:
+        is_long = not isinstance(row.values, BadData) and _text_bytes(row.values) > max_bytes
+        yield row._replace(values=too_long(row.where, max_bytes)) if is_long else row
+
+
+def _text_bytes(value: Any) -> int:
+    """Bytes of all texts in a value, as UTF-8."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def _parse_whole(text: str, path: Path) -> list[Any]:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        message = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+    except (json.JSONDecodeError, RecursionError) as error:
+        message = f"{path}: not valid JSON: nested too deep"
+        if isinstance(error, json.JSONDecodeError):
+            message = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
         hint = "mend the file, or give one object a line as .jsonl"
         raise BadData.because("not valid JSON", message, hint) from None
 
@@ -270,12 +302,13 @@ def _csv(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
         reader = csv.reader(_csv_lines(_open(path, raw), path, max_bytes), strict=True)
         try:
             header = next(reader, [])
-            for column in columns:
-                if column not in header:
-                    raise _missing(f"{path}:1", column, header)
+            _require(f"{path}:1", columns, header)
             for fields in filter(None, reader):
                 where = f"{path}:{reader.line_num}"
-                yield Row(where, _fields(fields, header, columns, where), raw.tell())
+                try:
+                    yield Row(where, _fields(fields, header, columns, where), raw.tell())
+                except BadData as error:
+                    yield Row(where, error, raw.tell())
         except csv.Error as error:
             message = f"{path}:{reader.line_num}: not valid CSV: {error}"
             raise BadData.because("not valid CSV", message, "mend or remove the line") from None
@@ -288,14 +321,19 @@ def _csv_lines(stream: BinaryIO, path: Path, max_bytes: int) -> Iterator[str]:
             return
         if len(line) > max_bytes:
             raise too_long(f"{path}:{number}", max_bytes)
-        yield _decode(line, path, number)
+        # Bytes that are no UTF-8 wait as half surrogates until it is known which row they belong to.
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
 
 
-def _fields(fields: list[str], header: list[str], columns: tuple[str, ...], where: str) -> tuple[str, ...] | BadData:
+def _fields(fields: list[str], header: list[str], columns: tuple[str, ...], where: str) -> tuple[str, ...]:
     if len(fields) != len(header):
         message = f"{where}: {len(fields)} fields where the header has {len(header)}"
-        return BadData.because("ragged CSV", message, "quote commas in text")
-    return tuple(fields[header.index(column)] for column in columns)
+        raise BadData.because("ragged CSV", message, "quote commas in text")
+    values = tuple(fields[header.index(column)] for column in columns)
+    for value in values:
+        if not value.isascii():
+            _decode(value.encode("utf-8", "surrogateescape"), place=where)
+    return values
 
 
 def _text(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
@@ -316,7 +354,8 @@ def _parquet(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[R
         groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
         first = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
         batches = table.iter_batches(_rows_at_once(table.metadata), row_groups=list(groups), columns=list(columns))
-        yield from _batches(part.path, batches, columns, first, max(1, table.metadata.num_rows))
+        read = _batches(part.path, batches, columns, first, max(1, table.metadata.num_rows))
+        yield from _short_enough(read, max_bytes)
 
 
 def _rows_at_once(metadata: Any) -> int:
@@ -326,10 +365,13 @@ def _rows_at_once(metadata: Any) -> int:
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1, row_bytes))))
 
 
-def _require(path: Path, columns: tuple[str, ...], found: list[str]) -> None:
+def _require(path: object, columns: tuple[str, ...], found: list[str]) -> None:
     for column in columns:
         if column not in found:
             raise _missing(path, column, found)
+        if found.count(column) > 1:
+            message = f"{path}: {found.count(column)} columns are named {column!r}"
+            raise BadData.because("doubled column", message, "write the file anew with one of them")
 
 
 def _arrow(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
@@ -345,7 +387,7 @@ def _arrow(part: Part, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row
             opened = pyarrow.ipc.open_file(source)
             _require(part.path, columns, opened.schema.names)
             batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-        yield from _batches(part.path, batches, columns, 0, 0)
+        yield from _short_enough(_batches(part.path, batches, columns, 0, 0), max_bytes)
 
 
 def _batches(path: Path, batches: Iterable[Any], columns: tuple[str, ...], first: int, row_count: int) -> Iterator[Row]:

@@ -124,10 +124,6 @@ def _share_out(
                 future.result()
             if futures:
                 show()
-    except BrokenProcessPool:
-        raise UserError(
-            "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
-        ) from None
     finally:
         for future in futures:
             future.cancel()
@@ -138,6 +134,10 @@ def _pool(workers: int, *counters: Counters) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(workers, _FORK, _start_worker, counters) as pool:
         try:
             yield pool
+        except BrokenProcessPool:
+            raise UserError(
+                "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

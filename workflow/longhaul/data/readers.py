@@ -57,9 +57,10 @@ def read_documents(files: Sequence[str], dataset: Dataset) -> Iterator[Document]
             raise no_documents(file)
 
 
-def no_documents(file: str) -> UserError:
+def no_documents(file: str) -> BadData:
     """A file that holds none."""
-    return UserError(f"{file} holds no documents", "remove it from the dataset's `files`, or fill it")
+    hint = "remove it from the dataset's `files`, or fill it"
+    return BadData.because("no documents", f"{file} holds no documents", hint)
 
 
 def documents_of(part: Part, dataset: Dataset) -> Iterator[Document | BadData]:

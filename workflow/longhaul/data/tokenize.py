@@ -9,6 +9,7 @@ which writes the manifest, finds them all there; it makes what is missing.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from longhaul.data.scan import Scan
 from longhaul.data.screen import screen
 from longhaul.data.units import Unit, share_of
 from longhaul.data.work import SPLITS, Task, read_record, remove_leftovers
-from longhaul.errors import UserError
+from longhaul.errors import DISK_FULL, DiskFull, UserError
 from longhaul.jobs import EncodeJob, TokenizeJob
 
 
@@ -45,15 +46,14 @@ def run(job: TokenizeJob) -> None:
         return
     with _at_work(job, job.name) as (corpus, scan, makers):
         made = _made(corpus, scan, makers)
-    open_split_files(made, Path(job.folder))
-    made.write(Path(job.out))
+        open_split_files(made, Path(job.folder))
+        made.write(Path(job.out))
 
 
 def survey(job: TokenizeJob) -> None:
     """Writes to `job.out` what the jobs that share the units agree on. Raises UserError as `run` does."""
     with _at_work(job, job.name) as (corpus, _, _):
-        found = corpus.as_survey()
-    found.write(Path(job.out))
+        corpus.as_survey().write(Path(job.out))
 
 
 def encode(job: EncodeJob) -> None:
@@ -62,7 +62,7 @@ def encode(job: EncodeJob) -> None:
     with _at_work(job, f"{job.name} {job.share}/{job.shares}", job.shares) as (corpus, scan, makers):
         task, units, choice = makers.make(corpus, corpus.threshold, chosen)
         makers.scan(task, units, scan)
-    EncodedShare(job.share, job.shares, choice._asdict(), [unit.name for unit in units]).write(Path(job.out))
+        EncodedShare(job.share, job.shares, choice._asdict(), [unit.name for unit in units]).write(Path(job.out))
 
 
 @contextmanager
@@ -89,10 +89,15 @@ def _at_work(job: TokenizeJob, name: str, shares: int = 1) -> Iterator[tuple[Cor
             remove_leftovers(corpus.root)
             yield corpus, scan, makers
         except OSError as error:
-            raise UserError(
-                f"cannot write the shards of dataset {job.name} to {job.folder}: {error.strerror}",
-                "free space or quota there, or choose another place with storage.data",
-            ) from None
+            raise _unwritten(error, job) from None
+
+
+def _unwritten(error: OSError, job: TokenizeJob) -> UserError:
+    """What a file system that refuses the shards means for the user."""
+    what, place, choices = f"writing dataset {job.name}", Path(job.folder), "choose another place with storage.data"
+    if error.errno in DISK_FULL:
+        return DiskFull(what, place, 0, shutil.disk_usage(place).free, choices)
+    return UserError(f"{what} to {place}: {error}", f"let this user write there, or {choices}")
 
 
 def open_split_files(manifest: DataManifest, folder: Path) -> None:

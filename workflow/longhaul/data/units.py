@@ -56,7 +56,10 @@ class Source:
 
     def check_unchanged(self) -> None:
         """UserError when the file is not the one that was hashed."""
-        now = Path(self.path).stat()
+        try:
+            now = Path(self.path).stat()
+        except FileNotFoundError:
+            raise UserError(f"{self.path} was removed while it was read", "put it back, then run again") from None
         if (now.st_size, now.st_mtime_ns) != (self.bytes, self.modified_ns):
             raise UserError(
                 f"{self.path} changed while it was read ({self.bytes} bytes before, {now.st_size} now)",

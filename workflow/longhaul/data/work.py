@@ -7,6 +7,7 @@ documents and its ids in memory, whatever the size of the unit.
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import shutil
 import socket
@@ -30,6 +31,7 @@ from longhaul.data.indexed import SplitWriter, token_dtype
 from longhaul.data.progress import Counters
 from longhaul.data.readers import Document, documents_of, no_documents
 from longhaul.data.units import Piece, Source, Unit
+from longhaul.errors import UserError
 from longhaul.lease import process_start
 from longhaul.shared_files import appears
 
@@ -74,6 +76,7 @@ class Worker:
         writers = {split: SplitWriter(folder, split, dtype, is_chat) for split in SPLITS}
         found = _Found(np.zeros(self._task.tokenizer.vocab_size, dtype=np.int64))
         for piece in unit.pieces:
+            left_out = found.skipped.total()
             for documents in batches(self._documents(piece, found)):
                 encoded = self._encoder.encode(documents)
                 for error in encoded.left_out:
@@ -83,8 +86,8 @@ class Worker:
             self._note(piece, None, 0, 0, found)
             source = self._task.sources[piece.file]
             source.check_unchanged()
-            if piece.stop is None and not found.documents[-1] and self._task.dataset.bad_rows == "stop":
-                raise no_documents(source.path)
+            if piece.stop is None and not found.documents[-1] and found.skipped.total() == left_out:
+                self._leave_out(no_documents(source.path), found)
         found.write_keys(folder)
         return found.record({split: writer.close() for split, writer in writers.items()})
 
@@ -92,6 +95,7 @@ class Worker:
         found.documents.append(0)
         for document in documents_of(piece.part(self._task.sources), self._task.dataset):
             if isinstance(document, BadData):
+                self._task.sources[piece.file].check_unchanged()  # what is cut short now may have been whole
                 self._leave_out(document, found)
             else:
                 found.documents[-1] += 1
@@ -103,7 +107,8 @@ class Worker:
             if self._task.dataset.bad_rows == "stop":
                 raise error
             if error.reason not in found.skipped:
-                print(f"left out ({error.reason}): {error.message}", file=sys.stderr, flush=True)
+                rest = "; nothing that follows in the file is read" if error.ends_file else ""
+                print(f"left out ({error.reason}): {error.message}{rest}", file=sys.stderr, flush=True)
         found.skipped[error.reason] += 1
 
     def _add(self, encoded: Encoded, writers: dict[str, SplitWriter], found: _Found) -> None:
@@ -160,7 +165,7 @@ class _Found:
 
     def record(self, splits: dict[str, Any]) -> dict[str, Any]:
         """The unit's record.json."""
-        counts = zlib.compress(self.token_counts.astype("<i4").tobytes(), level=1)
+        counts = zlib.compress(self.token_counts.astype("<i8").tobytes(), level=1)
         return {
             "splits": splits,
             "documents": self.documents,
@@ -172,10 +177,10 @@ class _Found:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A finished unit's record; "token_counts" as [vocabulary] int32."""
+    """A finished unit's record; "token_counts" as [vocabulary] int64."""
     record = read_json(folder / RECORD)
     counts = zlib.decompress(base64.b64decode(record["token_counts"]))
-    return {**record, "token_counts": np.frombuffer(counts, "<i4")}
+    return {**record, "token_counts": np.frombuffer(counts, "<i8")}
 
 
 def read_keys(folder: Path) -> np.ndarray:
@@ -196,9 +201,13 @@ def published(root: Path, folder: Path, last: str) -> Iterator[Path]:
         yield made
         try:
             made.rename(folder)
-        except OSError:
-            if not appears(folder / last):
+        except OSError as error:
+            if appears(folder / last):
+                return
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+            message = f"{folder} is in the way: it holds no {last}, so longhaul did not finish it"
+            raise UserError(message, "move it away or delete it, then run again") from None
 
 
 def remove_leftovers(root: Path) -> None:

@@ -94,7 +94,8 @@ def check_files(loaded: LoadedConfig) -> None:
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:
     """A dataset's own files, globs expanded, sorted within each pattern; UserError for a pattern that finds none."""
-    return _matches(loaded, loaded.config.datasets[name].files, f"datasets.{name}.files")
+    dataset = loaded.config.datasets[name]
+    return _matches(loaded, dataset.files, f"datasets.{name}.files", empty_is_counted=dataset.bad_rows == "skip")
 
 
 def evaluation_files(loaded: LoadedConfig, name: str) -> list[Path]:
@@ -103,8 +104,8 @@ def evaluation_files(loaded: LoadedConfig, name: str) -> list[Path]:
     return _matches(loaded, settings.files, f"datasets.{name}.decontaminate.files") if settings else []
 
 
-def _matches(loaded: LoadedConfig, patterns: Sequence[str], key: str) -> list[Path]:
-    found: list[Path] = []
+def _matches(loaded: LoadedConfig, patterns: Sequence[str], key: str, empty_is_counted: bool = False) -> list[Path]:
+    found: dict[Path, Path] = {}  # by what a link leads to
     for pattern in patterns:
         paths = _expand(loaded.resolve(key, pattern))
         if not paths:
@@ -114,12 +115,13 @@ def _matches(loaded: LoadedConfig, patterns: Sequence[str], key: str) -> list[Pa
             )
         for path in paths:
             _check_name(key, path)
-            if path.stat().st_size == 0:
+            if path.stat().st_size == 0 and not empty_is_counted:
                 raise UserError(f"{key}: {path} is empty", "remove it from the list, or fill it")
-            if path in found:
-                raise UserError(f"{key}: {path} is listed twice", "list every file once")
-            found.append(path)
-    return found
+            first = found.setdefault(path.resolve(), path)
+            if first is not path:
+                told = f"{path} is listed twice" if first == path else f"{path} is the same file as {first}"
+                raise UserError(f"{key}: {told}", "list every file once")
+    return list(found.values())
 
 
 def _check_name(key: str, path: Path) -> None:

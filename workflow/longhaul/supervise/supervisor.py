@@ -62,7 +62,7 @@ class Supervisor:
     def __init__(self, job: LaunchJob) -> None:
         self.job, self.folder = job, Path(job.folder)
         self.job_id = os.environ.get("SLURM_JOB_ID") if job.slurm else None
-        self.key, self.invocation = launch_key(job.inputs), invocation(Path("results"), job.run)
+        self.key, self.invocation = launch_key(job.inputs, job.data), invocation(Path("results"), job.run)
         self.nodes = [this_host()]
         self.partition, self.queued_since_s, self.restarts = "", None, 0
         self.earlier_failure = read_failure(self.folder)
