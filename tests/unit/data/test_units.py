@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import json
 import os
 import random
 import re
@@ -26,7 +28,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import dataset, make_shards, text, tokenize_job, write_jsonl
+from corpora import conversation, dataset, make_shards, text, tokenize_job, write_jsonl
 from longhaul.artifacts import DataManifest, TokenizerManifest, file_sha256
 from longhaul.data.formats import BadData
 from longhaul.data.progress import Counters
@@ -315,6 +317,35 @@ def test_a_line_of_a_gigabyte_is_never_held_whole(tmp_path: Path, tokenizer_fold
     code, peak_mb, log = measured(tmp_path / "stop", tokenizer_folder, path, dataset())
     assert code == 2 and peak_mb < 1024 // 2
     assert f"error: {path}:2: longer than 64 MB, the dataset's max_document_mb" in log
+
+
+def with_a_normalizer(folder: Path, tokenizer_folder: Path) -> Path:
+    """A tokenizer that gigatoken cannot read."""
+    manifest = TokenizerManifest.read(tokenizer_folder / "tokenizer.json")
+    own = Path(shutil.copytree(manifest.path, folder / "own"))
+    written = json.loads((own / "tokenizer.json").read_text())
+    (own / "tokenizer.json").write_text(json.dumps({**written, "normalizer": {"type": "Lowercase"}}))
+    dataclasses.replace(manifest, path=str(own), hash="own").write(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.mark.parametrize(("encoder", "kind", "most_mb"), [("gigatoken", "chat", 24), ("tokenizers", "chat", 4)])
+def test_the_longest_document_fits_and_a_longer_one_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, encoder: str, kind: str, most_mb: int
+):
+    own = tokenizer_folder if encoder == "gigatoken" else with_a_normalizer(tmp_path, tokenizer_folder)
+    words = text(1, 400)
+    for name, times in (("fits", 0.98), ("refused", 1.02)):
+        answer = words * int(times * most_mb * 1e6 / len(words.encode()))
+        path = write_jsonl(
+            tmp_path / f"{name}.jsonl", "messages", [[*conversation(1)[:2], {"role": "assistant", "content": answer}]]
+        )
+        with path.open("a") as stream:
+            stream.write(json.dumps({"messages": conversation(2)}) + "\n")
+        code, peak_mb, log = measured(tmp_path / name, own, path, dataset(kind))
+        assert peak_mb < 1024, log
+        assert code == (0 if name == "fits" else 2), log
+    assert f"more than the {most_mb} MB that {encoder} encodes within 1 GiB of memory" in log
 
 
 def test_a_large_row_group_is_never_held_whole(tmp_path: Path, tokenizer_folder: Path):

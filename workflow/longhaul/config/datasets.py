@@ -113,7 +113,8 @@ class Dataset(Frozen):
     )
     max_document_mb: Annotated[float, Field(gt=0, le=80)] = Field(
         default=64.0,
-        description="Longest document (or line) that is read, in MB; longer ones are bad rows. 80 MB take up to 1 GB of memory.",
+        description="Longest document (or line) that is read, in MB; longer ones are bad rows. Chats: 24 at most. Without "
+        "gigatoken: 4 at most.",
     )
     unit_mb: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
         default=16.0,

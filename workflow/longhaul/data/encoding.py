@@ -16,12 +16,23 @@ from longhaul.data.chat import ChatTemplate, without_reasoning
 from longhaul.data.encoders import Fast, first_difference, open_encoder, with_added
 from longhaul.data.formats import BadData
 from longhaul.data.indexed import token_dtype
-from longhaul.data.readers import Document
+from longhaul.data.readers import Document, texts
 
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
 _CHECKED_PER_BATCH = 2
 _CHECKED_CHARACTERS = 2_500
+
+
+_MOST_BYTES = {
+    ("gigatoken", "text"): 80_000_000,
+    ("gigatoken", "chat"): 24_000_000,
+    ("tokenizers", "text"): 4_000_000,
+    ("tokenizers", "chat"): 4_000_000,
+}
+"""Of a document, by encoder and kind, so that a worker stays below 1 GiB: 12, 28 and 130 to 170 bytes of memory a byte."""
+_MOST_BYTES_SCANNED = 16_000_000
+"""Of a document whose words are compared with others': some 43 bytes of memory a byte."""
 
 
 class EncodersDisagree(Exception):
@@ -49,6 +60,9 @@ class Encoder:
     def __init__(self, manifest: TokenizerManifest, dataset: Dataset, encoder: str) -> None:
         folder = Path(manifest.path)
         self._encoder, self._reference = open_encoder(folder, encoder)
+        self._most_bytes = _MOST_BYTES[encoder, dataset.kind]
+        if dataset.decontaminate or dataset.deduplicate == "near":
+            self._most_bytes = min(self._most_bytes, _MOST_BYTES_SCANNED)
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
         self._template = ChatTemplate.load(folder) if dataset.kind == "chat" else None
@@ -56,19 +70,22 @@ class Encoder:
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
         """Ids of each document; what a chat template refuses is left out. EncodersDisagree as the class says."""
+        left_out = [self._too_long(document) for document in documents if self._is_too_long(document)]
+        documents = [document for document in documents if not self._is_too_long(document)] if left_out else documents
         if self._template is None:
-            left_out = [_nothing(document, "empty text") for document in documents if not document.content]
+            left_out += [_nothing(document, "empty text") for document in documents if not document.content]
             kept = [document for document in documents if document.content]
             rendered = [(str(document.content), []) for document in kept]
         else:
-            kept, rendered, left_out = self._render(self._template, documents)
-        texts = [text for text, _ in rendered]
-        self._check(texts)
+            kept, rendered, refused = self._render(self._template, documents)
+            left_out += refused
+        written = [text for text, _ in rendered]
+        self._check(written)
         if self._template is None:
             # BOS where the tokenizer adds one, then EOS, once.
-            rows, mask = with_added(self._encoder.encode(texts), (), (), self._eos_id), None
+            rows, mask = with_added(self._encoder.encode(written), (), (), self._eos_id), None
         else:
-            rows, mask = self._encoder.encode_with_mask(texts, [spans for _, spans in rendered])
+            rows, mask = self._encoder.encode_with_mask(written, [spans for _, spans in rendered])
         return Encoded(
             tokens=rows.tokens.astype(self._dtype) if self._dtype.itemsize < 4 else rows.tokens.view(self._dtype),
             lengths=rows.lengths.astype(np.int32),
@@ -76,6 +93,14 @@ class Encoder:
             keys=np.array([document_key(document) for document in kept], dtype=np.uint64),
             left_out=left_out,
         )
+
+    def _is_too_long(self, document: Document) -> bool:
+        return 4 * _size(document) > self._most_bytes and _size_bytes(document) > self._most_bytes
+
+    def _too_long(self, document: Document) -> BadData:
+        most = f"the {self._most_bytes / 1e6:g} MB that {self._encoder.name} encodes within 1 GiB of memory"
+        message = f"{document.where}: {_size_bytes(document) / 1e6:.1f} MB of text, more than {most}"
+        return BadData.because("too long", message, "cut the document, or leave such documents out: bad_rows: skip")
 
     def _render(self, template: ChatTemplate, documents: Sequence[Document]) -> tuple[list[Document], list[Any], Any]:
         kept, rendered, left_out = [], [], []
@@ -145,5 +170,9 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _size(document: Document) -> int:
-    content = document.content
-    return len(content) if isinstance(content, str) else sum(len(message["content"]) for message in content)
+    """Characters."""
+    return sum(map(len, texts(document)))
+
+
+def _size_bytes(document: Document) -> int:
+    return sum(len(text.encode()) for text in texts(document))
