@@ -91,3 +91,7 @@ def base_stage(folder: Path, **trackers: bool) -> StageJob:
     job = payload(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), "train-base")
     assert isinstance(job, StageJob)
     return job
+
+
+EMPTY_SAFETENSORS = "\2\0\0\0\0\0\0\0{}"
+"""A whole safetensors file of no tensors, as text."""

@@ -16,13 +16,13 @@ import pyarrow.parquet
 import pytest
 
 from chain import SECRETS, leaks
-from configs import LLAMA, STAGE, write_config
+from configs import EMPTY_SAFETENSORS, LLAMA, STAGE, write_config
 from hub import COMMIT, Hub
 from longhaul.artifacts import Lock
 
 FILES = {
     "models/org/base/config.json": json.dumps({"model_type": "llama", **LLAMA, "vocab_size": 400}),
-    "models/org/base/model.safetensors": "weights",
+    "models/org/base/model.safetensors": EMPTY_SAFETENSORS,
     "models/org/base/pytorch_model.bin": "a pickle",
     "models/org/base/modeling_own.py": "raise SystemExit('this code must not run')",
     "models/org/pickle/config.json": json.dumps({"model_type": "llama", **LLAMA}),

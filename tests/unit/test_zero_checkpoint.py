@@ -287,7 +287,7 @@ def _doubled(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "x does not have the 4 elements of its shape"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "and its header speaks of"),
         (lambda path: path.write_bytes(path.read_bytes()[:20]), "no whole safetensors header"),
         (lambda path: path.write_bytes(b"\1"), "no whole safetensors header"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b'"x"', b"'x'")), "no readable safetensors header"),

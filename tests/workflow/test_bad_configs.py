@@ -13,7 +13,7 @@ import pytest
 from bad_configs import CONFIGS
 from bad_input import files_below, refused, snakemake
 from chain import REPOSITORY
-from configs import LLAMA, write_config
+from configs import EMPTY_SAFETENSORS, LLAMA, write_config
 from longhaul.cli import main
 
 
@@ -40,49 +40,63 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
         {},
         "holds no weights (*.safetensors)",
     ),
-    "a config that is a list": ([], {"model.safetensors": ""}, "config.json holds a list, not keys and values"),
+    "a config that is a list": (
+        [],
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "config.json holds a list, not keys and values",
+    ),
     "weights in four bits": (
         {**CONFIG_JSON, "quantization_config": {"quant_method": "awq", "bits": 4}},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "quantization_config has quant_method 'awq', fmt None, weight_block_size None; only DeepSeek's block-scaled FP8",
     ),
     "FP8 without blocks": (
         {**CONFIG_JSON, "quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "weight_block_size [rows, columns]",
     ),
     "an unknown architecture": (
         {"model_type": "rwkv"},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "model_type 'rwkv' is not supported",
     ),
     "a size that is missing": (
         {key: value for key, value in CONFIG_JSON.items() if key != "hidden_size"},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "the llama config lacks hidden_size",
     ),
     "a size that is text": (
         {**CONFIG_JSON, "hidden_size": "64"},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "hidden_size of the llama config is '64', not a whole number",
     ),
     "a size of nothing": (
         {**CONFIG_JSON, "num_attention_heads": 0},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "num_attention_heads of the llama config is 0, not a whole number from 1",
     ),
     "endless layers": (
         {**CONFIG_JSON, "num_hidden_layers": 10**12},
-        {"model.safetensors": ""},
+        {"model.safetensors": EMPTY_SAFETENSORS},
         "num_hidden_layers of the llama config is 1000000000000, not a whole number from 1",
     ),
     "half a download": (
         CONFIG_JSON,
         {
-            "1.safetensors": "",
+            "1.safetensors": EMPTY_SAFETENSORS,
             "model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}',
         },
         "names 2.safetensors, not there (1 of 2 files)",
+    ),
+    "a file of half a download": (
+        CONFIG_JSON,
+        {"model.safetensors": EMPTY_SAFETENSORS[:-1]},
+        "model.safetensors has 9 bytes and no whole safetensors header",
+    ),
+    "a file that lacks its end": (
+        CONFIG_JSON,
+        {"model.safetensors": '>\0\0\0\0\0\0\0{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}abc'},
+        "model.safetensors has 73 bytes, and its header speaks of 86",
     ),
 }
 
@@ -101,7 +115,7 @@ def test_pretrained_folder(
 
 def test_a_whole_pretrained_folder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
-    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "model.safetensors").write_text(EMPTY_SAFETENSORS)
     main(["plan", str(write_config(tmp_path, {"model": {"pretrained": {"path": "."}}}))])
     assert "base" in capsys.readouterr().out
 

@@ -326,7 +326,11 @@ def _environment(site: Site, request: SlurmRequest) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(request.cpus_per_task),
     }
-    if not site.node.gpus:
+    if site.node.gpus:
+        # Passes of changing sizes leave no holes that are too small for the next one. What torch's own trainers set:
+        # https://github.com/pytorch/torchtitan/blob/main/run_train.sh
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    else:
         variables["DS_ACCELERATOR"] = "cpu"
     if interface := site.interconnect.socket_interface:
         variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}

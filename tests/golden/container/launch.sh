@@ -13,6 +13,7 @@ export HF_DATASETS_OFFLINE='1'
 export TRANSFORMERS_OFFLINE='1'
 export TOKENIZERS_PARALLELISM='false'
 export OMP_NUM_THREADS='38'
+export PYTORCH_ALLOC_CONF='expandable_segments:True'
 export NCCL_IB_HCA='=mlx5_0:1,mlx5_1:1'
 export QUOTES='it'"'"'s "quoted" $(touch /tmp/pwned) `id`; #SBATCH --nodes=99'
 

@@ -10,6 +10,7 @@ export HF_DATASETS_OFFLINE='1'
 export TRANSFORMERS_OFFLINE='1'
 export TOKENIZERS_PARALLELISM='false'
 export OMP_NUM_THREADS='12'
+export PYTORCH_ALLOC_CONF='expandable_segments:True'
 export NCCL_SOCKET_IFNAME='ib0'
 export GLOO_SOCKET_IFNAME='ib0'
 export PATH=/sw/longhaul/venv/bin:"$PATH"

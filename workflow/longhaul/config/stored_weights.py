@@ -8,17 +8,24 @@ with E experts of inner width I and hidden width H. Each is one contiguous range
 DeepSeek's official folders hold matrices as float8_e4m3fn with one fp32 factor for each block of 128 x 128 elements, and
 behind the last decoder layer those that predict further tokens (https://github.com/deepseek-ai/DeepSeek-V3,
 README_WEIGHTS.md). Training starts from the dequantised weights of the decoder layers.
+
+A safetensors file is 8 bytes little-endian header length, a JSON header, and the data
+(https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
 
+import json
 import re
+import struct
+from pathlib import Path
 from typing import Any
 
 from longhaul.errors import UserError
 
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_CUT_SHORT = "the file was cut short or altered: copy it again"
 FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
 
 
@@ -76,3 +83,32 @@ def notes(config: dict[str, Any]) -> tuple[str, ...]:
         named = ", ".join(f"`{layer}*`" for layer in layers)
         found.append(f"Its layers that predict further tokens ({named}) were left out.")
     return tuple(found)
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the byte at which its data begin; UserError for one that is not whole."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
+        if length > size - 8:
+            raise UserError(f"{path} has {size} bytes and no whole safetensors header", _CUT_SHORT)
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=_without_doubles)
+            end = (
+                8
+                + length
+                + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} has no readable safetensors header: {error}", _CUT_SHORT) from None
+    if end != size:
+        raise UserError(f"{path} has {size} bytes, and its header speaks of {end}", _CUT_SHORT)
+    return header, 8 + length
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+    return found

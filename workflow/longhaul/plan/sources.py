@@ -9,7 +9,7 @@ from typing import Any
 
 from longhaul.artifacts import Lock
 from longhaul.config.load import LoadedConfig
-from longhaul.config.stored_weights import as_trained, fp8_block, notes
+from longhaul.config.stored_weights import as_trained, fp8_block, notes, safetensors_header
 from longhaul.errors import UserError
 
 
@@ -53,6 +53,8 @@ def model_folder(folder: Path, where: str) -> dict[str, Any]:
             f"{where}: {folder} holds no weights ({_WEIGHTS})",
             "name a model with weights, or train from the start: an architecture in place of pretrained",
         )
+    for weights in sorted(folder.glob(_WEIGHTS)):
+        safetensors_header(weights)  # a download that ended early is refused before a job waits for its nodes
     for index in folder.glob("*.index.json"):
         listed = _json_object(index, where).get("weight_map")
         names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []

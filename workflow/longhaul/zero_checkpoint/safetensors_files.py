@@ -1,17 +1,13 @@
-"""The tensors of safetensors files, read where they lie and not mapped: pages of a mapping count as this process' memory.
-
-Format: 8 bytes little-endian header length, JSON header, data. https://huggingface.co/docs/safetensors
-"""
+"""The tensors of safetensors files, read where they lie and not mapped: pages of a mapping count as this process' memory."""
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longhaul.config.stored_weights import safetensors_header
 from longhaul.errors import UserError
 from longhaul.zero_checkpoint.tensors import LazyTensor, Piece, lazy
 
@@ -37,29 +33,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
         UserError: the file is damaged, or holds a type that is not known here.
     """
-    header, start = _header(path)
+    header, start = safetensors_header(path)
     return {name: _tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and the byte at which the data begin."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
-        if length > size - 8:
-            raise UserError(f"{path} has {size} bytes and no whole safetensors header", _HINT)
-        try:
-            return json.loads(stream.read(length), object_pairs_hook=_without_doubles), 8 + length
-        except ValueError as error:
-            raise UserError(f"{path} has no readable safetensors header: {error}", _HINT) from None
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
-    return found
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> LazyTensor:
