@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from chain import Chain
 from longhaul.artifacts import DataManifest
 from longhaul.data.indexed import SplitReader
+from longhaul.report.text import size
 
 SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "proof", "provenance"]
 
@@ -82,6 +83,8 @@ def test_numbers_are_those_of_the_run(shown: Shown, finished: Chain):
     rows = [json.loads(line) for line in (finished.weights("base") / "metrics.jsonl").open()]
     last = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
     assert f"{last:.3f}" in shown.page.inner_text("#stage-base")
+    planned = json.loads((finished.results / "plan.json").read_text())["stages"][0]["memory_per_gpu_gib"]["total"]
+    assert f"memory planned for a GPU\n{size(planned * 2**30)}" in shown.page.inner_text("#stage-base")
     proof = finished.read("export/base.json")["proof"]
     assert str(proof["tensors"]["count"]) in shown.page.inner_text("#proof")
 

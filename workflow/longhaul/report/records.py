@@ -33,6 +33,7 @@ class StageRecord:
     metrics: Metrics
     summary: Summary
     skipped_batches: int
+    planned_memory_bytes: float | None  # of the fullest rank, on a GPU
     padding_share: float | None  # of an epoch's packs; None where nothing is packed
     unigram_entropy_nats: float | None
     goodput: Goodput | None
@@ -102,6 +103,7 @@ def _stage(folder: Path, row: dict[str, Any], data: dict[str, DataManifest]) -> 
         metrics=metrics,
         summary=summarise(metrics),
         skipped_batches=len(read_json(skipped)) if skipped.exists() else 0,
+        planned_memory_bytes=row["memory_per_gpu_gib"] and row["memory_per_gpu_gib"]["total"] * 2**30,
         padding_share=_padding_share(weights / "samples"),
         unigram_entropy_nats=data[row["dataset"]].unigram_entropy_nats,
         goodput=read_goodput(folder / "stages" / row["name"], weights),
