@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity faults chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -83,6 +83,9 @@ bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's
 
 bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
 	$(BIN)/python bench/memory_plan.py
+
+bench-shapes: setup  ## DeepSeek-V3 cut for 512 ranks without any memory: what each holds, beside the plan
+	$(BIN)/python bench/shapes.py
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
 	$(BIN)/python bench/read.py

@@ -61,10 +61,18 @@ class Memory:
 
 
 def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
-    """Memory of the fullest rank. Model states as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3)."""
+    """Memory of the fullest rank. Model states as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3).
+
+    That is not always the one with the most parameters: ZeRO partitions experts over fewer ranks than the rest.
+    """
+    found = [_of_pipeline_stage(stage, sizes, world_size, *held) for held in set(_held_parameters(stage, sizes))]
+    return max(found, key=lambda memory: (memory.total, memory.host))
+
+
+def _of_pipeline_stage(stage: Stage, sizes: Geometry, world_size: int, dense: int, experts: int) -> Memory:
+    """Of a rank that holds so many parameters: all but routed experts, and routed experts."""
     parallel = stage.parallel
     data_parallel = world_size // (parallel.tensor * parallel.pipeline)
-    dense, experts = _held_parameters(stage, sizes)
     states = [
         _model_states(stage, dense, data_parallel),
         _model_states(stage, experts, data_parallel // parallel.expert),
@@ -88,16 +96,14 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
     )
 
 
-def _held_parameters(stage: Stage, sizes: Geometry) -> tuple[int, int]:
-    """(all but routed experts, routed experts) that the fullest rank holds."""
+def _held_parameters(stage: Stage, sizes: Geometry) -> Iterator[tuple[int, int]]:
+    """(all but routed experts, routed experts) that a rank of each stage of the pipeline holds."""
     parallel = stage.parallel
-    held = []
     for ends, dense, mixtures in _stages(stage, sizes):
         whole = (dense + mixtures) * sizes.layer_whole
         split = ends + dense * sizes.layer_dense + mixtures * sizes.layer_sparse - whole
         experts = mixtures * sizes.layer_experts // (parallel.tensor * parallel.expert)
-        held.append((whole + split // parallel.tensor, experts))
-    return max(held, key=sum)
+        yield whole + split // parallel.tensor, experts
 
 
 def _stages(stage: Stage, sizes: Geometry) -> Iterator[tuple[int, int, int]]:

@@ -13,7 +13,7 @@ from configs import plan_of
 from longhaul.config.geometry import geometry
 from longhaul.config.load import load_config
 from longhaul.config.models import Parallel
-from longhaul.memory import _held_parameters
+from longhaul.memory import estimate
 from longhaul.plan import make_plan
 from longhaul.plan.model import StagePlan
 from longhaul.render import REPOSITORY
@@ -111,15 +111,19 @@ def v3(parallel: Parallel) -> tuple[StagePlan, dict[str, Any]]:
 
 @pytest.mark.parametrize("parallel", LAYOUTS_OF_V3, ids=lambda parallel: f"pipeline {parallel.pipeline}")
 def test_deepseek_v3_is_cut_as_planned(parallel: Parallel):
-    """671 B parameters over 512 ranks: no stage holds more than the plan counts for the fullest, and that one within 5 %."""
+    """671 B parameters over 512 ranks: the states of the fullest stage are those that the plan counts, within 1 %.
+
+    The first stage has the most parameters, the second one the most experts, which ZeRO partitions least. `make bench-shapes`
+    asks all ranks.
+    """
     staged, model = v3(parallel)
-    planned = sum(_held_parameters(staged.stage, geometry(model)))
-    ranks_per_stage = 512 // parallel.pipeline
-    found = [
-        sum(shard.numel for shard in held(model, parallel, stage * ranks_per_stage, 512))
-        for stage in (0, 1, parallel.pipeline - 1)
-    ]
-    assert max(found) == pytest.approx(planned, rel=0.05)
+    replicas, found = 512 // (parallel.pipeline * parallel.tensor), []
+    for stage in (0, 1, parallel.pipeline - 1):
+        shards = held(model, parallel, stage * replicas * parallel.tensor, 512)
+        experts = sum(shard.numel for shard in shards if ".experts." in shard.name)
+        dense = sum(shard.numel for shard in shards) - experts
+        found.append(4 * (dense + experts) + 12 * (dense / replicas + experts * parallel.expert / replicas))
+    assert max(found) == pytest.approx(estimate(staged.stage, geometry(model), 512).states, rel=0.01)
 
 
 def test_layers_are_dealt_evenly():
