@@ -20,6 +20,7 @@ from longhaul.data.chat import ChatTemplate, without_reasoning
 from longhaul.data.encoders import Fast, Reference, Rows, choose, with_added
 from longhaul.data.hard_texts import hard_texts
 from longhaul.errors import UserError
+from longhaul.render import REPOSITORY
 
 
 def folder_of(manifest_folder: Path) -> Path:
@@ -185,6 +186,15 @@ def test_reasoning_that_the_template_opened_is_left_out_from_its_start():
     spoken = "Q<think>because</think>A<think>x</think>B"
     assert without_reasoning(spoken, [(8, len(spoken))]) == [(23, 24), (40, 41)]
     assert without_reasoning("plain", [(0, 5)]) == [(0, 5)]
+
+
+def test_the_template_for_r1_keeps_the_reasoning_and_marks_it():
+    text = (REPOSITORY / "templates/chat/deepseek-r1.jinja").read_text()
+    template = ChatTemplate(text, {"bos_token": "<b>", "eos_token": "<e>"})
+    turns = [{"role": "user", "content": "6 x 7?"}, {"role": "assistant", "content": REASONING}]
+    rendered, ((start, end),) = template.render(turns, "a.jsonl:1")
+    assert rendered == f"<b><｜User｜>6 x 7?<｜Assistant｜>{REASONING}<e>"
+    assert rendered[start:end] == f"{REASONING}<e>"
 
 
 def test_reasoning_that_nothing_ends_is_left_out_to_the_end_of_the_turn():
