@@ -63,7 +63,7 @@ cluster: setup test-packages  ## start a real two-node Slurm cluster on this mac
 cluster-down:  ## end it
 	$(CLUSTER) down
 
-parity: setup  ## every model under every layout against plain PyTorch, about 20 minutes
+parity: setup  ## every model under every layout against plain PyTorch, about 40 minutes
 	PYTHONPATH=tests/unit/data:tests/unit/train:bench $(BIN)/python tests/parity/parity_table.py
 
 bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTorch

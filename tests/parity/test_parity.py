@@ -45,6 +45,19 @@ def test_a_wrong_gradient_would_be_noticed(results: dict[tuple[str, str], parity
     assert parity._judge(cell, trace, folder / "shared", folder, "").problem == "differs in grad norm"
 
 
+def test_the_tokens_of_each_expert_of_every_layer_are_in_the_metrics(
+    results: dict[tuple[str, str], parity.Result], folder: Path
+):
+    """Those of both pipeline stages; validations follow the last step of each of the two legs."""
+    rows = parity.steps(folder / OTHER_CELL[0] / OTHER_CELL[1])
+    assert [row["step"] for row in rows if "expert_load" in row] == [5, 10]
+    loads = rows[-1]["expert_load"]
+    assert sorted(loads) == ["1", "2", "3"]
+    assert all(len(load) == 8 and sum(load) == 2 * 8 * 64 for load in loads.values())
+    busiest = max(max(load) for load in loads.values()) / (2 * 64)
+    assert rows[-1]["expert_load_max"] == pytest.approx(busiest, abs=1e-4)
+
+
 def test_every_twin_and_kind_of_layout_is_in_the_table():
     assert len(cells()) >= 40 and set(SUBSET) <= set(cells())
     assert {twin for twin, _ in cells()} == {"llama", "qwen3", "qwen3_moe", "deepseek_v3"}

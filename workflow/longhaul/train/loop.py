@@ -205,7 +205,7 @@ class Trainer:
             self.backend.load.discard_step()
             self._answer_bad_step(batch, guard.reason, time.perf_counter() - started)
             return False
-        loads = self.backend.load.finish_step()
+        loads = self._all_loads(self.backend.load.finish_step())
         self.state.finish_step(loss)
         self.metrics.step(
             self.state.step,
@@ -218,7 +218,8 @@ class Trainer:
                 "data_wait_s": batch.wait_s,
                 "batch": batch.number,
                 "sample_ids": batch.ids_digest,
-                **load_summary(self._all_loads(loads)),
+                **load_summary(loads),
+                **({"expert_load": loads} if loads and self.is_due(self.job.stage.validation.every_steps) else {}),
                 **self._balance_loss(balance),
             },
         )
