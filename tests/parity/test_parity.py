@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import parity_table as parity
 from layouts import FP32, LAYOUTS, SUBSET, cells
 from longhaul.artifacts import Checkpoint
+from longhaul.config.load import load_config
 from longhaul.errors import UserError
+from longhaul.plan import make_plan
 from longhaul.zero_checkpoint import open_master_weights
+from longhaul.zero_checkpoint.archive import StoredTensor, read_archive
 
 FOLDER_CELL, OTHER_CELL = ("deepseek_v3", "expert 2, tensor 2"), ("deepseek_v3", "expert 2, pipeline 2")
 
@@ -67,6 +72,28 @@ def test_every_twin_and_kind_of_layout_is_in_the_table():
 def checkpoint(folder: Path, cell: tuple[str, str]) -> Path:
     finished = Checkpoint.read(folder / cell[0] / cell[1] / "stages/main/checkpoint.json")
     return Path(finished.weights) / finished.checkpoints["last"]["path"]
+
+
+def fp32_bytes(value: Any) -> int:
+    """Of all tensors in what an archive holds, the step counts of Adam aside."""
+    if isinstance(value, StoredTensor):
+        size = 4 * math.prod(value.shape)
+        return size if value.dtype == torch.float32 and size > 4 else 0
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(fp32_bytes, parts))
+
+
+@pytest.mark.parametrize("cell", SUBSET, ids="/".join)
+def test_each_rank_holds_the_share_of_the_optimizer_that_was_planned(
+    results: dict[tuple[str, str], parity.Result], folder: Path, cell: tuple[str, str]
+):
+    """By the tensors of its file: masters and moments, with DeepSpeed's padding; gradients lie on the disk beside them."""
+    planned = make_plan(load_config(folder / cell[0] / cell[1] / "run.yaml")).stages[0].memory
+    assert planned
+    files = sorted(checkpoint(folder, cell).glob("*zero_pp_rank_*_optim_states.pt"))
+    held = [fp32_bytes(read_archive(path)) for path in files]
+    assert len(held) == LAYOUTS[cell[1]].ranks
+    assert max(held) == pytest.approx(planned.optimizer or planned.disk * 12 / 16, rel=0.005)
 
 
 def test_an_exported_folder_begins_any_layout(results: dict[tuple[str, str], parity.Result], folder: Path):
