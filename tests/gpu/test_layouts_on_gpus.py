@@ -13,7 +13,7 @@ import pytest
 
 from chain import REPOSITORY, Chain
 from gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
-from layouts import TWINS
+from layouts import MODELS
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish
@@ -46,7 +46,7 @@ VARIANTS = {**EXACT, **ROUNDED, **LOSSY}
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """One run with a stage for every variant."""
-    return run_variants(tmp_path_factory.mktemp("layouts"), VARIANTS, model=TWINS["deepseek_v3"])
+    return run_variants(tmp_path_factory.mktemp("layouts"), VARIANTS, model=MODELS["deepseek_v3"])
 
 
 @pytest.fixture(scope="module")

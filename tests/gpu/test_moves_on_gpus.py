@@ -14,7 +14,7 @@ import pytest
 
 from chain import REPOSITORY, Chain
 from gpus import GPUS, STEPS, description, go_on, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
-from layouts import TWINS
+from layouts import MODELS
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 from machine import header, publish
@@ -38,7 +38,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """One run that is given again, with its stages in other layouts and twice as long."""
     first = {name: {**SAME, **before, "steps": STEPS // 2, "export": "none"} for name, (before, _) in MOVES.items()}
     second = {name: {**SAME, **after} for name, (_, after) in MOVES.items()}
-    chain = run_variants(tmp_path_factory.mktemp("moves"), {"whole": SAME, **first}, model=TWINS["deepseek_v3"])
+    chain = run_variants(tmp_path_factory.mktemp("moves"), {"whole": SAME, **first}, model=MODELS["deepseek_v3"])
     go_on(chain, {"whole": SAME, **second})
     return chain
 

@@ -32,7 +32,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
-TWINS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama": {"llama": {**SIZES, "attention_bias": True, "mlp_bias": True}},
     "qwen3": {"qwen3": {**SIZES, "head_dim": 16, "tie_word_embeddings": True}},
     "qwen3_moe": {
@@ -46,7 +46,19 @@ TWINS: dict[str, dict[str, Any]] = {
         }
     },
     "deepseek_v3": {"deepseek_v3": {**LATENT, "q_lora_rank": 32, "n_group": 2, "topk_group": 1}},
+    "qwen2": {"qwen2": SIZES},
+    "deepseek_v2": {
+        "deepseek_v2": {
+            **LATENT,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "group_limited_greedy",
+            "q_lora_rank": 32,
+        }
+    },
 }
+TWINS = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
+"""Those that train under every layout; the others have their parts, and train where a part is split."""
 GLOBAL_BATCH = 8
 
 
@@ -74,11 +86,11 @@ class Layout:
 
     ranks: int
     stage: dict[str, Any] = field(default_factory=dict)
-    twins: tuple[str, ...] = tuple(TWINS)
+    twins: tuple[str, ...] = TWINS
     bounds: Bounds = FP32
 
 
-def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = tuple(TWINS), **axes: Any) -> Layout:
+def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = TWINS, **axes: Any) -> Layout:
     more = axes.pop("more", {})
     zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
     stage = {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}
@@ -171,6 +183,34 @@ SUBSET = (
 )
 
 
+RELATIVES = {
+    "qwen2": (
+        "one",
+        "data 2, ZeRO 3",
+        "tensor 2",
+        "tensor 2, ZeRO 3",
+        "pipeline 2",
+        "pipeline 2, tensor 2",
+        "sequence 2",
+    ),
+    "deepseek_v2": (
+        "one",
+        "data 2, ZeRO 3",
+        "tensor 2",
+        "pipeline 2",
+        "expert 2",
+        "expert 2, tensor 2, ZeRO 3",
+        "sequence 2",
+    ),
+}
+
+
+TABLES: dict[str, list[tuple[str, str]]] = {
+    "parity": [(twin, name) for name, layout in LAYOUTS.items() for twin in layout.twins],
+    "parity_relatives": [(twin, name) for twin, names in RELATIVES.items() for name in names],
+}
+
+
 def cells() -> list[tuple[str, str]]:
-    """Every (twin, layout) of the table."""
-    return [(twin, name) for name, layout in LAYOUTS.items() for twin in layout.twins]
+    """Every (twin, layout) of both tables."""
+    return [cell for table in TABLES.values() for cell in table]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from layouts import GLOBAL_BATCH, LAYOUTS, TWINS
+from layouts import GLOBAL_BATCH, LAYOUTS, MODELS
 from longhaul.artifacts import TokenizerManifest, write_text
 from longhaul.config.load import load_config
 from longhaul.config.models import StartFrom
@@ -35,7 +35,7 @@ def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
         "run": "cell",
         "site": "./site.yaml",
         "seed": SEED,
-        "model": TWINS[twin],
+        "model": MODELS[twin],
         "trackers": {"tensorboard": False},
         "storage": {"scratch": tempfile.gettempdir()},
         "checks": {"nodes": 1},

@@ -1,6 +1,7 @@
 """Trains cells of the parity table, compares them with the reference and prints every one.
 
-python parity_table.py [TWIN/LAYOUT | "4 ranks" …]: all cells, or these."""
+python parity_table.py [parity | parity_relatives]: a table of layouts.py, kept in bench/results;
+python parity_table.py TWIN/LAYOUT | "4 ranks" …: these cells, printed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import reference
 from corpora import conversation, dataset, make_shards, make_tokenizer, write_jsonl
-from layouts import BF16, FP32, LAYOUTS, cells
+from layouts import BF16, FP32, LAYOUTS, TABLES, cells
 from longhaul.errors import UserError
 from parity_cell import STEPS, config, prepare
 from ranks import command_of, environment_of_ranks
@@ -171,23 +172,24 @@ def _export(cell: tuple[str, str], trace: Any, shared: Path, own: Path) -> tuple
 
 def main() -> int:
     """Prints every cell as it was judged; returns how many failed."""
+    table = next((name for name in sys.argv[1:] if name in TABLES), None)
     named = [
         cell for name in sys.argv[1:] for cell in cells() if name in ("/".join(cell), f"{LAYOUTS[cell[1]].ranks} ranks")
     ]
     with tempfile.TemporaryDirectory() as folder:
-        results = run(named or cells(), Path(folder))
+        results = run(TABLES[table] if table else named, Path(folder))
     bad = sum(bool(result.problem) for result in results)
     verdict = (
         f"{len(results) - bad} of {len(results)} cells agree with the plain PyTorch loop: losses and gradient norms to "
         f"{FP32.loss:g} relative in fp32; in bf16 losses to {BF16.loss:g}, norms to {BF16.norm:g}"
     )
     lines = [*(result.line() for result in results), verdict]
-    if named:
+    if not table:
         print(*lines, sep="\n")
     else:
         from machine import header, publish
 
-        publish("parity", [*header(("torch", "deepspeed", "transformers")), *lines])
+        publish(table, [*header(("torch", "deepspeed", "transformers")), *lines])
     return bad
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import parity_table as parity
-from layouts import FP32, LAYOUTS, SUBSET, cells
+from layouts import FP32, LAYOUTS, MODELS, SUBSET, cells
 from longhaul.artifacts import Checkpoint
+from longhaul.config.geometry import ARCHITECTURES
 from longhaul.config.load import load_config
 from longhaul.errors import UserError
 from longhaul.plan import make_plan
@@ -65,7 +66,7 @@ def test_the_tokens_of_each_expert_of_every_layer_are_in_the_metrics(
 
 def test_every_twin_and_kind_of_layout_is_in_the_table():
     assert len(cells()) >= 40 and set(SUBSET) <= set(cells())
-    assert {twin for twin, _ in cells()} == {"llama", "qwen3", "qwen3_moe", "deepseek_v3"}
+    assert {twin for twin, _ in cells()} == set(MODELS) == set(ARCHITECTURES)
     assert max(layout.ranks for layout in LAYOUTS.values()) == 8
 
 

@@ -16,7 +16,8 @@ from stages import HALF, STEPS, Leg, train
 Split = tuple[int, int, dict[str, int]]
 STOPPED = {"stop_after": HALF}
 BALANCED = {"expert_bias_rate": 0.01}
-MOVES = {
+# Name -> ranks, ZeRO stage and, where it is hierarchical, the ranks of a node, before and after.
+MOVES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "data 1 to 2": ((1, 1), (2, 1)),
     "data 2 to 1": ((2, 1), (1, 1)),
     "data 2 to 4": ((2, 1), (4, 1)),
@@ -26,6 +27,8 @@ MOVES = {
     "ZeRO 0 to 2": ((2, 0), (2, 2)),
     "ZeRO 3, data 2 to 4": ((2, 3), (4, 3)),
     "ZeRO 3, data 4 to 2": ((4, 3), (2, 3)),
+    "ZeRO 3, data 2 to hierarchical": ((2, 3), (4, 3, 2)),
+    "hierarchical to ZeRO 1": ((4, 3, 2), (2, 1)),
 }
 # Name -> twin, and ranks, ZeRO stage and axes before and after.
 CROSSINGS: dict[str, tuple[str, Split, Split]] = {
@@ -52,17 +55,23 @@ def legs(shared: Path) -> dict[str, Leg]:
     """The undisturbed run, the stopped halves, and every move: saved again at once, and trained to the end."""
     folder = shared.parent
     whole = Leg(folder / "whole", 2)
-    halves = {layout: Leg(folder / f"half-{layout}", *layout, befalls=STOPPED) for layout, _ in MOVES.values()}
+    halves = {layout: _leg(folder / f"half-{layout}", layout, STOPPED) for layout, _ in MOVES.values()}
     train_all(shared, [whole, *halves.values()])
     found = {"whole": whole}
     for name, (before, after) in MOVES.items():
         for kind, befalls in (("again", {"save_again": True}), ("on", {})):
-            leg = Leg(folder / f"{name} {kind}", *after, befalls=befalls)
+            leg = _leg(folder / f"{name} {kind}", after, befalls)
             shutil.copytree(halves[before].folder, leg.folder)
             found[f"{name} {kind}"] = leg
         found[f"{name} half"] = halves[before]
     train_all(shared, [leg for name, leg in found.items() if name.endswith(("again", "on"))])
     return found
+
+
+def _leg(folder: Path, layout: tuple[int, ...], befalls: dict[str, Any]) -> Leg:
+    ranks, zero, *hierarchical = layout
+    stage = {"zero": {"stage": zero, "hierarchical_partition": hierarchical[0]}} if hierarchical else {}
+    return Leg(folder, ranks, zero, stage, befalls)
 
 
 def train_all(shared: Path, legs: list[Leg]) -> None:

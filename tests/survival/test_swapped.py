@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from layouts import TWINS
+from layouts import MODELS
 from longhaul.config.architectures import Model
 from longhaul.config.geometry import geometry
 from longhaul.swap import swap_root
@@ -16,7 +16,7 @@ from parity_table import make_data
 from stages import HALF, STEPS, Leg, train
 from test_elastic import assert_same_state
 
-PARAMETERS = geometry(Model.model_validate(TWINS["llama"]).config_dict()).total
+PARAMETERS = geometry(Model.model_validate(MODELS["llama"]).config_dict()).total
 DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme"}}
 MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu"}}
 LEFT_OUT = [HALF, HALF + 1]
@@ -33,6 +33,9 @@ LEGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "memory half": ("", MEMORY, STOPPED),
     "memory on": ("memory half", MEMORY, {}),
     "memory to disk": ("memory half", DISK, SAVED_AGAIN),
+    "memory to the device": ("memory half", {"zero": {"stage": 3}}, SAVED_AGAIN),
+    "device half": ("", {"zero": {"stage": 2}}, STOPPED),
+    "device to memory": ("device half", {"zero": {"stage": 2, "offload_optimizer": "cpu"}}, SAVED_AGAIN),
 }
 
 
@@ -63,7 +66,7 @@ def test_with_the_optimizer_in_memory_a_resume_changes_no_bit(legs: dict[str, Le
     assert legs["memory on"].masters() == legs["memory whole"].masters()
 
 
-@pytest.mark.parametrize("move", ["memory to disk", "disk to ZeRO 1"])
+@pytest.mark.parametrize("move", ["memory to disk", "disk to ZeRO 1", "memory to the device", "device to memory"])
 def test_masters_moments_and_count_are_those_that_were_saved(legs: dict[str, Leg], move: str):
     assert_same_state(legs[LEGS[move][0]], legs[move])
 
