@@ -85,7 +85,7 @@ def _of_pipeline_stage(stage: Stage, sizes: Geometry, world_size: int, dense: in
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
+        activations=activations + _mask(stage),
         logits=_logits(stage, sizes),
         gathered=_gathered(stage, sizes, data_parallel, dense + experts),
         buckets=_buckets(stage, dense + experts),
@@ -185,6 +185,12 @@ def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
     matmuls = 2 * layer_input + sizes.matmuls_per_token // parallel.tensor * tokens * width
     kept = layer_input + (matmuls if stage.activation_checkpointing == "selective" else 0)
     return layers * kept + at_work, 0
+
+
+def _mask(stage: Stage) -> int:
+    """Packed conversations do not see each other: a boolean for each pair of positions, which attention adds as a number."""
+    pairs = stage.micro_batch * stage.sequence_length**2
+    return pairs * (1 + COMPUTE_BYTES[stage.precision]) if stage.kind == "sft" else 0
 
 
 def _logits(stage: Stage, sizes: Geometry) -> int:

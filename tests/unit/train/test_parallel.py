@@ -136,7 +136,13 @@ def test_documents_do_not_see_each_other():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1]])
     documents = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
     expected = (documents[:, None] == documents[None, :]).tril()
-    assert torch.equal(document_mask(positions)[0, 0], expected)
+    mask = document_mask(positions)
+    assert mask is not None and torch.equal(mask[0, 0], expected)
+
+
+def test_one_document_a_row_needs_no_mask():
+    assert document_mask(torch.arange(8).repeat(3, 1)) is None
+    assert document_mask(torch.stack([torch.arange(8), torch.arange(8) % 5])) is not None
 
 
 @pytest.mark.parametrize(

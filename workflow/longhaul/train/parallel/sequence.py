@@ -58,9 +58,14 @@ def padded(batch: MicroBatch, multiple: int) -> MicroBatch:
     )
 
 
-def document_mask(position_ids_BS: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, S, S]: a token sees itself and what came before it in its document; positions restart with each."""
+def document_mask(position_ids_BS: torch.Tensor) -> torch.Tensor | None:
+    """bool [B, 1, S, S]: a token sees itself and what came before it in its document; positions restart with each.
+
+    None where every row is one document: attention is causal then, and long contexts have no room for S x S entries.
+    """
     document_BS = (position_ids_BS.diff(dim=1, prepend=position_ids_BS[:, :1] - 1) != 1).cumsum(1)
+    if not document_BS.any():
+        return None
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return same_BSS.tril()[:, None]
 
