@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -25,9 +26,9 @@ ABANDONED_AFTER_S = 1800.0
 def ops_folder(scratch: str | None) -> Path:
     """Folder for compiled ops below `scratch` (default: $TMPDIR, else /tmp); one per user, host and software stack.
 
-    Ops are compiled for this CPU (-march=native), this Python, torch, CUDA and C library, so all of them are in the name:
-    environments that differ never load each other's binaries. The host is in it too: only then can `clear_stale_locks`
-    ask the local kernel whether a builder still lives.
+    Ops are compiled for this CPU (-march=native), this Python, torch, CUDA and C library, and against the headers of this
+    environment, so all of them are in the name: environments that differ never load or rebuild each other's binaries. The
+    host is in it too: only then can `clear_stale_locks` ask the local kernel whether a builder still lives.
     """
     stack = "|".join(_stack())
     name = f"{_host()}-{hashlib.sha256(stack.encode()).hexdigest()[:12]}"
@@ -76,7 +77,8 @@ def _stack() -> list[str]:
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
     torch_build = f"{torch_version.__version__} {torch_version.cuda} {torch_version.hip}"
-    return [python, torch_build, version("deepspeed"), *platform.libc_ver(), platform.machine(), _cpu_flags()]
+    built_for = [version("deepspeed"), *platform.libc_ver(), platform.machine(), _cpu_flags()]
+    return [sys.prefix, python, torch_build, *built_for]
 
 
 def _cpu_flags() -> str:
