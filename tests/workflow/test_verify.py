@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from chain import Chain
+from longhaul.artifacts import DataManifest
 
 
 def verify(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -26,7 +27,8 @@ def test_verify_names_what_is_damaged(finished: Chain, tmp_path: Path):
     data[-1000] ^= 1
     optimizer.write_bytes(data)
     (folder / "results/tiny/export/chat/config.json").unlink()
-    shard = next((folder / "results/tiny/data/prose").glob("*/train*.bin"))
+    prose = DataManifest.read(folder / "results/tiny/data/prose.json")  # shards of earlier files may lie beside its own
+    shard = folder / prose.path / f"{prose.splits['train']['shards'][0]['prefix']}.bin"
     tokens = bytearray(shard.read_bytes())
     tokens[-1] ^= 1
     shard.write_bytes(tokens)
