@@ -64,8 +64,7 @@ cluster-down:  ## end it
 	$(CLUSTER) down
 
 parity: setup  ## every model under every layout against plain PyTorch, about 40 minutes
-	PYTHONPATH=tests/unit/data:tests/unit/train:bench $(BIN)/python tests/parity/parity_table.py parity
-	PYTHONPATH=tests/unit/data:tests/unit/train:bench $(BIN)/python tests/parity/parity_table.py parity_relatives
+	PYTHONPATH=tests/unit/data:tests/unit/train:bench $(BIN)/python tests/parity/parity_table.py
 
 bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTorch
 	$(BIN)/python bench/trainer.py

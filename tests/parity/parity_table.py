@@ -1,6 +1,6 @@
 """Trains cells of the parity table, compares them with the reference and prints every one.
 
-python parity_table.py [parity | parity_relatives]: a table of layouts.py, kept in bench/results;
+python parity_table.py [parity | parity_relatives]: both tables of layouts.py or one, kept in bench/results;
 python parity_table.py TWIN/LAYOUT | "4 ranks" …: these cells, printed."""
 
 from __future__ import annotations
@@ -171,26 +171,34 @@ def _export(cell: tuple[str, str], trace: Any, shared: Path, own: Path) -> tuple
 
 
 def main() -> int:
-    """Prints every cell as it was judged; returns how many failed."""
-    table = next((name for name in sys.argv[1:] if name in TABLES), None)
-    named = [
-        cell for name in sys.argv[1:] for cell in cells() if name in ("/".join(cell), f"{LAYOUTS[cell[1]].ranks} ranks")
-    ]
+    """Prints every cell as it was judged, and keeps whole tables; returns how many failed."""
+    names = sys.argv[1:] or list(TABLES)
+    if names[0] not in TABLES:
+        chosen = [cell for cell in cells() if {"/".join(cell), f"{LAYOUTS[cell[1]].ranks} ranks"} & set(names)]
+        assert chosen, f"no cell is called {names}"
+        lines, bad = judged(chosen)
+        print(*lines, sep="\n")
+        return bad
+    from machine import header, publish
+
+    failed = 0
+    for name in names:
+        lines, bad = judged(TABLES[name])
+        publish(name, [*header(("torch", "deepspeed", "transformers")), *lines])
+        failed += bad
+    return failed
+
+
+def judged(chosen: list[tuple[str, str]]) -> tuple[list[str], int]:
+    """A line for each cell and a verdict, and how many failed."""
     with tempfile.TemporaryDirectory() as folder:
-        results = run(TABLES[table] if table else named, Path(folder))
+        results = run(chosen, Path(folder))
     bad = sum(bool(result.problem) for result in results)
     verdict = (
         f"{len(results) - bad} of {len(results)} cells agree with the plain PyTorch loop: losses and gradient norms to "
         f"{FP32.loss:g} relative in fp32; in bf16 losses to {BF16.loss:g}, norms to {BF16.norm:g}"
     )
-    lines = [*(result.line() for result in results), verdict]
-    if not table:
-        print(*lines, sep="\n")
-    else:
-        from machine import header, publish
-
-        publish(table, [*header(("torch", "deepspeed", "transformers")), *lines])
-    return bad
+    return [*(result.line() for result in results), verdict], bad
 
 
 if __name__ == "__main__":

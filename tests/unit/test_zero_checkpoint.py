@@ -288,6 +288,7 @@ def _doubled(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "and its header speaks of"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"[4]", b"[5]")), "x does not have the 5 elements"),
         (lambda path: path.write_bytes(path.read_bytes()[:20]), "no whole safetensors header"),
         (lambda path: path.write_bytes(b"\1"), "no whole safetensors header"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b'"x"', b"'x'")), "no readable safetensors header"),

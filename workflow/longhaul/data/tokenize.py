@@ -96,7 +96,8 @@ def _unwritten(error: OSError, job: TokenizeJob) -> UserError:
     """What a file system that refuses the shards means for the user."""
     what, place, choices = f"writing dataset {job.name}", Path(job.folder), "choose another place with storage.data"
     if error.errno in DISK_FULL:
-        return DiskFull(what, place, 0, shutil.disk_usage(place).free, choices)
+        there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+        return DiskFull(what, place, 0, shutil.disk_usage(there).free, choices)
     return UserError(f"{what} to {place}: {error}", f"let this user write there, or {choices}")
 
 
