@@ -119,11 +119,11 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
     told = payload(plan, job)
     steps = [_step(job, plan, request, job.partition("-")[0], folder / "job.json", told)]
     texts, data = _made_from(told)
-    supervised = _supervised(plan, job, request, folder, steps, [folder / "job.json", *texts])
+    supervised = _supervised(plan, job, request, folder, steps, [folder / "job.json", *texts], data)
     return Rendered(
         {
             "launch.sh": _launch(plan, request, title, folder, workdir),
-            "launch.json": _json(supervised.model_copy(update={"data": data})),
+            "launch.json": _json(supervised),
             **_by_hand(plan, request, title, folder, job),
             "job.json": _json(told),
         }
@@ -140,7 +140,13 @@ def _made_from(told: Job) -> tuple[list[str | None], tuple[str, ...]]:
 
 
 def _supervised(
-    plan: Plan, job: str, request: SlurmRequest, folder: Path, steps: list[LaunchStep], inputs: list[Path | str | None]
+    plan: Plan,
+    job: str,
+    request: SlurmRequest,
+    folder: Path,
+    steps: list[LaunchStep],
+    inputs: list[Path | str | None],
+    data: tuple[str, ...] = (),
 ) -> LaunchJob:
     return LaunchJob(
         run=plan.run,
@@ -153,7 +159,7 @@ def _supervised(
         deadline_every_s=plan.site.deadline_every_s,
         steps=tuple(steps),
         inputs=tuple(str(path) for path in (folder / "launch.json", QUARANTINE, *inputs) if path),
-        data=(),
+        data=data,
         checkpoints=None,
         quarantine=QUARANTINE,
     )

@@ -94,11 +94,8 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             raise UserError(f"{path} has {size} bytes and no whole safetensors header", _CUT_SHORT)
         try:
             header = json.loads(stream.read(length), object_pairs_hook=_without_doubles)
-            end = (
-                8
-                + length
-                + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-            )
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} has no readable safetensors header: {error}", _CUT_SHORT) from None
     if end != size:
