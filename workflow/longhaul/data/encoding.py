@@ -31,8 +31,6 @@ _MOST_BYTES = {
     ("tokenizers", "chat"): 4_000_000,
 }
 """Of a document, by encoder and kind, so that a worker stays below 1 GiB: 12, 28 and 130 to 170 bytes of memory a byte."""
-_MOST_BYTES_SCANNED = 16_000_000
-"""Of a document whose words are compared with others': some 43 bytes of memory a byte."""
 
 
 class EncodersDisagree(Exception):
@@ -61,8 +59,6 @@ class Encoder:
         folder = Path(manifest.path)
         self._encoder, self._reference = open_encoder(folder, encoder)
         self._most_bytes = _MOST_BYTES[encoder, dataset.kind]
-        if dataset.decontaminate or dataset.deduplicate == "near":
-            self._most_bytes = min(self._most_bytes, _MOST_BYTES_SCANNED)
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
         self._template = ChatTemplate.load(folder) if dataset.kind == "chat" else None
