@@ -45,7 +45,7 @@ class Result:
 
 
 def make_data(folder: Path) -> Path:
-    """Tokenizer and shards that all cells share: packed conversations, several documents in a sample."""
+    """Tokenizer and shards that all cells share. Conversations are longer than a sample: each pack holds one, cut at its end."""
     folder.mkdir(parents=True)
     texts = [part["content"] for i in range(60) for part in conversation(i)]
     make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", texts)], chat_template=str(CHATML))
