@@ -13,7 +13,7 @@ import pytest
 import reference
 from chain import tiny_config
 from cluster_chain import ClusterChain
-from layouts import FP32, TWINS
+from layouts import FP32, MODELS
 from longhaul.artifacts import DataManifest
 from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
@@ -57,7 +57,7 @@ def trained(four_nodes: VirtualCluster, tmp_path_factory: pytest.TempPathFactory
     """One run for each model, both at once: a stage for each layout, all of them from the same first weights and data."""
     made = {}
     for twin, layouts in LAYOUTS.items():
-        config = tiny_config(model=TWINS[twin], run="layouts")
+        config = tiny_config(model=MODELS[twin], run="layouts")
         config["stages"] = [_stage(name, *layout) for name, layout in layouts.items()]
         made[twin] = ClusterChain(tmp_path_factory.mktemp(twin), config, four_nodes, max_nodes=4, node=PART_OF_A_NODE)
     with ThreadPoolExecutor() as pool:
