@@ -28,13 +28,22 @@ print("seconds", time.monotonic() - started)
 """
 
 
+LATE_READER = """
+import os, time
+from torch.distributed import TCPStore
+get = TCPStore.get
+if os.environ["RANK"] == "1":
+    TCPStore.get = lambda *arguments: (time.sleep(1), get(*arguments))[1]
+"""
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
-def start(ranks: list[int], world_size: int, meet_s: float = 20.0, **variables: str) -> list[str]:
+def start(ranks: list[int], world_size: int, meet_s: float = 20.0, worker: str = WORKER, **variables: str) -> list[str]:
     """What the given ranks print; the others never come."""
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **variables}
     started = []
@@ -42,7 +51,7 @@ def start(ranks: list[int], world_size: int, meet_s: float = 20.0, **variables: 
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         if "SLURM_STEP_ID" in variables:
             own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(world_size)}
-        command = [sys.executable, "-c", WORKER, str(meet_s)]
+        command = [sys.executable, "-c", worker, str(meet_s)]
         started.append(subprocess.Popen(command, env={**shared, **own}, stdout=subprocess.PIPE, text=True))
     return [process.communicate(timeout=60)[0] for process in started]
 
@@ -56,6 +65,12 @@ def test_a_rank_that_does_not_come_is_named_with_its_node():
     for output in start([0, 1], 3, meet_s=2.0, **slurm):
         assert "1 of 3 ranks did not come within 2 s: 2, on gpu7" in output
         assert "remedy: look in the job's log" in output
+
+
+def test_rank_0_stays_until_whoever_came_has_heard():
+    """Its store ends with it: a rank that reads the verdict late would be told of a firewall."""
+    for output in start([0, 1], 3, meet_s=2.0, worker=LATE_READER + WORKER):
+        assert "1 of 3 ranks did not come within 2 s: 2" in output
 
 
 def test_a_main_rank_that_does_not_come_is_named_with_its_address():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -73,10 +73,14 @@ def _meet(rank: Rank, meet_s: float) -> TCPStore:
     try:
         store = _open_store(rank, meet_s)
         store.set(f"longhaul/host/{rank.rank}", rank.host)
+        missing: list[int] = []
         if rank.is_main:
-            missing = _wait_for_all(store, rank.world_size, meet_s)
+            missing = _wait_for(store, "host", range(rank.world_size), meet_s)
             store.set("longhaul/verdict", _missing_message(missing, rank, meet_s) if missing else "all here")
         verdict = store.get("longhaul/verdict").decode()
+        store.set(f"longhaul/told/{rank.rank}", "")
+        if missing:  # the store ends with rank 0: whoever came is to hear why, and not that nobody answers
+            _wait_for(store, "told", set(range(rank.world_size)) - set(missing), _grace_s(meet_s))
     except (DistError, OSError) as error:
         raise _unreachable(rank, meet_s, error) from None
     if verdict != "all here":
@@ -96,17 +100,22 @@ def _open_store(rank: Rank, meet_s: float) -> TCPStore:
         # torchrun's agent serves the store itself, and says so
         is_master=rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         # the others outwait rank 0, which tells them who is missing
-        timeout=timedelta(seconds=meet_s if rank.is_main else meet_s + min(10.0, meet_s)),
+        timeout=timedelta(seconds=meet_s if rank.is_main else meet_s + _grace_s(meet_s)),
         wait_for_workers=False,
     )
 
 
-def _wait_for_all(store: TCPStore, world_size: int, meet_s: float) -> list[int]:
-    """Ranks that have not announced themselves after `meet_s`."""
-    deadline = time.monotonic() + meet_s
-    missing = list(range(world_size))
+def _grace_s(meet_s: float) -> float:
+    """How long, after `meet_s`, the ranks that came have for telling each other who did not."""
+    return min(10.0, meet_s)
+
+
+def _wait_for(store: TCPStore, what: str, ranks: Iterable[int], seconds: float) -> list[int]:
+    """Those of the ranks that have not set their key `what` after so many seconds."""
+    deadline = time.monotonic() + seconds
+    missing = sorted(ranks)
     while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([f"longhaul/host/{rank}"])]
+        missing = [rank for rank in missing if not store.check([f"longhaul/{what}/{rank}"])]
         if missing:
             time.sleep(0.05)
     return missing
