@@ -18,7 +18,7 @@ from longhaul.plan import make_plan
 from longhaul.render import render_stage
 
 STEPS = 10
-SEED = 38  # of the first forty the one whose twins feel rounding least: parity_table._well_posed
+SEED = 38  # one of the few with which no twin feels rounding: parity_table._well_posed
 SITE = {
     "name": "here",
     "scheduler": "local",

@@ -45,13 +45,19 @@ class Result:
 
 
 def make_data(folder: Path) -> Path:
-    """Tokenizer and shards that all cells share. Conversations are longer than a sample: each pack holds one, cut at its end."""
+    """Tokenizer and shards that all cells share: packs of one conversation that is cut, and of several short ones."""
     folder.mkdir(parents=True)
     texts = [part["content"] for i in range(60) for part in conversation(i)]
     make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", texts)], chat_template=str(CHATML))
-    chats = write_jsonl(folder / "chats.jsonl", "messages", [conversation(i, 1 + i % 2) for i in range(160)])
+    talks = [conversation(i, 1 + i % 2) if i % 4 == 0 else _exchange(i) for i in range(360)]
+    chats = write_jsonl(folder / "chats.jsonl", "messages", talks)
     make_shards(folder, folder, [chats], dataset("chat", validation_share=0.1))
     return folder
+
+
+def _exchange(number: int) -> list[dict[str, Any]]:
+    """So short that two or three are a sample."""
+    return [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": f"{7 * number}."}]
 
 
 CHATML = HERE.parents[1] / "templates" / "chat" / "chatml.jinja"
