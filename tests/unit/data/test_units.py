@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 
 from corpora import conversation, dataset, make_shards, text, tokenize_job, write_jsonl
 from longhaul.artifacts import DataManifest, TokenizerManifest, file_sha256
-from longhaul.data.formats import BadData
 from longhaul.data.progress import Counters
 from longhaul.data.readers import documents_of
+from longhaul.data.rows import BadData
 from longhaul.data.units import Source, Unit, cut
 from longhaul.data.work import RECORD, Task, Worker, of_documents, remove_leftovers
 from longhaul.errors import UserError

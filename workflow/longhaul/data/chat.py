@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from longhaul.data.formats import BadData
 from longhaul.data.readers import Message
+from longhaul.data.rows import BadData
 
 Span = tuple[int, int]
 _THINK, _THINK_END = "<think>", "</think>"

@@ -14,9 +14,9 @@ from longhaul.artifacts import TokenizerManifest, canonical_json
 from longhaul.config.datasets import Dataset
 from longhaul.data.chat import ChatTemplate, without_reasoning
 from longhaul.data.encoders import Fast, first_difference, open_encoder, with_added
-from longhaul.data.formats import BadData
 from longhaul.data.indexed import token_dtype
 from longhaul.data.readers import Document, texts
+from longhaul.data.rows import BadData
 
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.config.datasets import Dataset
-from longhaul.data.formats import BadData, Part, rows
+from longhaul.data.formats import rows
+from longhaul.data.rows import BadData, Part
 from longhaul.errors import UserError
 
 Message = dict[str, Any]

@@ -19,8 +19,9 @@ import numpy as np
 from longhaul.artifacts import content_hash, file_sha256, write_json
 from longhaul.config.datasets import Dataset, Decontaminate
 from longhaul.data.encoding import batches, document_key
-from longhaul.data.formats import BadData, Part, rows
+from longhaul.data.formats import rows
 from longhaul.data.readers import Document, documents_of, texts
+from longhaul.data.rows import BadData, Part
 from longhaul.data.units import Unit
 from longhaul.data.words import runs, words
 from longhaul.data.work import Task, published

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import content_hash, file_sha256
-from longhaul.data.formats import Part, format_of
+from longhaul.data.formats import format_of
+from longhaul.data.rows import Part
 from longhaul.errors import UserError
 
 _MOST_UNITS_IN_ONE = 4  # a group of small files is closed at this many times the size of a unit

@@ -26,10 +26,10 @@ import numpy as np
 from longhaul.artifacts import TokenizerManifest, read_json, write_json
 from longhaul.config.datasets import Dataset
 from longhaul.data.encoding import NOTHING_TO_TRAIN_ON, Encoded, Encoder, batches
-from longhaul.data.formats import BadData
 from longhaul.data.indexed import SplitWriter, token_dtype
 from longhaul.data.progress import Counters
 from longhaul.data.readers import Document, documents_of, no_documents
+from longhaul.data.rows import BadData
 from longhaul.data.units import Piece, Source, Unit
 from longhaul.errors import UserError
 from longhaul.lease import process_start
