@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from corpora import dataset, make_shards, make_tokenizer, text, write_jsonl
+from corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 from longhaul.config.load import load_config
 from longhaul.jobs import StageJob
 from longhaul.payloads import payload
@@ -27,6 +27,7 @@ from longhaul.plan import Plan, make_plan
 from longhaul.render import render_stage
 from machine import header, publish
 
+CHATML = Path(__file__).resolve().parents[1] / "templates" / "chat" / "chatml.jinja"
 STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
 AT_ONCE = 2
 """Processes that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
@@ -59,9 +60,10 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
-PLAIN = "zero1"
+# In fp32 a micro batch of four would leave a second process no room.
+FP32 = {"precision": "fp32", "micro_batch": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
-    PLAIN: {"zero": {"stage": 1}},
+    "zero1": {"zero": {"stage": 1}},
     "zero2": {"zero": {"stage": 2}},
     "zero3": {"zero": {"stage": 3}},
     "zero2-optimizer-offloaded": {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
@@ -69,7 +71,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "selective": {"zero": {"stage": 1}, "activation_checkpointing": "selective"},
     "full": {"zero": {"stage": 1}, "activation_checkpointing": "full"},
     "offload": {"zero": {"stage": 1}, "activation_checkpointing": "offload"},
+    "fp32-zero1": {"zero": {"stage": 1}, **FP32},
+    "fp32-zero0": {"zero": {"stage": 0}, **FP32},  # bf16 at ZeRO 0 is refused
+    "packs": {"zero": {"stage": 1}, "kind": "sft", "dataset": "chat"},
 }
+PLAIN = {name: "zero1" for name in OPTIONS} | {"fp32-zero1": "fp32-zero1", "fp32-zero0": "fp32-zero1", "packs": "packs"}
+"""Whose losses an option's are compared with: the same data in the same precision."""
 
 
 def main() -> None:
@@ -85,9 +92,12 @@ def main() -> None:
 
 
 def make_data(folder: Path) -> None:
+    """A tokenizer, and shards in a folder for each dataset."""
     corpus = write_jsonl(folder / "corpus.jsonl", "text", [text(number, 200) for number in range(400)])
-    make_tokenizer(folder, [corpus])
-    make_shards(folder, folder, [corpus], dataset("text", validation_share=0.1))
+    chats = write_jsonl(folder / "chats.jsonl", "messages", [conversation(number, 4) for number in range(1000)])
+    make_tokenizer(folder, [corpus], chat_template=str(CHATML))
+    make_shards(folder / "corpus", folder, [corpus], dataset("text", validation_share=0.1))
+    make_shards(folder / "chat", folder, [chats], dataset("chat", validation_share=0.1))
 
 
 def plan(folder: Path, model: str) -> Plan:
@@ -112,7 +122,10 @@ def plan(folder: Path, model: str) -> Plan:
         "run": "memory",
         "site": "./site.yaml",
         "tokenizer": {"train": {"vocab_size": 400, "datasets": ["corpus"]}},
-        "datasets": {"corpus": {"kind": "text", "files": ["corpus.jsonl"]}},
+        "datasets": {
+            "corpus": {"kind": "text", "files": ["corpus.jsonl"]},
+            "chat": {"kind": "chat", "files": ["chats.jsonl"]},
+        },
         "model": MODELS[model],
         "trackers": {"tensorboard": False},
         "stages": [{"name": name, **stage, **option} for name, option in OPTIONS.items()],
@@ -123,15 +136,17 @@ def plan(folder: Path, model: str) -> Plan:
 
 
 def compare(model: str, folder: Path) -> list[str]:
-    """Planned and measured GiB, and the largest relative difference of a loss from the plain run's."""
+    """Planned and measured GiB of tensors, GiB held of the GPU, and the furthest that a loss is from the plain run's."""
     planned = plan(folder, model)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = dict(zip(OPTIONS, pool.map(lambda name: measured(planned, name, folder / model), OPTIONS), strict=True))
-    lines = ["", f"{model:28} {'planned GiB':>11} {'measured':>9} {'planned / measured':>19} {'loss differs by':>16}"]
+    columns = f"{'planned GiB':>11} {'measured':>9} {'held':>6} {'planned / measured':>19} {'loss differs by':>16}"
+    lines = ["", f"{model:28} {columns}"]
     for name, option in found.items():
-        total, peak = planned.stage(name).memory.total / 2**30, option["peak_bytes"] / 2**30  # pyright: ignore[reportOptionalMemberAccess]
-        differs = max(abs(a - b) / abs(b) for a, b in zip(option["losses"], found[PLAIN]["losses"], strict=True))
-        lines.append(f"{name:28} {total:11.2f} {peak:9.2f} {total / peak:19.3f} {differs:16.1e}")
+        total = planned.stage(name).memory.total / 2**30  # pyright: ignore[reportOptionalMemberAccess]
+        peak, held = option["peak_bytes"] / 2**30, option["held_bytes"] / 2**30
+        differs = max(abs(a - b) / abs(b) for a, b in zip(option["losses"], found[PLAIN[name]]["losses"], strict=True))
+        lines.append(f"{name:28} {total:11.2f} {peak:9.2f} {held:6.2f} {total / peak:19.3f} {differs:16.1e}")
     parts = {name: planned.stage(name).memory for name in OPTIONS}
     return lines + [f"{name:28} {memory.as_gib()}" for name, memory in parts.items() if memory]
 
@@ -143,11 +158,13 @@ def measured(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
     job = payload(planned, f"train-{name}")
     assert isinstance(job, StageJob)
     shared = folder.parent
-    paths = {"tokenizer": shared / "tokenizer.json", "data": shared / "data.json", "deepspeed": own / "ds_config.json"}
+    data = shared / job.stage.dataset / "data.json"
+    paths = {"tokenizer": shared / "tokenizer.json", "data": data, "deepspeed": own / "ds_config.json"}
     job.model_copy(update={key: str(path) for key, path in paths.items()}).write(own / "job.json")
     port = 21_000 + (os.getpid() * 31 + list(OPTIONS).index(name)) % 9_000
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
-    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "8"}
+    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8"}  # as launch.sh sets them
+    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
     command = [sys.executable, str(Path(__file__).with_name("gpu_memory_worker.py")), str(own)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
     if done.returncode:

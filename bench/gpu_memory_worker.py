@@ -15,7 +15,10 @@ from stepping import open_trainer
 
 
 def main() -> None:
-    """Takes the job's steps and prints {"peak_bytes", "losses"}: of the GPU's allocator, or of this process on a CPU."""
+    """Takes the job's steps and prints {"peak_bytes", "held_bytes", "losses"}.
+
+    At their peak: what tensors take and what the allocator holds of the GPU; on a CPU both are this process's memory.
+    """
     folder = Path(sys.argv[1])
     job = StageJob.read(folder / "job.json")
     with start_processes(job) as processes:
@@ -24,8 +27,13 @@ def main() -> None:
             trainer.step(next(batches))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     on_gpu = processes.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak, "losses": [row["loss"] for row in rows if "loss" in row]}), flush=True)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,
+        "held_bytes": torch.cuda.max_memory_reserved() if on_gpu else resident,
+        "losses": [row["loss"] for row in rows if "loss" in row],
+    }
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
     # A norm keeps its input in fp32, and what it multiplies by its weight; tensor parallelism does not split it.
     norms = sizes.normed_per_token * tokens * (4 + width)
-    at_work = sizes.saved_per_token // parallel.tensor * tokens * width + norms
+    saved = sizes.saved_per_token + (sizes.repeated_per_token if _repeats_heads(stage) else 0)
+    at_work = saved // parallel.tensor * tokens * width + norms
     layer_input = sizes.hidden * tokens * width
     if stage.activation_checkpointing == "none":
         return layers * at_work, 0
@@ -185,6 +186,11 @@ def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
     matmuls = 2 * layer_input + sizes.matmuls_per_token // parallel.tensor * tokens * width
     kept = layer_input + (matmuls if stage.activation_checkpointing == "selective" else 0)
     return layers * kept + at_work, 0
+
+
+def _repeats_heads(stage: Stage) -> bool:
+    """The kernel that reads shared key and value heads where they are takes neither a mask nor fp32."""
+    return stage.kind == "sft" or stage.precision == "fp32"
 
 
 def _mask(stage: Stage) -> int:

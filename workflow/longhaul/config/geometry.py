@@ -56,6 +56,7 @@ class Geometry:
     sparse: of each layer, whether it has routed experts
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
     saved_per_token: activation elements one layer keeps for the backward pass, per token, beside those inside its norms
+    repeated_per_token: what is kept more where a layer's keys and values are repeated for every query head that shares them
     normed_per_token: elements that go through a layer's norms, per token
     matmuls_per_token: of one layer, those that its matmuls and its attention give, without the two that are added to its input
     """
@@ -77,6 +78,7 @@ class Geometry:
     positions: int
     attention_width: int
     saved_per_token: int
+    repeated_per_token: int
     normed_per_token: int
     matmuls_per_token: int
 
@@ -151,6 +153,7 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         positions=c["max_position_embeddings"],
         attention_width=_attention_width(c),
         saved_per_token=_saved_per_token(c, sparse),
+        repeated_per_token=_repeated_per_token(c),
         normed_per_token=_normed_per_token(c),
         matmuls_per_token=_matmuls_per_token(c, sparse),
     )
@@ -252,6 +255,11 @@ def _saved_per_token(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
         attention = 2 * (heads + c["num_key_value_heads"]) * _head_dim(c)
     hidden_copies = 2 + (2 * c["num_experts_per_tok"] if any(sparse) else 0)
     return hidden_copies * hidden + attention + 4 * _widest_mlp(c, sparse)
+
+
+def _repeated_per_token(c: Mapping[str, Any]) -> int:
+    """Latent attention has keys and values for each head anyhow."""
+    return 0 if _is_latent(c) else 2 * (c["num_attention_heads"] - c["num_key_value_heads"]) * _head_dim(c)
 
 
 def _normed_per_token(c: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ from longhaul.artifacts import TokenizerManifest, read_json
 from longhaul.config.stored_weights import notes
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
+from longhaul.train.attention import repeat_shared_heads_in_fp32
 from longhaul.train.elastic import write_masters
 from longhaul.train.identity import Start
 from longhaul.train.parallel.split import parameters, saved_buffers, split_model
@@ -42,6 +43,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
     ds_config = read_deepspeed_config(job, processes)
+    repeat_shared_heads_in_fp32()
     if processes.is_main and job.pretrained and not start:
         for note in notes(read_json(Path(job.pretrained) / "config.json")):
             print(f"first weights: {note}", flush=True)
