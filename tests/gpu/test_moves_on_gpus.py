@@ -30,6 +30,8 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero2-to-tensor": ({"zero": {"stage": 2}}, {"parallel": {"tensor": 2}}),
     "pipeline-to-zero3": ({"parallel": {"pipeline": 2}}, {"zero": {"stage": 3}}),
     "expert-to-zero2": ({"parallel": {"expert": 2}}, {"zero": {"stage": 2}}),
+    "offloaded-to-tensor": ({"zero": {"stage": 2, "offload_optimizer": "cpu"}}, {"parallel": {"tensor": 2}}),
+    "zero3-to-offloaded": ({"zero": {"stage": 3}}, {"zero": {"stage": 2, "offload_optimizer": "cpu"}}),
 }
 
 
