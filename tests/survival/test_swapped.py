@@ -1,4 +1,4 @@
-"""Optimizer states on a disk: a stage that was cut off ends with the bits of one that was not, there and in memory."""
+"""Optimizer states on a disk and in CPU memory: a stage that was cut off ends with the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ LEGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "memory half": ("", MEMORY, STOPPED),
     "memory on": ("memory half", MEMORY, {}),
     "memory to disk": ("memory half", DISK, SAVED_AGAIN),
+    "memory to the device": ("memory half", {"zero": {"stage": 3}}, SAVED_AGAIN),
+    "device half": ("", {"zero": {"stage": 2}}, STOPPED),
+    "device to memory": ("device half", {"zero": {"stage": 2, "offload_optimizer": "cpu"}}, SAVED_AGAIN),
 }
 
 
@@ -63,7 +66,7 @@ def test_with_the_optimizer_in_memory_a_resume_changes_no_bit(legs: dict[str, Le
     assert legs["memory on"].masters() == legs["memory whole"].masters()
 
 
-@pytest.mark.parametrize("move", ["memory to disk", "disk to ZeRO 1"])
+@pytest.mark.parametrize("move", [name for name in LEGS if " to " in name])
 def test_masters_moments_and_count_are_those_that_were_saved(legs: dict[str, Leg], move: str):
     assert_same_state(legs[LEGS[move][0]], legs[move])
 
