@@ -1,7 +1,8 @@
 """Checkpoints of models that are too large to train here, in DeepSpeed 0.19's files: for memory and speed.
 
-ZeRO 3, several ranks, two parameter groups (weights that decay and those that do not), fp32 masters and Adam's moments.
-What a rank holds is one random vector over and over; every tensor is another stretch of it.
+ZeRO 3 of several ranks, or ZeRO 1 of a model that is split over pipeline, tensor and expert ranks. Parameter groups are as in
+training: weights that decay, those that do not, and experts; fp32 masters and, where asked for, Adam's moments. What a rank
+holds is one random vector over and over; every tensor is another stretch of it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ import json
 import math
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
+from longhaul.config.models import Parallel
 from longhaul.convert.layout import meta_model
+from longhaul.train.parallel.grid import make_grid
+from longhaul.train.parallel.saving import write_layout
+from longhaul.train.parallel.split import cut_model
 from longhaul.zero_checkpoint import open_master_weights
 
 TAG = "step-00000002"
@@ -41,11 +49,31 @@ def llama(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
 
 
+def mixture(layers: int, hidden: int, experts: int, vocabulary: int) -> dict[str, Any]:
+    """config.json of a Qwen3 mixture with heads of 64, four of which share keys, and experts two thirds as wide as it is."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        moe_intermediate_size=2 * hidden // 3,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        head_dim=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return {**config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
+
+
 def write_checkpoint(weights: Path, config: dict[str, Any], ranks: int, moments: bool) -> Path:
     """Writes `weights`/checkpoints/<TAG> and model_config.json; returns the former. moments: Adam's, too."""
-    folder = weights / "checkpoints" / TAG
-    folder.mkdir(parents=True)
-    (weights / "model_config.json").write_text(json.dumps(config))
+    folder = _new_folder(weights, config)
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
     groups = [
         OrderedDict((name, shape) for name, shape in shapes.items() if (len(shape) > 1) is decays)
@@ -58,6 +86,53 @@ def write_checkpoint(weights: Path, config: dict[str, Any], ranks: int, moments:
             {"optimizer_state_dict": _optimizer_state(groups, rank, ranks, moments), "ds_version": "0.19.8"}, path
         )
     return folder
+
+
+def write_split_checkpoint(weights: Path, config: dict[str, Any], parallel: Parallel, world_size: int) -> Path:
+    """The same of a model that the trainer's own code splits over so many ranks, without moments."""
+    folder = _new_folder(weights, config)
+    entries: list[Any] = []
+
+    def gather(own: Any) -> list[Any]:
+        entries.append(own)
+        return entries
+
+    for rank in reversed(range(world_size)):  # the first one writes the layout that all have told
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        grid = make_grid(parallel, rank, world_size)
+        model = cut_model(AutoConfig.for_model(**config), grid)
+        write_layout(SimpleNamespace(module=model), grid, folder, is_tied=False, gather=gather)
+        dist.destroy_process_group()
+        groups = _split_groups(model)
+        if grid.data_rank == 0:
+            torch.save(_model_states({}, groups, grid.data), folder / f"mp_rank_{grid.model_rank:02d}_model_states.pt")
+        shared_by = [grid.data, grid.data, grid.data // parallel.expert]
+        state = {
+            "zero_stage": 1,
+            "partition_count": shared_by,
+            "single_partition_of_fp32_groups": [
+                _values(math.ceil(sum(map(math.prod, group.values())) / ranks), seed=10 * rank + index)
+                for index, (group, ranks) in enumerate(zip(groups, shared_by, strict=True))
+            ],
+        }
+        path = folder / f"bf16_zero_pp_rank_{grid.data_rank}_mp_rank_{grid.model_rank:02d}_optim_states.pt"
+        torch.save({"optimizer_state_dict": state, "ds_version": "0.19.8"}, path)
+    return folder
+
+
+def _new_folder(weights: Path, config: dict[str, Any]) -> Path:
+    folder = weights / "checkpoints" / TAG
+    folder.mkdir(parents=True)
+    (weights / "model_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _split_groups(model: torch.nn.Module) -> list[OrderedDict[str, torch.Size]]:
+    """Of a rank: weights that decay, those that do not, experts."""
+    groups: list[OrderedDict[str, torch.Size]] = [OrderedDict() for _ in range(3)]
+    for name, parameter in model.named_parameters():
+        groups[2 if hasattr(parameter, "group_name") else int(parameter.dim() < 2)][name] = parameter.shape
+    return groups
 
 
 def _model_states(shapes: dict[str, torch.Size], groups: list[Any], ranks: int) -> dict[str, Any]:
@@ -109,7 +184,7 @@ def write_proof(weights: Path, config: dict[str, Any]) -> None:
     proof = folder / "proof"
     proof.mkdir()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**config)).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     state, entries = {}, {}
     for name, master in open_master_weights(folder).items():
         state[name] = master.read()

@@ -14,11 +14,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from longhaul.artifacts import Export
+from longhaul.config.models import Parallel
 from stage_folder import Stage, make_stage
-from synthetic import llama, write_checkpoint, write_proof
+from synthetic import llama, mixture, write_checkpoint, write_proof, write_split_checkpoint
 from zero_training import write_manifest
 
 LAYERS, HIDDEN, VOCABULARY = 24, 1024, 2000
+MIXTURE_LAYERS, MIXTURE_HIDDEN, EXPERTS = 24, 768, 16
 LIMIT_BYTES = 1 << 30
 # ru_maxrss would be the largest of this process and of the one that started it.
 CONVERT = """
@@ -44,12 +46,32 @@ def trained() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture
+def trained_mixture() -> Iterator[Path]:
+    """The same of a mixture of experts, split over two stages of a pipeline and, in each, its experts over two ranks."""
+    with tempfile.TemporaryDirectory() as name:
+        config = mixture(MIXTURE_LAYERS, MIXTURE_HIDDEN, EXPERTS, VOCABULARY)
+        folder = write_split_checkpoint(Path(name) / "weights", config, Parallel(pipeline=2, expert=2), world_size=4)
+        write_proof(Path(name) / "weights", config)
+        write_manifest(folder)
+        yield Path(name)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_peak_memory_is_bounded_by_the_largest_layer(trained: Path, dtype: str) -> None:
+    layer_bytes = 4 * (HIDDEN * HIDDEN * 5 // 2 + 3 * HIDDEN * 4 * HIDDEN)
+    _assert_bounded(trained, dtype, layer_bytes)
+
+
+def test_peak_memory_is_bounded_where_experts_lie_on_several_ranks(trained_mixture: Path) -> None:
+    attention, expert = 5 * MIXTURE_HIDDEN**2 // 2, 2 * MIXTURE_HIDDEN**2
+    _assert_bounded(trained_mixture, "bf16", 4 * (attention + EXPERTS * (expert + MIXTURE_HIDDEN)))
+
+
+def _assert_bounded(trained: Path, dtype: str, layer_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         stage = make_stage(trained, Path(name), dtype, copy=os.link)
         made, peak_bytes = _convert(stage)
-    layer_bytes = 4 * (HIDDEN * HIDDEN * 5 // 2 + 3 * HIDDEN * 4 * HIDDEN)
     weights_bytes = 4 * made.parameters
     assert made.proof["logits"]["tokens"] == 34 and made.samples
     assert made.proof["logits"].get("masters_bit_equal", made.proof["logits"]["bit_equal"])
