@@ -1,9 +1,11 @@
-"""What the reduction of gradients costs between two hosts over a slow link: plain, in half precision, and low-rank.
+"""What two hosts send each other over a slow link, and what it costs: gradients plain, in half precision and low-rank; ZeRO-3's
+gathered weights with and without a second partition inside each host.
 
 Two hosts are two network namespaces with a cable between them (a veth pair) whose both ends a token bucket filter limits. The
 rate is set so that the plain run spends 35 % of its step reducing gradients; the others run at that rate. Bytes are those
 that the sending interface counted. Everything that a variant does to reduce counts as its reduction, compression included;
-waiting for a slower peer does not. Needs root, iproute2 and util-linux.
+waiting for a slower peer does not. ZeRO-3 gathers while it computes: there, what the link costs is the step's time at that
+rate beside its time without a limit. Needs root, iproute2 and util-linux.
 
 python communication.py [--short]: with --short the machinery is tried; nothing is kept.
 """
@@ -39,6 +41,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16": {"data_type": "fp16"},
     "powersgd": {"powersgd": {"rank": 4, "start_step": WARM_UP_STEPS - 2}},
 }
+# Weights are gathered for each pass, as they are of any model that a GPU does not hold whole.
+ZERO3 = {
+    "stage": 3,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 1,
+    "stage3_param_persistence_threshold": 0,
+}
+PARTITIONED: dict[str, dict[str, Any]] = {"zero3": ZERO3, "zero3-hpz": {**ZERO3, "hierarchical_partition": 2}}
+"""Two processes a host, so that a host has something to keep to itself."""
+NO_LIMIT_MBIT = 100_000.0
 MODEL = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -77,7 +89,12 @@ def main() -> int:
     with two_hosts() as hosts:
         rate_mbit = calibrate(hosts, probe_steps, probes)
         found = {name: run(hosts, name, rate_mbit, steps) for name in VARIANTS}
+        partitioned = {
+            name: [run(hosts, name, rate, probe_steps, each=2) for rate in (rate_mbit, NO_LIMIT_MBIT)]
+            for name in PARTITIONED
+        }
     lines = [*header(("torch", "deepspeed", "transformers")), *report(found, rate_mbit, steps)]
+    lines += report_partitioned(partitioned, probe_steps)
     if short:
         print(*lines, sep="\n")
     else:
@@ -102,10 +119,20 @@ def prepare(steps: int) -> None:
         "schedule": {"kind": "constant", "warmup_steps": WARM_UP_STEPS - 2},
         "zero": {"stage": 0},
     }
+    site = yaml.safe_load((REPOSITORY / "config" / "sites" / "local.yaml").read_text())
+    # Two processes on each of two hosts are four to the plan, however many cores they share.
+    (FOLDER / "site.yaml").write_text(yaml.safe_dump(site | {"node": {**site["node"], "cpus": 4}}))
     config |= {
         "run": "communication",
+        "site": "./site.yaml",
         "model": {"llama": MODEL},
-        "stages": [{"name": name, **stage, "communication": keys} for name, keys in VARIANTS.items()],
+        "stages": [
+            *({"name": name, **stage, "communication": keys} for name, keys in VARIANTS.items()),
+            *(
+                {"name": name, **stage, "gpus_per_node": 4, "micro_batch": 2, "zero": zero}
+                for name, zero in PARTITIONED.items()
+            ),
+        ],
     }
     (FOLDER / "run.yaml").write_text(yaml.safe_dump(config))
     words = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(FOLDER), "--configfile", str(FOLDER / "run.yaml")]
@@ -163,8 +190,8 @@ def calibrate(hosts: Sequence[int], steps: int, probes: int) -> float:
     return rate_mbit
 
 
-def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int) -> Found:
-    """Trains a variant for `steps` steps, one process a host."""
+def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int, each: int = 1) -> Found:
+    """Trains a variant for `steps` steps, with so many processes on each host."""
     limit(hosts, rate_mbit)
     payload = f"results/communication/stages/{variant}/stage.json"
     with tempfile.TemporaryDirectory() as name:
@@ -176,23 +203,30 @@ def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int) -> Fou
             str(steps),
             str(out),
         ]
-        shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29533"}
-        shared |= {
+        world_size = each * len(hosts)
+        shared = {
+            "WORLD_SIZE": f"{world_size}",
+            "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": "29533",
             "GLOO_SOCKET_IFNAME": "eth0",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
         }
+        places = [{"RANK": f"{rank}", "LOCAL_RANK": f"{rank % each}"} for rank in range(world_size)]
         ranks = [
             subprocess.Popen(
-                [*on(host), *worker], cwd=FOLDER, env={**os.environ, **shared, "RANK": str(rank)}, stdout=sys.stderr
+                [*on(hosts[rank // each]), *worker],
+                cwd=FOLDER,
+                env={**os.environ, **shared, **place},
+                stdout=sys.stderr,
             )
-            for rank, host in enumerate(hosts)
+            for rank, place in enumerate(places)
         ]
         codes = [rank.wait(timeout=3600) for rank in ranks]
         if any(codes):
             raise RuntimeError(f"{variant}: the processes ended with {codes}")
-        return summary([json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(len(hosts))])
+        return summary([json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(world_size)])
 
 
 def summary(ranks: list[dict[str, list[float]]]) -> Found:
@@ -224,6 +258,20 @@ def report(found: dict[str, Found], rate_mbit: float, steps: int) -> list[str]:
         f"{'missed' if missed(found) else 'reached'}",
     ]
     return lines
+
+
+def report_partitioned(found: dict[str, list[Found]], steps: int) -> list[str]:
+    """Of each variant its runs over the slow link and without a limit."""
+    lines = [
+        f"ZeRO 3, 2 processes on each host, {steps} steps; hpz: a second partition inside each host, for the backward pass",
+        f"{'weights':10} {'MB sent/step':>13} {'step s':>8} {'unlimited s':>11} {'link':>7}",
+    ]
+    for name, (slow, free) in found.items():
+        lines.append(
+            f"{name:10} {slow.sent_bytes / 1e6:13.2f} {slow.step_s:8.3f} {free.step_s:11.3f} {1 - free.step_s / slow.step_s:7.1%}"
+        )
+    plain, hierarchical = (slow for slow, _ in found.values())
+    return [*lines, f"hpz sends {plain.sent_bytes / hierarchical.sent_bytes:.2f} times fewer bytes between the hosts"]
 
 
 def missed(found: dict[str, Found]) -> bool:

@@ -82,6 +82,8 @@ EVERYTHING = {
         "reduce_bucket_size": 1000,
         "stage3_prefetch_bucket_size": 1000,
         "stage3_param_persistence_threshold": 10,
+        "stage3_max_live_parameters": 1000,
+        "stage3_max_reuse_distance": 0,
     },
 }
 LAYOUTS = [

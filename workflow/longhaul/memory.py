@@ -164,7 +164,8 @@ def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
     experts = sizes.layer_experts // stage.parallel.expert
     split = sizes.layer_max - sizes.layer_experts + experts - sizes.layer_whole
     layer = sizes.layer_whole + split // stage.parallel.tensor
-    return COMPUTE_BYTES[stage.precision] * max(layer, min(held, _MAX_LIVE_PARAMETERS))
+    live = stage.zero.stage3_max_live_parameters or _MAX_LIVE_PARAMETERS
+    return COMPUTE_BYTES[stage.precision] * max(layer, min(held, live))
 
 
 def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:

@@ -244,12 +244,8 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
         section["offload_param"] = {"device": "cpu", "pin_memory": zero.pin_memory}
     if zero.hierarchical_partition > 1:
         section["zero_hpz_partition_size"] = zero.hierarchical_partition
-    names = ["reduce_bucket_size"]
-    names += (
-        ["stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
-        if zero.stage == 3
-        else ["allgather_bucket_size"]
-    )
+    own = [name for name in type(zero).model_fields if name.startswith("stage3_")]
+    names = ["reduce_bucket_size", *(own if zero.stage == 3 else ["allgather_bucket_size"])]
     return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
 
 

@@ -109,6 +109,15 @@ class Zero(Frozen):
     stage3_param_persistence_threshold: Whole | None = Field(
         default=None, description="Weights smaller than this many elements stay whole (stage 3)."
     )
+    stage3_max_live_parameters: Count | None = Field(
+        default=None,
+        description="Elements of gathered weights that a rank holds at most, beside the layer at work (stage 3).",
+    )
+    stage3_max_reuse_distance: Whole | None = Field(
+        default=None,
+        description="Gathered weights stay if they are used again within this many elements: until the backward pass, in a "
+        "model that is not larger (stage 3).",
+    )
 
 
 class PowerSgd(Frozen):
