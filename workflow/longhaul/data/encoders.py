@@ -79,10 +79,9 @@ class Fast:
     def __init__(self, folder: Path, reference: Reference) -> None:
         import gigatoken
 
-        data = (folder / "tokenizer.json").read_bytes()
-        self._tokenizer: Any = gigatoken.Tokenizer.from_json(data)
+        self._tokenizer: Any = gigatoken.Tokenizer.from_json((folder / "tokenizer.json").read_bytes())
         self._reference = reference
-        self._prefix, self._suffix = added_ids(orjson.loads(data).get("post_processor"))
+        self._prefix, self._suffix = added_ids(settings_of(folder).post_processor)
         self._bytes_of: np.ndarray | None = None
 
     def encode(self, texts: Sequence[str]) -> Rows:
@@ -135,6 +134,22 @@ def added_ids(post_processor: Any) -> tuple[list[int], list[int]]:
     return encoding.ids[:place], encoding.ids[place + 1 :]
 
 
+class Settings(NamedTuple):
+    """Of a tokenizer.json without its vocabulary: why gigatoken is not to read it ("" if it may), and what it adds to texts."""
+
+    unfit: str
+    post_processor: Any
+    added_tokens: list[str]
+
+
+@lru_cache(maxsize=4)
+def settings_of(folder: Path) -> Settings:
+    """Kept, as parsing the vocabulary takes its time."""
+    found = orjson.loads((folder / "tokenizer.json").read_bytes())
+    added = [token["content"] for token in found.get("added_tokens", [])]
+    return Settings(_unfit(found), found.get("post_processor"), added)
+
+
 class Choice(NamedTuple):
     """The encoder of a dataset by name, and why it is not the fast one ("" if it is)."""
 
@@ -166,17 +181,16 @@ def choose(folder: Path, sample: Sequence[str], parts: int = 1, each: Callable[.
 
     The texts are compared in `parts`, by `each`: a pool's map shares them out.
     """
-    settings = orjson.loads((folder / "tokenizer.json").read_bytes())
-    if reason := _unfit(settings):
+    if reason := settings_of(folder).unfit:
         return Choice(Reference.name, reason)
-    texts = [*hard_texts([token["content"] for token in settings.get("added_tokens", [])]), *sample]
-    objections = each(_objection, repeat(folder, parts), [texts[part::parts] for part in range(parts)])
+    objections = each(_objection, repeat(folder), repeat(sample), range(parts), repeat(parts, parts))
     reason = next(filter(None, objections), "")
     return Choice(Reference.name, reason) if reason else Choice(Fast.name, "")
 
 
-def _objection(folder: Path, texts: Sequence[str]) -> str:
-    """Why the fast encoder is not to be used, as far as these texts show it; "" for no reason."""
+def _objection(folder: Path, sample: Sequence[str], part: int, parts: int) -> str:
+    """Why the fast encoder is not to be used, as far as this part of the texts shows it; "" for no reason."""
+    texts = [*hard_texts(settings_of(folder).added_tokens), *sample][part::parts]
     try:
         fast, reference = open_encoder(folder, Fast.name)
     # Whatever its Rust half meets is a reason not to use it.
