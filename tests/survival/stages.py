@@ -19,7 +19,10 @@ STEPS, HALF = 12, 6
 
 @dataclass
 class Leg:
-    """A stage in `folder`, its layout, and what befalls it; `ended` and `checkpoints` are filled in when it has run."""
+    """A stage in `folder`, its layout, and what befalls it; `ended` and `checkpoints` are filled in when it has run.
+
+    `model` takes the place of the twin's.
+    """
 
     folder: Path
     ranks: int
@@ -27,6 +30,7 @@ class Leg:
     stage: dict[str, Any] = field(default_factory=dict)
     befalls: dict[str, Any] = field(default_factory=dict)
     twin: str = "llama"
+    model: dict[str, Any] | None = None
     ended: str = ""
     checkpoints: list[str] = field(default_factory=list)
 
@@ -67,6 +71,7 @@ class Leg:
             **self.stage,
         }
         run = config(self.twin, "one", **stage)
+        run["model"] = self.model or run["model"]
         return {"folder": str(self.folder), "shared": str(shared), "run": run, **self.befalls}
 
 

@@ -124,15 +124,15 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "too small a disk for optimizer states": (
         lambda node: node["swap"].update(free_bytes=10**9),
-        "n2: storage.scratch /local has 1.0 GB free; the optimizer states of this node's ranks take 2.5 GB",
+        "n2: storage.scratch /local has 1.0 GB free; what this node's ranks offload takes 2.5 GB",
     ),
     "a scratch folder in memory": (
         lambda node: node["swap"].update(error="Invalid argument"),
-        "n2: storage.scratch /local takes no unbuffered writes (Invalid argument), as zero.offload_optimizer nvme makes them",
+        "n2: storage.scratch /local takes no unbuffered writes (Invalid argument), as offloading to nvme makes them",
     ),
     "little memory that may be locked": (
         lambda node: node["swap"].update(lockable_bytes=8 * 2**20),
-        "n2: a process may lock 0.008 GB of memory (ulimit -l); zero.offload_optimizer nvme locks 0.100 GB in each",
+        "n2: a process may lock 0.008 GB of memory (ulimit -l); offloading to nvme locks 0.100 GB in each",
     ),
 }
 
@@ -222,7 +222,7 @@ def run(job: EnvironmentJob, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_bad_machine_stops_the_run_and_leaves_the_evidence(tmp_path: Path):
     done = run(job(tmp_path, checks=Checks(min_disk_free_gb=1e9), swap_bytes=10**18), tmp_path)
     assert done.returncode == 2 and "checks.min_disk_free_gb asks for 1e+09" in done.stderr, done.stderr
-    assert "the optimizer states of this node's ranks take 1000000000.0 GB" in done.stderr
+    assert "what this node's ranks offload takes 1000000000.0 GB" in done.stderr
     assert not (tmp_path / "environment.json").exists()
     assert len(EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems) == 2
 

@@ -98,6 +98,10 @@ LAYOUTS = [
     {"stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"}},
     EVERYTHING,
     {"stages.0.zero": {"stage": 3, "offload_optimizer": "nvme"}, "storage": {"scratch": "/local"}},
+    {
+        "stages.0.zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"},
+        "storage": {"scratch": "/local"},
+    },
     {"stages.0.zero": {"stage": 3, "hierarchical_partition": 2}, "stages.0.gpus_per_node": 2},
     {
         "stages.0.zero": {"stage": 1},

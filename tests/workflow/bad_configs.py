@@ -177,6 +177,33 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             ("with PowerSGD", {"stages.0.communication": {"powersgd": {}}}, ("powersgd with ZeRO stage 3",)),
         )
     ),
+    *(
+        (
+            f"weights on a disk {where}",
+            {
+                "storage": {"scratch": "/local"},
+                "stages.0.gpus_per_node": 2,
+                "stages.0.zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"},
+                **keys,
+            },
+            {},
+            says,
+        )
+        for where, keys, says in (
+            ("that is not named", {"storage": {}}, ("offload_param nvme needs storage.scratch",)),
+            (
+                "beside an optimizer on the GPU",
+                {"stages.0.zero": {"stage": 3, "offload_param": "nvme"}},
+                ("offload_param nvme with the optimizer on the GPU", "set offload_optimizer to cpu or nvme"),
+            ),
+            (
+                "of a split model",
+                {"stages.0.parallel": {"tensor": 2}},
+                ("offload_param nvme with tensor parallelism is not proved here", "set parallel.tensor to 1"),
+            ),
+            ("in fp16", {"stages.0.precision": "fp16"}, ("offload_param nvme with fp16 is not proved here",)),
+        )
+    ),
     ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),
     (
         "sequence beyond the positions",

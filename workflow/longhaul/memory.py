@@ -23,6 +23,8 @@ _MAX_LIVE_PARAMETERS = 1_000_000_000
 SWAP_GROUP = 100_000_000
 # Masters, two moments and gradients of the sub-group at work.
 SWAP_BUFFERS = 4
+# Weights on a disk: partitions that are there at once, of the layer at work and of those that are read ahead.
+SWAP_PARAM_BUFFERS = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _of_pipeline_stage(stage: Stage, sizes: Geometry, world_size: int, dense: in
     weights, gradients, optimizer, host, disk = (sum(part) for part in zip(*states, strict=True))
     activations, offloaded = _activations(stage, sizes)
     partition = dense // data_parallel + experts // (data_parallel // parallel.expert)
-    locked = _swap_buffers(sizes, partition, data_parallel) if disk else 0
+    locked = _swap_buffers(stage, sizes, partition, data_parallel)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -135,13 +137,24 @@ def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, 
         host, disk, optimizer, gradients = gradients, optimizer + 4 * parameters // ranks, 0, 0
     if zero.offload_param == "cpu":
         host, weights = host + weights, 0
+    if zero.offload_param == "nvme":
+        disk, weights = disk + weights, 0
     return weights, gradients, optimizer, host, disk
 
 
-def _swap_buffers(sizes: Geometry, partition: int, ranks: int) -> int:
-    """Of the largest sub-group of a partition of so many elements; a group ends with the parameter that fills it."""
-    last = max(sizes.embedding, sizes.layer_max) // ranks
-    return 4 * SWAP_BUFFERS * min(partition, SWAP_GROUP + last)
+def _swap_buffers(stage: Stage, sizes: Geometry, partition: int, ranks: int) -> int:
+    """Of a partition's largest sub-group, which ends with the parameter that fills it, and of weights that come and go."""
+    last, found = max(sizes.embedding, sizes.layer_max) // ranks, 0
+    if stage.zero.offload_optimizer == "nvme":
+        found += 4 * SWAP_BUFFERS * min(partition, SWAP_GROUP + last)
+    if stage.zero.offload_param == "nvme":
+        found += COMPUTE_BYTES[stage.precision] * SWAP_PARAM_BUFFERS * swap_param_elements(sizes, ranks)
+    return found
+
+
+def swap_param_elements(sizes: Geometry, ranks: int) -> int:
+    """What a buffer must hold of weights on a disk: a rank's part of the largest tensor."""
+    return -(-sizes.tensor_max // ranks)
 
 
 def _update(stage: Stage, parameters: int, ranks: int) -> int:

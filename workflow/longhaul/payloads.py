@@ -90,7 +90,7 @@ def _folders_of(path: Path) -> list[Path]:
 
 
 def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentJob:
-    swapped = [stage for stage in plan.stages if stage.stage.zero.offload_optimizer == "nvme"]
+    swapped = [stage for stage in plan.stages if stage.stage.zero.on_disk]
     memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
     offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
     return EnvironmentJob(

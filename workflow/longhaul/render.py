@@ -19,7 +19,7 @@ from longhaul.artifacts import write_text
 from longhaul.config.sites import Site
 from longhaul.errors import UserError
 from longhaul.jobs import Job, LaunchJob, LaunchStep, StageJob, TokenizeJob, TokenizerJob
-from longhaul.memory import SWAP_BUFFERS, SWAP_GROUP
+from longhaul.memory import SWAP_BUFFERS, SWAP_GROUP, SWAP_PARAM_BUFFERS
 from longhaul.payloads import job_names, outside_folders, payload, stage_environment_job
 from longhaul.plan import Plan, StagePlan
 from longhaul.slurm import SlurmRequest
@@ -240,8 +240,11 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
         # The trainer adds nvme_path: every process has a folder of its own.
         section["offload_optimizer"]["buffer_count"] = SWAP_BUFFERS
         section["sub_group_size"] = SWAP_GROUP
-    if zero.offload_param == "cpu":
-        section["offload_param"] = {"device": "cpu", "pin_memory": zero.pin_memory}
+    if zero.offload_param != "none":
+        section["offload_param"] = {"device": zero.offload_param, "pin_memory": zero.pin_memory}
+    if zero.offload_param == "nvme":
+        # Nothing stays in CPU memory, where DeepSpeed would keep the first billion elements; the trainer adds buffer_size, too.
+        section["offload_param"] |= {"buffer_count": SWAP_PARAM_BUFFERS, "max_in_cpu": 0}
     if zero.hierarchical_partition > 1:
         section["zero_hpz_partition_size"] = zero.hierarchical_partition
     own = [name for name in type(zero).model_fields if name.startswith("stage3_")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class Geometry:
     layer_dense, layer_sparse: parameters of a layer without and of one with routed experts, these left out
     layer_whole: parameters of a layer that tensor parallelism does not split: norms, router, MLA's compressions
     layer_max: parameters of the largest decoder layer
+    tensor_max: parameters of the largest tensor; experts of a layer lie in two
     vocab_size, hidden, layers, heads, positions: as in the config
     sparse: of each layer, whether it has routed experts
     attention_width: heads x (key width + value width) of a layer, for the attention's FLOPs
@@ -71,6 +72,7 @@ class Geometry:
     layer_sparse: int
     layer_whole: int
     layer_max: int
+    tensor_max: int
     vocab_size: int
     hidden: int
     layers: int
@@ -146,6 +148,7 @@ def _count(c: Mapping[str, Any]) -> Geometry:
         layer_sparse=attention + sparse_total - layer_experts,
         layer_whole=_compressions(c) + 2 * hidden + routed - layer_experts,
         layer_max=attention + (sparse_total if any(sparse) else dense_mlp),
+        tensor_max=max(embedding, *_large_tensors(c)),
         vocab_size=c["vocab_size"],
         hidden=hidden,
         layers=layers,
@@ -199,6 +202,19 @@ def _compressions(c: Mapping[str, Any]) -> int:
         return 0
     ranks = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
     return c["hidden_size"] * (ranks + c["qk_rope_head_dim"]) + ranks
+
+
+def _large_tensors(c: Mapping[str, Any]) -> Iterator[int]:
+    """Sizes of a layer's tensors, the small ones left out."""
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    yield hidden * c["intermediate_size"]
+    yield _expert_counts(c)[0] * 2 * hidden * (c.get("moe_intermediate_size") or 0)
+    if _is_latent(c):
+        yield (c.get("q_lora_rank") or hidden) * heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"])
+        yield c["kv_lora_rank"] * heads * (c["qk_nope_head_dim"] + c["v_head_dim"])
+        yield hidden * heads * c["v_head_dim"]
+    else:
+        yield hidden * heads * _head_dim(c)
 
 
 def _mlp(c: Mapping[str, Any], width: int) -> int:

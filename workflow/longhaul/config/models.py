@@ -92,7 +92,10 @@ class Zero(Frozen):
         description="Optimizer states in CPU memory (stage >= 1), or in files below storage.scratch of every node (nvme, "
         "stage 3 only).",
     )
-    offload_param: Literal["none", "cpu"] = Field(default="none", description="Weights in CPU memory (stage 3 only).")
+    offload_param: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="Weights in CPU memory, or in files below storage.scratch of every node (nvme); stage 3 only.",
+    )
     hierarchical_partition: Count = Field(
         default=1,
         description="Stage 3: a second copy of the weights is partitioned over this many neighbouring ranks only (ZeRO++ hpZ), "
@@ -118,6 +121,11 @@ class Zero(Frozen):
         description="Gathered weights stay if they are used again within this many elements: until the backward pass, in a "
         "model that is not larger (stage 3).",
     )
+
+    @property
+    def on_disk(self) -> list[str]:
+        """Which of these keys put something on the nodes' disks."""
+        return [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
 
 
 class PowerSgd(Frozen):

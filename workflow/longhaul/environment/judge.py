@@ -133,23 +133,21 @@ def _op_problems(node: Facts, job: EnvironmentJob) -> list[str]:
 
 
 def _swap_problems(node: Facts, job: EnvironmentJob) -> list[str]:
-    """Of optimizer states that are to lie on the node's disk."""
+    """Of optimizer states or weights that are to lie on the node's disk."""
     swap = node.get("swap")
     if not swap:
         return []
     found, folder = [], f"storage.scratch {swap['folder']}"
     if swap["error"]:
-        found.append(
-            f"{folder} takes no unbuffered writes ({swap['error']}), as zero.offload_optimizer nvme makes them"
-        )
+        found.append(f"{folder} takes no unbuffered writes ({swap['error']}), as offloading to nvme makes them")
     free, lockable = swap["free_bytes"], swap["lockable_bytes"]
     if free is not None and free < job.swap_bytes:
         found.append(
-            f"{folder} has {free / GB:.1f} GB free; the optimizer states of this node's ranks take {job.swap_bytes / GB:.1f} GB"
+            f"{folder} has {free / GB:.1f} GB free; what this node's ranks offload takes {job.swap_bytes / GB:.1f} GB"
         )
     if lockable is not None and lockable < job.locked_bytes:
         found.append(
-            f"a process may lock {lockable / GB:.3f} GB of memory (ulimit -l); zero.offload_optimizer nvme locks "
+            f"a process may lock {lockable / GB:.3f} GB of memory (ulimit -l); offloading to nvme locks "
             f"{job.locked_bytes / GB:.3f} GB in each"
         )
     return found

@@ -75,13 +75,15 @@ def check_offload(stage: Stage, storage: Storage) -> None:
     zero, where = stage.zero, f"stages.{stage.name}.zero"
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         raise UserError(f"{where}.offload_optimizer needs stage >= 1; it is 0", "set stage to 1, 2 or 3")
-    if zero.offload_optimizer == "nvme":
-        _check_swapping(stage, storage, f"{where}.offload_optimizer nvme")
-    if zero.offload_param == "cpu" and zero.stage < 3:
+    if zero.offload_param != "none" and zero.stage < 3:
         raise UserError(
             f"{where}.offload_param needs stage 3; it is {zero.stage} (DeepSpeed would ignore it in silence)",
             "set stage to 3, or offload the optimizer only",
         )
+    for key in zero.on_disk:
+        _check_swapping(stage, storage, f"{where}.{key} nvme")
+    if zero.offload_param == "nvme":
+        _check_swapped_weights(stage, f"{where}.offload_param nvme")
 
 
 def _check_swapping(stage: Stage, storage: Storage, where: str) -> None:
@@ -92,11 +94,21 @@ def _check_swapping(stage: Stage, storage: Storage, where: str) -> None:
         )
     if storage.scratch is None:
         raise UserError(
-            f"{where} needs storage.scratch: states are not written to $TMPDIR or /tmp unasked",
+            f"{where} needs storage.scratch: nothing is written to $TMPDIR or /tmp unasked",
             "set storage.scratch to a folder on a local disk of every node",
         )
     if stage.precision == "fp16":
         raise UserError(f"{where} with fp16 is not proved here", "use bf16 or fp32")
+
+
+def _check_swapped_weights(stage: Stage, where: str) -> None:
+    if stage.zero.offload_optimizer == "none":
+        raise UserError(
+            f"{where} with the optimizer on the GPU is not proved here: masters take more of it than the weights do",
+            "set offload_optimizer to cpu or nvme",
+        )
+    if axes := [axis for axis, ranks in stage.parallel if ranks > 1]:
+        raise UserError(f"{where} with {axes[0]} parallelism is not proved here", f"set parallel.{axes[0]} to 1")
 
 
 def check_site(stage: Stage, site: Site) -> None:

@@ -103,7 +103,7 @@ class Checkpoints:
         state = TrainingState(**read_json(folder / "state.json"))
         saved, planned = _layout_of(manifest), self._layout()
         # DeepSpeed's own load forgets a part of what is swapped, and would have all of it in memory at once.
-        if saved == planned and self._job.stage.zero.offload_optimizer != "nvme":
+        if saved == planned and not self._job.stage.zero.on_disk:
             load_engine(engine, self._processes.grid, folder)
         else:
             load_other_layout(engine, folder)

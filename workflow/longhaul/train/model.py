@@ -21,9 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from longhaul.artifacts import TokenizerManifest, read_json
+from longhaul.config.geometry import geometry
 from longhaul.config.stored_weights import notes
 from longhaul.errors import UserError
 from longhaul.jobs import StageJob
+from longhaul.memory import swap_param_elements
 from longhaul.train.attention import repeat_shared_heads_in_fp32
 from longhaul.train.elastic import write_masters
 from longhaul.train.identity import Start
@@ -62,7 +64,11 @@ def read_deepspeed_config(job: StageJob, processes: Processes | None = None) -> 
     """The rendered ds_config.json with this process' swap folder; the total batch follows from the world size."""
     found = json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
     if processes and processes.swap:
-        found["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(processes.swap)
+        zero = found["zero_optimization"]
+        for key in job.stage.zero.on_disk:
+            zero[key]["nvme_path"] = str(processes.swap)
+        if "offload_param" in job.stage.zero.on_disk:
+            zero["offload_param"]["buffer_size"] = swap_param_elements(geometry(job.model), processes.grid.data)
     return found
 
 

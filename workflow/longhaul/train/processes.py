@@ -85,7 +85,7 @@ def start_processes(job: StageJob) -> Iterator[Processes]:
 
 
 def _swap_folder(job: StageJob, rank: Rank) -> AbstractContextManager[Path | None]:
-    if job.stage.zero.offload_optimizer != "nvme" or job.scratch is None:  # the plan refuses the one without the other
+    if not job.stage.zero.on_disk or job.scratch is None:  # the plan refuses the one without the other
         return nullcontext()
     return swap_folder(job.scratch, f"{job.run}-{job.stage.name}-rank-{rank.rank:05d}")
 

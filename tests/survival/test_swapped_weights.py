@@ -1,0 +1,89 @@
+"""Weights on a disk: a stage trains, is cut off and goes on with the bits of one that has them in memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from parity_table import make_data
+from stages import HALF, STEPS, Leg, train
+from test_elastic import assert_same_state
+
+# DeepSpeed swaps a rank's part of a tensor from 1 MiB on: of two ranks, 524,288 elements in fp32.
+WIDE = {
+    "llama": {
+        "vocab_size": 1024,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+    }
+}
+LARGE_TENSORS = 2 + 2 * 3  # embedding, head, and three of each layer's MLP
+MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}}
+DISK = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}}
+STATES_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu"}}
+ALL_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}}
+STOPPED, SAVED_AGAIN = {"stop_after": HALF}, {"save_again": True}
+
+# Name -> the leg it goes on from, its stage, and what befalls it.
+LEGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "memory whole": ("", MEMORY, {}),
+    "states whole": ("", STATES_ON_DISK, {}),
+    "disk whole": ("", DISK, {}),
+    "disk half": ("", DISK, STOPPED),
+    "disk on": ("disk half", DISK, {}),
+    "all whole": ("", ALL_ON_DISK, {}),
+    "all half": ("", ALL_ON_DISK, STOPPED),
+    "all on": ("all half", ALL_ON_DISK, {}),
+    "disk to the device": ("disk half", {"zero": {"stage": 3}}, SAVED_AGAIN),
+    "disk to ZeRO 1": ("disk half", {}, SAVED_AGAIN),
+    "memory half": ("", MEMORY, STOPPED),
+    "memory to disk": ("memory half", ALL_ON_DISK, SAVED_AGAIN),
+}
+
+
+@pytest.fixture(scope="module")
+def legs(tmp_path_factory: pytest.TempPathFactory, offload_ops: None) -> dict[str, Leg]:
+    """Undisturbed runs, stopped halves, and what became of these."""
+    folder = tmp_path_factory.mktemp("swapped_weights")
+    found = {}
+    for name, (half, stage, befalls) in LEGS.items():
+        takes_over = {"goes_on_from": str(folder / half)} if half else {}
+        found[name] = Leg(folder / name, 2, stage=stage, befalls={**befalls, **takes_over}, model=WIDE)
+    train(make_data(folder / "shared"), *found.values())
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("memory", "disk"), [("memory whole", "disk whole"), ("states whole", "all whole")])
+def test_weights_on_a_disk_train_to_the_bits_of_those_in_memory(legs: dict[str, Leg], memory: str, disk: str):
+    """The optimizer lies in one place: it is updated in other groups on a disk, and its kernel rounds their ends otherwise."""
+    _assert_same_training(legs[memory], legs[disk])
+
+
+def _assert_same_training(memory: Leg, disk: Leg) -> None:
+    assert memory.ended == disk.ended == "finished" and len(disk.losses()) == STEPS
+    assert disk.losses() == memory.losses()
+    assert disk.masters() == memory.masters()
+
+
+@pytest.mark.parametrize("where", ["disk", "all"])
+def test_a_resume_changes_no_bit(legs: dict[str, Leg], where: str):
+    assert legs[f"{where} on"].losses() == legs[f"{where} whole"].losses()
+    assert legs[f"{where} on"].masters() == legs[f"{where} whole"].masters()
+
+
+@pytest.mark.parametrize("move", [name for name in LEGS if " to " in name])
+def test_masters_moments_and_count_are_those_that_were_saved(legs: dict[str, Leg], move: str):
+    assert_same_state(legs[LEGS[move][0]], legs[move], more_than=20)
+
+
+def test_every_large_tensor_is_on_the_disk(legs: dict[str, Leg]):
+    for rank in (0, 1):
+        files = json.loads((legs["disk half"].folder / f"swapped-{rank}.json").read_text())
+        assert len(files) == LARGE_TENSORS and min(files.values()) >= 1 << 20
