@@ -247,8 +247,17 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
         section["offload_param"] |= {"buffer_count": SWAP_PARAM_BUFFERS, "max_in_cpu": 0}
     if zero.hierarchical_partition > 1:
         section["zero_hpz_partition_size"] = zero.hierarchical_partition
-    own = [name for name in type(zero).model_fields if name.startswith("stage3_")]
-    names = ["reduce_bucket_size", *(own if zero.stage == 3 else ["allgather_bucket_size"])]
+    names = ["reduce_bucket_size"]
+    names += (
+        [
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+        ]
+        if zero.stage == 3
+        else ["allgather_bucket_size"]
+    )
     return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
 
 
