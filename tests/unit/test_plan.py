@@ -242,7 +242,8 @@ def test_parameters_are_counted_as_transformers_builds_them(tmp_path: Path, arch
     settings = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
-    assert geometry(config).total == sum(parameter.numel() for parameter in model.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert (geometry(config).total, geometry(config).tensor_max) == (sum(sizes), max(sizes))
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -284,6 +285,18 @@ def test_an_optimizer_on_a_disk_takes_16_bytes_a_parameter_of_it(tmp_path: Path)
     told = payload(plan, "environment")
     assert isinstance(told, EnvironmentJob) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
     assert (told.swap_bytes, told.locked_bytes) == (16 * sizes.total, memory.locked)
+
+
+def test_weights_on_a_disk_leave_the_gpu_and_lock_their_buffers(tmp_path: Path):
+    zero = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}
+    keys = {"storage": {"scratch": "/local"}, "stages.1.zero": zero, "stages.1.gpus_per_node": 2}
+    plan = plan_of(tmp_path, keys)
+    memory, sizes = plan.stage("chat").memory, geometry(plan.config.model.config_dict())
+    assert memory and (memory.weights, memory.optimizer, memory.disk) == (0, 0, 4 * sizes.total // 2)
+    assert memory.locked == 4 * (8 * -(-sizes.tensor_max // 2) + sizes.total // 2) < memory.host
+    told = payload(plan, "environment")
+    assert isinstance(told, EnvironmentJob) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
+    assert (told.swap_bytes, told.locked_bytes) == (4 * sizes.total, memory.locked)
 
 
 def test_logits_take_no_more_than_a_chunk(tmp_path: Path):

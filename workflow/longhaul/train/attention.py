@@ -14,7 +14,7 @@ def repeat_shared_heads_in_fp32() -> None:
 
     Of torch's kernels only flash attention reads shared heads where they are, and it takes half precision alone. Asked for
     that in fp32, torch falls back to the kernel that keeps S x S entries of each head for the backward pass: at 2,048 tokens
-    as much as all other activations of a layer. With the heads repeated it has one that keeps none.
+    more than all other activations of a layer. With the heads repeated it has one that keeps none.
     """
     shares_heads = sdpa_attention.use_gqa_in_sdpa
     if hasattr(shares_heads, "__wrapped__"):
