@@ -61,7 +61,7 @@ def legs(tmp_path_factory: pytest.TempPathFactory, offload_ops: None) -> dict[st
     ("memory", "disk"), [("memory whole", "disk whole"), ("states whole", "all whole"), ("bf16 memory", "bf16 disk")]
 )
 def test_weights_on_a_disk_train_to_the_bits_of_those_in_memory(legs: dict[str, Leg], memory: str, disk: str):
-    """Beside an optimizer in the same place: on a disk its own update rounds otherwise, in the last bit."""
+    """Beside an optimizer in the same place: one on a disk has another sub_group_size, and with it sums round otherwise."""
     assert legs[memory].ended == legs[disk].ended == "finished" and len(legs[disk].losses()) == STEPS
     assert legs[disk].losses() == legs[memory].losses()
     assert legs[disk].masters() == legs[memory].masters()

@@ -18,9 +18,10 @@ LOSS_CHUNK_TOKENS = 2048
 POWERSGD_BUCKET = 25_000_000
 # DeepSpeed's default of stage3_max_live_parameters.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
-# Elements of the sub-groups that are updated one after the other where the optimizer or weights lie on a disk; DeepSpeed's default, ten
+# Elements of the sub-groups that are updated one after the other where the optimizer lies on a disk; DeepSpeed's default, ten
 # times as many, would lock 16 GB of memory for each rank.
 SWAP_GROUP = 100_000_000
+_DEFAULT_GROUP = 1_000_000_000
 # Masters, two moments and gradients of the sub-group at work.
 SWAP_BUFFERS = 4
 # Weights on a disk: partitions that are there at once, of the layer at work and of those that are read ahead.
@@ -144,7 +145,8 @@ def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, 
 
 def _swap_buffers(stage: Stage, sizes: Geometry, partition: int, ranks: int) -> int:
     """Of a partition's largest sub-group, which ends with the parameter that fills it, and of weights that come and go."""
-    group, found = min(partition, SWAP_GROUP + max(sizes.embedding, sizes.layer_max) // ranks), 0
+    size = SWAP_GROUP if stage.zero.offload_optimizer == "nvme" else _DEFAULT_GROUP
+    group, found = min(partition, size + max(sizes.embedding, sizes.layer_max) // ranks), 0
     if stage.zero.offload_optimizer == "nvme":
         found += 4 * SWAP_BUFFERS * group
     if stage.zero.offload_param == "nvme":

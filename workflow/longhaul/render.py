@@ -239,13 +239,12 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     if zero.offload_optimizer == "nvme":
         # The trainer adds nvme_path: every process has a folder of its own.
         section["offload_optimizer"]["buffer_count"] = SWAP_BUFFERS
+        section["sub_group_size"] = SWAP_GROUP
     if zero.offload_param != "none":
         section["offload_param"] = {"device": zero.offload_param, "pin_memory": zero.pin_memory}
     if zero.offload_param == "nvme":
         # Nothing stays in CPU memory, where DeepSpeed would keep the first billion elements; the trainer adds buffer_size, too.
         section["offload_param"] |= {"buffer_count": SWAP_PARAM_BUFFERS, "max_in_cpu": 0}
-    if zero.on_disk:
-        section["sub_group_size"] = SWAP_GROUP
     if zero.hierarchical_partition > 1:
         section["zero_hpz_partition_size"] = zero.hierarchical_partition
     names = ["reduce_bucket_size"]
