@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from corpora import conversation, dataset, make_shards, text, write_jsonl
 from longhaul.artifacts import TokenizerManifest
-from longhaul.data import encoders
+from longhaul.data import choice
 from longhaul.data.chat import ChatTemplate, without_reasoning
-from longhaul.data.encoders import Fast, Reference, Rows, choose, with_added
+from longhaul.data.choice import Choice, choose, hard_ids
+from longhaul.data.encoders import Fast, Reference, Rows, with_added
 from longhaul.data.hard_texts import hard_texts
 from longhaul.errors import UserError
 from longhaul.render import REPOSITORY
@@ -50,8 +52,12 @@ def bpe(folder: Path, **parts: Any) -> Path:
     return save(folder, tokenizer)
 
 
+def chosen(folder: Path, sample: Sequence[str] = ()) -> Choice:
+    return choose(folder, list(hard_ids(folder)), sample)
+
+
 def test_the_runs_own_tokenizer_is_encoded_fast(tokenizer_folder: Path):
-    assert choose(folder_of(tokenizer_folder), [text(1)]) == ("gigatoken", "")
+    assert chosen(folder_of(tokenizer_folder), [text(1)]) == ("gigatoken", "")
 
 
 def test_hard_texts_give_autotokenizers_ids(tokenizer_folder: Path):
@@ -77,7 +83,7 @@ def test_hard_texts_have_every_character_alone_as_well():
 def test_added_special_tokens_are_the_references(tmp_path: Path):
     post = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     folder = bpe(tmp_path / "t", post_processor=post)
-    assert choose(folder, []) == ("gigatoken", "")
+    assert chosen(folder) == ("gigatoken", "")
     rows = Fast(folder, Reference(folder)).encode(["the ship", "", "sails <s> on"])
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(["the ship", "", "sails <s> on"])
     assert rows.tokens.tolist() == [number for row in theirs["input_ids"] for number in row]
@@ -95,13 +101,13 @@ UNFIT: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("make", "reason"), UNFIT.values(), ids=UNFIT)
 def test_other_models_are_left_to_the_reference(tmp_path: Path, make: Any, reason: str):
-    choice = choose(save(tmp_path / "t", make()), [])
-    assert choice.name == "tokenizers" and reason in choice.reason
+    name, why = chosen(save(tmp_path / "t", make()))
+    assert name == "tokenizers" and reason in why
 
 
 def test_a_normalizer_that_rewrites_text_is_left_to_the_reference(tmp_path: Path):
     folder = bpe(tmp_path / "t", normalizer=normalizers.Lowercase())
-    assert choose(folder, []) == ("tokenizers", "normalizer Lowercase")
+    assert chosen(folder) == ("tokenizers", "normalizer Lowercase")
 
 
 def off_by_one(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
@@ -134,7 +140,7 @@ def test_a_difference_found_in_a_unit_makes_the_whole_dataset_anew(
 ):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(300)))
     honest = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(unit_mb=0.02))
-    monkeypatch.setattr(encoders, "hard_texts", lambda tokens: [])
+    monkeypatch.setattr(choice, "_hard_texts", lambda folder: [])
     monkeypatch.setattr("longhaul.data.corpus._sample", lambda *arguments: [])
     off_by_one(monkeypatch, "Document 25")
     monkeypatch.setattr("longhaul.data.encoding._CHECKED_PER_BATCH", 1000)

@@ -15,7 +15,7 @@ import pytest
 
 from corpora import dataset, make_shards, text, tokenize_job, write_jsonl
 from longhaul.artifacts import DataManifest, EncodedShare
-from longhaul.data import encoders, tokenize
+from longhaul.data import choice, tokenize
 from longhaul.data.scan import KEYS
 from longhaul.data.work import RECORD
 from longhaul.errors import UserError
@@ -133,7 +133,7 @@ def test_a_difference_that_one_job_finds_holds_for_all(
     """Whichever share the document is in: those that were encoded before by the fast encoder do not count."""
     files = files_of(tmp_path)
     honest = make_shards(tmp_path / "honest", tokenizer_folder, files, dataset(**SETTINGS))
-    monkeypatch.setattr(encoders, "hard_texts", lambda tokens: [])
+    monkeypatch.setattr(choice, "_hard_texts", lambda folder: [])
     monkeypatch.setattr("longhaul.data.corpus._sample", lambda *arguments: [])
     monkeypatch.setattr("longhaul.data.encoding._CHECKED_PER_BATCH", 1000)
     job = tokenize_job(tmp_path / "shared", tokenizer_folder, files, dataset(**SETTINGS))

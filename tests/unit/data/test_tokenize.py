@@ -69,7 +69,7 @@ def test_any_documents_come_out_whole_and_in_order(
     """Wherever files are cut into units, and equal files and documents included; the proof has tests of its own."""
     tokenizer, manifest = tokenizer_of(tokenizer_folder)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longhaul.data.encoders.hard_texts", lambda tokens: [])
+        patch.setattr("longhaul.data.choice._hard_texts", lambda folder: [])
         paths = [write_jsonl(Path(name) / f"{i}.jsonl", "text", texts) for i, texts in enumerate(files)]
         # Smaller units than a config may ask for, so that small files are cut.
         settled = dataset(validation_share=validation_share).model_copy(update={"unit_mb": unit_bytes / 1e6})

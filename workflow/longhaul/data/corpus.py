@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts import Survey, TokenizerManifest, content_hash, read_json, write_json
-from longhaul.data.encoders import Choice, Fast, Reference, choose
+from longhaul.data.choice import Choice, choose
+from longhaul.data.encoders import Fast, Reference, Rows
 from longhaul.data.readers import Document, columns_of, documents_of, texts
 from longhaul.data.units import Source, Unit, cut
 from longhaul.data.work import Task
@@ -20,7 +21,7 @@ from longhaul.errors import UserError
 from longhaul.jobs import TokenizeJob
 from longhaul.shared_files import appears
 
-_LAYOUT_VERSION = 5
+_LAYOUT_VERSION = 6
 _SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
 
 
@@ -39,11 +40,12 @@ class Corpus:
         job: TokenizeJob,
         tokenizer: TokenizerManifest,
         sources: tuple[Source, ...],
+        hard: Sequence[Rows],
         parts: int,
         each: Callable[..., Iterable[str]],
     ) -> Corpus:
-        """Tries the fast encoder, in `parts` by `each` as longhaul.data.encoders.choose does."""
-        return cls(job, tokenizer, sources, choose(Path(tokenizer.path), _sample(job, sources), parts, each))
+        """Tries the fast encoder as longhaul.data.choice.choose does."""
+        return cls(job, tokenizer, sources, choose(Path(tokenizer.path), hard, _sample(job, sources), parts, each))
 
     @classmethod
     def surveyed(cls, job: TokenizeJob, tokenizer: TokenizerManifest, path: Path) -> Corpus:

@@ -1,7 +1,7 @@
 """Texts -> ids, by two encoders that must agree: `tokenizers` (the reference, which AutoTokenizer runs) and gigatoken.
 
 gigatoken reads byte-level BPE alone and is some thirty times faster. It is believed only as far as it is checked:
-`choose` compares both on hard texts and on a sample of the corpus, and every batch compares pieces of a few documents again.
+longhaul.data.choice compares both on hard texts and on a sample of the corpus, and every unit on pieces of its documents.
 N tokens, D texts.
 """
 
@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-
-from longhaul.data.hard_texts import hard_texts
 
 Span = tuple[int, int]
 
@@ -56,7 +53,7 @@ class Reference:
         return Tokenizer.from_str(_without_post_processor(self._folder))
 
     def load(self) -> None:
-        """Now, that is."""
+        """Now, that is, and for the processes that are forked later."""
         _ = self._tokenizer
 
     def encode(self, texts: Sequence[str]) -> Rows:
@@ -150,58 +147,6 @@ def settings_of(folder: Path) -> Settings:
     return Settings(_unfit(found), found.get("post_processor"), added)
 
 
-class Choice(NamedTuple):
-    """The encoder of a dataset by name, and why it is not the fast one ("" if it is)."""
-
-    name: str
-    reason: str
-
-
-@lru_cache(maxsize=4)
-def open_encoder(folder: Path, name: str) -> tuple[Reference | Fast, Reference]:
-    """The named encoder of a tokenizer folder, and the reference; kept, as loading them takes half a second."""
-    reference = Reference(folder)
-    return (Fast(folder, reference) if name == Fast.name else reference), reference
-
-
-def load_encoders(folder: Path) -> None:
-    """Loads what open_encoder opens, for the processes that are forked later, too."""
-    try:
-        import awkward  # noqa: F401 - gigatoken does it at its first batch
-
-        open_encoder(folder, Fast.name)[1].load()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # a tokenizer at which gigatoken's Rust half panics is left to the reference
-        return
-
-
-def choose(folder: Path, sample: Sequence[str], parts: int = 1, each: Callable[..., Iterable[str]] = map) -> Choice:
-    """The fast encoder where it can read the tokenizer and gives the reference's ids for hard texts and the sample.
-
-    The texts are compared in `parts`, by `each`: a pool's map shares them out.
-    """
-    if reason := settings_of(folder).unfit:
-        return Choice(Reference.name, reason)
-    objections = each(_objection, repeat(folder), repeat(sample), range(parts), repeat(parts, parts))
-    reason = next(filter(None, objections), "")
-    return Choice(Reference.name, reason) if reason else Choice(Fast.name, "")
-
-
-def _objection(folder: Path, sample: Sequence[str], part: int, parts: int) -> str:
-    """Why the fast encoder is not to be used, as far as this part of the texts shows it; "" for no reason."""
-    texts = [*hard_texts(settings_of(folder).added_tokens), *sample][part::parts]
-    try:
-        fast, reference = open_encoder(folder, Fast.name)
-    # Whatever its Rust half meets is a reason not to use it.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        return f"gigatoken cannot read this tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}"
-    assert isinstance(fast, Fast)
-    return first_difference(fast, reference, texts)
-
-
 def _unfit(settings: dict[str, Any]) -> str:
     """Why a tokenizer.json is not gigatoken's to read; "" when it is."""
     model, normalizer = settings["model"], settings.get("normalizer")
@@ -214,9 +159,21 @@ def _unfit(settings: dict[str, Any]) -> str:
     return f"normalizer {odd[0]}" if odd else ""
 
 
-def first_difference(fast: Fast, reference: Reference, texts: Sequence[str]) -> str:
-    """What the encoders disagree on first, for people; "" when all ids are equal."""
-    ours, theirs = fast.encode(texts), reference.encode(texts)
+@lru_cache(maxsize=4)
+def open_reference(folder: Path) -> Reference:
+    """Of a tokenizer folder; kept, as loading it takes a fifth of a second."""
+    return Reference(folder)
+
+
+@lru_cache(maxsize=4)
+def open_fast(folder: Path) -> Fast:
+    """Of a tokenizer folder; kept, as loading it takes half a second."""
+    return Fast(folder, open_reference(folder))
+
+
+def first_difference(fast: Fast, reference: Reference, texts: Sequence[str], theirs: Rows | None = None) -> str:
+    """What the encoders disagree on first, for people; "" when all ids are equal. theirs: the reference's, where known."""
+    ours, theirs = fast.encode(texts), theirs or reference.encode(texts)
     if np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.tokens, theirs.tokens):
         return ""
     for text in texts:

@@ -13,15 +13,16 @@ import xxhash
 from longhaul.artifacts import TokenizerManifest, canonical_json
 from longhaul.config.datasets import Dataset
 from longhaul.data.chat import ChatTemplate, without_reasoning
-from longhaul.data.encoders import Fast, first_difference, open_encoder, with_added
+from longhaul.data.encoders import Fast, first_difference, open_fast, open_reference, with_added
 from longhaul.data.indexed import token_dtype
 from longhaul.data.readers import Document, texts
 from longhaul.data.rows import BadData
 
-_BATCH_CHARACTERS = 2 << 20
+_BATCH_CHARACTERS = 1 << 20  # beside its ids it fits a core's cache
 _BATCH_DOCUMENTS = 8192
 _CHECKED_PER_BATCH = 4
-_CHECKED_CHARACTERS = 500
+_CHECKED_CHARACTERS = 250
+_CHECKED_AT_ONCE = 256
 
 
 _MOST_BYTES = {
@@ -57,7 +58,10 @@ class Encoder:
 
     def __init__(self, manifest: TokenizerManifest, dataset: Dataset, encoder: str) -> None:
         folder = Path(manifest.path)
-        self._encoder, self._reference = open_encoder(folder, encoder)
+        self._reference = open_reference(folder)
+        self._encoder = open_fast(folder) if encoder == Fast.name else self._reference
+        self._vocab_size = manifest.vocab_size
+        self._pieces: list[str] = []
         self._most_bytes = _MOST_BYTES[encoder, dataset.kind]
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
@@ -65,7 +69,7 @@ class Encoder:
         self._reasoning_in_loss = dataset.reasoning_in_loss
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
-        """Ids of each document; what a chat template refuses is left out. EncodersDisagree as the class says."""
+        """Ids of each document; what a chat template refuses is left out. EncodersDisagree as `check`, now or later."""
         left_out = [self._too_long(document) for document in documents if self._is_too_long(document)]
         documents = [document for document in documents if not self._is_too_long(document)] if left_out else documents
         if self._template is None:
@@ -76,12 +80,16 @@ class Encoder:
             kept, rendered, refused = self._render(self._template, documents)
             left_out += refused
         written = [text for text, _ in rendered]
-        self._check(written)
+        if isinstance(self._encoder, Fast):
+            self._pieces += _pieces(written)
+            if len(self._pieces) >= _CHECKED_AT_ONCE:
+                self.check()
         if self._template is None:
             # BOS where the tokenizer adds one, then EOS, once.
             rows, mask = with_added(self._encoder.encode(written), (), (), self._eos_id), None
         else:
             rows, mask = self._encoder.encode_with_mask(written, [spans for _, spans in rendered])
+        self._require_known(rows.tokens)
         return Encoded(
             tokens=rows.tokens.astype(self._dtype) if self._dtype.itemsize < 4 else rows.tokens.view(self._dtype),
             lengths=rows.lengths.astype(np.int32),
@@ -114,11 +122,19 @@ class Encoder:
             kept.append(document)
         return kept, rendered, left_out
 
-    def _check(self, texts: Sequence[str]) -> None:
-        """Compares some of the batch with the reference."""
-        if isinstance(self._encoder, Fast) and (
-            difference := first_difference(self._encoder, self._reference, list(_pieces(texts)))
-        ):
+    def _require_known(self, tokens: np.ndarray) -> None:
+        largest = int(tokens.max(initial=0))
+        if largest >= self._vocab_size:
+            self.check()
+            raise EncodersDisagree(f"{self._encoder.name} gives id {largest} of a vocabulary of {self._vocab_size}")
+
+    def check(self) -> None:
+        """Compares pieces of what was encoded since the last time with the reference; EncodersDisagree.
+
+        All at once, as the reference takes twice as long while its vocabulary is not in the cache.
+        """
+        pieces, self._pieces = self._pieces, []
+        if isinstance(self._encoder, Fast) and (difference := first_difference(self._encoder, self._reference, pieces)):
             raise EncodersDisagree(difference)
 
 
@@ -167,7 +183,8 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _size(document: Document) -> int:
     """Characters."""
-    return sum(map(len, texts(document)))
+    content = document.content
+    return len(content) if isinstance(content, str) else sum(map(len, texts(document)))
 
 
 def _size_bytes(document: Document) -> int:

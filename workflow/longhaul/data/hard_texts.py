@@ -53,13 +53,13 @@ def hard_texts(special_tokens: Sequence[str]) -> list[str]:
 
 
 def _blocks() -> Iterator[str]:
-    """Every assigned character in rows of 256: run together, and each on its own between words. Planes 4 to 13 are empty."""
+    """Every assigned character in rows of 256: run together, then each on its own between words. Planes 4 to 13 are empty."""
+    rows: list[list[str]] = []
     for start in (*range(0, 0x40000, 256), *range(0xE0000, sys.maxunicode, 256)):
-        row = [chr(code) for code in range(start, start + 256)]
-        row = [character for character in row if unicodedata.category(character) not in ("Cn", "Cs", "Co")]
-        if row:
-            yield "".join(row)
-            yield " ".join(row)
+        row = map(chr, range(start, start + 256))
+        rows.append([character for character in row if unicodedata.category(character) not in ("Cn", "Cs", "Co")])
+    yield from map("".join, filter(None, rows))
+    yield from map(" ".join, filter(None, rows))
     yield "\ue000\uf8ff\U000f0000\U0010fffd"
 
 

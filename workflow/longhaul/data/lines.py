@@ -62,7 +62,7 @@ def _lines(part: Part, max_bytes: int) -> Iterator[tuple[Line, bytes | None, int
             is_long = len(line) > max_bytes and not line.endswith(b"\n")
             if is_long:
                 position += _rest_of_line(stream)
-            if is_long or line.strip():
+            if is_long or not line.isspace():
                 yield Line(part.path, number, first), None if is_long else line, position if is_plain else raw.tell()
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 
+from longhaul.data.choice import Choice
 from longhaul.data.corpus import Corpus
-from longhaul.data.encoders import Choice
 from longhaul.data.encoding import EncodersDisagree
 from longhaul.data.progress import Counters, Progress
 from longhaul.data.scan import Scan, scan_unit
@@ -39,9 +39,15 @@ def worker_count(source_bytes: int, most: int) -> int:
 @contextmanager
 def hashed(files: Sequence[str], file_format: str, workers: int) -> Iterator[Iterable[Source]]:
     """The files as sources, hashed by up to `workers` processes from now on; UserError as Source.of raises it."""
-    with _pool(min(workers, len(files))) if files and workers > 1 else nullcontext() as pool:
-        each = pool.map if pool else map
+    with aside(min(workers, len(files)) if workers > 1 else 0) as each:
         yield each(Source.of, files, repeat(file_format))
+
+
+@contextmanager
+def aside(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A map that so many processes begin with while this one does something else; of none, this one when it is asked."""
+    with _pool(processes) if processes else nullcontext() as pool:
+        yield pool.map if pool else map
 
 
 class Makers:

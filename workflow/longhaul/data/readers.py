@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longhaul.config.datasets import Dataset
 from longhaul.data.formats import rows
@@ -18,8 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text, or one conversation as [{"role", "content", …}].
 
     where:    "file:line" or "file row n" when printed, for error messages.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ class BadData(UserError):
         return error
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A line's place: the number is counted from where reading began, and turned into the file's when it is printed."""
 
     path: Path

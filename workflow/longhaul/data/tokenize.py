@@ -22,14 +22,15 @@ import numpy as np
 
 from longhaul.artifacts import DataManifest, EncodedShare, TokenizerManifest, content_hash
 from longhaul.data import mixing
+from longhaul.data.choice import Choice, hard_ids, load_fast, load_reference
 from longhaul.data.corpus import Corpus
-from longhaul.data.encoders import Choice, load_encoders
+from longhaul.data.encoders import Rows
 from longhaul.data.indexed import ShardReader, token_dtype
-from longhaul.data.makers import Makers, hashed, worker_count
+from longhaul.data.makers import Makers, aside, hashed, worker_count
 from longhaul.data.readers import no_documents
 from longhaul.data.scan import Scan
 from longhaul.data.screen import screen
-from longhaul.data.units import Unit, share_of
+from longhaul.data.units import Source, Unit, share_of
 from longhaul.data.work import SPLITS, Task, read_record, remove_leftovers
 from longhaul.errors import DISK_FULL, DiskFull, UserError
 from longhaul.jobs import EncodeJob, TokenizeJob
@@ -76,20 +77,30 @@ def _at_work(job: TokenizeJob, name: str, shares: int = 1) -> Iterator[tuple[Cor
     scan = Scan.of(job.dataset, job.evaluation)  # before a pool is forked: its processes share the evaluation texts
     size = sum(Path(file).stat().st_size for file in job.files if Path(file).exists())
     workers = worker_count(size // shares, job.workers)
-    with hashed(() if job.survey else job.files, job.dataset.format, workers) as hashing:
-        load_encoders(Path(tokenizer.path))  # meanwhile, and before the makers are forked, which share them
-        sources = tuple(hashing)
+    sources, hard = _begun(job, Path(tokenizer.path), workers)
     with Makers.start(name, workers) as makers:
         try:
             if job.survey:
                 corpus = Corpus.surveyed(job, tokenizer, Path(job.survey))
             else:
-                corpus = Corpus.survey(job, tokenizer, sources, makers.parts, makers.each)
+                corpus = Corpus.survey(job, tokenizer, sources, hard, makers.parts, makers.each)
             corpus.root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(corpus.root)
             yield corpus, scan, makers
         except OSError as error:
             raise _unwritten(error, job) from None
+
+
+def _begun(job: TokenizeJob, tokenizer: Path, workers: int) -> tuple[tuple[Source, ...], tuple[Rows, ...]]:
+    """Loads both encoders, which makers that are forked later share; other processes hash the sources meanwhile, and
+    encode hard texts with the reference. Sources and ids; none for a job that finds them surveyed.
+    """
+    with hashed(() if job.survey else job.files, job.dataset.format, workers) as hashing:
+        load_reference(tokenizer)
+        with aside(workers if workers > 1 and not job.survey else 0) as each:
+            hard = () if job.survey else hard_ids(tokenizer, workers, each)
+            load_fast(tokenizer)
+            return tuple(hashing), tuple(hard)
 
 
 def _unwritten(error: OSError, job: TokenizeJob) -> UserError:
@@ -139,7 +150,8 @@ def _screened(
     """Without duplicates and evaluation texts, where the dataset asks for it."""
     if not scan.is_needed and task.dataset.deduplicate == "none":
         return manifest
-    screened, token_counts = screen(manifest, task, units, scan, _token_counts(records))
+    counts = _token_counts(records, task.tokenizer.vocab_size)
+    screened, token_counts = screen(manifest, task, units, scan, counts)
     return replace(screened, unigram_entropy_nats=unigram_entropy(token_counts))
 
 
@@ -174,15 +186,16 @@ def _manifest(
             for source, count in zip(corpus.sources, documents, strict=True)
         ],
         skipped=dict(sorted(skipped.items())),
-        unigram_entropy_nats=unigram_entropy(_token_counts(records)),
+        unigram_entropy_nats=unigram_entropy(_token_counts(records, task.tokenizer.vocab_size)),
         encoder=choice._asdict(),
     )
 
 
-def _token_counts(records: Sequence[dict[str, Any]]) -> np.ndarray:
-    total = np.zeros(len(records[0]["token_counts"]), dtype=np.int64)
+def _token_counts(records: Sequence[dict[str, Any]], vocab_size: int) -> np.ndarray:
+    """[vocabulary] int64: how often each token is in the training loss."""
+    total = np.zeros(vocab_size, dtype=np.int64)
     for record in records:
-        total += record["token_counts"]
+        total[record["token_ids"]] += record["token_counts"]
     return total
 
 
