@@ -34,9 +34,7 @@ def load_fast(folder: Path) -> None:
     if settings_of(folder).unfit:
         return
     try:
-        import awkward  # noqa: F401 - gigatoken does it at its first batch
-
-        open_fast(folder)
+        open_fast(folder).encode(["a"])  # its first batch imports awkward and makes tables
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # a tokenizer at which gigatoken's Rust half panics is left to the reference
