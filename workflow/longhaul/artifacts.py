@@ -184,7 +184,7 @@ class DataManifest(Artifact):
               the sums are then without them
     sources:  [{"path", "bytes", "sha256", "documents"}]
     skipped:  reason -> number of documents left out or passed over
-    unigram_entropy_nats: entropy of the training split's token frequencies, in nats (the loss of a model that only counts)
+    unigram_entropy_nats: of the training split's tokens (longhaul.data.entropy): the loss of a model that only counts
     mixture:  [{"weight": whole number, "manifest": a DataManifest's fields}] where the samples are those of other datasets
     encoder:  {"name": "gigatoken" or "tokenizers", "reason": why it is not the fast one, "" if it is}
     """

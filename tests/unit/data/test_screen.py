@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 
 from corpora import WORDS, conversation, dataset, make_shards, text, write_jsonl
 from longhaul.artifacts import DataManifest
+from longhaul.data.entropy import entropy
 from longhaul.data.indexed import SplitReader, SplitWriter
 from longhaul.data.samples import Samples
 from longhaul.data.scan import band_hashes
 from longhaul.data.screen import dropped_table, first_alike
-from longhaul.data.tokenize import unigram_entropy
 from longhaul.data.words import runs, words
 from longhaul.errors import UserError
 
@@ -219,7 +219,7 @@ def test_entropy_is_of_what_stays(tmp_path: Path, tokenizer_folder: Path):
     made = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_share=0))
     reader = SplitReader(Path(made.path), made.splits["train"], with_mask=False)
     counts = np.bincount(reader.tokens(0, reader.token_count))
-    assert made.unigram_entropy_nats == pytest.approx(unigram_entropy(counts), abs=1e-12)
+    assert made.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)
 
 
 def test_a_dataset_of_nothing_but_evaluation_texts_is_refused(tmp_path: Path, tokenizer_folder: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -15,8 +16,8 @@ from tokenizers import Tokenizer
 
 from corpora import conversation, dataset, make_shards, text, write_jsonl
 from longhaul.artifacts import DataManifest, TokenizerManifest, file_sha256
+from longhaul.data.entropy import entropy, unigram_entropy
 from longhaul.data.indexed import SplitReader
-from longhaul.data.tokenize import unigram_entropy
 from longhaul.errors import UserError
 
 
@@ -92,9 +93,30 @@ def test_order_within_a_split_is_the_files(text_shards: DataManifest, tokenizer_
 
 def test_entropy_is_that_of_the_training_tokens(text_shards: DataManifest):
     counts = np.bincount(stream(text_shards, "train"))
-    assert text_shards.unigram_entropy_nats == pytest.approx(unigram_entropy(counts), rel=1e-12)
-    assert unigram_entropy(np.array([5, 5, 5, 5])) == pytest.approx(np.log(4))
-    assert unigram_entropy(np.array([7, 0])) == 0.0
+    assert text_shards.unigram_entropy_nats == pytest.approx(entropy(counts), rel=1e-12)
+    assert entropy(np.array([5, 5, 5, 5])) == pytest.approx(np.log(4))
+    assert entropy(np.array([7, 0])) == 0.0
+
+
+def test_entropy_of_a_large_split_is_that_of_an_even_sample(chat_shards: DataManifest, monkeypatch: pytest.MonkeyPatch):
+    reader = SplitReader(Path(chat_shards.path), chat_shards.splits["train"], with_mask=True)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("longhaul.data.entropy._SAMPLED_TOKENS", reader.token_count // 2)
+    monkeypatch.setattr("longhaul.data.entropy._STRETCHES", 8)
+    honest = reader.loss_tokens
+    monkeypatch.setattr(reader, "loss_tokens", lambda start, stop: asked.append((start, stop)) or honest(start, stop))
+    assert unigram_entropy(reader) == pytest.approx(chat_shards.unigram_entropy_nats, abs=0.2)
+    assert len(asked) == 8 and asked[0][0] == 0 and asked[-1][1] == reader.token_count
+    assert {stop - start for start, stop in asked} == {reader.token_count // 2 // 8}
+    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(asked))
+
+
+def test_tokens_in_the_loss_are_those_of_the_mask(chat_shards: DataManifest):
+    reader = SplitReader(Path(chat_shards.path), chat_shards.splits["train"], with_mask=True)
+    mask = np.concatenate([reader.document(number)[1] for number in range(reader.document_count)])
+    start, stop = 7, reader.token_count - 5
+    expected = reader.tokens(start, stop)[mask[start:stop] == 1]
+    assert 0 < len(expected) < stop - start and reader.loss_tokens(start, stop).tolist() == expected.tolist()
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path, tokenizer_folder: Path):

@@ -23,6 +23,7 @@ import numpy as np
 from longhaul.errors import UserError
 
 MAX_SHARD_BYTES = 256_000_000
+_WRITTEN_OUT_BYTES = 4_000_000
 _MOST_OPEN_SHARDS = 4096
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -45,16 +46,18 @@ class _HashedFile:
     def __init__(self, path: Path) -> None:
         self._stream = path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._told = 0
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[self._stream.write(rest) :]
         self._hash.update(data)
-        # Linux begins to write such pages out: closing has less to wait for.
-        os.posix_fadvise(self._stream.fileno(), self._bytes, len(data), os.POSIX_FADV_DONTNEED)
         self._bytes += len(data)
+        if self._bytes - self._told >= _WRITTEN_OUT_BYTES:
+            # Linux begins to write such pages out: closing has less to wait for.
+            os.posix_fadvise(self._stream.fileno(), self._told, self._bytes - self._told, os.POSIX_FADV_DONTNEED)
+            self._told = self._bytes
 
     def close(self) -> str:
         os.fsync(self._stream.fileno())
@@ -218,19 +221,28 @@ class SplitReader:
     def read(self, start: int, into: np.ndarray) -> None:
         """As `tokens`, written over `into` [any length]."""
         filled = 0
-        for piece in self._pieces(start, start + len(into)):
+        for shard, place in self._pieces(start, start + len(into)):
+            piece = shard.tokens[place]
             into[filled : filled + len(piece)] = piece
             filled += len(piece)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Views of the shards."""
+    def loss_tokens(self, start: int, stop: int) -> np.ndarray:
+        """[at most stop - start]: as `tokens`, those that are in the loss."""
+        pieces = (
+            shard.tokens[place] if shard.mask is None else shard.tokens[place][shard.mask[place] == 1]
+            for shard, place in self._pieces(start, stop)
+        )
+        return np.concatenate([np.empty(0, np.uint16), *pieces])
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[ShardReader, slice]]:
+        """Shards, and the places of their tokens."""
         for first, last in self._dropped.stretches(start, stop):
             place = first
             index = int(np.searchsorted(self._token_ends, place, side="right"))
             while place < last:
-                end = int(self._token_ends[index])
-                shard = self._shard(index).tokens
-                yield shard[len(shard) - (end - place) :][: last - place]
+                end, shard = int(self._token_ends[index]), self._shard(index)
+                first_token = len(shard.tokens) - (end - place)
+                yield shard, slice(first_token, first_token + min(last, end) - place)
                 place, index = min(last, end), index + 1
 
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:

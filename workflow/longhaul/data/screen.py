@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from longhaul.artifacts import DataManifest, atomic_path, content_hash, write_text
-from longhaul.data.indexed import ShardReader
+from longhaul.data.entropy import unigram_entropy
+from longhaul.data.indexed import ShardReader, SplitReader
 from longhaul.data.scan import BANDS, HITS, KEYS, Hit, Scan
 from longhaul.data.units import Unit
 from longhaul.data.work import SPLITS, Task, read_keys
@@ -40,13 +41,10 @@ class Verdict:
         return {name: int(count) for name, count in zip(REASONS, counts, strict=True) if count}
 
 
-def screen(
-    manifest: DataManifest, task: Task, units: Sequence[Unit], scan: Scan, token_counts: np.ndarray
-) -> tuple[DataManifest, np.ndarray]:
-    """The manifest without what is passed over, and the token counts [vocabulary] of the training loss without it.
-
-    UserError when no document stays.
-    """
+def screen(manifest: DataManifest, task: Task, units: Sequence[Unit], scan: Scan) -> DataManifest:
+    """The manifest without what the dataset has passed over, if anything. UserError when no document stays."""
+    if not scan.is_needed and task.dataset.deduplicate == "none":
+        return manifest
     verdict = judge(task, units, scan)
     if verdict.reason.all():
         raise UserError(
@@ -62,13 +60,15 @@ def screen(
     splits = {}
     for split, chosen in zip(SPLITS, (~is_validation, is_validation), strict=True):
         passed_over = verdict.reason[chosen] > 0
-        splits[split], counted = _drop(manifest, split, passed_over, folder, len(token_counts))
-        if split == "train":
-            token_counts = token_counts - counted
+        splits[split] = _drop(manifest, split, passed_over, folder)
     skipped = {**manifest.skipped, **verdict.counts()}
     return replace(
-        manifest, splits=splits, skipped=dict(sorted(skipped.items())), hash=named.split("-")[1]
-    ), token_counts
+        manifest,
+        splits=splits,
+        skipped=dict(sorted(skipped.items())),
+        hash=named.split("-")[1],
+        unigram_entropy_nats=unigram_entropy(SplitReader(task.root, splits["train"], manifest.kind == "chat")),
+    )
 
 
 def judge(task: Task, units: Sequence[Unit], scan: Scan) -> Verdict:
@@ -130,20 +130,17 @@ def first_alike(bands: Sequence[Callable[[], np.ndarray]], count: int) -> np.nda
             return labels
 
 
-def _drop(
-    manifest: DataManifest, split: str, passed_over: np.ndarray, folder: Path, vocabulary: int
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Writes the split's file; returns its entry in the manifest, and how often each token was in the loss that is gone."""
+def _drop(manifest: DataManifest, split: str, passed_over: np.ndarray, folder: Path) -> dict[str, Any]:
+    """Writes the split's file; returns its entry in the manifest."""
     entry, root, is_chat = manifest.splits[split], Path(manifest.path), manifest.kind == "chat"
     if not passed_over.any():
-        return entry, np.zeros(vocabulary, np.int64)
-    lengths, counted, document = [], np.zeros(vocabulary, np.int64), 0
+        return entry
+    lengths, loss_tokens, document = [], 0, 0
     for shard in entry["shards"]:
         reader = ShardReader(root / shard["prefix"], is_chat)
         gone = passed_over[document : document + len(reader.lengths)]
         of_tokens = np.repeat(gone, reader.lengths)
-        in_loss = of_tokens if reader.mask is None else of_tokens & (reader.mask == 1)
-        counted += np.bincount(reader.tokens[in_loss], minlength=vocabulary)
+        loss_tokens += int(of_tokens.sum() if reader.mask is None else reader.mask[of_tokens].sum())
         lengths.append(reader.lengths)
         document += len(reader.lengths)
     table = dropped_table(np.concatenate(lengths), passed_over)
@@ -154,8 +151,8 @@ def _drop(
         "dropped": f"{folder.name}/{split}.npy",
         "documents": entry["documents"] - table.shape[1],
         "tokens": entry["tokens"] - int(table[2, -1]),
-        "loss_tokens": entry["loss_tokens"] - int(counted.sum()),
-    }, counted
+        "loss_tokens": entry["loss_tokens"] - loss_tokens,
+    }
 
 
 def dropped_table(lengths: np.ndarray, passed_over: np.ndarray) -> np.ndarray:

@@ -13,19 +13,17 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from longhaul.artifacts import DataManifest, EncodedShare, TokenizerManifest, content_hash
 from longhaul.data import mixing
 from longhaul.data.choice import Choice, hard_ids, load_fast, load_reference
 from longhaul.data.corpus import Corpus
 from longhaul.data.encoders import Rows
-from longhaul.data.indexed import ShardReader, token_dtype
+from longhaul.data.entropy import unigram_entropy
+from longhaul.data.indexed import ShardReader, SplitReader, token_dtype
 from longhaul.data.makers import Makers, aside, hashed, worker_count
 from longhaul.data.readers import no_documents
 from longhaul.data.scan import Scan
@@ -128,7 +126,7 @@ def _made(corpus: Corpus, scan: Scan, makers: Makers) -> DataManifest:
         settled = _settle(threshold, records)
         if settled == threshold:
             makers.scan(task, units, scan)
-            return _screened(_manifest(corpus, task, units, records, choice), task, units, records, scan)
+            return screen(_manifest(corpus, task, units, records, choice), task, units, scan)
         threshold = settled
     raise AssertionError("a threshold settles at once")
 
@@ -144,23 +142,6 @@ def _settle(threshold: int, records: list[dict[str, Any]]) -> int:
     return min(max(threshold, lowest + 1), highest)
 
 
-def _screened(
-    manifest: DataManifest, task: Task, units: Sequence[Unit], records: Sequence[dict[str, Any]], scan: Scan
-) -> DataManifest:
-    """Without duplicates and evaluation texts, where the dataset asks for it."""
-    if not scan.is_needed and task.dataset.deduplicate == "none":
-        return manifest
-    counts = _token_counts(records, task.tokenizer.vocab_size)
-    screened, token_counts = screen(manifest, task, units, scan, counts)
-    return replace(screened, unigram_entropy_nats=unigram_entropy(token_counts))
-
-
-def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy, in nats, of tokens drawn with these frequencies [vocabulary]: the loss of a model that only counts."""
-    shares = counts[counts > 0] / max(1, counts.sum())
-    return float(-(shares * np.log(shares)).sum())
-
-
 def _manifest(
     corpus: Corpus, task: Task, units: Sequence[Unit], records: Sequence[dict[str, Any]], choice: Choice
 ) -> DataManifest:
@@ -173,6 +154,7 @@ def _manifest(
             documents[piece.file] += count
     _require_documents(job, documents, records, skipped)
     settings = corpus.settings("", task.threshold)
+    splits = {split: _split(split, units, records) for split in SPLITS}
     return DataManifest(
         dataset=job.name,
         kind=job.dataset.kind,
@@ -180,23 +162,15 @@ def _manifest(
         hash=content_hash([settings, [source.sha256 for source in corpus.sources]]),
         tokenizer_hash=task.tokenizer.hash,
         dtype=token_dtype(task.tokenizer.vocab_size),
-        splits={split: _split(split, units, records) for split in SPLITS},
+        splits=splits,
         sources=[
             {"path": source.path, "bytes": source.bytes, "sha256": source.sha256, "documents": count}
             for source, count in zip(corpus.sources, documents, strict=True)
         ],
         skipped=dict(sorted(skipped.items())),
-        unigram_entropy_nats=unigram_entropy(_token_counts(records, task.tokenizer.vocab_size)),
+        unigram_entropy_nats=unigram_entropy(SplitReader(task.root, splits["train"], job.dataset.kind == "chat")),
         encoder=choice._asdict(),
     )
-
-
-def _token_counts(records: Sequence[dict[str, Any]], vocab_size: int) -> np.ndarray:
-    """[vocabulary] int64: how often each token is in the training loss."""
-    total = np.zeros(vocab_size, dtype=np.int64)
-    for record in records:
-        total[record["token_ids"]] += record["token_counts"]
-    return total
 
 
 def _require_documents(

@@ -6,14 +6,12 @@ documents and its ids in memory, whatever the size of the unit.
 
 from __future__ import annotations
 
-import base64
 import errno
 import os
 import shutil
 import socket
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +36,6 @@ from longhaul.shared_files import appears
 RECORD = "record.json"
 _KEYS = "keys.bin"
 SPLITS = ("train", "validation")
-_COUNTED_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Worker:
     def _fill(self, unit: Unit, folder: Path) -> dict[str, Any]:
         dtype, is_chat = token_dtype(self._task.tokenizer.vocab_size), self._task.dataset.kind == "chat"
         writers = {split: SplitWriter(folder, split, dtype, is_chat) for split in SPLITS}
-        found = _Found(np.zeros(self._task.tokenizer.vocab_size, dtype=np.int64))
+        found = _Found()
         for piece in unit.pieces:
             left_out = found.skipped.total()
             for documents in batches(self._documents(piece, found)):
@@ -126,9 +123,6 @@ class Worker:
             tokens = of_documents(encoded.tokens, encoded.lengths, chosen)
             mask = None if encoded.mask is None else of_documents(encoded.mask, encoded.lengths, chosen)
             writers[split].add(tokens, encoded.lengths[chosen], mask)
-            if split == "train":
-                in_loss = tokens if mask is None else tokens[mask == 1]
-                found.count(in_loss)
 
     def _note(self, piece: Piece, position: int | None, documents: int, tokens: int, found: _Found) -> None:
         """Progress within a piece: bytes count from its start, in the share of the file that the piece is."""
@@ -151,18 +145,12 @@ def of_documents(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) ->
 class _Found:
     """What a unit's sources gave."""
 
-    token_counts: np.ndarray  # [vocabulary] int64: tokens in the training loss
     documents: list[int] = field(default_factory=list)  # of each piece
     skipped: Counter[str] = field(default_factory=Counter)
     keys: list[np.ndarray] = field(default_factory=list)  # of the documents in the shards, [D] uint64 in all
     lowest_key: int = 2**64
     highest_key: int = -1
     noted_bytes: int = 0
-
-    def count(self, tokens: np.ndarray) -> None:
-        """Adds tokens [N]; in stretches, as the copy that numpy needs of them stays in the cache so (twice as fast)."""
-        for start in range(0, len(tokens), _COUNTED_AT_ONCE):
-            np.add.at(self.token_counts, tokens[start : start + _COUNTED_AT_ONCE].astype(np.intp), 1)
 
     def write_keys(self, folder: Path) -> None:
         """In the order of the sources; those of either split are in the order of its shards."""
@@ -172,34 +160,18 @@ class _Found:
 
     def record(self, splits: dict[str, Any]) -> dict[str, Any]:
         """The unit's record.json."""
-        ids = np.flatnonzero(self.token_counts)
         return {
             "splits": splits,
             "documents": self.documents,
             "skipped": dict(sorted(self.skipped.items())),
             "lowest_key": self.lowest_key,
             "highest_key": self.highest_key,
-            "token_ids": _packed(ids.astype("<u4")),
-            "token_counts": _packed(self.token_counts[ids].astype("<i8")),
         }
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A finished unit's record; "token_ids" as [X] uint32, those that occur, and "token_counts" as [X] int64."""
-    record = read_json(folder / RECORD)
-    unpacked = {
-        "token_ids": _unpacked(record["token_ids"], "<u4"),
-        "token_counts": _unpacked(record["token_counts"], "<i8"),
-    }
-    return {**record, **unpacked}
-
-
-def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(values.tobytes(), level=1)).decode()
-
-
-def _unpacked(text: str, dtype: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+    """A finished unit's record.json."""
+    return read_json(folder / RECORD)
 
 
 def read_keys(folder: Path) -> np.ndarray:
