@@ -227,12 +227,14 @@ class SplitReader:
             filled += len(piece)
 
     def loss_tokens(self, start: int, stop: int) -> np.ndarray:
-        """[at most stop - start]: as `tokens`, those that are in the loss."""
-        pieces = (
-            shard.tokens[place] if shard.mask is None else shard.tokens[place][shard.mask[place] == 1]
-            for shard, place in self._pieces(start, stop)
-        )
-        return np.concatenate([np.empty(0, np.uint16), *pieces])
+        """[at most stop - start]: as `tokens`, those that are in the loss. Read from the files: a mapped page that is
+        touched once stays in the memory of the process, and its neighbours with it.
+        """
+        pieces = [np.empty(0, np.uint16)]
+        for shard, place in self._pieces(start, stop):
+            tokens = _read(shard.tokens, place)
+            pieces.append(tokens if shard.mask is None else tokens[_read(shard.mask, place) == 1])
+        return np.concatenate(pieces)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[ShardReader, slice]]:
         """Shards, and the places of their tokens."""
@@ -309,7 +311,12 @@ def _read_header(path: Path, index: np.ndarray) -> tuple[str, int]:
     return names[code], count
 
 
-def _map(path: Path, dtype: Any) -> np.ndarray:
+def _read(mapped: np.memmap, place: slice) -> np.ndarray:
+    count, offset = place.stop - place.start, place.start * mapped.itemsize
+    return np.fromfile(str(mapped.filename), mapped.dtype, count, offset=offset)
+
+
+def _map(path: Path, dtype: Any) -> np.memmap:
     try:
         return np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
