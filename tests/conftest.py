@@ -30,6 +30,9 @@ sys.path[:0] = [str(HERE), *(str(HERE / name) for name in FOLDERS)]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="every cell of the fault matrix, not a dozen")
+    parser.addoption(
+        "--all-moves", action="store_true", help="every move from one layout to another, not one of a kind"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,7 +16,8 @@ from stages import HALF, STEPS, Leg, train
 Split = tuple[int, int, dict[str, int]]
 STOPPED = {"stop_after": HALF}
 BALANCED = {"expert_bias_rate": 0.01}
-# Name -> ranks, ZeRO stage and, where it is hierarchical, the ranks of a node, before and after.
+# Name -> ranks, ZeRO stage and, where it is hierarchical, the ranks of a node, before and after. `make moves` makes all of
+# these and of CROSSINGS, `make test` those of QUICK: every way to split a model is left once, and entered once.
 MOVES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "data 1 to 2": ((1, 1), (2, 1)),
     "data 2 to 1": ((2, 1), (1, 1)),
@@ -44,6 +45,35 @@ CROSSINGS: dict[str, tuple[str, Split, Split]] = {
     "expert 2, ZeRO 3 to tensor 2": ("deepseek_v3", (4, 3, {"expert": 2}), (2, 1, {"tensor": 2})),
 }
 
+QUICK = {
+    "data 1 to 2",
+    "ZeRO 1 to 3",
+    "ZeRO 2 to 0",
+    "ZeRO 3, data 4 to 2",
+    "ZeRO 3, data 2 to hierarchical",
+    "hierarchical to ZeRO 1",
+    "pipeline 2, tensor 2 to data 4",
+    "tensor 2 to pipeline 2",
+    "pipeline 2 to tensor 2, ZeRO 3",
+    "expert 2 to ZeRO 1",
+    "pipeline 2, expert 2 to data 2",
+    "ZeRO 1 to expert 2, ZeRO 3",
+}
+
+
+def chosen(config: pytest.Config, moves: dict[str, Any]) -> dict[str, Any]:
+    return {name: move for name, move in moves.items() if name in QUICK or config.getoption("--all-moves")}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for argument, moves in (("move", MOVES), ("crossing", CROSSINGS)):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, chosen(metafunc.config, moves))
+
+
+def test_those_that_are_quick_exist():
+    assert QUICK.issubset({*MOVES, *CROSSINGS})
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,21 +81,34 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def legs(shared: Path) -> dict[str, Leg]:
-    """The undisturbed run, the stopped halves, and every move: saved again at once, and trained to the end."""
+def legs(shared: Path, pytestconfig: pytest.Config) -> dict[str, Leg]:
+    """Undisturbed runs, stopped halves, and what another layout made of each: saved again at once, and trained to the end.
+
+    Those of all moves together, as ranks take longer to start than to train.
+    """
     folder = shared.parent
-    whole = Leg(folder / "whole", 2)
-    halves = {layout: _leg(folder / f"half-{layout}", layout, STOPPED) for layout, _ in MOVES.values()}
-    train_all(shared, [whole, *halves.values()])
-    found = {"whole": whole}
-    for name, (before, after) in MOVES.items():
-        for kind, befalls in (("again", {"save_again": True}), ("on", {})):
-            leg = _leg(folder / f"{name} {kind}", after, befalls)
-            shutil.copytree(halves[before].folder, leg.folder)
-            found[f"{name} {kind}"] = leg
-        found[f"{name} half"] = halves[before]
-    train_all(shared, [leg for name, leg in found.items() if name.endswith(("again", "on"))])
-    return found
+    moves, crossings = chosen(pytestconfig, MOVES), chosen(pytestconfig, CROSSINGS)
+    halves = {layout: _leg(folder / f"half-{layout}", layout, STOPPED) for layout, _ in moves.values()}
+    found = {"whole": Leg(folder / "whole", 2)}
+    found |= {
+        twin: Leg(folder / twin, 2, stage=BALANCED, twin=twin) for twin in {twin for twin, _, _ in crossings.values()}
+    }
+    found |= {
+        f"{name} half": _split_leg(folder / f"{name} half", before, STOPPED, twin)
+        for name, (twin, before, _) in crossings.items()
+    }
+    train_all(shared, [*found.values(), *halves.values()])
+    found |= {f"{name} half": halves[before] for name, (before, _) in moves.items()}
+    moved = {}
+    for kind, befalls in (("again", {"save_again": True}), ("on", {})):
+        for name, (_, after) in moves.items():
+            moved[f"{name} {kind}"] = _leg(folder / f"{name} {kind}", after, befalls)
+        for name, (twin, _, after) in crossings.items():
+            moved[f"{name} {kind}"] = _split_leg(folder / f"{name} {kind}", after, befalls, twin)
+    for name, leg in moved.items():
+        shutil.copytree(found[f"{name.rpartition(' ')[0]} half"].folder, leg.folder)
+    train_all(shared, list(moved.values()))
+    return {**found, **moved}
 
 
 def _leg(folder: Path, layout: tuple[int, ...], befalls: dict[str, Any]) -> Leg:
@@ -80,7 +123,7 @@ def train_all(shared: Path, legs: list[Leg]) -> None:
         train(shared, *(leg for leg in legs if leg.ranks == ranks))
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.timeout(900)
 def test_the_state_is_the_saved_one_bit_for_bit(legs: dict[str, Leg], move: str):
     """Masters, both moments and the optimizer's step count, read back from a save in the new layout."""
     assert_same_state(legs[f"{move} half"], legs[f"{move} again"])
@@ -101,7 +144,6 @@ def assert_same_state(half: Leg, again: Leg, more_than: int = 30) -> None:
             assert torch.equal(tensor.read(), loaded[kind][name].read()), (kind, name)
 
 
-@pytest.mark.parametrize("move", MOVES)
 def test_no_sample_is_lost_and_losses_are_those_of_the_unchanged_run(legs: dict[str, Leg], move: str):
     whole, moved = legs["whole"], legs[f"{move} on"]
     assert whole.ended == moved.ended == "finished"
@@ -112,38 +154,16 @@ def test_no_sample_is_lost_and_losses_are_those_of_the_unchanged_run(legs: dict[
     assert resumed["step"] == HALF and resumed["layout"] != resumed["saved_layout"]
 
 
-@pytest.fixture(scope="module")
-def crossings(shared: Path) -> dict[str, Leg]:
-    """Of every twin the undisturbed run; of every crossing the stopped half, and what the other split of the model made of
-    it: saved again at once, and trained to the end."""
-    folder = shared.parent
-    found = {
-        twin: Leg(folder / twin, 2, stage=BALANCED, twin=twin) for twin in {twin for twin, _, _ in CROSSINGS.values()}
-    }
-    for name, (twin, before, _) in CROSSINGS.items():
-        found[f"{name} half"] = _split_leg(folder / name / "half", before, STOPPED, twin)
-    train_all(shared, list(found.values()))
-    for name, (twin, _, after) in CROSSINGS.items():
-        for kind, befalls in (("again", {"save_again": True}), ("on", {})):
-            found[f"{name} {kind}"] = _split_leg(folder / name / kind, after, befalls, twin)
-            shutil.copytree(found[f"{name} half"].folder, folder / name / kind)
-    train_all(shared, [leg for name, leg in found.items() if name.endswith(("again", "on"))])
-    return found
-
-
 def _split_leg(folder: Path, split: Split, befalls: dict[str, Any], twin: str) -> Leg:
     ranks, zero, axes = split
     return Leg(folder, ranks, zero, {"parallel": axes, **BALANCED}, befalls, twin)
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("crossing", CROSSINGS)
-def test_another_split_of_the_model_takes_the_state_over(crossings: dict[str, Leg], crossing: str):
-    assert_same_state(crossings[f"{crossing} half"], crossings[f"{crossing} again"])
+def test_another_split_of_the_model_takes_the_state_over(legs: dict[str, Leg], crossing: str):
+    assert_same_state(legs[f"{crossing} half"], legs[f"{crossing} again"])
 
 
-@pytest.mark.parametrize("crossing", CROSSINGS)
-def test_losses_in_another_split_are_those_of_the_unchanged_run(crossings: dict[str, Leg], crossing: str):
-    whole, moved = crossings[CROSSINGS[crossing][0]], crossings[f"{crossing} on"]
+def test_losses_in_another_split_are_those_of_the_unchanged_run(legs: dict[str, Leg], crossing: str):
+    whole, moved = legs[CROSSINGS[crossing][0]], legs[f"{crossing} on"]
     assert moved.ended == "finished" and moved.sample_ids() == whole.sample_ids()
     assert moved.losses() == pytest.approx(whole.losses(), rel=1e-5)
