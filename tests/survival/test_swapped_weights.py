@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from longhaul.memory import SWAP_PARAM_BUFFERS
 from parity_table import make_data
 from stages import HALF, STEPS, Leg, train
 from test_elastic import assert_same_state
@@ -17,13 +18,14 @@ WIDE = {
         "vocab_size": 2048,
         "hidden_size": 512,
         "intermediate_size": 2048,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "max_position_embeddings": 64,
     }
 }
-LARGE_TENSORS = 2 + 2 * 3  # embedding, head, and three of each layer's MLP
+LARGE_TENSORS = 2 + 3 * 3  # embedding, head, and three of each layer's MLP: more than there are buffers
+assert LARGE_TENSORS > SWAP_PARAM_BUFFERS
 MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}}
 DISK = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}}
 STATES_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu"}}

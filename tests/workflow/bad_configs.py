@@ -202,6 +202,11 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
                 ("offload_param nvme with tensor parallelism is not proved here", "set parallel.tensor to 1"),
             ),
             ("in fp16", {"stages.0.precision": "fp16"}, ("offload_param nvme with fp16 is not proved here",)),
+            (
+                "that are kept in memory",
+                {"stages.0.zero.stage3_max_reuse_distance": 1000},
+                ("offload_param nvme with stage3_max_reuse_distance 1000", "leave stage3_max_reuse_distance out"),
+            ),
         )
     ),
     ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),

@@ -24,7 +24,7 @@ SWAP_GROUP = 100_000_000
 _DEFAULT_GROUP = 1_000_000_000
 # Masters, two moments and gradients of the sub-group at work.
 SWAP_BUFFERS = 4
-# Weights on a disk: partitions that are there at once, of the layer at work and of those that are read ahead.
+# Weights on a disk: partitions that may be there at once. The module at work has two at most, one for each of its weights.
 SWAP_PARAM_BUFFERS = 8
 
 

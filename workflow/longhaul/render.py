@@ -245,6 +245,9 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     if zero.offload_param == "nvme":
         # Nothing stays in CPU memory, where DeepSpeed would keep the first billion elements; the trainer adds buffer_size, too.
         section["offload_param"] |= {"buffer_count": SWAP_PARAM_BUFFERS, "max_in_cpu": 0}
+        # A gathered tensor keeps its buffer until it is let go: with DeepSpeed's defaults, which keep a billion elements and
+        # gather fifty million ahead, a larger model runs out of buffers in its first step.
+        section |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
     if zero.hierarchical_partition > 1:
         section["zero_hpz_partition_size"] = zero.hierarchical_partition
     names = ["reduce_bucket_size"]

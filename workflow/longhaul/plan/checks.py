@@ -109,6 +109,12 @@ def _check_swapped_weights(stage: Stage, where: str) -> None:
         )
     if axes := [axis for axis, ranks in stage.parallel if ranks > 1]:
         raise UserError(f"{where} with {axes[0]} parallelism is not proved here", f"set parallel.{axes[0]} to 1")
+    for key in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance"):
+        if value := getattr(stage.zero, key):
+            raise UserError(
+                f"{where} with {key} {value}: weights that are gathered ahead or kept take more buffers than there are",
+                f"leave {key} out: it is 0 where weights lie on a disk",
+            )
 
 
 def check_site(stage: Stage, site: Site) -> None:
