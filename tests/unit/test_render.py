@@ -14,9 +14,10 @@ import yaml
 
 from configs import plan_of
 from longhaul.artifacts import Lock
+from longhaul.deepspeed_config import deepspeed_sections
 from longhaul.errors import UserError
 from longhaul.plan import Plan
-from longhaul.render import REPOSITORY, deepspeed_sections, render_job, render_run, render_stage
+from longhaul.render import REPOSITORY, render_job, render_run, render_stage
 from regenerate import CASES, GOLDEN, rendered
 
 
