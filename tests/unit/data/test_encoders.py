@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from longhaul.data import choice
 from longhaul.data.chat import ChatTemplate, without_reasoning
 from longhaul.data.choice import Choice, choose, hard_ids
 from longhaul.data.encoders import Fast, Reference, Rows, with_added
+from longhaul.data.encoding import Encoder
 from longhaul.data.hard_texts import hard_texts
+from longhaul.data.readers import Document
 from longhaul.errors import UserError
 from longhaul.render import REPOSITORY
 
@@ -149,6 +152,41 @@ def test_a_difference_found_in_a_unit_makes_the_whole_dataset_anew(
     assert [s["sha256"] for s in made.splits["train"]["shards"]] == [
         s["sha256"] for s in honest.splits["train"]["shards"]
     ]
+
+
+def test_an_id_beyond_the_vocabulary_is_a_difference_wherever_it_stands(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In uint16 it would be another token; no piece of that document is compared."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(300)))
+    honest = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset())
+    encode = Fast.encode
+
+    def beyond(self: Fast, texts: list[str]) -> Rows:
+        rows = encode(self, texts)
+        return Rows(rows.tokens + np.uint32(1 << 16) * (len(texts) == 300), rows.lengths)
+
+    monkeypatch.setattr(Fast, "encode", beyond)
+    made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset())
+    assert made.encoder["name"] == "tokenizers"
+    assert re.fullmatch(r"gigatoken gives id \d+ of a vocabulary of \d+", made.encoder["reason"])
+    for split, entry in honest.splits.items():
+        assert [s["sha256"] for s in made.splits[split]["shards"]] == [s["sha256"] for s in entry["shards"]]
+
+
+def test_pieces_of_a_units_beginning_are_twice_as_long(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    manifest = TokenizerManifest.read(tokenizer_folder / "tokenizer.json")
+    encoder = Encoder(manifest, dataset(), "gigatoken")
+    compared: list[list[str]] = []
+    monkeypatch.setattr(
+        "longhaul.data.encoding.first_difference", lambda fast, reference, pieces: compared.append(pieces)
+    )
+    documents = [Document("word " * 1000, "here", 0)] * 10
+    for _ in range(2):
+        encoder.encode(documents)
+        encoder.encode(documents)
+        encoder.check()
+    assert [[len(piece) for piece in pieces] for pieces in compared] == 2 * [[500] * 4 + [250] * 4]
 
 
 @settings(max_examples=100, deadline=None)

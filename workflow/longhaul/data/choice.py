@@ -59,7 +59,7 @@ def choose(
 ) -> Choice:
     """The fast encoder where it can read the tokenizer and gives the reference's ids: `hard`, and those of the sample.
 
-    hard: all parts of hard_ids, in order.
+    hard: all parts of hard_ids, in order; there is no choice without them.
 
     The sample is compared in `parts`, by `each`: a pool's map shares them out.
     """
@@ -83,6 +83,7 @@ def _objection(folder: Path, texts: Sequence[str]) -> str:
 
 
 def _objection_to_hard(folder: Path, fast: Fast, hard: Sequence[Rows]) -> str:
+    assert hard, "nothing would be compared"
     parts = [_hard_texts(folder)[part :: len(hard)] for part in range(len(hard))]
     differences = map(first_difference, repeat(fast), repeat(open_reference(folder)), parts, hard)
     return next(filter(None, differences), "")

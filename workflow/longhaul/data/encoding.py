@@ -59,7 +59,8 @@ class Encoder:
     def __init__(self, manifest: TokenizerManifest, dataset: Dataset, encoder: str) -> None:
         folder = Path(manifest.path)
         self._reference = open_reference(folder)
-        self._encoder = open_fast(folder) if encoder == Fast.name else self._reference
+        self._fast = open_fast(folder) if encoder == Fast.name else None
+        self._encoder = self._fast or self._reference
         self._vocab_size = manifest.vocab_size
         self._pieces: list[str] = []
         self._most_bytes = _MOST_BYTES[encoder, dataset.kind]
@@ -80,8 +81,9 @@ class Encoder:
             kept, rendered, refused = self._render(self._template, documents)
             left_out += refused
         written = [text for text, _ in rendered]
-        if isinstance(self._encoder, Fast):
-            self._pieces += _pieces(written)
+        if self._fast:
+            # A unit's first pieces are twice as long: units of small files have no others.
+            self._pieces += _pieces(written, _CHECKED_CHARACTERS * (1 if self._pieces else 2))
             if len(self._pieces) >= _CHECKED_AT_ONCE:
                 self.check()
         if self._template is None:
@@ -89,7 +91,8 @@ class Encoder:
             rows, mask = with_added(self._encoder.encode(written), (), (), self._eos_id), None
         else:
             rows, mask = self._encoder.encode_with_mask(written, [spans for _, spans in rendered])
-        self._require_known(rows.tokens)
+        if self._fast:
+            self._require_known(rows.tokens)
         return Encoded(
             tokens=rows.tokens.astype(self._dtype) if self._dtype.itemsize < 4 else rows.tokens.view(self._dtype),
             lengths=rows.lengths.astype(np.int32),
@@ -126,7 +129,7 @@ class Encoder:
         largest = int(tokens.max(initial=0))
         if largest >= self._vocab_size:
             self.check()
-            raise EncodersDisagree(f"{self._encoder.name} gives id {largest} of a vocabulary of {self._vocab_size}")
+            raise EncodersDisagree(f"{Fast.name} gives id {largest} of a vocabulary of {self._vocab_size}")
 
     def check(self) -> None:
         """Compares pieces of what was encoded since the last time with the reference; EncodersDisagree.
@@ -134,19 +137,19 @@ class Encoder:
         All at once, as the reference takes twice as long while its vocabulary is not in the cache.
         """
         pieces, self._pieces = self._pieces, []
-        if isinstance(self._encoder, Fast) and (difference := first_difference(self._encoder, self._reference, pieces)):
+        if self._fast and (difference := first_difference(self._fast, self._reference, pieces)):
             raise EncodersDisagree(difference)
 
 
-def _pieces(texts: Sequence[str]) -> Iterator[str]:
+def _pieces(texts: Sequence[str], characters: int) -> Iterator[str]:
     """Of a few texts, spread over the batch, a piece each: the first one's beginning, the last one's end.
 
     Short ones of more texts find more than long ones of fewer, and the reference is slow.
     """
     some = texts[:: max(1, len(texts) // _CHECKED_PER_BATCH)][:_CHECKED_PER_BATCH]
     for number, text in enumerate(some):
-        start = max(0, len(text) - _CHECKED_CHARACTERS) * number // max(1, len(some) - 1)
-        yield text[start : start + _CHECKED_CHARACTERS]
+        start = max(0, len(text) - characters) * number // max(1, len(some) - 1)
+        yield text[start : start + characters]
 
 
 def document_key(document: Document) -> int:
