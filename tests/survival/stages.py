@@ -15,6 +15,8 @@ from ranks import command_of, environment_of_ranks
 
 HERE = Path(__file__).resolve().parent
 STEPS, HALF = 12, 6
+RUN = f"cell-{os.getpid()}"
+"""Whose folders on the node's disk these are, should other tests be at work beside."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Leg:
             **self.stage,
         }
         run = config(self.twin, "one", **stage)
-        run["model"] = self.model or run["model"]
+        run |= {"run": RUN, "model": self.model or run["model"]}
         return {"folder": str(self.folder), "shared": str(shared), "run": run, **self.befalls}
 
 

@@ -13,7 +13,7 @@ from longhaul.config.architectures import Model
 from longhaul.config.geometry import geometry
 from longhaul.swap import swap_root
 from parity_table import make_data
-from stages import HALF, STEPS, Leg, train
+from stages import HALF, RUN, STEPS, Leg, train
 from test_elastic import assert_same_state
 
 PARAMETERS = geometry(Model.model_validate(MODELS["llama"]).config_dict()).total
@@ -79,4 +79,4 @@ def test_states_are_really_swapped_and_nothing_is_left_of_them(legs: dict[str, L
         masters = {name: size for name, size in states.items() if not name.startswith("exp_avg")}
         assert len(masters) > 1 and len(states) == 3 * len(masters)
         assert sum(masters.values()) > 0.9 * 4 * PARAMETERS / 2 and all(size % 1024 == 0 for size in states.values())
-    assert not list(swap_root(tempfile.gettempdir()).glob("cell-main-*"))
+    assert not list(swap_root(tempfile.gettempdir()).glob(f"{RUN}-*"))
