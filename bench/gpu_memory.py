@@ -68,6 +68,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zero3": {"zero": {"stage": 3}},
     "zero2-optimizer-offloaded": {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
     "zero3-all-offloaded": {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}},
+    "zero3-optimizer-on-a-disk": {"zero": {"stage": 3, "offload_optimizer": "nvme"}},
+    "zero3-all-on-a-disk": {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}},
     "selective": {"zero": {"stage": 1}, "activation_checkpointing": "selective"},
     "full": {"zero": {"stage": 1}, "activation_checkpointing": "full"},
     "offload": {"zero": {"stage": 1}, "activation_checkpointing": "offload"},
@@ -128,6 +130,7 @@ def plan(folder: Path, model: str) -> Plan:
         },
         "model": MODELS[model],
         "trackers": {"tensorboard": False},
+        "storage": {"scratch": str(folder)},
         "stages": [{"name": name, **stage, **option} for name, option in OPTIONS.items()],
     }
     (folder / "site.yaml").write_text(yaml.safe_dump(site))
@@ -166,7 +169,7 @@ def measured(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
     launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8"}  # as launch.sh sets them
     environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
     command = [sys.executable, str(Path(__file__).with_name("gpu_memory_worker.py")), str(own)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
     if done.returncode:
         raise SystemExit(f"{name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -172,6 +172,8 @@ def _update(stage: Stage, parameters: int, ranks: int) -> int:
 def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
     """ZeRO-3 has at least the layer at work in one piece, and prefetches up to DeepSpeed's stage3_max_live_parameters.
 
+    Weights on a disk are neither prefetched nor kept: deepspeed_config.py says why.
+
     `held` are the parameters of this rank's part of the model, of which tensor and expert parallelism make layers smaller.
 
     A single rank's partition is the whole, which is only copied where it lies in CPU memory.
@@ -182,6 +184,8 @@ def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
     split = sizes.layer_max - sizes.layer_experts + experts - sizes.layer_whole
     layer = sizes.layer_whole + split // stage.parallel.tensor
     live = stage.zero.stage3_max_live_parameters or _MAX_LIVE_PARAMETERS
+    if stage.zero.offload_param == "nvme":
+        live = 0
     return COMPUTE_BYTES[stage.precision] * max(layer, min(held, live))
 
 

@@ -28,6 +28,7 @@ from longhaul.jobs import StageJob
 from longhaul.memory import swap_param_elements
 from longhaul.train.attention import repeat_shared_heads_in_fp32
 from longhaul.train.elastic import write_masters
+from longhaul.train.gathered import let_experts_go
 from longhaul.train.identity import Start
 from longhaul.train.parallel.split import parameters, saved_buffers, split_model
 from longhaul.train.pretrained import pretrained_values
@@ -57,6 +58,8 @@ def build_model(
         _fill(model, _first_values(job, config, _shapes(model), start), bool(start or job.pretrained))
     model.config.use_cache = False
     recompute_layers(model, job.stage.activation_checkpointing)
+    if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
+        let_experts_go(model)
     return model.train()
 
 
