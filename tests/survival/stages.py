@@ -57,7 +57,7 @@ class Leg:
 
     def masters(self) -> dict[str, str]:
         """Name -> SHA-256 of the last step's master weights, as DeepSpeed gathers them."""
-        proof = self.weights / f"checkpoints/step-{STEPS:08d}/proof/tensors.json"
+        proof = self.weights / f"checkpoints/{self.checkpoints[-1]}/proof/tensors.json"
         return {name: entry["sha256_fp32"] for name, entry in json.loads(proof.read_text()).items()}
 
     def as_json(self, shared: Path) -> dict[str, Any]:

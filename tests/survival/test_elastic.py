@@ -129,12 +129,12 @@ def test_the_state_is_the_saved_one_bit_for_bit(legs: dict[str, Leg], move: str)
     assert_same_state(legs[f"{move} half"], legs[f"{move} again"])
 
 
-def assert_same_state(half: Leg, again: Leg, more_than: int = 30) -> None:
-    """more_than: tensors that there are at least, so that none are not taken for equal ones."""
-    tag = f"checkpoints/step-{HALF:08d}"
+def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 30) -> None:
+    """Of the checkpoints of this step; more_than: tensors that there are at least, so that none are not taken for equal ones."""
+    tag = f"checkpoints/step-{step:08d}"
     before, after = half.weights / tag, again.weights / tag
     assert again.ended == "killed"
-    assert open_optimizer_state(before).step == open_optimizer_state(after).step == HALF
+    assert open_optimizer_state(before).step == open_optimizer_state(after).step == step
     saved = {"masters": open_master_weights(before), **open_optimizer_state(before).moments}
     loaded = {"masters": open_master_weights(after), **open_optimizer_state(after).moments}
     assert set(saved) == set(loaded) == {"masters", "exp_avg", "exp_avg_sq"}

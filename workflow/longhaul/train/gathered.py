@@ -7,7 +7,7 @@ view that autograd keeps holds the gathered bytes: by the end of the forward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -51,7 +51,7 @@ class _View:
     offset: int
 
 
-def _packed(kept: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor | _View:
+def _packed(kept: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | _View:
     storage = kept.untyped_storage().data_ptr()
     for weight in weights:
         offset = int(kept.storage_offset() - weight.storage_offset())
