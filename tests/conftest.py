@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,11 +26,25 @@ FOLDERS = (
     "survival",
     "gpu",
 )
+OPS_BUILD = pytest.StashKey[subprocess.Popen[bytes]]()
+# A session has a share of the machine of its own where the kernel groups processes so, and a niceness for it.
+BUILD_OPS = """
+import os
+from contextlib import suppress
+from pathlib import Path
+from longhaul.environment.facts import build_ops
+os.nice(19)
+with suppress(OSError):
+    Path("/proc/self/autogroup").write_text("19")
+failed = build_ops(("cpu_adam", "pin_memory", "async_io"), None)["failed"]
+assert not failed, failed
+"""
 sys.path[:0] = [str(HERE), *(str(HERE / name) for name in FOLDERS)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="every cell of the fault matrix, not a dozen")
+    parser.addoption("--all-layouts", action="store_true", help="every layout on the cluster, not each axis once")
     parser.addoption(
         "--all-moves", action="store_true", help="every move from one layout to another, not one of a kind"
     )
@@ -46,17 +61,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture(scope="session")
-def offload_ops() -> None:
-    """DeepSpeed's ops for an offloaded optimizer, compiled before ranks with a time limit need them: it takes a minute."""
-    from longhaul.ops import ops_folder
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiles ops where a test will ask for them: minutes of two cores, of which the tests on the cluster leave as much."""
+    wanted = any("offload_ops" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}  # each takes 2 GB
+        session.config.stash[OPS_BUILD] = subprocess.Popen(
+            [sys.executable, "-c", BUILD_OPS], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        )
 
-    names = ("cpu_adam", "pin_memory", "async_io")
-    if not all((ops_folder(None) / name / f"{name}.so").exists() for name in names):
-        build = f"from longhaul.environment.facts import build_ops; failed = build_ops({names}, None)['failed']"
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "-c", f"{build}; assert not failed, failed"]
-        subprocess.run(command, env=environment, check=True)
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    build = config.stash.get(OPS_BUILD, None)
+    if build and build.poll() is None:
+        os.killpg(build.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def offload_ops(pytestconfig: pytest.Config) -> None:
+    """DeepSpeed's ops for an offloaded optimizer, compiled before ranks with a time limit need them."""
+    assert pytestconfig.stash[OPS_BUILD].wait() == 0, "DeepSpeed's ops were not compiled"
 
 
 @pytest.fixture(scope="session")

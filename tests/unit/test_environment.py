@@ -229,8 +229,8 @@ def test_a_bad_machine_stops_the_run_and_leaves_the_evidence(tmp_path: Path):
 
 def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: Path):
     """Real compiler; the lock is what torch's builder leaves when it is killed."""
-    offloading = job(tmp_path, prebuild_ops=("cpu_adam",))
-    locked = ops_folder(offloading.scratch) / "cpu_adam" / "lock"
+    offloading = job(tmp_path, prebuild_ops=("pin_memory",))
+    locked = ops_folder(offloading.scratch) / "pin_memory" / "lock"
     locked.parent.mkdir(parents=True)
     locked.touch()
     for part in (locked.parents[1], locked.parents[2]):
@@ -238,12 +238,12 @@ def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: 
     done = run(offloading, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     node = EnvironmentReport.read(tmp_path / "environment.json").nodes[0]
-    assert node["ops"]["cleared"] == ["cpu_adam"] and node["ops"]["failed"] == {}
+    assert node["ops"]["cleared"] == ["pin_memory"] and node["ops"]["failed"] == {}
     started = time.monotonic()
     again = run(offloading, tmp_path)
-    first, second = node["ops"]["built"]["cpu_adam"], time.monotonic() - started
+    first, second = node["ops"]["built"]["pin_memory"], time.monotonic() - started
     assert again.returncode == 0 and not locked.exists()
-    assert EnvironmentReport.read(tmp_path / "environment.json").nodes[0]["ops"]["built"]["cpu_adam"] < first, second
+    assert EnvironmentReport.read(tmp_path / "environment.json").nodes[0]["ops"]["built"]["pin_memory"] < first, second
 
 
 def test_the_lock_of_a_living_builder_stays(tmp_path: Path):
