@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,14 @@ def run(chosen: list[tuple[str, str]], folder: Path) -> list[Result]:
     """Trains and judges cells; those of one world size share their processes."""
     shared = make_data(folder / "shared")
     failures: dict[tuple[str, ...], str] = {}
-    for ranks in sorted({LAYOUTS[layout].ranks for _, layout in chosen}):
-        same: list[tuple[str, ...]] = [cell for cell in chosen if LAYOUTS[cell[1]].ranks == ranks]
-        for first in range(0, len(same), _CELLS_A_LAUNCH):
-            failures |= train(ranks, same[first : first + _CELLS_A_LAUNCH], shared, folder)
-    traces = {twin: _reference(twin, shared, folder) for twin in dict.fromkeys(twin for twin, _ in chosen)}
+    with ThreadPoolExecutor(1) as beside:  # ranks wait for one another more than they compute
+        twins = dict.fromkeys(twin for twin, _ in chosen)
+        found = {twin: beside.submit(_reference, twin, shared, folder) for twin in twins}
+        for ranks in sorted({LAYOUTS[layout].ranks for _, layout in chosen}):
+            same: list[tuple[str, ...]] = [cell for cell in chosen if LAYOUTS[cell[1]].ranks == ranks]
+            for first in range(0, len(same), _CELLS_A_LAUNCH):
+                failures |= train(ranks, same[first : first + _CELLS_A_LAUNCH], shared, folder)
+        traces = {twin: reference.result() for twin, reference in found.items()}
     return [_judge(cell, traces[cell[0]], shared, folder, failures.get(cell, "")) for cell in chosen]
 
 
