@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python tests/cluster/cluster.py
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults moves chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
+.PHONY: help run setup test test-gpu test-packages check format generate parity faults layouts moves chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,9 @@ generate: setup  ## write the config schema, default and docs, environments and 
 
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt
 	$(BIN)/pytest tests/cluster/test_faults.py --all-faults
+
+layouts: setup test-packages  ## ten layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
+	$(BIN)/pytest tests/cluster/test_layouts.py --all-layouts
 
 moves: setup  ## a stage goes on in another layout: every move; make test takes one of a kind
 	$(BIN)/pytest tests/survival/test_elastic.py --all-moves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import reference
-from chain import tiny_config
+from chain import REPOSITORY, tiny_config
 from cluster_chain import ClusterChain
 from layouts import FP32, MODELS
 from longhaul.artifacts import DataManifest
@@ -21,13 +22,18 @@ from running import running
 from slurm_conf import Shape
 from virtual_cluster import VirtualCluster
 
+sys.path.insert(0, str(REPOSITORY / "bench"))
+from machine import header, publish
+
+Layout = tuple[int, int, dict[str, Any]]
+
 STEPS = 6
 PART_OF_A_NODE = {"cpus": 2, "memory_mb": 2000}
 """What a job of one node asks for: a quarter, so that a conversion runs beside the trainings and not instead of them."""
 # twin -> stage -> (nodes, ranks a node, the stage's keys). Groups of every axis cross hosts. Two hosts do for data, tensor and
 # the replicas of experts. Four are for what two cannot show: stages of a pipeline that are neither first nor last, experts that
 # send to three hosts at once, ZeRO 3 over more than a pair, two axes that both cross hosts, and three axes.
-LAYOUTS: dict[str, dict[str, tuple[int, int, dict[str, Any]]]] = {
+LAYOUTS: dict[str, dict[str, Layout]] = {
     "llama": {
         "pipeline4": (4, 1, {"zero": {"stage": 1}, "parallel": {"pipeline": 4}}),
         "sequence2-data2-zero3": (4, 1, {"zero": {"stage": 3}, "parallel": {"sequence": 2}}),
@@ -43,7 +49,44 @@ LAYOUTS: dict[str, dict[str, tuple[int, int, dict[str, Any]]]] = {
         "expert2-tensor2": (2, 2, {"zero": {"stage": 1}, "parallel": {"expert": 2, "tensor": 2}}),
     },
 }
-CASES = [(twin, name) for twin, layouts in LAYOUTS.items() for name in layouts]
+# What `make test` trains, so that every axis crosses hosts once; `make layouts` trains all.
+QUICK = {
+    ("llama", "sequence2-data2-zero3"),
+    ("llama", "tensor2"),
+    ("deepseek_v3", "pipeline2-tensor2-data2"),
+    ("deepseek_v3", "expert4"),
+}
+
+
+def chosen(config: pytest.Config) -> dict[str, dict[str, Layout]]:
+    """Those of LAYOUTS that this run trains."""
+    every = config.getoption("--all-layouts")
+    return {
+        twin: {name: layout for name, layout in layouts.items() if every or (twin, name) in QUICK}
+        for twin, layouts in LAYOUTS.items()
+    }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        cases = [(twin, name) for twin, layouts in chosen(metafunc.config).items() for name in layouts]
+        metafunc.parametrize(("twin", "name"), cases, ids=["/".join(case) for case in cases])
+
+
+def test_those_that_are_quick_exist():
+    assert {(twin, name) for twin, layouts in LAYOUTS.items() for name in layouts} > QUICK
+
+
+@pytest.fixture(scope="module")
+def table(pytestconfig: pytest.Config) -> Iterator[list[str]]:
+    """A line for every layout that trained as it should, kept where all were to: bench/results/cluster_layouts.txt."""
+    lines: list[str] = []
+    yield lines
+    if pytestconfig.getoption("--all-layouts"):
+        head = ["command: make layouts", *header(("torch", "deepspeed", "snakemake"))[1:]]
+        count = sum(map(len, LAYOUTS.values()))
+        said = f"{len(lines)} of {count} layouts on a real Slurm cluster agree with plain PyTorch in one process"
+        publish("cluster_layouts", [*head, f"{said}, by at most", *lines])
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +96,12 @@ def four_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualClus
 
 
 @pytest.fixture(scope="module")
-def trained(four_nodes: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ClusterChain]:
+def trained(
+    four_nodes: VirtualCluster, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> dict[str, ClusterChain]:
     """One run for each model, both at once: a stage for each layout, all of them from the same first weights and data."""
     made = {}
-    for twin, layouts in LAYOUTS.items():
+    for twin, layouts in chosen(pytestconfig).items():
         config = tiny_config(model=MODELS[twin], run="layouts")
         config["stages"] = [_stage(name, *layout) for name, layout in layouts.items()]
         made[twin] = ClusterChain(tmp_path_factory.mktemp(twin), config, four_nodes, max_nodes=4, node=PART_OF_A_NODE)
@@ -89,9 +134,9 @@ def _stage(name: str, nodes: int, ranks: int, keys: dict[str, Any]) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def traces(trained: dict[str, ClusterChain]) -> dict[str, reference.Trace]:
+def traces(trained: dict[str, ClusterChain], pytestconfig: pytest.Config) -> dict[str, reference.Trace]:
     """The same steps in plain PyTorch."""
-    return {twin: _trace(chain, next(iter(LAYOUTS[twin]))) for twin, chain in trained.items()}
+    return {twin: _trace(trained[twin], next(iter(layouts))) for twin, layouts in chosen(pytestconfig).items()}
 
 
 def _trace(chain: ClusterChain, name: str) -> reference.Trace:
@@ -110,9 +155,8 @@ def _found_from(manifest: DataManifest, folder: Path) -> DataManifest:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("twin", "name"), CASES, ids=["/".join(case) for case in CASES])
 def test_losses_and_norms_are_those_of_plain_pytorch(
-    twin: str, name: str, trained: dict[str, ClusterChain], traces: dict[str, reference.Trace]
+    twin: str, name: str, trained: dict[str, ClusterChain], traces: dict[str, reference.Trace], table: list[str]
 ):
     chain, (nodes, ranks, _) = trained[twin], LAYOUTS[twin][name]
     leg = json.loads((chain.weights(name) / "legs.jsonl").read_text())
@@ -120,11 +164,17 @@ def test_losses_and_norms_are_those_of_plain_pytorch(
     rows = [json.loads(line) for line in (chain.weights(name) / "metrics.jsonl").open()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
-    assert [row["loss"] for row in steps] == pytest.approx(traces[twin].losses, rel=FP32.loss)
-    assert [row["grad_norm"] for row in steps] == pytest.approx(traces[twin].norms, rel=FP32.norm)
+    loss = _furthest([row["loss"] for row in steps], traces[twin].losses)
+    norm = _furthest([row["grad_norm"] for row in steps], traces[twin].norms)
+    assert loss <= FP32.loss and norm <= FP32.norm
+    table.append(f"{twin:12} {name:24} {nodes} hosts, {nodes * ranks} ranks  loss {loss:.1e}  grad norm {norm:.1e}")
 
 
-@pytest.mark.parametrize(("twin", "name"), CASES, ids=["/".join(case) for case in CASES])
+def _furthest(found: list[float], wanted: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_the_export_is_proved(twin: str, name: str, trained: dict[str, ClusterChain]):
     proof = trained[twin].read(f"export/{name}.json")["proof"]
     assert proof["tensors"]["equal"] == proof["tensors"]["count"] > 10
