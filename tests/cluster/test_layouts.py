@@ -18,6 +18,7 @@ from layouts import FP32, MODELS
 from longhaul.artifacts import DataManifest
 from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
+from parity_table import furthest
 from running import running
 from slurm_conf import Shape
 from virtual_cluster import VirtualCluster
@@ -164,15 +165,10 @@ def test_losses_and_norms_are_those_of_plain_pytorch(
     rows = [json.loads(line) for line in (chain.weights(name) / "metrics.jsonl").open()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
-    loss = _furthest([row["loss"] for row in steps], traces[twin].losses)
-    norm = _furthest([row["grad_norm"] for row in steps], traces[twin].norms)
+    loss = furthest([row["loss"] for row in steps], traces[twin].losses)
+    norm = furthest([row["grad_norm"] for row in steps], traces[twin].norms)
     assert loss <= FP32.loss and norm <= FP32.norm
     table.append(f"{twin:12} {name:24} {nodes} hosts, {nodes * ranks} ranks  loss {loss:.1e}  grad norm {norm:.1e}")
-
-
-def _furthest(found: list[float], wanted: list[float]) -> float:
-    """The largest relative difference."""
-    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_the_export_is_proved(twin: str, name: str, trained: dict[str, ClusterChain]):

@@ -123,7 +123,7 @@ def _reference(twin: str, shared: Path, folder: Path) -> Any:
 
 def _well_posed(twin: str, trace: Any, nudged: Any) -> Any:
     """The trace, unless rounding alone moves it: a token that lies near a tie of two experts goes where rounding sends it."""
-    moved = max(_largest(nudged.losses, trace.losses), _largest(nudged.norms, trace.norms))
+    moved = max(furthest(nudged.losses, trace.losses), furthest(nudged.norms, trace.norms))
     if moved > FP32.norm / 10:
         told = f"{twin}: weights moved by a unit in the last place move losses or gradient norms by {moved:.1e}"
         raise ValueError(f"{told}, too near the {FP32.norm:g} that layouts are held to; choose another SEED")
@@ -137,8 +137,8 @@ def _judge(cell: tuple[str, str], trace: Any, shared: Path, folder: Path, failur
     rows = steps(own)
     if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
         return Result(*cell, problem=f"steps {[row['step'] for row in rows]}")
-    loss = _largest([row["loss"] for row in rows], trace.losses)
-    norm = _largest([row["grad_norm"] for row in rows], trace.norms)
+    loss = furthest([row["loss"] for row in rows], trace.losses)
+    norm = furthest([row["grad_norm"] for row in rows], trace.norms)
     try:
         logits, proof = _export(cell, trace, shared, own)
     except UserError as error:
@@ -155,7 +155,8 @@ def steps(cell: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row]
 
 
-def _largest(found: list[float], wanted: list[float]) -> float:
+def furthest(found: list[float], wanted: list[float]) -> float:
+    """The largest relative difference."""
     return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
 
 

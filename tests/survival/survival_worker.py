@@ -3,7 +3,7 @@
 A leg is {"folder", "shared", "run", …} and what befalls it:
 left_s       the allocation ends after so many seconds
 stop_after   the process ends before the step after this many, as if it were killed; what lies in its swap folder is noted
-save_again   what was loaded is saved at once, with its proof, then the leg ends
+save_again   what was loaded is saved at once, with its proof
 goes_on_from the folder of an earlier leg, whose checkpoints it takes over
 begin        the source of its first weights, as in parity_cell.prepare
 poison       {batch number: factor}: the loss of this global batch is multiplied by the factor, on one rank alone
@@ -36,14 +36,20 @@ def befall(leg: dict[str, Any]) -> None:
     """Wraps the trainer's step and the loss in what the leg says."""
 
     def before_step(trainer: loop.Trainer) -> None:
-        if leg.get("save_again"):
-            trainer.checkpoints.is_exportable = lambda *_: True
-            trainer.save()
-        if leg.get("save_again") or trainer.state.step == leg.get("stop_after"):
+        if leg.pop("save_again", False):
+            save_with_proof(trainer)
+        if trainer.state.step == leg.get("stop_after"):
             note_swapped(Path(leg["folder"]), trainer.processes)
             raise Killed
 
     poison_batches({int(batch): factor for batch, factor in leg.get("poison", {}).items()}, before_step)
+
+
+def save_with_proof(trainer: loop.Trainer) -> None:
+    usual = trainer.checkpoints.is_exportable
+    trainer.checkpoints.is_exportable = lambda *_: True
+    trainer.save()
+    trainer.checkpoints.is_exportable = usual
 
 
 def note_swapped(folder: Path, processes: Processes) -> None:

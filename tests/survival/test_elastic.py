@@ -82,7 +82,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def legs(shared: Path, pytestconfig: pytest.Config) -> dict[str, Leg]:
-    """Undisturbed runs, stopped halves, and what another layout made of each: saved again at once, and trained to the end.
+    """Undisturbed runs, stopped halves, and what another layout made of each: saved again at once, then trained to the end.
 
     Those of all moves together, as ranks take longer to start than to train.
     """
@@ -99,14 +99,13 @@ def legs(shared: Path, pytestconfig: pytest.Config) -> dict[str, Leg]:
     }
     train_all(shared, [*found.values(), *halves.values()])
     found |= {f"{name} half": halves[before] for name, (before, _) in moves.items()}
-    moved = {}
-    for kind, befalls in (("again", {"save_again": True}), ("on", {})):
-        for name, (_, after) in moves.items():
-            moved[f"{name} {kind}"] = _leg(folder / f"{name} {kind}", after, befalls)
-        for name, (twin, _, after) in crossings.items():
-            moved[f"{name} {kind}"] = _split_leg(folder / f"{name} {kind}", after, befalls, twin)
+    saved = {"save_again": True}
+    moved = {name: _leg(folder / f"{name} on", after, saved) for name, (_, after) in moves.items()}
+    moved |= {
+        name: _split_leg(folder / f"{name} on", after, saved, twin) for name, (twin, _, after) in crossings.items()
+    }
     for name, leg in moved.items():
-        shutil.copytree(found[f"{name.rpartition(' ')[0]} half"].folder, leg.folder)
+        shutil.copytree(found[f"{name} half"].folder, leg.folder)
     train_all(shared, list(moved.values()))
     return {**found, **moved}
 
@@ -126,14 +125,14 @@ def train_all(shared: Path, legs: list[Leg]) -> None:
 @pytest.mark.timeout(900)
 def test_the_state_is_the_saved_one_bit_for_bit(legs: dict[str, Leg], move: str):
     """Masters, both moments and the optimizer's step count, read back from a save in the new layout."""
-    assert_same_state(legs[f"{move} half"], legs[f"{move} again"])
+    assert_same_state(legs[f"{move} half"], legs[move])
 
 
 def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 30) -> None:
     """Of the checkpoints of this step; more_than: tensors that there are at least, so that none are not taken for equal ones."""
     tag = f"checkpoints/step-{step:08d}"
     before, after = half.weights / tag, again.weights / tag
-    assert again.ended == "killed"
+    assert again.ended in ("killed", "finished")
     assert open_optimizer_state(before).step == open_optimizer_state(after).step == step
     saved = {"masters": open_master_weights(before), **open_optimizer_state(before).moments}
     loaded = {"masters": open_master_weights(after), **open_optimizer_state(after).moments}
@@ -145,7 +144,7 @@ def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 
 
 
 def test_no_sample_is_lost_and_losses_are_those_of_the_unchanged_run(legs: dict[str, Leg], move: str):
-    whole, moved = legs["whole"], legs[f"{move} on"]
+    whole, moved = legs["whole"], legs[move]
     assert whole.ended == moved.ended == "finished"
     assert moved.sample_ids() == whole.sample_ids() and len(set(whole.sample_ids())) == STEPS
     assert moved.losses() == pytest.approx(whole.losses(), rel=1e-5)
@@ -160,10 +159,10 @@ def _split_leg(folder: Path, split: Split, befalls: dict[str, Any], twin: str) -
 
 
 def test_another_split_of_the_model_takes_the_state_over(legs: dict[str, Leg], crossing: str):
-    assert_same_state(legs[f"{crossing} half"], legs[f"{crossing} again"])
+    assert_same_state(legs[f"{crossing} half"], legs[crossing])
 
 
 def test_losses_in_another_split_are_those_of_the_unchanged_run(legs: dict[str, Leg], crossing: str):
-    whole, moved = legs[CROSSINGS[crossing][0]], legs[f"{crossing} on"]
+    whole, moved = legs[CROSSINGS[crossing][0]], legs[crossing]
     assert moved.ended == "finished" and moved.sample_ids() == whole.sample_ids()
     assert moved.losses() == pytest.approx(whole.losses(), rel=1e-5)

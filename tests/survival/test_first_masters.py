@@ -49,7 +49,7 @@ def begun(source: Leg) -> dict[tuple[str, str], Leg]:
     legs = {}
     for kind in SOURCES:
         for name, stage in LAYOUTS.items():
-            befalls = {"save_again": True, "begin": f"{kind}={begins[kind]}"}
+            befalls = {"save_again": True, "stop_after": 0, "begin": f"{kind}={begins[kind]}"}
             folder = source.folder.parent / f"{name}, {kind}"
             legs[name, kind] = Leg(folder, 2, stage={"precision": "bf16", **stage}, befalls=befalls, twin=TWIN)
     train(source.folder.parent / "shared", *legs.values())

@@ -21,7 +21,8 @@ DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme"}}
 MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu"}}
 LEFT_OUT = [HALF, HALF + 1]
 ROLLS_BACK = {"nonfinite": {"policy": "roll_back"}}
-STOPPED, SAVED_AGAIN = {"stop_after": HALF}, {"save_again": True}
+STOPPED = {"stop_after": HALF}
+SAVED_AGAIN = {"save_again": True, **STOPPED}
 
 # Name -> the leg it goes on from, its stage, and what befalls it.
 LEGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -34,7 +34,8 @@ MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu
 DISK = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}}
 STATES_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu"}}
 ALL_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}}
-STOPPED, SAVED_AGAIN = {"stop_after": HALF}, {"save_again": True}
+STOPPED = {"stop_after": HALF}
+SAVED_AGAIN = {"save_again": True, **STOPPED}
 
 # Name -> the leg it goes on from, its stage, and what befalls it.
 LEGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
