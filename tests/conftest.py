@@ -74,7 +74,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     build = config.stash.get(OPS_BUILD, None)
     if build and build.poll() is None:
-        os.killpg(build.pid, signal.SIGKILL)
+        os.killpg(build.pid, signal.SIGTERM)  # at which ninja ends its compilers
 
 
 @pytest.fixture(scope="session")
