@@ -184,9 +184,8 @@ def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
     split = sizes.layer_max - sizes.layer_experts + experts - sizes.layer_whole
     layer = sizes.layer_whole + split // stage.parallel.tensor
     live = stage.zero.stage3_max_live_parameters or _MAX_LIVE_PARAMETERS
-    if stage.zero.offload_param == "nvme":
-        live = 0
-    return COMPUTE_BYTES[stage.precision] * max(layer, min(held, live))
+    kept = 0 if stage.zero.offload_param == "nvme" else min(held, live)
+    return COMPUTE_BYTES[stage.precision] * max(layer, kept)
 
 
 def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
