@@ -133,6 +133,7 @@ def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 
     tag = f"checkpoints/step-{step:08d}"
     before, after = half.weights / tag, again.weights / tag
     assert again.ended in ("killed", "finished")
+    assert _written_at(after) > _written_at(before), "only the copy that the leg began with is there"
     assert open_optimizer_state(before).step == open_optimizer_state(after).step == step
     saved = {"masters": open_master_weights(before), **open_optimizer_state(before).moments}
     loaded = {"masters": open_master_weights(after), **open_optimizer_state(after).moments}
@@ -141,6 +142,11 @@ def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 
         assert set(tensors) == set(loaded[kind]) and len(tensors) > more_than
         for name, tensor in tensors.items():
             assert torch.equal(tensor.read(), loaded[kind][name].read()), (kind, name)
+
+
+def _written_at(checkpoint: Path) -> float:
+    """When its newest file was; a copy keeps that time."""
+    return max(path.stat().st_mtime for path in checkpoint.rglob("*") if path.is_file())
 
 
 def test_no_sample_is_lost_and_losses_are_those_of_the_unchanged_run(legs: dict[str, Leg], move: str):
