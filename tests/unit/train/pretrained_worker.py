@@ -8,17 +8,33 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
 
 from longhaul.artifacts import TokenizerManifest
 from longhaul.jobs import StageJob
 from longhaul.ranks import leave
 from longhaul.train.model import build_model
+from longhaul.train.parallel.shards import decoder_layers
 from longhaul.train.parallel.split import parameters, saved_buffers
 from longhaul.train.processes import start_processes
+
+
+def assert_no_experts_are_kept(model: Any) -> None:
+    """Of their gathered weights, which ZeRO-3 lets go after a forward pass, autograd holds none until the backward one."""
+    mixtures = [layer.mlp.experts for layer in decoder_layers(model) if hasattr(layer.mlp, "experts")]
+    kept = set()
+    with (
+        deepspeed.zero.GatheredParameters(list(model.parameters())),
+        saved_tensors_hooks(lambda tensor: kept.add(tensor.untyped_storage().data_ptr()) or tensor, lambda own: own),
+    ):
+        experts = {weight.untyped_storage().data_ptr() for mixture in mixtures for weight in mixture.parameters()}
+        model(input_ids=torch.arange(2, 18)[None])
+    assert kept and experts and not kept & experts
 
 
 def main() -> None:
@@ -44,6 +60,8 @@ def main() -> None:
                 assert tensor.shape == shard.local_shape, shard.name
                 assert torch.equal(tensor, shard.cut(wanted[shard.name])), shard.name
         print(f"rank {processes.rank.rank} read {read}", flush=True)
+        if job.stage.zero.stage == 3:
+            assert_no_experts_are_kept(model)
         processes.barrier()
     leave()
 
