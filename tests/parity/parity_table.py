@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from corpora import conversation, dataset, make_shards, make_tokenizer, write_js
 from layouts import BF16, FP32, LAYOUTS, TABLES, cells
 from longhaul.errors import UserError
 from parity_cell import STEPS, config, prepare
-from ranks import command_of, environment_of_ranks
+from ranks import launch
 
 HERE = Path(__file__).resolve().parent
 _CELLS_A_LAUNCH = 12
@@ -84,7 +83,10 @@ def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path)
     failures = {}
     while chosen:
         names = ["/".join(cell) for cell in chosen]
-        done = _launch(ranks, names, shared, folder)
+        environment = {"PARITY_PORT": str(_ports())}
+        done = launch(
+            HERE / "worker.py", ranks, str(shared), str(folder), *names, environment=environment, timeout_s=1500
+        )
         if done.returncode == 0:
             break
         output = done.stdout + done.stderr
@@ -94,12 +96,6 @@ def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path)
         failures[chosen[index]] = told[-6000:] if failed else output[-6000:]
         chosen = chosen[index + 1 :]
     return failures
-
-
-def _launch(ranks: int, names: list[str], shared: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = command_of(HERE / "worker.py", ranks, str(shared), str(folder), *names)
-    environment = {**environment_of_ranks(), "PARITY_PORT": str(_ports())}
-    return subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, check=False)
 
 
 def _ports() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from deepspeed.comm import comm
 from deepspeed.runtime.pipe import p2p
 from deepspeed.utils import groups
 
+from layouts import LAYOUTS
+from longhaul.environment.facts import build_ops
 from longhaul.jobs import StageJob
 from longhaul.train import loop
 from parity_cell import STEPS, config, prepare
@@ -29,6 +32,17 @@ def reset_deepspeed() -> None:
     comm.cdb = None
     p2p._groups = None
     p2p._grid = None
+
+
+def load_ops(stages: Iterable[dict[str, Any]]) -> None:
+    """Those that the stages' offloading needs: it takes a process seconds, and the ranks have what it was forked with."""
+    places = {place for stage in stages for place in stage.get("zero", {}).values()}
+    names = ("cpu_adam", "pin_memory", "async_io") if "nvme" in places else ("cpu_adam",) if "cpu" in places else ()
+    assert not build_ops(names, None)["failed"]
+
+
+def before_fork() -> None:
+    load_ops(LAYOUTS[name.split("/")[1]].stage for name in sys.argv[3:])
 
 
 def swap_small_groups() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parity_cell import config
-from ranks import command_of, environment_of_ranks
+from ranks import command_of, environment_of_ranks, launch
 
 HERE = Path(__file__).resolve().parent
 STEPS, HALF = 12, 6
@@ -87,13 +87,14 @@ def train(shared: Path, *legs: Leg, before: list[str] = []) -> str:  # noqa: B00
     path = legs[0].folder.with_suffix(".legs.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([leg.as_json(shared) for leg in legs]))
-    environment = {
-        **environment_of_ranks(),
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        "SURVIVAL_PORT": str(20_000 + (os.getpid() * 211 + id(path)) % 10_000),
-    }
-    command = [*before, *command_of(HERE / "survival_worker.py", ranks, str(path))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    worker = HERE / "survival_worker.py"
+    environment = {"SURVIVAL_PORT": str(20_000 + (os.getpid() * 211 + id(path)) % 10_000)}
+    if before:
+        environment = {**environment_of_ranks(), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+        command = [*before, *command_of(worker, ranks, str(path))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    else:
+        done = launch(worker, ranks, str(path), environment=environment, timeout_s=300)
     output = done.stdout + done.stderr
     ends = [json.loads(line.removeprefix("LEG ")) for line in done.stdout.splitlines() if line.startswith("LEG ")]
     assert done.returncode == 0 and len(ends) == len(legs), output[-8000:]

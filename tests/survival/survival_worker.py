@@ -25,11 +25,15 @@ from longhaul.train import loop
 from longhaul.train.processes import Processes
 from parity_cell import prepare
 from poison import poison_batches
-from worker import reset_deepspeed, swap_small_groups
+from worker import load_ops, reset_deepspeed, swap_small_groups
 
 
 class Killed(BaseException):
     """The leg ends here."""
+
+
+def before_fork() -> None:
+    load_ops(stage for leg in json.loads(Path(sys.argv[1]).read_text()) for stage in leg["run"]["stages"])
 
 
 def befall(leg: dict[str, Any]) -> None:
