@@ -45,20 +45,30 @@ def before_fork() -> None:
     load_ops(LAYOUTS[name.split("/")[1]].stage for name in sys.argv[3:])
 
 
-def swap_small_groups() -> None:
-    """Has twins swapped, in several groups: DeepSpeed keeps less than 1 MiB in memory, here only norms and biases."""
+TWIN_SWAPPED_BYTES = 4096
+"""A rank's part of a tensor that is swapped; less stays in memory, here only norms and biases. DeepSpeed has 1 MiB."""
+
+
+def swap_twins() -> None:
+    """Has twins swapped, the states of the optimizer in several groups."""
     from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 
     from longhaul import render
 
     render.SWAP_GROUP = 20_000
-    make = OptimizerSwapper.__init__
+    for kind in (OptimizerSwapper, AsyncPartitionedParameterSwapper):
+        _swap_from(kind, TWIN_SWAPPED_BYTES)
 
-    def make_for_twins(swapper: OptimizerSwapper, *arguments: Any, **named: Any) -> None:
+
+def _swap_from(kind: type[Any], least_bytes: int) -> None:
+    make = kind.__init__
+
+    def make_for_twins(swapper: Any, *arguments: Any, **named: Any) -> None:
         make(swapper, *arguments, **named)
-        swapper.min_aio_bytes = 4096
+        swapper.min_aio_bytes = least_bytes
 
-    OptimizerSwapper.__init__ = make_for_twins
+    kind.__init__ = make_for_twins
 
 
 def train(job: StageJob, first_port: int, begins: bool) -> None:
@@ -72,7 +82,7 @@ def train(job: StageJob, first_port: int, begins: bool) -> None:
 
 def main() -> None:
     shared, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    swap_small_groups()
+    swap_twins()
     for index, name in enumerate(sys.argv[3:]):
         twin, layout, *begin = name.split("/", 2)
         own = folder / twin / (layout if not begin else f"{layout}, {begin[0].partition('=')[0]}")

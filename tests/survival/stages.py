@@ -21,10 +21,7 @@ RUN = f"cell-{os.getpid()}"
 
 @dataclass
 class Leg:
-    """A stage in `folder`, its layout, and what befalls it; `ended` and `checkpoints` are filled in when it has run.
-
-    `model` takes the place of the twin's.
-    """
+    """A stage in `folder`, its layout, and what befalls it; `ended` and `checkpoints` are filled in when it has run."""
 
     folder: Path
     ranks: int
@@ -32,7 +29,6 @@ class Leg:
     stage: dict[str, Any] = field(default_factory=dict)
     befalls: dict[str, Any] = field(default_factory=dict)
     twin: str = "llama"
-    model: dict[str, Any] | None = None
     ended: str = ""
     checkpoints: list[str] = field(default_factory=list)
 
@@ -72,8 +68,7 @@ class Leg:
             "expert_bias_rate": 0.0,
             **self.stage,
         }
-        run = config(self.twin, "one", **stage)
-        run |= {"run": RUN, "model": self.model or run["model"]}
+        run = {**config(self.twin, "one", **stage), "run": RUN}
         return {"folder": str(self.folder), "shared": str(shared), "run": run, **self.befalls}
 
 

@@ -25,7 +25,7 @@ from longhaul.train import loop
 from longhaul.train.processes import Processes
 from parity_cell import prepare
 from poison import poison_batches
-from worker import load_ops, reset_deepspeed, swap_small_groups
+from worker import load_ops, reset_deepspeed, swap_twins
 
 
 class Killed(BaseException):
@@ -82,7 +82,7 @@ def train(leg: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    swap_small_groups()
+    swap_twins()
     first_port = int(os.environ["SURVIVAL_PORT"])
     for index, leg in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["MASTER_PORT"] = str(first_port + index)

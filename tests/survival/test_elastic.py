@@ -128,8 +128,8 @@ def test_the_state_is_the_saved_one_bit_for_bit(legs: dict[str, Leg], move: str)
     assert_same_state(legs[f"{move} half"], legs[move])
 
 
-def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 30) -> None:
-    """Of the checkpoints of this step; more_than: tensors that there are at least, so that none are not taken for equal ones."""
+def assert_same_state(half: Leg, again: Leg, step: int = HALF) -> None:
+    """Of the checkpoints of this step; there are many tensors, so that none are not taken for equal ones."""
     tag = f"checkpoints/step-{step:08d}"
     before, after = half.weights / tag, again.weights / tag
     assert again.ended in ("killed", "finished")
@@ -139,7 +139,7 @@ def assert_same_state(half: Leg, again: Leg, step: int = HALF, more_than: int = 
     loaded = {"masters": open_master_weights(after), **open_optimizer_state(after).moments}
     assert set(saved) == set(loaded) == {"masters", "exp_avg", "exp_avg_sq"}
     for kind, tensors in saved.items():
-        assert set(tensors) == set(loaded[kind]) and len(tensors) > more_than
+        assert set(tensors) == set(loaded[kind]) and len(tensors) > 30
         for name, tensor in tensors.items():
             assert torch.equal(tensor.read(), loaded[kind][name].read()), (kind, name)
 

@@ -207,6 +207,14 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
                 {"stages.0.zero.stage3_max_reuse_distance": 1000},
                 ("offload_param nvme with stage3_max_reuse_distance 1000", "leave stage3_max_reuse_distance out"),
             ),
+            (
+                "that are to stay whole",
+                {"stages.0.zero.stage3_param_persistence_threshold": 2**19 - 1, "stages.0.precision": "fp32"},
+                (
+                    "stage3_param_persistence_threshold 524287: a tensor of more than 524286 elements lies on the disk",
+                    "to at most 524286",
+                ),
+            ),
         )
     ),
     ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),

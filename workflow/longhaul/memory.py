@@ -24,6 +24,8 @@ SWAP_GROUP = 100_000_000
 _DEFAULT_GROUP = 1_000_000_000
 # Masters, two moments and gradients of the sub-group at work.
 SWAP_BUFFERS = 4
+# A rank's part of a tensor that goes to the disk; less stays in CPU memory. DeepSpeed's MIN_AIO_BYTES.
+SWAPPED_BYTES = 1 << 20
 # Weights on a disk: partitions that may be there at once. The module at work has two at most, one for each of its weights.
 SWAP_PARAM_BUFFERS = 8
 

@@ -10,7 +10,7 @@ from longhaul.config.geometry import Geometry
 from longhaul.config.models import Config, Parallel, Stage, Storage
 from longhaul.config.sites import Partition, Site
 from longhaul.errors import UserError
-from longhaul.memory import COMPUTE_BYTES, Memory
+from longhaul.memory import COMPUTE_BYTES, SWAPPED_BYTES, Memory
 from longhaul.plan.requests import partition_for
 
 _FILES_PER_UNIT = 9  # bin, idx and mask of two splits, keys, record, folder
@@ -115,6 +115,19 @@ def _check_swapped_weights(stage: Stage, where: str) -> None:
                 f"{where} with {key} {value}: weights that are gathered ahead or kept take more buffers than there are",
                 f"leave {key} out: it is 0 where weights lie on a disk",
             )
+    kept, limit = stage.zero.stage3_param_persistence_threshold or 0, _largest_in_memory(stage)
+    if kept > limit:
+        raise UserError(
+            f"{where} with stage3_param_persistence_threshold {kept}: a tensor of more than {limit} elements lies on the disk, "
+            "and cannot stay whole, too",
+            f"set stage3_param_persistence_threshold to at most {limit}, or leave it out",
+        )
+
+
+def _largest_in_memory(stage: Stage) -> int:
+    """Elements of the largest tensor of which DeepSpeed swaps no rank's part (`swappable_tensor`)."""
+    ranks = stage.nodes * stage.gpus_per_node
+    return ranks * (SWAPPED_BYTES // COMPUTE_BYTES[stage.precision] - 1)
 
 
 def check_site(stage: Stage, site: Site) -> None:
