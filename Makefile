@@ -54,7 +54,7 @@ generate: setup  ## write the config schema, default and docs, environments and 
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt
 	$(BIN)/pytest tests/cluster/test_faults.py --all-faults
 
-layouts: setup test-packages  ## ten layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
+layouts: setup test-packages  ## thirteen layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
 	$(BIN)/pytest tests/cluster/test_layouts.py --all-layouts
 
 moves: setup  ## a stage goes on in another layout: every move; make test takes one of a kind

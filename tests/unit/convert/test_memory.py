@@ -26,10 +26,10 @@ LIMIT_BYTES = 1 << 30
 CONVERT = """
 import sys
 from pathlib import Path
-from longhaul.convert import generate
+from longhaul.convert import generate, logits
 from longhaul.convert.export import run
 from longhaul.jobs import ConvertJob
-generate.READ_BYTES = 3 * 10**9  # a token or two of the samples: all of them read the same way
+generate.NEW_TOKENS = logits.PERTURBATIONS = 1  # each more reads all weights once more, in the same way
 run(ConvertJob.read(Path(sys.argv[1])))
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """

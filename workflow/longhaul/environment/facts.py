@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from longhaul.ops import clear_stale_locks, use_ops_folder
+from longhaul.ops import clear_stale_locks, compile_without_debug_information, use_ops_folder
 from longhaul.swap import clear_stale_swaps, swap_folder
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
@@ -167,6 +167,7 @@ def lockable_bytes() -> int | None:
 def _builder(name: str) -> Any:
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
+    compile_without_debug_information()
     return ALL_OPS[name]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from longhaul.jobs import StageJob
-from longhaul.ops import disable_shm_comm, use_ops_folder
+from longhaul.ops import compile_without_debug_information, disable_shm_comm, use_ops_folder
 from longhaul.ranks import Rank, require_geometry, this_rank
 from longhaul.rendezvous import process_group
 from longhaul.swap import swap_folder
@@ -94,6 +94,7 @@ def _join_deepspeed(on_gpu: bool) -> None:
     """Has DeepSpeed use the process group that is there."""
     import deepspeed
 
+    compile_without_debug_information()
     if not on_gpu:
         disable_shm_comm()
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
