@@ -16,6 +16,7 @@ from chain import REPOSITORY, tiny_config
 from cluster_chain import ClusterChain
 from layouts import FP32, MODELS
 from longhaul.artifacts import DataManifest
+from longhaul.config.models import Parallel
 from longhaul.data.samples import Samples
 from longhaul.jobs import StageJob
 from parity_table import furthest
@@ -54,21 +55,16 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     },
 }
 # What `make test` trains, so that every axis crosses hosts once, in one run; `make layouts` trains all.
-QUICK = {
-    ("deepseek_v3", "pipeline2-tensor2"),
-    ("deepseek_v3", "expert2-zero3"),
-    ("deepseek_v3", "sequence2-zero3"),
-}
+QUICK = {"deepseek_v3": ("pipeline2-tensor2", "expert2-zero3", "sequence2-zero3")}
 
 
 def chosen(config: pytest.Config) -> dict[str, dict[str, Layout]]:
     """Those of LAYOUTS that this run trains."""
-    every = config.getoption("--all-layouts")
-    quick = {
-        twin: {name: layout for name, layout in layouts.items() if (twin, name) in QUICK}
-        for twin, layouts in LAYOUTS.items()
-    }
-    return LAYOUTS if every else {twin: layouts for twin, layouts in quick.items() if layouts}
+    return LAYOUTS if config.getoption("--all-layouts") else quick()
+
+
+def quick() -> dict[str, dict[str, Layout]]:
+    return {twin: {name: LAYOUTS[twin][name] for name in names} for twin, names in QUICK.items()}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,8 +73,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("twin", "name"), cases, ids=["/".join(case) for case in cases])
 
 
-def test_those_that_are_quick_exist():
-    assert {(twin, name) for twin, layouts in LAYOUTS.items() for name in layouts} > QUICK
+def test_those_that_are_quick_have_every_axis_and_weights_that_are_gathered():
+    stages = [keys for layouts in quick().values() for _, _, keys in layouts.values()]
+    assert {axis for keys in stages for axis in keys["parallel"]} == set(Parallel.model_fields)
+    assert 3 in {keys["zero"]["stage"] for keys in stages}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ from longhaul.jobs import StageJob
 from longhaul.train import loop
 from parity_cell import STEPS, config, prepare
 
+TWIN_SWAPPED_BYTES = 4096
+"""A rank's part of a tensor that is swapped; less stays in memory, here only norms and biases. DeepSpeed has 1 MiB."""
+
 
 def reset_deepspeed() -> None:
     """Forgets the groups of the cell before; a user's process trains one stage."""
@@ -43,10 +46,6 @@ def load_ops(stages: Iterable[dict[str, Any]]) -> None:
 
 def before_fork() -> None:
     load_ops(LAYOUTS[name.split("/")[1]].stage for name in sys.argv[3:])
-
-
-TWIN_SWAPPED_BYTES = 4096
-"""A rank's part of a tensor that is swapped; less stays in memory, here only norms and biases. DeepSpeed has 1 MiB."""
 
 
 def swap_twins() -> None:

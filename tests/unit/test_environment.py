@@ -239,6 +239,9 @@ def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
     node = EnvironmentReport.read(tmp_path / "environment.json").nodes[0]
     assert node["ops"]["cleared"] == ["pin_memory"] and node["ops"]["failed"] == {}
+    assert "-g" not in (locked.parent / "build.ninja").read_text().split(), (
+        "debug information is a third of the compile"
+    )
     started = time.monotonic()
     again = run(offloading, tmp_path)
     first, second = node["ops"]["built"]["pin_memory"], time.monotonic() - started
