@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
-CLUSTER := $(BIN)/python tests/cluster/cluster.py
+CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 
 .PHONY: help run setup test test-gpu test-packages check format generate parity faults layouts moves chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
 
@@ -39,7 +39,7 @@ check: setup  ## linters, types, import layers, rule files, shell scripts, gener
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
 	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
-	$(BIN)/python -m longhaul.config.generate --check
+	$(BIN)/python -m longhaul.config.generate_reference --check
 	$(BIN)/python envs/generate.py --check
 
 format: setup  ## format Python and rule files
@@ -47,21 +47,21 @@ format: setup  ## format Python and rule files
 	$(BIN)/snakefmt Snakefile workflow/rules
 
 generate: setup  ## write the config schema, default and docs, environments and golden files anew
-	$(BIN)/python -m longhaul.config.generate
+	$(BIN)/python -m longhaul.config.generate_reference
 	$(BIN)/python envs/generate.py
-	$(BIN)/python tests/golden/regenerate.py
+	$(BIN)/python -m tests.golden.regenerate
 
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt
-	$(BIN)/pytest tests/cluster/test_faults.py --all-faults
+	$(BIN)/pytest tests/faults/test_faults.py --all-faults
 
 layouts: setup test-packages  ## thirteen layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
 	$(BIN)/pytest tests/cluster/test_layouts.py --all-layouts
 
 moves: setup  ## a stage goes on in another layout: every move; make test takes one of a kind
-	$(BIN)/pytest tests/survival/test_elastic.py --all-moves
+	$(BIN)/pytest tests/recovery/test_resharding.py --all-moves
 
 chaos: setup test-packages  ## random faults for MINUTES=5, one every MTBF_S=45 s on average; goodput in bench/results/chaos.txt
-	$(BIN)/pytest -s tests/cluster/chaos.py
+	$(BIN)/pytest -s tests/faults/chaos.py
 
 cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to play with
 	$(CLUSTER) up
@@ -70,34 +70,34 @@ cluster-down:  ## end it
 	$(CLUSTER) down
 
 parity: setup  ## every model under every layout against plain PyTorch, about 40 minutes
-	PYTHONPATH=tests/unit/data:tests/unit/train:bench $(BIN)/python tests/parity/parity_table.py
+	$(BIN)/python -m tests.parity.parity_table
 
 bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTorch
-	$(BIN)/python bench/trainer.py
+	$(BIN)/python -m bench.trainer
 
 bench-plan: setup  ## time of the demo's dry run
-	$(BIN)/python bench/plan.py
+	$(BIN)/python -m bench.plan
 
 bench-convert: setup  ## conversion beside zero_to_fp32 with transformers and beside plain copying
-	PYTHONPATH=tests/unit/convert $(BIN)/python bench/convert.py
+	$(BIN)/python -m bench.convert
 
 bench-data: setup .venv-bench/.installed $(if $(MEGATRON),.venv-bench/.megatron)  ## raw text to shards beside datasets map, datatrove and the raw limit; MEGATRON=<checkout of Megatron-LM> adds its preprocess
-	$(BIN)/python bench/data.py
+	$(BIN)/python -m bench.data
 
 bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's CUDA build in .venv)
-	PYTHONPATH=tests/unit/data $(BIN)/python bench/gpu_memory.py
+	$(BIN)/python -m bench.gpu_memory
 
 bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
-	$(BIN)/python bench/memory_plan.py
+	$(BIN)/python -m bench.memory_plan
 
 bench-shapes: setup  ## DeepSeek-V3 cut for 512 ranks without any memory: what each holds, beside the plan
-	$(BIN)/python bench/shapes.py
+	$(BIN)/python -m bench.shapes
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
-	$(BIN)/python bench/read.py
+	$(BIN)/python -m bench.read
 
 bench-comm: setup  ## bytes and time of gradient reduction over a slow link between two hosts (needs root), plain and compressed
-	$(BIN)/python bench/communication.py
+	$(BIN)/python -m bench.communication
 
 .venv-bench/.megatron: .venv-bench/.installed bench/requirements-megatron.txt
 	.venv-bench/bin/pip install --quiet --no-deps --upgrade --target .venv-bench/megatron -r bench/requirements-megatron.txt

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from machine import header, publish
+from bench.machine import header, publish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "build" / "bench-communication"

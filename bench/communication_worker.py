@@ -8,10 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from longhaul.jobs import StageJob
-from longhaul.ranks import leave
-from longhaul.train.processes import Processes, start_processes
-from stepping import open_trainer
+from bench.stepping import open_trainer
+from longhaul.jobs.specs import StageJob
+from longhaul.runtime.rank import leave
+from longhaul.train.distributed_context import Processes, start_processes
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from longhaul.convert.layout import export_layout, hugging_face_config, meta_model
-from longhaul.convert.shards import write_shards
-from longhaul.zero_checkpoint import open_master_weights
-from machine import header, publish
+from bench.machine import header, publish
+from longhaul.checkpoint_io import open_master_weights
+from longhaul.export.safetensors_writer import write_shards
+from longhaul.export.tensor_layout import export_layout, hugging_face_config, meta_model
 
 RANKS, ROUNDS = 4, 7
 BLOCK_BYTES = 4 << 20
@@ -63,8 +63,8 @@ def _make_checkpoint(weights: Path, arguments: argparse.Namespace) -> int:
     script = f"""
 import sys
 from pathlib import Path
-from longhaul.convert.layout import meta_model
-from synthetic import llama, write_checkpoint
+from longhaul.export.tensor_layout import meta_model
+from tests.support.synthetic_checkpoints import llama, write_checkpoint
 config = llama(*map(int, sys.argv[2:]))
 write_checkpoint(Path(sys.argv[1]), config, ranks={RANKS}, moments=True)
 print(meta_model(config).num_parameters())

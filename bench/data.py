@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from longhaul.artifacts import DataManifest, TokenizerManifest
-from longhaul.config.datasets import Dataset
-from longhaul.data.indexed import SplitReader, token_dtype
-from longhaul.jobs import TokenizeJob
-from machine import header, publish
+from bench.machine import header, publish
+from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.config.dataset_config import Dataset
+from longhaul.data.shards.indexed_dataset import SplitReader, token_dtype
+from longhaul.jobs.specs import TokenizeJob
 
 ROUNDS = 3
 SHORT_RUNS_A_ROUND = 5  # of what takes seconds, where noise weighs more than in what takes minutes

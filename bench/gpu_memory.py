@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import yaml
 
-from corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
+from bench.machine import header, publish
 from longhaul.config.load import load_config
-from longhaul.jobs import StageJob
-from longhaul.payloads import payload
-from longhaul.plan import Plan, make_plan
-from longhaul.render import render_stage
-from machine import header, publish
+from longhaul.jobs.builders import payload
+from longhaul.jobs.launch_files import render_stage
+from longhaul.jobs.specs import StageJob
+from longhaul.planning import Plan, make_plan
+from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 CHATML = Path(__file__).resolve().parents[1] / "templates" / "chat" / "chatml.jinja"
 STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from longhaul.jobs import StageJob
-from longhaul.train.processes import start_processes
-from stepping import open_trainer
+from bench.stepping import open_trainer
+from longhaul.jobs.specs import StageJob
+from longhaul.train.distributed_context import start_processes
 
 
 def main() -> None:

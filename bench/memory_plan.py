@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
+from bench.machine import header, publish
 from longhaul.config.load import load_config
-from longhaul.plan import Plan, make_plan
-from machine import header, publish
+from longhaul.planning import Plan, make_plan
 
 GPUS_PER_NODE, NODES = 8, 32
 MODEL = {

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import header, publish
+from bench.machine import header, publish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROUNDS = 7

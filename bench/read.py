@@ -17,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from longhaul.artifacts import DataManifest, write_json
-from longhaul.data.indexed import SplitWriter
-from longhaul.data.samples import Samples
+from bench.machine import header, publish
+from longhaul.artifacts.files import write_json
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.data.sampling.samples import Samples
+from longhaul.data.shards.indexed_dataset import SplitWriter
 from longhaul.train.batches import Prefetcher
-from longhaul.train.state import TrainingState
-from machine import header, publish
+from longhaul.train.checkpoint.training_state import TrainingState
 
 TOKENS_PER_S = 200_000
 SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 4096, 16, 4, 40

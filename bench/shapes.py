@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
-from longhaul.config.geometry import geometry
+from bench.machine import header, publish
 from longhaul.config.load import load_config
-from longhaul.config.models import Parallel, Stage
-from longhaul.memory import COMPUTE_BYTES, GIB, estimate
-from longhaul.plan import make_plan
-from longhaul.render import REPOSITORY
-from longhaul.train.parallel.grid import Grid, make_grid
-from longhaul.train.parallel.split import cut_model, parameters
-from machine import header, publish
+from longhaul.config.model_size import geometry
+from longhaul.config.run_config import Parallel, Stage
+from longhaul.jobs.launch_files import REPOSITORY
+from longhaul.planning import make_plan
+from longhaul.planning.gpu_memory import COMPUTE_BYTES, GIB, estimate
+from longhaul.train.parallel.parallel_dims import Grid, make_grid
+from longhaul.train.parallel.slice_model import cut_model, parameters
 
 LAYOUTS = {
     "pipeline 16, expert 32": Parallel(pipeline=16, expert=32),

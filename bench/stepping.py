@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from longhaul.artifacts import DataManifest, TokenizerManifest
-from longhaul.jobs import StageJob
+from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.jobs.specs import StageJob
 from longhaul.train.backend import make_backend
 from longhaul.train.batches import Batch, Prefetcher
-from longhaul.train.checkpoints import Checkpoints
-from longhaul.train.events import Events
+from longhaul.train.build_model import build_model
+from longhaul.train.checkpoint.manager import Checkpoints
+from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.distributed_context import Processes
 from longhaul.train.loop import Trainer, open_samples
-from longhaul.train.metrics import Metrics
-from longhaul.train.model import build_model
-from longhaul.train.processes import Processes
-from longhaul.train.state import TrainingState
+from longhaul.train.monitoring.events import Events
+from longhaul.train.monitoring.metrics import Metrics
 
 
 def open_trainer(job: StageJob, processes: Processes, folder: Path) -> tuple[Trainer, Iterator[Batch]]:

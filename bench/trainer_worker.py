@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from longhaul.artifacts import TokenizerManifest
-from longhaul.jobs import StageJob
+from bench.machine import header, publish
+from bench.stepping import open_trainer
+from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.jobs.specs import StageJob
 from longhaul.train.batches import MicroBatch
-from longhaul.train.model import build_model, read_deepspeed_config
-from longhaul.train.processes import Processes, start_processes
-from machine import header, publish
-from stepping import open_trainer
+from longhaul.train.build_model import build_model, read_deepspeed_config
+from longhaul.train.distributed_context import Processes, start_processes
 
 ROUNDS, STEPS_PER_ROUND = 9, 2
 Step = Callable[[], None]

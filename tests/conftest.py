@@ -8,38 +8,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-FOLDERS = (
-    "workflow",
-    "cluster",
-    "golden",
-    "unit",
-    "unit/data",
-    "unit/train",
-    "unit/convert",
-    "parity",
-    "survival",
-    "gpu",
-)
 OPS_BUILD = pytest.StashKey[subprocess.Popen[bytes]]()
 # A session has a share of the machine of its own where the kernel groups processes so, and a niceness for it.
 BUILD_OPS = """
 import os
 from contextlib import suppress
 from pathlib import Path
-from longhaul.environment.facts import build_ops
+from longhaul.checks.node_facts import build_ops
 os.nice(19)
 with suppress(OSError):
     Path("/proc/self/autogroup").write_text("19")
 failed = build_ops(("cpu_adam", "pin_memory", "async_io"), None)["failed"]
 assert not failed, failed
 """
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in FOLDERS)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -94,7 +79,7 @@ def offload_ops(pytestconfig: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory):
     """A tiny run of two processes that went through the whole chain on this machine."""
-    from chain import Chain, tiny_config
+    from tests.support.chain import Chain, tiny_config
 
     chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config())
     chain.run()
@@ -104,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def serve():
     """Starts a tracker's server that answers as told, on this machine."""
-    from tracker_server import Server
+    from tests.support.tracker_server import Server
 
     servers: list[Server] = []
 

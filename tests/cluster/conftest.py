@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from running import running
-from slurm_conf import Shape
-from virtual_cluster import VirtualCluster
+from tests.support.running_cluster import running
+from tests.support.slurm_conf import Shape
+from tests.support.virtual_cluster import VirtualCluster
 
 
 @pytest.fixture(scope="session")

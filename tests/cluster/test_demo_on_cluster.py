@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chain import REPOSITORY, Chain, leaks, local_site, write_site
-from cluster_chain import SITE, ClusterChain, fake_image
-from test_virtual_cluster import wait_for
-from virtual_cluster import VirtualCluster
+from tests.cluster.test_virtual_cluster import wait_for
+from tests.support.chain import REPOSITORY, Chain, leaks, local_site, write_site
+from tests.support.cluster_chain import SITE, ClusterChain, fake_image
+from tests.support.virtual_cluster import VirtualCluster
 
 HOSTS = {"n1", "n2"}
 COMPARED_STEPS = 20

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from chain import Chain, write_site
-from cluster_chain import SITE
-from test_virtual_cluster import wait_for
-from virtual_cluster import VirtualCluster
+from tests.cluster.test_virtual_cluster import wait_for
+from tests.support.chain import Chain, write_site
+from tests.support.cluster_chain import SITE
+from tests.support.virtual_cluster import VirtualCluster
 
 
 def losses(weights: Path) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,21 +10,19 @@ from typing import Any
 
 import pytest
 
-import reference
-from chain import REPOSITORY, tiny_config
-from cluster_chain import ClusterChain
-from layouts import FP32, MODELS
-from longhaul.artifacts import DataManifest
-from longhaul.config.models import Parallel
-from longhaul.data.samples import Samples
-from longhaul.jobs import StageJob
-from parity_table import furthest
-from running import running
-from slurm_conf import Shape
-from virtual_cluster import VirtualCluster
-
-sys.path.insert(0, str(REPOSITORY / "bench"))
-from machine import header, publish
+from bench.machine import header, publish
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.config.run_config import Parallel
+from longhaul.data.sampling.samples import Samples
+from longhaul.jobs.specs import StageJob
+from tests.parity import reference_loop as reference
+from tests.parity.parity_cases import FP32, MODELS
+from tests.parity.parity_table import furthest
+from tests.support.chain import tiny_config
+from tests.support.cluster_chain import ClusterChain
+from tests.support.running_cluster import running
+from tests.support.slurm_conf import Shape
+from tests.support.virtual_cluster import VirtualCluster
 
 Layout = tuple[int, int, dict[str, Any]]
 

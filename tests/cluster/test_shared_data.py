@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from chain import Chain, tiny_config
-from cluster_chain import ClusterChain
-from virtual_cluster import VirtualCluster
+from tests.support.chain import Chain, tiny_config
+from tests.support.cluster_chain import ClusterChain
+from tests.support.virtual_cluster import VirtualCluster
 
 MANIFEST = "results/tiny/data/prose.json"
 

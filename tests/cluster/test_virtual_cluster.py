@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from running import running
-from slurm_conf import Shape
-from virtual_cluster import ClusterError, VirtualCluster
+from tests.support.running_cluster import running
+from tests.support.slurm_conf import Shape
+from tests.support.virtual_cluster import ClusterError, VirtualCluster
 
 
 def wait_for(condition, seconds: float = 40) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from longhaul.artifacts import write_text
+from longhaul.artifacts.files import write_text
 from longhaul.config.load import load_config
-from longhaul.plan import make_plan
-from longhaul.render import REPOSITORY, render_stage
+from longhaul.jobs.launch_files import REPOSITORY, render_stage
+from longhaul.planning import make_plan
 
 GOLDEN = Path(__file__).parent
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from chain import Chain, tiny_config, write_site
-from longhaul.environment.facts import cuda_build
+from longhaul.checks.node_facts import cuda_build
+from tests.support.chain import Chain, tiny_config, write_site
 
 GPUS = torch.cuda.device_count()
 STEPS = 12

@@ -5,17 +5,14 @@ A target of its own, `make test-gpu`, as it needs a GPU; `make test` does not co
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from chain import REPOSITORY, Chain
-from gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
-
-sys.path.insert(0, str(REPOSITORY / "bench"))
-from machine import header, publish
+from bench.machine import header, publish
+from tests.gpu.gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
+from tests.support.chain import Chain
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-zero0": {"precision": "fp32", "zero": {"stage": 0}},

@@ -5,18 +5,15 @@ The arithmetic is proved over gloo (`make parity`); here it is the backend, the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from chain import REPOSITORY, Chain
-from gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
-from layouts import MODELS
-
-sys.path.insert(0, str(REPOSITORY / "bench"))
-from machine import header, publish
+from bench.machine import header, publish
+from tests.gpu.gpus import GPUS, description, is_proved, proof_of, rows, run_variants, told, trained_on_gpus
+from tests.parity.parity_cases import MODELS
+from tests.support.chain import Chain
 
 pytestmark = [
     pytest.mark.skipif(GPUS != 2, reason=f"needs two GPUs, this machine has {GPUS}"),

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reference
-from corpora import conversation, dataset, make_shards, make_tokenizer, write_jsonl
-from layouts import BF16, FP32, LAYOUTS, TABLES, cells
 from longhaul.errors import UserError
-from parity_cell import STEPS, config, prepare
-from ranks import launch
+from tests.parity import reference_loop as reference
+from tests.parity.parity_cases import BF16, FP32, LAYOUTS, TABLES, cells
+from tests.parity.run_parity_case import STEPS, config, prepare
+from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, write_jsonl
+from tests.support.ranks import launch
 
 HERE = Path(__file__).resolve().parent
 _CELLS_A_LAUNCH = 12
@@ -85,7 +85,7 @@ def train(ranks: int, chosen: list[tuple[str, ...]], shared: Path, folder: Path)
         names = ["/".join(cell) for cell in chosen]
         environment = {"PARITY_PORT": str(_ports())}
         done = launch(
-            HERE / "worker.py", ranks, str(shared), str(folder), *names, environment=environment, timeout_s=1500
+            HERE / "parity_worker.py", ranks, str(shared), str(folder), *names, environment=environment, timeout_s=1500
         )
         if done.returncode == 0:
             break
@@ -106,8 +106,8 @@ def _ports() -> int:
 def _reference(twin: str, shared: Path, folder: Path) -> Any:
     import torch
 
-    from longhaul.artifacts import DataManifest
-    from longhaul.data.samples import Samples
+    from longhaul.artifacts.schemas import DataManifest
+    from longhaul.data.sampling.samples import Samples
 
     torch.set_num_threads(1)
     job, _ = prepare(folder / twin / "reference", shared, config(twin, "one"))
@@ -162,7 +162,7 @@ def _export(cell: tuple[str, str], trace: Any, shared: Path, own: Path) -> tuple
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from longhaul.convert import export
+    from longhaul.export import export_checkpoint as export
 
     _, job = prepare(own, shared, config(*cell))
     export.run(job)
@@ -186,7 +186,7 @@ def main() -> int:
         lines, bad = judged(chosen)
         print(*lines, sep="\n")
         return bad
-    from machine import header, publish
+    from bench.machine import header, publish
 
     failed = 0
     for name in names:

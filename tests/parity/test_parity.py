@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-import parity_table as parity
-from layouts import FP32, LAYOUTS, MODELS, SUBSET, cells
-from longhaul.artifacts import Checkpoint
-from longhaul.config.geometry import ARCHITECTURES
+from longhaul.artifacts.schemas import Checkpoint
+from longhaul.checkpoint_io import open_master_weights
+from longhaul.checkpoint_io.torch_archive import StoredTensor, read_archive
 from longhaul.config.load import load_config
+from longhaul.config.model_size import ARCHITECTURES
 from longhaul.errors import UserError
-from longhaul.plan import make_plan
-from longhaul.zero_checkpoint import open_master_weights
-from longhaul.zero_checkpoint.archive import StoredTensor, read_archive
+from longhaul.planning import make_plan
+from tests.parity import parity_table as parity
+from tests.parity.parity_cases import FP32, LAYOUTS, MODELS, SUBSET, cells
 
 FOLDER_CELL, OTHER_CELL = ("deepseek_v3", "expert 2, tensor 2"), ("deepseek_v3", "expert 2, pipeline 2")
 

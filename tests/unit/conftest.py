@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TRAINING = Path(__file__).parent / "convert" / "zero_training.py"
+TRAINING = Path(__file__).parents[1] / "support" / "zero_training.py"
 
 
 @pytest.fixture

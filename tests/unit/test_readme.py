@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from chain import REPOSITORY
+from tests.support.chain import REPOSITORY
 
 ROW = re.compile(r"^\|.*\]\((bench/results/\w+\.txt)\) \|$")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from chain import REPOSITORY
-from configs import CHAT, LLAMA, STAGE
+from tests.support.chain import REPOSITORY
+from tests.support.small_configs import CHAT, LLAMA, STAGE
 
 
 def stages(*changes: dict[str, Any]) -> list[dict[str, Any]]:

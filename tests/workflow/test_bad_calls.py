@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from bad_input import refused, snakemake
-from chain import REPOSITORY
-from configs import write_config
+from tests.support.bad_input import refused, snakemake
+from tests.support.chain import REPOSITORY
+from tests.support.small_configs import write_config
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "a mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.0.steps is 0"),

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from bad_configs import CONFIGS
-from bad_input import files_below, refused, snakemake
-from chain import REPOSITORY
-from configs import EMPTY_SAFETENSORS, LLAMA, write_config
 from longhaul.cli import main
+from tests.support.bad_input import files_below, refused, snakemake
+from tests.support.chain import REPOSITORY
+from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, write_config
+from tests.workflow.bad_configs import CONFIGS
 
 
 @pytest.mark.parametrize(("config", "site", "says"), [case[1:] for case in CONFIGS], ids=[case[0] for case in CONFIGS])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bad_input import files_below, refused
-from corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
-from longhaul.jobs import Job
+from longhaul.jobs.specs import Job
+from tests.support.bad_input import files_below, refused
+from tests.support.corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
 
 
 @pytest.fixture(scope="module")

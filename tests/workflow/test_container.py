@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chain import REPOSITORY, write_data
-from cluster_chain import fake_image
-from configs import LLAMA, STAGE, plan_of
-from corpora import make_tokenizer
-from longhaul import render
-from longhaul.plan import Plan
-from longhaul.render import render_run
+from longhaul.jobs import launch_files as render
+from longhaul.jobs.launch_files import render_run
+from longhaul.planning import Plan
+from tests.support.chain import REPOSITORY, write_data
+from tests.support.cluster_chain import fake_image
+from tests.support.corpora import make_tokenizer
+from tests.support.small_configs import LLAMA, STAGE, plan_of
 
-HERE = REPOSITORY / "tests" / "cluster"
+HERE = REPOSITORY / "tests" / "support"
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="the stand-in for Apptainer mounts, which needs root"),
     pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare (util-linux)"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chain import Chain, tiny_config
-from longhaul.goodput import read_events
+from longhaul.artifacts.event_log import read_events
+from tests.support.chain import Chain, tiny_config
 
 TOKENIZER = "results/tiny/tokenizer.json"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chain import Chain, tiny_config
+from tests.support.chain import Chain, tiny_config
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 

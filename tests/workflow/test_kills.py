@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chain import Chain
+from tests.support.chain import Chain
 
 STAGE = "results/tiny/stages/base/checkpoint.json"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chain import REPOSITORY
-from configs import write_config
+from tests.support.chain import REPOSITORY
+from tests.support.small_configs import write_config
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "plotly"}
 
@@ -36,7 +36,7 @@ def test_a_dry_run_imports_nothing_heavy(tmp_path: Path):
 
 
 def test_the_report_imports_no_torch(tmp_path: Path):
-    assert "torch" not in imported("-c", "import longhaul.report.page", cwd=tmp_path)
+    assert "torch" not in imported("-c", "import longhaul.report.html_page", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("profile", ["local", "slurm"])

@@ -13,10 +13,10 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from transformers import AutoTokenizer
 
-from chain import Chain
-from longhaul.artifacts import DataManifest
-from longhaul.data.indexed import SplitReader
-from longhaul.report.text import size
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.data.shards.indexed_dataset import SplitReader
+from longhaul.report.number_format import size
+from tests.support.chain import Chain
 
 SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "proof", "provenance"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from chain import Chain, local_site, write_site
+from tests.support.chain import Chain, local_site, write_site
 
 TRAINING = {"train_stage", "convert", "tokenize", "tokenizer"}
 

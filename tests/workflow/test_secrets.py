@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from chain import REPOSITORY, SECRETS, Chain, leaks
-from configs import base_stage
-from tracker_server import AT_ONCE, Answer, Server, broken, mlflow_answer, wandb_answer
+from tests.support.chain import REPOSITORY, SECRETS, Chain, leaks
+from tests.support.small_configs import base_stage
+from tests.support.tracker_server import AT_ONCE, Answer, Server, broken, mlflow_answer, wandb_answer
 
 TRACKED_LEG = REPOSITORY / "tests/unit/train/tracked_leg.py"
 

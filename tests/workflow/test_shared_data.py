@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chain import Chain, job_counts, tiny_config
+from tests.support.chain import Chain, job_counts, tiny_config
 
 MANIFEST = "results/tiny/data/prose.json"
 

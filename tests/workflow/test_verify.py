@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chain import Chain
-from longhaul.artifacts import DataManifest
+from longhaul.artifacts.schemas import DataManifest
+from tests.support.chain import Chain
 
 
 def verify(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """python -m longhaul: how launch scripts start every job, so that the mounted checkout is what runs."""
 
 from longhaul.cli import main
-from longhaul.ranks import leave
+from longhaul.runtime.rank import leave
 
 try:
     main()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from longhaul.errors import UserError
 
 if TYPE_CHECKING:
-    from longhaul.jobs import Job
+    from longhaul.jobs.specs import Job
 
 # Jobs run where there is no internet; only fetch and doctor-like verbs may look outside.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -74,14 +74,14 @@ def _add_data_verbs(data: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from longhaul.data.inspect import run
+    from longhaul.data.shards.inspect_documents import run
 
     run(options.manifest, options.split, options.first, options.count, options.tokenizer)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from longhaul.artifacts import write_json
-    from longhaul.plan_table import plan_json, print_plan
+    from longhaul.artifacts.files import write_json
+    from longhaul.report.plan_table import plan_json, print_plan
 
     plan = _load_plan(options.config)
     if options.out:
@@ -93,7 +93,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     """Snakemake reads --configfile before any rule, and ends in a traceback where that is no readable YAML file."""
     from longhaul.config.load import load_config
-    from longhaul.render import REPOSITORY
+    from longhaul.jobs.launch_files import REPOSITORY
 
     if named := [word for word in options.options if word.startswith("--configfile")]:
         raise UserError(f"{named[0]} names a second config", f"drop it: {options.config} is the run's one file")
@@ -105,8 +105,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _fetch(options: argparse.Namespace) -> None:
     from longhaul.config.load import load_config
-    from longhaul.fetch.sources import fetch
-    from longhaul.plan import lock_path, make_plan
+    from longhaul.fetch.hub_downloads import fetch
+    from longhaul.planning import lock_path, make_plan
 
     loaded = load_config(options.config)
     waiting = make_plan(loaded).waiting
@@ -118,15 +118,15 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _render(options: argparse.Namespace) -> None:
-    from longhaul.render import render_run
+    from longhaul.jobs.launch_files import render_run
 
     render_run(_load_plan(options.config), Path.cwd())
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from longhaul.jobs import StageJob
-    from longhaul.payloads import payload
-    from longhaul.verify import print_verdicts, verify
+    from longhaul.checks.verify_run import print_verdicts, verify
+    from longhaul.jobs.builders import payload
+    from longhaul.jobs.specs import StageJob
 
     plan = _load_plan(options.config)
     jobs = [payload(plan, f"train-{stage.name}") for stage in plan.stages]
@@ -138,9 +138,9 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _load_plan(config: Path):
-    from longhaul.artifacts import Lock
+    from longhaul.artifacts.schemas import Lock
     from longhaul.config.load import load_config
-    from longhaul.plan import lock_path, make_plan
+    from longhaul.planning import lock_path, make_plan
 
     loaded = load_config(config)
     lock = lock_path(loaded.config.run)
@@ -148,20 +148,20 @@ def _load_plan(config: Path):
 
 
 def _report(options: argparse.Namespace) -> None:
-    from longhaul.report.page import run
+    from longhaul.report.html_page import run
 
     run(options.folder, options.out)
 
 
 def _supervise(options: argparse.Namespace) -> None:
-    from longhaul.jobs import LaunchJob
-    from longhaul.supervise.supervisor import run
+    from longhaul.jobs.specs import LaunchJob
+    from longhaul.scheduling.supervisor import run
 
     run(LaunchJob.read(options.job))
 
 
 def _retry(options: argparse.Namespace) -> None:
-    from longhaul.records import read_failure
+    from longhaul.artifacts.job_state import read_failure
 
     failure = read_failure(options.folder)
     if failure is None:
@@ -178,8 +178,8 @@ def _run_job(options: argparse.Namespace) -> None:
             run, kind = _job(options.verb)
         run(kind.read(options.job))
     except Exception as error:
-        from longhaul.ranks import this_rank
-        from longhaul.records import report_failure
+        from longhaul.runtime.failure_reports import report_failure
+        from longhaul.runtime.rank import this_rank
 
         if (options.job.parent / "launch.json").exists():
             report_failure(options.job.parent, error, this_rank())
@@ -209,31 +209,31 @@ def _lean_imports() -> Iterator[None]:
 
 def _job(verb: str) -> tuple[Callable[[Any], None], type[Job]]:
     """What runs a job, and what it is told by."""
-    from longhaul import jobs
+    from longhaul.jobs import specs as jobs
 
     match verb:
         case "environment":
-            from longhaul.environment.check import run
+            from longhaul.checks.environment import run
 
             kind = jobs.EnvironmentJob
         case "fabric":
-            from longhaul.fabric.measure import run
+            from longhaul.checks.fabric import run
 
             kind = jobs.FabricJob
         case "tokenizer":
-            from longhaul.data.tokenizer import run
+            from longhaul.data.tokenizers.build_tokenizer import run
 
             kind = jobs.TokenizerJob
         case "survey":
-            from longhaul.data.tokenize import survey as run
+            from longhaul.data.shards.tokenize_dataset import survey as run
 
             kind = jobs.TokenizeJob
         case "encode":
-            from longhaul.data.tokenize import encode as run
+            from longhaul.data.shards.tokenize_dataset import encode as run
 
             kind = jobs.EncodeJob
         case "tokenize":
-            from longhaul.data.tokenize import run
+            from longhaul.data.shards.tokenize_dataset import run
 
             kind = jobs.TokenizeJob
         case "train":
@@ -241,7 +241,7 @@ def _job(verb: str) -> tuple[Callable[[Any], None], type[Job]]:
 
             kind = jobs.StageJob
         case _:
-            from longhaul.convert.export import run
+            from longhaul.export.export_checkpoint import run
 
             kind = jobs.ConvertJob
     return run, kind

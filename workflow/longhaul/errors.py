@@ -17,7 +17,7 @@ class UserError(Exception):
 
     exit_code = 2
     failure_class = "permanent"
-    """Of a job that ends with it (longhaul.records): run again unchanged, it would fail again."""
+    """Of a job that ends with it (longhaul.artifacts.job_state): run again unchanged, it would fail again."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -56,3 +56,8 @@ class DiskFull(UserError):
             f"free space or raise the quota there, or {choices}; then run the same command again",
         )
         self.folder, self.needed_bytes, self.free_bytes = folder, needed_bytes, free_bytes
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

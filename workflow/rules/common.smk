@@ -1,6 +1,6 @@
 """
 Reads the config into a plan, and gives the rules what they share: paths, resources and triggers.
-Nothing here decides anything about training; longhaul.plan does.
+Nothing here decides anything about training; longhaul.planning does.
 
 A rule's `conda:` names the environment it needs; which one a job enters is the site file's word, and launch.sh does it.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 
-from longhaul.artifacts import canonical_json
-from longhaul.rules import (
+from longhaul.artifacts.files import canonical_json
+from longhaul.scheduling.rule_helpers import (
     RESOURCE_KEYS,
     ignore_order_only_inputs,
     load_run_plan,
@@ -22,14 +22,15 @@ from longhaul.rules import (
     source_key,
     spec_key,
 )
-from longhaul.lease import RunLease
-from longhaul.payloads import repository_sources, shared_artifacts
-from longhaul.plan import lock_path
-from longhaul import room, verdict
-from longhaul.submission import require_nodes, submitted_request
-from longhaul.slurm_executor import mend_executor
-from longhaul.supervise.slurm_client import job_has_ended
-from longhaul.render import job_folder, render_run, stage_folder
+from longhaul.artifacts.leases import RunLease
+from longhaul.jobs.builders import repository_sources, shared_artifacts
+from longhaul.planning import lock_path
+from longhaul.scheduling import disk_space as room
+from longhaul.scheduling import retry_policy as verdict
+from longhaul.scheduling.resource_requests import require_nodes, submitted_request
+from longhaul.compat.slurm_plugin import mend_executor
+from longhaul.scheduling.slurm_client import job_has_ended
+from longhaul.jobs.launch_files import job_folder, render_run, stage_folder
 
 CONFIG, PLAN = load_run_plan(workflow)
 ignore_order_only_inputs()

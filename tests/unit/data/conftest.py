@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
-from longhaul.artifacts import DataManifest
+from longhaul.artifacts.schemas import DataManifest
+from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 
 @pytest.fixture(scope="session")

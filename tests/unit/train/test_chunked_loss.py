@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chunks import HIDDEN, TOKENS, VOCABULARY, operands
 from longhaul.train.loss import IGNORE, chunked_loss_sum
-from ranks import spawn
+from tests.support.loss_inputs import HIDDEN, TOKENS, VOCABULARY, operands
+from tests.support.ranks import spawn
 
 SCALE = 0.125
 
@@ -78,7 +75,7 @@ def test_many_chunks_in_half_precision_lose_nothing_of_the_weights_gradient():
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_split_vocabulary_gives_the_same(tmp_path: Path, ranks: int):
-    spawn(Path(__file__).with_name("chunk_worker.py"), ranks, str(tmp_path))
+    spawn(Path(__file__).parents[2] / "support" / "chunk_worker.py", ranks, str(tmp_path))
     found = load_file(tmp_path / f"ranks{ranks}.safetensors")
     loss, hidden, weight = whole()
     assert relative(found["loss"], loss) <= 1e-6

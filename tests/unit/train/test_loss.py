@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
+from tests.support.ranks import spawn
 
-from ranks import spawn
-
-WORKER = Path(__file__).with_name("gradient_worker.py")
+WORKER = Path(__file__).parents[2] / "support" / "gradient_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def test_the_reference_is_the_mean_token_loss(results: dict[str, dict[str, torch
     """The same gradient from plain PyTorch, without DeepSpeed and without micro batches."""
     import transformers
 
-    from gradient_worker import VOCABULARY, batch
+    from tests.support.gradient_worker import VOCABULARY, batch
 
     found = results["ranks1-micro1-zero0"]
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_one_rank():
-    file = Path(__file__).with_name("one_rank_powersgd.py")
+    file = Path(__file__).parents[2] / "support" / "one_rank_powersgd.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(file)], capture_output=True, text=True, check=False, timeout=300
     )

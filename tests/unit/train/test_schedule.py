@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longhaul.config.models import Schedule
+from longhaul.config.run_config import Schedule
 from longhaul.train.schedule import learning_rate, may_grow
 
 PEAK, STEPS = 2.0, 10

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from longhaul.config.fields import Frozen, HubSource, OneLine, Share, Whole
+from longhaul.config.field_types import Frozen, HubSource, OneLine, Share, Whole
 
 Positive = Annotated[float, Field(gt=0)]
 # Of widths, heads, experts, positions and rows; and of layers, which are counted one by one.

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from longhaul.config.fields import IN_WORDS, Frozen
-from longhaul.config.models import Config
-from longhaul.config.sites import Site
+from longhaul.config.field_types import IN_WORDS, Frozen
+from longhaul.config.package_data import data_root
+from longhaul.config.run_config import Config
+from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 
-SITES = Path(__file__).resolve().parents[3] / "config" / "sites"
+SITES = data_root() / "config" / "sites"
 M = TypeVar("M", bound=Frozen)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from longhaul.goodput import Goodput
-from longhaul.report.records import Span, StageRecord
-from longhaul.report.series import Curve, downsample
-from longhaul.report.text import duration, percent, words
+from longhaul.report.goodput import Goodput
+from longhaul.report.metric_series import Curve, downsample
+from longhaul.report.number_format import duration, percent, words
+from longhaul.report.run_data import Span, StageRecord
 
 COLOURS = ("#2563a8", "#d97706", "#3f8f5b", "#8b5cb8", "#b4483c")
 _LAYOUT: dict[str, Any] = {

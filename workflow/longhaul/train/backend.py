@@ -11,16 +11,16 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from longhaul.jobs import StageJob
+from longhaul.jobs.specs import StageJob
+from longhaul.train.bad_steps import StepGuard
 from longhaul.train.batches import Batch, MicroBatch
-from longhaul.train.guard import StepGuard
+from longhaul.train.build_model import read_deepspeed_config
+from longhaul.train.distributed_context import Processes
 from longhaul.train.loss import global_loss, head_loss_sum, loss_sum
-from longhaul.train.model import read_deepspeed_config
-from longhaul.train.parallel.balance import ExpertLoad
-from longhaul.train.parallel.balance_loss import SequenceBalance
-from longhaul.train.parallel.grid import Grid
+from longhaul.train.parallel.expert_balance import ExpertLoad
+from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.sequence_balance_loss import SequenceBalance
 from longhaul.train.powersgd import compress_reduction
-from longhaul.train.processes import Processes
 
 
 class Backend(Protocol):
@@ -57,7 +57,7 @@ class WholeModel:
     def __init__(self, job: StageJob, model: Any, processes: Processes) -> None:
         self._job, self._processes, self._device, self.grid = job, processes, processes.device, processes.grid
         if self.grid.parallel.sequence > 1:
-            from longhaul.train.parallel.sequence import split_sequences
+            from longhaul.train.parallel.sequence_parallel import split_sequences
 
             split_sequences(model, self.grid)
         self._model = model
@@ -93,7 +93,7 @@ class WholeModel:
     def _loss_sum(self, micro: MicroBatch) -> torch.Tensor:
         micro = micro.to(self._device)
         if self.grid.parallel.sequence > 1:
-            from longhaul.train.parallel.sequence import local_tokens
+            from longhaul.train.parallel.sequence_parallel import local_tokens
 
             micro = local_tokens(self._model, micro, self.grid)
         return loss_sum(self.engine, micro, self.grid)
@@ -106,7 +106,7 @@ class WholeModel:
         positions = torch.arange(len(ids_T), device=self._device)[None]
         micro = MicroBatch(ids_1T, torch.full_like(ids_1T, -100), positions)
         if self.grid.parallel.sequence > 1:
-            from longhaul.train.parallel.sequence import local_tokens
+            from longhaul.train.parallel.sequence_parallel import local_tokens
 
             micro = local_tokens(self._model, micro, self.grid)
         self.engine.eval()
@@ -121,7 +121,7 @@ class PipelinedModel:
     """Stages of decoder layers over ranks; inside a stage tensor and expert parallelism, ZeRO 1 over the data ranks."""
 
     def __init__(self, job: StageJob, model: Any, processes: Processes) -> None:
-        from longhaul.train.parallel.pipeline import as_pipeline
+        from longhaul.train.parallel.pipeline_parallel import as_pipeline
 
         self._job, self._processes, self._device, self.grid = job, processes, processes.device, processes.grid
         self._scale, self._head = 1.0, model.lm_head
@@ -188,7 +188,7 @@ def _whole_logits(logits: torch.Tensor, grid: Grid) -> torch.Tensor:
         torch.distributed.all_gather(parts, logits.contiguous(), group=grid.group("sequence"))
         return torch.cat(parts, 1)
     if grid.parallel.tensor > 1:
-        from longhaul.train.parallel.tensor import gather_vocabulary
+        from longhaul.train.parallel.tensor_parallel import gather_vocabulary
 
         return gather_vocabulary(logits, grid)
     return logits

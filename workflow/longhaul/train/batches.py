@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from longhaul.data.samples import Sample, Samples, batch_of_step
-from longhaul.jobs import StageJob
-from longhaul.train.processes import Processes
-from longhaul.train.state import TrainingState
+from longhaul.data.sampling.samples import Sample, Samples, batch_of_step
+from longhaul.jobs.specs import StageJob
+from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.distributed_context import Processes
 
 
 @dataclass(frozen=True)

@@ -10,27 +10,33 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from longhaul.artifacts import Checkpoint, DataManifest, TokenizerManifest
-from longhaul.data.samples import Samples
+from longhaul.artifacts.schemas import Checkpoint, DataManifest, TokenizerManifest
+from longhaul.data.sampling.samples import Samples
 from longhaul.errors import DISK_FULL, DiskFull
-from longhaul.jobs import StageJob
+from longhaul.jobs.specs import StageJob
+from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.backend import Backend, make_backend
+from longhaul.train.bad_steps import TrainingFailure, badness
 from longhaul.train.batches import Batch, Prefetcher, validation_batches
-from longhaul.train.checkpoints import Checkpoints
-from longhaul.train.events import Events
-from longhaul.train.guard import TrainingFailure, badness
-from longhaul.train.heartbeat import Heartbeat
-from longhaul.train.identity import Start, claim_weights_folder, starting_checkpoint, weights_folder, weights_identity
-from longhaul.train.metrics import Metrics, device_numbers
-from longhaul.train.model import build_model, restore_first_masters
-from longhaul.train.parallel.balance import Load, load_summary
-from longhaul.train.processes import Processes, start_processes
-from longhaul.train.proof import sample_prompts, write_proof
+from longhaul.train.build_model import build_model, restore_first_masters
+from longhaul.train.checkpoint.manager import Checkpoints
+from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.checkpoint.weights_folder import (
+    Start,
+    claim_weights_folder,
+    starting_checkpoint,
+    weights_folder,
+    weights_identity,
+)
+from longhaul.train.checkpoint.weights_lock import sole_writer
+from longhaul.train.distributed_context import Processes, start_processes
+from longhaul.train.export_reference import sample_prompts, write_proof
+from longhaul.train.graceful_stop import Stopping
+from longhaul.train.monitoring.events import Events
+from longhaul.train.monitoring.metrics import Metrics, device_numbers
+from longhaul.train.monitoring.stragglers import Stragglers
+from longhaul.train.parallel.expert_balance import Load, load_summary
 from longhaul.train.schedule import learning_rate
-from longhaul.train.state import TrainingState
-from longhaul.train.stopping import Stopping
-from longhaul.train.stragglers import Stragglers
-from longhaul.train.writer import sole_writer
 
 
 def run(job: StageJob) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longhaul.memory import LOSS_CHUNK_TOKENS
+from longhaul.planning.gpu_memory import LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
-from longhaul.train.parallel.grid import Grid
+from longhaul.train.parallel.parallel_dims import Grid
 
 IGNORE = -100
 

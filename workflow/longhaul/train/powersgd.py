@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from longhaul.config.models import PowerSgd
-from longhaul.jobs import StageJob
-from longhaul.memory import POWERSGD_BUCKET
+from longhaul.config.run_config import PowerSgd
+from longhaul.jobs.specs import StageJob
+from longhaul.planning.gpu_memory import POWERSGD_BUCKET
 
 _TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from longhaul.config.models import Schedule
+from longhaul.config.run_config import Schedule
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:

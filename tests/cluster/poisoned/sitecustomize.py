@@ -1,9 +1,0 @@
-"""Python imports this when it starts with this folder on its path: trainers then compute NaN in the batches of NAN_BATCHES."""
-
-import os
-import sys
-
-if "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
-    from poison import poison_batches
-
-    poison_batches({int(batch): float("nan") for batch in os.environ["NAN_BATCHES"].split(",")})

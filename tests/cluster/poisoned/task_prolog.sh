@@ -1,4 +1,0 @@
-#!/bin/sh
-# Slurm gives each task the variables that its --task-prolog prints: Python finds sitecustomize.py and tests/survival.
-here=$(dirname "$0")
-echo "export PYTHONPATH=$here:$here/../../survival:$here/../../../workflow"

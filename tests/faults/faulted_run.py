@@ -1,0 +1,235 @@
+"""A run on the test cluster that something happens to: how it is started, what it is doing, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from longhaul.artifacts.event_log import read_events
+from longhaul.report.goodput import Goodput, read_goodput, start_ups
+from tests.support.chain import REPOSITORY
+from tests.support.cluster_chain import ClusterChain
+from tests.support.virtual_cluster import VirtualCluster
+
+STEPS, SAVE_EVERY = 400, 25
+RECOVERY = {"hang_s": 6.0, "lead_s": 3.0, "collective_timeout_s": 60.0, "restarts": 3}
+DOCUMENTS = 60_000
+"""Of the larger corpus, which takes some seconds to tokenize, in several units."""
+NAN_BATCHES = (90, 91, 130)
+
+TRAIN, TOKENIZE, CONVERT = "stages/base", "jobs/tokenize-prose", "jobs/convert-base"
+_TARGETS = {
+    TRAIN: "results/tiny/stages/base/checkpoint.json",
+    TOKENIZE: "results/tiny/data/prose.json",
+    CONVERT: "results/tiny/export/base.json",
+}
+# What a run starts from: everything that its phase does not make.
+_MADE_ANEW = {
+    TRAIN: ("stages", "export", "logs", "jobs"),
+    TOKENIZE: ("stages", "export", "logs", "jobs", "data"),
+    CONVERT: ("export", "logs", "jobs"),
+}
+
+
+def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS, **stage: Any) -> dict[str, Any]:
+    """The tiny run's first stage, longer, over nodes with a rank each."""
+    config = json.loads(json.dumps(finished))
+    base = config["stages"][0]
+    base |= {"nodes": nodes, "gpus_per_node": 1, "steps": steps, "recovery": RECOVERY, "minutes": 5}
+    base["schedule"] = {"kind": "constant"}
+    base["checkpoints"] = {"every_steps": SAVE_EVERY, "keep_best": 1}
+    base["validation"] = {"every_steps": SAVE_EVERY, "max_samples": 8}
+    config["stages"] = [{**base, **stage}]
+    return config
+
+
+def faulted_site(partition: str = "main", poisoned: bool = False) -> dict[str, Any]:
+    """Three nodes; a poisoned one has every trainer compute NaN in some batches, by a sitecustomize of the tests."""
+    gpu, cpu = ({"name": name, "max_minutes": 600} for name in (partition, "main"))
+    site: dict[str, Any] = {"max_nodes": 3, "deadline_every_s": 1.0, "partitions": {"gpu": gpu, "cpu": cpu}}
+    if poisoned:
+        site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/cluster/poisoned/task_prolog.sh'}"]
+        site["environment"] = {"NAN_BATCHES": ",".join(map(str, NAN_BATCHES))}
+    return site
+
+
+class FaultedRun(ClusterChain):
+    """A run in a folder of its own that makes one thing: a stage, a dataset or an export; the rest is there already."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        cluster: VirtualCluster,
+        given: Path,
+        phase: str = TRAIN,
+        site: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(folder, config, cluster, **(site or faulted_site()))
+        shutil.copytree(given, self.results, ignore=shutil.ignore_patterns(*_MADE_ANEW[phase]))
+        for data in folder.glob("*.jsonl"):
+            os.utime(data, (1e9, 1e9))  # older than what was made of them
+        self.phase, self.target = phase, _TARGETS[phase]
+        self.main: subprocess.Popen[str] | None = None
+        (folder / "main.log").touch()
+
+    # Its life
+
+    def start(self) -> None:
+        log = (self.folder / "main.log").open("a")
+        self.main = subprocess.Popen(
+            # a shell that runs tests in the background has SIGINT ignored
+            ["env", "--default-signal=INT", *self.command(self.target)],
+            cwd=self.folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment(),
+        )
+
+    def start_controller(self) -> None:
+        """The main Snakemake as a job of the cluster; polling is pinned to a second there, too."""
+        self.run_render()
+        script = self.results / "controller.sbatch"
+        fast = f"{sys.executable} {REPOSITORY / 'tests/cluster/fast_snakemake.py'} {self.target}"
+        script.write_text(script.read_text().replace(f"{sys.executable} -m snakemake", fast))
+        self.cluster.run("sbatch", str(script))
+
+    def run_render(self) -> None:
+        words = [sys.executable, "-m", "longhaul", "render", str(self.folder / "run.yaml")]
+        subprocess.run(words, cwd=self.folder, check=True, env=self.environment(), capture_output=True)
+
+    def finish(self, timeout_s: float = 300) -> int:
+        """Waits for the main Snakemake."""
+        assert self.main is not None
+        return self.main.wait(timeout=timeout_s)
+
+    def snakemake_process(self) -> psutil.Process:
+        """The main Snakemake itself, below nsenter."""
+        assert self.main is not None
+        found = [psutil.Process(self.main.pid), *psutil.Process(self.main.pid).children(recursive=True)]
+        return next(
+            p for p in found if "fast_snakemake.py" in " ".join(p.cmdline()) and "nsenter" not in p.cmdline()[0]
+        )
+
+    def said(self) -> str:
+        return (self.folder / "main.log").read_text() + self.logs()
+
+    def tried_again(self) -> bool:
+        return "Trying to restart" in (self.folder / "main.log").read_text()
+
+    def last_words(self) -> str:
+        """What the main Snakemake said of the stage when it ended."""
+        return (self.folder / "main.log").read_text().partition("train-base failed (")[2]
+
+    # What it is doing
+
+    def in_weights(self, pattern: str) -> list[Path]:
+        """Paths in the stage's weights folder, below the run or in a storage of its own."""
+        roots = (self.results / "stages/base/weights", self.folder / "small/tiny/base")
+        return [path for root in roots for path in root.glob(f"*/{pattern}")]
+
+    def step(self) -> int:
+        rows = [line for path in self.in_weights("metrics.jsonl") for line in path.open()]
+        return max((json.loads(row)["step"] for row in rows if row.endswith("\n")), default=0)
+
+    def is_saving(self) -> bool:
+        return bool(self.in_weights("checkpoints/step-*.partial"))
+
+    def has_tokenized_a_unit(self) -> bool:
+        return any(self.results.glob("data/prose/*/record.json"))
+
+    def is_exporting(self) -> bool:
+        return any(self.results.glob("export/.base.partial/*"))
+
+    def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.main is None or self.main.poll() is None, "snakemake ended early:\n" + self.said()[-4000:]
+            assert time.monotonic() < deadline, "it did not happen in time:\n" + self.said()[-6000:]
+            time.sleep(0.01)
+
+    def queued_jobs(self) -> list[str]:
+        """Ids of what waits for nodes."""
+        return self.slurm("squeue", "-h", "-t", "PENDING", "-o", "%i").split()
+
+    def state(self) -> dict[str, Any]:
+        return self.read(f"{self.phase}/state.json")
+
+    @property
+    def job_id(self) -> str:
+        return self.state()["job_id"]
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Processes of this run, on whatever host, whose command line has all the words."""
+        mine = str(self.folder)
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            is_it = mine in " ".join(line) and all(word in line for word in words)
+            if is_it and line[0] not in ("srun", "bash", "sh", "nsenter"):
+                found.append(process)
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that do the phase's work, by their rank."""
+        verb = {TRAIN: "train", TOKENIZE: "tokenize", CONVERT: "convert"}[self.phase]
+        found = self.processes("longhaul", verb)
+        return sorted(found, key=lambda process: int(process.environ()["SLURM_PROCID"]))
+
+    def slurm(self, *words: str) -> str:
+        return self.cluster.run(*words)
+
+    # What must hold afterwards
+
+    def product(self) -> Any:
+        """What the phase made, by content."""
+        if self.phase == TOKENIZE:
+            return {key: value for key, value in self.read("data/prose.json").items() if key != "sources"}
+        if self.phase == CONVERT:
+            return self.read("export/base.json")["files"]
+        return self.masters()
+
+    def masters(self) -> dict[str, str]:
+        checkpoint = self.read("stages/base/checkpoint.json")
+        last = Path(checkpoint["weights"]) / checkpoint["checkpoints"]["last"]["path"]
+        tensors = json.loads((self.folder / last / "proof" / "tensors.json").read_text())
+        return {name: entry["sha256_fp32"] for name, entry in tensors.items()}
+
+    def trained_steps(self) -> list[int]:
+        rows = [json.loads(line) for line in (self.weights("base") / "metrics.jsonl").open()]
+        return [row["step"] for row in rows if "loss" in row]
+
+    def attempts(self) -> int:
+        """How often the work was begun."""
+        history = read_events(self.results / self.phase / "history.jsonl")
+        return sum(event["event"] in ("running", "restarted") for event in history)
+
+    def goodput(self) -> Goodput:
+        found = read_goodput(self.results / "stages/base", self.weights("base"))
+        assert found is not None
+        return found
+
+    def last_start_up_s(self) -> float:
+        """From the start of the last job, or its restart in place, to its first step."""
+        history = read_events(self.results / "stages/base/history.jsonl")
+        return list(start_ups(history, read_events(self.weights("base") / "events.jsonl")))[-1]
+
+
+def write_larger_corpus(run: FaultedRun) -> None:
+    """The words of the small one, many times over; older than the tokenizer, which is not made anew."""
+    words = "the long haul takes raw text to a model and proves every step of the way home again".split()  # noqa: SIM905
+    with (run.folder / "prose.jsonl").open("w") as stream:
+        for i in range(1, DOCUMENTS):
+            text = " ".join(words[(i * k) % len(words)] for k in range(1, 120))
+            stream.write(json.dumps({"text": f"{i} {text}"}) + "\n")
+    os.utime(run.folder / "prose.jsonl", (1e9, 1e9))

@@ -1,0 +1,97 @@
+"""Small configs for tests that plan, render or refuse and train nothing. They read no file but their own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longhaul.artifacts.schemas import Lock
+from longhaul.config.load import load_config
+from longhaul.jobs.builders import payload
+from longhaul.jobs.specs import StageJob
+from longhaul.planning import Plan, make_plan
+
+LLAMA = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+STAGE = {
+    "name": "base",
+    "kind": "pretrain",
+    "dataset": "prose",
+    "steps": 10,
+    "global_batch": 8,
+    "sequence_length": 64,
+    "precision": "fp32",
+}
+CHAT = {**STAGE, "name": "chat", "kind": "sft", "dataset": "chats", "from": {"stage": "base"}}
+CONFIG = {
+    "run": "small",
+    "site": "./site.yaml",
+    "tokenizer": {"train": {"vocab_size": 400, "datasets": ["prose"]}},
+    "datasets": {
+        "prose": {"kind": "text", "python_stdlib": {}},
+        "chats": {"kind": "chat", "python_stdlib": {}},
+    },
+    "model": {"llama": LLAMA},
+    "checks": {"nodes": 1},
+    "stages": [STAGE, CHAT],
+}
+SITE = {
+    "name": "centre",
+    "partitions": {"gpu": {"name": "gpu", "max_minutes": 1440}},
+    "node": {"cpus": 64, "memory_mb": 500_000, "gpus": 8},
+    "max_nodes": 16,
+    "cuda_build": "cu130",
+}
+
+
+def changed(value: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy with dotted keys set: {"stages.0.optimizer.lr": 1.0}; the value ... removes a key."""
+    value = copy.deepcopy(value)
+    for dotted, new in changes.items():
+        *path, last = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+        place: Any = value
+        for part in path:
+            place = place[part] if isinstance(part, int) else place.setdefault(part, {})
+        if new is ...:
+            del place[last]
+        else:
+            place[last] = new
+    return value
+
+
+def write_config(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None) -> Path:
+    """Dotted changes of CONFIG and of SITE -> run.yaml and site.yaml; the path of the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(changed(CONFIG, config or {}), sort_keys=False, allow_unicode=True))
+    (folder / "site.yaml").write_text(yaml.safe_dump(changed(SITE, site or {}), sort_keys=False, allow_unicode=True))
+    return path
+
+
+def plan_of(
+    folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None, lock: Lock | None = None
+) -> Plan:
+    """The plan of a changed CONFIG at a changed SITE."""
+    return make_plan(load_config(write_config(folder, config, site)), lock)
+
+
+def base_stage(folder: Path, **trackers: bool) -> StageJob:
+    """The job of CONFIG's first stage as one process with these trackers."""
+    switches = {f"trackers.{name}": is_on for name, is_on in {"tensorboard": False, **trackers}.items()}
+    job = payload(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), "train-base")
+    assert isinstance(job, StageJob)
+    return job
+
+
+EMPTY_SAFETENSORS = "\2\0\0\0\0\0\0\0{}"
+"""A whole safetensors file of no tensors, as text."""

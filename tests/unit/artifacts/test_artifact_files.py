@@ -1,0 +1,77 @@
+"""Files between rules: whole or not there, of one kind and version, equal for equal values."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from longhaul.artifacts.files import atomic_path, content_hash, read_json, write_json, write_text
+from longhaul.artifacts.schemas import Lock, TokenizerManifest
+from longhaul.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(TypeError):
+        write_json(path, {"a set": {1}})
+    assert path.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_files_get_the_users_own_mode(tmp_path: Path):
+    mask = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a", "")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_artifact_comes_back_as_it_was(tmp_path: Path):
+    lock = Lock({"data": {"path": "/d", "files": ["é"]}}, {"model_type": "llama"})
+    lock.write(tmp_path / "lock.json")
+    assert Lock.read(tmp_path / "lock.json") == lock
+
+
+WRONG = {
+    "another kind": ({"artifact": "Export", "schema_version": 1}, "holds Export version 1, not Lock version 1"),
+    "another version": ({"artifact": "Lock", "schema_version": 9}, "holds Lock version 9, not Lock version 1"),
+    "no artifact": ([1], "holds None version None"),
+    "an unknown key": ({"artifact": "Lock", "schema_version": 1, "b": 2}, "is not a complete Lock"),
+}
+
+
+@pytest.mark.parametrize(("value", "says"), WRONG.values(), ids=WRONG)
+def test_what_another_release_wrote_is_refused_by_path(tmp_path: Path, value: object, says: str):
+    path = tmp_path / "lock.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=says) as refused:
+        Lock.read(path)
+    assert str(path) in refused.value.message and "delete it" in refused.value.hint
+
+
+def test_a_lacking_key_is_refused(tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"artifact": "TokenizerManifest", "schema_version": 1, "path": "a"}')
+    with pytest.raises(UserError, match="is not a complete TokenizerManifest"):
+        TokenizerManifest.read(path)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"half\.json is not valid JSON"):
+        read_json(tmp_path / "half.json")
+
+
+def test_a_hash_is_of_the_value_and_not_of_its_order():
+    assert content_hash({"a": 1, "b": [1.5, None]}) == content_hash({"b": [1.5, None], "a": 1})
+    assert content_hash({"a": 1}) != content_hash({"a": 1.5})

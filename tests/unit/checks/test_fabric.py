@@ -1,0 +1,91 @@
+"""The network check: formulas, real collectives, floors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.schemas import FabricReport, failed_path
+from longhaul.checks.collective_benchmarks import COLLECTIVES
+from longhaul.checks.fabric import judge, latency_us
+from longhaul.config.site_config import FabricFloors
+from longhaul.jobs.specs import FabricJob
+
+FACTORS = {
+    "all_reduce": {2: 1.0, 4: 1.5, 8: 1.75},
+    "all_gather": {2: 0.5, 4: 0.75, 8: 0.875},
+    "reduce_scatter": {2: 0.5, 4: 0.75, 8: 0.875},
+    "send_recv": {2: 1.0, 4: 1.0, 8: 1.0},
+}
+
+
+def test_bus_bandwidth_is_that_of_nccl_tests():
+    """The table of its doc/PERFORMANCE.md."""
+    found = {collective.name: {n: collective.bus_factor(n) for n in (2, 4, 8)} for collective in COLLECTIVES}
+    assert found == FACTORS
+
+
+def row(collective: str, size: int, bus: float, time_us: float = 10.0, correct: bool = True) -> dict[str, Any]:
+    return {
+        "collective": collective,
+        "bytes": size,
+        "bus_bandwidth_gbps": bus,
+        "time_us": time_us,
+        "world_size": 16,
+        "correct": correct,
+    }
+
+
+ROWS = [row("all_reduce", 8, 0.001, 60.0), row("all_reduce", 2**24, 20.0), row("all_gather", 2**24, 11.0)]
+
+
+@pytest.mark.parametrize(
+    ("floors", "says"),
+    [
+        ({}, []),
+        ({"all_reduce_gbps": 20.0, "all_gather_gbps": 11.0, "all_reduce_latency_us": 60.0}, []),
+        (
+            {"all_reduce_gbps": 20.5},
+            ["all_reduce: bus bandwidth 20 GB/s at 16 MiB over 16 ranks, the site's floor is 20.5"],
+        ),
+        ({"all_gather_gbps": 12.0}, ["all_gather: bus bandwidth 11 GB/s"]),
+        ({"all_reduce_latency_us": 50.0}, ["all_reduce: 60 us for the smallest message, the site's limit is 50 us"]),
+    ],
+)
+def test_floors_are_held_against_the_largest_size(floors: dict[str, float], says: list[str]):
+    found = judge(ROWS, floors)
+    assert len(found) == len(says)
+    assert all(text in line for text, line in zip(says, found, strict=True))
+
+
+def test_wrong_values_are_named_whatever_the_floors():
+    assert judge([row("send_recv", 65536, 99.0, correct=False)], {}) == ["send_recv of 65,536 bytes gave wrong values"]
+
+
+def test_one_process_has_no_latency():
+    assert latency_us([]) is None and judge([], {"all_reduce_gbps": 1.0, "all_reduce_latency_us": 1.0}) == []
+
+
+def test_a_missed_floor_stops_the_run_and_leaves_what_was_measured(tmp_path: Path):
+    """Three real processes over gloo; no machine sends 10^6 GB/s."""
+    floors = FabricFloors(send_recv_gbps=1e6, all_reduce_gbps=1e-6)
+    job = FabricJob(run="r", nodes=1, gpus_per_node=3, floors=floors, out=str(tmp_path / "fabric.json"))
+    job.write(tmp_path / "job.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "longhaul", "fabric", str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    assert "is not fit for training" in done.stderr and "the site's floor is 1e+06 GB/s" in done.stderr
+    assert not (tmp_path / "fabric.json").exists()
+    report = FabricReport.read(failed_path(tmp_path / "fabric.json"))
+    assert report.backend == "gloo" and report.world_size == 3 and len(report.problems) == 1
+    assert len(report.results) == 4 * 4 and all(found["correct"] for found in report.results)
+    for found in report.results:
+        bandwidth = found["bytes"] / found["time_us"] / 1e3
+        assert found["algorithm_bandwidth_gbps"] == pytest.approx(bandwidth, rel=0.02, abs=1e-4)

@@ -1,0 +1,21 @@
+"""Files that are derived from others are what they would be derived to now."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from longhaul.jobs.launch_files import REPOSITORY
+
+GENERATORS = [["-m", "longhaul.config.generate_reference"], ["envs/generate.py"]]
+
+
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda words: words[-1])
+def test_generated_files_are_up_to_date(generator: list[str]):
+    """Otherwise: make generate."""
+    done = subprocess.run(
+        [sys.executable, *generator, "--check"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,249 @@
+"""Duplicates and evaluation texts are passed over by readers; shards are encoded once, whatever is asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.data.filters.drop_documents import dropped_table, first_alike
+from longhaul.data.filters.fingerprints import band_hashes
+from longhaul.data.filters.word_ngrams import runs, words
+from longhaul.data.sampling.samples import Samples
+from longhaul.data.shards.indexed_dataset import SplitReader, SplitWriter
+from longhaul.data.shards.unigram_entropy import entropy
+from longhaul.errors import UserError
+from tests.support.corpora import WORDS, conversation, dataset, make_shards, text, write_jsonl
+
+QUESTION = "How many ships of the old fleet sail over calm water while the stars turn above them tonight"
+
+
+def long_text(number: int) -> str:
+    """200 words that no other number's text shares five of in a row."""
+    chance = random.Random(number)
+    return " ".join(f"{chance.choice(WORDS[:15])}{chance.randrange(1000)}" for _ in range(200))
+
+
+def one_word_changed(written: str) -> str:
+    return written.replace(written.split()[100], "otherwise")
+
+
+def documents(manifest: DataManifest, folder: Path, split: str = "train") -> list[str]:
+    """What a reader gives, as text."""
+    decode = Tokenizer.from_file(str(next((folder / "tokenizers").glob("*/tokenizer.json")))).decode
+    reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")
+    return [decode(reader.document(number)[0].tolist()) for number in range(reader.document_count)]
+
+
+def modified(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.bin")}
+
+
+@pytest.mark.parametrize(
+    ("deduplicate", "stays", "skipped"),
+    [
+        ("none", [0, 1, 0, "changed", 2, 1], {}),
+        ("exact", [0, 1, "changed", 2], {"exact duplicate": 2}),
+        ("near", [0, 1, 2], {"exact duplicate": 2, "near duplicate": 1}),
+    ],
+)
+def test_the_first_of_alike_documents_stays(
+    tmp_path: Path, tokenizer_folder: Path, deduplicate: str, stays: list[object], skipped: dict[str, int]
+):
+    written = {0: long_text(0), 1: long_text(1), 2: long_text(2), "changed": one_word_changed(long_text(1))}
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", "text", [written[0], written[1]]),
+        write_jsonl(tmp_path / "b.jsonl", "text", [written[0], written["changed"], written[2], written[1]]),
+    ]
+    made = make_shards(tmp_path, tokenizer_folder, files, dataset(deduplicate=deduplicate, validation_share=0))
+    assert documents(made, tokenizer_folder) == [written[name] for name in stays]
+    assert made.skipped == skipped
+    assert made.splits["train"]["documents"] == len(stays)
+
+
+def test_what_is_asked_for_later_encodes_nothing_again_and_changes_the_hash(tmp_path: Path, tokenizer_folder: Path):
+    files = [write_jsonl(tmp_path / "a.jsonl", "text", [long_text(i % 30) for i in range(90)])]
+    small = {"unit_mb": 0.02, "validation_share": 0}
+    plain = make_shards(tmp_path, tokenizer_folder, files, dataset(**small))
+    before = modified(tmp_path / "data")
+    near = make_shards(tmp_path, tokenizer_folder, files, dataset(**small, deduplicate="near"), workers=2)
+    assert modified(tmp_path / "data") == before
+    assert (near.skipped, near.splits["train"]["documents"]) == ({"exact duplicate": 60}, 30)
+    again = make_shards(tmp_path, tokenizer_folder, files, dataset(**small))
+    assert (again.hash, again.splits) == (plain.hash, plain.splits) and near.hash != plain.hash
+
+
+def test_a_new_file_is_encoded_alone_and_only_it_loses_documents(tmp_path: Path, tokenizer_folder: Path):
+    near = dataset(deduplicate="near", unit_mb=0.02, validation_share=0)
+    files = [write_jsonl(tmp_path / "a.jsonl", "text", [long_text(i) for i in range(40)])]
+    make_shards(tmp_path, tokenizer_folder, files, near)
+    before = modified(tmp_path / "data")
+    files.append(write_jsonl(tmp_path / "b.jsonl", "text", [one_word_changed(long_text(i)) for i in range(30, 60)]))
+    made = make_shards(tmp_path, tokenizer_folder, files, near)
+    after = modified(tmp_path / "data")
+    assert {path: after[path] for path in before} == before
+    assert documents(made, tokenizer_folder) == [
+        *(long_text(i) for i in range(40)),
+        *(one_word_changed(long_text(i)) for i in range(40, 60)),
+    ]
+
+
+def test_neither_workers_nor_units_change_what_stays(tmp_path: Path, tokenizer_folder: Path):
+    texts = [one_word_changed(long_text(i % 70)) if i % 3 else long_text(i % 70) for i in range(210)]
+    files = [write_jsonl(tmp_path / "a.jsonl", "text", texts * 20)]
+    near = {"deduplicate": "near", "validation_share": 0.1}
+    one = make_shards(tmp_path / "one", tokenizer_folder, files, dataset(**near))
+    two = make_shards(tmp_path / "two", tokenizer_folder, files, dataset(**near, unit_mb=0.5), workers=2)
+    assert one.skipped == two.skipped and one.skipped["near duplicate"] == 70
+    for split in one.splits:
+        assert documents(one, tokenizer_folder, split) == documents(two, tokenizer_folder, split)
+
+
+def test_alike_texts_are_found_and_others_are_not():
+    """A hundred of each: one word in 200 changed is a Jaccard index of 0.95; half of the words, one of 0.33 at most."""
+    pairs = [(words(long_text(i)), words(one_word_changed(long_text(i)))) for i in range(100)]
+    halves = [words(long_text(i))[:100] + words(long_text(1000 + i))[100:] for i in range(100)]
+    originals, changed = (band_hashes(list(rows)) for rows in zip(*pairs, strict=True))
+    assert (originals == changed).any(axis=1).all()
+    assert (originals == band_hashes(halves)).any(axis=1).sum() <= 2
+
+
+@given(st.integers(1, 40).flatmap(lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), max_size=4)))
+@settings(max_examples=100, deadline=None)
+def test_alike_is_what_a_search_of_the_graph_says(bands: list[list[int]]):
+    count = len(bands[0]) if bands else 3
+    reads = [lambda band=band: np.array(band, np.uint64) for band in bands]
+    expected = list(range(count))
+    for start in range(count):
+        queue = [start] if expected[start] == start else []
+        while queue:
+            one = queue.pop()
+            for other in range(count):
+                if other > start and expected[other] == other and any(band[one] == band[other] for band in bands):
+                    expected[other] = start
+                    queue.append(other)
+    assert first_alike(reads, count).tolist() == expected
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_reader_passes_over_documents_and_nothing_else(data: st.DataObject):
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30))
+    gone = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    rows = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1])
+    staying = [row.tolist() for row, is_gone in zip(rows, gone, strict=True) if not is_gone]
+    with tempfile.TemporaryDirectory() as name:
+        writer = SplitWriter(Path(name), "train", "uint16", False, max_bytes=data.draw(st.integers(2, 60)))
+        writer.add(np.concatenate(rows), np.array(lengths, np.int32), None)
+        entry = writer.close()
+        if gone.any():
+            np.save(Path(name) / "dropped.npy", dropped_table(np.array(lengths, np.int32), gone))
+            entry["dropped"] = "dropped.npy"
+        reader = SplitReader(Path(name), entry, with_mask=False)
+        assert [reader.document(i)[0].tolist() for i in range(reader.document_count)] == staying
+        assert reader.lengths().tolist() == [len(row) for row in staying]
+        stream = [token for row in staying for token in row]
+        assert reader.token_count == len(stream)
+        start = data.draw(st.integers(0, len(stream)))
+        stop = data.draw(st.integers(start, len(stream)))
+        assert reader.tokens(start, stop).tolist() == stream[start:stop]
+
+
+def evaluation(folder: Path, texts: Sequence[str]) -> tuple[dict[str, object], list[Path]]:
+    path = write_jsonl(folder / "evaluation.jsonl", "question", texts)
+    return {"files": (str(path),), "columns": ("question",)}, [path]
+
+
+def test_documents_that_hold_an_evaluation_text_are_dropped_and_named(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    hidden = f"{text(1)} «{QUESTION.upper().replace(' ', ', ')}!» {text(2)}"
+    shorter = f"{text(3)} {' '.join(QUESTION.split()[:12])} {text(4)}"
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), hidden, shorter, hidden])
+    wanted, files = evaluation(tmp_path, ["Too short.", QUESTION])
+    screened = dataset(decontaminate=wanted, deduplicate="exact", validation_share=0)
+    made = make_shards(tmp_path, tokenizer_folder, [corpus], screened, evaluation=files)
+    assert documents(made, tokenizer_folder) == [text(5), shorter]
+    assert made.skipped == {"contaminated": 2}
+    (report,) = Path(made.path).glob("dropped-*/contaminated.jsonl")
+    named = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [hit["document"] for hit in named] == [f"{corpus}:2", f"{corpus}:4"]
+    assert named[0]["evaluation"] == f"{files[0]}:2" and named[0]["words"] == " ".join(words(QUESTION)[:13])
+    assert "2 evaluation texts, 1 of them shorter than 13 words" in capsys.readouterr().err
+
+
+def test_another_evaluation_text_changes_what_stays(tmp_path: Path, tokenizer_folder: Path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), QUESTION, f"{QUESTION} again", text(6)])
+    made = []
+    for texts in (["nothing of it"], [QUESTION]):
+        wanted, files = evaluation(tmp_path, texts)
+        screened = dataset(decontaminate=wanted, validation_share=0)
+        made.append(make_shards(tmp_path, tokenizer_folder, [corpus], screened, evaluation=files))
+    assert [one.splits["train"]["documents"] for one in made] == [4, 2]
+    assert made[0].hash != made[1].hash
+
+
+def test_chats_are_screened_with_their_masks(tmp_path: Path, tokenizer_folder: Path):
+    chats = [conversation(i, 1 + i % 3) for i in range(40)]
+    once = write_jsonl(tmp_path / "once.jsonl", "messages", chats)
+    twice = write_jsonl(tmp_path / "twice.jsonl", "messages", [chat for chat in chats for _ in range(2)])
+    keep = dataset("chat", validation_share=0.1)
+    single = make_shards(tmp_path / "single", tokenizer_folder, [once], keep)
+    deduplicated = dataset("chat", validation_share=0.1, deduplicate="exact")
+    double = make_shards(tmp_path / "double", tokenizer_folder, [twice], deduplicated)
+    for split in single.splits:
+        totals = [
+            {key: made.splits[split][key] for key in ("documents", "tokens", "loss_tokens")}
+            for made in (single, double)
+        ]
+        assert totals[0] == totals[1]
+    assert single.unigram_entropy_nats == double.unigram_entropy_nats
+    packs = [Samples.open(made, "train", "sft", 64, 0, tmp_path) for made in (single, double)]
+    assert len(packs[0]) == len(packs[1])
+    for index in range(len(packs[0])):
+        for mine, theirs in zip(packs[0][index], packs[1][index], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_entropy_is_of_what_stays(tmp_path: Path, tokenizer_folder: Path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(i % 7) for i in range(20)])
+    made = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_share=0))
+    reader = SplitReader(Path(made.path), made.splits["train"], with_mask=False)
+    counts = np.bincount(reader.tokens(0, reader.token_count))
+    assert made.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)
+
+
+def test_a_dataset_of_nothing_but_evaluation_texts_is_refused(tmp_path: Path, tokenizer_folder: Path):
+    wanted, files = evaluation(tmp_path, [QUESTION])
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", [QUESTION])
+    with pytest.raises(UserError, match=r"no document stays \(\{'contaminated': 1\}\)"):
+        make_shards(tmp_path, tokenizer_folder, [corpus], dataset(decontaminate=wanted), evaluation=files)
+
+
+def test_broken_evaluation_files_are_named(tmp_path: Path, tokenizer_folder: Path):
+    path = tmp_path / "evaluation.jsonl"
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", [QUESTION])
+    wanted = dataset(decontaminate={"files": (str(path),)})
+    for line, says in (('{"question": "x"}', "evaluation.jsonl:1: no column 'text'"), ('{"text": 3}', "text is int")):
+        path.write_text(line + "\n")
+        with pytest.raises(UserError, match=says):
+            make_shards(tmp_path, tokenizer_folder, [corpus], wanted, evaluation=[path])
+
+
+def test_words_are_counted_in_scripts_without_spaces():
+    assert words("It's 北京, naïve!") == ["it", "s", "北", "京", "naïve"]
+    assert list(runs(["a", "b", "c"], 2)) == [("a", "b"), ("b", "c")] and list(runs(["a"], 2)) == []
+
+
+def test_a_mixture_is_screened_in_its_parts():
+    with pytest.raises(ValueError, match="set deduplicate and decontaminate there"):
+        dataset(files=(), mixture={"a": 1.0}, deduplicate="exact")

@@ -1,0 +1,235 @@
+"""Every format gives the same documents; everything wrong is refused with its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from longhaul.data.readers.documents import read_documents
+from longhaul.errors import UserError
+from tests.support.corpora import conversation, dataset
+
+TEXTS = ["plain", 'line\nbreak, comma and "quotes"', "naïve 北京 🚢", " spaces kept "]
+
+
+def _read(path: Path, kind: str = "text", **settings: Any) -> list[Any]:
+    return [document.content for document in read_documents([str(path)], dataset(kind, **settings))]
+
+
+def _jsonl_bytes(column: str, values: list[Any]) -> bytes:
+    return "".join(json.dumps({column: value}) + "\n" for value in values).encode()
+
+
+def _zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+def _write_csv(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["id", "text"], *([str(i), text] for i, text in enumerate(TEXTS))])
+
+
+def _write_arrow(path: Path, values: list[Any], column: str, in_file: bool = False) -> None:
+    table = pa.table({column: values})
+    opened = pa.ipc.new_file(str(path), table.schema) if in_file else pa.ipc.new_stream(str(path), table.schema)
+    with opened as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+FORMATS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + _jsonl_bytes("text", TEXTS) + b"\n  \n"),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(_jsonl_bytes("text", TEXTS))),
+    "a.jsonl.zst": lambda path: path.write_bytes(_zstd(_jsonl_bytes("text", TEXTS))),
+    "two-members.jsonl.gz": lambda path: path.write_bytes(
+        gzip.compress(_jsonl_bytes("text", TEXTS[:1])) + gzip.compress(_jsonl_bytes("text", TEXTS[1:]))
+    ),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=1)),
+    "really-lines.json": lambda path: path.write_bytes(_jsonl_bytes("text", TEXTS)),
+    "a.csv": _write_csv,
+    "a.parquet": lambda path: pyarrow.parquet.write_table(pa.table({"id": [1, 2, 3, 4], "text": TEXTS}), path),
+    "stream.arrow": lambda path: _write_arrow(path, TEXTS, "text"),
+    "file.arrow": lambda path: _write_arrow(path, TEXTS, "text", in_file=True),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(tmp_path: Path, name: str):
+    FORMATS[name](tmp_path / name)
+    assert _read(tmp_path / name) == TEXTS
+
+
+def test_a_text_file_is_one_document(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("two\nlines\n")
+    (tmp_path / "b.rst").write_text("another")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"packed"))
+    files = [str(tmp_path / name) for name in ("a.txt", "b.rst", "c.txt.gz")]
+    found = list(read_documents(files, dataset(format="text")))
+    assert [document.content for document in found] == ["two\nlines\n", "another", "packed"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrow"])
+def test_conversations_keep_roles_and_content(tmp_path: Path, ending: str):
+    chats, path = [conversation(i, 2) for i in range(5)], tmp_path / f"chats.{ending}"
+    if ending == "jsonl":
+        path.write_bytes(_jsonl_bytes("messages", chats))
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(pa.table({"messages": chats}), path)
+    else:
+        _write_arrow(path, chats, "messages")
+    assert _read(path, "chat") == chats
+
+
+def test_sharegpt_is_read_as_roles(tmp_path: Path):
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "a.jsonl").write_bytes(_jsonl_bytes("conversations", [turns]))
+    found = _read(tmp_path / "a.jsonl", "chat", columns={"messages": "conversations"})
+    assert found == [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]
+
+
+def _long_gzip() -> bytes:
+    return gzip.compress(_jsonl_bytes("text", [f"document {i * i}" for i in range(50_000)]))
+
+
+def _parquet_of(**columns: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _bad_utf8_parquet() -> bytes:
+    values = pa.Array.from_buffers(pa.binary(), 2, pa.array([b"fine", b"\xff\xfe"]).buffers()).view(pa.string())
+    return _parquet_of(text=values)
+
+
+def _twice_in_parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# name of the file, its bytes, kind, what the message must say
+BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
+    "missing file": ("a.jsonl", None, "text", "a.jsonl does not exist"),
+    "empty file": ("a.jsonl", b"", "text", "a.jsonl is empty"),
+    "blank lines only": ("a.jsonl", b"\n\n", "text", "a.jsonl holds no documents"),
+    "empty list": ("a.json", b"[]", "text", "a.json holds no documents"),
+    "empty table": ("a.parquet", _parquet_of(text=pa.array([], pa.string())), "text", "a.parquet holds no documents"),
+    "empty gzip": ("a.jsonl.gz", gzip.compress(b""), "text", "a.jsonl.gz holds no documents"),
+    "broken line": ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "text", "a.jsonl:2: not valid JSON"),
+    "broken line in gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\nnonsense'), "text", "a.jsonl.gz:2: not valid"),
+    "line is no object": ("a.jsonl", b'"text"\n', "text", "a.jsonl:1: expected a JSON object, found str"),
+    "broken list": ("a.json", b'[{"text": "a"},\n {"text": }]', "text", "a.json:2: not valid JSON"),
+    "missing column": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"body": "b"}\n',
+        "text",
+        "a.jsonl:2: no column 'text'; found 'body'",
+    ),
+    "missing column in list": ("a.json", b'[{"body": "b"}]', "text", "a.json row 1: no column 'text'; found 'body'"),
+    "missing column in CSV": ("a.csv", b"id,body\n1,b\n", "text", "a.csv:1: no column 'text'; found 'id', 'body'"),
+    "missing column in parquet": (
+        "a.parquet",
+        _parquet_of(body=["b"]),
+        "text",
+        "a.parquet: no column 'text'; found 'body'",
+    ),
+    "ragged CSV": ("a.csv", b"id,text\n1,a\n2,b,c\n", "text", "a.csv:3: 3 fields where the header has 2"),
+    "invalid UTF-8 in CSV": ("a.csv", b"id,text\n1,a\n2,\xff\n", "text", "a.csv:3: byte 0xff is not valid UTF-8"),
+    "a column twice in parquet": ("a.parquet", _twice_in_parquet(), "text", "a.parquet: 2 columns are named 'text'"),
+    "a column twice in CSV": ("a.csv", b"text,text\n1,a\n", "text", "a.csv:1: 2 columns are named 'text'"),
+    "deep list": ("a.json", b"[" * 200_000, "text", "a.json: not valid JSON: nested too deep"),
+    "open quote in CSV": ("a.csv", b'id,text\n1,"a\n', "text", "not valid CSV"),
+    "invalid UTF-8": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        "text",
+        "a.jsonl:2: byte 0xff is not valid UTF-8",
+    ),
+    "invalid UTF-8 in text": ("a.txt", b"one\ntwo\n\xe9t\xe9", "text", "a.txt:3: byte 0xe9 is not valid UTF-8"),
+    "invalid UTF-8 in parquet": ("a.parquet", _bad_utf8_parquet(), "text", "a.parquet row 2: not valid UTF-8"),
+    "UTF-16": ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text", "a.jsonl:1: byte 0xff is not valid UTF-8"),
+    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud83d"}', "text", "a.jsonl:1: text holds half of a surrogate"),
+    "null text": ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "text", "a.jsonl:3: text is null, not a string"),
+    "null in parquet": ("a.parquet", _parquet_of(text=["a", None]), "text", "a.parquet row 2: text is null"),
+    "number for text": ("a.jsonl", b'{"text": 5}', "text", "a.jsonl:1: text is int '5', not a string"),
+    "cut gzip": ("a.jsonl.gz", _long_gzip()[:-5000], "text", "a.jsonl.gz after line "),
+    "cut zstd": ("a.jsonl.zst", _zstd(b'{"text": "a"}\n' * 9999)[:-4], "text", "cannot read"),
+    "no gzip": ("a.jsonl.gz", b'{"text": "a"}', "text", "cannot read"),
+    "no parquet": ("a.parquet", b"not parquet at all", "text", "cannot read"),
+    "no arrow": ("a.arrow", b"not arrow at all", "text", "cannot read"),
+    "unknown ending": ("a.xml", b"<a/>", "text", "a.xml: the ending does not tell its format"),
+    "messages are text": ("a.jsonl", b'{"messages": "hi"}', "chat", "a.jsonl:1: a conversation is a list of messages"),
+    "no messages": (
+        "a.jsonl",
+        b'{"messages": []}',
+        "chat",
+        "a.jsonl:1: a conversation is a list of messages, found an",
+    ),
+    "message is text": ("a.jsonl", b'{"messages": ["hi"]}', "chat", "a.jsonl:1, message 1: expected {role, content}"),
+    "no role": ("a.jsonl", b'{"messages": [{"content": "hi"}]}', "chat", "a.jsonl:1, message 1: no 'role'"),
+    "no content": ("a.jsonl", b'{"messages": [{"role": "user"}]}', "chat", "a.jsonl:1, message 1: no 'content'"),
+    "null content": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null}]}',
+        "chat",
+        "a.jsonl:1, message 2: content is null",
+    ),
+    "unknown role": (
+        "a.jsonl",
+        b'{"messages": [{"role": "robot", "content": "q"}]}',
+        "chat",
+        "a.jsonl:1, message 1: role 'robot' is not one of system",
+    ),
+    "another column": (
+        "a.jsonl",
+        b'{"id": 1, "conversations": []}',
+        "chat",
+        "a.jsonl:1: no column 'messages'; found 'id', 'conversations'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, case: str):
+    name, data, kind, expected = BROKEN[case]
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        _read(tmp_path / name, kind)
+    assert expected in caught.value.message
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "stream.arrow", "a.csv", "a.txt"])
+def test_no_format_lets_a_document_pass_that_is_too_long(tmp_path: Path, name: str):
+    long, path = "é" * 600_000, tmp_path / name  # 1.2 MB
+    writers: dict[str, Callable[[], Any]] = {
+        "a.jsonl": lambda: path.write_bytes(_jsonl_bytes("text", [long])),
+        "a.json": lambda: path.write_text(json.dumps([{"text": long}])),
+        "a.parquet": lambda: pyarrow.parquet.write_table(pa.table({"text": [long]}), path),
+        "stream.arrow": lambda: _write_arrow(path, [long], "text"),
+        "a.csv": lambda: path.write_text(f"text\n{long}\n"),
+        "a.txt": lambda: path.write_text(long),
+    }
+    writers[name]()
+    with pytest.raises(UserError, match="longer than 1 MB, the dataset's max_document_mb"):
+        _read(path, max_document_mb=1)
+
+
+def test_a_bad_row_of_a_csv_costs_no_other(tmp_path: Path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,a\n2,\xff\n3\n4,\xc3\xa9\n")
+    assert _read(tmp_path / "a.csv", bad_rows="skip") == ["a", "é"]
+
+
+def test_no_files_at_all():
+    with pytest.raises(UserError, match="the dataset has no files"):
+        list(read_documents([], dataset()))

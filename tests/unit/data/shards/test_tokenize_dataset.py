@@ -1,0 +1,202 @@
+"""Datasets -> shards: every document once, equal for equal sources, loss where the assistant speaks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from longhaul.artifacts.files import file_sha256
+from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.data.shards.indexed_dataset import SplitReader
+from longhaul.data.shards.unigram_entropy import entropy, unigram_entropy
+from longhaul.errors import UserError
+from tests.support.corpora import conversation, dataset, make_shards, text, write_jsonl
+
+
+def split(manifest: DataManifest, name: str) -> SplitReader:
+    return SplitReader(Path(manifest.path), manifest.splits[name], with_mask=manifest.kind == "chat")
+
+
+def stream(manifest: DataManifest, name: str) -> list[int]:
+    reader = split(manifest, name)
+    return reader.tokens(0, reader.token_count).tolist()
+
+
+def documents(manifest: DataManifest, name: str) -> list[tuple[int, ...]]:
+    """The token rows of a split."""
+    reader, rows, start = split(manifest, name), [], 0
+    for length in reader.lengths().tolist():
+        rows.append(tuple(reader.tokens(start, start + length).tolist()))
+        start += length
+    return rows
+
+
+def tokenizer_of(folder: Path) -> tuple[Tokenizer, TokenizerManifest]:
+    manifest = TokenizerManifest.read(folder / "tokenizer.json")
+    return Tokenizer.from_file(str(Path(manifest.path) / "tokenizer.json")), manifest
+
+
+def test_every_document_is_there_once_and_ends_with_eos(text_shards: DataManifest, tokenizer_folder: Path):
+    tokenizer, manifest = tokenizer_of(tokenizer_folder)
+    expected = [(*tokenizer.encode(text(i, 5 + i % 60)).ids, manifest.eos_id) for i in range(300)]
+    found = documents(text_shards, "train") + documents(text_shards, "validation")
+    assert sorted(found) == sorted(expected)
+    assert 10 < len(documents(text_shards, "validation")) < 60
+    (source,) = text_shards.sources
+    assert source["documents"] == 300 and source["sha256"] == file_sha256(Path(source["path"]))
+    assert text_shards.skipped == {} and text_shards.tokenizer_hash == manifest.hash
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(TEXT, min_size=1, max_size=12), min_size=1, max_size=3),
+    st.integers(20, 400),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_any_documents_come_out_whole_and_in_order(
+    tokenizer_folder: Path, files: list[list[str]], unit_bytes: int, validation_share: float
+):
+    """Wherever files are cut into units, and equal files and documents included; the proof has tests of its own."""
+    tokenizer, manifest = tokenizer_of(tokenizer_folder)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longhaul.data.tokenizers.choose_encoder._hard_texts", lambda folder: [])
+        paths = [write_jsonl(Path(name) / f"{i}.jsonl", "text", texts) for i, texts in enumerate(files)]
+        # Smaller units than a config may ask for, so that small files are cut.
+        settled = dataset(validation_share=validation_share).model_copy(update={"unit_mb": unit_bytes / 1e6})
+        made = make_shards(Path(name), tokenizer_folder, paths, settled)
+        left = {split: documents(made, split) for split in made.splits}
+    rows = [(*tokenizer.encode(text).ids, manifest.eos_id) for texts in files for text in texts]
+    assert sum(map(len, rows)) == sum(entry["tokens"] for entry in made.splits.values())
+    for row in rows:
+        (taken, *_) = [split for split, waiting in left.items() if waiting[:1] == [row]] or ["train"]
+        assert left[taken][:1] == [row]
+        del left[taken][0]
+    assert not any(left.values())
+
+
+def test_order_within_a_split_is_the_files(text_shards: DataManifest, tokenizer_folder: Path):
+    tokenizer, _ = tokenizer_of(tokenizer_folder)
+    numbers = [int(tokenizer.decode(list(row)).split(".")[0].split()[1]) for row in documents(text_shards, "train")]
+    assert numbers == sorted(numbers)
+
+
+def test_entropy_is_that_of_the_training_tokens(text_shards: DataManifest):
+    counts = np.bincount(stream(text_shards, "train"))
+    assert text_shards.unigram_entropy_nats == pytest.approx(entropy(counts), rel=1e-12)
+    assert entropy(np.array([5, 5, 5, 5])) == pytest.approx(np.log(4))
+    assert entropy(np.array([7, 0])) == 0.0
+
+
+def test_entropy_of_a_large_split_is_that_of_an_even_sample(chat_shards: DataManifest, monkeypatch: pytest.MonkeyPatch):
+    reader = SplitReader(Path(chat_shards.path), chat_shards.splits["train"], with_mask=True)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("longhaul.data.shards.unigram_entropy._SAMPLED_TOKENS", reader.token_count // 2)
+    monkeypatch.setattr("longhaul.data.shards.unigram_entropy._STRETCHES", 8)
+    honest = reader.loss_tokens
+    monkeypatch.setattr(reader, "loss_tokens", lambda start, stop: asked.append((start, stop)) or honest(start, stop))
+    assert unigram_entropy(reader) == pytest.approx(chat_shards.unigram_entropy_nats, abs=0.2)
+    assert len(asked) == 8 and asked[0][0] == 0 and asked[-1][1] == reader.token_count
+    assert {stop - start for start, stop in asked} == {reader.token_count // 2 // 8}
+    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(asked))
+
+
+def test_tokens_in_the_loss_are_those_of_the_mask(chat_shards: DataManifest):
+    reader = SplitReader(Path(chat_shards.path), chat_shards.splits["train"], with_mask=True)
+    mask = np.concatenate([reader.document(number)[1] for number in range(reader.document_count)])
+    start, stop = 7, reader.token_count - 5
+    expected = reader.tokens(start, stop)[mask[start:stop] == 1]
+    assert 0 < len(expected) < stop - start and reader.loss_tokens(start, stop).tolist() == expected.tolist()
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path: Path, tokenizer_folder: Path):
+    """Enough text for two workers to be started."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 1200) for i in range(800)))
+    assert corpus.stat().st_size > 4_000_000
+    made = [make_shards(tmp_path / str(n), tokenizer_folder, [corpus], dataset(), workers=n) for n in (1, 2)]
+    assert made[0].splits == made[1].splits and made[0].hash == made[1].hash
+
+
+def test_new_documents_do_not_move_old_ones_between_splits(tmp_path: Path, tokenizer_folder: Path):
+    settings = dataset(validation_share=0.2)
+    few = write_jsonl(tmp_path / "few.jsonl", "text", (text(i) for i in range(100)))
+    many = write_jsonl(tmp_path / "many.jsonl", "text", (text(i) for i in range(150)))
+    before = make_shards(tmp_path / "a", tokenizer_folder, [few], settings)
+    after = make_shards(tmp_path / "b", tokenizer_folder, [many], settings)
+    for name in ("train", "validation"):
+        assert set(documents(before, name)) < set(documents(after, name))
+
+
+def test_a_small_share_still_holds_out_a_document_and_none_holds_out_none(tmp_path: Path, tokenizer_folder: Path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(5)))
+    tiny = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(validation_share=1e-9))
+    none = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(validation_share=0.0))
+    assert [tiny.splits[name]["documents"] for name in ("train", "validation")] == [4, 1]
+    assert [none.splits[name]["documents"] for name in ("train", "validation")] == [5, 0]
+
+
+def test_equal_sources_find_their_shards_and_a_changed_one_gets_a_new_folder(tmp_path: Path, tokenizer_folder: Path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(20)))
+    first = make_shards(tmp_path, tokenizer_folder, [corpus], dataset())
+    shard = Path(first.path) / f"{first.splits['train']['shards'][0]['prefix']}.bin"
+    written = shard.stat().st_mtime_ns
+    moved = corpus.rename(tmp_path / "b.jsonl")
+    again = make_shards(tmp_path, tokenizer_folder, [moved], dataset())
+    assert again.splits == first.splits and again.hash == first.hash and shard.stat().st_mtime_ns == written
+    assert again.sources[0]["path"] == str(moved)
+    write_jsonl(moved, "text", (text(i) for i in range(21)))
+    changed = make_shards(tmp_path, tokenizer_folder, [moved], dataset())
+    assert changed.hash != first.hash and changed.splits != first.splits and shard.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dataset(validation_share=0.3), dataset(columns={"text": "other"})],
+    ids=["validation share", "column"],
+)
+def test_settings_that_change_the_shards_change_the_folder(tmp_path: Path, tokenizer_folder: Path, settings: Any):
+    lines = [json.dumps({"text": text(i), "other": text(i + 1)}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    first = make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset())
+    second = make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], settings)
+    assert second.hash != first.hash and second.splits != first.splits
+
+
+def test_loss_is_on_what_the_assistant_says_and_on_its_end(chat_shards: DataManifest, tokenizer_folder: Path):
+    tokenizer, manifest = tokenizer_of(tokenizer_folder)
+    expected = []
+    for number in range(200):
+        said = [m["content"] for m in conversation(number, 1 + number % 3) if m["role"] == "assistant"]
+        expected.append("|".join(answer.strip() for answer in said))
+    found = []
+    for name in ("train", "validation"):
+        reader = split(chat_shards, name)
+        for index in range(len(reader.lengths())):
+            tokens, mask = reader.document(index)
+            turns = np.split(tokens[mask == 1], np.flatnonzero(tokens[mask == 1] == manifest.eos_id) + 1)
+            assert len(turns[-1]) == 0, "a turn without its end"
+            found.append("|".join(tokenizer.decode(turn[:-1].tolist()).strip() for turn in turns[:-1]))
+    assert sorted(found) == sorted(expected)
+    assert chat_shards.splits["train"]["loss_tokens"] < chat_shards.splits["train"]["tokens"]
+
+
+def test_what_cannot_be_trained_on_is_counted(tmp_path: Path, tokenizer_folder: Path):
+    empty = write_jsonl(tmp_path / "a.jsonl", "text", ["", text(1), "", text(2)])
+    assert make_shards(tmp_path / "a", tokenizer_folder, [empty], dataset()).skipped == {"empty text": 2}
+    asked = [[{"role": "user", "content": "anyone?"}], conversation(1), conversation(2)]
+    chats = write_jsonl(tmp_path / "b.jsonl", "messages", asked)
+    assert make_shards(tmp_path / "b", tokenizer_folder, [chats], dataset("chat")).skipped == {"no assistant turn": 1}
+    with pytest.raises(UserError, match="no document can be trained on"):
+        nothing = write_jsonl(tmp_path / "c.jsonl", "text", ["", ""])
+        make_shards(tmp_path / "c", tokenizer_folder, [nothing], dataset())

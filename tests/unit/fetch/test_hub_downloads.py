@@ -1,0 +1,272 @@
+"""Fetching from a hub: pinned to a commit, only what is needed, once; clear words when it cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from longhaul.artifacts.schemas import Lock
+from tests.support.chain import SECRETS, leaks
+from tests.support.fake_hub import COMMIT, Hub
+from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, STAGE, write_config
+
+FILES = {
+    "models/org/base/config.json": json.dumps({"model_type": "llama", **LLAMA, "vocab_size": 400}),
+    "models/org/base/model.safetensors": EMPTY_SAFETENSORS,
+    "models/org/base/pytorch_model.bin": "a pickle",
+    "models/org/base/modeling_own.py": "raise SystemExit('this code must not run')",
+    "models/org/pickle/config.json": json.dumps({"model_type": "llama", **LLAMA}),
+    "models/org/pickle/pytorch_model.bin": "a pickle",
+    "models/org/base/tokenizer.json": "{}",
+    "models/org/base/tokenizer_config.json": "{}",
+    "datasets/org/text/en/train-00000-of-00002.jsonl": '{"text": "a"}\n',
+    "datasets/org/text/en/train-00001-of-00002.jsonl": '{"text": "b"}\n',
+    "datasets/org/text/en/test-00000-of-00001.jsonl": '{"text": "c"}\n',
+    "datasets/org/text/de/train-00000-of-00001.jsonl": '{"text": "d"}\n',
+    "datasets/org/text/README.md": """\
+---
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: en/train-*}
+  - {split: test, path: en/test-*}
+- config_name: de
+  data_files: [{split: train, path: de/*}]
+---
+train
+""",
+    # Configurations with other names than their folders; one split's name begins with another's.
+    "datasets/org/named/en/train.jsonl": '{"text": "the decoy, in a folder of the name"}\n',
+    "datasets/org/named/part-0/a.jsonl": '{"text": "e"}\n',
+    "datasets/org/named/part-0/b.jsonl": '{"text": "f"}\n',
+    "datasets/org/named/part-0/train.txt": "not listed",
+    "datasets/org/named/part-1/train_extra.jsonl": '{"text": "g"}\n',
+    "datasets/org/named/part-2/train.jsonl": '{"text": "h"}\n',
+    "datasets/org/named/README.md": """\
+---
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: [part-0/b.jsonl, part-0/a.jsonl]}
+  - {split: train_extra, path: part-1/*}
+- config_name: german
+  default: true
+  data_files: part-2/*.jsonl
+---
+""",
+    # No card: what `datasets` finds by its own patterns.
+    "datasets/org/bare/data/train-00000-of-00001.jsonl": '{"text": "i"}\n',
+    "datasets/org/bare/data/train_extra-00000-of-00001.jsonl": '{"text": "j"}\n',
+    "datasets/org/bare/data/test-00000-of-00001.jsonl": '{"text": "k"}\n',
+    "datasets/org/folders/training/x.jsonl": '{"text": "l"}\n',
+    "datasets/org/folders/dev/y.jsonl": '{"text": "m"}\n',
+    "datasets/org/unsplit/anything.csv": "text\nn\n",
+    "datasets/org/pictures/train/cat.png": "not text",
+    "datasets/org/scripted/scripted.py": "raise SystemExit('this code must not run')",
+}
+CONFIG = {
+    "tokenizer": {"hub": {"id": "org/base", "revision": "v1"}},
+    "datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "en"}}},
+    "model": {"pretrained": {"hub": {"id": "org/base"}}},
+    "stages": [STAGE],
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    for name, text in FILES.items():
+        path = tmp_path / "served" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with Hub(tmp_path / "served") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def fetch(folder: Path, url: str, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as the hub's address is read when its library is imported."""
+    config = write_config(folder, {**CONFIG, **(changes or {})})
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # jobs that other tests ran in this process set them
+        environment.pop(switch, None)
+    command = [sys.executable, "-m", "longhaul", "fetch", str(config)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_sources_are_pinned_and_only_what_is_needed_comes(tmp_path: Path, hub: Hub):
+    done = fetch(tmp_path, hub.url)
+    assert done.returncode == 0, done.stderr
+    assert "checked now: model org/base" in done.stdout
+    lock = Lock.read(tmp_path / "results" / "small.lock.json")
+    assert {source["revision"] for source in lock.sources.values()} == {COMMIT}
+    assert [Path(file).name for file in lock.sources["prose"]["files"]] == [
+        "train-00000-of-00002.jsonl",
+        "train-00001-of-00002.jsonl",
+    ]
+    assert [Path(file).read_text() for file in lock.sources["prose"]["files"]] == ['{"text": "a"}\n', '{"text": "b"}\n']
+    assert lock.model["hidden_size"] == LLAMA["hidden_size"]
+    sent = set(hub.served)
+    assert "org/base/model.safetensors" in sent
+    assert not [name for name in sent if name.endswith((".bin", ".py")) or "test-" in name or "/de/" in name]
+
+
+def test_the_token_is_sent_and_written_nowhere(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    for changes in (None, WRONG["no such model"][0], WRONG["no such split"][0]):
+        done = fetch(tmp_path / str(len(hub.tokens)), hub.url, changes)
+        assert not any(secret in done.stdout + done.stderr for secret in SECRETS.values())
+    assert {token for path, token in hub.tokens if "/org/" in path} == {f"Bearer {SECRETS['HF_TOKEN']}"}
+    (tmp_path / "served").rename(tmp_path.with_name(f"{tmp_path.name}-served"))
+    assert leaks(tmp_path) == []
+
+
+def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):
+    assert fetch(tmp_path, hub.url).returncode == 0
+    lock = (tmp_path / "results" / "small.lock.json").read_bytes()
+    hub.served.clear()
+    assert fetch(tmp_path, hub.url).returncode == 0
+    assert hub.served == []
+    assert (tmp_path / "results" / "small.lock.json").read_bytes() == lock
+
+
+SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "in the card's order": ({"id": "org/named", "name": "en"}, ["part-0/b.jsonl", "part-0/a.jsonl"]),
+    "a split whose name begins with another's": (
+        {"id": "org/named", "name": "en", "split": "train_extra"},
+        ["part-1/train_extra.jsonl"],
+    ),
+    "the card's default, of one split": ({"id": "org/named"}, ["part-2/train.jsonl"]),
+    "no card, shards": ({"id": "org/bare"}, ["data/train-00000-of-00001.jsonl"]),
+    "no card, shards of the longer name": (
+        {"id": "org/bare", "split": "train_extra"},
+        ["data/train_extra-00000-of-00001.jsonl"],
+    ),
+    "no card, folders": ({"id": "org/folders"}, ["training/x.jsonl"]),
+    "no card, a folder under another word": ({"id": "org/folders", "split": "validation"}, ["dev/y.jsonl"]),
+    "no card, no split at all": ({"id": "org/unsplit"}, ["anything.csv"]),
+}
+
+
+@pytest.mark.parametrize(("source", "wanted"), SPLITS.values(), ids=SPLITS)
+def test_the_files_of_a_split_are_those_that_datasets_reads(
+    tmp_path: Path, hub: Hub, source: dict[str, Any], wanted: list[str]
+):
+    done = fetch(tmp_path, hub.url, {"datasets": {"prose": {"kind": "text", "hub": source}}})
+    assert done.returncode == 0, done.stderr
+    prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
+    assert [str(Path(file).relative_to(prose["path"])) for file in prose["files"]] == wanted
+    assert prose["revision"] == COMMIT
+    sent = {name.removeprefix(f"{source['id']}/") for name in hub.served if name.startswith(source["id"])}
+    assert sent - {"README.md"} == set(wanted)
+
+
+def test_the_first_documents_are_streamed_and_nothing_else_comes(tmp_path: Path, hub: Hub):
+    """`datasets` looks a file ahead, no further. Another number is another file, the same one is there already."""
+    parquet = tmp_path / "served" / "datasets" / "org" / "columns" / "train.parquet"
+    parquet.parent.mkdir()
+    for file in range(6):
+        path = tmp_path / "served" / "datasets" / "org" / "many" / f"train-0000{file}-of-00006.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": f"{file}.{row}", "id": row}) + "\n" for row in range(3)))
+    pyarrow.parquet.write_table(pa.table({"id": [b"\xff"] * 3, "text": ["p", "q", "r"]}), parquet, row_group_size=1)
+
+    def texts(count: int, source: dict[str, Any]) -> list[str]:
+        changes = {"datasets": {"prose": {"kind": "text", "hub": {**source, "max_documents": count}}}}
+        done = fetch(tmp_path, hub.url, changes)
+        assert done.returncode == 0, done.stderr
+        prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
+        (file,) = prose["files"]
+        rows = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+        assert prose["revision"] == COMMIT and prose["documents"] == len(rows)
+        assert all(set(row) == {"text"} for row in rows)
+        return [row["text"] for row in rows]
+
+    many = {"id": "org/many"}
+    assert texts(1, many) == ["0.0"]
+    assert texts(3, many) == ["0.0", "0.1", "0.2"]
+    first_two = {f"org/many/train-0000{file}-of-00006.jsonl" for file in range(2)}
+    assert {name for name in hub.served if "many" in name} <= first_two
+    hub.served.clear()
+    assert texts(3, many) == ["0.0", "0.1", "0.2"] and hub.served == []
+    assert len(texts(99, many)) == 18
+    assert texts(2, {"id": "org/columns"}) == ["p", "q"]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no such model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
+    "no safetensors": (
+        {"model": {"pretrained": {"hub": {"id": "org/pickle"}}}},
+        "holds no weights (*.safetensors",
+    ),
+    "no such revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
+    "no such configuration": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "fr"}}}},
+        "name 'fr': BuilderConfig 'fr' not found. Available: ['en', 'de']",
+    ),
+    "no name where there are several": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text"}}}},
+        "Config name is missing. Please pick one among the available configs: ['en', 'de']",
+    ),
+    "no such split": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "en", "split": "trai"}}}},
+        "configuration en, has no split 'trai'",
+    ),
+    "no such column in a stream": (
+        {
+            "datasets": {
+                "prose": {
+                    "kind": "text",
+                    "hub": {"id": "org/text", "name": "de", "max_documents": 3},
+                    "columns": {"text": "body"},
+                }
+            }
+        },
+        "row 1: there is no column 'body'",
+    ),
+    "no such split to stream": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/bare", "split": "dev", "max_documents": 3}}}},
+        "has no split 'dev'",
+    ),
+    "a format that is not read": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/pictures"}}}},
+        "train/cat.png is in a format that is not read here",
+    ),
+    "a data set that is code": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/scripted"}}}},
+        "Dataset scripts are no longer supported, but found scripted.py",
+    ),
+    "no such data set": (
+        {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/none"}}}},
+        "fetch dataset org/none",
+    ),
+    "a model too small for the sequence": (
+        {"stages": [{**STAGE, "sequence_length": 256}]},
+        "256 exceeds the model's max_position_embeddings 128",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_had_is_named(tmp_path: Path, hub: Hub, changes: dict[str, Any], says: str):
+    done = fetch(tmp_path, hub.url, changes)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert "remedy: " in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "results" / "small.lock.json").exists()
+
+
+def test_no_network_is_named(tmp_path: Path):
+    done = fetch(tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 2 and "cannot fetch model org/base at v1 from the hub" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,289 @@
+"""Rendered files: what they say, that DeepSpeed reads every key of them, and that no value escapes into a shell."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longhaul.artifacts.schemas import Lock
+from longhaul.errors import UserError
+from longhaul.jobs.launch_files import REPOSITORY, render_job, render_run, render_stage
+from longhaul.planning import Plan
+from longhaul.planning.deepspeed_config import deepspeed_sections
+from tests.golden.regenerate import CASES, GOLDEN, rendered
+from tests.support.small_configs import plan_of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_are_the_agreed_ones(case: str):
+    """After a wanted change: make generate, and read the difference."""
+    texts = rendered(case)
+    assert texts == {name: (GOLDEN / case / name).read_text() for name in texts}
+
+
+def test_a_guides_zero3_settings_come_out_key_for_key():
+    found = json.loads((GOLDEN / "guide" / "ds_config.json").read_text())
+    assert found["train_micro_batch_size_per_gpu"] == 4 and found["gradient_accumulation_steps"] == 8
+    assert found["optimizer"] == {
+        "type": "AdamW",
+        "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+    }
+    assert found["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+    }
+    assert found["fp16"]["loss_scale"] == 0 and found["fp16"]["loss_scale_window"] == 1000
+    assert found["gradient_clipping"] == 1.0, "the guide's grad_clip is no key of DeepSpeed"
+
+
+class Recording(dict):
+    """A dictionary that notes which of its keys were asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __copy__(self) -> Recording:
+        return self
+
+
+def unread(config: dict[str, Any]) -> set[str]:
+    """Top-level keys that DeepSpeed's own config class does not look at. Nested unknown keys make it raise."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recording = Recording(copy.deepcopy(config))
+    DeepSpeedConfig(recording)
+    return set(config) - recording.read
+
+
+EVERYTHING = {
+    "stages.0.precision": "fp16",
+    "stages.0.zero": {
+        "stage": 3,
+        "offload_optimizer": "cpu",
+        "offload_param": "cpu",
+        "reduce_bucket_size": 1000,
+        "stage3_prefetch_bucket_size": 1000,
+        "stage3_param_persistence_threshold": 10,
+        "stage3_max_live_parameters": 1000,
+        "stage3_max_reuse_distance": 0,
+    },
+}
+LAYOUTS = [
+    {"stages.0.zero": {"stage": 2}, "stages.0.communication": {"data_type": "fp32"}, "stages.0.precision": "bf16"},
+    {
+        "stages.0.zero": {"stage": 1, "reduce_bucket_size": 1000},
+        "stages.0.gpus_per_node": 2,
+        "stages.0.communication": {"powersgd": {}},
+    },
+    {"stages.0.zero": {"stage": 0}},
+    {"stages.0.zero": {"stage": 1, "allgather_bucket_size": 1000}, "stages.0.precision": "bf16"},
+    {"stages.0.zero": {"stage": 2, "offload_optimizer": "cpu"}},
+    EVERYTHING,
+    {"stages.0.zero": {"stage": 3, "offload_optimizer": "nvme"}, "storage": {"scratch": "/local"}},
+    {
+        "stages.0.zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"},
+        "storage": {"scratch": "/local"},
+    },
+    {"stages.0.zero": {"stage": 3, "hierarchical_partition": 2}, "stages.0.gpus_per_node": 2},
+    {
+        "stages.0.zero": {"stage": 1},
+        "stages.0.gpus_per_node": 4,
+        "stages.0.parallel": {"pipeline": 2, "tensor": 2},
+    },
+]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS, ids=lambda changes: f"ZeRO {changes['stages.0.zero']['stage']}")
+def test_deepspeed_reads_every_key(tmp_path: Path, changes: dict[str, Any]):
+    plan = plan_of(tmp_path, changes)
+    assert unread(deepspeed_sections(plan.stages[0], plan.site)) == set()
+
+
+def test_deepspeed_reduces_in_the_stated_precision(tmp_path: Path):
+    """What its config class makes of the key, and what compressed gradients leave of the overlap."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for name, expected in {
+        "bf16": "torch.bfloat16",
+        "fp16": "torch.float16",
+        "fp32": "torch.float32",
+        None: "None",
+    }.items():
+        plan = plan_of(tmp_path, {"stages.0.communication": {"data_type": name}})
+        assert str(DeepSpeedConfig(deepspeed_sections(plan.stages[0], plan.site)).communication_data_type) == expected
+    plan = plan_of(tmp_path, {"stages.0.communication": {"powersgd": {}}, "stages.0.gpus_per_node": 2})
+    assert deepspeed_sections(plan.stages[0], plan.site)["zero_optimization"]["overlap_comm"] is False
+
+
+def test_a_key_that_deepspeed_ignores_would_be_noticed(tmp_path: Path):
+    plan = plan_of(tmp_path, EVERYTHING)
+    sections = deepspeed_sections(plan.stages[0], plan.site)
+    assert unread({**sections, "gradient_cliping": 1.0}) == {"gradient_cliping"}
+    sections["zero_optimization"]["overlap_com"] = True
+    with pytest.raises(Exception, match="overlap_com"):
+        unread(sections)
+
+
+def test_torchs_fused_adam_needs_no_compiler_and_offload_takes_deepspeeds(tmp_path: Path):
+    def optimizer(changes: dict[str, Any], gpus: int = 8) -> dict[str, Any]:
+        plan = plan_of(tmp_path, changes, {"node.gpus": gpus, "gpu_request": "gpus_per_node" if gpus else "none"})
+        return deepspeed_sections(plan.stages[0], plan.site)["optimizer"]["params"]
+
+    assert optimizer({})["torch_adam"] and optimizer({})["fused"]
+    assert "fused" not in optimizer({}, gpus=0)
+    assert "torch_adam" not in optimizer({"stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"}})
+
+
+HOSTILE = [
+    "a b",
+    "it's",
+    '"quoted"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "#SBATCH --nodes=99",
+    "\\",
+    "é",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_value_reaches_the_job_as_it_was_written(tmp_path: Path, value: str):
+    plan = plan_of(tmp_path, None, {"environment": {"SHOWN": value}})
+    launch = render_stage(plan, "base", tmp_path).files["launch.sh"]
+    exports = "\n".join(line for line in launch.splitlines() if line.startswith("export "))
+    shown = subprocess.run(
+        ["bash", "-c", exports + '\nprintf %s "$SHOWN"'], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == value
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_image_with_an_odd_name_is_one_word(tmp_path: Path):
+    software = {"kind": "container", "path": "/images/$(touch pwned) a.sif"}
+    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.json"]
+    for step in json.loads(launch)["steps"]:
+        assert step["command"][-6:-4] == ["/images/$(touch pwned) a.sif", "python3"]
+
+
+MODULE = 'module() { echo "$HARMLESS_BUT_UNSET" > /dev/null; export LOADED="${LOADED:-} $2"; }'
+
+
+def test_modules_may_use_unset_variables(tmp_path: Path):
+    """Lmod and Tcl modules do; after them the script is strict again."""
+    software = {"kind": "modules", "modules": ["cuda/13.0", "python"]}
+    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
+    before_python = launch[: launch.index("exec ")]
+    shown = subprocess.run(
+        ["bash", "-c", f'{MODULE}\n{before_python}\necho "$LOADED $-"'], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    *loaded, flags = shown.stdout.split()
+    assert loaded == ["cuda/13.0", "python"] and "u" in flags
+
+
+def binds(plan: Plan, folder: Path, job: str) -> list[str]:
+    step = json.loads(render_job(plan, job, folder).files["launch.json"])["steps"][0]["command"]
+    return [step[i + 1] for i, word in enumerate(step) if word == "--bind"]
+
+
+def test_a_container_sees_the_data_and_where_links_lead(tmp_path: Path):
+    for name in ("data", "real", "tokenizer", "blobs", "run/own"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "real" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "data" / "a.jsonl").symlink_to(tmp_path / "real" / "a.jsonl")
+    (tmp_path / "run" / "own" / "b.jsonl").write_text('{"text": "b"}\n')
+    (tmp_path / "blobs" / "0123").write_text("{}")
+    (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(tmp_path / "blobs" / "0123")
+    config = {
+        "datasets.prose": {"kind": "text", "files": ["data/*.jsonl", "run/own/*.jsonl"]},
+        "tokenizer": {"path": "tokenizer"},
+        "storage": {"weights": "/scratch/weights", "data": "shards"},
+    }
+    site = {"software": {"kind": "container", "path": "/job.sif", "binds": ["/cvmfs", "/a:/b"]}}
+    plan = plan_of(tmp_path, config, site, Lock({"chats": {"path": "x", "files": ["/hub/chats.jsonl"]}}))
+    run = tmp_path / "run"
+    always = ["/dev/shm", str(REPOSITORY), str(run), "/scratch/weights"]
+    assert binds(plan, run, "environment") == [*always, "/cvmfs", "/a:/b"]
+    assert binds(plan, run, "tokenize-prose") == [
+        *always,
+        *(str(tmp_path / n) for n in ("data", "real")),
+        "/cvmfs",
+        "/a:/b",
+    ]
+    assert binds(plan, run, "tokenize-chats") == [*always, "/hub", "/cvmfs", "/a:/b"]
+    assert binds(plan, run, "tokenizer") == [
+        *always,
+        *(str(tmp_path / n) for n in ("tokenizer", "blobs")),
+        "/cvmfs",
+        "/a:/b",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a:b", "a,b"])
+def test_a_folder_that_a_container_command_would_take_apart_is_refused(tmp_path: Path, name: str):
+    software = {"kind": "container", "path": "/images/job.sif"}
+    plan = plan_of(tmp_path, {"storage": {"weights": f"/scratch/{name}"}}, {"software": software})
+    with pytest.raises(UserError, match="separates folders"):
+        render_stage(plan, "base", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])
+def test_a_working_folder_that_sbatch_would_read_differently_is_refused(tmp_path: Path, name: str):
+    plan = plan_of(tmp_path / "config")
+    with pytest.raises(UserError, match="working folder"):
+        render_stage(plan, "base", tmp_path / name)
+
+
+def test_headers_hold_only_options(tmp_path: Path):
+    folder = tmp_path / "with a blank"
+    sbatch = render_stage(plan_of(tmp_path), "base", folder).files["job.sbatch"]
+    body = [line for line in sbatch.splitlines() if not line.startswith("#")]
+    assert body == [f"exec bash '{folder}/results/small/stages/base/launch.sh'"]
+    assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=\S.*)?", line) for line in sbatch.splitlines()[2:-1])
+
+
+def test_a_second_rendering_touches_nothing(tmp_path: Path):
+    (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
+    changes = {
+        "datasets": {"prose": {"kind": "text", "files": ["prose.jsonl"]}},
+        "stages": [yaml.safe_load("{name: base, kind: pretrain, dataset: prose, steps: 1, global_batch: 1, "
+                                  "sequence_length: 8, precision: fp32}")],
+    }  # fmt: skip
+    plan = plan_of(tmp_path, changes)
+    render_run(plan, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/**/*") if path.is_file()}
+    assert {"launch.sh", "job.sbatch", "ds_config.json", "job.json"} <= {path.name for path in before}
+    render_run(plan, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_container_is_left_for_slurms_client(tmp_path: Path):
+    """scontrol and srun stand outside; what the container runs is Python alone."""
+    software = {"kind": "container", "path": "/images/job.sif"}
+    files = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files
+    assert "apptainer" not in files["launch.sh"], "the supervisor, which asks Slurm, stays outside"
+    steps = json.loads(files["launch.json"])["steps"]
+    assert len(steps) == 2
+    for step in steps:
+        inside = step["command"][step["command"].index("apptainer") :]
+        assert step["command"][0] == "srun" and "srun" not in inside and "supervise" not in inside

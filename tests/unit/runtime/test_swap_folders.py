@@ -1,0 +1,51 @@
+"""Swap folders: nobody takes a living process' folder away, and whatever a killed one left goes at the next start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longhaul.checks.node_facts import swap_facts
+from longhaul.errors import UserError
+from longhaul.runtime.swap_folders import clear_stale_swaps, swap_folder, swap_root
+
+HOLD = """
+import sys, time
+from longhaul.runtime.swap_folders import swap_folder
+with swap_folder(sys.argv[1], "run-base-rank-00000") as folder:
+    (folder / "states").write_bytes(bytes(1000))
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_lives_as_long_as_its_process(tmp_path: Path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    folder = Path(holder.stdout.readline().strip())
+    assert folder.parent == swap_root(str(tmp_path)) and folder.name.startswith("run-base-rank-00000-")
+    assert clear_stale_swaps(str(tmp_path)) == [] and (folder / "states").exists()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert folder.exists(), "nobody tidies up after a SIGKILL"
+    facts = swap_facts(str(tmp_path))
+    assert facts["cleared"] == [folder.name] and facts["error"] is None and facts["free_bytes"] > 0
+    assert list(swap_root(str(tmp_path)).iterdir()) == []
+
+
+def test_a_folder_goes_when_its_block_ends_however_that_is(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), swap_folder(str(tmp_path), "one") as folder:
+        (folder / "states").write_bytes(b"x")
+        raise KeyboardInterrupt
+    assert not folder.exists()
+
+
+def test_states_are_read_back_from_no_folder_of_somebody_else(tmp_path: Path):
+    swap_root(str(tmp_path)).chmod(0o777)
+    with pytest.raises(UserError, match="optimizer states would be read from it"):
+        clear_stale_swaps(str(tmp_path))

@@ -1,0 +1,1 @@
+"""Small JSON files that pass between jobs, written atomically: their schemas, job state, leases."""

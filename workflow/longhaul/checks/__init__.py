@@ -1,0 +1,1 @@
+"""Checks of nodes, network and stored files."""

@@ -1,0 +1,17 @@
+"""Finds the files that longhaul ships beside its code: Snakefile, rules, templates, site files, profiles, constraints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# pyproject.toml copies the checkout's folders there when it builds a wheel.
+_INSTALLED = _PACKAGE / "share"
+
+
+def data_root() -> Path:
+    """Return the folder that holds Snakefile, workflow/, templates/, config/, profiles/ and envs/.
+
+    This is the repository root in a checkout, and longhaul/share in an installed wheel.
+    """
+    return _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1]

@@ -1,0 +1,89 @@
+"""The demo's data: the sources of this Python's standard library as text, and questions about its docstrings as chats."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.files import atomic_path, file_sha256
+from longhaul.config.dataset_config import Columns, PythonStdlib
+from longhaul.errors import UserError
+
+_MB = 1_000_000
+# Tests and generated tables would outweigh what people write.
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings", "lib2to3"}
+_LONGEST_ANSWER_CHARACTERS = 600
+_SHORTEST_ANSWER_CHARACTERS = 20
+
+
+def collect(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> dict[str, Any]:
+    """Writes the demo's JSONL file and says what is in it; the same Python always gives the same bytes."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = 0
+    written_bytes = documents = 0
+    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for path in _modules(root):
+            try:
+                source = path.read_text(encoding="utf-8")
+                rows = list(_rows(kind, source, _module_name(path, root), columns))
+            except (UnicodeDecodeError, SyntaxError):
+                skipped += 1
+                continue
+            for row in rows:
+                line = json.dumps(row, ensure_ascii=False) + "\n"
+                written_bytes += len(line.encode())
+                documents += 1
+                stream.write(line)
+            if written_bytes >= settings.max_mb * _MB:
+                break
+    if not documents:
+        raise UserError(
+            f"no Python sources in {root}", "this Python has no standard library on disk: give `files` instead"
+        )
+    return {
+        "path": str(root),
+        "files": [str(out)],
+        "documents": documents,
+        "skipped_files": skipped,
+        "bytes": written_bytes,
+        "sha256": file_sha256(out),
+    }
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Every module, in an order that mixes the library's parts: a size cap then takes a fair sample of it."""
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).hexdigest()):
+        if not _LEFT_OUT & set(name.parts):
+            yield root / name
+
+
+def _module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _rows(kind: str, source: str, module: str, columns: Columns) -> Iterator[dict[str, Any]]:
+    if kind == "text":
+        if source.strip():
+            yield {columns.text: source}
+        return
+    for name, docstring in _docstrings(source, module):
+        messages = [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": docstring}]
+        yield {columns.messages: messages}
+
+
+def _docstrings(source: str, module: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, first paragraph of its docstring) of each documented function and class."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            text = ast.get_docstring(node)
+            answer = inspect.cleandoc(text).split("\n\n")[0].strip() if text else ""
+            if _SHORTEST_ANSWER_CHARACTERS <= len(answer) <= _LONGEST_ANSWER_CHARACTERS:
+                yield f"{module}.{node.name}", answer

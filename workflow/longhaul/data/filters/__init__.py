@@ -1,0 +1,1 @@
+"""Duplicate removal and decontamination."""

@@ -1,0 +1,1 @@
+"""Job specs and the files that start a job."""

@@ -1,0 +1,158 @@
+"""A stage's metrics.jsonl as curves of bounded size, and the numbers that sum it up."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from longhaul.report.number_format import finite
+
+MAX_POINTS = 2000
+# The training loss of one batch is noisy; the headline takes the mean of the last steps.
+_LAST_STEPS = 10
+STEP_VALUES = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_s",
+    "step_time_s",
+    "data_wait_s",
+    "memory_bytes",
+    "mfu",
+    "gpu_utilisation",
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """y over x, both of one length; y is None where a value was not finite. x are steps."""
+
+    x: list[float] = field(default_factory=list)
+    y: list[float | None] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in self.y)
+
+    @property
+    def values(self) -> list[float]:
+        """The finite values."""
+        return [value for value in self.y if value is not None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All points of a stage: one curve per value of STEP_VALUES, and the validation loss."""
+
+    curves: dict[str, Curve]
+    validation: Curve
+    steps: int  # lines of steps read
+    broken_lines: int  # lines that are no JSON object with a step, such as the half line of a killed writer
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Reads metrics.jsonl line by line; a line that is not whole is counted and left out."""
+    curves = {name: Curve() for name in STEP_VALUES}
+    validation = Curve()
+    steps = broken = 0
+    for row in _rows(path):
+        if row is None:
+            broken += 1
+        elif "validation_loss" in row:
+            _append(validation, row["step"], row["validation_loss"])
+        else:
+            steps += 1
+            for name, curve in curves.items():
+                if name in row:
+                    _append(curve, row["step"], row[name])
+    return Metrics(curves, validation, steps, broken)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            yield row if isinstance(row, dict) and finite(row.get("step")) is not None else None
+
+
+def _append(curve: Curve, step: float, value: Any) -> None:
+    curve.x.append(step)
+    curve.y.append(finite(value))
+
+
+def downsample(curve: Curve, limit: int = MAX_POINTS) -> Curve:
+    """At most `limit` (>= 4) points: the first, the last, and the lowest and highest of each of equal buckets.
+
+    Keeping both extremes shows every spike, which a plain stride or a mean would hide. Gaps (None) are dropped then.
+    """
+    if len(curve.x) <= limit:
+        return curve
+    inner = [point for point in list(zip(curve.x, curve.y, strict=True))[1:-1] if point[1] is not None]
+    buckets = (limit - 2) // 2
+    edges = [round(index * len(inner) / buckets) for index in range(buckets + 1)]
+    kept = [(curve.x[0], curve.y[0])]
+    for start, stop in pairwise(edges):
+        kept += _extremes(inner[start:stop])
+    kept.append((curve.x[-1], curve.y[-1]))
+    return Curve([x for x, _ in kept], [y for _, y in kept])
+
+
+def _extremes(points: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """The lowest and the highest point, in the order of x."""
+    if not points:
+        return []
+    return sorted({min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A stage in numbers; None where the metrics do not hold it. Times in seconds, shares of 1."""
+
+    last_loss: float | None  # mean of the last steps
+    first_validation: float | None  # before the first step
+    last_validation: float | None
+    best_validation: float | None
+    best_validation_step: int | None
+    median_tokens_per_s: float | None
+    median_step_time_s: float | None
+    peak_memory_bytes: float | None
+    data_wait_share: float | None
+    median_mfu: float | None
+    training_time_s: float | None
+
+
+def summarise(metrics: Metrics) -> Summary:
+    """Sums a stage up. Medians, as the first steps of a leg also warm caches and build kernels."""
+    validation = [(x, y) for x, y in zip(metrics.validation.x, metrics.validation.y, strict=True) if y is not None]
+    best = min(validation, key=lambda point: point[1], default=None)
+    step_times, waits = metrics.curves["step_time_s"].values, metrics.curves["data_wait_s"].values
+    busy_s = sum(step_times) + sum(waits)
+    return Summary(
+        last_loss=_mean(metrics.curves["loss"].values[-_LAST_STEPS:]),
+        first_validation=validation[0][1] if validation and validation[0][0] == 0 else None,
+        last_validation=validation[-1][1] if validation else None,
+        best_validation=best[1] if best else None,
+        best_validation_step=int(best[0]) if best else None,
+        median_tokens_per_s=_median(metrics.curves["tokens_per_s"].values),
+        median_step_time_s=_median(step_times),
+        peak_memory_bytes=max(metrics.curves["memory_bytes"].values, default=None),
+        data_wait_share=sum(waits) / busy_s if waits and busy_s else None,
+        median_mfu=_median(metrics.curves["mfu"].values),
+        training_time_s=busy_s or None,
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None

@@ -1,0 +1,1 @@
+"""The processes of a job: rank, rendezvous, heartbeat, compiled ops, swap folders."""

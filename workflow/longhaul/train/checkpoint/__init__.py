@@ -1,0 +1,1 @@
+"""Saving, finding, verifying and loading training checkpoints."""

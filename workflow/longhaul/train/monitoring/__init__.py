@@ -1,0 +1,1 @@
+"""Metrics, trackers, events and stragglers."""
