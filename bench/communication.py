@@ -48,7 +48,7 @@ ZERO3 = {
     "stage3_prefetch_bucket_size": 1,
     "stage3_param_persistence_threshold": 0,
 }
-PARTITIONED: dict[str, dict[str, Any]] = {"zero3": ZERO3, "zero3-hpz": {**ZERO3, "hierarchical_partition": 2}}
+PARTITIONED: dict[str, dict[str, Any]] = {"zero3": ZERO3, "zero3-hpz": {**ZERO3, "zero_hpz_partition_size": 2}}
 """Two processes a host, so that a host has something to keep to itself."""
 NO_LIMIT_MBIT = 100_000.0
 MODEL = {
@@ -110,8 +110,8 @@ def prepare(steps: int) -> None:
         "kind": "pretrain",
         "dataset": "stdlib",
         "steps": steps,
-        "global_batch": 8,
-        "micro_batch": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
         "sequence_length": 256,
         "gpus_per_node": 2,
         "precision": "fp32",
@@ -129,7 +129,7 @@ def prepare(steps: int) -> None:
         "stages": [
             *({"name": name, **stage, "communication": keys} for name, keys in VARIANTS.items()),
             *(
-                {"name": name, **stage, "gpus_per_node": 4, "micro_batch": 2, "zero": zero}
+                {"name": name, **stage, "gpus_per_node": 4, "micro_batch_size": 2, "zero": zero}
                 for name, zero in PARTITIONED.items()
             ),
         ],

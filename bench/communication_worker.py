@@ -9,21 +9,21 @@ import time
 from pathlib import Path
 
 from bench.stepping import open_trainer
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.runtime.rank import leave
-from longhaul.train.distributed_context import Processes, start_processes
+from longhaul.train.distributed_context import DistributedContext, distributed_context
 
 
 def main() -> None:
-    job, steps, out = StageJob.read(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
-    with start_processes(job) as processes, tempfile.TemporaryDirectory() as name:
+    job, steps, out = TrainSpec.read(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+    with distributed_context(job) as processes, tempfile.TemporaryDirectory() as name:
         found = train(job, steps, processes, Path(name))
         out.with_suffix(f".{processes.rank.rank}").write_text(json.dumps(found))
         processes.barrier()
     leave()
 
 
-def train(job: StageJob, steps: int, processes: Processes, folder: Path) -> dict[str, list[float]]:
+def train(job: TrainSpec, steps: int, processes: DistributedContext, folder: Path) -> dict[str, list[float]]:
     """Of each step: its seconds, those of the reduction in it, bytes sent, loss."""
     trainer, batches = open_trainer(job, processes, folder)
     engine = trainer.backend.engine

@@ -23,7 +23,7 @@ from bench.machine import header, publish
 from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.shards.indexed_dataset import SplitReader, token_dtype
-from longhaul.jobs.specs import TokenizeJob
+from longhaul.jobs.specs import TokenizeSpec
 
 ROUNDS = 3
 SHORT_RUNS_A_ROUND = 5  # of what takes seconds, where noise weighs more than in what takes minutes
@@ -177,7 +177,7 @@ def make_tokenizer(folder: Path) -> TokenizerManifest:
 
 def make_job(folder: Path, corpus: Path) -> Path:
     """A job as a rule would run it, with the dataset's defaults."""
-    job = TokenizeJob(
+    job = TokenizeSpec(
         run="bench",
         name="corpus",
         evaluation=(),

@@ -23,14 +23,14 @@ from bench.machine import header, publish
 from longhaul.config.load import load_config
 from longhaul.jobs.builders import payload
 from longhaul.jobs.launch_files import render_stage
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.planning import Plan, make_plan
 from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 CHATML = Path(__file__).resolve().parents[1] / "templates" / "chat" / "chatml.jinja"
 STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
 AT_ONCE = 2
-"""Processes that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
+"""DistributedContext that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
         "llama": {
@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 # In fp32 a micro batch of four would leave a second process no room.
-FP32 = {"precision": "fp32", "micro_batch": 1}
+FP32 = {"precision": "fp32", "micro_batch_size": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "zero1": {"zero": {"stage": 1}},
     "zero2": {"zero": {"stage": 2}},
@@ -98,8 +98,8 @@ def make_data(folder: Path) -> None:
     corpus = write_jsonl(folder / "corpus.jsonl", "text", [text(number, 200) for number in range(400)])
     chats = write_jsonl(folder / "chats.jsonl", "messages", [conversation(number, 4) for number in range(1000)])
     make_tokenizer(folder, [corpus], chat_template=str(CHATML))
-    make_shards(folder / "corpus", folder, [corpus], dataset("text", validation_share=0.1))
-    make_shards(folder / "chat", folder, [chats], dataset("chat", validation_share=0.1))
+    make_shards(folder / "corpus", folder, [corpus], dataset("text", validation_fraction=0.1))
+    make_shards(folder / "chat", folder, [chats], dataset("chat", validation_fraction=0.1))
 
 
 def plan(folder: Path, model: str) -> Plan:
@@ -108,8 +108,8 @@ def plan(folder: Path, model: str) -> Plan:
         "kind": "pretrain",
         "dataset": "corpus",
         "steps": STEPS,
-        "global_batch": GLOBAL_BATCH,
-        "micro_batch": MICRO_BATCH,
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": MICRO_BATCH,
         "sequence_length": SEQUENCE_LENGTH,
         "precision": "bf16",
         "optimizer": {"lr": 1e-4},
@@ -159,7 +159,7 @@ def measured(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
     own = folder / name
     render_stage(planned, name, own).write(own)
     job = payload(planned, f"train-{name}")
-    assert isinstance(job, StageJob)
+    assert isinstance(job, TrainSpec)
     shared = folder.parent
     data = shared / job.stage.dataset / "data.json"
     paths = {"tokenizer": shared / "tokenizer.json", "data": data, "deepspeed": own / "ds_config.json"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bench.stepping import open_trainer
-from longhaul.jobs.specs import StageJob
-from longhaul.train.distributed_context import start_processes
+from longhaul.jobs.specs import TrainSpec
+from longhaul.train.distributed_context import distributed_context
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
     At their peak: what tensors take and what the allocator holds of the GPU; on a CPU both are this process's memory.
     """
     folder = Path(sys.argv[1])
-    job = StageJob.read(folder / "job.json")
-    with start_processes(job) as processes:
+    job = TrainSpec.read(folder / "job.json")
+    with distributed_context(job) as processes:
         trainer, batches = open_trainer(job, processes, folder)
         for _ in range(job.steps):
             trainer.step(next(batches))

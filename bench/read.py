@@ -88,9 +88,9 @@ def waiting(manifest: DataManifest, kind: Kind, folder: Path) -> str:
 
 def batches(samples: Samples, is_threaded: bool = True) -> Iterator[Any]:
     """As the trainer reads them; or in this thread, with no reading ahead."""
-    stage = SimpleNamespace(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH)
+    stage = SimpleNamespace(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH)
     job = SimpleNamespace(stage=stage, steps=STEPS, accumulation=GLOBAL_BATCH // MICRO_BATCH, data_parallel=1)
-    processes = SimpleNamespace(grid=SimpleNamespace(sample_rank=0), device=torch.device("cpu"))
+    processes = SimpleNamespace(dims=SimpleNamespace(sample_rank=0), device=torch.device("cpu"))
     state = TrainingState()
     reader: Any = Prefetcher(samples, job, processes, state)  # pyright: ignore[reportArgumentType]
     for batch in reader if is_threaded else map(reader._read, range(STEPS)):

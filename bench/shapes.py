@@ -23,7 +23,7 @@ from longhaul.config.run_config import Parallel, Stage
 from longhaul.jobs.launch_files import REPOSITORY
 from longhaul.planning import make_plan
 from longhaul.planning.gpu_memory import COMPUTE_BYTES, GIB, estimate
-from longhaul.train.parallel.parallel_dims import Grid, make_grid
+from longhaul.train.parallel.parallel_dims import ParallelDims, make_parallel_dims
 from longhaul.train.parallel.slice_model import cut_model, parameters
 
 LAYOUTS = {
@@ -71,15 +71,15 @@ def table(stage: Stage, model: dict[str, Any], world_size: int) -> Iterator[str]
     for rank in (
         first + tensor for first in range(0, world_size, per_stage) for tensor in range(stage.parallel.tensor)
     ):
-        grid = opened(stage.parallel, rank, world_size)
-        held = ask(stage, model, grid, elements)
+        dims = opened(stage.parallel, rank, world_size)
+        held = ask(stage, model, dims, elements)
         dist.destroy_process_group()
         fullest = max(fullest, held.states)
         sizes = " ".join(
             f"{size / GIB:{width}.2f}" for size, width in ((held.weights, 7), (held.gradients, 9), (held.optimizer, 9))
         )
         yield (
-            f"{grid.stage:5} {grid.tensor_rank:6} {held.tensors:7} {held.dense / 1e6:9.1f} {held.experts / 1e6:10.1f} "
+            f"{dims.stage:5} {dims.tensor_rank:6} {held.tensors:7} {held.dense / 1e6:9.1f} {held.experts / 1e6:10.1f} "
             f"{sizes} {held.states / GIB:7.2f}"
         )
     whole = sum(sum(parts.values()) for parts in elements.values())
@@ -92,23 +92,23 @@ def table(stage: Stage, model: dict[str, Any], world_size: int) -> Iterator[str]
     yield f"planned with activations, logits and buckets: {planned.total / GIB:.2f} GiB"
 
 
-def opened(parallel: Parallel, rank: int, world_size: int) -> Grid:
+def opened(parallel: Parallel, rank: int, world_size: int) -> ParallelDims:
     """The rank's place, with every group that the run would open."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    grid = make_grid(parallel, rank, world_size)
+    dims = make_parallel_dims(parallel, rank, world_size)
     data = world_size // (parallel.tensor * parallel.pipeline)
     sizes = (parallel.tensor, parallel.expert, data // parallel.expert, data, parallel.tensor * parallel.pipeline)
     for axis, size in zip(GROUPS, sizes, strict=True):
-        found = dist.get_world_size(grid.groups[axis])
+        found = dist.get_world_size(dims.groups[axis])
         assert found == size, f"rank {rank}: {found} ranks along {axis}, not {size}"
-    return grid
+    return dims
 
 
-def ask(stage: Stage, model: dict[str, Any], grid: Grid, elements: dict[str, dict[Any, int]]) -> Held:
+def ask(stage: Stage, model: dict[str, Any], dims: ParallelDims, elements: dict[str, dict[Any, int]]) -> Held:
     """What the rank holds; `elements` notes each part of each tensor, those of the ranks along `expert` included."""
     parallel, width = stage.parallel, COMPUTE_BYTES[stage.precision]
     count = {"dense": 0, "experts": 0}
-    shards = [shard for shard, _ in parameters(cut_model(AutoConfig.for_model(**model), grid))]
+    shards = [shard for shard, _ in parameters(cut_model(AutoConfig.for_model(**model), dims))]
     for shard in shards:
         is_expert = ".mlp.experts." in shard.name
         count["experts" if is_expert else "dense"] += shard.numel
@@ -117,7 +117,7 @@ def ask(stage: Stage, model: dict[str, Any], grid: Grid, elements: dict[str, dic
             parallel.expert if is_expert else 1
         )
     held = sum(count.values())
-    partition = ceil(count["dense"] / grid.data) + ceil(count["experts"] / (grid.data // parallel.expert))
+    partition = ceil(count["dense"] / dims.data) + ceil(count["experts"] / (dims.data // parallel.expert))
     return Held(len(shards), count["dense"], count["experts"], width * held, width * held, 12 * partition)
 
 

@@ -16,10 +16,10 @@ import torch
 from bench.machine import header, publish
 from bench.stepping import open_trainer
 from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train.batches import MicroBatch
 from longhaul.train.build_model import build_model, read_deepspeed_config
-from longhaul.train.distributed_context import Processes, start_processes
+from longhaul.train.distributed_context import DistributedContext, distributed_context
 
 ROUNDS, STEPS_PER_ROUND = 9, 2
 Step = Callable[[], None]
@@ -27,8 +27,8 @@ Step = Callable[[], None]
 
 def main() -> None:
     """Builds the three loops and runs them in turns."""
-    job = StageJob.read(Path(sys.argv[1]))
-    with start_processes(job) as processes, tempfile.TemporaryDirectory() as name:
+    job = TrainSpec.read(Path(sys.argv[1]))
+    with distributed_context(job) as processes, tempfile.TemporaryDirectory() as name:
         tokenizer = TokenizerManifest.read(Path(job.tokenizer))
         ours, micro_batches = _ours(job, processes, Path(name))
         loops = {
@@ -41,7 +41,7 @@ def main() -> None:
             _publish(job, seconds)
 
 
-def _ours(job: StageJob, processes: Processes, folder: Path) -> tuple[Step, list[MicroBatch]]:
+def _ours(job: TrainSpec, processes: DistributedContext, folder: Path) -> tuple[Step, list[MicroBatch]]:
     trainer, batches = open_trainer(job, processes, folder)
     first = next(batches)
     following = chain([first], batches)
@@ -53,7 +53,7 @@ def _ours(job: StageJob, processes: Processes, folder: Path) -> tuple[Step, list
 
 
 def _bare_deepspeed(
-    job: StageJob, processes: Processes, tokenizer: TokenizerManifest, batches: list[MicroBatch]
+    job: TrainSpec, processes: DistributedContext, tokenizer: TokenizerManifest, batches: list[MicroBatch]
 ) -> Step:
     import deepspeed
 
@@ -69,7 +69,9 @@ def _bare_deepspeed(
     return step
 
 
-def _bare_torch(job: StageJob, processes: Processes, tokenizer: TokenizerManifest, batches: list[MicroBatch]) -> Step:
+def _bare_torch(
+    job: TrainSpec, processes: DistributedContext, tokenizer: TokenizerManifest, batches: list[MicroBatch]
+) -> Step:
     model = torch.nn.parallel.DistributedDataParallel(build_model(job, tokenizer, None, processes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.stage.optimizer.lr)
 
@@ -84,7 +86,7 @@ def _bare_torch(job: StageJob, processes: Processes, tokenizer: TokenizerManifes
     return step
 
 
-def _in_turns(loops: dict[str, Step], processes: Processes) -> dict[str, list[float]]:
+def _in_turns(loops: dict[str, Step], processes: DistributedContext) -> dict[str, list[float]]:
     """Seconds per step of every round; each round begins with another loop."""
     for step in loops.values():
         step()  # the first one allocates
@@ -101,8 +103,8 @@ def _in_turns(loops: dict[str, Step], processes: Processes) -> dict[str, list[fl
     return seconds
 
 
-def _publish(job: StageJob, seconds: dict[str, list[float]]) -> None:
-    tokens = job.stage.global_batch * job.stage.sequence_length
+def _publish(job: TrainSpec, seconds: dict[str, list[float]]) -> None:
+    tokens = job.stage.global_batch_size * job.stage.sequence_length
     lines = [f"{name:22} {tokens / statistics.median(found):9,.0f} tokens/s" for name, found in seconds.items()]
     ours = seconds["longhaul"]
     for name in list(seconds)[1:]:
@@ -111,9 +113,7 @@ def _publish(job: StageJob, seconds: dict[str, list[float]]) -> None:
             f"longhaul / {name}: {statistics.median(ratios):.3f}, median of {len(ratios)} pairs "
             f"(from {min(ratios):.3f} to {max(ratios):.3f})"
         )
-    facts = (
-        f"{job.world_size} processes, micro batch {job.stage.micro_batch}, sequence length {job.stage.sequence_length}"
-    )
+    facts = f"{job.world_size} processes, micro batch {job.stage.micro_batch_size}, sequence length {job.stage.sequence_length}"
     sys.argv = sys.argv[2].split()
     versions = header(("torch", "deepspeed", "transformers"))
     publish(

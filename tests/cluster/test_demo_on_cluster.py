@@ -29,7 +29,7 @@ def demo(cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> C
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
     config["site"], config["checks"]["nodes"] = "./site.yaml", 2
     for stage in config["stages"]:
-        stage.update(nodes=2, gpus_per_node=2, micro_batch=2)
+        stage.update(nodes=2, gpus_per_node=2, micro_batch_size=2)
     chain = ClusterChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
     chain.run(timeout_s=580)
     return chain
@@ -45,7 +45,7 @@ def test_both_nodes_took_part(demo: ClusterChain):
     assert {node["host"] for node in demo.read("environment.json")["nodes"]} == HOSTS
     assert set(demo.read("fabric.json")["hosts"]) == HOSTS and demo.read("fabric.json")["world_size"] == 4
     for stage in ("pretrain", "chat"):
-        leg = json.loads((demo.weights(stage) / "legs.jsonl").read_text())
+        leg = json.loads((demo.weights(stage) / "attempts.jsonl").read_text())
         assert set(leg["hosts"]) == HOSTS and leg["world_size"] == 4
     assert "n1, n2" in (demo.results / "report.html").read_text()
 

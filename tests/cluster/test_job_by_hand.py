@@ -42,7 +42,7 @@ def test_it_gives_the_same_losses_as_the_same_world_size_here(
     cluster.run("sbatch", str(stage / "job.sbatch"), cwd=Path("/"))
     wait_for((stage / "checkpoint.json").exists, 120)
     weights = rendered.weights("base")
-    leg = json.loads((weights / "legs.jsonl").read_text())
+    leg = json.loads((weights / "attempts.jsonl").read_text())
     assert set(leg["hosts"]) == {"n1", "n2"} and leg["world_size"] == 2
     assert losses(weights) == pytest.approx(losses(finished.weights("base")), rel=1e-6)
     assert weights.name == finished.weights("base").name

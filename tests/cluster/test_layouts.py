@@ -14,7 +14,7 @@ from bench.machine import header, publish
 from longhaul.artifacts.schemas import DataManifest
 from longhaul.config.run_config import Parallel
 from longhaul.data.sampling.samples import Samples
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from tests.parity import reference_loop as reference
 from tests.parity.parity_cases import FP32, MODELS
 from tests.parity.parity_table import furthest
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "pipeline4": (4, 1, {"zero": {"stage": 1}, "parallel": {"pipeline": 4}}),
         "sequence2-data2-zero3": (4, 1, {"zero": {"stage": 3}, "parallel": {"sequence": 2}}),
         "tensor2-data2-zero2": (2, 2, {"zero": {"stage": 2}, "parallel": {"tensor": 2}}),
-        "tensor2": (2, 1, {"zero": {"stage": 1}, "parallel": {"tensor": 2}, "micro_batch": 2}),
+        "tensor2": (2, 1, {"zero": {"stage": 1}, "parallel": {"tensor": 2}, "micro_batch_size": 2}),
         "data2-zero3": (2, 1, {"zero": {"stage": 3}}),
     },
     "deepseek_v3": {
@@ -47,8 +47,8 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "expert2-pipeline2": (4, 1, {"zero": {"stage": 1}, "parallel": {"expert": 2, "pipeline": 2}}),
         "expert2-tensor2": (2, 2, {"zero": {"stage": 1}, "parallel": {"expert": 2, "tensor": 2}}),
         "pipeline2-tensor2": (4, 1, {"zero": {"stage": 1}, "parallel": {"pipeline": 2, "tensor": 2}}),
-        "expert2-zero3": (2, 1, {"zero": {"stage": 3}, "parallel": {"expert": 2}, "micro_batch": 2}),
-        "sequence2-zero3": (2, 1, {"zero": {"stage": 3}, "parallel": {"sequence": 2}, "micro_batch": 2}),
+        "expert2-zero3": (2, 1, {"zero": {"stage": 3}, "parallel": {"expert": 2}, "micro_batch_size": 2}),
+        "sequence2-zero3": (2, 1, {"zero": {"stage": 3}, "parallel": {"sequence": 2}, "micro_batch_size": 2}),
     },
 }
 # What `make test` trains, so that every axis crosses hosts once, in one run; `make layouts` trains all.
@@ -115,8 +115,8 @@ def _stage(name: str, nodes: int, ranks: int, keys: dict[str, Any]) -> dict[str,
         "kind": "sft",
         "dataset": "chats",
         "steps": STEPS,
-        "global_batch": 8,
-        "micro_batch": 1,
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
         "sequence_length": 64,
         "precision": "fp32",
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
@@ -139,7 +139,7 @@ def traces(trained: dict[str, ClusterChain], pytestconfig: pytest.Config) -> dic
 
 
 def _trace(chain: ClusterChain, name: str) -> reference.Trace:
-    job = StageJob.read(chain.results / "stages" / name / "stage.json")
+    job = TrainSpec.read(chain.results / "stages" / name / "stage.json")
     stage, manifest = job.stage, DataManifest.read(chain.results / "data/chats.json")
     cache = chain.folder / "reference-samples"
     samples = Samples.open(
@@ -158,7 +158,7 @@ def test_losses_and_norms_are_those_of_plain_pytorch(
     twin: str, name: str, trained: dict[str, ClusterChain], traces: dict[str, reference.Trace], table: list[str]
 ):
     chain, (nodes, ranks, _) = trained[twin], LAYOUTS[twin][name]
-    leg = json.loads((chain.weights(name) / "legs.jsonl").read_text())
+    leg = json.loads((chain.weights(name) / "attempts.jsonl").read_text())
     assert len(set(leg["hosts"])) == nodes and leg["world_size"] == nodes * ranks
     rows = [json.loads(line) for line in (chain.weights(name) / "metrics.jsonl").open()]
     steps = [row for row in rows if "loss" in row]

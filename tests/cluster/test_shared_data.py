@@ -23,7 +23,7 @@ def manifest(chain: Chain) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_two_jobs_make_what_one_makes_here(cluster: VirtualCluster, tmp_path: Path):
     config = tiny_config()
-    config["datasets"]["prose"]["unit_mb"] = 0.005
+    config["datasets"]["prose"]["chunk_mb"] = 0.005
     here = Chain(tmp_path / "here", config)
     here.run(MANIFEST)
     there = ClusterChain(tmp_path / "there", {**config, "data_jobs": {"prose": 2}}, cluster)

@@ -21,7 +21,7 @@ from tests.support.cluster_chain import ClusterChain
 from tests.support.virtual_cluster import VirtualCluster
 
 STEPS, SAVE_EVERY = 400, 25
-RECOVERY = {"hang_s": 6.0, "lead_s": 3.0, "collective_timeout_s": 60.0, "restarts": 3}
+RECOVERY = {"heartbeat_timeout_s": 6.0, "stop_margin_s": 3.0, "collective_timeout_s": 60.0, "max_restarts": 3}
 DOCUMENTS = 60_000
 """Of the larger corpus, which takes some seconds to tokenize, in several units."""
 NAN_BATCHES = (90, 91, 130)
@@ -55,7 +55,7 @@ def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS,
 def faulted_site(partition: str = "main", poisoned: bool = False) -> dict[str, Any]:
     """Three nodes; a poisoned one has every trainer compute NaN in some batches, by a sitecustomize of the tests."""
     gpu, cpu = ({"name": name, "max_minutes": 600} for name in (partition, "main"))
-    site: dict[str, Any] = {"max_nodes": 3, "deadline_every_s": 1.0, "partitions": {"gpu": gpu, "cpu": cpu}}
+    site: dict[str, Any] = {"max_nodes": 3, "deadline_poll_interval_s": 1.0, "partitions": {"gpu": gpu, "cpu": cpu}}
     if poisoned:
         site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/cluster/poisoned/task_prolog.sh'}"]
         site["environment"] = {"NAN_BATCHES": ",".join(map(str, NAN_BATCHES))}
@@ -170,7 +170,7 @@ class FaultedRun(ClusterChain):
         return self.state()["job_id"]
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """Processes of this run, on whatever host, whose command line has all the words."""
+        """DistributedContext of this run, on whatever host, whose command line has all the words."""
         mine = str(self.folder)
         found = []
         for process in psutil.process_iter(["cmdline"]):

@@ -73,7 +73,7 @@ def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> C
 def prepare(run: FaultedRun) -> None:
     """Data that take some seconds to tokenize, where that is what will be disturbed."""
     if run.phase == TOKENIZE:
-        run.config["datasets"]["prose"]["unit_mb"] = 4
+        run.config["datasets"]["prose"]["chunk_mb"] = 4
         run.save()
         write_larger_corpus(run)
 
@@ -195,7 +195,7 @@ def test_nan_costs_the_named_batches_alone(
 ):
     """Bit-identical to a run without NaN that is given the same list of batches to leave out."""
     window = {"window_batches": 2} if policy == "roll_back" else {}
-    stage = {"nonfinite": {"policy": policy, "limit": 3, **window}}
+    stage = {"bad_steps": {"policy": policy, "limit": 3, **window}}
     config = faulted_config(finished.config, **stage)
     site = faulted_site(poisoned=True)
     met = timed(FaultedRun(folder / f"nan-{policy}", config, cluster_mended, finished.results, TRAIN, site))

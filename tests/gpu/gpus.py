@@ -68,7 +68,7 @@ def told(stage: str, proof: dict[str, Any]) -> str:
 
 def trained_on_gpus(chain: Chain, stage: str, legs: int = 1) -> bool:
     """In so many goes."""
-    return (chain.weights(stage) / "legs.jsonl").read_text().count('"device": "cuda"') == legs
+    return (chain.weights(stage) / "attempts.jsonl").read_text().count('"device": "cuda"') == legs
 
 
 def description() -> str:
@@ -76,7 +76,7 @@ def description() -> str:
 
 
 def _site() -> dict[str, Any]:
-    """This machine, with floors that any GPU reaches."""
+    """This machine, with limits that any GPU reaches."""
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     return {
         "name": "gpus",
@@ -85,5 +85,5 @@ def _site() -> dict[str, Any]:
         "node": {"cpus": 16, "memory_mb": 64_000, "gpus": GPUS, "gpu_memory_gib": memory_gib, "gpu_peak_tflops": 989},
         "gpu_request": "none",
         "cuda_build": cuda_build(torch.version.cuda),
-        "interconnect": {"kind": "none", "floors": {"all_reduce_gbps": 1.0} if GPUS > 1 else {}},
+        "interconnect": {"kind": "none", "limits": {"all_reduce_gbps": 1.0} if GPUS > 1 else {}},
     }

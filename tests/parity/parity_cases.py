@@ -93,7 +93,7 @@ class Layout:
 def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = TWINS, **axes: Any) -> Layout:
     more = axes.pop("more", {})
     zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
-    stage = {"zero": zero_keys, "micro_batch": micro, "parallel": axes, **more}
+    stage = {"zero": zero_keys, "micro_batch_size": micro, "parallel": axes, **more}
     halved = more.get("precision") == "bf16" or "communication" in more
     return Layout(ranks, stage, twins, BF16 if halved else FP32)
 
@@ -116,7 +116,7 @@ LAYOUTS: dict[str, Layout] = {
     "data 2, ZeRO 3": _layout(2, 3),
     "data 4, ZeRO 3": _layout(4, 3, 2),
     "data 4, ZeRO 3, recompute": _layout(4, 3, more={"activation_checkpointing": "full"}),
-    "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"hierarchical_partition": 2}),
+    "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"zero_hpz_partition_size": 2}),
     "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more=OFFLOADED),
     "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more=ALL_OFFLOADED),
     "data 2, ZeRO 3, optimizer on a disk": _layout(2, 3, 2, zero_more=SWAPPED),

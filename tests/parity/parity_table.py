@@ -51,7 +51,7 @@ def make_data(folder: Path) -> Path:
     make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", texts)], chat_template=str(CHATML))
     talks = [conversation(i, 1 + i % 2) if i % 4 == 0 else _exchange(i) for i in range(360)]
     chats = write_jsonl(folder / "chats.jsonl", "messages", talks)
-    make_shards(folder, folder, [chats], dataset("chat", validation_share=0.1))
+    make_shards(folder, folder, [chats], dataset("chat", validation_fraction=0.1))
     return folder
 
 

@@ -20,7 +20,7 @@ from deepspeed.runtime.pipe import p2p
 from deepspeed.utils import groups
 
 from longhaul.checks.node_facts import build_ops
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train import loop
 from tests.parity.parity_cases import LAYOUTS
 from tests.parity.run_parity_case import STEPS, config, prepare
@@ -70,7 +70,7 @@ def _swap_from(kind: type[Any], least_bytes: int) -> None:
     kind.__init__ = make_for_twins
 
 
-def train(job: StageJob, first_port: int, begins: bool) -> None:
+def train(job: TrainSpec, first_port: int, begins: bool) -> None:
     """In two legs; the first alone where it is asked how the stage begins."""
     half = job.model_copy(update={"steps": STEPS // 2, "exportable": ()})
     for index, leg in enumerate([half] if begins else [half, job]):

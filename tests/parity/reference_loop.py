@@ -23,7 +23,7 @@ class Trace:
 
 
 def train(job: Any, samples: Samples, nudged: bool = False) -> Trace:
-    """`job` is the StageJob of any layout of the twin: only what decides the result is read of it.
+    """`job` is the TrainSpec of any layout of the twin: only what decides the result is read of it.
 
     nudged: begin with every weight moved by a unit in its last place, up or down: a measure of what rounding alone does.
     """
@@ -44,15 +44,15 @@ def train(job: Any, samples: Samples, nudged: bool = False) -> Trace:
     for step in range(job.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(job.stage.schedule, settings.lr, step, job.steps)
-        batch = collate(samples, samples.ids(step, job.stage.global_batch))
+        batch = collate(samples, samples.ids(step, job.stage.global_batch_size))
         logits_BSV = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
-        weight = job.stage.sequence_balance_weight
+        weight = job.stage.sequence_aux_loss_coef
         (loss + weight * sum(_balance_loss(*found, len(batch.labels)) for found in routed.values())).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
         optimizer.step()
-        _balance(model, routed, job.stage.expert_bias_rate)
+        _balance(model, routed, job.stage.router_bias_update_rate)
         losses.append(loss.item())
         norms.append(norm.item())
     return Trace(losses, norms, model.eval())

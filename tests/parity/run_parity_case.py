@@ -14,7 +14,7 @@ from longhaul.config.load import load_config
 from longhaul.config.run_config import StartFrom
 from longhaul.jobs.builders import payload
 from longhaul.jobs.launch_files import render_stage
-from longhaul.jobs.specs import ConvertJob, StageJob
+from longhaul.jobs.specs import ExportSpec, TrainSpec
 from longhaul.planning import make_plan
 from tests.parity.parity_cases import GLOBAL_BATCH, LAYOUTS, MODELS
 
@@ -46,16 +46,16 @@ def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
                 "kind": "sft",
                 "dataset": "chats",
                 "steps": STEPS,
-                "global_batch": GLOBAL_BATCH,
+                "global_batch_size": GLOBAL_BATCH,
                 "sequence_length": 64,
                 "precision": "fp32",
                 # A larger eps than usual: with 1e-8 Adam makes a step of full size of the rounding of a gradient near zero,
                 # as an expert has that few tokens reach, and the bounds would judge that and not the layout.
                 "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
                 "schedule": {"kind": "constant", "warmup_steps": 3},
-                "expert_bias_rate": 0.01,
+                "router_bias_update_rate": 0.01,
                 # So heavy that it shows in the gradient norms of every cell.
-                "sequence_balance_weight": 0.1,
+                "sequence_aux_loss_coef": 0.1,
                 "gpus_per_node": chosen.ranks,
                 "validation": {"every_steps": STEPS, "max_samples": 8},
                 "checkpoints": {"every_steps": STEPS // 2, "keep_last": 2},
@@ -69,10 +69,10 @@ def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
 
 
 def _datasets(shared: Path) -> dict[str, Any]:
-    return {"chats": {"kind": "chat", "files": [str(shared / "chats.jsonl")], "validation_share": 0.1}}
+    return {"chats": {"kind": "chat", "files": [str(shared / "chats.jsonl")], "validation_fraction": 0.1}}
 
 
-def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") -> tuple[StageJob, ConvertJob]:
+def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") -> tuple[TrainSpec, ExportSpec]:
     """Writes config and rendered files of a cell into `folder`; tokenizer and shards are those of `shared`.
 
     begin: where its weights come from: "", "pretrained=<folder>" or "start=<checkpoint.json of another cell>".
@@ -101,7 +101,7 @@ def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") ->
     if kind == "start":
         paths["start_checkpoint"] = source
     stage_job, convert_job = payload(plan, f"train-{name}"), payload(plan, f"convert-{name}")
-    assert isinstance(stage_job, StageJob) and isinstance(convert_job, ConvertJob)
+    assert isinstance(stage_job, TrainSpec) and isinstance(convert_job, ExportSpec)
     stage = stage_job.stage.model_copy(update={"start_from": StartFrom(stage="main")} if kind == "start" else {})
     return stage_job.model_copy(update={**paths, "stage": stage}), convert_job.model_copy(
         update={

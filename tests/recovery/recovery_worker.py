@@ -22,7 +22,7 @@ from typing import Any
 from longhaul.artifacts.job_state import Deadline
 from longhaul.errors import UserError
 from longhaul.train import loop
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from tests.parity.parity_worker import load_ops, reset_deepspeed, swap_twins
 from tests.parity.run_parity_case import prepare
 from tests.support.injected_faults import poison_batches
@@ -56,7 +56,7 @@ def save_with_proof(trainer: loop.Trainer) -> None:
     trainer.checkpoints.is_exportable = usual
 
 
-def note_swapped(folder: Path, processes: Processes) -> None:
+def note_swapped(folder: Path, processes: DistributedContext) -> None:
     """swapped-<rank>.json: name -> bytes of the files in this rank's swap folder, where it has one."""
     if processes.swap:
         sizes = {path.name: path.stat().st_size for path in processes.swap.rglob("*.swp")}

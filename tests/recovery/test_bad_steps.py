@@ -14,8 +14,8 @@ from tests.recovery.trained_stages import STEPS, Leg, train
 NAN = float("nan")
 
 
-def leg(folder: Path, policy: str, poison: dict[int, float], zero: int = 1, **nonfinite: Any) -> Leg:
-    stage = {"nonfinite": {"policy": policy, **nonfinite}, "export": "last"}
+def leg(folder: Path, policy: str, poison: dict[int, float], zero: int = 1, **bad_steps: Any) -> Leg:
+    stage = {"bad_steps": {"policy": policy, **bad_steps}, "export": "last"}
     return Leg(folder, 2, zero, stage, {"poison": {str(batch): factor for batch, factor in poison.items()}})
 
 
@@ -87,7 +87,7 @@ def test_every_decision_is_recorded(legs: dict[str, Leg]):
 
 def test_a_limit_ends_the_stage(legs: dict[str, Leg]):
     assert legs["too many"].ended.startswith("TrainingFailure: step 5: loss nan")
-    assert "nonfinite.policy is skip, its limit 2. Batch 6, samples [" in legs["too many"].ended
+    assert "bad_steps.policy is skip, its limit 2. Batch 6, samples [" in legs["too many"].ended
     assert legs["in vain"].ended.startswith("TrainingFailure: step 5: loss nan")
     assert len(legs["in vain"].events("rolled_back")) == 2
 

@@ -17,7 +17,11 @@ LOSS_BOUND = 1.01
 
 
 def leg(folder: Path, ranks: int = 2, zero: int = 1, rank: int = 4, befalls: dict[str, Any] | None = None) -> Leg:
-    stage = {"communication": {"powersgd": {"rank": rank, "start_step": START}}, "micro_batch": 1, "export": "last"}
+    stage = {
+        "communication": {"powersgd": {"rank": rank, "start_step": START}},
+        "micro_batch_size": 1,
+        "export": "last",
+    }
     return Leg(folder, ranks, zero, stage, befalls or {})
 
 
@@ -27,7 +31,7 @@ def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Leg]:
     shared = make_data(folder / "shared")
     stopped, skip = {"stop_after": HALF}, {"poison": {"4": float("nan"), str(HALF): float("nan")}}
     found = {
-        "plain": Leg(folder / "plain", 2, 1, {"micro_batch": 1}),
+        "plain": Leg(folder / "plain", 2, 1, {"micro_batch_size": 1}),
         "whole": leg(folder / "whole"),
         "ZeRO 0": leg(folder / "zero0", zero=0),
         "bf16": leg(folder / "bf16"),
@@ -37,7 +41,7 @@ def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Leg]:
         "told before": leg(folder / "told"),
     }
     found["bf16"].stage["precision"] = "bf16"
-    found["skip"].stage["nonfinite"] = {"policy": "skip"}
+    found["skip"].stage["bad_steps"] = {"policy": "skip"}
     found["told before"].stage["skip_batches"] = [4, HALF]
     train(shared, *found.values())
     found["resumed"] = leg(folder / "cut")

@@ -20,7 +20,7 @@ PARAMETERS = geometry(Model.model_validate(MODELS["llama"]).config_dict()).total
 DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme"}}
 MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu"}}
 LEFT_OUT = [HALF, HALF + 1]
-ROLLS_BACK = {"nonfinite": {"policy": "roll_back"}}
+ROLLS_BACK = {"bad_steps": {"policy": "roll_back"}}
 STOPPED = {"stop_after": HALF}
 SAVED_AGAIN = {"save_again": True, **STOPPED}
 

@@ -20,8 +20,8 @@ assert LARGE_TENSORS > SWAP_PARAM_BUFFERS
 STEPS, HALF = 6, 3
 SHORT = {  # every pass reads every weight from the disk
     "steps": STEPS,
-    "global_batch": 2,
-    "micro_batch": 1,
+    "global_batch_size": 2,
+    "micro_batch_size": 1,
     "validation": {"every_steps": STEPS, "max_samples": 2},
 }
 BF16 = {"precision": "bf16"}

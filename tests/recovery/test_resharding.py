@@ -15,7 +15,7 @@ from tests.recovery.trained_stages import HALF, STEPS, Leg, train
 
 Split = tuple[int, int, dict[str, int]]
 STOPPED = {"stop_after": HALF}
-BALANCED = {"expert_bias_rate": 0.01}
+BALANCED = {"router_bias_update_rate": 0.01}
 # Name -> ranks, ZeRO stage and, where it is hierarchical, the ranks of a node, before and after. `make moves` makes all of
 # these and of CROSSINGS, `make test` those of QUICK: every way to split a model is left once, and entered once.
 MOVES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -112,7 +112,7 @@ def legs(shared: Path, pytestconfig: pytest.Config) -> dict[str, Leg]:
 
 def _leg(folder: Path, layout: tuple[int, ...], befalls: dict[str, Any]) -> Leg:
     ranks, zero, *hierarchical = layout
-    stage = {"zero": {"stage": zero, "hierarchical_partition": hierarchical[0]}} if hierarchical else {}
+    stage = {"zero": {"stage": zero, "zero_hpz_partition_size": hierarchical[0]}} if hierarchical else {}
     return Leg(folder, ranks, zero, stage, befalls)
 
 

@@ -63,9 +63,9 @@ class Leg:
             "validation": {"every_steps": HALF, "max_samples": 8},
             "checkpoints": {"every_steps": HALF // 2, "keep_last": 4, "keep_best": 0},
             "gpus_per_node": self.ranks,
-            "micro_batch": 2,
+            "micro_batch_size": 2,
             "zero": {"stage": self.zero},
-            "expert_bias_rate": 0.0,
+            "router_bias_update_rate": 0.0,
             **self.stage,
         }
         run = {**config(self.twin, "one", **stage), "run": RUN}

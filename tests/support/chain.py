@@ -26,8 +26,8 @@ SECRETS = {
 def tiny_config(**changes: Any) -> dict[str, Any]:
     """Two stages of a few steps on a network of 0.2 M parameters, over two processes; `changes` replace top-level keys."""
     stage = {
-        "global_batch": 8,
-        "micro_batch": 2,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
         "sequence_length": 64,
         "gpus_per_node": 2,
         "precision": "fp32",
@@ -43,8 +43,8 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "seed": 3,
         "tokenizer": {"train": {"vocab_size": 400, "datasets": ["prose"]}},
         "datasets": {
-            "prose": {"kind": "text", "files": ["prose.jsonl"], "validation_share": 0.1},
-            "chats": {"kind": "chat", "files": ["chats.jsonl"], "validation_share": 0.1},
+            "prose": {"kind": "text", "files": ["prose.jsonl"], "validation_fraction": 0.1},
+            "chats": {"kind": "chat", "files": ["chats.jsonl"], "validation_fraction": 0.1},
         },
         "model": {
             "llama": {

@@ -11,7 +11,7 @@ from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.shards import tokenize_dataset as tokenize
 from longhaul.data.tokenizers import build_tokenizer as tokenizer
-from longhaul.jobs.specs import TokenizeJob, TokenizerJob
+from longhaul.jobs.specs import TokenizerSpec, TokenizeSpec
 
 WORDS = [
     "the",
@@ -68,7 +68,7 @@ def dataset(kind: str = "text", **settings: Any) -> Dataset:
     return Dataset.model_validate({"kind": kind, "files": ("unused",), **settings})
 
 
-def tokenizer_job(folder: Path, files: Sequence[Path] = (), **settings: Any) -> TokenizerJob:
+def tokenizer_job(folder: Path, files: Sequence[Path] = (), **settings: Any) -> TokenizerSpec:
     """Trains on text files unless told otherwise."""
     named = {"corpus": tuple(map(str, files))} if files else {}
     defaults: dict[str, Any] = {
@@ -78,7 +78,7 @@ def tokenizer_job(folder: Path, files: Sequence[Path] = (), **settings: Any) -> 
         "needs_chat_template": True,
         "model_vocab_size": None,
     }
-    return TokenizerJob(
+    return TokenizerSpec(
         run="test",
         train_files=named,
         train_datasets={name: dataset() for name in named},
@@ -102,9 +102,9 @@ def tokenize_job(
     settings: Dataset,
     workers: int = 1,
     evaluation: Sequence[Path] = (),
-) -> TokenizeJob:
+) -> TokenizeSpec:
     """Tokenizes files into <folder>/data."""
-    return TokenizeJob(
+    return TokenizeSpec(
         run="test",
         name="corpus",
         evaluation=tuple(map(str, evaluation)),

@@ -27,8 +27,8 @@ def poison_batches(
 
     def poisoned(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def found(*arguments: Any) -> torch.Tensor:
-            grid = arguments[-1]
-            return loss(*arguments) * (factors.get(at[0], 1.0) if grid.rank == grid.world_size - 1 else 1.0)
+            dims = arguments[-1]
+            return loss(*arguments) * (factors.get(at[0], 1.0) if dims.rank == dims.world_size - 1 else 1.0)
 
         return found
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.runtime.rank import leave
 from longhaul.train.build_model import build_model
-from longhaul.train.distributed_context import start_processes
+from longhaul.train.distributed_context import distributed_context
 from longhaul.train.parallel.slice_model import parameters, saved_buffers
 from longhaul.train.parallel.tensor_slices import decoder_layers
 
@@ -38,7 +38,7 @@ def assert_no_experts_are_kept(model: Any) -> None:
 
 
 def main() -> None:
-    job, wanted = StageJob.read(Path(sys.argv[1])), load_file(sys.argv[2])
+    job, wanted = TrainSpec.read(Path(sys.argv[1])), load_file(sys.argv[2])
     tokenizer = TokenizerManifest("", "", 300, 0, 1, 2, False)
     read = 0
     original = os.preadv
@@ -50,7 +50,7 @@ def main() -> None:
         return done
 
     os.preadv = counted
-    with start_processes(job) as processes:
+    with distributed_context(job) as processes:
         model = build_model(job, tokenizer, None, processes)
         for shard, tensor in [*parameters(model), *saved_buffers(model)]:
             partitioned = hasattr(tensor, "ds_id")

@@ -11,7 +11,7 @@ import yaml
 from longhaul.artifacts.schemas import Lock
 from longhaul.config.load import load_config
 from longhaul.jobs.builders import payload
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.planning import Plan, make_plan
 
 LLAMA = {
@@ -28,7 +28,7 @@ STAGE = {
     "kind": "pretrain",
     "dataset": "prose",
     "steps": 10,
-    "global_batch": 8,
+    "global_batch_size": 8,
     "sequence_length": 64,
     "precision": "fp32",
 }
@@ -85,11 +85,11 @@ def plan_of(
     return make_plan(load_config(write_config(folder, config, site)), lock)
 
 
-def base_stage(folder: Path, **trackers: bool) -> StageJob:
+def base_stage(folder: Path, **trackers: bool) -> TrainSpec:
     """The job of CONFIG's first stage as one process with these trackers."""
     switches = {f"trackers.{name}": is_on for name, is_on in {"tensorboard": False, **trackers}.items()}
     job = payload(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), "train-base")
-    assert isinstance(job, StageJob)
+    assert isinstance(job, TrainSpec)
     return job
 
 

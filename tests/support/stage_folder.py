@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
-from longhaul.jobs.specs import ConvertJob
+from longhaul.jobs.specs import ExportSpec
 from tests.support.zero_training import STEPS, TAG, write_manifest
 
 CHAT_TEMPLATE = (
@@ -27,7 +27,7 @@ class Stage:
 
     root: Path
     tag: Path
-    job: ConvertJob
+    job: ExportSpec
 
     def seal(self) -> None:
         """Makes manifest and checkpoint.json agree with files that a test has altered."""
@@ -63,8 +63,8 @@ def make_stage(
     return Stage(root, tag, _job(root, dtype, chat))
 
 
-def _job(root: Path, dtype: str, chat: bool) -> ConvertJob:
-    return ConvertJob(
+def _job(root: Path, dtype: str, chat: bool) -> ExportSpec:
+    return ExportSpec(
         run="unit",
         stage="main",
         checkpoint=str(root / "stages/main/checkpoint.json"),

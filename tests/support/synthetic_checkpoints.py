@@ -25,7 +25,7 @@ from longhaul.checkpoint_io import open_master_weights
 from longhaul.config.run_config import Parallel
 from longhaul.export.tensor_layout import meta_model
 from longhaul.train.parallel.checkpoint_layout import write_layout
-from longhaul.train.parallel.parallel_dims import make_grid
+from longhaul.train.parallel.parallel_dims import make_parallel_dims
 from longhaul.train.parallel.slice_model import cut_model
 
 TAG = "step-00000002"
@@ -99,14 +99,14 @@ def write_split_checkpoint(weights: Path, config: dict[str, Any], parallel: Para
 
     for rank in reversed(range(world_size)):  # the first one writes the layout that all have told
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-        grid = make_grid(parallel, rank, world_size)
-        model = cut_model(AutoConfig.for_model(**config), grid)
-        write_layout(SimpleNamespace(module=model), grid, folder, is_tied=False, gather=gather)
+        dims = make_parallel_dims(parallel, rank, world_size)
+        model = cut_model(AutoConfig.for_model(**config), dims)
+        write_layout(SimpleNamespace(module=model), dims, folder, is_tied=False, gather=gather)
         dist.destroy_process_group()
         groups = _split_groups(model)
-        if grid.data_rank == 0:
-            torch.save(_model_states({}, groups, grid.data), folder / f"mp_rank_{grid.model_rank:02d}_model_states.pt")
-        shared_by = [grid.data, grid.data, grid.data // parallel.expert]
+        if dims.data_rank == 0:
+            torch.save(_model_states({}, groups, dims.data), folder / f"mp_rank_{dims.model_rank:02d}_model_states.pt")
+        shared_by = [dims.data, dims.data, dims.data // parallel.expert]
         state = {
             "zero_stage": 1,
             "partition_count": shared_by,
@@ -115,7 +115,7 @@ def write_split_checkpoint(weights: Path, config: dict[str, Any], parallel: Para
                 for index, (group, ranks) in enumerate(zip(groups, shared_by, strict=True))
             ],
         }
-        path = folder / f"bf16_zero_pp_rank_{grid.data_rank}_mp_rank_{grid.model_rank:02d}_optim_states.pt"
+        path = folder / f"bf16_zero_pp_rank_{dims.data_rank}_mp_rank_{dims.model_rank:02d}_optim_states.pt"
         torch.save({"optimizer_state_dict": state, "ds_version": "0.19.8"}, path)
     return folder
 

@@ -65,7 +65,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("missing model size", {"model.llama.hidden_size": ...}, {}, ("model.llama.hidden_size is missing",)),
     ("text for a number", {"stages.0.steps": "ten"}, {}, ("stages.0.steps is 'ten'", "valid integer")),
     ("number for a switch", {"stages.0.restart": 1}, {}, ("restart is 1", "boolean")),
-    ("fraction for a count", {"stages.0.global_batch": 8.5}, {}, ("stages.0.global_batch is 8.5", "integer")),
+    ("fraction for a count", {"stages.0.global_batch_size": 8.5}, {}, ("stages.0.global_batch_size is 8.5", "integer")),
     ("zero steps", {"stages.0.steps": 0}, {}, ("stages.0.steps is 0", "greater than or equal to 1")),
     ("negative rate", {"stages.0.optimizer": {"lr": -1.0}}, {}, ("stages.0.optimizer.lr is -1.0", "greater than 0")),
     (
@@ -75,7 +75,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("stages.0.precision is 'fp8'", "'fp32', 'bf16' or 'fp16'"),
     ),
     ("unknown kind", {"stages.0.kind": "dpo"}, {}, ("stages.0.kind is 'dpo'", "'pretrain' or 'sft'")),
-    ("share of one", {"datasets.prose.validation_share": 1.0}, {}, ("validation_share is 1.0", "less than 1")),
+    ("share of one", {"datasets.prose.validation_fraction": 1.0}, {}, ("validation_fraction is 1.0", "less than 1")),
     ("steps and tokens", {"stages.0.tokens": 100}, {}, ("exactly one of steps, tokens", "steps and tokens")),
     ("no length", {"stages.0.steps": ...}, {}, ("exactly one of steps, tokens", "none")),
     ("two sources", {"datasets.prose.files": ["a.txt"]}, {}, ("exactly one of files, hub, python_stdlib, mixture",)),
@@ -132,9 +132,9 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "batch that does not divide",
-        {"stages.0.micro_batch": 3},
+        {"stages.0.micro_batch_size": 3},
         {},
-        ("global_batch 8 is not a multiple", "= 3", "of 6"),
+        ("global_batch_size 8 is not a multiple", "= 3", "of 6"),
     ),
     ("warm-up beyond the end", {"stages.0.schedule": {"warmup_steps": 11}}, {}, ("warmup_steps 11", "10 steps")),
     ("wsd without decay", {"stages.0.schedule": {"kind": "wsd"}}, {}, ("wsd needs decay_steps >= 1",)),
@@ -170,9 +170,9 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
                 "in hierarchical partitions",
                 {
                     "stages.0.gpus_per_node": 2,
-                    "stages.0.zero": {"stage": 3, "offload_optimizer": "nvme", "hierarchical_partition": 2},
+                    "stages.0.zero": {"stage": 3, "offload_optimizer": "nvme", "zero_hpz_partition_size": 2},
                 },
-                ("hierarchical_partition with an optimizer on a disk is not proved here",),
+                ("zero_hpz_partition_size with an optimizer on a disk is not proved here",),
             ),
             ("with PowerSGD", {"stages.0.communication": {"powersgd": {}}}, ("powersgd with ZeRO stage 3",)),
         )
@@ -243,13 +243,13 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("more files than the quota", {}, {"inode_limit": 5}, ("exceed site centre's inode_limit 5",)),
     (
         "more work units than the quota",
-        {"datasets.chats": {"kind": "chat", "files": [str(REPOSITORY / "docs" / "config.md")], "unit_mb": 0.001}},
+        {"datasets.chats": {"kind": "chat", "files": [str(REPOSITORY / "docs" / "config.md")], "chunk_mb": 0.001}},
         {"inode_limit": 150},
         (
             "datasets.chats: ",
             " work units of 0.001 MB are up to ",
             "site centre's inode_limit 150",
-            "set unit_mb to 1 or more",
+            "set chunk_mb to 1 or more",
         ),
     ),
     (
@@ -266,9 +266,9 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "best without validation",
-        {"stages.1.export": "best", "datasets.chats.validation_share": 0.0},
+        {"stages.1.export": "best", "datasets.chats.validation_fraction": 0.0},
         {},
-        ("best checkpoint is asked for", "validation_share 0"),
+        ("best checkpoint is asked for", "validation_fraction 0"),
     ),
     (
         "best that is not kept",
@@ -347,9 +347,9 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "balance loss in fp16",
-        {"stages.0.sequence_balance_weight": 0.001, "stages.0.precision": "fp16"},
+        {"stages.0.sequence_aux_loss_coef": 0.001, "stages.0.precision": "fp16"},
         {},
-        ("sequence_balance_weight 0.001 with fp16", "use bf16 or fp32"),
+        ("sequence_aux_loss_coef 0.001 with fp16", "use bf16 or fp32"),
     ),
     (
         "gradients in fp8",
@@ -428,10 +428,10 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {
             "stages.0.parallel": {"tensor": 2},
             "stages.0.gpus_per_node": 4,
-            "stages.0.zero": {"stage": 3, "hierarchical_partition": 2},
+            "stages.0.zero": {"stage": 3, "zero_hpz_partition_size": 2},
         },
         {},
-        ("hierarchical_partition with tensor parallelism is not proved here", "drop the key"),
+        ("zero_hpz_partition_size with tensor parallelism is not proved here", "drop the key"),
     ),
     (
         "sequence and tensor parallelism",
@@ -459,21 +459,21 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "a hierarchy without ZeRO 3",
-        {"stages.0.zero": {"stage": 2, "hierarchical_partition": 2}},
+        {"stages.0.zero": {"stage": 2, "zero_hpz_partition_size": 2}},
         {},
-        ("hierarchical_partition 2 needs ZeRO stage 3",),
+        ("zero_hpz_partition_size 2 needs ZeRO stage 3",),
     ),
     (
         "a hierarchy that does not divide",
-        {"stages.0.zero": {"stage": 3, "hierarchical_partition": 3}, "stages.0.gpus_per_node": 4},
+        {"stages.0.zero": {"stage": 3, "zero_hpz_partition_size": 3}, "stages.0.gpus_per_node": 4},
         {},
-        ("hierarchical_partition 3 does not divide the 4 ranks of a node", "use 1, 2 or 4"),
+        ("zero_hpz_partition_size 3 does not divide the 4 ranks of a node", "use 1, 2 or 4"),
     ),
     (
         "a hierarchy over two nodes",
-        {"stages.0.zero": {"stage": 3, "hierarchical_partition": 4}, "stages.0.gpus_per_node": 2, "stages.0.nodes": 2},
+        {"stages.0.zero": {"stage": 3, "zero_hpz_partition_size": 4}, "stages.0.gpus_per_node": 2, "stages.0.nodes": 2},
         {},
-        ("hierarchical_partition 4 does not divide the 2 ranks of a node", "use 1 or 2"),
+        ("zero_hpz_partition_size 4 does not divide the 2 ranks of a node", "use 1 or 2"),
     ),
     (
         "fp16 without a GPU",
@@ -506,9 +506,9 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("endless nodes", {}, {"max_nodes": 10**12}, ("max_nodes is 1000000000000", "100000")),
     (
         "units of nothing",
-        {"datasets.prose": {"kind": "text", "python_stdlib": {}, "unit_mb": 1e-300}},
+        {"datasets.prose": {"kind": "text", "python_stdlib": {}, "chunk_mb": 1e-300}},
         {},
-        ("unit_mb is 1e-300",),
+        ("chunk_mb is 1e-300",),
     ),
     ("an empty path", {"datasets.prose": {"kind": "text", "files": [""]}}, {}, ("files.0 is ''", "not empty")),
     ("no data files", {"datasets.prose": {"kind": "text", "files": []}}, {}, ("exactly one of files, hub",)),
@@ -550,7 +550,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "a window without a return",
-        {"stages.0.nonfinite": {"policy": "skip", "window_batches": 2}},
+        {"stages.0.bad_steps": {"policy": "skip", "window_batches": 2}},
         {},
         ("window_batches has no meaning for policy skip",),
     ),

@@ -113,7 +113,7 @@ def test_a_tokenizer_beyond_what_shards_can_hold(
 
 def test_a_job_file_of_another_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "job.json").write_text('{"run": "a"}')
-    assert "is not a complete TokenizeJob" in refused(capsys, "tokenize", str(tmp_path / "job.json"))
+    assert "is not a complete TokenizeSpec" in refused(capsys, "tokenize", str(tmp_path / "job.json"))
     assert "does not exist" in refused(capsys, "train", str(tmp_path / "no.json"))
 
 

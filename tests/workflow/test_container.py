@@ -44,14 +44,14 @@ def plan(tmp_path: Path) -> Plan:
             "prose": {
                 "kind": "text",
                 "files": [str(tmp_path / "data" / "*.jsonl")],
-                "validation_share": 0.1,
+                "validation_fraction": 0.1,
                 "decontaminate": {"files": [str(tmp_path / "evaluation" / "*.jsonl")], "ngram_words": 5},
             }
         },
         "model": {"pretrained": {"path": str(tmp_path / "model")}},
         "checks": {"nodes": 1, "min_disk_free_gb": 0.01},
         "trackers": {"tensorboard": False},
-        "stages": [{**STAGE, "steps": 2, "global_batch": 2, "export": "last", "export_dtype": "fp32"}],
+        "stages": [{**STAGE, "steps": 2, "global_batch_size": 2, "export": "last", "export_dtype": "fp32"}],
     }
     site = {
         "scheduler": "local",

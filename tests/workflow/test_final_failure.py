@@ -1,4 +1,4 @@
-"""A job that fails for good: one attempt despite retries, its reason told last, and no second run that submits it unmended."""
+"""A job that fails for good: one attempt despite retries, its reason told last, and no second run that submits it unpatched."""
 
 from __future__ import annotations
 

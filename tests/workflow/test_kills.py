@@ -50,7 +50,7 @@ def trainers(main: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def legs(chain: Chain) -> list[int]:
     """The steps that the stage's starts went on from."""
-    lines = [line for path in chain.results.glob("stages/base/weights/*/legs.jsonl") for line in path.open()]
+    lines = [line for path in chain.results.glob("stages/base/weights/*/attempts.jsonl") for line in path.open()]
     return [json.loads(line)["resumed_from"] for line in lines if line.endswith("\n")]
 
 

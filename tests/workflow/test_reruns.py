@@ -52,7 +52,7 @@ def test_a_comment_and_another_key_order_run_nothing(run: Chain):
     "change",
     [
         lambda config: config["stages"][0].update(minutes=7),
-        lambda config: config["stages"][1].update(micro_batch=4),
+        lambda config: config["stages"][1].update(micro_batch_size=4),
         lambda config: config["stages"][1]["zero"].update(stage=2),
         lambda config: config["checks"].update(minutes=3),
         lambda config: config["stages"][0]["checkpoints"].update(keep_last=5),

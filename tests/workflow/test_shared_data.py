@@ -20,7 +20,7 @@ def started(chain: Chain) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     chain = Chain(tmp_path_factory.mktemp("shared"), tiny_config(data_jobs={"prose": 3}))
-    chain.config["datasets"]["prose"]["unit_mb"] = 0.005
+    chain.config["datasets"]["prose"]["chunk_mb"] = 0.005
     chain.save()
     return chain
 

@@ -126,11 +126,11 @@ def _render(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     from longhaul.checks.verify_run import print_verdicts, verify
     from longhaul.jobs.builders import payload
-    from longhaul.jobs.specs import StageJob
+    from longhaul.jobs.specs import TrainSpec
 
     plan = _load_plan(options.config)
     jobs = [payload(plan, f"train-{stage.name}") for stage in plan.stages]
-    roots = {job.stage.name: Path(job.weights_root) for job in jobs if isinstance(job, StageJob)}
+    roots = {job.stage.name: Path(job.weights_root) for job in jobs if isinstance(job, TrainSpec)}
     verdicts = verify(plan, roots, Path("results") / plan.run)
     print_verdicts(verdicts)
     if any(verdict.damage for verdict in verdicts):
@@ -154,10 +154,10 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _supervise(options: argparse.Namespace) -> None:
-    from longhaul.jobs.specs import LaunchJob
+    from longhaul.jobs.specs import LaunchSpec
     from longhaul.scheduling.supervisor import run
 
-    run(LaunchJob.read(options.job))
+    run(LaunchSpec.read(options.job))
 
 
 def _retry(options: argparse.Namespace) -> None:
@@ -215,35 +215,35 @@ def _job(verb: str) -> tuple[Callable[[Any], None], type[Job]]:
         case "environment":
             from longhaul.checks.environment import run
 
-            kind = jobs.EnvironmentJob
+            kind = jobs.EnvironmentSpec
         case "fabric":
             from longhaul.checks.fabric import run
 
-            kind = jobs.FabricJob
+            kind = jobs.FabricSpec
         case "tokenizer":
             from longhaul.data.tokenizers.build_tokenizer import run
 
-            kind = jobs.TokenizerJob
+            kind = jobs.TokenizerSpec
         case "survey":
             from longhaul.data.shards.tokenize_dataset import survey as run
 
-            kind = jobs.TokenizeJob
+            kind = jobs.TokenizeSpec
         case "encode":
             from longhaul.data.shards.tokenize_dataset import encode as run
 
-            kind = jobs.EncodeJob
+            kind = jobs.EncodeSpec
         case "tokenize":
             from longhaul.data.shards.tokenize_dataset import run
 
-            kind = jobs.TokenizeJob
+            kind = jobs.TokenizeSpec
         case "train":
             from longhaul.train.loop import run
 
-            kind = jobs.StageJob
+            kind = jobs.TrainSpec
         case _:
             from longhaul.export.export_checkpoint import run
 
-            kind = jobs.ConvertJob
+            kind = jobs.ExportSpec
     return run, kind
 
 

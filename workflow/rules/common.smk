@@ -28,7 +28,7 @@ from longhaul.planning import lock_path
 from longhaul.scheduling import disk_space as room
 from longhaul.scheduling import retry_policy as verdict
 from longhaul.scheduling.resource_requests import require_nodes, submitted_request
-from longhaul.compat.slurm_plugin import mend_executor
+from longhaul.compat.slurm_plugin import patch_slurm_executor
 from longhaul.scheduling.slurm_client import job_has_ended
 from longhaul.jobs.launch_files import job_folder, render_run, stage_folder
 
@@ -42,7 +42,7 @@ shell.prefix(
 if workflow.is_main_process:
     verdict.end_retries()
     if PLAN.site.scheduler == "slurm":
-        mend_executor(PLAN.site.requeue)
+        patch_slurm_executor(PLAN.site.requeue)
 LOCK = [str(lock_path(PLAN.run))] if PLAN.needs_fetch else []
 
 
@@ -123,7 +123,7 @@ def start_run():
         room.tell_at_exit(Path("results"))
         or_exit(require_nodes, PLAN, Path.cwd())
         render_run(PLAN, Path.cwd())
-        or_exit(verdict.require_hope, workflow.dag.needrun_jobs())
+        or_exit(verdict.refuse_known_failures, workflow.dag.needrun_jobs())
         verdict.tell_failures_at_exit(Path("results") / PLAN.run)
 
 

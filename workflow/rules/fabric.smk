@@ -1,5 +1,5 @@
 """
-Measures the network between the ranks and compares it with the site's floors.
+Measures the network between the ranks and compares it with the site's limits.
 IN   results/<run>/environment.json
 OUT  results/<run>/fabric.json   (only when all is well; else fabric.json.failed.json says what is not)
 """

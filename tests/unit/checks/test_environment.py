@@ -20,11 +20,11 @@ from longhaul.checks.node_facts import compiler, cuda_build, node_facts, rdma_po
 from longhaul.checks.node_problems import problems, warnings
 from longhaul.config.run_config import Checks
 from longhaul.errors import UserError
-from longhaul.jobs.specs import EnvironmentJob
+from longhaul.jobs.specs import EnvironmentSpec
 from longhaul.runtime.compiled_ops import clear_stale_locks, ops_folder, use_ops_folder
 
 
-def job(folder: Path, **changes: Any) -> EnvironmentJob:
+def job(folder: Path, **changes: Any) -> EnvironmentSpec:
     settings: dict[str, Any] = {
         "run": "r",
         "nodes": 1,
@@ -40,7 +40,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentJob:
         "folder": str(folder / "results"),
         "out": str(folder / "environment.json"),
     }
-    return EnvironmentJob(**{**settings, **changes})
+    return EnvironmentSpec(**{**settings, **changes})
 
 
 def nodes() -> list[dict[str, Any]]:
@@ -213,7 +213,7 @@ def test_a_compiler_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch):
     assert compiler() is None
 
 
-def run(job: EnvironmentJob, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(job: EnvironmentSpec, folder: Path) -> subprocess.CompletedProcess[str]:
     job.write(folder / "job.json")
     command = [sys.executable, "-m", "longhaul", "environment", str(folder / "job.json")]
     return subprocess.run(command, capture_output=True, text=True, check=False)

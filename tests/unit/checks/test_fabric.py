@@ -1,4 +1,4 @@
-"""The network check: formulas, real collectives, floors."""
+"""The network check: formulas, real collectives, limits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from longhaul.artifacts.schemas import FabricReport, failed_path
 from longhaul.checks.collective_benchmarks import COLLECTIVES
 from longhaul.checks.fabric import judge, latency_us
-from longhaul.config.site_config import FabricFloors
-from longhaul.jobs.specs import FabricJob
+from longhaul.config.site_config import FabricLimits
+from longhaul.jobs.specs import FabricSpec
 
 FACTORS = {
     "all_reduce": {2: 1.0, 4: 1.5, 8: 1.75},
@@ -45,7 +45,7 @@ ROWS = [row("all_reduce", 8, 0.001, 60.0), row("all_reduce", 2**24, 20.0), row("
 
 
 @pytest.mark.parametrize(
-    ("floors", "says"),
+    ("limits", "says"),
     [
         ({}, []),
         ({"all_reduce_gbps": 20.0, "all_gather_gbps": 11.0, "all_reduce_latency_us": 60.0}, []),
@@ -57,8 +57,8 @@ ROWS = [row("all_reduce", 8, 0.001, 60.0), row("all_reduce", 2**24, 20.0), row("
         ({"all_reduce_latency_us": 50.0}, ["all_reduce: 60 us for the smallest message, the site's limit is 50 us"]),
     ],
 )
-def test_floors_are_held_against_the_largest_size(floors: dict[str, float], says: list[str]):
-    found = judge(ROWS, floors)
+def test_floors_are_held_against_the_largest_size(limits: dict[str, float], says: list[str]):
+    found = judge(ROWS, limits)
     assert len(found) == len(says)
     assert all(text in line for text, line in zip(says, found, strict=True))
 
@@ -73,8 +73,8 @@ def test_one_process_has_no_latency():
 
 def test_a_missed_floor_stops_the_run_and_leaves_what_was_measured(tmp_path: Path):
     """Three real processes over gloo; no machine sends 10^6 GB/s."""
-    floors = FabricFloors(send_recv_gbps=1e6, all_reduce_gbps=1e-6)
-    job = FabricJob(run="r", nodes=1, gpus_per_node=3, floors=floors, out=str(tmp_path / "fabric.json"))
+    limits = FabricLimits(send_recv_gbps=1e6, all_reduce_gbps=1e-6)
+    job = FabricSpec(run="r", nodes=1, gpus_per_node=3, limits=limits, out=str(tmp_path / "fabric.json"))
     job.write(tmp_path / "job.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from longhaul.checks.collective_benchmarks import COLLECTIVES
 from longhaul.config.architectures import Decoder, Model
 from longhaul.config.run_config import Config
-from longhaul.config.site_config import FabricFloors, Site
+from longhaul.config.site_config import FabricLimits, Site
 from tests.support.chain import REPOSITORY
 
 PACKAGE = REPOSITORY / "workflow" / "longhaul"
@@ -21,8 +21,8 @@ PACKAGE = REPOSITORY / "workflow" / "longhaul"
 WRITTEN_DOWN = {PACKAGE / "config" / name for name in ("models.py", "sites.py", "architectures.py", "generate.py")}
 READERS = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path not in WRITTEN_DOWN)
 
-# Read as one: a network's sizes go to transformers, floors are looked up by the name of what was measured.
-READ_AS_ONE = (Decoder, Model, FabricFloors)
+# Read as one: a network's sizes go to transformers, limits are looked up by the name of what was measured.
+READ_AS_ONE = (Decoder, Model, FabricLimits)
 
 
 def holders(annotation: object, key: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -72,4 +72,4 @@ def test_a_key_is_read_somewhere(model: type[BaseModel], name: str):
 
 def test_floors_are_those_of_what_is_measured():
     names = {f"{collective.name}_gbps" for collective in COLLECTIVES} | {"all_reduce_latency_us"}
-    assert set(FabricFloors.model_fields) == names
+    assert set(FabricLimits.model_fields) == names

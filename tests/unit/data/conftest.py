@@ -24,7 +24,7 @@ def text_shards(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """300 documents, a tenth of them held out."""
     folder = tmp_path_factory.mktemp("text")
     corpus = write_jsonl(folder / "corpus.jsonl", "text", (text(i, 5 + i % 60) for i in range(300)))
-    return make_shards(folder, tokenizer_folder, [corpus], dataset(validation_share=0.1))
+    return make_shards(folder, tokenizer_folder, [corpus], dataset(validation_fraction=0.1))
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +32,4 @@ def chat_shards(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """200 conversations of one to three turns, a tenth of them held out."""
     folder = tmp_path_factory.mktemp("chat")
     corpus = write_jsonl(folder / "corpus.jsonl", "messages", (conversation(i, 1 + i % 3) for i in range(200)))
-    return make_shards(folder, tokenizer_folder, [corpus], dataset("chat", validation_share=0.1))
+    return make_shards(folder, tokenizer_folder, [corpus], dataset("chat", validation_fraction=0.1))

@@ -27,9 +27,9 @@ from pathlib import Path
 from longhaul.export import sample_text as generate
 from longhaul.export import check_logits as logits
 from longhaul.export.export_checkpoint import run
-from longhaul.jobs.specs import ConvertJob
+from longhaul.jobs.specs import ExportSpec
 generate.NEW_TOKENS = logits.PERTURBATIONS = 1  # each more reads all weights once more, in the same way
-run(ConvertJob.read(Path(sys.argv[1])))
+run(ExportSpec.read(Path(sys.argv[1])))
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """
 

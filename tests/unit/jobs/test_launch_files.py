@@ -103,7 +103,7 @@ LAYOUTS = [
         "stages.0.zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"},
         "storage": {"scratch": "/local"},
     },
-    {"stages.0.zero": {"stage": 3, "hierarchical_partition": 2}, "stages.0.gpus_per_node": 2},
+    {"stages.0.zero": {"stage": 3, "zero_hpz_partition_size": 2}, "stages.0.gpus_per_node": 2},
     {
         "stages.0.zero": {"stage": 1},
         "stages.0.gpus_per_node": 4,
@@ -266,7 +266,7 @@ def test_a_second_rendering_touches_nothing(tmp_path: Path):
     (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
     changes = {
         "datasets": {"prose": {"kind": "text", "files": ["prose.jsonl"]}},
-        "stages": [yaml.safe_load("{name: base, kind: pretrain, dataset: prose, steps: 1, global_batch: 1, "
+        "stages": [yaml.safe_load("{name: base, kind: pretrain, dataset: prose, steps: 1, global_batch_size: 1, "
                                   "sequence_length: 8, precision: fp32}")],
     }  # fmt: skip
     plan = plan_of(tmp_path, changes)

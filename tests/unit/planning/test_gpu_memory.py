@@ -58,5 +58,5 @@ def test_a_second_copy_of_the_weights_inside_a_node_is_planned():
 
 
 def _with_hierarchy(stage: Stage, ways: int) -> Stage:
-    zero = Zero(stage=3, hierarchical_partition=ways)
+    zero = Zero(stage=3, zero_hpz_partition_size=ways)
     return stage.model_copy(update={"zero": zero, "parallel": type(stage.parallel)()})

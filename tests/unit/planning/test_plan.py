@@ -19,7 +19,7 @@ from longhaul.config.run_config import Model
 from longhaul.errors import UserError
 from longhaul.jobs.builders import payload
 from longhaul.jobs.launch_files import REPOSITORY
-from longhaul.jobs.specs import EnvironmentJob
+from longhaul.jobs.specs import EnvironmentSpec
 from longhaul.planning import make_plan
 from longhaul.report.plan_table import plan_json
 from longhaul.scheduling.rule_helpers import spec_key
@@ -39,7 +39,7 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path: Path):
 def test_batch_is_micro_times_ranks_times_accumulation(
     tmp_path: Path, nodes: int, gpus: int, micro: int, accumulation: int
 ):
-    shape = {"nodes": nodes, "gpus_per_node": gpus, "micro_batch": micro, "global_batch": 64}
+    shape = {"nodes": nodes, "gpus_per_node": gpus, "micro_batch_size": micro, "global_batch_size": 64}
     stage = plan_of(tmp_path, {f"stages.0.{key}": value for key, value in shape.items()}).stages[0]
     assert (stage.world_size, stage.data_parallel, stage.accumulation) == (nodes * gpus, nodes * gpus, accumulation)
 
@@ -69,7 +69,7 @@ def test_stages_follow_what_they_start_from_in_whatever_order_they_are_written(o
 def test_ranks_that_share_their_samples_count_once(
     tmp_path: Path, axes: dict[str, int], ranks: int, data: int, accumulation: int
 ):
-    shape = {"gpus_per_node": ranks, "global_batch": 64, "parallel": axes}
+    shape = {"gpus_per_node": ranks, "global_batch_size": 64, "parallel": axes}
     stage = plan_of(tmp_path, {f"stages.0.{key}": value for key, value in shape.items()}).stages[0]
     assert (stage.data_parallel, stage.accumulation) == (data, accumulation)
 
@@ -81,9 +81,9 @@ def test_the_layout_is_no_cause(tmp_path: Path):
 
 def test_a_pipeline_that_idles_is_warned_of_with_the_batch_that_mends_it(tmp_path: Path):
     shape = {"gpus_per_node": 2, "parallel": {"pipeline": 2}}
-    few = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch": 2}.items()}).stages[0]
+    few = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch_size": 2}.items()}).stages[0]
     assert few.bubble == pytest.approx(1 / 3) and "4 micro batches" in few.warnings[0]
-    enough = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch": 4}.items()}).stages[0]
+    enough = plan_of(tmp_path, {f"stages.0.{k}": v for k, v in {**shape, "global_batch_size": 4}.items()}).stages[0]
     assert enough.bubble == pytest.approx(0.2) and enough.warnings == ()
 
 
@@ -92,7 +92,7 @@ def test_a_save_longer_than_the_lead_is_warned_of_and_one_longer_than_the_alloca
     assert save_bytes and plan_of(tmp_path).stages[0].warnings == ()
     site = {"checkpoint_write_gb_per_s": save_bytes / 1e9 / 90}
     warning = plan_of(tmp_path, site=site).stages[0].warnings[0]
-    assert "takes about 90 s, longer than recovery.lead_s 60" in warning
+    assert "takes about 90 s, longer than recovery.stop_margin_s 60" in warning
     with pytest.raises(UserError, match=r"stages.base.minutes 2: a save of .* takes about 90 s"):
         plan_of(tmp_path, {"stages.0.minutes": 2}, site)
 
@@ -105,7 +105,7 @@ def keys(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any
 LAYOUT_ONLY: dict[str, Any] = {
     "nodes": 2,
     "gpus_per_node": 2,
-    "micro_batch": 2,
+    "micro_batch_size": 2,
     "zero": {"stage": 3, "offload_param": "cpu"},
     "activation_checkpointing": "full",
     "checkpoints": {"every_steps": 1, "keep_last": 9},
@@ -113,7 +113,7 @@ LAYOUT_ONLY: dict[str, Any] = {
     "export": "last",
     "export_dtype": "fp32",
     "minutes": 7,
-    "nonfinite": {"policy": "skip"},
+    "bad_steps": {"policy": "skip"},
     "skip_batches": [3],
 }
 
@@ -125,13 +125,13 @@ def test_where_and_how_fast_is_no_cause(tmp_path: Path, key: str, value: Any):
 
 RESULT: dict[str, Any] = {
     "steps": 11,
-    "global_batch": 16,
+    "global_batch_size": 16,
     "sequence_length": 32,
     "optimizer": {"lr": 1e-5},
     "schedule": {"warmup_steps": 1},
     "precision": "bf16",
     "communication": {"data_type": "bf16"},
-    "sequence_balance_weight": 0.001,
+    "sequence_aux_loss_coef": 0.001,
 }
 
 
@@ -263,7 +263,7 @@ def test_keys_and_defaults_are_transformers_own(architecture: str):
 def test_each_kind_of_recomputation_takes_less_memory_than_the_one_before(tmp_path: Path):
     """none > selective > full > offload on the GPU; the host takes the layers' inputs."""
     kinds = ("none", "selective", "full", "offload")
-    more = {"stages.0.sequence_length": 128, "stages.0.micro_batch": 8, "model.llama.num_hidden_layers": 8}
+    more = {"stages.0.sequence_length": 128, "stages.0.micro_batch_size": 8, "model.llama.num_hidden_layers": 8}
     plans = [plan_of(tmp_path, {"stages.0.activation_checkpointing": kind, **more}).stages[0] for kind in kinds]
     memory = [plan.memory for plan in plans if plan.memory]
     activations = [one.activations for one in memory]
@@ -283,7 +283,7 @@ def test_an_optimizer_on_a_disk_takes_16_bytes_a_parameter_of_it(tmp_path: Path)
     assert memory.optimizer == memory.gradients == memory.update == 0 < memory.weights
     assert memory.locked == 16 * (sizes.total // 2) < memory.host
     told = payload(plan, "environment")
-    assert isinstance(told, EnvironmentJob) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
+    assert isinstance(told, EnvironmentSpec) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
     assert (told.swap_bytes, told.locked_bytes) == (16 * sizes.total, memory.locked)
 
 
@@ -295,13 +295,17 @@ def test_weights_on_a_disk_leave_the_gpu_and_lock_their_buffers(tmp_path: Path):
     assert memory and (memory.weights, memory.optimizer, memory.disk) == (0, 0, 4 * sizes.total // 2)
     assert memory.locked == 4 * (8 * -(-sizes.tensor_max // 2) + sizes.total // 2) < memory.host
     told = payload(plan, "environment")
-    assert isinstance(told, EnvironmentJob) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
+    assert isinstance(told, EnvironmentSpec) and told.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
     assert (told.swap_bytes, told.locked_bytes) == (4 * sizes.total, memory.locked)
 
 
 def test_logits_take_no_more_than_a_chunk(tmp_path: Path):
-    def logits(micro_batch: int) -> int:
-        keys = {"stages.0.sequence_length": 128, "stages.0.micro_batch": micro_batch, "stages.0.global_batch": 64}
+    def logits(micro_batch_size: int) -> int:
+        keys = {
+            "stages.0.sequence_length": 128,
+            "stages.0.micro_batch_size": micro_batch_size,
+            "stages.0.global_batch_size": 64,
+        }
         memory = plan_of(tmp_path, keys).stages[0].memory
         assert memory
         return memory.logits

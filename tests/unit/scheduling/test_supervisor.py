@@ -29,7 +29,7 @@ from longhaul.artifacts.job_state import (
 from longhaul.artifacts.quarantine import quarantine, read_quarantine
 from longhaul.errors import AllocationTooShort
 from longhaul.jobs.launch_files import render_run
-from longhaul.jobs.specs import LaunchJob, LaunchStep
+from longhaul.jobs.specs import LaunchSpec, LaunchStep
 from longhaul.runtime.failure_reports import failure_of
 from longhaul.runtime.rank import Rank
 from longhaul.scheduling import slurm_client
@@ -43,17 +43,17 @@ CRASHES_TWICE = "import pathlib, sys; p = pathlib.Path('tries'); n = len(p.read_
     "p.write_text('x' * (n + 1)); sys.exit(n < 2)"  # fmt: skip
 
 
-def job(folder: Path, code: str, restarts: int = 3) -> LaunchJob:
+def job(folder: Path, code: str, restarts: int = 3) -> LaunchSpec:
     """One step that runs `code` in the job's working folder."""
-    made = LaunchJob(
+    made = LaunchSpec(
         run="small",
         name="train-base",
         folder=str(folder / "results/small/stages/base"),
         slurm=False,
         nodes=1,
         requeue=True,
-        restarts=restarts,
-        deadline_every_s=1.0,
+        max_restarts=restarts,
+        deadline_poll_interval_s=1.0,
         steps=(LaunchStep(title="Training", command=(sys.executable, "-c", code)),),
         inputs=(str(folder / "input"),),
         data=(str(folder / "corpus"),),
@@ -64,7 +64,7 @@ def job(folder: Path, code: str, restarts: int = 3) -> LaunchJob:
     return made
 
 
-def command(made: LaunchJob) -> list[str]:
+def command(made: LaunchSpec) -> list[str]:
     return [sys.executable, "-m", "longhaul", "supervise", f"{made.folder}/launch.json"]
 
 
@@ -72,7 +72,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY / "workflow")}
 
 
-def supervise(folder: Path, made: LaunchJob) -> subprocess.CompletedProcess[str]:
+def supervise(folder: Path, made: LaunchSpec) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(made), cwd=folder, capture_output=True, text=True, check=False, timeout=60, env=environment()
     )
@@ -164,7 +164,7 @@ def test_a_submission_leaves_out_quarantined_nodes_and_waits_for_the_job_that_ru
 
 def test_a_job_that_would_only_fail_again_asks_for_a_minute(tmp_path: Path):
     plan, folder = planned(tmp_path)
-    key = launch_key(LaunchJob.read(folder / "launch.json").inputs, [])
+    key = launch_key(LaunchSpec.read(folder / "launch.json").inputs, [])
     Failure(PERMANENT, "NaN", "", key=key).write(folder / "failure.json")
     request = submitted_request(plan, "train-base", tmp_path)
     assert (request.nodes, request.tasks, request.minutes, request.gpus_per_node) == (1, 1, 1, 0)
@@ -178,7 +178,7 @@ def test_the_invocation_is_the_main_that_holds_the_lease(tmp_path: Path):
     assert invocation(tmp_path, "small") == "holder"
 
 
-def ended_by_the_limit(made: LaunchJob) -> str:
+def ended_by_the_limit(made: LaunchSpec) -> str:
     """The class of the failure of an allocation that ended before a save."""
     supervisor, state = Supervisor(made), read_state(Path(made.folder))
     supervisor.leg = state.leg if state else 1

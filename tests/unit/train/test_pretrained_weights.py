@@ -18,7 +18,7 @@ from longhaul.config.run_config import Parallel
 from longhaul.errors import UserError
 from longhaul.jobs.builders import payload
 from longhaul.report.plan_table import plan_json
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import cut_model, parameters, saved_buffers
 from longhaul.train.pretrained_weights import pretrained_values
 from tests.support.fp8_folder import BLOCK, CONFIG, LAYERS, write_folder, write_shards
@@ -50,7 +50,7 @@ def network() -> Any:
 
 
 def all_shapes() -> dict[str, tuple[int, ...]]:
-    model = cut_model(network(), Grid(0, 1, Parallel()))
+    model = cut_model(network(), ParallelDims(0, 1, Parallel()))
     return {shard.name: shard.shape for shard, _ in [*parameters(model), *saved_buffers(model)]}
 
 
@@ -69,7 +69,7 @@ def test_every_rank_has_its_part_of_the_dequantised_tensors(folder, axes: dict[s
     ranks = 1 if not axes else 4
     seen = set()
     for rank in range(ranks):
-        model = cut_model(network(), Grid(rank, ranks, Parallel(**axes)))
+        model = cut_model(network(), ParallelDims(rank, ranks, Parallel(**axes)))
         for shard, meta in [*parameters(model), *saved_buffers(model)]:
             found = values(shard)
             assert (found.dtype, found.shape) == (torch.float32, meta.shape), shard.name
@@ -82,7 +82,7 @@ def test_only_the_experts_of_a_rank_are_read(folder, bytes_read: list[int]) -> N
     values = first_values(folder[0])
     sizes = []
     for axes in ({}, {"expert": 4}):
-        model = cut_model(network(), Grid(0, 4, Parallel(**axes)))
+        model = cut_model(network(), ParallelDims(0, 4, Parallel(**axes)))
         bytes_read.clear()
         for shard, _ in parameters(model):
             if shard.name.endswith(("gate_up_proj", "down_proj")):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longhaul.train.zero3_expert_memory import let_experts_go
+from longhaul.train.zero3_expert_memory import release_expert_weights
 from tests.parity.parity_cases import MODELS
 
 
@@ -48,7 +48,7 @@ def test_the_backward_pass_reads_the_weights_that_were_gathered_for_it(name: str
     model = twin(name)
     for experts in experts_of(model):
         gather_anew(experts)  # as in training: both lie in one storage
-    let_experts_go(model)
+    release_expert_weights(model)
     found = gradients(model, moves=True)
     assert set(found) == set(wanted) and len(found) > 20
     for parameter, gradient in wanted.items():

@@ -92,7 +92,7 @@ class Survey(Artifact):
 
 
 @dataclass(frozen=True)
-class EncodedShare(Artifact):
+class EncodedPartition(Artifact):
     """`results/<run>/data/<dataset>.encoded-<share>-of-<shares>.json`: one job's share of the units is on the disk."""
 
     share: int
@@ -187,7 +187,7 @@ class FabricReport(CheckReport):
     world_size: int
     hosts: list[str]
     results: list[dict[str, Any]]
-    floors: dict[str, float]
+    limits: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from longhaul.artifacts.schemas import EnvironmentReport
 from longhaul.checks import node_problems as judge
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.config.package_data import data_root
-from longhaul.jobs.specs import EnvironmentJob
+from longhaul.jobs.specs import EnvironmentSpec
 from longhaul.runtime.rank import Rank, require_geometry, this_rank
 from longhaul.runtime.rendezvous import process_group
 
@@ -27,7 +27,7 @@ _SHARED_FOLDER_WAIT_S = 10.0
 CONSTRAINTS = data_root() / "envs" / "constraints.txt"
 
 
-def run(job: EnvironmentJob) -> None:
+def run(job: EnvironmentSpec) -> None:
     """Checks the nodes and writes job.out, or, when something is wrong, `<out>.failed.json` beside it.
 
     Raises:

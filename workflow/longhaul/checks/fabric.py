@@ -1,4 +1,4 @@
-"""Measures the network between all ranks of an allocation and holds it against the site's floors."""
+"""Measures the network between all ranks of an allocation and holds it against the site's limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.schemas import FabricReport
-from longhaul.jobs.specs import FabricJob
+from longhaul.jobs.specs import FabricSpec
 from longhaul.runtime.rank import Rank, require_geometry, this_rank
 from longhaul.runtime.rendezvous import process_group
 
@@ -24,7 +24,7 @@ SIZES_BYTES = {
 }
 
 
-def run(job: FabricJob) -> None:
+def run(job: FabricSpec) -> None:
     """Measures and writes job.out, or, when a floor is missed, `<out>.failed.json` beside it.
 
     Raises:
@@ -61,26 +61,26 @@ def _measure_all(rank: Rank, device: Any, backend: str) -> list[dict[str, Any]]:
 
 
 def _report(
-    job: FabricJob, backend: str, hosts: list[str], results: list[dict[str, Any]], world_size: int
+    job: FabricSpec, backend: str, hosts: list[str], results: list[dict[str, Any]], world_size: int
 ) -> FabricReport:
-    floors = {name: value for name, value in job.floors.model_dump().items() if value is not None}
-    return FabricReport(judge(results, floors), backend, world_size, hosts, results, floors)
+    limits = {name: value for name, value in job.limits.model_dump().items() if value is not None}
+    return FabricReport(judge(results, limits), backend, world_size, hosts, results, limits)
 
 
-def judge(results: list[dict[str, Any]], floors: dict[str, float]) -> list[str]:
+def judge(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
     """Wrong values, bandwidths below their floor at the largest size, and the latency above its limit."""
     found = [
         f"{row['collective']} of {row['bytes']:,} bytes gave wrong values" for row in results if not row["correct"]
     ]
     largest = max((row["bytes"] for row in results), default=0)
     for row in results:
-        floor = floors.get(f"{row['collective']}_gbps")
+        floor = limits.get(f"{row['collective']}_gbps")
         if row["bytes"] == largest and floor and row["bus_bandwidth_gbps"] < floor:
             found.append(
                 f"{row['collective']}: bus bandwidth {row['bus_bandwidth_gbps']:.3g} GB/s at {largest / 2**20:.0f} MiB over "
                 f"{row['world_size']} ranks, the site's floor is {floor:g} GB/s"
             )
-    limit, latency = floors.get("all_reduce_latency_us"), latency_us(results)
+    limit, latency = limits.get("all_reduce_latency_us"), latency_us(results)
     if limit and latency and latency > limit:
         found.append(f"all_reduce: {latency:.0f} us for the smallest message, the site's limit is {limit:g} us")
     return found

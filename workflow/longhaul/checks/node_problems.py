@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longhaul.jobs.specs import EnvironmentJob
+from longhaul.jobs.specs import EnvironmentSpec
 
 GB = 10**9
 # NCCL and gloo pass buffers between the ranks of a node through /dev/shm.
@@ -22,7 +22,7 @@ _NEEDS = {"async_io": "; it needs libaio with its headers (libaio-dev), and CUDA
 Facts = Mapping[str, Any]
 
 
-def problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
+def problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     """One line for everything that would break training; empty when all is well."""
     found = _differences(nodes)
     for node in nodes:
@@ -82,7 +82,7 @@ def _gpus_text(gpus: Sequence[Facts]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
-def _node_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+def _node_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     return [
         *_build_problems(node, job),
         *_memory_problems(node, job),
@@ -92,7 +92,7 @@ def _node_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     ]
 
 
-def _build_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+def _build_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     found, versions = [], node["versions"]
     if versions["cuda_build"] != job.cuda_build:
         found.append(f"torch is a {versions['cuda_build']} build, the site file says cuda_build: {job.cuda_build}")
@@ -106,14 +106,14 @@ def _build_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     return found
 
 
-def _memory_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+def _memory_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     found_mb = node["memory_bytes"] // 2**20
     if found_mb >= job.memory_mb:
         return []
     return [f"the node has {found_mb} MiB of memory, the site file says node.memory_mb: {job.memory_mb}"]
 
 
-def _disk_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     if node["write_error"]:
         return [f"cannot write to {job.folder}: {node['write_error']}"]
     if not node["sees_run_folder"]:
@@ -124,7 +124,7 @@ def _disk_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     return []
 
 
-def _op_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+def _op_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     if job.prebuild_ops and not node["compiler"]:
         return [f"no C++ compiler (c++ or $CXX), and optimizer offload needs {', '.join(job.prebuild_ops)} compiled"]
     return [
@@ -132,7 +132,7 @@ def _op_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     ]
 
 
-def _swap_problems(node: Facts, job: EnvironmentJob) -> list[str]:
+def _swap_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     """Of optimizer states or weights that are to lie on the node's disk."""
     swap = node.get("swap")
     if not swap:
@@ -153,7 +153,7 @@ def _swap_problems(node: Facts, job: EnvironmentJob) -> list[str]:
     return found
 
 
-def _port_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
+def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     """NCCL falls back to sockets in silence where it finds no port, and goes as fast as the node with the fewest."""
     layer = LINK_LAYERS.get(job.interconnect)
     if layer is None or len(nodes) == 1:
@@ -167,7 +167,7 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
     return missing or _difference(f"number of active {layer} ports", {host: str(n) for host, n in counts.items()})
 
 
-def _clock_problems(nodes: Sequence[Facts], job: EnvironmentJob) -> list[str]:
+def _clock_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     limit = job.checks.max_clock_skew_s
     return [
         f"{node['host']}: clock is {node['clock_skew_s']:+.1f} s from that of {nodes[0]['host']}, "

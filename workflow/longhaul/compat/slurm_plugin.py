@@ -22,11 +22,11 @@ from longhaul.scheduling.retry_policy import folder_of
 Requeue = Callable[[str], str]
 
 
-def mend_executor(may_requeue: bool) -> None:
+def patch_slurm_executor(may_requeue: bool) -> None:
     """Patches the plugin's executor class; to be called before Snakemake makes one. may_requeue: the site allows it."""
     from snakemake_executor_plugin_slurm import Executor
 
-    if not hasattr(Executor.check_active_jobs, "unmended"):
+    if not hasattr(Executor.check_active_jobs, "unpatched"):
         requeue = slurm_client.requeue if may_requeue else lambda job_id: "the site forbids requeue"
         Executor.check_active_jobs = _mended(Executor.check_active_jobs, requeue)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -42,7 +42,7 @@ def _mended(check_active_jobs: Any, requeue: Requeue) -> Any:
             if id(job) not in ended:
                 yield job
 
-    check_all.unmended = check_active_jobs  # pyright: ignore[reportFunctionMemberAccess]
+    check_all.unpatched = check_active_jobs  # pyright: ignore[reportFunctionMemberAccess]
     return check_all
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from longhaul.config.field_types import Frozen, HubSource, OneLine, Share, Whole
+from longhaul.config.field_types import FrozenModel, HubSource, OneLine, Share, Whole
 
 Positive = Annotated[float, Field(gt=0)]
 # Of widths, heads, experts, positions and rows; and of layers, which are counted one by one.
@@ -19,7 +19,7 @@ Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
-class Decoder(Frozen):
+class Decoder(FrozenModel):
     """Keys that every architecture shares."""
 
     vocab_size: Size = Field(description="Rows of the embedding; at least the tokenizer's size.")
@@ -162,7 +162,7 @@ class DeepseekV3(LatentAttention):
         return self
 
 
-class Pretrained(Frozen):
+class Pretrained(FrozenModel):
     """Weights to start from; exactly one of path and hub."""
 
     path: OneLine | None = Field(default=None, description="Hugging Face folder; relative to the config file.")
@@ -176,7 +176,7 @@ class Pretrained(Frozen):
         return self
 
 
-class Model(Frozen):
+class Model(FrozenModel):
     """Exactly one of these: the key names the architecture."""
 
     llama: Llama | None = Field(default=None, description="Llama.")

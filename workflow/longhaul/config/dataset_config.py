@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from longhaul.config.field_types import (
     Count,
-    Frozen,
+    FrozenModel,
     HubSource,
     Name,
     OneLine,
@@ -28,7 +28,7 @@ class HubDataset(HubSource):
     )
 
 
-class PythonStdlib(Frozen):
+class PythonStdlib(FrozenModel):
     """The sources of the Python that runs fetch: text = its modules, chat = questions made from their docstrings."""
 
     max_mb: Annotated[float, Field(gt=0, le=1000)] = Field(
@@ -36,7 +36,7 @@ class PythonStdlib(Frozen):
     )
 
 
-class TrainTokenizer(Frozen):
+class TrainTokenizer(FrozenModel):
     """A byte-level BPE trained on the run's own text datasets."""
 
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = Field(
@@ -45,7 +45,7 @@ class TrainTokenizer(Frozen):
     datasets: tuple[Name, ...] = Field(min_length=1, description="Names of the datasets it is trained on.")
 
 
-class Tokenizer(Frozen):
+class Tokenizer(FrozenModel):
     """Exactly one of path, hub and train."""
 
     path: OneLine | None = Field(default=None, description="Folder with tokenizer.json; relative to the config file.")
@@ -60,7 +60,7 @@ class Tokenizer(Frozen):
         return exactly_one(self, "path", "hub", "train")
 
 
-class Columns(Frozen):
+class Columns(FrozenModel):
     """Names of the columns that are read."""
 
     text: OneLine = Field(default="text", description="kind text: the document.")
@@ -77,7 +77,7 @@ class Columns(Frozen):
         return self
 
 
-class Decontaminate(Frozen):
+class Decontaminate(FrozenModel):
     """Documents that share a run of words with an evaluation text are not trained on."""
 
     files: Annotated[tuple[OneLine, ...], Field(min_length=1)] = Field(
@@ -91,7 +91,7 @@ class Decontaminate(Frozen):
     )
 
 
-class Dataset(Frozen):
+class Dataset(FrozenModel):
     """Exactly one of files, hub, python_stdlib and mixture."""
 
     kind: Literal["text", "chat"] = Field(description="text: one document a row; chat: one conversation a row.")
@@ -116,14 +116,16 @@ class Dataset(Frozen):
         description="Longest document (or line) that is read, in MB; longer ones are bad rows. Chats: 24 at most. Without "
         "gigatoken: 4 at most.",
     )
-    unit_mb: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+    chunk_mb: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
         default=16.0,
         description="Source per work unit, in MB; each becomes shards of its own. For terabytes raise it to some 256.",
     )
     reasoning_in_loss: bool = Field(
         default=True, description="kind chat: train on the assistant's <think>…</think>; false: it is context alone."
     )
-    validation_share: Share = Field(default=0.01, description="Share of documents held out, chosen by document hash.")
+    validation_fraction: Share = Field(
+        default=0.01, description="Share of documents held out, chosen by document hash."
+    )
     deduplicate: Literal["none", "exact", "near"] = Field(
         default="none",
         description="Of equal (near: also of alike, MinHash over runs of 5 words) documents the first alone is trained on.",

@@ -38,20 +38,20 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """Immutable, no unknown keys, no silent conversion between types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
 
 
-class HubSource(Frozen):
+class HubSource(FrozenModel):
     """A repository on the Hugging Face hub; `fetch` pins the revision to a commit."""
 
     id: HubId = Field(description="Repository, for example Qwen/Qwen3-0.6B.")
     revision: OneLine = Field(default="main", description="Branch, tag or commit; pinned to a commit by fetch.")
 
 
-M = TypeVar("M", bound="Frozen")
+M = TypeVar("M", bound="FrozenModel")
 
 
 def exactly_one(model: M, *keys: str) -> M:

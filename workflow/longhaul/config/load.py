@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from longhaul.config.field_types import IN_WORDS, Frozen
+from longhaul.config.field_types import IN_WORDS, FrozenModel
 from longhaul.config.package_data import data_root
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 
 SITES = data_root() / "config" / "sites"
-M = TypeVar("M", bound=Frozen)
+M = TypeVar("M", bound=FrozenModel)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepsee
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ModelSize:
     """Counts of parameters (weights), not bytes.
 
     total:     all parameters, a tied embedding counted once
@@ -101,7 +101,7 @@ def sparse_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple(_is_sparse(config, layer) for layer in range(config["num_hidden_layers"]))
 
 
-def geometry(config: Mapping[str, Any]) -> Geometry:
+def geometry(config: Mapping[str, Any]) -> ModelSize:
     """Counts a supported architecture; UserError for any other, or when the config lacks a size."""
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
@@ -125,7 +125,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             )
 
 
-def _count(c: Mapping[str, Any]) -> Geometry:
+def _count(c: Mapping[str, Any]) -> ModelSize:
     hidden, layers = c["hidden_size"], c["num_hidden_layers"]
     attention = _attention(c) + 2 * hidden
     sparse = sparse_layers(c)
@@ -137,7 +137,7 @@ def _count(c: Mapping[str, Any]) -> Geometry:
     sparse_total, sparse_active = routed + shared, chosen + shared
     mlps = sum(sparse_total if s else dense_mlp for s in sparse)
     active_mlps = sum(sparse_active if s else dense_mlp for s in sparse)
-    return Geometry(
+    return ModelSize(
         total=embedding + head + hidden + layers * attention + mlps,
         active=embedding + hidden + layers * attention + active_mlps,
         embedding=embedding,

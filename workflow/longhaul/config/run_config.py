@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from longhaul.config.architectures import Model
 from longhaul.config.dataset_config import Dataset, Tokenizer
-from longhaul.config.field_types import Count, Frozen, MachineCount, Name, OneLine, Precision, Whole, exactly_one
+from longhaul.config.field_types import Count, FrozenModel, MachineCount, Name, OneLine, Precision, Whole, exactly_one
 
 
-class Storage(Frozen):
+class Storage(FrozenModel):
     """Where big data goes. Relative paths are taken from the working folder (snakemake --directory)."""
 
     weights: OneLine | None = Field(default=None, description="Root for checkpoints; default results/<run>/stages.")
@@ -24,14 +24,14 @@ class Storage(Frozen):
     )
 
 
-class StartFrom(Frozen):
+class StartFrom(FrozenModel):
     """The checkpoint of another stage that this one starts from."""
 
     stage: Name = Field(description="Name of the stage.")
     checkpoint: Literal["last", "best"] = Field(default="last", description="best: by validation loss.")
 
 
-class Optimizer(Frozen):
+class Optimizer(FrozenModel):
     """AdamW; norms, biases and other one-dimensional parameters have no weight decay."""
 
     lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Peak learning rate.")
@@ -45,7 +45,7 @@ class Optimizer(Frozen):
     )
 
 
-class Schedule(Frozen):
+class Schedule(FrozenModel):
     """Learning rate over optimizer steps."""
 
     kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
@@ -58,19 +58,19 @@ class Schedule(Frozen):
     )
 
 
-class LossScale(Frozen):
-    """fp16's loss scaling; static 0 means dynamic."""
+class Fp16(FrozenModel):
+    """Loss scaling of fp16, in DeepSpeed's names."""
 
-    static: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Fixed scale; 0: dynamic.")
-    initial_power: Annotated[int, Field(ge=0, le=32)] = Field(
+    loss_scale: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Fixed scale; 0: dynamic.")
+    initial_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
         default=16, description="The dynamic scale starts at 2^this."
     )
-    window_steps: Count = Field(default=1000, description="Overflow-free steps before the scale is doubled.")
+    loss_scale_window: Count = Field(default=1000, description="Overflow-free steps before the scale is doubled.")
     hysteresis: Count = Field(default=2, description="Overflows before the scale is halved.")
-    min_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="The scale never falls below this.")
+    min_loss_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="The scale never falls below this.")
 
 
-class Parallel(Frozen):
+class Parallel(FrozenModel):
     """How many ranks share one copy of the model; the rest is data parallel."""
 
     tensor: Count = Field(
@@ -81,7 +81,7 @@ class Parallel(Frozen):
     sequence: Count = Field(default=1, description="Ranks that split the tokens of a sample (Ulysses).")
 
 
-class Zero(Frozen):
+class Zero(FrozenModel):
     """DeepSpeed's ZeRO. Fields left at null keep DeepSpeed's own default."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
@@ -96,7 +96,7 @@ class Zero(Frozen):
         default="none",
         description="Weights in CPU memory, or in files below storage.scratch of every node (nvme); stage 3 only.",
     )
-    hierarchical_partition: Count = Field(
+    zero_hpz_partition_size: Count = Field(
         default=1,
         description="Stage 3: a second copy of the weights is partitioned over this many neighbouring ranks only (ZeRO++ hpZ), "
         "so that the backward pass gathers inside a node; 1: none.",
@@ -128,7 +128,7 @@ class Zero(Frozen):
         return [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
 
 
-class PowerSgd(Frozen):
+class PowerSgd(FrozenModel):
     """Low-rank gradients (arXiv:1905.13727): each matrix travels as two thin ones, what that loses in the next step."""
 
     rank: Count = Field(default=4, description="Columns of the thin matrices: more are more exact and more bytes.")
@@ -137,7 +137,7 @@ class PowerSgd(Frozen):
     )
 
 
-class Communication(Frozen):
+class Communication(FrozenModel):
     """How gradients travel between data-parallel ranks. It changes what is learnt, so a change trains the stage anew."""
 
     data_type: Literal["fp32", "bf16", "fp16"] | None = Field(
@@ -149,7 +149,7 @@ class Communication(Frozen):
     )
 
 
-class Checkpoints(Frozen):
+class Checkpoints(FrozenModel):
     """When weights are saved and which saves are kept; a save another stage or an export needs is never removed."""
 
     every_steps: Count = Field(default=100, description="Steps between saves; the last step is always saved.")
@@ -157,7 +157,7 @@ class Checkpoints(Frozen):
     keep_best: Whole = Field(default=1, description="Best saves kept, by validation loss.")
 
 
-class Validation(Frozen):
+class Validation(FrozenModel):
     """Loss on the held-out documents."""
 
     every_steps: Count = Field(default=100, description="Steps between validations; one more follows the last step.")
@@ -166,7 +166,7 @@ class Validation(Frozen):
     )
 
 
-class Nonfinite(Frozen):
+class BadSteps(FrozenModel):
     """What happens at a bad step: loss or gradients are NaN or infinite, or the loss is a spike. Each is in events.jsonl.
 
     A bad step never changes weights. Batches that are left out are left out for good: the weights are those of a run
@@ -189,34 +189,34 @@ class Nonfinite(Frozen):
     )
 
     @model_validator(mode="after")
-    def _window_of_a_return(self) -> Nonfinite:
+    def _window_of_a_return(self) -> BadSteps:
         if self.window_batches and self.policy != "roll_back":
             raise ValueError(f"window_batches has no meaning for policy {self.policy}; drop it, or use roll_back")
         return self
 
 
-class Recovery(Frozen):
+class Recovery(FrozenModel):
     """How soon a fault is noticed, and what follows."""
 
-    restarts: Whole = Field(
+    max_restarts: Whole = Field(
         default=3, description="Crashes without a new checkpoint that are followed by a restart in the same allocation."
     )
-    hang_s: Annotated[float, Field(gt=0)] = Field(
+    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=300.0, description="A process that is not heard of for this long is taken for hung or dead."
     )
     collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=1800.0, description="A collective that waits longer for a rank ends the attempt."
     )
-    lead_s: Annotated[float, Field(ge=0)] = Field(
+    stop_margin_s: Annotated[float, Field(ge=0)] = Field(
         default=60.0,
         description="Time kept free before the end of an allocation, beside what a save, a validation and two steps took.",
     )
-    straggler_share: Annotated[float, Field(gt=0)] = Field(
+    straggler_threshold: Annotated[float, Field(gt=0)] = Field(
         default=0.5, description="A rank slower than the others' median by this share, three looks in a row, is named."
     )
 
 
-class Stage(Frozen):
+class Stage(FrozenModel):
     """One training stage."""
 
     name: Name = Field(description="Folder name and Snakemake wildcard.")
@@ -227,13 +227,13 @@ class Stage(Frozen):
     )
     steps: Count | None = Field(default=None, description="Optimizer steps. Exactly one of steps and tokens.")
     tokens: Count | None = Field(default=None, description="Tokens to train on; rounded up to whole steps.")
-    global_batch: Count = Field(description="Sequences per optimizer step, over all ranks.")
-    micro_batch: Count = Field(default=1, description="Sequences per rank and forward pass.")
+    global_batch_size: Count = Field(description="Sequences per optimizer step, over all ranks.")
+    micro_batch_size: Count = Field(default=1, description="Sequences per rank and forward pass.")
     sequence_length: Annotated[int, Field(ge=8)] = Field(description="Tokens per sequence.")
     optimizer: Optimizer = Field(default=Optimizer(), description="AdamW's settings.")
     schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
     precision: Precision = Field(default="bf16", description="Compute precision; master weights are fp32 (ZeRO >= 1).")
-    loss_scale: LossScale = Field(default=LossScale(), description="fp16 only.")
+    fp16: Fp16 = Field(default=Fp16(), description="Loss scaling, for precision fp16.")
     nodes: MachineCount = Field(default=1, description="Nodes of the allocation.")
     gpus_per_node: MachineCount = Field(
         default=1, description="Ranks per node: one per GPU, or CPU processes where there is none."
@@ -241,11 +241,11 @@ class Stage(Frozen):
     parallel: Parallel = Field(default=Parallel(), description="Parallel layout.")
     zero: Zero = Field(default=Zero(), description="ZeRO and offload.")
     communication: Communication = Field(default=Communication(), description="Reduction of gradients.")
-    expert_bias_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+    router_bias_update_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="DeepSeek V3's balancing without auxiliary loss: change of an expert's bias a step; 0: none.",
     )
-    sequence_balance_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+    sequence_aux_loss_coef: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0,
         description="Weight of the experts' balance loss of each sequence; DeepSeek V3 took 0.0001. 0: none.",
     )
@@ -256,7 +256,7 @@ class Stage(Frozen):
     )
     checkpoints: Checkpoints = Field(default=Checkpoints(), description="Saves.")
     validation: Validation = Field(default=Validation(), description="Held-out loss.")
-    nonfinite: Nonfinite = Field(default=Nonfinite(), description="NaN, infinity, spikes of the loss.")
+    bad_steps: BadSteps = Field(default=BadSteps(), description="NaN, infinity, spikes of the loss.")
     skip_batches: tuple[Whole, ...] = Field(
         default=(),
         description="Global batches, counted from 0, that are never trained on; a stage that is past one refuses it.",
@@ -277,7 +277,7 @@ class Stage(Frozen):
         return exactly_one(self, "steps", "tokens")
 
 
-class Checks(Frozen):
+class Checks(FrozenModel):
     """The environment and fabric checks before training."""
 
     nodes: MachineCount | None = Field(
@@ -295,7 +295,7 @@ class Checks(Frozen):
     )
 
 
-class Trackers(Frozen):
+class Trackers(FrozenModel):
     """Where metrics go beside metrics.jsonl: into the weights folder, unless WANDB_MODE or MLFLOW_TRACKING_URI says otherwise."""
 
     tensorboard: bool = Field(default=True, description="Event files beside the metrics.")
@@ -303,7 +303,7 @@ class Trackers(Frozen):
     mlflow: bool = Field(default=False, description="MLflow; needs the mlflow-skinny package.")
 
 
-class Config(Frozen):
+class Config(FrozenModel):
     """One run, from raw text to verified models."""
 
     run: Name = Field(description="Results go to results/<run>.")

@@ -12,7 +12,7 @@ from longhaul.config.field_types import (
     Count,
     CudaBuild,
     EnvironmentName,
-    Frozen,
+    FrozenModel,
     MachineCount,
     Name,
     OneLine,
@@ -48,7 +48,7 @@ _OWN_OPTIONS = {
 }
 
 
-class Partition(Frozen):
+class Partition(FrozenModel):
     """One Slurm partition."""
 
     name: SlurmWord = Field(description="Its name, as in sinfo.")
@@ -56,7 +56,7 @@ class Partition(Frozen):
     max_nodes: MachineCount | None = Field(default=None, description="Largest job, in nodes; null: not checked.")
 
 
-class Partitions(Frozen):
+class Partitions(FrozenModel):
     """Which partition serves which kind of job."""
 
     gpu: Partition = Field(description="Training, fabric and environment checks.")
@@ -64,7 +64,7 @@ class Partitions(Frozen):
     debug: Partition | None = Field(default=None, description="Short checks; default: the gpu partition.")
 
 
-class NodeShape(Frozen):
+class NodeShape(FrozenModel):
     """One node of the gpu partition."""
 
     cpus: MachineCount = Field(description="CPU cores that jobs may use.")
@@ -82,7 +82,7 @@ class NodeShape(Frozen):
         return self
 
 
-class FabricFloors(Frozen):
+class FabricLimits(FrozenModel):
     """Smallest acceptable bus bandwidth of each collective at the largest size, in GB/s; null: not judged."""
 
     all_reduce_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="all_reduce.")
@@ -96,7 +96,7 @@ class FabricFloors(Frozen):
     )
 
 
-class Interconnect(Frozen):
+class Interconnect(FrozenModel):
     """The network between nodes."""
 
     kind: Literal["infiniband", "roce", "ethernet", "none"] = Field(
@@ -106,10 +106,10 @@ class Interconnect(Frozen):
     socket_interface: SlurmWord | None = Field(
         default=None, description="Interface for NCCL's and gloo's sockets, e.g. ib0."
     )
-    floors: FabricFloors = Field(default=FabricFloors(), description="What the fabric check demands.")
+    limits: FabricLimits = Field(default=FabricLimits(), description="What the fabric check demands.")
 
 
-class Software(Frozen):
+class Software(FrozenModel):
     """How a job enters the job environment; `launch.sh` does it."""
 
     kind: Literal["current", "venv", "conda", "container", "modules"] = Field(
@@ -138,7 +138,7 @@ class Software(Frozen):
         return self
 
 
-class Site(Frozen):
+class Site(FrozenModel):
     """A computing centre, or this machine."""
 
     name: Name = Field(description="Shown in plans and reports.")
@@ -161,12 +161,12 @@ class Site(Frozen):
     )
     exclusive: bool = Field(default=False, description="--exclusive.")
     requeue: bool = Field(default=True, description="Jobs may be requeued.")
-    deadline_every_s: Annotated[float, Field(ge=1)] = Field(
+    deadline_poll_interval_s: Annotated[float, Field(ge=1)] = Field(
         default=30.0, description="How often a job asks Slurm for the end of its allocation, in seconds."
     )
     checkpoint_write_gb_per_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="What all nodes together write to the storage, in GB/s; the plan compares a save with recovery.lead_s.",
+        description="What all nodes together write to the storage, in GB/s; the plan compares a save to recovery.stop_margin_s.",
     )
     sbatch_from_jobs: bool = Field(
         default=True, description="Compute nodes may call sbatch; false: no controller.sbatch is rendered."

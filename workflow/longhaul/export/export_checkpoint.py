@@ -24,7 +24,7 @@ from longhaul.export.safetensors_writer import write_shards
 from longhaul.export.sample_text import samples
 from longhaul.export.source_checkpoint import Source, open_source
 from longhaul.export.tensor_layout import ExportedTensor, export_layout, hugging_face_config, meta_model
-from longhaul.jobs.specs import ConvertJob
+from longhaul.jobs.specs import ExportSpec
 from longhaul.train.checkpoint.folders import fsync
 
 TOKENIZER_FILES = (
@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 )
 
 
-def run(job: ConvertJob) -> None:
+def run(job: ExportSpec) -> None:
     """Verifies the checkpoint, writes the folder, proves it, samples from it; job.out is written last.
 
     Raises:
@@ -118,7 +118,7 @@ def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
 
 
 def _prove(
-    job: ConvertJob, source: Source, folder: Path, tensors: list[ExportedTensor]
+    job: ExportSpec, source: Source, folder: Path, tensors: list[ExportedTensor]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The proofs and the samples, neither of which ever has more than one decoder layer in memory."""
     recorded, dtype = source.folder / "proof", DTYPES[job.dtype]
@@ -131,7 +131,7 @@ def _prove(
     return proof, _samples(job, source, exported)
 
 
-def _samples(job: ConvertJob, source: Source, exported: Exported) -> list[dict[str, Any]]:
+def _samples(job: ExportSpec, source: Source, exported: Exported) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(exported.folder, local_files_only=True)
     if job.chat and not tokenizer.chat_template:
         raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")

@@ -12,7 +12,7 @@ import jinja2
 import longhaul
 from longhaul.artifacts.files import canonical_json
 from longhaul.export.source_checkpoint import Source
-from longhaul.jobs.specs import ConvertJob
+from longhaul.jobs.specs import ExportSpec
 
 CARD = """\
 ---
@@ -58,7 +58,7 @@ The logits of {{ proof.logits.prompts }} fixed prompts ({{ proof.logits.tokens }
 """
 
 
-def provenance(job: ConvertJob, source: Source) -> dict[str, Any]:
+def provenance(job: ExportSpec, source: Source) -> dict[str, Any]:
     """Where an export comes from: the values that the card, the artefact and the report show. Holds no time or host."""
     spec = source.checkpoint.spec
     return {

@@ -10,7 +10,7 @@ from typing import Any
 from longhaul.artifacts.files import file_sha256, read_json
 from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
 from longhaul.errors import UserError
-from longhaul.jobs.specs import ConvertJob
+from longhaul.jobs.specs import ExportSpec
 
 HASHING_THREADS = 4
 ANOTHER = (
@@ -30,7 +30,7 @@ class Source:
     model_config: dict[str, Any]
 
 
-def open_source(job: ConvertJob) -> Source:
+def open_source(job: ExportSpec) -> Source:
     """Reads and verifies the checkpoint that a job exports.
 
     Raises:

@@ -7,14 +7,14 @@ from pathlib import Path
 from longhaul.artifacts.files import content_hash
 from longhaul.artifacts.schemas import Lock
 from longhaul.jobs.specs import (
-    ConvertJob,
-    EncodeJob,
-    EnvironmentJob,
-    FabricJob,
+    EncodeSpec,
+    EnvironmentSpec,
+    ExportSpec,
+    FabricSpec,
     Job,
-    StageJob,
-    TokenizeJob,
-    TokenizerJob,
+    TokenizerSpec,
+    TokenizeSpec,
+    TrainSpec,
 )
 from longhaul.planning import Plan, dataset_files, evaluation_files, model_config
 
@@ -67,7 +67,7 @@ def shared_artifacts(plan: Plan, dataset: str) -> list[str]:
     return [_survey_path(plan, dataset), *encoded] if shares > 1 else []
 
 
-def stage_environment_job(plan: Plan, name: str) -> EnvironmentJob:
+def stage_environment_job(plan: Plan, name: str) -> EnvironmentSpec:
     """The check of the nodes that a stage really got; it takes seconds."""
     stage = plan.stage(name).stage
     return _environment(plan, stage.nodes, stage.gpus_per_node, f"{results(plan)}/stages/{name}/nodes.json")
@@ -79,12 +79,12 @@ def outside_folders(told: Job) -> list[str]:
     A link's target counts too: the hub's cache consists of them. A file below / stands for itself.
     """
     match told:
-        case TokenizerJob():
+        case TokenizerSpec():
             files = [file for files in told.train_files.values() for file in files]
             read = [told.path, told.chat_template, *files]
-        case TokenizeJob():
+        case TokenizeSpec():
             read = [*told.files, *told.evaluation]
-        case StageJob():
+        case TrainSpec():
             read = [told.pretrained]
         case _:
             read = []
@@ -99,11 +99,11 @@ def _folders_of(path: Path) -> list[Path]:
     return [path, *(entry.resolve().parent for entry in sorted(path.iterdir()) if entry.is_symlink())]
 
 
-def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentJob:
+def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentSpec:
     swapped = [stage for stage in plan.stages if stage.stage.zero.on_disk]
     memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
     offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
-    return EnvironmentJob(
+    return EnvironmentSpec(
         run=plan.run,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -120,17 +120,17 @@ def _environment(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> Enviro
     )
 
 
-def _fabric(plan: Plan) -> FabricJob:
-    return FabricJob(
+def _fabric(plan: Plan) -> FabricSpec:
+    return FabricSpec(
         run=plan.run,
         nodes=plan.check_nodes,
         gpus_per_node=plan.check_gpus_per_node,
-        floors=plan.site.interconnect.floors,
+        limits=plan.site.interconnect.limits,
         out=f"{results(plan)}/fabric.json",
     )
 
 
-def _tokenizer(plan: Plan) -> TokenizerJob:
+def _tokenizer(plan: Plan) -> TokenizerSpec:
     config = plan.config
     tokenizer, train = config.tokenizer, config.tokenizer.train
     path = str(plan.loaded.resolve("tokenizer.path", tokenizer.path)) if tokenizer.path else None
@@ -138,7 +138,7 @@ def _tokenizer(plan: Plan) -> TokenizerJob:
         path = _locked(plan.lock, "tokenizer", "path")
     template = tokenizer.chat_template and str(plan.loaded.resolve("tokenizer.chat_template", tokenizer.chat_template))
     model = model_config(plan.loaded, plan.lock)
-    return TokenizerJob(
+    return TokenizerSpec(
         run=plan.run,
         path=path,
         train_vocab_size=train.vocab_size if train else None,
@@ -152,9 +152,9 @@ def _tokenizer(plan: Plan) -> TokenizerJob:
     )
 
 
-def _tokenize(plan: Plan, name: str) -> TokenizeJob:
+def _tokenize(plan: Plan, name: str) -> TokenizeSpec:
     root = plan.config.storage.data
-    return TokenizeJob(
+    return TokenizeSpec(
         run=plan.run,
         name=name,
         dataset=plan.config.datasets[name],
@@ -169,7 +169,7 @@ def _tokenize(plan: Plan, name: str) -> TokenizeJob:
     )
 
 
-def _survey(plan: Plan, name: str) -> TokenizeJob:
+def _survey(plan: Plan, name: str) -> TokenizeSpec:
     return _tokenize(plan, name).model_copy(update={"survey": None, "out": _survey_path(plan, name)})
 
 
@@ -177,22 +177,22 @@ def _survey_path(plan: Plan, name: str) -> str:
     return f"{results(plan)}/data/{name}.survey.json"
 
 
-def _encode(plan: Plan, name: str) -> EncodeJob:
+def _encode(plan: Plan, name: str) -> EncodeSpec:
     dataset, _, share = name.rpartition("-")
     own = {"out": _encoded_path(plan, dataset, int(share)), "share": int(share), "shares": plan.data_jobs(dataset)}
-    return EncodeJob.model_validate({**dict(_tokenize(plan, dataset)), **own})
+    return EncodeSpec.model_validate({**dict(_tokenize(plan, dataset)), **own})
 
 
 def _encoded_path(plan: Plan, dataset: str, share: int) -> str:
     return f"{results(plan)}/data/{dataset}.encoded-{share}-of-{plan.data_jobs(dataset)}.json"
 
 
-def _train(plan: Plan, name: str) -> StageJob:
+def _train(plan: Plan, name: str) -> TrainSpec:
     staged, config = plan.stage(name), plan.config
     stage, pretrained, root = staged.stage, config.model.pretrained, config.storage.weights
     folder = f"{results(plan)}/stages/{name}"
     start = f"{results(plan)}/stages/{stage.start_from.stage}/checkpoint.json" if stage.start_from else None
-    return StageJob(
+    return TrainSpec(
         run=plan.run,
         seed=config.seed,
         stage=stage,
@@ -227,9 +227,9 @@ def _pretrained_folder(plan: Plan) -> str | None:
     return _locked(plan.lock, "model", "path")
 
 
-def _convert(plan: Plan, name: str) -> ConvertJob:
+def _convert(plan: Plan, name: str) -> ExportSpec:
     stage = plan.stage(name).stage
-    return ConvertJob(
+    return ExportSpec(
         run=plan.run,
         stage=name,
         checkpoint=f"{results(plan)}/stages/{name}/checkpoint.json",

@@ -20,7 +20,7 @@ from longhaul.config.package_data import data_root
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.jobs.builders import job_names, outside_folders, payload, stage_environment_job
-from longhaul.jobs.specs import Job, LaunchJob, LaunchStep, StageJob, TokenizeJob, TokenizerJob
+from longhaul.jobs.specs import Job, LaunchSpec, LaunchStep, TokenizerSpec, TokenizeSpec, TrainSpec
 from longhaul.planning import Plan, StagePlan
 from longhaul.planning.deepspeed_config import deepspeed_sections
 from longhaul.planning.slurm_request import SlurmRequest
@@ -90,7 +90,7 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
     request = plan.request(f"train-{name}")
     title = f"longhaul {plan.run}: stage {name}"
     one_per_node = SlurmRequest(**{**vars(request), "tasks_per_node": 1, "cpus_per_task": 1})
-    told, check = cast(StageJob, payload(plan, f"train-{name}")), stage_environment_job(plan, name)
+    told, check = cast(TrainSpec, payload(plan, f"train-{name}")), stage_environment_job(plan, name)
     steps = [
         _step("The nodes this stage really got", plan, one_per_node, "environment", folder / "environment.json", check),
         _step("Training", plan, request, "train", folder / "stage.json", told),
@@ -98,7 +98,7 @@ def render_stage(plan: Plan, name: str, workdir: Path) -> Rendered:
     inputs = [folder / "stage.json", folder / "ds_config.json", told.data, told.start_checkpoint]
     supervised = _supervised(plan, f"train-{name}", request, folder, steps, inputs)
     supervised = supervised.model_copy(
-        update={"restarts": stage.stage.recovery.restarts, "checkpoints": told.weights_root}
+        update={"max_restarts": stage.stage.recovery.max_restarts, "checkpoints": told.weights_root}
     )
     return Rendered(
         {
@@ -133,9 +133,9 @@ def render_job(plan: Plan, job: str, workdir: Path) -> Rendered:
 
 def _made_from(told: Job) -> tuple[list[str | None], tuple[str, ...]]:
     """Small texts and data files that a job reads: who mends one of them may have the job tried again."""
-    if isinstance(told, TokenizeJob):
+    if isinstance(told, TokenizeSpec):
         return [told.tokenizer, told.survey, *told.parts.values()], (*told.files, *told.evaluation)
-    if isinstance(told, TokenizerJob):
+    if isinstance(told, TokenizerSpec):
         return [told.chat_template], tuple(itertools.chain.from_iterable(told.train_files.values()))
     return [], ()
 
@@ -148,16 +148,16 @@ def _supervised(
     steps: list[LaunchStep],
     inputs: list[Path | str | None],
     data: tuple[str, ...] = (),
-) -> LaunchJob:
-    return LaunchJob(
+) -> LaunchSpec:
+    return LaunchSpec(
         run=plan.run,
         name=job,
         folder=str(folder),
         slurm=plan.site.scheduler == "slurm",
         nodes=request.nodes,
         requeue=plan.site.requeue,
-        restarts=0,
-        deadline_every_s=plan.site.deadline_every_s,
+        max_restarts=0,
+        deadline_poll_interval_s=plan.site.deadline_poll_interval_s,
         steps=tuple(steps),
         inputs=tuple(str(path) for path in (folder / "launch.json", QUARANTINE, *inputs) if path),
         data=data,

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from longhaul.artifacts.files import write_text
 from longhaul.config.dataset_config import Dataset
-from longhaul.config.field_types import Frozen
+from longhaul.config.field_types import FrozenModel
 from longhaul.config.run_config import Checks, Stage, Trackers
-from longhaul.config.site_config import FabricFloors
+from longhaul.config.site_config import FabricLimits
 from longhaul.errors import UserError
 
 
-class Job(Frozen):
+class Job(FrozenModel):
     """Reads and writes itself."""
 
     run: str
@@ -39,14 +39,14 @@ class Job(Frozen):
             raise UserError(f"{path} is not a complete {cls.__name__}: {error}", "delete it and run again") from None
 
 
-class LaunchStep(Frozen):
+class LaunchStep(FrozenModel):
     """One command of a job, as words; no shell reads them."""
 
     title: str
     command: tuple[str, ...]
 
 
-class LaunchJob(Job):
+class LaunchSpec(Job):
     """What launch.sh becomes: a supervisor around the steps of a job, which checks, restarts and queues again."""
 
     name: str  # train-<stage>, tokenize-<dataset>, …
@@ -54,8 +54,8 @@ class LaunchJob(Job):
     slurm: bool
     nodes: int
     requeue: bool  # the job may put itself back into the queue
-    restarts: int  # crashes without progress that are followed by a restart in place
-    deadline_every_s: float  # how often Slurm is asked for the end of the allocation
+    max_restarts: int  # crashes without progress that are followed by a restart in place
+    deadline_poll_interval_s: float  # how often Slurm is asked for the end of the allocation
     steps: tuple[LaunchStep, ...]
     inputs: tuple[str, ...]  # texts that a permanent failure depends on, and
     data: tuple[str, ...]  # files that it depends on, too large to be read for it
@@ -63,7 +63,7 @@ class LaunchJob(Job):
     quarantine: str  # results/quarantine.json
 
 
-class EnvironmentJob(Job):
+class EnvironmentSpec(Job):
     """Checks the nodes it runs on: one process per node."""
 
     nodes: int
@@ -80,16 +80,16 @@ class EnvironmentJob(Job):
     out: str  # results/<run>/environment.json
 
 
-class FabricJob(Job):
+class FabricSpec(Job):
     """Measures collectives between all ranks of its allocation."""
 
     nodes: int
     gpus_per_node: int
-    floors: FabricFloors
+    limits: FabricLimits
     out: str  # results/<run>/fabric.json
 
 
-class TokenizerJob(Job):
+class TokenizerSpec(Job):
     """Loads or trains the tokenizer."""
 
     path: str | None  # folder with tokenizer.json, or
@@ -103,7 +103,7 @@ class TokenizerJob(Job):
     out: str  # results/<run>/tokenizer.json
 
 
-class TokenizeJob(Job):
+class TokenizeSpec(Job):
     """Turns one dataset into token shards."""
 
     name: str
@@ -118,14 +118,14 @@ class TokenizeJob(Job):
     out: str  # results/<run>/data/<dataset>.json; the job that surveys writes the survey there
 
 
-class EncodeJob(TokenizeJob):
+class EncodeSpec(TokenizeSpec):
     """Makes a share of a dataset's units."""
 
     share: int  # 1 … shares
     shares: int
 
 
-class StageJob(Job):
+class TrainSpec(Job):
     """Trains one stage: one process per rank."""
 
     seed: int
@@ -151,7 +151,7 @@ class StageJob(Job):
     scratch: str | None
 
 
-class ConvertJob(Job):
+class ExportSpec(Job):
     """Exports and proves one checkpoint of one stage."""
 
     stage: str

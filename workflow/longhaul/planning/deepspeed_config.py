@@ -13,7 +13,7 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
     """DeepSpeed's config of a stage. Every key is one that the pinned DeepSpeed reads (a test asks it)."""
     stage = plan.stage
     sections: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": stage.micro_batch,
+        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         # DeepSpeed clips at 1.0 when this is not written.
         "gradient_clipping": stage.optimizer.gradient_clipping,
@@ -29,14 +29,14 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
     if stage.precision == "bf16":
         sections["bf16"] = {"enabled": True}
     if stage.precision == "fp16":
-        scale = stage.loss_scale
+        scale = stage.fp16
         sections["fp16"] = {
             "enabled": True,
-            "loss_scale": scale.static,
-            "initial_scale_power": scale.initial_power,
-            "loss_scale_window": scale.window_steps,
+            "loss_scale": scale.loss_scale,
+            "initial_scale_power": scale.initial_scale_power,
+            "loss_scale_window": scale.loss_scale_window,
             "hysteresis": scale.hysteresis,
-            "min_loss_scale": scale.min_scale,
+            "min_loss_scale": scale.min_loss_scale,
         }
     return sections
 
@@ -79,8 +79,8 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
         # A gathered tensor keeps its buffer until it is let go: with DeepSpeed's defaults, which keep a billion elements and
         # gather fifty million ahead, a larger model runs out of buffers in its first step.
         section |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
-    if zero.hierarchical_partition > 1:
-        section["zero_hpz_partition_size"] = zero.hierarchical_partition
+    if zero.zero_hpz_partition_size > 1:
+        section["zero_hpz_partition_size"] = zero.zero_hpz_partition_size
     names = ["reduce_bucket_size"]
     names += (
         [

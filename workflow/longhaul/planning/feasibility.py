@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from longhaul.config.dataset_config import Dataset
-from longhaul.config.model_size import Geometry
+from longhaul.config.model_size import ModelSize
 from longhaul.config.run_config import Config, Parallel, Stage, Storage
 from longhaul.config.site_config import Partition, Site
 from longhaul.errors import UserError
@@ -17,17 +17,17 @@ _FILES_PER_UNIT = 9  # bin, idx and mask of two splits, keys, record, folder
 
 
 def accumulation(stage: Stage, data_parallel: int) -> int:
-    per_pass = stage.micro_batch * data_parallel
-    if stage.global_batch % per_pass:
+    per_pass = stage.micro_batch_size * data_parallel
+    if stage.global_batch_size % per_pass:
         raise UserError(
-            f"stages.{stage.name}: global_batch {stage.global_batch} is not a multiple of micro_batch "
-            f"{stage.micro_batch} x data parallel {data_parallel} = {per_pass}",
-            f"use a global_batch of {max(1, stage.global_batch // per_pass) * per_pass}, or another micro_batch",
+            f"stages.{stage.name}: global_batch_size {stage.global_batch_size} is not a multiple of micro_batch_size "
+            f"{stage.micro_batch_size} x data parallel {data_parallel} = {per_pass}",
+            f"use a global_batch_size of {max(1, stage.global_batch_size // per_pass) * per_pass}, or another micro_batch_size",
         )
-    return stage.global_batch // per_pass
+    return stage.global_batch_size // per_pass
 
 
-def check_vocabulary(config: Config, sizes: Geometry) -> None:
+def check_vocabulary(config: Config, sizes: ModelSize) -> None:
     train = config.tokenizer.train
     if train and train.vocab_size > sizes.vocab_size:
         raise UserError(
@@ -64,9 +64,9 @@ def check_precision(stage: Stage, site: Site) -> None:
             "to other numbers",
             "set zero.stage to 1",
         )
-    if stage.precision == "fp16" and stage.sequence_balance_weight:
+    if stage.precision == "fp16" and stage.sequence_aux_loss_coef:
         raise UserError(
-            f"stages.{stage.name}: sequence_balance_weight {stage.sequence_balance_weight:g} with fp16 is not proved here",
+            f"stages.{stage.name}: sequence_aux_loss_coef {stage.sequence_aux_loss_coef:g} with fp16 is not proved here",
             "use bf16 or fp32",
         )
 
@@ -154,25 +154,25 @@ def _check_minutes(key: str, minutes: int, partition: Partition | None) -> None:
         )
 
 
-def checkpoint_bytes(stage: Stage, sizes: Geometry) -> int:
+def checkpoint_bytes(stage: Stage, sizes: ModelSize) -> int:
     """Of one save: fp32 masters, two moments, and the weights in compute precision."""
     return (12 + COMPUTE_BYTES[stage.precision]) * sizes.total
 
 
 def check_lead(stage: Stage, save_bytes: int, site: Site) -> str:
     """A warning, or ""; refuses an allocation that ends before a save could."""
-    where, lead_s = f"stages.{stage.name}", stage.recovery.lead_s
+    where, stop_margin_s = f"stages.{stage.name}", stage.recovery.stop_margin_s
     save_s = save_bytes / (site.checkpoint_write_gb_per_s * 1e9) if site.checkpoint_write_gb_per_s else 0.0
-    if save_s + lead_s >= 60 * stage.minutes:
+    if save_s + stop_margin_s >= 60 * stage.minutes:
         raise UserError(
             f"{where}.minutes {stage.minutes}: a save of {save_bytes / 1e9:.1f} GB takes about {save_s:.0f} s, and "
-            f"recovery.lead_s is {lead_s:g}: nothing that is trained could be saved",
-            "give the stage more minutes, or lower recovery.lead_s",
+            f"recovery.stop_margin_s is {stop_margin_s:g}: nothing that is trained could be saved",
+            "give the stage more minutes, or lower recovery.stop_margin_s",
         )
-    if save_s > lead_s:
+    if save_s > stop_margin_s:
         return (
-            f"{where}: a save of {save_bytes / 1e9:.1f} GB takes about {save_s:.0f} s, longer than recovery.lead_s "
-            f"{lead_s:g}: until one was measured, the end of an allocation may cut it off"
+            f"{where}: a save of {save_bytes / 1e9:.1f} GB takes about {save_s:.0f} s, longer than recovery.stop_margin_s "
+            f"{stop_margin_s:g}: until one was measured, the end of an allocation may cut it off"
         )
     return ""
 
@@ -193,7 +193,7 @@ def _check_size(where: str, nodes: int, gpus_per_node: int, site: Site, partitio
         raise UserError(f"{where}.nodes {nodes}: site {site.name} allows {most}", f"use at most {most} nodes")
 
 
-def check_positions(stage: Stage, sizes: Geometry) -> None:
+def check_positions(stage: Stage, sizes: ModelSize) -> None:
     if stage.sequence_length > sizes.positions:
         raise UserError(
             f"stages.{stage.name}.sequence_length {stage.sequence_length} exceeds the model's "
@@ -237,14 +237,14 @@ def check_inodes(stage: Stage, files: int, site: Site) -> None:
 
 def check_unit_files(name: str, dataset: Dataset, sizes_bytes: Sequence[int], site: Site) -> None:
     """Files of a dataset's work units: small sources taken together."""
-    unit_bytes = dataset.unit_mb * 1e6
+    unit_bytes = dataset.chunk_mb * 1e6
     large = sum(math.ceil(size / unit_bytes) for size in sizes_bytes if size >= unit_bytes)
     units = large + math.ceil(sum(size for size in sizes_bytes if size < unit_bytes) / unit_bytes)
     files = units * _FILES_PER_UNIT
     if site.inode_limit and files > site.inode_limit:
-        unit_mb = math.ceil(dataset.unit_mb * files / site.inode_limit)
+        chunk_mb = math.ceil(dataset.chunk_mb * files / site.inode_limit)
         raise UserError(
-            f"datasets.{name}: {units} work units of {dataset.unit_mb:g} MB are up to {files} files, more than site "
+            f"datasets.{name}: {units} work units of {dataset.chunk_mb:g} MB are up to {files} files, more than site "
             f"{site.name}'s inode_limit {site.inode_limit}",
-            f"set unit_mb to {unit_mb} or more",
+            f"set chunk_mb to {chunk_mb} or more",
         )

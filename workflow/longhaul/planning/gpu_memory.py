@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from longhaul.config.model_size import Geometry, stage_layers
+from longhaul.config.model_size import ModelSize, stage_layers
 from longhaul.config.run_config import Stage
 
 GIB = 2**30
@@ -65,7 +65,7 @@ class Memory:
         return {key: round(value / GIB, 3) for key, value in {**asdict(self), "total": self.total}.items()}
 
 
-def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
+def estimate(stage: Stage, sizes: ModelSize, world_size: int) -> Memory:
     """Memory of the fullest rank. Model states as in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3).
 
     That is not always the one with the most parameters: ZeRO partitions experts over fewer ranks than the rest.
@@ -74,7 +74,7 @@ def estimate(stage: Stage, sizes: Geometry, world_size: int) -> Memory:
     return max(found, key=lambda memory: (memory.total, memory.host))
 
 
-def _of_pipeline_stage(stage: Stage, sizes: Geometry, world_size: int, dense: int, experts: int) -> Memory:
+def _of_pipeline_stage(stage: Stage, sizes: ModelSize, world_size: int, dense: int, experts: int) -> Memory:
     """Of a rank that holds so many parameters: all but routed experts, and routed experts."""
     parallel = stage.parallel
     data_parallel = world_size // (parallel.tensor * parallel.pipeline)
@@ -101,7 +101,7 @@ def _of_pipeline_stage(stage: Stage, sizes: Geometry, world_size: int, dense: in
     )
 
 
-def _held_parameters(stage: Stage, sizes: Geometry) -> Iterator[tuple[int, int]]:
+def _held_parameters(stage: Stage, sizes: ModelSize) -> Iterator[tuple[int, int]]:
     """(all but routed experts, routed experts) that a rank of each stage of the pipeline holds."""
     parallel = stage.parallel
     for ends, dense, mixtures in _stages(stage, sizes):
@@ -111,7 +111,7 @@ def _held_parameters(stage: Stage, sizes: Geometry) -> Iterator[tuple[int, int]]
         yield whole + split // parallel.tensor, experts
 
 
-def _stages(stage: Stage, sizes: Geometry) -> Iterator[tuple[int, int, int]]:
+def _stages(stage: Stage, sizes: ModelSize) -> Iterator[tuple[int, int, int]]:
     """(parameters outside the layers, dense layers, mixtures) of each stage of a pipeline."""
     stages = stage.parallel.pipeline
     # A tied head is the embedding once more.
@@ -126,9 +126,9 @@ def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, 
     """(weights, gradients, optimizer, host, disk) in bytes; ZeRO >= 1 keeps fp32 masters beside the two moments."""
     zero, width = stage.zero, COMPUTE_BYTES[stage.precision]
     weights = width * parameters // (ranks if zero.stage == 3 else 1)
-    if zero.hierarchical_partition > 1:
+    if zero.zero_hpz_partition_size > 1:
         # A second copy, which stays (ds_secondary_tensor).
-        weights += width * parameters // zero.hierarchical_partition
+        weights += width * parameters // zero.zero_hpz_partition_size
     gradients = width * parameters // (ranks if zero.stage >= 2 else 1)
     optimizer = 12 * parameters // ranks if zero.stage >= 1 else 8 * parameters
     host = disk = 0
@@ -145,7 +145,7 @@ def _model_states(stage: Stage, parameters: int, ranks: int) -> tuple[int, int, 
     return weights, gradients, optimizer, host, disk
 
 
-def _swap_buffers(stage: Stage, sizes: Geometry, partition: int, ranks: int) -> int:
+def _swap_buffers(stage: Stage, sizes: ModelSize, partition: int, ranks: int) -> int:
     """Of a partition's largest sub-group, which ends with the parameter that fills it, and of weights that come and go."""
     size = SWAP_GROUP if stage.zero.offload_optimizer == "nvme" else _DEFAULT_GROUP
     group, found = min(partition, size + max(sizes.embedding, sizes.layer_max) // ranks), 0
@@ -158,7 +158,7 @@ def _swap_buffers(stage: Stage, sizes: Geometry, partition: int, ranks: int) -> 
     return found
 
 
-def swap_param_elements(sizes: Geometry, ranks: int) -> int:
+def swap_param_elements(sizes: ModelSize, ranks: int) -> int:
     """What a buffer must hold of weights on a disk: a rank's part of the largest tensor."""
     return -(-sizes.tensor_max // ranks)
 
@@ -171,7 +171,7 @@ def _update(stage: Stage, parameters: int, ranks: int) -> int:
     return (width + (0 if width == 4 else 4)) * parameters // ranks
 
 
-def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
+def _gathered(stage: Stage, sizes: ModelSize, ranks: int, held: int) -> int:
     """ZeRO-3 has at least the layer at work in one piece, and prefetches up to DeepSpeed's stage3_max_live_parameters.
 
     Weights on a disk are neither prefetched nor kept: deepspeed_config.py says why.
@@ -190,10 +190,10 @@ def _gathered(stage: Stage, sizes: Geometry, ranks: int, held: int) -> int:
     return COMPUTE_BYTES[stage.precision] * max(layer, kept)
 
 
-def _activations(stage: Stage, sizes: Geometry) -> tuple[int, int]:
+def _activations(stage: Stage, sizes: ModelSize) -> tuple[int, int]:
     """(on the GPU, on the host) in bytes: what layers keep for the backward pass, beside all of the one that is at work."""
     parallel, width = stage.parallel, COMPUTE_BYTES[stage.precision]
-    tokens = stage.micro_batch * stage.sequence_length // parallel.sequence
+    tokens = stage.micro_batch_size * stage.sequence_length // parallel.sequence
     # The first stage of a 1F1B pipeline holds as many micro batches as there are stages, of its share of the layers.
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
     # A norm keeps its input in fp32, and what it multiplies by its weight; tensor parallelism does not split it.
@@ -218,17 +218,17 @@ def _repeats_heads(stage: Stage) -> bool:
 
 def _mask(stage: Stage) -> int:
     """Packed conversations do not see each other: a boolean for each pair of positions, which attention adds as a number."""
-    pairs = stage.micro_batch * stage.sequence_length**2
+    pairs = stage.micro_batch_size * stage.sequence_length**2
     return pairs * (1 + COMPUTE_BYTES[stage.precision]) if stage.kind == "sft" else 0
 
 
-def _logits(stage: Stage, sizes: Geometry) -> int:
+def _logits(stage: Stage, sizes: ModelSize) -> int:
     """A chunk's logits, as they come, in fp32 and their softmax; the head's two gradients, made on the way forward.
 
     Of several chunks the weight's gradient is summed in fp32; the products, and in the end the sum, are there in the stage's
     precision, too, when the fp32 logits are gone.
     """
-    tokens = stage.micro_batch * stage.sequence_length // stage.parallel.sequence
+    tokens = stage.micro_batch_size * stage.sequence_length // stage.parallel.sequence
     width = COMPUTE_BYTES[stage.precision]
     vocabulary = sizes.vocab_size // stage.parallel.tensor
     rows = min(tokens, LOSS_CHUNK_TOKENS)

@@ -84,8 +84,8 @@ def bubble_warning(stage: Stage, micro_batches: int) -> str | None:
     enough = -(-(stage.parallel.pipeline - 1) * round(1 - BUBBLE_LIMIT, 6) // BUBBLE_LIMIT)
     return (
         f"stages.{stage.name}: {stage.parallel.pipeline} pipeline stages over {micro_batches} micro batches idle for "
-        f"{idle:.0%} of a step; {enough:.0f} micro batches a step would bring that to {BUBBLE_LIMIT:.0%}: raise global_batch, "
-        "or lower micro_batch or parallel.pipeline"
+        f"{idle:.0%} of a step; {enough:.0f} micro batches lower that to {BUBBLE_LIMIT:.0%}: raise global_batch_size, "
+        "or lower micro_batch_size or parallel.pipeline"
     )
 
 
@@ -106,7 +106,7 @@ def _check_zero(stage: Stage) -> None:
 
 
 def _check_hierarchy(stage: Stage) -> None:
-    ways, where = stage.zero.hierarchical_partition, f"stages.{stage.name}.zero.hierarchical_partition"
+    ways, where = stage.zero.zero_hpz_partition_size, f"stages.{stage.name}.zero.zero_hpz_partition_size"
     if ways == 1:
         return
     if stage.zero.stage < 3:

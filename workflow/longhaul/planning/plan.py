@@ -13,7 +13,7 @@ from typing import Any
 
 from longhaul.artifacts.schemas import Lock
 from longhaul.config.load import LoadedConfig
-from longhaul.config.model_size import Geometry, geometry
+from longhaul.config.model_size import ModelSize, geometry
 from longhaul.config.run_config import Config, Stage
 from longhaul.config.site_config import Site
 from longhaul.planning import allocations as requests
@@ -171,11 +171,11 @@ def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     return plan
 
 
-def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: Geometry | None, model: dict[str, Any] | None) -> StagePlan:
+def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, model: dict[str, Any] | None) -> StagePlan:
     world_size = stage.nodes * stage.gpus_per_node
     ranks = sample_ranks(stage, world_size)
     exportable = () if stage.export == "none" else (stage.export,)
-    tokens_per_step = stage.global_batch * stage.sequence_length
+    tokens_per_step = stage.global_batch_size * stage.sequence_length
     steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
     check_schedule(stage, steps)
     check_precision(stage, loaded.site)

@@ -24,14 +24,14 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
         "from": stage.start_from.model_dump() if stage.start_from else None,
         "steps": steps,
         "restart": stage.restart,
-        "global_batch": stage.global_batch,
+        "global_batch_size": stage.global_batch_size,
         "sequence_length": stage.sequence_length,
         "optimizer": stage.optimizer.model_dump(mode="json"),
         "schedule": stage.schedule.model_dump(mode="json"),
         "precision": stage.precision,
-        "loss_scale": stage.loss_scale.model_dump(mode="json") if stage.precision == "fp16" else None,
-        "expert_bias_rate": stage.expert_bias_rate,
-        "sequence_balance_weight": stage.sequence_balance_weight,
+        "fp16": stage.fp16.model_dump(mode="json") if stage.precision == "fp16" else None,
+        "router_bias_update_rate": stage.router_bias_update_rate,
+        "sequence_aux_loss_coef": stage.sequence_aux_loss_coef,
         "communication": stage.communication.model_dump(mode="json"),
     }
 

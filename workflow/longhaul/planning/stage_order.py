@@ -98,10 +98,10 @@ def check_best(config: Config, stage: Stage) -> None:
     wants_best = {s.start_from.stage for s in config.stages if s.start_from and s.start_from.checkpoint == "best"}
     if stage.name not in wants_best and stage.export != "best":
         return
-    if config.datasets[stage.dataset].validation_share == 0:
+    if config.datasets[stage.dataset].validation_fraction == 0:
         raise UserError(
-            f"stages.{stage.name}: its best checkpoint is asked for, but {stage.dataset} has validation_share 0",
-            "set a validation_share, or ask for the last checkpoint",
+            f"stages.{stage.name}: its best checkpoint is asked for, but {stage.dataset} has validation_fraction 0",
+            "set a validation_fraction, or ask for the last checkpoint",
         )
     if stage.checkpoints.keep_best == 0:
         raise UserError(

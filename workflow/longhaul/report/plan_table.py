@@ -39,8 +39,8 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "steps": planned.steps,
         "tokens": planned.tokens,
         "sequence_length": stage.sequence_length,
-        "global_batch": stage.global_batch,
-        "micro_batch": stage.micro_batch,
+        "global_batch_size": stage.global_batch_size,
+        "micro_batch_size": stage.micro_batch_size,
         "accumulation": planned.accumulation,
         "data_parallel": planned.data_parallel,
         "nodes": stage.nodes,
@@ -102,7 +102,9 @@ def print_plan(plan: Plan) -> None:
 
 
 def _stage_lines(rows: list[Row]) -> list[list[str]]:
-    batch = [f"{r['global_batch']} = {r['micro_batch']} x {r['accumulation']} x {r['data_parallel']}" for r in rows]
+    batch = [
+        f"{r['global_batch_size']} = {r['micro_batch_size']} x {r['accumulation']} x {r['data_parallel']}" for r in rows
+    ]
     lines = [["global batch = micro x accumulation x data parallel", *batch]]
     keys = [
         "layout",

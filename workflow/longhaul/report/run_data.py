@@ -94,7 +94,7 @@ def _stage(folder: Path, row: dict[str, Any], data: dict[str, DataManifest]) -> 
     checkpoint = Checkpoint.read(folder / "stages" / row["name"] / "checkpoint.json")
     weights = Path(checkpoint.weights)
     metrics, skipped = read_metrics(weights / "metrics.jsonl"), weights / "skipped.json"
-    lines = (weights / "legs.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (weights / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
     return StageRecord(
         name=row["name"],
         kind=row["kind"],

@@ -38,7 +38,7 @@ def failure_of(error: BaseException, rank: Rank) -> Failure:
         remedy = "free space or raise the quota; the next run goes on from the last complete checkpoint"
         return failure(PERMANENT, f"disk full: {error}", remedy, tail, **_wanted_space(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        remedy = "lower micro_batch, raise zero.stage, set activation_checkpointing to full, or offload"
+        remedy = "lower micro_batch_size, raise zero.stage, set activation_checkpointing to full, or offload"
         return failure(PERMANENT, "out of memory", remedy, tail)
     return failure(TRANSIENT, f"{type(error).__name__}: {first_line(error)}", "", tail)
 

@@ -22,9 +22,9 @@ _KEY = "longhaul/beat"
 class Heartbeat:
     """Beats and watches for the length of a `with` block; does nothing for one process alone."""
 
-    def __init__(self, rank: Rank, folder: Path, hang_s: float) -> None:
-        self._rank, self._folder, self._hang_s = rank, folder, hang_s
-        self._every_s = min(5.0, hang_s / 5)
+    def __init__(self, rank: Rank, folder: Path, heartbeat_timeout_s: float) -> None:
+        self._rank, self._folder, self._hang_s = rank, folder, heartbeat_timeout_s
+        self._every_s = min(5.0, heartbeat_timeout_s / 5)
         self._answered = time.monotonic()
         self._stopped = threading.Event()
 
@@ -72,7 +72,7 @@ class Heartbeat:
 
     def _end(self, names: str, rank: int, host: str) -> None:
         cause = f"{names} on {host} has not been heard of for {self._hang_s:g} s"
-        remedy = "look at that node; if it only computes that long, raise recovery.hang_s"
+        remedy = "look at that node; if it only computes that long, raise recovery.heartbeat_timeout_s"
         print(f"{self._rank.host}: {cause}", file=sys.stderr, flush=True)
         Failure(NODE, cause, remedy, host=host, rank=rank).write(
             self._folder / "failures" / f"heard-by-{self._rank.rank:05d}.json"
@@ -83,14 +83,14 @@ class Heartbeat:
 class Watch:
     """Since when each rank's count has stood still, on the watcher's own clock."""
 
-    def __init__(self, world_size: int, hang_s: float) -> None:
-        self._hang_s = hang_s
+    def __init__(self, world_size: int, heartbeat_timeout_s: float) -> None:
+        self._hang_s = heartbeat_timeout_s
         self._counts: dict[int, bytes] = {}
         self._since: dict[int, float] = {}
         self._world_size = world_size
 
     def silent(self, counts: dict[int, bytes], now_s: float) -> list[int]:
-        """Ranks whose count has not changed for `hang_s`; one that never counted is given the time from the first look."""
+        """Ranks whose count has not changed for `heartbeat_timeout_s`, counted from the first look."""
         for rank in range(self._world_size):
             if rank not in self._since or counts.get(rank) != self._counts.get(rank):
                 self._since[rank] = now_s

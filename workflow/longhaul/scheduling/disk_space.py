@@ -14,7 +14,7 @@ RECORDS_BYTES = 1 << 20
 """What must be free for jobs to start and to say how they ended: plans, job files, logs."""
 
 
-def require_room(folder: Path) -> None:
+def require_free_space(folder: Path) -> None:
     """Raises DiskFull when RECORDS_BYTES cannot be written to `folder`.
 
     It is tried, as the free space that a file system states says nothing of a quota.
@@ -46,6 +46,6 @@ def call_off() -> None:
 
 def _tell(folder: Path) -> None:
     try:
-        require_room(folder)
+        require_free_space(folder)
     except DiskFull as full:
         print(f"error: logs may be empty or cut short: {full}", file=sys.stderr, flush=True)

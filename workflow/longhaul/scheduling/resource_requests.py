@@ -10,7 +10,7 @@ from longhaul.artifacts.job_state import Failure, invocation, launch_key, read_f
 from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.errors import UserError
 from longhaul.jobs.launch_files import QUARANTINE, job_folder, stage_folder
-from longhaul.jobs.specs import LaunchJob
+from longhaul.jobs.specs import LaunchSpec
 from longhaul.planning import Plan, partition_for
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling.slurm_client import too_few_nodes
@@ -50,7 +50,7 @@ def final_failure(folder: Path) -> Failure | None:
     if failure is None:
         return None
     try:
-        job = LaunchJob.read(folder / "launch.json")
+        job = LaunchSpec.read(folder / "launch.json")
     except UserError:
         return None
     key, run = launch_key(job.inputs, job.data), folder.parents[1]

@@ -31,7 +31,7 @@ def _restart_times(job: Any, usual: int) -> int:
     return 0 if folder and final_failure(folder) else usual
 
 
-def require_hope(jobs: Iterable[Any]) -> None:
+def refuse_known_failures(jobs: Iterable[Any]) -> None:
     """Raises UserError with the stored reason when a job that is to be run would only fail again.
 
     jobs: Snakemake's, of this run's rules.

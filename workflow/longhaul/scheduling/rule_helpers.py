@@ -23,7 +23,7 @@ from longhaul.jobs.builders import payload
 from longhaul.jobs.launch_files import rendered_run
 from longhaul.planning import Plan, lock_path, make_plan
 from longhaul.planning.slurm_request import RESOURCE_KEYS
-from longhaul.scheduling.disk_space import require_room
+from longhaul.scheduling.disk_space import require_free_space
 
 __all__ = [
     "RESOURCE_KEYS",
@@ -72,7 +72,7 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     _check_deployment(workflow)
     existing = _check_results_folder(Path("results"))
     if workflow.is_main_process:
-        require_room(existing)
+        require_free_space(existing)
     loaded = load_config(config)
     if workflow.is_main_process:
         _check_executor(loaded.site)
@@ -157,14 +157,14 @@ def order_only(paths: list[str]) -> list[Any]:
 def ignore_order_only_inputs() -> None:
     """Snakemake runs a job again when its set of inputs is another one, and knows no exception. Patches what it compares."""
     compared: Any = PersistenceBase._input
-    if hasattr(compared, "unmended"):
+    if hasattr(compared, "unpatched"):
         return
 
     def without_order_only(persistence: Any, job: Any) -> list[str]:
         passed_over = {str(path) for path in job.input if is_flagged(path, _ORDER_ONLY)}
         return [path for path in compared(persistence, job) if path not in passed_over]
 
-    without_order_only.unmended = compared  # pyright: ignore[reportFunctionMemberAccess]
+    without_order_only.unpatched = compared  # pyright: ignore[reportFunctionMemberAccess]
     PersistenceBase._input = without_order_only  # pyright: ignore[reportAttributeAccessIssue]
 
 

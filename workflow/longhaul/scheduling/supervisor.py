@@ -40,7 +40,7 @@ from longhaul.artifacts.job_state import (
 )
 from longhaul.artifacts.quarantine import quarantine, read_quarantine
 from longhaul.errors import UserError
-from longhaul.jobs.specs import LaunchJob
+from longhaul.jobs.specs import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.deadline import DeadlineKeeper
 from longhaul.scheduling.slurm_client import JobInfo, SlurmSilentError
@@ -50,7 +50,7 @@ _SLURM_BACK_S = 600.0
 _REQUEUE_S = 300.0
 
 
-def run(job: LaunchJob) -> None:
+def run(job: LaunchSpec) -> None:
     """Ends when the job is done; SystemExit(1) when Snakemake must know that it is not, with the reason printed and kept."""
     Supervisor(job).run()
 
@@ -58,7 +58,7 @@ def run(job: LaunchJob) -> None:
 class Supervisor:
     """One job in one allocation, or on this machine where there is no Slurm."""
 
-    def __init__(self, job: LaunchJob) -> None:
+    def __init__(self, job: LaunchSpec) -> None:
         self.job, self.folder = job, Path(job.folder)
         self.job_id = os.environ.get("SLURM_JOB_ID") if job.slurm else None
         self.key, self.invocation = launch_key(job.inputs, job.data), invocation(Path("results"), job.run)
@@ -140,10 +140,11 @@ class Supervisor:
             self._end_if_over(failure)
             crashes = 1 if self._progress() > reached else crashes + 1
             reached = self._progress()
-            if crashes > self.job.restarts:
+            if crashes > self.job.max_restarts:
                 self._fail_after(crashes, failure)
             print(
-                f"{failure.told()}\nrestarted in place ({crashes} of {self.job.restarts} without progress)", flush=True
+                f"{failure.told()}\nrestarted in place ({crashes} of {self.job.max_restarts} without progress)",
+                flush=True,
             )
             self._event("restarted", failure.cause)
 
@@ -281,7 +282,7 @@ class Supervisor:
         sys.exit(1)
 
     def _fail_after(self, crashes: int, failure: Failure) -> NoReturn:
-        if self.job.restarts:
+        if self.job.max_restarts:
             cause = f"{crashes} crashes without a new checkpoint, the last one: {failure.cause}"
             remedy = failure.remedy or f"look into the log; then: longhaul retry {self.folder}"
             failure = replace(failure, failure_class=PERMANENT, cause=cause, remedy=remedy)
@@ -328,7 +329,7 @@ class Supervisor:
 
     def _deadline(self):
         return (
-            DeadlineKeeper(str(self.job_id), self.folder, self.job.deadline_every_s)
+            DeadlineKeeper(str(self.job_id), self.folder, self.job.deadline_poll_interval_s)
             if self.job.slurm
             else nullcontext()
         )

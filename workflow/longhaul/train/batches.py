@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from longhaul.data.sampling.samples import Sample, Samples, batch_of_step
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train.checkpoint.training_state import TrainingState
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class Prefetcher:
     When the state did not move on by one step, because a batch is skipped or steps are done again, it reads anew.
     """
 
-    def __init__(self, samples: Samples | None, job: StageJob, processes: Processes, state: TrainingState) -> None:
+    def __init__(
+        self, samples: Samples | None, job: TrainSpec, processes: DistributedContext, state: TrainingState
+    ) -> None:
         if samples is None:
             raise ValueError("a stage trains on a split that has documents")
-        self._samples, self._job, self._share, self._state = samples, job, processes.grid.sample_rank, state
+        self._samples, self._job, self._share, self._state = samples, job, processes.dims.sample_rank, state
         self._device = processes.device
 
     def __iter__(self) -> Iterator[Batch]:
@@ -104,8 +106,8 @@ class Prefetcher:
 
     def _read(self, number: int) -> Batch:
         stage = self._job.stage
-        ids = self._samples.ids(number, stage.global_batch)
-        mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch)[:, self._share]
+        ids = self._samples.ids(number, stage.global_batch_size)
+        mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch_size)[:, self._share]
         micro_batches = [collate(self._samples, row, self._device.type == "cuda") for row in mine]
         return Batch(number, ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
 
@@ -126,12 +128,12 @@ def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> Micro
     return MicroBatch(*arrays)
 
 
-def validation_batches(samples: Samples, job: StageJob, processes: Processes) -> Iterator[MicroBatch]:
+def validation_batches(samples: Samples, job: TrainSpec, processes: DistributedContext) -> Iterator[MicroBatch]:
     """The first `max_samples` samples, dealt to the ranks; all ranks make equally many passes (ZeRO-3 gathers in each)."""
     count = min(len(samples), job.stage.validation.max_samples)
-    per_pass = job.stage.micro_batch * job.data_parallel
+    per_pass = job.stage.micro_batch_size * job.data_parallel
     for first in range(0, count, per_pass):
-        mine = np.arange(job.stage.micro_batch) + first + processes.grid.sample_rank * job.stage.micro_batch
+        mine = np.arange(job.stage.micro_batch_size) + first + processes.dims.sample_rank * job.stage.micro_batch_size
         batch = collate(samples, np.minimum(mine, count - 1))
         batch.labels[torch.from_numpy(mine >= count)] = -100
         yield batch

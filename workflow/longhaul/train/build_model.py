@@ -27,23 +27,23 @@ from longhaul.checkpoint_io.tensor_parts import Shard
 from longhaul.config.model_size import geometry
 from longhaul.config.pretrained_format import notes
 from longhaul.errors import UserError
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.planning.gpu_memory import swap_param_elements
 from longhaul.train.activation_checkpointing import recompute_layers
 from longhaul.train.attention_kernels import repeat_shared_heads_in_fp32
 from longhaul.train.checkpoint.resharding import write_masters
 from longhaul.train.checkpoint.weights_folder import Start
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_model import parameters, saved_buffers, split_model
 from longhaul.train.pretrained_weights import pretrained_values
-from longhaul.train.zero3_expert_memory import let_experts_go
+from longhaul.train.zero3_expert_memory import release_expert_weights
 
 Shapes = dict[str, tuple[int, ...]]
 Values = Callable[[Shard], torch.Tensor]
 
 
 def build_model(
-    job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes
+    job: TrainSpec, tokenizer: TokenizerManifest, start: Start | None, processes: DistributedContext
 ) -> PreTrainedModel:
     """A transformers causal LM in fp32 with its first weights; UserError when these do not fit the architecture."""
     ds_config = read_deepspeed_config(job, processes)
@@ -51,7 +51,7 @@ def build_model(
     if processes.is_main and job.pretrained and not start:
         for note in notes(read_json(Path(job.pretrained) / "config.json")):
             print(f"first weights: {note}", flush=True)
-    if processes.grid.is_split:
+    if processes.dims.is_split:
         model = _split_model(job, tokenizer, start, processes, ds_config)
     else:
         config = _config(job, tokenizer)
@@ -60,11 +60,11 @@ def build_model(
     model.config.use_cache = False
     recompute_layers(model, job.stage.activation_checkpointing)
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
-        let_experts_go(model)
+        release_expert_weights(model)
     return model.train()
 
 
-def read_deepspeed_config(job: StageJob, processes: Processes | None = None) -> dict[str, Any]:
+def read_deepspeed_config(job: TrainSpec, processes: DistributedContext | None = None) -> dict[str, Any]:
     """The rendered ds_config.json with this process' swap folder; the total batch follows from the world size."""
     found = json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
     if processes and processes.swap:
@@ -72,22 +72,26 @@ def read_deepspeed_config(job: StageJob, processes: Processes | None = None) -> 
         for key in job.stage.zero.on_disk:
             zero[key]["nvme_path"] = str(processes.swap)
         if "offload_param" in job.stage.zero.on_disk:
-            zero["offload_param"]["buffer_size"] = swap_param_elements(geometry(job.model), processes.grid.data)
+            zero["offload_param"]["buffer_size"] = swap_param_elements(geometry(job.model), processes.dims.data)
     return found
 
 
 def _split_model(
-    job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes, ds_config: dict[str, Any]
+    job: TrainSpec,
+    tokenizer: TokenizerManifest,
+    start: Start | None,
+    processes: DistributedContext,
+    ds_config: dict[str, Any],
 ) -> Any:
     """This rank's part of the model; its values are cut from one whole tensor after the other."""
     config = _config(job, tokenizer)
-    model = split_model(config, processes.grid, job.trust_remote_code, processes.device, ds_config)
+    model = split_model(config, processes.dims, job.trust_remote_code, processes.device, ds_config)
     _fill(model, _first_values(job, config, _all_shapes(model, processes), start), bool(start or job.pretrained))
     return model
 
 
 def restore_first_masters(
-    engine: Any, job: StageJob, tokenizer: TokenizerManifest, start: Start | None, processes: Processes
+    engine: Any, job: TrainSpec, tokenizer: TokenizerManifest, start: Start | None, processes: DistributedContext
 ) -> None:
     """Before the first step of half precision: the masters are the source's fp32 weights, which the model holds rounded."""
     if job.stage.precision == "fp32" or not (start or job.pretrained):
@@ -96,7 +100,7 @@ def restore_first_masters(
     write_masters(engine, _first_values(job, _config(job, tokenizer), shapes, start))
 
 
-def _first_values(job: StageJob, config: Any, shapes: Shapes, start: Start | None) -> Values:
+def _first_values(job: TrainSpec, config: Any, shapes: Shapes, start: Start | None) -> Values:
     """Where the weights begin: an earlier stage's masters, a Hugging Face folder, or the seed. `shapes` are the whole model's."""
     if start:
         return _checkpoint_values(shapes, start)
@@ -106,7 +110,7 @@ def _first_values(job: StageJob, config: Any, shapes: Shapes, start: Start | Non
     return lambda shard: shard.cut(whole(shard.name, torch.Size(shard.shape)))
 
 
-def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
+def _config(job: TrainSpec, tokenizer: TokenizerManifest) -> Any:
     if tokenizer.vocab_size > job.model["vocab_size"]:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens; the model's vocab_size is {job.model['vocab_size']}",
@@ -118,7 +122,7 @@ def _config(job: StageJob, tokenizer: TokenizerManifest) -> Any:
     return AutoConfig.for_model(**keys)
 
 
-def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> PreTrainedModel:
+def _from_config(job: TrainSpec, config: Any, ds_config: dict[str, Any]) -> PreTrainedModel:
     # Imports the architecture: of a class that is first seen inside zero.Init, DeepSpeed takes away what decorators added.
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=job.trust_remote_code)
@@ -133,7 +137,7 @@ def _from_config(job: StageJob, config: Any, ds_config: dict[str, Any]) -> PreTr
     return model
 
 
-def _partitioning(job: StageJob, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+def _partitioning(job: TrainSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
     if job.stage.zero.stage < 3:
         return nullcontext()
     import deepspeed
@@ -181,7 +185,7 @@ def _shapes(model: Any) -> Shapes:
     return {shard.name: tuple(shard.shape) for shard, _ in [*parameters(model), *saved_buffers(model)]}
 
 
-def _all_shapes(model: Any, processes: Processes) -> Shapes:
+def _all_shapes(model: Any, processes: DistributedContext) -> Shapes:
     """The same of all ranks together."""
     return {name: shape for part in processes.gather(_shapes(model)) for name, shape in part.items()}
 

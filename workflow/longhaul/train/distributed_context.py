@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.runtime.compiled_ops import compile_without_debug_information, disable_shm_comm, use_ops_folder
 from longhaul.runtime.rank import Rank, require_geometry, this_rank
 from longhaul.runtime.rendezvous import process_group
 from longhaul.runtime.swap_folders import swap_folder
-from longhaul.train.parallel.parallel_dims import Grid, make_grid
+from longhaul.train.parallel.parallel_dims import ParallelDims, make_parallel_dims
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among its peers; `grid` says which of them share its samples, and which its part of the model.
+class DistributedContext:
+    """This process among its peers; `dims` says which of them share its samples, and which its part of the model.
 
     `swap` is this process' own folder for states that are offloaded to a disk.
     """
@@ -29,7 +29,7 @@ class Processes:
     rank: Rank
     device: torch.device
     threads: int
-    grid: Grid
+    dims: ParallelDims
     swap: Path | None = None
 
     @property
@@ -59,7 +59,7 @@ class Processes:
 
 
 @contextmanager
-def start_processes(job: StageJob) -> Iterator[Processes]:
+def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
     """All processes of the stage for the length of the block.
 
     Raises:
@@ -81,10 +81,12 @@ def start_processes(job: StageJob) -> Iterator[Processes]:
         process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),
     ):
         _join_deepspeed(on_gpu)
-        yield Processes(rank, device, threads, make_grid(job.stage.parallel, rank.rank, rank.world_size), swap)
+        yield DistributedContext(
+            rank, device, threads, make_parallel_dims(job.stage.parallel, rank.rank, rank.world_size), swap
+        )
 
 
-def _swap_folder(job: StageJob, rank: Rank) -> AbstractContextManager[Path | None]:
+def _swap_folder(job: TrainSpec, rank: Rank) -> AbstractContextManager[Path | None]:
     if not job.stage.zero.on_disk or job.scratch is None:  # the plan refuses the one without the other
         return nullcontext()
     return swap_folder(job.scratch, f"{job.run}-{job.stage.name}-rank-{rank.rank:05d}")

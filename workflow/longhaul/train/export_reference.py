@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from longhaul.artifacts.files import write_json
 from longhaul.data.sampling.samples import Samples
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train.backend import Backend
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.checkpoint_layout import TIED, is_tied
 from longhaul.train.parallel.gather_weights import sha256, whole_tensors
 
@@ -24,7 +24,9 @@ _MOST_DOCUMENTS_READ = 1000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_proof(backend: Backend, job: StageJob, folder: Path, processes: Processes, prompts: dict[str, Any]) -> None:
+def write_proof(
+    backend: Backend, job: TrainSpec, folder: Path, processes: DistributedContext, prompts: dict[str, Any]
+) -> None:
     """Writes tensors.json, logits.safetensors, logits.json and prompts.json; every rank takes part, rank 0 writes."""
     tensors = _tensor_hashes(backend.engine, job, processes)
     input_ids_PT = _prompts(job)
@@ -47,7 +49,7 @@ def write_proof(backend: Backend, job: StageJob, folder: Path, processes: Proces
     write_json(folder / "logits.json", made)
 
 
-def _tensor_hashes(engine: Any, job: StageJob, processes: Processes) -> dict[str, dict[str, Any]]:
+def _tensor_hashes(engine: Any, job: TrainSpec, processes: DistributedContext) -> dict[str, dict[str, Any]]:
     """Name -> shape and hashes, gathered one tensor at a time, by DeepSpeed's own route and not from its files."""
     dtype = _DTYPES[job.stage.export_dtype]
     aliases = _aliases(engine.module, is_tied(job))
@@ -82,7 +84,7 @@ def sample_prompts(**splits: Samples | None) -> dict[str, Any]:
     return {"split": split, "input_ids": [list(ids) for ids in islice(distinct, SAMPLE_PROMPTS)]}
 
 
-def _prompts(job: StageJob) -> torch.Tensor:
+def _prompts(job: TrainSpec) -> torch.Tensor:
     """input_ids [P, T] int64, the same for the same seed and vocabulary."""
     generator = torch.Generator().manual_seed(job.seed)
     return torch.randint(job.model["vocab_size"], (PROMPTS, PROMPT_TOKENS), generator=generator)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
 from longhaul.errors import AllocationTooShort
-from longhaul.jobs.specs import StageJob
-from longhaul.train.distributed_context import Processes
+from longhaul.jobs.specs import TrainSpec
+from longhaul.train.distributed_context import DistributedContext
 
 _WALLTIME, _PREEMPTED, _SIGNAL = 1, 2, 3
 _REASONS = {_WALLTIME: "the allocation ends", _PREEMPTED: "preempted", _SIGNAL: SIGNALLED}
@@ -19,8 +19,8 @@ _READ_EVERY_S = 1.0
 class Stopping:
     """Whether to leave after this step; rank 0 reads deadline.json, every rank hears of SIGTERM, all of them decide alike."""
 
-    def __init__(self, job: StageJob, processes: Processes) -> None:
-        self._folder, self._lead_s, self._processes = Path(job.folder), job.stage.recovery.lead_s, processes
+    def __init__(self, job: TrainSpec, processes: DistributedContext) -> None:
+        self._folder, self._lead_s, self._processes = Path(job.folder), job.stage.recovery.stop_margin_s, processes
         self._terminated, self._read_at, self._end_s, self._preempted = False, -_READ_EVERY_S, None, False
         signal.signal(signal.SIGTERM, self._note)
 
@@ -46,8 +46,8 @@ class Stopping:
         if left_s is not None and left_s < leaving_takes_s + self._lead_s:
             raise AllocationTooShort(
                 f"the allocation ends in {left_s:.0f} s; a step, a validation and a save take {leaving_takes_s:.0f} s here, "
-                f"and recovery.lead_s is {self._lead_s:g}: nothing that is trained in it could be saved",
-                "give the stage more minutes, or lower recovery.lead_s",
+                f"and recovery.stop_margin_s is {self._lead_s:g}: nothing that is trained in it could be saved",
+                "give the stage more minutes, or lower recovery.stop_margin_s",
             )
 
     def leave(self, reason: str, step: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from longhaul.artifacts.schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.data.sampling.samples import Samples
 from longhaul.errors import DISK_FULL, DiskFull
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.backend import Backend, make_backend
 from longhaul.train.bad_steps import TrainingFailure, badness
@@ -29,7 +29,7 @@ from longhaul.train.checkpoint.weights_folder import (
     weights_identity,
 )
 from longhaul.train.checkpoint.weights_lock import sole_writer
-from longhaul.train.distributed_context import Processes, start_processes
+from longhaul.train.distributed_context import DistributedContext, distributed_context
 from longhaul.train.export_reference import sample_prompts, write_proof
 from longhaul.train.graceful_stop import Stopping
 from longhaul.train.monitoring.events import Events
@@ -39,7 +39,7 @@ from longhaul.train.parallel.expert_balance import Load, load_summary
 from longhaul.train.schedule import learning_rate
 
 
-def run(job: StageJob) -> None:
+def run(job: TrainSpec) -> None:
     """Trains the stage, or goes on where its last complete checkpoint stands, and writes job.out last.
 
     When its allocation is about to end, it saves and leaves instead, with outcome.json.
@@ -49,8 +49,8 @@ def run(job: StageJob) -> None:
         TrainingFailure: loss or gradients stayed non-finite beyond what the config allows.
     """
     with (
-        start_processes(job) as processes,
-        Heartbeat(processes.rank, Path(job.folder), job.stage.recovery.hang_s),
+        distributed_context(job) as processes,
+        Heartbeat(processes.rank, Path(job.folder), job.stage.recovery.heartbeat_timeout_s),
         _disk_full_told(Path(job.weights_root)),
     ):
         _run(job, processes)
@@ -67,7 +67,7 @@ def _disk_full_told(folder: Path) -> Iterator[None]:
         raise DiskFull(str(error.filename or "a file of the stage"), folder, 0, disk_usage(folder).free) from error
 
 
-def _run(job: StageJob, processes: Processes) -> None:
+def _run(job: TrainSpec, processes: DistributedContext) -> None:
     tokenizer, data = TokenizerManifest.read(Path(job.tokenizer)), DataManifest.read(Path(job.data))
     start = starting_checkpoint(job)
     identity = weights_identity(job, data, tokenizer, start)
@@ -83,7 +83,7 @@ def _run(job: StageJob, processes: Processes) -> None:
 
 
 def finished_stage(
-    job: StageJob, weights: Path, checkpoints: Checkpoints, data: DataManifest, tokenizer: TokenizerManifest
+    job: TrainSpec, weights: Path, checkpoints: Checkpoints, data: DataManifest, tokenizer: TokenizerManifest
 ) -> Checkpoint:
     """The artefact of a finished stage; it holds no time and no host, so that the same weights give the same bytes."""
     return Checkpoint(
@@ -99,8 +99,8 @@ def finished_stage(
 
 
 def _train(
-    job: StageJob,
-    processes: Processes,
+    job: TrainSpec,
+    processes: DistributedContext,
     tokenizer: TokenizerManifest,
     data: DataManifest,
     start: Start | None,
@@ -137,7 +137,9 @@ def _train(
     return trainer.state.step == job.steps
 
 
-def open_samples(job: StageJob, data: DataManifest, split: str, cache: Path, processes: Processes) -> Samples | None:
+def open_samples(
+    job: TrainSpec, data: DataManifest, split: str, cache: Path, processes: DistributedContext
+) -> Samples | None:
     """A split's samples; None when it has none. Rank 0 goes first: it makes the packs that the others map."""
     if not data.splits.get(split, {}).get("documents"):
         return None
@@ -152,8 +154,8 @@ def open_samples(job: StageJob, data: DataManifest, split: str, cache: Path, pro
 class Trainer:
     """What a step needs, and the state that it moves on."""
 
-    job: StageJob
-    processes: Processes
+    job: TrainSpec
+    processes: DistributedContext
     backend: Backend
     held_out: Samples | None
     prompts: dict[str, Any]
@@ -167,18 +169,18 @@ class Trainer:
         self.validation_loss: float | None = None
         self.longest_s = {"step": 0.0, "validate": 0.0, "save": self.checkpoints.longest_save_s()}
         self.spent_s = dict.fromkeys(self.longest_s, 0.0)
-        self.stragglers = Stragglers(self.processes, self.job.stage.recovery.straggler_share, self.events)
+        self.stragglers = Stragglers(self.processes, self.job.stage.recovery.straggler_threshold, self.events)
         self.backend.guard.judge = self._badness
 
     def _badness(self, loss: float, grad_norm: float) -> str | None:
-        return badness(loss, grad_norm, self.state.recent_losses, self.job.stage.nonfinite.spike_factor)
+        return badness(loss, grad_norm, self.state.recent_losses, self.job.stage.bad_steps.spike_factor)
 
     def begin(self) -> None:
         """Before the first step; where a bad step returns to a checkpoint, there must be one."""
         self.events.write("training", step=self.state.step)
         if self.state.step == 0:
             self.validate()
-            if self.job.stage.nonfinite.policy == "roll_back":
+            if self.job.stage.bad_steps.policy == "roll_back":
                 self.save()
 
     @property
@@ -229,16 +231,16 @@ class Trainer:
                 **self._balance_loss(balance),
             },
         )
-        if self.job.stage.nonfinite.policy == "skip":
+        if self.job.stage.bad_steps.policy == "skip":
             self.bad_in_a_row = 0
         return True
 
     def _balance_loss(self, own: float) -> dict[str, float]:
-        return {"balance_loss": self.processes.sum(own)} if self.job.stage.sequence_balance_weight else {}
+        return {"balance_loss": self.processes.sum(own)} if self.job.stage.sequence_aux_loss_coef else {}
 
     def _sum_over_samples(self, value: float) -> float:
         """The sum of what every rank counted in its samples; ranks with the same samples count once."""
-        return self.processes.sum(value if self.processes.grid.counts_samples else 0.0)
+        return self.processes.sum(value if self.processes.dims.counts_samples else 0.0)
 
     def _all_loads(self, loads: Load) -> Load:
         """Those of the other pipeline stages too."""
@@ -248,7 +250,7 @@ class Trainer:
 
     def _answer_bad_step(self, batch: Batch, reason: str, seconds: float) -> None:
         """Stops, skips the batch or rolls back, as the policy says."""
-        settings, step = self.job.stage.nonfinite, self.state.step + 1
+        settings, step = self.job.stage.bad_steps, self.state.step + 1
         self.bad_in_a_row += 1
         self.events.write(
             "bad_step",
@@ -260,10 +262,10 @@ class Trainer:
         )
         if settings.policy == "stop" or self.bad_in_a_row > settings.limit:
             raise TrainingFailure(
-                f"step {step}: {reason}; nonfinite.policy is {settings.policy}, its limit {settings.limit}. "
+                f"step {step}: {reason}; bad_steps.policy is {settings.policy}, its limit {settings.limit}. "
                 f"Batch {batch.number}, samples {batch.ids[:8].tolist()}…",
                 "look at the named samples, lower the learning rate, lengthen the warm-up, or choose another "
-                "nonfinite.policy or limit; the stage goes on from its last checkpoint",
+                "bad_steps.policy or limit; the stage goes on from its last checkpoint",
             )
         if settings.policy == "roll_back":
             self._roll_back(batch.number, settings.window_batches)

@@ -18,34 +18,34 @@ import torch.distributed as dist
 
 from longhaul.planning.gpu_memory import LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 
 IGNORE = -100
 
 
-def loss_sum(engine: Any, batch: MicroBatch, grid: Grid | None = None) -> torch.Tensor:
+def loss_sum(engine: Any, batch: MicroBatch, dims: ParallelDims | None = None) -> torch.Tensor:
     """Sum of the token losses of a micro batch, in fp32.
 
     No attention mask is given: positions that restart tell transformers where a packed document ends.
     """
-    with _head_gives_loss(engine.module.lm_head, batch.labels, grid):
+    with _head_gives_loss(engine.module.lm_head, batch.labels, dims):
         return engine(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
 
 
 def head_loss_sum(
-    head: torch.nn.Module, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor, grid: Grid | None = None
+    head: torch.nn.Module, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor, dims: ParallelDims | None = None
 ) -> torch.Tensor:
     """Sum of the token losses in fp32, from what the head of a causal LM is given."""
-    with _head_gives_loss(head, labels_BS, grid):
+    with _head_gives_loss(head, labels_BS, dims):
         return head(hidden_BSH)
 
 
 @contextmanager
-def _head_gives_loss(head: torch.nn.Module, labels_BS: torch.Tensor, grid: Grid | None) -> Iterator[None]:
+def _head_gives_loss(head: torch.nn.Module, labels_BS: torch.Tensor, dims: ParallelDims | None) -> Iterator[None]:
     """Only the head's own forward is exchanged: hooks around it gather its weight (ZeRO-3) and sum gradients (tensor ranks)."""
 
     def forward(hidden_BSH: torch.Tensor) -> torch.Tensor:
-        return chunked_loss_sum(hidden_BSH.flatten(0, 1), head.weight, labels_BS.flatten(), grid)  # pyright: ignore
+        return chunked_loss_sum(hidden_BSH.flatten(0, 1), head.weight, labels_BS.flatten(), dims)  # pyright: ignore
 
     head.forward = forward
     try:
@@ -58,7 +58,7 @@ def chunked_loss_sum(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
     labels_N: torch.Tensor,
-    grid: Grid | None = None,
+    dims: ParallelDims | None = None,
     chunk: int = LOSS_CHUNK_TOKENS,
 ) -> torch.Tensor:
     """Sum of the cross entropies of hidden · weightᵀ in fp32, a scalar; labels of IGNORE count nothing.
@@ -66,7 +66,7 @@ def chunked_loss_sum(
     Under tensor parallelism weight holds this rank's rows of the vocabulary; the gradient of hidden is then this rank's part
     of a sum.
     """
-    split = grid if grid and grid.parallel.tensor > 1 else None
+    split = dims if dims and dims.parallel.tensor > 1 else None
     return _ChunkedLoss.apply(hidden_NH, weight_VH, labels_N, split, chunk, torch.is_grad_enabled())  # pyright: ignore
 
 
@@ -77,7 +77,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
         labels_N: torch.Tensor,
-        grid: Grid | None,
+        dims: ParallelDims | None,
         chunk: int,
         with_gradients: bool,
     ) -> torch.Tensor:
@@ -87,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
         )
         for start in range(0, len(labels_N), chunk):
             rows = slice(start, start + chunk)
-            total += _chunk_loss(hidden_NH, weight_VH, labels_N[rows], rows, grid, gradients)
+            total += _chunk_loss(hidden_NH, weight_VH, labels_N[rows], rows, dims, gradients)
         ctx.gradients = gradients and (gradients[0], gradients[1].to(weight_VH.dtype))
         return total
 
@@ -120,12 +120,12 @@ def _chunk_loss(
     weight_VH: torch.Tensor,
     labels_n: torch.Tensor,
     rows: slice,
-    grid: Grid | None,
+    dims: ParallelDims | None,
     gradients: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Sum of the cross entropies of these rows; adds to the gradients [N, H] and [V, H]."""
     counts_n1 = (labels_n != IGNORE)[:, None]
-    losses_n, slopes_nV = _losses_and_slopes(hidden_NH[rows] @ weight_VH.T, labels_n, grid)
+    losses_n, slopes_nV = _losses_and_slopes(hidden_NH[rows] @ weight_VH.T, labels_n, dims)
     if gradients:
         gradients[0][rows] = (slopes_nV @ weight_VH).where(counts_n1, 0.0)
         _add_product(gradients[1], slopes_nV.T, hidden_NH[rows].where(counts_n1, 0.0))
@@ -133,7 +133,7 @@ def _chunk_loss(
 
 
 def _losses_and_slopes(
-    logits_nV: torch.Tensor, labels_n: torch.Tensor, grid: Grid | None
+    logits_nV: torch.Tensor, labels_n: torch.Tensor, dims: ParallelDims | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross entropies [n] in fp32, their derivatives by the logits in the logits' precision): softmax minus one at the label.
 
@@ -142,26 +142,26 @@ def _losses_and_slopes(
     """
     dtype, width = logits_nV.dtype, logits_nV.shape[1]
     logs_nV = torch.log_softmax(logits_nV, -1, dtype=torch.float32)
-    if grid:
-        logs_nV += _share_of_all_ranks(logits_nV[:, 0].float() - logs_nV[:, 0], grid)[:, None]
+    if dims:
+        logs_nV += _share_of_all_ranks(logits_nV[:, 0].float() - logs_nV[:, 0], dims)[:, None]
     del logits_nV
-    local_n1 = (labels_n - (grid.tensor_rank * width if grid else 0))[:, None]
+    local_n1 = (labels_n - (dims.tensor_rank * width if dims else 0))[:, None]
     own_n1 = (local_n1 >= 0) & (local_n1 < width)
     local_n1 = local_n1.masked_fill(~own_n1, 0)
     label_n = logs_nV.gather(1, local_n1).where(own_n1, 0.0)[:, 0]
-    if grid:
-        dist.all_reduce(label_n, group=grid.group("tensor"))
+    if dims:
+        dist.all_reduce(label_n, group=dims.group("tensor"))
     softmax_nV = logs_nV.exp_()
     softmax_nV.scatter_add_(1, local_n1, -own_n1.float())
     return -label_n, softmax_nV.to(dtype)
 
 
-def _share_of_all_ranks(logsumexp_n: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _share_of_all_ranks(logsumexp_n: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
     """log of this rank's part of the softmax's denominator, from the log of the sum of its own exponentials."""
     largest_n = logsumexp_n.clone()
-    dist.all_reduce(largest_n, op=dist.ReduceOp.MAX, group=grid.group("tensor"))
+    dist.all_reduce(largest_n, op=dist.ReduceOp.MAX, group=dims.group("tensor"))
     total_n = (logsumexp_n - largest_n).exp()
-    dist.all_reduce(total_n, group=grid.group("tensor"))
+    dist.all_reduce(total_n, group=dims.group("tensor"))
     return logsumexp_n - largest_n - total_n.log()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from longhaul.config.run_config import PowerSgd
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.planning.gpu_memory import POWERSGD_BUCKET
 
 _TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")
@@ -154,7 +154,7 @@ def _kept(state: PowerSGDState) -> dict[str, Any]:
     return {"iter": state.iter, "rng": copy.deepcopy(state.rng), "error_dict": dict(state.error_dict), **matrices}
 
 
-def compress_reduction(engine: Any, job: StageJob) -> LowRankReduction | None:
+def compress_reduction(engine: Any, job: TrainSpec) -> LowRankReduction | None:
     """Has the engine reduce low-rank gradients, if the stage says so. Checkpoints find it at the engine."""
     settings = job.stage.communication.powersgd
     if settings is None:

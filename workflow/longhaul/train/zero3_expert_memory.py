@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from longhaul.train.parallel.tensor_slices import decoder_layers
 
 
-def let_experts_go(model: Any) -> None:
+def release_expert_weights(model: Any) -> None:
     """Has the experts of a Hugging Face causal LM keep no view of their weights.
 
     Not for layers that are recomputed: these keep nothing of their weights, and torch's checkpoint sees what autograd keeps by

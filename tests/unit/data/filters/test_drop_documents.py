@@ -64,7 +64,7 @@ def test_the_first_of_alike_documents_stays(
         write_jsonl(tmp_path / "a.jsonl", "text", [written[0], written[1]]),
         write_jsonl(tmp_path / "b.jsonl", "text", [written[0], written["changed"], written[2], written[1]]),
     ]
-    made = make_shards(tmp_path, tokenizer_folder, files, dataset(deduplicate=deduplicate, validation_share=0))
+    made = make_shards(tmp_path, tokenizer_folder, files, dataset(deduplicate=deduplicate, validation_fraction=0))
     assert documents(made, tokenizer_folder) == [written[name] for name in stays]
     assert made.skipped == skipped
     assert made.splits["train"]["documents"] == len(stays)
@@ -72,7 +72,7 @@ def test_the_first_of_alike_documents_stays(
 
 def test_what_is_asked_for_later_encodes_nothing_again_and_changes_the_hash(tmp_path: Path, tokenizer_folder: Path):
     files = [write_jsonl(tmp_path / "a.jsonl", "text", [long_text(i % 30) for i in range(90)])]
-    small = {"unit_mb": 0.02, "validation_share": 0}
+    small = {"chunk_mb": 0.02, "validation_fraction": 0}
     plain = make_shards(tmp_path, tokenizer_folder, files, dataset(**small))
     before = modified(tmp_path / "data")
     near = make_shards(tmp_path, tokenizer_folder, files, dataset(**small, deduplicate="near"), workers=2)
@@ -83,7 +83,7 @@ def test_what_is_asked_for_later_encodes_nothing_again_and_changes_the_hash(tmp_
 
 
 def test_a_new_file_is_encoded_alone_and_only_it_loses_documents(tmp_path: Path, tokenizer_folder: Path):
-    near = dataset(deduplicate="near", unit_mb=0.02, validation_share=0)
+    near = dataset(deduplicate="near", chunk_mb=0.02, validation_fraction=0)
     files = [write_jsonl(tmp_path / "a.jsonl", "text", [long_text(i) for i in range(40)])]
     make_shards(tmp_path, tokenizer_folder, files, near)
     before = modified(tmp_path / "data")
@@ -100,9 +100,9 @@ def test_a_new_file_is_encoded_alone_and_only_it_loses_documents(tmp_path: Path,
 def test_neither_workers_nor_units_change_what_stays(tmp_path: Path, tokenizer_folder: Path):
     texts = [one_word_changed(long_text(i % 70)) if i % 3 else long_text(i % 70) for i in range(210)]
     files = [write_jsonl(tmp_path / "a.jsonl", "text", texts * 20)]
-    near = {"deduplicate": "near", "validation_share": 0.1}
+    near = {"deduplicate": "near", "validation_fraction": 0.1}
     one = make_shards(tmp_path / "one", tokenizer_folder, files, dataset(**near))
-    two = make_shards(tmp_path / "two", tokenizer_folder, files, dataset(**near, unit_mb=0.5), workers=2)
+    two = make_shards(tmp_path / "two", tokenizer_folder, files, dataset(**near, chunk_mb=0.5), workers=2)
     assert one.skipped == two.skipped and one.skipped["near duplicate"] == 70
     for split in one.splits:
         assert documents(one, tokenizer_folder, split) == documents(two, tokenizer_folder, split)
@@ -170,7 +170,7 @@ def test_documents_that_hold_an_evaluation_text_are_dropped_and_named(
     shorter = f"{text(3)} {' '.join(QUESTION.split()[:12])} {text(4)}"
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), hidden, shorter, hidden])
     wanted, files = evaluation(tmp_path, ["Too short.", QUESTION])
-    screened = dataset(decontaminate=wanted, deduplicate="exact", validation_share=0)
+    screened = dataset(decontaminate=wanted, deduplicate="exact", validation_fraction=0)
     made = make_shards(tmp_path, tokenizer_folder, [corpus], screened, evaluation=files)
     assert documents(made, tokenizer_folder) == [text(5), shorter]
     assert made.skipped == {"contaminated": 2}
@@ -186,7 +186,7 @@ def test_another_evaluation_text_changes_what_stays(tmp_path: Path, tokenizer_fo
     made = []
     for texts in (["nothing of it"], [QUESTION]):
         wanted, files = evaluation(tmp_path, texts)
-        screened = dataset(decontaminate=wanted, validation_share=0)
+        screened = dataset(decontaminate=wanted, validation_fraction=0)
         made.append(make_shards(tmp_path, tokenizer_folder, [corpus], screened, evaluation=files))
     assert [one.splits["train"]["documents"] for one in made] == [4, 2]
     assert made[0].hash != made[1].hash
@@ -196,9 +196,9 @@ def test_chats_are_screened_with_their_masks(tmp_path: Path, tokenizer_folder: P
     chats = [conversation(i, 1 + i % 3) for i in range(40)]
     once = write_jsonl(tmp_path / "once.jsonl", "messages", chats)
     twice = write_jsonl(tmp_path / "twice.jsonl", "messages", [chat for chat in chats for _ in range(2)])
-    keep = dataset("chat", validation_share=0.1)
+    keep = dataset("chat", validation_fraction=0.1)
     single = make_shards(tmp_path / "single", tokenizer_folder, [once], keep)
-    deduplicated = dataset("chat", validation_share=0.1, deduplicate="exact")
+    deduplicated = dataset("chat", validation_fraction=0.1, deduplicate="exact")
     double = make_shards(tmp_path / "double", tokenizer_folder, [twice], deduplicated)
     for split in single.splits:
         totals = [
@@ -216,7 +216,7 @@ def test_chats_are_screened_with_their_masks(tmp_path: Path, tokenizer_folder: P
 
 def test_entropy_is_of_what_stays(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(i % 7) for i in range(20)])
-    made = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_share=0))
+    made = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_fraction=0))
     reader = SplitReader(Path(made.path), made.splits["train"], with_mask=False)
     counts = np.bincount(reader.tokens(0, reader.token_count))
     assert made.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)

@@ -52,7 +52,7 @@ def mixed(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
     for name, count in (("large", 300), ("small", 30)):
         (folder / name).mkdir()
         corpus = write_jsonl(folder / f"{name}.jsonl", "text", (f"{name} {text(i)}" for i in range(count)))
-        make_shards(folder / name, tokenizer_folder, [corpus], dataset(validation_share=0.1))
+        make_shards(folder / name, tokenizer_folder, [corpus], dataset(validation_fraction=0.1))
     parts = {name: str(folder / name / "data.json") for name in ("large", "small")}
     job = tokenize_job(folder, tokenizer_folder, [], dataset(files=(), mixture={"large": 0.75, "small": 0.25}))
     tokenize.run(job.model_copy(update={"parts": parts}))

@@ -39,7 +39,7 @@ from longhaul.data.shards.write_chunk import RECORD, Task, Worker, of_documents,
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset, make_shards, text, tokenize_job, write_jsonl
 
-SMALL = dataset(unit_mb=0.02)
+SMALL = dataset(chunk_mb=0.02)
 
 
 def source(path: str, size: int, digest: str = "8" * 64) -> Source:
@@ -142,7 +142,7 @@ def wait_for_work(process: subprocess.Popen[bytes], root: Path, before: set[str]
 def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path: Path, tokenizer_folder: Path):
     """Workers and all, at random moments; after each kill some finished units are thrown away, so that work remains."""
     files = [write_jsonl(tmp_path / f"{n}.jsonl", "text", (text(n * 900 + i, 900) for i in range(700))) for n in (1, 2)]
-    settings = dataset(unit_mb=0.1, validation_share=0.1)
+    settings = dataset(chunk_mb=0.1, validation_fraction=0.1)
     whole = make_shards(tmp_path / "whole", tokenizer_folder, files, settings, workers=1)
     (tmp_path / "killed").mkdir()
     job = tokenize_job(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
@@ -174,7 +174,7 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(tmp_path:
 
 def test_workers_end_with_a_killed_job(tmp_path: Path, tokenizer_folder: Path):
     files = [write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 900) for i in range(4000)))]
-    job = tokenize_job(tmp_path, tokenizer_folder, files, dataset(unit_mb=1), workers=2)
+    job = tokenize_job(tmp_path, tokenizer_folder, files, dataset(chunk_mb=1), workers=2)
     job.write(tmp_path / "job.json")
     process = subprocess.Popen([sys.executable, "-m", "longhaul", "tokenize", str(tmp_path / "job.json")])
     wait_for_work(process, Path(job.folder), set())
@@ -356,6 +356,6 @@ def test_a_large_row_group_is_never_held_whole(tmp_path: Path, tokenizer_folder:
     pyarrow.parquet.write_table(pa.table({"text": pa.chunked_array([rows] * 10)}), path, use_dictionary=False)
     group = pyarrow.parquet.read_metadata(path).row_group(0)
     assert (group.num_rows, group.total_byte_size > 5 * 10**8) == (300, True)
-    code, peak_mb, log = measured(tmp_path / "made", tokenizer_folder, path, dataset(validation_share=0))
+    code, peak_mb, log = measured(tmp_path / "made", tokenizer_folder, path, dataset(validation_fraction=0))
     assert code == 0 and peak_mb < 600, log
     assert sum(s["documents"] for s in DataManifest.read(tmp_path / "made" / "data.json").splits.values()) == 300

@@ -13,26 +13,26 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.schemas import DataManifest, EncodedShare
+from longhaul.artifacts.schemas import DataManifest, EncodedPartition
 from longhaul.data.filters.fingerprints import KEYS
 from longhaul.data.shards import tokenize_dataset as tokenize
 from longhaul.data.shards.write_chunk import RECORD
 from longhaul.data.tokenizers import choose_encoder as choice
 from longhaul.errors import UserError
-from longhaul.jobs.specs import EncodeJob, TokenizeJob
+from longhaul.jobs.specs import EncodeSpec, TokenizeSpec
 from tests.support.corpora import dataset, make_shards, text, tokenize_job, write_jsonl
 from tests.unit.data.filters.test_drop_documents import long_text, one_word_changed
 from tests.unit.data.shards.test_chunks import hashes, wait_for_work
 from tests.unit.data.tokenizers.test_encoders import off_by_one
 
-SETTINGS: dict[str, Any] = {"unit_mb": 0.02, "validation_share": 0.1}
+SETTINGS: dict[str, Any] = {"chunk_mb": 0.02, "validation_fraction": 0.1}
 
 
 def files_of(folder: Path, numbers: Sequence[int] = (1, 2, 3)) -> list[Path]:
     return [write_jsonl(folder / f"{n}.jsonl", "text", (text(n * 900 + i) for i in range(200))) for n in numbers]
 
 
-def shared(job: TokenizeJob, shares: int) -> tuple[TokenizeJob, list[EncodeJob], TokenizeJob]:
+def shared(job: TokenizeSpec, shares: int) -> tuple[TokenizeSpec, list[EncodeSpec], TokenizeSpec]:
     """The jobs of a dataset, in their order: survey, encode …, tokenize."""
     folder = Path(job.out).parent
     survey = job.model_copy(update={"out": str(folder / "survey.json")})
@@ -40,10 +40,10 @@ def shared(job: TokenizeJob, shares: int) -> tuple[TokenizeJob, list[EncodeJob],
     told = [
         {**dict(last), "share": n, "shares": shares, "out": str(folder / f"{n}.json")} for n in range(1, shares + 1)
     ]
-    return survey, [EncodeJob.model_validate(one) for one in told], last
+    return survey, [EncodeSpec.model_validate(one) for one in told], last
 
 
-def run(job: TokenizeJob, shares: int, between: Callable[[], object] = lambda: None) -> DataManifest:
+def run(job: TokenizeSpec, shares: int, between: Callable[[], object] = lambda: None) -> DataManifest:
     """All of them, one after another; `between` is done before the last."""
     survey, encode, last = shared(job, shares)
     tokenize.survey(survey)
@@ -71,14 +71,14 @@ def test_the_number_of_jobs_changes_no_byte(tmp_path: Path, tokenizer_folder: Pa
     made = run(job, shares, lambda: before.update(modified(Path(job.folder))))
     assert contents(made) == contents(alone) and hashes(Path(made.path)) == hashes(Path(alone.path))
     assert modified(Path(job.folder)) == before, "the last job encoded something"
-    units = [EncodedShare.read(Path(one.out)).units for one in shared(job, shares)[1]]
+    units = [EncodedPartition.read(Path(one.out)).units for one in shared(job, shares)[1]]
     assert all(units) and sorted(itertools.chain(*units)) == sorted(path.parent.name for path in before)
 
 
 def test_jobs_with_pools_of_workers_make_the_same(tmp_path: Path, tokenizer_folder: Path):
     files = [write_jsonl(tmp_path / f"{n}.jsonl", "text", (text(n, 900) for _ in range(1200))) for n in (1, 2)]
     assert all(file.stat().st_size > 4_000_000 for file in files), "enough for two workers in each share"
-    settings = dataset(unit_mb=1, validation_share=0.1)
+    settings = dataset(chunk_mb=1, validation_fraction=0.1)
     alone = make_shards(tmp_path / "alone", tokenizer_folder, files, settings)
     job = tokenize_job(tmp_path / "shared", tokenizer_folder, files, settings)
     made = run(job.model_copy(update={"workers": 2}), 2)
@@ -88,7 +88,7 @@ def test_jobs_with_pools_of_workers_make_the_same(tmp_path: Path, tokenizer_fold
 def test_another_number_of_jobs_goes_on_with_what_is_there(tmp_path: Path, tokenizer_folder: Path):
     """One of two jobs is killed amid its share, the other never starts; then there are three."""
     files = [write_jsonl(tmp_path / f"{n}.jsonl", "text", (text(n * 900 + i, 900) for i in range(700))) for n in (1, 2)]
-    settings = dataset(unit_mb=0.1, validation_share=0.1)
+    settings = dataset(chunk_mb=0.1, validation_fraction=0.1)
     whole = make_shards(tmp_path / "whole", tokenizer_folder, files, settings)
     job = tokenize_job(tmp_path / "killed", tokenizer_folder, files, settings)
     survey, (first, _), _ = shared(job, 2)
@@ -145,7 +145,7 @@ def test_a_difference_that_one_job_finds_holds_for_all(
             if number == fallen:
                 off_by_one(patch, "Document ")
             tokenize.encode(one)
-    names = [EncodedShare.read(Path(one.out)).encoder["name"] for one in encode]
+    names = [EncodedPartition.read(Path(one.out)).encoder["name"] for one in encode]
     assert names == ["gigatoken"] * fallen + ["tokenizers"] * (3 - fallen)
     tokenize.run(last)
     made = DataManifest.read(Path(job.out))

@@ -66,7 +66,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
     st.sampled_from([0.0, 0.3]),
 )
 def test_any_documents_come_out_whole_and_in_order(
-    tokenizer_folder: Path, files: list[list[str]], unit_bytes: int, validation_share: float
+    tokenizer_folder: Path, files: list[list[str]], unit_bytes: int, validation_fraction: float
 ):
     """Wherever files are cut into units, and equal files and documents included; the proof has tests of its own."""
     tokenizer, manifest = tokenizer_of(tokenizer_folder)
@@ -74,7 +74,7 @@ def test_any_documents_come_out_whole_and_in_order(
         patch.setattr("longhaul.data.tokenizers.choose_encoder._hard_texts", lambda folder: [])
         paths = [write_jsonl(Path(name) / f"{i}.jsonl", "text", texts) for i, texts in enumerate(files)]
         # Smaller units than a config may ask for, so that small files are cut.
-        settled = dataset(validation_share=validation_share).model_copy(update={"unit_mb": unit_bytes / 1e6})
+        settled = dataset(validation_fraction=validation_fraction).model_copy(update={"chunk_mb": unit_bytes / 1e6})
         made = make_shards(Path(name), tokenizer_folder, paths, settled)
         left = {split: documents(made, split) for split in made.splits}
     rows = [(*tokenizer.encode(text).ids, manifest.eos_id) for texts in files for text in texts]
@@ -129,7 +129,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path, tokenizer_folder:
 
 
 def test_new_documents_do_not_move_old_ones_between_splits(tmp_path: Path, tokenizer_folder: Path):
-    settings = dataset(validation_share=0.2)
+    settings = dataset(validation_fraction=0.2)
     few = write_jsonl(tmp_path / "few.jsonl", "text", (text(i) for i in range(100)))
     many = write_jsonl(tmp_path / "many.jsonl", "text", (text(i) for i in range(150)))
     before = make_shards(tmp_path / "a", tokenizer_folder, [few], settings)
@@ -140,8 +140,8 @@ def test_new_documents_do_not_move_old_ones_between_splits(tmp_path: Path, token
 
 def test_a_small_share_still_holds_out_a_document_and_none_holds_out_none(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(5)))
-    tiny = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(validation_share=1e-9))
-    none = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(validation_share=0.0))
+    tiny = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(validation_fraction=1e-9))
+    none = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(validation_fraction=0.0))
     assert [tiny.splits[name]["documents"] for name in ("train", "validation")] == [4, 1]
     assert [none.splits[name]["documents"] for name in ("train", "validation")] == [5, 0]
 
@@ -162,7 +162,7 @@ def test_equal_sources_find_their_shards_and_a_changed_one_gets_a_new_folder(tmp
 
 @pytest.mark.parametrize(
     "settings",
-    [dataset(validation_share=0.3), dataset(columns={"text": "other"})],
+    [dataset(validation_fraction=0.3), dataset(columns={"text": "other"})],
     ids=["validation share", "column"],
 )
 def test_settings_that_change_the_shards_change_the_folder(tmp_path: Path, tokenizer_folder: Path, settings: Any):

@@ -142,12 +142,12 @@ def test_a_difference_found_in_a_unit_makes_the_whole_dataset_anew(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(300)))
-    honest = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(unit_mb=0.02))
+    honest = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(chunk_mb=0.02))
     monkeypatch.setattr(choice, "_hard_texts", lambda folder: [])
     monkeypatch.setattr("longhaul.data.shards.source_index._sample", lambda *arguments: [])
     off_by_one(monkeypatch, "Document 25")
     monkeypatch.setattr("longhaul.data.tokenizers.document_encoder._CHECKED_PER_BATCH", 1000)
-    made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(unit_mb=0.02))
+    made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(chunk_mb=0.02))
     assert made.encoder["name"] == "tokenizers" and "Document 25" in made.encoder["reason"]
     assert [s["sha256"] for s in made.splits["train"]["shards"]] == [
         s["sha256"] for s in honest.splits["train"]["shards"]
@@ -227,7 +227,7 @@ def test_reasoning_is_in_the_loss_or_context_alone(tmp_path: Path, tokenizer_fol
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": REASONING}] for i in range(3)]
     corpus = write_jsonl(tmp_path / "a.jsonl", "messages", chats)
     made = make_shards(
-        tmp_path, tokenizer_folder, [corpus], dataset("chat", reasoning_in_loss=in_loss, validation_share=0)
+        tmp_path, tokenizer_folder, [corpus], dataset("chat", reasoning_in_loss=in_loss, validation_fraction=0)
     )
     from longhaul.data.shards.indexed_dataset import SplitReader
 
@@ -272,7 +272,7 @@ def test_prompt_and_completion_make_a_conversation(tmp_path: Path, tokenizer_fol
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     columns = {"prompt": "p", "completion": "c"}
     made = make_shards(
-        tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset("chat", columns=columns, validation_share=0)
+        tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset("chat", columns=columns, validation_fraction=0)
     )
     assert made.splits["train"]["documents"] == 4 and made.splits["train"]["loss_tokens"] >= 8
     with pytest.raises(UserError, match=r"a.jsonl:1: no column 'x'"):

@@ -10,7 +10,7 @@ import pytest
 
 from longhaul.artifacts.files import file_sha256
 from longhaul.jobs.builders import payload
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train.checkpoint.folders import complete_checkpoints, step_folder
 from longhaul.train.checkpoint.manager import Checkpoints
 from longhaul.train.monitoring.events import Events
@@ -24,7 +24,7 @@ def checkpoints(folder: Path, losses: dict[int, float | None] = LOSSES, **settin
     """Whole checkpoints of one small file in the weights folder of a planned stage."""
     changes = {f"stages.0.checkpoints.{key}": value for key, value in settings.items()}
     job = payload(plan_of(folder / "planned", changes), "train-base")
-    assert isinstance(job, StageJob)
+    assert isinstance(job, TrainSpec)
     places = {"weights_root": str(folder / "stages/base/weights"), "out": str(folder / "stages/base/checkpoint.json")}
     weights = folder / "stages/base/weights/0123"
     for step, loss in losses.items():

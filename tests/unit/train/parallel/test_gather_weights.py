@@ -14,7 +14,7 @@ import torch
 
 from longhaul.config.run_config import Parallel
 from longhaul.train.parallel import gather_weights as gathering
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.tensor_slices import shard_parameter
 
 RANKS = 2
@@ -35,9 +35,9 @@ class Ranks:
             self.barrier.wait()
             return found
 
-        grid = Grid(rank, RANKS, self.parallel)
+        dims = ParallelDims(rank, RANKS, self.parallel)
         own = SimpleNamespace(rank=rank)
-        return SimpleNamespace(rank=own, is_main=rank == 0, grid=grid, gather=gather, device=torch.device("cpu"))
+        return SimpleNamespace(rank=own, is_main=rank == 0, dims=dims, gather=gather, device=torch.device("cpu"))
 
 
 def gathered(models: list[torch.nn.Module], zero: int = 0, parallel: Parallel | None = None) -> list[str]:

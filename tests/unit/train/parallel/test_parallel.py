@@ -18,7 +18,7 @@ from longhaul.planning import make_plan
 from longhaul.planning.gpu_memory import estimate
 from longhaul.planning.plan import StagePlan
 from longhaul.train.parallel import parallel_dims as grids
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.pipeline_parallel import stage_layers
 from longhaul.train.parallel.sequence_parallel import document_mask
 from longhaul.train.parallel.slice_model import cut_model, parameters
@@ -62,7 +62,7 @@ def held(model: dict[str, Any], parallel: Parallel, rank: int, world_size: int) 
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**model)
-    return [shard for shard, _ in parameters(cut_model(config, Grid(rank, world_size, parallel)))]
+    return [shard for shard, _ in parameters(cut_model(config, ParallelDims(rank, world_size, parallel)))]
 
 
 @pytest.mark.parametrize(
@@ -158,16 +158,16 @@ def test_one_document_a_row_needs_no_mask():
 @pytest.mark.parametrize("axis", ["tensor", "sequence", "expert", "expert_data", "data", "model"])
 def test_ranks_that_differ_along_one_axis_are_a_line(axes: dict[str, int], axis: str):
     parallel, ranks = Parallel(**axes), range(16)
-    own = {rank: grids._coordinates(Grid(rank, 16, parallel), axis) for rank in ranks}
+    own = {rank: grids._coordinates(ParallelDims(rank, 16, parallel), axis) for rank in ranks}
     wanted = dict.fromkeys(tuple(r for r in ranks if own[r] == own[rank]) for rank in ranks)
     assert [tuple(line) for line in grids._lines(parallel, 16, axis)] == list(wanted)
     for rank in ranks:
-        line = Grid(rank, 16, parallel).get_data_parallel_group_ranks()
-        assert rank in line and len(line) == Grid(rank, 16, parallel).data
+        line = ParallelDims(rank, 16, parallel).get_data_parallel_group_ranks()
+        assert rank in line and len(line) == ParallelDims(rank, 16, parallel).data
 
 
 def test_lines_of_two_thousand_ranks_ask_each_rank_once(monkeypatch: pytest.MonkeyPatch):
     asked, coordinates = [], grids._coordinates
-    monkeypatch.setattr(grids, "_coordinates", lambda grid, axis: asked.append(grid.rank) or coordinates(grid, axis))
+    monkeypatch.setattr(grids, "_coordinates", lambda dims, axis: asked.append(dims.rank) or coordinates(dims, axis))
     lines = grids._lines(Parallel(tensor=8, pipeline=8, expert=8), 2048, "expert_data")
     assert sorted(asked) == list(range(2048)) == sorted(rank for line in lines for rank in line)

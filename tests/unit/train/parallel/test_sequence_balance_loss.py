@@ -10,7 +10,7 @@ import torch
 
 from longhaul.config.run_config import Parallel
 from longhaul.train.activation_checkpointing import recompute_layers
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.sequence_balance_loss import SequenceBalance
 from tests.support.small_configs import LLAMA
 
@@ -33,9 +33,9 @@ def build(twin: str) -> Any:
 
 
 def balance(model: Any, weight: float = WEIGHT, ranks: int = 1) -> SequenceBalance:
-    stage = SimpleNamespace(sequence_balance_weight=weight, sequence_length=LENGTH, global_batch=BATCH)
+    stage = SimpleNamespace(sequence_aux_loss_coef=weight, sequence_length=LENGTH, global_batch_size=BATCH)
     job: Any = SimpleNamespace(stage=stage)
-    return SequenceBalance(model, Grid(0, ranks, Parallel()), job)
+    return SequenceBalance(model, ParallelDims(0, ranks, Parallel()), job)
 
 
 def loss(model: Any) -> torch.Tensor:

@@ -18,10 +18,10 @@ import numpy as np
 from longhaul.artifacts.files import content_hash
 from longhaul.artifacts.schemas import DataManifest
 from longhaul.config.mixture_weights import whole_weights
-from longhaul.jobs.specs import TokenizeJob
+from longhaul.jobs.specs import TokenizeSpec
 
 
-def run(job: TokenizeJob) -> None:
+def run(job: TokenizeSpec) -> None:
     """Writes the manifest of a mixture: those of its parts and their weights; no token is copied."""
     parts = {name: DataManifest.read(Path(job.parts[name])) for name in job.dataset.mixture}
     counts = whole_weights(job.dataset.mixture)

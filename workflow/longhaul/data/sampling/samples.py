@@ -126,12 +126,12 @@ class Samples:
         """
         return self._source.openings()
 
-    def ids(self, batch: int, global_batch: int) -> np.ndarray:
-        """[global_batch] int64: the samples of global batch number `batch` (from 0), in order.
+    def ids(self, batch: int, global_batch_size: int) -> np.ndarray:
+        """[global_batch_size] int64: the samples of global batch number `batch` (from 0), in order.
 
         Batches are cut one after another from an endless row of epochs, each epoch its own permutation of all samples.
         """
-        return self.at(batch * global_batch + np.arange(global_batch, dtype=np.int64))
+        return self.at(batch * global_batch_size + np.arange(global_batch_size, dtype=np.int64))
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """The samples [N] at places [N] of the endless row of epochs."""
@@ -178,9 +178,9 @@ class Mixed(Samples):
         turns = chain.from_iterable(zip_longest(*(part.openings() for part in self._parts)))
         return (opening for opening in turns if opening is not None)
 
-    def ids(self, batch: int, global_batch: int) -> np.ndarray:
-        chosen, numbers = self._order(batch * global_batch + np.arange(global_batch, dtype=np.int64))
-        ids = np.empty(global_batch, dtype=np.int64)
+    def ids(self, batch: int, global_batch_size: int) -> np.ndarray:
+        chosen, numbers = self._order(batch * global_batch_size + np.arange(global_batch_size, dtype=np.int64))
+        ids = np.empty(global_batch_size, dtype=np.int64)
         for number, part in enumerate(self._parts):
             mine = chosen == number
             ids[mine] = part.at(numbers[mine]) * len(self._parts) + number

@@ -20,7 +20,7 @@ from longhaul.data.shards.write_chunk import Task
 from longhaul.data.tokenizers.choose_encoder import Choice, choose
 from longhaul.data.tokenizers.encoders import Fast, Reference, Rows
 from longhaul.errors import UserError
-from longhaul.jobs.specs import TokenizeJob
+from longhaul.jobs.specs import TokenizeSpec
 
 _LAYOUT_VERSION = 6
 _SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
@@ -30,7 +30,7 @@ _SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
 class Corpus:
     """The sources, and the encoder that proved itself on hard texts and on a sample of them."""
 
-    job: TokenizeJob
+    job: TokenizeSpec
     tokenizer: TokenizerManifest
     sources: tuple[Source, ...]
     chosen: Choice
@@ -38,7 +38,7 @@ class Corpus:
     @classmethod
     def survey(
         cls,
-        job: TokenizeJob,
+        job: TokenizeSpec,
         tokenizer: TokenizerManifest,
         sources: tuple[Source, ...],
         hard: Sequence[Rows],
@@ -49,7 +49,7 @@ class Corpus:
         return cls(job, tokenizer, sources, choose(Path(tokenizer.path), hard, _sample(job, sources), parts, each))
 
     @classmethod
-    def surveyed(cls, job: TokenizeJob, tokenizer: TokenizerManifest, path: Path) -> Corpus:
+    def surveyed(cls, job: TokenizeSpec, tokenizer: TokenizerManifest, path: Path) -> Corpus:
         """What another job found out. UserError when that was about other sources."""
         found = Survey.read(path)
         listed = [Source(**source) for source in found.sources]
@@ -70,7 +70,7 @@ class Corpus:
     @property
     def threshold(self) -> int:
         """Documents with lower keys are held out, as far as the dataset's share says it."""
-        return int(self.job.dataset.validation_share * 2**64)
+        return int(self.job.dataset.validation_fraction * 2**64)
 
     def choice(self) -> Choice:
         """The encoder to take now: the chosen one, until a unit of these sources finds it out."""
@@ -115,7 +115,7 @@ class Corpus:
         }
 
 
-def _sample(job: TokenizeJob, sources: Sequence[Source]) -> list[str]:
+def _sample(job: TokenizeSpec, sources: Sequence[Source]) -> list[str]:
     """Texts from units spread over the dataset."""
     units = _cut(job, sources, {})
     sample: list[str] = []
@@ -126,5 +126,5 @@ def _sample(job: TokenizeJob, sources: Sequence[Source]) -> list[str]:
     return sample
 
 
-def _cut(job: TokenizeJob, sources: Sequence[Source], settings: dict[str, Any]) -> list[Unit]:
-    return cut(sources, int(job.dataset.unit_mb * 1e6), settings)
+def _cut(job: TokenizeSpec, sources: Sequence[Source], settings: dict[str, Any]) -> list[Unit]:
+    return cut(sources, int(job.dataset.chunk_mb * 1e6), settings)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.files import content_hash
-from longhaul.artifacts.schemas import DataManifest, EncodedShare, TokenizerManifest
+from longhaul.artifacts.schemas import DataManifest, EncodedPartition, TokenizerManifest
 from longhaul.data.filters.drop_documents import screen
 from longhaul.data.filters.fingerprints import Scan
 from longhaul.data.readers.documents import no_documents
@@ -32,10 +32,10 @@ from longhaul.data.shards.write_chunk import SPLITS, Task, read_record, remove_l
 from longhaul.data.tokenizers.choose_encoder import Choice, hard_ids, load_fast, load_reference
 from longhaul.data.tokenizers.encoders import Rows
 from longhaul.errors import DISK_FULL, DiskFull, UserError
-from longhaul.jobs.specs import EncodeJob, TokenizeJob
+from longhaul.jobs.specs import EncodeSpec, TokenizeSpec
 
 
-def run(job: TokenizeJob) -> None:
+def run(job: TokenizeSpec) -> None:
     """Makes the shards that are not there yet, then writes `job.out`.
 
     Raises UserError for whatever is wrong in the sources (longhaul.data.readers.documents), for a dataset that holds nothing to
@@ -50,23 +50,23 @@ def run(job: TokenizeJob) -> None:
         made.write(Path(job.out))
 
 
-def survey(job: TokenizeJob) -> None:
+def survey(job: TokenizeSpec) -> None:
     """Writes to `job.out` what the jobs that share the units agree on. Raises UserError as `run` does."""
     with _at_work(job, job.name) as (corpus, _, _):
         corpus.as_survey().write(Path(job.out))
 
 
-def encode(job: EncodeJob) -> None:
+def encode(job: EncodeSpec) -> None:
     """Makes the units of the job's share, then writes `job.out`. Raises UserError as `run` does."""
     chosen = partial(share_of, share=job.share, shares=job.shares)
     with _at_work(job, f"{job.name} {job.share}/{job.shares}", job.shares) as (corpus, scan, makers):
         task, units, choice = makers.make(corpus, corpus.threshold, chosen)
         makers.scan(task, units, scan)
-        EncodedShare(job.share, job.shares, choice._asdict(), [unit.name for unit in units]).write(Path(job.out))
+        EncodedPartition(job.share, job.shares, choice._asdict(), [unit.name for unit in units]).write(Path(job.out))
 
 
 @contextmanager
-def _at_work(job: TokenizeJob, name: str, shares: int = 1) -> Iterator[tuple[Corpus, Scan, Makers]]:
+def _at_work(job: TokenizeSpec, name: str, shares: int = 1) -> Iterator[tuple[Corpus, Scan, Makers]]:
     """What a job works on and with; a UserError for what is wrong before it begins, and for a disk that fails it."""
     tokenizer = TokenizerManifest.read(Path(job.tokenizer))
     if job.dataset.kind == "chat" and not tokenizer.has_chat_template:
@@ -90,7 +90,7 @@ def _at_work(job: TokenizeJob, name: str, shares: int = 1) -> Iterator[tuple[Cor
             raise _unwritten(error, job) from None
 
 
-def _begun(job: TokenizeJob, tokenizer: Path, workers: int) -> tuple[tuple[Source, ...], tuple[Rows, ...]]:
+def _begun(job: TokenizeSpec, tokenizer: Path, workers: int) -> tuple[tuple[Source, ...], tuple[Rows, ...]]:
     """Loads both encoders, which makers that are forked later share; other processes hash the sources meanwhile, and
     encode hard texts with the reference. Sources and ids; none for a job that finds them surveyed.
     """
@@ -102,7 +102,7 @@ def _begun(job: TokenizeJob, tokenizer: Path, workers: int) -> tuple[tuple[Sourc
             return tuple(hashing), tuple(hard)
 
 
-def _unwritten(error: OSError, job: TokenizeJob) -> UserError:
+def _unwritten(error: OSError, job: TokenizeSpec) -> UserError:
     """What a file system that refuses the shards means for the user."""
     what, place, choices = f"writing dataset {job.name}", Path(job.folder), "choose another place with storage.data"
     if error.errno in DISK_FULL:
@@ -175,7 +175,7 @@ def _manifest(
 
 
 def _require_documents(
-    job: TokenizeJob, documents: list[int], records: Sequence[dict[str, Any]], skipped: Counter[str]
+    job: TokenizeSpec, documents: list[int], records: Sequence[dict[str, Any]], skipped: Counter[str]
 ) -> None:
     for file, count in zip(job.files, documents, strict=True):
         if not count and job.dataset.bad_rows == "stop":

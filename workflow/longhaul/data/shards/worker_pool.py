@@ -32,7 +32,7 @@ Chosen = Callable[[Sequence[Unit]], Sequence[Unit]]
 
 
 def worker_count(source_bytes: int, most: int) -> int:
-    """Processes that are worth their start: 1, this one, up to `most`."""
+    """DistributedContext that are worth their start: 1, this one, up to `most`."""
     return max(1, min(most, source_bytes // _BYTES_PER_WORKER))
 
 

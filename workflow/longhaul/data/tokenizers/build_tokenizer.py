@@ -14,7 +14,7 @@ from longhaul.data.readers.documents import read_documents, texts
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.errors import UserError
-from longhaul.jobs.specs import TokenizerJob
+from longhaul.jobs.specs import TokenizerSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ _WORDS = (
 _PROBE = [{"role": "user", "content": "How much is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
 
 
-def run(job: TokenizerJob) -> None:
+def run(job: TokenizerSpec) -> None:
     """Makes results/<run>/tokenizers/<hash>, then the manifest `job.out`.
 
     Raises UserError for a folder that is no tokenizer, a tokenizer without EOS or larger than the model's vocabulary, and
@@ -80,7 +80,7 @@ def _load(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _train(job: TokenizerJob) -> PreTrainedTokenizerBase:
+def _train(job: TokenizerSpec) -> PreTrainedTokenizerBase:
     """A byte-level BPE; the same files give the same tokenizer, whatever the number of threads."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -106,13 +106,13 @@ def _train(job: TokenizerJob) -> PreTrainedTokenizerBase:
     )
 
 
-def _corpus(job: TokenizerJob) -> Iterator[str]:
+def _corpus(job: TokenizerSpec) -> Iterator[str]:
     for name in sorted(job.train_files):
         for document in read_documents(job.train_files[name], job.train_datasets[name]):
             yield from texts(document)
 
 
-def _install_chat_template(tokenizer: PreTrainedTokenizerBase, job: TokenizerJob) -> None:
+def _install_chat_template(tokenizer: PreTrainedTokenizerBase, job: TokenizerSpec) -> None:
     """The user's own template, else the tokenizer's own (its default where it has several), else ours if we trained it."""
     if job.chat_template:
         tokenizer.chat_template = _read_template(Path(job.chat_template))

@@ -19,14 +19,14 @@ import torch
 from longhaul.artifacts.files import file_sha256, read_json, write_json
 from longhaul.artifacts.shared_file_system import look_again
 from longhaul.errors import DiskFull, UserError
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train.checkpoint import folders as store
 from longhaul.train.checkpoint.folders import MANIFEST, complete_checkpoints, partial_folder, step_folder
 from longhaul.train.checkpoint.hashed_writer import HashedFiles
 from longhaul.train.checkpoint.offloaded_states import states_in_reach
 from longhaul.train.checkpoint.resharding import load_other_layout, loss_scale_of, recount_steps, restore_loss_scale
 from longhaul.train.checkpoint.training_state import TrainingState
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import Events
 from longhaul.train.parallel.checkpoint_layout import is_tied, load_engine, write_layout
 
@@ -36,7 +36,7 @@ _SKIPPED = "skipped.json"
 class Checkpoints:
     """Saves, finds, loads and thins out the checkpoints of one weights folder; every method runs on all ranks."""
 
-    def __init__(self, folder: Path, job: StageJob, processes: Processes, events: Events) -> None:
+    def __init__(self, folder: Path, job: TrainSpec, processes: DistributedContext, events: Events) -> None:
         self.folder, self._job, self._processes, self._events = folder, job, processes, events
 
     def finished(self) -> bool:
@@ -104,10 +104,10 @@ class Checkpoints:
         saved, planned = _layout_of(manifest), self._layout()
         # DeepSpeed's own load forgets a part of what is swapped, and would have all of it in memory at once.
         if saved == planned and not self._job.stage.zero.on_disk:
-            load_engine(engine, self._processes.grid, folder)
+            load_engine(engine, self._processes.dims, folder)
         else:
             load_other_layout(engine, folder)
-            engine.global_steps, engine.global_samples = step, step * self._job.stage.global_batch
+            engine.global_steps, engine.global_samples = step, step * self._job.stage.global_batch_size
         recount_steps(engine)
         if saved == planned:
             self._restore_own_state(engine, torch.load(folder / self._rank_file(), weights_only=True))
@@ -198,9 +198,9 @@ class Checkpoints:
             _save_engine(engine, partial, files)
             files.save(self._own_state(engine), partial / self._rank_file())
             with files.noting():
-                if self._processes.grid.is_split:
+                if self._processes.dims.is_split:
                     others = write_layout(
-                        engine, self._processes.grid, partial, is_tied(self._job), self._processes.gather
+                        engine, self._processes.dims, partial, is_tied(self._job), self._processes.gather
                     )
                 if self._processes.is_main:
                     write_json(partial / "state.json", asdict(state))

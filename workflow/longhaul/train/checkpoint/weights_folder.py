@@ -10,9 +10,9 @@ from typing import Any
 from longhaul.artifacts.files import canonical_json, content_hash, read_json, write_json
 from longhaul.artifacts.schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.errors import UserError
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 from longhaul.train.checkpoint.folders import complete_checkpoints
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.schedule import may_grow
 
 
@@ -24,7 +24,7 @@ class Start:
     sha256: str
 
 
-def starting_checkpoint(job: StageJob) -> Start | None:
+def starting_checkpoint(job: TrainSpec) -> Start | None:
     """The checkpoint this stage starts from; None when it starts from the model itself."""
     if job.start_checkpoint is None or job.stage.start_from is None:
         return None
@@ -36,7 +36,7 @@ def starting_checkpoint(job: StageJob) -> Start | None:
 
 
 def weights_identity(
-    job: StageJob, data: DataManifest, tokenizer: TokenizerManifest, start: Start | None
+    job: TrainSpec, data: DataManifest, tokenizer: TokenizerManifest, start: Start | None
 ) -> dict[str, Any]:
     """What the weights depend on. The number of steps is left out, unless `restart` asks for new weights when it changes."""
     spec = {key: value for key, value in job.spec.items() if key != "steps" or job.stage.restart}
@@ -49,12 +49,12 @@ def weights_identity(
     }
 
 
-def weights_folder(job: StageJob, identity: dict[str, Any]) -> Path:
+def weights_folder(job: TrainSpec, identity: dict[str, Any]) -> Path:
     """<weights_root>/<hash>."""
     return Path(job.weights_root) / content_hash(identity)
 
 
-def claim_weights_folder(job: StageJob, identity: dict[str, Any], folder: Path, processes: Processes) -> None:
+def claim_weights_folder(job: TrainSpec, identity: dict[str, Any], folder: Path, processes: DistributedContext) -> None:
     """Writes what the weights are of; UserError when others lie there, or they may not go on under the planned steps."""
     if processes.is_main:
         _check_identity(folder, identity)
@@ -76,7 +76,7 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _check_steps(job: StageJob, folder: Path) -> None:
+def _check_steps(job: TrainSpec, folder: Path) -> None:
     if not (folder / "identity.json").exists():
         return
     planned, trained = read_json(folder / "identity.json")["steps"], max(complete_checkpoints(folder), default=0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from longhaul.artifacts.files import write_text
 from longhaul.artifacts.leases import Holder, Lease
 from longhaul.artifacts.shared_file_system import REMEMBERED_S
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 
 BEAT_S = 5.0
 DEAD_AFTER_S = REMEMBERED_S + 3 * BEAT_S
@@ -28,7 +28,7 @@ _RETRY_S = 0.5
 
 @contextmanager
 def sole_writer(
-    folder: Path, processes: Processes, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S
+    folder: Path, processes: DistributedContext, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S
 ) -> Iterator[None]:
     """All ranks hold `folder` for the length of the block, after whoever holds it now has ended; rank 0 has the lease."""
     lease, beat = Lease(folder / "lease.json"), folder / "lease.beat"

@@ -17,8 +17,8 @@ import torch
 
 from longhaul.artifacts.files import write_text
 from longhaul.config.model_size import geometry
-from longhaul.jobs.specs import StageJob
-from longhaul.train.distributed_context import Processes
+from longhaul.jobs.specs import TrainSpec
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import Events
 from longhaul.train.monitoring.trackers import Tracker, open_trackers
 
@@ -30,10 +30,10 @@ class Metrics:
 
     def __init__(
         self,
-        job: StageJob,
+        job: TrainSpec,
         folder: Path,
         resumed_from: int,
-        processes: Processes,
+        processes: DistributedContext,
         model: dict[str, Any],
         events: Events,
     ) -> None:
@@ -49,7 +49,7 @@ class Metrics:
         first_step = resumed_from + 1 if resumed_from else 0
         self._stream = self._open_before(first_step)
         self._trackers = open_trackers(job, folder, first_step)
-        with (folder / "legs.jsonl").open("a", encoding="utf-8") as stream:
+        with (folder / "attempts.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_leg(job, resumed_from, processes, hosts)) + "\n")
 
     def _open_before(self, step: int) -> TextIO:
@@ -72,7 +72,7 @@ class Metrics:
         """One optimizer step: its values, and what follows from its duration."""
         if not self._processes.is_main:
             return
-        tokens_per_s = self._job.stage.global_batch * self._job.stage.sequence_length / seconds
+        tokens_per_s = self._job.stage.global_batch_size * self._job.stage.sequence_length / seconds
         row = {
             "step": step,
             **values,
@@ -142,7 +142,7 @@ def _utilisation(device: torch.device) -> int | None:
         return None
 
 
-def _leg(job: StageJob, resumed_from: int, processes: Processes, hosts: list[str]) -> dict[str, Any]:
+def _leg(job: TrainSpec, resumed_from: int, processes: DistributedContext, hosts: list[str]) -> dict[str, Any]:
     """What may differ from leg to leg without changing the result."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -152,7 +152,7 @@ def _leg(job: StageJob, resumed_from: int, processes: Processes, hosts: list[str
         "hosts": list(dict.fromkeys(hosts)),
         "job_id": os.environ.get("SLURM_JOB_ID"),
         "zero": job.stage.zero.model_dump(mode="json"),
-        "micro_batch": job.stage.micro_batch,
+        "micro_batch_size": job.stage.micro_batch_size,
         "accumulation": job.accumulation,
         "activation_checkpointing": job.stage.activation_checkpointing,
         "device": processes.device.type,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import Events
 
 _CPU_SIZE, _CPU_PRODUCTS = 512, 4
@@ -34,7 +34,7 @@ class Pace:
 class Stragglers:
     """Compares the ranks' paces; `share` is by how much one may be slower than the median of the others."""
 
-    def __init__(self, processes: Processes, share: float, events: Events) -> None:
+    def __init__(self, processes: DistributedContext, share: float, events: Events) -> None:
         self._processes, self._share, self._events = processes, share, events
         self._waits: list[float] = []
         self._slow_in_a_row: dict[tuple[int, str], int] = {}

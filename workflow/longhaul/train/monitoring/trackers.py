@@ -20,7 +20,7 @@ from typing import Any
 
 from longhaul.artifacts.files import read_json, write_json
 from longhaul.errors import UserError
-from longhaul.jobs.specs import StageJob
+from longhaul.jobs.specs import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ _DEFAULTS = {
     "MLFLOW_ALLOW_FILE_STORE": "true",  # MLflow 3 would have SQLite, which network folders break
 }
 """What W&B and MLflow read of the environment, where it does not say otherwise: how long they may hold up rank 0, which is soon
-taken for hung (recovery.hang_s); no word to their makers; files."""
+taken for hung (recovery.heartbeat_timeout_s); no word to their makers; files."""
 
 
-def open_trackers(job: StageJob, folder: Path, first_step: int) -> list[Tracker]:
+def open_trackers(job: TrainSpec, folder: Path, first_step: int) -> list[Tracker]:
     """The trackers the config asks for; numbers of `first_step` and later steps follow. One that fails to open is left out.
 
     Raises UserError when a tracker's package or key is missing, or its run is not where it was begun.
@@ -109,7 +109,7 @@ def _without_credentials(text: str) -> str:
     return re.sub(r"//[^/\s@]*@", "//", text)
 
 
-def _tensorboard(job: StageJob, folder: Path, first_step: int) -> Tracker:
+def _tensorboard(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     def open_at(step: int) -> Any:
@@ -132,7 +132,7 @@ def _tensorboard(job: StageJob, folder: Path, first_step: int) -> Tracker:
     return Tracker(log, close, rewind)
 
 
-def _wandb(job: StageJob, folder: Path, first_step: int) -> Tracker:
+def _wandb(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     """W&B itself leaves out what comes for a step before the last one that this process gave it."""
     import wandb
     from wandb.errors import AuthenticationError, CommError, UsageError
@@ -160,7 +160,7 @@ def _wandb(job: StageJob, folder: Path, first_step: int) -> Tracker:
     return Tracker(lambda step, numbers: run.log(numbers, step=step), run.finish)
 
 
-def _mlflow(job: StageJob, folder: Path, first_step: int) -> Tracker:
+def _mlflow(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     import mlflow
 
     where = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlruns").as_uri()

@@ -11,51 +11,51 @@ from safetensors.torch import load_file, save_file
 
 from longhaul.artifacts.files import write_json
 from longhaul.checkpoint_io.parallel_files import LAYOUT
-from longhaul.jobs.specs import StageJob
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.jobs.specs import TrainSpec
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import hugging_face_name, saved_buffers
 from longhaul.train.parallel.tensor_slices import shard_of
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def is_tied(job: StageJob) -> bool:
+def is_tied(job: TrainSpec) -> bool:
     """Whether the head shares the embedding's weights."""
     return bool(job.model.get("tie_word_embeddings"))
 
 
 def write_layout(
-    engine: Any, grid: Grid, folder: Path, is_tied: bool, gather: Callable[[Any], list[Any]]
+    engine: Any, dims: ParallelDims, folder: Path, is_tied: bool, gather: Callable[[Any], list[Any]]
 ) -> list[Path]:
     """Writes layout.json and the buffers of every stage (zero_checkpoint/parallel.py describes both); all ranks call it.
 
     Returns what this rank wrote.
     """
     written = []
-    entries = [entry for part in gather(_entries(engine.module, grid)) for entry in part]
-    if grid.rank == 0:
-        axes = grid.parallel.model_dump(include={"tensor", "pipeline", "expert"}) | {"data": grid.data}
+    entries = [entry for part in gather(_entries(engine.module, dims)) for entry in part]
+    if dims.rank == 0:
+        axes = dims.parallel.model_dump(include={"tensor", "pipeline", "expert"}) | {"data": dims.data}
         write_json(folder / LAYOUT, {"axes": axes, "tied": TIED if is_tied else {}, "entries": entries})
         written.append(folder / LAYOUT)
-    if grid.data_rank == grid.tensor_rank == 0:
+    if dims.data_rank == dims.tensor_rank == 0:
         buffers = {shard.name: buffer.detach().cpu().contiguous() for shard, buffer in saved_buffers(engine.module)}
-        save_file(buffers, _buffers_file(folder, grid))
-        written.append(_buffers_file(folder, grid))
+        save_file(buffers, _buffers_file(folder, dims))
+        written.append(_buffers_file(folder, dims))
     return written
 
 
-def _entries(module: torch.nn.Module, grid: Grid) -> list[dict[str, Any]]:
+def _entries(module: torch.nn.Module, dims: ParallelDims) -> list[dict[str, Any]]:
     """This rank's parameters: on one data rank, experts on one of each expert rank."""
     found = []
     for local, parameter in module.named_parameters():
         is_expert = hasattr(parameter, "group_name")
-        if grid.data_rank >= (grid.parallel.expert if is_expert else 1):
+        if dims.data_rank >= (dims.parallel.expert if is_expert else 1):
             continue
         shard = shard_of(hugging_face_name(module, local), parameter)
         found.append(
             {
-                "model_rank": grid.model_rank,
-                "expert_rank": grid.expert_rank if is_expert else None,
+                "model_rank": dims.model_rank,
+                "expert_rank": dims.expert_rank if is_expert else None,
                 "local": local,
                 "name": shard.name,
                 "shape": list(shard.shape),
@@ -65,21 +65,21 @@ def _entries(module: torch.nn.Module, grid: Grid) -> list[dict[str, Any]]:
     return found
 
 
-def _buffers_file(folder: Path, grid: Grid) -> Path:
-    return folder / f"buffers-stage-{grid.stage:02d}.safetensors"
+def _buffers_file(folder: Path, dims: ParallelDims) -> Path:
+    return folder / f"buffers-stage-{dims.stage:02d}.safetensors"
 
 
-def load_engine(engine: Any, grid: Grid, folder: Path) -> None:
+def load_engine(engine: Any, dims: ParallelDims, folder: Path) -> None:
     """Loads a checkpoint of the same layout.
 
     DeepSpeed saves the experts of the first data rank's expert rank alone with the module; the masters in the optimizer's
     files are complete, so every parameter is taken from them.
     """
-    engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=grid.parallel.expert == 1)
-    if not grid.is_split:
+    engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=dims.parallel.expert == 1)
+    if not dims.is_split:
         return
     if engine.zero_optimization_stage() < 3:
         engine.optimizer.update_lp_params()
-    buffers = load_file(_buffers_file(folder, grid))
+    buffers = load_file(_buffers_file(folder, dims))
     for shard, buffer in saved_buffers(engine.module):
         buffer.copy_(buffers[shard.name])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.tensor_slices import decoder_layers
 
 Load = dict[str, list[int]]
@@ -20,8 +20,8 @@ Load = dict[str, list[int]]
 class ExpertLoad:
     """Counts the tokens that each expert of this rank's layers gets while the model trains."""
 
-    def __init__(self, model: Any, grid: Grid, bias_rate: float) -> None:
-        self._grid, self._bias_rate = grid, bias_rate
+    def __init__(self, model: Any, dims: ParallelDims, bias_rate: float) -> None:
+        self._grid, self._bias_rate = dims, bias_rate
         self._routers: dict[str, Any] = {}
         self._counts: dict[str, torch.Tensor] = {}
         for layer in decoder_layers(model):

@@ -13,42 +13,42 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 
 from longhaul.train.parallel.autograd_collectives import all_to_all
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.tensor_slices import decoder_layers, even_part, shard_parameter
 
 
-def split_experts(model: Any, grid: Grid, partitioned: bool = False) -> None:
+def split_experts(model: Any, dims: ParallelDims, partitioned: bool = False) -> None:
     """Gives every mixture of a Hugging Face causal LM the experts of this rank, which ZeRO-3 is to partition or not."""
-    _register_groups(grid)
+    _register_groups(dims)
     kind = ExpertParallel if partitioned else ExpertParallelMoE
     for layer in decoder_layers(model):
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = kind(layer.mlp.experts, grid)
+            layer.mlp.experts = kind(layer.mlp.experts, dims)
 
 
-def _register_groups(grid: Grid) -> None:
+def _register_groups(dims: ParallelDims) -> None:
     """Tells DeepSpeed the groups, by the name that its optimizers look them up with."""
     from deepspeed.utils import groups
 
-    name = group_name(grid)
-    groups._EXPERT_PARALLEL_GROUP[name] = grid.group("expert")
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = grid.group("expert_data")
+    name = group_name(dims)
+    groups._EXPERT_PARALLEL_GROUP[name] = dims.group("expert")
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = dims.group("expert_data")
 
 
-def group_name(grid: Grid) -> str:
-    return f"ep_size_{grid.parallel.expert}"
+def group_name(dims: ParallelDims) -> str:
+    return f"ep_size_{dims.parallel.expert}"
 
 
 class ExpertParallel(torch.nn.Module):
     """Stands in for a transformers experts module of E experts, E / ranks of which are here."""
 
-    def __init__(self, experts: Any, grid: Grid) -> None:
+    def __init__(self, experts: Any, dims: ParallelDims) -> None:
         torch.nn.Module.__init__(self)
-        self.local, self.group, self.ranks = experts, grid.group("expert"), grid.parallel.expert
-        self.num_experts, self.expert_group_name = experts.num_experts, group_name(grid)
+        self.local, self.group, self.ranks = experts, dims.group("expert"), dims.parallel.expert
+        self.num_experts, self.expert_group_name = experts.num_experts, group_name(dims)
         self.here = self.num_experts // self.ranks
         for name in ("gate_up_proj", "down_proj"):
-            part = even_part(self.num_experts, grid.expert_rank, self.ranks)
+            part = even_part(self.num_experts, dims.expert_rank, self.ranks)
             parameter: Any = shard_parameter(experts, name, {0: part})
             parameter.allreduce, parameter.group_name = False, self.expert_group_name
         experts.num_experts = self.here

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from longhaul.checkpoint_io import raw_bytes
 from longhaul.checkpoint_io.tensor_parts import Ranges, Shard
-from longhaul.train.distributed_context import Processes
+from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_model import parameters, saved_buffers
 
 Part = tuple[tuple[int, Ranges], ...]
 """What a rank has of a tensor: (axis, ranges) of every axis that is split; () for the whole."""
 
 
-def whole_tensors(engine: Any, processes: Processes) -> Iterator[tuple[str, torch.Tensor, bool]]:
+def whole_tensors(engine: Any, processes: DistributedContext) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """(name, fp32 master or buffer on the CPU, whether it is a buffer) on rank 0; the others take part and get nothing.
 
     Raises:
@@ -60,7 +60,7 @@ def _collect(
     holders: dict[Part, int],
     everywhere: list[dict[str, tuple[Shard, bool]]],
     name: str,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> torch.Tensor:
     """Rank 0: the whole tensor from its own part and what the other holders send."""
     if list(holders.values()) == [0] and own is not None:
@@ -92,9 +92,9 @@ def _master(engine: Any, tensor: Any, is_buffer: bool) -> torch.Tensor:
     return master.cpu().contiguous()
 
 
-def _may_differ(engine: Any, processes: Processes, is_buffer: bool) -> bool:
+def _may_differ(engine: Any, processes: DistributedContext, is_buffer: bool) -> bool:
     """Whether ranks hold the tensor each for itself. What ZeRO gathers from all ranks is the same on each of them."""
-    return is_buffer or processes.grid.is_split or engine.zero_optimization_stage() == 0
+    return is_buffer or processes.dims.is_split or engine.zero_optimization_stage() == 0
 
 
 def sha256(value: torch.Tensor) -> str:

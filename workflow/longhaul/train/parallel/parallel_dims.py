@@ -12,7 +12,7 @@ from longhaul.config.run_config import Parallel
 
 
 @dataclass(frozen=True)
-class Grid:
+class ParallelDims:
     """This rank's place. rank = (stage · data + replica) · tensor + tensor rank: tensor ranks are neighbours, in one node.
 
     `data` counts DeepSpeed's data-parallel ranks, each of which holds a gradient of its own. `sequence` neighbours
@@ -109,36 +109,36 @@ class Grid:
         return next(line for line in _lines(self.parallel, self.world_size, "data") if self.rank in line)
 
 
-def make_grid(parallel: Parallel, rank: int, world_size: int) -> Grid:
+def make_parallel_dims(parallel: Parallel, rank: int, world_size: int) -> ParallelDims:
     """Opens the groups of every axis that has several ranks; all ranks of the job call it."""
-    grid = Grid(rank, world_size, parallel)
+    dims = ParallelDims(rank, world_size, parallel)
     if parallel == Parallel():
-        return grid
+        return dims
     for axis in ("tensor", "sequence", "expert", "expert_data", "data", "model"):
         for line in _lines(parallel, world_size, axis):
             # A group of one is needed too: DeepSpeed reduces over it.
             group = dist.new_group(line)
             if rank in line:
-                grid.groups[axis] = group
-    return grid
+                dims.groups[axis] = group
+    return dims
 
 
 def _lines(parallel: Parallel, world_size: int, axis: str) -> Iterable[list[int]]:
     """Every set of ranks that differ along one axis only, in the order of their first rank."""
     lines: dict[tuple[int, ...], list[int]] = {}
     for rank in range(world_size):
-        lines.setdefault(_coordinates(Grid(rank, world_size, parallel), axis), []).append(rank)
+        lines.setdefault(_coordinates(ParallelDims(rank, world_size, parallel), axis), []).append(rank)
     return lines.values()
 
 
-def _coordinates(grid: Grid, axis: str) -> tuple[int, ...]:
+def _coordinates(dims: ParallelDims, axis: str) -> tuple[int, ...]:
     """What ranks of one group along `axis` have in common."""
-    expert, sequence = grid.parallel.expert, grid.parallel.sequence
+    expert, sequence = dims.parallel.expert, dims.parallel.sequence
     return {
-        "tensor": (grid.stage, grid.data_rank),
-        "sequence": (grid.stage, grid.tensor_rank, grid.data_rank // sequence),
-        "expert": (grid.stage, grid.tensor_rank, grid.data_rank // expert),
-        "expert_data": (grid.stage, grid.tensor_rank, grid.expert_rank),
-        "data": (grid.stage, grid.tensor_rank),
-        "model": (grid.data_rank,),
+        "tensor": (dims.stage, dims.data_rank),
+        "sequence": (dims.stage, dims.tensor_rank, dims.data_rank // sequence),
+        "expert": (dims.stage, dims.tensor_rank, dims.data_rank // expert),
+        "expert_data": (dims.stage, dims.tensor_rank, dims.expert_rank),
+        "data": (dims.stage, dims.tensor_rank),
+        "model": (dims.data_rank,),
     }[axis]

@@ -16,23 +16,25 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from longhaul.config.model_size import stage_layers
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 
 
-def keep_own_stage(model: Any, grid: Grid) -> None:
+def keep_own_stage(model: Any, dims: ParallelDims) -> None:
     """Drops the layers of other stages; tied weights stay at both ends."""
-    own = stage_layers(len(model.model.layers), grid.parallel.pipeline)[grid.stage]
+    own = stage_layers(len(model.model.layers), dims.parallel.pipeline)[dims.stage]
     tied = model.config.tie_word_embeddings
     model.model.layers = torch.nn.ModuleDict({str(index): model.model.layers[index] for index in own})
-    if grid.stage > 0 and not (tied and grid.is_last_stage):
+    if dims.stage > 0 and not (tied and dims.is_last_stage):
         model.model.embed_tokens = None
-    if not grid.is_last_stage:
+    if not dims.is_last_stage:
         model.model.norm = model.lm_head = None
 
 
-def as_pipeline(model: Any, grid: Grid, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> PipelineModule:
+def as_pipeline(
+    model: Any, dims: ParallelDims, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> PipelineModule:
     """The PipelineModule of a model that went through `keep_own_stage`."""
-    parallel = grid.parallel
+    parallel = dims.parallel
     if model.config.tie_word_embeddings:
         embed = TiedLayerSpec("embed", Embedding, model, tied_weight_attr="weight")
         head = TiedLayerSpec("embed", Embedding, model, forward_fn=_as_it_is, tied_weight_attr="weight")
@@ -41,7 +43,7 @@ def as_pipeline(model: Any, grid: Grid, loss: Callable[[torch.Tensor, torch.Tens
     stages = [LayerSpec(Stage, model, stage == parallel.pipeline - 1) for stage in range(parallel.pipeline)]
     return PipelineModule(
         layers=[embed, *stages, head],
-        topology=PipeModelDataParallelTopology(parallel.pipeline, parallel.tensor, grid.data),
+        topology=PipeModelDataParallelTopology(parallel.pipeline, parallel.tensor, dims.data),
         loss_fn=loss,
         partition_method="type:^Stage$",
     )

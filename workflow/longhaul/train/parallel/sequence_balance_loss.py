@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from longhaul.jobs.specs import StageJob
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.jobs.specs import TrainSpec
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.tensor_slices import decoder_layers
 
 
@@ -35,10 +35,10 @@ class _WithLoss(torch.autograd.Function):
 class SequenceBalance:
     """Adds the loss to every router of this rank's layers while the model trains; does nothing at weight 0."""
 
-    def __init__(self, model: Any, grid: Grid, job: StageJob) -> None:
-        self._grid, self._weight = grid, job.stage.sequence_balance_weight
+    def __init__(self, model: Any, dims: ParallelDims, job: TrainSpec) -> None:
+        self._grid, self._weight = dims, job.stage.sequence_aux_loss_coef
         self._length = job.stage.sequence_length
-        self._share = self._weight / job.stage.global_batch
+        self._share = self._weight / job.stage.global_batch_size
         self._total: torch.Tensor | float = 0.0
         for layer in decoder_layers(model) if self._weight else ():
             if hasattr(layer.mlp, "experts"):

@@ -17,23 +17,23 @@ from torch.nn import functional as F
 from longhaul.train.batches import MicroBatch
 from longhaul.train.loss import IGNORE
 from longhaul.train.parallel.autograd_collectives import all_to_all
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 
 ATTENTION = "longhaul_ulysses"
 
 
-def split_sequences(model: Any, grid: Grid) -> None:
+def split_sequences(model: Any, dims: ParallelDims) -> None:
     """Has a Hugging Face causal LM attend through the exchange; its micro batches come from `local_tokens`."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface
 
     def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-        query, key, value = (_tokens_for_heads(x, grid) for x in (query, key, value))
+        query, key, value = (_tokens_for_heads(x, dims) for x in (query, key, value))
         mask = model.whole_mask
         options.pop("is_causal", None)
         output_BSND, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
-        return _heads_for_tokens(output_BSND, grid), None
+        return _heads_for_tokens(output_BSND, dims), None
 
     AttentionInterface.register(ATTENTION, attend)
     # A mask over this rank's tokens alone would be wrong: none is made, and `attend` brings its own.
@@ -41,11 +41,11 @@ def split_sequences(model: Any, grid: Grid) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
-def local_tokens(model: Any, batch: MicroBatch, grid: Grid) -> MicroBatch:
+def local_tokens(model: Any, batch: MicroBatch, dims: ParallelDims) -> MicroBatch:
     """This rank's tokens of the batch, which all ranks of the group hold whole; keeps the mask of the whole."""
     model.whole_mask = document_mask(batch.position_ids)
-    length = batch.input_ids.shape[1] // grid.parallel.sequence
-    mine = slice(grid.sequence_rank * length, (grid.sequence_rank + 1) * length)
+    length = batch.input_ids.shape[1] // dims.parallel.sequence
+    mine = slice(dims.sequence_rank * length, (dims.sequence_rank + 1) * length)
     return MicroBatch(batch.input_ids[:, mine], batch.labels[:, mine], batch.position_ids[:, mine])
 
 
@@ -70,20 +70,20 @@ def document_mask(position_ids_BS: torch.Tensor) -> torch.Tensor | None:
     return same_BSS.tril()[:, None]
 
 
-def _tokens_for_heads(x_BNSD: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _tokens_for_heads(x_BNSD: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
     """[B, N, S / P, D] -> [B, N / P, S, D]."""
-    ranks = grid.parallel.sequence
+    ranks = dims.parallel.sequence
     batch, heads, length, width = x_BNSD.shape
     # One block of heads a rank: [P, B, N / P, S / P, D].
     blocks = x_BNSD.view(batch, ranks, heads // ranks, length, width).transpose(0, 1).contiguous()
-    found = all_to_all(blocks, [1] * ranks, [1] * ranks, grid.group("sequence"))
+    found = all_to_all(blocks, [1] * ranks, [1] * ranks, dims.group("sequence"))
     return found.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * length, width)
 
 
-def _heads_for_tokens(x_BSND: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _heads_for_tokens(x_BSND: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
     """[B, S, N / P, D] -> [B, S / P, N, D]."""
-    ranks = grid.parallel.sequence
+    ranks = dims.parallel.sequence
     batch, length, heads, width = x_BSND.shape
     blocks = x_BSND.view(batch, ranks, length // ranks, heads, width).transpose(0, 1).contiguous()
-    found = all_to_all(blocks, [1] * ranks, [1] * ranks, grid.group("sequence"))
+    found = all_to_all(blocks, [1] * ranks, [1] * ranks, dims.group("sequence"))
     return found.permute(1, 2, 0, 3, 4).reshape(batch, length // ranks, ranks * heads, width)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longhaul.checkpoint_io.tensor_parts import Shard
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.tensor_slices import shard_of
 
 _EXPERTS = ".mlp.experts.local."
@@ -18,7 +18,7 @@ Give = Callable[[torch.Tensor, torch.device], torch.nn.Parameter]
 
 
 def split_model(
-    config: Any, grid: Grid, trust_remote_code: bool, device: torch.device, ds_config: dict[str, Any]
+    config: Any, dims: ParallelDims, trust_remote_code: bool, device: torch.device, ds_config: dict[str, Any]
 ) -> Any:
     """A Hugging Face causal LM of which only this rank's part is there, with undefined values; of ZeRO-3, its partition.
 
@@ -26,16 +26,16 @@ def split_model(
         RuntimeError: the architecture has a buffer that is neither saved nor known here.
     """
     partitioned = ds_config["zero_optimization"]["stage"] == 3
-    model = cut_model(config, grid, trust_remote_code, partitioned)
-    _give_memory(model, device, _give_partition(grid, ds_config) if partitioned else _give_whole)
-    if grid.parallel.tensor > 1:
+    model = cut_model(config, dims, trust_remote_code, partitioned)
+    _give_memory(model, device, _give_partition(dims, ds_config) if partitioned else _give_whole)
+    if dims.parallel.tensor > 1:
         from longhaul.train.parallel.tensor_parallel import hook_gradients
 
-        hook_gradients(model, grid)
+        hook_gradients(model, dims)
     return model
 
 
-def cut_model(config: Any, grid: Grid, trust_remote_code: bool = False, partitioned: bool = False) -> Any:
+def cut_model(config: Any, dims: ParallelDims, trust_remote_code: bool = False, partitioned: bool = False) -> Any:
     """This rank's part of the model without any memory, which ZeRO-3 is to partition or not."""
     from transformers import AutoModelForCausalLM
 
@@ -44,18 +44,18 @@ def cut_model(config: Any, grid: Grid, trust_remote_code: bool = False, partitio
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
         )
     model.tie_weights()
-    if grid.parallel.pipeline > 1:
+    if dims.parallel.pipeline > 1:
         from longhaul.train.parallel.pipeline_parallel import keep_own_stage
 
-        keep_own_stage(model, grid)
-    if grid.parallel.tensor > 1:
+        keep_own_stage(model, dims)
+    if dims.parallel.tensor > 1:
         from longhaul.train.parallel.tensor_parallel import split_tensors
 
-        split_tensors(model, grid)
-    if grid.parallel.expert > 1:
+        split_tensors(model, dims)
+    if dims.parallel.expert > 1:
         from longhaul.train.parallel.expert_parallel import split_experts
 
-        split_experts(model, grid, partitioned)
+        split_experts(model, dims, partitioned)
     return model
 
 
@@ -66,14 +66,14 @@ def _give_whole(parameter: torch.Tensor, device: torch.device) -> torch.nn.Param
     return made
 
 
-def _give_partition(grid: Grid, ds_config: dict[str, Any]) -> Give:
+def _give_partition(dims: ParallelDims, ds_config: dict[str, Any]) -> Give:
     """For ZeRO-3: every parameter is partitioned over its data-parallel ranks before the next one is made.
 
     DeepSpeed knows no experts of ours; those of its AutoEP have the same parts on the same ranks, so they bear its marks.
     """
     import deepspeed
 
-    data = grid.group("data") if grid.parallel.tensor > 1 else None
+    data = dims.group("data") if dims.parallel.tensor > 1 else None
     init = deepspeed.zero.Init(module=torch.nn.Module(), data_parallel_group=data, config_dict_or_path=ds_config)
 
     def give(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
@@ -81,7 +81,7 @@ def _give_partition(grid: Grid, ds_config: dict[str, Any]) -> Give:
         made.__dict__.update(parameter.__dict__)
         if name := getattr(made, "group_name", None):
             made.ds_zero_placement_family, made.ds_zero_partition_group_name = "autoep_expert", name
-            made.ds_zero_partition_process_group = grid.group("expert_data")
+            made.ds_zero_partition_process_group = dims.group("expert_data")
         init._convert_to_zero_parameters([made])
         return made
 

@@ -17,24 +17,24 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from longhaul.train.parallel.autograd_collectives import copy_to, reduce_from
-from longhaul.train.parallel.parallel_dims import Grid
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.tensor_slices import decoder_layers, even_part, shard_parameter
 
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-def split_tensors(model: Any, grid: Grid) -> None:
+def split_tensors(model: Any, dims: ParallelDims) -> None:
     """Gives every layer of a Hugging Face causal LM its tensor-parallel part."""
     for layer in decoder_layers(model):
-        _split_attention(layer.self_attn, grid)
-        _split_mlp(layer.mlp, grid)
-    _split_vocabulary(model, grid)
+        _split_attention(layer.self_attn, dims)
+        _split_mlp(layer.mlp, dims)
+    _split_vocabulary(model, dims)
 
 
-def _split_attention(attention: Any, grid: Grid) -> None:
-    group = grid.group("tensor")
-    _split_linears(attention, grid)
+def _split_attention(attention: Any, dims: ParallelDims) -> None:
+    group = dims.group("tensor")
+    _split_linears(attention, dims)
     if hasattr(attention, "kv_a_proj_with_mqa"):
         for name in ("q_proj", "q_b_proj", "kv_b_proj"):
             if getattr(attention, name, None) is not None:
@@ -47,58 +47,58 @@ def _split_attention(attention: Any, grid: Grid) -> None:
             sum_gradient(getattr(attention, name), "weight")
 
 
-def _split_mlp(mlp: Any, grid: Grid) -> None:
+def _split_mlp(mlp: Any, dims: ParallelDims) -> None:
     if not hasattr(mlp, "experts"):
-        _split_linears(mlp, grid)
-        _copy_inputs(mlp, grid.group("tensor"))
+        _split_linears(mlp, dims)
+        _copy_inputs(mlp, dims.group("tensor"))
         return
-    _split_experts(mlp.experts, grid)
+    _split_experts(mlp.experts, dims)
     if getattr(mlp, "shared_experts", None) is not None:
-        _split_mlp(mlp.shared_experts, grid)
+        _split_mlp(mlp.shared_experts, dims)
 
 
-def _split_linears(module: Any, grid: Grid) -> None:
+def _split_linears(module: Any, dims: ParallelDims) -> None:
     for name in COLUMN_PARALLEL:
         if (linear := getattr(module, name, None)) is not None:
             for parameter in ("weight", "bias"):
                 if getattr(linear, parameter) is not None:
-                    _split(linear, parameter, 0, grid)
+                    _split(linear, parameter, 0, dims)
     for name in ROW_PARALLEL:
         if (linear := getattr(module, name, None)) is not None:
-            _split(linear, "weight", 1, grid)
-            setattr(module, name, RowParallel(linear.weight, linear.bias, grid.group("tensor")))
+            _split(linear, "weight", 1, dims)
+            setattr(module, name, RowParallel(linear.weight, linear.bias, dims.group("tensor")))
 
 
-def _split(module: Any, name: str, axis: int, grid: Grid) -> None:
+def _split(module: Any, name: str, axis: int, dims: ParallelDims) -> None:
     size = getattr(module, name).shape[axis]
-    _mark(shard_parameter(module, name, {axis: even_part(size, grid.tensor_rank, grid.parallel.tensor)}))
+    _mark(shard_parameter(module, name, {axis: even_part(size, dims.tensor_rank, dims.parallel.tensor)}))
 
 
-def _split_experts(experts: Any, grid: Grid) -> None:
+def _split_experts(experts: Any, dims: ParallelDims) -> None:
     """Every expert's inner width I: gate_up_proj [E, 2I, H] holds gate above up, down_proj is [E, H, I]."""
     width = experts.down_proj.shape[2]
-    ((start, stop),) = even_part(width, grid.tensor_rank, grid.parallel.tensor)
+    ((start, stop),) = even_part(width, dims.tensor_rank, dims.parallel.tensor)
     _mark(shard_parameter(experts, "gate_up_proj", {1: ((start, stop), (width + start, width + stop))}))
     _mark(shard_parameter(experts, "down_proj", {2: ((start, stop),)}))
     # The weights of the chosen experts are multiplied with partial outputs, so their gradient is partial too.
-    _copy_inputs(experts, grid.group("tensor"))
-    experts.register_forward_hook(lambda _module, _inputs, output: reduce_from(output, grid.group("tensor")))
+    _copy_inputs(experts, dims.group("tensor"))
+    experts.register_forward_hook(lambda _module, _inputs, output: reduce_from(output, dims.group("tensor")))
 
 
-def _split_vocabulary(model: Any, grid: Grid) -> None:
+def _split_vocabulary(model: Any, dims: ParallelDims) -> None:
     """Embedding and head by rows; tied ones stay one parameter."""
     tied = model.config.tie_word_embeddings
     embedding: Any = model.model.embed_tokens
     head: Any = model.lm_head
     if embedding is not None:
-        _split(embedding, "weight", 0, grid)
-        model.model.embed_tokens = VocabularyParallelEmbedding(embedding.weight, embedding.padding_idx, grid)
+        _split(embedding, "weight", 0, dims)
+        model.model.embed_tokens = VocabularyParallelEmbedding(embedding.weight, embedding.padding_idx, dims)
     if head is not None:
         if tied:
             head.weight = model.model.embed_tokens.weight
         else:
-            _split(head, "weight", 0, grid)
-        _copy_inputs(head, grid.group("tensor"))
+            _split(head, "weight", 0, dims)
+        _copy_inputs(head, dims.group("tensor"))
 
 
 def _mark(parameter: Any) -> None:
@@ -133,12 +133,12 @@ def sum_gradient(module: torch.nn.Module, name: str) -> None:
     getattr(module, name).sum_over_tensor_ranks = True
 
 
-def hook_gradients(model: Any, grid: Grid) -> None:
+def hook_gradients(model: Any, dims: ParallelDims) -> None:
     """Sums the marked gradients, once the parameters have memory."""
 
     def summed(gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=grid.group("tensor"))
+        dist.all_reduce(total, group=dims.group("tensor"))
         return total
 
     for parameter in model.parameters():
@@ -161,10 +161,10 @@ class RowParallel(torch.nn.Module):
 class VocabularyParallelEmbedding(torch.nn.Module):
     """ids [B, T] -> [B, T, H]; each rank looks up the ids of its rows and gives zeros for the others."""
 
-    def __init__(self, weight: torch.nn.Parameter, padding_idx: int | None, grid: Grid) -> None:
+    def __init__(self, weight: torch.nn.Parameter, padding_idx: int | None, dims: ParallelDims) -> None:
         super().__init__()
-        self.weight, self.group = weight, grid.group("tensor")
-        self.first = grid.tensor_rank * weight.shape[0]
+        self.weight, self.group = weight, dims.group("tensor")
+        self.first = dims.tensor_rank * weight.shape[0]
         self.padding = -1 if padding_idx is None else padding_idx
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -177,8 +177,8 @@ class VocabularyParallelEmbedding(torch.nn.Module):
         return reduce_from(found_BTH.masked_fill(foreign_BT[..., None], 0.0), self.group)
 
 
-def gather_vocabulary(logits: torch.Tensor, grid: Grid) -> torch.Tensor:
+def gather_vocabulary(logits: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
     """Logits [..., V / ranks] of every tensor rank, put together; without gradient."""
-    parts = [torch.empty_like(logits) for _ in range(grid.parallel.tensor)]
-    dist.all_gather(parts, logits.contiguous(), group=grid.group("tensor"))
+    parts = [torch.empty_like(logits) for _ in range(dims.parallel.tensor)]
+    dist.all_gather(parts, logits.contiguous(), group=dims.group("tensor"))
     return torch.cat(parts, -1)
