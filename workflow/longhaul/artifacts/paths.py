@@ -1,0 +1,305 @@
+"""Names of jobs and every path below results/: the only place that spells them.
+
+Paths are relative to the working folder (`snakemake --directory`), in which every job starts. The rules spell the same
+paths in their input, output, log and benchmark lines, as Snakemake needs wildcards there; a test compares both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path("results")
+QUARANTINE = RESULTS / "quarantine.json"
+STAGE_KIND = "train"
+"""The job kind whose jobs have their folder below stages/ instead of jobs/."""
+
+
+@dataclass(frozen=True)
+class JobId:
+    """The name of one job of a run: its kind, and what tells it from other jobs of that kind.
+
+    JobId("environment"), JobId("train", ("pretrain",)), JobId("encode", ("web", "3")).
+    """
+
+    kind: str
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the name that users see, `train-pretrain`; it is also the name of the job's folder."""
+        return "-".join((self.kind, *self.names))
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """The files of one job: what it is started with, and how it stands."""
+
+    path: Path
+
+    @property
+    def launch_script(self) -> Path:
+        return self.path / "launch.sh"
+
+    @property
+    def launch_spec(self) -> Path:
+        """What the supervisor reads."""
+        return self.path / "launch.json"
+
+    @property
+    def job_spec(self) -> Path:
+        """What the job's own processes read."""
+        return self.path / "job.json"
+
+    @property
+    def sbatch_script(self) -> Path:
+        return self.path / "job.sbatch"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def failure(self) -> Path:
+        return self.path / "failure.json"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    @property
+    def deadline(self) -> Path:
+        return self.path / "deadline.json"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def rank_failures(self) -> Path:
+        """Folder of the files in which failing ranks say why they failed."""
+        return self.path / "failures"
+
+    def rank_failure(self, rank: int) -> Path:
+        return self.rank_failures / f"rank-{rank:05d}.json"
+
+    def missed_heartbeat(self, noticed_by: int) -> Path:
+        """Where a rank records that another rank stopped sending heartbeats."""
+        return self.rank_failures / f"heartbeat-{noticed_by:05d}.json"
+
+    # A training stage's folder holds these, too.
+
+    @property
+    def result_spec(self) -> Path:
+        return self.path / "result_spec.json"
+
+    @property
+    def deepspeed_config(self) -> Path:
+        return self.path / "ds_config.json"
+
+    @property
+    def node_check_spec(self) -> Path:
+        """Job spec of the environment check on the nodes that the stage was given."""
+        return self.path / "node_check.json"
+
+    @property
+    def node_check_report(self) -> Path:
+        return self.path / "nodes.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The stage's artifact: which checkpoints it ended with."""
+        return self.path / "checkpoint.json"
+
+    @property
+    def weights(self) -> Path:
+        """Root of the weights folders, unless the config's storage.weights names another place."""
+        return self.path / "weights"
+
+
+@dataclass(frozen=True)
+class WeightsFolder:
+    """The folder of a stage's checkpoints: <root>/<hash of all that the weights depend on>."""
+
+    path: Path
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "identity.json"
+
+    @property
+    def model_config(self) -> Path:
+        return self.path / "model_config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def tracker_runs(self) -> Path:
+        return self.path / "trackers.json"
+
+    @property
+    def skipped_batches(self) -> Path:
+        return self.path / "skipped.json"
+
+    @property
+    def lease(self) -> Path:
+        return self.path / "lease.json"
+
+    @property
+    def lease_beat(self) -> Path:
+        return self.path / "lease.beat"
+
+    @property
+    def samples(self) -> Path:
+        """Packs of the stage's samples, and their sizes."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    @staticmethod
+    def newest_step(weights_root: Path) -> int:
+        """Return the newest step of which any weights folder below the root holds a complete checkpoint, else 0."""
+        manifests = weights_root.glob("*/checkpoints/step-????????/manifest.json")
+        return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=0)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The paths of one run. `results` is the results folder; a process with another working folder names it."""
+
+    run: str
+    results: Path = RESULTS
+
+    @property
+    def folder(self) -> Path:
+        return self.results / self.run
+
+    @property
+    def lock(self) -> Path:
+        """What fetch pinned: hub revisions, files, the pretrained model's sizes."""
+        return self.results / f"{self.run}.lock.json"
+
+    @property
+    def lease(self) -> Path:
+        """Which main Snakemake owns the run."""
+        return self.results / f"{self.run}.lease.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.folder / "environment.json"
+
+    @property
+    def fabric(self) -> Path:
+        return self.folder / "fabric.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    @property
+    def tokenizers(self) -> Path:
+        return self.folder / "tokenizers"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def controller_script(self) -> Path:
+        return self.folder / "controller.sbatch"
+
+    @property
+    def controller_log(self) -> Path:
+        return self.logs / "controller.log"
+
+    @property
+    def fetched(self) -> Path:
+        """Files that fetch made itself: streamed splits, the demo's text."""
+        return self.folder / "fetched"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    def log(self, job: JobId) -> Path:
+        return self._per_rule("logs", job, "log")
+
+    def benchmark(self, job: JobId) -> Path:
+        """Snakemake's record of how long the job ran."""
+        return self._per_rule("benchmarks", job, "tsv")
+
+    def _per_rule(self, folder: str, job: JobId, ending: str) -> Path:
+        return self.folder / folder / f"{'/'.join((job.kind, '-'.join(job.names)) if job.names else (job.kind,))}.{ending}"
+
+    def job(self, job: JobId) -> JobFolder:
+        """Return the folder of a job's launch files and records."""
+        if job.kind == STAGE_KIND:
+            return self.stage(*job.names)
+        return JobFolder(self.folder / "jobs" / str(job))
+
+    def stage(self, name: str) -> JobFolder:
+        return JobFolder(self.folder / "stages" / name)
+
+    def job_folders(self) -> Iterator[JobFolder]:
+        """Yield the folders of all jobs that have been rendered, in the order of their names."""
+        for kind in ("jobs", "stages"):
+            yield from map(JobFolder, sorted((self.folder / kind).glob("*/")))
+
+    def manifest(self, dataset: str) -> Path:
+        return self.folder / "data" / f"{dataset}.json"
+
+    def source_index(self, dataset: str) -> Path:
+        return self.folder / "data" / f"{dataset}.sources.json"
+
+    def encoded_partition(self, dataset: str, partition: int, partitions: int) -> Path:
+        return self.folder / "data" / f"{dataset}.encoded-{partition}-of-{partitions}.json"
+
+    def shards(self, dataset: str) -> Path:
+        """Folder of a dataset's shards, unless the config's storage.data names another place."""
+        return self.folder / "data" / dataset
+
+    def export(self, stage: str) -> Path:
+        """The exported Hugging Face folder."""
+        return self.folder / "export" / stage
+
+    def export_manifest(self, stage: str) -> Path:
+        return self.folder / "export" / f"{stage}.json"
+
+    def export_manifests(self) -> list[Path]:
+        """Return the manifests of all exports that exist."""
+        return sorted((self.folder / "export").glob("*.json"))
+
+
+def run_of(job_folder: Path) -> RunPaths:
+    """Return the paths of the run that a job's folder (results/<run>/jobs/<job> or results/<run>/stages/<stage>) is of."""
+    run = job_folder.parents[1]
+    return RunPaths(run.name, run.parent)
+
+
+def job_of(job_folder: Path) -> str:
+    """Return the job's name: train-<stage> below stages/, else the folder's own name."""
+    is_stage = job_folder.parent.name == "stages"
+    return str(JobId(STAGE_KIND, (job_folder.name,))) if is_stage else job_folder.name
