@@ -1,23 +1,23 @@
-"""The exceptions that speak to users."""
+"""Exceptions whose text is written for users."""
 
 from __future__ import annotations
 
 import errno
 from pathlib import Path
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What OSError.errno is when there is no room, or the quota is used up."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+"""Values of OSError.errno for a full file system and for an exhausted quota."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the CLI prints it without a traceback and exits with code 2.
+    """An error that the user can fix. The CLI prints it without a traceback and exits with `exit_code`.
 
-    `message` says what is wrong, where, the value and the limit; `hint` says what to do about it.
+    `message` states what is wrong, where, the value and the limit. `hint` states the remedy.
     """
 
     exit_code = 2
     failure_class = "permanent"
-    """Of a job that ends with it (longhaul.artifacts.job_state): run again unchanged, it would fail again."""
+    """Class of a job's failure that this error causes (longhaul.artifacts.job_state). Permanent: a retry would fail, too."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -29,15 +29,19 @@ class UserError(Exception):
 
 
 class AllocationTooShort(UserError):
-    """Nothing could be saved in what is left of an allocation. The next one may be long enough."""
+    """The rest of an allocation is too short to save a checkpoint. The next allocation may be long enough."""
 
     failure_class = "walltime"
 
 
 class DiskFull(UserError):
-    """A file system has no room, or a quota is used up: `folder` needed `needed_bytes`, where `free_bytes` were free.
+    """A file system is full or a quota is exhausted.
 
-    needed_bytes is 0 where it is not known; choices: what else than freeing space there would help.
+    what:         what was to be written; begins the message.
+    folder:       where it was to be written.
+    needed_bytes: its size; 0 where the size is not known.
+    free_bytes:   free space in `folder`.
+    choices:      remedies other than freeing space there.
     """
 
     exit_code = 1
@@ -50,14 +54,18 @@ class DiskFull(UserError):
         free_bytes: int,
         choices: str = "lower checkpoints.keep_last or keep_best",
     ) -> None:
-        needs = f" needs {needed_bytes} bytes ({needed_bytes / 2**30:.2f} GiB) and" if needed_bytes else ""
+        needed = f"{_size(needed_bytes)} of" if needed_bytes else "more"
         super().__init__(
-            f"{what}{needs} has no room in {folder}: {free_bytes} bytes ({free_bytes / 2**30:.2f} GiB) are free",
+            f"{what} needs {needed} free space in {folder}, where {_size(free_bytes)} are free",
             f"free space or raise the quota there, or {choices}; then run the same command again",
         )
         self.folder, self.needed_bytes, self.free_bytes = folder, needed_bytes, free_bytes
 
 
+def _size(count: int) -> str:
+    return f"{count} bytes ({count / 2**30:.2f} GiB)"
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type where it has no message."""
+    """Return the first line of an error's message, or the name of its type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

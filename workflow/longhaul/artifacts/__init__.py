@@ -1,1 +1,1 @@
-"""Small JSON files that pass between jobs, written atomically: their schemas, job state, leases."""
+"""The small files that pass between jobs, and the rules for reading and writing them safely."""

@@ -1,4 +1,4 @@
-"""Lines of events.jsonl and history.jsonl."""
+"""Reading of events.jsonl and history.jsonl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Event = dict[str, Any]
 
 
 def read_events(path: Path) -> list[Event]:
-    """The lines of history.jsonl or events.jsonl. Half a line, of a process that was killed, is left out."""
+    """Return the complete lines of history.jsonl or events.jsonl; [] if there is no file.
+
+    A process that is killed while it writes leaves an incomplete line. Such a line is skipped.
+    """
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -1,7 +1,7 @@
-"""The small JSON files that pass between rules, one dataclass each, written atomically and last.
+"""Atomic writing, hashing and reading of small files.
 
-Every arrow between two rules is one of these. Big data is referred to by path, size and hash. Nothing in here that a
-training rule takes as an input may hold a time, a host or a duration: its bytes decide whether weights are trained anew.
+Every arrow between two rules is one small JSON file. It refers to big data by path, size and hash. A file that is an input
+of a training rule must not contain a time, a host or a duration: its bytes decide whether the weights are trained again.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from longhaul.errors import UserError
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes, whatever their key order."""
+    """Return JSON with sorted keys and no spaces: equal values give equal text, whatever their key order."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def content_hash(value: Any, length: int = 16) -> str:
-    """First `length` hex digits of the SHA-256 of `value`'s canonical JSON."""
+    """Return the first `length` hex digits of the SHA-256 of `value`'s canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in chunks."""
+    """Return the SHA-256 of a file's bytes as hex digits; the file is read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; fsynced and renamed onto it when the block ends well, removed when it does not."""
+    """Yield a temporary path beside `path`.
+
+    When the block succeeds, the temporary file is fsynced and renamed to `path`. When it fails, the file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -59,26 +62,30 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON whole or not at all."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file of this run; a missing or broken one is a UserError that names it."""
+    """Read a JSON file of a run.
+
+    Raises:
+        UserError: the file is missing or is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist", "run the rule that makes it: snakemake --profile profiles/local"
+            f"{path} does not exist", "run the rule that writes it: snakemake --profile profiles/local"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}", "delete it; the next run makes it again") from None
+        raise UserError(f"{path} is not valid JSON: {error}", "delete it; the next run writes it again") from None
 
 
 def free_bytes(path: Path) -> int:

@@ -1,12 +1,13 @@
-"""How a job stands and how it ended, as small files in its own folder: results/<run>/stages/<stage>/ or …/jobs/<job>/.
+"""State and outcome of a job, as small files in the job's folder: results/<run>/stages/<stage>/ or …/jobs/<job>/.
 
-Exit codes are lost on their way through srun and the executor, so these files are the truth:
+Exit codes get lost between srun and Snakemake's executor. These files replace them:
 
-state.json            where the job stands; the supervisor writes it
-failure.json          why it failed, and what to do about it; the supervisor writes it, last
-failures/rank-*.json  what a failing process says of itself
-outcome.json          a training that left before its last step, on purpose
-deadline.json         when the allocation ends; the supervisor writes it, rank 0 reads it
+| file                  | content                                                    | writer                       |
+| state.json            | the job's state                                            | supervisor                   |
+| failure.json          | why the job failed, and the remedy                         | supervisor, as its last file |
+| failures/rank-*.json  | why one process failed                                     | that process                 |
+| outcome.json          | why a training stopped on purpose before its last step     | rank 0                       |
+| deadline.json         | the end of the allocation                                  | supervisor; rank 0 reads it  |
 """
 
 from __future__ import annotations
@@ -17,43 +18,53 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from longhaul.artifacts.files import content_hash, free_bytes
+from longhaul.artifacts.paths import JobFolder, RunPaths
 from longhaul.artifacts.schemas import Artifact
-from longhaul.artifacts.shared_file_system import appears, names
+from longhaul.artifacts.shared_file_system import exists_on_server, list_names
 from longhaul.errors import UserError
 
 PERMANENT, TRANSIENT, NODE, WALLTIME, CANCELLED = "permanent", "transient", "node", "walltime", "cancelled"
-SIGNALLED = "asked to end by a signal"
-"""Outcome.reason of a training that got SIGTERM while nothing was known of an end or a preemption."""
+SIGNALLED = "stopped by a signal"
+"""Outcome.reason of a training that got SIGTERM while no end of the allocation and no preemption were known."""
+
+A = TypeVar("A", bound=Artifact)
 
 
-def now() -> str:
-    """UTC, to the second."""
+def utc_now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class State(Artifact):
-    """state: running | waiting (for its next allocation) | done | failed. leg: allocations so far, this one included."""
+    """State of a job.
+
+    state:      running | waiting (for its next allocation) | done | failed
+    job_id:     Slurm's job id; None without Slurm
+    allocation: number of the job's allocation, counted from 1
+    since:      time of the last change, in UTC
+    """
 
     state: str
     job_id: str | None
     host: str
     nodes: list[str]
-    leg: int
+    allocation: int
     since: str
     reason: str = ""
 
     @property
-    def holds_job(self) -> bool:
-        """Whether a job of this id may still be at work."""
+    def may_be_active(self) -> bool:
+        """Whether a Slurm job with this id may still run, or wait in the queue."""
         return self.state in ("running", "waiting") and self.job_id is not None
 
 
 @dataclass(frozen=True)
 class Outcome(Artifact):
-    """A training that saved and left: why, and after which step."""
+    """Reason for which a training saved and stopped early, and the last step that it did."""
 
     reason: str
     step: int
@@ -61,7 +72,11 @@ class Outcome(Artifact):
 
 @dataclass(frozen=True)
 class Deadline(Artifact):
-    """end_s: end of the allocation, in seconds since the epoch; preempted: Slurm wants the nodes for another job."""
+    """The end of an allocation.
+
+    end_s:     seconds since the epoch, by the clock of rank 0's host; None if there is no limit
+    preempted: Slurm needs the nodes for another job
+    """
 
     end_s: float | None
     preempted: bool
@@ -69,12 +84,13 @@ class Deadline(Artifact):
 
 @dataclass(frozen=True)
 class Failure(Artifact):
-    """Why a job failed.
+    """Cause of a job's failure.
 
-    failure_class: permanent (it would fail again), cancelled (by a user), or transient | node | walltime.
-    key:           of what was launched; a failure of another key says nothing about this one.
-    invocation:    the main Snakemake it happened under: a cancelled job stays so for that one alone.
-    needs_bytes:   of free space at needs_path; when they are there the failure is over.
+    failure_class: permanent (it would fail again), cancelled (by a user), transient, node or walltime
+    evidence:      last lines of the traceback
+    key:           launch_key of the job; the failure does not apply to a job with another key
+    invocation:    identity of the main Snakemake process under which it happened; a cancelled job is not retried by that one
+    needed_bytes:  free space in `needed_in` with which the failure no longer applies; 0 if space is not the cause
     """
 
     failure_class: str
@@ -84,51 +100,56 @@ class Failure(Artifact):
     host: str = ""
     rank: int | None = None
     job_id: str | None = None
-    time: str = field(default_factory=now)
+    time: str = field(default_factory=utc_now)
     key: str = ""
     invocation: str = ""
-    needs_bytes: int = 0
-    needs_path: str = ""
+    needed_bytes: int = 0
+    needed_in: str = ""
 
-    def is_current(self, key: str, invocation: str) -> bool:
-        """Whether the job would only fail again: same files, and nothing that was asked for has come."""
+    def still_applies(self, key: str, invocation: str) -> bool:
+        """Return whether a retry would only fail again: the job's files are the same, and no space was freed."""
         if self.failure_class == CANCELLED:
             return bool(invocation) and self.invocation == invocation
         if self.failure_class != PERMANENT or self.key != key:
             return False
-        return not (self.needs_bytes and free_bytes(Path(self.needs_path)) >= self.needs_bytes)
+        return not (self.needed_bytes and free_bytes(Path(self.needed_in)) >= self.needed_bytes)
 
-    def told(self) -> str:
-        """For a log: cause, evidence, remedy."""
+    def as_text(self) -> str:
+        """Return cause, evidence and remedy, one per line, for a log."""
         where = f" (rank {self.rank} on {self.host})" if self.rank is not None else ""
         lines = [f"error: {self.cause}{where}", *(f"  {line}" for line in self.evidence)]
         return "\n".join([*lines, f"  remedy: {self.remedy}"] if self.remedy else lines)
 
 
 def read_state(folder: Path) -> State | None:
-    """None when there is none, or none that this release understands."""
-    return _read(State, folder / "state.json")
+    """Read state.json; None if it is missing or of another release."""
+    return _read_from_server(State, JobFolder(folder).state)
 
 
 def read_failure(folder: Path) -> Failure | None:
-    return _read(Failure, folder / "failure.json")
+    """Read failure.json; None if it is missing or of another release."""
+    return _read_from_server(Failure, JobFolder(folder).failure)
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    return _read(Outcome, folder / "outcome.json")
+    """Read outcome.json; None if it is missing or of another release."""
+    return _read_from_server(Outcome, JobFolder(folder).outcome)
 
 
 def read_deadline(folder: Path) -> Deadline | None:
-    """Of the supervisor on this host: it is read every second."""
-    return _read_here(Deadline, folder / "deadline.json")
+    """Read deadline.json; None if it is missing.
+
+    The supervisor on this host writes it, and rank 0 reads it every second. So this function does not list the folder.
+    """
+    return _read_valid(Deadline, JobFolder(folder).deadline)
 
 
-def _read(kind, path: Path):
-    """What may have been written by another host, where this one remembers that it was not there."""
-    return _read_here(kind, path) if appears(path) else None
+def _read_from_server(kind: type[A], path: Path) -> A | None:
+    """Read a file that another host may have written, although this host's cache says that it is absent."""
+    return _read_valid(kind, path) if exists_on_server(path) else None
 
 
-def _read_here(kind, path: Path):
+def _read_valid(kind: type[A], path: Path) -> A | None:
     try:
         return kind.read(path)
     except (UserError, OSError):
@@ -136,13 +157,13 @@ def _read_here(kind, path: Path):
 
 
 def launch_key(texts: Iterable[str | Path], data: Iterable[str | Path] = ()) -> str:
-    """Of what a job is started with: texts as they are, data by size and time of change; what is not there counts as empty."""
-    return content_hash([[_text(Path(path)) for path in texts], [_stamp(Path(path)) for path in data]])
+    """Return a hash of a job's inputs: small texts by content, data files by size and mtime. A missing file counts as empty."""
+    return content_hash([[_text(Path(path)) for path in texts], [_size_and_mtime(Path(path)) for path in data]])
 
 
-def invocation(results: Path, run: str) -> str:
-    """The main Snakemake that works on the run, by its lease; empty when there is none."""
-    return _text(results / f"{run}.lease.json")
+def current_invocation(paths: RunPaths) -> str:
+    """Return the identity of the main Snakemake process that holds the run's lease; "" if there is none."""
+    return _text(paths.lease)
 
 
 def _text(path: Path) -> str:
@@ -152,7 +173,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _size_and_mtime(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
     except OSError:
@@ -161,16 +182,17 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def rank_failures(folder: Path) -> list[Failure]:
-    """What the processes of the last attempt said, permanent reasons first, then by rank."""
-    said = folder / "failures"
-    found = [_read(Failure, said / name) for name in sorted(names(said)) if name.endswith(".json")]
+    """Return the failures that processes of the last attempt reported: permanent ones first, then node, then by rank."""
+    reports = JobFolder(folder).rank_failures
+    names = [name for name in sorted(list_names(reports)) if name.endswith(".json")]
+    found = [_read_from_server(Failure, reports / name) for name in names]
     return sorted((f for f in found if f), key=lambda f: (f.failure_class != PERMANENT, f.failure_class != NODE))
 
 
 def clear_attempt(folder: Path) -> None:
-    """Forgets what the processes of an earlier attempt said."""
-    shutil.rmtree(folder / "failures", ignore_errors=True)
-    (folder / "outcome.json").unlink(missing_ok=True)
+    """Remove the failure reports and the outcome of an earlier attempt."""
+    shutil.rmtree(JobFolder(folder).rank_failures, ignore_errors=True)
+    JobFolder(folder).outcome.unlink(missing_ok=True)
 
 
 def this_host() -> str:

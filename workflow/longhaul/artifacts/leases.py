@@ -1,8 +1,8 @@
-"""Leases: one main Snakemake per run, one writer per weights folder. Snakemake's own lock outlives a killed main.
+"""Leases: one main Snakemake process per run, one writer per weights folder.
 
-link(2) decides who holds it, on any file system, NFS included; whether a holder still lives is asked of the operating system on
-its own host, and of Slurm where it was in a job. Else it cannot be known from another host, so a person must say it (`rm`),
-never a time-out.
+Snakemake's own lock survives a killed main process. Here link(2) decides who owns a lease; it is atomic on every file system,
+NFS included. A lease is taken over only from an owner that is certainly dead: on the owner's own host the operating system
+answers that, and for a Slurm job Slurm does. Another host cannot know it. There a user must remove the file; no time-out does.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from longhaul.artifacts.shared_file_system import appears
+from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.errors import UserError
 
 
 @dataclass(frozen=True)
-class Holder:
-    """Who holds a lease; `started` tells a process from a later one with the same number; `job_id` is Slurm's."""
+class LeaseOwner:
+    """The process that owns a lease.
+
+    started: tells the process from a later one with the same PID (process_start); None if it had ended already
+    job_id:  Slurm's job id; None outside Slurm
+    """
 
     host: str
     pid: int
@@ -30,8 +34,8 @@ class Holder:
     job_id: str | None = None
 
     @classmethod
-    def this_process(cls) -> Holder:
-        # the executor plugin drops Slurm's variables from the main process; controller.sbatch says it by another name
+    def this_process(cls) -> LeaseOwner:
+        # The executor plugin removes Slurm's variables from the main process. controller.sbatch sets another one.
         job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("LONGHAUL_JOB_ID")
         return cls(socket.gethostname(), os.getpid(), process_start(os.getpid()), job_id)
 
@@ -39,15 +43,15 @@ class Holder:
         job = f" (job {self.job_id})" if self.job_id else ""
         return f"process {self.pid} on {self.host}{job}"
 
-    def is_gone(self) -> bool:
-        """True when the holder is surely dead: on this host, and its process is not there any more."""
+    def is_dead(self) -> bool:
+        """Return True if the owner was on this host and its process has ended; False if that is not known."""
         return self.host == socket.gethostname() and process_start(self.pid) != self.started
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this host began, in clock ticks since that boot of it; None when it has ended.
+    """Return when a process of this host started, as "<clock ticks since boot>.<boot id>"; None if it has ended.
 
-    A date would not do: the kernel counts ticks, and what date that was changes when the host's clock is set.
+    The kernel counts ticks. A date would change when the host's clock is set.
     """
     try:
         _, _, after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")
@@ -59,86 +63,90 @@ def process_start(pid: int) -> str | None:
 
 
 class Lease:
-    """A lease file of this process."""
+    """A lease file, as this process sees it."""
 
     def __init__(self, path: Path) -> None:
-        # absolute: Snakemake has left --directory when it ends
+        # Absolute, because Snakemake has left --directory when the process ends.
         self.path = path.absolute()
-        self.holder = Holder.this_process()
+        self.owner = LeaseOwner.this_process()
 
     def try_acquire(self) -> bool:
-        """Takes the lease, over a holder that is surely dead too; False while another one has it."""
+        """Acquire the lease, also from an owner that is certainly dead. Return False if another process owns it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
-            if self._link():
+            if self._create():
                 return True
-            holder = self.current()
-            if holder is None and not appears(self.path):
+            owner = self.current_owner()
+            if owner is None and not exists_on_server(self.path):
                 continue
-            if holder is None or not holder.is_gone():
+            if owner is None or not owner.is_dead():
                 return False
-            self.clear(holder)
+            self.remove_dead(owner)
         return False
 
-    def _link(self) -> bool:
-        """A file that is whole before it has the lease's name: whoever finds it can read who holds it."""
-        whole = self.path.with_name(f".{self.path.name}.{self.holder.host}.{self.holder.pid}")
+    def _create(self) -> bool:
+        """Link a complete file to the lease's path, so that every reader can parse the owner. Return whether it is ours."""
+        complete = self.path.with_name(f".{self.path.name}.{self.owner.host}.{self.owner.pid}")
         try:
-            whole.write_text(json.dumps(asdict(self.holder)))
-            os.link(whole, self.path)
+            complete.write_text(json.dumps(asdict(self.owner)))
+            os.link(complete, self.path)
             return True
         except FileExistsError:
-            # NFS may repeat a request whose answer was lost: then the name is our own file's
-            return whole.stat().st_nlink == 2
+            # NFS may repeat a request whose answer was lost. The existing name is then our own file.
+            return complete.stat().st_nlink == 2
         finally:
-            whole.unlink(missing_ok=True)
+            complete.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Gives the lease back, if it is still ours."""
-        if self.current() == self.holder:
+        """Remove the lease file if this process still owns it."""
+        if self.current_owner() == self.owner:
             self.path.unlink(missing_ok=True)
 
-    def current(self) -> Holder | None:
-        """Who holds it; None when nobody does, or the file is not whole yet."""
+    def current_owner(self) -> LeaseOwner | None:
+        """Return the owner; None if there is none, or the file cannot be parsed."""
         try:
-            return Holder(**json.loads(self.path.read_text()))
+            return LeaseOwner(**json.loads(self.path.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def clear(self, dead: Holder) -> None:
-        """Takes the file of a dead holder away. Of several that try, one succeeds; a fresh lease is put back."""
+    def remove_dead(self, dead: LeaseOwner) -> None:
+        """Remove the lease file of a dead owner.
+
+        Of several processes that try, one renames the file. If it finds that another process has acquired the lease since
+        the caller read it, it puts that process' file back.
+        """
         moved = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
         try:
             self.path.rename(moved)
         except FileNotFoundError:
             return
-        if Holder(**json.loads(moved.read_text())) != dead:
+        if LeaseOwner(**json.loads(moved.read_text())) != dead:
             os.link(moved, self.path)
         moved.unlink()
 
 
 class RunLease(Lease):
-    """The lease of a run's main process, given back when the process ends in any orderly way."""
+    """The lease of a run's main Snakemake process. It is released when the process exits normally."""
 
-    def take(self, job_has_ended: Callable[[str], bool] = lambda job_id: False) -> None:
-        """Takes the lease, or prints who holds it and ends this process with exit code 2.
+    def acquire_or_exit(self, job_has_ended: Callable[[str], bool] = lambda job_id: False) -> None:
+        """Acquire the lease, or print its owner and exit with code 2.
 
-        job_has_ended: whether a Slurm job is surely over; a main process that was in it is dead, wherever it was.
+        job_has_ended: returns whether a Slurm job has certainly ended. A main process that ran in it is dead on any host.
         """
-        holder = self.current()
-        if holder and holder.job_id and holder.job_id != self.holder.job_id and job_has_ended(holder.job_id):
-            print(f"{holder} has ended; taking over", flush=True)
-            self.clear(holder)
+        owner = self.current_owner()
+        if owner and owner.job_id and owner.job_id != self.owner.job_id and job_has_ended(owner.job_id):
+            print(f"{owner} has ended; taking over", flush=True)
+            self.remove_dead(owner)
         if not self.try_acquire():
             print(f"error: {self._refusal()}", file=sys.stderr, flush=True)
             sys.exit(UserError.exit_code)
         atexit.register(self.release)
 
     def _refusal(self) -> UserError:
-        holder = self.current()
-        if holder is None:
+        owner = self.current_owner()
+        if owner is None:
             return UserError(f"{self.path} is unreadable", f"if no other snakemake works on this run: rm {self.path}")
         return UserError(
-            f"another snakemake ({holder}) works on this run",
-            f"wait for it or stop it; if it is surely gone: rm {self.path}",
+            f"another snakemake ({owner}) works on this run",
+            f"wait for it or stop it; if it is certainly dead: rm {self.path}",
         )

@@ -1,8 +1,8 @@
-"""Looking for what another host wrote, on a file system that answers from memory.
+"""Lookups of files that another host wrote, on a file system whose client caches names.
 
-NFS remembers for up to a minute that a name is not there, or what it was (nfs(5), acdirmax); it asks the server when a folder
-is opened. So a name is first looked for in a listing. Other clients (FUSE) remember beyond that: a name that is listed and
-cannot be found yet is waited for.
+An NFS client caches for up to a minute that a name is absent, and what it was (nfs(5), acdirmax). It asks the server when a
+folder is opened. So these functions list the folder first. Other clients (FUSE) cache longer: if the listing has a name that
+cannot be opened yet, these functions wait for it.
 """
 
 from __future__ import annotations
@@ -10,35 +10,39 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-REMEMBERED_S = 60.0
-_LOOK_EVERY_S = 0.1
+CACHE_TIMEOUT_S = 60.0
+"""Longest time for which a client caches a name: acdirmax of nfs(5)."""
+_POLL_INTERVAL_S = 0.1
 
 
-def appears(path: Path, within_s: float = REMEMBERED_S) -> bool:
-    """Whether a file or folder is there, whatever this host remembers; waits only for one that its folder lists."""
-    if path.name not in names(path.parent):
+def exists_on_server(path: Path, wait_s: float = CACHE_TIMEOUT_S) -> bool:
+    """Return whether a file or folder exists, despite this host's cache.
+
+    If the listing of its folder has the name, the function waits up to `wait_s` seconds until the path can be opened.
+    """
+    if path.name not in list_names(path.parent):
         return False
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + wait_s
     while not path.exists():
         if time.monotonic() > deadline:
             return False
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_INTERVAL_S)
     return True
 
 
-def look_again(folder: Path) -> None:
-    """Has the server asked what is in a folder: what this host remembers of it may be an earlier folder of that name."""
-    names(folder)
+def refresh_listing(folder: Path) -> None:
+    """Make the client ask the server for the listing of `folder`: its cache may hold an earlier folder of that name."""
+    list_names(folder)
 
 
-def names(folder: Path) -> set[str]:
-    """What is in a folder; nothing when it is not there."""
+def list_names(folder: Path) -> set[str]:
+    """Return the names in a folder as the server knows them; an empty set if the folder does not exist."""
     for _ in range(2):
         try:
             return {path.name for path in folder.iterdir()}
         except NotADirectoryError:
             break
         except FileNotFoundError:
-            if folder == folder.parent or not appears(folder):
+            if folder == folder.parent or not exists_on_server(folder):
                 break
     return set()

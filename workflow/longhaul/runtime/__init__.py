@@ -1,1 +1,1 @@
-"""The processes of a job: rank, rendezvous, heartbeat, compiled ops, swap folders."""
+"""What a job's processes need to run together: ranks, rendezvous, heartbeat, compiled ops, swap folders."""

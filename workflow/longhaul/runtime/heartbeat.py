@@ -1,7 +1,7 @@
-"""A process that hangs or a node that is gone, found in bounded time and named, instead of a collective that waits.
+"""Heartbeats: find a hung process or a lost node in bounded time and name it, while a collective would wait on.
 
-Every rank counts up in rank 0's store. Rank 0 looks for counts that stand still; the others notice when rank 0's store is
-not there any more. Whoever finds one writes why and ends its process, and the launcher ends the rest.
+Every rank increments a counter in rank 0's store. Rank 0 looks for counters that do not change. The other ranks notice when
+rank 0's store does not answer. The rank that notices writes a failure report and exits. The launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -12,87 +12,98 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longhaul.artifacts.job_state import NODE, Failure
-from longhaul.runtime.rank import Rank, leave
+from longhaul.artifacts.paths import JobFolder
+from longhaul.runtime.rank import Rank, exit_without_cleanup
+from longhaul.runtime.rendezvous import host_key
 
-_KEY = "longhaul/beat"
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+_KEY = "longhaul/heartbeat"
 
 
 class Heartbeat:
-    """Beats and watches for the length of a `with` block; does nothing for one process alone."""
+    """Sends and watches heartbeats during a `with` block. With a single process it does nothing."""
 
     def __init__(self, rank: Rank, folder: Path, heartbeat_timeout_s: float) -> None:
-        self._rank, self._folder, self._hang_s = rank, folder, heartbeat_timeout_s
-        self._every_s = min(5.0, heartbeat_timeout_s / 5)
-        self._answered = time.monotonic()
+        """folder: the job's folder, for the failure report."""
+        self._rank, self._folder, self._timeout_s = rank, folder, heartbeat_timeout_s
+        self._interval_s = min(5.0, heartbeat_timeout_s / 5)
+        self._last_answer_s = time.monotonic()
         self._stopped = threading.Event()
 
     def __enter__(self) -> Heartbeat:
-        self._answered = time.monotonic()
-        # Two threads, as a store whose process hangs takes a request and never answers.
-        for run in (self._beat, self._watch_rank_0) if self._rank.world_size > 1 else ():
+        self._last_answer_s = time.monotonic()
+        # Two threads, because a store whose process hangs accepts a request and never answers.
+        for run in (self._send, self._watch_rank_0) if self._rank.world_size > 1 else ():
             threading.Thread(target=run, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
 
-    def _beat(self) -> None:
-        watch, store = Watch(self._rank.world_size, self._hang_s), None
-        while not self._stopped.wait(self._every_s):
+    def _send(self) -> None:
+        """Increment this rank's counter; on rank 0, also check the other counters."""
+        counters, store = HeartbeatCounters(self._rank.world_size, self._timeout_s), None
+        while not self._stopped.wait(self._interval_s):
             try:
                 store = store or self._connect()
                 store.add(f"{_KEY}/{self._rank.rank}", 1)
-                self._answered = time.monotonic()
+                self._last_answer_s = time.monotonic()
                 if self._rank.is_main:
-                    self._end_if_silent(store, watch)
+                    self._exit_if_rank_is_silent(store, counters)
             except (RuntimeError, OSError):
                 store = None
 
     def _watch_rank_0(self) -> None:
-        while not self._stopped.wait(self._every_s):
-            if time.monotonic() - self._answered > self._hang_s:
-                self._end("rank 0", 0, os.environ.get("MASTER_ADDR", ""))
+        while not self._stopped.wait(self._interval_s):
+            if time.monotonic() - self._last_answer_s > self._timeout_s:
+                self._report_and_exit("rank 0", 0, os.environ.get("MASTER_ADDR", ""))
 
-    def _connect(self):
-        """A connection of its own: the main thread may wait in another one."""
+    def _connect(self) -> TCPStore:
+        """Open a connection of its own: the main thread may be blocked in another one."""
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-        wait = timedelta(seconds=max(1.0, self._hang_s / 2))
-        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=wait, wait_for_workers=False)
+        timeout = timedelta(seconds=max(1.0, self._timeout_s / 2))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(address, port, timeout=timeout, wait_for_workers=False)
 
-    def _end_if_silent(self, store, watch: Watch) -> None:
+    def _exit_if_rank_is_silent(self, store: TCPStore, counters: HeartbeatCounters) -> None:
         known = [rank for rank in range(self._rank.world_size) if store.check([f"{_KEY}/{rank}"])]
         counts = dict(zip(known, store.multi_get([f"{_KEY}/{rank}" for rank in known]), strict=True))
-        if silent := watch.silent(counts, time.monotonic()):
-            host = store.get(f"longhaul/host/{silent[0]}").decode()
+        if silent := counters.silent_ranks(counts, time.monotonic()):
+            host = store.get(host_key(silent[0])).decode()
             names = ", ".join(f"rank {rank}" for rank in silent)
-            self._end(names, silent[0], host)
+            self._report_and_exit(names, silent[0], host)
 
-    def _end(self, names: str, rank: int, host: str) -> None:
-        cause = f"{names} on {host} has not been heard of for {self._hang_s:g} s"
-        remedy = "look at that node; if it only computes that long, raise recovery.heartbeat_timeout_s"
+    def _report_and_exit(self, names: str, rank: int, host: str) -> None:
+        cause = f"{names} on {host} sent no heartbeat for {self._timeout_s:g} s"
+        remedy = "check that node; if a step takes that long, raise recovery.heartbeat_timeout_s"
         print(f"{self._rank.host}: {cause}", file=sys.stderr, flush=True)
-        Failure(NODE, cause, remedy, host=host, rank=rank).write(
-            self._folder / "failures" / f"heard-by-{self._rank.rank:05d}.json"
-        )
-        leave(1)
+        report = JobFolder(self._folder).missed_heartbeat(noticed_by=self._rank.rank)
+        Failure(NODE, cause, remedy, host=host, rank=rank).write(report)
+        exit_without_cleanup(1)
 
 
-class Watch:
-    """Since when each rank's count has stood still, on the watcher's own clock."""
+class HeartbeatCounters:
+    """The ranks' counters, and since when each has not changed by the watcher's own clock."""
 
     def __init__(self, world_size: int, heartbeat_timeout_s: float) -> None:
-        self._hang_s = heartbeat_timeout_s
+        self._timeout_s = heartbeat_timeout_s
         self._counts: dict[int, bytes] = {}
-        self._since: dict[int, float] = {}
+        self._unchanged_since_s: dict[int, float] = {}
         self._world_size = world_size
 
-    def silent(self, counts: dict[int, bytes], now_s: float) -> list[int]:
-        """Ranks whose count has not changed for `heartbeat_timeout_s`, counted from the first look."""
+    def silent_ranks(self, counts: dict[int, bytes], now_s: float) -> list[int]:
+        """Return the ranks whose counter has not changed for `heartbeat_timeout_s`, measured from the first call at least.
+
+        counts: rank -> counter; without ranks that have not sent a heartbeat yet.
+        """
         for rank in range(self._world_size):
-            if rank not in self._since or counts.get(rank) != self._counts.get(rank):
-                self._since[rank] = now_s
+            if rank not in self._unchanged_since_s or counts.get(rank) != self._counts.get(rank):
+                self._unchanged_since_s[rank] = now_s
         self._counts = counts
-        return [rank for rank, since in self._since.items() if now_s - since > self._hang_s]
+        return [rank for rank, since_s in self._unchanged_since_s.items() if now_s - since_s > self._timeout_s]

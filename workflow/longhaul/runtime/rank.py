@@ -1,4 +1,4 @@
-"""Which process of a job this is: read from the srun task, else from torchrun, else one process alone."""
+"""The rank of this process: read from the srun task, else from torchrun, else it is the only process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from longhaul.errors import UserError
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a job; ranks of one node are consecutive."""
+    """One process of a distributed job. The ranks of one node are consecutive.
+
+    nodes: number of nodes of the job
+    """
 
     rank: int
     world_size: int
@@ -28,7 +31,10 @@ class Rank:
 
 
 def this_rank(environ: Mapping[str, str] = os.environ) -> Rank:
-    """This process' place. An srun task wins over torchrun: an outer launcher's RANK may linger in the environment."""
+    """Return the rank of this process.
+
+    An srun task takes precedence over torchrun, because the RANK of an outer launcher may be left in the environment.
+    """
     host = socket.gethostname()
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
         rank, world, local_rank, nodes = (
@@ -41,8 +47,12 @@ def this_rank(environ: Mapping[str, str] = os.environ) -> Rank:
     return Rank(0, 1, 0, 1, host)
 
 
-def require_geometry(rank: Rank, world_size: int, nodes: int) -> None:
-    """Refuses to work with another number of ranks or nodes than was planned (UserError names both)."""
+def require_planned_size(rank: Rank, world_size: int, nodes: int) -> None:
+    """Check that the job has the planned number of ranks and nodes.
+
+    Raises:
+        UserError: it has not; the message has both sizes.
+    """
     if (rank.world_size, rank.nodes) != (world_size, nodes):
         raise UserError(
             f"this job runs {rank.world_size} ranks on {rank.nodes} nodes; the plan says {world_size} ranks on {nodes} nodes",
@@ -51,18 +61,18 @@ def require_geometry(rank: Rank, world_size: int, nodes: int) -> None:
 
 
 def export_rank(rank: Rank) -> None:
-    """Sets RANK, WORLD_SIZE and LOCAL_RANK, which torch.distributed and DeepSpeed read; MASTER_* defaults to this host."""
+    """Set RANK, WORLD_SIZE and LOCAL_RANK for torch.distributed and DeepSpeed. MASTER_* default to this host."""
     os.environ.update(RANK=str(rank.rank), WORLD_SIZE=str(rank.world_size), LOCAL_RANK=str(rank.local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port() if rank.world_size == 1 else 29500)
 
 
-def leave(code: int = 0) -> NoReturn:
-    """Ends this process without taking the interpreter apart, what it printed flushed.
+def exit_without_cleanup(code: int = 0) -> NoReturn:
+    """Flush the output and end this process without finalizing the interpreter.
 
-    Threads of gloo that want the interpreter meanwhile abort the process now and then ("terminate called without an
-    active exception"), and work that is done would count as failed.
+    During finalization, gloo's threads that need the interpreter sometimes abort the process ("terminate called without an
+    active exception"). A job that has succeeded would then count as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

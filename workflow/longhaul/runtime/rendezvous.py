@@ -1,7 +1,7 @@
-"""How the ranks of a job meet: bounded in time, and naming who did not come.
+"""The rendezvous of a job's ranks: it ends in bounded time and names the ranks that are missing.
 
-torch's own rendezvous says only how many are missing. Here every rank announces itself in rank 0's store first, so
-that a node that never started is named before any collective waits for it.
+torch's own rendezvous only counts the missing ranks. Here every rank first registers in rank 0's store. So a node that
+never started is named before any collective waits for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -22,27 +22,46 @@ if TYPE_CHECKING:
 
 
 class RendezvousError(UserError):
-    """Ranks that did not meet; on other nodes, or a minute later, they may."""
+    """Ranks are missing or cannot connect. On other nodes, or a minute later, the rendezvous may succeed."""
 
     failure_class = "node"
 
 
-MEET_S = 180.0
-"""Nodes of one srun start within seconds; imports from a cold shared file system take up to minutes."""
+RENDEZVOUS_TIMEOUT_S = 180.0
+"""Nodes of one srun start within seconds. Imports from a cold shared file system take up to minutes."""
+_COMPLETE = "complete"
+_RESULT_KEY = "longhaul/rendezvous"
+_POLL_INTERVAL_S = 0.05
+
+
+def host_key(rank: int) -> str:
+    """Return the key of rank 0's store under which a rank registers its host."""
+    return f"longhaul/host/{rank}"
+
+
+def _received_key(rank: int) -> str:
+    """Return the key with which a rank confirms that it has read the result."""
+    return f"longhaul/received/{rank}"
 
 
 @contextmanager
-def process_group(rank: Rank, backend: str, timeout_s: float, meet_s: float = MEET_S) -> Iterator[None]:
-    """All ranks' default process group ("gloo" or "nccl") for the length of the block.
+def process_group(
+    rank: Rank, backend: str, timeout_s: float, rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT_S
+) -> Iterator[None]:
+    """Provide the default process group of all ranks during a `with` block.
 
-    A rank that does not come within `meet_s`, or a network the backend cannot use, is a RendezvousError on every rank that
-    came. A collective that waits longer than `timeout_s` raises torch's error.
+    backend:   "gloo" or "nccl"
+    timeout_s: time-out of each collective, after which torch raises its own error
+
+    Raises:
+        RendezvousError: on every rank that arrived, if a rank does not arrive within `rendezvous_timeout_s` or the backend
+                         cannot use the network.
     """
     import torch
     import torch.distributed as dist
 
     export_rank(rank)
-    store = _meet(rank, meet_s)
+    store = _meet(rank, rendezvous_timeout_s)
     device = torch.device("cuda", rank.local_rank) if backend == "nccl" else None
     if device:
         torch.cuda.set_device(device)
@@ -66,64 +85,64 @@ def process_group(rank: Rank, backend: str, timeout_s: float, meet_s: float = ME
         dist.destroy_process_group()
 
 
-def _meet(rank: Rank, meet_s: float) -> TCPStore:
-    """The store that rank 0 serves at MASTER_ADDR:MASTER_PORT, once every rank has announced itself in it."""
+def _meet(rank: Rank, timeout_s: float) -> TCPStore:
+    """Return the store that rank 0 serves at MASTER_ADDR:MASTER_PORT, after every rank has registered in it."""
     from torch.distributed import DistError
 
     try:
-        store = _open_store(rank, meet_s)
-        store.set(f"longhaul/host/{rank.rank}", rank.host)
+        store = _open_store(rank, timeout_s)
+        store.set(host_key(rank.rank), rank.host)
         missing: list[int] = []
         if rank.is_main:
-            missing = _wait_for(store, "host", range(rank.world_size), meet_s)
-            store.set("longhaul/verdict", _missing_message(missing, rank, meet_s) if missing else "all here")
-        verdict = store.get("longhaul/verdict").decode()
-        store.set(f"longhaul/told/{rank.rank}", "")
-        if missing:  # the store ends with rank 0: whoever came is to hear why, and not that nobody answers
-            _wait_for(store, "told", set(range(rank.world_size)) - set(missing), _grace_s(meet_s))
+            missing = _wait_for_keys(store, host_key, range(rank.world_size), timeout_s)
+            store.set(_RESULT_KEY, _missing_message(missing, rank, timeout_s) if missing else _COMPLETE)
+        result = store.get(_RESULT_KEY).decode()
+        store.set(_received_key(rank.rank), "")
+        if missing:  # the store ends with rank 0, so rank 0 waits until the others have read which ranks are missing
+            _wait_for_keys(store, _received_key, set(range(rank.world_size)) - set(missing), _grace_s(timeout_s))
     except (DistError, OSError) as error:
-        raise _unreachable(rank, meet_s, error) from None
-    if verdict != "all here":
+        raise _unreachable(rank, timeout_s, error) from None
+    if result != _COMPLETE:
         raise RendezvousError(
-            verdict, "look in the job's log for why they did not start: a drained node, a failed module or mount"
+            result, "read in the job's log why they did not start: a drained node, a failed module or mount"
         )
     return store
 
 
-def _open_store(rank: Rank, meet_s: float) -> TCPStore:
+def _open_store(rank: Rank, timeout_s: float) -> TCPStore:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         rank.world_size,
-        # torchrun's agent serves the store itself, and says so
+        # torchrun's agent may serve the store; it then sets this variable
         is_master=rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        # the others outwait rank 0, which tells them who is missing
-        timeout=timedelta(seconds=meet_s if rank.is_main else meet_s + _grace_s(meet_s)),
+        # the others wait longer than rank 0, which tells them the missing ranks
+        timeout=timedelta(seconds=timeout_s if rank.is_main else timeout_s + _grace_s(timeout_s)),
         wait_for_workers=False,
     )
 
 
-def _grace_s(meet_s: float) -> float:
-    """How long, after `meet_s`, the ranks that came have for telling each other who did not."""
-    return min(10.0, meet_s)
+def _grace_s(timeout_s: float) -> float:
+    """Return the time after `timeout_s` in which rank 0 tells the ranks that arrived which ones did not."""
+    return min(10.0, timeout_s)
 
 
-def _wait_for(store: TCPStore, what: str, ranks: Iterable[int], seconds: float) -> list[int]:
-    """Those of the ranks that have not set their key `what` after so many seconds."""
+def _wait_for_keys(store: TCPStore, key_of: Callable[[int], str], ranks: Iterable[int], seconds: float) -> list[int]:
+    """Wait until all these ranks have set their key; return those that have not after `seconds`."""
     deadline = time.monotonic() + seconds
     missing = sorted(ranks)
     while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([f"longhaul/{what}/{rank}"])]
+        missing = [rank for rank in missing if not store.check([key_of(rank)])]
         if missing:
-            time.sleep(0.05)
+            time.sleep(_POLL_INTERVAL_S)
     return missing
 
 
-def _missing_message(missing: list[int], rank: Rank, meet_s: float) -> str:
-    text = f"{len(missing)} of {rank.world_size} ranks did not come within {meet_s:g} s: {_listed(missing)}"
-    nodes = node_names(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "")
+def _missing_message(missing: list[int], rank: Rank, timeout_s: float) -> str:
+    text = f"{len(missing)} of {rank.world_size} ranks did not arrive within {timeout_s:g} s: {_listed(missing)}"
+    nodes = parse_node_list(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "")
     ranks_per_node = max(1, rank.world_size // rank.nodes)
     if len(nodes) != rank.nodes:
         return text
@@ -136,10 +155,13 @@ def _listed(ranks: list[int], limit: int = 16) -> str:
     return ", ".join(map(str, ranks[:limit])) + more
 
 
-def node_names(nodelist: str) -> list[str]:
-    """Slurm's host list as single names, in order: "n[01-02,7],gpu1" -> n01 n02 n7 gpu1 (one bracket a name)."""
+def parse_node_list(node_list: str) -> list[str]:
+    """Return the single names of Slurm's compressed node list, in order, without a Slurm client.
+
+    n[01-02,7],gpu1 -> n01 n02 n7 gpu1. A name may have one bracket.
+    """
     names: list[str] = []
-    for prefix, ranges, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist):
+    for prefix, ranges, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]*)\])?([^,\[]*)", node_list):
         names += [f"{prefix}{number}{suffix}" for number in _numbers(ranges)] if ranges else [prefix + suffix]
     return names
 
@@ -151,7 +173,7 @@ def _numbers(ranges: str) -> Iterator[str]:
             yield str(number).zfill(len(first))
 
 
-def _unreachable(rank: Rank, meet_s: float, error: Exception) -> RendezvousError:
+def _unreachable(rank: Rank, timeout_s: float, error: Exception) -> RendezvousError:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if rank.is_main:
         return RendezvousError(
@@ -159,12 +181,15 @@ def _unreachable(rank: Rank, meet_s: float, error: Exception) -> RendezvousError
             "MASTER_ADDR must be this node and MASTER_PORT free; start through launch.sh, which sets both",
         )
     return RendezvousError(
-        f"{rank.host}: rank {rank.rank} did not reach rank 0 at {address} within {meet_s:g} s: {first_line(error)}",
-        "check that rank 0's node is up, and that no firewall closes ports between compute nodes",
+        f"{rank.host}: rank {rank.rank} did not reach rank 0 at {address} within {timeout_s:g} s: {first_line(error)}",
+        "check that rank 0's node is up, and that no firewall blocks ports between compute nodes",
     )
 
 
 def _interface_hint(backend: str, environ: Mapping[str, str] = os.environ) -> str:
     name = f"{backend.upper()}_SOCKET_IFNAME"
     found = environ.get(name)
-    return f"set interconnect.socket_interface in the site file to an interface all nodes share ({name} is {found or 'not set'})"
+    return (
+        "set interconnect.socket_interface in the site file to an interface that all nodes have"
+        f" ({name} is {found or 'not set'})"
+    )

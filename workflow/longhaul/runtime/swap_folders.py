@@ -1,7 +1,7 @@
-"""Folders on a node's own disk that hold a rank's optimizer states while it trains, and what killed ranks left of theirs.
+"""Swap folders: they hold a rank's offloaded states on its node's disk. Those of killed ranks are removed.
 
-A rank holds a lock on its folder for as long as it lives; the kernel takes it away with the process. So whoever gets the
-lock of a folder knows that nobody uses it. Such a folder is on one node's file system, where flock(2) can be relied on.
+A rank locks its folder with flock(2) while it lives; the kernel releases the lock with the process. So a process that gets
+the lock of a folder knows that no other process uses it. The folders are on a node's own file system, where flock(2) works.
 """
 
 from __future__ import annotations
@@ -14,51 +14,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from longhaul.runtime.compiled_ops import make_private
+from longhaul.runtime.private_folder import create_private_folder
 
 
 def swap_root(scratch: str) -> Path:
-    """Where all swap folders of this user lie on this node; made where it is not there, for this user alone.
+    """Return the folder of all this user's swap folders on this node. Create it, for this user only, if it does not exist.
 
     Raises:
-        UserError: it cannot be made, or belongs to somebody else.
+        UserError: it cannot be created, or another user owns it or may write to it.
     """
     root = Path(scratch).absolute() / f"longhaul-swap-{os.getuid()}"
-    make_private(root, "optimizer states")
+    create_private_folder(root, "optimizer states")
     return root
 
 
 @contextmanager
 def swap_folder(scratch: str, name: str) -> Iterator[Path]:
-    """A new folder of this process below `scratch`, for the length of the block; `name` tells people whose it is."""
+    """Provide a new folder below `scratch` for this process during a `with` block. name: prefix that tells users its owner."""
     root = swap_root(scratch)
-    with _locked(root):
+    with _root_lock(root):
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
-        held = _try_lock(folder)
+        lock = _try_lock(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
 
 
-def clear_stale_swaps(scratch: str) -> list[str]:
-    """Removes the folders of processes that were killed; returns their names."""
-    root, cleared = swap_root(scratch), []
-    with _locked(root):
+def remove_stale_swap_folders(scratch: str) -> list[str]:
+    """Remove the folders of processes that were killed. Return the names of these folders."""
+    root, removed = swap_root(scratch), []
+    with _root_lock(root):
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-            held = _try_lock(folder)
-            if held is not None:
+            lock = _try_lock(folder)
+            if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-                os.close(held)
-                cleared.append(folder.name)
-    return cleared
+                os.close(lock)
+                removed.append(folder.name)
+    return removed
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Between making a folder and locking it, nobody else may find it unlocked."""
+def _root_lock(root: Path) -> Iterator[None]:
+    """Lock the root folder: between its creation and its lock, a swap folder must not look unused."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -68,7 +68,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _try_lock(folder: Path) -> int | None:
-    """The open folder whose lock this process now has; None where a living one has it."""
+    """Return the descriptor of the folder with its lock; None if a living process has the lock."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

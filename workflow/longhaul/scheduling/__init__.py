@@ -1,4 +1,5 @@
-"""What runs on an allocation's first node, around a job: launch.sh becomes it. The only part that talks to Slurm.
+"""Submission, supervision and restart of jobs: the only part of the package that talks to Slurm.
 
-supervisor tells the story; slurm_client asks Slurm; deadline keeps the end of the allocation where trainers can read it.
+In the main Snakemake process: resource_requests, retry_policy and disk_space. On the first node of an allocation: supervisor,
+which launch.sh becomes. slurm_client serves both.
 """

@@ -1,4 +1,7 @@
-"""Room for a run's own records. Where they have none, logs stay empty and nobody is told why, unless the terminal is."""
+"""Checks that there is disk space for a run's own records.
+
+When the disk is full, log files stay empty. So these errors go to the terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +11,47 @@ import shutil
 import sys
 from pathlib import Path
 
-from longhaul.errors import DISK_FULL, DiskFull
+from longhaul.errors import DISK_FULL_ERRNOS, DiskFull
 
 RECORDS_BYTES = 1 << 20
-"""What must be free for jobs to start and to say how they ended: plans, job files, logs."""
+"""Free space in bytes that jobs need to start and to record how they ended: plans, job files, logs."""
 
 
 def require_free_space(folder: Path) -> None:
-    """Raises DiskFull when RECORDS_BYTES cannot be written to `folder`.
+    """Check by writing that `folder` has room for RECORDS_BYTES.
 
-    It is tried, as the free space that a file system states says nothing of a quota.
+    The free space that a file system reports does not include quotas.
+
+    Raises:
+        DiskFull: the bytes cannot be written.
     """
-    probe = folder / f".room.{os.getpid()}"
+    probe = folder / f".disk-space-probe.{os.getpid()}"
     try:
         with probe.open("wb") as stream:
-            stream.write(os.urandom(RECORDS_BYTES))  # no compression makes it smaller
+            stream.write(os.urandom(RECORDS_BYTES))  # random bytes, because a file system may compress
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         free = shutil.disk_usage(folder).free
-        raise DiskFull("the record of a run", folder.absolute(), RECORDS_BYTES, free) from None
+        raise DiskFull("writing the run's records", folder.absolute(), RECORDS_BYTES, free) from None
     finally:
         probe.unlink(missing_ok=True)
 
 
-def tell_at_exit(folder: Path) -> None:
-    """Has the terminal told of a full disk when this process ends, however it ends."""
-    atexit.register(_tell, folder.absolute())  # a library may have gone elsewhere by then
+def print_full_disk_at_exit(folder: Path) -> None:
+    """Register a check that prints to stderr, when this process exits, that the disk of `folder` is full."""
+    atexit.register(_print_full_disk, folder.absolute())  # absolute, because a library may change the working folder
 
 
-def call_off() -> None:
-    """After a run that succeeded there is nothing to explain."""
-    atexit.unregister(_tell)
+def cancel_print_at_exit() -> None:
+    """Cancel that check. To be called after a run that succeeded."""
+    atexit.unregister(_print_full_disk)
 
 
-def _tell(folder: Path) -> None:
+def _print_full_disk(folder: Path) -> None:
     try:
         require_free_space(folder)
     except DiskFull as full:
-        print(f"error: logs may be empty or cut short: {full}", file=sys.stderr, flush=True)
+        print(f"error: log files may be empty or incomplete: {full}", file=sys.stderr, flush=True)

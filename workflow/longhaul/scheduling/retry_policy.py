@@ -1,7 +1,8 @@
-"""What a run that cannot be finished says, and when: before it submits anything, at an error instead of a retry, and last of all.
+"""The retry policy: which failed jobs are not submitted again, and when the user learns why.
 
-Snakemake tries every failed job again as often as the profile says. That is right for a node that died, and wrong where
-failure.json says that the job would only fail again, or that a user cancelled it.
+Snakemake retries every failed job as often as its profile says. That is right for a dead node. It is wrong if failure.json
+says that the job would only fail again, or that a user cancelled it. The cause is printed in three cases: before a run that
+would repeat the failure submits anything, when a job fails, and when the main Snakemake process exits.
 """
 
 from __future__ import annotations
@@ -12,68 +13,73 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.job_state import Failure, invocation, read_failure
+from longhaul.artifacts.job_state import Failure, current_invocation, launch_key, read_failure
+from longhaul.artifacts.paths import JobFolder, RunPaths, job_of, run_of
 from longhaul.errors import UserError
-from longhaul.scheduling.resource_requests import final_failure
+from longhaul.jobs.spec import LaunchSpec
 
 
-def end_retries() -> None:
-    """Patches Snakemake's job class in the main process, whatever the executor: see `_restart_times`."""
-    from snakemake.jobs import Job
+def final_failure(folder: Path) -> Failure | None:
+    """Return why a job would only fail again if it were started now, else None. folder: results/<run>/…/<job>."""
+    failure = read_failure(folder)
+    if failure is None:
+        return None
+    try:
+        job = LaunchSpec.read(JobFolder(folder).launch_spec)
+    except UserError:
+        return None
+    key = launch_key(job.inputs, job.data)
+    return failure if failure.still_applies(key, current_invocation(run_of(folder))) else None
 
-    usual: Any = Job.restart_times
-    setattr(Job, "restart_times", property(lambda job: _restart_times(job, usual.fget(job))))  # noqa: B010
 
+def allowed_restarts(job: Any, usual: int) -> int:
+    """Return 0 if a Snakemake job would only fail again, else `usual`, the number of restarts by the profile.
 
-def _restart_times(job: Any, usual: int) -> int:
-    """Snakemake asks when the job's error is known, and tries again while this is not below the attempt's number."""
-    folder = folder_of(job)
+    Snakemake asks when the job has failed, and restarts it if the number is not below the number of its attempts.
+    """
+    folder = job_folder_of(job)
     return 0 if folder and final_failure(folder) else usual
 
 
 def refuse_known_failures(jobs: Iterable[Any]) -> None:
-    """Raises UserError with the stored reason when a job that is to be run would only fail again.
+    """Refuse to run jobs that would only fail again. jobs: Snakemake's jobs that are about to run.
 
-    jobs: Snakemake's, of this run's rules.
+    Raises:
+        UserError: with the stored cause and remedy.
     """
-    for folder in filter(None, map(folder_of, jobs)):
+    for folder in filter(None, map(job_folder_of, jobs)):
         if failure := final_failure(folder):
             raise UserError(
-                f"{_name(folder)} failed at {failure.time} and would only fail again: {failure.cause}",
-                f"{failure.remedy}; to try all the same: longhaul retry {folder}",
+                f"{job_of(folder)} failed at {failure.time} and would only fail again: {failure.cause}",
+                f"{failure.remedy}; to retry it without a change: longhaul retry {folder}",
             )
 
 
-def folder_of(job: Any) -> Path | None:
-    """Where a Snakemake job's launch.sh and records lie; None for rules that run on this machine."""
+def job_folder_of(job: Any) -> Path | None:
+    """Return the folder of a Snakemake job's launch.sh and records; None for rules that run in the main process."""
     launch = job.params.get("launch")
     return Path(launch).parent.absolute() if launch else None
 
 
-def tell_failures_at_exit(run_folder: Path) -> None:
-    """Has the terminal told why jobs failed under this main process when it ends; run_folder: results/<run>."""
-    atexit.register(_tell, run_folder.absolute())
+def print_failures_at_exit(paths: RunPaths) -> None:
+    """Register that the failures under this main Snakemake process are printed to stderr when it exits."""
+    atexit.register(_print_failures, RunPaths(paths.run, paths.results.absolute()))
 
 
-def call_off() -> None:
-    """After a run that succeeded there is nothing to explain."""
-    atexit.unregister(_tell)
+def cancel_print_at_exit() -> None:
+    """Cancel that. To be called after a run that succeeded."""
+    atexit.unregister(_print_failures)
 
 
-def _tell(run_folder: Path) -> None:
-    for folder, failure in _failures_now(run_folder):
-        print(f"\n{_name(folder)} failed ({failure.failure_class}):\n{failure.told()}", file=sys.stderr, flush=True)
+def _print_failures(paths: RunPaths) -> None:
+    for folder, failure in _failures_of_this_process(paths):
+        print(f"\n{job_of(folder)} failed ({failure.failure_class}):\n{failure.as_text()}", file=sys.stderr, flush=True)
 
 
-def _failures_now(run_folder: Path) -> Iterable[tuple[Path, Failure]]:
-    """Those of the main process that holds the run's lease now."""
-    this_main = invocation(run_folder.parent, run_folder.name)
-    for path in sorted(run_folder.glob("*/*/failure.json")):
-        failure = read_failure(path.parent)
-        if failure and failure.invocation == this_main:
-            yield path.parent, failure
-
-
-def _name(folder: Path) -> str:
-    """train-<stage>, or the job's own."""
-    return f"train-{folder.name}" if folder.parent.name == "stages" else folder.name
+def _failures_of_this_process(paths: RunPaths) -> Iterable[tuple[Path, Failure]]:
+    """Yield the failures that happened under the main process that owns the run's lease now."""
+    this_process = current_invocation(paths)
+    for folder in paths.job_folders():
+        failure = read_failure(folder.path)
+        if failure and failure.invocation == this_process:
+            yield folder.path, failure

@@ -1,4 +1,4 @@
-"""Slurm's own commands, and an answer that never confuses «I do not know» with «it is gone»."""
+"""Calls of Slurm's commands. An error of Slurm is never mistaken for a job that is unknown to Slurm or finished."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datetime import datetime
 
 from longhaul.errors import UserError
 
-_ANSWER_S = 30.0
-_ENDED = {
+_COMMAND_TIMEOUT_S = 30.0
+_END_STATES = {
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -26,15 +26,17 @@ _ENDED = {
 }
 
 
-class SlurmSilentError(Exception):
-    """Slurm did not answer, or answered with an error of its own."""
+class SlurmCommandError(Exception):
+    """Slurm did not answer in time, or its command failed."""
 
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as `scontrol show job` has it; submit_s (of its last queueing) and end_s in seconds since the epoch.
+    """One job as `scontrol show job` describes it.
 
-    Both by slurmctld's clock: add `clock_ahead_s` for this host's.
+    submit_s, end_s: last submission and end of the job, in seconds since the epoch by slurmctld's clock. Add `clock_offset_s`
+                     for this host's clock.
+    restarts:        how often the job was requeued.
     """
 
     state: str
@@ -49,179 +51,178 @@ class JobInfo:
 
     @property
     def has_ended(self) -> bool:
-        return self.state in _ENDED
+        return self.state in _END_STATES
 
     @property
-    def has_not_begun(self) -> bool:
-        """Whether it never had nodes."""
+    def never_started(self) -> bool:
+        """Whether the job never had nodes."""
         return self.node_list in ("", "(null)")
 
-    def is_cancelled(self, restarts: int) -> bool:
-        """By scancel; restarts: how often the job had been queued again when it started.
+    def was_cancelled(self, restarts_at_start: int) -> bool:
+        """Return whether the job was cancelled by scancel.
 
-        While its processes end, COMPLETING hides why. A time limit and a dead node are a Reason then, a preemption has its time,
-        and what is queued again counts as restarted at once.
+        restarts_at_start: `restarts` when the current allocation began.
+
+        While the job's processes end, its state is COMPLETING, whatever the cause. Other causes leave a trace: a time limit
+        and a dead node set Reason, a preemption sets PreemptTime, and a requeue increments Restarts at once.
         """
-        ends_without_a_word = self.reason == "None" and not self.preempted and self.restarts == restarts
-        return self.state == "CANCELLED" or (self.state == "COMPLETING" and ends_without_a_word)
+        no_other_cause = self.reason == "None" and not self.preempted and self.restarts == restarts_at_start
+        return self.state == "CANCELLED" or (self.state == "COMPLETING" and no_other_cause)
 
     @property
-    def is_at_its_limit(self) -> bool:
+    def reached_time_limit(self) -> bool:
         return self.state == "TIMEOUT" or (self.state == "COMPLETING" and self.reason == "TimeLimit")
 
 
 def job_info(job_id: str) -> JobInfo | None:
-    """None when Slurm knows no such job (any more).
+    """Return a job's description; None if the job is unknown to Slurm (it never existed, or Slurm has purged it).
 
     Raises:
-        SlurmSilentError: Slurm does not answer.
+        SlurmCommandError: Slurm does not answer.
     """
     try:
         return parse_job(_scontrol("--oneliner", "show", "job", job_id))
-    except SlurmSilentError as error:
+    except SlurmCommandError as error:
         if "Invalid job id" in str(error):
             return None
         raise
 
 
-def parse_job(shown: str) -> JobInfo:
-    """One line of `scontrol --oneliner show job`."""
-    found = dict(re.findall(r"(\w+)=(\S*)", shown))
+def parse_job(line: str) -> JobInfo:
+    """Parse one line of `scontrol --oneliner show job`."""
+    fields = dict(re.findall(r"(\w+)=(\S*)", line))
+    nodes = re.match(r"\d+", fields.get("NumNodes", "0"))
     return JobInfo(
-        state=found.get("JobState", ""),
-        nodes=int(re.match(r"\d+", found.get("NumNodes", "0"))[0]),  # pyright: ignore[reportOptionalSubscript]
-        node_list=found.get("NodeList", ""),
-        end_s=_seconds(found.get("EndTime", "")),
-        preempted=_seconds(found.get("PreemptTime", "")) is not None,
-        submit_s=_seconds(found.get("SubmitTime", "")),
-        partition=found.get("Partition", ""),
-        reason=found.get("Reason", "None"),
-        restarts=int(found.get("Restarts", 0)),
+        state=fields.get("JobState", ""),
+        nodes=int(nodes[0]) if nodes else 0,
+        node_list=fields.get("NodeList", ""),
+        end_s=_epoch_s(fields.get("EndTime", "")),
+        preempted=_epoch_s(fields.get("PreemptTime", "")) is not None,
+        submit_s=_epoch_s(fields.get("SubmitTime", "")),
+        partition=fields.get("Partition", ""),
+        reason=fields.get("Reason", "None"),
+        restarts=int(fields.get("Restarts", 0)),
     )
 
 
-def clock_ahead_s() -> float:
-    """This host's clock minus slurmctld's, at least, to a second; 0 when Slurm does not answer.
+def clock_offset_s() -> float:
+    """Return this host's clock minus slurmctld's, rounded down to a second; 0 if Slurm does not answer.
 
-    scontrol reckons RunTime and TimeLeft by its own host's clock; only the date of the configuration is slurmctld's now.
+    scontrol computes RunTime and TimeLeft with the clock of its own host. Only the date of the configuration is slurmctld's.
     """
     before_s = time.time()
     try:
         found = re.search(r"Configuration data as of (\S+)", _scontrol("show", "config"))
-    except SlurmSilentError:
+    except SlurmCommandError:
         return 0.0
-    answered_s = _seconds(found[1]) if found else None
-    return 0.0 if answered_s is None else before_s - answered_s - 1.0  # it was up to a second later
+    answered_s = _epoch_s(found[1]) if found else None
+    return 0.0 if answered_s is None else before_s - answered_s - 1.0  # the date was cut to a whole second
 
 
 def job_has_ended(job_id: str) -> bool:
-    """Whether it is surely over; a Slurm that does not answer says nothing."""
+    """Return whether the job is finished or unknown to Slurm; False if Slurm does not answer."""
     try:
         info = job_info(job_id)
-    except (SlurmSilentError, UserError):
+    except (SlurmCommandError, UserError):
         return False
     return info is None or info.has_ended
 
 
 def preempted_jobs(name: str) -> list[str]:
-    """Ids of the jobs of this name that a preemption ended, and that are not in the queue again; [] without an answer."""
+    """Return ids of jobs of this name that a preemption ended and that are not queued; [] if Slurm does not answer."""
     try:
         return _run("squeue", "--noheader", f"--name={name}", "--states=PREEMPTED", "--format=%i").split()
-    except SlurmSilentError:
+    except SlurmCommandError:
         return []
 
 
-def nodes_of(partition: str) -> list[str]:
-    """Every node of a partition, whatever its state; [] when Slurm does not answer."""
+def partition_nodes(partition: str) -> list[str]:
+    """Return all nodes of a partition, whatever their state; [] if Slurm does not answer."""
     try:
         return list(dict.fromkeys(_run("sinfo", "--noheader", "-N", "-p", partition, "-o", "%N").split()))
-    except SlurmSilentError:
+    except SlurmCommandError:
         return []
 
 
-def too_few_nodes(partition: str, wanted: int, left_out: list[str]) -> str:
-    """Why a job of `wanted` nodes cannot be placed without those that are left out; "" when it can, or Slurm is silent."""
-    nodes = nodes_of(partition) if left_out and partition else []
-    left = [node for node in nodes if node not in left_out]
-    if not nodes or len(left) >= wanted:
-        return ""
-    out = ", ".join(node for node in nodes if node in left_out)
-    return f"{wanted} nodes are needed; partition {partition} has {len(nodes)}, of which {out} are quarantined"
+def node_shortage(partition: str, needed: int, excluded: list[str]) -> str | None:
+    """Return a message if fewer than `needed` nodes of the partition are left without the excluded ones, else None.
+
+    If Slurm does not answer, the result is None.
+    """
+    nodes = partition_nodes(partition) if excluded and partition else []
+    left = [node for node in nodes if node not in excluded]
+    if not nodes or len(left) >= needed:
+        return None
+    quarantined = ", ".join(node for node in nodes if node in excluded)
+    return f"{needed} nodes are needed; partition {partition} has {len(nodes)}, of which {quarantined} are quarantined"
 
 
-def hostnames(node_list: str) -> list[str]:
+def expand_node_list(node_list: str) -> list[str]:
+    """Return the single names of Slurm's compressed node list: n[1-2] -> n1, n2."""
     return _scontrol("show", "hostnames", node_list).split()
 
 
 def requeue(job_id: str, excluded: Sequence[str] = ()) -> str:
-    """Puts the job back into the queue, away from `excluded` nodes; returns why it could not be done, else ""."""
+    """Requeue a job and exclude nodes from its next allocation. Return "", or why Slurm refused."""
     try:
         _scontrol("requeue", job_id)
-    except SlurmSilentError as error:
+    except SlurmCommandError as error:
         return str(error)
     if excluded:
         try:
             _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(excluded)}")
-        except SlurmSilentError as error:
+        except SlurmCommandError as error:
             print(f"warning: {', '.join(excluded)} could not be excluded: {error}", flush=True)
     return ""
 
 
 def down_nodes(nodes: list[str]) -> list[str]:
-    """Those that Slurm has down, failing or not responding; [] when it does not answer."""
+    """Return those nodes that Slurm lists as down, failing or not responding; [] if Slurm does not answer."""
     try:
         shown = _run("sinfo", "--noheader", "-N", "-n", ",".join(nodes), "-o", "%N %T")
-    except SlurmSilentError:
+    except SlurmCommandError:
         return []
     states = dict(line.split(maxsplit=1) for line in shown.splitlines() if " " in line)
     return [node for node in nodes if re.match(r"down|fail|drain\w*\*|.*\*$", states.get(node, ""))]
 
 
-def silent_nodes(nodes: list[str], wait_s: float) -> list[str]:
-    """Nodes of this job's allocation on which no process can be started within `wait_s` seconds."""
+def unresponsive_nodes(nodes: list[str], timeout_s: float) -> list[str]:
+    """Return those nodes of this job's allocation on which srun cannot run a process within `timeout_s` seconds."""
 
-    def answers(node: str) -> bool:
+    def responds(node: str) -> bool:
+        where = [f"--nodelist={node}", "--nodes=1", "--ntasks=1"]
         try:
-            _run(
-                "srun",
-                "--overlap",
-                "--nodes=1",
-                "--ntasks=1",
-                f"--nodelist={node}",
-                "--mpi=none",
-                "true",
-                wait_s=wait_s,
-            )
+            _run("srun", "--overlap", *where, "--mpi=none", "true", timeout_s=timeout_s)
             return True
-        except SlurmSilentError:
+        except SlurmCommandError:
             return False
 
     with ThreadPoolExecutor(min(32, len(nodes))) as pool:
-        return [node for node, answered in zip(nodes, pool.map(answers, nodes), strict=True) if not answered]
+        return [node for node, responded in zip(nodes, pool.map(responds, nodes), strict=True) if not responded]
 
 
-def _scontrol(*words: str) -> str:
-    return _run("scontrol", *words)
+def _scontrol(*arguments: str) -> str:
+    return _run("scontrol", *arguments)
 
 
-def _run(*words: str, wait_s: float = _ANSWER_S) -> str:
+def _run(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=wait_s, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
         raise UserError(
-            f"{words[0]} is not on the PATH of this node", "submit through Slurm, or load its module"
+            f"{command[0]} is not on the PATH of this node", "submit through Slurm, or load its module"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmSilentError(f"{words[0]} did not answer within {wait_s:g} s") from None
+        raise SlurmCommandError(f"{command[0]} did not answer within {timeout_s:g} s") from None
     if done.returncode:
-        raise SlurmSilentError((done.stderr or done.stdout).strip() or f"{words[0]} ended with {done.returncode}")
+        raise SlurmCommandError((done.stderr or done.stdout).strip() or f"{command[0]} exited with {done.returncode}")
     return done.stdout
 
 
-def _seconds(time: str) -> float | None:
-    """Slurm's local time; None for "None", "Unknown" and the like."""
+def _epoch_s(time: str) -> float | None:
+    """Convert Slurm's local time to seconds since the epoch; None for "None", "Unknown" and the like."""
     try:
         return datetime.fromisoformat(time).timestamp()
     except ValueError:

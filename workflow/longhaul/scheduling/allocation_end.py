@@ -1,0 +1,138 @@
+"""Decides how an allocation ends when its job is not done: requeue, leave the retry to Snakemake, or fail.
+
+Every decision exits this process with code 1, after the records are written.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, SIGNALLED, WALLTIME, Failure, this_host
+from longhaul.artifacts.quarantine import read_quarantine
+from longhaul.jobs.spec import LaunchSpec
+from longhaul.scheduling import slurm_client
+from longhaul.scheduling.allocation import Allocation
+from longhaul.scheduling.job_records import JobRecords
+from longhaul.scheduling.termination_signals import TerminationSignals
+
+_REQUEUE_TIMEOUT_S = 300.0
+_RESUME_REMEDY = "run the same command again to resume"
+
+
+class AllocationEnd:
+    """The ways in which an allocation of a job ends before the job is done."""
+
+    def __init__(
+        self, job: LaunchSpec, allocation: Allocation, records: JobRecords, signals: TerminationSignals
+    ) -> None:
+        self._job, self._allocation, self._records, self._signals = job, allocation, records, signals
+
+    def exit_unless_restartable(self, failure: Failure) -> None:
+        """Exit if a restart in place is impossible: the failure is permanent, the allocation ends, or a node is lost."""
+        if failure.failure_class == PERMANENT:
+            self.fail(failure)
+        if not self._job.slurm:
+            self._fail_if_signalled(failure)
+            return
+        self._exit_if_slurm_ends_it(failure)
+        if failure.failure_class == WALLTIME:
+            self._exit_short_of_time(failure)
+        lost = self._allocation.unresponsive_nodes()
+        # Asked again: when Slurm takes an allocation away, none of its nodes responds.
+        self._exit_if_slurm_ends_it(failure)
+        if lost:
+            self._records.quarantine(lost, failure.cause if failure.failure_class == NODE else "does not respond")
+            self.requeue(f"{', '.join(lost)} does not respond", lost)
+
+    def exit_stopped_early(self, reason: str) -> NoReturn:
+        """Exit after a training that saved and stopped on purpose."""
+        if self._job.slurm and reason == SIGNALLED:
+            self._exit_as_slurm_says(Failure(CANCELLED, reason, "", host=this_host()))
+        self.requeue(reason)
+
+    def fail_after_crashes(self, crashes: int, failure: Failure) -> NoReturn:
+        """Fail after more crashes without a new checkpoint than recovery.max_restarts allows."""
+        if self._job.max_restarts:
+            cause = f"{crashes} crashes without a new checkpoint, the last one: {failure.cause}"
+            remedy = failure.remedy or f"read the job's log; then: longhaul retry {self._job.folder}"
+            failure = replace(failure, failure_class=PERMANENT, cause=cause, remedy=remedy)
+        self.fail(failure)
+
+    def requeue(self, reason: str, excluded: list[str] | None = None) -> NoReturn:
+        """Requeue this Slurm job, which Snakemake then sees as still active.
+
+        If that is not allowed, leave the resubmission to Snakemake's retries.
+        """
+        if not self._job.slurm or not self._job.requeue:
+            self._leave_to_next_run(reason)
+        listed = read_quarantine(Path(self._job.quarantine)).node_names
+        all_excluded = [*listed, *(node for node in excluded or [] if node not in listed)]
+        self._require_enough_nodes(all_excluded)
+        self._records.write_end("waiting", reason)
+        if refusal := slurm_client.requeue(str(self._allocation.job_id), all_excluded):
+            self._leave_to_next_run(f"{reason}; Slurm refused to requeue the job: {refusal}")
+        print(f"{self._job.name}: {reason}; job {self._allocation.job_id} is requeued", flush=True)
+        self._wait_for_signal()
+
+    def fail(self, failure: Failure) -> NoReturn:
+        """Record the failure and exit."""
+        print(self._records.write_failure(failure).as_text(), flush=True)
+        sys.exit(1)
+
+    def _fail_if_signalled(self, failure: Failure) -> None:
+        if number := self._signals.received:
+            self.fail(replace(failure, failure_class=CANCELLED, cause=f"ended by signal {number}"))
+
+    def _exit_if_slurm_ends_it(self, failure: Failure) -> None:
+        info = self._allocation.slurm_info()
+        if self._signals.received or (info and info.state != "RUNNING"):
+            self._exit_as_slurm_says(failure)
+
+    def _exit_as_slurm_says(self, failure: Failure) -> NoReturn:
+        """Exit with the cause that Slurm gives: a batch script gets SIGTERM for scancel, requeue and time limit alike."""
+        info = self._allocation.slurm_info()
+        if info and info.was_cancelled(self._allocation.restarts):
+            cause = "cancelled by scancel"
+            self.fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy=_RESUME_REMEDY))
+        if info and info.reached_time_limit:
+            self._fail_at_time_limit(failure)
+        self._leave_to_next_run(f"Slurm ended the allocation ({info.state if info else 'cause unknown'})")
+
+    def _exit_short_of_time(self, failure: Failure) -> NoReturn:
+        """Exit when the allocation is too short for another restart; requeue if it has saved something."""
+        if self._records.newest_step() > self._records.step_at_start:
+            self.requeue("the allocation ends")
+        self._fail_at_time_limit(failure)
+
+    def _fail_at_time_limit(self, failure: Failure) -> NoReturn:
+        """Fail at the end of the allocation; permanently if two allocations in a row have saved nothing."""
+        cause = (
+            failure.cause if failure.failure_class == WALLTIME else "the allocation ended before a checkpoint was saved"
+        )
+        saved_nothing = self._records.newest_step() == self._records.step_at_start
+        if self._records.failed_the_same_way(WALLTIME) and saved_nothing:
+            remedy = "raise minutes, or save more often (checkpoints.every_steps)"
+            self.fail(replace(failure, failure_class=PERMANENT, cause=f"{cause}, twice in a row", remedy=remedy))
+        self.fail(replace(failure, failure_class=WALLTIME, cause=cause))
+
+    def _require_enough_nodes(self, excluded: list[str]) -> None:
+        """Fail if too few nodes are left: the job would wait in the queue without end."""
+        if shortage := slurm_client.node_shortage(self._allocation.partition, self._job.nodes, excluded):
+            remedy = f"remove repaired nodes from {self._job.quarantine}; then {_RESUME_REMEDY}"
+            self.fail(Failure(PERMANENT, shortage, remedy, host=this_host()))
+
+    def _wait_for_signal(self) -> NoReturn:
+        """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""
+        deadline = time.monotonic() + _REQUEUE_TIMEOUT_S
+        while self._signals.received is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        sys.exit(1)
+
+    def _leave_to_next_run(self, reason: str) -> NoReturn:
+        self._records.write_end("waiting", reason)
+        print(f"{self._job.name}: {reason}; {_RESUME_REMEDY}", flush=True)
+        sys.exit(1)

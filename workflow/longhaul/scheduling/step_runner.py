@@ -1,0 +1,83 @@
+"""Runs the steps of a job, once per attempt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from longhaul.artifacts.job_state import (
+    TRANSIENT,
+    Failure,
+    Outcome,
+    clear_attempt,
+    rank_failures,
+    read_outcome,
+    this_host,
+)
+from longhaul.jobs.spec import LaunchSpec
+from longhaul.scheduling.allocation import Allocation
+from longhaul.scheduling.termination_signals import TerminationSignals
+
+_FIRST_PORT, _PORTS = 20000, 12000
+"""Range of MASTER_PORT: below Linux's ephemeral ports, which begin at 32768."""
+
+
+class StepRunner:
+    """Runs a job's steps in one allocation."""
+
+    def __init__(
+        self, job: LaunchSpec, allocation: Allocation, allocation_number: int, signals: TerminationSignals
+    ) -> None:
+        self._job, self._allocation, self._allocation_number = job, allocation, allocation_number
+        self._signals = signals
+        self._started_steps = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run_attempt(self) -> Failure | Outcome | None:
+        """Run the steps in order.
+
+        Return None when all have succeeded, an Outcome when the job stopped early on purpose, or the first failure.
+        """
+        folder = Path(self._job.folder)
+        clear_attempt(folder)
+        for step in self._job.steps:
+            code = self._run_command(list(step.command))
+            if outcome := read_outcome(folder):
+                return outcome
+            if code:
+                reported = rank_failures(folder)
+                return reported[0] if reported else _unreported_failure(step.title, code)
+        return None
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the running step's processes. Under Slurm this does nothing, because Slurm sends it."""
+        if self._process and not self._job.slurm:
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def _run_command(self, command: list[str]) -> int:
+        with subprocess.Popen(command, env=self._environment(), start_new_session=not self._job.slurm) as process:
+            self._process = process
+            if self._signals.received:  # the signal may have come before self._process was set
+                self.terminate()
+            code = process.wait()
+        self._process = None
+        return code
+
+    def _environment(self) -> dict[str, str]:
+        """Return the step's environment with the address of the ranks' rendezvous.
+
+        Each step gets another port, because a process of the last attempt may still listen on the last one.
+        """
+        if not self._job.slurm:
+            return dict(os.environ)
+        self._started_steps += 1
+        job_id, nodes = int(self._allocation.job_id or 0), self._allocation.nodes
+        port = _FIRST_PORT + (job_id * 16 + self._allocation_number * 4 + self._started_steps) % _PORTS
+        print(f"job {job_id}: {len(nodes)} nodes, rendezvous {nodes[0]}:{port}", flush=True)
+        return {**os.environ, "MASTER_ADDR": nodes[0], "MASTER_PORT": str(port)}
+
+
+def _unreported_failure(title: str, code: int) -> Failure:
+    return Failure(TRANSIENT, f"{title}: exited with code {code}", "", host=this_host())
