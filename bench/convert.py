@@ -1,9 +1,9 @@
-"""Speed of the conversion beside zero_to_fp32 with transformers' save, and beside plain copying of the same bytes.
+"""Compares the speed of the conversion with zero_to_fp32 plus save_pretrained, and with copying the same bytes.
 
-A checkpoint of ZeRO 3 over 4 ranks, fp32 masters and Adam's moments, becomes a folder of bf16 safetensors. Each run is a process
-of its own and begins when its imports are done and the masters are in the page cache, from which whatever ran before may have
-driven them. All end with the files on the disk. The copy reads the bytes of the masters and writes as many as the export has.
-Proofs and the check of the checkpoint are not part of it.
+A checkpoint of ZeRO stage 3 over 4 ranks, with fp32 master weights and Adam's moments, becomes a folder of bf16 safetensors.
+Each round is a process of its own. Its time begins when imports are done and the master weights are in the page cache, from
+which an earlier process may have evicted them. It ends when the files are on the disk. The copy reads the bytes of the master
+weights and writes as many bytes as the export has. Verification of the checkpoint and of the export is not measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,24 @@ from safetensors import safe_open
 
 from bench.machine import header, publish
 from longhaul.checkpoint_io import open_master_weights
+from longhaul.export.exported_tensors import list_exported_tensors
+from longhaul.export.meta_model import hugging_face_config, meta_model
 from longhaul.export.safetensors_writer import write_shards
-from longhaul.export.tensor_layout import export_layout, hugging_face_config, meta_model
 
 RANKS, ROUNDS = 4, 7
 BLOCK_BYTES = 4 << 20
 
 
 def main() -> None:
-    """Makes the checkpoint, runs the three in turns, compares what was written, prints medians and ratios."""
+    """Write the checkpoint, alternate the three conversions, compare their outputs, and print medians and ratios."""
     arguments = _arguments()
     if arguments.run:
         _run(arguments.run, Path(arguments.checkpoint), Path(arguments.out))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         weights = Path(name) / "weights"
-        parameters = _make_checkpoint(weights, arguments)
-        found = _in_turns(weights, Path(name))
+        parameters = _write_checkpoint(weights, arguments)
+        found = _measure_alternating(weights, Path(name))
     _publish(found, parameters)
 
 
@@ -51,48 +52,50 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=17)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=40_000)
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where there is room for 25 bytes a parameter")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="a folder with 25 bytes of free space per parameter"
+    )
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _make_checkpoint(weights: Path, arguments: argparse.Namespace) -> int:
-    """In a process of its own, so that this one stays small; returns the number of parameters."""
+def _write_checkpoint(weights: Path, arguments: argparse.Namespace) -> int:
+    """Write the checkpoint in another process, so that this one stays small. Return the number of parameters."""
     script = f"""
 import sys
 from pathlib import Path
-from longhaul.export.tensor_layout import meta_model
-from tests.support.synthetic_checkpoints import llama, write_checkpoint
-config = llama(*map(int, sys.argv[2:]))
+from longhaul.export.meta_model import meta_model
+from tests.support.synthetic_checkpoints import llama_config, write_checkpoint
+config = llama_config(*map(int, sys.argv[2:]))
 write_checkpoint(Path(sys.argv[1]), config, ranks={RANKS}, moments=True)
 print(meta_model(config).num_parameters())
 """
     sizes = [str(value) for value in (arguments.layers, arguments.hidden, arguments.vocabulary)]
     command = [sys.executable, "-c", script, str(weights), *sizes]
-    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     os.sync()
-    return int(made.stdout.split()[-1])
+    return int(done.stdout.split()[-1])
 
 
-def _in_turns(weights: Path, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """What every run says of itself. Each round begins with another one; before them, outputs are compared."""
+def _measure_alternating(weights: Path, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Return the measurements of each conversion. Each round begins with another one. The outputs are compared first."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
     names = list(RUNS)
     outputs = [folder / str(index) for index in range(2)]
     for name, out in zip(names, outputs, strict=False):
-        _in_own_process(name, weights, out)
+        _run_in_process(name, weights, out)
     _compare(*outputs)
     _remove(*outputs)
     for index in range(ROUNDS):
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            found[name].append(_in_own_process(name, weights, outputs[0]))
+            found[name].append(_run_in_process(name, weights, outputs[0]))
             _remove(outputs[0])
     return found
 
 
-def _in_own_process(name: str, weights: Path, out: Path) -> dict[str, float]:
+def _run_in_process(name: str, weights: Path, out: Path) -> dict[str, float]:
     out.mkdir()
     command = [sys.executable, __file__, "--run", name, "--checkpoint", str(weights), "--out", str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
@@ -101,46 +104,46 @@ def _in_own_process(name: str, weights: Path, out: Path) -> dict[str, float]:
 
 
 def _remove(*outputs: Path) -> None:
-    """The next one finds the memory and the disk at rest."""
+    """Remove outputs and flush the disk, so that the next round starts with idle memory and disk."""
     for out in outputs:
         shutil.rmtree(out)
     os.sync()
 
 
 def _run(name: str, weights: Path, out: Path) -> None:
-    prepared = RUNS[name](weights, out)
+    convert = RUNS[name](weights, out)
     for _ in _blocks_of_masters(weights):
         pass
     started = time.perf_counter()
-    prepared()
+    convert()
     for path in out.glob("*"):
-        _to_disk(path)
+        _flush_to_disk(path)
     seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "peak_mib": peak / 1024}))
 
 
-def _to_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
-def _longhaul(weights: Path, out: Path) -> Any:
+def _longhaul(weights: Path, out: Path) -> Callable[[], None]:
     config = json.loads((weights / "model_config.json").read_text())
     meta_model(config)  # imports the architecture
 
     def convert() -> None:
         masters = open_master_weights(_checkpoint(weights))
-        write_shards(out, export_layout(meta_model(config), masters, torch.bfloat16))
+        write_shards(out, list_exported_tensors(meta_model(config), masters, torch.bfloat16))
         hugging_face_config(config).save_pretrained(out)
 
     return convert
 
 
-def _peer(weights: Path, out: Path) -> Any:
-    """As their documentation has it: to fp32 files first, which transformers loads, casts and saves."""
+def _peer(weights: Path, out: Path) -> Callable[[], None]:
+    """Convert as their documentation describes: to fp32 files first; transformers loads, casts and saves these."""
     import transformers
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
@@ -161,8 +164,8 @@ def _peer(weights: Path, out: Path) -> Any:
     return convert
 
 
-def _copy(weights: Path, out: Path) -> Any:
-    """The bytes of the masters are read; every second block is written."""
+def _copy(weights: Path, out: Path) -> Callable[[], None]:
+    """Read all bytes of the master weights, and write half of each block."""
 
     def convert() -> None:
         with (out / "copy").open("wb", buffering=0) as target:
@@ -173,7 +176,7 @@ def _copy(weights: Path, out: Path) -> Any:
 
 
 def _blocks_of_masters(weights: Path) -> Iterator[memoryview]:
-    """All bytes of the masters; a block is overwritten by the next one."""
+    """Yield all bytes of the master weights. Each block overwrites the one before."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
     for tensor in open_master_weights(_checkpoint(weights)).values():
         for piece in tensor.pieces:
@@ -192,7 +195,7 @@ def _checkpoint(weights: Path) -> Path:
 
 
 def _compare(*folders: Path) -> None:
-    """Both folders hold the same tensors, bit for bit."""
+    """Exit with an error unless both folders hold the same tensors, bit for bit."""
     ours, theirs = map(_tensors, folders)
     if set(ours) != set(theirs):
         raise SystemExit(f"the outputs differ in {sorted(set(ours) ^ set(theirs))[:3]}")

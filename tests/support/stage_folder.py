@@ -1,8 +1,9 @@
-"""A finished stage on disk, made from a training of zero_training.py, and the job that exports it."""
+"""A finished stage on disk, copied from a training of train_zero_checkpoints.py, and the job that exports it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
-from longhaul.jobs.specs import ExportSpec
-from tests.support.zero_training import STEPS, TAG, write_manifest
+from longhaul.jobs.kinds.export_job import ExportSpec
+from tests.support.train_zero_checkpoints import STEPS, TAG, write_manifest
 
+REFERENCE = "proof"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -22,28 +24,36 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Stage:
-    """`root` is the working folder; `tag` the checkpoint's folder; `job` exports it."""
+class ExportableStage:
+    """`root` is the working folder, `tag` the checkpoint's folder, `job` the job that exports it."""
 
     root: Path
     tag: Path
     job: ExportSpec
 
-    def seal(self) -> None:
-        """Makes manifest and checkpoint.json agree with files that a test has altered."""
-        _write_checkpoint(self.root, self.tag, write_manifest(self.tag))
+    @property
+    def reference(self) -> Path:
+        """Folder of the reference values that the training wrote."""
+        return self.tag / REFERENCE
+
+    def update_manifest(self, exportable: bool = True) -> None:
+        """Write the manifest and checkpoint.json again, for files that a test has altered."""
+        write_manifest(self.tag)
+        path = self.tag / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"exportable": exportable}))
+        _write_checkpoint(self.root, self.tag, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def make_stage(
+def create_exportable_stage(
     trained: Path,
     root: Path,
     dtype: str = "bf16",
     chat: bool = False,
     copy: Callable[[str, str], object] = shutil.copy2,
-) -> Stage:
-    """Copies the training's weights folder to `root` and adds checkpoint.json, the tokenizer and the job.
+) -> ExportableStage:
+    """Copy the training's weights folder to `root` and add checkpoint.json, the tokenizer and the job.
 
-    copy: a file; os.link where it is large and no test alters it
+    copy: copies one file; os.link for large files that no test alters
     """
     weights = root / "stages/main/weights/0123"
     shutil.copytree(trained / "weights", weights, copy_function=copy)
@@ -60,7 +70,7 @@ def make_stage(
     tokenizer.write(root / "tokenizer.json")
     tag = weights / "checkpoints" / TAG
     _write_checkpoint(root, tag, hashlib.sha256((tag / "manifest.json").read_bytes()).hexdigest())
-    return Stage(root, tag, _job(root, dtype, chat))
+    return ExportableStage(root, tag, _job(root, dtype, chat))
 
 
 def _job(root: Path, dtype: str, chat: bool) -> ExportSpec:
@@ -94,7 +104,7 @@ def _write_checkpoint(root: Path, tag: Path, manifest_sha256: str) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Bytes and three special tokens."""
+    """Write a tokenizer of all bytes and three special tokens."""
     vocabulary = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

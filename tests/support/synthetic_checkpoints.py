@@ -1,8 +1,8 @@
-"""Checkpoints of models that are too large to train here, in DeepSpeed 0.19's files: for memory and speed.
+"""Writes checkpoints of models that are too large to train here, as DeepSpeed 0.19 does. They serve to measure memory and speed.
 
-ZeRO 3 of several ranks, or ZeRO 1 of a model that is split over pipeline, tensor and expert ranks. Parameter groups are as in
-training: weights that decay, those that do not, and experts; fp32 masters and, where asked for, Adam's moments. What a rank
-holds is one random vector over and over; every tensor is another stretch of it.
+They are ZeRO stage 3 over several ranks, or ZeRO stage 1 of a model that is split over pipeline, tensor and expert ranks.
+Parameter groups are as in training: weights that decay, weights that do not, and experts. The files hold fp32 master weights
+and optionally Adam's moments. Each rank repeats one random vector; every tensor is another part of it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from longhaul.checkpoint_io import open_master_weights
-from longhaul.config.run_config import Parallel
-from longhaul.export.tensor_layout import meta_model
-from longhaul.train.parallel.checkpoint_layout import write_layout
-from longhaul.train.parallel.parallel_dims import make_parallel_dims
-from longhaul.train.parallel.slice_model import cut_model
+from longhaul.config.stage_config import Parallel
+from longhaul.export.meta_model import meta_model
+from longhaul.train.parallel.parallel_dims import build_parallel_dims
+from longhaul.train.parallel.slice_index import write_slice_index
+from longhaul.train.parallel.slice_model import slice_model
 
 TAG = "step-00000002"
+REFERENCE = "proof"
 
 
-def llama(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
-    """config.json of a Llama with heads of 64, four of which share keys, and an inner width of four times the hidden one."""
+def llama_config(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
+    """Return the config.json of a Llama. Heads have 64 channels, four share keys, the MLP is four times as wide as hidden."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -49,8 +50,8 @@ def llama(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
 
 
-def mixture(layers: int, hidden: int, experts: int, vocabulary: int) -> dict[str, Any]:
-    """config.json of a Qwen3 mixture with heads of 64, four of which share keys, and experts two thirds as wide as it is."""
+def mixture_config(layers: int, hidden: int, experts: int, vocabulary: int) -> dict[str, Any]:
+    """Return the config.json of a Qwen3 mixture of experts. Heads have 64 channels, four share keys; experts are 2/3 as wide."""
     config = Qwen3MoeConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -72,7 +73,7 @@ def mixture(layers: int, hidden: int, experts: int, vocabulary: int) -> dict[str
 
 
 def write_checkpoint(weights: Path, config: dict[str, Any], ranks: int, moments: bool) -> Path:
-    """Writes `weights`/checkpoints/<TAG> and model_config.json; returns the former. moments: Adam's, too."""
+    """Write `weights`/checkpoints/<TAG> and model_config.json, and return the former. moments: write Adam's moments, too."""
     folder = _new_folder(weights, config)
     shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
     groups = [
@@ -88,8 +89,8 @@ def write_checkpoint(weights: Path, config: dict[str, Any], ranks: int, moments:
     return folder
 
 
-def write_split_checkpoint(weights: Path, config: dict[str, Any], parallel: Parallel, world_size: int) -> Path:
-    """The same of a model that the trainer's own code splits over so many ranks, without moments."""
+def write_sliced_checkpoint(weights: Path, config: dict[str, Any], parallel: Parallel, world_size: int) -> Path:
+    """Write a checkpoint of a model that the trainer's own code splits over `world_size` ranks, without moments."""
     folder = _new_folder(weights, config)
     entries: list[Any] = []
 
@@ -97,11 +98,11 @@ def write_split_checkpoint(weights: Path, config: dict[str, Any], parallel: Para
         entries.append(own)
         return entries
 
-    for rank in reversed(range(world_size)):  # the first one writes the layout that all have told
+    for rank in reversed(range(world_size)):  # rank 0 comes last: it writes the entries of all ranks
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-        dims = make_parallel_dims(parallel, rank, world_size)
-        model = cut_model(AutoConfig.for_model(**config), dims)
-        write_layout(SimpleNamespace(module=model), dims, folder, is_tied=False, gather=gather)
+        dims = build_parallel_dims(parallel, rank, world_size)
+        model = slice_model(AutoConfig.for_model(**config), dims)
+        write_slice_index(SimpleNamespace(module=model), dims, folder, is_tied=False, gather=gather)
         dist.destroy_process_group()
         groups = _split_groups(model)
         if dims.data_rank == 0:
@@ -128,7 +129,7 @@ def _new_folder(weights: Path, config: dict[str, Any]) -> Path:
 
 
 def _split_groups(model: torch.nn.Module) -> list[OrderedDict[str, torch.Size]]:
-    """Of a rank: weights that decay, those that do not, experts."""
+    """Return a rank's parameter groups: weights that decay, weights that do not, experts."""
     groups: list[OrderedDict[str, torch.Size]] = [OrderedDict() for _ in range(3)]
     for name, parameter in model.named_parameters():
         groups[2 if hasattr(parameter, "group_name") else int(parameter.dim() < 2)][name] = parameter.shape
@@ -174,15 +175,15 @@ def _optimizer_state(groups: list[Any], rank: int, ranks: int, moments: bool) ->
 
 def _values(numel: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    some = torch.randn(1_000_003, generator=generator).mul_(0.02)  # a prime, so that no two rows of a weight are alike
-    return some.repeat(-(-numel // some.numel()))[:numel].clone()
+    vector = torch.randn(1_000_003, generator=generator).mul_(0.02)  # a prime length, so all rows of a weight differ
+    return vector.repeat(-(-numel // vector.numel()))[:numel].clone()
 
 
-def write_proof(weights: Path, config: dict[str, Any]) -> None:
-    """What the trainer would keep beside the checkpoint: hashes, and logits of the whole model in fp32 on one thread."""
+def write_reference_values(weights: Path, config: dict[str, Any]) -> None:
+    """Write what the trainer writes with a checkpoint: hashes, and logits of the whole model in fp32 on one thread."""
     folder = weights / "checkpoints" / TAG
-    proof = folder / "proof"
-    proof.mkdir()
+    reference = folder / REFERENCE
+    reference.mkdir()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     state, entries = {}, {}
@@ -198,11 +199,11 @@ def write_proof(weights: Path, config: dict[str, Any]) -> None:
     with torch.no_grad():
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in ids])
     torch.set_num_threads(threads)
-    save_file({"input_ids": ids, "logits": logits}, proof / "logits.safetensors")
-    made = {"device": "cpu", "threads": 1, "dtype": "fp32", "torch": torch.__version__}
-    (proof / "logits.json").write_text(json.dumps(made))
-    (proof / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": ids[:, :8].tolist()}))
-    (proof / "tensors.json").write_text(json.dumps(entries))
+    save_file({"input_ids": ids, "logits": logits}, reference / "logits.safetensors")
+    conditions = {"device": "cpu", "threads": 1, "dtype": "fp32", "torch": torch.__version__}
+    (reference / "logits.json").write_text(json.dumps(conditions))
+    (reference / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": ids[:, :8].tolist()}))
+    (reference / "tensors.json").write_text(json.dumps(entries))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""Conversion and proof of a model keep within 1 GiB and its largest layer, mapped pages counted."""
+"""The export of a model and its verification need at most 1 GiB and the size of the largest layer, mapped pages included."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from pathlib import Path
 import pytest
 
 from longhaul.artifacts.schemas import Export
-from longhaul.config.run_config import Parallel
-from tests.support.stage_folder import Stage, make_stage
-from tests.support.synthetic_checkpoints import llama, mixture, write_checkpoint, write_proof, write_split_checkpoint
-from tests.support.zero_training import write_manifest
+from longhaul.config.stage_config import Parallel
+from tests.support.stage_folder import ExportableStage, create_exportable_stage
+from tests.support.synthetic_checkpoints import (
+    llama_config,
+    mixture_config,
+    write_checkpoint,
+    write_reference_values,
+    write_sliced_checkpoint,
+)
+from tests.support.train_zero_checkpoints import write_manifest
 
 LAYERS, HIDDEN, VOCABULARY = 24, 1024, 2000
 MIXTURE_LAYERS, MIXTURE_HIDDEN, EXPERTS = 24, 768, 16
 LIMIT_BYTES = 1 << 30
-# ru_maxrss would be the largest of this process and of the one that started it.
-CONVERT = """
+# VmHWM, as ru_maxrss would be the maximum of this process and of the one that started it.
+EXPORT = """
 import sys
 from pathlib import Path
-from longhaul.export import sample_text as generate
-from longhaul.export import check_logits as logits
+from longhaul.export import generate_samples, verify_logits
 from longhaul.export.export_checkpoint import run
-from longhaul.jobs.specs import ExportSpec
-generate.NEW_TOKENS = logits.PERTURBATIONS = 1  # each more reads all weights once more, in the same way
+from longhaul.jobs.kinds.export_job import ExportSpec
+# Each further token or perturbation reads all weights once more, in the same way.
+generate_samples.NEW_TOKENS = verify_logits.PERTURBATIONS = 1
 run(ExportSpec.read(Path(sys.argv[1])))
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """
@@ -36,22 +42,22 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 
 @pytest.fixture(scope="module")
 def trained() -> Iterator[Path]:
-    """A training's folder; removed at once, as pytest would keep gigabytes."""
+    """Return a training's folder. It is removed after the module, as pytest would keep gigabytes."""
     with tempfile.TemporaryDirectory() as name:
-        config = llama(LAYERS, HIDDEN, VOCABULARY)
+        config = llama_config(LAYERS, HIDDEN, VOCABULARY)
         folder = write_checkpoint(Path(name) / "weights", config, ranks=2, moments=False)
-        write_proof(Path(name) / "weights", config)
+        write_reference_values(Path(name) / "weights", config)
         write_manifest(folder)
         yield Path(name)
 
 
 @pytest.fixture
 def trained_mixture() -> Iterator[Path]:
-    """The same of a mixture of experts, split over two stages of a pipeline and, in each, its experts over two ranks."""
+    """Return the same for a mixture of experts with two pipeline ranks, whose experts are split over two ranks each."""
     with tempfile.TemporaryDirectory() as name:
-        config = mixture(MIXTURE_LAYERS, MIXTURE_HIDDEN, EXPERTS, VOCABULARY)
-        folder = write_split_checkpoint(Path(name) / "weights", config, Parallel(pipeline=2, expert=2), world_size=4)
-        write_proof(Path(name) / "weights", config)
+        config = mixture_config(MIXTURE_LAYERS, MIXTURE_HIDDEN, EXPERTS, VOCABULARY)
+        folder = write_sliced_checkpoint(Path(name) / "weights", config, Parallel(pipeline=2, expert=2), world_size=4)
+        write_reference_values(Path(name) / "weights", config)
         write_manifest(folder)
         yield Path(name)
 
@@ -69,20 +75,20 @@ def test_peak_memory_is_bounded_where_experts_lie_on_several_ranks(trained_mixtu
 
 def _assert_bounded(trained: Path, dtype: str, layer_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        stage = make_stage(trained, Path(name), dtype, copy=os.link)
-        made, peak_bytes = _convert(stage)
-    weights_bytes = 4 * made.parameters
-    assert made.proof["logits"]["tokens"] == 34 and made.samples
-    assert made.proof["logits"].get("masters_bit_equal", made.proof["logits"]["bit_equal"])
-    assert weights_bytes > LIMIT_BYTES + 4 * layer_bytes, "a model that fits would prove nothing"
+        stage = create_exportable_stage(trained, Path(name), dtype, copy=os.link)
+        exported, peak_bytes = _export(stage)
+    weights_bytes, logits = 4 * exported.parameters, exported.verification["logits"]
+    assert logits["tokens"] == 34 and exported.samples
+    assert logits.get("masters_bit_equal", logits["bit_equal"])
+    assert weights_bytes > LIMIT_BYTES + 4 * layer_bytes, "the model must be larger than the limit"
     assert peak_bytes <= LIMIT_BYTES + layer_bytes, f"{peak_bytes / 2**20:.0f} MiB"
 
 
-def _convert(stage: Stage) -> tuple[Export, int]:
+def _export(stage: ExportableStage) -> tuple[Export, int]:
     path = stage.root / "job.json"
     stage.job.write(path)
-    found = subprocess.run(
-        [sys.executable, "-c", CONVERT, str(path)], check=False, capture_output=True, text=True, timeout=300
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT, str(path)], check=False, capture_output=True, text=True, timeout=300
     )
-    assert found.returncode == 0, found.stderr[-3000:]
-    return Export.read(Path(stage.job.out)), int(found.stdout.split()[-2]) * 1024
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Export.read(Path(stage.job.out)), int(done.stdout.split()[-2]) * 1024

@@ -1,4 +1,4 @@
-"""A model run with one decoder layer in memory computes what the whole model does, bit for bit."""
+"""A model that runs with one decoder layer in memory gives the logits of the whole model, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from longhaul.checkpoint_io import open_safetensors
 from longhaul.errors import UserError
-from longhaul.export.check_loading import prove_loading
-from longhaul.export.check_logits import Exported
-from longhaul.export.layerwise_model import StreamedModel
+from longhaul.export.exported_tensors import ExportedTensor, list_exported_tensors
+from longhaul.export.layerwise_model import LayerwiseModel
+from longhaul.export.meta_model import meta_model
 from longhaul.export.safetensors_writer import write_shards
-from longhaul.export.tensor_layout import ExportedTensor, export_layout, meta_model
-from longhaul.export.torch_threads import torch_threads
-from tests.support.zero_training import hugging_face_config
+from longhaul.export.tensor_blocks import torch_threads
+from longhaul.export.verify_loading import verify_loading
+from longhaul.export.verify_logits import WrittenExport
+from tests.support.train_zero_checkpoints import hugging_face_config
 
 MODELS = {
     "llama": ("llama", False, {}),
@@ -61,8 +62,8 @@ SEQUENCES = [
 ]
 
 
-def written(folder: Path, name: str, dtype: torch.dtype) -> Exported:
-    """A random model as an export of several shards."""
+def write_export(folder: Path, name: str, dtype: torch.dtype) -> WrittenExport:
+    """Write a random model as an export of several shards."""
     kind, tied, keys = MODELS[name]
     config = hugging_face_config(kind, tied)
     for key, value in keys.items():
@@ -81,15 +82,18 @@ def written(folder: Path, name: str, dtype: torch.dtype) -> Exported:
     if tied:
         first = "model.embed_tokens.weight"
         masters[first] = replace(masters[first], aliases=("lm_head.weight",))
-    found = json.loads(config.to_json_string(use_diff=False))
-    tensors = list(export_layout(meta_model(found), masters, dtype))
+    content = json.loads(config.to_json_string(use_diff=False))
+    tensors = list(list_exported_tensors(meta_model(content), masters, dtype))
     write_shards(folder, tensors, shard_bytes=40_000)
     config.save_pretrained(folder)
-    return Exported(folder, json.loads((folder / "config.json").read_text()), tensors)
+    return WrittenExport(folder, json.loads((folder / "config.json").read_text()), tensors)
 
 
-def whole(exported: Exported, dtype: torch.dtype):
-    """By from_pretrained; copied, as a product with one token's vector rounds by where mapped weights happen to lie."""
+def load_whole(exported: WrittenExport, dtype: torch.dtype):
+    """Load the export with from_pretrained.
+
+    The weights are copied: the product with one token's vector rounds differently for other alignments of mapped weights.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(exported.folder, dtype=dtype).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -98,44 +102,44 @@ def whole(exported: Exported, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_the_whole_models_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    exported = written(tmp_path / "export", name, dtype)
-    model = whole(exported, dtype)
+def test_logits_equal_the_whole_models_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    exported = write_export(tmp_path / "export", name, dtype)
+    model = load_whole(exported, dtype)
     with torch_threads(1), torch.no_grad():
-        wanted = [model(input_ids=ids_T[None], use_cache=False).logits.float() for ids_T in SEQUENCES]
-        streamed = exported.model(dtype)
-        for _ in range(2):  # a second pass finds nothing that the first left behind
-            found = streamed.logits(SEQUENCES)
-            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        expected = [model(input_ids=ids_T[None], use_cache=False).logits.float() for ids_T in SEQUENCES]
+        layerwise = exported.model(dtype)
+        for _ in range(2):  # the first pass leaves nothing behind that changes the second
+            found = layerwise.logits(SEQUENCES)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_exports_of_fp32_run_in_the_trainers_type(tmp_path: Path) -> None:
-    exported = written(tmp_path / "export", "deepseek-v3", torch.float32)
-    model = whole(exported, torch.bfloat16)
+def test_fp32_export_runs_in_the_trainers_data_type(tmp_path: Path) -> None:
+    exported = write_export(tmp_path / "export", "deepseek-v3", torch.float32)
+    model = load_whole(exported, torch.bfloat16)
     with torch_threads(1), torch.no_grad():
-        wanted = model(input_ids=SEQUENCES[0][None], use_cache=False).logits.float()
-        assert torch.equal(exported.model(torch.bfloat16).logits(SEQUENCES[:1])[0], wanted)
+        expected = model(input_ids=SEQUENCES[0][None], use_cache=False).logits.float()
+        assert torch.equal(exported.model(torch.bfloat16).logits(SEQUENCES[:1])[0], expected)
 
 
-def test_one_layer_at_a_time_has_memory(tmp_path: Path) -> None:
-    """Seen at every read: tensors of the model that are not on the meta device."""
-    exported = written(tmp_path / "export", "deepseek-v3", torch.float32)
-    resident: list[set[str]] = []
+def test_only_one_layer_has_memory_at_a_time(tmp_path: Path) -> None:
+    """Each read records which tensors of the model are not on the meta device."""
+    exported = write_export(tmp_path / "export", "deepseek-v3", torch.float32)
+    in_memory: list[set[str]] = []
 
     def read(tensor: ExportedTensor, start: int, stop: int) -> torch.Tensor:
-        resident.append({tensor.source} | _with_memory(model))
+        in_memory.append({tensor.model_name} | _names_in_memory(model))
         return tensor.master.read_range(tensor.start + start, tensor.start + stop)
 
-    model = StreamedModel(exported.config, exported.tensors, read, torch.float32)
+    model = LayerwiseModel(exported.config, exported.tensors, read, torch.float32)
     model.logits(SEQUENCES)
-    assert {tensor.source for tensor in exported.tensors} == set().union(*resident)
-    layers = [{name.split(".")[2] for name in names if ".layers." in name} for names in resident]
+    assert {tensor.model_name for tensor in exported.tensors} == set().union(*in_memory)
+    layers = [{name.split(".")[2] for name in names if ".layers." in name} for names in in_memory]
     assert max(map(len, layers)) == 1
-    assert not _with_memory(model), "something stayed"
+    assert not _names_in_memory(model), "a tensor kept its memory"
 
 
-def _with_memory(model: StreamedModel) -> set[str]:
-    names = {(module, key): name for (module, key), name in model._names.items()}
+def _names_in_memory(model: LayerwiseModel) -> set[str]:
+    names = {(module, key): name for (module, key), name in model._stored_names.items()}
     return {
         name
         for (module, key), name in names.items()
@@ -143,24 +147,27 @@ def _with_memory(model: StreamedModel) -> set[str]:
     }
 
 
-def test_a_buffer_that_no_file_holds_is_named(tmp_path: Path) -> None:
-    exported = written(tmp_path / "export", "llama", torch.float32)
+def test_message_names_a_buffer_that_no_file_holds(tmp_path: Path) -> None:
+    exported = write_export(tmp_path / "export", "llama", torch.float32)
     model = exported.model(torch.float32)
-    model._layers[1].mlp.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    model._names = model._own_names() | model._names | {(model._layers[1].mlp, "table"): "model.layers.1.mlp.table"}
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.table is a tensor of the model that no file"):
+    mlp = model._layers[1].mlp
+    mlp.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    model._stored_names = (
+        model._find_stored_names() | model._stored_names | {(mlp, "table"): "model.layers.1.mlp.table"}
+    )
+    with pytest.raises(UserError, match=r"no file of the export holds model\.layers\.1\.mlp\.table"):
         model.logits(SEQUENCES)
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "qwen3-moe", "deepseek-v3"])
 @pytest.mark.parametrize("limit", [0, 1 << 27], ids=["keys only", "values too"])
-def test_what_from_pretrained_misses_is_found(
+def test_keys_that_from_pretrained_does_not_match_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
 ) -> None:
-    monkeypatch.setattr("longhaul.export.check_loading.WHOLE_BYTES", limit)
-    exported = written(tmp_path / "export", name, torch.bfloat16)
+    monkeypatch.setattr("longhaul.export.verify_loading.MAX_LOADED_BYTES", limit)
+    exported = write_export(tmp_path / "export", name, torch.bfloat16)
     tensors = list(exported.tensors)
-    assert prove_loading(exported.folder, tensors, torch.bfloat16)["equal"] == (len(tensors) if limit else 0)
+    assert verify_loading(exported.folder, tensors, torch.bfloat16)["equal"] == (len(tensors) if limit else 0)
     shard = sorted(exported.folder.glob("*.safetensors"))[-1]
     good = load_file(shard)
     key = min(good)
@@ -169,12 +176,12 @@ def test_what_from_pretrained_misses_is_found(
         "unexpected keys": {**good, "model.layers.0.more.weight": torch.ones(2)},
         "from_pretrained": {**good, key: torch.ones(3, 2)},
     }
-    for says, tensors_then in changes.items():
-        save_file(tensors_then, shard, {"format": "pt"})
+    for message, changed in changes.items():
+        save_file(changed, shard, {"format": "pt"})
         index = exported.folder / "model.safetensors.index.json"
         content = json.loads(index.read_text())
         content["weight_map"] = {k: v for k, v in content["weight_map"].items() if v != shard.name}
-        content["weight_map"] |= dict.fromkeys(tensors_then, shard.name)
+        content["weight_map"] |= dict.fromkeys(changed, shard.name)
         index.write_text(json.dumps(content))
-        with pytest.raises(UserError, match=says):
-            prove_loading(exported.folder, tensors, torch.bfloat16)
+        with pytest.raises(UserError, match=message):
+            verify_loading(exported.folder, tensors, torch.bfloat16)

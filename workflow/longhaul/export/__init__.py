@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Writes a checkpoint as a Hugging Face folder and verifies it against the trainer's reference values."""

@@ -1,4 +1,4 @@
-"""Exports one checkpoint as a Hugging Face folder, and keeps it only when it is proved."""
+"""Exports one checkpoint as a Hugging Face folder, and keeps the folder only when its verification succeeds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from longhaul.artifacts.files import file_sha256, read_json, write_text
 from longhaul.artifacts.schemas import Export
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.errors import UserError
-from longhaul.export.check_loading import prove_loading
-from longhaul.export.check_logits import Exported, compute_dtype, prove_logits
-from longhaul.export.check_tensors import DTYPES, HASHING_THREADS, prove_tensors
-from longhaul.export.model_card import card, provenance
+from longhaul.export.exported_tensors import DTYPES, list_exported_tensors
+from longhaul.export.generate_samples import generate_samples
+from longhaul.export.meta_model import hugging_face_config, meta_model
+from longhaul.export.model_card import model_card, provenance
 from longhaul.export.safetensors_writer import write_shards
-from longhaul.export.sample_text import samples
-from longhaul.export.source_checkpoint import Source, open_source
-from longhaul.export.tensor_layout import ExportedTensor, export_layout, hugging_face_config, meta_model
-from longhaul.jobs.specs import ExportSpec
+from longhaul.export.tensor_blocks import HASHING_THREADS
+from longhaul.export.verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
+from longhaul.export.verify_loading import verify_loading
+from longhaul.export.verify_logits import WrittenExport, read_reference_logits, verify_logits
+from longhaul.export.verify_tensors import verify_tensors
+from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.train.checkpoint.folders import fsync
 
 TOKENIZER_FILES = (
@@ -41,28 +43,28 @@ TOKENIZER_FILES = (
 
 
 def run(job: ExportSpec) -> None:
-    """Verifies the checkpoint, writes the folder, proves it, samples from it; job.out is written last.
+    """Verify the checkpoint, write the folder, verify it and generate samples. job.out is written last.
 
     Raises:
-        UserError: the checkpoint is not whole, or a proof failed; then neither folder nor job.out is left as new.
+        UserError: the checkpoint is damaged, or the export's verification fails. Then job.out does not exist, and an
+            earlier export in job.folder is unchanged.
     """
     Path(job.out).unlink(missing_ok=True)
-    source = open_source(job)
+    source = open_verified_checkpoint(job)
     masters = open_master_weights(source.folder)
     dtype = DTYPES[job.dtype]
     model = meta_model(source.model_config)
-    architecture, tensors = type(model).__name__, list(export_layout(model, masters, dtype))
+    architecture, tensors = type(model).__name__, list(list_exported_tensors(model, masters, dtype))
     parameters = sum(tensor.numel for tensor in tensors)
     facts = provenance(job, source)
-    with _staged(Path(job.folder)) as folder:
+    with _replace_folder(Path(job.folder)) as folder:
         write_shards(folder, tensors)
         _write_config(folder, source, architecture, dtype)
         _copy_tokenizer(Path(source.tokenizer.path), folder)
-        proof, sampled = _prove(job, source, folder, tensors)
-        write_text(folder / "README.md", card(facts, architecture, parameters, job.folder, proof))
-    paths = sorted(Path(job.folder).iterdir())
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        files = dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
+        exported = WrittenExport(folder, read_json(folder / "config.json"), tensors)
+        verification = _verify(exported, source, dtype)
+        samples = _samples(job, source, exported)
+        write_text(folder / "README.md", model_card(facts, architecture, parameters, job.folder, verification))
     Export(
         stage=job.stage,
         checkpoint=str(source.folder),
@@ -71,16 +73,16 @@ def run(job: ExportSpec) -> None:
         dtype=job.dtype,
         parameters=parameters,
         bytes=sum(tensor.size_bytes for tensor in tensors),
-        files=files,
-        proof=proof,
-        samples=sampled,
+        files=_file_hashes(Path(job.folder)),
+        verification=verification,
+        samples=samples,
         provenance=facts,
     ).write(Path(job.out))
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which replaces it when the block ends well and is removed when it does not."""
+def _replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`. It replaces `folder` when the block succeeds, and is removed when it fails."""
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -96,8 +98,8 @@ def _staged(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_config(folder: Path, source: Source, architecture: str, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json; the special ids are the tokenizer's."""
+def _write_config(folder: Path, source: VerifiedCheckpoint, architecture: str, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json with the special token ids of the tokenizer."""
     config = hugging_face_config(source.model_config)
     ids = {
         "bos_token_id": source.tokenizer.bos_id,
@@ -117,25 +119,27 @@ def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
             shutil.copyfile(tokenizer / name, folder / name)
 
 
-def _prove(
-    job: ExportSpec, source: Source, folder: Path, tensors: list[ExportedTensor]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The proofs and the samples, neither of which ever has more than one decoder layer in memory."""
-    recorded, dtype = source.folder / "proof", DTYPES[job.dtype]
-    exported = Exported(folder, read_json(folder / "config.json"), tensors)
-    proof = {
-        "tensors": prove_tensors(folder, tensors, recorded, dtype),
-        "from_pretrained": prove_loading(folder, tensors, dtype),
-        "logits": prove_logits(exported, recorded, dtype),
+def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the results of all verifications. None of them holds more than one decoder layer in memory."""
+    tensors = list(exported.tensors)
+    return {
+        "tensors": verify_tensors(exported.folder, tensors, source.reference, dtype),
+        "from_pretrained": verify_loading(exported.folder, tensors, dtype),
+        "logits": verify_logits(exported, source.reference, dtype),
     }
-    return proof, _samples(job, source, exported)
 
 
-def _samples(job: ExportSpec, source: Source, exported: Exported) -> list[dict[str, Any]]:
+def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExport) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(exported.folder, local_files_only=True)
     if job.chat and not tokenizer.chat_template:
         raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
-    recorded = source.folder / "proof"
     weights_bytes = sum(tensor.size_bytes for tensor in exported.tensors)
-    model = exported.model(compute_dtype(recorded))
-    return samples(model, weights_bytes, tokenizer, read_json(recorded / "prompts.json"))
+    model = exported.model(read_reference_logits(source.reference).compute)
+    return generate_samples(model, weights_bytes, tokenizer, read_json(source.reference / "prompts.json"))
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of every file of the export."""
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))

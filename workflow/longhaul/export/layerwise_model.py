@@ -1,7 +1,9 @@
-"""Runs a model of which no more than one decoder layer has memory at a time.
+"""Runs a causal language model with at most one decoder layer in memory.
 
-transformers' own code computes everything: masks, positions and rotary tables in a forward pass whose layers only note what
-they are called with, then each layer in its turn on all sequences, then the rest of that pass from the last layer's output.
+The code of transformers computes everything, in three steps:
+1. A forward pass computes embeddings, masks, positions and rotary tables. Its decoder layers only record their arguments.
+2. Each decoder layer runs on all sequences, one layer after the other, with the recorded arguments.
+3. A forward pass from the last layer's output computes the final norm and the logits.
 """
 
 from __future__ import annotations
@@ -14,54 +16,56 @@ from typing import Any
 import torch
 
 from longhaul.errors import UserError
-from longhaul.export.safetensors_writer import COPYING_THREADS, chunks
-from longhaul.export.tensor_layout import ExportedTensor, meta_model, target_dtype
+from longhaul.export.exported_tensors import ExportedTensor, target_dtype
+from longhaul.export.meta_model import meta_model
+from longhaul.export.tensor_blocks import COPYING_THREADS, blocks
 
-Read = Callable[[ExportedTensor, int, int], torch.Tensor]
+ReadRange = Callable[[ExportedTensor, int, int], torch.Tensor]
+"""Return elements [start, stop) of an exported tensor."""
 
 
-class StreamedModel:
-    """A causal LM in evaluation mode whose weights are read when their layer's turn comes, and dropped after it.
+class LayerwiseModel:
+    """A causal LM in evaluation mode. Each layer's weights are read before the layer runs, and freed after it.
 
     config:  content of config.json
-    tensors: of the export; each parameter and saved buffer of the model is made of one or more of them
-    read:    the values of elements [start, stop) of one of the tensors
-    compute: type of the weights, but for those that transformers keeps in fp32
+    tensors: tensors of the export; each parameter and saved buffer of the model consists of one or more of them
+    read:    returns values of one of these tensors
+    compute: data type of the weights, except of those that transformers keeps in fp32
     """
 
     def __init__(
         self,
         config: dict[str, Any],
         tensors: Sequence[ExportedTensor],
-        read: Read,
+        read: ReadRange,
         compute: torch.dtype,
         device: str = "cpu",
     ) -> None:
         self._read, self._compute, self._device = read, compute, device
         self._model: Any = meta_model(config).eval()
-        self._model.config.output_router_logits = False  # layers that only note their calls have none
+        self._model.config.output_router_logits = False  # the recording layers return no router logits
         self._parts: dict[str, list[ExportedTensor]] = {}
         for tensor in tensors:
-            self._parts.setdefault(tensor.source, []).append(tensor)
-        self._names = self._own_names()
+            self._parts.setdefault(tensor.model_name, []).append(tensor)
+        self._stored_names = self._find_stored_names()
         self._base: Any = self._model.base_model
         self._base.rotary_emb = type(self._base.rotary_emb)(config=self._model.config).to(device)
         self._layers: list[torch.nn.Module] = list(self._base.layers)
-        self._notes = [_Note() for _ in self._layers]
-        self._base.layers = torch.nn.ModuleList(self._notes)
+        self._recorders = [_CallRecorder() for _ in self._layers]
+        self._base.layers = torch.nn.ModuleList(self._recorders)
 
     @property
     def positions(self) -> int:
-        """The longest sequence the model is made for."""
+        """Return the longest sequence that the model supports, in tokens."""
         return self._model.config.get_text_config().max_position_embeddings
 
-    def _own_names(self) -> dict[tuple[torch.nn.Module, str], str]:
-        """(module, attribute) of each parameter and buffer -> the name its values are exported under; tied ones share it."""
+    def _find_stored_names(self) -> dict[tuple[torch.nn.Module, str], str]:
+        """Return (module, attribute) of each parameter and buffer -> name of its exported values. Tied ones share a name."""
         stored = {id(tensor): name for name, tensor in self._named_tensors() if name in self._parts}
         return {
             (module, key): stored.get(id(tensor), f"{prefix}.{key}")
             for prefix, module in self._model.named_modules()
-            for key, tensor in _own_tensors(module)
+            for key, tensor in _direct_tensors(module)
         }
 
     def _named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -70,69 +74,73 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, sequences_T: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits [1, T, V] in fp32 on the CPU of each sequence of token ids, computed one by one, without padding or cache."""
-        with self._resident(self._base):
-            hidden_1TH = [self._begin(ids_T) for ids_T in sequences_T]
-        for layer, note in zip(self._layers, self._notes, strict=True):
-            with self._resident(layer):
-                calls = zip(hidden_1TH, note.calls, strict=True)
-                hidden_1TH = [layer(hidden, *args, **kwargs) for hidden, (args, kwargs) in calls]
-            note.calls.clear()
-        head = self._model.get_output_embeddings()
-        with self._resident(self._base.norm), self._resident(head):
-            return [self._end(hidden) for hidden in hidden_1TH]
+        """Return logits [1, T, V] in fp32 on the CPU for each sequence of token ids [T].
 
-    def _begin(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """The first layer's input [1, T, H]; every layer notes what else it is called with."""
+        Sequences are computed one by one, without padding or key-value cache.
+        """
+        with self._in_memory(self._base):
+            hidden_1TH = [self._embed(ids_T) for ids_T in sequences_T]
+        for layer, recorder in zip(self._layers, self._recorders, strict=True):
+            with self._in_memory(layer):
+                calls = zip(hidden_1TH, recorder.calls, strict=True)
+                hidden_1TH = [layer(hidden, *args, **kwargs) for hidden, (args, kwargs) in calls]
+            recorder.calls.clear()
+        head = self._model.get_output_embeddings()
+        with self._in_memory(self._base.norm), self._in_memory(head):
+            return [self._compute_logits(hidden) for hidden in hidden_1TH]
+
+    def _embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Return the first layer's input [1, T, H]. Every recorder stores the further arguments of its layer."""
         found = []
-        watch = self._base.norm.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+        hook = self._base.norm.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
         self._base(input_ids=ids_T[None].to(self._device), use_cache=False)
-        watch.remove()
+        hook.remove()
         return found[0]
 
-    def _end(self, hidden_1TH: torch.Tensor) -> torch.Tensor:
-        """The last norm and the head, around layers that change nothing."""
+    def _compute_logits(self, hidden_1TH: torch.Tensor) -> torch.Tensor:
+        """Run a forward pass in which the recorders return their input, so that only the final norm and the head compute."""
         found = self._model(inputs_embeds=hidden_1TH, use_cache=False).logits.float().cpu()
-        for note in self._notes:
-            note.calls.clear()
+        for recorder in self._recorders:
+            recorder.calls.clear()
         return found
 
     @contextmanager
-    def _resident(self, module: torch.nn.Module) -> Iterator[None]:
-        """Memory and values for the module's tensors; they are without memory again afterwards."""
-        before = [(part, key, tensor) for part in module.modules() for key, tensor in _own_tensors(part)]
+    def _in_memory(self, module: torch.nn.Module) -> Iterator[None]:
+        """Give the module's tensors memory and values inside the block. Afterwards they are on the meta device again."""
+        before = [(owner, key, tensor) for owner in module.modules() for key, tensor in _direct_tensors(owner)]
         with ThreadPoolExecutor(COPYING_THREADS) as readers:
-            for part, key, tensor in before:
+            for owner, key, tensor in before:
                 if tensor.is_meta:
-                    setattr(part, key, self._filled(self._names[part, key], tensor, readers))
+                    setattr(owner, key, self._read_tensor(self._stored_names[owner, key], tensor, readers))
         try:
             yield
         finally:
-            for part, key, tensor in before:
-                setattr(part, key, tensor)
+            for owner, key, tensor in before:
+                setattr(owner, key, tensor)
 
-    def _filled(self, name: str, meta: torch.Tensor, readers: Executor) -> torch.Tensor:
+    def _read_tensor(self, name: str, meta: torch.Tensor, readers: Executor) -> torch.Tensor:
+        """Return the values of a tensor of the model, with the shape of its meta tensor."""
         if name not in self._parts:
             raise UserError(
-                f"{name} is a tensor of the model that no file of the export holds",
-                "its architecture has a buffer that is computed, not saved; only known ones can be exported",
+                f"no file of the export holds {name}, which is a tensor of the model",
+                "its architecture computes a buffer instead of saving it: export a supported architecture",
             )
         dtype = target_dtype(self._model, name, self._parts[name][0].master, self._compute)
         whole = torch.empty(meta.shape, dtype=dtype, device=self._device)
         flat = whole.view(-1)
 
-        def fill(work: tuple[ExportedTensor, int, int]) -> None:
-            tensor, start, stop = work
+        def read_block(block: tuple[ExportedTensor, int, int]) -> None:
+            tensor, start, stop = block
             flat[tensor.start + start : tensor.start + stop].copy_(self._read(tensor, start, stop))
 
-        ranges = ((tensor, *part) for tensor in self._parts[name] for part in chunks(tensor.numel))
-        for _ in readers.map(fill, ranges):
+        all_blocks = ((tensor, *block) for tensor in self._parts[name] for block in blocks(tensor.numel))
+        for _ in readers.map(read_block, all_blocks):
             pass
         return torch.nn.Parameter(whole, requires_grad=False) if isinstance(meta, torch.nn.Parameter) else whole
 
 
-class _Note(torch.nn.Module):
-    """Takes a decoder layer's place in a forward pass: it notes each call, and gives back what it was given."""
+class _CallRecorder(torch.nn.Module):
+    """Replaces a decoder layer in a forward pass. It records the arguments of each call and returns its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +151,7 @@ class _Note(torch.nn.Module):
         return hidden_1TH
 
 
-def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _direct_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers of the module itself, without those of its submodules."""
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     yield from module.named_buffers(recurse=False)

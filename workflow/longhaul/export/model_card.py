@@ -1,4 +1,4 @@
-"""The export's README.md and what it was made of."""
+"""Writes the README.md of an export, with its provenance and verification."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jinja2
 
 import longhaul
 from longhaul.artifacts.files import canonical_json
-from longhaul.export.source_checkpoint import Source
-from longhaul.jobs.specs import ExportSpec
+from longhaul.export.verified_checkpoint import VerifiedCheckpoint
+from longhaul.jobs.kinds.export_job import ExportSpec
 
 CARD = """\
 ---
@@ -47,19 +47,19 @@ model = AutoModelForCausalLM.from_pretrained("{{ folder }}", dtype="auto")
 | {{ name }} | `{{ value }}` |
 {%- endfor %}
 
-## Proof
+## Verification
 
-Each of the {{ proof.tensors.count }} tensors equals, bit for bit, the master weight gathered from the training engine after
-the cast to {{ p.dtype }}.
-The logits of {{ proof.logits.prompts }} fixed prompts ({{ proof.logits.tokens }} tokens) are
-{%- if proof.logits.bit_equal %} bit-equal to the engine's.
-{%- else %} within {{ "%.3g" % proof.logits.max_abs_difference }} of the engine's; limit {{ "%.3g" % proof.logits.bound }}.
+Each of the {{ verification.tensors.count }} tensors equals, bit for bit, the engine's master weight cast to {{ p.dtype }}.
+The logits of {{ verification.logits.prompts }} fixed prompts ({{ verification.logits.tokens }} tokens)
+{%- if verification.logits.bit_equal %} equal those of the training engine bit for bit.
+{%- else %} differ from those of the training engine by at most {{ "%.3g" % verification.logits.max_abs_difference }};
+the limit is {{ "%.3g" % verification.logits.bound }}.
 {%- endif %}
 """
 
 
-def provenance(job: ExportSpec, source: Source) -> dict[str, Any]:
-    """Where an export comes from: the values that the card, the artefact and the report show. Holds no time or host."""
+def provenance(job: ExportSpec, source: VerifiedCheckpoint) -> dict[str, Any]:
+    """Return where an export comes from, for the model card, the artifact and the report. It holds no time and no host."""
     spec = source.checkpoint.spec
     return {
         "run": job.run,
@@ -82,8 +82,15 @@ def provenance(job: ExportSpec, source: Source) -> dict[str, Any]:
     }
 
 
-def card(facts: dict[str, Any], architecture: str, parameters: int, folder: str, proof: dict[str, Any]) -> str:
-    """The README.md of an export."""
+def model_card(
+    facts: dict[str, Any], architecture: str, parameters: int, folder: str, verification: dict[str, Any]
+) -> str:
+    """Return the text of an export's README.md.
+
+    facts:        what `provenance` returned
+    architecture: name of the model's class in transformers
+    folder:       path of the export, for the example code
+    """
     base, base_hub = _base_model(facts["model"] or {})
     plain = {key: value for key, value in facts.items() if isinstance(value, str | int) and value != ""}
     rows = [*plain.items(), *facts["versions"].items()]
@@ -95,13 +102,13 @@ def card(facts: dict[str, Any], architecture: str, parameters: int, folder: str,
         architecture=architecture,
         parameters=parameters,
         folder=folder,
-        proof=proof,
+        verification=verification,
         rows=[(name.replace("_", " "), value) for name, value in rows],
     )
 
 
 def _base_model(model: dict[str, Any]) -> tuple[str, str]:
-    """The pretrained weights in words, and their hub id; both empty when the model was made from a config."""
+    """Return a description of the pretrained weights and their hub id; both are empty when training began with random weights."""
     if hub := model.get("hub"):
         return f"{hub['id']} at {hub['revision']}", hub["id"]
     if "path" in model and "files" in model:
@@ -110,7 +117,7 @@ def _base_model(model: dict[str, Any]) -> tuple[str, str]:
 
 
 def git_commit(folder: Path) -> str:
-    """The commit of the checkout that `folder` is in, `-dirty` appended when it was edited; "" outside of one."""
+    """Return the commit of the git checkout around `folder`, with `-dirty` when files were edited; "" without a checkout."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

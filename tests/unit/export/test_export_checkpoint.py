@@ -1,0 +1,146 @@
+"""Exports of real ZeRO checkpoints succeed when all values agree, and leave no folder when any value differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longhaul.artifacts.schemas import Export
+from longhaul.errors import UserError
+from longhaul.export.export_checkpoint import run
+from tests.support.stage_folder import ExportableStage, create_exportable_stage
+from tests.support.train_zero_checkpoints import CASES
+
+EXPORTED = [
+    ("llama-z0", "fp32"),
+    ("llama-tied-z1", "fp32"),
+    ("llama-tied-z3-bf16", "bf16"),
+    ("qwen3-moe-z3", "fp32"),
+    ("deepseek-v3-z1", "fp32"),
+    ("deepseek-v3-z3-bf16", "bf16"),
+]
+
+
+def export(stage: ExportableStage) -> Export:
+    run(stage.job)
+    return Export.read(Path(stage.job.out))
+
+
+def assert_refused(stage: ExportableStage, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(stage.job)
+    assert not Path(stage.job.out).exists()
+    assert not [path for path in Path(stage.job.folder).parent.glob("*main*")], (
+        "an export was left that is not verified"
+    )
+
+
+@pytest.mark.parametrize(("case", "dtype"), EXPORTED, ids=[case for case, _ in EXPORTED])
+def test_exported_weights_equal_the_live_engines(zero_checkpoints: Path, tmp_path: Path, case: str, dtype: str):
+    """The expected tensors were gathered from the engine and saved separately, not read from a checkpoint."""
+    exported = export(create_exportable_stage(zero_checkpoints / case, tmp_path, dtype))
+    assert exported.verification["tensors"]["equal"] == exported.verification["tensors"]["count"] > 0
+    loading = exported.verification["from_pretrained"]
+    assert loading["missing"] == loading["unexpected"] == 0
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported.path, dtype="auto")
+    assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    reference, state = load_file(zero_checkpoints / case / "reference.safetensors"), model.state_dict()
+    for name, tensor in reference.items():
+        assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+
+
+def test_fp32_logits_are_equal_bit_by_bit(zero_checkpoints: Path, tmp_path: Path):
+    logits = export(create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")).verification["logits"]
+    assert logits["criterion"] == "bit equality" and logits["bit_equal"] and logits["differences"] == []
+
+
+def test_tied_weights_are_stored_once(zero_checkpoints: Path, tmp_path: Path):
+    exported = export(create_exportable_stage(zero_checkpoints / "llama-tied-z1", tmp_path, "fp32"))
+    names = {name for path in Path(exported.path).glob("*.safetensors") for name in load_file(path)}
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def test_model_card_and_folder_state_the_provenance(zero_checkpoints: Path, tmp_path: Path):
+    exported = export(create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "bf16"))
+    card = (Path(exported.path) / "README.md").read_text()
+    assert all(word in card for word in ("unit", "main", "d0", "c0")), card
+    names = {path.name for path in Path(exported.path).iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    assert names == set(exported.files)
+
+
+def test_model_card_states_changes_of_pretrained_weights(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "bf16")
+    job = stage.job.model_copy(update={"first_weights": ("Its FP8 weights were dequantised.", "Layers were left out.")})
+    run(job)
+    card = (Path(job.folder) / "README.md").read_text()
+    assert "from random weights. Its FP8 weights were dequantised. Layers were left out." in card, card
+
+
+def test_altered_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+    victim = max(stage.tag.glob("*.pt"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert_refused(stage, "SHA-256")
+
+
+def test_altered_manifest_is_refused(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+    manifest = stage.tag / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    assert_refused(stage, "manifest.json has SHA-256")
+
+
+def test_missing_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-tied-z1", tmp_path)
+    next(stage.tag.glob("*optim_states.pt")).unlink()
+    assert_refused(stage, "is missing")
+
+
+@pytest.mark.parametrize("change", ["missing", "additional", "another value"])
+def test_tensor_that_differs_from_the_trainers_is_refused(zero_checkpoints: Path, tmp_path: Path, change: str):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")
+    recorded = stage.reference / "tensors.json"
+    tensors = json.loads(recorded.read_text())
+    name = "model.norm.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "additional":
+        tensors["model.extra.weight"] = tensors[name]
+    else:
+        tensors[name]["sha256_fp32"] = "0" * 64
+    recorded.write_text(json.dumps(tensors))
+    stage.update_manifest()
+    assert_refused(stage, "model.(norm|extra).weight")
+
+
+def test_logits_that_differ_from_the_trainers_are_refused(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")
+    path = stage.reference / "logits.safetensors"
+    recorded = load_file(path)
+    recorded["logits"][0, 0, 0] += 1e-3
+    save_file(recorded, path)
+    stage.update_manifest()
+    assert_refused(
+        stage, "logits of the export differ .* by up to 0.001; the limit is 0, the criterion is bit equality"
+    )
+
+
+def test_checkpoint_without_reference_values_is_refused(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+    stage.update_manifest(exportable=False)
+    assert_refused(stage, "without the reference values")
+
+
+def test_every_case_is_trained(zero_checkpoints: Path):
+    assert {path.name for path in zero_checkpoints.iterdir() if (path / "weights").is_dir()} == {
+        name for cases in CASES.values() for name in cases
+    }

@@ -1,0 +1,72 @@
+"""Uses of transformers that its documented interface does not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
+    """Return whether transformers keeps the tensor `name` in fp32 when it loads the model as bf16 or fp16.
+
+    Written for transformers 5.23, which has no public way to ask. from_pretrained compares parts of the name with the
+    model's private list. DeepSeek V3's list holds `e_score_correction_bias`.
+    """
+    return any(part in name for part in model._keep_in_fp32_modules_strict or ())
+
+
+def without_tied_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the entries of `state` that save_pretrained writes: of several names of one weight only the first.
+
+    Written for transformers 5.23. save_pretrained uses this function of modeling_utils, which is not documented.
+    """
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return remove_tied_weights_from_state_dict(dict(state), model)
+
+
+def hub_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `state` with the names and shapes under which save_pretrained writes its tensors.
+
+    Written for transformers 5.23. save_pretrained uses this function of core_model_loading, which is not documented.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..., Any]) -> None:
+    """Run every decoder layer's forward pass through `checkpoint(layer, hidden, …)`.
+
+    Written for transformers 5.9 to 5.23. The public activation_checkpointing_enable accepts only options of
+    torch.utils.checkpoint.checkpoint, and offloading a layer's input to CPU memory needs a function of its own.
+    """
+    model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+
+
+def repeat_shared_heads_in_fp32() -> None:
+    """Make transformers repeat shared key and value heads on GPUs in fp32, as it does wherever there is a mask.
+
+    Written for transformers 5.9 to 5.23 and torch 2.13. Of torch's attention kernels only flash attention reads shared heads in
+    place, and it accepts half precision alone. For shared heads in fp32, torch uses the kernel that keeps S x S entries of each
+    head for the backward pass: at 2,048 tokens more than all other activations of a layer. With repeated heads it uses one that
+    keeps none. A second call changes nothing.
+    """
+    from transformers.integrations import sdpa_attention
+
+    shares_heads = sdpa_attention.use_gqa_in_sdpa
+    if hasattr(shares_heads, "__wrapped__"):
+        return
+
+    @wraps(shares_heads)
+    def shares_heads_in_half_precision(
+        attention_mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
+    ) -> bool:
+        flash_is_possible = not key.is_cuda or key.dtype in (torch.float16, torch.bfloat16)
+        return flash_is_possible and shares_heads(attention_mask, key, value)
+
+    sdpa_attention.use_gqa_in_sdpa = shares_heads_in_half_precision

@@ -1,0 +1,62 @@
+"""Generates the sample texts of an export. Decoding is greedy, so the same weights always give the same text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from longhaul.export.layerwise_model import LayerwiseModel
+
+NEW_TOKENS = 48
+READ_BYTES = 50 * 10**9
+"""Limit of the bytes that generation reads. Each new token reads all weights once."""
+
+
+def generate_samples(
+    model: LayerwiseModel, weights_bytes: int, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Complete the trainer's prompts and return [{"split", "prompt", "completion", "ended_with_eos"}].
+
+    weights_bytes: size of the exported weights. Large models get fewer new tokens, or no samples: see READ_BYTES.
+    prompts:       {"split": name, "input_ids": [[token id]]}. A prompt is the beginning of a document of the split. For a
+                   chat it is the question in the chat template, up to the start of the answer.
+    """
+    new_tokens = min(NEW_TOKENS, READ_BYTES // max(1, weights_bytes))
+    input_ids = prompts["input_ids"] if new_tokens else []
+    completions = _complete(model, input_ids, new_tokens, tokenizer)
+    return [
+        {"split": prompts["split"], **_sample(tokenizer, prompt, completion)}
+        for prompt, completion in zip(input_ids, completions, strict=True)
+    ]
+
+
+def _complete(
+    model: LayerwiseModel, prompts: list[list[int]], new_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Return greedy completions of at most `new_tokens` tokens, within the model's positions.
+
+    Each new token needs one pass over the weights, for all prompts together.
+    """
+    completions: list[list[int]] = [[] for _ in prompts]
+    for _ in range(new_tokens):
+        unfinished = [
+            index
+            for index, completion in enumerate(completions)
+            if tokenizer.eos_token_id not in completion and len(prompts[index]) + len(completion) < model.positions
+        ]
+        if not unfinished:
+            break
+        logits = model.logits([torch.tensor(prompts[index] + completions[index]) for index in unfinished])
+        for index, logits_1TV in zip(unfinished, logits, strict=True):
+            completions[index].append(int(logits_1TV[0, -1].argmax()))
+    return completions
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> dict[str, Any]:
+    return {
+        "prompt": tokenizer.decode(prompt),
+        "completion": tokenizer.decode(completion, skip_special_tokens=True),
+        "ended_with_eos": tokenizer.eos_token_id in completion,
+    }

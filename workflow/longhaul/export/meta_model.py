@@ -1,0 +1,30 @@
+"""Builds a Hugging Face model without memory for its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longhaul.errors import UserError
+
+SUPPORTED_MODELS_HINT = "export a Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2 or DeepSeek V3 model"
+
+
+def hugging_face_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config object for the content of a config.json.
+
+    Raises:
+        UserError: transformers does not know the model_type.
+    """
+    keys = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version", "dtype")}
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise UserError(f"transformers does not know model_type {config['model_type']}", SUPPORTED_MODELS_HINT)
+    return AutoConfig.for_model(config["model_type"], **keys)
+
+
+def meta_model(config: dict[str, Any]) -> PreTrainedModel:
+    """Return the model of a config.json's content, with all tensors on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hugging_face_config(config))

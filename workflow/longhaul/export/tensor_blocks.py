@@ -1,0 +1,41 @@
+"""Reads the tensors of an export in blocks, so that memory does not grow with the size of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from longhaul.checkpoint_io import raw_bytes
+from longhaul.export.exported_tensors import ExportedTensor
+
+BLOCK_ELEMENTS = 1 << 20
+"""4 MiB of fp32: a block stays in the processor's cache from reading to writing."""
+COPYING_THREADS = 4
+HASHING_THREADS = 4
+
+
+def blocks(numel: int, block: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Yield consecutive ranges [start, stop) of at most `block` elements that cover `numel` elements."""
+    for start in range(0, numel, block):
+        yield start, min(start + block, numel)
+
+
+def exported_bytes(tensor: ExportedTensor, start: int, stop: int) -> memoryview:
+    """Return the bytes that elements [start, stop) of an exported tensor have in the file."""
+    return raw_bytes(tensor.master.read_range(tensor.start + start, tensor.start + stop).to(tensor.dtype))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with `count` threads inside the block. Rounding depends on this number.
+
+    Python threads that start inside the block use the same number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,103 @@
+"""Opens the checkpoint that is exported. All of its files are compared with their hashes before any of them is used."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.files import file_sha256, read_json
+from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
+from longhaul.errors import UserError
+from longhaul.export.tensor_blocks import HASHING_THREADS
+from longhaul.jobs.kinds.export_job import ExportSpec
+from longhaul.train.checkpoint.folders import MANIFEST
+
+ALTERED_HINT = (
+    "the files were altered after training: restore them, or remove checkpoint.json and train again from an older one"
+)
+
+
+@dataclass(frozen=True)
+class VerifiedCheckpoint:
+    """A checkpoint whose files have the stated hashes.
+
+    folder:       DeepSpeed's tag folder
+    model_config: content of the model's Hugging Face config.json
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: TokenizerManifest
+    folder: Path
+    step: int
+    manifest_sha256: str
+    model_config: dict[str, Any]
+
+    @property
+    def reference(self) -> Path:
+        """Folder of the reference values that the trainer wrote with the checkpoint."""
+        return self.folder / "proof"
+
+
+def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
+    """Open the checkpoint that a job exports, and verify its files.
+
+    Raises:
+        UserError: the checkpoint is missing, incomplete, altered, without reference values, or trained with another
+            tokenizer.
+    """
+    checkpoint = Checkpoint.read(Path(job.checkpoint))
+    if job.which not in checkpoint.checkpoints:
+        raise UserError(
+            f"stage {job.stage} has no `{job.which}` checkpoint, only {', '.join(sorted(checkpoint.checkpoints))}",
+            "set the stage's `export` to one of these; `best` needs a validation split",
+        )
+    chosen = checkpoint.checkpoints[job.which]
+    weights = Path(checkpoint.weights)
+    folder = weights / chosen["path"]
+    _verify_files(folder, chosen["sha256"])
+    tokenizer = TokenizerManifest.read(Path(job.tokenizer))
+    if tokenizer.hash != checkpoint.tokenizer_hash:
+        raise UserError(
+            f"{job.tokenizer} has hash {tokenizer.hash}, but stage {job.stage} was trained with {checkpoint.tokenizer_hash}",
+            "train the stage again, or restore the tokenizer it was trained with",
+        )
+    config = read_json(WeightsFolder(weights).model_config)
+    return VerifiedCheckpoint(checkpoint, tokenizer, folder, chosen["step"], chosen["sha256"], config)
+
+
+def _verify_files(folder: Path, manifest_sha256: str) -> None:
+    """Raise UserError unless the manifest has the given hash and every file has the size and the hash in the manifest."""
+    manifest = _read_manifest(folder / MANIFEST, manifest_sha256)
+    if not manifest["exportable"]:
+        raise UserError(
+            f"{folder} was saved without the reference values that an export needs",
+            "set the stage's `export` before it is trained",
+        )
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    for name, stated in files.items():
+        _verify_size(folder / name, stated["bytes"])
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = dict(zip(files, pool.map(lambda name: file_sha256(folder / name), files), strict=True))
+    for name, stated in files.items():
+        if hashes[name] != stated["sha256"]:
+            raise UserError(
+                f"{folder / name} has SHA-256 {hashes[name]}, but its manifest states {stated['sha256']}", ALTERED_HINT
+            )
+
+
+def _read_manifest(path: Path, sha256: str) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so the checkpoint is not complete", ALTERED_HINT)
+    if (found := file_sha256(path)) != sha256:
+        raise UserError(f"{path} has SHA-256 {found}, but checkpoint.json states {sha256}", ALTERED_HINT)
+    return read_json(path)
+
+
+def _verify_size(path: Path, stated_bytes: int) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing", ALTERED_HINT)
+    if (found := path.stat().st_size) != stated_bytes:
+        raise UserError(f"{path} has {found} bytes, but its manifest states {stated_bytes}", ALTERED_HINT)

@@ -1,0 +1,123 @@
+"""Verifies the tensors of an export against the hashes that the trainer computed from the live engine.
+
+reference/tensors.json in the checkpoint holds the SHA-256 of every gathered parameter and buffer, in fp32 and as cast for
+the export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from longhaul.artifacts.files import read_json
+from longhaul.checkpoint_io import LazyTensor, open_safetensors, raw_bytes
+from longhaul.errors import UserError
+from longhaul.export.exported_tensors import ExportedTensor, dtype_name
+from longhaul.export.safetensors_writer import SAFETENSORS_NAMES
+from longhaul.export.tensor_blocks import HASHING_THREADS, blocks, exported_bytes, torch_threads
+
+NO_EXPORT_HINT = (
+    "nothing was exported; the software is at fault, not the config: keep the checkpoint and report this message"
+)
+
+
+def verify_tensors(
+    folder: Path, tensors: Sequence[ExportedTensor], reference: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Read the export back, join the parts of every model tensor and compare its SHA-256 with the trainer's.
+
+    reference: the folder of the checkpoint's reference values
+
+    Returns {"count", "equal": number of model tensors, "files_hold": number of tensors in the files, "dtype"}.
+
+    Raises:
+        UserError: a tensor is missing, additional, of another shape or data type, or has other bytes.
+    """
+    recorded = read_json(reference / "tensors.json")
+    parts = {name: list(group) for name, group in groupby(tensors, key=lambda tensor: tensor.model_name)}
+    if differing := sorted(set(parts) ^ set(recorded)):
+        raise UserError(f"{differing[0]} is in only one of the export and the reference values", NO_EXPORT_HINT)
+    stored = open_export(folder)
+    if differing := sorted({tensor.name for tensor in tensors} ^ set(stored)):
+        raise UserError(f"{differing[0]} is in only one of the written files and the model", NO_EXPORT_HINT)
+
+    def verify(name: str) -> None:
+        found = _sha256(data for tensor in parts[name] for data in _file_bytes(stored[tensor.name], tensor))
+        expected = _expected_sha256(name, parts[name], recorded[name])
+        if found != expected:
+            raise UserError(f"exported tensor {name} has SHA-256 {found}, the trained one {expected}", NO_EXPORT_HINT)
+
+    with torch_threads(1), ThreadPoolExecutor(HASHING_THREADS) as pool:
+        list(pool.map(verify, parts))
+    return {"count": len(parts), "equal": len(parts), "files_hold": len(tensors), "dtype": dtype_name(dtype)}
+
+
+def open_export(folder: Path) -> dict[str, LazyTensor]:
+    """Return name -> tensor of all safetensors files in the folder.
+
+    Raises:
+        UserError: two files hold the same name, or the safetensors library reads other names, types or shapes.
+    """
+    found: dict[str, LazyTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        opened = open_safetensors(path)
+        if duplicates := sorted(set(opened) & set(found)):
+            raise UserError(f"two files of the export hold {duplicates[0]}", NO_EXPORT_HINT)
+        with safe_open(path, "pt") as official:
+            slices = {name: official.get_slice(name) for name in official.keys()}  # noqa: SIM118 (not a dict)
+            read = {name: (stored.get_dtype(), stored.get_shape()) for name, stored in slices.items()}
+        expected = {
+            name: (SAFETENSORS_NAMES[tensor.pieces[0].dtype], list(tensor.shape)) for name, tensor in opened.items()
+        }
+        if read != expected:
+            raise UserError(
+                f"the safetensors library reads other tensors from {path.name} than were written", NO_EXPORT_HINT
+            )
+        found |= opened
+    return found
+
+
+def _file_bytes(stored: LazyTensor, tensor: ExportedTensor) -> Iterator[memoryview]:
+    """Yield the tensor's bytes as the file holds them."""
+    piece = stored.pieces[0]
+    if (piece.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+        raise UserError(
+            f"exported tensor {tensor.name} is {piece.dtype} {list(stored.shape)}, "
+            f"not {tensor.dtype} {list(tensor.shape)}",
+            NO_EXPORT_HINT,
+        )
+    for start, stop in blocks(tensor.numel):
+        yield raw_bytes(piece.part(start, stop).read())
+
+
+def _expected_sha256(name: str, parts: list[ExportedTensor], entry: dict[str, Any]) -> str:
+    """Return the hash that the exported bytes of a model tensor should have.
+
+    The trainer hashed the cast to the stage's export dtype. A stage may be exported in another dtype than it was trained
+    for. Then this function compares the fp32 master weights with the trainer's hash, and hashes their cast itself.
+    """
+    if parts[0].dtype == torch.float32:
+        return entry["sha256_fp32"]
+    if entry["sha256_export"] != entry["sha256_fp32"]:
+        return entry["sha256_export"]
+    master = parts[0].master
+    found = _sha256(raw_bytes(master.read_range(start, stop)) for start, stop in blocks(master.numel))
+    if found != entry["sha256_fp32"]:
+        raise UserError(
+            f"master weights of {name} have SHA-256 {found}, the trained ones {entry['sha256_fp32']}", NO_EXPORT_HINT
+        )
+    return _sha256(exported_bytes(tensor, start, stop) for tensor in parts for start, stop in blocks(tensor.numel))
+
+
+def _sha256(parts: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
