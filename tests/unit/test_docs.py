@@ -1,4 +1,4 @@
-"""What the docs point to exists: the "where do I change …?" table, and every relative link."""
+"""The documentation names only things that exist: links, paths, make targets, verbs, files below results/."""
 
 from __future__ import annotations
 
@@ -7,25 +7,84 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+INDEX = REPOSITORY / "docs" / "README.md"
 PAGES = [
     *sorted(REPOSITORY.glob("*.md")),
     *sorted(REPOSITORY.glob("docs/**/*.md")),
     REPOSITORY / "config" / "README.md",
 ]
+TOP_FOLDERS = "bench|config|docs|envs|profiles|templates|tests|workflow"
+PATH = re.compile(rf"`((?:{TOP_FOLDERS})/[^`\s<>]*)`")
 
 
-def test_the_table_of_changes_names_places_that_exist():
-    table = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Where do I change")[1].split("##")[0]
-    named = [
-        path for row in table.splitlines() if row.startswith("| ") for path in re.findall(r"`([\w./]+/[\w./]*)`", row)
-    ]
-    assert len(named) > 25
+def page_name(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def links(page: Path) -> list[str]:
+    """Return a page's relative links, without those in code blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def linked_pages(page: Path) -> set[Path]:
+    targets = ((page.parent / link.partition("#")[0]).resolve() for link in links(page) if not link.startswith("#"))
+    return {target for target in targets if target.suffix == ".md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_link_resolves(page: Path):
+    broken = []
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_every_page_is_reachable_from_the_index():
+    reached, waiting = {INDEX}, [INDEX]
+    while waiting:
+        new = linked_pages(waiting.pop()) - reached
+        reached |= new
+        waiting += new
+    assert sorted(page_name(page) for page in set(PAGES) - reached) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_path_exists(page: Path):
+    named = PATH.findall(page.read_text(encoding="utf-8"))
+    assert [path for path in named if not any(REPOSITORY.glob(path.rstrip("/")))] == []
+
+
+def test_the_table_of_changes_names_existing_places():
+    table = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where do I change")[1].split("##")[0]
+    named = PATH.findall(table)
+    assert len(named) > 60
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_lead_somewhere(page: Path):
-    links = re.findall(r"\]\(([^)#]+)", page.read_text())
-    local = [link for link in links if not link.startswith("http")]
-    assert [link for link in local if not (page.parent / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_make_target_exists(page: Path):
+    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    commands = re.findall(r"(?:^|`)(?:[A-Z]+=\S+ )?make ((?:[a-z][\w-]*[ ]?)+)", page.read_text("utf-8"), flags=re.MULTILINE)
+    assert {target for command in commands for target in command.split()} - targets == set()
+
+
+@pytest.mark.parametrize("paths", [RunPaths("<run>"), JobFolder(Path("job")), WeightsFolder(Path("weights"))], ids=repr)
+def test_every_file_below_results_is_described(paths: RunPaths | JobFolder | WeightsFolder):
+    page = (REPOSITORY / "docs" / "reference" / "results.md").read_text(encoding="utf-8")
+    properties = [name for name, value in vars(type(paths)).items() if isinstance(value, property)]
+    names = {getattr(paths, name).name for name in properties} - {"<run>"}
+    assert len(names) >= 10
+    assert {name for name in names if name not in page} == set()
