@@ -1,30 +1,47 @@
-"""longhaul <verb>: one verb per rule, and a few for people. Heavy imports happen inside the verb that needs them."""
+"""The command `longhaul`: verbs for people, and the hidden group `longhaul job` for what launch scripts and rules start.
+
+A verb imports what it needs when it runs, so that `longhaul --help` and the start of a job stay fast.
+"""
 
 from __future__ import annotations
 
-import argparse
-import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import click
+import typer
+from typer.core import TyperGroup
+
+from longhaul import __version__
 from longhaul.errors import UserError
 
 if TYPE_CHECKING:
-    from longhaul.jobs.specs import Job
+    from longhaul.planning import Plan
 
-# Jobs run where there is no internet; only fetch and doctor-like verbs may look outside.
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+DEMO = "demo"
+
+app = typer.Typer(
+    name="longhaul",
+    help="From raw text to a verified Hugging Face model, on a laptop or over many nodes of a Slurm cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+data_app = typer.Typer(help="Look into token shards.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help=f"The run's YAML file, or `{DEMO}` for the demo that longhaul ships.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one verb; a UserError is printed without a traceback and ends with exit code 2."""
-    options = _parser().parse_args(arguments)
+    """Run one verb. A UserError is printed without a traceback and ends the process with exit code 2."""
     try:
-        options.run(options)
+        app(args=list(arguments) if arguments is not None else None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
@@ -32,234 +49,237 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longhaul", description=__doc__)
-    verbs = parser.add_subparsers(metavar="verb", required=True)
-    for verb, (run, text) in _FOR_PEOPLE.items():
-        added = verbs.add_parser(verb, help=text)
-        added.add_argument("config", type=Path, nargs="?", default=Path("config/config.yaml"))
-        added.set_defaults(run=run)
-    verbs.choices["plan"].add_argument("--out", type=Path, help="write it as JSON instead of printing it")
-    verbs.choices["fetch"].add_argument("--out", type=Path, help="lock file; default results/<run>.lock.json")
-    run = verbs.add_parser("run", help="read a config, then start Snakemake with it")
-    run.add_argument("config", type=Path)
-    run.add_argument("options", nargs=argparse.REMAINDER, help="Snakemake's own, e.g. -n --profile profiles/slurm")
-    run.set_defaults(run=_run)
-    for verb, text in _JOBS.items():
-        added = verbs.add_parser(verb, help=text)
-        added.add_argument("job", type=Path, help="the rendered job file")
-        added.set_defaults(run=_run_job, verb=verb)
-    supervise = verbs.add_parser("supervise", help="run a job's steps, restart them, queue the job again")
-    supervise.add_argument("job", type=Path, help="the rendered launch.json")
-    supervise.set_defaults(run=_supervise)
-    retry = verbs.add_parser("retry", help="forget why a job failed, so that the next run tries it again")
-    retry.add_argument("folder", type=Path, help="results/<run>/stages/<stage>, or results/<run>/jobs/<job>")
-    retry.set_defaults(run=_retry)
-    report = verbs.add_parser("report", help="write one self-contained HTML page about a run")
-    report.add_argument("folder", type=Path, help="results/<run>")
-    report.add_argument("out", type=Path)
-    report.set_defaults(run=_report)
-    _add_data_verbs(verbs.add_parser("data", help="look into token shards"))
-    return parser
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"longhaul {__version__}")
+        raise typer.Exit
 
 
-def _add_data_verbs(data: argparse.ArgumentParser) -> None:
-    inspect = data.add_subparsers(metavar="verb", required=True).add_parser("inspect", help="print documents and masks")
-    inspect.add_argument("manifest", type=Path, help="results/<run>/data/<dataset>.json")
-    inspect.add_argument("--split", default="train")
-    inspect.add_argument("--first", type=int, default=0, help="number of the first document")
-    inspect.add_argument("--count", type=int, default=3, help="how many documents")
-    inspect.add_argument("--tokenizer", type=Path, help="its tokenizer.json, default: that of the run")
-    inspect.set_defaults(run=_inspect)
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    from longhaul.data.shards.inspect_documents import run
+@app.command()
+def plan(
+    config: ConfigArgument,
+    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON to this file, and print nothing.")] = None,
+) -> None:
+    """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests. Nothing is started.
 
-    run(options.manifest, options.split, options.first, options.count, options.tokenizer)
-
-
-def _plan(options: argparse.Namespace) -> None:
+    Example: `longhaul plan mine.yaml`
+    """
     from longhaul.artifacts.files import write_json
     from longhaul.report.plan_table import plan_json, print_plan
 
-    plan = _load_plan(options.config)
-    if options.out:
-        write_json(options.out, plan_json(plan))
+    made = _load_plan(config)
+    if out:
+        write_json(out, plan_json(made))
     else:
-        print_plan(plan)
+        print_plan(made)
 
 
-def _run(options: argparse.Namespace) -> None:
-    """Snakemake reads --configfile before any rule, and ends in a traceback where that is no readable YAML file."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context, config: ConfigArgument) -> None:
+    """Run the whole workflow, or resume it: the same command again continues after any failure.
+
+    Checks the config, then starts Snakemake with the profile that fits the site's scheduler. All other options go to
+    Snakemake: `-n` for a dry run, `--profile` for a profile of your own, `--directory` for another working folder.
+
+    Example: `longhaul run mine.yaml -n`
+    """
     from longhaul.config.load import load_config
-    from longhaul.jobs.launch_files import REPOSITORY
+    from longhaul.config.package_data import data_root
 
-    if named := [word for word in options.options if word.startswith("--configfile")]:
-        raise UserError(f"{named[0]} names a second config", f"drop it: {options.config} is the run's one file")
-    load_config(options.config)
-    # --configfile takes every word up to the next option: ahead of those of the user, which may begin with a target.
-    words = ["--configfile", str(options.config.absolute()), "--snakefile", str(REPOSITORY / "Snakefile")]
-    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *words, *options.options])
+    config, options = _config_path(config), context.args
+    if named := [word for word in options if word.startswith("--configfile")]:
+        raise UserError(f"{named[0]} names a second config", f"drop it: {config} is the run's only config file")
+    # Snakemake ends in a traceback where its --configfile is no readable YAML file.
+    site = load_config(config).site
+    if not any(word.startswith("--profile") for word in options):
+        options = [*options, "--profile", str(data_root() / "profiles" / site.scheduler)]
+    # --configfile takes every word up to the next option, so it goes before the user's words, which may begin with a target.
+    own = ["--configfile", str(config.absolute()), "--snakefile", str(data_root() / "Snakefile")]
+    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *own, *options])
 
 
-def _fetch(options: argparse.Namespace) -> None:
+@app.command()
+def fetch(
+    config: ConfigArgument,
+    out: Annotated[Path | None, typer.Option(help="Lock file; default: results/<run>.lock.json.")] = None,
+) -> None:
+    """Download what the config names on the hub, and pin its revisions. Needs internet access.
+
+    Example: `longhaul fetch mine.yaml`
+    """
+    from longhaul.artifacts.paths import RunPaths
     from longhaul.config.load import load_config
-    from longhaul.fetch.hub_downloads import fetch
-    from longhaul.planning import lock_path, make_plan
+    from longhaul.fetch.hub_downloads import fetch as fetch_all
+    from longhaul.planning import make_plan
 
-    loaded = load_config(options.config)
-    waiting = make_plan(loaded).waiting
-    lock = fetch(loaded, Path("results") / loaded.config.run / "fetched")
+    loaded = load_config(_config_path(config))
+    paths = RunPaths(loaded.config.run)
+    deferred = make_plan(loaded).waiting
+    lock = fetch_all(loaded, paths.fetched)
     make_plan(loaded, lock)
-    lock.write(options.out or lock_path(loaded.config.run))
-    for check in waiting:
+    lock.write(out or paths.lock)
+    for check in deferred:
         print(f"checked now: {check}")
 
 
-def _render(options: argparse.Namespace) -> None:
-    from longhaul.jobs.launch_files import render_run
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder: results/<run>.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the run's folder.")] = None,
+) -> None:
+    """Write one self-contained HTML page about a finished run.
 
-    render_run(_load_plan(options.config), Path.cwd())
+    Example: `longhaul report results/demo`
+    """
+    from longhaul.artifacts.paths import RunPaths
+    from longhaul.report.html_page import run as write_report
+
+    write_report(folder, out or RunPaths(folder.name, folder.parent).report)
 
 
-def _verify(options: argparse.Namespace) -> None:
+@app.command()
+def verify(config: ConfigArgument) -> None:
+    """Read every file of a run's data, checkpoints and exports, and name those that are damaged.
+
+    Exit code 1: a file is damaged.
+
+    Example: `longhaul verify mine.yaml`
+    """
     from longhaul.checks.verify_run import print_verdicts, verify
-    from longhaul.jobs.builders import payload
-    from longhaul.jobs.specs import TrainSpec
 
-    plan = _load_plan(options.config)
-    jobs = [payload(plan, f"train-{stage.name}") for stage in plan.stages]
-    roots = {job.stage.name: Path(job.weights_root) for job in jobs if isinstance(job, TrainSpec)}
-    verdicts = verify(plan, roots, Path("results") / plan.run)
+    plan = _load_plan(config)
+    roots = {stage.name: plan.weights_root(stage.name) for stage in plan.stages}
+    verdicts = verify(plan, roots, plan.paths.folder)
     print_verdicts(verdicts)
     if any(verdict.damage for verdict in verdicts):
         raise SystemExit(1)
 
 
-def _load_plan(config: Path):
-    from longhaul.artifacts.schemas import Lock
-    from longhaul.config.load import load_config
-    from longhaul.planning import lock_path, make_plan
+@app.command()
+def retry(
+    folder: Annotated[
+        Path, typer.Argument(help="The failed job's folder: results/<run>/stages/<stage> or results/<run>/jobs/<job>.")
+    ],
+) -> None:
+    """Delete the record of a job's failure, so that the next run tries the job again.
 
-    loaded = load_config(config)
-    lock = lock_path(loaded.config.run)
-    return make_plan(loaded, Lock.read(lock) if lock.exists() else None)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from longhaul.report.html_page import run
-
-    run(options.folder, options.out)
-
-
-def _supervise(options: argparse.Namespace) -> None:
-    from longhaul.jobs.specs import LaunchSpec
-    from longhaul.scheduling.supervisor import run
-
-    run(LaunchSpec.read(options.job))
-
-
-def _retry(options: argparse.Namespace) -> None:
+    Example: `longhaul retry results/my-run/stages/pretrain`
+    """
     from longhaul.artifacts.job_state import read_failure
+    from longhaul.artifacts.paths import JobFolder
 
-    failure = read_failure(options.folder)
+    failure = read_failure(folder)
     if failure is None:
-        raise UserError(f"{options.folder} holds no failure.json", "name a failed job's folder, as its log does")
-    (options.folder / "failure.json").unlink()
-    print(f"forgotten: {failure.cause}")
+        raise UserError(f"{folder} holds no failure.json", "name the folder of a failed job, as its log does")
+    JobFolder(folder).failure.unlink()
+    print(f"deleted the record of this failure: {failure.cause}")
 
 
-def _run_job(options: argparse.Namespace) -> None:
-    """A failure is written down beside the job file for the supervisor, as its exit code may not arrive."""
-    os.environ.update(_OFFLINE)
+@data_app.command()
+def inspect(
+    manifest: Annotated[Path, typer.Argument(help="A dataset's manifest: results/<run>/data/<dataset>.json.")],
+    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    first: Annotated[int, typer.Option(help="Number of the first document.")] = 0,
+    count: Annotated[int, typer.Option(help="How many documents.")] = 3,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: that of the run.")] = None,
+) -> None:
+    """Print documents of a dataset; tokens that count in the loss are coloured.
+
+    Example: `longhaul data inspect results/demo/data/docstrings.json --count 1`
+    """
+    from longhaul.data.shards.inspect_documents import run as print_documents
+
+    print_documents(manifest, split, first, count, tokenizer)
+
+
+class _JobVerbs(TyperGroup):
+    """One verb per job kind, beside `supervise` and `render`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from longhaul.jobs.kind import job_kinds
+
+        return [*super().list_commands(ctx), *job_kinds()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from longhaul.jobs.kind import job_kinds
+
+        if found := super().get_command(ctx, cmd_name):
+            return found
+        if cmd_name not in job_kinds():
+            return None
+        spec = click.Argument(["spec"], type=click.Path(path_type=Path))
+        return click.Command(
+            cmd_name,
+            params=[spec],
+            callback=lambda spec: _run_job(cmd_name, spec),
+            help=job_kinds()[cmd_name].help,
+        )
+
+
+job_app = typer.Typer(cls=_JobVerbs, help="Verbs that launch scripts and rules call.", no_args_is_help=True)
+app.add_typer(job_app, name="job", hidden=True)
+
+
+@job_app.command()
+def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
+    """Run a job's steps, restart them after a crash, requeue the job."""
+    from longhaul.jobs.spec import LaunchSpec
+    from longhaul.scheduling.supervisor import run as run_supervisor
+
+    run_supervisor(LaunchSpec.read(spec))
+
+
+@job_app.command()
+def render(config: ConfigArgument) -> None:
+    """Write the launch files of every job of a run."""
+    from longhaul.jobs.launch_files import write_launch_files
+
+    write_launch_files(_load_plan(config), Path.cwd())
+
+
+def _run_job(kind: str, spec: Path) -> None:
+    """Run one process of a job. A failure is recorded in the job's folder, as its exit code may not reach the supervisor."""
+    from longhaul.artifacts.paths import JobFolder
+    from longhaul.jobs.kind import job_kinds
+    from longhaul.runtime.lean_imports import lean_imports
+    from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
+
+    os.environ.update(OFFLINE_ENVIRONMENT)
+    folder = JobFolder(spec.parent)
     try:
-        with _lean_imports():
-            run, kind = _job(options.verb)
-        run(kind.read(options.job))
+        with lean_imports():
+            run_entry_point = job_kinds()[kind].load_entry_point()
+        run_entry_point(job_kinds()[kind].spec.read(spec))
     except Exception as error:
         from longhaul.runtime.failure_reports import report_failure
         from longhaul.runtime.rank import this_rank
 
-        if (options.job.parent / "launch.json").exists():
-            report_failure(options.job.parent, error, this_rank())
+        if folder.launch_spec.exists():
+            report_failure(folder.path, error, this_rank())
         raise
 
 
-@contextmanager
-def _lean_imports() -> Iterator[None]:
-    """What a process imports is most of what it costs to start one, and a training starts thousands.
+def _load_plan(config: Path) -> Plan:
+    from longhaul.artifacts.paths import RunPaths
+    from longhaul.artifacts.schemas import Lock
+    from longhaul.config.load import load_config
+    from longhaul.planning import make_plan
 
-    Modules are half a million objects and no garbage: looking for some again and again while they are made takes a fifth of
-    that time, and each full collection of the training would look through them once more. And DeepSpeed's autotuner, which
-    nothing here uses, imports MLflow where it is installed; trackers import it on rank 0 where a config asks for it.
-    """
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        if hidden:
-            del sys.modules["mlflow"]
+    loaded = load_config(_config_path(config))
+    lock = RunPaths(loaded.config.run).lock
+    return make_plan(loaded, Lock.read(lock) if lock.exists() else None)
 
 
-def _job(verb: str) -> tuple[Callable[[Any], None], type[Job]]:
-    """What runs a job, and what it is told by."""
-    from longhaul.jobs import specs as jobs
+def _config_path(config: Path) -> Path:
+    from longhaul.config.package_data import data_root
 
-    match verb:
-        case "environment":
-            from longhaul.checks.environment import run
-
-            kind = jobs.EnvironmentSpec
-        case "fabric":
-            from longhaul.checks.fabric import run
-
-            kind = jobs.FabricSpec
-        case "tokenizer":
-            from longhaul.data.tokenizers.build_tokenizer import run
-
-            kind = jobs.TokenizerSpec
-        case "survey":
-            from longhaul.data.shards.tokenize_dataset import survey as run
-
-            kind = jobs.TokenizeSpec
-        case "encode":
-            from longhaul.data.shards.tokenize_dataset import encode as run
-
-            kind = jobs.EncodeSpec
-        case "tokenize":
-            from longhaul.data.shards.tokenize_dataset import run
-
-            kind = jobs.TokenizeSpec
-        case "train":
-            from longhaul.train.loop import run
-
-            kind = jobs.TrainSpec
-        case _:
-            from longhaul.export.export_checkpoint import run
-
-            kind = jobs.ExportSpec
-    return run, kind
-
-
-_FOR_PEOPLE = {
-    "plan": (_plan, "print what a config will do: batches, memory, GPU-hours, Slurm requests"),
-    "fetch": (_fetch, "download what the config names on the hub, and pin it"),
-    "render": (_render, "write every job's launch.sh, job.sbatch and DeepSpeed config below results/<run>"),
-    "verify": (_verify, "read every file of a run's data, checkpoints and exports, and name those that are damaged"),
-}
-_JOBS = {
-    "environment": "check the nodes",
-    "fabric": "measure the network between the ranks",
-    "tokenizer": "load or train the tokenizer",
-    "survey": "hash a dataset's files and choose its encoder, for jobs that share its units",
-    "encode": "make a share of a dataset's units",
-    "tokenize": "turn a dataset into token shards",
-    "train": "train one stage",
-    "convert": "export a checkpoint as a Hugging Face folder, and prove it",
-}
+    return data_root() / "config" / "config.yaml" if str(config) == DEMO else config

@@ -1,75 +1,66 @@
 """
-Makes the tokenizer and, for each dataset that a stage trains on, token shards.
-IN   the datasets' own files, or fetch's lock
-OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards beside it, in folders named by their hash)
+Makes the tokenizer, and token shards for each dataset that a stage trains on.
+IN   the datasets' files, or the lock that fetch wrote
+OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards are beside it, in folders named by their hash)
 
-Where several jobs share a dataset's units (data_jobs), survey and encode go before tokenize, which then finds the units.
+Where several jobs share a dataset's chunks (config key data_jobs), index_sources and encode run before tokenize.
 """
 
 
 rule tokenizer:
     input:
         LOCK,
-        text_of_tokenizer,
+        tokenizer_text,
     output:
         "results/{run}/tokenizer.json",
     log:
         "results/{run}/logs/tokenizer.log",
     benchmark:
         "results/{run}/benchmarks/tokenizer.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(lambda wildcards: "tokenizer")
+    threads: JOBS.threads("tokenizer")
     resources:
-        **job_resources(lambda wildcards: "tokenizer"),
+        **JOBS.resources("tokenizer"),
     params:
-        spec=spec_key(PLAN, "tokenizer"),
-        launch=launch_of("tokenizer"),
+        **JOBS.params("tokenizer"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"
 
 
-rule survey:
+rule index_sources:
     input:
         LOCK,
-        lambda wildcards: repository_sources(PLAN, wildcards.dataset),
+        lambda wildcards: PLAN.rule_inputs(wildcards.dataset),
         tokenizer="results/{run}/tokenizer.json",
     output:
-        temp("results/{run}/data/{dataset}.survey.json"),
+        temp("results/{run}/data/{dataset}.sources.json"),
     log:
-        "results/{run}/logs/survey/{dataset}.log",
+        "results/{run}/logs/index_sources/{dataset}.log",
     benchmark:
-        "results/{run}/benchmarks/survey/{dataset}.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(lambda wildcards: f"survey-{wildcards.dataset}")
+        "results/{run}/benchmarks/index_sources/{dataset}.tsv"
+    threads: JOBS.threads("index_sources")
     resources:
-        **job_resources(lambda wildcards: f"survey-{wildcards.dataset}"),
+        **JOBS.resources("index_sources"),
     params:
-        spec=lambda wildcards: spec_key(PLAN, f"survey-{wildcards.dataset}"),
-        launch=lambda wildcards: launch_of(f"survey-{wildcards.dataset}"),
+        **JOBS.params("index_sources"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"
 
 
 rule encode:
     input:
-        survey="results/{run}/data/{dataset}.survey.json",
+        sources="results/{run}/data/{dataset}.sources.json",
         tokenizer="results/{run}/tokenizer.json",
     output:
-        temp("results/{run}/data/{dataset}.encoded-{share}-of-{shares}.json"),
+        temp("results/{run}/data/{dataset}.encoded-{partition}-of-{partitions}.json"),
     log:
-        "results/{run}/logs/encode/{dataset}-{share}-of-{shares}.log",
+        "results/{run}/logs/encode/{dataset}-{partition}-of-{partitions}.log",
     benchmark:
-        "results/{run}/benchmarks/encode/{dataset}-{share}-of-{shares}.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(encode_job)
+        "results/{run}/benchmarks/encode/{dataset}-{partition}-of-{partitions}.tsv"
+    threads: JOBS.threads("encode")
     resources:
-        **job_resources(encode_job),
+        **JOBS.resources("encode"),
     params:
-        spec=lambda wildcards: spec_key(PLAN, encode_job(wildcards)),
-        launch=lambda wildcards: launch_of(encode_job(wildcards)),
+        **JOBS.params("encode"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"
 
@@ -77,7 +68,7 @@ rule encode:
 rule tokenize:
     input:
         LOCK,
-        lambda wildcards: repository_sources(PLAN, wildcards.dataset),
+        lambda wildcards: PLAN.rule_inputs(wildcards.dataset),
         lambda wildcards: order_only(shared_artifacts(PLAN, wildcards.dataset)),
         tokenizer="results/{run}/tokenizer.json",
     output:
@@ -86,13 +77,10 @@ rule tokenize:
         "results/{run}/logs/tokenize/{dataset}.log",
     benchmark:
         "results/{run}/benchmarks/tokenize/{dataset}.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(lambda wildcards: f"tokenize-{wildcards.dataset}")
+    threads: JOBS.threads("tokenize")
     resources:
-        **job_resources(lambda wildcards: f"tokenize-{wildcards.dataset}"),
+        **JOBS.resources("tokenize"),
     params:
-        spec=lambda wildcards: spec_key(PLAN, f"tokenize-{wildcards.dataset}"),
-        launch=lambda wildcards: launch_of(f"tokenize-{wildcards.dataset}"),
+        **JOBS.params("tokenize"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"

@@ -1,7 +1,7 @@
 """
-Checks the nodes before anything is trained on them: versions, GPUs, disk, clocks; builds DeepSpeed's ops once.
+Checks the nodes before training: versions, GPUs, disk, clocks. Builds DeepSpeed's ops once per node.
 IN   the nodes
-OUT  results/<run>/environment.json   (only when all is well; else environment.json.failed.json says what is not)
+OUT  results/<run>/environment.json   (only if every check passed; else environment.json.failed.json lists the problems)
 """
 
 
@@ -12,13 +12,10 @@ rule environment:
         "results/{run}/logs/environment.log",
     benchmark:
         "results/{run}/benchmarks/environment.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(lambda wildcards: "environment")
+    threads: JOBS.threads("environment")
     resources:
-        **job_resources(lambda wildcards: "environment"),
+        **JOBS.resources("environment"),
     params:
-        spec=spec_key(PLAN, "environment"),
-        launch=launch_of("environment"),
+        **JOBS.params("environment"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"

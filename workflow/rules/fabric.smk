@@ -1,7 +1,7 @@
 """
 Measures the network between the ranks and compares it with the site's limits.
 IN   results/<run>/environment.json
-OUT  results/<run>/fabric.json   (only when all is well; else fabric.json.failed.json says what is not)
+OUT  results/<run>/fabric.json   (only if every limit is met; else fabric.json.failed.json lists the problems)
 """
 
 
@@ -14,13 +14,10 @@ rule fabric:
         "results/{run}/logs/fabric.log",
     benchmark:
         "results/{run}/benchmarks/fabric.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(lambda wildcards: "fabric")
+    threads: JOBS.threads("fabric")
     resources:
-        **job_resources(lambda wildcards: "fabric"),
+        **JOBS.resources("fabric"),
     params:
-        spec=spec_key(PLAN, "fabric"),
-        launch=launch_of("fabric"),
+        **JOBS.params("fabric"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"

@@ -1,7 +1,7 @@
 """
 Pins and downloads what the config names on the hub, and collects the demo's text; on the machine that runs Snakemake.
 IN   the config
-OUT  results/<run>.lock.json   (revisions, files, the pretrained model's geometry); then every job is rendered
+OUT  results/<run>.lock.json   (revisions, files, the pretrained model's sizes); then the files of every job are rendered
 """
 
 
@@ -11,13 +11,11 @@ localrules:
 
 rule fetch:
     output:
-        f"results/{PLAN.run}.lock.json",
+        PLAN.paths.lock,
     log:
-        f"results/{PLAN.run}/logs/fetch.log",
-    conda:
-        "../../envs/controller.yaml"
+        PLAN.paths.logs / "fetch.log",
     params:
-        spec=source_key(PLAN),
+        spec=fetch_key(PLAN),
         config=CONFIG,
     shell:
-        "(longhaul fetch {params.config:q} --out {output:q} && longhaul render {params.config:q}) >> {log:q} 2>&1"
+        "(longhaul fetch {params.config:q} --out {output:q} && longhaul job render {params.config:q}) >> {log:q} 2>&1"

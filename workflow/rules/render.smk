@@ -1,15 +1,17 @@
 """
-Writes the plan, and what each stage's weights depend on. What jobs are started with (launch.sh, job.sbatch, DeepSpeed
-configs, payloads) is rendered by the main process when it starts and after a fetch, before anything is submitted: were
-those files outputs that a changed one makes anew, Snakemake would look no further for causes behind them.
+Writes the plan, and what each stage's weights depend on.
 IN   the config
-OUT  results/<run>/plan.json, config.yaml;  results/<run>/stages/<stage>/spec.json
+OUT  results/<run>/plan.json, config.yaml;  results/<run>/stages/<stage>/result_spec.json
+
+The files that jobs are started with (launch.sh, job.sbatch, job specs, DeepSpeed configs) are no outputs of a rule. The main
+process writes them when it starts and after a fetch. As outputs they would hide other causes: Snakemake does not look for
+further reasons to run a job behind a job that it runs again.
 """
 
 
 localrules:
     render,
-    render_spec,
+    render_result_spec,
 
 
 rule render:
@@ -20,8 +22,6 @@ rule render:
         config="results/{run}/config.yaml",
     log:
         "results/{run}/logs/render.log",
-    conda:
-        "../../envs/controller.yaml"
     params:
         key=plan_key(PLAN),
         config=CONFIG,
@@ -29,17 +29,14 @@ rule render:
         "(longhaul plan {params.config:q} --out {output.plan:q} && cp {params.config:q} {output.config:q}) >> {log:q} 2>&1"
 
 
-# A file and not a parameter of train_stage: while a check runs anew, Snakemake does not compare the parameters of what
-# comes after it, even if that takes the check as ancient; an input that is made anew it never misses.
-rule render_spec:
+# A file and not a parameter of train: while a check runs again, Snakemake does not compare the parameters of the jobs
+# behind it, even if those take the check as ancient(). It never misses an input that is made again.
+rule render_result_spec:
     output:
-        "results/{run}/stages/{stage}/spec.json",
+        "results/{run}/stages/{stage}/result_spec.json",
     log:
-        "results/{run}/logs/render_spec/{stage}.log",
-    conda:
-        "../../envs/controller.yaml"
+        "results/{run}/logs/render_result_spec/{stage}.log",
     params:
-        spec=lambda wildcards: spec_key(PLAN, f"train-{wildcards.stage}"),
         text=lambda wildcards: canonical_json(PLAN.stage(wildcards.stage).spec),
     shell:
         "echo {params.text:q} > {output:q} 2> {log:q}"

@@ -1,6 +1,6 @@
 """
-Writes one self-contained page about the run.
-IN   every artefact of the run
+Writes one self-contained HTML page about the run.
+IN   every artifact of the run
 OUT  results/<run>/report.html
 """
 
@@ -24,9 +24,7 @@ rule report:
         "results/{run}/report.html",
     log:
         "results/{run}/logs/report.log",
-    conda:
-        "../../envs/controller.yaml"
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "longhaul report {params.folder:q} {output:q} >> {log:q} 2>&1"
+        "longhaul report {params.folder:q} --out {output:q} >> {log:q} 2>&1"

@@ -1,30 +1,28 @@
 """
 Trains one stage of the plan; the same rule serves every stage.
-IN   results/<run>/stages/<stage>/spec.json; its data; the checkpoint.json it starts from; the checks passed
+IN   results/<run>/stages/<stage>/result_spec.json; the dataset; the checkpoint.json that the stage starts from; the passed checks
 OUT  results/<run>/stages/<stage>/checkpoint.json   (written last, after a verified save)
 
-Weights are no output: Snakemake deletes outputs before a rerun. They lie in <stage>/weights/<hash of all they depend on>.
+Weights are no output, as Snakemake deletes outputs before a rerun. They are in <stage>/weights/<hash of all they depend on>.
 """
 
 
-rule train_stage:
+rule train:
     input:
-        spec="results/{run}/stages/{stage}/spec.json",
-        data=lambda wildcards: f"results/{PLAN.run}/data/{PLAN.stage(wildcards.stage).stage.dataset}.json",
+        result_spec="results/{run}/stages/{stage}/result_spec.json",
+        data=stage_data,
         start=starting_checkpoint,
         fabric=ancient("results/{run}/fabric.json"),
     output:
         "results/{run}/stages/{stage}/checkpoint.json",
     log:
-        "results/{run}/logs/train_stage/{stage}.log",
+        "results/{run}/logs/train/{stage}.log",
     benchmark:
-        "results/{run}/benchmarks/train_stage/{stage}.tsv"
-    conda:
-        "../../envs/job.yaml"
-    threads: job_threads(lambda wildcards: f"train-{wildcards.stage}")
+        "results/{run}/benchmarks/train/{stage}.tsv"
+    threads: JOBS.threads("train")
     resources:
-        **job_resources(lambda wildcards: f"train-{wildcards.stage}"),
+        **JOBS.resources("train"),
     params:
-        launch=lambda wildcards: launch_of(f"train-{wildcards.stage}"),
+        launch=JOBS.params("train")["launch"],
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"

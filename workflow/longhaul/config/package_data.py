@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 # pyproject.toml copies the checkout's folders there when it builds a wheel.
-_INSTALLED = _PACKAGE / "share"
+_INSTALLED = PACKAGE / "share"
+
+
+def is_installed() -> bool:
+    """Return whether the package runs from an installed wheel instead of a checkout."""
+    return _INSTALLED.is_dir()
 
 
 def data_root() -> Path:
@@ -14,4 +19,4 @@ def data_root() -> Path:
 
     This is the repository root in a checkout, and longhaul/share in an installed wheel.
     """
-    return _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1]
+    return _INSTALLED if is_installed() else PACKAGE.parents[1]

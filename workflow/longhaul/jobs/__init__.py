@@ -1,1 +1,1 @@
-"""Job specs and the files that start a job."""
+"""What each job is told, what it asks for, and the files that start it."""

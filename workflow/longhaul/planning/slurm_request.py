@@ -1,18 +1,20 @@
-"""One request for an allocation: the only place that knows how it is spelled for Snakemake, for sbatch and for srun.
+"""The request for an allocation: what a job asks Slurm for, and how Snakemake, sbatch and srun spell it.
 
-The same request gives a rule's `resources:` and the header of the rendered job.sbatch, so a job started by hand gets what
-Snakemake would have asked for. Every job uses one form: `mpi=""` makes the executor plugin leave the rule's shell
-unwrapped (it tests the value when it submits and the key's presence inside the job), and `--ntasks-per-node` in
+One request gives a rule's `resources:` and the header of the rendered job.sbatch, so a job that is submitted by hand gets
+the same allocation. Every job uses one form: `mpi=""` makes the executor plugin leave the rule's shell command unwrapped
+(the plugin tests the value at submission and the presence of the key inside the job), and `--ntasks-per-node` in
 `slurm_extra` spreads the tasks evenly. A test compares both spellings through the plugin's own command builder.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-# The plugin has no way to say --mem=0 (it drops a zero) and refuses the option in slurm_extra. Its command line goes
-# through a shell, where the empty quotes vanish.
+from longhaul.config.site_config import Partition, Site
+
+# The plugin cannot request --mem=0: it drops a zero, and it refuses the option in slurm_extra. Its command line goes
+# through a shell, which removes the empty quotes.
 _ALL_MEMORY_EXTRA = "--mem''=0"
 
 RESOURCE_KEYS = (
@@ -34,11 +36,12 @@ RESOURCE_KEYS = (
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """What one job asks Slurm for.
+    """The options of one allocation.
 
-    memory_mb: None sends nothing, 0 asks for the whole node. exclude: nodes to leave out; () says that there are none, since
-    the executor plugin would leave out every node of an earlier failure (the last --exclude wins); None says nothing.
-    after_job: start when that job has ended.
+    memory_mb: MiB per node; 0 requests all of the node's memory, None sends no option.
+    exclude:   nodes to exclude. An empty tuple sends an empty list, because the plugin otherwise excludes every node of an
+               earlier failure (the last --exclude wins). None sends no option.
+    after_job: id of the job that must end before this one starts.
     """
 
     nodes: int
@@ -75,8 +78,8 @@ class SlurmRequest:
         return self.gpu_request == "gpus_per_node" and self.gpus_per_node > 0
 
     def as_resources(self) -> dict[str, int | str]:
-        """The rule's `resources:`, in the executor plugin's words."""
-        # With gres the plugin turns `tasks` into tasks per GPU; tasks_per_gpu=0 silences that.
+        """Return the rule's `resources:` under the executor plugin's names."""
+        # With gres the plugin turns `tasks` into tasks per GPU; tasks_per_gpu=0 prevents that.
         shape = {"gres": f"gpu:{self._gpus}", "tasks_per_gpu": 0} if self._uses_gres else {"tasks": self.tasks}
         resources = {
             "nodes": self.nodes,
@@ -110,7 +113,7 @@ class SlurmRequest:
         return extra
 
     def as_sbatch(self) -> dict[str, str]:
-        """Long sbatch options and their values; an empty value is a flag."""
+        """Return long sbatch options and their values; an option with an empty value is a flag."""
         options = {
             "--nodes": self.nodes,
             "--ntasks": None if self._uses_gres else self.tasks,
@@ -133,7 +136,7 @@ class SlurmRequest:
         return {option: str(value) for option, value in options.items() if value is not None}
 
     def as_srun(self) -> list[str]:
-        """The geometry of a job step over the whole allocation: spelled out, since the plugin strips SLURM_* variables."""
+        """Return the size of a step over the whole allocation; srun cannot read it from SLURM_*, which the plugin removes."""
         options = [
             f"--nodes={self.nodes}",
             f"--ntasks={self.tasks}",
@@ -145,3 +148,90 @@ class SlurmRequest:
         if self._uses_gres:
             options.append(f"--gres=gpu:{self._gpus}")
         return options
+
+
+_CONTROLLER_MB = 2000  # enough for Snakemake with the few dozen jobs of a run
+
+
+def partition_for(site: Site, kind: str) -> Partition | None:
+    """Return the partition for cpu, gpu or debug jobs: the gpu partition where the site names no other one."""
+    if site.partitions is None:
+        return None
+    return getattr(site.partitions, kind) or site.partitions.gpu
+
+
+def gpu_request(site: Site, *, partition_kind: str, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:
+    """Return the request of a job on GPU nodes; tasks and gpus are per node.
+
+    A job that uses some of a node's GPUs gets the same share of its cores and memory, so that two such jobs fit on a node.
+    """
+    partition = partition_for(site, partition_kind)
+    share = gpus / (site.node.gpus or site.node.cpus)
+    return SlurmRequest(
+        nodes=nodes,
+        tasks_per_node=tasks,
+        cpus_per_task=max(1, int(site.node.cpus * share) // tasks),
+        minutes=_allowed_minutes(minutes, partition),
+        partition=partition.name if partition else "",
+        gpus_per_node=gpus if site.node.gpus else 0,
+        gpu_request=site.gpu_request,
+        gpu_type=site.gpu_type,
+        memory_mb=_memory_mb(site, share),
+        **_site_options(site),
+    )
+
+
+def cpu_request(site: Site, minutes: int) -> SlurmRequest:
+    """Return the request of a job that uses all cores of one node and no GPU."""
+    partition = partition_for(site, "cpu")
+    return SlurmRequest(
+        nodes=1,
+        tasks_per_node=1,
+        cpus_per_task=site.node.cpus,
+        minutes=_allowed_minutes(minutes, partition),
+        partition=partition.name if partition else "",
+        memory_mb=_memory_mb(site, 1.0),
+        **_site_options(site),
+    )
+
+
+def controller_request(site: Site) -> SlurmRequest:
+    """Return the request of the main Snakemake process as a job: one core for as long as its partition allows."""
+    partition = partition_for(site, "cpu")
+    memory_mb = None if site.memory == "omit" else min(_CONTROLLER_MB, site.node.memory_mb)
+    request = cpu_request(site, partition.max_minutes if partition else 1)
+    return replace(request, cpus_per_task=1, memory_mb=memory_mb, exclusive=False)
+
+
+def one_minute_request(site: Site, request: SlurmRequest) -> SlurmRequest:
+    """Return the smallest request for a job that only reports why it cannot run."""
+    partition = partition_for(site, "cpu")
+    return replace(
+        request,
+        nodes=1,
+        tasks_per_node=1,
+        cpus_per_task=1,
+        minutes=1,
+        partition=partition.name if partition else request.partition,
+        gpus_per_node=0,
+        memory_mb=request.memory_mb and 1000,
+        exclusive=False,
+    )
+
+
+def _allowed_minutes(minutes: int, partition: Partition | None) -> int:
+    return min(minutes, partition.max_minutes) if partition else minutes
+
+
+def _memory_mb(site: Site, share: float) -> int | None:
+    return {"per_node": max(1, int(site.node.memory_mb * min(1.0, share))), "all": 0, "omit": None}[site.memory]
+
+
+def _site_options(site: Site) -> dict[str, Any]:
+    return {
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "reservation": site.reservation,
+        "exclusive": site.exclusive,
+    }

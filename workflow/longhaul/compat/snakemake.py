@@ -1,0 +1,80 @@
+"""Patches of, and reaches into, Snakemake's private interfaces (written for 9.0 to 9.14)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from snakemake.cli import args_to_api
+from snakemake.io import flag, is_flagged
+from snakemake.persistence import PersistenceBase
+
+_ORDER_ONLY = "order_only"
+
+
+def executor_name() -> str | None:
+    """Return the executor that --executor or a profile names; None where the command line did not start Snakemake.
+
+    Snakemake reads the rules before it tells its workflow of an executor, and a dry run never tells it. The command line
+    cannot be parsed again: a relative --profile is relative to the folder before --directory. So this function reads
+    Snakemake's own arguments from its call frame.
+    """
+    frame = inspect.currentframe()
+    while frame and frame.f_code is not args_to_api.__code__:
+        frame = frame.f_back
+    return frame.f_locals["args"].executor if frame else None
+
+
+def order_only(paths: list[Path]) -> list[Any]:
+    """Return inputs that must exist before a job starts, but whose number and names do not run it again (make's term)."""
+    return [flag(str(path), _ORDER_ONLY) for path in paths]
+
+
+def ignore_order_only_inputs() -> None:
+    """Patch the list of inputs that Snakemake compares between runs: it runs a job again when the list differs.
+
+    Snakemake has no order-only inputs; `ancient()` only ignores times of change.
+    """
+    compared: Any = PersistenceBase._input
+    if hasattr(compared, "unpatched"):
+        return
+
+    def without_order_only(persistence: Any, job: Any) -> list[str]:
+        ignored = {str(path) for path in job.input if is_flagged(path, _ORDER_ONLY)}
+        return [path for path in compared(persistence, job) if path not in ignored]
+
+    without_order_only.unpatched = compared  # pyright: ignore[reportFunctionMemberAccess]
+    PersistenceBase._input = without_order_only  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def limit_retries(allowed_restarts: Callable[[Any, int], int]) -> None:
+    """Patch how often Snakemake restarts a job: it asks `allowed_restarts(job, number by the profile)` instead.
+
+    Snakemake has no hook that decides on a retry. It compares this property with the number of attempts when a job has
+    failed; the property is the same for every executor, and nothing else reads it.
+    """
+    from snakemake.jobs import Job
+
+    usual: Any = Job.restart_times
+    setattr(Job, "restart_times", property(lambda job: allowed_restarts(job, usual.fget(job))))  # noqa: B010
+
+
+def run_hooks_in_module(workflow: Any, on_start: Callable[[], None], on_success: Callable[[], None]) -> None:
+    """Run the hooks of a workflow that another Snakefile uses as a module: Snakemake ignores a module's own hooks.
+
+    Hooks that the using Snakefile declares before its `module` statement run first.
+    """
+    if workflow.modifier.is_main_snakefile():
+        return
+    workflow._onstart = _chained(workflow._onstart, on_start)
+    workflow._onsuccess = _chained(workflow._onsuccess, on_success)
+
+
+def _chained(first: Callable[[Any], None], second: Callable[[], None]) -> Callable[[Any], None]:
+    def run(log: Any) -> None:
+        first(log)
+        second()
+
+    return run

@@ -1,0 +1,65 @@
+"""The container command that a step is started with, and the folders that it binds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longhaul.artifacts.paths import RESULTS
+from longhaul.config.package_data import PACKAGE, data_root
+from longhaul.errors import UserError
+from longhaul.jobs.spec import JobSpec
+from longhaul.planning import Plan
+
+_UNBINDABLE = set(":,")
+# A folder that does not exist cannot be bound, and scratch is a different folder on every node.
+_MAKE_FOLDERS = 'while [ "$1" != -- ]; do mkdir -p -- "$1" || exit; shift; done; shift; exec "$@"'
+
+
+def container_command(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
+    """Return the words that go before a step's own command; none where the site uses no container.
+
+    All that the job reads and writes is bound. Slurm's client stays outside the container, so nothing of it is bound.
+
+    Raises:
+        UserError: a folder's name contains a character that the container command reads as a separator.
+    """
+    site, software, storage = plan.site, plan.site.software, plan.config.storage
+    if software.kind != "container" or not software.path:
+        return []
+    roots = [str(workdir / root) for root in (storage.weights, storage.data, storage.scratch) if root]
+    make = ["bash", "-c", _MAKE_FOLDERS, "bash", *roots, "--"] if roots else []
+    results = workdir / RESULTS
+    linked = [results.resolve()] if results.is_symlink() else []
+    own = [data_root(), PACKAGE, workdir, *linked, *roots]
+    folders = [*_outermost([*map(str, own), *external_folders(spec)]), *software.binds]
+    binds = [word for folder in ("/dev/shm", *folders) for word in ("--bind", folder)]
+    gpus = ["--nv"] if site.node.gpus else []
+    return [*make, software.runtime, "exec", *gpus, *binds, software.path]
+
+
+def external_folders(spec: JobSpec) -> list[str]:
+    """Return the folders outside the run that a job reads; a file directly below / stands for itself.
+
+    The targets of links count too: the hub's cache consists of links.
+    """
+    paths = [Path(path) for path in spec.external_paths() if path]
+    return list(dict.fromkeys(str(folder) for path in paths for folder in _folders_of(path)))
+
+
+def _folders_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        places = [path, *([path.resolve()] if path.is_symlink() else [])]
+        return [place if place.parent == Path("/") else place.parent for place in places]
+    return [path, *(entry.resolve().parent for entry in sorted(path.iterdir()) if entry.is_symlink())]
+
+
+def _outermost(folders: list[str]) -> list[str]:
+    """Return the folders that are in none of the others, in their order, without repetition."""
+    for folder in folders:
+        if found := _UNBINDABLE & set(folder):
+            raise UserError(
+                f"software: {folder!r} contains {sorted(found)[0]!r}, which separates folders for the container command",
+                "move it to a folder whose name has no : and no ,",
+            )
+    unique = list(dict.fromkeys(folders))
+    return [f for f in unique if not any(f != other and Path(f).is_relative_to(other) for other in unique)]

@@ -1,0 +1,106 @@
+"""Job kinds: one declaration for all that rules, CLI, rendering and report need to know about a kind of job.
+
+Each module in `longhaul.jobs.kinds` declares its kinds as KIND or KINDS. They are found by listing that folder, so a new
+step of the pipeline needs a declaration there, a rule file, and one `include:` in workflow/Snakefile.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from longhaul.artifacts.paths import JobId
+from longhaul.jobs import kinds
+from longhaul.jobs.spec import JobSpec
+from longhaul.planning import Plan
+from longhaul.planning.slurm_request import SlurmRequest
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a job: `longhaul job <kind> <file>` on the tasks of a request."""
+
+    title: str
+    kind: str
+    spec: JobSpec
+    file: str  # name of the spec's file in the job's folder
+    request: SlurmRequest
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """Everything that is known about one kind of job before it runs."""
+
+    name: str
+    """First word of the jobs' names, the name of their rule, and their verb in `longhaul job <name>`."""
+    order: int
+    """Place in the pipeline, for tables."""
+    help: str
+    spec: type[JobSpec]
+    entry_point: str
+    """`module:function` that runs the job, given the spec. A text: parsing rules must not import torch."""
+    jobs: Callable[[Plan], Sequence[JobId]]
+    """Which jobs of this kind a plan has."""
+    build_spec: Callable[[Plan, JobId], JobSpec]
+    request: Callable[[Plan, JobId], SlurmRequest]
+    wildcards: tuple[str, ...] = ()
+    """Wildcards of the rule that make up the job's name; a word that is no wildcard stands for itself."""
+    rerun_key: Callable[[Plan, JobId], str] | None = None
+    """What runs a finished job again when it changes; default: JobSpec.rerun_key without what fetch pinned."""
+    needs_fetch: bool = True
+    """The spec can only be written when fetch has run, where a plan needs fetch."""
+    first_steps: Callable[[Plan, JobId, SlurmRequest], Sequence[PlannedStep]] = lambda plan, job, request: ()
+    """Steps before the job's own."""
+    more_files: Callable[[Plan, JobId], Mapping[str, str]] = lambda plan, job: {}
+    """Name -> text of further files in the job's folder."""
+    max_restarts: Callable[[Plan, JobId], int] = lambda plan, job: 0
+    checkpoints: Callable[[JobSpec], str | None] = lambda spec: None
+    """Root of the weights folders in which the supervisor looks for progress."""
+
+    def job_id(self, wildcards: Any) -> JobId:
+        """Return the job that a rule's wildcards stand for."""
+        return JobId(self.name, tuple(getattr(wildcards, word, word) for word in self.wildcards))
+
+    def load_entry_point(self) -> Callable[[Any], None]:
+        """Import and return the function that runs the job."""
+        module, function = self.entry_point.split(":")
+        return getattr(import_module(module), function)
+
+
+@cache
+def job_kinds() -> dict[str, JobKind]:
+    """Return every declared job kind by name, in the order of the pipeline."""
+    found: list[JobKind] = []
+    for module in pkgutil.iter_modules(kinds.__path__):
+        declared = import_module(f"{kinds.__name__}.{module.name}")
+        found += getattr(declared, "KINDS", None) or [declared.KIND]
+    return {kind.name: kind for kind in sorted(found, key=lambda kind: kind.order)}
+
+
+def jobs_of(plan: Plan) -> list[JobId]:
+    """Return every job of a run, in the order of the pipeline."""
+    return [job for kind in job_kinds().values() for job in kind.jobs(plan)]
+
+
+def job_spec(plan: Plan, job: JobId) -> JobSpec:
+    return job_kinds()[job.kind].build_spec(plan, job)
+
+
+def job_request(plan: Plan, job: JobId) -> SlurmRequest:
+    """Return what the plan requests for a job; scheduling.resource_requests adds what is known at submission."""
+    return job_kinds()[job.kind].request(plan, job)
+
+
+def job_rerun_key(plan: Plan, job: JobId) -> str:
+    """Return a hash of what a job's result depends on apart from its inputs.
+
+    It is the same before and after fetch, as otherwise fetching would run finished jobs again.
+    """
+    kind = job_kinds()[job.kind]
+    if kind.rerun_key:
+        return kind.rerun_key(plan, job)
+    return kind.build_spec(Plan(plan.loaded, None, plan.stages), job).rerun_key()

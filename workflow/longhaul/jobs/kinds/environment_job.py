@@ -1,0 +1,78 @@
+"""The environment check: one process per node."""
+
+from __future__ import annotations
+
+from longhaul.artifacts.paths import JobId
+from longhaul.config.run_config import Checks
+from longhaul.jobs.kind import JobKind
+from longhaul.jobs.spec import JobSpec
+from longhaul.planning import Plan
+from longhaul.planning.slurm_request import SlurmRequest, gpu_request
+
+
+class EnvironmentSpec(JobSpec):
+    """Checks the nodes that it runs on."""
+
+    no_rerun_fields = JobSpec.no_rerun_fields | {"scratch"}
+
+    nodes: int
+    gpus_per_node: int
+    checks: Checks
+    memory_mb: int  # memory of a node in MiB, from the site file
+    interconnect: str  # infiniband | roce | ethernet | none, from the site file
+    cuda_build: str
+    scratch: str | None
+    prebuild_ops: tuple[str, ...]  # DeepSpeed op builders that the stages need, such as "cpu_adam"
+    swap_bytes: int  # what a node's ranks offload to its disk below scratch; 0 without offload to NVMe
+    locked_bytes: int  # memory that each rank must be able to lock for that
+    folder: str  # where free space and write access are tested
+    out: str  # environment.json
+
+
+def environment_spec(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentSpec:
+    """Return the spec of a check of so many nodes that writes its report to `out`."""
+    swapped = [stage for stage in plan.stages if stage.stage.zero.nvme_keys]
+    memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
+    offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
+    return EnvironmentSpec(
+        run=plan.run,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        checks=plan.config.checks,
+        memory_mb=plan.site.node.memory_mb,
+        interconnect=plan.site.interconnect.kind,
+        cuda_build=plan.site.cuda_build,
+        scratch=plan.config.storage.scratch,
+        prebuild_ops=(("cpu_adam",) if offloads else ()) + (("pin_memory", "async_io") if swapped else ()),
+        swap_bytes=max((rank.disk * ranks for rank, ranks in memory), default=0),
+        locked_bytes=max((rank.locked for rank, _ in memory), default=0),
+        folder=plan.config.storage.weights or str(plan.paths.folder),
+        out=out,
+    )
+
+
+def check_request(plan: Plan, tasks: int) -> SlurmRequest:
+    """Return the request of a check before training, with so many tasks per node."""
+    return gpu_request(
+        plan.site,
+        partition_kind="debug",
+        nodes=plan.check_nodes,
+        tasks=tasks,
+        gpus=plan.check_gpus_per_node,
+        minutes=plan.config.checks.minutes,
+    )
+
+
+KIND = JobKind(
+    name="environment",
+    order=1,
+    help="check the nodes: versions, GPUs, disk, clocks, compiled ops",
+    spec=EnvironmentSpec,
+    entry_point="longhaul.checks.environment:run",
+    jobs=lambda plan: [JobId("environment")],
+    build_spec=lambda plan, job: environment_spec(
+        plan, plan.check_nodes, plan.check_gpus_per_node, str(plan.paths.environment)
+    ),
+    request=lambda plan, job: check_request(plan, tasks=1),
+    needs_fetch=False,
+)

@@ -1,0 +1,58 @@
+"""Export of a stage's checkpoint as a Hugging Face folder, and its verification."""
+
+from __future__ import annotations
+
+from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.paths import JobId
+from longhaul.jobs.kind import JobKind
+from longhaul.jobs.spec import JobSpec
+from longhaul.planning import Plan
+from longhaul.planning.slurm_request import cpu_request
+
+
+class ExportSpec(JobSpec):
+    """Exports and verifies one checkpoint of one stage."""
+
+    no_rerun_fields = JobSpec.no_rerun_fields | {"config_hash"}
+
+    stage: str
+    checkpoint: str  # the stage's checkpoint.json
+    which: str  # last | best
+    dtype: str  # fp32 | bf16
+    tokenizer: str
+    config_hash: str
+    first_weights: tuple[str, ...]  # how the first weights differ from those in the pretrained folder, in words
+    chat: bool  # the export must contain a chat template
+    folder: str  # results/<run>/export/<stage>
+    out: str  # results/<run>/export/<stage>.json
+
+
+def _build(plan: Plan, job: JobId) -> ExportSpec:
+    (name,) = job.names
+    stage = plan.stage(name).stage
+    return ExportSpec(
+        run=plan.run,
+        stage=name,
+        checkpoint=str(plan.paths.stage(name).checkpoint),
+        which=stage.export,
+        dtype=stage.export_dtype,
+        tokenizer=str(plan.paths.tokenizer),
+        config_hash=content_hash(plan.config.model_dump(mode="json")),
+        first_weights=plan.first_weights,
+        chat=stage.kind == "sft",
+        folder=str(plan.paths.export(name)),
+        out=str(plan.paths.export_manifest(name)),
+    )
+
+
+KIND = JobKind(
+    name="export",
+    order=8,
+    help="export a checkpoint as a Hugging Face folder, and verify it",
+    spec=ExportSpec,
+    entry_point="longhaul.export.export_checkpoint:run",
+    jobs=lambda plan: [JobId("export", (name,)) for name in plan.exported],
+    build_spec=_build,
+    request=lambda plan, job: cpu_request(plan.site, plan.config.data_minutes),
+    wildcards=("stage",),
+)

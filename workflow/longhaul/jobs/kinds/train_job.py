@@ -1,0 +1,134 @@
+"""Training of one stage: one process per rank, after a check of the nodes that the stage was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.paths import STAGE_KIND, JobId
+from longhaul.config.run_config import Trackers
+from longhaul.config.stage_config import Stage
+from longhaul.jobs.kind import JobKind, PlannedStep
+from longhaul.jobs.kinds.environment_job import environment_spec
+from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.templates import render_deepspeed_config
+from longhaul.planning import Plan, model_config
+from longhaul.planning.slurm_request import SlurmRequest, gpu_request
+
+
+class TrainSpec(JobSpec):
+    """Trains one stage."""
+
+    seed: int
+    stage: Stage
+    model: dict[str, Any]  # Hugging Face config, model_type included
+    pretrained: str | None  # folder with the first weights; None: random weights from the seed
+    trust_remote_code: bool
+    steps: int
+    accumulation: int  # micro batches per optimizer step and rank
+    data_parallel: int
+    world_size: int
+    exportable: tuple[str, ...]  # "last", "best": checkpoints that need reference values, because they are exported
+    spec: dict[str, Any]  # result spec: what the weights depend on, apart from data and starting checkpoint
+    start_checkpoint: str | None  # the earlier stage's checkpoint.json
+    tokenizer: str  # results/<run>/tokenizer.json
+    data: str  # the dataset's manifest
+    deepspeed: str  # ds_config.json
+    folder: str  # results/<run>/stages/<stage>
+    weights_root: str  # the trainer works in <weights_root>/<hash>
+    out: str  # checkpoint.json
+    gpu_peak_tflops: float | None
+    trackers: Trackers
+    scratch: str | None
+
+    def input_texts(self) -> Iterable[str | None]:
+        return [self.deepspeed, self.data, self.start_checkpoint]
+
+    def external_paths(self) -> Iterable[str | None]:
+        return [self.pretrained]
+
+
+def _build(plan: Plan, job: JobId) -> TrainSpec:
+    (name,) = job.names
+    planned, config, folder = plan.stage(name), plan.config, plan.paths.stage(name)
+    stage, pretrained = planned.stage, config.model.pretrained
+    return TrainSpec(
+        run=plan.run,
+        seed=config.seed,
+        stage=stage,
+        model=model_config(plan.loaded, plan.lock) or {},
+        pretrained=_pretrained_folder(plan),
+        trust_remote_code=bool(pretrained and pretrained.trust_remote_code),
+        steps=planned.steps,
+        accumulation=planned.accumulation,
+        data_parallel=planned.data_parallel,
+        world_size=planned.world_size,
+        exportable=planned.exportable,
+        spec=planned.spec,
+        start_checkpoint=str(plan.paths.stage(stage.start_from.stage).checkpoint) if stage.start_from else None,
+        tokenizer=str(plan.paths.tokenizer),
+        data=str(plan.paths.manifest(stage.dataset)),
+        deepspeed=str(folder.deepspeed_config),
+        folder=str(folder.path),
+        weights_root=str(plan.weights_root(name)),
+        out=str(folder.checkpoint),
+        gpu_peak_tflops=plan.site.node.gpu_peak_tflops,
+        trackers=config.trackers,
+        scratch=config.storage.scratch,
+    )
+
+
+def _pretrained_folder(plan: Plan) -> str | None:
+    pretrained = plan.config.model.pretrained
+    if pretrained is None:
+        return None
+    if pretrained.path:
+        return str(plan.loaded.resolve("model.pretrained.path", pretrained.path))
+    return plan.fetched("model", "path")
+
+
+def _request(plan: Plan, job: JobId) -> SlurmRequest:
+    stage = plan.stage(*job.names).stage
+    return gpu_request(
+        plan.site,
+        partition_kind="gpu",
+        nodes=stage.nodes,
+        tasks=stage.gpus_per_node,
+        gpus=stage.gpus_per_node,
+        minutes=stage.minutes,
+    )
+
+
+def _node_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
+    """Return the environment check on the stage's own nodes; it takes seconds, as compiled ops are kept per node."""
+    (name,) = job.names
+    stage, folder = plan.stage(name).stage, plan.paths.stage(name)
+    spec = environment_spec(plan, stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
+    one_per_node = replace(request, tasks_per_node=1, cpus_per_task=1)
+    title = "Check of the nodes of this allocation"
+    return [PlannedStep(title, "environment", spec, folder.node_check_spec.name, one_per_node)]
+
+
+def _deepspeed_config(plan: Plan, job: JobId) -> dict[str, str]:
+    name = plan.paths.job(job).deepspeed_config.name
+    return {name: render_deepspeed_config(plan.stage(*job.names), plan.site)}
+
+
+KIND = JobKind(
+    name=STAGE_KIND,
+    order=7,
+    help="train one stage",
+    spec=TrainSpec,
+    entry_point="longhaul.train.loop:run",
+    jobs=lambda plan: [JobId(STAGE_KIND, (stage.name,)) for stage in plan.stages],
+    build_spec=_build,
+    request=_request,
+    wildcards=("stage",),
+    rerun_key=lambda plan, job: content_hash(plan.stage(*job.names).spec),
+    first_steps=_node_check,
+    more_files=_deepspeed_config,
+    max_restarts=lambda plan, job: plan.stage(*job.names).stage.recovery.max_restarts,
+    checkpoints=lambda spec: spec.weights_root if isinstance(spec, TrainSpec) else None,
+)

@@ -1,0 +1,6 @@
+"""Environment variables that keep Hugging Face libraries off the network, which compute nodes do not have."""
+
+from __future__ import annotations
+
+# Without them a library that tries the network hangs until a time-out.
+OFFLINE_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -1,0 +1,226 @@
+"""Everything that the Snakemake files need from the package: the plan, what rules are declared with, and the run's hooks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
+
+from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.leases import RunLease
+from longhaul.artifacts.paths import RESULTS, JobId, RunPaths
+from longhaul.artifacts.schemas import Lock
+from longhaul.compat import slurm_plugin, snakemake
+from longhaul.config.load_config import load_config
+from longhaul.config.package_data import data_root
+from longhaul.config.site_config import Site
+from longhaul.errors import UserError
+from longhaul.jobs.kind import job_kinds, job_request, job_rerun_key
+from longhaul.jobs.launch_files import render_run, write_launch_files
+from longhaul.planning import Plan, make_plan
+from longhaul.planning.slurm_request import RESOURCE_KEYS
+from longhaul.scheduling import disk_space, retry_policy, slurm_client
+from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
+from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
+
+T = TypeVar("T")
+
+# Snakemake evaluates a job's resources one key after the other; state files and the quarantine are read once for all.
+_REQUEST_VALID_S = 1.0
+
+
+def load_run_plan(workflow: Any) -> tuple[Path, Plan]:
+    """Return the config file and the plan of a Snakemake run.
+
+    A UserError is printed and ends the process with exit code 2, as Snakemake would print a traceback.
+    """
+    return _or_exit(_load_run_plan, workflow)
+
+
+def _or_exit(function: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return function(*arguments)
+    except UserError as error:
+        _exit(error)
+
+
+def _exit(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
+    config = _config_file(workflow)
+    _refuse_software_deployment(workflow)
+    existing = _check_results_folder(RESULTS)
+    if workflow.is_main_process:
+        disk_space.require_free_space(existing)
+    loaded = load_config(config)
+    if workflow.is_main_process:
+        _check_executor(loaded.site)
+    lock = RunPaths(loaded.config.run).lock
+    plan = make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    if workflow.is_main_process:
+        render_run(plan, Path.cwd())  # refuses in a dry run, too, what a launch script cannot contain
+    return config, plan
+
+
+def _config_file(workflow: Any) -> Path:
+    """Return the run's one config file: that of --configfile or of a module user's `configfile:`, else the demo's.
+
+    Snakemake would merge several files, and --config would change a value that no file records.
+    """
+    named = list(dict.fromkeys(Path(path).absolute() for path in workflow.configfiles))
+    if len(named) > 1:
+        files = ", ".join(map(str, named))
+        raise UserError(f"{len(named)} config files are named: {files}", "name one: exactly one file describes a run")
+    if workflow.config_settings.config:
+        keys = ", ".join(workflow.config_settings.config)
+        raise UserError(f"--config sets {keys}", "write it into the config file: exactly one file describes a run")
+    return named[0] if named else data_root() / "config" / "config.yaml"
+
+
+def _refuse_software_deployment(workflow: Any) -> None:
+    """Refuse --software-deployment-method: Snakemake would enter an environment before launch.sh enters the site's."""
+    if methods := workflow.deployment_settings.deployment_method:
+        names = ", ".join(sorted(str(method) for method in methods))
+        raise UserError(
+            f"--software-deployment-method is {names}",
+            "drop the option: the site file's `software` names the environment of the jobs",
+        )
+
+
+def _check_executor(site: Site) -> None:
+    """Refuse an executor that does not fit the site: Slurm's jobs would start here, or local ones go to no partition."""
+    executor = snakemake.executor_name()
+    if executor is None:
+        return
+    plugin: Any = ExecutorPluginRegistry().get_plugin(executor)
+    is_local = plugin.common_settings.local_exec
+    if site.scheduler == "slurm" and is_local:
+        raise UserError(
+            f"site {site.name} has scheduler: slurm, but Snakemake's executor is {executor}: jobs would start here",
+            "use --profile profiles/slurm, or name a site of this machine in the config: `site: local`",
+        )
+    if site.scheduler == "local" and not is_local:
+        raise UserError(
+            f"site {site.name} has scheduler: local, but Snakemake's executor is {executor}",
+            "use --profile profiles/local, or name your centre's site file in the config: `site: my-centre.yaml`",
+        )
+
+
+def _check_results_folder(folder: Path) -> Path:
+    """Return the results folder, or the folder it will be made in; Snakemake would end in a traceback without this check."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder.absolute()} is not a folder", "move it away, or run with another --directory")
+    existing = folder if folder.exists() else Path.cwd()
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {existing.absolute()}", "name a folder of your own with --directory")
+    return existing
+
+
+# What rules are declared with
+
+
+class RuleSettings:
+    """Resources, threads and parameters of the rules, all from the declarations of job kinds."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._newest: tuple[JobId, float, dict[str, Any]] | None = None
+
+    def resources(self, kind: str) -> dict[str, Callable[[Any], Any]]:
+        """Return a rule's `resources:`, from the Slurm request of its job. A key that the request lacks is left out."""
+
+        def value(key: str) -> Callable[[Any], Any]:
+            return lambda wildcards: self._resources(job_kinds()[kind].job_id(wildcards)).get(key)
+
+        return {key: value(key) for key in RESOURCE_KEYS}
+
+    def _resources(self, job: JobId) -> dict[str, Any]:
+        if self._newest is None or self._newest[0] != job or time.monotonic() > self._newest[1] + _REQUEST_VALID_S:
+            request = submitted_request(self._plan, job, Path.cwd())
+            self._newest = job, time.monotonic(), request.as_resources()
+        return self._newest[2]
+
+    def threads(self, kind: str) -> Callable[[Any], int]:
+        """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it."""
+
+        def threads(wildcards: Any) -> int:
+            request = job_request(self._plan, job_kinds()[kind].job_id(wildcards))
+            return request.tasks * request.cpus_per_task if self._plan.site.scheduler == "local" else 1
+
+        return threads
+
+    def params(self, kind: str) -> dict[str, Callable[[Any], str]]:
+        """Return a rule's `params:`: `launch`, the script that the rule runs, and `spec`, which reruns the job on a change.
+
+        launch.sh is no input, as a changed text must not run the job again; the main process writes it before any job.
+        """
+        paths = self._plan.paths
+
+        def job_of(wildcards: Any) -> JobId:
+            return job_kinds()[kind].job_id(wildcards)
+
+        return {
+            "launch": lambda wildcards: str(paths.job(job_of(wildcards)).launch_script),
+            "spec": lambda wildcards: job_rerun_key(self._plan, job_of(wildcards)),
+        }
+
+
+def plan_key(plan: Plan) -> str:
+    """Return a hash of everything that the plan's JSON shows."""
+    return content_hash([plan.config.model_dump(mode="json"), plan.site.model_dump(mode="json")])
+
+
+def fetch_key(plan: Plan) -> str:
+    """Return a hash of everything that fetch reads."""
+    config = plan.config
+    fetched = {n: d.model_dump(mode="json") for n, d in config.datasets.items() if d.hub or d.python_stdlib}
+    return content_hash(
+        [
+            fetched,
+            config.tokenizer.model_dump(mode="json"),
+            config.model.pretrained and config.model.pretrained.model_dump(mode="json"),
+        ]
+    )
+
+
+# The run's hooks, in the main process alone
+
+
+def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
+    """Apply the patches that a run needs, before Snakemake compares inputs or makes an executor."""
+    snakemake.ignore_order_only_inputs()
+    if not is_main_process:
+        return
+    snakemake.limit_retries(retry_policy.allowed_restarts)
+    if plan.site.scheduler == "slurm":
+        requeue = slurm_client.requeue if plan.site.requeue else lambda job_id: "the site forbids requeue"
+        slurm_plugin.patch_check_active_jobs(
+            slurm_plugin.SlurmActions(slurm_client.preempted_jobs, requeue, record_cancelled_wait)
+        )
+
+
+def start_run(plan: Plan, jobs: Iterable[Any]) -> None:
+    """Take the run's lease, refuse what would only fail again, and write the files that the jobs are started with.
+
+    jobs: Snakemake's jobs that are about to run. A second main process of the same run is refused.
+    """
+    RunLease(plan.paths.lease).acquire_or_exit(slurm_client.job_has_ended)
+    disk_space.print_full_disk_at_exit(RESULTS)
+    _or_exit(require_enough_nodes, plan, Path.cwd())
+    write_launch_files(plan, Path.cwd())
+    _or_exit(retry_policy.refuse_known_failures, jobs)
+    retry_policy.print_failures_at_exit(plan.paths)
+
+
+def finish_run() -> None:
+    """Cancel what would be printed at exit: a run that succeeded has no failure to explain."""
+    disk_space.cancel_print_at_exit()
+    retry_policy.cancel_print_at_exit()
