@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
+from longhaul.cli import app
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INDEX = REPOSITORY / "docs" / "README.md"
@@ -68,7 +71,7 @@ def test_every_path_exists(page: Path):
 
 
 def test_the_table_of_changes_names_existing_places():
-    table = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where do I change")[1].split("##")[0]
+    table = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where do I change")[1].split("## Conventions")[0]
     named = PATH.findall(table)
     assert len(named) > 60
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
@@ -77,7 +80,9 @@ def test_the_table_of_changes_names_existing_places():
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_make_target_exists(page: Path):
     targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    commands = re.findall(r"(?:^|`)(?:[A-Z]+=\S+ )?make ((?:[a-z][\w-]*[ ]?)+)", page.read_text("utf-8"), flags=re.MULTILINE)
+    commands = re.findall(
+        r"(?:^|`)(?:[A-Z]+=\S+ )?make ((?:[a-z][\w-]*[ ]?)+)", page.read_text("utf-8"), flags=re.MULTILINE
+    )
     assert {target for command in commands for target in command.split()} - targets == set()
 
 
@@ -88,3 +93,22 @@ def test_every_file_below_results_is_described(paths: RunPaths | JobFolder | Wei
     names = {getattr(paths, name).name for name in properties} - {"<run>"}
     assert len(names) >= 10
     assert {name for name in names if name not in page} == set()
+
+
+def visible_verbs(command: Any, name: str) -> dict[str, Any]:
+    """Return the verbs below a command group that --help shows, by their full name."""
+    if command.hidden:
+        return {}
+    if not hasattr(command, "commands"):
+        return {name: command}
+    found = [visible_verbs(part, f"{name} {word}") for word, part in command.commands.items()]
+    return {verb: part for verbs in found for verb, part in verbs.items()}
+
+
+def test_every_verb_and_option_is_described():
+    page = (REPOSITORY / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    verbs = visible_verbs(typer.main.get_command(app), "longhaul")
+    names = [name for verb in verbs.values() for parameter in verb.params for name in parameter.opts]
+    assert len(verbs) >= 7
+    assert {verb for verb in verbs if f"### {verb}" not in page} == set()
+    assert {name for name in names if name.startswith("-") and f"`{name}" not in page} == set()
