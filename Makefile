@@ -1,4 +1,4 @@
-# longhaul: `make run` runs the demo, `make test` passes every test; both set up what they need.
+# longhaul: `make run` runs the demo, `make test` runs the tests; both set up what they need.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 
-.PHONY: help run setup test test-gpu test-packages check format generate parity faults layouts moves chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
+.PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,20 +23,23 @@ $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet -c envs/constraints.txt -e '.[job,dev,trackers]'
 	touch $@
 
-test: setup test-packages  ## every test, the real Slurm cluster included
-	$(BIN)/pytest tests --ignore=tests/gpu
+test: setup test-packages  ## the tests of every part, a real Slurm cluster included; docs/testing.md says what they cover
+	$(BIN)/pytest tests --ignore=tests/gpu -m "not slow"
 
-test-gpu: setup  ## the chain on this machine's GPUs (needs torch's CUDA build in .venv)
+test-all: setup test-packages  ## every test: also all faults, layouts and reshardings, and long data tests
+	$(BIN)/pytest tests --ignore=tests/gpu --all-faults --all-layouts --all-reshardings
+
+test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUDA build in .venv)
 	$(BIN)/pytest tests/gpu -rA
 
-test-packages: setup  ## install what the cluster, browser and file system tests need (Debian packages), or say what is left out
+test-packages: setup  ## install what the cluster, browser and file system tests need (Debian packages); names what cannot be installed
 	@$(CLUSTER) install
 
 check: setup  ## linters, types, import layers, rule files, shell scripts, generated files
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakefmt --check Snakefile workflow/Snakefile workflow/rules
 	$(BIN)/snakemake --lint
 	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
 	$(BIN)/python -m longhaul.config.generate_reference --check
@@ -44,9 +47,9 @@ check: setup  ## linters, types, import layers, rule files, shell scripts, gener
 
 format: setup  ## format Python and rule files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/snakefmt Snakefile workflow/rules
+	$(BIN)/snakefmt Snakefile workflow/Snakefile workflow/rules
 
-generate: setup  ## write the config schema, default and docs, environments and golden files anew
+generate: setup  ## write the config schema, defaults and docs, the environments and the golden files
 	$(BIN)/python -m longhaul.config.generate_reference
 	$(BIN)/python envs/generate.py
 	$(BIN)/python -m tests.golden.regenerate
@@ -54,19 +57,19 @@ generate: setup  ## write the config schema, default and docs, environments and 
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt
 	$(BIN)/pytest tests/faults/test_faults.py --all-faults
 
-layouts: setup test-packages  ## thirteen layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
+layouts: setup test-packages  ## thirteen parallel layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
 	$(BIN)/pytest tests/cluster/test_layouts.py --all-layouts
 
-moves: setup  ## a stage goes on in another layout: every move; make test takes one of a kind
-	$(BIN)/pytest tests/recovery/test_resharding.py --all-moves
+resharding: setup  ## resume a stage under another parallel layout: every pair; make test tries one of each kind
+	$(BIN)/pytest tests/recovery/test_resharding.py --all-reshardings
 
-chaos: setup test-packages  ## random faults for MINUTES=5, one every MTBF_S=45 s on average; goodput in bench/results/chaos.txt
+chaos: setup test-packages  ## random faults for MINUTES=5, one every MTBF_S=45 s on average; writes goodput to bench/results/chaos.txt
 	$(BIN)/pytest -s tests/faults/chaos.py
 
-cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to play with
+cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to try things on
 	$(CLUSTER) up
 
-cluster-down:  ## end it
+cluster-down:  ## stop it
 	$(CLUSTER) down
 
 parity: setup  ## every model under every layout against plain PyTorch, about 40 minutes
@@ -90,7 +93,7 @@ bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's
 bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
 	$(BIN)/python -m bench.memory_plan
 
-bench-shapes: setup  ## DeepSeek-V3 cut for 512 ranks without any memory: what each holds, beside the plan
+bench-shapes: setup  ## DeepSeek-V3 split over 512 ranks on the meta device: what each rank holds, beside the plan
 	$(BIN)/python -m bench.shapes
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples

@@ -46,15 +46,21 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def _names(requirements: list[str]) -> list[str]:
+    """Return the names of requirements, without their version bounds."""
+    return [re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0] for requirement in requirements]
+
+
 def packages(group: str) -> list[str]:
     """The direct requirements of an environment with their pins; torch first, as everything else builds on it."""
     project = tomllib.loads((ENVS.parent / "pyproject.toml").read_text())["project"]
-    names = list(project["dependencies"])
+    names = _names(project["dependencies"])
     if group == "job":
         # Jobs run the same package: what it imports everywhere, without Snakemake.
         shared = [name for name in names if not name.startswith("snakemake")]
         extras = project["optional-dependencies"]
-        names = ["torch", *(name for name in [*extras["job"], *extras["trackers"], *shared] if name != "torch")]
+        needed = _names([*extras["job"], *extras["trackers"]])
+        names = ["torch", *(name for name in dict.fromkeys([*needed, *shared]) if name != "torch")]
     version = pins()
     return [f"{name}=={version[normal(name)]}" for name in names]
 

@@ -1,3 +1,3 @@
 """longhaul: from raw text to a verified Hugging Face model, over many nodes and many days."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

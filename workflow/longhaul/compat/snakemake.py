@@ -1,4 +1,4 @@
-"""Patches of, and reaches into, Snakemake's private interfaces (written for 9.0 to 9.14)."""
+"""Patches of, and reaches into, Snakemake's private interfaces (written for 9.27)."""
 
 from __future__ import annotations
 
