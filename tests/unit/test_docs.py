@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import typer
+import yaml
 
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.cli import app
@@ -71,10 +75,46 @@ def test_every_path_exists(page: Path):
 
 
 def test_the_table_of_changes_names_existing_places():
-    table = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where do I change")[1].split("## Conventions")[0]
+    table = (
+        (REPOSITORY / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .split("## Where do I change")[1]
+        .split("## Conventions")[0]
+    )
     named = PATH.findall(table)
     assert len(named) > 60
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
+
+
+def example_schemas() -> list[dict[str, Any]]:
+    """Return the schemas of what a YAML example may show: a config, a site file, a stage or a dataset."""
+    schemas = [
+        json.loads((REPOSITORY / "config" / name).read_text("utf-8"))
+        for name in ("config.schema.json", "site.schema.json")
+    ]
+    parts = [{**schemas[0]["$defs"][name], "$defs": schemas[0]["$defs"]} for name in ("Stage", "Dataset")]
+    return [*schemas, *parts]
+
+
+def without_ellipsis(value: Any) -> Any:
+    """Return a YAML example without the keys that stand for omitted ones."""
+    if isinstance(value, dict):
+        return {key: without_ellipsis(part) for key, part in value.items() if key != "…"}
+    return [without_ellipsis(part) for part in value] if isinstance(value, list) else value
+
+
+def schema_errors(example: Any, schema: dict[str, Any]) -> list[str]:
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(example)
+    return [error.message for error in errors if error.validator != "required"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_yaml_example_has_known_keys(page: Path):
+    blocks = re.findall(r"^ *```yaml\n(.*?)^ *```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        example = without_ellipsis(yaml.safe_load(textwrap.dedent(block)))
+        errors = [schema_errors(example, schema) for schema in example_schemas() if example]
+        assert [] in errors or not example, f"{block}{errors}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
