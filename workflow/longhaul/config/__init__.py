@@ -1,1 +1,1 @@
-"""See the modules."""
+"""The config: its keys and their limits, the YAML reader, and the sizes of the configured model."""

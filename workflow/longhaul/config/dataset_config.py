@@ -1,4 +1,4 @@
-"""What a run reads: datasets and the tokenizer, each from files, the hub or this machine."""
+"""Config sections for datasets and the tokenizer. Each source is files, the Hugging Face Hub or this machine."""
 
 from __future__ import annotations
 
@@ -7,137 +7,161 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from longhaul.config.field_types import (
-    Count,
+    Fraction,
     FrozenModel,
     HubSource,
     Name,
-    OneLine,
-    Share,
-    exactly_one,
+    PositiveInt,
+    SingleLine,
+    require_exactly_one,
 )
 from longhaul.config.mixture_weights import whole_weights
 
 
 class HubDataset(HubSource):
-    """A data set on the hub."""
+    """A dataset on the Hugging Face Hub."""
 
-    name: Name | None = Field(default=None, description="Configuration of the data set, where it has several.")
-    split: OneLine = Field(default="train", description="Split to read; the validation split is taken from it by hash.")
-    max_documents: Count | None = Field(
-        default=None, description="Stream the split's first documents, so many, in place of downloading its files."
+    name: Name | None = Field(default=None, description="Configuration name, for a dataset that has several.")
+    split: SingleLine = Field(
+        default="train", description="Split to read. Validation documents are selected from it by document hash."
+    )
+    max_documents: PositiveInt | None = Field(
+        default=None,
+        description="Stream only this many documents from the start of the split; null: download all files of the split.",
     )
 
 
 class PythonStdlib(FrozenModel):
-    """The sources of the Python that runs fetch: text = its modules, chat = questions made from their docstrings."""
+    """The source files of the Python that runs `longhaul fetch`.
+
+    kind text reads the modules. kind chat builds questions and answers from their docstrings.
+    """
 
     max_mb: Annotated[float, Field(gt=0, le=1000)] = Field(
-        default=8.0, description="Stop after this much text, in MB (10^6)."
+        default=8.0, description="Amount of text to collect, in MB (10^6 bytes)."
     )
 
 
 class TrainTokenizer(FrozenModel):
-    """A byte-level BPE trained on the run's own text datasets."""
+    """A byte-level BPE tokenizer that is trained on text datasets of the run."""
 
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = Field(
-        description="Size with special tokens; at least 256 bytes and the special tokens."
+        description="Vocabulary size. It includes the 256 bytes and the special tokens."
     )
-    datasets: tuple[Name, ...] = Field(min_length=1, description="Names of the datasets it is trained on.")
+    datasets: tuple[Name, ...] = Field(min_length=1, description="Names of the datasets to train on.")
 
 
 class Tokenizer(FrozenModel):
-    """Exactly one of path, hub and train."""
+    """The tokenizer of the run. Exactly one of path, hub and train is set."""
 
-    path: OneLine | None = Field(default=None, description="Folder with tokenizer.json; relative to the config file.")
-    hub: HubSource | None = Field(default=None, description="Take the tokenizer from the hub.")
-    train: TrainTokenizer | None = Field(default=None, description="Train one on the run's text.")
-    chat_template: OneLine | None = Field(
-        default=None, description="Jinja file that replaces the tokenizer's chat template; relative to the config file."
+    path: SingleLine | None = Field(
+        default=None, description="Folder that contains tokenizer.json, relative to the config file."
+    )
+    hub: HubSource | None = Field(default=None, description="Download the tokenizer from the Hugging Face Hub.")
+    train: TrainTokenizer | None = Field(default=None, description="Train a tokenizer on the run's text.")
+    chat_template: SingleLine | None = Field(
+        default=None,
+        description="Jinja file that replaces the tokenizer's chat template, relative to the config file.",
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> Tokenizer:
-        return exactly_one(self, "path", "hub", "train")
+    def _check_one_source(self) -> Tokenizer:
+        return require_exactly_one(self, "path", "hub", "train")
 
 
 class Columns(FrozenModel):
-    """Names of the columns that are read."""
+    """Names of the columns to read."""
 
-    text: OneLine = Field(default="text", description="kind text: the document.")
-    messages: OneLine = Field(default="messages", description="kind chat: a list of {role, content}.")
-    prompt: OneLine | None = Field(
-        default=None, description="kind chat, in place of messages: what the user says (a text, or messages)."
+    text: SingleLine = Field(default="text", description="kind text: column with the document.")
+    messages: SingleLine = Field(default="messages", description="kind chat: column with a list of {role, content}.")
+    prompt: SingleLine | None = Field(
+        default=None,
+        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages.",
     )
-    completion: OneLine | None = Field(default=None, description="With prompt: what the assistant answers.")
+    completion: SingleLine | None = Field(
+        default=None, description="Column with the assistant's answer to prompt. Set both or neither."
+    )
 
     @model_validator(mode="after")
-    def _both(self) -> Columns:
+    def _check_pair(self) -> Columns:
         if bool(self.prompt) != bool(self.completion):
-            raise ValueError("prompt and completion belong together")
+            given, absent = ("prompt", "completion") if self.prompt else ("completion", "prompt")
+            raise ValueError(f"{given} is set and {absent} is not; set both prompt and completion, or neither")
         return self
 
 
 class Decontaminate(FrozenModel):
-    """Documents that share a run of words with an evaluation text are not trained on."""
+    """Removal of documents that share a sequence of words with an evaluation text."""
 
-    files: Annotated[tuple[OneLine, ...], Field(min_length=1)] = Field(
-        description="Evaluation files, in any format that is read; paths or globs relative to the config file."
+    files: Annotated[tuple[SingleLine, ...], Field(min_length=1)] = Field(
+        description="Evaluation files, in any supported format. Paths or globs, relative to the config file."
     )
-    columns: Annotated[tuple[OneLine, ...], Field(min_length=1)] = Field(
-        default=("text",), description="Their text columns; each value is a text of its own."
+    columns: Annotated[tuple[SingleLine, ...], Field(min_length=1)] = Field(
+        default=("text",), description="Columns with evaluation texts. Each value counts as a separate text."
     )
     ngram_words: Annotated[int, Field(ge=4, le=100)] = Field(
-        default=13, description="Length of the run in words, without case, punctuation and spacing; GPT-3 took 13."
+        default=13,
+        description="Length of the shared sequence in words. Case, punctuation and spacing are ignored. GPT-3 used 13.",
     )
 
 
 class Dataset(FrozenModel):
-    """Exactly one of files, hub, python_stdlib and mixture."""
+    """One dataset. Exactly one of files, hub, python_stdlib and mixture is set."""
 
-    kind: Literal["text", "chat"] = Field(description="text: one document a row; chat: one conversation a row.")
-    files: tuple[OneLine, ...] = Field(default=(), description="Paths or globs; relative to the config file.")
-    hub: HubDataset | None = Field(default=None, description="Take the data from the hub.")
+    kind: Literal["text", "chat"] = Field(
+        description="text: each row is one document. chat: each row is one conversation."
+    )
+    files: tuple[SingleLine, ...] = Field(default=(), description="Paths or globs, relative to the config file.")
+    hub: HubDataset | None = Field(default=None, description="Download the dataset from the Hugging Face Hub.")
     python_stdlib: PythonStdlib | None = Field(
-        default=None, description="The demo's data: this Python's standard library."
+        default=None, description="Demo data: the standard library of this machine's Python."
     )
     mixture: dict[Name, Annotated[float, Field(ge=1e-9, le=1e9)]] = Field(
-        default={}, description="Other datasets of the same kind and their weights: their samples in these proportions."
+        default={},
+        description="Names of other datasets of the same kind, with their weights. Samples come from them in these proportions.",
     )
     format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
-        default="auto", description="auto: by file ending, .gz and .zst included. text: one document a file."
+        default="auto",
+        description="File format. auto: by file extension; .gz and .zst files are decompressed. text: each file is one document.",
     )
-    columns: Columns = Field(default=Columns(), description="Columns that are read.")
+    columns: Columns = Field(default=Columns(), description="Names of the columns to read.")
     bad_rows: Literal["stop", "skip"] = Field(
         default="stop",
-        description="A row that cannot be read ends the job, or is left out, counted by reason and named once.",
+        description="Reaction to a row that cannot be read. stop: the job fails. skip: the row is left out; the job counts such "
+        "rows by reason and names one example.",
     )
     max_document_mb: Annotated[float, Field(gt=0, le=80)] = Field(
         default=64.0,
-        description="Longest document (or line) that is read, in MB; longer ones are bad rows. Chats: 24 at most. Without "
-        "gigatoken: 4 at most.",
+        description="Size limit of a document or line, in MB. Larger ones are bad rows. The limit is at most 24 for chats, and "
+        "at most 4 without gigatoken.",
     )
     chunk_mb: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
         default=16.0,
-        description="Source per work unit, in MB; each becomes shards of its own. For terabytes raise it to some 256.",
+        description="Source data per chunk, in MB. Each chunk becomes separate shards. Use about 256 for terabytes of data.",
     )
     reasoning_in_loss: bool = Field(
-        default=True, description="kind chat: train on the assistant's <think>…</think>; false: it is context alone."
+        default=True,
+        description="kind chat: compute the loss on the assistant's <think>…</think> text. false: it is context only.",
     )
-    validation_fraction: Share = Field(
-        default=0.01, description="Share of documents held out, chosen by document hash."
+    validation_fraction: Fraction = Field(
+        default=0.01,
+        description="Fraction of the documents that is held out for validation, selected by document hash.",
     )
     deduplicate: Literal["none", "exact", "near"] = Field(
         default="none",
-        description="Of equal (near: also of alike, MinHash over runs of 5 words) documents the first alone is trained on.",
+        description="Keep only the first of several duplicate documents. exact: equal documents. near: also similar documents "
+        "(MinHash over sequences of 5 words).",
     )
     decontaminate: Decontaminate | None = Field(
-        default=None, description="Keep evaluation texts out of the data: whole documents are dropped and named."
+        default=None,
+        description="Remove whole documents that contain evaluation text, and list them in the dataset's folder.",
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> Dataset:
+    def _check_one_source(self) -> Dataset:
         if self.mixture:
             whole_weights(self.mixture)
             if self.deduplicate != "none" or self.decontaminate:
-                raise ValueError("a mixture takes its parts as they are: set deduplicate and decontaminate there")
-        return exactly_one(self, "files", "hub", "python_stdlib", "mixture")
+                key = "decontaminate" if self.decontaminate else f"deduplicate {self.deduplicate}"
+                raise ValueError(f"{key} has no effect on a mixture; set it on the datasets that are mixed")
+        return require_exactly_one(self, "files", "hub", "python_stdlib", "mixture")

@@ -1,4 +1,4 @@
-"""Weights of a mixture as people write them -> whole numbers."""
+"""Conversion of a mixture's weights from decimal numbers to small whole numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ MAX_PERIOD = 10_000
 
 
 def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """The smallest whole numbers in the same proportions, the decimals read as written; ValueError beyond MAX_PERIOD."""
+    """Return the smallest whole numbers with the same proportions; each decimal counts exactly as it is written.
+
+    Raises:
+        ValueError: the whole numbers add up to more than MAX_PERIOD samples.
+    """
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     scale = math.lcm(*(weight.denominator for weight in exact.values()))
     counts = {name: int(weight * scale) for name, weight in exact.items()}
@@ -18,6 +22,6 @@ def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
     counts = {name: count // divisor for name, count in counts.items()}
     if sum(counts.values()) > MAX_PERIOD:
         raise ValueError(
-            f"weights repeat after {sum(counts.values()):,} samples; round them: the limit is {MAX_PERIOD:,}"
+            f"the weights repeat only after {sum(counts.values()):,} samples; the limit is {MAX_PERIOD:,}; round the weights"
         )
     return counts

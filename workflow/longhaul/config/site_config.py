@@ -1,4 +1,4 @@
-"""What a computing centre is like: partitions, how GPUs are asked for, its network, its software."""
+"""The site file: partitions, GPU requests, network and software of a computing centre or of this machine."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from longhaul.config.field_types import (
-    Constraint,
-    Count,
     CudaBuild,
-    EnvironmentName,
+    EnvironmentVariableName,
     FrozenModel,
-    MachineCount,
+    HardwareCount,
     Name,
-    OneLine,
-    OneLineOrEmpty,
+    PositiveInt,
+    SingleLine,
+    SingleLineOrEmpty,
+    SlurmConstraint,
     SlurmOption,
     SlurmWord,
 )
 
-# What the launch script, srun, torchrun or the supervisor gives a process, and the plan's geometry of a step.
-_OWN_VARIABLES = {
+# Variables that the launch script, srun, torchrun or the supervisor sets for each process.
+_RESERVED_VARIABLES = {
     "PATH",
     "PYTHONPATH",
     "RANK",
@@ -35,7 +35,8 @@ _OWN_VARIABLES = {
     "SLURM_NTASKS",
     "SLURM_JOB_ID",
 }
-_OWN_OPTIONS = {
+# srun options that longhaul derives from the plan.
+_RESERVED_SRUN_OPTIONS = {
     "--nodes",
     "--ntasks",
     "--ntasks-per-node",
@@ -51,48 +52,65 @@ _OWN_OPTIONS = {
 class Partition(FrozenModel):
     """One Slurm partition."""
 
-    name: SlurmWord = Field(description="Its name, as in sinfo.")
-    max_minutes: Count = Field(description="Its time limit.")
-    max_nodes: MachineCount | None = Field(default=None, description="Largest job, in nodes; null: not checked.")
+    name: SlurmWord = Field(description="Name of the partition, as `sinfo` shows it.")
+    max_minutes: PositiveInt = Field(description="Time limit of the partition, in minutes.")
+    max_nodes: HardwareCount | None = Field(
+        default=None, description="Maximum number of nodes of one job; null: not checked."
+    )
 
 
 class Partitions(FrozenModel):
-    """Which partition serves which kind of job."""
+    """The Slurm partition for each kind of job."""
 
-    gpu: Partition = Field(description="Training, fabric and environment checks.")
-    cpu: Partition | None = Field(default=None, description="Tokenizing and conversion; default: the gpu partition.")
-    debug: Partition | None = Field(default=None, description="Short checks; default: the gpu partition.")
+    gpu: Partition = Field(description="Partition for training.")
+    cpu: Partition | None = Field(
+        default=None, description="Partition for tokenizing and export; null: the gpu partition."
+    )
+    debug: Partition | None = Field(
+        default=None, description="Partition for the environment and fabric checks; null: the gpu partition."
+    )
 
 
 class NodeShape(FrozenModel):
     """One node of the gpu partition."""
 
-    cpus: MachineCount = Field(description="CPU cores that jobs may use.")
-    memory_mb: Count = Field(description="Memory that jobs may use, in MiB.")
-    gpus: Annotated[int, Field(ge=0, le=1000)] = Field(default=0, description="GPUs; 0: training runs on the CPU.")
-    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(default=None, description="Memory of one GPU.")
+    cpus: HardwareCount = Field(description="Number of CPU cores that jobs may use.")
+    memory_mb: PositiveInt = Field(description="CPU memory that jobs may use, in MiB.")
+    gpus: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=0, description="Number of GPUs; 0: training runs on the CPU."
+    )
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Memory of one GPU, in GiB; null: the plan does not check memory."
+    )
     gpu_peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s, for MFU."
+        default=None,
+        description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s. Used for MFU and for estimates of GPU hours.",
     )
 
     @model_validator(mode="after")
-    def _a_core_for_a_gpu(self) -> NodeShape:
+    def _check_cpus(self) -> NodeShape:
         if self.gpus > self.cpus:
-            raise ValueError(f"cpus {self.cpus} are fewer than gpus {self.gpus}; every GPU's process needs a core")
+            raise ValueError(f"cpus {self.cpus} is less than gpus {self.gpus}; each GPU's process needs one core")
         return self
 
 
 class FabricLimits(FrozenModel):
-    """Smallest acceptable bus bandwidth of each collective at the largest size, in GB/s; null: not judged."""
+    """Limits of the fabric check. Bandwidth limits are minimum bus bandwidths at the largest message size, in GB/s."""
 
-    all_reduce_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="all_reduce.")
-    all_gather_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="all_gather.")
-    reduce_scatter_gbps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="reduce_scatter.")
+    all_reduce_gbps: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Minimum bus bandwidth of all_reduce, in GB/s; null: no limit."
+    )
+    all_gather_gbps: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Minimum bus bandwidth of all_gather, in GB/s; null: no limit."
+    )
+    reduce_scatter_gbps: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Minimum bus bandwidth of reduce_scatter, in GB/s; null: no limit."
+    )
     send_recv_gbps: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="send/recv between neighbours."
+        default=None, description="Minimum bandwidth of send/recv between neighbouring ranks, in GB/s; null: no limit."
     )
     all_reduce_latency_us: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Largest all_reduce time at 8 bytes, in microseconds."
+        default=None, description="Maximum duration of an all_reduce of 8 bytes, in microseconds; null: no limit."
     )
 
 
@@ -101,38 +119,45 @@ class Interconnect(FrozenModel):
 
     kind: Literal["infiniband", "roce", "ethernet", "none"] = Field(
         default="ethernet",
-        description="infiniband, roce: every node of several must have an active port of it. none: one machine.",
+        description="Type of network. infiniband, roce: each node of a job with several nodes must have an active port of this "
+        "type. none: the site has one node.",
     )
     socket_interface: SlurmWord | None = Field(
-        default=None, description="Interface for NCCL's and gloo's sockets, e.g. ib0."
+        default=None, description="Network interface for the sockets of NCCL and gloo, for example ib0."
     )
-    limits: FabricLimits = Field(default=FabricLimits(), description="What the fabric check demands.")
+    limits: FabricLimits = Field(default=FabricLimits(), description="Limits of the fabric check.")
 
 
 class Software(FrozenModel):
-    """How a job enters the job environment; `launch.sh` does it."""
+    """The job environment. `launch.sh` activates it."""
 
     kind: Literal["current", "venv", "conda", "container", "modules"] = Field(
-        default="current", description="current: the environment Snakemake itself runs in."
+        default="current", description="Type of environment. current: the environment in which Snakemake runs."
     )
-    path: OneLine | None = Field(
-        default=None, description="venv: its folder. conda: the environment's folder. container: the image."
+    path: SingleLine | None = Field(
+        default=None,
+        description="Absolute path. venv, conda: folder of the environment. container: image file.",
     )
-    runtime: Literal["apptainer", "singularity"] = Field(default="apptainer", description="container: the command.")
-    binds: tuple[OneLine, ...] = Field(
+    runtime: Literal["apptainer", "singularity"] = Field(
+        default="apptainer", description="kind container: command that starts the container."
+    )
+    binds: tuple[SingleLine, ...] = Field(
         default=(),
-        description="container: more folders to bind (or `from:to`) than those of checkout, run, storage, data and models.",
+        description="kind container: additional folders to bind, as `folder` or `from:to`. The checkout, run, storage, data and "
+        "model folders are always bound.",
     )
-    modules: tuple[SlurmWord, ...] = Field(default=(), description="Modules loaded first, whatever the kind.")
+    modules: tuple[SlurmWord, ...] = Field(
+        default=(), description="Environment modules to load first, with every kind."
+    )
 
     @model_validator(mode="after")
-    def _needs_path(self) -> Software:
+    def _check_paths(self) -> Software:
         if self.kind in ("venv", "conda", "container") and not self.path:
             raise ValueError(f"kind {self.kind} needs path")
         for key, path in (("path", self.path), *(("binds", path) for path in self.binds)):
-            # jobs start in the run's working folder, which is another one for every run
+            # A job starts in the working folder of its run, so a relative path would differ between runs.
             if path and not path.startswith("/"):
-                raise ValueError(f"{key} {path!r} is not absolute; write it from / on")
+                raise ValueError(f"{key} {path!r} is not an absolute path; write a path that starts with /")
         if self.kind == "modules" and not self.modules:
             raise ValueError("kind modules needs modules")
         return self
@@ -141,74 +166,86 @@ class Software(FrozenModel):
 class Site(FrozenModel):
     """A computing centre, or this machine."""
 
-    name: Name = Field(description="Shown in plans and reports.")
+    name: Name = Field(description="Name of the site in plans and reports.")
     scheduler: Literal["slurm", "local"] = Field(
-        default="slurm", description="local: processes on this machine, no Slurm."
+        default="slurm", description="slurm: jobs are submitted to Slurm. local: jobs are processes on this machine."
     )
-    partitions: Partitions | None = Field(default=None, description="Needed for slurm.")
-    node: NodeShape = Field(description="Shape of one node.")
-    max_nodes: MachineCount = Field(description="Most nodes one job may use.")
-    account: SlurmWord | None = Field(default=None, description="--account.")
-    qos: SlurmWord | None = Field(default=None, description="--qos.")
-    constraint: Constraint | None = Field(default=None, description="--constraint.")
-    reservation: SlurmWord | None = Field(default=None, description="--reservation.")
+    partitions: Partitions | None = Field(default=None, description="Slurm partitions. Required for scheduler slurm.")
+    node: NodeShape = Field(description="Resources of one node.")
+    max_nodes: HardwareCount = Field(description="Maximum number of nodes of one job.")
+    account: SlurmWord | None = Field(default=None, description="Value of sbatch --account.")
+    qos: SlurmWord | None = Field(default=None, description="Value of sbatch --qos.")
+    constraint: SlurmConstraint | None = Field(default=None, description="Value of sbatch --constraint.")
+    reservation: SlurmWord | None = Field(default=None, description="Value of sbatch --reservation.")
     gpu_request: Literal["gpus_per_node", "gres", "none"] = Field(
-        default="gpus_per_node", description="How GPUs are asked for: --gpus-per-node, --gres, or not at all."
+        default="gpus_per_node", description="Option that requests GPUs: --gpus-per-node, --gres, or no option."
     )
-    gpu_type: SlurmWord | None = Field(default=None, description="Type in the request, e.g. a100.")
+    gpu_type: SlurmWord | None = Field(default=None, description="GPU type in the request, for example a100.")
     memory: Literal["per_node", "all", "omit"] = Field(
-        default="per_node", description="per_node: the node's memory_mb. all: --mem=0, the whole node. omit: not sent."
+        default="per_node",
+        description="Memory request. per_node: node.memory_mb. all: --mem=0, the whole node. omit: no request.",
     )
-    exclusive: bool = Field(default=False, description="--exclusive.")
-    requeue: bool = Field(default=True, description="Jobs may be requeued.")
+    exclusive: bool = Field(default=False, description="Request whole nodes with sbatch --exclusive.")
+    requeue: bool = Field(default=True, description="Slurm may requeue jobs.")
     deadline_poll_interval_s: Annotated[float, Field(ge=1)] = Field(
-        default=30.0, description="How often a job asks Slurm for the end of its allocation, in seconds."
+        default=30.0, description="Interval at which a job asks Slurm for the end of its allocation, in seconds."
     )
     checkpoint_write_gb_per_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="What all nodes together write to the storage, in GB/s; the plan compares a save to recovery.stop_margin_s.",
+        description="Write rate of all nodes together to the storage, in GB/s. The plan compares the time of one save with "
+        "recovery.stop_margin_s; null: no comparison.",
     )
     sbatch_from_jobs: bool = Field(
-        default=True, description="Compute nodes may call sbatch; false: no controller.sbatch is rendered."
+        default=True, description="Compute nodes may call sbatch. false: controller.sbatch is not rendered."
     )
-    srun_extra: tuple[SlurmOption, ...] = Field(default=(), description="More options for every srun, e.g. --mpi=pmix.")
+    srun_extra: tuple[SlurmOption, ...] = Field(
+        default=(), description="Additional options for each srun command, for example --mpi=pmix."
+    )
     interconnect: Interconnect = Field(default=Interconnect(), description="The network between nodes.")
-    inode_limit: Count | None = Field(
-        default=None, description="File quota of the run folder; the plan compares with it."
+    inode_limit: PositiveInt | None = Field(
+        default=None,
+        description="File quota of the run folder. The plan compares its file counts with it; null: no limit.",
     )
     software: Software = Field(default=Software(), description="The job environment.")
     cuda_build: CudaBuild = Field(
-        default="cpu", description="torch's build: cpu, cu128, cu130, …; the environment check compares."
+        default="cpu",
+        description="Expected CUDA build of torch: cpu, cu128, cu130, … The environment check verifies it.",
     )
-    environment: dict[EnvironmentName, OneLineOrEmpty] = Field(
-        default={}, description="Variables for every job, e.g. NCCL_IB_HCA."
+    environment: dict[EnvironmentVariableName, SingleLineOrEmpty] = Field(
+        default={}, description="Environment variables for each job, for example NCCL_IB_HCA."
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Site:
+    def _check_consistency(self) -> Site:
         if self.scheduler == "local" and self.max_nodes > 1:
-            raise ValueError(f"scheduler local is this machine, and max_nodes is {self.max_nodes}; set it to 1")
+            raise ValueError(
+                f"max_nodes {self.max_nodes} with scheduler local: the local site is one machine; set it to 1"
+            )
         if self.scheduler == "slurm" and self.partitions is None:
             raise ValueError("scheduler slurm needs partitions")
         if self.node.gpus and self.cuda_build == "cpu":
             raise ValueError(
-                f"node.gpus {self.node.gpus} with cuda_build cpu: torch's CPU build uses no GPU; set cuda_build, e.g. cu130"
+                f"node.gpus {self.node.gpus} with cuda_build cpu: the CPU build of torch uses no GPU; set cuda_build, e.g. cu130"
             )
         if self.interconnect.kind == "none" and self.max_nodes > 1:
-            raise ValueError(f"interconnect.kind none is one machine, and max_nodes is {self.max_nodes}; set either")
+            raise ValueError(
+                f"max_nodes {self.max_nodes} with interconnect.kind none: without a network a job has one node; change either"
+            )
         if self.gpu_request == "gres" and not re.fullmatch(r"[A-Za-z0-9_.]*", self.gpu_type or ""):
             raise ValueError(
-                f"gpu_type {self.gpu_type!r}: Snakemake's Slurm plugin takes letters, digits, _ and . in a gres"
+                f"gpu_type {self.gpu_type!r} with gpu_request gres: the Slurm plugin accepts only letters, digits, _ and ."
             )
         if self.gpu_request == "gres" and not self.node.gpus:
-            raise ValueError("gpu_request gres needs node.gpus >= 1")
+            raise ValueError(f"gpu_request gres needs node.gpus >= 1; it is {self.node.gpus}")
         return self
 
     @model_validator(mode="after")
-    def _leaves_ours_alone(self) -> Site:
-        if taken := sorted(_OWN_VARIABLES & set(self.environment)):
-            raise ValueError(f"environment sets {taken[0]}, which is set for every job; drop it, or load a module")
+    def _check_reserved_names(self) -> Site:
+        if reserved := sorted(_RESERVED_VARIABLES & set(self.environment)):
+            raise ValueError(
+                f"environment sets {reserved[0]}, which longhaul sets for each job; remove it, or load a module instead"
+            )
         for option in self.srun_extra:
-            if (name := option.partition("=")[0]) in _OWN_OPTIONS:
-                raise ValueError(f"srun_extra holds {name}, which follows from the plan; drop it")
+            if (name := option.partition("=")[0]) in _RESERVED_SRUN_OPTIONS:
+                raise ValueError(f"srun_extra contains {name}, which longhaul derives from the plan; remove it")
         return self

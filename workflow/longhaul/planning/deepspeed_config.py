@@ -1,21 +1,33 @@
-"""A planned stage -> DeepSpeed's config, as far as it is known before ranks start; the trainer adds what a process has."""
+"""DeepSpeed config of a planned stage, without the values that only a running process knows. The trainer adds those.
+
+The optimizer's lr and weight_decay are written only here; the trainer reads them from ds_config.json.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from longhaul.config.site_config import Site
-from longhaul.planning import StagePlan
-from longhaul.planning.gpu_memory import SWAP_BUFFERS, SWAP_GROUP, SWAP_PARAM_BUFFERS
+from longhaul.planning.plan import StagePlan
+from longhaul.planning.trainer_constants import SWAP_OPTIMIZER_BUFFERS, SWAP_PARAM_BUFFERS, SWAP_SUB_GROUP_ELEMENTS
+
+_OPTIONAL_KEYS = ("reduce_bucket_size", "allgather_bucket_size")
+_OPTIONAL_KEYS_OF_STAGE_3 = (
+    "reduce_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
 
 
 def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
-    """DeepSpeed's config of a stage. Every key is one that the pinned DeepSpeed reads (a test asks it)."""
+    """Return DeepSpeed's config for a stage. A test checks that the pinned DeepSpeed reads each key."""
     stage = plan.stage
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
-        # DeepSpeed clips at 1.0 when this is not written.
+        # Without this key, DeepSpeed clips at 1.0.
         "gradient_clipping": stage.optimizer.gradient_clipping,
         "steps_per_print": 1_000_000_000,
         "optimizer": _optimizer(plan, site),
@@ -24,7 +36,7 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
     if stage.communication.data_type:
         sections["communication_data_type"] = stage.communication.data_type
     if stage.parallel.pipeline > 1:
-        # Between stages whole activations travel: DeepSpeed's splitting over tensor ranks loses the position ids.
+        # Pipeline ranks send whole activations. If DeepSpeed splits them over tensor ranks, it loses the position ids.
         sections["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if stage.precision == "bf16":
         sections["bf16"] = {"enabled": True}
@@ -50,7 +62,7 @@ def _optimizer(plan: StagePlan, site: Site) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
     }
     if plan.stage.zero.offload_optimizer == "none":
-        # torch's own AdamW needs no compiler; DeepSpeed's FusedAdam is built at run time.
+        # torch's AdamW needs no compiler. DeepSpeed's FusedAdam is compiled at run time.
         params["torch_adam"] = True
         if site.node.gpus:
             params["fused"] = True
@@ -62,34 +74,25 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": zero.stage}
     if zero.stage == 0:
         return section
-    # Compressed gradients are whole matrices, which there are after the backward pass only.
-    overlaps = zero.overlap_comm and plan.stage.communication.powersgd is None
-    section |= {"overlap_comm": overlaps, "contiguous_gradients": zero.contiguous_gradients}
+    # PowerSGD compresses whole gradient matrices, which exist only after the backward pass.
+    overlap_comm = zero.overlap_comm and plan.stage.communication.powersgd is None
+    section |= {"overlap_comm": overlap_comm, "contiguous_gradients": zero.contiguous_gradients}
     if zero.offload_optimizer != "none":
         section["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": zero.pin_memory}
     if zero.offload_optimizer == "nvme":
-        # The trainer adds nvme_path: every process has a folder of its own.
-        section["offload_optimizer"]["buffer_count"] = SWAP_BUFFERS
-        section["sub_group_size"] = SWAP_GROUP
+        # The trainer adds nvme_path, because each process has its own swap folder.
+        section["offload_optimizer"]["buffer_count"] = SWAP_OPTIMIZER_BUFFERS
+        section["sub_group_size"] = SWAP_SUB_GROUP_ELEMENTS
     if zero.offload_param != "none":
         section["offload_param"] = {"device": zero.offload_param, "pin_memory": zero.pin_memory}
     if zero.offload_param == "nvme":
-        # Nothing stays in CPU memory, where DeepSpeed would keep the first billion elements; the trainer adds buffer_size, too.
+        # By default DeepSpeed keeps the first billion elements in CPU memory; max_in_cpu 0 keeps none there.
+        # The trainer adds buffer_size and nvme_path.
         section["offload_param"] |= {"buffer_count": SWAP_PARAM_BUFFERS, "max_in_cpu": 0}
-        # A gathered tensor keeps its buffer until it is let go: with DeepSpeed's defaults, which keep a billion elements and
-        # gather fifty million ahead, a larger model runs out of buffers in its first step.
+        # A gathered tensor occupies its buffer until it is released. DeepSpeed's defaults keep a billion elements and prefetch
+        # fifty million, so a larger model would run out of buffers in its first step.
         section |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
     if zero.zero_hpz_partition_size > 1:
         section["zero_hpz_partition_size"] = zero.zero_hpz_partition_size
-    names = ["reduce_bucket_size"]
-    names += (
-        [
-            "stage3_prefetch_bucket_size",
-            "stage3_param_persistence_threshold",
-            "stage3_max_live_parameters",
-            "stage3_max_reuse_distance",
-        ]
-        if zero.stage == 3
-        else ["allgather_bucket_size"]
-    )
-    return section | {name: value for name in names if (value := getattr(zero, name)) is not None}
+    keys = _OPTIONAL_KEYS_OF_STAGE_3 if zero.stage == 3 else _OPTIONAL_KEYS
+    return section | {key: value for key in keys if (value := getattr(zero, key)) is not None}

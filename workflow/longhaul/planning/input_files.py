@@ -1,4 +1,4 @@
-"""What a config refers to outside itself: data files, tokenizer and model folders."""
+"""Files that a config refers to: datasets, evaluation texts, tokenizer and pretrained model."""
 
 from __future__ import annotations
 
@@ -8,77 +8,81 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.schemas import Lock
-from longhaul.config.load import LoadedConfig
-from longhaul.config.pretrained_format import as_trained, fp8_block, notes, safetensors_header
+from longhaul.config.load_config import LoadedConfig
+from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
+from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
+
+_WEIGHTS = "*.safetensors"  # files in pickle format are not read
 
 
 def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
-    """The model's Hugging Face config; None while it is on the hub and not fetched.
+    """Return the trained model's Hugging Face config; None for a Hub model that is not fetched yet.
 
     Raises:
-        UserError: the pretrained weights are missing, or stored in a way that training cannot start from.
+        UserError: the pretrained weights are missing, or training cannot start from their format.
     """
     if loaded.config.model.pretrained is None:
         return loaded.config.model.config_dict()
-    stored = _stored_config(loaded, lock)
-    if stored is None:
+    pretrained = _pretrained_config(loaded, lock)
+    if pretrained is None:
         return None
-    fp8_block(stored, "model.pretrained")
-    return as_trained(stored)
+    fp8_block_shape(pretrained, "model.pretrained")
+    return trained_config(pretrained)
 
 
-def first_weights_notes(loaded: LoadedConfig, lock: Lock | None) -> tuple[str, ...]:
-    """How the first weights differ from those in the pretrained folder, in words."""
-    stored = _stored_config(loaded, lock) if loaded.config.model.pretrained else None
-    return notes(stored) if stored else ()
+def changes_of_pretrained_weights(loaded: LoadedConfig, lock: Lock | None) -> tuple[str, ...]:
+    """Return sentences about the changes between the pretrained folder's weights and the start weights."""
+    pretrained = _pretrained_config(loaded, lock) if loaded.config.model.pretrained else None
+    return pretrained_changes(pretrained) if pretrained else ()
 
 
-def _stored_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
-    """The pretrained folder's config.json."""
+def _pretrained_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
+    """Return the config.json of the pretrained model; None if it is not fetched yet."""
     pretrained = loaded.config.model.pretrained
     if pretrained is None or pretrained.hub:
         return lock.model if lock and lock.model else None
-    return model_folder(loaded.resolve("model.pretrained.path", pretrained.path or ""), "model.pretrained.path")
+    return read_model_folder(loaded.resolve("model.pretrained.path", pretrained.path or ""), "model.pretrained.path")
 
 
-_WEIGHTS = "*.safetensors"  # pickles are not read
+def read_model_folder(folder: Path, key: str) -> dict[str, Any]:
+    """Return the config.json of a Hugging Face folder that has all its weights.
 
-
-def model_folder(folder: Path, where: str) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder that holds all its weights; UserError, naming the key `where`, for any other."""
-    config = _json_object(folder / "config.json", where)
+    Raises:
+        UserError: config.json or weights are missing, invalid or incomplete. The message begins with `key`.
+    """
+    config = _read_json_object(folder / "config.json", key)
     if not any(folder.glob(_WEIGHTS)):
         raise UserError(
-            f"{where}: {folder} holds no weights ({_WEIGHTS})",
-            "name a model with weights, or train from the start: an architecture in place of pretrained",
+            f"{key}: {folder} has no weights ({_WEIGHTS})",
+            "use a model with weights, or train from random weights: set an architecture instead of pretrained",
         )
     for weights in sorted(folder.glob(_WEIGHTS)):
-        safetensors_header(weights)  # a download that ended early is refused before a job waits for its nodes
+        safetensors_header(weights)  # refuses an incomplete download before a job waits in the queue
     for index in folder.glob("*.index.json"):
-        listed = _json_object(index, where).get("weight_map")
-        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        weight_map = _read_json_object(index, key).get("weight_map")
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
-                f"{where}: {index} names {', '.join(missing[:3])}, not there ({len(missing)} of {len(names)} files)",
-                "finish the download",
+                f"{key}: {len(missing)} of {len(names)} files in {index} are missing: {', '.join(missing[:3])}",
+                "complete the download",
             )
     return config
 
 
-def _json_object(path: Path, where: str) -> dict[str, Any]:
+def _read_json_object(path: Path, key: str) -> dict[str, Any]:
+    remedy = "give the path of a Hugging Face model folder"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot read {path}: {error}", "name a Hugging Face model folder") from None
+        raise UserError(f"{key}: cannot read {path}: {error}", remedy) from None
     if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: {path} holds a {type(value).__name__}, not keys and values", "name a Hugging Face model folder"
-        )
+        raise UserError(f"{key}: {path} contains a {type(value).__name__}, not keys and values", remedy)
     return value
 
 
 def check_files(loaded: LoadedConfig) -> None:
+    """Raise UserError if a file or folder that the config names is missing or unusable."""
     for name, dataset in loaded.config.datasets.items():
         if dataset.files:
             dataset_files(loaded, name)
@@ -87,56 +91,62 @@ def check_files(loaded: LoadedConfig) -> None:
     if tokenizer.path:
         folder = loaded.resolve("tokenizer.path", tokenizer.path)
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"tokenizer.path: {folder} holds no tokenizer.json", "name a Hugging Face tokenizer folder")
+            raise UserError(
+                f"tokenizer.path: {folder} has no tokenizer.json", "give the path of a Hugging Face tokenizer folder"
+            )
     if tokenizer.chat_template:
         template = loaded.resolve("tokenizer.chat_template", tokenizer.chat_template)
         if not template.is_file():
-            raise UserError(f"tokenizer.chat_template: {template} is no file", "name a Jinja file")
+            raise UserError(f"tokenizer.chat_template: {template} is not a file", "give the path of a Jinja file")
 
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:
-    """A dataset's own files, globs expanded, sorted within each pattern; UserError for a pattern that finds none."""
+    """Return a dataset's own files: globs are expanded, and the files of each pattern are sorted.
+
+    Raises:
+        UserError: a pattern matches nothing, or a file is empty, listed twice, or has an unusable name.
+    """
     dataset = loaded.config.datasets[name]
-    return _matches(loaded, dataset.files, f"datasets.{name}.files", empty_is_counted=dataset.bad_rows == "skip")
+    return _matching_files(loaded, dataset.files, f"datasets.{name}.files", allow_empty=dataset.bad_rows == "skip")
 
 
 def evaluation_files(loaded: LoadedConfig, name: str) -> list[Path]:
-    """The files whose texts a dataset must not hold, as `dataset_files`; none unless it is to be decontaminated."""
+    """Return the evaluation files of a dataset's `decontaminate` section; [] without one. Raises as `dataset_files`."""
     settings = loaded.config.datasets[name].decontaminate
-    return _matches(loaded, settings.files, f"datasets.{name}.decontaminate.files") if settings else []
+    return _matching_files(loaded, settings.files, f"datasets.{name}.decontaminate.files") if settings else []
 
 
-def _matches(loaded: LoadedConfig, patterns: Sequence[str], key: str, empty_is_counted: bool = False) -> list[Path]:
-    found: dict[Path, Path] = {}  # by what a link leads to
+def _matching_files(loaded: LoadedConfig, patterns: Sequence[str], key: str, allow_empty: bool = False) -> list[Path]:
+    files: dict[Path, Path] = {}  # by the target of a symbolic link
     for pattern in patterns:
         paths = _expand(loaded.resolve(key, pattern))
         if not paths:
             raise UserError(
-                f"{key}: nothing matches {pattern!r} (looked in {loaded.folder})",
-                "paths are relative to the config file",
+                f"{key}: {pattern!r} matches no file in {loaded.folder}", "write paths relative to the config file"
             )
         for path in paths:
-            _check_name(key, path)
-            if path.stat().st_size == 0 and not empty_is_counted:
-                raise UserError(f"{key}: {path} is empty", "remove it from the list, or fill it")
-            first = found.setdefault(path.resolve(), path)
+            _check_file_name(key, path)
+            if path.stat().st_size == 0 and not allow_empty:
+                raise UserError(f"{key}: {path} is empty", "remove the file from the list")
+            first = files.setdefault(path.resolve(), path)
             if first is not path:
-                told = f"{path} is listed twice" if first == path else f"{path} is the same file as {first}"
-                raise UserError(f"{key}: {told}", "list every file once")
-    return list(found.values())
+                problem = f"{path} is listed twice" if first == path else f"{path} is the same file as {first}"
+                raise UserError(f"{key}: {problem}", "list each file once")
+    return list(files.values())
 
 
-def _check_name(key: str, path: Path) -> None:
-    """Snakemake takes braces in an input for wildcards, and no JSON holds bytes that are no text."""
+def _check_file_name(key: str, path: Path) -> None:
+    """Raise UserError for braces, which Snakemake reads as wildcards, and for bytes that are not UTF-8 text."""
     bad = next((c for c in str(path) if c in "{}" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000), None)
     if bad:
         raise UserError(
-            f"{key}: {str(path)!r} holds {bad!r}, which Snakemake or JSON cannot pass on as it is",
+            f"{key}: the path {str(path)!r} contains {bad!r}, which Snakemake or JSON cannot represent",
             "rename the file or its folder",
         )
 
 
 def _expand(pattern: Path) -> list[Path]:
+    """Return the files that a path names: the file itself, all files below a folder, or the matches of a glob."""
     if pattern.is_file():
         return [pattern]
     if pattern.is_dir():

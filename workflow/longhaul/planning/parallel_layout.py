@@ -1,6 +1,6 @@
-"""The parallel layout of a stage, and every layout that is refused, with the nearest that works.
+"""Checks of a stage's parallel layout. Each error names the nearest layout that works.
 
-What is allowed here is what tests/parity/layouts.py proves, and no more.
+Only combinations that tests/parity proves are allowed.
 """
 
 from __future__ import annotations
@@ -9,121 +9,132 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from longhaul.config.model_size import sparse_layers, stage_layers
-from longhaul.config.run_config import Stage
+from longhaul.config.model_size import layers_per_pipeline_rank
+from longhaul.config.parameter_counts import sparse_layers
+from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 
-# Idle share of a pipeline's ranks above which the plan warns.
-BUBBLE_LIMIT = 0.2
+# The plan warns if pipeline ranks are idle for more than this fraction of a step.
+MAX_PIPELINE_BUBBLE = 0.2
 
 
-def sample_ranks(stage: Stage, world_size: int) -> int:
-    """Into how many parts a global batch's samples are dealt; UserError for a layout that cannot work.
+def data_parallel_size(stage: Stage, world_size: int) -> int:
+    """Return the number of groups of ranks that read different samples.
 
-    tensor x pipeline x sequence ranks read the same samples; expert-parallel ranks are data-parallel ones.
+    Tensor-, pipeline- and sequence-parallel ranks read the same samples. Expert-parallel ranks read different ones.
+
+    Raises:
+        UserError: the layout does not fit the number of ranks, or is not supported.
     """
     parallel, where = stage.parallel, f"stages.{stage.name}"
-    shared = parallel.tensor * parallel.pipeline * parallel.sequence
-    if world_size % shared:
+    sharing = parallel.tensor * parallel.pipeline * parallel.sequence
+    if world_size % sharing:
         raise UserError(
             f"{where}.parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x sequence {parallel.sequence} = "
-            f"{shared} does not divide the {world_size} ranks of nodes {stage.nodes} x gpus_per_node {stage.gpus_per_node}",
-            f"use a product of {_divisors(world_size)}, or a number of ranks that is a multiple of {shared}",
+            f"{sharing} does not divide the {world_size} ranks of nodes {stage.nodes} x gpus_per_node {stage.gpus_per_node}",
+            f"use a product of {_divisors(world_size)}, or a number of ranks that is a multiple of {sharing}",
         )
     data = world_size // (parallel.tensor * parallel.pipeline)
     if data % parallel.expert:
         raise UserError(
-            f"{where}.parallel.expert is {parallel.expert}; experts are spread over the data-parallel ranks, here {data}",
-            f"set expert to {_divisors(data)}",
+            f"{where}.parallel.expert {parallel.expert} does not divide the {data} data-parallel ranks, which hold the experts",
+            f"set parallel.expert to {_divisors(data)}",
         )
-    _check_zero(stage)
-    _check_hierarchy(stage)
+    _check_zero_stage(stage)
+    _check_hpz(stage)
     _check_combination(stage)
     _check_communication(stage, data)
-    return world_size // shared
+    return world_size // sharing
 
 
 def check_model(stage: Stage, model: dict[str, Any]) -> None:
-    """Refuses what the network's sizes do not allow."""
+    """Raise UserError if the model's sizes do not fit the layout; `model` is a Hugging Face config."""
     parallel, where = stage.parallel, f"stages.{stage.name}.parallel"
     layers, experts = model["num_hidden_layers"], model.get("n_routed_experts") or model.get("num_experts") or 0
     if parallel.pipeline > layers:
         raise UserError(
-            f"{where}.pipeline {parallel.pipeline}: the model has {layers} layers", f"use at most {layers} stages"
+            f"{where}.pipeline {parallel.pipeline}: the model has {layers} layers",
+            f"set parallel.pipeline to at most {layers}",
         )
     if parallel.expert > 1 and (not experts or experts % parallel.expert):
         raise UserError(
-            f"{where}.expert {parallel.expert}: the model has {experts} routed experts",
-            f"set expert to {_divisors(experts)}" if experts else "set expert to 1: there is nothing to spread",
+            f"{where}.expert {parallel.expert} does not divide the model's {experts} routed experts"
+            if experts
+            else f"{where}.expert {parallel.expert}: the model has 0 routed experts",
+            f"set parallel.expert to {_divisors(experts)}" if experts else "set parallel.expert to 1",
         )
-    _check_divides(where, "tensor", parallel.tensor, _split_by_tensor(model))
+    _check_divides(where, "tensor", parallel.tensor, _sizes_split_by_tensor(model))
     _check_divides(where, "sequence", parallel.sequence, _heads(model))
     if parallel.pipeline > 1 and parallel.expert > 1:
-        _check_experts_in_every_stage(where, stage, model)
+        _check_experts_on_each_pipeline_rank(where, stage, model)
     if parallel.sequence > 1 and stage.sequence_length % parallel.sequence:
         raise UserError(
-            f"stages.{stage.name}.sequence_length {stage.sequence_length} is no multiple of parallel.sequence "
+            f"stages.{stage.name}.sequence_length {stage.sequence_length} is not a multiple of parallel.sequence "
             f"{parallel.sequence}",
             f"use a sequence_length of {stage.sequence_length // parallel.sequence * parallel.sequence or parallel.sequence}",
         )
 
 
-def bubble(pipeline: int, micro_batches: int) -> float:
-    """Share of a step in which a rank of a 1F1B pipeline is idle (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
+def pipeline_bubble(pipeline: int, micro_batches: int) -> float:
+    """Return the fraction of a step in which a rank of a 1F1B pipeline is idle.
 
-    They count it against the time of the work alone, (p - 1) / m; here it is against all of the step.
+    Source: Narayanan et al. 2021 (arXiv:2104.04473, section 2.2). They divide the idle time by the working time,
+    (p - 1) / m; this function divides it by the time of the whole step.
     """
     return (pipeline - 1) / (micro_batches + pipeline - 1)
 
 
-def bubble_warning(stage: Stage, micro_batches: int) -> str | None:
-    """What to say of a pipeline that idles for more than BUBBLE_LIMIT of its time."""
-    idle = bubble(stage.parallel.pipeline, micro_batches)
-    if idle <= BUBBLE_LIMIT:
+def pipeline_bubble_warning(stage: Stage, micro_batches: int) -> str | None:
+    """Return a warning for a pipeline that is idle for more than MAX_PIPELINE_BUBBLE of a step."""
+    pipeline = stage.parallel.pipeline
+    idle = pipeline_bubble(pipeline, micro_batches)
+    if idle <= MAX_PIPELINE_BUBBLE:
         return None
-    enough = -(-(stage.parallel.pipeline - 1) * round(1 - BUBBLE_LIMIT, 6) // BUBBLE_LIMIT)
+    enough = -(-(pipeline - 1) * round(1 - MAX_PIPELINE_BUBBLE, 6) // MAX_PIPELINE_BUBBLE)
     return (
-        f"stages.{stage.name}: {stage.parallel.pipeline} pipeline stages over {micro_batches} micro batches idle for "
-        f"{idle:.0%} of a step; {enough:.0f} micro batches lower that to {BUBBLE_LIMIT:.0%}: raise global_batch_size, "
-        "or lower micro_batch_size or parallel.pipeline"
+        f"stages.{stage.name}: {pipeline} pipeline ranks with {micro_batches} micro batches are idle for {idle:.0%} of a step; "
+        f"{enough:.0f} micro batches reduce that to {MAX_PIPELINE_BUBBLE:.0%}: increase global_batch_size, or reduce "
+        "micro_batch_size or parallel.pipeline"
     )
 
 
-def _check_zero(stage: Stage) -> None:
+def _check_zero_stage(stage: Stage) -> None:
     parallel, zero, where = stage.parallel, stage.zero, f"stages.{stage.name}"
     if parallel.pipeline > 1 and zero.stage >= 2:
         raise UserError(
-            f"{where}: pipeline {parallel.pipeline} with ZeRO stage {zero.stage}: DeepSpeed's pipelines work with ZeRO 1",
+            f"{where}: parallel.pipeline {parallel.pipeline} with ZeRO stage {zero.stage}: DeepSpeed's pipelines need ZeRO "
+            "stage 1",
             "set zero.stage to 1, or parallel.pipeline to 1",
         )
-    split = [axis for axis in ("tensor", "pipeline", "expert") if getattr(parallel, axis) > 1]
-    if split and zero.stage == 0:
+    axes = [axis for axis in ("tensor", "pipeline", "expert") if getattr(parallel, axis) > 1]
+    if axes and zero.stage == 0:
         raise UserError(
-            f"{where}: parallel.{split[0]} {getattr(parallel, split[0])} with ZeRO stage 0: the parts of a split model are "
-            "saved as ZeRO's masters, which stage 0 does not have",
-            f"set zero.stage to 1{'' if 'pipeline' in split else ', 2 or 3'}, or {' and '.join(split)} to 1",
+            f"{where}: parallel.{axes[0]} {getattr(parallel, axes[0])} with ZeRO stage 0: the checkpoint of a split model needs "
+            "ZeRO's master weights, which stage 0 does not have",
+            f"set zero.stage to 1{'' if 'pipeline' in axes else ', 2 or 3'}, or {' and '.join(axes)} to 1",
         )
 
 
-def _check_hierarchy(stage: Stage) -> None:
-    ways, where = stage.zero.zero_hpz_partition_size, f"stages.{stage.name}.zero.zero_hpz_partition_size"
-    if ways == 1:
+def _check_hpz(stage: Stage) -> None:
+    size, where = stage.zero.zero_hpz_partition_size, f"stages.{stage.name}.zero.zero_hpz_partition_size"
+    if size == 1:
         return
     if stage.zero.stage < 3:
         raise UserError(
-            f"{where} {ways} needs ZeRO stage 3; it is {stage.zero.stage}", "set zero.stage to 3, or drop the key"
+            f"{where} {size} needs ZeRO stage 3; it is {stage.zero.stage}", "set zero.stage to 3, or remove the key"
         )
-    if stage.gpus_per_node % ways:
+    if stage.gpus_per_node % size:
         raise UserError(
-            f"{where} {ways} does not divide the {stage.gpus_per_node} ranks of a node; its copy is there to spare the "
-            "network between nodes",
+            f"{where} {size} does not divide the {stage.gpus_per_node} ranks of a node; the second copy must stay inside a node",
             f"use {_divisors(stage.gpus_per_node)}",
         )
-    others = [axis for axis, ranks in stage.parallel if ranks > 1]
-    swapped = stage.zero.offload_optimizer == "nvme"
-    if others or swapped or stage.zero.offload_param != "none":
-        what = f"{others[0]} parallelism" if others else "an optimizer on a disk" if swapped else "offloaded weights"
-        raise UserError(f"{where} with {what} is not proved here", "drop the key")
+    others = [f"parallel.{axis} {ranks}" for axis, ranks in stage.parallel if ranks > 1]
+    if stage.zero.offload_optimizer == "nvme":
+        others.append("offload_optimizer nvme")
+    if stage.zero.offload_param != "none":
+        others.append(f"offload_param {stage.zero.offload_param}")
+    if others:
+        raise UserError(f"{where} {size} with {others[0]} is not supported", "remove zero_hpz_partition_size")
 
 
 def _check_combination(stage: Stage) -> None:
@@ -131,51 +142,61 @@ def _check_combination(stage: Stage) -> None:
     others = [axis for axis in ("tensor", "pipeline", "expert") if getattr(parallel, axis) > 1]
     if parallel.sequence > 1 and others:
         raise UserError(
-            f"{where}: sequence {parallel.sequence} with {others[0]} {getattr(parallel, others[0])} is not proved here",
-            f"set {' and '.join(others)} to 1: sequence parallelism works with data parallelism and ZeRO 0 to 3",
+            f"{where}: sequence {parallel.sequence} with {others[0]} {getattr(parallel, others[0])} is not supported",
+            f"set {' and '.join(others)} to 1: sequence parallelism works with data parallelism and ZeRO stage 0 to 3",
         )
-    if stage.precision == "fp16" and (others or parallel.sequence > 1):
+    axes = [*others, *(["sequence"] if parallel.sequence > 1 else [])]
+    if stage.precision == "fp16" and axes:
         raise UserError(
-            f"{where}: fp16 with {(others or ['sequence'])[0]} parallelism is not proved here", "use bf16 or fp32"
+            f"{where}.{axes[0]} {getattr(parallel, axes[0])} with precision fp16 is not supported",
+            "set precision to bf16 or fp32",
         )
 
 
-def _check_communication(stage: Stage, data: int) -> None:
+def _check_communication(stage: Stage, data_parallel: int) -> None:
     settings, where = stage.communication, f"stages.{stage.name}.communication"
     key = "powersgd" if settings.powersgd else "data_type"
     if not settings.powersgd and not settings.data_type:
         return
     if settings.powersgd and settings.data_type:
-        raise UserError(f"{where} has both powersgd and data_type", "choose one: thin matrices are reduced in fp32")
-    split = [axis for axis, ranks in stage.parallel if ranks > 1]
-    if split:
         raise UserError(
-            f"{where}.{key} with parallel.{split[0]} {getattr(stage.parallel, split[0])} is not proved here",
-            f"set {' and '.join(split)} to 1, or drop {key}",
+            f"{where} sets both powersgd and data_type {settings.data_type}",
+            "remove one of them: PowerSGD reduces its matrices in fp32",
+        )
+    axes = [axis for axis, ranks in stage.parallel if ranks > 1]
+    if axes:
+        raise UserError(
+            f"{where}.{key} with parallel.{axes[0]} {getattr(stage.parallel, axes[0])} is not supported",
+            f"set {' and '.join(axes)} to 1, or remove {key}",
         )
     if settings.powersgd:
-        _check_powersgd(stage, data, f"{where}.powersgd")
+        _check_powersgd(stage, data_parallel, f"{where}.powersgd")
 
 
-def _check_powersgd(stage: Stage, data: int, where: str) -> None:
+def _check_powersgd(stage: Stage, data_parallel: int, where: str) -> None:
     if stage.zero.stage >= 2:
         raise UserError(
-            f"{where} with ZeRO stage {stage.zero.stage}: it compresses whole gradients, and that stage partitions them",
+            f"{where} with ZeRO stage {stage.zero.stage}: PowerSGD compresses whole gradients, which this stage partitions",
             "set zero.stage to 1, or use communication.data_type bf16",
         )
     if stage.zero.offload_optimizer != "none":
-        raise UserError(f"{where} with an offloaded optimizer is not proved here", "set zero.offload_optimizer to none")
+        raise UserError(
+            f"{where} with offload_optimizer {stage.zero.offload_optimizer} is not supported",
+            "set zero.offload_optimizer to none",
+        )
     if stage.precision == "fp16":
         raise UserError(
-            f"{where} with fp16: gradients that overflow would stay in what is added to the next step's",
-            "use bf16 or fp32",
+            f"{where} with precision fp16: overflowed gradients would remain in the error that is added to the next step",
+            "set precision to bf16 or fp32",
         )
-    if data == 1:
-        raise UserError(f"{where}: one data-parallel rank reduces no gradients", "drop it, or use more ranks")
+    if data_parallel == 1:
+        raise UserError(
+            f"{where} with 1 data-parallel rank: there is no gradient reduction", "remove powersgd, or use more ranks"
+        )
 
 
-def _split_by_tensor(model: dict[str, Any]) -> dict[str, int]:
-    """What tensor parallelism cuts, by the config's names."""
+def _sizes_split_by_tensor(model: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes that tensor parallelism splits, by config key."""
     names = ["vocab_size", "intermediate_size", "moe_intermediate_size"]
     return _heads(model) | {name: model[name] for name in names if model.get(name)}
 
@@ -189,34 +210,34 @@ def _check_divides(where: str, axis: str, ranks: int, sizes: dict[str, int]) -> 
         if size % ranks:
             raise UserError(
                 f"{where}.{axis} {ranks} does not divide the model's {name} {size}",
-                f"set {axis} to {_divisors(math.gcd(*sizes.values()))}"
+                f"set parallel.{axis} to {_divisors(math.gcd(*sizes.values()))}"
                 + (", or pad vocab_size" if name == "vocab_size" else ""),
             )
 
 
-def _check_experts_in_every_stage(where: str, stage: Stage, model: dict[str, Any]) -> None:
-    """DeepSpeed's ranks agree on one gradient norm, a parameter group at a time: every stage must have the same groups."""
-    sparse, stages = sparse_layers(model), stage.parallel.pipeline
-    without = _stages_without_experts(sparse, stages)
+def _check_experts_on_each_pipeline_rank(where: str, stage: Stage, model: dict[str, Any]) -> None:
+    """Raise UserError if a pipeline rank has no routed experts.
+
+    DeepSpeed's ranks agree on a gradient norm for one parameter group after the other, so each rank needs the same groups.
+    """
+    sparse, pipeline = sparse_layers(model), stage.parallel.pipeline
+    without = _pipeline_ranks_without_experts(sparse, pipeline)
     if without:
-        layers = stage_layers(len(sparse), stages)[without[0]]
-        fits = max((n for n in range(1, stages) if not _stages_without_experts(sparse, n)), default=1)
+        layers = layers_per_pipeline_rank(len(sparse), pipeline)[without[0]]
+        possible = max((n for n in range(1, pipeline) if not _pipeline_ranks_without_experts(sparse, n)), default=1)
         raise UserError(
-            f"{where}: layers {layers.start} to {layers.stop - 1}, stage {without[0] + 1} of {stages} of the pipeline, are all "
-            "dense; with experts spread over ranks every stage needs a mixture",
-            f"use {fits} stages, or set expert to 1",
+            f"{where}.pipeline {pipeline} with expert {stage.parallel.expert}: pipeline rank {without[0]} has layers "
+            f"{layers.start} to {layers.stop - 1}, which are all dense; each pipeline rank needs a layer with routed experts",
+            f"set parallel.pipeline to {possible}, or parallel.expert to 1",
         )
 
 
-def _stages_without_experts(sparse: Sequence[bool], stages: int) -> list[int]:
-    cut = stage_layers(len(sparse), stages)
-    return [stage for stage, layers in enumerate(cut) if not any(sparse[layer] for layer in layers)]
+def _pipeline_ranks_without_experts(sparse: Sequence[bool], pipeline: int) -> list[int]:
+    held = layers_per_pipeline_rank(len(sparse), pipeline)
+    return [rank for rank, layers in enumerate(held) if not any(sparse[layer] for layer in layers)]
 
 
 def _divisors(number: int) -> str:
-    return _either([n for n in range(1, number + 1) if number % n == 0])
-
-
-def _either(numbers: list[int]) -> str:
-    texts = [str(number) for number in numbers]
-    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+    """Return the divisors of a number as a text such as "1, 2 or 4"."""
+    *first, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,7 +1,7 @@
-"""Config -> Plan: everything that can be decided before a job is submitted, and every refusal that can be made there.
+"""The plan of a run: everything that follows from a config before a job is submitted.
 
-Pure but for small local JSON (the site, `results/<run>.lock.json`, a local model's config.json), so `snakemake -n` stays
-instant and every job may make the plan again.
+Apart from the config, the plan reads only small local JSON files: the lock file and a local model's config.json. So
+`snakemake -n` is fast, and every job can compute the plan again. All errors that can be found here are raised here.
 """
 
 from __future__ import annotations
@@ -11,56 +11,71 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from longhaul.artifacts.paths import RunPaths
 from longhaul.artifacts.schemas import Lock
-from longhaul.config.load import LoadedConfig
-from longhaul.config.model_size import ModelSize, geometry
-from longhaul.config.run_config import Config, Stage
+from longhaul.config.load_config import LoadedConfig
+from longhaul.config.model_size import ModelSize, model_size
+from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
-from longhaul.planning import allocations as requests
+from longhaul.config.stage_config import Stage
+from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
+from longhaul.planning.config_references import check_references
 from longhaul.planning.feasibility import (
-    accumulation,
-    check_checks,
-    check_inodes,
-    check_lead,
+    accumulation_steps,
+    check_checkpoint_files,
+    check_chunk_files,
+    check_job_limits,
     check_memory,
     check_offload,
     check_positions,
     check_precision,
+    check_save_time,
     check_schedule,
     check_site,
-    check_unit_files,
     check_vocabulary,
-    checkpoint_bytes,
-    files_per_checkpoint,
+    save_time_warning,
 )
-from longhaul.planning.gpu_memory import Memory, estimate
-from longhaul.planning.input_files import check_files, dataset_files, first_weights_notes, model_config
-from longhaul.planning.parallel_layout import bubble, bubble_warning, check_model, sample_ranks
+from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
+from longhaul.planning.input_files import (
+    changes_of_pretrained_weights,
+    check_files,
+    dataset_files,
+    evaluation_files,
+    model_config,
+)
+from longhaul.planning.parallel_layout import check_model, data_parallel_size, pipeline_bubble, pipeline_bubble_warning
 from longhaul.planning.result_spec import result_spec
-from longhaul.planning.slurm_request import SlurmRequest
-from longhaul.planning.stage_order import check_references, order
+from longhaul.planning.stage_order import sort_stages
 
-# MFU assumed for GPU-hours where nothing was measured yet; DeepSpeed ZeRO runs on H100-class GPUs reach 35-50 %.
+# Assumed MFU for GPU-hours before any measurement. DeepSpeed ZeRO runs on H100-class GPUs reach 35-50 %.
 ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage, worked out. tokens: trained on in all. memory and flops are None until the model's geometry is known."""
+    """The plan of one training stage.
+
+    tokens:        tokens in all steps
+    data_parallel: number of groups of ranks that read different samples
+    accumulation:  micro batches per rank and optimizer step
+    memory, flops, checkpoint_bytes: None until fetch has read the size of a Hub model
+    exported_checkpoints: "last", "best" or none; these checkpoints need reference values
+    spec:          the result spec
+    """
 
     stage: Stage
     steps: int
     tokens: int
     world_size: int
-    data_parallel: int  # ranks that read different samples
+    data_parallel: int
     accumulation: int
-    memory: Memory | None
+    memory: MemoryEstimate | None
     flops: float | None
     files_per_checkpoint: int
     checkpoint_bytes: int | None
-    exportable: tuple[str, ...]
+    exported_checkpoints: tuple[str, ...]
     spec: dict[str, Any]
-    bubble: float
+    pipeline_bubble: float
     warnings: tuple[str, ...]
 
     @property
@@ -70,12 +85,16 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, worked out. `stages` are in an order in which each follows the one it starts from."""
+    """The plan of a run.
+
+    stages:          sorted so that each stage follows the one that it starts from
+    deferred_checks: checks that need the size of a Hub model, which fetch has not read yet
+    """
 
     loaded: LoadedConfig
     lock: Lock | None
     stages: tuple[StagePlan, ...]
-    waiting: tuple[str, ...] = field(default=())
+    deferred_checks: tuple[str, ...] = field(default=())
 
     @property
     def config(self) -> Config:
@@ -89,6 +108,11 @@ class Plan:
     def run(self) -> str:
         return self.config.run
 
+    @property
+    def paths(self) -> RunPaths:
+        """The run's paths, relative to the working folder."""
+        return RunPaths(self.run)
+
     def stage(self, name: str) -> StagePlan:
         return next(stage for stage in self.stages if stage.name == name)
 
@@ -98,26 +122,54 @@ class Plan:
 
     @property
     def used_datasets(self) -> set[str]:
-        """Datasets that a stage trains on, and the parts of mixtures."""
+        """Names of the datasets that a stage trains on, including the datasets in mixtures."""
         trained_on = {stage.stage.dataset for stage in self.stages}
         return trained_on.union(*(self.config.datasets[name].mixture for name in trained_on))
 
     def data_jobs(self, dataset: str) -> int:
-        """Jobs that share out a dataset's units."""
+        """Return the number of encode jobs of a dataset."""
         return self.config.data_jobs.get(dataset, 1)
+
+    def weights_root(self, stage: str) -> Path:
+        """Return the folder of a stage's weights folders."""
+        root = self.config.storage.weights
+        return Path(root) / self.run / stage if root else self.paths.stage(stage).weights
+
+    def shards_root(self, dataset: str) -> Path:
+        """Return the folder of a dataset's shards."""
+        root = self.config.storage.data
+        return Path(root) / self.run / dataset if root else self.paths.shards(dataset)
+
+    def fetched(self, name: str, key: str) -> str | None:
+        """Return what fetch recorded under a key of a source (`tokenizer`, `model`); None until fetch has run."""
+        return self.lock.sources[name][key] if self.lock and name in self.lock.sources else None
+
+    def source_files(self, dataset: str) -> tuple[str, ...]:
+        """Return a dataset's files: the user's own, or those that fetch downloaded; empty until fetch has run."""
+        if self.config.datasets[dataset].files:
+            return tuple(str(path) for path in dataset_files(self.loaded, dataset))
+        source = self.lock.sources.get(dataset) if self.lock else None
+        return tuple(source["files"]) if source else ()
+
+    def rule_inputs(self, dataset: str) -> list[Path]:
+        """Return the inputs of a dataset's rules: the user's files and evaluation files, or a mixture's manifests."""
+        if mixture := self.config.datasets[dataset].mixture:
+            return [self.paths.manifest(part) for part in mixture]
+        own = dataset_files(self.loaded, dataset) if self.config.datasets[dataset].files else []
+        return [*own, *evaluation_files(self.loaded, dataset)]
 
     @cached_property
     def needs_fetch(self) -> bool:
-        """Whether anything comes from the hub or is collected on this machine."""
+        """True if something is downloaded from the Hub or collected on this machine."""
         config = self.config
         pretrained = config.model.pretrained
         sources = [config.tokenizer.hub, pretrained and pretrained.hub]
         return any(sources) or any(d.hub or d.python_stdlib for d in config.datasets.values())
 
     @cached_property
-    def first_weights(self) -> tuple[str, ...]:
-        """How they differ from those in the pretrained folder, in words."""
-        return first_weights_notes(self.loaded, self.lock)
+    def pretrained_changes(self) -> tuple[str, ...]:
+        """Sentences about the changes between the pretrained folder's weights and the start weights."""
+        return changes_of_pretrained_weights(self.loaded, self.lock)
 
     @property
     def check_nodes(self) -> int:
@@ -127,83 +179,77 @@ class Plan:
     def check_gpus_per_node(self) -> int:
         return self.config.checks.gpus_per_node or max(s.stage.gpus_per_node for s in self.stages)
 
-    @property
-    def controller_request(self) -> SlurmRequest:
-        """The allocation of the main Snakemake, where it runs as a job."""
-        return requests.controller_request(self.site)
 
-    def request(self, job: str) -> SlurmRequest:
-        """The allocation of a job, by its name (longhaul.jobs.builders.payload)."""
-        return requests.request(self, job)
+def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
+    """Return the plan of a config. `lock` is what fetch recorded.
 
-
-def lock_path(run: str) -> Path:
-    """Where fetch writes what it pinned, relative to the working folder."""
-    return Path("results") / f"{run}.lock.json"
-
-
-def make_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
-    """Works a config out; UserError names the first thing that cannot work.
-
-    `lock` is what fetch pinned; until it exists the checks that need a hub model's geometry wait (Plan.waiting).
+    Raises:
+        UserError: the first problem that would make the run fail.
     """
     config = loaded.config
-    ordered = order(config)
+    stages = sort_stages(config)
     check_references(config)
     check_files(loaded)
-    check_checks(config, loaded.site)
+    check_job_limits(config, loaded.site)
     model = model_config(loaded, lock)
-    sizes = geometry(model) if model else None
-    if sizes is None:
-        hub = config.model.pretrained.hub if config.model.pretrained else None
-        waiting = (
-            f"model {hub.id if hub else ''}: memory, positions and vocabulary are checked once fetch knows its size",
-        )
-    else:
-        waiting = ()
+    sizes = model_size(model) if model else None
+    if sizes:
         check_vocabulary(config, sizes)
-    stages = tuple(_plan_stage(loaded, stage, sizes, model) for stage in ordered)
-    plan = Plan(loaded, lock, stages, waiting)
+    plan = Plan(
+        loaded,
+        lock,
+        tuple(_plan_stage(loaded, stage, sizes, model) for stage in stages),
+        () if sizes else (_deferred_check(config),),
+    )
     for name in sorted(plan.used_datasets):
         if config.datasets[name].files:
-            sizes_bytes = [path.stat().st_size for path in dataset_files(loaded, name)]
-            check_unit_files(name, config.datasets[name], sizes_bytes, loaded.site)
+            file_sizes = [path.stat().st_size for path in dataset_files(loaded, name)]
+            check_chunk_files(name, config.datasets[name], file_sizes, loaded.site)
     return plan
+
+
+def _deferred_check(config: Config) -> str:
+    hub = config.model.pretrained.hub if config.model.pretrained else None
+    return f"model {hub.id if hub else ''}: memory, positions and vocabulary are checked after fetch has read the model's size"
 
 
 def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, model: dict[str, Any] | None) -> StagePlan:
     world_size = stage.nodes * stage.gpus_per_node
-    ranks = sample_ranks(stage, world_size)
-    exportable = () if stage.export == "none" else (stage.export,)
+    data_parallel = data_parallel_size(stage, world_size)
+    exported_checkpoints = () if stage.export == "none" else (stage.export,)
     tokens_per_step = stage.global_batch_size * stage.sequence_length
     steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
     check_schedule(stage, steps)
     check_precision(stage, loaded.site)
     check_offload(stage, loaded.config.storage)
     check_site(stage, loaded.site)
-    memory = estimate(stage, sizes, world_size) if sizes else None
+    memory = estimate_gpu_memory(stage, sizes, world_size) if sizes else None
     if model and sizes and memory:
         check_model(stage, model)
         check_positions(stage, sizes)
         check_memory(stage, memory, loaded.site)
-    files = files_per_checkpoint(stage, world_size, bool(exportable))
-    check_inodes(stage, files, loaded.site)
-    micro_batches = accumulation(stage, ranks)
+    files = files_per_checkpoint(stage, world_size, bool(exported_checkpoints))
+    check_checkpoint_files(stage, files, loaded.site)
+    micro_batches = accumulation_steps(stage, data_parallel)
     save_bytes = checkpoint_bytes(stage, sizes) if sizes else None
-    warnings = (bubble_warning(stage, micro_batches), check_lead(stage, save_bytes or 0, loaded.site))
+    check_save_time(stage, save_bytes or 0, loaded.site)
+    warnings = (
+        pipeline_bubble_warning(stage, micro_batches),
+        save_time_warning(stage, save_bytes or 0, loaded.site),
+    )
     return StagePlan(
         stage=stage,
         steps=steps,
         tokens=steps * tokens_per_step,
         world_size=world_size,
-        data_parallel=ranks,
+        data_parallel=data_parallel,
         accumulation=micro_batches,
         memory=memory,
         flops=sizes.flops_per_token(stage.sequence_length) * steps * tokens_per_step if sizes else None,
         files_per_checkpoint=files,
         checkpoint_bytes=save_bytes,
-        exportable=exportable,
+        exported_checkpoints=exported_checkpoints,
         spec=result_spec(loaded, stage, steps),
-        bubble=bubble(stage.parallel.pipeline, micro_batches),
+        pipeline_bubble=pipeline_bubble(stage.parallel.pipeline, micro_batches),
         warnings=tuple(warning for warning in warnings if warning),
     )

@@ -1,23 +1,24 @@
-"""The result spec: what a stage's weights depend on."""
+"""Result spec of a stage: everything that its weights depend on."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from longhaul.config.load import LoadedConfig
-from longhaul.config.run_config import Stage
+from longhaul.config.load_config import LoadedConfig
+from longhaul.config.stage_config import Stage
 
 
 def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any]:
-    """What a stage's weights depend on, beside its data and starting checkpoint, whose hashes the job adds.
+    """Return everything that a stage's weights depend on, except its data and starting checkpoint; the job adds their hashes.
 
-    Nodes, layout, ZeRO stage, micro batch and the like are not in it: they change how long the same result takes. What is
-    done at a bad step is not either: a stage that failed at one goes on from its checkpoint under another policy.
-    Written as the config states it, never from the lock: a spec must not change when fetch has run.
+    Nodes, parallel layout, ZeRO stage, micro batch size and similar keys are left out: they change only how long the training
+    takes. The policy for bad steps is left out, too: a stage that failed at a bad step resumes from its checkpoint under a
+    new policy.
+    All values come from the config and none from the lock file, because the spec must not change when fetch has run.
     """
     model = loaded.config.model
     return {
-        "model": model.config_dict() or _pretrained_identity(loaded),
+        "model": model.config_dict() or _pretrained_spec(loaded),
         "seed": loaded.config.seed,
         "kind": stage.kind,
         "dataset": stage.dataset,
@@ -36,8 +37,11 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
     }
 
 
-def _pretrained_identity(loaded: LoadedConfig) -> dict[str, Any]:
-    """A hub model by id and revision; a local one by its files' names and sizes (weights are not hashed at every parse)."""
+def _pretrained_spec(loaded: LoadedConfig) -> dict[str, Any]:
+    """Return id and revision of a Hub model, or names and sizes of a local model's files.
+
+    Weights are not hashed: each parsing of the workflow would have to read them.
+    """
     pretrained = loaded.config.model.pretrained
     if pretrained is None or pretrained.hub:
         return pretrained.model_dump(mode="json") if pretrained else {}

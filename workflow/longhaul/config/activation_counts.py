@@ -1,0 +1,77 @@
+"""Activation counts of a decoder layer, from the keys of a Hugging Face config.
+
+`c` is the config as a dict. All counts are elements per token, not bytes. `sparse` says for each layer whether it has routed
+experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longhaul.config.parameter_counts import expert_counts, has_latent_attention, head_dim
+
+
+def attention_width(c: Mapping[str, Any]) -> int:
+    """Return heads x (key width + value width), which determines the FLOPs of attention."""
+    heads = c["num_attention_heads"]
+    if has_latent_attention(c):
+        return heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
+    return 2 * heads * head_dim(c)
+
+
+def saved_activations(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+    """Return the elements that one layer saves for the backward pass without recomputation, except those inside norms.
+
+    The count follows Korthikanti et al. 2022 (arXiv:2205.05198, section 4), adapted to RMSNorm, SwiGLU and attention without
+    a stored score matrix. It includes 2 norm outputs, q, k, v, the attention output, and gate, up, activation and product. A
+    sparse layer also saves the input and the output of each selected expert.
+    """
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    if has_latent_attention(c):
+        qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+        latents = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
+        attention = heads * (2 * qk + 2 * c["v_head_dim"]) + latents
+    else:
+        attention = 2 * (heads + c["num_key_value_heads"]) * head_dim(c)
+    hidden_copies = 2 + (2 * c["num_experts_per_tok"] if any(sparse) else 0)
+    return hidden_copies * hidden + attention + 4 * _widest_mlp(c, sparse)
+
+
+def repeated_key_values(c: Mapping[str, Any]) -> int:
+    """Return the additional elements if keys and values are repeated for each query head that shares them.
+
+    Latent attention has separate keys and values for each head, so the count is 0.
+    """
+    return 0 if has_latent_attention(c) else 2 * (c["num_attention_heads"] - c["num_key_value_heads"]) * head_dim(c)
+
+
+def normed_elements(c: Mapping[str, Any]) -> int:
+    """Return the elements that pass through norms: a layer's two norms, and those of MLA's compressions or Qwen3's q and k."""
+    if has_latent_attention(c):
+        return 2 * c["hidden_size"] + (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
+    normed_heads = c["num_attention_heads"] + c["num_key_value_heads"] if c["model_type"].startswith("qwen3") else 0
+    return 2 * c["hidden_size"] + normed_heads * head_dim(c)
+
+
+def matmul_results(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+    """Return the elements that matmuls and attention produce, without the two results that are added to the residual stream.
+
+    These are q, k, v, MLA's compressions, the attention output, gate and up. In a sparse layer they include the outputs of the
+    selected experts, which are weighted before they are added.
+    """
+    heads = c["num_attention_heads"]
+    if has_latent_attention(c):
+        qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+        ranks = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
+        attention = ranks + heads * (qk + c["qk_nope_head_dim"] + 2 * c["v_head_dim"])
+    else:
+        attention = 2 * (heads + c["num_key_value_heads"]) * head_dim(c)
+    experts = c["num_experts_per_tok"] * c["hidden_size"] if any(sparse) else 0
+    return attention + 2 * _widest_mlp(c, sparse) + experts
+
+
+def _widest_mlp(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+    """Return the largest inner MLP width that one token uses in a layer, summed over its experts."""
+    experts = c["num_experts_per_tok"] + expert_counts(c)[1] if any(sparse) else 0
+    return max(0 if all(sparse) else c["intermediate_size"], c.get("moe_intermediate_size", 0) * experts)

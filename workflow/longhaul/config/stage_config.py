@@ -1,0 +1,333 @@
+"""Config section `stages`: everything that one training stage needs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from longhaul.config.field_types import (
+    FrozenModel,
+    HardwareCount,
+    Name,
+    NonNegativeInt,
+    PositiveInt,
+    Precision,
+    require_exactly_one,
+)
+
+
+class StartFrom(FrozenModel):
+    """The checkpoint of another stage that this stage starts from."""
+
+    stage: Name = Field(description="Name of the other stage.")
+    checkpoint: Literal["last", "best"] = Field(
+        default="last", description="last: the newest checkpoint. best: the one with the lowest validation loss."
+    )
+
+
+class Optimizer(FrozenModel):
+    """AdamW. Weight decay does not apply to norms, biases and other one-dimensional parameters."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Peak learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="Decay rates of the first and the second moment."
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="Term added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Decoupled weight decay.")
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(
+        default=1.0,
+        description="Maximum global gradient norm; 0 disables clipping. longhaul always writes this key into ds_config.json.",
+    )
+
+
+class Schedule(FrozenModel):
+    """The learning rate as a function of the optimizer step."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        default="cosine",
+        description="Shape after the warm-up. wsd: constant, then a linear decay (warmup-stable-decay).",
+    )
+    warmup_steps: NonNegativeInt = Field(
+        default=0, description="Steps in which the rate rises linearly from 0 to the peak."
+    )
+    decay_steps: NonNegativeInt = Field(
+        default=0, description="kind wsd: length of the linear decay at the end, in steps."
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="Final learning rate divided by the peak learning rate."
+    )
+
+
+class Fp16(FrozenModel):
+    """Loss scaling for precision fp16. The keys have DeepSpeed's names."""
+
+    loss_scale: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Fixed loss scale; 0: dynamic loss scaling."
+    )
+    initial_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
+        default=16, description="The dynamic loss scale starts at 2 to this power."
+    )
+    loss_scale_window: PositiveInt = Field(
+        default=1000, description="Number of steps without overflow after which the scale is doubled."
+    )
+    hysteresis: PositiveInt = Field(default=2, description="Number of overflows after which the scale is halved.")
+    min_loss_scale: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Lower limit of the dynamic loss scale."
+    )
+
+
+class Parallel(FrozenModel):
+    """The parallel layout: how many ranks share one copy of the model. All other parallelism is data parallelism."""
+
+    tensor: PositiveInt = Field(
+        default=1,
+        description="Tensor-parallel ranks. They split attention heads, MLP widths and the vocabulary. Keep them in one node.",
+    )
+    pipeline: PositiveInt = Field(
+        default=1, description="Pipeline ranks. Each holds consecutive decoder layers. Needs ZeRO stage 1."
+    )
+    expert: PositiveInt = Field(
+        default=1, description="Data-parallel ranks that split the routed experts. Needs ZeRO stage 1, 2 or 3."
+    )
+    sequence: PositiveInt = Field(
+        default=1, description="Sequence-parallel ranks (Ulysses). They split the tokens of each sample."
+    )
+
+
+class Zero(FrozenModel):
+    """DeepSpeed's ZeRO. A key with the value null keeps DeepSpeed's own default."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=1,
+        description="ZeRO stage. 0: nothing is partitioned. 1: optimizer states. 2: also gradients. 3: also weights.",
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="Place of the optimizer states. none: GPU. cpu: CPU memory (ZeRO stage 1 or higher). nvme: files below "
+        "storage.scratch on each node (ZeRO stage 3 only).",
+    )
+    offload_param: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="Place of the weights; other values than none need ZeRO stage 3. none: GPU. cpu: CPU memory. nvme: files "
+        "below storage.scratch on each node.",
+    )
+    zero_hpz_partition_size: PositiveInt = Field(
+        default=1,
+        description="ZeRO++ hpZ, ZeRO stage 3 only: number of neighbouring ranks that share a second copy of the weights. The "
+        "backward pass then gathers weights inside a node. 1: no second copy.",
+    )
+    pin_memory: bool = Field(default=True, description="Use pinned CPU memory for offloaded states.")
+    overlap_comm: bool = Field(default=True, description="Overlap gradient reduction with the backward pass.")
+    contiguous_gradients: bool = Field(
+        default=True, description="Copy gradients into one contiguous buffer when they are produced."
+    )
+    reduce_bucket_size: PositiveInt | None = Field(
+        default=None, description="Number of elements in one gradient reduction."
+    )
+    allgather_bucket_size: PositiveInt | None = Field(
+        default=None, description="Number of elements in one all-gather (ZeRO stages 1 and 2)."
+    )
+    stage3_prefetch_bucket_size: PositiveInt | None = Field(
+        default=None, description="Number of elements to prefetch (ZeRO stage 3)."
+    )
+    stage3_param_persistence_threshold: NonNegativeInt | None = Field(
+        default=None, description="Weights with fewer elements than this are not partitioned (ZeRO stage 3)."
+    )
+    stage3_max_live_parameters: PositiveInt | None = Field(
+        default=None,
+        description="Maximum number of gathered elements on a rank, in addition to the layer in use (ZeRO stage 3).",
+    )
+    stage3_max_reuse_distance: NonNegativeInt | None = Field(
+        default=None,
+        description="Gathered weights are kept if they are used again within this many elements (ZeRO stage 3). In a smaller "
+        "model, they are kept until the backward pass.",
+    )
+
+    @property
+    def nvme_keys(self) -> list[str]:
+        """Keys of this section that place something on the nodes' disks."""
+        return [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
+
+
+class PowerSgd(FrozenModel):
+    """Low-rank gradient compression with PowerSGD (arXiv:1905.13727).
+
+    Each gradient matrix is sent as two low-rank matrices. The compression error is added to the next step's gradient.
+    """
+
+    rank: PositiveInt = Field(
+        default=4, description="Rank of the two matrices. A higher rank is more exact and sends more bytes."
+    )
+    start_step: Annotated[int, Field(ge=2)] = Field(
+        default=10, description="Number of steps before compression starts. Use at least the number of warm-up steps."
+    )
+
+
+class Communication(FrozenModel):
+    """Gradient reduction between data-parallel ranks.
+
+    These keys change the training result. If one of them changes, the stage is trained again in a new weights folder.
+    """
+
+    data_type: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None,
+        description="Precision of the gradient reduction; null: the stage's precision. Data parallelism only.",
+    )
+    powersgd: PowerSgd | None = Field(
+        default=None,
+        description="Compress gradients. Data parallelism with ZeRO stage 0 or 1 only. zero.overlap_comm has then no effect.",
+    )
+
+
+class CheckpointSettings(FrozenModel):
+    """When checkpoints are saved, and which are kept. A checkpoint that another stage or an export needs is always kept."""
+
+    every_steps: PositiveInt = Field(
+        default=100, description="Steps between two checkpoints. The last step is always saved."
+    )
+    keep_last: PositiveInt = Field(default=2, description="Number of newest checkpoints to keep.")
+    keep_best: NonNegativeInt = Field(
+        default=1, description="Number of checkpoints with the lowest validation loss to keep."
+    )
+
+
+class Validation(FrozenModel):
+    """Validation on the held-out documents."""
+
+    every_steps: PositiveInt = Field(
+        default=100, description="Steps between two validations. The last step is always followed by one."
+    )
+    max_samples: PositiveInt = Field(
+        default=256, description="Maximum number of validation samples. Every validation uses the same samples."
+    )
+
+
+class BadSteps(FrozenModel):
+    """Reaction to a bad step: the loss or the gradient norm is not finite, or the loss is a spike.
+
+    A bad step never changes weights, and events.jsonl records it. A skipped batch stays skipped: the weights equal those of a
+    run without bad steps that lists the same batches in skip_batches.
+    """
+
+    policy: Literal["stop", "skip", "roll_back"] = Field(
+        default="stop",
+        description="stop: the stage fails. skip: skip the batch and continue. roll_back: return to the last checkpoint and "
+        "skip the batches since then.",
+    )
+    limit: PositiveInt = Field(
+        default=3,
+        description="skip: allowed number of consecutive bad steps. roll_back: allowed number of returns without a new "
+        "checkpoint. One more makes the stage fail.",
+    )
+    window_batches: PositiveInt | None = Field(
+        default=None,
+        description="roll_back: skip only this many batches, of which the bad batch is the last; null: all since the checkpoint.",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="A loss is a spike if it exceeds this factor times the median of the last 64 losses; null: no check.",
+    )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> BadSteps:
+        if self.window_batches and self.policy != "roll_back":
+            raise ValueError(
+                f"window_batches {self.window_batches} has no effect with policy {self.policy}; remove it, or use roll_back"
+            )
+        return self
+
+
+class Recovery(FrozenModel):
+    """Detection of faults, and the reaction to them."""
+
+    max_restarts: NonNegativeInt = Field(
+        default=3,
+        description="Number of restarts in the same allocation after crashes without a new checkpoint in between.",
+    )
+    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="A rank without a heartbeat for this long is treated as hung or dead."
+    )
+    collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=1800.0, description="A collective that takes longer than this fails, and the attempt ends."
+    )
+    stop_margin_s: Annotated[float, Field(ge=0)] = Field(
+        default=60.0,
+        description="Reserve before the end of an allocation. The trainer adds the measured time of one checkpoint, one "
+        "validation and two steps.",
+    )
+    straggler_threshold: Annotated[float, Field(gt=0)] = Field(
+        default=0.5,
+        description="A rank is reported if it is slower than the median of the other ranks by this fraction in three "
+        "consecutive measurements.",
+    )
+
+
+class Stage(FrozenModel):
+    """One training stage."""
+
+    name: Name = Field(description="Name of the stage. It is used in folder names and job names.")
+    kind: Literal["pretrain", "sft"] = Field(
+        description="pretrain: loss on every token. sft: loss on the assistant's tokens."
+    )
+    dataset: Name = Field(description="Name of a dataset: kind text for pretrain, kind chat for sft.")
+    start_from: StartFrom | None = Field(
+        default=None, alias="from", description="Another stage to start from; null: start from `model`."
+    )
+    steps: PositiveInt | None = Field(
+        default=None, description="Number of optimizer steps. Set exactly one of steps and tokens."
+    )
+    tokens: PositiveInt | None = Field(
+        default=None, description="Number of tokens to train on, rounded up to whole steps."
+    )
+    global_batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
+    micro_batch_size: PositiveInt = Field(default=1, description="Samples per rank and forward pass.")
+    sequence_length: Annotated[int, Field(ge=8)] = Field(description="Tokens per sample.")
+    optimizer: Optimizer = Field(default=Optimizer(), description="AdamW settings.")
+    schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
+    precision: Precision = Field(
+        default="bf16", description="Compute precision. With ZeRO stage 1 or higher, master weights are fp32."
+    )
+    fp16: Fp16 = Field(default=Fp16(), description="Loss scaling for precision fp16.")
+    nodes: HardwareCount = Field(default=1, description="Number of nodes.")
+    gpus_per_node: HardwareCount = Field(
+        default=1, description="Ranks per node. Each rank uses one GPU; on a site without GPUs it is a CPU process."
+    )
+    parallel: Parallel = Field(default=Parallel(), description="Parallel layout.")
+    zero: Zero = Field(default=Zero(), description="ZeRO and offload.")
+    communication: Communication = Field(default=Communication(), description="Gradient reduction.")
+    router_bias_update_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="Load balancing without auxiliary loss, as in DeepSeek V3: change of each expert's bias per step; 0: off.",
+    )
+    sequence_aux_loss_coef: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Coefficient of the sequence-wise auxiliary loss that balances experts; 0: off. DeepSeek V3 used 0.0001.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
+        default="none",
+        description="Operations that a decoder layer recomputes in the backward pass. selective: all except matmuls and "
+        "attention. full: the whole layer, from its input. offload: as full, with the input kept in CPU memory.",
+    )
+    checkpoints: CheckpointSettings = Field(default=CheckpointSettings(), description="When to save, and what to keep.")
+    validation: Validation = Field(default=Validation(), description="Validation during training.")
+    bad_steps: BadSteps = Field(default=BadSteps(), description="Reaction to NaN, infinity and loss spikes.")
+    skip_batches: tuple[NonNegativeInt, ...] = Field(
+        default=(),
+        description="Global batches to skip, counted from 0. A stage that has already trained on one of them refuses to start.",
+    )
+    recovery: Recovery = Field(default=Recovery(), description="Detection of faults and restarts.")
+    export: Literal["none", "last", "best"] = Field(
+        default="none", description="Checkpoint to export as a Hugging Face folder."
+    )
+    export_dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Precision of the exported weights.")
+    minutes: PositiveInt = Field(default=60, description="Time limit of one allocation, in minutes.")
+    restart: bool = Field(
+        default=False,
+        description="Allow training from the start, in a new weights folder, if the number of steps of a decaying schedule "
+        "changes.",
+    )
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Stage:
+        return require_exactly_one(self, "steps", "tokens")

@@ -1,0 +1,90 @@
+"""Conversion of pydantic's validation errors to messages that name the key, the value and the expected value."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from longhaul.config.field_types import PATTERN_DESCRIPTIONS
+
+# DeepSpeed keys that users may copy from elsewhere, and the features that they enable.
+_UNSUPPORTED_KEYS = {
+    "zero_quantized_weights": "ZeRO++ quantized weights (qwZ)",
+    "zero_quantized_gradients": "ZeRO++ quantized gradients (qgZ)",
+    "zenflow": "ZenFlow",
+}
+
+
+def validation_message(path: Path, model: type[BaseModel], error: ValidationError) -> str:
+    """Return one line per problem of the file `path`, which was read into `model`."""
+    problems = error.errors(include_url=False)
+    # pydantic counts only valid items, so it also reports a list with an invalid item as too short. Leave that problem out.
+    shown = [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
+    ]
+    return "\n".join(f"{path}: {_problem_text(model, problem)}" for problem in shown)
+
+
+def _problem_text(model: type[BaseModel], problem: ErrorDetails) -> str:
+    location, kind = problem["loc"], problem["type"]
+    where = ".".join(str(part) for part in location) or "the file"
+    if kind == "extra_forbidden":
+        if feature := _UNSUPPORTED_KEYS.get(str(location[-1])):
+            return f"{where}: {feature} is not supported; remove the key"
+        return f"{where} is not a known key{_suggestion(str(location[-1]), _keys_at(model, location[:-1]))}"
+    if kind == "missing":
+        return f"{where} is missing"
+    context = problem.get("ctx", {})
+    if kind == "string_pattern_mismatch" and (description := PATTERN_DESCRIPTIONS.get(context["pattern"])):
+        return f"{where} is {shortened(problem['input'])}; expected: {description}"
+    text = re.sub(
+        r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)|(?<= item) after validation",
+        "",
+        problem["msg"],
+    )
+    return (
+        f"{where}: {text}" if kind == "value_error" else f"{where} is {shortened(problem['input'])}; expected: {text}"
+    )
+
+
+def _suggestion(word: str, keys: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, keys, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(keys)}"
+
+
+def shortened(value: Any, limit: int = 80) -> str:
+    """Return repr(value), cut after `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the section at `location`. The path leads through nested models, lists and dictionaries."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if field is not None:
+            model = next(_models_in(field.annotation), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models in a type annotation, which may be a union, a list or a dictionary of them."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

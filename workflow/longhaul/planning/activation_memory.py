@@ -1,0 +1,60 @@
+"""Memory of activations, attention masks and logits on one rank."""
+
+from __future__ import annotations
+
+from longhaul.config.model_size import ModelSize
+from longhaul.config.stage_config import Stage
+from longhaul.planning.trainer_constants import COMPUTE_BYTES, LOSS_CHUNK_TOKENS
+
+
+def activation_bytes(stage: Stage, sizes: ModelSize) -> tuple[int, int]:
+    """Return the bytes (on the GPU, on the host) that layers save for the backward pass.
+
+    They include all activations of the one layer that is being recomputed.
+    """
+    parallel, width = stage.parallel, COMPUTE_BYTES[stage.precision]
+    tokens = stage.micro_batch_size * stage.sequence_length // parallel.sequence
+    # The first rank of a 1F1B pipeline holds one micro batch per pipeline rank, each for its own layers.
+    layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
+    # A norm saves its input in fp32 and the normalized value in compute precision. Tensor parallelism does not split norms.
+    norms = sizes.normed_elements * tokens * (4 + width)
+    saved = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage) else 0)
+    whole_layer = saved // parallel.tensor * tokens * width + norms
+    layer_input = sizes.hidden_size * tokens * width
+    if stage.activation_checkpointing == "none":
+        return layers * whole_layer, 0
+    if stage.activation_checkpointing == "offload":
+        # Two inputs are on the GPU: that of the layer being recomputed, and the next one, which is copied back meanwhile.
+        return 2 * layer_input + whole_layer, layers * layer_input
+    matmul_results = 2 * layer_input + sizes.matmul_results // parallel.tensor * tokens * width
+    kept = layer_input + (matmul_results if stage.activation_checkpointing == "selective" else 0)
+    return layers * kept + whole_layer, 0
+
+
+def _repeats_key_values(stage: Stage) -> bool:
+    """Return True if attention repeats shared key and value heads: the kernel without copies allows neither mask nor fp32."""
+    return stage.kind == "sft" or stage.precision == "fp32"
+
+
+def attention_mask_bytes(stage: Stage) -> int:
+    """Return the bytes of the mask that separates packed conversations: a boolean per pair of positions, and the added bias."""
+    pairs = stage.micro_batch_size * stage.sequence_length**2
+    return pairs * (1 + COMPUTE_BYTES[stage.precision]) if stage.kind == "sft" else 0
+
+
+def logits_bytes(stage: Stage, sizes: ModelSize) -> int:
+    """Return the bytes of one chunk's logits and of the output head's two gradients, which the forward pass computes.
+
+    A chunk has its logits in compute precision and in fp32, and their softmax. With several chunks, the gradient of the head's
+    weight is summed in fp32. Each chunk's product, and finally the sum, also exist in compute precision; by then the fp32
+    logits are freed.
+    """
+    tokens = stage.micro_batch_size * stage.sequence_length // stage.parallel.sequence
+    width = COMPUTE_BYTES[stage.precision]
+    vocabulary = sizes.vocab_size // stage.parallel.tensor
+    rows = min(tokens, LOSS_CHUNK_TOKENS)
+    chunk = rows * vocabulary * (8 if width == 4 else width + 8)
+    weight = vocabulary * sizes.hidden_size
+    if width == 4 or tokens <= LOSS_CHUNK_TOKENS:
+        return chunk + (tokens * sizes.hidden_size + weight) * width
+    return max(chunk, rows * vocabulary * width + weight * width) + 4 * weight + tokens * sizes.hidden_size * width

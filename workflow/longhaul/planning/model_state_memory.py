@@ -1,0 +1,124 @@
+"""Memory of weights, gradients and optimizer states, and of the buffers that move them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longhaul.config.model_size import ModelSize
+from longhaul.config.stage_config import Stage
+from longhaul.planning.trainer_constants import (
+    COMPUTE_BYTES,
+    POWERSGD_BUCKET_ELEMENTS,
+    SWAP_OPTIMIZER_BUFFERS,
+    SWAP_PARAM_BUFFERS,
+    SWAP_SUB_GROUP_ELEMENTS,
+    swap_param_buffer_elements,
+)
+
+# DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters and sub_group_size.
+_DEFAULT_REDUCE_BUCKET = 500_000_000
+_DEFAULT_MAX_LIVE_PARAMETERS = 1_000_000_000
+_DEFAULT_SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes of the model states of one rank: on the GPU (weights, gradients, optimizer), in CPU memory (host) and on disk."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int
+    disk: int
+
+    def __add__(self, other: ModelStates) -> ModelStates:
+        return ModelStates(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+            self.host + other.host,
+            self.disk + other.disk,
+        )
+
+
+def model_states(stage: Stage, parameters: int, ranks: int) -> ModelStates:
+    """Return the model states for `parameters` parameters that ZeRO partitions over `ranks` ranks.
+
+    With ZeRO stage 1 or higher, the optimizer has fp32 master weights and two moments: 12 bytes per parameter.
+    """
+    zero, width = stage.zero, COMPUTE_BYTES[stage.precision]
+    weights = width * parameters // (ranks if zero.stage == 3 else 1)
+    if zero.zero_hpz_partition_size > 1:
+        # The second copy of hpZ exists all the time (ds_secondary_tensor).
+        weights += width * parameters // zero.zero_hpz_partition_size
+    gradients = width * parameters // (ranks if zero.stage >= 2 else 1)
+    optimizer = 12 * parameters // ranks if zero.stage >= 1 else 8 * parameters
+    host = disk = 0
+    if zero.offload_optimizer == "cpu":
+        # DeepSpeed copies the gradients to the host in fp32, one bucket after the other.
+        host, optimizer, gradients = optimizer + 4 * parameters // ranks, 0, 0
+    if zero.offload_optimizer == "nvme":
+        # The partition's gradients stay on the host until all are complete. They are written to disk in fp32.
+        host, disk, optimizer, gradients = gradients, optimizer + 4 * parameters // ranks, 0, 0
+    if zero.offload_param == "cpu":
+        host, weights = host + weights, 0
+    if zero.offload_param == "nvme":
+        disk, weights = disk + weights, 0
+    return ModelStates(weights, gradients, optimizer, host, disk)
+
+
+def swap_buffer_bytes(stage: Stage, sizes: ModelSize, partition: int, ranks: int) -> int:
+    """Return the bytes of locked buffers for states on disk; `partition` is the number of this rank's elements.
+
+    A sub-group is complete with the parameter that exceeds its size, so it can be larger by one parameter's partition.
+    """
+    offload = stage.zero
+    size = SWAP_SUB_GROUP_ELEMENTS if offload.offload_optimizer == "nvme" else _DEFAULT_SUB_GROUP
+    sub_group = min(partition, size + max(sizes.embedding, sizes.largest_layer) // ranks)
+    total = 0
+    if offload.offload_optimizer == "nvme":
+        total += 4 * SWAP_OPTIMIZER_BUFFERS * sub_group
+    if offload.offload_param == "nvme":
+        # Buffers for the passes, and the weights of one sub-group after its update.
+        elements = SWAP_PARAM_BUFFERS * swap_param_buffer_elements(sizes, ranks) + sub_group
+        total += COMPUTE_BYTES[stage.precision] * elements
+    return total
+
+
+def optimizer_step_bytes(stage: Stage, parameters: int, ranks: int) -> int:
+    """Return the additional bytes of the optimizer step: a flat copy of the partition's gradients, and its fp32 copy."""
+    if stage.zero.stage == 0 or stage.zero.offload_optimizer != "none":
+        return 0
+    width = COMPUTE_BYTES[stage.precision]
+    return (width + (0 if width == 4 else 4)) * parameters // ranks
+
+
+def gathered_weight_bytes(stage: Stage, sizes: ModelSize, ranks: int, parameters: int) -> int:
+    """Return the bytes of weights that ZeRO-3 has gathered; `parameters` is the number in this rank's part of the model.
+
+    ZeRO-3 always gathers the layer in use. Tensor and expert parallelism make this layer smaller. It also keeps and prefetches
+    up to stage3_max_live_parameters elements. Weights on disk are neither kept nor prefetched (planning/deepspeed_config.py).
+    With a single rank, the partition is the whole tensor, and it is only copied if it is not on the GPU.
+    """
+    zero, parallel = stage.zero, stage.parallel
+    if zero.stage < 3 or (ranks == 1 and zero.offload_param == "none"):
+        return 0
+    experts = sizes.routed_experts_per_layer // parallel.expert
+    split = sizes.largest_layer - sizes.routed_experts_per_layer + experts - sizes.unsplit_per_layer
+    layer = sizes.unsplit_per_layer + split // parallel.tensor
+    max_live = zero.stage3_max_live_parameters or _DEFAULT_MAX_LIVE_PARAMETERS
+    kept = 0 if zero.offload_param == "nvme" else min(parameters, max_live)
+    return COMPUTE_BYTES[stage.precision] * max(layer, kept)
+
+
+def gradient_bucket_bytes(stage: Stage, parameters: int) -> int:
+    """Return the bytes of the buffers for gradient reduction."""
+    if stage.communication.powersgd:
+        # All in fp32: the compression error of all gradients before and after the step; one bucket's gradients and their copy.
+        return 4 * (2 * parameters + 2 * min(POWERSGD_BUCKET_ELEMENTS, parameters))
+    zero = stage.zero
+    if zero.stage == 0 or not zero.contiguous_gradients:
+        return 0
+    # With overlap there are two: one is filled while the other is reduced. ZeRO-3 takes gradients out at once and has one.
+    count = 2 if zero.stage < 3 and zero.overlap_comm else 1
+    return count * COMPUTE_BYTES[stage.precision] * (zero.reduce_bucket_size or _DEFAULT_REDUCE_BUCKET)
