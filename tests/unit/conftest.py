@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TRAINING = Path(__file__).parents[1] / "support" / "zero_training.py"
+TRAINING = Path(__file__).parents[1] / "support" / "train_zero_checkpoints.py"
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="session")
 def zero_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the checkpoints of zero_training.py: every case, trained by real DeepSpeed over gloo."""
+    """Folder of the checkpoints of train_zero_checkpoints.py: every case, trained by real DeepSpeed over gloo."""
     folder = tmp_path_factory.mktemp("zero_checkpoints")
     for world_size in (1, 2):
         _train(folder, world_size)

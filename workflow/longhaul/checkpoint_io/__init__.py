@@ -1,8 +1,12 @@
-"""Reads the master weights and Adam's moments of a DeepSpeed checkpoint, one tensor at a time; nothing of its files runs."""
+"""Reads the master weights and Adam's moments of a DeepSpeed checkpoint, one tensor at a time; no code of its files runs.
+
+open_checkpoint.py is the entry. zero_checkpoint.py reads checkpoints of whole models, sliced_checkpoint.py those of sliced
+models (tensor, pipeline or expert parallelism).
+"""
 
 from longhaul.checkpoint_io.lazy_tensors import LazyTensor, raw_bytes
+from longhaul.checkpoint_io.open_checkpoint import OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.checkpoint_io.safetensors_reader import DTYPE_NAMES, open_safetensors
-from longhaul.checkpoint_io.zero_files import OptimizerState, open_master_weights, open_optimizer_state
 
 __all__ = [
     "DTYPE_NAMES",

@@ -1,4 +1,4 @@
-"""The tensors of safetensors files, read where they lie and not mapped: pages of a mapping count as this process' memory."""
+"""Opens the tensors of safetensors files without mapping them: the pages of a mapping count as memory of the process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from longhaul.checkpoint_io.lazy_tensors import LazyTensor, Piece, lazy
-from longhaul.config.pretrained_format import safetensors_header
+from longhaul.checkpoint_io.lazy_tensors import FileRange, LazyTensor, lazy_tensor
+from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
 
 DTYPE_NAMES = {
@@ -24,14 +24,14 @@ DTYPE_NAMES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_HINT = "the file was cut short or altered: copy it again"
+_HINT = "the file is truncated or altered: copy it again"
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file, unread.
+    """Return the tensors of a file by name; only the header is read.
 
     Raises:
-        UserError: the file is damaged, or holds a type that is not known here.
+        UserError: the file is damaged, or it holds a dtype that is missing in DTYPE_NAMES.
     """
     header, start = safetensors_header(path)
     return {name: _tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
@@ -39,10 +39,12 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> LazyTensor:
     if entry["dtype"] not in DTYPE_NAMES:
-        raise UserError(f"{path}: {name} has type {entry['dtype']}", f"use one of {', '.join(DTYPE_NAMES)}")
+        raise UserError(
+            f"{path}: {name} has type {entry['dtype']}, which is not supported", f"use one of {', '.join(DTYPE_NAMES)}"
+        )
     dtype = DTYPE_NAMES[entry["dtype"]]
     begin, end = entry["data_offsets"]
-    tensor = lazy(entry["shape"], (Piece(path, start + begin, (end - begin) // dtype.itemsize, dtype),))
+    tensor = lazy_tensor(entry["shape"], (FileRange(path, start + begin, (end - begin) // dtype.itemsize, dtype),))
     if tensor.numel * dtype.itemsize != end - begin or start + end > path.stat().st_size:
         raise UserError(f"{path}: {name} does not have the {tensor.numel} elements of its shape", _HINT)
     return tensor

@@ -1,7 +1,8 @@
-"""A `torch.save` file as a tree of Python values whose tensors stay on disk.
+"""Reads a `torch.save` file as a tree of Python values whose tensors stay on disk; no code of the file runs.
 
-The file is a zip of stored (uncompressed) members: `data.pkl` and one member per storage, `data/<key>`. The pickle names
-the storages by key, so it can be walked without reading them. https://pytorch.org/docs/stable/notes/serialization.html
+The file is a zip of stored (uncompressed) members: `data.pkl`, and one member `data/<key>` for each storage. The pickle
+refers to storages by key, so the tree is built without reading them.
+Source of the format: https://pytorch.org/docs/stable/notes/serialization.html
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from longhaul.errors import UserError
 
 LOCAL_HEADER_BYTES = 30
+"""Size of the fixed part of a zip member's local header (APPNOTE.TXT, section 4.3.7)."""
 STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -37,7 +39,7 @@ STORAGE_DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a contiguous tensor's elements lie: `numel` elements of `dtype` from byte `offset_bytes` of `path`."""
+    """A contiguous tensor in a file: `numel` elements of `dtype`, which start at byte `offset_bytes` of `path`."""
 
     path: Path
     offset_bytes: int
@@ -46,13 +48,14 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
-class Inert:
-    """Stands in for every class or function of a pickle that is not a plain container: it does nothing."""
+class InertObject:
+    """A harmless replacement for each class or function of a pickle that is not a plain container."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+    def __new__(cls, *args: Any, **kwargs: Any) -> InertObject:
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +68,7 @@ class Inert:
 
 
 class _Dict(dict):
-    """Stands in for OrderedDict: attributes that a pickle would set on it, over its methods even, are ignored."""
+    """A replacement for OrderedDict that ignores attributes: a pickle could set attributes that replace its methods."""
 
     __slots__ = ()
 
@@ -85,7 +88,7 @@ class _Storage:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds containers, numbers, strings and StoredTensors; nothing is imported and no code of the file's choice runs."""
+    """Builds containers, numbers, strings and StoredTensors; it imports nothing and calls nothing that the file chooses."""
 
     def __init__(self, archive: _Archive) -> None:
         instructions = archive.pickle_bytes()
@@ -96,10 +99,14 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name == "torch" and global_name in STORAGE_DTYPES:
             return _StorageType(STORAGE_DTYPES[global_name])
-        return self._allowed().get((module_name, global_name), Inert)
+        return self._allowed().get((module_name, global_name), InertObject)
 
     def _allowed(self) -> dict[tuple[str, str], Any]:
-        """Made anew for each use: a pickle may set attributes of functions, and these go with it."""
+        """Return the replacements of the globals that a pickle of torch.save may name.
+
+        The names with an underscore are part of the file format: torch.save writes them into each file.
+        Every call returns new functions, because a pickle can set attributes of a function.
+        """
 
         def tensor(*arguments: Any) -> Any:
             return self._tensor(*arguments)
@@ -107,7 +114,7 @@ class _Unpickler(pickle.Unpickler):
         return {
             ("torch._utils", "_rebuild_tensor_v2"): tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch._tensor", "_rebuild_from_type_v2"): lambda make, _type, args, _state: make(*args),
+            ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, _type, args, _state: rebuild(*args),
             ("torch", "Size"): tuple,
             ("collections", "OrderedDict"): _Dict,
             ("builtins", "set"): set,
@@ -116,23 +123,23 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         kind, storage_type, key = pid[:3]
         if kind != "storage" or not isinstance(storage_type, _StorageType):
-            return Inert()
+            return InertObject()
         return _Storage(key, storage_type.dtype)
 
     def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> Any:
         if not isinstance(storage, _Storage):
-            return Inert()
+            return InertObject()
         return self._archive.tensor(storage, offset, tuple(shape), tuple(stride))
 
 
 class _Archive:
-    """Byte positions of the members of one torch.save file."""
+    """The byte positions of the members of one torch.save file."""
 
     def __init__(self, path: Path, members: zipfile.ZipFile) -> None:
         self._path, self._members = path, members
         names = [name for name in members.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
-            raise zipfile.BadZipFile(f"it has {len(names)} data.pkl members")
+            raise zipfile.BadZipFile(f"it has {len(names)} data.pkl members instead of 1")
         self._prefix = names[0].removesuffix("data.pkl")
         byteorder = f"{self._prefix}byteorder"
         if byteorder in members.namelist() and members.read(byteorder) != b"little":
@@ -142,18 +149,18 @@ class _Archive:
         return self._members.read(self._stored_member(f"{self._prefix}data.pkl"))
 
     def _stored_member(self, name: str) -> zipfile.ZipInfo:
-        """A member that is as large in the file as it says."""
+        """Return a member; refuse a compressed one, whose size after decompression has no limit."""
         member = self._members.getinfo(name)
         if member.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"member {member.filename} is compressed")
         return member
 
     def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
-        """A StoredTensor; Inert when the tensor is not contiguous (no weight DeepSpeed saves is)."""
+        """Return a StoredTensor, or an InertObject for a tensor that is not contiguous: DeepSpeed saves no such weights."""
         if not all(type(size) is int and size >= 0 for size in (offset, *shape)):
             raise pickle.UnpicklingError(f"a tensor has offset {offset!r} and shape {shape!r}")
         if stride != _contiguous_stride(shape) and math.prod(shape) > 1:
-            return Inert()
+            return InertObject()
         start, size = self._span(storage.key)
         tensor = StoredTensor(self._path, start + offset * storage.dtype.itemsize, storage.dtype, shape)
         if offset + tensor.numel > size // storage.dtype.itemsize:
@@ -174,23 +181,25 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_memo(instructions: bytes) -> None:
-    """An unpickler makes as much room for remembered values as the largest index that the file names."""
+    """Refuse a memo index beyond the size of the pickle: the unpickler allocates its memo up to the largest index."""
     for instruction, argument, _ in pickletools.genops(instructions):
         if instruction.name in ("PUT", "LONG_BINPUT") and not 0 <= (argument or 0) < len(instructions):
-            raise pickle.UnpicklingError(f"its memo is to hold {argument} values, more than its pickle has bytes")
+            raise pickle.UnpicklingError(
+                f"its memo index {argument} exceeds the {len(instructions)} bytes of its pickle"
+            )
 
 
 def read_archive(path: Path) -> Any:
-    """The object that was saved, with StoredTensors for tensors and Inert for anything that is not plain data.
+    """Return the saved object, with a StoredTensor for each tensor and an InertObject for everything but plain data.
 
     Raises:
-        UserError: the file is missing, truncated or no `torch.save` zip.
+        UserError: the file is missing, truncated or not a `torch.save` zip.
     """
     try:
         with zipfile.ZipFile(path) as members:
             return _Unpickler(_Archive(path, members)).load()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "the checkpoint is not complete: use another one") from None
+        raise UserError(f"{path} does not exist", "the checkpoint is incomplete: use another checkpoint") from None
     except (
         zipfile.BadZipFile,
         pickle.UnpicklingError,
@@ -203,5 +212,5 @@ def read_archive(path: Path) -> Any:
         TypeError,
         struct.error,
     ) as error:
-        hint = "the file was cut short or altered: use another checkpoint"
+        hint = "the file is truncated or altered: use another checkpoint"
         raise UserError(f"{path} is not a readable torch checkpoint: {error}", hint) from None

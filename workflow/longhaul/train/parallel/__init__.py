@@ -1,5 +1,5 @@
-"""How one copy of the model is spread over ranks, one module an axis; DeepSpeed sees smaller tensors and fewer data ranks.
+"""Spreads one copy of the model over ranks; there is one module for each parallel axis.
 
-Every axis works on the Hugging Face network itself: it replaces parameters by their local part (shards.py) and wraps the
-few modules at whose edges ranks must talk.
+Every axis works on the Hugging Face model itself. It replaces parameters by the rank's slice (sliced_parameters.py) and
+adds communication to the few modules that need it. DeepSpeed sees smaller tensors and fewer data-parallel ranks.
 """

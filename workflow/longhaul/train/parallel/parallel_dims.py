@@ -1,4 +1,4 @@
-"""The ranks of a layout on their axes, and the process groups along them."""
+"""The sizes of the parallel axes, a rank's position on each of them, and the process groups along them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from longhaul.config.run_config import Parallel
+from longhaul.config.stage_config import Parallel
+
+GROUP_AXES = ("tensor", "sequence", "expert", "expert_data", "data", "model")
+"""The axes that have process groups.
+
+expert_data: ranks that hold the same experts and other samples; they average the gradients of these experts
+model:       the tensor and pipeline ranks that together hold one copy of the model
+"""
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """This rank's place. rank = (stage · data + replica) · tensor + tensor rank: tensor ranks are neighbours, in one node.
+    """The position of one rank.
 
-    `data` counts DeepSpeed's data-parallel ranks, each of which holds a gradient of its own. `sequence` neighbours
-    among them share their samples and split the tokens; `expert` neighbours among them split the experts.
-    Groups are None along an axis of size 1.
+    rank = (pipeline rank x data + data rank) x tensor + tensor rank: the ranks of a tensor group are neighbours on one node.
+    `data` is the number of DeepSpeed's data-parallel ranks; each of them has its own gradient. Among them, `sequence`
+    neighbours share their samples and divide the tokens; `expert` neighbours divide the experts.
+
+    groups: axis of GROUP_AXES -> process group; empty if the layout has data parallelism only
     """
 
     rank: int
@@ -27,56 +36,64 @@ class ParallelDims:
 
     @property
     def data(self) -> int:
+        """Number of data-parallel ranks."""
         return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def tensor_rank(self) -> int:
+        """Position among the ranks that divide each tensor."""
         return self.rank % self.parallel.tensor
 
     @property
     def data_rank(self) -> int:
+        """Position among the data-parallel ranks."""
         return self.rank // self.parallel.tensor % self.data
 
     @property
-    def stage(self) -> int:
+    def pipeline_rank(self) -> int:
+        """Position in the pipeline; 0 holds the embedding."""
         return self.rank // (self.parallel.tensor * self.data)
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.stage == self.parallel.pipeline - 1
+    def is_last_pipeline_rank(self) -> bool:
+        """True on the ranks that hold the final norm and the head."""
+        return self.pipeline_rank == self.parallel.pipeline - 1
 
     @property
     def expert_rank(self) -> int:
+        """Position among the data-parallel ranks that divide the experts."""
         return self.data_rank % self.parallel.expert
 
     @property
     def sequence_rank(self) -> int:
+        """Position among the data-parallel ranks that divide the tokens of a sample."""
         return self.data_rank % self.parallel.sequence
 
     @property
     def sample_rank(self) -> int:
-        """Which share of a global batch's samples this rank reads."""
+        """Index of the part of a global batch's samples that this rank reads."""
         return self.data_rank // self.parallel.sequence
 
     @property
     def counts_samples(self) -> bool:
-        """True on one of the ranks that read the same samples."""
-        return self.tensor_rank == self.stage == self.sequence_rank == 0
+        """True on exactly one of the ranks that read the same samples."""
+        return self.tensor_rank == self.pipeline_rank == self.sequence_rank == 0
 
     @property
     def model_rank(self) -> int:
-        """DeepSpeed's mp_rank: which part of the model, of all tensor ranks of all stages."""
-        return self.stage * self.parallel.tensor + self.tensor_rank
+        """DeepSpeed's mp_rank: the position among all tensor and pipeline ranks of one copy of the model."""
+        return self.pipeline_rank * self.parallel.tensor + self.tensor_rank
 
     @property
-    def is_split(self) -> bool:
-        """Whether a rank holds less than the whole model, beside what ZeRO partitions."""
+    def is_sliced(self) -> bool:
+        """True if tensor, pipeline or expert parallelism leaves a rank less than the whole model. ZeRO does not count."""
         return max(self.parallel.tensor, self.parallel.pipeline, self.parallel.expert) > 1
 
     def group(self, axis: str) -> Any:
+        """Return this rank's process group along an axis of GROUP_AXES, or None if there are no groups."""
         return self.groups.get(axis)
 
-    # What DeepSpeed asks of a model-parallel unit (`mpu`).
+    # The methods that DeepSpeed calls on `mpu`, the model parallelism unit of deepspeed.initialize.
 
     def get_model_parallel_rank(self) -> int:
         return self.model_rank
@@ -106,39 +123,39 @@ class ParallelDims:
         return self.group("data")
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return next(line for line in _lines(self.parallel, self.world_size, "data") if self.rank in line)
+        return next(ranks for ranks in _rank_groups(self.parallel, self.world_size, "data") if self.rank in ranks)
 
 
-def make_parallel_dims(parallel: Parallel, rank: int, world_size: int) -> ParallelDims:
-    """Opens the groups of every axis that has several ranks; all ranks of the job call it."""
+def build_parallel_dims(parallel: Parallel, rank: int, world_size: int) -> ParallelDims:
+    """Create the process groups of every axis and return this rank's position. All ranks of the job must call it."""
     dims = ParallelDims(rank, world_size, parallel)
     if parallel == Parallel():
         return dims
-    for axis in ("tensor", "sequence", "expert", "expert_data", "data", "model"):
-        for line in _lines(parallel, world_size, axis):
-            # A group of one is needed too: DeepSpeed reduces over it.
-            group = dist.new_group(line)
-            if rank in line:
+    for axis in GROUP_AXES:
+        for ranks in _rank_groups(parallel, world_size, axis):
+            # DeepSpeed reduces over groups of one rank too, so these are created as well.
+            group = dist.new_group(ranks)
+            if rank in ranks:
                 dims.groups[axis] = group
     return dims
 
 
-def _lines(parallel: Parallel, world_size: int, axis: str) -> Iterable[list[int]]:
-    """Every set of ranks that differ along one axis only, in the order of their first rank."""
-    lines: dict[tuple[int, ...], list[int]] = {}
+def _rank_groups(parallel: Parallel, world_size: int, axis: str) -> Iterable[list[int]]:
+    """Return each set of ranks that differ only along `axis`, ordered by their first rank."""
+    groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(world_size):
-        lines.setdefault(_coordinates(ParallelDims(rank, world_size, parallel), axis), []).append(rank)
-    return lines.values()
+        groups.setdefault(_position_off_axis(ParallelDims(rank, world_size, parallel), axis), []).append(rank)
+    return groups.values()
 
 
-def _coordinates(dims: ParallelDims, axis: str) -> tuple[int, ...]:
-    """What ranks of one group along `axis` have in common."""
+def _position_off_axis(dims: ParallelDims, axis: str) -> tuple[int, ...]:
+    """Return the coordinates that the ranks of one group along `axis` have in common."""
     expert, sequence = dims.parallel.expert, dims.parallel.sequence
     return {
-        "tensor": (dims.stage, dims.data_rank),
-        "sequence": (dims.stage, dims.tensor_rank, dims.data_rank // sequence),
-        "expert": (dims.stage, dims.tensor_rank, dims.data_rank // expert),
-        "expert_data": (dims.stage, dims.tensor_rank, dims.expert_rank),
-        "data": (dims.stage, dims.tensor_rank),
+        "tensor": (dims.pipeline_rank, dims.data_rank),
+        "sequence": (dims.pipeline_rank, dims.tensor_rank, dims.data_rank // sequence),
+        "expert": (dims.pipeline_rank, dims.tensor_rank, dims.data_rank // expert),
+        "expert_data": (dims.pipeline_rank, dims.tensor_rank, dims.expert_rank),
+        "data": (dims.pipeline_rank, dims.tensor_rank),
         "model": (dims.data_rank,),
     }[axis]

@@ -1,9 +1,11 @@
-"""Pipeline parallelism: stages of consecutive decoder layers in DeepSpeed's PipelineModule, which runs 1F1B over them.
+"""Pipeline parallelism: consecutive decoder layers on each pipeline rank, in DeepSpeed's PipelineModule with a 1F1B schedule.
 
-A stage's module works on (hidden states [B, S, H], position ids [B, S]); the first takes ids in the place of hidden
-states, the last gives what the head works on, as the head is the loss's, which never has logits whole. Between embedding
-and head a stage is one module, so that mask and rotary embedding are made once in each. Parallelism inside a stage is applied
-to the Hugging Face layers before they come here.
+A pipeline rank is one module between embedding and head, so that the attention mask and the rotary embedding are computed
+once on each rank. Pipeline ranks pass on (hidden states [B, S, H], position ids [B, S]). The first rank gets token ids in the
+place of hidden states. The last rank returns the input of the head: the loss applies the head itself and never builds whole
+logits. The other parallel axes slice the Hugging Face layers before this module uses them.
+
+B samples, S tokens, H hidden width.
 """
 
 from __future__ import annotations
@@ -15,42 +17,45 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from longhaul.config.model_size import stage_layers
+from longhaul.config.model_size import layers_per_pipeline_rank
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
 
-def keep_own_stage(model: Any, dims: ParallelDims) -> None:
-    """Drops the layers of other stages; tied weights stay at both ends."""
-    own = stage_layers(len(model.model.layers), dims.parallel.pipeline)[dims.stage]
+def keep_own_layers(model: Any, dims: ParallelDims) -> None:
+    """Remove the layers of other pipeline ranks; a tied weight stays on the first and on the last rank."""
+    own = layers_per_pipeline_rank(len(model.model.layers), dims.parallel.pipeline)[dims.pipeline_rank]
     tied = model.config.tie_word_embeddings
     model.model.layers = torch.nn.ModuleDict({str(index): model.model.layers[index] for index in own})
-    if dims.stage > 0 and not (tied and dims.is_last_stage):
+    if dims.pipeline_rank > 0 and not (tied and dims.is_last_pipeline_rank):
         model.model.embed_tokens = None
-    if not dims.is_last_stage:
+    if not dims.is_last_pipeline_rank:
         model.model.norm = model.lm_head = None
 
 
-def as_pipeline(
+def build_pipeline_module(
     model: Any, dims: ParallelDims, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> PipelineModule:
-    """The PipelineModule of a model that went through `keep_own_stage`."""
+    """Return the PipelineModule of a model that `keep_own_layers` has reduced.
+
+    loss: (hidden states [B, S, H], labels [B, S]) -> scalar
+    """
     parallel = dims.parallel
     if model.config.tie_word_embeddings:
-        embed = TiedLayerSpec("embed", Embedding, model, tied_weight_attr="weight")
-        head = TiedLayerSpec("embed", Embedding, model, forward_fn=_as_it_is, tied_weight_attr="weight")
+        embed = TiedLayerSpec("embed", PipelineEmbedding, model, tied_weight_attr="weight")
+        head = TiedLayerSpec("embed", PipelineEmbedding, model, forward_fn=_pass_through, tied_weight_attr="weight")
     else:
-        embed, head = LayerSpec(Embedding, model), LayerSpec(Head, model)
-    stages = [LayerSpec(Stage, model, stage == parallel.pipeline - 1) for stage in range(parallel.pipeline)]
+        embed, head = LayerSpec(PipelineEmbedding, model), LayerSpec(PipelineHead, model)
+    blocks = [LayerSpec(PipelineLayers, model, rank == parallel.pipeline - 1) for rank in range(parallel.pipeline)]
     return PipelineModule(
-        layers=[embed, *stages, head],
+        layers=[embed, *blocks, head],
         topology=PipeModelDataParallelTopology(parallel.pipeline, parallel.tensor, dims.data),
         loss_fn=loss,
-        partition_method="type:^Stage$",
+        partition_method=f"type:^{PipelineLayers.__name__}$",
     )
 
 
-class Embedding(torch.nn.Module):
-    """(ids [B, S], positions) -> (hidden [B, S, H], positions)."""
+class PipelineEmbedding(torch.nn.Module):
+    """(ids [B, S], positions [B, S]) -> (hidden states [B, S, H], positions)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class Embedding(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the head shares."""
+        """The weight that a tied head shares."""
         return self.embed_tokens.weight
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,20 +71,20 @@ class Embedding(torch.nn.Module):
         return self.embed_tokens(ids), positions
 
 
-class Stage(torch.nn.Module):
-    """The decoder layers of one stage, and the final norm in the last one, which drops the positions."""
+class PipelineLayers(torch.nn.Module):
+    """The decoder layers of one pipeline rank; on the last one also the final norm, after which positions are dropped."""
 
     def __init__(self, model: Any, is_last: bool) -> None:
         super().__init__()
         self.layers, self.norm = model.model.layers, model.model.norm if is_last else None
-        # A list hides it from the module tree: it holds no state of its own.
-        self._shared = [model.model.rotary_emb, model.config]
+        # A list hides the rotary embedding from the module tree: it has no state of its own to save.
+        self._rotary_and_config = [model.model.rotary_emb, model.config]
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
         from transformers.masking_utils import create_causal_mask
 
         hidden, positions = inputs
-        rotary, config = self._shared
+        rotary, config = self._rotary_and_config
         mask = create_causal_mask(
             config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
         )
@@ -96,8 +101,8 @@ class Stage(torch.nn.Module):
         return (hidden, positions) if self.norm is None else self.norm(hidden)
 
 
-class Head(torch.nn.Module):
-    """Holds the head's weight for the optimizer; hidden [B, S, H] passes through to the loss."""
+class PipelineHead(torch.nn.Module):
+    """Holds the head's weight for the optimizer; returns the hidden states [B, S, H] unchanged, for the loss."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -107,14 +112,15 @@ class Head(torch.nn.Module):
         return hidden
 
 
-def _as_it_is(_embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
+def _pass_through(_embedding: PipelineEmbedding, hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def hugging_face_name(name: str) -> str:
-    """The model's name of a parameter of a PipelineModule.
+def hugging_face_name_in_pipeline(name: str) -> str:
+    """Return transformers' name of a parameter of a PipelineModule.
 
-    There it is `<position>.layers.5.…`, `<position>.lm_head.…` or, of a tied embedding, `tied_modules.embed.embed_tokens.…`.
+    PipelineModule names it `<position>.layers.5.…`, `<position>.lm_head.…` or, for a tied embedding,
+    `tied_modules.embed.embed_tokens.…`.
     """
     parts = name.removeprefix("tied_modules.").split(".")[1:]
     return ".".join(parts if parts[0] == "lm_head" else ["model", *parts])

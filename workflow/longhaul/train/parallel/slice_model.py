@@ -1,4 +1,4 @@
-"""Makes this rank's part of a model, whose whole never has memory here."""
+"""Builds this rank's slice of a model; the whole model never has memory on this rank."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ from typing import Any
 
 import torch
 
-from longhaul.checkpoint_io.tensor_parts import Shard
+from longhaul.checkpoint_io.tensor_slice import TensorSlice
+from longhaul.compat.deepspeed import mark_as_autoep_expert, zero3_partitioner
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from longhaul.train.parallel.tensor_slices import shard_of
+from longhaul.train.parallel.sliced_parameters import slice_of
 
-_EXPERTS = ".mlp.experts.local."
+_WRAPPED_EXPERTS = ".mlp.experts.local."
 
-Give = Callable[[torch.Tensor, torch.device], torch.nn.Parameter]
-"""Gives a parameter without memory (device meta) its memory."""
+Allocate = Callable[[torch.Tensor, torch.device], torch.nn.Parameter]
+"""Returns a parameter with memory on a device, in the place of one without memory (device meta)."""
 
 
-def split_model(
+def build_sliced_model(
     config: Any, dims: ParallelDims, trust_remote_code: bool, device: torch.device, ds_config: dict[str, Any]
 ) -> Any:
-    """A Hugging Face causal LM of which only this rank's part is there, with undefined values; of ZeRO-3, its partition.
+    """Return this rank's slice of a Hugging Face causal LM, with undefined values; under ZeRO 3 it is partitioned.
 
     Raises:
-        RuntimeError: the architecture has a buffer that is neither saved nor known here.
+        RuntimeError: the architecture has a non-persistent buffer other than the rotary tables.
     """
-    partitioned = ds_config["zero_optimization"]["stage"] == 3
-    model = cut_model(config, dims, trust_remote_code, partitioned)
-    _give_memory(model, device, _give_partition(dims, ds_config) if partitioned else _give_whole)
+    is_zero3 = ds_config["zero_optimization"]["stage"] == 3
+    model = slice_model(config, dims, trust_remote_code, is_zero3)
+    _allocate_model(model, device, _zero3_allocator(dims, ds_config) if is_zero3 else _allocate_whole)
     if dims.parallel.tensor > 1:
-        from longhaul.train.parallel.tensor_parallel import hook_gradients
+        from longhaul.train.parallel.tensor_parallel import register_gradient_sums
 
-        hook_gradients(model, dims)
+        register_gradient_sums(model, dims)
     return model
 
 
-def cut_model(config: Any, dims: ParallelDims, trust_remote_code: bool = False, partitioned: bool = False) -> Any:
-    """This rank's part of the model without any memory, which ZeRO-3 is to partition or not."""
+def slice_model(config: Any, dims: ParallelDims, trust_remote_code: bool = False, is_zero3: bool = False) -> Any:
+    """Return this rank's slice of a Hugging Face causal LM without memory (device meta)."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -45,84 +46,80 @@ def cut_model(config: Any, dims: ParallelDims, trust_remote_code: bool = False, 
         )
     model.tie_weights()
     if dims.parallel.pipeline > 1:
-        from longhaul.train.parallel.pipeline_parallel import keep_own_stage
+        from longhaul.train.parallel.pipeline_parallel import keep_own_layers
 
-        keep_own_stage(model, dims)
+        keep_own_layers(model, dims)
     if dims.parallel.tensor > 1:
-        from longhaul.train.parallel.tensor_parallel import split_tensors
+        from longhaul.train.parallel.tensor_parallel import apply_tensor_parallel
 
-        split_tensors(model, dims)
+        apply_tensor_parallel(model, dims)
     if dims.parallel.expert > 1:
-        from longhaul.train.parallel.expert_parallel import split_experts
+        from longhaul.train.parallel.expert_parallel import apply_expert_parallel
 
-        split_experts(model, dims, partitioned)
+        apply_expert_parallel(model, dims, is_zero3)
     return model
 
 
-def _give_whole(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
-    """With undefined values, and what was noted at it."""
-    made: Any = torch.nn.Parameter(torch.empty_like(parameter, device=device))
-    made.__dict__.update(parameter.__dict__)
-    return made
+def _allocate_whole(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+    """Return a parameter with undefined values that keeps the attributes of the given one."""
+    allocated: Any = torch.nn.Parameter(torch.empty_like(parameter, device=device))
+    allocated.__dict__.update(parameter.__dict__)
+    return allocated
 
 
-def _give_partition(dims: ParallelDims, ds_config: dict[str, Any]) -> Give:
-    """For ZeRO-3: every parameter is partitioned over its data-parallel ranks before the next one is made.
+def _zero3_allocator(dims: ParallelDims, ds_config: dict[str, Any]) -> Allocate:
+    """Return an allocator for ZeRO 3: it partitions each parameter over data-parallel ranks before it allocates the next."""
+    dtype, partition = zero3_partitioner(ds_config, dims.group("data") if dims.parallel.tensor > 1 else None)
 
-    DeepSpeed knows no experts of ours; those of its AutoEP have the same parts on the same ranks, so they bear its marks.
-    """
-    import deepspeed
+    def allocate(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+        allocated = _allocate_whole(parameter.to(dtype), device)
+        allocated.__dict__.update(parameter.__dict__)
+        if group_name := getattr(allocated, "group_name", None):
+            mark_as_autoep_expert(allocated, group_name, dims.group("expert_data"))
+        partition(allocated)
+        return allocated
 
-    data = dims.group("data") if dims.parallel.tensor > 1 else None
-    init = deepspeed.zero.Init(module=torch.nn.Module(), data_parallel_group=data, config_dict_or_path=ds_config)
-
-    def give(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
-        made: Any = _give_whole(parameter.to(init.dtype), device)
-        made.__dict__.update(parameter.__dict__)
-        if name := getattr(made, "group_name", None):
-            made.ds_zero_placement_family, made.ds_zero_partition_group_name = "autoep_expert", name
-            made.ds_zero_partition_process_group = dims.group("expert_data")
-        init._convert_to_zero_parameters([made])
-        return made
-
-    return give
+    return allocate
 
 
-def _give_memory(model: Any, device: torch.device, give: Give) -> None:
-    """Memory for parameters and saved buffers; a tied parameter stays one. The rotary tables are computed anew."""
+def _allocate_model(model: Any, device: torch.device, allocate: Allocate) -> None:
+    """Allocate parameters and persistent buffers, and compute the rotary tables. A tied parameter is allocated once."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
-    made: dict[int, torch.nn.Parameter] = {}
+    persistent = torch.nn.Module.state_dict(model).keys()
+    allocated: dict[int, torch.nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) not in made:
-                made[id(parameter)] = give(parameter, device)
-            setattr(module, key, made[id(parameter)])
+            if id(parameter) not in allocated:
+                allocated[id(parameter)] = allocate(parameter, device)
+            setattr(module, key, allocated[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:
                 continue
-            if key in module._non_persistent_buffers_set:
-                raise RuntimeError(f"{name}.{key} is a buffer that no checkpoint holds; it cannot be made here")
+            if f"{name}.{key}".removeprefix(".") not in persistent:
+                raise RuntimeError(
+                    f"{name}.{key} is a non-persistent buffer: no checkpoint holds it, and longhaul cannot compute it"
+                )
             setattr(module, key, torch.zeros_like(buffer, device=device))
 
 
-def parameters(module: torch.nn.Module) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
-    """Every parameter of a model or PipelineModule, with the part of the Hugging Face tensor that it is; tied ones once."""
+def parameter_slices(module: torch.nn.Module) -> Iterator[tuple[TensorSlice, torch.nn.Parameter]]:
+    """Yield every parameter of a model or PipelineModule with its slice of the Hugging Face tensor; tied ones once."""
     for name, parameter in module.named_parameters():
-        yield shard_of(hugging_face_name(module, name), parameter), parameter
+        yield slice_of(hugging_face_name(module, name), parameter), parameter
 
 
-def saved_buffers(module: torch.nn.Module) -> Iterator[tuple[Shard, torch.Tensor]]:
-    """Every buffer that belongs to a checkpoint."""
-    saved = torch.nn.Module.state_dict(module).keys()
+def buffer_slices(module: torch.nn.Module) -> Iterator[tuple[TensorSlice, torch.Tensor]]:
+    """Yield every persistent buffer, with its slice of the Hugging Face tensor."""
+    persistent = torch.nn.Module.state_dict(module).keys()
     for name, buffer in module.named_buffers():
-        if name in saved:
-            yield shard_of(hugging_face_name(module, name), buffer), buffer
+        if name in persistent:
+            yield slice_of(hugging_face_name(module, name), buffer), buffer
 
 
 def hugging_face_name(module: torch.nn.Module, name: str) -> str:
-    """The transformers name of a parameter or buffer, whatever this package wrapped around it."""
-    if hasattr(module, "tied_modules"):
-        from longhaul.train.parallel.pipeline_parallel import hugging_face_name as of_pipeline
+    """Return transformers' name of a parameter or buffer, without the modules that this package has inserted."""
+    if hasattr(module, "tied_modules"):  # a PipelineModule
+        from longhaul.train.parallel.pipeline_parallel import hugging_face_name_in_pipeline
 
-        name = of_pipeline(name)
-    return name.replace(_EXPERTS, ".mlp.experts.")
+        name = hugging_face_name_in_pipeline(name)
+    return name.replace(_WRAPPED_EXPERTS, ".mlp.experts.")

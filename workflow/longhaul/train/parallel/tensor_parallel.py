@@ -1,11 +1,13 @@
-"""Tensor parallelism: attention heads, inner widths of MLPs and experts, and the vocabulary are split over ranks.
+"""Tensor parallelism: ranks divide attention heads, the inner widths of MLPs and experts, and the vocabulary.
 
-Column-parallel layers split their output, row-parallel ones their input (Megatron-LM, arXiv:1909.08053, section 3). What
-enters a split region is copied (gradients are summed), what leaves it is summed. Latent attention (MLA) has two things more:
-the compressions q_a, kv_a stay whole, so their outputs enter the region, not the layer's input; and the rotary part of the
-key, which kv_a_proj_with_mqa gives to all heads at once, gets a partial gradient from each rank's heads.
+Column-parallel layers divide their output, row-parallel layers their input (Megatron-LM, arXiv:1909.08053, section 3). The
+input of a parallel region is copied to all ranks, and its gradients are summed. The output of the region is summed.
+Latent attention (MLA) differs in two points:
+- The compressions q_a and kv_a stay whole, so their outputs enter the parallel region instead of the layer's input.
+- kv_a_proj_with_mqa also returns the rotary part of the key, which all heads share. Each rank has only the gradient from its
+  own heads, so this gradient is summed too.
 
-T tokens, H hidden width, V vocabulary.
+B samples, T tokens, H hidden width, V vocabulary, E experts, I inner width of an expert.
 """
 
 from __future__ import annotations
@@ -16,25 +18,25 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from longhaul.train.parallel.autograd_collectives import copy_to, reduce_from
+from longhaul.train.parallel.autograd_collectives import copy_to_group, sum_over_group
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from longhaul.train.parallel.tensor_slices import decoder_layers, even_part, shard_parameter
+from longhaul.train.parallel.sliced_parameters import decoder_layers, equal_range, slice_parameter
 
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-def split_tensors(model: Any, dims: ParallelDims) -> None:
-    """Gives every layer of a Hugging Face causal LM its tensor-parallel part."""
+def apply_tensor_parallel(model: Any, dims: ParallelDims) -> None:
+    """Reduce every layer of a Hugging Face causal LM to this rank's slices, and add the communication."""
     for layer in decoder_layers(model):
-        _split_attention(layer.self_attn, dims)
-        _split_mlp(layer.mlp, dims)
-    _split_vocabulary(model, dims)
+        _slice_attention(layer.self_attn, dims)
+        _slice_mlp(layer.mlp, dims)
+    _slice_vocabulary(model, dims)
 
 
-def _split_attention(attention: Any, dims: ParallelDims) -> None:
+def _slice_attention(attention: Any, dims: ParallelDims) -> None:
     group = dims.group("tensor")
-    _split_linears(attention, dims)
+    _slice_linears(attention, dims)
     if hasattr(attention, "kv_a_proj_with_mqa"):
         for name in ("q_proj", "q_b_proj", "kv_b_proj"):
             if getattr(attention, name, None) is not None:
@@ -44,97 +46,102 @@ def _split_attention(attention: Any, dims: ParallelDims) -> None:
     _copy_inputs(attention, group)
     for name in ("q_norm", "k_norm"):
         if hasattr(attention, name):
-            sum_gradient(getattr(attention, name), "weight")
+            _mark_gradient_to_sum(getattr(attention, name), "weight")
 
 
-def _split_mlp(mlp: Any, dims: ParallelDims) -> None:
+def _slice_mlp(mlp: Any, dims: ParallelDims) -> None:
     if not hasattr(mlp, "experts"):
-        _split_linears(mlp, dims)
+        _slice_linears(mlp, dims)
         _copy_inputs(mlp, dims.group("tensor"))
         return
-    _split_experts(mlp.experts, dims)
+    _slice_experts(mlp.experts, dims)
     if getattr(mlp, "shared_experts", None) is not None:
-        _split_mlp(mlp.shared_experts, dims)
+        _slice_mlp(mlp.shared_experts, dims)
 
 
-def _split_linears(module: Any, dims: ParallelDims) -> None:
+def _slice_linears(module: Any, dims: ParallelDims) -> None:
     for name in COLUMN_PARALLEL:
         if (linear := getattr(module, name, None)) is not None:
             for parameter in ("weight", "bias"):
                 if getattr(linear, parameter) is not None:
-                    _split(linear, parameter, 0, dims)
+                    _slice_axis(linear, parameter, 0, dims)
     for name in ROW_PARALLEL:
         if (linear := getattr(module, name, None)) is not None:
-            _split(linear, "weight", 1, dims)
-            setattr(module, name, RowParallel(linear.weight, linear.bias, dims.group("tensor")))
+            _slice_axis(linear, "weight", 1, dims)
+            setattr(module, name, RowParallelLinear(linear.weight, linear.bias, dims.group("tensor")))
 
 
-def _split(module: Any, name: str, axis: int, dims: ParallelDims) -> None:
+def _slice_axis(module: Any, name: str, axis: int, dims: ParallelDims) -> None:
     size = getattr(module, name).shape[axis]
-    _mark(shard_parameter(module, name, {axis: even_part(size, dims.tensor_rank, dims.parallel.tensor)}))
+    own = equal_range(size, dims.tensor_rank, dims.parallel.tensor)
+    _mark_for_gradient_norm(slice_parameter(module, name, {axis: own}))
 
 
-def _split_experts(experts: Any, dims: ParallelDims) -> None:
-    """Every expert's inner width I: gate_up_proj [E, 2I, H] holds gate above up, down_proj is [E, H, I]."""
+def _slice_experts(experts: Any, dims: ParallelDims) -> None:
+    """Slice the inner width of every expert: gate_up_proj [E, 2I, H] holds gate above up, down_proj is [E, H, I]."""
     width = experts.down_proj.shape[2]
-    ((start, stop),) = even_part(width, dims.tensor_rank, dims.parallel.tensor)
-    _mark(shard_parameter(experts, "gate_up_proj", {1: ((start, stop), (width + start, width + stop))}))
-    _mark(shard_parameter(experts, "down_proj", {2: ((start, stop),)}))
-    # The weights of the chosen experts are multiplied with partial outputs, so their gradient is partial too.
+    ((start, stop),) = equal_range(width, dims.tensor_rank, dims.parallel.tensor)
+    gate_and_up = ((start, stop), (width + start, width + stop))
+    _mark_for_gradient_norm(slice_parameter(experts, "gate_up_proj", {1: gate_and_up}))
+    _mark_for_gradient_norm(slice_parameter(experts, "down_proj", {2: ((start, stop),)}))
+    # The router's weights are multiplied with partial outputs, so their gradients are partial and must be summed too.
     _copy_inputs(experts, dims.group("tensor"))
-    experts.register_forward_hook(lambda _module, _inputs, output: reduce_from(output, dims.group("tensor")))
+    experts.register_forward_hook(lambda _module, _inputs, output: sum_over_group(output, dims.group("tensor")))
 
 
-def _split_vocabulary(model: Any, dims: ParallelDims) -> None:
-    """Embedding and head by rows; tied ones stay one parameter."""
+def _slice_vocabulary(model: Any, dims: ParallelDims) -> None:
+    """Slice the rows of embedding and head; tied ones stay one parameter."""
     tied = model.config.tie_word_embeddings
     embedding: Any = model.model.embed_tokens
     head: Any = model.lm_head
     if embedding is not None:
-        _split(embedding, "weight", 0, dims)
+        _slice_axis(embedding, "weight", 0, dims)
         model.model.embed_tokens = VocabularyParallelEmbedding(embedding.weight, embedding.padding_idx, dims)
     if head is not None:
         if tied:
             head.weight = model.model.embed_tokens.weight
         else:
-            _split(head, "weight", 0, dims)
+            _slice_axis(head, "weight", 0, dims)
         _copy_inputs(head, dims.group("tensor"))
 
 
-def _mark(parameter: Any) -> None:
-    """DeepSpeed counts it in the gradient norm of every rank, not of the first alone."""
+def _mark_for_gradient_norm(parameter: Any) -> None:
+    """Let DeepSpeed count the parameter in the gradient norm of every tensor rank; others count on tensor rank 0 only."""
     parameter.tensor_model_parallel = True
 
 
 def _copy_inputs(module: torch.nn.Module, group: Any) -> None:
-    def copied(value: Any) -> Any:
-        return copy_to(value, group) if torch.is_tensor(value) and value.is_floating_point() else value
+    def copy_if_floating(value: Any) -> Any:
+        return copy_to_group(value, group) if torch.is_tensor(value) and value.is_floating_point() else value
 
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Of the keywords only hidden_states carries a gradient.
-        named = {key: copied(value) if key == "hidden_states" else value for key, value in kwargs.items()}
-        return tuple(copied(value) for value in args), named
+        # Among keyword arguments, only hidden_states has a gradient.
+        copied = {key: copy_if_floating(value) if key == "hidden_states" else value for key, value in kwargs.items()}
+        return tuple(copy_if_floating(value) for value in args), copied
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _sum_rotary_gradient(projection: torch.nn.Module, rotary: int, group: Any) -> None:
-    """The last `rotary` columns of the output go to this rank's heads directly, the others through a copied input."""
+    """Sum the gradient of the last `rotary` output columns, which this rank's heads use directly.
+
+    The other columns reach the heads through a layer with copied inputs, which sums their gradient.
+    """
 
     def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         latent, rope = output.split([output.shape[-1] - rotary, rotary], dim=-1)
-        return torch.cat([latent, copy_to(rope, group)], dim=-1)
+        return torch.cat([latent, copy_to_group(rope, group)], dim=-1)
 
     projection.register_forward_hook(hook)
 
 
-def sum_gradient(module: torch.nn.Module, name: str) -> None:
-    """Marks a whole parameter that each rank uses for its own heads: its gradient must be summed over tensor ranks."""
+def _mark_gradient_to_sum(module: torch.nn.Module, name: str) -> None:
+    """Mark a whole parameter that each rank uses for its own heads, so that its gradient must be summed over tensor ranks."""
     getattr(module, name).sum_over_tensor_ranks = True
 
 
-def hook_gradients(model: Any, dims: ParallelDims) -> None:
-    """Sums the marked gradients, once the parameters have memory."""
+def register_gradient_sums(model: Any, dims: ParallelDims) -> None:
+    """Register hooks that sum the gradients of marked parameters; call it when the parameters have memory."""
 
     def summed(gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.contiguous().clone()
@@ -146,7 +153,7 @@ def hook_gradients(model: Any, dims: ParallelDims) -> None:
             parameter.register_hook(summed)
 
 
-class RowParallel(torch.nn.Module):
+class RowParallelLinear(torch.nn.Module):
     """x [..., in / ranks] -> the sum over ranks of x · weightᵀ, plus the bias once."""
 
     def __init__(self, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, group: Any) -> None:
@@ -154,31 +161,31 @@ class RowParallel(torch.nn.Module):
         self.weight, self.bias, self.group = weight, bias, group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        summed = reduce_from(F.linear(x, self.weight), self.group)
+        summed = sum_over_group(F.linear(x, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
 
 
 class VocabularyParallelEmbedding(torch.nn.Module):
-    """ids [B, T] -> [B, T, H]; each rank looks up the ids of its rows and gives zeros for the others."""
+    """ids [B, T] -> [B, T, H]; each rank looks up the ids of its own rows, and the sum over ranks completes the result."""
 
     def __init__(self, weight: torch.nn.Parameter, padding_idx: int | None, dims: ParallelDims) -> None:
         super().__init__()
         self.weight, self.group = weight, dims.group("tensor")
-        self.first = dims.tensor_rank * weight.shape[0]
-        self.padding = -1 if padding_idx is None else padding_idx
+        self.first_id = dims.tensor_rank * weight.shape[0]
+        self.padding_id = -1 if padding_idx is None else padding_idx
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        local_BT = ids_BT - self.first
-        foreign_BT = (local_BT < 0) | (local_BT >= self.weight.shape[0])
-        found_BTH = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight)
+        local_BT = ids_BT - self.first_id
+        of_other_rank_BT = (local_BT < 0) | (local_BT >= self.weight.shape[0])
+        rows_BTH = F.embedding(local_BT.masked_fill(of_other_rank_BT, 0), self.weight)
         # As in torch.nn.Embedding, the padding token gets no gradient.
-        padding_BT = (ids_BT == self.padding)[..., None]
-        found_BTH = torch.where(padding_BT, found_BTH.detach(), found_BTH)
-        return reduce_from(found_BTH.masked_fill(foreign_BT[..., None], 0.0), self.group)
+        padding_BT = (ids_BT == self.padding_id)[..., None]
+        rows_BTH = torch.where(padding_BT, rows_BTH.detach(), rows_BTH)
+        return sum_over_group(rows_BTH.masked_fill(of_other_rank_BT[..., None], 0.0), self.group)
 
 
 def gather_vocabulary(logits: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
-    """Logits [..., V / ranks] of every tensor rank, put together; without gradient."""
+    """Return whole logits [..., V] from [..., V / ranks] on each tensor rank; without gradient."""
     parts = [torch.empty_like(logits) for _ in range(dims.parallel.tensor)]
     dist.all_gather(parts, logits.contiguous(), group=dims.group("tensor"))
     return torch.cat(parts, -1)

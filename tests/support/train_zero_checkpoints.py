@@ -1,6 +1,6 @@
 """Trains tiny models for two steps with real DeepSpeed and saves them, with the weights gathered from the live engine.
 
-One process per rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT): python zero_training.py FOLDER. Every case of the
+One process per rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT): python train_zero_checkpoints.py FOLDER. Every case of the
 world size goes to FOLDER/<case>/: `reference.safetensors` and a stage's weights folder with one checkpoint and its proof.
 """
 
@@ -185,8 +185,8 @@ def write_proof(folder: Path, case: Case, reference: dict, logits: dict) -> None
     import torch
     from safetensors.torch import save_file
 
-    proof = folder / "proof"
-    proof.mkdir()
+    reference_folder = folder / "reference"
+    reference_folder.mkdir()
     entries = {}
     for name, tensor in reference.items():
         exported = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
@@ -195,11 +195,11 @@ def write_proof(folder: Path, case: Case, reference: dict, logits: dict) -> None
             "sha256_fp32": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
             "sha256_export": hashlib.sha256(exported.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
         }
-    (proof / "tensors.json").write_text(json.dumps(entries))
+    (reference_folder / "tensors.json").write_text(json.dumps(entries))
     made = {"device": "cpu", "threads": 1, "dtype": case.precision, "torch": torch.__version__}
-    (proof / "logits.json").write_text(json.dumps(made))
-    (proof / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": [[5, 6, 7], [8, 9]]}))
-    save_file(logits, proof / "logits.safetensors")
+    (reference_folder / "logits.json").write_text(json.dumps(made))
+    (reference_folder / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": [[5, 6, 7], [8, 9]]}))
+    save_file(logits, reference_folder / "logits.safetensors")
     write_manifest(folder)
 
 
@@ -214,7 +214,7 @@ def write_manifest(folder: Path) -> str:
         for path in paths
     }
     manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"step": STEPS, "exportable": True, "files": files}))
+    manifest.write_text(json.dumps({"step": STEPS, "has_reference_values": True, "files": files}))
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
@@ -225,7 +225,7 @@ def main(folder: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from safetensors.torch import save_file
 
-    from longhaul.runtime.rank import leave
+    from longhaul.runtime.rank import exit_without_cleanup
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -244,7 +244,7 @@ def main(folder: Path) -> None:
             (folder / name / "weights" / "model_config.json").write_text(json.dumps(config))
         engine.destroy()
     torch.distributed.barrier()
-    leave()
+    exit_without_cleanup()
 
 
 if __name__ == "__main__":
