@@ -1,11 +1,11 @@
-"""Which process this is, and that a job of another size than planned does not start."""
+"""The rank of a process, and the refusal of a job of another size than planned."""
 
 from __future__ import annotations
 
 import pytest
 
 from longhaul.errors import UserError
-from longhaul.runtime.rank import Rank, require_geometry, this_rank
+from longhaul.runtime.rank import Rank, require_planned_size, this_rank
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -20,9 +20,9 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, (0, 1, 0, 1)),
         ({}, (0, 1, 0, 1)),
     ],
-    ids=["srun task", "torchrun", "srun task within torchrun's variables", "batch script", "alone"],
+    ids=["srun task", "torchrun", "srun task with torchrun's variables", "batch script", "single process"],
 )
-def test_place_of_a_process(environ: dict[str, str], expected: tuple[int, ...]):
+def test_rank_is_read_from_srun_then_torchrun(environ: dict[str, str], expected: tuple[int, ...]):
     rank = this_rank(environ)
     assert (rank.rank, rank.world_size, rank.local_rank, rank.nodes) == expected
     assert rank.is_main == (expected[0] == 0)
@@ -31,5 +31,5 @@ def test_place_of_a_process(environ: dict[str, str], expected: tuple[int, ...]):
 @pytest.mark.parametrize(("world_size", "nodes"), [(8, 2), (4, 1), (16, 2)])
 def test_another_size_than_planned_is_refused(world_size: int, nodes: int):
     with pytest.raises(UserError, match=f"4 ranks on 2 nodes; the plan says {world_size} ranks on {nodes} nodes"):
-        require_geometry(Rank(0, 4, 0, 2, "n1"), world_size, nodes)
-    require_geometry(Rank(0, world_size, 0, nodes, "n1"), world_size, nodes)
+        require_planned_size(Rank(0, 4, 0, 2, "n1"), world_size, nodes)
+    require_planned_size(Rank(0, world_size, 0, nodes, "n1"), world_size, nodes)

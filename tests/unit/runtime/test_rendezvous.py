@@ -1,4 +1,4 @@
-"""How ranks meet: all of them, or with the names of those that are missing, in bounded time."""
+"""The rendezvous: it succeeds, or it names the missing ranks, in bounded time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from longhaul.runtime.rendezvous import node_names
+from longhaul.runtime.rendezvous import parse_node_list
 
 WORKER = """
 import sys, time, torch
@@ -18,7 +18,7 @@ from longhaul.runtime.rank import this_rank
 from longhaul.runtime.rendezvous import process_group
 started = time.monotonic()
 try:
-    with process_group(this_rank(), "gloo", 30.0, meet_s=float(sys.argv[1])):
+    with process_group(this_rank(), "gloo", 30.0, rendezvous_timeout_s=float(sys.argv[1])):
         total = torch.ones(1)
         torch.distributed.all_reduce(total)
         print("sum", int(total))
@@ -43,38 +43,40 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(ranks: list[int], world_size: int, meet_s: float = 20.0, worker: str = WORKER, **variables: str) -> list[str]:
-    """What the given ranks print; the others never come."""
+def start(
+    ranks: list[int], world_size: int, timeout_s: float = 20.0, worker: str = WORKER, **variables: str
+) -> list[str]:
+    """Return what the given ranks print; the other ranks never start."""
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **variables}
     started = []
     for rank in ranks:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         if "SLURM_STEP_ID" in variables:
             own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(world_size)}
-        command = [sys.executable, "-c", worker, str(meet_s)]
+        command = [sys.executable, "-c", worker, str(timeout_s)]
         started.append(subprocess.Popen(command, env={**shared, **own}, stdout=subprocess.PIPE, text=True))
     return [process.communicate(timeout=60)[0] for process in started]
 
 
-def test_all_that_come_can_work():
+def test_complete_group_can_communicate():
     assert [output.splitlines()[0] for output in start([0, 1], 2)] == ["sum 2", "sum 2"]
 
 
-def test_a_rank_that_does_not_come_is_named_with_its_node():
+def test_missing_rank_is_named_with_its_node():
     slurm = {"SLURM_STEP_ID": "0", "SLURM_NNODES": "3", "SLURM_STEP_NODELIST": "n[1-2],gpu7"}
-    for output in start([0, 1], 3, meet_s=2.0, **slurm):
-        assert "1 of 3 ranks did not come within 2 s: 2, on gpu7" in output
-        assert "remedy: look in the job's log" in output
+    for output in start([0, 1], 3, timeout_s=2.0, **slurm):
+        assert "1 of 3 ranks did not arrive within 2 s: 2, on gpu7" in output
+        assert "remedy: read in the job's log" in output
 
 
-def test_rank_0_stays_until_whoever_came_has_heard():
-    """Its store ends with it: a rank that reads the verdict late would be told of a firewall."""
-    for output in start([0, 1], 3, meet_s=5.0, worker=LATE_READER + WORKER):
-        assert "1 of 3 ranks did not come within 5 s: 2" in output
+def test_rank_0_waits_until_the_others_have_read_the_result():
+    """Its store ends with it. A rank that reads the result too late would report an unreachable address instead."""
+    for output in start([0, 1], 3, timeout_s=5.0, worker=LATE_READER + WORKER):
+        assert "1 of 3 ranks did not arrive within 5 s: 2" in output
 
 
-def test_a_main_rank_that_does_not_come_is_named_with_its_address():
-    (output,) = start([1], 2, meet_s=1.0)
+def test_missing_rank_0_is_reported_with_its_address():
+    (output,) = start([1], 2, timeout_s=1.0)
     assert "rank 1 did not reach rank 0 at 127.0.0.1:" in output and "firewall" in output
     assert float(output.split()[-1]) < 30
 
@@ -89,5 +91,5 @@ def test_a_main_rank_that_does_not_come_is_named_with_its_address():
         ("", []),
     ],
 )
-def test_slurms_host_lists(nodelist: str, names: list[str]):
-    assert node_names(nodelist) == names
+def test_node_list_is_expanded(nodelist: str, names: list[str]):
+    assert parse_node_list(nodelist) == names

@@ -1,46 +1,43 @@
-"""A run that cannot be finished: no retry of what would only fail again, and its reason at once and last of all."""
+"""The retry policy: only failures that may not recur are retried, and the cause is printed before a run and at its end."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from snakemake.jobs import Job
 
-from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, TRANSIENT, WALLTIME, Failure, launch_key
+from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, TRANSIENT, WALLTIME
+from longhaul.artifacts.paths import run_of
+from longhaul.cli import main
 from longhaul.errors import UserError
-from longhaul.jobs.specs import LaunchSpec
-from longhaul.scheduling.retry_policy import _restart_times, _tell, end_retries, folder_of, refuse_known_failures
-from tests.unit.scheduling.test_supervisor import job
+from longhaul.jobs.spec import LaunchSpec
+from longhaul.scheduling.retry_policy import (
+    _print_failures,
+    allowed_restarts,
+    job_folder_of,
+    refuse_known_failures,
+)
+from tests.support.supervised_job import folder_of, write_failure, write_job
 
-THIS_MAIN, EARLIER_MAIN = "this main", "an earlier main"
+THIS_MAIN, EARLIER_MAIN = "this main process", "an earlier main process"
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> LaunchSpec:
-    """A stage's job whose run this main process has the lease of."""
-    made = job(tmp_path, "")
+def spec(tmp_path: Path) -> LaunchSpec:
+    """The job of a run whose lease this main process owns."""
+    spec = write_job(tmp_path, "")
     (tmp_path / "results/small.lease.json").write_text(THIS_MAIN)
-    return made
+    return spec
 
 
-def fails(made: LaunchSpec, failure_class: str, main: str = THIS_MAIN) -> None:
-    failure = Failure(
-        failure_class, "why it failed", "what to do", key=launch_key(made.inputs, made.data), invocation=main
-    )
-    failure.write(Path(made.folder) / "failure.json")
-
-
-def snakemakes(made: LaunchSpec | None, attempt: int = 1) -> SimpleNamespace:
-    """What Snakemake knows of it."""
-    params = {"launch": f"{made.folder}/launch.sh"} if made else {}
-    return SimpleNamespace(params=params, attempt=attempt, rule=SimpleNamespace(restart_times=10))
+def snakemake_job(spec: LaunchSpec | None) -> SimpleNamespace:
+    """Snakemake's view of the job; None: of a job that runs in the main process."""
+    return SimpleNamespace(params={"launch": f"{spec.folder}/launch.sh"} if spec else {})
 
 
 @pytest.mark.parametrize(
-    ("failure_class", "main", "restarts"),
+    ("failure_class", "invocation", "restarts"),
     [
         (PERMANENT, THIS_MAIN, 0),
         (PERMANENT, EARLIER_MAIN, 0),
@@ -51,54 +48,55 @@ def snakemakes(made: LaunchSpec | None, attempt: int = 1) -> SimpleNamespace:
         (WALLTIME, THIS_MAIN, 10),
     ],
 )
-def test_what_may_go_well_next_time_is_tried_again_and_nothing_else(
-    made: LaunchSpec, failure_class: str, main: str, restarts: int
+def test_only_failures_that_may_not_recur_are_retried(
+    spec: LaunchSpec, failure_class: str, invocation: str, restarts: int
 ):
-    assert _restart_times(snakemakes(made), 10) == 10
-    fails(made, failure_class, main)
-    assert _restart_times(snakemakes(made), 10) == restarts
-    assert _restart_times(snakemakes(None), 10) == 10, "a rule of this machine"
+    assert allowed_restarts(snakemake_job(spec), 10) == 10
+    write_failure(spec, failure_class, invocation)
+    assert allowed_restarts(snakemake_job(spec), 10) == restarts
+    assert allowed_restarts(snakemake_job(None), 10) == 10, "a rule of the main process"
 
 
-def test_snakemakes_own_jobs_ask(made: LaunchSpec, monkeypatch: pytest.MonkeyPatch):
-    """The property that its scheduler compares with the attempt."""
-    monkeypatch.setattr(Job, "restart_times", Job.restart_times)  # put back after the test
-    end_retries()
-    asked: Any = Job.restart_times
-    assert asked.fget(snakemakes(made)) == 10
-    fails(made, PERMANENT)
-    assert asked.fget(snakemakes(made)) == 0
-
-
-def test_a_reason_that_stays_is_told_before_anything_is_submitted(made: LaunchSpec):
-    fails(made, CANCELLED, EARLIER_MAIN)
-    refuse_known_failures([snakemakes(made), snakemakes(None)])
-    fails(made, PERMANENT, EARLIER_MAIN)
+def test_known_failure_is_refused_before_submission_until_an_input_changes(spec: LaunchSpec):
+    write_failure(spec, CANCELLED, EARLIER_MAIN)
+    refuse_known_failures([snakemake_job(spec), snakemake_job(None)])
+    write_failure(spec, PERMANENT, EARLIER_MAIN)
     with pytest.raises(UserError, match=r"train-base failed at .* and would only fail again: why it failed") as refused:
-        refuse_known_failures([snakemakes(None), snakemakes(made)])
-    assert refused.value.hint.startswith("what to do; ") and f"longhaul retry {made.folder}" in refused.value.hint
-    Path(made.inputs[0]).write_text("mended")
-    refuse_known_failures([snakemakes(made)])
+        refuse_known_failures([snakemake_job(None), snakemake_job(spec)])
+    assert refused.value.hint.startswith("what to do; ") and f"longhaul retry {spec.folder}" in refused.value.hint
+    Path(spec.inputs[0]).write_text("fixed")
+    refuse_known_failures([snakemake_job(spec)])
 
 
-def test_who_mends_a_data_file_may_try_again(made: LaunchSpec):
-    fails(made, PERMANENT, EARLIER_MAIN)
+def test_known_failure_is_retried_after_a_data_file_changes(spec: LaunchSpec):
+    write_failure(spec, PERMANENT, EARLIER_MAIN)
     with pytest.raises(UserError, match="would only fail again"):
-        refuse_known_failures([snakemakes(made)])
-    Path(made.data[0]).write_text("mended")
-    refuse_known_failures([snakemakes(made)])
+        refuse_known_failures([snakemake_job(spec)])
+    Path(spec.data[0]).write_text("fixed")
+    refuse_known_failures([snakemake_job(spec)])
 
 
-def test_the_end_tells_what_failed_in_this_run(made: LaunchSpec, capsys: pytest.CaptureFixture[str]):
-    run_folder = Path(made.folder).parents[1]
-    fails(made, TRANSIENT, EARLIER_MAIN)
-    _tell(run_folder)
+def test_retry_verb_deletes_the_failure(spec: LaunchSpec, capsys: pytest.CaptureFixture[str]):
+    write_failure(spec, PERMANENT, EARLIER_MAIN)
+    with pytest.raises(SystemExit) as ended:
+        main(["retry", spec.folder])
+    assert not ended.value.code and "why it failed" in capsys.readouterr().out
+    assert not folder_of(spec).failure.exists()
+    with pytest.raises(SystemExit) as ended:
+        main(["retry", spec.folder])
+    assert ended.value.code == 2 and "failure.json" in capsys.readouterr().err
+
+
+def test_failures_of_this_main_process_are_printed_at_exit(spec: LaunchSpec, capsys: pytest.CaptureFixture[str]):
+    paths = run_of(Path(spec.folder))
+    write_failure(spec, TRANSIENT, EARLIER_MAIN)
+    _print_failures(paths)
     assert capsys.readouterr().err == ""
-    fails(made, TRANSIENT)
-    _tell(run_folder)
-    told = "\ntrain-base failed (transient):\nerror: why it failed\n  remedy: what to do\n"
-    assert capsys.readouterr().err == told
+    write_failure(spec, TRANSIENT, THIS_MAIN)
+    _print_failures(paths)
+    expected = "\ntrain-base failed (transient):\nerror: why it failed\n  remedy: what to do\n"
+    assert capsys.readouterr().err == expected
 
 
-def test_the_folder_is_that_of_the_launch_script(made: LaunchSpec):
-    assert folder_of(snakemakes(made)) == Path(made.folder) and folder_of(snakemakes(None)) is None
+def test_job_folder_is_that_of_the_launch_script(spec: LaunchSpec):
+    assert job_folder_of(snakemake_job(spec)) == Path(spec.folder) and job_folder_of(snakemake_job(None)) is None

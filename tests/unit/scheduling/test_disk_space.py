@@ -1,0 +1,59 @@
+"""The check for free space writes as much as it promises, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from longhaul.errors import DiskFull
+from longhaul.scheduling import disk_space
+from longhaul.scheduling.disk_space import RECORDS_BYTES, _print_full_disk, require_free_space
+
+
+def test_probe_writes_a_mebibyte_that_no_compression_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[bytes] = []
+
+    def fsync(handle: int) -> None:
+        (probe,) = tmp_path.iterdir()
+        assert os.fstat(handle).st_ino == probe.stat().st_ino, "the probe itself reaches the disk"
+        written.append(probe.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    require_free_space(tmp_path)
+    assert [len(content) for content in written] == [RECORDS_BYTES] == [1 << 20]
+    assert len(set(written[0][i : i + 8] for i in range(0, 8000, 8))) == 1000, "random bytes"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_exhausted_quota_is_reported_with_folder_and_size(tmp_path: Path):
+    with pytest.raises(DiskFull, match=f"needs {RECORDS_BYTES} bytes .* of free space in {tmp_path}") as raised:
+        require_free_space(tmp_path)
+    assert "raise the quota" in raised.value.hint and raised.value.needed_bytes == RECORDS_BYTES
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_is_printed_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _print_full_disk(tmp_path)
+    assert "error: log files may be empty or incomplete" in capsys.readouterr().err
+
+
+def test_another_error_of_the_probe_is_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk_space.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        require_free_space(tmp_path)

@@ -1,0 +1,84 @@
+"""A job's request at submission: without quarantined nodes, after an active job, and minimal if it would only fail again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longhaul.artifacts.job_state import PERMANENT, Failure, State, launch_key, utc_now
+from longhaul.artifacts.paths import QUARANTINE, JobFolder, JobId
+from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
+from longhaul.errors import UserError
+from longhaul.jobs.launch_files import write_launch_files
+from longhaul.jobs.spec import LaunchSpec
+from longhaul.planning import Plan
+from longhaul.scheduling import resource_requests
+from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
+from tests.support.small_configs import plan_of
+
+TRAIN_BASE = JobId("train", ("base",))
+
+
+def rendered_plan(folder: Path) -> tuple[Plan, JobFolder]:
+    """Return a plan whose launch files are written below `folder`, and the folder of its first stage."""
+    (folder / "prose.jsonl").write_text('{"text": "a"}\n')
+    (folder / "chats.jsonl").write_text('{"messages": []}\n')
+    datasets = {
+        name: {"kind": kind, "files": [f"{name}.jsonl"]} for name, kind in (("prose", "text"), ("chats", "chat"))
+    }
+    plan = plan_of(folder, {"datasets": datasets})
+    write_launch_files(plan, folder)
+    return plan, JobFolder(folder / plan.paths.stage("base").path)
+
+
+def state(value: str) -> State:
+    return State(value, "41", "n1", ["n1"], 1, utc_now())
+
+
+def test_submission_excludes_quarantined_nodes(tmp_path: Path):
+    """A name that is no host name would make Slurm refuse the job."""
+    plan, _ = rendered_plan(tmp_path)
+    assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ()
+    add_to_quarantine(tmp_path / QUARANTINE, ["n7", "n7", "; rm"], "down", "job 5")
+    assert read_quarantine(tmp_path / QUARANTINE).node_names == ("n7", "; rm")
+    request = submitted_request(plan, TRAIN_BASE, tmp_path)
+    assert request.exclude == ("n7",) and "--exclude=n7" in str(request.as_resources()["slurm_extra"])
+
+
+@pytest.mark.parametrize(("value", "after"), [("running", "41"), ("waiting", "41"), ("done", None), ("failed", None)])
+def test_submission_depends_on_a_job_that_may_be_active(value: str, after: str | None, tmp_path: Path):
+    plan, folder = rendered_plan(tmp_path)
+    state(value).write(folder.state)
+    request = submitted_request(plan, TRAIN_BASE, tmp_path)
+    assert request.after_job == after
+    assert ("--dependency=afterany:41" in str(request.as_resources()["slurm_extra"])) == (after is not None)
+
+
+def test_job_that_would_only_fail_again_requests_one_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    plan, folder = rendered_plan(tmp_path)
+    key = launch_key(LaunchSpec.read(folder.launch_spec).inputs, [])
+    Failure(PERMANENT, "NaN", "", key=key).write(folder.failure)
+    request = submitted_request(plan, TRAIN_BASE, tmp_path)
+    assert (request.nodes, request.tasks, request.minutes, request.gpus_per_node) == (1, 1, 1, 0)
+    folder.deepspeed_config.write_text("{}")
+    assert submitted_request(plan, TRAIN_BASE, tmp_path).minutes > 1
+
+
+def test_broken_quarantine_excludes_nothing_but_refuses_a_new_run(tmp_path: Path):
+    plan, _ = rendered_plan(tmp_path)
+    (tmp_path / QUARANTINE).write_text("{")
+    assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ()
+    with pytest.raises(UserError, match=r"quarantine\.json is not valid JSON"):
+        require_enough_nodes(plan, tmp_path)
+
+
+def test_quarantine_that_leaves_too_few_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan, _ = rendered_plan(tmp_path)
+    asked: list[tuple[str, int, list[str]]] = []
+    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments) or "too few")
+    add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
+    with pytest.raises(UserError, match=r"stages\.base: too few") as refused:
+        require_enough_nodes(plan, tmp_path)
+    assert str(QUARANTINE) in refused.value.hint and asked[0][2] == ["n7"]
