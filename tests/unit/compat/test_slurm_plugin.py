@@ -1,76 +1,107 @@
-"""What the patched executor makes of a job that its user cancelled in the queue."""
+"""The patched check of active jobs: no job is forgotten, and preempted jobs are requeued."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from longhaul.artifacts.job_state import CANCELLED, read_failure
-from longhaul.compat.slurm_plugin import _mended
-from longhaul.scheduling.resource_requests import final_failure
-from tests.unit.scheduling.test_supervisor import job
-
-SCONTROL = (
-    "#!/bin/sh\necho 'JobId=7 JobState={state} Reason=None NumNodes=2 NodeList={nodes} EndTime=2030-01-01T00:00:00'\n"
-)
+from longhaul.compat.slurm_plugin import SlurmActions, _patched
 
 
 class Executor:
-    """As the plugin's: reports jobs from within its check."""
+    """A stand-in for the plugin's executor, which reports ended jobs from within its check."""
 
     run_uuid = "run"
 
-    def __init__(self) -> None:
-        self.errors: list[Any] = []
+    def __init__(self, failed: str = "", succeeded: str = "", answers: bool = True) -> None:
+        self.failed, self.succeeded, self.answers = failed, succeeded, answers
+        self.reports: list[tuple[str, str]] = []
 
     def report_job_success(self, job: Any) -> None:
-        raise AssertionError
+        self.reports.append(("success", job.external_jobid))
 
     def report_job_error(self, job: Any, msg: str = "") -> None:
-        self.errors.append(job)
+        self.reports.append((msg or "error", job.external_jobid))
 
     async def check_active_jobs(self, active_jobs: list[Any]) -> AsyncGenerator[Any, None]:
-        for active in active_jobs:
-            self.report_job_error(active, msg="it failed")
-            if active.external_jobid is None:
-                yield active
+        """Yield the active jobs; none, like the plugin, if no status query succeeds."""
+        for job in active_jobs if self.answers else ():
+            if job.external_jobid == self.failed:
+                self.report_job_error(job)
+            elif job.external_jobid == self.succeeded:
+                self.report_job_success(job)
+            else:
+                yield job
 
 
-@pytest.mark.parametrize(
-    ("state", "nodes", "is_final"),
-    [
-        ("CANCELLED", "(null)", True),
-        ("CANCELLED", "", True),
-        ("CANCELLED", "n[1-2]", False),
-        ("FAILED", "(null)", False),
-    ],
-)
-def test_a_job_cancelled_in_the_queue_is_not_tried_again(
-    state: str, nodes: str, is_final: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A job that had begun has a supervisor, which says itself how it ended."""
-    program = tmp_path / "bin/scontrol"
-    program.parent.mkdir()
-    program.write_text(SCONTROL.format(state=state, nodes=nodes))
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    folder = Path(job(tmp_path, "").folder)
-    (tmp_path / "results/small.lease.json").write_text("this main")
-    submitted = SimpleNamespace(
-        external_jobid="7", job=SimpleNamespace(params={"launch": f"{folder}/launch.sh"}), aux={}
-    )
-    executor = Executor()
+class Slurm:
+    """Records what the patch asks of Slurm."""
 
-    async def still_active() -> list[Any]:
-        return [found async for found in _mended(Executor.check_active_jobs, lambda job_id: "")(executor, [submitted])]
+    def __init__(self, preempted: tuple[str, ...] = (), refusal: str = "") -> None:
+        self.preempted, self.refusal = preempted, refusal
+        self.asked: list[str] = []
+        self.requeued: list[str] = []
+        self.recorded: list[str] = []
 
-    assert asyncio.run(still_active()) == [] and executor.errors == [submitted]
-    assert bool(final_failure(folder)) == is_final
-    failure = read_failure(folder)
-    assert (failure is not None and failure.failure_class == CANCELLED and "in the queue" in failure.cause) == is_final
+    def preempted_jobs(self, name: str) -> tuple[str, ...]:
+        self.asked.append(name)
+        return self.preempted
+
+    def requeue(self, job_id: str) -> str:
+        self.requeued.append(job_id)
+        return self.refusal
+
+    def record_error(self, job: Any) -> None:
+        self.recorded.append(job.external_jobid)
+
+    def active_jobs(self, executor: Executor, *ids: str) -> list[str]:
+        """Return the ids that one patched check yields."""
+        jobs = [SimpleNamespace(external_jobid=job_id) for job_id in ids]
+        actions = SlurmActions(self.preempted_jobs, self.requeue, self.record_error)
+
+        async def check() -> list[str]:
+            patched = _patched(Executor.check_active_jobs, actions)
+            return [job.external_jobid async for job in patched(executor, jobs)]
+
+        return asyncio.run(check())
+
+
+def test_jobs_stay_active_if_no_status_query_succeeds():
+    """Snakemake would wait for ever for jobs that are not yielded."""
+    executor = Executor(answers=False)
+    assert Slurm().active_jobs(executor, "7", "8") == ["7", "8"]
+    assert executor.reports == []
+
+
+def test_ended_jobs_are_reported_once_and_not_yielded():
+    slurm, executor = Slurm(), Executor(failed="7", succeeded="8")
+    assert slurm.active_jobs(executor, "7", "8", "9") == ["9"]
+    assert executor.reports == [("error", "7"), ("success", "8")]
+    assert slurm.recorded == ["7"], "only errors are recorded"
+
+
+def test_preempted_job_is_requeued_and_stays_active():
+    slurm, executor = Slurm(preempted=("8",)), Executor()
+    assert slurm.active_jobs(executor, "7", "8") == ["7", "8"]
+    assert slurm.requeued == ["8"] and slurm.asked == [Executor.run_uuid] and executor.reports == []
+
+
+def test_preempted_job_that_slurm_does_not_requeue_is_reported_as_failed():
+    slurm, executor = Slurm(preempted=("8",), refusal="the site forbids requeue"), Executor()
+    assert slurm.active_jobs(executor, "7", "8") == ["7"]
+    ((message, job_id),) = executor.reports
+    assert job_id == "8" and "the site forbids requeue" in message
+
+
+def test_preempted_job_that_was_already_reported_is_not_requeued():
+    slurm, executor = Slurm(preempted=("7",)), Executor(failed="7")
+    assert slurm.active_jobs(executor, "7") == [] and slurm.requeued == []
+
+
+def test_executor_reports_without_the_patch_afterwards():
+    slurm, executor = Slurm(), Executor()
+    slurm.active_jobs(executor, "7")
+    executor.report_job_error(SimpleNamespace(external_jobid="7"))
+    assert slurm.recorded == []
