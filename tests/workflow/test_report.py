@@ -14,11 +14,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from transformers import AutoTokenizer
 
 from longhaul.artifacts.schemas import DataManifest
-from longhaul.data.shards.indexed_dataset import SplitReader
+from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.report.number_format import size
 from tests.support.chain import Chain
 
-SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "proof", "provenance"]
+SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "verification", "provenance"]
 
 
 @pytest.fixture(scope="module")
@@ -34,44 +34,44 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-class Shown:
-    """A page that was opened, and what it complained of or asked for."""
+class OpenedPage:
+    """An opened page, with its console messages and its requests."""
 
     def __init__(self, browser: Browser, path: Path) -> None:
         self.page: Page = browser.new_page(viewport={"width": 1280, "height": 900})
-        self.complaints: list[str] = []
+        self.console_messages: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.console_messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.console_messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_selector(".main-svg")
 
 
 @pytest.fixture(scope="module")
-def shown(browser: Browser, finished: Chain) -> Shown:
-    return Shown(browser, finished.results / "report.html")
+def shown(browser: Browser, finished: Chain) -> OpenedPage:
+    return OpenedPage(browser, finished.results / "report.html")
 
 
-def test_it_is_one_page_that_asks_for_nothing(shown: Shown, finished: Chain):
-    assert shown.complaints == []
+def test_page_needs_no_other_file_and_no_network(shown: OpenedPage, finished: Chain):
+    assert shown.console_messages == []
     assert [url for url in shown.requests if not url.startswith(("data:", "blob:"))] == [
         (finished.results / "report.html").as_uri()
     ]
 
 
-def test_every_section_is_there_and_says_something(shown: Shown):
+def test_every_section_has_content(shown: OpenedPage):
     for section in [*SECTIONS, "stage-base", "stage-chat"]:
         text = shown.page.inner_text(f"#{section}")
         assert len(text.splitlines()) > 2, section
         assert "None" not in text and "nan" not in text.lower().split(), (section, text)
 
 
-def test_curves_are_drawn_and_each_has_its_level(shown: Shown):
+def test_every_curve_is_drawn_with_its_reference_level(shown: OpenedPage):
     for stage, level in (("base", "unigram entropy of the data"), ("chat", "validation before this stage")):
         figures = shown.page.query_selector_all(f"#stage-{stage} .js-plotly-plot")
         assert len(figures) == 4
-        assert "training that counts" in (figures[3].text_content() or "")
+        assert "training steps that were kept" in (figures[3].text_content() or "")
         legend = figures[0].query_selector_all(".legendtext")
         assert [entry.text_content() for entry in legend] == ["training", "validation", level]
         assert len(figures[0].query_selector_all(".scatterlayer .js-line")) == 3
@@ -79,17 +79,17 @@ def test_curves_are_drawn_and_each_has_its_level(shown: Shown):
     assert len(bars) >= 8
 
 
-def test_numbers_are_those_of_the_run(shown: Shown, finished: Chain):
+def test_numbers_equal_those_of_the_run(shown: OpenedPage, finished: Chain):
     rows = [json.loads(line) for line in (finished.weights("base") / "metrics.jsonl").open()]
     last = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
     assert f"{last:.3f}" in shown.page.inner_text("#stage-base")
     planned = json.loads((finished.results / "plan.json").read_text())["stages"][0]["memory_per_gpu_gib"]["total"]
-    assert f"memory planned for a GPU\n{size(planned * 2**30)}" in shown.page.inner_text("#stage-base")
-    proof = finished.read("export/base.json")["proof"]
-    assert str(proof["tensors"]["count"]) in shown.page.inner_text("#proof")
+    assert f"planned memory per GPU\n{size(planned * 2**30)}" in shown.page.inner_text("#stage-base")
+    verification = finished.read("export/base.json")["verification"]
+    assert str(verification["tensors"]["count"]) in shown.page.inner_text("#verification")
 
 
-def test_samples_begin_as_held_out_documents(finished: Chain):
+def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / finished.read("export/chat.json")["path"])
     for stage, dataset in (("base", "prose"), ("chat", "chats")):
         manifest = DataManifest.read(finished.results / "data" / f"{dataset}.json")
@@ -103,8 +103,8 @@ def test_samples_begin_as_held_out_documents(finished: Chain):
             assert all("What follows" in prompt and "After" not in prompt for prompt in prompts)
 
 
-def test_text_of_a_run_stays_text(browser: Browser, finished: Chain, tmp_path: Path):
-    """A model may well write <script>; so may a tokenizer's template or a host name."""
+def test_text_of_a_run_is_escaped(browser: Browser, finished: Chain, tmp_path: Path):
+    """A model may generate <script>. A tokenizer's template or a host name may contain it, too."""
     results = tmp_path / "tiny"
     shutil.copytree(finished.results, results, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
     attack = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -112,9 +112,9 @@ def test_text_of_a_run_stays_text(browser: Browser, finished: Chain, tmp_path: P
     export["samples"] = [{"prompt": attack, "split": "validation", "completion": attack, "ended_with_eos": True}]
     (results / "export" / "base.json").write_text(json.dumps(export))
     (results / "config.yaml").write_text(attack)
-    command = [sys.executable, "-m", "longhaul", "report", str(results), str(tmp_path / "page.html")]
+    command = [sys.executable, "-m", "longhaul", "report", str(results), "--out", str(tmp_path / "page.html")]
     subprocess.run(command, check=True, cwd=finished.folder, env=finished.environment())
-    shown = Shown(browser, tmp_path / "page.html")
+    shown = OpenedPage(browser, tmp_path / "page.html")
     shown.page.wait_for_timeout(300)
     assert shown.page.title() == "longhaul: tiny"
     assert attack in shown.page.inner_text("#samples")

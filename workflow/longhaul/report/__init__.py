@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Prints a plan, and writes the HTML report of a finished run. Nothing here imports torch."""

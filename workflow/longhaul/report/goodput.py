@@ -1,8 +1,13 @@
-"""What a stage's time went into, from what its supervisor and its trainer wrote down: every second, once.
+"""Divides a stage's wall-clock time into parts. Each second counts once.
 
-history.jsonl (the supervisor): an attempt begins with `running` or `restarted`. events.jsonl (the trainer): `training` when
-the first step of an attempt may begin, `saved` with the seconds since the one before, `work_lost` for steps that are done
-again. Goodput is the share of training that was kept, as in Google's and Meta's accounts of their training runs.
+Two files are read:
+history.jsonl (supervisor) an attempt begins with `running` or `restarted`; `waiting`, `failed` and `done` end it.
+events.jsonl (trainer)     `training`: the first step of an attempt may begin. `saved`: a checkpoint was written; the event holds
+                           the seconds since the one before. `work_lost`: steps that are trained again. `bad_step`: a step
+                           that is not kept.
+
+Goodput is the share of the time that went into training steps which were kept. Google and Meta define it so in reports on
+their training runs.
 """
 
 from __future__ import annotations
@@ -13,30 +18,31 @@ from itertools import pairwise
 from pathlib import Path
 
 from longhaul.artifacts.event_log import Event, read_events
+from longhaul.artifacts.paths import JobFolder, WeightsFolder
 
-_BEGINS = ("running", "restarted")
+_ATTEMPT_BEGINS = ("running", "restarted")
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of a stage's life, from the submission of its first job to its end."""
+    """Parts of a stage's wall-clock time in seconds, from the submission of its first job to its end."""
 
     queue: float
-    stopped: float  # after a failure, until somebody submitted it again
-    start_up: float  # of the first attempt: from the job's start to the first step
-    training: float  # steps that count
+    stopped: float  # from a failure to the next submission
+    start_up: float  # from the start of the first attempt to its first step
+    training: float  # steps that were kept
     validation: float
     saving: float
-    lost_work: float  # steps that were done again
-    restarts: float  # start-ups of later attempts
-    noticing: float  # the rest: until a fault was noticed, and leaving
+    lost_work: float  # steps that were trained again, or not kept
+    restarts: float  # start-up of later attempts
+    fault_detection: float  # the rest: from a fault to its detection, and the end of processes
 
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
 
     def shares(self) -> dict[str, float]:
-        """Parts of 1."""
+        """Return each part divided by the total; empty where the total is 0."""
         return {name: seconds / self.total for name, seconds in asdict(self).items()} if self.total else {}
 
     @property
@@ -45,41 +51,58 @@ class Goodput:
 
 
 def read_goodput(stage: Path, weights: Path) -> Goodput | None:
-    """Of a stage's folder and its weights folder; None when nothing was written down."""
-    history = _since_last_done(read_events(stage / "history.jsonl"))
+    """Return the parts of a stage's time, or None when the stage has no history.
+
+    A stage may have run again with other settings after it was done. Then only the later run counts.
+
+    stage: the stage's job folder; weights: its weights folder
+    """
+    history = _after_last_done(read_events(JobFolder(stage).history))
     if not history:
         return None
-    begins_s = history[0].get("queued_since_s") or history[0]["time_s"]
-    events = [event for event in read_events(weights / "events.jsonl") if event["time_s"] >= begins_s]
+    begins_s = _submitted_s(history[0])
+    events = [event for event in read_events(WeightsFolder(weights).events) if event["time_s"] >= begins_s]
     return account(history, events)
 
 
 def account(history: list[Event], events: list[Event]) -> Goodput:
-    """Sorts the time between the first submission and the last event into its parts."""
-    total = history[-1]["time_s"] - (history[0].get("queued_since_s") or history[0]["time_s"])
-    starts = list(start_ups(history, events))
+    """Divide the time between the first submission and the last event of the history.
+
+    history: the supervisor's events, oldest first; events: the trainer's events since the first submission
+    """
+    total = history[-1]["time_s"] - _submitted_s(history[0])
+    start_ups = list(start_up_times(history, events))
     parts = {
         **_between_attempts(history),
-        "start_up": starts[0] if starts else 0.0,
-        "restarts": sum(starts[1:]),
+        "start_up": start_ups[0] if start_ups else 0.0,
+        "restarts": sum(start_ups[1:]),
         **_training(events),
     }
-    return Goodput(**parts, noticing=max(0.0, total - sum(parts.values())))
+    return Goodput(**parts, fault_detection=max(0.0, total - sum(parts.values())))
 
 
-def _since_last_done(history: list[Event]) -> list[Event]:
-    """A stage that is trained anew, with other settings, begins another life."""
-    dones = [index for index, event in enumerate(history[:-1]) if event["event"] == "done"]
-    return history[dones[-1] + 1 :] if dones else history
+def _submitted_s(event: Event) -> float:
+    """Return when the event's job was submitted, or when the event happened where the job was not queued."""
+    return event.get("queued_since_s") or event["time_s"]
+
+
+def _after_last_done(history: list[Event]) -> list[Event]:
+    """Return the events after the last `done` that is followed by another event."""
+    done = [index for index, event in enumerate(history[:-1]) if event["event"] == "done"]
+    return history[done[-1] + 1 :] if done else history
 
 
 def _between_attempts(history: list[Event]) -> dict[str, float]:
-    """From a submission, or a job's return into the queue, to its start; a job that waits for another one's end queues, too."""
+    """Return {"queue", "stopped"}: the seconds before attempts.
+
+    Queue time runs from a submission, or from a job's return to the queue, to its start. A job that waits for the end of
+    another job queues, too.
+    """
     queue = stopped = 0.0
     for before, event in pairwise([None, *history]):
         if event is None or event["event"] != "running":
             continue
-        since_s = event.get("queued_since_s") or event["time_s"]
+        since_s = _submitted_s(event)
         if before and before["event"] == "waiting":
             since_s = before["time_s"]
         elif before:
@@ -89,32 +112,34 @@ def _between_attempts(history: list[Event]) -> dict[str, float]:
     return {"queue": queue, "stopped": stopped}
 
 
-def start_ups(history: list[Event], events: list[Event]) -> Iterable[float]:
-    """Of each attempt, until its first step may begin; one that never got there is start-up to its end."""
+def start_up_times(history: list[Event], events: list[Event]) -> Iterable[float]:
+    """Yield for each attempt the seconds until its first step may begin, or until its end where it had no step."""
     first_steps = [event["time_s"] for event in events if event["event"] == "training"]
     for event, after in pairwise([*history, None]):
-        if event and event["event"] in _BEGINS:
-            ends_s = (after.get("queued_since_s") or after["time_s"]) if after else event["time_s"]
-            ends_s = max(event["time_s"], ends_s)
+        if event and event["event"] in _ATTEMPT_BEGINS:
+            ends_s = max(event["time_s"], _submitted_s(after) if after else event["time_s"])
             step_s = next((s for s in first_steps if event["time_s"] <= s <= ends_s), ends_s)
             yield step_s - event["time_s"]
 
 
 def _training(events: list[Event]) -> dict[str, float]:
-    """Steps of saves that a later resume went back behind were lost, too."""
-    kept: list[Event] = []
+    """Return {"training", "validation", "saving", "lost_work"}.
+
+    A resume from an older checkpoint also loses the steps of the checkpoints after it.
+    """
+    saves: list[Event] = []
     lost = 0.0
     for event in events:
         if event["event"] == "saved":
-            kept.append(event)
+            saves.append(event)
         elif event["event"] == "bad_step":
             lost += event.get("seconds", 0.0)
         elif event["event"] == "work_lost":
             lost += event["seconds"]
-            kept = [save if save["step"] <= event["to_step"] else {**save, "training_s": 0.0} for save in kept]
+            saves = [save if save["step"] <= event["to_step"] else {**save, "training_s": 0.0} for save in saves]
     return {
-        "training": sum(save["training_s"] for save in kept),
-        "validation": sum(save["validation_s"] for save in kept),
-        "saving": sum(save["saving_s"] for save in kept),
+        "training": sum(save["training_s"] for save in saves),
+        "validation": sum(save["validation_s"] for save in saves),
+        "saving": sum(save["saving_s"] for save in saves),
         "lost_work": lost,
     }

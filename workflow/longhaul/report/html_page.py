@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: no file beside it, no network, no torch."""
+"""Writes the report of a run: one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from longhaul.artifacts.schemas import Export
 from longhaul.config.package_data import data_root
 from longhaul.report import figures
 from longhaul.report import number_format as text
-from longhaul.report.run_data import RunRecord, StageRecord, read_run
+from longhaul.report.run_results import RunResults, StageResults, read_run
 
 TEMPLATES = data_root() / "templates" / "report"
 
 
 def run(folder: Path, out: Path) -> None:
-    """Writes the page about `results/<run>`; UserError when an artefact is missing."""
+    """Write the report of `folder`, which is results/<run>, to `out`.
+
+    Raises:
+        UserError: an artifact is missing, or another release wrote it.
+    """
     write_text(out, render_page(read_run(folder)))
 
 
-def render_page(record: RunRecord) -> str:
-    """The page as HTML. Values from the run are escaped; only figures are put in as they are."""
+def render_page(results: RunResults) -> str:
+    """Return the page as HTML. Values of the run are escaped; figures and the Plotly library are not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -39,19 +43,19 @@ def render_page(record: RunRecord) -> str:
         name: getattr(text, name) for name in ("count", "size", "nats", "percent", "duration", "words", "plain")
     }
     return environment.get_template("report.html.j2").render(
-        record=record,
-        stages=[_stage_rows(stage) for stage in record.stages],
-        exports=[_proof_rows(export) for export in record.exports],
-        timeline=_embedded(figures.timeline_figure(record.spans)) if record.spans else "",
-        fabric=_embedded(figures.fabric_figure(record.fabric.results)) if record.fabric.results else "",
-        # the library is put in whole, so that the page works where there is no internet
+        results=results,
+        stages=[_stage_rows(stage) for stage in results.stages],
+        exports=[_export_rows(export) for export in results.exports],
+        timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
+        fabric=_embed(figures.fabric_figure(results.fabric.results)) if results.fabric.results else "",
+        # The page contains the whole library, so that it works without internet.
         plotly=Markup(get_plotlyjs()),
         version=__version__,
     )
 
 
-def _stage_rows(stage: StageRecord) -> dict[str, Any]:
-    """A stage's headline numbers and figures."""
+def _stage_rows(stage: StageResults) -> dict[str, Any]:
+    """Return {"name", "numbers": {title: text}, "figures"} of a stage."""
     summary = stage.summary
     numbers = {
         "steps": text.count(stage.checkpoint.steps),
@@ -62,32 +66,33 @@ def _stage_rows(stage: StageRecord) -> dict[str, Any]:
         "tokens/s, median": text.count(summary.median_tokens_per_s),
         "step time, median": text.duration(summary.median_step_time_s),
         "model FLOPs utilisation, median": text.percent(summary.median_mfu),
-        "data wait": text.percent(summary.data_wait_share),
-        "padding of the packs": text.percent(stage.padding_share),
-        "memory planned for a GPU": text.size(stage.planned_memory_bytes),
-        "peak memory of a GPU, or of a process without one": text.size(summary.peak_memory_bytes),
-        "batches left out after a bad step": text.count(stage.skipped_batches),
-        "trained for": text.duration(summary.training_time_s),
-        "legs": text.count(len(stage.legs)),
+        "time spent waiting for data": text.percent(summary.data_wait_share),
+        "padding in the packs": text.percent(stage.padding_share),
+        "planned memory per GPU": text.size(stage.planned_memory_bytes),
+        "peak memory per GPU (per process on CPUs)": text.size(summary.peak_memory_bytes),
+        "batches skipped after a bad step": text.count(stage.skipped_batches),
+        "time in training steps": text.duration(summary.training_time_s),
+        "attempts": text.count(len(stage.attempts)),
         "hosts": ", ".join(stage.hosts),
     }
-    drawn = [draw(stage) for draw in (figures.loss_figure, figures.speed_figure, figures.schedule_figure)]
+    stage_figures = [figure(stage) for figure in (figures.loss_figure, figures.speed_figure, figures.schedule_figure)]
     if stage.goodput and stage.goodput.total:
         numbers["goodput"] = text.percent(stage.goodput.goodput)
-        drawn.append(figures.goodput_figure(stage.goodput))
-    return {"name": stage.name, "numbers": numbers, "figures": [_embedded(figure) for figure in drawn]}
+        stage_figures.append(figures.goodput_figure(stage.goodput))
+    return {"name": stage.name, "numbers": numbers, "figures": [_embed(figure) for figure in stage_figures]}
 
 
-def _proof_rows(export: Export) -> dict[str, Any]:
-    proof = {
+def _export_rows(export: Export) -> dict[str, Any]:
+    """Return the export, and its verification as {"<check>: <value's name>": text}."""
+    verification = {
         f"{part}: {text.words(key)}": text.plain(value)
-        for part, found in export.proof.items()
+        for part, found in export.verification.items()
         for key, value in found.items()
     }
-    return {"export": export, "proof": proof, "provenance": export.provenance}
+    return {"export": export, "verification": verification}
 
 
-def _embedded(figure: go.Figure) -> Markup:
-    """A figure's JSON for a script element: no `<` in it can end the element."""
+def _embed(figure: go.Figure) -> Markup:
+    """Return a figure's JSON in a script element. `<` is escaped, so that no text can end the element."""
     data = str(figure.to_json()).replace("<", "\\u003c")
     return Markup(f'<div class="figure"><script type="application/json">{data}</script></div>')

@@ -1,4 +1,4 @@
-"""A stage's metrics.jsonl as curves of bounded size, and the numbers that sum it up."""
+"""Reads a stage's metrics.jsonl as curves, and summarises them in numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from longhaul.report.number_format import finite
 
 MAX_POINTS = 2000
-# The training loss of one batch is noisy; the headline takes the mean of the last steps.
+# The training loss of one batch is noisy, so the summary shows the mean of the last steps.
 _LAST_STEPS = 10
 STEP_VALUES = (
     "loss",
@@ -30,7 +30,7 @@ STEP_VALUES = (
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x, both of one length; y is None where a value was not finite. x are steps."""
+    """Values `y` over steps `x`; both have the same length. y is None where a value is not finite."""
 
     x: list[float] = field(default_factory=list)
     y: list[float | None] = field(default_factory=list)
@@ -40,22 +40,22 @@ class Curve:
 
     @property
     def values(self) -> list[float]:
-        """The finite values."""
+        """Return the finite values."""
         return [value for value in self.y if value is not None]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """All points of a stage: one curve per value of STEP_VALUES, and the validation loss."""
+    """All points of a stage: one curve per name in STEP_VALUES, and the validation loss."""
 
     curves: dict[str, Curve]
     validation: Curve
-    steps: int  # lines of steps read
-    broken_lines: int  # lines that are no JSON object with a step, such as the half line of a killed writer
+    steps: int  # number of lines about training steps
+    broken_lines: int  # lines without a step or incomplete ones, such as the last line of a killed process
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads metrics.jsonl line by line; a line that is not whole is counted and left out."""
+    """Read metrics.jsonl line by line. Broken lines are counted and skipped."""
     curves = {name: Curve() for name in STEP_VALUES}
     validation = Curve()
     steps = broken = 0
@@ -73,6 +73,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield one row per line, and None for a broken line."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             try:
@@ -88,9 +89,9 @@ def _append(curve: Curve, step: float, value: Any) -> None:
 
 
 def downsample(curve: Curve, limit: int = MAX_POINTS) -> Curve:
-    """At most `limit` (>= 4) points: the first, the last, and the lowest and highest of each of equal buckets.
+    """Return at most `limit` (>= 4) points: the first, the last, and the lowest and highest of equal buckets.
 
-    Keeping both extremes shows every spike, which a plain stride or a mean would hide. Gaps (None) are dropped then.
+    Both extremes are kept because a stride or a mean would hide spikes. Gaps (None) are dropped from a curve that is reduced.
     """
     if len(curve.x) <= limit:
         return curve
@@ -105,7 +106,7 @@ def downsample(curve: Curve, limit: int = MAX_POINTS) -> Curve:
 
 
 def _extremes(points: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """The lowest and the highest point, in the order of x."""
+    """Return the lowest and the highest point, in the order of x."""
     if not points:
         return []
     return sorted({min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])})
@@ -113,7 +114,7 @@ def _extremes(points: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A stage in numbers; None where the metrics do not hold it. Times in seconds, shares of 1."""
+    """A stage in numbers; None where the metrics do not contain the value. Times are in seconds, shares are fractions of 1."""
 
     last_loss: float | None  # mean of the last steps
     first_validation: float | None  # before the first step
@@ -129,7 +130,7 @@ class Summary:
 
 
 def summarise(metrics: Metrics) -> Summary:
-    """Sums a stage up. Medians, as the first steps of a leg also warm caches and build kernels."""
+    """Return a stage's summary. Medians are used because the first steps of an attempt also fill caches and build kernels."""
     validation = [(x, y) for x, y in zip(metrics.validation.x, metrics.validation.y, strict=True) if y is not None]
     best = min(validation, key=lambda point: point[1], default=None)
     step_times, waits = metrics.curves["step_time_s"].values, metrics.curves["data_wait_s"].values

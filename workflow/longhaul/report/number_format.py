@@ -1,9 +1,8 @@
-"""Numbers as people read them: `1.23 M`, `3.4 GiB`, `4 min 12 s`. Missing values are an en dash."""
+"""Formats values for people: `1.23 M`, `3.4 GiB`, `4 min 12 s`. A missing value becomes an en dash."""
 
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
 from typing import Any
 
 MISSING = "–"
@@ -13,14 +12,14 @@ _DURATIONS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def finite(value: Any) -> float | None:
-    """The value as a finite float, or None: JSON of a training may hold null, NaN or infinity."""
+    """Return the value as a finite float, or None for anything else, such as null, NaN or infinity in a metrics file."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def count(value: Any) -> str:
-    """A number of things: exact below 10,000, with three digits and a unit (k, M, B, T) above."""
+    """Return a count: exact below 10,000, above with three significant digits and a unit (k, M, B, T, P)."""
     number = finite(value)
     if number is None:
         return MISSING
@@ -30,7 +29,7 @@ def count(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes, in KiB, MiB, GiB, …"""
+    """Return a number of bytes in B, KiB, MiB, GiB, TiB or PiB."""
     number = finite(value)
     if number is None:
         return MISSING
@@ -39,14 +38,14 @@ def size(value: Any) -> str:
 
 def _scaled(number: float, units: tuple[tuple[float, str], ...]) -> str:
     for index, (unit, name) in enumerate(units):
-        # A value that would round up to 1,000 of a unit is shown as 1 of the next.
+        # A value that rounds to 1,000 of a unit is shown as 1 of the next unit.
         if abs(number) >= unit * (0.9995 if index < len(units) - 1 else 1):
             return f"{significant(number / unit)} {name}"
     return significant(number)
 
 
 def significant(value: Any, digits: int = 3) -> str:
-    """`digits` significant digits, no exponent between 0.001 and 1,000,000, no trailing zeros."""
+    """Return `digits` significant digits, without exponent from 0.001 to 1,000,000, and without trailing zeros."""
     number = finite(value)
     if number is None:
         return MISSING
@@ -56,28 +55,28 @@ def significant(value: Any, digits: int = 3) -> str:
     rounded = round(number, decimals)
     if not 1e-3 <= abs(rounded) < 1e6:
         mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
-        return f"{_trimmed(mantissa)}e{int(exponent)}"
-    return _trimmed(f"{rounded:,.{max(0, decimals)}f}")
+        return f"{_without_trailing_zeros(mantissa)}e{int(exponent)}"
+    return _without_trailing_zeros(f"{rounded:,.{max(0, decimals)}f}")
 
 
-def _trimmed(text: str) -> str:
+def _without_trailing_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def nats(value: Any) -> str:
-    """A loss in nats per token, three decimals."""
+    """Return a loss in nats per token with three decimals."""
     number = finite(value)
     return MISSING if number is None else f"{number:.3f}"
 
 
 def percent(value: Any) -> str:
-    """A share of 1 as a percentage."""
+    """Return a fraction of 1 as a percentage."""
     number = finite(value)
     return MISSING if number is None else f"{significant(100 * number, 3 if number >= 0.1 else 2)} %"
 
 
 def duration(value: Any) -> str:
-    """Seconds as the two largest units that matter: `850 ms`, `4.2 s`, `4 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
+    """Return seconds in their two largest units: `850 ms`, `4.2 s`, `4 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
     seconds = finite(value)
     if seconds is None:
         return MISSING
@@ -91,17 +90,27 @@ def duration(value: Any) -> str:
     return f"{whole} {large_name} {rest} {small_name}" if rest else f"{whole} {large_name}"
 
 
-def moment(epoch_s: float) -> str:
-    """Seconds since 1970 as a UTC date and time."""
-    return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
 def words(name: str) -> str:
-    """A field's name as words: `gpus_per_node` -> `GPUs per node`."""
+    """Return a field's name as words: `gpus_per_node` -> `GPUs per node`."""
     text = name.replace("_", " ").replace("-", " ")
-    spelt = {"gpu": "GPU", "gpus": "GPUs", "cpu": "CPU", "cpus": "CPUs", "nccl": "NCCL", "cuda": "CUDA", "zero": "ZeRO"}
-    spelt |= {"gib": "GiB", "mfu": "MFU", "flops": "FLOPs", "deepspeed": "DeepSpeed", "id": "ID", "sha256": "SHA-256"}
-    return " ".join(spelt.get(word, word) for word in text.split())
+    spelling = {
+        "gpu": "GPU",
+        "gpus": "GPUs",
+        "cpu": "CPU",
+        "cpus": "CPUs",
+        "nccl": "NCCL",
+        "cuda": "CUDA",
+        "zero": "ZeRO",
+    }
+    spelling |= {
+        "gib": "GiB",
+        "mfu": "MFU",
+        "flops": "FLOPs",
+        "deepspeed": "DeepSpeed",
+        "id": "ID",
+        "sha256": "SHA-256",
+    }
+    return " ".join(spelling.get(word, word) for word in text.split())
 
 
 def _plain_number(value: bool | int | float) -> str:
@@ -113,7 +122,7 @@ def _plain_number(value: bool | int | float) -> str:
 
 
 def plain(value: Any) -> str:
-    """Any JSON value in one line: lists and dicts spelt out, long fractions shortened."""
+    """Return any JSON value as one line. Lists and dicts are written out, long fractions are shortened."""
     if value is None or value == "":
         return MISSING
     if isinstance(value, bool | int | float):

@@ -1,0 +1,48 @@
+"""plan.json and the plan table state what follows from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longhaul.config.stage_config import Parallel
+from longhaul.report.plan_json import gpu_hours, layout_text, plan_json
+from longhaul.report.plan_table import plan_notes, print_plan
+from tests.support.small_configs import plan_of
+
+
+def test_gpu_hours_assume_forty_percent_of_the_peak() -> None:
+    assert gpu_hours(flops=1000e12 * 3600, peak_tflops=100.0) == 25.0
+    assert gpu_hours(flops=1e21, peak_tflops=989.0) == pytest.approx(1e21 / (0.4 * 989e12) / 3600, abs=0.05)
+
+
+@pytest.mark.parametrize(("flops", "peak"), [(None, 100.0), (1e15, None), (1e15, 0.0)])
+def test_gpu_hours_are_unknown_without_model_or_peak(flops: float | None, peak: float | None) -> None:
+    assert gpu_hours(flops, peak) is None
+
+
+def test_layout_names_only_axes_with_several_ranks() -> None:
+    assert layout_text(Parallel()) == "data parallel"
+    assert layout_text(Parallel(pipeline=2, tensor=4)) in ("pipeline 2, tensor 4", "tensor 4, pipeline 2")
+
+
+def test_stage_rows_state_batch_and_allocation(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    row, planned = plan_json(plan)["stages"][0], plan.stages[0]
+    assert row["global_batch_size"] == row["micro_batch_size"] * row["accumulation"] * row["data_parallel"]
+    assert row["gpu_hours_per_allocation"] == round(planned.world_size * planned.stage.minutes / 60, 2)
+    assert planned.checkpoint_bytes and row["checkpoint_gb"] == round(planned.checkpoint_bytes / 1e9, 3)
+
+
+def test_table_shows_every_stage_and_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(tmp_path)
+    print_plan(plan)
+    printed = capsys.readouterr().out
+    assert plan.run in printed and all(stage.name in printed for stage in plan.stages)
+    assert ("Slurm requests" in printed) == (plan.site.scheduler == "slurm")
+
+
+def test_notes_follow_the_tables() -> None:
+    content = {"stages": [{"warnings": ["w"]}], "pretrained_changes": ["f"], "deferred_checks": ["c"]}
+    assert plan_notes(content) == ["pretrained weights: f", "warning: w", "not known yet: c"]

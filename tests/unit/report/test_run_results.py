@@ -1,0 +1,58 @@
+"""Benchmarks, packs and attempts of a run are read for the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.report import run_results as module
+from longhaul.report.run_results import JobTimespan, StageResults
+
+BENCHMARK = "s\th:m:s\n{seconds}\t0:00:01\n"
+
+
+def test_timespans_end_when_the_benchmark_file_was_written(tmp_path: Path) -> None:
+    """Encode jobs, whose names have two parts, are included; jobs without a benchmark file are not."""
+    paths = RunPaths("r", tmp_path)
+    jobs = [JobId("train", ("base",)), JobId("encode", ("web", "1-of-2")), JobId("environment"), JobId("fabric")]
+    for job, seconds, end_s in ((jobs[0], 30, 1030), (jobs[1], 5.5, 900), (jobs[2], 2, 800)):
+        path = paths.benchmark(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(BENCHMARK.format(seconds=99) + f"{seconds}\t0:00:01\n")
+        os.utime(path, (end_s, end_s))
+    plan = {"jobs": [{"kind": job.kind, "names": list(job.names)} for job in jobs]}
+    assert module._read_timespans(paths, plan) == [
+        JobTimespan("environment", 798, 800),
+        JobTimespan("encode-web-1-of-2", 894.5, 900),
+        JobTimespan("train-base", 1000, 1030),
+    ]
+
+
+def test_benchmark_file_without_rows_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "b.tsv").write_text("s\th:m:s\n")
+    assert module._benchmark_s(tmp_path / "b.tsv") is None and module._benchmark_s(tmp_path / "none") is None
+
+
+def test_padding_share_covers_all_datasets_of_a_mixture(tmp_path: Path) -> None:
+    for name, packs, tokens in (("a", 3, 250), ("b", 1, 50)):
+        row = {"packs": packs, "sequence_length": 100, "tokens": tokens}
+        (tmp_path / f"pack-{name}-train-100-0.json").write_text(json.dumps(row))
+    (tmp_path / "pack-a-validation-100-0.json").write_text("{}")
+    assert module._padding_share(tmp_path) == pytest.approx(0.25)
+    assert module._padding_share(tmp_path / "none") is None
+
+
+def test_hosts_of_all_attempts_are_listed_once() -> None:
+    attempts = [{"hosts": ["n1", "n2"]}, {"hosts": ["n2", "n3"]}]
+    stage: Any = SimpleNamespace(attempts=attempts)
+    assert StageResults.hosts.fget(stage) == ["n1", "n2", "n3"]  # type: ignore[misc]
+
+
+def test_duration_of_a_timespan_is_formatted() -> None:
+    assert JobTimespan("fabric", 100.0, 352.0).duration == "4 min 12 s"

@@ -1,0 +1,71 @@
+"""The content of results/<run>/plan.json: a plan as JSON, for the plan table and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longhaul.config.stage_config import Parallel
+from longhaul.jobs.kind import job_request, jobs_of
+from longhaul.planning import Plan, StagePlan
+from longhaul.planning.plan import ASSUMED_MFU
+
+Row = dict[str, Any]
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan's stages, and its jobs with their Slurm requests."""
+    return {
+        "run": plan.run,
+        "site": plan.site.name,
+        "scheduler": plan.site.scheduler,
+        "stages": [_stage_row(plan, stage) for stage in plan.stages],
+        "jobs": [
+            {"kind": job.kind, "names": list(job.names), "request": job_request(plan, job).as_sbatch()}
+            for job in jobs_of(plan)
+        ],
+        "pretrained_changes": list(plan.pretrained_changes),
+        "deferred_checks": list(plan.deferred_checks),
+    }
+
+
+def _stage_row(plan: Plan, planned: StagePlan) -> Row:
+    stage = planned.stage
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "dataset": stage.dataset,
+        "from": f"{stage.start_from.stage} ({stage.start_from.checkpoint})" if stage.start_from else None,
+        "steps": planned.steps,
+        "tokens": planned.tokens,
+        "sequence_length": stage.sequence_length,
+        "global_batch_size": stage.global_batch_size,
+        "micro_batch_size": stage.micro_batch_size,
+        "accumulation": planned.accumulation,
+        "data_parallel": planned.data_parallel,
+        "nodes": stage.nodes,
+        "gpus_per_node": stage.gpus_per_node,
+        "precision": stage.precision,
+        "zero_stage": stage.zero.stage,
+        "layout": layout_text(stage.parallel),
+        "pipeline_bubble": round(planned.pipeline_bubble, 4),
+        "warnings": list(planned.warnings),
+        "memory_per_gpu_gib": planned.memory.as_gib() if planned.memory else None,
+        "flops": planned.flops,
+        "gpu_hours_estimate": gpu_hours(planned.flops, plan.site.node.gpu_peak_tflops),
+        "gpu_hours_per_allocation": round(planned.world_size * stage.minutes / 60, 2),
+        "files_per_checkpoint": planned.files_per_checkpoint,
+        "checkpoint_gb": round(planned.checkpoint_bytes / 1e9, 3) if planned.checkpoint_bytes else None,
+        "minutes": stage.minutes,
+    }
+
+
+def layout_text(parallel: Parallel) -> str:
+    """Return the parallel axes that have several ranks, such as `pipeline 2, tensor 4`."""
+    return ", ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if size > 1) or "data parallel"
+
+
+def gpu_hours(flops: float | None, peak_tflops: float | None) -> float | None:
+    """Return the GPU-hours that `flops` take at a share of ASSUMED_MFU of a GPU's peak; None where either is unknown."""
+    if not flops or not peak_tflops:
+        return None
+    return round(flops / (peak_tflops * 1e12 * ASSUMED_MFU) / 3600, 1)

@@ -1,0 +1,153 @@
+"""Reads the files of a finished run for the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.files import read_json
+from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.schemas import (
+    Checkpoint,
+    DataManifest,
+    EnvironmentReport,
+    Export,
+    FabricReport,
+    TokenizerManifest,
+)
+from longhaul.report.goodput import Goodput, read_goodput
+from longhaul.report.metric_series import Metrics, Summary, read_metrics, summarise
+from longhaul.report.number_format import duration
+
+
+@dataclass(frozen=True)
+class StageResults:
+    """One trained stage: its plan, its attempts and its metrics."""
+
+    name: str
+    kind: str
+    checkpoint: Checkpoint
+    attempts: list[dict[str, Any]]  # lines of attempts.jsonl
+    metrics: Metrics
+    summary: Summary
+    skipped_batches: int
+    planned_memory_bytes: float | None  # of the rank that needs the most GPU memory
+    padding_share: float | None  # of the tokens in an epoch's packs; None where nothing is packed
+    unigram_entropy_nats: float | None
+    goodput: Goodput | None
+
+    @property
+    def hosts(self) -> list[str]:
+        """Return the hosts of all attempts, each once."""
+        return list(dict.fromkeys(host for attempt in self.attempts for host in attempt["hosts"]))
+
+
+@dataclass(frozen=True)
+class JobTimespan:
+    """Start and end of a job's last try, in seconds since 1970."""
+
+    job: str
+    start_s: float
+    end_s: float
+
+    @property
+    def duration(self) -> str:
+        return duration(self.end_s - self.start_s)
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Everything that the report shows, in the order of the pipeline."""
+
+    plan: dict[str, Any]
+    config: str
+    environment: EnvironmentReport
+    fabric: FabricReport
+    tokenizer: TokenizerManifest
+    data: list[DataManifest]
+    stages: list[StageResults]
+    exports: list[Export]
+    timespans: list[JobTimespan]
+
+
+def read_run(folder: Path) -> RunResults:
+    """Read the results of a run.
+
+    folder: results/<run>
+
+    Raises:
+        UserError: an artifact is missing, or another release wrote it.
+    """
+    paths = RunPaths(folder.name, folder.parent)
+    plan = read_json(paths.plan)
+    data = {
+        name: DataManifest.read(paths.manifest(name)) for name in sorted({row["dataset"] for row in plan["stages"]})
+    }
+    exports = [paths.export_manifest(row["name"]) for row in plan["stages"]]
+    return RunResults(
+        plan=plan,
+        config=paths.config.read_text(encoding="utf-8"),
+        environment=EnvironmentReport.read(paths.environment),
+        fabric=FabricReport.read(paths.fabric),
+        tokenizer=TokenizerManifest.read(paths.tokenizer),
+        data=list(data.values()),
+        stages=[_read_stage(paths, row, data[row["dataset"]]) for row in plan["stages"]],
+        exports=[Export.read(path) for path in exports if path.exists()],
+        timespans=_read_timespans(paths, plan),
+    )
+
+
+def _read_stage(paths: RunPaths, row: dict[str, Any], data: DataManifest) -> StageResults:
+    """Read a stage's results. `row` is the stage's entry in plan.json."""
+    stage = paths.stage(row["name"])
+    checkpoint = Checkpoint.read(stage.checkpoint)
+    weights = WeightsFolder(Path(checkpoint.weights))
+    metrics = read_metrics(weights.metrics)
+    attempts = weights.attempts.read_text(encoding="utf-8").splitlines()
+    return StageResults(
+        name=row["name"],
+        kind=row["kind"],
+        checkpoint=checkpoint,
+        attempts=[json.loads(line) for line in attempts],
+        metrics=metrics,
+        summary=summarise(metrics),
+        skipped_batches=len(read_json(weights.skipped_batches)) if weights.skipped_batches.exists() else 0,
+        planned_memory_bytes=row["memory_per_gpu_gib"] and row["memory_per_gpu_gib"]["total"] * 2**30,
+        padding_share=_padding_share(weights.samples),
+        unigram_entropy_nats=data.unigram_entropy_nats,
+        goodput=read_goodput(stage.path, weights.path),
+    )
+
+
+def _padding_share(folder: Path) -> float | None:
+    """Return the share of padding tokens, from the JSON files beside the training packs (data/sampling/sample_sources.py).
+
+    A mixture has one such file for each of its datasets.
+    """
+    packs = [read_json(path) for path in folder.glob("pack-*-train-*.json")]
+    positions = sum(pack["packs"] * pack["sequence_length"] for pack in packs)
+    return 1 - sum(pack["tokens"] for pack in packs) / positions if positions else None
+
+
+def _read_timespans(paths: RunPaths, plan: dict[str, Any]) -> list[JobTimespan]:
+    """Return when each job ran, from Snakemake's benchmark files. A job ends when its benchmark file is written."""
+    found = []
+    for row in plan["jobs"]:
+        job = JobId(row["kind"], tuple(row["names"]))
+        path = paths.benchmark(job)
+        if seconds := _benchmark_s(path):
+            end_s = path.stat().st_mtime
+            found.append(JobTimespan(str(job), end_s - seconds, end_s))
+    return sorted(found, key=lambda timespan: timespan.start_s)
+
+
+def _benchmark_s(path: Path) -> float | None:
+    """Return the seconds in the last row of a benchmark file, or None where there is no file or no row."""
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    return float(rows[-1]["s"]) if rows else None
