@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Read data files, encode documents, filter them, write token shards, and read training samples."""

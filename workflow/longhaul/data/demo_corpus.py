@@ -1,4 +1,4 @@
-"""The demo's data: the sources of this Python's standard library as text, and questions about its docstrings as chats."""
+"""Write the demo's datasets from Python's standard library: its source code as texts, and its docstrings as chats."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from longhaul.config.dataset_config import Columns, PythonStdlib
 from longhaul.errors import UserError
 
 _MB = 1_000_000
-# Tests and generated tables would outweigh what people write.
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings", "lib2to3"}
-_LONGEST_ANSWER_CHARACTERS = 600
-_SHORTEST_ANSWER_CHARACTERS = 20
+# Tests and generated tables are larger than all code that people wrote.
+_EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings", "lib2to3"}
+_MAX_ANSWER_CHARACTERS = 600
+_MIN_ANSWER_CHARACTERS = 20
 
 
-def collect(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> dict[str, Any]:
-    """Writes the demo's JSONL file and says what is in it; the same Python always gives the same bytes."""
+def write_demo_corpus(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> dict[str, Any]:
+    """Write the demo's JSONL file and return its entry of the lock file; the same Python gives the same bytes.
+
+    Raises:
+        UserError: this Python has no standard library on disk.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = 0
     written_bytes = documents = 0
     with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for path in _modules(root):
+        for path in _module_files(root):
             try:
                 source = path.read_text(encoding="utf-8")
                 rows = list(_rows(kind, source, _module_name(path, root), columns))
@@ -44,7 +48,8 @@ def collect(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> d
                 break
     if not documents:
         raise UserError(
-            f"no Python sources in {root}", "this Python has no standard library on disk: give `files` instead"
+            f"no Python sources in {root}",
+            "this Python has no standard library on disk: set the dataset's `files` instead",
         )
     return {
         "path": str(root),
@@ -56,11 +61,11 @@ def collect(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> d
     }
 
 
-def _modules(root: Path) -> Iterator[Path]:
-    """Every module, in an order that mixes the library's parts: a size cap then takes a fair sample of it."""
+def _module_files(root: Path) -> Iterator[Path]:
+    """Yield every module in the order of the hashes of their names, so that a size limit keeps an even sample."""
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).hexdigest()):
-        if not _LEFT_OUT & set(name.parts):
+        if not _EXCLUDED_FOLDERS & set(name.parts):
             yield root / name
 
 
@@ -80,10 +85,10 @@ def _rows(kind: str, source: str, module: str, columns: Columns) -> Iterator[dic
 
 
 def _docstrings(source: str, module: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, first paragraph of its docstring) of each documented function and class."""
+    """Yield (dotted name, first paragraph of its docstring) for each documented function and class."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             text = ast.get_docstring(node)
             answer = inspect.cleandoc(text).split("\n\n")[0].strip() if text else ""
-            if _SHORTEST_ANSWER_CHARACTERS <= len(answer) <= _LONGEST_ANSWER_CHARACTERS:
+            if _MIN_ANSWER_CHARACTERS <= len(answer) <= _MAX_ANSWER_CHARACTERS:
                 yield f"{module}.{node.name}", answer

@@ -1,1 +1,1 @@
-"""Brings what a config names from elsewhere, and pins it."""
+"""Download the models, tokenizers and datasets that a config names, and pin their revisions."""

@@ -1,1 +1,1 @@
-"""Duplicate removal and decontamination."""
+"""Filter out duplicates and documents that contain evaluation texts."""

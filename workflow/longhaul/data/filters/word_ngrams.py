@@ -1,20 +1,20 @@
-"""Texts as rows of words, for near duplicates and evaluation texts: case, punctuation and spacing do not count."""
+"""Split texts into words and word n-grams; case, punctuation and spacing are ignored."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
-# Scripts that are written without spaces (Thai to Khmer, kana, Han): each letter is a word.
+# Scripts without spaces between words (Thai to Khmer, kana, Han): each letter counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
     return _WORD.findall(text.lower())
 
 
-def runs(row: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
-    """Every run of `length` neighbouring words; none where there are fewer."""
-    return zip(*(row[start:] for start in range(length)), strict=False)
+def ngrams(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    """Yield every run of `length` consecutive words; nothing for fewer words."""
+    return zip(*(words[start:] for start in range(length)), strict=False)

@@ -1,1 +1,1 @@
-"""Data files to checked documents."""
+"""Read data files into documents."""

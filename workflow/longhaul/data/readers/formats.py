@@ -1,4 +1,4 @@
-"""Data files -> raw values of some columns, each with its place, in every format and compression longhaul reads."""
+"""Select the reader of a data file and read some of its columns, in every format and compression longhaul supports."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longhaul.data.readers.columnar_files import arrow, parquet
-from longhaul.data.readers.rows import BadData, Part, Row, damaged
-from longhaul.data.readers.text_files import COMPRESSION, csv_rows, json_list, jsonl, whole_text
+from longhaul.data.readers.columnar_files import read_arrow, read_parquet
+from longhaul.data.readers.rows import BadData, FileRange, Row, damaged_file
+from longhaul.data.readers.text_files import COMPRESSION, read_csv, read_json_list, read_jsonl, read_whole_text
 from longhaul.errors import UserError
 
-_ENDINGS = {
+_FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -22,51 +22,58 @@ _ENDINGS = {
     ".text": "text",
     ".md": "text",
 }
-_READERS: dict[str, Callable[[Part, tuple[str, ...], int], Iterator[Row]]] = {
-    "jsonl": jsonl,
-    "json": json_list,
-    "parquet": parquet,
-    "csv": csv_rows,
-    "text": whole_text,
-    "arrow": arrow,
+_READERS: dict[str, Callable[[FileRange, tuple[str, ...], int], Iterator[Row]]] = {
+    "jsonl": read_jsonl,
+    "json": read_json_list,
+    "parquet": read_parquet,
+    "csv": read_csv,
+    "text": read_whole_text,
+    "arrow": read_arrow,
 }
 
 
-def rows(part: Part, columns: tuple[str, ...], max_document_bytes: int) -> Iterator[Row]:
-    """Reads columns of one file. What is wrong with a row, or with the rest of the file, comes as a row of its own."""
+def read_rows(file_range: FileRange, columns: tuple[str, ...], max_document_bytes: int) -> Iterator[Row]:
+    """Read columns of one file.
+
+    Errors are yielded as rows: one for each bad row, and one when the rest of the file cannot be read.
+
+    Raises:
+        UserError: the file does not exist, or its format is unknown.
+    """
+    path = file_range.path
     try:
-        size = part.path.stat().st_size
+        size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{part.path} does not exist", "check the dataset's `files`") from None
+        raise UserError(f"{path} does not exist", "check the dataset's `files`") from None
     if not size:
         hint = "remove it from the dataset's `files`, or fill it"
-        yield Row(part.path, BadData.because("empty file", f"{part.path} is empty", hint), 0)
+        yield Row(path, BadData.with_reason("empty file", f"{path} is empty", hint), 0)
         return
-    chosen = format_of(part.path) if part.file_format == "auto" else part.file_format
+    file_format = format_of(path) if file_range.file_format == "auto" else file_range.file_format
     try:
-        with _readable(part.path):
-            yield from _READERS[chosen](part, columns, max_document_bytes)
+        with _name_file_in_errors(path):
+            yield from _READERS[file_format](file_range, columns, max_document_bytes)
     except BadData as error:
         error.ends_file = True
-        yield Row(part.path, error, size)
+        yield Row(path, error, size)
 
 
 def format_of(path: Path) -> str:
-    """Format by file ending, compression set aside; UserError for an ending that says nothing."""
-    endings = [ending for ending in path.suffixes[-2:] if ending not in COMPRESSION]
-    found = _ENDINGS.get(endings[-1]) if endings else None
+    """Return the format for a file's suffix, without the compression suffix; UserError for an unknown suffix."""
+    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in COMPRESSION]
+    found = _FORMAT_OF_SUFFIX.get(suffixes[-1]) if suffixes else None
     if found is None:
-        known = ", ".join(sorted(_ENDINGS))
-        raise UserError(f"{path}: the ending does not tell its format", f"set the dataset's `format`, or use {known}")
+        known = ", ".join(sorted(_FORMAT_OF_SUFFIX))
+        raise UserError(f"{path}: unknown file suffix", f"set the dataset's `format`, or use one of {known}")
     return found
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what files and Arrow raise into a UserError that names the file."""
+def _name_file_in_errors(path: Path) -> Iterator[None]:
+    """Convert exceptions of the file system and of Arrow to BadData that names the file."""
     import pyarrow
 
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        raise damaged(error, path) from None
+        raise damaged_file(error, path) from None

@@ -1,4 +1,4 @@
-"""What every reader of data files gives and asks for: parts of files, rows with their places, and what is wrong with them."""
+"""Types that all readers share: ranges of files, rows with their locations, and errors about bad data."""
 
 from __future__ import annotations
 
@@ -12,39 +12,56 @@ BUFFER_BYTES = 1 << 20
 
 
 class BadData(UserError):
-    """A row, or the rest of a file, that cannot be read; `reason` is what a count of such rows is kept under."""
+    """A row, or the rest of a file, that cannot be read.
+
+    reason:    category of the error. The data manifest counts bad rows by reason.
+    ends_file: True when nothing after this row can be read from the file.
+    """
 
     reason = "damaged file"
     ends_file = False
 
     @classmethod
-    def because(cls, reason: str, message: str, hint: str) -> BadData:
+    def with_reason(cls, reason: str, message: str, hint: str) -> BadData:
+        """Return an error of the category `reason`."""
         error = cls(message, hint)
         error.reason = reason
         return error
 
 
-class Line(NamedTuple):
-    """A line's place: the number is counted from where reading began, and turned into the file's when it is printed."""
+class LineLocation(NamedTuple):
+    """Location of a line. str() gives "file:line".
+
+    number counts lines from byte `first_byte`. Printing converts it to the line number of the file, which reads the
+    bytes before `first_byte`.
+    """
 
     path: Path
     number: int
     first_byte: int = 0
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.number + _newlines(self.path, self.first_byte)}"
+        return f"{self.path}:{self.number + _count_newlines(self.path, self.first_byte)}"
 
 
 class Row(NamedTuple):
-    """A row's columns, or what is wrong with it; its place ("file:line" or "file row n"); bytes of the file read so far."""
+    """One row of a file.
+
+    where:    the row's location; str() gives "file:line" or "file row n".
+    values:   the values of the requested columns, or the error that describes the row.
+    position: bytes of the file that have been read, including this row.
+    """
 
     where: object
     values: tuple[Any, ...] | BadData
     position: int
 
 
-class Part(NamedTuple):
-    """Some of a file: lines that start in bytes [start, stop), or row groups [start, stop); stop None: the whole file."""
+class FileRange(NamedTuple):
+    """A part of a file: lines that start in bytes [start, stop), or row groups [start, stop).
+
+    stop is None for the whole file.
+    """
 
     path: Path
     file_format: str
@@ -52,8 +69,8 @@ class Part(NamedTuple):
     stop: int | None = None
 
 
-def _newlines(path: Path, stop: int) -> int:
-    """Line breaks before byte `stop`."""
+def _count_newlines(path: Path, stop: int) -> int:
+    """Return the number of line breaks before byte `stop`."""
     count = 0
     with path.open("rb") as raw:
         while stop > 0 and (data := raw.read(min(stop, BUFFER_BYTES))):
@@ -62,61 +79,67 @@ def _newlines(path: Path, stop: int) -> int:
     return count
 
 
-def damaged(error: Exception, where: object) -> BadData:
-    """Of what a file system or a decompressor raised."""
+def damaged_file(error: Exception, where: object) -> BadData:
+    """Return the error for an exception of the file system or of a decompressor."""
     reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-    hint = "the file is damaged or cut short: fetch it again"
-    return BadData.because("damaged file", f"cannot read {where}: {reason}", hint)
+    hint = "the file is damaged or truncated: fetch it again"
+    return BadData.with_reason("damaged file", f"cannot read {where}: {reason}", hint)
 
 
 def too_long(where: object, max_bytes: int) -> BadData:
-    """A document beyond the dataset's max_document_mb."""
-    return BadData.because(
+    """Return the error for a document that exceeds the dataset's max_document_mb."""
+    return BadData.with_reason(
         "too long",
         f"{where}: longer than {max_bytes / 1e6:g} MB, the dataset's max_document_mb",
-        "cut the document, or raise max_document_mb",
+        "shorten the document, or raise max_document_mb",
     )
 
 
-def decode(data: bytes, path: Path | None = None, place: object = None) -> str:
-    """Of a whole file, or of what stands in a place of it."""
+def decode_utf8(data: bytes, path: Path | None = None, where: object = None) -> str:
+    """Decode UTF-8 bytes; BadData names the location of the first invalid byte.
+
+    Pass `path` for the bytes of a whole file, or `where` for the bytes at one location.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        where = place or f"{path}:{1 + data.count(bytes([10]), 0, error.start)}"
-        raise BadData.because(
+        location = where or f"{path}:{1 + data.count(bytes([10]), 0, error.start)}"
+        raise BadData.with_reason(
             "invalid UTF-8",
-            f"{where}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason})",
+            f"{location}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason})",
             "convert the file: iconv -f <its encoding> -t utf-8",
         ) from None
 
 
-def missing(where: object, column: str, found: list[str]) -> BadData:
-    """Of a row or file that has other columns."""
-    named = ", ".join(map(repr, found[:12])) or "none"
-    message = f"{where}: no column {column!r}; found {named}"
-    return BadData.because("missing column", message, "name the column under the dataset's `columns`")
+def missing_column(where: object, column: str, found: list[str]) -> BadData:
+    """Return the error for a row or a file that has no such column."""
+    names = ", ".join(map(repr, found[:12])) or "none"
+    message = f"{where}: no column {column!r}; found {names}"
+    return BadData.with_reason("missing column", message, "set the column name in the dataset's `columns`")
 
 
 def require_columns(path: object, columns: tuple[str, ...], found: list[str]) -> None:
-    """BadData unless a header has each of these columns once."""
+    """Raise BadData unless a header contains each of the columns exactly once."""
     for column in columns:
         if column not in found:
-            raise missing(path, column, found)
+            raise missing_column(path, column, found)
         if found.count(column) > 1:
             message = f"{path}: {found.count(column)} columns are named {column!r}"
-            raise BadData.because("doubled column", message, "write the file anew with one of them")
+            raise BadData.with_reason("duplicate column", message, "write the file again with one such column")
 
 
-def short_enough(found: Iterable[Row], max_bytes: int) -> Iterator[Row]:
-    """Rows that were not measured as lines; one that is too long is refused as a line is."""
-    for row in found:
+def refuse_long_rows(rows: Iterable[Row], max_bytes: int) -> Iterator[Row]:
+    """Replace rows with more than `max_bytes` of text by errors.
+
+    Readers of line-based formats do not need this, because they limit the length of lines.
+    """
+    for row in rows:
         is_long = not isinstance(row.values, BadData) and _text_bytes(row.values) > max_bytes
         yield row._replace(values=too_long(row.where, max_bytes)) if is_long else row
 
 
 def _text_bytes(value: Any) -> int:
-    """Bytes of all texts in a value, as UTF-8."""
+    """Return the UTF-8 bytes of all texts in a value."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Training samples by number."""
+"""Read training samples from shards by number."""

@@ -1,7 +1,8 @@
-"""A pseudo-random permutation of 0..n-1 that needs no memory: any element is computed alone.
+"""Compute any element of a pseudo-random permutation of 0..n-1, without a table.
 
-A Feistel network over the next even power of two, walked until it lands below n (J. Black and P. Rogaway, "Ciphers with
-Arbitrary Finite Domains", 2002). Not for cryptography: it orders training samples.
+The permutation is a Feistel network over the next power of two with an even exponent, applied repeatedly until the
+result is below n (cycle walking; J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It orders
+training samples and is not secure for cryptography.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ _ROUNDS = 6
 
 
 def permutation(seed: int, epoch: int, index: np.ndarray, size: int) -> np.ndarray:
-    """Where each index [any shape], 0 <= index < size, goes in epoch's permutation of 0..size-1; int64, same shape."""
+    """Return the images of `index` [any shape] under the epoch's permutation of 0..size-1; int64, same shape.
+
+    Raises:
+        IndexError: an index is not in 0..size-1.
+    """
     values = np.asarray(index, dtype=np.uint64)
     if values.size and not 0 <= int(values.min()) <= int(values.max()) < size:
         raise IndexError(f"index {int(values.max())} is outside 0..{size - 1}")
@@ -42,7 +47,7 @@ def _encrypt(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
+    """Mix the bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,1 +1,1 @@
-"""Token ids to shards on disk."""
+"""Write token ids to shards, and read them."""

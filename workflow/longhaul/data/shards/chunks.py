@@ -1,7 +1,8 @@
-"""Source files -> work units: what one worker encodes in one go, and what is kept or made anew as a whole.
+"""Divide a dataset's source files into chunks.
 
-Large files that can be entered anywhere are cut by size; small ones are taken together. Where a group of small files ends
-depends on each file's own content and size alone, so a new file remakes the group it falls into and no other.
+A chunk is what one worker encodes at once; a chunk's shards are kept or written again as a whole.
+Large files in a format that can be read from the middle are divided by size. Small files are grouped. Where a group of
+small files ends depends only on the content and the size of each file, so that a new file changes only its own group.
 """
 
 from __future__ import annotations
@@ -15,148 +16,162 @@ from typing import Any
 
 from longhaul.artifacts.files import content_hash, file_sha256
 from longhaul.data.readers.formats import format_of
-from longhaul.data.readers.rows import Part
+from longhaul.data.readers.rows import FileRange
 from longhaul.errors import UserError
 
-_MOST_UNITS_IN_ONE = 4  # a group of small files is closed at this many times the size of a unit
+_MAX_CHUNKS_PER_GROUP = 4  # a group of small files ends at this multiple of the chunk size
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file as it was when it was hashed; size and time of change tell whether it still is."""
+class SourceFile:
+    """A source file as it was when it was hashed. Size and modification time show whether it has changed since."""
 
     path: str
     file_format: str
-    bytes: int
+    size_bytes: int
     sha256: str
     modified_ns: int
 
     @classmethod
-    def of(cls, file: str, chosen_format: str) -> Source:
-        """Reads and hashes a file; UserError when it cannot be read or grows meanwhile."""
+    def from_file(cls, file: str, file_format: str) -> SourceFile:
+        """Hash a file; UserError when it cannot be read or changes while it is read."""
         path = Path(file)
         try:
             before = path.stat()
             digest = file_sha256(path)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}", "check the dataset's `files`") from None
-        found = format_of(path) if chosen_format == "auto" else chosen_format
-        source = cls(file, found, before.st_size, digest, before.st_mtime_ns)
-        source.check_unchanged()
+        known_format = format_of(path) if file_format == "auto" else file_format
+        source = cls(file, known_format, before.st_size, digest, before.st_mtime_ns)
+        source.require_unchanged()
         return source
 
-    def again(self) -> Source:
-        """The file in a later job: hashed once more only if it was touched since. UserError when it is another one."""
+    def refreshed(self) -> SourceFile:
+        """Return the file as it is now, for a later job; UserError when its content has changed.
+
+        The file is hashed again only where its size or modification time differs.
+        """
         with suppress(OSError, UserError):
-            self.check_unchanged()
+            self.require_unchanged()
             return self
-        now = Source.of(self.path, self.file_format)
+        now = SourceFile.from_file(self.path, self.file_format)
         if now.sha256 != self.sha256:
-            raise UserError(f"{self.path} changed since the dataset was surveyed", "run again: it is surveyed anew")
+            raise UserError(
+                f"{self.path} changed after the dataset's sources were indexed",
+                "run again: the sources are then indexed again",
+            )
         return now
 
-    def check_unchanged(self) -> None:
-        """UserError when the file is not the one that was hashed."""
+    def require_unchanged(self) -> None:
+        """Raise UserError when the file is not the one that was hashed."""
         try:
             now = Path(self.path).stat()
         except FileNotFoundError:
-            raise UserError(f"{self.path} was removed while it was read", "put it back, then run again") from None
-        if (now.st_size, now.st_mtime_ns) != (self.bytes, self.modified_ns):
+            raise UserError(f"{self.path} was removed while it was read", "restore it, then run again") from None
+        if (now.st_size, now.st_mtime_ns) != (self.size_bytes, self.modified_ns):
             raise UserError(
-                f"{self.path} changed while it was read ({self.bytes} bytes before, {now.st_size} now)",
-                "let whatever writes it finish, then run again",
+                f"{self.path} changed while it was read ({self.size_bytes} bytes before, {now.st_size} now)",
+                "wait until the program that writes it has finished, then run again",
             )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of source number `file` of the dataset; start and stop as in formats.Part; bytes: its share of the file."""
+class SourceRange:
+    """A part of one source.
 
-    file: int
+    source:      number of the source in the dataset.
+    start, stop: as in readers.rows.FileRange.
+    size_bytes:  bytes of the file that this range covers.
+    """
+
+    source: int
     start: int
     stop: int | None
-    bytes: int
+    size_bytes: int
 
-    def part(self, sources: Sequence[Source] | Mapping[int, Source]) -> Part:
-        source = sources[self.file]
-        return Part(Path(source.path), source.file_format, self.start, self.stop)
+    def file_range(self, sources: Sequence[SourceFile] | Mapping[int, SourceFile]) -> FileRange:
+        """Return the range with the path and the format of its source."""
+        source = sources[self.source]
+        return FileRange(Path(source.path), source.file_format, self.start, self.stop)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Consecutive pieces and the name of their folder: a hash of what is in them and of the settings."""
+class Chunk:
+    """Consecutive ranges of the sources, and the name of the chunk's folder: a hash of content and settings."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    ranges: tuple[SourceRange, ...]
 
     @property
-    def bytes(self) -> int:
-        return sum(piece.bytes for piece in self.pieces)
+    def size_bytes(self) -> int:
+        """Bytes of source files in the chunk."""
+        return sum(source_range.size_bytes for source_range in self.ranges)
 
 
-def cut(sources: Sequence[Source], unit_bytes: int, settings: dict[str, Any]) -> list[Unit]:
-    """All units of a dataset, in the order of its files."""
-    groups = _groups(sources, unit_bytes)
-    return [Unit(_name(group, sources, settings), tuple(group)) for group in groups]
+def divide_into_chunks(sources: Sequence[SourceFile], chunk_bytes: int, settings: dict[str, Any]) -> list[Chunk]:
+    """Return all chunks of a dataset, in the order of its sources; the settings are part of each chunk's name."""
+    groups = _group_ranges(sources, chunk_bytes)
+    return [Chunk(_chunk_name(group, sources, settings), tuple(group)) for group in groups]
 
 
-def share_of(units: Sequence[Unit], share: int, shares: int) -> list[Unit]:
-    """Share 1 … shares of the units, about as many bytes in each; the largest first."""
-    return sorted(units, key=lambda unit: (-unit.bytes, unit.name))[share - 1 :: shares]
+def chunks_of_partition(chunks: Sequence[Chunk], partition: int, partitions: int) -> list[Chunk]:
+    """Return the chunks of data partition 1 … `partitions`, the largest first; partitions have about equal bytes."""
+    return sorted(chunks, key=lambda chunk: (-chunk.size_bytes, chunk.name))[partition - 1 :: partitions]
 
 
-def _name(group: list[Piece], sources: Sequence[Source], settings: dict[str, Any]) -> str:
-    contents = [[sources[piece.file].sha256, piece.start, piece.stop] for piece in group]
+def _chunk_name(group: list[SourceRange], sources: Sequence[SourceFile], settings: dict[str, Any]) -> str:
+    contents = [[sources[part.source].sha256, part.start, part.stop] for part in group]
     return content_hash([settings, contents])
 
 
-def _groups(sources: Sequence[Source], unit_bytes: int) -> Iterator[list[Piece]]:
-    held: list[Piece] = []
+def _group_ranges(sources: Sequence[SourceFile], chunk_bytes: int) -> Iterator[list[SourceRange]]:
+    group: list[SourceRange] = []
     for number, source in enumerate(sources):
-        pieces = list(_pieces(number, source, unit_bytes))
-        if held and (len(pieces) > 1 or source.bytes >= unit_bytes):
-            yield held
-            held = []
-        if len(pieces) > 1:
-            yield from ([piece] for piece in pieces)
+        ranges = list(_divide_file(number, source, chunk_bytes))
+        if group and (len(ranges) > 1 or source.size_bytes >= chunk_bytes):
+            yield group
+            group = []
+        if len(ranges) > 1:
+            yield from ([source_range] for source_range in ranges)
             continue
-        held += pieces
-        # A file ends its group with the chance size / unit, so that groups have the size of a unit on average.
-        drawn = int(source.sha256[:12], 16) / 16**12
-        if drawn * unit_bytes < source.bytes or sum(p.bytes for p in held) >= _MOST_UNITS_IN_ONE * unit_bytes:
-            yield held
-            held = []
-    if held:
-        yield held
+        group += ranges
+        # A file ends its group with probability size / chunk_bytes, so that the mean size of a group is chunk_bytes.
+        random_fraction = int(source.sha256[:12], 16) / 16**12
+        group_bytes = sum(part.size_bytes for part in group)
+        if random_fraction * chunk_bytes < source.size_bytes or group_bytes >= _MAX_CHUNKS_PER_GROUP * chunk_bytes:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
-def _pieces(number: int, source: Source, unit_bytes: int) -> Iterator[Piece]:
-    count = -(-source.bytes // unit_bytes)
+def _divide_file(number: int, source: SourceFile, chunk_bytes: int) -> Iterator[SourceRange]:
+    count = -(-source.size_bytes // chunk_bytes)
     if count > 1 and source.file_format == "parquet":
-        yield from _row_groups(number, source, unit_bytes)
+        yield from _divide_row_groups(number, source, chunk_bytes)
     elif count > 1 and source.file_format == "jsonl" and not source.path.endswith((".gz", ".zst")):
-        edges = [source.bytes * index // count for index in range(count + 1)]
+        edges = [source.size_bytes * index // count for index in range(count + 1)]
         for start, stop in itertools.pairwise(edges):
-            yield Piece(number, start, stop, stop - start)
+            yield SourceRange(number, start, stop, stop - start)
     else:
-        yield Piece(number, 0, None, source.bytes)
+        yield SourceRange(number, 0, None, source.size_bytes)
 
 
-def _row_groups(number: int, source: Source, unit_bytes: int) -> Iterator[Piece]:
-    """Row groups are taken together until they hold a unit's bytes."""
+def _divide_row_groups(number: int, source: SourceFile, chunk_bytes: int) -> Iterator[SourceRange]:
+    """Yield ranges of row groups with about `chunk_bytes` bytes each."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         metadata = pyarrow.parquet.read_metadata(source.path)
     except (OSError, pyarrow.ArrowException):
-        yield Piece(number, 0, None, source.bytes)  # whoever reads it says what is wrong
+        yield SourceRange(number, 0, None, source.size_bytes)  # the reader reports the error
         return
     sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
-    scale = source.bytes / max(1, sum(sizes))
-    start = held = 0
+    scale = source.size_bytes / max(1, sum(sizes))
+    start = range_bytes = 0
     for index, size in enumerate(sizes):
-        held += size
-        if held * scale >= unit_bytes or index == len(sizes) - 1:
-            yield Piece(number, start, index + 1, int(held * scale))
-            start, held = index + 1, 0
+        range_bytes += size
+        if range_bytes * scale >= chunk_bytes or index == len(sizes) - 1:
+            yield SourceRange(number, start, index + 1, int(range_bytes * scale))
+            start, range_bytes = index + 1, 0

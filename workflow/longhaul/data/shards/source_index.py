@@ -1,4 +1,7 @@
-"""A dataset as all of its jobs see it: sources by their hashes, how they are cut into units, and which encoder is believed."""
+"""Index a dataset's sources: their hashes, their chunks, and the encoder that was chosen for them.
+
+Several jobs of one dataset share the source index.
+"""
 
 from __future__ import annotations
 
@@ -12,99 +15,103 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.files import content_hash, read_json, write_json
-from longhaul.artifacts.schemas import Survey, TokenizerManifest
-from longhaul.artifacts.shared_file_system import appears
-from longhaul.data.readers.documents import Document, columns_of, documents_of, texts
-from longhaul.data.shards.chunks import Source, Unit, cut
-from longhaul.data.shards.write_chunk import Task
-from longhaul.data.tokenizers.choose_encoder import Choice, choose
-from longhaul.data.tokenizers.encoders import Fast, Reference, Rows
+from longhaul.artifacts.schemas import SourceIndex, TokenizerManifest
+from longhaul.artifacts.shared_file_system import exists_on_server
+from longhaul.data.readers.documents import Document, document_columns, document_texts, read_range
+from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
+from longhaul.data.shards.write_chunk import EncodingTask
+from longhaul.data.tokenizers.choose_encoder import EncoderChoice, choose_encoder
+from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.token_rows import TokenRows
 from longhaul.errors import UserError
-from longhaul.jobs.specs import TokenizeSpec
+from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
 
 _LAYOUT_VERSION = 6
-_SAMPLED_UNITS, _SAMPLED_CHARACTERS = 16, 20_000
+_SAMPLED_CHUNKS, _SAMPLED_CHARACTERS = 16, 20_000
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The sources, and the encoder that proved itself on hard texts and on a sample of them."""
+class IndexedSources:
+    """A dataset's hashed sources, and the encoder that was chosen for them."""
 
     job: TokenizeSpec
     tokenizer: TokenizerManifest
-    sources: tuple[Source, ...]
-    chosen: Choice
+    sources: tuple[SourceFile, ...]
+    verified_choice: EncoderChoice
 
     @classmethod
-    def survey(
+    def create(
         cls,
         job: TokenizeSpec,
         tokenizer: TokenizerManifest,
-        sources: tuple[Source, ...],
-        hard: Sequence[Rows],
+        sources: tuple[SourceFile, ...],
+        stress_ids: Sequence[TokenRows],
         parts: int,
-        each: Callable[..., Iterable[str]],
-    ) -> Corpus:
-        """Tries the fast encoder as longhaul.data.tokenizers.choose_encoder.choose does."""
-        return cls(job, tokenizer, sources, choose(Path(tokenizer.path), hard, _sample(job, sources), parts, each))
+        map_parts: Callable[..., Iterable[str]],
+    ) -> IndexedSources:
+        """Choose the encoder for hashed sources; stress_ids, parts and map_parts as in choose_encoder."""
+        choice = choose_encoder(Path(tokenizer.path), stress_ids, _sample_texts(job, sources), parts, map_parts)
+        return cls(job, tokenizer, sources, choice)
 
     @classmethod
-    def surveyed(cls, job: TokenizeSpec, tokenizer: TokenizerManifest, path: Path) -> Corpus:
-        """What another job found out. UserError when that was about other sources."""
-        found = Survey.read(path)
-        listed = [Source(**source) for source in found.sources]
-        if found.tokenizer_hash != tokenizer.hash or [source.path for source in listed] != list(job.files):
-            raise UserError(f"{path} is of other files, or of another tokenizer", "delete it and run again")
+    def load(cls, job: TokenizeSpec, tokenizer: TokenizerManifest, path: Path) -> IndexedSources:
+        """Read the source index of an earlier job; UserError when it is about other sources or another tokenizer."""
+        index = SourceIndex.read(path)
+        sources = [SourceFile(**source) for source in index.sources]
+        if index.tokenizer_hash != tokenizer.hash or [source.path for source in sources] != list(job.files):
+            raise UserError(f"{path} belongs to other files or another tokenizer", "delete it and run again")
         with ThreadPoolExecutor(job.workers) as pool:
-            return cls(job, tokenizer, tuple(pool.map(Source.again, listed)), Choice(**found.encoder))
+            refreshed = tuple(pool.map(SourceFile.refreshed, sources))
+            return cls(job, tokenizer, refreshed, EncoderChoice(**index.encoder))
 
-    def as_survey(self) -> Survey:
-        """For the dataset's other jobs."""
-        return Survey(self.tokenizer.hash, list(map(dataclasses.asdict, self.sources)), self.chosen._asdict())
+    def to_artifact(self) -> SourceIndex:
+        """Return the source index for the dataset's other jobs."""
+        sources = list(map(dataclasses.asdict, self.sources))
+        return SourceIndex(self.tokenizer.hash, sources, self.verified_choice._asdict())
 
     @property
     def root(self) -> Path:
-        """Where units are put."""
+        """The folder of the chunks."""
         return Path(self.job.folder)
 
     @property
     def threshold(self) -> int:
-        """Documents with lower keys are held out, as far as the dataset's share says it."""
+        """Documents with lower keys are in the validation split, as `validation_fraction` asks."""
         return int(self.job.dataset.validation_fraction * 2**64)
 
-    def choice(self) -> Choice:
-        """The encoder to take now: the chosen one, until a unit of these sources finds it out."""
-        if appears(self._refuted):
-            return Choice(Reference.name, read_json(self._refuted)["reason"])
-        return self.chosen
+    def current_choice(self) -> EncoderChoice:
+        """Return the encoder to use now: the reference once a chunk of these sources has rejected the fast encoder."""
+        if exists_on_server(self._rejection_file):
+            return EncoderChoice(ReferenceEncoder.name, read_json(self._rejection_file)["reason"])
+        return self.verified_choice
 
-    def refute(self, reason: str) -> None:
-        """Tells all jobs of the dataset that the fast encoder's ids are wrong; the first reason stands."""
-        if not appears(self._refuted):
-            write_json(self._refuted, {"reason": reason})
+    def reject_fast_encoder(self, reason: str) -> None:
+        """Record for all jobs of the dataset that the fast encoder's ids are wrong; the first reason is kept."""
+        if not exists_on_server(self._rejection_file):
+            write_json(self._rejection_file, {"reason": reason})
 
     @cached_property
-    def _refuted(self) -> Path:
+    def _rejection_file(self) -> Path:
         hashes = [source.sha256 for source in self.sources]
-        about = [self.settings(Fast.name, self.threshold), version("gigatoken"), hashes]
-        return self.root / f"refuted-{content_hash(about)}.json"
+        subject = [self.settings(FastEncoder.name, self.threshold), version("gigatoken"), hashes]
+        return self.root / f"rejected-encoder-{content_hash(subject)}.json"
 
-    def task(self, encoder: str, threshold: int) -> Task:
-        """What its units share."""
+    def task(self, encoder: str, threshold: int) -> EncodingTask:
+        """Return the settings that all chunks share."""
         sources = dict(enumerate(self.sources))
-        return Task(self.root, self.job.dataset, sources, self.tokenizer, encoder, threshold)
+        return EncodingTask(self.root, self.job.dataset, sources, self.tokenizer, encoder, threshold)
 
-    def units(self, encoder: str, threshold: int) -> list[Unit]:
-        """All of them, in the order of the sources."""
-        return _cut(self.job, self.sources, self.settings(encoder, threshold))
+    def chunks(self, encoder: str, threshold: int) -> list[Chunk]:
+        """Return all chunks, in the order of the sources."""
+        return _divide(self.job, self.sources, self.settings(encoder, threshold))
 
     def settings(self, encoder: str, threshold: int) -> dict[str, Any]:
-        """What a unit's shards depend on beside its sources."""
+        """Return everything that a chunk's shards depend on, apart from its sources."""
         dataset = self.job.dataset
         return {
             "version": _LAYOUT_VERSION,
             "kind": dataset.kind,
-            "columns": columns_of(dataset),
+            "columns": document_columns(dataset),
             "format": dataset.format,
             "bad_rows": dataset.bad_rows,
             "max_document_mb": dataset.max_document_mb,
@@ -115,16 +122,16 @@ class Corpus:
         }
 
 
-def _sample(job: TokenizeSpec, sources: Sequence[Source]) -> list[str]:
-    """Texts from units spread over the dataset."""
-    units = _cut(job, sources, {})
+def _sample_texts(job: TokenizeSpec, sources: Sequence[SourceFile]) -> list[str]:
+    """Return the texts of the first documents of chunks that are spread over the dataset."""
+    chunks = _divide(job, sources, {})
     sample: list[str] = []
-    for unit in units[:: max(1, len(units) // _SAMPLED_UNITS)]:
-        documents = documents_of(unit.pieces[0].part(sources), job.dataset)
-        found = next((document for document in documents if isinstance(document, Document)), None)
-        sample += [text[:_SAMPLED_CHARACTERS] for text in texts(found)] if found else []
+    for chunk in chunks[:: max(1, len(chunks) // _SAMPLED_CHUNKS)]:
+        documents = read_range(chunk.ranges[0].file_range(sources), job.dataset)
+        first = next((document for document in documents if isinstance(document, Document)), None)
+        sample += [text[:_SAMPLED_CHARACTERS] for text in document_texts(first)] if first else []
     return sample
 
 
-def _cut(job: TokenizeSpec, sources: Sequence[Source], settings: dict[str, Any]) -> list[Unit]:
-    return cut(sources, int(job.dataset.chunk_mb * 1e6), settings)
+def _divide(job: TokenizeSpec, sources: Sequence[SourceFile], settings: dict[str, Any]) -> list[Chunk]:
+    return divide_into_chunks(sources, int(job.dataset.chunk_mb * 1e6), settings)

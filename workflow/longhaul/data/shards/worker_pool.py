@@ -1,4 +1,4 @@
-"""Who makes a job's units: a pool of processes or, where there is too little to do for it, this one."""
+"""Run a job's work in a pool of processes, or in this process where there is too little work for a pool."""
 
 from __future__ import annotations
 
@@ -13,119 +13,135 @@ from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 
-from longhaul.artifacts.shared_file_system import look_again
-from longhaul.data.filters.fingerprints import Scan, scan_unit
-from longhaul.data.shards.chunks import Source, Unit
-from longhaul.data.shards.progress import Counters, Progress
-from longhaul.data.shards.source_index import Corpus
-from longhaul.data.shards.write_chunk import RECORD, Task, Worker
-from longhaul.data.tokenizers.choose_encoder import Choice
+from longhaul.artifacts.shared_file_system import refresh_listing
+from longhaul.data.filters.fingerprints import TextFilters, fingerprint_chunk
+from longhaul.data.shards.chunks import Chunk, SourceFile
+from longhaul.data.shards.progress import ProgressCounters, ProgressPrinter
+from longhaul.data.shards.source_index import IndexedSources
+from longhaul.data.shards.write_chunk import RECORD, ChunkWriter, EncodingTask
+from longhaul.data.tokenizers.choose_encoder import EncoderChoice
 from longhaul.data.tokenizers.document_encoder import EncodersDisagree
 from longhaul.errors import UserError
 
-_BYTES_PER_WORKER = 2_000_000  # less than this is encoded sooner than a worker starts
-# Forked, workers share this process's imports and the loaded encoders, which take a second. Both encoders run in the
-# thread that calls them, so there is none that a child would miss.
+_BYTES_PER_WORKER = 2_000_000  # encoding less than this takes less time than starting a worker
+# Forked workers inherit this process's imports and loaded encoders, which take a second to load. Fork is safe here: both
+# encoders run in the calling thread and start no threads, which a forked process would lack.
 _FORK = multiprocessing.get_context("fork")
 
-Chosen = Callable[[Sequence[Unit]], Sequence[Unit]]
+ChunkSelection = Callable[[Sequence[Chunk]], Sequence[Chunk]]
 
 
-def worker_count(source_bytes: int, most: int) -> int:
-    """DistributedContext that are worth their start: 1, this one, up to `most`."""
-    return max(1, min(most, source_bytes // _BYTES_PER_WORKER))
-
-
-@contextmanager
-def hashed(files: Sequence[str], file_format: str, workers: int) -> Iterator[Iterable[Source]]:
-    """The files as sources, hashed by up to `workers` processes from now on; UserError as Source.of raises it."""
-    with aside(min(workers, len(files)) if workers > 1 else 0) as each:
-        yield each(Source.of, files, repeat(file_format))
+def worker_count(source_bytes: int, max_workers: int) -> int:
+    """Return the number of processes to use, from 1 (this process alone) to `max_workers`."""
+    return max(1, min(max_workers, source_bytes // _BYTES_PER_WORKER))
 
 
 @contextmanager
-def aside(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A map that so many processes begin with while this one does something else; of none, this one when it is asked."""
-    with _pool(processes) if processes else nullcontext() as pool:
+def hash_sources(files: Sequence[str], file_format: str, workers: int) -> Iterator[Iterable[SourceFile]]:
+    """Hash files in up to `workers` processes while the block runs; yield the results, in order.
+
+    Reading a result raises UserError like SourceFile.from_file.
+    """
+    with background_map(min(workers, len(files)) if workers > 1 else 0) as map_parts:
+        yield map_parts(SourceFile.from_file, files, repeat(file_format))
+
+
+@contextmanager
+def background_map(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yield a map that runs in `processes` other processes while this one continues.
+
+    With 0 processes it is the built-in map, which runs in this process when its results are read.
+    """
+    with _process_pool(processes) if processes else nullcontext() as pool:
         yield pool.map if pool else map
 
 
-class Makers:
-    """Makes the units of one job, whose name is shown."""
+class WorkerPool:
+    """Encodes the chunks of one job and fingerprints their texts; `name` is the job's name in log lines.
 
-    def __init__(self, name: str, pool: ProcessPoolExecutor | None, workers: int, counters: Counters) -> None:
+    worker_count: number of processes.
+    map_parts:    a map that runs in these processes.
+    """
+
+    def __init__(
+        self, name: str, pool: ProcessPoolExecutor | None, worker_count: int, counters: ProgressCounters
+    ) -> None:
         self._name, self._pool, self._counters = name, pool, counters
-        self.parts = workers
-        self.each: Callable[..., Iterable[Any]] = pool.map if pool else map
+        self.worker_count = worker_count
+        self.map_parts: Callable[..., Iterable[Any]] = pool.map if pool else map
 
     @classmethod
     @contextmanager
-    def start(cls, name: str, workers: int) -> Iterator[Makers]:
-        """A pool's processes, which start with what this one has loaded, or this one alone."""
-        counters = Counters(_FORK)
-        with _pool(workers, counters) if workers > 1 else nullcontext() as pool:
+    def start(cls, name: str, workers: int) -> Iterator[WorkerPool]:
+        """Start the processes, which inherit everything that this process has loaded."""
+        counters = ProgressCounters(_FORK)
+        with _process_pool(workers, counters) if workers > 1 else nullcontext() as pool:
             yield cls(name, pool, workers, counters)
 
-    def make(self, corpus: Corpus, threshold: int, chosen: Chosen = list) -> tuple[Task, Sequence[Unit], Choice]:
-        """Makes those of the corpus' units that are `chosen` and not there yet.
+    def encode(
+        self, sources: IndexedSources, threshold: int, select: ChunkSelection = list
+    ) -> tuple[EncodingTask, Sequence[Chunk], EncoderChoice]:
+        """Write those chunks of the dataset that `select` returns and that do not exist yet.
 
-        With the reference when the fast encoder is found out meanwhile, here or by another job: no unit of the fast one
-        counts then.
+        If this job or another one rejects the fast encoder meanwhile, the reference encodes all chunks: chunks of the
+        fast encoder are then not used.
         """
         while True:
-            choice = corpus.choice()
+            choice = sources.current_choice()
             if choice.reason:
                 print(f"tokenize {self._name}: encoding with tokenizers: {choice.reason}", file=sys.stderr, flush=True)
-            task = corpus.task(choice.name, threshold)
-            units = chosen(corpus.units(choice.name, threshold))
+            task = sources.task(choice.name, threshold)
+            chunks = select(sources.chunks(choice.name, threshold))
             try:
-                self._make(task, units)
+                self._write_missing(task, chunks)
             except EncodersDisagree as error:
-                corpus.refute(str(error))
-            if corpus.choice() == choice:
-                return task, units, choice
+                sources.reject_fast_encoder(str(error))
+            if sources.current_choice() == choice:
+                return task, chunks, choice
 
-    def _make(self, task: Task, units: Sequence[Unit]) -> None:
-        look_again(task.root)  # lest those that other hosts made are made again
-        waiting = [unit for unit in units if not (task.root / unit.name / RECORD).is_file()]
-        progress = Progress(self._name, sum(unit.bytes for unit in waiting), self._counters)
-        if len(waiting) < len(units):
+    def _write_missing(self, task: EncodingTask, chunks: Sequence[Chunk]) -> None:
+        refresh_listing(task.root)  # so that chunks which other hosts wrote are not encoded again
+        missing = [chunk for chunk in chunks if not (task.root / chunk.name / RECORD).is_file()]
+        progress = ProgressPrinter(self._name, sum(chunk.size_bytes for chunk in missing), self._counters)
+        if len(missing) < len(chunks):
             print(
-                f"tokenize {self._name}: {len(units) - len(waiting)} of {len(units)} units are there", file=sys.stderr
+                f"tokenize {self._name}: {len(chunks) - len(missing)} of {len(chunks)} chunks exist already",
+                file=sys.stderr,
             )
         if self._pool:
-            # The largest first: no worker is left alone with one at the end.
-            largest_first = sorted(waiting, key=lambda unit: -unit.bytes)
-            _share_out(self._pool, _make_in_worker, [(task.of(unit), unit) for unit in largest_first], progress.show)
+            # The largest first, so that no worker is left alone with a large chunk at the end.
+            largest_first = sorted(missing, key=lambda chunk: -chunk.size_bytes)
+            tasks = [(task.for_chunk(chunk), chunk) for chunk in largest_first]
+            _run_all(self._pool, _write_chunk_in_worker, tasks, progress.show)
         else:
-            for unit in waiting:
-                Worker(task.of(unit), self._counters).make(unit)
-        if progress.has_begun:
+            for chunk in missing:
+                ChunkWriter(task.for_chunk(chunk), self._counters).write(chunk)
+        if progress.has_documents:
             progress.show()
 
-    def scan(self, task: Task, units: Sequence[Unit], scan: Scan) -> None:
-        """Looks up in the units' texts what the dataset asks for, if anything."""
-        tasks = [(task.of(unit), unit, scan) for unit in units] if scan.is_needed else []
+    def fingerprint(self, task: EncodingTask, chunks: Sequence[Chunk], filters: TextFilters) -> None:
+        """Fingerprint the texts of chunks where the dataset's filters need it."""
+        tasks = [(task.for_chunk(chunk), chunk, filters) for chunk in chunks] if filters.need_texts else []
         if self._pool:
-            _share_out(self._pool, scan_unit, tasks, _say_scanning)
+            _run_all(self._pool, fingerprint_chunk, tasks, _print_fingerprinting)
         else:
             for arguments in tasks:
-                scan_unit(*arguments)
+                fingerprint_chunk(*arguments)
 
 
-def _say_scanning() -> None:
-    print("looking for alike texts …", file=sys.stderr, flush=True)
+def _print_fingerprinting() -> None:
+    print("searching for similar texts and evaluation texts …", file=sys.stderr, flush=True)
 
 
-def _share_out(
+def _run_all(
     pool: ProcessPoolExecutor, function: Callable[..., None], tasks: Sequence[tuple[Any, ...]], show: Callable[[], None]
 ) -> None:
-    """Calls a function for each of the tasks' arguments, and shows progress meanwhile; the first exception ends it."""
+    """Call a function in the pool with each task's arguments, and show progress; the first exception ends the work."""
     futures: set[Future[None]] = set()
     try:
         futures = {pool.submit(function, *arguments) for arguments in tasks}
         while futures:
-            done, futures = wait(futures, Progress.every_s, FIRST_EXCEPTION)
+            done, futures = wait(futures, ProgressPrinter.interval_s, FIRST_EXCEPTION)
             for future in done:
                 future.result()
             if futures:
@@ -136,33 +152,34 @@ def _share_out(
 
 
 @contextmanager
-def _pool(workers: int, *counters: Counters) -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(workers, _FORK, _start_worker, counters) as pool:
+def _process_pool(workers: int, *counters: ProgressCounters) -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(workers, _FORK, _initialize_worker, counters) as pool:
         try:
             yield pool
         except BrokenProcessPool:
             raise UserError(
-                "a tokenizing process died, most often for lack of memory", "give the job more memory or fewer CPUs"
+                "a tokenizing process was killed, most often for lack of memory",
+                "give the job more memory or fewer CPUs",
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_counters: list[Counters] = []  # of this process, filled once when a pool starts it
+_worker_counters: list[ProgressCounters] = []  # of this worker process; _initialize_worker fills it once
 
 
-def _start_worker(*counters: Counters) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _counters.extend(counters)
+def _initialize_worker(*counters: ProgressCounters) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _worker_counters.extend(counters)
 
 
-def _end_with_parent() -> None:
-    """A killed job leaves no worker behind."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends, so that a killed job leaves no worker behind."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _make_in_worker(task: Task, unit: Unit) -> None:
-    Worker(task, _counters[0]).make(unit)
+def _write_chunk_in_worker(task: EncodingTask, chunk: Chunk) -> None:
+    ChunkWriter(task, _worker_counters[0]).write(chunk)

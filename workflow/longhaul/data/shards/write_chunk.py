@@ -1,7 +1,8 @@
-"""One work unit -> its folder <root>/<unit>: shards of both splits and record.json, renamed into place when all is there.
+"""Encode one chunk and write its folder <root>/<chunk>: the shards of both splits, the document keys and record.json.
 
-Whoever comes second with the same unit finds the folder taken and throws its own away. A worker holds one batch of
-documents and its ids in memory, whatever the size of the unit.
+The folder is filled under a temporary name and renamed when it is complete. If another process has written the same
+chunk first, this process discards its own folder. A worker holds one batch of documents and its ids in memory, for any
+size of the chunk.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ import numpy as np
 from longhaul.artifacts.files import read_json, write_json
 from longhaul.artifacts.leases import process_start
 from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.artifacts.shared_file_system import appears
+from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.dataset_config import Dataset
-from longhaul.data.readers.documents import Document, documents_of, no_documents
+from longhaul.data.readers.documents import Document, no_documents, read_range
 from longhaul.data.readers.rows import BadData
-from longhaul.data.shards.chunks import Piece, Source, Unit
-from longhaul.data.shards.indexed_dataset import SplitWriter, token_dtype
-from longhaul.data.shards.progress import Counters
-from longhaul.data.tokenizers.document_encoder import NOTHING_TO_TRAIN_ON, Encoded, Encoder, batches
+from longhaul.data.shards.chunks import Chunk, SourceFile, SourceRange
+from longhaul.data.shards.indexed_dataset import token_dtype
+from longhaul.data.shards.progress import ProgressCounters
+from longhaul.data.shards.shard_writer import SplitWriter
+from longhaul.data.tokenizers.document_encoder import (
+    NOTHING_TO_TRAIN_ON,
+    DocumentEncoder,
+    EncodedBatch,
+    group_into_batches,
+)
 from longhaul.errors import UserError
 
 RECORD = "record.json"
@@ -40,127 +47,160 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What all units of a dataset share. Keys below `threshold` are held out."""
+class EncodingTask:
+    """The settings that all chunks of a dataset share.
+
+    threshold: documents with lower keys are in the validation split.
+    """
 
     root: Path
     dataset: Dataset
-    sources: Mapping[int, Source]
+    sources: Mapping[int, SourceFile]
     tokenizer: TokenizerManifest
     encoder: str
     threshold: int
 
-    def of(self, unit: Unit) -> Task:
-        """What one unit needs of it, small enough to be sent with it."""
-        return replace(self, sources={piece.file: self.sources[piece.file] for piece in unit.pieces})
+    def for_chunk(self, chunk: Chunk) -> EncodingTask:
+        """Return the task with the sources of one chunk only, so that sending it to a worker is cheap."""
+        return replace(self, sources={part.source: self.sources[part.source] for part in chunk.ranges})
 
 
-class Worker:
-    """Makes units, one after another, in one process."""
+class ChunkWriter:
+    """Encodes chunks, one after another, in one process."""
 
-    def __init__(self, task: Task, counters: Counters) -> None:
+    def __init__(self, task: EncodingTask, counters: ProgressCounters) -> None:
         self._task, self._counters = task, counters
-        self._encoder = Encoder(task.tokenizer, task.dataset, task.encoder)
+        self._encoder = DocumentEncoder(task.tokenizer, task.dataset, task.encoder)
 
-    def make(self, unit: Unit) -> None:
-        """Makes the unit's folder unless it is there. UserError for bad data, EncodersDisagree, OSError for the disk."""
-        folder = self._task.root / unit.name
+    def write(self, chunk: Chunk) -> None:
+        """Write the chunk's folder unless it exists.
+
+        Raises:
+            UserError: the data is bad.
+            EncodersDisagree: the fast encoder gave other ids than the reference.
+            OSError: the file system refused a write.
+        """
+        folder = self._task.root / chunk.name
         if (folder / RECORD).is_file():
             return
-        with published(self._task.root, folder, RECORD) as made:
-            write_json(made / RECORD, self._fill(unit, made))
+        with publish_folder(self._task.root, folder, RECORD) as temporary:
+            write_json(temporary / RECORD, self._fill(chunk, temporary))
 
-    def _fill(self, unit: Unit, folder: Path) -> dict[str, Any]:
+    def _fill(self, chunk: Chunk, folder: Path) -> dict[str, Any]:
         dtype, is_chat = token_dtype(self._task.tokenizer.vocab_size), self._task.dataset.kind == "chat"
         writers = {split: SplitWriter(folder, split, dtype, is_chat) for split in SPLITS}
-        found = _Found()
-        for piece in unit.pieces:
-            left_out = found.skipped.total()
-            for documents in batches(self._documents(piece, found)):
-                encoded = self._encoder.encode(documents)
-                for error in encoded.left_out:
-                    self._leave_out(error, found)
-                self._add(encoded, writers, found)
-                self._note(piece, documents[-1].position, len(encoded.keys), len(encoded.tokens), found)
-            self._note(piece, None, 0, 0, found)
-            source = self._task.sources[piece.file]
-            source.check_unchanged()
-            if piece.stop is None and not found.documents[-1] and found.skipped.total() == left_out:
-                self._leave_out(no_documents(source.path), found)
+        contents = _ChunkContents()
+        for source_range in chunk.ranges:
+            self._encode_range(source_range, writers, contents)
         self._encoder.check()
-        found.write_keys(folder)
-        return found.record({split: writer.close() for split, writer in writers.items()})
+        contents.write_keys(folder)
+        return contents.record({split: writer.close() for split, writer in writers.items()})
 
-    def _documents(self, piece: Piece, found: _Found) -> Iterator[Document]:
-        found.documents.append(0)
-        for document in documents_of(piece.part(self._task.sources), self._task.dataset):
+    def _encode_range(
+        self, source_range: SourceRange, writers: dict[str, SplitWriter], contents: _ChunkContents
+    ) -> None:
+        skipped_before = contents.skipped.total()
+        for documents in group_into_batches(self._read_documents(source_range, contents)):
+            encoded = self._encoder.encode(documents)
+            for error in encoded.left_out:
+                self._leave_out(error, contents)
+            self._add(encoded, writers, contents)
+            self._count(source_range, documents[-1].position, len(encoded.keys), len(encoded.tokens), contents)
+        self._count(source_range, None, 0, 0, contents)
+        source = self._task.sources[source_range.source]
+        source.require_unchanged()
+        has_no_rows = not contents.documents[-1] and contents.skipped.total() == skipped_before
+        if source_range.stop is None and has_no_rows:
+            self._leave_out(no_documents(source.path), contents)
+
+    def _read_documents(self, source_range: SourceRange, contents: _ChunkContents) -> Iterator[Document]:
+        contents.documents.append(0)
+        for document in read_range(source_range.file_range(self._task.sources), self._task.dataset):
             if isinstance(document, BadData):
-                self._task.sources[piece.file].check_unchanged()  # what is cut short now may have been whole
-                self._leave_out(document, found)
+                # The error may come from a change of the file: that is reported first.
+                self._task.sources[source_range.source].require_unchanged()
+                self._leave_out(document, contents)
             else:
-                found.documents[-1] += 1
+                contents.documents[-1] += 1
                 yield document
 
-    def _leave_out(self, error: BadData, found: _Found) -> None:
-        """By the dataset's policy; the first of each kind in a unit is named."""
+    def _leave_out(self, error: BadData, contents: _ChunkContents) -> None:
+        """Apply the dataset's `bad_rows` policy to an error; the first error of each kind in a chunk is printed."""
         if error.reason not in NOTHING_TO_TRAIN_ON:
             if self._task.dataset.bad_rows == "stop":
                 raise error
-            if error.reason not in found.skipped:
-                rest = "; nothing that follows in the file is read" if error.ends_file else ""
+            if error.reason not in contents.skipped:
+                rest = "; the rest of the file is not read" if error.ends_file else ""
                 print(f"left out ({error.reason}): {error.message}{rest}", file=sys.stderr, flush=True)
-        found.skipped[error.reason] += 1
+        contents.skipped[error.reason] += 1
 
-    def _add(self, encoded: Encoded, writers: dict[str, SplitWriter], found: _Found) -> None:
+    def _add(self, encoded: EncodedBatch, writers: dict[str, SplitWriter], contents: _ChunkContents) -> None:
         if not len(encoded.keys):
             return
-        found.keys.append(encoded.keys)
-        found.lowest_key = min(found.lowest_key, int(encoded.keys.min()))
-        found.highest_key = max(found.highest_key, int(encoded.keys.max()))
+        contents.keys.append(encoded.keys)
+        contents.lowest_key = min(contents.lowest_key, int(encoded.keys.min()))
+        contents.highest_key = max(contents.highest_key, int(encoded.keys.max()))
         is_validation = encoded.keys < np.uint64(self._task.threshold)
-        for split, chosen in (("train", ~is_validation), ("validation", is_validation)):
-            if not chosen.any():
+        for split, selected in (("train", ~is_validation), ("validation", is_validation)):
+            if not selected.any():
                 continue
-            tokens = of_documents(encoded.tokens, encoded.lengths, chosen)
-            mask = None if encoded.mask is None else of_documents(encoded.mask, encoded.lengths, chosen)
-            writers[split].add(tokens, encoded.lengths[chosen], mask)
+            tokens = select_documents(encoded.tokens, encoded.lengths, selected)
+            mask = None if encoded.mask is None else select_documents(encoded.mask, encoded.lengths, selected)
+            writers[split].add(tokens, encoded.lengths[selected], mask)
 
-    def _note(self, piece: Piece, position: int | None, documents: int, tokens: int, found: _Found) -> None:
-        """Progress within a piece: bytes count from its start, in the share of the file that the piece is."""
-        first = piece.start if piece.bytes == (piece.stop or 0) - piece.start else 0
-        done = piece.bytes if position is None else max(0, min(position - first, piece.bytes))
-        self._counters.add(max(0, done - found.noted_bytes), documents, tokens)
-        found.noted_bytes = 0 if position is None else max(done, found.noted_bytes)
+    def _count(
+        self, source_range: SourceRange, position: int | None, documents: int, tokens: int, contents: _ChunkContents
+    ) -> None:
+        """Add to the progress counters; position is None at the end of the range.
+
+        Positions are bytes of the file. Ranges of row groups have other units, so their bytes are limited to the
+        range's size.
+        """
+        covers_bytes = source_range.size_bytes == (source_range.stop or 0) - source_range.start
+        first = source_range.start if covers_bytes else 0
+        size = source_range.size_bytes
+        done = size if position is None else max(0, min(position - first, size))
+        self._counters.add(max(0, done - contents.counted_bytes), documents, tokens)
+        contents.counted_bytes = 0 if position is None else max(done, contents.counted_bytes)
 
 
-def of_documents(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Of values [N] of documents with these lengths [D], those of the chosen [D] bool; neighbours are copied in one go."""
-    if chosen.all():
+def select_documents(values: np.ndarray, lengths: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Return the values of the selected documents.
+
+    values [N] belong to documents with lengths [D]; selected [D] bool. Consecutive documents are copied as one slice.
+    """
+    if selected.all():
         return values
-    turns = np.flatnonzero(np.diff(np.r_[False, chosen, False]))
-    places = np.r_[0, np.cumsum(lengths)][turns].reshape(-1, 2)
-    return np.concatenate([values[:0], *(values[start:stop] for start, stop in places.tolist())])
+    edges = np.flatnonzero(np.diff(np.r_[False, selected, False]))
+    slices = np.r_[0, np.cumsum(lengths)][edges].reshape(-1, 2)
+    return np.concatenate([values[:0], *(values[start:stop] for start, stop in slices.tolist())])
 
 
 @dataclass
-class _Found:
-    """What a unit's sources gave."""
+class _ChunkContents:
+    """What a chunk contains, collected while it is encoded.
 
-    documents: list[int] = field(default_factory=list)  # of each piece
+    documents:     documents of each range.
+    skipped:       number of documents left out, by reason.
+    keys:          keys of the documents in the shards, [D] uint64 in all.
+    counted_bytes: bytes of the current range that the progress counters include.
+    """
+
+    documents: list[int] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    keys: list[np.ndarray] = field(default_factory=list)  # of the documents in the shards, [D] uint64 in all
+    keys: list[np.ndarray] = field(default_factory=list)
     lowest_key: int = 2**64
     highest_key: int = -1
-    noted_bytes: int = 0
+    counted_bytes: int = 0
 
     def write_keys(self, folder: Path) -> None:
-        """In the order of the sources; those of either split are in the order of its shards."""
+        """Write the keys in the order of the sources; the keys of either split are in the order of its shards."""
         with (folder / _KEYS).open("wb") as stream:
             np.concatenate([np.empty(0, np.uint64), *self.keys]).astype("<u8").tofile(stream)
             os.fsync(stream.fileno())
 
     def record(self, splits: dict[str, Any]) -> dict[str, Any]:
-        """The unit's record.json."""
+        """Return the content of the chunk's record.json."""
         return {
             "splits": splits,
             "documents": self.documents,
@@ -170,40 +210,40 @@ class _Found:
         }
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """A finished unit's record.json."""
+def read_chunk_record(folder: Path) -> dict[str, Any]:
+    """Read the record.json of a finished chunk."""
     return read_json(folder / RECORD)
 
 
-def read_keys(folder: Path) -> np.ndarray:
-    """[D] uint64: document keys of a finished unit, in the order of its sources."""
+def read_document_keys(folder: Path) -> np.ndarray:
+    """Return [D] uint64: the document keys of a finished chunk, in the order of its sources."""
     return np.fromfile(folder / _KEYS, "<u8")
 
 
 @contextmanager
-def published(root: Path, folder: Path, last: str) -> Iterator[Path]:
-    """A folder to fill, renamed to `folder` when the block ends well.
+def publish_folder(root: Path, folder: Path, last_file: str) -> Iterator[Path]:
+    """Yield a temporary folder to fill; rename it to `folder` when the block ends without an exception.
 
-    Where another has been there first, with its file `last` in it, this one is thrown away.
+    If another process has written `folder` first, with its file `last_file`, the temporary folder is deleted.
     """
     prefix = f".{folder.name}-{socket.gethostname()}-{os.getpid()}-{process_start(os.getpid())}-"
-    with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as temporary:
-        made = Path(temporary) / "unit"
-        made.mkdir()
-        yield made
+    with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as outer:
+        temporary = Path(outer) / "chunk"
+        temporary.mkdir()
+        yield temporary
         try:
-            made.rename(folder)
+            temporary.rename(folder)
         except OSError as error:
-            if appears(folder / last):
+            if exists_on_server(folder / last_file):
                 return
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            message = f"{folder} is in the way: it holds no {last}, so longhaul did not finish it"
-            raise UserError(message, "move it away or delete it, then run again") from None
+            message = f"{folder} exists without {last_file}: longhaul did not write it"
+            raise UserError(message, "move or delete it, then run again") from None
 
 
 def remove_leftovers(root: Path) -> None:
-    """Half-written units of processes of this host that are gone."""
+    """Delete the temporary folders of processes of this host that have ended."""
     for leftover in root.glob(".*-*-*-*-*"):
         _, *host, pid, started, _ = leftover.name.split("-")
         if "-".join(host) == socket.gethostname() and pid.isdigit() and process_start(int(pid)) != started:

@@ -1,1 +1,1 @@
-"""Documents to token ids."""
+"""Build tokenizers and encode documents as token ids."""

@@ -1,7 +1,8 @@
-"""Which encoder a dataset gets: the fast one if it gives the reference's ids for hard texts and for a sample of the corpus.
+"""Choose the encoder of a dataset.
 
-The reference takes a second for them. `hard_ids` needs nothing else, so that processes can be at it while the fast encoder
-is loaded, which takes as long.
+The fast encoder is chosen if it gives the reference's ids for the stress corpus and for a sample of the dataset.
+The reference needs about a second for the stress corpus. `encode_stress_corpus` depends on nothing else, so that other
+processes can run it while this process loads the fast encoder, which takes as long.
 """
 
 from __future__ import annotations
@@ -13,92 +14,100 @@ from pathlib import Path
 from typing import NamedTuple
 
 from longhaul.data.tokenizers.encoders import (
-    Fast,
-    Reference,
-    Rows,
+    FastEncoder,
+    ReferenceEncoder,
     first_difference,
     open_fast,
     open_reference,
-    settings_of,
+    read_settings,
 )
-from longhaul.data.tokenizers.stress_corpus import hard_texts
+from longhaul.data.tokenizers.stress_corpus import stress_texts
+from longhaul.data.tokenizers.token_rows import TokenRows
+from longhaul.errors import first_line
 
 
-class Choice(NamedTuple):
-    """The encoder of a dataset by name, and why it is not the fast one ("" if it is)."""
+class EncoderChoice(NamedTuple):
+    """The name of a dataset's encoder, and why it is not the fast encoder ("" where it is)."""
 
     name: str
     reason: str
 
 
 def load_reference(folder: Path) -> None:
-    """And the hard texts, where they are needed; for the processes that are forked later, too."""
+    """Fill this process's caches with the reference encoder and the stress corpus; forked processes inherit them."""
     open_reference(folder).load()
-    _hard_texts(folder)
+    _stress_texts(folder)
 
 
 def load_fast(folder: Path) -> None:
-    """As load_reference, where the fast encoder is a candidate. Whoever opens it later finds what it raises."""
-    if settings_of(folder).unfit:
+    """Fill this process's cache with the fast encoder, where it supports the tokenizer.
+
+    Exceptions are ignored here: open_fast raises them again on first use.
+    """
+    if read_settings(folder).unsupported:
         return
     try:
-        open_fast(folder).encode(["a"])  # its first batch imports awkward and makes tables
+        open_fast(folder).encode(["a"])  # the first batch imports awkward and builds tables
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # a tokenizer at which gigatoken's Rust half panics is left to the reference
+    # A panic in gigatoken's Rust code is a BaseException. The reference then encodes the dataset.
+    except BaseException:
         return
 
 
-def hard_ids(folder: Path, parts: int = 1, each: Callable[..., Iterable[Rows]] = map) -> Iterable[Rows]:
-    """The reference's ids of the hard texts, in as many parts, by `each`: those of a pool, or this process when asked."""
-    return each(_hard_ids, repeat(folder), range(parts), repeat(parts))
+def encode_stress_corpus(
+    folder: Path, parts: int = 1, map_parts: Callable[..., Iterable[TokenRows]] = map
+) -> Iterable[TokenRows]:
+    """Return the reference's ids of the stress corpus, in `parts` parts.
+
+    map_parts: the map of a process pool; the default runs in this process, when the result is read.
+    """
+    return map_parts(_encode_stress_part, repeat(folder), range(parts), repeat(parts))
 
 
-def _hard_ids(folder: Path, part: int, parts: int) -> Rows:
-    return open_reference(folder).encode(_hard_texts(folder)[part::parts])
+def _encode_stress_part(folder: Path, part: int, parts: int) -> TokenRows:
+    return open_reference(folder).encode(_stress_texts(folder)[part::parts])
 
 
-def choose(
+def choose_encoder(
     folder: Path,
-    hard: Sequence[Rows],
+    stress_ids: Sequence[TokenRows],
     sample: Sequence[str],
     parts: int = 1,
-    each: Callable[..., Iterable[str]] = map,
-) -> Choice:
-    """The fast encoder where it can read the tokenizer and gives the reference's ids: `hard`, and those of the sample.
+    map_parts: Callable[..., Iterable[str]] = map,
+) -> EncoderChoice:
+    """Return the fast encoder if it supports the tokenizer and gives the reference's ids.
 
-    hard: all parts of hard_ids, in order; there is no choice without them.
-
-    The sample is compared in `parts`, by `each`: a pool's map shares them out.
+    stress_ids: all parts of encode_stress_corpus, in order; at least one.
+    sample:     texts of the dataset, compared in `parts` parts by `map_parts`, for example the map of a process pool.
     """
-    if reason := settings_of(folder).unfit:
-        return Choice(Reference.name, reason)
+    if reason := read_settings(folder).unsupported:
+        return EncoderChoice(ReferenceEncoder.name, reason)
     try:
         fast = open_fast(folder)
-    # Whatever its Rust half meets is a reason not to use it.
+    # Any failure of gigatoken, a panic in its Rust code included, is a reason not to use it.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return Choice(Reference.name, f"gigatoken cannot read this tokenizer: {reason}")
-    objections = each(_objection, repeat(folder), [sample[part::parts] for part in range(parts)])
-    reason = _objection_to_hard(folder, fast, hard) or next(filter(None, objections), "")
-    return Choice(Reference.name, reason) if reason else Choice(Fast.name, "")
+        return EncoderChoice(ReferenceEncoder.name, f"gigatoken cannot load this tokenizer: {first_line(error)}")
+    differences = map_parts(_difference_in_sample, repeat(folder), [sample[part::parts] for part in range(parts)])
+    reason = _difference_in_stress_corpus(folder, fast, stress_ids) or next(filter(None, differences), "")
+    return EncoderChoice(ReferenceEncoder.name, reason) if reason else EncoderChoice(FastEncoder.name, "")
 
 
-def _objection(folder: Path, texts: Sequence[str]) -> str:
+def _difference_in_sample(folder: Path, texts: Sequence[str]) -> str:
     return first_difference(open_fast(folder), open_reference(folder), texts)
 
 
-def _objection_to_hard(folder: Path, fast: Fast, hard: Sequence[Rows]) -> str:
-    assert hard, "nothing would be compared"
-    parts = [_hard_texts(folder)[part :: len(hard)] for part in range(len(hard))]
-    differences = map(first_difference, repeat(fast), repeat(open_reference(folder)), parts, hard)
+def _difference_in_stress_corpus(folder: Path, fast: FastEncoder, stress_ids: Sequence[TokenRows]) -> str:
+    assert stress_ids, "without the reference's ids nothing would be compared"
+    parts = [_stress_texts(folder)[part :: len(stress_ids)] for part in range(len(stress_ids))]
+    differences = map(first_difference, repeat(fast), repeat(open_reference(folder)), parts, stress_ids)
     return next(filter(None, differences), "")
 
 
 @lru_cache(maxsize=4)
-def _hard_texts(folder: Path) -> list[str]:
-    """None where the fast encoder is no candidate."""
-    settings = settings_of(folder)
-    return [] if settings.unfit else hard_texts(settings.added_tokens)
+def _stress_texts(folder: Path) -> list[str]:
+    """Return the stress corpus; empty where the fast encoder does not support the tokenizer."""
+    settings = read_settings(folder)
+    return [] if settings.unsupported else stress_texts(settings.added_tokens)

@@ -1,4 +1,4 @@
-"""Documents -> token ids, loss masks and split keys."""
+"""Encode documents as token ids, with loss masks and split keys."""
 
 from __future__ import annotations
 
@@ -13,38 +13,46 @@ import xxhash
 from longhaul.artifacts.files import canonical_json
 from longhaul.artifacts.schemas import TokenizerManifest
 from longhaul.config.dataset_config import Dataset
-from longhaul.data.readers.documents import Document, texts
+from longhaul.data.readers.documents import Document, document_texts
 from longhaul.data.readers.rows import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
-from longhaul.data.tokenizers.chat_template import ChatTemplate, without_reasoning
-from longhaul.data.tokenizers.encoders import Fast, first_difference, open_fast, open_reference, with_added
+from longhaul.data.tokenizers.chat_template import ChatTemplate, Span, without_reasoning
+from longhaul.data.tokenizers.encoders import FastEncoder, first_difference, open_fast, open_reference
+from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids
 
-_BATCH_CHARACTERS = 1 << 20  # beside its ids it fits a core's cache
+NOTHING_TO_TRAIN_ON = ("empty text", "no assistant turn")
+"""Reasons that leave out a document under every `bad_rows` policy."""
+
+_BATCH_CHARACTERS = 1 << 20  # such a batch and its ids fit into the cache of a CPU core
 _BATCH_DOCUMENTS = 8192
-_CHECKED_PER_BATCH = 4
-_CHECKED_CHARACTERS = 250
-_CHECKED_AT_ONCE = 256
-
-
-_MOST_BYTES = {
+_EXCERPTS_PER_BATCH = 4
+_EXCERPT_CHARACTERS = 250
+_EXCERPTS_PER_CHECK = 256
+_MAX_DOCUMENT_BYTES = {
     ("gigatoken", "text"): 80_000_000,
     ("gigatoken", "chat"): 24_000_000,
     ("tokenizers", "text"): 4_000_000,
     ("tokenizers", "chat"): 4_000_000,
 }
-"""Of a document, by encoder and kind, so that a worker stays below 1 GiB: 12, 28 and 130 to 170 bytes of memory a byte."""
+"""Maximum bytes of a document by encoder and kind, so that a worker stays below 1 GiB.
+
+The encoders need 12 and 28 (gigatoken) and 130 to 170 (tokenizers) bytes of memory per byte of text.
+"""
 
 
 class EncodersDisagree(Exception):
-    """The fast encoder's ids are not the reference's: the dataset has to be encoded by the reference."""
+    """The fast encoder's ids differ from the reference's: the reference has to encode the dataset."""
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """One batch of D documents with N tokens in all.
 
-    tokens [N] uint16 or int32, lengths [D] int32, mask [N] uint8 for chats, keys [D] uint64 (document hashes),
-    left_out: what is wrong with the documents that are not in it.
+    tokens:   [N] uint16 or int32.
+    lengths:  [D] int32, tokens of each document.
+    mask:     [N] uint8, 1 = counts in the loss; None for texts.
+    keys:     [D] uint64, see document_key.
+    left_out: an error for each document of the batch that is not in these arrays.
     """
 
     tokens: np.ndarray
@@ -54,142 +62,171 @@ class Encoded:
     left_out: list[BadData]
 
 
-class Encoder:
-    """Turns batches into ids with one thread."""
+class DocumentEncoder:
+    """Encodes batches of documents with one thread.
+
+    Where the fast encoder is used, excerpts of the encoded texts are collected and compared with the reference:
+    every _EXCERPTS_PER_CHECK excerpts, and whenever the caller calls `check`.
+    """
 
     def __init__(self, manifest: TokenizerManifest, dataset: Dataset, encoder: str) -> None:
         folder = Path(manifest.path)
         self._reference = open_reference(folder)
-        self._fast = open_fast(folder) if encoder == Fast.name else None
+        self._fast = open_fast(folder) if encoder == FastEncoder.name else None
         self._encoder = self._fast or self._reference
         self._vocab_size = manifest.vocab_size
-        self._pieces: list[str] = []
-        self._most_bytes = _MOST_BYTES[encoder, dataset.kind]
+        self._excerpts: list[str] = []
+        self._max_bytes = _MAX_DOCUMENT_BYTES[encoder, dataset.kind]
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
         self._template = ChatTemplate.load(folder) if dataset.kind == "chat" else None
         self._reasoning_in_loss = dataset.reasoning_in_loss
 
-    def encode(self, documents: Sequence[Document]) -> Encoded:
-        """Ids of each document; what a chat template refuses is left out. EncodersDisagree as `check`, now or later."""
-        left_out = [self._too_long(document) for document in documents if self._is_too_long(document)]
-        documents = [document for document in documents if not self._is_too_long(document)] if left_out else documents
+    def encode(self, documents: Sequence[Document]) -> EncodedBatch:
+        """Encode one batch.
+
+        Documents that are too long, empty, without an assistant turn, or that the chat template refuses are left out.
+
+        Raises:
+            EncodersDisagree: the fast encoder gave other ids than the reference, in this batch or an earlier one.
+        """
+        too_long = [self._too_long(document) for document in documents if self._is_too_long(document)]
+        if too_long:
+            documents = [document for document in documents if not self._is_too_long(document)]
         if self._template is None:
-            left_out += [_nothing(document, "empty text") for document in documents if not document.content]
-            kept = [document for document in documents if document.content]
-            rendered = [(str(document.content), []) for document in kept]
-        else:
-            kept, rendered, refused = self._render(self._template, documents)
-            left_out += refused
-        written = [text for text, _ in rendered]
+            return self._encode_texts(documents, too_long)
+        return self._encode_chats(self._template, documents, too_long)
+
+    def _encode_texts(self, documents: Sequence[Document], left_out: list[BadData]) -> EncodedBatch:
+        """Encode texts: BOS where the tokenizer adds it, then the text, then EOS once."""
+        left_out += [_nothing_to_train_on(document, "empty text") for document in documents if not document.content]
+        kept = [document for document in documents if document.content]
+        texts = [str(document.content) for document in kept]
+        self._collect_excerpts(texts)
+        rows = add_special_ids(self._encoder.encode(texts), (), (), self._eos_id)
+        return self._batch(kept, rows, None, left_out)
+
+    def _encode_chats(
+        self, template: ChatTemplate, documents: Sequence[Document], left_out: list[BadData]
+    ) -> EncodedBatch:
+        """Encode conversations as the chat template renders them, with a loss mask."""
+        kept, texts, spans = [], [], []
+        for document in documents:
+            rendered = self._render(template, document)
+            if isinstance(rendered, BadData):
+                left_out.append(rendered)
+                continue
+            kept.append(document)
+            texts.append(rendered[0])
+            spans.append(rendered[1])
+        self._collect_excerpts(texts)
+        rows, mask = self._encoder.encode_with_mask(texts, spans)
+        return self._batch(kept, rows, mask, left_out)
+
+    def _batch(
+        self, documents: Sequence[Document], rows: TokenRows, mask: np.ndarray | None, left_out: list[BadData]
+    ) -> EncodedBatch:
         if self._fast:
-            # A unit's first pieces are twice as long: units of small files have no others.
-            self._pieces += _pieces(written, _CHECKED_CHARACTERS * (1 if self._pieces else 2))
-            if len(self._pieces) >= _CHECKED_AT_ONCE:
-                self.check()
-        if self._template is None:
-            # BOS where the tokenizer adds one, then EOS, once.
-            rows, mask = with_added(self._encoder.encode(written), (), (), self._eos_id), None
-        else:
-            rows, mask = self._encoder.encode_with_mask(written, [spans for _, spans in rendered])
-        if self._fast:
-            self._require_known(rows.tokens)
-        return Encoded(
+            self._require_ids_in_vocabulary(rows.tokens)
+        return EncodedBatch(
             tokens=rows.tokens.astype(self._dtype) if self._dtype.itemsize < 4 else rows.tokens.view(self._dtype),
             lengths=rows.lengths.astype(np.int32),
             mask=mask,
-            keys=np.array([document_key(document) for document in kept], dtype=np.uint64),
+            keys=np.array([document_key(document) for document in documents], dtype=np.uint64),
             left_out=left_out,
         )
 
     def _is_too_long(self, document: Document) -> bool:
-        return 4 * _size(document) > self._most_bytes and _size_bytes(document) > self._most_bytes
+        # UTF-8 needs at most 4 bytes per character: this bound avoids encoding most documents.
+        return 4 * _characters(document) > self._max_bytes and _text_bytes(document) > self._max_bytes
 
     def _too_long(self, document: Document) -> BadData:
-        most = f"the {self._most_bytes / 1e6:g} MB that {self._encoder.name} encodes within 1 GiB of memory"
-        message = f"{document.where}: {_size_bytes(document) / 1e6:.1f} MB of text, more than {most}"
-        return BadData.because("too long", message, "cut the document, or leave such documents out: bad_rows: skip")
+        limit = f"the {self._max_bytes / 1e6:g} MB that {self._encoder.name} encodes within 1 GiB of memory"
+        message = f"{document.where}: {_text_bytes(document) / 1e6:.1f} MB of text, more than {limit}"
+        hint = "shorten the document, or leave out such documents with bad_rows: skip"
+        return BadData.with_reason("too long", message, hint)
 
-    def _render(self, template: ChatTemplate, documents: Sequence[Document]) -> tuple[list[Document], list[Any], Any]:
-        kept, rendered, left_out = [], [], []
-        for document in documents:
-            messages: Any = document.content
-            if not any(message["role"] == "assistant" for message in messages):
-                left_out.append(_nothing(document, "no assistant turn"))
-                continue
-            try:
-                text, spans = template.render(messages, document.where)
-            except BadData as error:
-                left_out.append(error)
-                continue
-            rendered.append((text, spans if self._reasoning_in_loss else without_reasoning(text, spans)))
-            kept.append(document)
-        return kept, rendered, left_out
+    def _render(self, template: ChatTemplate, document: Document) -> tuple[str, list[Span]] | BadData:
+        """Return a conversation's text and its spans that count in the loss, or why it is left out."""
+        messages: Any = document.content
+        if not any(message["role"] == "assistant" for message in messages):
+            return _nothing_to_train_on(document, "no assistant turn")
+        try:
+            text, spans = template.render(messages, document.where)
+        except BadData as error:
+            return error
+        return text, spans if self._reasoning_in_loss else without_reasoning(text, spans)
 
-    def _require_known(self, tokens: np.ndarray) -> None:
+    def _require_ids_in_vocabulary(self, tokens: np.ndarray) -> None:
         largest = int(tokens.max(initial=0))
         if largest >= self._vocab_size:
             self.check()
-            raise EncodersDisagree(f"{Fast.name} gives id {largest} of a vocabulary of {self._vocab_size}")
+            raise EncodersDisagree(f"{FastEncoder.name} gives id {largest} of a vocabulary of {self._vocab_size}")
+
+    def _collect_excerpts(self, texts: Sequence[str]) -> None:
+        """Keep excerpts of texts that the fast encoder encodes; check them when there are enough."""
+        if not self._fast:
+            return
+        # The first excerpts of a chunk are twice as long: a chunk of small files may have no others.
+        self._excerpts += _excerpts(texts, _EXCERPT_CHARACTERS * (1 if self._excerpts else 2))
+        if len(self._excerpts) >= _EXCERPTS_PER_CHECK:
+            self.check()
 
     def check(self) -> None:
-        """Compares pieces of what was encoded since the last time with the reference; EncodersDisagree.
+        """Compare the excerpts collected since the last check with the reference; raise EncodersDisagree.
 
-        All at once, as the reference takes twice as long while its vocabulary is not in the cache.
+        Many excerpts are compared in one call: the reference takes twice as long while its vocabulary is not in the
+        CPU's cache.
         """
-        pieces, self._pieces = self._pieces, []
-        if self._fast and (difference := first_difference(self._fast, self._reference, pieces)):
+        excerpts, self._excerpts = self._excerpts, []
+        if self._fast and (difference := first_difference(self._fast, self._reference, excerpts)):
             raise EncodersDisagree(difference)
 
 
-def _pieces(texts: Sequence[str], characters: int) -> Iterator[str]:
-    """Of a few texts, spread over the batch, a piece each: the first one's beginning, the last one's end.
+def _excerpts(texts: Sequence[str], characters: int) -> Iterator[str]:
+    """Yield one excerpt from each of a few texts across the batch, from the first text's start to the last text's end.
 
-    Short ones of more texts find more than long ones of fewer, and the reference is slow.
+    Short excerpts of many texts find more differences than long excerpts of few texts, and the reference is slow.
     """
-    some = texts[:: max(1, len(texts) // _CHECKED_PER_BATCH)][:_CHECKED_PER_BATCH]
-    for number, text in enumerate(some):
-        start = max(0, len(text) - characters) * number // max(1, len(some) - 1)
+    selected = texts[:: max(1, len(texts) // _EXCERPTS_PER_BATCH)][:_EXCERPTS_PER_BATCH]
+    for number, text in enumerate(selected):
+        start = max(0, len(text) - characters) * number // max(1, len(selected) - 1)
         yield text[start : start + characters]
 
 
 def document_key(document: Document) -> int:
-    """XXH3 (64 bits) of the text, or of the conversation's canonical JSON: decides the split, for any tokenizer.
+    """Return XXH3 (64 bits) of the text, or of the conversation's canonical JSON.
 
-    It takes a tenth of the time of a cryptographic hash, and nobody gains by two documents with one key.
+    The key decides the split, so that a document is in the same split under any tokenizer. XXH3 takes a tenth of the
+    time of a cryptographic hash, and collisions are no security risk.
     """
     content = document.content
     text = content if isinstance(content, str) else canonical_json(content)
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _nothing(document: Document, reason: str) -> BadData:
-    """Left out whatever the policy: there is nothing in it to train on."""
-    return BadData.because(reason, f"{document.where}: {reason}", "nothing to train on")
+def _nothing_to_train_on(document: Document, reason: str) -> BadData:
+    return BadData.with_reason(reason, f"{document.where}: {reason}", "nothing to train on")
 
 
-NOTHING_TO_TRAIN_ON = ("empty text", "no assistant turn")
-
-
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Consecutive documents of some million characters."""
-    held: list[Document] = []
+def group_into_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Group consecutive documents into batches of about a million characters."""
+    batch: list[Document] = []
     characters = 0
     for document in documents:
-        held.append(document)
-        characters += _size(document)
-        if characters >= _BATCH_CHARACTERS or len(held) >= _BATCH_DOCUMENTS:
-            yield held
-            held, characters = [], 0
-    if held:
-        yield held
+        batch.append(document)
+        characters += _characters(document)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _size(document: Document) -> int:
-    """Characters."""
+def _characters(document: Document) -> int:
     content = document.content
-    return len(content) if isinstance(content, str) else sum(map(len, texts(document)))
+    return len(content) if isinstance(content, str) else sum(map(len, document_texts(document)))
 
 
-def _size_bytes(document: Document) -> int:
-    return sum(len(text.encode()) for text in texts(document))
+def _text_bytes(document: Document) -> int:
+    return sum(len(text.encode()) for text in document_texts(document))

@@ -1,7 +1,9 @@
-"""Texts -> ids, by two encoders that must agree: `tokenizers` (the reference, which AutoTokenizer runs) and gigatoken.
+"""Encode texts as ids with two encoders that must agree.
 
-gigatoken reads byte-level BPE alone and is some thirty times faster. It is believed only as far as it is checked:
-choose_encoder.py compares both on hard texts and on a sample of the corpus, and every unit on pieces of its documents.
+The reference encoder is `tokenizers`, which AutoTokenizer runs. The fast encoder is gigatoken: it supports only
+byte-level BPE and is about thirty times faster. The fast encoder is used only where its ids are verified:
+choose_encoder.py compares both encoders on the stress corpus and on a sample of the dataset, and every chunk compares
+them on excerpts of its documents.
 N tokens, D texts.
 """
 
@@ -17,18 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-Span = tuple[int, int]
+from longhaul.data.tokenizers.chat_template import Span
+from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids, byte_spans, flatten_rows, overlap_mask
 
 
-class Rows(NamedTuple):
-    """tokens [N], lengths [D] int64: the ids of D texts, one after another."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-
-
-class Reference:
-    """`tokenizers`, one thread; loaded when it is first asked."""
+class ReferenceEncoder:
+    """`tokenizers` with one thread. The tokenizer is loaded on first use."""
 
     name = "tokenizers"
 
@@ -46,80 +42,97 @@ class Reference:
         return tokenizer
 
     @cached_property
-    def _bare(self) -> Any:
-        """Without a post-processor offsets keep the spaces of a token, and they are in the loss as well."""
+    def _tokenizer_without_post_processor(self) -> Any:
+        """The same tokenizer without its post-processor.
+
+        The offsets then include the space of a token, so that the space counts in the loss as well.
+        """
         from tokenizers import Tokenizer
 
         return Tokenizer.from_str(_without_post_processor(self._folder))
 
     def load(self) -> None:
-        """Now, that is, and for the processes that are forked later."""
+        """Load the tokenizer now, so that processes forked later inherit it."""
         _ = self._tokenizer
 
-    def encode(self, texts: Sequence[str]) -> Rows:
-        """Ids with the special tokens that the tokenizer adds to a text."""
-        return _rows([encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))])
+    def encode(self, texts: Sequence[str]) -> TokenRows:
+        """Return the ids of each text, with the special tokens that the tokenizer adds."""
+        return flatten_rows([encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))])
 
-    def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[Rows, np.ndarray]:
-        """Ids without added special tokens, and [N] uint8: 1 where a token overlaps one of its text's spans."""
-        encodings = self._bare.encode_batch(list(texts), add_special_tokens=False)
-        places = (np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings)
-        masks = [_overlap(place[:, 0], place[:, 1], rows) for place, rows in zip(places, spans, strict=True)]
-        return _rows([encoding.ids for encoding in encodings]), np.concatenate([np.empty(0, np.uint8), *masks])
+    def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[TokenRows, np.ndarray]:
+        """Return the ids without added special tokens, and a mask [N] uint8.
+
+        The mask is 1 where a token overlaps one of its text's spans (in characters).
+        """
+        encodings = self._tokenizer_without_post_processor.encode_batch(list(texts), add_special_tokens=False)
+        offsets = (np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings)
+        masks = [
+            overlap_mask(of_text[:, 0], of_text[:, 1], spans_of_text)
+            for of_text, spans_of_text in zip(offsets, spans, strict=True)
+        ]
+        return flatten_rows([encoding.ids for encoding in encodings]), np.concatenate([np.empty(0, np.uint8), *masks])
 
 
-class Fast:
-    """gigatoken, one thread, for byte-level BPE. Raises what it raises for a tokenizer that it cannot read."""
+class FastEncoder:
+    """gigatoken with one thread, for byte-level BPE.
+
+    The constructor passes on any exception that gigatoken raises for a tokenizer that it cannot load.
+    """
 
     name = "gigatoken"
 
-    def __init__(self, folder: Path, reference: Reference) -> None:
+    def __init__(self, folder: Path, reference: ReferenceEncoder) -> None:
         import gigatoken
 
         self._tokenizer: Any = gigatoken.Tokenizer.from_json((folder / "tokenizer.json").read_bytes())
         self._reference = reference
-        self._prefix, self._suffix = added_ids(settings_of(folder).post_processor)
-        self._bytes_of: np.ndarray | None = None
+        self._prefix, self._suffix = post_processor_ids(read_settings(folder).post_processor)
+        self._bytes_of_token: np.ndarray | None = None
 
-    def encode(self, texts: Sequence[str]) -> Rows:
-        """As Reference.encode."""
+    def encode(self, texts: Sequence[str]) -> TokenRows:
+        """Encode like ReferenceEncoder.encode."""
         rows = self._encode(list(texts))
-        return with_added(rows, self._prefix, self._suffix)
+        return add_special_ids(rows, self._prefix, self._suffix)
 
-    def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[Rows, np.ndarray]:
-        """As Reference.encode_with_mask, which also does the texts whose bytes the tokens do not spell out."""
+    def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[TokenRows, np.ndarray]:
+        """Encode like ReferenceEncoder.encode_with_mask.
+
+        The reference encodes the batch where the tokens' bytes do not add up to the bytes of a text: then the
+        positions of tokens in that text are unknown.
+        """
         data = [text.encode() for text in texts]
         rows = self._encode(data)
         ends = np.cumsum(self._token_bytes()[rows.tokens])
-        masks, first, spelt = [], 0, 0
-        for text, raw, length, stretches in zip(texts, data, rows.lengths.tolist(), spans, strict=True):
-            stops = ends[first : first + length] - spelt
-            if length and int(stops[-1]) != len(raw):
+        masks, first_token, first_byte = [], 0, 0
+        for text, text_bytes, length, text_spans in zip(texts, data, rows.lengths.tolist(), spans, strict=True):
+            stops = ends[first_token : first_token + length] - first_byte
+            if length and int(stops[-1]) != len(text_bytes):
                 return self._reference.encode_with_mask(texts, spans)
             starts = np.concatenate([[0], stops[:-1]])
-            masks.append(_overlap(starts, stops, _byte_spans(text, raw, stretches)))
-            first, spelt = first + length, spelt + len(raw)
+            masks.append(overlap_mask(starts, stops, byte_spans(text, text_bytes, text_spans)))
+            first_token, first_byte = first_token + length, first_byte + len(text_bytes)
         return rows, np.concatenate([np.empty(0, np.uint8), *masks])
 
-    def _encode(self, data: list[str] | list[bytes]) -> Rows:
+    def _encode(self, data: list[str] | list[bytes]) -> TokenRows:
         layout = self._tokenizer.encode_batch(data, parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         tokens = np.asarray(layout.content.data)[int(offsets[0]) : int(offsets[-1])]
-        return Rows(tokens, np.diff(offsets).astype(np.int64))
+        return TokenRows(tokens, np.diff(offsets).astype(np.int64))
 
     def _token_bytes(self) -> np.ndarray:
-        if self._bytes_of is None:
+        """Return the bytes of each token of the vocabulary, by id."""
+        if self._bytes_of_token is None:
             vocabulary: dict[int, bytes] = self._tokenizer.vocab
-            self._bytes_of = np.zeros(max(vocabulary) + 1, dtype=np.int64)
-            for number, spelling in vocabulary.items():
-                self._bytes_of[number] = len(spelling)
-        return self._bytes_of
+            self._bytes_of_token = np.zeros(max(vocabulary) + 1, dtype=np.int64)
+            for token, spelling in vocabulary.items():
+                self._bytes_of_token[token] = len(spelling)
+        return self._bytes_of_token
 
 
-def added_ids(post_processor: Any) -> tuple[list[int], list[int]]:
-    """What a post-processor of a tokenizer.json puts before and behind a text (BOS, most often).
+def post_processor_ids(post_processor: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that a post-processor of a tokenizer.json puts before and after a text (most often BOS).
 
-    It is tried on a vocabulary of one word, as loading the whole one takes a fifth of a second.
+    The post-processor runs with a vocabulary of one word: loading the whole vocabulary takes 0.2 s.
     """
     from tokenizers import Tokenizer
 
@@ -127,112 +140,67 @@ def added_ids(post_processor: Any) -> tuple[list[int], list[int]]:
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     tiny = {"version": "1.0", "added_tokens": [], **unset, "post_processor": post_processor, "model": model}
     encoding = Tokenizer.from_str(json.dumps(tiny)).encode("a")
-    place = encoding.special_tokens_mask.index(0)
-    return encoding.ids[:place], encoding.ids[place + 1 :]
+    position = encoding.special_tokens_mask.index(0)
+    return encoding.ids[:position], encoding.ids[position + 1 :]
 
 
-class Settings(NamedTuple):
-    """Of a tokenizer.json without its vocabulary: why gigatoken is not to read it ("" if it may), and what it adds to texts."""
+class TokenizerSettings(NamedTuple):
+    """Content of a tokenizer.json, without the vocabulary.
 
-    unfit: str
+    unsupported: why the fast encoder does not support this tokenizer; "" where it does.
+    """
+
+    unsupported: str
     post_processor: Any
     added_tokens: list[str]
 
 
 @lru_cache(maxsize=4)
-def settings_of(folder: Path) -> Settings:
-    """Kept, as parsing the vocabulary takes its time."""
+def read_settings(folder: Path) -> TokenizerSettings:
+    """Read a tokenizer folder's settings; cached, because parsing the vocabulary is slow."""
     found = orjson.loads((folder / "tokenizer.json").read_bytes())
     added = [token["content"] for token in found.get("added_tokens", [])]
-    return Settings(_unfit(found), found.get("post_processor"), added)
+    return TokenizerSettings(_why_unsupported(found), found.get("post_processor"), added)
 
 
-def _unfit(settings: dict[str, Any]) -> str:
-    """Why a tokenizer.json is not gigatoken's to read; "" when it is."""
+def _why_unsupported(settings: dict[str, Any]) -> str:
+    """Return why the fast encoder does not support a tokenizer.json; "" where it does."""
     model, normalizer = settings["model"], settings.get("normalizer")
     if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(settings.get("pre_tokenizer")):
         return f"{model.get('type')} is not byte-level BPE"
     if model.get("dropout"):
         return "BPE dropout is random"
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    odd = [step["type"] for step in steps if step["type"] != "NFC"]
-    return f"normalizer {odd[0]}" if odd else ""
+    unsupported = [step["type"] for step in steps if step["type"] != "NFC"]
+    return f"normalizer {unsupported[0]}" if unsupported else ""
 
 
 @lru_cache(maxsize=4)
-def open_reference(folder: Path) -> Reference:
-    """Of a tokenizer folder; kept, as loading it takes a fifth of a second."""
-    return Reference(folder)
+def open_reference(folder: Path) -> ReferenceEncoder:
+    """Return the reference encoder of a tokenizer folder; cached, because loading takes 0.2 s."""
+    return ReferenceEncoder(folder)
 
 
 @lru_cache(maxsize=4)
-def open_fast(folder: Path) -> Fast:
-    """Of a tokenizer folder; kept, as loading it takes half a second."""
-    return Fast(folder, open_reference(folder))
+def open_fast(folder: Path) -> FastEncoder:
+    """Return the fast encoder of a tokenizer folder; cached, because loading takes 0.5 s."""
+    return FastEncoder(folder, open_reference(folder))
 
 
-def first_difference(fast: Fast, reference: Reference, texts: Sequence[str], theirs: Rows | None = None) -> str:
-    """What the encoders disagree on first, for people; "" when all ids are equal. theirs: the reference's, where known."""
-    ours, theirs = fast.encode(texts), theirs or reference.encode(texts)
-    if np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.tokens, theirs.tokens):
+def first_difference(
+    fast: FastEncoder, reference: ReferenceEncoder, texts: Sequence[str], expected: TokenRows | None = None
+) -> str:
+    """Describe the first difference between the encoders' ids for people; return "" when all ids are equal.
+
+    expected: the reference's ids, where the caller has them already.
+    """
+    found, expected = fast.encode(texts), expected or reference.encode(texts)
+    if np.array_equal(found.lengths, expected.lengths) and np.array_equal(found.tokens, expected.tokens):
         return ""
     for text in texts:
         if fast.encode([text]).tokens.tolist() != reference.encode([text]).tokens.tolist():
-            return f"gigatoken gives other ids than tokenizers for {text[:60]!r}"
-    return "gigatoken gives other ids in a batch than alone"
-
-
-def with_added(rows: Rows, prefix: Sequence[int], suffix: Sequence[int], last: int | None = None) -> Rows:
-    """Every row between prefix and suffix; then `last`, where a row does not already end with it."""
-    extra = np.full(len(rows.lengths), len(prefix) + len(suffix), dtype=np.int64)
-    if last is not None:
-        extra += ~_ends_with(rows, suffix, last)
-    if not extra.any():
-        return rows
-    lengths = rows.lengths + extra
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    made = np.empty(int(lengths.sum()), dtype=rows.tokens.dtype)
-    is_body = np.ones(len(made), dtype=bool)
-    bodies_end = starts + len(prefix) + rows.lengths
-    if last is not None:
-        added = ends[extra > len(prefix) + len(suffix)] - 1
-        made[added], is_body[added] = last, False
-    for places, ids in ((starts, prefix), (bodies_end, suffix)):
-        for offset, number in enumerate(ids):
-            made[places + offset], is_body[places + offset] = number, False
-    made[is_body] = rows.tokens
-    return Rows(made, lengths)
-
-
-def _ends_with(rows: Rows, suffix: Sequence[int], last: int) -> np.ndarray:
-    """[D] bool."""
-    if suffix:
-        return np.full(len(rows.lengths), suffix[-1] == last)
-    found = np.zeros(len(rows.lengths), dtype=bool)
-    filled = rows.lengths > 0
-    found[filled] = rows.tokens[np.cumsum(rows.lengths)[filled] - 1] == last
-    return found
-
-
-def _rows(ids: list[list[int]]) -> Rows:
-    lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    tokens = np.fromiter((number for row in ids for number in row), np.uint32, int(lengths.sum()))
-    return Rows(tokens, lengths)
-
-
-def _overlap(starts: np.ndarray, ends: np.ndarray, spans: list[Span]) -> np.ndarray:
-    mask = np.zeros(len(starts), dtype=np.uint8)
-    for start, end in spans:
-        mask[(starts < end) & (ends > start)] = 1
-    return mask
-
-
-def _byte_spans(text: str, raw: bytes, spans: list[Span]) -> list[Span]:
-    """Stretches in characters -> in bytes of UTF-8."""
-    if len(raw) == len(text):
-        return spans
-    return [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
+            return f"gigatoken and tokenizers give different ids for {text[:60]!r}"
+    return "gigatoken gives different ids in a batch than for single texts"
 
 
 def _without_post_processor(folder: Path) -> str:

@@ -1,4 +1,7 @@
-"""Texts on which tokenizers differ, if they differ: an encoder that agrees on all of them agrees on ordinary text."""
+"""Generate the stress corpus: texts on which tokenizers disagree if they disagree at all.
+
+An encoder that gives the reference's ids for all of them gives the same ids for ordinary text.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +41,29 @@ _SEQUENCES = [
 ]
 
 
-def hard_texts(special_tokens: Sequence[str]) -> list[str]:
-    """About a megabyte: every Unicode block, runs of spaces, long words, control characters, look-alikes, random mixtures."""
+def stress_texts(special_tokens: Sequence[str]) -> list[str]:
+    """Return about a megabyte of texts, the same for the same special tokens.
+
+    It contains every Unicode block, runs of spaces, long words, control characters, texts that resemble special
+    tokens, and random mixtures.
+    """
     return [
-        *_blocks(),
+        *_unicode_blocks(),
         *_SEQUENCES,
         *(f"a{run * count}b {run * count}" for run in _RUNS for count in (1, 2, 3, 4, 7, 8, 15, 16, 33, 129)),
         *(f"{left}{gap}{right}" for left, gap, right in product(_WORDS, ("", " ", "  ", "\n", "'", "_"), _WORDS)),
-        *(unit * (3000 // len(unit)) for unit in ("a", "ab", "é", "北京", "xyz1", "A", "_", "🚢", "ก", "aA", "http")),
+        *(word * (3000 // len(word)) for word in ("a", "ab", "é", "北京", "xyz1", "A", "_", "🚢", "ก", "aA", "http")),
         *(f"x{chr(code)}y {chr(code)}{chr(code)}" for code in (*range(32), *range(127, 160))),
-        *_look_alikes(special_tokens[:300]),
-        *_mixtures(),
+        *_like_special_tokens(special_tokens[:300]),
+        *_random_mixtures(),
     ]
 
 
-def _blocks() -> Iterator[str]:
-    """Every assigned character in rows of 256: run together, then each on its own between words. Planes 4 to 13 are empty."""
+def _unicode_blocks() -> Iterator[str]:
+    """Yield every assigned character in rows of 256: first without spaces, then with a space between characters.
+
+    Planes 4 to 13 have no assigned characters.
+    """
     rows: list[list[str]] = []
     for start in (*range(0, 0x40000, 256), *range(0xE0000, sys.maxunicode, 256)):
         row = map(chr, range(start, start + 256))
@@ -63,16 +73,16 @@ def _blocks() -> Iterator[str]:
     yield "\ue000\uf8ff\U000f0000\U0010fffd"
 
 
-def _look_alikes(tokens: Sequence[str]) -> Iterator[str]:
+def _like_special_tokens(tokens: Sequence[str]) -> Iterator[str]:
     for token in tokens:
         yield f"{token}x{token}{token} {token}  {token}\n{token}\n\n y{token}z"
         yield f"{token[:-1]} {token[1:]} {token[:1]} {token[1:]} {token.upper()} {token.lower()} {' '.join(token)}"
         yield token
 
 
-def _mixtures() -> Iterator[str]:
-    """The same ones every time."""
-    chance = random.Random(0)
+def _random_mixtures() -> Iterator[str]:
+    """Yield random mixtures of words, runs and characters; the fixed seed gives the same texts every time."""
+    generator = random.Random(0)
     pieces = [*_WORDS, *_RUNS, *"abcXYZ012 \n\t.,;:'\"<>|/\\{}[]éß京н🙂\u0301\u200d"]
     for _ in range(300):
-        yield "".join(chance.choice(pieces) for _ in range(chance.randrange(1, 200)))
+        yield "".join(generator.choice(pieces) for _ in range(generator.randrange(1, 200)))

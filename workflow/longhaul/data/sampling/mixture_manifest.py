@@ -1,0 +1,38 @@
+"""Write the manifest of a mixture of datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.config.mixture_weights import whole_weights
+from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
+
+
+def run(job: TokenizeSpec) -> None:
+    """Write the manifest of a mixture: the manifests of its parts and their weights. No token is copied."""
+    parts = {name: DataManifest.read(Path(job.parts[name])) for name in job.dataset.mixture}
+    counts = whole_weights(job.dataset.mixture)
+    fractions = {name: count / sum(counts.values()) for name, count in counts.items()}
+    first = next(iter(parts.values()))
+    DataManifest(
+        dataset=job.name,
+        kind=first.kind,
+        path=job.folder,
+        hash=content_hash([[count, parts[name].hash] for name, count in counts.items()]),
+        tokenizer_hash=first.tokenizer_hash,
+        dtype=first.dtype,
+        splits={split: _sum_entries([part.splits[split] for part in parts.values()]) for split in first.splits},
+        sources=[source for part in parts.values() for source in part.sources],
+        skipped={},
+        unigram_entropy_nats=sum(fractions[name] * part.unigram_entropy_nats for name, part in parts.items()),
+        mixture=[{"weight": counts[name], "manifest": dataclasses.asdict(part)} for name, part in parts.items()],
+    ).write(Path(job.out))
+
+
+def _sum_entries(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "loss_tokens")}
+    return {"shards": [], **totals}

@@ -1,0 +1,116 @@
+"""Fill samples from one split: windows of the token stream (pretraining), or packs of conversations (fine-tuning).
+
+S = sequence length, T = tokens of a document.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from longhaul.artifacts.files import read_json, write_json
+from longhaul.data.sampling.pack_file import PackFile, write_pack_file
+from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
+from longhaul.data.shards.shard_reader import SplitReader
+
+OPENING_TOKENS = 24
+
+
+class WindowSource:
+    """Sample i reads tokens [i*S, i*S + S + 1) of the stream: every token but the first is a label exactly once."""
+
+    cut_documents = 0
+
+    def __init__(self, reader: SplitReader, length: int, pad_id: int) -> None:
+        self._reader, self.length, self._pad_id = reader, length, pad_id
+        self.token_count = reader.token_count
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.token_count - 1) // self.length))
+
+    def fill(self, index: int, sample: Sample) -> None:
+        """Write sample `index` to `sample`; the last window is padded."""
+        start = index * self.length
+        count = min(self.length, self._reader.token_count - start - 1)
+        clear_sample(sample, self._pad_id)
+        self._reader.read_into(sample.labels[:count], start + 1)
+        self._reader.read_into(sample.input_ids[: min(self.length, count + 1)], start)
+
+    def openings(self) -> Iterator[tuple[int, ...]]:
+        """Yield the first tokens of each document: OPENING_TOKENS, or half of a shorter document."""
+        for number in range(self._reader.document_count):
+            tokens, _ = self._reader.document(number)
+            stop = min(OPENING_TOKENS, -(-len(tokens) // 2), self.length - 1)
+            if stop:
+                yield tuple(tokens[:stop].tolist())
+
+
+class PackSource:
+    """Sample i is pack i. A conversation longer than S is truncated to S tokens."""
+
+    def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
+        """Open the pack file `path`; write it if it does not exist."""
+        self._reader, self.length, self._pad_id = reader, length, pad_id
+        self.token_count = self.cut_documents = 0
+        self._packs: PackFile | list[np.ndarray] = []
+        if not reader.document_count:
+            return
+        record = path.with_suffix(".json")
+        if not (path.exists() and record.exists()):
+            _write_packs(reader.lengths(), length, seed, path, record)
+        # The totals come from the record, because reading the lengths of all documents is slow.
+        totals = read_json(record)
+        self.token_count, self.cut_documents = totals["tokens"], totals["cut_documents"]
+        self._packs = PackFile(path, reader.document_count)
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def fill(self, index: int, sample: Sample) -> None:
+        """Write pack `index` to `sample`."""
+        clear_sample(sample, self._pad_id)
+        start = 0
+        for number in self._packs[index]:
+            start += self._write_conversation(sample, start, *self._reader.document(int(number)))
+        sample.position_ids[start:] = np.arange(self.length - start)
+
+    def openings(self) -> Iterator[tuple[int, ...]]:
+        """Yield the tokens of each conversation before the first loss token; none where this is 0 or >= S tokens."""
+        for number in range(self._reader.document_count):
+            tokens, mask = self._reader.document(number)
+            stop = int(mask.argmax()) if mask.any() else 0
+            if 0 < stop < self.length:
+                yield tuple(tokens[:stop].tolist())
+
+    def _write_conversation(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
+        """Write one conversation [T] at position `start`; return its length. Its last position has no label."""
+        tokens, mask = tokens[: self.length], mask[: self.length]
+        stop = start + len(tokens)
+        sample.input_ids[start:stop] = tokens
+        sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)
+        sample.position_ids[start:stop] = np.arange(len(tokens))
+        return len(tokens)
+
+
+def _write_packs(lengths: np.ndarray, length: int, seed: int, path: Path, record: Path) -> None:
+    """Write the pack file, then `record`, a JSON file with its totals. The report reads the record too."""
+    write_pack_file(lengths, length, seed, path)
+    packs, tokens = len(PackFile(path, len(lengths))), int(np.minimum(lengths, length).sum(dtype=np.int64))
+    totals = {
+        "documents": len(lengths),
+        "packs": packs,
+        "sequence_length": length,
+        "tokens": tokens,
+        "cut_documents": int((lengths > length).sum()),
+        "padding_share": 1 - tokens / (packs * length),
+    }
+    write_json(record, totals)
+    print(
+        f"packed {len(lengths):,} conversations into {packs:,} sequences of {length} tokens: "
+        f"{totals['padding_share']:.2%} padding, {totals['cut_documents']:,} conversations truncated",
+        file=sys.stderr,
+        flush=True,
+    )

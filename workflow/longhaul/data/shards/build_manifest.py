@@ -1,0 +1,91 @@
+"""Build a dataset's manifest from the records of its chunks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.data.readers.documents import no_documents
+from longhaul.data.shards.chunks import Chunk
+from longhaul.data.shards.indexed_dataset import token_dtype
+from longhaul.data.shards.shard_reader import ShardReader, SplitReader
+from longhaul.data.shards.source_index import IndexedSources
+from longhaul.data.shards.unigram_entropy import unigram_entropy
+from longhaul.data.shards.write_chunk import SPLITS, EncodingTask
+from longhaul.data.tokenizers.choose_encoder import EncoderChoice
+from longhaul.errors import UserError
+from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
+
+
+def build_manifest(
+    sources: IndexedSources,
+    task: EncodingTask,
+    chunks: Sequence[Chunk],
+    records: Sequence[dict[str, Any]],
+    choice: EncoderChoice,
+) -> DataManifest:
+    """Return the manifest of encoded chunks, before filters.
+
+    Raises:
+        UserError: no document can be trained on, or a source has no documents and `bad_rows` is stop.
+    """
+    job, skipped = sources.job, Counter[str]()
+    for record in records:
+        skipped.update(record["skipped"])
+    documents = [0] * len(sources.sources)
+    for chunk, record in zip(chunks, records, strict=True):
+        for source_range, count in zip(chunk.ranges, record["documents"], strict=True):
+            documents[source_range.source] += count
+    _require_documents(job, documents, records, skipped)
+    settings = sources.settings("", task.threshold)
+    splits = {split: _split_entry(split, chunks, records) for split in SPLITS}
+    return DataManifest(
+        dataset=job.name,
+        kind=job.dataset.kind,
+        path=job.folder,
+        hash=content_hash([settings, [source.sha256 for source in sources.sources]]),
+        tokenizer_hash=task.tokenizer.hash,
+        dtype=token_dtype(task.tokenizer.vocab_size),
+        splits=splits,
+        sources=[
+            {"path": source.path, "bytes": source.size_bytes, "sha256": source.sha256, "documents": count}
+            for source, count in zip(sources.sources, documents, strict=True)
+        ],
+        skipped=dict(sorted(skipped.items())),
+        unigram_entropy_nats=unigram_entropy(SplitReader(task.root, splits["train"], job.dataset.kind == "chat")),
+        encoder=choice._asdict(),
+    )
+
+
+def _require_documents(
+    job: TokenizeSpec, documents: list[int], records: Sequence[dict[str, Any]], skipped: Counter[str]
+) -> None:
+    for file, count in zip(job.files, documents, strict=True):
+        if not count and job.dataset.bad_rows == "stop":
+            raise no_documents(file)
+    if max(record["highest_key"] for record in records) < 0:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
+        raise UserError(f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns")
+
+
+def _split_entry(split: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a split's entry of the manifest: the shards of all chunks in order, and their totals."""
+    entries = [record["splits"][split] for record in records]
+    shards = [
+        {**shard, "prefix": f"{chunk.name}/{shard['prefix']}"}
+        for chunk, entry in zip(chunks, entries, strict=True)
+        for shard in entry["shards"]
+    ]
+    totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "loss_tokens")}
+    return {"shards": shards, **totals}
+
+
+def require_complete_shards(manifest: DataManifest, folder: Path) -> None:
+    """Raise UserError unless every shard exists and has the size that its index gives."""
+    for split in manifest.splits.values():
+        for shard in split["shards"]:
+            ShardReader(folder / shard["prefix"], with_mask=manifest.kind == "chat")
