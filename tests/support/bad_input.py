@@ -1,4 +1,4 @@
-"""What every mistake of a user must meet: one clear message with a remedy, exit code 2, no traceback."""
+"""Helpers for tests of user errors: one message with a remedy, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from longhaul.cli import main
 from tests.support.chain import REPOSITORY
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Runs one verb, which must end with exit code 2; its message, which must name a remedy."""
-    with pytest.raises(SystemExit) as ended:
+def refused_message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a verb that must exit with code 2 and a remedy. Return its message."""
+    with pytest.raises(SystemExit) as exited:
         main(arguments)
     output = capsys.readouterr()
-    assert ended.value.code == 2, output.err
+    assert exited.value.code == 2, output.err
     assert output.err.startswith("error: ") and "\n  remedy: " in output.err, output.err
     assert "Traceback" not in output.err + output.out
     return output.err
 
 
 def files_below(folder: Path) -> set[str]:
+    """Return the relative paths of all files and folders below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the workflow in a folder with the local profile."""
     where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(folder)]
     profile = ["--profile", str(REPOSITORY / "profiles" / "local")]
     command = [sys.executable, "-m", "snakemake", *where, *profile, *arguments]

@@ -1,4 +1,4 @@
-"""Small configs for tests that plan, render or refuse and train nothing. They read no file but their own."""
+"""Small configs for tests of planning, rendering and error messages. They train nothing and read only their own files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
+from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.schemas import Lock
-from longhaul.config.load import load_config
-from longhaul.jobs.builders import payload
-from longhaul.jobs.specs import TrainSpec
-from longhaul.planning import Plan, make_plan
+from longhaul.config.load_config import load_config
+from longhaul.jobs.kind import job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.planning import Plan, build_plan
 
 LLAMA = {
     "vocab_size": 400,
@@ -55,22 +56,22 @@ SITE = {
 
 
 def changed(value: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy with dotted keys set: {"stages.0.optimizer.lr": 1.0}; the value ... removes a key."""
+    """Return a copy with some keys changed: {"stages.0.optimizer.lr": 1.0}. The value ... removes a key."""
     value = copy.deepcopy(value)
     for dotted, new in changes.items():
         *path, last = [int(part) if part.isdigit() else part for part in dotted.split(".")]
-        place: Any = value
+        section: Any = value
         for part in path:
-            place = place[part] if isinstance(part, int) else place.setdefault(part, {})
+            section = section[part] if isinstance(part, int) else section.setdefault(part, {})
         if new is ...:
-            del place[last]
+            del section[last]
         else:
-            place[last] = new
+            section[last] = new
     return value
 
 
 def write_config(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None) -> Path:
-    """Dotted changes of CONFIG and of SITE -> run.yaml and site.yaml; the path of the first."""
+    """Write CONFIG and SITE with these changes to run.yaml and site.yaml. Return the path of run.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(changed(CONFIG, config or {}), sort_keys=False, allow_unicode=True))
@@ -81,17 +82,17 @@ def write_config(folder: Path, config: dict[str, Any] | None = None, site: dict[
 def plan_of(
     folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None, lock: Lock | None = None
 ) -> Plan:
-    """The plan of a changed CONFIG at a changed SITE."""
-    return make_plan(load_config(write_config(folder, config, site)), lock)
+    """Return the plan of CONFIG and SITE with these changes."""
+    return build_plan(load_config(write_config(folder, config, site)), lock)
 
 
 def base_stage(folder: Path, **trackers: bool) -> TrainSpec:
-    """The job of CONFIG's first stage as one process with these trackers."""
+    """Return the job spec of CONFIG's first stage for one process and these trackers."""
     switches = {f"trackers.{name}": is_on for name, is_on in {"tensorboard": False, **trackers}.items()}
-    job = payload(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), "train-base")
+    job = job_spec(plan_of(folder / "planned", {**switches, "stages.0.gpus_per_node": 1}), JobId("train", ("base",)))
     assert isinstance(job, TrainSpec)
     return job
 
 
 EMPTY_SAFETENSORS = "\2\0\0\0\0\0\0\0{}"
-"""A whole safetensors file of no tensors, as text."""
+"""The text of a valid safetensors file without tensors."""
