@@ -1,4 +1,4 @@
-"""Files between rules: whole or not there, of one kind and version, equal for equal values."""
+"""Artifacts: written atomically, read only in their own kind and version, with equal hashes for equal values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longhaul.artifacts.schemas import Lock, TokenizerManifest
 from longhaul.errors import UserError
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path):
     path = tmp_path / "a.json"
     write_text(path, "old")
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
@@ -25,7 +25,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_files_get_the_users_own_mode(tmp_path: Path):
+def test_file_mode_follows_the_umask(tmp_path: Path):
     mask = os.umask(0o027)
     try:
         write_text(tmp_path / "a", "")
@@ -34,7 +34,7 @@ def test_files_get_the_users_own_mode(tmp_path: Path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_an_artifact_comes_back_as_it_was(tmp_path: Path):
+def test_artifact_is_read_back_unchanged(tmp_path: Path):
     lock = Lock({"data": {"path": "/d", "files": ["é"]}}, {"model_type": "llama"})
     lock.write(tmp_path / "lock.json")
     assert Lock.read(tmp_path / "lock.json") == lock
@@ -48,23 +48,23 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("value", "says"), WRONG.values(), ids=WRONG)
-def test_what_another_release_wrote_is_refused_by_path(tmp_path: Path, value: object, says: str):
+@pytest.mark.parametrize(("value", "message"), WRONG.values(), ids=WRONG)
+def test_artifact_of_another_release_is_refused_with_its_path(tmp_path: Path, value: object, message: str):
     path = tmp_path / "lock.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match=says) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         Lock.read(path)
     assert str(path) in refused.value.message and "delete it" in refused.value.hint
 
 
-def test_a_lacking_key_is_refused(tmp_path: Path):
+def test_artifact_without_a_field_is_refused(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     path.write_text('{"artifact": "TokenizerManifest", "schema_version": 1, "path": "a"}')
     with pytest.raises(UserError, match="is not a complete TokenizerManifest"):
         TokenizerManifest.read(path)
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path):
+def test_missing_and_invalid_files_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_json(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"a": ')
@@ -72,6 +72,6 @@ def test_missing_and_broken_files_are_named(tmp_path: Path):
         read_json(tmp_path / "half.json")
 
 
-def test_a_hash_is_of_the_value_and_not_of_its_order():
+def test_content_hash_does_not_depend_on_key_order():
     assert content_hash({"a": 1, "b": [1.5, None]}) == content_hash({"b": [1.5, None], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 1.5})

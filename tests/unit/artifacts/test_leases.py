@@ -1,4 +1,4 @@
-"""One holder at a time: alive, dead, silent, and several that race."""
+"""A lease has one owner at a time: alive, dead, or one of several processes that compete for it."""
 
 from __future__ import annotations
 
@@ -8,136 +8,133 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.leases import Holder, Lease, RunLease
-from longhaul.train.checkpoint.weights_lock import Claim
+from longhaul.artifacts.leases import Lease, LeaseOwner, RunLease
 
 
-def held_by(path: Path, holder: Holder) -> None:
-    path.write_text(json.dumps(asdict(holder)))
+def write_lease(path: Path, owner: LeaseOwner) -> None:
+    path.write_text(json.dumps(asdict(owner)))
 
 
-def dead_process() -> Holder:
-    """A process of this host that has ended."""
+def dead_process() -> LeaseOwner:
+    """Return the identity of a process of this host that has ended."""
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    return replace(Holder.this_process(), pid=child.pid)
+    return replace(LeaseOwner.this_process(), pid=child.pid)
 
 
-def test_a_living_holder_keeps_it(tmp_path: Path):
+def on_another_host() -> LeaseOwner:
+    return replace(LeaseOwner.this_process(), host="elsewhere")
+
+
+def test_living_owner_keeps_the_lease(tmp_path: Path):
     first, second = Lease(tmp_path / "lease"), Lease(tmp_path / "lease")
     assert first.try_acquire()
     assert not second.try_acquire()
-    assert str(second.current()) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert str(second.current_owner()) == f"process {os.getpid()} on {socket.gethostname()}"
     first.release()
     assert second.try_acquire()
 
 
-@pytest.mark.parametrize("reused", [False, True], ids=["ended", "another process has its number"])
-def test_a_dead_holder_of_this_host_loses_it(tmp_path: Path, reused: bool):
-    dead = replace(Holder.this_process(), started="1.00000000") if reused else dead_process()
-    held_by(tmp_path / "lease", dead)
+@pytest.mark.parametrize("pid_reused", [False, True])
+def test_dead_owner_of_this_host_loses_the_lease(tmp_path: Path, pid_reused: bool):
+    dead = replace(LeaseOwner.this_process(), started="1.00000000") if pid_reused else dead_process()
+    write_lease(tmp_path / "lease", dead)
     lease = Lease(tmp_path / "lease")
-    assert lease.try_acquire() and lease.current() == lease.holder
+    assert lease.try_acquire() and lease.current_owner() == lease.owner
     assert [path.name for path in tmp_path.iterdir()] == ["lease"]
 
 
-def test_a_holder_of_another_host_is_never_taken_for_dead(tmp_path: Path):
-    held_by(tmp_path / "lease", replace(dead_process(), host="elsewhere"))
+def test_owner_on_another_host_is_never_assumed_dead(tmp_path: Path):
+    write_lease(tmp_path / "lease", replace(dead_process(), host="elsewhere"))
     assert not Lease(tmp_path / "lease").try_acquire()
 
 
-def test_a_lease_of_somebody_else_is_not_given_back(tmp_path: Path):
-    held_by(tmp_path / "lease", replace(Holder.this_process(), host="elsewhere"))
+def test_lease_of_another_process_is_not_released(tmp_path: Path):
+    write_lease(tmp_path / "lease", on_another_host())
     Lease(tmp_path / "lease").release()
     assert (tmp_path / "lease").exists()
 
 
-def test_half_a_file_is_held(tmp_path: Path):
-    """Its writer may be about to finish it."""
+def test_lease_acquired_since_the_owner_was_read_is_put_back(tmp_path: Path):
+    """Another process may remove the dead owner and acquire the lease between this process' two steps."""
+    write_lease(tmp_path / "lease", on_another_host())
+    before = (tmp_path / "lease").read_text()
+    Lease(tmp_path / "lease").remove_dead(dead_process())
+    assert (tmp_path / "lease").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lease"]
+
+
+def test_lease_of_the_dead_owner_is_removed(tmp_path: Path):
+    dead = dead_process()
+    write_lease(tmp_path / "lease", dead)
+    lease = Lease(tmp_path / "lease")
+    lease.remove_dead(dead)
+    assert list(tmp_path.iterdir()) == []
+    lease.remove_dead(dead)
+
+
+def test_incomplete_lease_file_is_not_taken_over(tmp_path: Path):
+    """Its writer may still be writing."""
     (tmp_path / "lease").write_text("")
     assert not Lease(tmp_path / "lease").try_acquire()
 
 
-def race(path: Path, gate: object, results: object) -> None:
+def compete(path: Path, gate: object, results: object) -> None:
     gate.wait()  # type: ignore[attr-defined]
     won = Lease(path).try_acquire()
     results.put(won)  # type: ignore[attr-defined]
     gate.wait()  # type: ignore[attr-defined]  # a winner stays alive until all have tried
 
 
-@pytest.mark.parametrize("over_a_dead_one", [False, True])
-def test_of_several_that_race_one_wins(tmp_path: Path, over_a_dead_one: bool):
-    if over_a_dead_one:
-        held_by(tmp_path / "lease", dead_process())
+@pytest.mark.parametrize("over_a_dead_owner", [False, True])
+def test_one_of_several_competing_processes_wins(tmp_path: Path, over_a_dead_owner: bool):
+    if over_a_dead_owner:
+        write_lease(tmp_path / "lease", dead_process())
     context = multiprocessing.get_context("fork")
     gate, results = context.Barrier(8), context.Queue()
-    racers = [context.Process(target=race, args=(tmp_path / "lease", gate, results)) for _ in range(8)]
-    for racer in racers:
-        racer.start()
-    won = [results.get(timeout=30) for _ in racers]
-    for racer in racers:
-        racer.join(timeout=30)
+    processes = [context.Process(target=compete, args=(tmp_path / "lease", gate, results)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    won = [results.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join(timeout=30)
     assert sum(won) == 1
 
 
-def claim(folder: Path, dead_after_s: float) -> Claim:
-    return Claim(Lease(folder / "lease"), folder / "beat", dead_after_s)
-
-
-def test_a_silent_holder_of_another_host_is_taken_for_dead(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    held_by(tmp_path / "lease", replace(Holder.this_process(), host="elsewhere"))
-    (tmp_path / "beat").write_text("41\n")
-    patient, hasty = claim(tmp_path, 60.0), claim(tmp_path, 0.2)
-    assert not patient.succeeds() and "waiting for it" in capsys.readouterr().out
-    assert not hasty.succeeds(), "the first look only learns the count"
-    time.sleep(0.3)
-    assert not patient.succeeds()
-    assert not hasty.succeeds() and "taking over" in capsys.readouterr().out
-    assert hasty.succeeds()
-
-
-def test_a_holder_that_counts_is_alive(tmp_path: Path):
-    held_by(tmp_path / "lease", replace(Holder.this_process(), host="elsewhere"))
-    waiting = claim(tmp_path, 0.1)
-    for count in range(4):
-        (tmp_path / "beat").write_text(f"{count}\n")
-        time.sleep(0.15)
-        assert not waiting.succeeds()
-
-
-def run_lease_of(path: Path, holder: Holder) -> RunLease:
-    held_by(path, holder)
+def run_lease_of(path: Path, owner: LeaseOwner) -> RunLease:
+    write_lease(path, owner)
     return RunLease(path)
 
 
-def test_a_main_on_another_host_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_second_main_process_is_refused_with_the_owner_and_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     lease = run_lease_of(tmp_path / "lease", replace(dead_process(), host="login7"))
     with pytest.raises(SystemExit) as ended:
-        lease.take(lambda job_id: True)
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "on login7" in said and f"rm {tmp_path / 'lease'}" in said
+        lease.acquire_or_exit(lambda job_id: True)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and "on login7" in printed and f"rm {tmp_path / 'lease'}" in printed
 
 
-@pytest.mark.parametrize("over", [True, False])
-def test_a_main_in_a_job_is_dead_when_slurm_says_so(
-    tmp_path: Path, over: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_main_process_in_a_job_is_dead_if_slurm_says_so(
+    tmp_path: Path, has_ended: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("LONGHAUL_JOB_ID", "8")
-    lease = run_lease_of(tmp_path / "lease", replace(Holder.this_process(), host="n3", job_id="7"))
+    lease = run_lease_of(tmp_path / "lease", replace(LeaseOwner.this_process(), host="n3", job_id="7"))
     asked: list[str] = []
-    if over:
-        lease.take(lambda job_id: not asked.append(job_id))
-        assert lease.current() == lease.holder and lease.holder.job_id == "8"
+    if has_ended:
+        lease.acquire_or_exit(lambda job_id: not asked.append(job_id))
+        assert lease.current_owner() == lease.owner and lease.owner.job_id == "8"
         assert "(job 7) has ended; taking over" in capsys.readouterr().out
         lease.release()
     else:
         with pytest.raises(SystemExit):
-            lease.take(lambda job_id: bool(asked.append(job_id)))
+            lease.acquire_or_exit(lambda job_id: bool(asked.append(job_id)))
         assert "(job 7)) works on this run" in capsys.readouterr().err
     assert asked == ["7"]
