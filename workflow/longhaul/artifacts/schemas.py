@@ -1,4 +1,4 @@
-"""The small JSON files that pass between rules, one dataclass each."""
+"""Schemas of the small JSON files that pass between rules, one dataclass each. Each file is written atomically and last."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from longhaul.errors import UserError
 
 
 def failed_path(out: Path) -> Path:
-    """Where a check that found problems leaves its report: `out` itself stays absent, as it means that all is well."""
+    """Return the path of the report of a check that found problems. `out` itself then stays absent: it means success."""
     return out.with_name(f"{out.name}.failed.json")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Base of the JSON artefacts: its name, a schema version, and exactly the dataclass' own fields."""
+    """Base of the artifacts. A file holds the class name, the schema version and exactly the fields of the dataclass."""
 
     schema_version: ClassVar[int] = 1
 
     def write(self, path: Path) -> None:
-        """Writes the artefact atomically."""
+        """Write the artifact atomically."""
         write_json(
             path, {"artifact": type(self).__name__, "schema_version": self.schema_version, **dataclasses.asdict(self)}
         )
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads an artefact back; UserError when it is another kind, version or shape."""
+        """Read an artifact.
+
+        Raises:
+            UserError: the file is missing or invalid, or it is of another class, version or set of fields.
+        """
         value = read_json(path)
         found = (
             (value.pop("artifact", None), value.pop("schema_version", None))
@@ -40,7 +44,7 @@ class Artifact:
         if found != (cls.__name__, cls.schema_version):
             raise UserError(
                 f"{path} holds {found[0]} version {found[1]}, not {cls.__name__} version {cls.schema_version}",
-                "it was written by another release: delete it, the next run makes it again",
+                "another release wrote it: delete it; the next run writes it again",
             )
         try:
             return cls(**value)
@@ -50,7 +54,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Lock(Artifact):
-    """What fetch pinned: `results/<run>.lock.json`.
+    """`results/<run>.lock.json`: the revisions and files that fetch pinned.
 
     sources: "tokenizer", "model" or a dataset's name -> {"hub": id, "revision": commit, "path": folder,
              "files": [data files]} (hub; streamed rows with "documents" and "sha256" of their one file) or
@@ -64,9 +68,10 @@ class Lock(Artifact):
 
 @dataclass(frozen=True)
 class TokenizerManifest(Artifact):
-    """`results/<run>/tokenizer.json`: the tokenizer folder every later step reads.
+    """`results/<run>/tokenizer.json`: the tokenizer of a run.
 
-    hash covers tokenizer.json, its config and the chat template: equal hashes give equal ids.
+    path: the tokenizer's folder, which all later jobs read
+    hash: of tokenizer.json, its config and the chat template; equal hashes give equal token ids
     """
 
     path: str
@@ -80,10 +85,11 @@ class TokenizerManifest(Artifact):
 
 
 @dataclass(frozen=True)
-class Survey(Artifact):
-    """`results/<run>/data/<dataset>.survey.json`: what the jobs that share a dataset's units agree on.
+class SourceIndex(Artifact):
+    """`results/<run>/data/<dataset>.sources.json`: what the jobs that share a dataset's chunks have in common.
 
-    sources: fields of longhaul.data.shards.chunks.Source, in order; encoder as in DataManifest
+    sources: fields of longhaul.data.shards.chunks.SourceFile, in order.
+    encoder: as in DataManifest.
     """
 
     tokenizer_hash: str
@@ -93,12 +99,16 @@ class Survey(Artifact):
 
 @dataclass(frozen=True)
 class EncodedPartition(Artifact):
-    """`results/<run>/data/<dataset>.encoded-<share>-of-<shares>.json`: one job's share of the units is on the disk."""
+    """`results/<run>/data/<dataset>.encoded-<partition>-of-<partitions>.json`: the chunks of one partition exist.
 
-    share: int
-    shares: int
+    encoder: as in DataManifest.
+    chunks:  names of the partition's chunks.
+    """
+
+    partition: int
+    partitions: int
     encoder: dict[str, str]
-    units: list[str]
+    chunks: list[str]
 
 
 @dataclass(frozen=True)
@@ -109,12 +119,13 @@ class DataManifest(Artifact):
     hash:     of the source bytes, the tokenizer and the dataset's settings
     splits:   "train" / "validation" -> {"shards": [{"prefix", "tokens", "documents", "sha256": {"bin", "idx", "mask"?}}],
               "tokens", "documents", "loss_tokens"}; a prefix is relative to `path`
-              "dropped": file in `path` that names the documents that readers filter out, where there are any;
-              the sums are then without them
+              "filtered_out": file in `path` with the documents that readers filter out, where there are any;
+              the totals are then without them
     sources:  [{"path", "bytes", "sha256", "documents"}]
-    skipped:  reason -> number of documents left out or passed over
-    unigram_entropy_nats: of the training split's tokens (data.shards.unigram_entropy): the loss of a model that only counts
-    mixture:  [{"weight": whole number, "manifest": a DataManifest's fields}] where the samples are those of other datasets
+    skipped:  reason -> number of documents that are not in the shards or are filtered out
+    unigram_entropy_nats: entropy in nats of the training split's tokens (data.shards.unigram_entropy), which is the loss of a
+              model that only knows the tokens' frequencies
+    mixture:  [{"weight": integer, "manifest": a DataManifest's fields}] of a mixture of other datasets
     encoder:  {"name": "gigatoken" or "tokenizers", "reason": why it is not the fast one, "" if it is}
     """
 
@@ -134,10 +145,10 @@ class DataManifest(Artifact):
 
 @dataclass(frozen=True)
 class Checkpoint(Artifact):
-    """`results/<run>/stages/<stage>/checkpoint.json`: a finished stage.
+    """`results/<run>/stages/<stage>/checkpoint.json`: the checkpoints of a finished stage.
 
     weights:     folder results/<run>/stages/<stage>/weights/<hash>
-    spec:        the result spec that was trained (plan.result_spec)
+    spec:        the result spec of the stage (planning.result_spec)
     checkpoints: "last" and, where there is validation, "best" -> {"step", "path", "sha256", "validation_loss"};
                  path is relative to `weights`; sha256 is that of the checkpoint's manifest.json
     """
@@ -154,23 +165,27 @@ class Checkpoint(Artifact):
 
 @dataclass(frozen=True)
 class CheckReport(Artifact):
-    """What a check found; `problems` is empty when all is well."""
+    """Result of a check. `problems` is empty if it succeeded."""
 
     problems: list[str]
 
-    def conclude(self, out: Path, what_is_wrong: str, hint: str) -> None:
-        """Writes `out`, which means that all is well; with problems failed_path(out) instead, and raises UserError."""
+    def write_or_raise(self, out: Path, summary: str, hint: str) -> None:
+        """Write the report to `out` if there are no problems, else to failed_path(out).
+
+        Raises:
+            UserError: there are problems; the message is `summary` with the list of problems.
+        """
         failed = failed_path(out)
         if self.problems:
             self.write(failed)
-            raise UserError(f"{what_is_wrong}:\n  - " + "\n  - ".join(self.problems), f"{hint}; all is in {failed}")
+            raise UserError(f"{summary}:\n  - " + "\n  - ".join(self.problems), f"{hint}; the full report is {failed}")
         self.write(out)
         failed.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class EnvironmentReport(CheckReport):
-    """`results/<run>/environment.json`: what the check nodes hold."""
+    """`results/<run>/environment.json`: hardware and software of the checked nodes."""
 
     nodes: list[dict[str, Any]]
     warnings: list[str]
@@ -178,9 +193,10 @@ class EnvironmentReport(CheckReport):
 
 @dataclass(frozen=True)
 class FabricReport(CheckReport):
-    """`results/<run>/fabric.json`: collective measurements.
+    """`results/<run>/fabric.json`: measured speed of collectives.
 
-    results: [{"collective", "bytes", "time_us", "algorithm_bandwidth_gbps", "bus_bandwidth_gbps", "world_size"}] in GB/s.
+    results: [{"collective", "bytes", "time_us", "algorithm_bandwidth_gbps", "bus_bandwidth_gbps", "world_size"}];
+             bandwidths in GB/s
     """
 
     backend: str
@@ -192,11 +208,11 @@ class FabricReport(CheckReport):
 
 @dataclass(frozen=True)
 class Export(Artifact):
-    """`results/<run>/export/<stage>.json`: a proved Hugging Face folder.
+    """`results/<run>/export/<stage>.json`: a verified Hugging Face folder.
 
-    proof: {"tensors": {"count", "equal", "dtype"}, "logits": {"bit_equal", "max_abs_difference", "bound"},
-            "from_pretrained": {"missing", "unexpected"}}
-    samples: [{"prompt", "split", "completion", "ended_with_eos"}]; a prompt is how a document of that split begins
+    verification: {"tensors": {"count", "equal", "dtype"}, "logits": {"bit_equal", "max_abs_difference", "bound"},
+                  "from_pretrained": {"missing", "unexpected"}}
+    samples:      [{"prompt", "split", "completion", "ended_with_eos"}]; a prompt is the beginning of a document of that split
     """
 
     stage: str
@@ -207,6 +223,6 @@ class Export(Artifact):
     parameters: int
     bytes: int
     files: dict[str, str]
-    proof: dict[str, Any]
+    verification: dict[str, Any]
     samples: list[dict[str, Any]]
     provenance: dict[str, Any]
