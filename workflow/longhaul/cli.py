@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
-from typer.core import TyperGroup
 
 from longhaul import __version__
 from longhaul.errors import UserError
@@ -74,7 +72,8 @@ def plan(
     Example: `longhaul plan mine.yaml`
     """
     from longhaul.artifacts.files import write_json
-    from longhaul.report.plan_table import plan_json, print_plan
+    from longhaul.report.plan_json import plan_json
+    from longhaul.report.plan_table import print_plan
 
     made = _load_plan(config)
     if out:
@@ -92,7 +91,7 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
 
     Example: `longhaul run mine.yaml -n`
     """
-    from longhaul.config.load import load_config
+    from longhaul.config.load_config import load_config
     from longhaul.config.package_data import data_root
 
     config, options = _config_path(config), context.args
@@ -117,15 +116,15 @@ def fetch(
     Example: `longhaul fetch mine.yaml`
     """
     from longhaul.artifacts.paths import RunPaths
-    from longhaul.config.load import load_config
+    from longhaul.config.load_config import load_config
     from longhaul.fetch.hub_downloads import fetch as fetch_all
-    from longhaul.planning import make_plan
+    from longhaul.planning import build_plan
 
     loaded = load_config(_config_path(config))
     paths = RunPaths(loaded.config.run)
-    deferred = make_plan(loaded).waiting
+    deferred = build_plan(loaded).deferred_checks
     lock = fetch_all(loaded, paths.fetched)
-    make_plan(loaded, lock)
+    build_plan(loaded, lock)
     lock.write(out or paths.lock)
     for check in deferred:
         print(f"checked now: {check}")
@@ -154,13 +153,11 @@ def verify(config: ConfigArgument) -> None:
 
     Example: `longhaul verify mine.yaml`
     """
-    from longhaul.checks.verify_run import print_verdicts, verify
+    from longhaul.checks.verify_stored_files import print_results, verify_stored_files
 
-    plan = _load_plan(config)
-    roots = {stage.name: plan.weights_root(stage.name) for stage in plan.stages}
-    verdicts = verify(plan, roots, plan.paths.folder)
-    print_verdicts(verdicts)
-    if any(verdict.damage for verdict in verdicts):
+    results = verify_stored_files(_load_plan(config))
+    print_results(results)
+    if any(result.damage for result in results):
         raise SystemExit(1)
 
 
@@ -201,31 +198,7 @@ def inspect(
     print_documents(manifest, split, first, count, tokenizer)
 
 
-class _JobVerbs(TyperGroup):
-    """One verb per job kind, beside `supervise` and `render`."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        from longhaul.jobs.kind import job_kinds
-
-        return [*super().list_commands(ctx), *job_kinds()]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        from longhaul.jobs.kind import job_kinds
-
-        if found := super().get_command(ctx, cmd_name):
-            return found
-        if cmd_name not in job_kinds():
-            return None
-        spec = click.Argument(["spec"], type=click.Path(path_type=Path))
-        return click.Command(
-            cmd_name,
-            params=[spec],
-            callback=lambda spec: _run_job(cmd_name, spec),
-            help=job_kinds()[cmd_name].help,
-        )
-
-
-job_app = typer.Typer(cls=_JobVerbs, help="Verbs that launch scripts and rules call.", no_args_is_help=True)
+job_app = typer.Typer(help="Verbs that launch scripts and rules call.", no_args_is_help=True)
 app.add_typer(job_app, name="job", hidden=True)
 
 
@@ -246,13 +219,22 @@ def render(config: ConfigArgument) -> None:
     write_launch_files(_load_plan(config), Path.cwd())
 
 
-def _run_job(kind: str, spec: Path) -> None:
-    """Run one process of a job. A failure is recorded in the job's folder, as its exit code may not reach the supervisor."""
+@job_app.command("run")
+def run_job(
+    kind: Annotated[str, typer.Argument(help="The job's kind: environment, tokenize, train, …")],
+    spec: Annotated[Path, typer.Argument(help="The rendered job spec.")],
+) -> None:
+    """Run one process of a job.
+
+    A failure is recorded in the job's folder, as the exit code may not reach the supervisor.
+    """
     from longhaul.artifacts.paths import JobFolder
     from longhaul.jobs.kind import job_kinds
     from longhaul.runtime.lean_imports import lean_imports
     from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
 
+    if kind not in job_kinds():
+        raise UserError(f"there is no job kind {kind!r}", f"use one of {', '.join(job_kinds())}")
     os.environ.update(OFFLINE_ENVIRONMENT)
     folder = JobFolder(spec.parent)
     try:
@@ -260,23 +242,23 @@ def _run_job(kind: str, spec: Path) -> None:
             run_entry_point = job_kinds()[kind].load_entry_point()
         run_entry_point(job_kinds()[kind].spec.read(spec))
     except Exception as error:
-        from longhaul.runtime.failure_reports import report_failure
+        from longhaul.runtime.failure_reports import write_failure_report
         from longhaul.runtime.rank import this_rank
 
         if folder.launch_spec.exists():
-            report_failure(folder.path, error, this_rank())
+            write_failure_report(folder.path, error, this_rank())
         raise
 
 
 def _load_plan(config: Path) -> Plan:
     from longhaul.artifacts.paths import RunPaths
     from longhaul.artifacts.schemas import Lock
-    from longhaul.config.load import load_config
-    from longhaul.planning import make_plan
+    from longhaul.config.load_config import load_config
+    from longhaul.planning import build_plan
 
     loaded = load_config(_config_path(config))
     lock = RunPaths(loaded.config.run).lock
-    return make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    return build_plan(loaded, Lock.read(lock) if lock.exists() else None)
 
 
 def _config_path(config: Path) -> Path:

@@ -135,7 +135,7 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
     if plan.site.scheduler == "local" and step.request.tasks > 1:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
         python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={step.request.tasks}"]
-    words = ("-m", "longhaul", "job", step.kind, str(folder.path / step.file))
+    words = ("-m", "longhaul", "job", "run", step.kind, str(folder.path / step.file))
     return LaunchStep(
         title=step.title, command=(*launcher, *container_command(plan, step.spec, workdir), *python, *words)
     )

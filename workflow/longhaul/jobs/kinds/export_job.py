@@ -21,7 +21,7 @@ class ExportSpec(JobSpec):
     dtype: str  # fp32 | bf16
     tokenizer: str
     config_hash: str
-    first_weights: tuple[str, ...]  # how the first weights differ from those in the pretrained folder, in words
+    pretrained_changes: tuple[str, ...]  # how the first weights differ from those in the pretrained folder, in words
     chat: bool  # the export must contain a chat template
     folder: str  # results/<run>/export/<stage>
     out: str  # results/<run>/export/<stage>.json
@@ -38,7 +38,7 @@ def _build(plan: Plan, job: JobId) -> ExportSpec:
         dtype=stage.export_dtype,
         tokenizer=str(plan.paths.tokenizer),
         config_hash=content_hash(plan.config.model_dump(mode="json")),
-        first_weights=plan.first_weights,
+        pretrained_changes=plan.pretrained_changes,
         chat=stage.kind == "sft",
         folder=str(plan.paths.export(name)),
         out=str(plan.paths.export_manifest(name)),

@@ -30,7 +30,7 @@ class TrainSpec(JobSpec):
     accumulation: int  # micro batches per optimizer step and rank
     data_parallel: int
     world_size: int
-    exportable: tuple[str, ...]  # "last", "best": checkpoints that need reference values, because they are exported
+    exported_checkpoints: tuple[str, ...]  # "last", "best": these are exported, so they need reference values
     spec: dict[str, Any]  # result spec: what the weights depend on, apart from data and starting checkpoint
     start_checkpoint: str | None  # the earlier stage's checkpoint.json
     tokenizer: str  # results/<run>/tokenizer.json
@@ -65,7 +65,7 @@ def _build(plan: Plan, job: JobId) -> TrainSpec:
         accumulation=planned.accumulation,
         data_parallel=planned.data_parallel,
         world_size=planned.world_size,
-        exportable=planned.exportable,
+        exported_checkpoints=planned.exported_checkpoints,
         spec=planned.spec,
         start_checkpoint=str(plan.paths.stage(stage.start_from.stage).checkpoint) if stage.start_from else None,
         tokenizer=str(plan.paths.tokenizer),
