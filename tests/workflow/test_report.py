@@ -1,4 +1,4 @@
-"""The report in a real browser: whole, drawn, silent, and nothing in it that a run's text could start."""
+"""A browser shows the whole report, with all figures, without errors, and without running text of the run as code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "ver
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium of the system."""
+    """Yield a headless Chromium of the system."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not program:
         pytest.skip("not installed: chromium (make test-packages)")
@@ -49,44 +49,44 @@ class OpenedPage:
 
 
 @pytest.fixture(scope="module")
-def shown(browser: Browser, finished: Chain) -> OpenedPage:
+def report(browser: Browser, finished: Chain) -> OpenedPage:
     return OpenedPage(browser, finished.results / "report.html")
 
 
-def test_page_needs_no_other_file_and_no_network(shown: OpenedPage, finished: Chain):
-    assert shown.console_messages == []
-    assert [url for url in shown.requests if not url.startswith(("data:", "blob:"))] == [
+def test_page_needs_no_other_file_and_no_network(report: OpenedPage, finished: Chain):
+    assert report.console_messages == []
+    assert [url for url in report.requests if not url.startswith(("data:", "blob:"))] == [
         (finished.results / "report.html").as_uri()
     ]
 
 
-def test_every_section_has_content(shown: OpenedPage):
+def test_every_section_has_content(report: OpenedPage):
     for section in [*SECTIONS, "stage-base", "stage-chat"]:
-        text = shown.page.inner_text(f"#{section}")
+        text = report.page.inner_text(f"#{section}")
         assert len(text.splitlines()) > 2, section
         assert "None" not in text and "nan" not in text.lower().split(), (section, text)
 
 
-def test_every_curve_is_drawn_with_its_reference_level(shown: OpenedPage):
+def test_every_curve_is_drawn_with_its_reference_level(report: OpenedPage):
     for stage, level in (("base", "unigram entropy of the data"), ("chat", "validation before this stage")):
-        figures = shown.page.query_selector_all(f"#stage-{stage} .js-plotly-plot")
+        figures = report.page.query_selector_all(f"#stage-{stage} .js-plotly-plot")
         assert len(figures) == 4
         assert "training steps that were kept" in (figures[3].text_content() or "")
         legend = figures[0].query_selector_all(".legendtext")
         assert [entry.text_content() for entry in legend] == ["training", "validation", level]
         assert len(figures[0].query_selector_all(".scatterlayer .js-line")) == 3
-    bars = shown.page.query_selector_all("#timeline .bars .point")
+    bars = report.page.query_selector_all("#timeline .bars .point")
     assert len(bars) >= 8
 
 
-def test_numbers_equal_those_of_the_run(shown: OpenedPage, finished: Chain):
+def test_numbers_equal_those_of_the_run(report: OpenedPage, finished: Chain):
     rows = [json.loads(line) for line in (finished.weights("base") / "metrics.jsonl").open()]
     last = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
-    assert f"{last:.3f}" in shown.page.inner_text("#stage-base")
+    assert f"{last:.3f}" in report.page.inner_text("#stage-base")
     planned = json.loads((finished.results / "plan.json").read_text())["stages"][0]["memory_per_gpu_gib"]["total"]
-    assert f"planned memory per GPU\n{size(planned * 2**30)}" in shown.page.inner_text("#stage-base")
+    assert f"planned memory per GPU\n{size(planned * 2**30)}" in report.page.inner_text("#stage-base")
     verification = finished.read("export/base.json")["verification"]
-    assert str(verification["tensors"]["count"]) in shown.page.inner_text("#verification")
+    assert str(verification["tensors"]["count"]) in report.page.inner_text("#verification")
 
 
 def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):
@@ -114,7 +114,7 @@ def test_text_of_a_run_is_escaped(browser: Browser, finished: Chain, tmp_path: P
     (results / "config.yaml").write_text(attack)
     command = [sys.executable, "-m", "longhaul", "report", str(results), "--out", str(tmp_path / "page.html")]
     subprocess.run(command, check=True, cwd=finished.folder, env=finished.environment())
-    shown = OpenedPage(browser, tmp_path / "page.html")
-    shown.page.wait_for_timeout(300)
-    assert shown.page.title() == "longhaul: tiny"
-    assert attack in shown.page.inner_text("#samples")
+    report = OpenedPage(browser, tmp_path / "page.html")
+    report.page.wait_for_timeout(300)
+    assert report.page.title() == "longhaul: tiny"
+    assert attack in report.page.inner_text("#samples")

@@ -1,4 +1,4 @@
-"""`longhaul verify` of a finished run: all is whole; then bits of a checkpoint and a shard are lost, and a file of an export."""
+"""`longhaul verify` finds all files of a finished run intact. Then it finds a damaged checkpoint, shard and export."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def verify(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_verify_names_what_is_damaged(finished: Chain, tmp_path: Path):
-    whole = verify(finished.folder)
-    assert whole.returncode == 0 and whole.stdout.endswith(" folders, 0 damaged\n"), whole.stdout + whole.stderr
-    assert whole.stdout.count("whole") >= 7  # two datasets, checkpoints of two stages and an export of each
+def test_verify_names_damaged_files(finished: Chain, tmp_path: Path):
+    intact = verify(finished.folder)
+    assert intact.returncode == 0 and intact.stdout.endswith(" folders, 0 damaged\n"), intact.stdout + intact.stderr
+    assert intact.stdout.count("intact") >= 7  # two datasets, checkpoints of two stages and an export of each
 
     folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
     optimizer = sorted(folder.glob("results/tiny/stages/base/weights/*/checkpoints/step-*/zero_pp_rank_0*optim*"))[-1]
@@ -27,13 +27,15 @@ def test_verify_names_what_is_damaged(finished: Chain, tmp_path: Path):
     data[-1000] ^= 1
     optimizer.write_bytes(data)
     (folder / "results/tiny/export/chat/config.json").unlink()
-    prose = DataManifest.read(folder / "results/tiny/data/prose.json")  # shards of earlier files may lie beside its own
+    prose = DataManifest.read(
+        folder / "results/tiny/data/prose.json"
+    )  # the folder may also hold shards of earlier inputs
     shard = folder / prose.path / f"{prose.splits['train']['shards'][0]['prefix']}.bin"
     tokens = bytearray(shard.read_bytes())
     tokens[-1] ^= 1
     shard.write_bytes(tokens)
     damaged = verify(folder)
     assert damaged.returncode == 1 and damaged.stdout.endswith(" folders, 3 damaged\n"), damaged.stdout + damaged.stderr
-    assert f"{optimizer.name} has not the hash that its manifest states" in damaged.stdout
-    assert f"{shard.name} has not the hash that was stated" in damaged.stdout
+    assert f"{optimizer.name} does not have the SHA-256 of the manifest" in damaged.stdout
+    assert f"{shard.name} does not have the SHA-256 of the manifest" in damaged.stdout
     assert "config.json cannot be read: No such file or directory" in damaged.stdout

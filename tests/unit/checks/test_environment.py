@@ -1,9 +1,10 @@
-"""The node check: facts of this machine, what is judged of many, locks of killed builds."""
+"""The environment check: facts of this machine, problems and warnings of several nodes, locks of killed builds."""
 
 from __future__ import annotations
 
 import copy
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -17,11 +18,11 @@ import pytest
 from longhaul.artifacts.schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
 from longhaul.checks.node_facts import compiler, cuda_build, node_facts, rdma_ports, write_error
-from longhaul.checks.node_problems import problems, warnings
+from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
 from longhaul.errors import UserError
-from longhaul.jobs.specs import EnvironmentSpec
-from longhaul.runtime.compiled_ops import clear_stale_locks, ops_folder, use_ops_folder
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
 
 
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:
@@ -44,7 +45,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentSpec:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """Two GPU nodes on which all is well."""
+    """Return the facts of two GPU nodes without problems."""
     gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}
     versions = {
         "python": "3.11.7",
@@ -64,15 +65,15 @@ def nodes() -> list[dict[str, Any]]:
         "sees_run_folder": True,
         "clock_skew_s": 0.0,
         "compiler": "c++ 12",
-        "ops": {"cleared": [], "built": {}, "failed": {}},
-        "swap": {"folder": "/local", "cleared": [], "free_bytes": 10**12, "lockable_bytes": None, "error": None},
+        "ops": {"removed": [], "built": {}, "failed": {}},
+        "swap": {"folder": "/local", "removed": [], "free_bytes": 10**12, "lockable_bytes": None, "error": None},
     }
     return [{**copy.deepcopy(node), "host": host} for host in ("n1", "n2")]
 
 
-def test_good_nodes_have_no_problem(tmp_path: Path):
-    assert problems(nodes(), job(tmp_path, cuda_build="cu130")) == []
-    assert warnings(nodes(), check.tested_versions()) == []
+def test_good_nodes_have_no_problems_and_no_warnings(tmp_path: Path):
+    assert node_problems(nodes(), job(tmp_path, cuda_build="cu130")) == []
+    assert node_warnings(nodes(), check.tested_versions()) == []
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -91,7 +92,7 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda node: node["gpus"].pop(),
         "n2: torch can use 7 GPUs, 8 are needed (driver: 590.1)",
     ),
-    "less memory than the plan counts on": (
+    "less memory than in the site file": (
         lambda node: node.update(memory_bytes=99 * 2**20),
         "n2: the node has 99 MiB of memory, the site file says node.memory_mb: 100",
     ),
@@ -105,13 +106,13 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "a full disk": (
         lambda node: node.update(disk_free_bytes=10**5),
-        "0.0 GB free, checks.min_disk_free_gb asks for 0.001",
+        "0.0 GB free, checks.min_disk_free_gb is 0.001",
     ),
     "an unwritable folder": (lambda node: node.update(write_error="Read-only file system"), "n2: cannot write to"),
-    "a folder of its own": (lambda node: node.update(sees_run_folder=False), "must be on a shared file system"),
+    "a folder that is not shared": (lambda node: node.update(sees_run_folder=False), "must be on a shared file system"),
     "a wrong clock": (
         lambda node: node.update(clock_skew_s=-7.25),
-        "n2: clock is -7.2 s from that of n1, checks.max_clock_skew_s allows 5",
+        "n2: clock is -7.2 s from that of n1, checks.max_clock_skew_s is 5",
     ),
     "no compiler": (lambda node: node.update(compiler=None), "n2: no C++ compiler"),
     "an op that does not build": (
@@ -124,61 +125,96 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "too small a disk for optimizer states": (
         lambda node: node["swap"].update(free_bytes=10**9),
-        "n2: storage.scratch /local has 1.0 GB free; what this node's ranks offload takes 2.5 GB",
+        "n2: storage.scratch /local has 1.0 GB free; the ranks of this node offload 2.5 GB",
     ),
     "a scratch folder in memory": (
         lambda node: node["swap"].update(error="Invalid argument"),
-        "n2: storage.scratch /local takes no unbuffered writes (Invalid argument), as offloading to nvme makes them",
+        "n2: storage.scratch /local does not support unbuffered writes (Invalid argument), which offloading to nvme needs",
     ),
-    "little memory that may be locked": (
+    "a low limit of locked memory": (
         lambda node: node["swap"].update(lockable_bytes=8 * 2**20),
-        "n2: a process may lock 0.008 GB of memory (ulimit -l); offloading to nvme locks 0.100 GB in each",
+        "n2: a process may lock 0.008 GB of memory (ulimit -l); offloading to nvme locks 0.100 GB in each process",
     ),
 }
 
 
-@pytest.mark.parametrize(("change", "says"), BAD.values(), ids=BAD)
-def test_what_is_wrong_is_named_with_its_node(tmp_path: Path, change: Change, says: str):
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_problem_names_its_node_value_and_limit(tmp_path: Path, change: Change, message: str):
     found = nodes()
     change(found[1])
     swapping = {"prebuild_ops": ("cpu_adam",), "swap_bytes": 2_500_000_000, "locked_bytes": 10**8}
-    text = "\n".join(problems(found, job(tmp_path, cuda_build="cu130", **swapping)))
-    assert says in text
+    text = "\n".join(node_problems(found, job(tmp_path, cuda_build="cu130", **swapping)))
+    assert message in text
 
 
-def test_what_is_worth_a_look(tmp_path: Path):
+def test_warnings_name_untested_versions_small_memory_and_leftovers(tmp_path: Path):
     found = nodes()
     for node in found:
         node["versions"]["deepspeed"] = "0.18.0"
     found[1]["shared_memory_bytes"] = 2**20
     found[1]["memory_bytes"] = 448 * 2**30
-    found[1]["ops"]["cleared"] = ["cpu_adam"]
-    found[1]["swap"]["cleared"] = ["run-base-rank-00003-x"]
-    said = warnings(found, check.tested_versions())
-    assert said[0].startswith("deepspeed 0.18.0 is installed; longhaul is tested with ")
-    assert said[1].startswith("n2: /dev/shm has 1 MiB free") and "cpu_adam" in said[3]
-    assert said[4] == "n2: removed the optimizer states that killed ranks left: run-base-rank-00003-x"
-    assert said[2] == "n2: 448.0 GiB of memory, another node has 512.0 GiB"
+    found[1]["ops"]["removed"] = ["cpu_adam"]
+    found[1]["swap"]["removed"] = ["run-base-rank-00003-x"]
+    found_warnings = node_warnings(found, check.tested_versions())
+    assert found_warnings[0].startswith("deepspeed 0.18.0 is installed; longhaul is tested with ")
+    assert found_warnings[1].startswith("n2: /dev/shm has 1 MiB free") and "cpu_adam" in found_warnings[3]
+    assert found_warnings[4] == "n2: removed the optimizer states that killed ranks left: run-base-rank-00003-x"
+    assert found_warnings[2] == "n2: the node has 448.0 GiB of memory, another node has 512.0 GiB"
 
 
-def test_what_a_kernel_keeps_is_no_missing_memory(tmp_path: Path):
+def test_small_differences_in_memory_give_no_warning():
     found = nodes()
-    found[1]["memory_bytes"] -= 2**30
-    assert warnings(found, check.tested_versions()) == []
+    found[0]["memory_bytes"], found[1]["memory_bytes"] = 100 * 2**30, 97 * 2**30
+    assert node_warnings(found, check.tested_versions()) == []
+    found[1]["memory_bytes"] -= 1
+    assert len(node_warnings(found, check.tested_versions())) == 1
 
 
-def test_ports_that_nobody_speaks_of_are_not_judged(tmp_path: Path):
+def test_shared_memory_of_256_mib_gives_no_warning():
+    found = nodes()
+    for free, warnings in ((256 * 2**20, 0), (256 * 2**20 - 1, 1), (None, 0)):
+        found[1]["shared_memory_bytes"] = free
+        assert len(node_warnings(found, check.tested_versions())) == warnings
+
+
+LIMITS: dict[str, tuple[Callable[[dict[str, Any], int], object], int, int]] = {
+    "memory": (lambda node, value: node.update(memory_bytes=value), 100 * 2**20, -1),
+    "disk": (lambda node, value: node.update(disk_free_bytes=value), 10**6, -1),
+    "clock": (lambda node, value: node.update(clock_skew_s=float(value)), 5, 1),
+    "swap space": (lambda node, value: node["swap"].update(free_bytes=value), 2_500_000_000, -1),
+    "locked memory": (lambda node, value: node["swap"].update(lockable_bytes=value), 10**8, -1),
+}
+
+
+@pytest.mark.parametrize(("change", "limit", "beyond"), LIMITS.values(), ids=LIMITS)
+def test_limits_themselves_are_allowed(
+    tmp_path: Path, change: Callable[[dict[str, Any], int], object], limit: int, beyond: int
+):
+    spec = job(tmp_path, cuda_build="cu130", swap_bytes=2_500_000_000, locked_bytes=10**8)
+    for value, count in ((limit, 0), (limit + beyond, 1)):
+        found = nodes()[:1]
+        change(found[0], value)
+        assert len(node_problems(found, spec)) == count, value
+
+
+def test_unknown_disk_space_is_no_problem(tmp_path: Path):
+    found = nodes()
+    found[0]["disk_free_bytes"] = found[0]["swap"]["free_bytes"] = found[0]["swap"]["lockable_bytes"] = None
+    assert node_problems(found, job(tmp_path, cuda_build="cu130", swap_bytes=10**9, locked_bytes=10**9)) == []
+
+
+def test_ports_matter_only_between_nodes_and_for_rdma(tmp_path: Path):
     found = nodes()
     found[1]["rdma_ports"] = []
     for kind in ("roce", "infiniband"):
-        assert problems(found, job(tmp_path, cuda_build="cu130", interconnect=kind))
-        assert problems(found[1:], job(tmp_path, cuda_build="cu130", interconnect=kind)) == [], (
-            "one node talks to nobody"
+        assert node_problems(found, job(tmp_path, cuda_build="cu130", interconnect=kind))
+        assert node_problems(found[1:], job(tmp_path, cuda_build="cu130", interconnect=kind)) == [], (
+            "a single node uses no port"
         )
-    assert problems(found, job(tmp_path, cuda_build="cu130", interconnect="ethernet")) == []
+    assert node_problems(found, job(tmp_path, cuda_build="cu130", interconnect="ethernet")) == []
 
 
-def test_active_ports_are_the_kernels(tmp_path: Path):
+def test_active_ports_are_read_from_the_kernel(tmp_path: Path):
     for device, state, layer in (("mlx5_0", "4: ACTIVE", "InfiniBand"), ("mlx5_1", "1: DOWN", "InfiniBand"),
                                  ("mlx5_2", "4: ACTIVE", "Ethernet")):  # fmt: skip
         port = tmp_path / device / "ports" / "1"
@@ -189,7 +225,7 @@ def test_active_ports_are_the_kernels(tmp_path: Path):
     assert rdma_ports(tmp_path / "none") == []
 
 
-def test_facts_of_this_machine(tmp_path: Path):
+def test_node_facts_describe_this_machine(tmp_path: Path):
     facts = node_facts("here", tmp_path / "not" / "yet")
     assert facts["cpus"] == len(os.sched_getaffinity(0))
     assert facts["memory_bytes"] == psutil.virtual_memory().total
@@ -198,37 +234,51 @@ def test_facts_of_this_machine(tmp_path: Path):
     assert list((tmp_path / "not" / "yet").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_says_why(tmp_path: Path):
+def test_write_error_states_why_a_folder_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert write_error(tmp_path / "file") == "File exists"
     assert write_error(tmp_path / "file" / "below") == "Not a directory"
 
 
-def test_builds_are_named_as_wheels_are():
+def test_write_probe_needs_a_whole_block(tmp_path: Path):
+    """A quota may still allow a file of a few bytes. The file size limit of this process stands for such a quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4095, hard))
+        too_small = write_error(tmp_path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        enough = write_error(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (too_small, enough) == ("File too large", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_builds_are_named_as_in_wheels():
     assert (cuda_build("13.0"), cuda_build("12.8"), cuda_build(None)) == ("cu130", "cu128", "cpu")
 
 
-def test_a_compiler_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch):
+def test_missing_compiler_is_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiler() is None
 
 
 def run(job: EnvironmentSpec, folder: Path) -> subprocess.CompletedProcess[str]:
     job.write(folder / "job.json")
-    command = [sys.executable, "-m", "longhaul", "environment", str(folder / "job.json")]
+    command = [sys.executable, "-m", "longhaul", "job", "run", "environment", str(folder / "job.json")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_bad_machine_stops_the_run_and_leaves_the_evidence(tmp_path: Path):
+def test_problems_stop_the_run_and_are_kept_in_the_failed_report(tmp_path: Path):
     done = run(job(tmp_path, checks=Checks(min_disk_free_gb=1e9), swap_bytes=10**18), tmp_path)
-    assert done.returncode == 2 and "checks.min_disk_free_gb asks for 1e+09" in done.stderr, done.stderr
-    assert "what this node's ranks offload takes 1000000000.0 GB" in done.stderr
+    assert done.returncode == 2 and "checks.min_disk_free_gb is 1e+09" in done.stderr, done.stderr
+    assert "the ranks of this node offload 1000000000.0 GB" in done.stderr
     assert not (tmp_path / "environment.json").exists()
     assert len(EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems) == 2
 
 
-def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: Path):
-    """Real compiler; the lock is what torch's builder leaves when it is killed."""
+def test_ops_are_built_once_and_locks_of_killed_builds_are_removed(tmp_path: Path):
+    """The compiler is real. torch's builder leaves such a lock when it is killed."""
     offloading = job(tmp_path, prebuild_ops=("pin_memory",))
     locked = ops_folder(offloading.scratch) / "pin_memory" / "lock"
     locked.parent.mkdir(parents=True)
@@ -238,9 +288,9 @@ def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: 
     done = run(offloading, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     node = EnvironmentReport.read(tmp_path / "environment.json").nodes[0]
-    assert node["ops"]["cleared"] == ["pin_memory"] and node["ops"]["failed"] == {}
+    assert node["ops"]["removed"] == ["pin_memory"] and node["ops"]["failed"] == {}
     assert "-g" not in (locked.parent / "build.ninja").read_text().split(), (
-        "debug information is a third of the compile"
+        "debug information takes a third of the compile time"
     )
     started = time.monotonic()
     again = run(offloading, tmp_path)
@@ -249,15 +299,15 @@ def test_ops_are_built_once_and_a_killed_build_does_not_hang_the_next(tmp_path: 
     assert EnvironmentReport.read(tmp_path / "environment.json").nodes[0]["ops"]["built"]["pin_memory"] < first, second
 
 
-def test_the_lock_of_a_living_builder_stays(tmp_path: Path):
+def test_lock_of_a_running_build_is_kept(tmp_path: Path):
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     with lock.open("w"):
-        assert clear_stale_locks(tmp_path) == [] and lock.exists()
-    assert clear_stale_locks(tmp_path) == ["cpu_adam"] and not lock.parent.exists()
+        assert remove_stale_builds(tmp_path) == [] and lock.exists()
+    assert remove_stale_builds(tmp_path) == ["cpu_adam"] and not lock.parent.exists()
 
 
-def test_ops_are_not_loaded_from_a_folder_that_others_may_write(tmp_path: Path):
+def test_ops_folder_that_others_may_write_to_is_refused(tmp_path: Path):
     use_ops_folder(str(tmp_path))
     ops_folder(str(tmp_path)).chmod(0o777)
     with pytest.raises(UserError, match="only this user may write"):

@@ -1,4 +1,4 @@
-"""The network check: formulas, real collectives, limits."""
+"""The fabric check: formulas, limits, and real collectives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from longhaul.artifacts.schemas import FabricReport, failed_path
 from longhaul.checks.collective_benchmarks import COLLECTIVES
-from longhaul.checks.fabric import judge, latency_us
+from longhaul.checks.fabric import fabric_problems, latency_us
 from longhaul.config.site_config import FabricLimits
-from longhaul.jobs.specs import FabricSpec
+from longhaul.jobs.kinds.fabric_job import FabricSpec
 
 FACTORS = {
     "all_reduce": {2: 1.0, 4: 1.5, 8: 1.75},
@@ -24,8 +24,8 @@ FACTORS = {
 }
 
 
-def test_bus_bandwidth_is_that_of_nccl_tests():
-    """The table of its doc/PERFORMANCE.md."""
+def test_bus_bandwidth_factors_equal_those_of_nccl_tests() -> None:
+    """The expected values are from doc/PERFORMANCE.md of nccl-tests."""
     found = {collective.name: {n: collective.bus_factor(n) for n in (2, 4, 8)} for collective in COLLECTIVES}
     assert found == FACTORS
 
@@ -45,43 +45,48 @@ ROWS = [row("all_reduce", 8, 0.001, 60.0), row("all_reduce", 2**24, 20.0), row("
 
 
 @pytest.mark.parametrize(
-    ("limits", "says"),
+    ("limits", "messages"),
     [
         ({}, []),
         ({"all_reduce_gbps": 20.0, "all_gather_gbps": 11.0, "all_reduce_latency_us": 60.0}, []),
         (
             {"all_reduce_gbps": 20.5},
-            ["all_reduce: bus bandwidth 20 GB/s at 16 MiB over 16 ranks, the site's floor is 20.5"],
+            ["all_reduce: bus bandwidth 20 GB/s at 16 MiB over 16 ranks, the site file's minimum is 20.5"],
         ),
         ({"all_gather_gbps": 12.0}, ["all_gather: bus bandwidth 11 GB/s"]),
-        ({"all_reduce_latency_us": 50.0}, ["all_reduce: 60 us for the smallest message, the site's limit is 50 us"]),
+        (
+            {"all_reduce_latency_us": 50.0},
+            ["all_reduce: 60 us for the smallest message, the site file's maximum is 50 us"],
+        ),
     ],
 )
-def test_floors_are_held_against_the_largest_size(limits: dict[str, float], says: list[str]):
-    found = judge(ROWS, limits)
-    assert len(found) == len(says)
-    assert all(text in line for text, line in zip(says, found, strict=True))
+def test_limits_apply_to_the_largest_and_the_smallest_size(limits: dict[str, float], messages: list[str]) -> None:
+    found = fabric_problems(ROWS, limits)
+    assert len(found) == len(messages)
+    assert all(message in line for message, line in zip(messages, found, strict=True))
 
 
-def test_wrong_values_are_named_whatever_the_floors():
-    assert judge([row("send_recv", 65536, 99.0, correct=False)], {}) == ["send_recv of 65,536 bytes gave wrong values"]
+def test_wrong_values_are_named_without_limits() -> None:
+    found = fabric_problems([row("send_recv", 65536, 99.0, correct=False)], {})
+    assert found == ["send_recv of 65,536 bytes gave wrong values"]
 
 
-def test_one_process_has_no_latency():
-    assert latency_us([]) is None and judge([], {"all_reduce_gbps": 1.0, "all_reduce_latency_us": 1.0}) == []
+def test_single_process_has_no_measurements_and_no_problems() -> None:
+    limits = {"all_reduce_gbps": 1.0, "all_reduce_latency_us": 1.0}
+    assert latency_us([]) is None and fabric_problems([], limits) == []
 
 
-def test_a_missed_floor_stops_the_run_and_leaves_what_was_measured(tmp_path: Path):
-    """Three real processes over gloo; no machine sends 10^6 GB/s."""
+def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) -> None:
+    """Three real processes measure over gloo. No machine reaches 10^6 GB/s."""
     limits = FabricLimits(send_recv_gbps=1e6, all_reduce_gbps=1e-6)
     job = FabricSpec(run="r", nodes=1, gpus_per_node=3, limits=limits, out=str(tmp_path / "fabric.json"))
     job.write(tmp_path / "job.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "longhaul", "fabric", str(tmp_path / "job.json")]
+    command = [*torchrun, "-m", "longhaul", "job", "run", "fabric", str(tmp_path / "job.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode != 0
-    assert "is not fit for training" in done.stderr and "the site's floor is 1e+06 GB/s" in done.stderr
+    assert "is not fit for training" in done.stderr and "the site file's minimum is 1e+06 GB/s" in done.stderr
     assert not (tmp_path / "fabric.json").exists()
     report = FabricReport.read(failed_path(tmp_path / "fabric.json"))
     assert report.backend == "gloo" and report.world_size == 3 and len(report.problems) == 1
@@ -89,3 +94,8 @@ def test_a_missed_floor_stops_the_run_and_leaves_what_was_measured(tmp_path: Pat
     for found in report.results:
         bandwidth = found["bytes"] / found["time_us"] / 1e3
         assert found["algorithm_bandwidth_gbps"] == pytest.approx(bandwidth, rel=0.02, abs=1e-4)
+        factor = {"all_reduce": 4 / 3, "all_gather": 2 / 3, "reduce_scatter": 2 / 3, "send_recv": 1}[
+            found["collective"]
+        ]
+        bus = found["algorithm_bandwidth_gbps"] * factor
+        assert found["bus_bandwidth_gbps"] == pytest.approx(bus, rel=1e-3, abs=1e-4)

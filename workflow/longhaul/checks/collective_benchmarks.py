@@ -1,9 +1,10 @@
-"""The collectives that training uses, timed and checked; bandwidths by nccl-tests' formulas.
+"""Times the collectives that training uses, and checks their results.
 
-Source: NVIDIA/nccl-tests, doc/PERFORMANCE.md. n ranks, S bytes, t seconds:
-algorithm bandwidth = S / t; bus bandwidth = that x 2 (n - 1) / n for all_reduce, x (n - 1) / n for all_gather and
-reduce_scatter, x 1 for send/recv. S is each rank's buffer for all_reduce and send/recv, and the whole (gathered, or to be
-scattered) buffer for the other two.
+Bandwidths follow NVIDIA/nccl-tests, doc/PERFORMANCE.md. For n ranks, S bytes and t seconds:
+algorithm bandwidth = S / t
+bus bandwidth       = algorithm bandwidth x 2 (n - 1) / n for all_reduce, x (n - 1) / n for all_gather and reduce_scatter,
+                      x 1 for send/recv
+S is the buffer of each rank for all_reduce and send/recv. For all_gather and reduce_scatter it is the whole buffer.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _WARMUP_ROUNDS = 3
 _FLOAT_BYTES = 4
-# torch 2.13's names; releases before it know only the older ones.
+# The names since torch 2.13, or those of older releases.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+Prepared = tuple[Callable[[], object], Callable[[], bool]]
+
+
 @dataclass(frozen=True)
-class Group:
-    """The ranks that measure together; device is what their buffers lie on."""
+class MeasuredGroup:
+    """The ranks that measure together. `device` holds their buffers."""
 
     rank: int
     size: int
@@ -33,29 +38,30 @@ class Group:
 
 @dataclass(frozen=True)
 class Collective:
-    """A measurable collective: `prepare(group, elements)` gives a function that runs it once, and one that checks it.
+    """A collective that can be measured.
 
-    bus_factor(n): bus bandwidth over algorithm bandwidth for n ranks.
+    prepare:    (group, elements of fp32) -> (function that runs it once, function that checks its result)
+    bus_factor: n ranks -> bus bandwidth divided by algorithm bandwidth
     """
 
     name: str
-    prepare: Callable[[Group, int], tuple[Callable[[], object], Callable[[], bool]]]
+    prepare: Callable[[MeasuredGroup, int], Prepared]
     bus_factor: Callable[[int], float]
 
 
-def measure(collective: Collective, group: Group, size_bytes: int, budget_s: float) -> dict:
-    """Times one collective at one size, as the slowest rank sees it, over as many rounds as fit `budget_s`.
+def measure(collective: Collective, group: MeasuredGroup, size_bytes: int, budget_s: float) -> dict[str, Any]:
+    """Time one collective at one size on the slowest rank, in as many rounds as fit into `budget_s` seconds.
 
     Returns {"collective", "bytes", "world_size", "rounds", "time_us", "algorithm_bandwidth_gbps",
     "bus_bandwidth_gbps", "correct"}; GB = 10^9 bytes.
     """
     elements = max(group.size, size_bytes // _FLOAT_BYTES)
     elements -= elements % group.size
-    once, is_correct = collective.prepare(group, elements)
-    first_s = _slowest(group, _seconds(group, once, _WARMUP_ROUNDS))
+    run_once, is_correct = collective.prepare(group, elements)
+    first_s = _slowest(group, _seconds(group, run_once, _WARMUP_ROUNDS))
     correct = _all_agree(group, is_correct())
     rounds = int(min(200, max(3, budget_s / max(first_s, 1e-6))))
-    seconds = _slowest(group, _seconds(group, once, rounds))
+    seconds = _slowest(group, _seconds(group, run_once, rounds))
     algorithm_gbps = elements * _FLOAT_BYTES / seconds / 1e9
     return {
         "collective": collective.name,
@@ -69,35 +75,37 @@ def measure(collective: Collective, group: Group, size_bytes: int, budget_s: flo
     }
 
 
-def _seconds(group: Group, once: Callable[[], object], rounds: int) -> float:
-    """Mean time of a round."""
+def _seconds(group: MeasuredGroup, run_once: Callable[[], object], rounds: int) -> float:
+    """Return the mean time of a round on this rank."""
     dist.barrier()
     _synchronise(group)
     started = time.perf_counter()
     for _ in range(rounds):
-        once()
+        run_once()
     _synchronise(group)
     return (time.perf_counter() - started) / rounds
 
 
-def _synchronise(group: Group) -> None:
+def _synchronise(group: MeasuredGroup) -> None:
     if group.device.type == "cuda":
         torch.cuda.synchronize(group.device)
 
 
-def _slowest(group: Group, seconds: float) -> float:
+def _slowest(group: MeasuredGroup, seconds: float) -> float:
+    """Return the largest value of all ranks."""
     value = torch.tensor([seconds], dtype=torch.float64, device=group.device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
 
-def _all_agree(group: Group, correct: bool) -> bool:
+def _all_agree(group: MeasuredGroup, correct: bool) -> bool:
+    """Return whether the value is true on all ranks."""
     value = torch.tensor([int(correct)], device=group.device)
     dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return bool(value.item())
 
 
-def _all_reduce(group: Group, elements: int):
+def _all_reduce(group: MeasuredGroup, elements: int) -> Prepared:
     buffer = torch.full((elements,), float(group.rank + 1), device=group.device)
     expected = group.size * (group.size + 1) / 2
 
@@ -109,7 +117,7 @@ def _all_reduce(group: Group, elements: int):
     return lambda: dist.all_reduce(buffer.fill_(1.0)), is_correct
 
 
-def _all_gather(group: Group, elements: int):
+def _all_gather(group: MeasuredGroup, elements: int) -> Prepared:
     part = torch.full((elements // group.size,), float(group.rank + 1), device=group.device)
     whole = torch.empty(elements, device=group.device)
 
@@ -120,7 +128,7 @@ def _all_gather(group: Group, elements: int):
     return lambda: _all_gather_single(whole, part), is_correct
 
 
-def _reduce_scatter(group: Group, elements: int):
+def _reduce_scatter(group: MeasuredGroup, elements: int) -> Prepared:
     whole = torch.arange(1.0, group.size + 1, device=group.device).repeat_interleave(elements // group.size)
     part = torch.empty(elements // group.size, device=group.device)
 
@@ -130,18 +138,18 @@ def _reduce_scatter(group: Group, elements: int):
     return lambda: _reduce_scatter_single(part, whole), is_correct
 
 
-def _send_recv(group: Group, elements: int):
-    """Every rank sends to the next one in a ring and receives from the one before."""
+def _send_recv(group: MeasuredGroup, elements: int) -> Prepared:
+    """Let every rank send to the next rank of a ring and receive from the one before."""
     outgoing = torch.full((elements,), float(group.rank + 1), device=group.device)
     incoming = torch.empty(elements, device=group.device)
     after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
 
-    def once() -> None:
+    def run_once() -> None:
         both = [dist.P2POp(dist.isend, outgoing, after), dist.P2POp(dist.irecv, incoming, before)]
         for work in dist.batch_isend_irecv(both):
             work.wait()
 
-    return once, lambda: bool((incoming == before + 1).all())
+    return run_once, lambda: bool((incoming == before + 1).all())
 
 
 COLLECTIVES = (

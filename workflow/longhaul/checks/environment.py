@@ -1,4 +1,4 @@
-"""Checks the nodes of an allocation, one process each: what they hold, and whether they agree."""
+"""Checks the nodes of an allocation with one process per node: software, hardware, disks, clocks, and their agreement."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.schemas import EnvironmentReport
-from longhaul.checks import node_problems as judge
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
+from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.config.package_data import data_root
-from longhaul.jobs.specs import EnvironmentSpec
-from longhaul.runtime.rank import Rank, require_geometry, this_rank
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.runtime.rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group
 
-# Ops compile for minutes on a node that has none yet, while the others wait.
+# Compiling ops takes minutes on a node that has none yet. The other nodes wait.
 _TIMEOUT_S = 900.0
 _CLOCK_ROUNDS = 5
-# NFS clients may hide a new file for the time of their directory cache.
+# NFS clients may hide a new file until their directory cache expires.
 _SHARED_FOLDER_WAIT_S = 10.0
 CONSTRAINTS = data_root() / "envs" / "constraints.txt"
 
 
 def run(job: EnvironmentSpec) -> None:
-    """Checks the nodes and writes job.out, or, when something is wrong, `<out>.failed.json` beside it.
+    """Check the nodes and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        UserError: on the first node, with every problem found.
+        UserError: there is a problem; the first node raises it and lists all problems.
     """
     rank = this_rank()
-    require_geometry(rank, job.nodes, job.nodes)
+    require_planned_size(rank, job.nodes, job.nodes)
     facts = node_facts(rank.host, Path(job.folder)) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
     if job.swap_bytes and job.scratch:
         facts |= {"swap": swap_facts(job.scratch)}
@@ -42,18 +42,21 @@ def run(job: EnvironmentSpec) -> None:
         facts |= {"clock_skew_s": _clock_skew_s(rank), "sees_run_folder": _sees_run_folder(rank, Path(job.folder))}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        report = EnvironmentReport(judge.problems(nodes, job), nodes, judge.warnings(nodes, tested_versions()))
-        _print(report)
-        report.conclude(Path(job.out), "the nodes are not ready", "mend them, or leave the nodes out")
+        report = EnvironmentReport(node_problems(nodes, job), nodes, node_warnings(nodes, tested_versions()))
+        _print_nodes(report)
+        report.write_or_raise(
+            Path(job.out), "the nodes are not ready for training", "correct these problems, or exclude the nodes"
+        )
 
 
 def tested_versions() -> dict[str, str]:
-    """Package -> the version longhaul is tested with."""
+    """Return package -> the version that longhaul is tested with."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     return dict(line.split("==", 1) for line in lines if "==" in line)
 
 
 def _gather(value: Any, rank: Rank) -> list[Any]:
+    """Return the values of all nodes in the order of their ranks."""
     import torch.distributed as dist
 
     values: list[Any] = [None] * rank.world_size
@@ -62,7 +65,7 @@ def _gather(value: Any, rank: Rank) -> list[Any]:
 
 
 def _clock_skew_s(rank: Rank) -> float:
-    """This node's clock minus the first node's: the smallest difference right after a barrier, over a few rounds."""
+    """Return this node's clock minus the first node's, in seconds: the smallest difference after a barrier in several rounds."""
     import torch.distributed as dist
 
     differences = []
@@ -74,12 +77,12 @@ def _clock_skew_s(rank: Rank) -> float:
 
 
 def _sees_run_folder(rank: Rank, folder: Path) -> bool:
-    """Whether a file that the first node writes to the run folder is there on this node."""
+    """Return whether this node sees a file that the first node writes to the run folder."""
     import torch.distributed as dist
 
     probe = folder / f".shared-test-{_gather(uuid.uuid4().hex, rank)[0]}"
     if rank.is_main:
-        with suppress(OSError):  # its write test has said so
+        with suppress(OSError):  # the write test reports this error
             probe.touch()
     dist.barrier()
     deadline = time.monotonic() + _SHARED_FOLDER_WAIT_S
@@ -91,7 +94,7 @@ def _sees_run_folder(rank: Rank, folder: Path) -> bool:
     return seen
 
 
-def _print(report: EnvironmentReport) -> None:
+def _print_nodes(report: EnvironmentReport) -> None:
     table = Table(title="Nodes", title_justify="left")
     columns = ["node", "python", "torch", "deepspeed", "build", "GPUs", "cores", "memory GiB", "free GB", "clock s"]
     for column in columns:
@@ -105,10 +108,10 @@ def _print(report: EnvironmentReport) -> None:
             str(len(node["gpus"])),
             str(node["cpus"]),
             f"{node['memory_bytes'] / 2**30:.0f}",
-            "?" if free is None else f"{free / judge.GB:.0f}",
+            "?" if free is None else f"{free / GB:.0f}",
             f"{node['clock_skew_s']:+.2f}",
         )
     console = Console(width=120)
     console.print(table)
-    for text in report.warnings:
-        console.print(f"warning: {text}", markup=False)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False)

@@ -1,4 +1,4 @@
-"""Measures the network between all ranks of an allocation and holds it against the site's limits."""
+"""Measures the network between all ranks of an allocation and compares it with the limits in the site file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.schemas import FabricReport
-from longhaul.jobs.specs import FabricSpec
-from longhaul.runtime.rank import Rank, require_geometry, this_rank
+from longhaul.jobs.kinds.fabric_job import FabricSpec
+from longhaul.runtime.rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group
 
 _TIMEOUT_S = 300.0
 _BUDGET_S = 0.3
-"""Timed rounds of one collective at one size."""
+"""Duration of the timed rounds of one collective at one size."""
 _LATENCY_BYTES = 8
 SIZES_BYTES = {
     "gloo": (_LATENCY_BYTES, 2**16, 2**20, 2**24),
@@ -25,15 +25,15 @@ SIZES_BYTES = {
 
 
 def run(job: FabricSpec) -> None:
-    """Measures and writes job.out, or, when a floor is missed, `<out>.failed.json` beside it.
+    """Measure the collectives and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        UserError: on the first rank, with every collective that gave wrong values or is too slow.
+        UserError: a collective gave wrong values or is too slow; the first rank raises it and lists all problems.
     """
     import torch
 
     rank = this_rank()
-    require_geometry(rank, job.nodes * job.gpus_per_node, job.nodes)
+    require_planned_size(rank, job.nodes * job.gpus_per_node, job.nodes)
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = "nccl" if on_gpu else "gloo"
     with process_group(rank, backend, _TIMEOUT_S):
@@ -43,20 +43,21 @@ def run(job: FabricSpec) -> None:
         torch.distributed.all_gather_object(hosts, rank.host)
     if rank.is_main:
         report = _report(job, backend, list(dict.fromkeys(hosts)), results, rank.world_size)
-        _print(report)
-        report.conclude(
+        _print_measurements(report)
+        report.write_or_raise(
             Path(job.out),
             f"the network between {', '.join(report.hosts)} is not fit for training",
-            "try other nodes to find the slow link, or correct interconnect in the site file",
+            "try other nodes to find the slow link, or correct interconnect.limits in the site file",
         )
 
 
 def _measure_all(rank: Rank, device: Any, backend: str) -> list[dict[str, Any]]:
-    from longhaul.checks.collective_benchmarks import COLLECTIVES, Group, measure
+    """Return one measurement per collective and size; a single process has none."""
+    from longhaul.checks.collective_benchmarks import COLLECTIVES, MeasuredGroup, measure
 
     if rank.world_size == 1:
-        return []  # one process has nobody to talk to
-    group = Group(rank.rank, rank.world_size, device)
+        return []
+    group = MeasuredGroup(rank.rank, rank.world_size, device)
     return [measure(collective, group, size, _BUDGET_S) for collective in COLLECTIVES for size in SIZES_BYTES[backend]]
 
 
@@ -64,35 +65,37 @@ def _report(
     job: FabricSpec, backend: str, hosts: list[str], results: list[dict[str, Any]], world_size: int
 ) -> FabricReport:
     limits = {name: value for name, value in job.limits.model_dump().items() if value is not None}
-    return FabricReport(judge(results, limits), backend, world_size, hosts, results, limits)
+    return FabricReport(fabric_problems(results, limits), backend, world_size, hosts, results, limits)
 
 
-def judge(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
-    """Wrong values, bandwidths below their floor at the largest size, and the latency above its limit."""
+def fabric_problems(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
+    """Return wrong values, bandwidths below their minimum at the largest size, and a latency above its maximum."""
     found = [
         f"{row['collective']} of {row['bytes']:,} bytes gave wrong values" for row in results if not row["correct"]
     ]
     largest = max((row["bytes"] for row in results), default=0)
     for row in results:
-        floor = limits.get(f"{row['collective']}_gbps")
-        if row["bytes"] == largest and floor and row["bus_bandwidth_gbps"] < floor:
+        minimum = limits.get(f"{row['collective']}_gbps")
+        if row["bytes"] == largest and minimum and row["bus_bandwidth_gbps"] < minimum:
             found.append(
                 f"{row['collective']}: bus bandwidth {row['bus_bandwidth_gbps']:.3g} GB/s at {largest / 2**20:.0f} MiB over "
-                f"{row['world_size']} ranks, the site's floor is {floor:g} GB/s"
+                f"{row['world_size']} ranks, the site file's minimum is {minimum:g} GB/s"
             )
-    limit, latency = limits.get("all_reduce_latency_us"), latency_us(results)
-    if limit and latency and latency > limit:
-        found.append(f"all_reduce: {latency:.0f} us for the smallest message, the site's limit is {limit:g} us")
+    maximum, latency = limits.get("all_reduce_latency_us"), latency_us(results)
+    if maximum and latency and latency > maximum:
+        found.append(
+            f"all_reduce: {latency:.0f} us for the smallest message, the site file's maximum is {maximum:g} us"
+        )
     return found
 
 
 def latency_us(results: list[dict[str, Any]]) -> float | None:
-    """Time of the smallest all_reduce, in microseconds."""
+    """Return the time of the smallest all_reduce in microseconds; None without measurements."""
     rows = [row for row in results if row["collective"] == "all_reduce"]
     return min(rows, key=lambda row: row["bytes"])["time_us"] if rows else None
 
 
-def _print(report: FabricReport) -> None:
+def _print_measurements(report: FabricReport) -> None:
     title = f"{report.backend} between {report.world_size} ranks on {', '.join(report.hosts)}"
     table = Table("collective", "bytes", "time us", "algorithm GB/s", "bus GB/s", title=title, title_justify="left")
     for row in report.results:

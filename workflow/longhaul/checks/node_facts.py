@@ -1,4 +1,4 @@
-"""What one node holds: versions, GPUs, memory, disk, compiler, compiled ops. Nothing here judges."""
+"""Collects facts about one node: versions, GPUs, memory, disk, compiler, compiled ops. node_problems.py evaluates them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from typing import Any
 
 import psutil
 
-from longhaul.runtime.compiled_ops import clear_stale_locks, compile_without_debug_information, use_ops_folder
-from longhaul.runtime.swap_folders import clear_stale_swaps, swap_folder
+from longhaul.artifacts.files import free_bytes
+from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
+from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+PROBE_BYTES = 4096
+"""One block of a file system. A quota may allow an empty or a tiny file when no block is left."""
 
 
 def node_facts(host: str, folder: Path) -> dict[str, Any]:
-    """Facts of this node; `folder` is the run folder, on the file system that will hold the checkpoints."""
+    """Return the facts of this node. `folder` is on the file system that will hold the checkpoints."""
     return {
         "host": host,
         "kernel": platform.release(),
@@ -42,7 +45,7 @@ def node_facts(host: str, folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Everything that must be the same on all nodes; None: not installed, or not there."""
+    """Return the versions that must be the same on all nodes; None for what is not installed."""
     import torch
 
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -60,12 +63,12 @@ def _nccl() -> str:
 
 
 def cuda_build(cuda: str | None) -> str:
-    """torch's build as wheels name it: "12.8" -> "cu128", None -> "cpu"."""
+    """Return torch's build in the notation of its wheels: "12.8" -> "cu128", None -> "cpu"."""
     return "cu" + cuda.replace(".", "") if cuda else "cpu"
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name and memory of every GPU that this job may use."""
+    """Return name and memory of every GPU that this job may use."""
     import torch
 
     if not torch.cuda.is_available():
@@ -75,12 +78,12 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """The link layer of every active port that can do RDMA, as the kernel has it: "InfiniBand", or "Ethernet" for RoCE."""
+    """Return the link layer of every active RDMA port as the kernel states it: "InfiniBand", or "Ethernet" for RoCE."""
     ports = sorted(devices.glob("*/ports/*"))
-    return [_text(port / "link_layer") for port in ports if _text(port / "state").endswith("ACTIVE")]
+    return [_read_text(port / "link_layer") for port in ports if _read_text(port / "state").endswith("ACTIVE")]
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
@@ -88,18 +91,21 @@ def _text(path: Path) -> str:
 
 
 def compiler() -> str | None:
-    """First line of the C++ compiler's version; None where there is none. $CXX is what torch compiles with."""
+    """Return the first line of the C++ compiler's version; None without a compiler. torch compiles with $CXX."""
     path = shutil.which(os.environ.get("CXX") or "c++")
     return _first_output_line([path, "--version"]) if path else None
 
 
 def write_error(folder: Path) -> str | None:
-    """Why nothing can be written to `folder`; None when it can. The disk is asked, as rights do not tell of quotas."""
+    """Return why `folder` cannot be written to, or None when it can.
+
+    A file of PROBE_BYTES is written to the disk, as permissions say nothing about quotas.
+    """
     probe = folder / f".write-test-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as stream:
-            stream.write(os.urandom(4096))
+            stream.write(os.urandom(PROBE_BYTES))
             os.fsync(stream.fileno())
         return None
     except OSError as error:
@@ -110,42 +116,45 @@ def write_error(folder: Path) -> str | None:
 
 
 def build_ops(names: Sequence[str], scratch: str | None) -> dict[str, Any]:
-    """Clears locks of killed builds and compiles DeepSpeed's ops on this node, once, before any rank needs them.
+    """Remove locks of killed builds, and compile DeepSpeed's ops on this node before any rank needs them.
 
-    Returns {"folder", "cleared": [op], "built": {op: seconds}, "failed": {op: reason}}.
+    Returns {"folder", "removed": [op], "built": {op: seconds}, "failed": {op: reason}}.
     """
     folder = use_ops_folder(scratch)
-    result: dict[str, Any] = {"folder": str(folder), "cleared": clear_stale_locks(folder), "built": {}, "failed": {}}
+    result: dict[str, Any] = {"folder": str(folder), "removed": remove_stale_builds(folder), "built": {}, "failed": {}}
     for name in names:
         started = time.monotonic()
         try:
             _builder(name).load(verbose=False)
             result["built"][name] = round(time.monotonic() - started, 1)
-        except Exception as error:  # a compiler fails in many ways, and every one of them must reach the report
+        except Exception as error:  # compilers fail in many ways, and the report must show each of them
             result["failed"][name] = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     return result
 
 
 def swap_facts(scratch: str) -> dict[str, Any]:
-    """Whether optimizer states can lie below `scratch`, after what killed jobs left there is removed.
+    """Remove what killed jobs left below `scratch`, and test whether optimizer states can be offloaded there.
 
-    Returns {"folder", "cleared": [folder], "free_bytes", "lockable_bytes", "error": why nothing can be swapped there, or None}.
+    Returns {"folder", "removed": [folder], "free_bytes", "lockable_bytes", "error": why it is impossible, or None}.
     """
-    cleared = clear_stale_swaps(scratch)
+    removed = remove_stale_swap_folders(scratch)
     with swap_folder(scratch, "test") as folder:
-        error = _direct_error(folder)
+        error = _unbuffered_write_error(folder)
     return {
         "folder": scratch,
-        "cleared": cleared,
+        "removed": removed,
         "free_bytes": _free_bytes(Path(scratch)),
         "lockable_bytes": lockable_bytes(),
         "error": error,
     }
 
 
-def _direct_error(folder: Path) -> str | None:
-    """Why the file system takes no unbuffered writes, as libaio makes them; None when it does. tmpfs of old kernels does not."""
-    with mmap.mmap(-1, mmap.PAGESIZE) as page:  # aligned, as O_DIRECT wants it
+def _unbuffered_write_error(folder: Path) -> str | None:
+    """Return why the file system refuses unbuffered writes (O_DIRECT), which libaio needs; None when it accepts them.
+
+    tmpfs of old kernels refuses them.
+    """
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:  # aligned memory, which O_DIRECT requires
         try:
             handle = os.open(folder / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
             try:
@@ -158,17 +167,19 @@ def _direct_error(folder: Path) -> str | None:
 
 
 def lockable_bytes() -> int | None:
-    """Memory that a process may lock; None: without limit. CAP_IPC_LOCK (bit 14) lifts it."""
-    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    """Return the memory in bytes that a process may lock; None without a limit. CAP_IPC_LOCK (bit 14) removes the limit."""
+    status = dict(
+        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line
+    )
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY or int(status["CapEff"], 16) >> 14 & 1 else soft
 
 
 def _builder(name: str) -> Any:
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from longhaul.compat.deepspeed import compile_without_debug_information, op_builder
 
     compile_without_debug_information()
-    return ALL_OPS[name]
+    return op_builder(name)
 
 
 def _version(package: str) -> str | None:
@@ -184,6 +195,7 @@ def _driver() -> str | None:
 
 
 def _first_output_line(command: list[str]) -> str | None:
+    """Return the first line that a command prints; None when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -192,9 +204,8 @@ def _first_output_line(command: list[str]) -> str | None:
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """Free bytes of the file system of `folder`, or of its nearest parent that exists."""
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    """Return the free bytes of the file system of `folder`; None when it does not answer."""
     try:
-        return shutil.disk_usage(existing).free
+        return free_bytes(folder)
     except OSError:
         return None

@@ -1,62 +1,68 @@
-"""Facts of all nodes -> what must be mended before training, and what is worth a look."""
+"""Evaluates the facts of all nodes. Problems stop the run, warnings do not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longhaul.jobs.specs import EnvironmentSpec
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
 GB = 10**9
-# NCCL and gloo pass buffers between the ranks of a node through /dev/shm.
 MIN_SHARED_MEMORY_BYTES = 256 * 2**20
-# Nodes of one kind differ by what their firmware and kernel keep, a lost memory module by more.
+"""NCCL and gloo pass buffers between the ranks of a node through /dev/shm."""
 MEMORY_TOLERANCE = 0.03
-
-# interconnect.kind -> the link layer of its ports (environment.facts.rdma_ports).
+"""Firmware and kernel reserve slightly different amounts on nodes of one kind. A lost memory module is a larger difference."""
 LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
-
-# DeepSpeed does not say of every op what it lacks.
-_NEEDS = {"async_io": "; it needs libaio with its headers (libaio-dev), and CUDA's toolkit on a node with GPUs"}
+"""interconnect.kind in the site file -> link layer of the nodes' ports (node_facts.rdma_ports)."""
+_OP_REQUIREMENTS = {
+    "async_io": "; it needs libaio with its headers (libaio-dev), and the CUDA toolkit on a node with GPUs"
+}
+"""Requirements that DeepSpeed's own messages do not name."""
 
 Facts = Mapping[str, Any]
 
 
-def problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
-    """One line for everything that would break training; empty when all is well."""
-    found = _differences(nodes)
+def node_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
+    """Return one line for each problem that would make training fail. `nodes` begins with the first node."""
+    found = _version_and_gpu_differences(nodes)
     for node in nodes:
-        found += [f"{node['host']}: {text}" for text in _node_problems(node, job)]
+        found += [f"{node['host']}: {text}" for text in _problems_of_node(node, job)]
     return found + _port_problems(nodes, job) + _clock_problems(nodes, job)
 
 
-def warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
-    """Worth a look: untested versions, little shared memory, less memory than elsewhere, what was cleared."""
+def node_warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str]:
+    """Return one line for each untested version, shortage of memory, and leftover of killed jobs that was removed.
+
+    tested: package -> tested version
+    """
     found = [
         f"{package} {value} is installed; longhaul is tested with {tested[package]}"
         for package, value in nodes[0]["versions"].items()
         if value and package in tested and value.split("+")[0] != tested[package]
     ]
+    largest_bytes = max(node["memory_bytes"] for node in nodes)
     for node in nodes:
-        free = node["shared_memory_bytes"]
-        if free is not None and free < MIN_SHARED_MEMORY_BYTES:
-            found.append(f"{node['host']}: /dev/shm has {free / 2**20:.0f} MiB free; ranks of one node talk through it")
-        most = max(other["memory_bytes"] for other in nodes)
-        if node["memory_bytes"] < (1 - MEMORY_TOLERANCE) * most:
-            found.append(
-                f"{node['host']}: {node['memory_bytes'] / 2**30:.1f} GiB of memory, another node has {most / 2**30:.1f} GiB"
-            )
-        if node["ops"]["cleared"]:
-            found.append(
-                f"{node['host']}: cleared the build locks that a killed job left: {', '.join(node['ops']['cleared'])}"
-            )
-        if cleared := node.get("swap", {}).get("cleared"):
-            found.append(f"{node['host']}: removed the optimizer states that killed ranks left: {', '.join(cleared)}")
+        found += [f"{node['host']}: {text}" for text in _warnings_of_node(node, largest_bytes)]
     return found
 
 
-def _differences(nodes: Sequence[Facts]) -> list[str]:
-    """Versions and GPUs that are not the same on all nodes, with who has which."""
+def _warnings_of_node(node: Facts, largest_bytes: int) -> list[str]:
+    """Return the warnings of one node. largest_bytes: memory of the node with the most memory."""
+    found, free = [], node["shared_memory_bytes"]
+    if free is not None and free < MIN_SHARED_MEMORY_BYTES:
+        found.append(f"/dev/shm has {free / 2**20:.0f} MiB free; ranks of one node communicate through it")
+    if node["memory_bytes"] < (1 - MEMORY_TOLERANCE) * largest_bytes:
+        memory, largest = node["memory_bytes"] / 2**30, largest_bytes / 2**30
+        found.append(f"the node has {memory:.1f} GiB of memory, another node has {largest:.1f} GiB")
+    if removed := node["ops"]["removed"]:
+        found.append(f"removed the build locks that a killed job left: {', '.join(removed)}")
+    if removed := node.get("swap", {}).get("removed"):
+        found.append(f"removed the optimizer states that killed ranks left: {', '.join(removed)}")
+    return found
+
+
+def _version_and_gpu_differences(nodes: Sequence[Facts]) -> list[str]:
+    """Return one line for each version or GPU that is not the same on all nodes."""
     found = []
     for name in nodes[0]["versions"]:
         found += _difference(name, {node["host"]: str(node["versions"].get(name)) for node in nodes})
@@ -64,9 +70,10 @@ def _differences(nodes: Sequence[Facts]) -> list[str]:
     return found + _difference("GPUs", gpus)
 
 
-def _difference(name: str, by_host: Mapping[str, str]) -> list[str]:
+def _difference(name: str, value_of_host: Mapping[str, str]) -> list[str]:
+    """Return a line that names the hosts of each value, or [] when all hosts have the same value."""
     hosts: dict[str, list[str]] = {}
-    for host, value in by_host.items():
+    for host, value in value_of_host.items():
         hosts.setdefault(value, []).append(host)
     if len(hosts) == 1:
         return []
@@ -82,17 +89,18 @@ def _gpus_text(gpus: Sequence[Facts]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
-def _node_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
     return [
-        *_build_problems(node, job),
+        *_software_problems(node, job),
         *_memory_problems(node, job),
         *_disk_problems(node, job),
         *_op_problems(node, job),
-        *_swap_problems(node, job),
+        *_offload_problems(node, job),
     ]
 
 
-def _build_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _software_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+    """Return problems of torch, DeepSpeed and the number of GPUs that torch can use."""
     found, versions = [], node["versions"]
     if versions["cuda_build"] != job.cuda_build:
         found.append(f"torch is a {versions['cuda_build']} build, the site file says cuda_build: {job.cuda_build}")
@@ -118,43 +126,47 @@ def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
         return [f"cannot write to {job.folder}: {node['write_error']}"]
     if not node["sees_run_folder"]:
         return [f"{job.folder} is not the folder that the first node sees: it must be on a shared file system"]
-    free, wanted = node["disk_free_bytes"], job.checks.min_disk_free_gb
-    if free is not None and free < wanted * GB:
-        return [f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb asks for {wanted:g}"]
+    free, minimum = node["disk_free_bytes"], job.checks.min_disk_free_gb
+    if free is not None and free < minimum * GB:
+        return [f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb is {minimum:g}"]
     return []
 
 
 def _op_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     if job.prebuild_ops and not node["compiler"]:
-        return [f"no C++ compiler (c++ or $CXX), and optimizer offload needs {', '.join(job.prebuild_ops)} compiled"]
+        return [f"no C++ compiler (c++ or $CXX), but optimizer offload needs {', '.join(job.prebuild_ops)} compiled"]
     return [
-        f"DeepSpeed's {op} does not build: {reason}{_NEEDS.get(op, '')}" for op, reason in node["ops"]["failed"].items()
+        f"DeepSpeed's {op} does not build: {reason}{_OP_REQUIREMENTS.get(op, '')}"
+        for op, reason in node["ops"]["failed"].items()
     ]
 
 
-def _swap_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
-    """Of optimizer states or weights that are to lie on the node's disk."""
+def _offload_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+    """Return problems of offloading optimizer states or weights to the node's disk."""
     swap = node.get("swap")
     if not swap:
         return []
     found, folder = [], f"storage.scratch {swap['folder']}"
     if swap["error"]:
-        found.append(f"{folder} takes no unbuffered writes ({swap['error']}), as offloading to nvme makes them")
+        found.append(f"{folder} does not support unbuffered writes ({swap['error']}), which offloading to nvme needs")
     free, lockable = swap["free_bytes"], swap["lockable_bytes"]
     if free is not None and free < job.swap_bytes:
         found.append(
-            f"{folder} has {free / GB:.1f} GB free; what this node's ranks offload takes {job.swap_bytes / GB:.1f} GB"
+            f"{folder} has {free / GB:.1f} GB free; the ranks of this node offload {job.swap_bytes / GB:.1f} GB"
         )
     if lockable is not None and lockable < job.locked_bytes:
         found.append(
             f"a process may lock {lockable / GB:.3f} GB of memory (ulimit -l); offloading to nvme locks "
-            f"{job.locked_bytes / GB:.3f} GB in each"
+            f"{job.locked_bytes / GB:.3f} GB in each process"
         )
     return found
 
 
 def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
-    """NCCL falls back to sockets in silence where it finds no port, and goes as fast as the node with the fewest."""
+    """Return nodes without active ports for RDMA, or with fewer than others.
+
+    Without a port NCCL uses sockets and gives no message. Collectives run at the speed of the node with the fewest ports.
+    """
     layer = LINK_LAYERS.get(job.interconnect)
     if layer is None or len(nodes) == 1:
         return []
@@ -168,10 +180,10 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
 
 
 def _clock_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
-    limit = job.checks.max_clock_skew_s
+    maximum = job.checks.max_clock_skew_s
     return [
         f"{node['host']}: clock is {node['clock_skew_s']:+.1f} s from that of {nodes[0]['host']}, "
-        f"checks.max_clock_skew_s allows {limit:g}"
+        f"checks.max_clock_skew_s is {maximum:g}"
         for node in nodes
-        if abs(node["clock_skew_s"]) > limit
+        if abs(node["clock_skew_s"]) > maximum
     ]
