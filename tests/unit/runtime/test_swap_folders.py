@@ -34,7 +34,7 @@ def test_folder_stays_while_its_process_lives(tmp_path: Path):
     holder.wait()
     assert folder.exists(), "a killed process removes nothing"
     facts = swap_facts(str(tmp_path))
-    assert facts["cleared"] == [folder.name] and facts["error"] is None and facts["free_bytes"] > 0
+    assert facts["removed"] == [folder.name] and facts["error"] is None and facts["free_bytes"] > 0
     assert list(swap_root(str(tmp_path)).iterdir()) == []
 
 
