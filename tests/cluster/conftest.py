@@ -1,4 +1,4 @@
-"""A cluster of two nodes for all tests of this folder."""
+"""A cluster of two nodes for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.running_cluster import running
-from tests.support.slurm_conf import Shape
+from tests.support.running_cluster import running_cluster
+from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]:
     """Two nodes of 8 cores and 2 fake GPUs, without accounting."""
-    with running(tmp_path_factory.mktemp("cluster"), Shape()) as cluster:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), ClusterSize()) as cluster:
         yield cluster

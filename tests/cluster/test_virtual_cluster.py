@@ -1,39 +1,32 @@
-"""The test cluster itself: hosts that are apart, that can be pulled and switched off, and nothing left behind."""
+"""The test cluster itself: its hosts are separate, can be unplugged and powered off, and leave nothing behind."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.running_cluster import running
-from tests.support.slurm_conf import Shape
+from tests.support.running_cluster import running_cluster
+from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import ClusterError, VirtualCluster
+from tests.support.wait import wait_for
 
 
-def wait_for(condition, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.2)
-
-
-def test_a_job_runs_on_both_hosts(cluster: VirtualCluster):
+def test_job_runs_on_both_hosts(cluster: VirtualCluster):
     assert sorted(cluster.run("srun", "--nodes=2", "hostname").split()) == ["n1", "n2"]
     addresses = cluster.run("srun", "--nodes=2", "ip", "-4", "-br", "addr", "show", "eth0")
     assert "10.77.0.11" in addresses and "10.77.0.12" in addresses
 
 
-def test_fake_gpus_are_given_out(cluster: VirtualCluster):
+def test_fake_gpus_are_allocated(cluster: VirtualCluster):
     shown = cluster.run("srun", "--gpus-per-node=2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     assert shown.split() == ["0,1"]
     with pytest.raises(ClusterError, match="not available"):
         cluster.run("sbatch", "--test-only", "--gpus-per-node=3", "--wrap=true")
 
 
-def test_a_pulled_link_and_a_dead_node_are_noticed_and_come_back(cluster: VirtualCluster):
+def test_unplugged_and_powered_off_nodes_return(cluster: VirtualCluster):
     def state() -> str:
         return cluster.run("sinfo", "-h", "-N", "-n", "n2", "-p", "main", "-o", "%T").strip()
 
@@ -49,21 +42,21 @@ def test_a_pulled_link_and_a_dead_node_are_noticed_and_come_back(cluster: Virtua
     assert cluster.run("srun", "--nodelist=n2", "hostname").strip() == "n2"
 
 
-def test_nothing_is_left_behind_and_two_clusters_do_not_meet(cluster: VirtualCluster, tmp_path: Path):
+def test_second_cluster_is_separate_and_leaves_nothing_behind(cluster: VirtualCluster, tmp_path: Path):
     before = {process.pid for process in psutil.process_iter()}
-    with running(tmp_path / "second", Shape(nodes=1)) as second:
+    with running_cluster(tmp_path / "second", ClusterSize(nodes=1)) as second:
         assert second.run("srun", "hostname").strip() == "n1"
         with pytest.raises(ClusterError, match="is up"):
             VirtualCluster(tmp_path / "second").up()
     assert not (tmp_path / "second").exists()
     names = {"slurmctld", "slurmd", "munged", "sleep", "unshare"}
-    left = [p.name() for p in psutil.process_iter() if p.pid not in before and p.name() in names]
-    assert left == []
+    remaining = [p.name() for p in psutil.process_iter() if p.pid not in before and p.name() in names]
+    assert remaining == []
     assert cluster.run("sinfo", "-h").strip()
 
 
-def test_accounting_answers(tmp_path: Path):
-    with running(tmp_path / "accounted", Shape(nodes=1, accounting=True)) as accounted:
+def test_accounting_records_a_finished_job(tmp_path: Path):
+    with running_cluster(tmp_path / "accounted", ClusterSize(nodes=1, accounting=True)) as accounted:
         job = accounted.run("sbatch", "--parsable", "--wrap=true", f"--output={tmp_path}/out", cwd=tmp_path).strip()
         state_of_job = ["sacct", "-n", "-X", "-j", job, "-o", "State"]
         wait_for(lambda: accounted.run(*state_of_job).strip() not in ("", "PENDING", "RUNNING"))

@@ -1,4 +1,4 @@
-"""A run of seconds through the whole chain, started as a user starts it: snakemake in a subprocess, in a folder of its own."""
+"""A run of the whole pipeline that takes seconds, started like a user's: snakemake in a subprocess, in its own folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SECRETS = {
     name: f"canary-{name.lower().replace('_', '-')}-{'5d0e1c7ab0f5' * 3}"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 }
-"""Every chain of the tests runs with these in its environment; none may be found in what it writes. W&B takes 40 characters."""
+"""Every test run has these in its environment, and must not write them anywhere. W&B accepts keys of 40 characters."""
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Two stages of a few steps on a network of 0.2 M parameters, over two processes; `changes` replace top-level keys."""
+    """Return a config of two short stages of a model of 0.2 M parameters on two processes. `changes` replace top-level keys."""
     stage = {
         "global_batch_size": 8,
         "micro_batch_size": 2,
@@ -86,7 +86,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 
 def local_site() -> dict[str, Any]:
-    """This machine as if it had four cores."""
+    """Return a site like this machine, with four cores."""
     node = {"cpus": 4, "memory_mb": 3000}
     return {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
 
@@ -96,7 +96,7 @@ def write_site(folder: Path, site: dict[str, Any]) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Small deterministic documents and conversations."""
+    """Write a few documents and conversations, always the same."""
     words = "the long haul takes raw text to a model and proves every step of the way home again".split()  # noqa: SIM905
     prose = [f"Part {i}: " + " ".join(words[(i * k) % len(words)] for k in range(1, 60)) for i in range(1, 61)]
     (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
@@ -111,7 +111,7 @@ def write_data(folder: Path) -> None:
 
 
 class Chain:
-    """A working folder with a config and data."""
+    """A run in a working folder with a config and data."""
 
     def __init__(self, folder: Path, config: dict[str, Any], profile: str = "local") -> None:
         self.folder, self.config, self.profile = folder, config, profile
@@ -125,7 +125,7 @@ class Chain:
         return self.folder / "results" / self.config["run"]
 
     def save(self, text: str | None = None) -> None:
-        """Writes the config as it is now, or the given text of it."""
+        """Write run.yaml: the current config, or `text`."""
         (self.folder / "run.yaml").write_text(text or yaml.safe_dump(self.config, sort_keys=False))
 
     def command(self, *arguments: str) -> list[str]:
@@ -154,14 +154,14 @@ class Chain:
         return {**os.environ, **SECRETS, "PYTHONWARNINGS": "ignore"}
 
     def run(self, *arguments: str, timeout_s: float = 400) -> str:
-        """Runs to the end; fails with the output and the job logs when Snakemake fails."""
+        """Run Snakemake to its end and return its output; if it fails, fail with the output and the job logs."""
         done = self.snakemake(*arguments, timeout_s=timeout_s)
         output = done.stdout + done.stderr
         assert done.returncode == 0, output[-6000:] + self.logs()
         return output
 
     def would_run(self) -> dict[str, int]:
-        """Rule -> jobs that a dry run would start, `all` aside."""
+        """Return rule -> number of jobs of a dry run, without `all`."""
         return {rule: count for rule, count in job_counts(self.run("-n")).items() if rule != "all"}
 
     def logs(self) -> str:
@@ -170,7 +170,7 @@ class Chain:
         )
 
     def weights(self, stage: str) -> Path:
-        """A finished stage's weights folder."""
+        """Return the weights folder of a finished stage."""
         return self.folder / self.read(f"stages/{stage}/checkpoint.json")["weights"]
 
     def read(self, name: str) -> Any:
@@ -178,23 +178,23 @@ class Chain:
 
 
 def leaks(folder: Path) -> list[str]:
-    """Every file below `folder` that holds one of SECRETS, as it is or within something in base64, and which."""
-    marks = {name: _forms(value.encode()) for name, value in SECRETS.items()}
+    """Return "<file>: <name>" for each of SECRETS in a file below `folder`, in plain text or as part of base64."""
+    patterns = {name: _forms(value.encode()) for name, value in SECRETS.items()}
     found = []
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             content = path.read_bytes()
-            found += [f"{path}: {name}" for name, forms in marks.items() if any(form in content for form in forms)]
+            found += [f"{path}: {name}" for name, forms in patterns.items() if any(form in content for form in forms)]
     return found
 
 
 def _forms(secret: bytes) -> list[bytes]:
-    """As it is, and the part of its base64 that is its own after 0, 1 or 2 bytes (modulo 3) of something else."""
+    """Return the secret, and the part of its base64 that depends on it alone if 0, 1 or 2 (modulo 3) bytes precede it."""
     return [secret, *(b64encode(b"-" * before + secret)[before + (before > 0) : -4] for before in range(3))]
 
 
 def job_counts(output: str) -> dict[str, int]:
-    """The last `Job stats` table of Snakemake's output; empty when there is nothing to be done."""
+    """Return the last `Job stats` table of Snakemake's output; empty if there is nothing to do."""
     tables = re.findall(r"^job +count\n-+ +-+\n((?:\w+ +\d+\n)+)", output, flags=re.MULTILINE)
     rows = tables[-1].splitlines() if tables else []
     return {rule: int(count) for rule, count in (row.split() for row in rows) if rule != "total"}

@@ -1,4 +1,4 @@
-"""The tiny chain, started on the cluster's login node as a user would."""
+"""A run of the whole pipeline that is started on the test cluster's login node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SITE: dict[str, Any] = yaml.safe_load((HERE / "cluster_site.yaml").read_text())
 
 
 class ClusterChain(Chain):
-    """A chain whose Snakemake runs on the login node; `site` changes the site file."""
+    """A run whose main Snakemake process is on the login node. `site` changes keys of the site file."""
 
     def __init__(self, folder: Path, config: dict[str, Any], cluster: VirtualCluster, **site: Any) -> None:
         super().__init__(folder, config, "slurm")
@@ -33,7 +33,7 @@ class ClusterChain(Chain):
 
 
 def fake_image(folder: Path) -> Path:
-    """What tests/support/apptainer takes for an image: the path of the Python in it."""
+    """Write an image as tests/support/apptainer reads it: the path of the Python in the container."""
     image = folder / "job.sif"
     image.write_text(sys.executable)
     return image

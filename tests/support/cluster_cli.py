@@ -1,4 +1,4 @@
-"""The test cluster for people: up, down, run, on, kill, boot, unplug, plug, install."""
+"""Starts and controls a test cluster: up, down, run, on, kill, boot, unplug, plug, install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.slurm_conf import CONTROLLER, Shape
+from tests.support.slurm_conf import CONTROLLER, ClusterSize
 from tests.support.virtual_cluster import (
     ACCOUNTING_PACKAGES,
     PACKAGES,
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parents[2] / ".cluster"
 
 
 def main() -> None:
-    """One verb a call; a cluster stays up between calls."""
+    """Run one verb. A cluster stays up between calls."""
     options = _parser().parse_args()
     try:
         options.run(options)
@@ -31,13 +31,13 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tests/cluster/cluster.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.support.cluster_cli", description=__doc__)
     verbs = parser.add_subparsers(metavar="verb", required=True)
     up = verbs.add_parser("up", help="start a cluster")
     up.add_argument("--nodes", type=int, default=2)
     up.add_argument("--accounting", action="store_true", help="with slurmdbd and mariadb")
     up.set_defaults(run=_up)
-    verbs.add_parser("down", help="end it").set_defaults(run=lambda _: VirtualCluster(FOLDER).down())
+    verbs.add_parser("down", help="end the cluster").set_defaults(run=lambda _: VirtualCluster(FOLDER).down())
     run = verbs.add_parser("run", help="run a command on the login node: run sinfo")
     run.set_defaults(run=lambda options: _enter(CONTROLLER, options.words))
     on = verbs.add_parser("on", help="run a command on a node: on n1 hostname")
@@ -59,10 +59,10 @@ def _up(options: argparse.Namespace) -> None:
     if missing := missing_programs(options.accounting):
         raise ClusterError(f"not installed: {', '.join(missing)}; try: make test-packages")
     if os.geteuid() != 0:
-        raise ClusterError("a cluster needs root, for its hosts' namespaces")
-    VirtualCluster(FOLDER, Shape(nodes=options.nodes, accounting=options.accounting)).up()
-    print(f"{options.nodes} nodes are up. Work on the login node: python {sys.argv[0]} run bash")
-    print("the site file of this cluster is tests/cluster/site.yaml; end it: make cluster-down")
+        raise ClusterError("a cluster needs root, to create namespaces for its hosts")
+    VirtualCluster(FOLDER, ClusterSize(nodes=options.nodes, accounting=options.accounting)).up()
+    print(f"{options.nodes} nodes are up. Work on the login node: python -m tests.support.cluster_cli run bash")
+    print("its site file is tests/support/cluster_site.yaml; to end it: make cluster-down")
 
 
 def _enter(host: str, words: list[str]) -> None:
@@ -71,7 +71,7 @@ def _enter(host: str, words: list[str]) -> None:
 
 
 def _install() -> None:
-    """Installs what is missing where it may; else says in one line which tests are left out."""
+    """Install missing packages. Without the rights for it, print which tests will be skipped."""
     packages = []
     if missing_programs(accounting=True):
         packages += [*PACKAGES, *ACCOUNTING_PACKAGES]
@@ -81,11 +81,11 @@ def _install() -> None:
         return
     prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("apt-get") or (prefix and not shutil.which("sudo")) or not _apt(prefix, packages):
-        left_out = (
-            "the Slurm cluster's (tests/cluster), the browser's (tests/workflow/test_report.py) and cached folders' "
-            "(tests/survival/test_shared_file_systems.py); those of optimizer states on a disk fail without libaio-dev"
+        skipped = (
+            "the Slurm cluster (tests/cluster, tests/faults), a browser (tests/workflow/test_report.py) and cached folders "
+            "(tests/recovery/test_shared_file_systems.py); tests of optimizer states on a disk fail without libaio-dev"
         )
-        print(f"left out: tests that need {', '.join(packages)}, {left_out}; install them and run again")
+        print(f"not installed: {', '.join(packages)}. Skipped: tests of {skipped}. Install them and run again")
 
 
 def _apt(prefix: list[str], packages: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Snakemake whose executor asks Slurm every second: its own interval grows to minutes, which tests need not wait for."""
+"""Snakemake whose executor asks Slurm every second. Its usual interval grows to minutes."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A cluster for the length of a block, ended whatever happens."""
+"""A test cluster that exists during a `with` block."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slurm_conf import Shape
+from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster, missing_programs
 
 
 @contextmanager
-def running(folder: Path, shape: Shape) -> Iterator[VirtualCluster]:
-    """Skips the test where Slurm or the rights for namespaces are missing; `make test` says so beforehand."""
-    if missing := missing_programs(shape.accounting):
+def running_cluster(folder: Path, size: ClusterSize) -> Iterator[VirtualCluster]:
+    """Start a cluster and end it after the block. Skip the test if Slurm or the right to create namespaces is missing."""
+    if missing := missing_programs(size.accounting):
         pytest.skip(f"not installed: {', '.join(missing)} (make test-packages)")
     if os.geteuid() != 0:
-        pytest.skip("a cluster needs root, for its hosts' namespaces")
-    cluster = VirtualCluster(folder, shape)
+        pytest.skip("a cluster needs root, to create namespaces for its hosts")
+    cluster = VirtualCluster(folder, size)
     cluster.up(dies_with_caller=True)
     try:
         yield cluster

@@ -1,4 +1,4 @@
-"""What the test cluster's Slurm is told: slurm.conf and slurmdbd.conf (slurm.conf(5), slurmdbd.conf(5))."""
+"""The test cluster's slurm.conf and slurmdbd.conf (slurm.conf(5), slurmdbd.conf(5))."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# no cgroups are needed
+# works without cgroups
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
-# more cores than the machine has
+# the nodes have more cores than the machine
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
@@ -28,7 +28,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-# the executor plugin falls back from squeue to sacct when this is short
+# with a short time, the executor plugin uses sacct instead of squeue
 MinJobAge=300
 KillWait=3
 SlurmdTimeout=10
@@ -42,7 +42,7 @@ OverTimeLimit=0
 ReturnToService=2
 GresTypes=gpu
 """
-# Name -> what is its own. A job of a partition below the last one gives way to that one's: it is queued again or cancelled.
+# Name -> settings. A job of "urgent" preempts jobs of the other partitions: they are requeued or cancelled.
 _PARTITIONS = {
     "main": "Default=YES PriorityTier=1 PreemptMode=REQUEUE",
     "graceful": "Default=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=20",
@@ -53,8 +53,8 @@ _PARTITIONS = {
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the nodes look like; memory in MB."""
+class ClusterSize:
+    """Number and size of the nodes; accounting: with slurmdbd."""
 
     nodes: int = 2
     cpus: int = 8
@@ -63,15 +63,16 @@ class Shape:
     accounting: bool = False
 
 
-def slurm_conf(shape: Shape, folder: Path, addresses: Mapping[str, str]) -> str:
-    """addresses: of the controller and of every node, by name; folder: where all state lies."""
-    lines = [*_paths(folder, addresses[CONTROLLER]), _BEHAVIOUR, *_accounting(shape, folder, addresses[CONTROLLER])]
-    gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
-    size = f"CPUs={shape.cpus} RealMemory={shape.memory_mb}{gres}"
-    lines += [f"NodeName={name} NodeAddr={at} {size}" for name, at in addresses.items() if name != CONTROLLER]
-    nodes = f"n[1-{shape.nodes}]"
+def slurm_conf(size: ClusterSize, folder: Path, addresses: Mapping[str, str]) -> str:
+    """Return slurm.conf. addresses: host -> IP address, the controller's included; folder: of all state files."""
+    lines = [*_paths(folder, addresses[CONTROLLER]), _BEHAVIOUR, *_accounting(size, folder, addresses[CONTROLLER])]
+    gres = f" Gres=gpu:{size.gpus}" if size.gpus else ""
+    node = f"CPUs={size.cpus} RealMemory={size.memory_mb}{gres}"
+    lines += [f"NodeName={name} NodeAddr={address} {node}" for name, address in addresses.items() if name != CONTROLLER]
+    nodes = f"n[1-{size.nodes}]"
     lines += [
-        f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE State=UP {own}" for name, own in _PARTITIONS.items()
+        f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE State=UP {settings}"
+        for name, settings in _PARTITIONS.items()
     ]
     return "\n".join(lines) + "\n"
 
@@ -89,8 +90,8 @@ def _paths(folder: Path, controller: str) -> Iterator[str]:
     yield f"SlurmdLogFile={log}/slurmd-%n.log"
 
 
-def _accounting(shape: Shape, folder: Path, controller: str) -> Iterator[str]:
-    if not shape.accounting:
+def _accounting(size: ClusterSize, folder: Path, controller: str) -> Iterator[str]:
+    if not size.accounting:
         yield "AccountingStorageType=accounting_storage/none"
         return
     yield "AccountingStorageType=accounting_storage/slurmdbd"
@@ -100,7 +101,7 @@ def _accounting(shape: Shape, folder: Path, controller: str) -> Iterator[str]:
 
 
 def slurmdbd_conf(folder: Path, addresses: Mapping[str, str]) -> str:
-    """Of the accounting daemon, which runs beside the controller."""
+    """Return slurmdbd.conf of the accounting daemon, which runs on the controller."""
     return f"""\
 AuthType=auth/munge
 AuthInfo=socket={folder}/run/munge/socket

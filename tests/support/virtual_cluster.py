@@ -1,10 +1,11 @@
-"""A real Slurm cluster on one machine: slurmctld and N slurmd, every host in namespaces of its own.
+"""A real Slurm cluster on one machine: slurmctld and several slurmd, each host in its own namespaces.
 
-A host is a process that is PID 1 of its own PID namespace, with its own network (address, link that can be pulled), name
-and mounts; killing it powers the host off. The file system is shared, as at a centre. The link and the bridge live in the
-controller's network namespace, so nothing is left on the machine and two clusters never meet.
+A host is a process that is PID 1 of its own PID namespace. It has its own network (an address and a link that can be
+unplugged), host name and mounts. Killing the process powers the host off. All hosts share the file system, as at a computing
+centre. The bridge and its links are in the controller's network namespace: nothing of them is left on the machine, and two
+clusters cannot reach each other.
 
-Needs root, and Debian's slurm-wlm, munge, iproute2, util-linux; with accounting slurmdbd and mariadb-server too.
+Needs root and Debian's slurm-wlm, munge, iproute2 and util-linux; accounting also needs slurmdbd and mariadb-server.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
-from tests.support.slurm_conf import CONTROLLER, Shape, slurm_conf, slurmdbd_conf
+from tests.support.slurm_conf import CONTROLLER, ClusterSize, slurm_conf, slurmdbd_conf
 
+T = TypeVar("T")
 _NETWORK = "10.77.0"
-# Slurm wants a distinct character device for each GPU; nothing opens them.
+# Slurm wants a distinct character device for each GPU; no process opens them.
 _FAKE_GPUS = (
     "/dev/null",
     "/dev/zero",
@@ -42,27 +45,33 @@ ACCOUNTING_PACKAGES = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
 
 
 def missing_programs(accounting: bool = False) -> list[str]:
-    """Programs that a cluster needs and this machine lacks."""
+    """Return the programs that a cluster needs and this machine does not have."""
     wanted = (*_PROGRAMS, *(ACCOUNTING_PROGRAMS if accounting else ()))
     return [program for program in wanted if not shutil.which(program, path=_SYSTEM_PATH)]
 
 
 class ClusterError(RuntimeError):
-    """The cluster could not do what was asked."""
+    """A command of the test cluster failed."""
 
 
 class VirtualCluster:
-    """A cluster whose state lies in `folder`; another process may open the same folder and go on with it."""
+    """A cluster whose state is in `folder`. Another process may open the same folder and use the cluster."""
 
-    def __init__(self, folder: Path, shape: Shape | None = None) -> None:
-        self.folder, self.shape = folder.absolute(), shape or Shape()
+    def __init__(self, folder: Path, size: ClusterSize | None = None) -> None:
+        self.folder, self.size = folder.absolute(), size or ClusterSize()
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._etc, self._run, self._log = (self.folder / name for name in ("etc", "run", "log"))
 
-    # Life of the cluster
+    # Start and end of the cluster
 
     def up(self, dies_with_caller: bool = False) -> None:
-        """Starts it; all nodes are idle when this returns. ClusterError when it is up, or something does not start."""
+        """Start the cluster and wait until all nodes are idle.
+
+        dies_with_caller: end all hosts when this process dies.
+
+        Raises:
+            ClusterError: it is up already, or a part of it does not start.
+        """
         if self.is_up():
             raise ClusterError(f"a cluster is up in {self.folder}: make cluster-down")
         self._dies_with_caller = dies_with_caller
@@ -77,7 +86,7 @@ class VirtualCluster:
             raise
 
     def down(self) -> None:
-        """Ends every process of it and removes its folder; does nothing when it is down."""
+        """End every process of the cluster and remove its folder. Do nothing if it is down."""
         for name in [*self.node_names_on_disk(), CONTROLLER]:
             self.power_off(name)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -90,15 +99,15 @@ class VirtualCluster:
 
     @property
     def node_names(self) -> list[str]:
-        return [f"n{index}" for index in range(1, self.shape.nodes + 1)]
+        return [f"n{index}" for index in range(1, self.size.nodes + 1)]
 
     def node_names_on_disk(self) -> list[str]:
         return sorted(path.stem for path in self._run.glob("n*.holder"))
 
-    # What people and tests do with it
+    # Commands and faults
 
     def command(self, words: Sequence[str], host: str = CONTROLLER, cwd: Path | None = None) -> list[str]:
-        """The words that run a command on a host; the controller is the login node."""
+        """Return the command that runs `words` on a host. The controller is the login node."""
         holder = self._holder(host)
         if holder is None:
             raise ClusterError(f"host {host} is off")
@@ -108,7 +117,11 @@ class VirtualCluster:
     def run(
         self, *words: str, host: str = CONTROLLER, timeout_s: float = 60, check: bool = True, cwd: Path | None = None
     ) -> str:
-        """Runs a command on a host and returns its standard output; ClusterError shows why it failed."""
+        """Run a command on a host and return its standard output.
+
+        Raises:
+            ClusterError: it failed; the message has its output.
+        """
         done = subprocess.run(
             self.command(words, host, cwd),
             capture_output=True,
@@ -124,12 +137,12 @@ class VirtualCluster:
 
     @staticmethod
     def environment() -> dict[str, str]:
-        """This process' environment, with the daemons' folders on the PATH and no other cluster's settings."""
+        """Return this process' environment with the folders of Slurm's daemons on the PATH, without settings of Slurm."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         return {**kept, "PATH": _SYSTEM_PATH}
 
     def boot(self, name: str) -> None:
-        """Switches a node on."""
+        """Start a node."""
         if self._holder(name):
             raise ClusterError(f"{name} is on")
         (self.folder / "spool" / name).mkdir(parents=True, exist_ok=True)
@@ -138,7 +151,7 @@ class VirtualCluster:
         self._daemon(name, "slurmd", "-N", name, "-b")
 
     def power_off(self, name: str) -> None:
-        """Ends every process of a host at once, like pulling its plug."""
+        """Kill every process of a host at once, like a power failure."""
         if holder := self._holder(name):
             os.kill(holder.pid, signal.SIGKILL)
             psutil.wait_procs([holder], timeout=5)
@@ -147,13 +160,13 @@ class VirtualCluster:
         (self._run / f"{name}.holder").unlink(missing_ok=True)
 
     def restart_slurmctld(self, away_s: float = 3.0) -> None:
-        """Kills the controller's daemon and starts it again after `away_s` seconds; its state is on disk."""
+        """Kill slurmctld and start it again after `away_s` seconds; its state is on disk."""
         self._kill_daemon(CONTROLLER, "slurmctld")
         time.sleep(away_s)
         self._daemon(CONTROLLER, "slurmctld")
 
     def restart_slurmd(self, name: str, away_s: float = 2.0) -> None:
-        """Kills a node's daemon and starts it again; jobs of the node go on meanwhile."""
+        """Kill a node's slurmd and start it again after `away_s` seconds. Jobs on the node keep running."""
         self._kill_daemon(name, "slurmd")
         time.sleep(away_s)
         self._daemon(name, "slurmd", "-N", name)
@@ -168,20 +181,20 @@ class VirtualCluster:
         psutil.wait_procs(daemons, timeout=5)
 
     def unplug(self, name: str) -> None:
-        """Takes a node's link down; its processes go on."""
+        """Take a node's link down. Its processes keep running."""
         self._on_bridge("link", "set", f"v-{name}", "down")
 
     def plug(self, name: str) -> None:
-        """Takes it up again."""
+        """Take a node's link up again."""
         self._on_bridge("link", "set", f"v-{name}", "up")
 
-    # How a host is made
+    # Hosts
 
     def _start_host(self, name: str) -> None:
         mounts = [f"mount --bind {shlex.quote(str(self._etc / 'hosts'))} /etc/hosts"]
-        # jobs lose SLURM_CONF on their way, so the default path must hold this cluster's files
+        # Jobs do not inherit SLURM_CONF, so the default path must hold this cluster's files.
         mounts.append(f"mount --bind {shlex.quote(str(self._etc))} /etc/slurm")
-        # process numbers are a host's own, and so must be the shared memory that is named after them
+        # Shared memory is named after PIDs, which are unique only per host.
         mounts.append("mount -t tmpfs tmpfs /dev/shm")
         script = (
             f"hostname {name} && {' && '.join(mounts)} && ip link set lo up && trap '' INT HUP && exec sleep infinity"
@@ -198,7 +211,7 @@ class VirtualCluster:
         (self._run / f"{name}.holder").write_text(f"{holder.pid} {holder.create_time()}")
 
     def _holder(self, name: str) -> psutil.Process | None:
-        """The host's PID 1; None when it is off, even if its number was given to another process since."""
+        """Return the host's PID 1; None if the host is off, even if another process has that PID since."""
         try:
             pid, created = (self._run / f"{name}.holder").read_text().split()
             process = psutil.Process(int(pid))
@@ -217,7 +230,7 @@ class VirtualCluster:
         self.run("ip", "link", "set", "eth0", "up", host=name)
 
     def _on_bridge(self, *words: str, check: bool = True) -> None:
-        """`ip` in the controller's network, but in this machine's PID namespace, whose numbers `netns` takes."""
+        """Run `ip` in the controller's network namespace and this machine's PID namespace, because `netns` takes its PIDs."""
         holder = self._holder(CONTROLLER)
         if holder is None:
             raise ClusterError("the cluster is down")
@@ -229,7 +242,7 @@ class VirtualCluster:
     def _address(self, name: str) -> str:
         return f"{_NETWORK}.1" if name == CONTROLLER else f"{_NETWORK}.{10 + int(name[1:])}"
 
-    # Slurm's own parts
+    # Daemons
 
     def _start_controller(self) -> None:
         self._start_host(CONTROLLER)
@@ -247,7 +260,7 @@ class VirtualCluster:
         }
         files |= {"pid-file": self._run / "munged.pid", "log-file": self._log / "munged.log"}
         self._daemon(CONTROLLER, "munged", "--force", *(f"--{key}={path}" for key, path in files.items()))
-        if self.shape.accounting:
+        if self.size.accounting:
             self._start_accounting()
         self._daemon(CONTROLLER, "slurmctld")
 
@@ -282,7 +295,7 @@ class VirtualCluster:
         self.run("sacctmgr", "-iQ", "add", "cluster", "lab")
 
     def _daemon(self, host: str, *words: str) -> None:
-        """Starts a program that goes to the background by itself; it never holds our output."""
+        """Start a program that daemonizes itself. Its output goes to a file, so that it does not keep a pipe open."""
         with (self._log / f"{host}.{Path(words[0]).name}.out").open("ab") as log:
             done = subprocess.run(
                 self.command(words, host, cwd=Path("/")),
@@ -304,12 +317,16 @@ class VirtualCluster:
             return False
 
     def all_idle(self) -> bool:
-        """Whether every node is there and does nothing."""
+        """Return whether every node is idle."""
         shown = self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False, timeout_s=10)
-        return shown.strip() == str(self.shape.nodes)
+        return shown.strip() == str(self.size.nodes)
 
-    def _wait(self, seconds: float, what: str, ready):
-        """The first true value of `ready()`; ClusterError with the daemons' last words when it does not come."""
+    def _wait(self, seconds: float, what: str, ready: Callable[[], T]) -> T:
+        """Return the first true value of `ready()`.
+
+        Raises:
+            ClusterError: there is none within `seconds`; the message has the ends of the daemons' logs.
+        """
         deadline = time.monotonic() + seconds
         while not (value := ready()):
             if time.monotonic() > deadline:
@@ -326,25 +343,25 @@ class VirtualCluster:
         for name in ("etc", "run", "run/munge"):
             (self.folder / name).chmod(0o755)
         (self.folder / "munge").chmod(0o700)
-        Path("/etc/slurm").mkdir(exist_ok=True)  # a mount point; nothing is written there
+        Path("/etc/slurm").mkdir(exist_ok=True)  # only a mount point
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         addresses = {name: self._address(name) for name in (CONTROLLER, *self.node_names)}
         hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
         (self._etc / "hosts").write_text("\n".join(hosts) + "\n")
-        (self._etc / "slurm.conf").write_text(slurm_conf(self.shape, self.folder, addresses))
-        gres = ["AutoDetect=off", *(f"Name=gpu File={device}" for device in _FAKE_GPUS[: self.shape.gpus])]
+        (self._etc / "slurm.conf").write_text(slurm_conf(self.size, self.folder, addresses))
+        gres = ["AutoDetect=off", *(f"Name=gpu File={device}" for device in _FAKE_GPUS[: self.size.gpus])]
         (self._etc / "gres.conf").write_text("\n".join(gres) + "\n")
-        if self.shape.accounting:
+        if self.size.accounting:
             (self._etc / "slurmdbd.conf").touch(mode=0o600)
             (self._etc / "slurmdbd.conf").write_text(slurmdbd_conf(self.folder, addresses))
 
 
 def _sleeping_child(pid: int) -> psutil.Process | None:
-    """The child of `unshare`, once its shell has made the mounts and become `sleep`."""
+    """Return the child of `unshare` once its shell has mounted everything and become `sleep`."""
     try:
         children = psutil.Process(pid).children()
         return next((child for child in children if child.name() == "sleep"), None)
     except psutil.NoSuchProcess:
-        raise ClusterError("the host's namespaces could not be made: is this root, with CAP_SYS_ADMIN?") from None
+        raise ClusterError("the host's namespaces could not be created: is this root, with CAP_SYS_ADMIN?") from None

@@ -1,4 +1,4 @@
-"""Python imports this when it starts with this folder on its path: trainers then compute NaN in the batches of NAN_BATCHES."""
+"""Python imports this file at its start if the folder is on its path. Trainers then compute NaN in the batches of NAN_BATCHES."""
 
 import os
 import sys

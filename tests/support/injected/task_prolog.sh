@@ -1,4 +1,4 @@
 #!/bin/sh
-# Slurm gives each task the variables that its --task-prolog prints: Python finds sitecustomize.py and the package tests.
+# Slurm exports the variables that a --task-prolog prints to each task. Python then finds sitecustomize.py and the package tests.
 here=$(dirname "$0")
 echo "export PYTHONPATH=$here:$here/../../..:$here/../../../workflow"

@@ -1,4 +1,4 @@
-"""A stage's job.sbatch, submitted by hand on two nodes, does what the chain did on one machine."""
+"""A stage's job.sbatch, submitted with sbatch on two nodes, gives the results of a run on one machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_virtual_cluster import wait_for
 from tests.support.chain import Chain, write_site
 from tests.support.cluster_chain import SITE
 from tests.support.virtual_cluster import VirtualCluster
+from tests.support.wait import wait_for
 
 
 def losses(weights: Path) -> list[float]:
@@ -23,39 +23,39 @@ def losses(weights: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def rendered(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """The finished run's data and tokenizer in a folder of its own, and its first stage rendered for 2 nodes x 1 rank."""
-    twin = Chain(tmp_path_factory.mktemp("by-hand"), json.loads(json.dumps(finished.config)))
-    shutil.copytree(finished.results, twin.results)
-    shutil.rmtree(twin.results / "stages")
-    write_site(twin.folder, SITE)
-    twin.config["stages"][0].update(nodes=2, gpus_per_node=1)
-    twin.save()
-    command = [sys.executable, "-m", "longhaul", "render", str(twin.folder / "run.yaml")]
-    subprocess.run(command, cwd=twin.folder, check=True, env=twin.environment())
-    return twin
+    """The finished run's data and tokenizer in another folder, with its first stage rendered for 2 nodes of 1 rank."""
+    copy = Chain(tmp_path_factory.mktemp("sbatch"), json.loads(json.dumps(finished.config)))
+    shutil.copytree(finished.results, copy.results)
+    shutil.rmtree(copy.results / "stages")
+    write_site(copy.folder, SITE)
+    copy.config["stages"][0].update(nodes=2, gpus_per_node=1)
+    copy.save()
+    command = [sys.executable, "-m", "longhaul", "job", "render", str(copy.folder / "run.yaml")]
+    subprocess.run(command, cwd=copy.folder, check=True, env=copy.environment())
+    return copy
 
 
-def test_it_gives_the_same_losses_as_the_same_world_size_here(
+def test_losses_equal_those_of_the_same_world_size_on_one_machine(
     rendered: Chain, finished: Chain, cluster: VirtualCluster
 ):
     stage = rendered.results / "stages" / "base"
     cluster.run("sbatch", str(stage / "job.sbatch"), cwd=Path("/"))
     wait_for((stage / "checkpoint.json").exists, 120)
     weights = rendered.weights("base")
-    leg = json.loads((weights / "attempts.jsonl").read_text())
-    assert set(leg["hosts"]) == {"n1", "n2"} and leg["world_size"] == 2
+    attempt = json.loads((weights / "attempts.jsonl").read_text())
+    assert set(attempt["hosts"]) == {"n1", "n2"} and attempt["world_size"] == 2
     assert losses(weights) == pytest.approx(losses(finished.weights("base")), rel=1e-6)
     assert weights.name == finished.weights("base").name
     wait_for(lambda: not cluster.run("squeue", "-h").strip(), 30)
 
 
-def test_an_allocation_of_another_size_is_refused(rendered: Chain, cluster: VirtualCluster, tmp_path: Path):
+def test_allocation_of_another_size_is_refused(rendered: Chain, cluster: VirtualCluster, tmp_path: Path):
     launch, log = rendered.results / "stages" / "base" / "launch.sh", tmp_path / "log"
     cluster.run("sbatch", "--wait", "--nodes=1", f"--output={log}", f"--wrap=bash {launch}", check=False)
     assert "the allocation has 1 nodes; the plan says 2" in log.read_text()
 
 
-def test_the_login_node_is_no_place_to_launch_from(rendered: Chain):
+def test_launch_script_is_refused_outside_an_allocation(rendered: Chain):
     launch = rendered.results / "stages" / "base" / "launch.sh"
     environment = {key: value for key, value in rendered.environment().items() if key != "SLURM_JOB_ID"}
     done = subprocess.run(["bash", str(launch)], capture_output=True, text=True, check=False, env=environment)
