@@ -1,4 +1,4 @@
-"""The fault matrix: what is done to a run, when, and how the run must end."""
+"""The fault matrix: which fault is injected into a run, when, and how the run must end."""
 
 from __future__ import annotations
 
@@ -9,26 +9,39 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults.faulted_run import CONVERT, TOKENIZE, TRAIN, FaultedRun
+from tests.faults.faulted_run import EXPORT, TOKENIZE, TRAIN, FaultedRun
 
-_PHASES = {"tokenizing": TOKENIZE, "converting": CONVERT}
+_PHASES = {"tokenizing": TOKENIZE, "exporting": EXPORT}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """`act` is done when `when` is true; then the same command must finish, once more where it was ended from outside."""
+class FaultCase:
+    """One fault. The run must finish afterwards; if the fault ends the command, the same command is given once more.
+
+    when:          queued | starting | training | saving | tokenizing | exporting
+    inject:        injects the fault when `when` holds
+    ends_command:  the fault ends the main Snakemake process, or a user ends the job
+    fails_with:    cause of the permanent failure
+    last_message:  part of what the first command, which does not retry, prints at its end
+    before_start:  called before the first command
+    before_second: called before the second command
+    logs:          part of the logs
+    min_attempts:  with fewer attempts the fault came too late to test anything
+    cuts_off_node: a node stays unreachable; its processes must end when it is reachable again
+    quick:         part of `make test`
+    """
 
     name: str
-    when: str  # queued | starting | training | saving | tokenizing | converting
-    act: Callable[[FaultedRun], None]
-    ended_from_outside: bool = False
+    when: str
+    inject: Callable[[FaultedRun], None]
+    ends_command: bool = False
     fails_with: str = ""
-    told_last: str = ""  # by the first run, which does not try again
-    before: Callable[[FaultedRun], None] = lambda run: None
-    before_again: Callable[[FaultedRun], None] = lambda run: None
-    says: str = ""  # in the log
-    attempts: int = 2  # at least: else the fault came too late to test anything
-    cuts_off: bool = False  # a node stays unreachable: what runs there ends when it is back
+    last_message: str = ""
+    before_start: Callable[[FaultedRun], None] = lambda run: None
+    before_second: Callable[[FaultedRun], None] = lambda run: None
+    logs: str = ""
+    min_attempts: int = 2
+    cuts_off_node: bool = False
     partition: str = "main"
     nodes: int = 2
     quick: bool = False
@@ -43,14 +56,14 @@ def kill_rank(index: int) -> Callable[[FaultedRun], None]:
 
 
 def stop_rank(index: int) -> Callable[[FaultedRun], None]:
-    """The process hangs: it is there, and does nothing."""
+    """Hang a rank: the process exists and does nothing."""
     return lambda run: run.ranks()[index].suspend()
 
 
 def slow_rank(index: int, seconds: float = 12.0, stopped_s: float = 0.015) -> Callable[[FaultedRun], None]:
-    """The process runs for 5 ms, then stands still for `stopped_s`, and so on."""
+    """Slow a rank down for `seconds`: it runs for 5 ms, then it is stopped for `stopped_s`, and so on."""
 
-    def act(run: FaultedRun) -> None:
+    def inject(run: FaultedRun) -> None:
         process, until = run.ranks()[index], time.monotonic() + seconds
         while time.monotonic() < until and process.is_running():
             process.suspend()
@@ -58,16 +71,16 @@ def slow_rank(index: int, seconds: float = 12.0, stopped_s: float = 0.015) -> Ca
             process.resume()
             time.sleep(0.005)
 
-    return act
+    return inject
 
 
-def kill_launcher(run: FaultedRun) -> None:
+def kill_supervisor(run: FaultedRun) -> None:
     run.processes("longhaul", "supervise")[0].kill()
 
 
 def kill_nested_snakemake(run: FaultedRun) -> None:
-    launcher = run.processes("longhaul", "supervise")[0]
-    nested = [p for p in launcher.parents() if "snakemake" in p.cmdline() and "--mode" in p.cmdline()]
+    supervisor = run.processes("longhaul", "supervise")[0]
+    nested = [p for p in supervisor.parents() if "snakemake" in p.cmdline() and "--mode" in p.cmdline()]
     nested[0].kill()
 
 
@@ -80,13 +93,13 @@ def scancel(run: FaultedRun) -> None:
 
 
 def occupy(run: FaultedRun) -> None:
-    """A job holds all nodes."""
+    """Occupy all nodes with another job."""
     wanted = [f"--nodes={len(run.cluster.node_names)}", "--exclusive", "--output=/dev/null"]
     run.slurm("sbatch", "--job-name=occupant", *wanted, "--wrap=sleep 600")
-    run.until(lambda: not run.queued_jobs())
+    run.wait_until(lambda: not run.queued_jobs())
 
 
-def leave(run: FaultedRun) -> None:
+def release_nodes(run: FaultedRun) -> None:
     run.slurm("scancel", "--name=occupant")
 
 
@@ -99,14 +112,14 @@ def requeue(run: FaultedRun) -> None:
 
 
 def preempt(run: FaultedRun) -> None:
-    """A job of the urgent partition wants all cores of the nodes that the run has, for a few seconds."""
+    """Submit a job of a few seconds to the urgent partition that needs all cores of the run's nodes."""
     nodes = run.state()["nodes"]
     wanted = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--output=/dev/null"]
     run.slurm("sbatch", "--partition=urgent", *wanted, "--wrap=sleep 3")
 
 
-def shorten(run: FaultedRun, job_id: str | None = None) -> None:
-    """The allocation of the stage's job, or of another one, will end in a few seconds."""
+def shorten_allocation(run: FaultedRun, job_id: str | None = None) -> None:
+    """End the allocation of the stage's job, or of another job, in five seconds."""
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 5))
     run.slurm("scontrol", "update", f"JobId={job_id or run.job_id}", f"EndTime={end}")
 
@@ -116,13 +129,13 @@ def power_off(index: int) -> Callable[[FaultedRun], None]:
 
 
 def unplug_for(index: int, seconds: float) -> Callable[[FaultedRun], None]:
-    def act(run: FaultedRun) -> None:
+    def inject(run: FaultedRun) -> None:
         node = run.state()["nodes"][index]
         run.cluster.unplug(node)
         time.sleep(seconds)
         run.cluster.plug(node)
 
-    return act
+    return inject
 
 
 def unplug(index: int) -> Callable[[FaultedRun], None]:
@@ -138,7 +151,7 @@ def restart_slurmd(run: FaultedRun) -> None:
 
 
 def fill_disk(run: FaultedRun) -> None:
-    """Takes what is free on the small file system that holds the weights, but for a few blocks."""
+    """Fill the small file system that holds the weights, apart from a few blocks."""
     root = run.folder / "small"
     free = shutil.disk_usage(root).free
     with (root / "ballast").open("wb") as ballast:
@@ -149,8 +162,8 @@ def free_disk(run: FaultedRun) -> None:
     (run.folder / "small" / "ballast").unlink()
 
 
-def damage_newest(run: FaultedRun) -> None:
-    """One byte of the newest checkpoint's largest file is another one than was written."""
+def damage_newest_checkpoint(run: FaultedRun) -> None:
+    """Change one byte in the largest file of the newest checkpoint."""
     newest = max(run.in_weights("checkpoints/step-????????"))
     largest = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as stream:
@@ -160,75 +173,85 @@ def damage_newest(run: FaultedRun) -> None:
         stream.write(bytes([byte[0] ^ 1]))
 
 
-_BY_HAND = {"ended_from_outside": True}
-_CANCELLED = {**_BY_HAND, "told_last": "cancelled by scancel"}
+_ENDED = {"ends_command": True}
+_CANCELLED = {**_ENDED, "last_message": "cancelled by scancel"}
 
-CELLS = [
-    Cell("kill -9 of a rank", "starting", kill_rank(1), attempts=1),
-    Cell("kill -9 of a rank", "training", kill_rank(1), quick=True),
-    Cell("kill -9 of rank 0", "training", kill_rank(0)),
-    Cell("kill -9 of a rank", "saving", kill_rank(1), quick=True),
-    Cell("kill -9 of rank 0", "saving", kill_rank(0)),
-    Cell("kill -9 of the process", "tokenizing", kill_rank(0)),
-    Cell("kill -9 of the process", "converting", kill_rank(0)),
-    Cell("kill -9 of the launcher", "training", kill_launcher, quick=True),
-    Cell("kill -9 of the launcher", "saving", kill_launcher),
-    Cell("kill -9 of the launcher", "tokenizing", kill_launcher),
-    Cell("kill -9 of the launcher", "converting", kill_launcher),
-    Cell("kill -9 of the nested snakemake", "training", kill_nested_snakemake),
-    Cell("kill -9 of the nested snakemake", "saving", kill_nested_snakemake),
-    Cell("kill -9 of the main snakemake", "training", end_main(signal.SIGKILL), **_BY_HAND, attempts=1, quick=True),
-    Cell("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
-    Cell("kill -9 of the main snakemake", "tokenizing", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
-    Cell("kill -9 of the main snakemake", "converting", end_main(signal.SIGKILL), **_BY_HAND, attempts=1),
-    Cell("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), **_BY_HAND),
-    Cell("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), **_BY_HAND, attempts=1),
-    Cell("scancel", "queued", scancel_queued, **_CANCELLED, before=occupy, before_again=leave, attempts=1),
-    Cell("scancel", "training", scancel, **_CANCELLED, quick=True),
-    Cell("scancel", "saving", scancel, **_CANCELLED),
-    Cell("scontrol requeue", "training", requeue, quick=True),
-    Cell("scontrol requeue", "saving", requeue),
-    Cell("scontrol requeue", "tokenizing", requeue),
-    Cell("preemption", "training", preempt, quick=True),
-    Cell("preemption", "saving", preempt),
-    Cell("preemption of one process", "training", preempt, nodes=1),
-    Cell("preemption with grace", "training", preempt, partition="graceful"),
-    Cell("preemption that cancels", "training", preempt, partition="killable"),
-    Cell("preemption that cancels, with grace", "training", preempt, partition="killable-graceful"),
-    Cell("time limit", "training", shorten, quick=True),
-    Cell("time limit", "saving", shorten),
-    Cell("time limit of one process", "training", shorten, nodes=1),
-    Cell("power-off of a node", "training", power_off(1), quick=True),
-    Cell("power-off of the first node", "training", power_off(0)),
-    Cell("power-off of a node", "saving", power_off(1)),
-    Cell("power-off of the node", "tokenizing", power_off(0)),
-    Cell("power-off of the node", "converting", power_off(0)),
-    Cell("link unplugged for 10 s", "training", unplug_for(1, 10)),
-    Cell("link unplugged for 10 s", "saving", unplug_for(1, 10)),
-    Cell("link unplugged for good", "training", unplug(1), cuts_off=True),
-    Cell("link of the first node unplugged for good", "training", unplug(0), cuts_off=True),
-    Cell("slurmctld restarted", "training", restart_slurmctld, attempts=1, quick=True),
-    Cell("slurmctld restarted", "saving", restart_slurmctld, attempts=1),
-    Cell("slurmd restarted", "training", restart_slurmd, attempts=1),
-    Cell("slurmd restarted", "saving", restart_slurmd, attempts=1),
-    Cell("a hung rank", "training", stop_rank(1), quick=True),
-    Cell("a hung rank 0", "training", stop_rank(0)),
-    Cell("a slow rank", "training", slow_rank(1), says="straggler at step", attempts=1),
-    Cell(
+CASES = [
+    FaultCase("kill -9 of a rank", "starting", kill_rank(1), min_attempts=1),
+    FaultCase("kill -9 of a rank", "training", kill_rank(1), quick=True),
+    FaultCase("kill -9 of rank 0", "training", kill_rank(0)),
+    FaultCase("kill -9 of a rank", "saving", kill_rank(1), quick=True),
+    FaultCase("kill -9 of rank 0", "saving", kill_rank(0)),
+    FaultCase("kill -9 of the process", "tokenizing", kill_rank(0)),
+    FaultCase("kill -9 of the process", "exporting", kill_rank(0)),
+    FaultCase("kill -9 of the supervisor", "training", kill_supervisor, quick=True),
+    FaultCase("kill -9 of the supervisor", "saving", kill_supervisor),
+    FaultCase("kill -9 of the supervisor", "tokenizing", kill_supervisor),
+    FaultCase("kill -9 of the supervisor", "exporting", kill_supervisor),
+    FaultCase("kill -9 of the nested snakemake", "training", kill_nested_snakemake),
+    FaultCase("kill -9 of the nested snakemake", "saving", kill_nested_snakemake),
+    FaultCase(
+        "kill -9 of the main snakemake", "training", end_main(signal.SIGKILL), **_ENDED, min_attempts=1, quick=True
+    ),
+    FaultCase("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
+    FaultCase("kill -9 of the main snakemake", "tokenizing", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
+    FaultCase("kill -9 of the main snakemake", "exporting", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
+    FaultCase("SIGINT of the main snakemake", "training", end_main(signal.SIGINT), **_ENDED),
+    FaultCase("SIGTERM of the main snakemake", "training", end_main(signal.SIGTERM), **_ENDED, min_attempts=1),
+    FaultCase(
+        "scancel",
+        "queued",
+        scancel_queued,
+        **_CANCELLED,
+        before_start=occupy,
+        before_second=release_nodes,
+        min_attempts=1,
+    ),
+    FaultCase("scancel", "training", scancel, **_CANCELLED, quick=True),
+    FaultCase("scancel", "saving", scancel, **_CANCELLED),
+    FaultCase("scontrol requeue", "training", requeue, quick=True),
+    FaultCase("scontrol requeue", "saving", requeue),
+    FaultCase("scontrol requeue", "tokenizing", requeue),
+    FaultCase("preemption", "training", preempt, quick=True),
+    FaultCase("preemption", "saving", preempt),
+    FaultCase("preemption of one process", "training", preempt, nodes=1),
+    FaultCase("preemption with grace", "training", preempt, partition="graceful"),
+    FaultCase("preemption that cancels", "training", preempt, partition="killable"),
+    FaultCase("preemption that cancels, with grace", "training", preempt, partition="killable-graceful"),
+    FaultCase("time limit", "training", shorten_allocation, quick=True),
+    FaultCase("time limit", "saving", shorten_allocation),
+    FaultCase("time limit of one process", "training", shorten_allocation, nodes=1),
+    FaultCase("power-off of a node", "training", power_off(1), quick=True),
+    FaultCase("power-off of the first node", "training", power_off(0)),
+    FaultCase("power-off of a node", "saving", power_off(1)),
+    FaultCase("power-off of the node", "tokenizing", power_off(0)),
+    FaultCase("power-off of the node", "exporting", power_off(0)),
+    FaultCase("link unplugged for 10 s", "training", unplug_for(1, 10)),
+    FaultCase("link unplugged for 10 s", "saving", unplug_for(1, 10)),
+    FaultCase("link unplugged for good", "training", unplug(1), cuts_off_node=True),
+    FaultCase("link of the first node unplugged for good", "training", unplug(0), cuts_off_node=True),
+    FaultCase("slurmctld restarted", "training", restart_slurmctld, min_attempts=1, quick=True),
+    FaultCase("slurmctld restarted", "saving", restart_slurmctld, min_attempts=1),
+    FaultCase("slurmd restarted", "training", restart_slurmd, min_attempts=1),
+    FaultCase("slurmd restarted", "saving", restart_slurmd, min_attempts=1),
+    FaultCase("a hung rank", "training", stop_rank(1), quick=True),
+    FaultCase("a hung rank 0", "training", stop_rank(0)),
+    FaultCase("a slow rank", "training", slow_rank(1), logs="straggler at step", min_attempts=1),
+    FaultCase(
         "disk full",
         "training",
         fill_disk,
         fails_with="disk full",
-        told_last="disk full",
-        before_again=free_disk,
+        last_message="disk full",
+        before_second=free_disk,
         quick=True,
     ),
-    Cell(
+    FaultCase(
         "newest checkpoint damaged",
         "training",
         scancel,
         **_CANCELLED,
-        before_again=damage_newest,
-        says="it is passed over",
+        before_second=damage_newest_checkpoint,
+        logs="it is not used",
     ),
 ]

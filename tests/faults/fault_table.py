@@ -1,4 +1,4 @@
-"""bench/results/faults.txt: a row for every cell of the fault matrix that passed, with the commit it passed at."""
+"""bench/results/faults.txt: a row for each fault case that passed, with the commit at which it passed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 
-from bench.machine import RESULTS, header, publish
+from bench.machine import RESULTS, describe_machine, write_result
 from longhaul.report.goodput import Goodput
 from tests.support.chain import REPOSITORY
 
@@ -16,8 +16,12 @@ _TITLES = ("fault", "while", "lost s", "attempts", "restart s", "goodput", "comm
 
 
 @dataclass(frozen=True)
-class Row:
-    """lost_s: beside the undisturbed run. restart_s: from the last start of the job to its first step."""
+class TableRow:
+    """A row of the table.
+
+    lost_s:    time of the run minus that of the undisturbed run
+    restart_s: from the last start of the job to its first step
+    """
 
     fault: str
     when: str
@@ -35,38 +39,38 @@ class Row:
         return _text(astuple(self))
 
 
-def row(
+def passed_row(
     fault: str, when: str, lost_s: float, attempts: int, restart_s: float | None = None, goodput: Goodput | None = None
-) -> Row:
-    """A cell that passed at the commit that is checked out."""
+) -> TableRow:
+    """Return the row of a case that passed at the commit that is checked out."""
     restart = "-" if restart_s is None else f"{restart_s:.1f}"
     share = "-" if goodput is None else f"{goodput.goodput:.0%}"
-    return Row(fault, when, f"{lost_s:.1f}", str(attempts), restart, share, _commit())
+    return TableRow(fault, when, f"{lost_s:.1f}", str(attempts), restart, share, _commit())
 
 
-def keep(rows: Sequence[Row], cells: Sequence[tuple[str, str]]) -> None:
-    """Writes the table anew, in the order of `cells`, with these rows in place of their older ones."""
+def write_table(rows: Sequence[TableRow], cases: Sequence[tuple[str, str]]) -> None:
+    """Write the table in the order of `cases`. `rows` replace older rows of the same cases."""
     found = {old.key: old for old in _read()} | {new.key: new for new in rows}
-    ordered = [found[key] for key in cells if key in found]
-    missing = [" ".join(key) for key in cells if key not in found]
-    said = [f"{len(ordered)} cells: the same bits as the undisturbed run, every step once, no job or process left"]
-    said += [f"not seen to pass: {', '.join(missing)}"] if missing else []
-    head = ["command: make faults", *header(("torch", "deepspeed", "snakemake"))[1:]]
-    publish("faults", [*head, *said, "", _text(_TITLES), *(row.text() for row in ordered)])
+    ordered = [found[key] for key in cases if key in found]
+    missing = [" ".join(key) for key in cases if key not in found]
+    summary = [f"{len(ordered)} cases: the same bits as the undisturbed run, every step once, no job or process left"]
+    summary += [f"not passed yet: {', '.join(missing)}"] if missing else []
+    head = ["command: make faults", *describe_machine(("torch", "deepspeed", "snakemake"))[1:]]
+    write_result("faults", [*head, *summary, "", _text(_TITLES), *(row.text() for row in ordered)])
 
 
-def _read() -> list[Row]:
+def _read() -> list[TableRow]:
     path = RESULTS / "faults.txt"
     lines = path.read_text().splitlines() if path.exists() else []
     table = lines[lines.index("") + 2 :] if "" in lines else []
     edges = [sum(_WIDTHS[:index]) + index for index in range(len(_WIDTHS) + 1)]
-    return [Row(*(line[a:b].strip() for a, b in pairwise(edges))) for line in table]
+    return [TableRow(*(line[a:b].strip() for a, b in pairwise(edges))) for line in table]
 
 
-def _text(cells: Sequence[str]) -> str:
+def _text(fields: Sequence[str]) -> str:
     first, second, *numbers = (
-        f"{cell:<{width}}" if index < 2 else f"{cell:>{width}}"
-        for index, (cell, width) in enumerate(zip(cells, _WIDTHS, strict=True))
+        f"{text:<{width}}" if index < 2 else f"{text:>{width}}"
+        for index, (text, width) in enumerate(zip(fields, _WIDTHS, strict=True))
     )
     return " ".join((first, second, *numbers))
 

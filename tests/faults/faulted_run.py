@@ -1,4 +1,4 @@
-"""A run on the test cluster that something happens to: how it is started, what it is doing, and what is left of it."""
+"""A run on the test cluster into which a fault is injected: its start, its progress and its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from longhaul.artifacts.event_log import read_events
-from longhaul.report.goodput import Goodput, read_goodput, start_ups
+from longhaul.report.goodput import Goodput, read_goodput, start_up_times
 from tests.support.chain import REPOSITORY
 from tests.support.cluster_chain import ClusterChain
 from tests.support.virtual_cluster import VirtualCluster
@@ -23,25 +23,25 @@ from tests.support.virtual_cluster import VirtualCluster
 STEPS, SAVE_EVERY = 400, 25
 RECOVERY = {"heartbeat_timeout_s": 6.0, "stop_margin_s": 3.0, "collective_timeout_s": 60.0, "max_restarts": 3}
 DOCUMENTS = 60_000
-"""Of the larger corpus, which takes some seconds to tokenize, in several units."""
+"""Documents of the larger corpus: it takes some seconds to tokenize, in several chunks."""
 NAN_BATCHES = (90, 91, 130)
 
-TRAIN, TOKENIZE, CONVERT = "stages/base", "jobs/tokenize-prose", "jobs/convert-base"
+TRAIN, TOKENIZE, EXPORT = "stages/base", "jobs/tokenize-prose", "jobs/export-base"
 _TARGETS = {
     TRAIN: "results/tiny/stages/base/checkpoint.json",
     TOKENIZE: "results/tiny/data/prose.json",
-    CONVERT: "results/tiny/export/base.json",
+    EXPORT: "results/tiny/export/base.json",
 }
-# What a run starts from: everything that its phase does not make.
-_MADE_ANEW = {
+# Results that a run of a phase does not start with, because the phase writes them.
+_NOT_COPIED = {
     TRAIN: ("stages", "export", "logs", "jobs"),
     TOKENIZE: ("stages", "export", "logs", "jobs", "data"),
-    CONVERT: ("export", "logs", "jobs"),
+    EXPORT: ("export", "logs", "jobs"),
 }
 
 
 def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS, **stage: Any) -> dict[str, Any]:
-    """The tiny run's first stage, longer, over nodes with a rank each."""
+    """Return the config of the tiny run's first stage with more steps, on nodes of one rank."""
     config = json.loads(json.dumps(finished))
     base = config["stages"][0]
     base |= {"nodes": nodes, "gpus_per_node": 1, "steps": steps, "recovery": RECOVERY, "minutes": 5}
@@ -53,17 +53,17 @@ def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS,
 
 
 def faulted_site(partition: str = "main", poisoned: bool = False) -> dict[str, Any]:
-    """Three nodes; a poisoned one has every trainer compute NaN in some batches, by a sitecustomize of the tests."""
+    """Return a site of three nodes. poisoned: trainers compute NaN in some batches, through tests/support/injected."""
     gpu, cpu = ({"name": name, "max_minutes": 600} for name in (partition, "main"))
     site: dict[str, Any] = {"max_nodes": 3, "deadline_poll_interval_s": 1.0, "partitions": {"gpu": gpu, "cpu": cpu}}
     if poisoned:
-        site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/cluster/poisoned/task_prolog.sh'}"]
+        site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/support/injected/task_prolog.sh'}"]
         site["environment"] = {"NAN_BATCHES": ",".join(map(str, NAN_BATCHES))}
     return site
 
 
 class FaultedRun(ClusterChain):
-    """A run in a folder of its own that makes one thing: a stage, a dataset or an export; the rest is there already."""
+    """A run in its own folder that makes one phase: a stage, a dataset or an export. It starts with the other results."""
 
     def __init__(
         self,
@@ -75,19 +75,20 @@ class FaultedRun(ClusterChain):
         site: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(folder, config, cluster, **(site or faulted_site()))
-        shutil.copytree(given, self.results, ignore=shutil.ignore_patterns(*_MADE_ANEW[phase]))
+        shutil.copytree(given, self.results, ignore=shutil.ignore_patterns(*_NOT_COPIED[phase]))
         for data in folder.glob("*.jsonl"):
-            os.utime(data, (1e9, 1e9))  # older than what was made of them
+            os.utime(data, (1e9, 1e9))  # older than the results made from them
         self.phase, self.target = phase, _TARGETS[phase]
         self.main: subprocess.Popen[str] | None = None
+        self.seconds = 0.0  # from the start of the command to its end, where a test measures it
         (folder / "main.log").touch()
 
-    # Its life
+    # Start and end
 
     def start(self) -> None:
         log = (self.folder / "main.log").open("a")
         self.main = subprocess.Popen(
-            # a shell that runs tests in the background has SIGINT ignored
+            # a shell that runs the tests in the background ignores SIGINT
             ["env", "--default-signal=INT", *self.command(self.target)],
             cwd=self.folder,
             stdout=log,
@@ -97,44 +98,44 @@ class FaultedRun(ClusterChain):
         )
 
     def start_controller(self) -> None:
-        """The main Snakemake as a job of the cluster; polling is pinned to a second there, too."""
+        """Submit the main Snakemake process as a job. It asks Slurm every second, too."""
         self.run_render()
         script = self.results / "controller.sbatch"
-        fast = f"{sys.executable} {REPOSITORY / 'tests/cluster/fast_snakemake.py'} {self.target}"
-        script.write_text(script.read_text().replace(f"{sys.executable} -m snakemake", fast))
+        fast_command = f"{sys.executable} {REPOSITORY / 'tests/support/fast_snakemake.py'} {self.target}"
+        script.write_text(script.read_text().replace(f"{sys.executable} -m snakemake", fast_command))
         self.cluster.run("sbatch", str(script))
 
     def run_render(self) -> None:
-        words = [sys.executable, "-m", "longhaul", "render", str(self.folder / "run.yaml")]
+        words = [sys.executable, "-m", "longhaul", "job", "render", str(self.folder / "run.yaml")]
         subprocess.run(words, cwd=self.folder, check=True, env=self.environment(), capture_output=True)
 
     def finish(self, timeout_s: float = 300) -> int:
-        """Waits for the main Snakemake."""
+        """Wait for the main Snakemake process and return its exit code."""
         assert self.main is not None
         return self.main.wait(timeout=timeout_s)
 
     def snakemake_process(self) -> psutil.Process:
-        """The main Snakemake itself, below nsenter."""
+        """Return the main Snakemake process itself, which is a child of nsenter."""
         assert self.main is not None
         found = [psutil.Process(self.main.pid), *psutil.Process(self.main.pid).children(recursive=True)]
         return next(
             p for p in found if "fast_snakemake.py" in " ".join(p.cmdline()) and "nsenter" not in p.cmdline()[0]
         )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.folder / "main.log").read_text() + self.logs()
 
-    def tried_again(self) -> bool:
+    def was_retried(self) -> bool:
         return "Trying to restart" in (self.folder / "main.log").read_text()
 
-    def last_words(self) -> str:
-        """What the main Snakemake said of the stage when it ended."""
+    def failure_message(self) -> str:
+        """Return what the main Snakemake process printed about the stage's failure at its end."""
         return (self.folder / "main.log").read_text().partition("train-base failed (")[2]
 
-    # What it is doing
+    # Progress
 
     def in_weights(self, pattern: str) -> list[Path]:
-        """Paths in the stage's weights folder, below the run or in a storage of its own."""
+        """Return paths in the stage's weights folder, below the run or in its separate storage."""
         roots = (self.results / "stages/base/weights", self.folder / "small/tiny/base")
         return [path for root in roots for path in root.glob(f"*/{pattern}")]
 
@@ -145,21 +146,21 @@ class FaultedRun(ClusterChain):
     def is_saving(self) -> bool:
         return bool(self.in_weights("checkpoints/step-*.partial"))
 
-    def has_tokenized_a_unit(self) -> bool:
+    def has_encoded_a_chunk(self) -> bool:
         return any(self.results.glob("data/prose/*/record.json"))
 
     def is_exporting(self) -> bool:
         return any(self.results.glob("export/.base.partial/*"))
 
-    def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.main is None or self.main.poll() is None, "snakemake ended early:\n" + self.said()[-4000:]
-            assert time.monotonic() < deadline, "it did not happen in time:\n" + self.said()[-6000:]
+            assert self.main is None or self.main.poll() is None, "snakemake ended early:\n" + self.output()[-4000:]
+            assert time.monotonic() < deadline, "the condition did not hold in time:\n" + self.output()[-6000:]
             time.sleep(0.01)
 
     def queued_jobs(self) -> list[str]:
-        """Ids of what waits for nodes."""
+        """Return the ids of jobs that wait for nodes."""
         return self.slurm("squeue", "-h", "-t", "PENDING", "-o", "%i").split()
 
     def state(self) -> dict[str, Any]:
@@ -170,39 +171,39 @@ class FaultedRun(ClusterChain):
         return self.state()["job_id"]
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """DistributedContext of this run, on whatever host, whose command line has all the words."""
-        mine = str(self.folder)
+        """Return the processes of this run, on any host, whose command line has all the words."""
+        own_folder = str(self.folder)
         found = []
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            is_it = mine in " ".join(line) and all(word in line for word in words)
-            if is_it and line[0] not in ("srun", "bash", "sh", "nsenter"):
+            is_match = own_folder in " ".join(line) and all(word in line for word in words)
+            if is_match and line[0] not in ("srun", "bash", "sh", "nsenter"):
                 found.append(process)
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that do the phase's work, by their rank."""
-        verb = {TRAIN: "train", TOKENIZE: "tokenize", CONVERT: "convert"}[self.phase]
+        """Return the processes of the phase's job, ordered by rank."""
+        verb = {TRAIN: "train", TOKENIZE: "tokenize", EXPORT: "export"}[self.phase]
         found = self.processes("longhaul", verb)
         return sorted(found, key=lambda process: int(process.environ()["SLURM_PROCID"]))
 
     def slurm(self, *words: str) -> str:
         return self.cluster.run(*words)
 
-    # What must hold afterwards
+    # Results
 
     def product(self) -> Any:
-        """What the phase made, by content."""
+        """Return what the phase wrote, by content."""
         if self.phase == TOKENIZE:
             return {key: value for key, value in self.read("data/prose.json").items() if key != "sources"}
-        if self.phase == CONVERT:
+        if self.phase == EXPORT:
             return self.read("export/base.json")["files"]
-        return self.masters()
+        return self.master_weights()
 
-    def masters(self) -> dict[str, str]:
+    def master_weights(self) -> dict[str, str]:
         checkpoint = self.read("stages/base/checkpoint.json")
         last = Path(checkpoint["weights"]) / checkpoint["checkpoints"]["last"]["path"]
-        tensors = json.loads((self.folder / last / "proof" / "tensors.json").read_text())
+        tensors = json.loads((self.folder / last / "reference" / "tensors.json").read_text())
         return {name: entry["sha256_fp32"] for name, entry in tensors.items()}
 
     def trained_steps(self) -> list[int]:
@@ -210,7 +211,7 @@ class FaultedRun(ClusterChain):
         return [row["step"] for row in rows if "loss" in row]
 
     def attempts(self) -> int:
-        """How often the work was begun."""
+        """Return how often the job's steps were started."""
         history = read_events(self.results / self.phase / "history.jsonl")
         return sum(event["event"] in ("running", "restarted") for event in history)
 
@@ -220,13 +221,13 @@ class FaultedRun(ClusterChain):
         return found
 
     def last_start_up_s(self) -> float:
-        """From the start of the last job, or its restart in place, to its first step."""
+        """Return the time from the last start of the job, or its restart in place, to its first step."""
         history = read_events(self.results / "stages/base/history.jsonl")
-        return list(start_ups(history, read_events(self.weights("base") / "events.jsonl")))[-1]
+        return list(start_up_times(history, read_events(self.weights("base") / "events.jsonl")))[-1]
 
 
 def write_larger_corpus(run: FaultedRun) -> None:
-    """The words of the small one, many times over; older than the tokenizer, which is not made anew."""
+    """Write a large corpus of the same words. It is older than the tokenizer, which is therefore not built again."""
     words = "the long haul takes raw text to a model and proves every step of the way home again".split()  # noqa: SIM905
     with (run.folder / "prose.jsonl").open("w") as stream:
         for i in range(1, DOCUMENTS):
