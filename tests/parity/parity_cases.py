@@ -1,8 +1,9 @@
-"""The parity table: every twin model under every layout that is proved, by name. The plan allows these kinds and no others.
+"""The cases of the parity table: small models, the layouts under which they train, and the bounds for each layout.
 
-A cell trains 10 steps in fp32 from one seed on one order of samples, through the trainer that users run, and is compared
-with the plain PyTorch loop of reference.py: losses and gradient norms agree to 1e-5 relative. Then its last checkpoint is
-exported, proved, and its logits compared with those of the reference's weights.
+The plan allows the kinds of layouts that are listed here, and refuses all others. A case is (model, layout). It trains 10 steps
+in fp32 with the trainer that users run. Seed and order of samples are those of the plain PyTorch loop in reference_loop.py;
+losses and gradient norms must agree to 1e-5 relative. Then the last checkpoint is exported and verified, and the logits of the
+export are compared with those of the reference loop's model.
 """
 
 from __future__ import annotations
@@ -57,14 +58,17 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
-TWINS = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
-"""Those that train under every layout; the others have their parts, and train where a part is split."""
+ALL_LAYOUT_MODELS = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
+"""The models that train under every layout. The other models consist of the same modules; they train under a few layouts."""
 GLOBAL_BATCH = 8
+
+Case = tuple[str, str]
+"""(model, layout): keys of MODELS and LAYOUTS."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Largest relative differences from the fp32 reference over all steps; logits are those after the last step."""
+    """Upper bounds of the relative differences from the fp32 reference: losses and norms of all steps, logits after the last."""
 
     loss: float
     norm: float
@@ -72,105 +76,118 @@ class Bounds:
 
 
 FP32 = Bounds(loss=1e-5, norm=1e-5, logits=1e-4)
-"""Sums over ranks round in another order. Adam divides by the root of the second moment, so that the rounding of a gradient
-near zero moves a weight, and logits drift further apart than losses. (The proof of the export is stricter: it compares the
-exported model with the trainer's own logits.)"""
+"""Sums over ranks are rounded in another order. Adam divides by the root of the second moment, so the rounding of a gradient
+near zero changes a weight. Therefore logits differ more than losses. (The verification of the export is stricter: it compares
+the exported model with the trainer's own logits.)"""
 BF16 = Bounds(loss=2e-2, norm=2e-1, logits=float("inf"))
-"""8 significant bits, against fp32: a token of a mixture may go to another expert, which no small bound on a logit survives.
-The export's proof has its own bound; the arithmetic of the layout is what the fp32 cells prove."""
+"""bf16 has 8 significant bits. The router may choose another expert for a token, so logits have no useful bound. The verification
+of the export has its own bound. The fp32 cases check the arithmetic of the layout."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stage is spread: `ranks` processes, and the stage's keys that say so."""
+    """A parallel layout: the number of ranks, the config keys of the stage, and the models that train under it."""
 
     ranks: int
     stage: dict[str, Any] = field(default_factory=dict)
-    twins: tuple[str, ...] = TWINS
+    models: tuple[str, ...] = ALL_LAYOUT_MODELS
     bounds: Bounds = FP32
 
 
-def _layout(ranks: int, zero: int, micro: int = 1, twins: tuple[str, ...] = TWINS, **axes: Any) -> Layout:
-    more = axes.pop("more", {})
-    zero_keys = {"stage": zero, **axes.pop("zero_more", {})}
-    stage = {"zero": zero_keys, "micro_batch_size": micro, "parallel": axes, **more}
-    halved = more.get("precision") == "bf16" or "communication" in more
-    return Layout(ranks, stage, twins, BF16 if halved else FP32)
+def _layout(
+    ranks: int,
+    zero_stage: int,
+    micro_batch: int = 1,
+    models: tuple[str, ...] = ALL_LAYOUT_MODELS,
+    zero_keys: dict[str, Any] | None = None,
+    stage_keys: dict[str, Any] | None = None,
+    **axes: int,
+) -> Layout:
+    stage = {
+        "zero": {"stage": zero_stage, **(zero_keys or {})},
+        "micro_batch_size": micro_batch,
+        "parallel": axes,
+        **(stage_keys or {}),
+    }
+    is_16_bit = stage.get("precision") == "bf16" or "communication" in stage
+    return Layout(ranks, stage, models, BF16 if is_16_bit else FP32)
 
 
-def _sent_in(data_type: str) -> dict[str, Any]:
+def _reduced_in(data_type: str) -> dict[str, Any]:
     return {"communication": {"data_type": data_type}}
 
 
-HALF = {"precision": "bf16"}
-OFFLOADED = {"offload_optimizer": "cpu"}
-SWAPPED = {"offload_optimizer": "nvme"}
-ALL_OFFLOADED = {"offload_optimizer": "cpu", "offload_param": "cpu"}
-MIXTURES = ("qwen3_moe", "deepseek_v3")
+BF16_PRECISION = {"precision": "bf16"}
+CPU_OPTIMIZER = {"offload_optimizer": "cpu"}
+NVME_OPTIMIZER = {"offload_optimizer": "nvme"}
+CPU_ALL = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+MOE_MODELS = ("qwen3_moe", "deepseek_v3")
 LAYOUTS: dict[str, Layout] = {
-    "one": _layout(1, 0, 8),
-    "one, micro batch 1": _layout(1, 1),
+    "one rank": _layout(1, 0, 8),
+    "one rank, micro batch 1": _layout(1, 1),
     "data 2, ZeRO 0": _layout(2, 0, 2),
     "data 2, ZeRO 1": _layout(2, 1, 4),
     "data 4, ZeRO 2": _layout(4, 2),
     "data 2, ZeRO 3": _layout(2, 3),
     "data 4, ZeRO 3": _layout(4, 3, 2),
-    "data 4, ZeRO 3, recompute": _layout(4, 3, more={"activation_checkpointing": "full"}),
-    "data 4, ZeRO 3, hierarchical 2": _layout(4, 3, zero_more={"zero_hpz_partition_size": 2}),
-    "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_more=OFFLOADED),
-    "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_more=ALL_OFFLOADED),
-    "data 2, ZeRO 3, optimizer on a disk": _layout(2, 3, 2, zero_more=SWAPPED),
-    "data 2, ZeRO 0, gradients sent in bf16": _layout(2, 0, 2, more=_sent_in("bf16")),
-    "data 2, ZeRO 1, gradients sent in fp16": _layout(2, 1, 2, more=_sent_in("fp16")),
-    "data 2, ZeRO 2, gradients sent in bf16": _layout(2, 2, 2, more=_sent_in("bf16")),
-    "data 2, ZeRO 3, gradients sent in fp16": _layout(2, 3, 2, more=_sent_in("fp16")),
+    "data 4, ZeRO 3, recompute": _layout(4, 3, stage_keys={"activation_checkpointing": "full"}),
+    "data 4, ZeRO 3, hpZ 2": _layout(4, 3, zero_keys={"zero_hpz_partition_size": 2}),
+    "data 2, ZeRO 2, optimizer offloaded": _layout(2, 2, 2, zero_keys=CPU_OPTIMIZER),
+    "data 2, ZeRO 3, all offloaded": _layout(2, 3, 2, zero_keys=CPU_ALL),
+    "data 2, ZeRO 3, optimizer on a disk": _layout(2, 3, 2, zero_keys=NVME_OPTIMIZER),
+    "data 2, ZeRO 0, gradients reduced in bf16": _layout(2, 0, 2, stage_keys=_reduced_in("bf16")),
+    "data 2, ZeRO 1, gradients reduced in fp16": _layout(2, 1, 2, stage_keys=_reduced_in("fp16")),
+    "data 2, ZeRO 2, gradients reduced in bf16": _layout(2, 2, 2, stage_keys=_reduced_in("bf16")),
+    "data 2, ZeRO 3, gradients reduced in fp16": _layout(2, 3, 2, stage_keys=_reduced_in("fp16")),
     "tensor 2": _layout(2, 1, 2, tensor=2),
     "tensor 2, data 2, ZeRO 2": _layout(4, 2, 2, tensor=2),
     "pipeline 2": _layout(2, 1, 2, pipeline=2),
     "pipeline 2, data 2": _layout(4, 1, 1, pipeline=2),
-    "pipeline 4": _layout(4, 1, 1, pipeline=4, twins=("llama", "qwen3")),
-    "pipeline 2, recompute": _layout(2, 1, 2, pipeline=2, more={"activation_checkpointing": "full"}),
-    "data 2, ZeRO 2, selective recompute": _layout(2, 2, 2, more={"activation_checkpointing": "selective"}),
-    "tensor 2, selective recompute": _layout(2, 1, 2, tensor=2, more={"activation_checkpointing": "selective"}),
-    "pipeline 2, activations offloaded": _layout(2, 1, 2, pipeline=2, more={"activation_checkpointing": "offload"}),
+    "pipeline 4": _layout(4, 1, 1, pipeline=4, models=("llama", "qwen3")),
+    "pipeline 2, recompute": _layout(2, 1, 2, pipeline=2, stage_keys={"activation_checkpointing": "full"}),
+    "data 2, ZeRO 2, selective recompute": _layout(2, 2, 2, stage_keys={"activation_checkpointing": "selective"}),
+    "tensor 2, selective recompute": _layout(2, 1, 2, tensor=2, stage_keys={"activation_checkpointing": "selective"}),
+    "pipeline 2, activations offloaded": _layout(
+        2, 1, 2, pipeline=2, stage_keys={"activation_checkpointing": "offload"}
+    ),
     "pipeline 2, tensor 2": _layout(4, 1, 2, pipeline=2, tensor=2),
     "pipeline 2, tensor 2, data 2": _layout(8, 1, 1, pipeline=2, tensor=2),
-    "expert 2": _layout(2, 1, 2, MIXTURES, expert=2),
-    "expert 2, data 4, ZeRO 2": _layout(4, 2, 2, MIXTURES, expert=2),
-    "expert 4": _layout(4, 1, 1, MIXTURES, expert=4),
-    "expert 2, tensor 2": _layout(4, 1, 2, MIXTURES, expert=2, tensor=2),
-    "expert 2, pipeline 2": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2),
-    "expert 2, pipeline 2, tensor 2": _layout(8, 1, 2, MIXTURES, expert=2, pipeline=2, tensor=2),
-    "expert 2, data 4, ZeRO 3": _layout(4, 3, 2, MIXTURES, expert=2),
-    "expert 2, tensor 2, ZeRO 3": _layout(4, 3, 2, MIXTURES, expert=2, tensor=2),
+    "expert 2": _layout(2, 1, 2, MOE_MODELS, expert=2),
+    "expert 2, data 4, ZeRO 2": _layout(4, 2, 2, MOE_MODELS, expert=2),
+    "expert 4": _layout(4, 1, 1, MOE_MODELS, expert=4),
+    "expert 2, tensor 2": _layout(4, 1, 2, MOE_MODELS, expert=2, tensor=2),
+    "expert 2, pipeline 2": _layout(4, 1, 2, MOE_MODELS, expert=2, pipeline=2),
+    "expert 2, pipeline 2, tensor 2": _layout(8, 1, 2, MOE_MODELS, expert=2, pipeline=2, tensor=2),
+    "expert 2, data 4, ZeRO 3": _layout(4, 3, 2, MOE_MODELS, expert=2),
+    "expert 2, tensor 2, ZeRO 3": _layout(4, 3, 2, MOE_MODELS, expert=2, tensor=2),
     "expert 2, data 4, ZeRO 3, recompute": _layout(
-        4, 3, 2, MIXTURES, expert=2, more={"activation_checkpointing": "full"}
+        4, 3, 2, MOE_MODELS, expert=2, stage_keys={"activation_checkpointing": "full"}
     ),
-    "expert 2, data 4, ZeRO 3, bf16": _layout(4, 3, 2, MIXTURES, expert=2, more=HALF),
-    "expert 4, ZeRO 3": _layout(4, 3, 1, MIXTURES, expert=4),
+    "expert 2, data 4, ZeRO 3, bf16": _layout(4, 3, 2, MOE_MODELS, expert=2, stage_keys=BF16_PRECISION),
+    "expert 4, ZeRO 3": _layout(4, 3, 1, MOE_MODELS, expert=4),
     "tensor 2, data 2, ZeRO 3": _layout(4, 3, 2, tensor=2),
     "tensor 2, ZeRO 3": _layout(2, 3, 2, tensor=2),
-    "tensor 2, data 2, ZeRO 3, all offloaded": _layout(4, 3, 2, tensor=2, zero_more=ALL_OFFLOADED),
-    "tensor 2, data 2, optimizer offloaded": _layout(4, 1, 2, tensor=2, zero_more=OFFLOADED),
-    "pipeline 2, data 2, optimizer offloaded": _layout(4, 1, 1, pipeline=2, zero_more=OFFLOADED),
-    "expert 2, data 4, ZeRO 2, optimizer offloaded": _layout(4, 2, 2, MIXTURES, expert=2, zero_more=OFFLOADED),
-    "expert 2, data 4, ZeRO 3, all offloaded": _layout(4, 3, 2, MIXTURES, expert=2, zero_more=ALL_OFFLOADED),
-    "tensor 2, data 2, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, tensor=2, zero_more=SWAPPED),
-    "expert 2, data 4, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, MIXTURES, expert=2, zero_more=SWAPPED),
+    "tensor 2, data 2, ZeRO 3, all offloaded": _layout(4, 3, 2, tensor=2, zero_keys=CPU_ALL),
+    "tensor 2, data 2, optimizer offloaded": _layout(4, 1, 2, tensor=2, zero_keys=CPU_OPTIMIZER),
+    "pipeline 2, data 2, optimizer offloaded": _layout(4, 1, 1, pipeline=2, zero_keys=CPU_OPTIMIZER),
+    "expert 2, data 4, ZeRO 2, optimizer offloaded": _layout(4, 2, 2, MOE_MODELS, expert=2, zero_keys=CPU_OPTIMIZER),
+    "expert 2, data 4, ZeRO 3, all offloaded": _layout(4, 3, 2, MOE_MODELS, expert=2, zero_keys=CPU_ALL),
+    "tensor 2, data 2, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, tensor=2, zero_keys=NVME_OPTIMIZER),
+    "expert 2, data 4, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, MOE_MODELS, expert=2, zero_keys=NVME_OPTIMIZER),
     "sequence 2": _layout(2, 1, 4, sequence=2),
     "sequence 2, data 2, ZeRO 3": _layout(4, 3, 2, sequence=2),
-    "sequence 2, data 2, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, sequence=2, zero_more=SWAPPED),
-    "data 2, ZeRO 1, bf16": _layout(2, 1, 2, more=HALF),
-    "data 2, ZeRO 3, bf16": _layout(2, 3, 2, more=HALF),
-    "data 2, ZeRO 3, optimizer on a disk, bf16": _layout(2, 3, 2, zero_more=SWAPPED, more=HALF),
-    "tensor 2, bf16": _layout(2, 1, 2, tensor=2, more=HALF),
-    "pipeline 2, bf16": _layout(2, 1, 2, pipeline=2, more=HALF),
-    "expert 2, bf16": _layout(2, 1, 2, MIXTURES, expert=2, more=HALF),
-    "sequence 2, bf16": _layout(2, 1, 2, sequence=2, more=HALF),
-    "expert 2, pipeline 2, bf16": _layout(4, 1, 2, MIXTURES, expert=2, pipeline=2, more=HALF),
+    "sequence 2, data 2, ZeRO 3, optimizer on a disk": _layout(4, 3, 2, sequence=2, zero_keys=NVME_OPTIMIZER),
+    "data 2, ZeRO 1, bf16": _layout(2, 1, 2, stage_keys=BF16_PRECISION),
+    "data 2, ZeRO 3, bf16": _layout(2, 3, 2, stage_keys=BF16_PRECISION),
+    "data 2, ZeRO 3, optimizer on a disk, bf16": _layout(2, 3, 2, zero_keys=NVME_OPTIMIZER, stage_keys=BF16_PRECISION),
+    "tensor 2, bf16": _layout(2, 1, 2, tensor=2, stage_keys=BF16_PRECISION),
+    "pipeline 2, bf16": _layout(2, 1, 2, pipeline=2, stage_keys=BF16_PRECISION),
+    "expert 2, bf16": _layout(2, 1, 2, MOE_MODELS, expert=2, stage_keys=BF16_PRECISION),
+    "sequence 2, bf16": _layout(2, 1, 2, sequence=2, stage_keys=BF16_PRECISION),
+    "expert 2, pipeline 2, bf16": _layout(4, 1, 2, MOE_MODELS, expert=2, pipeline=2, stage_keys=BF16_PRECISION),
 }
-# Cells that `make test` trains: every axis once, and the twin that has the most to go wrong.
-SUBSET = (
+# Cases that `make test` trains: every axis once, with the model that uses most of the axis.
+TEST_SUBSET = (
     ("llama", "tensor 2, data 2, ZeRO 2"),
     ("qwen3", "data 2, ZeRO 3, optimizer on a disk"),
     ("qwen3", "pipeline 2, data 2"),
@@ -183,9 +200,10 @@ SUBSET = (
 )
 
 
-RELATIVES = {
+# Models that share modules with the others: the layouts that slice these modules.
+RELATED_MODELS = {
     "qwen2": (
-        "one",
+        "one rank",
         "data 2, ZeRO 3",
         "tensor 2",
         "tensor 2, ZeRO 3",
@@ -194,7 +212,7 @@ RELATIVES = {
         "sequence 2",
     ),
     "deepseek_v2": (
-        "one",
+        "one rank",
         "data 2, ZeRO 3",
         "tensor 2",
         "pipeline 2",
@@ -205,12 +223,13 @@ RELATIVES = {
 }
 
 
-TABLES: dict[str, list[tuple[str, str]]] = {
-    "parity": [(twin, name) for name, layout in LAYOUTS.items() for twin in layout.twins],
-    "parity_relatives": [(twin, name) for twin, names in RELATIVES.items() for name in names],
+TABLES: dict[str, list[Case]] = {
+    "parity": [(model, name) for name, layout in LAYOUTS.items() for model in layout.models],
+    "parity_relatives": [(model, name) for model, names in RELATED_MODELS.items() for name in names],
 }
+"""Name of the record below bench/results -> its cases."""
 
 
-def cells() -> list[tuple[str, str]]:
-    """Every (twin, layout) of both tables."""
-    return [cell for table in TABLES.values() for cell in table]
+def all_cases() -> list[Case]:
+    """Return the cases of both tables."""
+    return [case for cases in TABLES.values() for case in cases]

@@ -1,4 +1,4 @@
-"""A part of the parity table, and what else must hold of a layout's checkpoints. `make parity` prints the whole table."""
+"""Trains a subset of the parity table and checks the checkpoints of its layouts. `make parity` prints the whole table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import torch
 from longhaul.artifacts.schemas import Checkpoint
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.checkpoint_io.torch_archive import StoredTensor, read_archive
-from longhaul.config.load import load_config
+from longhaul.config.load_config import load_config
 from longhaul.config.model_size import ARCHITECTURES
 from longhaul.errors import UserError
-from longhaul.planning import make_plan
-from tests.parity import parity_table as parity
-from tests.parity.parity_cases import FP32, LAYOUTS, MODELS, SUBSET, cells
+from longhaul.planning import build_plan
+from tests.parity import parity_table
+from tests.parity.parity_cases import FP32, LAYOUTS, MODELS, TEST_SUBSET, Case, all_cases
+from tests.parity.parity_table import CaseResult
 
-FOLDER_CELL, OTHER_CELL = ("deepseek_v3", "expert 2, tensor 2"), ("deepseek_v3", "expert 2, pipeline 2")
+TENSOR_CASE, PIPELINE_CASE = ("deepseek_v3", "expert 2, tensor 2"), ("deepseek_v3", "expert 2, pipeline 2")
+Results = dict[Case, CaseResult]
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +33,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, offload_ops: None) -> dict[tuple[str, str], parity.Result]:
-    return {(result.twin, result.layout): result for result in parity.run(list(SUBSET), folder)}
+def results(folder: Path, offload_ops: None) -> Results:
+    return {(result.model, result.layout): result for result in parity_table.run_cases(list(TEST_SUBSET), folder)}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("cell", SUBSET, ids="/".join)
-def test_a_layout_trains_resumes_and_exports_as_plain_pytorch_does(
-    results: dict[tuple[str, str], parity.Result], cell: tuple[str, str]
-):
-    assert not results[cell].problem, results[cell].line()
+@pytest.mark.parametrize("case", TEST_SUBSET, ids="/".join)
+def test_a_layout_trains_resumes_and_exports_like_plain_pytorch(results: Results, case: Case):
+    assert not results[case].problem, results[case].line()
 
 
-def test_a_wrong_gradient_would_be_noticed(results: dict[tuple[str, str], parity.Result], folder: Path):
-    """The table compares with what the reference found, not with itself."""
-    cell = SUBSET[0]
-    trace = parity._reference(cell[0], folder / "shared", folder)
+def test_a_wrong_gradient_norm_is_noticed(results: Results, folder: Path):
+    """The table compares with the reference loop, not with itself."""
+    case = TEST_SUBSET[0]
+    trace = parity_table.train_reference(case[0], folder / "shared", folder)
     trace.norms[4] *= 1 + 2 * FP32.norm
-    assert parity._judge(cell, trace, folder / "shared", folder, "").problem == "differs in grad norm"
+    result = parity_table.compare_case(case, trace, folder / "shared", folder, "")
+    assert result.problem == "differs in grad norm"
 
 
-def test_the_tokens_of_each_expert_of_every_layer_are_in_the_metrics(
-    results: dict[tuple[str, str], parity.Result], folder: Path
-):
-    """Those of both pipeline stages; validations follow the last step of each of the two legs."""
-    rows = parity.steps(folder / OTHER_CELL[0] / OTHER_CELL[1])
+def test_metrics_contain_the_expert_load_of_every_layer(results: Results, folder: Path):
+    """Layers of both pipeline ranks are there. Both attempts validate after their last step, which records the load."""
+    rows = parity_table.step_metrics(folder / PIPELINE_CASE[0] / PIPELINE_CASE[1])
     assert [row["step"] for row in rows if "expert_load" in row] == [5, 10]
     loads = rows[-1]["expert_load"]
     assert sorted(loads) == ["1", "2", "3"]
@@ -64,103 +63,102 @@ def test_the_tokens_of_each_expert_of_every_layer_are_in_the_metrics(
     assert rows[-1]["expert_load_max"] == pytest.approx(busiest, abs=1e-4)
 
 
-def test_every_twin_and_kind_of_layout_is_in_the_table():
-    assert len(cells()) >= 40 and set(SUBSET) <= set(cells())
-    assert {twin for twin, _ in cells()} == set(MODELS) == set(ARCHITECTURES)
+def test_the_table_has_every_model_and_kind_of_layout():
+    assert len(all_cases()) >= 40 and set(TEST_SUBSET) <= set(all_cases())
+    assert {model for model, _ in all_cases()} == set(MODELS) == set(ARCHITECTURES)
     assert max(layout.ranks for layout in LAYOUTS.values()) == 8
 
 
-def checkpoint(folder: Path, cell: tuple[str, str]) -> Path:
-    finished = Checkpoint.read(folder / cell[0] / cell[1] / "stages/main/checkpoint.json")
+def last_checkpoint(folder: Path, case: Case) -> Path:
+    finished = Checkpoint.read(folder / case[0] / case[1] / "stages/main/checkpoint.json")
     return Path(finished.weights) / finished.checkpoints["last"]["path"]
 
 
 def fp32_bytes(value: Any) -> int:
-    """Of all tensors in what an archive holds, the step counts of Adam aside."""
+    """Return the bytes of all fp32 tensors in the content of an archive, without Adam's scalar step counts."""
     if isinstance(value, StoredTensor):
         size = 4 * math.prod(value.shape)
         return size if value.dtype == torch.float32 and size > 4 else 0
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(fp32_bytes, parts))
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(fp32_bytes, children))
 
 
-@pytest.mark.parametrize("cell", SUBSET, ids="/".join)
-def test_each_rank_holds_the_share_of_the_optimizer_that_was_planned(
-    results: dict[tuple[str, str], parity.Result], folder: Path, cell: tuple[str, str]
-):
-    """By the tensors of its file: masters and moments, with DeepSpeed's padding; gradients lie on the disk beside them."""
-    planned = make_plan(load_config(folder / cell[0] / cell[1] / "run.yaml")).stages[0].memory
+@pytest.mark.parametrize("case", TEST_SUBSET, ids="/".join)
+def test_each_rank_holds_the_planned_bytes_of_the_optimizer(results: Results, folder: Path, case: Case):
+    """A rank's optimizer file has master weights and moments with DeepSpeed's padding; swapped gradients are not in it."""
+    planned = build_plan(load_config(folder / case[0] / case[1] / "run.yaml")).stages[0].memory
     assert planned
-    files = sorted(checkpoint(folder, cell).glob("*zero_pp_rank_*_optim_states.pt"))
+    files = sorted(last_checkpoint(folder, case).glob("*zero_pp_rank_*_optim_states.pt"))
     held = [fp32_bytes(read_archive(path)) for path in files]
-    assert len(held) == LAYOUTS[cell[1]].ranks
+    assert len(held) == LAYOUTS[case[1]].ranks
     assert max(held) == pytest.approx(planned.optimizer or planned.disk * 12 / 16, rel=0.005)
 
 
-def test_an_exported_folder_begins_any_layout(results: dict[tuple[str, str], parity.Result], folder: Path):
-    """The first losses of three layouts that begin with one Hugging Face folder, and with one checkpoint of another layout."""
-    source = folder / FOLDER_CELL[0] / FOLDER_CELL[1]
-    begins = {"pretrained": source / "export", "start": source / "stages/main/checkpoint.json"}
+def test_an_export_or_checkpoint_can_start_a_stage_in_any_layout(results: Results, folder: Path):
+    """Three layouts start from one Hugging Face folder, and from one checkpoint of another layout; first losses agree."""
+    source = folder / TENSOR_CASE[0] / TENSOR_CASE[1]
+    starts = {"pretrained": source / "export", "checkpoint": source / "stages/main/checkpoint.json"}
     layouts = ("data 2, ZeRO 3", "expert 2", "pipeline 2")
-    chosen = [(FOLDER_CELL[0], layout, f"{kind}={path}") for kind, path in begins.items() for layout in layouts]
-    assert parity.train(2, list(chosen), folder / "shared", folder) == {}
+    cases = [(TENSOR_CASE[0], layout, f"{kind}={path}") for kind, path in starts.items() for layout in layouts]
+    assert parity_table.train_cases(2, cases, folder / "shared", folder) == {}
     losses = {
-        (kind, layout): [row["loss"] for row in parity.steps(folder / FOLDER_CELL[0] / f"{layout}, {kind}")]
-        for _, layout, begin in chosen
-        for kind in [begin.partition("=")[0]]
+        (kind, layout): [
+            row["loss"] for row in parity_table.step_metrics(folder / TENSOR_CASE[0] / f"{layout}, {kind}")
+        ]
+        for kind in starts
+        for layout in layouts
     }
-    before = parity.steps(source)[0]["loss"]
-    for name, found in losses.items():
-        assert found[0] < 0.9 * before, f"{name} began from other weights than the trained ones"
-        assert found == pytest.approx(losses["pretrained", layouts[0]], rel=FP32.loss), name
+    seeded_loss = parity_table.step_metrics(source)[0]["loss"]
+    for name, own in losses.items():
+        assert own[0] < 0.9 * seeded_loss, f"{name} did not start from the trained weights"
+        assert own == pytest.approx(losses["pretrained", layouts[0]], rel=FP32.loss), name
 
 
-def break_layout(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    layout = json.loads((folder / "layout.json").read_text())
-    change(layout["entries"])
-    (folder / "layout.json").write_text(json.dumps(layout))
+Slices = list[dict[str, Any]]
 
 
-def drop_a_part(entries: list[dict[str, Any]]) -> None:
-    entries.remove(next(entry for entry in entries if entry["name"].endswith("gate_up_proj")))
+def change_slice_index(folder: Path, change: Callable[[Slices], None]) -> None:
+    index = json.loads((folder / "slice_index.json").read_text())
+    change(index["slices"])
+    (folder / "slice_index.json").write_text(json.dumps(index))
 
 
-def double_a_part(entries: list[dict[str, Any]]) -> None:
-    first, second = [entry for entry in entries if entry["name"].endswith("layers.1.mlp.experts.down_proj")][:2]
-    axes = dict(first["parts"])
-    width = axes[2][0][1] - axes[2][0][0]
-    second["parts"] = [[0, axes[0]], [2, [[width // 2, width // 2 + width]]]]
+def drop_slice(slices: Slices) -> None:
+    slices.remove(next(entry for entry in slices if entry["name"].endswith("gate_up_proj")))
 
 
-def replicate_in_silence(entries: list[dict[str, Any]]) -> None:
-    """As if every tensor rank held all of a tensor that the file has a part of."""
-    entry = next(entry for entry in entries if entry["name"].endswith("o_proj.weight"))
-    entry["parts"] = []
+def shift_slice(slices: Slices) -> None:
+    first, second = [entry for entry in slices if entry["name"].endswith("layers.1.mlp.experts.down_proj")][:2]
+    axis_ranges = dict(first["axis_ranges"])
+    width = axis_ranges[2][0][1] - axis_ranges[2][0][0]
+    second["axis_ranges"] = [[0, axis_ranges[0]], [2, [[width // 2, width // 2 + width]]]]
+
+
+def state_whole_tensor(slices: Slices) -> None:
+    """State that a rank holds a whole tensor, although its file has a slice."""
+    entry = next(entry for entry in slices if entry["name"].endswith("o_proj.weight"))
+    entry["axis_ranges"] = []
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        (drop_a_part, "hold|number of ranks|no entry"),
-        (double_a_part, "overlap"),
-        (replicate_in_silence, "has shape"),
+        (drop_slice, "hold|ranks|no entry"),
+        (shift_slice, "overlap"),
+        (state_whole_tensor, "has shape"),
     ],
 )
-def test_a_missing_doubled_or_replicated_part_is_refused(
-    results: dict[tuple[str, str], parity.Result],
-    folder: Path,
-    tmp_path: Path,
-    change: Callable[[list[dict[str, Any]]], None],
-    says: str,
+def test_a_missing_overlapping_or_wrong_slice_is_refused(
+    results: Results, folder: Path, tmp_path: Path, change: Callable[[Slices], None], message: str
 ):
-    copy = shutil.copytree(checkpoint(folder, FOLDER_CELL), tmp_path / "step-00000010")
-    break_layout(copy, change)
-    with pytest.raises(UserError, match=says):
+    copy = shutil.copytree(last_checkpoint(folder, TENSOR_CASE), tmp_path / "step-00000010")
+    change_slice_index(copy, change)
+    with pytest.raises(UserError, match=message):
         open_master_weights(copy)
 
 
-def test_a_missing_rank_is_named(results: dict[tuple[str, str], parity.Result], folder: Path, tmp_path: Path):
-    copy = shutil.copytree(checkpoint(folder, OTHER_CELL), tmp_path / "step-00000010")
+def test_a_missing_rank_is_named(results: Results, folder: Path, tmp_path: Path):
+    copy = shutil.copytree(last_checkpoint(folder, PIPELINE_CASE), tmp_path / "step-00000010")
     (copy / "zero_pp_rank_1_mp_rank_01_optim_states.pt").unlink()
     with pytest.raises(UserError, match="model rank 1, data rank 1 is missing"):
         open_master_weights(copy)

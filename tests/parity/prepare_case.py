@@ -1,4 +1,4 @@
-"""The job of one cell: a config in a folder of its own, planned as a user's is."""
+"""Writes the config of a case into a folder of its own and plans its jobs, as for a user's run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import yaml
 
 from longhaul.artifacts.files import write_text
+from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.config.load import load_config
-from longhaul.config.run_config import StartFrom
-from longhaul.jobs.builders import payload
-from longhaul.jobs.launch_files import render_stage
-from longhaul.jobs.specs import ExportSpec, TrainSpec
-from longhaul.planning import make_plan
+from longhaul.config.load_config import load_config
+from longhaul.config.stage_config import StartFrom
+from longhaul.jobs.kind import job_spec
+from longhaul.jobs.kinds.export_job import ExportSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.jobs.launch_files import render_job
+from longhaul.planning import build_plan
 from tests.parity.parity_cases import GLOBAL_BATCH, LAYOUTS, MODELS
 
 STEPS = 10
-SEED = 38  # one of the few with which no twin feels rounding: parity_table._well_posed
+SEED = 38  # one of the few seeds with which rounding alone changes no model: see parity_table._check_sensitivity
 SITE = {
     "name": "here",
     "scheduler": "local",
@@ -29,14 +31,14 @@ SITE = {
 }
 
 
-def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
-    """The run of a cell; `stage` replaces keys of its only stage."""
+def run_config(model: str, layout: str, **stage: Any) -> dict[str, Any]:
+    """Return the run config of a case, without data; `stage` replaces keys of its only stage."""
     chosen = LAYOUTS[layout]
     return {
-        "run": "cell",
+        "run": "case",
         "site": "./site.yaml",
         "seed": SEED,
-        "model": MODELS[twin],
+        "model": MODELS[model],
         "trackers": {"tensorboard": False},
         "storage": {"scratch": tempfile.gettempdir()},
         "checks": {"nodes": 1},
@@ -49,12 +51,12 @@ def config(twin: str, layout: str, **stage: Any) -> dict[str, Any]:
                 "global_batch_size": GLOBAL_BATCH,
                 "sequence_length": 64,
                 "precision": "fp32",
-                # A larger eps than usual: with 1e-8 Adam makes a step of full size of the rounding of a gradient near zero,
-                # as an expert has that few tokens reach, and the bounds would judge that and not the layout.
+                # eps is larger than usual. With 1e-8, Adam turns the rounding of a gradient near zero into a step of full size
+                # (experts with few tokens have such gradients), and the bounds would test that instead of the layout.
                 "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
                 "schedule": {"kind": "constant", "warmup_steps": 3},
                 "router_bias_update_rate": 0.01,
-                # So heavy that it shows in the gradient norms of every cell.
+                # Large enough to show in the gradient norms of every case.
                 "sequence_aux_loss_coef": 0.1,
                 "gpus_per_node": chosen.ranks,
                 "validation": {"every_steps": STEPS, "max_samples": 8},
@@ -72,12 +74,14 @@ def _datasets(shared: Path) -> dict[str, Any]:
     return {"chats": {"kind": "chat", "files": [str(shared / "chats.jsonl")], "validation_fraction": 0.1}}
 
 
-def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") -> tuple[TrainSpec, ExportSpec]:
-    """Writes config and rendered files of a cell into `folder`; tokenizer and shards are those of `shared`.
+def prepare_case(folder: Path, shared: Path, run: dict[str, Any], start: str = "") -> tuple[TrainSpec, ExportSpec]:
+    """Write config and launch files of a case into `folder`; return the specs of its train and export job.
 
-    begin: where its weights come from: "", "pretrained=<folder>" or "start=<checkpoint.json of another cell>".
+    shared: folder of the tokenizer and the shards that all cases share
+    start:  source of the first weights: "" for the seed, "pretrained=<Hugging Face folder>", or
+            "checkpoint=<checkpoint.json of another case>"
     """
-    kind, _, source = begin.partition("=")
+    kind, _, source = start.partition("=")
     if kind == "pretrained":
         run = {**run, "model": {"pretrained": {"path": source}}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +90,10 @@ def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") ->
     write_text(
         folder / "run.yaml", yaml.safe_dump({**run, "tokenizer": {"path": tokenizer}, "datasets": _datasets(shared)})
     )
-    plan = make_plan(load_config(folder / "run.yaml"))
+    plan = build_plan(load_config(folder / "run.yaml"))
     name = run["stages"][0]["name"]
     stage_folder = folder / "stages" / name
-    render_stage(plan, name, folder).write(stage_folder)
+    render_job(plan, JobId("train", (name,)), folder).write(stage_folder)
     paths = {
         "tokenizer": str(shared / "tokenizer.json"),
         "data": str(shared / "data.json"),
@@ -98,12 +102,12 @@ def prepare(folder: Path, shared: Path, run: dict[str, Any], begin: str = "") ->
         "weights_root": str(stage_folder / "weights"),
         "out": str(stage_folder / "checkpoint.json"),
     }
-    if kind == "start":
+    if kind == "checkpoint":
         paths["start_checkpoint"] = source
-    stage_job, convert_job = payload(plan, f"train-{name}"), payload(plan, f"convert-{name}")
-    assert isinstance(stage_job, TrainSpec) and isinstance(convert_job, ExportSpec)
-    stage = stage_job.stage.model_copy(update={"start_from": StartFrom(stage="main")} if kind == "start" else {})
-    return stage_job.model_copy(update={**paths, "stage": stage}), convert_job.model_copy(
+    train_job, export_job = job_spec(plan, JobId("train", (name,))), job_spec(plan, JobId("export", (name,)))
+    assert isinstance(train_job, TrainSpec) and isinstance(export_job, ExportSpec)
+    stage = train_job.stage.model_copy(update={"start_from": StartFrom(stage="main")} if kind == "checkpoint" else {})
+    return train_job.model_copy(update={**paths, "stage": stage}), export_job.model_copy(
         update={
             "checkpoint": paths["out"],
             "tokenizer": paths["tokenizer"],

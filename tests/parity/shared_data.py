@@ -1,0 +1,32 @@
+"""The tokenizer and the shards that all cases of the parity table share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longhaul.config.package_data import data_root
+from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, write_jsonl
+
+
+def write_shared_data(folder: Path) -> Path:
+    """Write tokenizer and shards; return the folder.
+
+    Some packs hold one conversation that is truncated, others several short conversations.
+    """
+    folder.mkdir(parents=True)
+    texts = [message["content"] for number in range(60) for message in conversation(number)]
+    chatml = data_root() / "templates" / "chat" / "chatml.jinja"
+    make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", texts)], chat_template=str(chatml))
+    conversations = [
+        conversation(number, 1 + number % 2) if number % 4 == 0 else _short_conversation(number)
+        for number in range(360)
+    ]
+    chats = write_jsonl(folder / "chats.jsonl", "messages", conversations)
+    make_shards(folder, folder, [chats], dataset("chat", validation_fraction=0.1))
+    return folder
+
+
+def _short_conversation(number: int) -> list[dict[str, Any]]:
+    """Return a conversation so short that two or three fit into a sample."""
+    return [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": f"{7 * number}."}]
