@@ -1,13 +1,15 @@
-"""What two hosts send each other over a slow link, and what it costs: gradients plain, in half precision and low-rank; ZeRO-3's
-gathered weights with and without a second partition inside each host.
+"""What two hosts send each other over a slow link, and how long it takes.
 
-Two hosts are two network namespaces with a cable between them (a veth pair) whose both ends a token bucket filter limits. The
-rate is set so that the plain run spends 35 % of its step reducing gradients; the others run at that rate. Bytes are those
-that the sending interface counted. Everything that a variant does to reduce counts as its reduction, compression included;
-waiting for a slower peer does not. ZeRO-3 gathers while it computes: there, what the link costs is the step's time at that
-rate beside its time without a limit. Needs root, iproute2 and util-linux.
+Two comparisons: gradients in plain fp32, in half precision and low-rank; and ZeRO 3's gathered weights with and without a second
+partition inside each host.
 
-python communication.py [--short]: with --short the machinery is tried; nothing is kept.
+The two hosts are two network namespaces with a cable (a veth pair) between them. A token bucket filter limits both ends. The
+rate is set so that the plain run spends 35 % of its step reducing gradients; the other runs use the same rate. Bytes are those
+that the sending interface counts. A variant's reduction includes its compression, but not the wait for a slower peer. ZeRO 3
+gathers while it computes: there, the link's cost is the step's time at that rate compared with its time without a limit. Needs
+root, iproute2 and util-linux.
+
+python communication.py [--short]: --short only tries the machinery, and keeps no record.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from typing import Any
 
 import yaml
 
-from bench.machine import header, publish
+from bench.machine import describe_machine, write_result
+from longhaul.artifacts.paths import RunPaths
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "build" / "bench-communication"
 ADDRESSES = ("10.97.53.1", "10.97.53.2")
 WARM_UP_STEPS = 6
 STEPS, PROBE_STEPS, PROBES = 80, 16, 6
-SHARE, TOLERANCE, AIM = 0.35, 0.03, 0.18
+PLAIN_FRACTION, TOLERANCE, POWERSGD_FRACTION = 0.35, 0.03, 0.18
 LOSS_BOUND = 1.05
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -41,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16": {"data_type": "fp16"},
     "powersgd": {"powersgd": {"rank": 4, "start_step": WARM_UP_STEPS - 2}},
 }
-# Weights are gathered for each pass, as they are of any model that a GPU does not hold whole.
+# Weights are gathered for each pass, as for any model that does not fit into one GPU.
 ZERO3 = {
     "stage": 3,
     "stage3_max_reuse_distance": 0,
@@ -49,7 +52,7 @@ ZERO3 = {
     "stage3_param_persistence_threshold": 0,
 }
 PARTITIONED: dict[str, dict[str, Any]] = {"zero3": ZERO3, "zero3-hpz": {**ZERO3, "zero_hpz_partition_size": 2}}
-"""Two processes a host, so that a host has something to keep to itself."""
+"""Two processes per host, so that a second partition inside the host has two ranks."""
 NO_LIMIT_MBIT = 100_000.0
 MODEL = {
     "vocab_size": 4096,
@@ -64,8 +67,8 @@ MODEL = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """Of one run: seconds of a step and of the reduction in it, bytes sent in it (medians after the warm-up), losses."""
+class Measured:
+    """One run: seconds of a step and of the reduction in it, bytes sent in it (medians after the warm-up), and losses."""
 
     step_s: float
     reduction_s: float
@@ -73,7 +76,7 @@ class Found:
     losses: list[float]
 
     @property
-    def share(self) -> float:
+    def reduction_fraction(self) -> float:
         return self.reduction_s / self.step_s
 
     @property
@@ -82,7 +85,7 @@ class Found:
 
 
 def main() -> int:
-    """Sets the rate, runs every variant, prints and keeps what was found; 1 when an aim is missed."""
+    """Set the rate, run every variant, print and keep the record. Return 1 when an aim is missed."""
     short = "--short" in sys.argv
     steps, probe_steps, probes = (12, 9, 2) if short else (STEPS, PROBE_STEPS, PROBES)
     prepare(steps)
@@ -93,17 +96,17 @@ def main() -> int:
             name: [run(hosts, name, rate, probe_steps, each=2) for rate in (rate_mbit, NO_LIMIT_MBIT)]
             for name in PARTITIONED
         }
-    lines = [*header(("torch", "deepspeed", "transformers")), *report(found, rate_mbit, steps)]
+    lines = [*describe_machine(("torch", "deepspeed", "transformers")), *report(found, rate_mbit, steps)]
     lines += report_partitioned(partitioned, probe_steps)
     if short:
         print(*lines, sep="\n")
     else:
-        publish("communication", lines)
+        write_result("communication", lines)
     return int(not short and missed(found))
 
 
 def prepare(steps: int) -> None:
-    """Tokenizer, shards and rendered stages, one a variant, by the workflow itself."""
+    """Let the workflow build tokenizer, shards and one rendered stage per variant."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
     stage = {
@@ -120,7 +123,7 @@ def prepare(steps: int) -> None:
         "zero": {"stage": 0},
     }
     site = yaml.safe_load((REPOSITORY / "config" / "sites" / "local.yaml").read_text())
-    # Two processes on each of two hosts are four to the plan, however many cores they share.
+    # Two processes on each of two hosts are four processes for the plan, although they share this machine's cores.
     (FOLDER / "site.yaml").write_text(yaml.safe_dump(site | {"node": {**site["node"], "cpus": 4}}))
     config |= {
         "run": "communication",
@@ -137,14 +140,18 @@ def prepare(steps: int) -> None:
     (FOLDER / "run.yaml").write_text(yaml.safe_dump(config))
     words = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(FOLDER), "--configfile", str(FOLDER / "run.yaml")]
     words += ["--profile", str(REPOSITORY / "profiles" / "local"), "--quiet", "all", "--"]
-    subprocess.run([sys.executable, "-m", "snakemake", *words, "results/communication/data/stdlib.json"], check=True)
-    # a Snakemake that finds the data made already renders nothing
-    subprocess.run([sys.executable, "-m", "longhaul", "render", str(FOLDER / "run.yaml")], check=True, cwd=FOLDER)
+    subprocess.run(
+        [sys.executable, "-m", "snakemake", *words, str(RunPaths("communication").manifest("stdlib"))], check=True
+    )
+    # Snakemake renders nothing when the data exists already.
+    subprocess.run(
+        [sys.executable, "-m", "longhaul", "job", "render", str(FOLDER / "run.yaml")], check=True, cwd=FOLDER
+    )
 
 
 @contextmanager
 def two_hosts() -> Iterator[list[int]]:
-    """Process ids that hold a network namespace each; they and the cable end with the block, or with this process."""
+    """Yield the ids of two processes with a network namespace each. They and the cable end with the block or this process."""
     holders: list[subprocess.Popen[bytes]] = []
     try:
         for _ in ADDRESSES:
@@ -166,40 +173,42 @@ def two_hosts() -> Iterator[list[int]]:
 
 
 def on(host: int) -> list[str]:
-    """The words in front of a command that runs in the network of `host`."""
+    """Return the command prefix that runs a command in the network of `host`."""
     return ["nsenter", f"--target={host}", "--net", "--"]
 
 
 def limit(hosts: Sequence[int], rate_mbit: float) -> None:
-    """Both ends of the cable send no faster; what waits is queued and never dropped."""
+    """Limit the rate of both ends of the cable; packets that wait are queued and never dropped."""
     for host in hosts:
         bucket = ["rate", f"{rate_mbit:.3f}mbit", "burst", "256kb", "limit", "256mb"]
         subprocess.run([*on(host), "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *bucket], check=True)
 
 
 def calibrate(hosts: Sequence[int], steps: int, probes: int) -> float:
-    """The rate in Mbit/s at which the plain run spends SHARE of its step reducing gradients."""
-    rate_mbit, wanted = 500.0, SHARE / (1 - SHARE)
+    """Return the rate in Mbit/s at which the plain run spends PLAIN_FRACTION of its step reducing gradients."""
+    rate_mbit, target = 500.0, PLAIN_FRACTION / (1 - PLAIN_FRACTION)
     for _ in range(probes):
         found = run(hosts, "plain", rate_mbit, steps)
-        print(f"at {rate_mbit:.0f} Mbit/s plain spends {found.share:.1%} of {found.step_s:.2f} s", flush=True)
-        if abs(found.share - SHARE) < TOLERANCE / 2:
+        print(
+            f"at {rate_mbit:.0f} Mbit/s plain spends {found.reduction_fraction:.1%} of {found.step_s:.2f} s", flush=True
+        )
+        if abs(found.reduction_fraction - PLAIN_FRACTION) < TOLERANCE / 2:
             break
-        # The time beside the reduction is the machine's, the reduction's goes with the inverse of the rate.
-        rate_mbit *= found.share / (1 - found.share) / wanted
+        # The reduction's time is proportional to the inverse of the rate; the rest of the step does not depend on it.
+        rate_mbit *= found.reduction_fraction / (1 - found.reduction_fraction) / target
     return rate_mbit
 
 
-def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int, each: int = 1) -> Found:
-    """Trains a variant for `steps` steps, with so many processes on each host."""
+def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int, each: int = 1) -> Measured:
+    """Train a variant for `steps` steps, with `each` processes on each host."""
     limit(hosts, rate_mbit)
-    payload = f"results/communication/stages/{variant}/stage.json"
+    spec = str(RunPaths("communication").stage(variant).job_spec)
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "found"
         worker = [
             sys.executable,
             str(Path(__file__).with_name("communication_worker.py")),
-            payload,
+            spec,
             str(steps),
             str(out),
         ]
@@ -229,16 +238,16 @@ def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int, each: 
         return summary([json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(world_size)])
 
 
-def summary(ranks: list[dict[str, list[float]]]) -> Found:
-    """Of each step the slower host's time and the longer reduction."""
+def summary(ranks: list[dict[str, list[float]]]) -> Measured:
+    """Return the medians over the steps; of each step, the slower host's time and the longer reduction."""
     slowest = {
         key: statistics.median(list(map(max, zip(*(rank[key] for rank in ranks), strict=True)))[WARM_UP_STEPS:])
         for key in ("step_s", "reduction_s", "sent_bytes")
     }
-    return Found(**slowest, losses=ranks[0]["loss"])
+    return Measured(**slowest, losses=ranks[0]["loss"])
 
 
-def report(found: dict[str, Found], rate_mbit: float, steps: int) -> list[str]:
+def report(found: dict[str, Measured], rate_mbit: float, steps: int) -> list[str]:
     plain = found["plain"]
     lines = [
         f"Llama of hidden width {MODEL['hidden_size']}, {MODEL['num_hidden_layers']} layers, ZeRO 0, fp32, {steps} steps; "
@@ -247,21 +256,21 @@ def report(found: dict[str, Found], rate_mbit: float, steps: int) -> list[str]:
     ]
     for name, one in found.items():
         lines.append(
-            f"{name:10} {one.sent_bytes / 1e6:13.2f} {one.step_s:8.3f} {one.reduction_s:11.3f} {one.share:7.1%} "
+            f"{name:10} {one.sent_bytes / 1e6:13.2f} {one.step_s:8.3f} {one.reduction_s:11.3f} {one.reduction_fraction:7.1%} "
             f"{one.end_loss:9.4f}"
         )
     compressed = found["powersgd"]
     lines += [
         f"powersgd sends {plain.sent_bytes / compressed.sent_bytes:.1f} times fewer bytes; its end loss is "
         f"{compressed.end_loss / plain.end_loss:.4f} of plain's (bound {LOSS_BOUND})",
-        f"aim: plain {SHARE:.0%} +- {TOLERANCE:.0%}, powersgd <= {AIM:.0%} of the step: "
+        f"aim: plain {PLAIN_FRACTION:.0%} +- {TOLERANCE:.0%}, powersgd <= {POWERSGD_FRACTION:.0%} of the step: "
         f"{'missed' if missed(found) else 'reached'}",
     ]
     return lines
 
 
-def report_partitioned(found: dict[str, list[Found]], steps: int) -> list[str]:
-    """Of each variant its runs over the slow link and without a limit."""
+def report_partitioned(found: dict[str, list[Measured]], steps: int) -> list[str]:
+    """Return the lines of the ZeRO 3 variants; found: variant -> its runs over the slow link and without a limit."""
     lines = [
         f"ZeRO 3, 2 processes on each host, {steps} steps; hpz: a second partition inside each host, for the backward pass",
         f"{'weights':10} {'MB sent/step':>13} {'step s':>8} {'unlimited s':>11} {'link':>7}",
@@ -274,10 +283,15 @@ def report_partitioned(found: dict[str, list[Found]], steps: int) -> list[str]:
     return [*lines, f"hpz sends {plain.sent_bytes / hierarchical.sent_bytes:.2f} times fewer bytes between the hosts"]
 
 
-def missed(found: dict[str, Found]) -> bool:
+def missed(found: dict[str, Measured]) -> bool:
+    """Return whether a run misses its aim."""
     plain, compressed = found["plain"], found["powersgd"]
-    is_set = abs(plain.share - SHARE) <= TOLERANCE
-    return not (is_set and compressed.share <= AIM and compressed.end_loss <= LOSS_BOUND * plain.end_loss)
+    is_set = abs(plain.reduction_fraction - PLAIN_FRACTION) <= TOLERANCE
+    return not (
+        is_set
+        and compressed.reduction_fraction <= POWERSGD_FRACTION
+        and compressed.end_loss <= LOSS_BOUND * plain.end_loss
+    )
 
 
 if __name__ == "__main__":

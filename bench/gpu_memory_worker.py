@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.stepping import open_trainer
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import distributed_context
 
 
@@ -21,12 +21,12 @@ def main() -> None:
     """
     folder = Path(sys.argv[1])
     job = TrainSpec.read(folder / "job.json")
-    with distributed_context(job) as processes:
-        trainer, batches = open_trainer(job, processes, folder)
+    with distributed_context(job) as context:
+        trainer, batches = open_trainer(job, context, folder)
         for _ in range(job.steps):
             trainer.step(next(batches))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    on_gpu = processes.device.type == "cuda"
+    on_gpu = context.device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,

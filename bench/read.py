@@ -1,7 +1,7 @@
-"""How long a training step waits for its data, and how long a manifest of a billion samples takes to open.
+"""Measure how long a training step waits for its data, and how long a manifest of a billion samples takes to open.
 
-One process on one core reads batches through the trainer's own Prefetcher; a step is a pause as long as its tokens take at
-TOKENS_PER_S, in which a GPU would compute. Shards hold random tokens, and are in the page cache.
+One process on one core reads batches through the trainer's Prefetcher. A pause replaces the computation of a step; it is
+as long as the step's tokens take at TOKENS_PER_S. Shards hold random tokens and are in the page cache.
 """
 
 from __future__ import annotations
@@ -17,59 +17,59 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from bench.machine import header, publish
+from bench.machine import describe_machine, write_result
 from longhaul.artifacts.files import write_json
 from longhaul.artifacts.schemas import DataManifest
 from longhaul.data.sampling.samples import Samples
-from longhaul.data.shards.indexed_dataset import SplitWriter
+from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.train.batches import Prefetcher
 from longhaul.train.checkpoint.training_state import TrainingState
 
 TOKENS_PER_S = 200_000
 SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 4096, 16, 4, 40
-UNITS, UNIT_DOCUMENTS, MEAN_TOKENS = 40, 2000, 600
-BILLION_UNITS, BILLION_UNIT_TOKENS = 64_000, 64_000_000
+CHUNKS, CHUNK_DOCUMENTS, MEAN_TOKENS = 40, 2000, 600
+BILLION_CHUNKS, BILLION_CHUNK_TOKENS = 64_000, 64_000_000
 Kind = Literal["pretrain", "sft"]
 
 
 def main() -> None:
-    """Prints the wait share of both kinds of samples, and the cold start."""
+    """Print the waiting time of both kinds of samples, and the time to open them."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-read-") as name:
         folder = Path(name)
         manifest = make_shards(folder)
         lines = [
-            *header(("numpy", "torch")),
+            *describe_machine(("numpy", "torch")),
             f"batches of {GLOBAL_BATCH} x {SEQUENCE_LENGTH} tokens, shuffled, {STEPS} steps, 1 process on 1 core:",
-            *(waiting(manifest, kind, folder) for kind in ("pretrain", "sft")),
-            *(opening(kind, folder) for kind in ("pretrain", "sft")),
+            *(wait_line(manifest, kind, folder) for kind in ("pretrain", "sft")),
+            *(open_line(kind, folder) for kind in ("pretrain", "sft")),
         ]
-    publish("read", lines)
+    write_result("read", lines)
 
 
 def make_shards(folder: Path) -> DataManifest:
-    """Chats of some MEAN_TOKENS random tokens, in UNITS units; as text they are a stream."""
-    chance, shards = np.random.default_rng(0), []
-    for unit in range(UNITS):
-        (folder / f"{unit:016x}").mkdir()
-        writer = SplitWriter(folder / f"{unit:016x}", "train", "int32", with_mask=True)
-        lengths = 1 + chance.poisson(chance.exponential(MEAN_TOKENS, UNIT_DOCUMENTS)).astype(np.int32)
+    """Write chats of about MEAN_TOKENS random tokens in CHUNKS chunks. Pretraining reads them as a stream."""
+    generator, shards = np.random.default_rng(0), []
+    for chunk in range(CHUNKS):
+        (folder / f"{chunk:016x}").mkdir()
+        writer = SplitWriter(folder / f"{chunk:016x}", "train", "int32", with_mask=True)
+        lengths = 1 + generator.poisson(generator.exponential(MEAN_TOKENS, CHUNK_DOCUMENTS)).astype(np.int32)
         count = int(lengths.sum())
-        writer.add(chance.integers(0, 128_000, count), lengths, chance.integers(0, 2, count).astype(np.uint8))
+        writer.add(generator.integers(0, 128_000, count), lengths, generator.integers(0, 2, count).astype(np.uint8))
         (shard,) = writer.close()["shards"]
-        shards.append({**shard, "prefix": f"{unit:016x}/{shard['prefix']}"})
-    return made_of(folder, shards)
+        shards.append({**shard, "prefix": f"{chunk:016x}/{shard['prefix']}"})
+    return manifest_of(folder, shards)
 
 
-def made_of(folder: Path, shards: list[dict[str, Any]]) -> DataManifest:
+def manifest_of(folder: Path, shards: list[dict[str, Any]]) -> DataManifest:
     totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
     splits = {"train": {"shards": shards, **totals, "loss_tokens": totals["tokens"]}}
     return DataManifest("bench", "chat", str(folder), "bench", "none", "int32", splits, [], {}, 0.0)
 
 
-def waiting(manifest: DataManifest, kind: Kind, folder: Path) -> str:
-    """Steps that do nothing but last; the first is not counted, as nothing was read ahead of it."""
+def wait_line(manifest: DataManifest, kind: Kind, folder: Path) -> str:
+    """Run steps that only pause, and report their waiting time; the first step is left out, because nothing is prefetched for it."""
     samples = Samples.open(manifest, "train", kind, SEQUENCE_LENGTH, 0, folder)
     step_s = GLOBAL_BATCH * SEQUENCE_LENGTH / TOKENS_PER_S
     waits = []
@@ -87,26 +87,26 @@ def waiting(manifest: DataManifest, kind: Kind, folder: Path) -> str:
 
 
 def batches(samples: Samples, is_threaded: bool = True) -> Iterator[Any]:
-    """As the trainer reads them; or in this thread, with no reading ahead."""
+    """Yield batches like the trainer's, or read them in this thread without prefetching."""
     stage = SimpleNamespace(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH)
     job = SimpleNamespace(stage=stage, steps=STEPS, accumulation=GLOBAL_BATCH // MICRO_BATCH, data_parallel=1)
-    processes = SimpleNamespace(dims=SimpleNamespace(sample_rank=0), device=torch.device("cpu"))
+    context = SimpleNamespace(dims=SimpleNamespace(sample_rank=0), device=torch.device("cpu"))
     state = TrainingState()
-    reader: Any = Prefetcher(samples, job, processes, state)  # pyright: ignore[reportArgumentType]
+    reader: Any = Prefetcher(samples, job, context, state)  # pyright: ignore[reportArgumentType]
     for batch in reader if is_threaded else map(reader._read, range(STEPS)):
         state.step += 1
         yield batch
 
 
-def opening(kind: Kind, folder: Path) -> str:
-    """From the manifest on the disk to the numbers of a batch's samples; for packs also from their file, which is a hole."""
+def open_line(kind: Kind, folder: Path) -> str:
+    """Measure the time from reading the manifest to the sample numbers of a batch; the pack file is sparse."""
     shard = {
-        "tokens": BILLION_UNIT_TOKENS,
+        "tokens": BILLION_CHUNK_TOKENS,
         "documents": 15_625,
         "sha256": {name: "0" * 64 for name in ("bin", "idx", "mask")},
     }
-    shards = [{**shard, "prefix": f"{unit:016x}/train-00000"} for unit in range(BILLION_UNITS)]
-    manifest = made_of(folder, shards)
+    shards = [{**shard, "prefix": f"{chunk:016x}/train-00000"} for chunk in range(BILLION_CHUNKS)]
+    manifest = manifest_of(folder, shards)
     manifest.write(folder / "billion.json")
     documents = manifest.splits["train"]["documents"]
     packs = folder / f"pack-bench-train-{SEQUENCE_LENGTH}-1.bin"
@@ -119,7 +119,7 @@ def opening(kind: Kind, folder: Path) -> str:
     samples = Samples.open(DataManifest.read(folder / "billion.json"), "train", kind, SEQUENCE_LENGTH, 1, folder)
     samples.ids(10**6, GLOBAL_BATCH)
     return (
-        f"  {kind}: a manifest of {len(samples):,} samples in {BILLION_UNITS:,} units opens in "
+        f"  {kind}: a manifest of {len(samples):,} samples in {BILLION_CHUNKS:,} chunks opens in "
         f"{time.perf_counter() - started:.2f} s (aim: < 1 s)"
     )
 

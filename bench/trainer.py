@@ -1,7 +1,8 @@
 """Throughput of longhaul's training step beside a bare deepspeed.initialize loop and a bare PyTorch loop.
 
-The demo's pretraining stage: same model, micro batch, accumulation and world size, in the same processes, in turns. Ours reads
-its data, reduces its loss, guards and writes its metrics; the bare loops step on one batch in memory.
+All three train the demo's pretraining stage in turns, in the same processes: same model, micro batch, accumulation and world
+size. longhaul reads its data, reduces its loss, examines each step and writes its metrics. The bare loops repeat one batch in
+memory.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from longhaul.artifacts.paths import RunPaths
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "build" / "bench-trainer"
-DATA = "results/demo/data/stdlib.json"
+DATA = str(RunPaths("demo").manifest("stdlib"))
 PROCESSES = 2
 
 
 def main() -> None:
-    """Makes the demo's data once, then starts bench/trainer_worker.py on two processes."""
+    """Tokenize the demo's data once, then start bench/trainer_worker.py in two processes."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     snakemake = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", str(FOLDER)]
     subprocess.run(
@@ -28,7 +31,7 @@ def main() -> None:
     threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
     worker = str(Path(__file__).with_name("trainer_worker.py"))
-    command = [*torchrun, worker, "results/demo/stages/pretrain/stage.json", " ".join(sys.argv)]
+    command = [*torchrun, worker, str(RunPaths("demo").stage("pretrain").job_spec), " ".join(sys.argv)]
     subprocess.run(command, check=True, cwd=FOLDER, env=environment)
 
 

@@ -1,4 +1,4 @@
-"""One process of bench/trainer.py. Arguments: a stage's payload, the command to name."""
+"""One process of bench/trainer.py. Arguments: a training job's spec, and the command to print in the record."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from typing import Any
 
 import torch
 
-from bench.machine import header, publish
+from bench.machine import describe_machine, write_result
 from bench.stepping import open_trainer
 from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import MicroBatch
-from longhaul.train.build_model import build_model, read_deepspeed_config
+from longhaul.train.build_model import build_model
 from longhaul.train.distributed_context import DistributedContext, distributed_context
+from longhaul.train.engine import read_deepspeed_config
 
 ROUNDS, STEPS_PER_ROUND = 9, 2
 Step = Callable[[], None]
 
 
 def main() -> None:
-    """Builds the three loops and runs them in turns."""
+    """Build the three loops and run them in turns."""
     job = TrainSpec.read(Path(sys.argv[1]))
-    with distributed_context(job) as processes, tempfile.TemporaryDirectory() as name:
+    with distributed_context(job) as context, tempfile.TemporaryDirectory() as name:
         tokenizer = TokenizerManifest.read(Path(job.tokenizer))
-        ours, micro_batches = _ours(job, processes, Path(name))
+        ours, micro_batches = _ours(job, context, Path(name))
         loops = {
             "longhaul": ours,
-            "deepspeed.initialize": _bare_deepspeed(job, processes, tokenizer, micro_batches),
-            "PyTorch DDP": _bare_torch(job, processes, tokenizer, micro_batches),
+            "deepspeed.initialize": _bare_deepspeed(job, context, tokenizer, micro_batches),
+            "PyTorch DDP": _bare_torch(job, context, tokenizer, micro_batches),
         }
-        seconds = _in_turns(loops, processes)
-        if processes.is_main:
+        seconds = _in_turns(loops, context)
+        if context.is_main:
             _publish(job, seconds)
 
 
-def _ours(job: TrainSpec, processes: DistributedContext, folder: Path) -> tuple[Step, list[MicroBatch]]:
-    trainer, batches = open_trainer(job, processes, folder)
+def _ours(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Step, list[MicroBatch]]:
+    trainer, batches = open_trainer(job, context, folder)
     first = next(batches)
     following = chain([first], batches)
 
@@ -53,11 +54,11 @@ def _ours(job: TrainSpec, processes: DistributedContext, folder: Path) -> tuple[
 
 
 def _bare_deepspeed(
-    job: TrainSpec, processes: DistributedContext, tokenizer: TokenizerManifest, batches: list[MicroBatch]
+    job: TrainSpec, context: DistributedContext, tokenizer: TokenizerManifest, batches: list[MicroBatch]
 ) -> Step:
     import deepspeed
 
-    model = build_model(job, tokenizer, None, processes)
+    model = build_model(job, tokenizer, None, context)
     engine: Any = deepspeed.initialize(model=model, config=read_deepspeed_config(job))[0]
 
     def step() -> None:
@@ -70,9 +71,9 @@ def _bare_deepspeed(
 
 
 def _bare_torch(
-    job: TrainSpec, processes: DistributedContext, tokenizer: TokenizerManifest, batches: list[MicroBatch]
+    job: TrainSpec, context: DistributedContext, tokenizer: TokenizerManifest, batches: list[MicroBatch]
 ) -> Step:
-    model = torch.nn.parallel.DistributedDataParallel(build_model(job, tokenizer, None, processes))
+    model = torch.nn.parallel.DistributedDataParallel(build_model(job, tokenizer, None, context))
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.stage.optimizer.lr)
 
     def step() -> None:
@@ -86,37 +87,37 @@ def _bare_torch(
     return step
 
 
-def _in_turns(loops: dict[str, Step], processes: DistributedContext) -> dict[str, list[float]]:
-    """Seconds per step of every round; each round begins with another loop."""
+def _in_turns(loops: dict[str, Step], context: DistributedContext) -> dict[str, list[float]]:
+    """Return the seconds per step of every round; each round begins with another loop."""
     for step in loops.values():
-        step()  # the first one allocates
+        step()  # the first step allocates memory
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
     for index in range(ROUNDS):
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            processes.barrier()
+            context.barrier()
             started = time.perf_counter()
             for step in repeat(loops[name], STEPS_PER_ROUND):
                 step()
-            processes.barrier()
+            context.barrier()
             seconds[name].append((time.perf_counter() - started) / STEPS_PER_ROUND)
     return seconds
 
 
 def _publish(job: TrainSpec, seconds: dict[str, list[float]]) -> None:
     tokens = job.stage.global_batch_size * job.stage.sequence_length
-    lines = [f"{name:22} {tokens / statistics.median(found):9,.0f} tokens/s" for name, found in seconds.items()]
+    lines = [f"{name:22} {tokens / statistics.median(steps_s):9,.0f} tokens/s" for name, steps_s in seconds.items()]
     ours = seconds["longhaul"]
     for name in list(seconds)[1:]:
-        ratios = [theirs / mine for mine, theirs in zip(ours, seconds[name], strict=True)]
+        ratios = [other_s / own_s for own_s, other_s in zip(ours, seconds[name], strict=True)]
         lines.append(
             f"longhaul / {name}: {statistics.median(ratios):.3f}, median of {len(ratios)} pairs "
             f"(from {min(ratios):.3f} to {max(ratios):.3f})"
         )
     facts = f"{job.world_size} processes, micro batch {job.stage.micro_batch_size}, sequence length {job.stage.sequence_length}"
     sys.argv = sys.argv[2].split()
-    versions = header(("torch", "deepspeed", "transformers"))
-    publish(
+    versions = describe_machine(("torch", "deepspeed", "transformers"))
+    write_result(
         "trainer",
         [
             *versions,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longhaul.train.attention_kernels import repeat_shared_heads_in_fp32
+from longhaul.compat.transformers import repeat_shared_heads_in_fp32
 
 HEADS, TOKENS = 16, 4096
 

@@ -23,7 +23,7 @@ from tests.parity import reference_loop
 from tests.parity.parity_cases import BF16, FP32, LAYOUTS, TABLES, Case, all_cases
 from tests.parity.prepare_case import STEPS, prepare_case, run_config
 from tests.parity.shared_data import write_shared_data
-from tests.support.ranks import launch
+from tests.support.ranks import launch_worker
 
 HERE = Path(__file__).resolve().parent
 _CASES_PER_LAUNCH = 12
@@ -72,7 +72,7 @@ def train_cases(ranks: int, cases: Sequence[tuple[str, ...]], shared: Path, fold
     while cases:
         names = ["/".join(case) for case in cases]
         environment = {"PARITY_PORT": str(_first_port())}
-        done = launch(
+        done = launch_worker(
             HERE / "parity_worker.py", ranks, str(shared), str(folder), *names, environment=environment, timeout_s=1500
         )
         if done.returncode == 0:

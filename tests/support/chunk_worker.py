@@ -1,4 +1,7 @@
-"""The chunked loss with the vocabulary split over the ranks; rank 0 saves the whole gradients. Argument: folder for them."""
+"""Computes the chunked loss with a vocabulary that is sliced over the ranks; rank 0 saves the gathered gradients.
+
+Argument: the folder for the results.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from longhaul.config.run_config import Parallel
+from longhaul.config.stage_config import Parallel
 from longhaul.train.loss import chunked_loss_sum
-from longhaul.train.parallel.parallel_dims import make_parallel_dims
+from longhaul.train.parallel.parallel_dims import build_parallel_dims
 from tests.support.loss_inputs import operands
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
-    dims = make_parallel_dims(Parallel(tensor=ranks), dist.get_rank(), ranks)
+    dims = build_parallel_dims(Parallel(tensor=ranks), dist.get_rank(), ranks)
     hidden_NH, weight_VH, labels_N = operands()
     own_VH = weight_VH.detach().chunk(ranks)[dims.rank].requires_grad_()
     loss = chunked_loss_sum(hidden_NH, own_VH, labels_N, dims, chunk=16)

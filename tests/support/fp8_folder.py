@@ -1,4 +1,4 @@
-"""A small DeepSeek-V3 folder as DeepSeek publishes its models: block-scaled FP8, a layer that predicts a further token.
+"""A small DeepSeek-V3 folder as DeepSeek publishes its models: block-scaled FP8, with a multi-token prediction layer.
 
 https://huggingface.co/deepseek-ai/DeepSeek-V3: matrices of attention and experts as float8_e4m3fn with fp32 factors
 `<name>_scale_inv` of blocks of 128 x 128, everything else as bf16, the router's bias as fp32; several files and an index.
@@ -51,30 +51,30 @@ CONFIG: dict[str, Any] = {
         "weight_block_size": [BLOCK, BLOCK],
     },
 }
-OF_THE_NETWORK = set(CONFIG) - {"architectures", "model_type", "torch_dtype", "auto_map", "quantization_config"}
+NETWORK_KEYS = set(CONFIG) - {"architectures", "model_type", "torch_dtype", "auto_map", "quantization_config"}
 
 
 def write_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """Writes the folder; returns what training must start from: transformers' tensors in fp32."""
+    """Write the folder. Return the tensors from which training must start: transformers' names, in fp32."""
     folder.mkdir(parents=True)
     torch.manual_seed(3)
-    config = DeepseekV3Config(**{key: CONFIG[key] for key in OF_THE_NETWORK})
+    config = DeepseekV3Config(**{key: CONFIG[key] for key in NETWORK_KEYS})
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(torch.randn(tensor.shape) / 3)
     stored: dict[str, torch.Tensor] = {}
-    dequantised: dict[str, torch.Tensor] = {}
+    dequantized: dict[str, torch.Tensor] = {}
     for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
-        stored |= _stored(name, tensor, dequantised)
-    stored |= _further_layer(stored)
+        stored |= _stored(name, tensor, dequantized)
+    stored |= _prediction_layer(stored)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     write_shards(folder, stored)
-    return {name: _fused(name, tensor, dequantised) for name, tensor in model.state_dict().items()}
+    return {name: _fused(name, tensor, dequantized) for name, tensor in model.state_dict().items()}
 
 
 def write_shards(folder: Path, stored: dict[str, torch.Tensor]) -> None:
-    """Three files, dealt in turn, so that factors lie in other files than their matrices."""
+    """Write three files in turn, so that factors lie in other files than their matrices."""
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     names = [f"model-{number:05d}-of-000003.safetensors" for number in (1, 2, 3)]
@@ -86,22 +86,22 @@ def write_shards(folder: Path, stored: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _stored(name: str, tensor: torch.Tensor, dequantised: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _stored(name: str, tensor: torch.Tensor, dequantized: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if name.endswith("e_score_correction_bias"):
-        dequantised[name] = tensor
+        dequantized[name] = tensor
         return {name: tensor}
     if tensor.ndim < 2 or name in ("model.embed_tokens.weight", "lm_head.weight") or name.endswith("mlp.gate.weight"):
-        dequantised[name] = tensor.bfloat16().float()
+        dequantized[name] = tensor.bfloat16().float()
         return {name: tensor.bfloat16()}
-    quantised, factors = quantise(tensor)
-    # Element by element, in other words than the code under test.
+    quantized, factors = quantize(tensor)
+    # Element by element, unlike the code under test.
     rows, columns = (torch.arange(size) // BLOCK for size in tensor.shape)
-    dequantised[name] = quantised.float() * factors[rows][:, columns]
-    return {name: quantised, f"{name}_scale_inv": factors}
+    dequantized[name] = quantized.float() * factors[rows][:, columns]
+    return {name: quantized, f"{name}_scale_inv": factors}
 
 
-def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 values and a factor for each block, whose largest element becomes the largest FP8 number."""
+def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return FP8 values and one factor per block; the largest element of a block becomes the largest FP8 number."""
     padded = F.pad(tensor, (0, -tensor.shape[1] % BLOCK, 0, -tensor.shape[0] % BLOCK))
     blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
     factors = blocks.abs().amax((1, 3)) / LARGEST
@@ -109,28 +109,28 @@ def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scaled[: tensor.shape[0], : tensor.shape[1]].to(torch.float8_e4m3fn), factors
 
 
-def _further_layer(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One more layer with the multi-token module's own tensors; embedding and head are the model's."""
-    last, more = f"model.layers.{LAYERS - 1}.", f"model.layers.{LAYERS}."
+def _prediction_layer(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a multi-token prediction layer with its own tensors; embedding and head are the model's."""
+    last, added = f"model.layers.{LAYERS - 1}.", f"model.layers.{LAYERS}."
     hidden = CONFIG["hidden_size"]
-    found = {key.replace(last, more): tensor.clone() for key, tensor in stored.items() if key.startswith(last)}
+    found = {key.replace(last, added): tensor.clone() for key, tensor in stored.items() if key.startswith(last)}
     norm = torch.ones(hidden, dtype=torch.bfloat16)
     return found | {
-        f"{more}embed_tokens.weight": stored["model.embed_tokens.weight"].clone(),
-        f"{more}enorm.weight": norm,
-        f"{more}hnorm.weight": norm.clone(),
-        f"{more}eh_proj.weight": torch.zeros(hidden, 2 * hidden, dtype=torch.bfloat16),
-        f"{more}shared_head.norm.weight": norm.clone(),
-        f"{more}shared_head.head.weight": stored["lm_head.weight"].clone(),
+        f"{added}embed_tokens.weight": stored["model.embed_tokens.weight"].clone(),
+        f"{added}enorm.weight": norm,
+        f"{added}hnorm.weight": norm.clone(),
+        f"{added}eh_proj.weight": torch.zeros(hidden, 2 * hidden, dtype=torch.bfloat16),
+        f"{added}shared_head.norm.weight": norm.clone(),
+        f"{added}shared_head.head.weight": stored["lm_head.weight"].clone(),
     }
 
 
-def _fused(name: str, like: torch.Tensor, dequantised: dict[str, torch.Tensor]) -> torch.Tensor:
-    if name in dequantised:
-        return dequantised[name]
+def _fused(name: str, like: torch.Tensor, dequantized: dict[str, torch.Tensor]) -> torch.Tensor:
+    if name in dequantized:
+        return dequantized[name]
     prefix, _, kind = name.rpartition(".")
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     each = [
-        torch.cat([dequantised[f"{prefix}.{expert}.{part}.weight"] for part in parts]) for expert in range(len(like))
+        torch.cat([dequantized[f"{prefix}.{expert}.{part}.weight"] for part in parts]) for expert in range(len(like))
     ]
     return torch.stack(each)

@@ -1,6 +1,6 @@
-"""Gradients of one masked global batch under several micro batch sizes; rank 0 saves them.
+"""Computes the gradients of one masked global batch under several micro batch sizes; rank 0 saves them.
 
-Arguments: folder for the results.
+Argument: the folder for the results.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import transformers
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from longhaul.runtime.compiled_ops import disable_shm_comm
-from longhaul.runtime.rank import leave
+from longhaul.compat.deepspeed import disable_shm_comm
+from longhaul.data.sampling.sample_format import IGNORED_LABEL
+from longhaul.runtime.rank import exit_without_cleanup
 from longhaul.train.batches import MicroBatch
-from longhaul.train.loss import global_loss, loss_sum
+from longhaul.train.loss import loss_sum, scale_to_global_mean
 
 GLOBAL_BATCH, LENGTH, VOCABULARY = 16, 24, 96
 
 
 def batch() -> MicroBatch:
-    """Sequences with very different numbers of loss tokens, one of them with none."""
+    """Return sequences with very different numbers of loss tokens; one of them has none."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
     labels = ids[:, 1:].clone()
     for row in range(GLOBAL_BATCH):
-        labels[row, : min(LENGTH, 2 * row)] = -100
-    labels[3] = -100
+        labels[row, : min(LENGTH, 2 * row)] = IGNORED_LABEL
+    labels[3] = IGNORED_LABEL
     return MicroBatch(ids[:, :-1], labels, torch.arange(LENGTH).repeat(GLOBAL_BATCH, 1))
 
 
@@ -54,7 +55,7 @@ def gradients(micro: int, zero_stage: int) -> dict[str, torch.Tensor]:
     rows = torch.arange(GLOBAL_BATCH).reshape(accumulation, ranks, micro)[:, torch.distributed.get_rank()]
     for chosen in rows:
         part = MicroBatch(*(getattr(whole, name)[chosen] for name in ("input_ids", "labels", "position_ids")))
-        engine.backward(global_loss(loss_sum(engine, part), whole.loss_tokens, ranks, accumulation))
+        engine.backward(scale_to_global_mean(loss_sum(engine, part), whole.loss_tokens, ranks, accumulation))
         if engine.is_gradient_accumulation_boundary():
             found = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
         engine.step()
@@ -71,7 +72,7 @@ def main() -> None:
             if torch.distributed.get_rank() == 0:
                 save_file(found, out / f"ranks{ranks}-micro{micro}-zero{zero_stage}.safetensors")
     torch.distributed.barrier()
-    leave()
+    exit_without_cleanup()
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
-"""Has a trainer compute a wrong loss in named batches, on its last rank alone; the product's code knows nothing of it."""
+"""Makes a trainer compute a wrong loss in chosen batches, on its last rank alone. The package itself has no code for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from longhaul.train import backend, loop
+from longhaul.train import backend
+from longhaul.train.batches import Batch
+from longhaul.train.trainer import Trainer
 
-STEP, LOSSES = loop.Trainer.step, (backend.loss_sum, backend.head_loss_sum)
+STEP, LOSSES = Trainer.step, (backend.loss_sum, backend.head_loss_sum)
 
 
-def poison_batches(
-    factors: dict[int, float], before_step: Callable[[loop.Trainer], None] = lambda trainer: None
-) -> None:
-    """Multiplies the loss of these global batches by their factors; `before_step` is called before each step."""
-    at: list[int] = [-1]
+def poison_batches(factors: dict[int, float], before_step: Callable[[Trainer], None] = lambda trainer: None) -> None:
+    """Multiply the loss of these global batches by their factors, and call `before_step` before each step."""
+    current: list[int] = [-1]
 
-    def step(trainer: loop.Trainer, batch: Any) -> bool:
+    def step(trainer: Trainer, batch: Batch) -> bool:
         before_step(trainer)
-        at[0] = batch.number
-        found = STEP(trainer, batch)
-        at[0] = -1
-        return found
+        current[0] = batch.number
+        is_good = STEP(trainer, batch)
+        current[0] = -1
+        return is_good
 
     def poisoned(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def found(*arguments: Any) -> torch.Tensor:
+        def poisoned_loss(*arguments) -> torch.Tensor:
             dims = arguments[-1]
-            return loss(*arguments) * (factors.get(at[0], 1.0) if dims.rank == dims.world_size - 1 else 1.0)
+            is_last_rank = dims.rank == dims.world_size - 1
+            return loss(*arguments) * (factors.get(current[0], 1.0) if is_last_rank else 1.0)
 
-        return found
+        return poisoned_loss
 
-    loop.Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
+    Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
     backend.loss_sum, backend.head_loss_sum = (poisoned(loss) for loss in LOSSES)

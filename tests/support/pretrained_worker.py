@@ -1,6 +1,6 @@
 """Builds a stage's model from a pretrained folder on every rank, as training does, and compares it with given tensors.
 
-Arguments: the stage's payload, a safetensors file of the tensors. Each rank prints the bytes it read of the folder.
+Arguments: the training job's spec, a safetensors file of the expected tensors. Each rank prints how many bytes it read.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.jobs.specs import TrainSpec
-from longhaul.runtime.rank import leave
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.runtime.rank import exit_without_cleanup
 from longhaul.train.build_model import build_model
 from longhaul.train.distributed_context import distributed_context
-from longhaul.train.parallel.slice_model import parameters, saved_buffers
-from longhaul.train.parallel.tensor_slices import decoder_layers
+from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices
+from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
 def assert_no_experts_are_kept(model: Any) -> None:
-    """Of their gathered weights, which ZeRO-3 lets go after a forward pass, autograd holds none until the backward one."""
+    """Assert that autograd keeps no gathered expert weights for the backward pass; ZeRO 3 releases them after the forward pass."""
     mixtures = [layer.mlp.experts for layer in decoder_layers(model) if hasattr(layer.mlp, "experts")]
     kept = set()
     with (
@@ -38,7 +38,7 @@ def assert_no_experts_are_kept(model: Any) -> None:
 
 
 def main() -> None:
-    job, wanted = TrainSpec.read(Path(sys.argv[1])), load_file(sys.argv[2])
+    job, expected = TrainSpec.read(Path(sys.argv[1])), load_file(sys.argv[2])
     tokenizer = TokenizerManifest("", "", 300, 0, 1, 2, False)
     read = 0
     original = os.preadv
@@ -50,20 +50,20 @@ def main() -> None:
         return done
 
     os.preadv = counted
-    with distributed_context(job) as processes:
-        model = build_model(job, tokenizer, None, processes)
-        for shard, tensor in [*parameters(model), *saved_buffers(model)]:
+    with distributed_context(job) as context:
+        model = build_model(job, tokenizer, None, context)
+        for tensor_slice, tensor in [*parameter_slices(model), *buffer_slices(model)]:
             partitioned = hasattr(tensor, "ds_id")
             if partitioned:
-                assert tensor.ds_tensor.numel() <= -(-shard.numel // processes.rank.world_size), shard.name
+                assert tensor.ds_tensor.numel() <= -(-tensor_slice.numel // context.rank.world_size), tensor_slice.name
             with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
-                assert tensor.shape == shard.local_shape, shard.name
-                assert torch.equal(tensor, shard.cut(wanted[shard.name])), shard.name
-        print(f"rank {processes.rank.rank} read {read}", flush=True)
+                assert tensor.shape == tensor_slice.local_shape, tensor_slice.name
+                assert torch.equal(tensor, tensor_slice.extract(expected[tensor_slice.name])), tensor_slice.name
+        print(f"rank {context.rank.rank} read {read}", flush=True)
         if job.stage.zero.stage == 3:
             assert_no_experts_are_kept(model)
-        processes.barrier()
-    leave()
+        context.barrier()
+    exit_without_cleanup()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
 from longhaul.jobs.kinds.export_job import ExportSpec
+from longhaul.train.checkpoint.folders import reference_folder
 from tests.support.train_zero_checkpoints import STEPS, TAG, write_manifest
 
-REFERENCE = "proof"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -34,13 +34,13 @@ class ExportableStage:
     @property
     def reference(self) -> Path:
         """Folder of the reference values that the training wrote."""
-        return self.tag / REFERENCE
+        return reference_folder(self.tag)
 
-    def update_manifest(self, exportable: bool = True) -> None:
+    def update_manifest(self, has_reference_values: bool = True) -> None:
         """Write the manifest and checkpoint.json again, for files that a test has altered."""
         write_manifest(self.tag)
         path = self.tag / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"exportable": exportable}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"has_reference_values": has_reference_values}))
         _write_checkpoint(self.root, self.tag, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -82,7 +82,7 @@ def _job(root: Path, dtype: str, chat: bool) -> ExportSpec:
         dtype=dtype,
         tokenizer=str(root / "tokenizer.json"),
         config_hash="c0",
-        first_weights=(),
+        pretrained_changes=(),
         chat=chat,
         folder=str(root / "export/main"),
         out=str(root / "export/main.json"),

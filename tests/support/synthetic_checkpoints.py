@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Moe
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.config.stage_config import Parallel
 from longhaul.export.meta_model import meta_model
+from longhaul.train.checkpoint.folders import reference_folder
 from longhaul.train.parallel.parallel_dims import build_parallel_dims
 from longhaul.train.parallel.slice_index import write_slice_index
 from longhaul.train.parallel.slice_model import slice_model
 
 TAG = "step-00000002"
-REFERENCE = "proof"
 
 
 def llama_config(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _values(numel: int, seed: int) -> torch.Tensor:
 def write_reference_values(weights: Path, config: dict[str, Any]) -> None:
     """Write what the trainer writes with a checkpoint: hashes, and logits of the whole model in fp32 on one thread."""
     folder = weights / "checkpoints" / TAG
-    reference = folder / REFERENCE
+    reference = reference_folder(folder)
     reference.mkdir()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()

@@ -1,11 +1,14 @@
-"""A leg in a process of its own: python tracked_leg.py JOB FOLDER logs five steps, says so, and ends when its input does."""
+"""The trackers of an attempt in a process of its own: python tracked_training.py JOB FOLDER.
+
+It logs five steps, prints "logged", and closes the trackers when its input ends.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.monitoring.trackers import open_trackers
 
 trackers = open_trackers(TrainSpec.read(Path(sys.argv[1])), Path(sys.argv[2]), 0)

@@ -1,7 +1,8 @@
-"""Trains tiny models for two steps with real DeepSpeed and saves them, with the weights gathered from the live engine.
+"""Trains small models for two steps with real DeepSpeed and saves checkpoints, beside the weights of the live engine.
 
-One process per rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT): python train_zero_checkpoints.py FOLDER. Every case of the
-world size goes to FOLDER/<case>/: `reference.safetensors` and a stage's weights folder with one checkpoint and its proof.
+python train_zero_checkpoints.py FOLDER, in one process for each rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Every case
+of the world size is written to FOLDER/<case>/: `reference.safetensors` with the gathered weights, and the weights folder of a
+stage with one checkpoint and its reference values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TAG = "step-00000002"
 
 @dataclass(frozen=True)
 class Case:
-    """One training: `kind` names the architecture, `freeze` a part of the names of parameters that are not trained."""
+    """One training. kind: transformers' model type; freeze: part of the names of parameters that are not trained."""
 
     kind: str
     zero: int
@@ -61,9 +62,9 @@ CASES: dict[int, dict[str, Case]] = {
 
 
 def hugging_face_config(kind: str, tied: bool):
-    """A network of two layers whose sizes are odd where they can be, so that every padding occurs.
+    """Return the config of a model of two layers. Sizes are odd where possible, so that every kind of padding occurs.
 
-    torch's grouped matrix product wants 16-byte strides, so the widths of mixtures are multiples of 8.
+    torch's grouped matrix product needs strides of 16 bytes, so the widths of mixtures of experts are multiples of 8.
     """
     import transformers
 
@@ -106,7 +107,7 @@ def hugging_face_config(kind: str, tied: bool):
 
 
 def deepspeed_config(case: Case) -> dict:
-    """Two parameter groups' worth of AdamW, small buckets, the case's ZeRO stage and precision."""
+    """Return a ds_config with the ZeRO stage and precision of the case."""
     config: dict = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
@@ -123,7 +124,7 @@ def deepspeed_config(case: Case) -> dict:
 
 
 def train(case: Case, seed: int):
-    """The engine after two steps."""
+    """Return the engine after STEPS steps of AdamW with two parameter groups."""
     import deepspeed
     import torch
     import transformers
@@ -149,24 +150,24 @@ def train(case: Case, seed: int):
     return engine
 
 
-def gathered(engine, case: Case) -> dict:
-    """Every parameter and persistent buffer of the live engine in fp32, by name; tied ones once."""
+def gather_weights(engine, case: Case) -> dict:
+    """Return every parameter and persistent buffer of the live engine in fp32, by name; tied ones once."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found = {}
+    weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=case.zero == 3):
             value = parameter.detach().float().clone()
-        # With round_robin_gradients DeepSpeed 0.19.8 gathers the wrong parameters' fp32 values; the weights are right.
+        # With round_robin_gradients, DeepSpeed 0.19.8 returns fp32 values of other parameters. The weights are right.
         round_robin = ("round_robin_gradients", True) in case.zero_extra
         if case.zero and parameter.requires_grad and not round_robin:
             value = safe_get_full_fp32_param(parameter)
-        found[name] = value.clone().view(parameter.ds_shape if case.zero == 3 else parameter.shape)
+        weights[name] = value.clone().view(parameter.ds_shape if case.zero == 3 else parameter.shape)
     for name, buffer in engine.module.named_buffers():
         if name in engine.module.state_dict():
-            found[name] = buffer.float().clone()
-    return found
+            weights[name] = buffer.float().clone()
+    return weights
 
 
 def proof_logits(engine) -> dict:
@@ -219,7 +220,7 @@ def write_manifest(folder: Path) -> str:
 
 
 def main(folder: Path) -> None:
-    """Runs every case of this world size."""
+    """Run every case of this world size."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -229,12 +230,12 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed refuses fp16 on CPUs without fp16 matrix units, though torch computes it on any: only the layout matters.
+    # DeepSpeed refuses fp16 on CPUs without fp16 matrix units. torch computes it on all, and only the files matter here.
     type(get_accelerator()).is_fp16_supported = lambda _: True
     deepspeed.init_distributed("gloo", verbose=False)
     for index, (name, case) in enumerate(CASES[int(os.environ["WORLD_SIZE"])].items()):
         engine = train(case, seed=index)
-        reference, logits = gathered(engine, case), proof_logits(engine)
+        reference, logits = gather_weights(engine, case), proof_logits(engine)
         checkpoints = folder / name / "weights" / "checkpoints"
         engine.save_checkpoint(str(checkpoints), tag=TAG)
         if engine.global_rank == 0:

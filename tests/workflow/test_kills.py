@@ -1,4 +1,4 @@
-"""A training that is killed, and a main Snakemake that is killed: the same command goes on, to the same bits."""
+"""A killed rank and a killed main Snakemake process: the same command resumes to bit-identical weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ STAGE = "results/tiny/stages/base/checkpoint.json"
 
 
 def steps_done(chain: Chain) -> int:
-    """Steps in the stage's metrics."""
+    """Return the last step in the stage's metrics."""
     lines = [line for path in chain.results.glob("stages/base/weights/*/metrics.jsonl") for line in path.open()]
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def wait_for(condition: Callable[[], bool], main: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], main: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert main.poll() is None, "snakemake ended early:\n" + main.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
         time.sleep(0.005)
 
 
@@ -39,7 +39,7 @@ def start(chain: Chain) -> subprocess.Popen[str]:
 
 
 def trainers(main: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes below a main Snakemake, by rank."""
+    """Return the training processes below a main Snakemake process, ordered by rank."""
     below = psutil.Process(main.pid).children(recursive=True)
     found = [process for process in below if "train" in process.cmdline() and "longhaul" in process.cmdline()]
     ranks = [
@@ -48,40 +48,40 @@ def trainers(main: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
 
 
-def legs(chain: Chain) -> list[int]:
-    """The steps that the stage's starts went on from."""
+def start_steps(chain: Chain) -> list[int]:
+    """Return the step from which each start of the stage resumed."""
     lines = [line for path in chain.results.glob("stages/base/weights/*/attempts.jsonl") for line in path.open()]
     return [json.loads(line)["resumed_from"] for line in lines if line.endswith("\n")]
 
 
-def masters(chain: Chain) -> dict[str, str]:
-    """Name -> SHA-256 of the last checkpoint's master weights."""
+def master_weights(chain: Chain) -> dict[str, str]:
+    """Return tensor name -> SHA-256 of the last checkpoint's master weights."""
     checkpoint = chain.read("stages/base/checkpoint.json")
     last = Path(checkpoint["weights"]) / checkpoint["checkpoints"]["last"]["path"]
-    tensors = json.loads((chain.folder / last / "proof" / "tensors.json").read_text())
+    tensors = json.loads((chain.folder / last / "reference" / "tensors.json").read_text())
     return {name: entry["sha256_fp32"] for name, entry in tensors.items()}
 
 
 @pytest.fixture
 def killed(finished: Chain, tmp_path: Path) -> Chain:
-    """The finished run's twin, not yet started."""
-    return Chain(tmp_path / "twin", finished.config)
+    """A run with the config of the finished run, not yet started."""
+    return Chain(tmp_path / "killed", finished.config)
 
 
-def test_kills_cost_no_bit(finished: Chain, killed: Chain):
+def test_weights_are_bit_identical_after_kills(finished: Chain, killed: Chain):
     first = start(killed)
     wait_for(lambda: steps_done(killed) >= 12, first)
     trainers(first)[-1].send_signal(signal.SIGKILL)  # restarted in place
     second = killed.snakemake(STAGE)
     assert second.returncode == 2, second.stdout + second.stderr
     assert f"another snakemake (process {first.pid} on " in second.stdout + second.stderr
-    wait_for(lambda: steps_done(killed) >= 22 and len(legs(killed)) == 2, first)
-    first.kill()  # its trainers go on; the next ones wait for them
+    wait_for(lambda: steps_done(killed) >= 22 and len(start_steps(killed)) == 2, first)
+    first.kill()  # its trainers keep running; those of the next run wait for them
     first.wait()
 
     killed.run(STAGE)
     weights = killed.folder / killed.read("stages/base/checkpoint.json")["weights"]
-    assert legs(killed)[:2] == [0, 10]
+    assert start_steps(killed)[:2] == [0, 10]
     rows = [json.loads(line) for line in (weights / "metrics.jsonl").open()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
-    assert masters(killed) == masters(finished)
+    assert master_weights(killed) == master_weights(finished)

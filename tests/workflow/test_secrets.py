@@ -1,4 +1,4 @@
-"""Secrets of the environment are in no file that a run writes: results, logs, rendered scripts, Snakemake's own records."""
+"""No file that a run writes contains secrets of the environment: results, logs, launch scripts, Snakemake's records."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ import pytest
 
 from tests.support.chain import REPOSITORY, SECRETS, Chain, leaks
 from tests.support.small_configs import base_stage
-from tests.support.tracker_server import AT_ONCE, Answer, Server, broken, mlflow_answer, wandb_answer
+from tests.support.tracker_server import NO_BACKOFF, Answer, Server, mlflow_answer, unavailable, wandb_answer
 
-TRACKED_LEG = REPOSITORY / "tests/unit/train/tracked_leg.py"
+TRACKED_TRAINING = REPOSITORY / "tests/support/tracked_training.py"
 
 
-def test_a_whole_run_keeps_them_to_itself(finished: Chain):
+def test_run_writes_no_secrets(finished: Chain):
     written = [path for path in finished.folder.rglob("*") if path.is_file()]
     kinds = {path.relative_to(finished.folder).parts[0] for path in written}
     assert {"results", ".snakemake"} <= kinds and any(path.suffix == ".log" for path in written)
     assert leaks(finished.folder) == []
 
 
-def test_every_job_had_them(finished: Chain, tmp_path: Path):
-    """What the supervisor starts inherits the environment, so the test above is not empty."""
+def test_secrets_are_in_the_environment_of_jobs(finished: Chain, tmp_path: Path):
+    """The supervisor's processes inherit the environment. Otherwise test_run_writes_no_secrets would find nothing."""
     probe = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
     launch = json.loads((finished.results / "stages/chat/launch.json").read_text())
     launch["folder"] = str(tmp_path)
     launch["steps"] = [{"title": "probe", "command": [sys.executable, "-c", probe, str(tmp_path / "seen.json")]}]
     (tmp_path / "launch.json").write_text(json.dumps(launch))
-    command = [sys.executable, "-m", "longhaul", "supervise", str(tmp_path / "launch.json")]
+    command = [sys.executable, "-m", "longhaul", "job", "supervise", str(tmp_path / "launch.json")]
     subprocess.run(command, cwd=finished.folder, env=finished.environment(), check=True, capture_output=True)
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert {name: seen.get(name) for name in SECRETS} == SECRETS
 
 
-@pytest.mark.parametrize("at", ["files", "servers"])
-def test_trackers_keep_them_to_themselves(tmp_path: Path, serve: Callable[[Answer], Server], at: str):
-    """In the weights folder, the user's home, and what is said of servers that break down."""
+@pytest.mark.parametrize("target", ["files", "servers"])
+def test_trackers_write_no_secrets(tmp_path: Path, serve: Callable[[Answer], Server], target: str):
+    """Neither the weights folder nor the home folder nor messages about failing servers contain secrets."""
     base_stage(tmp_path, wandb=True, mlflow=True).write(tmp_path / "job.json")
-    server = serve(breaks_down)
-    own = {"HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_USERNAME": "me", "WANDB_FINISH_TIMEOUT": "1", **AT_ONCE}
-    if at == "servers":
+    server = serve(fail_after_start)
+    own = {"HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_USERNAME": "me", "WANDB_FINISH_TIMEOUT": "1", **NO_BACKOFF}
+    if target == "servers":
         own |= {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "MLFLOW_TRACKING_URI": server.url}
-    command = [sys.executable, str(TRACKED_LEG), str(tmp_path / "job.json"), str(tmp_path)]
+    command = [sys.executable, str(TRACKED_TRAINING), str(tmp_path / "job.json"), str(tmp_path)]
     with (tmp_path / "log").open("w") as log:
         environment = {**os.environ, **SECRETS, **own}
         subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, timeout=120
         )
     sent = {f"api:{SECRETS['WANDB_API_KEY']}", f"me:{SECRETS['MLFLOW_TRACKING_PASSWORD']}"}
-    assert server.credentials == (sent if at == "servers" else set())
-    assert list(tmp_path.glob("wandb/*/*.wandb")) and ((tmp_path / "mlruns").exists() == (at == "files"))
-    assert ("trackers.mlflow is left out" in (tmp_path / "log").read_text()) == (at == "servers")
+    assert server.credentials == (sent if target == "servers" else set())
+    assert list(tmp_path.glob("wandb/*/*.wandb")) and ((tmp_path / "mlruns").exists() == (target == "files"))
+    assert ("trackers.mlflow is off for the rest" in (tmp_path / "log").read_text()) == (target == "servers")
     assert leaks(tmp_path) == []
 
 
-def breaks_down(path: str, request: Any) -> tuple[int, Any]:
-    """Both trackers' servers, which begin a run and then take nothing."""
+def fail_after_start(path: str, request: Any) -> tuple[int, Any]:
+    """Answer as the servers of both trackers: they start a run, and then refuse its values."""
     if path.endswith(("/log-batch", "/file_stream")):
-        return broken(path, request)
+        return unavailable(path, request)
     return (mlflow_answer if "/mlflow/" in path else wandb_answer)(path, request)
 
 
 @pytest.mark.parametrize("form", ["token={}!", "api:{}", "user:{}"])
-def test_what_looks_for_them_finds_them(tmp_path: Path, form: str):
+def test_leaks_finds_secrets_in_plain_text_and_base64(tmp_path: Path, form: str):
     text = form.format(SECRETS["HF_TOKEN"])
     (tmp_path / "log").write_text(text)
     (tmp_path / "header").write_text(f"Authorization: Basic {b64encode(text.encode()).decode()}")

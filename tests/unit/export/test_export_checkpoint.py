@@ -77,7 +77,7 @@ def test_model_card_and_folder_state_the_provenance(zero_checkpoints: Path, tmp_
 
 def test_model_card_states_changes_of_pretrained_weights(zero_checkpoints: Path, tmp_path: Path):
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "bf16")
-    job = stage.job.model_copy(update={"first_weights": ("Its FP8 weights were dequantised.", "Layers were left out.")})
+    job = stage.job.model_copy(update={"pretrained_changes": ("Its FP8 weights were dequantised.", "Layers were left out.")})
     run(job)
     card = (Path(job.folder) / "README.md").read_text()
     assert "from random weights. Its FP8 weights were dequantised. Layers were left out." in card, card
@@ -136,7 +136,7 @@ def test_logits_that_differ_from_the_trainers_are_refused(zero_checkpoints: Path
 
 def test_checkpoint_without_reference_values_is_refused(zero_checkpoints: Path, tmp_path: Path):
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
-    stage.update_manifest(exportable=False)
+    stage.update_manifest(has_reference_values=False)
     assert_refused(stage, "without the reference values")
 
 

@@ -1,4 +1,4 @@
-"""Every kind of activation checkpointing gives the same bits, and keeps and repeats what its name says."""
+"""Every kind of activation checkpointing gives the same bits, and keeps and recomputes what its name says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longhaul.config.run_config import Stage
-from longhaul.train import activation_checkpointing as recompute
-from longhaul.train.activation_checkpointing import recompute_layers
+from longhaul.train import activation_checkpointing
+from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from tests.support.small_configs import LLAMA
 
 MIXTURE = {
@@ -18,43 +18,43 @@ MIXTURE = {
     "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
-TWINS = {"llama": {**LLAMA, "model_type": "llama"}, "deepseek_v3": MIXTURE}
+MODELS = {"llama": {**LLAMA, "model_type": "llama"}, "deepseek_v3": MIXTURE}
 KINDS = ("none", "selective", "full", "offload")
 
 
-def build(twin: str, kind: str) -> Any:
+def build(model_type: str, kind: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = AutoConfig.for_model(**TWINS[twin], use_cache=False)
+    config = AutoConfig.for_model(**MODELS[model_type], use_cache=False)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
-    recompute_layers(model, kind)
+    apply_activation_checkpointing(model, kind)
     return model
 
 
 def forward(model: Any) -> torch.Tensor:
     ids = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(2))
-    # Positions that restart: a packed document, which takes a mask.
+    # Positions that restart: a packed document, for which transformers builds a mask.
     return model(input_ids=ids, labels=ids, position_ids=torch.arange(32).remainder(20).repeat(2, 1)).loss
 
 
-def test_the_kinds_are_those_of_the_config():
+def test_the_config_has_the_same_kinds():
     assert Stage.model_fields["activation_checkpointing"].annotation.__args__ == KINDS  # pyright: ignore
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_loss_and_gradients_are_bit_equal(twin: str, kind: str):
-    plain, other = build(twin, "none"), build(twin, kind)
-    losses = [forward(model) for model in (plain, other)]
+def test_loss_and_gradients_are_bit_equal(model_type: str, kind: str):
+    plain, checkpointed = build(model_type, "none"), build(model_type, kind)
+    losses = [forward(model) for model in (plain, checkpointed)]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
-    for (name, one), (_, two) in zip(plain.named_parameters(), other.named_parameters(), strict=True):
+    for (name, one), (_, two) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         assert (one.grad is None and two.grad is None) or torch.equal(one.grad, two.grad), name
 
 
-class Counting(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Counts matrix products and activation functions."""
 
     def __init__(self) -> None:
@@ -67,29 +67,29 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def repeated(kind: str) -> tuple[int, int]:
-    """(matrix products, activation functions) of a backward pass beyond those that it has without recomputation."""
+def recomputed(kind: str) -> tuple[int, int]:
+    """Return the (matrix products, activation functions) of a backward pass beyond those without recomputation."""
     counts = []
     for each in ("none", kind):
         loss = forward(build("llama", each))
-        with Counting() as seen:
+        with OperationCounter() as counter:
             loss.backward()
-        counts.append((seen.products, seen.activations))
+        counts.append((counter.products, counter.activations))
     return counts[1][0] - counts[0][0], counts[1][1] - counts[0][1]
 
 
-def test_what_is_computed_again():
-    """6 of 7 products (the last one's result is nothing that the backward pass needs) and one activation function a layer."""
+def test_each_kind_recomputes_what_its_name_says():
+    """A layer has 7 products and 1 activation function; the backward pass does not need the result of the last product."""
     layers = LLAMA["num_hidden_layers"]
-    assert repeated("full") == repeated("offload") == (6 * layers, layers)
-    assert repeated("selective") == (0, layers)
+    assert recomputed("full") == recomputed("offload") == (6 * layers, layers)
+    assert recomputed("selective") == (0, layers)
 
 
-def test_what_is_offloaded_is_each_layers_input_alone(monkeypatch: pytest.MonkeyPatch):
-    """Neither the mask nor the rotary embedding, which the layers share."""
+def test_offload_moves_only_the_input_of_each_layer(monkeypatch: pytest.MonkeyPatch):
+    """Mask and rotary embedding, which the layers share, stay where they are."""
     moved: list[torch.Size] = []
 
-    class Recording(torch.autograd.graph.saved_tensors_hooks):
+    class RecordingHooks(torch.autograd.graph.saved_tensors_hooks):
         def __init__(self, pin_memory: bool) -> None:
             def pack(tensor: torch.Tensor) -> torch.Tensor:
                 moved.append(tensor.shape)
@@ -97,6 +97,6 @@ def test_what_is_offloaded_is_each_layers_input_alone(monkeypatch: pytest.Monkey
 
             super().__init__(pack, lambda tensor: tensor)
 
-    monkeypatch.setattr(recompute, "save_on_cpu", Recording)
+    monkeypatch.setattr(activation_checkpointing, "save_on_cpu", RecordingHooks)
     forward(build("llama", "offload")).backward()
     assert moved == [torch.Size((2, 32, LLAMA["hidden_size"]))] * LLAMA["num_hidden_layers"]

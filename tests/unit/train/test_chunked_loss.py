@@ -1,4 +1,4 @@
-"""The loss without whole logits: equal to the whole one, over any chunk and any split of the vocabulary, and smaller."""
+"""The chunked loss equals the loss of whole logits, for any chunk size and any slicing of the vocabulary, with less memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longhaul.train.loss import IGNORE, chunked_loss_sum
+from longhaul.data.sampling.sample_format import IGNORED_LABEL
+from longhaul.train.loss import chunked_loss_sum
 from tests.support.loss_inputs import HIDDEN, TOKENS, VOCABULARY, operands
-from tests.support.ranks import spawn
+from tests.support.ranks import run_worker
 
 SCALE = 0.125
 
 
 def whole(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, gradient of hidden and of weight by torch's own cross entropy."""
+    """Return the loss and the gradients of hidden and weight from torch's own cross entropy."""
     hidden, weight, labels = operands(dtype)
     logits = (hidden @ weight.T).float()
-    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     (loss * SCALE).backward()
     return loss.detach(), *_gradients(hidden, weight)
 
@@ -37,26 +38,25 @@ def _gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.grad for tensor in tensors if tensor.grad is not None]
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference in units of the largest value."""
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference in units of the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, TOKENS, 10 * TOKENS])
-def test_any_chunk_gives_the_whole_loss_and_its_gradients(chunk: int):
-    for found, wanted in zip(chunked(chunk), whole(), strict=True):
-        assert relative(found, wanted) <= 1e-6
+def test_any_chunk_size_gives_the_loss_and_gradients_of_whole_logits(chunk: int):
+    for found, expected in zip(chunked(chunk), whole(), strict=True):
+        assert relative(found, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("chunk", [25, 1])
-def test_in_half_precision_it_is_as_near_to_the_truth_as_the_whole_one(chunk: int):
-    truth = whole()
-    for exact, ours, theirs in zip(truth, chunked(chunk, torch.bfloat16), whole(torch.bfloat16), strict=True):
+def test_in_half_precision_the_error_is_that_of_whole_logits(chunk: int):
+    for exact, ours, theirs in zip(whole(), chunked(chunk, torch.bfloat16), whole(torch.bfloat16), strict=True):
         assert relative(ours.float(), exact) <= 1.5 * relative(theirs.float(), exact) + 1e-6
 
 
-def test_many_chunks_in_half_precision_lose_nothing_of_the_weights_gradient():
-    """Of hidden states with a common direction, so that the sum grows from chunk to chunk beyond what a late one adds."""
+def test_many_chunks_in_half_precision_do_not_lose_precision_of_the_weights_gradient():
+    """Hidden states have a common direction, so the sum grows from chunk to chunk far beyond what a late chunk adds."""
     generator = torch.Generator().manual_seed(3)
     hidden = (torch.randn(4096, 16, generator=generator) + torch.randn(16, generator=generator)).bfloat16()
     weight = (0.05 * torch.randn(64, 16, generator=generator)).bfloat16()
@@ -68,14 +68,14 @@ def test_many_chunks_in_half_precision_lose_nothing_of_the_weights_gradient():
         assert own.grad is not None and own.grad.dtype == dtype
         return own.grad.float()
 
-    truth = gradient(4096, torch.float32)
-    at_once, in_chunks = ((found - truth).norm() for found in (gradient(4096), gradient(32)))
+    exact = gradient(4096, torch.float32)
+    at_once, in_chunks = ((found - exact).norm() for found in (gradient(4096), gradient(32)))
     assert 0 < in_chunks <= 1.5 * at_once
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_split_vocabulary_gives_the_same(tmp_path: Path, ranks: int):
-    spawn(Path(__file__).parents[2] / "support" / "chunk_worker.py", ranks, str(tmp_path))
+def test_a_vocabulary_sliced_over_ranks_gives_the_same(tmp_path: Path, ranks: int):
+    run_worker(Path(__file__).parents[2] / "support" / "chunk_worker.py", ranks, str(tmp_path))
     found = load_file(tmp_path / f"ranks{ranks}.safetensors")
     loss, hidden, weight = whole()
     assert relative(found["loss"], loss) <= 1e-6
@@ -83,16 +83,16 @@ def test_a_split_vocabulary_gives_the_same(tmp_path: Path, ranks: int):
     assert relative(found["weight"] * SCALE, weight) <= 1e-6
 
 
-def test_without_a_loss_token_nothing_moves():
+def test_without_a_loss_token_all_gradients_are_zero():
     hidden, weight, labels = operands()
-    loss = chunked_loss_sum(hidden, weight, torch.full_like(labels, IGNORE))
+    loss = chunked_loss_sum(hidden, weight, torch.full_like(labels, IGNORED_LABEL))
     loss.backward()
     assert loss.item() == 0
     assert all(not gradient.any() for gradient in _gradients(hidden, weight))
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation gives."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,19 +107,19 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_largest_tensor_is_a_chunk_of_logits():
-    """Beside it only the gradients of hidden states and weight, which the step needs anyway."""
+    """Only the gradients of hidden states and weight are larger, which the step needs anyway."""
     hidden, weight, labels = operands()
-    with Largest() as seen:
+    with LargestTensor() as largest:
         chunked_loss_sum(hidden, weight, labels, chunk=25).backward()
-    assert seen.elements == max(25 * VOCABULARY, TOKENS * HIDDEN, VOCABULARY * HIDDEN)
-    with Largest() as seen:
+    assert largest.elements == max(25 * VOCABULARY, TOKENS * HIDDEN, VOCABULARY * HIDDEN)
+    with LargestTensor() as largest:
         chunked_loss_sum(hidden, weight, labels, chunk=TOKENS).backward()
-    assert seen.elements == TOKENS * VOCABULARY
+    assert largest.elements == TOKENS * VOCABULARY
 
 
-def test_without_gradients_none_are_made():
+def test_without_gradients_no_gradient_tensor_is_allocated():
     hidden, weight, labels = operands()
-    with torch.no_grad(), Largest() as seen:
+    with torch.no_grad(), LargestTensor() as largest:
         loss = chunked_loss_sum(hidden, weight, labels, chunk=5)
     assert relative(loss, whole()[0]) <= 1e-6
-    assert seen.elements == max(5 * VOCABULARY, VOCABULARY * HIDDEN)  # the weight transposed, which is a view
+    assert largest.elements == max(5 * VOCABULARY, VOCABULARY * HIDDEN)  # the transposed weight, which is a view

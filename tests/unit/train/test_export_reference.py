@@ -1,15 +1,16 @@
-"""The prompts that an export completes: of held-out documents where there are any, no two alike."""
+"""The prompts that an export completes: beginnings of held-out documents where there are any, without repetitions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 from longhaul.train.export_reference import SAMPLE_PROMPTS, sample_prompts
 
 
-class Documents:
-    """Documents without end; every beginning comes twice."""
+class EndlessDocuments:
+    """Documents without end; every beginning occurs twice."""
 
     def __len__(self) -> int:
         return 1
@@ -18,10 +19,13 @@ class Documents:
         return ((5, number // 2) for number in count())
 
 
-def test_held_out_documents_come_first_and_no_two_prompts_are_alike():
-    found = sample_prompts(validation=Documents(), train=Documents())
-    assert found == {"split": "validation", "input_ids": [[5, number] for number in range(SAMPLE_PROMPTS)]}
+DOCUMENTS: Any = EndlessDocuments()
 
 
-def test_without_a_validation_split_the_training_documents_stand_in_and_the_split_tells():
-    assert sample_prompts(validation=None, train=Documents())["split"] == "train"
+def test_prompts_come_from_held_out_documents_without_repetitions():
+    prompts = sample_prompts(validation=DOCUMENTS, train=DOCUMENTS)
+    assert prompts == {"split": "validation", "input_ids": [[5, number] for number in range(SAMPLE_PROMPTS)]}
+
+
+def test_without_a_validation_split_prompts_come_from_training_documents():
+    assert sample_prompts(validation=None, train=DOCUMENTS)["split"] == "train"

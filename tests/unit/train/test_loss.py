@@ -1,4 +1,4 @@
-"""The gradient of a global batch is that of its mean token loss, whatever the layout."""
+"""The gradient of a global batch is that of its mean token loss, for every layout."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.ranks import spawn
+from tests.support.ranks import run_worker
 
 WORKER = Path(__file__).parents[2] / "support" / "gradient_worker.py"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """Layout -> name -> gradient."""
+    """Return layout -> name -> gradient."""
     folder = tmp_path_factory.mktemp("gradients")
     for ranks in (1, 2, 4):
-        spawn(WORKER, ranks, str(folder))
+        run_worker(WORKER, ranks, str(folder))
     return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
-def test_one_masked_batch_gives_one_gradient_whatever_the_layout(results: dict[str, dict[str, torch.Tensor]]):
-    """micro batch 1, 2, 4 x data parallel 1, 2, 4, to 1e-6 of the largest gradient; ZeRO 0 and 1."""
+def test_a_masked_batch_gives_the_same_gradient_in_every_layout(results: dict[str, dict[str, torch.Tensor]]):
+    """Micro batch 1, 2, 4 x data parallel 1, 2, 4, to 1e-6 of the largest gradient; ZeRO 0 and 1."""
     assert len(results) == 12
     reference = results["ranks1-micro4-zero0"]
     largest = max(gradient.abs().max().item() for gradient in reference.values())
@@ -35,8 +35,8 @@ def test_one_masked_batch_gives_one_gradient_whatever_the_layout(results: dict[s
             )
 
 
-def test_the_reference_is_the_mean_token_loss(results: dict[str, dict[str, torch.Tensor]]):
-    """The same gradient from plain PyTorch, without DeepSpeed and without micro batches."""
+def test_the_gradient_is_that_of_the_mean_token_loss(results: dict[str, dict[str, torch.Tensor]]):
+    """Plain PyTorch gives the same gradient, without DeepSpeed and without micro batches."""
     import transformers
 
     from tests.support.gradient_worker import VOCABULARY, batch

@@ -1,4 +1,4 @@
-"""The low-rank reduction on one rank, in a process of its own: gloo's threads do not outlive a group that a test ends."""
+"""PowerSGD on one rank, in a process of its own, as gloo's threads do not survive a group that a test destroys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def test_one_rank():
+def test_reduction_on_one_rank():
     file = Path(__file__).parents[2] / "support" / "one_rank_powersgd.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(file)], capture_output=True, text=True, check=False, timeout=300

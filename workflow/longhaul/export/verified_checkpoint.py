@@ -13,7 +13,7 @@ from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
 from longhaul.errors import UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec
-from longhaul.train.checkpoint.folders import MANIFEST
+from longhaul.train.checkpoint.folders import MANIFEST, reference_folder
 
 ALTERED_HINT = (
     "the files were altered after training: restore them, or remove checkpoint.json and train again from an older one"
@@ -38,7 +38,7 @@ class VerifiedCheckpoint:
     @property
     def reference(self) -> Path:
         """Folder of the reference values that the trainer wrote with the checkpoint."""
-        return self.folder / "proof"
+        return reference_folder(self.folder)
 
 
 def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
@@ -71,7 +71,7 @@ def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
 def _verify_files(folder: Path, manifest_sha256: str) -> None:
     """Raise UserError unless the manifest has the given hash and every file has the size and the hash in the manifest."""
     manifest = _read_manifest(folder / MANIFEST, manifest_sha256)
-    if not manifest["exportable"]:
+    if not manifest["has_reference_values"]:
         raise UserError(
             f"{folder} was saved without the reference values that an export needs",
             "set the stage's `export` before it is trained",

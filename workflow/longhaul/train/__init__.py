@@ -1,4 +1,4 @@
-"""Trains one stage: plain deepspeed.initialize on a Hugging Face causal language model.
+"""Training of one stage: plain `deepspeed.initialize` around a Hugging Face causal language model.
 
-loop tells the story; the other modules are its chapters.
+loop.py gives the order of events, trainer.py one step, one validation and one save; the other modules hold the parts.
 """

@@ -1,4 +1,4 @@
-"""What a decoder layer keeps for its backward pass, and what it computes again there (`activation_checkpointing`)."""
+"""Activation checkpointing: what a decoder layer keeps for its backward pass, and what it recomputes there."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from typing import Any
 import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
-_DEAR = (
-    "mm",
-    "addmm",
-    "_grouped_mm",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-)
-"""Operations whose results `selective` keeps: nearly all of a layer's FLOPs. bmm is not among them: where attention is done by
-it, its results are the score matrices."""
+from longhaul.compat.torch import matmul_and_attention_ops
+from longhaul.compat.transformers import set_activation_checkpointing
 
 
-def recompute_layers(model: Any, kind: str) -> None:
-    """Has every decoder layer of a Hugging Face model keep no more than `kind` says; `none` leaves it as it is."""
+def apply_activation_checkpointing(model: PreTrainedModel, kind: str) -> None:
+    """Set what every decoder layer of a Hugging Face model keeps.
+
+    kind: a value of the config key `activation_checkpointing`. `none` leaves the model as it is, `selective` keeps the results of
+    matrix products and attention, `full` only the layer's input, `offload` the same in CPU memory.
+    """
     if kind != "none":
-        model._set_gradient_checkpointing(gradient_checkpointing_func=_KINDS[kind])
+        set_activation_checkpointing(model, _CHECKPOINT_FUNCTIONS[kind])
 
 
-def _keep_matmuls() -> Any:
-    return create_selective_checkpoint_contexts([getattr(torch.ops.aten, name).default for name in _DEAR])
+def _keep_expensive_results() -> Any:
+    """Keep the results of nearly all of a layer's FLOPs.
+
+    bmm is not among them: where attention runs through bmm, its results are the S x S score matrices.
+    """
+    return create_selective_checkpoint_contexts(matmul_and_attention_ops())
 
 
-def _from_cpu(layer: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
-    """torch's own offload takes what the checkpoint saves of a layer, and that is its input alone: mask and rotary embedding,
-    which all layers share, are bound in `layer`. Copies go through pinned memory, back without waiting."""
+def _checkpoint_on_cpu(layer: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+    """Run a layer and keep its input in CPU memory.
+
+    `save_on_cpu` moves what the checkpoint saves of a layer, which is its input alone: mask and rotary embedding, which all
+    layers share, are bound in `layer`. Copies go through pinned memory; the copies back do not block.
+    """
     with save_on_cpu(pin_memory=hidden.is_cuda):
         return checkpoint(layer, hidden, *others, use_reentrant=False)
 
 
-_KINDS: dict[str, Callable[..., Any]] = {
-    "selective": partial(checkpoint, use_reentrant=False, context_fn=_keep_matmuls),
+_CHECKPOINT_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=_keep_expensive_results),
     "full": partial(checkpoint, use_reentrant=False),
-    "offload": _from_cpu,
+    "offload": _checkpoint_on_cpu,
 }

@@ -1,4 +1,4 @@
-"""Samples -> this rank's micro batches, in an order that depends on the step alone."""
+"""Global batches as this rank's micro batches, in an order that depends on the step and the skipped batches alone."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from longhaul.data.sampling.samples import Sample, Samples, batch_of_step
-from longhaul.jobs.specs import TrainSpec
+from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample
+from longhaul.data.sampling.samples import Samples, batch_of_step
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, labels, position_ids: int64 [micro batch, sequence length]; label -100 is not in the loss."""
+    """input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -30,7 +30,14 @@ class MicroBatch:
 
     @property
     def loss_tokens(self) -> int:
-        return int((self.labels != -100).sum())
+        return int((self.labels != IGNORED_LABEL).sum())
+
+    @classmethod
+    def without_labels(cls, ids_T: torch.Tensor, device: torch.device) -> MicroBatch:
+        """Return one sequence without any loss token, on `device`: for its logits alone."""
+        ids_1T = ids_T[None].to(device)
+        positions_1T = torch.arange(len(ids_T), device=device)[None]
+        return cls(ids_1T, torch.full_like(ids_1T, IGNORED_LABEL), positions_1T)
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = (self.input_ids, self.labels, self.position_ids)
@@ -39,7 +46,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of global batch `number`; ids are those of the whole."""
+    """One rank's part of global batch `number`.
+
+    ids:         the samples of the whole global batch
+    loss_tokens: those of this rank's micro batches
+    wait_s:      how long the step waited for the batch
+    """
 
     number: int
     ids: np.ndarray
@@ -49,91 +61,103 @@ class Batch:
 
     @property
     def ids_digest(self) -> str:
-        """A short hash of the global batch's samples: two runs that agree in it saw the same data."""
+        """Return a short hash of the global batch's samples; two runs with equal hashes saw the same data."""
         return hashlib.blake2b(np.ascontiguousarray(self.ids).tobytes(), digest_size=8).hexdigest()
 
 
-class Prefetcher:
-    """Iterates the batches of the steps that are left; a thread reads ahead while the step computes.
+_ReadAhead = queue.Queue[Batch | BaseException]
 
-    When the state did not move on by one step, because a batch is skipped or steps are done again, it reads anew.
+
+class Prefetcher:
+    """Iterates over the batches of the remaining steps; a thread reads ahead while the step computes.
+
+    After each batch it looks at the training state. When the state is not exactly one step further, because a batch was skipped
+    or steps were rolled back, it discards what it read ahead and starts again at the state's next batch.
     """
 
     def __init__(
-        self, samples: Samples | None, job: TrainSpec, processes: DistributedContext, state: TrainingState
+        self, samples: Samples | None, job: TrainSpec, context: DistributedContext, state: TrainingState
     ) -> None:
         if samples is None:
             raise ValueError("a stage trains on a split that has documents")
-        self._samples, self._job, self._share, self._state = samples, job, processes.dims.sample_rank, state
-        self._device = processes.device
+        self._samples, self._job, self._sample_rank, self._state = samples, job, context.dims.sample_rank, state
+        self._device = context.device
 
     def __iter__(self) -> Iterator[Batch]:
         while self._state.step < self._job.steps:
             skipped = list(self._state.skipped)
             steps = range(self._state.step, self._job.steps)
-            with self._reading(batch_of_step(step, skipped) for step in steps) as found:
+            with self._reading(batch_of_step(step, skipped) for step in steps) as read_ahead:
                 for step in steps:
                     if (self._state.step, self._state.skipped) != (step, skipped):
                         break
-                    yield _take(found)
+                    yield _next_batch(read_ahead)
 
     @contextmanager
-    def _reading(self, numbers: Iterator[int]) -> Iterator[queue.Queue[Batch | BaseException]]:
-        found: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
+    def _reading(self, numbers: Iterator[int]) -> Iterator[_ReadAhead]:
+        read_ahead: _ReadAhead = queue.Queue(maxsize=2)
         stopped = threading.Event()
-        thread = threading.Thread(target=self._read_ahead, args=(numbers, found, stopped), daemon=True)
+        thread = threading.Thread(target=self._read_all, args=(numbers, read_ahead, stopped), daemon=True)
         thread.start()
         try:
-            yield found
+            yield read_ahead
         finally:
             stopped.set()
-            while thread.is_alive():  # it may wait for room
+            while thread.is_alive():  # the thread may wait for a free place in the queue
                 with suppress(queue.Empty):
-                    found.get_nowait()
+                    read_ahead.get_nowait()
                 thread.join(0.01)
 
-    def _read_ahead(self, numbers: Iterator[int], found: queue.Queue[Any], stopped: threading.Event) -> None:
+    def _read_all(self, numbers: Iterator[int], read_ahead: _ReadAhead, stopped: threading.Event) -> None:
         try:
             if self._device.type == "cuda":
-                # a new thread's is the first one: pinning would open a context there
+                # A new thread's current device is GPU 0; pinning memory would open a context there.
                 torch.cuda.set_device(self._device)
             for number in numbers:
                 if stopped.is_set():
                     return
-                found.put(self._read(number))
+                read_ahead.put(self._read(number))
         except BaseException as error:
-            found.put(error)
+            read_ahead.put(error)
 
     def _read(self, number: int) -> Batch:
         stage = self._job.stage
         ids = self._samples.ids(number, stage.global_batch_size)
-        mine = ids.reshape(self._job.accumulation, self._job.data_parallel, stage.micro_batch_size)[:, self._share]
-        micro_batches = [collate(self._samples, row, self._device.type == "cuda") for row in mine]
+        shape = (self._job.accumulation, self._job.data_parallel, stage.micro_batch_size)
+        own_ids = ids.reshape(shape)[:, self._sample_rank]
+        micro_batches = [collate(self._samples, row, self._device.type == "cuda") for row in own_ids]
         return Batch(number, ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
 
 
-def _take(found: queue.Queue[Batch | BaseException]) -> Batch:
+def _next_batch(read_ahead: _ReadAhead) -> Batch:
+    """Return the next batch, or raise the error that the reading thread met."""
     started = time.perf_counter()
-    batch = found.get()
+    batch = read_ahead.get()
     if isinstance(batch, BaseException):
         raise batch
     return replace(batch, wait_s=time.perf_counter() - started)
 
 
 def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> MicroBatch:
-    """Samples [micro batch], read straight into the batch's memory: pinned, a copy to the GPU waits for nobody."""
+    """Read samples, ids [micro batch], straight into the micro batch's memory.
+
+    is_pinned: use pinned memory, so that the copy to the GPU does not block.
+    """
     arrays = torch.empty((3, len(ids), samples.length), dtype=torch.int64, pin_memory=is_pinned)
     for row, index in enumerate(ids):
         samples.fill(int(index), Sample(*arrays[:, row].numpy()))
     return MicroBatch(*arrays)
 
 
-def validation_batches(samples: Samples, job: TrainSpec, processes: DistributedContext) -> Iterator[MicroBatch]:
-    """The first `max_samples` samples, dealt to the ranks; all ranks make equally many passes (ZeRO-3 gathers in each)."""
+def validation_batches(samples: Samples, job: TrainSpec, context: DistributedContext) -> Iterator[MicroBatch]:
+    """Yield this rank's micro batches of the first `validation.max_samples` samples.
+
+    All ranks yield equally many, as ZeRO 3 gathers weights in each forward pass. Samples past the last one have no loss tokens.
+    """
     count = min(len(samples), job.stage.validation.max_samples)
-    per_pass = job.stage.micro_batch_size * job.data_parallel
-    for first in range(0, count, per_pass):
-        mine = np.arange(job.stage.micro_batch_size) + first + processes.dims.sample_rank * job.stage.micro_batch_size
-        batch = collate(samples, np.minimum(mine, count - 1))
-        batch.labels[torch.from_numpy(mine >= count)] = -100
+    micro = job.stage.micro_batch_size
+    for first in range(0, count, micro * job.data_parallel):
+        own_ids = np.arange(micro) + first + context.dims.sample_rank * micro
+        batch = collate(samples, np.minimum(own_ids, count - 1))
+        batch.labels[torch.from_numpy(own_ids >= count)] = IGNORED_LABEL
         yield batch

@@ -1,5 +1,11 @@
-"""What an export needs of the trainer: hashes of the live master weights and logits of fixed prompts, against which it is
-measured, and the beginnings of held-out documents, which it completes for the report."""
+"""The reference values of a checkpoint, against which its export is verified: hashes of the master weights and logits.
+
+| file               | content                                                                                  |
+| tensors.json       | name -> shape and SHA-256 of every tensor, in fp32 and in the export's dtype              |
+| logits.safetensors | input_ids [P, T] int64 of fixed prompts, and the live engine's logits [P, T, V] in fp32   |
+| logits.json        | with what the logits were computed: device, threads, dtype, versions                     |
+| prompts.json       | how held-out documents begin; the export completes them for the report                   |
+"""
 
 from __future__ import annotations
 
@@ -12,62 +18,67 @@ from safetensors.torch import save_file
 
 from longhaul.artifacts.files import write_json
 from longhaul.data.sampling.samples import Samples
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.backend import Backend
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.parallel.checkpoint_layout import TIED, is_tied
-from longhaul.train.parallel.gather_weights import sha256, whole_tensors
+from longhaul.train.parallel.gather_to_rank0 import gather_whole_tensors, tensor_sha256
+from longhaul.train.parallel.slice_index import TIED_WEIGHTS, has_tied_embeddings
 
-PROMPTS, PROMPT_TOKENS = 2, 32
+LOGITS_PROMPTS, LOGITS_PROMPT_TOKENS = 2, 32
 SAMPLE_PROMPTS = 6
 _MOST_DOCUMENTS_READ = 1000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_proof(
-    backend: Backend, job: TrainSpec, folder: Path, processes: DistributedContext, prompts: dict[str, Any]
+def write_reference_values(
+    backend: Backend, job: TrainSpec, folder: Path, context: DistributedContext, prompts: dict[str, Any]
 ) -> None:
-    """Writes tensors.json, logits.safetensors, logits.json and prompts.json; every rank takes part, rank 0 writes."""
-    tensors = _tensor_hashes(backend.engine, job, processes)
-    input_ids_PT = _prompts(job)
+    """Write the reference values of the current weights; every rank takes part, rank 0 writes."""
+    tensors = _tensor_hashes(backend.engine, job, context)
+    input_ids_PT = _logits_prompts(job)
     logits_PTV = torch.cat([backend.logits(row_T) for row_T in input_ids_PT]).float().cpu()
-    if not processes.is_main:
+    if not context.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tensors.json", tensors)
     write_json(folder / "prompts.json", prompts)
     save_file({"input_ids": input_ids_PT, "logits": logits_PTV}, folder / "logits.safetensors")
-    made = {
-        "device": processes.device.type,
+    parallel = job.stage.parallel
+    computed_with = {
+        "device": context.device.type,
         "threads": torch.get_num_threads(),
         "dtype": job.stage.precision,
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        # These sum in another order than the exported model does on one device.
-        "splits_sums": max(job.stage.parallel.tensor, job.stage.parallel.expert, job.stage.parallel.sequence) > 1,
+        # These axes sum in another order than the exported model does on one device.
+        "splits_sums": max(parallel.tensor, parallel.expert, parallel.sequence) > 1,
     }
-    write_json(folder / "logits.json", made)
+    write_json(folder / "logits.json", computed_with)
 
 
-def _tensor_hashes(engine: Any, job: TrainSpec, processes: DistributedContext) -> dict[str, dict[str, Any]]:
-    """Name -> shape and hashes, gathered one tensor at a time, by DeepSpeed's own route and not from its files."""
+def _tensor_hashes(engine: Any, job: TrainSpec, context: DistributedContext) -> dict[str, dict[str, Any]]:
+    """Return name -> shape and hashes, of one gathered tensor at a time.
+
+    The tensors come from the live engine and not from the checkpoint's files, so the export is compared with an independent
+    source.
+    """
     dtype = _DTYPES[job.stage.export_dtype]
-    aliases = _aliases(engine.module, is_tied(job))
+    aliases = _aliases(engine.module, has_tied_embeddings(job))
     hashes = {}
-    for name, value, is_buffer in whole_tensors(engine, processes):
+    for name, value, is_buffer in gather_whole_tensors(engine, context):
         entry = {
             "shape": list(value.shape),
-            "sha256_fp32": sha256(value.float()),
-            "sha256_export": sha256(value if is_buffer else value.to(dtype)),
+            "sha256_fp32": tensor_sha256(value.float()),
+            "sha256_export": tensor_sha256(value if is_buffer else value.to(dtype)),
         }
         hashes[name] = entry | ({"aliases": aliases[name]} if name in aliases else {})
     return hashes
 
 
 def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
-    """First name of a shared parameter -> its other names."""
+    """Return the first name of each shared parameter -> its other names."""
     if is_tied:
-        return {name: [alias] for alias, name in TIED.items()}
+        return {name: [alias] for alias, name in TIED_WEIGHTS.items()}
     first: dict[int, str] = {}
     shared: dict[str, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -78,13 +89,16 @@ def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
 
 
 def sample_prompts(**splits: Samples | None) -> dict[str, Any]:
-    """{"split", "input_ids": [[int]]}: how the first few documents begin, no two alike, of the first split that has any."""
+    """Return {"split", "input_ids": [[int]]}: how the first documents begin, without repetitions.
+
+    The documents come from the first of the given splits that has any.
+    """
     split, samples = next((name, samples) for name, samples in splits.items() if samples)
     distinct = dict.fromkeys(islice(samples.openings(), _MOST_DOCUMENTS_READ))
     return {"split": split, "input_ids": [list(ids) for ids in islice(distinct, SAMPLE_PROMPTS)]}
 
 
-def _prompts(job: TrainSpec) -> torch.Tensor:
-    """input_ids [P, T] int64, the same for the same seed and vocabulary."""
+def _logits_prompts(job: TrainSpec) -> torch.Tensor:
+    """Return random input_ids [P, T] int64, the same for the same seed and vocabulary."""
     generator = torch.Generator().manual_seed(job.seed)
-    return torch.randint(job.model["vocab_size"], (PROMPTS, PROMPT_TOKENS), generator=generator)
+    return torch.randint(job.model["vocab_size"], (LOGITS_PROMPTS, LOGITS_PROMPT_TOKENS), generator=generator)

@@ -1,4 +1,4 @@
-"""Leaving in time: a training that must end saves after its step, and says so, instead of being cut off."""
+"""Graceful stop: a training that must end saves after its current step and leaves, before it is killed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
+from longhaul.artifacts.paths import JobFolder
 from longhaul.errors import AllocationTooShort
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
 
 _WALLTIME, _PREEMPTED, _SIGNAL = 1, 2, 3
@@ -16,61 +17,66 @@ _REASONS = {_WALLTIME: "the allocation ends", _PREEMPTED: "preempted", _SIGNAL: 
 _READ_EVERY_S = 1.0
 
 
-class Stopping:
-    """Whether to leave after this step; rank 0 reads deadline.json, every rank hears of SIGTERM, all of them decide alike."""
+class GracefulStop:
+    """Decides after each step whether to leave. Rank 0 reads deadline.json, every rank handles SIGTERM, all decide alike."""
 
-    def __init__(self, job: TrainSpec, processes: DistributedContext) -> None:
-        self._folder, self._lead_s, self._processes = Path(job.folder), job.stage.recovery.stop_margin_s, processes
-        self._terminated, self._read_at, self._end_s, self._preempted = False, -_READ_EVERY_S, None, False
-        signal.signal(signal.SIGTERM, self._note)
+    def __init__(self, job: TrainSpec, context: DistributedContext) -> None:
+        self._folder, self._margin_s, self._context = Path(job.folder), job.stage.recovery.stop_margin_s, context
+        self._got_sigterm, self._preempted = False, False
+        self._end_s: float | None = None
+        self._read_at = -_READ_EVERY_S
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
-    def reason(self, last_save_s: float) -> str:
-        """Why to leave now, else ""; `last_save_s` is what the rest of a step and a save may take. A collective."""
-        own = _SIGNAL * self._terminated
-        if self._processes.is_main:
-            own = self._seen(last_save_s) or own
-        if not self._processes.sum(own):
+    def reason(self, needed_s: float) -> str:
+        """Return why to leave now, else "". Every rank calls this.
+
+        needed_s: time that another step and a save may take
+        """
+        own = _SIGNAL * self._got_sigterm
+        if self._context.is_main:
+            own = self._deadline_reason(needed_s) or own
+        if not self._context.sum(own):
             return ""
-        return self._processes.broadcast(_REASONS.get(own, _REASONS[_SIGNAL]))
+        return self._context.broadcast(_REASONS.get(own, _REASONS[_SIGNAL]))
 
-    def require_time_for(self, leaving_takes_s: float) -> None:
-        """Refuses an allocation in which nothing could be saved; `leaving_takes_s` is what earlier saves took. A collective.
+    def require_time_for(self, needed_s: float) -> None:
+        """Raise AllocationTooShort on every rank if the rest of the allocation is too short for a step and a save.
 
-        Raises AllocationTooShort on every rank.
+        needed_s: time that a step, a validation and a save may take, from earlier ones. Every rank calls this.
         """
         left_s = None
-        if self._processes.is_main:
-            self._read()
+        if self._context.is_main:
+            self._read_deadline()
             left_s = None if self._end_s is None else self._end_s - time.time()
-        left_s = self._processes.broadcast(left_s)
-        if left_s is not None and left_s < leaving_takes_s + self._lead_s:
+        left_s = self._context.broadcast(left_s)
+        if left_s is not None and left_s < needed_s + self._margin_s:
             raise AllocationTooShort(
-                f"the allocation ends in {left_s:.0f} s; a step, a validation and a save take {leaving_takes_s:.0f} s here, "
-                f"and recovery.stop_margin_s is {self._lead_s:g}: nothing that is trained in it could be saved",
+                f"the allocation ends in {left_s:.0f} s; a step, a validation and a save take {needed_s:.0f} s, and "
+                f"recovery.stop_margin_s is {self._margin_s:g}: no step of this allocation could be saved",
                 "give the stage more minutes, or lower recovery.stop_margin_s",
             )
 
     def leave(self, reason: str, step: int) -> None:
-        """Rank 0 writes outcome.json, when everything is saved."""
-        self._processes.barrier()
-        if self._processes.is_main:
+        """Write outcome.json, after everything is saved; every rank calls this."""
+        self._context.barrier()
+        if self._context.is_main:
             print(f"left after step {step}: {reason}", flush=True)
-            Outcome(reason, step).write(self._folder / "outcome.json")
-        self._processes.barrier()
+            Outcome(reason, step).write(JobFolder(self._folder).outcome)
+        self._context.barrier()
 
-    def _seen(self, last_save_s: float) -> int:
-        self._read()
+    def _deadline_reason(self, needed_s: float) -> int:
+        self._read_deadline()
         if self._preempted:
             return _PREEMPTED
-        ends = self._end_s is not None and time.time() + last_save_s + self._lead_s >= self._end_s
-        return _WALLTIME * ends
+        is_due = self._end_s is not None and time.time() + needed_s + self._margin_s >= self._end_s
+        return _WALLTIME * is_due
 
-    def _read(self) -> None:
-        if time.monotonic() - self._read_at < _READ_EVERY_S and not self._terminated:
+    def _read_deadline(self) -> None:
+        if time.monotonic() - self._read_at < _READ_EVERY_S and not self._got_sigterm:
             return
         self._read_at = time.monotonic()
         if deadline := read_deadline(self._folder):
             self._end_s, self._preempted = deadline.end_s, deadline.preempted
 
-    def _note(self, *_: object) -> None:
-        self._terminated = True
+    def _on_sigterm(self, *_: object) -> None:
+        self._got_sigterm = True

@@ -1,7 +1,7 @@
-"""Low-rank gradients between data-parallel ranks: PowerSGD with error feedback (Vogels et al. 2019, arXiv:1905.13727).
+"""Low-rank gradients between data ranks: PowerSGD with error feedback (Vogels et al. 2019, arXiv:1905.13727).
 
-The mathematics is that of torch's hook for DistributedDataParallel. It is given buckets of the gradients that DeepSpeed
-was about to average at ZeRO 0 and 1; DeepSpeed then finds them averaged, and reduces nothing itself.
+The mathematics is that of torch's hook for DistributedDataParallel. The hook gets buckets of the gradients that DeepSpeed is
+about to average at ZeRO 0 and 1. Afterwards DeepSpeed finds them averaged, and reduces nothing itself.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from longhaul.config.run_config import PowerSgd
-from longhaul.jobs.specs import TrainSpec
-from longhaul.planning.gpu_memory import POWERSGD_BUCKET
+from longhaul.compat.deepspeed import average_gradients_with, gradient_attribute
+from longhaul.config.stage_config import PowerSgd
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.planning.trainer_constants import POWERSGD_BUCKET_ELEMENTS
 
-_TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")
+_MATRICES = ("p_memory_dict", "q_memory_dict")
+_TENSORS = ("error_dict", *_MATRICES)
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Some of the gradients in fp32, with the methods that torch's hook asks DDP's bucket for."""
+class GradientBucket:
+    """Some of the gradients in fp32, with the methods of DDP's GradBucket that torch's hook calls."""
 
     place: int
     flat: torch.Tensor
@@ -37,7 +39,7 @@ class Bucket:
         return self.flat
 
     def gradients(self) -> list[torch.Tensor]:
-        """Views of the buffer, vectors and matrices."""
+        """Return views of the buffer: vectors and matrices."""
         parts = self.flat.split([shape.numel() for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -45,71 +47,51 @@ class Bucket:
         return self.ends_step
 
 
-class LowRankReduction:
+class PowerSgdReducer:
     """Averages the gradients of an engine at ZeRO 0 or 1 over all ranks, once a step."""
 
-    def __init__(self, engine: Any, settings: PowerSgd, bucket_elements: int = POWERSGD_BUCKET) -> None:
-        self._settings, self._optimizer = settings, engine.optimizer if engine.zero_optimization_stage() else None
+    def __init__(self, engine: Any, settings: PowerSgd, bucket_elements: int = POWERSGD_BUCKET_ELEMENTS) -> None:
+        self._settings, self._engine = settings, engine
         self._buckets = list(_in_buckets(engine.module.parameters(), bucket_elements))
-        self._state, self._before = self._fresh(), {}
-        self._take_over(engine)
+        self._state, self._before_step = self._new_state(), {}
+        average_gradients_with(engine, self.reduce)
 
-    def _fresh(self) -> PowerSGDState:
+    def _new_state(self) -> PowerSGDState:
         return PowerSGDState(None, self._settings.rank, self._settings.start_step)
-
-    def _take_over(self, engine: Any) -> None:
-        optimizer = self._optimizer
-        if optimizer is None:
-            engine.buffered_allreduce_fallback = lambda *_arguments, **_options: self.reduce()
-            return
-        deal_out = optimizer.reduce_gradients
-
-        def reduce_gradients(pipeline_parallel: bool = False) -> None:
-            self.reduce()
-            deal_out(pipeline_parallel)
-
-        optimizer.reduce_gradients = reduce_gradients
-        optimizer.gradient_average = False
-        optimizer.allreduce_bucket = lambda bucket, *_arguments, **_options: optimizer.flatten(bucket)
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Every rank calls it, with its own gradients of a whole step."""
-        self._before = _kept(self._state)
+        """Average this rank's gradients of a whole step with those of the others; every rank calls this."""
+        self._before_step = _copy_of(self._state)
+        attribute = gradient_attribute(self._engine)
         for place, members in enumerate(self._buckets):
-            gradients = [self._gradient(parameter) for parameter in members]
+            gradients = [_gradient(parameter, attribute) for parameter in members]
             flat = torch.cat([gradient.flatten().float() for gradient in gradients])
             shapes = [shape for gradient in gradients for shape in _matrices(gradient.shape)]
-            bucket: Any = Bucket(place, flat, shapes, place == len(self._buckets) - 1)
-            # One after the other: ranks must agree on the order of their collectives.
+            bucket: Any = GradientBucket(place, flat, shapes, place == len(self._buckets) - 1)
+            # One bucket after the other: ranks must agree on the order of their collectives.
             powerSGD_hook(self._state, bucket).wait()
             for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(averaged.view_as(gradient))
 
-    def _gradient(self, parameter: Any) -> torch.Tensor:
-        """Where DeepSpeed looks for the gradient; zeros if this rank made none."""
-        name = "grad_accum" if self._optimizer is not None and self._optimizer.use_grad_accum_attribute else "grad"
-        if getattr(parameter, name) is None:
-            setattr(parameter, name, torch.zeros_like(parameter))
-        return getattr(parameter, name)
-
-    def finish_step(self, was_refused: bool) -> None:
-        """Of a refused step nothing stays: its gradients may not even be finite."""
-        if was_refused:
-            for name, value in self._before.items():
+    def finish_step(self, was_bad: bool) -> None:
+        """Restore the state from before a bad step: its gradients may not even be finite."""
+        if was_bad:
+            for name, value in self._before_step.items():
                 setattr(self._state, name, value)
-        self._before = {}
+        self._before_step = {}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: steps done, this rank's lost part of the gradients, the last thin matrices."""
-        # On the CPU, as another rank may read it, with another device.
+        """Return the state for a checkpoint: steps done, this rank's compression error, the last low-rank matrices."""
+        # On the CPU, as another rank with another device may read it.
         tensors = {name: {k: tensor.cpu() for k, tensor in getattr(self._state, name).items()} for name in _TENSORS}
         return {"iter": self._state.iter, **tensors}
 
     def load(self, saved: Iterable[dict[str, Any]]) -> None:
-        """Goes on from what one rank saved, or from what all ranks of another world size did.
+        """Load the state of one rank, or the states of all ranks of another world size.
 
-        What those lost is not lost: every rank gets their mean, which is what the mean of the next gradients lacks.
+        In the second case every rank gets the mean of their compression errors. That is what the mean of the next gradients
+        lacks, so nothing is lost.
         """
         states = iter(saved)
         first = next(states)
@@ -118,7 +100,7 @@ class LowRankReduction:
             ranks += 1
             for place, error in other["error_dict"].items():
                 errors[place] += error
-        self._state = self._fresh()
+        self._state = self._new_state()
         self._state.iter = first["iter"]
         device = self._buckets[0][0].device
         for name in _TENSORS:
@@ -127,13 +109,20 @@ class LowRankReduction:
             error.div_(ranks)
 
 
+def _gradient(parameter: Any, attribute: str) -> torch.Tensor:
+    """Return the gradient that DeepSpeed averages; zeros if this rank computed none."""
+    if getattr(parameter, attribute) is None:
+        setattr(parameter, attribute, torch.zeros_like(parameter))
+    return getattr(parameter, attribute)
+
+
 def _matrices(shape: torch.Size) -> list[torch.Size]:
-    """A mixture's experts lie in one tensor [experts, rows, columns]; each of them is a matrix of its own."""
+    """Return the shapes to compress: experts are one tensor [experts, rows, columns], and each is a matrix of its own."""
     return [shape] if len(shape) <= 2 else [shape[1:]] * shape[0]
 
 
 def _in_buckets(parameters: Iterable[torch.nn.Parameter], elements: int) -> Iterator[list[torch.nn.Parameter]]:
-    """Neighbouring parameters that are trained, as many as have no more elements; a larger one is alone."""
+    """Yield neighbouring trained parameters with at most `elements` elements together; a larger parameter is alone."""
     members: list[torch.nn.Parameter] = []
     for parameter in parameters:
         if not parameter.requires_grad:
@@ -145,19 +134,16 @@ def _in_buckets(parameters: Iterable[torch.nn.Parameter], elements: int) -> Iter
     yield members
 
 
-def _kept(state: PowerSGDState) -> dict[str, Any]:
-    """What a step changes. The hook makes the lost part anew each time, and works in place on the matrices."""
-    matrices = {
-        name: {place: matrix.clone() for place, matrix in getattr(state, name).items()}
-        for name in ("p_memory_dict", "q_memory_dict")
-    }
+def _copy_of(state: PowerSGDState) -> dict[str, Any]:
+    """Return what a step changes. The hook replaces the errors, and changes the matrices in place."""
+    matrices = {name: {place: matrix.clone() for place, matrix in getattr(state, name).items()} for name in _MATRICES}
     return {"iter": state.iter, "rng": copy.deepcopy(state.rng), "error_dict": dict(state.error_dict), **matrices}
 
 
-def compress_reduction(engine: Any, job: TrainSpec) -> LowRankReduction | None:
-    """Has the engine reduce low-rank gradients, if the stage says so. Checkpoints find it at the engine."""
+def install_powersgd(engine: Any, job: TrainSpec) -> PowerSgdReducer | None:
+    """Let the engine reduce low-rank gradients, if the stage says so. The checkpoint modules find the reducer at the engine."""
     settings = job.stage.communication.powersgd
     if settings is None:
         return None
-    engine.low_rank = LowRankReduction(engine, settings)
-    return engine.low_rank
+    engine.powersgd = PowerSgdReducer(engine, settings)
+    return engine.powersgd

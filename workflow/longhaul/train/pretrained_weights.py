@@ -1,4 +1,4 @@
-"""First weights from a Hugging Face folder, one tensor at a time: of each, no rank reads experts that it does not hold."""
+"""Initial weights from a Hugging Face folder, read one tensor at a time; no rank reads experts that it does not hold."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 from longhaul.artifacts.files import read_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors
-from longhaul.checkpoint_io.tensor_parts import Shard
-from longhaul.config.pretrained_format import expert_keys, fp8_block, further_layers
+from longhaul.checkpoint_io.tensor_slice import TensorSlice
+from longhaul.config.pretrained_format import expert_keys, fp8_block_shape, mtp_prefixes
 from longhaul.errors import UserError
 
 _SCALE = "_scale_inv"
 _HINT = "the weights do not belong to this config.json, or the download is incomplete"
-_NAMED = 5
+_LISTED_KEYS = 5
 
 
 @dataclass(frozen=True)
-class BlockScaled:
-    """A float8_e4m3fn matrix with one factor for each block; reads like a LazyTensor, as fp32.
+class BlockScaledTensor:
+    """A float8_e4m3fn matrix with one factor per block; reads like a LazyTensor, as fp32.
 
     weight [M, N], scale [ceil(M / rows), ceil(N / columns)] fp32, block (rows, columns).
     An element is its FP8 value times its block's factor: weight_dequant of DeepSeek-V3's inference/kernel.py.
@@ -40,110 +40,128 @@ class BlockScaled:
         values_MN, scale = self.weight.read(), self.scale.read()
         rows, columns = self.block
         for index, factors in enumerate(scale):
-            of_columns_N = factors.repeat_interleave(columns)[: values_MN.shape[1]]
-            values_MN[index * rows : (index + 1) * rows].mul_(of_columns_N)
+            column_factors_N = factors.repeat_interleave(columns)[: values_MN.shape[1]]
+            values_MN[index * rows : (index + 1) * rows].mul_(column_factors_N)
         return values_MN
 
 
-def pretrained_values(folder: Path, shapes: dict[str, tuple[int, ...]], config: Any) -> Callable[[Shard], torch.Tensor]:
-    """The values of parts of the model's tensors, read from safetensors when they are asked for.
+StoredWeights = dict[str, LazyTensor | BlockScaledTensor]
+"""Name in the folder -> tensor that reads as fp32."""
 
-    shapes: of all tensors of the model, as transformers has them; the hub's folder holds experts one by one.
-    config: the model's. How the folder's weights are stored stands in its own config.json.
+
+def pretrained_values(
+    folder: Path, shapes: dict[str, tuple[int, ...]], config: Any
+) -> Callable[[TensorSlice], torch.Tensor]:
+    """Return a function that reads a slice of a tensor of the model from safetensors.
+
+    shapes: name -> shape of all tensors of the model, as transformers has them; the folder holds experts one by one.
+    config: the model's. The folder's own config.json describes how its weights are stored.
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape or type. The layers that predict further tokens, which
-            DeepSeek's folders hold behind the last one, are left out.
+        UserError: a tensor is missing, left over, or of another shape or type. Multi-token prediction layers, which DeepSeek's
+            folders hold after the last decoder layer, are no error: they are not read.
     """
-    stored = _open(folder)
+    stored = _open_weights(folder)
     keys = {name: expert_keys(name, shape) or [name] for name, shape in shapes.items()}
     _check_keys(folder, stored, {key for found in keys.values() for key in found}, config)
     for name, shape in shapes.items():
-        _check_shapes(
-            folder, [(key, stored[key].shape) for key in keys[name]], _stored_shape(name, shape, keys[name]), config
-        )
+        stored_shapes = [(key, stored[key].shape) for key in keys[name]]
+        _check_shapes(folder, stored_shapes, _stored_shape(name, shape, keys[name]), config)
 
-    def values(shard: Shard) -> torch.Tensor:
-        if keys[shard.name] == [shard.name]:
-            return shard.cut(stored[keys[shard.name][0]].read())
-        return _experts(stored, keys[shard.name], shard)
+    def values(tensor_slice: TensorSlice) -> torch.Tensor:
+        if keys[tensor_slice.name] == [tensor_slice.name]:
+            return tensor_slice.extract(stored[tensor_slice.name].read())
+        return _read_experts(stored, keys[tensor_slice.name], tensor_slice)
 
     return values
 
 
-def _open(folder: Path) -> dict[str, LazyTensor | BlockScaled]:
-    """Name -> tensor as it is trained: without the layers that predict further tokens, FP8 matrices with their factors."""
-    stored_config = read_json(folder / "config.json")
-    left_out = further_layers(stored_config)
-    found: dict[str, LazyTensor] = {}
+def _open_weights(folder: Path) -> StoredWeights:
+    """Return the tensors from which training starts: no multi-token prediction layers, FP8 matrices with their factors."""
+    config = read_json(folder / "config.json")
+    tensors = _open_files(folder, excluded_prefixes=mtp_prefixes(config))
+    return _with_factors(folder, tensors, fp8_block_shape(config, f"{folder}/config.json"))
+
+
+def _open_files(folder: Path, excluded_prefixes: tuple[str, ...]) -> dict[str, LazyTensor]:
+    """Return name -> tensor of all safetensors files; UserError when there is none, or a tensor is in two of them."""
+    tensors: dict[str, LazyTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        opened = {key: tensor for key, tensor in open_safetensors(path).items() if not key.startswith(left_out)}
-        if doubled := sorted(set(opened) & set(found)):
+        opened = {
+            key: tensor for key, tensor in open_safetensors(path).items() if not key.startswith(excluded_prefixes)
+        }
+        if doubled := sorted(set(opened) & set(tensors)):
             raise UserError(f"{folder}: {doubled[0]} is in two files, the second is {path.name}", _HINT)
-        found |= opened
-    if not found:
+        tensors |= opened
+    if not tensors:
         raise UserError(f"{folder} holds no *.safetensors", "save the model with save_pretrained: pickles are not read")
-    block = fp8_block(stored_config, f"{folder}/config.json")
-    quantised = {key for key, tensor in found.items() if tensor.pieces[0].dtype == torch.float8_e4m3fn}
-    if quantised and not block:
+    return tensors
+
+
+def _with_factors(folder: Path, tensors: dict[str, LazyTensor], block: tuple[int, int] | None) -> StoredWeights:
+    """Return the tensors with every FP8 matrix combined with its factors; block: shape of its blocks."""
+    quantized = {key for key, tensor in tensors.items() if tensor.pieces[0].dtype == torch.float8_e4m3fn}
+    if quantized and not block:
         raise UserError(
-            f"{folder}: {min(quantised)} is stored as FP8, and config.json has no quantization_config",
+            f"{folder}: {min(quantized)} is stored as FP8, and config.json has no quantization_config",
             "restore the config.json that belongs to the weights",
         )
-    scaled = {key: _block_scaled(folder, found, key, block) for key in quantised if block}
-    used = {key + _SCALE for key in quantised}
-    return {key: scaled.get(key, tensor) for key, tensor in found.items() if key not in used}
+    scaled = {key: _block_scaled(folder, tensors, key, block) for key in quantized if block}
+    factors = {key + _SCALE for key in quantized}
+    return {key: scaled.get(key, tensor) for key, tensor in tensors.items() if key not in factors}
 
 
-def _block_scaled(folder: Path, found: dict[str, LazyTensor], key: str, block: tuple[int, int]) -> BlockScaled:
-    weight, scale = found[key], found.get(key + _SCALE)
+def _block_scaled(folder: Path, tensors: dict[str, LazyTensor], key: str, block: tuple[int, int]) -> BlockScaledTensor:
+    weight, scale = tensors[key], tensors.get(key + _SCALE)
     if scale is None:
         raise UserError(f"{folder}: {key} is stored as FP8 without its factors {key + _SCALE}", _HINT)
-    wanted = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=False))
-    if len(weight.shape) != 2 or scale.shape != wanted or not scale.dtype.is_floating_point:
+    expected = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=False))
+    if len(weight.shape) != 2 or scale.shape != expected or not scale.dtype.is_floating_point:
         raise UserError(
             f"{folder}: {key + _SCALE} is {list(scale.shape)} {scale.pieces[0].dtype}, but {list(weight.shape)} in blocks "
-            f"of {block[0]} x {block[1]} has {list(wanted)} factors",
+            f"of {block[0]} x {block[1]} has {list(expected)} factors",
             _HINT,
         )
-    return BlockScaled(weight, scale, block)
+    return BlockScaledTensor(weight, scale, block)
 
 
-def _check_keys(folder: Path, stored: Iterable[str], wanted: set[str], config: Any) -> None:
-    known = wanted | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    for kind, names in (("missing keys", wanted - set(stored)), ("unexpected keys", set(stored) - known)):
+def _check_keys(folder: Path, stored: Iterable[str], expected: set[str], config: Any) -> None:
+    known = expected | ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    for kind, names in (("missing keys", expected - set(stored)), ("unexpected keys", set(stored) - known)):
         if names:
-            some = ", ".join(sorted(names)[:_NAMED])
-            raise UserError(f"{folder}: {kind}: {some} ({len(names)} in all)", _HINT)
+            listed = ", ".join(sorted(names)[:_LISTED_KEYS])
+            raise UserError(f"{folder}: {kind}: {listed} ({len(names)} in all)", _HINT)
 
 
 def _check_shapes(
-    folder: Path, stored: list[tuple[str, tuple[int, ...]]], wanted: tuple[int, ...], config: Any
+    folder: Path, stored: list[tuple[str, tuple[int, ...]]], expected: tuple[int, ...], config: Any
 ) -> None:
     for key, shape in stored:
-        if shape == wanted:
+        if shape == expected:
             continue
         rows = shape[0] if shape else 0
         if key in ("model.embed_tokens.weight", "lm_head.weight") and rows != config.vocab_size:
             raise UserError(
                 f"{folder}: {key} has {rows} rows, but config.json's vocab_size is {config.vocab_size}",
-                f"set vocab_size to {rows}, if that is the tokenizer's too, or restore the weights' own config.json",
+                f"set vocab_size to {rows} if the tokenizer's vocabulary has that size, too; else restore the weights' own "
+                "config.json",
             )
-        raise UserError(f"{folder}: {key} is {list(shape)}, the model wants {list(wanted)}", _HINT)
+        raise UserError(f"{folder}: {key} has shape {list(shape)}, the model expects {list(expected)}", _HINT)
 
 
 def _stored_shape(name: str, shape: tuple[int, ...], keys: list[str]) -> tuple[int, ...]:
-    """Of each of a tensor's keys."""
+    """Return the shape of each of a tensor's keys in the folder."""
     return tuple(shape) if keys == [name] else (shape[0] * shape[1] // len(keys), shape[2])
 
 
-def _experts(stored: dict[str, LazyTensor | BlockScaled], keys: list[str], shard: Shard) -> torch.Tensor:
-    """The shard's experts [E, rows, columns], read one by one."""
-    each = len(keys) // shard.shape[0]
-    local = torch.empty(shard.local_shape)
-    inside = Shard(shard.name, shard.shape[1:], {axis - 1: part for axis, part in shard.parts.items() if axis})
-    experts = [expert for start, stop in shard.ranges(0) for expert in range(start, stop)]
+def _read_experts(stored: StoredWeights, keys: list[str], tensor_slice: TensorSlice) -> torch.Tensor:
+    """Return the slice's experts [E, rows, columns], read one by one."""
+    keys_per_expert = len(keys) // tensor_slice.shape[0]
+    local = torch.empty(tensor_slice.local_shape)
+    inner_ranges = {axis - 1: ranges for axis, ranges in tensor_slice.axis_ranges.items() if axis}
+    inside = TensorSlice(tensor_slice.name, tensor_slice.shape[1:], inner_ranges)
+    experts = [expert for start, stop in tensor_slice.ranges(0) for expert in range(start, stop)]
     for place, expert in enumerate(experts):
-        projections = [stored[key].read() for key in keys[expert * each : (expert + 1) * each]]
-        local[place] = inside.cut(torch.cat(projections))
+        own_keys = keys[expert * keys_per_expert : (expert + 1) * keys_per_expert]
+        local[place] = inside.extract(torch.cat([stored[key].read() for key in own_keys]))
     return local

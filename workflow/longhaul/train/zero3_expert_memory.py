@@ -1,8 +1,11 @@
-"""ZeRO-3 and experts: nothing of their gathered weights is kept from the forward pass to the backward one.
+"""Memory of experts under ZeRO 3: their gathered weights are not kept from the forward pass to the backward pass.
 
-ZeRO-3 gathers a module's weights, lets them go after its forward pass, and gathers them again before its backward pass. What
-autograd keeps of a parameter itself goes with the parameter. But experts multiply by transposed views of their weights, and a
-view that autograd keeps holds the gathered bytes: by the end of the forward pass, those of every expert of the model.
+ZeRO 3 gathers a module's weights, releases them after its forward pass, and gathers them again before its backward pass. What
+autograd keeps of a parameter itself is released with the parameter. But experts multiply by transposed views of their weights,
+and a view that autograd keeps holds the gathered bytes: at the end of the forward pass, those of every expert of the model.
+
+Here autograd keeps, in place of a view, where it lies in the parameter. The backward pass reads it from the weights that ZeRO 3
+has gathered by then.
 """
 
 from __future__ import annotations
@@ -15,35 +18,35 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from longhaul.train.parallel.tensor_slices import decoder_layers
+from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
 def release_expert_weights(model: Any) -> None:
-    """Has the experts of a Hugging Face causal LM keep no view of their weights.
+    """Make the experts of a Hugging Face causal LM keep no view of their weights for the backward pass.
 
-    Not for layers that are recomputed: these keep nothing of their weights, and torch's checkpoint sees what autograd keeps by
-    hooks of the same kind, of which the innermost alone are asked.
+    Layers that are recomputed do not need it: they keep nothing of their weights. They must not have it either: torch's
+    checkpoint observes what autograd keeps through hooks of the same kind, and only the innermost hooks are called.
     """
     for layer in decoder_layers(model):
         if experts := getattr(layer.mlp, "experts", None):
             computing = getattr(experts, "local", experts)
-            computing.forward = _keeping_no_view(computing)
+            computing.forward = _without_saved_views(computing)
 
 
-def _keeping_no_view(experts: torch.nn.Module) -> Callable[..., torch.Tensor]:
+def _without_saved_views(experts: torch.nn.Module) -> Callable[..., torch.Tensor]:
     forward, weights = experts.forward, list(experts.parameters(recurse=False))
 
     @wraps(forward)
-    def keeping_no_view(*arguments: Any, **named: Any) -> torch.Tensor:
-        with saved_tensors_hooks(lambda kept: _packed(kept, weights), _unpacked):
+    def forward_without_saved_views(*arguments: Any, **named: Any) -> torch.Tensor:
+        with saved_tensors_hooks(lambda kept: _pack(kept, weights), _unpack):
             return forward(*arguments, **named)
 
-    return keeping_no_view
+    return forward_without_saved_views
 
 
 @dataclass(frozen=True)
 class _View:
-    """Elements of a parameter: where they lie in it, not what they are."""
+    """Where the elements of a view lie in a parameter, without their values."""
 
     parameter: torch.Tensor
     shape: torch.Size
@@ -51,7 +54,8 @@ class _View:
     offset: int
 
 
-def _packed(kept: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | _View:
+def _pack(kept: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | _View:
+    """Return a _View of a tensor that lies in one of the weights; any other tensor unchanged."""
     storage = kept.untyped_storage().data_ptr()
     for weight in weights:
         offset = int(kept.storage_offset() - weight.storage_offset())
@@ -61,7 +65,7 @@ def _packed(kept: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor
     return kept
 
 
-def _unpacked(kept: torch.Tensor | _View) -> torch.Tensor:
+def _unpack(kept: torch.Tensor | _View) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
     return kept.parameter.data.as_strided(kept.shape, kept.stride, kept.parameter.storage_offset() + kept.offset)

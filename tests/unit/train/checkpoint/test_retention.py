@@ -1,48 +1,46 @@
-"""Which checkpoints stay: the newest, the best by validation loss, and what others began with."""
+"""Which checkpoints stay: the newest, the best by validation loss, and those that something refers to."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from longhaul.artifacts.files import file_sha256
-from longhaul.jobs.builders import payload
-from longhaul.jobs.specs import TrainSpec
+from longhaul.artifacts.paths import JobId
+from longhaul.jobs.kind import job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.folders import complete_checkpoints, step_folder
-from longhaul.train.checkpoint.manager import Checkpoints
-from longhaul.train.monitoring.events import Events
+from longhaul.train.checkpoint.retention import last_and_best, remove_old_checkpoints
 from tests.support.small_configs import plan_of
 
 LOSSES = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.0, 60: 4.0}
-"""Step -> validation loss; at 40 an allocation ended, and nothing was validated."""
+"""Step -> validation loss; at step 40 an allocation ended without a validation."""
 
 
-def checkpoints(folder: Path, losses: dict[int, float | None] = LOSSES, **settings: int) -> Checkpoints:
-    """Whole checkpoints of one small file in the weights folder of a planned stage."""
+def planned_job(folder: Path, **settings: int) -> TrainSpec:
     changes = {f"stages.0.checkpoints.{key}": value for key, value in settings.items()}
-    job = payload(plan_of(folder / "planned", changes), "train-base")
+    job = job_spec(plan_of(folder / "planned", changes), JobId("train", ("base",)))
     assert isinstance(job, TrainSpec)
     places = {"weights_root": str(folder / "stages/base/weights"), "out": str(folder / "stages/base/checkpoint.json")}
+    return job.model_copy(update=places)
+
+
+def write_checkpoints(folder: Path, losses: dict[int, float | None] = LOSSES) -> Path:
+    """Write complete checkpoints of one small file; return their weights folder."""
     weights = folder / "stages/base/weights/0123"
     for step, loss in losses.items():
-        save(weights, step, loss)
-    unused: Any = None  # the processes: nothing is saved or loaded
-    return Checkpoints(weights, job.model_copy(update=places), unused, Events(None))
-
-
-def save(weights: Path, step: int, loss: float | None) -> None:
-    folder = step_folder(weights, step)
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
-    files = {"state.json": {"bytes": 2, "sha256": "…"}}
-    (folder / "manifest.json").write_text(json.dumps({"step": step, "validation_loss": loss, "files": files}))
+        checkpoint = step_folder(weights, step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text("{}")
+        files = {"state.json": {"bytes": 2, "sha256": "…"}}
+        (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "validation_loss": loss, "files": files}))
+    return weights
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_best", "stay"),
+    ("keep_last", "keep_best", "kept"),
     [
         (1, 0, [60]),
         (2, 0, [50, 60]),
@@ -54,44 +52,43 @@ def save(weights: Path, step: int, loss: float | None) -> None:
         (1, 9, [10, 20, 30, 50, 60]),
     ],
 )
-def test_the_newest_and_the_best_stay(tmp_path: Path, keep_last: int, keep_best: int, stay: list[int]):
-    kept = checkpoints(tmp_path, keep_last=keep_last, keep_best=keep_best)
-    kept._thin_out()
-    assert list(complete_checkpoints(kept.folder)) == stay
-    assert len(list(kept.folder.glob("checkpoints/*"))) == len(stay), "nothing is left half removed"
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep_last: int, keep_best: int, kept: list[int]):
+    weights = write_checkpoints(tmp_path)
+    remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=keep_last, keep_best=keep_best))
+    assert list(complete_checkpoints(weights)) == kept
+    assert len(list(weights.glob("checkpoints/*"))) == len(kept), "no removal is unfinished"
 
 
-def test_a_half_saved_one_counts_for_nothing_and_is_left(tmp_path: Path):
-    kept = checkpoints(tmp_path, keep_last=1, keep_best=0)
-    (step_folder(kept.folder, 60) / "state.json").unlink()
-    kept._thin_out()
-    assert list(complete_checkpoints(kept.folder)) == [50] and step_folder(kept.folder, 60).exists()
+def test_an_incomplete_checkpoint_is_not_counted_and_not_removed(tmp_path: Path):
+    weights = write_checkpoints(tmp_path)
+    (step_folder(weights, 60) / "state.json").unlink()
+    remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
+    assert list(complete_checkpoints(weights)) == [50] and step_folder(weights, 60).exists()
 
 
-@pytest.mark.parametrize("pointer", ["its own checkpoint.json", "another stage", "an export"])
-def test_what_others_began_with_stays(tmp_path: Path, pointer: str):
-    kept = checkpoints(tmp_path, keep_last=1, keep_best=0)
-    sha256 = file_sha256(step_folder(kept.folder, 10) / "manifest.json")
-    written = {
+@pytest.mark.parametrize("reference", ["its own checkpoint.json", "another stage", "an export"])
+def test_a_referenced_checkpoint_is_kept(tmp_path: Path, reference: str):
+    weights = write_checkpoints(tmp_path)
+    sha256 = file_sha256(step_folder(weights, 10) / "manifest.json")
+    files = {
         "its own checkpoint.json": ("stages/base/checkpoint.json", {"checkpoints": {"last": {"sha256": sha256}}}),
         "another stage": ("stages/chat/weights/4567/identity.json", {"start": sha256}),
         "an export": ("export/base.json", {"provenance": {"checkpoint_sha256": sha256}}),
     }
-    name, content = written[pointer]
+    name, content = files[reference]
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(json.dumps(content))
-    kept._thin_out()
-    assert list(complete_checkpoints(kept.folder)) == [10, 60]
+    remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
+    assert list(complete_checkpoints(weights)) == [10, 60]
 
 
-def test_last_is_the_newest_and_best_the_earlier_of_equals(tmp_path: Path):
-    found = checkpoints(tmp_path).last_and_best()
-    assert {which: entry["step"] for which, entry in found.items()} == {"last": 60, "best": 20}
-    assert found["best"]["validation_loss"] == 1.0
-    assert found["best"]["sha256"] == file_sha256(
-        tmp_path / "stages/base/weights/0123" / found["best"]["path"] / "manifest.json"
-    )
+def test_last_is_the_newest_and_best_the_earlier_of_equal_ones(tmp_path: Path):
+    weights = write_checkpoints(tmp_path)
+    entries = last_and_best(weights)
+    assert {which: entry["step"] for which, entry in entries.items()} == {"last": 60, "best": 20}
+    assert entries["best"]["validation_loss"] == 1.0
+    assert entries["best"]["sha256"] == file_sha256(weights / entries["best"]["path"] / "manifest.json")
 
 
 def test_without_validation_there_is_no_best(tmp_path: Path):
-    assert set(checkpoints(tmp_path, {10: None, 20: None}).last_and_best()) == {"last"}
+    assert set(last_and_best(write_checkpoints(tmp_path, {10: None, 20: None}))) == {"last"}

@@ -1,4 +1,4 @@
-"""What a resume does to the records of a training: steps that are done again stand there once."""
+"""The records of a training after a resume: repeated steps appear once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longhaul.train.monitoring.events import Events
+from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics, device_numbers
 from tests.support.small_configs import LLAMA, base_stage
 
@@ -23,14 +23,14 @@ MODEL = {"model_type": "llama", **LLAMA}
 
 
 def open_metrics(folder: Path, resumed_from: int, **trackers: bool) -> Metrics:
-    processes: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         is_main=True,
         device=torch.device("cpu"),
         threads=1,
         rank=SimpleNamespace(host="here"),
         gather=lambda value: [value],
     )
-    return Metrics(base_stage(folder, **trackers), folder, resumed_from, processes, MODEL, Events(folder))
+    return Metrics(base_stage(folder, **trackers), folder, resumed_from, context, MODEL, EventWriter(folder))
 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
@@ -44,33 +44,33 @@ def rows(folder: Path) -> list[tuple[int, float]]:
 
 
 def drawn(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
-    """(step, value) of a curve, as TensorBoard's own reader shows it."""
+    """Return (step, value) of a curve, as TensorBoard's own reader shows it."""
     accumulator = EventAccumulator(str(folder / "tensorboard"))
     accumulator.Reload()
     return [(event.step, event.value) for event in accumulator.Scalars(name)]
 
 
-def test_a_resume_drops_what_is_past_its_step(tmp_path: Path):
+def test_a_resume_drops_the_lines_after_its_step(tmp_path: Path):
     metrics = open_metrics(tmp_path, 0, tensorboard=True)
     metrics.validation(0, 9.0)
     train(metrics, range(1, 7), 1.0)
     metrics.validation(4, 8.0)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 7, "lo')  # it was killed here; its TensorBoard file is left open, too
+        stream.write('{"step": 7, "lo')  # the process is killed here, with its TensorBoard file open
     for tracker in metrics._trackers:
         tracker.close()
     resumed = open_metrics(tmp_path, 4, tensorboard=True)
     train(resumed, range(5, 9), 2.0)
     resumed.close()
-    wanted = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 2.0), (8, 2.0)]
-    assert sorted(rows(tmp_path)) == sorted([(0, 9.0), *wanted, (4, 8.0)])
-    assert drawn(tmp_path) == wanted
+    expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 2.0), (8, 2.0)]
+    assert sorted(rows(tmp_path)) == sorted([(0, 9.0), *expected, (4, 8.0)])
+    assert drawn(tmp_path) == expected
     assert drawn(tmp_path, "validation_loss") == [(0, 9.0), (4, 8.0)]
     lost = json.loads((tmp_path / "events.jsonl").read_text())
     assert (lost["event"], lost["to_step"], lost["steps"]) == ("work_lost", 4, 2)
 
 
-def test_a_start_that_had_saved_nothing_begins_with_empty_records(tmp_path: Path):
+def test_a_restart_without_a_checkpoint_begins_with_empty_records(tmp_path: Path):
     for loss in (1.0, 2.0):
         metrics = open_metrics(tmp_path, 0, tensorboard=True)
         metrics.validation(0, 9.0 + loss)
@@ -80,7 +80,7 @@ def test_a_start_that_had_saved_nothing_begins_with_empty_records(tmp_path: Path
     assert drawn(tmp_path) == [(1, 2.0), (2, 2.0)] and drawn(tmp_path, "validation_loss") == [(0, 11.0)]
 
 
-def test_a_roll_back_drops_what_is_past_its_step(tmp_path: Path):
+def test_a_roll_back_drops_the_lines_after_its_step(tmp_path: Path):
     metrics = open_metrics(tmp_path, 0, tensorboard=True)
     train(metrics, range(1, 5), 1.0)
     metrics.roll_back(2)
@@ -89,7 +89,7 @@ def test_a_roll_back_drops_what_is_past_its_step(tmp_path: Path):
     assert rows(tmp_path) == drawn(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
-class NvmlStandIn(ModuleType):
+class FakeNvml(ModuleType):
     """The part of pynvml (nvidia-ml-py) that torch.cuda.utilization calls; GPU `index` is busy 10 * index + 7 per cent."""
 
     class NVMLError(Exception):
@@ -119,10 +119,10 @@ class NvmlStandIn(ModuleType):
 
 
 @pytest.fixture
-def utilisation(monkeypatch: pytest.MonkeyPatch) -> Callable[[NvmlStandIn | None], Any]:
-    """What is written of GPU 2 when NVML is this one."""
+def utilisation(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeNvml | None], Any]:
+    """Return a function: NVML -> the utilisation of GPU 2 in the metrics."""
 
-    def found(nvml: NvmlStandIn | None) -> Any:
+    def found(nvml: FakeNvml | None) -> Any:
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         monkeypatch.setattr(torch.cuda, "pynvml", nvml, raising=False)
         monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", nvml is not None)
@@ -132,26 +132,26 @@ def utilisation(monkeypatch: pytest.MonkeyPatch) -> Callable[[NvmlStandIn | None
     return found
 
 
-def test_gpu_utilisation_is_nvmls_number(utilisation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    assert utilisation(NvmlStandIn()) == 27
+def test_gpu_utilisation_is_that_of_nvml(utilisation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    assert utilisation(FakeNvml()) == 27
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert utilisation(NvmlStandIn()) == 67, "NVML counts the machine's GPUs, torch those it may use"
+    assert utilisation(FakeNvml()) == 67, "NVML counts the machine's GPUs, torch those it may use"
 
 
-@pytest.mark.parametrize("nvml", [None, *map(NvmlStandIn, NvmlStandIn.NVMLError.__subclasses__())])
-def test_gpu_utilisation_that_nobody_tells_is_null(utilisation: Callable[..., Any], nvml: NvmlStandIn | None):
-    """Without the package, without a driver, on a part of a GPU."""
+@pytest.mark.parametrize("nvml", [None, *map(FakeNvml, FakeNvml.NVMLError.__subclasses__())])
+def test_unknown_gpu_utilisation_is_null(utilisation: Callable[..., Any], nvml: FakeNvml | None):
+    """Without the package, without a driver, and on a MIG slice."""
     assert utilisation(nvml) is None
 
 
-def test_a_cpu_has_no_gpu_utilisation(tmp_path: Path):
+def test_gpu_utilisation_on_a_cpu_is_null(tmp_path: Path):
     metrics = open_metrics(tmp_path, 0)
     train(metrics, range(1, 2), 1.0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["gpu_utilisation"] is None and row["memory_bytes"] > 10**7
 
 
-def test_the_job_environment_holds_nvml():
+def test_the_job_environment_has_nvml():
     assert version("nvidia-ml-py") and hasattr(pynvml, "nvmlDeviceGetUtilizationRates")
-    stood_in_for = {name for name in vars(NvmlStandIn) if name.lower().startswith("nvml")}
-    assert len(stood_in_for) == 6 and stood_in_for <= set(vars(pynvml))
+    faked = {name for name in vars(FakeNvml) if name.lower().startswith("nvml")}
+    assert len(faked) == 6 and faked <= set(vars(pynvml))

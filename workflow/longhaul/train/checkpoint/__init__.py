@@ -1,1 +1,1 @@
-"""Saving, finding, verifying and loading training checkpoints."""
+"""Saving, finding, verifying, loading and removing training checkpoints."""

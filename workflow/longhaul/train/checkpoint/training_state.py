@@ -1,4 +1,4 @@
-"""What of a training is saved beside its tensors."""
+"""The training state of a stage other than tensors; state.json of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SPIKE_WINDOW_STEPS = 64
 
 @dataclass
 class TrainingState:
-    """Where a stage stands.
+    """How far a stage has trained.
 
     step:          optimizer steps done
-    skipped:       global batches that are never trained on, sorted; the data order follows from it and the step
-    recent_losses: of the last steps, for finding spikes
+    skipped:       global batches that are never trained on, sorted; with the step they determine the data order
+    recent_losses: losses of the last SPIKE_WINDOW_STEPS steps, for finding spikes
     """
 
     step: int = 0
@@ -25,25 +25,25 @@ class TrainingState:
 
     @property
     def next_batch(self) -> int:
-        """The global batch of the next step."""
+        """Return the number of the next step's global batch."""
         return batch_of_step(self.step, self.skipped)
 
     def finish_step(self, loss: float) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self.step += 1
         self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW_STEPS:]
 
-    def become(self, other: TrainingState) -> None:
-        """Takes over another state; whoever holds this one sees it."""
+    def replace_with(self, other: TrainingState) -> None:
+        """Take over the values of another state in this object, which several modules share."""
         self.step, self.skipped, self.recent_losses = other.step, list(other.skipped), list(other.recent_losses)
 
-    def leave_out(self, batches: set[int]) -> None:
-        """Leaves batches out; UserError when one of them was trained on already."""
+    def skip(self, batches: set[int]) -> None:
+        """Add batches to the skipped ones; UserError when the stage has already trained on one of them."""
         new = batches - set(self.skipped)
-        if done := sorted(batch for batch in new if batch < self.next_batch):
+        if trained := sorted(batch for batch in new if batch < self.next_batch):
             raise UserError(
-                f"batch {done[0]} cannot be skipped any more: the stage has done {self.step} steps, up to batch "
+                f"batch {trained[0]} cannot be skipped any more: the stage has done {self.step} steps, up to batch "
                 f"{self.next_batch - 1}",
-                "take it out of skip_batches, or set restart: true to train the stage anew",
+                "remove it from skip_batches, or set restart: true to train the stage from its start",
             )
         self.skipped = sorted({*self.skipped, *new})

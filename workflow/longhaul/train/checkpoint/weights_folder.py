@@ -1,4 +1,4 @@
-"""Which folder a stage's weights belong in: a hash of all that they depend on."""
+"""The weights folder of a stage: its name is a hash of everything that the weights depend on."""
 
 from __future__ import annotations
 
@@ -8,37 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.files import canonical_json, content_hash, read_json, write_json
+from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.errors import UserError
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.folders import complete_checkpoints
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.schedule import may_grow
+from longhaul.train.lr_schedule import can_extend_steps
 
 
 @dataclass(frozen=True)
-class Start:
-    """The checkpoint of an earlier stage: its folder and the hash of its manifest."""
+class StartingCheckpoint:
+    """The checkpoint of an earlier stage from which this stage starts: its folder and the SHA-256 of its manifest."""
 
     folder: Path
     sha256: str
 
 
-def starting_checkpoint(job: TrainSpec) -> Start | None:
-    """The checkpoint this stage starts from; None when it starts from the model itself."""
+def find_starting_checkpoint(job: TrainSpec) -> StartingCheckpoint | None:
+    """Return the checkpoint from which this stage starts; None when it starts from a pretrained or a random model."""
     if job.start_checkpoint is None or job.stage.start_from is None:
         return None
     earlier, which = Checkpoint.read(Path(job.start_checkpoint)), job.stage.start_from.checkpoint
     if which not in earlier.checkpoints:
-        raise UserError(f"stage {earlier.stage} has no {which} checkpoint", "start from its last one")
-    found = earlier.checkpoints[which]
-    return Start(Path(earlier.weights) / found["path"], found["sha256"])
+        raise UserError(f"stage {earlier.stage} has no `{which}` checkpoint", "set start_from.checkpoint to last")
+    entry = earlier.checkpoints[which]
+    return StartingCheckpoint(Path(earlier.weights) / entry["path"], entry["sha256"])
 
 
 def weights_identity(
-    job: TrainSpec, data: DataManifest, tokenizer: TokenizerManifest, start: Start | None
+    job: TrainSpec, data: DataManifest, tokenizer: TokenizerManifest, start: StartingCheckpoint | None
 ) -> dict[str, Any]:
-    """What the weights depend on. The number of steps is left out, unless `restart` asks for new weights when it changes."""
+    """Return everything that the weights depend on.
+
+    The number of steps is not part of it, so a stage can be extended. With `restart: true` it is, so that another number of steps
+    trains new weights.
+    """
     spec = {key: value for key, value in job.spec.items() if key != "steps" or job.stage.restart}
     return {
         "spec": spec,
@@ -50,41 +55,46 @@ def weights_identity(
 
 
 def weights_folder(job: TrainSpec, identity: dict[str, Any]) -> Path:
-    """<weights_root>/<hash>."""
+    """Return <weights_root>/<hash>."""
     return Path(job.weights_root) / content_hash(identity)
 
 
-def claim_weights_folder(job: TrainSpec, identity: dict[str, Any], folder: Path, processes: DistributedContext) -> None:
-    """Writes what the weights are of; UserError when others lie there, or they may not go on under the planned steps."""
-    if processes.is_main:
+def claim_weights_folder(job: TrainSpec, identity: dict[str, Any], folder: Path, context: DistributedContext) -> None:
+    """Write the identity of the weights and the model's config into the folder.
+
+    Raises:
+        UserError: the folder holds weights of another identity, or its weights cannot continue under the planned steps.
+    """
+    if context.is_main:
         _check_identity(folder, identity)
         _check_steps(job, folder)
-        write_json(folder / "identity.json", {**identity, "steps": job.steps})
-        write_json(folder / "model_config.json", job.model)  # what a conversion builds the model from
-    processes.barrier()
+        write_json(WeightsFolder(folder).identity, {**identity, "steps": job.steps})
+        write_json(WeightsFolder(folder).model_config, job.model)  # the export builds the model from it
+    context.barrier()
 
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / "identity.json"
+    path = WeightsFolder(folder).identity
     found = read_json(path) if path.exists() else identity
     differing = [key for key, value in json.loads(canonical_json(identity)).items() if found.get(key) != value]
     if differing:
+        key = differing[0]
         raise UserError(
-            f"{path} says that the weights there are of another {differing[0]}: {found.get(differing[0])}, not "
-            f"{identity[differing[0]]}",
+            f"{path}: `{key}` of these weights is {found.get(key)}, that of the planned weights is {identity[key]}",
             "the folder was copied or edited: move it away, and the stage is trained in its place",
         )
 
 
 def _check_steps(job: TrainSpec, folder: Path) -> None:
-    if not (folder / "identity.json").exists():
+    path = WeightsFolder(folder).identity
+    if not path.exists():
         return
-    planned, trained = read_json(folder / "identity.json")["steps"], max(complete_checkpoints(folder), default=0)
+    planned, trained = read_json(path)["steps"], max(complete_checkpoints(folder), default=0)
     if planned == job.steps or trained == 0:
         return
-    if job.steps < trained or not may_grow(job.stage.schedule, trained, planned):
+    if job.steps < trained or not can_extend_steps(job.stage.schedule, trained, planned):
         raise UserError(
             f"stage {job.stage.name}: steps changed from {planned} to {job.steps}, but its weights have {trained} steps of a "
             f"{job.stage.schedule.kind} schedule planned for {planned}",
-            f"go back to {planned} steps, or set restart: true in the stage to train it anew",
+            f"set steps back to {planned}, or set restart: true in the stage to train it from its start",
         )

@@ -1,1 +1,1 @@
-"""Metrics, trackers, events and stragglers."""
+"""Metrics, experiment trackers, events and straggler detection of a training."""

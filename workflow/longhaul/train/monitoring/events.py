@@ -1,4 +1,4 @@
-"""events.jsonl: what happened to a stage beside its steps. Lines are only ever added, over all legs."""
+"""events.jsonl of a weights folder: what happened to a stage apart from its steps, over all attempts. Lines are only appended."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.event_log import read_events
+from longhaul.artifacts.paths import WeightsFolder
 
 
-class Events:
-    """Writes on the rank that has a file to write to; other ranks' calls do nothing."""
+class EventWriter:
+    """Appends events. Only rank 0 has a weights folder to write to; calls of other ranks do nothing."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self._path = folder / "events.jsonl" if folder else None
+    def __init__(self, weights: Path | None) -> None:
+        self._path = WeightsFolder(weights).events if weights else None
 
     def write(self, event: str, **values: Any) -> None:
-        """One line: time in seconds since 1970, the event's name, its values."""
+        """Append one line: the time in seconds since 1970, the event's name, and its values."""
         if self._path is None:
             return
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time_s": round(time.time(), 3), "event": event, **values}) + "\n")
 
-    def longest(self, event: str, key: str) -> float:
-        """The largest value of all such events so far; 0 when there is none."""
+    def largest(self, event: str, key: str) -> float:
+        """Return the largest value of `key` in all events of that name so far; 0 when there is none."""
         rows = read_events(self._path) if self._path else []
         return max((row[key] for row in rows if row["event"] == event), default=0.0)

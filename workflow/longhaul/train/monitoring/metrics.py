@@ -1,4 +1,4 @@
-"""Numbers of a training: metrics.jsonl, trackers, a progress line, and a record of every leg."""
+"""The numbers of a training: metrics.jsonl, trackers, a progress line, and one line per attempt in attempts.jsonl."""
 
 from __future__ import annotations
 
@@ -16,44 +16,45 @@ from typing import Any, TextIO
 import torch
 
 from longhaul.artifacts.files import write_text
-from longhaul.config.model_size import geometry
-from longhaul.jobs.specs import TrainSpec
+from longhaul.artifacts.paths import WeightsFolder
+from longhaul.config.model_size import model_size
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.monitoring.events import Events
+from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.trackers import Tracker, open_trackers
 
 _PROGRESS_EVERY_S = 5.0
 
 
 class Metrics:
-    """Writes on rank 0 only; lines past the step a resume starts from are dropped, as those steps are done again."""
+    """Writes on rank 0 only. Lines past the step from which a resume starts are dropped, as their steps are repeated."""
 
     def __init__(
         self,
         job: TrainSpec,
         folder: Path,
         resumed_from: int,
-        processes: DistributedContext,
+        context: DistributedContext,
         model: dict[str, Any],
-        events: Events,
+        events: EventWriter,
     ) -> None:
-        self._job, self._processes, self._events = job, processes, events
-        self._flops_per_token = geometry(model).flops_per_token(job.stage.sequence_length)
+        self._job, self._context, self._events = job, context, events
+        self._flops_per_token = model_size(model).flops_per_token(job.stage.sequence_length)
         self._started, self._first_step, self._printed = time.monotonic(), resumed_from, 0.0
-        hosts = processes.gather(processes.rank.host)
-        if not processes.is_main:
-            self._trackers: list[Tracker] = []
+        self._trackers: list[Tracker] = []
+        hosts = context.gather(context.rank.host)
+        if not context.is_main:
             return
-        self._path = folder / "metrics.jsonl"
-        # Who starts at step 0 validates before the first step, and does so again.
+        self._path = WeightsFolder(folder).metrics
+        # A start at step 0 validates before the first step, also after an attempt that saved nothing.
         first_step = resumed_from + 1 if resumed_from else 0
         self._stream = self._open_before(first_step)
         self._trackers = open_trackers(job, folder, first_step)
-        with (folder / "attempts.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_leg(job, resumed_from, processes, hosts)) + "\n")
+        with WeightsFolder(folder).attempts.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_attempt(job, resumed_from, context, hosts)) + "\n")
 
     def _open_before(self, step: int) -> TextIO:
-        """metrics.jsonl without `step` and those after it, which are done again; what they had taken is an event."""
+        """Open metrics.jsonl without the lines of `step` and later, which are repeated; their duration becomes an event."""
         lost = _drop_lines_from(self._path, step)
         if lost:
             seconds = sum(row.get("step_time_s", 0.0) + row.get("data_wait_s", 0.0) for row in lost)
@@ -61,16 +62,16 @@ class Metrics:
         return self._path.open("a", encoding="utf-8")
 
     def roll_back(self, step: int) -> None:
-        """The steps past `step` are done again."""
-        if self._processes.is_main:
+        """Drop the lines of the steps after `step`, which are repeated."""
+        if self._context.is_main:
             self._stream.close()
             self._stream = self._open_before(step + 1)
             for tracker in self._trackers:
                 tracker.rewind(step + 1)
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
-        """One optimizer step: its values, and what follows from its duration."""
-        if not self._processes.is_main:
+        """Write one optimizer step: its values, and what follows from its duration."""
+        if not self._context.is_main:
             return
         tokens_per_s = self._job.stage.global_batch_size * self._job.stage.sequence_length / seconds
         row = {
@@ -79,42 +80,44 @@ class Metrics:
             "step_time_s": round(seconds, 6),
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": self._mfu(tokens_per_s),
-            **device_numbers(self._processes.device),
+            **device_numbers(self._context.device),
         }
         self._write(row)
-        self._progress(step, row)
+        self._print_progress(step, row)
 
     def validation(self, step: int, loss: float) -> None:
-        """The held-out loss after `step` steps."""
-        if self._processes.is_main:
+        """Write the validation loss after `step` steps."""
+        if self._context.is_main:
             self._write({"step": step, "validation_loss": loss})
             print(f"step {step}/{self._job.steps}  validation loss {loss:.4f}", flush=True)
 
-    def note(self, text: str, **_: Any) -> None:
-        if self._processes.is_main:
+    def print(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self._context.is_main:
             print(text, flush=True)
 
     def close(self) -> None:
-        if self._processes.is_main:
+        if self._context.is_main:
             self._stream.close()
         for tracker in self._trackers:
             tracker.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._stream.write(json.dumps(clean) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
         numbers = {
-            k: v for k, v in clean.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "step"
+            k: v for k, v in finite.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "step"
         }
         for tracker in self._trackers:
             tracker.log(row["step"], numbers)
 
     def _mfu(self, tokens_per_s: float) -> float | None:
+        """Return the model FLOPs utilisation; None where the site file has no peak of its GPUs."""
         peak = self._job.gpu_peak_tflops
         return round(tokens_per_s * self._flops_per_token / (peak * 1e12 * self._job.world_size), 4) if peak else None
 
-    def _progress(self, step: int, row: dict[str, Any]) -> None:
+    def _print_progress(self, step: int, row: dict[str, Any]) -> None:
         now = time.monotonic()
         if now - self._printed < _PROGRESS_EVERY_S and step != self._job.steps:
             return
@@ -128,22 +131,22 @@ class Metrics:
 
 
 def device_numbers(device: torch.device) -> dict[str, Any]:
-    """Peak memory in bytes (of the GPU, or of this process) and GPU utilisation in per cent; None where there is no GPU."""
+    """Return peak memory in bytes (of the GPU, or of this process) and GPU utilisation in per cent; None without a GPU."""
     if device.type != "cuda":
         return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu_utilisation": None}
     return {"memory_bytes": torch.cuda.max_memory_allocated(device), "gpu_utilisation": _utilisation(device)}
 
 
 def _utilisation(device: torch.device) -> int | None:
-    """What NVML says. It does not say it of a part of a GPU, or to everyone: no reason to end a training."""
+    """Return NVML's number; None where NVML has none, as for a MIG slice or without permission. Training continues."""
     try:
         return torch.cuda.utilization(device)
-    except Exception:  # NVML's own errors have no other class in common
+    except Exception:  # NVML's errors have no other class in common
         return None
 
 
-def _leg(job: TrainSpec, resumed_from: int, processes: DistributedContext, hosts: list[str]) -> dict[str, Any]:
-    """What may differ from leg to leg without changing the result."""
+def _attempt(job: TrainSpec, resumed_from: int, context: DistributedContext, hosts: list[str]) -> dict[str, Any]:
+    """Return what may differ between attempts without a change of the result."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from": resumed_from,
@@ -155,15 +158,18 @@ def _leg(job: TrainSpec, resumed_from: int, processes: DistributedContext, hosts
         "micro_batch_size": job.stage.micro_batch_size,
         "accumulation": job.accumulation,
         "activation_checkpointing": job.stage.activation_checkpointing,
-        "device": processes.device.type,
-        "threads": processes.threads,
+        "device": context.device.type,
+        "threads": context.threads,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")}
         | {"python": sys.version.split()[0]},
     }
 
 
 def _drop_lines_from(path: Path, step: int) -> list[dict[str, Any]]:
-    """Returns the rows of optimizer steps that it drops. A killed run may also have written half a line."""
+    """Drop the lines of `step` and later, and return the optimizer steps among them.
+
+    A line that a killed process left incomplete is dropped, too.
+    """
     if not path.exists():
         return []
     kept, lost = [], []

@@ -1,9 +1,9 @@
-"""Experiment trackers, each behind a switch of the config. A resumed stage goes on in the run of the tracker that it began.
+"""Experiment trackers: TensorBoard, W&B and MLflow, each with a switch in the config.
 
-trackers.json in the weights folder keeps the ids of those runs. Of the steps that a resume does again, TensorBoard is told to
-forget the old ones, MLflow keeps the first, and W&B shows both where a leg was offline. Compute nodes have no internet: unless
-the environment says otherwise, W&B and MLflow write into the weights folder. A tracker that fails does not end a training, nor
-does it hold one up for long.
+- A resumed stage continues in the run that it began; trackers.json in the weights folder keeps the ids of those runs.
+- A resume repeats steps. TensorBoard forgets the old ones, MLflow keeps the first, W&B shows both where an attempt was offline.
+- Compute nodes have no internet: unless the environment says otherwise, W&B and MLflow write into the weights folder.
+- A tracker that fails does not end a training, and delays it only for a short time.
 """
 
 from __future__ import annotations
@@ -19,65 +19,70 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.files import read_json, write_json
+from longhaul.artifacts.paths import WeightsFolder
+from longhaul.compat.wandb import FLUSH_INTERVAL_VARIABLE, is_deleted_run
 from longhaul.errors import UserError
-from longhaul.jobs.specs import TrainSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """log(step, name -> number); rewind(step), when the steps from `step` on are done again; close()."""
+    """One tracker's functions: log(step, name -> number), close(), rewind(step) before steps from `step` on are repeated."""
 
     log: Callable[[int, dict[str, Any]], None]
     close: Callable[[], None]
     rewind: Callable[[int], None] = lambda step: None
 
 
-_DEFAULTS = {
-    "WANDB_INIT_TIMEOUT": "20",  # s; 90 otherwise
-    "WANDB_FINISH_TIMEOUT": "60",  # s; for ever otherwise
-    "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # s; 15 otherwise, which a kill would lose
-    "WANDB_ERROR_REPORTING": "false",  # to its makers
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # s; 120 otherwise
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7 otherwise
+_ENVIRONMENT_DEFAULTS = {
+    "WANDB_INIT_TIMEOUT": "20",  # s; W&B's default is 90
+    "WANDB_FINISH_TIMEOUT": "60",  # s; W&B's default is no limit
+    FLUSH_INTERVAL_VARIABLE: "1",  # s; W&B's default of 15 is what a killed process would lose
+    "WANDB_ERROR_REPORTING": "false",  # no reports to W&B
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # s; MLflow's default is 120
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's default is 7
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # a server may ask for hours
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ALLOW_FILE_STORE": "true",  # MLflow 3 would have SQLite, which network folders break
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # MLflow 3's default is SQLite, which breaks on network folders
 }
-"""What W&B and MLflow read of the environment, where it does not say otherwise: how long they may hold up rank 0, which is soon
-taken for hung (recovery.heartbeat_timeout_s); no word to their makers; files."""
+"""Environment variables of W&B and MLflow, where the environment does not set them.
+
+They limit how long a tracker may block rank 0, which the heartbeat would soon treat as hung (recovery.heartbeat_timeout_s). They
+also switch off telemetry, and choose files as MLflow's store."""
 
 
 def open_trackers(job: TrainSpec, folder: Path, first_step: int) -> list[Tracker]:
-    """The trackers the config asks for; numbers of `first_step` and later steps follow. One that fails to open is left out.
+    """Open the trackers of the config; values of `first_step` and later steps follow. A tracker that fails to open is left off.
 
-    Raises UserError when a tracker's package or key is missing, or its run is not where it was begun.
+    Raises:
+        UserError: a tracker's package or key is missing, or its run is not where it was begun.
     """
-    for variable, value in _DEFAULTS.items():
+    for variable, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(variable, value)
-    openers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-    wanted = {name: opener for name, opener in openers.items() if getattr(job.trackers, name)}
-    opened = (_opened(name, partial(opener, job, folder, first_step)) for name, opener in wanted.items())
+    openers = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "mlflow": _open_mlflow}
+    enabled = {name: opener for name, opener in openers.items() if getattr(job.trackers, name)}
+    opened = (_open_or_warn(name, partial(opener, job, folder, first_step)) for name, opener in enabled.items())
     return [tracker for tracker in opened if tracker]
 
 
-def _opened(name: str, opener: Callable[[], Tracker]) -> Tracker | None:
+def _open_or_warn(name: str, opener: Callable[[], Tracker]) -> Tracker | None:
     try:
-        return _tolerated(name, opener())
+        return _off_after_failure(name, opener())
     except UserError:
         raise
     except ModuleNotFoundError as error:
         package = {"mlflow": "mlflow-skinny"}.get(name, name)
         raise UserError(
             f"trackers.{name}: the package {error.name} is not installed",
-            f"pip install {package}, or switch it off",
+            f"pip install {package}, or set trackers.{name}: false",
         ) from None
-    except Exception as error:  # of a server, a disk, a library: no class in common
-        _warn(name, _LEFT_OUT, error)
+    except Exception as error:  # errors of servers, disks and libraries have no class in common
+        _warn(name, _IS_OFF, error)
         return None
 
 
-def _tolerated(name: str, tracker: Tracker) -> Tracker:
-    """A tracker that, when it fails, says so once and does nothing more: metrics.jsonl holds everything anyway."""
+def _off_after_failure(name: str, tracker: Tracker) -> Tracker:
+    """Return a tracker that warns at its first failure and does nothing afterwards: metrics.jsonl has every value anyway."""
     has_failed = False
 
     def guarded(call: Callable[..., None]) -> Callable[..., None]:
@@ -87,16 +92,16 @@ def _tolerated(name: str, tracker: Tracker) -> Tracker:
                 return
             try:
                 call(*arguments)
-            except Exception as error:  # of a server, a disk, a library: no class in common
+            except Exception as error:  # errors of servers, disks and libraries have no class in common
                 has_failed = True
-                _warn(name, _LEFT_OUT, error)
+                _warn(name, _IS_OFF, error)
 
         return attempt
 
     return Tracker(guarded(tracker.log), guarded(tracker.close), guarded(tracker.rewind))
 
 
-_LEFT_OUT = "is left out from here on, metrics.jsonl goes on"
+_IS_OFF = "is off for the rest of this attempt; metrics.jsonl still gets every value"
 
 
 def _warn(name: str, what: str, error: Exception) -> None:
@@ -105,14 +110,14 @@ def _warn(name: str, what: str, error: Exception) -> None:
 
 
 def _without_credentials(text: str) -> str:
-    """Without what stands before the host of a URL."""
+    """Remove what stands before the host of a URL."""
     return re.sub(r"//[^/\s@]*@", "//", text)
 
 
-def _tensorboard(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
+def _open_tensorboard(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    def open_at(step: int) -> Any:
+    def open_at(step: int) -> SummaryWriter:
         return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     writer = open_at(first_step)
@@ -132,8 +137,8 @@ def _tensorboard(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     return Tracker(log, close, rewind)
 
 
-def _wandb(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
-    """W&B itself leaves out what comes for a step before the last one that this process gave it."""
+def _open_wandb(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
+    """Open the W&B run. It needs no rewind: W&B drops values for a step before the last one that this process logged."""
     import wandb
     from wandb.errors import AuthenticationError, CommError, UsageError
 
@@ -143,33 +148,34 @@ def _wandb(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     begin = partial(wandb.init, project=job.run, name=job.stage.name, id=run_id, dir=str(folder), resume="allow")
     try:
         run = begin(mode=mode)
-    except (AuthenticationError, UsageError) as error:  # before a server is asked
+    except (AuthenticationError, UsageError) as error:  # raised before the server is asked
         raise UserError(
-            f"trackers.wandb: WANDB_MODE={mode}, and no run can be begun: {_without_credentials(str(error))}",
-            f"`wandb login` on this site; or unset WANDB_MODE, and `wandb sync` what is in {folder / 'wandb'}",
+            f"trackers.wandb: WANDB_MODE is {mode}, but W&B cannot begin a run: {_without_credentials(str(error))}",
+            f"`wandb login` on this site; or unset WANDB_MODE, and later `wandb sync` {folder / 'wandb'}",
         ) from None
     except CommError as error:
-        if "previously created and deleted" in str(error):
+        if is_deleted_run(error):
             raise UserError(
                 f"trackers.wandb: run {run_id} was deleted on its server",
-                f"undelete it there, or remove {_ids_path(folder)} to begin a new one",
+                f"restore it there, or remove {WeightsFolder(folder).tracker_runs} to begin a new one",
             ) from None
-        _warn("wandb", f"is offline in this leg, `wandb sync` {folder / 'wandb'} when its server is back", error)
-        wandb.teardown()  # else the id is in use
+        _warn("wandb", f"is offline in this attempt; `wandb sync` {folder / 'wandb'} when its server is back", error)
+        wandb.teardown()  # else the id counts as in use
         run = begin(mode="offline")
     return Tracker(lambda step, numbers: run.log(numbers, step=step), run.finish)
 
 
-def _mlflow(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
+def _open_mlflow(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
+    """Open the MLflow run. Steps that a resume repeats are already in it and are not logged again, so it needs no rewind."""
     import mlflow
 
-    where = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlruns").as_uri()
-    os.environ["MLFLOW_TRACKING_URI"] = where
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlruns").as_uri()
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     run_id = _run_ids(folder).get("mlflow")
-    if run_id and _is_gone(run_id):
+    if run_id and _is_missing(run_id):
         raise UserError(
-            f"trackers.mlflow: run {run_id} is not, or no more, at {_without_credentials(where)}",
-            f"set MLFLOW_TRACKING_URI to where it was begun, or remove {_ids_path(folder)} to begin a new one",
+            f"trackers.mlflow: run {run_id} does not exist at {_without_credentials(uri)}",
+            f"set MLFLOW_TRACKING_URI to where it was begun, or remove {WeightsFolder(folder).tracker_runs} to begin a new one",
         )
     mlflow.set_experiment(job.run)
     run = mlflow.start_run(run_id=run_id, run_name=f"{job.stage.name}-{folder.name}")
@@ -190,8 +196,8 @@ def _mlflow(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
     return Tracker(log, mlflow.end_run)
 
 
-def _is_gone(run_id: str) -> bool:
-    """Whether the MLflow run was deleted or never there; raises what MLflow raises when its server does not say."""
+def _is_missing(run_id: str) -> bool:
+    """Return whether the MLflow run was deleted or never existed; raise MLflow's error when its server does not answer."""
     import mlflow
 
     try:
@@ -202,13 +208,10 @@ def _is_gone(run_id: str) -> bool:
         raise
 
 
-def _ids_path(folder: Path) -> Path:
-    return folder / "trackers.json"
-
-
 def _run_ids(folder: Path) -> dict[str, str]:
-    return read_json(_ids_path(folder)) if _ids_path(folder).exists() else {}
+    path = WeightsFolder(folder).tracker_runs
+    return read_json(path) if path.exists() else {}
 
 
 def _keep_run_id(folder: Path, tracker: str, run_id: str) -> None:
-    write_json(_ids_path(folder), {**_run_ids(folder), tracker: run_id})
+    write_json(WeightsFolder(folder).tracker_runs, {**_run_ids(folder), tracker: run_id})

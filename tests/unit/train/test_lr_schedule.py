@@ -1,11 +1,11 @@
-"""Learning rates at the steps where their shape bends."""
+"""Learning rates at the steps where a schedule changes its shape."""
 
 from __future__ import annotations
 
 import pytest
 
-from longhaul.config.run_config import Schedule
-from longhaul.train.schedule import learning_rate, may_grow
+from longhaul.config.stage_config import Schedule
+from longhaul.train.lr_schedule import can_extend_steps, learning_rate
 
 PEAK, STEPS = 2.0, 10
 
@@ -24,13 +24,13 @@ PEAK, STEPS = 2.0, 10
         ),
     ],
 )
-def test_rates(schedule: Schedule, expected: dict[int, float]):
+def test_rates_at_the_bends_of_a_schedule(schedule: Schedule, expected: dict[int, float]):
     for step, rate in expected.items():
         assert learning_rate(schedule, PEAK, step, STEPS) == pytest.approx(rate), f"step {step}"
 
 
 @pytest.mark.parametrize(
-    ("schedule", "trained", "grows"),
+    ("schedule", "trained", "can_extend"),
     [
         (Schedule(kind="constant"), 10, True),
         (Schedule(kind="cosine"), 1, False),
@@ -39,5 +39,5 @@ def test_rates(schedule: Schedule, expected: dict[int, float]):
         (Schedule(kind="wsd", decay_steps=4), 7, False),
     ],
 )
-def test_which_schedules_let_a_stage_grow(schedule: Schedule, trained: int, grows: bool):
-    assert may_grow(schedule, trained, STEPS) is grows
+def test_only_unchanged_rates_allow_more_steps(schedule: Schedule, trained: int, can_extend: bool):
+    assert can_extend_steps(schedule, trained, STEPS) is can_extend

@@ -1,4 +1,4 @@
-"""Adam's state as it is made anew for a checkpoint of another layout: the one torch itself would make."""
+"""Adam's new state for a checkpoint of another layout is the state that torch itself makes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longhaul.checkpoint_io import OptimizerState
-from longhaul.train.checkpoint.resharding import _fresh_state
+from longhaul.train.checkpoint.resharding import new_adam_state
 
 STEPS = 3
 
@@ -19,24 +19,24 @@ def adamw(device: str, **options: Any) -> tuple[torch.optim.AdamW, torch.nn.Para
 
 
 @pytest.mark.parametrize("option", ["fused", "capturable"])
-def test_steps_are_counted_beside_the_parameter_where_a_kernel_reads_them(option: str):
-    """Device meta stands for a GPU: what is made on it is not on the CPU."""
+def test_the_step_count_is_on_the_device_where_a_kernel_reads_it(option: str):
+    """The device meta takes the place of a GPU."""
     for options, device in (({option: True}, "meta"), ({}, "cpu")):
         adam, flat = adamw("meta", **options)
-        state = _fresh_state(adam, flat, OptimizerState(STEPS, {"exp_avg": {}, "exp_avg_sq": {}}))
+        state = new_adam_state(adam, flat, OptimizerState(STEPS, {"exp_avg": {}, "exp_avg_sq": {}}))
         assert (state["step"].device.type, state["step"].dtype) == (device, torch.float32)
         assert state["exp_avg"].device.type == "meta"
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=["plain", "fused", "foreach"])
-def test_it_goes_on_as_if_never_stopped(options: dict[str, Any]):
+def test_training_continues_with_the_same_bits(options: dict[str, Any]):
     whole, flat = adamw("cpu", **options)
     for step in range(2 * STEPS):
         if step == STEPS:
             again, copied = adamw("cpu", **options)
             copied.data.copy_(flat)
             saved = whole.state[flat]
-            state = _fresh_state(again, copied, OptimizerState(STEPS, {"exp_avg": {}, "exp_avg_sq": {}}))
+            state = new_adam_state(again, copied, OptimizerState(STEPS, {"exp_avg": {}, "exp_avg_sq": {}}))
             assert {k: (v.shape, v.dtype, v.device) for k, v in state.items()} == {
                 k: (v.shape, v.dtype, v.device) for k, v in saved.items()
             }

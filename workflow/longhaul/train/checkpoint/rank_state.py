@@ -1,0 +1,57 @@
+"""The state of one rank that DeepSpeed does not save: random numbers, fp16's loss scaler, PowerSGD. trainer-rank-*.pt."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longhaul.compat.deepspeed import loss_scaler_state, restore_loss_scaler
+
+
+def rank_state_file(checkpoint: Path, rank: int) -> Path:
+    """Return the file of a rank's state in a checkpoint."""
+    return checkpoint / f"trainer-rank-{rank:05d}.pt"
+
+
+def rank_state(engine: Any, device: torch.device) -> dict[str, Any]:
+    """Return this rank's state for a checkpoint."""
+    state: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "loss_scale": loss_scaler_state(engine)}
+    if hasattr(engine, "powersgd"):
+        state["powersgd"] = engine.powersgd.state()
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rank_state(engine: Any, checkpoint: Path, rank: int, device: torch.device) -> None:
+    """Restore this rank's state from a checkpoint of the same layout."""
+    state = _read(checkpoint, rank)
+    restore_loss_scaler(engine, state.get("loss_scale"))
+    if hasattr(engine, "powersgd"):
+        engine.powersgd.load([state["powersgd"]])
+    torch.set_rng_state(state["cpu_rng"])
+    if "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def combine_rank_states(engine: Any, checkpoint: Path, saved_ranks: int) -> None:
+    """Restore what does not depend on the layout from a checkpoint of another layout: loss scaler and PowerSGD."""
+    states = (_read(checkpoint, rank) for rank in range(saved_ranks))
+    first = next(states)
+    restore_loss_scaler(engine, first.get("loss_scale"))
+    if hasattr(engine, "powersgd"):
+        engine.powersgd.load(state["powersgd"] for state in itertools.chain([first], states))
+
+
+def seed_random_numbers(seed: int, step: int, rank: int) -> None:
+    """Begin a random stream that follows from seed, step and rank: after a change of layout the saved streams fit no rank."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def _read(checkpoint: Path, rank: int) -> dict[str, Any]:
+    return torch.load(rank_state_file(checkpoint, rank), weights_only=True)

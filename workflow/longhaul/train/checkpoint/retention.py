@@ -1,0 +1,52 @@
+"""Which checkpoints stay: the newest, the best by validation loss, and those that another stage or an export refers to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.files import file_sha256, read_json
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.checkpoint.folders import MANIFEST, complete_checkpoints, referenced_checkpoints, remove
+
+
+def validation_loss_of(checkpoint: Path) -> float | None:
+    """Return the validation loss at which a checkpoint was saved; None where nothing was validated."""
+    return read_json(checkpoint / MANIFEST)["validation_loss"]
+
+
+def rank_by_loss(checkpoints: dict[int, Path]) -> list[int]:
+    """Return the steps of the checkpoints with a validation loss, best first; of equal ones the earlier first."""
+    losses = {step: validation_loss_of(folder) for step, folder in checkpoints.items()}
+    ranked = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+    return [step for _, step in ranked]
+
+
+def remove_old_checkpoints(weights: Path, job: TrainSpec) -> None:
+    """Remove the checkpoints that neither checkpoints.keep_last, checkpoints.keep_best nor a reference keeps."""
+    checkpoints, settings = complete_checkpoints(weights), job.stage.checkpoints
+    keep = set(sorted(checkpoints)[-settings.keep_last :]) | set(rank_by_loss(checkpoints)[: settings.keep_best])
+    old = sorted(set(checkpoints) - keep)
+    if not old:
+        return
+    referenced = referenced_checkpoints(Path(job.weights_root), Path(job.out))
+    for step in old:
+        if file_sha256(checkpoints[step] / MANIFEST) not in referenced:
+            remove(checkpoints[step])
+
+
+def last_and_best(weights: Path) -> dict[str, dict[str, Any]]:
+    """Return step, path, SHA-256 of the manifest and validation loss of "last" and, where there was validation, of "best"."""
+    checkpoints = complete_checkpoints(weights)
+    chosen = {"last": max(checkpoints)}
+    if ranked := rank_by_loss(checkpoints):
+        chosen["best"] = ranked[0]
+    return {
+        which: {
+            "step": step,
+            "path": str(checkpoints[step].relative_to(weights)),
+            "sha256": file_sha256(checkpoints[step] / MANIFEST),
+            "validation_loss": validation_loss_of(checkpoints[step]),
+        }
+        for which, step in chosen.items()
+    }

@@ -1,0 +1,79 @@
+"""DeepSpeed's engine around a built model, and its settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from longhaul.compat.deepspeed import count_sliced_experts_in_gradient_norm, unpartitioned_shape
+from longhaul.config.model_size import model_size
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.planning.trainer_constants import swap_param_buffer_elements
+from longhaul.train.distributed_context import DistributedContext
+
+
+def read_deepspeed_config(job: TrainSpec, context: DistributedContext | None = None) -> dict[str, Any]:
+    """Return the rendered ds_config.json, with this process' swap folder and buffer size where it offloads to a disk.
+
+    The global batch size is not in it; DeepSpeed computes it from the world size.
+    """
+    config = json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
+    if context and context.swap:
+        zero = config["zero_optimization"]
+        for key in job.stage.zero.nvme_keys:
+            zero[key]["nvme_path"] = str(context.swap)
+        if "offload_param" in job.stage.zero.nvme_keys:
+            zero["offload_param"]["buffer_size"] = swap_param_buffer_elements(model_size(job.model), context.dims.data)
+    return config
+
+
+def peak_learning_rate(job: TrainSpec) -> float:
+    """Return the learning rate at the peak of the schedule: the `lr` of the optimizer in ds_config.json."""
+    return read_deepspeed_config(job)["optimizer"]["params"]["lr"]
+
+
+def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedContext) -> Any:
+    """Return deepspeed.initialize's engine around the module; every rank calls this.
+
+    A PipelineModule brings its own process groups; else tensor ranks are given to DeepSpeed as `mpu`.
+    """
+    import deepspeed
+
+    groups = cast(Any, parameter_groups(module))  # the annotation says Module, the code accepts groups
+    parallel = job.stage.parallel
+    mpu = context.dims if parallel.tensor > 1 and parallel.pipeline == 1 else None
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=groups, config=read_deepspeed_config(job, context), mpu=mpu
+    )
+    if mpu and job.stage.zero.stage == 3:
+        count_sliced_experts_in_gradient_norm(engine)
+    return engine
+
+
+def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: norms and biases without weight decay, sliced experts in groups of their own.
+
+    Weights that decay have no `weight_decay` here: the optimizer fills in the value of ds_config.json.
+    """
+    groups: dict[tuple[bool, str | None], list[Any]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            key = (len(unpartitioned_shape(parameter)) >= 2, getattr(parameter, "group_name", None))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": members,
+            **({} if decays else {"weight_decay": 0.0}),
+            **({"moe": True, "name": expert_group} if expert_group else {}),
+        }
+        for (decays, expert_group), members in sorted(groups.items(), key=_group_order)
+    ]
+
+
+def _group_order(group: tuple[tuple[bool, str | None], list[Any]]) -> tuple[str, bool]:
+    """Order groups the same way on every rank: by expert group, those that decay first."""
+    (decays, expert_group), _ = group
+    return expert_group or "", not decays

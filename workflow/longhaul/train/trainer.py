@@ -1,0 +1,151 @@
+"""The trainer of a stage: one optimizer step, one validation, one save. loop.py decides when each of them happens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from longhaul.data.sampling.samples import Samples
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.backend import Backend
+from longhaul.train.bad_step_policy import BadStepPolicy
+from longhaul.train.bad_steps import bad_step_reason
+from longhaul.train.batches import Batch
+from longhaul.train.checkpoint.folders import reference_folder
+from longhaul.train.checkpoint.manager import CheckpointManager
+from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.distributed_context import DistributedContext
+from longhaul.train.engine import peak_learning_rate
+from longhaul.train.export_reference import write_reference_values
+from longhaul.train.lr_schedule import learning_rate
+from longhaul.train.monitoring.events import EventWriter
+from longhaul.train.monitoring.metrics import Metrics
+from longhaul.train.monitoring.stragglers import StragglerDetector
+from longhaul.train.parallel.expert_balance import Load, load_summary
+from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
+from longhaul.train.validation import sum_over_samples, validation_loss
+
+
+@dataclass
+class Trainer:
+    """Everything that a step needs, and the state that it changes.
+
+    held_out: validation samples; None where the dataset has none
+    prompts:  beginnings of documents that the export completes
+    """
+
+    job: TrainSpec
+    context: DistributedContext
+    backend: Backend
+    held_out: Samples | None
+    prompts: dict[str, Any]
+    checkpoints: CheckpointManager
+    metrics: Metrics
+    events: EventWriter
+    state: TrainingState
+
+    def __post_init__(self) -> None:
+        self.validation_loss: float | None = None
+        self.times = PhaseTimes(self.checkpoints.longest_save_s())
+        self._peak_lr = peak_learning_rate(self.job)
+        self._stragglers = StragglerDetector(self.context, self.job.stage.recovery.straggler_threshold, self.events)
+        self._policy = BadStepPolicy(
+            self.job, self.backend.engine, self.state, self.checkpoints, self.metrics, self.events
+        )
+        self.backend.bad_steps.find_problem = self._problem
+
+    def _problem(self, loss: float, grad_norm: float) -> str | None:
+        return bad_step_reason(loss, grad_norm, self.state.recent_losses, self.job.stage.bad_steps.spike_factor)
+
+    def begin(self) -> None:
+        """Validate before the first step, and save where a bad step returns to a checkpoint."""
+        self.events.write("training", step=self.state.step)
+        if self.state.step == 0:
+            self.validate()
+            if self._policy.needs_first_checkpoint:
+                self.save()
+
+    def is_due(self, every_steps: int) -> bool:
+        """Return whether something is due that happens every `every_steps` steps and after the last one."""
+        return self.state.step % every_steps == 0 or self.state.step == self.job.steps
+
+    def step(self, batch: Batch) -> bool:
+        """Run one optimizer step over a global batch. Return False for a bad step, which leaves the weights unchanged."""
+        started = time.perf_counter()
+        self._stragglers.record_wait(batch.wait_s)
+        self.times.add(STEP, batch.wait_s)
+        lr = self._set_learning_rate()
+        tokens = sum_over_samples(batch.loss_tokens, self.context)
+        loss = self.backend.train(batch, tokens)
+        balance_loss = self.backend.balance.pop_loss()
+        if reason := self.backend.bad_steps.reason:
+            self.backend.load.discard_step()
+            self._policy.apply(batch, reason, time.perf_counter() - started)
+            return False
+        expert_loads = self._gather_loads(self.backend.load.finish_step())
+        self.state.finish_step(loss)
+        seconds = self.times.finish(STEP, started)
+        values = {
+            "loss": loss,
+            "grad_norm": self.backend.bad_steps.grad_norm(),
+            "lr": lr,
+            "loss_tokens": int(tokens),
+            "data_wait_s": batch.wait_s,
+            "batch": batch.number,
+            "sample_ids": batch.ids_digest,
+        }
+        self.metrics.step(self.state.step, seconds, values | self._expert_values(expert_loads, balance_loss))
+        self._policy.note_good_step()
+        return True
+
+    def _set_learning_rate(self) -> float:
+        lr = learning_rate(self.job.stage.schedule, self._peak_lr, self.state.step, self.job.steps)
+        for group in self.backend.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _expert_values(self, loads: Load, balance_loss: float) -> dict[str, Any]:
+        """Return the metrics of experts; the loads themselves only at validations, and nothing for a dense model."""
+        values: dict[str, Any] = dict(load_summary(loads))
+        if loads and self.is_due(self.job.stage.validation.every_steps):
+            values["expert_load"] = loads
+        if self.job.stage.sequence_aux_loss_coef:
+            values["balance_loss"] = self.context.sum(balance_loss)
+        return values
+
+    def _gather_loads(self, loads: Load) -> Load:
+        """Return the loads of the layers on all pipeline ranks."""
+        if self.job.stage.parallel.pipeline == 1:
+            return loads
+        return {layer: counts for part in self.context.gather(loads) for layer, counts in part.items()}
+
+    def check_stragglers(self) -> None:
+        """Look for a rank that delays the others."""
+        self._stragglers.check(self.state.step, self.times.longest_s[STEP])
+
+    def validate(self) -> None:
+        """Measure the validation loss, where there are held-out samples."""
+        if self.held_out is None:
+            return
+        started = time.perf_counter()
+        self.validation_loss = validation_loss(self.backend, self.held_out, self.job, self.context)
+        self.metrics.validation(self.state.step, self.validation_loss)
+        self.times.finish(VALIDATE, started)
+
+    def save(self) -> None:
+        """Save a checkpoint, with reference values where it may be exported."""
+        self._policy.note_save()
+        started = time.perf_counter()
+        with_reference = self.checkpoints.needs_reference_values(self.state.step, self.validation_loss)
+        with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_reference) as folder:
+            if with_reference:
+                write_reference_values(self.backend, self.job, reference_folder(folder), self.context, self.prompts)
+        self.metrics.print(f"saved step {self.state.step}")
+        self.times.finish(SAVE, started)
+        self.events.write("saved", step=self.state.step, **self.times.pop_since_save())
+
+    def save_unvalidated(self) -> None:
+        """Save between validations: the checkpoint is for a resume, and never the best one."""
+        self.validation_loss = None
+        self.save()

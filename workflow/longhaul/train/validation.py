@@ -1,0 +1,23 @@
+"""Validation: the mean loss over the loss tokens of the same held-out samples each time."""
+
+from __future__ import annotations
+
+from longhaul.data.sampling.samples import Samples
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.backend import Backend
+from longhaul.train.batches import validation_batches
+from longhaul.train.distributed_context import DistributedContext
+
+
+def validation_loss(backend: Backend, samples: Samples, job: TrainSpec, context: DistributedContext) -> float:
+    """Return the mean token loss of the held-out samples; every rank calls this."""
+    total, tokens = 0.0, 0.0
+    for micro in validation_batches(samples, job, context):
+        total += backend.evaluate(micro)
+        tokens += micro.loss_tokens
+    return context.sum(total) / max(1.0, sum_over_samples(tokens, context))
+
+
+def sum_over_samples(value: float, context: DistributedContext) -> float:
+    """Return the sum of what every rank counted in its samples; ranks with the same samples count once."""
+    return context.sum(value if context.dims.counts_samples else 0.0)
