@@ -1,4 +1,4 @@
-"""What several test folders share: their helper modules, one finished tiny run, a server in the place of a tracker's."""
+"""Options and fixtures of all tests: compiled ops, a finished small run, a fake tracking server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 OPS_BUILD = pytest.StashKey[subprocess.Popen[bytes]]()
-# A session has a share of the machine of its own where the kernel groups processes so, and a niceness for it.
+# Lowest priority: the kernel may schedule each session as a group (autogroup), which has its own niceness.
 BUILD_OPS = """
 import os
 from contextlib import suppress
@@ -28,29 +28,30 @@ assert not failed, failed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-faults", action="store_true", help="every cell of the fault matrix, not a dozen")
-    parser.addoption("--all-layouts", action="store_true", help="every layout on the cluster, not each axis once")
     parser.addoption(
-        "--all-moves", action="store_true", help="every move from one layout to another, not one of a kind"
+        "--all-faults", action="store_true", help="all cases of the fault matrix instead of the quick ones"
     )
+    parser.addoption("--all-layouts", action="store_true", help="all layouts on the cluster instead of one per axis")
+    parser.addoption("--all-reshardings", action="store_true", help="all pairs of layouts instead of one of each kind")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "all_faults: a fault that make faults tests, and make test leaves out")
+    config.addinivalue_line("markers", "slow: takes minutes; make test-all runs it, make test does not")
+    config.addinivalue_line("markers", "all_faults: runs only with --all-faults (make faults)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--all-faults"):
-        left_out = [item for item in items if item.get_closest_marker("all_faults")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        deselected = [item for item in items if item.get_closest_marker("all_faults")]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compiles ops where a test will ask for them: minutes of two cores, of which the tests on the cluster leave as much."""
+    """Start to compile DeepSpeed's ops if a test needs them. It takes minutes, in which tests that need none run."""
     wanted = any("offload_ops" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}  # each takes 2 GB
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}  # each compiler process needs 2 GB
         session.config.stash[OPS_BUILD] = subprocess.Popen(
             [sys.executable, "-c", BUILD_OPS], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
         )
@@ -59,12 +60,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     build = config.stash.get(OPS_BUILD, None)
     if build and build.poll() is None:
-        os.killpg(build.pid, signal.SIGTERM)  # at which ninja ends its compilers
+        os.killpg(build.pid, signal.SIGTERM)  # ninja then ends its compilers
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Waits for the ops around pytest-timeout, which would count that to the time of the first test that needs them."""
+    """Wait for the ops outside of pytest-timeout, which would count the wait as time of the first test that needs them."""
     if "offload_ops" in getattr(item, "fixturenames", ()):
         item.config.stash[OPS_BUILD].wait(timeout=3600)
     return (yield)
@@ -78,7 +79,7 @@ def offload_ops(pytestconfig: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory):
-    """A tiny run of two processes that went through the whole chain on this machine."""
+    """A finished run of the whole pipeline on this machine, with two processes."""
     from tests.support.chain import Chain, tiny_config
 
     chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config())
@@ -88,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def serve():
-    """Starts a tracker's server that answers as told, on this machine."""
+    """A function that starts a fake tracking server, which answers with `answer(path, body)`."""
     from tests.support.tracker_server import Server
 
     servers: list[Server] = []

@@ -1,4 +1,4 @@
-"""Fixtures that several parts share."""
+"""Fixtures of several unit tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAINING = Path(__file__).parents[1] / "support" / "train_zero_checkpoints.py"
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many each read of a tensor's file took; a test may clear it."""
+    """The size in bytes of each read of a tensor's file so far. A test may clear the list."""
     sizes: list[int] = []
     original = os.preadv
 

@@ -1,4 +1,4 @@
-"""A disk that is full under the records: the terminal is told what is needed and where, as no log can be."""
+"""A disk that is too full for a run's records: the terminal shows what is needed and where, because no log can."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.chain import Chain, tiny_config
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
-TOLD = "the record of a run needs 1048576 bytes (0.00 GiB) and has no room in {folder}"
+MESSAGE = "writing the run's records needs 1048576 bytes (0.00 GiB) of free space in {folder}"
 MOUNT = "mount -t tmpfs -o size=8m none {folder}; cp -r {folder}.before/. {folder}; "
 FILL = "cat /dev/zero > {folder}/filler 2> /dev/null; "
 FILL_WHEN_IT_RUNS = (
@@ -21,7 +21,7 @@ FILL_WHEN_IT_RUNS = (
 
 
 def run_on_small_disk(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
-    """Makes the tokenizer on a file system of 8 MiB, in a mount namespace of its own; `before` is done in it first."""
+    """Run the tokenizer job on a file system of 8 MiB in a new mount namespace. `before`: shell commands to run first."""
     chain = Chain(folder, tiny_config())
     folder.rename(folder.with_name(f"{folder.name}.before"))
     folder.mkdir()
@@ -31,21 +31,21 @@ def run_on_small_disk(folder: Path, before: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=chain.environment(), check=False)
 
 
-def test_a_disk_that_is_full_is_named_before_any_job(tmp_path: Path):
+def test_full_disk_is_reported_before_any_job(tmp_path: Path):
     done = run_on_small_disk(tmp_path / "disk", FILL)
     assert done.returncode == 2, done.stderr
-    assert TOLD.format(folder=tmp_path / "disk") in done.stderr and "remedy: free space" in done.stderr
+    assert MESSAGE.format(folder=tmp_path / "disk") in done.stderr and "remedy: free space" in done.stderr
     assert "Traceback" not in done.stderr and "rule tokenizer" not in done.stdout + done.stderr
 
 
-def test_a_disk_that_fills_up_under_a_job_is_named_at_the_end(tmp_path: Path):
+def test_disk_that_fills_up_during_a_job_is_reported_at_the_end(tmp_path: Path):
     done = run_on_small_disk(tmp_path / "disk", FILL_WHEN_IT_RUNS)
     assert done.returncode == 1, done.stderr
     assert "Error in rule tokenizer" in done.stderr
-    assert done.stderr.count(TOLD.format(folder=tmp_path / "disk/results")) == 1, done.stderr
+    assert done.stderr.count(MESSAGE.format(folder=tmp_path / "disk/results")) == 1, done.stderr
     assert "0 bytes (0.00 GiB) are free" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_disk_with_room_is_not_spoken_of(tmp_path: Path):
+def test_disk_with_free_space_is_not_mentioned(tmp_path: Path):
     done = run_on_small_disk(tmp_path / "disk", "")
-    assert done.returncode == 0 and "no room" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "free space" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""What reading the rules costs and refuses."""
+"""Parsing the rules imports nothing heavy, and refuses software deployment by Snakemake."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def run(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[
 
 
 def imported(*arguments: str, cwd: Path) -> set[str]:
-    """Top-level packages that a Python process imports."""
+    """Return the top-level packages that a Python process imports."""
     done = run("-X", "importtime", *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-def test_a_dry_run_imports_nothing_heavy(tmp_path: Path):
+def test_dry_run_imports_nothing_heavy(tmp_path: Path):
     config = write_config(tmp_path)
     words = ["-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "-n", "--profile"]
     found = imported(*words, str(REPOSITORY / "profiles" / "slurm"), "--configfile", str(config), cwd=tmp_path)
@@ -35,14 +35,14 @@ def test_a_dry_run_imports_nothing_heavy(tmp_path: Path):
     assert found & HEAVY == set()
 
 
-def test_the_report_imports_no_torch(tmp_path: Path):
+def test_report_imports_no_torch(tmp_path: Path):
     assert "torch" not in imported("-c", "import longhaul.report.html_page", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("profile", ["local", "slurm"])
-def test_the_demos_dry_run_names_the_whole_chain(tmp_path: Path, profile: str):
+def test_dry_run_of_the_demo_lists_all_rules(tmp_path: Path, profile: str):
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
-    config["site"] = {"local": "local", "slurm": str(REPOSITORY / "tests" / "cluster" / "site.yaml")}[profile]
+    config["site"] = {"local": "local", "slurm": str(REPOSITORY / "tests" / "support" / "cluster_site.yaml")}[profile]
     named = tmp_path / "config" / "run.yaml"
     named.parent.mkdir()
     named.write_text(yaml.safe_dump(config))
@@ -51,16 +51,16 @@ def test_the_demos_dry_run_names_the_whole_chain(tmp_path: Path, profile: str):
     where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(folder), "--configfile", str(named)]
     done = run("-m", "snakemake", *where, "-n", "--profile", str(REPOSITORY / "profiles" / profile))
     assert done.returncode == 0, done.stderr
-    rules = ["fetch", "environment", "fabric", "tokenizer", "tokenize", "render", "train_stage", "convert", "report"]
+    rules = ["fetch", "environment", "fabric", "tokenizer", "tokenize", "render", "train", "export", "report"]
     assert [rule for rule in rules if f"rule {rule}:" not in done.stdout] == []
     assert list(folder.iterdir()) in ([], [folder / ".snakemake"]), "a dry run writes nothing"
 
 
-def test_an_environment_around_the_jobs_own_is_refused():
+def test_software_deployment_by_snakemake_is_refused():
     done = run("-m", "snakemake", "-n", "--sdm", "conda")
     assert done.returncode == 2 and "software-deployment-method is conda" in done.stderr
 
 
-def test_the_rules_are_in_good_condition():
+def test_rules_pass_snakemake_lint():
     done = run("-m", "snakemake", "--lint")
     assert done.returncode == 0, done.stderr

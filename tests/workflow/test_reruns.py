@@ -1,4 +1,4 @@
-"""What a change runs again, and what it must not: finished training is weeks of other people's GPUs."""
+"""Which changes rerun jobs and which must not: a finished training may have taken weeks of GPU time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import yaml
 
 from tests.support.chain import Chain, local_site, write_site
 
-TRAINING = {"train_stage", "convert", "tokenize", "tokenizer"}
+TRAINING = {"train", "export", "tokenize", "tokenizer"}
 
 
 @pytest.fixture
 def run(finished: Chain) -> Iterator[Chain]:
-    """The finished run, whose config a test may change; it is put back afterwards."""
+    """The finished run. A test may change its config, which is restored afterwards."""
     before = copy.deepcopy(finished.config)
     yield finished
     finished.config, finished.profile = before, "local"
@@ -27,22 +27,22 @@ def run(finished: Chain) -> Iterator[Chain]:
 
 
 def expensive(run: Chain) -> dict[str, int]:
-    """Of what a dry run would start: training, data and conversion."""
+    """Return rule -> number of training, data and export jobs of a dry run."""
     return {rule: count for rule, count in run.would_run().items() if rule in TRAINING}
 
 
-def test_nothing_is_left_to_do(run: Chain):
+def test_finished_run_has_nothing_to_do(run: Chain):
     assert run.would_run() == {}
-    assert not list((run.folder / "results").glob("*.lease*")), "the lease was not given back"
+    assert not list((run.folder / "results").glob("*.lease*")), "the lease was not released"
 
 
-def test_a_run_from_elsewhere_holds_nothing_of_the_demo(run: Chain):
+def test_run_in_another_folder_contains_nothing_of_the_demo(run: Chain):
     assert [path.name for path in (run.folder / "results").iterdir()] == ["tiny"]
     assert (run.results / "config.yaml").read_text() == (run.folder / "run.yaml").read_text()
     assert "stdlib" not in (run.results / "plan.json").read_text()
 
 
-def test_a_comment_and_another_key_order_run_nothing(run: Chain):
+def test_comment_and_key_order_rerun_nothing(run: Chain):
     reordered = dict(reversed(run.config.items()))
     run.save("# a comment\n" + yaml.safe_dump(reordered, sort_keys=True))
     assert run.would_run() == {}
@@ -59,13 +59,13 @@ def test_a_comment_and_another_key_order_run_nothing(run: Chain):
     ],
     ids=["minutes", "micro batch", "zero stage", "check minutes", "kept checkpoints"],
 )
-def test_how_it_runs_is_no_cause(run: Chain, change: Any):
+def test_settings_that_do_not_change_results_rerun_nothing(run: Chain, change: Any):
     change(run.config)
     run.save()
     assert expensive(run) == {}
 
 
-def test_partition_nccl_environment_and_container_are_no_cause(run: Chain):
+def test_partition_environment_and_container_rerun_nothing(run: Chain):
     site = {
         "name": "elsewhere",
         "partitions": {"gpu": {"name": "other", "max_minutes": 100}},
@@ -82,16 +82,16 @@ def test_partition_nccl_environment_and_container_are_no_cause(run: Chain):
     assert expensive(run) == {}
 
 
-def test_a_stages_learning_rate_runs_it_and_what_follows(run: Chain):
+def test_learning_rate_reruns_the_stage_and_its_successors(run: Chain):
     run.config["stages"][1]["optimizer"]["lr"] = 0.001
     run.save()
-    assert expensive(run) == {"train_stage": 1, "convert": 1}
+    assert expensive(run) == {"train": 1, "export": 1}
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
     run.save()
-    assert expensive(run) == {"train_stage": 2, "convert": 2}
+    assert expensive(run) == {"train": 2, "export": 2}
 
 
-def test_a_deleted_report_is_made_alone(run: Chain):
+def test_deleted_report_is_written_alone(run: Chain):
     (run.results / "report.html").unlink()
     assert run.would_run() == {"report": 1}
     run.run()
@@ -99,33 +99,31 @@ def test_a_deleted_report_is_made_alone(run: Chain):
     assert run.would_run() == {}
 
 
-def test_a_cause_is_seen_behind_a_check_that_runs_anew(run: Chain):
-    """Snakemake compares no parameters behind a job that runs, even where its output is taken as ancient."""
+def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: Chain):
+    """Snakemake does not compare parameters of jobs after a job that reruns, even if its output is ancient()."""
     run.config["checks"]["min_disk_free_gb"] = 0.2
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
     run.save()
     assert run.would_run()["environment"] == 1
-    assert expensive(run) == {"train_stage": 2, "convert": 2}
+    assert expensive(run) == {"train": 2, "export": 2}
 
 
-def test_an_upgrade_of_templates_runs_no_finished_stage(run: Chain):
-    """What jobs are started with is no input of theirs."""
+def test_changed_launch_scripts_rerun_no_finished_stage(run: Chain):
+    """Launch scripts are no inputs of the rules."""
     for launch in run.results.glob("stages/*/launch.sh"):
         launch.write_text(launch.read_text() + "\n# newer\n")
         os.utime(launch, (time.time() + 5, time.time() + 5))
     assert run.would_run() == {}
 
 
-def test_a_source_changed_in_place_makes_new_data_and_new_weights(run: Chain):
-    """The last of the file, as it changes the run for good."""
+def test_changed_source_file_gives_new_data_and_new_weights(run: Chain):
+    """The last test of the file, because it changes the run permanently."""
     old = {path.name for path in run.results.glob("data/prose/*")}
     weights = {path for path in run.results.glob("stages/*/weights/*")}
     source = run.folder / "prose.jsonl"
     source.write_text(source.read_text().replace("home", "road"))
-    assert expensive(run)["train_stage"] == 2
+    assert expensive(run)["train"] == 2
     run.run()
-    assert old < {path.name for path in run.results.glob("data/prose/*")}, (
-        "old data must stay, new data have their own folder"
-    )
+    assert old < {path.name for path in run.results.glob("data/prose/*")}, "old data stay, new data get another folder"
     assert weights < {path for path in run.results.glob("stages/*/weights/*")}
     assert run.would_run() == {}
