@@ -15,6 +15,7 @@ import yaml
 
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.cli import app
+from longhaul.jobs.kind import job_kinds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INDEX = REPOSITORY / "docs" / "README.md"
@@ -152,3 +153,9 @@ def test_every_verb_and_option_is_described():
     assert len(verbs) >= 7
     assert {verb for verb in verbs if f"### {verb}" not in page} == set()
     assert {name for name in names if name.startswith("-") and f"`{name}" not in page} == set()
+
+
+@pytest.mark.parametrize("name", ["cli.md", "results.md"])
+def test_every_job_kind_is_described(name: str):
+    page = (REPOSITORY / "docs" / "reference" / name).read_text(encoding="utf-8")
+    assert {kind for kind in job_kinds() if kind not in page} == set()
