@@ -22,7 +22,7 @@ from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.jobs.kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
-from longhaul.planning import Plan, make_plan
+from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.scheduling import disk_space, retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
@@ -51,7 +51,7 @@ def _or_exit(function: Callable[..., T], *arguments: Any) -> T:
 
 def _exit(error: UserError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code)
+    sys.exit(UserError.exit_code)  # 2 for every error: no job has started
 
 
 def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
@@ -64,7 +64,7 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     if workflow.is_main_process:
         _check_executor(loaded.site)
     lock = RunPaths(loaded.config.run).lock
-    plan = make_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    plan = build_plan(loaded, Lock.read(lock) if lock.exists() else None)
     if workflow.is_main_process:
         render_run(plan, Path.cwd())  # refuses in a dry run, too, what a launch script cannot contain
     return config, plan
