@@ -170,8 +170,8 @@ def gather_weights(engine, case: Case) -> dict:
     return weights
 
 
-def proof_logits(engine) -> dict:
-    """Two prompts and the live engine's logits, as the trainer keeps them."""
+def reference_logits(engine) -> dict:
+    """Return two prompts and the live engine's logits, in the form that the trainer writes."""
     import torch
 
     input_ids = torch.randint(3, 261, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -181,15 +181,15 @@ def proof_logits(engine) -> dict:
     return {"input_ids": input_ids, "logits": logits.float()}
 
 
-def write_proof(folder: Path, case: Case, reference: dict, logits: dict) -> None:
-    """The proof folder and the manifest of a save that is exported as bf16."""
+def write_reference(folder: Path, case: Case, weights: dict, logits: dict) -> None:
+    """Write the reference values and the manifest of a checkpoint that is exported as bf16."""
     import torch
     from safetensors.torch import save_file
 
     reference_folder = folder / "reference"
     reference_folder.mkdir()
     entries = {}
-    for name, tensor in reference.items():
+    for name, tensor in weights.items():
         exported = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
         entries[name] = {
             "shape": list(tensor.shape),
@@ -197,15 +197,17 @@ def write_proof(folder: Path, case: Case, reference: dict, logits: dict) -> None
             "sha256_export": hashlib.sha256(exported.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
         }
     (reference_folder / "tensors.json").write_text(json.dumps(entries))
-    made = {"device": "cpu", "threads": 1, "dtype": case.precision, "torch": torch.__version__}
-    (reference_folder / "logits.json").write_text(json.dumps(made))
-    (reference_folder / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": [[5, 6, 7], [8, 9]]}))
+    origin = {"device": "cpu", "threads": 1, "dtype": case.precision, "torch": torch.__version__}
+    (reference_folder / "logits.json").write_text(json.dumps(origin))
+    (reference_folder / "prompts.json").write_text(
+        json.dumps({"split": "validation", "input_ids": [[5, 6, 7], [8, 9]]})
+    )
     save_file(logits, reference_folder / "logits.safetensors")
     write_manifest(folder)
 
 
 def write_manifest(folder: Path) -> str:
-    """Writes manifest.json for what the checkpoint folder holds now; returns its SHA-256."""
+    """Write manifest.json for the present files of the checkpoint folder; return its SHA-256."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
     files = {
         str(path.relative_to(folder)): {
@@ -226,21 +228,22 @@ def main(folder: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from safetensors.torch import save_file
 
+    from longhaul.compat.deepspeed import disable_shm_comm
     from longhaul.runtime.rank import exit_without_cleanup
 
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shm_comm()
     # DeepSpeed refuses fp16 on CPUs without fp16 matrix units. torch computes it on all, and only the files matter here.
     type(get_accelerator()).is_fp16_supported = lambda _: True
     deepspeed.init_distributed("gloo", verbose=False)
     for index, (name, case) in enumerate(CASES[int(os.environ["WORLD_SIZE"])].items()):
         engine = train(case, seed=index)
-        reference, logits = gather_weights(engine, case), proof_logits(engine)
+        weights, logits = gather_weights(engine, case), reference_logits(engine)
         checkpoints = folder / name / "weights" / "checkpoints"
         engine.save_checkpoint(str(checkpoints), tag=TAG)
         if engine.global_rank == 0:
-            save_file(reference, folder / name / "reference.safetensors")
-            write_proof(checkpoints / TAG, case, reference, logits)
+            save_file(weights, folder / name / "reference.safetensors")
+            write_reference(checkpoints / TAG, case, weights, logits)
             config = {**engine.module.config.to_dict(), "architectures": [type(engine.module).__name__]}
             (folder / name / "weights" / "model_config.json").write_text(json.dumps(config))
         engine.destroy()
