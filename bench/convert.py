@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from bench.machine import header, publish
+from bench.machine import describe_machine, write_result
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.export.exported_tensors import list_exported_tensors
 from longhaul.export.meta_model import hugging_face_config, meta_model
@@ -221,10 +221,10 @@ def _publish(found: dict[str, list[dict[str, float]]], parameters: int) -> None:
     ours, peer, copy = ([run["seconds"] for run in found[name]] for name in RUNS)
     faster = [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
     slower = [mine / plain for mine, plain in zip(ours, copy, strict=True)]
-    publish(
+    write_result(
         "convert",
         [
-            *header(("torch", "deepspeed", "transformers", "safetensors")),
+            *describe_machine(("torch", "deepspeed", "transformers", "safetensors")),
             f"{parameters / 1e9:.2f} billion parameters, ZeRO 3 over {RANKS} ranks, fp32 masters and moments, to bf16; "
             "tensors of both conversions bit-equal",
             *lines,

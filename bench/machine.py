@@ -1,4 +1,4 @@
-"""What a benchmark's numbers were made on, and how they are written down."""
+"""Describes the machine that a benchmark runs on, and writes the benchmark's result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
-def header(packages: tuple[str, ...]) -> list[str]:
-    """Command, machine and versions."""
+def describe_machine(packages: tuple[str, ...]) -> list[str]:
+    """Return the command, the machine and the versions, one line each."""
     models = [
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -26,8 +26,8 @@ def header(packages: tuple[str, ...]) -> list[str]:
     ]
 
 
-def publish(name: str, lines: list[str]) -> None:
-    """Prints the lines and keeps them in bench/results/<name>.txt."""
+def write_result(name: str, lines: list[str]) -> None:
+    """Print the lines and write them to bench/results/<name>.txt."""
     text = "\n".join(lines) + "\n"
     print(text, end="")
     RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Time of the demo's dry run, beside an empty Snakefile's: what a user waits for before anything is submitted."""
+"""Compares the time of the demo's dry run with that of an empty Snakefile. A user waits for it before jobs are submitted."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.machine import header, publish
+from bench.machine import describe_machine, write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROUNDS = 7
 
 
 def main() -> None:
-    """Alternates both, ROUNDS times; prints medians."""
+    """Alternate both commands ROUNDS times, and print medians."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "Snakefile").write_text("rule all:\n    output: 'x'\n    shell: 'touch x'\n")
         demo = ["-s", str(REPOSITORY / "Snakefile"), "--profile", str(REPOSITORY / "profiles" / "local")]
         commands = {"demo": demo, "empty Snakefile": ["-s", str(folder / "Snakefile"), "--cores", "1"]}
-        times_s = {kind: [] for kind in commands}
+        times_s: dict[str, list[float]] = {kind: [] for kind in commands}
         for _ in range(ROUNDS):
-            for kind, words in commands.items():
-                times_s[kind].append(_seconds([*words, "-n", "--directory", name]))
-    lines = [f"{kind}: {statistics.median(found):.2f} s, median of {ROUNDS}" for kind, found in times_s.items()]
+            for kind, arguments in commands.items():
+                times_s[kind].append(_seconds([*arguments, "-n", "--directory", name]))
+    lines = [f"{kind}: {statistics.median(values):.2f} s, median of {ROUNDS}" for kind, values in times_s.items()]
     ratio = statistics.median(times_s["demo"]) / statistics.median(times_s["empty Snakefile"])
-    publish(
+    write_result(
         "plan",
         [
-            *header(("snakemake", "pydantic")),
+            *describe_machine(("snakemake", "pydantic")),
             "snakemake -n:",
             *lines,
             f"ratio: {ratio:.2f}",

@@ -1,4 +1,4 @@
-"""Jobs in a container: launch.sh through a stand-in for Apptainer, in which there is nothing but an image and what is bound."""
+"""Jobs run in a container. tests/support/apptainer replaces Apptainer and shows only the image and the bound folders."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longhaul.jobs import launch_files as render
-from longhaul.jobs.launch_files import render_run
+from longhaul.jobs import container
+from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import Plan
 from tests.support.chain import REPOSITORY, write_data
 from tests.support.cluster_chain import fake_image
 from tests.support.corpora import make_tokenizer
 from tests.support.small_configs import LLAMA, STAGE, plan_of
 
-HERE = REPOSITORY / "tests" / "support"
+SUPPORT = REPOSITORY / "tests" / "support"
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="the stand-in for Apptainer mounts, which needs root"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="tests/support/apptainer mounts folders, which needs root"),
     pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare (util-linux)"),
 ]
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    """Every place that a config can name lies in a folder of its own, the data behind a link, and none of it below the run's."""
+    """Return a plan whose files are each in another folder outside the run's folder; the data is behind a link."""
     for name in ("corpus", "data", "templates", "images", "evaluation"):
         (tmp_path / name).mkdir()
     write_data(tmp_path / "corpus")
@@ -64,38 +64,37 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def launch(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{HERE}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{SUPPORT}:{os.environ['PATH']}"}
     command = ["bash", str(folder / "launch.sh")]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_job_sees_what_it_reads_and_writes(tmp_path: Path, plan: Plan):
+def test_jobs_see_all_files_that_they_read_and_write(tmp_path: Path, plan: Plan):
     work = tmp_path / "work"
-    render_run(plan, work)
-    for name in ("jobs/tokenizer", "jobs/tokenize-prose", "stages/base", "jobs/convert-base"):
+    write_launch_files(plan, work)
+    for name in ("jobs/tokenizer", "jobs/tokenize-prose", "stages/base", "jobs/export-base"):
         done = launch(work / "results" / "small" / name)
         assert done.returncode == 0, (name, (done.stdout + done.stderr)[-3000:])
-    assert list((tmp_path / "storage" / "data").rglob("*.bin")), "shards lie where storage.data says"
-    assert list((tmp_path / "storage" / "weights").rglob("manifest.json")), "checkpoints lie where storage.weights says"
+    assert list((tmp_path / "storage" / "data").rglob("*.bin")), "shards are below storage.data"
+    assert list((tmp_path / "storage" / "weights").rglob("manifest.json")), "checkpoints are below storage.weights"
     assert json.loads((work / "results" / "small" / "export" / "base.json").read_text())["parameters"] > 0
 
 
 @pytest.mark.parametrize("job", ["tokenizer", "tokenize-prose"])
-def test_what_is_not_bound_is_not_there(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, job: str):
-    """The stand-in bites: without the binds of a job's own files it fails."""
+def test_job_without_its_binds_fails(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, job: str):
     work = tmp_path / "work"
-    render_run(plan, work)
+    write_launch_files(plan, work)
     if job == "tokenize-prose":
         assert launch(work / "results" / "small" / "jobs" / "tokenizer").returncode == 0
-    monkeypatch.setattr(render, "outside_folders", lambda told: [])
-    render_run(plan, work)
+    monkeypatch.setattr(container, "external_folders", lambda spec: [])
+    write_launch_files(plan, work)
     done = launch(work / "results" / "small" / "jobs" / job)
     assert done.returncode == 1 and str(tmp_path) in done.stdout + done.stderr
 
 
-def test_the_stand_in_shows_only_what_is_bound(tmp_path: Path):
-    (tmp_path / "seen").mkdir()
-    (tmp_path / "unseen").mkdir()
-    words = ["exec", "--bind", str(tmp_path / "seen"), str(fake_image(tmp_path)), "ls", str(tmp_path)]
-    done = subprocess.run([str(HERE / "apptainer"), *words], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["seen"]
+def test_container_shows_only_bound_folders(tmp_path: Path):
+    (tmp_path / "bound").mkdir()
+    (tmp_path / "not_bound").mkdir()
+    arguments = ["exec", "--bind", str(tmp_path / "bound"), str(fake_image(tmp_path)), "ls", str(tmp_path)]
+    done = subprocess.run([str(SUPPORT / "apptainer"), *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["bound"]
