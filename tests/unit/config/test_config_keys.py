@@ -1,4 +1,4 @@
-"""Every key of a config and of a site file does something: none is only written down."""
+"""Every key of a run config and of a site file is read somewhere."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from longhaul.config.site_config import FabricLimits, Site
 from tests.support.chain import REPOSITORY
 
 PACKAGE = REPOSITORY / "workflow" / "longhaul"
-# Where keys are written down; conditions between them (validators) are no use of a key either.
-WRITTEN_DOWN = {PACKAGE / "config" / name for name in ("models.py", "sites.py", "architectures.py", "generate.py")}
-READERS = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path not in WRITTEN_DOWN)
+# Modules that define keys. A validator in them does not count as a reader of a key.
+DEFINITIONS = {
+    PACKAGE / "config" / f"{name}.py"
+    for name in ("run_config", "stage_config", "dataset_config", "site_config", "architectures", "generate_reference")
+}
+READERS = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path not in DEFINITIONS)
 
-# Read as one: a network's sizes go to transformers, limits are looked up by the name of what was measured.
-READ_AS_ONE = (Decoder, Model, FabricLimits)
+# Sections that are read as a whole: transformers gets all sizes of a network, and limits are found by the measurement's name.
+READ_AS_A_WHOLE = (Decoder, Model, FabricLimits)
 
 
 def holders(annotation: object, key: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """(key, model) of all models below a type, with the key that holds each."""
+    """Yield (key, model) for each model in a type and below it; the key holds the model."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield key, annotation
         for name, field in annotation.model_fields.items():
@@ -39,20 +42,20 @@ def keys_of_models() -> dict[type[BaseModel], set[str]]:
     found: dict[type[BaseModel], set[str]] = defaultdict(set)
     for key, model in (*holders(Config, "config"), *holders(Site, "site")):
         found[model].add(key)
-    return {model: keys for model, keys in found.items() if not issubclass(model, READ_AS_ONE)}
+    return {model: keys for model, keys in found.items() if not issubclass(model, READ_AS_A_WHOLE)}
 
 
 HOLDERS = keys_of_models()
 
 
 def owners(model: type[BaseModel]) -> set[str]:
-    """What holds a model, in code: the key it is the value of, or the last word of its or its base's name."""
+    """Return names of variables that hold a model in code: its key, and the last word of its or a base's class name."""
     bases = [base.__name__ for base in model.__mro__ if issubclass(base, BaseModel)]
     return HOLDERS[model] | {re.findall(r"[A-Z][a-z]*", name)[-1].lower() for name in bases}
 
 
 def patterns(model: type[BaseModel], name: str) -> Iterator[str]:
-    """How a key is read; one that several models have, only from what is named like its own."""
+    """Yield patterns of code that reads a key. If several models have the key, the name of the variable must fit the model."""
     if sum(name in other.model_fields for other in HOLDERS) == 1:
         yield rf"\.{name}\b|\"{name}\""
     for owner in owners(model):
@@ -64,12 +67,12 @@ CASES = [(model, name) for model in HOLDERS for name in model.model_fields]
 
 
 @pytest.mark.parametrize(("model", "name"), CASES, ids=[f"{model.__name__}.{name}" for model, name in CASES])
-def test_a_key_is_read_somewhere(model: type[BaseModel], name: str):
+def test_key_is_read_somewhere(model: type[BaseModel], name: str):
     assert any(re.search(pattern, READERS) for pattern in patterns(model, name)), (
-        f"{model.__name__}.{name} is read nowhere"
+        f"no module reads {model.__name__}.{name}"
     )
 
 
-def test_floors_are_those_of_what_is_measured():
+def test_fabric_limits_are_those_of_the_measured_collectives():
     names = {f"{collective.name}_gbps" for collective in COLLECTIVES} | {"all_reduce_latency_us"}
     assert set(FabricLimits.model_fields) == names

@@ -1,4 +1,4 @@
-"""Files that are derived from others are what they would be derived to now."""
+"""Generated files are up to date."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from longhaul.jobs.launch_files import REPOSITORY
+from tests.support.chain import REPOSITORY
 
 GENERATORS = [["-m", "longhaul.config.generate_reference"], ["envs/generate.py"]]
 
 
 @pytest.mark.parametrize("generator", GENERATORS, ids=lambda words: words[-1])
 def test_generated_files_are_up_to_date(generator: list[str]):
-    """Otherwise: make generate."""
+    """If this test fails, run `make generate`."""
     done = subprocess.run(
         [sys.executable, *generator, "--check"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )

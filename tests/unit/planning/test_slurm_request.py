@@ -1,4 +1,4 @@
-"""job.sbatch and the command that Snakemake's executor plugin submits must ask for the same thing."""
+"""job.sbatch and the sbatch command of Snakemake's Slurm plugin must request the same resources."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
 
+from longhaul.artifacts.paths import JobId
+from longhaul.jobs.kind import job_request, jobs_of
 from longhaul.planning.slurm_request import RESOURCE_KEYS, SlurmRequest
 from tests.support.small_configs import plan_of
 
@@ -37,7 +39,7 @@ EXTRAS = [
 
 
 class Resources(dict):
-    """As Snakemake's: keys are attributes too."""
+    """Stand-in for Snakemake's resources: keys are attributes, too."""
 
     __getattr__ = dict.__getitem__
 
@@ -48,7 +50,7 @@ class Resources(dict):
 
 
 def submitted(request: SlurmRequest) -> str:
-    """The sbatch command line that the plugin builds; account and partition as its own methods quote them."""
+    """Return the sbatch command line that the plugin builds, with account and partition quoted as by its methods."""
     job = SimpleNamespace(resources=Resources(request.as_resources()), threads=1)
     validate_slurm_extra(job)
     params = {
@@ -63,7 +65,7 @@ def submitted(request: SlurmRequest) -> str:
 
 
 def options(words: list[str]) -> dict[str, str]:
-    """Long option -> value of an sbatch command line's words."""
+    """Return the values of an sbatch command line by long option."""
     found: dict[str, str] = {}
     while words:
         word, *words = words
@@ -88,18 +90,18 @@ def requests() -> list[SlurmRequest]:
     ]
 
 
-def test_sbatch_header_equals_plugin_command():
+def test_sbatch_header_equals_the_plugins_command():
     for request in requests():
         assert options(shlex.split(submitted(request))[1:]) == request.as_sbatch(), request
 
 
-def test_a_real_shell_reads_the_plugin_command_as_we_do(tmp_path: Path):
-    """The plugin hands its command line to a shell: --mem''=0, [a|b]&c and the like must reach sbatch whole."""
+def test_a_shell_passes_the_plugins_options_to_sbatch_unchanged(tmp_path: Path):
+    """The plugin runs its command line in a shell. Options such as --mem''=0 and [a|b]&c must reach sbatch unchanged."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
     sbatch.chmod(0o755)
-    chosen = requests()[:: len(requests()) // 40]
-    for request in chosen:
+    sample = requests()[:: len(requests()) // 40]
+    for request in sample:
         done = subprocess.run(
             submitted(request),
             shell=True,
@@ -111,12 +113,12 @@ def test_a_real_shell_reads_the_plugin_command_as_we_do(tmp_path: Path):
         assert options(done.stdout.split("\0")[:-1]) == request.as_sbatch(), request
 
 
-def test_every_resource_is_one_that_the_rules_pass_on():
+def test_all_resources_are_keys_that_rules_pass_on():
     for request in requests():
         assert set(request.as_resources()) <= set(RESOURCE_KEYS)
 
 
-def test_a_job_step_spans_the_allocation():
+def test_srun_options_cover_the_whole_allocation():
     request = SlurmRequest(4, 8, 12, 60, "gpu", 8, "gpus_per_node")
     assert request.as_srun() == [
         "--nodes=4",
@@ -132,7 +134,7 @@ def test_a_job_step_spans_the_allocation():
     ]
 
 
-def test_the_step_asks_for_no_more_than_the_allocation_has():
+def test_srun_options_equal_the_sbatch_options():
     for request in requests():
         header, step = request.as_sbatch(), dict(word.split("=", 1) for word in request.as_srun())
         for option in set(step) & set(header):
@@ -140,35 +142,36 @@ def test_the_step_asks_for_no_more_than_the_allocation_has():
 
 
 @pytest.mark.parametrize(("memory", "expected"), [("per_node", "250000"), ("all", "0"), ("omit", None)])
-def test_site_memory_and_a_half_node(tmp_path: Path, memory: str, expected: str | None):
+def test_half_a_node_gets_its_fraction_of_memory_and_cores(tmp_path: Path, memory: str, expected: str | None):
     plan = plan_of(tmp_path, {"stages.0.gpus_per_node": 4}, {"memory": memory})
-    header = plan.request("train-base").as_sbatch()
+    header = job_request(plan, JobId("train", ("base",))).as_sbatch()
     assert header.get("--mem") == expected
-    assert header["--cpus-per-task"] == "8", "64 cores / 8 GPUs x 4 asked / 4 tasks"
+    assert header["--cpus-per-task"] == "8", "64 cores / 8 GPUs x 4 requested GPUs / 4 tasks"
 
 
-def test_jobs_go_to_the_partition_that_serves_them(tmp_path: Path):
+def test_each_job_gets_the_partition_of_its_kind(tmp_path: Path):
     partitions = {
         "gpu": {"name": "big", "max_minutes": 900},
         "cpu": {"name": "lean", "max_minutes": 100},
         "debug": {"name": "quick", "max_minutes": 15},
     }
     plan = plan_of(tmp_path, {"stages.1.export": "last"}, {"partitions": partitions})
-    asked = {job: plan.request(job) for job in ("train-base", "environment", "fabric", "tokenizer", "convert-chat")}
-    assert {job: request.partition for job, request in asked.items()} == {
+    requested = {str(job): job_request(plan, job) for job in jobs_of(plan) if job.kind != "tokenize"}
+    assert {job: request.partition for job, request in requested.items()} == {
         "train-base": "big",
+        "train-chat": "big",
         "environment": "quick",
         "fabric": "quick",
         "tokenizer": "lean",
-        "convert-chat": "lean",
+        "export-chat": "lean",
     }
-    assert asked["fabric"].minutes == 15, "a check never asks for more than its partition allows"
-    assert asked["tokenizer"].gpus_per_node == 0
-    assert (asked["environment"].tasks_per_node, asked["environment"].gpus_per_node) == (1, 1)
+    assert requested["fabric"].minutes == 15, "the time limit of the partition"
+    assert requested["tokenizer"].gpus_per_node == 0
+    assert (requested["environment"].tasks_per_node, requested["environment"].gpus_per_node) == (1, 1)
 
 
-def test_resource_keys_are_the_ones_the_plugin_reads():
-    """A key that the plugin stops reading would silently drop out of every submission."""
+def test_the_plugin_reads_all_resource_keys():
+    """If the plugin stopped reading a key, submissions would lose it without an error."""
     import snakemake_executor_plugin_slurm
     from snakemake_executor_plugin_slurm import submit_string, utils
     from snakemake_executor_plugin_slurm_jobstep import get_cpu_setting

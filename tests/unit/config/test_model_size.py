@@ -1,0 +1,126 @@
+"""Sizes of models, compared with transformers, with published numbers and with numbers computed by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from longhaul.config.architectures import Model
+from longhaul.config.load_config import load_config
+from longhaul.config.model_size import layers_per_pipeline_rank, model_size
+from longhaul.planning import build_plan
+from tests.support.chain import REPOSITORY
+from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size
+
+SHARED = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LATENT = {
+    **SHARED,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**SHARED, "mlp_bias": True, "attention_bias": True},
+    "qwen2": {**SHARED, "tie_word_embeddings": True},
+    "qwen3": {**SHARED, "head_dim": 16},
+    "qwen3_moe": {
+        **SHARED,
+        "head_dim": 24,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+    },
+    "deepseek_v2": {**LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**LATENT, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+}
+
+
+def hugging_face_config(architecture: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    return Model.model_validate_json(json.dumps({architecture: sizes})).config_dict()
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_parameter_counts_equal_those_of_transformers(architecture: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = hugging_face_config(architecture, MODELS[architecture])
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert (model_size(config).total, model_size(config).largest_tensor) == (sum(sizes), max(sizes))
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_keys_and_defaults_equal_those_of_transformers(architecture: str):
+    """A config from a model card must be accepted, and must mean the same."""
+    from transformers import AutoConfig
+
+    sizes = {key: value for key, value in MODELS[architecture].items() if key not in ("mlp_bias", "attention_bias")}
+    ours = hugging_face_config(architecture, sizes)
+    theirs = AutoConfig.for_model(architecture, **sizes).to_dict()
+    # Qwen3-MoE's attention reads head_dim, which its config class does not list. The number of experts has two names.
+    theirs.setdefault("head_dim", ours.get("head_dim"))
+    theirs.setdefault("num_experts", theirs.get("num_local_experts"))
+    assert {key: theirs.get(key, "no key of transformers") for key in ours} == ours
+
+
+def test_deepseek_v3_has_the_published_size():
+    """671 B parameters, 37 B active: arXiv:2412.19437, section 4.2."""
+    plan = build_plan(load_config(REPOSITORY / "config" / "examples" / "deepseek-v3-671b.yaml"))
+    sizes = model_size(plan.config.model.config_dict())
+    assert sizes.total == pytest.approx(671e9, rel=1e-3)
+    assert sizes.active == pytest.approx(37e9, rel=2e-2)
+
+
+def test_sizes_of_a_tiny_dense_model_equal_hand_computed_numbers():
+    sizes = tiny_size()
+    assert (sizes.total, sizes.active, sizes.embedding, sizes.outside_layers) == (1352, 80 + 8 + 2 * 592, 80, 168)
+    assert (sizes.dense_layer, sizes.largest_layer, sizes.unsplit_per_layer, sizes.largest_tensor) == (
+        592,
+        592,
+        16,
+        128,
+    )
+    assert (sizes.routed_experts, sizes.is_sparse, sizes.positions) == (0, (False, False), 64)
+    assert (sizes.saved_activations, sizes.repeated_key_values) == (2 * 8 + 24 + 4 * 16, 8)
+    assert (sizes.normed_elements, sizes.matmul_results, sizes.attention_width) == (16, 24 + 32, 16)
+    assert sizes.flops_per_token(sequence_length=10) == 6 * 1272 + 3 * 2 * 16 * 10
+
+
+def test_sizes_of_a_tiny_mixture_equal_hand_computed_numbers():
+    sizes = model_size(TINY_QWEN3_MOE)
+    assert (sizes.total, sizes.active) == (168 + 2 * (248 + 384), 88 + 2 * (248 + 384 // 2))
+    assert (sizes.routed_experts, sizes.routed_experts_per_layer, sizes.sparse_layer) == (768, 384, 248)
+    assert (sizes.largest_layer, sizes.unsplit_per_layer, sizes.is_sparse) == (632, 16 + 32, (True, True))
+    # attention 24, norm outputs and the inputs and outputs of two experts (2 + 4)·8, two experts of width 4
+    assert (sizes.saved_activations, sizes.matmul_results) == (24 + 6 * 8 + 4 * 8, 24 + 2 * 8 + 2 * 8)
+    assert sizes.normed_elements == 2 * 8 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks", "expected"), [(4, 1, [4]), (4, 2, [2, 2]), (5, 2, [3, 2]), (7, 3, [3, 2, 2]), (3, 3, [1, 1, 1])]
+)
+def test_layers_are_spread_evenly_over_pipeline_ranks(layers: int, ranks: int, expected: list[int]):
+    ranges = layers_per_pipeline_rank(layers, ranks)
+    assert [len(own) for own in ranges] == expected
+    assert [layer for own in ranges for layer in own] == list(range(layers))
