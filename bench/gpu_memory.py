@@ -1,8 +1,8 @@
-"""Planned beside measured peak memory of one GPU, and losses beside the plain run's, for every way to save memory.
+"""Compares planned with measured peak memory of one GPU, and losses with those of the baseline, for all memory options.
 
     make bench-memory          a dense model and a mixture of experts of about 1 B parameters
 
-Each option takes the same steps from the same weights on the same samples, in a process of its own.
+Each option trains the same steps from the same weights on the same samples, in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from typing import Any
 import torch
 import yaml
 
-from bench.machine import header, publish
-from longhaul.config.load import load_config
-from longhaul.jobs.builders import payload
-from longhaul.jobs.launch_files import render_stage
-from longhaul.jobs.specs import TrainSpec
-from longhaul.planning import Plan, make_plan
+from bench.machine import describe_machine, write_result
+from longhaul.artifacts.paths import JobId
+from longhaul.config.load_config import load_config
+from longhaul.jobs.kind import job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.jobs.launch_files import render_job
+from longhaul.planning import Plan, build_plan
 from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 CHATML = Path(__file__).resolve().parents[1] / "templates" / "chat" / "chatml.jinja"
 STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
-AT_ONCE = 2
-"""DistributedContext that share the GPU: each has its own peak, and building a model on the CPU takes longer than its steps."""
+PROCESSES = 2
+"""Processes that share the GPU. Each has its own peak, and building a model on the CPU takes longer than its steps."""
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
         "llama": {
@@ -60,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
-# In fp32 a micro batch of four would leave a second process no room.
+# In fp32 a micro batch of four would leave too little memory for the second process.
 FP32 = {"precision": "fp32", "micro_batch_size": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "zero1": {"zero": {"stage": 1}},
@@ -77,24 +78,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp32-zero0": {"zero": {"stage": 0}, **FP32},  # bf16 at ZeRO 0 is refused
     "packs": {"zero": {"stage": 1}, "kind": "sft", "dataset": "chat"},
 }
-PLAIN = {name: "zero1" for name in OPTIONS} | {"fp32-zero1": "fp32-zero1", "fp32-zero0": "fp32-zero1", "packs": "packs"}
-"""Whose losses an option's are compared with: the same data in the same precision."""
+BASELINE = {name: "zero1" for name in OPTIONS} | {
+    "fp32-zero1": "fp32-zero1",
+    "fp32-zero0": "fp32-zero1",
+    "packs": "packs",
+}
+"""Option -> the option whose losses it must reproduce: the same data in the same precision."""
 
 
 def main() -> None:
-    """Trains every option of the models that are named, or of both, and prints a line for each."""
+    """Train every option of the named models, or of both, and print one line for each."""
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     lines = [f"{device}; {STEPS} steps, sequence length {SEQUENCE_LENGTH}, micro batch {MICRO_BATCH}, bf16"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_data(folder)
+        write_data(folder)
         for model in sys.argv[1:] or ("dense", "mixture"):
             lines += compare(model, folder)
-    publish("gpu_memory", [*header(("torch", "deepspeed", "transformers")), *lines])
+    write_result("gpu_memory", [*describe_machine(("torch", "deepspeed", "transformers")), *lines])
 
 
-def make_data(folder: Path) -> None:
-    """A tokenizer, and shards in a folder for each dataset."""
+def write_data(folder: Path) -> None:
+    """Write a tokenizer, and the shards of each dataset in a folder of its own."""
     corpus = write_jsonl(folder / "corpus.jsonl", "text", [text(number, 200) for number in range(400)])
     chats = write_jsonl(folder / "chats.jsonl", "messages", [conversation(number, 4) for number in range(1000)])
     make_tokenizer(folder, [corpus], chat_template=str(CHATML))
@@ -102,8 +107,8 @@ def make_data(folder: Path) -> None:
     make_shards(folder / "chat", folder, [chats], dataset("chat", validation_fraction=0.1))
 
 
-def plan(folder: Path, model: str) -> Plan:
-    """A stage for every option, on this machine."""
+def plan_options(folder: Path, model: str) -> Plan:
+    """Return a plan with one stage for each option, on this machine."""
     stage = {
         "kind": "pretrain",
         "dataset": "corpus",
@@ -135,39 +140,43 @@ def plan(folder: Path, model: str) -> Plan:
     }
     (folder / "site.yaml").write_text(yaml.safe_dump(site))
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return make_plan(load_config(folder / "run.yaml"))
+    return build_plan(load_config(folder / "run.yaml"))
 
 
 def compare(model: str, folder: Path) -> list[str]:
-    """Planned and measured GiB of tensors, GiB held of the GPU, and the furthest that a loss is from the plain run's."""
-    planned = plan(folder, model)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = dict(zip(OPTIONS, pool.map(lambda name: measured(planned, name, folder / model), OPTIONS), strict=True))
+    """Return lines with planned and measured GiB of tensors, GiB that the allocator holds, and the largest loss difference."""
+    planned = plan_options(folder, model)
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        found = dict(
+            zip(OPTIONS, pool.map(lambda name: train_option(planned, name, folder / model), OPTIONS), strict=True)
+        )
     columns = f"{'planned GiB':>11} {'measured':>9} {'held':>6} {'planned / measured':>19} {'loss differs by':>16}"
     lines = ["", f"{model:28} {columns}"]
     for name, option in found.items():
         total = planned.stage(name).memory.total / 2**30  # pyright: ignore[reportOptionalMemberAccess]
         peak, held = option["peak_bytes"] / 2**30, option["held_bytes"] / 2**30
-        differs = max(abs(a - b) / abs(b) for a, b in zip(option["losses"], found[PLAIN[name]]["losses"], strict=True))
+        differs = max(
+            abs(a - b) / abs(b) for a, b in zip(option["losses"], found[BASELINE[name]]["losses"], strict=True)
+        )
         lines.append(f"{name:28} {total:11.2f} {peak:9.2f} {held:6.2f} {total / peak:19.3f} {differs:16.1e}")
     parts = {name: planned.stage(name).memory for name in OPTIONS}
     return lines + [f"{name:28} {memory.as_gib()}" for name, memory in parts.items() if memory]
 
 
-def measured(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
-    """Peak bytes and losses of a stage's steps."""
+def train_option(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
+    """Train the stage of an option; return what gpu_memory_worker.py prints."""
     own = folder / name
-    render_stage(planned, name, own).write(own)
-    job = payload(planned, f"train-{name}")
+    render_job(planned, JobId("train", (name,)), own).write(own)
+    job = job_spec(planned, JobId("train", (name,)))
     assert isinstance(job, TrainSpec)
     shared = folder.parent
     data = shared / job.stage.dataset / "data.json"
     paths = {"tokenizer": shared / "tokenizer.json", "data": data, "deepspeed": own / "ds_config.json"}
     job.model_copy(update={key: str(path) for key, path in paths.items()}).write(own / "job.json")
     port = 21_000 + (os.getpid() * 31 + list(OPTIONS).index(name)) % 9_000
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
-    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8"}  # as launch.sh sets them
-    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
+    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8"}  # as in launch.sh
+    environment = {**os.environ, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
     command = [sys.executable, str(Path(__file__).with_name("gpu_memory_worker.py")), str(own)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
     if done.returncode:

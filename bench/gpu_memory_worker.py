@@ -1,4 +1,4 @@
-"""The process of one option of bench/gpu_memory.py: python gpu_memory_worker.py FOLDER, which holds job.json."""
+"""Trains one option of bench/gpu_memory.py: python gpu_memory_worker.py FOLDER, where FOLDER contains job.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from longhaul.train.distributed_context import distributed_context
 
 
 def main() -> None:
-    """Takes the job's steps and prints {"peak_bytes", "held_bytes", "losses"}.
+    """Train the steps of the job and print {"peak_bytes", "held_bytes", "losses"}.
 
-    At their peak: what tensors take and what the allocator holds of the GPU; on a CPU both are this process's memory.
+    peak_bytes is the peak of all tensors, held_bytes that of the allocator. On a CPU both are the memory of the process.
     """
     folder = Path(sys.argv[1])
     job = TrainSpec.read(folder / "job.json")
@@ -28,12 +28,12 @@ def main() -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     on_gpu = context.device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {
+    measured = {
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,
         "held_bytes": torch.cuda.max_memory_reserved() if on_gpu else resident,
         "losses": [row["loss"] for row in rows if "loss" in row],
     }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Planned memory of a dense model of 175 B parameters in 3-D, for each way to keep fewer activations.
+"""Prints the planned memory of a dense model of 175 B parameters under 3-D parallelism, for each activation checkpointing.
 
-The geometry is GPT-3's (Brown et al. 2020, arXiv:2005.14165, table 2.1) with the gated feed-forward layers of Llama, whose width
-is two thirds of four times the hidden one. Embedding and head are spread over the ranks of a tensor-parallel group, and logits
-are made 2,048 tokens at a time, in every row. `make bench-memory` compares plans with what a GPU needs.
+The sizes are those of GPT-3 (Brown et al. 2020, arXiv:2005.14165, table 2.1) with Llama's gated feed-forward layers, whose
+width is two thirds of four times the hidden width. In every row, tensor ranks divide embedding and head, and the loss computes
+the logits of 2,048 tokens at a time. `make bench-memory` compares plans with the measured memory of a GPU.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from bench.machine import header, publish
-from longhaul.config.load import load_config
-from longhaul.planning import Plan, make_plan
+from bench.machine import describe_machine, write_result
+from longhaul.config.load_config import load_config
+from longhaul.planning import Plan, build_plan
 
 GPUS_PER_NODE, NODES = 8, 32
 MODEL = {
@@ -43,23 +43,26 @@ STAGE = {
     "minutes": 600,
 }
 CHECKPOINTING = ("none", "selective", "full", "offload")
-REFERENCE = 280 / 420
-"""To be beaten: from 420 to 280 GB at 175 B parameters."""
+TARGET = 280 / 420
+"""Upper bound of the memory with full checkpointing, relative to none: from 420 to 280 GB at 175 B parameters."""
 
 
 def main() -> None:
-    """Prints GB of a node's GPUs, and their share of the first row's, for each kind of checkpointing."""
-    planned = {stage.name: stage for stage in make_175b_plan().stages}
+    """Print the GB of all GPUs of a node, and the ratio to the first row, for each kind of checkpointing."""
+    planned = {stage.name: stage for stage in plan_175b().stages}
     total = {name: stage.memory.total * GPUS_PER_NODE / 1e9 for name, stage in planned.items() if stage.memory}
-    lines = [f"{'activation_checkpointing':26} {'GB a node':>9} {'share':>6}"]
+    lines = [f"{'activation_checkpointing':26} {'GB a node':>9} {'ratio':>6}"]
     lines += [f"{name:26} {size:9.0f} {size / total['none']:6.0%}" for name, size in total.items()]
     parts = [f"{name}: {stage.memory.as_gib()}" for name, stage in planned.items() if stage.memory]
-    aim = f"aim: below {REFERENCE:.0%} (420 -> 280 GB)"
-    publish("memory_plan", [*header(("pydantic",)), _layout(), *lines, aim, "GiB of the fullest GPU:", *parts])
+    target = f"target: below {TARGET:.0%} (420 -> 280 GB)"
+    write_result(
+        "memory_plan",
+        [*describe_machine(("pydantic",)), _layout_line(), *lines, target, "GiB of the fullest GPU:", *parts],
+    )
 
 
-def make_175b_plan() -> Plan:
-    """A stage for every kind of checkpointing."""
+def plan_175b() -> Plan:
+    """Return a plan with one stage for each kind of checkpointing."""
     config = {
         "run": "dense-175b",
         "site": "slurm-generic",
@@ -72,10 +75,10 @@ def make_175b_plan() -> Plan:
         folder = Path(name)
         (folder / "corpus.jsonl").write_text('{"text": "a"}\n')
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
-        return make_plan(load_config(folder / "run.yaml"))
+        return build_plan(load_config(folder / "run.yaml"))
 
 
-def _layout() -> str:
+def _layout_line() -> str:
     return f"{NODES} nodes x {GPUS_PER_NODE} GPUs, tensor 8, pipeline 16, ZeRO 1, bf16, micro batch 1, sequence length 2048"
 
 
