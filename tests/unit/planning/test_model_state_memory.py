@@ -56,7 +56,7 @@ def test_model_states_add_up_field_by_field():
 BILLION = 10**9
 LARGEST_LAYER_PARTITION = 592 // 4
 # partition in elements, ZeRO settings, expected bytes; over 4 ranks, in bf16
-SWAP_BUFFERS: dict[str, tuple[int, dict[str, Any], int]] = {
+SWAP_BUFFER_CASES: dict[str, tuple[int, dict[str, Any], int]] = {
     "nothing on disk": (BILLION, {"offload_optimizer": "cpu", "offload_param": "cpu"}, 0),
     "optimizer, small partition": (338, {"offload_optimizer": "nvme"}, 4 * 4 * 338),
     "optimizer, large partition": (
@@ -79,7 +79,7 @@ SWAP_BUFFERS: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("partition", "zero", "expected"), SWAP_BUFFERS.values(), ids=SWAP_BUFFERS)
+@pytest.mark.parametrize(("partition", "zero", "expected"), SWAP_BUFFER_CASES.values(), ids=SWAP_BUFFER_CASES)
 def test_swap_buffers_equal_hand_computed_bytes(partition: int, zero: dict[str, Any], expected: int):
     assert swap_buffer_bytes(tiny_stage(zero=Zero(stage=3, **zero)), tiny_size(), partition, ranks=4) == expected
 
