@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longhaul.config.run_config import Stage
+from longhaul.config.stage_config import Stage
 from longhaul.train import activation_checkpointing
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from tests.support.small_configs import LLAMA
