@@ -1,4 +1,4 @@
-"""This machine's GPUs as a site, and a run with a stage for each of some variants."""
+"""A site file for this machine's GPUs, and runs that have one stage for each variant of a stage config."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from tests.support.chain import Chain, tiny_config, write_site
 
 GPUS = torch.cuda.device_count()
 STEPS = 12
-_STAGE_S = 90
-"""A variant is trained, exported and proved in some 35 s on two H100s."""
+_STAGE_TIMEOUT_S = 90
+"""Training, export and verification of a variant take about 35 s on two H100s."""
 
 
 def run_variants(folder: Path, variants: dict[str, dict[str, Any]], **changes: Any) -> Chain:
-    """The finished chain; `changes` replace the top-level keys of the tiny config."""
+    """Run all stages and return the finished chain; `changes` replace top-level keys of the tiny config."""
     chain = Chain(folder, {**tiny_config(**changes), "stages": stages_of(variants)})
     write_site(chain.folder, _site())
-    chain.run(timeout_s=_STAGE_S * len(variants))
+    chain.run(timeout_s=_STAGE_TIMEOUT_S * len(variants))
     return chain
 
 
-def go_on(chain: Chain, variants: dict[str, dict[str, Any]]) -> None:
-    """Runs the chain again with its stages as these say."""
+def run_again(chain: Chain, variants: dict[str, dict[str, Any]]) -> None:
+    """Run the chain again with other stage configs of the same names."""
     chain.config["stages"] = stages_of(variants)
     chain.save()
-    chain.run(timeout_s=_STAGE_S * len(variants))
+    chain.run(timeout_s=_STAGE_TIMEOUT_S * len(variants))
 
 
 def stages_of(variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A stage of the tiny config for each variant, over all GPUs."""
+    """Return a stage of the tiny config for each variant, over all GPUs."""
     stages = {stage["kind"]: stage for stage in tiny_config()["stages"]}
     return [
         {**stages[variant.get("kind", "pretrain")], "name": name, "gpus_per_node": GPUS, "steps": STEPS, **variant}
@@ -41,19 +41,20 @@ def stages_of(variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def rows(chain: Chain, stage: str, key: str) -> list[float]:
-    """A metric of every step that has it."""
+def metric(chain: Chain, stage: str, key: str) -> list[float]:
+    """Return a metric of every step that has it."""
     lines = (chain.weights(stage) / "metrics.jsonl").read_text().splitlines()
     return [row[key] for row in map(json.loads, lines) if key in row]
 
 
-def proof_of(chain: Chain, stage: str) -> dict[str, Any]:
-    """How the stage's export was proved."""
-    return chain.read(f"export/{stage}.json")["proof"]
+def verification_of(chain: Chain, stage: str) -> dict[str, Any]:
+    """Return the verification of the stage's export."""
+    return chain.read(f"export/{stage}.json")["verification"]
 
 
-def is_proved(proof: dict[str, Any]) -> bool:
-    tensors, logits, loaded = proof["tensors"], proof["logits"], proof["from_pretrained"]
+def is_verified(verification: dict[str, Any]) -> bool:
+    """Return True if all tensors are equal, the logits are within the bound, and from_pretrained loads every weight."""
+    tensors, logits, loaded = (verification[key] for key in ("tensors", "logits", "from_pretrained"))
     return (
         tensors["equal"] == tensors["count"] > 0
         and logits["max_abs_difference"] <= logits["bound"]
@@ -61,22 +62,23 @@ def is_proved(proof: dict[str, Any]) -> bool:
     )
 
 
-def told(stage: str, proof: dict[str, Any]) -> str:
-    """A line for a record."""
-    return f"{stage:>20} {proof['tensors']['count']} tensors equal; logits {proof['logits']}"
+def verification_line(stage: str, verification: dict[str, Any]) -> str:
+    """Return a line for a record."""
+    return f"{stage:>20} {verification['tensors']['count']} tensors equal; logits {verification['logits']}"
 
 
-def trained_on_gpus(chain: Chain, stage: str, legs: int = 1) -> bool:
-    """In so many goes."""
-    return (chain.weights(stage) / "attempts.jsonl").read_text().count('"device": "cuda"') == legs
+def trained_on_gpus(chain: Chain, stage: str, attempts: int = 1) -> bool:
+    """Return True if the stage had this number of attempts on GPUs."""
+    return (chain.weights(stage) / "attempts.jsonl").read_text().count('"device": "cuda"') == attempts
 
 
-def description() -> str:
+def describe_gpus() -> str:
+    """Return number and name of the GPUs and the version of NCCL."""
     return f"{GPUS} x {torch.cuda.get_device_name(0)}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
 
 
 def _site() -> dict[str, Any]:
-    """This machine, with limits that any GPU reaches."""
+    """Return a site file of this machine, with fabric limits that any GPU reaches."""
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     return {
         "name": "gpus",

@@ -1,4 +1,4 @@
-"""What attention keeps for the backward pass on a GPU."""
+"""The memory that attention keeps for the backward pass on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS, TOKENS = 16, 4096
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_score_of_a_pair_of_tokens_is_kept(dtype: torch.dtype):
+def test_attention_keeps_no_scores_of_token_pairs(dtype: torch.dtype):
     repeat_shared_heads_in_fp32()
     config = AutoConfig.for_model(
         "llama",
@@ -27,6 +27,6 @@ def test_no_score_of_a_pair_of_tokens_is_kept(dtype: torch.dtype):
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").cuda()
     before = torch.cuda.memory_allocated()
-    kept = model.model(torch.zeros(1, TOKENS, dtype=torch.long, device="cuda"))
-    assert kept.last_hidden_state.requires_grad
-    assert torch.cuda.memory_allocated() - before < HEADS * TOKENS**2  # bytes, of which a score takes two or four
+    output = model.model(torch.zeros(1, TOKENS, dtype=torch.long, device="cuda"))
+    assert output.last_hidden_state.requires_grad
+    assert torch.cuda.memory_allocated() - before < HEADS * TOKENS**2  # bytes; a score takes two or four

@@ -1,7 +1,7 @@
-"""Stages that go on in another layout, over NCCL on two GPUs: the loss goes on on the curve of an undisturbed run.
+"""Stages that resume under another layout, over NCCL on two GPUs: the losses equal those of an uninterrupted stage.
 
-That nothing of the state changes is proved bit for bit over gloo (tests/survival/test_elastic.py); here it is the optimizer's
-fused kernels, which read that state where it lies.
+tests/recovery/test_resharding.py shows over gloo that the loaded state is bit-identical. These tests add the fused optimizer
+kernels, which read the loaded state on the GPU.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from bench.machine import header, publish
+from bench.machine import describe_machine, write_result
 from tests.gpu.gpus import (
     GPUS,
     STEPS,
-    description,
-    go_on,
-    is_proved,
-    proof_of,
-    rows,
+    describe_gpus,
+    is_verified,
+    metric,
+    run_again,
     run_variants,
-    told,
     trained_on_gpus,
+    verification_line,
+    verification_of,
 )
 from tests.parity.parity_cases import MODELS
 from tests.support.chain import Chain
@@ -33,8 +33,8 @@ pytestmark = [
 ]
 
 SAME = {"schedule": {"kind": "constant", "warmup_steps": 3}}
-# Name -> before, and after half of the steps.
-MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+# Name -> stage keys of the first half of the steps, stage keys of the second half.
+RESHARDINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero2-to-tensor": ({"zero": {"stage": 2}}, {"parallel": {"tensor": 2}}),
     "pipeline-to-zero3": ({"parallel": {"pipeline": 2}}, {"zero": {"stage": 3}}),
     "expert-to-zero2": ({"parallel": {"expert": 2}}, {"zero": {"stage": 2}}),
@@ -45,35 +45,42 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """One run that is given again, with its stages in other layouts and twice as long."""
-    first = {name: {**SAME, **before, "steps": STEPS // 2, "export": "none"} for name, (before, _) in MOVES.items()}
-    second = {name: {**SAME, **after} for name, (_, after) in MOVES.items()}
-    chain = run_variants(tmp_path_factory.mktemp("moves"), {"whole": SAME, **first}, model=MODELS["deepseek_v3"])
-    go_on(chain, {"whole": SAME, **second})
+    """Return a run that was run twice: the second time its stages have other layouts and twice the steps."""
+    first = {
+        name: {**SAME, **before, "steps": STEPS // 2, "export": "none"} for name, (before, _) in RESHARDINGS.items()
+    }
+    second = {name: {**SAME, **after} for name, (_, after) in RESHARDINGS.items()}
+    chain = run_variants(
+        tmp_path_factory.mktemp("resharding"), {"uninterrupted": SAME, **first}, model=MODELS["deepseek_v3"]
+    )
+    run_again(chain, {"uninterrupted": SAME, **second})
     return chain
 
 
 @pytest.fixture(scope="module")
 def record() -> Iterator[list[str]]:
-    """Lines for bench/results/gpu_moves.txt."""
-    lines = [description()]
+    """Collect lines for bench/results/gpu_resharding.txt."""
+    lines = [describe_gpus()]
     yield lines
-    publish("gpu_moves", ["command: make test-gpu", *header(("torch", "deepspeed", "transformers"))[1:], *lines])
-
-
-@pytest.mark.parametrize("move", MOVES)
-def test_a_stage_goes_on_in_another_layout(chain: Chain, move: str, record: list[str]):
-    losses, whole = rows(chain, move, "loss"), rows(chain, "whole", "loss")
-    furthest = max(abs(loss / reference - 1) for loss, reference in zip(losses, whole, strict=True))
-    record.append(
-        f"{move:>20} {furthest:.1e} from the whole run's losses: {' '.join(f'{loss:.4f}' for loss in losses)}"
+    write_result(
+        "gpu_resharding",
+        ["command: make test-gpu", *describe_machine(("torch", "deepspeed", "transformers"))[1:], *lines],
     )
-    assert furthest <= 1e-4
-    assert trained_on_gpus(chain, move, legs=2)
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_its_export_is_proved(chain: Chain, move: str, record: list[str]):
-    proof = proof_of(chain, move)
-    record.append(told(move, proof))
-    assert is_proved(proof), proof
+@pytest.mark.parametrize("name", RESHARDINGS)
+def test_a_resharded_stage_has_the_losses_of_an_uninterrupted_one(chain: Chain, name: str, record: list[str]):
+    losses, uninterrupted = metric(chain, name, "loss"), metric(chain, "uninterrupted", "loss")
+    difference = max(abs(loss / reference - 1) for loss, reference in zip(losses, uninterrupted, strict=True))
+    record.append(
+        f"{name:>20} {difference:.1e} from the uninterrupted stage's losses: {' '.join(f'{loss:.4f}' for loss in losses)}"
+    )
+    assert difference <= 1e-4
+    assert trained_on_gpus(chain, name, attempts=2)
+
+
+@pytest.mark.parametrize("name", RESHARDINGS)
+def test_its_export_is_verified(chain: Chain, name: str, record: list[str]):
+    verification = verification_of(chain, name)
+    record.append(verification_line(name, verification))
+    assert is_verified(verification), verification
