@@ -1,4 +1,4 @@
-"""The peers of bench/data.py, one a process: python data_peers.py <datasets|datatrove|raw> <folder with the corpus>."""
+"""Run one of the tools that bench/data.py compares: python data_peers.py <datasets|datatrove|raw> <folder with the corpus>."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, BinaryIO
 
 EOS_ID, BLOCK = 1, 4096
 BATCH_BYTES = 8_000_000
 
 
 def datasets_map(corpus: Path, tokenizer: Path, out: Path) -> None:
-    """The recipe of transformers' run_clm.py: tokenize, group into blocks, save as parquet; 2 processes."""
+    """Follow the recipe of transformers' run_clm.py: tokenize, group into blocks, save as Parquet; 2 processes."""
     from datasets import load_dataset
     from transformers import PreTrainedTokenizerFast
 
     encode = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
     encode.model_max_length = 10**9
 
-    def tokenize(rows: dict) -> dict:
+    def tokenize(rows: dict[str, Any]) -> dict[str, Any]:
         ids = encode(rows["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return {"input_ids": [[*row, EOS_ID] for row in ids]}
 
-    def group(rows: dict) -> dict:
+    def group(rows: dict[str, Any]) -> dict[str, Any]:
         stream = list(chain(*rows["input_ids"]))
         blocks = [stream[start : start + BLOCK] for start in range(0, len(stream) // BLOCK * BLOCK, BLOCK)]
         return {"input_ids": blocks, "labels": [block[:] for block in blocks]}
@@ -37,7 +38,7 @@ def datasets_map(corpus: Path, tokenizer: Path, out: Path) -> None:
 
 
 def datatrove(corpus: Path, tokenizer: Path, out: Path) -> None:
-    """Its DocumentTokenizer on two halves of the corpus, 2 tasks on 2 workers."""
+    """Run datatrove's DocumentTokenizer on two halves of the corpus, 2 tasks on 2 workers."""
     from datatrove.executor import LocalPipelineExecutor  # pyright: ignore[reportMissingImports]
     from datatrove.pipeline.readers import JsonlReader  # pyright: ignore[reportMissingImports]
     from datatrove.pipeline.tokens import DocumentTokenizer  # pyright: ignore[reportMissingImports]
@@ -53,13 +54,13 @@ def datatrove(corpus: Path, tokenizer: Path, out: Path) -> None:
 
 
 def raw(corpus: Path, tokenizer: Path, out: Path) -> None:
-    """The limit: read lines, parse, encode, write ids and lengths; no check, no hash, no masks; 2 processes."""
+    """Measure the limit: read lines, parse, encode, write ids and lengths; no comparison, hash or mask; 2 processes."""
     halves = sorted((corpus.parent / "halves").iterdir())
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(_raw_half, halves, [tokenizer] * 2, [out / half.stem for half in halves]))
+        list(pool.map(_encode_half, halves, [tokenizer] * 2, [out / half.stem for half in halves]))
 
 
-def _raw_half(path: Path, tokenizer: Path, out: Path) -> None:
+def _encode_half(path: Path, tokenizer: Path, out: Path) -> None:
     import gigatoken
     import orjson
 
@@ -69,20 +70,20 @@ def _raw_half(path: Path, tokenizer: Path, out: Path) -> None:
         out.with_suffix(".bin").open("wb") as ids,
         out.with_suffix(".len").open("wb") as lengths,
     ):
-        held, size = [], 0
+        batch, size = [], 0
         for line in lines:
-            held.append(orjson.loads(line)["text"].encode())
+            batch.append(orjson.loads(line)["text"].encode())
             size += len(line)
             if size > BATCH_BYTES:
-                _raw_write(encode, held, ids, lengths)
-                held, size = [], 0
-        _raw_write(encode, held, ids, lengths)
+                _write_batch(encode, batch, ids, lengths)
+                batch, size = [], 0
+        _write_batch(encode, batch, ids, lengths)
 
 
-def _raw_write(encode, held: list[bytes], ids, lengths) -> None:
+def _write_batch(encode: Any, batch: list[bytes], ids: BinaryIO, lengths: BinaryIO) -> None:
     import numpy as np
 
-    layout = encode.encode_batch(held, parallel=False).layout
+    layout = encode.encode_batch(batch, parallel=False).layout
     offsets = np.asarray(layout.offsets.data)
     tokens = np.insert(np.asarray(layout.content.data), offsets[1:] - offsets[0], EOS_ID)
     ids.write(tokens.astype(np.int32).data)
@@ -93,7 +94,7 @@ PEERS = {"datasets": datasets_map, "datatrove": datatrove, "raw": raw}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs one peer into a fresh folder."""
+    """Run one tool with an empty output folder."""
     name, folder = arguments[0], Path(arguments[1])
     out = folder / f"out-{name}"
     shutil.rmtree(out, ignore_errors=True)

@@ -69,7 +69,7 @@ def manifest_of(folder: Path, shards: list[dict[str, Any]]) -> DataManifest:
 
 
 def wait_line(manifest: DataManifest, kind: Kind, folder: Path) -> str:
-    """Run steps that only pause, and report their waiting time; the first step is left out, because nothing is prefetched for it."""
+    """Run steps that only pause, and report how long they wait; the first step does not count: nothing is prefetched for it."""
     samples = Samples.open(manifest, "train", kind, SEQUENCE_LENGTH, 0, folder)
     step_s = GLOBAL_BATCH * SEQUENCE_LENGTH / TOKENS_PER_S
     waits = []

@@ -1,4 +1,4 @@
-"""Small corpora on disk, and jobs over them."""
+"""Write small corpora, and run tokenizer and tokenize jobs on them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
 from longhaul.config.dataset_config import Dataset
-from longhaul.data.shards import tokenize_dataset as tokenize
-from longhaul.data.tokenizers import build_tokenizer as tokenizer
-from longhaul.jobs.specs import TokenizerSpec, TokenizeSpec
+from longhaul.data.shards import tokenize_dataset
+from longhaul.data.tokenizers import build_tokenizer
+from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
+from longhaul.jobs.kinds.tokenizer_job import TokenizerSpec
 
 WORDS = [
     "the",
@@ -43,12 +44,12 @@ WORDS = [
 
 
 def text(number: int, words: int = 40) -> str:
-    """A document that differs from every other number's."""
+    """Return a document that is different for every number."""
     return f"Document {number}. " + " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(words))
 
 
 def conversation(number: int, turns: int = 1) -> list[dict[str, Any]]:
-    """A system message and `turns` questions with their answers."""
+    """Return a conversation: a system message, then `turns` questions and answers."""
     messages = [{"role": "system", "content": "Answer briefly."}]
     for turn in range(turns):
         messages.append({"role": "user", "content": f"Question {number}.{turn}: {text(number, 3 + number % 5)}?"})
@@ -57,20 +58,20 @@ def conversation(number: int, turns: int = 1) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, column: str, values: Iterable[Any]) -> Path:
-    """One {column: value} a line."""
+    """Write one JSON object {column: value} per line."""
     lines = (json.dumps({column: value}, ensure_ascii=False) for value in values)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def dataset(kind: str = "text", **settings: Any) -> Dataset:
-    """Its `files` only satisfy the config model: jobs are given resolved files."""
+    """Return a dataset config. Its `files` only satisfy the config model: jobs get resolved files."""
     return Dataset.model_validate({"kind": kind, "files": ("unused",), **settings})
 
 
 def tokenizer_job(folder: Path, files: Sequence[Path] = (), **settings: Any) -> TokenizerSpec:
-    """Trains on text files unless told otherwise."""
-    named = {"corpus": tuple(map(str, files))} if files else {}
+    """Return a job that trains a tokenizer on text files, unless the settings change it."""
+    train_files = {"corpus": tuple(map(str, files))} if files else {}
     defaults: dict[str, Any] = {
         "path": None,
         "train_vocab_size": 400,
@@ -80,8 +81,8 @@ def tokenizer_job(folder: Path, files: Sequence[Path] = (), **settings: Any) -> 
     }
     return TokenizerSpec(
         run="test",
-        train_files=named,
-        train_datasets={name: dataset() for name in named},
+        train_files=train_files,
+        train_datasets={name: dataset() for name in train_files},
         folder=str(folder / "tokenizers"),
         out=str(folder / "tokenizer.json"),
         **{**defaults, **settings},
@@ -89,9 +90,9 @@ def tokenizer_job(folder: Path, files: Sequence[Path] = (), **settings: Any) -> 
 
 
 def make_tokenizer(folder: Path, files: Sequence[Path] = (), **settings: Any) -> TokenizerManifest:
-    """Runs a tokenizer job and reads what it made."""
+    """Run a tokenizer job and return its manifest."""
     job = tokenizer_job(folder, files, **settings)
-    tokenizer.run(job)
+    build_tokenizer.run(job)
     return TokenizerManifest.read(Path(job.out))
 
 
@@ -103,7 +104,7 @@ def tokenize_job(
     workers: int = 1,
     evaluation: Sequence[Path] = (),
 ) -> TokenizeSpec:
-    """Tokenizes files into <folder>/data."""
+    """Return a job that writes the shards of files to <folder>/data and the manifest to <folder>/data.json."""
     return TokenizeSpec(
         run="test",
         name="corpus",
@@ -113,14 +114,14 @@ def tokenize_job(
         files=tuple(map(str, files)),
         tokenizer=str(tokenizer_folder / "tokenizer.json"),
         workers=workers,
-        survey=None,
+        source_index=None,
         folder=str(folder / "data"),
         out=str(folder / "data.json"),
     )
 
 
 def make_shards(folder: Path, *arguments: Any, **options: Any) -> DataManifest:
-    """Runs a tokenize job, whose arguments these are, and reads what it made."""
+    """Run a tokenize job with these arguments and return its manifest."""
     job = tokenize_job(folder, *arguments, **options)
-    tokenize.run(job)
+    tokenize_dataset.run(job)
     return DataManifest.read(Path(job.out))

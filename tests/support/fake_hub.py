@@ -1,8 +1,8 @@
-"""A hub on this machine: the part of the Hugging Face hub's HTTP interface that a download uses.
+"""Serve a hub on this machine: the part of the Hugging Face Hub's HTTP API that a download uses.
 
-GET /api/models/<id>/revision/<rev> (or /api/datasets/…) gives the commit and the files; …/tree/<rev>/<folder> lists a folder,
-POST …/paths-info/<rev> some paths; HEAD and GET of /<id>/resolve/<commit>/<file> (or /datasets/<id>/…) give one file, with its
-ETag and commit in the headers.
+GET /api/models/<id>/revision/<rev> (or /api/datasets/…) returns the commit and the files; …/tree/<rev>/<folder> lists a
+folder; POST …/paths-info/<rev> describes some paths; HEAD and GET of /<id>/resolve/<commit>/<file> (or /datasets/<id>/…)
+return one file, with its ETag and commit in the headers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… at a port of its own.
+    """Serves <folder>/models/<id>/… and <folder>/datasets/<id>/… on a free port.
 
-    `served` names the files sent, `tokens` holds (path, token) of every request.
+    `served` lists the files that were sent, and `tokens` the (path, token) of every request.
     """
 
     daemon_threads = True
@@ -36,6 +36,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Address of the hub."""
         return f"http://127.0.0.1:{self.server_port}"
 
 
@@ -59,23 +60,23 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         path = unquote(path)
         if found := _INFO.fullmatch(path):
-            self._info(found, parse_qs(query))
+            self._send_info(found, parse_qs(query))
         elif found := _FILE.fullmatch(path):
-            self._file("datasets" if found[1] else "models", found[2], found[4], with_body)
+            self._send_file("datasets" if found[1] else "models", found[2], found[4], with_body)
         else:
             self._send(404, b"")
 
-    def _info(self, asked: re.Match[str], query: dict[str, list[str]]) -> None:
-        kind, name, what, revision, folder = asked.groups()
+    def _send_info(self, request: re.Match[str], query: dict[str, list[str]]) -> None:
+        kind, name, resource, revision, folder = request.groups()
         root = self.server.folder / kind / name
         if not root.is_dir() or revision not in ("main", "v1", COMMIT):
             error = "RepoNotFound" if not root.is_dir() else "RevisionNotFound"
             self._send(404, b'{"error": "not found"}', {"X-Error-Code": error})
-        elif what == "tree" and not (root / folder).is_dir():
+        elif resource == "tree" and not (root / folder).is_dir():
             self._send(404, b'{"error": "not found"}', {"X-Error-Code": "EntryNotFound"})
-        elif what == "tree":
+        elif resource == "tree":
             self._send_json(_entries(root, sorted((root / folder).glob("**/*" if _is_true(query) else "*"))))
-        elif what == "paths-info":
+        elif resource == "paths-info":
             body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
             self._send_json(_entries(root, [root / path for path in body["paths"] if (root / path).exists()]))
         else:
@@ -85,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_json(self, answer: object) -> None:
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def _file(self, kind: str, name: str, file: str, with_body: bool) -> None:
+    def _send_file(self, kind: str, name: str, file: str, with_body: bool) -> None:
         path = self.server.folder / kind / name / file
         if not path.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
@@ -94,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self.server.served.append(f"{name}/{file}")
         status = 200
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
-            status, body = 206, body[int(wanted[1]) : int(wanted[2]) + 1 if wanted[2] else None]
+        if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
+            status, body = 206, body[int(requested[1]) : int(requested[2]) + 1 if requested[2] else None]
         self._send(status, body, {"ETag": f'"{_digest(body)}"', "X-Repo-Commit": COMMIT}, with_body)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, with_body: bool = True) -> None:
@@ -112,7 +113,7 @@ def _is_true(query: dict[str, list[str]]) -> bool:
 
 
 def _entries(root: Path, paths: list[Path]) -> list[dict[str, Any]]:
-    """What the hub says of files and folders."""
+    """Return the hub's descriptions of files and folders."""
     return [
         {
             "type": "file",

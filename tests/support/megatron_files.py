@@ -1,6 +1,6 @@
-"""Megatron's own reader and writer of token shards, in a process of their own: importing them changes torch's settings.
+"""Read and write token shards with Megatron-LM, in a process of its own: importing Megatron-LM changes torch's settings.
 
-python megatron_files.py <prefix to read> <prefix to write>: reads documents, writes them again, and prints them as JSON.
+python megatron_files.py <prefix to read> <prefix to write>: read documents, write them again, and print them as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mistakes in data, tokenizers and job files, told by the job that reads them; nothing is left half-written."""
+"""Jobs report errors in data, tokenizers and job specs, and leave no incomplete file."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from typing import Any
 
 import pytest
 
-from longhaul.jobs.specs import Job
-from tests.support.bad_input import files_below, refused
+from longhaul.jobs.spec import JobSpec
+from tests.support.bad_input import files_below, refused_message
 from tests.support.corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds tokenizer.json, the manifest of a tokenizer of 400 tokens."""
+    """Return a folder with tokenizer.json, the manifest of a tokenizer of 400 tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", (text(i) for i in range(200)))])
     return folder
 
 
-def write_job(folder: Path, job: Job) -> str:
+def write_job(folder: Path, job: JobSpec) -> str:
     job.write(folder / "job.json")
     return str(folder / "job.json")
 
 
 GOOD = b'{"text": "one"}\n{"text": "two"}\n'
 DATA: dict[str, tuple[str, bytes, str]] = {
-    "broken JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "a.jsonl:3: not valid JSON"),
+    "invalid JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "a.jsonl:3: not valid JSON"),
     "missing column": ("a.jsonl", GOOD + b'{"body": "x"}\n', "a.jsonl:3: no column 'text'; found 'body'"),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "a.jsonl:3: text is null"),
     "a number": ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: text is int '5', not a string"),
     "invalid UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl:3: byte 0xff is not valid UTF-8"),
-    "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: text holds half of a surrogate pair"),
+    "unpaired surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: text holds an unpaired surrogate"),
     "no documents": ("a.jsonl", b"\n\n", "a.jsonl holds no documents"),
     "empty": ("a.jsonl", b"", "a.jsonl is empty"),
-    "cut short": ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", "cannot read"),
-    "no Parquet": ("a.parquet", b"PAR1 and nothing more", "cannot read"),
+    "truncated": ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", "cannot read"),
+    "not Parquet": ("a.parquet", b"PAR1 and nothing more", "cannot read"),
     "CSV with another header": ("a.csv", b"body,n\nx,1\n", "a.csv:1: no column 'text'; found 'body', 'n'"),
-    "CSV with an open comma": ("a.csv", b"text,n\na, b,1\n", "a.csv:2: 3 fields where the header has 2"),
-    "unknown ending": ("a.bin", b"abc", "the ending does not tell its format"),
+    "CSV with an unquoted comma": ("a.csv", b"text,n\na, b,1\n", "a.csv:2: 3 fields, but the header has 2"),
+    "unknown suffix": ("a.bin", b"abc", "unknown file suffix"),
 }
 
 
-@pytest.mark.parametrize(("name", "content", "says"), DATA.values(), ids=DATA)
-def test_data(
+@pytest.mark.parametrize(("name", "content", "expected"), DATA.values(), ids=DATA)
+def test_an_error_in_data_is_reported(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     tokenizer_folder: Path,
     name: str,
     content: bytes,
-    says: str,
+    expected: str,
 ):
     (tmp_path / name).write_bytes(content)
     job = tokenize_job(tmp_path, tokenizer_folder, [tmp_path / name], dataset())
-    assert says in refused(capsys, "tokenize", write_job(tmp_path, job))
-    assert files_below(tmp_path) - {name, "job.json", "data"} == set(), "something was left half-written"
+    assert expected in refused_message(capsys, "job", "run", "tokenize", write_job(tmp_path, job))
+    assert files_below(tmp_path) - {name, "job.json", "data"} == set(), "a file is incomplete"
 
 
 CHATS: dict[str, tuple[Any, str]] = {
@@ -72,58 +72,62 @@ CHATS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("messages", "says"), CHATS.values(), ids=CHATS)
-def test_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path, messages: Any, says: str):
+@pytest.mark.parametrize(("messages", "expected"), CHATS.values(), ids=CHATS)
+def test_an_error_in_a_conversation_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path, messages: Any, expected: str
+):
     write_jsonl(tmp_path / "a.jsonl", "messages", [messages, conversation(1)])
     job = tokenize_job(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset("chat"))
-    assert says in refused(capsys, "tokenize", write_job(tmp_path, job))
+    assert expected in refused_message(capsys, "job", "run", "tokenize", write_job(tmp_path, job))
 
 
-def test_a_tokenizer_beyond_the_models_vocabulary(
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
 ):
     made = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     job = tokenizer_job(tmp_path, path=made["path"], train_vocab_size=None, model_vocab_size=300)
-    message = refused(capsys, "tokenizer", write_job(tmp_path, job))
+    message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert f"the tokenizer has {made['vocab_size']} tokens; the model's vocab_size is 300" in message
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_without_eos(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path):
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path):
     made = Path(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"])
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
     job = tokenizer_job(tmp_path, path=str(tmp_path / "bare"), train_vocab_size=None, needs_chat_template=False)
-    assert "bare has no EOS token" in refused(capsys, "tokenizer", write_job(tmp_path, job))
+    assert "bare has no EOS token" in refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_beyond_what_shards_can_hold(
+def test_a_tokenizer_with_ids_too_large_for_shards_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
 ):
     shutil.copytree(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"], tmp_path / "large")
     path = tmp_path / "large" / "tokenizer.json"
-    written = json.loads(path.read_text())
-    written["model"]["vocab"]["unheard of"] = 2**31
-    path.write_text(json.dumps(written))
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["huge id"] = 2**31
+    path.write_text(json.dumps(content))
     job = tokenizer_job(tmp_path, path=str(tmp_path / "large"), train_vocab_size=None, model_vocab_size=None)
-    message = refused(capsys, "tokenizer", write_job(tmp_path, job))
+    message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert "ids reach 2147483648; shards hold ids up to 2147483647" in message
 
 
-def test_a_job_file_of_another_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_job_spec_of_another_release_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "job.json").write_text('{"run": "a"}')
-    assert "is not a complete TokenizeSpec" in refused(capsys, "tokenize", str(tmp_path / "job.json"))
-    assert "does not exist" in refused(capsys, "train", str(tmp_path / "no.json"))
+    assert "is not a complete TokenizeSpec" in refused_message(
+        capsys, "job", "run", "tokenize", str(tmp_path / "job.json")
+    )
+    assert "does not exist" in refused_message(capsys, "job", "run", "train", str(tmp_path / "no.json"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path):
-    """A file system of 200 KiB, in a mount namespace of this test alone."""
+def test_a_full_disk_is_reported(tmp_path: Path, tokenizer_folder: Path):
+    """The job writes to a file system of 200 KiB, which only this test's mount namespace contains."""
     write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 300) for i in range(400)))
     (tmp_path / "small").mkdir()
     job = tokenize_job(tmp_path / "small", tokenizer_folder, [tmp_path / "a.jsonl"], dataset())
-    words = [sys.executable, "-m", "longhaul", "tokenize", write_job(tmp_path, job)]
+    words = [sys.executable, "-m", "longhaul", "job", "run", "tokenize", write_job(tmp_path, job)]
     script = 'mount -t tmpfs -o size=200k none small && "$@"; code=$?; find small -name "*.bin" -o -name "*.json"; exit $code'
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", script, "bash", *words],
@@ -132,6 +136,6 @@ def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path):
         text=True,
         check=False,
     )
-    assert done.returncode == 1 and "writing dataset corpus has no room in" in done.stderr, done.stderr
+    assert done.returncode == 1 and "writing dataset corpus needs more free space in" in done.stderr, done.stderr
     assert "storage.data" in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout.split() == [], "shards were left half-written"
+    assert done.stdout.split() == [], "incomplete shards are left"

@@ -1,4 +1,4 @@
-"""Several jobs per dataset: what is started, and that their number is no cause to start anything."""
+"""Several jobs per dataset: which jobs are started, and that another number of jobs starts none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MANIFEST = "results/tiny/data/prose.json"
 
 
 def started(chain: Chain) -> dict[str, int]:
-    """Jobs that make the manifest, those of the tokenizer aside."""
+    """Return the jobs by rule that a dry run of the manifest would start, without the tokenizer job."""
     counts = job_counts(chain.run("-n", MANIFEST))
     return {rule: count for rule, count in counts.items() if rule != "tokenizer"}
 
@@ -31,23 +31,23 @@ def with_jobs(chain: Chain, jobs: int) -> Chain:
     return chain
 
 
-def test_the_chain_has_as_many_jobs_as_are_asked_for(chain: Chain):
-    assert started(chain) == {"survey": 1, "encode": 3, "tokenize": 1}
+def test_the_workflow_has_as_many_encode_jobs_as_data_jobs_sets(chain: Chain):
+    assert started(chain) == {"index_sources": 1, "encode": 3, "tokenize": 1}
     assert started(with_jobs(chain, 1)) == {"tokenize": 1}
-    assert started(with_jobs(chain, 2)) == {"survey": 1, "encode": 2, "tokenize": 1}
+    assert started(with_jobs(chain, 2)) == {"index_sources": 1, "encode": 2, "tokenize": 1}
 
 
-def test_their_number_is_no_cause(chain: Chain):
-    """Neither for data that are finished nor, half-way, for units that are there."""
+def test_another_number_of_jobs_triggers_no_rerun(chain: Chain):
+    """Neither a finished manifest nor existing chunks of an unfinished dataset are written again."""
     with_jobs(chain, 2).run("results/tiny/data/prose.encoded-1-of-2.json")
-    units = {path: path.stat().st_mtime_ns for path in chain.results.glob("data/prose/*/record.json")}
-    assert len(units) >= 2
+    chunks = {path: path.stat().st_mtime_ns for path in chain.results.glob("data/prose/*/record.json")}
+    assert len(chunks) >= 2
     with_jobs(chain, 3).run(MANIFEST)
     after = {path: path.stat().st_mtime_ns for path in chain.results.glob("data/prose/*/record.json")}
-    assert after.items() > units.items()
+    assert after.items() > chunks.items()
     assert [path.name for path in Path(chain.results / "data").glob("prose.*-3.json")] == []
     for jobs in (3, 1, 2):
         assert started(with_jobs(chain, jobs)) == {}
     source = chain.folder / "prose.jsonl"
     source.write_text(source.read_text().replace("home", "road"))
-    assert started(chain) == {"survey": 1, "encode": 2, "tokenize": 1}
+    assert started(chain) == {"index_sources": 1, "encode": 2, "tokenize": 1}

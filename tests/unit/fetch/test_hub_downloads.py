@@ -1,4 +1,4 @@
-"""Fetching from a hub: pinned to a commit, only what is needed, once; clear words when it cannot be had."""
+"""Downloads from a hub are pinned to a commit, contain only the needed files, happen once, and have clear errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ configs:
 ---
 train
 """,
-    # Configurations with other names than their folders; one split's name begins with another's.
+    # The configurations have other names than their folders, and one split's name starts with another's.
     "datasets/org/named/en/train.jsonl": '{"text": "the decoy, in a folder of the name"}\n',
     "datasets/org/named/part-0/a.jsonl": '{"text": "e"}\n',
     "datasets/org/named/part-0/b.jsonl": '{"text": "f"}\n',
@@ -64,7 +64,7 @@ configs:
   data_files: part-2/*.jsonl
 ---
 """,
-    # No card: what `datasets` finds by its own patterns.
+    # No dataset card: `datasets` finds files by its own patterns.
     "datasets/org/bare/data/train-00000-of-00001.jsonl": '{"text": "i"}\n',
     "datasets/org/bare/data/train_extra-00000-of-00001.jsonl": '{"text": "j"}\n',
     "datasets/org/bare/data/test-00000-of-00001.jsonl": '{"text": "k"}\n',
@@ -95,16 +95,16 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def fetch(folder: Path, url: str, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, as the hub's address is read when its library is imported."""
+    """Run `longhaul fetch` in a process of its own, because huggingface_hub reads the hub's address when it is imported."""
     config = write_config(folder, {**CONFIG, **(changes or {})})
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # jobs that other tests ran in this process set them
+    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # jobs of other tests in this process set them
         environment.pop(switch, None)
     command = [sys.executable, "-m", "longhaul", "fetch", str(config)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_sources_are_pinned_and_only_what_is_needed_comes(tmp_path: Path, hub: Hub):
+def test_sources_are_pinned_and_only_needed_files_are_downloaded(tmp_path: Path, hub: Hub):
     done = fetch(tmp_path, hub.url)
     assert done.returncode == 0, done.stderr
     assert "checked now: model org/base" in done.stdout
@@ -116,15 +116,15 @@ def test_sources_are_pinned_and_only_what_is_needed_comes(tmp_path: Path, hub: H
     ]
     assert [Path(file).read_text() for file in lock.sources["prose"]["files"]] == ['{"text": "a"}\n', '{"text": "b"}\n']
     assert lock.model["hidden_size"] == LLAMA["hidden_size"]
-    sent = set(hub.served)
-    assert "org/base/model.safetensors" in sent
-    assert not [name for name in sent if name.endswith((".bin", ".py")) or "test-" in name or "/de/" in name]
+    downloaded = set(hub.served)
+    assert "org/base/model.safetensors" in downloaded
+    assert not [name for name in downloaded if name.endswith((".bin", ".py")) or "test-" in name or "/de/" in name]
 
 
-def test_the_token_is_sent_and_written_nowhere(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+def test_the_token_is_sent_to_the_hub_and_stored_nowhere(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    for changes in (None, WRONG["no such model"][0], WRONG["no such split"][0]):
+    for changes in (None, ERRORS["a missing model"][0], ERRORS["a missing split"][0]):
         done = fetch(tmp_path / str(len(hub.tokens)), hub.url, changes)
         assert not any(secret in done.stdout + done.stderr for secret in SECRETS.values())
     assert {token for path, token in hub.tokens if "/org/" in path} == {f"Bearer {SECRETS['HF_TOKEN']}"}
@@ -132,7 +132,7 @@ def test_the_token_is_sent_and_written_nowhere(tmp_path: Path, hub: Hub, monkeyp
     assert leaks(tmp_path) == []
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):
+def test_complete_files_are_not_downloaded_again(tmp_path: Path, hub: Hub):
     assert fetch(tmp_path, hub.url).returncode == 0
     lock = (tmp_path / "results" / "small.lock.json").read_bytes()
     hub.served.clear()
@@ -142,38 +142,41 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: Hub):
 
 
 SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "in the card's order": ({"id": "org/named", "name": "en"}, ["part-0/b.jsonl", "part-0/a.jsonl"]),
-    "a split whose name begins with another's": (
+    "the order of the card": ({"id": "org/named", "name": "en"}, ["part-0/b.jsonl", "part-0/a.jsonl"]),
+    "a split whose name starts with another's": (
         {"id": "org/named", "name": "en", "split": "train_extra"},
         ["part-1/train_extra.jsonl"],
     ),
-    "the card's default, of one split": ({"id": "org/named"}, ["part-2/train.jsonl"]),
+    "the card's default configuration": ({"id": "org/named"}, ["part-2/train.jsonl"]),
     "no card, shards": ({"id": "org/bare"}, ["data/train-00000-of-00001.jsonl"]),
-    "no card, shards of the longer name": (
+    "no card, shards of a split with a longer name": (
         {"id": "org/bare", "split": "train_extra"},
         ["data/train_extra-00000-of-00001.jsonl"],
     ),
     "no card, folders": ({"id": "org/folders"}, ["training/x.jsonl"]),
-    "no card, a folder under another word": ({"id": "org/folders", "split": "validation"}, ["dev/y.jsonl"]),
-    "no card, no split at all": ({"id": "org/unsplit"}, ["anything.csv"]),
+    "no card, a folder with another word for the split": (
+        {"id": "org/folders", "split": "validation"},
+        ["dev/y.jsonl"],
+    ),
+    "no card, no split": ({"id": "org/unsplit"}, ["anything.csv"]),
 }
 
 
-@pytest.mark.parametrize(("source", "wanted"), SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(("source", "expected"), SPLITS.values(), ids=SPLITS)
 def test_the_files_of_a_split_are_those_that_datasets_reads(
-    tmp_path: Path, hub: Hub, source: dict[str, Any], wanted: list[str]
+    tmp_path: Path, hub: Hub, source: dict[str, Any], expected: list[str]
 ):
     done = fetch(tmp_path, hub.url, {"datasets": {"prose": {"kind": "text", "hub": source}}})
     assert done.returncode == 0, done.stderr
     prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
-    assert [str(Path(file).relative_to(prose["path"])) for file in prose["files"]] == wanted
+    assert [str(Path(file).relative_to(prose["path"])) for file in prose["files"]] == expected
     assert prose["revision"] == COMMIT
-    sent = {name.removeprefix(f"{source['id']}/") for name in hub.served if name.startswith(source["id"])}
-    assert sent - {"README.md"} == set(wanted)
+    downloaded = {name.removeprefix(f"{source['id']}/") for name in hub.served if name.startswith(source["id"])}
+    assert downloaded - {"README.md"} == set(expected)
 
 
-def test_the_first_documents_are_streamed_and_nothing_else_comes(tmp_path: Path, hub: Hub):
-    """`datasets` looks a file ahead, no further. Another number is another file, the same one is there already."""
+def test_only_the_first_documents_are_streamed(tmp_path: Path, hub: Hub):
+    """`datasets` reads at most one file ahead. Another number of documents is another file; the same number is kept."""
     parquet = tmp_path / "served" / "datasets" / "org" / "columns" / "train.parquet"
     parquet.parent.mkdir()
     for file in range(6):
@@ -204,26 +207,26 @@ def test_the_first_documents_are_streamed_and_nothing_else_comes(tmp_path: Path,
     assert texts(2, {"id": "org/columns"}) == ["p", "q"]
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no such model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "a missing model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
     "no safetensors": (
         {"model": {"pretrained": {"hub": {"id": "org/pickle"}}}},
         "holds no weights (*.safetensors",
     ),
-    "no such revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
-    "no such configuration": (
+    "a missing revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
+    "a missing configuration": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "fr"}}}},
         "name 'fr': BuilderConfig 'fr' not found. Available: ['en', 'de']",
     ),
-    "no name where there are several": (
+    "no name but several configurations": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text"}}}},
         "Config name is missing. Please pick one among the available configs: ['en', 'de']",
     ),
-    "no such split": (
+    "a missing split": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/text", "name": "en", "split": "trai"}}}},
         "configuration en, has no split 'trai'",
     ),
-    "no such column in a stream": (
+    "a missing column in a stream": (
         {
             "datasets": {
                 "prose": {
@@ -233,21 +236,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
                 }
             }
         },
-        "row 1: there is no column 'body'",
+        "row 1: no column 'body'",
     ),
-    "no such split to stream": (
+    "a missing split to stream": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/bare", "split": "dev", "max_documents": 3}}}},
         "has no split 'dev'",
     ),
-    "a format that is not read": (
+    "an unsupported format": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/pictures"}}}},
-        "train/cat.png is in a format that is not read here",
+        "the format of train/cat.png is not supported",
     ),
-    "a data set that is code": (
+    "a dataset script": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/scripted"}}}},
         "Dataset scripts are no longer supported, but found scripted.py",
     ),
-    "no such data set": (
+    "a missing dataset": (
         {"datasets": {"prose": {"kind": "text", "hub": {"id": "org/none"}}}},
         "fetch dataset org/none",
     ),
@@ -258,15 +261,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("changes", "says"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_had_is_named(tmp_path: Path, hub: Hub, changes: dict[str, Any], says: str):
+@pytest.mark.parametrize(("changes", "expected"), ERRORS.values(), ids=ERRORS)
+def test_a_download_error_is_reported(tmp_path: Path, hub: Hub, changes: dict[str, Any], expected: str):
     done = fetch(tmp_path, hub.url, changes)
-    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert "remedy: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "results" / "small.lock.json").exists()
 
 
-def test_no_network_is_named(tmp_path: Path):
+def test_a_missing_network_is_reported(tmp_path: Path):
     done = fetch(tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 2 and "cannot fetch model org/base at v1 from the hub" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Samples of one pack do not see each other: not in the outputs, and not in the gradients."""
+"""Documents of one pack do not attend to each other: neither in the outputs nor in the gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FIRST, SECOND = 9, 7
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", MODELS)
-def test_neither_sample_of_a_pack_sees_the_other(architecture: str, attention: str):
+def test_documents_of_a_pack_do_not_attend_to_each_other(architecture: str, attention: str):
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **MODELS[architecture])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
@@ -59,8 +59,8 @@ def test_neither_sample_of_a_pack_sees_the_other(architecture: str, attention: s
         assert gradient[0, own].abs().max() > 0
 
 
-def test_the_check_would_notice_a_leak():
-    """The same pack with positions that go on: later samples then see earlier ones."""
+def test_the_check_detects_attention_across_documents():
+    """With positions that do not restart, the second document attends to the first one."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).train()
     embedded = model.get_input_embeddings()(torch.randint(0, 64, (1, FIRST + SECOND))).detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Shards on disk: Megatron's bytes, nothing lost where shards are cut, damage named."""
+"""Shards have Megatron-LM's bytes, keep every token, and damage is reported with the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longhaul.artifacts.files import file_sha256
-from longhaul.data.shards.indexed_dataset import ShardReader, SplitReader, SplitWriter, token_dtype
+from longhaul.data.shards.indexed_dataset import token_dtype
+from longhaul.data.shards.shard_reader import ShardReader, SplitReader
+from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.errors import UserError
 from tests.support.chain import REPOSITORY
 
@@ -24,7 +26,7 @@ LENGTHS = [3, 1, 5, 2]
 
 
 def write(folder: Path, lengths: list[int], dtype: str = "uint16", max_bytes: int = 1 << 20) -> dict[str, Any]:
-    """Documents of these lengths with tokens 0, 1, 2, …; every third token is in the loss. In two calls of add."""
+    """Write documents of these lengths with tokens 0, 1, 2, …, in two calls of add; every third token is a loss token."""
     writer = SplitWriter(folder, "train", dtype, with_mask=True, max_bytes=max_bytes)
     tokens = np.arange(sum(lengths))
     mask = (tokens % 3 == 0).astype(np.uint8)
@@ -38,8 +40,8 @@ def write(folder: Path, lengths: list[int], dtype: str = "uint16", max_bytes: in
 
 
 @pytest.mark.parametrize(("dtype", "code", "size"), [("uint16", 8, 2), ("int32", 4, 4)])
-def test_the_bytes_are_megatrons(tmp_path: Path, dtype: str, code: int, size: int):
-    """Layout of megatron/core/datasets/indexed_dataset.py, _IndexWriter: read here with struct alone."""
+def test_files_have_megatrons_layout(tmp_path: Path, dtype: str, code: int, size: int):
+    """Layout of megatron/core/datasets/indexed_dataset.py, _IndexWriter, read here with struct only."""
     entry = write(tmp_path, LENGTHS, dtype)
     index = (tmp_path / "train-00000.idx").read_bytes()
     assert index[:9] == b"MMIDIDX\x00\x00"
@@ -56,10 +58,10 @@ def test_the_bytes_are_megatrons(tmp_path: Path, dtype: str, code: int, size: in
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_megatrons_own_reader_reads_what_its_own_writer_would_have_written(tmp_path: Path, dtype: str):
+def test_megatron_reads_the_shards_and_writes_the_same_bytes(tmp_path: Path, dtype: str):
     lengths = [1 + number * 7 % 90 for number in range(300)]
     write(tmp_path, lengths, dtype)
-    ours, theirs = tmp_path / "train-00000", tmp_path / "theirs"
+    ours, theirs = tmp_path / "train-00000", tmp_path / "megatron"
     script = REPOSITORY / "tests" / "support" / "megatron_files.py"
     words = [sys.executable, "-W", "ignore", str(script), str(ours), str(theirs)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -72,7 +74,7 @@ def test_megatrons_own_reader_reads_what_its_own_writer_would_have_written(tmp_p
         assert ours.with_suffix(ending).read_bytes() == theirs.with_suffix(ending).read_bytes()
 
 
-def test_types_change_where_megatrons_do():
+def test_token_types_are_megatrons():
     sizes = (300, 65499, 65500, 129280, 2**31)
     assert [token_dtype(size) for size in sizes] == ["uint16", "uint16", "int32", "int32", "int32"]
     with pytest.raises(UserError, match="ids reach 2147483648; shards hold ids up to 2147483647"):
@@ -81,7 +83,7 @@ def test_types_change_where_megatrons_do():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=40), st.integers(2, 100))
-def test_no_token_is_lost_wherever_shards_are_cut(lengths: list[int], max_bytes: int):
+def test_every_token_is_kept_for_any_shard_size(lengths: list[int], max_bytes: int):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         entry = write(folder, lengths, max_bytes=max_bytes)
@@ -98,26 +100,34 @@ def test_no_token_is_lost_wherever_shards_are_cut(lengths: list[int], max_bytes:
             assert shard["tokens"] * 2 <= max_bytes or shard["documents"] == 1
 
 
-def test_any_stretch_of_the_stream_crosses_shards(tmp_path: Path):
+def test_any_range_of_the_stream_is_read_across_shards(tmp_path: Path):
     reader = SplitReader(tmp_path, write(tmp_path, [4] * 6, max_bytes=16), with_mask=True)
     assert all(reader.tokens(a, b).tolist() == list(range(a, b)) for a in range(24) for b in range(a, 25))
 
 
 DAMAGE = {
-    "no tokens": ("bin", lambda path: path.unlink(), "No such file"),
-    "tokens cut short": ("bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "10 tokens, its index says 11"),
-    "a mask cut short": ("mask", lambda path: path.write_bytes(path.read_bytes()[:-1]), "10 tokens, its index says 11"),
-    "an index cut short": ("idx", lambda path: path.write_bytes(path.read_bytes()[:-8]), "do not fit 4 documents"),
+    "no token file": ("bin", lambda path: path.unlink(), "No such file"),
+    "truncated tokens": (
+        "bin",
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        "10 tokens, but its index has 11",
+    ),
+    "truncated mask": (
+        "mask",
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "10 tokens, but its index has 11",
+    ),
+    "truncated index": ("idx", lambda path: path.write_bytes(path.read_bytes()[:-8]), "do not fit 4 documents"),
     "half a header": ("idx", lambda path: path.write_bytes(path.read_bytes()[:20]), "too short"),
-    "something else": ("idx", lambda path: path.write_bytes(b"x" * 200), "not a Megatron index"),
-    "an empty index": ("idx", lambda path: path.write_bytes(b""), "empty file"),
+    "another format": ("idx", lambda path: path.write_bytes(b"x" * 200), "not a Megatron-LM index"),
+    "empty index": ("idx", lambda path: path.write_bytes(b""), "empty file"),
 }
 
 
-@pytest.mark.parametrize(("ending", "damage", "says"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_named(tmp_path: Path, ending: str, damage: Any, says: str):
+@pytest.mark.parametrize(("suffix", "damage", "expected"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_reported_with_the_file(tmp_path: Path, suffix: str, damage: Any, expected: str):
     write(tmp_path, LENGTHS)
-    damage(tmp_path / f"train-00000.{ending}")
-    with pytest.raises(UserError, match=says) as refused:
+    damage(tmp_path / f"train-00000.{suffix}")
+    with pytest.raises(UserError, match=expected) as refused:
         ShardReader(tmp_path / "train-00000", with_mask=True)
-    assert f"train-00000.{ending}" in refused.value.message and "made anew" in refused.value.hint
+    assert f"train-00000.{suffix}" in refused.value.message and "longhaul writes the shards again" in refused.value.hint

@@ -1,4 +1,4 @@
-"""A shard as a person reads it."""
+"""`longhaul data inspect` prints documents of a shard as text."""
 
 from __future__ import annotations
 
@@ -10,58 +10,51 @@ import pytest
 
 from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
 from longhaul.cli import main
-from longhaul.data.shards.inspect_documents import CONTEXT, IN_LOSS, coloured
+from longhaul.data.shards.inspect_documents import CONTEXT_STYLE, LOSS_STYLE, style_tokens
 
 
-def inspect(manifest: DataManifest, folder: Path, tokenizer_folder: Path, *options: str) -> None:
+def inspect(manifest: DataManifest, folder: Path, tokenizer_folder: Path, *options: str) -> object:
+    """Run the verb on a manifest; return its exit code."""
     manifest.write(folder / "data.json")
-    main(
-        [
-            "data",
-            "inspect",
-            str(folder / "data.json"),
-            "--tokenizer",
-            str(tokenizer_folder / "tokenizer.json"),
-            *options,
-        ]
-    )
+    tokenizer = str(tokenizer_folder / "tokenizer.json")
+    with pytest.raises(SystemExit) as exit_:
+        main(["data", "inspect", str(folder / "data.json"), "--tokenizer", tokenizer, *options])
+    return exit_.value.code
 
 
-def test_what_the_assistant_says_is_marked(
+def test_loss_tokens_are_marked(
     chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    inspect(chat_shards, tmp_path, tokenizer_folder, "--first", "1", "--count", "2")
+    assert inspect(chat_shards, tmp_path, tokenizer_folder, "--first", "1", "--count", "2") == 0
     shown = capsys.readouterr().out
     assert shown.count("tokens, ") == 2 and "[[Answer " in shown and "[[Question" not in shown
-    assert "<|endoftext|>]]" in shown, "the end of the turn is in the loss"
+    assert "<|endoftext|>]]" in shown, "the end of the turn is a loss token"
 
 
-def test_runs_have_colours(tokenizer_folder: Path):
+def test_tokens_are_styled_by_their_mask(tokenizer_folder: Path):
     folder = Path(TokenizerManifest.read(tokenizer_folder / "tokenizer.json").path)
-    text = coloured(np.array([5, 6, 7, 8]), np.array([0, 1, 1, 0], np.uint8), folder, marked=False)
-    assert [span.style for span in text.spans] == [CONTEXT, IN_LOSS, CONTEXT]
+    text = style_tokens(np.array([5, 6, 7, 8]), np.array([0, 1, 1, 0], np.uint8), folder, marked=False)
+    assert [span.style for span in text.spans] == [CONTEXT_STYLE, LOSS_STYLE, CONTEXT_STYLE]
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "expected"),
     [(("--split", "test"), "has no split 'test'"), (("--first", "9999"), "not 9999"), (("--first", "-1"), "not -1")],
 )
-def test_what_is_not_there_is_said(
+def test_a_missing_split_or_document_is_reported(
     chat_shards: DataManifest,
     tokenizer_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     options: tuple[str, ...],
-    says: str,
+    expected: str,
 ):
-    with pytest.raises(SystemExit):
-        inspect(chat_shards, tmp_path, tokenizer_folder, *options)
-    assert says in capsys.readouterr().err
+    assert inspect(chat_shards, tmp_path, tokenizer_folder, *options) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(
     chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(SystemExit):
-        inspect(dataclasses.replace(chat_shards, tokenizer_hash="other"), tmp_path, tokenizer_folder)
-    assert "was made by tokenizer other" in capsys.readouterr().err
+    assert inspect(dataclasses.replace(chat_shards, tokenizer_hash="other"), tmp_path, tokenizer_folder) == 2
+    assert "was encoded with tokenizer other" in capsys.readouterr().err

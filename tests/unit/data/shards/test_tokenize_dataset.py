@@ -1,4 +1,4 @@
-"""Datasets -> shards: every document once, equal for equal sources, loss where the assistant speaks."""
+"""Shards contain every document once, are equal for equal sources, and mark the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from longhaul.artifacts.files import file_sha256
 from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
-from longhaul.data.shards.indexed_dataset import SplitReader
+from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.data.shards.unigram_entropy import entropy, unigram_entropy
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset, make_shards, text, write_jsonl
@@ -32,7 +32,7 @@ def stream(manifest: DataManifest, name: str) -> list[int]:
 
 
 def documents(manifest: DataManifest, name: str) -> list[tuple[int, ...]]:
-    """The token rows of a split."""
+    """Return the tokens of each document of a split."""
     reader, rows, start = split(manifest, name), [], 0
     for length in reader.lengths().tolist():
         rows.append(tuple(reader.tokens(start, start + length).tolist()))
@@ -45,7 +45,7 @@ def tokenizer_of(folder: Path) -> tuple[Tokenizer, TokenizerManifest]:
     return Tokenizer.from_file(str(Path(manifest.path) / "tokenizer.json")), manifest
 
 
-def test_every_document_is_there_once_and_ends_with_eos(text_shards: DataManifest, tokenizer_folder: Path):
+def test_every_document_is_written_once_and_ends_with_eos(text_shards: DataManifest, tokenizer_folder: Path):
     tokenizer, manifest = tokenizer_of(tokenizer_folder)
     expected = [(*tokenizer.encode(text(i, 5 + i % 60)).ids, manifest.eos_id) for i in range(300)]
     found = documents(text_shards, "train") + documents(text_shards, "validation")
@@ -65,17 +65,19 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
     st.integers(20, 400),
     st.sampled_from([0.0, 0.3]),
 )
-def test_any_documents_come_out_whole_and_in_order(
-    tokenizer_folder: Path, files: list[list[str]], unit_bytes: int, validation_fraction: float
+def test_any_documents_are_written_whole_and_in_order(
+    tokenizer_folder: Path, files: list[list[str]], chunk_bytes: int, validation_fraction: float
 ):
-    """Wherever files are cut into units, and equal files and documents included; the proof has tests of its own."""
+    """This holds for any chunk size, and for equal files and documents. Other tests cover the stress corpus."""
     tokenizer, manifest = tokenizer_of(tokenizer_folder)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longhaul.data.tokenizers.choose_encoder._hard_texts", lambda folder: [])
+        patch.setattr("longhaul.data.tokenizers.choose_encoder._stress_texts", lambda folder: [])
         paths = [write_jsonl(Path(name) / f"{i}.jsonl", "text", texts) for i, texts in enumerate(files)]
-        # Smaller units than a config may ask for, so that small files are cut.
-        settled = dataset(validation_fraction=validation_fraction).model_copy(update={"chunk_mb": unit_bytes / 1e6})
-        made = make_shards(Path(name), tokenizer_folder, paths, settled)
+        # Smaller chunks than a config allows, so that small files are divided.
+        small_chunks = dataset(validation_fraction=validation_fraction).model_copy(
+            update={"chunk_mb": chunk_bytes / 1e6}
+        )
+        made = make_shards(Path(name), tokenizer_folder, paths, small_chunks)
         left = {split: documents(made, split) for split in made.splits}
     rows = [(*tokenizer.encode(text).ids, manifest.eos_id) for texts in files for text in texts]
     assert sum(map(len, rows)) == sum(entry["tokens"] for entry in made.splits.values())
@@ -86,7 +88,7 @@ def test_any_documents_come_out_whole_and_in_order(
     assert not any(left.values())
 
 
-def test_order_within_a_split_is_the_files(text_shards: DataManifest, tokenizer_folder: Path):
+def test_a_split_keeps_the_order_of_the_files(text_shards: DataManifest, tokenizer_folder: Path):
     tokenizer, _ = tokenizer_of(tokenizer_folder)
     numbers = [int(tokenizer.decode(list(row)).split(".")[0].split()[1]) for row in documents(text_shards, "train")]
     assert numbers == sorted(numbers)
@@ -99,20 +101,22 @@ def test_entropy_is_that_of_the_training_tokens(text_shards: DataManifest):
     assert entropy(np.array([7, 0])) == 0.0
 
 
-def test_entropy_of_a_large_split_is_that_of_an_even_sample(chat_shards: DataManifest, monkeypatch: pytest.MonkeyPatch):
+def test_entropy_of_a_large_split_comes_from_an_even_sample(chat_shards: DataManifest, monkeypatch: pytest.MonkeyPatch):
     reader = SplitReader(Path(chat_shards.path), chat_shards.splits["train"], with_mask=True)
-    asked: list[tuple[int, int]] = []
+    read: list[tuple[int, int]] = []
     monkeypatch.setattr("longhaul.data.shards.unigram_entropy._SAMPLED_TOKENS", reader.token_count // 2)
-    monkeypatch.setattr("longhaul.data.shards.unigram_entropy._STRETCHES", 8)
-    honest = reader.loss_tokens
-    monkeypatch.setattr(reader, "loss_tokens", lambda start, stop: asked.append((start, stop)) or honest(start, stop))
+    monkeypatch.setattr("longhaul.data.shards.unigram_entropy._SAMPLED_RANGES", 8)
+    read_loss_tokens = reader.loss_tokens
+    monkeypatch.setattr(
+        reader, "loss_tokens", lambda start, stop: read.append((start, stop)) or read_loss_tokens(start, stop)
+    )
     assert unigram_entropy(reader) == pytest.approx(chat_shards.unigram_entropy_nats, abs=0.2)
-    assert len(asked) == 8 and asked[0][0] == 0 and asked[-1][1] == reader.token_count
-    assert {stop - start for start, stop in asked} == {reader.token_count // 2 // 8}
-    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(asked))
+    assert len(read) == 8 and read[0][0] == 0 and read[-1][1] == reader.token_count
+    assert {stop - start for start, stop in read} == {reader.token_count // 2 // 8}
+    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(read))
 
 
-def test_tokens_in_the_loss_are_those_of_the_mask(chat_shards: DataManifest):
+def test_loss_tokens_are_those_of_the_mask(chat_shards: DataManifest):
     reader = SplitReader(Path(chat_shards.path), chat_shards.splits["train"], with_mask=True)
     mask = np.concatenate([reader.document(number)[1] for number in range(reader.document_count)])
     start, stop = 7, reader.token_count - 5
@@ -120,15 +124,15 @@ def test_tokens_in_the_loss_are_those_of_the_mask(chat_shards: DataManifest):
     assert 0 < len(expected) < stop - start and reader.loss_tokens(start, stop).tolist() == expected.tolist()
 
 
-def test_the_number_of_workers_changes_no_byte(tmp_path: Path, tokenizer_folder: Path):
-    """Enough text for two workers to be started."""
+def test_the_number_of_workers_does_not_change_the_bytes(tmp_path: Path, tokenizer_folder: Path):
+    """The text is large enough for two workers."""
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 1200) for i in range(800)))
     assert corpus.stat().st_size > 4_000_000
     made = [make_shards(tmp_path / str(n), tokenizer_folder, [corpus], dataset(), workers=n) for n in (1, 2)]
     assert made[0].splits == made[1].splits and made[0].hash == made[1].hash
 
 
-def test_new_documents_do_not_move_old_ones_between_splits(tmp_path: Path, tokenizer_folder: Path):
+def test_new_documents_do_not_change_the_split_of_old_ones(tmp_path: Path, tokenizer_folder: Path):
     settings = dataset(validation_fraction=0.2)
     few = write_jsonl(tmp_path / "few.jsonl", "text", (text(i) for i in range(100)))
     many = write_jsonl(tmp_path / "many.jsonl", "text", (text(i) for i in range(150)))
@@ -138,7 +142,7 @@ def test_new_documents_do_not_move_old_ones_between_splits(tmp_path: Path, token
         assert set(documents(before, name)) < set(documents(after, name))
 
 
-def test_a_small_share_still_holds_out_a_document_and_none_holds_out_none(tmp_path: Path, tokenizer_folder: Path):
+def test_a_tiny_validation_fraction_gives_one_document_and_zero_gives_none(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(5)))
     tiny = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset(validation_fraction=1e-9))
     none = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(validation_fraction=0.0))
@@ -146,7 +150,7 @@ def test_a_small_share_still_holds_out_a_document_and_none_holds_out_none(tmp_pa
     assert [none.splits[name]["documents"] for name in ("train", "validation")] == [5, 0]
 
 
-def test_equal_sources_find_their_shards_and_a_changed_one_gets_a_new_folder(tmp_path: Path, tokenizer_folder: Path):
+def test_equal_sources_reuse_shards_and_a_changed_source_gets_a_new_folder(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(20)))
     first = make_shards(tmp_path, tokenizer_folder, [corpus], dataset())
     shard = Path(first.path) / f"{first.splits['train']['shards'][0]['prefix']}.bin"
@@ -163,7 +167,7 @@ def test_equal_sources_find_their_shards_and_a_changed_one_gets_a_new_folder(tmp
 @pytest.mark.parametrize(
     "settings",
     [dataset(validation_fraction=0.3), dataset(columns={"text": "other"})],
-    ids=["validation share", "column"],
+    ids=["validation fraction", "column"],
 )
 def test_settings_that_change_the_shards_change_the_folder(tmp_path: Path, tokenizer_folder: Path, settings: Any):
     lines = [json.dumps({"text": text(i), "other": text(i + 1)}) for i in range(20)]
@@ -173,25 +177,25 @@ def test_settings_that_change_the_shards_change_the_folder(tmp_path: Path, token
     assert second.hash != first.hash and second.splits != first.splits
 
 
-def test_loss_is_on_what_the_assistant_says_and_on_its_end(chat_shards: DataManifest, tokenizer_folder: Path):
+def test_loss_tokens_are_the_assistants_turns_with_eos(chat_shards: DataManifest, tokenizer_folder: Path):
     tokenizer, manifest = tokenizer_of(tokenizer_folder)
     expected = []
     for number in range(200):
-        said = [m["content"] for m in conversation(number, 1 + number % 3) if m["role"] == "assistant"]
-        expected.append("|".join(answer.strip() for answer in said))
+        answers = [m["content"] for m in conversation(number, 1 + number % 3) if m["role"] == "assistant"]
+        expected.append("|".join(answer.strip() for answer in answers))
     found = []
     for name in ("train", "validation"):
         reader = split(chat_shards, name)
         for index in range(len(reader.lengths())):
             tokens, mask = reader.document(index)
             turns = np.split(tokens[mask == 1], np.flatnonzero(tokens[mask == 1] == manifest.eos_id) + 1)
-            assert len(turns[-1]) == 0, "a turn without its end"
+            assert len(turns[-1]) == 0, "a turn without EOS"
             found.append("|".join(tokenizer.decode(turn[:-1].tolist()).strip() for turn in turns[:-1]))
     assert sorted(found) == sorted(expected)
     assert chat_shards.splits["train"]["loss_tokens"] < chat_shards.splits["train"]["tokens"]
 
 
-def test_what_cannot_be_trained_on_is_counted(tmp_path: Path, tokenizer_folder: Path):
+def test_documents_without_anything_to_train_on_are_counted(tmp_path: Path, tokenizer_folder: Path):
     empty = write_jsonl(tmp_path / "a.jsonl", "text", ["", text(1), "", text(2)])
     assert make_shards(tmp_path / "a", tokenizer_folder, [empty], dataset()).skipped == {"empty text": 2}
     asked = [[{"role": "user", "content": "anyone?"}], conversation(1), conversation(2)]

@@ -1,4 +1,4 @@
-"""Duplicates and evaluation texts are passed over by readers; shards are encoded once, whatever is asked for."""
+"""Readers leave out duplicates and documents with evaluation texts; no filter setting changes the shards."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from longhaul.artifacts.schemas import DataManifest
-from longhaul.data.filters.drop_documents import dropped_table, first_alike
-from longhaul.data.filters.fingerprints import band_hashes
-from longhaul.data.filters.word_ngrams import runs, words
+from longhaul.data.filters.filter_documents import label_near_duplicates
+from longhaul.data.filters.minhash import minhash_bands
+from longhaul.data.filters.word_ngrams import ngrams, split_words
 from longhaul.data.sampling.samples import Samples
-from longhaul.data.shards.indexed_dataset import SplitReader, SplitWriter
+from longhaul.data.shards.filtered_documents import filter_table
+from longhaul.data.shards.shard_reader import SplitReader
+from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.data.shards.unigram_entropy import entropy
 from longhaul.errors import UserError
 from tests.support.corpora import WORDS, conversation, dataset, make_shards, text, write_jsonl
@@ -28,9 +30,9 @@ QUESTION = "How many ships of the old fleet sail over calm water while the stars
 
 
 def long_text(number: int) -> str:
-    """200 words that no other number's text shares five of in a row."""
-    chance = random.Random(number)
-    return " ".join(f"{chance.choice(WORDS[:15])}{chance.randrange(1000)}" for _ in range(200))
+    """Return 200 words; texts of two numbers have no five consecutive words in common."""
+    generator = random.Random(number)
+    return " ".join(f"{generator.choice(WORDS[:15])}{generator.randrange(1000)}" for _ in range(200))
 
 
 def one_word_changed(written: str) -> str:
@@ -38,13 +40,13 @@ def one_word_changed(written: str) -> str:
 
 
 def documents(manifest: DataManifest, folder: Path, split: str = "train") -> list[str]:
-    """What a reader gives, as text."""
+    """Return the documents of a split as a reader gives them, decoded."""
     decode = Tokenizer.from_file(str(next((folder / "tokenizers").glob("*/tokenizer.json")))).decode
     reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")
     return [decode(reader.document(number)[0].tolist()) for number in range(reader.document_count)]
 
 
-def modified(folder: Path) -> dict[Path, int]:
+def modification_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.bin")}
 
 
@@ -56,7 +58,7 @@ def modified(folder: Path) -> dict[Path, int]:
         ("near", [0, 1, 2], {"exact duplicate": 2, "near duplicate": 1}),
     ],
 )
-def test_the_first_of_alike_documents_stays(
+def test_the_first_of_duplicate_documents_stays(
     tmp_path: Path, tokenizer_folder: Path, deduplicate: str, stays: list[object], skipped: dict[str, int]
 ):
     written = {0: long_text(0), 1: long_text(1), 2: long_text(2), "changed": one_word_changed(long_text(1))}
@@ -70,26 +72,26 @@ def test_the_first_of_alike_documents_stays(
     assert made.splits["train"]["documents"] == len(stays)
 
 
-def test_what_is_asked_for_later_encodes_nothing_again_and_changes_the_hash(tmp_path: Path, tokenizer_folder: Path):
+def test_another_filter_setting_keeps_the_shards_and_changes_the_hash(tmp_path: Path, tokenizer_folder: Path):
     files = [write_jsonl(tmp_path / "a.jsonl", "text", [long_text(i % 30) for i in range(90)])]
     small = {"chunk_mb": 0.02, "validation_fraction": 0}
     plain = make_shards(tmp_path, tokenizer_folder, files, dataset(**small))
-    before = modified(tmp_path / "data")
+    before = modification_times(tmp_path / "data")
     near = make_shards(tmp_path, tokenizer_folder, files, dataset(**small, deduplicate="near"), workers=2)
-    assert modified(tmp_path / "data") == before
+    assert modification_times(tmp_path / "data") == before
     assert (near.skipped, near.splits["train"]["documents"]) == ({"exact duplicate": 60}, 30)
     again = make_shards(tmp_path, tokenizer_folder, files, dataset(**small))
     assert (again.hash, again.splits) == (plain.hash, plain.splits) and near.hash != plain.hash
 
 
-def test_a_new_file_is_encoded_alone_and_only_it_loses_documents(tmp_path: Path, tokenizer_folder: Path):
+def test_a_new_file_is_encoded_alone_and_only_its_duplicates_are_filtered_out(tmp_path: Path, tokenizer_folder: Path):
     near = dataset(deduplicate="near", chunk_mb=0.02, validation_fraction=0)
     files = [write_jsonl(tmp_path / "a.jsonl", "text", [long_text(i) for i in range(40)])]
     make_shards(tmp_path, tokenizer_folder, files, near)
-    before = modified(tmp_path / "data")
+    before = modification_times(tmp_path / "data")
     files.append(write_jsonl(tmp_path / "b.jsonl", "text", [one_word_changed(long_text(i)) for i in range(30, 60)]))
     made = make_shards(tmp_path, tokenizer_folder, files, near)
-    after = modified(tmp_path / "data")
+    after = modification_times(tmp_path / "data")
     assert {path: after[path] for path in before} == before
     assert documents(made, tokenizer_folder) == [
         *(long_text(i) for i in range(40)),
@@ -97,7 +99,7 @@ def test_a_new_file_is_encoded_alone_and_only_it_loses_documents(tmp_path: Path,
     ]
 
 
-def test_neither_workers_nor_units_change_what_stays(tmp_path: Path, tokenizer_folder: Path):
+def test_workers_and_chunk_size_do_not_change_what_stays(tmp_path: Path, tokenizer_folder: Path):
     texts = [one_word_changed(long_text(i % 70)) if i % 3 else long_text(i % 70) for i in range(210)]
     files = [write_jsonl(tmp_path / "a.jsonl", "text", texts * 20)]
     near = {"deduplicate": "near", "validation_fraction": 0.1}
@@ -108,18 +110,18 @@ def test_neither_workers_nor_units_change_what_stays(tmp_path: Path, tokenizer_f
         assert documents(one, tokenizer_folder, split) == documents(two, tokenizer_folder, split)
 
 
-def test_alike_texts_are_found_and_others_are_not():
-    """A hundred of each: one word in 200 changed is a Jaccard index of 0.95; half of the words, one of 0.33 at most."""
-    pairs = [(words(long_text(i)), words(one_word_changed(long_text(i)))) for i in range(100)]
-    halves = [words(long_text(i))[:100] + words(long_text(1000 + i))[100:] for i in range(100)]
-    originals, changed = (band_hashes(list(rows)) for rows in zip(*pairs, strict=True))
+def test_similar_texts_share_a_band_and_others_do_not():
+    """With one of 200 words changed the Jaccard index is 0.95; with half of the words changed it is at most 0.33."""
+    pairs = [(split_words(long_text(i)), split_words(one_word_changed(long_text(i)))) for i in range(100)]
+    halves = [split_words(long_text(i))[:100] + split_words(long_text(1000 + i))[100:] for i in range(100)]
+    originals, changed = (minhash_bands(list(rows)) for rows in zip(*pairs, strict=True))
     assert (originals == changed).any(axis=1).all()
-    assert (originals == band_hashes(halves)).any(axis=1).sum() <= 2
+    assert (originals == minhash_bands(halves)).any(axis=1).sum() <= 2
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), max_size=4)))
 @settings(max_examples=100, deadline=None)
-def test_alike_is_what_a_search_of_the_graph_says(bands: list[list[int]]):
+def test_near_duplicate_groups_equal_a_graph_search(bands: list[list[int]]):
     count = len(bands[0]) if bands else 3
     reads = [lambda band=band: np.array(band, np.uint64) for band in bands]
     expected = list(range(count))
@@ -131,23 +133,23 @@ def test_alike_is_what_a_search_of_the_graph_says(bands: list[list[int]]):
                 if other > start and expected[other] == other and any(band[one] == band[other] for band in bands):
                     expected[other] = start
                     queue.append(other)
-    assert first_alike(reads, count).tolist() == expected
+    assert label_near_duplicates(reads, count).tolist() == expected
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_reader_passes_over_documents_and_nothing_else(data: st.DataObject):
+def test_a_reader_leaves_out_exactly_the_filtered_documents(data: st.DataObject):
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30))
-    gone = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    is_filtered = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
     rows = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1])
-    staying = [row.tolist() for row, is_gone in zip(rows, gone, strict=True) if not is_gone]
+    staying = [row.tolist() for row, is_out in zip(rows, is_filtered, strict=True) if not is_out]
     with tempfile.TemporaryDirectory() as name:
         writer = SplitWriter(Path(name), "train", "uint16", False, max_bytes=data.draw(st.integers(2, 60)))
         writer.add(np.concatenate(rows), np.array(lengths, np.int32), None)
         entry = writer.close()
-        if gone.any():
-            np.save(Path(name) / "dropped.npy", dropped_table(np.array(lengths, np.int32), gone))
-            entry["dropped"] = "dropped.npy"
+        if is_filtered.any():
+            np.save(Path(name) / "filtered.npy", filter_table(np.array(lengths, np.int32), is_filtered))
+            entry["filtered_out"] = "filtered.npy"
         reader = SplitReader(Path(name), entry, with_mask=False)
         assert [reader.document(i)[0].tolist() for i in range(reader.document_count)] == staying
         assert reader.lengths().tolist() == [len(row) for row in staying]
@@ -163,36 +165,36 @@ def evaluation(folder: Path, texts: Sequence[str]) -> tuple[dict[str, object], l
     return {"files": (str(path),), "columns": ("question",)}, [path]
 
 
-def test_documents_that_hold_an_evaluation_text_are_dropped_and_named(
+def test_documents_with_an_evaluation_text_are_filtered_out_and_listed(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     hidden = f"{text(1)} «{QUESTION.upper().replace(' ', ', ')}!» {text(2)}"
     shorter = f"{text(3)} {' '.join(QUESTION.split()[:12])} {text(4)}"
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), hidden, shorter, hidden])
-    wanted, files = evaluation(tmp_path, ["Too short.", QUESTION])
-    screened = dataset(decontaminate=wanted, deduplicate="exact", validation_fraction=0)
-    made = make_shards(tmp_path, tokenizer_folder, [corpus], screened, evaluation=files)
+    against, files = evaluation(tmp_path, ["Too short.", QUESTION])
+    settings = dataset(decontaminate=against, deduplicate="exact", validation_fraction=0)
+    made = make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=files)
     assert documents(made, tokenizer_folder) == [text(5), shorter]
     assert made.skipped == {"contaminated": 2}
-    (report,) = Path(made.path).glob("dropped-*/contaminated.jsonl")
-    named = [json.loads(line) for line in report.read_text().splitlines()]
-    assert [hit["document"] for hit in named] == [f"{corpus}:2", f"{corpus}:4"]
-    assert named[0]["evaluation"] == f"{files[0]}:2" and named[0]["words"] == " ".join(words(QUESTION)[:13])
-    assert "2 evaluation texts, 1 of them shorter than 13 words" in capsys.readouterr().err
+    (report,) = Path(made.path).glob("filtered-*/contaminated.jsonl")
+    listed = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [match["document"] for match in listed] == [f"{corpus}:2", f"{corpus}:4"]
+    assert listed[0]["evaluation"] == f"{files[0]}:2" and listed[0]["words"] == " ".join(split_words(QUESTION)[:13])
+    assert "2 evaluation texts; 1 of them are shorter than 13 words" in capsys.readouterr().err
 
 
 def test_another_evaluation_text_changes_what_stays(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), QUESTION, f"{QUESTION} again", text(6)])
     made = []
     for texts in (["nothing of it"], [QUESTION]):
-        wanted, files = evaluation(tmp_path, texts)
-        screened = dataset(decontaminate=wanted, validation_fraction=0)
-        made.append(make_shards(tmp_path, tokenizer_folder, [corpus], screened, evaluation=files))
+        against, files = evaluation(tmp_path, texts)
+        settings = dataset(decontaminate=against, validation_fraction=0)
+        made.append(make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=files))
     assert [one.splits["train"]["documents"] for one in made] == [4, 2]
     assert made[0].hash != made[1].hash
 
 
-def test_chats_are_screened_with_their_masks(tmp_path: Path, tokenizer_folder: Path):
+def test_chats_are_filtered_with_their_masks(tmp_path: Path, tokenizer_folder: Path):
     chats = [conversation(i, 1 + i % 3) for i in range(40)]
     once = write_jsonl(tmp_path / "once.jsonl", "messages", chats)
     twice = write_jsonl(tmp_path / "twice.jsonl", "messages", [chat for chat in chats for _ in range(2)])
@@ -207,14 +209,14 @@ def test_chats_are_screened_with_their_masks(tmp_path: Path, tokenizer_folder: P
         ]
         assert totals[0] == totals[1]
     assert single.unigram_entropy_nats == double.unigram_entropy_nats
-    packs = [Samples.open(made, "train", "sft", 64, 0, tmp_path) for made in (single, double)]
-    assert len(packs[0]) == len(packs[1])
-    for index in range(len(packs[0])):
-        for mine, theirs in zip(packs[0][index], packs[1][index], strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+    samples = [Samples.open(made, "train", "sft", 64, 0, tmp_path) for made in (single, double)]
+    assert len(samples[0]) == len(samples[1])
+    for index in range(len(samples[0])):
+        for ours, expected in zip(samples[0][index], samples[1][index], strict=True):
+            np.testing.assert_array_equal(ours, expected)
 
 
-def test_entropy_is_of_what_stays(tmp_path: Path, tokenizer_folder: Path):
+def test_entropy_is_of_the_documents_that_stay(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(i % 7) for i in range(20)])
     made = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_fraction=0))
     reader = SplitReader(Path(made.path), made.splits["train"], with_mask=False)
@@ -222,28 +224,33 @@ def test_entropy_is_of_what_stays(tmp_path: Path, tokenizer_folder: Path):
     assert made.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)
 
 
-def test_a_dataset_of_nothing_but_evaluation_texts_is_refused(tmp_path: Path, tokenizer_folder: Path):
-    wanted, files = evaluation(tmp_path, [QUESTION])
+def test_a_dataset_of_only_evaluation_texts_is_refused(tmp_path: Path, tokenizer_folder: Path):
+    against, files = evaluation(tmp_path, [QUESTION])
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [QUESTION])
     with pytest.raises(UserError, match=r"no document stays \(\{'contaminated': 1\}\)"):
-        make_shards(tmp_path, tokenizer_folder, [corpus], dataset(decontaminate=wanted), evaluation=files)
+        make_shards(tmp_path, tokenizer_folder, [corpus], dataset(decontaminate=against), evaluation=files)
 
 
-def test_broken_evaluation_files_are_named(tmp_path: Path, tokenizer_folder: Path):
+def test_errors_in_evaluation_files_have_a_location(tmp_path: Path, tokenizer_folder: Path):
     path = tmp_path / "evaluation.jsonl"
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [QUESTION])
-    wanted = dataset(decontaminate={"files": (str(path),)})
-    for line, says in (('{"question": "x"}', "evaluation.jsonl:1: no column 'text'"), ('{"text": 3}', "text is int")):
+    settings = dataset(decontaminate={"files": (str(path),)})
+    for line, expected in (
+        ('{"question": "x"}', "evaluation.jsonl:1: no column 'text'"),
+        ('{"text": 3}', "text is int"),
+    ):
         path.write_text(line + "\n")
-        with pytest.raises(UserError, match=says):
-            make_shards(tmp_path, tokenizer_folder, [corpus], wanted, evaluation=[path])
+        with pytest.raises(UserError, match=expected):
+            make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=[path])
 
 
-def test_words_are_counted_in_scripts_without_spaces():
-    assert words("It's 北京, naïve!") == ["it", "s", "北", "京", "naïve"]
-    assert list(runs(["a", "b", "c"], 2)) == [("a", "b"), ("b", "c")] and list(runs(["a"], 2)) == []
+def test_letters_are_words_in_scripts_without_spaces():
+    assert split_words("It's 北京, naïve!") == ["it", "s", "北", "京", "naïve"]
+    assert list(ngrams(["a", "b", "c"], 2)) == [("a", "b"), ("b", "c")] and list(ngrams(["a"], 2)) == []
 
 
-def test_a_mixture_is_screened_in_its_parts():
-    with pytest.raises(ValueError, match="set deduplicate and decontaminate there"):
+def test_a_mixture_refuses_filters_of_its_own():
+    with pytest.raises(
+        ValueError, match="deduplicate exact has no effect on a mixture; set it on the datasets that are mixed"
+    ):
         dataset(files=(), mixture={"a": 1.0}, deduplicate="exact")

@@ -1,4 +1,4 @@
-"""Every format gives the same documents; everything wrong is refused with its place."""
+"""Every format gives the same documents, and every error has a location."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
         gzip.compress(_jsonl_bytes("text", TEXTS[:1])) + gzip.compress(_jsonl_bytes("text", TEXTS[1:]))
     ),
     "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=1)),
-    "really-lines.json": lambda path: path.write_bytes(_jsonl_bytes("text", TEXTS)),
+    "lines-in.json": lambda path: path.write_bytes(_jsonl_bytes("text", TEXTS)),
     "a.csv": _write_csv,
     "a.parquet": lambda path: pyarrow.parquet.write_table(pa.table({"id": [1, 2, 3, 4], "text": TEXTS}), path),
     "stream.arrow": lambda path: _write_arrow(path, TEXTS, "text"),
@@ -87,7 +87,7 @@ def test_conversations_keep_roles_and_content(tmp_path: Path, ending: str):
     assert _read(path, "chat") == chats
 
 
-def test_sharegpt_is_read_as_roles(tmp_path: Path):
+def test_sharegpt_roles_are_converted(tmp_path: Path):
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     (tmp_path / "a.jsonl").write_bytes(_jsonl_bytes("conversations", [turns]))
     found = _read(tmp_path / "a.jsonl", "chat", columns={"messages": "conversations"})
@@ -115,7 +115,7 @@ def _twice_in_parquet() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# name of the file, its bytes, kind, what the message must say
+# file name, its bytes, kind, text of the message
 BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "missing file": ("a.jsonl", None, "text", "a.jsonl does not exist"),
     "empty file": ("a.jsonl", b"", "text", "a.jsonl is empty"),
@@ -123,10 +123,15 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "empty list": ("a.json", b"[]", "text", "a.json holds no documents"),
     "empty table": ("a.parquet", _parquet_of(text=pa.array([], pa.string())), "text", "a.parquet holds no documents"),
     "empty gzip": ("a.jsonl.gz", gzip.compress(b""), "text", "a.jsonl.gz holds no documents"),
-    "broken line": ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "text", "a.jsonl:2: not valid JSON"),
-    "broken line in gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\nnonsense'), "text", "a.jsonl.gz:2: not valid"),
+    "invalid line": ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "text", "a.jsonl:2: not valid JSON"),
+    "invalid line in gzip": (
+        "a.jsonl.gz",
+        gzip.compress(b'{"text": "a"}\nnonsense'),
+        "text",
+        "a.jsonl.gz:2: not valid",
+    ),
     "line is no object": ("a.jsonl", b'"text"\n', "text", "a.jsonl:1: expected a JSON object, found str"),
-    "broken list": ("a.json", b'[{"text": "a"},\n {"text": }]', "text", "a.json:2: not valid JSON"),
+    "invalid list": ("a.json", b'[{"text": "a"},\n {"text": }]', "text", "a.json:2: not valid JSON"),
     "missing column": (
         "a.jsonl",
         b'{"text": "a"}\n{"body": "b"}\n',
@@ -141,7 +146,12 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
         "text",
         "a.parquet: no column 'text'; found 'body'",
     ),
-    "ragged CSV": ("a.csv", b"id,text\n1,a\n2,b,c\n", "text", "a.csv:3: 3 fields where the header has 2"),
+    "wrong number of CSV fields": (
+        "a.csv",
+        b"id,text\n1,a\n2,b,c\n",
+        "text",
+        "a.csv:3: 3 fields, but the header has 2",
+    ),
     "invalid UTF-8 in CSV": ("a.csv", b"id,text\n1,a\n2,\xff\n", "text", "a.csv:3: byte 0xff is not valid UTF-8"),
     "a column twice in parquet": ("a.parquet", _twice_in_parquet(), "text", "a.parquet: 2 columns are named 'text'"),
     "a column twice in CSV": ("a.csv", b"text,text\n1,a\n", "text", "a.csv:1: 2 columns are named 'text'"),
@@ -156,16 +166,16 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "invalid UTF-8 in text": ("a.txt", b"one\ntwo\n\xe9t\xe9", "text", "a.txt:3: byte 0xe9 is not valid UTF-8"),
     "invalid UTF-8 in parquet": ("a.parquet", _bad_utf8_parquet(), "text", "a.parquet row 2: not valid UTF-8"),
     "UTF-16": ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text", "a.jsonl:1: byte 0xff is not valid UTF-8"),
-    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud83d"}', "text", "a.jsonl:1: text holds half of a surrogate"),
+    "unpaired surrogate": ("a.jsonl", b'{"text": "\\ud83d"}', "text", "a.jsonl:1: text holds an unpaired surrogate"),
     "null text": ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "text", "a.jsonl:3: text is null, not a string"),
     "null in parquet": ("a.parquet", _parquet_of(text=["a", None]), "text", "a.parquet row 2: text is null"),
     "number for text": ("a.jsonl", b'{"text": 5}', "text", "a.jsonl:1: text is int '5', not a string"),
-    "cut gzip": ("a.jsonl.gz", _long_gzip()[:-5000], "text", "a.jsonl.gz after line "),
-    "cut zstd": ("a.jsonl.zst", _zstd(b'{"text": "a"}\n' * 9999)[:-4], "text", "cannot read"),
-    "no gzip": ("a.jsonl.gz", b'{"text": "a"}', "text", "cannot read"),
-    "no parquet": ("a.parquet", b"not parquet at all", "text", "cannot read"),
-    "no arrow": ("a.arrow", b"not arrow at all", "text", "cannot read"),
-    "unknown ending": ("a.xml", b"<a/>", "text", "a.xml: the ending does not tell its format"),
+    "truncated gzip": ("a.jsonl.gz", _long_gzip()[:-5000], "text", "a.jsonl.gz after line "),
+    "truncated zstd": ("a.jsonl.zst", _zstd(b'{"text": "a"}\n' * 9999)[:-4], "text", "cannot read"),
+    "not gzip": ("a.jsonl.gz", b'{"text": "a"}', "text", "cannot read"),
+    "not parquet": ("a.parquet", b"not parquet at all", "text", "cannot read"),
+    "not arrow": ("a.arrow", b"not arrow at all", "text", "cannot read"),
+    "unknown suffix": ("a.xml", b"<a/>", "text", "a.xml: unknown file suffix"),
     "messages are text": ("a.jsonl", b'{"messages": "hi"}', "chat", "a.jsonl:1: a conversation is a list of messages"),
     "no messages": (
         "a.jsonl",
@@ -198,7 +208,7 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, case: str):
+def test_an_error_is_reported_with_its_location(tmp_path: Path, case: str):
     name, data, kind, expected = BROKEN[case]
     if data is not None:
         (tmp_path / name).write_bytes(data)
@@ -210,7 +220,7 @@ def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, case: str):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "stream.arrow", "a.csv", "a.txt"])
-def test_no_format_lets_a_document_pass_that_is_too_long(tmp_path: Path, name: str):
+def test_every_format_refuses_a_document_that_is_too_long(tmp_path: Path, name: str):
     long, path = "é" * 600_000, tmp_path / name  # 1.2 MB
     writers: dict[str, Callable[[], Any]] = {
         "a.jsonl": lambda: path.write_bytes(_jsonl_bytes("text", [long])),
@@ -225,11 +235,11 @@ def test_no_format_lets_a_document_pass_that_is_too_long(tmp_path: Path, name: s
         _read(path, max_document_mb=1)
 
 
-def test_a_bad_row_of_a_csv_costs_no_other(tmp_path: Path):
+def test_a_bad_row_of_a_csv_does_not_affect_other_rows(tmp_path: Path):
     (tmp_path / "a.csv").write_bytes(b"id,text\n1,a\n2,\xff\n3\n4,\xc3\xa9\n")
     assert _read(tmp_path / "a.csv", bad_rows="skip") == ["a", "é"]
 
 
-def test_no_files_at_all():
+def test_a_dataset_without_files_is_refused():
     with pytest.raises(UserError, match="the dataset has no files"):
         list(read_documents([], dataset()))

@@ -1,4 +1,4 @@
-"""Mixtures: exact proportions over every prefix, every dataset through its own epochs."""
+"""Mixtures keep exact proportions in every prefix, and each dataset has its own epochs."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from hypothesis import strategies as st
 
 from longhaul.artifacts.schemas import DataManifest
 from longhaul.config.mixture_weights import whole_weights
-from longhaul.data.sampling.mixtures import Order
+from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.samples import Samples
-from longhaul.data.shards import tokenize_dataset as tokenize
+from longhaul.data.shards import tokenize_dataset
 from tests.support.corpora import dataset, make_shards, text, tokenize_job, write_jsonl
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
 @settings(max_examples=80, deadline=None)
-def test_no_prefix_strays_by_more_than_one_sample(weights: list[int]):
-    places = np.arange(3 * sum(weights))
-    parts, numbers = Order(weights)(places)
-    for part, weight in enumerate(weights):
-        counts = np.cumsum(parts == part)
-        assert np.abs(counts - weight * (places + 1) / sum(weights)).max() <= 1 + 1e-9
-        assert numbers[parts == part].tolist() == list(range(int(counts[-1])))
+def test_every_prefix_keeps_the_proportions_within_one_sample(weights: list[int]):
+    positions = np.arange(3 * sum(weights))
+    datasets, numbers = MixtureOrder(weights)(positions)
+    for dataset_number, weight in enumerate(weights):
+        counts = np.cumsum(datasets == dataset_number)
+        assert np.abs(counts - weight * (positions + 1) / sum(weights)).max() <= 1 + 1e-9
+        assert numbers[datasets == dataset_number].tolist() == list(range(int(counts[-1])))
 
 
-def test_any_place_is_known_alone():
-    order = Order([7, 2, 1])
+def test_a_position_is_computed_without_earlier_ones():
+    order = MixtureOrder([7, 2, 1])
     far = np.array([10**15 + 3, 5])
-    parts, numbers = order(far)
+    datasets, numbers = order(far)
     near = order(np.arange(10))
-    assert parts[0] == near[0][3] and parts[1] == near[0][5]
-    assert numbers[0] == 10**14 * [7, 2, 1][parts[0]] + near[1][3]
+    assert datasets[0] == near[0][3] and datasets[1] == near[0][5]
+    assert numbers[0] == 10**14 * [7, 2, 1][datasets[0]] + near[1][3]
 
 
-def test_weights_are_read_as_written():
+def test_weights_become_the_smallest_whole_numbers():
     assert whole_weights({"a": 0.7, "b": 0.2, "c": 0.1}) == {"a": 7, "b": 2, "c": 1}
     assert whole_weights({"a": 3, "b": 1.5}) == {"a": 2, "b": 1}
-    with pytest.raises(ValueError, match="repeat after 1,000,001 samples"):
+    with pytest.raises(ValueError, match="repeat only after 1,000,001 samples"):
         whole_weights({"a": 1, "b": 1e-6})
 
 
 @pytest.fixture(scope="module")
 def mixed(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataManifest:
-    """Three parts of a large dataset to one of a small one."""
+    """Return a mixture of a large and a small dataset with weights 3 to 1."""
     folder = tmp_path_factory.mktemp("mixed")
     for name, count in (("large", 300), ("small", 30)):
         (folder / name).mkdir()
@@ -55,11 +55,11 @@ def mixed(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
         make_shards(folder / name, tokenizer_folder, [corpus], dataset(validation_fraction=0.1))
     parts = {name: str(folder / name / "data.json") for name in ("large", "small")}
     job = tokenize_job(folder, tokenizer_folder, [], dataset(files=(), mixture={"large": 0.75, "small": 0.25}))
-    tokenize.run(job.model_copy(update={"parts": parts}))
+    tokenize_dataset.run(job.model_copy(update={"parts": parts}))
     return DataManifest.read(Path(job.out))
 
 
-def test_samples_come_in_proportion_and_small_datasets_begin_anew(mixed: DataManifest, tmp_path: Path):
+def test_samples_keep_the_proportions_and_small_datasets_are_repeated(mixed: DataManifest, tmp_path: Path):
     samples = Samples.open(mixed, "train", "pretrain", 64, 1, tmp_path)
     parts = [Samples.open(DataManifest(**p["manifest"]), "train", "pretrain", 64, 1, tmp_path) for p in mixed.mixture]
     rounds = 3 * len(parts[1])
@@ -71,9 +71,9 @@ def test_samples_come_in_proportion_and_small_datasets_begin_anew(mixed: DataMan
         assert samples[index].input_ids.tolist() == parts[index % 2][index // 2].input_ids.tolist()
 
 
-def test_validation_reads_all_parts(mixed: DataManifest, tmp_path: Path):
-    held_out = Samples.open(mixed, "validation", "pretrain", 64, 1, tmp_path)
-    assert len(held_out) >= 2 and held_out[0].input_ids.tolist() != held_out[1].input_ids.tolist()
+def test_validation_samples_come_from_all_datasets(mixed: DataManifest, tmp_path: Path):
+    validation = Samples.open(mixed, "validation", "pretrain", 64, 1, tmp_path)
+    assert len(validation) >= 2 and validation[0].input_ids.tolist() != validation[1].input_ids.tolist()
     assert mixed.splits["validation"]["documents"] == sum(
         part["manifest"]["splits"]["validation"]["documents"] for part in mixed.mixture
     )
