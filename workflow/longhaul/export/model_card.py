@@ -29,7 +29,7 @@ tags:
 
 {{ architecture }} with {{ "{:,}".format(parameters) }} parameters in {{ p.dtype }}, trained by longhaul
 {%- if base %} from {{ base }}{% else %} from random weights{% endif %}.
-{%- for note in p.first_weights %} {{ note }}{% endfor %}
+{%- for note in p.pretrained_changes %} {{ note }}{% endfor %}
 {%- if p.from %} The stage started from the `{{ p.from.checkpoint }}` checkpoint of stage `{{ p.from.stage }}`.{% endif %}
 
 ```python
@@ -71,7 +71,7 @@ def provenance(job: ExportSpec, source: VerifiedCheckpoint) -> dict[str, Any]:
         "dataset": spec.get("dataset"),
         "from": spec.get("from"),
         "model": spec.get("model"),
-        "first_weights": list(job.first_weights),
+        "pretrained_changes": list(job.pretrained_changes),
         "checkpoint_sha256": source.manifest_sha256,
         "config_hash": job.config_hash,
         "data_hash": source.checkpoint.data_hash,
