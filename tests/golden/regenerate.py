@@ -1,4 +1,4 @@
-"""Renders the stage of every <case>/run.yaml beside it: python tests/golden/regenerate.py (make generate)."""
+"""Render the stage of every <case>/run.yaml beside it: python -m tests.golden.regenerate (make generate)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 from longhaul.artifacts.files import write_text
-from longhaul.config.load import load_config
-from longhaul.jobs.launch_files import REPOSITORY, render_stage
-from longhaul.planning import make_plan
+from longhaul.artifacts.paths import JobId
+from longhaul.config.load_config import load_config
+from longhaul.jobs.launch_files import render_job
+from longhaul.planning import build_plan
+from tests.support.chain import REPOSITORY
 
 GOLDEN = Path(__file__).parent
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
@@ -16,10 +18,10 @@ SHOWN = ("launch.sh", "launch.json", "job.sbatch", "ds_config.json")
 
 
 def rendered(case: str) -> dict[str, str]:
-    """File name -> text of the case's stage, as if run below /scratch/my-run from a checkout in /opt/longhaul."""
-    plan = make_plan(load_config(GOLDEN / case / "run.yaml"))
-    files = render_stage(plan, "main", Path("/scratch/my-run")).files
-    # the interpreter first: it may lie below the checkout
+    """Return file name -> text of the case's stage, as if run in /scratch/my-run from a checkout in /opt/longhaul."""
+    plan = build_plan(load_config(GOLDEN / case / "run.yaml"))
+    files = render_job(plan, JobId("train", ("main",)), Path("/scratch/my-run")).files
+    # The interpreter first: it may be below the checkout.
     places = {sys.executable: "/opt/venv/bin/python", str(REPOSITORY): "/opt/longhaul"}
     texts = {name: files[name] for name in SHOWN if name in files}
     for place, written in places.items():

@@ -1,5 +1,5 @@
 #!/bin/bash
-# longhaul container: stage main
+# longhaul container: train-main
 # Rendered before submission and run inside the allocation, by Snakemake and by job.sbatch alike.
 # Change the config and render again instead of editing this file.
 set -euo pipefail
@@ -17,5 +17,5 @@ export PYTORCH_ALLOC_CONF='expandable_segments:True'
 export NCCL_IB_HCA='=mlx5_0:1,mlx5_1:1'
 export QUOTES='it'"'"'s "quoted" $(touch /tmp/pwned) `id`; #SBATCH --nodes=99'
 
-# Checks the allocation, starts the steps of launch.json, restarts them, queues the job again.
-exec /opt/venv/bin/python -m longhaul supervise /scratch/my-run/results/container/stages/main/launch.json
+# The supervisor checks the allocation, runs the steps of launch.json, restarts them, and requeues the job.
+exec /opt/venv/bin/python -m longhaul job supervise /scratch/my-run/results/container/stages/main/launch.json

@@ -1,5 +1,5 @@
 #!/bin/bash
-# longhaul guide: stage main
+# longhaul guide: train-main
 # Rendered before submission and run inside the allocation, by Snakemake and by job.sbatch alike.
 # Change the config and render again instead of editing this file.
 set -euo pipefail
@@ -15,5 +15,5 @@ export NCCL_SOCKET_IFNAME='ib0'
 export GLOO_SOCKET_IFNAME='ib0'
 export PATH=/sw/longhaul/venv/bin:"$PATH"
 
-# Checks the allocation, starts the steps of launch.json, restarts them, queues the job again.
-exec /opt/venv/bin/python -m longhaul supervise /scratch/my-run/results/guide/stages/main/launch.json
+# The supervisor checks the allocation, runs the steps of launch.json, restarts them, and requeues the job.
+exec /opt/venv/bin/python -m longhaul job supervise /scratch/my-run/results/guide/stages/main/launch.json

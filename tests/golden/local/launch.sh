@@ -1,5 +1,5 @@
 #!/bin/bash
-# longhaul local: stage main
+# longhaul local: train-main
 # Rendered before submission and run inside the allocation, by Snakemake and by job.sbatch alike.
 # Change the config and render again instead of editing this file.
 set -euo pipefail
@@ -12,5 +12,5 @@ export TOKENIZERS_PARALLELISM='false'
 export OMP_NUM_THREADS='1'
 export DS_ACCELERATOR='cpu'
 
-# Checks the allocation, starts the steps of launch.json, restarts them, queues the job again.
-exec /opt/venv/bin/python -m longhaul supervise /scratch/my-run/results/local/stages/main/launch.json
+# The supervisor checks the allocation, runs the steps of launch.json, restarts them, and requeues the job.
+exec /opt/venv/bin/python -m longhaul job supervise /scratch/my-run/results/local/stages/main/launch.json

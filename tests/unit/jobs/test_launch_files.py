@@ -1,4 +1,4 @@
-"""Rendered files: what they say, that DeepSpeed reads every key of them, and that no value escapes into a shell."""
+"""Launch files: their text, that DeepSpeed reads every key, and that no value is interpreted by a shell."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from typing import Any
 import pytest
 import yaml
 
+from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.schemas import Lock
 from longhaul.errors import UserError
-from longhaul.jobs.launch_files import REPOSITORY, render_job, render_run, render_stage
+from longhaul.jobs.launch_files import render_job, write_launch_files
 from longhaul.planning import Plan
 from longhaul.planning.deepspeed_config import deepspeed_sections
 from tests.golden.regenerate import CASES, GOLDEN, rendered
+from tests.support.chain import REPOSITORY
 from tests.support.small_configs import plan_of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_files_are_the_agreed_ones(case: str):
-    """After a wanted change: make generate, and read the difference."""
+def test_rendered_files_equal_the_golden_files(case: str):
+    """After an intended change: run make generate and read the difference."""
     texts = rendered(case)
     assert texts == {name: (GOLDEN / case / name).read_text() for name in texts}
 
 
-def test_a_guides_zero3_settings_come_out_key_for_key():
+def test_zero3_settings_of_a_common_guide_are_rendered_key_for_key():
     found = json.loads((GOLDEN / "guide" / "ds_config.json").read_text())
     assert found["train_micro_batch_size_per_gpu"] == 4 and found["gradient_accumulation_steps"] == 8
     assert found["optimizer"] == {
@@ -47,7 +49,7 @@ def test_a_guides_zero3_settings_come_out_key_for_key():
 
 
 class Recording(dict):
-    """A dictionary that notes which of its keys were asked for."""
+    """A dictionary that records which of its keys were read."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -66,7 +68,7 @@ class Recording(dict):
 
 
 def unread(config: dict[str, Any]) -> set[str]:
-    """Top-level keys that DeepSpeed's own config class does not look at. Nested unknown keys make it raise."""
+    """Return the top-level keys that DeepSpeed's config class does not read. It raises for unknown nested keys."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     recording = Recording(copy.deepcopy(config))
@@ -119,7 +121,7 @@ def test_deepspeed_reads_every_key(tmp_path: Path, changes: dict[str, Any]):
 
 
 def test_deepspeed_reduces_in_the_stated_precision(tmp_path: Path):
-    """What its config class makes of the key, and what compressed gradients leave of the overlap."""
+    """PowerSGD also switches overlap_comm off."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     for name, expected in {
@@ -134,7 +136,7 @@ def test_deepspeed_reduces_in_the_stated_precision(tmp_path: Path):
     assert deepspeed_sections(plan.stages[0], plan.site)["zero_optimization"]["overlap_comm"] is False
 
 
-def test_a_key_that_deepspeed_ignores_would_be_noticed(tmp_path: Path):
+def test_a_key_that_deepspeed_ignores_is_noticed(tmp_path: Path):
     plan = plan_of(tmp_path, EVERYTHING)
     sections = deepspeed_sections(plan.stages[0], plan.site)
     assert unread({**sections, "gradient_cliping": 1.0}) == {"gradient_cliping"}
@@ -143,7 +145,7 @@ def test_a_key_that_deepspeed_ignores_would_be_noticed(tmp_path: Path):
         unread(sections)
 
 
-def test_torchs_fused_adam_needs_no_compiler_and_offload_takes_deepspeeds(tmp_path: Path):
+def test_adam_is_torchs_fused_one_and_deepspeeds_with_offload(tmp_path: Path):
     def optimizer(changes: dict[str, Any], gpus: int = 8) -> dict[str, Any]:
         plan = plan_of(tmp_path, changes, {"node.gpus": gpus, "gpu_request": "gpus_per_node" if gpus else "none"})
         return deepspeed_sections(plan.stages[0], plan.site)["optimizer"]["params"]
@@ -167,9 +169,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_a_value_reaches_the_job_as_it_was_written(tmp_path: Path, value: str):
+def test_an_environment_value_reaches_the_job_unchanged(tmp_path: Path, value: str):
     plan = plan_of(tmp_path, None, {"environment": {"SHOWN": value}})
-    launch = render_stage(plan, "base", tmp_path).files["launch.sh"]
+    launch = render_job(plan, JobId("train", ("base",)), tmp_path).files["launch.sh"]
     exports = "\n".join(line for line in launch.splitlines() if line.startswith("export "))
     shown = subprocess.run(
         ["bash", "-c", exports + '\nprintf %s "$SHOWN"'], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -178,20 +180,24 @@ def test_a_value_reaches_the_job_as_it_was_written(tmp_path: Path, value: str):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_an_image_with_an_odd_name_is_one_word(tmp_path: Path):
+def test_an_image_path_with_special_characters_stays_one_word(tmp_path: Path):
     software = {"kind": "container", "path": "/images/$(touch pwned) a.sif"}
-    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.json"]
+    launch = render_job(plan_of(tmp_path, None, {"software": software}), JobId("train", ("base",)), tmp_path).files[
+        "launch.json"
+    ]
     for step in json.loads(launch)["steps"]:
-        assert step["command"][-6:-4] == ["/images/$(touch pwned) a.sif", "python3"]
+        assert step["command"][-8:-6] == ["/images/$(touch pwned) a.sif", "python3"]
 
 
 MODULE = 'module() { echo "$HARMLESS_BUT_UNSET" > /dev/null; export LOADED="${LOADED:-} $2"; }'
 
 
 def test_modules_may_use_unset_variables(tmp_path: Path):
-    """Lmod and Tcl modules do; after them the script is strict again."""
+    """Lmod and Tcl modules do so; afterwards the script fails again on unset variables."""
     software = {"kind": "modules", "modules": ["cuda/13.0", "python"]}
-    launch = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files["launch.sh"]
+    launch = render_job(plan_of(tmp_path, None, {"software": software}), JobId("train", ("base",)), tmp_path).files[
+        "launch.sh"
+    ]
     before_python = launch[: launch.index("exec ")]
     shown = subprocess.run(
         ["bash", "-c", f'{MODULE}\n{before_python}\necho "$LOADED $-"'], capture_output=True, text=True, check=False
@@ -201,12 +207,12 @@ def test_modules_may_use_unset_variables(tmp_path: Path):
     assert loaded == ["cuda/13.0", "python"] and "u" in flags
 
 
-def binds(plan: Plan, folder: Path, job: str) -> list[str]:
+def binds(plan: Plan, folder: Path, job: JobId) -> list[str]:
     step = json.loads(render_job(plan, job, folder).files["launch.json"])["steps"][0]["command"]
     return [step[i + 1] for i, word in enumerate(step) if word == "--bind"]
 
 
-def test_a_container_sees_the_data_and_where_links_lead(tmp_path: Path):
+def test_a_container_binds_data_folders_and_link_targets(tmp_path: Path):
     for name in ("data", "real", "tokenizer", "blobs", "run/own"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "real" / "a.jsonl").write_text('{"text": "a"}\n')
@@ -223,15 +229,15 @@ def test_a_container_sees_the_data_and_where_links_lead(tmp_path: Path):
     plan = plan_of(tmp_path, config, site, Lock({"chats": {"path": "x", "files": ["/hub/chats.jsonl"]}}))
     run = tmp_path / "run"
     always = ["/dev/shm", str(REPOSITORY), str(run), "/scratch/weights"]
-    assert binds(plan, run, "environment") == [*always, "/cvmfs", "/a:/b"]
-    assert binds(plan, run, "tokenize-prose") == [
+    assert binds(plan, run, JobId("environment")) == [*always, "/cvmfs", "/a:/b"]
+    assert binds(plan, run, JobId("tokenize", ("prose",))) == [
         *always,
         *(str(tmp_path / n) for n in ("data", "real")),
         "/cvmfs",
         "/a:/b",
     ]
-    assert binds(plan, run, "tokenize-chats") == [*always, "/hub", "/cvmfs", "/a:/b"]
-    assert binds(plan, run, "tokenizer") == [
+    assert binds(plan, run, JobId("tokenize", ("chats",))) == [*always, "/hub", "/cvmfs", "/a:/b"]
+    assert binds(plan, run, JobId("tokenizer")) == [
         *always,
         *(str(tmp_path / n) for n in ("tokenizer", "blobs")),
         "/cvmfs",
@@ -240,29 +246,33 @@ def test_a_container_sees_the_data_and_where_links_lead(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a:b", "a,b"])
-def test_a_folder_that_a_container_command_would_take_apart_is_refused(tmp_path: Path, name: str):
+def test_a_folder_with_a_bind_separator_is_refused(tmp_path: Path, name: str):
     software = {"kind": "container", "path": "/images/job.sif"}
     plan = plan_of(tmp_path, {"storage": {"weights": f"/scratch/{name}"}}, {"software": software})
     with pytest.raises(UserError, match="separates folders"):
-        render_stage(plan, "base", tmp_path / "run")
+        render_job(plan, JobId("train", ("base",)), tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])
-def test_a_working_folder_that_sbatch_would_read_differently_is_refused(tmp_path: Path, name: str):
+def test_a_working_folder_that_sbatch_would_misread_is_refused(tmp_path: Path, name: str):
     plan = plan_of(tmp_path / "config")
     with pytest.raises(UserError, match="working folder"):
-        render_stage(plan, "base", tmp_path / name)
+        render_job(plan, JobId("train", ("base",)), tmp_path / name)
 
 
-def test_headers_hold_only_options(tmp_path: Path):
+def test_sbatch_headers_contain_only_options(tmp_path: Path):
     folder = tmp_path / "with a blank"
-    sbatch = render_stage(plan_of(tmp_path), "base", folder).files["job.sbatch"]
+    plan = plan_of(tmp_path)
+    sbatch = render_job(plan, JobId("train", ("base",)), folder).files["job.sbatch"]
+    write_launch_files(plan, folder)
+    (log,) = re.findall(r'--output="(.*)"', sbatch)
+    assert Path(log).parent.is_dir(), "Slurm starts no job whose log has no folder"
     body = [line for line in sbatch.splitlines() if not line.startswith("#")]
     assert body == [f"exec bash '{folder}/results/small/stages/base/launch.sh'"]
     assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=\S.*)?", line) for line in sbatch.splitlines()[2:-1])
 
 
-def test_a_second_rendering_touches_nothing(tmp_path: Path):
+def test_rendering_twice_changes_no_file(tmp_path: Path):
     (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
     changes = {
         "datasets": {"prose": {"kind": "text", "files": ["prose.jsonl"]}},
@@ -270,18 +280,18 @@ def test_a_second_rendering_touches_nothing(tmp_path: Path):
                                   "sequence_length: 8, precision: fp32}")],
     }  # fmt: skip
     plan = plan_of(tmp_path, changes)
-    render_run(plan, tmp_path)
+    write_launch_files(plan, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/**/*") if path.is_file()}
     assert {"launch.sh", "job.sbatch", "ds_config.json", "job.json"} <= {path.name for path in before}
-    render_run(plan, tmp_path)
+    write_launch_files(plan, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_container_is_left_for_slurms_client(tmp_path: Path):
-    """scontrol and srun stand outside; what the container runs is Python alone."""
+def test_slurms_client_runs_outside_the_container(tmp_path: Path):
+    """The supervisor and srun run outside; only Python runs in the container."""
     software = {"kind": "container", "path": "/images/job.sif"}
-    files = render_stage(plan_of(tmp_path, None, {"software": software}), "base", tmp_path).files
-    assert "apptainer" not in files["launch.sh"], "the supervisor, which asks Slurm, stays outside"
+    files = render_job(plan_of(tmp_path, None, {"software": software}), JobId("train", ("base",)), tmp_path).files
+    assert "apptainer" not in files["launch.sh"], "the supervisor asks Slurm, so it runs outside"
     steps = json.loads(files["launch.json"])["steps"]
     assert len(steps) == 2
     for step in steps:

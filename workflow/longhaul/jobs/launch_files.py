@@ -37,8 +37,9 @@ class RenderedFiles:
 
 
 def write_launch_files(plan: Plan, workdir: Path) -> None:
-    """Write the files of every job that can be rendered now, and make the log folder, without which Slurm starts no job."""
-    (workdir / plan.paths.logs).mkdir(parents=True, exist_ok=True)
+    """Write the files of every job that can be rendered now, and make the log folders: Slurm starts no job without them."""
+    for log in (plan.paths.controller_log, *(plan.paths.log(job) for job in jobs_of(plan))):
+        (workdir / log).parent.mkdir(parents=True, exist_ok=True)
     if is_installed():
         _link_code(workdir / CODE_LINK)
     for folder, files in render_run(plan, workdir).items():
