@@ -211,7 +211,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a missing model": ({"model": {"pretrained": {"hub": {"id": "org/none"}}}}, "cannot fetch model org/none at main"),
     "no safetensors": (
         {"model": {"pretrained": {"hub": {"id": "org/pickle"}}}},
-        "holds no weights (*.safetensors",
+        "has no weights (*.safetensors",
     ),
     "a missing revision": ({"tokenizer": {"hub": {"id": "org/base", "revision": "v9"}}}, "model org/base at v9"),
     "a missing configuration": (
