@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 
-.PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-shapes clean
+.PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -93,8 +93,8 @@ bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's
 bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
 	$(BIN)/python -m bench.memory_plan
 
-bench-shapes: setup  ## DeepSeek-V3 split over 512 ranks on the meta device: what each rank holds, beside the plan
-	$(BIN)/python -m bench.shapes
+bench-rank-slices: setup  ## DeepSeek-V3 split over 512 ranks on the meta device: what each rank holds, beside the plan
+	$(BIN)/python -m bench.rank_slices
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples
 	$(BIN)/python -m bench.read

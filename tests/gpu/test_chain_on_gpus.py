@@ -26,7 +26,7 @@ from tests.support.chain import Chain
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-zero0": {"precision": "fp32", "zero": {"stage": 0}},
     "fp32-zero1": {"precision": "fp32", "zero": {"stage": 1}},
-    "fp32-full-checkpointing": {"precision": "fp32", "zero": {"stage": 1}, "activation_checkpointing": "full"},
+    "fp32-recomputed": {"precision": "fp32", "zero": {"stage": 1}, "activation_checkpointing": "full"},
     "bf16-zero1": {"precision": "bf16", "zero": {"stage": 1}},
     "bf16-zero2": {"precision": "bf16", "zero": {"stage": 2}},
     "bf16-zero3": {"precision": "bf16", "zero": {"stage": 3}},

@@ -38,8 +38,8 @@ EXACT: dict[str, dict[str, Any]] = {
     **AXES,
     **{f"zero3-{axis}": {**AXES[axis], "zero": {"stage": 3}} for axis in ("tensor", "expert")},
     "pipeline-offloaded": {**AXES["pipeline"], "zero": {"stage": 1, "offload_optimizer": "cpu"}},
-    "selective-checkpointing": {"activation_checkpointing": "selective"},
-    "checkpoints-offloaded": {"activation_checkpointing": "offload"},
+    "selective": {"activation_checkpointing": "selective"},
+    "inputs-offloaded": {"activation_checkpointing": "offload"},
 }
 ROUNDED: dict[str, dict[str, Any]] = {
     **{f"bf16-{axis}": {**AXES[axis], "precision": "bf16"} for axis in AXES},

@@ -45,7 +45,7 @@ class CaseResult:
     def line(self) -> str:
         """Return the case's line of the table."""
         numbers = f"loss {self.loss:8.1e}  grad norm {self.norm:8.1e}  logits {self.logits:8.1e}"
-        return f"{self.model:12} {self.layout:38} {numbers}  {self.verification:24} {self.problem or 'agrees'}"
+        return f"{self.model:12} {self.layout:48} {numbers}  {self.verification:24} {self.problem or 'agrees'}"
 
 
 def run_cases(cases: list[Case], folder: Path) -> list[CaseResult]:

@@ -2,7 +2,7 @@
 
 A model is sliced if tensor, pipeline or expert parallelism spreads its tensors over ranks (ZeRO 1 to 3). DeepSpeed's files
 contain only the names and shapes that the parameters have on each rank. The trainer writes slice_index.json beside them; it
-says which slice of which tensor each parameter is:
+states which slice of which tensor each parameter is:
 
 axes      {"tensor": t, "pipeline": p, "expert": e, "data": d}: d data-parallel ranks for each of the t x p model ranks
 tied      name -> the name of the parameter that it shares

@@ -270,7 +270,8 @@ def deepspeed_moe_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     from deepspeed.moe.layer import MoE
 
     members = {"num_local_experts": 0, "set_deepspeed_parallelism": lambda *_arguments, **_options: None}
-    return type(f"{kind.__name__}MoE", (kind, MoE), members)
+    bases: tuple[type, ...] = (kind, MoE)
+    return type(f"{kind.__name__}MoE", bases, members)
 
 
 def mark_as_autoep_expert(parameter: Any, group_name: str, expert_data_group: Any) -> None:

@@ -72,7 +72,7 @@ def _zero3_allocator(dims: ParallelDims, ds_config: dict[str, Any]) -> Allocate:
     dtype, partition = zero3_partitioner(ds_config, dims.group("data") if dims.parallel.tensor > 1 else None)
 
     def allocate(parameter: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
-        allocated = _allocate_whole(parameter.to(dtype), device)
+        allocated: Any = _allocate_whole(parameter.to(dtype), device)
         allocated.__dict__.update(parameter.__dict__)
         if group_name := getattr(allocated, "group_name", None):
             mark_as_autoep_expert(allocated, group_name, dims.group("expert_data"))
