@@ -1,4 +1,4 @@
-"""The rendered DeepSpeed config of offloaded states. Other sections are compared with golden files (tests/golden)."""
+"""Sections of the DeepSpeed config for ZeRO, offload and pipelines. Golden files (tests/golden) cover whole configs."""
 
 from __future__ import annotations
 
@@ -52,3 +52,18 @@ def test_keys_of_stage_3_are_passed_on_in_memory(tmp_path: Path):
 def test_keys_of_stage_3_are_left_out_at_stage_2(tmp_path: Path):
     section = zero_section(tmp_path, {"stage": 2, "allgather_bucket_size": 6, "stage3_max_reuse_distance": 5})
     assert section == {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "allgather_bucket_size": 6}
+
+
+def test_zero_0_has_no_other_zero_keys(tmp_path: Path):
+    assert zero_section(tmp_path, {"stage": 0}) == {"stage": 0}
+    assert zero_section(tmp_path, {"stage": 1, "overlap_comm": False}) == {
+        "stage": 1,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+
+
+def test_only_a_pipeline_has_a_pipeline_section_and_sends_whole_activations(tmp_path: Path):
+    for pipeline, expected in ((1, None), (2, {"pipe_partitioned": False, "grad_partitioned": False})):
+        plan = plan_of(tmp_path, {"stages.0.parallel": {"pipeline": pipeline}, "stages.0.gpus_per_node": 2})
+        assert deepspeed_sections(plan.stages[0], plan.site).get("pipeline") == expected

@@ -24,6 +24,7 @@ MODEL_STATES: dict[str, tuple[dict[str, Any], str, tuple[int, int, int, int, int
     "ZeRO 0 in fp32": ({"stage": 0}, "fp32", (4000, 4000, 8000, 0, 0)),
     "ZeRO 1 in fp32": ({"stage": 1}, "fp32", (4000, 4000, 3000, 0, 0)),
     "ZeRO 1 in bf16": ({"stage": 1}, "bf16", (2000, 2000, 3000, 0, 0)),
+    "ZeRO 1 in fp16": ({"stage": 1}, "fp16", (2000, 2000, 3000, 0, 0)),
     "ZeRO 2": ({"stage": 2}, "bf16", (2000, 500, 3000, 0, 0)),
     "ZeRO 3": ({"stage": 3}, "bf16", (500, 500, 3000, 0, 0)),
     "ZeRO 3 with hpZ": ({"stage": 3, "zero_hpz_partition_size": 2}, "bf16", (500 + 1000, 500, 3000, 0, 0)),
@@ -120,6 +121,10 @@ GATHERED: dict[str, tuple[dict[str, Any], int, int]] = {
 @pytest.mark.parametrize(("zero", "ranks", "expected"), GATHERED.values(), ids=GATHERED)
 def test_gathered_weights_equal_hand_computed_bytes(zero: dict[str, Any], ranks: int, expected: int):
     assert gathered_weight_bytes(tiny_stage(zero=Zero(**zero)), tiny_size(), ranks, 1352) == expected
+
+
+def test_deepspeeds_default_keeps_a_billion_elements():
+    assert gathered_weight_bytes(tiny_stage(zero=Zero(stage=3)), tiny_size(), 4, 2 * BILLION) == 2 * BILLION
 
 
 def test_gathered_layer_is_split_by_tensor_and_expert_parallelism():
