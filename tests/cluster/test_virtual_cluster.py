@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
-from tests.support.virtual_cluster import ClusterError, VirtualCluster
+from tests.support.virtual_cluster import VirtualCluster
+from tests.support.virtual_hosts import ClusterError
 from tests.support.wait import wait_for
 
 

@@ -38,7 +38,7 @@ from tests.faults.faulted_run import FaultedRun, faulted_config
 from tests.support.chain import Chain
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
-from tests.support.virtual_cluster import ClusterError
+from tests.support.virtual_hosts import ClusterError
 
 MINUTES, MTBF_S, SEED = (
     float(os.environ.get(name, default)) for name, default in (("MINUTES", 5), ("MTBF_S", 45), ("SEED", 1))

@@ -13,10 +13,10 @@ from tests.support.slurm_conf import CONTROLLER, ClusterSize
 from tests.support.virtual_cluster import (
     ACCOUNTING_PACKAGES,
     PACKAGES,
-    ClusterError,
     VirtualCluster,
     missing_programs,
 )
+from tests.support.virtual_hosts import ClusterError
 
 FOLDER = Path(__file__).resolve().parents[2] / ".cluster"
 

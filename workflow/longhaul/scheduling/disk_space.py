@@ -18,7 +18,7 @@ RECORDS_BYTES = 1 << 20
 
 
 def require_free_space(folder: Path) -> None:
-    """Check by writing that `folder` has room for RECORDS_BYTES.
+    """Check by writing that `folder` has RECORDS_BYTES of free space.
 
     The free space that a file system reports does not include quotas.
 

@@ -1,0 +1,174 @@
+"""Hosts of the test cluster: processes in their own namespaces on this machine.
+
+A host is a process that is PID 1 of its own PID namespace. It has its own network (an address and a link that can be
+unplugged), host name and mounts. Killing the process powers the host off. All hosts share the file system, as at a computing
+centre. The bridge and its links are in the controller's network namespace: nothing of them is left on the machine, and two
+clusters cannot reach each other.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from tests.support.slurm_conf import CONTROLLER
+
+T = TypeVar("T")
+_NETWORK = "10.77.0"
+SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+class ClusterError(RuntimeError):
+    """A command of the test cluster failed."""
+
+
+class VirtualHosts:
+    """The hosts of one cluster. Another process may open the same folder and use them."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: for the PIDs and logs of the hosts."""
+        self.folder = folder.absolute()
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._dies_with_caller = False
+        self._etc, self._run, self._log = (self.folder / name for name in ("etc", "run", "log"))
+
+    def command(self, words: Sequence[str], host: str = CONTROLLER, cwd: Path | None = None) -> list[str]:
+        """Return the command that runs `words` on a host. The controller is the login node."""
+        init = self.init_process(host)
+        if init is None:
+            raise ClusterError(f"host {host} is off")
+        where = f"--wd={cwd or Path.cwd()}"
+        return ["nsenter", f"--target={init.pid}", "--net", "--uts", "--mount", "--pid", where, "--", *words]
+
+    def run(
+        self, *words: str, host: str = CONTROLLER, timeout_s: float = 60, check: bool = True, cwd: Path | None = None
+    ) -> str:
+        """Run a command on a host and return its standard output.
+
+        Raises:
+            ClusterError: it failed; the message has its output.
+        """
+        done = subprocess.run(
+            self.command(words, host, cwd),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+        )
+        if check and done.returncode:
+            raise ClusterError(f"{shlex.join(words)} on {host}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """Return this process' environment with the folders of Slurm's daemons on the PATH, without settings of Slurm."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        return {**kept, "PATH": SYSTEM_PATH}
+
+    def is_on(self, name: str) -> bool:
+        return self.init_process(name) is not None
+
+    def node_names_on_disk(self) -> list[str]:
+        return sorted(path.stem for path in self._run.glob("n*.init"))
+
+    def power_off(self, name: str) -> None:
+        """Kill every process of a host at once, like a power failure."""
+        if init := self.init_process(name):
+            os.kill(init.pid, signal.SIGKILL)
+            psutil.wait_procs([init], timeout=5)
+        if outer := self._started.pop(name, None):
+            outer.wait(timeout=5)
+        (self._run / f"{name}.init").unlink(missing_ok=True)
+
+    def unplug(self, name: str) -> None:
+        """Take a node's link down. Its processes keep running."""
+        self.on_bridge("link", "set", f"v-{name}", "down")
+
+    def plug(self, name: str) -> None:
+        """Take a node's link up again."""
+        self.on_bridge("link", "set", f"v-{name}", "up")
+
+    def start_host(self, name: str) -> None:
+        mounts = [f"mount --bind {shlex.quote(str(self._etc / 'hosts'))} /etc/hosts"]
+        # Jobs do not inherit SLURM_CONF, so the default path must hold this cluster's files.
+        mounts.append(f"mount --bind {shlex.quote(str(self._etc))} /etc/slurm")
+        # Shared memory is named after PIDs, which are unique only per host.
+        mounts.append("mount -t tmpfs tmpfs /dev/shm")
+        script = (
+            f"hostname {name} && {' && '.join(mounts)} && ip link set lo up && trap '' INT HUP && exec sleep infinity"
+        )
+        words = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        words += ["--propagation=private", "sh", "-c", script]
+        if self._dies_with_caller:
+            words = ["setpriv", "--pdeathsig=KILL", *words]
+        with (self._log / f"{name}.host.log").open("ab") as log:
+            outer = self._started[name] = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=self.environment()
+            )
+        init = self.wait(10, f"host {name}", lambda: _sleeping_child(outer.pid))
+        (self._run / f"{name}.init").write_text(f"{init.pid} {init.create_time()}")
+
+    def init_process(self, name: str) -> psutil.Process | None:
+        """Return the host's PID 1; None if the host is off, even if another process has that PID since."""
+        try:
+            pid, created = (self._run / f"{name}.init").read_text().split()
+            process = psutil.Process(int(pid))
+            alive = process.create_time() == float(created) and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, psutil.NoSuchProcess):
+            return None
+        return process if alive else None
+
+    def connect(self, name: str) -> None:
+        init = self.init_process(name)
+        assert init is not None
+        self.on_bridge("link", "delete", f"v-{name}", check=False)
+        self.on_bridge("link", "add", f"v-{name}", "type", "veth", "peer", "name", "eth0", "netns", str(init.pid))
+        self.on_bridge("link", "set", f"v-{name}", "master", "br0", "up")
+        self.run("ip", "addr", "add", f"{self.address(name)}/24", "dev", "eth0", host=name)
+        self.run("ip", "link", "set", "eth0", "up", host=name)
+
+    def on_bridge(self, *words: str, check: bool = True) -> None:
+        """Run `ip` in the controller's network namespace and this machine's PID namespace, because `netns` takes its PIDs."""
+        init = self.init_process(CONTROLLER)
+        if init is None:
+            raise ClusterError("the cluster is down")
+        command = ["nsenter", f"--target={init.pid}", "--net", "--", "ip", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment())
+        if check and done.returncode:
+            raise ClusterError(f"ip {shlex.join(words)}: {done.stderr}")
+
+    def address(self, name: str) -> str:
+        return f"{_NETWORK}.1" if name == CONTROLLER else f"{_NETWORK}.{10 + int(name[1:])}"
+
+    def wait(self, seconds: float, what: str, ready: Callable[[], T]) -> T:
+        """Return the first true value of `ready()`.
+
+        Raises:
+            ClusterError: there is none within `seconds`; the message has the ends of the daemons' logs.
+        """
+        deadline = time.monotonic() + seconds
+        while not (value := ready()):
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"{path.name}: {path.read_text()[-600:]}" for path in sorted(self._log.glob("*")))
+                raise ClusterError(f"not within {seconds:g} s: {what}\n{logs}")
+            time.sleep(0.05)
+        return value
+
+
+def _sleeping_child(pid: int) -> psutil.Process | None:
+    """Return the child of `unshare` once its shell has mounted everything and become `sleep`."""
+    try:
+        children = psutil.Process(pid).children()
+        return next((child for child in children if child.name() == "sleep"), None)
+    except psutil.NoSuchProcess:
+        raise ClusterError("the host's namespaces could not be created: is this root, with CAP_SYS_ADMIN?") from None
