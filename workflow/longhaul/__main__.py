@@ -1,11 +1,11 @@
 """python -m longhaul: how launch scripts start every job, so that the mounted checkout is what runs."""
 
 from longhaul.cli import main
-from longhaul.runtime.rank import leave
+from longhaul.runtime.rank import exit_without_cleanup
 
 try:
     main()
     code = 0
 except SystemExit as stop:
     code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-leave(code)
+exit_without_cleanup(code)
