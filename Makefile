@@ -40,7 +40,6 @@ check: setup  ## linters, types, import layers, rule files, shell scripts, gener
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/Snakefile workflow/rules
-	$(BIN)/snakemake --lint
 	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
 	$(BIN)/python -m longhaul.config.generate_reference --check
 	$(BIN)/python envs/generate.py --check
