@@ -15,7 +15,7 @@ from longhaul.errors import UserError
 
 
 @dataclass(frozen=True)
-class FileRange:
+class ElementRange:
     """`numel` consecutive elements of `dtype`, which start at byte `offset_bytes` of the file `path`."""
 
     path: Path
@@ -23,9 +23,9 @@ class FileRange:
     numel: int
     dtype: torch.dtype
 
-    def part(self, start: int, stop: int) -> FileRange:
-        """Return the file range of elements [start, stop) of this one."""
-        return FileRange(self.path, self.offset_bytes + start * self.dtype.itemsize, stop - start, self.dtype)
+    def part(self, start: int, stop: int) -> ElementRange:
+        """Return the range of elements [start, stop) of this one."""
+        return ElementRange(self.path, self.offset_bytes + start * self.dtype.itemsize, stop - start, self.dtype)
 
     def read(self) -> torch.Tensor:
         """Read the elements in their stored dtype, as a 1-D tensor."""
@@ -38,13 +38,13 @@ class LazyTensor:
 
     shape:   of the whole tensor
     dtype:   of the tensors that `read` returns: float32, or the stored dtype of a buffer of integers or booleans
-    pieces:  the file ranges that hold the elements, in order
+    pieces:  the element ranges that hold the elements, in order
     aliases: further names of the same parameter (tied weights)
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[FileRange, ...]
+    pieces: tuple[ElementRange, ...]
     aliases: tuple[str, ...] = ()
 
     @property
@@ -70,8 +70,8 @@ class LazyTensor:
         return values
 
 
-def select_elements(pieces: Iterable[FileRange], start: int, stop: int) -> tuple[FileRange, ...]:
-    """Return the file ranges of elements [start, stop) of the concatenation of `pieces`."""
+def select_elements(pieces: Iterable[ElementRange], start: int, stop: int) -> tuple[ElementRange, ...]:
+    """Return the ranges of elements [start, stop) of the concatenation of `pieces`."""
     selected, first = [], 0
     for piece in pieces:
         begin, end = max(start - first, 0), min(stop - first, piece.numel)
@@ -81,12 +81,12 @@ def select_elements(pieces: Iterable[FileRange], start: int, stop: int) -> tuple
     return tuple(selected)
 
 
-def file_range_of(stored: StoredTensor) -> FileRange:
-    """Return the file range of all elements of a stored tensor."""
-    return FileRange(stored.path, stored.offset_bytes, stored.numel, stored.dtype)
+def element_range_of(stored: StoredTensor) -> ElementRange:
+    """Return the range of all elements of a stored tensor."""
+    return ElementRange(stored.path, stored.offset_bytes, stored.numel, stored.dtype)
 
 
-def lazy_tensor(shape: Sequence[int], pieces: tuple[FileRange, ...]) -> LazyTensor:
+def lazy_tensor(shape: Sequence[int], pieces: tuple[ElementRange, ...]) -> LazyTensor:
     """Return a LazyTensor of `shape`; it is read as float32 unless it holds integers or booleans."""
     is_floating = all(piece.dtype.is_floating_point for piece in pieces)
     return LazyTensor(tuple(shape), torch.float32 if is_floating else pieces[0].dtype, pieces)
@@ -94,7 +94,7 @@ def lazy_tensor(shape: Sequence[int], pieces: tuple[FileRange, ...]) -> LazyTens
 
 def lazy_stored_tensor(stored: StoredTensor) -> LazyTensor:
     """Return a LazyTensor of a tensor that lies in one file."""
-    return lazy_tensor(stored.shape, (file_range_of(stored),))
+    return lazy_tensor(stored.shape, (element_range_of(stored),))
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -103,7 +103,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _read_into(piece: FileRange, target: torch.Tensor) -> torch.Tensor:
+def _read_into(piece: ElementRange, target: torch.Tensor) -> torch.Tensor:
     view = memoryview(target.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     filled_bytes = 0
     descriptor = os.open(piece.path, os.O_RDONLY)

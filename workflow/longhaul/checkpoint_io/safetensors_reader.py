@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longhaul.checkpoint_io.lazy_tensors import FileRange, LazyTensor, lazy_tensor
+from longhaul.checkpoint_io.lazy_tensors import ElementRange, LazyTensor, lazy_tensor
 from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
 
@@ -44,7 +44,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> LazyTen
         )
     dtype = DTYPE_NAMES[entry["dtype"]]
     begin, end = entry["data_offsets"]
-    tensor = lazy_tensor(entry["shape"], (FileRange(path, start + begin, (end - begin) // dtype.itemsize, dtype),))
+    tensor = lazy_tensor(entry["shape"], (ElementRange(path, start + begin, (end - begin) // dtype.itemsize, dtype),))
     if tensor.numel * dtype.itemsize != end - begin or start + end > path.stat().st_size:
         raise UserError(f"{path}: {name} does not have the {tensor.numel} elements of its shape", _HINT)
     return tensor

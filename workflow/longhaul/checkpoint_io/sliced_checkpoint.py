@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from longhaul.artifacts.files import read_json
-from longhaul.checkpoint_io.lazy_tensors import LazyTensor, file_range_of
+from longhaul.checkpoint_io.lazy_tensors import LazyTensor, element_range_of
 from longhaul.checkpoint_io.optimizer_file import (
     MASTER,
     flat_partition,
@@ -172,7 +172,7 @@ def _group_tensors(
                     f"{folder}: {next(iter(shapes))} was saved by {saved_by} ranks, but {len(optimizers)} have a file",
                     _HINT,
                 )
-        partitions = [file_range_of(flat_partition(optimizer, group, key)) for optimizer in optimizers]
+        partitions = [element_range_of(flat_partition(optimizer, group, key)) for optimizer in optimizers]
         if is_zero3(optimizers[0]):
             tensors |= tensors_of_partitioned_group(shapes, partitions, folder)
             continue

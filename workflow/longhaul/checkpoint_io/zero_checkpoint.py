@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longhaul.checkpoint_io.lazy_tensors import LazyTensor, file_range_of, lazy_stored_tensor
+from longhaul.checkpoint_io.lazy_tensors import LazyTensor, element_range_of, lazy_stored_tensor
 from longhaul.checkpoint_io.optimizer_file import MASTER, flat_partition, is_zero3, optimizer_steps
 from longhaul.checkpoint_io.torch_archive import StoredTensor, read_archive
 from longhaul.checkpoint_io.zero_partitions import (
@@ -124,7 +124,7 @@ class ZeroCheckpoint:
         tensors: dict[str, LazyTensor] = {}
         paddings = self.optimizers[0].get("param_alignment_paddings")
         for group, shapes in enumerate(self.model["param_shapes"]):
-            partitions = [file_range_of(flat_partition(state, group, key)) for state in self.optimizers]
+            partitions = [element_range_of(flat_partition(state, group, key)) for state in self.optimizers]
             tensors |= tensors_of_flat_group(
                 shapes, paddings[group] if paddings else [0] * len(shapes), partitions, self.folder
             )
@@ -133,7 +133,7 @@ class ZeroCheckpoint:
     def _zero3_group_tensors(self, key: str) -> dict[str, LazyTensor]:
         tensors: dict[str, LazyTensor] = {}
         for group, shapes in enumerate(self.model["param_shapes"]):
-            partitions = [file_range_of(flat_partition(state, group, key)) for state in self.optimizers]
+            partitions = [element_range_of(flat_partition(state, group, key)) for state in self.optimizers]
             tensors |= tensors_of_partitioned_group(shapes, partitions, self.folder)
         return tensors
 
@@ -146,7 +146,7 @@ class ZeroCheckpoint:
         ]
         fragments = [read_archive(path)["frozen_param_fragments"] for path in files]
         return {
-            name: partitioned_tensor(shape, [file_range_of(fragment[name]) for fragment in fragments], 0)
+            name: partitioned_tensor(shape, [element_range_of(fragment[name]) for fragment in fragments], 0)
             for name, shape in shapes.items()
         }
 

@@ -9,12 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from longhaul.checkpoint_io.lazy_tensors import FileRange, LazyTensor, lazy_tensor, select_elements
+from longhaul.checkpoint_io.lazy_tensors import ElementRange, LazyTensor, lazy_tensor, select_elements
 from longhaul.errors import UserError
 
 
 def tensors_of_flat_group(
-    shapes: dict[str, Any], paddings: list[int], partitions: list[FileRange], folder: Path
+    shapes: dict[str, Any], paddings: list[int], partitions: list[ElementRange], folder: Path
 ) -> dict[str, LazyTensor]:
     """Return the parameters of a ZeRO 1 or 2 group: one flat vector, partitioned over the ranks.
 
@@ -35,7 +35,7 @@ def tensors_of_flat_group(
 
 
 def tensors_of_partitioned_group(
-    shapes: dict[str, Any], partitions: list[FileRange], folder: Path
+    shapes: dict[str, Any], partitions: list[ElementRange], folder: Path
 ) -> dict[str, LazyTensor]:
     """Return the parameters of a ZeRO 3 group: the vector of each rank holds its partition of each parameter in turn."""
     tensors, offset = {}, 0
@@ -47,7 +47,7 @@ def tensors_of_partitioned_group(
     return tensors
 
 
-def partitioned_tensor(shape: tuple[int, ...], partitions: list[FileRange], offset: int) -> LazyTensor:
+def partitioned_tensor(shape: tuple[int, ...], partitions: list[ElementRange], offset: int) -> LazyTensor:
     """Return one ZeRO 3 parameter, whose partition starts at `offset` of each rank's vector.
 
     Each rank has ceil(numel / ranks) elements; those of the last ranks end in padding.
