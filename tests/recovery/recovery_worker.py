@@ -1,12 +1,12 @@
-"""One of several ranks that train the legs of a list one after the other: python survival_worker.py LEGS.JSON.
+"""One of several ranks that train the stages of a list one after another: python recovery_worker.py ATTEMPTS.JSON.
 
-A leg is {"folder", "shared", "run", …} and what befalls it:
-left_s       the allocation ends after so many seconds
-stop_after   the process ends before the step after this many, as if it were killed; what lies in its swap folder is noted
-save_again   what was loaded is saved at once, with its proof
-goes_on_from the folder of an earlier leg, whose checkpoints it takes over
-begin        the source of its first weights, as in parity_cell.prepare
-poison       {batch number: factor}: the loss of this global batch is multiplied by the factor, on one rank alone
+An attempt is {"folder", "shared", "run", …} with any of these keys:
+deadline_in_s         the allocation ends after so many seconds
+kill_at_step          the attempt ends before the step after this many, as if it were killed; first it lists its swapped files
+save_after_load       what was loaded is saved at once, with reference values
+copy_checkpoints_from the folder of an earlier stage; the attempt starts with a copy of its checkpoints
+start                 the source of the initial weights, as in prepare_case
+poison                {batch number: factor}: the loss of this global batch is multiplied by the factor, on the last rank alone
 """
 
 from __future__ import annotations
@@ -23,55 +23,59 @@ from longhaul.artifacts.job_state import Deadline
 from longhaul.errors import UserError
 from longhaul.train import loop
 from longhaul.train.distributed_context import DistributedContext
-from tests.parity.parity_worker import load_ops, reset_deepspeed, swap_twins
-from tests.parity.run_parity_case import prepare
+from longhaul.train.trainer import Trainer
+from tests.parity.prepare_case import prepare_case
 from tests.support.injected_faults import poison_batches
+from tests.support.reused_ranks import load_offload_ops, reset_deepspeed, swap_small_tensors
 
 
 class Killed(BaseException):
-    """The leg ends here."""
+    """Ends the attempt as a kill would."""
 
 
 def before_fork() -> None:
-    load_ops(stage for leg in json.loads(Path(sys.argv[1]).read_text()) for stage in leg["run"]["stages"])
+    attempts = json.loads(Path(sys.argv[1]).read_text())
+    load_offload_ops(stage for attempt in attempts for stage in attempt["run"]["stages"])
 
 
-def befall(leg: dict[str, Any]) -> None:
-    """Wraps the trainer's step and the loss in what the leg says."""
+def inject_faults(attempt: dict[str, Any]) -> None:
+    """Wrap the trainer's step and the loss in the attempt's faults."""
 
-    def before_step(trainer: loop.Trainer) -> None:
-        if leg.pop("save_again", False):
-            save_with_proof(trainer)
-        if trainer.state.step == leg.get("stop_after"):
-            note_swapped(Path(leg["folder"]), trainer.processes)
+    def before_step(trainer: Trainer) -> None:
+        if attempt.pop("save_after_load", False):
+            save_with_reference_values(trainer)
+        if trainer.state.step == attempt.get("kill_at_step"):
+            list_swapped_files(Path(attempt["folder"]), trainer.context)
             raise Killed
 
-    poison_batches({int(batch): factor for batch, factor in leg.get("poison", {}).items()}, before_step)
+    poison_batches({int(batch): factor for batch, factor in attempt.get("poison", {}).items()}, before_step)
 
 
-def save_with_proof(trainer: loop.Trainer) -> None:
-    usual = trainer.checkpoints.is_exportable
-    trainer.checkpoints.is_exportable = lambda *_: True
+def save_with_reference_values(trainer: Trainer) -> None:
+    usual = trainer.checkpoints.needs_reference_values
+    trainer.checkpoints.needs_reference_values = lambda step, validation_loss: True
     trainer.save()
-    trainer.checkpoints.is_exportable = usual
+    trainer.checkpoints.needs_reference_values = usual
 
 
-def note_swapped(folder: Path, processes: DistributedContext) -> None:
-    """swapped-<rank>.json: name -> bytes of the files in this rank's swap folder, where it has one."""
-    if processes.swap:
-        sizes = {path.name: path.stat().st_size for path in processes.swap.rglob("*.swp")}
-        (folder / f"swapped-{processes.rank.rank}.json").write_text(json.dumps(sizes))
+def list_swapped_files(folder: Path, context: DistributedContext) -> None:
+    """Write swapped-<rank>.json: name -> bytes of the files in this rank's swap folder, where it has one."""
+    if context.swap:
+        sizes = {path.name: path.stat().st_size for path in context.swap.rglob("*.swp")}
+        (folder / f"swapped-{context.rank.rank}.json").write_text(json.dumps(sizes))
 
 
-def train(leg: dict[str, Any]) -> str:
-    """How the leg ended."""
-    job, _ = prepare(Path(leg["folder"]), Path(leg["shared"]), leg["run"], leg.get("begin", ""))
-    befall(leg)
-    if "goes_on_from" in leg and os.environ["RANK"] == "0":  # the others look for them when all have met
+def train(attempt: dict[str, Any]) -> str:
+    """Run the attempt and return how it ended."""
+    folder = Path(attempt["folder"])
+    job, _ = prepare_case(folder, Path(attempt["shared"]), attempt["run"], attempt.get("start", ""))
+    inject_faults(attempt)
+    # Rank 0 alone: the other ranks look for these files only after all ranks have met.
+    if "copy_checkpoints_from" in attempt and os.environ["RANK"] == "0":
         weights = Path("stages/main/weights")
-        shutil.copytree(Path(leg["goes_on_from"]) / weights, Path(leg["folder"]) / weights)
-    if "left_s" in leg and os.environ["RANK"] == "0":
-        Deadline(time.time() + leg["left_s"], False).write(Path(job.folder) / "deadline.json")
+        shutil.copytree(Path(attempt["copy_checkpoints_from"]) / weights, folder / weights)
+    if "deadline_in_s" in attempt and os.environ["RANK"] == "0":
+        Deadline(time.time() + attempt["deadline_in_s"], False).write(Path(job.folder) / "deadline.json")
     try:
         loop.run(job)
     except Killed:
@@ -82,18 +86,18 @@ def train(leg: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    swap_twins()
+    swap_small_tensors()
     first_port = int(os.environ["RECOVERY_PORT"])
-    for index, leg in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    for index, attempt in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["MASTER_PORT"] = str(first_port + index)
-        ended = train(leg)
+        ended = train(attempt)
         reset_deepspeed()
         if os.environ["RANK"] == "0":
-            left = sorted(path.name for path in Path(leg["folder"]).glob("stages/main/weights/*/checkpoints/*"))
-            print("LEG " + json.dumps({"ended": ended, "checkpoints": left}), flush=True)
-    assert "torch._inductor.compile_fx" not in sys.modules, "nothing is compiled; a second of every rank's start"
+            found = sorted(path.name for path in Path(attempt["folder"]).glob("stages/main/weights/*/checkpoints/*"))
+            print("ATTEMPT " + json.dumps({"ended": ended, "checkpoints": found}), flush=True)
+    assert "torch._inductor.compile_fx" not in sys.modules, "the compiler is not used; its import costs a rank a second"
     sys.stdout.flush()
-    os._exit(0)  # the interpreter's teardown is slow after DeepSpeed
+    os._exit(0)  # after DeepSpeed the interpreter's teardown is slow
 
 
 if __name__ == "__main__":

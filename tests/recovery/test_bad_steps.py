@@ -1,4 +1,4 @@
-"""Bad steps: skipped, rolled back or the end, on real ranks, one of which computes a NaN; and the same list without one."""
+"""Bad steps are skipped, rolled back, or end the stage; on two ranks, of which one computes a NaN or a spike."""
 
 from __future__ import annotations
 
@@ -8,96 +8,114 @@ from typing import Any
 
 import pytest
 
-from tests.parity.parity_table import make_data
-from tests.recovery.trained_stages import STEPS, Leg, train
+from tests.parity.shared_data import write_shared_data
+from tests.recovery.trained_stages import STEPS, TrainedStage, train
 
 NAN = float("nan")
+POISONED_BATCH = 10
+"""Of "spike" and "no spike"; every earlier batch is one step, so it is trained in step 11."""
 
 
-def leg(folder: Path, policy: str, poison: dict[int, float], zero: int = 1, **bad_steps: Any) -> Leg:
-    stage = {"bad_steps": {"policy": policy, **bad_steps}, "export": "last"}
-    return Leg(folder, 2, zero, stage, {"poison": {str(batch): factor for batch, factor in poison.items()}})
+def stage(folder: Path, policy: str, poison: dict[int, float], zero: int = 1, **bad_steps: Any) -> TrainedStage:
+    keys = {"bad_steps": {"policy": policy, **bad_steps}, "export": "last"}
+    return TrainedStage(folder, 2, zero, keys, {"poison": {str(batch): factor for batch, factor in poison.items()}})
 
 
 @pytest.fixture(scope="module")
-def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Leg]:
-    folder = tmp_path_factory.mktemp("guard")
-    shared = make_data(folder / "shared")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
+    folder = tmp_path_factory.mktemp("bad_steps")
+    shared = write_shared_data(folder / "shared")
+    always_nan = dict.fromkeys(range(4, 30), NAN)
     found = {
-        "stop": leg(folder / "stop", "stop", {4: NAN}),
-        "skip": leg(folder / "skip", "skip", {4: NAN, 6: NAN, 7: NAN}),
-        "skip, ZeRO 3": leg(folder / "skip3", "skip", {4: NAN, 6: NAN, 7: NAN}, zero=3),
-        "too many": leg(folder / "many", "skip", {4: NAN, 5: NAN, 6: NAN}, limit=2),
-        "roll back": leg(folder / "back", "roll_back", {4: NAN}),
-        "roll back to 0": leg(folder / "back0", "roll_back", {1: NAN}, window_batches=1),
-        "spike": leg(folder / "spike", "roll_back", {10: 3.0}, spike_factor=1.5, window_batches=2),
-        "no spike": leg(folder / "calm", "roll_back", {10: 1.2}, spike_factor=1.5),
-        "in vain": leg(folder / "vain", "roll_back", dict.fromkeys(range(4, 30), NAN), limit=2, window_batches=1),
+        "undisturbed": stage(folder / "undisturbed", "stop", {}),
+        "stop": stage(folder / "stop", "stop", {4: NAN}),
+        "skip": stage(folder / "skip", "skip", {4: NAN, 6: NAN, 7: NAN}),
+        "skip, ZeRO 3": stage(folder / "skip-zero3", "skip", {4: NAN, 6: NAN, 7: NAN}, zero=3),
+        "skip beyond the limit": stage(folder / "skip-limit", "skip", {4: NAN, 5: NAN, 6: NAN}, limit=2),
+        "roll back": stage(folder / "back", "roll_back", {4: NAN}),
+        "roll back to 0": stage(folder / "back-to-0", "roll_back", {1: NAN}, window_batches=1),
+        "roll back beyond the limit": stage(folder / "back-limit", "roll_back", always_nan, limit=2, window_batches=1),
+        "spike": stage(folder / "spike", "roll_back", {POISONED_BATCH: 3.0}, spike_factor=1.5, window_batches=2),
+        "no spike": stage(folder / "no-spike", "roll_back", {POISONED_BATCH: 1.2}, spike_factor=1.5),
     }
     for name, skipped in (("skip", [4, 6, 7]), ("roll back", [3, 4]), ("roll back to 0", [1]), ("spike", [9, 10])):
-        calm = leg(folder / f"calm {name}", "stop", {})
-        calm.stage["skip_batches"] = skipped
-        found[f"{name}, told before"] = calm
-    found["skip, pipeline"] = leg(folder / "pipeline", "skip", {4: NAN, 6: NAN, 7: NAN})
+        without_faults = stage(folder / f"{name}-configured", "stop", {})
+        without_faults.stage["skip_batches"] = skipped
+        found[f"{name}, configured"] = without_faults
+    found["skip, pipeline"] = stage(folder / "pipeline", "skip", {4: NAN, 6: NAN, 7: NAN})
     found["skip, pipeline"].stage["parallel"] = {"pipeline": 2}
-    late = leg(folder / "stop", "stop", {})
-    late.stage["skip_batches"] = [1]
-    mended = leg(folder / "stop", "stop", {4: NAN})
-    mended.stage["skip_batches"] = [4]
-    train(shared, *found.values(), late, mended)
-    return found | {"too late": late, "mended": mended}
+    too_late = stage(folder / "stop", "stop", {})
+    too_late.stage["skip_batches"] = [1]
+    continued = stage(folder / "stop", "stop", {4: NAN})
+    continued.stage["skip_batches"] = [4]
+    train(shared, *found.values(), too_late, continued)
+    return found | {"too late": too_late, "continued": continued}
 
 
 @pytest.mark.parametrize("name", ["skip", "roll back", "roll back to 0", "spike"])
-def test_the_weights_are_those_of_a_calm_run_that_was_told_before(legs: dict[str, Leg], name: str):
-    met, told = legs[name], legs[f"{name}, told before"]
-    assert met.ended == told.ended == "finished"
-    assert met.sample_ids() == told.sample_ids()
-    assert met.losses() == told.losses()
-    assert met.masters() == told.masters()
-    assert [row["step"] for row in met.rows()] == list(range(1, STEPS + 1))
+def test_the_weights_are_those_of_a_run_with_these_skip_batches(stages: dict[str, TrainedStage], name: str):
+    found, expected = stages[name], stages[f"{name}, configured"]
+    assert found.ended == expected.ended == "finished"
+    assert found.sample_ids() == expected.sample_ids()
+    assert found.losses() == expected.losses()
+    assert found.master_hashes() == expected.master_hashes()
+    assert [row["step"] for row in found.rows()] == list(range(1, STEPS + 1))
 
 
-def test_a_poisoned_batch_would_have_changed_the_weights(legs: dict[str, Leg]):
-    assert legs["skip"].masters() != legs["spike"].masters() != legs["no spike"].masters()
+def test_a_poisoned_batch_that_is_not_skipped_changes_the_weights(stages: dict[str, TrainedStage]):
+    """Otherwise equal weights would not show that the bad steps were kept out. The same batches are trained in both runs."""
+    poisoned, undisturbed = stages["no spike"], stages["undisturbed"]
+    assert poisoned.ended == undisturbed.ended == "finished"
+    assert poisoned.sample_ids() == undisturbed.sample_ids()
+    assert poisoned.losses()[:POISONED_BATCH] == undisturbed.losses()[:POISONED_BATCH]
+    assert poisoned.losses()[POISONED_BATCH] > undisturbed.losses()[POISONED_BATCH]
+    expected = undisturbed.master_hashes()
+    unchanged = [name for name, sha256 in poisoned.master_hashes().items() if sha256 == expected[name]]
+    assert len(expected) > 10 and unchanged == []
+
+
+def test_skipped_batches_change_the_weights(stages: dict[str, TrainedStage]):
+    skipped, undisturbed = stages["skip, configured"], stages["undisturbed"]
+    assert skipped.losses()[:4] == undisturbed.losses()[:4]
+    assert set(skipped.master_hashes().values()).isdisjoint(undisturbed.master_hashes().values())
 
 
 @pytest.mark.parametrize("layout", ["ZeRO 3", "pipeline"])
-def test_other_layouts_skip_alike(legs: dict[str, Leg], layout: str):
-    found = legs[f"skip, {layout}"]
+def test_other_layouts_skip_the_same_batches(stages: dict[str, TrainedStage], layout: str):
+    found = stages[f"skip, {layout}"]
     assert found.ended == "finished" and [row["batch"] for row in found.events("bad_step")] == [4, 6, 7]
-    assert found.losses() == pytest.approx(legs["skip"].losses(), rel=1e-5)
+    assert found.losses() == pytest.approx(stages["skip"].losses(), rel=1e-5)
 
 
-def test_every_decision_is_recorded(legs: dict[str, Leg]):
-    skipped = legs["skip"].events("bad_step")
+def test_every_bad_step_is_recorded(stages: dict[str, TrainedStage]):
+    skipped = stages["skip"].events("bad_step")
     assert [(row["step"], row["batch"], row["policy"]) for row in skipped] == [
         (5, 4, "skip"),
         (6, 6, "skip"),
         (6, 7, "skip"),
     ]
     assert all("loss nan" in row["reason"] for row in skipped)
-    assert json.loads((legs["skip"].weights / "skipped.json").read_text()) == [4, 6, 7]
-    (back,) = legs["roll back"].events("rolled_back")
-    assert (back["from_step"], back["to_step"], back["batches"]) == (4, 3, [3, 4])
-    (spike,) = legs["spike"].events("bad_step")
+    assert json.loads((stages["skip"].weights / "skipped.json").read_text()) == [4, 6, 7]
+    (rolled_back,) = stages["roll back"].events("rolled_back")
+    assert (rolled_back["from_step"], rolled_back["to_step"], rolled_back["batches"]) == (4, 3, [3, 4])
+    (spike,) = stages["spike"].events("bad_step")
     assert "is more than 1.5 times" in spike["reason"]
-    assert [row["steps"] for row in legs["spike"].events("work_lost")] == [1]
+    assert [row["steps"] for row in stages["spike"].events("work_lost")] == [1]
 
 
-def test_a_limit_ends_the_stage(legs: dict[str, Leg]):
-    assert legs["too many"].ended.startswith("TrainingFailure: step 5: loss nan")
-    assert "bad_steps.policy is skip, its limit 2. Batch 6, samples [" in legs["too many"].ended
-    assert legs["in vain"].ended.startswith("TrainingFailure: step 5: loss nan")
-    assert len(legs["in vain"].events("rolled_back")) == 2
+def test_more_bad_steps_than_the_limit_end_the_stage(stages: dict[str, TrainedStage]):
+    skipped, rolled_back = stages["skip beyond the limit"], stages["roll back beyond the limit"]
+    assert skipped.ended.startswith("TrainingFailure: step 5: loss nan")
+    assert "bad_steps.policy is skip, bad_steps.limit is 2. Batch 6, samples [" in skipped.ended
+    assert rolled_back.ended.startswith("TrainingFailure: step 5: loss nan")
+    assert len(rolled_back.events("rolled_back")) == 2
 
 
-def test_stop_goes_on_when_told_what_to_skip(legs: dict[str, Leg]):
-    assert legs["stop"].ended.startswith("TrainingFailure: step 5: loss nan")
-    assert "batch 1 cannot be skipped any more: the stage has done 3 steps" in legs["too late"].ended
-    assert legs["mended"].ended == "finished"
-    assert "spike" not in legs["mended"].ended and legs["mended"].rows()[4]["batch"] == 5
+def test_a_stopped_stage_continues_when_skip_batches_names_the_batch(stages: dict[str, TrainedStage]):
+    assert stages["stop"].ended.startswith("TrainingFailure: step 5: loss nan")
+    assert "batch 1 cannot be skipped any more: the stage has done 3 steps" in stages["too late"].ended
+    assert stages["continued"].ended == "finished" and stages["continued"].rows()[4]["batch"] == 5
 
 
-def test_a_factor_below_the_bound_is_no_spike(legs: dict[str, Leg]):
-    assert legs["no spike"].ended == "finished" and legs["no spike"].events("bad_step") == []
+def test_a_loss_below_the_spike_factor_is_no_bad_step(stages: dict[str, TrainedStage]):
+    assert stages["no spike"].ended == "finished" and stages["no spike"].events("bad_step") == []

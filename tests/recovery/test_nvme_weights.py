@@ -1,4 +1,4 @@
-"""Weights on a disk: a stage trains, is cut off and goes on with the bits of one that has them in memory."""
+"""Weights on a disk: a stage trains, is interrupted and resumes with the bits of one that has its weights in memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 
-from longhaul.planning.gpu_memory import SWAP_PARAM_BUFFERS, SWAPPED_BYTES
+from longhaul.planning.trainer_constants import SWAP_MIN_BYTES, SWAP_PARAM_BUFFERS
 from tests.parity.parity_cases import MODELS
-from tests.parity.parity_table import make_data
-from tests.parity.parity_worker import TWIN_SWAPPED_BYTES
+from tests.parity.shared_data import write_shared_data
 from tests.recovery.test_resharding import assert_same_state
-from tests.recovery.trained_stages import Leg, train
+from tests.recovery.trained_stages import TrainedStage, train
+from tests.support.reused_ranks import MIN_SWAPPED_BYTES
 
 LARGE_TENSORS = 2 + 7 * MODELS["llama"]["llama"]["num_hidden_layers"]  # embedding, head, and each layer's matrices
 assert LARGE_TENSORS > SWAP_PARAM_BUFFERS
 STEPS, HALF = 6, 3
-SHORT = {  # every pass reads every weight from the disk
+SHORT = {  # few steps, as every pass reads every weight from the disk
     "steps": STEPS,
     "global_batch_size": 2,
     "micro_batch_size": 1,
@@ -29,66 +29,70 @@ MEMORY = {"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu
 SWAPPED = {
     "offload_param": "nvme",
     "stage3_param_persistence_threshold": 0,
-}  # of a twin all would be small enough to stay
+}  # by default all weights of a small model stay in memory
 DISK = {"zero": {"stage": 3, "offload_optimizer": "cpu", **SWAPPED}}
 STATES_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu"}}
 ALL_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", **SWAPPED}}
-STOPPED = {"stop_after": HALF}
-SAVED_AGAIN = {"save_again": True, **STOPPED}
+KILLED = {"kill_at_step": HALF}
+SAVED_AFTER_LOAD = {"save_after_load": True, **KILLED}
 
-# Name -> the leg it goes on from, its stage, and what befalls it.
-LEGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "memory whole": ("", MEMORY, {}),
-    "states whole": ("", STATES_ON_DISK, {}),
-    "disk whole": ("", DISK, {}),
-    "all whole": ("", ALL_ON_DISK, {}),
-    "all half": ("", ALL_ON_DISK, STOPPED),
-    "all on": ("all half", ALL_ON_DISK, {}),
-    "all to ZeRO 1": ("all half", {}, SAVED_AGAIN),
+# Name -> the stage whose checkpoints it resumes, the keys of its config, and its faults.
+ATTEMPTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "memory uninterrupted": ("", MEMORY, {}),
+    "states uninterrupted": ("", STATES_ON_DISK, {}),
+    "disk uninterrupted": ("", DISK, {}),
+    "all uninterrupted": ("", ALL_ON_DISK, {}),
+    "all half": ("", ALL_ON_DISK, KILLED),
+    "all resumed": ("all half", ALL_ON_DISK, {}),
+    "all to ZeRO 1": ("all half", {}, SAVED_AFTER_LOAD),
     "bf16 memory": ("", {**MEMORY, **BF16}, {}),
     "bf16 disk": ("", {**DISK, **BF16}, {}),
 }
 
 
 @pytest.fixture(scope="module")
-def legs(tmp_path_factory: pytest.TempPathFactory, offload_ops: None) -> dict[str, Leg]:
-    """Undisturbed runs, stopped halves, and what became of these."""
+def stages(tmp_path_factory: pytest.TempPathFactory, offload_ops: None) -> dict[str, TrainedStage]:
+    """Return uninterrupted runs, killed halves, and what resumed these."""
     folder = tmp_path_factory.mktemp("swapped_weights")
     found = {}
-    for name, (half, stage, befalls) in LEGS.items():
-        takes_over = {"goes_on_from": str(folder / half)} if half else {}
-        found[name] = Leg(folder / name, 2, stage={**SHORT, **stage}, befalls={**befalls, **takes_over})
-    train(make_data(folder / "shared"), *found.values())
+    for name, (half, keys, faults) in ATTEMPTS.items():
+        resumes = {"copy_checkpoints_from": str(folder / half)} if half else {}
+        found[name] = TrainedStage(folder / name, 2, stage={**SHORT, **keys}, faults={**faults, **resumes})
+    train(write_shared_data(folder / "shared"), *found.values())
     return found
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("memory", "disk"),
-    [("memory whole", "disk whole"), ("states whole", "all whole"), ("bf16 memory", "bf16 disk")],
+    [
+        ("memory uninterrupted", "disk uninterrupted"),
+        ("states uninterrupted", "all uninterrupted"),
+        ("bf16 memory", "bf16 disk"),
+    ],
 )
-def test_weights_on_a_disk_train_to_the_bits_of_those_in_memory(legs: dict[str, Leg], memory: str, disk: str):
-    """Beside an optimizer in the same place: one on a disk has another sub_group_size, and with it sums round otherwise."""
-    assert legs[memory].ended == legs[disk].ended == "finished" and len(legs[disk].losses()) == STEPS
-    assert legs[disk].losses() == legs[memory].losses()
-    assert legs[disk].masters() == legs[memory].masters()
+def test_weights_on_a_disk_get_the_bits_of_weights_in_memory(stages: dict[str, TrainedStage], memory: str, disk: str):
+    """With an optimizer in the same place: one on a disk has another sub_group_size, so its sums are rounded differently."""
+    assert stages[memory].ended == stages[disk].ended == "finished" and len(stages[disk].losses()) == STEPS
+    assert stages[disk].losses() == stages[memory].losses()
+    assert stages[disk].master_hashes() == stages[memory].master_hashes()
 
 
-def test_a_resume_changes_no_bit(legs: dict[str, Leg]):
-    assert legs["all on"].losses() == legs["all whole"].losses()
-    assert legs["all on"].masters() == legs["all whole"].masters()
+def test_a_resume_changes_no_bit(stages: dict[str, TrainedStage]):
+    assert stages["all resumed"].losses() == stages["all uninterrupted"].losses()
+    assert stages["all resumed"].master_hashes() == stages["all uninterrupted"].master_hashes()
 
 
-def test_masters_moments_and_count_are_those_that_were_saved(legs: dict[str, Leg]):
-    assert_same_state(legs["all half"], legs["all to ZeRO 1"], HALF)
+def test_master_weights_moments_and_step_count_are_the_saved_ones(stages: dict[str, TrainedStage]):
+    assert_same_state(stages["all half"], stages["all to ZeRO 1"], HALF)
 
 
-def test_every_large_tensor_is_on_the_disk(legs: dict[str, Leg]):
+def test_every_large_tensor_is_on_the_disk(stages: dict[str, TrainedStage]):
     for rank in (0, 1):
-        files = json.loads((legs["all half"].folder / f"swapped-{rank}.json").read_text())
+        files = json.loads((stages["all half"].folder / f"swapped-{rank}.json").read_text())
         weights = [size for name, size in files.items() if "_param" in name]
-        assert len(weights) == LARGE_TENSORS and min(weights) == TWIN_SWAPPED_BYTES
+        assert len(weights) == LARGE_TENSORS and min(weights) == MIN_SWAPPED_BYTES
 
 
-def test_what_the_plan_takes_for_swapped_is_what_deepspeed_swaps():
-    assert SWAPPED_BYTES == MIN_AIO_BYTES
+def test_the_plan_and_deepspeed_swap_the_same_tensors():
+    assert SWAP_MIN_BYTES == MIN_AIO_BYTES

@@ -1,4 +1,4 @@
-"""A stage goes on with another number of ranks or ZeRO stage: nothing that was saved changes, and no sample is missed."""
+"""A stage resumes with another number of ranks, ZeRO stage or layout: the saved state stays the same, and no sample is lost."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from longhaul.checkpoint_io import open_master_weights, open_optimizer_state
-from tests.parity.parity_table import make_data
-from tests.recovery.trained_stages import HALF, STEPS, Leg, train
+from tests.parity.shared_data import write_shared_data
+from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
-Split = tuple[int, int, dict[str, int]]
-STOPPED = {"stop_after": HALF}
+Layout = tuple[int, int, dict[str, int]]
+KILLED = {"kill_at_step": HALF}
 BALANCED = {"router_bias_update_rate": 0.01}
-# Name -> ranks, ZeRO stage and, where it is hierarchical, the ranks of a node, before and after. `make moves` makes all of
-# these and of CROSSINGS, `make test` those of QUICK: every way to split a model is left once, and entered once.
-MOVES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+# Name -> (ranks, ZeRO stage and, with a second partition, zero_hpz_partition_size) before and after. `make resharding` runs all
+# of these and of LAYOUT_CHANGES, `make test` those of QUICK: there every way to slice a model is left once and entered once.
+SIZE_CHANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "data 1 to 2": ((1, 1), (2, 1)),
     "data 2 to 1": ((2, 1), (1, 1)),
     "data 2 to 4": ((2, 1), (4, 1)),
@@ -28,11 +28,11 @@ MOVES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "ZeRO 0 to 2": ((2, 0), (2, 2)),
     "ZeRO 3, data 2 to 4": ((2, 3), (4, 3)),
     "ZeRO 3, data 4 to 2": ((4, 3), (2, 3)),
-    "ZeRO 3, data 2 to hierarchical": ((2, 3), (4, 3, 2)),
-    "hierarchical to ZeRO 1": ((4, 3, 2), (2, 1)),
+    "ZeRO 3, data 2 to hpZ": ((2, 3), (4, 3, 2)),
+    "hpZ to ZeRO 1": ((4, 3, 2), (2, 1)),
 }
-# Name -> twin, and ranks, ZeRO stage and axes before and after.
-CROSSINGS: dict[str, tuple[str, Split, Split]] = {
+# Name -> model, and (ranks, ZeRO stage, parallel axes) before and after.
+LAYOUT_CHANGES: dict[str, tuple[str, Layout, Layout]] = {
     "tensor 2 to ZeRO 3": ("llama", (2, 1, {"tensor": 2}), (2, 3, {})),
     "tensor 2 to pipeline 2": ("llama", (2, 1, {"tensor": 2}), (2, 1, {"pipeline": 2})),
     "pipeline 2 to tensor 2": ("llama", (2, 1, {"pipeline": 2}), (2, 1, {"tensor": 2})),
@@ -50,8 +50,8 @@ QUICK = {
     "ZeRO 1 to 3",
     "ZeRO 2 to 0",
     "ZeRO 3, data 4 to 2",
-    "ZeRO 3, data 2 to hierarchical",
-    "hierarchical to ZeRO 1",
+    "ZeRO 3, data 2 to hpZ",
+    "hpZ to ZeRO 1",
     "pipeline 2, tensor 2 to data 4",
     "tensor 2 to pipeline 2",
     "pipeline 2 to tensor 2, ZeRO 3",
@@ -61,79 +61,80 @@ QUICK = {
 }
 
 
-def chosen(config: pytest.Config, moves: dict[str, Any]) -> dict[str, Any]:
-    return {name: move for name, move in moves.items() if name in QUICK or config.getoption("--all-moves")}
+def chosen(config: pytest.Config, changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: change for name, change in changes.items() if name in QUICK or config.getoption("--all-reshardings")}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for argument, moves in (("move", MOVES), ("crossing", CROSSINGS)):
+    for argument, changes in (("size_change", SIZE_CHANGES), ("layout_change", LAYOUT_CHANGES)):
         if argument in metafunc.fixturenames:
-            metafunc.parametrize(argument, chosen(metafunc.config, moves))
+            metafunc.parametrize(argument, chosen(metafunc.config, changes))
 
 
-def test_those_that_are_quick_exist():
-    assert QUICK.issubset({*MOVES, *CROSSINGS})
+def test_every_quick_change_exists():
+    assert QUICK.issubset({*SIZE_CHANGES, *LAYOUT_CHANGES})
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("elastic") / "shared")
+    return write_shared_data(tmp_path_factory.mktemp("resharding") / "shared")
 
 
 @pytest.fixture(scope="module")
-def legs(shared: Path, pytestconfig: pytest.Config) -> dict[str, Leg]:
-    """Undisturbed runs, stopped halves, and what another layout made of each: saved again at once, then trained to the end.
+def stages(shared: Path, pytestconfig: pytest.Config) -> dict[str, TrainedStage]:
+    """Return uninterrupted runs, killed halves, and each half resumed in another layout: saved at once, then trained to the end.
 
-    Those of all moves together, as ranks take longer to start than to train.
+    All changes are trained together, as ranks take longer to start than to train.
     """
     folder = shared.parent
-    moves, crossings = chosen(pytestconfig, MOVES), chosen(pytestconfig, CROSSINGS)
-    halves = {layout: _leg(folder / f"half-{layout}", layout, STOPPED) for layout, _ in moves.values()}
-    found = {"whole": Leg(folder / "whole", 2)}
+    size_changes, layout_changes = chosen(pytestconfig, SIZE_CHANGES), chosen(pytestconfig, LAYOUT_CHANGES)
+    halves = {sizes: _stage(folder / f"half-{sizes}", sizes, KILLED) for sizes, _ in size_changes.values()}
+    found = {"uninterrupted": TrainedStage(folder / "uninterrupted", 2)}
     found |= {
-        twin: Leg(folder / twin, 2, stage=BALANCED, twin=twin) for twin in {twin for twin, _, _ in crossings.values()}
+        model: TrainedStage(folder / model, 2, stage=BALANCED, model=model)
+        for model in {model for model, _, _ in layout_changes.values()}
     }
     found |= {
-        f"{name} half": _split_leg(folder / f"{name} half", before, STOPPED, twin)
-        for name, (twin, before, _) in crossings.items()
+        f"{name} half": _sliced_stage(folder / f"{name} half", before, KILLED, model)
+        for name, (model, before, _) in layout_changes.items()
     }
     train_all(shared, [*found.values(), *halves.values()])
-    found |= {f"{name} half": halves[before] for name, (before, _) in moves.items()}
-    saved = {"save_again": True}
-    moved = {name: _leg(folder / f"{name} on", after, saved) for name, (_, after) in moves.items()}
-    moved |= {
-        name: _split_leg(folder / f"{name} on", after, saved, twin) for name, (twin, _, after) in crossings.items()
+    found |= {f"{name} half": halves[before] for name, (before, _) in size_changes.items()}
+    save_first = {"save_after_load": True}
+    resumed = {name: _stage(folder / f"{name} resumed", after, save_first) for name, (_, after) in size_changes.items()}
+    resumed |= {
+        name: _sliced_stage(folder / f"{name} resumed", after, save_first, model)
+        for name, (model, _, after) in layout_changes.items()
     }
-    for name, leg in moved.items():
-        shutil.copytree(found[f"{name} half"].folder, leg.folder)
-    train_all(shared, list(moved.values()))
-    return {**found, **moved}
+    for name, stage in resumed.items():
+        shutil.copytree(found[f"{name} half"].folder, stage.folder)
+    train_all(shared, list(resumed.values()))
+    return {**found, **resumed}
 
 
-def _leg(folder: Path, layout: tuple[int, ...], befalls: dict[str, Any]) -> Leg:
-    ranks, zero, *hierarchical = layout
-    stage = {"zero": {"stage": zero, "zero_hpz_partition_size": hierarchical[0]}} if hierarchical else {}
-    return Leg(folder, ranks, zero, stage, befalls)
+def _stage(folder: Path, sizes: tuple[int, ...], faults: dict[str, Any]) -> TrainedStage:
+    ranks, zero, *partition = sizes
+    keys = {"zero": {"stage": zero, "zero_hpz_partition_size": partition[0]}} if partition else {}
+    return TrainedStage(folder, ranks, zero, keys, faults)
 
 
-def train_all(shared: Path, legs: list[Leg]) -> None:
-    """Those of one number of ranks share their processes."""
-    for ranks in sorted({leg.ranks for leg in legs}):
-        train(shared, *(leg for leg in legs if leg.ranks == ranks))
+def train_all(shared: Path, stages: list[TrainedStage]) -> None:
+    """Train all stages; those with the same number of ranks share their processes."""
+    for ranks in sorted({stage.ranks for stage in stages}):
+        train(shared, *(stage for stage in stages if stage.ranks == ranks))
 
 
 @pytest.mark.timeout(900)
-def test_the_state_is_the_saved_one_bit_for_bit(legs: dict[str, Leg], move: str):
-    """Masters, both moments and the optimizer's step count, read back from a save in the new layout."""
-    assert_same_state(legs[f"{move} half"], legs[move])
+def test_the_state_has_the_saved_bits(stages: dict[str, TrainedStage], size_change: str):
+    """Master weights, both moments and the optimizer's step count, read from a save in the new layout."""
+    assert_same_state(stages[f"{size_change} half"], stages[size_change])
 
 
-def assert_same_state(half: Leg, again: Leg, step: int = HALF) -> None:
-    """Of the checkpoints of this step; there are many tensors, so that none are not taken for equal ones."""
-    tag = f"checkpoints/step-{step:08d}"
-    before, after = half.weights / tag, again.weights / tag
-    assert again.ended in ("killed", "finished")
-    assert _written_at(after) > _written_at(before), "only the copy that the leg began with is there"
+def assert_same_state(half: TrainedStage, resumed: TrainedStage, step: int = HALF) -> None:
+    """Assert that the checkpoints of a step hold the same tensors, and that there are tensors at all."""
+    before, after = half.checkpoint(step), resumed.checkpoint(step)
+    assert resumed.ended in ("killed", "finished")
+    assert _written_at(after) > _written_at(before), "this is only the copy with which the attempt started"
     assert open_optimizer_state(before).step == open_optimizer_state(after).step == step
     saved = {"masters": open_master_weights(before), **open_optimizer_state(before).moments}
     loaded = {"masters": open_master_weights(after), **open_optimizer_state(after).moments}
@@ -145,30 +146,34 @@ def assert_same_state(half: Leg, again: Leg, step: int = HALF) -> None:
 
 
 def _written_at(checkpoint: Path) -> float:
-    """When its newest file was; a copy keeps that time."""
+    """Return the time of its newest file; a copy keeps that time."""
     return max(path.stat().st_mtime for path in checkpoint.rglob("*") if path.is_file())
 
 
-def test_no_sample_is_lost_and_losses_are_those_of_the_unchanged_run(legs: dict[str, Leg], move: str):
-    whole, moved = legs["whole"], legs[move]
-    assert whole.ended == moved.ended == "finished"
-    assert moved.sample_ids() == whole.sample_ids() and len(set(whole.sample_ids())) == STEPS
-    assert moved.losses() == pytest.approx(whole.losses(), rel=1e-5)
-    assert [row["lr"] for row in moved.rows()] == [row["lr"] for row in whole.rows()]
-    (resumed,) = moved.events("resumed")
+def test_no_sample_is_lost_and_losses_are_those_of_the_uninterrupted_run(
+    stages: dict[str, TrainedStage], size_change: str
+):
+    uninterrupted, resharded = stages["uninterrupted"], stages[size_change]
+    assert uninterrupted.ended == resharded.ended == "finished"
+    assert resharded.sample_ids() == uninterrupted.sample_ids() and len(set(uninterrupted.sample_ids())) == STEPS
+    assert resharded.losses() == pytest.approx(uninterrupted.losses(), rel=1e-5)
+    assert [row["lr"] for row in resharded.rows()] == [row["lr"] for row in uninterrupted.rows()]
+    (resumed,) = resharded.events("resumed")
     assert resumed["step"] == HALF and resumed["layout"] != resumed["saved_layout"]
 
 
-def _split_leg(folder: Path, split: Split, befalls: dict[str, Any], twin: str) -> Leg:
-    ranks, zero, axes = split
-    return Leg(folder, ranks, zero, {"parallel": axes, **BALANCED}, befalls, twin)
+def _sliced_stage(folder: Path, layout: Layout, faults: dict[str, Any], model: str) -> TrainedStage:
+    ranks, zero, axes = layout
+    return TrainedStage(folder, ranks, zero, {"parallel": axes, **BALANCED}, faults, model)
 
 
-def test_another_split_of_the_model_takes_the_state_over(legs: dict[str, Leg], crossing: str):
-    assert_same_state(legs[f"{crossing} half"], legs[crossing])
+def test_another_layout_has_the_saved_bits(stages: dict[str, TrainedStage], layout_change: str):
+    assert_same_state(stages[f"{layout_change} half"], stages[layout_change])
 
 
-def test_losses_in_another_split_are_those_of_the_unchanged_run(legs: dict[str, Leg], crossing: str):
-    whole, moved = legs[CROSSINGS[crossing][0]], legs[crossing]
-    assert moved.ended == "finished" and moved.sample_ids() == whole.sample_ids()
-    assert moved.losses() == pytest.approx(whole.losses(), rel=1e-5)
+def test_losses_in_another_layout_are_those_of_the_uninterrupted_run(
+    stages: dict[str, TrainedStage], layout_change: str
+):
+    uninterrupted, resharded = stages[LAYOUT_CHANGES[layout_change][0]], stages[layout_change]
+    assert resharded.ended == "finished" and resharded.sample_ids() == uninterrupted.sample_ids()
+    assert resharded.losses() == pytest.approx(uninterrupted.losses(), rel=1e-5)

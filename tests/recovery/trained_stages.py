@@ -1,4 +1,4 @@
-"""Stages that are trained by survival_worker.py: started, and read afterwards."""
+"""Stages that recovery_worker.py trains: started here, and read afterwards."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.parity.run_parity_case import config
-from tests.support.ranks import command_of, environment_of_ranks, launch
+from tests.parity.prepare_case import run_config
+from tests.support.ranks import launch_worker, rank_environment, worker_command
 
 HERE = Path(__file__).resolve().parent
 STEPS, HALF = 12, 6
-RUN = f"cell-{os.getpid()}"
-"""Whose folders on the node's disk these are, should other tests be at work beside."""
+RUN = f"recovery-{os.getpid()}"
+"""The name of the run is part of the swap folders' names; other tests may run on this machine at the same time."""
 
 
 @dataclass
-class Leg:
-    """A stage in `folder`, its layout, and what befalls it; `ended` and `checkpoints` are filled in when it has run."""
+class TrainedStage:
+    """One attempt to train a stage in `folder`. A second attempt in the same folder resumes the first.
+
+    stage:       keys of the stage's config
+    faults:      what happens to the attempt (recovery_worker.py)
+    model:       one of parity_cases.MODELS
+    ended:       how the attempt ended; "finished", "killed" or an error message. Set after the training
+    checkpoints: names of the folders in checkpoints/. Set after the training
+    """
 
     folder: Path
     ranks: int
     zero: int = 1
     stage: dict[str, Any] = field(default_factory=dict)
-    befalls: dict[str, Any] = field(default_factory=dict)
-    twin: str = "llama"
+    faults: dict[str, Any] = field(default_factory=dict)
+    model: str = "llama"
     ended: str = ""
     checkpoints: list[str] = field(default_factory=list)
 
@@ -37,8 +45,11 @@ class Leg:
         (found,) = self.folder.glob("stages/main/weights/*")
         return found
 
+    def checkpoint(self, step: int) -> Path:
+        return self.weights / f"checkpoints/step-{step:08d}"
+
     def rows(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, optimizer steps alone."""
+        """Return the optimizer steps in metrics.jsonl."""
         return [row for row in _lines(self.weights / "metrics.jsonl") if "loss" in row]
 
     def losses(self) -> list[float]:
@@ -51,10 +62,10 @@ class Leg:
         path = self.weights / "events.jsonl"
         return [row for row in _lines(path) if row["event"] == name] if path.exists() else []
 
-    def masters(self) -> dict[str, str]:
-        """Name -> SHA-256 of the last step's master weights, as DeepSpeed gathers them."""
-        proof = self.weights / f"checkpoints/{self.checkpoints[-1]}/proof/tensors.json"
-        return {name: entry["sha256_fp32"] for name, entry in json.loads(proof.read_text()).items()}
+    def master_hashes(self) -> dict[str, str]:
+        """Return name -> SHA-256 of the last checkpoint's master weights, as DeepSpeed gathers them."""
+        tensors = self.weights / f"checkpoints/{self.checkpoints[-1]}/reference/tensors.json"
+        return {name: entry["sha256_fp32"] for name, entry in json.loads(tensors.read_text()).items()}
 
     def as_json(self, shared: Path) -> dict[str, Any]:
         stage = {
@@ -68,31 +79,35 @@ class Leg:
             "router_bias_update_rate": 0.0,
             **self.stage,
         }
-        run = {**config(self.twin, "one", **stage), "run": RUN}
-        return {"folder": str(self.folder), "shared": str(shared), "run": run, **self.befalls}
+        run = {**run_config(self.model, "one rank", **stage), "run": RUN}
+        return {"folder": str(self.folder), "shared": str(shared), "run": run, **self.faults}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.open()]
 
 
-def train(shared: Path, *legs: Leg, before: list[str] = []) -> str:  # noqa: B006
-    """Runs legs of one number of ranks in one set of processes; `before` is put in front of the command."""
-    (ranks,) = {leg.ranks for leg in legs}
-    path = legs[0].folder.with_suffix(".legs.json")
+def train(shared: Path, *stages: TrainedStage, command_prefix: Sequence[str] = ()) -> str:
+    """Train stages with equal numbers of ranks one after another in one set of processes; return their output.
+
+    command_prefix: command that runs the ranks' command
+    """
+    (ranks,) = {stage.ranks for stage in stages}
+    path = stages[0].folder.with_suffix(".attempts.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([leg.as_json(shared) for leg in legs]))
+    path.write_text(json.dumps([stage.as_json(shared) for stage in stages]))
     worker = HERE / "recovery_worker.py"
     environment = {"RECOVERY_PORT": str(20_000 + (os.getpid() * 211 + id(path)) % 10_000)}
-    if before:
-        environment = {**environment_of_ranks(), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-        command = [*before, *command_of(worker, ranks, str(path))]
+    if command_prefix:
+        environment = {**rank_environment(), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+        command = [*command_prefix, *worker_command(worker, ranks, str(path))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     else:
-        done = launch(worker, ranks, str(path), environment=environment, timeout_s=300)
+        done = launch_worker(worker, ranks, str(path), environment=environment, timeout_s=300)
     output = done.stdout + done.stderr
-    ends = [json.loads(line.removeprefix("LEG ")) for line in done.stdout.splitlines() if line.startswith("LEG ")]
-    assert done.returncode == 0 and len(ends) == len(legs), output[-8000:]
-    for leg, end in zip(legs, ends, strict=True):
-        leg.ended, leg.checkpoints = end["ended"], end["checkpoints"]
+    marked = (line for line in done.stdout.splitlines() if line.startswith("ATTEMPT "))
+    results = [json.loads(line.removeprefix("ATTEMPT ")) for line in marked]
+    assert done.returncode == 0 and len(results) == len(stages), output[-8000:]
+    for stage, result in zip(stages, results, strict=True):
+        stage.ended, stage.checkpoints = result["ended"], result["checkpoints"]
     return output

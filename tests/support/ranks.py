@@ -145,4 +145,6 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    import tests.support.rank_imports  # noqa: F401  (without the fork server nothing else has imported it)
+
     sys.exit(_run_ranks(Path(sys.argv[2]), int(sys.argv[1]), tuple(sys.argv[3:])))
