@@ -84,17 +84,17 @@ def test_an_error_in_a_conversation_is_reported(
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
 ):
-    made = json.loads((tokenizer_folder / "tokenizer.json").read_text())
-    job = tokenizer_job(tmp_path, path=made["path"], train_vocab_size=None, model_vocab_size=300)
+    manifest = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    job = tokenizer_job(tmp_path, path=manifest["path"], train_vocab_size=None, model_vocab_size=300)
     message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
-    assert f"the tokenizer has {made['vocab_size']} tokens; the model's vocab_size is 300" in message
+    assert f"the tokenizer has {manifest['vocab_size']} tokens; the model's vocab_size is 300" in message
     assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path):
-    made = Path(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"])
+    source = Path(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"])
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
+    (tmp_path / "bare" / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     job = tokenizer_job(tmp_path, path=str(tmp_path / "bare"), train_vocab_size=None, needs_chat_template=False)
     assert "bare has no EOS token" in refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert not (tmp_path / "tokenizer.json").exists()

@@ -12,7 +12,7 @@ from tests.support.corpora import conversation, dataset, make_shards, make_token
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds tokenizer.json, the manifest of a tokenizer of 400 tokens with longhaul's own chat template."""
+    """Return a folder with tokenizer.json, the manifest of a tokenizer of 400 tokens with longhaul's chat template."""
     folder = tmp_path_factory.mktemp("tokenizer")
     corpus = write_jsonl(folder / "corpus.jsonl", "text", (text(i) for i in range(200)))
     make_tokenizer(folder, [corpus])
@@ -21,7 +21,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_shards(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataManifest:
-    """300 documents, a tenth of them held out."""
+    """Return the manifest of 300 texts, a tenth of them for validation."""
     folder = tmp_path_factory.mktemp("text")
     corpus = write_jsonl(folder / "corpus.jsonl", "text", (text(i, 5 + i % 60) for i in range(300)))
     return make_shards(folder, tokenizer_folder, [corpus], dataset(validation_fraction=0.1))
@@ -29,7 +29,7 @@ def text_shards(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def chat_shards(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataManifest:
-    """200 conversations of one to three turns, a tenth of them held out."""
+    """Return the manifest of 200 conversations of one to three turns, a tenth of them for validation."""
     folder = tmp_path_factory.mktemp("chat")
     corpus = write_jsonl(folder / "corpus.jsonl", "messages", (conversation(i, 1 + i % 3) for i in range(200)))
     return make_shards(folder, tokenizer_folder, [corpus], dataset("chat", validation_fraction=0.1))

@@ -66,10 +66,10 @@ def test_the_first_of_duplicate_documents_stays(
         write_jsonl(tmp_path / "a.jsonl", "text", [written[0], written[1]]),
         write_jsonl(tmp_path / "b.jsonl", "text", [written[0], written["changed"], written[2], written[1]]),
     ]
-    made = make_shards(tmp_path, tokenizer_folder, files, dataset(deduplicate=deduplicate, validation_fraction=0))
-    assert documents(made, tokenizer_folder) == [written[name] for name in stays]
-    assert made.skipped == skipped
-    assert made.splits["train"]["documents"] == len(stays)
+    manifest = make_shards(tmp_path, tokenizer_folder, files, dataset(deduplicate=deduplicate, validation_fraction=0))
+    assert documents(manifest, tokenizer_folder) == [written[name] for name in stays]
+    assert manifest.skipped == skipped
+    assert manifest.splits["train"]["documents"] == len(stays)
 
 
 def test_another_filter_setting_keeps_the_shards_and_changes_the_hash(tmp_path: Path, tokenizer_folder: Path):
@@ -90,10 +90,10 @@ def test_a_new_file_is_encoded_alone_and_only_its_duplicates_are_filtered_out(tm
     make_shards(tmp_path, tokenizer_folder, files, near)
     before = modification_times(tmp_path / "data")
     files.append(write_jsonl(tmp_path / "b.jsonl", "text", [one_word_changed(long_text(i)) for i in range(30, 60)]))
-    made = make_shards(tmp_path, tokenizer_folder, files, near)
+    manifest = make_shards(tmp_path, tokenizer_folder, files, near)
     after = modification_times(tmp_path / "data")
     assert {path: after[path] for path in before} == before
-    assert documents(made, tokenizer_folder) == [
+    assert documents(manifest, tokenizer_folder) == [
         *(long_text(i) for i in range(40)),
         *(one_word_changed(long_text(i)) for i in range(40, 60)),
     ]
@@ -173,10 +173,10 @@ def test_documents_with_an_evaluation_text_are_filtered_out_and_listed(
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), hidden, shorter, hidden])
     against, files = evaluation(tmp_path, ["Too short.", QUESTION])
     settings = dataset(decontaminate=against, deduplicate="exact", validation_fraction=0)
-    made = make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=files)
-    assert documents(made, tokenizer_folder) == [text(5), shorter]
-    assert made.skipped == {"contaminated": 2}
-    (report,) = Path(made.path).glob("filtered-*/contaminated.jsonl")
+    manifest = make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=files)
+    assert documents(manifest, tokenizer_folder) == [text(5), shorter]
+    assert manifest.skipped == {"contaminated": 2}
+    (report,) = Path(manifest.path).glob("filtered-*/contaminated.jsonl")
     listed = [json.loads(line) for line in report.read_text().splitlines()]
     assert [match["document"] for match in listed] == [f"{corpus}:2", f"{corpus}:4"]
     assert listed[0]["evaluation"] == f"{files[0]}:2" and listed[0]["words"] == " ".join(split_words(QUESTION)[:13])
@@ -185,13 +185,13 @@ def test_documents_with_an_evaluation_text_are_filtered_out_and_listed(
 
 def test_another_evaluation_text_changes_what_stays(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(5), QUESTION, f"{QUESTION} again", text(6)])
-    made = []
+    manifests = []
     for texts in (["nothing of it"], [QUESTION]):
         against, files = evaluation(tmp_path, texts)
         settings = dataset(decontaminate=against, validation_fraction=0)
-        made.append(make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=files))
-    assert [one.splits["train"]["documents"] for one in made] == [4, 2]
-    assert made[0].hash != made[1].hash
+        manifests.append(make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=files))
+    assert [one.splits["train"]["documents"] for one in manifests] == [4, 2]
+    assert manifests[0].hash != manifests[1].hash
 
 
 def test_chats_are_filtered_with_their_masks(tmp_path: Path, tokenizer_folder: Path):
@@ -204,12 +204,12 @@ def test_chats_are_filtered_with_their_masks(tmp_path: Path, tokenizer_folder: P
     double = make_shards(tmp_path / "double", tokenizer_folder, [twice], deduplicated)
     for split in single.splits:
         totals = [
-            {key: made.splits[split][key] for key in ("documents", "tokens", "loss_tokens")}
-            for made in (single, double)
+            {key: manifest.splits[split][key] for key in ("documents", "tokens", "loss_tokens")}
+            for manifest in (single, double)
         ]
         assert totals[0] == totals[1]
     assert single.unigram_entropy_nats == double.unigram_entropy_nats
-    samples = [Samples.open(made, "train", "sft", 64, 0, tmp_path) for made in (single, double)]
+    samples = [Samples.open(manifest, "train", "sft", 64, 0, tmp_path) for manifest in (single, double)]
     assert len(samples[0]) == len(samples[1])
     for index in range(len(samples[0])):
         for ours, expected in zip(samples[0][index], samples[1][index], strict=True):
@@ -218,10 +218,10 @@ def test_chats_are_filtered_with_their_masks(tmp_path: Path, tokenizer_folder: P
 
 def test_entropy_is_of_the_documents_that_stay(tmp_path: Path, tokenizer_folder: Path):
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [text(i % 7) for i in range(20)])
-    made = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_fraction=0))
-    reader = SplitReader(Path(made.path), made.splits["train"], with_mask=False)
+    manifest = make_shards(tmp_path, tokenizer_folder, [corpus], dataset(deduplicate="exact", validation_fraction=0))
+    reader = SplitReader(Path(manifest.path), manifest.splits["train"], with_mask=False)
     counts = np.bincount(reader.tokens(0, reader.token_count))
-    assert made.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)
+    assert manifest.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)
 
 
 def test_a_dataset_of_only_evaluation_texts_is_refused(tmp_path: Path, tokenizer_folder: Path):

@@ -94,11 +94,11 @@ def test_openings_of_chats_end_before_the_answer(chat_shards: DataManifest, toke
     path = TokenizerManifest.read(tokenizer_folder / "tokenizer.json").path
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     found = {tokenizer.decode(opening) for opening in packs(chat_shards, tmp_path, length=512).openings()}
-    asked = {
+    questions = {
         tokenizer.apply_chat_template(conversation(number)[:2], tokenize=False, add_generation_prompt=True)
         for number in range(200)
     }
-    assert len(found) > 150 and found <= asked
+    assert len(found) > 150 and found <= questions
     assert not list(packs(chat_shards, tmp_path, length=8).openings()), "no question fits eight tokens"
 
 
@@ -164,8 +164,8 @@ def test_packs_hold_every_document_once_and_never_too_many_tokens(lengths: list[
     array = np.array(lengths, dtype=np.int32)
     with tempfile.TemporaryDirectory() as folder:
         write_pack_file(array, capacity, 3, Path(folder) / "packs")
-        made = PackFile(Path(folder) / "packs", len(lengths))
-        found = [made[index].tolist() for index in range(len(made))]
+        pack_file = PackFile(Path(folder) / "packs", len(lengths))
+        found = [pack_file[index].tolist() for index in range(len(pack_file))]
     assert sorted(number for pack in found for number in pack) == list(range(len(lengths)))
     sizes = [sum(min(lengths[number], capacity) for number in pack) for pack in found]
     assert max(sizes) <= capacity
@@ -224,10 +224,10 @@ def test_padding_share_is_the_fraction_of_positions_without_a_token(chat_shards:
 def test_opening_packs_does_not_read_the_lengths_of_documents(
     chat_shards: DataManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    made = packs(chat_shards, tmp_path)
+    first = packs(chat_shards, tmp_path)
     monkeypatch.setattr(SplitReader, "lengths", lambda self: pytest.fail("all lengths were read"))
     again = packs(chat_shards, tmp_path)
-    assert (len(again), again.padding_share) == (len(made), made.padding_share)
+    assert (len(again), again.padding_share) == (len(first), first.padding_share)
 
 
 @pytest.mark.parametrize("kind", ["windows", "packs"])

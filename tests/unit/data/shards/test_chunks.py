@@ -85,5 +85,5 @@ def test_only_an_added_large_file_is_encoded(tmp_path: Path, tokenizer_folder: P
     files.insert(1, write_jsonl(tmp_path / "2.jsonl", "text", (text(9000 + i) for i in range(200))))
     second = make_shards(tmp_path, tokenizer_folder, files, SMALL)
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    old, new = ({shard["prefix"] for shard in made.splits["train"]["shards"]} for made in (first, second))
+    old, new = ({shard["prefix"] for shard in manifest.splits["train"]["shards"]} for manifest in (first, second))
     assert old < new and second.sources[1]["documents"] == 200

@@ -55,8 +55,15 @@ def run(job: TokenizeSpec, partitions: int, before_last: Callable[[], object] = 
     return DataManifest.read(Path(job.out))
 
 
-def contents(made: DataManifest) -> tuple[Any, ...]:
-    return made.splits, made.hash, made.sources, made.skipped, made.unigram_entropy_nats, made.encoder
+def contents(manifest: DataManifest) -> tuple[Any, ...]:
+    return (
+        manifest.splits,
+        manifest.hash,
+        manifest.sources,
+        manifest.skipped,
+        manifest.unigram_entropy_nats,
+        manifest.encoder,
+    )
 
 
 def modified(root: Path, pattern: str = f"*/{RECORD}") -> dict[Path, int]:
@@ -69,8 +76,8 @@ def test_the_number_of_partitions_does_not_change_the_bytes(tmp_path: Path, toke
     alone = make_shards(tmp_path / "alone", tokenizer_folder, files, dataset(**SETTINGS))
     job = tokenize_job(tmp_path / "shared", tokenizer_folder, files, dataset(**SETTINGS))
     before: dict[Path, int] = {}
-    made = run(job, partitions, lambda: before.update(modified(Path(job.folder))))
-    assert contents(made) == contents(alone) and hashes(Path(made.path)) == hashes(Path(alone.path))
+    manifest = run(job, partitions, lambda: before.update(modified(Path(job.folder))))
+    assert contents(manifest) == contents(alone) and hashes(Path(manifest.path)) == hashes(Path(alone.path))
     assert modified(Path(job.folder)) == before, "the last job encoded something"
     chunks = [EncodedPartition.read(Path(one.out)).chunks for one in partition_jobs(job, partitions)[1]]
     assert all(chunks) and sorted(itertools.chain(*chunks)) == sorted(path.parent.name for path in before)
@@ -82,8 +89,8 @@ def test_jobs_with_several_workers_write_the_same(tmp_path: Path, tokenizer_fold
     settings = dataset(chunk_mb=1, validation_fraction=0.1)
     alone = make_shards(tmp_path / "alone", tokenizer_folder, files, settings)
     job = tokenize_job(tmp_path / "shared", tokenizer_folder, files, settings)
-    made = run(job.model_copy(update={"workers": 2}), 2)
-    assert contents(made) == contents(alone)
+    manifest = run(job.model_copy(update={"workers": 2}), 2)
+    assert contents(manifest) == contents(alone)
 
 
 def test_another_number_of_partitions_keeps_existing_chunks(tmp_path: Path, tokenizer_folder: Path):
@@ -102,9 +109,9 @@ def test_another_number_of_partitions_keeps_existing_chunks(tmp_path: Path, toke
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not Path(first.out).exists()
     kept = modified(root)
-    made = run(job, 3)
+    manifest = run(job, 3)
     assert modified(root).items() >= kept.items() and len(modified(root)) > len(kept)
-    assert contents(made) == contents(whole) and hashes(root) == hashes(Path(whole.path))
+    assert contents(manifest) == contents(whole) and hashes(root) == hashes(Path(whole.path))
 
 
 def test_only_a_new_file_is_encoded(tmp_path: Path, tokenizer_folder: Path):
@@ -113,9 +120,9 @@ def test_only_a_new_file_is_encoded(tmp_path: Path, tokenizer_folder: Path):
     run(job, 2)
     kept = modified(Path(job.folder))
     more = tokenize_job(tmp_path, tokenizer_folder, files, dataset(**SETTINGS))
-    made = run(more, 3)
+    manifest = run(more, 3)
     assert modified(Path(job.folder)).items() >= kept.items()
-    assert [source["documents"] for source in made.sources] == [200, 200, 200]
+    assert [source["documents"] for source in manifest.sources] == [200, 200, 200]
 
 
 def test_the_last_job_encodes_a_missing_partition(tmp_path: Path, tokenizer_folder: Path):
@@ -149,15 +156,16 @@ def test_a_difference_in_one_partition_rejects_the_fast_encoder_for_all(
     names = [EncodedPartition.read(Path(one.out)).encoder["name"] for one in encode]
     assert names == ["gigatoken"] * rejecting + ["tokenizers"] * (3 - rejecting)
     tokenize_dataset.run(last)
-    made = DataManifest.read(Path(job.out))
+    manifest = DataManifest.read(Path(job.out))
     assert (
-        made.encoder["name"] == "tokenizers" and "gigatoken and tokenizers give different ids" in made.encoder["reason"]
+        manifest.encoder["name"] == "tokenizers"
+        and "gigatoken and tokenizers give different ids" in manifest.encoder["reason"]
     )
     for split in expected.splits:
-        assert [s["sha256"] for s in made.splits[split]["shards"]] == [
+        assert [s["sha256"] for s in manifest.splits[split]["shards"]] == [
             s["sha256"] for s in expected.splits[split]["shards"]
         ]
-    assert contents(run(job, 2)) == contents(made), "the rejection is kept"
+    assert contents(run(job, 2)) == contents(manifest), "the rejection is kept"
 
 
 def test_each_job_fingerprints_its_partition(tmp_path: Path, tokenizer_folder: Path):
@@ -169,8 +177,8 @@ def test_each_job_fingerprints_its_partition(tmp_path: Path, tokenizer_folder: P
     alone = make_shards(tmp_path / "alone", tokenizer_folder, files, settings, evaluation=evaluation)
     job = tokenize_job(tmp_path / "shared", tokenizer_folder, files, settings, evaluation=evaluation)
     fingerprinted: dict[Path, int] = {}
-    made = run(job, 3, lambda: fingerprinted.update(modified(Path(job.folder), f"*.fingerprints/{KEYS_FILE}")))
-    assert contents(made) == contents(alone) and {"near duplicate", "contaminated"} <= set(made.skipped)
+    manifest = run(job, 3, lambda: fingerprinted.update(modified(Path(job.folder), f"*.fingerprints/{KEYS_FILE}")))
+    assert contents(manifest) == contents(alone) and {"near duplicate", "contaminated"} <= set(manifest.skipped)
     assert len(fingerprinted) > 3 and modified(Path(job.folder), f"*.fingerprints/{KEYS_FILE}") == fingerprinted
 
 

@@ -49,9 +49,9 @@ def test_a_line_of_a_gigabyte_is_skipped_in_little_memory(tmp_path: Path, tokeni
         stream.seek(10**9, os.SEEK_CUR)
         stream.write(b'"}\n{"text": "after"}\n')
     code, peak_mb, log = run_and_measure(tmp_path / "skip", tokenizer_folder, path, dataset(bad_rows="skip"))
-    made = DataManifest.read(tmp_path / "skip" / "data.json")
+    manifest = DataManifest.read(tmp_path / "skip" / "data.json")
     assert code == 0 and peak_mb < 1024 // 2, log
-    assert sum(split["documents"] for split in made.splits.values()) == 2 and made.skipped == {"too long": 1}
+    assert sum(split["documents"] for split in manifest.splits.values()) == 2 and manifest.skipped == {"too long": 1}
     assert f"left out (too long): {path}:2: longer than 64 MB" in log
     code, peak_mb, log = run_and_measure(tmp_path / "stop", tokenizer_folder, path, dataset())
     assert code == 2 and peak_mb < 1024 // 2
@@ -94,6 +94,6 @@ def test_a_large_row_group_is_read_in_little_memory(tmp_path: Path, tokenizer_fo
     pyarrow.parquet.write_table(pa.table({"text": pa.chunked_array([rows] * 10)}), path, use_dictionary=False)
     group = pyarrow.parquet.read_metadata(path).row_group(0)
     assert (group.num_rows, group.total_byte_size > 5 * 10**8) == (300, True)
-    code, peak_mb, log = run_and_measure(tmp_path / "made", tokenizer_folder, path, dataset(validation_fraction=0))
+    code, peak_mb, log = run_and_measure(tmp_path / "job", tokenizer_folder, path, dataset(validation_fraction=0))
     assert code == 0 and peak_mb < 600, log
-    assert sum(s["documents"] for s in DataManifest.read(tmp_path / "made" / "data.json").splits.values()) == 300
+    assert sum(s["documents"] for s in DataManifest.read(tmp_path / "job" / "data.json").splits.values()) == 300

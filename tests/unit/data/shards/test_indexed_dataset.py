@@ -31,11 +31,11 @@ def write(folder: Path, lengths: list[int], dtype: str = "uint16", max_bytes: in
     tokens = np.arange(sum(lengths))
     mask = (tokens % 3 == 0).astype(np.uint8)
     middle = sum(lengths[: len(lengths) // 2])
-    for part, place in (
+    for part, positions in (
         (lengths[: len(lengths) // 2], slice(0, middle)),
         (lengths[len(lengths) // 2 :], slice(middle, None)),
     ):
-        writer.add(tokens[place], np.array(part, dtype=np.int32), mask[place])
+        writer.add(tokens[positions], np.array(part, dtype=np.int32), mask[positions])
     return writer.close()
 
 

@@ -77,10 +77,10 @@ def test_any_documents_are_written_whole_and_in_order(
         small_chunks = dataset(validation_fraction=validation_fraction).model_copy(
             update={"chunk_mb": chunk_bytes / 1e6}
         )
-        made = make_shards(Path(name), tokenizer_folder, paths, small_chunks)
-        left = {split: documents(made, split) for split in made.splits}
+        result = make_shards(Path(name), tokenizer_folder, paths, small_chunks)
+        left = {split: documents(result, split) for split in result.splits}
     rows = [(*tokenizer.encode(text).ids, manifest.eos_id) for texts in files for text in texts]
-    assert sum(map(len, rows)) == sum(entry["tokens"] for entry in made.splits.values())
+    assert sum(map(len, rows)) == sum(entry["tokens"] for entry in result.splits.values())
     for row in rows:
         (taken, *_) = [split for split, waiting in left.items() if waiting[:1] == [row]] or ["train"]
         assert left[taken][:1] == [row]
@@ -128,8 +128,8 @@ def test_the_number_of_workers_does_not_change_the_bytes(tmp_path: Path, tokeniz
     """The text is large enough for two workers."""
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i, 1200) for i in range(800)))
     assert corpus.stat().st_size > 4_000_000
-    made = [make_shards(tmp_path / str(n), tokenizer_folder, [corpus], dataset(), workers=n) for n in (1, 2)]
-    assert made[0].splits == made[1].splits and made[0].hash == made[1].hash
+    results = [make_shards(tmp_path / str(n), tokenizer_folder, [corpus], dataset(), workers=n) for n in (1, 2)]
+    assert results[0].splits == results[1].splits and results[0].hash == results[1].hash
 
 
 def test_new_documents_do_not_change_the_split_of_old_ones(tmp_path: Path, tokenizer_folder: Path):
@@ -198,8 +198,8 @@ def test_loss_tokens_are_the_assistants_turns_with_eos(chat_shards: DataManifest
 def test_documents_without_anything_to_train_on_are_counted(tmp_path: Path, tokenizer_folder: Path):
     empty = write_jsonl(tmp_path / "a.jsonl", "text", ["", text(1), "", text(2)])
     assert make_shards(tmp_path / "a", tokenizer_folder, [empty], dataset()).skipped == {"empty text": 2}
-    asked = [[{"role": "user", "content": "anyone?"}], conversation(1), conversation(2)]
-    chats = write_jsonl(tmp_path / "b.jsonl", "messages", asked)
+    conversations = [[{"role": "user", "content": "anyone?"}], conversation(1), conversation(2)]
+    chats = write_jsonl(tmp_path / "b.jsonl", "messages", conversations)
     assert make_shards(tmp_path / "b", tokenizer_folder, [chats], dataset("chat")).skipped == {"no assistant turn": 1}
     with pytest.raises(UserError, match="no document can be trained on"):
         nothing = write_jsonl(tmp_path / "c.jsonl", "text", ["", ""])

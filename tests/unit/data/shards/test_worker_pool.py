@@ -55,12 +55,12 @@ def test_a_job_that_is_killed_twenty_times_writes_the_same_bytes(tmp_path: Path,
             else:
                 kept += 1
         Path(job.out).unlink(missing_ok=True)
-    made = make_shards(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
+    manifest = make_shards(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
     assert kept and interrupted >= 5, (
         f"the kills test little: {kept} chunks kept, {interrupted} kills while a chunk was written"
     )
-    assert hashes(Path(made.path)) == hashes(Path(whole.path))
-    assert (made.splits, made.hash, made.sources) == (whole.splits, whole.hash, whole.sources)
+    assert hashes(Path(manifest.path)) == hashes(Path(whole.path))
+    assert (manifest.splits, manifest.hash, manifest.sources) == (whole.splits, whole.hash, whole.sources)
 
 
 def test_workers_end_with_a_killed_job(tmp_path: Path, tokenizer_folder: Path):

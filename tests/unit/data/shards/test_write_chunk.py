@@ -118,11 +118,11 @@ def test_bad_rows_are_left_out_counted_and_printed_with_bad_rows_skip(
     (tmp_path / "c.jsonl").write_bytes(b"")
     (tmp_path / "d.jsonl").write_bytes(b"\n\n")
     settings = dataset(bad_rows="skip", max_document_mb=0.001)
-    made = make_shards(tmp_path, tokenizer_folder, sorted(tmp_path.glob("?.jsonl*")), settings)
-    (gzip_documents,) = [source["documents"] for source in made.sources if source["path"].endswith("gz")]
-    assert made.splits["train"]["documents"] + made.splits["validation"]["documents"] == 2 + gzip_documents
-    assert made.skipped["damaged file"] == made.skipped["empty file"] == made.skipped["no documents"] == 1
-    assert set(made.skipped) == {
+    manifest = make_shards(tmp_path, tokenizer_folder, sorted(tmp_path.glob("?.jsonl*")), settings)
+    (gzip_documents,) = [source["documents"] for source in manifest.sources if source["path"].endswith("gz")]
+    assert manifest.splits["train"]["documents"] + manifest.splits["validation"]["documents"] == 2 + gzip_documents
+    assert manifest.skipped["damaged file"] == manifest.skipped["empty file"] == manifest.skipped["no documents"] == 1
+    assert set(manifest.skipped) == {
         "not valid JSON",
         "null text",
         "missing column",

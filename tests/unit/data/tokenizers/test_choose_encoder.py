@@ -101,10 +101,10 @@ def test_a_difference_in_the_sample_is_reported_and_the_reference_chosen(
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(100)))
     expected = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset())
     break_fast_encoder(monkeypatch, "Document 0")
-    made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset())
-    assert made.encoder["name"] == "tokenizers" and "'Document 0. the" in made.encoder["reason"]
+    manifest = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset())
+    assert manifest.encoder["name"] == "tokenizers" and "'Document 0. the" in manifest.encoder["reason"]
     assert "encoding with tokenizers: gigatoken and tokenizers give different ids" in capsys.readouterr().err
-    assert [s["sha256"] for s in made.splits["train"]["shards"]] == [
+    assert [s["sha256"] for s in manifest.splits["train"]["shards"]] == [
         s["sha256"] for s in expected.splits["train"]["shards"]
     ]
 
@@ -118,8 +118,8 @@ def test_after_a_difference_in_a_chunk_the_reference_encodes_the_whole_dataset(
     monkeypatch.setattr("longhaul.data.shards.source_index._sample_texts", lambda *arguments: [])
     break_fast_encoder(monkeypatch, "Document 25")
     monkeypatch.setattr("longhaul.data.tokenizers.document_encoder._EXCERPTS_PER_BATCH", 1000)
-    made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(chunk_mb=0.02))
-    assert made.encoder["name"] == "tokenizers" and "Document 25" in made.encoder["reason"]
-    assert [s["sha256"] for s in made.splits["train"]["shards"]] == [
+    manifest = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset(chunk_mb=0.02))
+    assert manifest.encoder["name"] == "tokenizers" and "Document 25" in manifest.encoder["reason"]
+    assert [s["sha256"] for s in manifest.splits["train"]["shards"]] == [
         s["sha256"] for s in expected.splits["train"]["shards"]
     ]

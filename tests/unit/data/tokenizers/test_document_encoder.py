@@ -33,11 +33,11 @@ def test_an_id_outside_the_vocabulary_rejects_the_fast_encoder(
         return TokenRows(rows.tokens + np.uint32(1 << 16) * (len(texts) == 300), rows.lengths)
 
     monkeypatch.setattr(FastEncoder, "encode", beyond)
-    made = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset())
-    assert made.encoder["name"] == "tokenizers"
-    assert re.fullmatch(r"gigatoken gives id \d+ of a vocabulary of \d+", made.encoder["reason"])
+    manifest = make_shards(tmp_path / "b", tokenizer_folder, [corpus], dataset())
+    assert manifest.encoder["name"] == "tokenizers"
+    assert re.fullmatch(r"gigatoken gives id \d+ of a vocabulary of \d+", manifest.encoder["reason"])
     for split, entry in expected.splits.items():
-        assert [s["sha256"] for s in made.splits[split]["shards"]] == [s["sha256"] for s in entry["shards"]]
+        assert [s["sha256"] for s in manifest.splits[split]["shards"]] == [s["sha256"] for s in entry["shards"]]
 
 
 def test_the_first_excerpts_of_a_chunk_are_twice_as_long(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -63,10 +63,10 @@ REASONING = "<think>First 40, then 2.</think>It is 42."
 def test_reasoning_counts_in_the_loss_as_configured(tmp_path: Path, tokenizer_folder: Path, in_loss: bool):
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": REASONING}] for i in range(3)]
     corpus = write_jsonl(tmp_path / "a.jsonl", "messages", chats)
-    made = make_shards(
+    manifest = make_shards(
         tmp_path, tokenizer_folder, [corpus], dataset("chat", reasoning_in_loss=in_loss, validation_fraction=0)
     )
-    tokens, mask = SplitReader(Path(made.path), made.splits["train"], with_mask=True).document(0)
+    tokens, mask = SplitReader(Path(manifest.path), manifest.splits["train"], with_mask=True).document(0)
     tokenizer = AutoTokenizer.from_pretrained(TokenizerManifest.read(tokenizer_folder / "tokenizer.json").path)
     trained_on = tokenizer.decode(tokens[mask == 1])
     assert "It is 42." in trained_on and ("First 40" in trained_on) == in_loss
@@ -79,10 +79,10 @@ def test_prompt_and_completion_become_a_conversation(tmp_path: Path, tokenizer_f
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     columns = {"prompt": "p", "completion": "c"}
-    made = make_shards(
+    manifest = make_shards(
         tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], dataset("chat", columns=columns, validation_fraction=0)
     )
-    assert made.splits["train"]["documents"] == 4 and made.splits["train"]["loss_tokens"] >= 8
+    assert manifest.splits["train"]["documents"] == 4 and manifest.splits["train"]["loss_tokens"] >= 8
     with pytest.raises(UserError, match=r"a.jsonl:1: no column 'x'"):
         bad = dataset("chat", columns={"prompt": "p", "completion": "x"})
         make_shards(tmp_path / "b", tokenizer_folder, [tmp_path / "a.jsonl"], bad)

@@ -24,11 +24,11 @@ def test_special_ids_are_added_at_the_right_positions(rows: list[list[int]], pre
     flat = TokenRows(
         np.array([n for row in rows for n in row], np.uint32), np.array([len(row) for row in rows], np.int64)
     )
-    made = add_special_ids(add_special_ids(flat, prefix, suffix), (), (), 5)
+    rows_with_ids = add_special_ids(add_special_ids(flat, prefix, suffix), (), (), 5)
     expected = [[*prefix, *row, *suffix] for row in rows]
     expected = [row if row and row[-1] == 5 else [*row, 5] for row in expected]
-    assert made.lengths.tolist() == [len(row) for row in expected]
-    assert made.tokens.tolist() == [n for row in expected for n in row]
+    assert rows_with_ids.lengths.tolist() == [len(row) for row in expected]
+    assert rows_with_ids.tokens.tolist() == [n for row in expected for n in row]
 
 
 @settings(max_examples=40, deadline=None)

@@ -33,7 +33,7 @@ _CONTAMINATED, _EXACT, _NEAR = 1, 2, 3
 
 @dataclass(frozen=True)
 class FilterDecisions:
-    """Which documents are filtered out.
+    """The decision for each document: whether it stays, and why not.
 
     keys:    [D] uint64, document keys in the order of the sources.
     reasons: [D] uint8, 0 = stays, otherwise 1 + index into REASONS.

@@ -6,8 +6,8 @@ step and the list of skipped batches, and every parallel layout and world size r
 Attention inside a pack: pass `position_ids` and leave `attention_mask` at None. transformers (>= 5) then finds the
 documents of a pack where positions restart, and masks attention between them
 (masking_utils.find_packed_sequence_indices; this needs use_cache=False or training mode, that is no past_key_values).
-tests/unit/data/sampling/test_document_isolation.py verifies this for each model family, with attn_implementation "sdpa"
-and "eager".
+tests/unit/data/sampling/test_document_isolation.py verifies this for Llama, Qwen2, Qwen3, Qwen3 MoE and DeepSeek V3
+(multi-head latent attention), with attn_implementation "sdpa" and "eager".
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ class SplitReader:
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Write the tokens of the stream from `start` to `out` [any length]."""
         filled = 0
-        for shard, place in self._locate(start, start + len(out)):
-            tokens = shard.tokens[place]
+        for shard, positions in self._locate(start, start + len(out)):
+            tokens = shard.tokens[positions]
             out[filled : filled + len(tokens)] = tokens
             filled += len(tokens)
 
@@ -91,9 +91,9 @@ class SplitReader:
         resident memory.
         """
         tokens = [np.empty(0, np.uint16)]
-        for shard, place in self._locate(start, stop):
-            of_shard = _read_file(shard.tokens, place)
-            tokens.append(of_shard if shard.mask is None else of_shard[_read_file(shard.mask, place) == 1])
+        for shard, positions in self._locate(start, stop):
+            of_shard = _read_file(shard.tokens, positions)
+            tokens.append(of_shard if shard.mask is None else of_shard[_read_file(shard.mask, positions) == 1])
         return np.concatenate(tokens)
 
     def _locate(self, start: int, stop: int) -> Iterator[tuple[ShardReader, slice]]:
@@ -114,13 +114,13 @@ class SplitReader:
         shard = self._shard(index)
         local = number - int(self._document_ends[index]) + len(shard.lengths)
         start = int(shard.offsets[local]) // shard.tokens.itemsize
-        place = slice(start, start + int(shard.lengths[local]))
-        tokens = shard.tokens[place]
-        return tokens, np.ones(len(tokens), np.uint8) if shard.mask is None else shard.mask[place]
+        positions = slice(start, start + int(shard.lengths[local]))
+        tokens = shard.tokens[positions]
+        return tokens, np.ones(len(tokens), np.uint8) if shard.mask is None else shard.mask[positions]
 
 
-def _read_file(mapped: np.memmap, place: slice) -> np.ndarray:
-    count, offset = place.stop - place.start, place.start * mapped.itemsize
+def _read_file(mapped: np.memmap, positions: slice) -> np.ndarray:
+    count, offset = positions.stop - positions.start, positions.start * mapped.itemsize
     return np.fromfile(str(mapped.filename), mapped.dtype, count, offset=offset)
 
 

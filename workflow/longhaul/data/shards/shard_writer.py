@@ -15,7 +15,7 @@ MAX_SHARD_BYTES = 256_000_000
 _FLUSH_BYTES = 4_000_000
 
 
-class _HashedFile:
+class _ShardFile:
     """A new file that is hashed while it is written. Closing syncs it to disk and returns its SHA-256."""
 
     def __init__(self, path: Path) -> None:
@@ -47,9 +47,9 @@ class ShardWriter:
     def __init__(self, prefix: Path, dtype: str, with_mask: bool) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._files = {"bin": _HashedFile(prefix.with_suffix(".bin"))}
+        self._files = {"bin": _ShardFile(prefix.with_suffix(".bin"))}
         if with_mask:
-            self._files["mask"] = _HashedFile(prefix.with_suffix(".mask"))
+            self._files["mask"] = _ShardFile(prefix.with_suffix(".mask"))
         self._lengths: list[np.ndarray] = []
         self.tokens = 0
 
@@ -64,7 +64,7 @@ class ShardWriter:
     def close(self) -> dict[str, Any]:
         """Write the index; return the shard's entry of the data manifest."""
         lengths = np.concatenate(self._lengths)
-        self._files["idx"] = _HashedFile(self._prefix.with_suffix(".idx"))
+        self._files["idx"] = _ShardFile(self._prefix.with_suffix(".idx"))
         self._files["idx"].write(build_index(lengths, self._dtype))
         return {
             "prefix": self._prefix.name,

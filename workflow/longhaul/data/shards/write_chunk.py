@@ -153,8 +153,8 @@ class ChunkWriter:
     ) -> None:
         """Add to the progress counters; position is None at the end of the range.
 
-        Positions are bytes of the file. Ranges of row groups have other units, so their bytes are limited to the
-        range's size.
+        Positions are bytes of the file. The start and stop of a range of row groups are not bytes, so its progress is
+        limited to the range's size.
         """
         covers_bytes = source_range.size_bytes == (source_range.stop or 0) - source_range.start
         first = source_range.start if covers_bytes else 0
@@ -178,7 +178,7 @@ def select_documents(values: np.ndarray, lengths: np.ndarray, selected: np.ndarr
 
 @dataclass
 class _ChunkContents:
-    """What a chunk contains, collected while it is encoded.
+    """The contents of a chunk, collected while it is encoded.
 
     documents:     documents of each range.
     skipped:       number of documents left out, by reason.

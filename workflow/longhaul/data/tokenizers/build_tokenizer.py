@@ -150,14 +150,14 @@ def _save(tokenizer: PreTrainedTokenizerBase, root: Path, test_chat_template: bo
     """Write <root>/<hash> atomically; an existing equal folder is kept. Return the folder and the hash."""
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".saving-") as temporary:
-        made = Path(temporary) / "tokenizer"
-        tokenizer.save_pretrained(made)
+        saved = Path(temporary) / "tokenizer"
+        tokenizer.save_pretrained(saved)
         if test_chat_template:
-            ChatTemplate.load(made).render(_TEST_CONVERSATION, "test of the tokenizer's chat template")
-        digest = _hash(tokenizer, made)
+            ChatTemplate.load(saved).render(_TEST_CONVERSATION, "test of the tokenizer's chat template")
+        digest = _hash(tokenizer, saved)
         folder = root / digest
         if not folder.exists():
-            made.replace(folder)
+            saved.replace(folder)
     return folder, digest
 
 
