@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 
-.PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,10 +24,10 @@ $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	touch $@
 
 test: setup test-packages  ## the tests of every part, a real Slurm cluster included; docs/testing.md says what they cover
-	$(BIN)/pytest tests --ignore=tests/gpu -m "not slow"
+	$(BIN)/pytest tests --ignore=tests/gpu
 
 test-all: setup test-packages  ## every test: also all faults, layouts and reshardings, and long data tests
-	$(BIN)/pytest tests --ignore=tests/gpu --all-faults --all-layouts --all-reshardings
+	$(BIN)/pytest tests --ignore=tests/gpu --all
 
 test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUDA build in .venv)
 	$(BIN)/pytest tests/gpu -rA
@@ -64,6 +64,9 @@ resharding: setup  ## resume a stage under another parallel layout: every pair; 
 
 chaos: setup test-packages  ## random faults for MINUTES=5, one every MTBF_S=45 s on average; writes goodput to bench/results/chaos.txt
 	$(BIN)/pytest -s tests/faults/chaos.py
+
+mutants: setup  ## share of small faults that unit tests find, about 20 minutes; MODULES=report/goodput.py shows what they miss there
+	$(BIN)/python -m bench.mutants $(MODULES)
 
 cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to try things on
 	$(CLUSTER) up

@@ -27,7 +27,12 @@ assert not failed, failed
 """
 
 
+ALL = ("all_faults", "all_layouts", "all_reshardings")
+"""Options that --all implies."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="slow tests, too, and all faults, layouts and reshardings")
     parser.addoption(
         "--all-faults", action="store_true", help="all cases of the fault matrix instead of the quick ones"
     )
@@ -36,15 +41,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.all:
+        vars(config.option).update(dict.fromkeys(ALL, True))
     config.addinivalue_line("markers", "slow: takes minutes; make test-all runs it, make test does not")
     config.addinivalue_line("markers", "all_faults: runs only with --all-faults (make faults)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--all-faults"):
-        deselected = [item for item in items if item.get_closest_marker("all_faults")]
-        config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if item not in deselected]
+    """Deselect what only `make test-all` or `make faults` runs. A test that is named on the command line runs."""
+    named = any("::" in word for word in config.invocation_params.args)
+    left_out = {
+        marker for marker, wanted in (("slow", "all"), ("all_faults", "all_faults")) if not config.getoption(wanted)
+    }
+    deselected = [] if named else [item for item in items if any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

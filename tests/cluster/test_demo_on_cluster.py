@@ -18,18 +18,27 @@ from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
 HOSTS = {"n1", "n2"}
+QUICK_STEPS = 60
 COMPARED_STEPS = 20
 """Enough steps to show a difference in routing, clipping or Adam. All 240 would take minutes."""
 
 
 @pytest.fixture(scope="module")
-def demo(cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> ClusterChain:
-    """The finished demo. Only its site and the number of nodes and processes differ from the shipped config."""
+def demo(
+    cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> ClusterChain:
+    """The finished demo. Its site and the number of nodes and processes differ from the shipped config.
+
+    `make test` also trains fewer steps, `make test-all` all of them.
+    """
     folder = tmp_path_factory.mktemp("demo")
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
     config["site"], config["checks"]["nodes"] = "./site.yaml", 2
     for stage in config["stages"]:
         stage.update(nodes=2, gpus_per_node=2, micro_batch_size=2)
+    if not pytestconfig.getoption("all"):
+        for stage, steps in zip(config["stages"], (QUICK_STEPS, QUICK_STEPS // 2), strict=True):
+            stage["steps"] = stage["checkpoints"]["every_steps"] = stage["validation"]["every_steps"] = steps
     chain = ClusterChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
     chain.run(timeout_s=580)
     return chain
@@ -96,20 +105,33 @@ def test_no_secret_is_written(demo: ClusterChain):
 
 
 def test_validation_loss_falls(demo: ClusterChain):
+    for stage in ("pretrain", "chat"):
+        before, *_, after = validation_losses(demo, stage)
+        assert after < before - 0.3, stage
+
+
+@pytest.mark.slow
+def test_validation_loss_falls_below_the_entropy_of_the_token_frequencies(demo: ClusterChain):
     entropy = demo.read("data/stdlib.json")["unigram_entropy_nats"]
     assert validation_losses(demo, "pretrain")[-1] < entropy - 1.0
     before, *_, after = validation_losses(demo, "chat")
     assert after < before - 0.5
 
 
+def test_export_is_verified_and_loads(demo: ClusterChain):
+    from transformers import AutoModelForCausalLM
+
+    export = demo.read("export/chat.json")
+    assert export["verification"]["logits"]["bit_equal"]
+    assert export["verification"]["tensors"]["equal"] == export["verification"]["tensors"]["count"]
+    assert AutoModelForCausalLM.from_pretrained(demo.folder / export["path"]).config.model_type == "deepseek_v3"
+
+
+@pytest.mark.slow
 def test_export_answers_and_ends_with_eos(demo: ClusterChain):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = demo.read("export/chat.json")
-    assert (
-        export["verification"]["logits"]["bit_equal"]
-        and export["verification"]["tensors"]["equal"] == export["verification"]["tensors"]["count"]
-    )
     folder = demo.folder / export["path"]
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     messages = [{"role": "user", "content": "What does os.path.join do?"}]
