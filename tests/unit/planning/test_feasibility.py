@@ -1,0 +1,417 @@
+"""Checks of a stage against site, model and settings: exact limits, and messages with key, value, limit and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.config.load_config import load_config
+from longhaul.config.run_config import Config, Storage
+from longhaul.config.site_config import NodeShape, Partition, Partitions, Site
+from longhaul.config.stage_config import CheckpointSettings, Parallel, Recovery, Schedule, Stage, Zero
+from longhaul.errors import UserError
+from longhaul.planning.feasibility import (
+    accumulation_steps,
+    check_checkpoint_files,
+    check_chunk_files,
+    check_job_limits,
+    check_memory,
+    check_offload,
+    check_positions,
+    check_precision,
+    check_save_time,
+    check_schedule,
+    check_site,
+    check_vocabulary,
+    save_time_warning,
+)
+from longhaul.planning.gpu_memory import MemoryEstimate
+from tests.support.small_configs import write_config
+from tests.support.tiny_sizes import tiny_size, tiny_stage
+
+GIB = 2**30
+
+
+def refusal(check: Callable[..., object], *arguments: Any) -> tuple[str, str] | None:
+    """Return message and remedy of a check's UserError, or None if it passes."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return error.message, error.hint
+    return None
+
+
+def site(gpus: int = 8, **changes: Any) -> Site:
+    """Return a site with 8 GPUs and 64 cores per node, and 4 nodes, with these keys changed."""
+    node = NodeShape(cpus=64, memory_mb=1000, gpus=gpus)
+    one_machine = Site(name="centre", scheduler="local", max_nodes=1, cuda_build="cu130", node=node)
+    return one_machine.model_copy(update={"max_nodes": 4, **changes})
+
+
+def run_config(folder: Path, **changes: Any) -> Config:
+    """Return the small config with these dotted keys changed ("__" stands for a dot)."""
+    return load_config(write_config(folder, {key.replace("__", "."): value for key, value in changes.items()})).config
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "micro", "data_parallel", "expected"), [(8, 2, 1, 4), (8, 2, 4, 1), (24, 2, 3, 4)]
+)
+def test_accumulation_is_the_global_batch_divided_by_one_pass(
+    global_batch_size: int, micro: int, data_parallel: int, expected: int
+):
+    stage = tiny_stage(global_batch_size=global_batch_size, micro_batch_size=micro)
+    assert accumulation_steps(stage, data_parallel) == expected
+
+
+@pytest.mark.parametrize(("data_parallel", "possible"), [(3, 6), (5, 10)])
+def test_global_batch_that_does_not_divide_is_refused_with_the_nearest_smaller_one(data_parallel: int, possible: int):
+    assert refusal(accumulation_steps, tiny_stage(), data_parallel) == (
+        f"stages.base: global_batch_size 8 is not a multiple of micro_batch_size 2 x data parallel {data_parallel} = {possible}",
+        f"use a global_batch_size of {possible}, or another micro_batch_size",
+    )
+
+
+def test_nearest_smaller_global_batch_has_several_passes():
+    refused = refusal(accumulation_steps, tiny_stage(global_batch_size=15), 3)
+    assert refused and refused[1] == "use a global_batch_size of 12, or another micro_batch_size"
+
+
+def test_tokenizer_may_have_as_many_tokens_as_the_model(tmp_path: Path):
+    config = run_config(tmp_path)
+    assert refusal(check_vocabulary, config, tiny_size(vocab_size=400)) is None
+    assert refusal(check_vocabulary, config, tiny_size(vocab_size=399)) == (
+        "tokenizer.train.vocab_size 400 is larger than the model's vocab_size 399",
+        "set tokenizer.train.vocab_size to at most 399, or increase the model's vocab_size",
+    )
+    existing = run_config(tmp_path, tokenizer={"path": "folder"})
+    assert refusal(check_vocabulary, existing, tiny_size(vocab_size=1)) is None
+
+
+SCHEDULES: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
+    ({"kind": "wsd", "decay_steps": 1, "warmup_steps": 9}, None),
+    ({"kind": "cosine", "warmup_steps": 10}, None),
+    (
+        {"kind": "wsd"},
+        ("stages.base.schedule: kind wsd needs decay_steps >= 1; it is 0", "use 10 to 20 % of the steps"),
+    ),
+    (
+        {"kind": "linear", "decay_steps": 1},
+        ("stages.base.schedule.decay_steps 1 has no effect with kind linear", "remove decay_steps, or use kind wsd"),
+    ),
+    (
+        {"kind": "wsd", "decay_steps": 2, "warmup_steps": 9},
+        (
+            "stages.base.schedule: warmup_steps 9 + decay_steps 2 exceed the stage's 10 steps",
+            "reduce them, or train for more steps",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "expected"), SCHEDULES)
+def test_schedule_must_fit_its_kind_and_the_steps(schedule: dict[str, Any], expected: tuple[str, str] | None):
+    assert refusal(check_schedule, tiny_stage(schedule=Schedule(**schedule)), 10) == expected
+
+
+PRECISIONS: list[tuple[dict[str, Any], int, tuple[str, str] | None]] = [
+    ({"precision": "fp16"}, 1, None),
+    ({"precision": "bf16"}, 0, None),
+    ({"precision": "fp32", "zero": Zero(stage=0)}, 8, None),
+    ({"precision": "bf16", "sequence_aux_loss_coef": 0.5}, 8, None),
+    (
+        {"precision": "fp16"},
+        0,
+        (
+            "stages.base: precision fp16 on site centre, which has no GPU: DeepSpeed's loss scaling needs GPUs",
+            "set precision to bf16 or fp32",
+        ),
+    ),
+    (
+        {"precision": "bf16", "zero": Zero(stage=0)},
+        8,
+        (
+            "stages.base: precision bf16 with ZeRO stage 0 has no fp32 master weights, which changes the result",
+            "set zero.stage to 1",
+        ),
+    ),
+    (
+        {"precision": "fp16", "sequence_aux_loss_coef": 0.5},
+        8,
+        (
+            "stages.base: sequence_aux_loss_coef 0.5 with precision fp16 is not supported",
+            "set precision to bf16 or fp32",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "gpus", "expected"), PRECISIONS)
+def test_precision_must_work_with_site_zero_stage_and_loss(
+    changes: dict[str, Any], gpus: int, expected: tuple[str, str] | None
+):
+    assert refusal(check_precision, tiny_stage(**changes), site(gpus)) == expected
+
+
+ON_DISK = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}
+IGNORED = "(DeepSpeed would ignore the key)"
+IN_MEMORY = "(DeepSpeed would keep the states in CPU memory)"
+# ZeRO settings, other settings of the stage, is storage.scratch set, expected message and remedy
+OFFLOADS: list[tuple[dict[str, Any], dict[str, Any], bool, tuple[str, str] | None]] = [
+    ({"stage": 1, "offload_optimizer": "cpu"}, {}, False, None),
+    ({"stage": 3, "offload_param": "cpu"}, {}, False, None),
+    ({"stage": 3, "offload_optimizer": "nvme"}, {}, True, None),
+    (ON_DISK, {}, True, None),
+    ({**ON_DISK, "stage3_prefetch_bucket_size": None, "stage3_max_reuse_distance": 0}, {}, True, None),
+    # 1 MiB of bf16 has 524,288 elements; 4 ranks
+    ({**ON_DISK, "stage3_param_persistence_threshold": 4 * 524_287}, {"nodes": 2, "gpus_per_node": 2}, True, None),
+    (
+        {"stage": 0, "offload_optimizer": "cpu"},
+        {},
+        False,
+        ("stages.base.zero.offload_optimizer cpu needs ZeRO stage >= 1; it is 0", "set zero.stage to 1, 2 or 3"),
+    ),
+    (
+        {"stage": 2, "offload_param": "cpu"},
+        {},
+        False,
+        (
+            f"stages.base.zero.offload_param cpu needs ZeRO stage 3; it is 2 {IGNORED}",
+            "set zero.stage to 3, or offload only the optimizer",
+        ),
+    ),
+    (
+        {"stage": 2, "offload_optimizer": "nvme"},
+        {},
+        True,
+        (
+            f"stages.base.zero.offload_optimizer nvme needs ZeRO stage 3; it is 2 {IN_MEMORY}",
+            "set zero.stage to 3, or zero.offload_optimizer to cpu",
+        ),
+    ),
+    (
+        {"stage": 3, "offload_optimizer": "nvme"},
+        {},
+        False,
+        (
+            "stages.base.zero.offload_optimizer nvme needs storage.scratch, which is not set: longhaul never swaps to $TMPDIR "
+            "or /tmp by default",
+            "set storage.scratch to a folder on a local disk of every node",
+        ),
+    ),
+    (
+        ON_DISK,
+        {"precision": "fp16"},
+        True,
+        (
+            "stages.base.zero.offload_param nvme with precision fp16 is not supported",
+            "set precision to bf16 or fp32",
+        ),
+    ),
+    (
+        {"stage": 3, "offload_param": "nvme"},
+        {},
+        True,
+        (
+            "stages.base.zero.offload_param nvme with offload_optimizer none is not supported: master weights need more GPU "
+            "memory than the weights",
+            "set zero.offload_optimizer to cpu or nvme",
+        ),
+    ),
+    (
+        ON_DISK,
+        {"parallel": Parallel(pipeline=2, expert=3)},
+        True,
+        (
+            "stages.base.zero.offload_param nvme with parallel.pipeline 2 is not supported",
+            "set parallel.pipeline to 1",
+        ),
+    ),
+    (
+        {**ON_DISK, "stage3_prefetch_bucket_size": 5},
+        {},
+        True,
+        (
+            "stages.base.zero.offload_param nvme with stage3_prefetch_bucket_size 5: prefetched or kept weights would need more "
+            "buffers than there are",
+            "remove stage3_prefetch_bucket_size; with weights on disk it is always 0",
+        ),
+    ),
+    (
+        {**ON_DISK, "stage3_max_reuse_distance": 6},
+        {},
+        True,
+        (
+            "stages.base.zero.offload_param nvme with stage3_max_reuse_distance 6: prefetched or kept weights would need more "
+            "buffers than there are",
+            "remove stage3_max_reuse_distance; with weights on disk it is always 0",
+        ),
+    ),
+    (
+        {**ON_DISK, "stage3_param_persistence_threshold": 4 * 524_287 + 1},
+        {"nodes": 2, "gpus_per_node": 2},
+        True,
+        (
+            "stages.base.zero.offload_param nvme with stage3_param_persistence_threshold 2097149: a tensor with more than "
+            "2097148 elements is swapped to disk and must be partitioned",
+            "set stage3_param_persistence_threshold to at most 2097148, or remove it",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("zero", "changes", "has_scratch", "expected"), OFFLOADS)
+def test_offload_must_fit_the_other_settings(
+    zero: dict[str, Any], changes: dict[str, Any], has_scratch: bool, expected: tuple[str, str] | None
+):
+    storage = Storage(scratch="/local") if has_scratch else Storage()
+    assert refusal(check_offload, tiny_stage(zero=Zero(**zero), **changes), storage) == expected
+
+
+PARTITIONS = Partitions(
+    gpu=Partition(name="big", max_minutes=900, max_nodes=3),
+    cpu=Partition(name="lean", max_minutes=100),
+    debug=Partition(name="quick", max_minutes=15, max_nodes=2),
+)
+SHAPES: list[tuple[dict[str, Any], Site, tuple[str, str] | None]] = [
+    ({"nodes": 4, "gpus_per_node": 8, "minutes": 10_000}, site(), None),
+    ({"nodes": 3, "minutes": 900}, site(partitions=PARTITIONS), None),
+    ({"gpus_per_node": 64}, site(gpus=0), None),
+    (
+        {"gpus_per_node": 9},
+        site(),
+        ("stages.base.gpus_per_node 9: site centre has 8 GPUs per node", "use more nodes with fewer GPUs each"),
+    ),
+    (
+        {"gpus_per_node": 65},
+        site(gpus=0),
+        (
+            "stages.base.gpus_per_node 65: site centre has 64 CPU cores per node and no GPU",
+            "use at most 64: each process needs one core",
+        ),
+    ),
+    ({"nodes": 5}, site(), ("stages.base.nodes 5: site centre allows 4", "use at most 4 nodes")),
+    (
+        {"nodes": 4},
+        site(partitions=PARTITIONS),
+        ("stages.base.nodes 4: site centre allows 3", "use at most 3 nodes"),
+    ),
+    (
+        {"nodes": 3},
+        site(partitions=PARTITIONS, max_nodes=2),
+        ("stages.base.nodes 3: site centre allows 2", "use at most 2 nodes"),
+    ),
+    (
+        {"minutes": 901},
+        site(partitions=PARTITIONS),
+        ("stages.base.minutes 901: partition big allows 900", "use at most 900 minutes"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "where", "expected"), SHAPES)
+def test_site_must_have_nodes_ranks_and_minutes(changes: dict[str, Any], where: Site, expected: tuple[str, str] | None):
+    assert refusal(check_site, tiny_stage(**changes), where) == expected
+
+
+JOB_LIMITS: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
+    ({"checks": {"nodes": 2, "gpus_per_node": 8, "minutes": 15}, "data_minutes": 100}, None),
+    ({"checks": {}}, None),
+    ({"checks": {"nodes": 3}}, ("checks.nodes 3: site centre allows 2", "use at most 2 nodes")),
+    (
+        {"checks": {"gpus_per_node": 9}},
+        ("checks.gpus_per_node 9: site centre has 8 GPUs per node", "use more nodes with fewer GPUs each"),
+    ),
+    ({"checks": {"minutes": 16}}, ("checks.minutes 16: partition quick allows 15", "use at most 15 minutes")),
+    ({"data_minutes": 101}, ("data_minutes 101: partition lean allows 100", "use at most 100 minutes")),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), JOB_LIMITS)
+def test_site_must_have_the_resources_of_checks_and_data_jobs(
+    changes: dict[str, Any], expected: tuple[str, str] | None, tmp_path: Path
+):
+    """Default minutes are longer than these partitions allow. They are reduced, not refused."""
+    config = run_config(tmp_path, **changes)
+    assert refusal(check_job_limits, config, site(partitions=PARTITIONS)) == expected
+
+
+def test_checks_use_at_least_one_node_and_one_gpu(tmp_path: Path):
+    small = site(gpus=1, max_nodes=1)
+    assert refusal(check_job_limits, run_config(tmp_path, checks={}), small) is None
+
+
+def saving(write_gb_per_s: float = 0.5, **changes: Any) -> tuple[Stage, int, Site]:
+    """Return a stage with a margin of 30 s, bytes that take 90 s to write, and the site."""
+    return (
+        tiny_stage(recovery=Recovery(stop_margin_s=30), **changes),
+        45 * 10**9,
+        site(checkpoint_write_gb_per_s=write_gb_per_s),
+    )
+
+
+def test_an_allocation_must_be_longer_than_save_and_margin():
+    assert refusal(check_save_time, *saving(minutes=3)) is None
+    assert refusal(check_save_time, *saving(minutes=2)) == (
+        "stages.base.minutes 2: a save of 45.0 GB takes about 90 s, and recovery.stop_margin_s is 30 s: no checkpoint can be "
+        "saved before the allocation ends",
+        "increase minutes, or reduce recovery.stop_margin_s",
+    )
+    assert refusal(check_save_time, tiny_stage(minutes=2), 45 * 10**9, site()) is None, "unknown write rate"
+
+
+def test_a_save_that_is_longer_than_the_margin_gives_a_warning():
+    assert save_time_warning(*saving(write_gb_per_s=1.5)) is None, "30 s, exactly the margin"
+    assert save_time_warning(*saving()) == (
+        "stages.base: a save of 45.0 GB takes about 90 s, longer than recovery.stop_margin_s 30: the end of an allocation may "
+        "interrupt the first save, whose time is not measured yet"
+    )
+
+
+def test_a_sequence_may_be_as_long_as_the_models_positions():
+    assert refusal(check_positions, tiny_stage(sequence_length=64), tiny_size()) is None
+    assert refusal(check_positions, tiny_stage(sequence_length=65), tiny_size()) == (
+        "stages.base.sequence_length 65 exceeds the model's max_position_embeddings 64",
+        "use at most 64, or increase max_position_embeddings",
+    )
+
+
+@pytest.mark.parametrize(("more", "limit"), [(0, 6), (1, None)])
+def test_model_states_may_fill_a_gpu(more: int, limit: int | None):
+    memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + more, *[GIB] * 8)
+    node = NodeShape(cpus=1, memory_mb=1, gpus=1, gpu_memory_gib=limit)
+    assert refusal(check_memory, tiny_stage(), memory, site(node=node)) is None
+
+
+def test_model_states_that_are_larger_than_a_gpu_are_refused():
+    memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + 1, *[GIB] * 8)
+    node = NodeShape(cpus=1, memory_mb=1, gpus=1, gpu_memory_gib=6)
+    assert refusal(check_memory, tiny_stage(), memory, site(node=node)) == (
+        "stages.base: weights, gradients and optimizer states need 6.0 GiB per GPU; site centre has 6 GiB",
+        "increase zero.stage, offload to the CPU, or use more GPUs",
+    )
+
+
+def test_kept_checkpoints_must_fit_the_quota_of_files():
+    """3 last, 2 best and the one being written: 6 checkpoints with 10 files each."""
+    stage = tiny_stage(checkpoints=CheckpointSettings(keep_last=3, keep_best=2))
+    assert refusal(check_checkpoint_files, stage, 10, site(inode_limit=60)) is None
+    assert refusal(check_checkpoint_files, stage, 10, site()) is None
+    assert refusal(check_checkpoint_files, stage, 10, site(inode_limit=59)) == (
+        "stages.base: 6 checkpoints with 10 files each exceed site centre's inode_limit 59",
+        "reduce checkpoints.keep_last or checkpoints.keep_best",
+    )
+
+
+def test_chunks_of_a_dataset_must_fit_the_quota_of_files(tmp_path: Path):
+    """Files of 2.5 and 1 chunks give 3 + 1 chunks, small files of 0.6 + 0.6 share 2: 6 chunks with 9 files each."""
+    dataset = run_config(tmp_path, datasets__prose__chunk_mb=1.0).datasets["prose"]
+    file_sizes = [2_500_000, 600_000, 1_000_000, 600_000]
+    assert refusal(check_chunk_files, "prose", dataset, file_sizes, site(inode_limit=54)) is None
+    assert refusal(check_chunk_files, "prose", dataset, file_sizes, site()) is None
+    assert refusal(check_chunk_files, "prose", dataset, file_sizes, site(inode_limit=26)) == (
+        "datasets.prose: 6 chunks of 1 MB need up to 54 files; site centre's inode_limit is 26",
+        "set chunk_mb to 3 or more",
+    )
