@@ -67,3 +67,65 @@ def test_only_a_pipeline_has_a_pipeline_section_and_sends_whole_activations(tmp_
     for pipeline, expected in ((1, None), (2, {"pipe_partitioned": False, "grad_partitioned": False})):
         plan = plan_of(tmp_path, {"stages.0.parallel": {"pipeline": pipeline}, "stages.0.gpus_per_node": 2})
         assert deepspeed_sections(plan.stages[0], plan.site).get("pipeline") == expected
+
+
+def sections(folder: Path, stage: dict[str, Any], site: dict[str, Any] | None = None) -> dict[str, Any]:
+    plan = plan_of(folder, {f"stages.0.{key}": value for key, value in stage.items()}, site)
+    return deepspeed_sections(plan.stages[0], plan.site)
+
+
+OPTIMIZER = {"lr": 0.5, "betas": [0.25, 0.75], "eps": 0.125, "weight_decay": 2.0, "gradient_clipping": 3.0}
+
+
+def test_all_sections_of_a_plain_stage_follow_from_its_keys(tmp_path: Path):
+    keys = {"optimizer": OPTIMIZER, "micro_batch_size": 2, "precision": "bf16"}
+    assert sections(tmp_path, keys) == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 3.0,
+        "steps_per_print": 1_000_000_000,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": 0.5,
+                "betas": [0.25, 0.75],
+                "eps": 0.125,
+                "weight_decay": 2.0,
+                "torch_adam": True,
+                "fused": True,
+            },
+        },
+        "zero_optimization": {"stage": 1, "overlap_comm": True, "contiguous_gradients": True},
+        "bf16": {"enabled": True},
+    }
+
+
+def test_fused_adam_needs_gpus_and_an_optimizer_in_their_memory(tmp_path: Path):
+    no_gpu = {"node.gpus": 0, "cuda_build": "cpu"}
+    on_cpu = sections(tmp_path, {}, no_gpu)["optimizer"]["params"]
+    assert on_cpu["torch_adam"] is True and "fused" not in on_cpu
+    offloaded = sections(tmp_path, {"zero": {"offload_optimizer": "cpu"}})["optimizer"]["params"]
+    assert sorted(offloaded) == ["betas", "eps", "lr", "weight_decay"]
+
+
+def test_fp16_section_has_all_settings_of_loss_scaling(tmp_path: Path):
+    scale = {
+        "loss_scale": 128.0,
+        "initial_scale_power": 7,
+        "loss_scale_window": 11,
+        "hysteresis": 3,
+        "min_loss_scale": 0.5,
+    }
+    found = sections(tmp_path, {"precision": "fp16", "fp16": scale})
+    assert found["fp16"] == {"enabled": True, **scale}
+    assert "bf16" not in found
+    assert not {"fp16", "bf16", "communication_data_type"} & set(sections(tmp_path, {"precision": "fp32"}))
+
+
+def test_communication_settings_change_the_data_type_and_the_overlap(tmp_path: Path):
+    two_ranks = {"gpus_per_node": 2}
+    assert (
+        sections(tmp_path, {**two_ranks, "communication": {"data_type": "fp32"}})["communication_data_type"] == "fp32"
+    )
+    compressed = sections(tmp_path, {**two_ranks, "communication": {"powersgd": {}}})["zero_optimization"]
+    assert compressed == {"stage": 1, "overlap_comm": False, "contiguous_gradients": True}
