@@ -1,14 +1,18 @@
-"""Data files that a config names."""
+"""Files that a config names: data, evaluation texts, tokenizer and pretrained model."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from longhaul.artifacts.schemas import Lock
 from longhaul.errors import UserError
-from longhaul.planning import dataset_files
-from tests.support.small_configs import plan_of
+from longhaul.planning import dataset_files, evaluation_files, model_config
+from longhaul.planning.input_files import _check_file_name, changes_of_pretrained_weights, read_model_folder
+from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, plan_of
 
 
 def test_a_file_may_be_listed_only_once(tmp_path: Path):
@@ -36,3 +40,183 @@ def test_files_are_sorted_within_each_pattern(tmp_path: Path):
     plan = plan_of(tmp_path, {"datasets.prose": {"kind": "text", "files": ["b", "*.txt"]}})
     found = [str(path.relative_to(tmp_path)) for path in dataset_files(plan.loaded, "prose")]
     assert found == ["b/1.txt", "b/2.txt", "a.txt"]
+
+
+PROSE = {"kind": "text", "files": ["a.txt"]}
+
+
+def refusal(folder: Path, changes: dict[str, Any]) -> tuple[str, str]:
+    """Return message and remedy of the error that the plan of these changes ends with; FOLDER stands for `folder`."""
+    with pytest.raises(UserError) as refused:
+        plan_of(folder, changes)
+    return refused.value.message.replace(str(folder), "FOLDER"), refused.value.hint
+
+
+def test_pattern_without_a_match_is_refused(tmp_path: Path):
+    assert refusal(tmp_path, {"datasets.prose": {**PROSE, "files": ["no/*.txt"]}}) == (
+        "datasets.prose.files: 'no/*.txt' matches no file in FOLDER",
+        "write paths relative to the config file",
+    )
+
+
+def test_unusable_files_are_refused_with_the_remedy(tmp_path: Path):
+    (tmp_path / "a.txt").touch()
+    assert refusal(tmp_path, {"datasets.prose": PROSE}) == (
+        "datasets.prose.files: FOLDER/a.txt is empty",
+        "remove the file from the list",
+    )
+    (tmp_path / "a.txt").write_text("text")
+    assert refusal(tmp_path, {"datasets.prose": {**PROSE, "files": ["*.txt", "a.txt"]}}) == (
+        "datasets.prose.files: FOLDER/a.txt is listed twice",
+        "list each file once",
+    )
+
+
+@pytest.mark.parametrize("bad", ["{", "}", "\n", "\x1f", "\ud800", "\udfff"])
+def test_name_that_snakemake_or_json_cannot_represent_is_refused(tmp_path: Path, bad: str):
+    with pytest.raises(UserError) as refused:
+        _check_file_name("key", Path(f"a{bad}b"))
+    assert refused.value.message == (
+        f"key: the path {f'a{bad}b'!r} contains {bad!r}, which Snakemake or JSON cannot represent"
+    )
+    assert refused.value.hint == "rename the file or its folder"
+
+
+def test_other_special_characters_may_be_in_a_name():
+    _check_file_name("key", Path("a |~\x7f\ud7ff\ue000é[]$'\"b"))
+
+
+def test_evaluation_files_are_expanded_and_must_not_be_empty(tmp_path: Path):
+    for name in ("a.txt", "evals/2.txt", "evals/1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    prose = {**PROSE, "bad_rows": "skip", "decontaminate": {"files": ["evals"]}}
+    plan = plan_of(tmp_path, {"datasets.prose": prose})
+    assert evaluation_files(plan.loaded, "prose") == [tmp_path / "evals/1.txt", tmp_path / "evals/2.txt"]
+    assert evaluation_files(plan.loaded, "chats") == []
+    (tmp_path / "evals/1.txt").write_text("")
+    assert refusal(tmp_path, {"datasets.prose": prose}) == (
+        "datasets.prose.decontaminate.files: FOLDER/evals/1.txt is empty",
+        "remove the file from the list",
+    )
+
+
+def test_files_below_a_folder_are_found_at_any_depth(tmp_path: Path):
+    for name in ("data/x/y/1.txt", "data/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "data/folder.txt").mkdir()
+    plan = plan_of(tmp_path, {"datasets.prose": {**PROSE, "files": ["data"]}})
+    assert dataset_files(plan.loaded, "prose") == [tmp_path / "data/2.txt", tmp_path / "data/x/y/1.txt"]
+    plan = plan_of(tmp_path, {"datasets.prose": {**PROSE, "files": ["data/*.txt"]}})
+    assert dataset_files(plan.loaded, "prose") == [tmp_path / "data/2.txt"]
+
+
+def test_tokenizer_folder_and_chat_template_must_exist(tmp_path: Path):
+    existing = {"tokenizer": {"path": "tokens"}}
+    assert refusal(tmp_path, existing) == (
+        "tokenizer.path: FOLDER/tokens has no tokenizer.json",
+        "give the path of a Hugging Face tokenizer folder",
+    )
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/tokenizer.json").write_text("{}")
+    plan_of(tmp_path, existing)
+    with_template = {"tokenizer": {"path": "tokens", "chat_template": "chat.jinja"}}
+    assert refusal(tmp_path, with_template) == (
+        "tokenizer.chat_template: FOLDER/chat.jinja is not a file",
+        "give the path of a Jinja file",
+    )
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    plan_of(tmp_path, with_template)
+
+
+CONFIG_JSON = {"model_type": "llama", "tie_word_embeddings": False, **LLAMA}
+
+
+def model_folder(folder: Path, files: dict[str, str]) -> Path:
+    """Write these files and a config.json to a folder."""
+    folder.mkdir()
+    for name, text in {"config.json": json.dumps(CONFIG_JSON), **files}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+# files of the folder, expected message, expected remedy
+FOLDERS: dict[str, tuple[dict[str, str], str, str]] = {
+    "no weights": (
+        {"pytorch_model.bin": "pickle"},
+        "key: FOLDER has no weights (*.safetensors)",
+        "use a model with weights, or train from random weights: set an architecture instead of pretrained",
+    ),
+    "list in config.json": (
+        {"config.json": "[]"},
+        "key: FOLDER/config.json contains a list, not keys and values",
+        "give the path of a Hugging Face model folder",
+    ),
+    "invalid config.json": (
+        {"config.json": "{"},
+        "key: cannot read FOLDER/config.json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        "give the path of a Hugging Face model folder",
+    ),
+    "missing weights": (
+        {
+            "a.safetensors": EMPTY_SAFETENSORS,
+            "model.safetensors.index.json": json.dumps(
+                {"weight_map": {name: f"{name}.safetensors" for name in "abcdeb"}}
+            ),
+        },
+        "key: 4 of 5 files in FOLDER/model.safetensors.index.json are missing: b.safetensors, c.safetensors, d.safetensors",
+        "complete the download",
+    ),
+    "list in the index": (
+        {"a.safetensors": EMPTY_SAFETENSORS, "model.safetensors.index.json": "[]"},
+        "key: FOLDER/model.safetensors.index.json contains a list, not keys and values",
+        "give the path of a Hugging Face model folder",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "message", "remedy"), FOLDERS.values(), ids=FOLDERS)
+def test_incomplete_model_folder_is_refused(tmp_path: Path, files: dict[str, str], message: str, remedy: str):
+    folder = model_folder(tmp_path / "model", files)
+    with pytest.raises(UserError) as refused:
+        read_model_folder(folder, "key")
+    assert (refused.value.message.replace(str(folder), "FOLDER"), refused.value.hint) == (message, remedy)
+
+
+def test_truncated_weights_are_refused(tmp_path: Path):
+    folder = model_folder(tmp_path / "model", {"a.safetensors": EMPTY_SAFETENSORS, "b.safetensors": "short"})
+    with pytest.raises(UserError, match=r"b.safetensors has 5 bytes"):
+        read_model_folder(folder, "key")
+
+
+def test_complete_model_folder_gives_its_config(tmp_path: Path):
+    index = json.dumps({"weight_map": {"x": "a.safetensors"}})
+    files = {"a.safetensors": EMPTY_SAFETENSORS, "model.safetensors.index.json": index, "other.index.json": "{}"}
+    assert read_model_folder(model_folder(tmp_path / "model", files), "key") == CONFIG_JSON
+
+
+def test_local_model_is_planned_with_its_sizes(tmp_path: Path):
+    model_folder(tmp_path / "start", {"model.safetensors": EMPTY_SAFETENSORS})
+    plan = plan_of(tmp_path, {"model": {"pretrained": {"path": "start"}}})
+    found = model_config(plan.loaded, None)
+    assert found and {key: found[key] for key in LLAMA} == LLAMA
+    assert plan.deferred_checks == ()
+    assert refusal(tmp_path, {"model": {"pretrained": {"path": "nowhere"}}})[0].startswith(
+        "model.pretrained.path: cannot read FOLDER/nowhere/config.json: "
+    )
+
+
+def test_hub_model_has_the_sizes_that_fetch_recorded(tmp_path: Path):
+    plan = plan_of(tmp_path, {"model": {"pretrained": {"hub": {"id": "org/model"}}}})
+    assert model_config(plan.loaded, None) is model_config(plan.loaded, Lock()) is None
+    found = model_config(plan.loaded, Lock(model=CONFIG_JSON))
+    assert found and {key: found[key] for key in LLAMA} == LLAMA
+    assert changes_of_pretrained_weights(plan.loaded, None) == ()
+
+
+def test_unreadable_format_of_a_hub_model_is_refused(tmp_path: Path):
+    plan = plan_of(tmp_path, {"model": {"pretrained": {"hub": {"id": "org/model"}}}})
+    awq = Lock(model={**CONFIG_JSON, "quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(UserError, match=r"^model.pretrained: quantization_config has quant_method 'awq'"):
+        model_config(plan.loaded, awq)
