@@ -220,3 +220,12 @@ def test_unreadable_format_of_a_hub_model_is_refused(tmp_path: Path):
     awq = Lock(model={**CONFIG_JSON, "quantization_config": {"quant_method": "awq"}})
     with pytest.raises(UserError, match=r"^model.pretrained: quantization_config has quant_method 'awq'"):
         model_config(plan.loaded, awq)
+
+
+def test_changes_of_a_pretrained_folder_are_named_but_not_those_of_an_architecture(tmp_path: Path):
+    config = {**CONFIG_JSON, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 64]}}
+    model_folder(tmp_path / "start", {"model.safetensors": EMPTY_SAFETENSORS, "config.json": json.dumps(config)})
+    plan = plan_of(tmp_path, {"model": {"pretrained": {"path": "start"}}})
+    sentence = "FP8 weights with scales for blocks of 128 x 64 were dequantized to fp32."
+    assert changes_of_pretrained_weights(plan.loaded, None) == plan.pretrained_changes == (sentence,)
+    assert changes_of_pretrained_weights(plan_of(tmp_path).loaded, Lock(model=config)) == ()

@@ -14,7 +14,9 @@ from longhaul.config.model_size import model_size
 from longhaul.errors import UserError
 from longhaul.jobs.kind import job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
-from longhaul.planning import StagePlan, build_plan
+from longhaul.planning import Plan, StagePlan, build_plan
+from longhaul.planning.gpu_memory import estimate_gpu_memory
+from longhaul.planning.result_spec import result_spec
 from longhaul.report.plan_json import plan_json
 from tests.support.chain import REPOSITORY
 from tests.support.small_configs import LLAMA, plan_of
@@ -204,3 +206,176 @@ def test_environment_check_gets_disk_and_locked_memory_of_weights_on_disk(tmp_pa
     assert isinstance(spec, EnvironmentSpec) and spec.prebuild_ops == ("cpu_adam", "pin_memory", "async_io")
     locked = 4 * (8 * -(-sizes.largest_tensor // 2) + sizes.total // 2)
     assert (spec.swap_bytes, spec.locked_bytes) == (4 * sizes.total, locked)
+
+
+def test_plan_of_a_stage_holds_exactly_what_its_keys_give(tmp_path: Path):
+    config = {"stages.0.nodes": 2, "stages.0.gpus_per_node": 2, "stages.0.export": "last"}
+    plan = plan_of(tmp_path, config)
+    base, chat = plan.stages
+    sizes = model_size(plan.config.model.config_dict())
+    assert base == StagePlan(
+        stage=plan.config.stages[0],
+        steps=10,
+        tokens=10 * 8 * 64,
+        world_size=4,
+        data_parallel=4,
+        accumulation=2,
+        memory=estimate_gpu_memory(base.stage, sizes, 4),
+        flops=sizes.flops_per_token(64) * 10 * 8 * 64,
+        files_per_checkpoint=1 + 4 + 4 + 2 + 3,
+        checkpoint_bytes=16 * sizes.total,
+        exported_checkpoints=("last",),
+        spec=result_spec(plan.loaded, base.stage, 10),
+        pipeline_bubble=0.0,
+        warnings=(),
+    )
+    assert (chat.exported_checkpoints, chat.files_per_checkpoint) == ((), 1 + 1 + 1 + 2)
+    assert (base.name, plan.stage("chat"), plan.exported, plan.run) == ("base", chat, ("base",), "small")
+
+
+def test_hub_model_has_no_sizes_before_fetch(tmp_path: Path):
+    plan = plan_of(tmp_path, {"model": {"pretrained": {"hub": {"id": "org/model"}}}})
+    assert plan.deferred_checks == (
+        "model org/model: memory, positions and vocabulary are checked after fetch has read the model's size",
+    )
+    stage = plan.stages[0]
+    assert (stage.memory, stage.flops, stage.checkpoint_bytes) == (None, None, None)
+    assert stage.warnings == () and plan.needs_fetch
+
+
+# changes of the config, of the site, beginning of the message
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "layout": ({"stages.0.parallel": {"tensor": 2}}, {}, "stages.base.parallel: tensor 2 x"),
+    "schedule": ({"stages.0.schedule": {"warmup_steps": 11}}, {}, "stages.base.schedule: warmup_steps 11"),
+    "schedule of a stage with tokens": (
+        {"stages.0.steps": ..., "stages.0.tokens": 512 * 4, "stages.0.schedule": {"warmup_steps": 5}},
+        {},
+        "stages.base.schedule: warmup_steps 5 + decay_steps 0 exceed the stage's 4 steps",
+    ),
+    "precision": (
+        {"stages.0.precision": "bf16", "stages.0.zero": {"stage": 0}},
+        {},
+        "stages.base: precision bf16 with",
+    ),
+    "offload": ({"stages.0.zero": {"offload_param": "cpu"}}, {}, "stages.base.zero.offload_param cpu needs"),
+    "scratch": (
+        {"stages.0.zero": {"stage": 3, "offload_optimizer": "nvme"}},
+        {},
+        "stages.base.zero.offload_optimizer nvme needs storage.scratch",
+    ),
+    "site": ({"stages.1.nodes": 17}, {}, "stages.chat.nodes 17"),
+    "jobs": ({"checks.nodes": 17}, {}, "checks.nodes 17"),
+    "model": (
+        {"stages.0.parallel": {"pipeline": 4}, "stages.0.gpus_per_node": 4},
+        {},
+        "stages.base.parallel.pipeline 4: the",
+    ),
+    "positions": ({"stages.0.sequence_length": 129}, {}, "stages.base.sequence_length 129 exceeds"),
+    "vocabulary": ({"tokenizer.train.vocab_size": 401}, {}, "tokenizer.train.vocab_size 401 is larger"),
+    "memory": (
+        {"model.llama.num_hidden_layers": 10_000},
+        {"node.gpu_memory_gib": 1},
+        "stages.base: weights, gradients and optimizer states need",
+    ),
+    "checkpoint files": ({}, {"inode_limit": 19}, "stages.base: 4 checkpoints with 5 files each"),
+    "batch": ({"stages.0.micro_batch_size": 3}, {}, "stages.base: global_batch_size 8 is not a multiple"),
+    "save time": (
+        {"stages.0.minutes": 1},
+        {"checkpoint_write_gb_per_s": 1.0},
+        "stages.base.minutes 1: a save of 0.0 GB",
+    ),
+    "reference": ({"stages.0.dataset": "x"}, {}, "stages.base.dataset: there is no dataset 'x'"),
+    "order": ({"stages.1.from.stage": "x"}, {}, "stages.chat.from.stage: there is no stage 'x'"),
+    "files": ({"tokenizer": {"path": "x"}}, {}, "tokenizer.path: "),
+}
+
+
+@pytest.mark.parametrize(("config", "site", "message"), REFUSED.values(), ids=REFUSED)
+def test_plan_makes_every_check(tmp_path: Path, config: dict[str, Any], site: dict[str, Any], message: str):
+    with pytest.raises(UserError) as refused:
+        plan_of(tmp_path, config, site)
+    assert refused.value.message.startswith(message)
+
+
+def test_plan_checks_the_number_of_chunks_of_used_datasets_only(tmp_path: Path):
+    (tmp_path / "big.txt").write_text("x" * 100_000)
+    many_chunks = {"kind": "text", "files": ["big.txt"], "chunk_mb": 0.001}
+    plan_of(tmp_path, {"datasets.unused": many_chunks}, {"inode_limit": 100})
+    with pytest.raises(UserError, match=r"datasets.prose: 100 chunks of 0.001 MB need up to 900 files"):
+        plan_of(tmp_path, {"datasets.prose": many_chunks}, {"inode_limit": 100})
+
+
+VERSE = {"datasets.verse": {"kind": "text", "files": ["verse.txt"], "decontaminate": {"files": ["evals.txt"]}}}
+BOTH = {"datasets.both": {"kind": "text", "mixture": {"prose": 1, "verse": 1}}}
+
+
+def with_mixture(folder: Path, changes: dict[str, Any] | None = None, lock: Lock | None = None) -> Plan:
+    for name in ("verse.txt", "evals.txt"):
+        (folder / name).write_text("text")
+    return plan_of(folder, {**VERSE, **BOTH, "stages.0.dataset": "both", **(changes or {})}, lock=lock)
+
+
+def test_datasets_of_a_mixture_are_used(tmp_path: Path):
+    assert with_mixture(tmp_path).used_datasets == {"both", "prose", "verse", "chats"}
+    assert plan_of(tmp_path, {**VERSE, **BOTH}).used_datasets == {"prose", "chats"}
+
+
+def test_rules_of_a_dataset_read_its_files_or_the_manifests_of_its_parts(tmp_path: Path):
+    plan = with_mixture(tmp_path)
+    assert plan.rule_inputs("both") == [plan.paths.manifest("prose"), plan.paths.manifest("verse")]
+    assert plan.rule_inputs("verse") == [tmp_path / "verse.txt", tmp_path / "evals.txt"]
+    assert plan.rule_inputs("prose") == []
+
+
+def test_files_of_a_source_are_known_after_fetch(tmp_path: Path):
+    before = with_mixture(tmp_path)
+    assert before.source_files("verse") == (str(tmp_path / "verse.txt"),)
+    assert before.source_files("prose") == () and before.fetched("prose", "path") is None
+    after = with_mixture(tmp_path, lock=Lock({"prose": {"files": ["/a", "/b"], "path": "/hub"}}))
+    assert after.source_files("prose") == ("/a", "/b") and after.source_files("chats") == ()
+    assert after.fetched("prose", "path") == "/hub" and after.fetched("model", "path") is None
+
+
+def test_weights_and_shards_are_in_the_runs_folder_or_below_the_storage_keys(tmp_path: Path):
+    plan = plan_of(tmp_path)
+    assert plan.weights_root("base") == plan.paths.stage("base").weights
+    assert plan.shards_root("prose") == plan.paths.shards("prose")
+    moved = plan_of(tmp_path, {"storage": {"weights": "/w", "data": "/d"}})
+    assert moved.weights_root("base") == Path("/w/small/base")
+    assert moved.shards_root("prose") == Path("/d/small/prose")
+
+
+def test_number_of_encode_jobs_is_one_or_that_of_the_config(tmp_path: Path):
+    plan = plan_of(tmp_path, {"data_jobs": {"prose": 3}})
+    assert (plan.data_jobs("prose"), plan.data_jobs("chats")) == (3, 1)
+
+
+FETCHED: dict[str, tuple[dict[str, Any], bool]] = {
+    "own files": ({}, False),
+    "standard library": ({"datasets.chats": {"kind": "chat", "python_stdlib": {}}}, True),
+    "dataset of the Hub": ({"datasets.chats": {"kind": "chat", "hub": {"id": "org/chats"}}}, True),
+    "tokenizer of the Hub": ({"tokenizer": {"hub": {"id": "org/tokens"}}}, True),
+    "model of the Hub": ({"model": {"pretrained": {"hub": {"id": "org/model"}}}}, True),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), FETCHED.values(), ids=FETCHED)
+def test_fetch_is_needed_for_sources_that_are_not_the_users_files(
+    tmp_path: Path, changes: dict[str, Any], expected: bool
+):
+    for name in ("prose.txt", "chats.jsonl"):
+        (tmp_path / name).write_text("text")
+    own = {
+        "datasets.prose": {"kind": "text", "files": ["prose.txt"]},
+        "datasets.chats": {"kind": "chat", "files": ["chats.jsonl"]},
+    }
+    assert plan_of(tmp_path, {**own, **changes}).needs_fetch is expected
+
+
+def test_checks_use_the_nodes_and_gpus_of_the_config_or_those_of_the_largest_stage(tmp_path: Path):
+    shape = {"checks": {}, "stages.0.gpus_per_node": 2, "stages.1.gpus_per_node": 4}
+    plan = plan_of(tmp_path, shape)
+    assert (plan.check_nodes, plan.check_gpus_per_node) == (2, 4)
+    assert plan_of(tmp_path, shape, {"max_nodes": 1}).check_nodes == 1
+    plan = plan_of(tmp_path, {**shape, "checks": {"nodes": 3, "gpus_per_node": 1}})
+    assert (plan.check_nodes, plan.check_gpus_per_node) == (3, 1)
