@@ -38,6 +38,25 @@ def test_a_position_is_computed_without_earlier_ones():
     assert numbers[0] == 10**14 * [7, 2, 1][datasets[0]] + near[1][3]
 
 
+# weights, dataset of each position of one period, number of the sample in its dataset
+PERIODS = [
+    ([1], [0], [0]),
+    ([3, 1], [0, 0, 1, 0], [0, 1, 0, 2]),
+    ([2, 2, 2], [0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1]),
+    ([7, 2, 1], [0, 0, 1, 0, 0, 2, 0, 0, 1, 0], [0, 1, 0, 2, 3, 0, 4, 5, 1, 6]),
+    ([1, 2, 3, 4], [3, 2, 1, 3, 2, 3, 0, 1, 2, 3], [0, 0, 0, 1, 1, 2, 0, 1, 2, 3]),
+]
+
+
+@pytest.mark.parametrize(("weights", "datasets", "numbers"), PERIODS)
+def test_order_of_a_period_stays_the_same(weights: list[int], datasets: list[int], numbers: list[int]):
+    """Another order would change the results of resumed runs."""
+    found = MixtureOrder(weights)(np.arange(len(datasets), 2 * len(datasets)))
+    assert found[0].tolist() == datasets and found[0].dtype == np.int64
+    second_period = [weights[dataset] + number for dataset, number in zip(datasets, numbers, strict=True)]
+    assert found[1].tolist() == second_period and found[1].dtype == np.int64
+
+
 def test_weights_become_the_smallest_whole_numbers():
     assert whole_weights({"a": 0.7, "b": 0.2, "c": 0.1}) == {"a": 7, "b": 2, "c": 1}
     assert whole_weights({"a": 3, "b": 1.5}) == {"a": 2, "b": 1}

@@ -1,0 +1,206 @@
+"""Windows and packs of a few known tokens, compared with samples written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longhaul.artifacts.files import read_json
+from longhaul.data.sampling.pack_file import PackFile, write_pack_file
+from longhaul.data.sampling.sample_format import Sample, clear_sample
+from longhaul.data.sampling.sample_sources import PackSource, WindowSource
+from longhaul.data.sampling.samples import MixedSamples, Samples
+from longhaul.errors import UserError
+
+PAD = 99
+
+
+class Documents:
+    """Documents in memory, with the interface of SplitReader."""
+
+    def __init__(self, *documents: list[int], masks: list[list[int]] | None = None) -> None:
+        self._documents = [np.array(document, dtype=np.uint16) for document in documents]
+        ones = [[1] * len(document) for document in documents]
+        self._masks = [np.array(mask, dtype=np.uint8) for mask in masks or ones]
+        self.document_count = len(documents)
+        self.token_count = sum(map(len, documents))
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(document) for document in self._documents], dtype=np.int32)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        assert start + len(out) <= self.token_count
+        out[:] = np.concatenate(self._documents)[start : start + len(out)]
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._documents[number], self._masks[number]
+
+
+def numbered(count: int) -> Documents:
+    """Return one document with the tokens 1 to count."""
+    return Documents(list(range(1, count + 1)))
+
+
+def filled(source: Any, index: int) -> Sample:
+    sample = Sample(*np.full((3, source.length), -7, dtype=np.int64))
+    source.fill(index, sample)
+    return sample
+
+
+def lists(sample: Sample) -> tuple[list[int], ...]:
+    return tuple(part.tolist() for part in sample)
+
+
+def test_cleared_sample_is_padding_without_labels():
+    sample = Sample(*np.zeros((3, 4), dtype=np.int64))
+    clear_sample(sample, PAD)
+    assert lists(sample) == ([PAD] * 4, [-100] * 4, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (2, 1), (5, 1), (6, 2), (9, 2), (10, 3)])
+def test_windows_cover_every_label(tokens: int, windows: int):
+    assert len(WindowSource(numbered(tokens), 4, PAD)) == windows  # type: ignore[arg-type]
+
+
+def test_window_reads_one_token_more_than_it_holds():
+    source = WindowSource(numbered(10), 4, PAD)  # type: ignore[arg-type]
+    assert (source.length, source.token_count, source.cut_documents) == (4, 10, 0)
+    assert lists(filled(source, 0)) == ([1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3])
+    assert lists(filled(source, 1)) == ([5, 6, 7, 8], [6, 7, 8, 9], [0, 1, 2, 3])
+    assert lists(filled(source, 2)) == ([9, 10, PAD, PAD], [10, -100, -100, -100], [0, 1, 2, 3])
+
+
+def test_openings_of_windows_are_at_most_half_a_document_and_shorter_than_a_sequence():
+    documents = Documents([1], [1, 2], [1, 2, 3], list(range(60)), [])
+    openings = list(WindowSource(documents, 64, PAD).openings())  # type: ignore[arg-type]
+    assert openings == [(1,), (1,), (1, 2), tuple(range(24))]
+    assert list(WindowSource(documents, 8, PAD).openings())[-1] == tuple(range(7))  # type: ignore[arg-type]
+
+
+CHATS = Documents([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13, 14], masks=[[0, 0, 1, 1], [0, 1, 0], [0] * 6 + [1]])
+
+
+def pack_source(folder: Path, documents: Documents = CHATS, length: int = 7) -> PackSource:
+    return PackSource(documents, length, PAD, 1, folder / "packs.bin")  # type: ignore[arg-type]
+
+
+def test_packs_hold_conversations_with_labels_and_positions_of_their_own(tmp_path: Path):
+    source = pack_source(tmp_path)
+    samples = sorted(lists(filled(source, index)) for index in range(len(source)))
+    first = ([1, 2, 3, 4], [-100, 3, 4, -100], [0, 1, 2, 3])
+    second = ([5, 6, 7], [6, -100, -100], [0, 1, 2])
+    alone = ([8, 9, 10, 11, 12, 13, 14], [-100] * 5 + [14, -100], list(range(7)))
+    together = tuple(a + b for a, b in zip(first, second, strict=True))
+    swapped = tuple(b + a for a, b in zip(first, second, strict=True))
+    assert samples in (sorted([alone, together]), sorted([alone, swapped]))
+    assert (source.token_count, source.cut_documents, source.length) == (14, 0, 7)
+
+
+def test_positions_of_the_padding_restart(tmp_path: Path):
+    source = pack_source(tmp_path, Documents([1, 2, 3], masks=[[0, 1, 1]]), length=5)
+    assert lists(filled(source, 0)) == ([1, 2, 3, PAD, PAD], [2, 3, -100, -100, -100], [0, 1, 2, 0, 1])
+
+
+def test_long_conversation_is_truncated(tmp_path: Path):
+    source = pack_source(tmp_path, Documents([1, 2, 3, 4, 5], masks=[[0, 0, 1, 1, 1]]), length=4)
+    assert lists(filled(source, 0)) == ([1, 2, 3, 4], [-100, 3, 4, -100], [0, 1, 2, 3])
+    assert (source.token_count, source.cut_documents) == (4, 1)
+
+
+def test_split_without_documents_has_no_pack_and_no_file(tmp_path: Path):
+    source = pack_source(tmp_path, Documents())
+    assert (len(source), source.token_count, source.cut_documents, list(source.openings())) == (0, 0, 0, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_openings_of_packs_end_before_the_first_loss_token(tmp_path: Path):
+    assert list(pack_source(tmp_path).openings()) == [(1, 2), (5,), (8, 9, 10, 11, 12, 13)]
+    documents = Documents([1, 2, 3], [4, 5, 6], [7, 8, 9, 10], masks=[[1, 0, 0], [0, 0, 0], [0, 0, 0, 1]])
+    (tmp_path / "other").mkdir()
+    assert list(pack_source(tmp_path / "other", documents, length=3).openings()) == []
+
+
+def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)
+    output = capsys.readouterr()
+    assert (
+        output.err == "packed 3 conversations into 2 sequences of 8 tokens: 6.25% padding, 1 conversations truncated\n"
+    )
+    assert output.out == ""
+    assert read_json(tmp_path / "packs.json") == {
+        "documents": 3,
+        "packs": 2,
+        "sequence_length": 8,
+        "tokens": 15,
+        "cut_documents": 1,
+        "padding_share": 1 / 16,
+    }
+    pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)
+    assert capsys.readouterr().err == "", "the existing file is used"
+    (tmp_path / "packs.json").unlink()
+    pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)
+    assert (tmp_path / "packs.json").exists(), "a pack file without its record is written again"
+
+
+def test_totals_of_an_existing_pack_file_come_from_its_record(tmp_path: Path):
+    pack_source(tmp_path)
+    record = tmp_path / "packs.json"
+    record.write_text(record.read_text().replace('"tokens": 14', '"tokens": 15'))
+    assert pack_source(tmp_path).token_count == 15
+
+
+def test_pack_file_has_documents_then_ends(tmp_path: Path):
+    """Three documents of 3 + 2 and 4 tokens: two packs of at most 5 tokens."""
+    write_pack_file(np.array([3, 4, 2], dtype=np.int32), 5, 1, tmp_path / "packs")
+    numbers = np.fromfile(tmp_path / "packs", dtype="<u4").tolist()
+    assert sorted(numbers[:3]) == [0, 1, 2] and numbers[3:] in ([1, 3], [2, 3])
+    packs = PackFile(tmp_path / "packs", 3)
+    assert sorted(sorted(packs[index].tolist()) for index in range(len(packs))) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("document_count", [2, 4, 5])
+def test_pack_file_of_other_documents_is_refused(tmp_path: Path, document_count: int):
+    write_pack_file(np.array([3, 4, 2], dtype=np.int32), 5, 1, tmp_path / "packs")
+    with pytest.raises(UserError) as refused:
+        PackFile(tmp_path / "packs", document_count)
+    assert refused.value.message == f"{tmp_path}/packs is not a pack file of {document_count} documents"
+    assert refused.value.hint == "delete it and run again"
+
+
+def samples_of(documents: Documents, length: int, seed: int = 1) -> Samples:
+    return Samples(WindowSource(documents, length, PAD), seed)  # type: ignore[arg-type]
+
+
+def test_samples_of_a_source_are_numbered_from_0():
+    samples = samples_of(numbered(10), 4)
+    assert (len(samples), samples.length, samples.cut_documents, samples.padding_share) == (3, 4, 0, 1 - 10 / 12)
+    assert samples[0].input_ids.tolist() == [1, 2, 3, 4]
+    assert samples[2].input_ids.tolist() == [9, 10, PAD, PAD]
+    for index in (-1, 3):
+        with pytest.raises(IndexError) as refused:
+            samples.fill(index, samples[0])
+        assert str(refused.value) == f"sample {index} is outside 0..2"
+    assert samples_of(Documents(), 4).padding_share == 0.0
+
+
+def test_mixed_samples_alternate_and_repeat_small_datasets():
+    large, small = samples_of(numbered(14), 4), samples_of(Documents([51, 52, 53, 54, 55, 56]), 4)
+    mixed = MixedSamples([large, small], [3, 1])
+    assert (len(large), len(small), len(mixed), mixed.length, mixed.cut_documents) == (4, 2, 8, 4, 0)
+    assert [int(mixed[index].input_ids[0]) for index in range(8)] == [1, 51, 5, 55, 9, 51, 13, 55]
+    assert mixed.padding_share == pytest.approx(((1 - 14 / 16) * 4 + (1 - 6 / 8) * 2) / 6)
+    assert list(mixed.openings()) == [(1, 2, 3), (51, 52, 53)]
+    assert mixed.ids(0, 4).dtype == np.int64
+    # positions 4 to 7 of the mixture: samples 3, 4 and 5 of the large dataset, and 1 of the small one
+    expected = [*(2 * large.at(np.array([3, 4]))).tolist(), 2 * int(small.at(np.array([1]))[0]) + 1]
+    assert mixed.ids(1, 4).tolist() == [*expected, 2 * int(large.at(np.array([5]))[0])]
+
+
+def test_batches_are_consecutive_parts_of_all_epochs():
+    samples = samples_of(numbered(14), 4)
+    assert samples.ids(1, 3).tolist() == samples.at(np.array([3, 4, 5])).tolist()
+    both = samples.at(np.arange(8)).tolist()
+    assert sorted(both[:4]) == sorted(both[4:]) == [0, 1, 2, 3] and both[:4] != both[4:]
