@@ -41,3 +41,21 @@ def test_rates_at_the_bends_of_a_schedule(schedule: Schedule, expected: dict[int
 )
 def test_only_unchanged_rates_allow_more_steps(schedule: Schedule, trained: int, can_extend: bool):
     assert can_extend_steps(schedule, trained, STEPS) is can_extend
+
+
+def test_a_decay_of_one_step_reaches_the_lowest_rate():
+    schedule = Schedule(kind="wsd", decay_steps=1, min_lr_ratio=0.25)
+    assert [learning_rate(schedule, PEAK, step, 4) for step in range(4)] == [2.0, 2.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_warm_up_until_the_last_step_leaves_no_decay(kind: str):
+    """Two steps after the warm-up of three: the peak, then the lowest rate. With one step after it, only the peak."""
+    schedule = Schedule.model_validate({"kind": kind, "warmup_steps": 3, "min_lr_ratio": 0.25})
+    assert [learning_rate(schedule, PEAK, step, 5) for step in (3, 4)] == [2.0, pytest.approx(0.5)]
+    assert learning_rate(schedule, PEAK, 3, 4) == 2.0
+    assert learning_rate(schedule, PEAK, 3, 3) == 2.0, "beyond the plan"
+
+
+def test_wsd_allows_more_steps_until_its_decay_begins():
+    assert can_extend_steps(Schedule(kind="wsd", decay_steps=4, warmup_steps=3), 6, STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -261,3 +262,48 @@ def test_texts_for_an_sft_stage_are_refused(text_shards: DataManifest, chat_shar
         packs(text_shards, tmp_path)
     with pytest.raises(IndexError):
         windows(text_shards, tmp_path)[10**9]
+
+
+def test_open_passes_padding_split_and_seed_on(text_shards: DataManifest, chat_shards: DataManifest, tmp_path: Path):
+    for manifest, kind in ((text_shards, "pretrain"), (chat_shards, "sft")):
+        samples = Samples.open(manifest, "validation", kind, 4096, 7, tmp_path, pad_id=5)
+        assert samples[len(samples) - 1].input_ids[-1] == 5
+        assert Samples.open(manifest, "validation", kind, 4096, 7, tmp_path)[0].input_ids[-1] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"pack-{chat_shards.hash}-validation-4096-7.{suffix}" for suffix in ("bin", "json")
+    }
+
+
+def test_mixture_opens_its_parts_with_the_same_settings(
+    text_shards: DataManifest, tmp_path: Path, chat_shards: DataManifest
+):
+    for manifest, kind in ((text_shards, "pretrain"), (chat_shards, "sft")):
+        fields = dataclasses.asdict(manifest)
+        empty = {**fields, "splits": {name: {**split, "documents": 0} for name, split in manifest.splits.items()}}
+        parts = [(2, fields), (5, empty), (1, fields)]
+        mixture = [{"weight": weight, "manifest": part} for weight, part in parts]
+        mixed = Samples.open(
+            dataclasses.replace(manifest, mixture=mixture), "validation", kind, 4096, 7, tmp_path, pad_id=5
+        )
+        alone = Samples.open(manifest, "validation", kind, 4096, 7, tmp_path, pad_id=5)
+        assert isinstance(mixed, MixedSamples) and len(mixed) == 2 * len(alone)
+        assert mixed[0].input_ids.tolist() == mixed[1].input_ids.tolist() == alone[0].input_ids.tolist()
+        assert (mixed.ids(0, 6) % 2).tolist() == [0, 1, 0, 0, 1, 0]
+        batch = mixed.ids(0, 3)
+        assert (batch[batch % 2 == 0] // 2).tolist() == alone.at(np.arange(2)).tolist()
+
+
+def test_training_split_without_a_sample_is_refused(text_shards: DataManifest, tmp_path: Path):
+    entry = {"shards": [], "tokens": 0, "documents": 0, "loss_tokens": 0}
+    empty = dataclasses.replace(text_shards, splits={"train": entry, "validation": entry})
+    with pytest.raises(UserError) as refused:
+        windows(empty, tmp_path)
+    assert refused.value.message == "dataset corpus: the train split has 0 tokens, too few for one sample"
+    assert refused.value.hint == "add documents"
+    assert len(Samples.open(empty, "validation", "pretrain", S, 1, tmp_path)) == 0
+
+
+def test_kind_of_a_refused_dataset_has_a_remedy(text_shards: DataManifest, tmp_path: Path):
+    with pytest.raises(UserError) as refused:
+        packs(text_shards, tmp_path)
+    assert refused.value.hint == "set the dataset's kind to chat"

@@ -1,0 +1,56 @@
+"""The manifest of a mixture: totals of its parts, and their weights as whole numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.schemas import DataManifest
+from longhaul.data.sampling import mixture_manifest
+from tests.support.corpora import dataset, tokenize_job
+
+
+def part(folder: Path, name: str, number: int) -> DataManifest:
+    """Write a manifest with `number` tokens in one shard to <folder>/<name>.json."""
+    split = {"shards": [{"prefix": name}], "tokens": number, "documents": 2 * number, "loss_tokens": 3 * number}
+    manifest = DataManifest(
+        dataset=name,
+        kind="text",
+        path=f"data/{name}",
+        hash=f"hash of {name}",
+        tokenizer_hash="tokens",
+        dtype="uint16",
+        splits={"train": split, "validation": {**split, "tokens": 10 * number, "loss_tokens": 30 * number}},
+        sources=[{"path": name}],
+        skipped={"empty": 5},
+        unigram_entropy_nats=float(number),
+    )
+    manifest.write(folder / f"{name}.json")
+    return manifest
+
+
+def test_manifest_of_a_mixture_has_totals_and_weights(tmp_path: Path):
+    parts = {name: part(tmp_path, name, number) for name, number in (("large", 100), ("small", 4))}
+    mixture = dataset(files=(), mixture={"large": 0.75, "small": 0.25})
+    job = tokenize_job(tmp_path, tmp_path, [], mixture)
+    mixture_manifest.run(job.model_copy(update={"parts": {name: str(tmp_path / f"{name}.json") for name in parts}}))
+    assert DataManifest.read(tmp_path / "data.json") == DataManifest(
+        dataset="corpus",
+        kind="text",
+        path=str(tmp_path / "data"),
+        hash=content_hash([[3, "hash of large"], [1, "hash of small"]]),
+        tokenizer_hash="tokens",
+        dtype="uint16",
+        splits={
+            "train": {"shards": [], "tokens": 104, "documents": 208, "loss_tokens": 312},
+            "validation": {"shards": [], "tokens": 1040, "documents": 208, "loss_tokens": 3120},
+        },
+        sources=[{"path": "large"}, {"path": "small"}],
+        skipped={},
+        unigram_entropy_nats=0.75 * 100 + 0.25 * 4,
+        mixture=[
+            {"weight": 3, "manifest": dataclasses.asdict(parts["large"])},
+            {"weight": 1, "manifest": dataclasses.asdict(parts["small"])},
+        ],
+    )
