@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from longhaul.artifacts.job_state import PERMANENT, Failure, State, launch_key, 
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, JobId
 from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
 from longhaul.errors import UserError
+from longhaul.jobs.kind import job_request
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.jobs.spec import LaunchSpec
 from longhaul.planning import Plan
@@ -82,3 +84,34 @@ def test_quarantine_that_leaves_too_few_nodes_is_refused(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"stages\.base: too few") as refused:
         require_enough_nodes(plan, tmp_path)
     assert str(QUARANTINE) in refused.value.hint and asked[0][2] == ["n7"]
+
+
+def test_request_without_state_or_quarantine_is_that_of_the_plan(tmp_path: Path):
+    plan, _ = rendered_plan(tmp_path)
+    assert submitted_request(plan, TRAIN_BASE, tmp_path) == replace(job_request(plan, TRAIN_BASE), exclude=())
+
+
+def test_names_that_are_no_host_names_are_not_excluded(tmp_path: Path):
+    plan, _ = rendered_plan(tmp_path)
+    names = ["n7", "N-8.x", "9", "-n", ".n", "n 1", "n\n", "", "n_1"]
+    add_to_quarantine(tmp_path / QUARANTINE, names, "down", "job 5")
+    assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ("n7", "N-8.x", "9")
+
+
+def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan, _ = rendered_plan(tmp_path)
+    asked: list[tuple[str, int, list[str]]] = []
+    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments))
+    require_enough_nodes(plan, tmp_path)
+    assert asked == [("gpu", 1, []), ("gpu", 1, [])]
+    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: "too few")
+    with pytest.raises(UserError) as refused:
+        require_enough_nodes(plan, tmp_path)
+    assert refused.value.message == "stages.base: too few"
+    assert refused.value.hint == f"remove repaired nodes from {QUARANTINE}"
+
+
+def test_nodes_are_not_counted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    local = plan_of(tmp_path, None, {"scheduler": "local", "max_nodes": 1, "partitions": ...})
+    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: "too few")
+    require_enough_nodes(local, tmp_path)

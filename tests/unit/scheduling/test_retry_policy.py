@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, TRANSIENT, WALLTIME
-from longhaul.artifacts.paths import run_of
+from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, TRANSIENT, WALLTIME, read_failure
+from longhaul.artifacts.paths import RunPaths, run_of
 from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.jobs.spec import LaunchSpec
+from longhaul.scheduling import retry_policy
 from longhaul.scheduling.retry_policy import (
     _print_failures,
     allowed_restarts,
+    final_failure,
     job_folder_of,
     refuse_known_failures,
 )
@@ -100,3 +102,42 @@ def test_failures_of_this_main_process_are_printed_at_exit(spec: LaunchSpec, cap
 
 def test_job_folder_is_that_of_the_launch_script(spec: LaunchSpec):
     assert job_folder_of(snakemake_job(spec)) == Path(spec.folder) and job_folder_of(snakemake_job(None)) is None
+
+
+def test_refusal_has_cause_time_and_remedy(spec: LaunchSpec):
+    write_failure(spec, PERMANENT, EARLIER_MAIN)
+    failure = read_failure(Path(spec.folder))
+    assert failure and final_failure(Path(spec.folder)) == failure
+    with pytest.raises(UserError) as refused:
+        refuse_known_failures([snakemake_job(spec)])
+    assert refused.value.message == f"train-base failed at {failure.time} and would only fail again: why it failed"
+    assert refused.value.hint == f"what to do; to retry it without a change: longhaul retry {spec.folder}"
+
+
+def test_failure_of_a_job_without_a_readable_spec_is_not_final(spec: LaunchSpec):
+    write_failure(spec, PERMANENT, EARLIER_MAIN)
+    folder_of(spec).launch_spec.write_text("{")
+    assert final_failure(Path(spec.folder)) is None
+
+
+def test_job_folder_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    assert job_folder_of(SimpleNamespace(params={"launch": "jobs/x/launch.sh"})) == tmp_path / "jobs/x"
+
+
+def test_print_at_exit_is_registered_with_absolute_paths_and_can_be_cancelled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(retry_policy.atexit, "register", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(retry_policy.atexit, "unregister", lambda *arguments: calls.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    retry_policy.print_failures_at_exit(RunPaths("small"))
+    retry_policy.cancel_print_at_exit()
+    assert calls == [(_print_failures, RunPaths("small", RunPaths("small").results.absolute())), (_print_failures,)]
+
+
+def test_print_at_exit_leaves_stdout_alone(spec: LaunchSpec, capsys: pytest.CaptureFixture[str]):
+    write_failure(spec, TRANSIENT, THIS_MAIN)
+    _print_failures(run_of(Path(spec.folder)))
+    assert capsys.readouterr().out == ""
