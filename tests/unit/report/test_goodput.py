@@ -102,6 +102,18 @@ def test_queue_time_is_never_negative() -> None:
     assert account(history, []).queue == 0
 
 
+def test_job_that_never_starts_again_has_no_queue_time() -> None:
+    """Only the start of an attempt ends queue time."""
+    found = account([at(0, "running"), at(20, "waiting"), at(50, "cancelled")], [])
+    assert (found.queue, found.stopped, found.total) == (0, 0, 50)
+
+
+def test_parts_longer_than_the_history_leave_nothing_for_fault_detection() -> None:
+    """The clocks of the trainer's and the supervisor's host may differ."""
+    found = account([at(0, "running"), at(10, "done")], [at(1, "training", step=0), saved(9, 10, 12)])
+    assert found.fault_detection == 0
+
+
 def test_attempt_without_a_step_is_all_start_up() -> None:
     history = [
         at(0, "running"),
@@ -129,6 +141,14 @@ def test_earlier_complete_run_and_incomplete_line_are_ignored(tmp_path: Path) ->
     found = read_goodput(tmp_path, tmp_path)
     assert found is not None and (found.total, found.training, found.start_up, found.queue) == (25, 5, 4, 5)
     assert read_goodput(tmp_path / "none", tmp_path) is None
+
+
+@pytest.mark.parametrize("events_after_done", [1, 2])
+def test_only_events_after_the_last_done_count(tmp_path: Path, events_after_done: int) -> None:
+    history = [at(0, "running"), at(9, "done"), at(100, "running"), at(120, "done")][: 2 + events_after_done]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    found = read_goodput(tmp_path, tmp_path)
+    assert found is not None and found.total == (20 if events_after_done == 2 else 0)
 
 
 def test_events_count_from_the_first_submission(tmp_path: Path) -> None:
