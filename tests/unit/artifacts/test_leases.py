@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.leases import Lease, LeaseOwner, RunLease
+from longhaul.artifacts.leases import Lease, LeaseOwner, RunLease, process_start
 
 
 def write_lease(path: Path, owner: LeaseOwner) -> None:
@@ -138,3 +141,134 @@ def test_main_process_in_a_job_is_dead_if_slurm_says_so(
             lease.acquire_or_exit(lambda job_id: bool(asked.append(job_id)))
         assert "(job 7)) works on this run" in capsys.readouterr().err
     assert asked == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "job_id"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, "7"),
+        ({"LONGHAUL_JOB_ID": "8"}, "8"),
+        ({"SLURM_JOB_ID": "7", "LONGHAUL_JOB_ID": "8"}, "7"),
+    ],
+)
+def test_owner_has_host_process_and_job(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], job_id: str | None):
+    for name in ("SLURM_JOB_ID", "LONGHAUL_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    owner = LeaseOwner.this_process()
+    assert owner == LeaseOwner(socket.gethostname(), os.getpid(), process_start(os.getpid()), job_id)
+    suffix = f" (job {job_id})" if job_id else ""
+    assert str(owner) == f"process {os.getpid()} on {socket.gethostname()}{suffix}"
+    assert not owner.is_dead()
+
+
+def test_start_of_a_process_is_ticks_and_boot():
+    """starttime is field 22 of /proc/<pid>/stat (proc(5))."""
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[22 - 3]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    assert process_start(os.getpid()) == f"{ticks}.{boot}"
+
+
+def test_start_is_found_for_any_name_of_a_process(tmp_path: Path):
+    program = tmp_path / "a) Z) b"
+    shutil.copy("/bin/sleep", program)
+    with subprocess.Popen([program, "60"]) as process:
+        while process_start(process.pid) == process_start(os.getpid()):
+            time.sleep(0.01)
+        started = process_start(process.pid)
+        assert started and started.partition(".")[0].isdigit()
+        process.kill()
+        with Path(f"/proc/{process.pid}/stat").open() as stream:
+            while ") Z " not in stream.read():
+                stream.seek(0)
+        assert process_start(process.pid) is None, "a zombie has ended"
+    assert process_start(process.pid) is None
+
+
+def test_folder_of_the_lease_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    lease = Lease(Path("a/b/lease"))
+    monkeypatch.chdir("/")
+    assert lease.try_acquire()
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["lease"]
+    assert json.loads((tmp_path / "a/b/lease").read_text()) == asdict(lease.owner)
+
+
+def test_link_that_nfs_repeats_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first request makes the link, its answer is lost, and the second one finds the name."""
+    link = os.link
+
+    def repeated(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    lease = Lease(tmp_path / "lease")
+    assert lease.try_acquire() and lease.current_owner() == lease.owner
+    assert [path.name for path in tmp_path.iterdir()] == ["lease"]
+
+
+def test_lease_that_others_take_and_release_is_tried_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    attempts: list[Path] = []
+
+    def refused(source: Path, target: Path) -> None:
+        attempts.append(target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", refused)
+    assert Lease(tmp_path / "lease").try_acquire() is False
+    assert attempts == [tmp_path / "lease"] * 3
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"host": 1}', "null", "\udcff"])
+def test_unreadable_owner_is_no_owner(tmp_path: Path, text: str):
+    (tmp_path / "lease").write_text(text, errors="surrogateescape")
+    assert Lease(tmp_path / "lease").current_owner() is None
+
+
+def test_release_without_a_lease_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lease = Lease(tmp_path / "lease")
+    lease.release()
+    monkeypatch.setattr(lease, "current_owner", lambda: lease.owner)
+    lease.release()  # the file is removed since it was read
+
+
+def test_refusal_names_the_owner_and_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lease = run_lease_of(tmp_path / "lease", LeaseOwner("login7", 5, None, "9"))
+    with pytest.raises(SystemExit) as ended:
+        lease.acquire_or_exit()
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out) == (2, "")
+    assert output.err == (
+        "error: another snakemake (process 5 on login7 (job 9)) works on this run\n"
+        f"  remedy: wait for it or stop it; if it is certainly dead: rm {tmp_path}/lease\n"
+    )
+
+
+def test_unreadable_lease_is_refused_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "lease").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        RunLease(tmp_path / "lease").acquire_or_exit()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/lease is unreadable\n  remedy: if no other snakemake works on this run: rm {tmp_path}/lease\n"
+    )
+
+
+def test_acquired_lease_of_a_run_is_released_at_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    registered: list[object] = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    lease = RunLease(tmp_path / "lease")
+    lease.acquire_or_exit()
+    assert registered == [lease.release] and lease.current_owner() == lease.owner
+
+
+def test_job_of_this_process_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A requeued job has the id of its earlier allocation."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lease = run_lease_of(tmp_path / "lease", replace(on_another_host(), job_id="7"))
+    with pytest.raises(SystemExit):
+        lease.acquire_or_exit(lambda job_id: True)
+    assert lease.current_owner() == replace(on_another_host(), job_id="7")
