@@ -43,6 +43,7 @@ check: setup  ## linters, types, import layers, rule files, shell scripts, gener
 	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
 	$(BIN)/python -m longhaul.config.generate_reference --check
 	$(BIN)/python envs/generate.py --check
+	$(BIN)/python docs/package_map.py --check
 
 format: setup  ## format Python and rule files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -51,6 +52,7 @@ format: setup  ## format Python and rule files
 generate: setup  ## write the config schema, defaults and docs, the environments and the golden files
 	$(BIN)/python -m longhaul.config.generate_reference
 	$(BIN)/python envs/generate.py
+	$(BIN)/python docs/package_map.py
 	$(BIN)/python -m tests.golden.regenerate
 
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt

@@ -20,6 +20,7 @@ def manifest(chain: Chain) -> dict[str, Any]:
     return {**found, "sources": [{**source, "path": ""} for source in found["sources"]]}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_jobs_write_the_shards_of_one_local_job(cluster: VirtualCluster, tmp_path: Path):
     config = tiny_config()

@@ -21,6 +21,9 @@ def losses(weights: Path) -> list[float]:
     return [row.get("loss", row.get("validation_loss")) for row in rows]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def rendered(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The finished run's data and tokenizer in another folder, with its first stage rendered for 2 nodes of 1 rank."""

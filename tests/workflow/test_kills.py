@@ -68,6 +68,7 @@ def killed(finished: Chain, tmp_path: Path) -> Chain:
     return Chain(tmp_path / "killed", finished.config)
 
 
+@pytest.mark.slow
 def test_weights_are_bit_identical_after_kills(finished: Chain, killed: Chain):
     first = start(killed)
     wait_for(lambda: steps_done(killed) >= 12, first)

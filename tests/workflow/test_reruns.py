@@ -116,6 +116,7 @@ def test_changed_launch_scripts_rerun_no_finished_stage(run: Chain):
     assert run.would_run() == {}
 
 
+@pytest.mark.slow
 def test_changed_source_file_gives_new_data_and_new_weights(run: Chain):
     """The last test of the file, because it changes the run permanently."""
     old = {path.name for path in run.results.glob("data/prose/*")}
