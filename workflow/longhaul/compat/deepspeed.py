@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import new_class
 from typing import Any
 
 import torch
@@ -270,8 +271,7 @@ def deepspeed_moe_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     from deepspeed.moe.layer import MoE
 
     members = {"num_local_experts": 0, "set_deepspeed_parallelism": lambda *_arguments, **_options: None}
-    bases: tuple[type, ...] = (kind, MoE)
-    return type(f"{kind.__name__}MoE", bases, members)
+    return new_class(f"{kind.__name__}MoE", (kind, MoE), exec_body=lambda namespace: namespace.update(members))
 
 
 def mark_as_autoep_expert(parameter: Any, group_name: str, expert_data_group: Any) -> None:
