@@ -41,7 +41,7 @@ check: setup  ## linters, types, import layers, rule files, shell scripts, gener
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/Snakefile workflow/rules
 	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
-	$(BIN)/python -m longhaul.config.generate_reference --check
+	$(BIN)/python -m longhaul.config.generate_config_docs --check
 	$(BIN)/python envs/generate.py --check
 	$(BIN)/python docs/package_map.py --check
 
@@ -50,7 +50,7 @@ format: setup  ## format Python and rule files
 	$(BIN)/snakefmt Snakefile workflow/Snakefile workflow/rules
 
 generate: setup  ## write the config schema, defaults and docs, the environments and the golden files
-	$(BIN)/python -m longhaul.config.generate_reference
+	$(BIN)/python -m longhaul.config.generate_config_docs
 	$(BIN)/python envs/generate.py
 	$(BIN)/python docs/package_map.py
 	$(BIN)/python -m tests.golden.regenerate

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.stepping import open_trainer
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.runtime.rank import exit_without_cleanup
+from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.distributed_context import DistributedContext, distributed_context
 
 

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from bench.machine import describe_machine, write_result
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.export.exported_tensors import list_exported_tensors
-from longhaul.export.meta_model import hugging_face_config, meta_model
+from longhaul.export.model_without_memory import hugging_face_config, meta_model
 from longhaul.export.safetensors_writer import write_shards
 
 RANKS, ROUNDS = 4, 7
@@ -66,7 +66,7 @@ def _write_checkpoint(weights: Path, arguments: argparse.Namespace) -> int:
     script = f"""
 import sys
 from pathlib import Path
-from longhaul.export.meta_model import meta_model
+from longhaul.export.model_without_memory import meta_model
 from tests.support.synthetic_checkpoints import llama_config, write_checkpoint
 config = llama_config(*map(int, sys.argv[2:]))
 write_checkpoint(Path(sys.argv[1]), config, ranks={RANKS}, moments=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.machine import describe_machine, write_result
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.shards.shard_reader import SplitReader

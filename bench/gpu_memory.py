@@ -22,7 +22,7 @@ import yaml
 from bench.machine import describe_machine, write_result
 from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import load_config
-from longhaul.jobs.kind import job_spec
+from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
 from longhaul.planning import Plan, build_plan

@@ -28,7 +28,7 @@ MODULES = (
     "planning/*.py",
     "scheduling/cancelled_jobs.py",
     "scheduling/deadline_updater.py",
-    "scheduling/disk_space.py",
+    "scheduling/check_disk_space.py",
     "scheduling/resource_requests.py",
     "scheduling/retry_policy.py",
     "report/goodput.py",

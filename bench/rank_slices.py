@@ -23,8 +23,8 @@ from longhaul.config.model_size import model_size
 from longhaul.config.package_data import data_root
 from longhaul.config.stage_config import Parallel, Stage
 from longhaul.planning import build_plan
+from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES
 from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
-from longhaul.planning.trainer_constants import COMPUTE_BYTES
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
 from longhaul.train.parallel.slice_model import parameter_slices, slice_model
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from bench.machine import describe_machine, write_result
-from longhaul.artifacts.files import write_json
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.train.batches import Prefetcher

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.backend import build_backend
 from longhaul.train.batches import Batch, Prefetcher
 from longhaul.train.build_model import build_model
-from longhaul.train.checkpoint.manager import CheckpointManager
+from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.loop import open_samples
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
-from longhaul.train.trainer import Trainer
+from longhaul.train.train_stage import open_samples
+from longhaul.train.training_step import Trainer
+from longhaul.train.whole_or_pipelined import build_backend
 
 
 def open_trainer(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Trainer, Iterator[Batch]]:

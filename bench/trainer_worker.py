@@ -15,12 +15,12 @@ import torch
 
 from bench.machine import describe_machine, write_result
 from bench.stepping import open_trainer
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import MicroBatch
 from longhaul.train.build_model import build_model
+from longhaul.train.deepspeed_engine import read_deepspeed_config
 from longhaul.train.distributed_context import DistributedContext, distributed_context
-from longhaul.train.engine import read_deepspeed_config
 
 ROUNDS, STEPS_PER_ROUND = 9, 2
 Step = Callable[[], None]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.machine import describe_machine, write_result
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.config.stage_config import Parallel
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec

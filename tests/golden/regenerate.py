@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from longhaul.artifacts.files import write_text
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import load_config
 from longhaul.jobs.launch_files import render_job

@@ -95,7 +95,7 @@ def train_reference(model: str, shared: Path, folder: Path) -> reference_loop.Tr
     """Train the model with the reference loop; ValueError if rounding alone changes the result."""
     import torch
 
-    from longhaul.artifacts.schemas import DataManifest
+    from longhaul.artifacts.artifact_schemas import DataManifest
     from longhaul.data.sampling.samples import Samples
 
     torch.set_num_threads(1)

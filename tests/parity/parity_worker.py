@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train import loop
+from longhaul.train import train_stage as loop
 from tests.parity.parity_cases import LAYOUTS
 from tests.parity.prepare_case import STEPS, prepare_case, run_config
 from tests.support.reused_ranks import load_offload_ops, reset_deepspeed, swap_small_tensors

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from longhaul.artifacts.files import write_text
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import JobId
-from longhaul.artifacts.schemas import TokenizerManifest
 from longhaul.config.load_config import load_config
 from longhaul.config.stage_config import StartFrom
-from longhaul.jobs.kind import job_spec
+from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from longhaul.artifacts.schemas import Checkpoint
+from longhaul.artifacts.artifact_schemas import Checkpoint
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.checkpoint_io.torch_archive import StoredTensor, read_archive
 from longhaul.config.load_config import load_config

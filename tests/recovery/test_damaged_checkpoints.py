@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.files import file_sha256
-from longhaul.train.checkpoint.folders import partial_folder, referenced_checkpoints
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.train.checkpoint.checkpoint_folders import partial_folder, referenced_checkpoints
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 

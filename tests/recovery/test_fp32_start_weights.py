@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longhaul.artifacts.schemas import Checkpoint
+from longhaul.artifacts.artifact_schemas import Checkpoint
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.export import export_checkpoint as export
 from tests.parity.prepare_case import prepare_case

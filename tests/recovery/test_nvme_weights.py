@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 
-from longhaul.planning.trainer_constants import SWAP_MIN_BYTES, SWAP_PARAM_BUFFERS
+from longhaul.planning.constants_shared_with_trainer import SWAP_MIN_BYTES, SWAP_PARAM_BUFFERS
 from tests.parity.parity_cases import MODELS
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.test_resharding import assert_same_state

@@ -162,8 +162,8 @@ def test_the_lease_of_a_dead_owner_on_another_host_is_taken_over(mounts: Mounts)
 
 SAVE = """
 import json
-from longhaul.artifacts.files import file_sha256, write_json
-from longhaul.train.checkpoint import folders
+from longhaul.artifacts.atomic_files import file_sha256, write_json
+from longhaul.train.checkpoint import checkpoint_folders as folders
 folder = folders.step_folder(here, {step})
 partial = folders.partial_folder(folder)
 (partial / "reference").mkdir(parents=True)
@@ -175,7 +175,7 @@ write_json(partial / "manifest.json", {{"files": files}})
 folders.publish(folder)
 """
 FOUND = """
-from longhaul.train.checkpoint import folders
+from longhaul.train.checkpoint import checkpoint_folders as folders
 import json
 found = folders.complete_checkpoints(here)
 newest = found[max(found)]

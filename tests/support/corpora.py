@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.shards import tokenize_dataset
 from longhaul.data.tokenizers import build_tokenizer

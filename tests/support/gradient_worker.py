@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from longhaul.compat.deepspeed import disable_shm_comm
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
-from longhaul.runtime.rank import exit_without_cleanup
+from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.batches import MicroBatch
 from longhaul.train.loss import loss_sum, scale_to_global_mean
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.runtime.rank import exit_without_cleanup
+from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.build_model import build_model
 from longhaul.train.distributed_context import distributed_context
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices
@@ -25,7 +25,7 @@ from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
 def assert_no_experts_are_kept(model: Any) -> None:
-    """Assert that autograd keeps no gathered expert weights for the backward pass; ZeRO 3 releases them after the forward pass."""
+    """Assert that autograd keeps no gathered expert weights: ZeRO 3 releases them after the forward pass."""
     mixtures = [layer.mlp.experts for layer in decoder_layers(model) if hasattr(layer.mlp, "experts")]
     kept = set()
     with (

@@ -10,7 +10,7 @@ import cpuinfo
 from longhaul.runtime.lean_imports import lean_imports
 
 with lean_imports():
-    import_module("longhaul.train.loop")
+    import_module("longhaul.train.train_stage")
     for kind in ("llama", "qwen3", "qwen3_moe", "deepseek_v3"):
         import_module(f"transformers.models.{kind}.modeling_{kind}")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
-from longhaul.artifacts.schemas import Lock
 from longhaul.config.load_config import load_config
-from longhaul.jobs.kind import job_spec
+from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan, build_plan
 

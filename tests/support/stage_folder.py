@@ -12,9 +12,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.jobs.kinds.export_job import ExportSpec
-from longhaul.train.checkpoint.folders import reference_folder
+from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 from tests.support.train_zero_checkpoints import STEPS, TAG, write_manifest
 
 CHAT_TEMPLATE = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longhaul.artifacts.job_state import Failure, launch_key
 from longhaul.artifacts.paths import JobFolder
-from longhaul.jobs.spec import LaunchSpec, LaunchStep
+from longhaul.jobs.job_spec import LaunchSpec, LaunchStep
 from longhaul.scheduling.supervisor import run
 
 

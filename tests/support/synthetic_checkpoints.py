@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Moe
 
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.config.stage_config import Parallel
-from longhaul.export.meta_model import meta_model
-from longhaul.train.checkpoint.folders import reference_folder
+from longhaul.export.model_without_memory import meta_model
+from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 from longhaul.train.parallel.parallel_dims import build_parallel_dims
 from longhaul.train.parallel.slice_index import write_slice_index
 from longhaul.train.parallel.slice_model import slice_model

@@ -229,7 +229,7 @@ def main(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from longhaul.compat.deepspeed import disable_shm_comm
-    from longhaul.runtime.rank import exit_without_cleanup
+    from longhaul.runtime.process_rank import exit_without_cleanup
 
     torch.set_num_threads(1)
     disable_shm_comm()

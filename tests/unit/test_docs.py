@@ -15,7 +15,7 @@ import yaml
 
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.cli import app
-from longhaul.jobs.kind import job_kinds
+from longhaul.jobs.job_kind import job_kinds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INDEX = REPOSITORY / "docs" / "README.md"

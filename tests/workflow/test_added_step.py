@@ -15,10 +15,10 @@ DECLARATION = '''
 
 from pathlib import Path
 
-from longhaul.artifacts.files import write_json
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.paths import JobId
-from longhaul.jobs.kind import JobKind
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning.slurm_request import cpu_request
 
 

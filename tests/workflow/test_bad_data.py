@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_spec import JobSpec
 from tests.support.bad_input import files_below, refused_message
 from tests.support.corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
 

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from transformers import AutoTokenizer
 
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.report.number_format import size
 from tests.support.chain import Chain

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
 from tests.support.chain import Chain
 
 

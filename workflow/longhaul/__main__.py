@@ -1,7 +1,7 @@
 """python -m longhaul: how launch scripts start every job, so that the mounted checkout is what runs."""
 
 from longhaul.cli import main
-from longhaul.runtime.rank import exit_without_cleanup
+from longhaul.runtime.process_rank import exit_without_cleanup
 
 try:
     main()

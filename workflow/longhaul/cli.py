@@ -71,7 +71,7 @@ def plan(
 
     Example: `longhaul plan mine.yaml`
     """
-    from longhaul.artifacts.files import write_json
+    from longhaul.artifacts.atomic_files import write_json
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
 
@@ -205,7 +205,7 @@ app.add_typer(job_app, name="job", hidden=True)
 @job_app.command()
 def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
     """Run a job's steps, restart them after a crash, requeue the job."""
-    from longhaul.jobs.spec import LaunchSpec
+    from longhaul.jobs.job_spec import LaunchSpec
     from longhaul.scheduling.supervisor import run as run_supervisor
 
     run_supervisor(LaunchSpec.read(spec))
@@ -229,7 +229,7 @@ def run_job(
     A failure is recorded in the job's folder, as the exit code may not reach the supervisor.
     """
     from longhaul.artifacts.paths import JobFolder
-    from longhaul.jobs.kind import job_kinds
+    from longhaul.jobs.job_kind import job_kinds
     from longhaul.runtime.lean_imports import lean_imports
     from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
 
@@ -243,7 +243,7 @@ def run_job(
         run_entry_point(job_kinds()[kind].spec.read(spec))
     except Exception as error:
         from longhaul.runtime.failure_reports import write_failure_report
-        from longhaul.runtime.rank import this_rank
+        from longhaul.runtime.process_rank import this_rank
 
         if folder.launch_spec.exists():
             write_failure_report(folder.path, error, this_rank())
@@ -251,8 +251,8 @@ def run_job(
 
 
 def _load_plan(config: Path) -> Plan:
+    from longhaul.artifacts.artifact_schemas import Lock
     from longhaul.artifacts.paths import RunPaths
-    from longhaul.artifacts.schemas import Lock
     from longhaul.config.load_config import load_config
     from longhaul.planning import build_plan
 

@@ -11,11 +11,11 @@ RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
 if (RULES.parent / "longhaul").is_dir():
     sys.path.insert(0, str(RULES.parent))
 
-from longhaul.artifacts.files import canonical_json
+from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.compat.snakemake import order_only, run_hooks_in_module
 from longhaul.config.package_data import PACKAGE
 from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
-from longhaul.scheduling.snakefile_support import (
+from longhaul.scheduling.snakefile_functions import (
     RuleSettings,
     fetch_key,
     finish_run,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.files import atomic_path, content_hash, read_json, write_json, write_text
-from longhaul.artifacts.schemas import Lock, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import Lock, TokenizerManifest
+from longhaul.artifacts.atomic_files import atomic_path, content_hash, read_json, write_json, write_text
 from longhaul.errors import UserError
 
 

@@ -12,7 +12,7 @@ import pytest
 from longhaul.artifacts import paths
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths, WeightsFolder, job_of, run_of
 from longhaul.config.package_data import PACKAGE
-from longhaul.jobs.kind import job_kinds
+from longhaul.jobs.job_kind import job_kinds
 from tests.support.chain import REPOSITORY
 
 PATHS = PACKAGE / "artifacts" / "paths.py"

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from longhaul.artifacts.schemas import EnvironmentReport, failed_path
+from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
 from longhaul.checks.node_facts import compiler, cuda_build, node_facts, rdma_ports, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings

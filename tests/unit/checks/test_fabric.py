@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.schemas import FabricReport, failed_path
+from longhaul.artifacts.artifact_schemas import FabricReport, failed_path
 from longhaul.checks.collective_benchmarks import COLLECTIVES
 from longhaul.checks.fabric import fabric_problems, latency_us
 from longhaul.config.site_config import FabricLimits

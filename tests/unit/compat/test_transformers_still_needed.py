@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
+
 import torch
 import transformers
 from transformers import DeepseekV3ForCausalLM, LlamaConfig, PreTrainedModel
 
-from longhaul.compat.transformers import hub_tensors, is_kept_in_fp32, without_tied_weights
+from longhaul.compat.transformers import (
+    hub_tensors,
+    is_kept_in_fp32,
+    repeat_shared_heads_in_fp32,
+    set_activation_checkpointing,
+    without_tied_weights,
+)
 
 
 def tied_model() -> PreTrainedModel:
@@ -38,3 +47,27 @@ def test_hub_names_are_computed_only_by_an_internal_function() -> None:
     model = tied_model()
     assert set(hub_tensors(model, model.state_dict())) == set(model.state_dict())
     assert not [name for name in transformers.__all__ if "weight_conversion" in name]
+
+
+def test_activation_checkpointing_with_a_function_has_only_a_private_way() -> None:
+    model = tied_model()
+    set_activation_checkpointing(model, print)
+    assert model.model.layers[0].gradient_checkpointing and model.model.layers[0]._gradient_checkpointing_func is print
+    public = inspect.signature(PreTrainedModel.activation_checkpointing_enable).parameters
+    assert not [name for name in public if "func" in name]
+    source = inspect.getsource(PreTrainedModel._activation_checkpointing_enable)
+    assert "save_on_cpu(pin_memory=True" in source and "enable_input_require_grads()" in source
+
+
+def test_shared_heads_stay_shared_in_fp32_on_a_gpu_without_the_patch() -> None:
+    """There the math kernel keeps S x S scores, as flash attention accepts half precision alone."""
+    from transformers.integrations import sdpa_attention
+
+    repeat_shared_heads_in_fp32()
+    patched = sdpa_attention.use_gqa_in_sdpa
+    repeat_shared_heads_in_fp32()
+    assert sdpa_attention.use_gqa_in_sdpa is patched, "the second call changes nothing"
+    key = SimpleNamespace(shape=(1, 1, 8, 64), dtype=torch.float32, is_cuda=True)
+    assert patched.__wrapped__(None, key, key) and not patched(None, key, key)
+    key.dtype = torch.bfloat16
+    assert patched(None, key, key)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
 from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 

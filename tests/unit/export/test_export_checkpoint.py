@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longhaul.artifacts.schemas import Export
+from longhaul.artifacts.artifact_schemas import Export
 from longhaul.errors import UserError
 from longhaul.export.export_checkpoint import run
 from tests.support.stage_folder import ExportableStage, create_exportable_stage
@@ -77,7 +77,9 @@ def test_model_card_and_folder_state_the_provenance(zero_checkpoints: Path, tmp_
 
 def test_model_card_states_changes_of_pretrained_weights(zero_checkpoints: Path, tmp_path: Path):
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "bf16")
-    job = stage.job.model_copy(update={"pretrained_changes": ("Its FP8 weights were dequantised.", "Layers were left out.")})
+    job = stage.job.model_copy(
+        update={"pretrained_changes": ("Its FP8 weights were dequantised.", "Layers were left out.")}
+    )
     run(job)
     card = (Path(job.folder) / "README.md").read_text()
     assert "from random weights. Its FP8 weights were dequantised. Layers were left out." in card, card

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.schemas import Export
+from longhaul.artifacts.artifact_schemas import Export
 from longhaul.config.stage_config import Parallel
 from tests.support.stage_folder import ExportableStage, create_exportable_stage
 from tests.support.synthetic_checkpoints import (

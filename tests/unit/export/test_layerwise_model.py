@@ -15,7 +15,7 @@ from longhaul.checkpoint_io import open_safetensors
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, list_exported_tensors
 from longhaul.export.layerwise_model import LayerwiseModel
-from longhaul.export.meta_model import meta_model
+from longhaul.export.model_without_memory import meta_model
 from longhaul.export.safetensors_writer import write_shards
 from longhaul.export.tensor_blocks import torch_threads
 from longhaul.export.verify_loading import verify_loading

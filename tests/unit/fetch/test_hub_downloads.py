@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from longhaul.artifacts.schemas import Lock
+from longhaul.artifacts.artifact_schemas import Lock
 from tests.support.chain import SECRETS, leaks
 from tests.support.fake_hub import COMMIT, Hub
 from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, STAGE, write_config

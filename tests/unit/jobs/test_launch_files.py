@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
-from longhaul.artifacts.schemas import Lock
 from longhaul.errors import UserError
 from longhaul.jobs.launch_files import render_job, write_launch_files
 from longhaul.planning import Plan

@@ -54,6 +54,11 @@ def test_as_gib_has_all_parts_and_the_total():
     assert memory.as_gib() == {**expected, "total": 0 + 1 + 2 + 3 + 4 + 5 + 6}
 
 
+def test_as_gib_has_three_decimals():
+    memory = MemoryEstimate(GIB // 3, *[0] * 10)
+    assert (memory.as_gib()["weights"], memory.as_gib()["total"]) == (0.333, 0.333)
+
+
 def test_optimizer_in_cpu_memory_needs_16_bytes_per_parameter_of_the_partition():
     zero = Zero(stage=1, offload_optimizer="cpu", **SMALL_BUCKET)
     memory = estimate_gpu_memory(tiny_stage(zero=zero), tiny_size(), 4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.schemas import Lock
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.errors import UserError
 from longhaul.planning import dataset_files, evaluation_files, model_config
 from longhaul.planning.input_files import _check_file_name, changes_of_pretrained_weights, read_model_folder
@@ -229,3 +229,5 @@ def test_changes_of_a_pretrained_folder_are_named_but_not_those_of_an_architectu
     sentence = "FP8 weights with scales for blocks of 128 x 64 were dequantized to fp32."
     assert changes_of_pretrained_weights(plan.loaded, None) == plan.pretrained_changes == (sentence,)
     assert changes_of_pretrained_weights(plan_of(tmp_path).loaded, Lock(model=config)) == ()
+    fetched = plan_of(tmp_path, {"model": {"pretrained": {"hub": {"id": "org/model"}}}}, lock=Lock(model=config))
+    assert fetched.pretrained_changes == (sentence,)

@@ -8,6 +8,7 @@ import pytest
 
 from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Communication, Parallel, PowerSgd, Zero
+from longhaul.planning.constants_shared_with_trainer import swap_param_buffer_elements
 from longhaul.planning.model_state_memory import (
     ModelStates,
     gathered_weight_bytes,
@@ -16,7 +17,6 @@ from longhaul.planning.model_state_memory import (
     optimizer_step_bytes,
     swap_buffer_bytes,
 )
-from longhaul.planning.trainer_constants import swap_param_buffer_elements
 from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 # 1000 parameters over 4 ranks: ZeRO settings, precision, and bytes of weights, gradients, optimizer, host and disk

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
-from longhaul.artifacts.schemas import Lock
 from longhaul.config.load_config import load_config
 from longhaul.config.model_size import model_size
 from longhaul.errors import UserError
-from longhaul.jobs.kind import job_request, job_rerun_key, job_spec
+from longhaul.jobs.job_kind import job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.planning import Plan, StagePlan, build_plan
 from longhaul.planning.gpu_memory import estimate_gpu_memory

@@ -18,7 +18,7 @@ from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.site_config import NodeShape, Partition, Partitions, Site
-from longhaul.jobs.kind import job_request, jobs_of
+from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning.slurm_request import (
     RESOURCE_KEYS,
     SlurmRequest,

@@ -9,7 +9,7 @@ import pytest
 from longhaul.artifacts.job_state import PERMANENT, TRANSIENT, Failure, rank_failures
 from longhaul.errors import DiskFull
 from longhaul.runtime.failure_reports import classify_error, write_failure_report
-from longhaul.runtime.rank import Rank
+from longhaul.runtime.process_rank import Rank
 
 RANK = Rank(3, 4, 1, 2, "n2")
 

@@ -14,7 +14,7 @@ from longhaul.runtime.rendezvous import parse_node_list
 WORKER = """
 import sys, time, torch
 from longhaul.errors import UserError
-from longhaul.runtime.rank import this_rank
+from longhaul.runtime.process_rank import this_rank
 from longhaul.runtime.rendezvous import process_group
 started = time.monotonic()
 try:

@@ -21,9 +21,9 @@ from longhaul.artifacts.job_state import (
 )
 from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
 from longhaul.errors import AllocationTooShort
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.runtime.failure_reports import classify_error
-from longhaul.runtime.rank import Rank
+from longhaul.runtime.process_rank import Rank
 from longhaul.scheduling import allocation_end, slurm_client
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.allocation_end import AllocationEnd

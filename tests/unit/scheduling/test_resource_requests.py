@@ -11,9 +11,9 @@ from longhaul.artifacts.job_state import PERMANENT, Failure, State, launch_key, 
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, JobId
 from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
 from longhaul.errors import UserError
-from longhaul.jobs.kind import job_request
+from longhaul.jobs.job_kind import job_request
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.jobs.launch_files import write_launch_files
-from longhaul.jobs.spec import LaunchSpec
 from longhaul.planning import Plan
 from longhaul.scheduling import resource_requests
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request

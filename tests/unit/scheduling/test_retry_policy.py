@@ -11,7 +11,7 @@ from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, TRANSIENT, 
 from longhaul.artifacts.paths import RunPaths, run_of
 from longhaul.cli import main
 from longhaul.errors import UserError
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import retry_policy
 from longhaul.scheduling.retry_policy import (
     _print_failures,

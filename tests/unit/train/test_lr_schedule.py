@@ -18,6 +18,8 @@ PEAK, STEPS = 2.0, 10
         (Schedule(kind="linear", warmup_steps=2, min_lr_ratio=0.0), {0: 1.0, 1: 2.0, 2: 2.0, 9: 0.0}),
         (Schedule(kind="linear", warmup_steps=1, min_lr_ratio=0.5), {1: 2.0, 5: 1.5, 9: 1.0}),
         (Schedule(kind="cosine", warmup_steps=1, min_lr_ratio=0.1), {1: 2.0, 5: 2 * 0.55, 9: 0.2}),
+        # a quarter of the decay: half of 1 + cos(45 degrees)
+        (Schedule(kind="cosine", warmup_steps=1, min_lr_ratio=0.0), {3: 1.0 + 0.5**0.5}),
         (
             Schedule(kind="wsd", warmup_steps=2, decay_steps=4, min_lr_ratio=0.0),
             {0: 1.0, 5: 2.0, 6: 1.5, 7: 1.0, 9: 0.0},

@@ -17,7 +17,7 @@ from longhaul.artifacts.paths import JobId
 from longhaul.config.pretrained_format import trained_config
 from longhaul.config.stage_config import Parallel
 from longhaul.errors import UserError
-from longhaul.jobs.kind import job_spec
+from longhaul.jobs.job_kind import job_spec
 from longhaul.report.plan_json import plan_json
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices, slice_model

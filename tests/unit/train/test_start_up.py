@@ -14,7 +14,7 @@ def test_a_rank_imports_no_tracker_that_it_does_not_use(tmp_path: Path):
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
     begun = (
-        "from longhaul.jobs.kind import job_kinds\nfrom longhaul.runtime.lean_imports import lean_imports\n"
+        "from longhaul.jobs.job_kind import job_kinds\nfrom longhaul.runtime.lean_imports import lean_imports\n"
         "with lean_imports(): job_kinds()['train'].load_entry_point()\n"
     )
     after = "import gc, sys\nassert gc.isenabled() and 'deepspeed.autotuning.autotuner' in sys.modules\nimport mlflow"

@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from longhaul.artifacts.files import content_hash, free_bytes
+from longhaul.artifacts.artifact_schemas import Artifact
+from longhaul.artifacts.atomic_files import content_hash, free_bytes
 from longhaul.artifacts.paths import JobFolder, RunPaths
-from longhaul.artifacts.schemas import Artifact
 from longhaul.artifacts.shared_file_system import exists_on_server, list_names
 from longhaul.errors import UserError
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 RESULTS = Path("results")
 QUARANTINE = RESULTS / "quarantine.json"
+CODE_LINK = RESULTS / ".code" / "longhaul"
+"""Link to an installed package. Its folder goes on PYTHONPATH; site-packages would bring other packages along."""
 STAGE_KIND = "train"
 """The job kind whose jobs have their folder below stages/ instead of jobs/."""
 
@@ -252,7 +254,9 @@ class RunPaths:
         return self._per_rule("benchmarks", job, "tsv")
 
     def _per_rule(self, folder: str, job: JobId, ending: str) -> Path:
-        return self.folder / folder / f"{'/'.join((job.kind, '-'.join(job.names)) if job.names else (job.kind,))}.{ending}"
+        return (
+            self.folder / folder / f"{'/'.join((job.kind, '-'.join(job.names)) if job.names else (job.kind,))}.{ending}"
+        )
 
     def job(self, job: JobId) -> JobFolder:
         """Return the folder of a job's launch files and records."""

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from longhaul.artifacts.artifact_schemas import Artifact
 from longhaul.artifacts.job_state import utc_now
-from longhaul.artifacts.schemas import Artifact
 
 
 @dataclass(frozen=True)

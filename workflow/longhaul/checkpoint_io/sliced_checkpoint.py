@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from longhaul.artifacts.files import read_json
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.checkpoint_io.lazy_tensors import LazyTensor, element_range_of
 from longhaul.checkpoint_io.optimizer_file import (
     MASTER,

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.schemas import EnvironmentReport
+from longhaul.artifacts.artifact_schemas import EnvironmentReport
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.config.package_data import data_root
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
-from longhaul.runtime.rank import Rank, require_planned_size, this_rank
+from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group
 
 # Compiling ops takes minutes on a node that has none yet. The other nodes wait.

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.schemas import FabricReport
+from longhaul.artifacts.artifact_schemas import FabricReport
 from longhaul.jobs.kinds.fabric_job import FabricSpec
-from longhaul.runtime.rank import Rank, require_planned_size, this_rank
+from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group
 
 _TIMEOUT_S = 300.0

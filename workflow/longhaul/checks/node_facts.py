@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from longhaul.artifacts.files import free_bytes
+from longhaul.artifacts.atomic_files import free_bytes
 from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
 from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
 
@@ -168,9 +168,7 @@ def _unbuffered_write_error(folder: Path) -> str | None:
 
 def lockable_bytes() -> int | None:
     """Return the memory in bytes that a process may lock; None without a limit. CAP_IPC_LOCK (bit 14) removes the limit."""
-    status = dict(
-        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line
-    )
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY or int(status["CapEff"], 16) >> 14 & 1 else soft
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.files import file_sha256, read_json
+from longhaul.artifacts.artifact_schemas import DataManifest, Export
+from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.schemas import DataManifest, Export
 from longhaul.planning import Plan
-from longhaul.train.checkpoint.folders import MANIFEST, step_folders, wrong_hashes, wrong_sizes
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, step_folders, wrong_hashes, wrong_sizes
 
 _HASHING_THREADS = 8
 

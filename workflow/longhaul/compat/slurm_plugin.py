@@ -1,4 +1,4 @@
-"""Patches of snakemake-executor-plugin-slurm (written for 2.0 to 2.8): three defects with which a run may wait for ever.
+"""Patches of snakemake-executor-plugin-slurm (written for 2.8): three defects with which a run may wait for ever.
 
 The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forgets the jobs that it does not yield.
 """

@@ -42,8 +42,9 @@ def hub_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[
 def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..., Any]) -> None:
     """Run every decoder layer's forward pass through `checkpoint(layer, hidden, …)`.
 
-    Written for transformers 5.9 to 5.23. The public activation_checkpointing_enable accepts only options of
-    torch.utils.checkpoint.checkpoint, and offloading a layer's input to CPU memory needs a function of its own.
+    Written for transformers 5.9 to 5.23. The public activation_checkpointing_enable accepts no function. Its `offload`, which
+    the older versions do not have, always pins memory, also on a CPU. It also registers a hook that makes the embedding's
+    output require a gradient, which only adapters need.
     """
     model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 

@@ -15,7 +15,7 @@ from longhaul.config.field_types import (
     SingleLine,
     require_exactly_one,
 )
-from longhaul.config.mixture_weights import whole_weights
+from longhaul.config.mixture_proportions import whole_weights
 
 
 class HubDataset(HubSource):

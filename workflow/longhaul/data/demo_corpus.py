@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import atomic_path, file_sha256
+from longhaul.artifacts.atomic_files import atomic_path, file_sha256
 from longhaul.config.dataset_config import Columns, PythonStdlib
 from longhaul.errors import UserError
 

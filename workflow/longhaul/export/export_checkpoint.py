@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from longhaul.artifacts.files import file_sha256, read_json, write_text
-from longhaul.artifacts.schemas import Export
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.atomic_files import file_sha256, read_json, write_text
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, list_exported_tensors
 from longhaul.export.generate_samples import generate_samples
-from longhaul.export.meta_model import hugging_face_config, meta_model
 from longhaul.export.model_card import model_card, provenance
+from longhaul.export.model_without_memory import hugging_face_config, meta_model
+from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
 from longhaul.export.safetensors_writer import write_shards
 from longhaul.export.tensor_blocks import HASHING_THREADS
-from longhaul.export.verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
 from longhaul.export.verify_loading import verify_loading
 from longhaul.export.verify_logits import WrittenExport, read_reference_logits, verify_logits
 from longhaul.export.verify_tensors import verify_tensors
 from longhaul.jobs.kinds.export_job import ExportSpec
-from longhaul.train.checkpoint.folders import fsync
+from longhaul.train.checkpoint.checkpoint_folders import fsync
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -17,7 +17,7 @@ from longhaul.checkpoint_io import LazyTensor
 from longhaul.compat.transformers import hub_tensors, is_kept_in_fp32, without_tied_weights
 from longhaul.config.pretrained_format import expert_keys
 from longhaul.errors import UserError
-from longhaul.export.meta_model import SUPPORTED_MODELS_HINT
+from longhaul.export.model_without_memory import SUPPORTED_MODELS_HINT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The config's name of a data type -> torch's data type."""

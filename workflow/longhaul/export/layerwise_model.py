@@ -17,7 +17,7 @@ import torch
 
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, target_dtype
-from longhaul.export.meta_model import meta_model
+from longhaul.export.model_without_memory import meta_model
 from longhaul.export.tensor_blocks import COPYING_THREADS, blocks
 
 ReadRange = Callable[[ExportedTensor, int, int], torch.Tensor]

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 
 import longhaul
-from longhaul.artifacts.files import canonical_json
-from longhaul.export.verified_checkpoint import VerifiedCheckpoint
+from longhaul.artifacts.atomic_files import canonical_json
+from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint
 from longhaul.jobs.kinds.export_job import ExportSpec
 
 CARD = """\

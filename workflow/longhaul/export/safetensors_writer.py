@@ -13,7 +13,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from longhaul.artifacts.files import write_json
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.checkpoint_io import DTYPE_NAMES
 from longhaul.export.exported_tensors import ExportedTensor
 from longhaul.export.tensor_blocks import COPYING_THREADS, blocks, exported_bytes, torch_threads

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from longhaul.artifacts.files import read_json
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, ExportedTensor, dtype_name
 from longhaul.export.layerwise_model import LayerwiseModel, ReadRange

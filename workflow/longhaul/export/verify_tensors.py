@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from longhaul.artifacts.files import read_json
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors, raw_bytes
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, dtype_name

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.schemas import Lock
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.config.dataset_config import Dataset, HubDataset
 from longhaul.config.field_types import HubSource
 from longhaul.config.load_config import LoadedConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from longhaul.artifacts.files import atomic_path, content_hash, file_sha256
+from longhaul.artifacts.atomic_files import atomic_path, content_hash, file_sha256
 from longhaul.config.dataset_config import Dataset, HubDataset
 from longhaul.errors import UserError
 

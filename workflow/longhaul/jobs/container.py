@@ -7,7 +7,7 @@ from pathlib import Path
 from longhaul.artifacts.paths import RESULTS
 from longhaul.config.package_data import PACKAGE, data_root
 from longhaul.errors import UserError
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 
 _UNBINDABLE = set(":,")

@@ -6,14 +6,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from longhaul.artifacts.files import write_text
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import CODE_LINK, QUARANTINE, JobFolder, JobId
 from longhaul.config.package_data import PACKAGE, data_root, is_installed
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.jobs.container import container_command
-from longhaul.jobs.kind import JobKind, PlannedStep, job_kinds, jobs_of
-from longhaul.jobs.spec import LaunchSpec, LaunchStep
+from longhaul.jobs.job_kind import JobKind, PlannedStep, job_kinds, jobs_of
+from longhaul.jobs.job_spec import LaunchSpec, LaunchStep
 from longhaul.jobs.templates import template
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import Stage
-from longhaul.planning.trainer_constants import COMPUTE_BYTES, LOSS_CHUNK_TOKENS
+from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, LOSS_CHUNK_TOKENS
 
 
 def activation_bytes(stage: Stage, sizes: ModelSize) -> tuple[int, int]:

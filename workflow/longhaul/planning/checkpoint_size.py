@@ -5,7 +5,7 @@ from __future__ import annotations
 from longhaul.config.model_size import ModelSize
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Parallel, Stage
-from longhaul.planning.trainer_constants import COMPUTE_BYTES
+from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES
 
 
 def checkpoint_bytes(stage: Stage, sizes: ModelSize) -> int:

@@ -8,8 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from longhaul.config.site_config import Site
+from longhaul.planning.constants_shared_with_trainer import (
+    SWAP_OPTIMIZER_BUFFERS,
+    SWAP_PARAM_BUFFERS,
+    SWAP_SUB_GROUP_ELEMENTS,
+)
 from longhaul.planning.plan import StagePlan
-from longhaul.planning.trainer_constants import SWAP_OPTIMIZER_BUFFERS, SWAP_PARAM_BUFFERS, SWAP_SUB_GROUP_ELEMENTS
 
 _OPTIONAL_KEYS = ("reduce_bucket_size", "allgather_bucket_size")
 _OPTIONAL_KEYS_OF_STAGE_3 = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.schemas import Lock
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
 from longhaul.config.safetensors_header import safetensors_header

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import Stage
-from longhaul.planning.trainer_constants import (
+from longhaul.planning.constants_shared_with_trainer import (
     COMPUTE_BYTES,
     POWERSGD_BUCKET_ELEMENTS,
     SWAP_OPTIMIZER_BUFFERS,

@@ -11,16 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import RunPaths
-from longhaul.artifacts.schemas import Lock
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.model_size import ModelSize, model_size
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
-from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
-from longhaul.planning.config_references import check_references
-from longhaul.planning.feasibility import (
+from longhaul.planning.check_feasibility import (
     accumulation_steps,
     check_checkpoint_files,
     check_chunk_files,
@@ -35,6 +33,14 @@ from longhaul.planning.feasibility import (
     check_vocabulary,
     save_time_warning,
 )
+from longhaul.planning.check_parallel_layout import (
+    check_model,
+    data_parallel_size,
+    pipeline_bubble,
+    pipeline_bubble_warning,
+)
+from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
+from longhaul.planning.config_references import check_references
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
 from longhaul.planning.input_files import (
     changes_of_pretrained_weights,
@@ -43,7 +49,6 @@ from longhaul.planning.input_files import (
     evaluation_files,
     model_config,
 )
-from longhaul.planning.parallel_layout import check_model, data_parallel_size, pipeline_bubble, pipeline_bubble_warning
 from longhaul.planning.result_spec import result_spec
 from longhaul.planning.stage_order import sort_stages
 

@@ -11,11 +11,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from longhaul import __version__
-from longhaul.artifacts.files import write_text
-from longhaul.artifacts.schemas import Export
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.config.package_data import data_root
-from longhaul.report import figures
 from longhaul.report import number_format as text
+from longhaul.report import plotly_figures as figures
 from longhaul.report.run_results import RunResults, StageResults, read_run
 
 TEMPLATES = data_root() / "templates" / "report"

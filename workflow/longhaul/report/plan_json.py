@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longhaul.config.stage_config import Parallel
-from longhaul.jobs.kind import job_request, jobs_of
+from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan
 from longhaul.planning.plan import ASSUMED_MFU
 

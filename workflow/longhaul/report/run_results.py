@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import read_json
-from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
-from longhaul.artifacts.schemas import (
+from longhaul.artifacts.artifact_schemas import (
     Checkpoint,
     DataManifest,
     EnvironmentReport,
@@ -18,6 +16,8 @@ from longhaul.artifacts.schemas import (
     FabricReport,
     TokenizerManifest,
 )
+from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
 from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import Metrics, Summary, read_metrics, summarise
 from longhaul.report.number_format import duration

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from longhaul.runtime.private_folder import create_private_folder
+from longhaul.runtime.single_user_folder import create_private_folder
 
 ABANDONED_AFTER_S = 1800.0
 """Age from which an idle lock is stale on a file system where the kernel cannot tell whether a process has it open."""

@@ -7,11 +7,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import free_bytes
+from longhaul.artifacts.atomic_files import free_bytes
 from longhaul.artifacts.job_state import PERMANENT, TRANSIENT, Failure
 from longhaul.artifacts.paths import JobFolder
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError, first_line
-from longhaul.runtime.rank import Rank
+from longhaul.runtime.process_rank import Rank
 
 _MARGIN_BYTES = 10**9
 """Additional free space from which a full disk is no longer full, where the needed size is not known."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from longhaul.artifacts.job_state import NODE, Failure
 from longhaul.artifacts.paths import JobFolder
-from longhaul.runtime.rank import Rank, exit_without_cleanup
+from longhaul.runtime.process_rank import Rank, exit_without_cleanup
 from longhaul.runtime.rendezvous import host_key
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from longhaul.errors import UserError, first_line
-from longhaul.runtime.rank import Rank, export_rank
+from longhaul.runtime.process_rank import Rank, export_rank
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]

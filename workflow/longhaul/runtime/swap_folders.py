@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from longhaul.runtime.private_folder import create_private_folder
+from longhaul.runtime.single_user_folder import create_private_folder
 
 
 def swap_root(scratch: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longhaul.artifacts.job_state import read_state, this_host
 from longhaul.errors import UserError
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.slurm_client import JobInfo, SlurmCommandError
 

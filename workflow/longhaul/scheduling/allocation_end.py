@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, SIGNALLED, WALLTIME, Failure, this_host
 from longhaul.artifacts.quarantine import read_quarantine
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.job_records import JobRecords

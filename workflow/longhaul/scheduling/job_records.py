@@ -20,7 +20,7 @@ from longhaul.artifacts.job_state import (
 )
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import add_to_quarantine
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling.allocation import Allocation
 
 

@@ -10,7 +10,7 @@ from longhaul.artifacts.job_state import read_state
 from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobId
 from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.errors import UserError
-from longhaul.jobs.kind import job_request
+from longhaul.jobs.job_kind import job_request
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, one_minute_request
 from longhaul.scheduling.retry_policy import final_failure

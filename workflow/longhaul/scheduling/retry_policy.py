@@ -16,7 +16,7 @@ from typing import Any
 from longhaul.artifacts.job_state import Failure, current_invocation, launch_key, read_failure
 from longhaul.artifacts.paths import JobFolder, RunPaths, job_of, run_of
 from longhaul.errors import UserError
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 
 
 def final_failure(folder: Path) -> Failure | None:

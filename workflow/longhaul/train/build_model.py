@@ -12,19 +12,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from longhaul.artifacts.files import read_json
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
 from longhaul.config.pretrained_format import pretrained_changes
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.deepspeed_engine import read_deepspeed_config
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.engine import read_deepspeed_config
+from longhaul.train.free_gathered_experts import release_expert_weights
 from longhaul.train.initial_weights import all_shapes, fill_weights, initial_values, own_shapes
 from longhaul.train.parallel.slice_model import build_sliced_model
-from longhaul.train.zero3_expert_memory import release_expert_weights
 
 
 def build_model(

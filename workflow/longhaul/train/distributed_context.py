@@ -15,7 +15,7 @@ import torch
 from longhaul.compat.deepspeed import compile_without_debug_information, disable_shm_comm
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.compiled_ops import use_ops_folder
-from longhaul.runtime.rank import Rank, require_planned_size, this_rank
+from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group
 from longhaul.runtime.swap_folders import swap_folder
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims

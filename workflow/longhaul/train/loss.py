@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
-from longhaul.planning.trainer_constants import LOSS_CHUNK_TOKENS
+from longhaul.planning.constants_shared_with_trainer import LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
 from longhaul.train.parallel.parallel_dims import ParallelDims
 

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from longhaul.compat.deepspeed import average_gradients_with, gradient_attribute
 from longhaul.config.stage_config import PowerSgd
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.planning.trainer_constants import POWERSGD_BUCKET_ELEMENTS
+from longhaul.planning.constants_shared_with_trainer import POWERSGD_BUCKET_ELEMENTS
 
 _MATRICES = ("p_memory_dict", "q_memory_dict")
 _TENSORS = ("error_dict", *_MATRICES)

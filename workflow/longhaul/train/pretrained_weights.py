@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longhaul.artifacts.files import read_json
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.config.pretrained_format import expert_keys, fp8_block_shape, mtp_prefixes

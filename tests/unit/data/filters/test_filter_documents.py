@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.data.filters.filter_documents import label_near_duplicates
-from longhaul.data.filters.minhash import minhash_bands
+from longhaul.data.filters.near_duplicates import minhash_bands
 from longhaul.data.filters.word_ngrams import ngrams, split_words
 from longhaul.data.sampling.samples import Samples
-from longhaul.data.shards.filtered_documents import filter_table
+from longhaul.data.shards.filtered_out_table import filter_table
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.data.shards.unigram_entropy import entropy

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from longhaul.artifacts.files import content_hash
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.atomic_files import content_hash
 from longhaul.data.sampling import mixture_manifest
 from tests.support.corpora import dataset, tokenize_job
 

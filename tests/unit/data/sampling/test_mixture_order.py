@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longhaul.artifacts.schemas import DataManifest
-from longhaul.config.mixture_weights import whole_weights
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.config.mixture_proportions import whole_weights
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards import tokenize_dataset

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longhaul.artifacts.files import read_json
-from longhaul.data.sampling.pack_file import PackFile, write_pack_file
+from longhaul.artifacts.atomic_files import read_json
+from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import Sample, clear_sample
 from longhaul.data.sampling.sample_sources import PackSource, WindowSource
 from longhaul.data.sampling.samples import MixedSamples, Samples

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longhaul.artifacts.files import read_json
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
-from longhaul.data.sampling.pack_file import PackFile, best_fit, pack_block, write_pack_file
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.atomic_files import read_json
+from longhaul.data.sampling.pack_conversations import PackFile, best_fit, pack_block, write_pack_file
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample
 from longhaul.data.sampling.sample_sources import OPENING_TOKENS
@@ -195,7 +195,7 @@ def test_best_fit_equals_its_plain_definition(lengths: list[int]):
 
 
 def test_blocks_are_packed_from_their_own_documents_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("longhaul.data.sampling.pack_file.BLOCK_DOCUMENTS", 100)
+    monkeypatch.setattr("longhaul.data.sampling.pack_conversations.BLOCK_DOCUMENTS", 100)
     lengths = np.random.default_rng(1).integers(1, 700, 350)
     write_pack_file(lengths, 1000, 3, tmp_path / "packs")
     whole = PackFile(tmp_path / "packs", len(lengths))

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.schemas import DataManifest, EncodedPartition
-from longhaul.data.filters.fingerprints import KEYS_FILE
+from longhaul.artifacts.artifact_schemas import DataManifest, EncodedPartition
+from longhaul.data.filters.chunk_fingerprints import KEYS_FILE
 from longhaul.data.shards import tokenize_dataset
 from longhaul.data.shards.write_chunk import RECORD
 from longhaul.data.tokenizers import choose_encoder

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from tests.support.corpora import conversation, dataset, text, tokenize_job, write_jsonl
 
 # Runs a job in a process of its own; prints the job's exit code and the peak memory in MB. ru_maxrss is no alternative: it

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longhaul.artifacts.files import file_sha256
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.shards.shard_reader import ShardReader, SplitReader
 from longhaul.data.shards.shard_writer import SplitWriter

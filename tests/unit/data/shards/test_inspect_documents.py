@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.cli import main
 from longhaul.data.shards.inspect_documents import CONTEXT_STYLE, LOSS_STYLE, style_tokens
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from longhaul.artifacts.files import file_sha256
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.data.shards.unigram_entropy import entropy, unigram_entropy
 from longhaul.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from longhaul.artifacts.files import file_sha256
+from longhaul.artifacts.atomic_files import file_sha256
 from tests.support.corpora import dataset, make_shards, text, tokenize_job, write_jsonl
 
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.data.tokenizers import choose_encoder
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice, encode_stress_corpus
 from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from longhaul.artifacts.schemas import TokenizerManifest
-from longhaul.data.readers.documents import Document
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.data.readers.read_documents import Document
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.data.tokenizers.document_encoder import DocumentEncoder
 from longhaul.data.tokenizers.encoders import FastEncoder

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
 from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
 from longhaul.data.tokenizers.stress_corpus import stress_texts
 

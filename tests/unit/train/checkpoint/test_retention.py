@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.files import file_sha256
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import JobId
-from longhaul.jobs.kind import job_spec
+from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.folders import complete_checkpoints, step_folder
+from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints, step_folder
 from longhaul.train.checkpoint.retention import last_and_best, remove_old_checkpoints
 from tests.support.small_configs import plan_of
 
@@ -33,8 +33,8 @@ def write_checkpoints(folder: Path, losses: dict[int, float | None] = LOSSES) ->
     for step, loss in losses.items():
         checkpoint = step_folder(weights, step)
         checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text("{}")
-        files = {"state.json": {"bytes": 2, "sha256": "…"}}
+        (checkpoint / "training_state.json").write_text("{}")
+        files = {"training_state.json": {"bytes": 2, "sha256": "…"}}
         (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "validation_loss": loss, "files": files}))
     return weights
 
@@ -61,7 +61,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep_last: int, keep_b
 
 def test_an_incomplete_checkpoint_is_not_counted_and_not_removed(tmp_path: Path):
     weights = write_checkpoints(tmp_path)
-    (step_folder(weights, 60) / "state.json").unlink()
+    (step_folder(weights, 60) / "training_state.json").unlink()
     remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
     assert list(complete_checkpoints(weights)) == [50] and step_folder(weights, 60).exists()
 

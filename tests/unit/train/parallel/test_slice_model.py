@@ -113,8 +113,8 @@ def plan_v3(parallel: Parallel) -> tuple[StagePlan, dict[str, Any]]:
 def test_the_fullest_rank_of_deepseek_v3_holds_the_planned_bytes(parallel: Parallel):
     """671 B parameters over 512 ranks: weights, gradients and optimizer states agree with the plan within 1 %.
 
-    Pipeline rank 0 has the most parameters. Rank 1 has the most experts, which ZeRO partitions least. `make bench-rank-slices` checks
-    all ranks.
+    Pipeline rank 0 has the most parameters. Rank 1 has the most experts, which ZeRO partitions least. `make bench-rank-slices`
+    checks all ranks.
     """
     planned, model = plan_v3(parallel)
     replicas, held_bytes = 512 // (parallel.pipeline * parallel.tensor), []

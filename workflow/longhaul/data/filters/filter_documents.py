@@ -2,7 +2,7 @@
 
 Shards keep every document, because the decision depends on all files of a dataset, but a shard depends on one chunk
 only. The decision is a file beside the shards, <root>/filtered-<hash>/<split>.npy, that readers apply
-(longhaul.data.shards.filtered_documents).
+(longhaul.data.shards.filtered_out_table).
 Of duplicate documents, the first in the order of the sources stays.
 D = documents of the dataset; filtering takes about 60 bytes of memory for each.
 """
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from longhaul.artifacts.files import content_hash, write_text
-from longhaul.artifacts.schemas import DataManifest
-from longhaul.data.filters.fingerprints import BANDS_FILE, KEYS_FILE, MATCHES_FILE, EvaluationMatch, TextFilters
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.atomic_files import content_hash, write_text
+from longhaul.data.filters.chunk_fingerprints import BANDS_FILE, KEYS_FILE, MATCHES_FILE, EvaluationMatch, TextFilters
 from longhaul.data.shards.chunks import Chunk
-from longhaul.data.shards.filtered_documents import filter_table, write_filter_table
+from longhaul.data.shards.filtered_out_table import filter_table, write_filter_table
 from longhaul.data.shards.shard_reader import ShardReader, SplitReader
 from longhaul.data.shards.unigram_entropy import unigram_entropy
 from longhaul.data.shards.write_chunk import SPLITS, EncodingTask, read_document_keys

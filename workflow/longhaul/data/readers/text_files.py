@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from longhaul.data.readers.rows import (
+from longhaul.data.readers.row_types import (
     BUFFER_BYTES,
     BadData,
     FileRange,

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import content_hash
-from longhaul.artifacts.schemas import DataManifest
-from longhaul.config.mixture_weights import whole_weights
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.atomic_files import content_hash
+from longhaul.config.mixture_proportions import whole_weights
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
 
 

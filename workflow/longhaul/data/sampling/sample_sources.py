@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from longhaul.artifacts.files import read_json, write_json
-from longhaul.data.sampling.pack_file import PackFile, write_pack_file
+from longhaul.artifacts.atomic_files import read_json, write_json
+from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
 from longhaul.data.shards.shard_reader import SplitReader
 

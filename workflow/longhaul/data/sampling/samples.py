@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from longhaul.artifacts.schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import Sample

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import content_hash
-from longhaul.artifacts.schemas import DataManifest
-from longhaul.data.readers.documents import no_documents
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.atomic_files import content_hash
+from longhaul.data.readers.read_documents import no_documents
 from longhaul.data.shards.chunks import Chunk
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.shards.shard_reader import ShardReader, SplitReader

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import content_hash, file_sha256
+from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.data.readers.formats import format_of
-from longhaul.data.readers.rows import FileRange
+from longhaul.data.readers.row_types import FileRange
 from longhaul.errors import UserError
 
 _MAX_CHUNKS_PER_GROUP = 4  # a group of small files ends at this multiple of the chunk size

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from longhaul.artifacts.schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longhaul.data.shards.filtered_documents import FilteredDocuments
+from longhaul.data.shards.filtered_out_table import FilteredDocuments
 from longhaul.data.shards.indexed_dataset import damaged_shard, parse_index
 
 _MAX_MAPPED_SHARDS = 4096  # a Linux process may map some 65,000 files (vm.max_map_count)

@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import content_hash, read_json, write_json
-from longhaul.artifacts.schemas import SourceIndex, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import SourceIndex, TokenizerManifest
+from longhaul.artifacts.atomic_files import content_hash, read_json, write_json
 from longhaul.artifacts.shared_file_system import exists_on_server
-from longhaul.data.readers.documents import Document, document_columns, document_texts, read_range
+from longhaul.data.readers.read_documents import Document, document_columns, document_texts, read_range
 from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
 from longhaul.data.shards.write_chunk import EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice, choose_encoder

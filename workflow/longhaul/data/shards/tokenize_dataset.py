@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.schemas import DataManifest, EncodedPartition, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, EncodedPartition, TokenizerManifest
+from longhaul.data.filters.chunk_fingerprints import TextFilters
 from longhaul.data.filters.filter_documents import filter_documents
-from longhaul.data.filters.fingerprints import TextFilters
 from longhaul.data.sampling import mixture_manifest
 from longhaul.data.shards.build_manifest import build_manifest, require_complete_shards
 from longhaul.data.shards.chunks import SourceFile, chunks_of_partition
@@ -36,7 +36,7 @@ def run(job: TokenizeSpec) -> None:
     """Encode the chunks that do not exist yet, then write the manifest `job.out`.
 
     Raises:
-        UserError: the sources contain an error (longhaul.data.readers.documents), the dataset contains nothing to train
+        UserError: the sources contain an error (longhaul.data.readers.read_documents), the dataset contains nothing to train
             on, or the shards cannot be written.
     """
     if job.dataset.mixture:

@@ -14,9 +14,9 @@ from itertools import repeat
 from typing import Any
 
 from longhaul.artifacts.shared_file_system import refresh_listing
-from longhaul.data.filters.fingerprints import TextFilters, fingerprint_chunk
+from longhaul.data.filters.chunk_fingerprints import TextFilters, fingerprint_chunk
 from longhaul.data.shards.chunks import Chunk, SourceFile
-from longhaul.data.shards.progress import ProgressCounters, ProgressPrinter
+from longhaul.data.shards.progress_line import ProgressCounters, ProgressPrinter
 from longhaul.data.shards.source_index import IndexedSources
 from longhaul.data.shards.write_chunk import RECORD, ChunkWriter, EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice

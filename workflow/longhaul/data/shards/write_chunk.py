@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from longhaul.artifacts.files import read_json, write_json
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.artifacts.leases import process_start
-from longhaul.artifacts.schemas import TokenizerManifest
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.dataset_config import Dataset
-from longhaul.data.readers.documents import Document, no_documents, read_range
-from longhaul.data.readers.rows import BadData
+from longhaul.data.readers.read_documents import Document, no_documents, read_range
+from longhaul.data.readers.row_types import BadData
 from longhaul.data.shards.chunks import Chunk, SourceFile, SourceRange
 from longhaul.data.shards.indexed_dataset import token_dtype
-from longhaul.data.shards.progress import ProgressCounters
+from longhaul.data.shards.progress_line import ProgressCounters
 from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.data.tokenizers.document_encoder import (
     NOTHING_TO_TRAIN_ON,

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longhaul.artifacts.files import content_hash, file_sha256
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.config.package_data import data_root
-from longhaul.data.readers.documents import document_texts, read_documents
+from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.errors import UserError, first_line

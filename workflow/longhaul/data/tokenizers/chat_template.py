@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from longhaul.data.readers.documents import Message
-from longhaul.data.readers.rows import BadData
+from longhaul.data.readers.read_documents import Message
+from longhaul.data.readers.row_types import BadData
 
 Span = tuple[int, int]
 """[start, end) in a text, in characters or in bytes of UTF-8."""

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from longhaul.artifacts.files import canonical_json
-from longhaul.artifacts.schemas import TokenizerManifest
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.config.dataset_config import Dataset
-from longhaul.data.readers.documents import Document, document_texts
-from longhaul.data.readers.rows import BadData
+from longhaul.data.readers.read_documents import Document, document_texts
+from longhaul.data.readers.row_types import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Span, without_reasoning
 from longhaul.data.tokenizers.encoders import FastEncoder, first_difference, open_fast, open_reference

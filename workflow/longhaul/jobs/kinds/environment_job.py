@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.run_config import Checks
-from longhaul.jobs.kind import JobKind
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 

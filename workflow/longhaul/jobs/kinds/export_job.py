@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.paths import JobId
-from longhaul.jobs.kind import JobKind
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import cpu_request
 

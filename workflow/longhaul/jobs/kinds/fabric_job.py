@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.site_config import FabricLimits
-from longhaul.jobs.kind import JobKind
+from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.jobs.kinds.environment_job import check_request
-from longhaul.jobs.spec import JobSpec
 from longhaul.planning import Plan
 
 

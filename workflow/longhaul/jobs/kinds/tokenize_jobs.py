@@ -7,8 +7,8 @@ from pathlib import Path
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Dataset
-from longhaul.jobs.kind import JobKind
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, evaluation_files
 from longhaul.planning.slurm_request import SlurmRequest, cpu_request
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Dataset
-from longhaul.jobs.kind import JobKind
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, model_config
 from longhaul.planning.slurm_request import cpu_request
 

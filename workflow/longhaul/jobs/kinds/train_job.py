@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.paths import STAGE_KIND, JobId
 from longhaul.config.run_config import Trackers
 from longhaul.config.stage_config import Stage
-from longhaul.jobs.kind import JobKind, PlannedStep
+from longhaul.jobs.job_kind import JobKind, PlannedStep
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.jobs.kinds.environment_job import environment_spec
-from longhaul.jobs.spec import JobSpec
 from longhaul.jobs.templates import render_deepspeed_config
 from longhaul.planning import Plan, model_config
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
@@ -121,7 +121,7 @@ KIND = JobKind(
     order=7,
     help="train one stage",
     spec=TrainSpec,
-    entry_point="longhaul.train.loop:run",
+    entry_point="longhaul.train.train_stage:run",
     jobs=lambda plan: [JobId(STAGE_KIND, (stage.name,)) for stage in plan.stages],
     build_spec=_build,
     request=_request,

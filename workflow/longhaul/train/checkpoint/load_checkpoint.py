@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import read_json
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.deepspeed import replay_cpu_adam_steps
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.folders import MANIFEST
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST
 from longhaul.train.checkpoint.rank_state import combine_rank_states, restore_rank_state, seed_random_numbers
 from longhaul.train.checkpoint.resharding import load_resharded
 from longhaul.train.checkpoint.saved_layout import Layout, layout_of, planned_layout
@@ -17,7 +17,7 @@ from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_index import load_engine
 
-STATE = "state.json"
+TRAINING_STATE = "training_state.json"
 
 
 def load_checkpoint(
@@ -30,7 +30,7 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint does not have the model's tensors.
     """
-    state, saved = TrainingState(**read_json(folder / STATE)), layout_of(read_json(folder / MANIFEST))
+    state, saved = TrainingState(**read_json(folder / TRAINING_STATE)), layout_of(read_json(folder / MANIFEST))
     is_same_layout = saved == planned_layout(job)
     # DeepSpeed's own load loses a part of what is offloaded to a disk, and would hold all of it in memory at once.
     if is_same_layout and not job.stage.zero.nvme_keys:

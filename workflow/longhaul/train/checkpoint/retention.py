@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import file_sha256, read_json
+from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.folders import MANIFEST, complete_checkpoints, referenced_checkpoints, remove
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, complete_checkpoints, referenced_checkpoints, remove
 
 
 def validation_loss_of(checkpoint: Path) -> float | None:

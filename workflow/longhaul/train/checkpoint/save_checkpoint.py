@@ -1,6 +1,6 @@
 """Saving of one checkpoint: all its files, then the manifest, then the folder's final name.
 
-A checkpoint holds DeepSpeed's files, trainer-rank-*.pt, state.json, the slice index where the model is sliced, reference/ where
+A checkpoint holds DeepSpeed's files, trainer-rank-*.pt, training_state.json, the slice index where the model is sliced, reference/ where
 it may be exported, and manifest.json.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import file_sha256, write_json
+from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.shared_file_system import refresh_listing
 from longhaul.compat.deepspeed import mapped_optimizer_states, save_without_recovery_script
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.folders import MANIFEST, fsync, partial_folder, publish, step_folder
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, fsync, partial_folder, publish, step_folder
 from longhaul.train.checkpoint.hashed_writer import HashingCheckpointEngine
-from longhaul.train.checkpoint.load_checkpoint import STATE
+from longhaul.train.checkpoint.load_checkpoint import TRAINING_STATE
 from longhaul.train.checkpoint.rank_state import rank_state, rank_state_file
 from longhaul.train.checkpoint.retention import remove_old_checkpoints
 from longhaul.train.checkpoint.saved_layout import planned_layout
@@ -91,7 +91,7 @@ class CheckpointSave:
             is_tied = has_tied_embeddings(self._job)
             self._slice_files = write_slice_index(engine, dims, self._partial, is_tied, self._context.gather)
         if self._context.is_main:
-            write_json(self._partial / STATE, asdict(state))
+            write_json(self._partial / TRAINING_STATE, asdict(state))
 
     def _manifest_files(self) -> dict[str, dict[str, Any]]:
         """Return name -> size and hash of every file: those that each rank wrote, and what else rank 0 finds in the folder."""

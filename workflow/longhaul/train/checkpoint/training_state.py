@@ -1,4 +1,4 @@
-"""The training state of a stage other than tensors; state.json of a checkpoint."""
+"""The training state of a stage other than tensors; training_state.json of a checkpoint."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import canonical_json, content_hash, read_json, write_json
+from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
+from longhaul.artifacts.atomic_files import canonical_json, content_hash, read_json, write_json
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.folders import complete_checkpoints
+from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.lr_schedule import can_extend_steps
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from longhaul.artifacts.files import write_text
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.leases import Lease, LeaseOwner
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.shared_file_system import CACHE_TIMEOUT_S

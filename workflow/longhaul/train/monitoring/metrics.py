@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from longhaul.artifacts.files import write_text
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec

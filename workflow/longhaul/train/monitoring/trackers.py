@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import read_json, write_json
+from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.compat.wandb import FLUSH_INTERVAL_VARIABLE, is_deleted_run
 from longhaul.errors import UserError

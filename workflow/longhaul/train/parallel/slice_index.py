@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from longhaul.artifacts.files import write_json
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.checkpoint_io.sliced_checkpoint import BUFFERS_FILE, SLICE_INDEX
 from longhaul.compat.deepspeed import update_weights_from_masters
 from longhaul.jobs.kinds.train_job import TrainSpec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.backend import Backend
 from longhaul.train.batches import validation_batches
 from longhaul.train.distributed_context import DistributedContext
+from longhaul.train.whole_or_pipelined import Backend
 
 
 def validation_loss(backend: Backend, samples: Samples, job: TrainSpec, context: DistributedContext) -> float:

@@ -16,7 +16,7 @@ from longhaul.artifacts.job_state import (
     read_outcome,
     this_host,
 )
-from longhaul.jobs.spec import LaunchSpec
+from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.termination_signals import TerminationSignals
 

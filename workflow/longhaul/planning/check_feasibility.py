@@ -12,9 +12,9 @@ from longhaul.config.site_config import Partition, Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.checkpoint_size import checkpoint_write_s
+from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, SWAP_MIN_BYTES
 from longhaul.planning.gpu_memory import MemoryEstimate
 from longhaul.planning.slurm_request import partition_for
-from longhaul.planning.trainer_constants import COMPUTE_BYTES, SWAP_MIN_BYTES
 
 _FILES_PER_CHUNK = 9  # .bin, .idx and mask of two splits, keys, record, folder
 

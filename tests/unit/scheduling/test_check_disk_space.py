@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from longhaul.errors import DiskFull
-from longhaul.scheduling import disk_space
-from longhaul.scheduling.disk_space import RECORDS_BYTES, _print_full_disk, require_free_space
+from longhaul.scheduling import check_disk_space as disk_space
+from longhaul.scheduling.check_disk_space import RECORDS_BYTES, _print_full_disk, require_free_space
 
 
 def test_probe_writes_a_mebibyte_that_no_compression_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,8 +10,8 @@ import torch
 
 from longhaul.config.stage_config import Parallel
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
+from longhaul.train.parallel.expert_balance_loss import SequenceBalanceLoss
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from longhaul.train.parallel.sequence_balance_loss import SequenceBalanceLoss
 from tests.support.small_configs import LLAMA
 
 COEFFICIENT, BATCH, LENGTH = 0.5, 3, 16

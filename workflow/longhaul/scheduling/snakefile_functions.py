@@ -11,20 +11,21 @@ from typing import Any, NoReturn, TypeVar
 
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
-from longhaul.artifacts.files import content_hash
+from longhaul.artifacts.artifact_schemas import Lock
+from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.leases import RunLease
 from longhaul.artifacts.paths import RESULTS, JobId, RunPaths
-from longhaul.artifacts.schemas import Lock
 from longhaul.compat import slurm_plugin, snakemake
 from longhaul.config.load_config import load_config
 from longhaul.config.package_data import data_root
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
-from longhaul.jobs.kind import job_kinds, job_request, job_rerun_key
+from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import RESOURCE_KEYS
-from longhaul.scheduling import disk_space, retry_policy, slurm_client
+from longhaul.scheduling import check_disk_space as disk_space
+from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
 

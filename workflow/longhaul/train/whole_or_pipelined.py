@@ -13,14 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.bad_steps import BadStepFilter
 from longhaul.train.batches import Batch, MicroBatch
+from longhaul.train.deepspeed_engine import build_engine
+from longhaul.train.detect_bad_steps import BadStepFilter
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.engine import build_engine
 from longhaul.train.loss import head_loss_sum, loss_sum, scale_to_global_mean
-from longhaul.train.parallel.expert_balance import ExpertLoad
+from longhaul.train.parallel.expert_balance_loss import SequenceBalanceLoss
+from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from longhaul.train.parallel.sequence_balance_loss import SequenceBalanceLoss
 from longhaul.train.powersgd import install_powersgd
 
 

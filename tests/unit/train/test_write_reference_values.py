@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from longhaul.train.export_reference import SAMPLE_PROMPTS, sample_prompts
+from longhaul.train.write_reference_values import SAMPLE_PROMPTS, sample_prompts
 
 
 class EndlessDocuments:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import read_json, write_json
+from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint import folders
+from longhaul.train.checkpoint import checkpoint_folders as folders
 from longhaul.train.checkpoint.load_checkpoint import check_belongs_to, load_checkpoint
 from longhaul.train.checkpoint.retention import last_and_best, validation_loss_of
 from longhaul.train.checkpoint.save_checkpoint import CheckpointSave

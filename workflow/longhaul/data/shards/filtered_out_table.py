@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longhaul.artifacts.files import atomic_path
+from longhaul.artifacts.atomic_files import atomic_path
 from longhaul.errors import UserError
 
 

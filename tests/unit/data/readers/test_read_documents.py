@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from longhaul.data.readers.documents import read_documents
+from longhaul.data.readers.read_documents import read_documents
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset
 

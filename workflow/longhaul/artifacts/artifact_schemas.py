@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from longhaul.artifacts.files import read_json, write_json
+from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.errors import UserError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from longhaul.artifacts.paths import JobId
 from longhaul.jobs import kinds
-from longhaul.jobs.spec import JobSpec
+from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
 

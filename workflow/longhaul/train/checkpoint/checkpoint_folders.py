@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import file_sha256, read_json
+from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.artifacts.paths import WeightsFolder, run_of
 from longhaul.artifacts.shared_file_system import exists_on_server, refresh_listing
 

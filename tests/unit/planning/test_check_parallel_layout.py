@@ -8,7 +8,7 @@ import pytest
 
 from longhaul.config.stage_config import Communication, Parallel, PowerSgd, Zero
 from longhaul.errors import UserError
-from longhaul.planning.parallel_layout import (
+from longhaul.planning.check_parallel_layout import (
     check_model,
     data_parallel_size,
     pipeline_bubble,

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longhaul.artifacts.files import content_hash, file_sha256, write_json
+from longhaul.artifacts.atomic_files import content_hash, file_sha256, write_json
 from longhaul.config.dataset_config import Dataset, Decontaminate
 from longhaul.data.filters.evaluation_texts import EvaluationTexts, read_evaluation_texts
-from longhaul.data.filters.minhash import BANDS, minhash_bands, minhash_settings
+from longhaul.data.filters.near_duplicates import BANDS, minhash_bands, minhash_settings
 from longhaul.data.filters.word_ngrams import split_words
-from longhaul.data.readers.documents import Document, document_texts, read_range
+from longhaul.data.readers.read_documents import Document, document_texts, read_range
 from longhaul.data.shards.chunks import Chunk
 from longhaul.data.shards.write_chunk import EncodingTask, publish_folder
 from longhaul.data.tokenizers.document_encoder import document_key, group_into_batches

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.formats import read_rows
-from longhaul.data.readers.rows import BadData, FileRange
+from longhaul.data.readers.row_types import BadData, FileRange
 from longhaul.errors import UserError
 
 Message = dict[str, Any]

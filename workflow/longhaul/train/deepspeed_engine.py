@@ -11,7 +11,7 @@ import torch
 from longhaul.compat.deepspeed import count_sliced_experts_in_gradient_norm, unpartitioned_shape
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.planning.trainer_constants import swap_param_buffer_elements
+from longhaul.planning.constants_shared_with_trainer import swap_param_buffer_elements
 from longhaul.train.distributed_context import DistributedContext
 
 

@@ -13,7 +13,7 @@ from longhaul.config.run_config import Config, Storage
 from longhaul.config.site_config import NodeShape, Partition, Partitions, Site
 from longhaul.config.stage_config import CheckpointSettings, Parallel, Recovery, Schedule, Stage, Zero
 from longhaul.errors import UserError
-from longhaul.planning.feasibility import (
+from longhaul.planning.check_feasibility import (
     accumulation_steps,
     check_checkpoint_files,
     check_chunk_files,

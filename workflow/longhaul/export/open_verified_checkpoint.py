@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.files import file_sha256, read_json
+from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
+from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.schemas import Checkpoint, TokenizerManifest
 from longhaul.errors import UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec
-from longhaul.train.checkpoint.folders import MANIFEST, reference_folder
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, reference_folder
 
 ALTERED_HINT = (
     "the files were altered after training: restore them, or remove checkpoint.json and train again from an older one"

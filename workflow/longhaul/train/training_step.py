@@ -1,4 +1,4 @@
-"""The trainer of a stage: one optimizer step, one validation, one save. loop.py decides when each of them happens."""
+"""The trainer of a stage: one optimizer step, one validation, one save. train_stage.py decides when each of them happens."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.backend import Backend
-from longhaul.train.bad_step_policy import BadStepPolicy
-from longhaul.train.bad_steps import bad_step_reason
 from longhaul.train.batches import Batch
-from longhaul.train.checkpoint.folders import reference_folder
-from longhaul.train.checkpoint.manager import CheckpointManager
+from longhaul.train.checkpoint.checkpoint_folders import reference_folder
+from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
 from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.deepspeed_engine import peak_learning_rate
+from longhaul.train.detect_bad_steps import bad_step_reason
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.engine import peak_learning_rate
-from longhaul.train.export_reference import write_reference_values
+from longhaul.train.handle_bad_steps import BadStepPolicy
 from longhaul.train.lr_schedule import learning_rate
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.monitoring.stragglers import StragglerDetector
-from longhaul.train.parallel.expert_balance import Load, load_summary
+from longhaul.train.parallel.expert_load_balancing import Load, load_summary
 from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
-from longhaul.train.validation import sum_over_samples, validation_loss
+from longhaul.train.validation_loss import sum_over_samples, validation_loss
+from longhaul.train.whole_or_pipelined import Backend
+from longhaul.train.write_reference_values import write_reference_values
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.chain import REPOSITORY
 
-GENERATORS = [["-m", "longhaul.config.generate_reference"], ["envs/generate.py"]]
+GENERATORS = [["-m", "longhaul.config.generate_config_docs"], ["envs/generate.py"]]
 
 
 @pytest.mark.parametrize("generator", GENERATORS, ids=lambda words: words[-1])

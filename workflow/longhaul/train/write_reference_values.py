@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from longhaul.artifacts.files import write_json
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.backend import Backend
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.gather_to_rank0 import gather_whole_tensors, tensor_sha256
 from longhaul.train.parallel.slice_index import TIED_WEIGHTS, has_tied_embeddings
+from longhaul.train.whole_or_pipelined import Backend
 
 LOGITS_PROMPTS, LOGITS_PROMPT_TOKENS = 2, 32
 SAMPLE_PROMPTS = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longhaul.errors import UserError
-from longhaul.runtime.rank import Rank, require_planned_size, this_rank
+from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import disk_usage
 
+from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.data.sampling.samples import Samples
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.heartbeat import Heartbeat
-from longhaul.train.backend import build_backend
 from longhaul.train.batches import Prefetcher
 from longhaul.train.build_model import build_model, build_model_config
-from longhaul.train.checkpoint.manager import CheckpointManager
+from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
 from longhaul.train.checkpoint.weights_folder import (
     StartingCheckpoint,
     claim_weights_folder,
@@ -26,12 +25,13 @@ from longhaul.train.checkpoint.weights_folder import (
 )
 from longhaul.train.checkpoint.weights_lock import hold_weights_lock
 from longhaul.train.distributed_context import DistributedContext, distributed_context
-from longhaul.train.export_reference import sample_prompts
 from longhaul.train.graceful_stop import GracefulStop
 from longhaul.train.initial_weights import set_initial_master_weights
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
-from longhaul.train.trainer import Trainer
+from longhaul.train.training_step import Trainer
+from longhaul.train.whole_or_pipelined import build_backend
+from longhaul.train.write_reference_values import sample_prompts
 
 
 def run(job: TrainSpec) -> None:

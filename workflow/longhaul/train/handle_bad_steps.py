@@ -7,7 +7,7 @@ from typing import Any
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch
-from longhaul.train.checkpoint.manager import CheckpointManager
+from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics

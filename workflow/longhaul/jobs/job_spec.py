@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from pydantic import ValidationError
 
-from longhaul.artifacts.files import content_hash, write_text
+from longhaul.artifacts.atomic_files import content_hash, write_text
 from longhaul.config.field_types import FrozenModel
 from longhaul.errors import UserError
 

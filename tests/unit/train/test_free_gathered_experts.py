@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longhaul.train.zero3_expert_memory import release_expert_weights
+from longhaul.train.free_gathered_experts import release_expert_weights
 from tests.parity.parity_cases import MODELS
 
 

@@ -1,4 +1,4 @@
-"""Generator of the config reference: python -m longhaul.config.generate_reference [--check].
+"""Generator of the config reference: python -m longhaul.config.generate_config_docs [--check].
 
 It writes config/config.schema.json and config/site.schema.json for editors, config/default.yaml with a comment for each key,
 and docs/config.md.
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from longhaul.artifacts.files import write_text
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.config.package_data import data_root
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site

@@ -1,0 +1,131 @@
+"""The parts of compat/deepspeed.py that train and save are still needed. A failing test means that DeepSpeed has changed."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerStateSwapInfo, OptimizerSwapper, SwapTensorContext
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import mixed_precision_linkage, tensor_fragment
+
+from longhaul.compat import deepspeed as compat
+
+
+def source_of(*functions: Any) -> str:
+    return "".join(inspect.getsource(function) for function in functions)
+
+
+def test_saving_always_copies_the_recovery_script():
+    source = inspect.getsource(DeepSpeedEngine._save_zero_checkpoint)
+    assert "if self.global_rank == 0:\n            self._copy_recovery_script(save_path)" in source
+    engine = SimpleNamespace()
+    compat.save_without_recovery_script(engine)
+    engine._copy_recovery_script("folder")
+
+
+def test_the_optimizer_step_has_no_hook_between_norm_and_update():
+    """Both optimizers compute the norm and update the weights inside one method."""
+    for kind in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        _, _, step = source_of(kind).partition("    def step(self, closure=None")
+        step, _, _ = step.partition("\n    def ")
+        assert step.index("_global_grad_norm = ") < step.index("unscale_and_clip_grads(")
+    inner = SimpleNamespace(step=lambda: "updated")
+    engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner, _global_grad_norm=2.5))
+    compat.wrap_optimizer_step(engine, lambda step: lambda: f"{step()} through the wrapper")
+    assert inner.step() == "updated through the wrapper"
+    assert compat.has_wrapped_optimizer(engine) and compat.gradient_norm_before_update(engine) == 2.5
+    assert compat.inner_optimizer(SimpleNamespace(optimizer=inner)) is inner
+
+
+def test_the_public_gradient_norm_is_set_only_after_the_step():
+    source = inspect.getsource(DeepSpeedEngine._take_model_step)
+    assert source.index("self.optimizer.step(") < source.index("_global_grad_norm = ")
+
+
+def test_zero_3_counts_sliced_experts_as_autoep_experts():
+    source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3._grad_norm_counts_every_rank)
+    assert "if self._autoep_expert_parallel_group(params) is not None:\n            return True" in source
+    engine = SimpleNamespace(optimizer=SimpleNamespace())
+    compat.count_sliced_experts_in_gradient_norm(engine)
+    assert engine.optimizer._grad_norm_counts_every_rank([], None) is False
+
+
+def test_the_engine_has_no_communication_hook():
+    assert not [name for name in dir(DeepSpeedEngine) if "comm_hook" in name]
+    assert "self.buffered_allreduce_fallback(" in source_of(DeepSpeedEngine)
+    for name in ("reduce_gradients", "allreduce_bucket", "flatten"):
+        assert name in source_of(DeepSpeedZeroOptimizer)
+    assert "self.use_grad_accum_attribute = True" in inspect.getsource(DeepSpeedZeroOptimizer.__init__)
+
+
+def test_no_public_function_says_which_elements_a_rank_owns():
+    assert not [name for name in vars(tensor_fragment) if "offset" in name or "owned" in name]
+    zero_1_and_2, zero_3 = source_of(DeepSpeedZeroOptimizer), source_of(DeepSpeedZeroOptimizer_Stage3)
+    assert "._hp_mapping = " in source_of(mixed_precision_linkage) and "single_partition_of_fp32_groups" in zero_1_and_2
+    assert "self.grad_position[param_id] = [int(i), int(current_offset), int(num_elements)]" in zero_3
+    for name in (
+        "_get_param_partition_rank",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "checkpoint_event_epilogue",
+    ):
+        assert hasattr(DeepSpeedZeroOptimizer_Stage3, name)
+    assert hasattr(DeepSpeedZeroOptimizer, "update_lp_params")
+
+
+def test_cpu_adam_multiplies_powers_of_the_betas_and_restarts_them_with_pow():
+    header = Path(deepspeed.__file__).parent / "ops/csrc/includes/cpu_adam.h"
+    source = header.read_text()
+    assert "_betta1_t *= _betta1;" in source and "_betta1_t = std::pow(_betta1, step);" in source
+    calls: list[tuple[Any, ...]] = []
+    op = SimpleNamespace(
+        destroy_adam=lambda *arguments: calls.append(("destroy",)),
+        create_adam=lambda *arguments: calls.append(("create",)),
+        adam_update=lambda _id, step, *arguments: calls.append(("update", step)),
+    )
+    group = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
+    adam = SimpleNamespace(ds_opt_adam=op, param_groups=[group], state={"p": {"step": 3}}, opt_id=0, adam_w_mode=True)
+    compat.replay_cpu_adam_steps(SimpleNamespace(optimizer=adam))
+    assert calls == [("destroy",), ("create",), ("update", 1), ("update", 2), ("update", 3)]
+
+
+def test_the_loss_scaler_has_no_state_dict():
+    scaler = DynamicLossScaler(2.0**16, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
+    assert not hasattr(scaler, "state_dict")
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+    state = compat.loss_scaler_state(engine)
+    assert state == {"cur_scale": 2.0**16, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
+    compat.restore_loss_scaler(engine, state | {"cur_scale": 8.0})
+    assert scaler.cur_scale == 8.0
+
+
+def test_swapped_states_are_tensors_with_a_file_each(tmp_path: Path):
+    """The names that mapped_optimizer_states and zero_moment use; DeepSpeed documents none of them."""
+    parameter: Any = torch.zeros(10)
+    parameter.ds_id = "7"
+    info = OptimizerStateSwapInfo(parameter, 10, str(tmp_path), None)
+    swapper = SimpleNamespace(swap_params_info={"7": info}, _io_aligned_numel=lambda numel: 16)
+    assert "self.swap_params_info" in source_of(OptimizerSwapper) and hasattr(OptimizerSwapper, "_io_aligned_numel")
+    assert "value.ds_id = state_name + '-' + parameter.ds_id" in inspect.getsource(OptimizerSwapper._get_state_tensors)
+    moment = compat.zero_moment(swapper, parameter, "exp_avg")
+    (_, state) = info.tensors
+    assert isinstance(state, SwapTensorContext) and state.compute_tensor is moment and info.has_state_tensors
+    assert Path(state.swap_path).stat().st_size == 16 * 4 and torch.equal(moment, torch.zeros(10))
+    moment.fill_(2.0)
+    Path(info.tensors[0].swap_path).write_bytes(torch.arange(16.0).numpy().tobytes())
+    optimizer = SimpleNamespace(swap_optimizer=True, optimizer_swapper=swapper)
+    with compat.mapped_optimizer_states(SimpleNamespace(optimizer=optimizer)):
+        assert not optimizer.swap_optimizer
+        assert torch.equal(parameter, torch.arange(10.0)) and torch.equal(moment, torch.full((10,), 2.0))
+    assert optimizer.swap_optimizer and parameter.numel() == 0
+
+
+def test_the_swapper_forgets_moments_in_one_call():
+    assert "swap_info.tensors = [swap_info.tensors[0]]" in inspect.getsource(OptimizerSwapper.purge_state)
