@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.report.metric_series import Curve, Metrics, Summary, downsample, read_metrics, summarise
+from longhaul.report.metric_series import Curve, MetricSeries, Summary, downsample, read_metrics, summarise
 
 
-def metrics_of(tmp_path: Path, rows: list[dict[str, object]], rest: str = "") -> Metrics:
+def metrics_of(tmp_path: Path, rows: list[dict[str, object]], rest: str = "") -> MetricSeries:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
     return read_metrics(tmp_path / "metrics.jsonl")
 

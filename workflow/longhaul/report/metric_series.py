@@ -45,7 +45,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class MetricSeries:
     """All points of a stage: one curve per name in STEP_VALUES, and the validation loss."""
 
     curves: dict[str, Curve]
@@ -54,7 +54,7 @@ class Metrics:
     broken_lines: int  # lines without a step or incomplete ones, such as the last line of a killed process
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: Path) -> MetricSeries:
     """Read metrics.jsonl line by line. Broken lines are counted and skipped."""
     curves = {name: Curve() for name in STEP_VALUES}
     validation = Curve()
@@ -69,7 +69,7 @@ def read_metrics(path: Path) -> Metrics:
             for name, curve in curves.items():
                 if name in row:
                     _append(curve, row["step"], row[name])
-    return Metrics(curves, validation, steps, broken)
+    return MetricSeries(curves, validation, steps, broken)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -129,7 +129,7 @@ class Summary:
     training_time_s: float | None
 
 
-def summarise(metrics: Metrics) -> Summary:
+def summarise(metrics: MetricSeries) -> Summary:
     """Return a stage's summary. Medians are used because the first steps of an attempt also fill caches and build kernels."""
     validation = [(x, y) for x, y in zip(metrics.validation.x, metrics.validation.y, strict=True) if y is not None]
     best = min(validation, key=lambda point: point[1], default=None)

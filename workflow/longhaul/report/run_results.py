@@ -19,7 +19,7 @@ from longhaul.artifacts.artifact_schemas import (
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
 from longhaul.report.goodput import Goodput, read_goodput
-from longhaul.report.metric_series import Metrics, Summary, read_metrics, summarise
+from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
 from longhaul.report.number_format import duration
 
 
@@ -31,7 +31,7 @@ class StageResults:
     kind: str
     checkpoint: Checkpoint
     attempts: list[dict[str, Any]]  # lines of attempts.jsonl
-    metrics: Metrics
+    metrics: MetricSeries
     summary: Summary
     skipped_batches: int
     planned_memory_bytes: float | None  # of the rank that needs the most GPU memory
