@@ -62,12 +62,13 @@ def trained_mixture() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_peak_memory_is_bounded_by_the_largest_layer(trained: Path, dtype: str) -> None:
     layer_bytes = 4 * (HIDDEN * HIDDEN * 5 // 2 + 3 * HIDDEN * 4 * HIDDEN)
     _assert_bounded(trained, dtype, layer_bytes)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_bounded_where_experts_lie_on_several_ranks(trained_mixture: Path) -> None:
     attention, expert = 5 * MIXTURE_HIDDEN**2 // 2, 2 * MIXTURE_HIDDEN**2
     _assert_bounded(trained_mixture, "bf16", 4 * (attention + EXPERTS * (expert + MIXTURE_HIDDEN)))

@@ -68,7 +68,10 @@ def unsupported_tokenizer(folder: Path, tokenizer_folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("encoder", "kind", "max_mb"), [("gigatoken", "chat", 24), ("tokenizers", "chat", 4)])
+@pytest.mark.parametrize(
+    ("encoder", "kind", "max_mb"),
+    [("tokenizers", "chat", 4), pytest.param("gigatoken", "chat", 24, marks=pytest.mark.slow)],
+)
 def test_the_longest_document_fits_and_a_longer_one_is_refused(
     tmp_path: Path, tokenizer_folder: Path, encoder: str, kind: str, max_mb: int
 ):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from longhaul.artifacts.atomic_files import file_sha256
 from tests.support.corpora import dataset, make_shards, text, tokenize_job, write_jsonl
@@ -28,7 +29,9 @@ def wait_for_work(process: subprocess.Popen[bytes], root: Path, before: set[str]
         time.sleep(0.005)
 
 
-def test_a_job_that_is_killed_twenty_times_writes_the_same_bytes(tmp_path: Path, tokenizer_folder: Path):
+def test_a_job_that_is_killed_again_and_again_writes_the_same_bytes(
+    tmp_path: Path, tokenizer_folder: Path, pytestconfig: pytest.Config
+):
     """Each kill ends the job and its workers at a random moment. Then some finished chunks are deleted, so that work remains."""
     files = [write_jsonl(tmp_path / f"{n}.jsonl", "text", (text(n * 900 + i, 900) for i in range(700))) for n in (1, 2)]
     settings = dataset(chunk_mb=0.1, validation_fraction=0.1)
@@ -37,7 +40,8 @@ def test_a_job_that_is_killed_twenty_times_writes_the_same_bytes(tmp_path: Path,
     job = tokenize_job(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
     job.write(tmp_path / "job.json")
     generator, root, kept, interrupted = random.Random(5), Path(job.folder), 0, 0
-    for _ in range(20):
+    kills = 20 if pytestconfig.getoption("all") else 6
+    for _ in range(kills):
         before = {path.name for path in root.glob(".*")}
         words = [sys.executable, "-m", "longhaul", "job", "run", "tokenize", str(tmp_path / "job.json")]
         process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -56,7 +60,7 @@ def test_a_job_that_is_killed_twenty_times_writes_the_same_bytes(tmp_path: Path,
                 kept += 1
         Path(job.out).unlink(missing_ok=True)
     manifest = make_shards(tmp_path / "killed", tokenizer_folder, files, settings, workers=2)
-    assert kept and interrupted >= 5, (
+    assert kept and interrupted >= kills // 6, (
         f"the kills test little: {kept} chunks kept, {interrupted} kills while a chunk was written"
     )
     assert hashes(Path(manifest.path)) == hashes(Path(whole.path))
