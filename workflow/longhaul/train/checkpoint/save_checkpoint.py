@@ -1,7 +1,7 @@
 """Saving of one checkpoint: all its files, then the manifest, then the folder's final name.
 
-A checkpoint holds DeepSpeed's files, trainer-rank-*.pt, training_state.json and manifest.json. A sliced model adds the slice
-index, and a checkpoint that may be exported adds reference/.
+A checkpoint holds DeepSpeed's files, trainer-rank-*.pt, training_state.json, the slice index where the model is sliced,
+reference/ where it may be exported, and manifest.json.
 """
 
 from __future__ import annotations
