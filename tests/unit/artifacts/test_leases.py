@@ -171,8 +171,9 @@ def test_start_of_a_process_is_ticks_and_boot():
     assert process_start(os.getpid()) == f"{ticks}.{boot}"
 
 
-def test_start_is_found_for_any_name_of_a_process(tmp_path: Path):
-    program = tmp_path / "a) Z) b"
+@pytest.mark.parametrize("name", [b"a) Z) b", b"\xff"])
+def test_start_is_found_for_any_name_of_a_process(tmp_path: Path, name: bytes):
+    program = tmp_path / os.fsdecode(name)
     shutil.copy("/bin/sleep", program)
     with subprocess.Popen([program, "60"]) as process:
         while process_start(process.pid) == process_start(os.getpid()):
@@ -180,8 +181,8 @@ def test_start_is_found_for_any_name_of_a_process(tmp_path: Path):
         started = process_start(process.pid)
         assert started and started.partition(".")[0].isdigit()
         process.kill()
-        with Path(f"/proc/{process.pid}/stat").open() as stream:
-            while ") Z " not in stream.read():
+        with Path(f"/proc/{process.pid}/stat").open("rb") as stream:
+            while not stream.read().rpartition(b") ")[2].startswith(b"Z"):
                 stream.seek(0)
         assert process_start(process.pid) is None, "a zombie has ended"
     assert process_start(process.pid) is None

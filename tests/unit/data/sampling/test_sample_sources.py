@@ -204,3 +204,19 @@ def test_batches_are_consecutive_parts_of_all_epochs():
     assert samples.ids(1, 3).tolist() == samples.at(np.array([3, 4, 5])).tolist()
     both = samples.at(np.arange(8)).tolist()
     assert sorted(both[:4]) == sorted(both[4:]) == [0, 1, 2, 3] and both[:4] != both[4:]
+
+
+def test_packs_depend_on_the_seed(tmp_path: Path):
+    """Eight documents of one length, two in each pack. The seed decides which ones share a pack."""
+    documents = Documents(*([number] * 4 for number in range(8)))
+    lengths = documents.lengths()
+    for seed in (1, 2):
+        PackSource(documents, 8, PAD, seed, tmp_path / f"{seed}.bin")  # type: ignore[arg-type]
+        write_pack_file(lengths, 8, seed, tmp_path / "expected")
+        assert (tmp_path / f"{seed}.bin").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert (tmp_path / "1.bin").read_bytes() != (tmp_path / "2.bin").read_bytes()
+
+
+def test_sample_arrays_are_int64():
+    sample = samples_of(numbered(10), 4)[0]
+    assert {part.dtype for part in sample} == {np.dtype(np.int64)}

@@ -269,7 +269,13 @@ def test_open_passes_padding_split_and_seed_on(text_shards: DataManifest, chat_s
         samples = Samples.open(manifest, "validation", kind, 4096, 7, tmp_path, pad_id=5)
         assert samples[len(samples) - 1].input_ids[-1] == 5
         assert Samples.open(manifest, "validation", kind, 4096, 7, tmp_path)[0].input_ids[-1] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {
+    write_pack_file(
+        SplitReader(Path(chat_shards.path), chat_shards.splits["train"], True).lengths(), 128, 7, tmp_path / "x"
+    )
+    packs(chat_shards, tmp_path, seed=7)
+    written = tmp_path / f"pack-{chat_shards.hash}-train-128-7.bin"
+    assert written.read_bytes() == (tmp_path / "x").read_bytes(), "the seed decides the packs"
+    assert {path.name for path in tmp_path.glob("*validation*")} == {
         f"pack-{chat_shards.hash}-validation-4096-7.{suffix}" for suffix in ("bin", "json")
     }
 
