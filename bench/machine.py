@@ -17,7 +17,7 @@ def describe_machine(packages: tuple[str, ...]) -> list[str]:
     models = [
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.orig_argv[1:]])  # with -m, sys.argv has the absolute path of the module
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return [
         f"command: {command}",
