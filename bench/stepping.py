@@ -14,9 +14,9 @@ from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
+from longhaul.train.step_backends import build_backend
 from longhaul.train.train_stage import open_samples
-from longhaul.train.training_step import Trainer
-from longhaul.train.whole_or_pipelined import build_backend
+from longhaul.train.trainer import Trainer
 
 
 def open_trainer(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Trainer, Iterator[Batch]]:

@@ -23,7 +23,7 @@ from longhaul.artifacts.job_state import Deadline
 from longhaul.errors import UserError
 from longhaul.train import train_stage as loop
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.training_step import Trainer
+from longhaul.train.trainer import Trainer
 from tests.parity.prepare_case import prepare_case
 from tests.support.injected_faults import poison_batches
 from tests.support.reused_ranks import load_offload_ops, reset_deepspeed, swap_small_tensors

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from longhaul.train import whole_or_pipelined as backend
+from longhaul.train import step_backends as backend
 from longhaul.train.batches import Batch
-from longhaul.train.training_step import Trainer
+from longhaul.train.trainer import Trainer
 
 STEP, LOSSES = Trainer.step, (backend.loss_sum, backend.head_loss_sum)
 

@@ -1,4 +1,4 @@
-"""Names of jobs and every path below results/: the only place that spells them.
+"""Names of jobs and files below results/: the only place that spells them. Hashes in names are computed elsewhere.
 
 Paths are relative to the working folder (`snakemake --directory`), in which every job starts. The rules spell the same
 paths in their input, output, log and benchmark lines, as Snakemake needs wildcards there; a test compares both.

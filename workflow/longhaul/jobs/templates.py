@@ -1,4 +1,4 @@
-"""Jinja templates of launch scripts, sbatch headers and DeepSpeed configs. Templates only place what is decided here."""
+"""Rendering of Jinja templates. The values come from elsewhere: sbatch options from planning/slurm_request.py."""
 
 from __future__ import annotations
 

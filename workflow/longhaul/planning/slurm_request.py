@@ -1,4 +1,4 @@
-"""The request for an allocation: what a job asks Slurm for, and how Snakemake, sbatch and srun spell it.
+"""The Slurm request of a job: every option of its allocation, and how Snakemake, sbatch and srun spell it.
 
 One request gives a rule's `resources:` and the header of the rendered job.sbatch, so a job that is submitted by hand gets
 the same allocation. Every job uses one form: `mpi=""` makes the executor plugin leave the rule's shell command unwrapped

@@ -1,4 +1,4 @@
-"""Writes the report of a run: one HTML page that needs no other file and no network."""
+"""Writes the report of a run: chooses what the HTML page shows. The page needs no other file and no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that there is disk space for a run's own records.
+"""Checks before a run that there is disk space for its own records. Retries after a full disk are in retry_policy.py.
 
 When the disk is full, log files stay empty. So these errors go to the terminal.
 """

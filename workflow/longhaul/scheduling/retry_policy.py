@@ -1,4 +1,5 @@
-"""The retry policy: which failed jobs are not submitted again, and when the user learns why.
+"""The retry policy: which failed jobs are submitted again, until when a permanent failure lasts (a full disk, for example),
+and when the user learns why.
 
 Snakemake retries every failed job as often as its profile says. That is right for a dead node. It is wrong if failure.json
 says that the job would only fail again, or that a user cancelled it. The cause is printed in three cases: before a run that

@@ -29,8 +29,8 @@ from longhaul.train.graceful_stop import GracefulStop
 from longhaul.train.initial_weights import set_initial_master_weights
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
-from longhaul.train.training_step import Trainer
-from longhaul.train.whole_or_pipelined import build_backend
+from longhaul.train.step_backends import build_backend
+from longhaul.train.trainer import Trainer
 from longhaul.train.write_reference_values import sample_prompts
 
 

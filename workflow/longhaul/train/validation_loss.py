@@ -6,7 +6,7 @@ from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import validation_batches
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.whole_or_pipelined import Backend
+from longhaul.train.step_backends import Backend
 
 
 def validation_loss(backend: Backend, samples: Samples, job: TrainSpec, context: DistributedContext) -> float:

@@ -22,7 +22,7 @@ from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.gather_to_rank0 import gather_whole_tensors, tensor_sha256
 from longhaul.train.parallel.slice_index import TIED_WEIGHTS, has_tied_embeddings
-from longhaul.train.whole_or_pipelined import Backend
+from longhaul.train.step_backends import Backend
 
 LOGITS_PROMPTS, LOGITS_PROMPT_TOKENS = 2, 32
 SAMPLE_PROMPTS = 6

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longhaul.data.readers.read_documents import read_range
-from longhaul.data.readers.row_types import BadData
+from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.chunks import SourceFile, divide_into_chunks
 from tests.support.corpora import dataset, make_shards, text, write_jsonl
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.data.tokenizers import choose_encoder
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice, encode_stress_corpus
-from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder
 from longhaul.data.tokenizers.token_rows import TokenRows
 from tests.support.corpora import dataset, make_shards, text, write_jsonl
 

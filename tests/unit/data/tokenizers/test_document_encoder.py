@@ -14,7 +14,7 @@ from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.data.readers.read_documents import Document
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.data.tokenizers.document_encoder import DocumentEncoder
-from longhaul.data.tokenizers.encoders import FastEncoder
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder
 from longhaul.data.tokenizers.token_rows import TokenRows
 from longhaul.errors import UserError
 from tests.support.corpora import dataset, make_shards, text, write_jsonl

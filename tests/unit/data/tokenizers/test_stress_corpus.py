@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
-from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder
 from longhaul.data.tokenizers.stress_corpus import stress_texts
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from longhaul.data.filters.word_ngrams import ngrams, split_words
 from longhaul.data.readers.formats import read_rows
-from longhaul.data.readers.row_types import BadData, FileRange
+from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange
 from longhaul.errors import UserError
 
 _MAX_ROW_BYTES = 200_000_000

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from longhaul.data.readers.row_types import BUFFER_BYTES, BadData, FileRange, Row, refuse_long_rows, require_columns
+from longhaul.data.readers.rows_and_file_ranges import (
+    BUFFER_BYTES,
+    BadData,
+    FileRange,
+    Row,
+    refuse_long_rows,
+    require_columns,
+)
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 16_000_000
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longhaul.data.readers.columnar_files import read_arrow, read_parquet
-from longhaul.data.readers.row_types import BadData, FileRange, Row, damaged_file
+from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, Row, damaged_file
 from longhaul.data.readers.text_files import COMPRESSION, read_csv, read_json_list, read_jsonl, read_whole_text
 from longhaul.errors import UserError
 

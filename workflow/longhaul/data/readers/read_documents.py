@@ -1,4 +1,4 @@
-"""Read a dataset's files into validated documents, in order.
+"""Read a dataset's files into validated documents, in order: columns, chat roles and message keys.
 
 Nothing is repaired silently: each error names the file and the line.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.formats import read_rows
-from longhaul.data.readers.row_types import BadData, FileRange
+from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange
 from longhaul.errors import UserError
 
 Message = dict[str, Any]

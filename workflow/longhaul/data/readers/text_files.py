@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from longhaul.data.readers.row_types import (
+from longhaul.data.readers.rows_and_file_ranges import (
     BUFFER_BYTES,
     BadData,
     FileRange,

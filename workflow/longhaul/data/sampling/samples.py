@@ -1,4 +1,4 @@
-"""Training samples by number: a window of the token stream (pretraining) or a pack of conversations (fine-tuning).
+"""Reads training samples by number, of one dataset or of a mixture, for the trainer; sample_sources.py fills each of them.
 
 The samples of a batch are a function of seed, batch number and batch size. The training state therefore needs only the
 step and the list of skipped batches, and every parallel layout and world size reads the same batches.

@@ -21,7 +21,7 @@ from longhaul.data.readers.read_documents import Document, document_columns, doc
 from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
 from longhaul.data.shards.write_chunk import EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice, choose_encoder
-from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder
 from longhaul.data.tokenizers.token_rows import TokenRows
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec

@@ -28,7 +28,7 @@ from longhaul.artifacts.leases import process_start
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.read_documents import Document, no_documents, read_range
-from longhaul.data.readers.row_types import BadData
+from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.chunks import Chunk, SourceFile, SourceRange
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.shards.progress_line import ProgressCounters

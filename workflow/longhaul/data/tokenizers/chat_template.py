@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from longhaul.data.readers.read_documents import Message
-from longhaul.data.readers.row_types import BadData
+from longhaul.data.readers.rows_and_file_ranges import BadData
 
 Span = tuple[int, int]
 """[start, end) in a text, in characters or in bytes of UTF-8."""

@@ -13,7 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-from longhaul.data.tokenizers.encoders import (
+from longhaul.data.tokenizers.reference_and_fast_encoder import (
     FastEncoder,
     ReferenceEncoder,
     first_difference,

@@ -14,10 +14,10 @@ from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.read_documents import Document, document_texts
-from longhaul.data.readers.row_types import BadData
+from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Span, without_reasoning
-from longhaul.data.tokenizers.encoders import FastEncoder, first_difference, open_fast, open_reference
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, first_difference, open_fast, open_reference
 from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids
 
 NOTHING_TO_TRAIN_ON = ("empty text", "no assistant turn")

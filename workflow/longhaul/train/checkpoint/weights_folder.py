@@ -1,4 +1,4 @@
-"""The weights folder of a stage: its name is a hash of everything that the weights depend on."""
+"""The weights folder of a stage: computes its name, a hash of everything that the weights depend on, and claims it."""
 
 from __future__ import annotations
 

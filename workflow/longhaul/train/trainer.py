@@ -22,8 +22,8 @@ from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.monitoring.stragglers import StragglerDetector
 from longhaul.train.parallel.expert_load_balancing import Load, load_summary
 from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
+from longhaul.train.step_backends import Backend
 from longhaul.train.validation_loss import sum_over_samples, validation_loss
-from longhaul.train.whole_or_pipelined import Backend
 from longhaul.train.write_reference_values import write_reference_values
 
 

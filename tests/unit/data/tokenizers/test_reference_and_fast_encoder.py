@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
-from longhaul.data.tokenizers.encoders import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder
 from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids
 
 
