@@ -24,6 +24,8 @@ from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
 
+pytestmark = pytest.mark.slow
+
 Layout = tuple[int, int, dict[str, Any]]
 
 STEPS = 6

@@ -190,9 +190,7 @@ CASES = [
     FaultCase("kill -9 of the supervisor", "exporting", kill_supervisor),
     FaultCase("kill -9 of the nested snakemake", "training", kill_nested_snakemake),
     FaultCase("kill -9 of the nested snakemake", "saving", kill_nested_snakemake),
-    FaultCase(
-        "kill -9 of the main snakemake", "training", end_main(signal.SIGKILL), **_ENDED, min_attempts=1
-    ),
+    FaultCase("kill -9 of the main snakemake", "training", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
     FaultCase("kill -9 of the main snakemake", "saving", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
     FaultCase("kill -9 of the main snakemake", "tokenizing", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
     FaultCase("kill -9 of the main snakemake", "exporting", end_main(signal.SIGKILL), **_ENDED, min_attempts=1),
@@ -212,7 +210,7 @@ CASES = [
     FaultCase("scontrol requeue", "training", requeue),
     FaultCase("scontrol requeue", "saving", requeue),
     FaultCase("scontrol requeue", "tokenizing", requeue),
-    FaultCase("preemption", "training", preempt, quick=True),
+    FaultCase("preemption", "training", preempt),
     FaultCase("preemption", "saving", preempt),
     FaultCase("preemption of one process", "training", preempt, nodes=1),
     FaultCase("preemption with grace", "training", preempt, partition="graceful"),
@@ -244,7 +242,6 @@ CASES = [
         fails_with="disk full",
         last_message="disk full",
         before_second=free_disk,
-        quick=True,
     ),
     FaultCase(
         "newest checkpoint damaged",

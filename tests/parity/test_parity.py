@@ -24,6 +24,9 @@ from tests.parity.parity_cases import FP32, LAYOUTS, MODELS, TEST_SUBSET, Case, 
 from tests.parity.parity_table import CaseResult
 
 TENSOR_CASE, PIPELINE_CASE = ("deepseek_v3", "expert 2, tensor 2"), ("deepseek_v3", "expert 2, pipeline 2")
+QUICK_CASES = (TEST_SUBSET[0], ("deepseek_v3", "sequence 2, data 2, ZeRO 3"), TENSOR_CASE, PIPELINE_CASE)
+"""`make test` trains these, `make test-all` all of TEST_SUBSET."""
+CASES = [case if case in QUICK_CASES else pytest.param(case, marks=pytest.mark.slow) for case in TEST_SUBSET]
 Results = dict[Case, CaseResult]
 
 
@@ -33,12 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, offload_ops: None) -> Results:
-    return {(result.model, result.layout): result for result in parity_table.run_cases(list(TEST_SUBSET), folder)}
+def results(folder: Path, offload_ops: None, pytestconfig: pytest.Config) -> Results:
+    cases = TEST_SUBSET if pytestconfig.getoption("all") else QUICK_CASES
+    return {(result.model, result.layout): result for result in parity_table.run_cases(list(cases), folder)}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", TEST_SUBSET, ids="/".join)
+@pytest.mark.parametrize("case", CASES, ids="/".join)
 def test_a_layout_trains_resumes_and_exports_like_plain_pytorch(results: Results, case: Case):
     assert not results[case].problem, results[case].line()
 
@@ -83,7 +87,7 @@ def fp32_bytes(value: Any) -> int:
     return sum(map(fp32_bytes, children))
 
 
-@pytest.mark.parametrize("case", TEST_SUBSET, ids="/".join)
+@pytest.mark.parametrize("case", CASES, ids="/".join)
 def test_each_rank_holds_the_planned_bytes_of_the_optimizer(results: Results, folder: Path, case: Case):
     """A rank's optimizer file has master weights and moments with DeepSpeed's padding; swapped gradients are not in it."""
     planned = build_plan(load_config(folder / case[0] / case[1] / "run.yaml")).stages[0].memory

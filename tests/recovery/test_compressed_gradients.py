@@ -11,6 +11,8 @@ import torch
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
+pytestmark = pytest.mark.slow
+
 START = 3
 LOSS_BOUND = 1.01
 """Largest end loss with matrices of rank 4 of 64, in units of that with plain reduction."""

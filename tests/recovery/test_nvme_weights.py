@@ -15,6 +15,8 @@ from tests.recovery.test_resharding import assert_same_state
 from tests.recovery.trained_stages import TrainedStage, train
 from tests.support.reused_ranks import MIN_SWAPPED_BYTES
 
+pytestmark = pytest.mark.slow
+
 LARGE_TENSORS = 2 + 7 * MODELS["llama"]["llama"]["num_hidden_layers"]  # embedding, head, and each layer's matrices
 assert LARGE_TENSORS > SWAP_PARAM_BUFFERS
 STEPS, HALF = 6, 3
