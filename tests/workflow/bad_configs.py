@@ -31,6 +31,8 @@ DEEPSEEK = {
     "v_head_dim": 16,
 }
 
+DEEPSEEK_V2 = {key: value for key, value in DEEPSEEK.items() if key not in ("n_group", "topk_group")}
+
 QWEN3_MOE = {
     **LLAMA,
     "num_hidden_layers": 4,
@@ -630,6 +632,31 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("hidden_size 65 is not a multiple",),
     ),
     ("unknown rotary scaling", {"model.llama.rope_scaling": {"rope_type": "yarm"}}, {}, ("'yarm'", "yarn")),
+    (
+        "rotary scaling without a type",
+        {"model.llama.rope_scaling": {"factor": 4.0}},
+        {},
+        ("rope_scaling has factor and no rope_type", "set rope_type"),
+    ),
+    (
+        "rotary scaling that a new model cannot use",
+        {"model.llama.rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {},
+        ("rope_type dynamic is not for new models", "default, linear, yarn, llama3"),
+    ),
+    *(
+        (f"DeepSeek V2 with {problem}", {"model": {"deepseek_v2": {**DEEPSEEK_V2, **keys}}}, {}, expected)
+        for problem, keys, expected in (
+            ("an unknown selection", {"topk_method": "best"}, ("topk_method is 'best'", "group_limited_greedy")),
+            ("groups that greedy ignores", {"n_group": 2}, ("n_group 2 has no effect with topk_method greedy",)),
+            (
+                "no groups",
+                {"topk_method": "group_limited_greedy"},
+                ("group_limited_greedy needs n_group None, a divisor of n_routed_experts 4",),
+            ),
+            ("scaled router weights", {"norm_topk_prob": True}, ("norm_topk_prob True has no effect", "deepseek_v2")),
+        )
+    ),
     (
         "more experts per token than experts",
         {"model": {"deepseek_v3": {**DEEPSEEK, "num_experts_per_tok": 5}}},

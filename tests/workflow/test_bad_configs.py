@@ -14,7 +14,7 @@ from longhaul.cli import main
 from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.chain import REPOSITORY
 from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, write_config
-from tests.workflow.bad_configs import CONFIGS
+from tests.workflow.bad_configs import CONFIGS, DEEPSEEK, DEEPSEEK_V2
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,29 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
         {"model.safetensors": EMPTY_SAFETENSORS},
         "num_hidden_layers of the llama config is 1000000000000; it must be an integer from 1 to 10000",
     ),
+    **{
+        f"config.json with {problem}": (
+            {**CONFIG_JSON, **keys},
+            {"model.safetensors": EMPTY_SAFETENSORS},
+            f"model.pretrained: config.json: {expected}",
+        )
+        for problem, keys, expected in (
+            ("a factor as text", {"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling.factor is '4'"),
+            ("a factor alone", {"rope_parameters": {"factor": 4.0}}, "rope_scaling has factor and no rope_type"),
+            ("half a rotation", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 has no effect"),
+            ("theta as text", {"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+            (
+                "V2 that scales router weights",
+                {"model_type": "deepseek_v2", **DEEPSEEK_V2, "norm_topk_prob": True},
+                "norm_topk_prob True has no effect in transformers' deepseek_v2",
+            ),
+            (
+                "V3 with softmax scores",
+                {"model_type": "deepseek_v3", **DEEPSEEK, "scoring_func": "softmax"},
+                "scoring_func 'softmax' has no effect in transformers' deepseek_v3",
+            ),
+        )
+    },
     "missing weights file": (
         CONFIG_JSON,
         {
@@ -113,6 +136,19 @@ def test_unusable_pretrained_folder_is_reported(
         (folder / name).write_text(content)
     path = write_config(tmp_path, {"model": {"pretrained": {"path": "model"}}})
     assert expected.replace("MODEL", str(folder)) in refused_message(capsys, "plan", str(path))
+
+
+@pytest.mark.parametrize("axis", ["pipeline", "sequence"])
+def test_sliding_window_that_the_layout_would_ignore_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], axis: str
+):
+    window = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG_JSON, **window}))
+    (tmp_path / "model.safetensors").write_text(EMPTY_SAFETENSORS)
+    layout = {"stages.0.parallel": {axis: 2}, "stages.0.gpus_per_node": 2, "model": {"pretrained": {"path": "."}}}
+    message = refused_message(capsys, "plan", str(write_config(tmp_path, layout)))
+    assert f"parallel.{axis} 2 with sequence_length 64: the model's sliding_window 32" in message
+    assert "sequence_length to at most 32" in message
 
 
 def test_complete_pretrained_folder_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

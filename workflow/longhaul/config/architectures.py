@@ -6,17 +6,18 @@ therefore works, and a misspelt key is reported at once. Sizes have no default, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from longhaul.config.field_types import Fraction, FrozenModel, HubSource, NonNegativeInt, SingleLine
+from longhaul.config.rotary_embedding import NEW_MODEL_TYPES, check_rope, rope_parameters
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 # Upper limits of widths, heads, experts, positions and vocabulary, and of the number of layers: the plan loops over layers.
 MAX_SIZE, MAX_LAYERS = 10**8, 10**4
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 class Decoder(FrozenModel):
@@ -31,7 +32,9 @@ class Decoder(FrozenModel):
     max_position_embeddings: Size = Field(description="Longest sequence length, in tokens.")
     rope_theta: PositiveFloat = Field(default=10000.0, description="Base of the rotary embedding.")
     rope_scaling: dict[str, float | int | str | bool] | None = Field(
-        default=None, description="Scaling of the rotary embedding, for example yarn."
+        default=None,
+        description="Scaling of the rotary embedding: rope_type (default, linear, yarn or llama3) and the keys of that type, with "
+        "transformers' names.",
     )
     rms_norm_eps: PositiveFloat = Field(default=1e-6, description="Epsilon of RMSNorm.")
     initializer_range: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
@@ -46,9 +49,13 @@ class Decoder(FrozenModel):
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         self._check_head_width()
-        kind = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
-        if kind not in ROPE_TYPES:
-            raise ValueError(f"rope_scaling.rope_type is {kind!r}; use one of {', '.join(ROPE_TYPES)}")
+        keys = self.model_dump()
+        check_rope(keys)
+        kind = rope_parameters(keys).get("rope_type", "default")
+        if kind not in NEW_MODEL_TYPES:
+            raise ValueError(
+                f"rope_scaling.rope_type {kind} is not for new models; use one of {', '.join(NEW_MODEL_TYPES)}"
+            )
         return self
 
     def _check_head_width(self) -> None:
@@ -146,13 +153,52 @@ class DeepseekV2(LatentAttention):
     topk_group: Size | None = Field(
         default=None, description="Number of groups from which the experts of a token are selected."
     )
-    topk_method: SingleLine = Field(default="greedy", description="Expert selection: greedy or group_limited_greedy.")
+    topk_method: Literal["greedy", "group_limited_greedy"] = Field(default="greedy", description="Expert selection.")
     norm_topk_prob: bool = Field(
-        default=False, description="Scale the selected experts' router weights so that their sum is 1."
+        default=False, description="Only false: transformers' DeepSeek V2 does not scale router weights to a sum of 1."
     )
     routed_scaling_factor: PositiveFloat = Field(
         default=1.0, description="Factor for the output of the routed experts."
     )
+
+    @model_validator(mode="after")
+    def _check_routing(self) -> DeepseekV2:
+        check_routing({"model_type": "deepseek_v2", **self.model_dump()})
+        return self
+
+
+# Values of config.json that transformers' networks always compute, whatever the key says.
+_FIXED_ROUTING = {
+    "deepseek_v2": {"norm_topk_prob": False, "scoring_func": "softmax"},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
+
+
+def check_routing(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys of a Hugging Face config that choose experts in a way that transformers does not compute."""
+    architecture = config["model_type"]
+    for key, value in _FIXED_ROUTING.get(architecture, {}).items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"{key} {config[key]!r} has no effect in transformers' {architecture}; it computes {value!r}"
+            )
+    if architecture == "deepseek_v2":
+        _check_groups(config)
+
+
+def _check_groups(config: Mapping[str, Any]) -> None:
+    method, groups, selected = config.get("topk_method", "greedy"), config.get("n_group"), config.get("topk_group")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method is {method!r}; use greedy or group_limited_greedy")
+    if method == "greedy":
+        for key, value in (("n_group", groups), ("topk_group", selected)):
+            if value not in (None, 1):
+                raise ValueError(f"{key} {value} has no effect with topk_method greedy; use group_limited_greedy")
+    elif not groups or not selected or selected > groups or config["n_routed_experts"] % groups:
+        raise ValueError(
+            f"topk_method group_limited_greedy needs n_group {groups}, a divisor of n_routed_experts "
+            f"{config['n_routed_experts']}, and topk_group {selected}, at most n_group"
+        )
 
 
 class DeepseekV3(LatentAttention):
@@ -219,7 +265,8 @@ class Model(FrozenModel):
             return {}
         architecture, decoder = next((name, value) for name, value in self if value is not None)
         keys = decoder.model_dump(mode="json")
-        rope = {"rope_type": "default", **(keys.pop("rope_scaling") or {}), "rope_theta": keys.pop("rope_theta")}
+        rope = {"rope_type": "default", **rope_parameters(keys)}
+        del keys["rope_scaling"], keys["rope_theta"]
         if keys.get("head_dim", 0) is None:
             keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
         if architecture.startswith("deepseek"):

@@ -65,6 +65,7 @@ def check_model(stage: Stage, model: dict[str, Any]) -> None:
         )
     _check_divides(where, "tensor", parallel.tensor, _sizes_split_by_tensor(model))
     _check_divides(where, "sequence", parallel.sequence, _heads(model))
+    _check_attention_window(stage, model)
     if parallel.pipeline > 1 and parallel.expert > 1:
         _check_experts_on_each_pipeline_rank(where, stage, model)
     if parallel.sequence > 1 and stage.sequence_length % parallel.sequence:
@@ -73,6 +74,19 @@ def check_model(stage: Stage, model: dict[str, Any]) -> None:
             f"{parallel.sequence}",
             f"use a sequence_length of {stage.sequence_length // parallel.sequence * parallel.sequence or parallel.sequence}",
         )
+
+
+def _check_attention_window(stage: Stage, model: dict[str, Any]) -> None:
+    """Raise UserError if the layout would ignore the model's sliding window: it builds the mask of full attention."""
+    window = model.get("sliding_window") if model.get("use_sliding_window") else None
+    for axis in ("pipeline", "sequence"):
+        ranks = getattr(stage.parallel, axis)
+        if window and ranks > 1 and stage.sequence_length > window:
+            raise UserError(
+                f"stages.{stage.name}.parallel.{axis} {ranks} with sequence_length {stage.sequence_length}: the model's "
+                f"sliding_window {window} is not supported with parallel.{axis}",
+                f"set parallel.{axis} to 1, or sequence_length to at most {window}",
+            )
 
 
 def pipeline_bubble(pipeline: int, micro_batches: int) -> float:

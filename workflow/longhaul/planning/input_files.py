@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.artifact_schemas import Lock
+from longhaul.config.architectures import check_routing
 from longhaul.config.load_config import LoadedConfig
+from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
+from longhaul.config.rotary_embedding import check_rope
 from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
 
@@ -28,7 +31,18 @@ def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | No
     if pretrained is None:
         return None
     fp8_block_shape(pretrained, "model.pretrained")
+    _check_effective_keys(pretrained)
     return trained_config(pretrained)
+
+
+def _check_effective_keys(config: dict[str, Any]) -> None:
+    """Raise UserError for keys of a pretrained config.json that the network would not follow."""
+    model_size(config)  # refuses missing and wrong sizes, which the next checks read
+    try:
+        check_rope(config)
+        check_routing(config)
+    except ValueError as error:
+        raise UserError(f"model.pretrained: config.json: {error}", "correct the config.json of the model") from None
 
 
 def changes_of_pretrained_weights(loaded: LoadedConfig, lock: Lock | None) -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +18,7 @@ from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
 from longhaul.config.pretrained_format import pretrained_changes
+from longhaul.config.rotary_embedding import rotary_numbers
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
@@ -25,6 +28,10 @@ from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.free_gathered_experts import release_expert_weights
 from longhaul.train.initial_weights import all_shapes, fill_weights, initial_values, own_shapes
 from longhaul.train.parallel.slice_model import build_sliced_model
+
+# fp32 in transformers against fp64 here: powers of theta differ by about 1e-6.
+_ROTARY_TOLERANCE = 1e-4
+_ROTARY_HINT = "use the tested version of transformers, or correct the keys rope_scaling and rope_theta of the model"
 
 
 def build_model(
@@ -41,6 +48,7 @@ def build_model(
             print(f"pretrained weights: {change}", flush=True)
     config = build_model_config(job, tokenizer)
     model = _build_network(job, config, context)
+    check_rotary_embedding(model, job.model)
     shapes = all_shapes(model, context) if context.dims.is_sliced else own_shapes(model)
     fill_weights(model, initial_values(job, config, shapes, start), with_buffers=bool(start or job.pretrained))
     model.config.use_cache = False
@@ -80,6 +88,30 @@ def _build_network(job: TrainSpec, config: Any, context: DistributedContext) -> 
     # zero.Init rounds every tensor that is made inside it to the compute precision, also the rotary frequencies.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
     return model
+
+
+def check_rotary_embedding(model: PreTrainedModel, keys: Mapping[str, Any]) -> None:
+    """Compare the network's rotary embedding with the formulas for the keys of its Hugging Face config.
+
+    Raises:
+        UserError: they differ, because this transformers release reads a key in another way, or not at all.
+    """
+    asked = rotary_numbers({**model.config.to_dict(), **keys})
+    rotary = cast(Any, model).model.rotary_emb
+    found = rotary.inv_freq.detach().double().cpu()
+    expected = torch.tensor(asked.inverse_frequencies, dtype=torch.float64)
+    differ = found.shape != expected.shape or not torch.allclose(found, expected, rtol=_ROTARY_TOLERANCE, atol=0.0)
+    scales = {"attention scale": (rotary.attention_scaling, asked.attention_scale)}
+    for module in model.modules():
+        if hasattr(module, "qk_head_dim") and hasattr(module, "scaling"):
+            scales["softmax scale"] = (module.scaling, asked.softmax_scale * module.qk_head_dim**-0.5)
+    for name, (value, right) in scales.items():
+        if not math.isclose(value, right, rel_tol=_ROTARY_TOLERANCE):
+            raise UserError(
+                f"the network's rotary {name} is {value:g}; the model's config asks for {right:g}", _ROTARY_HINT
+            )
+    if differ:
+        raise UserError("the network's rotary frequencies are not those that the model's config asks for", _ROTARY_HINT)
 
 
 def _partitioning(job: TrainSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:

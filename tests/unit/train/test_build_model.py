@@ -1,0 +1,52 @@
+"""The network that is built computes what its config asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longhaul.errors import UserError
+from longhaul.train.build_model import check_rotary_embedding
+from tests.support.small_configs import LLAMA
+from tests.workflow.bad_configs import DEEPSEEK
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **LLAMA},
+    "qwen3 with its default width": {"model_type": "qwen3", **LLAMA},
+    "llama with yarn": {"model_type": "llama", **LLAMA, "rope_scaling": YARN},
+    "deepseek_v2": {"model_type": "deepseek_v2", **DEEPSEEK},
+    "deepseek_v3 with yarn": {
+        "model_type": "deepseek_v3",
+        **DEEPSEEK,
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+}
+
+
+def network(keys: dict[str, Any]) -> Any:
+    """Return the model on the meta device, with its rotary embedding on the CPU as the trainer builds it."""
+    config = AutoConfig.for_model(**{key: dict(v) if isinstance(v, dict) else v for key, v in keys.items()})
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+@pytest.mark.parametrize("keys", MODELS.values(), ids=MODELS)
+def test_rotary_embedding_follows_the_config(keys: dict[str, Any]):
+    check_rotary_embedding(network(keys), keys)
+
+
+def test_network_without_the_asked_scaling_is_refused():
+    """As before 0.2.0, when `type` was overwritten by `rope_type: default`."""
+    unscaled = network({**MODELS["llama"], "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}})
+    for scaling, problem in (
+        (YARN, "attention scale is 1; .* asks for 1.13863"),
+        ({"type": "linear", "factor": 2.0}, "frequencies"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            check_rotary_embedding(unscaled, {**MODELS["llama"], "rope_scaling": scaling})
