@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 from tests.support.chain import REPOSITORY
@@ -299,6 +298,15 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"checks.gpus_per_node": 9},
         {},
         ("checks.gpus_per_node 9: site centre has 8 GPUs",),
+    ),
+    ("a time without hours", {"stages.0.minutes": "90:00"}, {}, ("stages.0.minutes: '90:00' is no time", "1:30:00")),
+    ("a time with seconds", {"data_minutes": "1:30:30"}, {}, ("data_minutes: '1:30:30' is no time", "minutes")),
+    ("a time of zero", {"checks.minutes": "0:00:00"}, {}, ("checks.minutes is", "greater than or equal to 1")),
+    (
+        "longer than the partition allows, as a duration",
+        {"stages.0.minutes": "1-00:01:00"},
+        {},
+        ("minutes 1441: partition gpu allows 1440",),
     ),
     (
         "longer than the partition allows",
@@ -617,7 +625,6 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("datasets.True: key True is not a string", "quote"),
     ),
-    ("date for a name", {"run": datetime.date(2026, 1, 1)}, {}, ("run is 2026-01-01, which YAML reads as a date",)),
     (
         "dataset with a reserved name",
         {"datasets.model": {"kind": "text", "python_stdlib": {}}},

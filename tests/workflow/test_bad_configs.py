@@ -196,9 +196,13 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "expected keys and values"),
     "a tab": (b"run: a\n\tseed: 1\n", "line 2"),
     "Latin-1": ("run: caf\u00e9\n".encode("latin-1"), "is not UTF-8"),
-    "a Python object": (b"run: !!python/object/apply:os.system ['touch pwned']\n", "could not determine a constructor"),
-    "a date": (b"run: 2026-01-01\n", "quote the value"),
-    "invalid date": (b"run: 2026-13-45\n", "month must be in 1..12"),
+    "a Python object": (b"run: !!python/object/apply:os.system ['touch pwned']\n", "os.system is not allowed (line 1"),
+    "a tag on a value of another type": (b"run: !!bool maybe\n", "tag tag:yaml.org,2002:bool is not allowed (line 1"),
+    "a merge key": (b"seed: &a {x: 1}\nrun:\n  <<: *a\n", "merge keys (<<) are not part of YAML 1.2"),
+    "a list as key": (b"? [a]\n: 1\n", "a list or a mapping is no key"),
+    "braces of a template": (b"run: {{ env.HOME }}\n", "quote a text with braces or brackets (line 1, column 7)"),
+    "200,000 keys": (b"".join(b"k%d: 1\n" % i for i in range(200_000)), "a config or site file has at most 200000"),
+    "15,000 unknown keys": (b"".join(b"key%d: 1\n" % i for i in range(15_000)), "run.yaml: 14985 more problems"),
     "number with 5000 digits": (b"seed: " + b"1" * 5000 + b"\n", "quote the value, or correct it"),
     "alias of itself": (b"run: &a [*a]\n", "found unconstructable recursive node"),
     "exponential aliases (billion laughs)": (
@@ -222,6 +226,17 @@ def test_unreadable_config_file_is_reported(
     path.write_bytes(content)
     assert expected in refused_message(capsys, "plan", str(path))
     assert files_below(tmp_path) == {"run.yaml"}
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "site.yaml"])
+def test_pipe_or_device_as_config_or_site_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    config = write_config(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert f"{name} is a pipe or a device" in refused_message(capsys, "plan", str(config))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    assert "is a pipe or a device" in refused_message(capsys, "plan", str(config))
 
 
 def test_missing_config_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

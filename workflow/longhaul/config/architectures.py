@@ -33,8 +33,8 @@ class Decoder(FrozenModel):
     rope_theta: PositiveFloat = Field(default=10000.0, description="Base of the rotary embedding.")
     rope_scaling: dict[str, float | int | str | bool] | None = Field(
         default=None,
-        description="Scaling of the rotary embedding: rope_type (default, linear, yarn or llama3) and the keys of that type, with "
-        "transformers' names.",
+        description="Scaling of the rotary embedding: rope_type (default, linear, yarn or llama3) and the keys of that type, "
+        "with transformers' names.",
     )
     rms_norm_eps: PositiveFloat = Field(default=1e-6, description="Epsilon of RMSNorm.")
     initializer_range: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")

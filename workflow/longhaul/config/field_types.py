@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 SINGLE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
@@ -37,6 +38,26 @@ HubRepositoryId = Annotated[
 MAX_INTEGER = 10**15
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+# Slurm's notation for a time limit, without the parts that Slurm allows to leave out: 90:00 could mean minutes or hours.
+_DURATION = re.compile(r"(?:([0-9]{1,5})-)?([0-9]{1,5}):([0-5][0-9]):00")
+
+
+def _minutes_of(value: Any) -> Any:
+    """Return the minutes of a duration such as 1:30:00 or 2-00:00:00; any value that is not a string unchanged."""
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value!r} is no time; write a number of minutes, or hours:minutes:00 such as 1:30:00")
+    days, hours, minutes = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes
+
+
+_Duration = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")]
+# A number of minutes, or a duration: hours:minutes:00 or days-hours:minutes:00.
+Minutes = Annotated[
+    int, Field(ge=1, le=MAX_INTEGER), BeforeValidator(_minutes_of, json_schema_input_type=PositiveInt | _Duration)
+]
 HardwareCount = Annotated[int, Field(ge=1, le=100_000)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]

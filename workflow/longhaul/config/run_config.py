@@ -11,7 +11,7 @@ from pydantic import Field
 
 from longhaul.config.architectures import Model
 from longhaul.config.dataset_config import Dataset, Tokenizer
-from longhaul.config.field_types import FrozenModel, HardwareCount, Name, PositiveInt, SingleLine
+from longhaul.config.field_types import FrozenModel, HardwareCount, Minutes, Name, SingleLine
 from longhaul.config.stage_config import Stage
 
 
@@ -40,7 +40,9 @@ class Checks(FrozenModel):
     gpus_per_node: HardwareCount | None = Field(
         default=None, description="Ranks per node; null: the largest gpus_per_node of all stages."
     )
-    minutes: PositiveInt = Field(default=20, description="Time limit of each check's allocation, in minutes.")
+    minutes: Minutes = Field(
+        default=20, description="Time limit of each check's allocation, in minutes or as hours:minutes:00."
+    )
     min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(
         default=10.0, description="Minimum free disk space for the run folder, in GB."
     )
@@ -76,8 +78,8 @@ class Config(FrozenModel):
     datasets: dict[Name, Dataset] = Field(min_length=1, description="Datasets by name.")
     model: Model = Field(description="An architecture with its sizes, or a pretrained model.")
     checks: Checks = Field(default=Checks(), description="Environment check and fabric check.")
-    data_minutes: PositiveInt = Field(
-        default=120, description="Time limit of one tokenizing or export allocation, in minutes."
+    data_minutes: Minutes = Field(
+        default=120, description="Time limit of one tokenizing or export allocation, in minutes or as hours:minutes:00."
     )
     data_jobs: dict[Name, Annotated[int, Field(ge=1, le=1000)]] = Field(
         default={},

@@ -12,6 +12,7 @@ from longhaul.config.field_types import (
     EnvironmentVariableName,
     FrozenModel,
     HardwareCount,
+    Minutes,
     Name,
     PositiveInt,
     SingleLine,
@@ -53,7 +54,9 @@ class Partition(FrozenModel):
     """One Slurm partition."""
 
     name: SlurmWord = Field(description="Name of the partition, as `sinfo` shows it.")
-    max_minutes: PositiveInt = Field(description="Time limit of the partition, in minutes.")
+    max_minutes: Minutes = Field(
+        description="Time limit of the partition, in minutes or as `sinfo` shows it: hours:minutes:00 or days-hours:minutes:00."
+    )
     max_nodes: HardwareCount | None = Field(
         default=None, description="Maximum number of nodes of one job; null: not checked."
     )

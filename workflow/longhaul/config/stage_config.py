@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from longhaul.config.field_types import (
     FrozenModel,
     HardwareCount,
+    Minutes,
     Name,
     NonNegativeInt,
     PositiveInt,
@@ -321,7 +322,9 @@ class Stage(FrozenModel):
         default="none", description="Checkpoint to export as a Hugging Face folder."
     )
     export_dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Precision of the exported weights.")
-    minutes: PositiveInt = Field(default=60, description="Time limit of one allocation, in minutes.")
+    minutes: Minutes = Field(
+        default=60, description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00."
+    )
     restart: bool = Field(
         default=False,
         description="Allow training from the start, in a new weights folder, if the number of steps of a decaying schedule "

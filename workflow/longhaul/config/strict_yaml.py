@@ -1,56 +1,91 @@
-"""Strict YAML reader: no duplicate keys, no types that JSON does not have, no unbounded nesting or aliases."""
+"""Strict YAML 1.2 reader: no duplicate keys, no tags, no keys that JSON does not have, no unbounded size, nesting or aliases."""
 
 from __future__ import annotations
 
 import re
-import typing
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from longhaul.config.validation_messages import shortened
 from longhaul.errors import UserError
 
-_MAX_VALUES, _MAX_DEPTH = 100_000, 20
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 200_000, 100_000, 20
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a duplicate key, and reads 1e-4 as a number, as YAML 1.2 does."""
+    """Loader for YAML 1.2's core schema (https://yaml.org/spec/1.2.2, section 10.3), in which 010 is 10 and `no` is a text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse a tag: with one, a value of another type than the text shows could be given."""
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem=f"tag {event.tag} is not allowed", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(
+                problem="a list or a mapping is no key; quote a text with braces or brackets",
+                problem_mark=key_node.start_mark,
+            )
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
-        if isinstance(key, typing.Hashable) and key in seen:
+        if key == "<<":
+            raise yaml.MarkedYAMLError(
+                problem="merge keys (<<) are not part of YAML 1.2; write the keys out", problem_mark=key_node.start_mark
+            )
+        if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} occurs twice, in lines {seen[key]} and {line}")
         seen[key] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
-)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+for _type, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_pattern})$"), [*_first, *([""] if _type == "null" else [])]
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. All keys are strings and all values have types that JSON has.
+    """Return the mapping in a YAML file. All keys are strings, and JSON has the types of all values.
 
     Raises:
-        UserError: the file is missing, unreadable, invalid, too large or too deeply nested, or holds other types.
+        UserError: the file is missing, unreadable, invalid, too large or too deeply nested, or has other keys.
     """
     value = _parse(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys and values, found {shortened(value)}", "docs/config.md lists the keys")
-    _check_json_types(value, path)
+    _check_json_keys(value, path)
     return value
 
 
 def _parse(path: Path) -> Any:
     try:
+        _check_file(path)
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "give the path of an existing YAML file") from None
@@ -68,8 +103,22 @@ def _parse(path: Path) -> Any:
         ) from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply", f"use at most {_MAX_DEPTH} levels") from None
-    except ValueError as error:  # an invalid date, or a number with too many digits
+    except ValueError as error:  # a number with too many digits
         raise UserError(f"{path}: {_one_line(error)}", "quote the value, or correct it") from None
+
+
+def _check_file(path: Path) -> None:
+    """Raise UserError for something that may never end, such as a pipe or a device, and for a file that is no config."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is a pipe or a device, not a regular file", "give the path of a YAML file")
+    if found.st_size > _MAX_BYTES:
+        raise UserError(
+            f"{path} has {found.st_size} bytes; a config or site file has at most {_MAX_BYTES}",
+            "give the path of a config; one glob can name many data files",
+        )
 
 
 def _one_line(error: Exception) -> str:
@@ -78,8 +127,8 @@ def _one_line(error: Exception) -> str:
     return f"{problem or error}{where}".replace("\n", " ")
 
 
-def _check_json_types(value: Any, path: Path) -> None:
-    """Raise UserError for a type that JSON does not have, a key that is no string, or too many values.
+def _check_json_keys(value: Any, path: Path) -> None:
+    """Raise UserError for a key that is no string, or too many values.
 
     Aliases repeat a value, so a short file can hold very many values.
     """
@@ -102,8 +151,3 @@ def _check_json_types(value: Any, path: Path) -> None:
             pending += [(inner, (*keys, key)) for key, inner in value.items()]
         elif isinstance(value, list):
             pending += [(inner, (*keys, str(number))) for number, inner in enumerate(value)]
-        elif not isinstance(value, str | int | float | bool | None):
-            where = ".".join(keys) or "the file"
-            raise UserError(
-                f"{path}: {where} is {value}, which YAML reads as a {type(value).__name__}", "quote the value"
-            )

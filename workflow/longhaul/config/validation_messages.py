@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from longhaul.config.field_types import PATTERN_DESCRIPTIONS
 
+_MAX_PROBLEMS = 20
 # DeepSpeed keys that users may copy from elsewhere, and the features that they enable.
 _UNSUPPORTED_KEYS = {
     "zero_quantized_weights": "ZeRO++ quantized weights (qwZ)",
@@ -33,7 +34,10 @@ def validation_message(path: Path, model: type[BaseModel], error: ValidationErro
         if problem["type"] != "too_short"
         or not any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
     ]
-    return "\n".join(f"{path}: {_problem_text(model, problem)}" for problem in shown)
+    lines = [f"{path}: {_problem_text(model, problem)}" for problem in shown[:_MAX_PROBLEMS]]
+    if len(shown) > _MAX_PROBLEMS:
+        lines.append(f"{path}: {len(shown) - _MAX_PROBLEMS} more problems")
+    return "\n".join(lines)
 
 
 def _problem_text(model: type[BaseModel], problem: ErrorDetails) -> str:
