@@ -54,5 +54,12 @@ def test_hosts_of_all_attempts_are_listed_once() -> None:
     assert StageResults.hosts.fget(stage) == ["n1", "n2", "n3"]  # type: ignore[misc]
 
 
+def test_epochs_are_those_of_the_last_attempt() -> None:
+    """A stage that was continued with more steps trains more epochs. An older release wrote none."""
+    stage: Any = SimpleNamespace(attempts=[{"epochs": {"prose": 1.0}}, {"epochs": {"prose": 2.5}}])
+    assert StageResults.epochs.fget(stage) == {"prose": 2.5}  # type: ignore[misc]
+    assert StageResults.epochs.fget(SimpleNamespace(attempts=[{}])) == {}  # type: ignore[misc]
+
+
 def test_duration_of_a_timespan_is_formatted() -> None:
     assert JobTimespan("fabric", 100.0, 352.0).duration == "4 min 12 s"

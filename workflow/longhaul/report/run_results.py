@@ -40,6 +40,11 @@ class StageResults:
     goodput: Goodput | None
 
     @property
+    def epochs(self) -> dict[str, float]:
+        """Return by dataset the number of epochs that the stage trained."""
+        return self.attempts[-1].get("epochs", {}) if self.attempts else {}
+
+    @property
     def hosts(self) -> list[str]:
         """Return the hosts of all attempts, each once."""
         return list(dict.fromkeys(host for attempt in self.attempts for host in attempt["hosts"]))

@@ -113,7 +113,8 @@ def _train(
     state = checkpoints.resume(backend.engine)
     if state.step == 0:
         set_initial_master_weights(backend.engine, job, build_model_config(job, tokenizer), start, context)
-    metrics = Metrics(job, checkpoints.folder, state.step, context, model.config.to_dict(), events)
+    epochs = samples.epochs(job.steps * job.stage.global_batch_size) if samples else {}
+    metrics = Metrics(job, checkpoints.folder, state.step, context, model.config.to_dict(), events, epochs)
     prompts = sample_prompts(validation=held_out, train=samples)
     trainer = Trainer(job, context, backend, held_out, prompts, checkpoints, metrics, events, state)
     trainer.begin()

@@ -15,7 +15,7 @@ from longhaul.config.mixture_proportions import whole_weights
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards import tokenize_dataset
-from tests.support.corpora import dataset, make_shards, text, tokenize_job, write_jsonl
+from tests.support.corpora import dataset, text, tokenize_job, write_jsonl
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
@@ -57,6 +57,14 @@ def test_order_of_a_period_stays_the_same(weights: list[int], datasets: list[int
     assert found[1].tolist() == second_period and found[1].dtype == np.int64
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 100))
+@settings(max_examples=80, deadline=None)
+def test_drawn_counts_the_positions_of_each_dataset(weights: list[int], count: int):
+    order = MixtureOrder(weights)
+    datasets, _ = order(np.arange(count))
+    assert order.drawn(count) == [int((datasets == number).sum()) for number in range(len(weights))]
+
+
 def test_weights_become_the_smallest_whole_numbers():
     assert whole_weights({"a": 0.7, "b": 0.2, "c": 0.1}) == {"a": 7, "b": 2, "c": 1}
     assert whole_weights({"a": 3, "b": 1.5}) == {"a": 2, "b": 1}
@@ -71,7 +79,8 @@ def mixed(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
     for name, count in (("large", 300), ("small", 30)):
         (folder / name).mkdir()
         corpus = write_jsonl(folder / f"{name}.jsonl", "text", (f"{name} {text(i)}" for i in range(count)))
-        make_shards(folder / name, tokenizer_folder, [corpus], dataset(validation_fraction=0.1))
+        part = tokenize_job(folder / name, tokenizer_folder, [corpus], dataset(validation_fraction=0.1))
+        tokenize_dataset.run(part.model_copy(update={"name": name}))
     parts = {name: str(folder / name / "data.json") for name in ("large", "small")}
     job = tokenize_job(folder, tokenizer_folder, [], dataset(files=(), mixture={"large": 0.75, "small": 0.25}))
     tokenize_dataset.run(job.model_copy(update={"parts": parts}))
@@ -88,6 +97,14 @@ def test_samples_keep_the_proportions_and_small_datasets_are_repeated(mixed: Dat
     assert ids.tolist() == np.concatenate([samples.ids(batch, 12) for batch in range(rounds // 3)]).tolist()
     for index in ids[:8].tolist():
         assert samples[index].input_ids.tolist() == parts[index % 2][index // 2].input_ids.tolist()
+
+
+def test_epochs_are_counted_for_each_dataset(mixed: DataManifest, tmp_path: Path):
+    """Of 12 samples the datasets have 9 and 3, as their weights are 3 to 1."""
+    samples = Samples.open(mixed, "train", "pretrain", 64, 1, tmp_path)
+    parts = [Samples.open(DataManifest(**p["manifest"]), "train", "pretrain", 64, 1, tmp_path) for p in mixed.mixture]
+    assert samples.epochs(12) == {"large": 9 / len(parts[0]), "small": 3 / len(parts[1])}
+    assert parts[0].epochs(len(parts[0])) == {"large": 1.0}
 
 
 def test_validation_samples_come_from_all_datasets(mixed: DataManifest, tmp_path: Path):

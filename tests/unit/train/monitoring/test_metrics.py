@@ -30,7 +30,9 @@ def open_metrics(folder: Path, resumed_from: int, **trackers: bool) -> Metrics:
         rank=SimpleNamespace(host="here"),
         gather=lambda value: [value],
     )
-    return Metrics(base_stage(folder, **trackers), folder, resumed_from, context, MODEL, EventWriter(folder))
+    return Metrics(
+        base_stage(folder, **trackers), folder, resumed_from, context, MODEL, EventWriter(folder), {"prose": 1.6}
+    )
 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:

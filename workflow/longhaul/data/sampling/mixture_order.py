@@ -31,6 +31,12 @@ class MixtureOrder:
         datasets = self._period[within]
         return datasets, periods * self._weights[datasets] + self._ranks[within]
 
+    def drawn(self, count: int) -> list[int]:
+        """Return how many of the first `count` positions each dataset has."""
+        periods, rest = divmod(count, len(self._period))
+        in_rest = np.bincount(self._period[:rest], minlength=len(self._weights))
+        return (periods * self._weights + in_rest).tolist()
+
 
 def _build_period(weights: list[int]) -> np.ndarray:
     """Return [P] int64, the dataset of each position of one period.

@@ -31,9 +31,10 @@ from longhaul.errors import UserError
 class Samples:
     """The samples of one split at one sequence length."""
 
-    def __init__(self, source: WindowSource | PackSource, seed: int) -> None:
+    def __init__(self, source: WindowSource | PackSource, seed: int, dataset: str) -> None:
         self._source = source
         self._seed = seed
+        self.dataset = dataset
 
     @classmethod
     def open(
@@ -71,7 +72,7 @@ class Samples:
                 f"dataset {manifest.dataset}: the train split has {reader.token_count} tokens, too few for one sample",
                 "add documents",
             )
-        return cls(source, seed)
+        return cls(source, seed, manifest.dataset)
 
     def __len__(self) -> int:
         """Return the number of samples of one epoch."""
@@ -104,6 +105,10 @@ class Samples:
         """Fraction of an epoch's positions that hold no token."""
         positions = len(self) * self._source.length
         return 1 - self._source.token_count / positions if positions else 0.0
+
+    def epochs(self, count: int) -> dict[str, float]:
+        """Return by dataset how many of its epochs the first `count` samples are."""
+        return {self.dataset: count / len(self)}
 
     def openings(self) -> Iterator[tuple[int, ...]]:
         """Yield the first token ids of each document, in storage order; each opening is shorter than a sequence.
@@ -160,6 +165,10 @@ class MixedSamples(Samples):
     def padding_share(self) -> float:
         """Fraction of the positions without a token, in one epoch of every dataset."""
         return sum(part.padding_share * len(part) for part in self._parts) / sum(map(len, self._parts))
+
+    def epochs(self, count: int) -> dict[str, float]:
+        pairs = zip(self._parts, self._order.drawn(count), strict=True)
+        return {part.dataset: drawn / len(part) for part, drawn in pairs}
 
     def openings(self) -> Iterator[tuple[int, ...]]:
         """Yield the openings of the datasets alternately."""

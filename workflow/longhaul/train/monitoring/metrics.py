@@ -37,7 +37,9 @@ class Metrics:
         context: DistributedContext,
         model: dict[str, Any],
         events: EventWriter,
+        epochs: dict[str, float],
     ) -> None:
+        """epochs: by dataset, in the whole stage."""
         self._job, self._context, self._events = job, context, events
         self._flops_per_token = model_size(model).flops_per_token(job.stage.sequence_length)
         self._started, self._first_step, self._printed = time.monotonic(), resumed_from, 0.0
@@ -51,7 +53,9 @@ class Metrics:
         self._stream = self._open_before(first_step)
         self._trackers = open_trackers(job, folder, first_step)
         with WeightsFolder(folder).attempts.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_attempt(job, resumed_from, context, hosts)) + "\n")
+            stream.write(json.dumps(_attempt(job, resumed_from, context, hosts) | {"epochs": epochs}) + "\n")
+        named = ", ".join(f"{count:.2f} epochs of {dataset}" for dataset, count in epochs.items())
+        print(f"{job.steps:,} steps of {job.stage.global_batch_size:,} samples: {named}", flush=True)
 
     def _open_before(self, step: int) -> TextIO:
         """Open metrics.jsonl without the lines of `step` and later, which are repeated; their duration becomes an event."""
