@@ -333,6 +333,25 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ),
     ),
     (
+        "data file of an unknown format",
+        {"datasets.prose": {"kind": "text", "files": [str(REPOSITORY / "pyproject.toml")]}},
+        {},
+        ("datasets.prose.files: ", "pyproject.toml: unknown file suffix", "set `format`"),
+    ),
+    *(
+        (
+            f"data files {pattern}",
+            {"datasets.prose": {"kind": "text", "files": [pattern]}},
+            {},
+            ("datasets.prose.files: ", expected),
+        )
+        for pattern, expected in (
+            ("~", "is no folder of data alone"),
+            ("/", "is no folder of data alone"),
+            ("a**b", "contains **"),
+        )
+    ),
+    (
         "missing evaluation files",
         {"datasets.chats.decontaminate": {"files": ["evals/*.jsonl"]}},
         {},

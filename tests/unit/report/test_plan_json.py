@@ -43,6 +43,20 @@ def test_table_shows_every_stage_and_job(tmp_path: Path, capsys: pytest.CaptureF
     assert ("Slurm requests" in printed) == (plan.site.scheduler == "slurm")
 
 
+def test_data_files_are_listed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", "1.txt", "2.TXT"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("text")
+    plan = plan_of(tmp_path, {"datasets.prose": {"kind": "text", "files": ["data"]}})
+    (row,) = plan_json(plan)["datasets"]
+    assert (row["name"], row["formats"], row["count"], row["bytes"]) == ("prose", ["text"], 2, 8)
+    assert row["files"] == [str(tmp_path / "data" / name) for name in ("1.txt", "2.TXT")]
+    assert row["left_out"] == [str(tmp_path / "data" / "README.md")]
+    print_plan(plan)
+    printed = capsys.readouterr().out
+    assert "Data files" in printed and "README.md" in printed
+
+
 def test_notes_follow_the_tables() -> None:
     content = {"stages": [{"warnings": ["w"]}], "pretrained_changes": ["f"], "deferred_checks": ["c"]}
     assert plan_notes(content) == ["pretrained weights: f", "warning: w", "not known yet: c"]

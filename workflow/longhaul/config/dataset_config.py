@@ -111,7 +111,11 @@ class Dataset(FrozenModel):
     kind: Literal["text", "chat"] = Field(
         description="text: each row is one document. chat: each row is one conversation."
     )
-    files: tuple[SingleLine, ...] = Field(default=(), description="Paths or globs, relative to the config file.")
+    files: tuple[SingleLine, ...] = Field(
+        default=(),
+        description="Files, folders or globs, relative to the config file. A folder stands for all its files of one format, "
+        "without README, LICENSE and hidden files. Linked folders are followed.",
+    )
     hub: HubDataset | None = Field(default=None, description="Download the dataset from the Hugging Face Hub.")
     python_stdlib: PythonStdlib | None = Field(
         default=None, description="Demo data: the standard library of this machine's Python."

@@ -15,6 +15,7 @@ from longhaul.config.pretrained_format import fp8_block_shape, pretrained_change
 from longhaul.config.rotary_embedding import check_rope
 from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
+from longhaul.planning.data_files import FoundFiles, check_format, find_files
 
 _WEIGHTS = "*.safetensors"  # files in pickle format are not read
 
@@ -115,31 +116,52 @@ def check_files(loaded: LoadedConfig) -> None:
 
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:
-    """Return a dataset's own files: globs are expanded, and the files of each pattern are sorted.
+    """Return a dataset's own files: folders and globs are expanded, and the files of each pattern are sorted.
 
     Raises:
         UserError: a pattern matches nothing, or a file is empty, listed twice, or has an unusable name.
     """
     dataset = loaded.config.datasets[name]
-    return _matching_files(loaded, dataset.files, f"datasets.{name}.files", allow_empty=dataset.bad_rows == "skip")
+    found = _found_files(loaded, dataset.files, f"datasets.{name}.files", dataset.format)
+    return _checked_files(found, f"datasets.{name}.files", dataset.format, allow_empty=dataset.bad_rows == "skip")
+
+
+def left_out_files(loaded: LoadedConfig, name: str) -> list[Path]:
+    """Return the files in a dataset's folders that are no data, such as README.md."""
+    dataset = loaded.config.datasets[name]
+    found = _found_files(loaded, dataset.files, f"datasets.{name}.files", dataset.format)
+    return [path for one in found for path in one.left_out]
 
 
 def evaluation_files(loaded: LoadedConfig, name: str) -> list[Path]:
     """Return the evaluation files of a dataset's `decontaminate` section; [] without one. Raises as `dataset_files`."""
     settings = loaded.config.datasets[name].decontaminate
-    return _matching_files(loaded, settings.files, f"datasets.{name}.decontaminate.files") if settings else []
+    if settings is None:
+        return []
+    key = f"datasets.{name}.decontaminate.files"
+    return _checked_files(_found_files(loaded, settings.files, key, "auto"), key, "auto")
 
 
-def _matching_files(loaded: LoadedConfig, patterns: Sequence[str], key: str, allow_empty: bool = False) -> list[Path]:
-    files: dict[Path, Path] = {}  # by the target of a symbolic link
+def _found_files(loaded: LoadedConfig, patterns: Sequence[str], key: str, file_format: str) -> list[FoundFiles]:
+    """Return the files of each pattern; UserError if one matches nothing."""
+    every = []
     for pattern in patterns:
-        paths = _expand(loaded.resolve(key, pattern))
-        if not paths:
+        found = find_files(key, loaded.resolve(key, pattern), file_format)
+        if not found.files:
             raise UserError(
                 f"{key}: {pattern!r} matches no file in {loaded.folder}", "write paths relative to the config file"
             )
-        for path in paths:
+        every.append(found)
+    return every
+
+
+def _checked_files(every: Sequence[FoundFiles], key: str, file_format: str, allow_empty: bool = False) -> list[Path]:
+    """Return the files of all patterns; UserError for a file that is empty, listed twice, or of no known format."""
+    files: dict[Path, Path] = {}  # by the target of a symbolic link
+    for found in every:
+        for path in found.files:
             _check_file_name(key, path)
+            check_format(key, path, file_format)
             if path.stat().st_size == 0 and not allow_empty:
                 raise UserError(f"{key}: {path} is empty", "remove the file from the list")
             first = files.setdefault(path.resolve(), path)
@@ -157,13 +179,3 @@ def _check_file_name(key: str, path: Path) -> None:
             f"{key}: the path {str(path)!r} contains {bad!r}, which Snakemake or JSON cannot represent",
             "rename the file or its folder",
         )
-
-
-def _expand(pattern: Path) -> list[Path]:
-    """Return the files that a path names: the file itself, all files below a folder, or the matches of a glob."""
-    if pattern.is_file():
-        return [pattern]
-    if pattern.is_dir():
-        return sorted(p for p in pattern.rglob("*") if p.is_file() and not p.name.startswith("."))
-    anchor = Path(pattern.anchor)
-    return sorted(p for p in anchor.glob(str(pattern.relative_to(anchor))) if p.is_file())

@@ -59,7 +59,7 @@ def _stage_rows(stage: StageResults) -> dict[str, Any]:
     summary = stage.summary
     numbers = {
         "steps": text.count(stage.checkpoint.steps),
-        "epochs": ", ".join(f"{dataset} {epochs:.2f}" for dataset, epochs in stage.epochs.items()) or "—",
+        "epochs": ", ".join(f"{dataset} {epochs:.2f}" for dataset, epochs in stage.epochs.items()) or text.MISSING,
         "last training loss": text.nats(summary.last_loss),
         "validation loss, start → end": f"{text.nats(summary.first_validation)} → {text.nats(summary.last_validation)}",
         "best validation loss": f"{text.nats(summary.best_validation)} at step {text.count(summary.best_validation_step)}",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from longhaul.config.data_formats import known_format
 from longhaul.config.stage_config import Parallel
 from longhaul.jobs.job_kind import job_request, jobs_of
-from longhaul.planning import Plan, StagePlan
+from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.plan import ASSUMED_MFU
 
 Row = dict[str, Any]
@@ -19,12 +20,29 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "site": plan.site.name,
         "scheduler": plan.site.scheduler,
         "stages": [_stage_row(plan, stage) for stage in plan.stages],
+        "datasets": [
+            _dataset_row(plan, name) for name in sorted(plan.used_datasets) if plan.config.datasets[name].files
+        ],
         "jobs": [
             {"kind": job.kind, "names": list(job.names), "request": job_request(plan, job).as_sbatch()}
             for job in jobs_of(plan)
         ],
         "pretrained_changes": list(plan.pretrained_changes),
         "deferred_checks": list(plan.deferred_checks),
+    }
+
+
+def _dataset_row(plan: Plan, name: str) -> Row:
+    """Return what is known of a dataset's own files."""
+    files = dataset_files(plan.loaded, name)
+    file_format = plan.config.datasets[name].format
+    return {
+        "name": name,
+        "formats": sorted({known_format(path) or "" for path in files} if file_format == "auto" else {file_format}),
+        "count": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "files": [str(path) for path in files],
+        "left_out": [str(path) for path in left_out_files(plan.loaded, name)],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,8 +10,10 @@ from rich.table import Table
 
 from longhaul.artifacts.paths import JobId
 from longhaul.planning import Plan
+from longhaul.report.number_format import size
 from longhaul.report.plan_json import Row, plan_json
 
+_LISTED_NAMES = 3
 STAGE_KEYS = (
     "layout",
     "pipeline_bubble",
@@ -41,6 +44,8 @@ def print_plan(plan: Plan) -> None:
     console.print(stage_table(content["stages"]))
     if all(row["memory_per_gpu_gib"] for row in content["stages"]):
         console.print(memory_table(content["stages"]))
+    if content["datasets"]:
+        console.print(files_table(content["datasets"]))
     if plan.site.scheduler == "slurm":
         console.print(request_table(content["jobs"]))
     for note in plan_notes(content):
@@ -64,6 +69,30 @@ def memory_table(stages: list[Row]) -> Table:
     lines = [[part, *(f"{row['memory_per_gpu_gib'][part]:.2f}" for row in stages)] for part in parts]
     title = "Memory per GPU, GiB (host, locked, disk: of the node, per rank)"
     return _table(title, ["", *(row["name"] for row in stages)], lines)
+
+
+def files_table(datasets: list[Row]) -> Table:
+    """Return one line per dataset with its files; plan.json lists all of them."""
+    header = ["dataset", "format", "files", "size", "first", "last", "left out"]
+    lines = [
+        [
+            row["name"],
+            ", ".join(row["formats"]),
+            f"{row['count']:,}",
+            size(row["bytes"]),
+            row["files"][0],
+            row["files"][-1],
+            _shortened_list([Path(name).name for name in row["left_out"]]),
+        ]
+        for row in datasets
+    ]
+    return _table("Data files", header, lines)
+
+
+def _shortened_list(names: list[str]) -> str:
+    """Return the first names, and how many follow."""
+    more = f" and {len(names) - _LISTED_NAMES:,} more" if len(names) > _LISTED_NAMES else ""
+    return ", ".join(names[:_LISTED_NAMES]) + more or "-"
 
 
 def request_table(jobs: list[Row]) -> Table:

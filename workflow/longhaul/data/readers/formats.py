@@ -6,22 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from longhaul.config.data_formats import KNOWN_SUFFIXES, known_format
 from longhaul.data.readers.columnar_files import read_arrow, read_parquet
 from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, Row, damaged_file
-from longhaul.data.readers.text_files import COMPRESSION, read_csv, read_json_list, read_jsonl, read_whole_text
+from longhaul.data.readers.text_files import read_csv, read_json_list, read_jsonl, read_whole_text
 from longhaul.errors import UserError
 
-_FORMAT_OF_SUFFIX = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
 _READERS: dict[str, Callable[[FileRange, tuple[str, ...], int], Iterator[Row]]] = {
     "jsonl": read_jsonl,
     "json": read_json_list,
@@ -60,11 +50,9 @@ def read_rows(file_range: FileRange, columns: tuple[str, ...], max_document_byte
 
 def format_of(path: Path) -> str:
     """Return the format for a file's suffix, without the compression suffix; UserError for an unknown suffix."""
-    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in COMPRESSION]
-    found = _FORMAT_OF_SUFFIX.get(suffixes[-1]) if suffixes else None
+    found = known_format(path)
     if found is None:
-        known = ", ".join(sorted(_FORMAT_OF_SUFFIX))
-        raise UserError(f"{path}: unknown file suffix", f"set the dataset's `format`, or use one of {known}")
+        raise UserError(f"{path}: unknown file suffix", f"set the dataset's `format`, or use one of {KNOWN_SUFFIXES}")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from longhaul.config.data_formats import COMPRESSION
 from longhaul.data.readers.rows_and_file_ranges import (
     BUFFER_BYTES,
     BadData,
@@ -26,7 +27,6 @@ from longhaul.data.readers.rows_and_file_ranges import (
     too_long,
 )
 
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _MAX_LIST_BYTES = 160_000_000
 
 

@@ -1,0 +1,115 @@
+"""Files that a path, a folder or a glob names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from longhaul.errors import UserError
+from longhaul.planning import data_files as module
+from longhaul.planning.data_files import find_files
+
+KEY = "datasets.web.files"
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+
+
+def found(folder: Path, pattern: str, file_format: str = "auto") -> list[str]:
+    files = find_files(KEY, folder / pattern if pattern else folder, file_format).files
+    return [str(path.relative_to(folder)) for path in files]
+
+
+def test_a_folder_has_no_readme_no_license_and_nothing_hidden(tmp_path: Path):
+    write(tmp_path, "README.md", "a/LICENSE.txt", "dataset_info.json", "b/.part.jsonl", ".git/3.jsonl")
+    write(tmp_path, "a/1.jsonl", "b/2.jsonl.gz")
+    files = find_files(KEY, tmp_path, "auto")
+    assert [path.name for path in files.files] == ["1.jsonl", "2.jsonl.gz"]
+    assert [path.name for path in files.left_out] == ["README.md", "LICENSE.txt", "dataset_info.json"]
+
+
+def test_a_readme_that_is_named_itself_is_read(tmp_path: Path):
+    write(tmp_path, "README.md", "notes.md")
+    assert found(tmp_path, "README.md") == ["README.md"]
+    assert found(tmp_path, "*.md") == ["README.md", "notes.md"]
+
+
+def test_a_folder_has_one_format_unless_the_format_is_set(tmp_path: Path):
+    write(tmp_path, "1.jsonl", "2.jsonl", "3.txt", "4.sha256")
+    with pytest.raises(
+        UserError, match=r"several formats: 2 of jsonl, 1 of text, 1 of unknown format; .* 1.jsonl and 3.txt"
+    ):
+        found(tmp_path, "")
+    assert found(tmp_path, "", "text") == ["1.jsonl", "2.jsonl", "3.txt", "4.sha256"]
+
+
+@pytest.mark.parametrize("pattern", ["data", "data/**/*.jsonl", "data/**", "*/**/**/*.jsonl"])
+def test_linked_folders_are_followed(tmp_path: Path, pattern: str):
+    write(tmp_path, "store/x/1.jsonl", "data/2.jsonl")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "store")
+    names = ["data/2.jsonl", "data/linked/x/1.jsonl"]
+    assert found(tmp_path, pattern) == names + (["store/x/1.jsonl"] if pattern.startswith("*") else [])
+
+
+@pytest.mark.parametrize("pattern", ["data", "data/**/*.jsonl"])
+def test_a_loop_of_links_is_refused(tmp_path: Path, pattern: str):
+    write(tmp_path, "data/a/1.jsonl")
+    (tmp_path / "data" / "a" / "back").symlink_to(tmp_path / "data")
+    with pytest.raises(UserError, match="data/a/back is a link to a folder above it"):
+        found(tmp_path, pattern)
+
+
+BAD_ENTRIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "broken link": (lambda path: path.symlink_to("nowhere"), "is a broken link"),
+    "pipe": (os.mkfifo, "is a pipe or a device"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+@pytest.mark.parametrize("pattern", ["data", "data/*.jsonl", "data/**/*.jsonl"])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str, pattern: str):
+    write(tmp_path, "data/1.jsonl")
+    make(tmp_path / "data" / "2.jsonl")
+    with pytest.raises(UserError, match=f"2.jsonl {message}"):
+        found(tmp_path, pattern)
+
+
+@pytest.mark.parametrize("pattern", ["/", "/**/*.txt", "~", "~/**"])
+def test_the_whole_disk_and_the_home_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="is no folder of data alone"):
+        find_files(KEY, Path(pattern).expanduser(), "auto")
+
+
+def test_two_stars_must_be_a_whole_name(tmp_path: Path):
+    with pytest.raises(UserError, match=r"'a\*\*b' contains \*\*, which must be a folder's whole name"):
+        found(tmp_path, "a**b")
+
+
+def test_a_folder_with_too_many_entries_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_MAX_ENTRIES", 3)
+    write(tmp_path, *(f"{number}.txt" for number in range(4)))
+    with pytest.raises(UserError, match="more than 3 entries"):
+        found(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("a/b/1.txt", "**/1.txt", True),
+        ("1.txt", "**/1.txt", True),
+        ("a/b/1.txt", "a/**/b/*.txt", True),
+        ("a/c/b/1.txt", "a/**/b/?.txt", True),
+        ("a/1.txt", "a/**/b/*.txt", False),
+        ("a/b/1.txt", "**/[!1].txt", False),
+        ("a/b/1.txt", "*/1.txt", False),
+    ],
+)
+def test_globs_match_whole_names(path: str, pattern: str, expected: bool):
+    assert module._is_match(Path(path).parts, Path(pattern).parts) is expected

@@ -1,0 +1,34 @@
+"""Formats of data files, known by the suffix of their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FORMAT_OF_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+KNOWN_SUFFIXES = ", ".join(sorted(FORMAT_OF_SUFFIX))
+# Files that describe a folder of data, by the lower-case stem of their names.
+_DESCRIPTIONS = {"readme", "license", "licence", "copying", "notice", "citation", "changelog"}
+# What `datasets` writes beside the data.
+_DESCRIPTIONS |= {"dataset_info", "dataset_infos", "dataset_dict", "state"}
+
+
+def known_format(path: Path) -> str | None:
+    """Return the format for a file's suffix, without the compression suffix; None for an unknown suffix."""
+    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in COMPRESSION]
+    return FORMAT_OF_SUFFIX.get(suffixes[-1].lower()) if suffixes else None
+
+
+def describes_a_folder(path: Path) -> bool:
+    """Return whether a file is no data by its name, such as README.md, LICENSE.txt and dataset_info.json."""
+    return path.name.split(".")[0].lower() in _DESCRIPTIONS
