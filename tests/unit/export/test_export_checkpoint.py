@@ -85,6 +85,25 @@ def test_model_card_states_changes_of_pretrained_weights(zero_checkpoints: Path,
     assert "from random weights. Its FP8 weights were dequantised. Layers were left out." in card, card
 
 
+def test_export_keeps_the_settings_of_the_pretrained_model(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")
+    weights = stage.tag.parents[1]
+    config = json.loads((weights / "model_config.json").read_text())
+    kept = {"my_key": {"a": [1]}, "task_specific_params": {"x": 1}, "eos_token_id": [7, 8]}
+    (weights / "model_config.json").write_text(json.dumps(config | kept | {"_name_or_path": "org/base"}))
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [7, 8], "bos_token_id": 5}
+    (weights / "pretrained_generation.json").write_text(json.dumps(settings))
+    folder = Path(export(stage).path)
+    written = json.loads((folder / "config.json").read_text())
+    assert {key: written[key] for key in kept} == kept | {"eos_token_id": [7, 8, 1]}
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == settings | {"eos_token_id": [7, 8, 1], "pad_token_id": 2}
+    from transformers import GenerationConfig
+
+    loaded = GenerationConfig.from_pretrained(folder)
+    assert (loaded.eos_token_id, loaded.temperature, loaded.top_p) == ([7, 8, 1], 0.6, 0.95)
+
+
 def test_altered_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
     victim = max(stage.tag.glob("*.pt"), key=lambda path: path.stat().st_size)

@@ -134,6 +134,11 @@ class WeightsFolder:
         return self.path / "model_config.json"
 
     @property
+    def generation_config(self) -> Path:
+        """The pretrained model's generation_config.json, where it has one."""
+        return self.path / "pretrained_generation.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from longhaul.artifacts.artifact_schemas import Export
-from longhaul.artifacts.atomic_files import file_sha256, read_json, write_text
+from longhaul.artifacts.atomic_files import file_sha256, read_json, write_json, write_text
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, list_exported_tensors
@@ -21,6 +21,7 @@ from longhaul.export.generate_samples import generate_samples
 from longhaul.export.model_card import model_card, provenance
 from longhaul.export.model_without_memory import hugging_face_config, meta_model
 from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
+from longhaul.export.pretrained_settings import generation_settings, special_token_ids, with_unknown_keys
 from longhaul.export.safetensors_writer import write_shards
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.export.verify_loading import verify_loading
@@ -99,18 +100,20 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_config(folder: Path, source: VerifiedCheckpoint, architecture: str, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json with the special token ids of the tokenizer."""
+    """Write config.json and generation_config.json; what the pretrained model says in them stays."""
     config = hugging_face_config(source.model_config)
-    ids = {
+    tokenizer = {
         "bos_token_id": source.tokenizer.bos_id,
         "eos_token_id": source.tokenizer.eos_id,
         "pad_token_id": source.tokenizer.pad_id,
     }
-    for key, value in ids.items():
+    for key, value in special_token_ids(source.model_config, tokenizer).items():
         setattr(config, key, value)
     config.architectures, config.dtype, config.use_cache = [architecture], dtype, True
     config.save_pretrained(folder)
-    GenerationConfig(**ids).save_pretrained(folder)
+    written = folder / "config.json"
+    write_json(written, with_unknown_keys(read_json(written), source.model_config))
+    write_json(folder / "generation_config.json", generation_settings(source.generation_config, tokenizer))
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:

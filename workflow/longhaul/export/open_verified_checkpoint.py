@@ -26,6 +26,7 @@ class VerifiedCheckpoint:
 
     folder:       DeepSpeed's tag folder
     model_config: content of the model's Hugging Face config.json
+    generation_config: that of the pretrained model's generation_config.json; {} without one
     """
 
     checkpoint: Checkpoint
@@ -34,6 +35,7 @@ class VerifiedCheckpoint:
     step: int
     manifest_sha256: str
     model_config: dict[str, Any]
+    generation_config: dict[str, Any]
 
     @property
     def reference(self) -> Path:
@@ -65,7 +67,9 @@ def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
             "train the stage again, or restore the tokenizer it was trained with",
         )
     config = read_json(WeightsFolder(weights).model_config)
-    return VerifiedCheckpoint(checkpoint, tokenizer, folder, chosen["step"], chosen["sha256"], config)
+    generation = WeightsFolder(weights).generation_config
+    settings = read_json(generation) if generation.is_file() else {}
+    return VerifiedCheckpoint(checkpoint, tokenizer, folder, chosen["step"], chosen["sha256"], config, settings)
 
 
 def _verify_files(folder: Path, manifest_sha256: str) -> None:

@@ -70,7 +70,15 @@ def claim_weights_folder(job: TrainSpec, identity: dict[str, Any], folder: Path,
         _check_steps(job, folder)
         write_json(WeightsFolder(folder).identity, {**identity, "steps": job.steps})
         write_json(WeightsFolder(folder).model_config, job.model)  # the export builds the model from it
+        _keep_generation_config(job, folder)
     context.barrier()
+
+
+def _keep_generation_config(job: TrainSpec, folder: Path) -> None:
+    """Copy the pretrained model's generation settings for the export; the pretrained folder may be gone by then."""
+    base = Path(job.pretrained) / "generation_config.json" if job.pretrained else None
+    if base and base.is_file():
+        write_json(WeightsFolder(folder).generation_config, read_json(base))
 
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:

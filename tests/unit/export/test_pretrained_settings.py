@@ -1,0 +1,31 @@
+"""An export keeps what the pretrained folder says about its model."""
+
+from __future__ import annotations
+
+from longhaul.export.pretrained_settings import generation_settings, special_token_ids, with_unknown_keys
+
+TOKENIZER: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def test_ids_of_the_pretrained_model_stay():
+    base = {"bos_token_id": 5, "eos_token_id": [1, 9], "pad_token_id": None}
+    assert special_token_ids(base, TOKENIZER) == {"bos_token_id": 5, "eos_token_id": [1, 9], "pad_token_id": 2}
+
+
+def test_the_tokenizers_end_is_always_an_end():
+    """A chat template ends a turn with <|im_end|>, where the base model's config names <|endoftext|> alone."""
+    assert special_token_ids({"eos_token_id": 9}, TOKENIZER)["eos_token_id"] == [9, 1]
+    assert special_token_ids({"eos_token_id": 1}, TOKENIZER)["eos_token_id"] == 1
+    assert special_token_ids({}, TOKENIZER)["eos_token_id"] == 1
+
+
+def test_sampling_values_stay():
+    base = {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 9], "transformers_version": "4.45.0"}
+    assert generation_settings(base, TOKENIZER) == base | {"pad_token_id": 2}
+    assert generation_settings({}, TOKENIZER) == {"eos_token_id": 1, "pad_token_id": 2}
+
+
+def test_unknown_keys_stay_and_descriptions_of_the_folder_go():
+    base = {"my_key": {"a": 1}, "hidden_size": 64, "auto_map": {"AutoConfig": "x--y"}, "rope_theta": 5e5}
+    written = {"hidden_size": 64, "rope_parameters": {"rope_theta": 5e5}}
+    assert with_unknown_keys(written, base) == written | {"my_key": {"a": 1}}

@@ -1,0 +1,33 @@
+"""Keeps what a pretrained folder says about its model, beyond what the network needs: how to generate, and unknown keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys of a config.json that describe the pretrained folder itself, and those that transformers writes under another name.
+_REPLACED = {"_name_or_path", "auto_map", "quantization_config", "torch_dtype", "rope_scaling", "rope_theta", "type"}
+
+
+def special_token_ids(base: dict[str, Any], tokenizer: dict[str, int | None]) -> dict[str, Any]:
+    """Return the ids of the pretrained model, and those of the run's tokenizer where it has none.
+
+    The tokenizer's end of a text is always among the ends: training taught the model to stop with it.
+    """
+    ids = {key: tokenizer[key] if base.get(key) is None else base[key] for key in SPECIAL_TOKENS}
+    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    own = tokenizer["eos_token_id"]
+    if own is not None and own not in ends:
+        ids["eos_token_id"] = [*ends, own]
+    return ids
+
+
+def generation_settings(base: dict[str, Any], tokenizer: dict[str, int | None]) -> dict[str, Any]:
+    """Return the content of generation_config.json; `base` is that of the pretrained model, or {}."""
+    found = base | special_token_ids(base, tokenizer)
+    return {key: value for key, value in found.items() if value is not None or key in base}
+
+
+def with_unknown_keys(written: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of the exported config.json with the keys of the pretrained one that transformers did not write."""
+    return written | {key: value for key, value in base.items() if key not in written and key not in _REPLACED}
