@@ -299,6 +299,42 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("checks.gpus_per_node 9: site centre has 8 GPUs",),
     ),
+    *(
+        (f"absurd {key}", {key: value}, {}, (key.split(".")[-1], f" is {value!r}", limit))
+        for key, value, limit in (
+            ("stages.0.optimizer.lr", 1e10, "less than or equal to 10"),
+            ("stages.0.optimizer.weight_decay", 1e6, "less than or equal to 100"),
+            ("stages.0.recovery.heartbeat_timeout_s", 1e-9, "greater than or equal to 1"),
+            ("stages.0.recovery.collective_timeout_s", 1e300, "less than or equal to 1000000"),
+            ("stages.0.steps", 10**15, "less than or equal to 1000000000"),
+            ("model.llama.initializer_range", 1e30, "less than or equal to 10"),
+        )
+    ),
+    (
+        "tokens for too many steps",
+        {"stages.0.steps": ..., "stages.0.tokens": 10**15},
+        {},
+        ("stages.base.tokens 1000000000000000 are 1953125000000 steps; a stage has at most 1000000000",),
+    ),
+    (
+        "a file as storage folder",
+        {"storage": {"weights": str(REPOSITORY / "pyproject.toml" / "weights")}},
+        {},
+        ("storage.weights", "pyproject.toml is not a folder"),
+    ),
+    (
+        "home as storage folder",
+        {"storage": {"data": "~/data"}},
+        {},
+        ("storage.data '~/data' starts with ~", "full path"),
+    ),
+    (
+        "srun option of another user",
+        {},
+        {"srun_extra": ["--uid=0"]},
+        ("srun_extra contains --uid, which longhaul sets",),
+    ),
+    ("shortened srun option", {}, {"srun_extra": ["--ntas=4"]}, ("srun_extra contains --ntas (--ntasks)", "remove it")),
     ("a time without hours", {"stages.0.minutes": "90:00"}, {}, ("stages.0.minutes: '90:00' is no time", "1:30:00")),
     ("a time with seconds", {"data_minutes": "1:30:30"}, {}, ("data_minutes: '1:30:30' is no time", "minutes")),
     ("a time of zero", {"checks.minutes": "0:00:00"}, {}, ("checks.minutes is", "greater than or equal to 1")),

@@ -52,6 +52,16 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
         {"model.safetensors": EMPTY_SAFETENSORS},
         "quantization_config has quant_method 'awq', fmt None, weight_block_size None; training can start only from",
     ),
+    "quantization as text": (
+        {**CONFIG_JSON, "quantization_config": "x"},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "quantization_config is 'x'; it must hold keys and values",
+    ),
+    "too many prediction layers": (
+        {**CONFIG_JSON, "num_nextn_predict_layers": 10**9},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "num_nextn_predict_layers is 1000000000; it must be an integer up to 10000",
+    ),
     "FP8 without blocks": (
         {**CONFIG_JSON, "quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
         {"model.safetensors": EMPTY_SAFETENSORS},
@@ -149,6 +159,21 @@ def test_sliding_window_that_the_layout_would_ignore_is_reported(
     message = refused_message(capsys, "plan", str(write_config(tmp_path, layout)))
     assert f"parallel.{axis} 2 with sequence_length 64: the model's sliding_window 32" in message
     assert "sequence_length to at most 32" in message
+
+
+def test_deep_json_and_devices_in_a_pretrained_folder_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write_config(tmp_path, {"model": {"pretrained": {"path": "model"}}})
+    (tmp_path / "model").mkdir()
+    config, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
+    config.write_text("[" * 100_000)
+    assert "model.pretrained.path: cannot read" in refused_message(capsys, "plan", str(path))
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    assert "config.json is not a file" in refused_message(capsys, "plan", str(path))
+    config.unlink()
+    config.write_text(json.dumps(CONFIG_JSON))
+    os.mkfifo(weights)
+    assert "model.safetensors is not a file" in refused_message(capsys, "plan", str(path))
 
 
 def test_complete_pretrained_folder_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

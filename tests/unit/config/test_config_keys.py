@@ -73,6 +73,29 @@ def test_key_is_read_somewhere(model: type[BaseModel], name: str):
     )
 
 
+@pytest.mark.parametrize("schema", [Config.model_json_schema(), Site.model_json_schema()], ids=["config", "site"])
+def test_every_number_has_two_limits(schema: object):
+    """A number without a limit is accepted in the plan and fails, or runs for ever, in a job."""
+    assert [
+        text
+        for text in _numbers(schema)
+        if not ({"minimum", "exclusiveMinimum"} & text and {"maximum", "exclusiveMaximum"} & text)
+    ] == []
+
+
+def _numbers(schema: object) -> Iterator[set[str]]:
+    """Yield the keys of every number in a JSON schema. rope_scaling has rules of its own."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("number", "integer"):
+            yield set(schema)
+        for key, inner in schema.items():
+            if key not in ("rope_scaling", "mlp_only_layers"):
+                yield from _numbers(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            yield from _numbers(inner)
+
+
 def test_fabric_limits_are_those_of_the_measured_collectives():
     names = {f"{collective.name}_gbps" for collective in COLLECTIVES} | {"all_reduce_latency_us"}
     assert set(FabricLimits.model_fields) == names

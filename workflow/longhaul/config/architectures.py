@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from longhaul.config.field_types import Fraction, FrozenModel, HubSource, NonNegativeInt, SingleLine
 from longhaul.config.rotary_embedding import NEW_MODEL_TYPES, check_rope, rope_parameters
 
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e12)]
 # Upper limits of widths, heads, experts, positions and vocabulary, and of the number of layers: the plan loops over layers.
 MAX_SIZE, MAX_LAYERS = 10**8, 10**4
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
@@ -36,8 +36,10 @@ class Decoder(FrozenModel):
         description="Scaling of the rotary embedding: rope_type (default, linear, yarn or llama3) and the keys of that type, "
         "with transformers' names.",
     )
-    rms_norm_eps: PositiveFloat = Field(default=1e-6, description="Epsilon of RMSNorm.")
-    initializer_range: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
+    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-6, description="Epsilon of RMSNorm.")
+    initializer_range: Annotated[float, Field(gt=0, le=10)] = Field(
+        default=0.02, description="Standard deviation of the initial weights."
+    )
     tie_word_embeddings: bool = Field(default=False, description="The output head uses the weights of the embedding.")
     attention_dropout: Fraction = Field(default=0.0, description="Dropout probability of attention weights.")
 
@@ -157,7 +159,7 @@ class DeepseekV2(LatentAttention):
     norm_topk_prob: bool = Field(
         default=False, description="Only false: transformers' DeepSeek V2 does not scale router weights to a sum of 1."
     )
-    routed_scaling_factor: PositiveFloat = Field(
+    routed_scaling_factor: Annotated[float, Field(gt=0, le=1e4)] = Field(
         default=1.0, description="Factor for the output of the routed experts."
     )
 
@@ -209,7 +211,7 @@ class DeepseekV3(LatentAttention):
     norm_topk_prob: bool = Field(
         default=True, description="Scale the selected experts' router weights so that their sum is 1."
     )
-    routed_scaling_factor: PositiveFloat = Field(
+    routed_scaling_factor: Annotated[float, Field(gt=0, le=1e4)] = Field(
         default=2.5, description="Factor for the output of the routed experts."
     )
 

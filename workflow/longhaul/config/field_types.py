@@ -36,6 +36,8 @@ HubRepositoryId = Annotated[
 
 # Larger than any machine or training needs. Without a limit, a typing error makes the plan's arithmetic run for ever.
 MAX_INTEGER = 10**15
+MAX_STEPS = 10**9
+MAX_MINUTES = 10 * 366 * 24 * 60
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 # Slurm's notation for a time limit, without the parts that Slurm allows to leave out: 90:00 could mean minutes or hours.
@@ -56,8 +58,12 @@ def _minutes_of(value: Any) -> Any:
 _Duration = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")]
 # A number of minutes, or a duration: hours:minutes:00 or days-hours:minutes:00.
 Minutes = Annotated[
-    int, Field(ge=1, le=MAX_INTEGER), BeforeValidator(_minutes_of, json_schema_input_type=PositiveInt | _Duration)
+    int, Field(ge=1, le=MAX_MINUTES), BeforeValidator(_minutes_of, json_schema_input_type=PositiveInt | _Duration)
 ]
+StepCount = Annotated[int, Field(ge=0, le=MAX_STEPS)]
+PositiveStepCount = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+# Below a second, a busy file system looks like a dead rank. 10^6 s are 11 days.
+Timeout = Annotated[float, Field(ge=1, le=1e6)]
 HardwareCount = Annotated[int, Field(ge=1, le=100_000)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]

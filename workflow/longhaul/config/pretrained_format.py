@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from longhaul.config.architectures import MAX_LAYERS
+from longhaul.config.validation_messages import shortened
 from longhaul.errors import UserError
 
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
@@ -39,6 +41,11 @@ def fp8_block_shape(config: dict[str, Any], where: str) -> tuple[int, int] | Non
     quantization = config.get("quantization_config")
     if not quantization:
         return None
+    if not isinstance(quantization, dict):
+        raise UserError(
+            f"{where}: quantization_config is {shortened(quantization)}; it must hold keys and values",
+            "correct the model's config.json",
+        )
     block = quantization.get("weight_block_size")
     other = {key: quantization.get(key) for key, value in FP8.items() if quantization.get(key, value) != value}
     if other or "quant_method" not in quantization or not _is_block_shape(block):
@@ -57,8 +64,13 @@ def _is_block_shape(value: Any) -> bool:
 
 def mtp_prefixes(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the name prefixes of the multi-token prediction layers' tensors."""
-    first = config.get("num_hidden_layers") or 0
-    return tuple(f"model.layers.{first + index}." for index in range(config.get("num_nextn_predict_layers") or 0))
+    first, count = config.get("num_hidden_layers") or 0, config.get("num_nextn_predict_layers") or 0
+    if type(count) is not int or not 0 <= count <= MAX_LAYERS:
+        raise UserError(
+            f"config.json: num_nextn_predict_layers is {shortened(count)}; it must be an integer up to {MAX_LAYERS}",
+            "correct the model's config.json",
+        )
+    return tuple(f"model.layers.{first + index}." for index in range(count))
 
 
 def trained_config(config: dict[str, Any]) -> dict[str, Any]:

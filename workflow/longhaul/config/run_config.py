@@ -43,10 +43,10 @@ class Checks(FrozenModel):
     minutes: Minutes = Field(
         default=20, description="Time limit of each check's allocation, in minutes or as hours:minutes:00."
     )
-    min_disk_free_gb: Annotated[float, Field(ge=0)] = Field(
+    min_disk_free_gb: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=10.0, description="Minimum free disk space for the run folder, in GB."
     )
-    max_clock_skew_s: Annotated[float, Field(gt=0)] = Field(
+    max_clock_skew_s: Annotated[float, Field(gt=0, le=3600)] = Field(
         default=5.0, description="Maximum difference between the clocks of the nodes, in seconds."
     )
 

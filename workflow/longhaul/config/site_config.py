@@ -36,8 +36,23 @@ _RESERVED_VARIABLES = {
     "SLURM_NTASKS",
     "SLURM_JOB_ID",
 }
-# srun options that longhaul derives from the plan.
+# srun options that longhaul derives from the plan, and options with which a step does not run as the job that was planned.
 _RESERVED_SRUN_OPTIONS = {
+    "--chdir",
+    "--error",
+    "--export",
+    "--gid",
+    "--help",
+    "--input",
+    "--jobid",
+    "--multi-prog",
+    "--no-allocate",
+    "--output",
+    "--pty",
+    "--test-only",
+    "--uid",
+    "--usage",
+    "--version",
     "--nodes",
     "--ntasks",
     "--ntasks-per-node",
@@ -82,10 +97,10 @@ class NodeShape(FrozenModel):
     gpus: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=0, description="Number of GPUs; 0: training runs on the CPU."
     )
-    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+    gpu_memory_gib: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Memory of one GPU, in GiB; null: the plan does not check memory."
     )
-    gpu_peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+    gpu_peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None,
         description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s. Used for MFU and for estimates of GPU hours.",
     )
@@ -100,19 +115,19 @@ class NodeShape(FrozenModel):
 class FabricLimits(FrozenModel):
     """Limits of the fabric check. Bandwidth limits are minimum bus bandwidths at the largest message size, in GB/s."""
 
-    all_reduce_gbps: Annotated[float, Field(gt=0)] | None = Field(
+    all_reduce_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Minimum bus bandwidth of all_reduce, in GB/s; null: no limit."
     )
-    all_gather_gbps: Annotated[float, Field(gt=0)] | None = Field(
+    all_gather_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Minimum bus bandwidth of all_gather, in GB/s; null: no limit."
     )
-    reduce_scatter_gbps: Annotated[float, Field(gt=0)] | None = Field(
+    reduce_scatter_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Minimum bus bandwidth of reduce_scatter, in GB/s; null: no limit."
     )
-    send_recv_gbps: Annotated[float, Field(gt=0)] | None = Field(
+    send_recv_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Minimum bandwidth of send/recv between neighbouring ranks, in GB/s; null: no limit."
     )
-    all_reduce_latency_us: Annotated[float, Field(gt=0)] | None = Field(
+    all_reduce_latency_us: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Maximum duration of an all_reduce of 8 bytes, in microseconds; null: no limit."
     )
 
@@ -190,10 +205,10 @@ class Site(FrozenModel):
     )
     exclusive: bool = Field(default=False, description="Request whole nodes with sbatch --exclusive.")
     requeue: bool = Field(default=True, description="Slurm may requeue jobs.")
-    deadline_poll_interval_s: Annotated[float, Field(ge=1)] = Field(
+    deadline_poll_interval_s: Annotated[float, Field(ge=1, le=3600)] = Field(
         default=30.0, description="Interval at which a job asks Slurm for the end of its allocation, in seconds."
     )
-    checkpoint_write_gb_per_s: Annotated[float, Field(gt=0)] | None = Field(
+    checkpoint_write_gb_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None,
         description="Write rate of all nodes together to the storage, in GB/s. The plan compares the time of one save with "
         "recovery.stop_margin_s; null: no comparison.",
@@ -249,6 +264,9 @@ class Site(FrozenModel):
                 f"environment sets {reserved[0]}, which longhaul sets for each job; remove it, or load a module instead"
             )
         for option in self.srun_extra:
-            if (name := option.partition("=")[0]) in _RESERVED_SRUN_OPTIONS:
-                raise ValueError(f"srun_extra contains {name}, which longhaul derives from the plan; remove it")
+            name = option.partition("=")[0]
+            # srun also accepts the beginning of an option's name.
+            if reserved := next((known for known in sorted(_RESERVED_SRUN_OPTIONS) if known.startswith(name)), None):
+                also = "" if reserved == name else f" ({reserved})"
+                raise ValueError(f"srun_extra contains {name}{also}, which longhaul sets for each step; remove it")
         return self

@@ -7,13 +7,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from longhaul.config.field_types import (
+    MAX_STEPS,
     FrozenModel,
     HardwareCount,
     Minutes,
     Name,
     NonNegativeInt,
     PositiveInt,
+    PositiveStepCount,
     Precision,
+    StepCount,
+    Timeout,
     require_exactly_one,
 )
 
@@ -30,13 +34,13 @@ class StartFrom(FrozenModel):
 class Optimizer(FrozenModel):
     """AdamW. Weight decay does not apply to norms, biases and other one-dimensional parameters."""
 
-    lr: Annotated[float, Field(gt=0)] = Field(default=3e-4, description="Peak learning rate.")
+    lr: Annotated[float, Field(gt=0, le=10)] = Field(default=3e-4, description="Peak learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="Decay rates of the first and the second moment."
     )
-    eps: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="Term added to the denominator.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Decoupled weight decay.")
-    gradient_clipping: Annotated[float, Field(ge=0)] = Field(
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-8, description="Term added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(default=0.1, description="Decoupled weight decay.")
+    gradient_clipping: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=1.0,
         description="Maximum global gradient norm; 0 disables clipping. longhaul always writes this key into ds_config.json.",
     )
@@ -49,12 +53,8 @@ class Schedule(FrozenModel):
         default="cosine",
         description="Shape after the warm-up. wsd: constant, then a linear decay (warmup-stable-decay).",
     )
-    warmup_steps: NonNegativeInt = Field(
-        default=0, description="Steps in which the rate rises linearly from 0 to the peak."
-    )
-    decay_steps: NonNegativeInt = Field(
-        default=0, description="kind wsd: length of the linear decay at the end, in steps."
-    )
+    warmup_steps: StepCount = Field(default=0, description="Steps in which the rate rises linearly from 0 to the peak.")
+    decay_steps: StepCount = Field(default=0, description="kind wsd: length of the linear decay at the end, in steps.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Final learning rate divided by the peak learning rate."
     )
@@ -63,7 +63,7 @@ class Schedule(FrozenModel):
 class Fp16(FrozenModel):
     """Loss scaling for precision fp16. The keys have DeepSpeed's names."""
 
-    loss_scale: Annotated[float, Field(ge=0)] = Field(
+    loss_scale: Annotated[float, Field(ge=0, le=2**32)] = Field(
         default=0.0, description="Fixed loss scale; 0: dynamic loss scaling."
     )
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
@@ -73,7 +73,7 @@ class Fp16(FrozenModel):
         default=1000, description="Number of steps without overflow after which the scale is doubled."
     )
     hysteresis: PositiveInt = Field(default=2, description="Number of overflows after which the scale is halved.")
-    min_loss_scale: Annotated[float, Field(gt=0)] = Field(
+    min_loss_scale: Annotated[float, Field(gt=0, le=2**32)] = Field(
         default=1.0, description="Lower limit of the dynamic loss scale."
     )
 
@@ -160,7 +160,7 @@ class PowerSgd(FrozenModel):
     rank: PositiveInt = Field(
         default=4, description="Rank of the two matrices. A higher rank is more exact and sends more bytes."
     )
-    start_step: Annotated[int, Field(ge=2)] = Field(
+    start_step: Annotated[int, Field(ge=2, le=MAX_STEPS)] = Field(
         default=10, description="Number of steps before compression starts. Use at least the number of warm-up steps."
     )
 
@@ -184,7 +184,7 @@ class Communication(FrozenModel):
 class CheckpointSettings(FrozenModel):
     """When checkpoints are saved, and which are kept. A checkpoint that another stage or an export needs is always kept."""
 
-    every_steps: PositiveInt = Field(
+    every_steps: PositiveStepCount = Field(
         default=100, description="Steps between two checkpoints. The last step is always saved."
     )
     keep_last: PositiveInt = Field(default=2, description="Number of newest checkpoints to keep.")
@@ -196,7 +196,7 @@ class CheckpointSettings(FrozenModel):
 class Validation(FrozenModel):
     """Validation on the held-out documents."""
 
-    every_steps: PositiveInt = Field(
+    every_steps: PositiveStepCount = Field(
         default=100, description="Steps between two validations. The last step is always followed by one."
     )
     max_samples: PositiveInt = Field(
@@ -225,7 +225,7 @@ class BadSteps(FrozenModel):
         default=None,
         description="roll_back: skip only this many batches, of which the bad batch is the last; null: all since the checkpoint.",
     )
-    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+    spike_factor: Annotated[float, Field(gt=1, le=1e6)] | None = Field(
         default=None,
         description="A loss is a spike if it exceeds this factor times the median of the last 64 losses; null: no check.",
     )
@@ -242,22 +242,22 @@ class BadSteps(FrozenModel):
 class Recovery(FrozenModel):
     """Detection of faults, and the reaction to them."""
 
-    max_restarts: NonNegativeInt = Field(
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=3,
         description="Number of restarts in the same allocation after crashes without a new checkpoint in between.",
     )
-    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = Field(
+    heartbeat_timeout_s: Timeout = Field(
         default=300.0, description="A rank without a heartbeat for this long is treated as hung or dead."
     )
-    collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
+    collective_timeout_s: Timeout = Field(
         default=1800.0, description="A collective that takes longer than this fails, and the attempt ends."
     )
-    stop_margin_s: Annotated[float, Field(ge=0)] = Field(
+    stop_margin_s: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=60.0,
         description="Reserve before the end of an allocation. The trainer adds the measured time of one checkpoint, one "
         "validation and two steps.",
     )
-    straggler_threshold: Annotated[float, Field(gt=0)] = Field(
+    straggler_threshold: Annotated[float, Field(gt=0, le=1000)] = Field(
         default=0.5,
         description="A rank is reported if it is slower than the median of the other ranks by this fraction in three "
         "consecutive measurements.",
@@ -275,7 +275,7 @@ class Stage(FrozenModel):
     start_from: StartFrom | None = Field(
         default=None, alias="from", description="Another stage to start from; null: start from `model`."
     )
-    steps: PositiveInt | None = Field(
+    steps: PositiveStepCount | None = Field(
         default=None, description="Number of optimizer steps. Set exactly one of steps and tokens."
     )
     tokens: PositiveInt | None = Field(
@@ -283,7 +283,7 @@ class Stage(FrozenModel):
     )
     global_batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_size: PositiveInt = Field(default=1, description="Samples per rank and forward pass.")
-    sequence_length: Annotated[int, Field(ge=8)] = Field(description="Tokens per sample.")
+    sequence_length: Annotated[int, Field(ge=8, le=10**8)] = Field(description="Tokens per sample.")
     optimizer: Optimizer = Field(default=Optimizer(), description="AdamW settings.")
     schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
     precision: Precision = Field(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from longhaul.config.dataset_config import Dataset
+from longhaul.config.field_types import MAX_STEPS
 from longhaul.config.model_size import ModelSize
 from longhaul.config.run_config import Config, Storage
 from longhaul.config.site_config import Partition, Site
@@ -44,6 +45,11 @@ def check_vocabulary(config: Config, sizes: ModelSize) -> None:
 def check_schedule(stage: Stage, steps: int) -> None:
     """Raise UserError if the learning-rate schedule does not fit its kind or the number of steps."""
     schedule, where = stage.schedule, f"stages.{stage.name}.schedule"
+    if steps > MAX_STEPS:
+        raise UserError(
+            f"stages.{stage.name}.tokens {stage.tokens} are {steps} steps; a stage has at most {MAX_STEPS} steps",
+            "reduce tokens, or increase global_batch_size or sequence_length",
+        )
     if schedule.kind == "wsd" and schedule.decay_steps == 0:
         raise UserError(f"{where}: kind wsd needs decay_steps >= 1; it is 0", "use 10 to 20 % of the steps")
     if schedule.kind != "wsd" and schedule.decay_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from longhaul.config.load_config import LoadedConfig
 from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
 from longhaul.config.rotary_embedding import check_rope
+from longhaul.config.run_config import Storage
 from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
 from longhaul.planning.data_files import FoundFiles, check_format, find_files
@@ -73,6 +75,8 @@ def read_model_folder(folder: Path, key: str) -> dict[str, Any]:
             "use a model with weights, or train from random weights: set an architecture instead of pretrained",
         )
     for weights in sorted(folder.glob(_WEIGHTS)):
+        if not weights.is_file():
+            raise UserError(f"{key}: {weights} is not a file", "complete the download")
         safetensors_header(weights)  # refuses an incomplete download before a job waits in the queue
     for index in folder.glob("*.index.json"):
         weight_map = _read_json_object(index, key).get("weight_map")
@@ -87,9 +91,11 @@ def read_model_folder(folder: Path, key: str) -> dict[str, Any]:
 
 def _read_json_object(path: Path, key: str) -> dict[str, Any]:
     remedy = "give the path of a Hugging Face model folder"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{key}: {path} is not a file", remedy)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: cannot read {path}: {error}", remedy) from None
     if not isinstance(value, dict):
         raise UserError(f"{key}: {path} contains a {type(value).__name__}, not keys and values", remedy)
@@ -98,6 +104,7 @@ def _read_json_object(path: Path, key: str) -> dict[str, Any]:
 
 def check_files(loaded: LoadedConfig) -> None:
     """Raise UserError if a file or folder that the config names is missing or unusable."""
+    _check_storage(loaded.config.storage)
     for name, dataset in loaded.config.datasets.items():
         if dataset.files:
             dataset_files(loaded, name)
@@ -113,6 +120,19 @@ def check_files(loaded: LoadedConfig) -> None:
         template = loaded.resolve("tokenizer.chat_template", tokenizer.chat_template)
         if not template.is_file():
             raise UserError(f"tokenizer.chat_template: {template} is not a file", "give the path of a Jinja file")
+
+
+def _check_storage(storage: Storage) -> None:
+    """Raise UserError if a root folder cannot be made, because there is a file in its place or above it."""
+    for key in ("weights", "data", "scratch"):
+        written = getattr(storage, key)
+        if written is None:
+            continue
+        if written.startswith("~"):
+            raise UserError(f"storage.{key} {written!r} starts with ~, which jobs do not expand", "write the full path")
+        existing = next((path for path in (Path(written), *Path(written).parents) if os.path.lexists(path)), None)
+        if key != "scratch" and existing and not existing.is_dir():  # scratch is on the nodes
+            raise UserError(f"storage.{key} {written!r}: {existing} is not a folder", "name a folder, or a new path")
 
 
 def dataset_files(loaded: LoadedConfig, name: str) -> list[Path]:

@@ -89,7 +89,8 @@ class SlurmRequest:
             "runtime": self.minutes,
             "slurm_partition": self.partition,
             "slurm_extra": " ".join(self._extra()),
-            "mem_mb": self.memory_mb or None,
+            # Snakemake refuses a function of mem_mb that returns None; the plugin sends no option for 0.
+            "mem_mb": self.memory_mb or 0,
             "slurm_account": self.account,
             "qos": self.qos,
             "constraint": self.constraint,
