@@ -44,6 +44,8 @@ def test_rotary_embedding_follows_the_config(keys: dict[str, Any]):
 def test_network_without_the_asked_scaling_is_refused():
     """As before 0.2.0, when `type` was overwritten by `rope_type: default`."""
     unscaled = network({**MODELS["llama"], "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}})
+    with pytest.raises(UserError, match="frequencies"):
+        check_rotary_embedding(unscaled, {**MODELS["llama"], "rope_theta": 5e5})
     for scaling, problem in (
         (YARN, "attention scale is 1; .* asks for 1.13863"),
         ({"type": "linear", "factor": 2.0}, "frequencies"),

@@ -46,7 +46,7 @@ def fp8_block_shape(config: dict[str, Any], where: str) -> tuple[int, int] | Non
             f"{where}: quantization_config is {shortened(quantization)}; it must hold keys and values",
             "correct the model's config.json",
         )
-    block = quantization.get("weight_block_size")
+    block: Any = quantization.get("weight_block_size")
     other = {key: quantization.get(key) for key, value in FP8.items() if quantization.get(key, value) != value}
     if other or "quant_method" not in quantization or not _is_block_shape(block):
         found = ", ".join(f"{key} {quantization.get(key)!r}" for key in (*FP8, "weight_block_size"))

@@ -18,7 +18,7 @@ _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 200_000, 100_000, 20
 class _StrictLoader(yaml.SafeLoader):
     """Loader for YAML 1.2's core schema (https://yaml.org/spec/1.2.2, section 10.3), in which 010 is 10 and `no` is a text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse a tag: with one, a value of another type than the text shows could be given."""

@@ -80,7 +80,7 @@ def _walk(key: str, folder: Path) -> Iterator[Path]:
     """Yield all files below a folder. Links to folders are followed; hidden names are left out."""
     if folder in (Path(folder.anchor), Path.home()):
         raise UserError(f"{key}: {folder} is no folder of data alone", "name a folder that holds only data")
-    pending = [(folder, (_identity(folder),))]
+    pending: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(folder, (_identity(folder),))]
     entries = 0
     while pending:
         current, above = pending.pop()

@@ -96,13 +96,15 @@ def check_rotary_embedding(model: PreTrainedModel, keys: Mapping[str, Any]) -> N
     Raises:
         UserError: they differ, because this transformers release reads a key in another way, or not at all.
     """
-    asked = rotary_numbers({**model.config.to_dict(), **keys})
-    rotary = cast(Any, model).model.rotary_emb
+    sizes = {key: value for key, value in model.config.to_dict().items() if not key.startswith("rope_")}
+    asked = rotary_numbers({**sizes, **keys})
+    network = cast(Any, model)
+    rotary = network.model.rotary_emb
     found = rotary.inv_freq.detach().double().cpu()
     expected = torch.tensor(asked.inverse_frequencies, dtype=torch.float64)
     differ = found.shape != expected.shape or not torch.allclose(found, expected, rtol=_ROTARY_TOLERANCE, atol=0.0)
     scales = {"attention scale": (rotary.attention_scaling, asked.attention_scale)}
-    for module in model.modules():
+    for module in network.modules():
         if hasattr(module, "qk_head_dim") and hasattr(module, "scaling"):
             scales["softmax scale"] = (module.scaling, asked.softmax_scale * module.qk_head_dim**-0.5)
     for name, (value, right) in scales.items():
