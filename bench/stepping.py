@@ -26,7 +26,7 @@ def open_trainer(job: TrainSpec, context: DistributedContext, folder: Path) -> t
     assert samples is not None, "the dataset has no training split"
     backend = build_backend(job, build_model(job, tokenizer, None, context), context)
     events, state = EventWriter(None), TrainingState()
-    metrics = Metrics(job, folder, 0, context, job.model, events)
+    metrics = Metrics(job, folder, 0, context, job.model, events, {})
     checkpoints = CheckpointManager(folder, job, context, events)
     trainer = Trainer(job, context, backend, None, {}, checkpoints, metrics, events, state)
     return trainer, iter(Prefetcher(samples, job, context, state))
