@@ -56,6 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [] if named else [item for item in items if any(map(item.get_closest_marker, left_out))]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
+    # Modules that need the ops come last: compiling takes minutes, in which the other tests run.
+    waiting = {item.path for item in items if "offload_ops" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path in waiting)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
