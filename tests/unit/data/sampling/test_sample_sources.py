@@ -171,7 +171,7 @@ def test_pack_file_of_other_documents_is_refused(tmp_path: Path, document_count:
 
 
 def samples_of(documents: Documents, length: int, seed: int = 1) -> Samples:
-    return Samples(WindowSource(documents, length, PAD), seed)  # type: ignore[arg-type]
+    return Samples(WindowSource(documents, length, PAD), seed, "prose")  # type: ignore[arg-type]
 
 
 def test_samples_of_a_source_are_numbered_from_0():
