@@ -233,7 +233,8 @@ def test_release_without_a_lease_does_nothing(tmp_path: Path, monkeypatch: pytes
     lease = Lease(tmp_path / "lease")
     lease.release()
     monkeypatch.setattr(lease, "current_owner", lambda: lease.owner)
-    lease.release()  # the file is removed since it was read
+    lease.release()  # the file was removed after it was read
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refusal_names_the_owner_and_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

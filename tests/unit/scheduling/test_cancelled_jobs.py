@@ -78,6 +78,8 @@ def test_job_without_an_answer_of_slurm_is_not_recorded(
     assert read_failure(folder) is None
 
 
-def test_job_without_a_launch_script_is_not_recorded(monkeypatch: pytest.MonkeyPatch):
+def test_job_without_a_launch_script_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slurm_client, "job_info", lambda job_id: JobInfo("CANCELLED", 1, "", None, False))
     record_cancelled_wait(cancelled(None))
+    assert list(tmp_path.rglob("*")) == []

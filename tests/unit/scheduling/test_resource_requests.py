@@ -113,5 +113,7 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
 
 def test_nodes_are_not_counted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     local = plan_of(tmp_path, None, {"scheduler": "local", "max_nodes": 1, "partitions": ...})
-    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: "too few")
+    asked: list[object] = []
+    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments))
     require_enough_nodes(local, tmp_path)
+    assert asked == []
