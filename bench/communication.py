@@ -1,4 +1,4 @@
-"""What two hosts send each other over a slow link, and how long it takes.
+"""Bytes that two hosts send each other over a slow link, and the time they take.
 
 Two comparisons: gradients in plain fp32, in half precision and low-rank; and ZeRO 3's gathered weights with and without a second
 partition inside each host.

@@ -52,7 +52,7 @@ TESTS = (
 )
 SLOW_TESTS = "tests/unit/data/sampling/test_document_isolation.py"
 SHARED_FILES = ("Snakefile", "bench", "config", "envs", "profiles", "templates", "tests", "workflow/rules")
-"""What the tests read beside the package."""
+"""Files and folders that the tests read, apart from the package."""
 KILLED = ("killed", "timeout")
 AIM = 85.0
 

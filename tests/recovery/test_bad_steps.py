@@ -13,7 +13,7 @@ from tests.recovery.trained_stages import STEPS, TrainedStage, train
 
 NAN = float("nan")
 POISONED_BATCH = 10
-"""Of "spike" and "no spike"; every earlier batch is one step, so it is trained in step 11."""
+"""The batch with the changed loss in "spike" and "no spike". Every earlier batch is one step, so step 11 trains it."""
 
 
 def stage(folder: Path, policy: str, poison: dict[int, float], zero: int = 1, **bad_steps: Any) -> TrainedStage:

@@ -1,4 +1,4 @@
-"""Which changes rerun jobs and which must not: a finished training may have taken weeks of GPU time."""
+"""Changes that rerun jobs, and changes that must not: a finished training may have taken weeks of GPU time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a failure still applies, and how it is printed."""
+"""Failures of jobs: the time for which they apply, and their printed text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which errors are permanent, and what a failing rank reports."""
+"""Failure reports: the class of each error, and the text of a failing rank."""
 
 from __future__ import annotations
 

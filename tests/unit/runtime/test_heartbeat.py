@@ -1,4 +1,4 @@
-"""Which ranks count as silent."""
+"""Heartbeats: the ranks that count as silent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an allocation ends: requeue, leave the retry to Snakemake, or fail with the cause that Slurm gives."""
+"""End of an allocation: requeue, leave the retry to Snakemake, or fail with the cause that Slurm gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Slurm's answers mean. The lines are those of Slurm 22.05 while a job's processes end."""
+"""Reading of Slurm's answers. The lines are those of Slurm 22.05 while a job's processes end."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_rotary_embedding_follows_the_config(keys: dict[str, Any]):
 
 
 def test_network_without_the_asked_scaling_is_refused():
-    """As before 0.2.0, when `type` was overwritten by `rope_type: default`."""
+    """Simulate the fault of releases before 0.2.0: `rope_type: default` replaced the given `type`."""
     unscaled = network({**MODELS["llama"], "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}})
     with pytest.raises(UserError, match="frequencies"):
         check_rotary_embedding(unscaled, {**MODELS["llama"], "rope_theta": 5e5})

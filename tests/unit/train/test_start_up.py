@@ -1,4 +1,4 @@
-"""What a rank imports before it trains."""
+"""Imports of a rank before it trains."""
 
 from __future__ import annotations
 

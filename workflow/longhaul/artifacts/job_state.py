@@ -58,7 +58,7 @@ class State(Artifact):
 
     @property
     def may_be_active(self) -> bool:
-        """Whether a Slurm job with this id may still run, or wait in the queue."""
+        """Return whether a Slurm job with this id may still run, or wait in the queue."""
         return self.state in ("running", "waiting") and self.job_id is not None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 RESULTS = Path("results")
 QUARANTINE = RESULTS / "quarantine.json"
 CODE_LINK = RESULTS / ".code" / "longhaul"
-"""Link to an installed package. Its folder goes on PYTHONPATH; site-packages would bring other packages along."""
+"""Link to an installed package. Jobs have its folder on PYTHONPATH, because site-packages would add other packages, too."""
 STAGE_KIND = "train"
 """The job kind whose jobs have their folder below stages/ instead of jobs/."""
 
@@ -45,12 +45,12 @@ class JobFolder:
 
     @property
     def launch_spec(self) -> Path:
-        """What the supervisor reads."""
+        """The launch spec: the supervisor reads it."""
         return self.path / "launch.json"
 
     @property
     def job_spec(self) -> Path:
-        """What the job's own processes read."""
+        """The job spec: the job's own processes read it."""
         return self.path / "job.json"
 
     @property
@@ -86,7 +86,7 @@ class JobFolder:
         return self.rank_failures / f"rank-{rank:05d}.json"
 
     def missed_heartbeat(self, noticed_by: int) -> Path:
-        """Where a rank records that another rank stopped sending heartbeats."""
+        """The file in which a rank records that another rank stopped sending heartbeats."""
         return self.rank_failures / f"heartbeat-{noticed_by:05d}.json"
 
     # A training stage's folder holds these, too.
@@ -198,12 +198,12 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """What fetch pinned: hub revisions, files, the pretrained model's sizes."""
+        """The lock that fetch writes: hub revisions, files, the pretrained model's sizes."""
         return self.results / f"{self.run}.lock.json"
 
     @property
     def lease(self) -> Path:
-        """Which main Snakemake owns the run."""
+        """The lease of the main Snakemake process that owns the run."""
         return self.results / f"{self.run}.lease.json"
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SlurmActions:
-    """What the patch needs from Slurm."""
+    """The calls of Slurm that the patch needs."""
 
     preempted_jobs: Callable[[str], Iterable[str]]
     """Run id (the jobs' common name in Slurm) -> ids of its preempted jobs."""

@@ -44,7 +44,7 @@ _MIN_VALUES = {"factor": 1, _POSITIONS: 1}
 
 @dataclass(frozen=True)
 class RotaryNumbers:
-    """What the rotary embedding of a network computes.
+    """The values that the rotary embedding of a network computes.
 
     inverse_frequencies: angle per position of each pair of elements
     attention_scale:     factor of sine and cosine

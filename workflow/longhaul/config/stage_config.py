@@ -182,7 +182,7 @@ class Communication(FrozenModel):
 
 
 class CheckpointSettings(FrozenModel):
-    """When checkpoints are saved, and which are kept. A checkpoint that another stage or an export needs is always kept."""
+    """Saving and keeping of checkpoints. A checkpoint that another stage or an export needs is always kept."""
 
     every_steps: PositiveStepCount = Field(
         default=100, description="Steps between two checkpoints. The last step is always saved."

@@ -44,7 +44,7 @@ class Difference(Enum):
 
 
 class Criterion(StrEnum):
-    """What the export's logits must satisfy."""
+    """The condition that the export's logits must satisfy."""
 
     BIT_EQUALITY = "bit equality"
     RELATIVE_BOUND = "relative bound"

@@ -1,1 +1,1 @@
-"""What each job is told, what it asks for, and the files that start it."""
+"""Job kinds, job specs, Slurm requests of jobs, and the files that start a job."""

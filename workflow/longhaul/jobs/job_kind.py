@@ -33,26 +33,26 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class JobKind:
-    """Everything that is known about one kind of job before it runs."""
+    """The declaration of one kind of job."""
 
     name: str
     """First word of the jobs' names, the name of their rule, and their verb in `longhaul job <name>`."""
     order: int
-    """Place in the pipeline, for tables."""
+    """Position in the pipeline; tables are sorted by it."""
     help: str
     spec: type[JobSpec]
     entry_point: str
-    """`module:function` that runs the job, given the spec. A text: parsing rules must not import torch."""
+    """`module:function`; the function takes the spec and runs the job. A string, as parsing the rules must not import torch."""
     jobs: Callable[[Plan], Sequence[JobId]]
-    """Which jobs of this kind a plan has."""
+    """Returns the jobs of this kind that a plan has."""
     build_spec: Callable[[Plan, JobId], JobSpec]
     request: Callable[[Plan, JobId], SlurmRequest]
     wildcards: tuple[str, ...] = ()
-    """Wildcards of the rule that make up the job's name; a word that is no wildcard stands for itself."""
+    """Wildcards of the rule, in the order of the job's name. A word that is no wildcard is used as it is."""
     rerun_key: Callable[[Plan, JobId], str] | None = None
-    """What runs a finished job again when it changes; default: JobSpec.rerun_key without what fetch pinned."""
+    """Returns a hash; a finished job runs again when it changes. Default: JobSpec.rerun_key without the lock of fetch."""
     needs_fetch: bool = True
-    """The spec can only be written when fetch has run, where a plan needs fetch."""
+    """Whether the spec depends on what fetch downloads."""
     first_steps: Callable[[Plan, JobId, SlurmRequest], Sequence[PlannedStep]] = lambda plan, job, request: ()
     """Steps before the job's own."""
     more_files: Callable[[Plan, JobId], Mapping[str, str]] = lambda plan, job: {}

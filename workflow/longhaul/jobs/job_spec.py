@@ -74,7 +74,7 @@ class LaunchStep(FrozenModel):
 
 
 class LaunchSpec(JobSpec):
-    """What the supervisor is told: the steps of a job, and what to do when one fails."""
+    """Spec of the supervisor: the steps of a job, and the rules for restart and requeue."""
 
     name: str  # train-<stage>, tokenize-<dataset>, …
     folder: str  # absolute: holds launch.json and the job's records

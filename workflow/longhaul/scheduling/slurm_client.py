@@ -55,7 +55,7 @@ class JobInfo:
 
     @property
     def never_started(self) -> bool:
-        """Whether the job never had nodes."""
+        """Return whether the job never had nodes."""
         return self.node_list in ("", "(null)")
 
     def was_cancelled(self, restarts_at_start: int) -> bool:

@@ -46,7 +46,7 @@ def _without_saved_views(experts: torch.nn.Module) -> Callable[..., torch.Tensor
 
 @dataclass(frozen=True)
 class _View:
-    """Where the elements of a view lie in a parameter, without their values."""
+    """Position of a view in its parameter, without the values."""
 
     parameter: torch.Tensor
     shape: torch.Size

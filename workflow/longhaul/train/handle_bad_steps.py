@@ -1,4 +1,4 @@
-"""What follows a bad step: the end of the stage, a skipped batch, or a roll-back to the last checkpoint."""
+"""Consequence of a bad step: the end of the stage, a skipped batch, or a roll-back to the last checkpoint."""
 
 from __future__ import annotations
 

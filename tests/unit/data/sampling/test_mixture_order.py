@@ -100,7 +100,7 @@ def test_samples_keep_the_proportions_and_small_datasets_are_repeated(mixed: Dat
 
 
 def test_epochs_are_counted_for_each_dataset(mixed: DataManifest, tmp_path: Path):
-    """Of 12 samples the datasets have 9 and 3, as their weights are 3 to 1."""
+    """The weights are 3 to 1, so the datasets have 9 and 3 of 12 samples."""
     samples = Samples.open(mixed, "train", "pretrain", 64, 1, tmp_path)
     parts = [Samples.open(DataManifest(**p["manifest"]), "train", "pretrain", 64, 1, tmp_path) for p in mixed.mixture]
     assert samples.epochs(12) == {"large": 9 / len(parts[0]), "small": 3 / len(parts[1])}

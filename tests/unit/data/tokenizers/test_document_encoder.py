@@ -23,7 +23,7 @@ from tests.support.corpora import dataset, make_shards, text, write_jsonl
 def test_an_id_outside_the_vocabulary_rejects_the_fast_encoder(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As uint16 the id would be another token. No excerpt of that document is compared."""
+    """The id does not fit into uint16, where it would become another token. No excerpt of that document is compared."""
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", (text(i) for i in range(300)))
     expected = make_shards(tmp_path / "a", tokenizer_folder, [corpus], dataset())
     encode = FastEncoder.encode

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, the best by validation loss, and those that something refers to."""
+"""Retention of checkpoints: the newest, the best by validation loss, and those that something refers to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks count as slow by their timings, and that a timing measures something."""
+"""Straggler detection: the ranks that count as slow, and the work that a timing measures."""
 
 from __future__ import annotations
 

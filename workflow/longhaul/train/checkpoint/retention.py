@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, the best by validation loss, and those that another stage or an export refers to."""
+"""Retention of checkpoints: the newest, the best by validation loss, and those that another stage or an export refers to."""
 
 from __future__ import annotations
 

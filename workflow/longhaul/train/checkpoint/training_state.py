@@ -12,7 +12,7 @@ SPIKE_WINDOW_STEPS = 64
 
 @dataclass
 class TrainingState:
-    """How far a stage has trained.
+    """Progress of a stage.
 
     step:          optimizer steps done
     skipped:       global batches that are never trained on, sorted; with the step they determine the data order
