@@ -45,6 +45,15 @@ def test_dry_run_with_every_kind_of_memory_request(tmp_path: Path, memory: str):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("site", sorted((REPOSITORY / "config" / "sites").glob("*.yaml")), ids=lambda path: path.stem)
+def test_dry_run_at_every_shipped_site(tmp_path: Path, site: Path):
+    config = write_config(tmp_path, {"site": site.stem})
+    words = ["-m", "longhaul", "run", str(config), "-n", "--directory", str(tmp_path)]
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train " in done.stdout + done.stderr
+
+
 def test_report_imports_no_torch(tmp_path: Path):
     assert "torch" not in imported("-c", "import longhaul.report.html_page", cwd=tmp_path)
 

@@ -58,8 +58,6 @@ class JobKind:
     more_files: Callable[[Plan, JobId], Mapping[str, str]] = lambda plan, job: {}
     """Name -> text of further files in the job's folder."""
     max_restarts: Callable[[Plan, JobId], int] = lambda plan, job: 0
-    checkpoints: Callable[[JobSpec], str | None] = lambda spec: None
-    """Root of the weights folders in which the supervisor looks for progress."""
 
     def job_id(self, wildcards: Any) -> JobId:
         """Return the job that a rule's wildcards stand for."""

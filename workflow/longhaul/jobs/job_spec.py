@@ -61,6 +61,10 @@ class JobSpec(FrozenModel):
         """Return data files that the job reads: as `input_texts`, but compared by size and time of change."""
         return ()
 
+    def weights_folders_root(self) -> str | None:
+        """Return the root of the weights folders in which the supervisor looks for new checkpoints."""
+        return None
+
     def external_paths(self) -> Iterable[str | None]:
         """Return files and folders outside the run that the job reads; a container binds their folders."""
         return ()

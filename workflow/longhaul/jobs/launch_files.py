@@ -125,7 +125,7 @@ def _launch_spec(
         steps=tuple(_launch_step(plan, step, folder, workdir) for step in steps),
         inputs=tuple(map(str, inputs)),
         data=tuple(spec.input_data()),
-        checkpoints=kind.checkpoints(spec),
+        checkpoints=spec.weights_folders_root(),
         quarantine=str(QUARANTINE),
     )
 

@@ -46,6 +46,9 @@ class TrainSpec(JobSpec):
     def input_texts(self) -> Iterable[str | None]:
         return [self.deepspeed, self.data, self.start_checkpoint]
 
+    def weights_folders_root(self) -> str | None:
+        return self.weights_root
+
     def external_paths(self) -> Iterable[str | None]:
         return [self.pretrained]
 
@@ -130,5 +133,4 @@ KIND = JobKind(
     first_steps=_node_check,
     more_files=_deepspeed_config,
     max_restarts=lambda plan, job: plan.stage(*job.names).stage.recovery.max_restarts,
-    checkpoints=lambda spec: spec.weights_root if isinstance(spec, TrainSpec) else None,
 )

@@ -1,0 +1,77 @@
+"""Settings of the rules: resources, threads and parameters of a job, as Snakemake evaluates them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from longhaul.artifacts.paths import JobId
+from longhaul.planning import Plan
+from longhaul.planning.slurm_request import SlurmRequest
+from longhaul.scheduling import snakefile_functions
+from longhaul.scheduling.snakefile_functions import RuleSettings
+from tests.support.small_configs import plan_of
+
+BASE, CHAT = SimpleNamespace(stage="base"), SimpleNamespace(stage="chat")
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[JobId]:
+    """Record the jobs whose state is read for a request."""
+    jobs: list[JobId] = []
+    original = snakefile_functions.submitted_request
+
+    def recorded(plan: Plan, job: JobId, workdir: Path) -> SlurmRequest:
+        jobs.append(job)
+        return original(plan, job, workdir)
+
+    monkeypatch.setattr(snakefile_functions, "submitted_request", recorded)
+    return jobs
+
+
+def test_all_resources_of_a_job_come_from_one_reading_of_its_state(tmp_path: Path, submitted: list[JobId]):
+    resources = RuleSettings(plan_of(tmp_path)).resources("train")
+    values = {key: value(BASE) for key, value in resources.items()}
+    assert submitted == [JobId("train", ("base",))]
+    assert (values["nodes"], values["runtime"], values["slurm_partition"]) == (1, 60, "gpu")
+    assert values["constraint"] is None, "a key that the request does not have"
+
+
+def test_another_job_and_a_later_submission_read_the_state_again(
+    tmp_path: Path, submitted: list[JobId], monkeypatch: pytest.MonkeyPatch
+):
+    """A retry must see the quarantine of the attempt before it."""
+    now_s = 100.0
+    monkeypatch.setattr(snakefile_functions.time, "monotonic", lambda: now_s)
+    nodes = RuleSettings(plan_of(tmp_path)).resources("train")["nodes"]
+    nodes(BASE), nodes(CHAT), nodes(CHAT)
+    assert [str(job) for job in submitted] == ["train-base", "train-chat"]
+    now_s = 102.0
+    nodes(CHAT)
+    assert [str(job) for job in submitted] == ["train-base", "train-chat", "train-chat"]
+
+
+def test_threads_are_the_cores_of_this_machine_or_one_on_a_cluster(tmp_path: Path):
+    local = {
+        "scheduler": "local",
+        "max_nodes": 1,
+        "partitions": ...,
+        "node.cpus": 8,
+        "node.gpus": 0,
+        "gpu_request": "none",
+    }
+    changes = {"stages.0.gpus_per_node": 2}
+    assert RuleSettings(plan_of(tmp_path / "here", changes, local)).threads("train")(BASE) == 2
+    assert RuleSettings(plan_of(tmp_path / "cluster", changes)).threads("train")(BASE) == 1
+    assert RuleSettings(plan_of(tmp_path / "cpu", changes, local)).threads("tokenizer")(SimpleNamespace()) == 8
+
+
+def test_params_are_the_launch_script_and_a_hash_of_the_spec(tmp_path: Path):
+    def spec(changes: dict[str, object]) -> str:
+        return RuleSettings(plan_of(tmp_path, changes)).params("export")["spec"](BASE)
+
+    params = RuleSettings(plan_of(tmp_path)).params("export")
+    assert params["launch"](BASE) == "results/small/jobs/export-base/launch.sh"
+    assert spec({}) == spec({"data_minutes": 77}) != spec({"stages.0.export_dtype": "fp32"})
