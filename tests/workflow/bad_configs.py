@@ -125,6 +125,18 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("prompt is set and completion is not", "set both"),
     ),
+    (
+        "template of columns with an open brace",
+        {"datasets.chats.columns": {"prompt": "{instruction", "completion": "c"}},
+        {},
+        ("datasets.chats.columns",),
+    ),
+    (
+        "template of columns with an expression",
+        {"datasets.chats.columns": {"prompt": "{instruction!r}", "completion": "c"}},
+        {},
+        ("'{instruction!r}' must hold only names of columns in braces",),
+    ),
     ("two models", {"model.pretrained": {"path": "m"}}, {}, ("exactly one of llama", "llama and pretrained")),
     ("path in the run's name", {"run": "../elsewhere"}, {}, ("run is '../elsewhere'",)),
     ("path in a stage's name", {"stages.0.name": "a/b"}, {}, ("stages.0.name is 'a/b'",)),

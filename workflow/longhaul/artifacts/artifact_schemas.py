@@ -126,6 +126,9 @@ class DataManifest(Artifact):
     unigram_entropy_nats: entropy in nats of the training split's tokens (data.shards.unigram_entropy), which is the loss of a
               model that only knows the tokens' frequencies
     mixture:  [{"weight": integer, "manifest": a DataManifest's fields}] of a mixture of other datasets
+    unread:   "columns" / "message_keys" -> name -> number of rows or messages with a column or key that nothing reads; the name
+              of a key is "role.key"
+    control_texts: conversations in which a message contains the text of a control token, which is encoded as plain text
     encoder:  {"name": "gigatoken" or "tokenizers", "reason": why it is not the fast one, "" if it is}
     """
 
@@ -140,6 +143,8 @@ class DataManifest(Artifact):
     skipped: dict[str, int]
     unigram_entropy_nats: float
     encoder: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    control_texts: int = 0
     mixture: list[dict[str, Any]] = field(default_factory=list)
 
 

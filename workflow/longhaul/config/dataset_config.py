@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from longhaul.config.column_template import template_columns
 from longhaul.config.field_types import (
     Fraction,
     FrozenModel,
@@ -13,6 +14,7 @@ from longhaul.config.field_types import (
     Name,
     PositiveInt,
     SingleLine,
+    Text,
     require_exactly_one,
 )
 from longhaul.config.mixture_proportions import whole_weights
@@ -69,17 +71,27 @@ class Tokenizer(FrozenModel):
         return require_exactly_one(self, "path", "hub", "train")
 
 
+DEFAULT_TOOLS_COLUMN = "tools"
+
+
 class Columns(FrozenModel):
     """Names of the columns to read."""
 
     text: SingleLine = Field(default="text", description="kind text: column with the document.")
     messages: SingleLine = Field(default="messages", description="kind chat: column with a list of {role, content}.")
-    prompt: SingleLine | None = Field(
+    prompt: Text | None = Field(
         default=None,
-        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages.",
+        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages. Or a "
+        'template that joins columns, such as "{instruction}\\n{input}": an empty column is left out together with the text '
+        "before it.",
     )
-    completion: SingleLine | None = Field(
-        default=None, description="Column with the assistant's answer to prompt. Set both or neither."
+    completion: Text | None = Field(
+        default=None, description="Column or template of the assistant's answer to prompt. Set both or neither."
+    )
+    tools: SingleLine | None = Field(
+        default=None,
+        description="kind chat: column with the functions that the assistant may call, as a list of JSON schemas or its JSON "
+        "text. null: the column `tools`, where there is one.",
     )
 
     @model_validator(mode="after")
@@ -87,7 +99,27 @@ class Columns(FrozenModel):
         if bool(self.prompt) != bool(self.completion):
             given, absent = ("prompt", "completion") if self.prompt else ("completion", "prompt")
             raise ValueError(f"{given} is set and {absent} is not; set both prompt and completion, or neither")
+        for template in (self.prompt, self.completion):
+            template_columns(template or "text")  # raises ValueError for a template that cannot be read
         return self
+
+    def of_kind(self, kind: Literal["text", "chat"]) -> dict[str, str | None]:
+        """Return the settings that have an effect on datasets of a kind."""
+        if kind == "text":
+            return {"text": self.text}
+        used = ("prompt", "completion") if self.prompt else ("messages",)
+        return {key: getattr(self, key) for key in (*used, "tools")}
+
+    def required(self, kind: Literal["text", "chat"]) -> tuple[str, ...]:
+        """Return the columns that every row of a dataset must have."""
+        settings = [value for value in self.of_kind(kind).values() if value]
+        names = [name for value in settings for name in template_columns(value)]
+        return tuple(dict.fromkeys(names))
+
+    def optional(self, kind: Literal["text", "chat"]) -> tuple[str, ...]:
+        """Return the columns that are read where a row has them."""
+        default = DEFAULT_TOOLS_COLUMN
+        return (default,) if kind == "chat" and not self.tools and default not in self.required(kind) else ()
 
 
 class Decontaminate(FrozenModel):
@@ -146,6 +178,11 @@ class Dataset(FrozenModel):
     reasoning_in_loss: bool = Field(
         default=True,
         description="kind chat: compute the loss on the assistant's <think>…</think> text. false: it is context only.",
+    )
+    allow_control_tokens: bool = Field(
+        default=False,
+        description="kind chat: encode the text of a control token in a message, such as <|im_end|>, as that token. false: as "
+        "plain text, which cannot end a turn. <think> and </think> are always tokens.",
     )
     validation_fraction: Fraction = Field(
         default=0.01,

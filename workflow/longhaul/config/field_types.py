@@ -9,11 +9,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 SINGLE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
+TEXT_PATTERN = r"^[^\x00-\x08\x0b-\x1f\x7f]+$"
 SLURM_WORD_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%/+=-]*$"
 # Error messages show these descriptions in place of the regular expressions.
 PATTERN_DESCRIPTIONS = {
     NAME_PATTERN: "letters, digits, _ and -, at most 64 characters, starting with a letter or digit",
     SINGLE_LINE_PATTERN: "one line of text that is not empty",
+    TEXT_PATTERN: "text that is not empty, without control characters other than line breaks and tabs",
     SLURM_WORD_PATTERN: "one word of letters, digits and _.,:@%/+=-, starting with a letter, a digit or _",
 }
 
@@ -29,6 +31,8 @@ SlurmOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-
 EnvironmentVariableName = Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 CudaBuild = Annotated[str, StringConstraints(pattern=r"^(cpu|cu[0-9]{2,4})$")]
 SingleLine = Annotated[str, StringConstraints(pattern=SINGLE_LINE_PATTERN, max_length=4096)]
+# A text never becomes a path or an argument: it may hold line breaks.
+Text = Annotated[str, StringConstraints(pattern=TEXT_PATTERN, max_length=4096)]
 SingleLineOrEmpty = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
 HubRepositoryId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=128)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from longhaul.artifacts.atomic_files import atomic_path, content_hash, file_sha256
 from longhaul.config.dataset_config import Dataset, HubDataset
+from longhaul.data.readers.columnar_files import without_null_fields
 from longhaul.errors import UserError
 
 
@@ -56,24 +58,25 @@ def stream_rows(source: HubDataset, commit: str, dataset: Dataset, out: Path) ->
     Raises:
         UserError: the configuration, the split or a column does not exist, or JSON cannot represent a value.
     """
-    columns = _used_columns(dataset)
-    identity = [source.id, commit, source.name, source.split, source.max_documents, columns]
+    required, optional = dataset.columns.required(dataset.kind), dataset.columns.optional(dataset.kind)
+    identity = [source.id, commit, source.name, source.split, source.max_documents, [*required, *optional]]
     path = out.with_stem(f"{out.stem}-{content_hash(identity)}")
     if not path.exists():
         list_split_files(source, commit)
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as lines:
             for number, row in enumerate(_rows(source, commit)):
+                columns = [*required, *(name for name in optional if name in row)]
+                if not number:
+                    _print_unread(source.id, sorted(row.keys() - set(columns)))
                 lines.write(_json_line(row, columns, f"dataset {source.id} at {commit}, row {number + 1}"))
     with path.open("rb") as lines:
         count = sum(1 for _ in lines)
     return {"path": str(path.parent), "files": [str(path)], "documents": count, "sha256": file_sha256(path)}
 
 
-def _used_columns(dataset: Dataset) -> list[str]:
-    columns = dataset.columns
-    if dataset.kind == "text":
-        return [columns.text]
-    return [columns.prompt, columns.completion] if columns.prompt and columns.completion else [columns.messages]
+def _print_unread(dataset: str, columns: list[str]) -> None:
+    if columns:
+        print(f"dataset {dataset}: nothing reads the columns {', '.join(columns)}", file=sys.stderr, flush=True)
 
 
 def _rows(source: HubDataset, commit: str) -> Any:
@@ -88,7 +91,7 @@ def _rows(source: HubDataset, commit: str) -> Any:
 
 def _json_line(row: dict[str, Any], columns: list[str], where: str) -> str:
     try:
-        return json.dumps({column: row[column] for column in columns}, ensure_ascii=False) + "\n"
+        return json.dumps({column: without_null_fields(row[column]) for column in columns}, ensure_ascii=False) + "\n"
     except KeyError as error:
         raise UserError(f"{where}: no column {error}", f"its columns are {', '.join(row)}") from None
     except TypeError as error:

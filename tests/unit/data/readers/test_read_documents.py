@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from longhaul.data.readers.read_documents import read_documents
+from longhaul.data.readers.read_documents import Document, read_documents
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset
 
@@ -92,6 +92,103 @@ def test_sharegpt_roles_are_converted(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(_jsonl_bytes("conversations", [turns]))
     found = _read(tmp_path / "a.jsonl", "chat", columns={"messages": "conversations"})
     assert found == [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]
+
+
+def _chat(path: Path, **row: Any) -> Document:
+    path.write_text(json.dumps(row))
+    return next(read_documents([str(path)], dataset("chat")))
+
+
+ANSWER = {"role": "assistant", "content": "A"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": [{"type": "text", "text": "A"}, "B"]}, {"content": "AB"}),
+        ({"content": None, "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": null}'}]}, {"content": "", "tool_calls": [CALL]}),
+        ({"content": "A", "tool_calls": [], "reasoning_content": "", "name": None}, {"content": "A"}),
+        ({"content": "A", "weight": 0}, {"content": "A", "weight": 0}),
+        ({"reasoning_content": "R"}, {"content": "", "reasoning_content": "R"}),
+    ],
+)
+def test_forms_of_an_answer(tmp_path: Path, message: dict[str, Any], expected: dict[str, Any]):
+    found = _chat(tmp_path / "a.jsonl", messages=[{"role": "assistant", **message}])
+    assert found.content == [{"role": "assistant", **expected}]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": None}, "message 1: content is null, not a string"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "content has a part of type 'image_url'; only text"),
+        ({"content": "A", "weight": 0.5}, "message 1: weight is 0.5; it is 0 or 1"),
+        ({"tool_calls": [{"function": {"arguments": {}}}]}, "message 1, tool call 1: no name of a function"),
+        ({"tool_calls": [{"name": "f", "arguments": "{a"}]}, "tool call 1: arguments is not valid JSON: '{a'"),
+        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "tool call 1: arguments is list, not an object"),
+        ({"content": "A", "reasoning_content": ["R"]}, "message 1: reasoning_content is list"),
+        ({"content": "A", "name": "\ud83d"}, "a key of the message holds an unpaired surrogate"),
+    ],
+)
+def test_an_answer_that_cannot_be_trained_on_is_refused(tmp_path: Path, message: dict[str, Any], expected: str):
+    with pytest.raises(UserError) as caught:
+        _chat(tmp_path / "a.jsonl", messages=[{"role": "assistant", **message}])
+    assert expected in caught.value.message and "a.jsonl:1" in caught.value.message
+
+
+def test_tools_are_a_list_or_its_json_text(tmp_path: Path):
+    path, tools = tmp_path / "a.jsonl", [{"type": "function", "function": {"name": "f"}}]
+    for value, expected in ((tools, tools), (json.dumps(tools), tools), (None, None), ([], None), ("", None)):
+        assert _chat(path, messages=[ANSWER], tools=value).tools == expected
+    assert _chat(path, messages=[ANSWER]).tools is None
+    with pytest.raises(UserError, match=r"a.jsonl:1: tools is not a list of JSON schemas"):
+        _chat(path, messages=[ANSWER], tools=["f"])
+    with pytest.raises(UserError, match="no column 'functions'"):
+        _read(path, "chat", columns={"tools": "functions"})
+
+
+def test_a_null_field_of_a_parquet_struct_is_a_missing_key(tmp_path: Path):
+    """All messages of a Parquet column have the same keys: those that a message did not have are null."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    chats = [[ANSWER, {"role": "assistant", "content": None, "tool_calls": [call, {**call, "id": "x"}]}]]
+    pyarrow.parquet.write_table(pa.table({"messages": chats}), tmp_path / "a.parquet")
+    assert _read(tmp_path / "a.parquet", "chat") == [[ANSWER, {**chats[0][1], "content": ""}]]
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path):
+    row = {"id": 1, "text": "A", "meta": {}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (tmp_path / "a.csv").write_text("id,text,meta\n1,A,\n")
+    pyarrow.parquet.write_table(pa.table({"id": [1], "text": ["A"], "meta": ["x"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        (found,) = read_documents([str(tmp_path / name)], dataset())
+        assert found.unread == ("id", "meta")
+
+
+ALPACA = {"prompt": "{instruction}\n\nInput:\n{input}", "completion": "output"}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "given", "expected"),
+    [
+        ("Add.", "1 2", "Add.\n\nInput:\n1 2"),
+        ("Sing.", "", "Sing."),
+        ("Sing.", None, "Sing."),
+        ("", "1 2", "Input:\n1 2"),
+    ],
+)
+def test_a_template_joins_columns(tmp_path: Path, instruction: str, given: str | None, expected: str):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": instruction, "input": given, "output": "A"}))
+    messages = [{"role": "user", "content": expected}, ANSWER]
+    assert _read(tmp_path / "a.jsonl", "chat", columns=ALPACA) == [messages]
+
+
+def test_a_template_whose_columns_are_all_empty_is_refused(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "", "input": None, "output": "A"}))
+    with pytest.raises(UserError, match=r"a.jsonl:1: instruction and input are empty"):
+        _read(tmp_path / "a.jsonl", "chat", columns=ALPACA)
 
 
 def _long_gzip() -> bytes:

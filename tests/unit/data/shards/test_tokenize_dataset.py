@@ -204,3 +204,19 @@ def test_documents_without_anything_to_train_on_are_counted(tmp_path: Path, toke
     with pytest.raises(UserError, match="no document can be trained on"):
         nothing = write_jsonl(tmp_path / "c.jsonl", "text", ["", ""])
         make_shards(tmp_path / "c", tokenizer_folder, [nothing], dataset())
+
+
+def test_what_nothing_reads_is_in_the_manifest_and_the_log(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    turns = [{"role": "user", "content": "Q", "name": "Ann"}, {"role": "assistant", "content": "A <|im_end|>"}]
+    rows = [{"id": number, "messages": [{**turns[0], "content": f"Q{number}"}, turns[1]]} for number in range(6)]
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    # Each conversation is a chunk of its own.
+    manifest = make_shards(tmp_path, tokenizer_folder, [corpus], dataset("chat", chunk_mb=1e-4))
+    assert manifest.unread == {"columns": {"id": 6}, "message_keys": {"user.name": 6}}
+    assert manifest.control_texts == 6
+    log = capsys.readouterr().err
+    assert "dataset corpus: nothing reads the columns id (6 rows); the message keys user.name (6 messages)" in log
+    assert "6 conversations contain the text of a control token" in log

@@ -21,7 +21,8 @@ from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.leases import process_start
 from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
 from longhaul.data.shards.progress_line import ProgressCounters
-from longhaul.data.shards.write_chunk import RECORD, ChunkWriter, EncodingTask, remove_leftovers, select_documents
+from longhaul.data.shards.write_chunk import RECORD, ChunkWriter, EncodingTask, remove_leftovers
+from longhaul.data.tokenizers.token_rows import select_documents
 from longhaul.errors import UserError
 from tests.support.corpora import dataset, make_shards, text, write_jsonl
 

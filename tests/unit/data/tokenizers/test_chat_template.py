@@ -6,12 +6,67 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.data.tokenizers.chat_template import ChatTemplate, without_reasoning
+from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, without_reasoning
 from longhaul.errors import UserError
 from tests.support.chain import REPOSITORY
 from tests.support.corpora import conversation, dataset, make_shards, write_jsonl
 
 REASONING = "<think>First 40, then 2.</think>It is 42."
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+
+
+def _in_loss(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:end] for turn in rendered.turns for start, end in turn]
+
+
+def _shipped(name: str) -> ChatTemplate:
+    text = (REPOSITORY / f"templates/chat/{name}.jinja").read_text()
+    return ChatTemplate(text, {"bos_token": "<b>", "eos_token": "<e>"})
+
+
+def test_longhauls_templates_write_the_reasoning():
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "why"}]
+    for name in ("chatml", "deepseek-r1"):
+        assert _in_loss(_shipped(name).render(turns, "here")) == ["<think>\nwhy\n</think>\n\nA<e>"]
+
+
+def test_longhauls_chatml_writes_tools_and_calls():
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, call]
+    rendered = _shipped("chatml").render(turns, "here", TOOLS)
+    assert rendered.text.startswith('<|im_start|>system\nS\n\nYou may call these functions:\n<tools>\n{"type"')
+    assert rendered.text.count("<|im_start|>system") == 1
+    written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><e>'
+    assert _in_loss(rendered) == [written]
+
+
+def test_a_weight_of_0_selects_marked_turns_by_their_messages():
+    """The template marks two spans in each turn."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}|"
+        "{% generation %}<e>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    turns = [conversation(number)[index] for number in range(2) for index in (1, 2)]
+    turns[0]["content"] = turns[2]["content"] = "Q"
+    turns[1] |= {"content": "A", "weight": 0}
+    turns[3]["content"] = "A"
+    rendered = ChatTemplate(source, {"eos_token": "<e>"}).render(turns, "here")
+    assert rendered.text == "QA|<e>QA|<e>" and rendered.turns == [[(7, 8), (9, 12)]]
+
+
+def test_an_earlier_turn_without_eos_is_refused():
+    """The first EOS after that turn ends the user's next message."""
+    source = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{% if m.role == 'user' or loop.last %}<e>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"))] * 2
+    with pytest.raises(UserError, match="here: cannot find the assistant's tokens"):
+        ChatTemplate(source, {"eos_token": "<e>"}).render(turns, "here")
 
 
 def test_reasoning_opened_by_the_template_is_removed_from_its_start():
@@ -24,9 +79,9 @@ def test_the_r1_template_keeps_the_reasoning_and_marks_it():
     text = (REPOSITORY / "templates/chat/deepseek-r1.jinja").read_text()
     template = ChatTemplate(text, {"bos_token": "<b>", "eos_token": "<e>"})
     turns = [{"role": "user", "content": "6 x 7?"}, {"role": "assistant", "content": REASONING}]
-    rendered, ((start, end),) = template.render(turns, "a.jsonl:1")
-    assert rendered == f"<b><｜User｜>6 x 7?<｜Assistant｜>{REASONING}<e>"
-    assert rendered[start:end] == f"{REASONING}<e>"
+    rendered = template.render(turns, "a.jsonl:1")
+    assert rendered.text == f"<b><｜User｜>6 x 7?<｜Assistant｜>{REASONING}<e>"
+    assert _in_loss(rendered) == [f"{REASONING}<e>"]
 
 
 def test_reasoning_without_an_end_is_removed_to_the_end_of_the_turn():

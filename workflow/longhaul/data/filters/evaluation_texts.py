@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from longhaul.data.filters.word_ngrams import ngrams, split_words
 from longhaul.data.readers.formats import read_rows
-from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange
+from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, WantedColumns
 from longhaul.errors import UserError
 
 _MAX_ROW_BYTES = 200_000_000
@@ -67,7 +67,7 @@ def read_evaluation_texts(
     texts: list[str] = []
     short_texts = 0
     for file in files:
-        for row in read_rows(FileRange(Path(file), "auto"), columns, _MAX_ROW_BYTES):
+        for row in read_rows(FileRange(Path(file), "auto"), WantedColumns(columns), _MAX_ROW_BYTES):
             if isinstance(row.values, BadData):
                 raise row.values
             for column, value in zip(columns, row.values, strict=True):

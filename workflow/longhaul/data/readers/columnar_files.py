@@ -11,6 +11,7 @@ from longhaul.data.readers.rows_and_file_ranges import (
     BadData,
     FileRange,
     Row,
+    WantedColumns,
     refuse_long_rows,
     require_columns,
 )
@@ -18,7 +19,7 @@ from longhaul.data.readers.rows_and_file_ranges import (
 _BATCH_ROWS, _BATCH_BYTES = 1024, 16_000_000
 
 
-def read_parquet(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def read_parquet(file_range: FileRange, columns: WantedColumns, max_bytes: int) -> Iterator[Row]:
     """Read the row groups of a range."""
     import pyarrow.parquet
 
@@ -28,8 +29,10 @@ def read_parquet(file_range: FileRange, columns: tuple[str, ...], max_bytes: int
         require_columns(path, columns, table.schema_arrow.names)
         groups = range(start, table.num_row_groups if stop is None else stop)
         first_row = sum(table.metadata.row_group(group).num_rows for group in range(start))
-        batches = table.iter_batches(_batch_rows(table.metadata), row_groups=list(groups), columns=list(columns))
-        rows = _batch_to_rows(path, batches, columns, first_row, max(1, table.metadata.num_rows))
+        found = tuple(table.schema_arrow.names)
+        wanted = [name for name in columns.names if name in found]
+        batches = table.iter_batches(_batch_rows(table.metadata), row_groups=list(groups), columns=wanted)
+        rows = _batch_to_rows(path, batches, columns.names, found, first_row, max(1, table.metadata.num_rows))
         yield from refuse_long_rows(rows, max_bytes)
 
 
@@ -40,7 +43,7 @@ def _batch_rows(metadata: Any) -> int:
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1, row_bytes))))
 
 
-def read_arrow(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def read_arrow(file_range: FileRange, columns: WantedColumns, max_bytes: int) -> Iterator[Row]:
     """Read Arrow's stream format, which `datasets` writes, or its file format; one batch at a time."""
     import pyarrow
 
@@ -54,32 +57,50 @@ def read_arrow(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) 
             opened = pyarrow.ipc.open_file(source)
             require_columns(path, columns, opened.schema.names)
             batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-        yield from refuse_long_rows(_batch_to_rows(path, batches, columns, 0, 0), max_bytes)
+        yield from refuse_long_rows(
+            _batch_to_rows(path, batches, columns.names, tuple(opened.schema.names), 0, 0), max_bytes
+        )
 
 
 def _batch_to_rows(
-    path: Path, batches: Iterable[Any], columns: tuple[str, ...], first_row: int, row_count: int
+    path: Path,
+    batches: Iterable[Any],
+    columns: tuple[str, ...],
+    found: tuple[str, ...],
+    first_row: int,
+    row_count: int,
 ) -> Iterator[Row]:
-    """Yield the rows of Arrow batches.
+    """Yield the rows of Arrow batches. A column that the file does not have gives None.
 
     row_count is the number of rows in the file. It is 0 where it is unknown: then positions stay at 0.
     """
     number, size = first_row, path.stat().st_size
     for batch in batches:
-        arrays = [batch.column(column) for column in columns]
-        for values in zip(*map(_to_python, arrays), strict=True):
+        arrays = [_to_python(batch.column(name)) if name in found else [None] * batch.num_rows for name in columns]
+        for values in zip(*arrays, strict=True):
             number += 1
             where = f"{path} row {number}"
             position = size * number // row_count if row_count else 0
-            yield Row(where, _require_valid_utf8(values, where), position)
+            yield Row(where, _require_valid_utf8(values, where), position, found)
 
 
 def _to_python(array: Any) -> list[Any]:
     """Return an Arrow array as Python values; a value that is not valid UTF-8 becomes its UnicodeDecodeError."""
     try:
-        return array.to_pylist()
+        values = array.to_pylist()
     except UnicodeDecodeError:
         return [_value_or_error(scalar) for scalar in array]
+    return list(map(without_null_fields, values)) if array.type.num_fields else values
+
+
+def without_null_fields(value: Any) -> Any:
+    """Return a value without the null fields of its structs.
+
+    All structs of a column have the same fields. A null field is therefore one that the row did not have.
+    """
+    if isinstance(value, dict):
+        return {key: without_null_fields(item) for key, item in value.items() if item is not None}
+    return list(map(without_null_fields, value)) if isinstance(value, list) else value
 
 
 def _value_or_error(scalar: Any) -> Any:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from longhaul.config.data_formats import KNOWN_SUFFIXES, known_format
 from longhaul.data.readers.columnar_files import read_arrow, read_parquet
-from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, Row, damaged_file
+from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, Row, WantedColumns, damaged_file
 from longhaul.data.readers.text_files import read_csv, read_json_list, read_jsonl, read_whole_text
 from longhaul.errors import UserError
 
-_READERS: dict[str, Callable[[FileRange, tuple[str, ...], int], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[FileRange, WantedColumns, int], Iterator[Row]]] = {
     "jsonl": read_jsonl,
     "json": read_json_list,
     "parquet": read_parquet,
@@ -22,7 +22,7 @@ _READERS: dict[str, Callable[[FileRange, tuple[str, ...], int], Iterator[Row]]] 
 }
 
 
-def read_rows(file_range: FileRange, columns: tuple[str, ...], max_document_bytes: int) -> Iterator[Row]:
+def read_rows(file_range: FileRange, columns: WantedColumns, max_document_bytes: int) -> Iterator[Row]:
     """Read columns of one file.
 
     Errors are yielded as rows: one for each bad row, and one when the rest of the file cannot be read.

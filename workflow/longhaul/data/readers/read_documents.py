@@ -9,15 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longhaul.config.dataset_config import Dataset
+from longhaul.config.column_template import is_template, template_parts
+from longhaul.config.dataset_config import DEFAULT_TOOLS_COLUMN, Dataset
+from longhaul.data.readers.conversations import Message, Tool, validated_messages, validated_tools
 from longhaul.data.readers.formats import read_rows
-from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange
+from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, WantedColumns
+from longhaul.data.readers.text_values import validated_text
 from longhaul.errors import UserError
-
-Message = dict[str, Any]
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT's names for these roles.
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 class Document(NamedTuple):
@@ -25,19 +23,15 @@ class Document(NamedTuple):
 
     where:    the location for error messages; str() gives "file:line" or "file row n".
     position: bytes of the file that have been read, including this document; for progress.
+    tools:    the functions that the assistant of a conversation may call.
+    unread:   names of the row's columns that nothing reads.
     """
 
     content: str | list[Message]
     where: object
     position: int
-
-
-def document_columns(dataset: Dataset) -> tuple[str, ...]:
-    """Return the names of the columns that hold a dataset's documents."""
-    names = dataset.columns
-    if dataset.kind == "text":
-        return (names.text,)
-    return (names.prompt, names.completion) if names.prompt and names.completion else (names.messages,)
+    tools: list[Tool] | None = None
+    unread: tuple[str, ...] = ()
 
 
 def read_documents(files: Sequence[str], dataset: Dataset) -> Iterator[Document]:
@@ -68,95 +62,78 @@ def no_documents(file: str) -> BadData:
 
 def read_range(file_range: FileRange, dataset: Dataset) -> Iterator[Document | BadData]:
     """Yield the documents of a range of a file; an error takes the place of a document that cannot be read."""
-    columns = document_columns(dataset)
+    columns = WantedColumns(dataset.columns.required(dataset.kind), dataset.columns.optional(dataset.kind))
+    wanted = set(columns.names)
     for row in read_rows(file_range, columns, int(dataset.max_document_mb * 1e6)):
         if isinstance(row.values, BadData):
             yield row.values
             continue
+        unread = tuple(name for name in row.found if name not in wanted)
+        values = dict(zip(columns.names, row.values, strict=True))
         try:
-            yield Document(_content(row.values, columns, row.where, dataset.kind), row.where, row.position)
+            content = _content(values, row.where, dataset)
+            yield Document(content, row.where, row.position, _tools(values, row.where, dataset), unread)
         except BadData as error:
             yield error
 
 
 def document_texts(document: Document) -> Iterator[str]:
-    """Yield the plain texts of a document: the text itself, or the content of each message."""
+    """Yield the plain texts of a document: the text itself, or all texts of a conversation and its tools."""
     if isinstance(document.content, str):
         yield document.content
-    else:
-        yield from (message["content"] for message in document.content)
+        return
+    for message in document.content:
+        yield message["content"]
+        if len(message) > len(("role", "content")):
+            yield from _strings([value for key, value in message.items() if key not in ("role", "content")])
+    if document.tools:
+        yield from _strings(document.tools)
 
 
-def _content(values: tuple[Any, ...], columns: tuple[str, ...], where: object, kind: str) -> str | list[Message]:
-    if kind == "text":
-        return _validated_text(values[0], where, columns[0])
-    if len(columns) == 1:
-        return _validated_messages(values[0], where)
-    prompt, completion = values
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _content(values: dict[str, Any], where: object, dataset: Dataset) -> str | list[Message]:
+    """Return the text or the messages of a row, whose values are given by column."""
+    columns = dataset.columns
+    if dataset.kind == "text":
+        return validated_text(values[columns.text], where, columns.text)
+    if not (columns.prompt and columns.completion):
+        return validated_messages(values[columns.messages], where)
     return [
-        *_prompt_or_completion(prompt, "user", columns[0], where),
-        *_prompt_or_completion(completion, "assistant", columns[1], where),
+        *_prompt_or_completion(values, columns.prompt, "user", where),
+        *_prompt_or_completion(values, columns.completion, "assistant", where),
     ]
 
 
-def _prompt_or_completion(value: Any, role: str, column: str, where: object) -> list[Message]:
-    """Return the messages of a prompt or a completion, which is a text or a list of messages."""
-    if isinstance(value, list):
-        return _validated_messages(value, where)
-    return [{"role": role, "content": _validated_text(value, where, column)}]
+def _prompt_or_completion(values: dict[str, Any], column: str, role: str, where: object) -> list[Message]:
+    """Return the messages of a prompt or a completion: a text, a list of messages, or joined columns."""
+    if is_template(column):
+        return [{"role": role, "content": _joined_columns(values, column, where)}]
+    if isinstance(values[column], list):
+        return validated_messages(values[column], where)
+    return [{"role": role, "content": validated_text(values[column], where, column)}]
 
 
-def _validated_text(value: Any, where: object, name: str) -> str:
-    if not isinstance(value, str):
-        found = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        reason = "null text" if value is None else "not a string"
-        message = f"{where}: {name} is {found}, not a string"
-        raise BadData.with_reason(reason, message, "every document needs text: fix or remove this row")
-    if not value.isascii():
-        _refuse_surrogates(value, where, name)
-    return value
+def _joined_columns(values: dict[str, Any], template: str, where: object) -> str:
+    """Fill in a template. An empty or null column is left out together with the text before it."""
+    parts = template_parts(template)
+    given = {part.column: values[part.column] for part in parts if part.column}
+    texts = {name: "" if value is None else validated_text(value, where, name) for name, value in given.items()}
+    if not any(texts.values()):
+        message = f"{where}: {' and '.join(texts)} are empty"
+        raise BadData.with_reason("null text", message, "every document needs text: fix or remove this row")
+    kept = [part.literal + texts.get(part.column, "") for part in parts if texts.get(part.column, True)]
+    return "".join(kept) if all(texts.values()) else "".join(kept).strip()
 
 
-def _refuse_surrogates(value: str, where: object, name: str) -> None:
-    """Raise BadData for an unpaired surrogate: JSON can contain one as "\\ud800", but UTF-8 cannot encode it."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        surrogate = f"\\u{ord(value[error.start]):04x}"
-        message = f"{where}: {name} holds an unpaired surrogate ({surrogate})"
-        raise BadData.with_reason("unpaired surrogate", message, "fix or remove this row") from None
-
-
-def _validated_messages(value: Any, where: object) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else type(value).__name__
-        raise _malformed(f"{where}: a conversation is a list of messages, found {found}", "use [{role, content}, …]")
-    return [_validated_message(item, f"{where}, message {number}") for number, item in enumerate(value, start=1)]
-
-
-def _validated_message(value: Any, where: str) -> Message:
-    """Return {role, content} from this form or from ShareGPT's {from, value}.
-
-    Other keys that are not null stay, because the chat template may use them.
-    """
-    if not isinstance(value, dict):
-        raise _malformed(f"{where}: expected {{role, content}}, found {type(value).__name__}", "fix the conversation")
-    role_key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in value:
-            found = ", ".join(map(repr, value)) or "nothing"
-            raise _malformed(f"{where}: no {key!r}; found {found}", "use {role, content}")
-    extra = {key: item for key, item in value.items() if key not in (role_key, content_key) and item is not None}
-    content = _validated_text(value[content_key], where, content_key)
-    return {"role": _validated_role(value[role_key], where), "content": content, **extra}
-
-
-def _validated_role(value: Any, where: str) -> str:
-    role = _SHAREGPT_ROLES.get(value, value) if isinstance(value, str) else value
-    if role not in ROLES:
-        raise _malformed(f"{where}: role {value!r} is not one of {', '.join(ROLES)}", "fix the conversation")
-    return role
-
-
-def _malformed(message: str, hint: str) -> BadData:
-    return BadData.with_reason("malformed conversation", message, hint)
+def _tools(values: dict[str, Any], where: object, dataset: Dataset) -> list[Tool] | None:
+    name = dataset.columns.tools or DEFAULT_TOOLS_COLUMN
+    return validated_tools(values.get(name), where, name) if dataset.kind == "chat" else None

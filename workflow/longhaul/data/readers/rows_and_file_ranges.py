@@ -44,17 +44,31 @@ class LineLocation(NamedTuple):
         return f"{self.path}:{self.number + _count_newlines(self.path, self.first_byte)}"
 
 
+class WantedColumns(NamedTuple):
+    """Names of the columns to read. The value of an optional column is None in a row that does not have it."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order of a row's values."""
+        return self.required + self.optional
+
+
 class Row(NamedTuple):
     """One row of a file.
 
     where:    the row's location; str() gives "file:line" or "file row n".
-    values:   the values of the requested columns, or the error that describes the row.
+    values:   the values of the wanted columns, or the error that describes the row.
     position: bytes of the file that have been read, including this row.
+    found:    names of all columns of the row.
     """
 
     where: object
     values: tuple[Any, ...] | BadData
     position: int
+    found: tuple[str, ...] = ()
 
 
 class FileRange(NamedTuple):
@@ -118,11 +132,12 @@ def missing_column(where: object, column: str, found: list[str]) -> BadData:
     return BadData.with_reason("missing column", message, "set the column name in the dataset's `columns`")
 
 
-def require_columns(path: object, columns: tuple[str, ...], found: list[str]) -> None:
-    """Raise BadData unless a header contains each of the columns exactly once."""
-    for column in columns:
+def require_columns(path: object, columns: WantedColumns, found: list[str]) -> None:
+    """Raise BadData unless a header contains each required column exactly once, and each optional one at most once."""
+    for column in columns.required:
         if column not in found:
             raise missing_column(path, column, found)
+    for column in columns.names:
         if found.count(column) > 1:
             message = f"{path}: {found.count(column)} columns are named {column!r}"
             raise BadData.with_reason("duplicate column", message, "write the file again with one such column")

@@ -19,6 +19,7 @@ from longhaul.data.readers.rows_and_file_ranges import (
     FileRange,
     LineLocation,
     Row,
+    WantedColumns,
     damaged_file,
     decode_utf8,
     missing_column,
@@ -30,13 +31,14 @@ from longhaul.data.readers.rows_and_file_ranges import (
 _MAX_LIST_BYTES = 160_000_000
 
 
-def read_jsonl(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def read_jsonl(file_range: FileRange, columns: WantedColumns, max_bytes: int) -> Iterator[Row]:
     """Read one JSON object per line."""
     for where, line, position in _read_lines(file_range, max_bytes):
         try:
             if line is None:
                 raise too_long(where, max_bytes)
-            yield Row(where, _select_columns(_parse_line(line, where), columns, where), position)
+            row = _parse_line(line, where)
+            yield Row(where, _select_columns(row, columns, where), position, tuple(row))
         except BadData as error:
             yield Row(where, error, position)
 
@@ -103,17 +105,17 @@ def _parse_line(line: bytes, where: LineLocation) -> Any:
         raise BadData.with_reason("not valid JSON", message, "fix or remove the line") from None
 
 
-def _select_columns(row: Any, columns: tuple[str, ...], where: object) -> tuple[Any, ...]:
+def _select_columns(row: Any, columns: WantedColumns, where: object) -> tuple[Any, ...]:
     if not isinstance(row, dict):
         message = f"{where}: expected a JSON object, found {type(row).__name__}"
         raise BadData.with_reason("not an object", message, "write one JSON object {…} for each document")
-    for column in columns:
+    for column in columns.required:
         if column not in row:
             raise missing_column(where, column, list(row))
-    return tuple(row[column] for column in columns)
+    return tuple(map(row.get, columns.names))
 
 
-def read_json_list(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def read_json_list(file_range: FileRange, columns: WantedColumns, max_bytes: int) -> Iterator[Row]:
     """Read a JSON list of objects.
 
     A file that does not start with [ is read as JSON lines: many .json files on the Hugging Face Hub are.
@@ -151,16 +153,16 @@ def _parse_list(data: bytes, path: Path) -> list[Any]:
         raise BadData.with_reason("not valid JSON", message, hint) from None
 
 
-def _list_rows(values: list[Any], columns: tuple[str, ...], path: Path, size: int) -> Iterator[Row]:
+def _list_rows(values: list[Any], columns: WantedColumns, path: Path, size: int) -> Iterator[Row]:
     for number, value in enumerate(values, start=1):
         where = f"{path} row {number}"
         try:
-            yield Row(where, _select_columns(value, columns, where), size * number // len(values))
+            yield Row(where, _select_columns(value, columns, where), size * number // len(values), tuple(value))
         except BadData as error:
             yield Row(where, error, size * number // len(values))
 
 
-def read_csv(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def read_csv(file_range: FileRange, columns: WantedColumns, max_bytes: int) -> Iterator[Row]:
     """Read comma-separated values with a header line; quoted fields may contain line breaks.
 
     Nothing can be read after an invalid quote.
@@ -175,7 +177,7 @@ def read_csv(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) ->
             for fields in filter(None, reader):
                 where = f"{path}:{reader.line_num}"
                 try:
-                    yield Row(where, _select_fields(fields, header, columns, where), raw.tell())
+                    yield Row(where, _select_fields(fields, header, columns, where), raw.tell(), tuple(header))
                 except BadData as error:
                     yield Row(where, error, raw.tell())
         except csv.Error as error:
@@ -194,18 +196,18 @@ def _csv_lines(stream: BinaryIO, path: Path, max_bytes: int) -> Iterator[str]:
         yield line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
 
 
-def _select_fields(fields: list[str], header: list[str], columns: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _select_fields(fields: list[str], header: list[str], columns: WantedColumns, where: str) -> tuple[str | None, ...]:
     if len(fields) != len(header):
         message = f"{where}: {len(fields)} fields, but the header has {len(header)}"
         raise BadData.with_reason("wrong number of CSV fields", message, "quote texts that contain commas")
-    values = tuple(fields[header.index(column)] for column in columns)
+    values = tuple(fields[header.index(name)] if name in header else None for name in columns.names)
     for value in values:
-        if not value.isascii():
+        if value and not value.isascii():
             decode_utf8(value.encode("utf-8", "surrogateescape"), where=where)
     return values
 
 
-def read_whole_text(file_range: FileRange, columns: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def read_whole_text(file_range: FileRange, columns: WantedColumns, max_bytes: int) -> Iterator[Row]:
     """Read a file as one document."""
     path = file_range.path
     with path.open("rb") as raw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,38 @@ def build_manifest(
         skipped=dict(sorted(skipped.items())),
         unigram_entropy_nats=unigram_entropy(SplitReader(task.root, splits["train"], job.dataset.kind == "chat")),
         encoder=choice._asdict(),
+        unread=_unread(records),
+        control_texts=sum(record["control_texts"] for record in records),
     )
+
+
+def _unread(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return how many rows have a column, and how many messages a key, that nothing reads in any chunk."""
+    columns, keys, read = Counter[str](), Counter[str](), set[str]()
+    for record in records:
+        columns.update(record["unread_columns"])
+        keys.update({name: found["messages"] for name, found in record["message_keys"].items()})
+        read.update(name for name, found in record["message_keys"].items() if found["is_read"])
+    unread_keys = {name: count for name, count in sorted(keys.items()) if name not in read}
+    return {"columns": dict(sorted(columns.items())), "message_keys": unread_keys}
+
+
+def print_unread(manifest: DataManifest) -> None:
+    """Print what the dataset contains and nothing reads."""
+    found = [
+        f"{what} {', '.join(f'{name} ({count:,} {unit})' for name, count in manifest.unread[key].items())}"
+        for key, what, unit in (("columns", "the columns", "rows"), ("message_keys", "the message keys", "messages"))
+        if manifest.unread[key]
+    ]
+    if found:
+        print(f"dataset {manifest.dataset}: nothing reads {'; '.join(found)}", file=sys.stderr, flush=True)
+    if manifest.control_texts:
+        print(
+            f"dataset {manifest.dataset}: {manifest.control_texts:,} conversations contain the text of a control token, "
+            "which is encoded as plain text; allow_control_tokens: true makes it that token",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _require_documents(

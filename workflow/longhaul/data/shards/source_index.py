@@ -17,7 +17,7 @@ from typing import Any
 from longhaul.artifacts.artifact_schemas import SourceIndex, TokenizerManifest
 from longhaul.artifacts.atomic_files import content_hash, read_json, write_json
 from longhaul.artifacts.shared_file_system import exists_on_server
-from longhaul.data.readers.read_documents import Document, document_columns, document_texts, read_range
+from longhaul.data.readers.read_documents import Document, document_texts, read_range
 from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
 from longhaul.data.shards.write_chunk import EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice, choose_encoder
@@ -26,7 +26,7 @@ from longhaul.data.tokenizers.token_rows import TokenRows
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
 
-_LAYOUT_VERSION = 6
+_LAYOUT_VERSION = 7
 _SAMPLED_CHUNKS, _SAMPLED_CHARACTERS = 16, 20_000
 
 
@@ -111,11 +111,12 @@ class IndexedSources:
         return {
             "version": _LAYOUT_VERSION,
             "kind": dataset.kind,
-            "columns": document_columns(dataset),
+            "columns": dataset.columns.of_kind(dataset.kind),
             "format": dataset.format,
             "bad_rows": dataset.bad_rows,
             "max_document_mb": dataset.max_document_mb,
             "reasoning_in_loss": dataset.reasoning_in_loss,
+            "allow_control_tokens": dataset.allow_control_tokens,
             "threshold": threshold,
             "tokenizer": self.tokenizer.hash,
             "encoder": encoder,

@@ -21,7 +21,7 @@ from longhaul.artifacts.artifact_schemas import DataManifest, EncodedPartition, 
 from longhaul.data.filters.chunk_fingerprints import TextFilters
 from longhaul.data.filters.filter_documents import filter_documents
 from longhaul.data.sampling import mixture_manifest
-from longhaul.data.shards.build_manifest import build_manifest, require_complete_shards
+from longhaul.data.shards.build_manifest import build_manifest, print_unread, require_complete_shards
 from longhaul.data.shards.chunks import SourceFile, chunks_of_partition
 from longhaul.data.shards.source_index import IndexedSources
 from longhaul.data.shards.worker_pool import WorkerPool, background_map, hash_sources, worker_count
@@ -45,6 +45,7 @@ def run(job: TokenizeSpec) -> None:
     with _open_dataset(job, job.name) as (sources, filters, pool):
         manifest = _encode_dataset(sources, filters, pool)
         require_complete_shards(manifest, Path(job.folder))
+        print_unread(manifest)
         manifest.write(Path(job.out))
 
 

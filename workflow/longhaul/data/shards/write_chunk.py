@@ -39,6 +39,7 @@ from longhaul.data.tokenizers.document_encoder import (
     EncodedBatch,
     group_into_batches,
 )
+from longhaul.data.tokenizers.token_rows import select_documents
 from longhaul.errors import UserError
 
 RECORD = "record.json"
@@ -93,6 +94,7 @@ class ChunkWriter:
         for source_range in chunk.ranges:
             self._encode_range(source_range, writers, contents)
         self._encoder.check()
+        contents.message_keys = self._encoder.take_unread_keys()
         contents.write_keys(folder)
         return contents.record({split: writer.close() for split, writer in writers.items()})
 
@@ -102,6 +104,7 @@ class ChunkWriter:
         skipped_before = contents.skipped.total()
         for documents in group_into_batches(self._read_documents(source_range, contents)):
             encoded = self._encoder.encode(documents)
+            contents.control_texts += encoded.control_texts
             for error in encoded.left_out:
                 self._leave_out(error, contents)
             self._add(encoded, writers, contents)
@@ -122,6 +125,7 @@ class ChunkWriter:
                 self._leave_out(document, contents)
             else:
                 contents.documents[-1] += 1
+                contents.unread_columns.update(document.unread)
                 yield document
 
     def _leave_out(self, error: BadData, contents: _ChunkContents) -> None:
@@ -164,18 +168,6 @@ class ChunkWriter:
         contents.counted_bytes = 0 if position is None else max(done, contents.counted_bytes)
 
 
-def select_documents(values: np.ndarray, lengths: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """Return the values of the selected documents.
-
-    values [N] belong to documents with lengths [D]; selected [D] bool. Consecutive documents are copied as one slice.
-    """
-    if selected.all():
-        return values
-    edges = np.flatnonzero(np.diff(np.r_[False, selected, False]))
-    slices = np.r_[0, np.cumsum(lengths)][edges].reshape(-1, 2)
-    return np.concatenate([values[:0], *(values[start:stop] for start, stop in slices.tolist())])
-
-
 @dataclass
 class _ChunkContents:
     """The contents of a chunk, collected while it is encoded.
@@ -184,6 +176,9 @@ class _ChunkContents:
     skipped:       number of documents left out, by reason.
     keys:          keys of the documents in the shards, [D] uint64 in all.
     counted_bytes: bytes of the current range that the progress counters include.
+    unread_columns: number of rows, by the name of a column that nothing reads.
+    message_keys:  keys of messages that only a chat template can read (message_keys.UnreadKeys).
+    control_texts: conversations in which a message contains the text of a control token.
     """
 
     documents: list[int] = field(default_factory=list)
@@ -192,6 +187,9 @@ class _ChunkContents:
     lowest_key: int = 2**64
     highest_key: int = -1
     counted_bytes: int = 0
+    unread_columns: Counter[str] = field(default_factory=Counter)
+    message_keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    control_texts: int = 0
 
     def write_keys(self, folder: Path) -> None:
         """Write the keys in the order of the sources; the keys of either split are in the order of its shards."""
@@ -205,6 +203,9 @@ class _ChunkContents:
             "splits": splits,
             "documents": self.documents,
             "skipped": dict(sorted(self.skipped.items())),
+            "unread_columns": dict(sorted(self.unread_columns.items())),
+            "message_keys": self.message_keys,
+            "control_texts": self.control_texts,
             "lowest_key": self.lowest_key,
             "highest_key": self.highest_key,
         }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,11 +18,20 @@ from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.read_documents import Document, document_texts
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
-from longhaul.data.tokenizers.chat_template import ChatTemplate, Span, without_reasoning
-from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, first_difference, open_fast, open_reference
-from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids
+from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, Span, without_reasoning
+from longhaul.data.tokenizers.control_tokens import REASONING_MARKERS, ControlTokens
+from longhaul.data.tokenizers.message_keys import UnreadKeys, require_keys_reached
+from longhaul.data.tokenizers.reference_and_fast_encoder import (
+    ControlTextEncoder,
+    FastEncoder,
+    first_difference,
+    open_fast,
+    open_reference,
+    read_settings,
+)
+from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids, select_documents
 
-NOTHING_TO_TRAIN_ON = ("empty text", "no assistant turn")
+NOTHING_TO_TRAIN_ON = ("empty text", "no assistant turn", "no assistant turn with a weight", "no loss token")
 """Reasons that leave out a document under every `bad_rows` policy."""
 
 _BATCH_CHARACTERS = 1 << 20  # such a batch and its ids fit into the cache of a CPU core
@@ -53,6 +64,7 @@ class EncodedBatch:
     mask:     [N] uint8, 1 = counts in the loss; None for texts.
     keys:     [D] uint64, see document_key.
     left_out: an error for each document of the batch that is not in these arrays.
+    control_texts: conversations in which a message contains the text of a control token.
     """
 
     tokens: np.ndarray
@@ -60,6 +72,15 @@ class EncodedBatch:
     mask: np.ndarray | None
     keys: np.ndarray
     left_out: list[BadData]
+    control_texts: int = 0
+
+
+class _InLoss(NamedTuple):
+    """A rendered conversation and its spans in the loss."""
+
+    text: str
+    spans: list[Span]
+    has_control_text: bool
 
 
 class DocumentEncoder:
@@ -79,7 +100,10 @@ class DocumentEncoder:
         self._max_bytes = _MAX_DOCUMENT_BYTES[encoder, dataset.kind]
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
-        self._template = ChatTemplate.load(folder) if dataset.kind == "chat" else None
+        control_tokens = ControlTokens(() if dataset.allow_control_tokens else read_settings(folder).control_tokens)
+        self._control_text_encoder = ControlTextEncoder(folder, control_tokens)
+        self._template = ChatTemplate.load(folder, control_tokens) if dataset.kind == "chat" else None
+        self._unread_keys = UnreadKeys(self._template) if self._template else None
         self._reasoning_in_loss = dataset.reasoning_in_loss
 
     def encode(self, documents: Sequence[Document]) -> EncodedBatch:
@@ -110,18 +134,32 @@ class DocumentEncoder:
         self, template: ChatTemplate, documents: Sequence[Document], left_out: list[BadData]
     ) -> EncodedBatch:
         """Encode conversations as the chat template renders them, with a loss mask."""
-        kept, texts, spans = [], [], []
+        kept: list[Document] = []
+        rendered: list[_InLoss] = []
         for document in documents:
-            rendered = self._render(template, document)
-            if isinstance(rendered, BadData):
-                left_out.append(rendered)
+            found = self._render(template, document)
+            if isinstance(found, BadData):
+                left_out.append(found)
                 continue
             kept.append(document)
-            texts.append(rendered[0])
-            spans.append(rendered[1])
-        self._collect_excerpts(texts)
-        rows, mask = self._encoder.encode_with_mask(texts, spans)
-        return self._batch(kept, rows, mask, left_out)
+            rendered.append(found)
+        rows, mask = self._encode_rendered(rendered)
+        return self._without_empty_masks(self._batch(kept, rows, mask, left_out), kept, rendered)
+
+    def _encode_rendered(self, rendered: list[_InLoss]) -> tuple[TokenRows, np.ndarray]:
+        """Encode rendered conversations; those with the text of a control token have an encoder of their own."""
+        parts = []
+        for has_control_text, group in groupby(rendered, attrgetter("has_control_text")):
+            encoder = self._control_text_encoder if has_control_text else self._encoder
+            texts, spans = zip(*((found.text, found.spans) for found in group), strict=True)
+            if not has_control_text:
+                self._collect_excerpts(texts)
+            parts.append(encoder.encode_with_mask(texts, spans))
+        if len(parts) == 1:
+            return parts[0]
+        tokens = np.concatenate([np.empty(0, np.uint32), *(rows.tokens for rows, _ in parts)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(rows.lengths for rows, _ in parts)])
+        return TokenRows(tokens, lengths), np.concatenate([np.empty(0, np.uint8), *(mask for _, mask in parts)])
 
     def _batch(
         self, documents: Sequence[Document], rows: TokenRows, mask: np.ndarray | None, left_out: list[BadData]
@@ -146,16 +184,71 @@ class DocumentEncoder:
         hint = "shorten the document, or leave out such documents with bad_rows: skip"
         return BadData.with_reason("too long", message, hint)
 
-    def _render(self, template: ChatTemplate, document: Document) -> tuple[str, list[Span]] | BadData:
+    def _render(self, template: ChatTemplate, document: Document) -> _InLoss | BadData:
         """Return a conversation's text and its spans that count in the loss, or why it is left out."""
         messages: Any = document.content
-        if not any(message["role"] == "assistant" for message in messages):
-            return _nothing_to_train_on(document, "no assistant turn")
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        if not any(weights):
+            reason = "no assistant turn with a weight" if weights else "no assistant turn"
+            return _nothing_to_train_on(document, reason)
         try:
-            text, spans = template.render(messages, document.where)
+            rendered = template.render(messages, document.where, document.tools)
+            self._check_keys(template, rendered)
+            spans = [self._spans_in_loss(template, rendered, turn) for turn in rendered.turns]
         except BadData as error:
             return error
-        return text, spans if self._reasoning_in_loss else without_reasoning(text, spans)
+        return _InLoss(rendered.text, list(chain.from_iterable(spans)), rendered.has_control_text)
+
+    def _check_keys(self, template: ChatTemplate, rendered: Rendered) -> None:
+        conversation = rendered.conversation
+        if not conversation.tools and all(
+            len(message) == len(("role", "content")) for message in conversation.messages
+        ):
+            return
+        text = template.text(conversation) if rendered.has_control_text else rendered.text
+        dropped = require_keys_reached(template, conversation, text)
+        if self._unread_keys:
+            self._unread_keys.add(conversation, text, dropped)
+
+    def _spans_in_loss(self, template: ChatTemplate, rendered: Rendered, turn: list[Span]) -> list[Span]:
+        """Return the spans of a turn that count in the loss; BadData if they hold nothing but EOS."""
+        spans = turn if self._reasoning_in_loss else without_reasoning(rendered.text, turn)
+        target = "".join(rendered.text[start:end] for start, end in spans)
+        eos = template.control_tokens.exchange(template.eos) if rendered.has_control_text else template.eos
+        if _is_only(target, eos):
+            message = f"{rendered.conversation.where}: an assistant turn has no text in the loss, only the EOS"
+            hint = "remove the turn, or give it weight: 0; the model would learn to answer nothing"
+            raise BadData.with_reason("empty assistant turn", message, hint)
+        return spans
+
+    def _without_empty_masks(self, batch: EncodedBatch, kept: list[Document], rendered: list[_InLoss]) -> EncodedBatch:
+        """Leave out conversations without a token in the loss. The first token of a conversation is never predicted."""
+        assert batch.mask is not None
+        ends = np.cumsum(batch.lengths, dtype=np.int64)
+        starts = ends - batch.lengths
+        counts = np.r_[0, np.cumsum(batch.mask, dtype=np.int64)]
+        has_loss = (batch.lengths > 1) & (counts[ends] > counts[np.minimum(starts + 1, ends)])
+        control_texts = sum(found.has_control_text for found in rendered)
+        if has_loss.all():
+            return replace(batch, control_texts=control_texts)
+        without = [document for document, has in zip(kept, has_loss, strict=True) if not has]
+        return replace(
+            batch,
+            tokens=select_documents(batch.tokens, batch.lengths, has_loss),
+            mask=select_documents(batch.mask, batch.lengths, has_loss),
+            lengths=batch.lengths[has_loss],
+            keys=batch.keys[has_loss],
+            left_out=[*batch.left_out, *(_nothing_to_train_on(document, "no loss token") for document in without)],
+            control_texts=control_texts,
+        )
+
+    def take_unread_keys(self) -> dict[str, dict[str, Any]]:
+        """Return what UnreadKeys counted since the last call."""
+        if self._unread_keys is None:
+            return {}
+        counts = self._unread_keys.counts()
+        self._unread_keys.start_chunk()
+        return counts
 
     def _require_ids_in_vocabulary(self, tokens: np.ndarray) -> None:
         largest = int(tokens.max(initial=0))
@@ -201,8 +294,19 @@ def document_key(document: Document) -> int:
     time of a cryptographic hash, and collisions are no security risk.
     """
     content = document.content
-    text = content if isinstance(content, str) else canonical_json(content)
+    if isinstance(content, str):
+        text = content
+    else:
+        text = canonical_json({"messages": content, "tools": document.tools} if document.tools else content)
     return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _is_only(target: str, eos: str) -> bool:
+    """Return whether a target is EOS without any text; markers of reasoning and spaces are no text."""
+    rest = target
+    for mark in (eos, *REASONING_MARKERS):
+        rest = rest.replace(mark, "")
+    return eos in target and not rest.strip()
 
 
 def _nothing_to_train_on(document: Document, reason: str) -> BadData:

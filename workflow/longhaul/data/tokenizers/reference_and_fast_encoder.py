@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,7 +21,11 @@ import numpy as np
 import orjson
 
 from longhaul.data.tokenizers.chat_template import Span
+from longhaul.data.tokenizers.control_tokens import ControlTokens
 from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids, byte_spans, flatten_rows, overlap_mask
+from longhaul.errors import UserError
+
+_BARS = re.compile(r"<[|｜].*[|｜]>$")
 
 
 class ReferenceEncoder:
@@ -71,6 +76,39 @@ class ReferenceEncoder:
             for of_text, spans_of_text in zip(offsets, spans, strict=True)
         ]
         return flatten_rows([encoding.ids for encoding in encodings]), np.concatenate([np.empty(0, np.uint8), *masks])
+
+
+class ControlTextEncoder(ReferenceEncoder):
+    """Encodes texts of ControlTokens.exchange: placeholders become control tokens, the text of a control token stays text."""
+
+    def __init__(self, folder: Path, control_tokens: ControlTokens) -> None:
+        super().__init__(folder)
+        self._control_tokens = control_tokens
+
+    @cached_property
+    def _tokenizer_without_post_processor(self) -> Any:
+        from tokenizers import Tokenizer
+
+        settings = json.loads(_without_post_processor(self._folder))
+        for token in settings["added_tokens"]:
+            token["content"] = self._control_tokens.placeholders.get(token["content"], token["content"])
+        return Tokenizer.from_str(json.dumps(settings, ensure_ascii=False))
+
+    @cached_property
+    def _control_ids(self) -> dict[int, int]:
+        """The id of each placeholder in the changed tokenizer -> the id of its control token."""
+        new, old = self._tokenizer_without_post_processor, self._tokenizer
+        pairs = self._control_tokens.placeholders.items()
+        return {new.token_to_id(placeholder): old.token_to_id(token) for token, placeholder in pairs}
+
+    def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[TokenRows, np.ndarray]:
+        """Encode like ReferenceEncoder.encode_with_mask."""
+        rows, mask = super().encode_with_mask(texts, spans)
+        if set(self._control_ids.values()).difference(self._control_ids).intersection(rows.tokens.tolist()):
+            message = "the tokenizer cannot encode the text of a control token as plain text"
+            raise UserError(message, "remove that text, or set allow_control_tokens: true")
+        ids = [self._control_ids.get(token, token) for token in rows.tokens.tolist()]
+        return TokenRows(np.array(ids, dtype=rows.tokens.dtype), rows.lengths), mask
 
 
 class FastEncoder:
@@ -147,20 +185,24 @@ def post_processor_ids(post_processor: Any) -> tuple[list[int], list[int]]:
 class TokenizerSettings(NamedTuple):
     """Content of a tokenizer.json, without the vocabulary.
 
-    unsupported: why the fast encoder does not support this tokenizer; "" where it does.
+    unsupported:    why the fast encoder does not support this tokenizer; "" where it does.
+    control_tokens: the added tokens that are special, or written like <|user|> or <｜User｜>, as turns of DeepSeek R1 begin.
     """
 
     unsupported: str
     post_processor: Any
     added_tokens: list[str]
+    control_tokens: list[str]
 
 
 @lru_cache(maxsize=4)
 def read_settings(folder: Path) -> TokenizerSettings:
     """Read a tokenizer folder's settings; cached, because parsing the vocabulary is slow."""
     found = orjson.loads((folder / "tokenizer.json").read_bytes())
-    added = [token["content"] for token in found.get("added_tokens", [])]
-    return TokenizerSettings(_why_unsupported(found), found.get("post_processor"), added)
+    added = found.get("added_tokens", [])
+    control = [token["content"] for token in added if token.get("special") or _BARS.match(token["content"])]
+    names = [token["content"] for token in added]
+    return TokenizerSettings(_why_unsupported(found), found.get("post_processor"), names, control)
 
 
 def _why_unsupported(settings: dict[str, Any]) -> str:

@@ -62,6 +62,18 @@ def _ends_with(rows: TokenRows, suffix: Sequence[int], last: int) -> np.ndarray:
     return found
 
 
+def select_documents(values: np.ndarray, lengths: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Return the values of the selected documents.
+
+    values [N] belong to documents with lengths [D]; selected [D] bool. Consecutive documents are copied as one slice.
+    """
+    if selected.all():
+        return values
+    edges = np.flatnonzero(np.diff(np.r_[False, selected, False]))
+    slices = np.r_[0, np.cumsum(lengths)][edges].reshape(-1, 2)
+    return np.concatenate([values[:0], *(values[start:stop] for start, stop in slices.tolist())])
+
+
 def overlap_mask(starts: np.ndarray, ends: np.ndarray, spans: list[Span]) -> np.ndarray:
     """Return [N] uint8: 1 for tokens [start, end) that overlap one of the spans."""
     mask = np.zeros(len(starts), dtype=np.uint8)

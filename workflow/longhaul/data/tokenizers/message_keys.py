@@ -1,0 +1,100 @@
+"""Find out which keys of messages reach the text: a conversation is rendered with a key and without it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from longhaul.data.readers.conversations import REASONING_KEYS, Message
+from longhaul.data.readers.rows_and_file_ranges import BadData
+from longhaul.data.tokenizers.chat_template import REMEDY, ChatTemplate, Conversation
+
+_TRIES = 16
+_KNOWN_KEYS = {"role", "content", "weight", "tool_calls", *REASONING_KEYS}
+EARLIER_REASONING = "reasoning of an earlier turn"
+
+
+def require_keys_reached(template: ChatTemplate, conversation: Conversation, text: str) -> int:
+    """Raise BadData unless the template writes the tools, all tool calls and the reasoning of the last answer.
+
+    text: the rendered conversation.
+
+    Return the number of earlier turns whose reasoning the template drops, as templates of reasoning models do.
+    """
+    if conversation.tools and not _changes(template, conversation._replace(tools=None), text):
+        raise _unread(conversation.where, "the tools")
+    dropped = 0
+    answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    for index in answers:
+        message = conversation.messages[index]
+        if calls := message.get("tool_calls"):
+            fewer = {"tool_calls": calls[:-1]} if len(calls) > 1 else {}
+            rest = {key: value for key, value in message.items() if key != "tool_calls"} | fewer
+            if not _changes(template, _with_message(conversation, index, rest), text):
+                raise _unread(f"{conversation.where}, message {index + 1}", "the tool calls")
+            silent = _with_message(conversation, index, {**message, "content": ""})
+            if message["content"] and not _changes(template, silent, text):
+                raise _unread(f"{conversation.where}, message {index + 1}", "the content beside tool calls")
+        if any(key in message for key in REASONING_KEYS):
+            rest = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+            if not _changes(template, _with_message(conversation, index, rest), text):
+                if index == answers[-1]:
+                    raise _unread(f"{conversation.where}, message {index + 1}", "the reasoning")
+                dropped += 1
+    return dropped
+
+
+class UnreadKeys:
+    """Counts the messages with keys that the template does not read.
+
+    A key of a role is tried in the first conversations that have it, until one shows that it is read.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self.start_chunk()
+
+    def start_chunk(self) -> None:
+        """Forget all keys: what a chunk's record contains must not depend on earlier chunks."""
+        self._messages: Counter[str] = Counter()
+        self._tries: Counter[str] = Counter()
+        self._read: set[str] = set()
+
+    def add(self, conversation: Conversation, text: str, dropped_reasoning: int) -> None:
+        """Count the keys of a rendered conversation."""
+        self._messages[EARLIER_REASONING] += dropped_reasoning
+        for index, message in enumerate(conversation.messages):
+            for key in message.keys() - _KNOWN_KEYS if len(message) > len(("role", "content")) else ():
+                name = f"{message['role']}.{key}"
+                self._messages[name] += 1
+                if name not in self._read and self._tries[name] < _TRIES:
+                    self._tries[name] += 1
+                    rest = {other: value for other, value in message.items() if other != key}
+                    if _changes(self._template, _with_message(conversation, index, rest), text):
+                        self._read.add(name)
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Return {"role.key": {"messages", "is_read"}} of this chunk."""
+        return {
+            name: {"messages": count, "is_read": name in self._read}
+            for name, count in sorted(self._messages.items())
+            if count
+        }
+
+
+def _with_message(conversation: Conversation, index: int, message: Message) -> Conversation:
+    messages = [*conversation.messages[:index], message, *conversation.messages[index + 1 :]]
+    return conversation._replace(messages=messages)
+
+
+def _changes(template: ChatTemplate, other: Conversation, text: str) -> bool:
+    """Return whether the template gives another text for the other conversation, or refuses it."""
+    try:
+        return template.text(other) != text
+    except BadData:
+        return True
+
+
+def _unread(where: object, what: str) -> BadData:
+    message = f"{where}: the chat template does not write {what}, so the model would not be trained on them"
+    return BadData.with_reason("chat template", message, REMEDY.replace("a template", "a template that does, best one"))
