@@ -114,7 +114,10 @@ def open_line(kind: Kind, folder: Path) -> str:
         stream.truncate(8 * documents - 4)
         stream.seek(0, os.SEEK_END)
         stream.write(np.uint32(documents).tobytes())
-    write_json(packs.with_suffix(".json"), {"tokens": manifest.splits["train"]["tokens"], "cut_documents": 0})
+    write_json(
+        packs.with_suffix(".json"),
+        {"tokens": manifest.splits["train"]["tokens"], "cut_documents": 0, "documents": documents},
+    )
     started = time.perf_counter()
     samples = Samples.open(DataManifest.read(folder / "billion.json"), "train", kind, SEQUENCE_LENGTH, 1, folder)
     samples.ids(10**6, GLOBAL_BATCH)

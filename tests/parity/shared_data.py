@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.config.package_data import data_root
-from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, write_jsonl
+from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 
 def write_shared_data(folder: Path) -> Path:
@@ -19,12 +19,16 @@ def write_shared_data(folder: Path) -> Path:
     chatml = data_root() / "templates" / "chat" / "chatml.jinja"
     make_tokenizer(folder, [write_jsonl(folder / "corpus.jsonl", "text", texts)], chat_template=str(chatml))
     conversations = [
-        conversation(number, 1 + number % 2) if number % 4 == 0 else _short_conversation(number)
-        for number in range(360)
+        _long_conversation(number) if number % 4 == 0 else _short_conversation(number) for number in range(360)
     ]
     chats = write_jsonl(folder / "chats.jsonl", "messages", conversations)
     make_shards(folder, folder, [chats], dataset("chat", validation_fraction=0.1))
     return folder
+
+
+def _long_conversation(number: int) -> list[dict[str, Any]]:
+    """Return a conversation whose answer begins within a sample and ends behind it."""
+    return [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": text(number)}]
 
 
 def _short_conversation(number: int) -> list[dict[str, Any]]:

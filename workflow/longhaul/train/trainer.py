@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longhaul.data.sampling.samples import Samples
+from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
@@ -25,6 +26,15 @@ from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
 from longhaul.train.step_backends import Backend
 from longhaul.train.validation_loss import sum_over_samples, validation_loss
 from longhaul.train.write_reference_values import write_reference_values
+
+
+def require_loss_tokens(tokens: float, batch: int, step: int) -> None:
+    """Raise UserError for a global batch without a loss token: its step would only decay the weights."""
+    if not tokens:
+        raise UserError(
+            f"batch {batch}, after {step} steps, holds no loss token: there is nothing to learn from it",
+            f"add {batch} to the stage's skip_batches, and look at the data with longhaul data inspect",
+        )
 
 
 @dataclass
@@ -77,6 +87,7 @@ class Trainer:
         self.times.add(STEP, batch.wait_s)
         lr = self._set_learning_rate()
         tokens = sum_over_samples(batch.loss_tokens, self.context)
+        require_loss_tokens(tokens, batch.number, self.state.step)
         loss = self.backend.train(batch, tokens)
         balance_loss = self.backend.balance.pop_loss()
         if reason := self.backend.bad_steps.reason:
@@ -130,7 +141,12 @@ class Trainer:
             return
         started = time.perf_counter()
         self.validation_loss = validation_loss(self.backend, self.held_out, self.job, self.context)
-        self.metrics.validation(self.state.step, self.validation_loss)
+        if self.validation_loss is None:
+            self.metrics.print(
+                f"step {self.state.step}: the validation samples hold no loss token, so nothing was measured"
+            )
+        else:
+            self.metrics.validation(self.state.step, self.validation_loss)
         self.times.finish(VALIDATE, started)
 
     def save(self) -> None:

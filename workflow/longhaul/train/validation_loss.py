@@ -9,13 +9,14 @@ from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.step_backends import Backend
 
 
-def validation_loss(backend: Backend, samples: Samples, job: TrainSpec, context: DistributedContext) -> float:
-    """Return the mean token loss of the held-out samples; every rank calls this."""
+def validation_loss(backend: Backend, samples: Samples, job: TrainSpec, context: DistributedContext) -> float | None:
+    """Return the mean token loss of the held-out samples, None if they have no loss token; every rank calls this."""
     total, tokens = 0.0, 0.0
     for micro in validation_batches(samples, job, context):
         total += backend.evaluate(micro)
         tokens += micro.loss_tokens
-    return context.sum(total) / max(1.0, sum_over_samples(tokens, context))
+    summed, count = context.sum(total), sum_over_samples(tokens, context)
+    return summed / count if count else None
 
 
 def sum_over_samples(value: float, context: DistributedContext) -> float:

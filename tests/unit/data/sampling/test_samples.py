@@ -20,7 +20,7 @@ from longhaul.data.sampling.sample_sources import OPENING_TOKENS
 from longhaul.data.sampling.samples import MixedSamples, Samples, batch_of_step
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError
-from tests.support.corpora import conversation
+from tests.support.corpora import conversation, dataset, make_shards, write_jsonl
 
 S = 64
 
@@ -100,7 +100,8 @@ def test_openings_of_chats_end_before_the_answer(chat_shards: DataManifest, toke
         for number in range(200)
     }
     assert len(found) > 150 and found <= questions
-    assert not list(packs(chat_shards, tmp_path, length=8).openings()), "no question fits eight tokens"
+    with pytest.raises(UserError, match="has an answer within sequence_length 8"):
+        packs(chat_shards, tmp_path, length=8)
 
 
 def test_openings_of_a_mixture_alternate(text_shards: DataManifest, tmp_path: Path):
@@ -139,10 +140,50 @@ def test_packs_hold_whole_conversations_with_their_own_positions(chat_shards: Da
 
 
 def test_a_conversation_longer_than_a_sequence_is_truncated_and_counted(chat_shards: DataManifest, tmp_path: Path):
-    samples = packs(chat_shards, tmp_path, length=48)
-    longer = int((reader(chat_shards).lengths() > 48).sum())
-    assert samples.cut_documents == longer > 0
-    assert all(len(samples[index].input_ids) == 48 for index in range(len(samples)))
+    samples = packs(chat_shards, tmp_path, length=96)
+    masks = [reader(chat_shards).document(number)[1] for number in range(reader(chat_shards).document_count)]
+    assert samples.cut_documents == sum(len(mask) > 96 and mask[1:96].any() for mask in masks) > 0
+    assert all(len(samples[index].input_ids) == 96 for index in range(len(samples)))
+
+
+def _long_prompts(tmp_path: Path, tokenizer_folder: Path, words: list[int]) -> DataManifest:
+    """Return the shards of one conversation for each number of words in its prompt."""
+    chats = [
+        [
+            {"role": "user", "content": f"{number} " + "long " * count},
+            {"role": "assistant", "content": f"Answer {number}."},
+        ]
+        for number, count in enumerate(words)
+    ]
+    corpus = write_jsonl(tmp_path / "a.jsonl", "messages", chats)
+    return make_shards(tmp_path, tokenizer_folder, [corpus], dataset("chat", validation_fraction=0))
+
+
+def test_conversations_whose_answers_begin_behind_the_sequence_are_left_out(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    manifest = _long_prompts(tmp_path, tokenizer_folder, [300, 1, 300, 2, 3])
+    samples = packs(manifest, tmp_path, length=64)
+    assert all((samples[index].labels != IGNORED_LABEL).any() for index in range(len(samples)))
+    in_loss = sum(int((samples[index].labels != IGNORED_LABEL).sum()) for index in range(len(samples)))
+    masks = [reader(manifest).document(number)[1] for number in (1, 3, 4)]
+    assert in_loss == sum(int(mask.sum()) for mask in masks)
+    (record,) = tmp_path.glob("pack-*.json")
+    totals = read_json(record)
+    assert (totals["documents"], totals["documents_without_loss"], totals["cut_documents"]) == (3, 2, 0)
+    assert totals["tokens"] == sum(map(len, masks))
+    log = capsys.readouterr().err
+    assert "left out 2 conversations whose answers begin behind token 64: raise sequence_length" in log
+
+
+def test_a_split_without_an_answer_within_the_sequence_is_refused(tmp_path: Path, tokenizer_folder: Path):
+    manifest = _long_prompts(tmp_path, tokenizer_folder, [300, 301])
+    with pytest.raises(
+        UserError, match="none of the 2 conversations of the train split has an answer within"
+    ) as caught:
+        packs(manifest, tmp_path, length=64)
+    assert "raise the stage's sequence_length" in (caught.value.hint or "")
+    assert len(packs(manifest, tmp_path, length=4096)) == 1
 
 
 def test_a_pack_file_is_written_once_per_seed(chat_shards: DataManifest, tmp_path: Path):
@@ -218,6 +259,7 @@ def test_padding_share_is_the_fraction_of_positions_without_a_token(chat_shards:
         "sequence_length": 512,
         "tokens": int(lengths.sum()),
         "cut_documents": 0,
+        "documents_without_loss": 0,
         "padding_share": samples.padding_share,
     }
 

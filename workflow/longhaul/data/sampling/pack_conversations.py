@@ -3,8 +3,8 @@
 Documents are shuffled with a seed and divided into blocks of 65,536. Each block is packed alone, from the lengths of its
 documents, with best fit decreasing. Memory therefore depends on the block size only, and blocks can be packed in any
 order.
-The file contains only little-endian uint32: the D document numbers in pack order, then for each of the P <= D packs the
-position in this order where it ends. It takes at most 8 bytes per document.
+The file contains only little-endian uint32: the numbers of the D packed documents in pack order, then for each of the
+P <= D packs the position in this order where it ends. It takes at most 8 bytes per document.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ class PackFile:
         return self._documents[start : int(self._ends[index])]
 
 
-def write_pack_file(lengths: np.ndarray, capacity: int, seed: int, path: Path) -> None:
+def write_pack_file(
+    lengths: np.ndarray, capacity: int, seed: int, path: Path, numbers: np.ndarray | None = None
+) -> None:
     """Pack documents of these lengths [D] into packs of `capacity` tokens, and write the file atomically.
 
-    Longer documents count as `capacity` tokens.
+    Longer documents count as `capacity` tokens. numbers [D]: the documents' numbers in their split; None for 0 to D - 1.
     """
     blocks = [pack_block(lengths, capacity, seed, first) for first in range(0, len(lengths), BLOCK_DOCUMENTS)]
-    documents = [documents for documents, _ in blocks]
-    ends = np.cumsum(np.concatenate([sizes for _, sizes in blocks]))
+    documents = [documents if numbers is None else numbers[documents] for documents, _ in blocks]
+    ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *(sizes for _, sizes in blocks)]))
     with atomic_path(path) as temporary:
         np.concatenate([*documents, ends]).astype("<u4").tofile(temporary)
 

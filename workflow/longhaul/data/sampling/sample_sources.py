@@ -49,7 +49,10 @@ class WindowSource:
 
 
 class PackSource:
-    """Sample i is pack i. A conversation longer than S is truncated to S tokens."""
+    """Sample i is pack i. A conversation longer than S is truncated to S tokens.
+
+    Conversations without a loss token among their first S tokens are in no pack, as nothing would be learned from them.
+    """
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
         """Open the pack file `path`; write it if it does not exist."""
@@ -60,11 +63,12 @@ class PackSource:
             return
         record = path.with_suffix(".json")
         if not (path.exists() and record.exists()):
-            _write_packs(reader.lengths(), length, seed, path, record)
+            _write_packs(reader, length, seed, path, record)
         # The totals come from the record, because reading the lengths of all documents is slow.
         totals = read_json(record)
         self.token_count, self.cut_documents = totals["tokens"], totals["cut_documents"]
-        self._packs = PackFile(path, reader.document_count)
+        if totals["documents"]:
+            self._packs = PackFile(path, totals["documents"])
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -95,17 +99,22 @@ class PackSource:
         return len(tokens)
 
 
-def _write_packs(lengths: np.ndarray, length: int, seed: int, path: Path, record: Path) -> None:
+def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record: Path) -> None:
     """Write the pack file, then `record`, a JSON file with its totals. The report reads the record too."""
-    write_pack_file(lengths, length, seed, path)
-    packs, tokens = len(PackFile(path, len(lengths))), int(np.minimum(lengths, length).sum(dtype=np.int64))
+    all_lengths = reader.lengths()
+    packed = _documents_with_loss(reader, all_lengths, length)
+    lengths, left_out = all_lengths[packed], len(all_lengths) - len(packed)
+    write_pack_file(lengths, length, seed, path, numbers=packed)
+    packs = len(PackFile(path, len(lengths))) if len(lengths) else 0
+    tokens = int(np.minimum(lengths, length).sum(dtype=np.int64))
     totals = {
         "documents": len(lengths),
         "packs": packs,
         "sequence_length": length,
         "tokens": tokens,
         "cut_documents": int((lengths > length).sum()),
-        "padding_share": 1 - tokens / (packs * length),
+        "documents_without_loss": left_out,
+        "padding_share": 1 - tokens / (packs * length) if packs else 0.0,
     }
     write_json(record, totals)
     print(
@@ -114,3 +123,21 @@ def _write_packs(lengths: np.ndarray, length: int, seed: int, path: Path, record
         file=sys.stderr,
         flush=True,
     )
+    if left_out:
+        print(
+            f"left out {left_out:,} conversations whose answers begin behind token {length}: raise sequence_length",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _documents_with_loss(reader: SplitReader, lengths: np.ndarray, length: int) -> np.ndarray:
+    """Return the numbers of the documents with a loss token among their first `length` tokens.
+
+    Every document has a loss token. Only the masks of longer documents have to be read. No position predicts a
+    document's first token.
+    """
+    has_loss = np.ones(len(lengths), dtype=bool)
+    for number in np.flatnonzero(lengths > length).tolist():
+        has_loss[number] = reader.document(number)[1][1:length].any()
+    return np.flatnonzero(has_loss)

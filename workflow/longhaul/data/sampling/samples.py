@@ -53,7 +53,8 @@ class Samples:
         that does not find it writes it.
 
         Raises:
-            UserError: shards are damaged, an sft stage has a dataset of texts, or a training split has no sample.
+            UserError: shards are damaged, an sft stage has a dataset of texts, a training split has no sample, or no
+                conversation of a split has a loss token within the sequence length.
         """
         if manifest.mixture:
             parts = [(part["weight"], DataManifest(**part["manifest"])) for part in manifest.mixture]
@@ -67,6 +68,12 @@ class Samples:
             _require_chats(manifest)
             name = f"pack-{manifest.hash}-{split}-{sequence_length}-{seed}.bin"
             source = PackSource(reader, sequence_length, pad_id, seed, cache / name)
+        if kind == "sft" and reader.document_count and not len(source):
+            raise UserError(
+                f"dataset {manifest.dataset}: none of the {reader.document_count:,} conversations of the {split} split has an "
+                f"answer within sequence_length {sequence_length}, so no token would be in the loss",
+                "raise the stage's sequence_length, shorten the prompts, or hold out other conversations (validation_fraction)",
+            )
         if split == "train" and not len(source):
             raise UserError(
                 f"dataset {manifest.dataset}: the train split has {reader.token_count} tokens, too few for one sample",
