@@ -103,6 +103,11 @@ ANSWER = {"role": "assistant", "content": "A"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
 
 
+def nested(levels: int) -> list[Any]:
+    """Return lists in lists."""
+    return [nested(levels - 1)] if levels > 1 else []
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -130,6 +135,8 @@ def test_forms_of_an_answer(tmp_path: Path, message: dict[str, Any], expected: d
         ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "tool call 1: arguments is list, not an object"),
         ({"content": "A", "reasoning_content": ["R"]}, "message 1: reasoning_content is list"),
         ({"content": "A", "name": "\ud83d"}, "a key of the message holds an unpaired surrogate"),
+        ({"content": "A", "name": nested(101)}, "a key of the message has more than 100 levels"),
+        ({"tool_calls": [{"name": "f", "arguments": json.dumps({"a": nested(500)})}]}, "more than 100 levels"),
     ],
 )
 def test_an_answer_that_cannot_be_trained_on_is_refused(tmp_path: Path, message: dict[str, Any], expected: str):

@@ -136,6 +136,7 @@ def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pyt
         "sequence_length": 8,
         "tokens": 15,
         "cut_documents": 1,
+        "documents_without_loss": 0,
         "padding_share": 1 / 16,
     }
     pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)

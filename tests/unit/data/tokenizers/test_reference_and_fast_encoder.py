@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
-from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.control_tokens import ControlTokens
+from longhaul.data.tokenizers.reference_and_fast_encoder import (
+    ControlTextEncoder,
+    FastEncoder,
+    ReferenceEncoder,
+    read_settings,
+)
 from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids
 
 
@@ -42,3 +49,20 @@ def test_both_encoders_give_the_same_masks(tokenizer_folder: Path, data: st.Data
     fast = FastEncoder(folder, reference).encode_with_mask([written], spans)
     expected = reference.encode_with_mask([written], spans)
     assert fast[0].tokens.tolist() == expected[0].tokens.tolist() and fast[1].tolist() == expected[1].tolist()
+
+
+def test_added_tokens_keep_their_ids_beside_the_text_of_a_control_token(tmp_path: Path):
+    """A tokenizer that was trained with its special tokens has them in the model's vocabulary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<|end|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    control_tokens = ControlTokens(read_settings(tmp_path).control_tokens)
+    quotation = control_tokens.hide("<|end|>")
+    encoder = ControlTextEncoder(tmp_path, control_tokens)
+    rows, _ = encoder.encode_with_mask([control_tokens.exchange(f"{quotation}<think>a<|end|>")], [[]])
+    quoted = [vocabulary[character] for character in "<|end|>"]
+    assert rows.tokens.tolist() == [*quoted, 257, vocabulary["a"], 0]

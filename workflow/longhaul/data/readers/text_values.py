@@ -6,6 +6,9 @@ from typing import Any
 
 from longhaul.data.readers.rows_and_file_ranges import BadData
 
+MAX_LEVELS = 100
+"""Levels of lists and objects in a value. Far more would end recursive functions, such as those of the chat template."""
+
 
 def validated_text(value: Any, where: object, name: str) -> str:
     """Return a value that is a string which UTF-8 can encode.
@@ -23,15 +26,16 @@ def validated_text(value: Any, where: object, name: str) -> str:
     return value
 
 
-def validate_texts(value: Any, where: object, name: str) -> None:
-    """Raise BadData unless UTF-8 can encode all strings in a value."""
+def validate_texts(value: Any, where: object, name: str, levels: int = MAX_LEVELS) -> None:
+    """Raise BadData unless UTF-8 can encode all strings in a value, which has at most so many levels of lists and objects."""
     if isinstance(value, str):
         validated_text(value, where, name)
-    elif isinstance(value, dict):
-        validate_texts([*value, *value.values()], where, name)
-    elif isinstance(value, list):
-        for item in value:
-            validate_texts(item, where, name)
+    elif isinstance(value, (dict, list)):
+        if not levels:
+            message = f"{where}: {name} has more than {MAX_LEVELS} levels of lists and objects"
+            raise BadData.with_reason("nested too deeply", message, "fix or remove this row")
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            validate_texts(item, where, name, levels - 1)
 
 
 def _refuse_surrogates(value: str, where: object, name: str) -> None:

@@ -95,19 +95,27 @@ class ControlTextEncoder(ReferenceEncoder):
         return Tokenizer.from_str(json.dumps(settings, ensure_ascii=False))
 
     @cached_property
-    def _control_ids(self) -> dict[int, int]:
-        """The id of each placeholder in the changed tokenizer -> the id of its control token."""
+    def _original_ids(self) -> dict[int, int]:
+        """The id of each added token in the changed tokenizer -> its id in the tokenizer.
+
+        A renamed token that was in the model's vocabulary gets a new id, and so do added tokens behind it.
+        """
         new, old = self._tokenizer_without_post_processor, self._tokenizer
-        pairs = self._control_tokens.placeholders.items()
-        return {new.token_to_id(placeholder): old.token_to_id(token) for token, placeholder in pairs}
+        placeholders = self._control_tokens.placeholders
+        names = read_settings(self._folder).added_tokens
+        return {new.token_to_id(placeholders.get(name, name)): old.token_to_id(name) for name in names}
+
+    @cached_property
+    def _control_ids(self) -> set[int]:
+        return {self._tokenizer.token_to_id(token) for token in self._control_tokens.placeholders}
 
     def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[TokenRows, np.ndarray]:
         """Encode like ReferenceEncoder.encode_with_mask."""
         rows, mask = super().encode_with_mask(texts, spans)
-        if set(self._control_ids.values()).difference(self._control_ids).intersection(rows.tokens.tolist()):
+        if (self._control_ids - self._original_ids.keys()).intersection(rows.tokens.tolist()):
             message = "the tokenizer cannot encode the text of a control token as plain text"
             raise UserError(message, "remove that text, or set allow_control_tokens: true")
-        ids = [self._control_ids.get(token, token) for token in rows.tokens.tolist()]
+        ids = [self._original_ids.get(token, token) for token in rows.tokens.tolist()]
         return TokenRows(np.array(ids, dtype=rows.tokens.dtype), rows.lengths), mask
 
 
