@@ -43,7 +43,7 @@ def test_artifact_is_read_back_unchanged(tmp_path: Path):
 WRONG = {
     "another kind": ({"artifact": "Export", "schema_version": 1}, "holds Export version 1, not Lock version 1"),
     "another version": ({"artifact": "Lock", "schema_version": 9}, "holds Lock version 9, not Lock version 1"),
-    "no artifact": ([1], "holds None version None"),
+    "no artifact": ([1], "holds None version None, not Lock version 1"),
     "an unknown key": ({"artifact": "Lock", "schema_version": 1, "b": 2}, "is not a complete Lock"),
 }
 
@@ -54,7 +54,7 @@ def test_artifact_of_another_release_is_refused_with_its_path(tmp_path: Path, va
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=message) as refused:
         Lock.read(path)
-    assert str(path) in refused.value.message and "delete it" in refused.value.hint
+    assert str(path) in refused.value.message and "restore the file" in refused.value.hint
 
 
 def test_artifact_without_a_field_is_refused(tmp_path: Path):

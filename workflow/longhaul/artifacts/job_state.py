@@ -18,18 +18,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from longhaul.artifacts.artifact_schemas import Artifact
 from longhaul.artifacts.atomic_files import content_hash, free_bytes
 from longhaul.artifacts.paths import JobFolder, RunPaths
 from longhaul.artifacts.shared_file_system import exists_on_server, list_names
+from longhaul.artifacts.typed_json import HostName, SlurmJobId
 from longhaul.errors import UserError
 
 PERMANENT, TRANSIENT, NODE, WALLTIME, CANCELLED = "permanent", "transient", "node", "walltime", "cancelled"
 SIGNALLED = "stopped by a signal"
 """Outcome.reason of a training that got SIGTERM while no end of the allocation and no preemption were known."""
 
+StateName = Literal["running", "waiting", "done", "failed"]
 A = TypeVar("A", bound=Artifact)
 
 
@@ -48,10 +50,10 @@ class State(Artifact):
     since:      time of the last change, in UTC
     """
 
-    state: str
-    job_id: str | None
+    state: StateName
+    job_id: SlurmJobId | None
     host: str
-    nodes: list[str]
+    nodes: list[HostName]
     allocation: int
     since: str
     reason: str = ""
@@ -122,17 +124,17 @@ class Failure(Artifact):
 
 
 def read_state(folder: Path) -> State | None:
-    """Read state.json; None if it is missing or of another release."""
+    """Read state.json; None if it is missing, damaged or of another release."""
     return _read_from_server(State, JobFolder(folder).state)
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Read failure.json; None if it is missing or of another release."""
+    """Read failure.json; None if it is missing, damaged or of another release."""
     return _read_from_server(Failure, JobFolder(folder).failure)
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Read outcome.json; None if it is missing or of another release."""
+    """Read outcome.json; None if it is missing, damaged or of another release."""
     return _read_from_server(Outcome, JobFolder(folder).outcome)
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from longhaul.artifacts.shared_file_system import exists_on_server
+from longhaul.artifacts.typed_json import SlurmJobId, read_typed_json
 from longhaul.errors import UserError
 
 
@@ -31,7 +32,7 @@ class LeaseOwner:
     host: str
     pid: int
     started: str | None
-    job_id: str | None = None
+    job_id: SlurmJobId | None = None
 
     @classmethod
     def this_process(cls) -> LeaseOwner:
@@ -104,10 +105,7 @@ class Lease:
 
     def current_owner(self) -> LeaseOwner | None:
         """Return the owner; None if there is none, or the file cannot be parsed."""
-        try:
-            return LeaseOwner(**json.loads(self.path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return _read_owner(self.path)
 
     def remove_dead(self, dead: LeaseOwner) -> None:
         """Remove the lease file of a dead owner.
@@ -120,9 +118,16 @@ class Lease:
             self.path.rename(moved)
         except FileNotFoundError:
             return
-        if LeaseOwner(**json.loads(moved.read_text())) != dead:
+        if _read_owner(moved) != dead:
             os.link(moved, self.path)
         moved.unlink()
+
+
+def _read_owner(path: Path) -> LeaseOwner | None:
+    try:
+        return read_typed_json(path, LeaseOwner)
+    except UserError:
+        return None
 
 
 class RunLease(Lease):

@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Required
+
+from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Artifact
 from longhaul.artifacts.job_state import utc_now
+from longhaul.artifacts.typed_json import HostName
+from longhaul.errors import UserError
+
+
+class QuarantinedNode(TypedDict, total=False):
+    """One node of the list; only its name is used."""
+
+    node: Required[HostName]
+    cause: str
+    time: str
+    evidence: str
 
 
 @dataclass(frozen=True)
 class Quarantine(Artifact):
     """results/quarantine.json: [{"node", "cause", "time", "evidence"}]. Users may edit the file."""
 
-    nodes: list[dict[str, str]] = field(default_factory=list)
+    hint: ClassVar[str] = "correct the file; without it, no node is excluded"
+
+    nodes: list[QuarantinedNode] = field(default_factory=list)
 
     @property
     def node_names(self) -> tuple[str, ...]:
@@ -30,11 +46,24 @@ def read_quarantine(path: Path) -> Quarantine:
     return Quarantine.read(path) if path.exists() else Quarantine()
 
 
+def quarantined_nodes(path: Path) -> tuple[str, ...]:
+    """Return the nodes to exclude from a job that is under way. A file that is not valid is reported and excludes none."""
+    try:
+        return read_quarantine(path).node_names
+    except UserError as error:
+        print(f"warning: no node is excluded: {error}", flush=True)
+        return ()
+
+
 def add_to_quarantine(path: Path, nodes: Iterable[str], cause: str, evidence: str) -> None:
-    """Add those of `nodes` that are not in the list yet."""
+    """Add those of `nodes` that are not in the list yet.
+
+    Raises:
+        UserError: the file is not a valid list. It is left as it is.
+    """
     before = read_quarantine(path)
     listed = before.node_names
-    added = [
+    added: list[QuarantinedNode] = [
         {"node": node, "cause": cause, "time": utc_now(), "evidence": evidence} for node in nodes if node not in listed
     ]
     if added:

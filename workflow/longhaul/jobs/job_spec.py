@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from pydantic import ValidationError
 
-from longhaul.artifacts.atomic_files import content_hash, write_text
+from longhaul.artifacts.atomic_files import content_hash, read_bytes, write_text
 from longhaul.config.field_types import FrozenModel
 from longhaul.errors import UserError
 
@@ -38,12 +38,11 @@ class JobSpec(FrozenModel):
         """Read a spec's JSON file.
 
         Raises:
-            UserError: the file is missing, or another release rendered it.
+            UserError: the file is missing, damaged, or another release rendered it.
         """
+        text = read_bytes(path)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist", "run Snakemake: it renders every job's files") from None
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise UserError(f"{path} is not a complete {cls.__name__}: {error}", "delete it and run again") from None
 

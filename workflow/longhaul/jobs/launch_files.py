@@ -32,7 +32,7 @@ class RenderedFiles:
         """Write those files into `folder` whose text has changed, each atomically."""
         for name, text in self.files.items():
             path = folder / name
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 write_text(path, text)
 
 

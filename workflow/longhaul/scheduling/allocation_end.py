@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, SIGNALLED, WALLTIME, Failure, this_host
-from longhaul.artifacts.quarantine import read_quarantine
+from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation
@@ -69,7 +69,7 @@ class AllocationEnd:
         """
         if not self._job.slurm or not self._job.requeue:
             self._leave_to_next_run(reason)
-        listed = read_quarantine(Path(self._job.quarantine)).node_names
+        listed = quarantined_nodes(Path(self._job.quarantine))
         all_excluded = [*listed, *(node for node in excluded or [] if node not in listed)]
         self._require_enough_nodes(all_excluded)
         self._records.write_end("waiting", reason)

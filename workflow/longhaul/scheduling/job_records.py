@@ -11,6 +11,7 @@ from pathlib import Path
 from longhaul.artifacts.job_state import (
     Failure,
     State,
+    StateName,
     current_invocation,
     launch_key,
     read_failure,
@@ -20,6 +21,7 @@ from longhaul.artifacts.job_state import (
 )
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import add_to_quarantine
+from longhaul.errors import UserError
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling.allocation import Allocation
 
@@ -64,7 +66,7 @@ class JobRecords:
         self._write_state("running", "")
         self.append_event("running", "", queued_since_s=self._allocation.queued_since_s)
 
-    def write_end(self, state: str, reason: str = "") -> None:
+    def write_end(self, state: StateName, reason: str = "") -> None:
         """Record how the allocation ends: done, failed, or waiting for the next allocation."""
         self._exit_if_superseded()
         self._write_state(state, reason)
@@ -92,18 +94,22 @@ class JobRecords:
             stream.write(json.dumps(line) + "\n")
 
     def quarantine(self, nodes: list[str], cause: str) -> None:
-        """Exclude nodes from later submissions."""
-        if nodes:
-            name, path = self._job.name, self._job.quarantine
-            print(f"{', '.join(nodes)}: {cause}; excluded from later jobs ({path})", flush=True)
+        """Exclude nodes from later submissions. A quarantine list that is not valid stays as its user left it."""
+        name, path = self._job.name, self._job.quarantine
+        try:
             add_to_quarantine(Path(path), nodes, cause, f"{name}, job {self._allocation.job_id}")
+        except UserError as error:
+            print(f"warning: {', '.join(nodes)}: {cause}; not added to {path}: {error}", flush=True)
+            return
+        if nodes:
+            print(f"{', '.join(nodes)}: {cause}; excluded from later jobs ({path})", flush=True)
 
     def newest_step(self) -> int:
         """Return the newest step that a complete checkpoint of the job holds; 0 if there is none."""
         root = self._job.checkpoints
         return WeightsFolder.newest_step(Path(root)) if root else 0
 
-    def _write_state(self, state: str, reason: str) -> None:
+    def _write_state(self, state: StateName, reason: str) -> None:
         job_id, nodes = self._allocation.job_id, self._allocation.nodes
         State(state, job_id, this_host(), nodes, self._number, utc_now(), reason).write(self._folder.state)
 

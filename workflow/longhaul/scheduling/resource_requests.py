@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from longhaul.artifacts.job_state import read_state
 from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobId
-from longhaul.artifacts.quarantine import read_quarantine
+from longhaul.artifacts.quarantine import quarantined_nodes, read_quarantine
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_request
 from longhaul.planning import Plan
@@ -28,7 +27,7 @@ def submitted_request(plan: Plan, job: JobId, workdir: Path) -> SlurmRequest:
         return one_minute_request(plan.site, request)
     state = read_state(folder)
     after = state.job_id if state and state.may_be_active else None
-    return replace(request, exclude=_excluded_nodes(workdir), after_job=after)
+    return replace(request, exclude=quarantined_nodes(workdir / QUARANTINE), after_job=after)
 
 
 def require_enough_nodes(plan: Plan, workdir: Path) -> None:
@@ -42,12 +41,3 @@ def require_enough_nodes(plan: Plan, workdir: Path) -> None:
         request = job_request(plan, JobId(STAGE_KIND, (stage.name,)))
         if shortage := node_shortage(request.partition, request.nodes, excluded):
             raise UserError(f"stages.{stage.name}: {shortage}", f"remove repaired nodes from {QUARANTINE}")
-
-
-def _excluded_nodes(workdir: Path) -> tuple[str, ...]:
-    """Return the quarantined nodes. Slurm would refuse every job if one of them were no valid host name."""
-    try:
-        names = read_quarantine(workdir / QUARANTINE).node_names
-    except UserError:
-        return ()
-    return tuple(name for name in names if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name))
