@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from longhaul.artifacts.event_log import read_events
+from longhaul.artifacts.record_types import read_events
 from longhaul.report.goodput import Goodput, read_goodput, start_up_times
 from tests.support.chain import REPOSITORY
 from tests.support.cluster_chain import ClusterChain

@@ -171,7 +171,9 @@ files = {{}}
 for name in ("optim.pt", "reference/tensors.json"):
     (partial / name).write_text("{text}")
     files[name] = {{"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}}
-write_json(partial / "manifest.json", {{"files": files}})
+fields = {{"step": {step}, "validation_loss": None, "has_reference_values": False}}
+layout = {{"world_size": 1, "zero_stage": 0, "offload_optimizer": "none", "parallel": {{}}}}
+write_json(partial / "manifest.json", {{**fields, **layout, "files": files}})
 folders.publish(folder)
 """
 FOUND = """

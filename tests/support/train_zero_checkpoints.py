@@ -216,8 +216,10 @@ def write_manifest(folder: Path) -> str:
         }
         for path in paths
     }
+    fields = {"step": STEPS, "validation_loss": None, "has_reference_values": True}
+    layout = {"world_size": 1, "zero_stage": 0, "offload_optimizer": "none", "parallel": {}}
     manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"step": STEPS, "has_reference_values": True, "files": files}))
+    manifest.write_text(json.dumps({**fields, **layout, "files": files}))
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 

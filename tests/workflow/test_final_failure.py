@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longhaul.artifacts.event_log import read_events
+from longhaul.artifacts.record_types import read_events
 from tests.support.chain import Chain, tiny_config
 
 TOKENIZER = "results/tiny/tokenizer.json"

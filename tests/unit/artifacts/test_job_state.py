@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.event_log import read_events
 from longhaul.artifacts.job_state import (
     CANCELLED,
     NODE,
@@ -24,6 +23,7 @@ from longhaul.artifacts.job_state import (
     utc_now,
 )
 from longhaul.artifacts.paths import JobFolder, RunPaths
+from longhaul.artifacts.record_types import read_events
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_failure_reports_are_ordered_by_class_then_rank_and_cleared(tmp_path: Pa
 def test_incomplete_line_of_an_event_log_is_skipped(tmp_path: Path):
     log = tmp_path / "history.jsonl"
     assert read_events(log) == []
-    log.write_text('{"event": "running"}\n{"event": "do')
-    assert read_events(log) == [{"event": "running"}]
+    log.write_text('{"event": "running", "time_s": 1.5}\n{"event": "do')
+    assert read_events(log) == [{"event": "running", "time_s": 1.5}]

@@ -26,7 +26,7 @@ def test_timespans_end_when_the_benchmark_file_was_written(tmp_path: Path) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(BENCHMARK.format(seconds=99) + f"{seconds}\t0:00:01\n")
         os.utime(path, (end_s, end_s))
-    plan = {"jobs": [{"kind": job.kind, "names": list(job.names)} for job in jobs]}
+    plan: Any = {"jobs": [{"kind": job.kind, "names": list(job.names)} for job in jobs]}
     assert module._read_timespans(paths, plan) == [
         JobTimespan("environment", 798, 800),
         JobTimespan("encode-web-1-of-2", 894.5, 900),
@@ -41,7 +41,8 @@ def test_benchmark_file_without_rows_is_ignored(tmp_path: Path) -> None:
 
 def test_padding_share_covers_all_datasets_of_a_mixture(tmp_path: Path) -> None:
     for name, packs, tokens in (("a", 3, 250), ("b", 1, 50)):
-        row = {"packs": packs, "sequence_length": 100, "tokens": tokens}
+        row = {"documents": 9, "packs": packs, "sequence_length": 100, "tokens": tokens, "cut_documents": 0}
+        row["padding_share"] = 0.5
         (tmp_path / f"pack-{name}-train-100-0.json").write_text(json.dumps(row))
     (tmp_path / "pack-a-validation-100-0.json").write_text("{}")
     assert module._padding_share(tmp_path) == pytest.approx(0.25)

@@ -128,15 +128,16 @@ class CheckedNode(TypedDict):
 
 
 class CollectiveResult(TypedDict):
-    """The measured speed of one collective at one size."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+    """The measured speed of one collective at one size. Bandwidths are in GB/s."""
 
     collective: str
     bytes: int
+    world_size: int
+    rounds: int
     time_us: float
     algorithm_bandwidth_gbps: float
     bus_bandwidth_gbps: float
+    correct: bool
 
 
 class Sample(TypedDict):
@@ -146,6 +147,28 @@ class Sample(TypedDict):
     split: str
     completion: str
     ended_with_eos: bool
+
+
+class PackTotals(TypedDict):
+    """The JSON file beside a pack file: pack-*-<split>-*.json."""
+
+    documents: Count
+    packs: Count
+    sequence_length: Count
+    tokens: Count
+    cut_documents: Count
+    documents_without_loss: NotRequired[Count]
+    padding_share: float
+
+
+class IndexedSource(TypedDict):
+    """The fields of longhaul.data.shards.chunks.SourceFile."""
+
+    path: str
+    file_format: str
+    size_bytes: Count
+    sha256: Sha256
+    modified_ns: int
 
 
 @dataclass(frozen=True)
@@ -186,12 +209,12 @@ class TokenizerManifest(Artifact):
 class SourceIndex(Artifact):
     """`results/<run>/data/<dataset>.sources.json`: what the jobs that share a dataset's chunks have in common.
 
-    sources: fields of longhaul.data.shards.chunks.SourceFile, in order.
+    sources: in the order of the dataset's files.
     encoder: as in DataManifest.
     """
 
     tokenizer_hash: str
-    sources: list[dict[str, Any]]
+    sources: list[IndexedSource]
     encoder: dict[str, str]
 
 
@@ -296,11 +319,7 @@ class EnvironmentReport(CheckReport):
 
 @dataclass(frozen=True)
 class FabricReport(CheckReport):
-    """`results/<run>/fabric.json`: measured speed of collectives.
-
-    results: [{"collective", "bytes", "time_us", "algorithm_bandwidth_gbps", "bus_bandwidth_gbps", "world_size"}];
-             bandwidths in GB/s
-    """
+    """`results/<run>/fabric.json`: measured speed of collectives."""
 
     backend: str
     world_size: int

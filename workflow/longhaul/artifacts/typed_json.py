@@ -55,7 +55,7 @@ def read_typed_json(path: Path, kind: type[T], hint: str = DELETE_HINT) -> T:
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
     if problem["type"] == "json_invalid":
-        return f"is not valid JSON: {problem['msg'].removeprefix('Invalid JSON: ')}"
+        return f"no valid JSON: {problem['msg'].removeprefix('Invalid JSON: ')}"
     place = ".".join(map(str, problem["loc"])) or "the whole value"
     if problem["type"] in ("missing", "extra_forbidden"):
         return f"`{place}` is {'missing' if problem['type'] == 'missing' else 'unknown'}"

@@ -26,11 +26,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io.lazy_tensors import LazyTensor, element_range_of
 from longhaul.checkpoint_io.optimizer_file import (
     MASTER,
@@ -49,6 +51,9 @@ SLICE_INDEX = "slice_index.json"
 BUFFERS_FILE = "buffers-pipeline-rank-{:02d}.safetensors"
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _HINT = "a rank did not finish its save, or the files are of different saves: use another checkpoint"
+
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def open_sliced_tensors(folder: Path, key: str) -> dict[str, Any]:
     Raises:
         UserError: a file or a slice is missing, slices overlap, or a slice has another shape than the index states.
     """
-    index = read_json(folder / SLICE_INDEX)
+    index = _read_index(folder)
     # Ranks of the same expert rank or with replicated tensors hold equal slices; one of them is kept.
     slices: dict[str, dict[tuple[Any, ...], tuple[TensorSlice, LazyTensor]]] = {}
     for model_rank, paths in _optimizer_files(folder, index["axes"]).items():
@@ -111,11 +116,43 @@ def open_sliced_tensors(folder: Path, key: str) -> dict[str, Any]:
 
 def sliced_optimizer_steps(folder: Path) -> int:
     """Return the number of optimizer steps."""
-    files = _optimizer_files(folder, read_json(folder / SLICE_INDEX)["axes"])
+    files = _optimizer_files(folder, _read_index(folder)["axes"])
     return optimizer_steps(read_archive(files[0][0])["optimizer_state_dict"])
 
 
-def _optimizer_files(folder: Path, axes: dict[str, int]) -> dict[int, list[Path]]:
+class SliceAxes(TypedDict):
+    """The sizes of the parallel axes."""
+
+    tensor: Size
+    pipeline: Size
+    expert: Size
+    data: Size
+
+
+class SliceEntry(TypedDict):
+    """One slice. axis_ranges: (axis, ranges of indices) of each axis that is sliced."""
+
+    model_rank: int
+    expert_rank: int | None
+    local_name: str
+    name: str
+    shape: list[int]
+    axis_ranges: list[tuple[int, list[tuple[int, int]]]]
+
+
+class SliceIndex(TypedDict):
+    """slice_index.json. tied: name of a tied weight -> name under which the model stores it."""
+
+    axes: SliceAxes
+    tied: dict[str, str]
+    slices: list[SliceEntry]
+
+
+def _read_index(folder: Path) -> SliceIndex:
+    return read_typed_json(folder / SLICE_INDEX, SliceIndex, _HINT)
+
+
+def _optimizer_files(folder: Path, axes: SliceAxes) -> dict[int, list[Path]]:
     """Return model rank -> the files of its data ranks, in order."""
     found = {(int(m[2]), int(m[1])): path for path in folder.iterdir() if (m := _OPTIMIZER_FILE.fullmatch(path.name))}
     model_ranks = axes["tensor"] * axes["pipeline"]
@@ -130,7 +167,7 @@ def _optimizer_files(folder: Path, axes: dict[str, int]) -> dict[int, list[Path]
 
 
 def _slices_of_model_rank(
-    folder: Path, model_rank: int, paths: list[Path], entries: list[dict[str, Any]], expert_ranks: int, key: str
+    folder: Path, model_rank: int, paths: list[Path], entries: list[SliceEntry], expert_ranks: int, key: str
 ) -> Iterator[tuple[TensorSlice, LazyTensor]]:
     optimizers = [read_archive(path)["optimizer_state_dict"] for path in paths]
     prefix = "zero_pp_rank_0_" if is_zero3(optimizers[0]) else ""
@@ -181,7 +218,7 @@ def _group_tensors(
     return tensors
 
 
-def _tensor_slice(entry: dict[str, Any]) -> TensorSlice:
+def _tensor_slice(entry: SliceEntry) -> TensorSlice:
     axis_ranges = {axis: tuple((start, stop) for start, stop in ranges) for axis, ranges in entry["axis_ranges"]}
     return TensorSlice(entry["name"], tuple(entry["shape"]), axis_ranges)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from longhaul.artifacts.artifact_schemas import CollectiveResult
 
 _WARMUP_ROUNDS = 3
 _FLOAT_BYTES = 4
@@ -49,7 +50,7 @@ class Collective:
     bus_factor: Callable[[int], float]
 
 
-def measure(collective: Collective, group: MeasuredGroup, size_bytes: int, budget_s: float) -> dict[str, Any]:
+def measure(collective: Collective, group: MeasuredGroup, size_bytes: int, budget_s: float) -> CollectiveResult:
     """Time one collective at one size on the slowest rank, in as many rounds as fit into `budget_s` seconds.
 
     Returns {"collective", "bytes", "world_size", "rounds", "time_us", "algorithm_bandwidth_gbps",

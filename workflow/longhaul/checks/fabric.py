@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.artifact_schemas import FabricReport
+from longhaul.artifacts.artifact_schemas import CollectiveResult, FabricReport
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group
@@ -51,7 +51,7 @@ def run(job: FabricSpec) -> None:
         )
 
 
-def _measure_all(rank: Rank, device: Any, backend: str) -> list[dict[str, Any]]:
+def _measure_all(rank: Rank, device: Any, backend: str) -> list[CollectiveResult]:
     """Return one measurement per collective and size; a single process has none."""
     from longhaul.checks.collective_benchmarks import COLLECTIVES, MeasuredGroup, measure
 
@@ -62,13 +62,13 @@ def _measure_all(rank: Rank, device: Any, backend: str) -> list[dict[str, Any]]:
 
 
 def _report(
-    job: FabricSpec, backend: str, hosts: list[str], results: list[dict[str, Any]], world_size: int
+    job: FabricSpec, backend: str, hosts: list[str], results: list[CollectiveResult], world_size: int
 ) -> FabricReport:
     limits = {name: value for name, value in job.limits.model_dump().items() if value is not None}
     return FabricReport(fabric_problems(results, limits), backend, world_size, hosts, results, limits)
 
 
-def fabric_problems(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
+def fabric_problems(results: list[CollectiveResult], limits: dict[str, float]) -> list[str]:
     """Return wrong values, bandwidths below their minimum at the largest size, and a latency above its maximum."""
     found = [
         f"{row['collective']} of {row['bytes']:,} bytes gave wrong values" for row in results if not row["correct"]
@@ -89,7 +89,7 @@ def fabric_problems(results: list[dict[str, Any]], limits: dict[str, float]) -> 
     return found
 
 
-def latency_us(results: list[dict[str, Any]]) -> float | None:
+def latency_us(results: list[CollectiveResult]) -> float | None:
     """Return the time of the smallest all_reduce in microseconds; None without measurements."""
     rows = [row for row in results if row["collective"] == "all_reduce"]
     return min(rows, key=lambda row: row["bytes"])["time_us"] if rows else None
@@ -99,6 +99,6 @@ def _print_measurements(report: FabricReport) -> None:
     title = f"{report.backend} between {report.world_size} ranks on {', '.join(report.hosts)}"
     table = Table("collective", "bytes", "time us", "algorithm GB/s", "bus GB/s", title=title, title_justify="left")
     for row in report.results:
-        rates = (f"{row[f'{kind}_bandwidth_gbps']:.3f}" for kind in ("algorithm", "bus"))
+        rates = (f"{rate:.3f}" for rate in (row["algorithm_bandwidth_gbps"], row["bus_bandwidth_gbps"]))
         table.add_row(row["collective"], f"{row['bytes']:,}", f"{row['time_us']:,.1f}", *rates)
     Console(width=120).print(table)

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import DataManifest, Export
-from longhaul.artifacts.atomic_files import file_sha256, read_json
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.planning import Plan
-from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, step_folders, wrong_hashes, wrong_sizes
+from longhaul.train.checkpoint.checkpoint_folders import read_manifest, step_folders, wrong_hashes, wrong_sizes
 
 _HASHING_THREADS = 8
 
@@ -59,7 +59,7 @@ def _checkpoints(weights_root: Path) -> Iterator[Path]:
 def _verify_checkpoint(stage: str, folder: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
     if problem := wrong_sizes(folder):
         return FolderIntegrity(stage, folder, 0, 0, problem)
-    files = read_json(folder / MANIFEST)["files"]
+    files = read_manifest(folder)["files"]
     damages = pool.map(lambda entry: next(wrong_hashes(folder, [entry]), ""), files.items())
     size = sum(entry["bytes"] for entry in files.values())
     return FolderIntegrity(stage, folder, len(files), size, next(filter(None, damages), ""))

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.artifact_schemas import Export, Sample
 from longhaul.artifacts.atomic_files import file_sha256, read_json, write_json, write_text
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, list_exported_tensors
-from longhaul.export.generate_samples import generate_samples
+from longhaul.export.generate_samples import SamplePrompts, generate_samples
 from longhaul.export.model_card import model_card, provenance
 from longhaul.export.model_without_memory import hugging_face_config, meta_model
 from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
@@ -132,13 +133,14 @@ def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dt
     }
 
 
-def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExport) -> list[dict[str, Any]]:
+def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExport) -> list[Sample]:
     tokenizer = AutoTokenizer.from_pretrained(exported.folder, local_files_only=True)
     if job.chat and not tokenizer.chat_template:
         raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
     weights_bytes = sum(tensor.size_bytes for tensor in exported.tensors)
     model = exported.model(read_reference_logits(source.reference).compute)
-    return generate_samples(model, weights_bytes, tokenizer, read_json(source.reference / "prompts.json"))
+    prompts = read_typed_json(source.reference / "prompts.json", SamplePrompts, "use another checkpoint")
+    return generate_samples(model, weights_bytes, tokenizer, prompts)
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
+from longhaul.artifacts.artifact_schemas import Sample
 from longhaul.export.layerwise_model import LayerwiseModel
 
 NEW_TOKENS = 48
@@ -14,9 +16,16 @@ READ_BYTES = 50 * 10**9
 """Limit of the bytes that generation reads. Each new token reads all weights once."""
 
 
+class SamplePrompts(TypedDict):
+    """The content of prompts.json."""
+
+    split: str
+    input_ids: list[list[int]]
+
+
 def generate_samples(
-    model: LayerwiseModel, weights_bytes: int, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, Any]
-) -> list[dict[str, Any]]:
+    model: LayerwiseModel, weights_bytes: int, tokenizer: PreTrainedTokenizerBase, prompts: SamplePrompts
+) -> list[Sample]:
     """Complete the trainer's prompts and return [{"split", "prompt", "completion", "ended_with_eos"}].
 
     weights_bytes: size of the exported weights. Large models get fewer new tokens, or no samples: see READ_BYTES.
@@ -27,7 +36,7 @@ def generate_samples(
     input_ids = prompts["input_ids"] if new_tokens else []
     completions = _complete(model, input_ids, new_tokens, tokenizer)
     return [
-        {"split": prompts["split"], **_sample(tokenizer, prompt, completion)}
+        Sample(split=prompts["split"], **_sample(tokenizer, prompt, completion))
         for prompt, completion in zip(input_ids, completions, strict=True)
     ]
 

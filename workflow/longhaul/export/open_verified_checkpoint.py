@@ -13,7 +13,7 @@ from longhaul.artifacts.paths import WeightsFolder
 from longhaul.errors import UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec
-from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, reference_folder
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, CheckpointManifest, read_manifest, reference_folder
 
 ALTERED_HINT = (
     "the files were altered after training: restore them, or remove checkpoint.json and train again from an older one"
@@ -80,7 +80,7 @@ def _verify_files(folder: Path, manifest_sha256: str) -> None:
             f"{folder} was saved without the reference values that an export needs",
             "set the stage's `export` before it is trained",
         )
-    files: dict[str, dict[str, Any]] = manifest["files"]
+    files = manifest["files"]
     for name, stated in files.items():
         _verify_size(folder / name, stated["bytes"])
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -92,12 +92,12 @@ def _verify_files(folder: Path, manifest_sha256: str) -> None:
             )
 
 
-def _read_manifest(path: Path, sha256: str) -> dict[str, Any]:
+def _read_manifest(path: Path, sha256: str) -> CheckpointManifest:
     if not path.exists():
         raise UserError(f"{path} does not exist, so the checkpoint is not complete", ALTERED_HINT)
     if (found := file_sha256(path)) != sha256:
         raise UserError(f"{path} has SHA-256 {found}, but checkpoint.json states {sha256}", ALTERED_HINT)
-    return read_json(path)
+    return read_manifest(path.parent)
 
 
 def _verify_size(path: Path, stated_bytes: int) -> None:

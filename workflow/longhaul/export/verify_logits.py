@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import torch
 from safetensors.torch import load_file
+from typing_extensions import TypedDict
 
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, ExportedTensor, dtype_name
 from longhaul.export.layerwise_model import LayerwiseModel, ReadRange
@@ -49,6 +50,17 @@ class Criterion(StrEnum):
     BIT_EQUALITY = "bit equality"
     RELATIVE_BOUND = "relative bound"
     PERTURBATION_BOUND = "perturbation bound"
+
+
+class ComputedWith(TypedDict):
+    """The content of logits.json."""
+
+    device: str
+    threads: int
+    dtype: Literal["fp32", "bf16", "fp16"]
+    torch: str
+    cpu_capability: NotRequired[str | None]
+    splits_sums: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,8 @@ def verify_logits(exported: WrittenExport, reference_folder: Path, dtype: torch.
 
 def read_reference_logits(folder: Path) -> ReferenceLogits:
     """Read logits.safetensors and logits.json of the checkpoint's reference values."""
-    recorded, tensors = read_json(folder / "logits.json"), load_file(folder / "logits.safetensors")
+    recorded = read_typed_json(folder / "logits.json", ComputedWith, "use another checkpoint")
+    tensors = load_file(folder / "logits.safetensors")
     return ReferenceLogits(
         input_ids_PT=tensors["input_ids"],
         logits_PTV=tensors["logits"],

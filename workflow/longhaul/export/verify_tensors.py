@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import safe_open
+from typing_extensions import TypedDict
 
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.typed_json import Sha256, read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors, raw_bytes
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, dtype_name
@@ -26,6 +27,15 @@ from longhaul.export.tensor_blocks import HASHING_THREADS, blocks, exported_byte
 NO_EXPORT_HINT = (
     "nothing was exported; the software is at fault, not the config: keep the checkpoint and report this message"
 )
+
+
+class TensorReference(TypedDict):
+    """One tensor of tensors.json; aliases: other names of the same tensor."""
+
+    shape: list[int]
+    sha256_fp32: Sha256
+    sha256_export: Sha256
+    aliases: NotRequired[list[str]]
 
 
 def verify_tensors(
@@ -40,7 +50,7 @@ def verify_tensors(
     Raises:
         UserError: a tensor is missing, additional, of another shape or data type, or has other bytes.
     """
-    recorded = read_json(reference / "tensors.json")
+    recorded = read_typed_json(reference / "tensors.json", dict[str, TensorReference], NO_EXPORT_HINT)
     parts = {name: list(group) for name, group in groupby(tensors, key=lambda tensor: tensor.model_name)}
     if differing := sorted(set(parts) ^ set(recorded)):
         raise UserError(f"{differing[0]} is in only one of the export and the reference values", NO_EXPORT_HINT)
@@ -97,7 +107,7 @@ def _file_bytes(stored: LazyTensor, tensor: ExportedTensor) -> Iterator[memoryvi
         yield raw_bytes(piece.part(start, stop).read())
 
 
-def _expected_sha256(name: str, parts: list[ExportedTensor], entry: dict[str, Any]) -> str:
+def _expected_sha256(name: str, parts: list[ExportedTensor], entry: TensorReference) -> str:
     """Return the hash that the exported bytes of a model tensor should have.
 
     The trainer hashed the cast to the stage's export dtype. A stage may be exported in another dtype than it was trained

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from longhaul.artifacts.event_log import Event, read_events
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
+from longhaul.artifacts.record_types import Event, read_events
 
 _ATTEMPT_BEGINS = ("running", "restarted")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from longhaul.artifacts.line_records import read_lines
+from longhaul.artifacts.record_types import MetricsRow
 from longhaul.report.number_format import finite
 
 MAX_POINTS = 2000
@@ -51,7 +52,7 @@ class MetricSeries:
     curves: dict[str, Curve]
     validation: Curve
     steps: int  # number of lines about training steps
-    broken_lines: int  # lines without a step or incomplete ones, such as the last line of a killed process
+    broken_lines: int  # lines that are no valid records, such as the last line of a killed process
 
 
 def read_metrics(path: Path) -> MetricSeries:
@@ -59,7 +60,8 @@ def read_metrics(path: Path) -> MetricSeries:
     curves = {name: Curve() for name in STEP_VALUES}
     validation = Curve()
     steps = broken = 0
-    for row in _rows(path):
+    for line in read_lines(path, MetricsRow):
+        row: Any = line.record
         if row is None:
             broken += 1
         elif "validation_loss" in row:
@@ -70,17 +72,6 @@ def read_metrics(path: Path) -> MetricSeries:
                 if name in row:
                     _append(curve, row["step"], row[name])
     return MetricSeries(curves, validation, steps, broken)
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Yield one row per line, and None for a broken line."""
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield row if isinstance(row, dict) and finite(row.get("step")) is not None else None
 
 
 def _append(curve: Curve, step: float, value: Any) -> None:

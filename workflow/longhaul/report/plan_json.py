@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from longhaul.config.data_formats import known_format
 from longhaul.config.stage_config import Parallel
@@ -11,6 +14,36 @@ from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.plan import ASSUMED_MFU
 
 Row = dict[str, Any]
+
+
+class StageRow(TypedDict):
+    """A stage in plan.json, as far as the report computes with it; it shows the other values as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    name: str
+    kind: str
+    dataset: str
+    memory_per_gpu_gib: dict[str, float] | None
+
+
+class JobRow(TypedDict):
+    """A job in plan.json."""
+
+    kind: str
+    names: list[str]
+    request: dict[str, str]
+
+
+class PlanFile(TypedDict):
+    """The content of plan.json."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    run: str
+    site: str
+    stages: Annotated[list[StageRow], Field(min_length=1)]
+    jobs: list[JobRow]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

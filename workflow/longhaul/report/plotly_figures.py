@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from longhaul.artifacts.artifact_schemas import CollectiveResult
 from longhaul.report.goodput import Goodput
 from longhaul.report.metric_series import Curve, downsample
 from longhaul.report.number_format import duration, percent, words
@@ -112,7 +113,7 @@ def timeline_figure(timespans: Sequence[JobTimespan]) -> go.Figure:
     return figure
 
 
-def fabric_figure(results: Sequence[dict[str, Any]]) -> go.Figure:
+def fabric_figure(results: Sequence[CollectiveResult]) -> go.Figure:
     """Return bus bandwidth of each collective over message size. Both axes are logarithmic."""
     figure = _figure("Bus bandwidth, GB/s", "bytes")
     for colour, name in zip(COLOURS, dict.fromkeys(row["collective"] for row in results), strict=False):

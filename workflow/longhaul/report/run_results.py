@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import (
+from longhaul.artifacts.atomic_files import read_bytes
+from longhaul.artifacts.line_records import read_records
+from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.record_types import Attempt
+from longhaul.artifacts.artifact_schemas import (
     Checkpoint,
+    Count,
     DataManifest,
     EnvironmentReport,
     Export,
     FabricReport,
+    PackTotals,
     TokenizerManifest,
 )
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
-from longhaul.report.number_format import duration
+from longhaul.report.number_format import duration, finite
+from longhaul.report.plan_json import PlanFile, StageRow
+
+_MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class StageResults:
     name: str
     kind: str
     checkpoint: Checkpoint
-    attempts: list[dict[str, Any]]  # lines of attempts.jsonl
+    attempts: list[Attempt]
     metrics: MetricSeries
     summary: Summary
     skipped_batches: int
@@ -67,7 +76,7 @@ class JobTimespan:
 class RunResults:
     """Everything that the report shows, in the order of the pipeline."""
 
-    plan: dict[str, Any]
+    plan: PlanFile
     config: str
     environment: EnvironmentReport
     fabric: FabricReport
@@ -87,14 +96,14 @@ def read_run(folder: Path) -> RunResults:
         UserError: an artifact is missing, or another release wrote it.
     """
     paths = RunPaths(folder.name, folder.parent)
-    plan = read_json(paths.plan)
+    plan = read_typed_json(paths.plan, PlanFile)
     data = {
         name: DataManifest.read(paths.manifest(name)) for name in sorted({row["dataset"] for row in plan["stages"]})
     }
     exports = [paths.export_manifest(row["name"]) for row in plan["stages"]]
     return RunResults(
         plan=plan,
-        config=paths.config.read_text(encoding="utf-8"),
+        config=read_bytes(paths.config).decode(errors="replace"),
         environment=EnvironmentReport.read(paths.environment),
         fabric=FabricReport.read(paths.fabric),
         tokenizer=TokenizerManifest.read(paths.tokenizer),
@@ -105,22 +114,23 @@ def read_run(folder: Path) -> RunResults:
     )
 
 
-def _read_stage(paths: RunPaths, row: dict[str, Any], data: DataManifest) -> StageResults:
+def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest) -> StageResults:
     """Read a stage's results. `row` is the stage's entry in plan.json."""
     stage = paths.stage(row["name"])
     checkpoint = Checkpoint.read(stage.checkpoint)
     weights = WeightsFolder(Path(checkpoint.weights))
     metrics = read_metrics(weights.metrics)
-    attempts = weights.attempts.read_text(encoding="utf-8").splitlines()
     return StageResults(
         name=row["name"],
         kind=row["kind"],
         checkpoint=checkpoint,
-        attempts=[json.loads(line) for line in attempts],
+        attempts=read_records(weights.attempts, Attempt),
         metrics=metrics,
         summary=summarise(metrics),
-        skipped_batches=len(read_json(weights.skipped_batches)) if weights.skipped_batches.exists() else 0,
-        planned_memory_bytes=row["memory_per_gpu_gib"] and row["memory_per_gpu_gib"]["total"] * 2**30,
+        skipped_batches=len(read_typed_json(weights.skipped_batches, list[Count]))
+        if weights.skipped_batches.exists()
+        else 0,
+        planned_memory_bytes=(row["memory_per_gpu_gib"] or {}).get("total", 0) * 2**30 or None,
         padding_share=_padding_share(weights.samples),
         unigram_entropy_nats=data.unigram_entropy_nats,
         goodput=read_goodput(stage.path, weights.path),
@@ -132,12 +142,12 @@ def _padding_share(folder: Path) -> float | None:
 
     A mixture has one such file for each of its datasets.
     """
-    packs = [read_json(path) for path in folder.glob("pack-*-train-*.json")]
+    packs = [read_typed_json(path, PackTotals) for path in folder.glob("pack-*-train-*.json")]
     positions = sum(pack["packs"] * pack["sequence_length"] for pack in packs)
     return 1 - sum(pack["tokens"] for pack in packs) / positions if positions else None
 
 
-def _read_timespans(paths: RunPaths, plan: dict[str, Any]) -> list[JobTimespan]:
+def _read_timespans(paths: RunPaths, plan: PlanFile) -> list[JobTimespan]:
     """Return when each job ran, from Snakemake's benchmark files. A job ends when its benchmark file is written."""
     found = []
     for row in plan["jobs"]:
@@ -150,9 +160,13 @@ def _read_timespans(paths: RunPaths, plan: dict[str, Any]) -> list[JobTimespan]:
 
 
 def _benchmark_s(path: Path) -> float | None:
-    """Return the seconds in the last row of a benchmark file, or None where there is no file or no row."""
+    """Return the seconds in the last row of a benchmark file, or None where there is no file or no such row."""
     if not path.exists():
         return None
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8", errors="replace") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    return float(rows[-1]["s"]) if rows else None
+    try:
+        seconds = finite(float(rows[-1]["s"]))
+    except (LookupError, TypeError, ValueError):
+        return None
+    return seconds if seconds is None or abs(seconds) < _MOST_SECONDS else None

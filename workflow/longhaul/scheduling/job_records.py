@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from longhaul.artifacts.job_state import (
     this_host,
     utc_now,
 )
+from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import add_to_quarantine
 from longhaul.errors import UserError
@@ -90,8 +90,7 @@ class JobRecords:
             "reason": reason,
             **values,
         }
-        with self._folder.history.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_record(self._folder.history, line)
 
     def quarantine(self, nodes: list[str], cause: str) -> None:
         """Exclude nodes from later submissions. A quarantine list that is not valid stays as its user left it."""

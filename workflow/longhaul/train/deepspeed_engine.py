@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.deepspeed import count_sliced_experts_in_gradient_norm, unpartitioned_shape
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -20,7 +20,7 @@ def read_deepspeed_config(job: TrainSpec, context: DistributedContext | None = N
 
     The global batch size is not in it; DeepSpeed computes it from the world size.
     """
-    config = json.loads(Path(job.deepspeed).read_text(encoding="utf-8"))
+    config = read_json(Path(job.deepspeed))
     if context and context.swap:
         zero = config["zero_optimization"]
         for key in job.stage.zero.nvme_keys:

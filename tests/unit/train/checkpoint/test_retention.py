@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.artifact_schemas import Checkpoint, Export
+from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.paths import JobId
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints, step_folder
 from longhaul.train.checkpoint.retention import last_and_best, remove_old_checkpoints
+from tests.support.checkpoint_manifest import ANY_SHA256, manifest_fields
 from tests.support.small_configs import plan_of
 
 LOSSES = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.0, 60: 4.0}
@@ -34,8 +36,8 @@ def write_checkpoints(folder: Path, losses: dict[int, float | None] = LOSSES) ->
         checkpoint = step_folder(weights, step)
         checkpoint.mkdir(parents=True)
         (checkpoint / "training_state.json").write_text("{}")
-        files = {"training_state.json": {"bytes": 2, "sha256": "…"}}
-        (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "validation_loss": loss, "files": files}))
+        files = {"training_state.json": {"bytes": 2, "sha256": ANY_SHA256}}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest_fields(files, step=step, validation_loss=loss)))
     return weights
 
 
@@ -66,18 +68,38 @@ def test_an_incomplete_checkpoint_is_not_counted_and_not_removed(tmp_path: Path)
     assert list(complete_checkpoints(weights)) == [50] and step_folder(weights, 60).exists()
 
 
+def write_reference(folder: Path, reference: str, sha256: str) -> Path:
+    """Write a file that refers to the checkpoint of that manifest; return its path."""
+    if reference == "its own checkpoint.json":
+        path = folder / "stages/base/checkpoint.json"
+        saved = {"step": 10, "path": "checkpoints/step-00000010", "sha256": sha256, "validation_loss": None}
+        Checkpoint("r", "base", "w", {}, {"last": saved}, 10, "d", "t").write(path)  # type: ignore[arg-type]
+    elif reference == "another stage":
+        path = folder / "stages/chat/weights/4567/identity.json"
+        write_json(path, {"start": sha256})
+    else:
+        path = folder / "export/base.json"
+        Export("base", "c", 10, "p", "fp32", 1, 4, {}, {}, [], {"checkpoint_sha256": sha256}).write(path)
+    return path
+
+
+@pytest.mark.parametrize("reference", ["its own checkpoint.json", "another stage", "an export"])
+def test_nothing_is_removed_while_a_reference_cannot_be_read(
+    tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]
+):
+    weights = write_checkpoints(tmp_path)
+    path = write_reference(tmp_path, reference, ANY_SHA256)
+    path.write_bytes(path.read_bytes()[:-20])
+    remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
+    assert list(complete_checkpoints(weights)) == sorted(LOSSES)
+    assert f"no old checkpoint is removed, as one may still be needed: {path}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("reference", ["its own checkpoint.json", "another stage", "an export"])
 def test_a_referenced_checkpoint_is_kept(tmp_path: Path, reference: str):
     weights = write_checkpoints(tmp_path)
     sha256 = file_sha256(step_folder(weights, 10) / "manifest.json")
-    files = {
-        "its own checkpoint.json": ("stages/base/checkpoint.json", {"checkpoints": {"last": {"sha256": sha256}}}),
-        "another stage": ("stages/chat/weights/4567/identity.json", {"start": sha256}),
-        "an export": ("export/base.json", {"provenance": {"checkpoint_sha256": sha256}}),
-    }
-    name, content = files[reference]
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text(json.dumps(content))
+    write_reference(tmp_path, reference, sha256)
     remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
     assert list(complete_checkpoints(weights)) == [10, 60]
 

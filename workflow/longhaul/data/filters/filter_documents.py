@@ -13,12 +13,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, Split
 from longhaul.artifacts.atomic_files import content_hash, write_text
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.filters.chunk_fingerprints import BANDS_FILE, KEYS_FILE, MATCHES_FILE, EvaluationMatch, TextFilters
 from longhaul.data.shards.chunks import Chunk
 from longhaul.data.shards.filtered_out_table import filter_table, write_filter_table
@@ -93,7 +93,7 @@ def decide_documents(task: EncodingTask, chunks: Sequence[Chunk], filters: TextF
     matches: list[EvaluationMatch] = []
     if filters.decontaminate:
         files = [filters.folder(chunk, task) / MATCHES_FILE for chunk in chunks]
-        matches = [EvaluationMatch(*match) for file in files for match in json.loads(file.read_text(encoding="utf-8"))]
+        matches = [match for file in files for match in _evaluation_matches(file)]
         reasons[np.isin(keys, np.array([match.key for match in matches], np.uint64))] = _CONTAMINATED
     if task.dataset.deduplicate != "none":
         staying = np.flatnonzero(reasons == 0)
@@ -130,6 +130,10 @@ def _read_band(chunk: Path, fingerprints: Path, band: int) -> np.ndarray:
     return np.load(fingerprints / BANDS_FILE, mmap_mode="r")[:, band][positions]
 
 
+def _evaluation_matches(file: Path) -> list[EvaluationMatch]:
+    return read_typed_json(file, list[EvaluationMatch], f"delete the folder {file.parent} and run again")
+
+
 def label_near_duplicates(bands: Sequence[Callable[[], np.ndarray]], count: int) -> np.ndarray:
     """Return [count] int64: for each document the first document of its group, which may be itself.
 
@@ -149,7 +153,7 @@ def label_near_duplicates(bands: Sequence[Callable[[], np.ndarray]], count: int)
             return labels
 
 
-def _filter_split(manifest: DataManifest, split: str, is_filtered: np.ndarray, folder: Path) -> dict[str, Any]:
+def _filter_split(manifest: DataManifest, split: str, is_filtered: np.ndarray, folder: Path) -> Split:
     """Write the split's table of filtered documents; return the split's entry in the manifest."""
     entry, root, is_chat = manifest.splits[split], Path(manifest.path), manifest.kind == "chat"
     if not is_filtered.any():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.config.mixture_proportions import whole_weights
+from longhaul.data.shards.build_manifest import sum_splits
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
 
 
@@ -25,14 +25,9 @@ def run(job: TokenizeSpec) -> None:
         hash=content_hash([[count, parts[name].hash] for name, count in counts.items()]),
         tokenizer_hash=first.tokenizer_hash,
         dtype=first.dtype,
-        splits={split: _sum_entries([part.splits[split] for part in parts.values()]) for split in first.splits},
+        splits={split: sum_splits([part.splits[split] for part in parts.values()], []) for split in first.splits},
         sources=[source for part in parts.values() for source in part.sources],
         skipped={},
         unigram_entropy_nats=sum(fractions[name] * part.unigram_entropy_nats for name, part in parts.items()),
         mixture=[{"weight": counts[name], "manifest": dataclasses.asdict(part)} for name, part in parts.items()],
     ).write(Path(job.out))
-
-
-def _sum_entries(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "loss_tokens")}
-    return {"shards": [], **totals}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from longhaul.artifacts.atomic_files import read_json, write_json
+from longhaul.artifacts.artifact_schemas import PackTotals
+from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
 from longhaul.data.shards.shard_reader import SplitReader
@@ -65,7 +67,7 @@ class PackSource:
         if not (path.exists() and record.exists()):
             _write_packs(reader, length, seed, path, record)
         # The totals come from the record, because reading the lengths of all documents is slow.
-        totals = read_json(record)
+        totals = read_typed_json(record, PackTotals, f"delete {record} and {path}; both are written again")
         self.token_count, self.cut_documents = totals["tokens"], totals["cut_documents"]
         if totals["documents"]:
             self._packs = PackFile(path, totals["documents"])
@@ -107,7 +109,7 @@ def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record
     write_pack_file(lengths, length, seed, path, numbers=packed)
     packs = len(PackFile(path, len(lengths))) if len(lengths) else 0
     tokens = int(np.minimum(lengths, length).sum(dtype=np.int64))
-    totals = {
+    totals: PackTotals = {
         "documents": len(lengths),
         "packs": packs,
         "sequence_length": length,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Samples:
                 conversation of a split has a loss token within the sequence length.
         """
         if manifest.mixture:
-            parts = [(part["weight"], DataManifest(**part["manifest"])) for part in manifest.mixture]
+            parts = [(part["weight"], _part_of(manifest, part["manifest"])) for part in manifest.mixture]
             used = [(weight, part) for weight, part in parts if part.splits[split]["documents"]]
             opened = [Samples.open(part, split, kind, sequence_length, seed, cache, pad_id) for _, part in used]
             return MixedSamples(opened, [weight for weight, _ in used])
@@ -199,6 +199,16 @@ def batch_of_step(step: int, skipped: Sequence[int]) -> int:
             break
         batch += 1
     return batch
+
+
+def _part_of(mixture: DataManifest, fields: dict[str, Any]) -> DataManifest:
+    try:
+        return DataManifest.from_fields(fields)
+    except ValueError as error:
+        raise UserError(
+            f"the manifest of the mixture {mixture.dataset} lists an invalid dataset: {error}",
+            "delete the mixture's manifest; the next run writes it again",
+        ) from None
 
 
 def _require_chats(manifest: DataManifest) -> None:

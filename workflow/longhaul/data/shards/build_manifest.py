@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, Shard, Split
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.data.readers.read_documents import no_documents
 from longhaul.data.shards.chunks import Chunk
@@ -104,16 +104,25 @@ def _require_documents(
         raise UserError(f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns")
 
 
-def _split_entry(split: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _split_entry(split: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any]]) -> Split:
     """Return a split's entry of the manifest: the shards of all chunks in order, and their totals."""
-    entries = [record["splits"][split] for record in records]
-    shards = [
+    entries: list[Split] = [record["splits"][split] for record in records]
+    shards: list[Shard] = [
         {**shard, "prefix": f"{chunk.name}/{shard['prefix']}"}
         for chunk, entry in zip(chunks, entries, strict=True)
         for shard in entry["shards"]
     ]
-    totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "loss_tokens")}
-    return {"shards": shards, **totals}
+    return sum_splits(entries, shards)
+
+
+def sum_splits(entries: Sequence[Split], shards: list[Shard]) -> Split:
+    """Return a split with the totals of `entries`."""
+    return {
+        "shards": shards,
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "documents": sum(entry["documents"] for entry in entries),
+        "loss_tokens": sum(entry["loss_tokens"] for entry in entries),
+    }
 
 
 def require_complete_shards(manifest: DataManifest, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from longhaul.artifacts.artifact_schemas import Split
 from longhaul.data.shards.filtered_out_table import FilteredDocuments
 from longhaul.data.shards.indexed_dataset import damaged_shard, parse_index
 
@@ -43,13 +44,14 @@ class SplitReader:
     shard is unmapped when too many are mapped. Raises UserError like ShardReader.
     """
 
-    def __init__(self, folder: Path, entry: dict[str, Any], with_mask: bool) -> None:
+    def __init__(self, folder: Path, entry: Split, with_mask: bool) -> None:
         self._folder, self._with_mask = folder, with_mask
         self._prefixes = [shard["prefix"] for shard in entry["shards"]]
         self._token_ends = np.cumsum([shard["tokens"] for shard in entry["shards"]], dtype=np.int64)
         self._document_ends = np.cumsum([shard["documents"] for shard in entry["shards"]], dtype=np.int64)
         self._shard = functools.lru_cache(_MAX_MAPPED_SHARDS)(self._open_shard)
-        self._filtered = FilteredDocuments(folder / entry["filtered_out"] if entry.get("filtered_out") else None)
+        filtered_out = entry.get("filtered_out")
+        self._filtered = FilteredDocuments(folder / filtered_out if filtered_out else None)
 
     def _open_shard(self, index: int) -> ShardReader:
         return ShardReader(self._folder / self._prefixes[index], self._with_mask)

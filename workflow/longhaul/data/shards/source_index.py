@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.artifact_schemas import SourceIndex, TokenizerManifest
-from longhaul.artifacts.atomic_files import content_hash, read_json, write_json
+from longhaul.artifacts.atomic_files import content_hash, write_json
 from longhaul.artifacts.shared_file_system import exists_on_server
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.readers.read_documents import Document, document_texts, read_range
 from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
 from longhaul.data.shards.write_chunk import EncodingTask
@@ -66,7 +67,7 @@ class IndexedSources:
 
     def to_artifact(self) -> SourceIndex:
         """Return the source index for the dataset's other jobs."""
-        sources = list(map(dataclasses.asdict, self.sources))
+        sources: Any = list(map(dataclasses.asdict, self.sources))
         return SourceIndex(self.tokenizer.hash, sources, self.verified_choice._asdict())
 
     @property
@@ -82,7 +83,7 @@ class IndexedSources:
     def current_choice(self) -> EncoderChoice:
         """Return the encoder to use now: the reference once a chunk of these sources has rejected the fast encoder."""
         if exists_on_server(self._rejection_file):
-            return EncoderChoice(ReferenceEncoder.name, read_json(self._rejection_file)["reason"])
+            return EncoderChoice(ReferenceEncoder.name, read_typed_json(self._rejection_file, dict[str, str])["reason"])
         return self.verified_choice
 
     def reject_fast_encoder(self, reason: str) -> None:

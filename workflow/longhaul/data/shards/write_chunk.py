@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from longhaul.artifacts.artifact_schemas import TokenizerManifest
-from longhaul.artifacts.atomic_files import read_json, write_json
+from longhaul.artifacts.artifact_schemas import Split, TokenizerManifest
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.leases import process_start
 from longhaul.artifacts.shared_file_system import exists_on_server
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.read_documents import Document, no_documents, read_range
 from longhaul.data.readers.rows_and_file_ranges import BadData
@@ -211,9 +213,19 @@ class _ChunkContents:
         }
 
 
+class ChunkRecord(TypedDict):
+    """record.json of a finished chunk. documents: of each range of its sources; the keys are those of its documents."""
+
+    splits: dict[str, Split]
+    documents: list[int]
+    skipped: dict[str, int]
+    lowest_key: int
+    highest_key: int
+
+
 def read_chunk_record(folder: Path) -> dict[str, Any]:
     """Read the record.json of a finished chunk."""
-    return read_json(folder / RECORD)
+    return dict(read_typed_json(folder / RECORD, ChunkRecord, f"delete the folder {folder} and run again"))
 
 
 def read_document_keys(folder: Path) -> np.ndarray:

@@ -12,22 +12,67 @@ complete. An interrupted save cannot be mistaken for a checkpoint that was damag
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from longhaul.artifacts.atomic_files import file_sha256, read_json
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.artifact_schemas import Checkpoint, Count, Export
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import WeightsFolder, run_of
 from longhaul.artifacts.shared_file_system import exists_on_server, refresh_listing
+from longhaul.artifacts.typed_json import Sha256, read_typed_json
+from longhaul.errors import UserError
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
+_RESTORE = "restore the file, or move its weights folder away"
 _LEFTOVER = re.compile(r"step-\d{8}\.(partial|removed)")
+
+
+class ManifestFile(TypedDict):
+    """One file of a checkpoint."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class CheckpointManifest(TypedDict):
+    """manifest.json of a checkpoint. files: name in the folder -> size and hash."""
+
+    files: dict[str, ManifestFile]
+    step: Count
+    validation_loss: float | None
+    has_reference_values: bool
+    weights: NotRequired[str]
+    world_size: Count
+    zero_stage: Count
+    offload_optimizer: str
+    parallel: dict[str, int]
+
+
+class WeightsIdentity(TypedDict):
+    """identity.json of a weights folder, as far as it is computed with. start: SHA-256 of a checkpoint's manifest."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    start: NotRequired[str | None]
+    steps: NotRequired[Count]
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read a checkpoint's manifest.json.
+
+    Raises:
+        UserError: it is missing or invalid.
+    """
+    return read_typed_json(folder / MANIFEST, CheckpointManifest, "use another checkpoint")
 
 
 def step_folder(weights: Path, step: int) -> Path:
@@ -60,14 +105,16 @@ def wrong_sizes(folder: Path) -> str | None:
     """Return what is wrong with the first file that is missing or has a size other than the manifest's; None if all are right."""
     try:
         refresh_listing(folder)
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, entry in files.items():
+        for name, entry in read_manifest(folder)["files"].items():
             if (found := _size(folder / name, entry["bytes"])) != entry["bytes"]:
                 return f"{name} has {found} bytes, the manifest says {entry['bytes']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
+    except UserError as error:
+        is_missing = not (folder / MANIFEST).exists()
+        return f"{MANIFEST} is missing" if is_missing else f"{MANIFEST} cannot be read: {error.message}"
+    except (OSError, ValueError) as error:  # a name with a null byte
+        return f"a file of the manifest cannot be read: {error}"
     return None
 
 
@@ -81,7 +128,7 @@ def _size(path: Path, manifest_bytes: int) -> int:
         return os.fstat(stream.fileno()).st_size
 
 
-def wrong_hashes(folder: Path, files: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+def wrong_hashes(folder: Path, files: Iterable[tuple[str, ManifestFile]]) -> Iterator[str]:
     """Yield what is wrong with each of the given manifest entries whose file cannot be read or has another SHA-256."""
     refresh_listing(folder)  # another rank may have renamed it a moment ago
     for name, entry in files:
@@ -149,12 +196,15 @@ def referenced_checkpoints(weights_root: Path, checkpoint: Path) -> set[str]:
 
     weights_root: <root>/<stage>[/weights]; the other stages of the run have theirs beside it
     checkpoint:   results/<run>/stages/<stage>/checkpoint.json
+
+    Raises:
+        UserError: one of these files is invalid, so its reference is not known.
     """
     stages = weights_root.parents[1] if weights_root.name == "weights" else weights_root.parent
     identities = [*stages.glob("*/weights/*/identity.json"), *stages.glob("*/*/identity.json")]
-    found = {read_json(path).get("start") for path in identities}
+    found: set[Any] = {read_typed_json(path, WeightsIdentity, _RESTORE).get("start") for path in identities}
     for path in run_of(checkpoint.parent).export_manifests():
-        found.add(read_json(path).get("provenance", {}).get("checkpoint_sha256"))
+        found.add(Export.read(path).provenance.get("checkpoint_sha256"))
     if checkpoint.exists():
-        found |= {entry["sha256"] for entry in read_json(checkpoint)["checkpoints"].values()}
+        found |= {entry["sha256"] for entry in Checkpoint.read(checkpoint).checkpoints.values()}
     return {sha256 for sha256 in found if sha256}

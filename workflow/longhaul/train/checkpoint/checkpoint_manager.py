@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.atomic_files import read_json, write_json
+from longhaul.artifacts.artifact_schemas import Count, SavedCheckpoint
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint import checkpoint_folders as folders
@@ -84,7 +86,7 @@ class CheckpointManager:
             {"step": state.step, "validation_loss": validation_loss, "has_reference_values": has_reference_values}
         )
 
-    def last_and_best(self) -> dict[str, dict[str, Any]]:
+    def last_and_best(self) -> dict[str, SavedCheckpoint]:
         """Return the entries of checkpoint.json for the last and the best checkpoint."""
         return last_and_best(self.folder)
 
@@ -107,7 +109,8 @@ class CheckpointManager:
     def _recorded_skipped(self) -> list[int]:
         """Read the skipped batches; on rank 0 alone, which also writes them while others may still load."""
         path = WeightsFolder(self.folder).skipped_batches
-        return read_json(path) if path.exists() else []
+        hint = "write the skipped batches again, such as [12, 40]; those with the event bad_step in events.jsonl"
+        return read_typed_json(path, list[Count], hint) if path.exists() else []
 
     def _validation_losses(self) -> list[float]:
         losses = [validation_loss_of(folder) for folder in self._complete().values()]
@@ -139,6 +142,6 @@ class CheckpointManager:
     def _wrong_hashes(self, folder: Path) -> list[str]:
         """Return the problems that all ranks find; each reads an equal part of the files, whichever rank wrote them."""
         rank = self._context.rank
-        files = sorted(read_json(folder / folders.MANIFEST)["files"].items())[rank.rank :: rank.world_size]
+        files = sorted(folders.read_manifest(folder)["files"].items())[rank.rank :: rank.world_size]
         found = self._context.gather(list(folders.wrong_hashes(folder, files)))
         return [reason for part in found for reason in part]

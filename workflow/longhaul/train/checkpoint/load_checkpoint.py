@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.compat.deepspeed import replay_cpu_adam_steps
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.checkpoint_folders import MANIFEST
+from longhaul.train.checkpoint.checkpoint_folders import read_manifest
 from longhaul.train.checkpoint.rank_state import combine_rank_states, restore_rank_state, seed_random_numbers
 from longhaul.train.checkpoint.resharding import load_resharded
 from longhaul.train.checkpoint.saved_layout import Layout, layout_of, planned_layout
@@ -30,7 +30,10 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint does not have the model's tensors.
     """
-    state, saved = TrainingState(**read_json(folder / TRAINING_STATE)), layout_of(read_json(folder / MANIFEST))
+    state, saved = (
+        read_typed_json(folder / TRAINING_STATE, TrainingState, "use another checkpoint"),
+        layout_of(read_manifest(folder)),
+    )
     is_same_layout = saved == planned_layout(job)
     # DeepSpeed's own load loses a part of what is offloaded to a disk, and would hold all of it in memory at once.
     if is_same_layout and not job.stage.zero.nvme_keys:
@@ -50,7 +53,7 @@ def load_checkpoint(
 
 def check_belongs_to(weights: Path, folder: Path) -> None:
     """Raise UserError unless the checkpoint was saved for this weights folder."""
-    owner = read_json(folder / MANIFEST).get("weights", weights.name)
+    owner = read_manifest(folder).get("weights", weights.name)
     if owner != weights.name:
         raise UserError(
             f"{folder} belongs to the weights {owner}, not to {weights.name}: another model, data or settings",

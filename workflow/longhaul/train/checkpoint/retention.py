@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from longhaul.artifacts.atomic_files import file_sha256, read_json
+from longhaul.artifacts.artifact_schemas import SavedCheckpoint
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, complete_checkpoints, referenced_checkpoints, remove
+from longhaul.train.checkpoint.checkpoint_folders import (
+    MANIFEST,
+    complete_checkpoints,
+    read_manifest,
+    referenced_checkpoints,
+    remove,
+)
 
 
 def validation_loss_of(checkpoint: Path) -> float | None:
     """Return the validation loss at which a checkpoint was saved; None where nothing was validated."""
-    return read_json(checkpoint / MANIFEST)["validation_loss"]
+    return read_manifest(checkpoint)["validation_loss"]
 
 
 def rank_by_loss(checkpoints: dict[int, Path]) -> list[int]:
@@ -29,13 +36,17 @@ def remove_old_checkpoints(weights: Path, job: TrainSpec) -> None:
     old = sorted(set(checkpoints) - keep)
     if not old:
         return
-    referenced = referenced_checkpoints(Path(job.weights_root), Path(job.out))
+    try:
+        referenced = referenced_checkpoints(Path(job.weights_root), Path(job.out))
+    except UserError as error:
+        print(f"warning: no old checkpoint is removed, as one may still be needed: {error}", flush=True)
+        return
     for step in old:
         if file_sha256(checkpoints[step] / MANIFEST) not in referenced:
             remove(checkpoints[step])
 
 
-def last_and_best(weights: Path) -> dict[str, dict[str, Any]]:
+def last_and_best(weights: Path) -> dict[str, SavedCheckpoint]:
     """Return step, path, SHA-256 of the manifest and validation loss of "last" and, where there was validation, of "best"."""
     checkpoints = complete_checkpoints(weights)
     chosen = {"last": max(checkpoints)}

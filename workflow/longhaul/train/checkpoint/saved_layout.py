@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -21,7 +22,7 @@ def planned_layout(job: TrainSpec) -> Layout:
     }
 
 
-def layout_of(manifest: dict[str, Any]) -> Layout:
+def layout_of(manifest: Mapping[str, Any]) -> Layout:
     """Return the layout that a checkpoint's manifest records."""
     return {key: manifest[key] for key in _KEYS}
 

@@ -10,11 +10,14 @@ from typing import Any
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import canonical_json, content_hash, read_json, write_json
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints
+from longhaul.train.checkpoint.checkpoint_folders import WeightsIdentity, complete_checkpoints
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.lr_schedule import can_extend_steps
+
+_MOVE_AWAY = "the folder was copied or edited: move it away, and the stage is trained in its place"
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,13 @@ def _keep_generation_config(job: TrainSpec, folder: Path) -> None:
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     path = WeightsFolder(folder).identity
-    found = read_json(path) if path.exists() else identity
+    found: Any = read_typed_json(path, WeightsIdentity, _MOVE_AWAY) if path.exists() else identity
     differing = [key for key, value in json.loads(canonical_json(identity)).items() if found.get(key) != value]
     if differing:
         key = differing[0]
         raise UserError(
             f"{path}: `{key}` of these weights is {found.get(key)}, that of the planned weights is {identity[key]}",
-            "the folder was copied or edited: move it away, and the stage is trained in its place",
+            _MOVE_AWAY,
         )
 
 
@@ -97,7 +100,8 @@ def _check_steps(job: TrainSpec, folder: Path) -> None:
     path = WeightsFolder(folder).identity
     if not path.exists():
         return
-    planned, trained = read_json(path)["steps"], max(complete_checkpoints(folder), default=0)
+    planned = read_typed_json(path, WeightsIdentity, _MOVE_AWAY).get("steps", job.steps)
+    trained = max(complete_checkpoints(folder), default=0)
     if planned == job.steps or trained == 0:
         return
     if job.steps < trained or not can_extend_steps(job.stage.schedule, trained, planned):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.event_log import read_events
+from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.record_types import read_events
 
 
 class EventWriter:
@@ -21,8 +21,7 @@ class EventWriter:
         """Append one line: the time in seconds since 1970, the event's name, and its values."""
         if self._path is None:
             return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time_s": round(time.time(), 3), "event": event, **values}) + "\n")
+        append_record(self._path, {"time_s": round(time.time(), 3), "event": event, **values})
 
     def largest(self, event: str, key: str) -> float:
         """Return the largest value of `key` in all events of that name so far; 0 when there is none."""

@@ -11,12 +11,14 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 
 from longhaul.artifacts.atomic_files import write_text
+from longhaul.artifacts.line_records import append_record, open_for_append, read_lines
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.record_types import MetricsRow
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
@@ -52,18 +54,18 @@ class Metrics:
         first_step = resumed_from + 1 if resumed_from else 0
         self._stream = self._open_before(first_step)
         self._trackers = open_trackers(job, folder, first_step)
-        with WeightsFolder(folder).attempts.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_attempt(job, resumed_from, context, hosts) | {"epochs": epochs}) + "\n")
+        attempt = _attempt(job, resumed_from, context, hosts) | {"epochs": epochs}
+        append_record(WeightsFolder(folder).attempts, attempt)
         named = ", ".join(f"{count:.2f} epochs of {dataset}" for dataset, count in epochs.items())
         print(f"{job.steps:,} steps of {job.stage.global_batch_size:,} samples: {named}", flush=True)
 
-    def _open_before(self, step: int) -> TextIO:
+    def _open_before(self, step: int) -> IO[str]:
         """Open metrics.jsonl without the lines of `step` and later, which are repeated; their duration becomes an event."""
         lost = _drop_lines_from(self._path, step)
         if lost:
-            seconds = sum(row.get("step_time_s", 0.0) + row.get("data_wait_s", 0.0) for row in lost)
+            seconds = sum((row.get("step_time_s") or 0.0) + (row.get("data_wait_s") or 0.0) for row in lost)
             self._events.write("work_lost", to_step=max(0, step - 1), steps=len(lost), seconds=round(seconds, 3))
-        return self._path.open("a", encoding="utf-8")
+        return open_for_append(self._path)
 
     def roll_back(self, step: int) -> None:
         """Drop the lines of the steps after `step`, which are repeated."""
@@ -172,19 +174,17 @@ def _attempt(job: TrainSpec, resumed_from: int, context: DistributedContext, hos
 def _drop_lines_from(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of `step` and later, and return the optimizer steps among them.
 
-    A line that a killed process left incomplete is dropped, too.
+    A line that is no valid record is dropped, too.
     """
-    if not path.exists():
-        return []
     kept, lost = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
+    for line in read_lines(path, MetricsRow):
+        row: Any = line.record
+        if row is None:
             continue
         if row["step"] < step:
-            kept.append(line)
+            kept.append(line.text)
         elif "loss" in row:
             lost.append(row)
-    write_text(path, "".join(line + "\n" for line in kept))
+    if path.exists():
+        write_text(path, "".join(text.decode() + "\n" for text in kept))
     return lost

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.atomic_files import read_json, write_json
+from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.compat.wandb import FLUSH_INTERVAL_VARIABLE, is_deleted_run
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -210,7 +211,7 @@ def _is_missing(run_id: str) -> bool:
 
 def _run_ids(folder: Path) -> dict[str, str]:
     path = WeightsFolder(folder).tracker_runs
-    return read_json(path) if path.exists() else {}
+    return read_typed_json(path, dict[str, str], "delete it: the trackers begin new runs") if path.exists() else {}
 
 
 def _keep_run_id(folder: Path, tracker: str, run_id: str) -> None:

@@ -1,0 +1,115 @@
+"""A finished run of two tiny stages as files: everything that the report, verify and the start of a training read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from longhaul.artifacts.artifact_schemas import (
+    Checkpoint,
+    DataManifest,
+    EnvironmentReport,
+    Export,
+    FabricReport,
+    Split,
+    TokenizerManifest,
+)
+from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
+from longhaul.artifacts.paths import RunPaths, WeightsFolder
+
+STAGE, DATASET, STEP = "base", "prose", 2
+_SHA256 = hashlib.sha256(b"").hexdigest()
+
+
+def write_small_run(results: Path) -> RunPaths:
+    """Write results/small and return its paths."""
+    paths = RunPaths("small", results)
+    _write_checks_and_data(paths)
+    _write_stage(paths)
+    _write_export(paths)
+    return paths
+
+
+def _write_checks_and_data(paths: RunPaths) -> None:
+    memory = {"weights": 1.0, "total": 1.5}
+    row = {"name": STAGE, "kind": "pretrain", "dataset": DATASET, "memory_per_gpu_gib": memory, "steps": STEP}
+    job = {"kind": "train", "names": [STAGE], "request": {"--nodes": "1"}}
+    write_json(paths.plan, {"run": "small", "site": "local", "stages": [row], "jobs": [job]})
+    write_text(paths.config, "run: small\n")
+    node = {"host": "n1", "gpus": [], "cpus": 2, "memory_bytes": 1, "disk_free_bytes": 1, "clock_skew_s": 0.0}
+    EnvironmentReport([], [{**node, "versions": {"torch": "2"}}], []).write(paths.environment)  # type: ignore[typeddict-item]
+    result = {"collective": "all_reduce", "bytes": 8, "world_size": 2, "rounds": 3, "time_us": 1.0, "correct": True}
+    result |= {"algorithm_bandwidth_gbps": 1.0, "bus_bandwidth_gbps": 1.0}
+    FabricReport([], "gloo", 2, ["n1"], [result], {"all_reduce_gbps": 0.5}).write(paths.fabric)  # type: ignore[list-item]
+    tokenizer = paths.tokenizers / "t"
+    write_text(tokenizer / "tokenizer.json", "{}")
+    TokenizerManifest(str(tokenizer), "t", 9, None, 1, 2, True, ["prose"]).write(paths.tokenizer)
+    shards = paths.shards(DATASET)
+    write_text(shards / "a" / "0.bin", "tokens")
+    sha256 = {"bin": file_sha256(shards / "a" / "0.bin")}
+    split: Split = {
+        "shards": [{"prefix": "a/0", "tokens": 3, "documents": 1, "sha256": sha256}],
+        "tokens": 3,
+        "documents": 1,
+        "loss_tokens": 3,
+    }
+    source = {"path": "prose.jsonl", "bytes": 9, "sha256": _SHA256, "documents": 1}
+    splits = {"train": split, "validation": split}
+    manifest = DataManifest(DATASET, "text", str(shards), "d", "t", "uint16", splits, [source], {"empty text": 1}, 1.0)  # type: ignore[list-item]
+    manifest.write(paths.manifest(DATASET))
+    write_text(paths.shards(DATASET).parent / "ignored.txt", "")
+
+
+def _write_stage(paths: RunPaths) -> None:
+    stage = paths.stage(STAGE)
+    weights = WeightsFolder(stage.path / "weights" / "0123")
+    folder = weights.checkpoint(STEP)
+    write_text(folder / "mp_rank_00_model_states.pt", "weights")
+    entry = {"bytes": 7, "sha256": file_sha256(folder / "mp_rank_00_model_states.pt")}
+    manifest = {"step": STEP, "validation_loss": 1.5, "has_reference_values": False, "weights": "0123"}
+    layout = {"world_size": 1, "zero_stage": 1, "offload_optimizer": "none", "parallel": {"tensor": 1}}
+    write_json(folder / "manifest.json", {**manifest, **layout, "files": {"mp_rank_00_model_states.pt": entry}})
+    saved = {"step": STEP, "path": f"checkpoints/{folder.name}", "sha256": file_sha256(folder / "manifest.json")}
+    checkpoint = {"last": {**saved, "validation_loss": 1.5}}
+    Checkpoint("small", STAGE, str(weights.path), {"kind": "pretrain"}, checkpoint, STEP, "d", "t").write(  # type: ignore[arg-type]
+        stage.checkpoint
+    )
+    _write_records(stage.history, {"time_s": 1.0, "event": "running", "queued_since_s": 0.5})
+    _write_records(stage.history, {"time_s": 9.0, "event": "done"})
+    _write_records(weights.events, {"time_s": 2.0, "event": "training", "step": 0})
+    _write_records(weights.events, {"time_s": 5.0, "event": "work_lost", "seconds": 1.0, "to_step": 1})
+    times = {"training_s": 1.0, "validation_s": 0.5, "saving_s": 0.5}
+    _write_records(weights.events, {"time_s": 8.0, "event": "saved", "step": 2, **times})
+    _write_records(weights.attempts, {"hosts": ["n1"], "job_id": None})
+    _write_records(weights.metrics, {"step": 0, "validation_loss": 2.0})
+    _write_records(weights.metrics, {"step": 1, "loss": 2.0, "lr": 0.1, "step_time_s": 0.1, "data_wait_s": 0.1})
+    write_json(weights.skipped_batches, [3])
+    write_json(weights.identity, {"spec": {}, "start": None, "steps": STEP})
+    totals = {"documents": 1, "packs": 1, "sequence_length": 4, "tokens": 3, "cut_documents": 0, "padding_share": 0.25}
+    write_json(weights.samples / "pack-d-train-4-0.json", totals)
+
+
+def _write_export(paths: RunPaths) -> None:
+    folder = paths.export(STAGE)
+    write_text(folder / "config.json", "{}")
+    verification = {"tensors": {"count": 3, "equal": 3}, "logits": {"bit_equal": True, "bound": 0.0}}
+    sample = {"prompt": "a", "split": "train", "completion": "b", "ended_with_eos": True}
+    Export(
+        stage=STAGE,
+        checkpoint="step-2",
+        step=STEP,
+        path=str(folder),
+        dtype="fp32",
+        parameters=3,
+        bytes=12,
+        files={"config.json": file_sha256(folder / "config.json")},
+        verification=verification,
+        samples=[sample],  # type: ignore[list-item]
+        provenance={"run": "small", "checkpoint_sha256": _SHA256, "versions": {"torch": "2"}},
+    ).write(paths.export_manifest(STAGE))
+
+
+def _write_records(path: Path, record: dict[str, object]) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")

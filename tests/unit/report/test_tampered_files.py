@@ -1,0 +1,93 @@
+"""Whatever the files of a run hold, the report is written or refused with the file's name; no reader ends in a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.paths import RunPaths, WeightsFolder
+from longhaul.errors import UserError
+from longhaul.report import html_page
+from longhaul.report.html_page import render_page
+from longhaul.report.run_results import read_run
+from tests.support.small_run import STAGE, write_small_run
+from tests.support.tampered_files import DAMAGED_BYTES, tampered_texts
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    return write_small_run(tmp_path / "results")
+
+
+def weights_of(run: RunPaths) -> WeightsFolder:
+    return WeightsFolder(run.stage(STAGE).path / "weights" / "0123")
+
+
+def artifacts_of(run: RunPaths) -> list[Path]:
+    weights = weights_of(run)
+    own = [run.plan, run.environment, run.fabric, run.tokenizer, run.manifest("prose"), run.stage(STAGE).checkpoint]
+    return [*own, run.export_manifest(STAGE), weights.skipped_batches, *weights.samples.glob("*.json")]
+
+
+def test_untouched_run_gives_a_report(run: RunPaths):
+    page = render_page(read_run(run.folder))
+    assert "Stage base" in page and "all_reduce" in page and len(artifacts_of(run)) == 9
+
+
+def test_no_tampered_artifact_ends_in_a_traceback(run: RunPaths):
+    """Each value is replaced and left out once; a refusal names the file."""
+    tried = refused = 0
+    for path in artifacts_of(run):
+        text = path.read_bytes()
+        for change, tampered in tampered_texts(text):
+            path.write_bytes(tampered)
+            tried += 1
+            try:
+                render_page(read_run(run.folder))
+            except UserError as error:
+                refused += 1
+                assert error.hint, change
+            except Exception as error:
+                raise AssertionError(f"{path.name}: {change}") from error
+        path.write_bytes(text)
+    assert tried > 300 and refused > tried / 2
+
+
+LINES = (
+    *DAMAGED_BYTES,
+    b'{"time_s": "x", "event": 1}',
+    b'{"event": "saved", "time_s": 1}',
+    b'{"step": "1"}',
+    b'{"hosts": 1}',
+)
+
+
+def shown(run: RunPaths) -> tuple[object, ...]:
+    """Return what the report shows of the records."""
+    (stage,) = read_run(run.folder).stages
+    return stage.attempts, stage.metrics.curves, stage.metrics.validation, stage.summary, stage.goodput
+
+
+@pytest.mark.parametrize("name", ["attempts", "metrics", "events", "history"])
+def test_bad_line_is_left_out_and_named_with_its_number(name: str, run: RunPaths, capfd: pytest.CaptureFixture[str]):
+    path = run.stage(STAGE).history if name == "history" else getattr(weights_of(run), name)
+    text = path.read_bytes()
+    bad_line = len(text.splitlines()) + 1
+    complete = shown(run)
+    for line in LINES:
+        path.write_bytes(text + line + b"\n")
+        capfd.readouterr()
+        assert shown(run) == complete
+        assert f"{path}, line {bad_line}: " in capfd.readouterr().err
+        path.write_bytes(text + line)
+        assert shown(run) == complete
+        assert capfd.readouterr().err == ""  # half a line at the end is usual after a kill
+
+
+def test_report_changes_no_file(run: RunPaths):
+    before = {path: file_sha256(path) for path in run.folder.rglob("*") if path.is_file()}
+    read_run(run.folder)
+    assert before == {path: file_sha256(path) for path in run.folder.rglob("*") if path.is_file()}

@@ -1,0 +1,81 @@
+"""Reads and appends files of one JSON record per line: attempts, metrics, events and history of a job.
+
+A process that is killed while it writes leaves half a line. Such files only describe a run, so no reader fails because of a
+bad line: it is left out. A warning names it, unless it is the file's incomplete last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+from longhaul.artifacts.typed_json import parse_json
+from longhaul.errors import UserError
+
+T = TypeVar("T")
+
+_MOST_WARNINGS = 10
+
+
+@dataclass(frozen=True)
+class RecordLine(Generic[T]):
+    """One line: its bytes without the line break, and its record, or what is wrong with it."""
+
+    text: bytes
+    record: T | None
+    problem: str = ""
+
+
+def read_lines(path: Path, kind: type[T]) -> Iterator[RecordLine[T]]:
+    """Yield each line of a file with its record, checked as parse_json does; nothing if there is no file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    bad = 0
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                parsed = _parsed(path, number, line, kind)
+                bad += parsed.record is None
+                if parsed.record is None and line.endswith(b"\n") and bad <= _MOST_WARNINGS:
+                    print(f"warning: {parsed.problem}; the line is left out", file=sys.stderr, flush=True)
+                yield parsed
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read") from None
+
+
+def _parsed(path: Path, number: int, line: bytes, kind: type[T]) -> RecordLine[T]:
+    text = line.rstrip(b"\n")
+    try:
+        return RecordLine(text, parse_json(text, kind))
+    except ValueError as error:
+        return RecordLine(text, None, f"{path}, line {number}: {error}")
+
+
+def read_records(path: Path, kind: type[T]) -> list[T]:
+    """Return the records of all valid lines; [] if there is no file."""
+    return [line.record for line in read_lines(path, kind) if line.record is not None]
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append one line. Half a line that a killed process left gets its line break first, so that both stay apart."""
+    with open_for_append(path) as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def open_for_append(path: Path) -> IO[str]:
+    """Open a file of records for appending, at the beginning of a line."""
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, 2)
+            is_torn = stream.read(1) != b"\n"
+            if is_torn:
+                stream.write(b"\n")
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,75 @@
+"""The types of the records in a run's .jsonl files. Values that nothing computes with have no fixed type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.line_records import read_records
+
+
+class MetricsRow(TypedDict):
+    """One line of metrics.jsonl: the numbers of an optimizer step, or the validation loss after it. None: not finite."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    step: Annotated[int, Field(ge=0)]
+    validation_loss: NotRequired[float | None]
+    loss: NotRequired[float | None]
+    grad_norm: NotRequired[float | None]
+    lr: NotRequired[float | None]
+    tokens_per_s: NotRequired[float | None]
+    step_time_s: NotRequired[float | None]
+    data_wait_s: NotRequired[float | None]
+    memory_bytes: NotRequired[float | None]
+    mfu: NotRequired[float | None]
+    gpu_utilisation: NotRequired[float | None]
+
+
+class Attempt(TypedDict):
+    """One line of attempts.jsonl."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    hosts: list[str]
+    epochs: NotRequired[dict[str, float]]
+
+
+Event = dict[str, Any]
+_REQUIRED = {
+    "saved": ("step", "training_s", "validation_s", "saving_s"),
+    "work_lost": ("seconds", "to_step"),
+}
+"""Event -> the values that the report and the trainer compute with."""
+
+
+class _EventFields(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    time_s: FiniteFloat
+    event: str
+    queued_since_s: NotRequired[FiniteFloat | None]
+    seconds: NotRequired[FiniteFloat]
+    step: NotRequired[int]
+    to_step: NotRequired[int]
+    training_s: NotRequired[FiniteFloat]
+    validation_s: NotRequired[FiniteFloat]
+    saving_s: NotRequired[FiniteFloat]
+
+
+def _require_values(event: Event) -> Event:
+    missing = [key for key in _REQUIRED.get(event["event"], ()) if key not in event]
+    if missing:
+        raise ValueError(f"the event {event['event']} has no `{missing[0]}`")
+    return event
+
+
+_EVENT: Any = Annotated[_EventFields, AfterValidator(_require_values)]
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return the events of history.jsonl or events.jsonl; [] if there is no file. Bad lines are left out."""
+    return read_records(path, _EVENT)
