@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import (
-from longhaul.artifacts.atomic_files import read_bytes
-from longhaul.artifacts.line_records import read_records
-from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
-from longhaul.artifacts.record_types import Attempt
-from longhaul.artifacts.artifact_schemas import (
     Checkpoint,
     Count,
     DataManifest,
@@ -21,8 +16,10 @@ from longhaul.artifacts.artifact_schemas import (
     PackTotals,
     TokenizerManifest,
 )
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.atomic_files import read_bytes
+from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.record_types import Attempt
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise

@@ -23,6 +23,7 @@ from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.monitoring.stragglers import StragglerDetector
 from longhaul.train.parallel.expert_load_balancing import Load, load_summary
 from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
+from longhaul.train.random_numbers import seed_random_numbers
 from longhaul.train.step_backends import Backend
 from longhaul.train.validation_loss import sum_over_samples, validation_loss
 from longhaul.train.write_reference_values import write_reference_values
@@ -83,6 +84,7 @@ class Trainer:
     def step(self, batch: Batch) -> bool:
         """Run one optimizer step over a global batch. Return False for a bad step, which leaves the weights unchanged."""
         started = time.perf_counter()
+        seed_random_numbers(self.job.seed, self.state.step, self.context.rank.rank)
         self._stragglers.record_wait(batch.wait_s)
         self.times.add(STEP, batch.wait_s)
         lr = self._set_learning_rate()

@@ -10,7 +10,7 @@ from longhaul.compat.deepspeed import replay_cpu_adam_steps
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import read_manifest
-from longhaul.train.checkpoint.rank_state import combine_rank_states, restore_rank_state, seed_random_numbers
+from longhaul.train.checkpoint.rank_state import combine_rank_states, restore_rank_state
 from longhaul.train.checkpoint.resharding import load_resharded
 from longhaul.train.checkpoint.saved_layout import Layout, layout_of, planned_layout
 from longhaul.train.checkpoint.training_state import TrainingState
@@ -44,9 +44,8 @@ def load_checkpoint(
         engine.global_samples = state.step * job.stage.global_batch_size
     replay_cpu_adam_steps(engine)
     if is_same_layout:
-        restore_rank_state(engine, folder, context.rank.rank, context.device)
+        restore_rank_state(engine, folder, context.rank.rank)
     else:
-        seed_random_numbers(job.seed, state.step, context.rank.rank)
         combine_rank_states(engine, folder, saved["world_size"])
     return state, saved
 

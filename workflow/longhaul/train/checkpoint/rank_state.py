@@ -1,8 +1,7 @@
-"""The state of one rank that DeepSpeed does not save: random numbers, fp16's loss scaler, PowerSGD. trainer-rank-*.pt."""
+"""The state of one rank that DeepSpeed does not save: fp16's loss scaler, PowerSGD. trainer-rank-*.pt."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,20 @@ def rank_state_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"trainer-rank-{rank:05d}.pt"
 
 
-def rank_state(engine: Any, device: torch.device) -> dict[str, Any]:
+def rank_state(engine: Any) -> dict[str, Any]:
     """Return this rank's state for a checkpoint."""
-    state: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "loss_scale": loss_scaler_state(engine)}
+    state: dict[str, Any] = {"loss_scale": loss_scaler_state(engine)}
     if hasattr(engine, "powersgd"):
         state["powersgd"] = engine.powersgd.state()
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def restore_rank_state(engine: Any, checkpoint: Path, rank: int, device: torch.device) -> None:
+def restore_rank_state(engine: Any, checkpoint: Path, rank: int) -> None:
     """Restore this rank's state from a checkpoint of the same layout."""
     state = _read(checkpoint, rank)
     restore_loss_scaler(engine, state.get("loss_scale"))
     if hasattr(engine, "powersgd"):
         engine.powersgd.load([state["powersgd"]])
-    torch.set_rng_state(state["cpu_rng"])
-    if "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
 
 
 def combine_rank_states(engine: Any, checkpoint: Path, saved_ranks: int) -> None:
@@ -45,12 +39,6 @@ def combine_rank_states(engine: Any, checkpoint: Path, saved_ranks: int) -> None
     restore_loss_scaler(engine, first.get("loss_scale"))
     if hasattr(engine, "powersgd"):
         engine.powersgd.load(state["powersgd"] for state in itertools.chain([first], states))
-
-
-def seed_random_numbers(seed: int, step: int, rank: int) -> None:
-    """Begin a random stream that follows from seed, step and rank: after a change of layout the saved streams fit no rank."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
 
 
 def _read(checkpoint: Path, rank: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class CheckpointSave:
         with mapped_optimizer_states(engine):
             _save_engine(engine, self._partial, self._writer)
             path = rank_state_file(self._partial, self._context.rank.rank)
-            self._writer.save(rank_state(engine, self._context.device), path)
+            self._writer.save(rank_state(engine), path)
             with self._writer.collect_errors():
                 self._write_state_and_slices(engine, state)
             with self._writer.collect_errors():
