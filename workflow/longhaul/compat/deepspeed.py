@@ -23,6 +23,31 @@ def save_without_recovery_script(engine: Any) -> None:
     engine._copy_recovery_script = lambda _folder: None
 
 
+@contextmanager
+def files_read_with(engine: Any, load: Callable[..., Any]) -> Iterator[None]:
+    """Let `engine.load_checkpoint` read every file through `load(path, classes, map_location)` for the length of the block.
+
+    DeepSpeed's own checkpoint engines call torch.load with weights_only=False: a file could run any code. No setting changes
+    that. `classes` are those whose objects DeepSpeed saves beside tensors and plain data.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+
+    class Reader(TorchCheckpointEngine):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return load(path, classes, map_location)
+
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, Reader()
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = usual
+
+
 # The optimizer step
 
 

@@ -6,8 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from longhaul.checkpoint_io.plain_data import load_plain_data
 from longhaul.compat.deepspeed import loss_scaler_state, restore_loss_scaler
 
 
@@ -42,4 +41,4 @@ def combine_rank_states(engine: Any, checkpoint: Path, saved_ranks: int) -> None
 
 
 def _read(checkpoint: Path, rank: int) -> dict[str, Any]:
-    return torch.load(rank_state_file(checkpoint, rank), weights_only=True)
+    return load_plain_data(rank_state_file(checkpoint, rank))

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.checkpoint_io.plain_data import load_plain_data
 from longhaul.checkpoint_io.sliced_checkpoint import BUFFERS_FILE, SLICE_INDEX
-from longhaul.compat.deepspeed import update_weights_from_masters
+from longhaul.compat.deepspeed import files_read_with, update_weights_from_masters
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import buffer_slices, hugging_face_name
@@ -90,7 +91,8 @@ def load_engine(engine: Any, dims: ParallelDims, folder: Path) -> None:
     Of the experts, DeepSpeed saves with the module only those of data rank 0. The master weights in the optimizer's files are
     complete, so every parameter is set from them.
     """
-    engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=dims.parallel.expert == 1)
+    with files_read_with(engine, load_plain_data):
+        engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=dims.parallel.expert == 1)
     if not dims.is_sliced:
         return
     if engine.zero_optimization_stage() < 3:
