@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from longhaul.compat.chat_templates import render_chat
 from longhaul.data.readers.conversations import Message, Tool
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.control_tokens import ControlTokens, contain_private_characters
@@ -155,23 +156,13 @@ class ChatTemplate:
     def _render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
         """Return the text, and the spans between generation markers (none where the template has no markers)."""
         import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(
-                [conversation.messages],
-                tools=cast(Any, conversation.tools),
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=prompt,
-                **cast(Any, self.special_tokens),
-            )
+            return render_chat(self.template, conversation.messages, conversation.tools, prompt, self.special_tokens)
         except Exception as error:  # a template is a program: it may raise any exception
             reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             message = f"{conversation.where}: the chat template refuses this conversation: {reason}"
             raise _refused(message, "fix the conversation, or " + REMEDY) from None
-        (text,), (spans,) = rendered
-        return text, spans
 
     def _marked_turns(self, conversation: Conversation, assistant: list[int], spans: list[Span]) -> list[list[Span]]:
         """Return the marked spans of each assistant message: those that its message adds."""
