@@ -174,7 +174,7 @@ def write_tokenizer(folder: Path) -> TokenizerManifest:
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(found), eos_token=EOS)
     size = max(tokenizer.get_vocab().values()) + 1
-    manifest = TokenizerManifest(str(folder / "tokenizer"), "bench", size, None, 1, 1, False)
+    manifest = TokenizerManifest(str(folder / "tokenizer"), "bench", size, None, 1, 1, False, {})
     manifest.write(folder / "tokenizer.artifact.json")
     return manifest
 

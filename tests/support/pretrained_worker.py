@@ -39,7 +39,7 @@ def assert_no_experts_are_kept(model: Any) -> None:
 
 def main() -> None:
     job, expected = TrainSpec.read(Path(sys.argv[1])), load_file(sys.argv[2])
-    tokenizer = TokenizerManifest("", "", 300, 0, 1, 2, False)
+    tokenizer = TokenizerManifest("", "", 300, 0, 1, 2, False, {})
     read = 0
     original = os.preadv
 

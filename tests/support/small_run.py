@@ -44,7 +44,8 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     FabricReport([], "gloo", 2, ["n1"], [result], {"all_reduce_gbps": 0.5}).write(paths.fabric)  # type: ignore[list-item]
     tokenizer = paths.tokenizers / "t"
     write_text(tokenizer / "tokenizer.json", "{}")
-    TokenizerManifest(str(tokenizer), "t", 9, None, 1, 2, True, ["prose"]).write(paths.tokenizer)
+    files = {"tokenizer.json": file_sha256(tokenizer / "tokenizer.json")}
+    TokenizerManifest(str(tokenizer), "t", 9, None, 1, 2, True, files, ["prose"]).write(paths.tokenizer)
     shards = paths.shards(DATASET)
     write_text(shards / "a" / "0.bin", "tokens")
     sha256 = {"bin": file_sha256(shards / "a" / "0.bin")}

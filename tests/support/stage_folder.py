@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 from tests.support.train_zero_checkpoints import STEPS, TAG, write_manifest
@@ -66,6 +67,7 @@ def create_exportable_stage(
         eos_id=1,
         pad_id=2,
         has_chat_template=True,
+        files={path.name: file_sha256(path) for path in (root / "tokenizer").iterdir()},
     )
     tokenizer.write(root / "tokenizer.json")
     tag = weights / "checkpoints" / TAG

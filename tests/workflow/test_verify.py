@@ -19,7 +19,9 @@ def verify(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_verify_names_damaged_files(finished: Chain, tmp_path: Path):
     intact = verify(finished.folder)
     assert intact.returncode == 0 and intact.stdout.endswith(" folders, 0 damaged\n"), intact.stdout + intact.stderr
-    assert intact.stdout.count("intact") >= 7  # two datasets, checkpoints of two stages and an export of each
+    assert (
+        intact.stdout.count("intact") >= 10
+    )  # tokenizer, two datasets; of two stages: checkpoint.json, checkpoints, export
 
     folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
     optimizer = sorted(folder.glob("results/tiny/stages/base/weights/*/checkpoints/step-*/zero_pp_rank_0*optim*"))[-1]
@@ -34,8 +36,11 @@ def test_verify_names_damaged_files(finished: Chain, tmp_path: Path):
     tokens = bytearray(shard.read_bytes())
     tokens[-1] ^= 1
     shard.write_bytes(tokens)
+    (merges,) = folder.glob("results/tiny/tokenizers/*/tokenizer.json")
+    merges.write_text(merges.read_text() + " ")
     damaged = verify(folder)
-    assert damaged.returncode == 1 and damaged.stdout.endswith(" folders, 3 damaged\n"), damaged.stdout + damaged.stderr
+    assert damaged.returncode == 1 and damaged.stdout.endswith(" folders, 4 damaged\n"), damaged.stdout + damaged.stderr
     assert f"{optimizer.name} does not have the SHA-256 of the manifest" in damaged.stdout
+    assert "tokenizer.json does not have the SHA-256 of the manifest" in damaged.stdout
     assert f"{shard.name} does not have the SHA-256 of the manifest" in damaged.stdout
     assert "config.json cannot be read: No such file or directory" in damaged.stdout

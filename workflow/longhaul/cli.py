@@ -147,7 +147,7 @@ def report(
 
 @app.command()
 def verify(config: ConfigArgument) -> None:
-    """Read every file of a run's data, checkpoints and exports, and name those that are damaged.
+    """Read every file of a run's tokenizer, data, checkpoints and exports, and name those that are damaged.
 
     Exit code 1: a file is damaged.
 

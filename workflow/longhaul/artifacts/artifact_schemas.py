@@ -86,6 +86,7 @@ class Split(TypedDict):
     documents: Count
     loss_tokens: Count
     filtered_out: NotRequired[str]
+    filtered_out_sha256: NotRequired[Sha256]
 
 
 class Source(TypedDict):
@@ -193,6 +194,7 @@ class TokenizerManifest(Artifact):
 
     path: the tokenizer's folder, which all later jobs read
     hash: of tokenizer.json, its config and the chat template; equal hashes give equal token ids
+    files: name in the folder -> SHA-256, of every file
     """
 
     path: str
@@ -202,6 +204,7 @@ class TokenizerManifest(Artifact):
     eos_id: int
     pad_id: int
     has_chat_template: bool
+    files: dict[str, Sha256]
     trained_on: list[str] = field(default_factory=list)
 
 

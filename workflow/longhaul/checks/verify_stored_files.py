@@ -1,8 +1,8 @@
-"""Reads every file of a run's datasets, checkpoints and exports, and compares it with the hash that was stored with it."""
+"""Reads every file of a run's tokenizer, datasets, checkpoints and exports, and compares it with its recorded hash."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.artifact_schemas import DataManifest, Export
+from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.verified_files import dataset_files
+from longhaul.errors import UserError
 from longhaul.planning import Plan
-from longhaul.train.checkpoint.checkpoint_folders import read_manifest, step_folders, wrong_hashes, wrong_sizes
+from longhaul.train.checkpoint.checkpoint_folders import (
+    MANIFEST,
+    read_manifest,
+    step_folders,
+    wrong_hashes,
+    wrong_sizes,
+)
 
 _HASHING_THREADS = 8
 
@@ -31,20 +39,33 @@ class FolderIntegrity:
 
 
 def verify_stored_files(plan: Plan) -> list[FolderIntegrity]:
-    """Return one result per dataset, per checkpoint in every weights folder of every stage, and per export."""
-    results = []
+    """Return one result for the tokenizer, per dataset, per checkpoint in every weights folder of every stage, and per export.
+
+    An artifact that cannot be read counts as damage of what it describes.
+    """
+    paths = plan.paths
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        results = list(_if_there("tokenizer", paths.tokenizer, lambda path: _verify_tokenizer(path, pool)))
         for name, dataset in plan.config.datasets.items():
-            manifest = plan.paths.manifest(name)
-            if manifest.exists() and not dataset.mixture:  # a mixture has no shards of its own
-                results.append(_verify_dataset(DataManifest.read(manifest), pool))
+            if not dataset.mixture:  # a mixture has no shards of its own
+                results += _if_there(name, paths.manifest(name), lambda path: _verify_dataset(path, pool))
         for stage in plan.stages:
-            for folder in _checkpoints(plan.weights_root(stage.name)):
-                results.append(_verify_checkpoint(stage.name, folder, pool))
-            export = plan.paths.export_manifest(stage.name)
-            if export.exists():
-                results.append(_verify_export(stage.name, Export.read(export), pool))
+            name = stage.name
+            results += _if_there(name, paths.stage(name).checkpoint, lambda path: _verify_stage(path, pool))
+            for folder in _checkpoints(plan.weights_root(name)):
+                results.append(_verify_checkpoint(name, folder, pool))
+            results += _if_there(name, paths.export_manifest(name), lambda path: _verify_export(path, pool))
     return results
+
+
+def _if_there(name: str, path: Path, verify: Callable[[Path], FolderIntegrity]) -> Iterator[FolderIntegrity]:
+    """Yield the result of `verify` if there is an artifact at `path`."""
+    if not path.exists():
+        return
+    try:
+        yield verify(path)
+    except (UserError, ValueError) as error:
+        yield FolderIntegrity(name, path, 0, 0, error.message if isinstance(error, UserError) else f"{path}: {error}")
 
 
 def _checkpoints(weights_root: Path) -> Iterator[Path]:
@@ -65,14 +86,28 @@ def _verify_checkpoint(stage: str, folder: Path, pool: ThreadPoolExecutor) -> Fo
     return FolderIntegrity(stage, folder, len(files), size, next(filter(None, damages), ""))
 
 
-def _verify_dataset(manifest: DataManifest, pool: ThreadPoolExecutor) -> FolderIntegrity:
-    shards = [shard for split in manifest.splits.values() for shard in split["shards"]]
-    files = {f"{shard['prefix']}.{ending}": sha256 for shard in shards for ending, sha256 in shard["sha256"].items()}
-    return _verify_files(manifest.dataset, Path(manifest.path), files, pool)
+def _verify_tokenizer(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    manifest = TokenizerManifest.read(path)
+    return _verify_files("tokenizer", Path(manifest.path), manifest.files, pool)
 
 
-def _verify_export(stage: str, export: Export, pool: ThreadPoolExecutor) -> FolderIntegrity:
-    return _verify_files(stage, Path(export.path), export.files, pool)
+def _verify_dataset(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    manifest = DataManifest.read(path)
+    root = Path(manifest.path)
+    files = {str(file.relative_to(root)): sha256 for file, sha256 in dataset_files(manifest).items()}
+    return _verify_files(manifest.dataset, root, files, pool)
+
+
+def _verify_stage(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    """Verify that the checkpoints that checkpoint.json states are the ones on the disk."""
+    checkpoint = Checkpoint.read(path)
+    manifests = {f"{entry['path']}/{MANIFEST}": entry["sha256"] for entry in checkpoint.checkpoints.values()}
+    return _verify_files(checkpoint.stage, Path(checkpoint.weights), manifests, pool)
+
+
+def _verify_export(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    export = Export.read(path)
+    return _verify_files(export.stage, Path(export.path), export.files, pool)
 
 
 def _verify_files(name: str, folder: Path, files: Mapping[str, str], pool: ThreadPoolExecutor) -> FolderIntegrity:
@@ -82,11 +117,11 @@ def _verify_files(name: str, folder: Path, files: Mapping[str, str], pool: Threa
         file, sha256 = entry
         try:
             return "" if file_sha256(folder / file) == sha256 else f"{file} does not have the SHA-256 of the manifest"
-        except OSError as error:
-            return f"{file} cannot be read: {error.strerror}"
+        except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+            return f"{file} cannot be read: {getattr(error, 'strerror', error)}"
 
     damages = list(pool.map(damage, files.items()))
-    size = sum((folder / file).stat().st_size for file in files if (folder / file).exists())
+    size = sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
     return FolderIntegrity(name, folder, len(files), size, next(filter(None, damages), ""))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.verified_files import read_tokenizer
 from longhaul.errors import UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec
@@ -60,7 +61,7 @@ def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
     weights = Path(checkpoint.weights)
     folder = weights / chosen["path"]
     _verify_files(folder, chosen["sha256"])
-    tokenizer = TokenizerManifest.read(Path(job.tokenizer))
+    tokenizer = read_tokenizer(Path(job.tokenizer))
     if tokenizer.hash != checkpoint.tokenizer_hash:
         raise UserError(
             f"{job.tokenizer} has hash {tokenizer.hash}, but stage {job.stage} was trained with {checkpoint.tokenizer_hash}",

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from longhaul.artifacts.artifact_schemas import DataManifest, Split
-from longhaul.artifacts.atomic_files import content_hash, write_text
+from longhaul.artifacts.atomic_files import content_hash, file_sha256, write_text
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.filters.chunk_fingerprints import BANDS_FILE, KEYS_FILE, MATCHES_FILE, EvaluationMatch, TextFilters
 from longhaul.data.shards.chunks import Chunk
@@ -171,6 +171,7 @@ def _filter_split(manifest: DataManifest, split: str, is_filtered: np.ndarray, f
     return {
         **entry,
         "filtered_out": f"{folder.name}/{split}.npy",
+        "filtered_out_sha256": file_sha256(folder / f"{split}.npy"),
         "documents": entry["documents"] - table.shape[1],
         "tokens": entry["tokens"] - int(table[2, -1]),
         "loss_tokens": entry["loss_tokens"] - filtered_loss_tokens,

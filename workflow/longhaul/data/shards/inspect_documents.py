@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.verified_files import read_tokenizer
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError
 
@@ -23,7 +24,7 @@ def run(manifest_path: Path, split: str, first: int, count: int, tokenizer_path:
         UserError: the split or the document does not exist, or another tokenizer encoded the shards.
     """
     manifest = DataManifest.read(manifest_path)
-    tokenizer = TokenizerManifest.read(tokenizer_path or manifest_path.parent.parent / "tokenizer.json")
+    tokenizer = read_tokenizer(tokenizer_path or manifest_path.parent.parent / "tokenizer.json")
     if tokenizer.hash != manifest.tokenizer_hash:
         raise UserError(
             f"{manifest_path} was encoded with tokenizer {manifest.tokenizer_hash}, not {tokenizer.hash}",

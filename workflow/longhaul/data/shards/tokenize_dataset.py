@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.artifact_schemas import DataManifest, EncodedPartition, TokenizerManifest
+from longhaul.artifacts.verified_files import read_tokenizer
 from longhaul.data.filters.chunk_fingerprints import TextFilters
 from longhaul.data.filters.filter_documents import filter_documents
 from longhaul.data.sampling import mixture_manifest
@@ -78,7 +79,7 @@ def _open_dataset(
     Raises:
         UserError: the input is incomplete, or the shards cannot be written.
     """
-    tokenizer = TokenizerManifest.read(Path(job.tokenizer))
+    tokenizer = read_tokenizer(Path(job.tokenizer))
     _require_input(job, tokenizer)
     filters = TextFilters.load(job.dataset, job.evaluation)
     source_bytes = sum(Path(file).stat().st_size for file in job.files if Path(file).exists())

@@ -64,6 +64,7 @@ def run(job: TokenizerSpec) -> None:
         eos_id=ids[str(tokenizer.eos_token)],
         pad_id=ids[str(tokenizer.pad_token)],
         has_chat_template=bool(tokenizer.chat_template),
+        files=_file_hashes(folder),
         trained_on=sorted(job.train_files),
     ).write(Path(job.out))
 
@@ -147,7 +148,10 @@ def _read_template(path: Path) -> str:
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, root: Path, test_chat_template: bool) -> tuple[Path, str]:
-    """Write <root>/<hash> atomically; an existing equal folder is kept. Return the folder and the hash."""
+    """Write <root>/<hash> atomically. An existing folder is kept if its files are equal, else it was altered and is replaced.
+
+    Return the folder and the hash.
+    """
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".saving-") as temporary:
         saved = Path(temporary) / "tokenizer"
@@ -156,9 +160,16 @@ def _save(tokenizer: PreTrainedTokenizerBase, root: Path, test_chat_template: bo
             ChatTemplate.load(saved).render(_TEST_CONVERSATION, "test of the tokenizer's chat template")
         digest = _hash(tokenizer, saved)
         folder = root / digest
+        if folder.exists() and _file_hashes(folder) != _file_hashes(saved):
+            folder.rename(Path(temporary) / "altered")
         if not folder.exists():
             saved.replace(folder)
     return folder, digest
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): file_sha256(path) for path in paths}
 
 
 def _hash(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:

@@ -34,6 +34,10 @@ class CheckpointManager:
         newest = self._newest_undamaged()
         return newest is not None and newest[0] == self._job.steps
 
+    def has_any(self) -> bool:
+        """Return whether there is a complete checkpoint to resume from."""
+        return bool(self._complete())
+
     def longest_save_s(self) -> float:
         """Return the duration of the longest save of all attempts so far; 0 when there was none."""
         return self._context.broadcast(self._events.largest("saved", "saving_s") if self._context.is_main else 0.0)

@@ -1,0 +1,96 @@
+"""`longhaul verify` has a row for every part of a run, names each altered file, and never ends in a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.paths import RunPaths, WeightsFolder
+from longhaul.checks.verify_stored_files import FolderIntegrity, verify_stored_files
+from tests.support.small_run import DATASET, STAGE, STEP, write_small_run
+from tests.support.tampered_files import tampered_texts
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    return write_small_run(tmp_path / "results")
+
+
+def weights_of(run: RunPaths) -> WeightsFolder:
+    return WeightsFolder(run.stage(STAGE).path / "weights" / "0123")
+
+
+def verify(run: RunPaths) -> list[FolderIntegrity]:
+    plan: Any = SimpleNamespace(
+        paths=run,
+        config=SimpleNamespace(datasets={DATASET: SimpleNamespace(mixture={})}),
+        stages=[SimpleNamespace(name=STAGE)],
+        weights_root=lambda stage: run.stage(stage).path / "weights",
+    )
+    return verify_stored_files(plan)
+
+
+def test_every_part_of_an_untouched_run_is_intact(run: RunPaths):
+    found = verify(run)
+    assert [(row.name, row.files, row.damage) for row in found] == [
+        ("tokenizer", 1, ""),
+        (DATASET, 1, ""),
+        (STAGE, 1, ""),  # checkpoint.json
+        (STAGE, 1, ""),  # the checkpoint
+        (STAGE, 1, ""),  # the export
+    ]
+
+
+FILES: dict[str, Callable[[RunPaths], Path]] = {
+    "tokenizer": lambda run: run.tokenizers / "t" / "tokenizer.json",
+    "shard": lambda run: run.shards(DATASET) / "a" / "0.bin",
+    "weights": lambda run: weights_of(run).checkpoint(STEP) / "mp_rank_00_model_states.pt",
+    "export": lambda run: run.export(STAGE) / "config.json",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_altered_bit_is_found(name: str, run: RunPaths):
+    path = FILES[name](run)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    (damage,) = [row.damage for row in verify(run) if row.damage]
+    assert damage.endswith(f"{path.name} does not have the SHA-256 of the manifest")
+    path.unlink()
+    (damage,) = [row.damage for row in verify(run) if row.damage]
+    assert path.name in damage
+
+
+def test_another_checkpoint_in_the_place_of_the_stated_one_is_found(run: RunPaths):
+    """Its own manifest fits its files."""
+    manifest = weights_of(run).checkpoint(STEP) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("1.5", "1.25"))
+    (damage,) = [row.damage for row in verify(run) if row.damage]
+    assert damage.endswith("manifest.json does not have the SHA-256 of the manifest")
+
+
+ARTIFACTS: dict[str, Callable[[RunPaths], Path]] = {
+    "tokenizer.json": lambda run: run.tokenizer,
+    "data manifest": lambda run: run.manifest(DATASET),
+    "checkpoint.json": lambda run: run.stage(STAGE).checkpoint,
+    "manifest.json": lambda run: weights_of(run).checkpoint(STEP) / "manifest.json",
+    "export manifest": lambda run: run.export_manifest(STAGE),
+}
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_tampered_artifacts_are_rows_of_the_result(name: str, run: RunPaths):
+    path = ARTIFACTS[name](run)
+    damaged = 0
+    for change, text in tampered_texts(path.read_bytes()):
+        path.write_bytes(text)
+        try:
+            damaged += any(row.damage for row in verify(run))
+        except Exception as error:
+            raise AssertionError(change) from error
+    assert damaged

@@ -1,0 +1,63 @@
+"""Compares files with the SHA-256 that an artifact recorded for them, before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.errors import UserError
+
+_THREADS = 8  # SHA-256 runs without Python's lock, and several reads at once keep a parallel file system busy
+
+FileHashes = Mapping[Path, str]
+"""File -> recorded SHA-256."""
+
+
+def wrong_files(files: FileHashes) -> Iterator[str]:
+    """Yield what is wrong with each file that cannot be read or has another SHA-256; files are read in parallel."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from filter(None, pool.map(_problem, files.items()))
+
+
+def _problem(entry: tuple[Path, str]) -> str:
+    path, recorded = entry
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return "" if found == recorded else f"{path} does not have the SHA-256 that was recorded when it was written"
+
+
+def read_tokenizer(path: Path) -> TokenizerManifest:
+    """Read a tokenizer's manifest, and verify the files of its folder.
+
+    Raises:
+        UserError: the manifest is invalid, or a file is missing or was altered.
+    """
+    manifest = TokenizerManifest.read(path)
+    if problem := next(wrong_files(tokenizer_files(manifest)), None):
+        raise UserError(f"tokenizer: {problem}", f"restore the file, or make the tokenizer again: rm {path}")
+    return manifest
+
+
+def tokenizer_files(manifest: TokenizerManifest) -> dict[Path, str]:
+    """Return the files of a tokenizer's folder."""
+    return {Path(manifest.path) / name: sha256 for name, sha256 in manifest.files.items()}
+
+
+def dataset_files(manifest: DataManifest, splits: Iterable[str] | None = None) -> dict[Path, str]:
+    """Return the files of a dataset's splits (all, if none are named), or of those of the datasets that a mixture consists of."""
+    if manifest.mixture:
+        parts = [DataManifest.from_fields(part["manifest"]) for part in manifest.mixture]
+        return {path: sha256 for part in parts for path, sha256 in dataset_files(part, splits).items()}
+    root, files = Path(manifest.path), {}
+    for name in splits or manifest.splits:
+        split = manifest.splits[name]
+        for shard in split["shards"]:
+            files |= {root / f"{shard['prefix']}.{ending}": sha256 for ending, sha256 in shard["sha256"].items()}
+        if "filtered_out" in split:
+            files[root / split["filtered_out"]] = split.get("filtered_out_sha256", "")
+    return files
