@@ -94,7 +94,7 @@ def test_names_that_are_no_host_names_are_not_excluded(tmp_path: Path):
     plan, _ = rendered_plan(tmp_path)
     names = ["n7", "N-8.x", "9", "-n", ".n", "n 1", "n\n", "", "n_1"]
     add_to_quarantine(tmp_path / QUARANTINE, names, "down", "job 5")
-    assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ("n7", "N-8.x", "9")
+    assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ("n7", "N-8.x", "9", "n_1")
 
 
 def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

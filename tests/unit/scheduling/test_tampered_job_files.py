@@ -55,7 +55,7 @@ def test_broken_quarantine_is_kept_and_named_while_a_job_runs(tmp_path: Path, ca
         try:
             read_quarantine(tmp_path / QUARANTINE)
         except UserError:
-            assert quarantined_nodes(tmp_path / QUARANTINE) == (), change
+            assert set(quarantined_nodes(tmp_path / QUARANTINE)) <= {"n1"}, change
             records.quarantine(["n2"], "down")
             assert (tmp_path / QUARANTINE).read_bytes() == text, change
             assert "n2: down; not added to results/quarantine.json" in capsys.readouterr().out

@@ -10,8 +10,9 @@ from typing import ClassVar, Required
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Artifact
+from longhaul.artifacts.atomic_files import read_json
 from longhaul.artifacts.job_state import utc_now
-from longhaul.artifacts.typed_json import HostName
+from longhaul.artifacts.typed_json import HostName, is_host_name
 from longhaul.errors import UserError
 
 
@@ -28,7 +29,7 @@ class QuarantinedNode(TypedDict, total=False):
 class Quarantine(Artifact):
     """results/quarantine.json: [{"node", "cause", "time", "evidence"}]. Users may edit the file."""
 
-    hint: ClassVar[str] = "correct the file; without it, no node is excluded"
+    hint: ClassVar[str] = "correct the entry, or remove it"
 
     nodes: list[QuarantinedNode] = field(default_factory=list)
 
@@ -47,12 +48,25 @@ def read_quarantine(path: Path) -> Quarantine:
 
 
 def quarantined_nodes(path: Path) -> tuple[str, ...]:
-    """Return the nodes to exclude from a job that is under way. A file that is not valid is reported and excludes none."""
+    """Return the nodes to exclude from a job that is under way. Invalid entries of the file are reported and left out."""
     try:
         return read_quarantine(path).node_names
     except UserError as error:
-        print(f"warning: no node is excluded: {error}", flush=True)
+        names = _valid_names(path)
+        print(f"warning: of the quarantined nodes only {', '.join(names) or 'none'} is excluded: {error}", flush=True)
+        return names
+
+
+def _valid_names(path: Path) -> tuple[str, ...]:
+    try:
+        found = read_json(path)
+    except UserError:
         return ()
+    entries = found.get("nodes") if isinstance(found, dict) else None
+    names = (
+        [entry.get("node") for entry in entries or () if isinstance(entry, dict)] if isinstance(entries, list) else []
+    )
+    return tuple(dict.fromkeys(str(name) for name in names if is_host_name(name)))
 
 
 def add_to_quarantine(path: Path, nodes: Iterable[str], cause: str, evidence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,9 +16,15 @@ T = TypeVar("T")
 
 SlurmJobId = Annotated[str, Field(pattern=r"^[0-9]+([_+][0-9]+)?$")]
 """A job id of Slurm: 7, 7_1 (array), 7+1 (heterogeneous). State files hold it, and commands get it."""
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_HOST_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+HostName = Annotated[str, Field(pattern=f"^{_HOST_NAME}$")]
 """A node's name. No character of it has a meaning for a shell, and it is no option."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def is_host_name(value: Any) -> bool:
+    """Return whether a value is a HostName."""
+    return isinstance(value, str) and re.fullmatch(_HOST_NAME, value) is not None
 
 
 @cache
