@@ -35,9 +35,10 @@ test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUD
 test-packages: setup  ## install what the cluster, browser and file system tests need (Debian packages); names what cannot be installed
 	@$(CLUSTER) install
 
-check: setup  ## linters, types, import layers, rule files, shell scripts, generated files
+check: setup  ## linters, types, security, import layers, rule files, shell scripts, generated files
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml workflow/longhaul
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/Snakefile workflow/rules
 	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch

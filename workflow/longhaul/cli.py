@@ -103,7 +103,7 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
         options = [*options, "--profile", str(data_root() / "profiles" / site.scheduler)]
     # --configfile takes every word up to the next option, so it goes before the user's words, which may begin with a target.
     own = ["--configfile", str(config.absolute()), "--snakefile", str(data_root() / "Snakefile")]
-    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *own, *options])
+    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *own, *options])  # nosec B606  # the user's own words, without a shell
 
 
 @app.command()

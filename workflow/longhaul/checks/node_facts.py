@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from longhaul.artifacts.atomic_files import free_bytes
+from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
 from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
 
@@ -34,7 +35,7 @@ def node_facts(host: str, folder: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
-        "shared_memory_bytes": _free_bytes(Path("/dev/shm")),
+        "shared_memory_bytes": _free_bytes(Path(SHARED_MEMORY)),
         "disk_free_bytes": _free_bytes(folder),
         "write_error": write_error(folder),
         "compiler": compiler(),

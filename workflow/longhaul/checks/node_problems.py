@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
 GB = 10**9
@@ -50,7 +51,7 @@ def _warnings_of_node(node: Facts, largest_bytes: int) -> list[str]:
     """Return the warnings of one node. largest_bytes: memory of the node with the most memory."""
     found, free = [], node["shared_memory_bytes"]
     if free is not None and free < MIN_SHARED_MEMORY_BYTES:
-        found.append(f"/dev/shm has {free / 2**20:.0f} MiB free; ranks of one node communicate through it")
+        found.append(f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free; ranks of one node communicate through it")
     if node["memory_bytes"] < (1 - MEMORY_TOLERANCE) * largest_bytes:
         memory, largest = node["memory_bytes"] / 2**30, largest_bytes / 2**30
         found.append(f"the node has {memory:.1f} GiB of memory, another node has {largest:.1f} GiB")

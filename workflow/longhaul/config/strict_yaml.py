@@ -86,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _parse(path: Path) -> Any:
     try:
         _check_file(path)
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # nosec B506  # a SafeLoader
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "give the path of an existing YAML file") from None
     except IsADirectoryError:

@@ -10,6 +10,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 
+SHARED_MEMORY = "/dev/shm"  # nosec B108  # no folder for temporary files: ranks of one node communicate through it
 _UNBINDABLE = set(":,")
 # A folder that does not exist cannot be bound, and scratch is a different folder on every node.
 _MAKE_FOLDERS = 'while [ "$1" != -- ]; do mkdir -p -- "$1" || exit; shift; done; shift; exec "$@"'
@@ -32,7 +33,7 @@ def container_command(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
     linked = [results.resolve()] if results.is_symlink() else []
     own = [data_root(), PACKAGE, workdir, *linked, *roots]
     folders = [*_outermost([*map(str, own), *external_folders(spec)]), *software.binds]
-    binds = [word for folder in ("/dev/shm", *folders) for word in ("--bind", folder)]
+    binds = [word for folder in (SHARED_MEMORY, *folders) for word in ("--bind", folder)]
     gpus = ["--nv"] if site.node.gpus else []
     return [*make, software.runtime, "exec", *gpus, *binds, software.path]
 

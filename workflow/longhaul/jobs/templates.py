@@ -18,7 +18,7 @@ def template(name: str) -> jinja2.Template:
 
     Filters: `sh` quotes a word for the shell, `sh_value` the value of an assignment, `tojson` writes JSON.
     """
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # nosec B701  # shell and JSON: values are quoted by filters
         loader=jinja2.FileSystemLoader(data_root() / "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

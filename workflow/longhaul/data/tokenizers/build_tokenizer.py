@@ -77,7 +77,7 @@ def _load(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)  # nosec B615  # a local folder
     # The library passes on any exception of its Rust code or its JSON parser, plain `Exception` included.
     except Exception as error:
         raise UserError(

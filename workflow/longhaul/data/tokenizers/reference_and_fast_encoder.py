@@ -183,7 +183,8 @@ def post_processor_ids(post_processor: Any) -> tuple[list[int], list[int]]:
     from tokenizers import Tokenizer
 
     unset = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder"))
-    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    word = "a"
+    model = {"type": "WordLevel", "vocab": {word: 0}, "unk_token": word}
     tiny = {"version": "1.0", "added_tokens": [], **unset, "post_processor": post_processor, "model": model}
     encoding = Tokenizer.from_str(json.dumps(tiny)).encode("a")
     position = encoding.special_tokens_mask.index(0)
