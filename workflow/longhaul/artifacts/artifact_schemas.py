@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NotRequired, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.atomic_files import DELETE_HINT, read_json, write_json
@@ -172,6 +172,22 @@ class IndexedSource(TypedDict):
     modified_ns: int
 
 
+class LockedSource(TypedDict):
+    """What fetch recorded for one source."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    path: NotRequired[str]
+    revision: NotRequired[str]
+    files: NotRequired[list[str]]
+
+
+def _require_training_split(splits: dict[str, Split]) -> dict[str, Split]:
+    if "train" not in splits:
+        raise ValueError("there is no split `train`")
+    return splits
+
+
 @dataclass(frozen=True)
 class Lock(Artifact):
     """`results/<run>.lock.json`: the revisions and files that fetch pinned.
@@ -184,7 +200,7 @@ class Lock(Artifact):
 
     hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
 
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, LockedSource] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
 
@@ -262,7 +278,7 @@ class DataManifest(Artifact):
     hash: str
     tokenizer_hash: str
     dtype: str
-    splits: dict[str, Split]
+    splits: Annotated[dict[str, Split], AfterValidator(_require_training_split)]
     sources: list[Source]
     skipped: dict[str, int]
     unigram_entropy_nats: float

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.artifact_schemas import Lock
+from longhaul.artifacts.artifact_schemas import Lock, LockedSource
 from longhaul.config.dataset_config import Dataset, HubDataset
 from longhaul.config.field_types import HubSource
 from longhaul.config.load_config import LoadedConfig
@@ -39,7 +39,7 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
         UserError: a repository, revision or split does not exist or cannot be downloaded.
     """
     config = loaded.config
-    sources: dict[str, dict[str, Any]] = {}
+    sources: dict[str, LockedSource] = {}
     model: dict[str, Any] = {}
     if config.tokenizer.hub:
         sources["tokenizer"] = _download_snapshot(config.tokenizer.hub, "model", _TOKENIZER_PATTERNS)
@@ -58,7 +58,7 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
     return Lock(sources=sources, model=model)
 
 
-def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> dict[str, Any]:
+def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> LockedSource:
     """Resolve a revision to its commit and download the files that match; complete files are not downloaded again."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -68,7 +68,7 @@ def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> dic
     return {"hub": source.id, "revision": commit, "path": str(path)}
 
 
-def _download_dataset(source: HubDataset, dataset: Dataset, streamed: Path) -> dict[str, Any]:
+def _download_dataset(source: HubDataset, dataset: Dataset, streamed: Path) -> LockedSource:
     """Download only the files of one configuration and split, or stream their first rows.
 
     The other files of a dataset may be terabytes.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import RunPaths
@@ -145,16 +145,16 @@ class Plan:
         root = self.config.storage.data
         return Path(root) / self.run / dataset if root else self.paths.shards(dataset)
 
-    def fetched(self, name: str, key: str) -> str | None:
+    def fetched(self, name: str, key: Literal["path", "revision"]) -> str | None:
         """Return what fetch recorded under a key of a source (`tokenizer`, `model`); None until fetch has run."""
-        return self.lock.sources[name][key] if self.lock and name in self.lock.sources else None
+        return self.lock.sources[name].get(key) if self.lock and name in self.lock.sources else None
 
     def source_files(self, dataset: str) -> tuple[str, ...]:
         """Return a dataset's files: the user's own, or those that fetch downloaded; empty until fetch has run."""
         if self.config.datasets[dataset].files:
             return tuple(str(path) for path in dataset_files(self.loaded, dataset))
         source = self.lock.sources.get(dataset) if self.lock else None
-        return tuple(source["files"]) if source else ()
+        return tuple(source.get("files", ())) if source else ()
 
     def rule_inputs(self, dataset: str) -> list[Path]:
         """Return the inputs of a dataset's rules: the user's files and evaluation files, or a mixture's manifests."""
