@@ -172,6 +172,11 @@ class WeightsFolder:
         return self.path / "samples"
 
     @property
+    def verified_data(self) -> Path:
+        """A hash over sizes, times and recorded hashes of the shards that this stage has verified."""
+        return self.path / "verified_data"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

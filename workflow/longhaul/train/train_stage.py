@@ -9,7 +9,6 @@ from shutil import disk_usage
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.verified_files import read_tokenizer
 from longhaul.data.sampling.samples import Samples
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -66,7 +65,7 @@ def _disk_full_as_user_error(folder: Path) -> Iterator[None]:
 
 def _train_or_finish(job: TrainSpec, context: DistributedContext) -> None:
     """Train unless the last checkpoint exists already, and write the stage's artifact when it does."""
-    tokenizer, data = read_tokenizer(Path(job.tokenizer)), DataManifest.read(Path(job.data))
+    tokenizer, data = TokenizerManifest.read(Path(job.tokenizer)), DataManifest.read(Path(job.data))
     start = find_starting_checkpoint(job)
     identity = weights_identity(job, data, tokenizer, start)
     weights = weights_folder(job, identity)
@@ -107,7 +106,7 @@ def _train(
 ) -> bool:
     """Train to the last step, or until the job must stop. Return whether the last step was reached."""
     graceful_stop = GracefulStop(job, context)
-    verify_data(job, data, context)
+    verify_data(job, data, WeightsFolder(checkpoints.folder), context)
     if start and not checkpoints.has_any():
         verify_start(start, context)
     cache = WeightsFolder(checkpoints.folder).samples

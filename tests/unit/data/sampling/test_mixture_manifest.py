@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, Source
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.data.sampling import mixture_manifest
 from tests.support.corpora import dataset, tokenize_job
 
 
+def _source(name: str) -> Source:
+    return {"path": name, "bytes": 1, "sha256": "0" * 64, "documents": 1}
+
+
 def part(folder: Path, name: str, number: int) -> DataManifest:
     """Write a manifest with `number` tokens in one shard to <folder>/<name>.json."""
-    split = {"shards": [{"prefix": name}], "tokens": number, "documents": 2 * number, "loss_tokens": 3 * number}
+    shard: Any = {"prefix": name, "tokens": number, "documents": 2 * number, "sha256": {"bin": "0" * 64}}
+    split: Any = {"shards": [shard], "tokens": number, "documents": 2 * number, "loss_tokens": 3 * number}
     manifest = DataManifest(
         dataset=name,
         kind="text",
@@ -22,7 +28,7 @@ def part(folder: Path, name: str, number: int) -> DataManifest:
         tokenizer_hash="tokens",
         dtype="uint16",
         splits={"train": split, "validation": {**split, "tokens": 10 * number, "loss_tokens": 30 * number}},
-        sources=[{"path": name}],
+        sources=[_source(name)],
         skipped={"empty": 5},
         unigram_entropy_nats=float(number),
     )
@@ -46,7 +52,7 @@ def test_manifest_of_a_mixture_has_totals_and_weights(tmp_path: Path):
             "train": {"shards": [], "tokens": 104, "documents": 208, "loss_tokens": 312},
             "validation": {"shards": [], "tokens": 1040, "documents": 208, "loss_tokens": 3120},
         },
-        sources=[{"path": "large"}, {"path": "small"}],
+        sources=[_source("large"), _source("small")],
         skipped={},
         unigram_entropy_nats=0.75 * 100 + 0.25 * 4,
         mixture=[

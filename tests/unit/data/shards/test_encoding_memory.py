@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.atomic_files import file_sha256
 from tests.support.corpora import conversation, dataset, text, tokenize_job, write_jsonl
 
 # Runs a job in a process of its own; prints the job's exit code and the peak memory in MB. ru_maxrss is no alternative: it
@@ -64,7 +65,8 @@ def unsupported_tokenizer(folder: Path, tokenizer_folder: Path) -> Path:
     own = Path(shutil.copytree(manifest.path, folder / "own"))
     written = json.loads((own / "tokenizer.json").read_text())
     (own / "tokenizer.json").write_text(json.dumps({**written, "normalizer": {"type": "Lowercase"}}))
-    dataclasses.replace(manifest, path=str(own), hash="own").write(folder / "tokenizer.json")
+    files = {**manifest.files, "tokenizer.json": file_sha256(own / "tokenizer.json")}
+    dataclasses.replace(manifest, path=str(own), hash="own", files=files).write(folder / "tokenizer.json")
     return folder
 
 
