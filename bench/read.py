@@ -1,4 +1,4 @@
-"""Measure how long a training step waits for its data, and how long a manifest of a billion samples takes to open.
+"""Measure how long a training step waits for its data, the comparison of shards with their hashes, and the opening of a manifest.
 
 One process on one core reads batches through the trainer's Prefetcher. A pause replaces the computation of a step; it is
 as long as the step's tokens take at TOKENS_PER_S. Shards hold random tokens and are in the page cache.
@@ -20,20 +20,28 @@ import torch
 from bench.machine import describe_machine, write_result
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.paths import WeightsFolder
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.train.batches import Prefetcher
 from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.verified_inputs import verify_data
 
 TOKENS_PER_S = 200_000
 SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 4096, 16, 4, 40
 CHUNKS, CHUNK_DOCUMENTS, MEAN_TOKENS = 40, 2000, 600
 BILLION_CHUNKS, BILLION_CHUNK_TOKENS = 64_000, 64_000_000
+ALONE: Any = SimpleNamespace(
+    rank=SimpleNamespace(rank=0, world_size=1),
+    is_main=True,
+    gather=lambda value: [value],
+    broadcast=lambda value: value,
+)
 Kind = Literal["pretrain", "sft"]
 
 
 def main() -> None:
-    """Print the waiting time of both kinds of samples, and the time to open them."""
+    """Print the waiting time of both kinds of samples, the time to verify their shards, and the time to open them."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-read-") as name:
@@ -43,6 +51,7 @@ def main() -> None:
             *describe_machine(("numpy", "torch")),
             f"batches of {GLOBAL_BATCH} x {SEQUENCE_LENGTH} tokens, shuffled, {STEPS} steps, 1 process on 1 core:",
             *(wait_line(manifest, kind, folder) for kind in ("pretrain", "sft")),
+            verify_line(manifest, folder),
             *(open_line(kind, folder) for kind in ("pretrain", "sft")),
         ]
     write_result("read", lines)
@@ -98,6 +107,22 @@ def batches(samples: Samples, is_threaded: bool = True) -> Iterator[Any]:
         yield batch
 
 
+def verify_line(manifest: DataManifest, folder: Path) -> str:
+    """Measure the comparison of all shards with their hashes in the first attempt of a stage, and what later attempts pay."""
+    times_s = []
+    for _ in range(2):
+        started = time.perf_counter()
+        verify_data(SimpleNamespace(data=""), manifest, WeightsFolder(folder / "weights"), ALONE)  # pyright: ignore[reportArgumentType]
+        times_s.append(time.perf_counter() - started)
+    first_s, later_s = times_s
+    tokens, files = manifest.splits["train"]["tokens"], 3 * CHUNKS
+    share = first_s / (tokens / TOKENS_PER_S)
+    return (
+        f"  hashes: the first attempt of a stage compares {tokens / first_s / 1e6:.0f} M tokens/s, {share:.2%} of the "
+        f"time of one epoch at {TOKENS_PER_S:,} tokens/s (aim: < 1%); a later one takes {later_s / files * 1e6:.0f} µs per file"
+    )
+
+
 def open_line(kind: Kind, folder: Path) -> str:
     """Measure the time from reading the manifest to the sample numbers of a batch; the pack file is sparse."""
     shard = {
@@ -114,10 +139,9 @@ def open_line(kind: Kind, folder: Path) -> str:
         stream.truncate(8 * documents - 4)
         stream.seek(0, os.SEEK_END)
         stream.write(np.uint32(documents).tobytes())
-    write_json(
-        packs.with_suffix(".json"),
-        {"tokens": manifest.splits["train"]["tokens"], "cut_documents": 0, "documents": documents},
-    )
+    counts = {"documents": documents, "packs": documents - 1, "tokens": manifest.splits["train"]["tokens"]}
+    totals = {**counts, "sequence_length": SEQUENCE_LENGTH, "cut_documents": 0, "padding_share": 0.0}
+    write_json(packs.with_suffix(".json"), totals)
     started = time.perf_counter()
     samples = Samples.open(DataManifest.read(folder / "billion.json"), "train", kind, SEQUENCE_LENGTH, 1, folder)
     samples.ids(10**6, GLOBAL_BATCH)

@@ -46,7 +46,7 @@ class Artifact:
         Raises:
             UserError: the file is missing or invalid, it is of another class or version, or a field has another type.
         """
-        value = read_json(path)
+        value = read_json(path, cls.hint)
         fields = value if isinstance(value, dict) else {}
         found = fields.pop("artifact", None), fields.pop("schema_version", None)
         if found != (cls.__name__, cls.schema_version):

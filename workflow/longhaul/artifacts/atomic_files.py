@@ -91,8 +91,10 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = DELETE_HINT) -> Any:
     """Read a JSON file whose content has no fixed types. For all others: artifacts.typed_json.
+
+    hint: the remedy for a file that is not valid JSON
 
     Raises:
         UserError: the file is missing, cannot be read or is not valid JSON.
@@ -100,7 +102,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_bytes(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}", DELETE_HINT) from None
+        raise UserError(f"{path} is not valid JSON: {error}", hint) from None
 
 
 def free_bytes(path: Path) -> int:

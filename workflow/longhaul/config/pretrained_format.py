@@ -21,6 +21,7 @@ from longhaul.errors import UserError
 
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+DAMAGED_PRETRAINED_HINT = "restore the file, or download the pretrained model again"
 FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
 
 

@@ -67,9 +67,9 @@ def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
             f"{job.tokenizer} has hash {tokenizer.hash}, but stage {job.stage} was trained with {checkpoint.tokenizer_hash}",
             "train the stage again, or restore the tokenizer it was trained with",
         )
-    config = read_json(WeightsFolder(weights).model_config)
+    config = read_json(WeightsFolder(weights).model_config, ALTERED_HINT)
     generation = WeightsFolder(weights).generation_config
-    settings = read_json(generation) if generation.is_file() else {}
+    settings = read_json(generation, ALTERED_HINT) if generation.is_file() else {}
     return VerifiedCheckpoint(checkpoint, tokenizer, folder, chosen["step"], chosen["sha256"], config, settings)
 
 

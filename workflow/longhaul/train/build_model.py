@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
-from longhaul.config.pretrained_format import pretrained_changes
+from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, pretrained_changes
 from longhaul.config.rotary_embedding import rotary_numbers
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -44,7 +44,7 @@ def build_model(
     """
     repeat_shared_heads_in_fp32()
     if context.is_main and job.pretrained and not start:
-        for change in pretrained_changes(read_json(Path(job.pretrained) / "config.json")):
+        for change in pretrained_changes(read_json(Path(job.pretrained) / "config.json", DAMAGED_PRETRAINED_HINT)):
             print(f"pretrained weights: {change}", flush=True)
     config = build_model_config(job, tokenizer)
     model = _build_network(job, config, context)

@@ -12,7 +12,7 @@ import torch
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
-from longhaul.config.pretrained_format import expert_keys, fp8_block_shape, mtp_prefixes
+from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, expert_keys, fp8_block_shape, mtp_prefixes
 from longhaul.errors import UserError
 
 _SCALE = "_scale_inv"
@@ -78,7 +78,7 @@ def pretrained_values(
 
 def _open_weights(folder: Path) -> StoredWeights:
     """Return the tensors from which training starts: no multi-token prediction layers, FP8 matrices with their factors."""
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", DAMAGED_PRETRAINED_HINT)
     tensors = _open_files(folder, excluded_prefixes=mtp_prefixes(config))
     return _with_factors(folder, tensors, fp8_block_shape(config, f"{folder}/config.json"))
 

@@ -11,6 +11,7 @@ from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Tokeni
 from longhaul.artifacts.atomic_files import canonical_json, content_hash, read_json, write_json
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import WeightsIdentity, complete_checkpoints
@@ -81,7 +82,7 @@ def _keep_generation_config(job: TrainSpec, folder: Path) -> None:
     """Copy the pretrained model's generation settings for the export; the pretrained folder may be gone by then."""
     base = Path(job.pretrained) / "generation_config.json" if job.pretrained else None
     if base and base.is_file():
-        write_json(WeightsFolder(folder).generation_config, read_json(base))
+        write_json(WeightsFolder(folder).generation_config, read_json(base, DAMAGED_PRETRAINED_HINT))
 
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
