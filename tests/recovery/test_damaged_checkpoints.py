@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.artifact_schemas import Checkpoint, Export
+from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.train.checkpoint.checkpoint_folders import partial_folder, referenced_checkpoints
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
@@ -129,23 +131,21 @@ def test_a_full_disk_loses_no_checkpoint(half: TrainedStage, tmp_path: Path):
     assert "bytes (0.00 GiB) are free" in stage.ended
 
 
-def test_references_are_found_in_all_three_places(half: TrainedStage, tmp_path: Path):
+def test_references_are_found_in_all_three_places(tmp_path: Path):
     """In the stage's own checkpoint.json, in the identity of weights that started from a checkpoint, and in an export."""
+    last, best, start, exported, other = (letter * 64 for letter in "abcde")
     run = tmp_path / "results/run"
     own = run / "stages/main"
-    for path, value in {
-        own / "checkpoint.json": {"checkpoints": {"last": {"sha256": "a"}, "best": {"sha256": "b"}}},
-        run / "stages/chat/weights/01/identity.json": {"start": "c"},
-        run / "stages/tune/weights/02/identity.json": {"start": None},
-        run / "export/main.json": {"provenance": {"checkpoint_sha256": "d"}},
-    }.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value))
-    assert referenced_checkpoints(own / "weights", own / "checkpoint.json") == {"a", "b", "c", "d"}
-    elsewhere = tmp_path / "big/run/chat/03/identity.json"
-    elsewhere.parent.mkdir(parents=True)
-    elsewhere.write_text(json.dumps({"start": "e"}))
-    assert referenced_checkpoints(tmp_path / "big/run/main", own / "checkpoint.json") == {"a", "b", "d", "e"}
+    saved = {"step": 1, "path": "checkpoints/step-00000001", "validation_loss": None}
+    checkpoints: Any = {"last": {**saved, "sha256": last}, "best": {**saved, "sha256": best}}
+    Checkpoint("run", "main", str(own), {}, checkpoints, 1, "d", "t").write(own / "checkpoint.json")
+    write_json(run / "stages/chat/weights/01/identity.json", {"start": start})
+    write_json(run / "stages/tune/weights/02/identity.json", {"start": None})
+    provenance = {"checkpoint_sha256": exported}
+    Export("main", "c", 1, "p", "fp32", 1, 4, {}, {}, [], provenance).write(run / "export/main.json")
+    assert referenced_checkpoints(own / "weights", own / "checkpoint.json") == {last, best, start, exported}
+    write_json(tmp_path / "big/run/chat/03/identity.json", {"start": other})
+    assert referenced_checkpoints(tmp_path / "big/run/main", own / "checkpoint.json") == {last, best, exported, other}
 
 
 def test_a_referenced_checkpoint_is_not_removed(half: TrainedStage, tmp_path: Path):
