@@ -213,12 +213,22 @@ class _ChunkContents:
         }
 
 
+class MessageKeyCount(TypedDict):
+    """A key of messages. is_read: the chat template writes it."""
+
+    messages: int
+    is_read: bool
+
+
 class ChunkRecord(TypedDict):
     """record.json of a finished chunk. documents: of each range of its sources; the keys are those of its documents."""
 
     splits: dict[str, Split]
     documents: list[int]
     skipped: dict[str, int]
+    unread_columns: dict[str, int]
+    message_keys: dict[str, MessageKeyCount]
+    control_texts: int
     lowest_key: int
     highest_key: int
 
