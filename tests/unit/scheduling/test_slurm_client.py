@@ -76,6 +76,21 @@ def test_requeue_excludes_nodes_after_the_job_is_queued(tmp_path: Path, monkeypa
     assert calls == ["requeue 7", "update JobId=7 ExcNodeList=n2,n3"]
 
 
+def test_preempted_jobs_of_a_run_are_those_that_squeue_lists_as_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Slurm lists a preempted job that it does not queue again for MinJobAge."""
+    log = tmp_path / "log"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", LOGGED.format(log=log) + "echo 7; echo 9\n"))
+    assert slurm_client.preempted_jobs("run-1") == ["7", "9"]
+    assert log.read_text().split()[1:] == ["--noheader", "--name=run-1", "--states=PREEMPTED", "--format=%i"]
+
+
+def test_no_job_is_preempted_if_slurm_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", "#!/bin/sh\nexit 1\n"))
+    assert slurm_client.preempted_jobs("run-1") == []
+
+
 def test_refused_requeue_returns_slurms_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     script = "#!/bin/sh\necho 'Requested operation is presently disabled' >&2; exit 1\n"
     monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from longhaul.artifacts.paths import JobId
+from longhaul.compat.slurm_plugin import SlurmActions
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
-from longhaul.scheduling import snakefile_functions
+from longhaul.scheduling import slurm_client, snakefile_functions
 from longhaul.scheduling.snakefile_functions import RuleSettings
 from tests.support.small_configs import plan_of
 
@@ -75,3 +76,20 @@ def test_params_are_the_launch_script_and_a_hash_of_the_spec(tmp_path: Path):
     params = RuleSettings(plan_of(tmp_path)).params("export")
     assert params["launch"](BASE) == "results/small/jobs/export-base/launch.sh"
     assert spec({}) == spec({"data_minutes": 77}) != spec({"stages.0.export_dtype": "fp32"})
+
+
+@pytest.mark.parametrize(
+    ("site", "answer"),
+    [({}, "requeued 7"), ({"requeue": False}, "the site forbids requeue")],
+    ids=["allowed", "forbidden"],
+)
+def test_a_preempted_job_is_requeued_where_the_site_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: dict[str, bool], answer: str
+):
+    given: list[SlurmActions] = []
+    monkeypatch.setattr(snakefile_functions.snakemake, "ignore_order_only_inputs", lambda: None)
+    monkeypatch.setattr(snakefile_functions.snakemake, "limit_retries", lambda allowed: None)
+    monkeypatch.setattr(snakefile_functions.slurm_plugin, "patch_check_active_jobs", given.append)
+    monkeypatch.setattr(slurm_client, "requeue", lambda job_id: f"requeued {job_id}")
+    snakefile_functions.patch_snakemake(plan_of(tmp_path, site=site), is_main_process=True)
+    assert given[0].requeue("7") == answer and given[0].preempted_jobs is slurm_client.preempted_jobs

@@ -15,6 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from longhaul.config.model_size import model_size
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics, device_numbers
 from tests.support.small_configs import LLAMA, base_stage
@@ -22,7 +24,7 @@ from tests.support.small_configs import LLAMA, base_stage
 MODEL = {"model_type": "llama", **LLAMA}
 
 
-def open_metrics(folder: Path, resumed_from: int, **trackers: bool) -> Metrics:
+def open_metrics(folder: Path, resumed_from: int, job: TrainSpec | None = None, **trackers: bool) -> Metrics:
     context: Any = SimpleNamespace(
         is_main=True,
         device=torch.device("cpu"),
@@ -30,9 +32,8 @@ def open_metrics(folder: Path, resumed_from: int, **trackers: bool) -> Metrics:
         rank=SimpleNamespace(host="here"),
         gather=lambda value: [value],
     )
-    return Metrics(
-        base_stage(folder, **trackers), folder, resumed_from, context, MODEL, EventWriter(folder), {"prose": 1.6}
-    )
+    job = job or base_stage(folder, **trackers)
+    return Metrics(job, folder, resumed_from, context, MODEL, EventWriter(folder), {"prose": 1.6})
 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
@@ -89,6 +90,20 @@ def test_a_roll_back_drops_the_lines_after_its_step(tmp_path: Path):
     train(metrics, range(3, 5), 2.0)
     metrics.close()
     assert rows(tmp_path) == drawn(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_gpus(tmp_path: Path):
+    job = base_stage(tmp_path)
+    step_flops = job.stage.global_batch_size * job.stage.sequence_length
+    step_flops *= model_size(MODEL).flops_per_token(job.stage.sequence_length)
+    job = job.model_copy(update={"gpu_peak_tflops": step_flops / 1e12, "world_size": 4})
+    train(open_metrics(tmp_path, 0, job), range(1, 2), 1.0)  # the step takes a second
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25
+
+
+def test_mfu_is_null_if_the_site_has_no_peak(tmp_path: Path):
+    train(open_metrics(tmp_path, 0), range(1, 2), 1.0)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] is None
 
 
 class FakeNvml(ModuleType):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
-from longhaul.train.monitoring.stragglers import RankTiming, matrix_product_s, slow_ranks
+from longhaul.artifacts.event_log import read_events
+from longhaul.train.monitoring.events import EventWriter
+from longhaul.train.monitoring.stragglers import RankTiming, StragglerDetector, matrix_product_s, slow_ranks
 
 
 def timings(*measured: tuple[float, float]) -> list[RankTiming]:
@@ -25,6 +31,30 @@ def test_waiting_for_data_is_compared_with_the_step():
 
 def test_no_rank_is_slow_when_all_are_equal():
     assert slow_ranks(timings((1.0, 5), (1.0, 5), (1.0, 5)), 0.5, 1.0) == {}
+
+
+def reported_steps(folder: Path, is_slow: list[bool]) -> list[int]:
+    """Return the checks, counted from 1, at which rank 1 is reported. is_slow: in which checks it computes slowly."""
+    slow, usual = timings((0.01, 0), (0.05, 0)), timings((0.01, 0), (0.01, 0))
+    answers = iter([slow if now else usual for now in is_slow])
+    context: Any = SimpleNamespace(
+        is_main=True,
+        device=torch.device("cpu"),
+        rank=SimpleNamespace(world_size=2, host="n0"),
+        gather=lambda own: next(answers),
+    )
+    folder.mkdir()
+    detector = StragglerDetector(context, 0.5, EventWriter(folder))
+    for step in range(1, len(is_slow) + 1):
+        detector.check(step, 1.0)
+    return [event["step"] for event in read_events(folder / "events.jsonl") if event["rank"] == 1]
+
+
+def test_a_rank_is_reported_once_when_it_is_slow_in_three_checks_in_a_row(tmp_path: Path):
+    assert reported_steps(tmp_path / "twice", [True, True]) == []
+    assert reported_steps(tmp_path / "thrice", [True, True, True, True]) == [3]
+    assert reported_steps(tmp_path / "interrupted", [True, True, False, True, False, True]) == []
+    assert reported_steps(tmp_path / "again", [True, True, False, True, True, True]) == [6]
 
 
 def test_the_matrix_product_takes_time():
