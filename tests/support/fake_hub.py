@@ -34,6 +34,12 @@ class Hub(ThreadingHTTPServer):
         self.served: list[str] = []
         self.tokens: list[tuple[str, str | None]] = []
 
+    def serve_only(self, folder: Path) -> None:
+        """Serve another folder, and forget the requests so far."""
+        self.folder = folder
+        self.served.clear()
+        self.tokens.clear()
+
     @property
     def url(self) -> str:
         """Address of the hub."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import Lock
 from tests.support.chain import SECRETS, leaks
 from tests.support.fake_hub import COMMIT, Hub
+from tests.support.forked_cli import ForkedCli, forked_cli
 from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, STAGE, write_config
 
 FILES = {
@@ -82,30 +83,62 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    for name, text in FILES.items():
-        path = tmp_path / "served" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    with Hub(tmp_path / "served") as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
-def fetch(folder: Path, url: str, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `longhaul fetch` in a process of its own, because huggingface_hub reads the hub's address when it is imported."""
-    config = write_config(folder, {**CONFIG, **(changes or {})})
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # jobs of other tests in this process set them
-        environment.pop(switch, None)
-    command = [sys.executable, "-m", "longhaul", "fetch", str(config)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def hub(server: Hub, tmp_path: Path) -> Hub:
+    """The hub with FILES, which a test may change."""
+    for name, text in FILES.items():
+        path = tmp_path / "served" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    server.serve_only(tmp_path / "served")
+    return server
 
 
-def test_sources_are_pinned_and_only_needed_files_are_downloaded(tmp_path: Path, hub: Hub):
-    done = fetch(tmp_path, hub.url)
+def environment(url: str, home: Path) -> dict[str, str]:
+    # jobs of other tests in this process make the hub's libraries offline
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    return {**inherited, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.fixture(scope="module")
+def cli(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCli]:
+    """huggingface_hub reads the addresses of the hub and of its cache when it is imported. The cache is a link."""
+    folder = tmp_path_factory.mktemp("cli")
+    with forked_cli(folder, IMPORTED, environment(server.url, folder / "home")) as cli:
+        yield cli
+
+
+IMPORTED = ("datasets", "huggingface_hub", "longhaul.fetch.hub_downloads")
+Fetch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def fetch(cli: ForkedCli, hub: Hub) -> Fetch:
+    """A function that runs `longhaul fetch` in a folder, with a cache in that folder, with changes of CONFIG."""
+
+    def run(folder: Path, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+        config = write_config(folder, {**CONFIG, **(changes or {})})
+        home = cli.folder / "home"
+        home.unlink(missing_ok=True)
+        (folder / "cache").mkdir(exist_ok=True)
+        home.symlink_to(folder / "cache")
+        return cli.run("fetch", str(config), cwd=folder, environment=environment(hub.url, home))
+
+    return run
+
+
+def test_sources_are_pinned_and_only_needed_files_are_downloaded(tmp_path: Path, hub: Hub, fetch: Fetch):
+    done = fetch(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "checked now: model org/base" in done.stdout
     lock = Lock.read(tmp_path / "results" / "small.lock.json")
@@ -121,22 +154,24 @@ def test_sources_are_pinned_and_only_needed_files_are_downloaded(tmp_path: Path,
     assert not [name for name in downloaded if name.endswith((".bin", ".py")) or "test-" in name or "/de/" in name]
 
 
-def test_the_token_is_sent_to_the_hub_and_stored_nowhere(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+def test_the_token_is_sent_to_the_hub_and_stored_nowhere(
+    tmp_path: Path, hub: Hub, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     for changes in (None, ERRORS["a missing model"][0], ERRORS["a missing split"][0]):
-        done = fetch(tmp_path / str(len(hub.tokens)), hub.url, changes)
+        done = fetch(tmp_path / str(len(hub.tokens)), changes)
         assert not any(secret in done.stdout + done.stderr for secret in SECRETS.values())
     assert {token for path, token in hub.tokens if "/org/" in path} == {f"Bearer {SECRETS['HF_TOKEN']}"}
     (tmp_path / "served").rename(tmp_path.with_name(f"{tmp_path.name}-served"))
     assert leaks(tmp_path) == []
 
 
-def test_complete_files_are_not_downloaded_again(tmp_path: Path, hub: Hub):
-    assert fetch(tmp_path, hub.url).returncode == 0
+def test_complete_files_are_not_downloaded_again(tmp_path: Path, hub: Hub, fetch: Fetch):
+    assert fetch(tmp_path).returncode == 0
     lock = (tmp_path / "results" / "small.lock.json").read_bytes()
     hub.served.clear()
-    assert fetch(tmp_path, hub.url).returncode == 0
+    assert fetch(tmp_path).returncode == 0
     assert hub.served == []
     assert (tmp_path / "results" / "small.lock.json").read_bytes() == lock
 
@@ -164,9 +199,9 @@ SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize(("source", "expected"), SPLITS.values(), ids=SPLITS)
 def test_the_files_of_a_split_are_those_that_datasets_reads(
-    tmp_path: Path, hub: Hub, source: dict[str, Any], expected: list[str]
+    tmp_path: Path, hub: Hub, fetch: Fetch, source: dict[str, Any], expected: list[str]
 ):
-    done = fetch(tmp_path, hub.url, {"datasets": {"prose": {"kind": "text", "hub": source}}})
+    done = fetch(tmp_path, {"datasets": {"prose": {"kind": "text", "hub": source}}})
     assert done.returncode == 0, done.stderr
     prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
     assert [str(Path(file).relative_to(prose["path"])) for file in prose["files"]] == expected
@@ -175,7 +210,7 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(
     assert downloaded - {"README.md"} == set(expected)
 
 
-def test_only_the_first_documents_are_streamed(tmp_path: Path, hub: Hub):
+def test_only_the_first_documents_are_streamed(tmp_path: Path, hub: Hub, fetch: Fetch):
     """`datasets` reads at most one file ahead. Another number of documents is another file; the same number is kept."""
     parquet = tmp_path / "served" / "datasets" / "org" / "columns" / "train.parquet"
     parquet.parent.mkdir()
@@ -187,7 +222,7 @@ def test_only_the_first_documents_are_streamed(tmp_path: Path, hub: Hub):
 
     def texts(count: int, source: dict[str, Any]) -> list[str]:
         changes = {"datasets": {"prose": {"kind": "text", "hub": {**source, "max_documents": count}}}}
-        done = fetch(tmp_path, hub.url, changes)
+        done = fetch(tmp_path, changes)
         assert done.returncode == 0, done.stderr
         prose = Lock.read(tmp_path / "results" / "small.lock.json").sources["prose"]
         (file,) = prose["files"]
@@ -262,14 +297,16 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "expected"), ERRORS.values(), ids=ERRORS)
-def test_a_download_error_is_reported(tmp_path: Path, hub: Hub, changes: dict[str, Any], expected: str):
-    done = fetch(tmp_path, hub.url, changes)
+def test_a_download_error_is_reported(tmp_path: Path, hub: Hub, fetch: Fetch, changes: dict[str, Any], expected: str):
+    done = fetch(tmp_path, changes)
     assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert "remedy: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "results" / "small.lock.json").exists()
 
 
 def test_a_missing_network_is_reported(tmp_path: Path):
-    done = fetch(tmp_path, "http://127.0.0.1:9")
+    command = [sys.executable, "-m", "longhaul", "fetch", str(write_config(tmp_path, CONFIG))]
+    variables = environment("http://127.0.0.1:9", tmp_path / "cache")
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "cannot fetch model org/base at v1 from the hub" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
