@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
 CLUSTER := $(BIN)/python -m tests.support.cluster_cli
+# Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-memory bench-memory-plan bench-rank-slices clean
 
@@ -24,10 +26,10 @@ $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	touch $@
 
 test: setup test-packages  ## the tests of every part, a real Slurm cluster included; docs/testing.md says what they cover
-	$(BIN)/pytest tests --ignore=tests/gpu
+	$(BIN)/pytest tests --ignore=tests/gpu $(WORKERS)
 
 test-all: setup test-packages  ## every test: also all faults, layouts and reshardings, and long data tests
-	$(BIN)/pytest tests --ignore=tests/gpu --all
+	$(BIN)/pytest tests --ignore=tests/gpu --all $(WORKERS)
 
 test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUDA build in .venv)
 	$(BIN)/pytest tests/gpu -rA

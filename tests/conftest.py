@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests: compiled ops, a finished small run, a fake tracking server."""
+"""Options and fixtures of all tests: groups for parallel workers, compiled ops, a finished small run, a fake tracking server."""
 
 from __future__ import annotations
 
@@ -11,20 +11,31 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; several workers share the cores
 
 OPS_BUILD = pytest.StashKey[subprocess.Popen[bytes]]()
-# Lowest priority: the kernel may schedule each session as a group (autogroup), which has its own niceness.
+# Low priority: the kernel may schedule each session as a group (autogroup), which has its own niceness.
 BUILD_OPS = """
-import os
+import fcntl, os, tempfile
 from contextlib import suppress
 from pathlib import Path
-from longhaul.checks.node_facts import build_ops
-os.nice(19)
+os.nice(10)
 with suppress(OSError):
-    Path("/proc/self/autogroup").write_text("19")
+    Path("/proc/self/autogroup").write_text("10")
+lock = Path(tempfile.gettempdir(), f"longhaul-tests-{os.getuid()}.lock").open("w")
+fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may build, or may be killed while it builds
+from longhaul.checks.node_facts import build_ops
 failed = build_ops(("cpu_adam", "pin_memory", "async_io"), None)["failed"]
 assert not failed, failed
 """
+ONE_WORKER = (
+    "tests/cluster/",
+    "tests/faults/",
+    *(f"tests/workflow/test_{name}.py" for name in ("kills", "report", "reruns", "secrets", "verify")),
+)
+"""Tests that one worker runs, which starts the clusters one after another, and trains the finished run once."""
 
 
 ALL = ("all_faults", "all_layouts", "all_reshardings")
@@ -56,19 +67,49 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [] if named else [item for item in items if any(map(item.get_closest_marker, left_out))]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
-    # Modules that need the ops come last: compiling takes minutes, in which the other tests run.
-    waiting = {item.path for item in items if "offload_ops" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path in waiting)
+    misplaced = {
+        item.path.name for item in items if "finished" in _fixtures(item) and not _is_for_one_worker(item.nodeid)
+    }
+    assert not misplaced, f"these files use the finished run; add them to ONE_WORKER: {misplaced}"
+    # Long work first: the cluster, where one worker often waits. Modules that need the ops come last: compiling takes
+    # minutes, in which the other tests run.
+    waiting = {item.path for item in items if "offload_ops" in _fixtures(item)}
+    items.sort(key=lambda item: (not _is_for_one_worker(item.nodeid), item.path in waiting))
+
+
+def _is_for_one_worker(nodeid: str) -> bool:
+    return nodeid.startswith(ONE_WORKER)
+
+
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
+
+
+class FileOrClusterScheduling(LoadFileScheduling):
+    """Gives the tests of ONE_WORKER, and the tests of any other file, to one worker, because they share fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "cluster" if _is_for_one_worker(nodeid) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist may be off (-p no:xdist)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileOrClusterScheduling:
+    return FileOrClusterScheduling(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start to compile DeepSpeed's ops if a test needs them. It takes minutes, in which tests that need none run."""
-    wanted = any("offload_ops" in getattr(item, "fixturenames", ()) for item in session.items)
-    if wanted and not session.config.option.collectonly:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}  # each compiler process needs 2 GB
-        session.config.stash[OPS_BUILD] = subprocess.Popen(
-            [sys.executable, "-c", BUILD_OPS], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-        )
+    wanted = any("offload_ops" in _fixtures(item) for item in session.items)
+    first_worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if wanted and first_worker and not session.config.option.collectonly:
+        _start_build(session.config)
+
+
+def _start_build(config: pytest.Config) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}  # each compiler process needs 2 GB
+    config.stash[OPS_BUILD] = subprocess.Popen(
+        [sys.executable, "-c", BUILD_OPS], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -80,7 +121,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Wait for the ops outside of pytest-timeout, which would count the wait as time of the first test that needs them."""
-    if "offload_ops" in getattr(item, "fixturenames", ()):
+    if "offload_ops" in _fixtures(item):
+        if OPS_BUILD not in item.config.stash:
+            _start_build(item.config)
         item.config.stash[OPS_BUILD].wait(timeout=3600)
     return (yield)
 

@@ -18,8 +18,8 @@ from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
 HOSTS = {"n1", "n2"}
-QUICK_STEPS = 60
-COMPARED_STEPS = 20
+QUICK_STEPS = 24
+COMPARED_STEPS = 12
 """Enough steps to show a difference in routing, clipping or Adam. All 240 would take minutes."""
 
 

@@ -49,16 +49,20 @@ def test_unplugged_and_powered_off_nodes_return(cluster: VirtualCluster):
     assert cluster.run("srun", "--nodelist=n2", "hostname").strip() == "n2"
 
 
+def descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
 def test_second_cluster_is_separate_and_leaves_nothing_behind(cluster: VirtualCluster, tmp_path: Path):
-    before = {process.pid for process in psutil.process_iter()}
+    before = descendants()
     with running_cluster(tmp_path / "second", ClusterSize(nodes=1)) as second:
         assert second.run("srun", "hostname").strip() == "n1"
         with pytest.raises(ClusterError, match="is up"):
             VirtualCluster(tmp_path / "second").up()
+        own = descendants() - before
+        assert {process.name() for process in own} >= {"slurmctld", "slurmd", "munged", "sleep", "unshare"}
     assert not (tmp_path / "second").exists()
-    names = {"slurmctld", "slurmd", "munged", "sleep", "unshare"}
-    remaining = [p.name() for p in psutil.process_iter() if p.pid not in before and p.name() in names]
-    assert remaining == []
+    assert [process for process in own if process.is_running()] == []
     assert cluster.run("sinfo", "-h").strip()
 
 
