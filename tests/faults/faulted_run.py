@@ -20,7 +20,7 @@ from tests.support.chain import REPOSITORY
 from tests.support.cluster_chain import ClusterChain
 from tests.support.virtual_cluster import VirtualCluster
 
-STEPS, SAVE_EVERY = 400, 25
+STEPS, QUICK_STEPS, SAVE_EVERY = 400, 200, 25
 RECOVERY = {"heartbeat_timeout_s": 6.0, "stop_margin_s": 3.0, "collective_timeout_s": 60.0, "max_restarts": 3}
 DOCUMENTS = 60_000
 """Documents of the larger corpus: it takes some seconds to tokenize, in several chunks."""

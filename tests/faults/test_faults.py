@@ -20,6 +20,7 @@ from tests.faults.fault_matrix import CASES, FaultCase, shorten_allocation, slow
 from tests.faults.faulted_run import (
     EXPORT,
     NAN_BATCHES,
+    QUICK_STEPS,
     STEPS,
     TOKENIZE,
     TRAIN,
@@ -57,7 +58,15 @@ def three_nodes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> Callable[[str, int], FaultedRun]:
+def steps(pytestconfig: pytest.Config) -> int:
+    """The length of the runs. Some faults last for seconds, in which the training must not end; the quick ones do not."""
+    return STEPS if pytestconfig.getoption("--all-faults") else QUICK_STEPS
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    three_nodes: VirtualCluster, finished: Chain, folder: Path, steps: int
+) -> Callable[[str, int], FaultedRun]:
     """A function of (phase, nodes) that returns the run without a fault; it runs at the first call."""
     runs: dict[tuple[str, int], FaultedRun] = {}
 
@@ -65,7 +74,7 @@ def undisturbed(three_nodes: VirtualCluster, finished: Chain, folder: Path) -> C
         if (phase, nodes) not in runs:
             given = run_of(TRAIN, nodes).results if phase == EXPORT else finished.results
             name = f"undisturbed-{Path(phase).name}-{nodes}"
-            run = FaultedRun(folder / name, faulted_config(finished.config, nodes), three_nodes, given, phase)
+            run = FaultedRun(folder / name, faulted_config(finished.config, nodes, steps), three_nodes, given, phase)
             prepare(run)
             runs[phase, nodes] = finish_timed(run)
         return runs[phase, nodes]
@@ -138,11 +147,12 @@ def test_results_are_bit_identical_after_a_fault(
     undisturbed: Callable[[str, int], FaultedRun],
     finished: Chain,
     folder: Path,
+    steps: int,
     table: list[fault_table.TableRow],
 ):
     expected = undisturbed(case.phase, case.nodes)
     given = undisturbed(TRAIN, case.nodes).results if case.phase == EXPORT else finished.results
-    config, site = faulted_config(finished.config, case.nodes), faulted_site(case.partition)
+    config, site = faulted_config(finished.config, case.nodes, steps), faulted_site(case.partition)
     run = FaultedRun(folder / slug(case), config, repaired_cluster, given, case.phase, site)
     prepare(run)
     if case.fails_with:
@@ -171,7 +181,7 @@ def test_results_are_bit_identical_after_a_fault(
     assert_nothing_is_left(run, case.cuts_off_node)
     assert run.attempts() >= case.min_attempts, "the work was done before the fault"
     if case.phase == TRAIN:
-        assert run.trained_steps() == list(range(1, STEPS + 1)), "a step is missing, or was written twice"
+        assert run.trained_steps() == list(range(1, steps + 1)), "a step is missing, or was written twice"
         table.append(
             fault_table.passed_row(case.name, case.when, lost_s, run.attempts(), run.last_start_up_s(), run.goodput())
         )
