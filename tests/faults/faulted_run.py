@@ -126,7 +126,7 @@ class FaultedRun(ClusterChain):
         return (self.folder / "main.log").read_text() + self.logs()
 
     def was_retried(self) -> bool:
-        return "Trying to restart" in (self.folder / "main.log").read_text()
+        return "is tried again" in (self.folder / "main.log").read_text()
 
     def failure_message(self) -> str:
         """Return what the main Snakemake process printed about the stage's failure at its end."""

@@ -131,6 +131,33 @@ def fetch(
 
 
 @app.command()
+def status(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG|RUN]",
+            help="The run's YAML file or its folder results/<run>; default: the run in results/ that changed last.",
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 30 seconds, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+) -> None:
+    """Show how a run stands: steps, losses, speed, time left, jobs in Slurm's queue and why they wait, failures.
+
+    Works while the run goes on, on any host that sees its folder, and after it.
+
+    Example: `longhaul status mine.yaml --watch`
+    """
+    from longhaul.scheduling.show_status import print_json, print_status, run_paths
+
+    paths = run_paths(_config_path(run) if run and not run.is_dir() else run)
+    if as_json:
+        print_json(paths)
+    else:
+        print_status(paths, watch)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder: results/<run>.")],
     out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the run's folder.")] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
@@ -62,6 +63,34 @@ def _parsed(path: Path, number: int, line: bytes, kind: type[T]) -> RecordLine[T
 def read_records(path: Path, kind: type[T]) -> list[T]:
     """Return the records of all valid lines; [] if there is no file."""
     return [line.record for line in read_lines(path, kind) if line.record is not None]
+
+
+def read_first_records(path: Path, kind: type[T], most_bytes: int) -> list[T]:
+    """Return the valid records among the first `most_bytes` of a file; [] if there is no file. No warning is printed."""
+    try:
+        with path.open("rb") as stream:
+            return _valid_records(stream.read(most_bytes), kind)
+    except FileNotFoundError:
+        return []
+
+
+def read_last_records(path: Path, kind: type[T], most_bytes: int) -> list[T]:
+    """Return the valid records among the last `most_bytes` of a file; [] if there is no file. No warning is printed."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - most_bytes))
+            return _valid_records(stream.read(), kind)
+    except FileNotFoundError:
+        return []
+
+
+def _valid_records(text: bytes, kind: type[T]) -> list[T]:
+    """Return the valid records of a part of a file; its first and last line may be cut."""
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(parse_json(line, kind))
+    return found
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

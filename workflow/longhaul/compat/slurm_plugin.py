@@ -1,4 +1,4 @@
-"""Patches of snakemake-executor-plugin-slurm (written for 2.8): three defects with which a run may wait for ever.
+"""Patches of snakemake-executor-plugin-slurm (written for 2.8): defects with which a run may wait for ever, and job names.
 
 The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forgets the jobs that it does not yield.
 """
@@ -82,3 +82,28 @@ class _ReportedJobs:
             report(job, *arguments, **options)
 
         return noted
+
+
+def job_comment(rule: str, wildcards: Iterable[str]) -> str:
+    """Return the beginning of the --comment that the plugin gives to a job, which is all that tells a run's jobs apart."""
+    return "_".join((f"rule_{rule}_wildcards", *wildcards))
+
+
+def name_jobs(prefix: str) -> None:
+    """Patch the plugin's executor: names of jobs in Slurm begin with `prefix`, unless the user chose another prefix.
+
+    The plugin has a setting for it, which a command line or a profile can set, but no Snakefile. It accepts 50 characters.
+    """
+    from snakemake_executor_plugin_slurm import Executor
+
+    usual = Executor.__post_init__
+    if hasattr(usual, "unpatched"):
+        return
+
+    def with_prefix(executor: Any, *arguments: Any, **options: Any) -> None:
+        settings = executor.workflow.executor_settings
+        settings.jobname_prefix = settings.jobname_prefix or prefix[:50]
+        usual(executor, *arguments, **options)
+
+    with_prefix.unpatched = usual  # pyright: ignore[reportFunctionMemberAccess]
+    Executor.__post_init__ = with_prefix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,36 @@ def _chained(first: Callable[[Any], None], second: Callable[[], None]) -> Callab
         second()
 
     return run
+
+
+def replace_terminal_log(handle: Callable[[logging.LogRecord], None]) -> bool:
+    """Replace the handler that writes Snakemake's log to the terminal: `handle` gets the records. The log file stays complete.
+
+    Snakemake has logger plugins, but only a command-line option or a profile can name one, not a Snakefile. Its handler
+    is known by its name. Return False, and change nothing, in a dry run and where the user chose another logger.
+    """
+    from snakemake.logging import logger
+
+    usual = next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
+    if usual is None or any(getattr(rule, "dryrun", False) for rule in usual.filters):
+        return False
+    replacement = _CallingHandler(handle)
+    for rule in usual.filters:
+        replacement.addFilter(rule)
+    logger.removeHandler(usual)
+    logger.addHandler(replacement)
+    return True
+
+
+class _CallingHandler(logging.Handler):
+    """Passes records to a function, and never ends the run because of an error in it."""
+
+    def __init__(self, handle: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._handle(record)
+        except Exception:  # as logging's own handlers do: what cannot be shown ends nothing
+            self.handleError(record)

@@ -19,6 +19,9 @@ from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
 
+OF = "of"
+"""The only word in names of jobs that is no wildcard: encode-web-1-of-2."""
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -48,7 +51,7 @@ class JobKind:
     build_spec: Callable[[Plan, JobId], JobSpec]
     request: Callable[[Plan, JobId], SlurmRequest]
     wildcards: tuple[str, ...] = ()
-    """Wildcards of the rule, in the order of the job's name. A word that is no wildcard is used as it is."""
+    """Wildcards of the rule, in the order of the job's name. OF stands for itself."""
     rerun_key: Callable[[Plan, JobId], str] | None = None
     """Returns a hash; a finished job runs again when it changes. Default: JobSpec.rerun_key without the lock of fetch."""
     needs_fetch: bool = True
@@ -67,6 +70,12 @@ class JobKind:
         """Import and return the function that runs the job."""
         module, function = self.entry_point.split(":")
         return getattr(import_module(module), function)
+
+
+def wildcard_values(job: JobId) -> tuple[str, ...]:
+    """Return the values of a job's wildcards in its rule, `run` apart."""
+    words = job_kinds()[job.kind].wildcards
+    return tuple(name for word, name in zip(words, job.names, strict=True) if word != OF)
 
 
 @cache

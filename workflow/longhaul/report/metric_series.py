@@ -14,7 +14,6 @@ from longhaul.artifacts.record_types import MetricsRow
 from longhaul.report.number_format import finite
 
 MAX_POINTS = 2000
-# The training loss of one batch is noisy, so the summary shows the mean of the last steps.
 _LAST_STEPS = 10
 STEP_VALUES = (
     "loss",
@@ -127,7 +126,7 @@ def summarise(metrics: MetricSeries) -> Summary:
     step_times, waits = metrics.curves["step_time_s"].values, metrics.curves["data_wait_s"].values
     busy_s = sum(step_times) + sum(waits)
     return Summary(
-        last_loss=_mean(metrics.curves["loss"].values[-_LAST_STEPS:]),
+        last_loss=mean_of_last(metrics.curves["loss"].values),
         first_validation=validation[0][1] if validation and validation[0][0] == 0 else None,
         last_validation=validation[-1][1] if validation else None,
         best_validation=best[1] if best else None,
@@ -141,8 +140,9 @@ def summarise(metrics: MetricSeries) -> Summary:
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+def mean_of_last(losses: Sequence[float]) -> float | None:
+    """Return the mean loss of the last 10 steps, as the loss of one batch is noisy; None without a loss."""
+    return statistics.fmean(losses[-_LAST_STEPS:]) if losses else None
 
 
 def _median(values: Iterable[float]) -> float | None:

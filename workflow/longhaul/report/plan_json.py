@@ -24,6 +24,10 @@ class StageRow(TypedDict):
     name: str
     kind: str
     dataset: str
+    steps: int
+    nodes: int
+    gpus_per_node: int
+    gpu_hours_estimate: float | None
     memory_per_gpu_gib: dict[str, float] | None
 
 
@@ -42,6 +46,7 @@ class PlanFile(TypedDict):
 
     run: str
     site: str
+    scheduler: str
     stages: Annotated[list[StageRow], Field(min_length=1)]
     jobs: list[JobRow]
 

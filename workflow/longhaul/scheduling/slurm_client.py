@@ -136,6 +136,29 @@ def preempted_jobs(name: str) -> list[str]:
         return []
 
 
+@dataclass(frozen=True)
+class QueueEntry:
+    """One job as squeue lists it. expected_start: local time, or "N/A"."""
+
+    job_id: str
+    state: str
+    reason: str
+    expected_start: str
+    comment: str
+
+
+def queue_of(user_id: int, working_folder: str) -> list[QueueEntry]:
+    """Return the jobs of a user in Slurm's queue that work in a folder.
+
+    Raises:
+        SlurmCommandError: Slurm does not answer.
+    """
+    lines = _run("squeue", "--noheader", f"--user={user_id}", "--format=%i|%T|%r|%S|%k|%Z").splitlines()
+    found = [line.split("|", 4) for line in lines if line.count("|") >= 5]
+    split = [(*fields[:4], *fields[4].rsplit("|", 1)) for fields in found]
+    return [QueueEntry(*fields[:5]) for fields in split if fields[5] == working_folder]
+
+
 def partition_nodes(partition: str) -> list[str]:
     """Return all nodes of a partition, whatever their state; [] if Slurm does not answer."""
     try:

@@ -28,6 +28,7 @@ from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
+from longhaul.scheduling.run_display import RunDisplay
 
 T = TypeVar("T")
 
@@ -195,14 +196,22 @@ def fetch_key(plan: Plan) -> str:
 # The run's hooks, in the main process alone
 
 
+_displays: list[RunDisplay] = []
+"""The display of this main process, once Snakemake has read the rules; none in a dry run."""
+
+
 def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
     """Apply the patches that a run needs, before Snakemake compares inputs or makes an executor."""
     snakemake.ignore_order_only_inputs()
     if not is_main_process:
         return
+    display = RunDisplay(plan.paths)
+    if snakemake.replace_terminal_log(display.handle):
+        _displays.append(display)
     snakemake.limit_retries(retry_policy.allowed_restarts)
     if plan.site.scheduler == "slurm":
         requeue = slurm_client.requeue if plan.site.requeue else lambda job_id: "the site forbids requeue"
+        slurm_plugin.name_jobs(f"longhaul-{plan.run}")
         slurm_plugin.patch_check_active_jobs(
             slurm_plugin.SlurmActions(slurm_client.preempted_jobs, requeue, record_cancelled_wait)
         )
@@ -219,9 +228,13 @@ def start_run(plan: Plan, jobs: Iterable[Any]) -> None:
     write_launch_files(plan, Path.cwd())
     _or_exit(retry_policy.refuse_known_failures, jobs)
     retry_policy.print_failures_at_exit(plan.paths)
+    for display in _displays:
+        display.start()
 
 
 def finish_run() -> None:
-    """Cancel what would be printed at exit: a run that succeeded has no failure to explain."""
+    """Show the summary, and cancel what would be printed at exit: a run that succeeded has no failure to explain."""
     disk_space.cancel_print_at_exit()
     retry_policy.cancel_print_at_exit()
+    for display in _displays:
+        display.finish()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Dataset
-from longhaul.jobs.job_kind import JobKind
+from longhaul.jobs.job_kind import OF, JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, evaluation_files
 from longhaul.planning.slurm_request import SlurmRequest, cpu_request
@@ -90,7 +90,7 @@ def _encode(plan: Plan, job: JobId) -> EncodeSpec:
 
 def _encode_jobs(plan: Plan) -> list[JobId]:
     return [
-        JobId("encode", (name, str(number), "of", str(plan.data_jobs(name))))
+        JobId("encode", (name, str(number), OF, str(plan.data_jobs(name))))
         for name in _shared_datasets(plan)
         for number in range(1, plan.data_jobs(name) + 1)
     ]
@@ -125,7 +125,7 @@ KINDS = [
         jobs=_encode_jobs,
         build_spec=_encode,
         request=_request,
-        wildcards=("dataset", "partition", "of", "partitions"),
+        wildcards=("dataset", "partition", OF, "partitions"),
     ),
     JobKind(
         name="tokenize",

@@ -1,0 +1,222 @@
+"""The status of a run is read from the files of its jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.artifact_schemas import Checkpoint, Export
+from longhaul.artifacts.job_state import Failure, State
+from longhaul.artifacts.leases import LeaseOwner
+from longhaul.artifacts.paths import JobFolder, JobId, RunPaths, WeightsFolder
+from longhaul.errors import UserError
+from longhaul.report.run_status import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    NOT_STARTED,
+    QUEUED,
+    RUNNING,
+    QueuedJob,
+    RunStatus,
+    allocated_seconds,
+    read_status,
+)
+
+TRAIN = JobId("train", ("base",))
+SHA = "ab" * 32
+
+
+class RunFolder:
+    """A run with an environment check and one stage of 100 steps on 2 nodes with 4 GPUs each."""
+
+    def __init__(self, root: Path, scheduler: str = "slurm", stages: int = 1) -> None:
+        self.paths = RunPaths("r", root / "results")
+        self.names = ["base", *(f"stage-{number}" for number in range(1, stages))]
+        self.paths.folder.mkdir(parents=True)
+        jobs = [JobId("environment"), *(JobId("train", (name,)) for name in self.names)]
+        plan = {
+            "run": "r",
+            "site": "here",
+            "scheduler": scheduler,
+            "stages": [self._row(name) for name in self.names],
+            "jobs": [{"kind": job.kind, "names": list(job.names), "request": {}} for job in jobs],
+        }
+        self.paths.plan.write_text(json.dumps(plan))
+
+    @staticmethod
+    def _row(name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "kind": "pretrain",
+            "dataset": "prose",
+            "steps": 100,
+            "nodes": 2,
+            "gpus_per_node": 4,
+            "gpu_hours_estimate": 7.5,
+            "memory_per_gpu_gib": None,
+        }
+
+    def state(self, job: JobId, state: str, job_id: str | None = "7") -> None:
+        State(state, job_id, "n1", ["n1", "n2"], 1, "2026-11-28T10:00:00+00:00").write(self.paths.job(job).state)
+
+    def weights(self, stage: str = "base", device: str = "cuda") -> WeightsFolder:
+        folder = self.paths.stage(stage)
+        weights = WeightsFolder(folder.weights / "0123")
+        weights.path.mkdir(parents=True)
+        folder.job_spec.write_text(json.dumps({"weights_root": str(folder.weights)}))
+        weights.attempts.write_text(json.dumps({"hosts": ["n1"], "device": device}) + "\n")
+        return weights
+
+    def train(self, steps: int, stage: str = "base") -> WeightsFolder:
+        """Write the metrics of `steps` steps: step k has the loss 5 - k/100, 2 s of training, 0.5 s of waiting for data."""
+        weights = self.weights(stage)
+        rows: list[dict[str, Any]] = [{"step": 0, "validation_loss": 5.5}]
+        rows += [
+            {"step": k, "loss": 5 - k / 100, "step_time_s": 2.0, "data_wait_s": 0.5, "tokens_per_s": 1000.0, "mfu": 0.4}
+            for k in range(1, steps + 1)
+        ]
+        rows.append({"step": steps, "validation_loss": 4.5})
+        weights.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        saved = {"time_s": 1000.0, "event": "saved", "step": 30, "training_s": 1.0, "validation_s": 0.0, "saving_s": 0.0}
+        weights.events.write_text(json.dumps(saved) + "\n")
+        checkpoint = weights.checkpoint(30)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "rank0.pt").write_bytes(b"x" * 1000)
+        return weights
+
+    def status(self, **queue: QueuedJob) -> RunStatus:
+        return read_status(self.paths, lambda jobs: {name.replace("_", "-"): job for name, job in queue.items()})
+
+
+def job_state(status: RunStatus, job: JobId = TRAIN) -> tuple[str, str]:
+    return next((found.state, found.detail) for found in status.jobs if found.name == str(job))
+
+
+def test_run_without_a_plan_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no plan.json"):
+        read_status(RunPaths("none", tmp_path))
+
+
+def test_progress_of_a_running_stage(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+    run.train(40)
+    status = run.status(train_base=QueuedJob("7", "RUNNING", "None", "N/A"))
+    progress = status.stages[0].progress
+    assert job_state(status) == (RUNNING, "on n1, n2") and status.state == RUNNING
+    assert progress is not None and (progress.step, progress.first_loss) == (40, 4.99)
+    assert progress.loss == pytest.approx(4.645)  # the mean of steps 31 to 40
+    assert (progress.first_validation_loss, progress.validation_loss) == (5.5, 4.5)
+    assert progress.seconds_left == pytest.approx(60 * 2.5)
+    assert (progress.tokens_per_s, progress.mfu, progress.attempts) == (1000.0, 0.4, 1)
+    assert (progress.last_saved_step, progress.last_saved_s, progress.checkpoint_bytes) == (30, 1000.0, 1000)
+
+
+def test_half_written_metrics_are_left_out(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    weights = run.train(40)
+    with weights.metrics.open("a") as stream:
+        stream.write('{"step": 41, "lo')
+    progress = run.status().stages[0].progress
+    assert progress is not None and progress.step == 40
+
+
+def test_job_waits_for_the_reason_that_slurm_gives(tmp_path: Path) -> None:
+    """Also a failed job that waits for its next try is queued."""
+    run = RunFolder(tmp_path)
+    Failure("node", "node n1 is down", "").write(run.paths.job(TRAIN).failure)
+    pending = QueuedJob("8", "PENDING", "Resources", "2026-11-28T18:00:00")
+    status = run.status(train_base=pending)
+    assert job_state(status) == (QUEUED, "waits: Resources, expected start 2026-11-28T18:00:00")
+    assert job_state(run.status(train_base=QueuedJob("8", "PENDING", "Priority", "N/A"))) == (QUEUED, "waits: Priority")
+    assert status.state == QUEUED and status.jobs[1].slurm_job_id == "8"
+
+
+def test_failed_job_has_cause_and_remedy(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    Failure("permanent", "out of memory", "use a smaller micro batch", job_id="7").write(run.paths.job(TRAIN).failure)
+    status = run.status()
+    assert job_state(status) == (FAILED, "out of memory") and status.jobs[1].remedy == "use a smaller micro batch"
+    assert status.state == FAILED
+
+
+def test_job_that_left_the_queue_without_a_record_is_interrupted(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+    assert job_state(run.status()) == (INTERRUPTED, "job 7 is no longer in Slurm's queue")
+
+
+def test_local_job_without_a_main_process_is_interrupted(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.state(TRAIN, "running", job_id=None)
+    assert job_state(run.status()) == (INTERRUPTED, "its main process has ended")
+    run.paths.lease.write_text(json.dumps(asdict(LeaseOwner.this_process())))
+    status = run.status()
+    assert job_state(status) == (RUNNING, "on n1, n2") and f"process {os.getpid()} on" in str(status.main_process)
+
+
+def test_state_of_the_run_without_running_jobs(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.status().state == NOT_STARTED
+    run.state(JobId("environment"), "done")
+    assert run.status().state == INTERRUPTED  # jobs are left, and no main process works on the run
+    run.state(TRAIN, "done")
+    assert run.status().state == DONE
+
+
+def test_slurm_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+
+    def ask(jobs: object) -> dict[str, QueuedJob]:
+        raise UserError("squeue did not answer within 30 s")
+
+    status = read_status(run.paths, ask)
+    assert status.queue_problem == "squeue did not answer within 30 s" and job_state(status) == (RUNNING, "on n1, n2")
+
+
+def test_gpu_hours_count_allocations_and_not_the_queue(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.train(40)
+    events = [(0, "running"), (3600, "restarted"), (7200, "failed"), (9000, "running"), (9900, "done")]
+    history = "".join(json.dumps({"time_s": float(t), "event": name}) + "\n" for t, name in events)
+    run.paths.job(TRAIN).history.write_text(history)
+    stage = run.status().stages[0]
+    assert stage.gpu_hours == pytest.approx((7200 + 900) / 3600 * 8) and stage.gpu_hours_planned == 7.5
+    assert allocated_seconds([{"time_s": 10.0, "event": "running"}], 25.0) == 15.0
+
+
+def test_training_on_cpus_has_no_gpu_hours(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.weights(device="cpu")
+    assert run.status().stages[0].gpu_hours is None
+
+
+def test_only_an_export_of_the_present_checkpoint_counts(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    folder = JobFolder(run.paths.stage("base").path)
+    entry = {"step": 100, "path": "checkpoints/step-00000100", "sha256": SHA, "validation_loss": None}
+    Checkpoint("r", "base", str(folder.weights / "0123"), {}, {"last": entry}, 100, "d", "t").write(folder.checkpoint)
+    path = "results/r/export/base"
+    for sha, expected in ((SHA, str(tmp_path / path)), ("cd" * 32, None)):
+        export = Export("base", "c", 100, path, "bf16", 1, 2, {}, {}, [], {"checkpoint_sha256": sha})
+        run.paths.export_manifest("base").parent.mkdir(exist_ok=True)
+        export.write(run.paths.export_manifest("base"))
+        assert run.status().stages[0].exported_to == expected
+
+
+def test_only_the_ends_of_a_long_metrics_file_are_read(tmp_path: Path) -> None:
+    """A line in the middle that would stop a reader is never seen."""
+    run = RunFolder(tmp_path)
+    weights = run.train(40)
+    lines = weights.metrics.read_text().splitlines(keepends=True)
+    middle = '{"step": 41, "loss": 99.0}\n' * 10_000
+    weights.metrics.write_text("".join(lines[:40]) + middle + " " * 100_000 + "\n" + "".join(lines[30:]))
+    progress = run.status().stages[0].progress
+    assert progress is not None and progress.loss == pytest.approx(4.645) and progress.first_loss == 4.99

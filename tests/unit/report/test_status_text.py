@@ -1,0 +1,88 @@
+"""What people read of a run's status."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+
+from rich.console import Console, RenderableType
+
+from longhaul.report.run_status import DONE, FAILED, QUEUED, RUNNING, JobStatus, Progress, RunStatus, StageStatus
+from longhaul.report.status_text import progress_lines, progress_view, status_view, summary_lines
+
+PROGRESS = Progress(
+    step=120,
+    first_loss=8.37,
+    loss=5.018,
+    validation_loss=5.454,
+    first_validation_loss=8.363,
+    tokens_per_s=6170,
+    mfu=0.41,
+    seconds_left=250,
+    last_saved_step=80,
+    last_saved_s=1.8e9,
+    attempts=2,
+    checkpoint_bytes=2**31,
+)
+JOB = JobStatus("train-base", "train", RUNNING, "on n1, n2", slurm_job_id="7")
+STAGE = StageStatus("base", JOB, 240, PROGRESS, 12.5, 40.0, None)
+STATUS = RunStatus("r", "here", "results/r", "process 5 on login1", [JOB], [STAGE], ["n3"], 2**40, "", None)
+
+
+def shown(view: RenderableType, width: int = 80) -> str:
+    stream = StringIO()
+    Console(file=stream, width=width).print(view)
+    return stream.getvalue()
+
+
+def test_status_fits_80_columns_and_has_every_value() -> None:
+    text = shown(status_view(STATUS))
+    row = next(line for line in text.splitlines() if line.startswith("base "))
+    assert row.split()[:3] == ["base", "running", "120/240"] and "5.018" in row and "5.454" in row
+    assert "6,170" in row and "4 min 10 s" in row and "…" not in text
+    words = " ".join(text.split())
+    for expected in (
+        "Run r on site here: running (0 of 1 jobs done, main process: process 5 on login1)",
+        "loss 8.370 → 5.018",
+        "MFU 41 %",
+        "last save at step 80",
+        "2 attempts",
+        "train-base (job 7) running: on n1, n2",
+        "Quarantined nodes: n3",
+        "checkpoints 2 GiB, free 1 TiB",
+        "GPU-hours: 12.5 of 40 planned",
+    ):
+        assert expected in words
+
+
+def test_log_lines_name_step_loss_speed_and_time_left() -> None:
+    assert progress_lines(STATUS) == [
+        "train-base running, on n1, n2: step 120 of 240, loss 5.018, 6,170 tokens/s, 4 min 10 s left"
+    ]
+    queued = replace(JOB, state=QUEUED, detail="waits: Priority")
+    assert progress_lines(replace(STATUS, jobs=[queued])) == ["train-base queued, waits: Priority"]
+    assert progress_lines(replace(STATUS, jobs=[replace(JOB, state=DONE)])) == []
+
+
+def test_failure_is_shown_with_its_remedy() -> None:
+    failed = replace(JOB, state=FAILED, detail="out of memory", remedy="use a smaller micro batch")
+    text = shown(progress_view(replace(STATUS, jobs=[failed])))
+    assert "train-base (job 7) failed: out of memory\n  remedy: use a smaller micro batch" in text
+
+
+def test_stage_before_its_first_step_is_shown_with_its_steps() -> None:
+    row = next(line for line in shown(progress_view(replace(STATUS, stages=[replace(STAGE, progress=None)]))).splitlines()[1:])
+    assert row.split()[:3] == ["base", "running", "0/240"]
+
+
+def test_summary_says_whether_it_trained_what_it_cost_and_where_the_model_is() -> None:
+    done = replace(JOB, state=DONE)
+    stage = replace(STAGE, job=done, exported_to="results/r/export/base")
+    status = replace(STATUS, jobs=[done], stages=[stage], report="results/r/report.html", main_process=None)
+    assert summary_lines(status, 3723) == [
+        "Run r: done after 1 h 2 min (1 of 1 jobs done)",
+        "  base: 120 of 240 steps, loss 8.370 → 5.018, validation loss 8.363 → 5.454",
+        "  GPU-hours: 12.5 of 40 planned",
+        "  Model of base, verified: results/r/export/base",
+        "  Report: results/r/report.html",
+    ]

@@ -1,0 +1,84 @@
+"""Records of Snakemake's log become lines for people."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from longhaul.artifacts.job_state import Failure
+from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.scheduling.run_display import JobEvents
+
+
+def record(event: LogEvent | None = None, level: int = logging.INFO, message: str = "", **fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("snakemake", level, __file__, 1, message, None, None)
+    made.__dict__.update(fields, **({"event": event} if event else {}))
+    return made
+
+
+def started(job: int = 4, rule: str = "train", **fields: Any) -> logging.LogRecord:
+    values = {"rule_name": rule, "wildcards": {"run": "r", "stage": "base"}, "log": ["base.log"], "local": False}
+    return record(LogEvent.JOB_INFO, jobid=job, **(values | fields))
+
+
+def failed(job: int = 4, log: str = "base.log") -> logging.LogRecord:
+    return record(LogEvent.JOB_ERROR, logging.ERROR, jobid=job, rule_name="train", log=[log])
+
+
+def test_job_is_named_when_it_starts_and_ends(tmp_path: Path) -> None:
+    events = JobEvents(RunPaths("r", tmp_path))
+    assert events.line(started()) == "train-base submitted, log: base.log"
+    assert events.line(started(5, "report", wildcards={"run": "r"}, local=True, log=[])) == "report started"
+    assert events.line(record(LogEvent.JOB_FINISHED, job_id=4)) is None
+    assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).startswith("train-base done after ")
+    assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).endswith(" (3 of 9 steps)")
+
+
+def test_target_rule_is_not_shown(tmp_path: Path) -> None:
+    events = JobEvents(RunPaths("r", tmp_path))
+    assert events.line(started(0, "all", wildcards={}, log=[])) is None
+    assert events.line(record(LogEvent.JOB_FINISHED, job_id=0)) is None
+    assert events.line(record(LogEvent.PROGRESS, done=9, total=9)) is None
+
+
+def test_failure_is_shown_once_per_try_with_its_cause(tmp_path: Path) -> None:
+    """Snakemake logs each failed job again before it ends."""
+    paths = RunPaths("r", tmp_path)
+    Failure("node", "node n1 is down", "").write(paths.job(JobId("train", ("base",))).failure)
+    events = JobEvents(paths)
+    events.line(started())
+    assert events.line(failed()) == "train-base failed; log: base.log\n  cause: node n1 is down"
+    assert events.line(failed()) is None
+    events.line(started())
+    assert events.line(failed()) is not None
+
+
+def test_failure_without_a_record_shows_the_end_of_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "render.log"
+    log.write_text("".join(f"line {k}\n" for k in range(40)))
+    events = JobEvents(RunPaths("r", tmp_path))
+    events.line(started(log=[str(log)]))
+    lines = str(events.line(failed(log=str(log)))).splitlines()
+    assert lines[1] == "  line 25" and lines[-1] == "  line 39"
+
+
+def test_steps_to_run_are_counted_by_rule(tmp_path: Path) -> None:
+    stats = {"all": 1, "train": 2, "report": 1, "total": 4}
+    line = JobEvents(RunPaths("r", tmp_path)).line(record(LogEvent.RUN_INFO, stats=stats))
+    assert line == "3 steps to run: train (2), report"
+
+
+def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Path) -> None:
+    events = JobEvents(RunPaths("r", tmp_path))
+    assert events.line(record(message="Unlocked working directory.")) == "Unlocked working directory."
+    assert events.line(record(message="Building DAG of jobs...")) is None
+    assert events.line(record(level=logging.WARNING, message="disk is slow")) == "disk is slow"
+    assert events.line(record(LogEvent.ERROR, logging.ERROR, "MissingInputException")) == "MissingInputException"
+    assert events.line(record(level=logging.ERROR, message="Exiting. Look below for error messages")) is None
+    events.line(started())
+    assert events.line(record(message="Trying to restart job 4.")) == "train-base is tried again"
+    assert events.line(record(message="Execute 2 jobs...")) is None
+    assert events.line(record(LogEvent.SHELLCMD, message="bash launch.sh")) is None

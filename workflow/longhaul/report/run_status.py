@@ -1,0 +1,324 @@
+"""Reads how a run stands: its jobs, the progress of its stages, its costs. Status, progress lines and summary show these values.
+
+Only small files and the ends of large ones are read, so that the answer comes within two seconds for 1,000 stages.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.artifact_schemas import Checkpoint, Export
+from longhaul.artifacts.job_state import State, read_failure, read_state
+from longhaul.artifacts.leases import Lease, LeaseOwner
+from longhaul.artifacts.line_records import read_first_records, read_last_records
+from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobFolder, JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.quarantine import quarantined_nodes
+from longhaul.artifacts.record_types import MetricsRow, read_events
+from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.errors import UserError
+from longhaul.report.metric_series import mean_of_last
+from longhaul.report.plan_json import PlanFile, StageRow
+
+NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED = (
+    "not started",
+    "queued",
+    "running",
+    "done",
+    "failed",
+    "interrupted",
+)
+_RECENT_STEPS = 50
+_PART_BYTES = 64 * 1024  # of a metrics file, at its start and at its end
+_ATTEMPT_BEGINS, _ATTEMPT_ENDS = ("running", "restarted"), ("waiting", "failed", "done")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in Slurm's queue, as squeue lists it.
+
+    state:          PENDING, RUNNING, COMPLETING …
+    reason:         why it is pending: Priority, Resources, QOSMaxJobsPerUser …
+    expected_start: Slurm's estimate in local time, `2026-11-28T18:00:00`; "N/A" where it has none
+    """
+
+    job_id: str
+    state: str
+    reason: str
+    expected_start: str
+
+
+Queue = Mapping[str, QueuedJob]
+"""Name of a job of the run (`train-base`) -> its entry in Slurm's queue."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage's training is. None: the metrics do not hold the value yet. Losses are in nats per token."""
+
+    step: int
+    first_loss: float | None  # of the first step
+    loss: float | None  # mean of the last 10 steps, as in the report
+    validation_loss: float | None  # the last one
+    first_validation_loss: float | None  # before the first step
+    tokens_per_s: float | None
+    mfu: float | None
+    seconds_left: float | None  # at the speed of the last steps; None once the stage has ended
+    last_saved_step: int | None
+    last_saved_s: float | None  # seconds since 1970
+    attempts: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """One job of the run. `detail`: nodes, the reason it waits, or the cause of its failure."""
+
+    name: str
+    kind: str
+    state: str
+    detail: str
+    remedy: str = ""
+    slurm_job_id: str | None = None
+    since: str = ""
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A training stage. progress: None before its first step. gpu_hours: GPUs × hours in allocations; None without GPUs."""
+
+    name: str
+    job: JobStatus
+    steps: int
+    progress: Progress | None
+    gpu_hours: float | None
+    gpu_hours_planned: float | None
+    exported_to: str | None  # the verified Hugging Face folder
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment."""
+
+    run: str
+    site: str
+    folder: str
+    main_process: str | None  # the process that owns the run; None when none works on it
+    jobs: list[JobStatus]
+    stages: list[StageStatus]
+    quarantined: list[str]
+    disk_free_bytes: int
+    queue_problem: str  # why Slurm could not be asked; "" where it was asked, or where there is no Slurm
+    report: str | None
+
+    @property
+    def state(self) -> str:
+        """Return failed, running, queued, done, or interrupted: jobs are left and no main process works on the run."""
+        states = {job.state for job in self.jobs}
+        if states == {DONE}:
+            return DONE
+        return next((state for state in (FAILED, RUNNING, QUEUED) if state in states), self._idle_state(states))
+
+    def _idle_state(self, states: set[str]) -> str:
+        if self.main_process:
+            return RUNNING
+        return NOT_STARTED if states == {NOT_STARTED} else INTERRUPTED
+
+
+class _TrainSpecFields(TypedDict):
+    """What the status needs of a stage's job.json."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    weights_root: str
+
+
+class _AttemptFields(TypedDict):
+    """What the status needs of a line in attempts.jsonl."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    device: str
+
+
+def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | None = None) -> RunStatus:
+    """Read the status of a run.
+
+    ask_queue: asks Slurm once for the jobs in the queue; called only where the run's scheduler is Slurm.
+
+    Raises:
+        UserError: the run has no plan.json yet, or another release wrote it.
+    """
+    if not paths.plan.exists():
+        raise UserError(
+            f"{paths.folder.absolute()} holds no plan.json: nothing has run there yet",
+            "start it with `longhaul run CONFIG`, or name another run's folder or config",
+        )
+    plan = read_typed_json(paths.plan, PlanFile)
+    jobs = [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
+    queue, problem = _ask(plan, jobs, ask_queue)
+    owner = _living_owner(paths)
+    found = {str(job): _job_status(paths, job, queue, owner) for job in jobs}
+    return RunStatus(
+        run=paths.run,
+        site=plan["site"],
+        folder=str(paths.folder),
+        main_process=str(owner) if owner else None,
+        jobs=list(found.values()),
+        stages=[_stage_status(paths, row, found[str(JobId(STAGE_KIND, (row["name"],)))]) for row in plan["stages"]],
+        quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
+        disk_free_bytes=shutil.disk_usage(paths.folder).free,
+        queue_problem=problem,
+        report=str(paths.report) if paths.report.exists() else None,
+    )
+
+
+def _ask(
+    plan: PlanFile, jobs: list[JobId], ask_queue: Callable[[list[JobId]], Queue] | None
+) -> tuple[Queue | None, str]:
+    """Return the queue and why it is unknown. It is None where there is no Slurm, or where Slurm does not answer."""
+    if plan["scheduler"] != "slurm" or ask_queue is None:
+        return None, ""
+    try:
+        return ask_queue(jobs), ""
+    except UserError as error:
+        return None, error.message
+
+
+def _living_owner(paths: RunPaths) -> LeaseOwner | None:
+    owner = Lease(paths.lease).current_owner()
+    return owner if owner and not owner.is_dead() else None
+
+
+def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOwner | None) -> JobStatus:
+    folder = paths.job(job)
+    state, failure = read_state(folder.path), read_failure(folder.path)
+    queued = queue.get(str(job)) if queue is not None else None
+    slurm_id = queued.job_id if queued else state.job_id if state else None
+    if queued and queued.state == "PENDING":
+        return JobStatus(str(job), job.kind, QUEUED, _pending_detail(queued), slurm_job_id=slurm_id)
+    if failure:
+        return JobStatus(str(job), job.kind, FAILED, failure.cause, failure.remedy, failure.job_id, failure.time)
+    if state is None:
+        found = (RUNNING, "the job is starting") if queued else (NOT_STARTED, "")
+        return JobStatus(str(job), job.kind, *found, slurm_job_id=slurm_id)
+    found = _recorded(state, queue is not None and queued is None, owner)
+    return JobStatus(str(job), job.kind, *found, slurm_job_id=slurm_id, since=state.since)
+
+
+def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> tuple[str, str]:
+    """Return state and detail by the supervisor's record, which stays `running` when the supervisor is killed."""
+    if state.state == "done":
+        return DONE, ""
+    if state.job_id and left_the_queue:
+        return INTERRUPTED, f"job {state.job_id} is no longer in Slurm's queue"
+    if state.job_id is None and owner is None:
+        return INTERRUPTED, "its main process has ended"
+    return RUNNING, f"on {', '.join(state.nodes)}"
+
+
+def _pending_detail(job: QueuedJob) -> str:
+    start = "" if job.expected_start in ("", "N/A") else f", expected start {job.expected_start}"
+    return f"waits: {job.reason}{start}"
+
+
+def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus) -> StageStatus:
+    folder = paths.stage(row["name"])
+    weights = weights_folder(folder)
+    attempts = read_first_records(weights.attempts, _AttemptFields, _PART_BYTES) if weights else []
+    has_gpus = any(attempt["device"] != "cpu" for attempt in attempts)
+    hours = allocated_seconds(read_events(folder.history), time.time()) / 3600
+    return StageStatus(
+        name=row["name"],
+        job=job,
+        steps=row["steps"],
+        progress=_progress(weights, row["steps"], job) if weights else None,
+        gpu_hours=hours * row["nodes"] * row["gpus_per_node"] if has_gpus else None,
+        gpu_hours_planned=row["gpu_hours_estimate"],
+        exported_to=_exported_to(paths, row["name"]),
+    )
+
+
+def weights_folder(stage: JobFolder) -> WeightsFolder | None:
+    """Return the weights folder that the stage's last attempt wrote to; None before its first attempt."""
+    try:
+        root = Path(read_typed_json(stage.job_spec, _TrainSpecFields)["weights_root"])
+    except UserError:
+        return None
+    folders = [(path.stat().st_mtime, path.parent) for path in root.glob("*/attempts.jsonl")]
+    return WeightsFolder(max(folders)[1]) if folders else None
+
+
+def _progress(weights: WeightsFolder, steps: int, job: JobStatus) -> Progress:
+    first_rows = read_first_records(weights.metrics, MetricsRow, _PART_BYTES)
+    last_rows = read_last_records(weights.metrics, MetricsRow, _PART_BYTES)
+    trained = [row for row in last_rows if "loss" in row]
+    step = trained[-1]["step"] if trained else 0
+    saved = [event for event in read_events(weights.events) if event["event"] == "saved"]
+    return Progress(
+        step=step,
+        first_loss=next((row["loss"] for row in first_rows if "loss" in row), None),
+        loss=mean_of_last([loss for row in trained if (loss := row.get("loss")) is not None]),
+        first_validation_loss=_validation_loss(first_rows[:1], only_step=0),
+        validation_loss=_validation_loss(last_rows),
+        tokens_per_s=_recent_median(trained, "tokens_per_s"),
+        mfu=_recent_median(trained, "mfu"),
+        seconds_left=None if job.state == DONE else _seconds_left(trained, steps - step),
+        last_saved_step=saved[-1]["step"] if saved else None,
+        last_saved_s=saved[-1]["time_s"] if saved else None,
+        attempts=_line_count(weights.attempts),
+        checkpoint_bytes=sum(file.stat().st_size for file in weights.checkpoints.glob("step-????????/*")),
+    )
+
+
+def _validation_loss(rows: list[MetricsRow], only_step: int | None = None) -> float | None:
+    """Return the last validation loss of the rows, or that of one step."""
+    found = [row["validation_loss"] for row in rows if "validation_loss" in row and only_step in (None, row["step"])]
+    return found[-1] if found else None
+
+
+def _recent_median(rows: list[MetricsRow], name: str) -> float | None:
+    values = [value for row in rows[-_RECENT_STEPS:] if (value := row.get(name)) is not None]
+    return statistics.median(values) if values else None
+
+
+def _seconds_left(rows: list[MetricsRow], steps_left: int) -> float | None:
+    """Return the time for the steps that are left, at the median time of the last steps, waiting for data included."""
+    times = [(row.get("step_time_s") or 0.0) + (row.get("data_wait_s") or 0.0) for row in rows[-_RECENT_STEPS:]]
+    return statistics.median(times) * steps_left if times else None
+
+
+def _line_count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def allocated_seconds(history: list[dict[str, Any]], now_s: float) -> float:
+    """Return the seconds that a job had its allocation, over all attempts; an attempt that still runs counts until `now_s`."""
+    total, begun_s = 0.0, None
+    for event in history:
+        if event["event"] in _ATTEMPT_BEGINS and begun_s is None:
+            begun_s = event["time_s"]
+        elif event["event"] in _ATTEMPT_ENDS and begun_s is not None:
+            total += event["time_s"] - begun_s
+            begun_s = None
+    return total + (max(0.0, now_s - begun_s) if begun_s is not None else 0.0)
+
+
+def _exported_to(paths: RunPaths, stage: str) -> str | None:
+    """Return where the stage's model was exported to, if the export is of its present checkpoint."""
+    try:
+        export = Export.read(paths.export_manifest(stage))
+        current = Checkpoint.read(paths.stage(stage).checkpoint)
+    except UserError:
+        return None
+    hashes = {entry["sha256"] for entry in current.checkpoints.values()}
+    is_current = export.provenance.get("checkpoint_sha256") in hashes
+    return str(paths.results.parent / export.path) if is_current else None

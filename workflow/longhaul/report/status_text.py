@@ -1,0 +1,173 @@
+"""Shows a run's status to people: tables for terminals, single lines for logs, and the summary at the end."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from longhaul.report import number_format as text
+from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RUNNING, JobStatus, RunStatus, StageStatus
+
+_STYLES = {DONE: "green", RUNNING: "cyan", QUEUED: "yellow", FAILED: "red", INTERRUPTED: "red"}
+_BAR_WIDTH = 10
+
+
+def status_view(status: RunStatus) -> RenderableType:
+    """Return all that `longhaul status` shows."""
+    details = [line for stage in status.stages for line in _stage_details(stage)]
+    return Group(
+        _headline(status), _stage_table(status), *details, *map(_job_line, _jobs_to_show(status)), *_notes(status)
+    )
+
+
+def progress_view(status: RunStatus) -> RenderableType:
+    """Return what the main process keeps at the bottom of a terminal: the stages, and the jobs that run or wait."""
+    return Group(_stage_table(status), *map(_job_line, _jobs_to_show(status)))
+
+
+def _headline(status: RunStatus) -> Text:
+    main = f", main process: {status.main_process}" if status.main_process else ""
+    return Text.assemble(
+        f"Run {status.run} on site {status.site}: ",
+        (status.state, _STYLES.get(status.state, "")),
+        f" ({_done(status)}{main})",
+    )
+
+
+def _done(status: RunStatus) -> str:
+    return f"{sum(job.state == DONE for job in status.jobs)} of {len(status.jobs)} jobs done"
+
+
+def _stage_table(status: RunStatus) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("stage", "state", "step", "", "loss", "validation", "tokens/s", "time left"):
+        table.add_column(title, no_wrap=True)
+    for stage in status.stages:
+        table.add_row(stage.name, Text(stage.job.state, _STYLES.get(stage.job.state, "dim")), *_stage_cells(stage))
+    return table
+
+
+def _stage_cells(stage: StageStatus) -> list[RenderableType]:
+    progress = stage.progress
+    step = progress.step if progress else 0
+    cells: list[RenderableType] = [
+        f"{step:,}/{stage.steps:,}",
+        ProgressBar(total=stage.steps, completed=step, width=_BAR_WIDTH),
+    ]
+    if progress is None:
+        return cells
+    return [
+        *cells,
+        text.nats(progress.loss),
+        text.nats(progress.validation_loss),
+        text.count(progress.tokens_per_s),
+        text.duration(progress.seconds_left),
+    ]
+
+
+def _stage_details(stage: StageStatus) -> list[Text]:
+    """Return a line with what the table has no room for; nothing before the first step."""
+    progress = stage.progress
+    if progress is None:
+        return []
+    details = [
+        f"loss {_change(progress.first_loss, progress.loss)}",
+        f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}",
+        *([f"MFU {text.percent(progress.mfu)}"] if progress.mfu is not None else []),
+        f"last save {_last_save(progress.last_saved_step, progress.last_saved_s)}",
+        f"{progress.attempts} {'attempt' if progress.attempts == 1 else 'attempts'}",
+    ]
+    return [Text(f"{stage.name}: {', '.join(details)}")]
+
+
+def _change(first: float | None, last: float | None) -> str:
+    return f"{text.nats(first)} → {text.nats(last)}" if last is not None else text.MISSING
+
+
+def _last_save(step: int | None, seconds: float | None) -> str:
+    if step is None or seconds is None:
+        return text.MISSING
+    return f"at step {step:,}, {datetime.fromtimestamp(seconds).strftime('%Y-%m-%d %H:%M')}"
+
+
+def _jobs_to_show(status: RunStatus) -> list[JobStatus]:
+    return [job for job in status.jobs if job.state in (RUNNING, QUEUED, FAILED, INTERRUPTED)]
+
+
+def _job_line(job: JobStatus) -> Text:
+    slurm = f" (job {job.slurm_job_id})" if job.slurm_job_id else ""
+    line = Text.assemble(
+        f"{job.name}{slurm} ", (job.state, _STYLES[job.state]), f": {job.detail}" if job.detail else ""
+    )
+    return line.append(f"\n  remedy: {job.remedy}") if job.remedy else line
+
+
+def _notes(status: RunStatus) -> list[Text]:
+    lines = []
+    if status.state == INTERRUPTED:
+        lines.append("No main process works on this run. Start it again with the same command: it continues.")
+    if status.queue_problem:
+        lines.append(f"Slurm's queue is unknown: {status.queue_problem}")
+    if status.quarantined:
+        lines.append(f"Quarantined nodes: {', '.join(status.quarantined)}")
+    checkpoints = sum(stage.progress.checkpoint_bytes for stage in status.stages if stage.progress)
+    lines.append(f"Disk: checkpoints {text.size(checkpoints)}, free {text.size(status.disk_free_bytes)}")
+    return [Text(line) for line in [*lines, *_costs(status), *_results(status)]]
+
+
+def progress_lines(status: RunStatus) -> list[str]:
+    """Return one line per job that runs, waits or failed, for a log."""
+    stages = {stage.job.name: stage for stage in status.stages}
+    return [_progress_line(job, stages.get(job.name)) for job in _jobs_to_show(status)]
+
+
+def _progress_line(job: JobStatus, stage: StageStatus | None) -> str:
+    line = f"{job.name} {job.state}" + (f", {job.detail}" if job.detail else "")
+    if job.state != RUNNING or stage is None or stage.progress is None:
+        return line
+    progress = stage.progress
+    return (
+        f"{line}: step {progress.step:,} of {stage.steps:,}, loss {text.nats(progress.loss)}, "
+        f"{text.count(progress.tokens_per_s)} tokens/s, {text.duration(progress.seconds_left)} left"
+    )
+
+
+def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
+    """Return the summary of a run: losses and costs of its stages, the verified models, the report.
+
+    seconds: how long the main process worked on it
+    """
+    took = f" after {text.duration(seconds)}" if seconds is not None else ""
+    lines = [f"Run {status.run}: {status.state}{took} ({_done(status)})"]
+    for stage in status.stages:
+        if progress := stage.progress:
+            lines.append(
+                f"  {stage.name}: {progress.step:,} of {stage.steps:,} steps, "
+                f"loss {_change(progress.first_loss, progress.loss)}, "
+                f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}"
+            )
+    return [*lines, *(f"  {line}" for line in [*_costs(status), *_results(status)])]
+
+
+def _costs(status: RunStatus) -> list[str]:
+    used = [stage.gpu_hours for stage in status.stages if stage.gpu_hours is not None]
+    planned = [stage.gpu_hours_planned for stage in status.stages if stage.gpu_hours_planned is not None]
+    if not used:
+        return []
+    return [
+        f"GPU-hours: {text.significant(sum(used))}"
+        + (f" of {text.significant(sum(planned))} planned" if planned else "")
+    ]
+
+
+def _results(status: RunStatus) -> list[str]:
+    models = [
+        f"Model of {stage.name}, verified: {stage.exported_to}"
+        for stage in status.stages
+        if stage.exported_to is not None
+    ]
+    return [*models, *([f"Report: {status.report}"] if status.report else [])]

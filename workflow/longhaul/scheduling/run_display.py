@@ -1,0 +1,225 @@
+"""Shows a run in the terminal of its main process: one line per event of a job, and how the run stands once a minute.
+
+Snakemake's log file keeps everything. In a terminal, the stages and jobs stay visible below the lines, with progress bars.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from longhaul.artifacts.job_state import read_failure
+from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_kinds
+from longhaul.report import number_format as text
+from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.status_text import progress_lines, progress_view, summary_lines
+from longhaul.scheduling.job_queue import queue_asker
+
+_LOG_EVERY_S, _TERMINAL_EVERY_S = 60.0, 5.0
+_SHARE_OF_A_CORE = 0.01
+"""Largest share of a core that reading the status may take on the login node."""
+_LAST_LOG_LINES = 15
+_TARGET_RULE = "all"
+_NOTHING_TO_RUN = "Nothing to be done"
+_RETRY = re.compile(r"Trying to restart job (\d+)\.")
+_NO_NEWS = (
+    "Assuming unrestricted shared filesystem",
+    "Building DAG of jobs",
+    "Conda environments: ignored",
+    "Group jobs: inactive",
+    "Provided ",
+    "Rules claiming more threads",
+    "Select jobs to execute",
+    "Singularity containers: ignored",
+    "SLURM run ID",
+    "Using shell",
+    "host: ",
+)
+"""Beginnings of messages that Snakemake logs before the first job and that say nothing about this run."""
+
+
+class RunDisplay:
+    """The display of one run. All methods can be called from any thread."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        # Absolute, because Snakemake leaves --directory before the process ends.
+        self._paths = RunPaths(paths.run, paths.results.absolute())
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._events = JobEvents(self._paths)
+        self._begun_s = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="run display", daemon=True)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Show a record of Snakemake's log, if it is news for the user."""
+        if str(record.msg).startswith(_NOTHING_TO_RUN):
+            self.finish()
+        elif line := self._events.line(record):
+            self._print(line)
+
+    def start(self) -> None:
+        """Show the status from now on, until the process ends or `finish` is called."""
+        atexit.register(self.close)
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop showing the status."""
+        self._stop.set()
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def finish(self) -> None:
+        """Show the summary of a run that succeeded."""
+        self.close()
+        if status := self._status():
+            self._console.print("\n".join(summary_lines(status, time.monotonic() - self._begun_s)), markup=False)
+
+    def _print(self, line: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False)
+
+    def _refresh(self) -> None:
+        wait_s = _TERMINAL_EVERY_S if self._live else _LOG_EVERY_S
+        while not self._stop.wait(wait_s):
+            begun_s = time.thread_time()
+            if status := self._status():
+                self._show(status)
+            wait_s = max(wait_s, (time.thread_time() - begun_s) / _SHARE_OF_A_CORE)
+
+    def _status(self) -> RunStatus | None:
+        try:
+            return read_status(self._paths, queue_asker(self._paths))
+        except (UserError, OSError):
+            return None  # plan.json is not written yet, or the file system does not answer: the next call may succeed
+
+    def _show(self, status: RunStatus) -> None:
+        if self._live:
+            self._live.update(progress_view(status), refresh=True)
+        else:
+            for line in progress_lines(status):
+                self._print(line)
+
+
+class JobEvents:
+    """Turns records of Snakemake's log into lines for people."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._jobs: dict[int, _Job] = {}
+        self._failed: set[int] = set()
+        self._last_done: _Job | None = None
+
+    def line(self, record: logging.LogRecord) -> str | None:
+        """Return a line for a record, or None where it is no news.
+
+        The fields of a record are documented in snakemake_interface_logger_plugins.
+        """
+        fields: dict[str, Any] = record.__dict__
+        handlers: dict[Any, Callable[[dict[str, Any]], str | None]] = {
+            LogEvent.RUN_INFO: _jobs_to_run,
+            LogEvent.JOB_INFO: self._started,
+            LogEvent.JOB_FINISHED: self._finished,
+            LogEvent.PROGRESS: self._progress,
+            LogEvent.JOB_ERROR: self._error,
+        }
+        event = fields.get("event")
+        if handler := handlers.get(event):
+            return handler(fields)
+        if retried := _RETRY.match(str(record.msg)):
+            return f"{self._jobs[int(retried[1])].name} is tried again"
+        return record.getMessage() if event in (None, LogEvent.ERROR) and self._is_news(record) else None
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        message = str(record.msg)
+        if record.levelno >= logging.WARNING:
+            # Snakemake repeats every failed job below this line; their causes are printed when the process exits.
+            return "Look below for error messages" not in message
+        # Once jobs run, other messages only describe Snakemake's own work.
+        return not self._jobs and not message.startswith(_NO_NEWS)
+
+    def _started(self, fields: dict[str, Any]) -> str | None:
+        job = _Job.of(fields)
+        self._jobs[fields["jobid"]] = job
+        self._failed.discard(fields["jobid"])
+        if job.rule == _TARGET_RULE:
+            return None
+        log = f", log: {job.log}" if job.log else ""
+        return f"{job.name} {'started' if fields['local'] else 'submitted'}{log}"
+
+    def _finished(self, fields: dict[str, Any]) -> None:
+        self._last_done = self._jobs.get(fields["job_id"])
+
+    def _progress(self, fields: dict[str, Any]) -> str | None:
+        job = self._last_done
+        if job is None or job.rule == _TARGET_RULE:
+            return None
+        took = text.duration(time.monotonic() - job.begun_s)
+        return f"{job.name} done after {took} ({fields['done']} of {fields['total']} steps)"
+
+    def _error(self, fields: dict[str, Any]) -> str | None:
+        if fields["jobid"] in self._failed:
+            return None
+        self._failed.add(fields["jobid"])
+        job = self._jobs.get(fields["jobid"]) or _Job.of(fields)
+        return f"{job.name} failed; log: {job.log}\n{self._reason(job)}".rstrip()
+
+    def _reason(self, job: _Job) -> str:
+        """Return the cause that the job recorded, else the last lines of its log."""
+        failure = read_failure(self._paths.job(job.job_id).path) if job.job_id else None
+        if failure:
+            return f"  cause: {failure.cause}"
+        if job.log is None or not job.log.exists():
+            return ""
+        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in lines[-_LAST_LOG_LINES:])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job of Snakemake. job_id: None for rules without a declared job kind, such as render and report."""
+
+    rule: str
+    wildcards: dict[str, str]
+    log: Path | None
+    begun_s: float
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> _Job:
+        log = Path(fields["log"][0]) if fields["log"] else None
+        return cls(fields["rule_name"], dict(fields.get("wildcards") or {}), log, time.monotonic())
+
+    @property
+    def job_id(self) -> JobId | None:
+        kind = job_kinds().get(self.rule)
+        return kind.job_id(SimpleNamespace(**self.wildcards)) if kind else None
+
+    @property
+    def name(self) -> str:
+        """Return the name that users see."""
+        others = (value for key, value in self.wildcards.items() if key != "run")
+        return str(self.job_id) if self.job_id else " ".join((self.rule, *others))
+
+
+def _jobs_to_run(fields: dict[str, Any]) -> str:
+    """Return how many jobs of which rule will run; `stats` is Snakemake's count by rule."""
+    counts = {rule: count for rule, count in fields["stats"].items() if rule not in (_TARGET_RULE, "total")}
+    listed = ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
+    return f"{sum(counts.values())} steps to run: {listed}"

@@ -1,0 +1,68 @@
+"""Prints the status of a run: `longhaul status`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from longhaul.artifacts.paths import RESULTS, RunPaths
+from longhaul.config.load_config import load_config
+from longhaul.errors import UserError
+from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.status_text import status_view
+from longhaul.scheduling.job_queue import queue_asker
+
+_WATCH_EVERY_S = 30.0
+_WIDTH_OF_FILES = 160
+
+
+def run_paths(named: Path | None) -> RunPaths:
+    """Return the paths of a run that is named by its folder, or by its config; None: the run that changed last.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if named is None:
+        return _last_run()
+    if named.is_dir():
+        return RunPaths(named.absolute().name, named.parent)
+    return RunPaths(load_config(named).config.run)
+
+
+def _last_run() -> RunPaths:
+    plans = [(path.stat().st_mtime, path) for path in RESULTS.glob("*/plan.json")]
+    if not plans:
+        raise UserError(
+            f"{RESULTS.absolute()} holds no run",
+            "name the run's config or folder, or work in the folder that holds results/",
+        )
+    return RunPaths(max(plans)[1].parent.name)
+
+
+def print_status(paths: RunPaths, watch: bool) -> None:
+    """Print the status once, or again and again until the user stops it."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_FILES
+    if not watch:
+        console.print(status_view(_read(paths)))
+        return
+    with Live(status_view(_read(paths)), console=console, auto_refresh=False, screen=False) as live:
+        while True:
+            time.sleep(_WATCH_EVERY_S)
+            live.update(status_view(_read(paths)), refresh=True)
+
+
+def print_json(paths: RunPaths) -> None:
+    """Print the status as one JSON object: the fields of RunStatus, and its `state`."""
+    status = _read(paths)
+    print(json.dumps({"state": status.state, **asdict(status)}, indent=2))
+
+
+def _read(paths: RunPaths) -> RunStatus:
+    return read_status(paths, queue_asker(paths) if paths.folder.is_dir() else None)
