@@ -34,8 +34,9 @@ def write_small_run(results: Path) -> RunPaths:
 def _write_checks_and_data(paths: RunPaths) -> None:
     memory = {"weights": 1.0, "total": 1.5}
     row = {"name": STAGE, "kind": "pretrain", "dataset": DATASET, "memory_per_gpu_gib": memory, "steps": STEP}
+    row |= {"nodes": 1, "gpus_per_node": 1, "gpu_hours_estimate": None}
     job = {"kind": "train", "names": [STAGE], "request": {"--nodes": "1"}}
-    write_json(paths.plan, {"run": "small", "site": "local", "stages": [row], "jobs": [job]})
+    write_json(paths.plan, {"run": "small", "site": "local", "scheduler": "local", "stages": [row], "jobs": [job]})
     write_text(paths.config, "run: small\n")
     node = {"host": "n1", "gpus": [], "cpus": 2, "memory_bytes": 1, "disk_free_bytes": 1, "clock_skew_s": 0.0}
     EnvironmentReport([], [{**node, "versions": {"torch": "2"}}], []).write(paths.environment)  # type: ignore[typeddict-item]
@@ -66,6 +67,7 @@ def _write_stage(paths: RunPaths) -> None:
     stage = paths.stage(STAGE)
     weights = WeightsFolder(stage.path / "weights" / "0123")
     folder = weights.checkpoint(STEP)
+    write_json(stage.job_spec, {"weights_root": str(weights.path.parent)})
     write_text(folder / "mp_rank_00_model_states.pt", "weights")
     entry = {"bytes": 7, "sha256": file_sha256(folder / "mp_rank_00_model_states.pt")}
     manifest = {"step": STEP, "validation_loss": 1.5, "has_reference_values": False, "weights": "0123"}

@@ -18,7 +18,7 @@ from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.report.number_format import size
 from tests.support.chain import Chain
 
-SECTIONS = ["plan", "environment", "fabric", "data", "timeline", "samples", "verification", "provenance"]
+SECTIONS = ["summary", "plan", "environment", "fabric", "data", "timeline", "samples", "verification", "provenance"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,59 @@ def test_numbers_equal_those_of_the_run(report: OpenedPage, finished: Chain):
     assert f"planned memory per GPU\n{size(planned * 2**30)}" in report.page.inner_text("#stage-base")
     verification = finished.read("export/base.json")["verification"]
     assert str(verification["tensors"]["count"]) in report.page.inner_text("#verification")
+
+
+def test_summary_says_whether_each_stage_learned_and_where_its_model_is(report: OpenedPage, finished: Chain):
+    """The values are those of `longhaul status`."""
+    command = [sys.executable, "-m", "longhaul", "status", "results/tiny", "--json"]
+    done = subprocess.run(
+        command, check=True, cwd=finished.folder, env=finished.environment(), capture_output=True, text=True
+    )
+    status = json.loads(done.stdout)
+    text = report.page.inner_text("#summary")
+    assert f"The run is {status['state']}." in text
+    for stage in status["stages"]:
+        progress = stage["progress"]
+        assert f"{progress['first_loss']:.3f} → {progress['loss']:.3f}" in text
+        assert f"{progress['first_validation_loss']:.3f} → {progress['validation_loss']:.3f}" in text
+        assert stage["exported_to"] in text
+    assert "below" in text and "not measured" in text
+
+
+def test_narrow_dark_page_needs_no_horizontal_scrolling(browser: Browser, report: OpenedPage, finished: Chain):
+    page = browser.new_page(viewport={"width": 420, "height": 900}, color_scheme="dark")
+    page.goto((finished.results / "report.html").as_uri())
+    page.wait_for_selector(".main-svg")
+    assert page.evaluate("document.documentElement.scrollWidth") == 420
+    cells = page.query_selector_all("#summary td")
+    assert cells and all((cell.bounding_box() or {"x": 999, "width": 0})["x"] < 420 for cell in cells)
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    assert colours == ["rgb(223, 230, 238)", "rgb(18, 24, 31)"]
+    page.close()
+
+
+def test_report_of_an_unfinished_run_says_what_is_missing(browser: Browser, finished: Chain, tmp_path: Path):
+    results = tmp_path / "tiny"
+    results.mkdir()
+    for name in ("plan.json", "config.yaml"):
+        shutil.copy(finished.results / name, results / name)
+    command = [sys.executable, "-m", "longhaul", "report", str(results), "--out", str(tmp_path / "page.html")]
+    subprocess.run(command, check=True, cwd=finished.folder, env=finished.environment())
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    text = page.inner_text("main")
+    for expected in (
+        "The run is not started.",
+        "No stage has begun to train.",
+        "The nodes have not been checked yet.",
+        "The network has not been measured yet.",
+        "There is no tokenizer yet.",
+        "No dataset has been tokenized yet.",
+        "No job has ended yet.",
+        "Nothing was exported.",
+    ):
+        assert expected in text
+    page.close()
 
 
 def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):

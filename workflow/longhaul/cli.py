@@ -162,7 +162,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder: results/<run>.")],
     out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the run's folder.")] = None,
 ) -> None:
-    """Write one self-contained HTML page about a finished run.
+    """Write one self-contained HTML page about a run, also while it runs.
 
     Example: `longhaul report results/demo`
     """

@@ -83,7 +83,14 @@ class RunFolder:
         ]
         rows.append({"step": steps, "validation_loss": 4.5})
         weights.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        saved = {"time_s": 1000.0, "event": "saved", "step": 30, "training_s": 1.0, "validation_s": 0.0, "saving_s": 0.0}
+        saved = {
+            "time_s": 1000.0,
+            "event": "saved",
+            "step": 30,
+            "training_s": 1.0,
+            "validation_s": 0.0,
+            "saving_s": 0.0,
+        }
         weights.events.write_text(json.dumps(saved) + "\n")
         checkpoint = weights.checkpoint(30)
         checkpoint.mkdir(parents=True)

@@ -71,7 +71,9 @@ def test_failure_is_shown_with_its_remedy() -> None:
 
 
 def test_stage_before_its_first_step_is_shown_with_its_steps() -> None:
-    row = next(line for line in shown(progress_view(replace(STATUS, stages=[replace(STAGE, progress=None)]))).splitlines()[1:])
+    row = next(
+        line for line in shown(progress_view(replace(STATUS, stages=[replace(STAGE, progress=None)]))).splitlines()[1:]
+    )
     assert row.split()[:3] == ["base", "running", "0/240"]
 
 

@@ -13,7 +13,9 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.scheduling.run_display import JobEvents
 
 
-def record(event: LogEvent | None = None, level: int = logging.INFO, message: str = "", **fields: Any) -> logging.LogRecord:
+def record(
+    event: LogEvent | None = None, level: int = logging.INFO, message: str = "", **fields: Any
+) -> logging.LogRecord:
     made = logging.LogRecord("snakemake", level, __file__, 1, message, None, None)
     made.__dict__.update(fields, **({"event": event} if event else {}))
     return made

@@ -271,7 +271,7 @@ class RunPaths:
     def job(self, job: JobId) -> JobFolder:
         """Return the folder of a job's launch files and records."""
         if job.kind == STAGE_KIND:
-            return self.stage(*job.names)
+            return self.stage("-".join(job.names))
         return JobFolder(self.folder / "jobs" / str(job))
 
     def stage(self, name: str) -> JobFolder:

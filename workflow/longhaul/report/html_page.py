@@ -1,7 +1,8 @@
-"""Writes the report of a run: chooses what the HTML page shows. The page needs no other file and no network."""
+"""Writes the report of a run, also while it runs. The HTML page needs no other file and no network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from longhaul.artifacts.atomic_files import write_text
 from longhaul.config.package_data import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
+from longhaul.report.acceptance import acceptance_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
 
 TEMPLATES = data_root() / "templates" / "report"
@@ -25,7 +27,7 @@ def run(folder: Path, out: Path) -> None:
     """Write the report of `folder`, which is results/<run>, to `out`.
 
     Raises:
-        UserError: an artifact is missing, or another release wrote it.
+        UserError: nothing has run yet, an artifact is damaged, or another release wrote it.
     """
     write_text(out, render_page(read_run(folder)))
 
@@ -44,21 +46,61 @@ def render_page(results: RunResults) -> str:
     }
     return environment.get_template("report.html.j2").render(
         results=results,
+        summary=[_summary_row(stage, results) for stage in results.stages],
+        used_gpu_hours=_sum_known(stage.gpu_hours for stage in results.status.stages),
+        planned_gpu_hours=_sum_known(stage.gpu_hours_planned for stage in results.status.stages),
+        acceptance=[row for stage in results.stages for row in acceptance_rows(stage, results.environment)],
         stages=[_stage_rows(stage) for stage in results.stages],
         exports=[_export_rows(export) for export in results.exports],
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
-        fabric=_embed(figures.fabric_figure(results.fabric.results)) if results.fabric.results else "",
+        fabric=_fabric_figure(results),
         # The page contains the whole library, so that it works without internet.
         plotly=Markup(get_plotlyjs()),  # nosec B704  # the library itself
         version=__version__,
     )
 
 
+def _fabric_figure(results: RunResults) -> Markup | str:
+    measured = results.fabric.results if results.fabric else []
+    return _embed(figures.fabric_figure(measured)) if measured else ""
+
+
+def _sum_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _summary_row(stage: StageResults, results: RunResults) -> dict[str, Any]:
+    """Return whether a stage trained, what it cost, and where its model is.
+
+    A pretraining should end below the entropy of the token frequencies, another stage below its first validation loss.
+    """
+    summary = stage.summary
+    status = next(found for found in results.status.stages if found.name == stage.name)
+    loss = summary.last_loss if summary.last_validation is None else summary.last_validation
+    level = stage.unigram_entropy_nats if stage.kind == "pretrain" else summary.first_validation
+    return {
+        "name": stage.name,
+        "state": status.job.state,
+        "steps": f"{stage.trained_steps:,} of {stage.planned_steps:,}",
+        "first_loss": status.progress.first_loss if status.progress else None,
+        "last_loss": summary.last_loss,
+        "first_validation": summary.first_validation,
+        "last_validation": summary.last_validation,
+        "level": level,
+        "learned": None if loss is None or level is None else loss < level,
+        "gpu_hours": status.gpu_hours,
+        "planned_gpu_hours": status.gpu_hours_planned,
+        "goodput": stage.goodput.goodput if stage.goodput else None,
+        "model": status.exported_to,
+    }
+
+
 def _stage_rows(stage: StageResults) -> dict[str, Any]:
     """Return {"name", "numbers": {title: text}, "figures"} of a stage."""
     summary = stage.summary
     numbers = {
-        "steps": text.count(stage.checkpoint.steps),
+        "steps": f"{stage.trained_steps:,} of {stage.planned_steps:,}",
         "epochs": ", ".join(f"{dataset} {epochs:.2f}" for dataset, epochs in stage.epochs.items()) or text.MISSING,
         "last training loss": text.nats(summary.last_loss),
         "validation loss, start → end": f"{text.nats(summary.first_validation)} → {text.nats(summary.last_validation)}",

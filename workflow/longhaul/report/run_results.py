@@ -1,12 +1,14 @@
-"""Reads the files of a finished run for the report."""
+"""Reads the files of a run for the report. Parts that the run has not made yet are None or absent."""
 
 from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from longhaul.artifacts.artifact_schemas import (
+    Artifact,
     Checkpoint,
     Count,
     DataManifest,
@@ -25,17 +27,20 @@ from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
 from longhaul.report.number_format import duration, finite
 from longhaul.report.plan_json import PlanFile, StageRow
+from longhaul.report.run_status import RunStatus, read_status, weights_folder
 
+A = TypeVar("A", bound=Artifact)
 _MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
 
 
 @dataclass(frozen=True)
 class StageResults:
-    """One trained stage: its plan, its attempts and its metrics."""
+    """One stage that has begun to train: its plan, its attempts and its metrics."""
 
     name: str
     kind: str
-    checkpoint: Checkpoint
+    trained_steps: int
+    planned_steps: int
     attempts: list[Attempt]
     metrics: MetricSeries
     summary: Summary
@@ -75,9 +80,10 @@ class RunResults:
 
     plan: PlanFile
     config: str
-    environment: EnvironmentReport
-    fabric: FabricReport
-    tokenizer: TokenizerManifest
+    status: RunStatus
+    environment: EnvironmentReport | None
+    fabric: FabricReport | None
+    tokenizer: TokenizerManifest | None
     data: list[DataManifest]
     stages: list[StageResults]
     exports: list[Export]
@@ -85,51 +91,59 @@ class RunResults:
 
 
 def read_run(folder: Path) -> RunResults:
-    """Read the results of a run.
+    """Read what a run has made so far.
 
     folder: results/<run>
 
     Raises:
-        UserError: an artifact is missing, or another release wrote it.
+        UserError: there is no plan.json yet, an artifact is damaged, or another release wrote it.
     """
     paths = RunPaths(folder.name, folder.parent)
+    status = read_status(paths)
     plan = read_typed_json(paths.plan, PlanFile)
-    data = {
-        name: DataManifest.read(paths.manifest(name)) for name in sorted({row["dataset"] for row in plan["stages"]})
-    }
+    manifests = {name: paths.manifest(name) for name in sorted({row["dataset"] for row in plan["stages"]})}
+    data = {name: DataManifest.read(path) for name, path in manifests.items() if path.exists()}
     exports = [paths.export_manifest(row["name"]) for row in plan["stages"]]
+    stages = [_read_stage(paths, row, data.get(row["dataset"])) for row in plan["stages"]]
     return RunResults(
         plan=plan,
         config=read_bytes(paths.config).decode(errors="replace"),
-        environment=EnvironmentReport.read(paths.environment),
-        fabric=FabricReport.read(paths.fabric),
-        tokenizer=TokenizerManifest.read(paths.tokenizer),
+        status=status,
+        environment=_read_if_made(EnvironmentReport, paths.environment),
+        fabric=_read_if_made(FabricReport, paths.fabric),
+        tokenizer=_read_if_made(TokenizerManifest, paths.tokenizer),
         data=list(data.values()),
-        stages=[_read_stage(paths, row, data[row["dataset"]]) for row in plan["stages"]],
+        stages=[stage for stage in stages if stage],
         exports=[Export.read(path) for path in exports if path.exists()],
         timespans=_read_timespans(paths, plan),
     )
 
 
-def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest) -> StageResults:
-    """Read a stage's results. `row` is the stage's entry in plan.json."""
+def _read_if_made(kind: type[A], path: Path) -> A | None:
+    return kind.read(path) if path.exists() else None
+
+
+def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> StageResults | None:
+    """Read a stage's results; None before its first attempt. `row` is the stage's entry in plan.json."""
     stage = paths.stage(row["name"])
-    checkpoint = Checkpoint.read(stage.checkpoint)
-    weights = WeightsFolder(Path(checkpoint.weights))
+    checkpoint = _read_if_made(Checkpoint, stage.checkpoint)
+    weights = weights_folder(stage) or (WeightsFolder(Path(checkpoint.weights)) if checkpoint else None)
+    if weights is None:
+        return None
     metrics = read_metrics(weights.metrics)
+    skipped = weights.skipped_batches
     return StageResults(
         name=row["name"],
         kind=row["kind"],
-        checkpoint=checkpoint,
+        trained_steps=int(max(metrics.curves["loss"].x, default=0)),
+        planned_steps=row["steps"],
         attempts=read_records(weights.attempts, Attempt),
         metrics=metrics,
         summary=summarise(metrics),
-        skipped_batches=len(read_typed_json(weights.skipped_batches, list[Count]))
-        if weights.skipped_batches.exists()
-        else 0,
+        skipped_batches=len(read_typed_json(skipped, list[Count])) if skipped.exists() else 0,
         planned_memory_bytes=(row["memory_per_gpu_gib"] or {}).get("total", 0) * 2**30 or None,
         padding_share=_padding_share(weights.samples),
-        unigram_entropy_nats=data.unigram_entropy_nats,
+        unigram_entropy_nats=data.unigram_entropy_nats if data else None,
         goodput=read_goodput(stage.path, weights.path),
     )
 

@@ -166,14 +166,17 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
     jobs = [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
     queue, problem = _ask(plan, jobs, ask_queue)
     owner = _living_owner(paths)
-    found = {str(job): _job_status(paths, job, queue, owner) for job in jobs}
+
+    def status(job: JobId) -> JobStatus:
+        return _job_status(paths, job, queue, owner)
+
     return RunStatus(
         run=paths.run,
         site=plan["site"],
         folder=str(paths.folder),
         main_process=str(owner) if owner else None,
-        jobs=list(found.values()),
-        stages=[_stage_status(paths, row, found[str(JobId(STAGE_KIND, (row["name"],)))]) for row in plan["stages"]],
+        jobs=[status(job) for job in jobs],
+        stages=[_stage_status(paths, row, status(JobId(STAGE_KIND, (row["name"],)))) for row in plan["stages"]],
         quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
         queue_problem=problem,
