@@ -31,6 +31,13 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look into token shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG|RUN]",
+        help="The run's YAML file or its folder results/<run>; default: the run in results/ that changed last.",
+    ),
+]
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help=f"The run's YAML file, or `{DEMO}` for the demo that longhaul ships.")
 ]
@@ -132,13 +139,7 @@ def fetch(
 
 @app.command()
 def status(
-    run: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[CONFIG|RUN]",
-            help="The run's YAML file or its folder results/<run>; default: the run in results/ that changed last.",
-        ),
-    ] = None,
+    run: RunArgument = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every 30 seconds, until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
 ) -> None:
@@ -155,6 +156,19 @@ def status(
         print_json(paths)
     else:
         print_status(paths, watch)
+
+
+@app.command()
+def doctor(
+    run: RunArgument = None,
+) -> None:
+    """Say why a run fails or waits: cause, evidence and remedy, from its records, its logs and Slurm's queue.
+
+    Example: `longhaul doctor mine.yaml`
+    """
+    from longhaul.scheduling.show_status import print_diagnosis, run_paths
+
+    print_diagnosis(run_paths(_config_path(run) if run and not run.is_dir() else run))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Prints the status of a run: `longhaul status`."""
+"""Prints the status of a run, and why it fails or waits: `longhaul status` and `longhaul doctor`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from rich.live import Live
 from longhaul.artifacts.paths import RESULTS, RunPaths
 from longhaul.config.load_config import load_config
 from longhaul.errors import UserError
+from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.run_status import RunStatus, read_status
 from longhaul.report.status_text import status_view
 from longhaul.scheduling.job_queue import queue_asker
 
+_SLURM_LOGS = Path(".snakemake", "slurm_logs")  # where the Slurm plugin puts the logs of sbatch
 _WATCH_EVERY_S = 30.0
 _WIDTH_OF_FILES = 160
 
@@ -62,6 +64,12 @@ def print_json(paths: RunPaths) -> None:
     """Print the status as one JSON object: the fields of RunStatus, and its `state`."""
     status = _read(paths)
     print(json.dumps({"state": status.state, **asdict(status)}, indent=2))
+
+
+def print_diagnosis(paths: RunPaths) -> None:
+    """Print why the run fails or waits, with evidence and remedies."""
+    status = _read(paths)
+    print(findings_text(diagnose(paths, status, paths.results.parent / _SLURM_LOGS), status))
 
 
 def _read(paths: RunPaths) -> RunStatus:
