@@ -106,4 +106,4 @@ def name_jobs(prefix: str) -> None:
         usual(executor, *arguments, **options)
 
     with_prefix.unpatched = usual  # pyright: ignore[reportFunctionMemberAccess]
-    Executor.__post_init__ = with_prefix
+    Executor.__post_init__ = with_prefix  # pyright: ignore[reportAttributeAccessIssue]
