@@ -30,7 +30,9 @@ def test_two_jobs_write_the_shards_of_one_local_job(cluster: VirtualCluster, tmp
     on_cluster = ClusterChain(tmp_path / "cluster", {**config, "data_jobs": {"prose": 2}}, cluster)
     output = on_cluster.run(MANIFEST, timeout_s=250)
     assert manifest(on_cluster) == manifest(local)
-    assert all(f"rule {rule}:" in output for rule in ("index_sources", "encode", "tokenize"))
+    assert all(
+        f"{name} submitted" in output for name in ("index_sources-prose", "encode-prose-1-of-2", "tokenize-prose")
+    )
     chunks = len(list(on_cluster.results.glob("data/prose/*/record.json")))
     assert chunks >= 2 and f"{chunks} of {chunks} chunks exist already" in on_cluster.logs()
     assert all((on_cluster.results / f"logs/encode/prose-{partition}-of-2.log").exists() for partition in (1, 2))

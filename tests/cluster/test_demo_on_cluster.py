@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,14 +21,50 @@ from tests.support.wait import wait_for
 
 HOSTS = {"n1", "n2"}
 QUICK_STEPS = 24
+STATUS_EVERY_S = 6.0
 COMPARED_STEPS = 12
 """Enough steps to show a difference in routing, clipping or Adam. All 240 would take minutes."""
+
+
+class WatchedChain(ClusterChain):
+    """A run with what its main process printed, and its status at many moments."""
+
+    output: str
+    statuses: list[dict[str, Any]]
+
+
+class StatusWatcher(threading.Thread):
+    """Asks `longhaul status` on the login node every few seconds, as a user does in a second terminal."""
+
+    def __init__(self, chain: ClusterChain) -> None:
+        super().__init__(daemon=True)
+        self._chain, self._is_over = chain, threading.Event()
+        self._found: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        while not self._is_over.wait(STATUS_EVERY_S):
+            if (self._chain.results / "plan.json").exists():
+                self._found.append(self._ask())
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Return all answers, and that after the end of the run."""
+        self._is_over.set()
+        self.join(60)
+        return [*self._found, self._ask()]
+
+    def _ask(self) -> dict[str, Any]:
+        words = [sys.executable, "-m", "longhaul", "status", str(self._chain.results), "--json"]
+        command = self._chain.cluster.command(words, cwd=self._chain.folder)
+        environment = self._chain.environment()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def demo(
     cluster: VirtualCluster, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> ClusterChain:
+) -> WatchedChain:
     """The finished demo. Its site and the number of nodes and processes differ from the shipped config.
 
     `make test` also trains fewer steps, `make test-all` all of them.
@@ -39,14 +77,52 @@ def demo(
     if not pytestconfig.getoption("all"):
         for stage, steps in zip(config["stages"], (QUICK_STEPS, QUICK_STEPS // 2), strict=True):
             stage["steps"] = stage["checkpoints"]["every_steps"] = stage["validation"]["every_steps"] = steps
-    chain = ClusterChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
-    chain.run(timeout_s=580)
+    chain = WatchedChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
+    watcher = StatusWatcher(chain)
+    watcher.start()
+    chain.output = chain.run(timeout_s=580)
+    chain.statuses = watcher.finish()
     return chain
 
 
 def validation_losses(demo: ClusterChain, stage: str) -> list[float]:
     lines = (demo.weights(stage) / "metrics.jsonl").read_text().splitlines()
     return [row["validation_loss"] for row in map(json.loads, lines) if "validation_loss" in row]
+
+
+@pytest.mark.timeout(700)
+def test_status_follows_the_run_with_slurms_job_ids(demo: WatchedChain):
+    """While a stage trains, its steps and its job in the queue are shown; no answer ever names a failure."""
+    training = [
+        stage
+        for status in demo.statuses
+        for stage in status["stages"]
+        if stage["job"]["state"] == "running" and stage["progress"] and stage["progress"]["step"]
+    ]
+    assert training and all(stage["job"]["slurm_job_id"] and "n1, n2" in stage["job"]["detail"] for stage in training)
+    assert all(0 < stage["progress"]["step"] <= stage["steps"] for stage in training)
+    assert {status["queue_problem"] for status in demo.statuses} == {""}
+    assert {status["state"] for status in demo.statuses[:-1]} <= {"running", "queued"}
+    last = demo.statuses[-1]
+    assert last["state"] == "done" and last["main_process"] is None
+    assert all(stage["progress"]["step"] == stage["steps"] for stage in last["stages"])
+
+
+def test_main_process_prints_events_and_the_summary(demo: WatchedChain):
+    """Its values are those of `longhaul status`; Snakemake's own messages are in its log file alone."""
+    progress = demo.statuses[-1]["stages"][1]["progress"]
+    for expected in (
+        "train-pretrain submitted, log: results/demo/logs/train/pretrain.log",
+        "train-pretrain done after ",
+        "Run demo: done after ",
+        f"loss {progress['first_loss']:.3f} → {progress['loss']:.3f}",
+        f"Model of chat, verified: {demo.results / 'export' / 'chat'}",
+        f"Report: {demo.results / 'report.html'}",
+    ):
+        assert expected in demo.output, demo.output
+    assert "Shell command" not in demo.output and "reason:" not in demo.output
+    (log,) = (demo.folder / ".snakemake" / "log").glob("*.snakemake.log")
+    assert "reason: Missing output files" in log.read_text() and "longhaul-demo_" in log.read_text()
 
 
 @pytest.mark.timeout(700)
