@@ -91,6 +91,9 @@ bench-plan: setup  ## time of the demo's dry run
 bench-convert: setup  ## conversion beside zero_to_fp32 with transformers and beside plain copying
 	$(BIN)/python -m bench.convert
 
+bench-save: setup  ## a save beside writing the same bytes raw, and how long training waits
+	$(BIN)/python -m bench.save
+
 bench-data: setup .venv-bench/.installed $(if $(MEGATRON),.venv-bench/.megatron)  ## raw text to shards beside datasets map, datatrove and the raw limit; MEGATRON=<checkout of Megatron-LM> adds its preprocess
 	$(BIN)/python -m bench.data
 

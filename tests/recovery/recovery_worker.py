@@ -3,6 +3,9 @@
 An attempt is {"folder", "shared", "run", …} with any of these keys:
 deadline_in_s         the allocation ends after so many seconds
 kill_at_step          the attempt ends before the step after this many, as if it were killed; first it lists its swapped files
+writes                arguments of injected_faults.disturb_writes
+synchronous_saves     files are written while training waits, as where host memory does not suffice
+kill_while_saving     the attempt does not wait for the save in flight before it is killed
 save_after_load       what was loaded is saved at once, with reference values
 copy_checkpoints_from the folder of an earlier stage; the attempt starts with a copy of its checkpoints
 start                 the source of the initial weights, as in prepare_case
@@ -25,7 +28,7 @@ from longhaul.train import train_stage as loop
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.trainer import Trainer
 from tests.parity.prepare_case import prepare_case
-from tests.support.injected_faults import poison_batches
+from tests.support.injected_faults import disturb_writes, poison_batches
 from tests.support.reused_ranks import load_offload_ops, reset_deepspeed, swap_small_tensors
 
 
@@ -46,8 +49,11 @@ def inject_faults(attempt: dict[str, Any]) -> None:
             save_with_reference_values(trainer)
         if trainer.state.step == attempt.get("kill_at_step"):
             list_swapped_files(Path(attempt["folder"]), trainer.context)
+            if not attempt.get("kill_while_saving"):
+                trainer.checkpoints.finish_save()
             raise Killed
 
+    disturb_writes(**attempt.get("writes", {}))
     poison_batches({int(batch): factor for batch, factor in attempt.get("poison", {}).items()}, before_step)
 
 
@@ -69,6 +75,8 @@ def train(attempt: dict[str, Any]) -> str:
     """Run the attempt and return how it ended."""
     folder = Path(attempt["folder"])
     job, _ = prepare_case(folder, Path(attempt["shared"]), attempt["run"], attempt.get("start", ""))
+    if attempt.get("synchronous_saves"):
+        job = job.model_copy(update={"asynchronous_saves": False})
     inject_faults(attempt)
     # Rank 0 alone: the other ranks look for these files only after all ranks have met.
     if "copy_checkpoints_from" in attempt and os.environ["RANK"] == "0":

@@ -35,7 +35,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
         "roll back": stage(folder / "back", "roll_back", {4: NAN}),
         "roll back to 0": stage(folder / "back-to-0", "roll_back", {1: NAN}, window_batches=1),
         "roll back beyond the limit": stage(folder / "back-limit", "roll_back", always_nan, limit=2, window_batches=1),
-        "spike": stage(folder / "spike", "roll_back", {POISONED_BATCH: 3.0}, spike_factor=1.5, window_batches=2),
+        "spike": stage(folder / "spike", "roll_back", {POISONED_BATCH: 5.0}, spike_factor=1.5, window_batches=2),
         "no spike": stage(folder / "no-spike", "roll_back", {POISONED_BATCH: 1.2}, spike_factor=1.5),
     }
     for name, skipped in (("skip", [4, 6, 7]), ("roll back", [3, 4]), ("roll back to 0", [1]), ("spike", [9, 10])):

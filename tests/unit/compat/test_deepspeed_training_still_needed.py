@@ -45,6 +45,17 @@ def test_the_optimizer_step_has_no_hook_between_norm_and_update():
     assert compat.inner_optimizer(SimpleNamespace(optimizer=inner)) is inner
 
 
+def test_the_outer_optimizer_has_no_hook_before_its_update():
+    for kind in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert not hasattr(kind, "register_step_pre_hook")
+    assert inspect.getsource(DeepSpeedEngine).count("self.optimizer.step(") == 1
+    calls: list[Any] = []
+    engine = SimpleNamespace(optimizer=SimpleNamespace(step=lambda closure=None: calls.append(closure)))
+    compat.call_before_update(engine, lambda: calls.append("before"))
+    engine.optimizer.step("closure")
+    assert calls == ["before", "closure"]
+
+
 def test_the_public_gradient_norm_is_set_only_after_the_step():
     source = inspect.getsource(DeepSpeedEngine._take_model_step)
     assert source.index("self.optimizer.step(") < source.index("_global_grad_norm = ")

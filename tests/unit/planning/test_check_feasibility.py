@@ -380,13 +380,13 @@ def test_a_sequence_may_be_as_long_as_the_models_positions():
 
 @pytest.mark.parametrize(("more", "limit"), [(0, 6), (1, None)])
 def test_model_states_may_fill_a_gpu(more: int, limit: int | None):
-    memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + more, *[GIB] * 8)
+    memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + more, *[GIB] * 9)
     node = NodeShape(cpus=1, memory_mb=1, gpus=1, gpu_memory_gib=limit)
     assert refusal(check_memory, tiny_stage(), memory, site(node=node)) is None
 
 
 def test_model_states_that_are_larger_than_a_gpu_are_refused():
-    memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + 1, *[GIB] * 8)
+    memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + 1, *[GIB] * 9)
     node = NodeShape(cpus=1, memory_mb=1, gpus=1, gpu_memory_gib=6)
     assert refusal(check_memory, tiny_stage(), memory, site(node=node)) == (
         "stages.base: weights, gradients and optimizer states need 6.0 GiB per GPU; site centre has 6 GiB",

@@ -33,6 +33,7 @@ ZERO_1 = MemoryEstimate(
     host=0,
     locked=0,
     disk=0,
+    snapshot=12 * 1352 // 4 + 2 * 1352,
 )
 
 
@@ -44,18 +45,18 @@ def test_estimate_of_zero_1_equals_hand_computed_bytes():
 
 
 def test_optimizer_step_counts_if_it_is_larger_than_the_passes():
-    memory = MemoryEstimate(1, 2, 4, 8, 16, 32, 64, optimizer_step=121, host=0, locked=0, disk=0)
+    memory = MemoryEstimate(1, 2, 4, 8, 16, 32, 64, optimizer_step=121, host=0, locked=0, disk=0, snapshot=0)
     assert memory.total == 7 + 121, "8 + 16 + 32 + 64 = 120"
 
 
 def test_as_gib_has_all_parts_and_the_total():
-    memory = MemoryEstimate(*(number * GIB for number in range(11)))
+    memory = MemoryEstimate(*(number * GIB for number in range(12)))
     expected = {name: float(value // GIB) for name, value in asdict(memory).items()}
     assert memory.as_gib() == {**expected, "total": 0 + 1 + 2 + 3 + 4 + 5 + 6}
 
 
 def test_as_gib_has_three_decimals():
-    memory = MemoryEstimate(GIB // 3, *[0] * 10)
+    memory = MemoryEstimate(GIB // 3, *[0] * 11)
     assert (memory.as_gib()["weights"], memory.as_gib()["total"]) == (0.333, 0.333)
 
 

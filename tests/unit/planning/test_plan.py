@@ -224,6 +224,7 @@ def test_plan_of_a_stage_holds_exactly_what_its_keys_give(tmp_path: Path):
         flops=sizes.flops_per_token(64) * 10 * 8 * 64,
         files_per_checkpoint=1 + 4 + 4 + 2 + 3,
         checkpoint_bytes=16 * sizes.total,
+        asynchronous_saves=True,
         exported_checkpoints=("last",),
         spec=result_spec(plan.loaded, base.stage, 10),
         pipeline_bubble=0.0,

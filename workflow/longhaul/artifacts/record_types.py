@@ -58,6 +58,7 @@ class _EventFields(TypedDict):
     training_s: NotRequired[FiniteFloat]
     validation_s: NotRequired[FiniteFloat]
     saving_s: NotRequired[FiniteFloat]
+    durable_s: NotRequired[FiniteFloat]
 
 
 def _require_values(event: Event) -> Event:

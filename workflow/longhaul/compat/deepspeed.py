@@ -74,6 +74,22 @@ def wrap_optimizer_step(engine: Any, wrap: Callable[[Callable[..., Any]], Callab
     optimizer.step = wrap(optimizer.step)
 
 
+def call_before_update(engine: Any, action: Callable[[], None]) -> None:
+    """Call `action` before each update of weights and optimizer states.
+
+    `engine.step` calls the outer optimizer's `step` after the last micro batch of a step, and never elsewhere. torch's
+    `register_step_pre_hook` exists on the inner optimizer alone, which ZeRO calls after it has begun to work.
+    """
+    optimizer = engine.optimizer
+    update = optimizer.step
+
+    def delayed_update(*arguments: Any, **options: Any) -> Any:
+        action()
+        return update(*arguments, **options)
+
+    optimizer.step = delayed_update
+
+
 def gradient_norm_before_update(engine: Any) -> float:
     """Return the global gradient norm while the inner step runs.
 

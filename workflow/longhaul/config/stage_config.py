@@ -254,8 +254,8 @@ class Recovery(FrozenModel):
     )
     stop_margin_s: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=60.0,
-        description="Reserve before the end of an allocation. The trainer adds the measured time of one checkpoint, one "
-        "validation and two steps.",
+        description="Reserve before the end of an allocation. The trainer adds the measured time of one checkpoint (two "
+        "while one is being written), one validation and two steps.",
     )
     straggler_threshold: Annotated[float, Field(gt=0, le=1000)] = Field(
         default=0.5,

@@ -13,6 +13,7 @@ from longhaul.planning.model_state_memory import (
     gradient_bucket_bytes,
     model_states,
     optimizer_step_bytes,
+    snapshot_bytes,
     swap_buffer_bytes,
 )
 
@@ -34,6 +35,7 @@ class MemoryEstimate:
         host:   CPU memory for offload, including `locked`
         locked: CPU memory that must be locked
         disk:   files below storage.scratch
+        snapshot: CPU memory for the copy of a save, in addition to `host`
     """
 
     weights: int
@@ -47,6 +49,7 @@ class MemoryEstimate:
     host: int
     locked: int
     disk: int
+    snapshot: int
 
     @property
     def model_states(self) -> int:
@@ -107,6 +110,7 @@ def _pipeline_rank_memory(
         host=states.host + offloaded_activations + locked,
         locked=locked,
         disk=states.disk,
+        snapshot=snapshot_bytes(stage, parameters, partition),
     )
 
 

@@ -85,6 +85,20 @@ def swap_buffer_bytes(stage: Stage, sizes: ModelSize, partition: int, ranks: int
     return total
 
 
+def snapshot_bytes(stage: Stage, parameters: int, partition: int) -> int:
+    """Return the bytes that a rank copies for a save: its optimizer states, and the weights of its part of the model.
+
+    Only the first data-parallel rank saves weights, and none does under ZeRO 3. States on a disk are not copied.
+    partition: number of parameters whose optimizer states this rank has
+    """
+    if stage.zero.offload_optimizer == "nvme":
+        return 0
+    optimizer = 12 * partition if stage.zero.stage >= 1 else 8 * parameters
+    if stage.communication.powersgd:
+        optimizer += 4 * parameters  # the compression error
+    return optimizer + (COMPUTE_BYTES[stage.precision] * parameters if stage.zero.stage < 3 else 0)
+
+
 def optimizer_step_bytes(stage: Stage, parameters: int, ranks: int) -> int:
     """Return the additional bytes of the optimizer step: a flat copy of the partition's gradients, and its fp32 copy."""
     if stage.zero.stage == 0 or stage.zero.offload_optimizer != "none":

@@ -50,6 +50,7 @@ from longhaul.planning.input_files import (
     model_config,
 )
 from longhaul.planning.result_spec import result_spec
+from longhaul.planning.save_mode import synchronous_save_reason
 from longhaul.planning.stage_order import sort_stages
 
 # Assumed MFU for GPU-hours before any measurement. DeepSpeed ZeRO runs on H100-class GPUs reach 35-50 %.
@@ -64,6 +65,7 @@ class StagePlan:
     data_parallel: number of groups of ranks that read different samples
     accumulation:  micro batches per rank and optimizer step
     memory, flops, checkpoint_bytes: None until fetch has read the size of a Hub model
+    asynchronous_saves: whether files of a checkpoint are written while training continues
     exported_checkpoints: "last", "best" or none; these checkpoints need reference values
     spec:          the result spec
     """
@@ -78,6 +80,7 @@ class StagePlan:
     flops: float | None
     files_per_checkpoint: int
     checkpoint_bytes: int | None
+    asynchronous_saves: bool
     exported_checkpoints: tuple[str, ...]
     spec: dict[str, Any]
     pipeline_bubble: float
@@ -238,7 +241,9 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, mod
     micro_batches = accumulation_steps(stage, data_parallel)
     save_bytes = checkpoint_bytes(stage, sizes) if sizes else None
     check_save_time(stage, save_bytes or 0, loaded.site)
+    synchronous_reason = synchronous_save_reason(stage, memory, loaded.site)
     warnings = (
+        synchronous_reason,
         pipeline_bubble_warning(stage, micro_batches),
         save_time_warning(stage, save_bytes or 0, loaded.site),
     )
@@ -253,6 +258,7 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, mod
         flops=sizes.flops_per_token(stage.sequence_length) * steps * tokens_per_step if sizes else None,
         files_per_checkpoint=files,
         checkpoint_bytes=save_bytes,
+        asynchronous_saves=synchronous_reason is None,
         exported_checkpoints=exported_checkpoints,
         spec=result_spec(loaded, stage, steps),
         pipeline_bubble=pipeline_bubble(stage.parallel.pipeline, micro_batches),

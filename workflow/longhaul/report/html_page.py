@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def _stage_rows(stage: StageResults) -> dict[str, Any]:
         "peak memory per GPU (per process on CPUs)": text.size(summary.peak_memory_bytes),
         "batches skipped after a bad step": text.count(stage.skipped_batches),
         "time in training steps": text.duration(summary.training_time_s),
+        "training waited for a save, median": text.duration(_median([save.waited_s for save in stage.saves])),
+        "until a checkpoint was complete, median": text.duration(_median([save.durable_s for save in stage.saves])),
         "attempts": text.count(len(stage.attempts)),
         "hosts": ", ".join(stage.hosts),
     }
@@ -123,6 +126,10 @@ def _stage_rows(stage: StageResults) -> dict[str, Any]:
         numbers["goodput"] = text.percent(stage.goodput.goodput)
         stage_figures.append(figures.goodput_figure(stage.goodput))
     return {"name": stage.name, "numbers": numbers, "figures": [_embed(figure) for figure in stage_figures]}
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _export_rows(export: Export) -> dict[str, Any]:

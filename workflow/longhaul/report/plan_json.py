@@ -111,6 +111,7 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "gpu_hours_per_allocation": round(planned.world_size * stage.minutes / 60, 2),
         "files_per_checkpoint": planned.files_per_checkpoint,
         "checkpoint_gb": round(planned.checkpoint_bytes / 1e9, 3) if planned.checkpoint_bytes else None,
+        "asynchronous_saves": planned.asynchronous_saves,
         "minutes": stage.minutes,
     }
 

@@ -32,6 +32,7 @@ STAGE_KEYS = (
     "minutes",
     "files_per_checkpoint",
     "checkpoint_gb",
+    "asynchronous_saves",
 )
 """Keys of a stage in plan.json, in the order of the table."""
 
@@ -67,7 +68,7 @@ def memory_table(stages: list[Row]) -> Table:
     """Return one column per stage with the estimated parts of a GPU's memory."""
     parts = list(stages[0]["memory_per_gpu_gib"])
     lines = [[part, *(f"{row['memory_per_gpu_gib'][part]:.2f}" for row in stages)] for part in parts]
-    title = "Memory per GPU, GiB (host, locked, disk: of the node, per rank)"
+    title = "Memory per GPU, GiB (host, locked, disk, snapshot: of the node, per rank)"
     return _table(title, ["", *(row["name"] for row in stages)], lines)
 
 

@@ -21,7 +21,7 @@ from longhaul.artifacts.artifact_schemas import (
 from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
-from longhaul.artifacts.record_types import Attempt
+from longhaul.artifacts.record_types import Attempt, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
@@ -31,6 +31,14 @@ from longhaul.report.run_status import RunStatus, read_status, weights_folder
 
 A = TypeVar("A", bound=Artifact)
 _MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save of a checkpoint: seconds that training waited, and seconds until the checkpoint was complete."""
+
+    waited_s: float
+    durable_s: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class StageResults:
     padding_share: float | None  # of the tokens in an epoch's packs; None where nothing is packed
     unigram_entropy_nats: float | None
     goodput: Goodput | None
+    saves: list[Save]
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -145,6 +154,11 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
         padding_share=_padding_share(weights.samples),
         unigram_entropy_nats=data.unigram_entropy_nats if data else None,
         goodput=read_goodput(stage.path, weights.path),
+        saves=[
+            Save(event["saving_s"], event.get("durable_s", event["saving_s"]))  # older releases wrote synchronously
+            for event in read_events(weights.events)
+            if event["event"] == "saved"
+        ],
     )
 
 

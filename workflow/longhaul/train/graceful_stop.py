@@ -42,13 +42,13 @@ class GracefulStop:
     def require_time_for(self, needed_s: float) -> None:
         """Raise AllocationTooShort on every rank if the rest of the allocation is too short for a step and a save.
 
-        needed_s: time that a step, a validation and a save may take, from earlier ones. Every rank calls this.
+        needed_s: time that a step, a validation and a save may take, from earlier ones; rank 0's counts. Every rank calls this.
         """
         left_s = None
         if self._context.is_main:
             self._read_deadline()
             left_s = None if self._end_s is None else self._end_s - time.time()
-        left_s = self._context.broadcast(left_s)
+        left_s, needed_s = self._context.broadcast((left_s, needed_s))
         if left_s is not None and left_s < needed_s + self._margin_s:
             raise AllocationTooShort(
                 f"the allocation ends in {left_s:.0f} s; a step, a validation and a save take {needed_s:.0f} s, and "

@@ -55,6 +55,7 @@ class BadStepPolicy:
         Raises:
             TrainingFailure: the policy is `stop`, or there were more bad steps in a row than `bad_steps.limit`.
         """
+        self._checkpoints.finish_save()  # the training may end here
         step = self._state.step + 1
         self._in_a_row += 1
         self._events.write(

@@ -11,15 +11,14 @@ _EVENT_KEYS = {STEP: "training_s", VALIDATE: "validation_s", SAVE: "saving_s"}
 class PhaseTimes:
     """Keeps the longest duration of each phase, and the time that each took since the last save."""
 
-    def __init__(self, longest_save_s: float) -> None:
-        """longest_save_s: that of earlier attempts"""
-        self.longest_s = {STEP: 0.0, VALIDATE: 0.0, SAVE: longest_save_s}
+    def __init__(self) -> None:
+        self.longest_s = dict.fromkeys(_EVENT_KEYS, 0.0)
         self._since_save_s = dict.fromkeys(_EVENT_KEYS, 0.0)
 
     @property
-    def needed_to_leave_s(self) -> float:
-        """Return the time that another step, a validation and a save may take, from the longest so far."""
-        return 2 * self.longest_s[STEP] + self.longest_s[VALIDATE] + 1.5 * self.longest_s[SAVE]
+    def needed_for_step_s(self) -> float:
+        """Return the time that another step and a validation may take, from the longest so far."""
+        return 2 * self.longest_s[STEP] + self.longest_s[VALIDATE]
 
     def add(self, phase: str, seconds: float) -> None:
         """Add to a phase's time since the last save, but not to its longest duration."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from shutil import disk_usage
 
@@ -72,8 +72,8 @@ def _train_or_finish(job: TrainSpec, context: DistributedContext) -> None:
     with hold_weights_lock(weights, context):
         claim_weights_folder(job, identity, weights, context)
         events = EventWriter(weights if context.is_main else None)
-        checkpoints = CheckpointManager(weights, job, context, events)
-        is_finished = checkpoints.is_finished() or _train(job, context, tokenizer, data, start, checkpoints, events)
+        with closing(CheckpointManager(weights, job, context, events)) as checkpoints:
+            is_finished = checkpoints.is_finished() or _train(job, context, tokenizer, data, start, checkpoints, events)
         if context.is_main and is_finished:
             stage_artifact(job, checkpoints, data, tokenizer).write(Path(job.out))
         context.barrier()
@@ -122,8 +122,9 @@ def _train(
     prompts = sample_prompts(validation=held_out, train=samples)
     trainer = Trainer(job, context, backend, held_out, prompts, checkpoints, metrics, events, state)
     trainer.begin()
-    graceful_stop.require_time_for(trainer.times.needed_to_leave_s)
+    graceful_stop.require_time_for(trainer.needed_to_leave_s)
     _run_steps(trainer, Prefetcher(samples, job, context, state), graceful_stop)
+    checkpoints.finish_save()
     metrics.close()
     return trainer.state.step == job.steps
 
@@ -134,14 +135,16 @@ def _run_steps(trainer: Trainer, batches: Prefetcher, graceful_stop: GracefulSto
     for batch in batches:
         if not trainer.step(batch):
             continue
+        trainer.checkpoints.after_step(trainer.backend.engine)
         save_is_due = trainer.is_due(stage.checkpoints.every_steps)
         if save_is_due or trainer.is_due(stage.validation.every_steps):
             trainer.check_stragglers()
             trainer.validate()
         if save_is_due:
             trainer.save()
-        elif reason := graceful_stop.reason(trainer.times.needed_to_leave_s):
+        elif reason := graceful_stop.reason(trainer.needed_to_leave_s):
             trainer.save_unvalidated()
+            trainer.checkpoints.finish_save()
             graceful_stop.leave(reason, trainer.state.step)
             break
 

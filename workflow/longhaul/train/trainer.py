@@ -58,7 +58,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.validation_loss: float | None = None
-        self.times = PhaseTimes(self.checkpoints.longest_save_s())
+        self.times = PhaseTimes()
+        self.checkpoints.read_longest_save()
         self._peak_lr = peak_learning_rate(self.job)
         self._stragglers = StragglerDetector(self.context, self.job.stage.recovery.straggler_threshold, self.events)
         self._policy = BadStepPolicy(
@@ -76,6 +77,12 @@ class Trainer:
             self.validate()
             if self._policy.needs_first_checkpoint:
                 self.save()
+                self.checkpoints.finish_save()
+
+    @property
+    def needed_to_leave_s(self) -> float:
+        """Return the time that another step, a validation and a save may take, from the longest so far."""
+        return self.times.needed_for_step_s + self.checkpoints.needed_to_save_s
 
     def is_due(self, every_steps: int) -> bool:
         """Return whether something is due that happens every `every_steps` steps and after the last one."""
@@ -152,16 +159,16 @@ class Trainer:
         self.times.finish(VALIDATE, started)
 
     def save(self) -> None:
-        """Save a checkpoint, with reference values where it may be exported."""
+        """Save a checkpoint, with reference values where it may be exported. Its files are written while training continues."""
+        self.checkpoints.finish_save()  # one save at a time
         self._policy.note_save()
         started = time.perf_counter()
         with_reference = self.checkpoints.needs_reference_values(self.state.step, self.validation_loss)
         with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_reference) as folder:
             if with_reference:
                 write_reference_values(self.backend, self.job, reference_folder(folder), self.context, self.prompts)
-        self.metrics.print(f"saved step {self.state.step}")
         self.times.finish(SAVE, started)
-        self.events.write("saved", step=self.state.step, **self.times.pop_since_save())
+        self.checkpoints.start_writing(self.times.pop_since_save())
 
     def save_unvalidated(self) -> None:
         """Save between validations: the checkpoint is for a resume, and never the best one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def read_identity(run: RunPaths, path: Path) -> None:
 
 
 def read_skipped(run: RunPaths, path: Path) -> None:
-    manager = CheckpointManager(path.parent, None, None, EventWriter(None))  # type: ignore[arg-type]
+    manager = CheckpointManager(path.parent, SimpleNamespace(asynchronous_saves=False), None, EventWriter(None))  # type: ignore[arg-type]
     TrainingState(step=0).skip(set(manager._recorded_skipped()))
 
 

@@ -30,6 +30,7 @@ class TrainSpec(JobSpec):
     accumulation: int  # micro batches per optimizer step and rank
     data_parallel: int
     world_size: int
+    asynchronous_saves: bool  # files are written from a copy in host memory while training continues
     exported_checkpoints: tuple[str, ...]  # "last", "best": these are exported, so they need reference values
     spec: dict[str, Any]  # result spec: what the weights depend on, apart from data and starting checkpoint
     start_checkpoint: str | None  # the earlier stage's checkpoint.json
@@ -68,6 +69,7 @@ def _build(plan: Plan, job: JobId) -> TrainSpec:
         accumulation=planned.accumulation,
         data_parallel=planned.data_parallel,
         world_size=planned.world_size,
+        asynchronous_saves=planned.asynchronous_saves,
         exported_checkpoints=planned.exported_checkpoints,
         spec=planned.spec,
         start_checkpoint=str(plan.paths.stage(stage.start_from.stage).checkpoint) if stage.start_from else None,

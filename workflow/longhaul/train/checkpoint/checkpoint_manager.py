@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,16 @@ from longhaul.artifacts.artifact_schemas import Count, SavedCheckpoint
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.compat.deepspeed import call_before_update
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint import checkpoint_folders as folders
+from longhaul.train.checkpoint.hashed_file import WriterThreads
+from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.load_checkpoint import check_belongs_to, load_checkpoint
+from longhaul.train.checkpoint.rank_files import RankFiles
 from longhaul.train.checkpoint.retention import last_and_best, validation_loss_of
-from longhaul.train.checkpoint.save_checkpoint import CheckpointSave
+from longhaul.train.checkpoint.save_checkpoint import CheckpointSave, collect_files
 from longhaul.train.checkpoint.saved_layout import Layout, describe_layout, planned_layout
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
@@ -24,10 +29,23 @@ from longhaul.train.monitoring.events import EventWriter
 
 
 class CheckpointManager:
-    """Finds, loads and saves the checkpoints of one weights folder; every method runs on all ranks."""
+    """Finds, loads and saves the checkpoints of one weights folder; every method runs on all ranks.
+
+    One save is in flight at a time. Its files are written in the background; `after_step` or `finish_save` ends it.
+    """
 
     def __init__(self, folder: Path, job: TrainSpec, context: DistributedContext, events: EventWriter) -> None:
         self.folder, self._job, self._context, self._events = folder, job, context, events
+        self._threads = WriterThreads()
+        self._memory = HostMemory(context.device) if job.asynchronous_saves else None
+        self._has_reserved = self._delays_updates = False
+        self._save: CheckpointSave | None = None
+        self._spent_s: dict[str, float] = {}
+        self._longest_save_s = 0.0
+
+    def close(self) -> None:
+        """End the threads. A save that is still in flight stays unfinished: an error ended the training."""
+        self._threads.stop()
 
     def is_finished(self) -> bool:
         """Return whether the checkpoint of the last planned step exists and is undamaged."""
@@ -38,9 +56,15 @@ class CheckpointManager:
         """Return whether there is a complete checkpoint to resume from."""
         return bool(self._complete())
 
-    def longest_save_s(self) -> float:
-        """Return the duration of the longest save of all attempts so far; 0 when there was none."""
-        return self._context.broadcast(self._events.largest("saved", "saving_s") if self._context.is_main else 0.0)
+    def read_longest_save(self) -> None:
+        """Read the duration of the longest save of all attempts so far, for `needed_to_save_s`."""
+        own = self._events.largest("saved", "durable_s") if self._context.is_main else 0.0
+        self._longest_save_s = self._context.broadcast(own)
+
+    @property
+    def needed_to_save_s(self) -> float:
+        """Return the time that a save may take until it is on the disk, from the longest so far; and the one in flight."""
+        return (3.0 if self._save else 1.5) * self._longest_save_s
 
     def resume(self, engine: Any, is_needed: bool = False) -> TrainingState:
         """Load the newest undamaged checkpoint into the engine; return a new state when there is none.
@@ -49,6 +73,7 @@ class CheckpointManager:
             UserError: the checkpoint belongs to other weights, a batch is to be skipped on which the stage has trained, or there
                 is no checkpoint although `is_needed`.
         """
+        self.finish_save()
         newest = self._newest_undamaged()
         state = self._load(engine, *newest) if newest else TrainingState()
         if newest is None and is_needed:
@@ -74,21 +99,92 @@ class CheckpointManager:
             and all(validation_loss < loss for loss in losses)
         )
 
+    def after_step(self, engine: Any) -> None:
+        """Take the save in flight one step further. The first call begins to reserve memory for the copies of a save.
+
+        Raises:
+            DiskFull: as `start_writing`
+        """
+        if self._memory and not self._has_reserved:
+            self._has_reserved = True
+            self._reserve(engine, self._memory)
+        self._advance()
+
+    def _reserve(self, engine: Any, memory: HostMemory) -> None:
+        """Begin to reserve what a save needs. Only after the first step all optimizer states exist."""
+        self.finish_save()
+        measured = RankFiles(self._threads, memory)
+        folder = folders.partial_folder(folders.step_folder(self.folder, self._job.steps))  # nothing is written to it
+        collect_files(engine, folder, measured, self._context.rank.rank)
+        memory.reserve(measured.snapshot_bytes)
+
     @contextmanager
     def saving(
         self, engine: Any, state: TrainingState, validation_loss: float | None, has_reference_values: bool
     ) -> Iterator[Path]:
-        """Save engine and state; what the block adds to the folder on rank 0 is part of the checkpoint.
+        """Copy engine and state for a save; what the block adds to the folder on rank 0 is part of the checkpoint.
+
+        `start_writing` follows. No other save may be in flight.
+        """
+        manifest = {
+            "step": state.step,
+            "validation_loss": validation_loss,
+            "has_reference_values": has_reference_values,
+        }
+        if self._memory and self._memory.is_copied_later and not self._delays_updates:
+            self._delays_updates = True
+            call_before_update(engine, self._memory.delay_stream)
+        save = CheckpointSave(
+            self.folder, manifest, self._job, self._context, self._events, self._threads, self._memory
+        )
+        with save.snapshot(engine, state) as partial:
+            yield partial
+        self._save = save
+
+    def start_writing(self, spent_s: dict[str, float]) -> None:
+        """Begin to write the save in the background; wait for it where saves are synchronous.
+
+        spent_s: how the time since the last save was spent, for the `saved` event
 
         Raises:
             DiskFull: the disk is full. The unfinished save is removed; earlier checkpoints stay.
         """
-        save = CheckpointSave(self.folder, state.step, self._job, self._context, self._events)
-        with save.write(engine, state) as partial:
-            yield partial
-        save.finish(
-            {"step": state.step, "validation_loss": validation_loss, "has_reference_values": has_reference_values}
-        )
+        self._spent_s = spent_s
+        if self._save:
+            self._save.start()
+        if self._memory is None:
+            self.finish_save()
+
+    def _advance(self, waiting_since: float | None = None) -> None:
+        """Take the save in flight one step further, if its threads are done on all ranks.
+
+        waiting_since: the value of time.perf_counter() since which training waits for this save
+        """
+        save = self._save
+        if save is None:
+            return
+        self._save = None  # an error ends the save
+        if not save.advance():
+            self._save = save
+            return
+        self._longest_save_s = max(self._longest_save_s, save.durable_s)
+        waited_s = self._spent_s["saving_s"] + (time.perf_counter() - waiting_since if waiting_since else 0.0)
+        spent_s = {**self._spent_s, "saving_s": round(waited_s, 3), "durable_s": round(save.durable_s, 3)}
+        self._events.write("saved", step=save.step, **spent_s)
+        if self._context.is_main:
+            times = f"on the disk after {save.durable_s:.2f} s; training waited {waited_s:.2f} s"
+            print(f"saved step {save.step}: {times}", flush=True)
+
+    def finish_save(self) -> None:
+        """Wait until the save in flight is complete: before the next one, before a load, and before the training ends.
+
+        Raises:
+            DiskFull: as `start_writing`
+        """
+        started = time.perf_counter()
+        while self._save:
+            self._save.wait()
+            self._advance(started)
 
     def last_and_best(self) -> dict[str, SavedCheckpoint]:
         """Return the entries of checkpoint.json for the last and the best checkpoint."""

@@ -24,6 +24,6 @@ class EventWriter:
         append_record(self._path, {"time_s": round(time.time(), 3), "event": event, **values})
 
     def largest(self, event: str, key: str) -> float:
-        """Return the largest value of `key` in all events of that name so far; 0 when there is none."""
+        """Return the largest value of `key` in all events of that name so far; 0 where none has it."""
         rows = read_events(self._path) if self._path else []
-        return max((row[key] for row in rows if row["event"] == event), default=0.0)
+        return max((row.get(key, 0.0) for row in rows if row["event"] == event), default=0.0)
