@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
 from longhaul.artifacts.event_log import read_events
+
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.stragglers import RankTiming, StragglerDetector, matrix_product_s, slow_ranks
 
