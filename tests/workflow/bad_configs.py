@@ -137,6 +137,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("'{instruction!r}' must hold only names of columns in braces",),
     ),
+    (
+        "truncate of windows",
+        {"stages.0.truncate": "left"},
+        {},
+        ("stages.0", "truncate left has no effect on kind pretrain"),
+    ),
     ("two models", {"model.pretrained": {"path": "m"}}, {}, ("exactly one of llama", "llama and pretrained")),
     ("path in the run's name", {"run": "../elsewhere"}, {}, ("run is '../elsewhere'",)),
     ("path in a stage's name", {"stages.0.name": "a/b"}, {}, ("stages.0.name is 'a/b'",)),

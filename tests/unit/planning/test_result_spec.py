@@ -79,3 +79,8 @@ def test_local_model_counts_with_names_and_sizes_of_its_files(tmp_path: Path):
     (spec, _) = specs(tmp_path, {"model": {"pretrained": {"path": "start"}}})
     assert spec["model"] == {"path": str(folder), "files": {"config.json": 2, "model.safetensors": 10}}
     assert list(spec["model"]["files"]) == ["config.json", "model.safetensors"]
+
+
+def test_spec_has_truncate_only_where_it_is_not_the_default(tmp_path: Path):
+    assert all("truncate" not in spec for spec in specs(tmp_path))
+    assert specs(tmp_path, {"stages.1.truncate": "left"})[1]["truncate"] == "left"

@@ -158,7 +158,8 @@ class PackTotals(TypedDict):
     sequence_length: Count
     tokens: Count
     cut_documents: Count
-    documents_without_loss: NotRequired[Count]
+    dropped_documents: Count
+    documents_without_loss: Count
     padding_share: float
 
 

@@ -284,6 +284,11 @@ class Stage(FrozenModel):
     global_batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_size: PositiveInt = Field(default=1, description="Samples per rank and forward pass.")
     sequence_length: Annotated[int, Field(ge=8, le=10**8)] = Field(description="Tokens per sample.")
+    truncate: Literal["right", "left", "drop"] = Field(
+        default="right",
+        description="sft: what stays of conversations longer than sequence_length. right: the first tokens. left: the last "
+        "tokens, so the system message is lost. drop: nothing.",
+    )
     optimizer: Optimizer = Field(default=Optimizer(), description="AdamW settings.")
     schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
     precision: Precision = Field(
@@ -333,4 +338,6 @@ class Stage(FrozenModel):
 
     @model_validator(mode="after")
     def _check_length(self) -> Stage:
+        if self.kind == "pretrain" and self.truncate != "right":
+            raise ValueError(f"truncate {self.truncate} has no effect on kind pretrain; remove it")
         return require_exactly_one(self, "steps", "tokens")

@@ -27,6 +27,8 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
         "restart": stage.restart,
         "global_batch_size": stage.global_batch_size,
         "sequence_length": stage.sequence_length,
+        # Left out where it is the default, so that weights of releases without the key stay valid.
+        **({"truncate": stage.truncate} if stage.truncate != "right" else {}),
         "optimizer": stage.optimizer.model_dump(mode="json"),
         "schedule": stage.schedule.model_dump(mode="json"),
         "precision": stage.precision,

@@ -157,6 +157,6 @@ def open_samples(
         return None
     arguments = (data, split, job.stage.kind, job.stage.sequence_length, job.seed, cache)
     if context.is_main:
-        Samples.open(*arguments)
+        Samples.open(*arguments, truncate=job.stage.truncate)
     context.barrier()
-    return Samples.open(*arguments)
+    return Samples.open(*arguments, truncate=job.stage.truncate)

@@ -11,7 +11,7 @@ import pytest
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import Sample, clear_sample
-from longhaul.data.sampling.sample_sources import PackSource, WindowSource
+from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource
 from longhaul.data.sampling.samples import MixedSamples, Samples
 from longhaul.errors import UserError
 
@@ -83,8 +83,10 @@ def test_openings_of_windows_are_at_most_half_a_document_and_shorter_than_a_sequ
 CHATS = Documents([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13, 14], masks=[[0, 0, 1, 1], [0, 1, 0], [0] * 6 + [1]])
 
 
-def pack_source(folder: Path, documents: Documents = CHATS, length: int = 7) -> PackSource:
-    return PackSource(documents, length, PAD, 1, folder / "packs.bin")  # type: ignore[arg-type]
+def pack_source(
+    folder: Path, documents: Documents = CHATS, length: int = 7, truncate: Truncate = "right"
+) -> PackSource:
+    return PackSource(documents, length, PAD, 1, folder / "packs.bin", truncate)  # type: ignore[arg-type]
 
 
 def test_packs_hold_conversations_with_labels_and_positions_of_their_own(tmp_path: Path):
@@ -108,6 +110,40 @@ def test_long_conversation_is_truncated(tmp_path: Path):
     source = pack_source(tmp_path, Documents([1, 2, 3, 4, 5], masks=[[0, 0, 1, 1, 1]]), length=4)
     assert lists(filled(source, 0)) == ([1, 2, 3, 4], [-100, 3, 4, -100], [0, 1, 2, 3])
     assert (source.token_count, source.cut_documents) == (4, 1)
+
+
+def test_long_conversation_keeps_its_last_tokens(tmp_path: Path):
+    documents = Documents([1, 2, 3, 4, 5, 6], masks=[[0, 1, 1, 0, 0, 1]])
+    source = pack_source(tmp_path, documents, length=4, truncate="left")
+    assert lists(filled(source, 0)) == ([3, 4, 5, 6], [-100, -100, 6, -100], [0, 1, 2, 3])
+    assert (source.token_count, source.cut_documents) == (4, 1)
+
+
+def test_long_conversations_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    documents = Documents([1, 2, 3, 4, 5], [6, 7, 8, 9], masks=[[0, 1, 1, 1, 1], [0, 0, 0, 1]])
+    source = pack_source(tmp_path, documents, length=4, truncate="drop")
+    assert [lists(filled(source, index)) for index in range(len(source))] == [
+        ([6, 7, 8, 9], [-100, -100, 9, -100], [0, 1, 2, 3])
+    ]
+    assert (source.token_count, source.cut_documents) == (4, 0)
+    assert "left out 1 conversations longer than 4 tokens (truncate: drop)\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("truncate", "mask", "packs"),
+    [
+        ("right", [0, 0, 0, 1, 1, 1], 1),
+        ("right", [1, 0, 0, 0, 1, 1], 0),  # no position predicts the first token
+        ("left", [1, 1, 0, 0, 0, 1], 1),
+        ("left", [1, 1, 1, 0, 0, 0], 0),
+    ],
+)
+def test_conversations_without_loss_in_the_kept_tokens_are_left_out(
+    tmp_path: Path, truncate: Truncate, mask: list[int], packs: int
+):
+    source = pack_source(tmp_path, Documents([1, 2, 3, 4, 5, 6], masks=[mask]), length=4, truncate=truncate)
+    assert len(source) == packs
+    assert read_json(tmp_path / "packs.json")["documents_without_loss"] == 1 - packs
 
 
 def test_split_without_documents_has_no_pack_and_no_file(tmp_path: Path):
@@ -136,6 +172,7 @@ def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pyt
         "sequence_length": 8,
         "tokens": 15,
         "cut_documents": 1,
+        "dropped_documents": 0,
         "documents_without_loss": 0,
         "padding_share": 1 / 16,
     }

@@ -100,7 +100,7 @@ def test_openings_of_chats_end_before_the_answer(chat_shards: DataManifest, toke
         for number in range(200)
     }
     assert len(found) > 150 and found <= questions
-    with pytest.raises(UserError, match="has an answer within sequence_length 8"):
+    with pytest.raises(UserError, match="has a loss token within sequence_length 8"):
         packs(chat_shards, tmp_path, length=8)
 
 
@@ -173,13 +173,16 @@ def test_conversations_whose_answers_begin_behind_the_sequence_are_left_out(
     assert (totals["documents"], totals["documents_without_loss"], totals["cut_documents"]) == (3, 2, 0)
     assert totals["tokens"] == sum(map(len, masks))
     log = capsys.readouterr().err
-    assert "left out 2 conversations whose answers begin behind token 64: raise sequence_length" in log
+    assert (
+        "left out 2 conversations whose 64 tokens hold no loss token: raise sequence_length, or use another truncate"
+        in log
+    )
 
 
 def test_a_split_without_an_answer_within_the_sequence_is_refused(tmp_path: Path, tokenizer_folder: Path):
     manifest = _long_prompts(tmp_path, tokenizer_folder, [300, 301])
     with pytest.raises(
-        UserError, match="none of the 2 conversations of the train split has an answer within"
+        UserError, match="none of the 2 conversations of the train split has a loss token within"
     ) as caught:
         packs(manifest, tmp_path, length=64)
     assert "raise the stage's sequence_length" in (caught.value.hint or "")
@@ -259,6 +262,7 @@ def test_padding_share_is_the_fraction_of_positions_without_a_token(chat_shards:
         "sequence_length": 512,
         "tokens": int(lengths.sum()),
         "cut_documents": 0,
+        "dropped_documents": 0,
         "documents_without_loss": 0,
         "padding_share": samples.padding_share,
     }
@@ -315,10 +319,10 @@ def test_open_passes_padding_split_and_seed_on(text_shards: DataManifest, chat_s
         SplitReader(Path(chat_shards.path), chat_shards.splits["train"], True).lengths(), 128, 7, tmp_path / "x"
     )
     packs(chat_shards, tmp_path, seed=7)
-    written = tmp_path / f"pack-{chat_shards.hash}-train-128-7.bin"
+    written = tmp_path / f"pack-{chat_shards.hash}-train-128-7-right.bin"
     assert written.read_bytes() == (tmp_path / "x").read_bytes(), "the seed decides the packs"
     assert {path.name for path in tmp_path.glob("*validation*")} == {
-        f"pack-{chat_shards.hash}-validation-4096-7.{suffix}" for suffix in ("bin", "json")
+        f"pack-{chat_shards.hash}-validation-4096-7-right.{suffix}" for suffix in ("bin", "json")
     }
 
 

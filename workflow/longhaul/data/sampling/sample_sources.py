@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sa
 from longhaul.data.shards.shard_reader import SplitReader
 
 OPENING_TOKENS = 24
+Truncate = Literal["right", "left", "drop"]
+"""Conversations longer than a sequence keep their first tokens (right) or their last ones (left), or are left out (drop)."""
 
 
 class WindowSource:
@@ -51,21 +54,29 @@ class WindowSource:
 
 
 class PackSource:
-    """Sample i is pack i. A conversation longer than S is truncated to S tokens.
+    """Sample i is pack i. A conversation longer than S is truncated to S tokens, or left out.
 
-    Conversations without a loss token among their first S tokens are in no pack, as nothing would be learned from them.
+    Conversations whose S tokens hold no loss token are in no pack, as nothing would be learned from them.
     """
 
-    def __init__(self, reader: SplitReader, length: int, pad_id: int, seed: int, path: Path) -> None:
+    def __init__(
+        self,
+        reader: SplitReader,
+        length: int,
+        pad_id: int,
+        seed: int,
+        path: Path,
+        truncate: Truncate = "right",
+    ) -> None:
         """Open the pack file `path`; write it if it does not exist."""
-        self._reader, self.length, self._pad_id = reader, length, pad_id
+        self._reader, self.length, self._pad_id, self._truncate = reader, length, pad_id, truncate
         self.token_count = self.cut_documents = 0
         self._packs: PackFile | list[np.ndarray] = []
         if not reader.document_count:
             return
         record = path.with_suffix(".json")
         if not (path.exists() and record.exists()):
-            _write_packs(reader, length, seed, path, record)
+            _write_packs(reader, length, seed, path, record, truncate)
         # The totals come from the record, because reading the lengths of all documents is slow.
         totals = read_typed_json(record, PackTotals, f"delete {record} and {path}; both are written again")
         self.token_count, self.cut_documents = totals["tokens"], totals["cut_documents"]
@@ -93,7 +104,8 @@ class PackSource:
 
     def _write_conversation(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
         """Write one conversation [T] at position `start`; return its length. Its last position has no label."""
-        tokens, mask = tokens[: self.length], mask[: self.length]
+        kept = _kept_tokens(len(tokens), self.length, self._truncate)
+        tokens, mask = tokens[kept], mask[kept]
         stop = start + len(tokens)
         sample.input_ids[start:stop] = tokens
         sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)
@@ -101,45 +113,59 @@ class PackSource:
         return len(tokens)
 
 
-def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record: Path) -> None:
+def _kept_tokens(count: int, length: int, truncate: Truncate) -> slice:
+    """Return which of a conversation's tokens [count] are in a sequence of `length` tokens."""
+    return slice(max(0, count - length), count) if truncate == "left" else slice(0, min(count, length))
+
+
+def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record: Path, truncate: Truncate) -> None:
     """Write the pack file, then `record`, a JSON file with its totals. The report reads the record too."""
-    all_lengths = reader.lengths()
-    packed = _documents_with_loss(reader, all_lengths, length)
-    lengths, left_out = all_lengths[packed], len(all_lengths) - len(packed)
-    write_pack_file(lengths, length, seed, path, numbers=packed)
-    packs = len(PackFile(path, len(lengths))) if len(lengths) else 0
-    tokens = int(np.minimum(lengths, length).sum(dtype=np.int64))
+    lengths = reader.lengths()
+    is_cut = lengths > length
+    has_loss = _have_loss(reader, is_cut, length, truncate)
+    packed = np.flatnonzero(has_loss & ~is_cut if truncate == "drop" else has_loss)
+    write_pack_file(lengths[packed], length, seed, path, numbers=packed)
+    packs = len(PackFile(path, len(packed))) if len(packed) else 0
+    tokens = int(np.minimum(lengths[packed], length).sum(dtype=np.int64))
     totals: PackTotals = {
-        "documents": len(lengths),
+        "documents": len(packed),
         "packs": packs,
         "sequence_length": length,
         "tokens": tokens,
-        "cut_documents": int((lengths > length).sum()),
-        "documents_without_loss": left_out,
+        "cut_documents": int(is_cut[packed].sum()),
+        "dropped_documents": int(is_cut.sum()) if truncate == "drop" else 0,
+        "documents_without_loss": 0 if truncate == "drop" else int((~has_loss).sum()),
         "padding_share": 1 - tokens / (packs * length) if packs else 0.0,
     }
     write_json(record, totals)
-    print(
-        f"packed {len(lengths):,} conversations into {packs:,} sequences of {length} tokens: "
-        f"{totals['padding_share']:.2%} padding, {totals['cut_documents']:,} conversations truncated",
-        file=sys.stderr,
-        flush=True,
-    )
-    if left_out:
-        print(
-            f"left out {left_out:,} conversations whose answers begin behind token {length}: raise sequence_length",
-            file=sys.stderr,
-            flush=True,
-        )
+    for line in _describe(totals):
+        print(line, file=sys.stderr, flush=True)
 
 
-def _documents_with_loss(reader: SplitReader, lengths: np.ndarray, length: int) -> np.ndarray:
-    """Return the numbers of the documents with a loss token among their first `length` tokens.
+def _have_loss(reader: SplitReader, is_cut: np.ndarray, length: int, truncate: Truncate) -> np.ndarray:
+    """Return [D] bool: the documents with a loss token among the tokens that a sequence of `length` tokens keeps.
 
-    Every document has a loss token. Only the masks of longer documents have to be read. No position predicts a
-    document's first token.
+    Every whole document has a loss token. Only the masks of longer documents have to be read. No position predicts the
+    first of the tokens.
     """
-    has_loss = np.ones(len(lengths), dtype=bool)
-    for number in np.flatnonzero(lengths > length).tolist():
-        has_loss[number] = reader.document(number)[1][1:length].any()
-    return np.flatnonzero(has_loss)
+    has_loss = np.ones(len(is_cut), dtype=bool)
+    for number in np.flatnonzero(is_cut).tolist() if truncate != "drop" else ():
+        mask = reader.document(number)[1]
+        has_loss[number] = mask[_kept_tokens(len(mask), length, truncate)][1:].any()
+    return has_loss
+
+
+def _describe(totals: PackTotals) -> Iterator[str]:
+    """Yield lines for the log about a pack file."""
+    length = totals["sequence_length"]
+    yield (
+        f"packed {totals['documents']:,} conversations into {totals['packs']:,} sequences of {length} tokens: "
+        f"{totals['padding_share']:.2%} padding, {totals['cut_documents']:,} conversations truncated"
+    )
+    if dropped := totals["dropped_documents"]:
+        yield f"left out {dropped:,} conversations longer than {length} tokens (truncate: drop)"
+    if without := totals["documents_without_loss"]:
+        yield (
+            f"left out {without:,} conversations whose {length} tokens hold no loss token: raise sequence_length, or use "
+            "another truncate"
+        )

@@ -23,7 +23,7 @@ from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import Sample
-from longhaul.data.sampling.sample_sources import PackSource, WindowSource
+from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError
 
@@ -46,6 +46,7 @@ class Samples:
         seed: int,
         cache: Path,
         pad_id: int = 0,
+        truncate: Truncate = "right",
     ) -> Samples:
         """Map the shards. For sft also map the pack file in the folder `cache`, and write it if it does not exist.
 
@@ -59,20 +60,22 @@ class Samples:
         if manifest.mixture:
             parts = [(part["weight"], _part_of(manifest, part["manifest"])) for part in manifest.mixture]
             used = [(weight, part) for weight, part in parts if part.splits[split]["documents"]]
-            opened = [Samples.open(part, split, kind, sequence_length, seed, cache, pad_id) for _, part in used]
+            opened = [
+                Samples.open(part, split, kind, sequence_length, seed, cache, pad_id, truncate) for _, part in used
+            ]
             return MixedSamples(opened, [weight for weight, _ in used])
         reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")
         if kind == "pretrain":
             source = WindowSource(reader, sequence_length, pad_id)
         else:
             _require_chats(manifest)
-            name = f"pack-{manifest.hash}-{split}-{sequence_length}-{seed}.bin"
-            source = PackSource(reader, sequence_length, pad_id, seed, cache / name)
+            name = f"pack-{manifest.hash}-{split}-{sequence_length}-{seed}-{truncate}.bin"
+            source = PackSource(reader, sequence_length, pad_id, seed, cache / name, truncate)
         if kind == "sft" and reader.document_count and not len(source):
             raise UserError(
-                f"dataset {manifest.dataset}: none of the {reader.document_count:,} conversations of the {split} split has an "
-                f"answer within sequence_length {sequence_length}, so no token would be in the loss",
-                "raise the stage's sequence_length, shorten the prompts, or hold out other conversations (validation_fraction)",
+                f"dataset {manifest.dataset}: with truncate {truncate}, none of the {reader.document_count:,} conversations of "
+                f"the {split} split has a loss token within sequence_length {sequence_length}",
+                "raise the stage's sequence_length, use another truncate, or hold out other conversations (validation_fraction)",
             )
         if split == "train" and not len(source):
             raise UserError(
