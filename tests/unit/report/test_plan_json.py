@@ -58,5 +58,17 @@ def test_data_files_are_listed_and_counted(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_notes_follow_the_tables() -> None:
-    content = {"stages": [{"warnings": ["w"]}], "pretrained_changes": ["f"], "deferred_checks": ["c"]}
-    assert plan_notes(content) == ["pretrained weights: f", "warning: w", "not known yet: c"]
+    dataset = {"name": "d", "unread_columns": ["id", "url"], "template_keys": ["user.name"]}
+    content = {
+        "stages": [{"warnings": ["w"]}],
+        "datasets": [dataset],
+        "pretrained_changes": ["f"],
+        "deferred_checks": ["c"],
+    }
+    assert plan_notes(content) == [
+        "pretrained weights: f",
+        "warning: w",
+        "warning: dataset d: nothing reads the columns id, url",
+        "warning: dataset d: only the chat template may read the message keys user.name",
+        "not known yet: c",
+    ]

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 from longhaul.config.data_formats import known_format
 from longhaul.config.stage_config import Parallel
+from longhaul.data.readers.first_rows import first_rows
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.plan import ASSUMED_MFU
@@ -71,7 +72,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _dataset_row(plan: Plan, name: str) -> Row:
-    """Return what is known of a dataset's own files."""
+    """Return what is known of a dataset's own files. Raises UserError as first_rows does."""
     files = dataset_files(plan.loaded, name)
     file_format = plan.config.datasets[name].format
     return {
@@ -81,6 +82,7 @@ def _dataset_row(plan: Plan, name: str) -> Row:
         "bytes": sum(path.stat().st_size for path in files),
         "files": [str(path) for path in files],
         "left_out": [str(path) for path in left_out_files(plan.loaded, name)],
+        **first_rows(plan, name)._asdict(),
     }
 
 

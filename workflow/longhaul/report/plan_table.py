@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,20 @@ def request_table(jobs: list[Row]) -> Table:
 def plan_notes(content: dict[str, Any]) -> list[str]:
     """Return the lines below the tables: changes of pretrained weights, warnings, and checks that need `fetch`."""
     warnings = [warning for row in content["stages"] for warning in row["warnings"]]
+    warnings += [line for row in content["datasets"] for line in _unread_lines(row)]
     return [
         *(f"pretrained weights: {note}" for note in content["pretrained_changes"]),
         *(f"warning: {warning}" for warning in warnings),
         *(f"not known yet: {check}" for check in content["deferred_checks"]),
     ]
+
+
+def _unread_lines(row: Row) -> Iterator[str]:
+    """Yield lines about what the first rows of a dataset contain and longhaul does not read."""
+    if columns := row["unread_columns"]:
+        yield f"dataset {row['name']}: nothing reads the columns {', '.join(columns)}"
+    if keys := row["template_keys"]:
+        yield f"dataset {row['name']}: only the chat template may read the message keys {', '.join(keys)}"
 
 
 def _option(name: str, value: str) -> str:

@@ -17,6 +17,8 @@ Tool = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the key with the assistant's reasoning. transformers passes any of them to a template as the first one."""
+KNOWN_KEYS = frozenset({"role", "content", "weight", "tool_calls", *REASONING_KEYS})
+"""Keys of messages whose meaning longhaul knows. The others are for the chat template."""
 
 # ShareGPT's names for these roles.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}

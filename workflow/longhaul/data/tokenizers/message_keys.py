@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from longhaul.data.readers.conversations import REASONING_KEYS, Message
+from longhaul.data.readers.conversations import KNOWN_KEYS, REASONING_KEYS, Message
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.chat_template import REMEDY, ChatTemplate, Conversation
 
 _TRIES = 16
-_KNOWN_KEYS = {"role", "content", "weight", "tool_calls", *REASONING_KEYS}
 EARLIER_REASONING = "reasoning of an earlier turn"
 
 
@@ -64,7 +63,7 @@ class UnreadKeys:
         """Count the keys of a rendered conversation."""
         self._messages[EARLIER_REASONING] += dropped_reasoning
         for index, message in enumerate(conversation.messages):
-            for key in message.keys() - _KNOWN_KEYS if len(message) > len(("role", "content")) else ():
+            for key in message.keys() - KNOWN_KEYS if len(message) > len(("role", "content")) else ():
                 name = f"{message['role']}.{key}"
                 self._messages[name] += 1
                 if name not in self._read and self._tries[name] < _TRIES:

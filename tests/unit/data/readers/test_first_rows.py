@@ -1,0 +1,56 @@
+"""The plan reads the first row of data files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.data.readers.first_rows import FirstRows, first_rows
+from longhaul.errors import UserError
+from tests.support.small_configs import plan_of
+
+ANSWER = {"role": "assistant", "content": "A"}
+CHATS = {"datasets.chats.python_stdlib": ..., "datasets.chats.files": ["chats*"]}
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_columns_and_message_keys_that_nothing_reads_are_named(tmp_path: Path):
+    messages = [{"role": "user", "content": "Q", "name": "Ann"}, {**ANSWER, "weight": 1, "reasoning": "R"}]
+    write_rows(tmp_path / "chats1.jsonl", {"id": 1, "messages": messages, "tools": []})
+    write_rows(tmp_path / "chats2.jsonl", {"source": "x", "messages": [ANSWER]}, {"third": 1})
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows(["id", "source"], ["user.name"])
+
+
+def test_a_bad_first_row_is_refused_unless_bad_rows_are_skipped(tmp_path: Path):
+    write_rows(tmp_path / "chats1.jsonl", {"messages": [ANSWER]})
+    write_rows(tmp_path / "chats2.jsonl", {"text": "no messages"})
+    with pytest.raises(UserError, match=r"chats2.jsonl:1: no column 'messages'"):
+        first_rows(plan_of(tmp_path, CHATS), "chats")
+    plan = plan_of(tmp_path, {**CHATS, "datasets.chats.bad_rows": "skip"})
+    assert first_rows(plan, "chats") == FirstRows([], [])
+
+
+def test_first_and_last_of_many_files_are_read(tmp_path: Path):
+    for number in range(120):
+        write_rows(tmp_path / f"chats{number:03}.jsonl", {"messages": [ANSWER], f"c{number}": 1})
+    columns = first_rows(plan_of(tmp_path, CHATS), "chats").unread_columns
+    assert len(columns) == 50 and {"c0", "c119"} <= set(columns)
+
+
+def test_texts_and_long_lists_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("longhaul.data.readers.first_rows._MAX_LIST_BYTES", 10)
+    (tmp_path / "chats.json").write_text(json.dumps([{"messages": 1}]))
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows([], [])
+    (tmp_path / "prose.txt").write_bytes(b"\xff")
+    prose = {"datasets.prose.python_stdlib": ..., "datasets.prose.files": ["prose.txt"]}
+    assert first_rows(plan_of(tmp_path, prose), "prose") == FirstRows([], [])
+
+
+def test_a_dataset_without_own_files_has_no_first_rows(tmp_path: Path):
+    assert first_rows(plan_of(tmp_path), "chats") == FirstRows([], [])
