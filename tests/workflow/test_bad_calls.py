@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -83,3 +84,27 @@ def test_results_folder_that_cannot_be_created_is_reported(tmp_path: Path):
     done = snakemake(tmp_path, "--configfile", str(config))
     assert done.returncode == 2, done.stderr
     assert "results" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path):
+    config = write_config(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "longhaul", "plan", str(config), "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "Invalid value for '--out'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "longhaul", "plan", "北京.yaml"],
+        env=ascii_only,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: \\u5317\\u4eac.yaml does not exist"), done.stderr

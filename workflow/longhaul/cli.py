@@ -5,6 +5,7 @@ A verb imports what it needs when it runs, so that `longhaul --help` and the sta
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,11 @@ ConfigArgument = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. A UserError is printed without a traceback and ends the process with exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # under LC_ALL=C, an escape stands for a letter that is not ASCII
     try:
         app(args=list(arguments) if arguments is not None else None)
     except UserError as error:
@@ -72,17 +78,21 @@ def _options(
 @app.command()
 def plan(
     config: ConfigArgument,
-    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON to this file, and print nothing.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write the plan as JSON to this file, and print nothing.")
+    ] = None,
 ) -> None:
     """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests. Nothing is started.
 
     Example: `longhaul plan mine.yaml`
     """
     from longhaul.artifacts.atomic_files import write_json
+    from longhaul.data.check_inputs import check_inputs
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
 
     made = _load_plan(config)
+    check_inputs(made)
     if out:
         write_json(out, plan_json(made))
     else:
@@ -116,7 +126,9 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
 @app.command()
 def fetch(
     config: ConfigArgument,
-    out: Annotated[Path | None, typer.Option(help="Lock file; default: results/<run>.lock.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Lock file; default: results/<run>.lock.json.")
+    ] = None,
 ) -> None:
     """Download what the config names on the hub, and pin its revisions. Needs internet access.
 
@@ -174,7 +186,9 @@ def doctor(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder: results/<run>.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The HTML file; default: report.html in the run's folder.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run, also while it runs.
 
@@ -228,7 +242,9 @@ def inspect(
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
     first: Annotated[int, typer.Option(help="Number of the first document.")] = 0,
     count: Annotated[int, typer.Option(help="How many documents.")] = 3,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: that of the run.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="A tokenizer.json; default: that of the run.")
+    ] = None,
 ) -> None:
     """Print documents of a dataset; tokens that count in the loss are coloured.
 

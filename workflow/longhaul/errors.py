@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 """Values of OSError.errno for a full file system and for an exhausted quota."""
 
 
+_MAX_CHARACTERS = 8000
+# These change what a terminal shows: control characters, marks of text direction, and surrogates, which it cannot show.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: unprintable characters as escapes such as \\x1b, and at most 8,000 characters."""
+    shown = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[:_MAX_CHARACTERS]}…"
+
+
 class UserError(Exception):
     """An error that the user can fix. The CLI prints it without a traceback and exits with `exit_code`.
 
-    `message` states what is wrong, where, the value and the limit. `hint` states the remedy.
+    `message` states what is wrong, where, the value and the limit. `hint` states the remedy. Both are printable.
     """
 
     exit_code = 2
@@ -20,9 +32,9 @@ class UserError(Exception):
     """Class of a job's failure that this error causes (longhaul.artifacts.job_state). Permanent: a retry would fail, too."""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  remedy: {self.hint}" if self.hint else self.message

@@ -54,7 +54,7 @@ def _minutes_of(value: Any) -> Any:
         return value
     match = _DURATION.fullmatch(value)
     if match is None:
-        raise ValueError(f"{value!r} is no time; write a number of minutes, or hours:minutes:00 such as 1:30:00")
+        raise ValueError(f"{value[:40]!r} is no time; write a number of minutes, or hours:minutes:00 such as 1:30:00")
     days, hours, minutes = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + minutes
 

@@ -31,7 +31,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             end = 8 + length + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has no valid safetensors header: {error}", _REMEDY) from None
     if end != size:
         raise UserError(f"{path} has {size} bytes, but its header describes {end} bytes", _REMEDY)

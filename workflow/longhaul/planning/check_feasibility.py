@@ -38,7 +38,8 @@ def check_vocabulary(config: Config, sizes: ModelSize) -> None:
     if train and train.vocab_size > sizes.vocab_size:
         raise UserError(
             f"tokenizer.train.vocab_size {train.vocab_size} is larger than the model's vocab_size {sizes.vocab_size}",
-            f"set tokenizer.train.vocab_size to at most {sizes.vocab_size}, or increase the model's vocab_size",
+            f"set tokenizer.train.vocab_size to at most {sizes.vocab_size}"
+            + ("" if config.model.pretrained else ", or increase the model's vocab_size"),
         )
 
 

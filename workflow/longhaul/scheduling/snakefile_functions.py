@@ -19,7 +19,7 @@ from longhaul.compat import slurm_plugin, snakemake
 from longhaul.config.load_config import load_config
 from longhaul.config.package_data import data_root
 from longhaul.config.site_config import Site
-from longhaul.data.readers.first_rows import first_rows
+from longhaul.data.check_inputs import check_inputs
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
@@ -69,8 +69,7 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     lock = RunPaths(loaded.config.run).lock
     plan = build_plan(loaded, Lock.read(lock) if lock.exists() else None)
     if workflow.is_main_process:
-        for dataset in sorted(plan.used_datasets):
-            first_rows(plan, dataset)  # refuses bad rows before a job waits in the queue
+        check_inputs(plan)
         render_run(plan, Path.cwd())  # refuses in a dry run, too, what a launch script cannot contain
     return config, plan
 

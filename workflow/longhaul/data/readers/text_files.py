@@ -27,6 +27,7 @@ from longhaul.data.readers.rows_and_file_ranges import (
     require_columns,
     too_long,
 )
+from longhaul.data.readers.zstd_window import require_readable_window
 
 _MAX_LIST_BYTES = 160_000_000
 
@@ -224,5 +225,7 @@ def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
     compression = COMPRESSION.get(path.suffix)
     if compression is None:
         return raw
+    if compression == "zstd":
+        require_readable_window(path, raw)
     stream: Any = pyarrow.CompressedInputStream(raw, compression)
     return io.BufferedReader(stream, BUFFER_BYTES)  # pyright: ignore[reportReturnType]

@@ -69,7 +69,8 @@ class PackSource:
         truncate: Truncate = "right",
     ) -> None:
         """Open the pack file `path`; write it if it does not exist."""
-        self._reader, self.length, self._pad_id, self._truncate = reader, length, pad_id, truncate
+        self._reader, self.length, self._pad_id = reader, length, pad_id
+        self._truncate: Truncate = truncate
         self.token_count = self.cut_documents = 0
         self._packs: PackFile | list[np.ndarray] = []
         if not reader.document_count:

@@ -16,6 +16,7 @@ from longhaul.config.package_data import data_root
 from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate
+from longhaul.data.tokenizers.tokenizer_size import require_size
 from longhaul.errors import UserError, first_line
 from longhaul.jobs.kinds.tokenizer_job import TokenizerSpec
 
@@ -47,11 +48,8 @@ def run(job: TokenizerSpec) -> None:
         )
     ids = tokenizer.get_vocab()
     vocab_size = max(ids.values()) + 1
-    if job.model_vocab_size is not None and vocab_size > job.model_vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} tokens; the model's vocab_size is {job.model_vocab_size}",
-            "raise the model's vocab_size, or use (train) a smaller tokenizer",
-        )
+    if job.model_vocab_size is not None:
+        require_size(vocab_size, job.model_vocab_size)
     token_dtype(vocab_size)  # raises UserError for ids that shards cannot hold
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

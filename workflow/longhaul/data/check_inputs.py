@@ -1,0 +1,14 @@
+"""Check the run's own input files before a job waits in the queue: what can be known from their first rows and headers."""
+
+from __future__ import annotations
+
+from longhaul.data.readers.first_rows import first_rows
+from longhaul.data.tokenizers.tokenizer_size import check_tokenizer_folder
+from longhaul.planning import Plan
+
+
+def check_inputs(plan: Plan) -> None:
+    """Raise UserError for a bad first row of a data file, and for a tokenizer that does not fit the model."""
+    for dataset in sorted(plan.used_datasets):
+        first_rows(plan, dataset)
+    check_tokenizer_folder(plan)
