@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; several workers share the cores
@@ -55,7 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.all:
         vars(config.option).update(dict.fromkeys(ALL, True))
     config.addinivalue_line("markers", "slow: takes minutes; make test-all runs it, make test does not")
+    _register_examples(config.option.all)
     config.addinivalue_line("markers", "all_faults: runs only with --all-faults (make faults)")
+
+
+def _register_examples(is_all: bool) -> None:
+    """Set the default of hypothesis tests: 200 examples, the same in every run, or 2,000 new ones; 10 s for each."""
+    examples = settings(max_examples=2000) if is_all else settings(max_examples=200, derandomize=True)
+    settings.register_profile("longhaul", examples, deadline=10_000, suppress_health_check=list(HealthCheck))
+    settings.load_profile("longhaul")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

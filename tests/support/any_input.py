@@ -1,0 +1,341 @@
+"""Hypothesis strategies for what people write: configs, site files, data files, chat rows, model folders."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hypothesis import strategies as st
+
+from longhaul.config.run_config import Config
+from longhaul.config.site_config import Site
+from tests.support.small_configs import CONFIG, EMPTY_SAFETENSORS, LLAMA, SITE, changed
+
+Json = Any
+TEXTS = st.sampled_from(
+    [
+        *("", " ", "x", "a/b", "..", "~", "/", ".", "a**b", "**", "/dev/zero", "no", "1:30:00", "010", "1e400"),
+        *("{{ env.HOME }}", "{instruction}\n{input}", "{", "$(touch x)", "'; exit", "--uid=0", "%j", "\\", '"'),
+        *("\x1b[31mred\x1b[0m", "\u202egnp.exe", "\x00", "\n", "\ud83d", "naïve 北京 🚢", "x" * 5000),
+    ]
+)
+NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 7, 8, 64, 10**6, 10**15, 10**30, 0.5, -0.1, 1e-9, 1e30, 1e300, 5e-324])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+"""Any value of JSON."""
+
+
+def schema_values(  # noqa: PLR0911 - one return for each keyword of the schema
+    schema: dict[str, Any], definitions: dict[str, Any]
+) -> st.SearchStrategy[Json]:
+    """Return a strategy for values that a JSON schema of pydantic allows, apart from most string patterns."""
+    if "$ref" in schema:
+        return st.deferred(lambda: schema_values(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions))
+    if "anyOf" in schema:
+        return st.one_of([schema_values(option, definitions) for option in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if "const" in schema:
+        return st.just(schema["const"])
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        return _number_values(schema, kind == "integer")
+    if kind == "array":
+        items = [*schema.get("prefixItems", ()), schema.get("items") or {}]
+        return st.lists(schema_values(items[0], definitions), min_size=schema.get("minItems", 0), max_size=3)
+    if kind == "object":
+        return _object_values(schema, definitions)
+    if kind == "string":
+        return (
+            st.from_regex(schema["pattern"], fullmatch=True).map(lambda text: text[:40]) | TEXTS
+            if "pattern" in schema
+            else TEXTS
+        )
+    return {"boolean": st.booleans(), "null": st.none()}.get(str(kind), JSON)
+
+
+def _number_values(schema: dict[str, Any], is_integer: bool) -> st.SearchStrategy[Json]:
+    lowest = schema.get("minimum", schema.get("exclusiveMinimum", -10))
+    highest = schema.get("maximum", schema.get("exclusiveMaximum", 10**6))
+    if is_integer:
+        return st.integers(lowest, min(highest, lowest + 8)) | st.integers(lowest, highest)
+    return st.floats(lowest, min(highest, lowest + 1)) | st.floats(lowest, highest)
+
+
+def _object_values(schema: dict[str, Any], definitions: dict[str, Any]) -> st.SearchStrategy[Json]:
+    if not (properties := schema.get("properties")):
+        return st.dictionaries(st.sampled_from(["prose", "chats", "other"]), JSON, max_size=2)
+    values = {key: schema_values(value, definitions) for key, value in properties.items()}
+    required = {key: values.pop(key) for key in schema.get("required", ()) if key in values}
+    return st.fixed_dictionaries(required, optional=values)
+
+
+class _Changeable(NamedTuple):
+    """A key that a strategy may change: its dotted path, and values that its schema allows."""
+
+    path: str
+    values: st.SearchStrategy[Json]
+
+
+def _keys_of(model: type[Any], prefixes: dict[str, str]) -> list[_Changeable]:
+    """Return the keys of all sections. prefixes: definition of a section -> its path."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    found = []
+    for name, prefix in prefixes.items():
+        section = definitions[name] if name else schema
+        for key, value in section.get("properties", {}).items():
+            path = f"{prefix}.{key}" if prefix else key
+            found.append(_Changeable(path, schema_values(value, definitions)))
+            inner = value.get("$ref", "").rsplit("/", 1)[-1]
+            for low, low_value in definitions.get(inner, {}).get("properties", {}).items():
+                found.append(_Changeable(f"{path}.{low}", schema_values(low_value, definitions)))
+    return found
+
+
+_CONFIG_KEYS = _keys_of(
+    Config,
+    {
+        "": "",
+        "Stage": "stages.0",
+        "Dataset": "datasets.chats",
+        "Columns": "datasets.chats.columns",
+        "Llama": "model.llama",
+    },
+)
+_CONFIG_KEYS += _keys_of(Config, {"Stage": "stages.1", "Dataset": "datasets.prose"})
+_SITE_KEYS = _keys_of(Site, {"": ""})
+
+
+@st.composite
+def _changes(draw: st.DrawFn, keys: list[_Changeable]) -> dict[str, Json]:
+    """Draw changes of up to three keys: seven of eight values are as the schema allows, the others are anything."""
+    changes: dict[str, Json] = {}
+    for key in draw(st.lists(st.sampled_from(keys), max_size=3, unique_by=lambda key: key.path)):
+        changes[key.path] = draw(st.one_of(*[key.values] * 7, JSON))
+    return changes
+
+
+YAML_SNIPPETS = st.sampled_from(
+    [
+        *(
+            "? [a]\n: b\n",
+            "!!bool maybe",
+            "{{ env.HOME }}",
+            "&a [*a]",
+            "<<: {a: 1}\n",
+            "---\n",
+            "...\n",
+            "%YAML 1.1\n",
+            "\t",
+        ),
+        *(
+            "\x00",
+            "\x1b[2J",
+            "\u202e",
+            "\ufeff",
+            "- ",
+            ": ",
+            "#",
+            "'",
+            '"',
+            "[",
+            "}",
+            "|\n",
+            ">",
+            "*x",
+            "!!python/name:os.system",
+        ),
+        "\n".join(f"k{number}: 1" for number in range(3000)) + "\n",
+        "[" * 3000,
+    ]
+)
+
+
+@st.composite
+def yaml_texts(draw: st.DrawFn, value: Json) -> str:
+    """Draw the YAML text of a value; one of ten texts has something inserted."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    if draw(st.integers(0, 9)) == 9:
+        position = draw(st.integers(0, len(text)))
+        text = text[:position] + draw(YAML_SNIPPETS | st.text(max_size=4)) + text[position:]
+    return text
+
+
+def _try_changed(value: dict[str, Any], changes: dict[str, Json]) -> dict[str, Any]:
+    for path, new in changes.items():
+        try:
+            value = changed(value, {path: new})
+        except (AttributeError, IndexError, KeyError, TypeError):  # a change before this one replaced the section
+            continue
+    return value
+
+
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "assistant", "system", "tool"]) | JSON, "content": TEXTS | JSON},
+    optional={
+        "tool_calls": st.lists(st.fixed_dictionaries({"name": TEXTS, "arguments": JSON}), max_size=2) | JSON,
+        "reasoning_content": TEXTS | JSON,
+        "weight": st.sampled_from([0, 1, 0.5]) | JSON,
+        "name": JSON,
+    },
+)
+PLAIN_CHATS = st.lists(st.text(max_size=20), min_size=1, max_size=4).map(
+    lambda texts: [
+        message
+        for number, text in enumerate(texts)
+        for message in ({"role": "user", "content": text}, {"role": "assistant", "content": f"{text} {number}"})
+    ]
+)
+CHATS = (
+    st.lists(MESSAGES, max_size=4)
+    | PLAIN_CHATS
+    | st.sampled_from([[], None, "x", [[]], [{"from": "gpt", "value": "x"}]])
+)
+CHAT_ROWS = st.fixed_dictionaries({"messages": CHATS}, optional={"tools": JSON, "id": JSON}) | st.just({"text": "x"})
+"""Rows of a dataset of chats, valid ones and others."""
+
+_GOOD = json.dumps({"text": "one", "messages": [{"role": "assistant", "content": "A"}]}).encode() + b"\n"
+FILE_CONTENTS = st.one_of(
+    st.sampled_from(
+        [
+            *(
+                _GOOD,
+                _GOOD * 3,
+                b"",
+                b"\n\n",
+                _GOOD[:-9],
+                b"\xef\xbb\xbf" + _GOOD,
+                _GOOD.replace(b"\n", b"\r\n"),
+                b"\xff\xfe",
+            ),
+            *(
+                gzip.compress(_GOOD),
+                gzip.compress(_GOOD)[:-5],
+                b"\x28\xb5\x2f\xfd\x00\xff\x00\x00",
+                b"PAR1 and nothing",
+                b"PAR1",
+            ),
+            *(
+                b"text,messages\na,b\n",
+                b'[{"text": "one"}]',
+                b"[" * 2000,
+                b"ARROW1\x00\x00",
+                b'{"text": 1}\n',
+                b"null\n",
+            ),
+        ]
+    ),
+    CHAT_ROWS.map(lambda row: json.dumps(row).encode() + b"\n"),
+    st.binary(max_size=40),
+)
+_SUFFIXES = ("jsonl", "JSONL", "json", "txt", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "jsonl.zst", "bin", "")
+FILE_NAMES = st.builds(
+    lambda folder, stem, suffix: f"{folder}{stem}.{suffix}".rstrip("."),
+    st.sampled_from(["", "", "sub/", "sub/deep/"]),
+    st.sampled_from(["a", "b", "README", ".hidden", "naïve 北", "{x}", "-rf", "a b"]),
+    st.sampled_from(_SUFFIXES),
+)
+SPECIAL = st.sampled_from(["fifo", "loop", "broken link", "device", "folder", "unreadable"])
+PATTERNS = st.sampled_from(
+    [
+        "data",
+        "data/*",
+        "data/**/*.jsonl",
+        "data/a.jsonl",
+        "data/**",
+        "~",
+        "/",
+        "a**b",
+        "data/x",
+        "/dev/zero",
+        "..",
+        "",
+        "data/[",
+        "\x00",
+    ]
+)
+MODEL_FILES = st.fixed_dictionaries(
+    {
+        "config.json": st.one_of(
+            st.just({"model_type": "llama", **LLAMA}),
+            st.dictionaries(
+                st.sampled_from([*LLAMA, "model_type", "rope_scaling", "quantization_config"]), JSON, max_size=3
+            ).map(lambda changes: {"model_type": "llama", **LLAMA, **changes}),
+            JSON,
+        ).map(lambda value: json.dumps(value).encode()),
+        "model.safetensors": st.sampled_from(
+            [
+                *(EMPTY_SAFETENSORS.encode(), b"", b"\xff" * 8, b"\x10\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"),
+                b"\x0a\0\0\0\0\0\0\0" + b'{"a": [1]}',
+                (100_000).to_bytes(8, "little") + b"[" * 100_000,
+            ]
+        ),
+    },
+    optional={
+        "model.safetensors.index.json": JSON.map(lambda value: json.dumps(value).encode()),
+        "tokenizer.json": st.binary(max_size=9),
+    },
+)
+
+
+class Inputs(NamedTuple):
+    """The files of a run: path -> bytes; special: path -> one of SPECIAL."""
+
+    files: dict[str, bytes]
+    special: dict[str, str]
+
+    def write(self, folder: Path) -> Path:
+        """Write all files below a folder; return the path of run.yaml."""
+        for name, content in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        for name, kind in self.special.items():
+            _make_special(folder / name, kind)
+        return folder / "run.yaml"
+
+
+def _make_special(path: Path, kind: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "unreadable":
+        path.write_bytes(_GOOD)
+        path.chmod(0)
+    else:
+        path.symlink_to({"loop": "..", "broken link": "nowhere", "device": "/dev/zero"}[kind])
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> Inputs:
+    """Draw a config, its site, a folder of data, and a model folder."""
+    config_changes = draw(_changes(_CONFIG_KEYS))
+    files: dict[str, bytes] = {}
+    special: dict[str, str] = {}
+    if draw(st.booleans()):
+        files |= {
+            f"data/{name}": content
+            for name, content in draw(st.dictionaries(FILE_NAMES, FILE_CONTENTS, max_size=3)).items()
+        }
+        special |= {f"data/s{number}": kind for number, kind in enumerate(draw(st.lists(SPECIAL, max_size=1)))}
+        name = draw(st.sampled_from(["prose", "chats"]))
+        patterns = draw(st.lists(PATTERNS, min_size=1, max_size=2))
+        config_changes |= {f"datasets.{name}": {"kind": "chat" if name == "chats" else "text", "files": patterns}}
+    if draw(st.integers(0, 4)) == 4:
+        files |= {f"model/{name}": content for name, content in draw(MODEL_FILES).items()}
+        config_changes |= {"model": {"pretrained": {"path": "model"}}}
+    config = _try_changed(CONFIG, config_changes)
+    site = _try_changed(SITE, draw(_changes(_SITE_KEYS)))
+    files["run.yaml"] = draw(yaml_texts(config)).encode("utf-8", "surrogatepass")
+    files["site.yaml"] = draw(yaml_texts(site)).encode("utf-8", "surrogatepass")
+    return Inputs(files, special)
