@@ -11,19 +11,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import assume, given, settings
 
+from longhaul.artifacts.artifact_schemas import Checkpoint
+from longhaul.artifacts.paths import WeightsFolder
 from longhaul.config.load_config import load_config
 from longhaul.data.check_inputs import check_inputs
 from longhaul.data.readers.read_documents import read_documents
 from longhaul.data.tokenizers.document_encoder import DocumentEncoder
 from longhaul.errors import UserError
-from longhaul.jobs.launch_files import render_run
+from longhaul.jobs.job_kind import job_kinds, job_spec, jobs_of
+from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
+from longhaul.report.metric_series import read_metrics
 from longhaul.report.plan_table import print_plan
+from tests.support import train_planned_run
 from tests.support.any_input import CHAT_ROWS, Inputs, inputs
+from tests.support.chain import local_site, write_data, write_site
 from tests.support.chat_families import FAMILIES, make_family_tokenizer
 from tests.support.corpora import dataset
+from tests.support.ranks import run_worker
+from tests.support.small_runs import small_runs
 
 _CONTROL = {
     *map(chr, range(32)),
@@ -83,3 +92,31 @@ def test_any_chat_row_is_encoded_or_refused(encoders: dict[str, DocumentEncoder]
                 assert_is_message(error)
             if len(encoded.lengths):
                 assert encoded.mask is not None and np.any(encoded.mask[1:])
+
+
+def prepare_data(plan: Plan) -> None:
+    """Write the launch files, train the tokenizer and tokenize, in the working folder."""
+    write_launch_files(plan, Path.cwd())
+    for job in jobs_of(plan):
+        if job.kind in ("tokenizer", "index_sources", "encode", "tokenize"):
+            job_kinds()[job.kind].load_entry_point()(job_spec(plan, job))
+
+
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
+@given(config=small_runs())
+def test_accepted_runs_train_two_steps(config: dict[str, Any]):
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        folder = Path(name)
+        write_data(folder)
+        write_site(folder, local_site())
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        plan = planned(folder / "run.yaml")
+        assume(plan)
+        assert plan
+        prepare_data(plan)
+        run_worker(Path(train_planned_run.__file__), plan.stages[0].world_size, name)
+        checkpoint = Checkpoint.read(plan.paths.stage("main").checkpoint)
+        assert checkpoint.steps == 2
+        curves = read_metrics(WeightsFolder(Path(checkpoint.weights)).metrics).curves
+        assert curves["loss"].x == [1, 2] and len(curves["loss"].values) == 2
