@@ -158,8 +158,8 @@ class PackTotals(TypedDict):
     sequence_length: Count
     tokens: Count
     cut_documents: Count
-    dropped_documents: Count
-    documents_without_loss: Count
+    dropped_documents: NotRequired[Count]
+    documents_without_loss: NotRequired[Count]
     padding_share: float
 
 

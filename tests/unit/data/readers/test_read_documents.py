@@ -145,6 +145,13 @@ def test_an_answer_that_cannot_be_trained_on_is_refused(tmp_path: Path, message:
     assert expected in caught.value.message and "a.jsonl:1" in caught.value.message
 
 
+def test_only_the_assistant_calls_tools(tmp_path: Path):
+    empty = {"role": "user", "content": "Q", "tool_calls": []}
+    assert _chat(tmp_path / "a.jsonl", messages=[empty]).content == [{"role": "user", "content": "Q"}]
+    with pytest.raises(UserError, match=r"message 1: tool_calls of role user"):
+        _chat(tmp_path / "a.jsonl", messages=[{**empty, "tool_calls": [CALL]}])
+
+
 def test_tools_are_a_list_or_its_json_text(tmp_path: Path):
     path, tools = tmp_path / "a.jsonl", [{"type": "function", "function": {"name": "f"}}]
     for value, expected in ((tools, tools), (json.dumps(tools), tools), (None, None), ([], None), ("", None)):

@@ -57,6 +57,8 @@ def _validated_message(value: Any, where: str) -> Message:
     extra = {key: item for key, item in value.items() if key not in (role_key, content_key) and item is not None}
     if role == "assistant":
         extra = _validated_assistant_keys(extra, where)
+    elif extra.pop("tool_calls", None):
+        raise _malformed(f"{where}: tool_calls of role {role}", "only the assistant calls tools: fix the conversation")
     validate_texts(extra, where, "a key of the message")
     needs_content = role != "assistant" or not any(key in extra for key in ("tool_calls", *REASONING_KEYS))
     if needs_content and content_key not in value:

@@ -163,9 +163,9 @@ def _describe(totals: PackTotals) -> Iterator[str]:
         f"packed {totals['documents']:,} conversations into {totals['packs']:,} sequences of {length} tokens: "
         f"{totals['padding_share']:.2%} padding, {totals['cut_documents']:,} conversations truncated"
     )
-    if dropped := totals["dropped_documents"]:
+    if dropped := totals.get("dropped_documents"):
         yield f"left out {dropped:,} conversations longer than {length} tokens (truncate: drop)"
-    if without := totals["documents_without_loss"]:
+    if without := totals.get("documents_without_loss"):
         yield (
             f"left out {without:,} conversations whose {length} tokens hold no loss token: raise sequence_length, or use "
             "another truncate"
