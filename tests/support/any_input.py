@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,3 +340,30 @@ def inputs(draw: st.DrawFn) -> Inputs:
     files["run.yaml"] = draw(yaml_texts(config)).encode("utf-8", "surrogatepass")
     files["site.yaml"] = draw(yaml_texts(site)).encode("utf-8", "surrogatepass")
     return Inputs(files, special)
+
+
+@st.composite
+def tampered(draw: st.DrawFn, content: bytes) -> bytes:
+    """Draw a damaged form of a file of JSON or of JSON lines: a value is replaced or left out, or bytes are."""
+    lines = content.split(b"\n")
+    number = draw(st.integers(0, max(0, len(lines) - 2)))
+    if draw(st.integers(0, 3)) == 3:
+        position = draw(st.integers(0, len(content)))
+        return content[:position] + draw(st.binary(max_size=3)) + content[position + draw(st.integers(0, 9)) :]
+    is_lines = len(lines) > 1 and lines[number].startswith(b"{") and lines[number].endswith(b"}")
+    value = json.loads(lines[number] if is_lines else content)
+    parent, key = draw(st.sampled_from(list(_places(value))))
+    if draw(st.booleans()):
+        parent[key] = draw(JSON)
+    else:
+        del parent[key]
+    text = json.dumps(value).encode()
+    return b"\n".join([*lines[:number], text, *lines[number + 1 :]]) if is_lines else text
+
+
+def _places(value: Json) -> Iterator[tuple[Any, Any]]:
+    """Yield (dict or list, key or index) of every value below a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield value, key
+        yield from _places(inner)

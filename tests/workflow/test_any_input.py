@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from longhaul.artifacts.artifact_schemas import Checkpoint
 from longhaul.artifacts.paths import WeightsFolder
@@ -26,12 +27,14 @@ from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.report.metric_series import read_metrics
 from longhaul.report.plan_table import print_plan
+from longhaul.report.run_results import read_run
 from tests.support import train_planned_run
-from tests.support.any_input import CHAT_ROWS, Inputs, inputs
+from tests.support.any_input import CHAT_ROWS, Inputs, inputs, tampered
 from tests.support.chain import local_site, write_data, write_site
 from tests.support.chat_families import FAMILIES, make_family_tokenizer
 from tests.support.corpora import dataset
 from tests.support.ranks import run_worker
+from tests.support.small_run import write_small_run
 from tests.support.small_runs import small_runs
 
 _CONTROL = {*map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])}
@@ -117,3 +120,25 @@ def test_accepted_runs_train_two_steps(config: dict[str, Any]):
         assert checkpoint.steps == 2
         curves = read_metrics(WeightsFolder(Path(checkpoint.weights)).metrics).curves
         assert curves["loss"].x == [1, 2] and len(curves["loss"].values) == 2
+
+
+@pytest.fixture(scope="module")
+def finished_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A finished run of fake files: its results folder, and its JSON files below."""
+    results = tmp_path_factory.mktemp("finished") / "results"
+    folder = write_small_run(results).folder
+    return folder, sorted(path for path in folder.rglob("*.json*") if path.stat().st_size > len("{}\n"))
+
+
+@given(data=st.data())
+def test_any_tampered_file_of_a_run_is_read_or_refused(finished_files: tuple[Path, list[Path]], data: st.DataObject):
+    folder, files = finished_files
+    path = data.draw(st.sampled_from(files))
+    content = path.read_bytes()
+    try:
+        path.write_bytes(data.draw(tampered(content)))
+        read_run(folder)
+    except UserError as error:
+        assert_is_message(error)
+    finally:
+        path.write_bytes(content)
