@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.report import run_results as module
 from longhaul.report.run_results import JobTimespan, StageResults
@@ -39,14 +40,29 @@ def test_benchmark_file_without_rows_is_ignored(tmp_path: Path) -> None:
     assert module._benchmark_s(tmp_path / "b.tsv") is None and module._benchmark_s(tmp_path / "none") is None
 
 
-def test_padding_share_covers_all_datasets_of_a_mixture(tmp_path: Path) -> None:
+def test_shares_cover_all_datasets_of_a_mixture(tmp_path: Path) -> None:
     for name, packs, tokens in (("a", 3, 250), ("b", 1, 50)):
         row = {"documents": 9, "packs": packs, "sequence_length": 100, "tokens": tokens, "cut_documents": 0}
-        row["padding_share"] = 0.5
+        row |= {"padding_share": 0.5, "loss_tokens": 2 * tokens, "cut_loss_tokens": packs}
         (tmp_path / f"pack-{name}-train-100-0.json").write_text(json.dumps(row))
     (tmp_path / "pack-a-validation-100-0.json").write_text("{}")
-    assert module._padding_share(tmp_path) == pytest.approx(0.25)
-    assert module._padding_share(tmp_path / "none") is None
+    packs = module._read_pack_totals(tmp_path)
+    assert share_of_padding(packs) == pytest.approx(0.25)
+    assert cut_loss_share(packs) == pytest.approx(4 / 600)
+    assert module._read_pack_totals(tmp_path / "none") == []
+    assert share_of_padding([]) is None and cut_loss_share([]) is None
+
+
+def test_packs_of_an_older_release_tell_nothing_about_cuts() -> None:
+    old: PackTotals = {
+        "documents": 1,
+        "packs": 1,
+        "sequence_length": 4,
+        "tokens": 3,
+        "cut_documents": 0,
+        "padding_share": 0.25,
+    }
+    assert cut_loss_share([old]) is None and share_of_padding([old]) == 0.25
 
 
 def test_hosts_of_all_attempts_are_listed_once() -> None:

@@ -150,19 +150,6 @@ class Sample(TypedDict):
     ended_with_eos: bool
 
 
-class PackTotals(TypedDict):
-    """The JSON file beside a pack file: pack-*-<split>-*.json."""
-
-    documents: Count
-    packs: Count
-    sequence_length: Count
-    tokens: Count
-    cut_documents: Count
-    dropped_documents: NotRequired[Count]
-    documents_without_loss: NotRequired[Count]
-    padding_share: float
-
-
 class IndexedSource(TypedDict):
     """The fields of longhaul.data.shards.chunks.SourceFile."""
 

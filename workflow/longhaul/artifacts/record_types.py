@@ -22,6 +22,7 @@ class MetricsRow(TypedDict):
     grad_norm: NotRequired[float | None]
     lr: NotRequired[float | None]
     tokens_per_s: NotRequired[float | None]
+    padding_share: NotRequired[float | None]
     step_time_s: NotRequired[float | None]
     data_wait_s: NotRequired[float | None]
     memory_bytes: NotRequired[float | None]

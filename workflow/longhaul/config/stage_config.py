@@ -279,7 +279,7 @@ class Stage(FrozenModel):
         default=None, description="Number of optimizer steps. Set exactly one of steps and tokens."
     )
     tokens: PositiveInt | None = Field(
-        default=None, description="Number of tokens to train on, rounded up to whole steps."
+        default=None, description="Number of tokens to train on, padding included, rounded up to whole steps."
     )
     global_batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_size: PositiveInt = Field(default=1, description="Samples per rank and forward pass.")

@@ -61,8 +61,12 @@ def stage_table(stages: list[Row]) -> Table:
         for row in stages
     ]
     lines = [["global batch = micro x accumulation x data parallel", *batches]]
-    lines += [[key.replace("_", " "), *(_text(row[key]) for row in stages)] for key in STAGE_KEYS]
+    lines += [[_title(key), *(_text(row[key]) for row in stages)] for key in STAGE_KEYS]
     return _table("Stages", ["", *(row["name"] for row in stages)], lines)
+
+
+def _title(key: str) -> str:
+    return "tokens, padding included" if key == "tokens" else key.replace("_", " ")
 
 
 def memory_table(stages: list[Row]) -> Table:

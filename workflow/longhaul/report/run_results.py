@@ -15,11 +15,11 @@ from longhaul.artifacts.artifact_schemas import (
     EnvironmentReport,
     Export,
     FabricReport,
-    PackTotals,
     TokenizerManifest,
 )
 from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.line_records import read_records
+from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import Attempt, read_events
 from longhaul.artifacts.typed_json import read_typed_json
@@ -54,7 +54,8 @@ class StageResults:
     summary: Summary
     skipped_batches: int
     planned_memory_bytes: float | None  # of the rank that needs the most GPU memory
-    padding_share: float | None  # of the tokens in an epoch's packs; None where nothing is packed
+    padding_share: float | None  # of the positions in an epoch's packs; None where nothing is packed
+    cut_loss_share: float | None  # of the training split's loss tokens, which no pack holds
     unigram_entropy_nats: float | None
     goodput: Goodput | None
     saves: list[Save]
@@ -141,6 +142,7 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
         return None
     metrics = read_metrics(weights.metrics)
     skipped = weights.skipped_batches
+    packs = _read_pack_totals(weights.samples)
     return StageResults(
         name=row["name"],
         kind=row["kind"],
@@ -151,7 +153,8 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
         summary=summarise(metrics),
         skipped_batches=len(read_typed_json(skipped, list[Count])) if skipped.exists() else 0,
         planned_memory_bytes=(row["memory_per_gpu_gib"] or {}).get("total", 0) * 2**30 or None,
-        padding_share=_padding_share(weights.samples),
+        padding_share=share_of_padding(packs),
+        cut_loss_share=cut_loss_share(packs),
         unigram_entropy_nats=data.unigram_entropy_nats if data else None,
         goodput=read_goodput(stage.path, weights.path),
         saves=[
@@ -162,14 +165,9 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
     )
 
 
-def _padding_share(folder: Path) -> float | None:
-    """Return the share of padding tokens, from the JSON files beside the training packs (data/sampling/sample_sources.py).
-
-    A mixture has one such file for each of its datasets.
-    """
-    packs = [read_typed_json(path, PackTotals) for path in folder.glob("pack-*-train-*.json")]
-    positions = sum(pack["packs"] * pack["sequence_length"] for pack in packs)
-    return 1 - sum(pack["tokens"] for pack in packs) / positions if positions else None
+def _read_pack_totals(folder: Path) -> list[PackTotals]:
+    """Return the JSON files beside the training packs (data/sampling/sample_sources.py); a mixture has one for each dataset."""
+    return [read_typed_json(path, PackTotals) for path in folder.glob("pack-*-train-*.json")]
 
 
 def _read_timespans(paths: RunPaths, plan: PlanFile) -> list[JobTimespan]:

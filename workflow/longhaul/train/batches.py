@@ -22,11 +22,16 @@ from longhaul.train.distributed_context import DistributedContext
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss."""
+    """Samples of one forward pass.
+
+    input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss.
+    tokens: number of tokens without padding; 0 where nobody counts them
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    tokens: int = 0
 
     @property
     def loss_tokens(self) -> int:
@@ -41,7 +46,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = (self.input_ids, self.labels, self.position_ids)
-        return self if device.type == "cpu" else MicroBatch(*(t.to(device, non_blocking=True) for t in tensors))
+        moved = [] if device.type == "cpu" else [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return MicroBatch(*moved, tokens=self.tokens) if moved else self
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Batch:
     """One rank's part of global batch `number`.
 
     ids:         the samples of the whole global batch
+    tokens:      those of this rank's micro batches, without padding
     loss_tokens: those of this rank's micro batches
     wait_s:      how long the step waited for the batch
     """
@@ -56,6 +63,7 @@ class Batch:
     number: int
     ids: np.ndarray
     micro_batches: list[MicroBatch]
+    tokens: int
     loss_tokens: int
     wait_s: float = 0.0
 
@@ -126,7 +134,8 @@ class Prefetcher:
         shape = (self._job.accumulation, self._job.data_parallel, stage.micro_batch_size)
         own_ids = ids.reshape(shape)[:, self._sample_rank]
         micro_batches = [collate(self._samples, row, self._device.type == "cuda") for row in own_ids]
-        return Batch(number, ids, micro_batches, sum(micro.loss_tokens for micro in micro_batches))
+        tokens, loss_tokens = (sum(getattr(micro, key) for micro in micro_batches) for key in ("tokens", "loss_tokens"))
+        return Batch(number, ids, micro_batches, tokens, loss_tokens)
 
 
 def _next_batch(read_ahead: _ReadAhead) -> Batch:
@@ -144,9 +153,8 @@ def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> Micro
     is_pinned: use pinned memory, so that the copy to the GPU does not block.
     """
     arrays = torch.empty((3, len(ids), samples.length), dtype=torch.int64, pin_memory=is_pinned)
-    for row, index in enumerate(ids):
-        samples.fill(int(index), Sample(*arrays[:, row].numpy()))
-    return MicroBatch(*arrays)
+    tokens = sum(samples.fill(int(index), Sample(*arrays[:, row].numpy())) for row, index in enumerate(ids))
+    return MicroBatch(*arrays, tokens=tokens)
 
 
 def validation_batches(samples: Samples, job: TrainSpec, context: DistributedContext) -> Iterator[MicroBatch]:

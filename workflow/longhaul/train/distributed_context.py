@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +46,13 @@ class DistributedContext:
 
     def sum(self, value: float) -> float:
         """Return the sum over all ranks in double precision; every rank gets the same bits."""
-        total = torch.tensor([value], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return total.item()
+        return self.sums([value])[0]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over all ranks, with one collective."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(totals)
+        return totals.tolist()
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""

@@ -25,7 +25,7 @@ from longhaul.train.parallel.expert_load_balancing import Load, load_summary
 from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
 from longhaul.train.random_numbers import seed_random_numbers
 from longhaul.train.step_backends import Backend
-from longhaul.train.validation_loss import sum_over_samples, validation_loss
+from longhaul.train.validation_loss import sums_over_samples, validation_loss
 from longhaul.train.write_reference_values import write_reference_values
 
 
@@ -95,9 +95,9 @@ class Trainer:
         self._stragglers.record_wait(batch.wait_s)
         self.times.add(STEP, batch.wait_s)
         lr = self._set_learning_rate()
-        tokens = sum_over_samples(batch.loss_tokens, self.context)
-        require_loss_tokens(tokens, batch.number, self.state.step)
-        loss = self.backend.train(batch, tokens)
+        tokens, loss_tokens = sums_over_samples([batch.tokens, batch.loss_tokens], self.context)
+        require_loss_tokens(loss_tokens, batch.number, self.state.step)
+        loss = self.backend.train(batch, loss_tokens)
         balance_loss = self.backend.balance.pop_loss()
         if reason := self.backend.bad_steps.reason:
             self.backend.load.discard_step()
@@ -110,7 +110,8 @@ class Trainer:
             "loss": loss,
             "grad_norm": self.backend.bad_steps.grad_norm(),
             "lr": lr,
-            "loss_tokens": int(tokens),
+            "tokens": int(tokens),
+            "loss_tokens": int(loss_tokens),
             "data_wait_s": batch.wait_s,
             "batch": batch.number,
             "sample_ids": batch.ids_digest,

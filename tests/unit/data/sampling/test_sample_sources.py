@@ -27,6 +27,7 @@ class Documents:
         self._masks = [np.array(mask, dtype=np.uint8) for mask in masks or ones]
         self.document_count = len(documents)
         self.token_count = sum(map(len, documents))
+        self.loss_token_count = sum(int(mask.sum()) for mask in self._masks)
 
     def lengths(self) -> np.ndarray:
         return np.array([len(document) for document in self._documents], dtype=np.int32)
@@ -46,7 +47,11 @@ def numbered(count: int) -> Documents:
 
 def filled(source: Any, index: int) -> Sample:
     sample = Sample(*np.full((3, source.length), -7, dtype=np.int64))
-    source.fill(index, sample)
+    tokens = source.fill(index, sample)
+    assert sample.input_ids[tokens:].tolist() == [PAD] * (source.length - tokens), (
+        "the number of tokens without padding"
+    )
+    assert PAD not in sample.input_ids[:tokens]
     return sample
 
 
@@ -146,6 +151,15 @@ def test_conversations_without_loss_in_the_kept_tokens_are_left_out(
     assert read_json(tmp_path / "packs.json")["documents_without_loss"] == 1 - packs
 
 
+@pytest.mark.parametrize(("truncate", "cut"), [("right", 3), ("left", 1), ("drop", 4)])
+def test_loss_tokens_that_no_sequence_keeps_are_counted(tmp_path: Path, truncate: Truncate, cut: int):
+    """The long conversation has the loss tokens 2, 5, 6 and 7; its kept tokens are 1 to 4, or 4 to 7."""
+    documents = Documents([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11], masks=[[0, 1, 0, 0, 1, 1, 1], [0, 0, 0, 1]])
+    pack_source(tmp_path, documents, length=4, truncate=truncate)
+    found = read_json(tmp_path / "packs.json")
+    assert (found["loss_tokens"], found["cut_loss_tokens"]) == (5, cut)
+
+
 def test_split_without_documents_has_no_pack_and_no_file(tmp_path: Path):
     source = pack_source(tmp_path, Documents())
     assert (len(source), source.token_count, source.cut_documents, list(source.openings())) == (0, 0, 0, [])
@@ -163,7 +177,8 @@ def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pyt
     pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)
     output = capsys.readouterr()
     assert (
-        output.err == "packed 3 conversations into 2 sequences of 8 tokens: 6.25% padding, 1 conversations truncated\n"
+        output.err == "packed 3 conversations into 2 sequences of 8 tokens: 6.25% padding, 1 conversations truncated, "
+        "which cuts 6.25% of the loss tokens\n"
     )
     assert output.out == ""
     assert read_json(tmp_path / "packs.json") == {
@@ -174,6 +189,8 @@ def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pyt
         "cut_documents": 1,
         "dropped_documents": 0,
         "documents_without_loss": 0,
+        "loss_tokens": 16,
+        "cut_loss_tokens": 1,
         "padding_share": 1 / 16,
     }
     pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)

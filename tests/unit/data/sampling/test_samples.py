@@ -264,6 +264,8 @@ def test_padding_share_is_the_fraction_of_positions_without_a_token(chat_shards:
         "cut_documents": 0,
         "dropped_documents": 0,
         "documents_without_loss": 0,
+        "loss_tokens": chat_shards.splits["train"]["loss_tokens"],
+        "cut_loss_tokens": 0,
         "padding_share": samples.padding_share,
     }
 

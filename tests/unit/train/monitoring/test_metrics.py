@@ -38,7 +38,9 @@ def open_metrics(folder: Path, resumed_from: int, job: TrainSpec | None = None, 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
     for step in steps:
-        metrics.step(step, seconds=1.0, values={"loss": loss, "grad_norm": 1.0, "lr": 0.1})
+        metrics.step(
+            step, seconds=1.0, values={"loss": loss, "grad_norm": 1.0, "lr": 0.1, "tokens": 384, "data_wait_s": 0.5}
+        )
 
 
 def rows(folder: Path) -> list[tuple[int, float]]:
@@ -73,6 +75,15 @@ def test_a_resume_drops_the_lines_after_its_step(tmp_path: Path):
     assert (lost["event"], lost["to_step"], lost["steps"]) == ("work_lost", 4, 2)
 
 
+def test_tokens_per_s_leave_out_padding_and_include_the_wait(tmp_path: Path):
+    """A batch is 8 sequences of 64 positions."""
+    metrics = open_metrics(tmp_path, 0)
+    train(metrics, range(1, 2), 1.0)
+    metrics.close()
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (row["tokens"], row["tokens_per_s"], row["padding_share"]) == (384, 384 / 1.5, 0.25)
+
+
 def test_a_restart_without_a_checkpoint_begins_with_empty_records(tmp_path: Path):
     for loss in (1.0, 2.0):
         metrics = open_metrics(tmp_path, 0, tensorboard=True)
@@ -97,8 +108,8 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(tmp_path: Path):
     step_flops = job.stage.global_batch_size * job.stage.sequence_length
     step_flops *= model_size(MODEL).flops_per_token(job.stage.sequence_length)
     job = job.model_copy(update={"gpu_peak_tflops": step_flops / 1e12, "world_size": 4})
-    train(open_metrics(tmp_path, 0, job), range(1, 2), 1.0)  # the step takes a second
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25
+    train(open_metrics(tmp_path, 0, job), range(1, 2), 1.0)  # 3/4 of the positions hold tokens, in 1 s after a wait of 0.5 s
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25 * 3 / 4 / 1.5
 
 
 def test_mfu_is_null_if_the_site_has_no_peak(tmp_path: Path):

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from longhaul.artifacts.artifact_schemas import PackTotals
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, padding_share
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
@@ -36,13 +36,15 @@ class WindowSource:
     def __len__(self) -> int:
         return max(0, -(-(self.token_count - 1) // self.length))
 
-    def fill(self, index: int, sample: Sample) -> None:
-        """Write sample `index` to `sample`; the last window is padded."""
+    def fill(self, index: int, sample: Sample) -> int:
+        """Write sample `index` to `sample`; the last window is padded. Return the number of tokens without padding."""
         start = index * self.length
         count = min(self.length, self._reader.token_count - start - 1)
         clear_sample(sample, self._pad_id)
         self._reader.read_into(sample.labels[:count], start + 1)
-        self._reader.read_into(sample.input_ids[: min(self.length, count + 1)], start)
+        tokens = min(self.length, count + 1)
+        self._reader.read_into(sample.input_ids[:tokens], start)
+        return tokens
 
     def openings(self) -> Iterator[tuple[int, ...]]:
         """Yield the first tokens of each document: OPENING_TOKENS, or half of a shorter document."""
@@ -87,13 +89,14 @@ class PackSource:
     def __len__(self) -> int:
         return len(self._packs)
 
-    def fill(self, index: int, sample: Sample) -> None:
-        """Write pack `index` to `sample`."""
+    def fill(self, index: int, sample: Sample) -> int:
+        """Write pack `index` to `sample`. Return the number of tokens without padding."""
         clear_sample(sample, self._pad_id)
         start = 0
         for number in self._packs[index]:
             start += self._write_conversation(sample, start, *self._reader.document(int(number)))
         sample.position_ids[start:] = np.arange(self.length - start)
+        return start
 
     def openings(self) -> Iterator[tuple[int, ...]]:
         """Yield the tokens of each conversation before the first loss token; none where this is 0 or >= S tokens."""
@@ -123,8 +126,8 @@ def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record
     """Write the pack file, then `record`, a JSON file with its totals. The report reads the record too."""
     lengths = reader.lengths()
     is_cut = lengths > length
-    has_loss = _have_loss(reader, is_cut, length, truncate)
-    packed = np.flatnonzero(has_loss & ~is_cut if truncate == "drop" else has_loss)
+    has_loss, cut_loss_tokens = _count_loss(reader, np.flatnonzero(is_cut), length, truncate)
+    packed = np.flatnonzero(has_loss)
     write_pack_file(lengths[packed], length, seed, path, numbers=packed)
     packs = len(PackFile(path, len(packed))) if len(packed) else 0
     tokens = int(np.minimum(lengths[packed], length).sum(dtype=np.int64))
@@ -136,24 +139,29 @@ def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record
         "cut_documents": int(is_cut[packed].sum()),
         "dropped_documents": int(is_cut.sum()) if truncate == "drop" else 0,
         "documents_without_loss": 0 if truncate == "drop" else int((~has_loss).sum()),
-        "padding_share": 1 - tokens / (packs * length) if packs else 0.0,
+        "loss_tokens": reader.loss_token_count,
+        "cut_loss_tokens": cut_loss_tokens,
+        "padding_share": padding_share(tokens, packs * length),
     }
     write_json(record, totals)
     for line in _describe(totals):
         print(line, file=sys.stderr, flush=True)
 
 
-def _have_loss(reader: SplitReader, is_cut: np.ndarray, length: int, truncate: Truncate) -> np.ndarray:
-    """Return [D] bool: the documents with a loss token among the tokens that a sequence of `length` tokens keeps.
+def _count_loss(reader: SplitReader, cut: np.ndarray, length: int, truncate: Truncate) -> tuple[np.ndarray, int]:
+    """Return which documents keep a loss token in a sequence, [D] bool, and how many loss tokens no sequence keeps.
 
-    Every whole document has a loss token. Only the masks of longer documents have to be read. No position predicts the
-    first of the tokens.
+    cut: numbers of the documents longer than a sequence. Only their masks have to be read, because every whole document
+    has a loss token. No position predicts the first of the kept tokens.
     """
-    has_loss = np.ones(len(is_cut), dtype=bool)
-    for number in np.flatnonzero(is_cut).tolist() if truncate != "drop" else ():
+    has_loss = np.ones(reader.document_count, dtype=bool)
+    lost = 0
+    for number in cut.tolist():
         mask = reader.document(number)[1]
-        has_loss[number] = mask[_kept_tokens(len(mask), length, truncate)][1:].any()
-    return has_loss
+        kept = 0 if truncate == "drop" else int(mask[_kept_tokens(len(mask), length, truncate)][1:].sum())
+        has_loss[number] = kept > 0
+        lost += int(mask[1:].sum()) - kept
+    return has_loss, lost
 
 
 def _describe(totals: PackTotals) -> Iterator[str]:
@@ -162,6 +170,7 @@ def _describe(totals: PackTotals) -> Iterator[str]:
     yield (
         f"packed {totals['documents']:,} conversations into {totals['packs']:,} sequences of {length} tokens: "
         f"{totals['padding_share']:.2%} padding, {totals['cut_documents']:,} conversations truncated"
+        + (f", which cuts {share:.2%} of the loss tokens" if (share := cut_loss_share([totals])) else "")
     )
     if dropped := totals.get("dropped_documents"):
         yield f"left out {dropped:,} conversations longer than {length} tokens (truncate: drop)"

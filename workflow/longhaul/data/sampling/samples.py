@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.pack_totals import padding_share
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import Sample
@@ -99,11 +100,14 @@ class Samples:
         self.fill(index, sample)
         return sample
 
-    def fill(self, index: int, sample: Sample) -> None:
-        """Write sample `index` to `sample`, whose arrays may be rows of a batch: this avoids a second copy."""
+    def fill(self, index: int, sample: Sample) -> int:
+        """Write sample `index` to `sample`, whose arrays may be rows of a batch: this avoids a second copy.
+
+        Return the number of tokens without padding.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside 0..{len(self) - 1}")
-        self._source.fill(int(index), sample)
+        return self._source.fill(int(index), sample)
 
     @property
     def cut_documents(self) -> int:
@@ -113,8 +117,7 @@ class Samples:
     @property
     def padding_share(self) -> float:
         """Fraction of an epoch's positions that hold no token."""
-        positions = len(self) * self._source.length
-        return 1 - self._source.token_count / positions if positions else 0.0
+        return padding_share(self._source.token_count, len(self) * self._source.length)
 
     def epochs(self, count: int) -> dict[str, float]:
         """Return by dataset how many of its epochs the first `count` samples are."""
@@ -163,9 +166,9 @@ class MixedSamples(Samples):
     def length(self) -> int:
         return self._parts[0].length
 
-    def fill(self, index: int, sample: Sample) -> None:
+    def fill(self, index: int, sample: Sample) -> int:
         part = self._parts[int(index) % len(self._parts)]
-        part.fill(int(index) // len(self._parts) % len(part), sample)
+        return part.fill(int(index) // len(self._parts) % len(part), sample)
 
     @property
     def cut_documents(self) -> int:

@@ -40,6 +40,8 @@ class ShardReader:
 class SplitReader:
     """The shards of one split, without filtered documents.
 
+    Attributes: `loss_token_count`, the loss tokens of the split.
+
     Only the counts of the manifest are kept in memory. A shard is mapped when it is first read; the least recently used
     shard is unmapped when too many are mapped. Raises UserError like ShardReader.
     """
@@ -50,6 +52,7 @@ class SplitReader:
         self._token_ends = np.cumsum([shard["tokens"] for shard in entry["shards"]], dtype=np.int64)
         self._document_ends = np.cumsum([shard["documents"] for shard in entry["shards"]], dtype=np.int64)
         self._shard = functools.lru_cache(_MAX_MAPPED_SHARDS)(self._open_shard)
+        self.loss_token_count = entry["loss_tokens"]
         filtered_out = entry.get("filtered_out")
         self._filtered = FilteredDocuments(folder / filtered_out if filtered_out else None)
 

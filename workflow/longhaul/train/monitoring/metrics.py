@@ -17,6 +17,7 @@ import torch
 
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.line_records import append_record, open_for_append, read_lines
+from longhaul.artifacts.pack_totals import padding_share
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.record_types import MetricsRow
 from longhaul.config.model_size import model_size
@@ -76,13 +77,18 @@ class Metrics:
                 tracker.rewind(step + 1)
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
-        """Write one optimizer step: its values, and what follows from its duration."""
+        """Write one optimizer step: its values, and what follows from them and its duration.
+
+        Tokens per second are tokens without padding, and the wait for data is part of the time.
+        """
         if not self._context.is_main:
             return
-        tokens_per_s = self._job.stage.global_batch_size * self._job.stage.sequence_length / seconds
+        tokens_per_s = values["tokens"] / (seconds + values["data_wait_s"])
+        positions = self._job.stage.global_batch_size * self._job.stage.sequence_length
         row = {
             "step": step,
             **values,
+            "padding_share": round(padding_share(values["tokens"], positions), 6),
             "step_time_s": round(seconds, 6),
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": self._mfu(tokens_per_s),
