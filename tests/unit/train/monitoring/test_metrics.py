@@ -108,7 +108,9 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(tmp_path: Path):
     step_flops = job.stage.global_batch_size * job.stage.sequence_length
     step_flops *= model_size(MODEL).flops_per_token(job.stage.sequence_length)
     job = job.model_copy(update={"gpu_peak_tflops": step_flops / 1e12, "world_size": 4})
-    train(open_metrics(tmp_path, 0, job), range(1, 2), 1.0)  # 3/4 of the positions hold tokens, in 1 s after a wait of 0.5 s
+    train(
+        open_metrics(tmp_path, 0, job), range(1, 2), 1.0
+    )  # 3/4 of the positions hold tokens, in 1 s after a wait of 0.5 s
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25 * 3 / 4 / 1.5
 
 
