@@ -31,12 +31,16 @@ from longhaul.checks.node_facts import build_ops
 failed = build_ops(("cpu_adam", "pin_memory", "async_io"), None)["failed"]
 assert not failed, failed
 """
-ONE_WORKER = (
-    "tests/cluster/",
-    "tests/faults/",
-    *(f"tests/workflow/test_{name}.py" for name in ("kills", "report", "reruns", "secrets", "verify")),
-)
-"""Tests that one worker runs, which starts the clusters one after another, and trains the finished run once."""
+CLUSTER = "cluster and finished run"
+GROUPS = {
+    CLUSTER: (
+        "tests/cluster/",
+        "tests/faults/",
+        *(f"tests/workflow/test_{name}.py" for name in ("kills", "report", "reruns", "secrets", "verify")),
+    ),
+    "ZeRO checkpoints": ("tests/unit/checkpoint_io/test_zero_checkpoint.py", "tests/unit/export/"),
+}
+"""Name -> tests that one worker runs, because they share what takes long to make. Clusters also start one after another."""
 
 
 ALL = ("all_faults", "all_layouts", "all_reshardings")
@@ -76,34 +80,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [] if named else [item for item in items if any(map(item.get_closest_marker, left_out))]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
-    misplaced = {
-        item.path.name for item in items if "finished" in _fixtures(item) and not _is_for_one_worker(item.nodeid)
-    }
-    assert not misplaced, f"these files use the finished run; add them to ONE_WORKER: {misplaced}"
+    misplaced = {item.path.name for item in items if "finished" in _fixtures(item) and _group(item.nodeid) != CLUSTER}
+    assert not misplaced, f"these files use the finished run; add them to GROUPS: {misplaced}"
     # Long work first: the cluster, where one worker often waits. Modules that need the ops come last: compiling takes
     # minutes, in which the other tests run.
     waiting = {item.path for item in items if "offload_ops" in _fixtures(item)}
-    items.sort(key=lambda item: (not _is_for_one_worker(item.nodeid), item.path in waiting))
+    items.sort(key=lambda item: (_group(item.nodeid) != CLUSTER, item.path in waiting))
 
 
-def _is_for_one_worker(nodeid: str) -> bool:
-    return nodeid.startswith(ONE_WORKER)
+def _group(nodeid: str) -> str:
+    """Return the group of a test: one of GROUPS, or its file, whose tests share fixtures, too."""
+    return next((name for name, tests in GROUPS.items() if nodeid.startswith(tests)), nodeid.partition("::")[0])
 
 
 def _fixtures(item: pytest.Item) -> set[str]:
     return set(getattr(item, "fixturenames", ()))
 
 
-class FileOrClusterScheduling(LoadFileScheduling):
-    """Gives the tests of ONE_WORKER, and the tests of any other file, to one worker, because they share fixtures."""
+class GroupScheduling(LoadFileScheduling):
+    """Gives each group of tests to one worker."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "cluster" if _is_for_one_worker(nodeid) else super()._split_scope(nodeid)
+        return _group(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be off (-p no:xdist)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileOrClusterScheduling:
-    return FileOrClusterScheduling(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

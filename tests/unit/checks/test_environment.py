@@ -17,6 +17,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
+from longhaul.checks import node_facts as node_module
 from longhaul.checks.node_facts import compiler, cuda_build, node_facts, rdma_ports, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
@@ -277,6 +278,32 @@ def test_problems_stop_the_run_and_are_kept_in_the_failed_report(tmp_path: Path)
     assert len(EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems) == 2
 
 
+def test_an_op_whose_build_was_killed_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The builder is a stand-in; the next test compiles."""
+
+    class Builder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def load(self, verbose: bool) -> None:
+            assert os.environ["TORCH_EXTENSIONS_DIR"] == str(ops_folder(str(tmp_path)))
+            assert not (ops_folder(str(tmp_path)) / "pin_memory").exists(), (
+                "torch would wait for the lock without limit"
+            )
+            if self.name == "async_io":
+                raise RuntimeError("a long command\nlibaio.h: no such file")
+
+    monkeypatch.setattr(node_module, "_builder", Builder)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # restored after the test
+    locked = use_ops_folder(str(tmp_path)) / "pin_memory" / "lock"
+    locked.parent.mkdir()
+    locked.touch()
+    result = node_module.build_ops(("pin_memory", "async_io"), str(tmp_path))
+    assert result["folder"] == str(ops_folder(str(tmp_path))) and result["removed"] == ["pin_memory"]
+    assert list(result["built"]) == ["pin_memory"] and result["failed"] == {"async_io": "libaio.h: no such file"}
+
+
+@pytest.mark.slow
 def test_ops_are_built_once_and_locks_of_killed_builds_are_removed(tmp_path: Path):
     """The compiler is real. torch's builder leaves such a lock when it is killed."""
     offloading = job(tmp_path, prebuild_ops=("pin_memory",))
