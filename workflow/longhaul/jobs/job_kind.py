@@ -62,7 +62,7 @@ class JobKind:
     """Name -> text of further files in the job's folder."""
     max_restarts: Callable[[Plan, JobId], int] = lambda plan, job: 0
 
-    def job_id(self, wildcards: Any) -> JobId:
+    def job_id(self, wildcards: object) -> JobId:
         """Return the job that a rule's wildcards stand for."""
         return JobId(self.name, tuple(getattr(wildcards, word, word) for word in self.wildcards))
 

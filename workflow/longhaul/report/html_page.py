@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
@@ -71,7 +70,7 @@ def _sum_known(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _summary_row(stage: StageResults, results: RunResults) -> dict[str, Any]:
+def _summary_row(stage: StageResults, results: RunResults) -> dict[str, object]:
     """Return whether a stage trained, what it cost, and where its model is.
 
     A pretraining should end below the entropy of the token frequencies, another stage below its first validation loss.
@@ -97,7 +96,7 @@ def _summary_row(stage: StageResults, results: RunResults) -> dict[str, Any]:
     }
 
 
-def _stage_rows(stage: StageResults) -> dict[str, Any]:
+def _stage_rows(stage: StageResults) -> dict[str, object]:
     """Return {"name", "numbers": {title: text}, "figures"} of a stage."""
     summary = stage.summary
     numbers = {
@@ -133,7 +132,7 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _export_rows(export: Export) -> dict[str, Any]:
+def _export_rows(export: Export) -> dict[str, object]:
     """Return the export, and its verification as {"<check>: <value's name>": text}."""
     verification = {
         f"{part}: {text.words(key)}": text.plain(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 MISSING = "–"
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -11,14 +10,14 @@ _BINARY = ((2**50, "PiB"), (2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**1
 _DURATIONS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-def finite(value: Any) -> float | None:
+def finite(value: object) -> float | None:
     """Return the value as a finite float, or None for anything else, such as null, NaN or infinity in a metrics file."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
-def count(value: Any) -> str:
+def count(value: object) -> str:
     """Return a count: exact below 10,000, above with three significant digits and a unit (k, M, B, T, P)."""
     number = finite(value)
     if number is None:
@@ -28,7 +27,7 @@ def count(value: Any) -> str:
     return _scaled(number, _DECIMAL)
 
 
-def size(value: Any) -> str:
+def size(value: object) -> str:
     """Return a number of bytes in B, KiB, MiB, GiB, TiB or PiB."""
     number = finite(value)
     if number is None:
@@ -44,7 +43,7 @@ def _scaled(number: float, units: tuple[tuple[float, str], ...]) -> str:
     return significant(number)
 
 
-def significant(value: Any, digits: int = 3) -> str:
+def significant(value: object, digits: int = 3) -> str:
     """Return `digits` significant digits, without exponent from 0.001 to 1,000,000, and without trailing zeros."""
     number = finite(value)
     if number is None:
@@ -63,19 +62,19 @@ def _without_trailing_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def nats(value: Any) -> str:
+def nats(value: object) -> str:
     """Return a loss in nats per token with three decimals."""
     number = finite(value)
     return MISSING if number is None else f"{number:.3f}"
 
 
-def percent(value: Any) -> str:
+def percent(value: object) -> str:
     """Return a fraction of 1 as a percentage."""
     number = finite(value)
     return MISSING if number is None else f"{significant(100 * number, 3 if number >= 0.1 else 2)} %"
 
 
-def duration(value: Any) -> str:
+def duration(value: object) -> str:
     """Return seconds in their two largest units: `850 ms`, `4.2 s`, `4 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
     seconds = finite(value)
     if seconds is None:
@@ -121,7 +120,7 @@ def _plain_number(value: bool | int | float) -> str:
     return significant(value, 4) if math.isfinite(value) else str(value)
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """Return any JSON value as one line. Lists and dicts are written out, long fractions are shortened."""
     if value is None or value == "":
         return MISSING

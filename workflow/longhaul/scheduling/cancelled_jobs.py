@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 from longhaul.artifacts.job_state import CANCELLED, Failure, current_invocation
 from longhaul.artifacts.paths import JobFolder, run_of
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.retry_policy import job_folder_of
+from longhaul.scheduling.retry_policy import SnakemakeJob, job_folder_of
 
 
-def record_cancelled_wait(submitted: Any) -> None:
+class SubmittedJob(Protocol):
+    """What is read of Snakemake's SubmittedJobInfo."""
+
+    @property
+    def job(self) -> SnakemakeJob: ...
+    @property
+    def external_jobid(self) -> str: ...
+
+
+def record_cancelled_wait(submitted: SubmittedJob) -> None:
     """Write failure.json of a job that was cancelled before it started, so that Snakemake does not retry it.
 
     submitted: Snakemake's SubmittedJobInfo of a job that ended with an error.

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from longhaul.artifacts.job_state import Failure, current_invocation, launch_key, read_failure
 from longhaul.artifacts.paths import JobFolder, RunPaths, job_of, run_of
 from longhaul.errors import UserError
 from longhaul.jobs.job_spec import LaunchSpec
+
+
+class SnakemakeJob(Protocol):
+    """What is read of Snakemake's jobs; Snakemake has no public type with it."""
+
+    @property
+    def params(self) -> Mapping[str, str]: ...
 
 
 def final_failure(folder: Path) -> Failure | None:
@@ -33,7 +40,7 @@ def final_failure(folder: Path) -> Failure | None:
     return failure if failure.still_applies(key, current_invocation(run_of(folder))) else None
 
 
-def allowed_restarts(job: Any, usual: int) -> int:
+def allowed_restarts(job: SnakemakeJob, usual: int) -> int:
     """Return 0 if a Snakemake job would only fail again, else `usual`, the number of restarts by the profile.
 
     Snakemake asks when the job has failed, and restarts it if the number is not below the number of its attempts.
@@ -42,7 +49,7 @@ def allowed_restarts(job: Any, usual: int) -> int:
     return 0 if folder and final_failure(folder) else usual
 
 
-def refuse_known_failures(jobs: Iterable[Any]) -> None:
+def refuse_known_failures(jobs: Iterable[SnakemakeJob]) -> None:
     """Refuse to run jobs that would only fail again. jobs: Snakemake's jobs that are about to run.
 
     Raises:
@@ -56,7 +63,7 @@ def refuse_known_failures(jobs: Iterable[Any]) -> None:
             )
 
 
-def job_folder_of(job: Any) -> Path | None:
+def job_folder_of(job: SnakemakeJob) -> Path | None:
     """Return the folder of a Snakemake job's launch.sh and records; None for rules that run in the main process."""
     launch = job.params.get("launch")
     return Path(launch).parent.absolute() if launch else None

@@ -29,6 +29,7 @@ from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
+from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import RunDisplay
 
 T = TypeVar("T")
@@ -132,43 +133,46 @@ def _check_results_folder(folder: Path) -> Path:
 
 
 class RuleSettings:
-    """Resources, threads and parameters of the rules, all from the declarations of job kinds."""
+    """Resources, threads and parameters of the rules, all from the declarations of job kinds.
+
+    Snakemake calls the returned functions with a job's wildcards, whose values are attributes.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._newest: tuple[JobId, float, dict[str, Any]] | None = None
+        self._newest: tuple[JobId, float, dict[str, int | str]] | None = None
 
-    def resources(self, kind: str) -> dict[str, Callable[[Any], Any]]:
+    def resources(self, kind: str) -> dict[str, Callable[[object], int | str | None]]:
         """Return a rule's `resources:`, from the Slurm request of its job. A key that the request lacks is left out."""
 
-        def value(key: str) -> Callable[[Any], Any]:
+        def value(key: str) -> Callable[[object], int | str | None]:
             return lambda wildcards: self._resources(job_kinds()[kind].job_id(wildcards)).get(key)
 
         return {key: value(key) for key in RESOURCE_KEYS}
 
-    def _resources(self, job: JobId) -> dict[str, Any]:
+    def _resources(self, job: JobId) -> dict[str, int | str]:
         if self._newest is None or self._newest[0] != job or time.monotonic() > self._newest[1] + _REQUEST_VALID_S:
             request = submitted_request(self._plan, job, Path.cwd())
             self._newest = job, time.monotonic(), request.as_resources()
         return self._newest[2]
 
-    def threads(self, kind: str) -> Callable[[Any], int]:
+    def threads(self, kind: str) -> Callable[[object], int]:
         """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it."""
 
-        def threads(wildcards: Any) -> int:
+        def threads(wildcards: object) -> int:
             request = job_request(self._plan, job_kinds()[kind].job_id(wildcards))
             return request.tasks * request.cpus_per_task if self._plan.site.scheduler == "local" else 1
 
         return threads
 
-    def params(self, kind: str) -> dict[str, Callable[[Any], str]]:
+    def params(self, kind: str) -> dict[str, Callable[[object], str]]:
         """Return a rule's `params:`: `launch`, the script that the rule runs, and `spec`, which reruns the job on a change.
 
         launch.sh is no input, as a changed text must not run the job again; the main process writes it before any job.
         """
         paths = self._plan.paths
 
-        def job_of(wildcards: Any) -> JobId:
+        def job_of(wildcards: object) -> JobId:
             return job_kinds()[kind].job_id(wildcards)
 
         return {
@@ -219,7 +223,7 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
         )
 
 
-def start_run(plan: Plan, jobs: Iterable[Any]) -> None:
+def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     """Take the run's lease, refuse what would only fail again, and write the files that the jobs are started with.
 
     jobs: Snakemake's jobs that are about to run. A second main process of the same run is refused.

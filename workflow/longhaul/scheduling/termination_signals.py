@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What signal.signal returns."""
 
 
 class TerminationSignals:
@@ -16,7 +18,7 @@ class TerminationSignals:
 
     def __init__(self, on_signal: Callable[[], None]) -> None:
         self._on_signal = on_signal
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
         self.received: int | None = None
         """Number of the last signal; None if there was none."""
 
