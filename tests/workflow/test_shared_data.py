@@ -13,7 +13,7 @@ MANIFEST = "results/tiny/data/prose.json"
 
 def started(chain: Chain) -> dict[str, int]:
     """Return the jobs by rule that a dry run of the manifest would start, without the tokenizer job."""
-    counts = job_counts(chain.run("-n", MANIFEST))
+    counts = job_counts(chain.dry_run(MANIFEST))
     return {rule: count for rule, count in counts.items() if rule != "tokenizer"}
 
 

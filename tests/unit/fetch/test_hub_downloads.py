@@ -18,7 +18,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import Lock
 from tests.support.chain import SECRETS, leaks
 from tests.support.fake_hub import COMMIT, Hub
-from tests.support.forked_cli import ForkedCli, forked_cli
+from tests.support.forked_module import ForkedModule
 from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, STAGE, write_config
 
 FILES = {
@@ -111,24 +111,29 @@ def environment(url: str, home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cli(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCli]:
-    """huggingface_hub reads the addresses of the hub and of its cache when it is imported. The cache is a link."""
-    folder = tmp_path_factory.mktemp("cli")
-    with forked_cli(folder, IMPORTED, environment(server.url, folder / "home")) as cli:
-        yield cli
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of a link to the cache of the current test."""
+    return tmp_path_factory.mktemp("cache") / "home"
 
 
-IMPORTED = ("datasets", "huggingface_hub", "longhaul.fetch.hub_downloads")
+@pytest.fixture(scope="module")
+def cli(server: Hub, home: Path) -> Iterator[ForkedModule]:
+    """huggingface_hub reads the addresses of the hub and of its cache when it is imported."""
+    cli = ForkedModule("longhaul", IMPORTED, environment(server.url, home))
+    yield cli
+    cli.close()
+
+
+IMPORTED = ("longhaul.cli", "datasets", "huggingface_hub", "longhaul.fetch.hub_downloads")
 Fetch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def fetch(cli: ForkedCli, hub: Hub) -> Fetch:
+def fetch(cli: ForkedModule, hub: Hub, home: Path) -> Fetch:
     """A function that runs `longhaul fetch` in a folder, with a cache in that folder, with changes of CONFIG."""
 
     def run(folder: Path, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
         config = write_config(folder, {**CONFIG, **(changes or {})})
-        home = cli.folder / "home"
         home.unlink(missing_ok=True)
         (folder / "cache").mkdir(exist_ok=True)
         home.symlink_to(folder / "cache")
