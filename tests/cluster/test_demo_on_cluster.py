@@ -102,7 +102,8 @@ def test_status_follows_the_run_with_slurms_job_ids(demo: WatchedChain):
     assert training and all(stage["job"]["slurm_job_id"] and "n1, n2" in stage["job"]["detail"] for stage in training)
     assert all(0 < stage["progress"]["step"] <= stage["steps"] for stage in training)
     assert {status["queue_problem"] for status in demo.statuses} == {""}
-    assert {status["state"] for status in demo.statuses[:-1]} <= {"running", "queued"}
+    # All jobs are done when the main process still writes the report.
+    assert {status["state"] for status in demo.statuses[:-1]} <= {"running", "queued", "done"}
     last = demo.statuses[-1]
     assert last["state"] == "done" and last["main_process"] is None
     assert all(stage["progress"]["step"] == stage["steps"] for stage in last["stages"])
