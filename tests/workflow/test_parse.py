@@ -80,6 +80,11 @@ def test_software_deployment_by_snakemake_is_refused():
     assert done.returncode == 2 and "software-deployment-method is conda" in done.stderr
 
 
+def test_fewer_rerun_triggers_are_refused():
+    done = run("-m", "snakemake", "-n", "--rerun-triggers", "mtime")
+    assert done.returncode == 2 and "--rerun-triggers lacks params, input" in done.stderr
+
+
 def test_snakemake_lint_only_misses_environments():
     """The site file, not the rules, names the environment of a job."""
     done = run("-m", "snakemake", "--lint")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chain import Chain, local_site, write_site
+from tests.support.chain import Chain, job_counts, local_site, write_site
 
 TRAINING = {"train", "export", "tokenize", "tokenizer"}
 
@@ -106,6 +106,24 @@ def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: Chain):
     run.save()
     assert run.would_run()["environment"] == 1
     assert expensive(run) == {"train": 2, "export": 2}
+
+
+@pytest.mark.parametrize(
+    "named",
+    [[], ["--until", "train", "--"], ["--forcerun", "train", "--"], ["--omit-from", "export", "--"]],
+    ids=["target", "until", "forcerun", "omit-from"],
+)
+def test_missing_target_is_made_even_if_an_earlier_check_reruns(run: Chain, named: list[str]):
+    """More GPUs per node need another check of the nodes, which training takes as ancient()."""
+    checkpoint = run.results / "stages/base/checkpoint.json"
+    text = checkpoint.read_text()
+    run.config["stages"][0].update(gpus_per_node=1)
+    run.config["stages"][1].update(gpus_per_node=1)
+    run.save()
+    checkpoint.unlink()
+    would_run = job_counts(run.run("-n", *named, str(checkpoint.relative_to(run.folder))))
+    checkpoint.write_text(text)
+    assert would_run["environment"] == would_run["train"] == 1
 
 
 def test_changed_launch_scripts_rerun_no_finished_stage(run: Chain):

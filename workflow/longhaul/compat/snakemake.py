@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from snakemake.cli import args_to_api
+from snakemake.dag import DAG
 from snakemake.io import flag, is_flagged
 from snakemake.persistence import PersistenceBase
 
@@ -18,14 +19,30 @@ _ORDER_ONLY = "order_only"
 def executor_name() -> str | None:
     """Return the executor that --executor or a profile names; None where the command line did not start Snakemake.
 
-    Snakemake reads the rules before it tells its workflow of an executor, and a dry run never tells it. The command line
-    cannot be parsed again: a relative --profile is relative to the folder before --directory. So this function reads
-    Snakemake's own arguments from its call frame.
+    Snakemake reads the rules before it tells its workflow of an executor, and a dry run never tells it.
+    """
+    arguments = _command_line()
+    return arguments.executor if arguments else None
+
+
+def rerun_triggers() -> set[str] | None:
+    """Return the changes that run a job again, as --rerun-triggers has them; None where the command line did not start Snakemake.
+
+    Snakemake reads the rules before its workflow has these settings.
+    """
+    arguments = _command_line()
+    return {trigger.item_to_choice() for trigger in arguments.rerun_triggers} if arguments else None
+
+
+def _command_line() -> Any:
+    """Return Snakemake's own arguments, those of the profile included, from its call frame.
+
+    The command line cannot be parsed again: a relative --profile is relative to the folder before --directory.
     """
     frame = inspect.currentframe()
     while frame and frame.f_code is not args_to_api.__code__:
         frame = frame.f_back
-    return frame.f_locals["args"].executor if frame else None
+    return frame.f_locals["args"] if frame else None
 
 
 def order_only(paths: list[Path]) -> list[Any]:
@@ -48,6 +65,45 @@ def ignore_order_only_inputs() -> None:
 
     without_order_only.unpatched = compared  # pyright: ignore[reportFunctionMemberAccess]
     PersistenceBase._input = without_order_only  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _WithoutAncient:
+    """The edges from a job to the jobs behind it, without those whose files are all `ancient()`."""
+
+    def __init__(self, depending: Any) -> None:
+        self._depending = depending
+
+    def __getitem__(self, job: Any) -> dict[Any, Any]:
+        behind = self._depending[job].items()
+        return {other: files for other, files in behind if not all(file.is_ancient for file in files)}
+
+
+def examine_jobs_behind_ancient_inputs() -> None:
+    """Patch which jobs Snakemake examines for reasons to run: those that are behind another job by `ancient()` inputs, too.
+
+    Snakemake examines no job behind a job that will run, as such jobs will run anyway. With ancient inputs they do not: a job
+    whose output is missing, whose other inputs changed or which is forced does not run, and Snakemake exits with 0
+    (https://github.com/snakemake/snakemake/issues/4166).
+    """
+    usual_update: Any = DAG.update_needrun
+    usual_search: Any = DAG.bfs
+    if hasattr(usual_update, "unpatched"):
+        return
+    examined: list[Any] = []
+
+    async def update_needrun(dag: Any, *arguments: Any, **options: Any) -> None:
+        examined.append(dag)
+        try:
+            await usual_update(dag, *arguments, **options)
+        finally:
+            examined.remove(dag)
+
+    def bfs(dag: Any, direction: Any, *jobs: Any, **options: Any) -> Iterator[Any]:
+        is_search_for_examined = dag in examined and direction is dag.depending
+        return usual_search(dag, _WithoutAncient(direction) if is_search_for_examined else direction, *jobs, **options)
+
+    update_needrun.unpatched = usual_update  # pyright: ignore[reportFunctionMemberAccess]
+    DAG.update_needrun, DAG.bfs = update_needrun, bfs  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def limit_retries(allowed_restarts: Callable[[Any, int], int]) -> None:

@@ -64,6 +64,7 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     existing = _check_results_folder(RESULTS)
     if workflow.is_main_process:
         disk_space.require_free_space(existing)
+        _refuse_fewer_rerun_triggers(snakemake.rerun_triggers())
     loaded = load_config(config)
     if workflow.is_main_process:
         _check_executor(loaded.site)
@@ -97,6 +98,16 @@ def _refuse_software_deployment(workflow: Any) -> None:
         raise UserError(
             f"--software-deployment-method is {names}",
             "drop the option: the site file's `software` names the environment of the jobs",
+        )
+
+
+def _refuse_fewer_rerun_triggers(named: set[str] | None) -> None:
+    """Refuse --rerun-triggers without one of the profiles' triggers: a changed config would leave old results as they are."""
+    missing = [name for name in ("params", "mtime", "input") if named is not None and name not in named]
+    if missing:
+        raise UserError(
+            f"--rerun-triggers lacks {', '.join(missing)}: what a changed config or input asks for would not be made",
+            "drop the option: the profiles set params, mtime and input",
         )
 
 
@@ -209,6 +220,7 @@ _displays: list[RunDisplay] = []
 def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
     """Apply the patches that a run needs, before Snakemake compares inputs or makes an executor."""
     snakemake.ignore_order_only_inputs()
+    snakemake.examine_jobs_behind_ancient_inputs()
     if not is_main_process:
         return
     display = RunDisplay(plan.paths)
