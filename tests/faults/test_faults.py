@@ -166,7 +166,7 @@ def test_results_are_bit_identical_after_a_fault(
     code = run.finish()
     if case.fails_with:
         failure = run.read("stages/base/failure.json")
-        assert code != 0 and failure["failure_class"] == "permanent", run.output()[-6000:]
+        assert code != 0 and failure["failure_class"] == "environment", run.output()[-6000:]
         assert case.fails_with in failure["cause"] and failure["remedy"]
     if case.last_message:
         assert code == 1 and not run.was_retried() and case.last_message in run.failure_message(), run.output()[-6000:]

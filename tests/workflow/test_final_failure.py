@@ -1,8 +1,12 @@
-"""A job with a permanent failure: one attempt despite retries, its cause printed last, and a second run refused."""
+"""A job with a final failure: one attempt despite retries, its cause printed last. A second run is refused, or tries it once."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from longhaul.artifacts.record_types import read_events
 from tests.support.chain import Chain, tiny_config
@@ -37,3 +41,21 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
     done = chain.snakemake(TOKENIZER)
     assert done.returncode == 0 and attempts(chain) == 2, done.stderr
     assert "failed (" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount needs root")
+def test_repaired_folder_needs_only_the_same_command(tmp_path: Path):
+    """The folder is on a file system that is mounted read-only during the first run."""
+    chain = Chain(tmp_path / "sealed", tiny_config())
+    sealed = chain.results / "tokenizers"
+    sealed.mkdir(parents=True)
+    seal = f'mount --bind {sealed} {sealed} && mount -o remount,bind,ro {sealed} && exec "$@"'
+    command = ["unshare", "--mount", "bash", "-c", seal, "-", *chain.command(TOKENIZER, "--retries", "3")]
+    first = subprocess.run(
+        command, cwd=chain.folder, capture_output=True, text=True, env=chain.environment(), check=False
+    )
+    assert first.returncode == 1 and attempts(chain) == 1, first.stderr
+    printed = first.stderr.split("tokenizer failed (environment):")[1]
+    assert "Read-only file system" in printed and "then run the same command again" in printed, first.stderr
+    done = chain.snakemake(TOKENIZER)
+    assert done.returncode == 0 and attempts(chain) == 2, done.stderr

@@ -28,8 +28,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
-    failure_class = "permanent"
-    """Class of a job's failure that this error causes (longhaul.artifacts.job_state). Permanent: a retry would fail, too."""
+    failure_class = "environment"
+    """Class of a job's failure that this error causes (longhaul.artifacts.job_state)."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         self.message = printable(message)
@@ -38,6 +38,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  remedy: {self.hint}" if self.hint else self.message
+
+
+class InputError(UserError):
+    """An error that follows from the config or the data: a job would fail with it again until they change."""
+
+    failure_class = "permanent"
 
 
 class AllocationTooShort(UserError):
@@ -57,6 +63,7 @@ class DiskFull(UserError):
     """
 
     exit_code = 1
+    choices = "lower checkpoints.keep_last or keep_best"
 
     def __init__(
         self,
@@ -64,7 +71,7 @@ class DiskFull(UserError):
         folder: Path,
         needed_bytes: int,
         free_bytes: int,
-        choices: str = "lower checkpoints.keep_last or keep_best",
+        choices: str = choices,
     ) -> None:
         needed = f"{_size(needed_bytes)} of" if needed_bytes else "more"
         super().__init__(

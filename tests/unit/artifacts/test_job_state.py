@@ -9,6 +9,7 @@ import pytest
 
 from longhaul.artifacts.job_state import (
     CANCELLED,
+    ENVIRONMENT,
     NODE,
     PERMANENT,
     TRANSIENT,
@@ -31,6 +32,9 @@ from longhaul.artifacts.record_types import read_events
     [
         (PERMANENT, "k", "another", True),
         (PERMANENT, "other key", "this", False),
+        (ENVIRONMENT, "k", "this", True),
+        (ENVIRONMENT, "k", "another", False),
+        (ENVIRONMENT, "other key", "this", False),
         (CANCELLED, "other key", "this", True),
         (CANCELLED, "k", "another", False),
         (TRANSIENT, "k", "this", False),

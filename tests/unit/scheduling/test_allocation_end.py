@@ -10,6 +10,7 @@ import pytest
 
 from longhaul.artifacts.job_state import (
     CANCELLED,
+    ENVIRONMENT,
     NODE,
     PERMANENT,
     SIGNALLED,
@@ -188,7 +189,7 @@ def test_shortage_of_nodes_is_a_permanent_failure(spec: LaunchSpec, slurm: Slurm
     slurm.shortage = "2 nodes are needed; partition main has 2, of which n2 are quarantined"
     with pytest.raises(SystemExit):
         begin(spec).requeue("n2 does not respond", ["n2"])
-    assert slurm.requeued == [] and failure_of(spec).failure_class == PERMANENT
+    assert slurm.requeued == [] and failure_of(spec).failure_class == ENVIRONMENT
     assert failure_of(spec).cause == slurm.shortage and spec.quarantine in failure_of(spec).remedy
 
 

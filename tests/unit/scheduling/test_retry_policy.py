@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, TRANSIENT, WALLTIME, read_failure
+from longhaul.artifacts.job_state import CANCELLED, ENVIRONMENT, NODE, PERMANENT, TRANSIENT, WALLTIME, read_failure
 from longhaul.artifacts.paths import RunPaths, run_of
 from longhaul.cli import main
 from longhaul.errors import UserError
@@ -43,6 +43,8 @@ def snakemake_job(spec: LaunchSpec | None) -> SimpleNamespace:
     [
         (PERMANENT, THIS_MAIN, 0),
         (PERMANENT, EARLIER_MAIN, 0),
+        (ENVIRONMENT, THIS_MAIN, 0),
+        (ENVIRONMENT, EARLIER_MAIN, 10),
         (CANCELLED, THIS_MAIN, 0),
         (CANCELLED, EARLIER_MAIN, 10),
         (TRANSIENT, THIS_MAIN, 10),

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.job_state import CANCELLED, PERMANENT, TRANSIENT, State, read_failure, read_state, utc_now
+from longhaul.artifacts.job_state import (
+    CANCELLED,
+    ENVIRONMENT,
+    TRANSIENT,
+    State,
+    read_failure,
+    read_state,
+    utc_now,
+)
+from longhaul.artifacts.paths import RunPaths
 from tests.support.chain import REPOSITORY
 from tests.support.supervised_job import folder_of, supervise, write_job
 
@@ -44,20 +53,24 @@ def test_crash_is_followed_by_a_restart_in_place(tmp_path: Path):
     assert {event["allocation"] for event in events(folder)} == {1}
 
 
-def test_crashes_without_progress_are_a_permanent_failure_until_an_input_changes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("repair", ["another main process", "a changed input"])
+def test_crashes_without_progress_are_final_until_something_changes(
+    repair: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
+    lease = RunPaths("small").lease
+    lease.parent.mkdir(parents=True)
+    lease.write_text("this main process")
     spec = write_job(tmp_path, FAILS, max_restarts=2)
     assert supervise(spec) == 1
     failure = read_failure(Path(spec.folder))
-    assert failure and failure.failure_class == PERMANENT and "3 crashes without a new checkpoint" in failure.cause
-    assert "longhaul retry" in failure.remedy
+    assert failure and failure.failure_class == ENVIRONMENT and "3 crashes without a new checkpoint" in failure.cause
+    assert failure.remedy == "read the job's log; then run the same command again"
     capfd.readouterr()
     assert supervise(spec) == 1
     printed = capfd.readouterr().out
     assert "would only fail again" in printed and f"longhaul retry {spec.folder}" in printed
     assert (tmp_path / "starts").read_text() == "xxx", "no step was started again"
-    (tmp_path / "input").write_text("fixed")
+    (lease if repair == "another main process" else tmp_path / "input").write_text("another text")
     supervise(spec)
     assert (tmp_path / "starts").read_text() == "x" * 6
 

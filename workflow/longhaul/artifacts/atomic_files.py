@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longhaul.errors import UserError
+from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError
 
 
 def canonical_json(value: object) -> str:
@@ -103,6 +103,23 @@ def read_json(path: Path, hint: str = DELETE_HINT) -> Any:
         return json.loads(read_bytes(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", hint) from None
+
+
+@contextmanager
+def disk_full_as_user_error(what: str, folder: Path, needed_bytes: int = 0, choices: str = "") -> Iterator[None]:
+    """Raise DiskFull when a write in the block does not fit.
+
+    what:    what the block writes, such as "an export"
+    folder:  where it writes; most errors of the operating system do not name a file
+    choices: remedies other than freeing space
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL_ERRNOS:
+            raise
+        full = Path(error.filename).parent if error.filename else folder
+        raise DiskFull(what, full, needed_bytes, free_bytes(full), choices or DiskFull.choices) from error
 
 
 def free_bytes(path: Path) -> int:

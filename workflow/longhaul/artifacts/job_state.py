@@ -27,7 +27,10 @@ from longhaul.artifacts.shared_file_system import exists_on_server, list_names
 from longhaul.artifacts.typed_json import HostName, SlurmJobId
 from longhaul.errors import UserError
 
-PERMANENT, TRANSIENT, NODE, WALLTIME, CANCELLED = "permanent", "transient", "node", "walltime", "cancelled"
+PERMANENT, ENVIRONMENT, CANCELLED = "permanent", "environment", "cancelled"
+TRANSIENT, NODE, WALLTIME = "transient", "node", "walltime"
+FINAL = (PERMANENT, ENVIRONMENT)
+"""Classes of failures after which this main Snakemake process does not start the job again."""
 SIGNALLED = "stopped by a signal"
 """Outcome.reason of a training that got SIGTERM while no end of the allocation and no preemption were known."""
 
@@ -88,10 +91,12 @@ class Deadline(Artifact):
 class Failure(Artifact):
     """Cause of a job's failure.
 
-    failure_class: permanent (it would fail again), cancelled (by a user), transient, node or walltime
+    failure_class: permanent (it follows from config and data), environment (it would fail again until a person has repaired
+                   something), cancelled (by a user), transient, node or walltime
     evidence:      last lines of the traceback
     key:           launch_key of the job; the failure does not apply to a job with another key
-    invocation:    identity of the main Snakemake process under which it happened; a cancelled job is not retried by that one
+    invocation:    identity of the main Snakemake process under which it happened; a job that was cancelled, or failed because of
+                   its environment, is not retried by that one
     needed_bytes:  free space in `needed_in` with which the failure no longer applies; 0 if space is not the cause
     """
 
@@ -109,10 +114,17 @@ class Failure(Artifact):
     needed_in: str = ""
 
     def still_applies(self, key: str, invocation: str) -> bool:
-        """Return whether a retry would only fail again: the job's files are the same, and no space was freed."""
-        if self.failure_class == CANCELLED:
-            return bool(invocation) and self.invocation == invocation
-        if self.failure_class != PERMANENT or self.key != key:
+        """Return whether a retry would only fail again.
+
+        key:        the job's launch_key now
+        invocation: the main Snakemake process now. A new one tries again what depended on the environment: a person may have
+                    repaired it.
+        """
+        if self.failure_class in FINAL and self.key != key:
+            return False
+        if self.failure_class == PERMANENT:
+            return True
+        if self.failure_class not in (ENVIRONMENT, CANCELLED) or not invocation or self.invocation != invocation:
             return False
         return not (self.needed_bytes and free_bytes(Path(self.needed_in)) >= self.needed_bytes)
 
@@ -184,11 +196,11 @@ def _size_and_mtime(path: Path) -> tuple[int, int]:
 
 
 def rank_failures(folder: Path) -> list[Failure]:
-    """Return the failures that processes of the last attempt reported: permanent ones first, then node, then by rank."""
+    """Return the failures that processes of the last attempt reported: final ones first, then node, then by rank."""
     reports = JobFolder(folder).rank_failures
     names = [name for name in sorted(list_names(reports)) if name.endswith(".json")]
     found = [_read_from_server(Failure, reports / name) for name in names]
-    return sorted((f for f in found if f), key=lambda f: (f.failure_class != PERMANENT, f.failure_class != NODE))
+    return sorted((f for f in found if f), key=lambda f: (f.failure_class not in FINAL, f.failure_class != NODE))
 
 
 def clear_attempt(folder: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoTokenizer
 
 from longhaul.artifacts.artifact_schemas import Export, Sample
-from longhaul.artifacts.atomic_files import file_sha256, read_json, write_json, write_text
+from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256, read_json, write_json, write_text
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io import open_master_weights
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 from longhaul.export.exported_tensors import DTYPES, list_exported_tensors
 from longhaul.export.generate_samples import SamplePrompts, generate_samples
 from longhaul.export.model_card import model_card, provenance
@@ -59,7 +59,11 @@ def run(job: ExportSpec) -> None:
     architecture, tensors = type(model).__name__, list(list_exported_tensors(model, masters, dtype))
     parameters = sum(tensor.numel for tensor in tensors)
     facts = provenance(job, source)
-    with _replace_folder(Path(job.folder)) as folder:
+    size_bytes = sum(tensor.size_bytes for tensor in tensors)
+    written = disk_full_as_user_error(
+        "an export", Path(job.folder).parent, size_bytes, "remove exports that you do not need"
+    )
+    with written, _replace_folder(Path(job.folder)) as folder:
         write_shards(folder, tensors)
         _write_config(folder, source, architecture, dtype)
         _copy_tokenizer(Path(source.tokenizer.path), folder)
@@ -74,7 +78,7 @@ def run(job: ExportSpec) -> None:
         path=job.folder,
         dtype=job.dtype,
         parameters=parameters,
-        bytes=sum(tensor.size_bytes for tensor in tensors),
+        bytes=size_bytes,
         files=_file_hashes(Path(job.folder)),
         verification=verification,
         samples=samples,
@@ -136,7 +140,7 @@ def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dt
 def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExport) -> list[Sample]:
     tokenizer = AutoTokenizer.from_pretrained(exported.folder, local_files_only=True)  # nosec B615  # the export
     if job.chat and not tokenizer.chat_template:
-        raise UserError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
+        raise InputError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
     weights_bytes = sum(tensor.size_bytes for tensor in exported.tensors)
     model = exported.model(read_reference_logits(source.reference).compute)
     prompts = read_typed_json(source.reference / "prompts.json", SamplePrompts, "use another checkpoint")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from longhaul.checkpoint_io import LazyTensor
 from longhaul.compat.transformers import hub_tensors, is_kept_in_fp32, without_tied_weights
 from longhaul.config.pretrained_format import expert_keys
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.export.model_without_memory import SUPPORTED_MODELS_HINT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,7 +123,7 @@ def _compare_with_transformers(
     """Raise UserError unless names and shapes are those that save_pretrained would write for this architecture."""
     official = {name: tuple(meta.shape) for name, meta in hub_tensors(model, untied).items()}
     if official != {tensor.name: tensor.shape for tensor in tensors}:
-        raise UserError(
+        raise InputError(
             f"this exporter does not know how the hub stores the tensors of model_type {model.config.model_type}",
             SUPPORTED_MODELS_HINT,
         )

@@ -11,7 +11,7 @@ from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.verified_files import read_tokenizer
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, CheckpointManifest, read_manifest, reference_folder
@@ -53,7 +53,7 @@ def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
     """
     checkpoint = Checkpoint.read(Path(job.checkpoint))
     if job.which not in checkpoint.checkpoints:
-        raise UserError(
+        raise InputError(
             f"stage {job.stage} has no `{job.which}` checkpoint, only {', '.join(sorted(checkpoint.checkpoints))}",
             "set the stage's `export` to one of these; `best` needs a validation split",
         )
@@ -77,7 +77,7 @@ def _verify_files(folder: Path, manifest_sha256: str) -> None:
     """Raise UserError unless the manifest has the given hash and every file has the size and the hash in the manifest."""
     manifest = _read_manifest(folder / MANIFEST, manifest_sha256)
     if not manifest["has_reference_values"]:
-        raise UserError(
+        raise InputError(
             f"{folder} was saved without the reference values that an export needs",
             "set the stage's `export` before it is trained",
         )

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.atomic_files import free_bytes
-from longhaul.artifacts.job_state import PERMANENT, TRANSIENT, Failure
+from longhaul.artifacts.job_state import ENVIRONMENT, PERMANENT, TRANSIENT, Failure
 from longhaul.artifacts.paths import JobFolder
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError, first_line
 from longhaul.runtime.process_rank import Rank
 
+_AGAIN = "then run the same command again"
+_LESS_MEMORY = "lower micro_batch_size, raise zero.stage, set activation_checkpointing to full, or offload"
+_OUT_OF_HOST_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+_REPAIRS = {
+    errno.EACCES: "let this user read and write there",
+    errno.EPERM: "let this user read and write there",
+    errno.EROFS: "mount the file system for writing",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the node's limit on open files (fs.file-max)",
+}
+"""Remedies for errors of the operating system that stay until a person repairs something."""
 _MARGIN_BYTES = 10**9
 """Additional free space from which a full disk is no longer full, where the needed size is not known."""
 
@@ -28,29 +41,40 @@ def write_failure_report(folder: Path, error: BaseException, rank: Rank) -> None
 def classify_error(error: BaseException, rank: Rank) -> Failure:
     """Return the failure that an exception means.
 
-    A user's mistake, too little memory and a full disk would happen again: they are permanent. Other errors are transient.
+    Mistakes in config or data are permanent, and so is too little memory of a GPU. Disks, permissions, limits and the memory of
+    the host are the environment. Other errors are transient.
     """
-
-    def failure(failure_class: str, cause: str, remedy: str, evidence: list[str], **space: Any) -> Failure:
-        job_id = os.environ.get("SLURM_JOB_ID")
-        return Failure(failure_class, cause, remedy, evidence, rank.host, rank.rank, job_id, **space)
-
+    space: dict[str, Any] = {}
+    evidence = [] if isinstance(error, UserError) else _last_lines(error)
     if isinstance(error, DiskFull):
-        space = {
-            "needed_in": str(error.folder),
-            "needed_bytes": error.needed_bytes or error.free_bytes + _MARGIN_BYTES,
-        }
-        return failure(PERMANENT, f"disk full: {error.message}", error.hint, [], **space)
-    if isinstance(error, UserError):
-        return failure(error.failure_class, error.message, error.hint, [])
-    tail = traceback.format_exception(error)[-1].strip().splitlines()[-3:]
-    if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-        remedy = "free space or raise the quota; the next run resumes from the last complete checkpoint"
-        return failure(PERMANENT, f"disk full: {error}", remedy, tail, **_space_needed_by(error))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        remedy = "lower micro_batch_size, raise zero.stage, set activation_checkpointing to full, or offload"
-        return failure(PERMANENT, "out of memory", remedy, tail)
-    return failure(TRANSIENT, f"{type(error).__name__}: {first_line(error)}", "", tail)
+        needed_bytes = error.needed_bytes or error.free_bytes + _MARGIN_BYTES
+        space = {"needed_in": str(error.folder), "needed_bytes": needed_bytes}
+        found = error.failure_class, f"disk full: {error.message}", error.hint
+    elif isinstance(error, UserError):
+        found = error.failure_class, error.message, error.hint
+    elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+        space = _space_needed_by(error)
+        found = ENVIRONMENT, f"disk full: {error}", f"free space or raise the quota; {_AGAIN}"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        found = PERMANENT, "out of memory", _LESS_MEMORY
+    elif _is_out_of_host_memory(error):
+        limit = f"raise the limit on memory (ulimit -v, node.memory_mb), or {_LESS_MEMORY}"
+        found = ENVIRONMENT, "out of memory", f"{limit}; {_AGAIN}"
+    elif isinstance(error, OSError) and error.errno in _REPAIRS:
+        found = ENVIRONMENT, f"{type(error).__name__}: {first_line(error)}", f"{_REPAIRS[error.errno]}; {_AGAIN}"
+    else:
+        found = TRANSIENT, f"{type(error).__name__}: {first_line(error)}", ""
+    return Failure(*found, evidence, rank.host, rank.rank, os.environ.get("SLURM_JOB_ID"), **space)
+
+
+def _last_lines(error: BaseException) -> list[str]:
+    return traceback.format_exception(error)[-1].strip().splitlines()[-3:]
+
+
+def _is_out_of_host_memory(error: BaseException) -> bool:
+    """Return whether an allocation of host memory failed. torch raises a RuntimeError then."""
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_refused or isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_HOST_MEMORY)
 
 
 def _space_needed_by(error: OSError) -> dict[str, Any]:

@@ -11,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from longhaul.artifacts.job_state import CANCELLED, NODE, PERMANENT, SIGNALLED, WALLTIME, Failure, this_host
+from longhaul.artifacts.job_state import (
+    CANCELLED,
+    ENVIRONMENT,
+    FINAL,
+    NODE,
+    PERMANENT,
+    SIGNALLED,
+    WALLTIME,
+    Failure,
+    this_host,
+)
 from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
@@ -32,8 +42,8 @@ class AllocationEnd:
         self._job, self._allocation, self._records, self._signals = job, allocation, records, signals
 
     def exit_unless_restartable(self, failure: Failure) -> None:
-        """Exit if a restart in place is impossible: the failure is permanent, the allocation ends, or a node is lost."""
-        if failure.failure_class == PERMANENT:
+        """Exit if a restart in place is impossible: the failure is final, the allocation ends, or a node is lost."""
+        if failure.failure_class in FINAL:
             self.fail(failure)
         if not self._job.slurm:
             self._fail_if_signalled(failure)
@@ -58,8 +68,8 @@ class AllocationEnd:
         """Fail after more crashes without a new checkpoint than recovery.max_restarts allows."""
         if self._job.max_restarts:
             cause = f"{crashes} crashes without a new checkpoint, the last one: {failure.cause}"
-            remedy = failure.remedy or f"read the job's log; then: longhaul retry {self._job.folder}"
-            failure = replace(failure, failure_class=PERMANENT, cause=cause, remedy=remedy)
+            remedy = failure.remedy or "read the job's log; then run the same command again"
+            failure = replace(failure, failure_class=ENVIRONMENT, cause=cause, remedy=remedy)
         self.fail(failure)
 
     def requeue(self, reason: str, excluded: list[str] | None = None) -> NoReturn:
@@ -123,7 +133,7 @@ class AllocationEnd:
         """Fail if too few nodes are left: the job would wait in the queue without end."""
         if shortage := slurm_client.node_shortage(self._allocation.partition, self._job.nodes, excluded):
             remedy = f"remove repaired nodes from {self._job.quarantine}; then {_RESUME_REMEDY}"
-            self.fail(Failure(PERMANENT, shortage, remedy, host=this_host()))
+            self.fail(Failure(ENVIRONMENT, shortage, remedy, host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

@@ -19,7 +19,7 @@ from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, pretrained_changes
 from longhaul.config.rotary_embedding import rotary_numbers
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
@@ -61,7 +61,7 @@ def build_model(
 def build_model_config(job: TrainSpec, tokenizer: TokenizerManifest) -> Any:
     """Return the Hugging Face config of the stage's model; UserError when the vocabulary is too small for the tokenizer."""
     if tokenizer.vocab_size > job.model["vocab_size"]:
-        raise UserError(
+        raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens; the model's vocab_size is {job.model['vocab_size']}",
             f"set vocab_size to at least {tokenizer.vocab_size}",
         )
@@ -109,11 +109,13 @@ def check_rotary_embedding(model: PreTrainedModel, keys: Mapping[str, Any]) -> N
             scales["softmax scale"] = (module.scaling, asked.softmax_scale * module.qk_head_dim**-0.5)
     for name, (value, right) in scales.items():
         if not math.isclose(value, right, rel_tol=_ROTARY_TOLERANCE):
-            raise UserError(
+            raise InputError(
                 f"the network's rotary {name} is {value:g}; the model's config asks for {right:g}", _ROTARY_HINT
             )
     if differ:
-        raise UserError("the network's rotary frequencies are not those that the model's config asks for", _ROTARY_HINT)
+        raise InputError(
+            "the network's rotary frequencies are not those that the model's config asks for", _ROTARY_HINT
+        )
 
 
 def _partitioning(job: TrainSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:

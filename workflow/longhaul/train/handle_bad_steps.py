@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch
 from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
@@ -13,7 +13,7 @@ from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
 
 
-class TrainingFailure(UserError):
+class TrainingFailure(InputError):
     """Training cannot continue, although the config is valid. Names the step, the samples and what to try."""
 
     exit_code = 1

@@ -16,7 +16,7 @@ import torch
 
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.resharding import write_master_weights
 from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
@@ -67,13 +67,13 @@ def _checkpoint_values(shapes: Shapes, start: StartingCheckpoint) -> Values:
     """Return the master weights of an earlier stage, for any layout of that stage."""
     weights = open_master_weights(start.folder)
     if differing := sorted(set(weights) ^ set(shapes)):
-        raise UserError(
+        raise InputError(
             f"{start.folder} and the model differ in {', '.join(differing[:5])} ({len(differing)} in all)",
             "start from a stage that trained the same model",
         )
     for name, shape in shapes.items():
         if weights[name].shape != shape:
-            raise UserError(
+            raise InputError(
                 f"{start.folder}: {name} has shape {list(weights[name].shape)}, the model expects {list(shape)}",
                 "start from a stage that trained the same model",
             )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from shutil import disk_usage
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
+from longhaul.artifacts.atomic_files import disk_full_as_user_error
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.data.sampling.samples import Samples
-from longhaul.errors import DISK_FULL_ERRNOS, DiskFull
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.batches import Prefetcher
@@ -47,20 +45,10 @@ def run(job: TrainSpec) -> None:
     with (
         distributed_context(job) as context,
         Heartbeat(context.rank, Path(job.folder), job.stage.recovery.heartbeat_timeout_s),
-        _disk_full_as_user_error(Path(job.weights_root)),
+        # A small file, such as metrics. A checkpoint raises DiskFull itself, with the needed bytes.
+        disk_full_as_user_error("a file of the stage", Path(job.weights_root)),
     ):
         _train_or_finish(job, context)
-
-
-@contextmanager
-def _disk_full_as_user_error(folder: Path) -> Iterator[None]:
-    """Raise DiskFull when a small file, such as metrics, does not fit. A checkpoint raises it itself, with the needed bytes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
-            raise
-        raise DiskFull(str(error.filename or "a file of the stage"), folder, 0, disk_usage(folder).free) from error
 
 
 def _train_or_finish(job: TrainSpec, context: DistributedContext) -> None:

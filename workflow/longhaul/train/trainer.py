@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longhaul.data.sampling.samples import Samples
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
@@ -32,7 +32,7 @@ from longhaul.train.write_reference_values import write_reference_values
 def require_loss_tokens(tokens: float, batch: int, step: int) -> None:
     """Raise UserError for a global batch without a loss token: its step would only decay the weights."""
     if not tokens:
-        raise UserError(
+        raise InputError(
             f"batch {batch}, after {step} steps, holds no loss token: there is nothing to learn from it",
             f"add {batch} to the stage's skip_batches, and look at the data with longhaul data inspect",
         )

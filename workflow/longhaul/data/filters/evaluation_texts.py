@@ -10,7 +10,7 @@ from typing import NamedTuple
 from longhaul.data.filters.word_ngrams import ngrams, split_words
 from longhaul.data.readers.formats import read_rows
 from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, WantedColumns
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 
 _MAX_ROW_BYTES = 200_000_000
 
@@ -73,7 +73,7 @@ def read_evaluation_texts(
             for column, value in zip(columns, row.values, strict=True):
                 if not isinstance(value, str):
                     found = type(value).__name__
-                    raise UserError(f"{row.where}: {column} is {found}, not a string", "set a text column")
+                    raise InputError(f"{row.where}: {column} is {found}, not a string", "set a text column")
                 words = split_words(value)
                 short_texts += len(words) < ngram_words
                 for ngram in ngrams(words, ngram_words):

@@ -25,7 +25,7 @@ from longhaul.data.shards.filtered_out_table import filter_table, write_filter_t
 from longhaul.data.shards.shard_reader import ShardReader, SplitReader
 from longhaul.data.shards.unigram_entropy import unigram_entropy
 from longhaul.data.shards.write_chunk import SPLITS, EncodingTask, read_document_keys
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 
 REASONS = ("contaminated", "exact duplicate", "near duplicate")
 _CONTAMINATED, _EXACT, _NEAR = 1, 2, 3
@@ -62,7 +62,7 @@ def filter_documents(
         return manifest
     decisions = decide_documents(task, chunks, filters)
     if decisions.reasons.all():
-        raise UserError(
+        raise InputError(
             f"dataset {manifest.dataset}: no document stays ({decisions.counts()})",
             "check deduplicate and decontaminate",
         )

@@ -10,7 +10,7 @@ from longhaul.config.data_formats import KNOWN_SUFFIXES, known_format
 from longhaul.data.readers.columnar_files import read_arrow, read_parquet
 from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, Row, WantedColumns, damaged_file
 from longhaul.data.readers.text_files import read_csv, read_json_list, read_jsonl, read_whole_text
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 
 _READERS: dict[str, Callable[[FileRange, WantedColumns, int], Iterator[Row]]] = {
     "jsonl": read_jsonl,
@@ -52,7 +52,7 @@ def format_of(path: Path) -> str:
     """Return the format for a file's suffix, without the compression suffix; UserError for an unknown suffix."""
     found = known_format(path)
     if found is None:
-        raise UserError(f"{path}: unknown file suffix", f"set the dataset's `format`, or use one of {KNOWN_SUFFIXES}")
+        raise InputError(f"{path}: unknown file suffix", f"set the dataset's `format`, or use one of {KNOWN_SUFFIXES}")
     return found
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 
 BUFFER_BYTES = 1 << 20
 
 
-class BadData(UserError):
+class BadData(InputError):
     """A row, or the rest of a file, that cannot be read.
 
     reason:    category of the error. The data manifest counts bad rows by reason.

@@ -26,7 +26,7 @@ from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import Sample
 from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource
 from longhaul.data.shards.shard_reader import SplitReader
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 
 
 class Samples:
@@ -73,13 +73,13 @@ class Samples:
             name = f"pack-{manifest.hash}-{split}-{sequence_length}-{seed}-{truncate}.bin"
             source = PackSource(reader, sequence_length, pad_id, seed, cache / name, truncate)
         if kind == "sft" and reader.document_count and not len(source):
-            raise UserError(
+            raise InputError(
                 f"dataset {manifest.dataset}: with truncate {truncate}, none of the {reader.document_count:,} conversations of "
                 f"the {split} split has a loss token within sequence_length {sequence_length}",
                 "raise the stage's sequence_length, use another truncate, or hold out other conversations (validation_fraction)",
             )
         if split == "train" and not len(source):
-            raise UserError(
+            raise InputError(
                 f"dataset {manifest.dataset}: the train split has {reader.token_count} tokens, too few for one sample",
                 "add documents",
             )
@@ -219,7 +219,7 @@ def _part_of(mixture: DataManifest, fields: dict[str, Any]) -> DataManifest:
 
 def _require_chats(manifest: DataManifest) -> None:
     if manifest.kind != "chat":
-        raise UserError(
+        raise InputError(
             f"an sft stage needs a dataset of chats, but dataset {manifest.dataset} is {manifest.kind}",
             "set the dataset's kind to chat",
         )

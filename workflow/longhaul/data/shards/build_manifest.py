@@ -18,7 +18,7 @@ from longhaul.data.shards.source_index import IndexedSources
 from longhaul.data.shards.unigram_entropy import unigram_entropy
 from longhaul.data.shards.write_chunk import SPLITS, EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice
-from longhaul.errors import UserError
+from longhaul.errors import InputError
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
 
 
@@ -101,7 +101,9 @@ def _require_documents(
             raise no_documents(file)
     if max(record["highest_key"] for record in records) < 0:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
-        raise UserError(f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns")
+        raise InputError(
+            f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns"
+        )
 
 
 def _split_entry(split: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any]]) -> Split:

@@ -29,7 +29,7 @@ from longhaul.data.shards.worker_pool import WorkerPool, background_map, hash_so
 from longhaul.data.shards.write_chunk import read_chunk_record, remove_leftovers
 from longhaul.data.tokenizers.choose_encoder import encode_stress_corpus, load_fast, load_reference
 from longhaul.data.tokenizers.token_rows import TokenRows
-from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError
+from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, InputError, UserError
 from longhaul.jobs.kinds.tokenize_jobs import EncodeSpec, TokenizeSpec
 
 
@@ -97,7 +97,7 @@ def _open_dataset(
 
 def _require_input(job: TokenizeSpec, tokenizer: TokenizerManifest) -> None:
     if job.dataset.kind == "chat" and not tokenizer.has_chat_template:
-        raise UserError(f"dataset {job.name}: the tokenizer has no chat template", "set tokenizer.chat_template")
+        raise InputError(f"dataset {job.name}: the tokenizer has no chat template", "set tokenizer.chat_template")
     if not job.files:
         raise UserError("the dataset has no files", "check its `files`, or run `longhaul fetch` first")
 

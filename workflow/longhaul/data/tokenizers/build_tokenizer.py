@@ -17,7 +17,7 @@ from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.data.tokenizers.tokenizer_size import require_size
-from longhaul.errors import UserError, first_line
+from longhaul.errors import InputError, UserError, first_line
 from longhaul.jobs.kinds.tokenizer_job import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(job: TokenizerSpec) -> None:
     tokenizer = _load(job.path) if job.path else _train(job)
     _install_chat_template(tokenizer, job)
     if tokenizer.eos_token is None:
-        raise UserError(
+        raise InputError(
             f"the tokenizer {job.path} has no EOS token: nothing would separate documents, and generation would not stop",
             "set eos_token in its tokenizer_config.json",
         )
@@ -83,7 +83,7 @@ def _load(path: str) -> PreTrainedTokenizerBase:
             "set tokenizer.path to a Hugging Face tokenizer folder",
         ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"tokenizer: {path} is a slow (pure Python) tokenizer", "convert it to tokenizer.json first")
+        raise InputError(f"tokenizer: {path} is a slow (pure Python) tokenizer", "convert it to tokenizer.json first")
     return tokenizer
 
 
@@ -132,7 +132,7 @@ def _install_chat_template(tokenizer: PreTrainedTokenizerBase, job: TokenizerSpe
     elif not job.path:
         tokenizer.chat_template = _read_template(DEFAULT_CHAT_TEMPLATE)
     elif job.needs_chat_template:
-        raise UserError(
+        raise InputError(
             f"the tokenizer {job.path} has no chat template, but a stage trains on chats",
             "set tokenizer.chat_template, for example to templates/chat/chatml.jinja",
         )

@@ -92,8 +92,11 @@ class RankFiles(TorchCheckpointEngine):
         return sum(file.bytes for file in self.files)
 
     def failure(self) -> tuple[bool, str] | None:
-        """Return (whether the disk is full, the error) of the first error on this rank; None if there was none."""
-        errors = [*(file.error for file in self.files if file.error), *self.errors]
+        """Return (whether the disk is full, the error) of the first error on this rank; None if there was none.
+
+        An error of the folder comes before those of files: without a folder, no file can be opened.
+        """
+        errors = [*self.errors, *(file.error for file in self.files if file.error)]
         if not errors:
             return None
         full = [error for error in errors if error.errno in DISK_FULL_ERRNOS]

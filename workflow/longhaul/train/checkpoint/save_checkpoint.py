@@ -174,17 +174,18 @@ class CheckpointSave:
         return str(path.relative_to(self._partial))
 
     def _abandon(self, failures: list[tuple[bool, str]], needed_bytes: int) -> None:
-        """Remove the save and raise its error on all ranks; a full disk comes first."""
+        """Remove the save and raise its error on all ranks: a full disk, else that of the first rank, which makes the folder."""
         if self._context.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
         self._context.barrier()
-        is_full, text = max(failures)
+        is_full, text = next((failure for failure in failures if failure[0]), failures[0])
         self._events.write("save_failed", checkpoint=self._partial.name, reason=text, needed_bytes=needed_bytes)
         parent = self._partial.parent
         if is_full:
             raise DiskFull("a checkpoint", parent, needed_bytes, shutil.disk_usage(parent).free)
         raise UserError(
-            f"{self._partial} could not be saved: {text}", "check the file system; earlier checkpoints are unchanged"
+            f"{self._partial} could not be saved: {text}",
+            "let this user write there, then run the same command again; earlier checkpoints are unchanged",
         )
 
 

@@ -12,7 +12,7 @@ from longhaul.artifacts.atomic_files import canonical_json, content_hash, read_j
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import WeightsIdentity, complete_checkpoints
 from longhaul.train.distributed_context import DistributedContext
@@ -35,7 +35,7 @@ def find_starting_checkpoint(job: TrainSpec) -> StartingCheckpoint | None:
         return None
     earlier, which = Checkpoint.read(Path(job.start_checkpoint)), job.stage.start_from.checkpoint
     if which not in earlier.checkpoints:
-        raise UserError(f"stage {earlier.stage} has no `{which}` checkpoint", "set start_from.checkpoint to last")
+        raise InputError(f"stage {earlier.stage} has no `{which}` checkpoint", "set start_from.checkpoint to last")
     entry = earlier.checkpoints[which]
     return StartingCheckpoint(Path(earlier.weights) / entry["path"], entry["sha256"])
 
@@ -106,7 +106,7 @@ def _check_steps(job: TrainSpec, folder: Path) -> None:
     if planned == job.steps or trained == 0:
         return
     if job.steps < trained or not can_extend_steps(job.stage.schedule, trained, planned):
-        raise UserError(
+        raise InputError(
             f"stage {job.stage.name}: steps changed from {planned} to {job.steps}, but its weights have {trained} steps of a "
             f"{job.stage.schedule.kind} schedule planned for {planned}",
             f"set steps back to {planned}, or set restart: true in the stage to train it from its start",
