@@ -50,11 +50,12 @@ def train(job: TrainSpec, samples: Samples, perturb: bool = False) -> Trace:
         loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
         coefficient = job.stage.sequence_aux_loss_coef
-        balance = sum(_balance_loss(*routing, len(batch.labels)) for routing in routed.values())
+        is_text = batch.position_ids >= 0
+        balance = sum(_balance_loss(*routing, is_text) for routing in routed.values())
         (loss + coefficient * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
         optimizer.step()
-        _update_router_biases(model, routed, job.stage.router_bias_update_rate)
+        _update_router_biases(model, routed, job.stage.router_bias_update_rate, is_text.flatten())
         losses.append(loss.item())
         norms.append(norm.item())
     return Trace(losses, norms, model.eval())
@@ -82,7 +83,7 @@ def _perturb(model: Any) -> None:
 
 
 def _record_routing(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return router -> (affinities [N, E] to the experts, which sum to 1; chosen experts [N, K]) of the last forward pass.
+    """Return router -> (scores [N, E] of the experts; chosen experts [N, K]) of the last forward pass.
 
     Hooks update the dict at each forward pass. N tokens, E experts, K experts for each token.
     """
@@ -91,7 +92,7 @@ def _record_routing(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     def record(name: str, gate: Any) -> None:
         def hook(_gate: Any, _inputs: Any, output: Any) -> None:
             scores = output[0].sigmoid() if hasattr(gate, "e_score_correction_bias") else output[0].softmax(-1)
-            routed[name] = (scores / scores.sum(-1, keepdim=True), output[2])
+            routed[name] = (scores, output[2])
 
         gate.register_forward_hook(hook)
 
@@ -101,18 +102,22 @@ def _record_routing(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return routed
 
 
-def _balance_loss(affinities: torch.Tensor, chosen: torch.Tensor, sequences: int) -> torch.Tensor:
-    """Return the mean over sequences of the sum over experts of E / (K T) x visits x mean affinity (T tokens in a sequence)."""
-    experts, losses = affinities.shape[1], []
-    for own_affinities, visited in zip(affinities.chunk(sequences), chosen.chunk(sequences), strict=True):
-        visits = torch.bincount(visited.flatten(), minlength=experts)
-        losses.append((experts / visited.numel() * visits * own_affinities.mean(0)).sum())
+def _balance_loss(scores: torch.Tensor, chosen: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
+    """Return the mean over sequences of equations 17 to 20 of DeepSeek-V3; is_text [B, S] is false for padding."""
+    experts, used, losses = scores.shape[1], chosen.shape[1], []
+    for own_scores, own_text in zip(scores.chunk(len(is_text)), is_text, strict=True):
+        text_scores = own_scores[own_text]
+        visits = torch.bincount(text_scores.topk(used).indices.flatten(), minlength=experts)
+        affinities = text_scores / text_scores.sum(-1, keepdim=True)
+        losses.append((experts / (used * len(text_scores)) * visits * affinities.mean(0)).sum())
     return torch.stack(losses).mean()
 
 
-def _update_router_biases(model: Any, routed: dict[str, tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:
-    for name, (affinities, chosen) in routed.items():
-        load = torch.bincount(chosen.flatten(), minlength=affinities.shape[1]).float()
+def _update_router_biases(
+    model: Any, routed: dict[str, tuple[torch.Tensor, torch.Tensor]], rate: float, is_text: torch.Tensor
+) -> None:
+    for name, (scores, chosen) in routed.items():
+        load = torch.bincount(chosen[is_text].flatten(), minlength=scores.shape[1]).float()
         gate = model.get_submodule(name)
         if hasattr(gate, "e_score_correction_bias"):
             gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)

@@ -127,10 +127,11 @@ def test_packs_hold_whole_conversations_with_their_own_positions(chat_shards: Da
     for index in range(len(samples)):
         sample = samples[index]
         starts = np.flatnonzero(sample.position_ids == 0).tolist()
-        for start, stop in zip(starts, [*starts[1:], len(sample.input_ids)], strict=True):
+        text = int((sample.position_ids >= 0).sum())
+        assert sample.position_ids[text:].tolist() == list(range(text - len(sample.position_ids), 0)), "padding"
+        for start, stop in zip(starts, [*starts[1:], text], strict=True):
             assert sample.position_ids[start:stop].tolist() == list(range(stop - start))
-            if (sample.labels[start:stop] != IGNORED_LABEL).any():
-                found.append((tuple(sample.input_ids[start:stop]), tuple(sample.labels[start:stop])))
+            found.append((tuple(sample.input_ids[start:stop]), tuple(sample.labels[start:stop])))
     expected = []
     for number in range(len(source.lengths())):
         tokens, mask = (array.astype(np.int64) for array in source.document(number))

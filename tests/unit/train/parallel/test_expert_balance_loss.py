@@ -38,30 +38,73 @@ def add_balance_loss(model: Any, coefficient: float = COEFFICIENT, ranks: int = 
     return SequenceBalanceLoss(model, ParallelDims(0, ranks, Parallel()), job)
 
 
+TEXT = (LENGTH, 10, 5)
+"""Tokens of each sequence; the others are padding."""
+
+
+def positions() -> torch.Tensor:
+    """Return the position ids [B, S], as samples have them."""
+    return torch.stack([torch.cat([torch.arange(text), torch.arange(text - LENGTH, 0)]) for text in TEXT])
+
+
 def token_loss(model: Any) -> torch.Tensor:
     ids = torch.randint(400, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
-    return model(input_ids=ids, labels=ids).loss
+    return model(input_ids=ids, labels=ids, position_ids=positions()).loss
 
 
 def loss_by_formula(model: Any) -> torch.Tensor:
     """Return the token loss plus COEFFICIENT times the sum over layers of the mean over sequences."""
-    routed: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+    routed: list[tuple[Any, torch.Tensor]] = []
     gates = [
         layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate") and hasattr(layer.mlp, "experts")
     ]
-    hooks = [gate.register_forward_hook(lambda g, _, out: routed.append((g, out[0], out[2]))) for gate in gates]
+    hooks = [gate.register_forward_hook(lambda g, _, out: routed.append((g, out[0]))) for gate in gates]
     total = token_loss(model)
     for hook in hooks:
         hook.remove()
     assert routed
-    for gate, logits, chosen in routed:
+    for gate, logits in routed:
         scores = logits.sigmoid() if hasattr(gate, "e_score_correction_bias") else logits.softmax(-1)
-        scores = (scores / scores.sum(-1, keepdim=True)).view(BATCH, LENGTH, 4)
-        for sequence in range(BATCH):
-            visited = chosen.view(BATCH, -1)[sequence]
-            visit_rate = torch.stack([(visited == expert).sum() * 4 / (2 * LENGTH) for expert in range(4)])
-            total = total + COEFFICIENT / BATCH * (visit_rate * scores[sequence].mean(0)).sum()
+        for text, of_sequence in zip(TEXT, scores.view(BATCH, LENGTH, 4), strict=True):
+            own = of_sequence[:text]
+            visited = own.topk(2).indices
+            visit_rate = torch.stack([(visited == expert).sum() * 4 / (2 * text) for expert in range(4)])
+            affinities = own / own.sum(-1, keepdim=True)
+            total = total + COEFFICIENT / BATCH * (visit_rate * affinities.mean(0)).sum()
     return total
+
+
+def test_the_hand_computed_case_of_equations_17_to_20():
+    """Two experts of four, one of two sequences with padding, and a bias that makes the router use other experts.
+
+    Sequence 1, tokens (0.8 0.4 0.2 0.2) and (0.4 0.8 0.2 0.2), sums 1.6: P = (3/8 3/8 1/8 1/8). Experts 0 and 1 are among the two
+    largest of both tokens: f = 4 / (2 x 2) x (2 2 0 0) = (2 2 0 0). Sum of f P = 1.5.
+    Sequence 2, one token (0.1 0.2 0.6 0.6), sum 1.5, and padding: P = (1 2 6 6) / 15, f = 4 / (2 x 1) x (0 0 1 1). Sum = 1.6.
+    The loss is coefficient x (1.5 + 1.6) / 2 sequences.
+    """
+    scores_NE = torch.tensor([[0.8, 0.4, 0.2, 0.2], [0.4, 0.8, 0.2, 0.2], [0.1, 0.2, 0.6, 0.6], [0.9, 0.9, 0.9, 0.1]])
+    layer = torch.nn.Module()
+    layer.mlp = torch.nn.Module()
+    layer.mlp.experts, layer.mlp.gate = torch.nn.Identity(), Router(scores_NE.logit())
+    layer.forward = lambda hidden, position_ids: layer.mlp.gate(hidden)
+    model: Any = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
+    stage = SimpleNamespace(sequence_aux_loss_coef=0.5, sequence_length=2, global_batch_size=2)
+    balance = SequenceBalanceLoss(model, ParallelDims(0, 1, Parallel()), SimpleNamespace(stage=stage))  # type: ignore[arg-type]
+    layer(torch.zeros(4), position_ids=torch.tensor([[0, 1], [0, -1]]))
+    assert balance.pop_loss() == pytest.approx(0.5 * (1.5 + 1.6) / 2)
+
+
+class Router(torch.nn.Module):
+    """A router with fixed logits [N, E], whose bias lets every token use the experts 2 and 3."""
+
+    def __init__(self, logits_NE: torch.Tensor) -> None:
+        super().__init__()
+        self.logits_NE, self.e_score_correction_bias = logits_NE, torch.tensor([0.0, 0.0, 9.0, 9.0])
+
+    def forward(self, _hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        biased_NE = self.logits_NE.sigmoid() + self.e_score_correction_bias
+        chosen_NK = biased_NE.topk(2).indices
+        return self.logits_NE, self.logits_NE.sigmoid().gather(1, chosen_NK), chosen_NK
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

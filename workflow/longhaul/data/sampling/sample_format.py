@@ -17,7 +17,9 @@ class Sample(NamedTuple):
     """One sequence, all arrays [S] int64.
 
     labels[t] is the token that position t has to predict (already shifted), or IGNORED_LABEL where it does not count in
-    the loss. position_ids restart at 0 with every conversation of a pack, and with the padding after the last one.
+    the loss. position_ids restart at 0 with every conversation of a pack. In the padding after the last conversation they are
+    negative and end with -1: the padding is a document of its own, and mixtures of experts do not count its tokens. A window of
+    text has no document borders; the padding of the last one has the next positions.
     """
 
     input_ids: np.ndarray

@@ -95,7 +95,7 @@ class PackSource:
         start = 0
         for number in self._packs[index]:
             start += self._write_conversation(sample, start, *self._reader.document(int(number)))
-        sample.position_ids[start:] = np.arange(self.length - start)
+        sample.position_ids[start:] = np.arange(start - self.length, 0)
         return start
 
     def openings(self) -> Iterator[tuple[int, ...]]:

@@ -63,5 +63,6 @@ def parse_index(path: Path, index: np.ndarray) -> tuple[str, np.ndarray, np.ndar
 def damaged_shard(path: Path, reason: str) -> UserError:
     """Return the error for a damaged file of a shard."""
     return UserError(
-        f"token shard {path}: {reason}", "delete its folder and run again: longhaul writes the shards again"
+        f"token shard {path}: {reason}",
+        f"delete the folder {path.parent} and the dataset's manifest, data/{path.parent.parent.name}.json; then run again",
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.planning import Plan, model_config
 
 
@@ -26,9 +26,9 @@ def check_tokenizer_folder(plan: Plan) -> None:
 
 
 def require_size(size: int, limit: int) -> None:
-    """Raise UserError for a tokenizer of more tokens than the model's vocab_size, which is `limit`."""
+    """Raise InputError for a tokenizer of more tokens than the model's vocab_size, which is `limit`."""
     if size > limit:
-        raise UserError(
+        raise InputError(
             f"the tokenizer has {size} tokens; the model's vocab_size is {limit}",
             "use the tokenizer of the pretrained model; for a model from random weights, raise vocab_size",
         )

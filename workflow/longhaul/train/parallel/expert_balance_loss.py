@@ -1,17 +1,20 @@
 """The balance loss of every sequence of a mixture of experts (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
 
-For a sequence of T tokens, and E experts of which each token uses K: f_i is E / (K T) times the number of tokens that use
-expert i, and P_i is the mean affinity of the tokens to it; the affinities of a token sum to 1 over the experts. The loss is
-coefficient x sum of f_i P_i, averaged over the sequences of the global batch and summed over layers.
+For a sequence of T tokens, and E experts of which each token uses K: f_i is E / (K T) times the number of tokens for which
+expert i is among the K largest scores, and P_i is the mean affinity of the tokens to it; the affinities of a token are its
+scores, divided by their sum. Neither the bias that balances the load nor the limit on groups has a part in it: a token may use
+other experts. The loss is coefficient x sum of f_i P_i, averaged over the sequences of the global batch and summed over layers.
+A sequence is one row of a batch, which may hold several conversations; padding is no token of it.
 
 The loss enters at the gradient of each router, so that it works on every pipeline rank. The reported loss is that of the
 tokens only.
 
-N tokens of a micro batch, B sequences, E experts, K experts for each token.
+N tokens of a micro batch, B sequences, S their length, E experts, K experts for each token.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.nn import functional as F
 
 from longhaul.compat.torch import is_in_backward_pass
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
@@ -47,27 +51,36 @@ class SequenceBalanceLoss:
         self._total: torch.Tensor | float = 0.0
         for layer in decoder_layers(model) if self._scale else ():
             if hasattr(layer.mlp, "experts"):
-                layer.mlp.gate.register_forward_hook(self._add_loss)
+                layer.mlp.gate.register_forward_hook(partial(self._add_loss, TextTokens(layer)))
 
-    def _add_loss(self, router: Any, _inputs: Any, output: Any) -> Any:
+    def _add_loss(self, text: TextTokens, router: Any, _inputs: Any, output: Any) -> Any:
         if not router.training:
             return output
         logits_NE, weights_NK, chosen_NK = output
-        loss = self._scale * self._sum_over_sequences(router, logits_NE, chosen_NK)
+        scores_NE, is_text_N = _scores(router, logits_NE.float()), text.mask(len(logits_NE))
+        loss = self._scale * self._sum_over_sequences(scores_NE, is_text_N, chosen_NK.shape[1])
         if not is_in_backward_pass():  # activation checkpointing recomputes the layer there: count it once
             self._total = self._total + loss.detach()
         # DeepSpeed averages gradients over the data ranks, and each of them has other sequences.
         return logits_NE, _AttachLoss.apply(weights_NK, loss, float(self._dims.data)), chosen_NK
 
-    def _sum_over_sequences(self, router: Any, logits_NE: torch.Tensor, chosen_NK: torch.Tensor) -> torch.Tensor:
-        """Return the sum of f_i P_i over this rank's sequences; under sequence parallelism, its tokens' part of the sum."""
-        experts, local_length = logits_NE.shape[1], self._sequence_length // self._dims.parallel.sequence
-        affinities_NE = _affinities(router, logits_NE.float())
-        means_BE = affinities_NE.view(-1, local_length, experts).sum(1) / self._sequence_length
-        visits_BE = F.one_hot(chosen_NK, experts).sum(1).view(-1, local_length, experts).sum(1).float()
+    def _sum_over_sequences(self, scores_NE: torch.Tensor, is_text_N: torch.Tensor, used: int) -> torch.Tensor:
+        """Return the sum of f_i P_i over this rank's sequences; under sequence parallelism, its tokens' part of the sum.
+
+        used: K, the experts for each token
+        """
+        experts, local_length = scores_NE.shape[1], self._sequence_length // self._dims.parallel.sequence
+        is_text_N1 = is_text_N[:, None]
+        visits_NE = F.one_hot(scores_NE.topk(used).indices, experts).sum(1) * is_text_N1
+        affinities_NE = scores_NE / scores_NE.sum(-1, keepdim=True) * is_text_N1
+        visits_BE = visits_NE.view(-1, local_length, experts).sum(1).float()
+        tokens_B1 = is_text_N.view(-1, local_length).sum(1, keepdim=True).float()
         if self._dims.parallel.sequence > 1:
             dist.all_reduce(visits_BE, group=self._dims.group("sequence"))
-        return (visits_BE * (experts / chosen_NK.shape[1] / self._sequence_length) * means_BE).sum()
+            dist.all_reduce(tokens_B1, group=self._dims.group("sequence"))
+        tokens_B1 = tokens_B1.clamp(min=1)
+        means_BE = affinities_NE.view(-1, local_length, experts).sum(1) / tokens_B1
+        return (visits_BE * experts / (used * tokens_B1) * means_BE).sum()
 
     def pop_loss(self) -> float:
         """Return this rank's part of the step's balance loss and reset it to 0.
@@ -78,12 +91,6 @@ class SequenceBalanceLoss:
         return total if self._dims.tensor_rank == 0 else 0.0
 
 
-def _affinities(router: Any, logits_NE: torch.Tensor) -> torch.Tensor:
-    """Return each token's affinity to each expert; rows sum to 1.
-
-    Routers with a correction bias (DeepSeek-V3) use sigmoids, which are normalised here; other routers use the softmax.
-    """
-    if not hasattr(router, "e_score_correction_bias"):
-        return logits_NE.softmax(-1)
-    scores_NE = logits_NE.sigmoid()
-    return scores_NE / scores_NE.sum(-1, keepdim=True)
+def _scores(router: Any, logits_NE: torch.Tensor) -> torch.Tensor:
+    """Return each token's scores of the experts: sigmoids if the router has a correction bias (DeepSeek-V3), else the softmax."""
+    return logits_NE.sigmoid() if hasattr(router, "e_score_correction_bias") else logits_NE.softmax(-1)

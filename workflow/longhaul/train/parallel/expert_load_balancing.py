@@ -2,6 +2,7 @@
 
 The router adds a bias to its scores. After every step the bias rises by a fixed amount for experts that got fewer tokens of
 the global batch than the mean, and falls for those that got more (arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, 2.1.2).
+Padding does not count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.compat.torch import is_in_backward_pass
+from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
@@ -31,16 +33,17 @@ class ExpertLoad:
         self._counts: dict[str, torch.Tensor] = {}
         for layer in decoder_layers(model):
             if hasattr(layer.mlp, "experts"):
-                self._count_tokens_of(str(layer.self_attn.layer_idx), layer.mlp)
+                self._count_tokens_of(str(layer.self_attn.layer_idx), layer.mlp, TextTokens(layer))
 
-    def _count_tokens_of(self, layer: str, mixture: Any) -> None:
+    def _count_tokens_of(self, layer: str, mixture: Any, text: TextTokens) -> None:
         self._routers[layer] = mixture.gate
         experts = mixture.experts.num_experts
 
         def count(_module: Any, inputs: tuple[Any, ...]) -> None:
             # In a backward pass activation checkpointing recomputes the layer: that would count a token twice.
             if mixture.training and not is_in_backward_pass():
-                counts = torch.bincount(inputs[1].flatten(), minlength=experts)
+                chosen_NK = inputs[1]
+                counts = torch.bincount(chosen_NK[text.mask(len(chosen_NK))].flatten(), minlength=experts)
                 self._counts[layer] = self._counts.get(layer, 0) + counts
 
         mixture.experts.register_forward_pre_hook(count)

@@ -1,0 +1,62 @@
+"""The load of experts counts text alone, and the biases follow it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from longhaul.config.stage_config import Parallel
+from longhaul.train.parallel.expert_load_balancing import ExpertLoad, load_summary
+from longhaul.train.parallel.parallel_dims import ParallelDims
+
+CHOSEN_NK = torch.tensor([[0, 1], [0, 2], [0, 1], [3, 2], [3, 2], [3, 2]])
+POSITIONS = torch.tensor([[0, 1, 2], [0, -2, -1]])
+"""Of two sequences; the last two tokens are padding."""
+
+
+class Experts(torch.nn.Module):
+    """Experts without weights."""
+
+    num_experts = 4
+
+    def forward(self, hidden: torch.Tensor, _chosen: torch.Tensor, _weights: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+class Mixture(torch.nn.Module):
+    """A mixture whose router always chooses CHOSEN_NK."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.gate = Experts(), torch.nn.Module()
+        self.gate.e_score_correction_bias = torch.zeros(4)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.experts(hidden, CHOSEN_NK, torch.ones(6, 2))
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer that is only a mixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = SimpleNamespace(layer_idx=5), Mixture()
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden)
+
+
+def test_padding_is_no_load_and_moves_no_bias():
+    layer = Layer()
+    model: Any = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
+    load = ExpertLoad(model, ParallelDims(0, 1, Parallel()), bias_rate=0.5)
+    layer(torch.zeros(6), position_ids=POSITIONS)
+    loads = load.finish_step()
+    assert loads == {"5": [3, 2, 2, 1]}, "four tokens use two experts each"
+    assert load_summary(loads) == {"expert_load_max": 1.5, "expert_load_min": 0.5}
+    assert layer.mlp.gate.e_score_correction_bias.tolist() == [-0.5, 0.0, 0.0, 0.5]
+    layer.eval()
+    layer(torch.zeros(6), position_ids=POSITIONS)
+    assert load.finish_step() == {}, "validation counts nothing"
