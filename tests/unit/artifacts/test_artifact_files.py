@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock, TokenizerManifest
-from longhaul.artifacts.atomic_files import atomic_path, content_hash, read_json, write_json, write_text
-from longhaul.errors import UserError
+from longhaul.artifacts.atomic_files import (
+    atomic_path,
+    content_hash,
+    disk_full_as_user_error,
+    read_json,
+    write_json,
+    write_text,
+)
+from longhaul.errors import DiskFull, UserError
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path):
@@ -75,3 +83,20 @@ def test_missing_and_invalid_files_are_named(tmp_path: Path):
 def test_content_hash_does_not_depend_on_key_order():
     assert content_hash({"a": 1, "b": [1.5, None]}) == content_hash({"b": [1.5, None], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 1.5})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_the_one_that_is_written_to(number: int, tmp_path: Path):
+    """A failed write does not name its file; other calls do, and that file may be on another disk."""
+    for named, folder in ((None, tmp_path / "export"), (str(tmp_path / "other/file"), tmp_path / "other")):
+        with (
+            pytest.raises(DiskFull, match=f"an export needs 900 bytes .* of free space in {folder}") as full,
+            disk_full_as_user_error("an export", tmp_path / "export", 900, "remove other exports"),
+        ):
+            raise OSError(number, "full", named)
+        assert full.value.folder == folder and "remove other exports" in full.value.hint
+
+
+def test_other_errors_of_the_system_stay(tmp_path: Path):
+    with pytest.raises(PermissionError), disk_full_as_user_error("an export", tmp_path):
+        raise PermissionError(errno.EACCES, "denied")

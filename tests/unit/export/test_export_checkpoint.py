@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longhaul.artifacts.artifact_schemas import Export
-from longhaul.errors import UserError
+from longhaul.errors import DiskFull, UserError
 from longhaul.export.export_checkpoint import run
 from tests.support.stage_folder import ExportableStage, create_exportable_stage
 from tests.support.train_zero_checkpoints import CASES
@@ -111,6 +113,21 @@ def test_altered_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     assert_refused(stage, "SHA-256")
+
+
+def test_full_disk_names_the_folder_of_exports(zero_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system's error has no path. Nothing of the export is left."""
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+
+    def refuse(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(DiskFull, match="an export needs") as full:
+        export(stage)
+    folder = Path(stage.job.folder)
+    assert full.value.folder == folder.parent and full.value.needed_bytes > 1000
+    assert not list(folder.parent.glob(f"*{folder.name}*"))
 
 
 def test_altered_manifest_is_refused(zero_checkpoints: Path, tmp_path: Path):
