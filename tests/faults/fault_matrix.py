@@ -21,7 +21,7 @@ class FaultCase:
     when:          queued | starting | training | saving | tokenizing | exporting
     inject:        injects the fault when `when` holds
     ends_command:  the fault ends the main Snakemake process, or a user ends the job
-    fails_with:    cause of the permanent failure
+    fails_with:    cause of the failure, which a change of the environment repairs
     last_message:  part of what the first command, which does not retry, prints at its end
     before_start:  called before the first command
     before_second: called before the second command

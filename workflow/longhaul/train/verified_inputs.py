@@ -29,7 +29,7 @@ def verify_data(job: TrainSpec, data: DataManifest, weights: WeightsFolder, cont
     """
     files = dataset_files(data)
     state, record = _file_states(files, context), weights.verified_data
-    if context.broadcast(record.exists() and record.read_text() == state):
+    if context.broadcast(context.is_main and record.exists() and record.read_text() == state):
         return
     began_s = time.monotonic()
     if problem := _first_problem(files, context):
