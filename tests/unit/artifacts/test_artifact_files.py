@@ -90,7 +90,9 @@ def test_a_full_disk_is_the_one_that_is_written_to(number: int, tmp_path: Path):
     """A failed write does not name its file; other calls do, and that file may be on another disk."""
     for named, folder in ((None, tmp_path / "export"), (str(tmp_path / "other/file"), tmp_path / "other")):
         with (
-            pytest.raises(DiskFull, match=f"an export needs 900 bytes .* of free space in {folder}") as full,
+            pytest.raises(
+                DiskFull, match=f"^{named or 'an export'} needs 900 bytes .* of free space in {folder},"
+            ) as full,
             disk_full_as_user_error("an export", tmp_path / "export", 900, "remove other exports"),
         ):
             raise OSError(number, "full", named)

@@ -110,7 +110,7 @@ def disk_full_as_user_error(what: str, folder: Path, needed_bytes: int = 0, choi
     """Raise DiskFull when a write in the block does not fit.
 
     what:    what the block writes, such as "an export"
-    folder:  where it writes; most errors of the operating system do not name a file
+    folder:  where it writes. Both are for errors without a file name, as failed writes raise them
     choices: remedies other than freeing space
     """
     try:
@@ -119,7 +119,9 @@ def disk_full_as_user_error(what: str, folder: Path, needed_bytes: int = 0, choi
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         full = Path(error.filename).parent if error.filename else folder
-        raise DiskFull(what, full, needed_bytes, free_bytes(full), choices or DiskFull.choices) from error
+        raise DiskFull(
+            error.filename or what, full, needed_bytes, free_bytes(full), choices or DiskFull.choices
+        ) from error
 
 
 def free_bytes(path: Path) -> int:
