@@ -318,19 +318,19 @@ FOLLOWED_ELSEWHERE = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture
-def place(finished: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
+def place(prepared: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The place, as it was before the damage of the last test."""
-    backup = finished.folder.with_name("backup")
-    shutil.copytree(finished.folder, backup)
-    monkeypatch.chdir(finished.folder)
-    yield finished
-    shutil.rmtree(finished.folder)
-    backup.rename(finished.folder)
+    backup = prepared.folder.with_name("backup")
+    shutil.copytree(prepared.folder, backup)
+    monkeypatch.chdir(prepared.folder)
+    yield prepared
+    shutil.rmtree(prepared.folder)
+    backup.rename(prepared.folder)
 
 
 @pytest.mark.parametrize("name", REMEDIES)

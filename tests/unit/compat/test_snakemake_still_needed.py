@@ -45,7 +45,7 @@ def run(folder: Path, key: str, patched: bool, *arguments: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all rules have run, with the parameter 1."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     folder.mkdir()
@@ -63,16 +63,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("name", "patched"), [("missing target", False), *((name, True) for name in CHANGES)])
-def test_a_job_behind_an_ancient_input_is_examined(name: str, patched: bool, finished: Path, tmp_path: Path):
+def test_a_job_behind_an_ancient_input_is_examined(name: str, patched: bool, built: Path, tmp_path: Path):
     """`check` runs again, as its parameter changed; `work` has a reason of its own to run."""
     prepare, arguments = CHANGES[name]
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    folder = Path(shutil.copytree(built, tmp_path / "run"))
     subprocess.run(prepare, shell=True, cwd=folder, check=True)
     would_run = run(folder, "2", patched, "--dry-run", *arguments)
     assert "check" in would_run
     assert ("work" in would_run) == patched
 
 
-def test_a_job_without_a_reason_does_not_run(finished: Path, tmp_path: Path):
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+def test_a_job_without_a_reason_does_not_run(built: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(built, tmp_path / "run"))
     assert run(folder, "2", True, "--dry-run", "--", "end") == {"check"}

@@ -106,9 +106,9 @@ def test_packs_hold_conversations_with_labels_and_positions_of_their_own(tmp_pat
     assert (source.token_count, source.cut_documents, source.length) == (14, 0, 7)
 
 
-def test_positions_of_the_padding_restart(tmp_path: Path):
+def test_positions_of_the_padding_are_negative(tmp_path: Path):
     source = pack_source(tmp_path, Documents([1, 2, 3], masks=[[0, 1, 1]]), length=5)
-    assert lists(filled(source, 0)) == ([1, 2, 3, PAD, PAD], [2, 3, -100, -100, -100], [0, 1, 2, 0, 1])
+    assert lists(filled(source, 0)) == ([1, 2, 3, PAD, PAD], [2, 3, -100, -100, -100], [0, 1, 2, -2, -1])
 
 
 def test_long_conversation_is_truncated(tmp_path: Path):
