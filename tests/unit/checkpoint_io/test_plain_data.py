@@ -13,7 +13,9 @@ import torch
 from longhaul.checkpoint_io.plain_data import load_plain_data
 from longhaul.compat.deepspeed import files_read_with
 from longhaul.errors import UserError
+from tests.support.chain import REPOSITORY
 from tests.support.payloads import put_payload
+from tests.support.ranks import launch_worker
 
 
 class RunsCode:
@@ -60,6 +62,14 @@ def test_what_deepspeed_saves_is_loaded(tmp_path: Path):
     assert type(found["loss_scaler"]) is type(saved["loss_scaler"]) and found["static"].cur_scale == 1.0
     assert found["zero_stage"] == 3 and found["mapping"] == saved["mapping"] and found["names"] == {"a"}
     assert torch.equal(found["weights"], saved["weights"])
+
+
+def test_engines_of_every_precision_resume():
+    """Their files hold loss scalers, addresses of fragments and plain data only."""
+    done = launch_worker(REPOSITORY / "tests/support/resume_in_every_precision.py", 1, timeout_s=200)
+    resumed = [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith("RESUMED ")]
+    expected = [f"{zero_stage} {precision}: True" for zero_stage in range(4) for precision in ("fp16", "bf16")]
+    assert resumed == expected, done.stderr[-4000:]
 
 
 def test_a_payload_is_refused_and_does_not_run(tmp_path: Path):
