@@ -33,7 +33,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.train.checkpoint.load_checkpoint import check_belongs_to
-from longhaul.train.verified_inputs import verify_data
+from longhaul.train.verified_inputs import verify_data, verify_packs
 from tests.support.checkpoint_manifest import manifest_fields
 from tests.support.corpora import conversation, dataset, make_tokenizer, text, tokenize_job, write_jsonl
 from tests.support.small_configs import plan_of
@@ -169,6 +169,14 @@ def open_packs_and_damage(name: str, content: bytes) -> Callable[[Place], None]:
     return damage
 
 
+def alter_packs(place: Place) -> None:
+    """Exchange two conversations: the file stays valid."""
+    place.samples()
+    (path,) = place.folder.glob("samples/pack-*.bin")
+    data = path.read_bytes()
+    path.write_bytes(data[4:8] + data[:4] + data[8:])
+
+
 def write_launch(place: Place) -> None:
     write_launch_files(place.plan(), place.folder)
 
@@ -278,6 +286,12 @@ REMEDIES: dict[str, Remedy] = {
         Place.mix,
     ),
     "checkpoint of other weights": Remedy("move it back to …/", checkpoint_of_other_weights, check_weights, move_back),
+    "altered packs": Remedy(
+        "; both are written again",
+        alter_packs,
+        lambda place: verify_packs(place.folder / "samples", ALONE),
+        again=Place.samples,
+    ),
     "packs": Remedy("delete it and run again", open_packs_and_damage("pack-*.bin", b"\0" * 8), Place.samples),
     "job spec": Remedy(
         "delete it and run again",

@@ -8,6 +8,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Count
+from longhaul.artifacts.typed_json import Sha256
 
 
 class PackTotals(TypedDict):
@@ -20,6 +21,7 @@ class PackTotals(TypedDict):
     documents_without_loss: conversations left out because what a sequence keeps of them holds no loss token
     loss_tokens:            loss tokens of the split
     cut_loss_tokens:        those in no pack
+    sha256:                 of the pack file
     """
 
     documents: Count
@@ -32,6 +34,7 @@ class PackTotals(TypedDict):
     loss_tokens: NotRequired[Count]
     cut_loss_tokens: NotRequired[Count]
     padding_share: float
+    sha256: NotRequired[Sha256]
 
 
 def padding_share(tokens: int, positions: int) -> float:

@@ -29,7 +29,7 @@ from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.step_backends import build_backend
 from longhaul.train.trainer import Trainer
-from longhaul.train.verified_inputs import verify_data, verify_start
+from longhaul.train.verified_inputs import verify_data, verify_packs, verify_start
 from longhaul.train.write_reference_values import sample_prompts
 
 
@@ -100,6 +100,7 @@ def _train(
     cache = WeightsFolder(checkpoints.folder).samples
     samples = open_samples(job, data, "train", cache, context)
     held_out = open_samples(job, data, "validation", cache, context)
+    verify_packs(cache, context)
     model = build_model(job, tokenizer, start, context)
     backend = build_backend(job, model, context)
     state = checkpoints.resume(backend.engine)

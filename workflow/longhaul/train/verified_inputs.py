@@ -12,8 +12,11 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256, write_text
+from longhaul.artifacts.pack_totals import PackTotals
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.artifacts.verified_files import FileHashes, dataset_files, wrong_files
+from longhaul.data.sampling.sample_sources import delete_packs_hint
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, read_manifest
@@ -50,6 +53,18 @@ def _make_again(path: Path, data: DataManifest, manifest: Path) -> str:
     folder = Path(owner.path) / path.relative_to(owner.path).parts[0] if path.is_relative_to(owner.path) else path
     manifests = dict.fromkeys([manifest.with_name(f"{owner.dataset}.json"), manifest])
     return f"restore the file, or make it again: rm -r {folder} {' '.join(map(str, manifests))}; then run again"
+
+
+def verify_packs(folder: Path, context: DistributedContext) -> None:
+    """Compare the pack files of a stage with their recorded hashes. A flipped bit would repeat conversations and skip others.
+
+    Raises:
+        UserError: on all ranks, with the first file that is missing or was altered.
+    """
+    records = {path: read_typed_json(path, PackTotals, delete_packs_hint(path)) for path in folder.glob("pack-*.json")}
+    files = {path.with_suffix(".bin"): totals["sha256"] for path, totals in records.items() if "sha256" in totals}
+    if problem := _first_problem(files, context):
+        raise UserError(problem, delete_packs_hint(Path(problem.split(" ", 1)[0])))
 
 
 def verify_start(start: StartingCheckpoint, context: DistributedContext) -> None:

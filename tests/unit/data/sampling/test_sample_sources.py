@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import Sample, clear_sample
 from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource
@@ -192,6 +192,7 @@ def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pyt
         "loss_tokens": 16,
         "cut_loss_tokens": 1,
         "padding_share": 1 / 16,
+        "sha256": file_sha256(tmp_path / "packs.bin"),
     }
     pack_source(tmp_path, Documents([1] * 3, [2] * 9, [3] * 4), length=8)
     assert capsys.readouterr().err == "", "the existing file is used"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.data.sampling.pack_conversations import PackFile, best_fit, pack_block, write_pack_file
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample
@@ -268,6 +268,7 @@ def test_padding_share_is_the_fraction_of_positions_without_a_token(chat_shards:
         "loss_tokens": chat_shards.splits["train"]["loss_tokens"],
         "cut_loss_tokens": 0,
         "padding_share": samples.padding_share,
+        "sha256": file_sha256(record.with_suffix(".bin")),
     }
 
 

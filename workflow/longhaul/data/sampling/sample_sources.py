@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, padding_share
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
@@ -81,7 +81,7 @@ class PackSource:
         if not (path.exists() and record.exists()):
             _write_packs(reader, length, seed, path, record, truncate)
         # The totals come from the record, because reading the lengths of all documents is slow.
-        totals = read_typed_json(record, PackTotals, f"delete {record} and {path}; both are written again")
+        totals = read_typed_json(record, PackTotals, delete_packs_hint(path))
         self.token_count, self.cut_documents = totals["tokens"], totals["cut_documents"]
         if totals["documents"]:
             self._packs = PackFile(path, totals["documents"])
@@ -122,6 +122,11 @@ def _kept_tokens(count: int, length: int, truncate: Truncate) -> slice:
     return slice(max(0, count - length), count) if truncate == "left" else slice(0, min(count, length))
 
 
+def delete_packs_hint(path: Path) -> str:
+    """Return the remedy for a damaged pack file or its record."""
+    return f"delete {path.with_suffix('.json')} and {path}; both are written again"
+
+
 def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record: Path, truncate: Truncate) -> None:
     """Write the pack file, then `record`, a JSON file with its totals. The report reads the record too."""
     lengths = reader.lengths()
@@ -142,6 +147,7 @@ def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record
         "loss_tokens": reader.loss_token_count,
         "cut_loss_tokens": cut_loss_tokens,
         "padding_share": padding_share(tokens, packs * length),
+        "sha256": file_sha256(path),
     }
     write_json(record, totals)
     for line in _describe(totals):
