@@ -6,6 +6,7 @@ kill_at_step          the attempt ends before the step after this many, as if it
 writes                arguments of injected_faults.disturb_writes
 synchronous_saves     files are written while training waits, as where host memory does not suffice
 kill_while_saving     the attempt does not wait for the save in flight before it is killed
+terminate_at_step     every rank gets SIGTERM before the step after this many
 save_after_load       what was loaded is saved at once, with reference values
 copy_checkpoints_from the folder of an earlier stage; the attempt starts with a copy of its checkpoints
 start                 the source of the initial weights, as in prepare_case
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,6 +49,8 @@ def inject_faults(attempt: dict[str, Any]) -> None:
     def before_step(trainer: Trainer) -> None:
         if attempt.pop("save_after_load", False):
             save_with_reference_values(trainer)
+        if trainer.state.step == attempt.get("terminate_at_step"):
+            os.kill(os.getpid(), signal.SIGTERM)
         if trainer.state.step == attempt.get("kill_at_step"):
             list_swapped_files(Path(attempt["folder"]), trainer.context)
             if not attempt.get("kill_while_saving"):

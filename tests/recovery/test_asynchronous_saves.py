@@ -16,7 +16,7 @@ FIRST, SECOND = (f"step-{step:08d}" for step in (HALF // 2, HALF))
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
-    """Return trained stages by name. The first attempts of "killed" and "failed" have ended early."""
+    """Return trained stages by name. The first attempts of "killed", "stopped" and "failed" end early."""
     folder = tmp_path_factory.mktemp("saves")
     shared = write_shared_data(folder / "shared")
     first = {
@@ -25,6 +25,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
         "killed": TrainedStage(
             folder / "killed", 2, zero=2, faults={"writes": SLOW, "kill_at_step": 7, "kill_while_saving": True}
         ),
+        "stopped": TrainedStage(folder / "stopped", 2, zero=2, faults={"writes": SLOW, "terminate_at_step": HALF // 2}),
         "failed": TrainedStage(folder / "failed", 2, zero=2, faults={"writes": {"failing_folder": SECOND}}),
     }
     train(shared, *first.values())
@@ -34,6 +35,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
         shutil.rmtree(from_first.checkpoint(step))
     second = {
         "resumed": TrainedStage(folder / "killed", 2, zero=2),
+        "continued": TrainedStage(folder / "stopped", 2, zero=2),
         "from first": from_first,
     }
     train(shared, *second.values())
@@ -76,6 +78,12 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(stages: dict[str, Tra
     assert [event["step"] for event in stages["resumed"].events("resumed")] == [HALF // 2]
     assert stages["resumed"].master_hashes() == stages["asynchronous"].master_hashes()
     assert stages["resumed"].checkpoints == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
+
+
+def test_a_graceful_stop_waits_for_the_save_in_flight_and_its_own(stages: dict[str, TrainedStage]):
+    assert stages["stopped"].checkpoints == [FIRST, f"step-{HALF // 2 + 1:08d}"]
+    assert [event["step"] for event in stages["continued"].events("resumed")] == [HALF // 2 + 1]
+    assert stages["continued"].master_hashes() == stages["asynchronous"].master_hashes()
 
 
 def test_an_error_in_the_background_ends_all_ranks_with_its_message(stages: dict[str, TrainedStage]):
