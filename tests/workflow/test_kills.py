@@ -23,6 +23,11 @@ def steps_done(chain: Chain) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
+def is_saved(chain: Chain, step: int) -> bool:
+    """Return whether the checkpoint of a step is complete; its files are written while later steps run."""
+    return any(chain.results.glob(f"stages/base/weights/*/checkpoints/step-{step:08d}"))
+
+
 def wait_for(condition: Callable[[], bool], main: subprocess.Popen[str], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -71,7 +76,7 @@ def killed(finished: Chain, tmp_path: Path) -> Chain:
 @pytest.mark.slow
 def test_weights_are_bit_identical_after_kills(finished: Chain, killed: Chain):
     first = start(killed)
-    wait_for(lambda: steps_done(killed) >= 12, first)
+    wait_for(lambda: steps_done(killed) >= 12 and is_saved(killed, 10), first)
     trainers(first)[-1].send_signal(signal.SIGKILL)  # restarted in place
     second = killed.snakemake(STAGE)
     assert second.returncode == 2, second.stdout + second.stderr
