@@ -103,3 +103,10 @@ def test_a_conversation_that_the_template_refuses_is_reported(tmp_path: Path, to
     with pytest.raises(UserError, match="here: the chat template refuses this conversation: not with me"):
         template.render(chats[0], "here")
     assert make_shards(tmp_path, tokenizer_folder, [corpus], dataset("chat")).skipped == {}
+
+
+def test_an_endless_template_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("longhaul.data.tokenizers.chat_template.RENDER_LIMIT_S", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"here: the chat template refuses .* no end within 0.2 s of CPU time"):
+        ChatTemplate(endless, {"eos_token": "<e>"}).render([{"role": "assistant", "content": "A"}], "here")

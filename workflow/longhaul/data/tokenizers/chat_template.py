@@ -19,12 +19,14 @@ from longhaul.compat.chat_templates import render_chat
 from longhaul.data.readers.conversations import Message, Tool
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.control_tokens import ControlTokens, contain_private_characters
+from longhaul.runtime.cpu_time_limit import cpu_time_limit
 
 Span = tuple[int, int]
 """[start, end) in a text, in characters or in bytes of UTF-8."""
 
 _THINK, _THINK_END = "<think>", "</think>"
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+RENDER_LIMIT_S = 10
 REMEDY = "give a template with {% generation %} markers as tokenizer.chat_template (templates/chat has some)"
 
 
@@ -158,7 +160,10 @@ class ChatTemplate:
         import jinja2
 
         try:
-            return render_chat(self.template, conversation.messages, conversation.tools, prompt, self.special_tokens)
+            with cpu_time_limit(RENDER_LIMIT_S):
+                return render_chat(
+                    self.template, conversation.messages, conversation.tools, prompt, self.special_tokens
+                )
         except Exception as error:  # a template is a program: it may raise any exception
             reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             message = f"{conversation.where}: the chat template refuses this conversation: {reason}"
