@@ -205,6 +205,13 @@ def test_a_folder_that_does_not_fit_the_model_is_refused(folder, tmp_path: Path,
         initial_values(path)
 
 
+def test_rotary_frequencies_of_older_releases_are_not_read(folder, tmp_path: Path) -> None:
+    path = _copy(folder[0], tmp_path)
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(LAYERS)}
+    save_file(buffers, path / "model-00009-of-000009.safetensors")
+    initial_values(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -18,6 +18,8 @@ from longhaul.errors import UserError
 _SCALE = "_scale_inv"
 _HINT = "the weights do not belong to this config.json, or the download is incomplete"
 _LISTED_KEYS = 5
+# Folders of older transformers releases hold these buffers. As transformers does, longhaul computes them from config.json.
+_DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def _block_scaled(folder: Path, tensors: dict[str, LazyTensor], key: str, block:
 
 def _check_keys(folder: Path, stored: Iterable[str], expected: set[str], config: Any) -> None:
     known = expected | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    for kind, names in (("missing keys", expected - set(stored)), ("unexpected keys", set(stored) - known)):
+    unexpected = {name for name in stored if name not in known and not name.endswith(_DERIVED)}
+    for kind, names in (("missing keys", expected - set(stored)), ("unexpected keys", unexpected)):
         if names:
             listed = ", ".join(sorted(names)[:_LISTED_KEYS])
             raise UserError(f"{folder}: {kind}: {listed} ({len(names)} in all)", _HINT)
