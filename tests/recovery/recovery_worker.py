@@ -10,6 +10,7 @@ terminate_at_step     every rank gets SIGTERM before the step after this many
 save_after_load       what was loaded is saved at once, with reference values
 copy_checkpoints_from the folder of an earlier stage; the attempt starts with a copy of its checkpoints
 start                 the source of the initial weights, as in prepare_case
+delay_results         bad steps are decided as on a GPU: the trainer reads the result of a step when it has started the next one
 poison                {batch number: factor}: the loss of this global batch is multiplied by the factor, on the last rank alone
 """
 
@@ -24,8 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.job_state import Deadline
 from longhaul.errors import UserError
+from longhaul.train import detect_bad_steps
 from longhaul.train import train_stage as loop
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.trainer import Trainer
@@ -68,6 +71,13 @@ def save_with_reference_values(trainer: Trainer) -> None:
     trainer.checkpoints.needs_reference_values = usual
 
 
+def fuse_optimizer(deepspeed_config: Path) -> None:
+    """Let the stage use torch's fused AdamW, which also exists for CPUs, and skips an update by itself."""
+    config = json.loads(deepspeed_config.read_text())
+    config["optimizer"]["params"]["fused"] = True
+    write_text(deepspeed_config, json.dumps(config))
+
+
 def list_swapped_files(folder: Path, context: DistributedContext) -> None:
     """Write swapped-<rank>.json: name -> bytes of the files in this rank's swap folder, where it has one."""
     if context.swap:
@@ -81,6 +91,9 @@ def train(attempt: dict[str, Any]) -> str:
     job, _ = prepare_case(folder, Path(attempt["shared"]), attempt["run"], attempt.get("start", ""))
     if attempt.get("synchronous_saves"):
         job = job.model_copy(update={"asynchronous_saves": False})
+    if attempt.get("delay_results"):
+        fuse_optimizer(Path(job.deepspeed))
+    detect_bad_steps.can_skip_update_on_device = lambda _optimizer: bool(attempt.get("delay_results"))
     inject_faults(attempt)
     # Rank 0 alone: the other ranks look for these files only after all ranks have met.
     if "copy_checkpoints_from" in attempt and os.environ["RANK"] == "0":

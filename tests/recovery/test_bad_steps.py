@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
         without_faults = stage(folder / f"{name}-configured", "stop", {})
         without_faults.stage["skip_batches"] = skipped
         found[f"{name}, configured"] = without_faults
+    for name in ("skip", "roll back"):
+        for suffix in ("", ", configured"):
+            delayed = replace(found[name + suffix], folder=folder / f"delayed-{name}{suffix}")
+            delayed.faults = {**delayed.faults, "delay_results": True}
+            found[f"{name}, delayed{suffix}"] = delayed
     found["skip, pipeline"] = stage(folder / "pipeline", "skip", {4: NAN, 6: NAN, 7: NAN})
     found["skip, pipeline"].stage["parallel"] = {"pipeline": 2}
     too_late = stage(folder / "stop", "stop", {})
@@ -52,7 +58,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
     return found | {"too late": too_late, "continued": continued}
 
 
-@pytest.mark.parametrize("name", ["skip", "roll back", "roll back to 0", "spike"])
+@pytest.mark.parametrize(
+    "name", ["skip", "roll back", "roll back to 0", "spike", "skip, delayed", "roll back, delayed"]
+)
 def test_the_weights_are_those_of_a_run_with_these_skip_batches(stages: dict[str, TrainedStage], name: str):
     found, expected = stages[name], stages[f"{name}, configured"]
     assert found.ended == expected.ended == "finished"
@@ -85,6 +93,17 @@ def test_other_layouts_skip_the_same_batches(stages: dict[str, TrainedStage], la
     found = stages[f"skip, {layout}"]
     assert found.ended == "finished" and [row["batch"] for row in found.events("bad_step")] == [4, 6, 7]
     assert found.losses() == pytest.approx(stages["skip"].losses(), rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["skip", "roll back"])
+def test_a_delayed_result_has_the_same_consequences(stages: dict[str, TrainedStage], policy: str):
+    found, expected = stages[f"{policy}, delayed"], stages[policy]
+    for event in ("bad_step", "rolled_back"):
+        rows = [[{**row, "seconds": 0, "time_s": 0} for row in stage.events(event)] for stage in (found, expected)]
+        assert rows[0] == rows[1]
+    assert found.losses() == pytest.approx(expected.losses(), rel=1e-5)
+    norms = [[row["grad_norm"] for row in stage.rows()] for stage in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and max(norms[1]) > 1.0, "some gradients are clipped"
 
 
 def test_every_bad_step_is_recorded(stages: dict[str, TrainedStage]):

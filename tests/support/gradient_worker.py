@@ -55,7 +55,9 @@ def gradients(micro: int, zero_stage: int) -> dict[str, torch.Tensor]:
     rows = torch.arange(GLOBAL_BATCH).reshape(accumulation, ranks, micro)[:, torch.distributed.get_rank()]
     for chosen in rows:
         part = MicroBatch(*(getattr(whole, name)[chosen] for name in ("input_ids", "labels", "position_ids")))
-        engine.backward(scale_to_global_mean(loss_sum(engine, part), whole.loss_tokens, ranks, accumulation))
+        engine.backward(
+            scale_to_global_mean(loss_sum(engine, part), torch.tensor(whole.loss_tokens), ranks, accumulation)
+        )
         if engine.is_gradient_accumulation_boundary():
             found = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
         engine.step()

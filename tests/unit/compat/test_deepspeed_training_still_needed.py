@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -54,6 +55,30 @@ def test_the_outer_optimizer_has_no_hook_before_its_update():
     compat.call_before_update(engine, lambda: calls.append("before"))
     engine.optimizer.step("closure")
     assert calls == ["before", "closure"]
+
+
+def test_clipping_and_the_norm_of_zero_1_and_2_wait_for_the_cpu():
+    clipping = inspect.getsource(DeepSpeedZeroOptimizer.unscale_and_clip_grads)
+    assert "if self.clip_grad == 0.0 and self.loss_scale == 1.0:\n            return" in clipping
+    assert "if is_invalid_grad_norm(clip_norm):" in clipping
+    norm = inspect.getsource(DeepSpeedZeroOptimizer.get_grad_norm_direct)
+    assert "g.data.to(get_norm_dtype())" in norm and "mask_nan_or_inf_with_val_inplace(total_norm" in norm
+    engine = SimpleNamespace(optimizer=SimpleNamespace(clip_grad=2.0))
+    assert compat.take_over_clipping(engine) == 2.0 and engine.optimizer.clip_grad == 0.0
+
+
+def test_the_norm_in_fp32_is_that_of_the_gradients_without_padding():
+    padding = torch.full((4,), 7.0)
+    padding._zero_padding = True  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer = SimpleNamespace(
+        has_moe_layers=False, cpu_offload=False, device="cpu", dp_process_group=None, model_parallel_rank=0,
+        params_in_partition=[[torch.zeros(2), torch.zeros(1)], [torch.zeros(1)]],
+        averaged_gradients={0: [torch.tensor([3.0, 4.0]).bfloat16(), torch.tensor([12.0]), padding], 1: [torch.zeros(1)]},
+        _model_parallel_all_reduce=lambda tensor, op: None,
+    )  # fmt: skip
+    compat.measure_norm_in_fp32(SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 1))
+    with mock.patch("torch.distributed.all_reduce"):
+        assert optimizer.scaled_global_norm().item() == 13.0
 
 
 def test_the_public_gradient_norm_is_set_only_after_the_step():

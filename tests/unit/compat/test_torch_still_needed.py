@@ -7,7 +7,14 @@ import inspect
 import torch
 import torch.utils.checkpoint
 
-from longhaul.compat.torch import is_in_backward_pass, matmul_and_attention_ops
+from longhaul.compat.torch import (
+    can_skip_update_on_device,
+    compile_error_reason,
+    configure_compiler,
+    is_in_backward_pass,
+    matmul_and_attention_ops,
+    set_update_scale,
+)
 
 
 def test_a_backward_pass_is_detected_only_by_a_private_function() -> None:
@@ -26,3 +33,39 @@ def test_matmul_and_attention_operators_have_only_private_names() -> None:
     assert len(names) == 7 and sum(name.startswith("_") for name in names) == 5
     public = [name.lstrip("_") for name in names if name.startswith("_")]
     assert not [name for name in public if hasattr(torch.ops.aten, name)]
+
+
+def test_a_fused_optimizer_skips_an_update_only_through_the_attributes_of_the_grad_scaler() -> None:
+    assert "found_inf" not in inspect.signature(torch.optim.AdamW.step).parameters
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True, weight_decay=0.0)
+    assert not can_skip_update_on_device(optimizer), "only on GPUs"
+    for is_bad, changes in ((1.0, False), (0.0, True)):
+        weight.grad = torch.full((3,), 4.0)
+        before = weight.detach().clone()
+        set_update_scale(optimizer, torch.tensor(2.0), torch.tensor(is_bad))
+        optimizer.step()
+        assert (not torch.equal(weight, before)) == changes
+    assert optimizer.state[weight]["step"] == 1
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.full((3,), 0.1 * 4.0 / 2.0))
+
+
+def test_errors_of_the_compiler_have_only_a_private_class() -> None:
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+    capture, compiler = Unsupported("a graph break"), BackendCompilerFailed(print, RuntimeError("no compiler"), None)
+    for error, is_capture in ((capture, True), (compiler, False)):
+        reason = compile_error_reason(error)
+        assert reason and reason.is_capture == is_capture
+    assert compile_error_reason(RuntimeError("of the layer itself")) is None
+
+
+def test_the_settings_of_the_compiler_are_private() -> None:
+    import torch._dynamo
+    import torch._inductor.config
+
+    assert torch._dynamo.config.recompile_limit >= 8
+    with torch._inductor.config.patch(deterministic=False):
+        configure_compiler(70)
+        assert torch._inductor.config.deterministic
+    assert torch._dynamo.config.recompile_limit >= 70

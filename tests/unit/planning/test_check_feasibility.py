@@ -26,6 +26,7 @@ from longhaul.planning.check_feasibility import (
     check_schedule,
     check_site,
     check_vocabulary,
+    not_compiled_warning,
     save_time_warning,
 )
 from longhaul.planning.gpu_memory import MemoryEstimate
@@ -368,6 +369,17 @@ def test_a_save_that_is_longer_than_the_margin_gives_a_warning():
         "stages.base: a save of 45.0 GB takes about 90 s, longer than recovery.stop_margin_s 30: the end of an allocation may "
         "interrupt the first save, whose time is not measured yet"
     )
+
+
+def test_layers_that_are_not_compiled_on_gpus_give_a_warning_with_the_reason():
+    offloads = tiny_stage(activation_checkpointing="offload")
+    assert not_compiled_warning(offloads, site()) == (
+        "stages.base: its layers run without torch.compile: activation_checkpointing: offload moves the input of a layer to the "
+        "CPU"
+    )
+    assert not_compiled_warning(tiny_stage(), site()) is None
+    assert not_compiled_warning(offloads, site(gpus=0)) is None
+    assert not_compiled_warning(tiny_stage(activation_checkpointing="offload", compile="off"), site()) is None
 
 
 def test_a_sequence_may_be_as_long_as_the_models_positions():

@@ -84,6 +84,7 @@ def test_all_sections_of_a_plain_stage_follow_from_its_keys(tmp_path: Path):
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 3.0,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -95,8 +96,8 @@ def test_all_sections_of_a_plain_stage_follow_from_its_keys(tmp_path: Path):
                 "fused": True,
             },
         },
-        "zero_optimization": {"stage": 1, "overlap_comm": True, "contiguous_gradients": True},
-        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": False},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
     }
 
 
@@ -129,3 +130,11 @@ def test_communication_settings_change_the_data_type_and_the_overlap(tmp_path: P
     )
     compressed = sections(tmp_path, {**two_ranks, "communication": {"powersgd": {}}})["zero_optimization"]
     assert compressed == {"stage": 1, "overlap_comm": False, "contiguous_gradients": True}
+
+
+def test_a_single_data_parallel_rank_copies_no_gradients_into_buckets(tmp_path: Path):
+    no_buckets = {"overlap_comm": False, "contiguous_gradients": False}
+    assert sections(tmp_path, {})["zero_optimization"] == {"stage": 1, **no_buckets}
+    assert sections(tmp_path, {"gpus_per_node": 2})["zero_optimization"]["overlap_comm"] is True
+    whole = sections(tmp_path, {"zero": {"stage": 3}})["zero_optimization"]
+    assert whole["contiguous_gradients"] is True, "ZeRO 3 takes gradients out of the parameters in any case"

@@ -28,6 +28,7 @@ def test_spec_has_all_settings_that_change_the_weights(tmp_path: Path):
             "stages.0.router_bias_update_rate": 0.25,
             "stages.0.sequence_aux_loss_coef": 0.125,
             "stages.0.communication": {"data_type": "bf16"},
+            "stages.0.compile": "off",
         },
         steps=7,
     )
@@ -48,6 +49,7 @@ def test_spec_has_all_settings_that_change_the_weights(tmp_path: Path):
         "fp16": None,
         "router_bias_update_rate": 0.25,
         "sequence_aux_loss_coef": 0.125,
+        "compile": "off",
         "communication": {"data_type": "bf16", "powersgd": None},
     }
     assert (chat["kind"], chat["dataset"], chat["restart"]) == ("sft", "chats", False)

@@ -90,12 +90,56 @@ def call_before_update(engine: Any, action: Callable[[], None]) -> None:
     optimizer.step = delayed_update
 
 
-def gradient_norm_before_update(engine: Any) -> float:
-    """Return the global gradient norm while the inner step runs.
+def gradient_norm_before_update(engine: Any) -> Any:
+    """Return the global gradient norm while the inner step runs: a scalar tensor, or a number.
 
     `engine.get_global_grad_norm()` returns the norm of the previous step until `engine.step` is over.
     """
-    return float(engine.optimizer._global_grad_norm)
+    return engine.optimizer._global_grad_norm
+
+
+def take_over_clipping(engine: Any) -> float:
+    """Stop the ZeRO optimizer from clipping gradients. Return the largest norm that the config allows; 0: no clipping.
+
+    ZeRO 1 and 2 read the norm on the CPU to clip, and every ZeRO stage clips in a pass of its own over the gradients.
+    """
+    limit, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 0.0
+    return limit
+
+
+def measure_norm_in_fp32(engine: Any) -> None:
+    """Let ZeRO 1 and 2 measure the gradient norm in one pass over the gradients, without a wait of the CPU.
+
+    DeepSpeed first converts every gradient to fp64, and copies a constant from the CPU's memory for every parameter group. The
+    norm of experts that ranks divide is left to DeepSpeed: it is averaged over other ranks.
+    """
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() not in (1, 2) or optimizer.has_moe_layers or optimizer.cpu_offload:
+        return
+
+    def global_norm(norm_type: int = 2) -> torch.Tensor:
+        norms = [torch.zeros((), device=optimizer.device)]
+        for group, parameters in enumerate(optimizer.params_in_partition):
+            # The last partition ends with padding, which belongs to no parameter.
+            gradients = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
+            for gradient, parameter in zip(gradients, parameters, strict=False):
+                if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0:
+                    norms.append(torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32))
+        square = torch.stack(norms).square().sum()
+        torch.distributed.all_reduce(square, group=optimizer.dp_process_group)
+        optimizer._model_parallel_all_reduce(tensor=square, op=torch.distributed.ReduceOp.SUM)
+        return square.sqrt()
+
+    optimizer.scaled_global_norm = global_norm
+
+
+def gather_whole_layers(model: Any, layer_classes: list[type[torch.nn.Module]]) -> None:
+    """Let ZeRO 3 gather all weights of a module of these classes at once, in the place of one hook for each inner module."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, layer_classes)
 
 
 def count_sliced_experts_in_gradient_norm(engine: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,54 @@ def extension_build_locks(folder: Path) -> list[Path]:
     waiting is documented, and a process waits without limit for a lock whose owner was killed.
     """
     return sorted(folder.glob("*/lock"))
+
+
+@dataclass(frozen=True)
+class CompileErrorReason:
+    """First lines of a compiler's error. `is_capture`: Dynamo could not capture the function, so nothing has run yet."""
+
+    text: str
+    is_capture: bool
+
+
+def compile_error_reason(error: Exception) -> CompileErrorReason | None:
+    """Return why torch.compile failed; None for an error of the compiled function itself.
+
+    torch has no public base class of these errors.
+    """
+    from torch._dynamo.exc import TorchDynamoException, Unsupported, UserError
+
+    if not isinstance(error, TorchDynamoException):
+        return None
+    text = " ".join(str(error).split())
+    return CompileErrorReason(text[:300], isinstance(error, (Unsupported, UserError)))
+
+
+def configure_compiler(graphs: int) -> None:
+    """Let torch.compile keep this many graphs of one function, and choose kernels without measuring them.
+
+    torch gives up after eight graphs, and has no public setting. A kernel that is chosen by its speed may add in another order
+    in the next attempt, and a resumed training would not end with the same bits.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+    torch._inductor.config.deterministic = True
+
+
+def can_skip_update_on_device(optimizer: Any) -> bool:
+    """Return whether `set_update_scale` works with this optimizer: torch's own, fused, on GPUs."""
+    is_fused = isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)
+    return is_fused and all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+
+
+def set_update_scale(optimizer: Any, divisor: torch.Tensor | None, is_bad: torch.Tensor) -> None:
+    """Let the next step of a fused optimizer divide gradients by a number on the device, or leave everything as it is.
+
+    torch.amp.GradScaler sets the same two attributes. They are documented only there.
+
+    divisor: scalar in fp32; None divides by nothing
+    is_bad:  scalar in fp32; 1 leaves weights, moments and the number of steps unchanged
+    """
+    optimizer.grad_scale, optimizer.found_inf = divisor, is_bad

@@ -146,6 +146,11 @@ class Zero(FrozenModel):
     )
 
     @property
+    def gathers_whole_layers(self) -> bool:
+        """Whether ZeRO 3 gathers the weights of a decoder layer together. Buffers for weights on disk hold those of a module."""
+        return self.stage == 3 and self.offload_param != "nvme"
+
+    @property
     def nvme_keys(self) -> list[str]:
         """Keys of this section that place something on the nodes' disks."""
         return [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
@@ -315,6 +320,11 @@ class Stage(FrozenModel):
         description="Operations that a decoder layer recomputes in the backward pass. selective: all except matmuls and "
         "attention. full: the whole layer, from its input. offload: as full, with the input kept in CPU memory.",
     )
+    compile: Literal["auto", "off"] = Field(
+        default="auto",
+        description="torch.compile of the decoder layers. auto: on GPUs, where the stage allows it. off: never. Compiled layers "
+        "round differently; if this key changes, the stage is trained again in a new weights folder.",
+    )
     checkpoints: CheckpointSettings = Field(default=CheckpointSettings(), description="When to save, and what to keep.")
     validation: Validation = Field(default=Validation(), description="Validation during training.")
     bad_steps: BadSteps = Field(default=BadSteps(), description="Reaction to NaN, infinity and loss spikes.")
@@ -335,6 +345,16 @@ class Stage(FrozenModel):
         description="Allow training from the start, in a new weights folder, if the number of steps of a decaying schedule "
         "changes.",
     )
+
+    @property
+    def why_not_compiled(self) -> str | None:
+        """Why the decoder layers of this stage cannot be compiled; None if they can."""
+        if self.activation_checkpointing == "offload":
+            return "activation_checkpointing: offload moves the input of a layer to the CPU"
+        if self.zero.stage == 3:
+            # It ran on one GPU. Its losses on several ranks have not been compared with those of ZeRO 1 yet.
+            return "ZeRO stage 3 replaces the weights of a layer in each pass"
+        return None
 
     @model_validator(mode="after")
     def _check_length(self) -> Stage:

@@ -214,6 +214,13 @@ def save_time_warning(stage: Stage, save_bytes: int, site: Site) -> str | None:
     )
 
 
+def not_compiled_warning(stage: Stage, site: Site) -> str | None:
+    """Return a warning if the layers run without torch.compile on the GPUs of the site, although the config asks for it."""
+    if not site.node.gpus or stage.compile == "off" or stage.why_not_compiled is None:
+        return None
+    return f"stages.{stage.name}: its layers run without torch.compile: {stage.why_not_compiled}"
+
+
 def check_positions(stage: Stage, sizes: ModelSize) -> None:
     """Raise UserError if sequences are longer than the model allows."""
     if stage.sequence_length > sizes.positions:

@@ -34,6 +34,8 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
         # Without this key, DeepSpeed clips at 1.0.
         "gradient_clipping": stage.optimizer.gradient_clipping,
         "steps_per_print": 1_000_000_000,
+        # DeepSpeed's own clock waits for the GPU in every micro batch.
+        "timers": {"throughput": {"enabled": False}},
         "optimizer": _optimizer(plan, site),
         "zero_optimization": _zero(plan),
     }
@@ -43,7 +45,8 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
         # Pipeline ranks send whole activations. If DeepSpeed splits them over tensor ranks, it loses the position ids.
         sections["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if stage.precision == "bf16":
-        sections["bf16"] = {"enabled": True}
+        # The trainer examines the loss and the gradient norm of every step itself (train/detect_bad_steps.py).
+        sections["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if stage.precision == "fp16":
         scale = stage.fp16
         sections["fp16"] = {
@@ -78,9 +81,11 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": zero.stage}
     if zero.stage == 0:
         return section
+    # A single data-parallel rank reduces nothing before ZeRO 3: copies into buckets would only cost time.
+    reduces = plan.data_parallel > 1 or zero.stage == 3
     # PowerSGD compresses whole gradient matrices, which exist only after the backward pass.
-    overlap_comm = zero.overlap_comm and plan.stage.communication.powersgd is None
-    section |= {"overlap_comm": overlap_comm, "contiguous_gradients": zero.contiguous_gradients}
+    overlap_comm = reduces and zero.overlap_comm and plan.stage.communication.powersgd is None
+    section |= {"overlap_comm": overlap_comm, "contiguous_gradients": reduces and zero.contiguous_gradients}
     if zero.offload_optimizer != "none":
         section["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": zero.pin_memory}
     if zero.offload_optimizer == "nvme":

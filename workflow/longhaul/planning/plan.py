@@ -31,6 +31,7 @@ from longhaul.planning.check_feasibility import (
     check_schedule,
     check_site,
     check_vocabulary,
+    not_compiled_warning,
     save_time_warning,
 )
 from longhaul.planning.check_parallel_layout import (
@@ -246,6 +247,7 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, mod
         synchronous_reason,
         pipeline_bubble_warning(stage, micro_batches),
         save_time_warning(stage, save_bytes or 0, loaded.site),
+        not_compiled_warning(stage, loaded.site),
     )
     return StagePlan(
         stage=stage,

@@ -35,6 +35,7 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
         "fp16": stage.fp16.model_dump(mode="json") if stage.precision == "fp16" else None,
         "router_bias_update_rate": stage.router_bias_update_rate,
         "sequence_aux_loss_coef": stage.sequence_aux_loss_coef,
+        "compile": stage.compile,
         "communication": stage.communication.model_dump(mode="json"),
     }
 

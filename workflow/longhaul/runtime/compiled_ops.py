@@ -36,7 +36,7 @@ def ops_folder(scratch: str | None) -> Path:
 
 
 def use_ops_folder(scratch: str | None) -> Path:
-    """Create `ops_folder(scratch)`, and make torch compile into it and load from it.
+    """Create `ops_folder(scratch)`, and make torch compile ops and kernels of torch.compile into it and load them from it.
 
     Raises:
         UserError: another user owns the folder or may write to it. Libraries are loaded from it.
@@ -45,6 +45,8 @@ def use_ops_folder(scratch: str | None) -> Path:
     for part in (folder.parent, folder):
         create_private_folder(part, "libraries")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
 
 

@@ -23,6 +23,7 @@ from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.compile_layers import compile_layers, compiles_layers
 from longhaul.train.deepspeed_engine import read_deepspeed_config
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.free_gathered_experts import release_expert_weights
@@ -55,6 +56,8 @@ def build_model(
     apply_activation_checkpointing(model, job.stage.activation_checkpointing)
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
         release_expert_weights(model)
+    if compiles_layers(job.stage, context.device):
+        compile_layers(model)
     return model.train()
 
 

@@ -50,9 +50,19 @@ class DistributedContext:
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all ranks, with one collective."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.sums_on_device(values).tolist()
+
+    def sums_on_device(self, values: Sequence[float | torch.Tensor]) -> torch.Tensor:
+        """Return the sum of each value over all ranks in fp64. The CPU waits neither for it nor for earlier work."""
+        totals = torch.stack([self._as_scalar(value) for value in values])
         torch.distributed.all_reduce(totals)
-        return totals.tolist()
+        return totals
+
+    def _as_scalar(self, value: float | torch.Tensor) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.detach().double()
+        # torch.tensor would copy the number from the CPU's memory, and wait for that copy.
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
@@ -83,13 +93,13 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
     use_ops_folder(job.scratch)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // max(1, job.stage.gpus_per_node)))
     torch.set_num_threads(threads)
-    # Nothing here is compiled. But DeepSpeed decorates its Muon optimizer with torch.compile, which imports the compiler: that
-    # costs every rank a second.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # DeepSpeed calls collectives by names that torch has deprecated, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+    if not on_gpu or job.stage.compile == "off":
+        # DeepSpeed decorates its Muon optimizer with torch.compile, which imports the compiler: that costs every rank a second.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with (
         _own_swap_folder(job, rank) as swap,
         process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),

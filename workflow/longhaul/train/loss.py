@@ -171,11 +171,11 @@ def _log_denominator_fraction(own_logsumexp_n: torch.Tensor, dims: ParallelDims)
 
 
 def scale_to_global_mean(
-    summed: torch.Tensor, loss_tokens: float, data_parallel: int, accumulation: int
+    summed: torch.Tensor, loss_tokens: torch.Tensor, data_parallel: int, accumulation: int
 ) -> torch.Tensor:
     """Return this micro batch's contribution to the global batch's mean token loss.
 
-    loss_tokens: those of the global batch. DeepSpeed divides the loss by the accumulation and averages gradients over the data
-    ranks. Both are undone here, as micro batches differ in their number of loss tokens.
+    loss_tokens: those of the global batch, a scalar. DeepSpeed divides the loss by the accumulation and averages gradients over
+    the data ranks. Both are undone here, as micro batches differ in their number of loss tokens.
     """
-    return summed * (data_parallel * accumulation / max(1.0, loss_tokens))
+    return summed * (data_parallel * accumulation / loss_tokens.double().clamp(min=1.0)).to(summed.dtype)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch, MicroBatch
 from longhaul.train.deepspeed_engine import build_engine
-from longhaul.train.detect_bad_steps import BadStepFilter
+from longhaul.train.detect_bad_steps import BadStepFilter, Examined, build_bad_step_filter
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.loss import head_loss_sum, loss_sum, scale_to_global_mean
 from longhaul.train.parallel.expert_balance_loss import SequenceBalanceLoss
@@ -33,10 +33,10 @@ class Backend(Protocol):
     balance: SequenceBalanceLoss
     dims: ParallelDims
 
-    def train(self, batch: Batch, tokens: float) -> float:
-        """Run one optimizer step and return the mean token loss.
+    def train(self, batch: Batch, tokens: torch.Tensor) -> Examined:
+        """Run one optimizer step and return its mean token loss and gradient norm.
 
-        tokens: loss tokens of the global batch. Where `bad_steps` finds the step bad, weights and moments stay as they are.
+        tokens: loss tokens of the global batch, a scalar. Weights and moments stay as they are where the step is bad.
         """
         ...
 
@@ -65,33 +65,36 @@ class WholeModelBackend:
 
             apply_sequence_parallel(model, self.dims)
         self._model = model
-        self.load = ExpertLoad(model, self.dims, job.stage.router_bias_update_rate)
-        self.balance = SequenceBalanceLoss(model, self.dims, job)
+        self.load = ExpertLoad(model, self.dims, job.stage.router_bias_update_rate, self._device)
+        self.balance = SequenceBalanceLoss(model, self.dims, job, self._device)
         self.engine = build_engine(job, model, context)
         self._powersgd = install_powersgd(self.engine, job)
-        self.bad_steps = BadStepFilter(self.engine)
+        # PowerSGD restores its own state when it sees that a step was bad, before the next one.
+        self.bad_steps = build_bad_step_filter(
+            self.engine, waits_for_result=bool(job.stage.bad_steps.spike_factor or self._powersgd)
+        )
 
-    def train(self, batch: Batch, tokens: float) -> float:
-        total = 0.0
-        self.bad_steps.begin(lambda: self._context.sum(self._own_term(total)) / max(1.0, tokens))
+    def train(self, batch: Batch, tokens: torch.Tensor) -> Examined:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.bad_steps.begin(lambda: self._context.sums_on_device([self._own_term(total)])[0] / tokens.clamp(min=1.0))
         for micro in batch.micro_batches:
             summed = self._loss_sum(micro)
             self.engine.backward(scale_to_global_mean(summed, tokens, self.dims.data, self._job.accumulation))
             if self.engine.is_gradient_accumulation_boundary():
                 self.bad_steps.measure_unwrapped_norm()
-            total += summed.item()
+            total += summed.detach()
             self.engine.step()
-        loss = self.bad_steps.finish()
+        examined = self.bad_steps.finish()
         if self._powersgd:
-            self._powersgd.finish_step(was_bad=bool(self.bad_steps.reason))
-        return loss
+            self._powersgd.finish_step(was_bad=bool(examined.is_bad))
+        return examined
 
     def evaluate(self, micro: MicroBatch) -> float:
         self.engine.eval()
         with torch.no_grad():
-            total = self._loss_sum(micro).item()
+            total = self._loss_sum(micro)
         self.engine.train()
-        return self._own_term(total)
+        return self._own_term(total).item()
 
     def _loss_sum(self, micro: MicroBatch) -> torch.Tensor:
         return loss_sum(self.engine, self._own_tokens(micro.to(self._device)), self.dims)
@@ -104,8 +107,8 @@ class WholeModelBackend:
 
         return slice_tokens(self._model, micro, self.dims)
 
-    def _own_term(self, total: float) -> float:
-        return total if self.dims.tensor_rank == 0 else 0.0
+    def _own_term(self, total: torch.Tensor) -> torch.Tensor:
+        return total if self.dims.tensor_rank == 0 else torch.zeros_like(total)
 
     def logits(self, ids_T: torch.Tensor) -> torch.Tensor:
         micro = self._own_tokens(MicroBatch.without_labels(ids_T, self._device))
@@ -125,27 +128,27 @@ class PipelineBackend:
 
         self._job, self._context, self._device, self.dims = job, context, context.device, context.dims
         self._scale, self._head = 1.0, model.lm_head
-        self.load = ExpertLoad(model, self.dims, job.stage.router_bias_update_rate)
-        self.balance = SequenceBalanceLoss(model, self.dims, job)
+        self.load = ExpertLoad(model, self.dims, job.stage.router_bias_update_rate, self._device)
+        self.balance = SequenceBalanceLoss(model, self.dims, job, self._device)
         self.engine = build_engine(job, build_pipeline_module(model, self.dims, self._loss), context)
         self.bad_steps = BadStepFilter(self.engine)
 
     def _loss(self, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         return head_loss_sum(self._head, hidden_BSH, labels_BS, self.dims) * self._scale
 
-    def train(self, batch: Batch, tokens: float) -> float:
+    def train(self, batch: Batch, tokens: torch.Tensor) -> Examined:
         # The engine averages over micro batches and data ranks; with this factor its mean is the global batch's.
-        self._scale = self.dims.data * self._job.accumulation / max(1.0, tokens)
+        self._scale = self.dims.data * self._job.accumulation / max(1.0, tokens.item())
         self.bad_steps.begin(self._mean_loss)
         self.engine.train_batch(data_iter=self._inputs(batch.micro_batches))
         return self.bad_steps.finish()
 
-    def _mean_loss(self) -> float:
+    def _mean_loss(self) -> torch.Tensor:
         """Return the global batch's mean loss before the update; the engine itself computes it only after the update."""
         own = 0.0
         if self.dims.is_last_pipeline_rank and self.dims.tensor_rank == 0:
             own = float(self.engine.total_loss) / self._job.accumulation / self.dims.data
-        return self._context.sum(own)
+        return self._context.sums_on_device([own])[0]
 
     def evaluate(self, micro: MicroBatch) -> float:
         self._scale = float(self.dims.data)

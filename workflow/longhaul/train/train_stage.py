@@ -131,7 +131,7 @@ def _run_steps(trainer: Trainer, batches: Prefetcher, graceful_stop: GracefulSto
             trainer.validate()
         if save_is_due:
             trainer.save()
-        elif reason := graceful_stop.reason(trainer.needed_to_leave_s):
+        elif (reason := graceful_stop.reason(trainer.needed_to_leave_s)) and trainer.settle():
             trainer.save_unvalidated()
             trainer.checkpoints.finish_save()
             graceful_stop.leave(reason, trainer.state.step)

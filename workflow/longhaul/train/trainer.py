@@ -17,6 +17,7 @@ from longhaul.train.deepspeed_engine import peak_learning_rate
 from longhaul.train.detect_bad_steps import bad_step_reason
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.handle_bad_steps import BadStepPolicy
+from longhaul.train.host_copy import HostCopy
 from longhaul.train.lr_schedule import learning_rate
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
@@ -36,6 +37,23 @@ def require_loss_tokens(tokens: float, batch: int, step: int) -> None:
             f"batch {batch}, after {step} steps, holds no loss token: there is nothing to learn from it",
             f"add {batch} to the stage's skip_batches, and look at the data with longhaul data inspect",
         )
+
+
+@dataclass(frozen=True)
+class StartedStep:
+    """A step that the device has got, and whose result the CPU may not know yet.
+
+    number: of the step, counted from 1
+    began:  time.perf_counter()
+    loads:  of the experts, by layer
+    """
+
+    number: int
+    batch: Batch
+    lr: float
+    began: float
+    results: HostCopy
+    loads: HostCopy
 
 
 @dataclass
@@ -58,6 +76,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.validation_loss: float | None = None
+        self._started: StartedStep | None = None
+        self._last_finished = 0.0
         self.times = PhaseTimes()
         self.checkpoints.read_longest_save()
         self._peak_lr = peak_learning_rate(self.job)
@@ -86,54 +106,94 @@ class Trainer:
 
     def is_due(self, every_steps: int) -> bool:
         """Return whether something is due that happens every `every_steps` steps and after the last one."""
-        return self.state.step % every_steps == 0 or self.state.step == self.job.steps
+        return _is_due(self.state.step, every_steps, self.job.steps)
 
     def step(self, batch: Batch) -> bool:
-        """Run one optimizer step over a global batch. Return False for a bad step, which leaves the weights unchanged."""
+        """Run one optimizer step over a global batch. Return False for a bad step, which leaves the weights unchanged.
+
+        On GPUs the result of a step is read when the next one has started, so that the GPU never waits for the CPU. If it was
+        bad, both steps are taken back: the later one has changed nothing either.
+        """
+        earlier, self._started = self._started, self._start(batch)
+        if earlier and not self._finish(earlier):
+            return False
+        stage = self.job.stage
+        result_is_due = self.is_due(stage.checkpoints.every_steps) or self.is_due(stage.validation.every_steps)
+        return self.settle() if result_is_due or not self.backend.bad_steps.is_delayed else True
+
+    def settle(self) -> bool:
+        """Read the result of the last step, if that is still to be done. Return False if it was bad."""
+        started, self._started = self._started, None
+        return started is None or self._finish(started)
+
+    def _start(self, batch: Batch) -> StartedStep:
+        """Give the device everything that a step computes, and count the step as done."""
         started = time.perf_counter()
         seed_random_numbers(self.job.seed, self.state.step, self.context.rank.rank)
         self._stragglers.record_wait(batch.wait_s)
         self.times.add(STEP, batch.wait_s)
         lr = self._set_learning_rate()
         tokens, loss_tokens = sums_over_samples([batch.tokens, batch.loss_tokens], self.context)
-        require_loss_tokens(loss_tokens, batch.number, self.state.step)
-        loss = self.backend.train(batch, loss_tokens)
-        balance_loss = self.backend.balance.pop_loss()
-        if reason := self.backend.bad_steps.reason:
-            self.backend.load.discard_step()
-            self._policy.apply(batch, reason, time.perf_counter() - started)
-            return False
-        expert_loads = self._gather_loads(self.backend.load.finish_step())
-        self.state.finish_step(loss)
-        seconds = self.times.finish(STEP, started)
-        values = {
-            "loss": loss,
-            "grad_norm": self.backend.bad_steps.grad_norm(),
-            "lr": lr,
-            "tokens": int(tokens),
-            "loss_tokens": int(loss_tokens),
-            "data_wait_s": batch.wait_s,
-            "batch": batch.number,
-            "sample_ids": batch.ids_digest,
+        examined = self.backend.train(batch, loss_tokens)
+        results = {
+            "loss": examined.loss,
+            "examined_norm": examined.grad_norm,
+            "grad_norm": self.backend.bad_steps.grad_norm(examined),
+            "is_bad": examined.is_bad,
+            "tokens": tokens,
+            "loss_tokens": loss_tokens,
         }
-        self.metrics.step(self.state.step, seconds, values | self._expert_values(expert_loads, balance_loss))
+        if self.job.stage.sequence_aux_loss_coef:
+            results["balance_loss"] = self.context.sums_on_device([self.backend.balance.pop_loss()])[0]
+        loads = HostCopy(self.backend.load.finish_step(1 - examined.is_bad))
+        self.state.step += 1
+        return StartedStep(self.state.step, batch, lr, started, HostCopy(results), loads)
+
+    def _finish(self, step: StartedStep) -> bool:
+        """Read a step's result, and record it or draw the consequences of a bad step. Return False for a bad one."""
+        results = {name: tensor.item() for name, tensor in step.results.read().items()}
+        require_loss_tokens(results["loss_tokens"], step.batch.number, step.number - 1)
+        # A step that began before the last one was over counts from there, without the wait for its data.
+        began = max(step.began, self._last_finished + step.batch.wait_s)
+        if results["is_bad"]:
+            # A later step has started with the wrong batch or learning rate; the backend has not applied it.
+            self._started, self.state.step = None, step.number - 1
+            self.backend.bad_steps.acknowledge()
+            reason = self._problem(results["loss"], results["examined_norm"]) or "not finite"
+            self._policy.apply(step.batch, reason, time.perf_counter() - began)
+            return False
+        self.state.add_loss(results["loss"])
+        seconds = self.times.finish(STEP, began)
+        self._last_finished = time.perf_counter()
+        self.metrics.step(step.number, seconds, self._metrics_of(step, results))
         self._policy.note_good_step()
         return True
+
+    def _metrics_of(self, step: StartedStep, results: dict[str, float]) -> dict[str, Any]:
+        """Return the metrics of a good step; every rank calls this, as pipeline ranks exchange the loads of their experts."""
+        loads = self._gather_loads({layer: counts.tolist() for layer, counts in step.loads.read().items()})
+        values: dict[str, Any] = {
+            "loss": results["loss"],
+            "grad_norm": results["grad_norm"],
+            "lr": step.lr,
+            "tokens": int(results["tokens"]),
+            "loss_tokens": int(results["loss_tokens"]),
+            "data_wait_s": step.batch.wait_s,
+            "batch": step.batch.number,
+            "sample_ids": step.batch.ids_digest,
+            **load_summary(loads),
+        }
+        if loads and _is_due(step.number, self.job.stage.validation.every_steps, self.job.steps):
+            values["expert_load"] = loads
+        if "balance_loss" in results:
+            values["balance_loss"] = results["balance_loss"]
+        return values
 
     def _set_learning_rate(self) -> float:
         lr = learning_rate(self.job.stage.schedule, self._peak_lr, self.state.step, self.job.steps)
         for group in self.backend.engine.optimizer.param_groups:
             group["lr"] = lr
         return lr
-
-    def _expert_values(self, loads: Load, balance_loss: float) -> dict[str, Any]:
-        """Return the metrics of experts; the loads themselves only at validations, and nothing for a dense model."""
-        values: dict[str, Any] = dict(load_summary(loads))
-        if loads and self.is_due(self.job.stage.validation.every_steps):
-            values["expert_load"] = loads
-        if self.job.stage.sequence_aux_loss_coef:
-            values["balance_loss"] = self.context.sum(balance_loss)
-        return values
 
     def _gather_loads(self, loads: Load) -> Load:
         """Return the loads of the layers on all pipeline ranks."""
@@ -175,3 +235,7 @@ class Trainer:
         """Save between validations: the checkpoint is for a resume, and never the best one."""
         self.validation_loss = None
         self.save()
+
+
+def _is_due(step: int, every_steps: int, last_step: int) -> bool:
+    return step % every_steps == 0 or step == last_step

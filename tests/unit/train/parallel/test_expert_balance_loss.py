@@ -35,7 +35,7 @@ def build_model(kind: str) -> Any:
 def add_balance_loss(model: Any, coefficient: float = COEFFICIENT, ranks: int = 1) -> SequenceBalanceLoss:
     stage = SimpleNamespace(sequence_aux_loss_coef=coefficient, sequence_length=LENGTH, global_batch_size=BATCH)
     job: Any = SimpleNamespace(stage=stage)
-    return SequenceBalanceLoss(model, ParallelDims(0, ranks, Parallel()), job)
+    return SequenceBalanceLoss(model, ParallelDims(0, ranks, Parallel()), job, torch.device("cpu"))
 
 
 TEXT = (LENGTH, 10, 5)
@@ -117,8 +117,8 @@ def test_loss_and_gradients_follow_the_formula(kind: str, checkpointing: str):
     apply_activation_checkpointing(model, checkpointing)
     tokens = token_loss(model)
     tokens.backward()
-    assert balance.pop_loss() == pytest.approx(expected.item() - tokens.item(), rel=1e-4)
-    assert balance.pop_loss() == 0.0
+    assert balance.pop_loss().item() == pytest.approx(expected.item() - tokens.item(), rel=1e-4)
+    assert balance.pop_loss().item() == 0.0
     for (name, one), two in zip(expected_model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -140,4 +140,4 @@ def test_validation_adds_no_balance_loss():
     model = build_model("qwen3_moe")
     balance = add_balance_loss(model)
     token_loss(model.eval())
-    assert balance.pop_loss() == 0.0
+    assert balance.pop_loss().item() == 0.0

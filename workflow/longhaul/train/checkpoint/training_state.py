@@ -28,9 +28,8 @@ class TrainingState:
         """Return the number of the next step's global batch."""
         return batch_of_step(self.step, self.skipped)
 
-    def finish_step(self, loss: float) -> None:
-        """Count one more step."""
-        self.step += 1
+    def add_loss(self, loss: float) -> None:
+        """Keep the loss of a good step."""
         self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW_STEPS:]
 
     def replace_with(self, other: TrainingState) -> None:

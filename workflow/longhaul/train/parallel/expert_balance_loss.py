@@ -18,37 +18,42 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
-from longhaul.compat.torch import is_in_backward_pass
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.parallel.autograd_collectives import all_reduced, name_group
 from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
+from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Returns the tensor unchanged; the loss gets the gradient `slope`, as if slope x loss were added to the step's loss."""
+    """Returns the tensor unchanged; the loss gets the gradient `slope`, as if slope x loss were added to the step's loss.
+
+    The loss is added to `total`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor, slope: float) -> torch.Tensor:
-        ctx.slope = torch.full_like(loss, slope)
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor, total: torch.Tensor, slope: float) -> torch.Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(loss)
+        return record_in_forward_pass(tensor, loss, total)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return gradients[0], ctx.slope, None
+        return gradients[0], torch.full_like(ctx.saved_tensors[0], ctx.slope), None, None
 
 
 class SequenceBalanceLoss:
     """Adds the loss to every router of this rank's layers while the model trains; a coefficient of 0 disables it."""
 
-    def __init__(self, model: Any, dims: ParallelDims, job: TrainSpec) -> None:
-        self._dims = dims
+    def __init__(self, model: Any, dims: ParallelDims, job: TrainSpec, device: torch.device) -> None:
+        self._dims, self._ranks = dims, dims.parallel.sequence
+        self._group = name_group(dims.group("sequence"))
         self._sequence_length = job.stage.sequence_length
         self._scale = job.stage.sequence_aux_loss_coef / job.stage.global_batch_size
-        self._total: torch.Tensor | float = 0.0
+        self._total = torch.zeros((), device=device)
         for layer in decoder_layers(model) if self._scale else ():
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.register_forward_hook(partial(self._add_loss, TextTokens(layer)))
@@ -59,36 +64,35 @@ class SequenceBalanceLoss:
         logits_NE, weights_NK, chosen_NK = output
         scores_NE, is_text_N = _scores(router, logits_NE.float()), text.mask(len(logits_NE))
         loss = self._scale * self._sum_over_sequences(scores_NE, is_text_N, chosen_NK.shape[1])
-        if not is_in_backward_pass():  # activation checkpointing recomputes the layer there: count it once
-            self._total = self._total + loss.detach()
         # DeepSpeed averages gradients over the data ranks, and each of them has other sequences.
-        return logits_NE, _AttachLoss.apply(weights_NK, loss, float(self._dims.data)), chosen_NK
+        slope = float(self._dims.data)
+        return logits_NE, _AttachLoss.apply(weights_NK, loss, self._total, slope), chosen_NK
 
     def _sum_over_sequences(self, scores_NE: torch.Tensor, is_text_N: torch.Tensor, used: int) -> torch.Tensor:
         """Return the sum of f_i P_i over this rank's sequences; under sequence parallelism, its tokens' part of the sum.
 
         used: K, the experts for each token
         """
-        experts, local_length = scores_NE.shape[1], self._sequence_length // self._dims.parallel.sequence
+        experts, local_length = scores_NE.shape[1], self._sequence_length // self._ranks
         is_text_N1 = is_text_N[:, None]
         visits_NE = F.one_hot(scores_NE.topk(used).indices, experts).sum(1) * is_text_N1
         affinities_NE = scores_NE / scores_NE.sum(-1, keepdim=True) * is_text_N1
         visits_BE = visits_NE.view(-1, local_length, experts).sum(1).float()
         tokens_B1 = is_text_N.view(-1, local_length).sum(1, keepdim=True).float()
-        if self._dims.parallel.sequence > 1:
-            dist.all_reduce(visits_BE, group=self._dims.group("sequence"))
-            dist.all_reduce(tokens_B1, group=self._dims.group("sequence"))
+        if self._ranks > 1:
+            visits_BE, tokens_B1 = all_reduced(visits_BE, self._group), all_reduced(tokens_B1, self._group)
         tokens_B1 = tokens_B1.clamp(min=1)
         means_BE = affinities_NE.view(-1, local_length, experts).sum(1) / tokens_B1
         return (visits_BE * experts / (used * tokens_B1) * means_BE).sum()
 
-    def pop_loss(self) -> float:
-        """Return this rank's part of the step's balance loss and reset it to 0.
+    def pop_loss(self) -> torch.Tensor:
+        """Return this rank's part of the step's balance loss, a scalar, and reset it to 0.
 
         Tensor ranks compute equal losses; all but the first return 0.
         """
-        total, self._total = float(self._total), 0.0
-        return total if self._dims.tensor_rank == 0 else 0.0
+        total = self._total.clone()
+        self._total.zero_()
+        return total if self._dims.tensor_rank == 0 else torch.zeros_like(total)
 
 
 def _scores(router: Any, logits_NE: torch.Tensor) -> torch.Tensor:

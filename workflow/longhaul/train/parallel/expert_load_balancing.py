@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longhaul.compat.torch import is_in_backward_pass
 from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
+from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 Load = dict[str, list[int]]
@@ -25,10 +25,11 @@ class ExpertLoad:
     """Counts the tokens of each expert in this rank's layers while the model trains.
 
     bias_rate: amount by which a bias changes in a step
+    device:    of the counts
     """
 
-    def __init__(self, model: Any, dims: ParallelDims, bias_rate: float) -> None:
-        self._dims, self._bias_rate = dims, bias_rate
+    def __init__(self, model: Any, dims: ParallelDims, bias_rate: float, device: torch.device) -> None:
+        self._dims, self._bias_rate, self._device = dims, bias_rate, device
         self._routers: dict[str, Any] = {}
         self._counts: dict[str, torch.Tensor] = {}
         for layer in decoder_layers(model):
@@ -37,39 +38,43 @@ class ExpertLoad:
 
     def _count_tokens_of(self, layer: str, mixture: Any, text: TextTokens) -> None:
         self._routers[layer] = mixture.gate
-        experts = mixture.experts.num_experts
+        counts_E = torch.zeros(mixture.experts.num_experts, dtype=torch.int64, device=self._device)
+        self._counts[layer] = counts_E
 
-        def count(_module: Any, inputs: tuple[Any, ...]) -> None:
-            # In a backward pass activation checkpointing recomputes the layer: that would count a token twice.
-            if mixture.training and not is_in_backward_pass():
-                chosen_NK = inputs[1]
-                counts = torch.bincount(chosen_NK[text.mask(len(chosen_NK))].flatten(), minlength=experts)
-                self._counts[layer] = self._counts.get(layer, 0) + counts
+        def count(experts: Any, inputs: tuple[Any, ...]) -> Any:
+            hidden, chosen_NK, weights = inputs
+            if not experts.training:
+                return None
+            is_text_NK = text.mask(len(chosen_NK))[:, None].expand_as(chosen_NK)
+            amount_E = torch.zeros_like(counts_E).scatter_add(0, chosen_NK.flatten(), is_text_NK.flatten().long())
+            return hidden, record_in_forward_pass(chosen_NK, amount_E, counts_E), weights
 
         mixture.experts.register_forward_pre_hook(count)
 
-    def finish_step(self) -> Load:
-        """Return the load of this rank's layers, summed over the data-parallel ranks, and update the biases."""
+    def finish_step(self, is_good: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the load of this rank's layers, summed over the data-parallel ranks, and update the biases.
+
+        is_good: 0 where the step was bad, which leaves the biases as they are, else 1; a scalar that need not be on the CPU
+        """
         loads = {}
         for layer, counts in self._counts.items():
+            load = counts.clone()
+            counts.zero_()
             if self._dims.group("data") is not None:
-                dist.all_reduce(counts, group=self._dims.group("data"))
+                dist.all_reduce(load, group=self._dims.group("data"))
             elif self._dims.world_size > 1:
-                dist.all_reduce(counts)
-            self._update_bias(self._routers[layer], counts)
-            loads[layer] = counts.tolist()
-        self._counts = {}
+                dist.all_reduce(load)
+            self._update_bias(self._routers[layer], load, is_good)
+            loads[layer] = load
         return loads
 
-    def discard_step(self) -> None:
-        """Drop the counts of a bad step."""
-        self._counts = {}
-
-    def _update_bias(self, router: Any, counts: torch.Tensor) -> None:
+    def _update_bias(self, router: Any, counts: torch.Tensor, is_good: torch.Tensor) -> None:
         bias = getattr(router, "e_score_correction_bias", None)
-        if bias is not None and self._bias_rate:
-            load = counts.float()
-            bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=self._bias_rate)
+        if bias is None or not self._bias_rate:
+            return
+        load = counts.float()
+        direction = torch.sign(load.mean() - load)
+        bias.add_((direction * is_good).to(bias.dtype), alpha=self._bias_rate)
 
 
 def load_summary(loads: Load) -> dict[str, float]:

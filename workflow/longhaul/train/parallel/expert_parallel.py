@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.compat.deepspeed import deepspeed_moe_class, register_expert_groups
-from longhaul.train.parallel.autograd_collectives import all_to_all
+from longhaul.train.parallel.autograd_collectives import all_to_all, name_group
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.sliced_parameters import decoder_layers, equal_range, slice_parameter
 
@@ -37,9 +37,13 @@ def _group_name(dims: ParallelDims) -> str:
 class ExpertParallel(torch.nn.Module):
     """Replaces transformers' experts module of E experts; it holds E / ranks of them."""
 
+    breaks_graph = True
+    """torch.compile cannot capture it: the sizes of the exchange are known only when the ranks have counted their rows."""
+
     def __init__(self, experts: Any, dims: ParallelDims) -> None:
         torch.nn.Module.__init__(self)  # not super(): DeepSpeed's MoE would build experts of its own
         self.local, self.group, self.ranks = experts, dims.group("expert"), dims.parallel.expert
+        self.group_name = name_group(self.group)
         self.num_experts, self.expert_group_name = experts.num_experts, _group_name(dims)
         self.local_experts = self.num_experts // self.ranks
         for name in ("gate_up_proj", "down_proj"):
@@ -58,8 +62,8 @@ class ExpertParallel(torch.nn.Module):
         tokens_TK = order_TK // chosen
         sent, received_RE = self._exchange_counts(top_k_index)
         received = received_RE.sum(1).tolist()
-        rows_RH = all_to_all(hidden_states[tokens_TK], sent, received, self.group)
-        outputs_TKH = all_to_all(self._compute(rows_RH, received_RE), received, sent, self.group)
+        rows_RH = all_to_all(hidden_states[tokens_TK], sent, received, self.group_name)
+        outputs_TKH = all_to_all(self._compute(rows_RH, received_RE), received, sent, self.group_name)
         weighted_TKH = outputs_TKH * top_k_weights.flatten()[order_TK, None]
         return torch.zeros_like(hidden_states).index_add(0, tokens_TK, weighted_TKH.to(hidden_states.dtype))
 

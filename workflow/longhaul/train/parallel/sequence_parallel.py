@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from longhaul.train.batches import MicroBatch
-from longhaul.train.parallel.autograd_collectives import all_to_all
+from longhaul.train.parallel.autograd_collectives import all_to_all, name_group
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
 ATTENTION = "longhaul_ulysses"
@@ -26,12 +26,14 @@ def apply_sequence_parallel(model: Any, dims: ParallelDims) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface
 
+    ranks, group = dims.parallel.sequence, name_group(dims.group("sequence"))
+
     def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-        query, key, value = (_gather_tokens(x, dims) for x in (query, key, value))
+        query, key, value = (_gather_tokens(x, ranks, group) for x in (query, key, value))
         mask = model.whole_mask
         options.pop("is_causal", None)
         output_BSND, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
-        return _gather_heads(output_BSND, dims), None
+        return _gather_heads(output_BSND, ranks, group), None
 
     AttentionInterface.register(ATTENTION, attend)
     # transformers would build a mask of this rank's tokens alone, which is wrong; `attend` uses that of the whole sequence.
@@ -60,21 +62,19 @@ def document_mask(position_ids_BS: torch.Tensor) -> torch.Tensor | None:
     return same_BSS.tril()[:, None]
 
 
-def _gather_tokens(x_BNSD: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
+def _gather_tokens(x_BNSD: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     """Exchange [B, N, S / P, D] for [B, N / P, S, D]."""
-    ranks = dims.parallel.sequence
     batch, heads, length, width = x_BNSD.shape
     # One block of heads for each rank: [P, B, N / P, S / P, D].
     blocks = x_BNSD.view(batch, ranks, heads // ranks, length, width).transpose(0, 1).contiguous()
-    exchanged = all_to_all(blocks, [1] * ranks, [1] * ranks, dims.group("sequence"))
+    exchanged = all_to_all(blocks, [1] * ranks, [1] * ranks, group)
     return exchanged.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * length, width)
 
 
-def _gather_heads(x_BSND: torch.Tensor, dims: ParallelDims) -> torch.Tensor:
+def _gather_heads(x_BSND: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     """Exchange [B, S, N / P, D] for [B, S / P, N, D]."""
-    ranks = dims.parallel.sequence
     batch, length, heads, width = x_BSND.shape
     # One block of tokens for each rank: [P, B, S / P, N / P, D].
     blocks = x_BSND.view(batch, ranks, length // ranks, heads, width).transpose(0, 1).contiguous()
-    exchanged = all_to_all(blocks, [1] * ranks, [1] * ranks, dims.group("sequence"))
+    exchanged = all_to_all(blocks, [1] * ranks, [1] * ranks, group)
     return exchanged.permute(1, 2, 0, 3, 4).reshape(batch, length // ranks, ranks * heads, width)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from longhaul.train.parallel.autograd_collectives import copy_to_group, sum_over_group
+from longhaul.train.parallel.autograd_collectives import all_reduced, copy_to_group, name_group, sum_over_group
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.sliced_parameters import decoder_layers, equal_range, slice_parameter
 
@@ -35,7 +35,7 @@ def apply_tensor_parallel(model: Any, dims: ParallelDims) -> None:
 
 
 def _slice_attention(attention: Any, dims: ParallelDims) -> None:
-    group = dims.group("tensor")
+    group = name_group(dims.group("tensor"))
     _slice_linears(attention, dims)
     if hasattr(attention, "kv_a_proj_with_mqa"):
         for name in ("q_proj", "q_b_proj", "kv_b_proj"):
@@ -52,7 +52,7 @@ def _slice_attention(attention: Any, dims: ParallelDims) -> None:
 def _slice_mlp(mlp: Any, dims: ParallelDims) -> None:
     if not hasattr(mlp, "experts"):
         _slice_linears(mlp, dims)
-        _copy_inputs(mlp, dims.group("tensor"))
+        _copy_inputs(mlp, name_group(dims.group("tensor")))
         return
     _slice_experts(mlp.experts, dims)
     if getattr(mlp, "shared_experts", None) is not None:
@@ -68,7 +68,7 @@ def _slice_linears(module: Any, dims: ParallelDims) -> None:
     for name in ROW_PARALLEL:
         if (linear := getattr(module, name, None)) is not None:
             _slice_axis(linear, "weight", 1, dims)
-            setattr(module, name, RowParallelLinear(linear.weight, linear.bias, dims.group("tensor")))
+            setattr(module, name, RowParallelLinear(linear.weight, linear.bias, name_group(dims.group("tensor"))))
 
 
 def _slice_axis(module: Any, name: str, axis: int, dims: ParallelDims) -> None:
@@ -85,8 +85,9 @@ def _slice_experts(experts: Any, dims: ParallelDims) -> None:
     _mark_for_gradient_norm(slice_parameter(experts, "gate_up_proj", {1: gate_and_up}))
     _mark_for_gradient_norm(slice_parameter(experts, "down_proj", {2: ((start, stop),)}))
     # The router's weights are multiplied with partial outputs, so their gradients are partial and must be summed too.
-    _copy_inputs(experts, dims.group("tensor"))
-    experts.register_forward_hook(lambda _module, _inputs, output: sum_over_group(output, dims.group("tensor")))
+    group = name_group(dims.group("tensor"))
+    _copy_inputs(experts, group)
+    experts.register_forward_hook(lambda _module, _inputs, output: sum_over_group(output, group))
 
 
 def _slice_vocabulary(model: Any, dims: ParallelDims) -> None:
@@ -102,7 +103,7 @@ def _slice_vocabulary(model: Any, dims: ParallelDims) -> None:
             head.weight = model.model.embed_tokens.weight
         else:
             _slice_axis(head, "weight", 0, dims)
-        _copy_inputs(head, dims.group("tensor"))
+        _copy_inputs(head, name_group(dims.group("tensor")))
 
 
 def _mark_for_gradient_norm(parameter: Any) -> None:
@@ -110,7 +111,7 @@ def _mark_for_gradient_norm(parameter: Any) -> None:
     parameter.tensor_model_parallel = True
 
 
-def _copy_inputs(module: torch.nn.Module, group: Any) -> None:
+def _copy_inputs(module: torch.nn.Module, group: str) -> None:
     def copy_if_floating(value: Any) -> Any:
         return copy_to_group(value, group) if torch.is_tensor(value) and value.is_floating_point() else value
 
@@ -122,7 +123,7 @@ def _copy_inputs(module: torch.nn.Module, group: Any) -> None:
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _sum_rotary_gradient(projection: torch.nn.Module, rotary: int, group: Any) -> None:
+def _sum_rotary_gradient(projection: torch.nn.Module, rotary: int, group: str) -> None:
     """Sum the gradient of the last `rotary` output columns, which this rank's heads use directly.
 
     The other columns reach the heads through a layer with copied inputs, which sums their gradient.
@@ -143,10 +144,10 @@ def _mark_gradient_to_sum(module: torch.nn.Module, name: str) -> None:
 def register_gradient_sums(model: Any, dims: ParallelDims) -> None:
     """Register hooks that sum the gradients of marked parameters; call it when the parameters have memory."""
 
+    group = name_group(dims.group("tensor"))
+
     def summed(gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=dims.group("tensor"))
-        return total
+        return all_reduced(gradient, group)
 
     for parameter in model.parameters():
         if getattr(parameter, "sum_over_tensor_ranks", False):
@@ -156,7 +157,7 @@ def register_gradient_sums(model: Any, dims: ParallelDims) -> None:
 class RowParallelLinear(torch.nn.Module):
     """x [..., in / ranks] -> the sum over ranks of x · weightᵀ, plus the bias once."""
 
-    def __init__(self, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, group: Any) -> None:
+    def __init__(self, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, group: str) -> None:
         super().__init__()
         self.weight, self.bias, self.group = weight, bias, group
 
@@ -170,7 +171,7 @@ class VocabularyParallelEmbedding(torch.nn.Module):
 
     def __init__(self, weight: torch.nn.Parameter, padding_idx: int | None, dims: ParallelDims) -> None:
         super().__init__()
-        self.weight, self.group = weight, dims.group("tensor")
+        self.weight, self.group = weight, name_group(dims.group("tensor"))
         self.first_id = dims.tensor_rank * weight.shape[0]
         self.padding_id = -1 if padding_idx is None else padding_idx
 

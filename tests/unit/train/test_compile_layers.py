@@ -1,0 +1,123 @@
+"""torch.compile captures every decoder layer without a break, in all layouts; `aot_eager` runs the graphs as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longhaul.config.stage_config import Parallel
+from longhaul.errors import UserError
+from longhaul.train.activation_checkpointing import apply_activation_checkpointing
+from longhaul.train.compile_layers import compile_layers, compiles_layers
+from longhaul.train.parallel.expert_load_balancing import ExpertLoad
+from longhaul.train.parallel.parallel_dims import ParallelDims
+from tests.parity.parity_cases import MODELS
+from tests.support import compiled_layers_worker
+from tests.support.ranks import launch_worker
+from tests.support.tiny_sizes import tiny_stage
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+PACKED = torch.cat([torch.arange(10), torch.arange(6)]).repeat(2, 1)
+
+
+@pytest.fixture(autouse=True)
+def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Enable Dynamo, and forget graphs of earlier tests."""
+    import torch._dynamo
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def build(name: str) -> Any:
+    (kind, keys), *_ = MODELS[name].items()
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **keys, use_cache=False)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model(input_ids=torch.arange(2, 34).view(2, 16), position_ids=PACKED).logits.logsumexp(-1).mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("llama", "none"), ("llama", "selective"), ("qwen3", "full"), ("qwen3_moe", "selective"), ("deepseek_v3", "full")],
+)
+def test_one_graph_per_kind_of_layer_gives_the_same_bits(name: str, checkpointing: str, dynamo: Any):
+    plain, captured = build(name), build(name)
+    expected_load, load = (ExpertLoad(model, ParallelDims(0, 1, Parallel()), 0.0, CPU) for model in (plain, captured))
+    expected = gradients(plain)
+    apply_activation_checkpointing(captured, checkpointing)
+    compile_layers(captured, "aot_eager")
+    found = gradients(captured)
+    assert len(found) > 20 and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert dynamo["stats"]["unique_graphs"] == (2 if name == "deepseek_v3" else 1)
+    expected_counts, counts = (counted.finish_step(torch.ones(())) for counted in (expected_load, load))
+    assert counts.keys() == expected_counts.keys() and bool(counts) == ("experts" in str(list(found)))
+    for layer, expected_E in expected_counts.items():
+        assert expected_E.sum() == 2 * 16 * 2 and torch.equal(counts[layer], expected_E)
+
+
+def test_passes_without_gradients_are_not_compiled(dynamo: Any):
+    model = build("llama")
+    compile_layers(model, "aot_eager")
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(2, 18)[None])
+    assert dynamo["stats"]["unique_graphs"] == 0
+
+
+def test_every_sliced_layout_is_captured():
+    worker = Path(compiled_layers_worker.__file__)
+    done = launch_worker(worker, 2, environment={"TORCHDYNAMO_DISABLE": "0"}, timeout_s=240)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    lines = re.findall(r"LAYOUT (.*): (\d+) graphs, (\S+)", done.stdout)
+    assert [name for name, _, _ in lines] == list(compiled_layers_worker.LAYOUTS)
+    assert all(int(graphs) >= 1 and float(difference) <= 1e-5 for _, graphs, difference in lines), lines
+    assert "without torch.compile" not in done.stdout
+
+
+def test_a_layer_that_cannot_be_captured_is_named_and_runs(capsys: pytest.CaptureFixture[str]):
+    plain, broken = build("llama"), build("llama")
+    layer = broken.model.layers[1]
+    usual = layer.mlp.forward
+
+    def prints(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.sum().item() > 1e9:
+            print("large")
+        return usual(hidden)
+
+    layer.mlp.forward = prints
+    expected = gradients(plain)
+    compile_layers(broken, "aot_eager")
+    found = gradients(broken)
+    assert all(torch.allclose(found[key], expected[key]) for key in expected)
+    out = capsys.readouterr().out
+    assert out.count("run without torch.compile") == 1 and "LlamaDecoderLayer 1" in out
+
+
+def test_a_compiler_that_fails_ends_the_training():
+    def fails(_graph: Any, _inputs: Any) -> Any:
+        raise RuntimeError("no C compiler")
+
+    model = build("llama")
+    compile_layers(model, fails)  # pyright: ignore
+    with pytest.raises(UserError, match=r"torch.compile of LlamaDecoderLayer failed: .*no C compiler"):
+        gradients(model)
+
+
+def test_only_gpus_compile_and_only_where_the_stage_allows_it():
+    assert compiles_layers(tiny_stage(), GPU) and not compiles_layers(tiny_stage(), CPU)
+    assert not compiles_layers(tiny_stage(compile="off"), GPU)
+    assert not compiles_layers(tiny_stage(activation_checkpointing="offload"), GPU)
+    assert not compiles_layers(tiny_stage(zero={"stage": 3}), GPU)

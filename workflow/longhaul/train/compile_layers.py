@@ -1,0 +1,79 @@
+"""torch.compile of every decoder layer on GPUs: one kernel for what lies between two matrix products or attentions.
+
+Each layer is compiled for itself. All layers of one kind share one compiled graph, so a deep model compiles as fast as a shallow
+one, and embedding, head and the hooks of DeepSpeed stay outside. Only passes that need gradients are compiled. Validation and the
+reference logits of an export run the layers as transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from longhaul.compat.torch import compile_error_reason, configure_compiler
+from longhaul.config.stage_config import Stage
+from longhaul.errors import UserError
+from longhaul.train.parallel.sliced_parameters import decoder_layers
+
+
+def compiles_layers(stage: Stage, device: torch.device) -> bool:
+    """Return whether the trainer compiles the decoder layers of a stage on this device."""
+    return stage.compile == "auto" and device.type == "cuda" and stage.why_not_compiled is None
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Compile the forward pass of every decoder layer of a Hugging Face causal LM. Call it before deepspeed.initialize.
+
+    backend: of torch.compile; "aot_eager" captures the same graphs and compiles nothing
+    """
+    layers = decoder_layers(model)
+    # A dense layer and a mixture, packed and unpacked samples have graphs of their own.
+    configure_compiler(8 + 4 * len(layers))
+    fallback = _Fallback()
+    for layer in layers:
+        layer.forward = CompiledForward(layer, backend, fallback)
+
+
+class _Fallback:
+    """Says once why layers run without torch.compile. One layer that cannot be captured decides for all of them."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def use(self, layer: Any, reason: str) -> None:
+        self.reason = reason
+        name = f"{type(layer).__name__} {getattr(layer.self_attn, 'layer_idx', '')}".strip()
+        print(f"decoder layers run without torch.compile: torch cannot capture {name}: {reason}", flush=True)
+
+
+class CompiledForward:
+    """The forward pass of a decoder layer, compiled where gradients are needed."""
+
+    def __init__(self, layer: Any, backend: str, fallback: _Fallback) -> None:
+        self._layer, self._fallback = layer, fallback
+        self._eager: Callable[..., Any] = layer.forward
+        breaking = [module for module in layer.modules() if getattr(module, "breaks_graph", False)]
+        for module in breaking:
+            module.forward = torch.compiler.disable(module.forward)
+        self._compiled: Callable[..., Any] = torch.compile(
+            layer.forward, backend=backend, fullgraph=not breaking, dynamic=False
+        )
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self._fallback.reason or not torch.is_grad_enabled():
+            return self._eager(*arguments, **named)
+        try:
+            return self._compiled(*arguments, **named)
+        except Exception as error:
+            reason = compile_error_reason(error)
+            if reason is None:
+                raise
+            if reason.is_capture:  # raised before the layer computes anything, and on every rank alike
+                self._fallback.use(self._layer, reason.text)
+                return self._eager(*arguments, **named)
+            raise UserError(
+                f"torch.compile of {type(self._layer).__name__} failed: {reason.text}",
+                "repair what it names, for example a missing C compiler, or set compile: off in the stage",
+            ) from error
