@@ -10,6 +10,9 @@ COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at the same time (train/loss.py). With this many rows, matmuls are as fast as with all rows."""
 
+COMPILED_LOSS_CHUNK_TOKENS = 2 * LOSS_CHUNK_TOKENS
+"""The same for the compiled loss, which has 4 bytes for each logit in place of 10: none of them exists in fp32."""
+
 POWERSGD_BUCKET_ELEMENTS = 25_000_000
 """Elements that PowerSGD compresses at once (train/powersgd.py). Its saved state has one entry per bucket, so this is no config
 key: a checkpoint could not be resumed after a change."""

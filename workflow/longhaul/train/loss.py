@@ -9,15 +9,17 @@ B samples, S tokens, N tokens of a micro batch, n of a chunk, H hidden width, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
-from longhaul.planning.constants_shared_with_trainer import LOSS_CHUNK_TOKENS
+from longhaul.planning.constants_shared_with_trainer import COMPILED_LOSS_CHUNK_TOKENS, LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
@@ -58,14 +60,18 @@ def chunked_loss_sum(
     weight_VH: torch.Tensor,
     labels_N: torch.Tensor,
     dims: ParallelDims | None = None,
-    chunk: int = LOSS_CHUNK_TOKENS,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Return the sum of the cross entropies of hidden · weightᵀ as a scalar in fp32; a label of IGNORED_LABEL adds nothing.
+
+    chunk: number of tokens; None: as many as fit in the memory that the plan counts
 
     Under tensor parallelism `weight_VH` holds this rank's rows of the vocabulary. The gradient of `hidden_NH` is then this rank's
     term of a sum over the tensor ranks.
     """
     tensor_dims = dims if dims and dims.parallel.tensor > 1 else None
+    if chunk is None:
+        chunk = COMPILED_LOSS_CHUNK_TOKENS if _is_compiled(hidden_NH, tensor_dims) else LOSS_CHUNK_TOKENS
     return _ChunkedLoss.apply(hidden_NH, weight_VH, labels_N, tensor_dims, chunk, torch.is_grad_enabled())  # pyright: ignore
 
 
@@ -112,6 +118,8 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """Add left @ right, computed in the precision of the two."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda:  # cuBLAS adds to fp32 what it has summed in fp32
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
 
@@ -126,11 +134,34 @@ def _chunk_loss(
 ) -> torch.Tensor:
     """Return the sum of the cross entropies of these rows; add to the gradients [N, H] and [V, H]."""
     counts_n1 = (labels_n != IGNORED_LABEL)[:, None]
-    losses_n, slopes_nV = _losses_and_slopes(hidden_NH[rows] @ weight_VH.T, labels_n, dims)
+    compute = _compiled_losses_and_slopes() if _is_compiled(hidden_NH, dims) else _losses_and_slopes
+    losses_n, slopes_nV = compute(hidden_NH[rows] @ weight_VH.T, labels_n, dims)
     if gradients:
         gradients[0][rows] = (slopes_nV @ weight_VH).where(counts_n1, 0.0)
         _add_product(gradients[1], slopes_nV.T, hidden_NH[rows].where(counts_n1, 0.0))
     return losses_n.where(counts_n1[:, 0], 0.0).sum()
+
+
+def _is_compiled(hidden_NH: torch.Tensor, dims: ParallelDims | None) -> bool:
+    """Return whether one kernel computes a chunk: on GPUs with the whole vocabulary, unless the trainer compiles nothing."""
+    return hidden_NH.is_cuda and dims is None and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+
+
+@cache
+def _compiled_losses_and_slopes() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(_fused_losses_and_slopes, fullgraph=True, dynamic=False)
+
+
+def _fused_losses_and_slopes(
+    logits_nV: torch.Tensor, labels_n: torch.Tensor, _dims: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `_losses_and_slopes` returns, in operations that the compiler fuses into two passes over the logits."""
+    logits = logits_nV.float()
+    logsumexp_n1 = logits.logsumexp(-1, keepdim=True)
+    label_n1 = labels_n.clamp(min=0)[:, None]
+    is_label_nV = torch.arange(logits.shape[1], device=logits.device) == label_n1
+    slopes_nV = (logits - logsumexp_n1).exp() - is_label_nV.float()
+    return (logsumexp_n1 - logits.gather(1, label_n1))[:, 0], slopes_nV.to(logits_nV.dtype)
 
 
 def _losses_and_slopes(
