@@ -8,11 +8,16 @@ from typing import Any, cast
 import torch
 
 from longhaul.artifacts.atomic_files import read_json
-from longhaul.compat.deepspeed import count_sliced_experts_in_gradient_norm, unpartitioned_shape
+from longhaul.compat.deepspeed import (
+    count_sliced_experts_in_gradient_norm,
+    gather_whole_layers,
+    unpartitioned_shape,
+)
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning.constants_shared_with_trainer import swap_param_buffer_elements
 from longhaul.train.distributed_context import DistributedContext
+from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
 def read_deepspeed_config(job: TrainSpec, context: DistributedContext | None = None) -> dict[str, Any]:
@@ -42,6 +47,8 @@ def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedCo
     """
     import deepspeed
 
+    if job.stage.zero.gathers_whole_layers:
+        gather_whole_layers(module, [type(layer) for layer in decoder_layers(module)])
     groups = cast(Any, parameter_groups(module))  # the annotation says Module, the code accepts groups
     parallel = job.stage.parallel
     mpu = context.dims if parallel.tensor > 1 and parallel.pipeline == 1 else None
