@@ -1,0 +1,127 @@
+"""The rows of bench/gpu_speed.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LOSS_STEPS = 200
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {
+        "llama": {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        }
+    },
+    "mixture": {
+        "deepseek_v3": {
+            "vocab_size": 64000,
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 896,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 768,
+            "kv_lora_rank": 256,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        }
+    },
+    "losses": {
+        "llama": {
+            "vocab_size": 16384,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        }
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    name:  <model>/<what runs>
+    kind:  "longhaul", or a function of gpu_speed_peers.py
+    stage: config of the stage, from which peers take their model and batches
+    """
+
+    name: str
+    kind: str
+    stage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def flash_only(self) -> bool:
+        """Whether attention runs through another kernel than the one that torch prefers."""
+        return self.name.endswith("other attention kernel")
+
+
+def _stage(micro_batch: int, steps: int = 1_000, **keys: Any) -> dict[str, Any]:
+    return {
+        "kind": "pretrain",
+        "steps": steps,
+        "global_batch_size": micro_batch,
+        "micro_batch_size": micro_batch,
+        "sequence_length": 4096,
+        "optimizer": {"lr": 3e-4},
+        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "zero": {"stage": 1},
+        "validation": {"every_steps": steps},
+        "checkpoints": {"every_steps": steps},
+        **keys,
+    }
+
+
+def _losses(**keys: Any) -> dict[str, Any]:
+    return _stage(4, LOSS_STEPS, **keys)
+
+
+ROWS = [
+    Row("dense/matrix products and attention alone", "limit", _stage(8)),
+    Row("dense/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _stage(8)),
+    Row("dense/longhaul, ZeRO 1, micro batch 8", "longhaul", _stage(8)),
+    Row("dense/longhaul, ZeRO 1, micro batch 4", "longhaul", _stage(4)),
+    Row("dense/longhaul, ZeRO 1, micro batch 16", "longhaul", _stage(16)),
+    Row("dense/longhaul, ZeRO 1, micro batch 8, compile: off", "longhaul", _stage(8, compile="off")),
+    Row(
+        "dense/longhaul, ZeRO 1, micro batch 16, selective",
+        "longhaul",
+        _stage(16, activation_checkpointing="selective"),
+    ),
+    Row("dense/longhaul, ZeRO 3, micro batch 8", "longhaul", _stage(8, zero={"stage": 3})),
+    Row("dense/HF Trainer, ZeRO 2, Liger, micro batch 8", "hf_trainer", _stage(8)),
+    Row("dense/deepspeed.initialize, ZeRO 1, micro batch 8", "plain_deepspeed", _stage(8)),
+    Row("mixture/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _stage(8)),
+    Row("mixture/longhaul, ZeRO 1, micro batch 8", "longhaul", _stage(8)),
+    Row("losses/longhaul, plain", "longhaul", _losses(compile="off")),
+    Row("losses/longhaul, plain, other attention kernel", "longhaul", _losses(compile="off")),
+    Row("losses/longhaul", "longhaul", _losses()),
+    Row("losses/longhaul, ZeRO 3", "longhaul", _losses(zero={"stage": 3})),
+]
