@@ -122,9 +122,9 @@ def plan_options(folder: Path, model: str) -> Plan:
     }
     gpus = torch.cuda.device_count()
     node = {"cpus": os.cpu_count(), "memory_mb": 64_000, "gpus": gpus}
-    site = {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
+    site: dict[str, Any] = {"name": "here", "scheduler": "local", "partitions": [{"jobs": ["gpu"], "node": node}]}
     if gpus:
-        site["cuda_build"] = f"cu{str(torch.version.cuda).replace('.', '')}"
+        site["accelerator"] = {"cuda": torch.version.cuda}
     config = {
         "run": "memory",
         "site": "./site.yaml",

@@ -154,7 +154,8 @@ def local_run(demo: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     shutil.copytree(demo.folder / "results", local_run.folder / "results", ignore=shutil.ignore_patterns("stages"))
     # As many threads per rank as on the cluster: here one node has twice as many ranks.
     site = local_site()
-    write_site(local_run.folder, site | {"node": site["node"] | {"cpus": 2 * SITE["node"]["cpus"]}})
+    site["partitions"][0]["node"]["cpus"] = 2 * SITE["partitions"][0]["node"]["cpus"]
+    write_site(local_run.folder, site)
     command = [sys.executable, "-m", "longhaul", "job", "render", str(local_run.folder / "run.yaml")]
     subprocess.run(command, cwd=local_run.folder, check=True, env=local_run.environment())
     return local_run

@@ -19,7 +19,7 @@ from tests.parity import reference_loop as reference
 from tests.parity.parity_cases import FP32, MODELS
 from tests.parity.parity_table import largest_difference
 from tests.support.chain import tiny_config
-from tests.support.cluster_chain import ClusterChain
+from tests.support.cluster_chain import SITE, ClusterChain
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 Layout = tuple[int, int, dict[str, Any]]
 
 STEPS = 6
-PART_OF_A_NODE = {"cpus": 2, "memory_mb": 2000}
+PART_OF_A_NODE = {"max_nodes": 4, "node": {"cpus": 2, "memory_mb": 2000}}
 """Request of a job of one node: a quarter of the node, so that an export runs beside the trainings."""
 # model -> stage -> (nodes, ranks per node, keys of the stage). Groups of every axis cross hosts. Two hosts suffice for data and
 # tensor parallelism and for replicas of experts. Four hosts show what two cannot: pipeline ranks that are neither first nor
@@ -108,7 +108,10 @@ def trained(
         config = tiny_config(model=MODELS[model_name], run="layouts")
         config["stages"] = [_stage(name, *layout) for name, layout in layouts.items()]
         runs[model_name] = ClusterChain(
-            tmp_path_factory.mktemp(model_name), config, four_nodes, max_nodes=4, node=PART_OF_A_NODE
+            tmp_path_factory.mktemp(model_name),
+            config,
+            four_nodes,
+            partitions=[{**SITE["partitions"][0], **PART_OF_A_NODE}],
         )
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda chain: chain.run("--jobs", "3", timeout_s=900), runs.values()))

@@ -17,7 +17,7 @@ import psutil
 from longhaul.artifacts.record_types import read_events
 from longhaul.report.goodput import Goodput, read_goodput, start_up_times
 from tests.support.chain import REPOSITORY
-from tests.support.cluster_chain import ClusterChain
+from tests.support.cluster_chain import SITE, ClusterChain
 from tests.support.virtual_cluster import VirtualCluster
 
 STEPS, QUICK_STEPS, SAVE_EVERY = 400, 200, 25
@@ -54,8 +54,10 @@ def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS,
 
 def faulted_site(partition: str = "main", poisoned: bool = False) -> dict[str, Any]:
     """Return a site of three nodes. poisoned: trainers compute NaN in some batches, through tests/support/injected."""
-    gpu, cpu = ({"name": name, "max_minutes": 600} for name in (partition, "main"))
-    site: dict[str, Any] = {"max_nodes": 3, "deadline_poll_interval_s": 1.0, "partitions": {"gpu": gpu, "cpu": cpu}}
+    (given,) = SITE["partitions"]
+    gpu = {**given, "name": partition, "max_nodes": 3}
+    cpu = {**given, "jobs": ["cpu"], "name": "main", "max_nodes": 1}
+    site: dict[str, Any] = {"deadline_poll_interval_s": 1.0, "partitions": [gpu, cpu]}
     if poisoned:
         site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/support/injected/task_prolog.sh'}"]
         site["environment"] = {"NAN_BATCHES": ",".join(map(str, NAN_BATCHES))}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from longhaul.checks.node_facts import cuda_build
 from tests.support.chain import Chain, tiny_config, write_site
 
 GPUS = torch.cuda.device_count()
@@ -80,12 +79,11 @@ def describe_gpus() -> str:
 def _site() -> dict[str, Any]:
     """Return a site file of this machine, with fabric limits that any GPU reaches."""
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    node = {"cpus": 16, "memory_mb": 64_000, "gpus": GPUS, "gpu_memory_gib": memory_gib, "gpu_peak_tflops": 989}
     return {
         "name": "gpus",
         "scheduler": "local",
-        "max_nodes": 1,
-        "node": {"cpus": 16, "memory_mb": 64_000, "gpus": GPUS, "gpu_memory_gib": memory_gib, "gpu_peak_tflops": 989},
-        "gpu_request": "none",
-        "cuda_build": cuda_build(torch.version.cuda),
+        "partitions": [{"jobs": ["gpu"], "node": node}],
+        "accelerator": {"cuda": torch.version.cuda},
         "interconnect": {"kind": "none", "limits": {"all_reduce_gbps": 1.0} if GPUS > 1 else {}},
     }

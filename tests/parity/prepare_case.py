@@ -25,9 +25,7 @@ SEED = 38  # one of the few seeds with which rounding alone changes no model: se
 SITE = {
     "name": "here",
     "scheduler": "local",
-    "max_nodes": 1,
-    "node": {"cpus": 8, "memory_mb": 8000},
-    "gpu_request": "none",
+    "partitions": [{"jobs": ["gpu"], "node": {"cpus": 8, "memory_mb": 8000}}],
 }
 
 

@@ -90,8 +90,8 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 def local_site() -> dict[str, Any]:
     """Return a site like this machine, with four cores."""
-    node = {"cpus": 4, "memory_mb": 3000}
-    return {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
+    partition = {"jobs": ["gpu"], "node": {"cpus": 4, "memory_mb": 3000}}
+    return {"name": "here", "scheduler": "local", "partitions": [partition]}
 
 
 def write_site(folder: Path, site: dict[str, Any]) -> None:

@@ -46,13 +46,21 @@ CONFIG = {
     "checks": {"nodes": 1},
     "stages": [STAGE, CHAT],
 }
-SITE = {
+SITE: dict[str, Any] = {
     "name": "centre",
-    "partitions": {"gpu": {"name": "gpu", "max_minutes": 1440}},
-    "node": {"cpus": 64, "memory_mb": 500_000, "gpus": 8},
-    "max_nodes": 16,
-    "cuda_build": "cu130",
+    "partitions": [
+        {
+            "jobs": ["gpu", "cpu", "debug"],
+            "name": "gpu",
+            "max_minutes": 1440,
+            "max_nodes": 16,
+            "node": {"cpus": 64, "memory_mb": 500_000, "gpus": 8},
+        }
+    ],
+    "accelerator": {"cuda": "13.0"},
 }
+LOCAL: dict[str, Any] = {"scheduler": "local", "partitions.0.max_nodes": 1}
+"""Changes of SITE for a site of this machine."""
 
 
 def changed(value: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import CHAT, LLAMA, STAGE
+from tests.support.small_configs import CHAT, LLAMA, SITE, STAGE
 
 
 def stages(*changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -40,6 +40,115 @@ QWEN3_MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
 }
+
+_GPUS = SITE["partitions"][0] | {"jobs": ["gpu"]}
+_CPUS = {"jobs": ["cpu"], "name": "cpu", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
+# Mistakes in the partitions and the software of a site file: as CONFIGS, without changes of the config.
+SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
+    (mistake, {}, changes, expected)
+    for mistake, changes, expected in (
+        (
+            "account outside of a partition",
+            {"account": "proj"},
+            ("account is not a known key; it is a key of partitions",),
+        ),
+        ("node outside of a partition", {"node": {"cpus": 4}}, ("node is not a known key; it is a key of partitions",)),
+        ("key of an earlier release", {"cuda_build": "cu130"}, ("cuda_build is not a known key; write accelerator: ",)),
+        ("partitions by name", {"partitions": {"gpu": {"name": "gpu"}}}, ("partitions is {", "expected: a list")),
+        ("partition without jobs", {"partitions.0.jobs": []}, ("partitions.0.jobs is []", "at least 1 item")),
+        ("unknown kind of job", {"partitions.0.jobs": ["gpu", "tpu"]}, ("partitions.0.jobs.1 is 'tpu'", "'login'")),
+        ("no partition for training", {"partitions.0.jobs": ["cpu"]}, ("no partition has jobs: [gpu]", "add gpu")),
+        (
+            "two partitions for one kind of job",
+            {"partitions": [{**_GPUS, "jobs": ["gpu", "cpu"]}, {**_CPUS, "jobs": ["cpu", "login"]}]},
+            ("partitions name the jobs cpu 2 times", "remove it from all but one"),
+        ),
+        ("partition without a time limit", {"partitions.0.max_minutes": ...}, ("partitions.0", "needs max_minutes")),
+        (
+            "checks where there is no GPU",
+            {"partitions": [_GPUS, {**_CPUS, "jobs": ["debug"]}]},
+            ("the partition for debug jobs has no GPUs", "give debug to another one"),
+        ),
+        (
+            "two partitions of a local site",
+            {"scheduler": "local", "partitions": [{**_GPUS, "max_nodes": 1}, _CPUS]},
+            ("scheduler local: the site is one machine",),
+        ),
+        (
+            "local site with two nodes",
+            {"scheduler": "local", "partitions.0.max_nodes": 2},
+            ("scheduler local: the site is one machine", "max_nodes 1"),
+        ),
+        *(
+            (f"sbatch option {option}", {"partitions.0.sbatch_extra": [option]}, (f"sbatch_extra contains {text}",))
+            for option, text in (
+                ("--nodes=4", "--nodes, which longhaul sets itself"),
+                ("--par=x", "--par (--parsable), which longhaul sets itself"),
+                ("--wrap=id", "--wrap, which longhaul sets itself"),
+                ("--output=/tmp/x", "--output, which longhaul sets itself"),
+                ("--signal=B:USR1@60", "--signal=B:USR1@60: a signal to the batch shell ends the job"),
+            )
+        ),
+        (
+            "sbatch option given twice",
+            {"partitions.0.sbatch_extra": ["--mail-type=END", "--mail-type=FAIL"]},
+            ("sbatch_extra contains --mail-type twice",),
+        ),
+        *(
+            (f"shell in an sbatch option: {option}", {"partitions.0.sbatch_extra": [option]}, ("sbatch_extra.0 is",))
+            for option in (
+                "--licenses=$(id)",
+                "--licenses=a;id",
+                "--licenses=a b",
+                "--licenses=[ab]",
+                "-A x",
+                "--x=`id`",
+            )
+        ),
+        ("shell in a resource", {"partitions.0.gres_extra": ["nvme:1;id"]}, ("gres_extra.0 is 'nvme:1;id'",)),
+        (
+            "two ways to switch hyperthreads off",
+            {"partitions.0.threads_per_core": 1, "partitions.0.sbatch_extra": ["--hint=nomultithread"]},
+            ("--hint=nomultithread, which Slurm refuses with threads_per_core",),
+        ),
+        (
+            "binding where nothing is trained",
+            {"partitions": [_GPUS, {**_CPUS, "cpu_bind": "cores"}]},
+            ("partitions.1: cpu_bind has no effect", "only training is bound"),
+        ),
+        ("shell in a binding", {"partitions.0.cpu_bind": "cores;id"}, ("cpu_bind is 'cores;id'",)),
+        (
+            "ranks that do not see the GPUs that they divide cores by",
+            {"partitions.0.cpu_bind": "auto", "partitions.0.gpu_bind": "closest"},
+            ("cpu_bind auto with gpu_bind closest", "set gpu_bind to none"),
+        ),
+        (
+            "two addresses of rank 0",
+            {"interconnect": {"master_address": {"suffix": "i", "interface": "ib0"}}},
+            ("names both suffix and interface",),
+        ),
+        ("shell in a suffix", {"interconnect": {"master_address": {"suffix": ";id"}}}, ("suffix is ';id'",)),
+        ("srun container without an image", {"software": {"kind": "srun"}}, ("kind srun needs options",)),
+        (
+            "size of a step among the options of a container",
+            {"software": {"kind": "srun", "options": ["--environment=/a.toml", "--nodes=1"]}},
+            ("options contains --nodes, which longhaul sets itself",),
+        ),
+        (
+            "mounts that longhaul lists",
+            {"software": {"kind": "srun", "options": ["--container-image=/a", "--container-mounts=/a:/a"]}},
+            ("options contains --container-mounts",),
+        ),
+        ("binds without a container", {"software": {"binds": ["/a"]}}, ("binds has no effect with kind current",)),
+        (
+            "binds of a container that its own file describes",
+            {"software": {"kind": "srun", "options": ["--environment=/a.toml"], "binds": ["/a"]}},
+            ("binds has no effect with kind srun", "names its mounts"),
+        ),
+        ("Python of a venv", {"software": {"kind": "venv", "path": "/v", "python": "/p"}}, ("python has no effect",)),
+        ("module folders without modules", {"software": {"module_use": ["/m"]}}, ("need modules",)),
+    )
+]
 
 # (mistake, changes of the config, changes of the site, texts in the message)
 CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
@@ -350,7 +459,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "srun option of another user",
         {},
         {"srun_extra": ["--uid=0"]},
-        ("srun_extra contains --uid, which longhaul sets",),
+        ("srun_extra contains --uid, which longhaul sets itself",),
     ),
     ("shortened srun option", {}, {"srun_extra": ["--ntas=4"]}, ("srun_extra contains --ntas (--ntasks)", "remove it")),
     ("a time without hours", {"stages.0.minutes": "90:00"}, {}, ("stages.0.minutes: '90:00' is no time", "1:30:00")),
@@ -371,7 +480,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     (
         "more memory than a GPU has",
         {"model.llama.num_hidden_layers": 10_000},
-        {"node.gpu_memory_gib": 1},
+        {"partitions.0.node.gpu_memory_gib": 1},
         ("GiB per GPU", "site centre has 1 GiB"),
     ),
     ("more files than the quota", {}, {"inode_limit": 5}, ("exceed site centre's inode_limit 5",)),
@@ -433,10 +542,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("unknown site", {"site": "moon"}, {}, ("there is no site 'moon'", "local, slurm-generic")),
     ("missing site file", {"site": "./moon.yaml"}, {}, ("moon.yaml does not exist",)),
     ("misspelt site key", {}, {"interconect": {}}, ("interconect is not a known key", "did you mean interconnect?")),
-    ("scheduler slurm without partitions", {}, {"partitions": ...}, ("scheduler slurm needs partitions",)),
+    ("site without partitions", {}, {"partitions": ...}, ("partitions is missing",)),
+    ("site with an empty list of partitions", {}, {"partitions": []}, ("partitions is []", "at least 1 item")),
+    *SITES,
     ("container without an image", {}, {"software": {"kind": "container"}}, ("kind container needs path",)),
-    ("shell in an account", {}, {"account": "a; rm -rf b"}, ("account is 'a; rm -rf b'",)),
-    ("sbatch option in a partition", {}, {"partitions.gpu.name": "gpu\n#SBATCH --exclusive"}, ("partitions.gpu.name",)),
+    ("shell in an account", {}, {"partitions.0.account": "a; rm -rf b"}, ("account is 'a; rm -rf b'",)),
+    ("sbatch option in a partition", {}, {"partitions.0.name": "gpu\n#SBATCH --exclusive"}, ("partitions.0.name",)),
     ("shell in a variable's name", {}, {"environment": {"A;touch b": "1"}}, ("environment.A;touch b",)),
     ("line break in a variable", {}, {"environment": {"A": "1\n2"}}, ("environment.A",)),
     ("shell in an srun option", {}, {"srun_extra": ["--mpi=$(id)"]}, ("srun_extra.0 is '--mpi=$(id)'",)),
@@ -639,14 +750,14 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     (
         "fp16 without a GPU",
         {"stages.0.precision": "fp16"},
-        {"node.gpus": 0, "cuda_build": "cpu"},
+        {"partitions.0.node.gpus": 0, "accelerator": "cpu"},
         ("stages.base: precision fp16", "site centre", "set precision to bf16 or fp32"),
     ),
     (
         "GPUs with the CPU build of torch",
         {},
-        {"cuda_build": "cpu"},
-        ("node.gpus 8 with cuda_build cpu", "set cuda_build, e.g. cu130"),
+        {"accelerator": "cpu"},
+        ("node.gpus 8 with accelerator cpu", "set accelerator, e.g."),
     ),
     (
         "several nodes without a network",
@@ -654,7 +765,14 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"interconnect": {"kind": "none"}},
         ("max_nodes 16 with interconnect.kind none", "change either"),
     ),
-    ("unknown CUDA build", {}, {"cuda_build": "12.8"}, ("cuda_build is '12.8'", "cu[0-9]")),
+    ("unknown CUDA version", {}, {"accelerator": {"cuda": "cu128"}}, ("accelerator.cuda is 'cu128'", "13.0")),
+    ("unknown accelerator", {}, {"accelerator": "tpu"}, ("accelerator is 'tpu'",)),
+    (
+        "two accelerators",
+        {},
+        {"accelerator": {"cuda": "13.0", "rocm": "6.4"}},
+        ("names both cuda 13.0 and rocm 6.4", "one of them"),
+    ),
     # Typing errors and malicious values, found in trials with the role of a user at a centre.
     (
         "number with 400 digits",
@@ -669,7 +787,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("tensor 2 does not divide the model's vocab_size 99999999", "set parallel.tensor to 1"),
     ),
-    ("too many nodes", {}, {"max_nodes": 10**12}, ("max_nodes is 1000000000000", "100000")),
+    ("too many nodes", {}, {"partitions.0.max_nodes": 10**12}, ("max_nodes is 1000000000000", "100000")),
     (
         "chunks of size zero",
         {"datasets.prose": {"kind": "text", "python_stdlib": {}, "chunk_mb": 1e-300}},
@@ -774,7 +892,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("data_minutes 2000: partition gpu allows 1440",),
     ),
-    ("option in an account", {}, {"account": "--wrap=id"}, ("account is '--wrap=id'", "starting with a letter")),
+    (
+        "option in an account",
+        {},
+        {"partitions.0.account": "--wrap=id"},
+        ("partitions.0.account is '--wrap=id'", "starting with a letter"),
+    ),
     (
         "option in a module name",
         {},
@@ -782,14 +905,8 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("software.modules.0 is '-h'",),
     ),
     # The Slurm plugin passes these two to a shell without quotes.
-    ("shell command in a reservation", {}, {"reservation": "a&reboot"}, ("reservation is 'a&reboot'",)),
-    ("shell command in a GPU type", {}, {"gpu_type": "a100|reboot"}, ("gpu_type is 'a100|reboot'",)),
-    (
-        "GPU type that gres does not accept",
-        {},
-        {"gpu_type": "rtx-3090", "gpu_request": "gres"},
-        ("gpu_type 'rtx-3090' with gpu_request gres", "letters, digits"),
-    ),
+    ("shell command in a reservation", {}, {"partitions.0.reservation": "a&reboot"}, ("reservation is 'a&reboot'",)),
+    ("shell command in a GPU type", {}, {"partitions.0.gpu_type": "a100|reboot"}, ("gpu_type is 'a100|reboot'",)),
     (
         "relative path of an environment",
         {},
@@ -804,8 +921,8 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     ("reserved variable", {}, {"environment": {"PYTHONPATH": "/x"}}, ("environment sets PYTHONPATH", "remove it")),
     ("reserved srun option", {}, {"srun_extra": ["--nodes=1"]}, ("srun_extra contains --nodes", "remove it")),
-    ("fewer cores than GPUs", {}, {"node.cpus": 4}, ("cpus 4 is less than gpus 8",)),
-    ("local scheduler with 16 nodes", {}, {"scheduler": "local"}, ("max_nodes 16 with scheduler local", "set it to 1")),
+    ("fewer cores than GPUs", {}, {"partitions.0.node.cpus": 4}, ("cpus 4 is less than gpus 8",)),
+    ("local scheduler with 16 nodes", {}, {"scheduler": "local"}, ("the site is one machine", "with max_nodes 1")),
     (
         "qwZ",
         {"stages.0.zero": {"zero_quantized_weights": True}},

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.bad_input import refused_message, snakemake
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import write_config
+from tests.support.small_configs import LOCAL, write_config
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.0.steps is 0"),
@@ -23,7 +23,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "Slurm site without the Slurm executor in a dry run": ({}, {}, ["-n", "-j4"], "use --profile profiles/slurm"),
     "local site with the Slurm executor": (
         {},
-        {"scheduler": "local", "max_nodes": 1},
+        LOCAL,
         ["-n", "--executor", "slurm", "-j4"],
         "site centre has scheduler: local, but Snakemake's executor is slurm",
     ),
@@ -61,7 +61,7 @@ def test_run_checks_config_before_snakemake_starts(
 
 
 def test_run_passes_options_targets_and_config_to_snakemake(tmp_path: Path):
-    config = write_config(tmp_path, None, {"scheduler": "local", "max_nodes": 1})
+    config = write_config(tmp_path, None, LOCAL)
     words = ["-m", "longhaul", "run", config.name, "results/small/plan.json", "-n", "--profile", "none"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_run_passes_options_targets_and_config_to_snakemake(tmp_path: Path):
 
 
 def test_working_folder_with_unusable_name_is_reported(tmp_path: Path):
-    config = write_config(tmp_path / "config", None, {"scheduler": "local", "max_nodes": 1})
+    config = write_config(tmp_path / "config", None, LOCAL)
     run = tmp_path / "costs $5"
     run.mkdir()
     done = snakemake(run, "-n", "--configfile", str(config))

@@ -198,7 +198,9 @@ def test_special_characters_reach_jobs_unchanged(tmp_path: Path):
     folder = tmp_path / "it's {run} $(touch pwned) #SBATCH"
     special = "$(touch pwned) '\" {run} #SBATCH"
     config = write_config(
-        folder, {"storage": {"weights": special}}, {"scheduler": "local", "max_nodes": 1, "environment": {"X": special}}
+        folder,
+        {"storage": {"weights": special}},
+        {"scheduler": "local", "partitions.0.max_nodes": 1, "environment": {"X": special}},
     )
     run = tmp_path / "run"
     run.mkdir()

@@ -55,9 +55,8 @@ def plan(tmp_path: Path) -> Plan:
     }
     site = {
         "scheduler": "local",
-        "max_nodes": 1,
-        "node": {"cpus": 2, "memory_mb": 1000},
-        "cuda_build": "cpu",
+        "partitions": [{"jobs": ["gpu"], "node": {"cpus": 2, "memory_mb": 1000}}],
+        "accelerator": "cpu",
         "software": {"kind": "container", "path": str(fake_image(tmp_path / "images"))},
     }
     return plan_of(tmp_path / "config", config, site)

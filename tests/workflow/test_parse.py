@@ -39,7 +39,7 @@ def test_dry_run_imports_nothing_heavy(tmp_path: Path):
 @pytest.mark.parametrize("memory", ["per_node", "all", "omit"])
 def test_dry_run_with_every_kind_of_memory_request(tmp_path: Path, memory: str):
     """Snakemake refuses a function of mem_mb that returns None."""
-    config = write_config(tmp_path, {}, {"memory": memory})
+    config = write_config(tmp_path, {}, {"partitions.0.memory": memory})
     words = ["-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "-n", "--profile"]
     done = run(*words, str(REPOSITORY / "profiles" / "slurm"), "--configfile", str(config), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,10 +68,15 @@ def test_settings_that_do_not_change_results_rerun_nothing(run: Chain, change: A
 def test_partition_environment_and_container_rerun_nothing(run: Chain):
     site = {
         "name": "elsewhere",
-        "partitions": {"gpu": {"name": "other", "max_minutes": 100}},
-        "node": {"cpus": 4, "memory_mb": 2000},
-        "max_nodes": 2,
-        "gpu_request": "none",
+        "partitions": [
+            {
+                "jobs": ["gpu"],
+                "name": "other",
+                "max_minutes": 100,
+                "max_nodes": 2,
+                "node": {"cpus": 4, "memory_mb": 2000},
+            }
+        ],
         "environment": {"NCCL_DEBUG": "INFO"},
         "software": {"kind": "container", "path": "/images/job.sif"},
     }

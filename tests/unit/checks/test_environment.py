@@ -18,9 +18,10 @@ import pytest
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
-from longhaul.checks.node_facts import compiler, cuda_build, node_facts, rdma_ports, write_error
+from longhaul.checks.node_facts import compiler, node_facts, rdma_ports, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
+from longhaul.config.software_config import Accelerator
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
@@ -34,7 +35,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentSpec:
         "checks": Checks(min_disk_free_gb=0.001),
         "memory_mb": 100,
         "interconnect": "infiniband",
-        "cuda_build": "cpu",
+        "build": "cpu",
         "scratch": str(folder / "scratch"),
         "prebuild_ops": (),
         "swap_bytes": 0,
@@ -52,7 +53,7 @@ def nodes() -> list[dict[str, Any]]:
         "python": "3.11.7",
         "torch": "2.13.0+cu130",
         "deepspeed": "0.19.8",
-        "cuda_build": "cu130",
+        "build": "cuda 13.0",
         "driver": "590.1",
     }
     node = {
@@ -73,7 +74,7 @@ def nodes() -> list[dict[str, Any]]:
 
 
 def test_good_nodes_have_no_problems_and_no_warnings(tmp_path: Path):
-    assert node_problems(nodes(), job(tmp_path, cuda_build="cu130")) == []
+    assert node_problems(nodes(), job(tmp_path, build="cuda 13.0")) == []
     assert node_warnings(nodes(), check.tested_versions()) == []
 
 
@@ -85,8 +86,8 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "another driver": (lambda node: node["versions"].update(driver="570"), "driver is not the same on all nodes"),
     "a build without CUDA": (
-        lambda node: node["versions"].update(cuda_build="cpu"),
-        "n2: torch is a cpu build, the site file says cuda_build: cu130",
+        lambda node: node["versions"].update(build="cpu"),
+        "n2: torch is built for cpu, the site file says accelerator: cuda 13.0",
     ),
     "no DeepSpeed": (lambda node: node["versions"].update(deepspeed=None), "n2: deepspeed is not installed"),
     "a lost GPU": (
@@ -144,7 +145,7 @@ def test_problem_names_its_node_value_and_limit(tmp_path: Path, change: Change, 
     found = nodes()
     change(found[1])
     swapping = {"prebuild_ops": ("cpu_adam",), "swap_bytes": 2_500_000_000, "locked_bytes": 10**8}
-    text = "\n".join(node_problems(found, job(tmp_path, cuda_build="cu130", **swapping)))
+    text = "\n".join(node_problems(found, job(tmp_path, build="cuda 13.0", **swapping)))
     assert message in text
 
 
@@ -191,7 +192,7 @@ LIMITS: dict[str, tuple[Callable[[dict[str, Any], int], object], int, int]] = {
 def test_limits_themselves_are_allowed(
     tmp_path: Path, change: Callable[[dict[str, Any], int], object], limit: int, beyond: int
 ):
-    spec = job(tmp_path, cuda_build="cu130", swap_bytes=2_500_000_000, locked_bytes=10**8)
+    spec = job(tmp_path, build="cuda 13.0", swap_bytes=2_500_000_000, locked_bytes=10**8)
     for value, count in ((limit, 0), (limit + beyond, 1)):
         found = nodes()[:1]
         change(found[0], value)
@@ -201,18 +202,18 @@ def test_limits_themselves_are_allowed(
 def test_unknown_disk_space_is_no_problem(tmp_path: Path):
     found = nodes()
     found[0]["disk_free_bytes"] = found[0]["swap"]["free_bytes"] = found[0]["swap"]["lockable_bytes"] = None
-    assert node_problems(found, job(tmp_path, cuda_build="cu130", swap_bytes=10**9, locked_bytes=10**9)) == []
+    assert node_problems(found, job(tmp_path, build="cuda 13.0", swap_bytes=10**9, locked_bytes=10**9)) == []
 
 
 def test_ports_matter_only_between_nodes_and_for_rdma(tmp_path: Path):
     found = nodes()
     found[1]["rdma_ports"] = []
     for kind in ("roce", "infiniband"):
-        assert node_problems(found, job(tmp_path, cuda_build="cu130", interconnect=kind))
-        assert node_problems(found[1:], job(tmp_path, cuda_build="cu130", interconnect=kind)) == [], (
+        assert node_problems(found, job(tmp_path, build="cuda 13.0", interconnect=kind))
+        assert node_problems(found[1:], job(tmp_path, build="cuda 13.0", interconnect=kind)) == [], (
             "a single node uses no port"
         )
-    assert node_problems(found, job(tmp_path, cuda_build="cu130", interconnect="ethernet")) == []
+    assert node_problems(found, job(tmp_path, build="cuda 13.0", interconnect="ethernet")) == []
 
 
 def test_active_ports_are_read_from_the_kernel(tmp_path: Path):
@@ -255,8 +256,10 @@ def test_write_probe_needs_a_whole_block(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cuda_builds_are_named_as_in_wheels():
-    assert (cuda_build("13.0"), cuda_build("12.8"), cuda_build(None)) == ("cu130", "cu128", "cpu")
+def test_builds_are_named_as_in_the_site_file():
+    assert torch_build("12.8", None) == Accelerator(cuda="12.8").build == "cuda 12.8"
+    assert torch_build(None, "6.4.43483-a187df25c") == Accelerator(rocm="6.4").build == "rocm 6.4"
+    assert torch_build(None, None) == Accelerator().build == "cpu"
 
 
 def test_missing_compiler_is_none(monkeypatch: pytest.MonkeyPatch):

@@ -1,13 +1,16 @@
-"""The patched check of active jobs: no job is forgotten, and preempted jobs are requeued."""
+"""The patched plugin: no job is forgotten, preempted jobs are requeued, and no account or partition is guessed."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from longhaul.compat.slurm_plugin import SlurmActions, _patched
+import pytest
+
+from longhaul.compat.slurm_plugin import SlurmActions, _patched, _without_guess
 
 
 class Executor:
@@ -105,3 +108,31 @@ def test_executor_reports_without_the_patch_afterwards():
     slurm.active_jobs(executor, "7")
     executor.report_job_error(SimpleNamespace(external_jobid="7"))
     assert slurm.recorded == []
+
+
+def test_named_account_and_partition_are_passed_on_and_others_are_not_guessed():
+    def partition(executor: Any, job: Any) -> str:
+        return f" -p {job.resources.get('slurm_partition', 'guessed')}"
+
+    patched = _without_guess(partition, "slurm_partition", lambda: "")
+    named, unnamed = (SimpleNamespace(resources=resources) for resources in ({"slurm_partition": "big"}, {}))
+    assert (patched(None, named), patched(None, unnamed)) == (" -p big", "")
+
+
+def test_the_plugin_still_guesses_what_a_job_does_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """When this fails, `send_no_guesses` is no longer needed."""
+    from snakemake_executor_plugin_slurm import Executor
+
+    for name, answer in (("sinfo", "PARTITION\nother\nmain*"), ("sacct", "proj"), ("sacctmgr", "proj")):
+        tool = tmp_path / name
+        tool.write_text(f"#!/bin/sh\nprintf '{answer}\\n'\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    executor = SimpleNamespace(_fallback_partition=None, _partitions=None, _fallback_account_arg=None)
+    executor.logger = SimpleNamespace(warning=lambda text: None)
+    job = SimpleNamespace(resources={})
+    partition, account = (
+        getattr(method, "unpatched", method) for method in (Executor.get_partition_arg, Executor.get_account_arg)
+    )
+    assert partition(executor, job) == " -p main"
+    assert list(account(executor, job)) == [" -A proj"]

@@ -56,6 +56,5 @@ def test_minutes_are_numbers_or_durations(tmp_path: Path):
     site = tmp_path / "site.yaml"
     site.write_text(site.read_text().replace("max_minutes: 1440", f"max_minutes: {durations['partition']}"))
     loaded = load_config(config)
-    partition = loaded.site.partitions.gpu if loaded.site.partitions else None
     assert (loaded.config.stages[0].minutes, loaded.config.checks.minutes) == (90, 5)
-    assert (loaded.config.data_minutes, partition and partition.max_minutes) == (120, 60 * 60)
+    assert (loaded.config.data_minutes, loaded.site.partition_for("gpu").max_minutes) == (120, 60 * 60)

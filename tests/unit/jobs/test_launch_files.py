@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,13 +15,16 @@ import yaml
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
+from longhaul.config.package_data import PACKAGE
 from longhaul.errors import UserError
-from longhaul.jobs.launch_files import render_job, write_launch_files
+from longhaul.jobs.job_kind import job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.jobs.launch_files import render_job, render_run, write_launch_files
 from longhaul.planning import Plan
 from longhaul.planning.deepspeed_config import deepspeed_sections
 from tests.golden.regenerate import CASES, GOLDEN, rendered
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import plan_of
+from tests.support.small_configs import SITE, plan_of
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,7 +151,7 @@ def test_a_key_that_deepspeed_ignores_is_noticed(tmp_path: Path):
 
 def test_adam_is_torchs_fused_one_and_deepspeeds_with_offload(tmp_path: Path):
     def optimizer(changes: dict[str, Any], gpus: int = 8) -> dict[str, Any]:
-        plan = plan_of(tmp_path, changes, {"node.gpus": gpus, "gpu_request": "gpus_per_node" if gpus else "none"})
+        plan = plan_of(tmp_path, changes, {"partitions.0.node.gpus": gpus})
         return deepspeed_sections(plan.stages[0], plan.site)["optimizer"]["params"]
 
     assert optimizer({})["torch_adam"] and optimizer({})["fused"]
@@ -297,3 +301,125 @@ def test_slurms_client_runs_outside_the_container(tmp_path: Path):
     for step in steps:
         inside = step["command"][step["command"].index("apptainer") :]
         assert step["command"][0] == "srun" and "srun" not in inside and "supervise" not in inside
+
+
+def commands(folder: Path, site: dict[str, Any], job: JobId = JobId("train", ("base",))) -> list[list[str]]:  # noqa: B008
+    """Return the commands of a job's steps at a site with these changes."""
+    launch = render_job(plan_of(folder, None, site), job, folder / "run").files["launch.json"]
+    return [step["command"] for step in json.loads(launch)["steps"]]
+
+
+def bindings(command: list[str]) -> list[str]:
+    return [word for word in command if word.startswith(("--cpu-bind", "--gpu-bind", "--threads-per-core"))]
+
+
+def test_only_the_training_step_is_bound(tmp_path: Path):
+    masks = "mask_cpu:0xfe,0xfe00"
+    site = {"partitions.0.cpu_bind": masks, "partitions.0.gpu_bind": "none", "partitions.0.threads_per_core": 1}
+    check, train = commands(tmp_path, site)
+    assert bindings(check) == ["--threads-per-core=1", "--cpu-bind=none"]
+    assert bindings(train) == ["--threads-per-core=1", f"--cpu-bind={masks}", "--gpu-bind=none"]
+    assert bindings(commands(tmp_path, site, JobId("fabric"))[0]) == ["--threads-per-core=1", "--cpu-bind=none"]
+    assert [bindings(command) for command in commands(tmp_path, {})] == [[], []]
+
+
+def test_ranks_bind_themselves_with_cpu_bind_auto(tmp_path: Path):
+    plan = plan_of(tmp_path, None, {"partitions.0.cpu_bind": "auto"})
+    assert bindings(commands(tmp_path, {"partitions.0.cpu_bind": "auto"})[1]) == ["--cpu-bind=none"]
+    job = job_spec(plan, JobId("train", ("base",)))
+    assert isinstance(job, TrainSpec) and job.bind_cores
+
+
+def test_container_gets_the_flag_of_the_accelerator_and_further_options(tmp_path: Path):
+    software = {
+        "kind": "container",
+        "path": "/a.sif",
+        "options": ["--no-home", "--env=A=b c"],
+        "python": "/venv/bin/python",
+    }
+
+    def start(site: dict[str, Any]) -> list[str]:
+        command = commands(tmp_path, {"software": software, **site})[1]
+        return command[command.index("exec") + 1 : command.index("--bind")]
+
+    assert start({}) == ["--nv", "--no-home", "--env=A=b c"]
+    assert start({"accelerator": {"rocm": "6.4"}}) == ["--rocm", "--no-home", "--env=A=b c"]
+    assert start({"accelerator": "cpu", "partitions.0.node.gpus": 0}) == ["--no-home", "--env=A=b c"]
+    command = commands(tmp_path, {"software": software})[1]
+    assert command[command.index("/a.sif") + 1 :][:3] == ["/venv/bin/python", "-m", "longhaul"]
+
+
+def test_srun_starts_a_pyxis_container_with_all_folders_of_the_job(tmp_path: Path):
+    software = {
+        "kind": "srun",
+        "options": ["--container-image=nvcr.io#nvidia/pytorch:26.01-py3"],
+        "binds": ["/a:/b", "/c"],
+    }
+    run = tmp_path / "run"
+    command = commands(tmp_path, {"software": software})[1]
+    start = command.index("--container-image=nvcr.io#nvidia/pytorch:26.01-py3")
+    assert command[0] == "srun"
+    assert command[start + 1] == f"--container-mounts={REPOSITORY}:{REPOSITORY},{run}:{run},/a:/b,/c:/c"
+    assert command[start + 2 : start + 4] == ["bash", "-c"]
+    assert command[start + 5 : start + 9] == ["bash", str(run), str(PACKAGE.parent), "python3"]
+
+
+def test_step_in_an_srun_container_starts_in_the_working_folder_with_longhaul_on_its_path(tmp_path: Path):
+    """Images choose their own working folder, and may set PYTHONPATH."""
+    run = tmp_path / "a b'c"
+    run.mkdir()
+    software = {"kind": "srun", "options": ["--environment=/images/job.toml"]}
+    launch = render_job(plan_of(tmp_path, None, {"software": software}), JobId("fabric"), tmp_path / "run").files
+    command = json.loads(launch["launch.json"])["steps"][0]["command"]
+    inner = command[command.index("--environment=/images/job.toml") + 1 :]
+    assert inner[0] == "bash"
+    inner = [str(run) if word == str(tmp_path / "run") else word for word in inner[: inner.index("python3")]]
+    shown = subprocess.run(
+        [*inner, "bash", "-c", 'echo "$PWD|$PYTHONPATH"'],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": "/of/the/image"},
+    )
+    assert shown.stdout == f"{run}|{PACKAGE.parent}\n"
+
+
+def test_modules_are_loaded_after_purge_and_use(tmp_path: Path):
+    software = {"module_purge": True, "module_use": ["/apps/a b"], "modules": ["gcc/13", "cuda"]}
+    launch = render_job(plan_of(tmp_path, None, {"software": software}), JobId("fabric"), tmp_path).files["launch.sh"]
+    lines = [line for line in launch.splitlines() if line.startswith("module ")]
+    assert lines == ["module purge", "module use '/apps/a b'", "module load gcc/13", "module load cuda"]
+
+
+def test_rocm_jobs_have_their_own_miopen_folder_and_no_variable_of_cuda(tmp_path: Path):
+    def launch(accelerator: dict[str, str]) -> str:
+        plan = plan_of(tmp_path, None, {"accelerator": accelerator})
+        return render_job(plan, JobId("train", ("base",)), tmp_path).files["launch.sh"]
+
+    amd, nvidia = launch({"rocm": "6.4"}), launch({"cuda": "13.0"})
+    assert "MIOPEN" not in nvidia and "PYTORCH_ALLOC_CONF" in nvidia
+    assert "PYTORCH_ALLOC_CONF" not in amd
+    lines = "\n".join(line for line in amd.splitlines() if "MIOPEN" in line)
+    shown = subprocess.run(
+        ["bash", "-c", f'{lines}\necho "$MIOPEN_USER_DB_PATH $MIOPEN_CUSTOM_CACHE_DIR"'],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"TMPDIR": "/local", "SLURM_JOB_ID": "41"},
+    )
+    folder = f"/local/longhaul-miopen-{os.getuid()}-41"
+    assert shown.stdout == f"{folder} {folder}\n"
+
+
+def test_controller_is_not_rendered_where_it_would_occupy_a_gpu_node(tmp_path: Path):
+    cores = {"jobs": ["login"], "name": "cpu", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
+    partition = {**SITE["partitions"][0], "exclusive": True}
+    for partitions, expected in (([partition], False), ([partition, cores], True), (SITE["partitions"], True)):
+        plan = plan_of(tmp_path, None, {"partitions": partitions})
+        assert (plan.paths.folder in render_run(plan, tmp_path)) == expected
+
+
+def test_address_of_rank_0_is_passed_to_the_supervisor(tmp_path: Path):
+    plan = plan_of(tmp_path, None, {"interconnect": {"master_address": {"suffix": "i"}}})
+    spec = json.loads(render_job(plan, JobId("train", ("base",)), tmp_path).files["launch.json"])
+    assert (spec["master_suffix"], spec["master_interface"]) == ("i", None)

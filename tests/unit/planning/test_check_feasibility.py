@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from longhaul.config.load_config import load_config
+from longhaul.config.partition_config import NodeShape, Partition
 from longhaul.config.run_config import Config, Storage
-from longhaul.config.site_config import NodeShape, Partition, Partitions, Site
+from longhaul.config.site_config import Site
+from longhaul.config.software_config import Accelerator
 from longhaul.config.stage_config import CheckpointSettings, Parallel, Recovery, Schedule, Stage, Zero
 from longhaul.errors import UserError
 from longhaul.planning.check_feasibility import (
@@ -45,11 +47,22 @@ def refusal(check: Callable[..., object], *arguments: Any) -> tuple[str, str] | 
     return None
 
 
-def site(gpus: int = 8, **changes: Any) -> Site:
-    """Return a site with 8 GPUs and 64 cores per node, and 4 nodes, with these keys changed."""
-    node = NodeShape(cpus=64, memory_mb=1000, gpus=gpus)
-    one_machine = Site(name="centre", scheduler="local", max_nodes=1, cuda_build="cu130", node=node)
-    return one_machine.model_copy(update={"max_nodes": 4, **changes})
+GPUS = Partition(jobs=("gpu",), max_nodes=4, node=NodeShape(cpus=64, memory_mb=1000, gpus=8))
+
+
+def site(*partitions: Partition, **changes: Any) -> Site:
+    """Return a site, by default with 4 nodes of 8 GPUs and 64 cores and without a time limit."""
+    one_machine = Site(
+        name="centre",
+        scheduler="local",
+        partitions=(GPUS.model_copy(update={"max_nodes": 1}),),
+        accelerator=Accelerator(cuda="13.0"),
+    )
+    return one_machine.model_copy(update={"partitions": partitions or (GPUS,), **changes})
+
+
+def with_node(**changes: Any) -> Partition:
+    return GPUS.model_copy(update={"node": GPUS.node.model_copy(update=changes)})
 
 
 def run_config(folder: Path, **changes: Any) -> Config:
@@ -153,7 +166,7 @@ PRECISIONS: list[tuple[dict[str, Any], int, tuple[str, str] | None]] = [
 def test_precision_must_work_with_site_zero_stage_and_loss(
     changes: dict[str, Any], gpus: int, expected: tuple[str, str] | None
 ):
-    assert refusal(check_precision, tiny_stage(**changes), site(gpus)) == expected
+    assert refusal(check_precision, tiny_stage(**changes), site(with_node(gpus=gpus))) == expected
 
 
 ON_DISK = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}
@@ -271,42 +284,50 @@ def test_offload_must_fit_the_other_settings(
     assert refusal(check_offload, tiny_stage(zero=Zero(**zero), **changes), storage) == expected
 
 
-PARTITIONS = Partitions(
-    gpu=Partition(name="big", max_minutes=900, max_nodes=3),
-    cpu=Partition(name="lean", max_minutes=100),
-    debug=Partition(name="quick", max_minutes=15, max_nodes=2),
+BIG, LEAN, QUICK = (
+    GPUS.model_copy(update={"jobs": (kind,), "name": name, "max_minutes": minutes, "max_nodes": nodes})
+    for kind, name, minutes, nodes in (("gpu", "big", 900, 3), ("cpu", "lean", 100, 1), ("debug", "quick", 15, 2))
 )
+CORES = with_node(gpus=0)
 SHAPES: list[tuple[dict[str, Any], Site, tuple[str, str] | None]] = [
     ({"nodes": 4, "gpus_per_node": 8, "minutes": 10_000}, site(), None),
-    ({"nodes": 3, "minutes": 900}, site(partitions=PARTITIONS), None),
-    ({"gpus_per_node": 64}, site(gpus=0), None),
+    ({"nodes": 3, "minutes": 900}, site(BIG, LEAN, QUICK), None),
+    ({"gpus_per_node": 64}, site(CORES), None),
     (
         {"gpus_per_node": 9},
-        site(),
-        ("stages.base.gpus_per_node 9: site centre has 8 GPUs per node", "use more nodes with fewer GPUs each"),
+        site(BIG),
+        (
+            "stages.base.gpus_per_node 9: site centre has 8 GPUs per node in partition big",
+            "use more nodes with fewer GPUs each",
+        ),
     ),
     (
         {"gpus_per_node": 65},
-        site(gpus=0),
+        site(CORES),
         (
-            "stages.base.gpus_per_node 65: site centre has 64 CPU cores per node and no GPU",
+            "stages.base.gpus_per_node 65: site centre has 64 CPU cores per node and no GPU in the partition for gpu jobs",
             "use at most 64: each process needs one core",
         ),
     ),
-    ({"nodes": 5}, site(), ("stages.base.nodes 5: site centre allows 4", "use at most 4 nodes")),
     (
-        {"nodes": 4},
-        site(partitions=PARTITIONS),
-        ("stages.base.nodes 4: site centre allows 3", "use at most 3 nodes"),
+        {"nodes": 5},
+        site(),
+        (
+            "stages.base.nodes 5: site centre allows 4 in the partition for gpu jobs",
+            "use at most 4 nodes, or correct max_nodes of the partition in the site file",
+        ),
     ),
     (
-        {"nodes": 3},
-        site(partitions=PARTITIONS, max_nodes=2),
-        ("stages.base.nodes 3: site centre allows 2", "use at most 2 nodes"),
+        {"nodes": 4},
+        site(BIG, LEAN, QUICK),
+        (
+            "stages.base.nodes 4: site centre allows 3 in partition big",
+            "use at most 3 nodes, or correct max_nodes of the partition in the site file",
+        ),
     ),
     (
         {"minutes": 901},
-        site(partitions=PARTITIONS),
+        site(BIG, LEAN, QUICK),
         ("stages.base.minutes 901: partition big allows 900", "use at most 900 minutes"),
     ),
 ]
@@ -320,10 +341,19 @@ def test_site_must_have_nodes_ranks_and_minutes(changes: dict[str, Any], where: 
 JOB_LIMITS: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
     ({"checks": {"nodes": 2, "gpus_per_node": 8, "minutes": 15}, "data_minutes": 100}, None),
     ({"checks": {}}, None),
-    ({"checks": {"nodes": 3}}, ("checks.nodes 3: site centre allows 2", "use at most 2 nodes")),
+    (
+        {"checks": {"nodes": 3}},
+        (
+            "checks.nodes 3: site centre allows 2 in partition quick",
+            "use at most 2 nodes, or correct max_nodes of the partition in the site file",
+        ),
+    ),
     (
         {"checks": {"gpus_per_node": 9}},
-        ("checks.gpus_per_node 9: site centre has 8 GPUs per node", "use more nodes with fewer GPUs each"),
+        (
+            "checks.gpus_per_node 9: site centre has 8 GPUs per node in partition quick",
+            "use more nodes with fewer GPUs each",
+        ),
     ),
     ({"checks": {"minutes": 16}}, ("checks.minutes 16: partition quick allows 15", "use at most 15 minutes")),
     ({"data_minutes": 101}, ("data_minutes 101: partition lean allows 100", "use at most 100 minutes")),
@@ -336,11 +366,11 @@ def test_site_must_have_the_resources_of_checks_and_data_jobs(
 ):
     """Default minutes are longer than these partitions allow. They are reduced, not refused."""
     config = run_config(tmp_path, **changes)
-    assert refusal(check_job_limits, config, site(partitions=PARTITIONS)) == expected
+    assert refusal(check_job_limits, config, site(BIG, LEAN, QUICK)) == expected
 
 
 def test_checks_use_at_least_one_node_and_one_gpu(tmp_path: Path):
-    small = site(gpus=1, max_nodes=1)
+    small = site(with_node(gpus=1).model_copy(update={"max_nodes": 1}))
     assert refusal(check_job_limits, run_config(tmp_path, checks={}), small) is None
 
 
@@ -393,14 +423,12 @@ def test_a_sequence_may_be_as_long_as_the_models_positions():
 @pytest.mark.parametrize(("more", "limit"), [(0, 6), (1, None)])
 def test_model_states_may_fill_a_gpu(more: int, limit: int | None):
     memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + more, *[GIB] * 9)
-    node = NodeShape(cpus=1, memory_mb=1, gpus=1, gpu_memory_gib=limit)
-    assert refusal(check_memory, tiny_stage(), memory, site(node=node)) is None
+    assert refusal(check_memory, tiny_stage(), memory, site(with_node(gpu_memory_gib=limit))) is None
 
 
 def test_model_states_that_are_larger_than_a_gpu_are_refused():
     memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + 1, *[GIB] * 9)
-    node = NodeShape(cpus=1, memory_mb=1, gpus=1, gpu_memory_gib=6)
-    assert refusal(check_memory, tiny_stage(), memory, site(node=node)) == (
+    assert refusal(check_memory, tiny_stage(), memory, site(with_node(gpu_memory_gib=6))) == (
         "stages.base: weights, gradients and optimizer states need 6.0 GiB per GPU; site centre has 6 GiB",
         "increase zero.stage, offload to the CPU, or use more GPUs",
     )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from longhaul.config.site_config import NodeShape, Site
+from longhaul.config.partition_config import NodeShape, Partition
+from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Parallel, Zero
 from longhaul.planning.checkpoint_size import checkpoint_bytes, checkpoint_write_s, files_per_checkpoint
 from tests.support.tiny_sizes import tiny_size, tiny_stage
@@ -40,6 +41,7 @@ def test_files_of_a_checkpoint_equal_hand_computed_number(changes: dict[str, Any
 
 
 def test_write_time_follows_from_the_sites_rate():
-    site = Site(name="here", scheduler="local", max_nodes=1, node=NodeShape(cpus=2, memory_mb=1000))
+    partition = Partition(jobs=("gpu",), node=NodeShape(cpus=2, memory_mb=1000))
+    site = Site(name="here", scheduler="local", partitions=(partition,))
     assert checkpoint_write_s(10**10, site) == 0
     assert checkpoint_write_s(10**10, site.model_copy(update={"checkpoint_write_gb_per_s": 2.5})) == 4

@@ -102,7 +102,7 @@ def test_all_sections_of_a_plain_stage_follow_from_its_keys(tmp_path: Path):
 
 
 def test_fused_adam_needs_gpus_and_an_optimizer_in_their_memory(tmp_path: Path):
-    no_gpu = {"node.gpus": 0, "cuda_build": "cpu"}
+    no_gpu = {"partitions.0.node.gpus": 0, "accelerator": "cpu"}
     on_cpu = sections(tmp_path, {}, no_gpu)["optimizer"]["params"]
     assert on_cpu["torch_adam"] is True and "fused" not in on_cpu
     offloaded = sections(tmp_path, {"zero": {"offload_optimizer": "cpu"}})["optimizer"]["params"]

@@ -158,7 +158,9 @@ def test_encode_jobs_are_listed_before_the_job_that_writes_the_manifest(tmp_path
 
 def test_checks_use_two_nodes_or_the_only_one(tmp_path: Path):
     assert job_request(plan_of(tmp_path, {"checks": {}}), JobId("fabric")).nodes == 2
-    assert job_request(plan_of(tmp_path, {"checks": {}}, {"max_nodes": 1}), JobId("environment")).nodes == 1
+    assert (
+        job_request(plan_of(tmp_path, {"checks": {}}, {"partitions.0.max_nodes": 1}), JobId("environment")).nodes == 1
+    )
 
 
 def test_half_of_a_nodes_gpus_requests_half_of_the_node(tmp_path: Path):
@@ -275,7 +277,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "vocabulary": ({"tokenizer.train.vocab_size": 401}, {}, "tokenizer.train.vocab_size 401 is larger"),
     "memory": (
         {"model.llama.num_hidden_layers": 10_000},
-        {"node.gpu_memory_gib": 1},
+        {"partitions.0.node.gpu_memory_gib": 1},
         "stages.base: weights, gradients and optimizer states need",
     ),
     "checkpoint files": ({}, {"inode_limit": 19}, "stages.base: 4 checkpoints with 5 files each"),
@@ -377,6 +379,6 @@ def test_checks_use_the_nodes_and_gpus_of_the_config_or_those_of_the_largest_sta
     shape = {"checks": {}, "stages.0.gpus_per_node": 2, "stages.1.gpus_per_node": 4}
     plan = plan_of(tmp_path, shape)
     assert (plan.check_nodes, plan.check_gpus_per_node) == (2, 4)
-    assert plan_of(tmp_path, shape, {"max_nodes": 1}).check_nodes == 1
+    assert plan_of(tmp_path, shape, {"partitions.0.max_nodes": 1}).check_nodes == 1
     plan = plan_of(tmp_path, {**shape, "checks": {"nodes": 3, "gpus_per_node": 1}})
     assert (plan.check_nodes, plan.check_gpus_per_node) == (3, 1)

@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
@@ -17,7 +17,9 @@ from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
 
 from longhaul.artifacts.paths import JobId
-from longhaul.config.site_config import NodeShape, Partition, Partitions, Site
+from longhaul.config.partition_config import JobPlace, NodeShape, Partition
+from longhaul.config.site_config import Site
+from longhaul.config.software_config import Accelerator
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning.slurm_request import (
     RESOURCE_KEYS,
@@ -26,7 +28,6 @@ from longhaul.planning.slurm_request import (
     cpu_request,
     gpu_request,
     one_minute_request,
-    partition_for,
 )
 from tests.support.small_configs import plan_of
 
@@ -38,14 +39,15 @@ GPU_REQUESTS = [
     ("gpus_per_node", None),
     ("gpus_per_node", "a100"),
     ("gres", None),
-    ("gres", "h100_80gb"),
+    ("gres", "rtx-3090"),
     ("none", None),
 ]
 MEMORIES = [None, 0, 123_456]
 EXTRAS = [
     {},
     {"account": "proj-1", "qos": "long", "constraint": "[rack1|rack2]&ssd"},
-    {"reservation": "maint_1", "exclusive": True},
+    {"reservation": "maint_1", "exclusive": True, "gres": ("nvme:100", "craynetwork:0")},
+    {"threads_per_core": 1, "extra": ("--mail-user=a.b@c.de", "--licenses=scratch:1,home", "--use-min-nodes")},
 ]
 
 
@@ -70,7 +72,7 @@ def submitted(request: SlurmRequest) -> str:
         "comment_str": "c",
         "workdir": "/w",
         "account": f"-A {shlex.quote(request.account)}" if request.account else "",
-        "partition": f"-p {shlex.quote(request.partition)}",
+        "partition": f"-p {shlex.quote(request.partition)}" if request.partition else "",
     }
     return get_submit_command(job, params) + set_gres_string(job)
 
@@ -94,7 +96,7 @@ def options(words: list[str]) -> dict[str, str]:
 
 def requests() -> list[SlurmRequest]:
     return [
-        SlurmRequest(nodes, tasks, 4, 90, "gpu", gpus, kind, gpu_type, memory, **extra)
+        SlurmRequest(nodes, tasks, 4, 90, "gpu", gpus, kind, gpu_type, memory_mb=memory, **extra)
         for (nodes, tasks, gpus), (kind, gpu_type), memory, extra in itertools.product(
             SHAPES, GPU_REQUESTS, MEMORIES, EXTRAS
         )
@@ -149,23 +151,24 @@ def test_srun_options_equal_the_sbatch_options():
     for request in requests():
         header, step = request.as_sbatch(), dict(word.split("=", 1) for word in request.as_srun())
         for option in set(step) & set(header):
-            assert step[option] == header[option], request
+            assert step[option] == header[option].removesuffix(",nvme:100,craynetwork:0"), request
 
 
 @pytest.mark.parametrize(("memory", "expected"), [("per_node", "250000"), ("all", "0"), ("omit", None)])
 def test_half_a_node_gets_its_fraction_of_memory_and_cores(tmp_path: Path, memory: str, expected: str | None):
-    plan = plan_of(tmp_path, {"stages.0.gpus_per_node": 4}, {"memory": memory})
+    plan = plan_of(tmp_path, {"stages.0.gpus_per_node": 4}, {"partitions.0.memory": memory})
     header = job_request(plan, JobId("train", ("base",))).as_sbatch()
     assert header.get("--mem") == expected
     assert header["--cpus-per-task"] == "8", "64 cores / 8 GPUs x 4 requested GPUs / 4 tasks"
 
 
 def test_each_job_gets_the_partition_of_its_kind(tmp_path: Path):
-    partitions = {
-        "gpu": {"name": "big", "max_minutes": 900},
-        "cpu": {"name": "lean", "max_minutes": 100},
-        "debug": {"name": "quick", "max_minutes": 15},
-    }
+    gpus, cores = {"cpus": 64, "memory_mb": 500_000, "gpus": 8}, {"cpus": 12, "memory_mb": 3000}
+    partitions = [
+        {"jobs": ["gpu"], "name": "big", "max_minutes": 900, "max_nodes": 2, "node": gpus},
+        {"jobs": ["cpu"], "name": "lean", "max_minutes": 100, "node": cores},
+        {"jobs": ["debug"], "name": "quick", "max_minutes": 15, "node": gpus},
+    ]
     plan = plan_of(tmp_path, {"stages.1.export": "last"}, {"partitions": partitions})
     requested = {str(job): job_request(plan, job) for job in jobs_of(plan) if job.kind != "tokenize"}
     assert {job: request.partition for job, request in requested.items()} == {
@@ -177,7 +180,8 @@ def test_each_job_gets_the_partition_of_its_kind(tmp_path: Path):
         "export-chat": "lean",
     }
     assert requested["fabric"].minutes == 15, "the time limit of the partition"
-    assert requested["tokenizer"].gpus_per_node == 0
+    tokenizer = requested["tokenizer"]
+    assert (tokenizer.gpus_per_node, tokenizer.cpus_per_task, tokenizer.memory_mb) == (0, 12, 3000)
     assert (requested["environment"].tasks_per_node, requested["environment"].gpus_per_node) == (1, 1)
 
 
@@ -194,119 +198,168 @@ def test_the_plugin_reads_all_resource_keys():
     assert unread == []
 
 
-def site(**changes: Any) -> Site:
-    """Return a site with 8 GPUs, 64 cores and 500,000 MB per node."""
-    node = NodeShape(cpus=64, memory_mb=500_000, gpus=8)
-    one_machine = Site(name="centre", scheduler="local", max_nodes=1, cuda_build="cu130", node=node)
-    return one_machine.model_copy(update=changes)
-
-
-PARTITIONS = Partitions(
-    gpu=Partition(name="big", max_minutes=900),
-    cpu=Partition(name="lean", max_minutes=100),
-    debug=Partition(name="quick", max_minutes=15),
+GPU_NODE = NodeShape(cpus=64, memory_mb=500_000, gpus=8)
+GPU_OPTIONS: dict[str, Any] = {
+    "account": "proj@gpu",
+    "qos": "long",
+    "constraint": "ssd",
+    "reservation": "maint",
+    "exclusive": True,
+    "threads_per_core": 1,
+}
+CPU_OPTIONS: dict[str, Any] = {"account": "proj@cpu", "qos": "cores"}
+GPU = Partition(
+    jobs=("gpu",),
+    name="big",
+    max_minutes=900,
+    max_nodes=16,
+    node=GPU_NODE,
+    gpu_request="gres",
+    gpu_type="a100",
+    gres_extra=("nvme:100",),
+    sbatch_extra=("--mail-type=END",),
+    **GPU_OPTIONS,
 )
-OPTIONS = {"account": "proj", "qos": "long", "constraint": "ssd", "reservation": "maint", "exclusive": True}
+CPU = Partition(jobs=("cpu",), name="lean", max_minutes=100, node=NodeShape(cpus=40, memory_mb=150_000), **CPU_OPTIONS)
+DEBUG = Partition(jobs=("debug",), name="quick", max_minutes=15, node=GPU_NODE)
+LOGIN = Partition(jobs=("login",), name="front", max_minutes=2000, node=NodeShape(cpus=4, memory_mb=1500))
 
 
-def test_gpu_job_gets_a_share_of_cores_and_memory_and_all_site_options():
-    where = site(partitions=PARTITIONS, gpu_request="gres", gpu_type="a100", memory="per_node", **OPTIONS)
-    assert gpu_request(where, partition_kind="debug", nodes=3, tasks=2, gpus=4, minutes=90) == SlurmRequest(
+def site(*partitions: Partition, scheduler: Literal["slurm", "local"] = "slurm") -> Site:
+    return Site(name="centre", scheduler=scheduler, partitions=partitions, accelerator=Accelerator(cuda="13.0"))
+
+
+def shared(**changes: Any) -> Partition:
+    """Return a GPU partition whose jobs may share nodes, without further options."""
+    options = {
+        "exclusive": False,
+        "gpu_request": "gpus_per_node",
+        "gpu_type": None,
+        "gres_extra": (),
+        "sbatch_extra": (),
+    }
+    none = dict.fromkeys(("account", "qos", "constraint", "reservation", "threads_per_core"))
+    return GPU.model_copy(update={**none, **options, **changes})
+
+
+def test_gpu_job_gets_a_share_of_cores_and_memory_and_all_options_of_its_partition():
+    where = site(GPU.model_copy(update={"jobs": ("gpu", "debug")}), CPU)
+    expected = SlurmRequest(
         nodes=3,
         tasks_per_node=2,
         cpus_per_task=16,
-        minutes=15,
-        partition="quick",
+        minutes=90,
+        partition="big",
         gpus_per_node=4,
         gpu_request="gres",
         gpu_type="a100",
+        gres=("nvme:100",),
         memory_mb=250_000,
-        account="proj",
-        qos="long",
-        constraint="ssd",
-        reservation="maint",
-        exclusive=True,
+        extra=("--mail-type=END",),
+        **GPU_OPTIONS,
     )
+    for place in ("gpu", "debug"):
+        assert gpu_request(where, place=place, nodes=3, tasks=2, gpus=4, minutes=90) == expected
+    assert gpu_request(where, place="gpu", nodes=1, tasks=2, gpus=4, minutes=901).minutes == 900
 
 
 def test_gpu_job_on_a_site_without_gpus_gets_a_core_for_each_rank():
-    where = site(node=NodeShape(cpus=4, memory_mb=1000), memory="per_node")
-    request = gpu_request(where, partition_kind="gpu", nodes=1, tasks=3, gpus=3, minutes=90)
+    where = site(shared(name=None, node=NodeShape(cpus=4, memory_mb=1000)))
+    request = gpu_request(where, place="gpu", nodes=1, tasks=3, gpus=3, minutes=90)
     assert (request.cpus_per_task, request.gpus_per_node, request.memory_mb) == (1, 0, 750)
-    assert (request.partition, request.minutes) == ("", 90)
+    assert request.partition is None and "--partition" not in request.as_sbatch()
 
 
 def test_every_task_gets_at_least_one_core_and_one_megabyte():
-    where = site(node=NodeShape(cpus=8, memory_mb=1, gpus=8), memory="per_node")
-    request = gpu_request(where, partition_kind="gpu", nodes=1, tasks=8, gpus=4, minutes=1)
+    where = site(shared(node=NodeShape(cpus=8, memory_mb=1, gpus=8)))
+    request = gpu_request(where, place="gpu", nodes=1, tasks=8, gpus=4, minutes=1)
     assert (request.cpus_per_task, request.memory_mb) == (1, 1)
 
 
-def test_a_job_requests_at_most_the_memory_of_a_node():
-    request = gpu_request(site(memory="per_node"), partition_kind="gpu", nodes=1, tasks=1, gpus=9, minutes=1)
-    assert request.memory_mb == 500_000
+def test_a_job_requests_at_most_a_node():
+    request = gpu_request(site(shared()), place="gpu", nodes=1, tasks=1, gpus=9, minutes=1)
+    assert (request.memory_mb, request.cpus_per_task) == (500_000, 64)
 
 
-def test_cpu_job_gets_all_cores_of_one_node_and_no_gpu():
-    where = site(partitions=PARTITIONS, memory="per_node", gpu_request="gpus_per_node", **OPTIONS)
-    expected = SlurmRequest(1, 1, 64, 100, "lean", memory_mb=500_000, **OPTIONS)
-    assert cpu_request(where, 500) == expected
-    assert cpu_request(where, 99) == replace(expected, minutes=99)
-    assert cpu_request(site(memory="omit"), 500) == SlurmRequest(1, 1, 64, 500, "")
+def test_cpu_job_gets_the_node_and_the_options_of_its_own_partition():
+    expected = SlurmRequest(1, 1, 40, 100, "lean", gpu_request="gpus_per_node", memory_mb=150_000, **CPU_OPTIONS)
+    assert cpu_request(site(GPU, CPU), 500) == expected
+    assert cpu_request(site(GPU, CPU), 99) == replace(expected, minutes=99)
+    header = expected.as_sbatch()
+    assert not {"--constraint", "--reservation", "--exclusive", "--gres", "--gpus-per-node"} & set(header)
+
+
+def test_cpu_job_without_a_partition_gets_the_share_of_one_gpu():
+    request = cpu_request(site(shared(account="proj")), 90)
+    assert request == SlurmRequest(1, 1, 8, 90, "big", 1, "gpus_per_node", memory_mb=62_500, account="proj")
+
+
+def test_cpu_job_without_a_partition_gets_a_whole_node_where_jobs_get_only_whole_nodes():
+    request = cpu_request(site(GPU), 90)
+    assert (request.gpus_per_node, request.cpus_per_task, request.memory_mb) == (8, 64, 500_000)
+    assert request.exclusive and request.as_sbatch()["--gres"] == "gpu:a100:8,nvme:100"
+
+
+def test_cpu_job_on_this_machine_gets_all_cores_and_no_gpu():
+    request = cpu_request(site(shared(max_minutes=None, max_nodes=1), scheduler="local"), 90)
+    assert (request.gpus_per_node, request.cpus_per_task, request.minutes) == (0, 64, 90)
 
 
 def test_main_process_gets_one_core_for_as_long_as_its_partition_allows():
-    where = site(partitions=PARTITIONS, memory="per_node", **OPTIONS)
-    expected = SlurmRequest(1, 1, 1, 100, "lean", memory_mb=2000, **{**OPTIONS, "exclusive": False})
-    assert controller_request(where) == expected
-    assert controller_request(site(memory="all")).memory_mb == 2000
-    assert controller_request(site(memory="omit")) == SlurmRequest(1, 1, 1, 1, "")
-    small = site(node=NodeShape(cpus=2, memory_mb=1500), memory="per_node")
-    assert controller_request(small).memory_mb == 1500
+    login = SlurmRequest(1, 1, 1, 2000, "front", gpu_request="gpus_per_node", memory_mb=1500)
+    assert controller_request(site(GPU, CPU, LOGIN)) == login
+    cpu = SlurmRequest(1, 1, 1, 100, "lean", gpu_request="gpus_per_node", memory_mb=2000, **CPU_OPTIONS)
+    assert controller_request(site(GPU, CPU)) == cpu
+    assert controller_request(site(GPU, CPU.model_copy(update={"memory": "all"}))) == cpu
+    assert controller_request(site(GPU, CPU.model_copy(update={"memory": "omit"}))).memory_mb is None
+    alone = controller_request(site(shared()))
+    assert (alone.gpus_per_node, alone.cpus_per_task, alone.memory_mb, alone.minutes) == (0, 1, 2000, 900)
 
 
-@pytest.mark.parametrize(("memory_mb", "expected"), [(250_000, 1000), (0, 0), (None, None)])
-def test_one_minute_job_is_the_smallest_one_with_the_same_options(memory_mb: int | None, expected: int | None):
-    planned = SlurmRequest(4, 8, 16, 900, "big", 8, "gpus_per_node", memory_mb=memory_mb, **OPTIONS)
-    smallest = replace(
-        planned,
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=1,
-        minutes=1,
-        partition="lean",
-        gpus_per_node=0,
-        memory_mb=expected,
-        exclusive=False,
-    )
-    assert one_minute_request(site(partitions=PARTITIONS), planned) == smallest
-    assert one_minute_request(site(), planned) == replace(smallest, partition="big")
+def test_one_minute_job_is_the_smallest_one_that_the_cpu_partition_accepts():
+    cpu = SlurmRequest(1, 1, 1, 1, "lean", gpu_request="gpus_per_node", memory_mb=1000, **CPU_OPTIONS)
+    assert one_minute_request(site(GPU, CPU)) == cpu
+    whole = CPU.model_copy(update={"exclusive": True, "memory": "all"})
+    assert one_minute_request(site(GPU, whole)) == cpu
+    assert one_minute_request(site(GPU, CPU.model_copy(update={"memory": "omit"}))).memory_mb is None
+    assert one_minute_request(site(shared())) == cpu_request(site(shared()), 1)
 
 
-def test_site_with_one_partition_uses_it_for_all_jobs():
-    only = Partitions(gpu=PARTITIONS.gpu)
-    assert [partition_for(site(partitions=only), kind) for kind in ("gpu", "cpu", "debug")] == [only.gpu] * 3
-    assert [partition_for(site(partitions=PARTITIONS), kind) for kind in ("gpu", "cpu", "debug")] == [
-        PARTITIONS.gpu,
-        PARTITIONS.cpu,
-        PARTITIONS.debug,
-    ]
-    assert partition_for(site(), "gpu") is None
+def test_kinds_of_jobs_without_a_partition_use_another_one():
+    kinds: list[JobPlace] = ["gpu", "cpu", "debug", "login"]
+    assert [site(GPU).partition_for(kind) for kind in kinds] == [GPU] * 4
+    assert [site(GPU, CPU).partition_for(kind) for kind in kinds] == [GPU, CPU, GPU, CPU]
+    assert [site(GPU, CPU, DEBUG, LOGIN).partition_for(kind) for kind in kinds] == [GPU, CPU, DEBUG, LOGIN]
 
 
 def test_all_options_are_spelled_as_sbatch_and_as_resources():
     request = SlurmRequest(
-        2, 4, 16, 90, "big", 4, "gres", "a100", 1000, **OPTIONS, exclude=("n1", "n2"), after_job="41"
+        2,
+        4,
+        16,
+        90,
+        "big",
+        4,
+        "gres",
+        "a100",
+        ("nvme:100",),
+        1000,
+        **GPU_OPTIONS,
+        extra=("--mail-type=END", "--use-min-nodes"),
+        exclude=("n1", "n2"),
+        after_job="41",
     )
     assert request.as_sbatch() == {
         "--nodes": "2",
+        "--ntasks": "8",
         "--ntasks-per-node": "4",
         "--cpus-per-task": "16",
-        "--gres": "gpu:a100:4",
+        "--threads-per-core": "1",
+        "--gres": "gpu:a100:4,nvme:100",
         "--mem": "1000",
         "--time": "90",
         "--partition": "big",
-        "--account": "proj",
+        "--account": "proj@gpu",
         "--qos": "long",
         "--constraint": "ssd",
         "--reservation": "maint",
@@ -314,19 +367,20 @@ def test_all_options_are_spelled_as_sbatch_and_as_resources():
         "--exclude": "n1,n2",
         "--dependency": "afterany:41",
         "--open-mode": "append",
+        "--mail-type": "END",
+        "--use-min-nodes": "",
     }
     assert request.as_resources() == {
         "nodes": 2,
-        "gres": "gpu:a100:4",
-        "tasks_per_gpu": 0,
+        "tasks": 8,
         "mpi": "",
         "cpus_per_task": 16,
         "runtime": 90,
         "slurm_partition": "big",
-        "slurm_extra": "--ntasks-per-node=4 --open-mode=append --reservation=maint --exclusive --exclude=n1,n2 "
-        "--dependency=afterany:41",
+        "slurm_extra": "--ntasks-per-node=4 --open-mode=append --gres''=gpu:a100:4,nvme:100 --threads-per-core=1 "
+        "--reservation=maint --exclusive --mail-type=END --use-min-nodes --exclude=n1,n2 --dependency=afterany:41",
         "mem_mb": 1000,
-        "slurm_account": "proj",
+        "slurm_account": "proj@gpu",
         "qos": "long",
         "constraint": "ssd",
     }

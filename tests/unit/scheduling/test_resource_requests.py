@@ -17,7 +17,7 @@ from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import Plan
 from longhaul.scheduling import resource_requests
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
-from tests.support.small_configs import plan_of
+from tests.support.small_configs import LOCAL, plan_of
 
 TRAIN_BASE = JobId("train", ("base",))
 
@@ -62,7 +62,7 @@ def test_job_that_would_only_fail_again_requests_one_minute(tmp_path: Path, monk
     key = launch_key(LaunchSpec.read(folder.launch_spec).inputs, [])
     Failure(PERMANENT, "NaN", "", key=key).write(folder.failure)
     request = submitted_request(plan, TRAIN_BASE, tmp_path)
-    assert (request.nodes, request.tasks, request.minutes, request.gpus_per_node) == (1, 1, 1, 0)
+    assert (request.nodes, request.tasks, request.minutes, request.gpus_per_node) == (1, 1, 1, 1)
     folder.deepspeed_config.write_text("{}")
     assert submitted_request(plan, TRAIN_BASE, tmp_path).minutes > 1
 
@@ -111,7 +111,7 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_nodes_are_not_counted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    local = plan_of(tmp_path, None, {"scheduler": "local", "max_nodes": 1, "partitions": ...})
+    local = plan_of(tmp_path, None, LOCAL)
     asked: list[object] = []
     monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments))
     require_enough_nodes(local, tmp_path)

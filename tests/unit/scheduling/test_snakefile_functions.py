@@ -57,11 +57,9 @@ def test_another_job_and_a_later_submission_read_the_state_again(
 def test_threads_are_the_cores_of_this_machine_or_one_on_a_cluster(tmp_path: Path):
     local = {
         "scheduler": "local",
-        "max_nodes": 1,
-        "partitions": ...,
-        "node.cpus": 8,
-        "node.gpus": 0,
-        "gpu_request": "none",
+        "partitions.0.max_nodes": 1,
+        "partitions.0.node.cpus": 8,
+        "partitions.0.node.gpus": 0,
     }
     changes = {"stages.0.gpus_per_node": 2}
     assert RuleSettings(plan_of(tmp_path / "here", changes, local)).threads("train")(BASE) == 2

@@ -104,7 +104,7 @@ def _print_nodes(report: EnvironmentReport) -> None:
         free = node["disk_free_bytes"]
         table.add_row(
             node["host"],
-            *(str(versions[name]) for name in ("python", "torch", "deepspeed", "cuda_build")),
+            *(str(versions[name]) for name in ("python", "torch", "deepspeed", "build")),
             str(len(node["gpus"])),
             str(node["cpus"]),
             f"{node['memory_bytes'] / 2**30:.0f}",

@@ -12,6 +12,7 @@ from rich.table import Table
 from longhaul.artifacts.artifact_schemas import CollectiveResult, FabricReport
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
+from longhaul.runtime.rank_placement import gpu_index
 from longhaul.runtime.rendezvous import process_group
 
 _TIMEOUT_S = 300.0
@@ -37,7 +38,7 @@ def run(job: FabricSpec) -> None:
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = "nccl" if on_gpu else "gloo"
     with process_group(rank, backend, _TIMEOUT_S):
-        device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+        device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
         results = _measure_all(rank, device, backend)
         hosts: list[Any] = [None] * rank.world_size
         torch.distributed.all_gather_object(hosts, rank.host)

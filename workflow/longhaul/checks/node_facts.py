@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from longhaul.artifacts.atomic_files import free_bytes
+from longhaul.config.software_config import build_name
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
 from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
@@ -51,7 +52,7 @@ def versions() -> dict[str, str | None]:
 
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {package: _version(package) for package in PACKAGES}
-    found["cuda_build"] = cuda_build(torch.version.cuda)
+    found["build"] = torch_build(torch.version.cuda, torch.version.hip)
     found["nccl"] = _nccl() if torch.cuda.is_available() else None
     found["driver"] = _driver()
     return found
@@ -63,9 +64,9 @@ def _nccl() -> str:
     return ".".join(map(str, nccl.version()))
 
 
-def cuda_build(cuda: str | None) -> str:
-    """Return torch's build in the notation of its wheels: "12.8" -> "cu128", None -> "cpu"."""
-    return "cu" + cuda.replace(".", "") if cuda else "cpu"
+def torch_build(cuda: str | None, hip: str | None) -> str:
+    """Return torch's build in the notation of the site file. torch.version.hip has a patch level: 6.4.43483-a187df25c."""
+    return build_name(cuda, ".".join(hip.split(".")[:2]) if hip else None)
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -188,7 +189,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
+def _driver(amd: Path = Path("/sys/module/amdgpu/version")) -> str | None:
+    if amd.exists():
+        return _read_text(amd)
     tool = shutil.which("nvidia-smi")
     return _first_output_line([tool, "--query-gpu=driver_version", "--format=csv,noheader"]) if tool else None
 

@@ -103,11 +103,11 @@ def _problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
 def _software_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     """Return problems of torch, DeepSpeed and the number of GPUs that torch can use."""
     found, versions = [], node["versions"]
-    if versions["cuda_build"] != job.cuda_build:
-        found.append(f"torch is a {versions['cuda_build']} build, the site file says cuda_build: {job.cuda_build}")
+    if versions["build"] != job.build:
+        found.append(f"torch is built for {versions['build']}, the site file says accelerator: {job.build}")
     if versions["deepspeed"] is None:
         found.append("deepspeed is not installed")
-    if job.cuda_build == "cpu":
+    if job.build == "cpu":
         return found
     if len(node["gpus"]) < job.gpus_per_node:
         driver = versions["driver"] or "none found"

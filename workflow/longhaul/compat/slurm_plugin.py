@@ -1,4 +1,4 @@
-"""Patches of snakemake-executor-plugin-slurm (written for 2.8): defects with which a run may wait for ever, and job names.
+"""Patches of snakemake-executor-plugin-slurm (written for 2.8): defects with which a run may wait for ever, guesses, job names.
 
 The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forgets the jobs that it does not yield.
 """
@@ -36,6 +36,27 @@ def patch_check_active_jobs(actions: SlurmActions) -> None:
 
     if not hasattr(Executor.check_active_jobs, "unpatched"):
         Executor.check_active_jobs = _patched(Executor.check_active_jobs, actions)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def send_no_guesses() -> None:
+    """Make the plugin send no account and no partition where a job names none; to be called before submissions.
+
+    The plugin takes the account of the user's last job and the partition that `sinfo` marks as default. At centres that choose
+    both by QOS, Slurm refuses these options. job.sbatch, the same job, would not have them either.
+    """
+    from snakemake_executor_plugin_slurm import Executor
+
+    if not hasattr(Executor.get_account_arg, "unpatched"):
+        Executor.get_account_arg = _without_guess(Executor.get_account_arg, "slurm_account", lambda: iter([""]))  # pyright: ignore[reportAttributeAccessIssue]
+        Executor.get_partition_arg = _without_guess(Executor.get_partition_arg, "slurm_partition", lambda: "")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _without_guess(method: Any, resource: str, nothing: Callable[[], Any]) -> Any:
+    def named_only(executor: Any, job: Any) -> Any:
+        return method(executor, job) if job.resources.get(resource) else nothing()
+
+    named_only.unpatched = method  # pyright: ignore[reportFunctionMemberAccess]
+    return named_only
 
 
 def _patched(check_active_jobs: Any, actions: SlurmActions) -> Any:

@@ -10,12 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 SINGLE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 TEXT_PATTERN = r"^[^\x00-\x08\x0b-\x1f\x7f]+$"
+TOOLKIT_VERSION_PATTERN = r"^[0-9]{1,2}\.[0-9]{1,2}$"
 SLURM_WORD_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%/+=-]*$"
 # Error messages show these descriptions in place of the regular expressions.
 PATTERN_DESCRIPTIONS = {
     NAME_PATTERN: "letters, digits, _ and -, at most 64 characters, starting with a letter or digit",
     SINGLE_LINE_PATTERN: "one line of text that is not empty",
     TEXT_PATTERN: "text that is not empty, without control characters other than line breaks and tabs",
+    TOOLKIT_VERSION_PATTERN: "a version with two numbers, for example 13.0, in quotes",
     SLURM_WORD_PATTERN: "one word of letters, digits and _.,:@%/+=-, starting with a letter, a digit or _",
 }
 
@@ -27,9 +29,17 @@ SlurmWord = Annotated[str, StringConstraints(pattern=SLURM_WORD_PATTERN, max_len
 SlurmConstraint = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_\[(][A-Za-z0-9_.,:@%/+=\[\]&|*()-]*$", max_length=256)
 ]
-SlurmOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+\[\]-]+)?$")]
+SlurmOption = Annotated[
+    str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+\[\]-]+)?$", max_length=1024)
+]
+# The Slurm plugin passes options of sbatch to a shell, which would expand brackets to file names.
+SbatchOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+-]+)?$", max_length=1024)]
+# A CpuBind or GpuBind becomes the value of srun --cpu-bind or --gpu-bind. No shell reads it.
+BindValue = Annotated[str, StringConstraints(pattern=r"^[a-z][A-Za-z0-9_:,x*-]*$", max_length=4096)]
+# An option in a list of words that no shell reads. Image names contain # and ://.
+CommandOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f]+)?$", max_length=4096)]
 EnvironmentVariableName = Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")]
-CudaBuild = Annotated[str, StringConstraints(pattern=r"^(cpu|cu[0-9]{2,4})$")]
+ToolkitVersion = Annotated[str, StringConstraints(pattern=TOOLKIT_VERSION_PATTERN)]
 SingleLine = Annotated[str, StringConstraints(pattern=SINGLE_LINE_PATTERN, max_length=4096)]
 # A text never becomes a path or an argument: it may hold line breaks.
 Text = Annotated[str, StringConstraints(pattern=TEXT_PATTERN, max_length=4096)]

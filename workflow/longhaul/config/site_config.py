@@ -1,27 +1,27 @@
-"""The site file: partitions, GPU requests, network and software of a computing centre or of this machine."""
+"""The site file: partitions, network and software of a computing centre or of this machine."""
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from longhaul.config.field_types import (
-    CudaBuild,
     EnvironmentVariableName,
     FrozenModel,
-    HardwareCount,
-    Minutes,
     Name,
     PositiveInt,
-    SingleLine,
     SingleLineOrEmpty,
-    SlurmConstraint,
     SlurmOption,
     SlurmWord,
 )
+from longhaul.config.partition_config import JobPlace, NodeShape, Partition
+from longhaul.config.slurm_options import RESERVED_SRUN_OPTIONS, check_options
+from longhaul.config.software_config import Accelerator, AcceleratorOrCpu, Software
 
+# Where the jobs of a kind run when no partition serves that kind.
+_FALLBACKS: dict[JobPlace, JobPlace] = {"login": "cpu", "cpu": "gpu", "debug": "gpu"}
 # Variables that the launch script, srun, torchrun or the supervisor sets for each process.
 _RESERVED_VARIABLES = {
     "PATH",
@@ -36,80 +36,6 @@ _RESERVED_VARIABLES = {
     "SLURM_NTASKS",
     "SLURM_JOB_ID",
 }
-# srun options that longhaul derives from the plan, and options with which a step does not run as the job that was planned.
-_RESERVED_SRUN_OPTIONS = {
-    "--chdir",
-    "--error",
-    "--export",
-    "--gid",
-    "--help",
-    "--input",
-    "--jobid",
-    "--multi-prog",
-    "--no-allocate",
-    "--output",
-    "--pty",
-    "--test-only",
-    "--uid",
-    "--usage",
-    "--version",
-    "--nodes",
-    "--ntasks",
-    "--ntasks-per-node",
-    "--cpus-per-task",
-    "--gpus-per-node",
-    "--gres",
-    "--nodelist",
-    "--kill-on-bad-exit",
-    "--wait",
-}
-
-
-class Partition(FrozenModel):
-    """One Slurm partition."""
-
-    name: SlurmWord = Field(description="Name of the partition, as `sinfo` shows it.")
-    max_minutes: Minutes = Field(
-        description="Time limit of the partition, in minutes or as `sinfo` shows it: hours:minutes:00 or days-hours:minutes:00."
-    )
-    max_nodes: HardwareCount | None = Field(
-        default=None, description="Maximum number of nodes of one job; null: not checked."
-    )
-
-
-class Partitions(FrozenModel):
-    """The Slurm partition for each kind of job."""
-
-    gpu: Partition = Field(description="Partition for training.")
-    cpu: Partition | None = Field(
-        default=None, description="Partition for tokenizing and export; null: the gpu partition."
-    )
-    debug: Partition | None = Field(
-        default=None, description="Partition for the environment and fabric checks; null: the gpu partition."
-    )
-
-
-class NodeShape(FrozenModel):
-    """One node of the gpu partition."""
-
-    cpus: HardwareCount = Field(description="Number of CPU cores that jobs may use.")
-    memory_mb: PositiveInt = Field(description="CPU memory that jobs may use, in MiB.")
-    gpus: Annotated[int, Field(ge=0, le=1000)] = Field(
-        default=0, description="Number of GPUs; 0: training runs on the CPU."
-    )
-    gpu_memory_gib: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        default=None, description="Memory of one GPU, in GiB; null: the plan does not check memory."
-    )
-    gpu_peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        default=None,
-        description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s. Used for MFU and for estimates of GPU hours.",
-    )
-
-    @model_validator(mode="after")
-    def _check_cpus(self) -> NodeShape:
-        if self.gpus > self.cpus:
-            raise ValueError(f"cpus {self.cpus} is less than gpus {self.gpus}; each GPU's process needs one core")
-        return self
 
 
 class FabricLimits(FrozenModel):
@@ -132,53 +58,38 @@ class FabricLimits(FrozenModel):
     )
 
 
+class MasterAddress(FrozenModel):
+    """The address under which all ranks reach rank 0; without a key it is the host name of the first node."""
+
+    suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,16}$")] | None = Field(
+        default=None, description="Text after the host name, for example i for the InfiniBand names of JSC."
+    )
+    interface: SlurmWord | None = Field(
+        default=None, description="Network interface of the first node, whose IPv4 address is used; for example ib0."
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> MasterAddress:
+        if self.suffix and self.interface:
+            raise ValueError("names both suffix and interface; remove one of them")
+        return self
+
+
 class Interconnect(FrozenModel):
     """The network between nodes."""
 
     kind: Literal["infiniband", "roce", "ethernet", "none"] = Field(
         default="ethernet",
         description="Type of network. infiniband, roce: each node of a job with several nodes must have an active port of this "
-        "type. none: the site has one node.",
+        "type. ethernet: also Slingshot. none: the site has one node.",
     )
     socket_interface: SlurmWord | None = Field(
-        default=None, description="Network interface for the sockets of NCCL and gloo, for example ib0."
+        default=None, description="Network interface for the sockets of NCCL, RCCL and gloo, for example ib0."
+    )
+    master_address: MasterAddress = Field(
+        default=MasterAddress(), description="The address of rank 0; default: the host name of the first node."
     )
     limits: FabricLimits = Field(default=FabricLimits(), description="Limits of the fabric check.")
-
-
-class Software(FrozenModel):
-    """The job environment. `launch.sh` activates it."""
-
-    kind: Literal["current", "venv", "conda", "container", "modules"] = Field(
-        default="current", description="Type of environment. current: the environment in which Snakemake runs."
-    )
-    path: SingleLine | None = Field(
-        default=None,
-        description="Absolute path. venv, conda: folder of the environment. container: image file.",
-    )
-    runtime: Literal["apptainer", "singularity"] = Field(
-        default="apptainer", description="kind container: command that starts the container."
-    )
-    binds: tuple[SingleLine, ...] = Field(
-        default=(),
-        description="kind container: additional folders to bind, as `folder` or `from:to`. The checkout, run, storage, data and "
-        "model folders are always bound.",
-    )
-    modules: tuple[SlurmWord, ...] = Field(
-        default=(), description="Environment modules to load first, with every kind."
-    )
-
-    @model_validator(mode="after")
-    def _check_paths(self) -> Software:
-        if self.kind in ("venv", "conda", "container") and not self.path:
-            raise ValueError(f"kind {self.kind} needs path")
-        for key, path in (("path", self.path), *(("binds", path) for path in self.binds)):
-            # A job starts in the working folder of its run, so a relative path would differ between runs.
-            if path and not path.startswith("/"):
-                raise ValueError(f"{key} {path!r} is not an absolute path; write a path that starts with /")
-        if self.kind == "modules" and not self.modules:
-            raise ValueError("kind modules needs modules")
-        return self
 
 
 class Site(FrozenModel):
@@ -188,22 +99,10 @@ class Site(FrozenModel):
     scheduler: Literal["slurm", "local"] = Field(
         default="slurm", description="slurm: jobs are submitted to Slurm. local: jobs are processes on this machine."
     )
-    partitions: Partitions | None = Field(default=None, description="Slurm partitions. Required for scheduler slurm.")
-    node: NodeShape = Field(description="Resources of one node.")
-    max_nodes: HardwareCount = Field(description="Maximum number of nodes of one job.")
-    account: SlurmWord | None = Field(default=None, description="Value of sbatch --account.")
-    qos: SlurmWord | None = Field(default=None, description="Value of sbatch --qos.")
-    constraint: SlurmConstraint | None = Field(default=None, description="Value of sbatch --constraint.")
-    reservation: SlurmWord | None = Field(default=None, description="Value of sbatch --reservation.")
-    gpu_request: Literal["gpus_per_node", "gres", "none"] = Field(
-        default="gpus_per_node", description="Option that requests GPUs: --gpus-per-node, --gres, or no option."
+    partitions: Annotated[tuple[Partition, ...], Field(min_length=1)] = Field(
+        description="Where each kind of job runs. Each kind is in one partition at most; gpu is required. Scheduler local: one "
+        "partition that describes this machine."
     )
-    gpu_type: SlurmWord | None = Field(default=None, description="GPU type in the request, for example a100.")
-    memory: Literal["per_node", "all", "omit"] = Field(
-        default="per_node",
-        description="Memory request. per_node: node.memory_mb. all: --mem=0, the whole node. omit: no request.",
-    )
-    exclusive: bool = Field(default=False, description="Request whole nodes with sbatch --exclusive.")
     requeue: bool = Field(default=True, description="Slurm may requeue jobs.")
     deadline_poll_interval_s: Annotated[float, Field(ge=1, le=3600)] = Field(
         default=30.0, description="Interval at which a job asks Slurm for the end of its allocation, in seconds."
@@ -225,36 +124,54 @@ class Site(FrozenModel):
         description="File quota of the run folder. The plan compares its file counts with it; null: no limit.",
     )
     software: Software = Field(default=Software(), description="The job environment.")
-    cuda_build: CudaBuild = Field(
-        default="cpu",
-        description="Expected CUDA build of torch: cpu, cu128, cu130, … The environment check verifies it.",
+    accelerator: AcceleratorOrCpu = Field(
+        default=Accelerator(),
+        description="Build of torch: `cpu`, or a section with the version of CUDA or ROCm. The environment check verifies it.",
     )
     environment: dict[EnvironmentVariableName, SingleLineOrEmpty] = Field(
         default={}, description="Environment variables for each job, for example NCCL_IB_HCA."
     )
 
+    @property
+    def node(self) -> NodeShape:
+        """One node of the partition for training."""
+        return self.partition_for("gpu").node
+
+    def partition_for(self, kind: JobPlace) -> Partition:
+        """Return the partition that serves a kind of job, or the one that replaces it."""
+        found = next((partition for partition in self.partitions if kind in partition.jobs), None)
+        return found or self.partition_for(_FALLBACKS[kind])
+
+    @model_validator(mode="after")
+    def _check_partitions(self) -> Site:
+        kinds = Counter(kind for partition in self.partitions for kind in partition.jobs)
+        if twice := [kind for kind, count in kinds.items() if count > 1]:
+            raise ValueError(f"partitions name the jobs {twice[0]} {kinds[twice[0]]} times; remove it from all but one")
+        if "gpu" not in kinds:
+            raise ValueError("partitions: no partition has jobs: [gpu], which training needs; add gpu to one of them")
+        for number, partition in enumerate(self.partitions):
+            if self.scheduler == "slurm" and partition.max_minutes is None:
+                raise ValueError(f"partitions.{number}: scheduler slurm needs max_minutes")
+        return self
+
     @model_validator(mode="after")
     def _check_consistency(self) -> Site:
-        if self.scheduler == "local" and self.max_nodes > 1:
+        gpu = self.partition_for("gpu")
+        if self.scheduler == "local" and (len(self.partitions) > 1 or gpu.max_nodes > 1):
+            raise ValueError("scheduler local: the site is one machine; write one partition with max_nodes 1")
+        if gpu.node.gpus and self.accelerator.build == "cpu":
             raise ValueError(
-                f"max_nodes {self.max_nodes} with scheduler local: the local site is one machine; set it to 1"
+                f"node.gpus {gpu.node.gpus} with accelerator cpu: the CPU build of torch uses no GPU; set accelerator, e.g. "
+                '{cuda: "13.0"}'
             )
-        if self.scheduler == "slurm" and self.partitions is None:
-            raise ValueError("scheduler slurm needs partitions")
-        if self.node.gpus and self.cuda_build == "cpu":
+        if gpu.node.gpus and not self.partition_for("debug").node.gpus:
             raise ValueError(
-                f"node.gpus {self.node.gpus} with cuda_build cpu: the CPU build of torch uses no GPU; set cuda_build, e.g. cu130"
+                "the partition for debug jobs has no GPUs, but the checks test GPUs; give debug to another one"
             )
-        if self.interconnect.kind == "none" and self.max_nodes > 1:
+        if self.interconnect.kind == "none" and gpu.max_nodes > 1:
             raise ValueError(
-                f"max_nodes {self.max_nodes} with interconnect.kind none: without a network a job has one node; change either"
+                f"max_nodes {gpu.max_nodes} with interconnect.kind none: without a network a job has one node; change either"
             )
-        if self.gpu_request == "gres" and not re.fullmatch(r"[A-Za-z0-9_.]*", self.gpu_type or ""):
-            raise ValueError(
-                f"gpu_type {self.gpu_type!r} with gpu_request gres: the Slurm plugin accepts only letters, digits, _ and ."
-            )
-        if self.gpu_request == "gres" and not self.node.gpus:
-            raise ValueError(f"gpu_request gres needs node.gpus >= 1; it is {self.node.gpus}")
         return self
 
     @model_validator(mode="after")
@@ -263,10 +180,5 @@ class Site(FrozenModel):
             raise ValueError(
                 f"environment sets {reserved[0]}, which longhaul sets for each job; remove it, or load a module instead"
             )
-        for option in self.srun_extra:
-            name = option.partition("=")[0]
-            # srun also accepts the beginning of an option's name.
-            if reserved := next((known for known in sorted(_RESERVED_SRUN_OPTIONS) if known.startswith(name)), None):
-                also = "" if reserved == name else f" ({reserved})"
-                raise ValueError(f"srun_extra contains {name}{also}, which longhaul sets for each step; remove it")
+        check_options("srun_extra", self.srun_extra, RESERVED_SRUN_OPTIONS)
         return self

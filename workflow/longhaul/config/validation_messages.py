@@ -16,6 +16,8 @@ from pydantic_core import ErrorDetails
 from longhaul.config.field_types import PATTERN_DESCRIPTIONS
 
 _MAX_PROBLEMS = 20
+# Keys of earlier releases -> what to write now.
+_REPLACED_KEYS = {"cuda_build": 'write accelerator: {cuda: "13.0"}, {rocm: "6.4"} or cpu'}
 # DeepSpeed keys that users may copy from elsewhere, and the features that they enable.
 _UNSUPPORTED_KEYS = {
     "zero_quantized_weights": "ZeRO++ quantized weights (qwZ)",
@@ -46,9 +48,13 @@ def _problem_text(model: type[BaseModel], problem: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         if feature := _UNSUPPORTED_KEYS.get(str(location[-1])):
             return f"{where}: {feature} is not supported; remove the key"
-        return f"{where} is not a known key{_suggestion(str(location[-1]), _keys_at(model, location[:-1]))}"
+        return f"{where} is not a known key{_suggestion(str(location[-1]), _model_at(model, location[:-1]))}"
     if kind == "missing":
         return f"{where} is missing"
+    if kind == "tuple_type":
+        return (
+            f"{where} is {shortened(problem['input'])}; expected: a list, whose items begin with `- ` or stand in [ ]"
+        )
     context = problem.get("ctx", {})
     if kind == "string_pattern_mismatch" and (description := PATTERN_DESCRIPTIONS.get(context["pattern"])):
         return f"{where} is {shortened(problem['input'])}; expected: {description}"
@@ -62,9 +68,27 @@ def _problem_text(model: type[BaseModel], problem: ErrorDetails) -> str:
     )
 
 
-def _suggestion(word: str, keys: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, keys, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(keys)}"
+def _suggestion(word: str, model: type[BaseModel]) -> str:
+    if word in _REPLACED_KEYS:
+        return f"; {_REPLACED_KEYS[word]}"
+    keys = _keys_of(model)
+    if close := difflib.get_close_matches(word, keys, n=1, cutoff=0.7):
+        return f"; did you mean {close[0]}?"
+    if inner := next(_sections_with_key(model, word), None):
+        return f"; it is a key of {inner}"
+    if close := difflib.get_close_matches(word, keys, n=1, cutoff=0.5):
+        return f"; did you mean {close[0]}?"
+    return f"; known keys: {', '.join(keys)}"
+
+
+def _sections_with_key(model: type[BaseModel], word: str, path: str = "") -> Iterator[str]:
+    """Yield the paths of the sections below a model that have a key of this name."""
+    for name, field in model.model_fields.items():
+        inner = f"{path}.{field.alias or name}".lstrip(".")
+        for section in _models_in(field.annotation):
+            if word in _keys_of(section):
+                yield inner
+            yield from _sections_with_key(section, word, inner)
 
 
 def shortened(value: Any, limit: int = 80) -> str:
@@ -73,14 +97,18 @@ def shortened(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Return the keys of the section at `location`. The path leads through nested models, lists and dictionaries."""
+def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    """Return the section at `location`. The path leads through nested models, lists and dictionaries."""
     for part in location:
         if isinstance(part, int):
             continue
         field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
         if field is not None:
             model = next(_models_in(field.annotation), model)
+    return model
+
+
+def _keys_of(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

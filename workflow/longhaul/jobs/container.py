@@ -16,26 +16,58 @@ _UNBINDABLE = set(":,")
 _MAKE_FOLDERS = 'while [ "$1" != -- ]; do mkdir -p -- "$1" || exit; shift; done; shift; exec "$@"'
 
 
-def container_command(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
-    """Return the words that go before a step's own command; none where the site uses no container.
+# srun leaves the working folder to the image, and variables of an image replace those of the host.
+_ENTER_FOLDER = 'cd -- "$1" && export PYTHONPATH="$2" && shift 2 && exec "$@"'
+
+
+def container_command(plan: Plan, spec: JobSpec, workdir: Path, code: Path) -> list[str]:
+    """Return the words between the launcher and a step's own command; none where the site uses no container.
+
+    code: folder that Python imports longhaul from
 
     All that the job reads and writes is bound. Slurm's client stays outside the container, so nothing of it is bound.
 
     Raises:
         UserError: a folder's name contains a character that the container command reads as a separator.
     """
-    site, software, storage = plan.site, plan.site.software, plan.config.storage
-    if software.kind != "container" or not software.path:
+    software = plan.site.software
+    if software.kind == "container":
+        return _apptainer_command(plan, spec, workdir)
+    if software.kind != "srun":
         return []
-    roots = [str(workdir / root) for root in (storage.weights, storage.data, storage.scratch) if root]
+    mounts = [_pyxis_mounts(plan, spec, workdir)] if software.is_pyxis else []
+    return [*software.options, *mounts, "bash", "-c", _ENTER_FOLDER, "bash", str(workdir), str(code)]
+
+
+def _apptainer_command(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
+    software, roots = plan.site.software, _storage_roots(plan, workdir)
     make = ["bash", "-c", _MAKE_FOLDERS, "bash", *roots, "--"] if roots else []
+    folders = [SHARED_MEMORY, *_bound_folders(plan, spec, workdir), *software.binds]
+    binds = [word for folder in folders for word in ("--bind", folder)]
+    return [*make, software.runtime, "exec", *_gpu_flag(plan), *software.options, *binds, str(software.path)]
+
+
+def _gpu_flag(plan: Plan) -> list[str]:
+    if not plan.site.node.gpus:
+        return []
+    return ["--rocm"] if plan.site.accelerator.rocm else ["--nv"]
+
+
+def _pyxis_mounts(plan: Plan, spec: JobSpec, workdir: Path) -> str:
+    folders = [*_bound_folders(plan, spec, workdir), *plan.site.software.binds]
+    return "--container-mounts=" + ",".join(folder if ":" in folder else f"{folder}:{folder}" for folder in folders)
+
+
+def _bound_folders(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
     results = workdir / RESULTS
     linked = [results.resolve()] if results.is_symlink() else []
-    own = [data_root(), PACKAGE, workdir, *linked, *roots]
-    folders = [*_outermost([*map(str, own), *external_folders(spec)]), *software.binds]
-    binds = [word for folder in (SHARED_MEMORY, *folders) for word in ("--bind", folder)]
-    gpus = ["--nv"] if site.node.gpus else []
-    return [*make, software.runtime, "exec", *gpus, *binds, software.path]
+    own = [data_root(), PACKAGE, workdir, *linked, *_storage_roots(plan, workdir)]
+    return _outermost([*map(str, own), *external_folders(spec)])
+
+
+def _storage_roots(plan: Plan, workdir: Path) -> list[str]:
+    storage = plan.config.storage
+    return [str(workdir / root) for root in (storage.weights, storage.data, storage.scratch) if root]
 
 
 def external_folders(spec: JobSpec) -> list[str]:

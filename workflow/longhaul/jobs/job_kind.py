@@ -32,6 +32,7 @@ class PlannedStep:
     spec: JobSpec
     file: str  # name of the spec's file in the job's folder
     request: SlurmRequest
+    binds_ranks: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class JobKind:
     more_files: Callable[[Plan, JobId], Mapping[str, str]] = lambda plan, job: {}
     """Name -> text of further files in the job's folder."""
     max_restarts: Callable[[Plan, JobId], int] = lambda plan, job: 0
+    binds_ranks: bool = False
+    """Whether the site's cpu_bind and gpu_bind apply to the job's own step."""
 
     def job_id(self, wildcards: object) -> JobId:
         """Return the job that a rule's wildcards stand for."""

@@ -85,6 +85,8 @@ class LaunchSpec(JobSpec):
     nodes: int
     requeue: bool  # the job may requeue itself
     max_restarts: int  # restarts in the same allocation without a new checkpoint in between
+    master_suffix: str | None = None  # text after the first node's name in MASTER_ADDR
+    master_interface: str | None = None  # network interface of the first node, whose address is MASTER_ADDR
     deadline_poll_interval_s: float  # how often Slurm is asked for the end of the allocation
     steps: tuple[LaunchStep, ...]
     inputs: tuple[str, ...]  # text files that a permanent failure depends on

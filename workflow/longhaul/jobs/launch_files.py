@@ -19,6 +19,9 @@ from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
 from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
 
+# MIOpen keeps databases in the home folder by default. Its locks fail there when jobs of several nodes use them:
+# https://docs.lumi-supercomputer.eu/software/packages/pytorch/
+_JOB_FOLDERS = ("MIOPEN_USER_DB_PATH", "MIOPEN_CUSTOM_CACHE_DIR")
 _UNSAFE_IN_PATHS = set("\"'\\$`%\n\r")
 
 
@@ -70,9 +73,16 @@ def render_run(plan: Plan, workdir: Path) -> dict[Path, RenderedFiles]:
     fetched = plan.lock is not None or not plan.needs_fetch
     jobs = [job for job in jobs_of(plan) if fetched or not job_kinds()[job.kind].needs_fetch]
     files = {plan.paths.job(job).path: render_job(plan, job, workdir) for job in jobs}
-    if plan.site.scheduler == "slurm" and plan.site.sbatch_from_jobs:
+    if _needs_controller(plan.site):
         files[plan.paths.folder] = render_controller(plan, workdir)
     return files
+
+
+def _needs_controller(site: Site) -> bool:
+    """Return whether controller.sbatch is of use: it would occupy a GPU node where GPU jobs get only whole nodes."""
+    partition = site.partition_for("login")
+    wastes_gpus = partition.node.gpus > 0 and partition.exclusive
+    return site.scheduler == "slurm" and site.sbatch_from_jobs and not wastes_gpus
 
 
 def render_job(plan: Plan, job: JobId, workdir: Path) -> RenderedFiles:
@@ -81,7 +91,7 @@ def render_job(plan: Plan, job: JobId, workdir: Path) -> RenderedFiles:
     folder = JobFolder(workdir / plan.paths.job(job).path)
     request, spec = kind.request(plan, job), kind.build_spec(plan, job)
     title = f"longhaul {plan.run}: {job}"
-    own_step = PlannedStep(kind.help, kind.name, spec, folder.job_spec.name, request)
+    own_step = PlannedStep(kind.help, kind.name, spec, folder.job_spec.name, request, kind.binds_ranks)
     steps = [*kind.first_steps(plan, job, request), own_step]
     files = {
         folder.launch_script.name: _launch_script(plan, request, title, folder, workdir),
@@ -120,6 +130,8 @@ def _launch_spec(
         slurm=plan.site.scheduler == "slurm",
         nodes=request.nodes,
         requeue=plan.site.requeue,
+        master_suffix=plan.site.interconnect.master_address.suffix,
+        master_interface=plan.site.interconnect.master_address.interface,
         max_restarts=kind.max_restarts(plan, job),
         deadline_poll_interval_s=plan.site.deadline_poll_interval_s,
         steps=tuple(_launch_step(plan, step, folder, workdir) for step in steps),
@@ -131,28 +143,40 @@ def _launch_spec(
 
 
 def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path) -> LaunchStep:
-    launcher = _srun(plan.site, step.request) if plan.site.scheduler == "slurm" else []
+    launcher = _srun(plan.site, step) if plan.site.scheduler == "slurm" else []
     python = _python(plan.site)
     if plan.site.scheduler == "local" and step.request.tasks > 1:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
         python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={step.request.tasks}"]
     words = ("-m", "longhaul", "job", "run", step.kind, str(folder.path / step.file))
-    return LaunchStep(
-        title=step.title, command=(*launcher, *container_command(plan, step.spec, workdir), *python, *words)
-    )
+    container = container_command(plan, step.spec, workdir, _code_folder(workdir))
+    return LaunchStep(title=step.title, command=(*launcher, *container, *python, *words))
 
 
-def _srun(site: Site, request: SlurmRequest) -> list[str]:
+def _srun(site: Site, step: PlannedStep) -> list[str]:
     options = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--label"]
     mpi = [] if any(extra.startswith("--mpi") for extra in site.srun_extra) else ["--mpi=none"]
-    return ["srun", *request.as_srun(), *mpi, *options, *site.srun_extra]
+    return ["srun", *step.request.as_srun(), *mpi, *options, *_binding(site, step.binds_ranks), *site.srun_extra]
+
+
+def _binding(site: Site, binds_ranks: bool) -> list[str]:
+    """Return srun's binding options. With cpu_bind auto, each rank binds itself.
+
+    Masks for the training step name cores that a smaller step does not have; srun would refuse that step.
+    """
+    partition = site.partition_for("gpu")
+    if not binds_ranks:
+        return ["--cpu-bind=none"] if partition.cpu_bind else []
+    cpu_bind = "none" if partition.cpu_bind == "auto" else partition.cpu_bind
+    options = {"--cpu-bind": cpu_bind, "--gpu-bind": partition.gpu_bind}
+    return [f"{option}={value}" for option, value in options.items() if value]
 
 
 def _python(site: Site) -> list[str]:
     software = site.software
     if software.kind in ("venv", "conda"):
         return [f"{software.path}/bin/python"]
-    return [sys.executable] if software.kind == "current" else ["python3"]
+    return [sys.executable] if software.kind == "current" else [software.python or "python3"]
 
 
 def _launch_script(plan: Plan, request: SlurmRequest, title: str, folder: JobFolder, workdir: Path) -> str:
@@ -164,12 +188,20 @@ def _launch_script(plan: Plan, request: SlurmRequest, title: str, folder: JobFol
     return template("sbatch/launch.sh.j2").render(
         title=title,
         workdir=_safe_path(workdir),
-        modules=site.software.modules,
+        module_commands=_module_commands(site),
         environment={"PYTHONPATH": str(_code_folder(workdir)), **_environment(site, request)},
+        job_folders=_JOB_FOLDERS if site.accelerator.rocm else (),
         path_prefix=[f"{site.software.path}/bin"] if site.software.kind in ("venv", "conda") else [],
         python=sys.executable,
         launch_spec=folder.launch_spec,
     )
+
+
+def _module_commands(site: Site) -> list[list[str]]:
+    software = site.software
+    purge = [["module", "purge"]] if software.module_purge else []
+    used = [["module", "use", folder] for folder in software.module_use]
+    return [*purge, *used, *(["module", "load", module] for module in software.modules)]
 
 
 def _environment(site: Site, request: SlurmRequest) -> dict[str, str]:
@@ -178,11 +210,11 @@ def _environment(site: Site, request: SlurmRequest) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(request.cpus_per_task),
     }
-    if site.node.gpus:
+    if site.node.gpus and site.accelerator.cuda:
         # The allocator keeps no holes that are too small for the next pass. torch's own trainers set this, too:
         # https://github.com/pytorch/torchtitan/blob/main/run_train.sh
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    else:
+    if not site.node.gpus:
         variables["DS_ACCELERATOR"] = "cpu"
     if interface := site.interconnect.socket_interface:
         variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from longhaul.config.dataset_config import Dataset
 from longhaul.config.field_types import MAX_STEPS
 from longhaul.config.model_size import ModelSize
+from longhaul.config.partition_config import Partition
 from longhaul.config.run_config import Config, Storage
-from longhaul.config.site_config import Partition, Site
+from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.checkpoint_size import checkpoint_write_s
 from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, SWAP_MIN_BYTES
 from longhaul.planning.gpu_memory import MemoryEstimate
-from longhaul.planning.slurm_request import partition_for
 
 _FILES_PER_CHUNK = 9  # .bin, .idx and mask of two splits, keys, record, folder
 
@@ -149,7 +149,7 @@ def _largest_unswapped_tensor(stage: Stage) -> int:
 
 def check_site(stage: Stage, site: Site) -> None:
     """Raise UserError if the site does not have the stage's nodes, ranks or minutes."""
-    where, partition = f"stages.{stage.name}", partition_for(site, "gpu")
+    where, partition = f"stages.{stage.name}", site.partition_for("gpu")
     _check_nodes_and_ranks(where, stage.nodes, stage.gpus_per_node, site, partition)
     _check_minutes(f"{where}.minutes", stage.minutes, partition)
 
@@ -160,35 +160,39 @@ def check_job_limits(config: Config, site: Site) -> None:
     Minutes are checked only if the config sets them; a default is reduced to the partition's limit.
     """
     checks = config.checks
-    _check_nodes_and_ranks("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, partition_for(site, "debug"))
+    _check_nodes_and_ranks("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, site.partition_for("debug"))
     if "minutes" in checks.model_fields_set:
-        _check_minutes("checks.minutes", checks.minutes, partition_for(site, "debug"))
+        _check_minutes("checks.minutes", checks.minutes, site.partition_for("debug"))
     if "data_minutes" in config.model_fields_set:
-        _check_minutes("data_minutes", config.data_minutes, partition_for(site, "cpu"))
+        _check_minutes("data_minutes", config.data_minutes, site.partition_for("cpu"))
 
 
-def _check_minutes(key: str, minutes: int, partition: Partition | None) -> None:
-    if partition and minutes > partition.max_minutes:
+def _check_minutes(key: str, minutes: int, partition: Partition) -> None:
+    if partition.max_minutes and minutes > partition.max_minutes:
         raise UserError(
-            f"{key} {minutes}: partition {partition.name} allows {partition.max_minutes}",
+            f"{key} {minutes}: {partition.title} allows {partition.max_minutes}",
             f"use at most {partition.max_minutes} minutes",
         )
 
 
-def _check_nodes_and_ranks(where: str, nodes: int, gpus_per_node: int, site: Site, partition: Partition | None) -> None:
-    if site.node.gpus and gpus_per_node > site.node.gpus:
+def _check_nodes_and_ranks(where: str, nodes: int, gpus_per_node: int, site: Site, partition: Partition) -> None:
+    node = partition.node
+    if node.gpus and gpus_per_node > node.gpus:
         raise UserError(
-            f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {site.node.gpus} GPUs per node",
+            f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {node.gpus} GPUs per node in {partition.title}",
             "use more nodes with fewer GPUs each",
         )
-    if not site.node.gpus and gpus_per_node > site.node.cpus:
+    if not node.gpus and gpus_per_node > node.cpus:
         raise UserError(
-            f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {site.node.cpus} CPU cores per node and no GPU",
-            f"use at most {site.node.cpus}: each process needs one core",
+            f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {node.cpus} CPU cores per node and no GPU in "
+            f"{partition.title}",
+            f"use at most {node.cpus}: each process needs one core",
         )
-    limit = min(site.max_nodes, (partition.max_nodes if partition else None) or site.max_nodes)
-    if nodes > limit:
-        raise UserError(f"{where}.nodes {nodes}: site {site.name} allows {limit}", f"use at most {limit} nodes")
+    if nodes > partition.max_nodes:
+        raise UserError(
+            f"{where}.nodes {nodes}: site {site.name} allows {partition.max_nodes} in {partition.title}",
+            f"use at most {partition.max_nodes} nodes, or correct max_nodes of the partition in the site file",
+        )
 
 
 def check_save_time(stage: Stage, save_bytes: int, site: Site) -> None:

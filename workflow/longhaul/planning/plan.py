@@ -182,11 +182,14 @@ class Plan:
 
     @property
     def check_nodes(self) -> int:
-        return self.config.checks.nodes or min(2, self.site.max_nodes)
+        limits = (self.site.partition_for(place).max_nodes for place in ("gpu", "debug"))
+        return self.config.checks.nodes or min(2, *limits)
 
     @property
     def check_gpus_per_node(self) -> int:
-        return self.config.checks.gpus_per_node or max(s.stage.gpus_per_node for s in self.stages)
+        node = self.site.partition_for("debug").node
+        most = max(stage.stage.gpus_per_node for stage in self.stages)
+        return self.config.checks.gpus_per_node or min(most, node.gpus or node.cpus)
 
 
 def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:

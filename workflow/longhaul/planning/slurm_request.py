@@ -9,23 +9,23 @@ the same allocation. Every job uses one form: `mpi=""` makes the executor plugin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from longhaul.config.site_config import Partition, Site
+from longhaul.config.partition_config import JobPlace, Partition
+from longhaul.config.site_config import Site
 
-# The plugin cannot request --mem=0: it drops a zero, and it refuses the option in slurm_extra. Its command line goes
-# through a shell, which removes the empty quotes.
+# The plugin cannot request --mem=0: it drops a zero. It knows one generic resource only, and counts tasks by GPU with it. It
+# refuses both options in slurm_extra. Its command line goes through a shell, which removes the empty quotes.
 _ALL_MEMORY_EXTRA = "--mem''=0"
+_GRES_EXTRA = "--gres''="
 
 RESOURCE_KEYS = (
     "nodes",
     "tasks",
-    "tasks_per_gpu",
     "mpi",
     "cpus_per_task",
     "mem_mb",
     "runtime",
-    "gres",
     "slurm_partition",
     "slurm_account",
     "qos",
@@ -38,7 +38,10 @@ RESOURCE_KEYS = (
 class SlurmRequest:
     """The options of one allocation.
 
+    partition: None sends no option.
+    gres:      generic resources of each node beside the GPUs, such as nvme:100
     memory_mb: MiB per node; 0 requests all of the node's memory, None sends no option.
+    extra:     further sbatch options, such as --mail-type=END
     exclude:   nodes to exclude. An empty tuple sends an empty list, because the plugin otherwise excludes every node of an
                earlier failure (the last --exclude wins). None sends no option.
     after_job: id of the job that must end before this one starts.
@@ -48,16 +51,19 @@ class SlurmRequest:
     tasks_per_node: int
     cpus_per_task: int
     minutes: int
-    partition: str
+    partition: str | None
     gpus_per_node: int = 0
     gpu_request: Literal["gpus_per_node", "gres", "none"] = "none"
     gpu_type: str | None = None
+    gres: tuple[str, ...] = ()
     memory_mb: int | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     reservation: str | None = None
     exclusive: bool = False
+    threads_per_core: int | None = None
+    extra: tuple[str, ...] = ()
     exclude: tuple[str, ...] | None = None
     after_job: str | None = None
 
@@ -70,20 +76,25 @@ class SlurmRequest:
         return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else str(self.gpus_per_node)
 
     @property
-    def _uses_gres(self) -> bool:
-        return self.gpu_request == "gres" and self.gpus_per_node > 0
+    def _gpus_per_node(self) -> str | None:
+        """The value of --gpus-per-node, or None."""
+        return self._gpus if self.gpu_request == "gpus_per_node" and self.gpus_per_node else None
 
     @property
-    def _uses_gpus_per_node(self) -> bool:
-        return self.gpu_request == "gpus_per_node" and self.gpus_per_node > 0
+    def _gpu_gres(self) -> str | None:
+        """The GPUs as a generic resource, or None."""
+        return f"gpu:{self._gpus}" if self.gpu_request == "gres" and self.gpus_per_node else None
+
+    @property
+    def _gres(self) -> str | None:
+        """The value of --gres, or None."""
+        return ",".join([*filter(None, [self._gpu_gres]), *self.gres]) or None
 
     def as_resources(self) -> dict[str, int | str]:
         """Return the rule's `resources:` under the executor plugin's names."""
-        # With gres the plugin turns `tasks` into tasks per GPU; tasks_per_gpu=0 prevents that.
-        shape = {"gres": f"gpu:{self._gpus}", "tasks_per_gpu": 0} if self._uses_gres else {"tasks": self.tasks}
         resources = {
             "nodes": self.nodes,
-            **shape,
+            "tasks": self.tasks,
             "mpi": "",
             "cpus_per_task": self.cpus_per_task,
             "runtime": self.minutes,
@@ -99,14 +110,19 @@ class SlurmRequest:
 
     def _extra(self) -> list[str]:
         extra = [f"--ntasks-per-node={self.tasks_per_node}", "--open-mode=append"]
-        if self._uses_gpus_per_node:
-            extra.append(f"--gpus-per-node={self._gpus}")
+        if self._gpus_per_node:
+            extra.append(f"--gpus-per-node={self._gpus_per_node}")
+        if self._gres:
+            extra.append(f"{_GRES_EXTRA}{self._gres}")
+        if self.threads_per_core:
+            extra.append(f"--threads-per-core={self.threads_per_core}")
         if self.memory_mb == 0:
             extra.append(_ALL_MEMORY_EXTRA)
         if self.reservation:
             extra.append(f"--reservation={self.reservation}")
         if self.exclusive:
             extra.append("--exclusive")
+        extra += self.extra
         if self.exclude is not None:
             extra.append(f"--exclude={','.join(self.exclude)}")
         if self.after_job:
@@ -117,11 +133,12 @@ class SlurmRequest:
         """Return long sbatch options and their values; an option with an empty value is a flag."""
         options = {
             "--nodes": self.nodes,
-            "--ntasks": None if self._uses_gres else self.tasks,
+            "--ntasks": self.tasks,
             "--ntasks-per-node": self.tasks_per_node,
             "--cpus-per-task": self.cpus_per_task,
-            "--gpus-per-node": self._gpus if self._uses_gpus_per_node else None,
-            "--gres": f"gpu:{self._gpus}" if self._uses_gres else None,
+            "--threads-per-core": self.threads_per_core,
+            "--gpus-per-node": self._gpus_per_node,
+            "--gres": self._gres,
             "--mem": self.memory_mb,
             "--time": self.minutes,
             "--partition": self.partition,
@@ -133,106 +150,103 @@ class SlurmRequest:
             "--exclude": ",".join(self.exclude) if self.exclude else None,
             "--dependency": f"afterany:{self.after_job}" if self.after_job else None,
             "--open-mode": "append",
+            **{name: value for name, _, value in (option.partition("=") for option in self.extra)},
         }
         return {option: str(value) for option, value in options.items() if value is not None}
 
     def as_srun(self) -> list[str]:
         """Return the size of a step over the whole allocation; srun cannot read it from SLURM_*, which the plugin removes."""
-        options = [
-            f"--nodes={self.nodes}",
-            f"--ntasks={self.tasks}",
-            f"--ntasks-per-node={self.tasks_per_node}",
-            f"--cpus-per-task={self.cpus_per_task}",
-        ]
-        if self._uses_gpus_per_node:
-            options.append(f"--gpus-per-node={self._gpus}")
-        if self._uses_gres:
-            options.append(f"--gres=gpu:{self._gpus}")
-        return options
+        options = {
+            "--nodes": self.nodes,
+            "--ntasks": self.tasks,
+            "--ntasks-per-node": self.tasks_per_node,
+            "--cpus-per-task": self.cpus_per_task,
+            "--threads-per-core": self.threads_per_core,
+            "--gpus-per-node": self._gpus_per_node,
+            "--gres": self._gpu_gres,
+        }
+        return [f"{option}={value}" for option, value in options.items() if value is not None]
 
 
 _CONTROLLER_MB = 2000  # enough for Snakemake with the few dozen jobs of a run
+_ONE_MINUTE_MB = 1000
 
 
-def partition_for(site: Site, kind: str) -> Partition | None:
-    """Return the partition for cpu, gpu or debug jobs: the gpu partition where the site names no other one."""
-    if site.partitions is None:
-        return None
-    return getattr(site.partitions, kind) or site.partitions.gpu
-
-
-def gpu_request(site: Site, *, partition_kind: str, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:
+def gpu_request(site: Site, *, place: JobPlace, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:
     """Return the request of a job on GPU nodes; tasks and gpus are per node.
 
     A job that uses some of a node's GPUs gets the same share of its cores and memory, so that two such jobs fit on a node.
     """
-    partition = partition_for(site, partition_kind)
-    share = gpus / (site.node.gpus or site.node.cpus)
-    return SlurmRequest(
-        nodes=nodes,
-        tasks_per_node=tasks,
-        cpus_per_task=max(1, int(site.node.cpus * share) // tasks),
-        minutes=_allowed_minutes(minutes, partition),
-        partition=partition.name if partition else "",
-        gpus_per_node=gpus if site.node.gpus else 0,
-        gpu_request=site.gpu_request,
-        gpu_type=site.gpu_type,
-        memory_mb=_memory_mb(site, share),
-        **_site_options(site),
-    )
+    return _share_request(site.partition_for(place), nodes=nodes, tasks=tasks, gpus=gpus, minutes=minutes)
 
 
 def cpu_request(site: Site, minutes: int) -> SlurmRequest:
-    """Return the request of a job that uses all cores of one node and no GPU."""
-    partition = partition_for(site, "cpu")
-    return SlurmRequest(
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=site.node.cpus,
-        minutes=_allowed_minutes(minutes, partition),
-        partition=partition.name if partition else "",
-        memory_mb=_memory_mb(site, 1.0),
-        **_site_options(site),
-    )
+    """Return the request of a job that trains nothing, on one node.
+
+    On a partition without GPUs it gets what the site file says of one node. On a GPU partition it gets one GPU and its share of
+    cores and memory, because centres bill or refuse other shapes there; a whole node where jobs get only whole nodes.
+    """
+    partition = site.partition_for("cpu")
+    node = partition.node
+    if site.scheduler == "local" or not node.gpus:
+        return _request(partition, cpus=node.cpus, memory_mb=node.memory_mb, minutes=minutes)
+    gpus = node.gpus if partition.exclusive else 1
+    return _share_request(partition, nodes=1, tasks=1, gpus=gpus, minutes=minutes)
 
 
 def controller_request(site: Site) -> SlurmRequest:
     """Return the request of the main Snakemake process as a job: one core for as long as its partition allows."""
-    partition = partition_for(site, "cpu")
-    memory_mb = None if site.memory == "omit" else min(_CONTROLLER_MB, site.node.memory_mb)
-    request = cpu_request(site, partition.max_minutes if partition else 1)
+    partition = site.partition_for("login")
+    request = _request(partition, cpus=1, memory_mb=1, minutes=partition.max_minutes or 1)
+    return replace(request, memory_mb=_small_memory_mb(partition, _CONTROLLER_MB), exclusive=False)
+
+
+def one_minute_request(site: Site) -> SlurmRequest:
+    """Return the smallest request for a job that only reports why it cannot run."""
+    request = cpu_request(site, minutes=1)
+    if request.gpus_per_node:
+        return request
+    memory_mb = _small_memory_mb(site.partition_for("cpu"), _ONE_MINUTE_MB)
     return replace(request, cpus_per_task=1, memory_mb=memory_mb, exclusive=False)
 
 
-def one_minute_request(site: Site, request: SlurmRequest) -> SlurmRequest:
-    """Return the smallest request for a job that only reports why it cannot run."""
-    partition = partition_for(site, "cpu")
-    return replace(
-        request,
+def _small_memory_mb(partition: Partition, limit: int) -> int | None:
+    return None if partition.memory == "omit" else min(limit, partition.node.memory_mb)
+
+
+def _share_request(partition: Partition, *, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:
+    """Return a request of `gpus` GPUs of each node with their share of its cores and memory.
+
+    A node without GPUs has one rank per core at most, so `gpus` are ranks there.
+    """
+    node = partition.node
+    share = min(1.0, gpus / (node.gpus or node.cpus))
+    request = _request(
+        partition,
+        cpus=max(1, int(node.cpus * share) // tasks),
+        memory_mb=max(1, int(node.memory_mb * share)),
+        minutes=minutes,
+    )
+    return replace(request, nodes=nodes, tasks_per_node=tasks, gpus_per_node=gpus if node.gpus else 0)
+
+
+def _request(partition: Partition, *, cpus: int, memory_mb: int, minutes: int) -> SlurmRequest:
+    """Return a request of one task without a GPU, with all options of the partition."""
+    return SlurmRequest(
         nodes=1,
         tasks_per_node=1,
-        cpus_per_task=1,
-        minutes=1,
-        partition=partition.name if partition else request.partition,
-        gpus_per_node=0,
-        memory_mb=request.memory_mb and 1000,
-        exclusive=False,
+        cpus_per_task=cpus,
+        minutes=min(minutes, partition.max_minutes or minutes),
+        partition=partition.name,
+        gpu_request=partition.gpu_request,
+        gpu_type=partition.gpu_type,
+        gres=partition.gres_extra,
+        memory_mb={"per_node": memory_mb, "all": 0, "omit": None}[partition.memory],
+        account=partition.account,
+        qos=partition.qos,
+        constraint=partition.constraint,
+        reservation=partition.reservation,
+        exclusive=partition.exclusive,
+        threads_per_core=partition.threads_per_core,
+        extra=partition.sbatch_extra,
     )
-
-
-def _allowed_minutes(minutes: int, partition: Partition | None) -> int:
-    return min(minutes, partition.max_minutes) if partition else minutes
-
-
-def _memory_mb(site: Site, share: float) -> int | None:
-    return {"per_node": max(1, int(site.node.memory_mb * min(1.0, share))), "all": 0, "omit": None}[site.memory]
-
-
-def _site_options(site: Site) -> dict[str, Any]:
-    return {
-        "account": site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
-        "reservation": site.reservation,
-        "exclusive": site.exclusive,
-    }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import Rank, export_rank
+from longhaul.runtime.rank_placement import gpu_index
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -61,8 +62,10 @@ def process_group(
     import torch.distributed as dist
 
     export_rank(rank)
+    if backend == "nccl":
+        os.environ["LOCAL_RANK"] = str(gpu_index(rank))  # DeepSpeed takes it for the GPU
     store = _meet(rank, rendezvous_timeout_s)
-    device = torch.device("cuda", rank.local_rank) if backend == "nccl" else None
+    device = torch.device("cuda", gpu_index(rank)) if backend == "nccl" else None
     if device:
         torch.cuda.set_device(device)
     try:

@@ -24,7 +24,7 @@ def submitted_request(plan: Plan, job: JobId, workdir: Path) -> SlurmRequest:
     """
     request, folder = job_request(plan, job), workdir / plan.paths.job(job).path
     if final_failure(folder):
-        return one_minute_request(plan.site, request)
+        return one_minute_request(plan.site)
     state = read_state(folder)
     after = state.job_id if state and state.may_be_active else None
     return replace(request, exclude=quarantined_nodes(workdir / QUARANTINE), after_job=after)

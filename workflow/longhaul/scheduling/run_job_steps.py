@@ -18,6 +18,7 @@ from longhaul.artifacts.job_state import (
 )
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling.allocation import Allocation
+from longhaul.scheduling.master_address import master_address
 from longhaul.scheduling.termination_signals import TerminationSignals
 
 _FIRST_PORT, _PORTS = 20000, 12000
@@ -75,8 +76,9 @@ class StepRunner:
         self._started_steps += 1
         job_id, nodes = int(self._allocation.job_id or 0), self._allocation.nodes
         port = _FIRST_PORT + (job_id * 16 + self._allocation_number * 4 + self._started_steps) % _PORTS
-        print(f"job {job_id}: {len(nodes)} nodes, rendezvous {nodes[0]}:{port}", flush=True)
-        return {**os.environ, "MASTER_ADDR": nodes[0], "MASTER_PORT": str(port)}
+        address = master_address(nodes[0], self._job.master_suffix, self._job.master_interface)
+        print(f"job {job_id}: {len(nodes)} nodes, rendezvous {address}:{port}", flush=True)
+        return {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def _unreported_failure(title: str, code: int) -> Failure:

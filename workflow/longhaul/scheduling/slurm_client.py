@@ -167,7 +167,7 @@ def partition_nodes(partition: str) -> list[str]:
         return []
 
 
-def node_shortage(partition: str, needed: int, excluded: list[str]) -> str | None:
+def node_shortage(partition: str | None, needed: int, excluded: list[str]) -> str | None:
     """Return a message if fewer than `needed` nodes of the partition are left without the excluded ones, else None.
 
     If Slurm does not answer, the result is None.

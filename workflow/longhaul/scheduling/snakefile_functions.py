@@ -228,6 +228,7 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
         _displays.append(display)
     snakemake.limit_retries(retry_policy.allowed_restarts)
     if plan.site.scheduler == "slurm":
+        slurm_plugin.send_no_guesses()
         requeue = slurm_client.requeue if plan.site.requeue else lambda job_id: "the site forbids requeue"
         slurm_plugin.name_jobs(f"longhaul-{plan.run}")
         slurm_plugin.patch_check_active_jobs(

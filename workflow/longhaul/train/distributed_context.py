@@ -16,6 +16,7 @@ from longhaul.compat.deepspeed import compile_without_debug_information, disable
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.compiled_ops import use_ops_folder
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
+from longhaul.runtime.rank_placement import bind_to_gpu_cores, gpu_index
 from longhaul.runtime.rendezvous import process_group
 from longhaul.runtime.swap_folders import swap_folder
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
@@ -96,10 +97,13 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
     # DeepSpeed calls collectives by names that torch has deprecated, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
     if not on_gpu or job.stage.compile == "off":
         # DeepSpeed decorates its Muon optimizer with torch.compile, which imports the compiler: that costs every rank a second.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if job.bind_cores and on_gpu:
+        cores = bind_to_gpu_cores(device.index, job.stage.gpus_per_node, rank.local_rank)
+        print(f"rank {rank.rank}: bound to the cores {cores}", flush=True)
     with (
         _own_swap_folder(job, rank) as swap,
         process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from longhaul.artifacts.paths import JobId
+from longhaul.config.partition_config import JobPlace
 from longhaul.config.run_config import Checks
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
@@ -20,7 +21,7 @@ class EnvironmentSpec(JobSpec):
     checks: Checks
     memory_mb: int  # memory of a node in MiB, from the site file
     interconnect: str  # infiniband | roce | ethernet | none, from the site file
-    cuda_build: str
+    build: str  # build of torch that the site file names: cuda 13.0, rocm 6.4 or cpu
     scratch: str | None
     prebuild_ops: tuple[str, ...]  # DeepSpeed op builders that the stages need, such as "cpu_adam"
     swap_bytes: int  # what a node's ranks offload to its disk below scratch; 0 without offload to NVMe
@@ -29,8 +30,8 @@ class EnvironmentSpec(JobSpec):
     out: str  # environment.json
 
 
-def environment_spec(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> EnvironmentSpec:
-    """Return the spec of a check of so many nodes that writes its report to `out`."""
+def environment_spec(plan: Plan, place: JobPlace, nodes: int, gpus_per_node: int, out: str) -> EnvironmentSpec:
+    """Return the spec of a check of so many nodes of a partition that writes its report to `out`."""
     swapped = [stage for stage in plan.stages if stage.stage.zero.nvme_keys]
     memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
     offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
@@ -39,9 +40,9 @@ def environment_spec(plan: Plan, nodes: int, gpus_per_node: int, out: str) -> En
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         checks=plan.config.checks,
-        memory_mb=plan.site.node.memory_mb,
+        memory_mb=plan.site.partition_for(place).node.memory_mb,
         interconnect=plan.site.interconnect.kind,
-        cuda_build=plan.site.cuda_build,
+        build=plan.site.accelerator.build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=(("cpu_adam",) if offloads else ()) + (("pin_memory", "async_io") if swapped else ()),
         swap_bytes=max((rank.disk * ranks for rank, ranks in memory), default=0),
@@ -55,7 +56,7 @@ def check_request(plan: Plan, tasks: int) -> SlurmRequest:
     """Return the request of a check before training, with so many tasks per node."""
     return gpu_request(
         plan.site,
-        partition_kind="debug",
+        place="debug",
         nodes=plan.check_nodes,
         tasks=tasks,
         gpus=plan.check_gpus_per_node,
@@ -71,7 +72,7 @@ KIND = JobKind(
     entry_point="longhaul.checks.environment:run",
     jobs=lambda plan: [JobId("environment")],
     build_spec=lambda plan, job: environment_spec(
-        plan, plan.check_nodes, plan.check_gpus_per_node, str(plan.paths.environment)
+        plan, "debug", plan.check_nodes, plan.check_gpus_per_node, str(plan.paths.environment)
     ),
     request=lambda plan, job: check_request(plan, tasks=1),
     needs_fetch=False,

@@ -68,7 +68,7 @@ def _of_dataset(plan: Plan, name: str) -> TokenizeSpec:
         evaluation=tuple(map(str, evaluation_files(plan.loaded, name))),
         parts={part: str(plan.paths.manifest(part)) for part in plan.config.datasets[name].mixture},
         tokenizer=str(plan.paths.tokenizer),
-        workers=plan.site.node.cpus,
+        workers=_request(plan, JobId("tokenize", (name,))).cpus_per_task,
         source_index=str(plan.paths.source_index(name)) if plan.data_jobs(name) > 1 else None,
         folder=str(plan.shards_root(name)),
         out=str(plan.paths.manifest(name)),

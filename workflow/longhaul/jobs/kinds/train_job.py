@@ -43,6 +43,7 @@ class TrainSpec(JobSpec):
     gpu_peak_tflops: float | None
     trackers: Trackers
     scratch: str | None
+    bind_cores: bool  # each rank takes its part of the cores next to its GPU
 
     def input_texts(self) -> Iterable[str | None]:
         return [self.deepspeed, self.data, self.start_checkpoint]
@@ -82,6 +83,7 @@ def _build(plan: Plan, job: JobId) -> TrainSpec:
         gpu_peak_tflops=plan.site.node.gpu_peak_tflops,
         trackers=config.trackers,
         scratch=config.storage.scratch,
+        bind_cores=plan.site.partition_for("gpu").cpu_bind == "auto",
     )
 
 
@@ -98,7 +100,7 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
     stage = plan.stage(*job.names).stage
     return gpu_request(
         plan.site,
-        partition_kind="gpu",
+        place="gpu",
         nodes=stage.nodes,
         tasks=stage.gpus_per_node,
         gpus=stage.gpus_per_node,
@@ -110,7 +112,7 @@ def _node_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[Plann
     """Return the environment check on the stage's own nodes; it takes seconds, as compiled ops are kept per node."""
     (name,) = job.names
     stage, folder = plan.stage(name).stage, plan.paths.stage(name)
-    spec = environment_spec(plan, stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
+    spec = environment_spec(plan, "gpu", stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
     one_per_node = replace(request, tasks_per_node=1, cpus_per_task=1)
     title = "Check of the nodes of this allocation"
     return [PlannedStep(title, "environment", spec, folder.node_check_spec.name, one_per_node)]
@@ -134,5 +136,6 @@ KIND = JobKind(
     rerun_key=lambda plan, job: content_hash(plan.stage(*job.names).spec),
     first_steps=_node_check,
     more_files=_deepspeed_config,
+    binds_ranks=True,
     max_restarts=lambda plan, job: plan.stage(*job.names).stage.recovery.max_restarts,
 )

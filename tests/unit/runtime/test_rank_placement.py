@@ -1,0 +1,81 @@
+"""The GPU and the cores of a rank: right values for nodes whose topology is known, and shares of all cores where it is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longhaul.runtime import rank_placement
+from longhaul.runtime.process_rank import Rank
+from longhaul.runtime.rank_placement import bind_to_gpu_cores, gpu_index, part_of
+
+
+def rank(local_rank: int) -> Rank:
+    return Rank(local_rank, 4, local_rank, 1, "n1")
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(4, [0, 1, 2, 3]), (2, [0, 1, 0, 1]), (1, [0, 0, 0, 0])])
+def test_gpu_of_a_rank_follows_from_the_gpus_that_its_process_sees(
+    visible: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert [gpu_index(rank(local_rank)) for local_rank in range(4)] == expected
+
+
+def test_ranks_divide_cores_evenly_and_get_none_where_there_are_too_few():
+    assert [part_of(range(8), [0, 1, 2], number) for number in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert part_of([4, 5, 6, 7], [2, 3], 3) == [6, 7]
+    assert part_of([1], [0, 1], 1) == []
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node of 16 cores with four GPUs. GPUs 0 and 1 are on NUMA node 1, the others on NUMA node 0; core 0 is not ours."""
+    for bus, numa_node in ((0x0A, 1), (0x0B, 1), (0x8A, 0), (0x8B, 0)):
+        folder = tmp_path / "devices" / f"0000:{bus:02x}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "numa_node").write_text(f"{numa_node}\n")
+    for numa_node, cores in ((0, "0-3,8-11"), (1, "4-7,12-15")):
+        folder = tmp_path / "nodes" / f"node{numa_node}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(f"{cores}\n")
+    gpus = [SimpleNamespace(pci_domain_id=0, pci_bus_id=bus, pci_device_id=0) for bus in (0x0A, 0x0B, 0x8A, 0x8B)]
+    monkeypatch.setattr(rank_placement, "PCI_DEVICES", tmp_path / "devices")
+    monkeypatch.setattr(rank_placement, "NUMA_NODES", tmp_path / "nodes")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(1, 16)))
+    return tmp_path
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    calls: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: calls.append(cores))
+    return calls
+
+
+def test_ranks_get_their_part_of_the_cores_next_to_their_gpu(node: Path, bound: list[list[int]]):
+    parts = [bind_to_gpu_cores(number, 4, number) for number in range(4)]
+    assert parts == [[4, 5, 6, 7], [12, 13, 14, 15], [1, 2, 3], [8, 9, 10]]
+    assert bound == parts
+
+
+def test_ranks_divide_all_cores_where_the_kernel_knows_no_numa_node(node: Path, bound: list[list[int]]):
+    for path in node.glob("devices/*/numa_node"):
+        path.write_text("-1\n")
+    assert [bind_to_gpu_cores(number, 4, number) for number in (0, 3)] == [[1, 2, 3], [10, 11, 12]]
+    for path in node.glob("devices/*/numa_node"):
+        path.unlink()
+    assert bind_to_gpu_cores(1, 4, 1) == [4, 5, 6]
+
+
+def test_nothing_is_bound_where_ranks_outnumber_the_cores(
+    node: Path, bound: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
+    assert bind_to_gpu_cores(0, 4, 0) == [] and bound == []

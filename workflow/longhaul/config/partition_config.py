@@ -1,0 +1,130 @@
+"""One partition of a site file: what its jobs ask Slurm for, and the shape of its nodes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from longhaul.config.field_types import (
+    BindValue,
+    FrozenModel,
+    HardwareCount,
+    Minutes,
+    PositiveInt,
+    SbatchOption,
+    SlurmConstraint,
+    SlurmWord,
+)
+from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, check_options
+
+JobPlace = Literal["gpu", "cpu", "debug", "login"]
+"""Kind of job that a partition serves. It also names where the job runs when no partition serves its kind."""
+
+
+class NodeShape(FrozenModel):
+    """What one job may use of one node."""
+
+    cpus: HardwareCount = Field(description="Number of CPU cores that jobs may use.")
+    memory_mb: PositiveInt = Field(description="CPU memory that jobs may use, in MiB.")
+    gpus: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=0,
+        description="Number of GPUs; 0: training runs on the CPU. An AMD card with two dies counts as two GPUs.",
+    )
+    gpu_memory_gib: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="Memory of one GPU, in GiB; null: the plan does not check memory."
+    )
+    gpu_peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None,
+        description="Dense bf16 rate of one GPU from its datasheet, in TFLOP/s. Used for MFU and for estimates of GPU hours.",
+    )
+
+    @model_validator(mode="after")
+    def _check_cpus(self) -> NodeShape:
+        if self.gpus > self.cpus:
+            raise ValueError(f"cpus {self.cpus} is less than gpus {self.gpus}; each GPU's process needs one core")
+        return self
+
+
+class Partition(FrozenModel):
+    """One partition: its nodes, and what its jobs ask Slurm for."""
+
+    jobs: Annotated[tuple[JobPlace, ...], Field(min_length=1)] = Field(
+        description="Kinds of jobs that run here. gpu: training. cpu: tokenizing and export; default: a share of a gpu node. "
+        "debug: environment and fabric checks; default: as gpu. login: the controller job; default: as cpu."
+    )
+    name: SlurmWord | None = Field(
+        default=None,
+        description="Value of sbatch --partition, also several names as `a,b`; null: no option, Slurm or the QOS chooses.",
+    )
+    account: SlurmWord | None = Field(default=None, description="Value of sbatch --account.")
+    qos: SlurmWord | None = Field(default=None, description="Value of sbatch --qos.")
+    constraint: SlurmConstraint | None = Field(default=None, description="Value of sbatch --constraint.")
+    reservation: SlurmWord | None = Field(default=None, description="Value of sbatch --reservation.")
+    exclusive: bool = Field(default=False, description="Request whole nodes with sbatch --exclusive.")
+    max_minutes: Minutes | None = Field(
+        default=None,
+        description="Time limit, in minutes or as `sinfo` shows it: hours:minutes:00 or days-hours:minutes:00. Required for "
+        "scheduler slurm.",
+    )
+    max_nodes: HardwareCount = Field(default=1, description="Maximum number of nodes of one job.")
+    node: NodeShape = Field(description="What one job may use of one node.")
+    gpu_request: Literal["gpus_per_node", "gres", "none"] = Field(
+        default="gpus_per_node", description="Option that requests GPUs: --gpus-per-node, --gres, or no option."
+    )
+    gpu_type: SlurmWord | None = Field(default=None, description="GPU type in the request, for example a100.")
+    gres_extra: tuple[SlurmWord, ...] = Field(
+        default=(), description="Further generic resources of each node, for example nvme:100 for 100 GB of local disk."
+    )
+    memory: Literal["per_node", "all", "omit"] = Field(
+        default="per_node",
+        description="Memory request. per_node: node.memory_mb. all: --mem=0, the whole node. omit: no request.",
+    )
+    threads_per_core: Annotated[int, Field(ge=1, le=8)] | None = Field(
+        default=None, description="Value of sbatch and srun --threads-per-core; 1: no hyperthreads. null: no option."
+    )
+    cpu_bind: BindValue | None = Field(
+        default=None,
+        description="Binding of the training step to cores: a value of srun --cpu-bind, or auto: each rank takes its part of the "
+        "cores next to its GPU. Other steps then run with --cpu-bind=none. null: no option. For jobs gpu only.",
+    )
+    gpu_bind: BindValue | None = Field(
+        default=None,
+        description="Value of srun --gpu-bind for the training step, for example none or closest; null: no option. For jobs gpu "
+        "only.",
+    )
+    sbatch_extra: tuple[SbatchOption, ...] = Field(
+        default=(), description="Additional sbatch options, for example --mail-type=END or --licenses=scratch."
+    )
+
+    @property
+    def title(self) -> str:
+        """Return what messages call the partition."""
+        return f"partition {self.name}" if self.name else f"the partition for {', '.join(self.jobs)} jobs"
+
+    def _key_that_excludes_hint(self) -> str | None:
+        return "threads_per_core" if self.threads_per_core else "cpu_bind" if self.cpu_bind else None
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Partition:
+        check_options("sbatch_extra", self.sbatch_extra, RESERVED_SBATCH_OPTIONS)
+        for option in self.sbatch_extra:
+            # Snakemake's process in the batch step would receive the signal and end the job.
+            if option.startswith("--signal=") and "B:" in option:
+                raise ValueError(f"sbatch_extra contains {option}: a signal to the batch shell ends the job; remove B:")
+            if option.startswith("--hint") and (other := self._key_that_excludes_hint()):
+                raise ValueError(
+                    f"sbatch_extra contains {option}, which Slurm refuses with {other}; remove one of them"
+                )
+        if (self.cpu_bind or self.gpu_bind) and "gpu" not in self.jobs:
+            key = "cpu_bind" if self.cpu_bind else "gpu_bind"
+            raise ValueError(
+                f"{key} has no effect on a partition without the jobs gpu: only training is bound; remove it"
+            )
+        if self.cpu_bind == "auto" and self.gpu_bind not in (None, "none"):
+            raise ValueError(
+                f"cpu_bind auto with gpu_bind {self.gpu_bind}: a rank must see all GPUs; set gpu_bind to none"
+            )
+        if self.gpu_request == "gres" and not self.node.gpus:
+            raise ValueError(f"gpu_request gres needs node.gpus >= 1; it is {self.node.gpus}")
+        return self
