@@ -1,35 +1,83 @@
-"""Render the stage of every <case>/run.yaml beside it: python -m tests.golden.regenerate (make generate)."""
+"""Render the stage of every <case>/run.yaml beside it, and the headers of all jobs at every shipped site.
+
+python -m tests.golden.regenerate (make generate)
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import JobId
-from longhaul.config.load_config import load_config
-from longhaul.jobs.launch_files import render_job
-from longhaul.planning import build_plan
+from longhaul.config.load_config import load_config, load_site
+from longhaul.config.package_data import data_root
+from longhaul.jobs.job_kind import jobs_of
+from longhaul.jobs.launch_files import RenderedFiles, render_controller, render_job, render_run
+from longhaul.planning import Plan, build_plan
 from tests.support.chain import REPOSITORY
+from tests.support.small_configs import write_config
 
 GOLDEN = Path(__file__).parent
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
+SITES = sorted(
+    path.stem
+    for path in (data_root() / "config" / "sites").glob("*.yaml")
+    if "scheduler: slurm" in path.read_text("utf-8")
+)
+WORKDIR = Path("/scratch/my-run")
 SHOWN = ("launch.sh", "launch.json", "job.sbatch", "ds_config.json")
 
 
 def rendered(case: str) -> dict[str, str]:
     """Return file name -> text of the case's stage, as if run in /scratch/my-run from a checkout in /opt/longhaul."""
     plan = build_plan(load_config(GOLDEN / case / "run.yaml"))
-    files = render_job(plan, JobId("train", ("main",)), Path("/scratch/my-run")).files
+    files = render_job(plan, JobId("train", ("main",)), WORKDIR).files
+    return {name: _with_example_paths(files[name]) for name in SHOWN if name in files}
+
+
+def rendered_headers(site: str) -> str:
+    """Return the sbatch options and the commands of every job of a run at a shipped site; training takes two nodes."""
+    plan = _plan_at(site)
+    lines: list[str] = []
+    for job in jobs_of(plan):
+        lines += ["", f"== {job}", *_header(render_job(plan, job, WORKDIR))]
+    if plan.paths.folder in render_run(plan, WORKDIR):
+        lines += ["", "== controller", *_header(render_controller(plan, WORKDIR))]
+    return _with_example_paths("\n".join(lines).strip() + "\n")
+
+
+def _plan_at(site: str) -> Plan:
+    gpus = load_site(site, Path()).node.gpus
+    stage = {"nodes": 2, "gpus_per_node": gpus, "global_batch_size": 2 * gpus, "export": "last"}
+    config = {"site": site, "checks": {}, **{f"stages.0.{key}": value for key, value in stage.items()}}
+    lock = Lock({name: {"path": "/data", "files": [f"/data/{name}.jsonl"]} for name in ("prose", "chats")})
+    with tempfile.TemporaryDirectory() as folder:
+        return build_plan(load_config(write_config(Path(folder), config)), lock)
+
+
+def _header(files: RenderedFiles) -> Iterator[str]:
+    """Yield the sbatch options of a job, and the beginning of each step's command: all before longhaul's own words."""
+    script = next(text for name, text in files.files.items() if name.endswith(".sbatch"))
+    yield from (line for line in script.splitlines() if line.startswith("#SBATCH"))
+    steps = json.loads(files.files["launch.json"])["steps"] if "launch.json" in files.files else []
+    for step in steps:
+        words = step["command"][: step["command"].index("-m")]
+        yield " ".join(json.dumps(word) if " " in word else word for word in words)
+
+
+def _with_example_paths(text: str) -> str:
     # The interpreter first: it may be below the checkout.
-    places = {sys.executable: "/opt/venv/bin/python", str(REPOSITORY): "/opt/longhaul"}
-    texts = {name: files[name] for name in SHOWN if name in files}
-    for place, written in places.items():
-        texts = {name: text.replace(place, written) for name, text in texts.items()}
-    return texts
+    return text.replace(sys.executable, "/opt/venv/bin/python").replace(str(REPOSITORY), "/opt/longhaul")
 
 
 if __name__ == "__main__":
     for case in CASES:
         for name, text in rendered(case).items():
             write_text(GOLDEN / case / name, text)
+    for site in SITES:
+        write_text(GOLDEN / "sites" / f"{site}.txt", rendered_headers(site))

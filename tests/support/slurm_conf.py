@@ -50,31 +50,54 @@ _PARTITIONS = {
     "killable-graceful": "Default=NO PriorityTier=1 PreemptMode=CANCEL GraceTime=20",
     "urgent": "Default=NO PriorityTier=10",
 }
+# Partitions of a cluster that is set up like a centre: who may use them, and which nodes they have. n1 has GPUs, n2 has none.
+_CENTRE_PARTITIONS = {
+    "accelerated": "Nodes=n1 MaxTime=600 AllowAccounts=proj_gpu AllowQos=gpu_long",
+    "cores": "Nodes=n2 MaxTime=300 AllowAccounts=proj_cpu AllowQos=normal",
+    "quick": "Nodes=n1 MaxTime=30 AllowAccounts=proj_gpu AllowQos=gpu_debug",
+    "shared": "Nodes=n2 MaxTime=1200 OverSubscribe=YES AllowAccounts=proj_cpu AllowQos=normal",
+}
+_FEATURES = {"n1": "gpu,h100", "n2": "cpu"}
 
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """Number and size of the nodes; accounting: with slurmdbd."""
+    """Number and size of the nodes; accounting: with slurmdbd.
+
+    centre: like a computing centre, with accounting. Accounts, QOS and limits are enforced, four partitions differ in them, and
+            only n1 has GPUs.
+    """
 
     nodes: int = 2
     cpus: int = 8
     memory_mb: int = 8000
     gpus: int = 2
     accounting: bool = False
+    centre: bool = False
 
 
 def slurm_conf(size: ClusterSize, folder: Path, addresses: Mapping[str, str]) -> str:
     """Return slurm.conf. addresses: host -> IP address, the controller's included; folder: of all state files."""
     lines = [*_paths(folder, addresses[CONTROLLER]), _BEHAVIOUR, *_accounting(size, folder, addresses[CONTROLLER])]
-    gres = f" Gres=gpu:{size.gpus}" if size.gpus else ""
-    node = f"CPUs={size.cpus} RealMemory={size.memory_mb}{gres}"
-    lines += [f"NodeName={name} NodeAddr={address} {node}" for name, address in addresses.items() if name != CONTROLLER]
+    lines += [_node(size, name, address) for name, address in addresses.items() if name != CONTROLLER]
     nodes = f"n[1-{size.nodes}]"
     lines += [
         f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE State=UP {settings}"
         for name, settings in _PARTITIONS.items()
     ]
+    if size.centre:
+        lines += [f"PartitionName={name} State=UP {settings}" for name, settings in _CENTRE_PARTITIONS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _node(size: ClusterSize, name: str, address: str) -> str:
+    gres = f" Gres=gpu:{size.gpus}" if size.gpus and has_gpus(size, name) else ""
+    features = f" Feature={_FEATURES[name]}" if size.centre else ""
+    return f"NodeName={name} NodeAddr={address} CPUs={size.cpus} RealMemory={size.memory_mb}{gres}{features}"
+
+
+def has_gpus(size: ClusterSize, name: str) -> bool:
+    return not size.centre or name == "n1"
 
 
 def _paths(folder: Path, controller: str) -> Iterator[str]:
@@ -98,6 +121,8 @@ def _accounting(size: ClusterSize, folder: Path, controller: str) -> Iterator[st
     yield f"AccountingStorageHost={controller}"
     yield f"AccountingStoragePass={folder}/run/munge/socket"
     yield "AccountingStorageTRES=gres/gpu"
+    if size.centre:
+        yield "AccountingStorageEnforce=associations,limits,qos"
 
 
 def slurmdbd_conf(folder: Path, addresses: Mapping[str, str]) -> str:

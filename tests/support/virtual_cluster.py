@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.slurm_conf import CONTROLLER, ClusterSize, slurm_conf, slurmdbd_conf
+from tests.support.slurm_conf import CONTROLLER, ClusterSize, has_gpus, slurm_conf, slurmdbd_conf
 from tests.support.virtual_hosts import SYSTEM_PATH, ClusterError, VirtualHosts
 
 # Slurm wants a distinct character device for each GPU; no process opens them.
@@ -26,6 +26,13 @@ _FAKE_GPUS = (
     "/dev/tty",
     "/dev/ptmx",
     "/dev/kmsg",
+)
+# What sacctmgr adds to a cluster that is set up like a centre.
+_CENTRE_ACCOUNTS = (
+    "add qos gpu_long,gpu_debug",
+    "add account proj_gpu,proj_cpu",
+    "add user root account=proj_gpu qos=normal,gpu_long,gpu_debug",
+    "add user root account=proj_cpu qos=normal",
 )
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 PACKAGES = ("slurm-wlm", "munge", "iproute2", "util-linux", "procps")
@@ -170,6 +177,8 @@ class VirtualCluster(VirtualHosts):
         self._daemon(CONTROLLER, "env", f"MYSQL_UNIX_PORT={socket}", "slurmdbd")
         self.wait(60, "slurmdbd", lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"))
         self.run("sacctmgr", "-iQ", "add", "cluster", "lab")
+        for words in _CENTRE_ACCOUNTS if self.size.centre else ():
+            self.run("sacctmgr", "-iQ", *words.split())
 
     def _daemon(self, host: str, *words: str) -> None:
         """Start a program that daemonizes itself. Its output goes to a file, so that it does not keep a pipe open."""
@@ -209,7 +218,9 @@ class VirtualCluster(VirtualHosts):
         hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
         (self._etc / "hosts").write_text("\n".join(hosts) + "\n")
         (self._etc / "slurm.conf").write_text(slurm_conf(self.size, self.folder, addresses))
-        gres = ["AutoDetect=off", *(f"Name=gpu File={device}" for device in _FAKE_GPUS[: self.size.gpus])]
+        nodes = ",".join(name for name in self.node_names if has_gpus(self.size, name))
+        gpus = (f"NodeName={nodes} Name=gpu File={device}" for device in _FAKE_GPUS[: self.size.gpus])
+        gres = ["AutoDetect=off", *gpus]
         (self._etc / "gres.conf").write_text("\n".join(gres) + "\n")
         if self.size.accounting:
             (self._etc / "slurmdbd.conf").touch(mode=0o600)

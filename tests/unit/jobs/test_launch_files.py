@@ -22,7 +22,7 @@ from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job, render_run, write_launch_files
 from longhaul.planning import Plan
 from longhaul.planning.deepspeed_config import deepspeed_sections
-from tests.golden.regenerate import CASES, GOLDEN, rendered
+from tests.golden.regenerate import CASES, GOLDEN, SITES, rendered, rendered_headers
 from tests.support.chain import REPOSITORY
 from tests.support.small_configs import SITE, plan_of
 
@@ -32,6 +32,27 @@ def test_rendered_files_equal_the_golden_files(case: str):
     """After an intended change: run make generate and read the difference."""
     texts = rendered(case)
     assert texts == {name: (GOLDEN / case / name).read_text() for name in texts}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_headers_at_every_shipped_site_equal_the_golden_file(site: str):
+    assert rendered_headers(site) == (GOLDEN / "sites" / f"{site}.txt").read_text()
+
+
+def test_the_page_of_centres_shows_rendered_options():
+    """Column 2 of docs/sites.md is the training job's; options in column 3 belong to other jobs of the same site."""
+    sections = (REPOSITORY / "docs" / "sites.md").read_text().split("\n## ")[1:]
+    centres = [name for name in SITES if not name.startswith("slurm-")]
+    assert sorted(re.search(r"`([\w-]+)`", section)[1] for section in sections) == centres  # pyright: ignore[reportOptionalSubscript]
+    for section in sections:
+        site = re.search(r"`([\w-]+)`", section)[1]  # pyright: ignore[reportOptionalSubscript]
+        rendered_text = (GOLDEN / "sites" / f"{site}.txt").read_text()
+        training = rendered_text.split("== train-base")[1].split("\n== ")[0]
+        for row in re.findall(r"^\| (?!documented|---).*", section, flags=re.MULTILINE):
+            _, _, ours, others, _ = row.split("|")
+            missing = [option for option in re.findall(r"`(--[^`…]+)", ours) if option not in training]
+            missing += [option for option in re.findall(r"`(--[^`…]+)", others) if option not in rendered_text]
+            assert not missing, (site, missing)
 
 
 def test_zero3_settings_of_a_common_guide_are_rendered_key_for_key():
@@ -303,9 +324,14 @@ def test_slurms_client_runs_outside_the_container(tmp_path: Path):
         assert step["command"][0] == "srun" and "srun" not in inside and "supervise" not in inside
 
 
-def commands(folder: Path, site: dict[str, Any], job: JobId = JobId("train", ("base",))) -> list[list[str]]:  # noqa: B008
-    """Return the commands of a job's steps at a site with these changes."""
-    launch = render_job(plan_of(folder, None, site), job, folder / "run").files["launch.json"]
+BASE = JobId("train", ("base",))
+
+
+def commands(
+    folder: Path, site: dict[str, Any], job: JobId = BASE, config: dict[str, Any] | None = None
+) -> list[list[str]]:
+    """Return the commands of a job's steps with these changes of the site and the config."""
+    launch = render_job(plan_of(folder, config, site), job, folder / "run").files["launch.json"]
     return [step["command"] for step in json.loads(launch)["steps"]]
 
 
@@ -314,9 +340,11 @@ def bindings(command: list[str]) -> list[str]:
 
 
 def test_only_the_training_step_is_bound(tmp_path: Path):
-    masks = "mask_cpu:0xfe,0xfe00"
+    masks = "mask_cpu:" + ",".join(["0xfe"] * 8)
     site = {"partitions.0.cpu_bind": masks, "partitions.0.gpu_bind": "none", "partitions.0.threads_per_core": 1}
-    check, train = commands(tmp_path, site)
+    check, part = commands(tmp_path, site)
+    assert bindings(part) == ["--threads-per-core=1", "--cpu-bind=none", "--gpu-bind=none"], "one GPU of eight"
+    check, train = commands(tmp_path, site, config={"stages.0.gpus_per_node": 8})
     assert bindings(check) == ["--threads-per-core=1", "--cpu-bind=none"]
     assert bindings(train) == ["--threads-per-core=1", f"--cpu-bind={masks}", "--gpu-bind=none"]
     assert bindings(commands(tmp_path, site, JobId("fabric"))[0]) == ["--threads-per-core=1", "--cpu-bind=none"]
@@ -345,6 +373,7 @@ def test_container_gets_the_flag_of_the_accelerator_and_further_options(tmp_path
     assert start({}) == ["--nv", "--no-home", "--env=A=b c"]
     assert start({"accelerator": {"rocm": "6.4"}}) == ["--rocm", "--no-home", "--env=A=b c"]
     assert start({"accelerator": "cpu", "partitions.0.node.gpus": 0}) == ["--no-home", "--env=A=b c"]
+    assert start({"software": {**software, "gpu_flag": False}}) == ["--no-home", "--env=A=b c"]
     command = commands(tmp_path, {"software": software})[1]
     assert command[command.index("/a.sif") + 1 :][:3] == ["/venv/bin/python", "-m", "longhaul"]
 

@@ -66,6 +66,10 @@ class Software(FrozenModel):
     runtime: Literal["apptainer", "singularity"] = Field(
         default="apptainer", description="kind container: command that starts the container."
     )
+    gpu_flag: bool = Field(
+        default=True,
+        description="kind container: start it with --nv or --rocm where nodes have GPUs. false: a module binds the GPUs.",
+    )
     options: tuple[CommandOption, ...] = Field(
         default=(),
         description="kind container: further options of the container command. kind srun: the options that select the container, "

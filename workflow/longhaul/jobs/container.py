@@ -48,7 +48,7 @@ def _apptainer_command(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
 
 
 def _gpu_flag(plan: Plan) -> list[str]:
-    if not plan.site.node.gpus:
+    if not plan.site.node.gpus or not plan.site.software.gpu_flag:
         return []
     return ["--rocm"] if plan.site.accelerator.rocm else ["--nv"]
 

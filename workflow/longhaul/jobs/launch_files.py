@@ -156,18 +156,21 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
 def _srun(site: Site, step: PlannedStep) -> list[str]:
     options = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--label"]
     mpi = [] if any(extra.startswith("--mpi") for extra in site.srun_extra) else ["--mpi=none"]
-    return ["srun", *step.request.as_srun(), *mpi, *options, *_binding(site, step.binds_ranks), *site.srun_extra]
+    return ["srun", *step.request.as_srun(), *mpi, *options, *_binding(site, step), *site.srun_extra]
 
 
-def _binding(site: Site, binds_ranks: bool) -> list[str]:
+def _binding(site: Site, step: PlannedStep) -> list[str]:
     """Return srun's binding options. With cpu_bind auto, each rank binds itself.
 
-    Masks for the training step name cores that a smaller step does not have; srun would refuse that step.
+    Masks and maps name cores that a smaller step or a part of a node does not have; srun would refuse that step.
     """
     partition = site.partition_for("gpu")
-    if not binds_ranks:
+    if not step.binds_ranks:
         return ["--cpu-bind=none"] if partition.cpu_bind else []
-    cpu_bind = "none" if partition.cpu_bind == "auto" else partition.cpu_bind
+    names_cores = (partition.cpu_bind or "").startswith(("mask_", "map_"))
+    on_part_of_a_node = step.request.tasks_per_node < (partition.node.gpus or partition.node.cpus)
+    unbound = partition.cpu_bind == "auto" or (names_cores and on_part_of_a_node)
+    cpu_bind = "none" if unbound else partition.cpu_bind
     options = {"--cpu-bind": cpu_bind, "--gpu-bind": partition.gpu_bind}
     return [f"{option}={value}" for option, value in options.items() if value]
 
