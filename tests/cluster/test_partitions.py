@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longhaul.config.load_config import load_site
 from tests.support.chain import tiny_config
 from tests.support.cluster_chain import ClusterChain
 from tests.support.running_cluster import running_cluster
@@ -111,3 +114,28 @@ def test_a_wrong_option_of_one_partition_is_refused_by_slurm(chain: ClusterChain
     other = ClusterChain(chain.folder / f"wrong-{key}", chain.config, chain.cluster, partitions=wrong)
     done = other.snakemake("results/tiny/tokenizer.json", "--retries=0", timeout_s=120)
     assert done.returncode == 1 and reason in done.stdout + done.stderr
+
+
+def test_site_check_shows_slurms_answer_to_each_request(chain: ClusterChain):
+    def check(folder: Path) -> tuple[int, str]:
+        words = chain.cluster.command([sys.executable, "-m", "longhaul", "site", "check", "run.yaml"], cwd=folder)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=chain.environment())
+        return done.returncode, done.stdout + done.stderr
+
+    code, printed = check(chain.folder)
+    assert code == 0 and "NO" not in printed, printed
+    wrong = [{**PARTITIONS[0], "account": "proj_cpu"}, *PARTITIONS[1:]]
+    other = ClusterChain(chain.folder / "checked", chain.config, chain.cluster, partitions=wrong)
+    code, printed = check(other.folder)
+    assert code == 1 and "Invalid account" in printed and "correct account" in printed, printed
+
+
+def test_site_detect_finds_the_partitions_of_this_cluster(chain: ClusterChain):
+    words = [sys.executable, "-m", "longhaul", "site", "detect", "--out", "found.yaml"]
+    command = chain.cluster.command(words, cwd=chain.folder)
+    subprocess.run(command, capture_output=True, text=True, check=True, env=chain.environment())
+    found = load_site("./found.yaml", chain.folder)
+    gpu, debug, cpu = (found.partition_for(place) for place in ("gpu", "debug", "cpu"))
+    assert (gpu.name, gpu.account, gpu.qos, gpu.node.gpus) == ("accelerated", "proj_gpu", "gpu_long", 2)
+    assert (debug.name, debug.qos, debug.max_minutes) == ("quick", "gpu_debug", 30)
+    assert (cpu.name, cpu.account, cpu.node.gpus) in [(name, "proj_cpu", 0) for name in ("cores", "shared")]

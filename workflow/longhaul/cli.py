@@ -255,6 +255,69 @@ def inspect(
     print_documents(manifest, split, first, count, tokenizer)
 
 
+@app.command()
+def init(
+    example: Annotated[str | None, typer.Option(help="A config in config/examples; asked for if left out.")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="A site in config/sites, or a site file; asked for if left out.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run; asked for if left out.")] = None,
+) -> None:
+    """Copy an example config and a site file into the current folder, as the start of a run of your own.
+
+    Example: `longhaul init --example llama-8b-pretrain --site slurm-generic --run mine`
+    """
+    from longhaul.config.load_config import SITES
+    from longhaul.config.start_files import EXAMPLES, copy_start_files, names_in
+
+    example = example or typer.prompt(f"Which example? ({', '.join(names_in(EXAMPLES))})")
+    site = site or typer.prompt(f"Which site? ({', '.join(names_in(SITES))}, or the path of a site file)")
+    run = run or typer.prompt("Name of the run", default="mine")
+    config, site_file = copy_start_files(example, site, run, Path())
+    print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
+
+
+site_app = typer.Typer(help="Describe a computing centre, and check the description.", no_args_is_help=True)
+app.add_typer(site_app, name="site")
+
+
+@site_app.command()
+def detect(
+    out: Annotated[Path, typer.Option(help="The site file to write; an existing file is refused.")] = Path(
+        "my-centre.yaml"
+    ),
+) -> None:
+    """Write a first site file from what Slurm shows on this login node. It says what Slurm does not know.
+
+    Example: `longhaul site detect --out my-centre.yaml`
+    """
+    from longhaul.artifacts.atomic_files import write_text
+    from longhaul.config.load_config import load_site
+    from longhaul.scheduling.detect_site import detect_site
+
+    if out.exists():
+        raise UserError(f"{out} exists already", "name another file with --out, or move it away")
+    write_text(out, detect_site(out.stem))
+    load_site(str(out.absolute()), Path())
+    print(f"wrote {out}. Next: compare it with your centre's guide, then longhaul site check CONFIG")
+
+
+@site_app.command()
+def check(config: ConfigArgument) -> None:
+    """Ask Slurm whether it accepts each kind of job of a run (`sbatch --test-only`). Nothing is submitted.
+
+    Exit code 1: a request is refused.
+
+    Example: `longhaul site check mine.yaml`
+    """
+    from longhaul.scheduling.check_site import check_site, print_verdicts
+
+    verdicts = check_site(_load_plan(config))
+    print_verdicts(verdicts)
+    if not all(verdict.is_accepted for verdict in verdicts):
+        raise SystemExit(1)
+
+
 job_app = typer.Typer(help="Verbs that launch scripts and rules call.", no_args_is_help=True)
 app.add_typer(job_app, name="job", hidden=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.compat.slurm_plugin import SlurmActions, _patched, _without_guess
+from longhaul.compat.slurm_plugin import SlurmActions, _after_pause, _patched, _without_guess
 
 
 class Executor:
@@ -136,3 +136,14 @@ def test_the_plugin_still_guesses_what_a_job_does_not_name(tmp_path: Path, monke
     )
     assert partition(executor, job) == " -p main"
     assert list(account(executor, job)) == [" -A proj"]
+
+
+def test_refused_job_is_recorded_and_reported_after_a_pause(monkeypatch: pytest.MonkeyPatch):
+    order: list[Any] = []
+    monkeypatch.setattr("time.sleep", order.append)
+    report = _after_pause(
+        lambda executor, job_info, msg: order.append(("reported", job_info.job, msg)),
+        lambda job, msg: order.append(("recorded", job, msg)) or 15.0,
+    )
+    report(None, SimpleNamespace(job="j"), "refused")
+    assert order == [("recorded", "j", "refused"), 15.0, ("reported", "j", "refused")]

@@ -27,7 +27,7 @@ from longhaul.artifacts.shared_file_system import exists_on_server, list_names
 from longhaul.artifacts.typed_json import HostName, SlurmJobId
 from longhaul.errors import UserError
 
-PERMANENT, ENVIRONMENT, CANCELLED = "permanent", "environment", "cancelled"
+PERMANENT, ENVIRONMENT, CANCELLED, REFUSED = "permanent", "environment", "cancelled", "refused"
 TRANSIENT, NODE, WALLTIME = "transient", "node", "walltime"
 FINAL = (PERMANENT, ENVIRONMENT)
 """Classes of failures after which this main Snakemake process does not start the job again."""
@@ -92,11 +92,11 @@ class Failure(Artifact):
     """Cause of a job's failure.
 
     failure_class: permanent (it follows from config and data), environment (it would fail again until a person has repaired
-                   something), cancelled (by a user), transient, node or walltime
+                   something), cancelled (by a user), refused (by sbatch), transient, node or walltime
     evidence:      last lines of the traceback
     key:           launch_key of the job; the failure does not apply to a job with another key
-    invocation:    identity of the main Snakemake process under which it happened; a job that was cancelled, or failed because of
-                   its environment, is not retried by that one
+    invocation:    identity of the main Snakemake process under which it happened; a job that was cancelled, refused, or failed
+                   because of its environment, is not retried by that one
     needed_bytes:  free space in `needed_in` with which the failure no longer applies; 0 if space is not the cause
     """
 
@@ -124,7 +124,8 @@ class Failure(Artifact):
             return False
         if self.failure_class == PERMANENT:
             return True
-        if self.failure_class not in (ENVIRONMENT, CANCELLED) or not invocation or self.invocation != invocation:
+        only_now = self.failure_class in (ENVIRONMENT, CANCELLED, REFUSED)
+        if not only_now or not invocation or self.invocation != invocation:
             return False
         return not (self.needed_bytes and free_bytes(Path(self.needed_in)) >= self.needed_bytes)
 

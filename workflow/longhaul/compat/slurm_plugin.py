@@ -5,6 +5,7 @@ The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forge
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,28 @@ def patch_check_active_jobs(actions: SlurmActions) -> None:
 
     if not hasattr(Executor.check_active_jobs, "unpatched"):
         Executor.check_active_jobs = _patched(Executor.check_active_jobs, actions)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def patch_refused_submissions(record_refusal: Callable[[Any, str], float]) -> None:
+    """Make the plugin call `record_refusal` with job and message before it reports a job that sbatch refused.
+
+    Snakemake would submit a refused job again at once, ten times in 41 seconds. `record_refusal` returns the seconds to wait
+    first. The plugin submits in threads of its own, so only submissions wait.
+    """
+    from snakemake_executor_plugin_slurm import Executor
+
+    report = Executor._report_job_error_threadsafe
+    if not hasattr(report, "unpatched"):
+        Executor._report_job_error_threadsafe = _after_pause(report, record_refusal)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _after_pause(report: Any, record_refusal: Callable[[Any, str], float]) -> Any:
+    def report_later(executor: Any, job_info: Any, msg: str) -> None:
+        time.sleep(record_refusal(job_info.job, msg))
+        report(executor, job_info, msg)
+
+    report_later.unpatched = report  # pyright: ignore[reportFunctionMemberAccess]
+    return report_later
 
 
 def send_no_guesses() -> None:

@@ -180,6 +180,32 @@ def node_shortage(partition: str | None, needed: int, excluded: list[str]) -> st
     return f"{needed} nodes are needed; partition {partition} has {len(nodes)}, of which {quarantined} are quarantined"
 
 
+def try_submission(options: Sequence[str]) -> str:
+    """Return what sbatch says to a job with these options, which is not submitted.
+
+    Raises:
+        SlurmCommandError: sbatch would refuse it.
+    """
+    done = _completed("sbatch", "--test-only", *options, "--output=/dev/null", "--wrap=true")
+    return done.stderr.strip().removeprefix("sbatch: ")
+
+
+def show_all(kind: str) -> list[dict[str, str]]:
+    """Return the fields of every partition or node, as `scontrol show` prints them."""
+    lines = _scontrol("--oneliner", "show", kind).splitlines()
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if "=" in line]
+
+
+def associations(user: str) -> list[tuple[str, set[str]]]:
+    """Return the accounts of a user with their QOS; [] where there is no accounting or users may not ask."""
+    try:
+        shown = _run("sacctmgr", "-nP", "show", "assoc", f"user={user}", "format=Account,QOS")
+    except (SlurmCommandError, UserError):
+        return []
+    rows = (line.split("|") for line in shown.splitlines() if line.count("|") == 1)
+    return [(account, set(filter(None, qos.split(",")))) for account, qos in rows]
+
+
 def expand_node_list(node_list: str) -> list[str]:
     """Return the single names of Slurm's compressed node list: n[1-2] -> n1, n2."""
     return _scontrol("show", "hostnames", node_list).split()
@@ -229,6 +255,10 @@ def _scontrol(*arguments: str) -> str:
 
 
 def _run(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
+    return _completed(*command, timeout_s=timeout_s).stdout
+
+
+def _completed(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
@@ -241,7 +271,7 @@ def _run(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
         raise SlurmCommandError(f"{command[0]} did not answer within {timeout_s:g} s") from None
     if done.returncode:
         raise SlurmCommandError((done.stderr or done.stdout).strip() or f"{command[0]} exited with {done.returncode}")
-    return done.stdout
+    return done
 
 
 def _epoch_s(time: str) -> float | None:

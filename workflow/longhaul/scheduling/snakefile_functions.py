@@ -31,6 +31,7 @@ from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import RunDisplay
+from longhaul.scheduling.sbatch_refusals import record_refusal
 
 T = TypeVar("T")
 
@@ -229,6 +230,7 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
     snakemake.limit_retries(retry_policy.allowed_restarts)
     if plan.site.scheduler == "slurm":
         slurm_plugin.send_no_guesses()
+        slurm_plugin.patch_refused_submissions(record_refusal)
         requeue = slurm_client.requeue if plan.site.requeue else lambda job_id: "the site forbids requeue"
         slurm_plugin.name_jobs(f"longhaul-{plan.run}")
         slurm_plugin.patch_check_active_jobs(

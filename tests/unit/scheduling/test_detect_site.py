@@ -1,0 +1,134 @@
+"""`longhaul site detect`: the file has what Slurm shows, is valid, and says what Slurm does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longhaul.config.load_config import load_site
+from longhaul.errors import UserError
+from longhaul.scheduling import detect_site as detection
+from longhaul.scheduling.detect_site import detect_site, fast_interfaces, found_partitions, places, site_text
+from tests.support.supervised_job import fake_program
+
+PARTITIONS = """\
+PartitionName=boost AllowAccounts=ALL AllowQos=long,short Default=NO MaxNodes=64 MaxTime=1-00:00:00 State=UP OverSubscribe=NO
+PartitionName=test AllowAccounts=ALL AllowQos=ALL Default=NO MaxNodes=UNLIMITED MaxTime=00:30:00 State=UP
+PartitionName=cores AllowAccounts=proj_cpu Default=YES MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP OverSubscribe=EXCLUSIVE
+PartitionName=old AllowAccounts=ALL AllowQos=ALL Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=DOWN
+PartitionName=empty AllowAccounts=ALL AllowQos=ALL Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP
+"""
+NODES = """\
+NodeName=g1 CPUTot=32 RealMemory=500000 Gres=gpu:a100:4(S:0-1),nvme:1 AvailableFeatures=gpu,a100 Partitions=boost,test,old
+NodeName=g2 CPUTot=32 RealMemory=499000 Gres=gpu:a100:4(S:0-1) AvailableFeatures=gpu,a100 Partitions=boost,old
+NodeName=c1 CPUTot=128 RealMemory=250000 Gres=(null) AvailableFeatures=(null) Partitions=cores
+"""
+ASSOCIATIONS = "proj_gpu|long,other\nproj_cpu|normal\n"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Fake scontrol and sacctmgr that answer with these texts."""
+    texts = {"partition": PARTITIONS, "node": NODES, "assoc": ASSOCIATIONS}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    fake_program(tmp_path, "sacctmgr", f'#!/bin/sh\ncat "{tmp_path}/assoc"\n')
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", f'#!/bin/sh\ncat "{tmp_path}/$3"\n'))
+    monkeypatch.setattr(detection.psutil, "net_if_addrs", lambda: ["lo", "eth0", "ib1", "ib0"])
+    return tmp_path
+
+
+def test_file_describes_the_cluster(slurm: Path):
+    text = detect_site("centre")
+    assert yaml.safe_load(text) == {
+        "name": "centre",
+        "scheduler": "slurm",
+        "partitions": [
+            {
+                "jobs": ["gpu"],
+                "name": "boost",
+                "account": "proj_gpu",
+                "qos": "long",
+                "max_minutes": 1440,
+                "max_nodes": 2,
+                "node": {"cpus": 32, "memory_mb": 499_000, "gpus": 4},
+                "gpu_type": "a100",
+            },
+            {
+                "jobs": ["debug"],
+                "name": "test",
+                "account": "proj_gpu",
+                "max_minutes": 30,
+                "max_nodes": 1,
+                "node": {"cpus": 32, "memory_mb": 500_000, "gpus": 4},
+                "gpu_type": "a100",
+            },
+            {
+                "jobs": ["cpu", "login"],
+                "name": "cores",
+                "account": "proj_cpu",
+                "max_minutes": 7 * 24 * 60,
+                "max_nodes": 1,
+                "exclusive": True,
+                "node": {"cpus": 128, "memory_mb": 250_000},
+            },
+        ],
+        "interconnect": {"kind": "infiniband", "socket_interface": "ib0"},
+        "software": {"kind": "current"},
+        "accelerator": {"cuda": "13.0"},
+    }
+    (slurm / "found.yaml").write_text(text)
+    assert load_site("./found.yaml", slurm).partition_for("debug").name == "test"
+
+
+def test_file_says_what_slurm_does_not_know(slurm: Path):
+    text = detect_site("centre")
+    for comment in (
+        "# or proj_cpu",
+        "# constraint: nodes have the features a100, gpu",
+        "# the partition has no limit",
+        "# gpu_memory_gib, gpu_peak_tflops: not known to Slurm",
+        "# not known to Slurm: the version of your torch",
+    ):
+        assert comment in text, comment
+
+
+def test_cluster_without_accounting_and_gpus_gets_its_default_partition():
+    partitions = [
+        "PartitionName=main",
+        "Default=YES",
+        "MaxNodes=UNLIMITED",
+        "MaxTime=UNLIMITED",
+        "State=UP",
+        "AllowAccounts=a,b",
+    ]
+    fields = [dict(word.split("=", 1) for word in partitions)]
+    nodes = [{"NodeName": "n1", "CPUTot": "8", "RealMemory": "8000", "Partitions": "main"}]
+    text = site_text("lab", found_partitions(fields, nodes), [], [])
+    assert yaml.safe_load(text)["accelerator"] == "cpu" and "# account: the partition accepts a, b" in text
+    assert yaml.safe_load(text)["partitions"][0]["jobs"] == ["gpu"]
+
+
+def test_gpus_of_amd_need_a_rocm_build():
+    fields = [{"PartitionName": "g", "State": "UP", "MaxTime": "1:00:00"}]
+    nodes = [{"CPUTot": "64", "RealMemory": "1000", "Partitions": "g", "Gres": "gpu:mi250:8"}]
+    found = found_partitions(fields, nodes)
+    assert yaml.safe_load(site_text("a", found, [], ["hsn0", "hsn1"]))["accelerator"] == {"rocm": "6.4"}
+    assert (
+        yaml.safe_load(site_text("a", found, [], ["hsn0", "hsn1"]))["interconnect"]["socket_interface"] == "hsn0,hsn1"
+    )
+
+
+def test_interfaces_of_fast_networks_are_found():
+    assert fast_interfaces(["lo", "eth0", "hsn1", "hsn0", "ib0.8001", "docker0"]) == ["hsn0", "hsn1"]
+
+
+def test_cluster_without_partitions_and_silent_slurm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="shows no partition"):
+        places([])
+    script = "#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
+    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
+        detect_site("centre")

@@ -1,0 +1,83 @@
+"""Refusals by sbatch: what is permanent is recorded and not retried, what is temporary waits longer each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from longhaul.artifacts.job_state import REFUSED, read_failure
+from longhaul.scheduling.retry_policy import final_failure
+from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal
+from tests.support.supervised_job import write_job
+
+FAILED = "sbatch: error: Batch job submission failed: "
+PERMANENT = {
+    "Invalid account or account/partition combination specified": "account",
+    "Invalid qos specification": "qos",
+    "invalid partition specified: nope": "name",
+    "User's group not permitted to use this partition": "name",
+    "Invalid feature specification": "constraint",
+    "Invalid generic resource (gres) specification": "gpu_request",
+    "Requested time limit is invalid (missing or exceeds some limit)": "max_minutes",
+    "Requested node configuration is not available": "node or max_nodes",
+    "Requested reservation is invalid": "reservation",
+    "Invalid license specification": "sbatch_extra",
+    "QOSMaxNodePerJobLimit; Job violates accounting/QOS policy": "qos, max_nodes",
+    "Memory specification can not be satisfied": "memory",
+}
+TEMPORARY = (
+    "QOSMaxSubmitJobPerUserLimit; Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+    "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+    "Unable to contact slurm controller (connect failure)",
+    "Socket timed out on send/recv operation",
+    "Resource temporarily unavailable",
+    "Slurm backup controller in standby mode",
+    "something that nobody knows",
+)
+
+
+@pytest.mark.parametrize(("text", "key"), PERMANENT.items())
+def test_refusal_of_a_wrong_request_is_permanent_and_names_the_key(text: str, key: str):
+    refusal = read_refusal(FAILED + text)
+    assert refusal.is_permanent and refusal.remedy.startswith(f"correct {key}")
+    assert refusal.reason.endswith(text) and "sbatch" not in refusal.reason
+
+
+@pytest.mark.parametrize("text", TEMPORARY)
+def test_refusal_by_a_limit_or_a_busy_controller_is_temporary(text: str):
+    assert not read_refusal(FAILED + text).is_permanent
+
+
+def test_reason_is_what_slurm_said_without_the_command():
+    said = f"sbatch: error: AssocGrpCPUMinutesLimit\n{FAILED}Invalid qos specification"
+    message = f"SLURM sbatch failed. The error message was '{said}'.\n    sbatch call:\n        sbatch --time 5\n"
+    assert (
+        read_refusal(message).reason
+        == "AssocGrpCPUMinutesLimit; Batch job submission failed: Invalid qos specification"
+    )
+
+
+def job(folder: Path, attempt: int = 1) -> SimpleNamespace:
+    """Return Snakemake's view of a job with this folder."""
+    return SimpleNamespace(params={"launch": f"{folder}/launch.sh"}, attempt=attempt)
+
+
+def test_permanent_refusal_ends_the_retries_of_this_main_process_only(tmp_path: Path):
+    folder = Path(write_job(tmp_path, "").folder)
+    lease = tmp_path / "results/small.lease.json"
+    lease.write_text("this main")
+    assert record_refusal(job(folder), f"{FAILED}Invalid qos specification") == 0
+    failure = final_failure(folder)
+    assert failure and failure.failure_class == REFUSED
+    assert failure.cause == "Slurm refused the job: Batch job submission failed: Invalid qos specification"
+    assert "sacctmgr show qos" in failure.remedy
+    lease.write_text("the next main")
+    assert final_failure(folder) is None, "the user may have corrected the site file"
+
+
+def test_temporary_refusal_waits_longer_each_time_and_is_not_recorded(tmp_path: Path):
+    folder = Path(write_job(tmp_path, "").folder)
+    waits = [record_refusal(job(folder, attempt), f"{FAILED}Socket timed out") for attempt in (1, 2, 3, 9)]
+    assert waits == [15, 30, 60, 600] and read_failure(folder) is None

@@ -1,0 +1,198 @@
+"""Writes a first site file from what Slurm shows on a login node: partitions, node shapes, accounts, network interfaces."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from longhaul.config.partition_config import JobPlace
+from longhaul.errors import UserError
+from longhaul.scheduling import slurm_client
+
+_LONGEST_MINUTES = 7 * 24 * 60  # written for a partition without a limit
+_DEBUG_MINUTES = 120  # a GPU partition with a shorter limit is taken for tests
+_FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
+
+
+@dataclass(frozen=True)
+class FoundPartition:
+    """One partition as Slurm shows it. cpus, memory_mb: of its smallest node; gpus: of the node with the most."""
+
+    name: str
+    is_default: bool
+    max_minutes: int | None
+    max_nodes: int
+    nodes: int
+    cpus: int
+    memory_mb: int
+    gpus: int
+    gpu_type: str | None
+    features: tuple[str, ...]
+    accounts: frozenset[str] | None
+    qos: frozenset[str] | None
+    is_exclusive: bool
+
+
+def detect_site(name: str) -> str:
+    """Return the text of a site file for this cluster, with a comment for what Slurm does not show.
+
+    Raises:
+        UserError: Slurm does not answer, or shows no partition that is up.
+    """
+    try:
+        partitions = found_partitions(slurm_client.show_all("partition"), slurm_client.show_all("node"))
+    except slurm_client.SlurmCommandError as error:
+        raise UserError(f"Slurm does not answer: {error}", "call this on a login node, and try again") from None
+    associations = slurm_client.associations(getpass.getuser())
+    return site_text(name, partitions, associations, fast_interfaces(psutil.net_if_addrs()))
+
+
+def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]]) -> list[FoundPartition]:
+    """Return the partitions that are up and have nodes, from the fields that `scontrol show` prints."""
+    found = []
+    for fields in partitions:
+        own = [node for node in nodes if fields["PartitionName"] in node.get("Partitions", "").split(",")]
+        if fields.get("State") == "UP" and own:
+            found.append(_partition(fields, own))
+    return found
+
+
+def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPartition:
+    gpus, gpu_type = max((_gpus(node.get("Gres", "")) for node in nodes), key=lambda found: found[0])
+    limit = fields.get("MaxNodes", "")
+    return FoundPartition(
+        name=fields["PartitionName"],
+        is_default=fields.get("Default") == "YES",
+        max_minutes=_minutes(fields.get("MaxTime", "")),
+        max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
+        nodes=len(nodes),
+        cpus=min(int(node["CPUTot"]) for node in nodes),
+        memory_mb=min(int(node["RealMemory"]) for node in nodes),
+        gpus=gpus,
+        gpu_type=gpu_type,
+        features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
+        accounts=_names(fields.get("AllowAccounts", "")),
+        qos=_names(fields.get("AllowQos", "")),
+        is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+    )
+
+
+def _gpus(gres: str) -> tuple[int, str | None]:
+    """Return number and type of the GPUs in a node's Gres: gpu:a100:4(S:0-1) -> 4, a100."""
+    found = [re.match(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", part) for part in re.sub(r"\([^)]*\)", "", gres).split(",")]
+    counts = [(int(match[2]), match[1]) for match in found if match]
+    return (sum(count for count, _ in counts), counts[0][1]) if counts else (0, None)
+
+
+def _minutes(text: str) -> int | None:
+    """Return the minutes of days-hours:minutes:seconds; None without a limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", text)
+    if match is None:
+        return None
+    days, hours, minutes = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes
+
+
+def _names(text: str) -> frozenset[str] | None:
+    """Return the names in a comma-separated list; None for ALL, or without a list."""
+    return None if text in ("", "ALL", "(null)") else frozenset(text.split(","))
+
+
+def fast_interfaces(names: Iterable[str]) -> list[str]:
+    """Return the InfiniBand and Slingshot interfaces of this machine; compute nodes usually have the same names."""
+    return sorted(name for name in names if _FAST_INTERFACES.match(name))
+
+
+def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartition]:
+    """Return the partition for each kind of job.
+
+    gpu: the one with the most GPUs, not for tests; without GPUs the default one. debug: a short GPU partition. cpu: the one
+    with the most nodes without GPUs.
+
+    Raises:
+        UserError: there is no partition.
+    """
+    if not partitions:
+        raise UserError("Slurm shows no partition that is up and has nodes", "ask your centre, or try again later")
+    with_gpus = [partition for partition in partitions if partition.gpus]
+    short = [p for p in with_gpus if p.max_minutes and p.max_minutes <= _DEBUG_MINUTES]
+    for_training = [p for p in with_gpus if p not in short] or short
+    if not for_training:
+        return {"gpu": max(partitions, key=lambda p: (p.is_default, p.nodes))}
+    chosen: dict[JobPlace, FoundPartition] = {"gpu": max(for_training, key=lambda p: (p.gpus * p.nodes, p.is_default))}
+    if debug := [p for p in short if p is not chosen["gpu"]]:
+        chosen["debug"] = max(debug, key=lambda p: p.nodes)
+    if cores := [p for p in partitions if not p.gpus]:
+        chosen["cpu"] = max(cores, key=lambda p: (p.nodes, p.max_minutes or _LONGEST_MINUTES))
+    return chosen
+
+
+def site_text(
+    name: str,
+    partitions: Sequence[FoundPartition],
+    associations: Sequence[tuple[str, set[str]]],
+    interfaces: Sequence[str],
+) -> str:
+    """Return the site file. associations: the user's accounts with their QOS"""
+    chosen = places(partitions)
+    lines = [
+        "# Written by `longhaul site detect`. Check each line that ends in a comment against your centre's guide.",
+        f"name: {name}",
+        "scheduler: slurm",
+        "partitions:",
+    ]
+    for place, partition in chosen.items():
+        jobs = [place, *(["login"] if place == "cpu" else [])]
+        lines += _partition_lines(jobs, partition, associations)
+    others = [p.name for p in partitions if p not in chosen.values()]
+    lines += [f"# Not used: {', '.join(others)}"] if others else []
+    lines += _network_lines(interfaces)
+    lines += ["software: {kind: current}  # or venv, conda, container, srun, modules"]
+    gpus = chosen["gpu"].gpus
+    amd = (chosen["gpu"].gpu_type or "").lower().startswith(("mi", "amd"))
+    build = ('{rocm: "6.4"}' if amd else '{cuda: "13.0"}') if gpus else "cpu"
+    lines += [f"accelerator: {build}" + ("  # not known to Slurm: the version of your torch" if gpus else "")]
+    return "\n".join(lines) + "\n"
+
+
+def _partition_lines(
+    jobs: Sequence[str], partition: FoundPartition, associations: Sequence[tuple[str, set[str]]]
+) -> Iterator[str]:
+    yield f"  - jobs: [{', '.join(jobs)}]"
+    yield f"    name: {json.dumps(partition.name)}"
+    usable = [
+        (account, qos) for account, qos in associations if partition.accounts is None or account in partition.accounts
+    ]
+    if usable:
+        account, own_qos = usable[0]
+        others = f"  # or {', '.join(other for other, _ in usable[1:])}" if len(usable) > 1 else ""
+        yield f"    account: {json.dumps(account)}{others}"
+        if qos := sorted(own_qos & partition.qos) if partition.qos else []:
+            yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
+    elif partition.accounts:
+        yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"
+    if partition.features:
+        yield f"    # constraint: nodes have the features {', '.join(partition.features)}"
+    limit = "" if partition.max_minutes else "  # the partition has no limit"
+    yield f"    max_minutes: {partition.max_minutes or _LONGEST_MINUTES}{limit}"
+    yield f"    max_nodes: {partition.max_nodes}"
+    if partition.is_exclusive:
+        yield "    exclusive: true"
+    gpus = f", gpus: {partition.gpus}" if partition.gpus else ""
+    unknown = "  # gpu_memory_gib, gpu_peak_tflops: not known to Slurm" if partition.gpus else ""
+    yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{unknown}"
+    if partition.gpu_type:
+        yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
+
+
+def _network_lines(interfaces: Sequence[str]) -> list[str]:
+    if not interfaces:
+        return ["interconnect: {kind: ethernet}  # no ib or hsn interface on this machine; set socket_interface"]
+    infiniband = [name for name in interfaces if name.startswith("ib")]
+    kind, name = ("infiniband", infiniband[0]) if infiniband else ("ethernet", ",".join(interfaces))
+    return [f"interconnect: {{kind: {kind}, socket_interface: {json.dumps(name)}}}  # as on this machine"]

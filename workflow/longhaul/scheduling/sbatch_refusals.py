@@ -1,0 +1,80 @@
+"""Reads why sbatch refuses a job: for ever, because the request is wrong, or for now, because a limit or the controller is busy.
+
+The texts are those of slurm_strerror and of job submit plugins; the executor plugin adds those of its own account check.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from longhaul.artifacts.job_state import REFUSED, Failure, current_invocation
+from longhaul.artifacts.paths import JobFolder, run_of
+from longhaul.scheduling.retry_policy import job_folder_of
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 600.0
+_TEMPORARY = re.compile(
+    r"MaxSubmit|submit limit|unable to contact slurm|timed out|temporarily|try again|standby|connection refused|transport"
+    r"|slurmdbd|too many (jobs|requests)",
+    re.IGNORECASE,
+)
+# Pattern of Slurm's text -> key of a partition in the site file, and the command that shows valid values.
+_PERMANENT = (
+    (r"qos|Max(Node|Cpu|TRES|GRES|Wall|Mem)\w*(Limit|Per)", "qos, max_nodes or max_minutes", "sacctmgr show qos"),
+    (r"account", "account", "sacctmgr show assoc user=$USER format=account,partition,qos"),
+    (r"partition|group not permitted", "name", "sinfo -s"),
+    (r"feature|constraint", "constraint", "sinfo -o '%P %f'"),
+    (r"generic resource|gres|gpu", "gpu_request, gpu_type or gres_extra", "sinfo -o '%P %G'"),
+    (r"time limit", "max_minutes", "sinfo -o '%P %l'"),
+    (r"reservation", "reservation", "scontrol show reservation"),
+    (r"license", "sbatch_extra", "scontrol show licenses"),
+    (r"memory", "memory or node.memory_mb", "sinfo -o '%P %m'"),
+    (r"node configuration|node count|more processors|cpu count", "node or max_nodes", "sinfo -o '%P %D %c %m %G'"),
+    (r"unrecognized option|invalid option|unknown option", "sbatch_extra", "sbatch --help"),
+    (r"permission denied|invalid", "account, name or qos", "sacctmgr show assoc user=$USER"),
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Slurm's answer to a request that it does not accept. is_permanent: the same request is refused again."""
+
+    reason: str
+    is_permanent: bool
+    remedy: str
+
+
+def read_refusal(text: str) -> Refusal:
+    """Return what an error message of sbatch means. An unknown text counts as temporary: a retry costs little."""
+    reason = _reason(text)
+    if not _TEMPORARY.search(reason):
+        for pattern, key, command in _PERMANENT:
+            if re.search(pattern, reason, re.IGNORECASE):
+                return Refusal(
+                    reason, True, f"correct {key} of the partition in the site file; {command} shows what is valid"
+                )
+    return Refusal(reason, False, "longhaul submits it again after a pause")
+
+
+def record_refusal(job: Any, message: str) -> float:
+    """Record why a Snakemake job was refused. Return the seconds to wait before it may be submitted again.
+
+    A permanent refusal is written as failure.json, so that this main process does not retry the job. The next one does.
+    """
+    refusal, folder = read_refusal(message), job_folder_of(job)
+    if not refusal.is_permanent:
+        return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (max(1, job.attempt) - 1))
+    if folder:
+        cause = f"Slurm refused the job: {refusal.reason}"
+        invocation = current_invocation(run_of(folder))
+        Failure(REFUSED, cause, refusal.remedy, invocation=invocation).write(JobFolder(folder).failure)
+    return 0.0
+
+
+def _reason(text: str) -> str:
+    """Return the errors in the text in one line, without sbatch's name and without the command that the plugin repeats."""
+    quoted = re.search(r"The error message was '(.*?)'\.?\s*(?:\n|$)", text, re.DOTALL)
+    lines = (quoted[1] if quoted else text).splitlines()
+    errors = [re.sub(r"^(sbatch|srun): (error: )?", "", line).strip() for line in lines]
+    return "; ".join(dict.fromkeys(filter(None, errors)))
