@@ -18,8 +18,8 @@ from tests.support.chain import REPOSITORY
 PATHS = PACKAGE / "artifacts" / "paths.py"
 # Names that Hugging Face gives to files of its own, too.
 SHARED_NAMES = {"tokenizer.json", "config.yaml"}
-# Host ranges and temporary folders, not job names.
-SPLITS_AT_HYPHENS = {"runtime/rendezvous.py", "data/shards/write_chunk.py"}
+# Ranges of hosts and cores, and temporary folders; not job names.
+SPLITS_AT_HYPHENS = {"runtime/rendezvous.py", "runtime/rank_placement.py", "data/shards/write_chunk.py"}
 
 
 def modules() -> list[Path]:
