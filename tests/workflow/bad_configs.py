@@ -539,7 +539,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("keep_best is 0", "set keep_best to 1"),
     ),
     ("heads that do not divide", {"model.llama.num_key_value_heads": 3}, {}, ("4 is not a multiple of", "3")),
-    ("unknown site", {"site": "moon"}, {}, ("there is no site 'moon'", "local, slurm-generic")),
+    ("unknown site", {"site": "moon"}, {}, ("there is no site 'moon'", "slurm-generic, slurm-gres")),
     ("missing site file", {"site": "./moon.yaml"}, {}, ("moon.yaml does not exist",)),
     ("misspelt site key", {}, {"interconect": {}}, ("interconect is not a known key", "did you mean interconnect?")),
     ("site without partitions", {}, {"partitions": ...}, ("partitions is missing",)),
