@@ -9,8 +9,8 @@ import pytest
 
 from longhaul.artifacts.job_state import REFUSED, read_failure
 from longhaul.scheduling.retry_policy import final_failure
-from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal
-from tests.support.supervised_job import write_job
+from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal, warner_of_waiting_jobs
+from tests.support.supervised_job import fake_program, write_job
 
 FAILED = "sbatch: error: Batch job submission failed: "
 PERMANENT = {
@@ -81,3 +81,16 @@ def test_temporary_refusal_waits_longer_each_time_and_is_not_recorded(tmp_path: 
     folder = Path(write_job(tmp_path, "").folder)
     waits = [record_refusal(job(folder, attempt), f"{FAILED}Socket timed out") for attempt in (1, 2, 3, 9)]
     assert waits == [15, 30, 60, 600] and read_failure(folder) is None
+
+
+def test_waiting_job_that_cannot_start_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    queue = "7 AccountNotAllowed\\n8 Priority\\n9 Dependency\\n10 QOSMaxNodePerJobLimit\\n11 QOSMaxJobsPerUserLimit"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", f"#!/bin/sh\nprintf '{queue}\\n'\n"))
+    warn = warner_of_waiting_jobs()
+    warn("run")
+    warn("run")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[2] for line in lines] == ["7", "10"]
+    assert "Slurm's reason: AccountNotAllowed. correct account" in lines[0]

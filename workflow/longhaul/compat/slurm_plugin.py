@@ -21,6 +21,8 @@ class SlurmActions:
     """Requeues a job by its id; returns why Slurm refused, else an empty text."""
     record_error: Callable[[Any], None]
     """Called with Snakemake's SubmittedJobInfo before an error of that job is reported."""
+    warn_of_waiting: Callable[[str], None] = lambda run_id: None
+    """Called with the run id at each check; it may name jobs that wait and cannot start."""
 
 
 def patch_check_active_jobs(actions: SlurmActions) -> None:
@@ -88,6 +90,7 @@ def _patched(check_active_jobs: Any, actions: SlurmActions) -> Any:
         with _ReportedJobs(executor, ended, actions.record_error):
             async for _ in check_active_jobs(executor, active_jobs):
                 pass
+            actions.warn_of_waiting(executor.run_uuid)
             _requeue_preempted(executor, [job for job in active_jobs if id(job) not in ended], actions)
         for job in active_jobs:
             if id(job) not in ended:

@@ -21,7 +21,12 @@ _FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
 
 @dataclass(frozen=True)
 class FoundPartition:
-    """One partition as Slurm shows it. cpus, memory_mb: of its smallest node; gpus: of the node with the most."""
+    """One partition as Slurm shows it.
+
+    cpus, memory_mb: of its smallest node
+    gpus:            of the node with the most
+    is_mixed:        only some of its nodes have GPUs
+    """
 
     name: str
     is_default: bool
@@ -32,6 +37,7 @@ class FoundPartition:
     memory_mb: int
     gpus: int
     gpu_type: str | None
+    is_mixed: bool
     features: tuple[str, ...]
     accounts: frozenset[str] | None
     qos: frozenset[str] | None
@@ -63,7 +69,8 @@ def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[
 
 
 def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPartition:
-    gpus, gpu_type = max((_gpus(node.get("Gres", "")) for node in nodes), key=lambda found: found[0])
+    found = [_gpus(node.get("Gres", "")) for node in nodes]
+    gpus, gpu_type = max(found, key=lambda one: one[0])
     limit = fields.get("MaxNodes", "")
     return FoundPartition(
         name=fields["PartitionName"],
@@ -75,6 +82,7 @@ def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPart
         memory_mb=min(int(node["RealMemory"]) for node in nodes),
         gpus=gpus,
         gpu_type=gpu_type,
+        is_mixed=gpus > 0 and min(count for count, _ in found) == 0,
         features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
         accounts=_names(fields.get("AllowAccounts", "")),
         qos=_names(fields.get("AllowQos", "")),
@@ -111,8 +119,9 @@ def fast_interfaces(names: Iterable[str]) -> list[str]:
 def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartition]:
     """Return the partition for each kind of job.
 
-    gpu: the one with the most GPUs, not for tests; without GPUs the default one. debug: a short GPU partition. cpu: the one
-    with the most nodes without GPUs.
+    gpu:   the one with the most GPUs, not for tests, and not mixed if possible; without GPUs the default one
+    debug: a short GPU partition
+    cpu:   the one with the most nodes without GPUs
 
     Raises:
         UserError: there is no partition.
@@ -124,8 +133,9 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     for_training = [p for p in with_gpus if p not in short] or short
     if not for_training:
         return {"gpu": max(partitions, key=lambda p: (p.is_default, p.nodes))}
-    chosen: dict[JobPlace, FoundPartition] = {"gpu": max(for_training, key=lambda p: (p.gpus * p.nodes, p.is_default))}
-    if debug := [p for p in short if p is not chosen["gpu"]]:
+    gpu = max(for_training, key=lambda p: (not p.is_mixed, p.gpus * p.nodes, p.is_default))
+    chosen: dict[JobPlace, FoundPartition] = {"gpu": gpu}
+    if debug := [p for p in short if p is not gpu]:
         chosen["debug"] = max(debug, key=lambda p: p.nodes)
     if cores := [p for p in partitions if not p.gpus]:
         chosen["cpu"] = max(cores, key=lambda p: (p.nodes, p.max_minutes or _LONGEST_MINUTES))

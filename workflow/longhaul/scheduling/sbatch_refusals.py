@@ -6,11 +6,14 @@ The texts are those of slurm_strerror and of job submit plugins; the executor pl
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from longhaul.artifacts.job_state import REFUSED, Failure, current_invocation
 from longhaul.artifacts.paths import JobFolder, run_of
+from longhaul.scheduling import slurm_client
 from longhaul.scheduling.retry_policy import job_folder_of
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 600.0
@@ -36,6 +39,12 @@ _PERMANENT = (
 )
 
 
+# Reasons for which a job waits until its request, a limit or an account is changed.
+_NEVER_STARTS = re.compile(
+    r"(Account|QOS|Assoc)NotAllowed|InvalidAccount|InvalidQOS|BadConstraints|Partition(Time|Node)Limit|Max\w+PerJob"
+)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Slurm's answer to a request that it does not accept. is_permanent: the same request is refused again."""
@@ -55,6 +64,23 @@ def read_refusal(text: str) -> Refusal:
                     reason, True, f"correct {key} of the partition in the site file; {command} shows what is valid"
                 )
     return Refusal(reason, False, "longhaul submits it again after a pause")
+
+
+def warner_of_waiting_jobs() -> Callable[[str], None]:
+    """Return a function of a run id that prints each waiting job that cannot start, once.
+
+    Some centres accept a job that a partition does not allow, and let it wait for ever.
+    """
+    warned: set[str] = set()
+
+    def warn(run_id: str) -> None:
+        for job_id, reason in slurm_client.pending_reasons(run_id).items():
+            if job_id not in warned and _NEVER_STARTS.search(reason):
+                warned.add(job_id)
+                text = f"job {job_id} waits and will not start; Slurm's reason: {reason}. {read_refusal(reason).remedy}"
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    return warn
 
 
 def record_refusal(job: Any, message: str) -> float:

@@ -159,6 +159,15 @@ def queue_of(user_id: int, working_folder: str) -> list[QueueEntry]:
     return [QueueEntry(*fields[:5]) for fields in split if fields[5] == working_folder]
 
 
+def pending_reasons(name: str) -> dict[str, str]:
+    """Return job id -> Slurm's reason for all jobs of this name that wait; {} if Slurm does not answer."""
+    try:
+        shown = _run("squeue", "--noheader", f"--name={name}", "--states=PENDING", "--format=%i %r")
+    except SlurmCommandError:
+        return {}
+    return dict(line.split(maxsplit=1) for line in shown.splitlines() if " " in line.strip())
+
+
 def partition_nodes(partition: str) -> list[str]:
     """Return all nodes of a partition, whatever their state; [] if Slurm does not answer."""
     try:

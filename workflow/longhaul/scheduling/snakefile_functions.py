@@ -31,7 +31,7 @@ from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import RunDisplay
-from longhaul.scheduling.sbatch_refusals import record_refusal
+from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
 
 T = TypeVar("T")
 
@@ -234,7 +234,9 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
         requeue = slurm_client.requeue if plan.site.requeue else lambda job_id: "the site forbids requeue"
         slurm_plugin.name_jobs(f"longhaul-{plan.run}")
         slurm_plugin.patch_check_active_jobs(
-            slurm_plugin.SlurmActions(slurm_client.preempted_jobs, requeue, record_cancelled_wait)
+            slurm_plugin.SlurmActions(
+                slurm_client.preempted_jobs, requeue, record_cancelled_wait, warner_of_waiting_jobs()
+            )
         )
 
 
