@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from longhaul.config.site_config import NodeShape, Site
+from longhaul.config.partition_config import NodeShape, Partition
+from longhaul.config.site_config import Site
+from longhaul.config.software_config import Accelerator
 from longhaul.config.stage_config import Communication, Parallel, PowerSgd, Stage, Zero
 from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
 from longhaul.planning.model_state_memory import snapshot_bytes
@@ -15,9 +17,15 @@ from longhaul.planning.save_mode import PROCESS_BYTES, node_memory_needed, synch
 from tests.support.tiny_sizes import tiny_size, tiny_stage
 
 
-def site(memory_mb: int, **changes: Any) -> Site:
-    node = NodeShape(cpus=8, gpus=4, gpu_memory_gib=80, memory_mb=memory_mb)
-    return Site(name="here", scheduler="local", max_nodes=1, node=node, cuda_build="cu130").model_copy(update=changes)
+def site(
+    memory_mb: int,
+    scheduler: Literal["local", "slurm"] = "local",
+    memory: Literal["per_node", "all"] = "per_node",
+    gpus: int = 4,
+) -> Site:
+    node = NodeShape(cpus=8, gpus=gpus, gpu_memory_gib=80, memory_mb=memory_mb)
+    partition = Partition(jobs=("gpu",), max_minutes=60, node=node, memory=memory)
+    return Site(name="here", scheduler=scheduler, partitions=(partition,), accelerator=Accelerator(cuda="13.0"))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +69,7 @@ def test_each_tensor_rank_saves_its_weights():
 def test_on_cpus_the_training_itself_is_in_the_same_memory():
     stage = tiny_stage(gpus_per_node=1)
     memory = estimate_gpu_memory(stage, tiny_size(), 1)
-    on_cpus = site(1000).model_copy(update={"node": NodeShape(cpus=8, memory_mb=1000)})
+    on_cpus = site(1000, gpus=0)
     assert node_memory_needed(stage, memory, on_cpus) - node_memory_needed(stage, memory, site(1000)) == (
         memory.model_states + memory.activations + memory.logits
     )

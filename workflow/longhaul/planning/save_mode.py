@@ -42,6 +42,6 @@ def synchronous_save_reason(stage: Stage, memory: MemoryEstimate | None, site: S
 
 def _share_of_node(stage: Stage, site: Site) -> float:
     """Return the share of a node's memory that Slurm gives to the job."""
-    if site.scheduler != "slurm" or site.memory != "per_node":
+    if site.scheduler != "slurm" or site.partition_for("gpu").memory != "per_node":
         return 1.0
     return min(1.0, stage.gpus_per_node / (site.node.gpus or site.node.cpus))
