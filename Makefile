@@ -8,7 +8,7 @@ CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run setup test test-all test-gpu test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-gpu bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-gpu bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,13 +26,27 @@ $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	touch $@
 
 test: setup test-packages  ## the tests of every part, a real Slurm cluster included; docs/testing.md says what they cover
-	$(BIN)/pytest tests --ignore=tests/gpu $(WORKERS)
+	$(BIN)/pytest tests --ignore=tests/gpu --ignore=tests/serve $(WORKERS)
 
 test-all: setup test-packages  ## every test: also all faults, layouts and reshardings, and long data tests
-	$(BIN)/pytest tests --ignore=tests/gpu --all $(WORKERS)
+	$(BIN)/pytest tests --ignore=tests/gpu --ignore=tests/serve --all $(WORKERS)
 
 test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUDA build in .venv)
 	$(BIN)/pytest tests/gpu -rA
+
+test-serve: setup .venv-vllm/.installed .venv-transformers-4/.installed  ## exports of every family in vLLM's CPU build and in transformers 4
+	$(BIN)/pytest tests/serve -rA
+
+.venv-vllm/.installed: tests/serve/requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -r $<
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-transformers-4/.installed: tests/serve/requirements-transformers-4.txt
+	$(PYTHON) -m venv .venv-transformers-4
+	.venv-transformers-4/bin/pip install --quiet -r $<
+	touch $@
 
 test-packages: setup  ## install what the cluster, browser and file system tests need (Debian packages); names what cannot be installed
 	@$(CLUSTER) install

@@ -136,7 +136,7 @@ def _longhaul(weights: Path, out: Path) -> Callable[[], None]:
 
     def convert() -> None:
         masters = open_master_weights(_checkpoint(weights))
-        write_shards(out, list_exported_tensors(meta_model(config), masters, torch.bfloat16))
+        write_shards(out, list_exported_tensors(meta_model(config), meta_model(config), masters, torch.bfloat16))
         hugging_face_config(config).save_pretrained(out)
 
     return convert

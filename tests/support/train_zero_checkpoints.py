@@ -56,6 +56,7 @@ CASES: dict[int, dict[str, Case]] = {
         "qwen3-moe-z3": Case("qwen3_moe", 3),
         "deepseek-v2-z2": Case("deepseek_v2", 2),
         "deepseek-v3-z1": Case("deepseek_v3", 1),
+        "deepseek-v3-tied-z1": Case("deepseek_v3", 1, tied=True),
         "deepseek-v3-z3-bf16": Case("deepseek_v3", 3, "bf16"),
     },
 }
@@ -123,14 +124,14 @@ def deepspeed_config(case: Case) -> dict:
     return config
 
 
-def train(case: Case, seed: int):
-    """Return the engine after STEPS steps of AdamW with two parameter groups."""
+def train(case: Case, seed: int, config=None):
+    """Return the engine after STEPS steps of AdamW with two parameter groups; config: of another model than the case's."""
     import deepspeed
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(hugging_face_config(case.kind, case.tied))
+    model = transformers.AutoModelForCausalLM.from_config(config or hugging_face_config(case.kind, case.tied))
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn(buffer.shape) / 7)
@@ -196,6 +197,8 @@ def write_reference(folder: Path, case: Case, weights: dict, logits: dict) -> No
             "sha256_fp32": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
             "sha256_export": hashlib.sha256(exported.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
         }
+    if case.tied:
+        entries["model.embed_tokens.weight"]["aliases"] = ["lm_head.weight"]
     (reference_folder / "tensors.json").write_text(json.dumps(entries))
     origin = {"device": "cpu", "threads": 1, "dtype": case.precision, "torch": torch.__version__}
     (reference_folder / "logits.json").write_text(json.dumps(origin))
@@ -223,31 +226,45 @@ def write_manifest(folder: Path) -> str:
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
-def main(folder: Path) -> None:
-    """Run every case of this world size."""
+def save_case(folder: Path, engine, case: Case) -> None:
+    """Write the weights folder of a stage with one checkpoint and its reference values, and reference.safetensors."""
+    from safetensors.torch import save_file
+
+    weights, logits = gather_weights(engine, case), reference_logits(engine)
+    checkpoints = folder / "weights" / "checkpoints"
+    engine.save_checkpoint(str(checkpoints), tag=TAG)
+    if engine.global_rank == 0:
+        save_file(weights, folder / "reference.safetensors")
+        write_reference(checkpoints / TAG, case, weights, logits)
+        config = {**engine.module.config.to_dict(), "architectures": [type(engine.module).__name__]}
+        (folder / "weights" / "model_config.json").write_text(json.dumps(config))
+
+
+def start_deepspeed() -> None:
+    """Prepare this process as one rank over gloo."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
-    from safetensors.torch import save_file
 
     from longhaul.compat.deepspeed import disable_shm_comm
-    from longhaul.runtime.process_rank import exit_without_cleanup
 
     torch.set_num_threads(1)
     disable_shm_comm()
     # DeepSpeed refuses fp16 on CPUs without fp16 matrix units. torch computes it on all, and only the files matter here.
     type(get_accelerator()).is_fp16_supported = lambda _: True
     deepspeed.init_distributed("gloo", verbose=False)
+
+
+def main(folder: Path) -> None:
+    """Run every case of this world size."""
+    import torch
+
+    from longhaul.runtime.process_rank import exit_without_cleanup
+
+    start_deepspeed()
     for index, (name, case) in enumerate(CASES[int(os.environ["WORLD_SIZE"])].items()):
         engine = train(case, seed=index)
-        weights, logits = gather_weights(engine, case), reference_logits(engine)
-        checkpoints = folder / name / "weights" / "checkpoints"
-        engine.save_checkpoint(str(checkpoints), tag=TAG)
-        if engine.global_rank == 0:
-            save_file(weights, folder / name / "reference.safetensors")
-            write_reference(checkpoints / TAG, case, weights, logits)
-            config = {**engine.module.config.to_dict(), "architectures": [type(engine.module).__name__]}
-            (folder / name / "weights" / "model_config.json").write_text(json.dumps(config))
+        save_case(folder / name, engine, case)
         engine.destroy()
     torch.distributed.barrier()
     exit_without_cleanup()

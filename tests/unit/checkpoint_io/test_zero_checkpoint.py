@@ -39,6 +39,7 @@ CASES = (
     "qwen3-moe-z3",
     "deepseek-v2-z2",
     "deepseek-v3-z1",
+    "deepseek-v3-tied-z1",
     "deepseek-v3-z3-bf16",
 )
 

@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from longhaul.artifacts.artifact_schemas import Export
+from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.errors import DiskFull, UserError
 from longhaul.export.export_checkpoint import run
+from longhaul.export.fp8_tensors import Fp8Matrix
+from longhaul.export.model_without_memory import meta_model
+from longhaul.train.pretrained_weights import pretrained_values
 from tests.support.stage_folder import ExportableStage, create_exportable_stage
 from tests.support.train_zero_checkpoints import CASES
 
@@ -23,6 +28,8 @@ EXPORTED = [
     ("llama-tied-z3-bf16", "bf16"),
     ("qwen3-moe-z3", "fp32"),
     ("deepseek-v3-z1", "fp32"),
+    ("deepseek-v3-tied-z1", "fp32"),
+    ("deepseek-v3-tied-z1", "bf16"),
     ("deepseek-v3-z3-bf16", "bf16"),
 ]
 
@@ -41,7 +48,7 @@ def assert_refused(stage: ExportableStage, message: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("case", "dtype"), EXPORTED, ids=[case for case, _ in EXPORTED])
+@pytest.mark.parametrize(("case", "dtype"), EXPORTED, ids=["-".join(case) for case in EXPORTED])
 def test_exported_weights_equal_the_live_engines(zero_checkpoints: Path, tmp_path: Path, case: str, dtype: str):
     """The expected tensors were gathered from the engine and saved separately, not read from a checkpoint."""
     exported = export(create_exportable_stage(zero_checkpoints / case, tmp_path, dtype))
@@ -60,6 +67,33 @@ def test_exported_weights_equal_the_live_engines(zero_checkpoints: Path, tmp_pat
 def test_fp32_logits_are_equal_bit_by_bit(zero_checkpoints: Path, tmp_path: Path):
     logits = export(create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")).verification["logits"]
     assert logits["criterion"] == "bit equality" and logits["bit_equal"] and logits["differences"] == []
+
+
+@pytest.mark.parametrize("case", ["llama-tied-z1", "qwen3-moe-z3", "deepseek-v3-tied-z1"])
+def test_fp8_export_is_verified_and_trains_again(zero_checkpoints: Path, tmp_path: Path, case: str):
+    exported = export(create_exportable_stage(zero_checkpoints / case, tmp_path, "fp8"))
+    found = exported.verification
+    assert 0 < found["tensors"]["largest_fp8_error"] <= 1 + 1e-5
+    assert found["logits"]["masters_bit_equal"] and found["logits"]["max_abs_difference"] <= found["logits"]["bound"]
+    assert found["from_pretrained"]["equal"] > 0
+    folder = Path(exported.path)
+    config = AutoConfig.from_pretrained(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config.to_dict()).named_parameters()}
+    shapes |= {
+        name: tuple(tensor.shape) for name, tensor in meta_model(config.to_dict()).named_buffers() if "bias" in name
+    }
+    values = pretrained_values(folder, shapes, config)
+    reference = load_file(zero_checkpoints / case / "reference.safetensors")
+    for name, tensor in reference.items():
+        read = values(TensorSlice(name, tuple(tensor.shape), {}))
+        assert torch.allclose(read, tensor, rtol=1 / 16, atol=tensor.abs().max().item() / 448 / 1024), name
+
+
+def test_altered_fp8_value_is_refused(zero_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bytes and their hash come from one function, so the error of each element is compared as well."""
+    original = Fp8Matrix.values
+    monkeypatch.setattr(Fp8Matrix, "values", lambda *part: (original(*part).float() * 1.5).to(torch.float8_e4m3fn))
+    assert_refused(create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp8"), "what FP8 allows")
 
 
 def test_tied_weights_are_stored_once(zero_checkpoints: Path, tmp_path: Path):

@@ -83,7 +83,7 @@ def write_export(folder: Path, name: str, dtype: torch.dtype) -> WrittenExport:
         first = "model.embed_tokens.weight"
         masters[first] = replace(masters[first], aliases=("lm_head.weight",))
     content = json.loads(config.to_json_string(use_diff=False))
-    tensors = list(list_exported_tensors(meta_model(content), masters, dtype))
+    tensors = list(list_exported_tensors(meta_model(content), meta_model(content), masters, dtype))
     write_shards(folder, tensors, shard_bytes=40_000)
     config.save_pretrained(folder)
     return WrittenExport(folder, json.loads((folder / "config.json").read_text()), tensors)

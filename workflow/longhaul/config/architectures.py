@@ -170,7 +170,7 @@ class DeepseekV2(LatentAttention):
 
 
 # Values of config.json that transformers' networks always compute, whatever the key says.
-_FIXED_ROUTING = {
+FIXED_ROUTING = {
     "deepseek_v2": {"norm_topk_prob": False, "scoring_func": "softmax"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
@@ -179,7 +179,7 @@ _FIXED_ROUTING = {
 def check_routing(config: Mapping[str, Any]) -> None:
     """Raise ValueError for keys of a Hugging Face config that choose experts in a way that transformers does not compute."""
     architecture = config["model_type"]
-    for key, value in _FIXED_ROUTING.get(architecture, {}).items():
+    for key, value in FIXED_ROUTING.get(architecture, {}).items():
         if config.get(key, value) != value:
             raise ValueError(
                 f"{key} {config[key]!r} has no effect in transformers' {architecture}; it computes {value!r}"

@@ -336,7 +336,11 @@ class Stage(FrozenModel):
     export: Literal["none", "last", "best"] = Field(
         default="none", description="Checkpoint to export as a Hugging Face folder."
     )
-    export_dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Precision of the exported weights.")
+    export_dtype: Literal["fp32", "bf16", "fp8"] = Field(
+        default="bf16",
+        description="Precision of the exported weights. fp8: the matrices of the decoder layers in blocks of 128 x 128 as "
+        "DeepSeek publishes them, the others in bf16.",
+    )
     minutes: Minutes = Field(
         default=60, description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00."
     )

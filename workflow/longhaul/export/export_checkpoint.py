@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from longhaul.artifacts.artifact_schemas import Export, Sample
 from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256, read_json, write_json, write_text
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.checkpoint_io import open_master_weights
+from longhaul.checkpoint_io import LazyTensor, open_master_weights
 from longhaul.errors import InputError
-from longhaul.export.exported_tensors import DTYPES, list_exported_tensors
+from longhaul.export.exported_tensors import DTYPES, ExportedTensor, list_exported_tensors
+from longhaul.export.fp8_tensors import DTYPE as FP8
+from longhaul.export.fp8_tensors import with_fp8_matrices
 from longhaul.export.generate_samples import SamplePrompts, generate_samples
+from longhaul.export.hub_config import untied_where_servers_do_not_tie, write_hub_config
 from longhaul.export.model_card import model_card, provenance
-from longhaul.export.model_without_memory import hugging_face_config, meta_model
+from longhaul.export.model_without_memory import meta_model
 from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
-from longhaul.export.pretrained_settings import generation_settings, special_token_ids, with_unknown_keys
+from longhaul.export.pretrained_settings import generation_settings
 from longhaul.export.safetensors_writer import write_shards
 from longhaul.export.tensor_blocks import HASHING_THREADS
+from longhaul.export.tokenizer_files import write_tokenizer
 from longhaul.export.verify_loading import verify_loading
 from longhaul.export.verify_logits import WrittenExport, read_reference_logits, verify_logits
 from longhaul.export.verify_tensors import verify_tensors
 from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.train.checkpoint.checkpoint_folders import fsync
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def run(job: ExportSpec) -> None:
@@ -55,9 +48,10 @@ def run(job: ExportSpec) -> None:
     source = open_verified_checkpoint(job)
     masters = open_master_weights(source.folder)
     dtype = DTYPES[job.dtype]
-    model = meta_model(source.model_config)
-    architecture, tensors = type(model).__name__, list(list_exported_tensors(model, masters, dtype))
-    parameters = sum(tensor.numel for tensor in tensors)
+    trained = meta_model(source.model_config)
+    exported_model = meta_model(untied_where_servers_do_not_tie(source.model_config))
+    tensors = _list_tensors(trained, exported_model, masters, dtype)
+    architecture, parameters = type(trained).__name__, sum(math.prod(master.shape) for master in masters.values())
     facts = provenance(job, source)
     size_bytes = sum(tensor.size_bytes for tensor in tensors)
     written = disk_full_as_user_error(
@@ -65,10 +59,10 @@ def run(job: ExportSpec) -> None:
     )
     with written, _replace_folder(Path(job.folder)) as folder:
         write_shards(folder, tensors)
-        _write_config(folder, source, architecture, dtype)
-        _copy_tokenizer(Path(source.tokenizer.path), folder)
+        _write_configs(folder, source, architecture, dtype)
+        tokenizer = write_tokenizer(Path(source.tokenizer.path), folder)
         exported = WrittenExport(folder, read_json(folder / "config.json"), tensors)
-        verification = _verify(exported, source, dtype)
+        verification = _verify(exported, source, dtype) | {"tokenizer": tokenizer}
         samples = _samples(job, source, exported)
         write_text(folder / "README.md", model_card(facts, architecture, parameters, job.folder, verification))
     Export(
@@ -84,6 +78,14 @@ def run(job: ExportSpec) -> None:
         samples=samples,
         provenance=facts,
     ).write(Path(job.out))
+
+
+def _list_tensors(
+    trained: PreTrainedModel, exported: PreTrainedModel, masters: Mapping[str, LazyTensor], dtype: torch.dtype
+) -> list[ExportedTensor]:
+    if dtype != FP8:
+        return list(list_exported_tensors(trained, exported, masters, dtype))
+    return list(with_fp8_matrices(list_exported_tensors(trained, exported, masters, torch.bfloat16)))
 
 
 @contextmanager
@@ -104,27 +106,15 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_config(folder: Path, source: VerifiedCheckpoint, architecture: str, dtype: torch.dtype) -> None:
+def _write_configs(folder: Path, source: VerifiedCheckpoint, architecture: str, dtype: torch.dtype) -> None:
     """Write config.json and generation_config.json; what the pretrained model says in them stays."""
-    config = hugging_face_config(source.model_config)
     tokenizer = {
         "bos_token_id": source.tokenizer.bos_id,
         "eos_token_id": source.tokenizer.eos_id,
         "pad_token_id": source.tokenizer.pad_id,
     }
-    for key, value in special_token_ids(source.model_config, tokenizer).items():
-        setattr(config, key, value)
-    config.architectures, config.dtype, config.use_cache = [architecture], dtype, True
-    config.save_pretrained(folder)
-    written = folder / "config.json"
-    write_json(written, with_unknown_keys(read_json(written), source.model_config))
+    write_hub_config(folder / "config.json", source.model_config, tokenizer, architecture, dtype)
     write_json(folder / "generation_config.json", generation_settings(source.generation_config, tokenizer))
-
-
-def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, folder / name)
 
 
 def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +20,10 @@ from longhaul.config.pretrained_format import expert_keys
 from longhaul.errors import InputError, UserError
 from longhaul.export.model_without_memory import SUPPORTED_MODELS_HINT
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 """The config's name of a data type -> torch's data type."""
+BLOCK_ELEMENTS = 1 << 20
+"""4 MiB of fp32: a block stays in the processor's cache from reading to writing."""
 WRONG_MODEL_HINT = "the checkpoint and model_config.json belong to different models: train the stage again"
 
 
@@ -31,6 +34,9 @@ class ExportedTensor:
     name:   name in the export's files
     master: the model's whole tensor as master weights
     """
+
+    holds_weights: ClassVar[bool] = True
+    """False for a tensor that the model itself lacks."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,6 +53,15 @@ class ExportedTensor:
     def size_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def block_elements(self) -> int:
+        """Number of elements that are read and written at once."""
+        return BLOCK_ELEMENTS
+
+    def values(self, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) as the file should hold them."""
+        return self.master.read_range(self.start + start, self.start + stop).to(self.dtype)
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the config's name of a torch data type."""
@@ -54,35 +69,38 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def list_exported_tensors(
-    model: PreTrainedModel, masters: Mapping[str, LazyTensor], dtype: torch.dtype
+    trained: PreTrainedModel, exported: PreTrainedModel, masters: Mapping[str, LazyTensor], dtype: torch.dtype
 ) -> tuple[ExportedTensor, ...]:
     """Return every tensor of the export, in the model's order.
 
-    masters: name in the model -> master weights
-    dtype:   data type of the export
+    trained:  the model of the checkpoint
+    exported: the same model; a tied head of `trained` may be a tensor of its own in it
+    masters:  name in the trained model -> master weights
+    dtype:    data type of the export
 
     Raises:
         UserError: the checkpoint lacks a tensor of the model, holds an additional one or one of another shape, or this
             module does not know how the hub stores the model's tensors.
     """
-    state = model.state_dict()
-    untied = without_tied_weights(model, state)
-    matched = _match_masters(set(state), list(untied), masters)
+    matched = _match_masters(trained, masters)
+    stored = without_tied_weights(exported, exported.state_dict())
     tensors: list[ExportedTensor] = []
-    for name, meta in untied.items():
+    for name, meta in stored.items():
         master = matched[name]
         if master.shape != tuple(meta.shape):
             found, expected = list(master.shape), list(meta.shape)
             raise UserError(
                 f"{name} has shape {found} in the checkpoint, but {expected} in the model", WRONG_MODEL_HINT
             )
-        tensors += _split_experts(name, master, target_dtype(model, name, master, dtype))
-    _compare_with_transformers(model, untied, tensors)
+        tensors += _split_experts(name, master, target_dtype(exported, name, master, dtype))
+    _compare_with_transformers(exported, stored, tensors)
     return tuple(tensors)
 
 
-def _match_masters(names: set[str], untied: list[str], masters: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the master weights of each exported name. Each name of the model must have exactly one, and none is left."""
+def _match_masters(trained: PreTrainedModel, masters: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the master weights of each name of the model. Each must have exactly one, and none is left."""
+    state = trained.state_dict()
+    names, untied = set(state), without_tied_weights(trained, state)
     found = {name: master for first, master in masters.items() for name in (first, *master.aliases)}
     if missing := sorted(names - set(found)):
         raise UserError(
@@ -95,7 +113,7 @@ def _match_masters(names: set[str], untied: list[str], masters: Mapping[str, Laz
     if len(untied) != len(masters):
         tied = sorted(names - set(untied)) or sorted(alias for master in masters.values() for alias in master.aliases)
         raise UserError(f"{tied[0]} is tied in only one of the checkpoint and the model's config", WRONG_MODEL_HINT)
-    return {name: found[name] for name in untied}
+    return found
 
 
 def target_dtype(model: PreTrainedModel, name: str, master: LazyTensor, dtype: torch.dtype) -> torch.dtype:
@@ -118,10 +136,10 @@ def _split_experts(name: str, master: LazyTensor, dtype: torch.dtype) -> Iterato
 
 
 def _compare_with_transformers(
-    model: PreTrainedModel, untied: dict[str, torch.Tensor], tensors: list[ExportedTensor]
+    model: PreTrainedModel, stored: dict[str, torch.Tensor], tensors: list[ExportedTensor]
 ) -> None:
     """Raise UserError unless names and shapes are those that save_pretrained would write for this architecture."""
-    official = {name: tuple(meta.shape) for name, meta in hub_tensors(model, untied).items()}
+    official = {name: tuple(meta.shape) for name, meta in hub_tensors(model, stored).items()}
     if official != {tensor.name: tensor.shape for tensor in tensors}:
         raise InputError(
             f"this exporter does not know how the hub stores the tensors of model_type {model.config.model_type}",

@@ -18,7 +18,7 @@ import torch
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, target_dtype
 from longhaul.export.model_without_memory import meta_model
-from longhaul.export.tensor_blocks import COPYING_THREADS, blocks
+from longhaul.export.tensor_blocks import COPYING_THREADS, blocks_of
 
 ReadRange = Callable[[ExportedTensor, int, int], torch.Tensor]
 """Return elements [start, stop) of an exported tensor."""
@@ -46,7 +46,8 @@ class LayerwiseModel:
         self._model.config.output_router_logits = False  # the recording layers return no router logits
         self._parts: dict[str, list[ExportedTensor]] = {}
         for tensor in tensors:
-            self._parts.setdefault(tensor.model_name, []).append(tensor)
+            if tensor.holds_weights:
+                self._parts.setdefault(tensor.model_name, []).append(tensor)
         self._stored_names = self._find_stored_names()
         self._base: Any = self._model.base_model
         self._base.rotary_emb = type(self._base.rotary_emb)(config=self._model.config).to(device)
@@ -133,7 +134,7 @@ class LayerwiseModel:
             tensor, start, stop = block
             flat[tensor.start + start : tensor.start + stop].copy_(self._read(tensor, start, stop))
 
-        all_blocks = ((tensor, *block) for tensor in self._parts[name] for block in blocks(tensor.numel))
+        all_blocks = ((tensor, *block) for tensor in self._parts[name] for block in blocks_of(tensor))
         for _ in readers.map(read_block, all_blocks):
             pass
         return torch.nn.Parameter(whole, requires_grad=False) if isinstance(meta, torch.nn.Parameter) else whole

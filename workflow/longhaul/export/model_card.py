@@ -12,6 +12,7 @@ import jinja2
 import longhaul
 from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint
+from longhaul.export.tokenizer_files import AUTO_TOKENIZER_DIFFERS
 from longhaul.jobs.kinds.export_job import ExportSpec
 
 CARD = """\
@@ -39,6 +40,15 @@ tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
 model = AutoModelForCausalLM.from_pretrained("{{ folder }}", dtype="auto")
 ```
 
+## Other engines
+
+config.json, the tensors' names and types, and the tokenizer's files are those of the family's official repositories.
+Exports of this family were compared, in fp32 and on a CPU, with {{ compared_engines }}.
+{%- if not verification.tokenizer.auto_tokenizer_equal %}
+
+**{{ auto_tokenizer_differs }}.**
+{%- endif %}
+
 ## Provenance
 
 | | |
@@ -49,13 +59,20 @@ model = AutoModelForCausalLM.from_pretrained("{{ folder }}", dtype="auto")
 
 ## Verification
 
-Each of the {{ verification.tensors.count }} tensors equals, bit for bit, the engine's master weight cast to {{ p.dtype }}.
+Each of the {{ verification.tensors.count }} tensors equals, bit for bit, the engine's master weight
+{%- if p.dtype == "fp8" %}, cast to bf16 or rounded to
+block-scaled FP8: each weight of a decoder layer's matrix is within 1/16 of itself, or 1/1024 of its block's factor.
+{%- else %} cast to {{ p.dtype }}.{% endif %}
 The logits of {{ verification.logits.prompts }} fixed prompts ({{ verification.logits.tokens }} tokens)
 {%- if verification.logits.bit_equal %} equal those of the training engine bit for bit.
 {%- else %} differ from those of the training engine by at most {{ "%.3g" % verification.logits.max_abs_difference }};
 the limit is {{ "%.3g" % verification.logits.bound }}.
 {%- endif %}
 """
+
+
+COMPARED_ENGINES = "transformers 4.57.6 and 5.23.0, and vLLM 0.32.0"
+"""Releases in which tests/serve loads an export of every family."""
 
 
 def provenance(job: ExportSpec, source: VerifiedCheckpoint) -> dict[str, Any]:
@@ -103,6 +120,8 @@ def model_card(
         architecture=architecture,
         parameters=parameters,
         folder=folder,
+        compared_engines=COMPARED_ENGINES,
+        auto_tokenizer_differs=AUTO_TOKENIZER_DIFFERS,
         verification=verification,
         rows=[(name.replace("_", " "), value) for name, value in rows],
     )

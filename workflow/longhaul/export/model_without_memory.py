@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from longhaul.errors import UserError
 
+_NOT_OF_THE_NETWORK = ("model_type", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 SUPPORTED_MODELS_HINT = "export a Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2 or DeepSeek V3 model"
 
 
@@ -18,7 +19,7 @@ def hugging_face_config(config: dict[str, Any]) -> PreTrainedConfig:
     Raises:
         UserError: transformers does not know the model_type.
     """
-    keys = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version", "dtype")}
+    keys = {key: value for key, value in config.items() if key not in _NOT_OF_THE_NETWORK}
     if config["model_type"] not in CONFIG_MAPPING:
         raise UserError(f"transformers does not know model_type {config['model_type']}", SUPPORTED_MODELS_HINT)
     return AutoConfig.for_model(config["model_type"], **keys)

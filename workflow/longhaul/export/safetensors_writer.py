@@ -16,7 +16,7 @@ from pathlib import Path
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.checkpoint_io import DTYPE_NAMES
 from longhaul.export.exported_tensors import ExportedTensor
-from longhaul.export.tensor_blocks import COPYING_THREADS, blocks, exported_bytes, torch_threads
+from longhaul.export.tensor_blocks import COPYING_THREADS, blocks_of, exported_bytes, torch_threads
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -87,7 +87,7 @@ def _write_shard(path: Path, tensors: list[ExportedTensor], pool: Executor) -> N
 def _blocks_of_shard(tensors: list[ExportedTensor], offset: int) -> Iterator[tuple[ExportedTensor, int, int, int]]:
     """Yield (tensor, start, stop, byte offset in the file) in the order of the file."""
     for tensor in tensors:
-        for start, stop in blocks(tensor.numel):
+        for start, stop in blocks_of(tensor):
             yield tensor, start, stop, offset + start * tensor.dtype.itemsize
         offset += tensor.size_bytes
 

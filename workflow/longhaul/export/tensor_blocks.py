@@ -8,10 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from longhaul.checkpoint_io import raw_bytes
-from longhaul.export.exported_tensors import ExportedTensor
+from longhaul.export.exported_tensors import BLOCK_ELEMENTS, ExportedTensor
 
-BLOCK_ELEMENTS = 1 << 20
-"""4 MiB of fp32: a block stays in the processor's cache from reading to writing."""
 COPYING_THREADS = 4
 HASHING_THREADS = 4
 
@@ -22,9 +20,14 @@ def blocks(numel: int, block: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]
         yield start, min(start + block, numel)
 
 
+def blocks_of(tensor: ExportedTensor) -> Iterator[tuple[int, int]]:
+    """Yield the ranges in which an exported tensor is read and written."""
+    return blocks(tensor.numel, tensor.block_elements)
+
+
 def exported_bytes(tensor: ExportedTensor, start: int, stop: int) -> memoryview:
     """Return the bytes that elements [start, stop) of an exported tensor have in the file."""
-    return raw_bytes(tensor.master.read_range(tensor.start + start, tensor.start + stop).to(tensor.dtype))
+    return raw_bytes(tensor.values(start, stop))
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, ExportedTensor, dtype_name
+from longhaul.export.fp8_tensors import DTYPE as FP8
+from longhaul.export.fp8_tensors import Fp8Matrix
 from longhaul.export.layerwise_model import LayerwiseModel, ReadRange
 from longhaul.export.tensor_blocks import torch_threads
 from longhaul.export.verify_tensors import NO_EXPORT_HINT, open_export
@@ -92,7 +94,14 @@ class WrittenExport:
     def model(self, compute: torch.dtype, device: str = "cpu") -> LayerwiseModel:
         """Return the model with the values in the folder's files."""
         stored = open_export(self.folder)
-        return self.model_with(lambda tensor, start, stop: stored[tensor.name].read_range(start, stop), compute, device)
+
+        def read(tensor: ExportedTensor, start: int, stop: int) -> torch.Tensor:
+            values = stored[tensor.name].read_range(start, stop)
+            if not isinstance(tensor, Fp8Matrix):
+                return values
+            return tensor.dequantize(start, values, stored[tensor.factors.name].read())
+
+        return self.model_with(read, compute, device)
 
     def model_with(self, read: ReadRange, compute: torch.dtype, device: str) -> LayerwiseModel:
         """Return the model with values from another source."""
@@ -264,7 +273,7 @@ def _read_masters(tensor: ExportedTensor, start: int, stop: int) -> torch.Tensor
 
 
 def _read_perturbed(eps: float, draw: int) -> ReadRange:
-    """Return a reader of master weights that moves each one by `eps` of itself, up or down.
+    """Return a reader of master weights that moves each one by `eps` of itself, or by a unit of its type, up or down.
 
     It returns equal values each time it reads the same range.
     """
@@ -276,14 +285,15 @@ def _read_perturbed(eps: float, draw: int) -> ReadRange:
         digest = hashlib.blake2b(f"{draw}/{tensor.name}/{start}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         signs = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-        return values * (1 + eps * signs)
+        return values * (1 + max(eps, torch.finfo(tensor.dtype).eps) * signs)
 
     return read
 
 
 def _coarsest_eps(reference: ReferenceLogits, device: str, dtype: torch.dtype) -> float:
-    """Return the relative unit in the last place of the coarsest type of weights or arithmetic."""
-    eps = max(torch.finfo(dtype).eps, torch.finfo(reference.compute).eps)
+    """Return the relative unit in the last place of the coarsest type of all weights or of the arithmetic."""
+    common = torch.bfloat16 if dtype == FP8 else dtype
+    eps = max(torch.finfo(common).eps, torch.finfo(reference.compute).eps)
     return max(eps, TF32_EPS) if {reference.device, device} != {"cpu"} else eps
 
 

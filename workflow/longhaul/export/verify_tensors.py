@@ -21,9 +21,12 @@ from longhaul.artifacts.typed_json import Sha256, read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors, raw_bytes
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, dtype_name
+from longhaul.export.fp8_tensors import Fp8Matrix
 from longhaul.export.safetensors_writer import SAFETENSORS_NAMES
-from longhaul.export.tensor_blocks import HASHING_THREADS, blocks, exported_bytes, torch_threads
+from longhaul.export.tensor_blocks import HASHING_THREADS, blocks, blocks_of, exported_bytes, torch_threads
 
+_FP32_ROUNDING = 1e-5
+"""The factor, the quotient and the product are rounded to fp32."""
 NO_EXPORT_HINT = (
     "nothing was exported; the software is at fault, not the config: keep the checkpoint and report this message"
 )
@@ -45,28 +48,36 @@ def verify_tensors(
 
     reference: the folder of the checkpoint's reference values
 
-    Returns {"count", "equal": number of model tensors, "files_hold": number of tensors in the files, "dtype"}.
+    An FP8 matrix is also dequantized, and every element is compared with its master weight.
+
+    Returns {"count", "equal": number of model tensors, "files_hold": number of tensors in the files, "dtype"}, and
+    "largest_fp8_error" where there are FP8 matrices, as a multiple of what rounding to FP8 allows.
 
     Raises:
-        UserError: a tensor is missing, additional, of another shape or data type, or has other bytes.
+        UserError: a tensor is missing, additional, of another shape or data type, has other bytes, or differs by more than
+            rounding to FP8 allows.
     """
-    recorded = read_typed_json(reference / "tensors.json", dict[str, TensorReference], NO_EXPORT_HINT)
+    trained = read_typed_json(reference / "tensors.json", dict[str, TensorReference], NO_EXPORT_HINT)
+    # A head that the trainer ties to the embedding may be in the files as a copy.
+    recorded = trained | {alias: entry for entry in trained.values() for alias in entry.get("aliases", ())}
     parts = {name: list(group) for name, group in groupby(tensors, key=lambda tensor: tensor.model_name)}
-    if differing := sorted(set(parts) ^ set(recorded)):
+    if differing := sorted((set(parts) - set(recorded)) | (set(trained) - set(parts))):
         raise UserError(f"{differing[0]} is in only one of the export and the reference values", NO_EXPORT_HINT)
     stored = open_export(folder)
     if differing := sorted({tensor.name for tensor in tensors} ^ set(stored)):
         raise UserError(f"{differing[0]} is in only one of the written files and the model", NO_EXPORT_HINT)
 
-    def verify(name: str) -> None:
+    def verify(name: str) -> float:
         found = _sha256(data for tensor in parts[name] for data in _file_bytes(stored[tensor.name], tensor))
         expected = _expected_sha256(name, parts[name], recorded[name])
         if found != expected:
             raise UserError(f"exported tensor {name} has SHA-256 {found}, the trained one {expected}", NO_EXPORT_HINT)
+        return max((_fp8_error(tensor, stored) for tensor in parts[name] if isinstance(tensor, Fp8Matrix)), default=0.0)
 
     with torch_threads(1), ThreadPoolExecutor(HASHING_THREADS) as pool:
-        list(pool.map(verify, parts))
-    return {"count": len(parts), "equal": len(parts), "files_hold": len(tensors), "dtype": dtype_name(dtype)}
+        largest_error = max(pool.map(verify, parts))
+    result = {"count": len(parts), "equal": len(parts), "files_hold": len(tensors), "dtype": dtype_name(dtype)}
+    return result | ({"largest_fp8_error": largest_error} if largest_error else {})
 
 
 def open_export(folder: Path) -> dict[str, LazyTensor]:
@@ -94,6 +105,21 @@ def open_export(folder: Path) -> dict[str, LazyTensor]:
     return found
 
 
+def _fp8_error(matrix: Fp8Matrix, stored: dict[str, LazyTensor]) -> float:
+    """Return the matrix's largest error as a multiple of what rounding to FP8 allows; UserError if it is above 1."""
+    factors, values = stored[matrix.factors.name].read(), stored[matrix.name]
+    largest = 0.0
+    for start, stop in blocks_of(matrix):
+        found = matrix.dequantize(start, values.read_range(start, stop), factors)
+        largest = max(largest, matrix.largest_error(start, found, factors))
+    if not largest <= 1 + _FP32_ROUNDING:
+        raise UserError(
+            f"exported tensor {matrix.name} differs from the trained one by {largest:.3g} times what FP8 allows",
+            NO_EXPORT_HINT,
+        )
+    return largest
+
+
 def _file_bytes(stored: LazyTensor, tensor: ExportedTensor) -> Iterator[memoryview]:
     """Yield the tensor's bytes as the file holds them."""
     piece = stored.pieces[0]
@@ -103,7 +129,7 @@ def _file_bytes(stored: LazyTensor, tensor: ExportedTensor) -> Iterator[memoryvi
             f"not {tensor.dtype} {list(tensor.shape)}",
             NO_EXPORT_HINT,
         )
-    for start, stop in blocks(tensor.numel):
+    for start, stop in blocks_of(tensor):
         yield raw_bytes(piece.part(start, stop).read())
 
 
@@ -111,11 +137,12 @@ def _expected_sha256(name: str, parts: list[ExportedTensor], entry: TensorRefere
     """Return the hash that the exported bytes of a model tensor should have.
 
     The trainer hashed the cast to the stage's export dtype. A stage may be exported in another dtype than it was trained
-    for. Then this function compares the fp32 master weights with the trainer's hash, and hashes their cast itself.
+    for, and the trainer does not round to FP8. Then this function compares the fp32 master weights with the trainer's hash,
+    and hashes what follows from them.
     """
     if parts[0].dtype == torch.float32:
         return entry["sha256_fp32"]
-    if entry["sha256_export"] != entry["sha256_fp32"]:
+    if entry["sha256_export"] != entry["sha256_fp32"] and not isinstance(parts[0], Fp8Matrix):
         return entry["sha256_export"]
     master = parts[0].master
     found = _sha256(raw_bytes(master.read_range(start, stop)) for start, stop in blocks(master.numel))
@@ -123,7 +150,7 @@ def _expected_sha256(name: str, parts: list[ExportedTensor], entry: TensorRefere
         raise UserError(
             f"master weights of {name} have SHA-256 {found}, the trained ones {entry['sha256_fp32']}", NO_EXPORT_HINT
         )
-    return _sha256(exported_bytes(tensor, start, stop) for tensor in parts for start, stop in blocks(tensor.numel))
+    return _sha256(exported_bytes(tensor, start, stop) for tensor in parts for start, stop in blocks_of(tensor))
 
 
 def _sha256(parts: Iterable[memoryview]) -> str:

@@ -18,7 +18,7 @@ class ExportSpec(JobSpec):
     stage: str
     checkpoint: str  # the stage's checkpoint.json
     which: str  # last | best
-    dtype: str  # fp32 | bf16
+    dtype: str  # fp32 | bf16 | fp8
     tokenizer: str
     config_hash: str
     pretrained_changes: tuple[str, ...]  # how the first weights differ from those in the pretrained folder, in words
