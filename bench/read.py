@@ -73,7 +73,7 @@ def make_shards(folder: Path) -> DataManifest:
 
 def manifest_of(folder: Path, shards: list[dict[str, Any]]) -> DataManifest:
     totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
-    splits = {"train": {"shards": shards, **totals, "loss_tokens": totals["tokens"]}}
+    splits: Any = {"train": {"shards": shards, **totals, "loss_tokens": totals["tokens"]}}
     return DataManifest("bench", "chat", str(folder), "bench", "none", "int32", splits, [], {}, 0.0)
 
 

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longhaul.artifacts.artifact_schemas import Lock, LockedSource
 from longhaul.config.dataset_config import Dataset, HubDataset
@@ -39,7 +39,7 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
         UserError: a repository, revision or split does not exist or cannot be downloaded.
     """
     config = loaded.config
-    sources: dict[str, LockedSource] = {}
+    sources: dict[str, dict[str, Any]] = {}
     model: dict[str, Any] = {}
     if config.tokenizer.hub:
         sources["tokenizer"] = _download_snapshot(config.tokenizer.hub, "model", _TOKENIZER_PATTERNS)
@@ -55,10 +55,10 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
             sources[name] = write_demo_corpus(
                 dataset.kind, dataset.python_stdlib, folder / f"{name}.jsonl", dataset.columns
             )
-    return Lock(sources=sources, model=model)
+    return Lock(sources=cast(dict[str, LockedSource], sources), model=model)
 
 
-def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> LockedSource:
+def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> dict[str, Any]:
     """Resolve a revision to its commit and download the files that match; complete files are not downloaded again."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -68,7 +68,7 @@ def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> Loc
     return {"hub": source.id, "revision": commit, "path": str(path)}
 
 
-def _download_dataset(source: HubDataset, dataset: Dataset, streamed: Path) -> LockedSource:
+def _download_dataset(source: HubDataset, dataset: Dataset, streamed: Path) -> dict[str, Any]:
     """Download only the files of one configuration and split, or stream their first rows.
 
     The other files of a dataset may be terabytes.
