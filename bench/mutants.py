@@ -34,7 +34,7 @@ MODULES = (
     "scheduling/cancelled_jobs.py",
     "scheduling/deadline_updater.py",
     "scheduling/check_disk_space.py",
-    "scheduling/resource_requests.py",
+    "scheduling/request_at_submission.py",
     "scheduling/retry_policy.py",
     "report/goodput.py",
     "train/lr_schedule.py",

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from bench.machine import describe_machine, write_result
 from longhaul.config.load_config import load_config
 from longhaul.config.model_size import model_size
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.config.stage_config import Parallel, Stage
 from longhaul.planning import build_plan
 from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES

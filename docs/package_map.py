@@ -19,7 +19,9 @@ def package_map() -> str:
 
 
 def _table(folder: Path) -> str:
-    modules = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("__")]
+    modules = [
+        path for path in sorted([*folder.glob("*.py"), *folder.glob("*.yaml")]) if not path.name.startswith("__")
+    ]
     if not modules:
         return ""
     title = folder.relative_to(PACKAGE).as_posix()
@@ -29,8 +31,10 @@ def _table(folder: Path) -> str:
 
 
 def _first_sentence(module: Path) -> str:
-    """Return the first sentence of a module's docstring, without its full stop."""
-    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    """Return the first sentence of a module's docstring, or of a data file's first comment, without its full stop."""
+    text = module.read_text(encoding="utf-8")
+    is_code = module.suffix == ".py"
+    docstring = (ast.get_docstring(ast.parse(text)) or "") if is_code else text.partition("\n")[0].removeprefix("# ")
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     return re.split(r"(?<!et al)(?<!vs)\. ", paragraph)[0].removesuffix(".").replace("|", "\\|").replace("<", "&lt;")
 

@@ -15,7 +15,7 @@ from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import load_config, load_site
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.jobs.job_kind import jobs_of
 from longhaul.jobs.launch_files import RenderedFiles, render_controller, render_job, render_run
 from longhaul.planning import Plan, build_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from tests.support.corpora import conversation, dataset, make_shards, make_tokenizer, text, write_jsonl
 
 

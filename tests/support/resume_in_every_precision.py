@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from longhaul.checkpoint_io.plain_data import load_plain_data
+from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.compat.deepspeed import disable_shm_comm, files_read_with
 
 STEPS = 3

@@ -19,11 +19,11 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import JobId, WeightsFolder
 from longhaul.artifacts.quarantine import read_quarantine
-from longhaul.artifacts.verified_files import read_tokenizer
-from longhaul.config.package_data import PACKAGE
+from longhaul.config.shipped_files import PACKAGE
 from longhaul.data.sampling import mixture_manifest
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards import tokenize_dataset
@@ -319,7 +319,7 @@ FOLLOWED_ELSEWHERE = {
     "restore the file, or move its weights folder away": "unit/train/checkpoint",
     "let this user write there, then run the same command again": "recovery/test_damaged_checkpoints.py",
     "then run the same command again": "workflow/test_final_failure.py",
-    "remove repaired nodes from": "unit/scheduling/test_resource_requests.py",
+    "remove repaired nodes from": "unit/scheduling/test_request_at_submission.py",
     "if it is certainly dead: rm ": "unit/artifacts/test_leases.py",
     "restore it, then run again": "unit/data/shards/test_write_chunk.py",
     "move it away, or run with another --directory": "workflow/bad_configs.py",

@@ -109,7 +109,7 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
     Example: `longhaul run mine.yaml -n`
     """
     from longhaul.config.load_config import load_config
-    from longhaul.config.package_data import data_root
+    from longhaul.config.shipped_files import data_root
 
     config, options = _config_path(config), context.args
     if named := [word for word in options if word.startswith("--configfile")]:
@@ -382,6 +382,6 @@ def _load_plan(config: Path) -> Plan:
 
 
 def _config_path(config: Path) -> Path:
-    from longhaul.config.package_data import data_root
+    from longhaul.config.shipped_files import data_root
 
     return data_root() / "config" / "config.yaml" if str(config) == DEMO else config

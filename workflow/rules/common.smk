@@ -13,7 +13,7 @@ if (RULES.parent / "longhaul").is_dir():
 
 from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.compat.snakemake import order_only, run_hooks_in_module
-from longhaul.config.package_data import PACKAGE
+from longhaul.config.shipped_files import PACKAGE
 from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
 from longhaul.scheduling.snakefile_functions import (
     RuleSettings,

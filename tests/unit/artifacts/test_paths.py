@@ -11,7 +11,7 @@ import pytest
 
 from longhaul.artifacts import paths
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths, WeightsFolder, job_of, run_of
-from longhaul.config.package_data import PACKAGE
+from longhaul.config.shipped_files import PACKAGE
 from longhaul.jobs.job_kind import job_kinds
 from tests.support.chain import REPOSITORY
 

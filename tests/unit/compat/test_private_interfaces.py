@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from longhaul.config.package_data import PACKAGE
+from longhaul.config.shipped_files import PACKAGE
 
 # Documented in spite of its underscore: named tuples, os._exit.
 DOCUMENTED = {"_asdict", "_replace", "_fields", "_make", "_exit"}

@@ -15,7 +15,7 @@ import yaml
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
-from longhaul.config.package_data import PACKAGE
+from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec

@@ -26,7 +26,7 @@ from longhaul.scheduling import allocation, slurm_client
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.allocation_end import AllocationEnd
 from longhaul.scheduling.job_records import JobRecords
-from longhaul.scheduling.resource_requests import submitted_request
+from longhaul.scheduling.request_at_submission import submitted_request
 from longhaul.scheduling.supervisor import Supervisor
 from longhaul.scheduling.termination_signals import TerminationSignals
 from tests.support.small_configs import plan_of

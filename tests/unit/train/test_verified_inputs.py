@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts import verified_files
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
@@ -65,7 +64,7 @@ def test_later_attempts_hash_only_what_changed(
         read.append(path)
         return file_sha256(path)
 
-    monkeypatch.setattr(verified_files, "file_sha256", counted)
+    monkeypatch.setattr(compare_hashes, "file_sha256", counted)
     for _ in range(2):
         verify_data(job, data, weights, ALONE)
     shard = run.shards(DATASET) / "a" / "0.bin"

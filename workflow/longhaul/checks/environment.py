@@ -14,7 +14,7 @@ from rich.table import Table
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rendezvous import process_group

@@ -1,4 +1,4 @@
-"""Evaluates the facts of all nodes. Problems stop the run, warnings do not."""
+"""Compares the facts of all nodes with what the plan needs. Problems stop the run, warnings do not."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.compare_hashes import dataset_files
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.verified_files import dataset_files
 from longhaul.errors import UserError
 from longhaul.planning import Plan
 from longhaul.train.checkpoint.checkpoint_folders import (

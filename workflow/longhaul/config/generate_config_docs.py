@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from longhaul.artifacts.atomic_files import write_text
-from longhaul.config.package_data import data_root
 from longhaul.config.run_config import Config
+from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
 
 Container = Literal["single", "dict", "tuple"]

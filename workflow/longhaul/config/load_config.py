@@ -13,8 +13,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from longhaul.config.field_types import FrozenModel
-from longhaul.config.package_data import data_root
 from longhaul.config.run_config import Config
+from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.config.validation_messages import shortened, validation_message

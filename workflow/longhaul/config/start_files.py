@@ -8,7 +8,7 @@ from pathlib import Path
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.config.field_types import NAME_PATTERN, PATTERN_DESCRIPTIONS
 from longhaul.config.load_config import SITES, load_config
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.errors import UserError
 
 EXAMPLES = data_root() / "config" / "examples"

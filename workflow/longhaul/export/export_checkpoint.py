@@ -1,4 +1,4 @@
-"""Exports one checkpoint as a Hugging Face folder, and keeps the folder only when its verification succeeds."""
+"""Exports one checkpoint as a Hugging Face folder with tokenizer files, and keeps the folder only when it is verified."""
 
 from __future__ import annotations
 

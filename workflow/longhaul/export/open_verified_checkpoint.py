@@ -9,8 +9,8 @@ from typing import Any
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256, read_json
+from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.verified_files import read_tokenizer
 from longhaul.errors import InputError, UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec

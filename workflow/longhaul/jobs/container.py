@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longhaul.artifacts.paths import RESULTS
-from longhaul.config.package_data import PACKAGE, data_root
+from longhaul.config.shipped_files import PACKAGE, data_root
 from longhaul.errors import UserError
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import CODE_LINK, QUARANTINE, JobFolder, JobId
-from longhaul.config.package_data import PACKAGE, data_root, is_installed
+from longhaul.config.shipped_files import PACKAGE, data_root, is_installed
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.jobs.container import container_command

@@ -7,7 +7,7 @@ import shlex
 
 import jinja2
 
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
 from longhaul.planning import StagePlan
 from longhaul.planning.deepspeed_config import deepspeed_sections

@@ -1,4 +1,4 @@
-"""Estimate of the memory that one rank needs while it trains a stage. It follows from sizes alone; nothing is allocated."""
+"""The plan's estimate of memory on one rank: the sum of model states, activations and logits. Nothing is allocated."""
 
 from __future__ import annotations
 

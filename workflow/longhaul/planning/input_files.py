@@ -17,7 +17,7 @@ from longhaul.config.rotary_embedding import check_rope
 from longhaul.config.run_config import Storage
 from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
-from longhaul.planning.data_files import FoundFiles, check_format, find_files
+from longhaul.planning.find_data_files import FoundFiles, check_format, find_files
 
 _WEIGHTS = "*.safetensors"  # files in pickle format are not read
 

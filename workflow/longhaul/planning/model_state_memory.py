@@ -1,4 +1,4 @@
-"""Memory of weights, gradients and optimizer states, and of the buffers that move them."""
+"""Memory of weights, gradients and optimizer states, of layers that ZeRO 3 gathers, and of buffers."""
 
 from __future__ import annotations
 

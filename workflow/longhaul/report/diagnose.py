@@ -1,4 +1,4 @@
-"""Finds out why a run fails or waits: from the records of its jobs, from Slurm's queue, and from known lines in logs."""
+"""`longhaul doctor`: recorded failures, advice for jobs that Slurm lets wait, and lines of logs (known_problems.yaml)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from longhaul import __version__
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import write_text
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
 from longhaul.report.acceptance import acceptance_rows

@@ -1,4 +1,4 @@
-"""Reads how a run stands: its jobs, the progress of its stages, its costs. Status, progress lines and summary show these values.
+"""Reads the values of `longhaul status`, of the progress lines and of the summary: jobs, progress of stages, costs.
 
 Only small files and the ends of large ones are read, so that the answer comes within two seconds for 1,000 stages.
 """

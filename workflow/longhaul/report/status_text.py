@@ -1,4 +1,4 @@
-"""Shows a run's status to people: tables for terminals, single lines for logs, and the summary at the end."""
+"""Formats the values of `longhaul status`: tables for terminals, single lines for logs, and the summary at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor's records of a job: state.json, history.jsonl, failure.json and the quarantine list."""
+"""The supervisor's records of a job: state.json, history.jsonl, failure.json, and nodes that it adds to the quarantine."""
 
 from __future__ import annotations
 

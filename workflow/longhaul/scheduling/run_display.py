@@ -1,4 +1,4 @@
-"""Shows a run in the terminal of its main process: one line per event of a job, and how the run stands once a minute.
+"""Lines in the terminal of `longhaul run` and of `snakemake`: one line per event of a job, and the progress once a minute.
 
 Snakemake's log file keeps everything. In a terminal, the stages and jobs stay visible below the lines, with progress bars.
 """

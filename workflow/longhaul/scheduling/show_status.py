@@ -1,4 +1,4 @@
-"""Prints the status of a run, and why it fails or waits: `longhaul status` and `longhaul doctor`."""
+"""The verbs `longhaul status` and `longhaul doctor`: find the run that the user names, read its status, print it."""
 
 from __future__ import annotations
 

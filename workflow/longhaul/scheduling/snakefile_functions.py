@@ -17,7 +17,7 @@ from longhaul.artifacts.leases import RunLease
 from longhaul.artifacts.paths import RESULTS, JobId, RunPaths
 from longhaul.compat import slurm_plugin, snakemake
 from longhaul.config.load_config import load_config
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
 from longhaul.data.check_inputs import check_inputs
 from longhaul.errors import UserError
@@ -28,7 +28,7 @@ from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
-from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
+from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import RunDisplay
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs

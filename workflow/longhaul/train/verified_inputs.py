@@ -12,10 +12,10 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256, write_text
+from longhaul.artifacts.compare_hashes import FileHashes, dataset_files, wrong_files
 from longhaul.artifacts.pack_totals import PackTotals
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.artifacts.verified_files import FileHashes, dataset_files, wrong_files
 from longhaul.data.sampling.sample_sources import delete_packs_hint
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from longhaul.data.filters.word_ngrams import ngrams, split_words
-from longhaul.data.readers.formats import read_rows
 from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, WantedColumns
+from longhaul.data.readers.select_reader import read_rows
 from longhaul.errors import InputError
 
 _MAX_ROW_BYTES = 200_000_000

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from longhaul.config.column_template import is_template, template_parts
 from longhaul.config.dataset_config import DEFAULT_TOOLS_COLUMN, Dataset
 from longhaul.data.readers.conversations import Message, Tool, validated_messages, validated_tools
-from longhaul.data.readers.formats import read_rows
 from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, WantedColumns
+from longhaul.data.readers.select_reader import read_rows
 from longhaul.data.readers.text_values import validated_text
 from longhaul.errors import UserError
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
-from longhaul.data.readers.formats import format_of
 from longhaul.data.readers.rows_and_file_ranges import FileRange
+from longhaul.data.readers.select_reader import format_of
 from longhaul.errors import UserError
 
 _MAX_CHUNKS_PER_GROUP = 4  # a group of small files ends at this multiple of the chunk size

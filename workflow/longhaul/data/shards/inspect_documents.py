@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from longhaul.artifacts.artifact_schemas import DataManifest
-from longhaul.artifacts.verified_files import read_tokenizer
+from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError
 

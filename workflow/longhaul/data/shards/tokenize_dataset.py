@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.artifact_schemas import DataManifest, EncodedPartition, TokenizerManifest
-from longhaul.artifacts.verified_files import read_tokenizer
+from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.data.filters.chunk_fingerprints import TextFilters
 from longhaul.data.filters.filter_documents import filter_documents
 from longhaul.data.sampling import mixture_manifest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
-from longhaul.config.package_data import data_root
+from longhaul.config.shipped_files import data_root
 from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longhaul.compat.chat_templates import render_chat
+from longhaul.compat.transformers_chat_templates import render_chat
 from longhaul.data.readers.conversations import Message, Tool
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.control_tokens import ControlTokens, contain_private_characters

@@ -10,7 +10,7 @@ from longhaul.compat.deepspeed import replay_cpu_adam_steps
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import read_manifest
-from longhaul.train.checkpoint.rank_state import combine_rank_states, restore_rank_state
+from longhaul.train.checkpoint.extra_rank_state import combine_rank_states, restore_rank_state
 from longhaul.train.checkpoint.resharding import load_resharded
 from longhaul.train.checkpoint.saved_layout import Layout, layout_of, planned_layout
 from longhaul.train.checkpoint.training_state import TrainingState

@@ -22,11 +22,11 @@ from longhaul.compat.deepspeed import mapped_optimizer_states, save_without_reco
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, fsync, partial_folder, publish, step_folder
+from longhaul.train.checkpoint.extra_rank_state import rank_state, rank_state_file
 from longhaul.train.checkpoint.hashed_file import WriterThreads
 from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.load_checkpoint import TRAINING_STATE
 from longhaul.train.checkpoint.rank_files import RankFiles
-from longhaul.train.checkpoint.rank_state import rank_state, rank_state_file
 from longhaul.train.checkpoint.retention import remove_old_checkpoints
 from longhaul.train.checkpoint.saved_layout import planned_layout
 from longhaul.train.checkpoint.training_state import TrainingState

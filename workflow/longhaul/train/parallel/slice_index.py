@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longhaul.artifacts.atomic_files import write_json
-from longhaul.checkpoint_io.plain_data import load_plain_data
+from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.checkpoint_io.sliced_checkpoint import BUFFERS_FILE, SLICE_INDEX
 from longhaul.compat.deepspeed import files_read_with, update_weights_from_masters
 from longhaul.jobs.kinds.train_job import TrainSpec

@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
-from longhaul.compat.chat_templates import render_chat
+from longhaul.compat.transformers_chat_templates import render_chat
 from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.errors import UserError
 

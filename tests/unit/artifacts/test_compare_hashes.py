@@ -10,7 +10,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
-from longhaul.artifacts.verified_files import dataset_files, read_tokenizer, wrong_files
+from longhaul.artifacts.compare_hashes import dataset_files, read_tokenizer, wrong_files
 from longhaul.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""The Slurm request of a job at the time of its submission: the plan's request, adapted to the job's state."""
+"""A job's Slurm request at submission: the plan's without quarantined nodes, and after an earlier job that still runs."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ from longhaul.jobs.job_kind import job_request
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import Plan
-from longhaul.scheduling import resource_requests
-from longhaul.scheduling.resource_requests import require_enough_nodes, submitted_request
+from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from tests.support.small_configs import LOCAL, plan_of
 
 TRAIN_BASE = JobId("train", ("base",))
@@ -78,7 +77,7 @@ def test_broken_quarantine_excludes_nothing_but_refuses_a_new_run(tmp_path: Path
 def test_quarantine_that_leaves_too_few_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan, _ = rendered_plan(tmp_path)
     asked: list[tuple[str, int, list[str]]] = []
-    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments) or "too few")
+    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments) or "too few")
     add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
     with pytest.raises(UserError, match=r"stages\.base: too few") as refused:
         require_enough_nodes(plan, tmp_path)
@@ -100,10 +99,10 @@ def test_names_that_are_no_host_names_are_not_excluded(tmp_path: Path):
 def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan, _ = rendered_plan(tmp_path)
     asked: list[tuple[str, int, list[str]]] = []
-    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments))
     require_enough_nodes(plan, tmp_path)
     assert asked == [("gpu", 1, []), ("gpu", 1, [])]
-    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: "too few")
+    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: "too few")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
     assert refused.value.message == "stages.base: too few"
@@ -113,6 +112,6 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
 def test_nodes_are_not_counted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     local = plan_of(tmp_path, None, LOCAL)
     asked: list[object] = []
-    monkeypatch.setattr(resource_requests, "node_shortage", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments))
     require_enough_nodes(local, tmp_path)
     assert asked == []

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from longhaul.checkpoint_io.plain_data import load_plain_data
+from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.compat.deepspeed import loss_scaler_state, restore_loss_scaler
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from longhaul.checkpoint_io.plain_data import load_plain_data
+from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.compat.deepspeed import files_read_with
 from longhaul.errors import UserError
 from tests.support.chain import REPOSITORY

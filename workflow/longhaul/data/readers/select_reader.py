@@ -1,4 +1,4 @@
-"""Select the reader of a data file and read some of its columns, in every format and compression longhaul supports."""
+"""Selects the reader of a data file by its format and compression, and reads some of its columns."""
 
 from __future__ import annotations
 

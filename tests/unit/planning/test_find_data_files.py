@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from longhaul.errors import UserError
-from longhaul.planning import data_files as module
-from longhaul.planning.data_files import find_files
+from longhaul.planning import find_data_files as module
+from longhaul.planning.find_data_files import find_files
 
 KEY = "datasets.web.files"
 
