@@ -15,6 +15,7 @@ from longhaul.jobs.job_kind import job_request
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import Plan
+from longhaul.scheduling import request_at_submission
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from tests.support.small_configs import LOCAL, plan_of
 

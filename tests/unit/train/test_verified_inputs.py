@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from longhaul.artifacts import compare_hashes
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
