@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from longhaul.errors import UserError
 from longhaul.train import validation_loss as validation
@@ -27,6 +28,6 @@ def test_a_validation_without_loss_tokens_has_no_loss(
     batches = [SimpleNamespace(loss_tokens=count) for count in loss_tokens]
     monkeypatch.setattr(validation, "validation_batches", lambda *_: batches)
     backend = SimpleNamespace(evaluate=lambda micro: 3.0 * micro.loss_tokens)
-    context = SimpleNamespace(sum=float, sums=list, dims=SimpleNamespace(counts_samples=True))
+    context = SimpleNamespace(sum=float, sums_on_device=torch.tensor, dims=SimpleNamespace(counts_samples=True))
     found = validation.validation_loss(cast(Any, backend), cast(Any, None), cast(Any, None), cast(Any, context))
     assert found == expected

@@ -89,9 +89,10 @@ def test_the_hand_computed_case_of_equations_17_to_20():
     layer.forward = lambda hidden, position_ids: layer.mlp.gate(hidden)
     model: Any = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
     stage = SimpleNamespace(sequence_aux_loss_coef=0.5, sequence_length=2, global_batch_size=2)
-    balance = SequenceBalanceLoss(model, ParallelDims(0, 1, Parallel()), SimpleNamespace(stage=stage))  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(stage=stage)
+    balance = SequenceBalanceLoss(model, ParallelDims(0, 1, Parallel()), job, torch.device("cpu"))
     layer(torch.zeros(4), position_ids=torch.tensor([[0, 1], [0, -1]]))
-    assert balance.pop_loss() == pytest.approx(0.5 * (1.5 + 1.6) / 2)
+    assert balance.pop_loss().item() == pytest.approx(0.5 * (1.5 + 1.6) / 2)
 
 
 class Router(torch.nn.Module):
