@@ -270,10 +270,10 @@ def init(
     from longhaul.config.load_config import SITES
     from longhaul.config.start_files import EXAMPLES, copy_start_files, names_in
 
-    example = example or typer.prompt(f"Which example? ({', '.join(names_in(EXAMPLES))})")
-    site = site or typer.prompt(f"Which site? ({', '.join(names_in(SITES))}, or the path of a site file)")
-    run = run or typer.prompt("Name of the run", default="mine")
-    config, site_file = copy_start_files(example, site, run, Path())
+    chosen_example: str = example or typer.prompt(f"Which example? ({', '.join(names_in(EXAMPLES))})")
+    chosen_site: str = site or typer.prompt(f"Which site? ({', '.join(names_in(SITES))}, or the path of a site file)")
+    name: str = run or typer.prompt("Name of the run", default="mine")
+    config, site_file = copy_start_files(chosen_example, chosen_site, name, Path())
     print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
 
 
