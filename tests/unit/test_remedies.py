@@ -323,6 +323,7 @@ FOLLOWED_ELSEWHERE = {
     "if it is certainly dead: rm ": "unit/artifacts/test_leases.py",
     "restore it, then run again": "unit/data/shards/test_write_chunk.py",
     "move it away, or run with another --directory": "workflow/bad_configs.py",
+    "name another file with --out, or move it away": "unit/scheduling/test_detect_site.py",
     "restore the config.json that belongs to the weights": "unit/train/test_pretrained_weights.py",
     "else restore the weights' own config.json": "unit/train/test_pretrained_weights.py",
     "restore it there, or remove {} to begin a new one": "unit/train/monitoring/test_trackers.py",

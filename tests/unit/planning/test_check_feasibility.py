@@ -408,7 +408,7 @@ def test_layers_that_are_not_compiled_on_gpus_give_a_warning_with_the_reason():
         "CPU"
     )
     assert not_compiled_warning(tiny_stage(), site()) is None
-    assert not_compiled_warning(offloads, site(gpus=0)) is None
+    assert not_compiled_warning(offloads, site(with_node(gpus=0))) is None
     assert not_compiled_warning(tiny_stage(activation_checkpointing="offload", compile="off"), site()) is None
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from longhaul.cli import main
 from longhaul.config.load_config import load_site
 from longhaul.errors import UserError
 from longhaul.scheduling import detect_site as detection
 from longhaul.scheduling.detect_site import detect_site, fast_interfaces, found_partitions, places, site_text
+from tests.support.bad_input import refused_message
 from tests.support.supervised_job import fake_program
 
 PARTITIONS = """\
@@ -132,3 +134,16 @@ def test_cluster_without_partitions_and_silent_slurm_are_refused(tmp_path: Path,
     monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
     with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
         detect_site("centre")
+
+
+def test_existing_file_is_refused_until_it_is_moved_away(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.yaml"
+    out.write_text("precious")
+    words = ["site", "detect", "--out", str(out)]
+    assert "mine.yaml exists already" in refused_message(capsys, *words) and out.read_text() == "precious"
+    out.rename(tmp_path / "old.yaml")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0 and load_site(str(out), tmp_path).name == "mine"

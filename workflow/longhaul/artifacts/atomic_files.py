@@ -44,7 +44,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    temporary = Path(name)
+    # Beside `path` by the same way: a working folder of another mount and its absolute path are two devices for a rename.
+    temporary = path.with_name(Path(name).name)
     try:
         yield temporary
         with temporary.open("rb") as stream:

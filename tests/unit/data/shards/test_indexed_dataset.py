@@ -130,4 +130,4 @@ def test_damage_is_reported_with_the_file(tmp_path: Path, suffix: str, damage: A
     damage(tmp_path / f"train-00000.{suffix}")
     with pytest.raises(UserError, match=expected) as refused:
         ShardReader(tmp_path / "train-00000", with_mask=True)
-    assert f"train-00000.{suffix}" in refused.value.message and "longhaul writes the shards again" in refused.value.hint
+    assert f"train-00000.{suffix}" in refused.value.message and refused.value.hint.endswith("; then run again")
