@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,3 +92,20 @@ def test_a_preempted_job_is_requeued_where_the_site_allows_it(
     monkeypatch.setattr(slurm_client, "requeue", lambda job_id: f"requeued {job_id}")
     snakefile_functions.patch_snakemake(plan_of(tmp_path, site=site), is_main_process=True)
     assert given[0].requeue("7") == answer and given[0].preempted_jobs is slurm_client.preempted_jobs
+
+
+def test_plan_is_written_before_the_first_job_and_keeps_its_time_while_it_is_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = plan_of(tmp_path).paths.plan
+    snakefile_functions._write_changed_plan(plan_of(tmp_path))
+    first = path.read_bytes()
+    os.utime(path, (1, 1))
+    snakefile_functions._write_changed_plan(plan_of(tmp_path))
+    assert path.stat().st_mtime == 1 and path.read_bytes() == first
+    snakefile_functions._write_changed_plan(plan_of(tmp_path, {"data_minutes": 7}))
+    assert path.stat().st_mtime > 1 and path.read_bytes() != first
+    path.write_text("{")
+    snakefile_functions._write_changed_plan(plan_of(tmp_path))
+    assert path.read_bytes() == first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 from longhaul.artifacts.artifact_schemas import Lock
-from longhaul.artifacts.atomic_files import content_hash
+from longhaul.artifacts.atomic_files import canonical_json, content_hash, read_json, write_json
 from longhaul.artifacts.leases import RunLease
 from longhaul.artifacts.paths import RESULTS, JobId, RunPaths
 from longhaul.compat import slurm_plugin, snakemake
@@ -25,6 +26,7 @@ from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import RESOURCE_KEYS
+from longhaul.report.plan_json import plan_json
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
@@ -249,10 +251,25 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     disk_space.print_full_disk_at_exit(RESULTS)
     _or_exit(require_enough_nodes, plan, Path.cwd())
     write_launch_files(plan, Path.cwd())
+    _write_changed_plan(plan)
     _or_exit(retry_policy.refuse_known_failures, jobs)
     retry_policy.print_failures_at_exit(plan.paths)
     for display in _displays:
         display.start()
+
+
+def _write_changed_plan(plan: Plan) -> None:
+    """Write plan.json where it is missing or of another config: `longhaul status` reads it before the rule `render` has run.
+
+    Then `render` runs in this run, too. A plan.json that is up to date keeps its time, as the report depends on it.
+    """
+    value = json.loads(canonical_json(plan_json(plan)))
+    try:
+        is_current = read_json(plan.paths.plan) == value
+    except UserError:  # missing or damaged
+        is_current = False
+    if not is_current:
+        write_json(plan.paths.plan, value)
 
 
 def finish_run() -> None:
