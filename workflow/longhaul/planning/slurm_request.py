@@ -132,12 +132,7 @@ class SlurmRequest:
     def as_sbatch(self) -> dict[str, str]:
         """Return long sbatch options and their values; an option with an empty value is a flag."""
         options = {
-            "--nodes": self.nodes,
-            "--ntasks": self.tasks,
-            "--ntasks-per-node": self.tasks_per_node,
-            "--cpus-per-task": self.cpus_per_task,
-            "--threads-per-core": self.threads_per_core,
-            "--gpus-per-node": self._gpus_per_node,
+            **self._size(),
             "--gres": self._gres,
             "--mem": self.memory_mb,
             "--time": self.minutes,
@@ -156,16 +151,19 @@ class SlurmRequest:
 
     def as_srun(self) -> list[str]:
         """Return the size of a step over the whole allocation; srun cannot read it from SLURM_*, which the plugin removes."""
-        options = {
+        options = {**self._size(), "--gres": self._gpu_gres}
+        return [f"{option}={value}" for option, value in options.items() if value is not None]
+
+    def _size(self) -> dict[str, int | str | None]:
+        """Return the options that sbatch and srun spell alike: nodes, tasks, cores and GPUs; None: not given."""
+        return {
             "--nodes": self.nodes,
             "--ntasks": self.tasks,
             "--ntasks-per-node": self.tasks_per_node,
             "--cpus-per-task": self.cpus_per_task,
             "--threads-per-core": self.threads_per_core,
             "--gpus-per-node": self._gpus_per_node,
-            "--gres": self._gpu_gres,
         }
-        return [f"{option}={value}" for option, value in options.items() if value is not None]
 
 
 _CONTROLLER_MB = 2000  # enough for Snakemake with the few dozen jobs of a run
