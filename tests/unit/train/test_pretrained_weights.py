@@ -209,7 +209,9 @@ def test_rotary_frequencies_of_older_releases_are_not_read(folder, tmp_path: Pat
     path = _copy(folder[0], tmp_path)
     buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(LAYERS)}
     save_file(buffers, path / "model-00009-of-000009.safetensors")
-    initial_values(path)
+    values, model = initial_values(path), slice_model(network(), ParallelDims(0, 1, Parallel()))
+    for tensor_slice, _ in [*parameter_slices(model), *buffer_slices(model)]:
+        assert torch.equal(values(tensor_slice), folder[1][tensor_slice.name]), tensor_slice.name
 
 
 @pytest.mark.parametrize(
