@@ -1,4 +1,4 @@
-"""What a user would pick instead of longhaul, for bench/gpu_speed.py: each function returns one optimizer step.
+"""Trainings by other libraries, for bench/gpu_speed.py: each function returns one optimizer step.
 
 All of them start from longhaul's initial weights and repeat longhaul's first batches.
 """

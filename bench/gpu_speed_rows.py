@@ -79,7 +79,7 @@ class Row:
 
     @property
     def flash_only(self) -> bool:
-        """Whether attention runs through another kernel than the one that torch prefers."""
+        """Return whether attention runs through another kernel than the one that torch prefers."""
         return self.name.endswith("other attention kernel")
 
 

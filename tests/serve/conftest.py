@@ -67,6 +67,6 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def reference(exports: dict[str, Path], prompts: Path, run_script: Callable[..., Any]) -> dict[str, Any]:
-    """What the project's own release of transformers computes and reads for each case."""
+    """Values that the project's own release of transformers computes and reads for each case."""
     found = run_script("transformers 5", "score_with_transformers.py", prompts, "OUT", *exports.values())
     return {name: found[str(folder)] for name, folder in exports.items()}

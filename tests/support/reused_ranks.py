@@ -1,4 +1,4 @@
-"""What ranks need that train several stages one after another in the same processes; a user's ranks train one stage."""
+"""Helpers for ranks that train several stages one after another in the same processes; a user's ranks train one stage."""
 
 from __future__ import annotations
 

@@ -310,11 +310,11 @@ def check(config: ConfigArgument) -> None:
 
     Example: `longhaul site check mine.yaml`
     """
-    from longhaul.scheduling.check_site import check_site, print_verdicts
+    from longhaul.scheduling.check_site import check_site, print_answers
 
-    verdicts = check_site(_load_plan(config))
-    print_verdicts(verdicts)
-    if not all(verdict.is_accepted for verdict in verdicts):
+    answers = check_site(_load_plan(config))
+    print_answers(answers)
+    if not all(answer.is_accepted for answer in answers):
         raise SystemExit(1)
 
 

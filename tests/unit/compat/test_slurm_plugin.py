@@ -120,7 +120,7 @@ def test_named_account_and_partition_are_passed_on_and_others_are_not_guessed():
 
 
 def test_the_plugin_still_guesses_what_a_job_does_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """When this fails, `send_no_guesses` is no longer needed."""
+    """Still needed: once this fails, `send_no_guesses` can go."""
     from snakemake_executor_plugin_slurm import Executor
 
     for name, answer in (("sinfo", "PARTITION\nother\nmain*"), ("sacct", "proj"), ("sacctmgr", "proj")):

@@ -1,4 +1,4 @@
-"""Whether saves are asynchronous, compared with numbers computed by hand."""
+"""The choice of asynchronous saves, compared with numbers computed by hand."""
 
 from __future__ import annotations
 

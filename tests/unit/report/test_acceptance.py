@@ -13,7 +13,7 @@ from longhaul.report.metric_series import STEP_VALUES, Curve
 GIB = 2**30
 
 
-def verdicts(gpus: bool = True, data_wait: float | None = 0.02, **values: list[float]) -> dict[str, tuple[str, str]]:
+def results(gpus: bool = True, data_wait: float | None = 0.02, **values: list[float]) -> dict[str, tuple[str, str]]:
     curves = {name: Curve() for name in STEP_VALUES}
     for name, numbers in values.items():
         curves[name] = Curve(list(range(len(numbers))), list(numbers))
@@ -25,7 +25,7 @@ def verdicts(gpus: bool = True, data_wait: float | None = 0.02, **values: list[f
     )
     nodes = [{"gpus": [{"memory_bytes": 80 * GIB}, {"memory_bytes": 100 * GIB}] if gpus else []}]
     environment: Any = SimpleNamespace(nodes=nodes)
-    return {row.metric: (row.value, row.verdict) for row in acceptance_rows(stage, environment)}
+    return {row.metric: (row.value, row.result) for row in acceptance_rows(stage, environment)}
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def verdicts(gpus: bool = True, data_wait: float | None = 0.02, **values: list[f
 def test_metric_is_compared_with_its_limit(
     metric: str, values: dict[str, list[float]], expected: tuple[str, str]
 ) -> None:
-    assert verdicts(**values)[metric] == expected
+    assert results(**values)[metric] == expected
 
 
 def test_memory_of_a_cpu_is_not_compared() -> None:
-    assert verdicts(gpus=False, memory_bytes=[60.0 * GIB])["GPU memory"] == ("–", NOT_MEASURED)
+    assert results(gpus=False, memory_bytes=[60.0 * GIB])["GPU memory"] == ("–", NOT_MEASURED)
 
 
 def test_waiting_for_data_above_the_limit_is_not_met() -> None:
-    assert verdicts(data_wait=0.2)["waiting for data"] == ("20 %", NOT_MET)
+    assert results(data_wait=0.2)["waiting for data"] == ("20 %", NOT_MET)

@@ -1,4 +1,4 @@
-"""What people read of a run's status."""
+"""The text of a run's status."""
 
 from __future__ import annotations
 

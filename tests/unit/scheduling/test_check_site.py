@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.errors import UserError
-from longhaul.scheduling.check_site import check_site, print_verdicts
+from longhaul.scheduling.check_site import check_site, print_answers
 from tests.support.small_configs import LOCAL, SITE, plan_of
 from tests.support.supervised_job import fake_program
 
@@ -27,19 +27,19 @@ def test_every_different_request_is_tried_once(
     log = tmp_path / "log"
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=log)))
     gpu = {**SITE["partitions"][0], "jobs": ["gpu", "debug"]}
-    verdicts = check_site(plan_of(tmp_path, None, {"partitions": [gpu, CORES]}))
+    found = check_site(plan_of(tmp_path, None, {"partitions": [gpu, CORES]}))
     calls = log.read_text().splitlines()
-    assert len(calls) == len(verdicts) and all(call.startswith("--test-only ") for call in calls)
-    answers = {verdict.jobs: verdict.is_accepted for verdict in verdicts}
-    assert answers == {
+    assert len(calls) == len(found) and all(call.startswith("--test-only ") for call in calls)
+    accepted = {answer.jobs: answer.is_accepted for answer in found}
+    assert accepted == {
         "environment, fabric": True,
         "tokenizer, tokenize-chats, tokenize-prose": False,
         "train-base, train-chat": True,
         "controller": False,
     }
-    refused = next(verdict for verdict in verdicts if not verdict.is_accepted)
-    assert refused.answer == "Batch job submission failed: Invalid account" and "correct account" in refused.remedy
-    print_verdicts(verdicts)
+    refused = next(answer for answer in found if not answer.is_accepted)
+    assert refused.text == "Batch job submission failed: Invalid account" and "correct account" in refused.remedy
+    print_answers(found)
     printed = capsys.readouterr().out
     assert "NO" in printed and "correct account of the partition" in printed
 

@@ -115,7 +115,7 @@ class SavedCheckpoint(TypedDict):
 
 
 class CheckedNode(TypedDict):
-    """What the report shows of a node's facts."""
+    """Facts of a node that the report shows."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -161,7 +161,7 @@ class IndexedSource(TypedDict):
 
 
 class LockedSource(TypedDict):
-    """What fetch recorded for one source."""
+    """Record of fetch about one source."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 

@@ -1,4 +1,4 @@
-"""What the packs of conversations hold: the JSON file beside each pack file, and the shares that follow from it."""
+"""Totals of packed conversations: the JSON file beside each pack file, and the shares that follow from it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any, NoReturn
 
 FIXED_DATE = date(2024, 7, 26)
-"""What `strftime_now` shows. Llama 3's templates show this date where there is no clock."""
+"""The date that `strftime_now` shows. Llama 3's templates show this date where there is no clock."""
 
 
 def render_chat(

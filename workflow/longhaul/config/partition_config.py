@@ -23,7 +23,7 @@ JobPlace = Literal["gpu", "cpu", "debug", "login"]
 
 
 class NodeShape(FrozenModel):
-    """What one job may use of one node."""
+    """Hardware of one node that one job may use."""
 
     cpus: HardwareCount = Field(description="Number of CPU cores that jobs may use.")
     memory_mb: PositiveInt = Field(description="CPU memory that jobs may use, in MiB.")
@@ -68,7 +68,7 @@ class Partition(FrozenModel):
         "scheduler slurm.",
     )
     max_nodes: HardwareCount = Field(default=1, description="Maximum number of nodes of one job.")
-    node: NodeShape = Field(description="What one job may use of one node.")
+    node: NodeShape = Field(description="Hardware of one node that one job may use.")
     gpu_request: Literal["gpus_per_node", "gres", "none"] = Field(
         default="gpus_per_node", description="Option that requests GPUs: --gpus-per-node, --gres, or no option."
     )

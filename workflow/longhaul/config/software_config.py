@@ -90,7 +90,7 @@ class Software(FrozenModel):
 
     @property
     def is_pyxis(self) -> bool:
-        """Whether srun mounts folders into the container with --container-mounts."""
+        """Return whether srun mounts folders into the container with --container-mounts."""
         return self.kind == "srun" and any(option.startswith("--container-image=") for option in self.options)
 
     @model_validator(mode="after")

@@ -147,7 +147,7 @@ class Zero(FrozenModel):
 
     @property
     def gathers_whole_layers(self) -> bool:
-        """Whether ZeRO 3 gathers the weights of a decoder layer together. Buffers for weights on disk hold those of a module."""
+        """Return whether ZeRO 3 gathers whole decoder layers. Buffers for weights on disk hold those of one module."""
         return self.stage == 3 and self.offload_param != "nvme"
 
     @property
@@ -352,7 +352,7 @@ class Stage(FrozenModel):
 
     @property
     def why_not_compiled(self) -> str | None:
-        """Why the decoder layers of this stage cannot be compiled; None if they can."""
+        """Return why the decoder layers of this stage cannot be compiled; None if they can."""
         if self.activation_checkpointing == "offload":
             return "activation_checkpointing: offload moves the input of a layer to the CPU"
         if self.zero.stage == 3:

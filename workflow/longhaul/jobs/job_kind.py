@@ -56,14 +56,14 @@ class JobKind:
     rerun_key: Callable[[Plan, JobId], str] | None = None
     """Returns a hash; a finished job runs again when it changes. Default: JobSpec.rerun_key without the lock of fetch."""
     needs_fetch: bool = True
-    """Whether the spec depends on what fetch downloads."""
+    """True if the spec depends on what fetch downloads."""
     first_steps: Callable[[Plan, JobId, SlurmRequest], Sequence[PlannedStep]] = lambda plan, job, request: ()
     """Steps before the job's own."""
     more_files: Callable[[Plan, JobId], Mapping[str, str]] = lambda plan, job: {}
     """Name -> text of further files in the job's folder."""
     max_restarts: Callable[[Plan, JobId], int] = lambda plan, job: 0
     binds_ranks: bool = False
-    """Whether the site's cpu_bind and gpu_bind apply to the job's own step."""
+    """True if the site's cpu_bind and gpu_bind apply to the job's own step."""
 
     def job_id(self, wildcards: object) -> JobId:
         """Return the job that a rule's wildcards stand for."""

@@ -24,11 +24,11 @@ class AcceptanceRow:
     definition: str
     value: str
     limit: str
-    verdict: str
+    result: str
 
 
 def acceptance_rows(stage: StageResults, environment: EnvironmentReport | None) -> list[AcceptanceRow]:
-    """Return the metrics of a stage with their verdicts."""
+    """Return the metrics of a stage with their results."""
     curves = stage.metrics.curves
     utilisation = curves["gpu_utilisation"].values
 

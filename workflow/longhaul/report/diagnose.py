@@ -19,7 +19,7 @@ from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RunSta
 
 KNOWN_PROBLEMS = Path(__file__).with_name("known_problems.yaml")
 _LOG_BYTES = 2 * 2**20
-"""How much of a log is searched, from its end."""
+"""Largest part of a log that is searched, from its end."""
 _LINE_CHARACTERS = 300
 _HANDLED = ("restarted", "waiting")
 _WAITS = {

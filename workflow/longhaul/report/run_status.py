@@ -62,7 +62,7 @@ Queue = Mapping[str, QueuedJob]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage's training is. None: the metrics do not hold the value yet. Losses are in nats per token."""
+    """Progress of a stage's training. None: the metrics do not hold the value yet. Losses are in nats per token."""
 
     step: int
     first_loss: float | None  # of the first step
@@ -134,7 +134,7 @@ class RunStatus:
 
 
 class _TrainSpecFields(TypedDict):
-    """What the status needs of a stage's job.json."""
+    """Keys of a stage's job.json that the status needs."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -142,7 +142,7 @@ class _TrainSpecFields(TypedDict):
 
 
 class _AttemptFields(TypedDict):
-    """What the status needs of a line in attempts.jsonl."""
+    """Keys of a line in attempts.jsonl that the status needs."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 

@@ -12,7 +12,7 @@ from longhaul.scheduling.retry_policy import SnakemakeJob, job_folder_of
 
 
 class SubmittedJob(Protocol):
-    """What is read of Snakemake's SubmittedJobInfo."""
+    """Fields of Snakemake's SubmittedJobInfo that are read."""
 
     @property
     def job(self) -> SnakemakeJob: ...

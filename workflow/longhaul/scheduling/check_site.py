@@ -16,12 +16,12 @@ from longhaul.scheduling.slurm_client import SlurmCommandError, try_submission
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SlurmAnswer:
     """Slurm's answer to the request of some jobs. remedy: empty where the request is accepted."""
 
     jobs: str
     request: SlurmRequest
-    answer: str
+    text: str
     remedy: str = ""
 
     @property
@@ -29,7 +29,7 @@ class Verdict:
         return not self.remedy
 
 
-def check_site(plan: Plan) -> list[Verdict]:
+def check_site(plan: Plan) -> list[SlurmAnswer]:
     """Return Slurm's answer to every different request of a run, and to that of the controller.
 
     Raises:
@@ -41,29 +41,29 @@ def check_site(plan: Plan) -> list[Verdict]:
     for job in jobs_of(plan):
         jobs.setdefault(job_request(plan, job), []).append(str(job))
     jobs.setdefault(controller_request(plan.site), []).append("controller")
-    return [_verdict(", ".join(names), request) for request, names in jobs.items()]
+    return [_ask(", ".join(names), request) for request, names in jobs.items()]
 
 
-def _verdict(jobs: str, request: SlurmRequest) -> Verdict:
+def _ask(jobs: str, request: SlurmRequest) -> SlurmAnswer:
     options = [f"{name}={value}" if value else name for name, value in request.as_sbatch().items()]
     try:
-        return Verdict(jobs, request, try_submission(options))
+        return SlurmAnswer(jobs, request, try_submission(options))
     except SlurmCommandError as error:
         refusal = read_refusal(str(error))
-        return Verdict(jobs, request, refusal.reason, refusal.remedy)
+        return SlurmAnswer(jobs, request, refusal.reason, refusal.remedy)
 
 
-def print_verdicts(verdicts: list[Verdict]) -> None:
+def print_answers(answers: list[SlurmAnswer]) -> None:
     """Print a table of the answers, and a remedy for each refusal."""
     table = Table(title="What Slurm says to each request", title_justify="left")
     for column in ("jobs", "partition", "account", "nodes", "accepted", "Slurm's answer"):
         table.add_column(column, overflow="fold")
-    for verdict in verdicts:
-        request = verdict.request
+    for answer in answers:
+        request = answer.request
         asked = (request.partition or "-", request.account or "-", str(request.nodes))
-        table.add_row(verdict.jobs, *asked, "yes" if verdict.is_accepted else "NO", verdict.answer)
+        table.add_row(answer.jobs, *asked, "yes" if answer.is_accepted else "NO", answer.text)
     console = Console(width=120)
     console.print(table)
-    for verdict in verdicts:
-        if not verdict.is_accepted:
-            console.print(f"{verdict.jobs}: {verdict.remedy}", markup=False)
+    for answer in answers:
+        if not answer.is_accepted:
+            console.print(f"{answer.jobs}: {answer.remedy}", markup=False)

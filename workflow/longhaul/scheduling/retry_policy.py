@@ -21,7 +21,7 @@ from longhaul.jobs.job_spec import LaunchSpec
 
 
 class SnakemakeJob(Protocol):
-    """What is read of Snakemake's jobs; Snakemake has no public type with it."""
+    """Fields of Snakemake's jobs that are read; Snakemake has no public type with it."""
 
     @property
     def params(self) -> Mapping[str, str]: ...

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-"""What signal.signal returns."""
+"""Type that signal.signal returns."""
 
 
 class TerminationSignals:

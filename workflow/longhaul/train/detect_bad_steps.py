@@ -76,7 +76,7 @@ class BadStepFilter:
     """
 
     is_delayed = False
-    """Whether the CPU reads the result of a step only after it has started the next one."""
+    """True if the CPU reads the result of a step only after it has started the next one."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine

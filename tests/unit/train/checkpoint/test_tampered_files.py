@@ -1,4 +1,4 @@
-"""What the start of a training reads: a tampered file is refused with its name, or the checkpoint counts as damaged."""
+"""Files that the start of a training reads: a tampered one is refused with its name, or the checkpoint counts as damaged."""
 
 from __future__ import annotations
 

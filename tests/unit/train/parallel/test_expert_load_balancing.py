@@ -13,7 +13,7 @@ from longhaul.train.parallel.parallel_dims import ParallelDims
 
 CHOSEN_NK = torch.tensor([[0, 1], [0, 2], [0, 1], [3, 2], [3, 2], [3, 2]])
 POSITIONS = torch.tensor([[0, 1, 2], [0, -2, -1]])
-"""Of two sequences; the last two tokens are padding."""
+"""Positions in two sequences; the last two tokens are padding."""
 
 
 class Experts(torch.nn.Module):

@@ -17,7 +17,7 @@ _MAX_LIST_BYTES = 16_000_000
 
 
 class FirstRows(NamedTuple):
-    """What the first rows contain.
+    """Content of the first rows.
 
     unread_columns: names of columns that nothing reads.
     template_keys:  "role.key" of message keys that only the chat template may read.
