@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.artifacts.paths import JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
 from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RunStatus
 
@@ -74,24 +74,20 @@ def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Findi
     logs = _logs(paths, status, slurm_logs)
     in_logs = [finding for job, path in logs for finding in search_log(job, path)]
     return [
-        *_recorded_failures(paths, status),
+        *_recorded_failures(status),
         *_waiting_jobs(status),
         *sorted(in_logs, key=lambda finding: finding.follows),
-        *_handled_faults(paths, status),
+        *_handled_faults(status),
     ]
 
 
-def _recorded_failures(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
+def _recorded_failures(status: RunStatus) -> Iterator[Finding]:
     for job in status.jobs:
         if job.state in (FAILED, INTERRUPTED):
-            record = paths.job(_job_id(job.kind, job.name))
+            record = JobFolder(Path(job.folder))
             evidence = record.failure if job.state == FAILED else record.state
             remedy = job.remedy or "run the same command again: the job continues from its last checkpoint"
             yield Finding(job.name, job.detail, str(evidence), remedy)
-
-
-def _job_id(kind: str, name: str) -> JobId:
-    return JobId(kind, tuple(filter(None, [name.removeprefix(kind).removeprefix("-")])))
 
 
 def _waiting_jobs(status: RunStatus) -> Iterator[Finding]:
@@ -106,10 +102,10 @@ def _waiting_jobs(status: RunStatus) -> Iterator[Finding]:
             )
 
 
-def _handled_faults(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
+def _handled_faults(status: RunStatus) -> Iterator[Finding]:
     """Yield the faults that a restart or a requeue has already dealt with."""
     for job in status.jobs:
-        history = paths.job(_job_id(job.kind, job.name)).history
+        history = JobFolder(Path(job.folder)).history
         reasons = [
             event["reason"] for event in read_events(history) if event["event"] in _HANDLED and event.get("reason")
         ]
@@ -120,18 +116,15 @@ def _handled_faults(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
 def _logs(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[tuple[str, Path]]:
     """Return (job, file) of the logs of all jobs that are not done: the job's own, and those of sbatch by job id."""
     done = {job.name for job in status.jobs if job.state == DONE}
-    own = [(_job_of_log(paths, path), path) for path in sorted(paths.logs.rglob("*.log"))]
+    names = {job.log: job.name for job in status.jobs}
+    own = [(names.get(str(path), path.stem), path) for path in sorted(paths.logs.rglob("*.log"))]
     by_id = {path.stem: path for path in slurm_logs.rglob("*.log")}
     ids: list[tuple[str, str]] = []
     for job in status.jobs:
-        events = read_events(paths.job(_job_id(job.kind, job.name)).history)
+        events = read_events(JobFolder(Path(job.folder)).history)
         ids += dict.fromkeys((job.name, str(event["job_id"])) for event in events if event.get("job_id"))
     of_sbatch = [(name, by_id[job_id]) for name, job_id in ids if job_id in by_id]
     return [(name, path) for name, path in own + of_sbatch if name not in done]
-
-
-def _job_of_log(paths: RunPaths, log: Path) -> str:
-    return "-".join(log.relative_to(paths.logs).with_suffix("").parts)
 
 
 def search_log(job: str, path: Path) -> list[Finding]:

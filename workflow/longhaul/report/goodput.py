@@ -20,7 +20,7 @@ from pathlib import Path
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
 from longhaul.artifacts.record_types import Event, read_events
 
-_ATTEMPT_BEGINS = ("running", "restarted")
+ATTEMPT_BEGINS = ("running", "restarted")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def start_up_times(history: list[Event], events: list[Event]) -> Iterable[float]
     """Yield for each attempt the seconds until its first step may begin, or until its end where it had no step."""
     first_steps = [event["time_s"] for event in events if event["event"] == "training"]
     for event, after in pairwise([*history, None]):
-        if event and event["event"] in _ATTEMPT_BEGINS:
+        if event and event["event"] in ATTEMPT_BEGINS:
             ends_s = max(event["time_s"], _submitted_s(after) if after else event["time_s"])
             step_s = next((s for s in first_steps if event["time_s"] <= s <= ends_s), ends_s)
             yield step_s - event["time_s"]

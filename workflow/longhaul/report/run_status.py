@@ -25,6 +25,7 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
+from longhaul.report.goodput import ATTEMPT_BEGINS
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 
@@ -38,7 +39,7 @@ NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED = (
 )
 _RECENT_STEPS = 50
 _PART_BYTES = 64 * 1024  # of a metrics file, at its start and at its end
-_ATTEMPT_BEGINS, _ATTEMPT_ENDS = ("running", "restarted"), ("waiting", "failed", "done")
+_ATTEMPT_ENDS = ("waiting", "failed", "done")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """One job of the run. `detail`: nodes, the reason it waits, or the cause of its failure."""
+    """One job of the run.
+
+    detail: nodes, the reason it waits, or the cause of its failure
+    folder: of its launch files and records; log: the file that its processes write to
+    """
 
     name: str
     kind: str
@@ -89,6 +94,8 @@ class JobStatus:
     remedy: str = ""
     slurm_job_id: str | None = None
     since: str = ""
+    folder: str = ""
+    log: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,15 +213,17 @@ def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOw
     state, failure = read_state(folder.path), read_failure(folder.path)
     queued = queue.get(str(job)) if queue is not None else None
     slurm_id = queued.job_id if queued else state.job_id if state else None
+
+    def status(found: tuple[str, str], remedy: str = "", job_id: str | None = slurm_id, since: str = "") -> JobStatus:
+        return JobStatus(str(job), job.kind, *found, remedy, job_id, since, str(folder.path), str(paths.log(job)))
+
     if queued and queued.state == "PENDING":
-        return JobStatus(str(job), job.kind, QUEUED, _pending_detail(queued), slurm_job_id=slurm_id)
+        return status((QUEUED, _pending_detail(queued)))
     if failure:
-        return JobStatus(str(job), job.kind, FAILED, failure.cause, failure.remedy, failure.job_id, failure.time)
+        return status((FAILED, failure.cause), failure.remedy, failure.job_id, failure.time)
     if state is None:
-        found = (RUNNING, "the job is starting") if queued else (NOT_STARTED, "")
-        return JobStatus(str(job), job.kind, *found, slurm_job_id=slurm_id)
-    found = _recorded(state, queue is not None and queued is None, owner)
-    return JobStatus(str(job), job.kind, *found, slurm_job_id=slurm_id, since=state.since)
+        return status((RUNNING, "the job is starting") if queued else (NOT_STARTED, ""))
+    return status(_recorded(state, queue is not None and queued is None, owner), since=state.since)
 
 
 def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> tuple[str, str]:
@@ -307,7 +316,7 @@ def allocated_seconds(history: list[dict[str, Any]], now_s: float) -> float:
     """Return the seconds that a job had its allocation, over all attempts; an attempt that still runs counts until `now_s`."""
     total, begun_s = 0.0, None
     for event in history:
-        if event["event"] in _ATTEMPT_BEGINS and begun_s is None:
+        if event["event"] in ATTEMPT_BEGINS and begun_s is None:
             begun_s = event["time_s"]
         elif event["event"] in _ATTEMPT_ENDS and begun_s is not None:
             total += event["time_s"] - begun_s
