@@ -63,12 +63,33 @@ def test_lease_of_another_process_is_not_released(tmp_path: Path):
     assert (tmp_path / "lease").exists()
 
 
-def test_lease_acquired_since_the_owner_was_read_is_put_back(tmp_path: Path):
-    """Another process may remove the dead owner and acquire the lease between this process' two steps."""
+def test_lease_acquired_since_the_owner_was_read_is_never_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """If its file were absent for a moment, a third process would acquire the lease, too."""
     write_lease(tmp_path / "lease", on_another_host())
-    before = (tmp_path / "lease").read_text()
+    forbidden = lambda *paths, **options: pytest.fail(f"{paths} was moved or removed")  # noqa: E731
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "rename", forbidden)
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **options: forbidden(path) if path.name == "lease" else unlink(path, **options)
+    )
     Lease(tmp_path / "lease").remove_dead(dead_process())
-    assert (tmp_path / "lease").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lease"]
+
+
+@pytest.mark.parametrize(("age_s", "is_removed"), [(30, False), (61, True)])
+def test_takeover_of_a_living_process_is_left_alone_until_it_is_abandoned(tmp_path: Path, age_s: int, is_removed: bool):
+    dead, takeover = dead_process(), tmp_path / ".lease.takeover"
+    write_lease(tmp_path / "lease", dead)
+    write_lease(takeover, on_another_host())
+    os.utime(takeover, (time.time() - age_s,) * 2)
+    Lease(tmp_path / "lease").remove_dead(dead)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ([] if is_removed else [".lease.takeover", "lease"])
+
+
+def test_takeover_whose_process_died_on_this_host_does_not_block(tmp_path: Path):
+    write_lease(tmp_path / "lease", dead_process())
+    write_lease(tmp_path / ".lease.takeover", dead_process())
+    assert Lease(tmp_path / "lease").try_acquire()
     assert [path.name for path in tmp_path.iterdir()] == ["lease"]
 
 

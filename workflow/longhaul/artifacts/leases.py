@@ -13,12 +13,16 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.artifacts.typed_json import SlurmJobId, read_typed_json
 from longhaul.errors import UserError
+
+ABANDONED_AFTER_S = 60.0
+"""Age of a takeover from which on its process counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +112,33 @@ class Lease:
         return _read_owner(self.path)
 
     def remove_dead(self, dead: LeaseOwner) -> None:
-        """Remove the lease file of a dead owner.
+        """Remove the lease file if it is still that of a dead owner; another process may have acquired the lease since.
 
-        Of several processes that try, one renames the file. If it finds that another process has acquired the lease since
-        the caller read it, it puts that process' file back.
+        A second lease serialises this. Without it, a process could read the dead owner, wait while another one acquires the
+        lease, and then remove the file of that living owner.
         """
-        moved = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
-        try:
-            self.path.rename(moved)
-        except FileNotFoundError:
+        takeover = Lease(self.path.with_name(f".{self.path.name}.takeover"))
+        takeover._remove_abandoned()
+        if not takeover.try_acquire():
             return
-        if _read_owner(moved) != dead:
-            os.link(moved, self.path)
-        moved.unlink()
+        try:
+            if self.current_owner() == dead:
+                self.path.unlink(missing_ok=True)
+        finally:
+            takeover.release()
+
+    def _remove_abandoned(self) -> None:
+        """Remove a takeover whose process died in it, on any host: a takeover takes milliseconds.
+
+        Both ages come from the clock of the file server, so that the clocks of hosts need not agree.
+        """
+        now = self.path.with_name(f"{self.path.name}.{self.owner.host}.{self.owner.pid}")
+        with suppress(FileNotFoundError):
+            started_s = self.path.stat().st_mtime
+            now.touch()
+            if now.stat().st_mtime - started_s > ABANDONED_AFTER_S:
+                self.path.unlink()
+        now.unlink(missing_ok=True)
 
 
 def _read_owner(path: Path) -> LeaseOwner | None:
