@@ -1,4 +1,5 @@
-"""The command `longhaul`: verbs for people, and the hidden group `longhaul job` for what launch scripts and rules start.
+"""Defines the command `longhaul`: the verbs and options that people type, and the hidden group `longhaul job` that launch scripts
+call.
 
 A verb imports what it needs when it runs, so that `longhaul --help` and the start of a job stay fast.
 """

@@ -1,4 +1,4 @@
-"""Exceptions whose text is written for users."""
+"""Defines UserError (message, hint, exit code 2), InputError, DiskFull and AllocationTooShort; and how messages print."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The small files that pass between jobs, and the rules for reading and writing them safely."""
+"""Files that pass between jobs below results/: paths, JSON fields, atomic writing, hashes, leases, job state, quarantine."""

@@ -1,4 +1,6 @@
-"""Schemas of the small JSON files that pass between rules, one dataclass each. Each file is written atomically and last."""
+"""Fields of the JSON artifacts that rules write: manifests of tokenizer, data and checkpoints, check reports, export, lock file.
+Each file is written atomically and last.
+"""
 
 from __future__ import annotations
 

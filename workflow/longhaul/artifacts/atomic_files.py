@@ -1,4 +1,5 @@
-"""Atomic writing, hashing and reading of small files.
+"""Writes files atomically (temporary file, fsync, rename), hashes them with SHA-256, reads JSON, and turns a full disk into
+DiskFull.
 
 Every arrow between two rules is one small JSON file. It refers to big data by path, size and hash. A file that is an input
 of a training rule must not contain a time, a host or a duration: its bytes decide whether the weights are trained again.

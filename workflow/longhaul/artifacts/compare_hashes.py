@@ -1,4 +1,6 @@
-"""Compares files with the SHA-256 that an artifact recorded for them, before they are used."""
+"""Compares files with the SHA-256 in their manifest, for verified_inputs.py (training) and other jobs; reads a verified
+tokenizer.
+"""
 
 from __future__ import annotations
 

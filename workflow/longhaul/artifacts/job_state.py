@@ -1,4 +1,4 @@
-"""State and outcome of a job, as small files in the job's folder: results/<run>/stages/<stage>/ or …/jobs/<job>/.
+"""Types of state.json, failure.json, outcome.json, deadline.json; failure classes, and which failures prevent a retry.
 
 Exit codes get lost between srun and Snakemake's executor. These files replace them:
 

@@ -1,4 +1,4 @@
-"""Totals of packed conversations: the JSON file beside each pack file, and the shares that follow from it."""
+"""Totals of packed conversations (pack-*.json): documents, cut and dropped ones, and the share of padding that follows."""
 
 from __future__ import annotations
 

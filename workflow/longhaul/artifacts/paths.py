@@ -1,4 +1,5 @@
-"""Names of jobs and files below results/: the only place that spells them. Hashes in names are computed elsewhere.
+"""Spells every job name and every path below results/ (job folders, weights folders, logs, artifacts); no other module does.
+Hashes in names are computed elsewhere.
 
 Paths are relative to the working folder (`snakemake --directory`), in which every job starts. The rules spell the same
 paths in their input, output, log and benchmark lines, as Snakemake needs wildcards there; a test compares both.

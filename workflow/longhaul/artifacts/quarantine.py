@@ -1,4 +1,4 @@
-"""The list of nodes that later submissions exclude: results/quarantine.json."""
+"""Reads and extends results/quarantine.json, the list of bad nodes that later submissions exclude."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The types of the records in a run's .jsonl files. Values that nothing computes with have no fixed type."""
+"""Fields of the lines in metrics.jsonl, attempts.jsonl, events.jsonl and history.jsonl; line_records.py reads the lines. Values
+that nothing computes with have no fixed type.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lookups of files that another host wrote, on a file system whose client caches names.
+"""Waits for files that another host wrote on NFS or FUSE: the client's cache of names (60 s), and fresh listings of folders.
 
 An NFS client caches for up to a minute that a name is absent, and what it was (nfs(5), acdirmax). It asks the server when a
 folder is opened. So these functions list the folder first. Other clients (FUSE) cache longer: if the listing has a name that

@@ -1,4 +1,6 @@
-"""Reads JSON of a run's files and checks its types before anything uses it. A wrong value is named by its place in the file."""
+"""Reads any JSON file of a run and checks the types of its fields; also the valid forms of Slurm job ids and host names. A wrong
+value is named by its place in the file.
+"""
 
 from __future__ import annotations
 

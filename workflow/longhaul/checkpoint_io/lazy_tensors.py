@@ -1,4 +1,4 @@
-"""Tensors that are spread over byte ranges of checkpoint files and read on demand."""
+"""Lazy tensors: byte ranges of checkpoint files that are joined to one tensor, and read only on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Opens a DeepSpeed checkpoint folder, whatever the ZeRO stage, number of ranks and parallel layout that wrote it."""
+"""Opens a DeepSpeed checkpoint folder: chooses the reader for a whole model (zero_checkpoint.py) or a sliced one
+(sliced_checkpoint.py).
+"""
 
 from __future__ import annotations
 

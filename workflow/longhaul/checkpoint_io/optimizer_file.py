@@ -1,4 +1,4 @@
-"""The keys below which one rank's optimizer file holds its partition of the master weights and of Adam's moments.
+"""Keys in one rank's `*_optim_states.pt`: where DeepSpeed keeps master weights, exp_avg, exp_avg_sq and the step count.
 
 DeepSpeed writes a different tree for each ZeRO stage. ZeRO 1 and 2: runtime/zero/stage_1_and_2.py, `state_dict`.
 ZeRO 3: runtime/zero/stage3.py, `_rigid_state_dict`.

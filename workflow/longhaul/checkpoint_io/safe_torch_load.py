@@ -1,4 +1,4 @@
-"""Loads a whole `torch.save` file into memory, as DeepSpeed's engine needs it; no code that the file names runs.
+"""Loads a whole `torch.save` file into memory for DeepSpeed's engine when a stage resumes; only listed classes are allowed.
 
 torch's restricted unpickler builds tensors, containers, numbers and the listed classes. It refuses a file that names anything
 else. torch_archive.py reads the same files lazily; it replaces what it does not know.

@@ -1,4 +1,4 @@
-"""Opens the tensors of safetensors files without mapping them: the pages of a mapping count as memory of the process."""
+"""Opens the tensors of safetensors files without mmap, because mapped pages count as memory of the process."""
 
 from __future__ import annotations
 

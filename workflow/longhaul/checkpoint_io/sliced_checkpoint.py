@@ -1,4 +1,4 @@
-"""Finds master weights and Adam's moments in the checkpoint of a sliced model.
+"""Finds tensors in a checkpoint of tensor, pipeline or expert parallelism; format of slice_index.json.
 
 A model is sliced if tensor, pipeline or expert parallelism spreads its tensors over ranks (ZeRO 1 to 3). DeepSpeed's files
 contain only the names and shapes that the parameters have on each rank. The trainer writes slice_index.json beside them; it

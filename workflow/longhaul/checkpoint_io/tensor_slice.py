@@ -1,4 +1,4 @@
-"""The slice of a whole model tensor that one rank holds.
+"""Slice of a whole tensor that one rank holds: its ranges along each axis, its shape, and how it is cut out and put back.
 
 A row is the part of a tensor that is contiguous in a file: the last axis of a tensor of two or three axes (experts have
 three), or one element of a vector. Rows of a tensor of three axes are numbered over the first two axes.

@@ -1,4 +1,5 @@
-"""Reads a `torch.save` file as a tree of Python values whose tensors stay on disk; no code of the file runs.
+"""Parses a `torch.save` file (zip and pickle) lazily for export and resharding: tensors stay on disk, and no code of the file
+runs.
 
 The file is a zip of stored (uncompressed) members: `data.pkl`, and one member `data/<key>` for each storage. The pickle
 refers to storages by key, so the tree is built without reading them.

@@ -1,4 +1,5 @@
-"""Finds master weights and Adam's moments in the checkpoint of a whole model (data parallelism, ZeRO 0 to 3).
+"""Finds a whole model's tensors in DeepSpeed's files, for ZeRO 0 to 3 (names, frozen weights, buffers); zero_partitions.py
+computes offsets.
 
 The layout is that of deepspeed/utils/zero_to_fp32.py and deepspeed/runtime/zero/{stage_1_and_2,stage3}.py:
 

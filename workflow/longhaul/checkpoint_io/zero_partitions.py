@@ -1,4 +1,5 @@
-"""Finds the elements of each parameter in the partitions that ZeRO's data-parallel ranks hold.
+"""Computes which elements of ZeRO's partitions belong to each parameter: offsets, alignment and padding (as zero_to_fp32.py
+does).
 
 The arithmetic is that of deepspeed/utils/zero_to_fp32.py.
 """

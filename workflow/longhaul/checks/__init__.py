@@ -1,1 +1,1 @@
-"""Checks of nodes, network and stored files."""
+"""Checks of nodes and of the network before training, and `longhaul verify` of stored files afterwards."""

@@ -1,4 +1,4 @@
-"""Times the collectives that training uses, and checks their results.
+"""Times all_reduce, all_gather, reduce_scatter and send/recv, and computes bus bandwidth; fabric.py compares it with the limits.
 
 Bandwidths follow NVIDIA/nccl-tests, doc/PERFORMANCE.md. For n ranks, S bytes and t seconds:
 algorithm bandwidth = S / t

@@ -1,4 +1,4 @@
-"""Checks the nodes of an allocation with one process per node: software, hardware, disks, clocks, and their agreement."""
+"""Runs the environment check, one process per node, and writes its report; node_facts.py measures, node_problems.py decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the network between all ranks of an allocation and compares it with the limits in the site file."""
+"""Runs the fabric check: message sizes, time limits, and comparison with `interconnect.limits` of the site file."""
 
 from __future__ import annotations
 

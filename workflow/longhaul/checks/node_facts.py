@@ -1,4 +1,6 @@
-"""Collects facts about one node: versions, GPUs, memory, disk, compiler, compiled ops. node_problems.py evaluates them."""
+"""Collects facts about one node: versions, GPUs, RDMA ports, memory, disk, compiler, compiled ops; node_problems.py evaluates
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Compares the facts of all nodes with what the plan needs. Problems stop the run, warnings do not."""
+"""Decides what the environment check refuses (problems) and what it only warns of: versions, GPUs, memory, disk, RDMA, clocks.
+Problems stop the run, warnings do not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Reads every file of a run's tokenizer, datasets, checkpoints and exports, and compares it with its recorded hash."""
+"""Verb `longhaul verify`: reads every file of tokenizer, datasets, checkpoints and exports, compares hashes, prints the damaged
+ones.
+"""
 
 from __future__ import annotations
 

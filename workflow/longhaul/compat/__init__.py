@@ -1,1 +1,1 @@
-"""Patches of, and reaches into, private interfaces of other libraries, one module per library."""
+"""Patches and private interfaces of other libraries: one module per library, with the version and the reason of each."""

@@ -1,4 +1,6 @@
-"""Uses of DeepSpeed that its documented interface does not cover. Written for DeepSpeed 0.19.8."""
+"""Patches of DeepSpeed: gradient norm and clipping, skipped updates, loss scaler, files of checkpoints, swapped states, experts,
+ops. Written for DeepSpeed 0.19.8.
+"""
 
 from __future__ import annotations
 

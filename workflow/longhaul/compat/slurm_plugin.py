@@ -1,4 +1,5 @@
-"""Patches of snakemake-executor-plugin-slurm (written for 2.8): defects with which a run may wait for ever, guesses, job names.
+"""Patches of snakemake-executor-plugin-slurm (written for 2.8): requeue of preempted jobs, refused submissions, job names in
+Slurm.
 
 The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forgets the jobs that it does not yield.
 """

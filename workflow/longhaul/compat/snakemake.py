@@ -1,4 +1,4 @@
-"""Patches of, and reaches into, Snakemake's private interfaces (written for 9.27)."""
+"""Patches of Snakemake (written for 9.27): rerun triggers, order-only inputs, retries, hooks of a module, terminal log."""
 
 from __future__ import annotations
 

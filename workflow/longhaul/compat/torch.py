@@ -1,4 +1,6 @@
-"""Uses of torch that its documented interface does not cover. Written for torch 2.13."""
+"""Private parts of torch: ATen ops for selective checkpointing, torch.compile's settings and errors, build locks, fused AdamW.
+Written for torch 2.13.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uses of transformers that its documented interface does not cover."""
+"""Private parts of transformers: fp32 tensors, tied weights, hub names, activation checkpointing, shared heads in SDPA."""
 
 from __future__ import annotations
 

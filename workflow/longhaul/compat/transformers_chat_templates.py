@@ -1,4 +1,4 @@
-"""Rendering of chat templates with transformers, without its clock and without random choices.
+"""Renders a chat template with transformers, with a fixed date and without random choices.
 
 In a module of its own, because compat/transformers.py imports torch, which encoding does without.
 """

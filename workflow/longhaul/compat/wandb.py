@@ -1,4 +1,6 @@
-"""Uses of W&B that its documented interface does not cover. Written for wandb 0.31."""
+"""Private parts of W&B: how often offline rows are flushed, and how a run that was deleted on the server is recognised. Written
+for wandb 0.31.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The config: its keys and their limits, the YAML reader, and the sizes of the configured model."""
+"""Config keys and their limits (run config and site file), the YAML reader, and the sizes of the configured model."""

@@ -1,4 +1,4 @@
-"""Activation counts of a decoder layer, from the keys of a Hugging Face config.
+"""Counts the activations (elements per token) that a decoder layer saves for the backward pass; activation_memory.py gives bytes.
 
 `c` is the config as a dict. All counts are elements per token, not bytes. `sparse` says for each layer whether it has routed
 experts.

@@ -1,4 +1,4 @@
-"""Config section `model`: the Hugging Face config keys that define a network, with one class per architecture.
+"""Keys of section `model`: one class per model family (Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2 and V3), or `pretrained`.
 
 Field names and defaults equal those of the config classes in transformers; a test compares them. A config from a model card
 therefore works, and a misspelt key is reported at once. Sizes have no default, because a wrong default would waste a training.

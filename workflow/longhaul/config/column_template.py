@@ -1,4 +1,4 @@
-"""Templates that join columns of a row, such as "{instruction}\\n{input}"; a text without braces is a column's name."""
+"""Parses templates that join columns of a row, such as "{instruction}\\n{input}"; a text without braces is a column's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats of data files, known by the suffix of their names."""
+"""Suffixes of data files and their formats (.jsonl, .json, .parquet, .csv, .txt, .arrow; .gz, .zst); files that are no data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Config sections for datasets and the tokenizer. Each source is files, the Hugging Face Hub or this machine."""
+"""Keys of sections `datasets` and `tokenizer`: files, hub, mixture, columns, bad_rows, validation_fraction, deduplicate,
+decontaminate. Each source is files, the Hugging Face Hub or this machine.
+"""
 
 from __future__ import annotations
 

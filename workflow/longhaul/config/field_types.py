@@ -1,4 +1,4 @@
-"""Field types shared by the run config and the site file: bounded numbers and strings that are safe to pass on."""
+"""Types of config values: allowed characters of names and Slurm words, ranges of numbers, durations; safe to pass to a shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generator of the config reference: python -m longhaul.config.generate_config_docs [--check].
+"""Generates docs/config.md, config/default.yaml and the JSON schemas from the config classes.
 
 It writes config/config.schema.json and config/site.schema.json for editors, config/default.yaml with a comment for each key,
 and docs/config.md.

@@ -1,4 +1,4 @@
-"""Loading of a run config and its site file into frozen models.
+"""Finds and loads a run config and its site file (name in config/sites or a path), and resolves relative paths.
 
 Every error is a UserError that names the key, the value, the limit and the remedy.
 """

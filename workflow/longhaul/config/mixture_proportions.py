@@ -1,4 +1,4 @@
-"""Conversion of a mixture's weights from decimal numbers to small whole numbers."""
+"""Converts a mixture's decimal weights to the smallest whole numbers with the same proportions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of a network, computed from its Hugging Face config without building it."""
+"""Computes a model's total and active parameters, layer sizes and FLOPs per token; sums the counts of parameter_counts.py."""
 
 from __future__ import annotations
 

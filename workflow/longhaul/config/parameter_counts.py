@@ -1,4 +1,4 @@
-"""Parameter counts of a decoder layer's parts, from the keys of a Hugging Face config.
+"""Counts the parameters of each part of a decoder layer: attention, MLA, MLP, experts; model_size.py sums them.
 
 `c` is the config as a dict. All counts are parameters, not bytes.
 """

@@ -1,4 +1,4 @@
-"""One partition of a site file: what its jobs ask Slurm for, and the shape of its nodes."""
+"""Keys of one partition in the site file: account, qos, constraint, GPU request, memory, binding, and the shape of a node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: which keys of `rope_scaling` have an effect, and the numbers that follow from them.
+"""Checks `rope_scaling` (keys of each rope_type: linear, dynamic, yarn, longrope, llama3), and computes the rotary frequencies.
 
 transformers ignores a key that its rope_type does not use, so a misspelt key would train another model without an error. The
 formulas here are written from the papers, and the trainer compares the network with them before the first step.

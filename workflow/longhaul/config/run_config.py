@@ -1,4 +1,4 @@
-"""The run config: every key of a run with its unit, default and limits.
+"""Top-level keys of a run config (run, site, seed, storage, checks, data_jobs, trackers), with defaults and limits.
 
 `config/config.schema.json`, `config/default.yaml` and `docs/config.md` are generated from these classes.
 """

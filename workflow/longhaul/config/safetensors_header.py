@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file without torch, so that the plan can check pretrained weights.
+"""Parses the header of a safetensors file without torch, so that the plan can check pretrained weights.
 
 The file is an 8-byte little-endian header length, a JSON header, and the tensor data
 (https://huggingface.co/docs/safetensors).

@@ -1,4 +1,4 @@
-"""Finds the files that longhaul ships beside its code: Snakefile, rules, templates, site files, profiles, constraints."""
+"""Finds the Snakefile, rules, templates, site files, profiles and constraints, in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 

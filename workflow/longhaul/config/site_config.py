@@ -1,4 +1,6 @@
-"""The site file: partitions, network and software of a computing centre or of this machine."""
+"""Keys of the site file: scheduler, requeue, interconnect with limits, environment variables, quotas; partitions are in
+partition_config.py.
+"""
 
 from __future__ import annotations
 

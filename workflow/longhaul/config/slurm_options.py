@@ -1,4 +1,4 @@
-"""Options of sbatch and srun that a site file must not set, because longhaul sets them or a job would not run as planned."""
+"""Lists the options of sbatch and srun that `sbatch_extra` and `srun_extra` of a site file must not set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job environment in a site file: the build of torch, modules, and the venv, conda environment or container."""
+"""Keys `software` and `accelerator` of the site file: modules, venv, conda or container, and torch's CUDA or ROCm build."""
 
 from __future__ import annotations
 

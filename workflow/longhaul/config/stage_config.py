@@ -1,4 +1,6 @@
-"""Config section `stages`: everything that one training stage needs."""
+"""Keys of one training stage: optimizer (lr, weight decay), schedule, batch, parallel, zero, checkpoints, recovery
+(max_restarts), export.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies an example config and a site file into a user's folder, as the start of a run."""
+"""Verb `longhaul init`: copies an example config and a site file into the user's folder."""
 
 from __future__ import annotations
 

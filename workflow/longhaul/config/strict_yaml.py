@@ -1,4 +1,4 @@
-"""Strict YAML 1.2 reader: no duplicate keys, no tags, no keys that JSON does not have, no unbounded size, nesting or aliases."""
+"""Reads YAML 1.2 strictly: no duplicate keys, no tags, `no` is a text and not false; limits of size, depth and aliases."""
 
 from __future__ import annotations
 

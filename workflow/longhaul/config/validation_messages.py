@@ -1,4 +1,4 @@
-"""Conversion of pydantic's validation errors to messages that name the key, the value and the expected value."""
+"""Words the error messages for bad config values and unknown keys: suggestions, renamed and unsupported keys."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Read data files, encode documents, filter them, write token shards, and read training samples."""
+"""Data: reads files, encodes documents as tokens, filters them, writes shards, and gives training samples."""

@@ -1,4 +1,4 @@
-"""Check the run's own input files before a job waits in the queue: what can be known from their first rows and headers."""
+"""Checks before submission that the first rows of data files are valid and the tokenizer fits the model; calls first_rows.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the demo's datasets from Python's standard library: its source code as texts, and its docstrings as chats."""
+"""Writes the demo's datasets from Python's standard library: source code as texts, docstrings as chats."""
 
 from __future__ import annotations
 

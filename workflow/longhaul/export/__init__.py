@@ -1,1 +1,1 @@
-"""Writes a checkpoint as a Hugging Face folder and verifies it against the trainer's reference values."""
+"""Export: writes a checkpoint as a Hugging Face folder and verifies it against the trainer's reference values."""

@@ -1,4 +1,4 @@
-"""Exports one checkpoint as a Hugging Face folder with tokenizer files, and keeps the folder only when it is verified."""
+"""Runs the export job in order (open, write, verify, sample), and replaces the old folder only when every verification passes."""
 
 from __future__ import annotations
 

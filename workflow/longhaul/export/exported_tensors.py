@@ -1,4 +1,4 @@
-"""Lists the tensors of an export with the names, shapes and types that models have on the Hugging Face Hub.
+"""Lists the tensors of an export: hub names, shapes, dtype (export_dtype, fp32 exceptions), one tensor per expert.
 
 The hub stores one tensor per expert (see config/pretrained_format.py). In the model, one tensor holds all experts of a layer.
 Each exported expert is one contiguous range of that tensor.

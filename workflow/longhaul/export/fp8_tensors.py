@@ -1,4 +1,4 @@
-"""Block-scaled FP8, as DeepSeek publishes its models: the matrices of the decoder layers in 8 bits.
+"""Quantizes matrices to block-scaled FP8 (128 x 128, float8_e4m3fn), as DeepSeek publishes them.
 
 A matrix [M, N] is float8_e4m3fn. Each block of 128 x 128 elements has one fp32 factor, the block's largest absolute value divided
 by 448, the largest number of the type. An element is its FP8 value times its block's factor. Source: weight_dequant in

@@ -1,4 +1,6 @@
-"""Generates the sample texts of an export. Decoding is greedy, so the same weights always give the same text."""
+"""Generates the sample texts of an export by greedy decoding: 48 new tokens for each of the trainer's prompts. Decoding is
+greedy, so the same weights always give the same text.
+"""
 
 from __future__ import annotations
 

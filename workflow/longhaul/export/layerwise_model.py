@@ -1,4 +1,4 @@
-"""Runs a causal language model with at most one decoder layer in memory.
+"""Runs a model with one decoder layer in memory at a time, so that verification works for models larger than the memory.
 
 The code of transformers computes everything, in three steps:
 1. A forward pass computes embeddings, masks, positions and rotary tables. Its decoder layers only record their arguments.

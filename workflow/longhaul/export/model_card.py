@@ -1,4 +1,4 @@
-"""Writes the README.md of an export, with its provenance and verification."""
+"""Writes the README.md of an export: provenance, verification results, usage."""
 
 from __future__ import annotations
 

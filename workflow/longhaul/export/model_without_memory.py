@@ -1,4 +1,4 @@
-"""Builds a Hugging Face model without memory for its weights."""
+"""Builds a Hugging Face model on the meta device from a config.json, and refuses unsupported families."""
 
 from __future__ import annotations
 

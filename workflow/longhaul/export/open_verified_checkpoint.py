@@ -1,4 +1,4 @@
-"""Opens the checkpoint that is exported. All of its files are compared with their hashes before any of them is used."""
+"""Opens the checkpoint of an export job, after it has compared all files with the sizes and hashes in manifest.json."""
 
 from __future__ import annotations
 

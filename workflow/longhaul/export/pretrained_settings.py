@@ -1,4 +1,4 @@
-"""Keeps what a pretrained folder says about its model, beyond what the network needs: how to generate, and unknown keys."""
+"""Keeps settings of the pretrained folder in the export: generation_config.json, special token ids, unknown config keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the tensors of an export in blocks, so that memory does not grow with the size of a tensor."""
+"""Divides tensors into blocks for reading and writing; number of threads of an export."""
 
 from __future__ import annotations
 

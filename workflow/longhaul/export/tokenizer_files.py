@@ -1,4 +1,4 @@
-"""Copies the run's tokenizer into an export, in a form that transformers 4 and 5 and servers read alike.
+"""Copies the tokenizer into the export so that transformers 4, 5 and servers give the same ids, and compares them.
 
 tokenizer.json holds the whole tokenizer: normalization, splitting, vocabulary, special tokens. transformers 5 names the class
 that reads it TokenizersBackend, which older releases do not know. PreTrainedTokenizerFast is that class in all releases.

@@ -1,4 +1,4 @@
-"""Loads an export with from_pretrained and treats the warnings of transformers as errors."""
+"""Verifies that from_pretrained loads the export without a warning, and that a small model has the exported values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifies that the exported model computes the trained model's logits for the trainer's fixed prompts.
+"""Verifies the logits of an export against the trainer's; decides the criterion: bit-equal, or a bound on the difference.
 
 reference/logits.safetensors  input_ids [P, T] int64 and the live engine's logits [P, T, V] fp32
 reference/logits.json         device type, thread count, compute data type and torch version of the trainer

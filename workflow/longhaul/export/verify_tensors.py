@@ -1,4 +1,4 @@
-"""Verifies the tensors of an export against the hashes that the trainer computed from the live engine.
+"""Verifies each exported tensor by the SHA-256 that the trainer computed from the live engine; largest error of FP8.
 
 reference/tensors.json in the checkpoint holds the SHA-256 of every gathered parameter and buffer, in fp32 and as cast for
 the export.

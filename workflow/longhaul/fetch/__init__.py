@@ -1,1 +1,1 @@
-"""Download the models, tokenizers and datasets that a config names, and pin their revisions."""
+"""Fetch: downloads the models, tokenizers and datasets that a config names on the hub, and pins their revisions."""

@@ -1,4 +1,6 @@
-"""Resolve Hugging Face Hub ids to commits, download them, and write the demo's corpus. Needs internet access."""
+"""Resolves hub ids to commits, chooses which files of a repository are downloaded, and returns the content of the lock file.
+Needs internet access.
+"""
 
 from __future__ import annotations
 

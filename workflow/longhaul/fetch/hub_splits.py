@@ -1,4 +1,4 @@
-"""List the files of a split of a hub dataset as `datasets` resolves them, and stream its first rows."""
+"""Lists the files of a hub dataset's configuration and split, and streams its first rows (max_documents)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Job kinds, job specs, Slurm requests of jobs, and the files that start a job."""
+"""Jobs: the kinds of jobs, the spec (JSON) that each reads, and the files that start it; Slurm options are in planning/."""

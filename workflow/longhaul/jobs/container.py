@@ -1,4 +1,4 @@
-"""The container command that a step is started with, and the folders that it binds."""
+"""Builds the Apptainer, Singularity or Pyxis command of a step, and the folders that a container binds."""
 
 from __future__ import annotations
 

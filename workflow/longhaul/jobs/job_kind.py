@@ -1,4 +1,4 @@
-"""Job kinds: one declaration for all that rules, CLI, rendering and report need to know about a kind of job.
+"""Class of a job kind (spec, request, rerun key, steps, max_restarts), and the lists of all kinds and all jobs of a run.
 
 Each module in `longhaul.jobs.kinds` declares its kinds as KIND or KINDS. They are found by listing that folder, so a new
 step of the pipeline needs a declaration there, a rule file, and one `include:` in workflow/Snakefile.

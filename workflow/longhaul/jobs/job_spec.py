@@ -1,4 +1,5 @@
-"""Job specs: one JSON file per job, rendered before submission, which tells the job what to do.
+"""Base class of job specs (job.json), and launch.json: the steps, inputs, and requeue and restart settings that a supervisor
+reads.
 
 A job never reads the user's config, so an edit that is made while the job waits in the queue cannot change it. Relative
 paths are relative to the working folder (`snakemake --directory`), in which launch.sh starts every job.

@@ -1,4 +1,4 @@
-"""The files that start a job: launch.sh, launch.json, job.sbatch, and the job specs; and controller.sbatch of a run."""
+"""Writes launch.sh, launch.json, job.sbatch and controller.sbatch: srun command and binding, modules, environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rendering of Jinja templates. The values come from elsewhere: sbatch options from planning/slurm_request.py."""
+"""Renders Jinja templates with shell quoting (sbatch scripts, ds_config.json); the values come from other modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a run, computed from its config without running anything."""
+"""Plan of a run: steps, layouts, memory, Slurm requests and DeepSpeed config, computed and checked before submission."""
 
 from longhaul.planning.input_files import dataset_files, evaluation_files, left_out_files, model_config
 from longhaul.planning.plan import Plan, StagePlan, build_plan

@@ -1,4 +1,4 @@
-"""Memory of activations, attention masks and logits on one rank."""
+"""Bytes of activations, attention masks and logits on one rank, for each kind of activation checkpointing; elements × dtype."""
 
 from __future__ import annotations
 

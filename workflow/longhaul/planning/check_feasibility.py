@@ -1,4 +1,4 @@
-"""Checks that refuse a stage or a dataset before anything is submitted, and the batch arithmetic of a stage."""
+"""Refuses a stage or dataset that cannot work: batch arithmetic, schedule, precision, offload, nodes, minutes, memory, quotas."""
 
 from __future__ import annotations
 

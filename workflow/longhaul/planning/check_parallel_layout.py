@@ -1,4 +1,5 @@
-"""Checks of a stage's parallel layout. Each error names the nearest layout that works.
+"""Refuses parallel layouts that are untested or do not divide the model: tensor, pipeline, expert, sequence, ZeRO, PowerSGD. Each
+error names the nearest layout that works.
 
 Only combinations that tests/parity proves are allowed.
 """

@@ -1,4 +1,4 @@
-"""Size of one checkpoint: bytes, files and the time to write it."""
+"""Estimates one checkpoint: bytes, number of files, seconds to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of names in a config that refer to another part of it."""
+"""Refuses names in a config that refer to nothing: start_from, dataset, mixture parts, tokenizer datasets, data_jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constants of the trainer that the plan also needs. The trainer and the plan both import them from this module."""
+"""Constants that plan and trainer share: tokens per loss chunk, PowerSGD bucket size, buffers and sizes of swapping to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""DeepSpeed config of a planned stage, without the values that only a running process knows. The trainer adds those.
+"""Sets each key of ds_config.json (lr, weight_decay, zero_optimization, fp16); parameter groups are in train/deepspeed_engine.py.
+The trainer adds the values that only a running process knows.
 
 The optimizer's lr and weight_decay are written only here; the trainer reads them from ds_config.json.
 """

@@ -1,4 +1,6 @@
-"""The plan's estimate of memory on one rank: the sum of model states, activations and logits. Nothing is allocated."""
+"""Sums the memory estimate of the fullest rank: model_state_memory.py gives the states, activation_memory.py the activations.
+Nothing is allocated.
+"""
 
 from __future__ import annotations
 

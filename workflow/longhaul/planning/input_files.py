@@ -1,4 +1,6 @@
-"""Files that a config refers to: datasets, evaluation texts, tokenizer and pretrained model."""
+"""Checks that all files a config names exist and are usable: data, tokenizer, pretrained config.json and weights, storage
+folders.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of weights, gradients and optimizer states, of layers that ZeRO 3 gathers, and of buffers."""
+"""Bytes of weights, gradients, optimizer states and buffers on one rank, by ZeRO stage and offload; snapshot of a save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a run: everything that follows from a config before a job is submitted.
+"""Builds the plan: steps from tokens, ranks, accumulation, FLOPs (assumed MFU 40 %), warnings of every stage; calls all checks.
 
 Apart from the config, the plan reads only small local JSON files: the lock file and a local model's config.json. So
 `snakemake -n` is fast, and every job can compute the plan again. All errors that can be found here are raised here.

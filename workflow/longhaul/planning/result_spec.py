@@ -1,4 +1,4 @@
-"""Result spec of a stage: everything that its weights depend on."""
+"""Decides what makes a stage train again: the config keys on which its weights depend."""
 
 from __future__ import annotations
 

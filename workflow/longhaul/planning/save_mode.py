@@ -1,4 +1,4 @@
-"""Decides whether files of a checkpoint are written while training continues: only if a copy of them fits in a node's memory."""
+"""Decides whether checkpoints are written while training continues (asynchronous), or training waits, by the node's memory."""
 
 from __future__ import annotations
 

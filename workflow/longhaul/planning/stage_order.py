@@ -1,4 +1,4 @@
-"""Order of the training stages: each stage follows the stage that it starts from."""
+"""Sorts the training stages: each follows the stage that it starts from; refuses cycles."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Prints a plan, and writes the HTML report of a finished run. Nothing here imports torch."""
+"""Report: the tables of `plan`, the values and texts of `status` and `doctor`, and the HTML page; nothing here imports torch."""

@@ -1,4 +1,6 @@
-"""Compares a run with the values that a healthy training reaches. Each metric has a written definition and a limit."""
+"""Acceptance table of the report: limits for GPU utilisation, spread of step times, GPU memory, and time waiting for data. Each
+metric has a written definition and a limit.
+"""
 
 from __future__ import annotations
 

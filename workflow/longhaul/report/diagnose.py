@@ -1,4 +1,6 @@
-"""`longhaul doctor`: recorded failures, advice for jobs that Slurm lets wait, and lines of logs (known_problems.yaml)."""
+"""Finds the causes for `longhaul doctor`: failure.json, advice for each Slurm pending reason, patterns in logs; formats the
+findings.
+"""
 
 from __future__ import annotations
 

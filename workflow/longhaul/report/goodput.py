@@ -1,4 +1,5 @@
-"""Divides a stage's wall-clock time into parts. Each second counts once.
+"""Divides a stage's time into queue, stopped, start-up, training, validation, saving, lost work, restarts and fault detection.
+Each second counts once.
 
 Two files are read:
 history.jsonl (supervisor) an attempt begins with `running` or `restarted`; `waiting`, `failed` and `done` end it.

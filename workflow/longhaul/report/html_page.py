@@ -1,4 +1,6 @@
-"""Writes the report of a run, also while it runs. The HTML page needs no other file and no network."""
+"""Lists the numbers in the report's tables of stages, summary and exports; templates/report/report.html.j2 holds their columns.
+The HTML page needs no other file and no network.
+"""
 
 from __future__ import annotations
 

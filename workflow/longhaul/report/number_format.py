@@ -1,4 +1,4 @@
-"""Formats values for people: `1.23 M`, `3.4 GiB`, `4 min 12 s`. A missing value becomes an en dash."""
+"""Formats numbers for people: `1.23 M`, `3.4 GiB`, `4 min 12 s`, `12 %`; a missing value becomes an en dash."""
 
 from __future__ import annotations
 

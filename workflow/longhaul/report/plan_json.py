@@ -1,4 +1,4 @@
-"""The content of results/<run>/plan.json: a plan as JSON, for the plan table and the report."""
+"""Rows and keys of plan.json: what `longhaul plan` and the report show of each stage, dataset and job; GPU-hours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints a plan as tables."""
+"""Prints the tables of `longhaul plan`: rows, columns, notes and warnings; plan_json.py gives the values."""
 
 from __future__ import annotations
 

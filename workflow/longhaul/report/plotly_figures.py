@@ -1,4 +1,4 @@
-"""Builds the Plotly figures of the report."""
+"""Draws the report's Plotly figures: loss, speed, schedule, goodput, timeline of jobs, fabric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Reads the files of a run for the report. Parts that the run has not made yet are None or absent."""
+"""Collects all values of the report from a run's files: stages, attempts, saves, epochs, job timespans. Parts that the run has
+not made yet are None or absent.
+"""
 
 from __future__ import annotations
 

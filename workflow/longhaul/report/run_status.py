@@ -1,4 +1,4 @@
-"""Reads the values of `longhaul status`, of the progress lines and of the summary: jobs, progress of stages, costs.
+"""Computes the values of `longhaul status`: job states, step, loss, time left, GPU-hours; job_queue.py fetches pending reasons.
 
 Only small files and the ends of large ones are read, so that the answer comes within two seconds for 1,000 stages.
 """

@@ -1,4 +1,4 @@
-"""Formats the values of `longhaul status`: tables for terminals, single lines for logs, and the summary at the end."""
+"""Formats `longhaul status` as text: tables, progress lines, final summary; run_status.py computes the values."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Parts that a job's processes need to run together: ranks, rendezvous, heartbeat, compiled ops, swap folders."""
+"""Runtime of a job's processes: ranks, rendezvous, heartbeat, GPU and core binding, compiled ops, swap folders."""

@@ -1,4 +1,4 @@
-"""The folder of DeepSpeed's compiled ops, and the removal of locks that a killed compiler leaves in it.
+"""Folder of DeepSpeed's compiled ops (TORCH_EXTENSIONS_DIR), and removal of locks that killed builds leave.
 
 torch compiles an op in `$TORCH_EXTENSIONS_DIR/<op>/`. The process that creates the lock file there builds; all others wait
 without limit until the file is gone. A builder that is killed leaves the file, and every later run would hang.

@@ -1,4 +1,4 @@
-"""Limit of the CPU time of code that a user's file decides, such as a chat template, which is a program."""
+"""Limits the CPU time of code that a user's file decides, such as a chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report that a failing process writes about its own failure: failures/rank-*.json."""
+"""Classifies an exception (out of memory, disk full, permission, transient), and writes failures/rank-*.json with its remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heartbeats: find a hung process or a lost node in bounded time and name it, while a collective would wait on.
+"""Detects hung processes and lost nodes by counters in rank 0's store (heartbeat_timeout_s), reports and ends them.
 
 Every rank increments a counter in rank 0's store. Rank 0 looks for counters that do not change. The other ranks notice when
 rank 0's store does not answer. The rank that notices writes a failure report and exits. The launcher then ends the others.

@@ -1,4 +1,4 @@
-"""Imports of a job's process, made cheap: a training starts thousands of processes."""
+"""Makes imports of a job's process cheap: no garbage collection, no MLflow."""
 
 from __future__ import annotations
 

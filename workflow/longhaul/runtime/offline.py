@@ -1,4 +1,4 @@
-"""Environment variables that keep Hugging Face libraries off the network, which compute nodes do not have."""
+"""Environment variables that keep Hugging Face libraries offline in jobs: HF_HUB_OFFLINE and others."""
 
 from __future__ import annotations
 

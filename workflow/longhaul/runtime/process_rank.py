@@ -1,4 +1,4 @@
-"""The rank of this process: read from the srun task, else from torchrun, else it is the only process."""
+"""Reads this process's rank from srun or torchrun, sets RANK and WORLD_SIZE, and checks the planned number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU and the cores that a rank uses on its node."""
+"""Chooses a rank's GPU on its node, and binds the rank to the cores near that GPU (NUMA)."""
 
 from __future__ import annotations
 

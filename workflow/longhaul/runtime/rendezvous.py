@@ -1,4 +1,4 @@
-"""The rendezvous of a job's ranks: it ends in bounded time and names the ranks that are missing.
+"""Joins all ranks in a process group within 180 s, and names the ranks and nodes that are missing.
 
 torch's own rendezvous only counts the missing ranks. Here every rank first registers in rank 0's store. So a node that
 never started is named before any collective waits for it.

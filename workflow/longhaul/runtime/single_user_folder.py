@@ -1,4 +1,4 @@
-"""Folders on a node's disk that only one user may write to."""
+"""Creates folders on a node's disk that only this user may write to."""
 
 from __future__ import annotations
 

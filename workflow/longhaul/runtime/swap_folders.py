@@ -1,4 +1,4 @@
-"""Swap folders: they hold a rank's offloaded states on its node's disk. Those of killed ranks are removed.
+"""Makes a rank's folder for states offloaded to NVMe, and removes folders that killed ranks left.
 
 A rank locks its folder with flock(2) while it lives; the kernel releases the lock with the process. So a process that gets
 the lock of a folder knows that no other process uses it. The folders are on a node's own file system, where flock(2) works.

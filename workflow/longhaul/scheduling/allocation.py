@@ -1,4 +1,4 @@
-"""The allocation that a job runs in: the nodes and the time that Slurm gave it, or this machine without Slurm."""
+"""Describes this job's allocation: nodes, partition, Slurm's restart count, unresponsive nodes; refuses a second active job."""
 
 from __future__ import annotations
 

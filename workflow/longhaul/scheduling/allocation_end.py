@@ -1,4 +1,4 @@
-"""Decides how an allocation ends when its job is not done: requeue, leave the retry to Snakemake, or fail.
+"""Decides after a failed or stopped attempt: restart in place, requeue (preempted, time limit), quarantine a lost node, or fail.
 
 Every decision exits this process with code 1, after the records are written.
 """

@@ -1,4 +1,4 @@
-"""Records that a user cancelled a job in the queue: no supervisor ran that could record it."""
+"""Records in failure.json that a user cancelled a job while it waited in the queue, so that it is not retried."""
 
 from __future__ import annotations
 

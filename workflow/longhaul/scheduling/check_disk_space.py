@@ -1,4 +1,5 @@
-"""Checks before a run that there is disk space for its own records. Retries after a full disk are in retry_policy.py.
+"""Checks before a run that 1 MiB can be written to results/, and prints at exit that the disk is full; retry_policy.py decides
+retries.
 
 When the disk is full, log files stay empty. So these errors go to the terminal.
 """

@@ -1,4 +1,4 @@
-"""Asks Slurm whether it accepts each kind of job of a run, without submitting one."""
+"""Verb `longhaul site check`: asks Slurm with `sbatch --test-only` whether it accepts each job of a run."""
 
 from __future__ import annotations
 

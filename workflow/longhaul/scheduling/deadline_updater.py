@@ -1,4 +1,4 @@
-"""Keeps deadline.json up to date: when the allocation ends, and whether Slurm needs its nodes for another job."""
+"""Asks Slurm again and again for the end of the allocation and for a preemption, and writes deadline.json for the trainer."""
 
 from __future__ import annotations
 

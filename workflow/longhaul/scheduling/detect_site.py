@@ -1,4 +1,4 @@
-"""Writes a first site file from what Slurm shows on a login node: partitions, node shapes, accounts, network interfaces."""
+"""Verb `longhaul site detect`: writes a first site file from Slurm's partitions, node shapes, accounts and interfaces."""
 
 from __future__ import annotations
 

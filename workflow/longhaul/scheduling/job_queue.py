@@ -1,4 +1,4 @@
-"""Finds the jobs of a run in Slurm's queue, with one call of squeue."""
+"""Fetches from squeue the queued jobs of a run, with state, pending reason and expected start; status_text.py prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor's records of a job: state.json, history.jsonl, failure.json, and nodes that it adds to the quarantine."""
+"""Writes state.json, history.jsonl and failure.json of a job; counts its allocations, requeues included; quarantines nodes."""
 
 from __future__ import annotations
 

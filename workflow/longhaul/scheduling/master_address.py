@@ -1,4 +1,4 @@
-"""The address under which the ranks of a job reach rank 0, which runs on the first node."""
+"""Chooses MASTER_ADDR: the first node's name, a suffix, or the address of a network interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's Slurm request at submission: the plan's without quarantined nodes, and after an earlier job that still runs."""
+"""Changes a job's request when it is submitted: excludes quarantined nodes, waits for an earlier active job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines in the terminal of `longhaul run` and of `snakemake`: one line per event of a job, and the progress once a minute.
+"""Prints the lines and progress bars in the terminal of `longhaul run`: one line per event of a job.
 
 Snakemake's log file keeps everything. In a terminal, the stages and jobs stay visible below the lines, with progress bars.
 """

@@ -1,4 +1,6 @@
-"""Runs the steps of a job, once per attempt."""
+"""Runs the steps of one attempt as processes (MASTER_PORT, SIGTERM), and returns the first failure; supervisor.py counts
+attempts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads why sbatch refuses a job: for ever, because the request is wrong, or for now, because a limit or the controller is busy.
+"""Classifies why sbatch refuses a job: permanently (bad account, QOS, limits) or temporarily (busy), and how long to wait.
 
 The texts are those of slurm_strerror and of job submit plugins; the executor plugin adds those of its own account check.
 """

@@ -1,4 +1,6 @@
-"""The verbs `longhaul status` and `longhaul doctor`: find the run that the user names, read its status, print it."""
+"""Verbs `longhaul status` and `longhaul doctor`: finds the named run, reads its status, prints text or JSON, repeats with
+--watch.
+"""
 
 from __future__ import annotations
 

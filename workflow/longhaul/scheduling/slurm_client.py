@@ -1,4 +1,6 @@
-"""Calls of Slurm's commands. An error of Slurm is never mistaken for a job that is unknown to Slurm or finished."""
+"""Calls scontrol, squeue, sacctmgr, sbatch --test-only and srun: job info, queue, requeue, node lists, down nodes. An error of
+Slurm is never mistaken for a job that is unknown to Slurm or finished.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that the Snakemake files need from the package: the plan, what rules are declared with, and the run's hooks."""
+"""Functions that the Snakefile calls: load the plan, resources of rules, patches, lease; the start and the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Supervises one job in one allocation: runs its steps, restarts them after a crash, or requeues the job.
+"""Supervises one job on its first node: repeats attempts after a crash, and counts crashes without a new checkpoint against
+max_restarts.
 
 | what happens                                    | what the supervisor does                                     |
 | a process crashes                               | restarts the steps in the same allocation                    |

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT of the supervisor. Slurm sends SIGTERM for scancel, a requeue, a preemption and the time limit."""
+"""Receives SIGTERM and SIGINT for the supervisor: scancel, requeue, preemption, time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a decoder layer keeps for its backward pass, and what it recomputes there."""
+"""Sets which activations a decoder layer keeps or recomputes: none, selective, full, offload."""
 
 from __future__ import annotations
 

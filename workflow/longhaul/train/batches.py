@@ -1,4 +1,4 @@
-"""Global batches as this rank's micro batches, in an order that depends on the step and the skipped batches alone."""
+"""Cuts each global batch into this rank's micro batches, and reads them ahead in a thread."""
 
 from __future__ import annotations
 

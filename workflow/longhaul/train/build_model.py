@@ -1,4 +1,4 @@
-"""The network of a stage as a Hugging Face causal LM, with its initial weights."""
+"""Builds the network of a stage from its Hugging Face config, sets its initial weights, checks its rotary embedding."""
 
 from __future__ import annotations
 

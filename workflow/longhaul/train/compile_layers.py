@@ -1,4 +1,4 @@
-"""torch.compile of every decoder layer on GPUs: one kernel for what lies between two matrix products or attentions.
+"""Compiles each decoder layer on GPUs with torch.compile, and falls back where that fails.
 
 Each layer is compiled for itself. All layers of one kind share one compiled graph, so a deep model compiles as fast as a shallow
 one, and embedding, head and the hooks of DeepSpeed stay outside. Only passes that need gradients are compiled. Validation and the

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around a built model, and its settings."""
+"""Builds DeepSpeed's engine from ds_config.json: parameter groups (no weight decay for norms and biases), swap folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Detection of bad steps, before the optimizer applies them: loss or gradient norm not finite, or a spike of the loss."""
+"""Detects bad steps before the optimizer applies them: loss or gradient norm not finite, or a loss spike; applies gradient
+clipping.
+"""
 
 from __future__ import annotations
 

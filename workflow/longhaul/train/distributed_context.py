@@ -1,4 +1,4 @@
-"""The distributed context of a training process: its rank, its device, its process groups and the collectives they share."""
+"""Sets up a training process (device, CPU threads, process groups, swap folder); sums, broadcasts and gathers over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of experts under ZeRO 3: their gathered weights are not kept from the forward pass to the backward pass.
+"""Frees the gathered weights of experts under ZeRO 3 between forward and backward pass.
 
 ZeRO 3 gathers a module's weights, releases them after its forward pass, and gathers them again before its backward pass. What
 autograd keeps of a parameter itself is released with the parameter. But experts multiply by transposed views of their weights,

@@ -1,4 +1,4 @@
-"""Graceful stop: a training that must end saves after its current step and leaves, before it is killed."""
+"""Decides after each step whether to save and stop: time limit near (stop_margin_s), preempted, SIGTERM; writes outcome.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Consequence of a bad step: the end of the stage, a skipped batch, or a roll-back to the last checkpoint."""
+"""Applies bad_steps.policy after a bad step: stop, skip the batch, or roll back; counts bad steps in a row."""
 
 from __future__ import annotations
 

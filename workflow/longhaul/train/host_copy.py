@@ -1,4 +1,4 @@
-"""Copies of tensors in the CPU's memory, for which the CPU does not wait until it reads them."""
+"""Copies small results of a step (loss, norms) to the CPU without a wait; checkpoints use host_snapshot.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The initial weights of a stage: from the seed, from an earlier stage's checkpoint, or from a Hugging Face folder.
+"""Sets the initial weights: random from the seed, an earlier stage's checkpoint, or pretrained_weights.py.
 
 Values are looked up by the tensor's name, one tensor at a time. So every parallel layout starts from the same bits, and under
 ZeRO 3 no rank holds the whole model.

@@ -1,4 +1,4 @@
-"""The loss of a global batch: the sum over its loss tokens divided by their number, for every parallel layout.
+"""Computes the cross entropy in chunks of tokens with its gradients, never whole logits; mean over the global batch.
 
 Logits are the largest tensor of a step, so they are never held whole. The head works on a chunk of the tokens at a time and
 computes its gradients in the forward pass: nothing of a chunk is kept or computed twice (Liger's fused linear cross-entropy,

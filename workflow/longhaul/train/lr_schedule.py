@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resume needs no state."""
+"""Computes the learning rate of a step: warm-up, cosine, linear or WSD decay, min_lr_ratio."""
 
 from __future__ import annotations
 

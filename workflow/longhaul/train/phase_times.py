@@ -1,4 +1,4 @@
-"""Durations of the phases of a training: steps, validations and saves."""
+"""Measures the duration of steps, validations and saves: the longest step and validation, and the time since the last save."""
 
 from __future__ import annotations
 

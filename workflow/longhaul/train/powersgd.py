@@ -1,4 +1,4 @@
-"""Low-rank gradients between data ranks: PowerSGD with error feedback (Vogels et al. 2019, arXiv:1905.13727).
+"""Compresses gradients between data ranks with PowerSGD and error feedback (communication.powersgd).
 
 The mathematics is that of torch's hook for DistributedDataParallel. The hook gets buckets of the gradients that DeepSpeed is
 about to average at ZeRO 0 and 1. Afterwards DeepSpeed finds them averaged, and reduces nothing itself.

@@ -1,4 +1,4 @@
-"""Initial weights from a Hugging Face folder, read one tensor at a time; no rank reads experts that it does not hold."""
+"""Reads initial weights from a Hugging Face folder: checks keys and shapes, joins experts, dequantizes FP8."""
 
 from __future__ import annotations
 

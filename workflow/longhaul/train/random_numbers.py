@@ -1,4 +1,4 @@
-"""Random numbers of the training steps, such as dropout masks: a function of seed, step and rank, and of nothing else.
+"""Seeds dropout and other random numbers of a step by seed, step and rank, and by nothing else.
 
 So no state of a generator is saved: a resumed attempt, a repeated run and a run that was killed before its first save all draw
 the same numbers.

@@ -1,4 +1,5 @@
-"""The two ways to compute a step: DeepSpeed's engine around the whole model, or around a pipeline of its layers.
+"""Computes one step (forward, backward, update, accumulation) in two ways: DeepSpeed's engine around the whole model, or around a
+pipeline of its layers.
 
 Both give the same numbers for the same global batch. Sums that a backend returns are this rank's terms: where several ranks
 compute the same thing, as tensor ranks do, only one of them returns it.

@@ -1,4 +1,6 @@
-"""The training of one stage, from its first process to its last checkpoint."""
+"""Runs the training of one stage in order: lock, verify, build, resume, loop over steps, stop, final artifact; trainer.py does
+each step.
+"""
 
 from __future__ import annotations
 

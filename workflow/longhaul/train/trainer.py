@@ -1,4 +1,4 @@
-"""The trainer of a stage: one optimizer step, one validation, one save. train_stage.py decides when each of them happens."""
+"""Performs one optimizer step, one validation and one save, and collects a step's metrics; train_stage.py decides when."""
 
 from __future__ import annotations
 

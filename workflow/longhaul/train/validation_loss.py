@@ -1,4 +1,4 @@
-"""Validation: the mean loss over the loss tokens of the same held-out samples each time."""
+"""Computes the validation loss: mean over the loss tokens of the same held-out samples."""
 
 from __future__ import annotations
 

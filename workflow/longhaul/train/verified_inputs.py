@@ -1,4 +1,4 @@
-"""Verifies the files that a stage trains from, before the first of them is used.
+"""Verifies, on all ranks together, the shards, packs and starting checkpoint of a stage before it trains; remembers the result.
 
 All ranks together read each file once: every rank hashes an equal part of them. The weights folder records what was verified,
 so later attempts of the stage only ask for sizes and times of change, and hash the files again if one of these differs.

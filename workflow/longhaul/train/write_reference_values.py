@@ -1,4 +1,4 @@
-"""The reference values of a checkpoint, against which its export is verified: hashes of the master weights and logits.
+"""Writes reference/ of a checkpoint for the export's verification: tensor hashes, logits of fixed prompts, 6 sample prompts.
 
 | file               | content                                                                                  |
 | tensors.json       | name -> shape and SHA-256 of every tensor, in fp32 and in the export's dtype              |

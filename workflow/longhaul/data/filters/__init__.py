@@ -1,1 +1,1 @@
-"""Filter out duplicates and documents that contain evaluation texts."""
+"""Filters: exact and near duplicates (deduplicate), and documents that contain evaluation texts (decontaminate)."""

@@ -1,9 +1,8 @@
-"""Compute the fingerprints of a chunk's documents, from which filter_documents decides which documents stay.
+"""Computes and stores what the filters need of each chunk's documents: keys, MinHash bands, matches with evaluation texts.
 
-They are MinHash bands for near duplicates and matches with evaluation texts. A chunk is fingerprinted after it is
-encoded, into <root>/<name>.fingerprints/: keys.npy [D] uint64 (document_encoder.document_key), bands.npy [D, 14] uint64
-and evaluation_matches.json, as far as the dataset's settings need them. Like the chunk, the folder is renamed when it is
-complete.
+The bands find near duplicates. A chunk is fingerprinted after it is encoded, into <root>/<name>.fingerprints/: keys.npy
+[D] uint64 (document_encoder.document_key), bands.npy [D, 14] uint64 and evaluation_matches.json, as far as the
+dataset's settings need them. Like the chunk, the folder is renamed when it is complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Index the word n-grams of evaluation texts, and find documents that contain one of them."""
+"""Indexes the word n-grams of evaluation texts (decontaminate.files), and finds documents that contain one."""
 
 from __future__ import annotations
 

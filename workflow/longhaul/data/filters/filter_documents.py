@@ -1,4 +1,4 @@
-"""Filter documents out of a dataset: duplicates, and documents that contain evaluation texts.
+"""Decides which documents are removed: contaminated, exact duplicate, near duplicate; the first of a group stays.
 
 Shards keep every document, because the decision depends on all files of a dataset, but a shard depends on one chunk
 only. The decision is a file beside the shards, <root>/filtered-<hash>/<split>.npy, that readers apply

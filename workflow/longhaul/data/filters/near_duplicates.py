@@ -1,4 +1,4 @@
-"""Compute MinHash bands of texts, which find near duplicates.
+"""Computes MinHash bands of near duplicates: 14 bands of 8 hashes over 5-word n-grams, as FineWeb has them.
 
 The parameters are those of FineWeb (Penedo et al., 2024): two documents whose sets of 5-word n-grams have the Jaccard
 index s share a band with probability 1 - (1 - s^8)^14: 0.92 at s = 0.8, 0.05 at s = 0.5.

@@ -1,4 +1,4 @@
-"""Split texts into words and word n-grams; case, punctuation and spacing are ignored."""
+"""Splits texts into words and word n-grams; ignores case, punctuation and spaces."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Read data files into documents."""
+"""Readers: from data files of any format to validated texts and conversations."""

@@ -1,4 +1,4 @@
-"""Read columnar files in small batches of rows: Parquet and Arrow."""
+"""Reads Parquet and Arrow files in small batches of rows."""
 
 from __future__ import annotations
 

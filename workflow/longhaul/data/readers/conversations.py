@@ -1,4 +1,4 @@
-"""Validate conversations: messages of OpenAI's or ShareGPT's form, tool calls and tools.
+"""Validates one chat row: allowed roles and message keys, ShareGPT or OpenAI form, tool calls, tools.
 
 Different spellings of one thing become one form: the texts of a list of parts are joined, the arguments of a tool call
 become an object, ShareGPT's roles get their usual names.

@@ -1,4 +1,4 @@
-"""Read the first row of a dataset's files before a job starts: is it valid, and what in it does nothing read?"""
+"""Reads the first row of up to 50 data files before submission: is it valid, and which columns or keys are unread?"""
 
 from __future__ import annotations
 

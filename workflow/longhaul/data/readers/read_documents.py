@@ -1,4 +1,4 @@
-"""Read a dataset's files into validated documents, in order: columns, chat roles and message keys.
+"""Turns rows into documents for every dataset: picks columns, joins prompt and completion, applies bad_rows (stop or skip).
 
 Nothing is repaired silently: each error names the file and the line.
 """

@@ -1,4 +1,4 @@
-"""Types that all readers share: ranges of files, rows with their locations, and errors about bad data."""
+"""Types that all readers share: file ranges, rows with file and line, BadData errors, the limit max_document_mb."""
 
 from __future__ import annotations
 

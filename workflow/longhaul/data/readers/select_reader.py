@@ -1,4 +1,4 @@
-"""Selects the reader of a data file by its format and compression, and reads some of its columns."""
+"""Selects the reader for a file's format and compression (gzip, zstd); the place to register a new data format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read text files, plain or compressed: JSON lines, JSON lists, CSV, and whole documents."""
+"""Reads JSON lines, JSON lists, CSV and whole text files, plain or compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validate single values of a row that have to be texts."""
+"""Checks that single values of a row are texts: a string, valid UTF-8 without lone surrogates, at most 100 levels deep."""
 
 from __future__ import annotations
 

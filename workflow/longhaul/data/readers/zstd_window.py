@@ -1,4 +1,4 @@
-"""The memory that a Zstandard file needs, from the header of its first frame (RFC 8878, section 3.1.1.1)."""
+"""Reads from a .zst header how much memory decompression needs, and refuses more than 128 MiB."""
 
 from __future__ import annotations
 

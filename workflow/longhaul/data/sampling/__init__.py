@@ -1,1 +1,1 @@
-"""Read training samples from shards by number."""
+"""Sampling: which tokens and conversations form training sample number i: order, mixture, packing, masking."""

@@ -1,4 +1,4 @@
-"""Write the manifest of a mixture of datasets."""
+"""Writes the manifest of a mixture: its datasets and their weights; no token is copied."""
 
 from __future__ import annotations
 

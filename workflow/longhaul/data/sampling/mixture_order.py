@@ -1,4 +1,4 @@
-"""Order the samples of several datasets in fixed proportions.
+"""Orders the samples of a mixture: which dataset each position draws from, in fixed proportions.
 
 The order is R. Tijdeman's ("The chairman assignment problem", 1980): with K datasets, after any number of positions the
 number of samples of each dataset differs from its proportion by at most 1 - 1 / (2K - 2). Weights are ratios of whole

@@ -1,4 +1,4 @@
-"""Pack whole conversations into sequences, and keep the packs in a memory-mapped file.
+"""Packs whole conversations into sequences (best fit decreasing, blocks of 65,536), and writes the memory-mapped pack file.
 
 Documents are shuffled with a seed and divided into blocks of 65,536. Each block is packed alone, from the lengths of its
 documents, with best fit decreasing. Memory therefore depends on the block size only, and blocks can be packed in any

@@ -1,4 +1,4 @@
-"""Compute any element of a pseudo-random permutation of 0..n-1, without a table.
+"""Shuffles samples: a seeded pseudo-random permutation (Feistel network) for each epoch, without a table in memory.
 
 The permutation is a Feistel network over the next power of two with an even exponent, applied repeatedly until the
 result is below n (cycle walking; J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It orders

@@ -1,4 +1,4 @@
-"""Format of a training sample.
+"""Fields of one sample: input_ids, shifted labels, position_ids that restart at each document, the ignored label -100, padding.
 
 S = sequence length.
 """

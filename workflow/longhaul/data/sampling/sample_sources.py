@@ -1,4 +1,4 @@
-"""Fill samples from one split: windows of the token stream (pretraining), or packs of conversations (fine-tuning).
+"""Fills one sample of one dataset: a window of the token stream, or a pack; truncates long conversations; writes pack files.
 
 S = sequence length, T = tokens of a document.
 """

@@ -1,4 +1,5 @@
-"""Reads training samples by number, of one dataset or of a mixture, for the trainer; sample_sources.py fills each of them.
+"""Reads training samples by number, of one dataset or a mixture; maps steps to batches without skipped ones; sample_sources.py
+fills them.
 
 The samples of a batch are a function of seed, batch number and batch size. The training state therefore needs only the
 step and the list of skipped batches, and every parallel layout and world size reads the same batches.

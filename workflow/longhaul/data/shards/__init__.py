@@ -1,1 +1,1 @@
-"""Write token ids to shards, and read them."""
+"""Shards: divides sources into chunks, encodes them in worker processes, writes and reads Megatron .bin/.idx files."""

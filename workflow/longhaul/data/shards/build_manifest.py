@@ -1,4 +1,4 @@
-"""Build a dataset's manifest from the records of its chunks."""
+"""Builds a dataset's manifest from the records of its chunks: totals, skipped rows, columns and keys that nothing reads."""
 
 from __future__ import annotations
 

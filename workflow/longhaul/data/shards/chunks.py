@@ -1,4 +1,4 @@
-"""Divide a dataset's source files into chunks.
+"""Divides source files into chunks (chunk_mb, groups of small files), names each by a hash, and spreads them over data_jobs.
 
 A chunk is what one worker encodes at once; a chunk's shards are kept or written again as a whole.
 Large files in a format that can be read from the middle are divided by size. Small files are grouped. Where a group of

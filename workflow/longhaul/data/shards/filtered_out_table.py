@@ -1,4 +1,4 @@
-"""Store which documents of a split are filtered out, and convert positions without them to positions in the shards.
+"""Stores which documents of a split are filtered out, and converts positions for readers; filter_documents.py decides.
 
 The table is a .npy file of int64 [3, X], for X filtered documents in order. Its rows, for each filtered document:
   0  documents before it that stay

@@ -1,4 +1,4 @@
-"""File format of token shards: Megatron-LM's IndexedDataset, version 1 (megatron/core/datasets/indexed_dataset.py).
+"""Format of token shards: bytes of Megatron's .bin and .idx files and of longhaul's .mask; token dtype by vocabulary size.
 
 <prefix>.bin   the tokens of all documents, one document after another, uint16 or int32
 <prefix>.idx   "MMIDIDX\\0\\0", version <Q, dtype code <B, sequence count <Q, document count + 1 <Q,

@@ -1,4 +1,4 @@
-"""Print documents of a split as text: loss tokens in green, other tokens dim."""
+"""Verb `longhaul data inspect`: prints documents of a split, with the tokens in the loss in green."""
 
 from __future__ import annotations
 

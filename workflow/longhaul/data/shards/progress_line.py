@@ -1,4 +1,4 @@
-"""Print progress on stderr, several times a minute, from counters that worker processes share."""
+"""Prints the progress of tokenizing: bytes, documents, tokens per second, time left."""
 
 from __future__ import annotations
 

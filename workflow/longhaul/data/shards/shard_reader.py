@@ -1,4 +1,4 @@
-"""Read token shards, memory-mapped, as one stream of tokens and one list of documents."""
+"""Reads token shards, memory-mapped, as one stream of tokens and one list of documents, without filtered ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write token shards, with their checksums, in the format of longhaul.data.shards.indexed_dataset."""
+"""Writes token shards with their SHA-256; a new shard begins after 256 MB."""
 
 from __future__ import annotations
 

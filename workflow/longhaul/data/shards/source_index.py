@@ -1,7 +1,4 @@
-"""Index a dataset's sources: their hashes, their chunks, and the encoder that was chosen for them.
-
-Several jobs of one dataset share the source index.
-"""
+"""Writes the source index that several data_jobs share: hashes of the source files, their chunks, the chosen encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Encode one dataset as token shards in <job.folder>/<chunk>/, and write the manifest that lists them in order.
+"""Runs the jobs that tokenize one dataset: encodes missing chunks, applies filters, ensures a validation split, writes the
+manifest.
 
 The sources are divided into chunks (longhaul.data.shards.chunks), which a worker pool encodes. Chunks that exist are not
 encoded again: a killed job continues, and a new file is encoded alone. The bytes do not depend on the number of workers

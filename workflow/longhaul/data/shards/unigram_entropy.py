@@ -1,4 +1,4 @@
-"""Compute the loss of a model that only counts tokens. Reports draw the training loss beside it."""
+"""Computes the entropy of token frequencies: the loss of a model that only counts, drawn in the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a job's work in a pool of processes, or in this process where there is too little work for a pool."""
+"""Runs tokenizing in worker processes: how many there are, what each gets, and how they end with their parent."""
 
 from __future__ import annotations
 

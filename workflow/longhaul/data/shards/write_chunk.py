@@ -1,4 +1,4 @@
-"""Encode one chunk and write its folder <root>/<chunk>: the shards of both splits, the document keys and record.json.
+"""Encodes one chunk into its folder: train/validation split, skipped rows, record.json; publishes it by one rename.
 
 The folder is filled under a temporary name and renamed when it is complete. If another process has written the same
 chunk first, this process discards its own folder. A worker holds one batch of documents and its ids in memory, for any

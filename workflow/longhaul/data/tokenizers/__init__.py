@@ -1,1 +1,1 @@
-"""Build tokenizers and encode documents as token ids."""
+"""Tokenizers: builds the run's tokenizer, renders chats, encodes documents with loss masks."""

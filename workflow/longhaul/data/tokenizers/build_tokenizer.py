@@ -1,4 +1,4 @@
-"""Build the run's tokenizer: load it from a folder or train it on the run's texts, validate it, and save it.
+"""Loads the run's tokenizer or trains a byte-level BPE one, sets the chat template, tests it, and saves it by its hash.
 
 The result is a Hugging Face tokenizer folder.
 """

@@ -1,4 +1,5 @@
-"""Render conversations with a chat template, and find the spans of the text that the assistant wrote.
+"""Renders a conversation with its chat template, and finds the assistant's spans that count in the loss (reasoning included or
+not).
 
 A template with {% generation %} markers marks these spans itself. For any other template, an assistant turn starts where
 the rendering of all messages before it, with a generation prompt, ends. It ends with the last EOS in the rendering of all

@@ -1,4 +1,5 @@
-"""Choose the encoder of a dataset.
+"""Chooses fast encoder (gigatoken) or reference (tokenizers): compares their ids on the stress corpus and a sample of the
+dataset.
 
 The fast encoder is chosen if it gives the reference's ids for the stress corpus and for a sample of the dataset.
 The reference needs about a second for the stress corpus. `encode_stress_corpus` depends on nothing else, so that other

@@ -1,4 +1,4 @@
-"""Tell control tokens of the chat template from messages that only contain the text of one.
+"""Keeps the text of control tokens in messages, such as "<|im_end|>", plain text when a chat is rendered and encoded.
 
 A message may quote "<|im_end|>". In the rendered conversation the quotation must stay plain text, and must not look like the
 end of a turn. Before rendering, `hide` replaces each such text in the data by as many private characters. What the

@@ -1,4 +1,4 @@
-"""Encode documents as token ids, with loss masks and split keys."""
+"""Encodes batches of documents as token ids with loss masks; leaves out empty and too long ones; sets the split key."""
 
 from __future__ import annotations
 

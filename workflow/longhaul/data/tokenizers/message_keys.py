@@ -1,4 +1,4 @@
-"""Find out which keys of messages reach the text: a conversation is rendered with a key and without it."""
+"""Tests which message keys (tool_calls, reasoning, own keys) the chat template writes; unread ones stop or are counted."""
 
 from __future__ import annotations
 

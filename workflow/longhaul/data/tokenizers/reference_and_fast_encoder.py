@@ -1,4 +1,4 @@
-"""Encode texts as ids with two encoders that must agree.
+"""Implements the two encoders, tokenizers and gigatoken, and says which tokenizers the fast one supports.
 
 The reference encoder is `tokenizers`, which AutoTokenizer runs. The fast encoder is gigatoken: it supports only
 byte-level BPE and is about thirty times faster. The fast encoder is used only where its ids are verified:

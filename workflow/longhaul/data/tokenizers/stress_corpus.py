@@ -1,4 +1,4 @@
-"""Generate the stress corpus: texts on which tokenizers disagree if they disagree at all.
+"""Generates the stress corpus: texts on which two tokenizers disagree if they disagree at all.
 
 An encoder that gives the reference's ids for all of them gives the same ids for ordinary text.
 """

@@ -1,4 +1,4 @@
-"""Represent the token ids of several texts as flat arrays, add special ids to them, and mark tokens by spans.
+"""Joins token ids of several texts into flat arrays, adds BOS and EOS, and turns text spans into token masks.
 
 N tokens, D texts.
 """

@@ -1,4 +1,4 @@
-"""Compare a tokenizer with the model's vocabulary, before a job loads either."""
+"""Checks that the tokenizer has no more tokens than the model's vocab_size, before a job loads either."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One module per job kind (or per few that belong together); longhaul.jobs.job_kind finds them here."""
+"""Declarations of the kinds of jobs: what each reads, writes, and asks Slurm for; one module per kind or few related ones."""

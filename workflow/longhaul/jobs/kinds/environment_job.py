@@ -1,4 +1,4 @@
-"""The environment check: one process per node."""
+"""Declares the environment check: one process per node; its spec and request."""
 
 from __future__ import annotations
 

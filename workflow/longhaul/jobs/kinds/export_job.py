@@ -1,4 +1,4 @@
-"""Export of a stage's checkpoint as a Hugging Face folder, and its verification."""
+"""Declares the export of a stage's checkpoint (last or best) as a Hugging Face folder."""
 
 from __future__ import annotations
 

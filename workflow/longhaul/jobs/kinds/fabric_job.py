@@ -1,4 +1,4 @@
-"""The fabric check: collectives between all ranks of an allocation."""
+"""Declares the fabric check: collectives between all ranks of an allocation."""
 
 from __future__ import annotations
 

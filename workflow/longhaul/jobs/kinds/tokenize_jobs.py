@@ -1,4 +1,4 @@
-"""Datasets to token shards: one job per dataset, or several that share its chunks (config key data_jobs)."""
+"""Declares the jobs that tokenize a dataset: one job, or several that share its chunks (config key data_jobs)."""
 
 from __future__ import annotations
 

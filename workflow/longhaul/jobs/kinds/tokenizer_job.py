@@ -1,4 +1,4 @@
-"""The tokenizer of a run: loaded from a folder, or trained on the run's text."""
+"""Declares the job that loads the run's tokenizer or trains it."""
 
 from __future__ import annotations
 

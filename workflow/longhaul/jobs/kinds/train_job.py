@@ -1,4 +1,4 @@
-"""Training of one stage: one process per rank, after a check of the nodes that the stage was given."""
+"""Declares the training of one stage: what the trainer's spec holds, its nodes and GPUs, and the node check before it."""
 
 from __future__ import annotations
 

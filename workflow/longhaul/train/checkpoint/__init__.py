@@ -1,1 +1,1 @@
-"""Saving, finding, verifying, loading and removing training checkpoints."""
+"""Checkpoints: saving, finding, verifying, loading, resharding and removing them."""

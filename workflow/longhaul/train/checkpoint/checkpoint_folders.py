@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk, without torch: which are complete, which are damaged, and which are still referenced.
+"""States of a checkpoint folder on disk (complete, .partial, .corrupt): manifest.json, publishing, removal of interrupted saves.
 
 <weights>/checkpoints/step-00000100/            a complete checkpoint: manifest.json lists every file with size and SHA-256
                       step-00000100.partial/    a save that runs, or that was interrupted

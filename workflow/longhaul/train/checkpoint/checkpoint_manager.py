@@ -1,4 +1,6 @@
-"""The checkpoints of one weights folder: found, verified, loaded, saved. Each is either complete or does not exist."""
+"""Decides which checkpoint to resume from (newest undamaged one), and when a save begins and ends; calls the other modules here.
+A checkpoint is either complete or does not exist.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of one rank that DeepSpeed does not save: fp16's loss scaler, PowerSGD. trainer-rank-*.pt."""
+"""State of one rank that DeepSpeed does not save (`trainer-rank-*.pt`): fp16's loss scaler, PowerSGD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A file that is hashed while several threads write it. An error of the file system ends no thread: it is kept."""
+"""Writes one checkpoint file with several threads, and hashes it meanwhile. An error of the file system ends no thread: it is
+kept.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a save's tensors in host memory. The files are written from these copies while training continues."""
+"""Copies a save's tensors (weights, optimizer states) to pinned host memory, from which threads write files during training."""
 
 from __future__ import annotations
 

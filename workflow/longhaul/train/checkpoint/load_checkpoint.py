@@ -1,4 +1,4 @@
-"""Loading of one complete checkpoint into the engine."""
+"""Loads one complete checkpoint into DeepSpeed's engine, and checks that it belongs to this weights folder."""
 
 from __future__ import annotations
 

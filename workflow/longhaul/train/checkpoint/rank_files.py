@@ -1,4 +1,4 @@
-"""One rank's files of a save. A full disk ends the save on all ranks in the same way."""
+"""Collects and writes the files of one rank in a save through DeepSpeed's checkpoint engine; a full disk ends it on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resharding: loading a checkpoint of another number of ranks, another ZeRO stage or another parallel layout.
+"""Loads a checkpoint of another number of ranks, ZeRO stage or parallel layout; sets fp32 master weights.
 
 DeepSpeed's own load needs the ranks that saved. Here every rank reads, tensor by tensor, the elements of the master weights and
 of Adam's moments that its optimizer owns, and writes them where the optimizer keeps them. The loaded numbers are the saved

@@ -1,4 +1,4 @@
-"""Retention of checkpoints: the newest, the best by validation loss, and those that another stage or an export refers to."""
+"""Decides which checkpoints are kept (keep_last, keep_best, referenced ones), and which are "last" and "best"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving of one checkpoint: a snapshot, all its files, then the manifest, then the folder's final name.
+"""Saves one checkpoint: order of snapshot, files, manifest and final name, and which files it holds.
 
 A checkpoint holds DeepSpeed's files, trainer-rank-*.pt, training_state.json, the slice index where the model is sliced,
 reference/ where it may be exported, and manifest.json. Which thread does what: docs/decisions/047-asynchronous-checkpoints.md.

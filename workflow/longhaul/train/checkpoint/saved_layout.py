@@ -1,4 +1,4 @@
-"""The layout with which a checkpoint was saved: everything that DeepSpeed's own files depend on. manifest.json records it."""
+"""Describes the layout of a checkpoint (ranks, ZeRO stage, offload, parallel axes) for manifest.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training state of a stage other than tensors; training_state.json of a checkpoint."""
+"""Fields of training_state.json: step, skipped batches, recent losses."""
 
 from __future__ import annotations
 

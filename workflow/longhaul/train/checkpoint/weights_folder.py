@@ -1,4 +1,4 @@
-"""The weights folder of a stage: computes its name, a hash of everything that the weights depend on, and claims it."""
+"""Computes the hash that names a stage's weights folder, what it covers, and the checkpoint that the stage starts from."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Metrics, experiment trackers, events and straggler detection of a training."""
+"""Monitoring: metrics.jsonl, experiment trackers, events and straggler detection."""

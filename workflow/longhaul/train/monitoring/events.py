@@ -1,4 +1,6 @@
-"""events.jsonl of a weights folder: what happened to a stage apart from its steps, over all attempts. Lines are only appended."""
+"""Appends events to events.jsonl: training began, saved, save_failed, resumed, rolled_back, work_lost, checkpoint_damaged. Lines
+are only appended.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a training: metrics.jsonl, trackers, a progress line, and one line per attempt in attempts.jsonl."""
+"""Writes metrics.jsonl, the trainer's progress line and attempts.jsonl; MFU, GPU memory and utilisation."""
 
 from __future__ import annotations
 

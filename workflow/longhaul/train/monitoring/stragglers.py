@@ -1,4 +1,4 @@
-"""Detection of stragglers: all ranks wait for the slowest one in every step, and step times do not show which one it is.
+"""Detects slow ranks by a timed matrix product and data waits (straggler_threshold, three checks in a row).
 
 In a step every rank takes as long as the slowest, because they meet in its collectives. So each rank times work that needs no
 other rank: a fixed matrix product, and how long it waited for its data. The matrices have the sizes of a transformer's, and the

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, W&B and MLflow, each with a switch in the config.
+"""Sends metrics to TensorBoard, W&B and MLflow; continues their runs after a resume.
 
 - A resumed stage continues in the run that it began; trackers.json in the weights folder keeps the ids of those runs.
 - A resume repeats steps. TensorBoard forgets the old ones, MLflow keeps the first, W&B shows both where an attempt was offline.

@@ -1,4 +1,4 @@
-"""Collectives with a gradient: the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053), and all-to-all.
+"""Collectives with a gradient (sum, copy, all-to-all over a group), as operators that torch.compile captures.
 
 Each collective is an operator of its own with the name of the group as its argument: torch.compile captures such an operator
 as it is. A process group itself would be a constant of the graph, which torch does not accept.

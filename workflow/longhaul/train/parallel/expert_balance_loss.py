@@ -1,4 +1,4 @@
-"""The balance loss of every sequence of a mixture of experts (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
+"""Adds the balance loss of experts per sequence to the router's gradient (sequence_aux_loss_coef, DeepSeek-V3).
 
 For a sequence of T tokens, and E experts of which each token uses K: f_i is E / (K T) times the number of tokens for which
 expert i is among the K largest scores, and P_i is the mean affinity of the tokens to it; the affinities of a token are its

@@ -1,4 +1,4 @@
-"""The load of a mixture's experts, and DeepSeek-V3's load balancing without an auxiliary loss.
+"""Counts tokens per expert, and moves the router's bias after each step (router_bias_update_rate, no auxiliary loss).
 
 The router adds a bias to its scores. After every step the bias rises by a fixed amount for experts that got fewer tokens of
 the global batch than the mean, and falls for those that got more (arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, 2.1.2).

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank holds some experts of every mixture of experts, and all-to-all moves tokens to their experts.
+"""Expert parallelism: each rank holds some experts, and all-to-all moves tokens to them and back.
 
 transformers' router chooses the experts and its experts module computes them; this module only exchanges the tokens.
 

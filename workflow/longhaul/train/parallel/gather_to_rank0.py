@@ -1,4 +1,4 @@
-"""Gathers the whole tensors of the live model on rank 0, one at a time, and checks that replicated tensors are equal.
+"""Gathers whole tensors of the live model on rank 0 for reference values, and checks that replicas are equal.
 
 DeepSpeed's own functions gather what ZeRO partitions.
 """

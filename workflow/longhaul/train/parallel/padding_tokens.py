@@ -1,4 +1,4 @@
-"""Tells the mixtures of experts which tokens of the current forward pass are padding: the router sees only hidden states.
+"""Tells routers which tokens are padding, so that experts do not count them.
 
 A decoder layer gets the position ids, which are negative for padding (longhaul.data.sampling.sample_format). It gets them in the
 backward pass, too, where activation checkpointing computes it again; and on each pipeline rank.

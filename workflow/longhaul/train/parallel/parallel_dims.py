@@ -1,4 +1,4 @@
-"""The sizes of the parallel axes, a rank's position on each of them, and the process groups along them."""
+"""Sizes of the parallel axes, a rank's position on each, and their process groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: consecutive decoder layers on each pipeline rank, in DeepSpeed's PipelineModule with a 1F1B schedule.
+"""Pipeline parallelism: divides decoder layers over ranks in DeepSpeed's PipelineModule (1F1B), with embedding and head.
 
 A pipeline rank is one module between embedding and head, so that the attention mask and the rotary embedding are computed
 once on each rank. Pipeline ranks pass on (hidden states [B, S, H], position ids [B, S]). The first rank gets token ids in the

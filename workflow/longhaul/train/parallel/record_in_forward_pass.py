@@ -1,4 +1,4 @@
-"""Records a number in the forward pass of a layer that torch.compile captures or activation checkpointing computes twice."""
+"""Counts once in a forward pass that torch.compile captures or activation checkpointing repeats."""
 
 from __future__ import annotations
 

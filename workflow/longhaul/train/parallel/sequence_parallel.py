@@ -1,4 +1,4 @@
-"""Sequence parallelism as in DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv:2309.14509): ranks divide the tokens of a sample.
+"""Sequence parallelism (DeepSpeed-Ulysses): divides a sample's tokens over ranks, exchanges them for heads in attention.
 
 Only attention needs other tokens. Around it, the ranks exchange tokens for heads: each rank then has the whole sequence for
 its part of the heads. All other modules work on single tokens. The exchange is part of an attention function that is

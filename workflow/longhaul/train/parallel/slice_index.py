@@ -1,4 +1,4 @@
-"""Completes DeepSpeed's checkpoints of a sliced model: writes slice_index.json and the buffers, and loads what DeepSpeed omits.
+"""Writes slice_index.json and buffers beside a sliced model's checkpoint, and loads that checkpoint in the same layout.
 
 longhaul.checkpoint_io.sliced_checkpoint describes and reads the files.
 """

@@ -1,4 +1,4 @@
-"""Builds this rank's slice of a model; the whole model never has memory on this rank."""
+"""Builds this rank's slice of the network on the meta device, then allocates it; maps names to Hugging Face names."""
 
 from __future__ import annotations
 

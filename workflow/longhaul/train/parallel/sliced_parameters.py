@@ -1,4 +1,4 @@
-"""Parameters that are slices of the Hugging Face model's tensors. A parameter carries its TensorSlice as an attribute."""
+"""Replaces a parameter by its slice and marks it with its TensorSlice. A parameter carries its TensorSlice as an attribute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: ranks divide attention heads, the inner widths of MLPs and experts, and the vocabulary.
+"""Tensor parallelism: divides attention heads, MLP and expert widths, vocabulary; sums their gradients.
 
 Column-parallel layers divide their output, row-parallel layers their input (Megatron-LM, arXiv:1909.08053, section 3). The
 input of a parallel region is copied to all ranks, and its gradients are summed. The output of the region is summed.
