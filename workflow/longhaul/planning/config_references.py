@@ -1,4 +1,4 @@
-"""Refuses names in a config that refer to nothing: start_from, dataset, mixture parts, tokenizer datasets, data_jobs."""
+"""Refuses names in a config that refer to nothing: `from`, dataset, mixture parts, tokenizer datasets, data_jobs."""
 
 from __future__ import annotations
 
