@@ -1,4 +1,4 @@
-"""Totals of packed conversations (pack-*.json): documents, cut and dropped ones, and the share of padding that follows."""
+"""Totals of packed conversations (pack-*.json): documents (cut, dropped), and the shares of padding and of cut loss tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads and extends results/quarantine.json, the list of bad nodes that later submissions exclude."""
+"""Reads and extends results/quarantine.json, bad nodes that later jobs exclude; supervisor.py and allocation_end.py add them."""
 
 from __future__ import annotations
 

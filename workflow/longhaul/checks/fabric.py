@@ -1,4 +1,4 @@
-"""Runs the fabric check: message sizes, time limits, and comparison with `interconnect.limits` of the site file."""
+"""Runs the fabric check: message sizes over NCCL or gloo, time limits, comparison with `interconnect.limits` of the site file."""
 
 from __future__ import annotations
 

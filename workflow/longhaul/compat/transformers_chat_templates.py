@@ -1,4 +1,5 @@
-"""Renders a chat template with transformers, with a fixed date and without random choices.
+"""Renders a chat template through transformers, with a fixed date and without random choices; data/tokenizers/chat_template.py
+calls it.
 
 In a module of its own, because compat/transformers.py imports torch, which encoding does without.
 """

@@ -1,4 +1,4 @@
-"""Types of config values: allowed characters of names and Slurm words, ranges of numbers, durations; safe to pass to a shell."""
+"""Types of config values: characters of names and Slurm words that are safe to pass on, ranges of numbers, durations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the export's config.json with the keys of the family's official repository, for vLLM, SGLang and transformers 4.
+"""Writes the export's config.json with the keys of the family's official repository (rope, untied head), for vLLM and SGLang.
 
 transformers 5 renamed keys, and it leaves out keys that its own networks do not read. vLLM and SGLang choose the experts of
 DeepSeek by such keys, and transformers 4 knows only the older names. So an export has both.

@@ -1,4 +1,4 @@
-"""Bytes of activations, attention masks and logits on one rank, for each kind of activation checkpointing; elements × dtype."""
+"""Bytes of activations, attention masks and logits on one rank, for each kind of activation checkpointing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Supervises one job on its first node: repeats attempts after a crash, and counts crashes without a new checkpoint against
-max_restarts.
+"""Supervises one job on its first node: repeats attempts after a crash (at most max_restarts without a new checkpoint).
 
 | what happens                                    | what the supervisor does                                     |
 | a process crashes                               | restarts the steps in the same allocation                    |

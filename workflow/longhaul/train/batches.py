@@ -1,4 +1,4 @@
-"""Cuts each global batch into this rank's micro batches, and reads them ahead in a thread."""
+"""Cuts each global batch into this rank's micro batches (gradient accumulation), and reads them ahead in a thread."""
 
 from __future__ import annotations
 

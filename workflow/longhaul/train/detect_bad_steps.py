@@ -1,5 +1,5 @@
-"""Detects bad steps before the optimizer applies them: loss or gradient norm not finite, or a loss spike; applies gradient
-clipping.
+"""Detects bad steps before the optimizer applies them: loss or gradient norm is NaN or infinite, or a loss spike; clips
+gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sets up a training process (device, CPU threads, process groups, swap folder); sums, broadcasts and gathers over ranks."""
+"""Sets up a training process (device, NCCL or gloo groups, collective_timeout_s); sums, broadcasts, gathers over ranks."""
 
 from __future__ import annotations
 

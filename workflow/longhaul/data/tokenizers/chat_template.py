@@ -1,5 +1,4 @@
-"""Renders a conversation with its chat template, and finds the assistant's spans that count in the loss (reasoning included or
-not).
+"""Renders conversations, and finds the assistant's spans that count in the loss ({% generation %} markers, reasoning).
 
 A template with {% generation %} markers marks these spans itself. For any other template, an assistant turn starts where
 the rendering of all messages before it, with a generation prompt, ends. It ends with the last EOS in the rendering of all

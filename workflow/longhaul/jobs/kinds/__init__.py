@@ -1,1 +1,1 @@
-"""Declarations of the kinds of jobs: what each reads, writes, and asks Slurm for; one module per kind or few related ones."""
+"""Declarations of the kinds of jobs: what each reads, writes, and asks Slurm for; one module per kind or few related kinds."""
