@@ -21,7 +21,7 @@ from longhaul.planning import build_plan
 from tests.parity.parity_cases import GLOBAL_BATCH, LAYOUTS, MODELS
 
 STEPS = 10
-SEED = 38  # one of the few seeds with which rounding alone changes no model: see parity_table._check_sensitivity
+SEED = 2  # one of the few seeds with which rounding alone changes no model: see parity_table._check_sensitivity
 SITE = {
     "name": "here",
     "scheduler": "local",

@@ -67,7 +67,7 @@ def _build_model(job: TrainSpec) -> Any:
     config = AutoConfig.for_model(**job.model, use_cache=False)
     config.pad_token_id = None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    values = seeded_values(config, job.seed)
+    values = seeded_values(config, job.seed, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(values(name, parameter.shape))

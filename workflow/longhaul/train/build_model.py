@@ -51,7 +51,8 @@ def build_model(
     model = _build_network(job, config, context)
     check_rotary_embedding(model, job.model)
     shapes = all_shapes(model, context) if context.dims.is_sliced else own_shapes(model)
-    fill_weights(model, initial_values(job, config, shapes, start), with_buffers=bool(start or job.pretrained))
+    values = initial_values(job, config, shapes, start, context.device)
+    fill_weights(model, values, with_buffers=bool(start or job.pretrained))
     model.config.use_cache = False
     apply_activation_checkpointing(model, job.stage.activation_checkpointing)
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":

@@ -6,7 +6,6 @@ ZeRO 3 no rank holds the whole model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.resharding import write_master_weights
 from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.counter_based_normal import normal
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices
 from longhaul.train.pretrained_weights import pretrained_values
@@ -28,11 +28,14 @@ Shapes = dict[str, tuple[int, ...]]
 Values = Callable[[TensorSlice], torch.Tensor]
 
 
-def initial_values(job: TrainSpec, config: Any, shapes: Shapes, start: StartingCheckpoint | None) -> Values:
+def initial_values(
+    job: TrainSpec, config: Any, shapes: Shapes, start: StartingCheckpoint | None, device: torch.device
+) -> Values:
     """Return a function that gives the initial fp32 values of a slice of a tensor.
 
     config: the model's Hugging Face config
     shapes: those of the whole model, of all ranks
+    device: where random values are made; they have the same bits on every device
 
     Raises:
         UserError: the weights do not fit the architecture.
@@ -41,24 +44,22 @@ def initial_values(job: TrainSpec, config: Any, shapes: Shapes, start: StartingC
         return _checkpoint_values(shapes, start)
     if job.pretrained:
         return pretrained_values(Path(job.pretrained), shapes, config)
-    values = seeded_values(config, job.seed)
+    values = seeded_values(config, job.seed, device)
     return lambda tensor_slice: tensor_slice.extract(values(tensor_slice.name, torch.Size(tensor_slice.shape)))
 
 
-def seeded_values(config: Any, seed: int) -> Callable[[str, torch.Size], torch.Tensor]:
+def seeded_values(config: Any, seed: int, device: torch.device) -> Callable[[str, torch.Size], torch.Tensor]:
     """Return a function (name, shape) -> values: ones for norms, zeros for biases, else normal with `initializer_range`.
 
-    Each parameter has a generator of its own, so its values depend only on the seed and its name.
+    A value depends only on the seed, the parameter's name and the position in the parameter.
     """
 
     def values(name: str, shape: torch.Size) -> torch.Tensor:
         if name.endswith(("bias", "e_score_correction_bias")):
-            return torch.zeros(shape)
+            return torch.zeros(shape, device=device)
         if len(shape) < 2:
-            return torch.ones(shape)
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+            return torch.ones(shape, device=device)
+        return normal(f"{seed}/{name}", shape, config.initializer_range, device)
 
     return values
 
@@ -111,7 +112,8 @@ def set_initial_master_weights(
     """
     if job.stage.precision == "fp32" or not (start or job.pretrained):
         return
-    write_master_weights(engine, initial_values(job, config, all_shapes(engine.module, context), start))
+    shapes = all_shapes(engine.module, context)
+    write_master_weights(engine, initial_values(job, config, shapes, start, context.device))
 
 
 def _is_filled_here(parameter: Any) -> bool:
