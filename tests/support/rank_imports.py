@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 
-import cpuinfo
-
+from longhaul.compat.cpuinfo import read_cpu_once_in_this_process
 from longhaul.runtime.lean_imports import lean_imports
 
 with lean_imports():
@@ -14,5 +12,5 @@ with lean_imports():
     for kind in ("llama", "qwen3", "qwen3_moe", "deepseek_v3"):
         import_module(f"transformers.models.{kind}.modeling_{kind}")
 
-# DeepSpeed calls it twice for every op that a process loads, and each call takes a second in another interpreter.
-cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+# Trainers call it themselves; here all ranks share one answer.
+read_cpu_once_in_this_process()

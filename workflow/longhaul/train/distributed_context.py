@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from longhaul.compat.cpuinfo import read_cpu_once_in_this_process
 from longhaul.compat.deepspeed import compile_without_debug_information, disable_shm_comm
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.compiled_ops import use_ops_folder
@@ -108,6 +109,8 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
         _own_swap_folder(job, rank) as swap,
         process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),
     ):
+        if not on_gpu or job.stage.zero.offload_optimizer != "none":  # DeepSpeed loads ops of the CPU
+            read_cpu_once_in_this_process()
         _initialize_deepspeed(on_gpu)
         dims = build_parallel_dims(job.stage.parallel, rank.rank, rank.world_size)
         yield DistributedContext(rank, device, threads, dims, swap)
