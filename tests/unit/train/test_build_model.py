@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.errors import UserError
-from longhaul.train.build_model import check_rotary_embedding
+from longhaul.train.build_model import check_rotary_embedding, place_of_fp32_weights
 from tests.support.small_configs import LLAMA
 from tests.workflow.bad_configs import DEEPSEEK
 
@@ -52,3 +53,24 @@ def test_network_without_the_asked_scaling_is_refused():
     ):
         with pytest.raises(UserError, match=problem):
             check_rotary_embedding(unscaled, {**MODELS["llama"], "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize(
+    ("device", "zero_stage", "offload", "gpu_bytes", "is_on_gpu"),
+    [
+        ("cuda", 1, "none", 10**9, True),
+        ("cuda", 1, "none", 10**5, False),  # the fp32 weights would fill more than half of it
+        ("cuda", 3, "none", 10**9, False),
+        ("cuda", 2, "cpu", 10**9, False),
+        ("cpu", 1, "none", 10**9, False),
+    ],
+)
+def test_a_gpu_builds_the_model_where_it_fits(
+    device: str, zero_stage: int, offload: str, gpu_bytes: int, is_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=gpu_bytes), raising=True
+    )
+    zero = SimpleNamespace(stage=zero_stage, offload_optimizer=offload)
+    job = SimpleNamespace(stage=SimpleNamespace(zero=zero), model=MODELS["llama"])
+    assert isinstance(place_of_fp32_weights(cast(Any, job), torch.device(device)), torch.device) == is_on_gpu

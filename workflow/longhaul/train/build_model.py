@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
+from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, pretrained_changes
 from longhaul.config.rotary_embedding import rotary_numbers
 from longhaul.errors import InputError
@@ -84,7 +85,7 @@ def _build_network(job: TrainSpec, config: Any, context: DistributedContext) -> 
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=job.trust_remote_code)
     # All values are filled in by name; under ZeRO 3 transformers would find only empty tensors to initialise.
-    with no_init_weights(), _partitioning(job, ds_config):
+    with no_init_weights(), _partitioning(job, ds_config), place_of_fp32_weights(job, context.device):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=job.trust_remote_code
         )
@@ -92,6 +93,19 @@ def _build_network(job: TrainSpec, config: Any, context: DistributedContext) -> 
     # zero.Init rounds every tensor that is made inside it to the compute precision, also the rotary frequencies.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
     return model
+
+
+def place_of_fp32_weights(job: TrainSpec, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context to build a whole model in: the GPU if the fp32 weights fill at most half of it, else the CPU.
+
+    DeepSpeed moves the weights to the GPU in either case, after it has rounded them to the precision of the stage. ZeRO 3
+    chooses the place itself.
+    """
+    zero = job.stage.zero
+    if device.type != "cuda" or zero.stage == 3 or zero.offload_optimizer != "none":
+        return nullcontext()
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return device if 4 * model_size(job.model).total <= memory_bytes / 2 else nullcontext()
 
 
 def check_rotary_embedding(model: PreTrainedModel, keys: Mapping[str, Any]) -> None:
