@@ -14,6 +14,7 @@ from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
+from longhaul.train.phase_times import StartUpTimes
 from longhaul.train.step_backends import build_backend
 from longhaul.train.train_stage import open_samples
 from longhaul.train.trainer import Trainer
@@ -28,5 +29,5 @@ def open_trainer(job: TrainSpec, context: DistributedContext, folder: Path) -> t
     events, state = EventWriter(None), TrainingState()
     metrics = Metrics(job, folder, 0, context, job.model, events, {})
     checkpoints = CheckpointManager(folder, job, context, events)
-    trainer = Trainer(job, context, backend, None, {}, checkpoints, metrics, events, state)
+    trainer = Trainer(job, context, backend, None, {}, checkpoints, metrics, events, state, StartUpTimes())
     return trainer, iter(Prefetcher(samples, job, context, state))

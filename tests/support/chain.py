@@ -36,7 +36,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "precision": "fp32",
         "optimizer": {"lr": 0.003},
         "checkpoints": {"every_steps": 10, "keep_best": 1},
-        "validation": {"every_steps": 10, "max_samples": 8},
+        "validation": {"every_steps": 10, "max_samples": 8, "before_first_step": True},
         "export_dtype": "fp32",
         "minutes": 5,
     }

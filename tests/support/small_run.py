@@ -17,6 +17,7 @@ from longhaul.artifacts.artifact_schemas import (
 )
 from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
+from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
 
 STAGE, DATASET, STEP = "base", "prose", 2
 _SHA256 = hashlib.sha256(b"").hexdigest()
@@ -84,6 +85,9 @@ def _write_stage(paths: RunPaths) -> None:
     _write_records(weights.events, {"time_s": 5.0, "event": "work_lost", "seconds": 1.0, "to_step": 1})
     times = {"training_s": 1.0, "validation_s": 0.5, "saving_s": 0.5}
     _write_records(weights.events, {"time_s": 8.0, "event": "saved", "step": 2, **times})
+    start_up = {f"{phase}_s": 0.5 for phase in START_UP_PHASES}
+    _write_records(weights.events, {"time_s": 3.0, "event": "start_up", "step": 1, **start_up})
+    write_json(weights.profile(0), _profile())
     _write_records(weights.attempts, {"hosts": ["n1"], "job_id": None})
     _write_records(weights.metrics, {"step": 0, "validation_loss": 2.0})
     _write_records(weights.metrics, {"step": 1, "loss": 2.0, "lr": 0.1, "step_time_s": 0.1, "data_wait_s": 0.1})
@@ -91,6 +95,25 @@ def _write_stage(paths: RunPaths) -> None:
     write_json(weights.identity, {"spec": {}, "start": None, "steps": STEP})
     totals = {"documents": 1, "packs": 1, "sequence_length": 4, "tokens": 3, "cut_documents": 0, "padding_share": 0.25}
     write_json(weights.samples / "pack-d-train-4-0.json", totals)
+
+
+def _profile() -> StepProfile:
+    """Return a profile of two steps of a second each: 0.8 s matrix products, 0.1 s of 0.3 s communication exposed."""
+    return {
+        "rank": 0,
+        "host": "n1",
+        "first_step": 20,
+        "steps": 2,
+        "breakdown": {
+            "has_kernels": True,
+            "seconds": 2.0,
+            "covered_s": {"matrix products": 1.6, "communication": 0.2},
+            "idle_s": 0.2,
+            "communication_s": 0.6,
+            "gaps": [{"seconds": 0.15, "after": "nvjet_a", "before": "ncclDevKernel_AllReduce"}],
+            "kernels": [{"name": "nvjet_a", "kind": "matrix products", "calls": 8, "seconds": 1.6}],
+        },
+    }
 
 
 def _write_export(paths: RunPaths) -> None:

@@ -312,6 +312,24 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("warmup_steps 11", "10 steps"),
     ),
     (
+        "profile beyond the training",
+        {"stages.0.profile_steps": [9, 11]},
+        {},
+        ("stages.base.profile_steps [9, 11] exceed the stage's 10 steps", "profile steps up to 10"),
+    ),
+    (
+        "profile of too many steps",
+        {"stages.0.profile_steps": [1, 21]},
+        {},
+        ("profile_steps [1, 21] must be the first and the last of 1 to 20 steps",),
+    ),
+    (
+        "profile that ends before it begins",
+        {"stages.0.profile_steps": [5, 4]},
+        {},
+        ("profile_steps [5, 4] must be the first and the last",),
+    ),
+    (
         "wsd without decay",
         {"stages.0.schedule": {"kind": "wsd"}},
         {},

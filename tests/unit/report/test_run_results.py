@@ -12,6 +12,7 @@ import pytest
 
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.artifacts.record_types import START_UP_PHASES
 from longhaul.report import run_results as module
 from longhaul.report.run_results import JobTimespan, StageResults
 
@@ -80,3 +81,12 @@ def test_epochs_are_those_of_the_last_attempt() -> None:
 
 def test_duration_of_a_timespan_is_formatted() -> None:
     assert JobTimespan("fabric", 100.0, 352.0).duration == "4 min 12 s"
+
+
+def test_start_is_that_of_the_last_attempt_with_a_step() -> None:
+    def started(seconds: float) -> dict[str, Any]:
+        return {"time_s": 1.0, "event": "start_up", **{f"{phase}_s": seconds for phase in START_UP_PHASES}}
+
+    found = module._last_start_up([started(9.0), started(0.5), {"time_s": 2.0, "event": "saved"}])
+    assert list(found) == list(START_UP_PHASES) and set(found.values()) == {0.5}
+    assert module._last_start_up([{"time_s": 2.0, "event": "training"}]) == {}

@@ -29,12 +29,18 @@ def weights_of(run: RunPaths) -> WeightsFolder:
 def artifacts_of(run: RunPaths) -> list[Path]:
     weights = weights_of(run)
     own = [run.plan, run.environment, run.fabric, run.tokenizer, run.manifest("prose"), run.stage(STAGE).checkpoint]
-    return [*own, run.export_manifest(STAGE), weights.skipped_batches, *weights.samples.glob("*.json")]
+    return [
+        *own,
+        run.export_manifest(STAGE),
+        weights.skipped_batches,
+        *weights.samples.glob("*.json"),
+        weights.profile(0),
+    ]
 
 
 def test_untouched_run_gives_a_report(run: RunPaths):
     page = render_page(read_run(run.folder))
-    assert "Stage base" in page and "all_reduce" in page and len(artifacts_of(run)) == 9
+    assert "Stage base" in page and "all_reduce" in page and len(artifacts_of(run)) == 10
 
 
 def test_no_tampered_artifact_ends_in_a_traceback(run: RunPaths):
@@ -60,6 +66,7 @@ LINES = (
     *DAMAGED_BYTES,
     b'{"time_s": "x", "event": 1}',
     b'{"event": "saved", "time_s": 1}',
+    b'{"event": "start_up", "time_s": 1, "imports_s": 1}',
     b'{"step": "1"}',
     b'{"hosts": 1}',
 )
@@ -68,7 +75,7 @@ LINES = (
 def shown(run: RunPaths) -> tuple[object, ...]:
     """Return what the report shows of the records."""
     (stage,) = read_run(run.folder).stages
-    return stage.attempts, stage.metrics.curves, stage.metrics.validation, stage.summary, stage.goodput
+    return stage.attempts, stage.metrics.curves, stage.metrics.validation, stage.summary, stage.goodput, stage.start_up
 
 
 @pytest.mark.parametrize("name", ["attempts", "metrics", "events", "history"])

@@ -178,6 +178,23 @@ class WeightsFolder:
         return self.path / "verified_data"
 
     @property
+    def profiles(self) -> Path:
+        """Folder of what `profile_steps` measured."""
+        return self.path / "profile"
+
+    def profile(self, rank: int) -> Path:
+        """The kernel times of a rank."""
+        return self.profiles / f"rank-{rank:05d}.json"
+
+    def written_profiles(self) -> list[Path]:
+        """Return the kernel times of all ranks that have some, in the order of the ranks."""
+        return sorted(self.profiles.glob("rank-?????.json"))
+
+    def profile_trace(self, rank: int) -> Path:
+        """The Chrome trace of a rank."""
+        return self.profiles / f"rank-{rank:05d}.trace.json.gz"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

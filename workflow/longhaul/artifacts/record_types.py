@@ -41,8 +41,58 @@ class Attempt(TypedDict):
     epochs: NotRequired[dict[str, float]]
 
 
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+
+
+class GapRecord(TypedDict):
+    """A time in which nothing ran, and the kernels before and after it."""
+
+    seconds: Seconds
+    after: str
+    before: str
+
+
+class KernelRecord(TypedDict):
+    """All calls of one kernel, or of one operator where the steps ran on a CPU."""
+
+    name: str
+    kind: str
+    calls: int
+    seconds: Seconds
+
+
+class TimeBreakdown(TypedDict):
+    """Where the time of the profiled steps of one rank went.
+
+    has_kernels:     false where the steps ran on a CPU; then operators take the place of kernels
+    covered_s:       by class; a moment in which several classes run counts for one of them, for communication last
+    communication_s: with what other classes hide
+    """
+
+    has_kernels: bool
+    seconds: Annotated[Seconds, Field(gt=0)]
+    covered_s: dict[str, Seconds]
+    idle_s: Seconds
+    communication_s: Seconds
+    gaps: list[GapRecord]
+    kernels: list[KernelRecord]
+
+
+class StepProfile(TypedDict):
+    """The profile of one rank: `profile/rank-<rank>.json` of a weights folder."""
+
+    rank: int
+    host: str
+    first_step: int
+    steps: Annotated[int, Field(ge=1)]
+    breakdown: TimeBreakdown
+
+
 Event = dict[str, Any]
+START_UP_PHASES = ("imports", "rendezvous", "data", "model", "engine", "checkpoint", "validation", "first_step")
+"""Parts of an attempt's start, in this order. Event `start_up` has the seconds of each on rank 0, as `<phase>_s`."""
 _REQUIRED = {
+    "start_up": tuple(f"{phase}_s" for phase in START_UP_PHASES),
     "saved": ("step", "training_s", "validation_s", "saving_s"),
     "work_lost": ("seconds", "to_step"),
 }
@@ -62,6 +112,13 @@ class _EventFields(TypedDict):
     validation_s: NotRequired[FiniteFloat]
     saving_s: NotRequired[FiniteFloat]
     durable_s: NotRequired[FiniteFloat]
+    imports_s: NotRequired[FiniteFloat]
+    rendezvous_s: NotRequired[FiniteFloat]
+    data_s: NotRequired[FiniteFloat]
+    model_s: NotRequired[FiniteFloat]
+    engine_s: NotRequired[FiniteFloat]
+    checkpoint_s: NotRequired[FiniteFloat]
+    first_step_s: NotRequired[FiniteFloat]
 
 
 def _require_values(event: Event) -> Event:

@@ -1,4 +1,4 @@
-"""py-cpuinfo without processes of its own. Written for py-cpuinfo 9.0.0 and DeepSpeed 0.19.8."""
+"""Answers DeepSpeed's calls of py-cpuinfo from /proc/cpuinfo. Written for py-cpuinfo 9.0.0 and DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 

@@ -23,6 +23,8 @@ from longhaul.config.field_types import (
     require_exactly_one,
 )
 
+MOST_PROFILED_STEPS = 20
+
 
 class StartFrom(FrozenModel):
     """The checkpoint of another stage that this stage starts from."""
@@ -209,6 +211,11 @@ class Validation(FrozenModel):
     max_samples: PositiveInt = Field(
         default=256, description="Maximum number of validation samples. Every validation uses the same samples."
     )
+    before_first_step: bool = Field(
+        default=False,
+        description="Validate the initial weights, too. This delays the first step. The report compares later losses of an sft "
+        "stage with this one.",
+    )
 
 
 class BadSteps(FrozenModel):
@@ -329,6 +336,11 @@ class Stage(FrozenModel):
     )
     checkpoints: CheckpointSettings = Field(default=CheckpointSettings(), description="When to save, and what to keep.")
     validation: Validation = Field(default=Validation(), description="Validation during training.")
+    profile_steps: tuple[PositiveStepCount, PositiveStepCount] | None = Field(
+        default=None,
+        description=f"First and last step to profile, at most {MOST_PROFILED_STEPS} steps, for example [20, 25]; null: none. The "
+        "report shows where their time went. Changes no result.",
+    )
     bad_steps: BadSteps = Field(default=BadSteps(), description="Reaction to NaN, infinity and loss spikes.")
     skip_batches: tuple[NonNegativeInt, ...] = Field(
         default=(),
@@ -361,6 +373,16 @@ class Stage(FrozenModel):
             # It ran on one GPU. Its losses on several ranks have not been compared with those of ZeRO 1 yet.
             return "ZeRO stage 3 replaces the weights of a layer in each pass"
         return None
+
+    @model_validator(mode="after")
+    def _check_profiled_steps(self) -> Stage:
+        first, last = self.profile_steps or (1, 1)
+        if not first <= last < first + MOST_PROFILED_STEPS:
+            raise ValueError(
+                f"profile_steps [{first}, {last}] must be the first and the last of 1 to {MOST_PROFILED_STEPS} steps: a trace "
+                "needs up to 100 MB for a step"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_length(self) -> Stage:

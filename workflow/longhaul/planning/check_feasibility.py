@@ -66,6 +66,15 @@ def check_schedule(stage: Stage, steps: int) -> None:
         )
 
 
+def check_profiled_steps(stage: Stage, steps: int) -> None:
+    """Raise UserError if the stage is over before the last step of its profile."""
+    if stage.profile_steps and stage.profile_steps[1] > steps:
+        raise UserError(
+            f"stages.{stage.name}.profile_steps {list(stage.profile_steps)} exceed the stage's {steps} steps",
+            f"profile steps up to {steps}",
+        )
+
+
 def check_precision(stage: Stage, site: Site) -> None:
     """Raise UserError if the precision does not work with the site, the ZeRO stage or the loss."""
     if stage.precision == "fp16" and not site.node.gpus:

@@ -27,6 +27,7 @@ from longhaul.planning.check_feasibility import (
     check_offload,
     check_positions,
     check_precision,
+    check_profiled_steps,
     check_save_time,
     check_schedule,
     check_site,
@@ -232,6 +233,7 @@ def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, mod
     tokens_per_step = stage.global_batch_size * stage.sequence_length
     steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
     check_schedule(stage, steps)
+    check_profiled_steps(stage, steps)
     check_precision(stage, loaded.site)
     check_offload(stage, loaded.config.storage)
     check_site(stage, loaded.site)

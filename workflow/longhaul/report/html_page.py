@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from longhaul import __version__
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import write_text
+from longhaul.artifacts.record_types import StepProfile
 from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
@@ -121,13 +122,43 @@ def _stage_rows(stage: StageResults) -> dict[str, object]:
         "training waited for a save, median": text.duration(_median([save.waited_s for save in stage.saves])),
         "until a checkpoint was complete, median": text.duration(_median([save.durable_s for save in stage.saves])),
         "attempts": text.count(len(stage.attempts)),
+        "last start, from rank 0's process to its first step": _start_up(stage.start_up),
         "hosts": ", ".join(stage.hosts),
     }
     stage_figures = [figure(stage) for figure in (figures.loss_figure, figures.speed_figure, figures.schedule_figure)]
     if stage.goodput and stage.goodput.total:
         numbers["goodput"] = text.percent(stage.goodput.goodput)
         stage_figures.append(figures.goodput_figure(stage.goodput))
-    return {"name": stage.name, "numbers": numbers, "figures": [_embed(figure) for figure in stage_figures]}
+    return {
+        "name": stage.name,
+        "numbers": numbers,
+        "figures": [_embed(figure) for figure in stage_figures],
+        "profiles": [_profile_rows(profile) for profile in stage.profiles],
+    }
+
+
+def _profile_rows(profile: StepProfile) -> dict[str, object]:
+    """Return where the time of a rank's profiled steps went: seconds of a step, and shares of its time."""
+    breakdown = profile["breakdown"]
+    steps = profile["steps"]
+    hidden_s = breakdown["communication_s"] - breakdown["covered_s"].get("communication", 0.0)
+    seconds = {**breakdown["covered_s"], "nothing runs": breakdown["idle_s"]}
+    return {
+        "profile": profile,
+        "last_step": profile["first_step"] + steps - 1,
+        "parts": [(name, part_s / steps, part_s / breakdown["seconds"]) for name, part_s in seconds.items()],
+        "step_s": breakdown["seconds"] / steps,
+        "hidden_communication_s": max(0.0, hidden_s) / steps,
+        "kernels": [(kernel, kernel["seconds"] / breakdown["seconds"]) for kernel in breakdown["kernels"]],
+    }
+
+
+def _start_up(phases: dict[str, float]) -> str:
+    """Return the duration of a start, and of each of its phases."""
+    if not phases:
+        return text.MISSING
+    parts = ", ".join(f"{text.words(phase)} {text.duration(seconds)}" for phase, seconds in phases.items() if seconds)
+    return f"{text.duration(sum(phases.values()))}: {parts}"
 
 
 def _median(values: list[float]) -> float | None:

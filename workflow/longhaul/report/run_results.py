@@ -23,7 +23,7 @@ from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
-from longhaul.artifacts.record_types import Attempt, read_events
+from longhaul.artifacts.record_types import START_UP_PHASES, Attempt, Event, StepProfile, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
@@ -61,6 +61,10 @@ class StageResults:
     unigram_entropy_nats: float | None
     goodput: Goodput | None
     saves: list[Save]
+    start_up: dict[
+        str, float
+    ]  # of the last attempt with a step: phase -> seconds from the start of rank 0's process on
+    profiles: list[StepProfile]  # of the ranks that profile_steps recorded
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -145,6 +149,7 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
     metrics = read_metrics(weights.metrics)
     skipped = weights.skipped_batches
     packs = _read_pack_totals(weights.samples)
+    events = read_events(weights.events)
     return StageResults(
         name=row["name"],
         kind=row["kind"],
@@ -161,10 +166,18 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
         goodput=read_goodput(stage.path, weights.path),
         saves=[
             Save(event["saving_s"], event.get("durable_s", event["saving_s"]))  # older releases wrote synchronously
-            for event in read_events(weights.events)
+            for event in events
             if event["event"] == "saved"
         ],
+        start_up=_last_start_up(events),
+        profiles=[read_typed_json(path, StepProfile) for path in weights.written_profiles()],
     )
+
+
+def _last_start_up(events: list[Event]) -> dict[str, float]:
+    """Return phase -> seconds of the newest event `start_up`; {} where there is none."""
+    found = [event for event in events if event["event"] == "start_up"]
+    return {phase: found[-1][f"{phase}_s"] for phase in START_UP_PHASES} if found else {}
 
 
 def _read_pack_totals(folder: Path) -> list[PackTotals]:

@@ -29,6 +29,8 @@ from longhaul.train.graceful_stop import GracefulStop
 from longhaul.train.initial_weights import set_initial_master_weights
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
+from longhaul.train.monitoring.profile_steps import StepProfiler
+from longhaul.train.phase_times import StartUpTimes
 from longhaul.train.step_backends import build_backend
 from longhaul.train.trainer import Trainer
 from longhaul.train.verified_inputs import verify_data, verify_packs, verify_start
@@ -44,16 +46,18 @@ def run(job: TrainSpec) -> None:
         UserError: the number of ranks or nodes differs from the plan, or the inputs do not fit together.
         TrainingFailure: there were more bad steps than the config allows.
     """
+    start_up = StartUpTimes()
     with (
         distributed_context(job) as context,
         Heartbeat(context.rank, Path(job.folder), job.stage.recovery.heartbeat_timeout_s),
         # A small file, such as metrics. A checkpoint raises DiskFull itself, with the needed bytes.
         disk_full_as_user_error("a file of the stage", Path(job.weights_root)),
     ):
-        _train_or_finish(job, context)
+        start_up.finish("rendezvous")
+        _train_or_finish(job, context, start_up)
 
 
-def _train_or_finish(job: TrainSpec, context: DistributedContext) -> None:
+def _train_or_finish(job: TrainSpec, context: DistributedContext, start_up: StartUpTimes) -> None:
     """Train unless the last checkpoint exists already, and write the stage's artifact when it does."""
     tokenizer, data = TokenizerManifest.read(Path(job.tokenizer)), DataManifest.read(Path(job.data))
     start = find_starting_checkpoint(job)
@@ -63,7 +67,9 @@ def _train_or_finish(job: TrainSpec, context: DistributedContext) -> None:
         claim_weights_folder(job, identity, weights, context)
         events = EventWriter(weights if context.is_main else None)
         with closing(CheckpointManager(weights, job, context, events)) as checkpoints:
-            is_finished = checkpoints.is_finished() or _train(job, context, tokenizer, data, start, checkpoints, events)
+            is_finished = checkpoints.is_finished() or _train(
+                job, context, tokenizer, data, start, checkpoints, events, start_up
+            )
         if context.is_main and is_finished:
             stage_artifact(job, checkpoints, data, tokenizer).write(Path(job.out))
         context.barrier()
@@ -93,6 +99,7 @@ def _train(
     start: StartingCheckpoint | None,
     checkpoints: CheckpointManager,
     events: EventWriter,
+    start_up: StartUpTimes,
 ) -> bool:
     """Train to the last step, or until the job must stop. Return whether the last step was reached."""
     graceful_stop = GracefulStop(job, context)
@@ -103,28 +110,37 @@ def _train(
     samples = open_samples(job, data, "train", cache, context)
     held_out = open_samples(job, data, "validation", cache, context)
     verify_packs(cache, context)
+    start_up.finish("data")
     model = build_model(job, tokenizer, start, context)
+    start_up.finish("model")
     backend = build_backend(job, model, context)
+    start_up.finish("engine")
     state = checkpoints.resume(backend.engine)
     if state.step == 0:
         set_initial_master_weights(backend.engine, job, build_model_config(job, tokenizer), start, context)
     epochs = samples.epochs(job.steps * job.stage.global_batch_size) if samples else {}
     metrics = Metrics(job, checkpoints.folder, state.step, context, model.config.to_dict(), events, epochs)
     prompts = sample_prompts(validation=held_out, train=samples)
-    trainer = Trainer(job, context, backend, held_out, prompts, checkpoints, metrics, events, state)
+    trainer = Trainer(job, context, backend, held_out, prompts, checkpoints, metrics, events, state, start_up)
+    start_up.finish("checkpoint")
     trainer.begin()
+    start_up.finish("validation")
     graceful_stop.require_time_for(trainer.needed_to_leave_s)
-    _run_steps(trainer, Prefetcher(samples, job, context, state), graceful_stop)
+    with closing(StepProfiler(job, context, checkpoints.folder)) as profiler:
+        _run_steps(trainer, Prefetcher(samples, job, context, state), graceful_stop, profiler)
     checkpoints.finish_save()
     metrics.close()
     return trainer.state.step == job.steps
 
 
-def _run_steps(trainer: Trainer, batches: Prefetcher, graceful_stop: GracefulStop) -> None:
+def _run_steps(trainer: Trainer, batches: Prefetcher, graceful_stop: GracefulStop, profiler: StepProfiler) -> None:
     """Run steps with their validations and saves, until there are no more batches or the job must stop."""
     stage = trainer.job.stage
     for batch in batches:
-        if not trainer.step(batch):
+        profiler.begin_step(trainer.state.step + 1)
+        is_good = trainer.step(batch)
+        profiler.end_step()
+        if not is_good:
             continue
         trainer.checkpoints.after_step(trainer.backend.engine)
         save_is_due = trainer.is_due(stage.checkpoints.every_steps)

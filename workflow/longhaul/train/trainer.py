@@ -23,7 +23,7 @@ from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.monitoring.stragglers import StragglerDetector
 from longhaul.train.parallel.expert_load_balancing import Load, load_summary
-from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes
+from longhaul.train.phase_times import SAVE, STEP, VALIDATE, PhaseTimes, StartUpTimes
 from longhaul.train.random_numbers import seed_random_numbers
 from longhaul.train.step_backends import Backend
 from longhaul.train.validation_loss import sums_over_samples, validation_loss
@@ -73,6 +73,7 @@ class Trainer:
     metrics: Metrics
     events: EventWriter
     state: TrainingState
+    start_up: StartUpTimes
 
     def __post_init__(self) -> None:
         self.validation_loss: float | None = None
@@ -91,10 +92,11 @@ class Trainer:
         return bad_step_reason(loss, grad_norm, self.state.recent_losses, self.job.stage.bad_steps.spike_factor)
 
     def begin(self) -> None:
-        """Validate before the first step, and save where a bad step returns to a checkpoint."""
+        """Validate the initial weights where the config asks for it, and save where a bad step returns to a checkpoint."""
         self.events.write("training", step=self.state.step)
         if self.state.step == 0:
-            self.validate()
+            if self.job.stage.validation.before_first_step:
+                self.validate()
             if self._policy.needs_first_checkpoint:
                 self.save()
                 self.checkpoints.finish_save()
@@ -167,6 +169,10 @@ class Trainer:
         self._last_finished = time.perf_counter()
         self.metrics.step(step.number, seconds, self._metrics_of(step, results))
         self._policy.note_good_step()
+        if not self.start_up.is_complete:
+            self.start_up.finish("first_step")
+            self.events.write("start_up", step=step.number, **self.start_up.seconds())
+            self.metrics.print(str(self.start_up))
         return True
 
     def _metrics_of(self, step: StartedStep, results: dict[str, float]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Metrics:
         if not context.is_main:
             return
         self._path = WeightsFolder(folder).metrics
-        # A start at step 0 validates before the first step, also after an attempt that saved nothing.
+        # A start at step 0 may validate before the first step, also after an attempt that saved nothing.
         first_step = resumed_from + 1 if resumed_from else 0
         self._stream = self._open_before(first_step)
         self._trackers = open_trackers(job, folder, first_step)

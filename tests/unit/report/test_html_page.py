@@ -1,0 +1,36 @@
+"""Numbers of the page that are computed for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from longhaul.report import html_page
+from longhaul.report.html_page import render_page
+from longhaul.report.run_results import read_run
+from tests.support.small_run import write_small_run
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the text of a small run's page, with one space between its words."""
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = write_small_run(tmp_path / "results")
+    return " ".join(re.sub(r"<[^>]+>", " ", render_page(read_run(run.folder))).split())
+
+
+def test_a_profile_shows_the_parts_of_a_step(page: str) -> None:
+    assert "Profile of steps 20 to 21, rank 0 on n1: 1 s for a step" in page
+    for row in ("matrix products 800 ms 80 %", "communication 100 ms 10 %", "nothing runs 100 ms 10 %"):
+        assert row in page
+    assert "Another 200 ms of a step ran beside other kernels" in page
+    assert "nvjet_a matrix products 8 80 %" in page
+    assert "150 ms nvjet_a ncclDevKernel_AllReduce" in page
+
+
+def test_a_start_is_shown_by_its_phases(page: str) -> None:
+    assert "last start, from rank 0's process to its first step 4 s: imports 500 ms, rendezvous 500 ms" in page.replace(
+        "&#39;", "'"
+    )
