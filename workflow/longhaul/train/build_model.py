@@ -1,4 +1,4 @@
-"""Builds the network of a stage from its Hugging Face config, sets its initial weights, checks its rotary embedding."""
+"""Builds the network of a stage from its Hugging Face config, on the GPU or the CPU; checks its rotary embedding."""
 
 from __future__ import annotations
 

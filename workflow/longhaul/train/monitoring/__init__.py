@@ -1,1 +1,1 @@
-"""Monitoring: metrics.jsonl, experiment trackers, events and straggler detection."""
+"""Monitoring: metrics.jsonl, experiment trackers, events, straggler detection, and profiles of steps."""

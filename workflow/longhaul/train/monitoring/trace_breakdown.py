@@ -1,4 +1,4 @@
-"""Adds up the time of profiled steps in a trace: classes of kernels, idle gaps, exposed communication, longest kernels."""
+"""Adds up the time in a trace of profile_steps.py: classes of kernels, idle gaps, exposed communication, longest kernels."""
 
 from __future__ import annotations
 
