@@ -21,6 +21,13 @@ def write(folder: Path, *names: str) -> None:
         (folder / name).write_text("text")
 
 
+def refusal(folder: Path, pattern: str) -> tuple[str, str]:
+    """Return message and remedy of the error for a pattern; FOLDER stands for `folder`."""
+    with pytest.raises(UserError) as refused:
+        found(folder, pattern)
+    return refused.value.message.replace(str(folder), "FOLDER"), refused.value.hint
+
+
 def found(folder: Path, pattern: str, file_format: str = "auto") -> list[str]:
     files = find_files(KEY, folder / pattern if pattern else folder, file_format).files
     return [str(path.relative_to(folder)) for path in files]
@@ -42,11 +49,17 @@ def test_a_readme_that_is_named_itself_is_read(tmp_path: Path):
 
 def test_a_folder_has_one_format_unless_the_format_is_set(tmp_path: Path):
     write(tmp_path, "1.jsonl", "2.jsonl", "3.txt", "4.sha256")
-    with pytest.raises(
-        UserError, match=r"several formats: 2 of jsonl, 1 of text, 1 of unknown format; .* 1.jsonl and 3.txt"
-    ):
-        found(tmp_path, "")
+    assert refusal(tmp_path, "") == (
+        f"{KEY}: FOLDER holds files of several formats: 2 of jsonl, 1 of text, 1 of unknown format; "
+        "for example 1.jsonl and 3.txt",
+        "name the files with a glob such as folder/**/*.jsonl, or set `format` to read all of them in one way",
+    )
     assert found(tmp_path, "", "text") == ["1.jsonl", "2.jsonl", "3.txt", "4.sha256"]
+
+
+def test_the_example_of_another_format_differs_from_the_first_file(tmp_path: Path):
+    write(tmp_path, "1.jsonl", "2.txt", "3.txt")
+    assert refusal(tmp_path, "")[0].endswith("1 of jsonl, 2 of text; for example 1.jsonl and 2.txt")
 
 
 @pytest.mark.parametrize("pattern", ["data", "data/**/*.jsonl", "data/**", "*/**/**/*.jsonl"])
@@ -61,42 +74,61 @@ def test_linked_folders_are_followed(tmp_path: Path, pattern: str):
 def test_a_loop_of_links_is_refused(tmp_path: Path, pattern: str):
     write(tmp_path, "data/a/1.jsonl")
     (tmp_path / "data" / "a" / "back").symlink_to(tmp_path / "data")
-    with pytest.raises(UserError, match="data/a/back is a link to a folder above it"):
-        found(tmp_path, pattern)
+    assert refusal(tmp_path, pattern) == (
+        f"{KEY}: FOLDER/data/a/back is a link to a folder above it",
+        "remove the link, or name other folders",
+    )
 
 
-BAD_ENTRIES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "broken link": (lambda path: path.symlink_to("nowhere"), "is a broken link"),
-    "pipe": (os.mkfifo, "is a pipe or a device"),
+BAD_ENTRIES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "broken link": (
+        lambda path: path.symlink_to("nowhere"),
+        "is a broken link",
+        "remove the link, or restore its target",
+    ),
+    "pipe": (os.mkfifo, "is a pipe or a device, not a file", "remove it from the folder"),
 }
 
 
-@pytest.mark.parametrize(("make", "message"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+@pytest.mark.parametrize(("make", "message", "remedy"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
 @pytest.mark.parametrize("pattern", ["data", "data/*.jsonl", "data/**/*.jsonl"])
-def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str, pattern: str):
+def test_what_is_no_file_is_refused(
+    tmp_path: Path, make: Callable[[Path], None], message: str, remedy: str, pattern: str
+):
     write(tmp_path, "data/1.jsonl")
     make(tmp_path / "data" / "2.jsonl")
-    with pytest.raises(UserError, match=f"2.jsonl {message}"):
-        found(tmp_path, pattern)
+    assert refusal(tmp_path, pattern) == (f"{KEY}: FOLDER/data/2.jsonl {message}", remedy)
 
 
 @pytest.mark.parametrize("pattern", ["/", "/**/*.txt", "~", "~/**"])
 def test_the_whole_disk_and_the_home_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match="is no folder of data alone"):
+    folder = tmp_path if pattern.startswith("~") else Path("/")
+    with pytest.raises(UserError) as refused:
         find_files(KEY, Path(pattern).expanduser(), "auto")
+    assert refused.value.message == f"{KEY}: {folder} is no folder of data alone"
+    assert refused.value.hint == "name a folder that holds only data"
 
 
 def test_two_stars_must_be_a_whole_name(tmp_path: Path):
-    with pytest.raises(UserError, match=r"'a\*\*b' contains \*\*, which must be a folder's whole name"):
-        found(tmp_path, "a**b")
+    assert refusal(tmp_path, "a**b") == (
+        f"{KEY}: 'a**b' contains **, which must be a folder's whole name",
+        "write ** between slashes",
+    )
 
 
 def test_a_folder_with_too_many_entries_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_MAX_ENTRIES", 3)
-    write(tmp_path, *(f"{number}.txt" for number in range(4)))
-    with pytest.raises(UserError, match="more than 3 entries"):
-        found(tmp_path, "")
+    write(tmp_path, *(f"{number}.txt" for number in range(3)))
+    assert len(found(tmp_path, "")) == 3
+    write(tmp_path, ".hidden")
+    assert refusal(tmp_path, "") == (f"{KEY}: FOLDER has more than 3 entries", "name a smaller folder")
+
+
+@pytest.mark.parametrize("pattern", ["no.txt", "no/*.txt", "1.txt/*.txt", "no/**/*.txt"])
+def test_what_does_not_exist_has_no_files(tmp_path: Path, pattern: str):
+    write(tmp_path, "1.txt")
+    assert found(tmp_path, pattern) == []
 
 
 @pytest.mark.parametrize(
@@ -109,6 +141,10 @@ def test_a_folder_with_too_many_entries_is_refused(tmp_path: Path, monkeypatch: 
         ("a/1.txt", "a/**/b/*.txt", False),
         ("a/b/1.txt", "**/[!1].txt", False),
         ("a/b/1.txt", "*/1.txt", False),
+        ("a", "a/*.txt", False),
+        ("a/1.txt", "a", False),
+        ("a/1.txt", "a/**/**/1.txt", True),
+        ("a/b", "**/a", False),
     ],
 )
 def test_globs_match_whole_names(path: str, pattern: str, expected: bool):

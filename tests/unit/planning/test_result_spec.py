@@ -70,7 +70,11 @@ def test_loss_scaling_counts_only_in_fp16(tmp_path: Path):
 
 def test_hub_model_counts_with_id_and_revision(tmp_path: Path):
     (spec, _) = specs(tmp_path, {"model": {"pretrained": {"hub": {"id": "org/model", "revision": "v1"}}}})
-    assert spec["model"]["hub"] == {"id": "org/model", "revision": "v1"}
+    assert spec["model"] == {
+        "path": None,
+        "hub": {"id": "org/model", "revision": "v1"},
+        "trust_remote_code": False,
+    }
 
 
 def test_local_model_counts_with_names_and_sizes_of_its_files(tmp_path: Path):
