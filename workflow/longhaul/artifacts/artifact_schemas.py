@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NotRequired, Self
+from typing import Annotated, ClassVar, NotRequired, Self
 
 from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
@@ -62,7 +62,7 @@ class Artifact:
             raise UserError(f"{path} is not a complete {cls.__name__}: {error}", cls.hint) from None
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
+    def from_fields(cls, fields: dict[str, object]) -> Self:
         """Return the artifact with the given fields.
 
         Raises:
@@ -104,7 +104,7 @@ class MixturePart(TypedDict):
     """One dataset of a mixture; manifest: the fields of its DataManifest."""
 
     weight: Annotated[int, Field(gt=0)]
-    manifest: dict[str, Any]
+    manifest: dict[str, object]
 
 
 class SavedCheckpoint(TypedDict):
@@ -122,7 +122,7 @@ class CheckedNode(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     host: str
-    gpus: list[Any]
+    gpus: list[object]
     cpus: int
     memory_bytes: int
     disk_free_bytes: int | None
@@ -191,7 +191,7 @@ class Lock(Artifact):
     hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
 
     sources: dict[str, LockedSource] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class Checkpoint(Artifact):
     run: str
     stage: str
     weights: str
-    spec: dict[str, Any]
+    spec: dict[str, object]
     checkpoints: dict[str, SavedCheckpoint]
     steps: int
     data_hash: str
@@ -354,6 +354,6 @@ class Export(Artifact):
     parameters: int
     bytes: int
     files: dict[str, Sha256]
-    verification: dict[str, dict[str, Any]]
+    verification: dict[str, dict[str, object]]
     samples: list[Sample]
-    provenance: dict[str, Any]
+    provenance: dict[str, object]

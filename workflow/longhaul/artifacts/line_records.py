@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Generic, TypeVar
 
 from longhaul.artifacts.typed_json import parse_json
 from longhaul.errors import UserError
@@ -93,7 +93,7 @@ def _valid_records(text: bytes, kind: type[T]) -> list[T]:
     return found
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
+def append_record(path: Path, record: Mapping[str, object]) -> None:
     """Append one line. Half a line that a killed process left gets its line break first, so that both stay apart."""
     with open_for_append(path) as stream:
         stream.write(json.dumps(record) + "\n")

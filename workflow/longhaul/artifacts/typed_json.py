@@ -24,7 +24,7 @@ HostName = Annotated[str, Field(pattern=f"^{_HOST_NAME}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def is_host_name(value: Any) -> bool:
+def is_host_name(value: object) -> bool:
     """Return whether a value is a HostName."""
     return isinstance(value, str) and re.fullmatch(_HOST_NAME, value) is not None
 
@@ -71,6 +71,6 @@ def _first_problem(error: ValidationError) -> str:
     return f"`{place}` is {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _short(value: Any, limit: int = 60) -> str:
+def _short(value: object, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}…"

@@ -6,13 +6,13 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.parameter_counts import expert_counts, has_latent_attention, head_dim
 
 
-def attention_width(c: Mapping[str, Any]) -> int:
+def attention_width(c: HuggingFaceConfig) -> int:
     """Return heads x (key width + value width), which determines the FLOPs of attention."""
     heads = c["num_attention_heads"]
     if has_latent_attention(c):
@@ -20,7 +20,7 @@ def attention_width(c: Mapping[str, Any]) -> int:
     return 2 * heads * head_dim(c)
 
 
-def saved_activations(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+def saved_activations(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
     """Return the elements that one layer saves for the backward pass without recomputation, except those inside norms.
 
     The count follows Korthikanti et al. 2022 (arXiv:2205.05198, section 4), adapted to RMSNorm, SwiGLU and attention without
@@ -38,7 +38,7 @@ def saved_activations(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
     return hidden_copies * hidden + attention + 4 * _widest_mlp(c, sparse)
 
 
-def repeated_key_values(c: Mapping[str, Any]) -> int:
+def repeated_key_values(c: HuggingFaceConfig) -> int:
     """Return the additional elements if keys and values are repeated for each query head that shares them.
 
     Latent attention has separate keys and values for each head, so the count is 0.
@@ -46,7 +46,7 @@ def repeated_key_values(c: Mapping[str, Any]) -> int:
     return 0 if has_latent_attention(c) else 2 * (c["num_attention_heads"] - c["num_key_value_heads"]) * head_dim(c)
 
 
-def normed_elements(c: Mapping[str, Any]) -> int:
+def normed_elements(c: HuggingFaceConfig) -> int:
     """Return the elements that pass through norms: a layer's two norms, and those of MLA's compressions or Qwen3's q and k."""
     if has_latent_attention(c):
         return 2 * c["hidden_size"] + (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
@@ -54,7 +54,7 @@ def normed_elements(c: Mapping[str, Any]) -> int:
     return 2 * c["hidden_size"] + normed_heads * head_dim(c)
 
 
-def matmul_results(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+def matmul_results(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
     """Return the elements that matmuls and attention produce, without the two results that are added to the residual stream.
 
     These are q, k, v, MLA's compressions, the attention output, gate and up. In a sparse layer they include the outputs of the
@@ -71,7 +71,7 @@ def matmul_results(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
     return attention + 2 * _widest_mlp(c, sparse) + experts
 
 
-def _widest_mlp(c: Mapping[str, Any], sparse: Sequence[bool]) -> int:
+def _widest_mlp(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
     """Return the largest inner MLP width that one token uses in a layer, summed over its experts."""
     experts = c["num_experts_per_tok"] + expert_counts(c)[1] if any(sparse) else 0
     return max(0 if all(sparse) else c["intermediate_size"], c.get("moe_intermediate_size", 0) * experts)

@@ -6,12 +6,11 @@ therefore works, and a misspelt key is reported at once. Sizes have no default, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from longhaul.config.field_types import Fraction, FrozenModel, HubSource, NonNegativeInt, SingleLine
+from longhaul.config.field_types import Fraction, FrozenModel, HubSource, HuggingFaceConfig, NonNegativeInt, SingleLine
 from longhaul.config.rotary_embedding import NEW_MODEL_TYPES, check_rope, rope_parameters
 
 PositiveFloat = Annotated[float, Field(gt=0, le=1e12)]
@@ -176,7 +175,7 @@ FIXED_ROUTING = {
 }
 
 
-def check_routing(config: Mapping[str, Any]) -> None:
+def check_routing(config: HuggingFaceConfig) -> None:
     """Raise ValueError for keys of a Hugging Face config that choose experts in a way that transformers does not compute."""
     architecture = config["model_type"]
     for key, value in FIXED_ROUTING.get(architecture, {}).items():
@@ -188,7 +187,7 @@ def check_routing(config: Mapping[str, Any]) -> None:
         _check_groups(config)
 
 
-def _check_groups(config: Mapping[str, Any]) -> None:
+def _check_groups(config: HuggingFaceConfig) -> None:
     method, groups, selected = config.get("topk_method", "greedy"), config.get("n_group"), config.get("topk_group")
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method is {method!r}; use greedy or group_limited_greedy")
@@ -261,7 +260,7 @@ class Model(FrozenModel):
             raise ValueError(f"needs exactly one of {', '.join(type(self).model_fields)}; found {found}")
         return self
 
-    def config_dict(self) -> dict[str, Any]:
+    def config_dict(self) -> HuggingFaceConfig:
         """Return the contents of the Hugging Face config.json; empty for a pretrained model, which has its own."""
         if self.pretrained:
             return {}

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+HuggingFaceConfig = dict[str, Any]
+"""A Hugging Face config.json, or a section of it. The types of its values depend on the model; transformers declares none."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 SINGLE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 TEXT_PATTERN = r"^[^\x00-\x08\x0b-\x1f\x7f]+$"
@@ -58,7 +60,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 _DURATION = re.compile(r"(?:([0-9]{1,5})-)?([0-9]{1,5}):([0-5][0-9]):00")
 
 
-def _minutes_of(value: Any) -> Any:
+def _minutes_of(value: object) -> object:
     """Return the minutes of a duration such as 1:30:00 or 2-00:00:00; any value that is not a string unchanged."""
     if not isinstance(value, str):
         return value

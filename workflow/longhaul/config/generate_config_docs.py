@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -92,7 +92,7 @@ def _yaml_value(field: FieldInfo) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, Container]:
+def _section_in(annotation: object) -> tuple[type[BaseModel] | None, Container]:
     """Return the model in an annotation, or None, and the container that holds it."""
     origin = typing.get_origin(annotation)
     if (
@@ -152,7 +152,7 @@ def _type_name(field: FieldInfo, section: type[BaseModel] | None, container: Con
     return _plain_type(field.annotation)
 
 
-def _plain_type(annotation: Any) -> str:
+def _plain_type(annotation: object) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from longhaul.config import activation_counts, parameter_counts
 from longhaul.config.architectures import MAX_LAYERS, MAX_SIZE
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import UserError
 
 # Keys that the counts read. The classes in architectures.py have checked them for a new model, but not for a config.json.
@@ -103,7 +102,7 @@ def layers_per_pipeline_rank(layers: int, pipeline_ranks: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def model_size(config: Mapping[str, Any]) -> ModelSize:
+def model_size(config: HuggingFaceConfig) -> ModelSize:
     """Return the sizes of a supported architecture from its Hugging Face config.
 
     Raises:
@@ -121,7 +120,7 @@ def model_size(config: Mapping[str, Any]) -> ModelSize:
         ) from None
 
 
-def _check_sizes(config: Mapping[str, Any]) -> None:
+def _check_sizes(config: HuggingFaceConfig) -> None:
     for key, value in config.items():
         if key not in _SIZES | _OPTIONAL_SIZES or (key in _OPTIONAL_SIZES and not value):
             continue
@@ -133,7 +132,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             )
 
 
-def _count(c: Mapping[str, Any]) -> ModelSize:
+def _count(c: HuggingFaceConfig) -> ModelSize:
     hidden, layers = c["hidden_size"], c["num_hidden_layers"]
     sparse = parameter_counts.sparse_layers(c)
     experts = parameter_counts.expert_parameters(c)

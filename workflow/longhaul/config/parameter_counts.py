@@ -5,22 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from longhaul.config.field_types import HuggingFaceConfig
 
 
-def has_latent_attention(c: Mapping[str, Any]) -> bool:
+def has_latent_attention(c: HuggingFaceConfig) -> bool:
     """Return True for multi-head latent attention (MLA), which the DeepSeek architectures use."""
     return c["model_type"].startswith("deepseek")
 
 
-def head_dim(c: Mapping[str, Any]) -> int:
+def head_dim(c: HuggingFaceConfig) -> int:
     """Return the width of one attention head without latent attention."""
     return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
 
 
-def expert_counts(c: Mapping[str, Any]) -> tuple[int, int]:
+def expert_counts(c: HuggingFaceConfig) -> tuple[int, int]:
     """Return (routed experts, shared experts) of a sparse layer."""
     if has_latent_attention(c):
         return c["n_routed_experts"], c["n_shared_experts"] or 0
@@ -28,12 +29,12 @@ def expert_counts(c: Mapping[str, Any]) -> tuple[int, int]:
     return c.get("num_experts") or c.get("num_local_experts") or 0, 0
 
 
-def sparse_layers(c: Mapping[str, Any]) -> tuple[bool, ...]:
+def sparse_layers(c: HuggingFaceConfig) -> tuple[bool, ...]:
     """Return for each decoder layer whether it has routed experts."""
     return tuple(_is_sparse(c, layer) for layer in range(c["num_hidden_layers"]))
 
 
-def _is_sparse(c: Mapping[str, Any], layer: int) -> bool:
+def _is_sparse(c: HuggingFaceConfig, layer: int) -> bool:
     if has_latent_attention(c):
         return layer >= c["first_k_dense_replace"]
     if c["model_type"] == "qwen3_moe":
@@ -41,12 +42,12 @@ def _is_sparse(c: Mapping[str, Any], layer: int) -> bool:
     return False
 
 
-def attention_parameters(c: Mapping[str, Any]) -> int:
+def attention_parameters(c: HuggingFaceConfig) -> int:
     """Return the parameters of one layer's attention, without the layer's two norms."""
     return _latent_attention(c) if has_latent_attention(c) else _grouped_attention(c)
 
 
-def _grouped_attention(c: Mapping[str, Any]) -> int:
+def _grouped_attention(c: HuggingFaceConfig) -> int:
     """Grouped-query attention: the q, k, v and o projections with their biases, and Qwen3's norms of q and k."""
     hidden, d = c["hidden_size"], head_dim(c)
     q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
@@ -56,7 +57,7 @@ def _grouped_attention(c: Mapping[str, Any]) -> int:
     return hidden * (2 * q + 2 * kv) + (q + 2 * kv if qkv_bias else 0) + (hidden if o_bias else 0) + norms
 
 
-def _latent_attention(c: Mapping[str, Any]) -> int:
+def _latent_attention(c: HuggingFaceConfig) -> int:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
     hidden, heads, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
@@ -68,7 +69,7 @@ def _latent_attention(c: Mapping[str, Any]) -> int:
     return query + down + up + heads * c["v_head_dim"] * hidden + (hidden if bias else 0)
 
 
-def latent_compression_parameters(c: Mapping[str, Any]) -> int:
+def latent_compression_parameters(c: HuggingFaceConfig) -> int:
     """Return the parameters of MLA's projections to the low ranks and of their norms; 0 without latent attention."""
     if not has_latent_attention(c):
         return 0
@@ -76,7 +77,7 @@ def latent_compression_parameters(c: Mapping[str, Any]) -> int:
     return c["hidden_size"] * (ranks + c["qk_rope_head_dim"]) + ranks
 
 
-def dense_mlp_parameters(c: Mapping[str, Any]) -> int:
+def dense_mlp_parameters(c: HuggingFaceConfig) -> int:
     """Return the parameters of a dense layer's MLP: gate, up and down projections."""
     hidden, width = c["hidden_size"], c["intermediate_size"]
     return 3 * hidden * width + (2 * width + hidden if c.get("mlp_bias") else 0)
@@ -108,7 +109,7 @@ class ExpertParameters:
         return self.selected + self.shared + self.router
 
 
-def expert_parameters(c: Mapping[str, Any]) -> ExpertParameters:
+def expert_parameters(c: HuggingFaceConfig) -> ExpertParameters:
     """Return the parameters of a sparse layer's MLP."""
     routed, shared = expert_counts(c)
     if not routed:
@@ -117,7 +118,7 @@ def expert_parameters(c: Mapping[str, Any]) -> ExpertParameters:
     return ExpertParameters(routed * one, shared * one, c["num_experts_per_tok"] * one, routed * c["hidden_size"])
 
 
-def large_tensors(c: Mapping[str, Any]) -> Iterator[int]:
+def large_tensors(c: HuggingFaceConfig) -> Iterator[int]:
     """Yield the sizes of a layer's large tensors, in elements. A layer's routed experts are two tensors."""
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     yield hidden * c["intermediate_size"]

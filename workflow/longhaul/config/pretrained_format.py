@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from longhaul.config.architectures import MAX_LAYERS
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.validation_messages import shortened
 from longhaul.errors import UserError
 
@@ -33,7 +34,7 @@ def expert_keys(name: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{match[1]}.{expert}.{part}.weight" for expert in range(shape[0]) for part in _PROJECTIONS[match[2]]]
 
 
-def fp8_block_shape(config: dict[str, Any], where: str) -> tuple[int, int] | None:
+def fp8_block_shape(config: HuggingFaceConfig, where: str) -> tuple[int, int] | None:
     """Return (rows, columns) of the FP8 blocks that share a scale; None if the weights are not quantized.
 
     Raises:
@@ -59,11 +60,11 @@ def fp8_block_shape(config: dict[str, Any], where: str) -> tuple[int, int] | Non
     return block[0], block[1]
 
 
-def _is_block_shape(value: Any) -> bool:
+def _is_block_shape(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
 
 
-def mtp_prefixes(config: dict[str, Any]) -> tuple[str, ...]:
+def mtp_prefixes(config: HuggingFaceConfig) -> tuple[str, ...]:
     """Return the name prefixes of the multi-token prediction layers' tensors."""
     first, count = config.get("num_hidden_layers") or 0, config.get("num_nextn_predict_layers") or 0
     if type(count) is not int or not 0 <= count <= MAX_LAYERS:
@@ -74,13 +75,13 @@ def mtp_prefixes(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(f"model.layers.{first + index}." for index in range(count))
 
 
-def trained_config(config: dict[str, Any]) -> dict[str, Any]:
+def trained_config(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the config of the trained and exported model: not quantized, without multi-token prediction layers."""
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     return kept | ({"num_nextn_predict_layers": 0} if mtp_prefixes(config) else {})
 
 
-def pretrained_changes(config: dict[str, Any]) -> tuple[str, ...]:
+def pretrained_changes(config: HuggingFaceConfig) -> tuple[str, ...]:
     """Return sentences for the plan, the log and the model card: changes between the folder's weights and the start weights."""
     changes = []
     if block := fp8_block_shape(config, "config.json"):

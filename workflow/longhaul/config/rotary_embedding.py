@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
+
+from longhaul.config.field_types import HuggingFaceConfig
 
 DEFAULT_THETA = 10_000.0
 MAX_FACTOR = 1e6
@@ -56,7 +58,7 @@ class RotaryNumbers:
     softmax_scale: float
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the rotary keys of a Hugging Face config in one form: with rope_type, without the older word `type`.
 
     Raises:
@@ -76,7 +78,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def check_rope(config: Mapping[str, Any]) -> None:
+def check_rope(config: HuggingFaceConfig) -> None:
     """Raise ValueError if a rotary key of a Hugging Face config is missing, unusable or without effect."""
     rope = rope_parameters(config)
     theta = rope.pop("rope_theta")
@@ -98,7 +100,7 @@ def check_rope(config: Mapping[str, Any]) -> None:
         raise ValueError(f"partial_rotary_factor {part!r} has no effect in this architecture; remove it")
 
 
-def _check_keys(rope: Mapping[str, Any], kind: str, known: _RopeType) -> None:
+def _check_keys(rope: HuggingFaceConfig, kind: str, known: _RopeType) -> None:
     for key in known.required:
         if key not in rope:
             raise ValueError(f"rope_scaling with rope_type {kind} has no {key}; set it")
@@ -110,7 +112,7 @@ def _check_keys(rope: Mapping[str, Any], kind: str, known: _RopeType) -> None:
             )
 
 
-def _check_value(key: str, value: Any, width: int) -> None:
+def _check_value(key: str, value: object, width: int) -> None:
     if key == "truncate":
         if not isinstance(value, bool):
             raise ValueError(f"rope_scaling.truncate is {value!r}; it must be true or false")
@@ -128,7 +130,7 @@ def _check_value(key: str, value: Any, width: int) -> None:
         raise ValueError(f"rope_scaling.factor is {value!r}; it must be at most {MAX_FACTOR:g}")
 
 
-def _check_effect(rope: Mapping[str, Any], has_softmax_scale: bool) -> None:
+def _check_effect(rope: HuggingFaceConfig, has_softmax_scale: bool) -> None:
     """Raise ValueError for keys that another key switches off, and for two limits in the wrong order."""
     if "mscale" in rope and "mscale_all_dim" not in rope:
         raise ValueError("rope_scaling.mscale has no effect without mscale_all_dim; set both or none")
@@ -143,7 +145,7 @@ def _check_effect(rope: Mapping[str, Any], has_softmax_scale: bool) -> None:
             )
 
 
-def rotary_numbers(config: Mapping[str, Any]) -> RotaryNumbers:
+def rotary_numbers(config: HuggingFaceConfig) -> RotaryNumbers:
     """Return what the rotary embedding of a network must compute; `check_rope` has accepted the config."""
     rope = rope_parameters(config)
     kind, positions = rope.get("rope_type", "default"), config["max_position_embeddings"]
@@ -165,18 +167,18 @@ def rotary_numbers(config: Mapping[str, Any]) -> RotaryNumbers:
     return RotaryNumbers(tuple(plain), scale, softmax)
 
 
-def rotary_width(config: Mapping[str, Any]) -> int:
+def rotary_width(config: HuggingFaceConfig) -> int:
     """Return the number of elements of a head that are rotated."""
     if _has_latent_attention(config):
         return config["qk_rope_head_dim"]
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def _has_latent_attention(config: Mapping[str, Any]) -> bool:
+def _has_latent_attention(config: HuggingFaceConfig) -> bool:
     return "qk_rope_head_dim" in config
 
 
-def _yarn_frequencies(plain: list[float], rope: Mapping[str, Any], positions: int, width: int) -> list[float]:
+def _yarn_frequencies(plain: list[float], rope: HuggingFaceConfig, positions: int, width: int) -> list[float]:
     """Return frequencies between the plain ones (fast pairs) and those divided by factor (slow pairs)."""
 
     def pair_with(rotations: float) -> float:
@@ -195,7 +197,7 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _yarn_attention_scale(rope: Mapping[str, Any]) -> float:
+def _yarn_attention_scale(rope: HuggingFaceConfig) -> float:
     if "attention_factor" in rope:
         return rope["attention_factor"]
     if "mscale" in rope:
@@ -203,7 +205,7 @@ def _yarn_attention_scale(rope: Mapping[str, Any]) -> float:
     return _mscale(rope["factor"])
 
 
-def _longrope_attention_scale(rope: Mapping[str, Any], positions: int) -> float:
+def _longrope_attention_scale(rope: HuggingFaceConfig, positions: int) -> float:
     original = rope.get(_POSITIONS, positions)
     factor = rope.get("factor", positions / original)
     if "attention_factor" in rope:
@@ -211,7 +213,7 @@ def _longrope_attention_scale(rope: Mapping[str, Any], positions: int) -> float:
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _llama3_frequency(frequency: float, rope: Mapping[str, Any]) -> float:
+def _llama3_frequency(frequency: float, rope: HuggingFaceConfig) -> float:
     """Return the frequency itself for short waves, divided by factor for long ones, and a mean of both in between."""
     waves = rope[_POSITIONS] * frequency / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -219,9 +221,9 @@ def _llama3_frequency(frequency: float, rope: Mapping[str, Any]) -> float:
     return frequency * (share + (1 - share) / rope["factor"])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: object) -> TypeGuard[int | float]:
     return _is_number(value) and value > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -35,7 +35,7 @@ def build_name(cuda: str | None, rocm: str | None) -> str:
     return f"rocm {rocm}" if rocm else "cpu"
 
 
-def _section_of(value: Any) -> Any:
+def _section_of(value: object) -> object:
     """Return the section that a site file's value stands for: `cpu` is the section without a toolkit."""
     return {} if value == "cpu" else value
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import yaml
 
@@ -18,9 +19,9 @@ _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 200_000, 100_000, 20
 class _StrictLoader(yaml.SafeLoader):
     """Loader for YAML 1.2's core schema (https://yaml.org/spec/1.2.2, section 10.3), in which 010 is 10 and `no` is a text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    yaml_implicit_resolvers: ClassVar[dict[str, object]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse a tag: with one, a value of another type than the text shows could be given."""
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
@@ -28,8 +29,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, object]:
+    seen: dict[Hashable, int] = {}
     for key_node, _ in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(
@@ -70,7 +71,7 @@ for _type, _pattern, _first in (
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """Return the mapping in a YAML file. All keys are strings, and JSON has the types of all values.
 
     Raises:
@@ -83,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse(path: Path) -> Any:
+def _parse(path: Path) -> object:
     try:
         _check_file(path)
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # nosec B506  # a SafeLoader
@@ -127,12 +128,12 @@ def _one_line(error: Exception) -> str:
     return f"{problem or error}{where}".replace("\n", " ")
 
 
-def _check_json_keys(value: Any, path: Path) -> None:
+def _check_json_keys(value: object, path: Path) -> None:
     """Raise UserError for a key that is no string, or too many values.
 
     Aliases repeat a value, so a short file can hold very many values.
     """
-    pending: list[tuple[Any, tuple[str, ...]]] = [(value, ())]
+    pending: list[tuple[object, tuple[str, ...]]] = [(value, ())]
     count = 0
     while pending:
         value, keys = pending.pop()

@@ -8,7 +8,6 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -91,7 +90,7 @@ def _sections_with_key(model: type[BaseModel], word: str, path: str = "") -> Ite
             yield from _sections_with_key(section, word, inner)
 
 
-def shortened(value: Any, limit: int = 80) -> str:
+def shortened(value: object, limit: int = 80) -> str:
     """Return repr(value), cut after `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}…"
@@ -112,7 +111,7 @@ def _keys_of(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
     """Yield the models in a type annotation, which may be a union, a list or a dictionary of them."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from longhaul.artifacts.paths import JobId
 from longhaul.jobs import kinds
@@ -69,7 +68,7 @@ class JobKind:
         """Return the job that a rule's wildcards stand for."""
         return JobId(self.name, tuple(getattr(wildcards, word, word) for word in self.wildcards))
 
-    def load_entry_point(self) -> Callable[[Any], None]:
+    def load_entry_point(self) -> Callable[[object], None]:
         """Import and return the function that runs the job."""
         module, function = self.entry_point.split(":")
         return getattr(import_module(module), function)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.model_size import layers_per_pipeline_rank
 from longhaul.config.parameter_counts import sparse_layers
 from longhaul.config.stage_config import Stage
@@ -48,7 +48,7 @@ def data_parallel_size(stage: Stage, world_size: int) -> int:
     return world_size // sharing
 
 
-def check_model(stage: Stage, model: dict[str, Any]) -> None:
+def check_model(stage: Stage, model: HuggingFaceConfig) -> None:
     """Raise UserError if the model's sizes do not fit the layout; `model` is a Hugging Face config."""
     parallel, where = stage.parallel, f"stages.{stage.name}.parallel"
     layers, experts = model["num_hidden_layers"], model.get("n_routed_experts") or model.get("num_experts") or 0
@@ -77,7 +77,7 @@ def check_model(stage: Stage, model: dict[str, Any]) -> None:
         )
 
 
-def _check_attention_window(stage: Stage, model: dict[str, Any]) -> None:
+def _check_attention_window(stage: Stage, model: HuggingFaceConfig) -> None:
     """Raise UserError if the layout would ignore the model's sliding window: it builds the mask of full attention."""
     window = model.get("sliding_window") if model.get("use_sliding_window") else None
     for axis in ("pipeline", "sequence"):
@@ -210,13 +210,13 @@ def _check_powersgd(stage: Stage, data_parallel: int, where: str) -> None:
         )
 
 
-def _sizes_split_by_tensor(model: dict[str, Any]) -> dict[str, int]:
+def _sizes_split_by_tensor(model: HuggingFaceConfig) -> dict[str, int]:
     """Return the sizes that tensor parallelism splits, by config key."""
     names = ["vocab_size", "intermediate_size", "moe_intermediate_size"]
     return _heads(model) | {name: model[name] for name in names if model.get(name)}
 
 
-def _heads(model: dict[str, Any]) -> dict[str, int]:
+def _heads(model: HuggingFaceConfig) -> dict[str, int]:
     return {name: model[name] for name in ("num_attention_heads", "num_key_value_heads") if name in model}
 
 
@@ -230,7 +230,7 @@ def _check_divides(where: str, axis: str, ranks: int, sizes: dict[str, int]) -> 
             )
 
 
-def _check_experts_on_each_pipeline_rank(where: str, stage: Stage, model: dict[str, Any]) -> None:
+def _check_experts_on_each_pipeline_rank(where: str, stage: Stage, model: HuggingFaceConfig) -> None:
     """Raise UserError if a pipeline rank has no routed experts.
 
     DeepSpeed's ranks agree on a gradient norm for one parameter group after the other, so each rank needs the same groups.

@@ -8,10 +8,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.config.architectures import check_routing
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
@@ -24,7 +24,7 @@ from longhaul.planning.find_data_files import FoundFiles, check_format, find_fil
 _WEIGHTS = "*.safetensors"  # files in pickle format are not read
 
 
-def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
+def model_config(loaded: LoadedConfig, lock: Lock | None) -> HuggingFaceConfig | None:
     """Return the trained model's Hugging Face config; None for a Hub model that is not fetched yet.
 
     Raises:
@@ -40,7 +40,7 @@ def model_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | No
     return trained_config(pretrained)
 
 
-def _check_effective_keys(config: dict[str, Any]) -> None:
+def _check_effective_keys(config: HuggingFaceConfig) -> None:
     """Raise UserError for keys of a pretrained config.json that the network would not follow."""
     model_size(config)  # refuses missing and wrong sizes, which the next checks read
     try:
@@ -56,7 +56,7 @@ def changes_of_pretrained_weights(loaded: LoadedConfig, lock: Lock | None) -> tu
     return pretrained_changes(pretrained) if pretrained else ()
 
 
-def _pretrained_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any] | None:
+def _pretrained_config(loaded: LoadedConfig, lock: Lock | None) -> HuggingFaceConfig | None:
     """Return the config.json of the pretrained model; None if it is not fetched yet."""
     pretrained = loaded.config.model.pretrained
     if pretrained is None or pretrained.hub:
@@ -64,7 +64,7 @@ def _pretrained_config(loaded: LoadedConfig, lock: Lock | None) -> dict[str, Any
     return read_model_folder(loaded.resolve("model.pretrained.path", pretrained.path or ""), "model.pretrained.path")
 
 
-def read_model_folder(folder: Path, key: str) -> dict[str, Any]:
+def read_model_folder(folder: Path, key: str) -> HuggingFaceConfig:
     """Return the config.json of a Hugging Face folder that has all its weights.
 
     Raises:
@@ -91,7 +91,7 @@ def read_model_folder(folder: Path, key: str) -> dict[str, Any]:
     return config
 
 
-def _read_json_object(path: Path, key: str) -> dict[str, Any]:
+def _read_json_object(path: Path, key: str) -> HuggingFaceConfig:
     remedy = "give the path of a Hugging Face model folder"
     if path.exists() and not path.is_file():
         raise UserError(f"{key}: {path} is not a file", remedy)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import RunPaths
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.model_size import ModelSize, model_size
 from longhaul.config.run_config import Config
@@ -84,7 +85,7 @@ class StagePlan:
     checkpoint_bytes: int | None
     asynchronous_saves: bool
     exported_checkpoints: tuple[str, ...]
-    spec: dict[str, Any]
+    spec: dict[str, object]
     pipeline_bubble: float
     warnings: tuple[str, ...]
 
@@ -226,7 +227,9 @@ def _deferred_check(config: Config) -> str:
     return f"model {hub.id if hub else ''}: memory, positions and vocabulary are checked after fetch has read the model's size"
 
 
-def _plan_stage(loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, model: dict[str, Any] | None) -> StagePlan:
+def _plan_stage(
+    loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, model: HuggingFaceConfig | None
+) -> StagePlan:
     world_size = stage.nodes * stage.gpus_per_node
     data_parallel = data_parallel_size(stage, world_size)
     exported_checkpoints = () if stage.export == "none" else (stage.export,)

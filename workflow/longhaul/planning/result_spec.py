@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.stage_config import Stage
 
 
-def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any]:
+def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, object]:
     """Return everything that a stage's weights depend on, except its data and starting checkpoint; the job adds their hashes.
 
     Nodes, parallel layout, ZeRO stage, micro batch size and similar keys are left out: they change only how long the training
@@ -40,7 +38,7 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, Any
     }
 
 
-def _pretrained_spec(loaded: LoadedConfig) -> dict[str, Any]:
+def _pretrained_spec(loaded: LoadedConfig) -> dict[str, object]:
     """Return id and revision of a Hub model, or names and sizes of a local model's files.
 
     Weights are not hashed: each parsing of the workflow would have to read them.

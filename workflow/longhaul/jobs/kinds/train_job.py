@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.paths import STAGE_KIND, JobId
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.run_config import Trackers
 from longhaul.config.stage_config import Stage
 from longhaul.jobs.job_kind import JobKind, PlannedStep
@@ -23,7 +23,7 @@ class TrainSpec(JobSpec):
 
     seed: int
     stage: Stage
-    model: dict[str, Any]  # Hugging Face config, model_type included
+    model: HuggingFaceConfig  # Hugging Face config, model_type included
     pretrained: str | None  # folder with the first weights; None: random weights from the seed
     trust_remote_code: bool
     steps: int
@@ -32,7 +32,7 @@ class TrainSpec(JobSpec):
     world_size: int
     asynchronous_saves: bool  # files are written from a copy in host memory while training continues
     exported_checkpoints: tuple[str, ...]  # "last", "best": these are exported, so they need reference values
-    spec: dict[str, Any]  # result spec: what the weights depend on, apart from data and starting checkpoint
+    spec: dict[str, object]  # result spec: what the weights depend on, apart from data and starting checkpoint
     start_checkpoint: str | None  # the earlier stage's checkpoint.json
     tokenizer: str  # results/<run>/tokenizer.json
     data: str  # the dataset's manifest
