@@ -9,7 +9,6 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.atomic_files import atomic_path, file_sha256
 from longhaul.config.dataset_config import Columns, PythonStdlib
@@ -22,7 +21,7 @@ _MAX_ANSWER_CHARACTERS = 600
 _MIN_ANSWER_CHARACTERS = 20
 
 
-def write_demo_corpus(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> dict[str, Any]:
+def write_demo_corpus(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> dict[str, object]:
     """Write the demo's JSONL file and return its entry of the lock file; the same Python gives the same bytes.
 
     Raises:
@@ -74,7 +73,7 @@ def _module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _rows(kind: str, source: str, module: str, columns: Columns) -> Iterator[dict[str, Any]]:
+def _rows(kind: str, source: str, module: str, columns: Columns) -> Iterator[dict[str, object]]:
     if kind == "text":
         if source.strip():
             yield {columns.text: source}

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,9 +82,9 @@ class TextFilters(NamedTuple):
         return self.near_duplicates or self.decontaminate is not None
 
     @property
-    def settings(self) -> list[Any]:
+    def settings(self) -> list[object]:
         """Everything that decides the fingerprints of a text."""
-        found: list[Any] = minhash_settings() if self.near_duplicates else []
+        found: list[object] = minhash_settings() if self.near_duplicates else []
         if self.decontaminate:
             found += [self.decontaminate.ngram_words, self.decontaminate.columns, self.evaluation_sha256]
         return found

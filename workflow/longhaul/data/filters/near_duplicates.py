@@ -7,7 +7,6 @@ index s share a band with probability 1 - (1 - s^8)^14: 0.92 at s = 0.8, 0.05 at
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ BANDS = 14
 _NGRAM_WORDS, _ROWS, _SEED = 5, 8, 1
 
 
-def minhash_settings() -> list[Any]:
+def minhash_settings() -> list[object]:
     """Return everything that decides the bands of a text."""
     import rensa
 

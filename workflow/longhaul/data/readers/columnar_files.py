@@ -84,7 +84,7 @@ def _batch_to_rows(
             yield Row(where, _require_valid_utf8(values, where), position, found)
 
 
-def _to_python(array: Any) -> list[Any]:
+def _to_python(array: Any) -> list[object]:
     """Return an Arrow array as Python values; a value that is not valid UTF-8 becomes its UnicodeDecodeError."""
     try:
         values = array.to_pylist()
@@ -93,7 +93,7 @@ def _to_python(array: Any) -> list[Any]:
     return list(map(without_null_fields, values)) if array.type.num_fields else values
 
 
-def without_null_fields(value: Any) -> Any:
+def without_null_fields(value: object) -> object:
     """Return a value without the null fields of its structs.
 
     All structs of a column have the same fields. A null field is therefore one that the row did not have.
@@ -103,14 +103,14 @@ def without_null_fields(value: Any) -> Any:
     return list(map(without_null_fields, value)) if isinstance(value, list) else value
 
 
-def _value_or_error(scalar: Any) -> Any:
+def _value_or_error(scalar: Any) -> object:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
 
 
-def _require_valid_utf8(values: tuple[Any, ...], where: str) -> tuple[Any, ...] | BadData:
+def _require_valid_utf8(values: tuple[object, ...], where: str) -> tuple[object, ...] | BadData:
     for value in values:
         if isinstance(value, UnicodeDecodeError):
             message = f"{where}: not valid UTF-8 ({value.reason})"

@@ -14,6 +14,7 @@ from longhaul.data.readers.text_values import validate_texts, validated_text
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
+"""A chat template may read any key of both; validated_messages checks the types of those that longhaul reads."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the key with the assistant's reasoning. transformers passes any of them to a template as the first one."""
@@ -24,7 +25,7 @@ KNOWN_KEYS = frozenset({"role", "content", "weight", "tool_calls", *REASONING_KE
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
-def validated_messages(value: Any, where: object) -> list[Message]:
+def validated_messages(value: object, where: object) -> list[Message]:
     """Return a row's conversation as a list of messages; BadData, with the location `where`, for what cannot be one."""
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
@@ -32,7 +33,7 @@ def validated_messages(value: Any, where: object) -> list[Message]:
     return [_validated_message(item, f"{where}, message {number}") for number, item in enumerate(value, start=1)]
 
 
-def validated_tools(value: Any, where: object, name: str) -> list[Tool] | None:
+def validated_tools(value: object, where: object, name: str) -> list[Tool] | None:
     """Return the functions that the assistant may call, from a list or its JSON text; None for null or an empty list."""
     tools = _parsed(value, where, name) if isinstance(value, str) and value.strip() else value or None
     if tools is None or tools == []:
@@ -43,7 +44,7 @@ def validated_tools(value: Any, where: object, name: str) -> list[Tool] | None:
     return tools
 
 
-def _validated_message(value: Any, where: str) -> Message:
+def _validated_message(value: object, where: str) -> Message:
     """Return {role, content} from this form or from ShareGPT's {from, value}.
 
     Other keys that are not null stay, because the chat template may use them.
@@ -68,26 +69,26 @@ def _validated_message(value: Any, where: str) -> Message:
     return {"role": role, "content": text, **extra}
 
 
-def _missing_key(message: dict[str, Any], key: str, where: str) -> BadData:
+def _missing_key(message: dict[str, object], key: str, where: str) -> BadData:
     found = ", ".join(map(repr, message)) or "nothing"
     return _malformed(f"{where}: no {key!r}; found {found}", "use {role, content}")
 
 
-def _validated_role(value: Any, where: str) -> str:
+def _validated_role(value: object, where: str) -> str:
     role = _SHAREGPT_ROLES.get(value, value) if isinstance(value, str) else value
     if role not in ROLES:
         raise _malformed(f"{where}: role {value!r} is not one of {', '.join(ROLES)}", "fix the conversation")
     return role
 
 
-def _joined_text(value: Any, where: str, name: str) -> str:
+def _joined_text(value: object, where: str, name: str) -> str:
     """Return a text, or the joined texts of a list of parts."""
     if not isinstance(value, list):
         return validated_text(value, where, name)
     return "".join(_text_of_part(part, where, name) for part in value)
 
 
-def _text_of_part(part: Any, where: str, name: str) -> str:
+def _text_of_part(part: object, where: str, name: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text":
         return validated_text(part.get("text"), where, f"the text of a part of {name}")
     if isinstance(part, str):
@@ -96,7 +97,7 @@ def _text_of_part(part: Any, where: str, name: str) -> str:
     raise _malformed(f"{where}: {name} has a part of {found}; only text can be trained on", "remove this row")
 
 
-def _validated_assistant_keys(extra: dict[str, Any], where: str) -> dict[str, Any]:
+def _validated_assistant_keys(extra: dict[str, object], where: str) -> dict[str, object]:
     """Return the keys of an assistant's message beside role and content. Empty tool calls and reasoning are left out."""
     kept = {key: value for key, value in extra.items() if key not in ("tool_calls", *REASONING_KEYS) or value}
     for key in REASONING_KEYS:
@@ -109,14 +110,14 @@ def _validated_assistant_keys(extra: dict[str, Any], where: str) -> dict[str, An
     return kept
 
 
-def _validated_tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+def _validated_tool_calls(value: object, where: str) -> list[dict[str, object]]:
     calls = _parsed(value, where, "tool_calls") if isinstance(value, str) else value
     if not isinstance(calls, list):
         raise _malformed(f"{where}: tool_calls is {type(calls).__name__}, not a list", "use [{type, function}, …]")
     return [_validated_tool_call(call, f"{where}, tool call {number}") for number, call in enumerate(calls, start=1)]
 
 
-def _validated_tool_call(call: Any, where: str) -> dict[str, Any]:
+def _validated_tool_call(call: Any, where: str) -> dict[str, object]:
     """Return {"type": "function", "function": {"name", "arguments": {…}}, …} from this form or from {name, arguments}."""
     if isinstance(call, dict) and "function" not in call:
         call = {"function": call}
@@ -131,7 +132,7 @@ def _validated_tool_call(call: Any, where: str) -> dict[str, Any]:
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 
-def _parsed(text: str, where: object, name: str) -> Any:
+def _parsed(text: str, where: object, name: str) -> object:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longhaul.config.column_template import is_template, template_parts
 from longhaul.config.dataset_config import DEFAULT_TOOLS_COLUMN, Dataset
@@ -90,7 +90,7 @@ def document_texts(document: Document) -> Iterator[str]:
         yield from _strings(document.tools)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -100,7 +100,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _content(values: dict[str, Any], where: object, dataset: Dataset) -> str | list[Message]:
+def _content(values: dict[str, object], where: object, dataset: Dataset) -> str | list[Message]:
     """Return the text or the messages of a row, whose values are given by column."""
     columns = dataset.columns
     if dataset.kind == "text":
@@ -113,7 +113,7 @@ def _content(values: dict[str, Any], where: object, dataset: Dataset) -> str | l
     ]
 
 
-def _prompt_or_completion(values: dict[str, Any], column: str, role: str, where: object) -> list[Message]:
+def _prompt_or_completion(values: dict[str, object], column: str, role: str, where: object) -> list[Message]:
     """Return the messages of a prompt or a completion: a text, a list of messages, or joined columns."""
     if is_template(column):
         return [{"role": role, "content": _joined_columns(values, column, where)}]
@@ -122,7 +122,7 @@ def _prompt_or_completion(values: dict[str, Any], column: str, role: str, where:
     return [{"role": role, "content": validated_text(values[column], where, column)}]
 
 
-def _joined_columns(values: dict[str, Any], template: str, where: object) -> str:
+def _joined_columns(values: dict[str, object], template: str, where: object) -> str:
     """Fill in a template. An empty or null column is left out together with the text before it."""
     parts = template_parts(template)
     given = {part.column: values[part.column] for part in parts if part.column}
@@ -134,6 +134,6 @@ def _joined_columns(values: dict[str, Any], template: str, where: object) -> str
     return "".join(kept) if all(texts.values()) else "".join(kept).strip()
 
 
-def _tools(values: dict[str, Any], where: object, dataset: Dataset) -> list[Tool] | None:
+def _tools(values: dict[str, object], where: object, dataset: Dataset) -> list[Tool] | None:
     name = dataset.columns.tools or DEFAULT_TOOLS_COLUMN
     return validated_tools(values.get(name), where, name) if dataset.kind == "chat" else None

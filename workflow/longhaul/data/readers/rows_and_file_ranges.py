@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longhaul.errors import InputError
 
@@ -66,7 +66,7 @@ class Row(NamedTuple):
     """
 
     where: object
-    values: tuple[Any, ...] | BadData
+    values: tuple[object, ...] | BadData
     position: int
     found: tuple[str, ...] = ()
 
@@ -153,7 +153,7 @@ def refuse_long_rows(rows: Iterable[Row], max_bytes: int) -> Iterator[Row]:
         yield row._replace(values=too_long(row.where, max_bytes)) if is_long else row
 
 
-def _text_bytes(value: Any) -> int:
+def _text_bytes(value: object) -> int:
     """Return the UTF-8 bytes of all texts in a value."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))

@@ -106,7 +106,7 @@ def _parse_line(line: bytes, where: LineLocation) -> Any:
         raise BadData.with_reason("not valid JSON", message, "fix or remove the line") from None
 
 
-def _select_columns(row: Any, columns: WantedColumns, where: object) -> tuple[Any, ...]:
+def _select_columns(row: object, columns: WantedColumns, where: object) -> tuple[object, ...]:
     if not isinstance(row, dict):
         message = f"{where}: expected a JSON object, found {type(row).__name__}"
         raise BadData.with_reason("not an object", message, "write one JSON object {…} for each document")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from longhaul.data.readers.rows_and_file_ranges import BadData
 
 MAX_LEVELS = 100
 """Levels of lists and objects in a value. Far more would end recursive functions, such as those of the chat template."""
 
 
-def validated_text(value: Any, where: object, name: str) -> str:
+def validated_text(value: object, where: object, name: str) -> str:
     """Return a value that is a string which UTF-8 can encode.
 
     Raises:
@@ -26,7 +24,7 @@ def validated_text(value: Any, where: object, name: str) -> str:
     return value
 
 
-def validate_texts(value: Any, where: object, name: str, levels: int = MAX_LEVELS) -> None:
+def validate_texts(value: object, where: object, name: str, levels: int = MAX_LEVELS) -> None:
     """Raise BadData unless UTF-8 can encode all strings in a value, which has at most so many levels of lists and objects."""
     if isinstance(value, str):
         validated_text(value, where, name)

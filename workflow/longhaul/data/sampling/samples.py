@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -208,7 +208,7 @@ def batch_of_step(step: int, skipped: Sequence[int]) -> int:
     return batch
 
 
-def _part_of(mixture: DataManifest, fields: dict[str, Any]) -> DataManifest:
+def _part_of(mixture: DataManifest, fields: dict[str, object]) -> DataManifest:
     try:
         return DataManifest.from_fields(fields)
     except ValueError as error:

@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import DataManifest, Shard, Split
 from longhaul.artifacts.atomic_files import content_hash
@@ -16,7 +15,7 @@ from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.shards.shard_reader import ShardReader, SplitReader
 from longhaul.data.shards.source_index import IndexedSources
 from longhaul.data.shards.unigram_entropy import unigram_entropy
-from longhaul.data.shards.write_chunk import SPLITS, EncodingTask
+from longhaul.data.shards.write_chunk import SPLITS, ChunkRecord, EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice
 from longhaul.errors import InputError
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
@@ -26,7 +25,7 @@ def build_manifest(
     sources: IndexedSources,
     task: EncodingTask,
     chunks: Sequence[Chunk],
-    records: Sequence[dict[str, Any]],
+    records: Sequence[ChunkRecord],
     choice: EncoderChoice,
 ) -> DataManifest:
     """Return the manifest of encoded chunks, before filters.
@@ -64,7 +63,7 @@ def build_manifest(
     )
 
 
-def _unread(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def _unread(records: Sequence[ChunkRecord]) -> dict[str, dict[str, int]]:
     """Return how many rows have a column, and how many messages a key, that nothing reads in any chunk."""
     columns, keys, read = Counter[str](), Counter[str](), set[str]()
     for record in records:
@@ -94,7 +93,7 @@ def print_unread(manifest: DataManifest) -> None:
 
 
 def _require_documents(
-    job: TokenizeSpec, documents: list[int], records: Sequence[dict[str, Any]], skipped: Counter[str]
+    job: TokenizeSpec, documents: list[int], records: Sequence[ChunkRecord], skipped: Counter[str]
 ) -> None:
     for file, count in zip(job.files, documents, strict=True):
         if not count and job.dataset.bad_rows == "stop":
@@ -106,7 +105,7 @@ def _require_documents(
         )
 
 
-def _split_entry(split: str, chunks: Sequence[Chunk], records: Sequence[dict[str, Any]]) -> Split:
+def _split_entry(split: str, chunks: Sequence[Chunk], records: Sequence[ChunkRecord]) -> Split:
     """Return a split's entry of the manifest: the shards of all chunks in order, and their totals."""
     entries: list[Split] = [record["splits"][split] for record in records]
     shards: list[Shard] = [

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.data.readers.rows_and_file_ranges import FileRange
@@ -108,7 +107,7 @@ class Chunk:
         return sum(source_range.size_bytes for source_range in self.ranges)
 
 
-def divide_into_chunks(sources: Sequence[SourceFile], chunk_bytes: int, settings: dict[str, Any]) -> list[Chunk]:
+def divide_into_chunks(sources: Sequence[SourceFile], chunk_bytes: int, settings: dict[str, object]) -> list[Chunk]:
     """Return all chunks of a dataset, in the order of its sources; the settings are part of each chunk's name."""
     groups = _group_ranges(sources, chunk_bytes)
     return [Chunk(_chunk_name(group, sources, settings), tuple(group)) for group in groups]
@@ -119,7 +118,7 @@ def chunks_of_partition(chunks: Sequence[Chunk], partition: int, partitions: int
     return sorted(chunks, key=lambda chunk: (-chunk.size_bytes, chunk.name))[partition - 1 :: partitions]
 
 
-def _chunk_name(group: list[SourceRange], sources: Sequence[SourceFile], settings: dict[str, Any]) -> str:
+def _chunk_name(group: list[SourceRange], sources: Sequence[SourceFile], settings: dict[str, object]) -> str:
     contents = [[sources[part.source].sha256, part.start, part.stop] for part in group]
     return content_hash([settings, contents])
 

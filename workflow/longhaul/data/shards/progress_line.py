@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from multiprocessing.context import BaseContext
-from typing import Any
 
 _INTERVAL_S = 5.0
 _BYTES, _DOCUMENTS, _TOKENS = range(3)
@@ -15,7 +14,7 @@ class ProgressCounters:
     """Finished bytes of sources, documents and tokens, in shared memory; pass it to processes when they start."""
 
     def __init__(self, context: BaseContext) -> None:
-        self._counts: Any = context.Array("q", 3)
+        self._counts = context.Array("q", 3)
 
     def add(self, source_bytes: int, documents: int, tokens: int) -> None:
         """Add a finished batch."""
@@ -26,7 +25,7 @@ class ProgressCounters:
     def read(self) -> list[int]:
         """Return [bytes, documents, tokens]."""
         with self._counts.get_lock():
-            return list(self._counts)
+            return self._counts[:]
 
 
 class ProgressPrinter:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from longhaul.artifacts.artifact_schemas import Split
 from longhaul.data.shards.filtered_out_table import FilteredDocuments
@@ -129,7 +129,7 @@ def _read_file(mapped: np.memmap, positions: slice) -> np.ndarray:
     return np.fromfile(str(mapped.filename), mapped.dtype, count, offset=offset)
 
 
-def _memory_map(path: Path, dtype: Any) -> np.memmap:
+def _memory_map(path: Path, dtype: DTypeLike) -> np.memmap:
     try:
         return np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:

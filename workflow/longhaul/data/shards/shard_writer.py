@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from longhaul.artifacts.artifact_schemas import Shard, Split
 from longhaul.data.shards.indexed_dataset import build_index
 
 MAX_SHARD_BYTES = 256_000_000
@@ -61,7 +61,7 @@ class ShardWriter:
         self._lengths.append(lengths.astype(np.int32))
         self.tokens += len(tokens)
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> Shard:
         """Write the index; return the shard's entry of the data manifest."""
         lengths = np.concatenate(self._lengths)
         self._files["idx"] = _ShardFile(self._prefix.with_suffix(".idx"))
@@ -83,7 +83,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: str, with_mask: bool, max_bytes: int = MAX_SHARD_BYTES) -> None:
         self._folder, self._split, self._dtype, self._with_mask = folder, split, dtype, with_mask
         self._max_tokens = max_bytes // np.dtype(dtype).itemsize
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[Shard] = []
         self._open: ShardWriter | None = None
         self._loss_tokens = 0
 
@@ -104,7 +104,7 @@ class SplitWriter:
             shard.add(tokens[token:end], lengths[document:last], None if mask is None else mask[token:end])
             document, token = last, end
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> Split:
         """Finish the last shard; return the split's entry of the data manifest."""
         if self._open:
             self._finish_shard()

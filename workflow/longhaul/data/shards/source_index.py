@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from longhaul.artifacts.artifact_schemas import SourceIndex, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import IndexedSource, SourceIndex, TokenizerManifest
 from longhaul.artifacts.atomic_files import content_hash, write_json
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.artifacts.typed_json import read_typed_json
@@ -64,7 +63,7 @@ class IndexedSources:
 
     def to_artifact(self) -> SourceIndex:
         """Return the source index for the dataset's other jobs."""
-        sources: Any = list(map(dataclasses.asdict, self.sources))
+        sources = [IndexedSource(**dataclasses.asdict(source)) for source in self.sources]
         return SourceIndex(self.tokenizer.hash, sources, self.verified_choice._asdict())
 
     @property
@@ -103,7 +102,7 @@ class IndexedSources:
         """Return all chunks, in the order of the sources."""
         return _divide(self.job, self.sources, self.settings(encoder, threshold))
 
-    def settings(self, encoder: str, threshold: int) -> dict[str, Any]:
+    def settings(self, encoder: str, threshold: int) -> dict[str, object]:
         """Return everything that a chunk's shards depend on, apart from its sources."""
         dataset = self.job.dataset
         return {
@@ -132,5 +131,5 @@ def _sample_texts(job: TokenizeSpec, sources: Sequence[SourceFile]) -> list[str]
     return sample
 
 
-def _divide(job: TokenizeSpec, sources: Sequence[SourceFile], settings: dict[str, Any]) -> list[Chunk]:
+def _divide(job: TokenizeSpec, sources: Sequence[SourceFile], settings: dict[str, object]) -> list[Chunk]:
     return divide_into_chunks(sources, int(job.dataset.chunk_mb * 1e6), settings)

@@ -12,11 +12,10 @@ last job writes the manifest; it finds all chunks, and encodes those that are mi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import DataManifest, EncodedPartition, TokenizerManifest
 from longhaul.artifacts.compare_hashes import read_tokenizer
@@ -27,7 +26,7 @@ from longhaul.data.shards.build_manifest import build_manifest, print_unread, re
 from longhaul.data.shards.chunks import SourceFile, chunks_of_partition
 from longhaul.data.shards.source_index import IndexedSources
 from longhaul.data.shards.worker_pool import WorkerPool, background_map, hash_sources, worker_count
-from longhaul.data.shards.write_chunk import read_chunk_record, remove_leftovers
+from longhaul.data.shards.write_chunk import ChunkRecord, read_chunk_record, remove_leftovers
 from longhaul.data.tokenizers.choose_encoder import encode_stress_corpus, load_fast, load_reference
 from longhaul.data.tokenizers.token_rows import TokenRows
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, InputError, UserError
@@ -148,7 +147,7 @@ def _encode_dataset(sources: IndexedSources, filters: TextFilters, pool: WorkerP
     raise AssertionError("the adjusted threshold needs no further adjustment")
 
 
-def _adjust_threshold(threshold: int, records: list[dict[str, Any]]) -> int:
+def _adjust_threshold(threshold: int, records: Sequence[ChunkRecord]) -> int:
     """Return a threshold that puts at least the lowest key, but not the highest one, into the validation split.
 
     If all documents have the same key, no threshold separates them: they all stay in training.

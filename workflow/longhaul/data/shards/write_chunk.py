@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -41,6 +40,7 @@ from longhaul.data.tokenizers.document_encoder import (
     EncodedBatch,
     group_into_batches,
 )
+from longhaul.data.tokenizers.message_keys import MessageKeyCount
 from longhaul.data.tokenizers.token_rows import select_documents
 from longhaul.errors import UserError
 
@@ -89,7 +89,7 @@ class ChunkWriter:
         with publish_folder(self._task.root, folder, RECORD) as temporary:
             write_json(temporary / RECORD, self._fill(chunk, temporary))
 
-    def _fill(self, chunk: Chunk, folder: Path) -> dict[str, Any]:
+    def _fill(self, chunk: Chunk, folder: Path) -> ChunkRecord:
         dtype, is_chat = token_dtype(self._task.tokenizer.vocab_size), self._task.dataset.kind == "chat"
         writers = {split: SplitWriter(folder, split, dtype, is_chat) for split in SPLITS}
         contents = _ChunkContents()
@@ -190,7 +190,7 @@ class _ChunkContents:
     highest_key: int = -1
     counted_bytes: int = 0
     unread_columns: Counter[str] = field(default_factory=Counter)
-    message_keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    message_keys: dict[str, MessageKeyCount] = field(default_factory=dict)
     control_texts: int = 0
 
     def write_keys(self, folder: Path) -> None:
@@ -199,7 +199,7 @@ class _ChunkContents:
             np.concatenate([np.empty(0, np.uint64), *self.keys]).astype("<u8").tofile(stream)
             os.fsync(stream.fileno())
 
-    def record(self, splits: dict[str, Any]) -> dict[str, Any]:
+    def record(self, splits: dict[str, Split]) -> ChunkRecord:
         """Return the content of the chunk's record.json."""
         return {
             "splits": splits,
@@ -211,13 +211,6 @@ class _ChunkContents:
             "lowest_key": self.lowest_key,
             "highest_key": self.highest_key,
         }
-
-
-class MessageKeyCount(TypedDict):
-    """A key of messages. is_read: the chat template writes it."""
-
-    messages: int
-    is_read: bool
 
 
 class ChunkRecord(TypedDict):
@@ -233,9 +226,9 @@ class ChunkRecord(TypedDict):
     highest_key: int
 
 
-def read_chunk_record(folder: Path) -> dict[str, Any]:
+def read_chunk_record(folder: Path) -> ChunkRecord:
     """Read the record.json of a finished chunk."""
-    return dict(read_typed_json(folder / RECORD, ChunkRecord, f"delete the folder {folder} and run again"))
+    return read_typed_json(folder / RECORD, ChunkRecord, f"delete the folder {folder} and run again")
 
 
 def read_document_keys(folder: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longhaul.compat.transformers_chat_templates import render_chat
 from longhaul.data.readers.conversations import Message, Tool
@@ -242,7 +242,7 @@ def _with_arguments_as_text(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _json_text(value: Any) -> str:
+def _json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 

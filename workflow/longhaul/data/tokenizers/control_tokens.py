@@ -39,14 +39,14 @@ class ControlTokens:
     def _token_of(self) -> dict[str, str]:
         return {placeholder: token for token, placeholder in self.placeholders.items()}
 
-    def occur_in(self, value: Any) -> bool:
+    def occur_in(self, value: object) -> bool:
         """Return whether a text, or one below a list or a dict, contains the text of a control token."""
         if isinstance(value, str):
             return bool(self.placeholders) and self._tokens.search(value) is not None
         items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
         return any(map(self.occur_in, items))
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: object) -> Any:
         """Return a value whose texts contain private characters in place of control tokens."""
         return map_texts(value, lambda text: self._tokens.sub(lambda found: self.placeholders[found[0]], text))
 
@@ -60,14 +60,14 @@ class ControlTokens:
         return re.sub(f"{self._tokens.pattern}|{self._hidden.pattern}", lambda found: swapped[found[0]], text)
 
 
-def contain_private_characters(value: Any) -> bool:
+def contain_private_characters(value: object) -> bool:
     """Return whether a text below a value contains characters that `hide` uses."""
     found: list[bool] = []
     map_texts(value, lambda text: found.append(_PRIVATE.search(text) is not None) or text)
     return any(found)
 
 
-def map_texts(value: Any, function: Callable[[str], str]) -> Any:
+def map_texts(value: object, function: Callable[[str], str]) -> Any:
     """Return a copy of a value with all texts below it, keys of dicts included, replaced by function(text)."""
     if isinstance(value, str):
         return function(value)

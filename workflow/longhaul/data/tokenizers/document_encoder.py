@@ -20,7 +20,7 @@ from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, Span, without_reasoning
 from longhaul.data.tokenizers.control_tokens import REASONING_MARKERS, ControlTokens
-from longhaul.data.tokenizers.message_keys import UnreadKeys, require_keys_reached
+from longhaul.data.tokenizers.message_keys import MessageKeyCount, UnreadKeys, require_keys_reached
 from longhaul.data.tokenizers.reference_and_fast_encoder import (
     ControlTextEncoder,
     FastEncoder,
@@ -242,7 +242,7 @@ class DocumentEncoder:
             control_texts=control_texts,
         )
 
-    def take_unread_keys(self) -> dict[str, dict[str, Any]]:
+    def take_unread_keys(self) -> dict[str, MessageKeyCount]:
         """Return what UnreadKeys counted since the last call."""
         if self._unread_keys is None:
             return {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from longhaul.data.readers.conversations import KNOWN_KEYS, REASONING_KEYS, Message
 from longhaul.data.readers.rows_and_file_ranges import BadData
@@ -43,6 +44,13 @@ def require_keys_reached(template: ChatTemplate, conversation: Conversation, tex
     return dropped
 
 
+class MessageKeyCount(TypedDict):
+    """A key of messages. is_read: the chat template writes it."""
+
+    messages: int
+    is_read: bool
+
+
 class UnreadKeys:
     """Counts the messages with keys that the template does not read.
 
@@ -72,7 +80,7 @@ class UnreadKeys:
                     if _changes(self._template, _with_message(conversation, index, rest), text):
                         self._read.add(name)
 
-    def counts(self) -> dict[str, dict[str, Any]]:
+    def counts(self) -> dict[str, MessageKeyCount]:
         """Return {"role.key": {"messages", "is_read"}} of this chunk."""
         return {
             name: {"messages": count, "is_read": name in self._read}

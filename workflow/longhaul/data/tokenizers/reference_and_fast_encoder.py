@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -24,6 +24,9 @@ from longhaul.data.tokenizers.chat_template import Span
 from longhaul.data.tokenizers.control_tokens import ControlTokens
 from longhaul.data.tokenizers.token_rows import TokenRows, add_special_ids, byte_spans, flatten_rows, overlap_mask
 from longhaul.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _BARS = re.compile(r"<[|｜].*[|｜]>$")
 
@@ -38,7 +41,7 @@ class ReferenceEncoder:
         self._folder = folder
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
@@ -47,7 +50,7 @@ class ReferenceEncoder:
         return tokenizer
 
     @cached_property
-    def _tokenizer_without_post_processor(self) -> Any:
+    def _tokenizer_without_post_processor(self) -> Tokenizer:
         """The same tokenizer without its post-processor.
 
         The offsets then include the space of a token, so that the space counts in the loss as well.
@@ -86,7 +89,7 @@ class ControlTextEncoder(ReferenceEncoder):
         self._control_tokens = control_tokens
 
     @cached_property
-    def _tokenizer_without_post_processor(self) -> Any:
+    def _tokenizer_without_post_processor(self) -> Tokenizer:
         from tokenizers import Tokenizer
 
         settings = json.loads(_without_post_processor(self._folder))
@@ -103,11 +106,11 @@ class ControlTextEncoder(ReferenceEncoder):
         new, old = self._tokenizer_without_post_processor, self._tokenizer
         placeholders = self._control_tokens.placeholders
         names = read_settings(self._folder).added_tokens
-        return {new.token_to_id(placeholders.get(name, name)): old.token_to_id(name) for name in names}
+        return {_id_of(new, placeholders.get(name, name)): _id_of(old, name) for name in names}
 
     @cached_property
     def _control_ids(self) -> set[int]:
-        return {self._tokenizer.token_to_id(token) for token in self._control_tokens.placeholders}
+        return {_id_of(self._tokenizer, token) for token in self._control_tokens.placeholders}
 
     def encode_with_mask(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> tuple[TokenRows, np.ndarray]:
         """Encode like ReferenceEncoder.encode_with_mask."""
@@ -117,6 +120,13 @@ class ControlTextEncoder(ReferenceEncoder):
             raise UserError(message, "remove that text, or set allow_control_tokens: true")
         ids = [self._original_ids.get(token, token) for token in rows.tokens.tolist()]
         return TokenRows(np.array(ids, dtype=rows.tokens.dtype), rows.lengths), mask
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a token that the tokenizer has."""
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None, token
+    return token_id
 
 
 class FastEncoder:
@@ -175,7 +185,7 @@ class FastEncoder:
         return self._bytes_of_token
 
 
-def post_processor_ids(post_processor: Any) -> tuple[list[int], list[int]]:
+def post_processor_ids(post_processor: object) -> tuple[list[int], list[int]]:
     """Return the ids that a post-processor of a tokenizer.json puts before and after a text (most often BOS).
 
     The post-processor runs with a vocabulary of one word: loading the whole vocabulary takes 0.2 s.
@@ -199,7 +209,7 @@ class TokenizerSettings(NamedTuple):
     """
 
     unsupported: str
-    post_processor: Any
+    post_processor: object
     added_tokens: list[str]
     control_tokens: list[str]
 
