@@ -16,7 +16,9 @@ import torch
 from longhaul.errors import UserError
 
 
-def load_plain_data(path: str | Path, classes: Sequence[type] = (), map_location: Any = None) -> Any:
+def load_plain_data(
+    path: str | Path, classes: Sequence[type] = (), map_location: torch.serialization.MAP_LOCATION = None
+) -> Any:
     """Return the object in a `torch.save` file.
 
     classes: classes of DeepSpeed whose objects the file may hold; their objects are filled without a call of their methods

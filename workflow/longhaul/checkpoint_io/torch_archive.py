@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,13 @@ class StoredTensor:
 class InertObject:
     """A harmless replacement for each class or function of a pickle that is not a plain container."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> InertObject:
+    def __new__(cls, *args: object, **kwargs: object) -> InertObject:
         return object.__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def ignore(self, *args: Any) -> None:
+    def ignore(self, *args: object) -> None:
         pass
 
     __setstate__ = append = extend = add = __setitem__ = ignore
@@ -73,7 +74,7 @@ class _Dict(dict):
 
     __slots__ = ()
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -97,19 +98,19 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(instructions))
         self._archive = archive
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
+    def find_class(self, module_name: str, global_name: str) -> object:
         if module_name == "torch" and global_name in STORAGE_DTYPES:
             return _StorageType(STORAGE_DTYPES[global_name])
         return self._allowed().get((module_name, global_name), InertObject)
 
-    def _allowed(self) -> dict[tuple[str, str], Any]:
+    def _allowed(self) -> dict[tuple[str, str], object]:
         """Return the replacements of the globals that a pickle of torch.save may name.
 
         The names with an underscore are part of the file format: torch.save writes them into each file.
         Every call returns new functions, because a pickle can set attributes of a function.
         """
 
-        def tensor(*arguments: Any) -> Any:
+        def tensor(*arguments: Any) -> object:
             return self._tensor(*arguments)
 
         return {
@@ -121,13 +122,13 @@ class _Unpickler(pickle.Unpickler):
             ("builtins", "set"): set,
         }
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: Any) -> object:
         kind, storage_type, key = pid[:3]
         if kind != "storage" or not isinstance(storage_type, _StorageType):
             return InertObject()
         return _Storage(key, storage_type.dtype)
 
-    def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> Any:
+    def _tensor(self, storage: object, offset: int, shape: Iterable[int], stride: Iterable[int], *_: object) -> object:
         if not isinstance(storage, _Storage):
             return InertObject()
         return self._archive.tensor(storage, offset, tuple(shape), tuple(stride))
@@ -156,7 +157,7 @@ class _Archive:
             raise zipfile.BadZipFile(f"member {member.filename} is compressed")
         return member
 
-    def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
+    def tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> object:
         """Return a StoredTensor, or an InertObject for a tensor that is not contiguous: DeepSpeed saves no such weights."""
         if not all(type(size) is int and size >= 0 for size in (offset, *shape)):
             raise pickle.UnpicklingError(f"a tensor has offset {offset!r} and shape {shape!r}")

@@ -7,15 +7,15 @@ The arithmetic is that of deepspeed/utils/zero_to_fp32.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from longhaul.checkpoint_io.lazy_tensors import ElementRange, LazyTensor, lazy_tensor, select_elements
 from longhaul.errors import UserError
 
 
 def tensors_of_flat_group(
-    shapes: dict[str, Any], paddings: list[int], partitions: list[ElementRange], folder: Path
+    shapes: Mapping[str, tuple[int, ...]], paddings: list[int], partitions: list[ElementRange], folder: Path
 ) -> dict[str, LazyTensor]:
     """Return the parameters of a ZeRO 1 or 2 group: one flat vector, partitioned over the ranks.
 
@@ -36,7 +36,7 @@ def tensors_of_flat_group(
 
 
 def tensors_of_partitioned_group(
-    shapes: dict[str, Any], partitions: list[ElementRange], folder: Path
+    shapes: Mapping[str, tuple[int, ...]], partitions: list[ElementRange], folder: Path
 ) -> dict[str, LazyTensor]:
     """Return the parameters of a ZeRO 3 group: the vector of each rank holds its partition of each parameter in turn."""
     tensors, offset = {}, 0

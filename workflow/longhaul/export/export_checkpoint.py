@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -117,7 +116,7 @@ def _write_configs(folder: Path, source: VerifiedCheckpoint, architecture: str, 
     write_json(folder / "generation_config.json", generation_settings(source.generation_config, tokenizer))
 
 
-def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dtype) -> dict[str, dict[str, object]]:
     """Return the results of all verifications. None of them holds more than one decoder layer in memory."""
     tensors = list(exported.tensors)
     return {

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.export.exported_tensors import ExportedTensor
 
 BLOCK = 128
@@ -112,12 +112,12 @@ def with_fp8_matrices(tensors: Iterable[ExportedTensor]) -> Iterator[ExportedTen
         yield matrix.factors
 
 
-def quantization_config(family: str, layers: int) -> dict[str, Any]:
+def quantization_config(family: str, layers: int) -> HuggingFaceConfig:
     """Return the section quantization_config of config.json.
 
     DeepSeek's networks leave out head and router by themselves; for other families the section names them.
     """
-    config: dict[str, Any] = {
+    config: HuggingFaceConfig = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",

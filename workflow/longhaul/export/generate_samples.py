@@ -4,8 +4,6 @@ greedy, so the same weights always give the same text.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
@@ -38,7 +36,7 @@ def generate_samples(
     input_ids = prompts["input_ids"] if new_tokens else []
     completions = _complete(model, input_ids, new_tokens, tokenizer)
     return [
-        Sample(split=prompts["split"], **_sample(tokenizer, prompt, completion))
+        _sample(tokenizer, prompts["split"], prompt, completion)
         for prompt, completion in zip(input_ids, completions, strict=True)
     ]
 
@@ -65,8 +63,9 @@ def _complete(
     return completions
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> dict[str, Any]:
+def _sample(tokenizer: PreTrainedTokenizerBase, split: str, prompt: list[int], completion: list[int]) -> Sample:
     return {
+        "split": split,
         "prompt": tokenizer.decode(prompt),
         "completion": tokenizer.decode(completion, skip_special_tokens=True),
         "ended_with_eos": tokenizer.eos_token_id in completion,

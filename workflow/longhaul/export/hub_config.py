@@ -7,12 +7,12 @@ DeepSeek by such keys, and transformers 4 knows only the older names. So an expo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.config.architectures import FIXED_ROUTING
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.rotary_embedding import rope_parameters
 from longhaul.export.fp8_tensors import DTYPE as FP8
 from longhaul.export.fp8_tensors import quantization_config
@@ -26,7 +26,7 @@ vLLM 0.32 ignores it for DeepSeek, SGLang 0.5.23 for Qwen3-MoE. Without a head i
 """
 _DEEPSEEK = {"ep_size": 1, "moe_layer_freq": 1}
 # Values that describe every network of a family that transformers builds.
-_CONSTANTS: dict[str, dict[str, Any]] = {
+_CONSTANTS: dict[str, HuggingFaceConfig] = {
     "deepseek_v2": _DEEPSEEK | FIXED_ROUTING["deepseek_v2"],
     # The exported network has no multi-token prediction layers.
     "deepseek_v3": _DEEPSEEK | FIXED_ROUTING["deepseek_v3"] | {"num_nextn_predict_layers": 0},
@@ -34,13 +34,13 @@ _CONSTANTS: dict[str, dict[str, Any]] = {
 _LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3")
 
 
-def untied_where_servers_do_not_tie(config: dict[str, Any]) -> dict[str, Any]:
+def untied_where_servers_do_not_tie(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the config of the exported network: `config`, but with a head of its own in UNTIED_FAMILIES."""
     return config | ({"tie_word_embeddings": False} if config["model_type"] in UNTIED_FAMILIES else {})
 
 
 def write_hub_config(
-    path: Path, base: dict[str, Any], tokenizer: dict[str, int | None], architecture: str, dtype: torch.dtype
+    path: Path, base: HuggingFaceConfig, tokenizer: dict[str, int | None], architecture: str, dtype: torch.dtype
 ) -> None:
     """Write an export's config.json.
 
@@ -65,7 +65,7 @@ def write_hub_config(
     write_json(path, written)
 
 
-def with_official_keys(config: dict[str, Any]) -> dict[str, Any]:
+def with_official_keys(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the content of an exported config.json with all keys of the family's official repositories.
 
     config: what transformers 5 wrote, and the additional keys of the pretrained folder
@@ -81,7 +81,7 @@ def with_official_keys(config: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(keys.items()))
 
 
-def _both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
+def _both_rope_forms(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return rope_parameters for transformers 5, and rope_theta with rope_scaling for everything older."""
     rope = {"rope_type": "default", **rope_parameters(config)}
     if rope["rope_type"] == "yarn":

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import ExportedTensor, target_dtype
 from longhaul.export.model_without_memory import meta_model
@@ -35,7 +36,7 @@ class LayerwiseModel:
 
     def __init__(
         self,
-        config: dict[str, Any],
+        config: HuggingFaceConfig,
         tensors: Sequence[ExportedTensor],
         read: ReadRange,
         compute: torch.dtype,
@@ -145,9 +146,9 @@ class _CallRecorder(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
-    def forward(self, hidden_1TH: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_1TH: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         self.calls.append((args, kwargs))
         return hidden_1TH
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import InputError, UserError
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.jobs.kinds.export_job import ExportSpec
@@ -35,8 +35,8 @@ class VerifiedCheckpoint:
     folder: Path
     step: int
     manifest_sha256: str
-    model_config: dict[str, Any]
-    generation_config: dict[str, Any]
+    model_config: HuggingFaceConfig
+    generation_config: HuggingFaceConfig
 
     @property
     def reference(self) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from longhaul.config.field_types import HuggingFaceConfig
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of a config.json that describe the pretrained folder itself, and those that transformers writes under another name.
 _REPLACED = {"_name_or_path", "auto_map", "quantization_config", "torch_dtype", "rope_scaling", "rope_theta", "type"}
 
 
-def special_token_ids(base: dict[str, Any], tokenizer: dict[str, int | None]) -> dict[str, Any]:
+def special_token_ids(base: HuggingFaceConfig, tokenizer: dict[str, int | None]) -> HuggingFaceConfig:
     """Return the ids of the pretrained model, and those of the run's tokenizer where it has none.
 
     The tokenizer's end of a text is always among the ends: training taught the model to stop with it.
@@ -22,12 +22,12 @@ def special_token_ids(base: dict[str, Any], tokenizer: dict[str, int | None]) ->
     return ids
 
 
-def generation_settings(base: dict[str, Any], tokenizer: dict[str, int | None]) -> dict[str, Any]:
+def generation_settings(base: HuggingFaceConfig, tokenizer: dict[str, int | None]) -> HuggingFaceConfig:
     """Return the content of generation_config.json; `base` is that of the pretrained model, or {}."""
     found = base | special_token_ids(base, tokenizer)
     return {key: value for key, value in found.items() if value is not None or key in base}
 
 
-def with_unknown_keys(written: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+def with_unknown_keys(written: HuggingFaceConfig, base: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the content of the exported config.json with the keys of the pretrained one that transformers did not write."""
     return written | {key: value for key, value in base.items() if key not in written and key not in _REPLACED}

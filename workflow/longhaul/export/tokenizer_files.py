@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longhaul.artifacts.atomic_files import read_json, write_json
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.data.tokenizers.stress_corpus import stress_texts
 
 _FILES = (
@@ -37,7 +37,7 @@ AUTO_TOKENIZER_DIFFERS = (
 )
 
 
-def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+def write_tokenizer(source: Path, folder: Path) -> dict[str, object]:
     """Copy the tokenizer of `source` into the export's folder, whose config.json exists, and compare the ids that both give.
 
     The class is PLAIN_CLASS where tokenizer.json alone gives the run's ids; otherwise the class of `source` stays.
@@ -61,7 +61,7 @@ def write_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     return {"class": config["tokenizer_class"], "texts": len(texts), "auto_tokenizer_equal": is_equal}
 
 
-def readable_by_older_releases(config: dict[str, Any]) -> dict[str, Any]:
+def readable_by_older_releases(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the content of tokenizer_config.json with the key that all releases have for further special tokens.
 
     transformers 4 expects a dict in extra_special_tokens and fails for a list. transformers 5 reads both keys.

@@ -20,7 +20,7 @@ MAX_LOADED_BYTES = 1 << 27
 """Larger exports are not loaded into memory. from_pretrained needs twice this for experts while it fuses them."""
 
 
-def verify_loading(folder: Path, tensors: list[ExportedTensor], dtype: torch.dtype) -> dict[str, Any]:
+def verify_loading(folder: Path, tensors: list[ExportedTensor], dtype: torch.dtype) -> dict[str, object]:
     """Check that from_pretrained finds every key, and for a small model also that it loads equal values.
 
     A model of more than MAX_LOADED_BYTES is loaded onto the meta device, which compares only the keys. The values in the
@@ -56,7 +56,7 @@ def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
     return model
 
 
-def _precision(dtype: torch.dtype) -> dict[str, Any]:
+def _precision(dtype: torch.dtype) -> dict[str, object]:
     """Return the arguments with which from_pretrained loads weights of this data type, on any machine."""
     if dtype != FP8:
         return {"dtype": dtype}

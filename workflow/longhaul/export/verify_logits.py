@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import UserError
 from longhaul.export.exported_tensors import DTYPES, ExportedTensor, dtype_name
 from longhaul.export.fp8_tensors import DTYPE as FP8
@@ -88,7 +89,7 @@ class WrittenExport:
     """A written export: its folder, the content of its config.json, and the tensors that its files should hold."""
 
     folder: Path
-    config: dict[str, Any]
+    config: HuggingFaceConfig
     tensors: Sequence[ExportedTensor]
 
     def model(self, compute: torch.dtype, device: str = "cpu") -> LayerwiseModel:
@@ -108,7 +109,7 @@ class WrittenExport:
         return LayerwiseModel(self.config, self.tensors, read, compute, device)
 
 
-def verify_logits(exported: WrittenExport, reference_folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def verify_logits(exported: WrittenExport, reference_folder: Path, dtype: torch.dtype) -> dict[str, object]:
     """Recompute the trainer's logits in the trainer's compute data type, one decoder layer in memory at a time.
 
     The criterion depends on what differs between the trainer and this process (find_differences, choose_criterion):
@@ -237,7 +238,7 @@ def _bounds(
     reference: ReferenceLogits,
     device: str,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return {"bound"} for the criterion, and {"masters_bit_equal"} where the master weights must give equal bits."""
     if criterion is Criterion.BIT_EQUALITY:
         return {}
@@ -248,7 +249,7 @@ def _bounds(
         return _logits(exported.model_with(read, reference.compute, device), reference)
 
     masters_PTV = logits_with(_read_masters)
-    result: dict[str, Any] = {
+    result: dict[str, object] = {
         "bound": _perturbation_bound(logits_with, masters_PTV, _coarsest_eps(reference, device, dtype))
     }
     if set(differences) == {Difference.EXPORT_DTYPE}:

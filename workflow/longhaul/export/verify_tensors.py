@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import NotRequired
 
 import torch
 from safetensors import safe_open
@@ -43,7 +43,7 @@ class TensorReference(TypedDict):
 
 def verify_tensors(
     folder: Path, tensors: Sequence[ExportedTensor], reference: Path, dtype: torch.dtype
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Read the export back, join the parts of every model tensor and compare its SHA-256 with the trainer's.
 
     reference: the folder of the checkpoint's reference values
@@ -76,7 +76,12 @@ def verify_tensors(
 
     with torch_threads(1), ThreadPoolExecutor(HASHING_THREADS) as pool:
         largest_error = max(pool.map(verify, parts))
-    result = {"count": len(parts), "equal": len(parts), "files_hold": len(tensors), "dtype": dtype_name(dtype)}
+    result: dict[str, object] = {
+        "count": len(parts),
+        "equal": len(parts),
+        "files_hold": len(tensors),
+        "dtype": dtype_name(dtype),
+    }
     return result | ({"largest_fp8_error": largest_error} if largest_error else {})
 
 
