@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+Engine = Any
+"""DeepSpeed's engine. DeepSpeed declares no types, and adds methods and attributes to its engine at run time."""
+
 # Checkpoints
 
 
-def save_without_recovery_script(engine: Any) -> None:
+def save_without_recovery_script(engine: Engine) -> None:
     """Stop `engine.save_checkpoint` from copying zero_to_fp32.py and zero_to_torch.py beside the checkpoint.
 
     No setting turns that off. The scripts would lie in the folder of all checkpoints and in no manifest, and
@@ -26,7 +29,7 @@ def save_without_recovery_script(engine: Any) -> None:
 
 
 @contextmanager
-def files_read_with(engine: Any, load: Callable[..., Any]) -> Iterator[None]:
+def files_read_with(engine: Engine, load: Callable[..., Any]) -> Iterator[None]:
     """Let `engine.load_checkpoint` read every file through `load(path, classes, map_location)` for the length of the block.
 
     DeepSpeed's own checkpoint engines call torch.load with weights_only=False: a file could run any code. No setting changes
@@ -53,7 +56,7 @@ def files_read_with(engine: Any, load: Callable[..., Any]) -> Iterator[None]:
 # The optimizer step
 
 
-def inner_optimizer(engine: Any) -> Any:
+def inner_optimizer(engine: Engine) -> Any:
     """Return the optimizer that updates the master weights.
 
     A ZeRO optimizer and the fp16 optimizer wrap it in their attribute `optimizer`. At ZeRO 0 in fp32 it is the engine's own.
@@ -61,12 +64,12 @@ def inner_optimizer(engine: Any) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def has_wrapped_optimizer(engine: Any) -> bool:
+def has_wrapped_optimizer(engine: Engine) -> bool:
     """Return whether a ZeRO or 16-bit optimizer wraps the one that updates the master weights."""
     return hasattr(engine.optimizer, "optimizer")
 
 
-def wrap_optimizer_step(engine: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def wrap_optimizer_step(engine: Engine, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace the inner optimizer's `step` with `wrap(step)`.
 
     DeepSpeed has no hook between the gradient norm and the update: `engine.step` does both. ZeRO calls the inner step once for
@@ -76,7 +79,7 @@ def wrap_optimizer_step(engine: Any, wrap: Callable[[Callable[..., Any]], Callab
     optimizer.step = wrap(optimizer.step)
 
 
-def call_before_update(engine: Any, action: Callable[[], None]) -> None:
+def call_before_update(engine: Engine, action: Callable[[], None]) -> None:
     """Call `action` before each update of weights and optimizer states.
 
     `engine.step` calls the outer optimizer's `step` after the last micro batch of a step, and never elsewhere. torch's
@@ -92,7 +95,7 @@ def call_before_update(engine: Any, action: Callable[[], None]) -> None:
     optimizer.step = delayed_update
 
 
-def gradient_norm_before_update(engine: Any) -> Any:
+def gradient_norm_before_update(engine: Engine) -> Any:
     """Return the global gradient norm while the inner step runs: a scalar tensor, or a number.
 
     `engine.get_global_grad_norm()` returns the norm of the previous step until `engine.step` is over.
@@ -100,7 +103,7 @@ def gradient_norm_before_update(engine: Any) -> Any:
     return engine.optimizer._global_grad_norm
 
 
-def take_over_clipping(engine: Any) -> float:
+def take_over_clipping(engine: Engine) -> float:
     """Stop the ZeRO optimizer from clipping gradients. Return the largest norm that the config allows; 0: no clipping.
 
     ZeRO 1 and 2 read the norm on the CPU to clip, and every ZeRO stage clips in a pass of its own over the gradients.
@@ -109,7 +112,7 @@ def take_over_clipping(engine: Any) -> float:
     return limit
 
 
-def measure_norm_in_fp32(engine: Any) -> None:
+def measure_norm_in_fp32(engine: Engine) -> None:
     """Let ZeRO 1 and 2 measure the gradient norm in one pass over the gradients, without a wait of the CPU.
 
     DeepSpeed first converts every gradient to fp64, and copies a constant from the CPU's memory for every parameter group. The
@@ -144,7 +147,7 @@ def gather_whole_layers(model: Any, layer_classes: list[type[torch.nn.Module]]) 
     set_z3_leaf_modules(model, layer_classes)
 
 
-def count_sliced_experts_in_gradient_norm(engine: Any) -> None:
+def count_sliced_experts_in_gradient_norm(engine: Engine) -> None:
     """Let ZeRO 3 sum the gradient norm of experts over the tensor ranks, as it does for every parameter that they slice.
 
     `_grad_norm_counts_every_rank` assumes that experts with a group name come from DeepSpeed's AutoEP, which tensor ranks do
@@ -153,7 +156,7 @@ def count_sliced_experts_in_gradient_norm(engine: Any) -> None:
     engine.optimizer._grad_norm_counts_every_rank = lambda *_arguments: False
 
 
-def average_gradients_with(engine: Any, average: Callable[[], None]) -> None:
+def average_gradients_with(engine: Engine, average: Callable[[], None]) -> None:
     """Call `average` in the place of DeepSpeed's own averaging of gradients over the data ranks. ZeRO 0 and 1.
 
     The engine has no communication hook as DistributedDataParallel has one. At ZeRO 1 the optimizer still distributes the
@@ -174,7 +177,7 @@ def average_gradients_with(engine: Any, average: Callable[[], None]) -> None:
     optimizer.allreduce_bucket = lambda bucket, *_arguments, **_options: optimizer.flatten(bucket)
 
 
-def gradient_attribute(engine: Any) -> str:
+def gradient_attribute(engine: Engine) -> str:
     """Return the name of the parameters' attribute in which DeepSpeed accumulates gradients at ZeRO 0 and 1."""
     uses_accumulator = engine.zero_optimization_stage() and engine.optimizer.use_grad_accum_attribute
     return "grad_accum" if uses_accumulator else "grad"
@@ -199,7 +202,7 @@ class OwnedRange:
     numel: int
 
 
-def owned_range(engine: Any, parameter: Any) -> OwnedRange | None:
+def owned_range(engine: Engine, parameter: Any) -> OwnedRange | None:
     """Return which elements of the parameter this rank's optimizer owns; None where it owns none.
 
     DeepSpeed's own accessors (safe_get_full_fp32_param, safe_set_local_fp32_param) copy whole tensors and know no offsets.
@@ -220,7 +223,7 @@ def owned_range(engine: Any, parameter: Any) -> OwnedRange | None:
     return OwnedRange(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel)
 
 
-def update_weights_from_masters(engine: Any) -> None:
+def update_weights_from_masters(engine: Engine) -> None:
     """Copy the master weights into the weights that the model computes with. DeepSpeed does so only inside its own load."""
     optimizer, zero_stage = engine.optimizer, engine.zero_optimization_stage()
     if zero_stage in (1, 2):
@@ -233,7 +236,7 @@ def update_weights_from_masters(engine: Any) -> None:
         optimizer.checkpoint_event_epilogue()
 
 
-def replay_cpu_adam_steps(engine: Any) -> None:
+def replay_cpu_adam_steps(engine: Engine) -> None:
     """Give DeepSpeed's CPU Adam, after a load, the bias corrections of a run that was never interrupted.
 
     The op multiplies the powers of the betas from step to step, in fp32, and saves none of them. After a load it takes them
@@ -254,7 +257,7 @@ def replay_cpu_adam_steps(engine: Any) -> None:
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def loss_scaler_state(engine: Any) -> dict[str, float] | None:
+def loss_scaler_state(engine: Engine) -> dict[str, float] | None:
     """Return the state of fp16's dynamic loss scaler; None where there is none. It depends on no parallel layout."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not hasattr(scaler, "last_overflow_iter"):
@@ -262,7 +265,7 @@ def loss_scaler_state(engine: Any) -> dict[str, float] | None:
     return {name: getattr(scaler, name) for name in _LOSS_SCALER_FIELDS}
 
 
-def restore_loss_scaler(engine: Any, saved: dict[str, float] | None) -> None:
+def restore_loss_scaler(engine: Engine, saved: dict[str, float] | None) -> None:
     """Set the dynamic loss scaler to a state that `loss_scaler_state` returned; None changes nothing."""
     for name, value in (saved or {}).items():
         setattr(engine.optimizer.loss_scaler, name, value)
@@ -272,7 +275,7 @@ def restore_loss_scaler(engine: Any, saved: dict[str, float] | None) -> None:
 
 
 @contextmanager
-def mapped_optimizer_states(engine: Any, writable: bool = False) -> Iterator[None]:
+def mapped_optimizer_states(engine: Engine, writable: bool = False) -> Iterator[None]:
     """Map the files of swapped master weights and moments into their tensors for the length of the block.
 
     DeepSpeed keeps the states of each large sub-group in one file per tensor and reads them only while it updates that
@@ -299,7 +302,7 @@ def mapped_optimizer_states(engine: Any, writable: bool = False) -> Iterator[Non
             info.release_memory()
 
 
-def clear_adam_state(engine: Any) -> None:
+def clear_adam_state(engine: Engine) -> None:
     """Remove moments and step counts: the optimizer holds only master weights, as after its construction."""
     if swapper := getattr(engine.optimizer, "optimizer_swapper", None):
         swapper.purge_state()

@@ -33,7 +33,7 @@ def _keep_expensive_results() -> Any:
     return create_selective_checkpoint_contexts(matmul_and_attention_ops())
 
 
-def _checkpoint_on_cpu(layer: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+def _checkpoint_on_cpu(layer: Callable[..., object], hidden: torch.Tensor, *others: object) -> object:
     """Run a layer and keep its input in CPU memory.
 
     `save_on_cpu` moves what the checkpoint saves of a layer, which is its input alone: mask and rotary embedding, which all
@@ -43,7 +43,7 @@ def _checkpoint_on_cpu(layer: Callable[..., Any], hidden: torch.Tensor, *others:
         return checkpoint(layer, hidden, *others, use_reentrant=False)
 
 
-_CHECKPOINT_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_CHECKPOINT_FUNCTIONS: dict[str, Callable[..., object]] = {
     "selective": partial(checkpoint, use_reentrant=False, context_fn=_keep_expensive_results),
     "full": partial(checkpoint, use_reentrant=False),
     "offload": _checkpoint_on_cpu,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +10,13 @@ from typing import Any, cast
 import torch
 
 # The base class imports all of transformers' machinery. Here, every rank has it before the ranks meet.
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, pretrained_changes
 from longhaul.config.rotary_embedding import rotary_numbers
@@ -63,7 +63,7 @@ def build_model(
     return model.train()
 
 
-def build_model_config(job: TrainSpec, tokenizer: TokenizerManifest) -> Any:
+def build_model_config(job: TrainSpec, tokenizer: TokenizerManifest) -> PreTrainedConfig:
     """Return the Hugging Face config of the stage's model; UserError when the vocabulary is too small for the tokenizer."""
     if tokenizer.vocab_size > job.model["vocab_size"]:
         raise InputError(
@@ -76,7 +76,7 @@ def build_model_config(job: TrainSpec, tokenizer: TokenizerManifest) -> Any:
     return AutoConfig.for_model(**keys)
 
 
-def _build_network(job: TrainSpec, config: Any, context: DistributedContext) -> PreTrainedModel:
+def _build_network(job: TrainSpec, config: PreTrainedConfig, context: DistributedContext) -> PreTrainedModel:
     """Return the network with undefined values."""
     ds_config = read_deepspeed_config(job, context)
     if context.dims.is_sliced:
@@ -95,7 +95,7 @@ def _build_network(job: TrainSpec, config: Any, context: DistributedContext) -> 
     return model
 
 
-def place_of_fp32_weights(job: TrainSpec, device: torch.device) -> AbstractContextManager[Any]:
+def place_of_fp32_weights(job: TrainSpec, device: torch.device) -> AbstractContextManager[object]:
     """Return the context to build a whole model in: the GPU if the fp32 weights fill at most half of it, else the CPU.
 
     DeepSpeed moves the weights to the GPU in either case, after it has rounded them to the precision of the stage. ZeRO 3
@@ -108,7 +108,7 @@ def place_of_fp32_weights(job: TrainSpec, device: torch.device) -> AbstractConte
     return device if 4 * model_size(job.model).total <= memory_bytes / 2 else nullcontext()
 
 
-def check_rotary_embedding(model: PreTrainedModel, keys: Mapping[str, Any]) -> None:
+def check_rotary_embedding(model: PreTrainedModel, keys: HuggingFaceConfig) -> None:
     """Compare the network's rotary embedding with the formulas for the keys of its Hugging Face config.
 
     Raises:
@@ -136,7 +136,7 @@ def check_rotary_embedding(model: PreTrainedModel, keys: Mapping[str, Any]) -> N
         )
 
 
-def _partitioning(job: TrainSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+def _partitioning(job: TrainSpec, ds_config: dict[str, Any]) -> AbstractContextManager[object]:
     """Return the context in which ZeRO 3 partitions every parameter as soon as it is made."""
     if job.stage.zero.stage < 3:
         return nullcontext()

@@ -42,7 +42,7 @@ class _Fallback:
     def __init__(self) -> None:
         self.reason: str | None = None
 
-    def use(self, layer: Any, reason: str) -> None:
+    def use(self, layer: torch.nn.Module, reason: str) -> None:
         self.reason = reason
         name = f"{type(layer).__name__} {getattr(layer.self_attn, 'layer_idx', '')}".strip()
         print(f"decoder layers run without torch.compile: torch cannot capture {name}: {reason}", flush=True)
@@ -53,15 +53,15 @@ class CompiledForward:
 
     def __init__(self, layer: Any, backend: str, fallback: _Fallback) -> None:
         self._layer, self._fallback = layer, fallback
-        self._eager: Callable[..., Any] = layer.forward
+        self._eager: Callable[..., object] = layer.forward
         breaking = [module for module in layer.modules() if getattr(module, "breaks_graph", False)]
         for module in breaking:
             module.forward = torch.compiler.disable(module.forward)
-        self._compiled: Callable[..., Any] = torch.compile(
+        self._compiled: Callable[..., object] = torch.compile(
             layer.forward, backend=backend, fullgraph=not breaking, dynamic=False
         )
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: object, **named: object) -> object:
         if self._fallback.reason or not torch.is_grad_enabled():
             return self._eager(*arguments, **named)
         try:

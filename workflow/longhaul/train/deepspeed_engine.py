@@ -9,6 +9,7 @@ import torch
 
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.compat.deepspeed import (
+    Engine,
     count_sliced_experts_in_gradient_norm,
     gather_whole_layers,
     unpartitioned_shape,
@@ -40,7 +41,7 @@ def peak_learning_rate(job: TrainSpec) -> float:
     return read_deepspeed_config(job)["optimizer"]["params"]["lr"]
 
 
-def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedContext) -> Any:
+def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedContext) -> Engine:
     """Return deepspeed.initialize's engine around the module; every rank calls this.
 
     A PipelineModule brings its own process groups; else tensor ranks are given to DeepSpeed as `mpu`.
@@ -60,12 +61,12 @@ def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedCo
     return engine
 
 
-def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(module: torch.nn.Module) -> list[dict[str, object]]:
     """Return the optimizer's parameter groups: norms and biases without weight decay, sliced experts in groups of their own.
 
     Weights that decay have no `weight_decay` here: the optimizer fills in the value of ds_config.json.
     """
-    groups: dict[tuple[bool, str | None], list[Any]] = {}
+    groups: dict[tuple[bool, str | None], list[torch.nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
             key = (len(unpartitioned_shape(parameter)) >= 2, getattr(parameter, "group_name", None))
@@ -80,7 +81,7 @@ def parameter_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _group_order(group: tuple[tuple[bool, str | None], list[Any]]) -> tuple[str, bool]:
+def _group_order(group: tuple[tuple[bool, str | None], list[torch.nn.Parameter]]) -> tuple[str, bool]:
     """Order groups the same way on every rank: by expert group, those that decay first."""
     (decays, expert_group), _ = group
     return expert_group or "", not decays

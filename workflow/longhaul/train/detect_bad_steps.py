@@ -8,11 +8,11 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from longhaul.compat.deepspeed import (
+    Engine,
     gradient_norm_before_update,
     has_wrapped_optimizer,
     inner_optimizer,
@@ -25,7 +25,7 @@ from longhaul.compat.torch import can_skip_update_on_device, set_update_scale
 _MIN_RECENT_LOSSES = 8
 """Fewer recent losses than this give no reliable median; the first steps of a stage have no spikes."""
 
-Step = Callable[..., Any]
+Step = Callable[..., object]
 FindProblem = Callable[[float, float], str | None]
 """(loss, gradient norm) -> why the step is bad, or None."""
 
@@ -59,7 +59,7 @@ class Examined:
     is_bad: torch.Tensor
 
 
-def build_bad_step_filter(engine: Any, waits_for_result: bool) -> BadStepFilter:
+def build_bad_step_filter(engine: Engine, waits_for_result: bool) -> BadStepFilter:
     """Return a filter that decides on the device, where the optimizer allows it; one that decides on the CPU elsewhere.
 
     waits_for_result: something on the CPU needs the result of a step before the next one, such as the median of all losses
@@ -80,7 +80,7 @@ class BadStepFilter:
     is_delayed = False
     """True if the CPU reads the result of a step only after it has started the next one."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._is_wrapped = has_wrapped_optimizer(engine)
         self._unwrapped_norm = torch.zeros(())
@@ -121,14 +121,14 @@ class BadStepFilter:
             self._unwrapped_norm = torch.nn.utils.get_total_norm(gradients)
 
     def _filtered(self, step: Step) -> Step:
-        def filtered_step(*arguments: Any, **options: Any) -> Any:
+        def filtered_step(*arguments: object, **options: object) -> object:
             if self._examined is None:  # ZeRO calls this once for each parameter group
                 self._examined = self._examine(self._norm_before_update())
             return self._apply(step, arguments, options)
 
         return filtered_step
 
-    def _apply(self, step: Step, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _apply(self, step: Step, arguments: tuple[object, ...], options: dict[str, object]) -> object:
         return None if self._examined is None or self._examined.is_bad else step(*arguments, **options)
 
     def _examine(self, norm: torch.Tensor) -> Examined:
@@ -151,7 +151,7 @@ class DeviceBadStepFilter(BadStepFilter):
 
     is_delayed = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._largest_norm = take_over_clipping(engine)
         measure_norm_in_fp32(engine)
@@ -176,7 +176,7 @@ class DeviceBadStepFilter(BadStepFilter):
             is_bad = torch.maximum(is_bad, self._unnoticed)
         return Examined(loss, norm, is_bad)
 
-    def _apply(self, step: Step, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _apply(self, step: Step, arguments: tuple[object, ...], options: dict[str, object]) -> object:
         examined = self._examined
         assert examined is not None
         divisor = (

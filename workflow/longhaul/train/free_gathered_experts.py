@@ -37,7 +37,7 @@ def _without_saved_views(experts: torch.nn.Module) -> Callable[..., torch.Tensor
     forward, weights = experts.forward, list(experts.parameters(recurse=False))
 
     @wraps(forward)
-    def forward_without_saved_views(*arguments: Any, **named: Any) -> torch.Tensor:
+    def forward_without_saved_views(*arguments: object, **named: object) -> torch.Tensor:
         with saved_tensors_hooks(lambda kept: _pack(kept, weights), _unpack):
             return forward(*arguments, **named)
 

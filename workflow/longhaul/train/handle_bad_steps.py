@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from longhaul.compat.deepspeed import Engine
 from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch
@@ -25,7 +24,7 @@ class BadStepPolicy:
     def __init__(
         self,
         job: TrainSpec,
-        engine: Any,
+        engine: Engine,
         state: TrainingState,
         checkpoints: CheckpointManager,
         metrics: Metrics,

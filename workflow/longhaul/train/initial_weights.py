@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
+from longhaul.compat.deepspeed import Engine
 from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.resharding import write_master_weights
@@ -24,12 +25,15 @@ from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices
 from longhaul.train.pretrained_weights import pretrained_values
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 Shapes = dict[str, tuple[int, ...]]
 Values = Callable[[TensorSlice], torch.Tensor]
 
 
 def initial_values(
-    job: TrainSpec, config: Any, shapes: Shapes, start: StartingCheckpoint | None, device: torch.device
+    job: TrainSpec, config: PreTrainedConfig, shapes: Shapes, start: StartingCheckpoint | None, device: torch.device
 ) -> Values:
     """Return a function that gives the initial fp32 values of a slice of a tensor.
 
@@ -48,7 +52,9 @@ def initial_values(
     return lambda tensor_slice: tensor_slice.extract(values(tensor_slice.name, torch.Size(tensor_slice.shape)))
 
 
-def seeded_values(config: Any, seed: int, device: torch.device) -> Callable[[str, torch.Size], torch.Tensor]:
+def seeded_values(
+    config: PreTrainedConfig, seed: int, device: torch.device
+) -> Callable[[str, torch.Size], torch.Tensor]:
     """Return a function (name, shape) -> values: ones for norms, zeros for biases, else normal with `initializer_range`.
 
     A value depends only on the seed, the parameter's name and the position in the parameter.
@@ -104,7 +110,11 @@ def fill_weights(model: torch.nn.Module, values: Values, with_buffers: bool) -> 
 
 
 def set_initial_master_weights(
-    engine: Any, job: TrainSpec, config: Any, start: StartingCheckpoint | None, context: DistributedContext
+    engine: Engine,
+    job: TrainSpec,
+    config: PreTrainedConfig,
+    start: StartingCheckpoint | None,
+    context: DistributedContext,
 ) -> None:
     """Set the master weights of a stage in half precision to the fp32 weights of its source, before the first step.
 
@@ -121,7 +131,7 @@ def _is_filled_here(parameter: Any) -> bool:
     return not hasattr(parameter, "ds_id") or torch.distributed.get_rank(parameter.ds_process_group) == 0
 
 
-def _gathered(parameter: Any) -> AbstractContextManager[Any]:
+def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[object]:
     """Gather a parameter of ZeRO 3; the first rank's values are kept, so no other rank reads any."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()

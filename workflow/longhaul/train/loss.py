@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longhaul.compat.deepspeed import Engine
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
 from longhaul.planning.constants_shared_with_trainer import COMPILED_LOSS_CHUNK_TOKENS, LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
 
-def loss_sum(engine: Any, batch: MicroBatch, dims: ParallelDims | None = None) -> torch.Tensor:
+def loss_sum(engine: Engine, batch: MicroBatch, dims: ParallelDims | None = None) -> torch.Tensor:
     """Return the sum of a micro batch's token losses, in fp32.
 
     There is no attention mask: position ids that restart show transformers where a packed document ends.
@@ -99,7 +100,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_NH, weight_VH = ctx.gradients
         ctx.gradients = None
         return hidden_NH.mul_(slopes[0]), weight_VH.mul_(slopes[0]), None, None, None, None

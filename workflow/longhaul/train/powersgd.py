@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from longhaul.compat.deepspeed import average_gradients_with, gradient_attribute
+from longhaul.compat.deepspeed import Engine, average_gradients_with, gradient_attribute
 from longhaul.config.stage_config import PowerSgd
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning.constants_shared_with_trainer import POWERSGD_BUCKET_ELEMENTS
@@ -50,7 +50,7 @@ class GradientBucket:
 class PowerSgdReducer:
     """Averages the gradients of an engine at ZeRO 0 or 1 over all ranks, once a step."""
 
-    def __init__(self, engine: Any, settings: PowerSgd, bucket_elements: int = POWERSGD_BUCKET_ELEMENTS) -> None:
+    def __init__(self, engine: Engine, settings: PowerSgd, bucket_elements: int = POWERSGD_BUCKET_ELEMENTS) -> None:
         self._settings, self._engine = settings, engine
         self._buckets = list(_in_buckets(engine.module.parameters(), bucket_elements))
         self._state, self._before_step = self._new_state(), {}
@@ -81,7 +81,7 @@ class PowerSgdReducer:
                 setattr(self._state, name, value)
         self._before_step = {}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return the state for a checkpoint: steps done, this rank's compression error, the last low-rank matrices."""
         # On the CPU, as another rank with another device may read it.
         tensors = {name: {k: tensor.cpu() for k, tensor in getattr(self._state, name).items()} for name in _TENSORS}
@@ -109,7 +109,7 @@ class PowerSgdReducer:
             error.div_(ranks)
 
 
-def _gradient(parameter: Any, attribute: str) -> torch.Tensor:
+def _gradient(parameter: torch.nn.Parameter, attribute: str) -> torch.Tensor:
     """Return the gradient that DeepSpeed averages; zeros if this rank computed none."""
     if getattr(parameter, attribute) is None:
         setattr(parameter, attribute, torch.zeros_like(parameter))
@@ -134,13 +134,13 @@ def _in_buckets(parameters: Iterable[torch.nn.Parameter], elements: int) -> Iter
     yield members
 
 
-def _copy_of(state: PowerSGDState) -> dict[str, Any]:
+def _copy_of(state: PowerSGDState) -> dict[str, object]:
     """Return what a step changes. The hook replaces the errors, and changes the matrices in place."""
     matrices = {name: {place: matrix.clone() for place, matrix in getattr(state, name).items()} for name in _MATRICES}
     return {"iter": state.iter, "rng": copy.deepcopy(state.rng), "error_dict": dict(state.error_dict), **matrices}
 
 
-def install_powersgd(engine: Any, job: TrainSpec) -> PowerSgdReducer | None:
+def install_powersgd(engine: Engine, job: TrainSpec) -> PowerSgdReducer | None:
     """Let the engine reduce low-rank gradients, if the stage says so. The checkpoint modules find the reducer at the engine."""
     settings = job.stage.communication.powersgd
     if settings is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,9 @@ from longhaul.checkpoint_io import LazyTensor, open_safetensors
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, expert_keys, fp8_block_shape, mtp_prefixes
 from longhaul.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _SCALE = "_scale_inv"
 _HINT = "the weights do not belong to this config.json, or the download is incomplete"
@@ -52,7 +55,7 @@ StoredWeights = dict[str, LazyTensor | BlockScaledTensor]
 
 
 def pretrained_values(
-    folder: Path, shapes: dict[str, tuple[int, ...]], config: Any
+    folder: Path, shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
 ) -> Callable[[TensorSlice], torch.Tensor]:
     """Return a function that reads a slice of a tensor of the model from safetensors.
 
@@ -127,7 +130,7 @@ def _block_scaled(folder: Path, tensors: dict[str, LazyTensor], key: str, block:
     return BlockScaledTensor(weight, scale, block)
 
 
-def _check_keys(folder: Path, stored: Iterable[str], expected: set[str], config: Any) -> None:
+def _check_keys(folder: Path, stored: Iterable[str], expected: set[str], config: PreTrainedConfig) -> None:
     known = expected | ({"lm_head.weight"} if config.tie_word_embeddings else set())
     unexpected = {name for name in stored if name not in known and not name.endswith(_DERIVED)}
     for kind, names in (("missing keys", expected - set(stored)), ("unexpected keys", unexpected)):
@@ -137,7 +140,7 @@ def _check_keys(folder: Path, stored: Iterable[str], expected: set[str], config:
 
 
 def _check_shapes(
-    folder: Path, stored: list[tuple[str, tuple[int, ...]]], expected: tuple[int, ...], config: Any
+    folder: Path, stored: list[tuple[str, tuple[int, ...]]], expected: tuple[int, ...], config: PreTrainedConfig
 ) -> None:
     for key, shape in stored:
         if shape == expected:

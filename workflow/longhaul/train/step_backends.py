@@ -8,11 +8,12 @@ compute the same thing, as tensor ranks do, only one of them returns it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from longhaul.compat.deepspeed import Engine
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import Batch, MicroBatch
 from longhaul.train.deepspeed_engine import build_engine
@@ -28,7 +29,7 @@ from longhaul.train.powersgd import install_powersgd
 class Backend(Protocol):
     """DeepSpeed's engine around a model, with what examines and counts its steps."""
 
-    engine: Any
+    engine: Engine
     bad_steps: BadStepFilter
     load: ExpertLoad
     balance: SequenceBalanceLoss

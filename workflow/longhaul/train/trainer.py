@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from longhaul.data.sampling.samples import Samples
 from longhaul.errors import InputError
@@ -68,7 +67,7 @@ class Trainer:
     context: DistributedContext
     backend: Backend
     held_out: Samples | None
-    prompts: dict[str, Any]
+    prompts: dict[str, object]
     checkpoints: CheckpointManager
     metrics: Metrics
     events: EventWriter
@@ -175,10 +174,10 @@ class Trainer:
             self.metrics.print(str(self.start_up))
         return True
 
-    def _metrics_of(self, step: StartedStep, results: dict[str, float]) -> dict[str, Any]:
+    def _metrics_of(self, step: StartedStep, results: dict[str, float]) -> dict[str, object]:
         """Return the metrics of a good step; every rank calls this, as pipeline ranks exchange the loads of their experts."""
         loads = self._gather_loads({layer: counts.tolist() for layer, counts in step.loads.read().items()})
-        values: dict[str, Any] = {
+        values: dict[str, object] = {
             "loss": results["loss"],
             "grad_norm": results["grad_norm"],
             "lr": step.lr,

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.compat.deepspeed import Engine
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
@@ -32,7 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def write_reference_values(
-    backend: Backend, job: TrainSpec, folder: Path, context: DistributedContext, prompts: dict[str, Any]
+    backend: Backend, job: TrainSpec, folder: Path, context: DistributedContext, prompts: dict[str, object]
 ) -> None:
     """Write the reference values of the current weights; every rank takes part, rank 0 writes."""
     tensors = _tensor_hashes(backend.engine, job, context)
@@ -57,7 +57,7 @@ def write_reference_values(
     write_json(folder / "logits.json", computed_with)
 
 
-def _tensor_hashes(engine: Any, job: TrainSpec, context: DistributedContext) -> dict[str, dict[str, Any]]:
+def _tensor_hashes(engine: Engine, job: TrainSpec, context: DistributedContext) -> dict[str, dict[str, object]]:
     """Return name -> shape and hashes, of one gathered tensor at a time.
 
     The tensors come from the live engine and not from the checkpoint's files, so the export is compared with an independent
@@ -89,7 +89,7 @@ def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
     return shared
 
 
-def sample_prompts(**splits: Samples | None) -> dict[str, Any]:
+def sample_prompts(**splits: Samples | None) -> dict[str, object]:
     """Return {"split", "input_ids": [[int]]}: how the first documents begin, without repetitions.
 
     The documents come from the first of the given splits that has any.

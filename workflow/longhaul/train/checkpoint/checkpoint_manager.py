@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.artifact_schemas import Count, SavedCheckpoint
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.compat.deepspeed import call_before_update
+from longhaul.compat.deepspeed import Engine, call_before_update
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint import checkpoint_folders as folders
@@ -68,7 +67,7 @@ class CheckpointManager:
         """Return the time that a save may take until it is on the disk, from the longest so far; and the one in flight."""
         return (3.0 if self._save else 1.5) * self._longest_save_s
 
-    def resume(self, engine: Any, is_needed: bool = False) -> TrainingState:
+    def resume(self, engine: Engine, is_needed: bool = False) -> TrainingState:
         """Load the newest undamaged checkpoint into the engine; return a new state when there is none.
 
         Raises:
@@ -101,7 +100,7 @@ class CheckpointManager:
             and all(validation_loss < loss for loss in losses)
         )
 
-    def after_step(self, engine: Any) -> None:
+    def after_step(self, engine: Engine) -> None:
         """Take the save in flight one step further. The first call begins to reserve memory for the copies of a save.
 
         Raises:
@@ -112,7 +111,7 @@ class CheckpointManager:
             self._reserve(engine, self._memory)
         self._advance()
 
-    def _reserve(self, engine: Any, memory: HostMemory) -> None:
+    def _reserve(self, engine: Engine, memory: HostMemory) -> None:
         """Begin to reserve what a save needs. Only after the first step all optimizer states exist."""
         self.finish_save()
         measured = RankFiles(self._threads, memory)
@@ -122,7 +121,7 @@ class CheckpointManager:
 
     @contextmanager
     def saving(
-        self, engine: Any, state: TrainingState, validation_loss: float | None, has_reference_values: bool
+        self, engine: Engine, state: TrainingState, validation_loss: float | None, has_reference_values: bool
     ) -> Iterator[Path]:
         """Copy engine and state for a save; what the block adds to the folder on rank 0 is part of the checkpoint.
 
@@ -192,7 +191,7 @@ class CheckpointManager:
         """Return the entries of checkpoint.json for the last and the best checkpoint."""
         return last_and_best(self.folder)
 
-    def _load(self, engine: Any, step: int, folder: Path) -> TrainingState:
+    def _load(self, engine: Engine, step: int, folder: Path) -> TrainingState:
         check_belongs_to(self.folder, folder)
         state, saved_layout = load_checkpoint(engine, self._job, folder, self._context)
         self._record_resume(step, saved_layout)

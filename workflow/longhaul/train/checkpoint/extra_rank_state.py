@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.checkpoint_io.safe_torch_load import load_plain_data
-from longhaul.compat.deepspeed import loss_scaler_state, restore_loss_scaler
+from longhaul.compat.deepspeed import Engine, loss_scaler_state, restore_loss_scaler
 
 
 def rank_state_file(checkpoint: Path, rank: int) -> Path:
@@ -15,7 +15,7 @@ def rank_state_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"trainer-rank-{rank:05d}.pt"
 
 
-def rank_state(engine: Any) -> dict[str, Any]:
+def rank_state(engine: Engine) -> dict[str, Any]:
     """Return this rank's state for a checkpoint."""
     state: dict[str, Any] = {"loss_scale": loss_scaler_state(engine)}
     if hasattr(engine, "powersgd"):
@@ -23,7 +23,7 @@ def rank_state(engine: Any) -> dict[str, Any]:
     return state
 
 
-def restore_rank_state(engine: Any, checkpoint: Path, rank: int) -> None:
+def restore_rank_state(engine: Engine, checkpoint: Path, rank: int) -> None:
     """Restore this rank's state from a checkpoint of the same layout."""
     state = _read(checkpoint, rank)
     restore_loss_scaler(engine, state.get("loss_scale"))
@@ -31,7 +31,7 @@ def restore_rank_state(engine: Any, checkpoint: Path, rank: int) -> None:
         engine.powersgd.load([state["powersgd"]])
 
 
-def combine_rank_states(engine: Any, checkpoint: Path, saved_ranks: int) -> None:
+def combine_rank_states(engine: Engine, checkpoint: Path, saved_ranks: int) -> None:
     """Restore what does not depend on the layout from a checkpoint of another layout: loss scaler and PowerSGD."""
     states = (_read(checkpoint, rank) for rank in range(saved_ranks))
     first = next(states)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import Buffer
 
 _FILES_AT_ONCE = 4
 _PARTS_AT_ONCE = 8
@@ -48,14 +49,14 @@ class HashedFile:
         self.error: OSError | None = None
         self._threads, self._is_kept = threads, is_kept
         self._hash, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1, "save-hash")
-        self._pending: list[Future[Any]] = []
+        self._pending: list[Future[None]] = []
         self._handle = -1
         self._unless_failed(self._open)
 
     def _open(self) -> None:
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         """Begin to write and to hash the data."""
         view = memoryview(data).cast("B")
         offset, self.bytes = self.bytes, self.bytes + len(view)
@@ -104,7 +105,7 @@ class HashedFile:
         if self._handle >= 0:
             os.close(self._handle)
 
-    def _unless_failed(self, action: Callable[..., None], *arguments: Any) -> None:
+    def _unless_failed(self, action: Callable[..., None], *arguments: object) -> None:
         """Run the action unless an earlier one failed or the threads are stopped; keep its error."""
         if self.error is None and not self._threads.is_stopped.is_set():
             try:
@@ -112,6 +113,6 @@ class HashedFile:
             except OSError as error:
                 self.error = error
 
-    def manifest_entry(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, object]:
         """Return the closed file's entry in a manifest."""
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -122,6 +122,9 @@ class HostMemory:
             self._reservation = None
 
 
+Kind = TypeVar("Kind")
+
+
 class Snapshot:
     """The contents of a rank's files at one moment: `add` collects them, `copy` takes the copies.
 
@@ -130,11 +133,11 @@ class Snapshot:
 
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
-        self._files: list[tuple[Path, Any]] = []
+        self._files: list[tuple[Path, object]] = []
         self._tensors: list[torch.Tensor] = []
-        self._indices: dict[tuple[Any, ...], int] = {}
+        self._indices: dict[tuple[object, ...], int] = {}
 
-    def add(self, path: Path, values: Any) -> None:
+    def add(self, path: Path, values: object) -> None:
         """Add a file. Its tensors must not change before `copy`; everything else is copied now."""
         self._files.append((path, _replace(values, torch.Tensor, self._index, copy.deepcopy)))
 
@@ -143,7 +146,7 @@ class Snapshot:
         """Bytes of host memory that the copies need."""
         return sum(_aligned(tensor.nbytes) for tensor in self._tensors)
 
-    def copy(self) -> list[tuple[Path, Any]]:
+    def copy(self) -> list[tuple[Path, object]]:
         """Return path and contents of every file, with tensors in host memory."""
         copies = self._memory.copy(self._tensors)
         self._tensors = []
@@ -168,7 +171,9 @@ class _Index:
         self.value = value
 
 
-def _replace(values: Any, kind: type, replacement: Callable[[Any], Any], convert_other: Callable[[Any], Any]) -> Any:
+def _replace(
+    values: Any, kind: type[Kind], replacement: Callable[[Kind], object], convert_other: Callable[[object], object]
+) -> object:
     """Return a copy of nested dicts, lists and tuples with every object of `kind` replaced."""
     if isinstance(values, kind):
         return replacement(values)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.compat.deepspeed import replay_cpu_adam_steps
+from longhaul.compat.deepspeed import Engine, replay_cpu_adam_steps
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import read_manifest
@@ -21,7 +20,7 @@ TRAINING_STATE = "training_state.json"
 
 
 def load_checkpoint(
-    engine: Any, job: TrainSpec, folder: Path, context: DistributedContext
+    engine: Engine, job: TrainSpec, folder: Path, context: DistributedContext
 ) -> tuple[TrainingState, Layout]:
     """Load weights, optimizer and rank state. Return the training state, and the layout with which it was saved.
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -31,18 +31,18 @@ class RankFiles(TorchCheckpointEngine):
         self.errors: list[OSError] = []
         self._threads, self._memory = threads, memory
         self._snapshot = Snapshot(memory) if memory else None
-        self._contents: list[tuple[Path, Any]] = []
+        self._contents: list[tuple[Path, object]] = []
 
-    def save(self, state_dict: Any, path: str | Path) -> None:
+    def save(self, state_dict: object, path: str | Path) -> None:
         if self._snapshot:
             self._snapshot.add(Path(path), state_dict)
         else:
             self._write_file(Path(path), state_dict)
 
-    def makedirs(self, path: Any, exist_ok: bool = False) -> None:
+    def makedirs(self, path: object, exist_ok: bool = False) -> None:
         """Do nothing: the folder of the save exists already."""
 
-    def create(self, info: Any) -> None:
+    def create(self, info: object) -> None:
         """Do nothing: DeepSpeed's own method only writes to the log."""
 
     def preserves_storage_sharing(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,7 +68,7 @@ class RankFiles(TorchCheckpointEngine):
             future.result()
         self._contents = []
 
-    def _write_file(self, path: Path, values: Any) -> None:
+    def _write_file(self, path: Path, values: object) -> None:
         stream = HashedFile(path, self._threads, self._memory.holds if self._memory else lambda _view: False)
         self.files.append(stream)
         try:

@@ -19,6 +19,7 @@ import torch
 from longhaul.checkpoint_io import LazyTensor, OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.compat.deepspeed import (
+    Engine,
     OwnedRange,
     clear_adam_state,
     mapped_optimizer_states,
@@ -54,7 +55,7 @@ class OwnedElements:
         target.detach().view(-1)[self.range.offset : self.range.offset + self.range.numel].copy_(values)
 
 
-def write_master_weights(engine: Any, values: Callable[[TensorSlice], torch.Tensor]) -> None:
+def write_master_weights(engine: Engine, values: Callable[[TensorSlice], torch.Tensor]) -> None:
     """Set the master weights to the fp32 `values` of the model's tensors, and the 16-bit weights to their rounding.
 
     DeepSpeed makes master weights from weights that are rounded already. Every rank calls this, before the first step.
@@ -65,7 +66,7 @@ def write_master_weights(engine: Any, values: Callable[[TensorSlice], torch.Tens
         update_weights_from_masters(engine)
 
 
-def load_resharded(engine: Any, folder: Path) -> None:
+def load_resharded(engine: Engine, folder: Path) -> None:
     """Load master weights, moments, 16-bit weights and buffers; every rank calls this.
 
     Raises:
@@ -80,7 +81,7 @@ def load_resharded(engine: Any, folder: Path) -> None:
         update_weights_from_masters(engine)
 
 
-def _check_shapes(engine: Any, masters: Mapping[str, LazyTensor], folder: Path) -> None:
+def _check_shapes(engine: Engine, masters: Mapping[str, LazyTensor], folder: Path) -> None:
     for tensor_slice, _ in [*parameter_slices(engine.module), *buffer_slices(engine.module)]:
         found = tuple(masters[tensor_slice.name].shape) if tensor_slice.name in masters else None
         if found != tuple(tensor_slice.shape):
@@ -91,7 +92,7 @@ def _check_shapes(engine: Any, masters: Mapping[str, LazyTensor], folder: Path) 
             )
 
 
-def _load_optimizer(engine: Any, masters: Mapping[str, LazyTensor], saved: OptimizerState) -> None:
+def _load_optimizer(engine: Engine, masters: Mapping[str, LazyTensor], saved: OptimizerState) -> None:
     optimizer = engine.optimizer
     adam = optimizer.optimizer if engine.zero_optimization_stage() else optimizer
     swapper = getattr(optimizer, "optimizer_swapper", None)
@@ -121,7 +122,7 @@ def new_adam_state(adam: Any, flat: torch.Tensor, saved: OptimizerState, swapper
     return {"step": step, **{key: zero_moment(swapper, flat, key) for key in saved.moments}}
 
 
-def _owned_elements(engine: Any) -> Iterator[OwnedElements]:
+def _owned_elements(engine: Engine) -> Iterator[OwnedElements]:
     for tensor_slice, parameter in parameter_slices(engine.module):
         owned = owned_range(engine, parameter)
         if owned and owned.numel:

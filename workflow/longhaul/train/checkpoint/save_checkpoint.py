@@ -18,7 +18,7 @@ from typing import Any
 
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.shared_file_system import refresh_listing
-from longhaul.compat.deepspeed import mapped_optimizer_states, save_without_recovery_script
+from longhaul.compat.deepspeed import Engine, mapped_optimizer_states, save_without_recovery_script
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, fsync, partial_folder, publish, step_folder
@@ -75,7 +75,7 @@ class CheckpointSave:
         self._started, self._ended = time.perf_counter(), 0.0
 
     @contextmanager
-    def snapshot(self, engine: Any, state: TrainingState) -> Iterator[Path]:
+    def snapshot(self, engine: Engine, state: TrainingState) -> Iterator[Path]:
         """Copy engine and state. What the block adds to the yielded folder on rank 0 becomes part of the checkpoint.
 
         An error of the file system is kept for `advance`, so that all ranks leave the save together.
@@ -162,7 +162,7 @@ class CheckpointSave:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
 
-    def _write_state_and_slices(self, engine: Any, state: TrainingState) -> None:
+    def _write_state_and_slices(self, engine: Engine, state: TrainingState) -> None:
         dims = self._context.dims
         if dims.is_sliced:
             is_tied = has_tied_embeddings(self._job)
@@ -189,13 +189,13 @@ class CheckpointSave:
         )
 
 
-def collect_files(engine: Any, folder: Path, files: RankFiles, rank: int) -> None:
+def collect_files(engine: Engine, folder: Path, files: RankFiles, rank: int) -> None:
     """Give `files` everything that this rank saves of the engine. Every rank calls this."""
     _save_engine(engine, folder, files)
     files.save(rank_state(engine), rank_state_file(folder, rank))
 
 
-def _save_engine(engine: Any, folder: Path, writer: RankFiles) -> None:
+def _save_engine(engine: Engine, folder: Path, writer: RankFiles) -> None:
     """Run DeepSpeed's own save; all files go through `writer`."""
     save_without_recovery_script(engine)
     usual, engine.checkpoint_engine = engine.checkpoint_engine, writer
@@ -209,6 +209,6 @@ def _save_engine(engine: Any, folder: Path, writer: RankFiles) -> None:
         engine.checkpoint_engine = usual
 
 
-def _manifest_entry(path: Path) -> dict[str, Any]:
+def _manifest_entry(path: Path) -> dict[str, object]:
     fsync(path)
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -42,7 +42,7 @@ def find_starting_checkpoint(job: TrainSpec) -> StartingCheckpoint | None:
 
 def weights_identity(
     job: TrainSpec, data: DataManifest, tokenizer: TokenizerManifest, start: StartingCheckpoint | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return everything that the weights depend on.
 
     The number of steps is not part of it, so a stage can be extended. With `restart: true` it is, so that another number of steps
@@ -58,12 +58,14 @@ def weights_identity(
     }
 
 
-def weights_folder(job: TrainSpec, identity: dict[str, Any]) -> Path:
+def weights_folder(job: TrainSpec, identity: dict[str, object]) -> Path:
     """Return <weights_root>/<hash>."""
     return Path(job.weights_root) / content_hash(identity)
 
 
-def claim_weights_folder(job: TrainSpec, identity: dict[str, Any], folder: Path, context: DistributedContext) -> None:
+def claim_weights_folder(
+    job: TrainSpec, identity: dict[str, object], folder: Path, context: DistributedContext
+) -> None:
     """Write the identity of the weights and the model's config into the folder.
 
     Raises:
@@ -85,7 +87,7 @@ def _keep_generation_config(job: TrainSpec, folder: Path) -> None:
         write_json(WeightsFolder(folder).generation_config, read_json(base, DAMAGED_PRETRAINED_HINT))
 
 
-def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
+def _check_identity(folder: Path, identity: dict[str, object]) -> None:
     path = WeightsFolder(folder).identity
     found: Any = read_typed_json(path, WeightsIdentity, _MOVE_AWAY) if path.exists() else identity
     differing = [key for key, value in json.loads(canonical_json(identity)).items() if found.get(key) != value]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import WeightsFolder
@@ -19,7 +18,7 @@ class EventWriter:
     def __init__(self, weights: Path | None) -> None:
         self._path = WeightsFolder(weights).events if weights else None
 
-    def write(self, event: str, **values: Any) -> None:
+    def write(self, event: str, **values: object) -> None:
         """Append one line: the time in seconds since 1970, the event's name, and its values."""
         if self._path is None:
             return

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from longhaul.artifacts.line_records import append_record, open_for_append, read
 from longhaul.artifacts.pack_totals import padding_share
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.record_types import MetricsRow
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
@@ -38,7 +40,7 @@ class Metrics:
         folder: Path,
         resumed_from: int,
         context: DistributedContext,
-        model: dict[str, Any],
+        model: HuggingFaceConfig,
         events: EventWriter,
         epochs: dict[str, float],
     ) -> None:
@@ -76,7 +78,7 @@ class Metrics:
             for tracker in self._trackers:
                 tracker.rewind(step + 1)
 
-    def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+    def step(self, step: int, seconds: float, values: Mapping[str, Any]) -> None:
         """Write one optimizer step: its values, and what follows from them and its duration.
 
         Tokens per second are tokens without padding, and the wait for data is part of the time.
@@ -118,7 +120,7 @@ class Metrics:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
-        numbers = {
+        numbers: dict[str, float] = {
             k: v for k, v in finite.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "step"
         }
         for tracker in self._trackers:
@@ -142,7 +144,7 @@ class Metrics:
         )
 
 
-def device_numbers(device: torch.device) -> dict[str, Any]:
+def device_numbers(device: torch.device) -> dict[str, int | None]:
     """Return peak memory in bytes (of the GPU, or of this process) and GPU utilisation in per cent; None without a GPU."""
     if device.type != "cuda":
         return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu_utilisation": None}
@@ -157,7 +159,7 @@ def _utilisation(device: torch.device) -> int | None:
         return None
 
 
-def _attempt(job: TrainSpec, resumed_from: int, context: DistributedContext, hosts: list[str]) -> dict[str, Any]:
+def _attempt(job: TrainSpec, resumed_from: int, context: DistributedContext, hosts: list[str]) -> dict[str, object]:
     """Return what may differ between attempts without a change of the result."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -177,14 +179,14 @@ def _attempt(job: TrainSpec, resumed_from: int, context: DistributedContext, hos
     }
 
 
-def _drop_lines_from(path: Path, step: int) -> list[dict[str, Any]]:
+def _drop_lines_from(path: Path, step: int) -> list[MetricsRow]:
     """Drop the lines of `step` and later, and return the optimizer steps among them.
 
     A line that is no valid record is dropped, too.
     """
     kept, lost = [], []
     for line in read_lines(path, MetricsRow):
-        row: Any = line.record
+        row = line.record
         if row is None:
             continue
         if row["step"] < step:

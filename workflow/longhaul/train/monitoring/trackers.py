@@ -30,7 +30,7 @@ from longhaul.jobs.kinds.train_job import TrainSpec
 class Tracker:
     """One tracker's functions: log(step, name -> number), close(), rewind(step) before steps from `step` on are repeated."""
 
-    log: Callable[[int, dict[str, Any]], None]
+    log: Callable[[int, dict[str, float]], None]
     close: Callable[[], None]
     rewind: Callable[[int], None] = lambda step: None
 
@@ -87,7 +87,7 @@ def _off_after_failure(name: str, tracker: Tracker) -> Tracker:
     has_failed = False
 
     def guarded(call: Callable[..., None]) -> Callable[..., None]:
-        def attempt(*arguments: Any) -> None:
+        def attempt(*arguments: object) -> None:
             nonlocal has_failed
             if has_failed:
                 return
@@ -123,7 +123,7 @@ def _open_tensorboard(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
 
     writer = open_at(first_step)
 
-    def log(step: int, numbers: dict[str, Any]) -> None:
+    def log(step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
 
@@ -189,7 +189,7 @@ def _open_mlflow(job: TrainSpec, folder: Path, first_step: int) -> Tracker:
             last_step[name] = max((metric.step for metric in history), default=-1)
         return step > last_step[name]
 
-    def log(step: int, numbers: dict[str, Any]) -> None:
+    def log(step: int, numbers: dict[str, float]) -> None:
         new = {name: value for name, value in numbers.items() if is_new(name, step)}
         mlflow.log_metrics(new, step=step)
         last_step.update(dict.fromkeys(new, step))

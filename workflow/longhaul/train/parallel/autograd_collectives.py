@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_GROUPS: dict[str, Any] = {}
+_GROUPS: dict[str, dist.ProcessGroup | None] = {}
 """The process groups that operators use, by their names. A name of None is the group of all ranks."""
 
 
-def name_group(group: Any) -> str:
+def name_group(group: dist.ProcessGroup | None) -> str:
     """Return a name under which the operators of this module find the group; None is the group of all ranks."""
     name = "" if group is None else group.group_name
     _GROUPS[name] = group
@@ -55,7 +55,7 @@ class _CopyToGroup(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return all_reduced(gradients[0], ctx.group), None
 
 
@@ -65,7 +65,7 @@ class _SumOverGroup(torch.autograd.Function):
         return all_reduced(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return gradients[0], None
 
 
@@ -76,7 +76,7 @@ class _AllToAll(torch.autograd.Function):
         return _exchange_rows(rows, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _exchange_rows(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None
 
 

@@ -27,6 +27,9 @@ from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
+RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What transformers' routers return: logits [N, E], weights [N, K] and numbers [N, K] of the chosen experts."""
+
 
 class _AttachLoss(torch.autograd.Function):
     """Returns the tensor unchanged; the loss gets the gradient `slope`, as if slope x loss were added to the step's loss.
@@ -41,7 +44,7 @@ class _AttachLoss(torch.autograd.Function):
         return record_in_forward_pass(tensor, loss, total)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return gradients[0], torch.full_like(ctx.saved_tensors[0], ctx.slope), None, None
 
 
@@ -58,7 +61,9 @@ class SequenceBalanceLoss:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.register_forward_hook(partial(self._add_loss, TextTokens(layer)))
 
-    def _add_loss(self, text: TextTokens, router: Any, _inputs: Any, output: Any) -> Any:
+    def _add_loss(
+        self, text: TextTokens, router: torch.nn.Module, _inputs: object, output: RouterOutput
+    ) -> RouterOutput:
         if not router.training:
             return output
         logits_NE, weights_NK, chosen_NK = output
@@ -95,6 +100,6 @@ class SequenceBalanceLoss:
         return total if self._dims.tensor_rank == 0 else torch.zeros_like(total)
 
 
-def _scores(router: Any, logits_NE: torch.Tensor) -> torch.Tensor:
+def _scores(router: torch.nn.Module, logits_NE: torch.Tensor) -> torch.Tensor:
     """Return each token's scores of the experts: sigmoids if the router has a correction bias (DeepSeek-V3), else the softmax."""
     return logits_NE.sigmoid() if hasattr(router, "e_score_correction_bias") else logits_NE.softmax(-1)

@@ -30,7 +30,7 @@ class ExpertLoad:
 
     def __init__(self, model: Any, dims: ParallelDims, bias_rate: float, device: torch.device) -> None:
         self._dims, self._bias_rate, self._device = dims, bias_rate, device
-        self._routers: dict[str, Any] = {}
+        self._routers: dict[str, torch.nn.Module] = {}
         self._counts: dict[str, torch.Tensor] = {}
         for layer in decoder_layers(model):
             if hasattr(layer.mlp, "experts"):
@@ -41,7 +41,7 @@ class ExpertLoad:
         counts_E = torch.zeros(mixture.experts.num_experts, dtype=torch.int64, device=self._device)
         self._counts[layer] = counts_E
 
-        def count(experts: Any, inputs: tuple[Any, ...]) -> Any:
+        def count(experts: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             hidden, chosen_NK, weights = inputs
             if not experts.training:
                 return None
@@ -68,7 +68,7 @@ class ExpertLoad:
             loads[layer] = load
         return loads
 
-    def _update_bias(self, router: Any, counts: torch.Tensor, is_good: torch.Tensor) -> None:
+    def _update_bias(self, router: torch.nn.Module, counts: torch.Tensor, is_good: torch.Tensor) -> None:
         bias = getattr(router, "e_score_correction_bias", None)
         if bias is None or not self._bias_rate:
             return

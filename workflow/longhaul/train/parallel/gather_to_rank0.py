@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from longhaul.checkpoint_io import raw_bytes
 from longhaul.checkpoint_io.tensor_slice import Ranges, TensorSlice
+from longhaul.compat.deepspeed import Engine
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices
 
@@ -24,7 +24,7 @@ Held = dict[str, tuple[TensorSlice, bool]]
 """The tensors of one rank: name -> (slice, True for a buffer)."""
 
 
-def gather_whole_tensors(engine: Any, context: DistributedContext) -> Iterator[tuple[str, torch.Tensor, bool]]:
+def gather_whole_tensors(engine: Engine, context: DistributedContext) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Yield (name, fp32 master weight or buffer on the CPU, True for a buffer) on rank 0.
 
     All ranks must iterate; ranks other than 0 send their slices and get no items.
@@ -90,7 +90,7 @@ def _receive_whole(
     return whole
 
 
-def _master_weight(engine: Any, tensor: Any, is_buffer: bool) -> torch.Tensor:
+def _master_weight(engine: Engine, tensor: torch.Tensor, is_buffer: bool) -> torch.Tensor:
     """Return the fp32 master weight of a parameter, gathered over its data ranks (all must call), or a buffer unchanged."""
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -102,7 +102,7 @@ def _master_weight(engine: Any, tensor: Any, is_buffer: bool) -> torch.Tensor:
     return master.cpu().contiguous()
 
 
-def _is_replicated(engine: Any, context: DistributedContext, is_buffer: bool) -> bool:
+def _is_replicated(engine: Engine, context: DistributedContext, is_buffer: bool) -> bool:
     """Return True if ranks hold independent copies of the tensor, which may differ.
 
     ZeRO gathers one value for all ranks; hashing it on each of them would take longer than gathering it.

@@ -14,11 +14,11 @@ import torch
 class TextTokens:
     """The tokens of a decoder layer's current forward pass that are no padding."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: torch.nn.Module) -> None:
         self._position_ids: torch.Tensor | None = None
         layer.register_forward_pre_hook(self._remember, with_kwargs=True)
 
-    def _remember(self, _layer: Any, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _remember(self, _layer: object, _inputs: object, options: dict[str, Any]) -> None:
         self._position_ids = options["position_ids"]
 
     def mask(self, count: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch.distributed as dist
 
@@ -32,7 +31,7 @@ class ParallelDims:
     rank: int
     world_size: int
     parallel: Parallel
-    groups: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def data(self) -> int:
@@ -89,7 +88,7 @@ class ParallelDims:
         """True if tensor, pipeline or expert parallelism leaves a rank less than the whole model. ZeRO does not count."""
         return max(self.parallel.tensor, self.parallel.pipeline, self.parallel.expert) > 1
 
-    def group(self, axis: str) -> Any:
+    def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return this rank's process group along an axis of GROUP_AXES, or None if there are no groups."""
         return self.groups.get(axis)
 
@@ -101,7 +100,7 @@ class ParallelDims:
     def get_model_parallel_world_size(self) -> int:
         return self.parallel.tensor * self.parallel.pipeline
 
-    def get_model_parallel_group(self) -> Any:
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self.group("model")
 
     def get_tensor_model_parallel_rank(self) -> int:
@@ -110,7 +109,7 @@ class ParallelDims:
     def get_tensor_model_parallel_world_size(self) -> int:
         return self.parallel.tensor
 
-    def get_tensor_model_parallel_group(self) -> Any:
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self.group("tensor")
 
     def get_data_parallel_rank(self) -> int:
@@ -119,7 +118,7 @@ class ParallelDims:
     def get_data_parallel_world_size(self) -> int:
         return self.data
 
-    def get_data_parallel_group(self) -> Any:
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self.group("data")
 
     def get_data_parallel_group_ranks(self) -> list[int]:
@@ -136,6 +135,7 @@ def build_parallel_dims(parallel: Parallel, rank: int, world_size: int) -> Paral
             # DeepSpeed reduces over groups of one rank too, so these are created as well.
             group = dist.new_group(ranks)
             if rank in ranks:
+                assert isinstance(group, dist.ProcessGroup)
                 dims.groups[axis] = group
     return dims
 

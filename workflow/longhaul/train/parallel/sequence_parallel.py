@@ -28,7 +28,14 @@ def apply_sequence_parallel(model: Any, dims: ParallelDims) -> None:
 
     ranks, group = dims.parallel.sequence, name_group(dims.group("sequence"))
 
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: object,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
         query, key, value = (_gather_tokens(x, ranks, group) for x in (query, key, value))
         mask = model.whole_mask
         options.pop("is_causal", None)

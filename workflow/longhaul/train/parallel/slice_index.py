@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.checkpoint_io.sliced_checkpoint import BUFFERS_FILE, SLICE_INDEX
-from longhaul.compat.deepspeed import files_read_with, update_weights_from_masters
+from longhaul.compat.deepspeed import Engine, files_read_with, update_weights_from_masters
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import buffer_slices, hugging_face_name
@@ -31,7 +31,7 @@ def has_tied_embeddings(job: TrainSpec) -> bool:
 
 
 def write_slice_index(
-    engine: Any, dims: ParallelDims, folder: Path, is_tied: bool, gather: Callable[[Any], list[Any]]
+    engine: Engine, dims: ParallelDims, folder: Path, is_tied: bool, gather: Callable[[Any], list[Any]]
 ) -> list[Path]:
     """Write slice_index.json and the buffers of every pipeline rank. All ranks must call it.
 
@@ -55,7 +55,7 @@ def write_slice_index(
     return written
 
 
-def _index_entries(module: torch.nn.Module, dims: ParallelDims) -> list[dict[str, Any]]:
+def _index_entries(module: torch.nn.Module, dims: ParallelDims) -> list[dict[str, object]]:
     """Return the index entries of this rank's parameters.
 
     Data ranks hold equal slices, so only data rank 0 lists them; experts are listed by the first data rank of each expert rank.
@@ -85,7 +85,7 @@ def _buffers_file(folder: Path, dims: ParallelDims) -> Path:
     return folder / BUFFERS_FILE.format(dims.pipeline_rank)
 
 
-def load_engine(engine: Any, dims: ParallelDims, folder: Path) -> None:
+def load_engine(engine: Engine, dims: ParallelDims, folder: Path) -> None:
     """Load a checkpoint of the same parallel layout into the engine.
 
     Of the experts, DeepSpeed saves with the module only those of data rank 0. The master weights in the optimizer's files are

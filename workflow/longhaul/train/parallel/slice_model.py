@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from longhaul.compat.deepspeed import mark_as_autoep_expert, zero3_partitioner
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.sliced_parameters import slice_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _WRAPPED_EXPERTS = ".mlp.experts.local."
 
 Allocate = Callable[[torch.Tensor, torch.device], torch.nn.Parameter]
@@ -19,7 +22,11 @@ Allocate = Callable[[torch.Tensor, torch.device], torch.nn.Parameter]
 
 
 def build_sliced_model(
-    config: Any, dims: ParallelDims, trust_remote_code: bool, device: torch.device, ds_config: dict[str, Any]
+    config: PreTrainedConfig,
+    dims: ParallelDims,
+    trust_remote_code: bool,
+    device: torch.device,
+    ds_config: dict[str, Any],
 ) -> Any:
     """Return this rank's slice of a Hugging Face causal LM, with undefined values; under ZeRO 3 it is partitioned.
 
@@ -36,7 +43,9 @@ def build_sliced_model(
     return model
 
 
-def slice_model(config: Any, dims: ParallelDims, trust_remote_code: bool = False, is_zero3: bool = False) -> Any:
+def slice_model(
+    config: PreTrainedConfig, dims: ParallelDims, trust_remote_code: bool = False, is_zero3: bool = False
+) -> Any:
     """Return this rank's slice of a Hugging Face causal LM without memory (device meta)."""
     from transformers import AutoModelForCausalLM
 

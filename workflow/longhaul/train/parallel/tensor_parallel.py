@@ -59,7 +59,7 @@ def _slice_mlp(mlp: Any, dims: ParallelDims) -> None:
         _slice_mlp(mlp.shared_experts, dims)
 
 
-def _slice_linears(module: Any, dims: ParallelDims) -> None:
+def _slice_linears(module: torch.nn.Module, dims: ParallelDims) -> None:
     for name in COLUMN_PARALLEL:
         if (linear := getattr(module, name, None)) is not None:
             for parameter in ("weight", "bias"):
@@ -71,7 +71,7 @@ def _slice_linears(module: Any, dims: ParallelDims) -> None:
             setattr(module, name, RowParallelLinear(linear.weight, linear.bias, name_group(dims.group("tensor"))))
 
 
-def _slice_axis(module: Any, name: str, axis: int, dims: ParallelDims) -> None:
+def _slice_axis(module: torch.nn.Module, name: str, axis: int, dims: ParallelDims) -> None:
     size = getattr(module, name).shape[axis]
     own = equal_range(size, dims.tensor_rank, dims.parallel.tensor)
     _mark_for_gradient_norm(slice_parameter(module, name, {axis: own}))
@@ -112,10 +112,12 @@ def _mark_for_gradient_norm(parameter: Any) -> None:
 
 
 def _copy_inputs(module: torch.nn.Module, group: str) -> None:
-    def copy_if_floating(value: Any) -> Any:
+    def copy_if_floating(value: object) -> object:
         return copy_to_group(value, group) if torch.is_tensor(value) and value.is_floating_point() else value
 
-    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(
+        _module: object, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         # Among keyword arguments, only hidden_states has a gradient.
         copied = {key: copy_if_floating(value) if key == "hidden_states" else value for key, value in kwargs.items()}
         return tuple(copy_if_floating(value) for value in args), copied
@@ -129,7 +131,7 @@ def _sum_rotary_gradient(projection: torch.nn.Module, rotary: int, group: str) -
     The other columns reach the heads through a layer with copied inputs, which sums their gradient.
     """
 
-    def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def hook(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         latent, rope = output.split([output.shape[-1] - rotary, rotary], dim=-1)
         return torch.cat([latent, copy_to_group(rope, group)], dim=-1)
 
@@ -141,7 +143,7 @@ def _mark_gradient_to_sum(module: torch.nn.Module, name: str) -> None:
     getattr(module, name).sum_over_tensor_ranks = True
 
 
-def register_gradient_sums(model: Any, dims: ParallelDims) -> None:
+def register_gradient_sums(model: torch.nn.Module, dims: ParallelDims) -> None:
     """Register hooks that sum the gradients of marked parameters; call it when the parameters have memory."""
 
     group = name_group(dims.group("tensor"))
