@@ -48,7 +48,6 @@ _MODELS = st.one_of(
                 {
                     **_SIZES,
                     **_EXPERTS,
-                    "num_key_value_heads": st.sampled_from([1, 2, 4]),
                     "n_routed_experts": st.sampled_from([2, 4]),
                     "n_shared_experts": st.integers(1, 2),
                     "n_group": st.integers(1, 2),
@@ -61,7 +60,7 @@ _MODELS = st.one_of(
                     "v_head_dim": st.sampled_from([8, 16]),
                 },
                 optional=_CHOICES,
-            )
+            ).map(lambda keys: {**keys, "num_key_value_heads": keys["num_attention_heads"]})
         }
     ),
 )

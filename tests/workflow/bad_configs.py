@@ -5,32 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import CHAT, LLAMA, SITE, STAGE
+from tests.support.small_configs import CHAT, DEEPSEEK, DEEPSEEK_V2, LLAMA, SITE, STAGE
 
 
 def stages(*changes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one stage per argument: STAGE with these keys changed."""
     return [{**STAGE, **change} for change in changes]
 
-
-DEEPSEEK = {
-    **LLAMA,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": None,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-
-DEEPSEEK_V2 = {key: value for key, value in DEEPSEEK.items() if key not in ("n_group", "topk_group")}
 
 QWEN3_MOE = {
     **LLAMA,
@@ -872,6 +853,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             ),
             ("scaled router weights", {"norm_topk_prob": True}, ("norm_topk_prob True has no effect", "deepseek_v2")),
         )
+    ),
+    (
+        "shared keys and values in latent attention",
+        {"model": {"deepseek_v3": {**DEEPSEEK, "num_key_value_heads": 2}}},
+        {},
+        ("num_key_value_heads is 2; with latent attention it must be num_attention_heads, 4",),
     ),
     (
         "more experts per token than experts",

@@ -13,8 +13,8 @@ import pytest
 from longhaul.cli import main
 from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, write_config
-from tests.workflow.bad_configs import CONFIGS, DEEPSEEK, DEEPSEEK_V2
+from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config
+from tests.workflow.bad_configs import CONFIGS
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.errors import UserError
-from longhaul.planning import dataset_files, evaluation_files, model_config
+from longhaul.planning import dataset_files, evaluation_files, left_out_files, model_config
 from longhaul.planning.input_files import _check_file_name, changes_of_pretrained_weights, read_model_folder
-from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, plan_of
+from tests.support.small_configs import DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, plan_of
 
 
 def test_a_file_may_be_listed_only_once(tmp_path: Path):
@@ -40,6 +40,28 @@ def test_files_are_sorted_within_each_pattern(tmp_path: Path):
     plan = plan_of(tmp_path, {"datasets.prose": {"kind": "text", "files": ["b", "*.txt"]}})
     found = [str(path.relative_to(tmp_path)) for path in dataset_files(plan.loaded, "prose")]
     assert found == ["b/1.txt", "b/2.txt", "a.txt"]
+
+
+def test_files_of_a_folder_that_are_no_data_are_listed(tmp_path: Path):
+    for name in ("b/1.txt", "b/README.md", "c/2.unknown", "c/LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    plan = plan_of(tmp_path, {"datasets.prose": {"kind": "text", "files": ["c", "b"], "format": "text"}})
+    assert left_out_files(plan.loaded, "prose") == [tmp_path / "c/LICENSE", tmp_path / "b/README.md"]
+    missing = plan_of(tmp_path, {"datasets.prose": {"kind": "text", "files": ["b"], "format": "text"}})
+    (tmp_path / "b" / "1.txt").unlink()
+    with pytest.raises(UserError, match=r"^datasets.prose.files: 'b' matches no file"):
+        left_out_files(missing.loaded, "prose")
+
+
+def test_mixed_formats_are_refused_where_left_out_files_are_listed_too(tmp_path: Path):
+    for name in ("b/1.txt", "b/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    plan = plan_of(tmp_path, {"datasets.prose": {"kind": "text", "files": ["b"]}})
+    (tmp_path / "b" / "2.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"^datasets.prose.files: .*/b holds files of several formats"):
+        left_out_files(plan.loaded, "prose")
 
 
 PROSE = {"kind": "text", "files": ["a.txt"]}
@@ -182,6 +204,44 @@ def test_incomplete_model_folder_is_refused(tmp_path: Path, files: dict[str, str
     with pytest.raises(UserError) as refused:
         read_model_folder(folder, "key")
     assert (refused.value.message.replace(str(folder), "FOLDER"), refused.value.hint) == (message, remedy)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("config.json", "give the path of a Hugging Face model folder"),
+        ("model.safetensors", "complete the download"),
+    ],
+)
+def test_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, name: str, remedy: str):
+    folder = model_folder(tmp_path / "model", {"model.safetensors": EMPTY_SAFETENSORS})
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(UserError) as refused:
+        read_model_folder(folder, "key")
+    assert (refused.value.message, refused.value.hint) == (f"key: {folder / name} is not a file", remedy)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor and no rope_type, so nothing would be scaled"),
+        (
+            {**DEEPSEEK_V2, "model_type": "deepseek_v2", "topk_method": "best"},
+            "topk_method is 'best'; use greedy or group_limited_greedy",
+        ),
+        (
+            {**DEEPSEEK_V2, "model_type": "deepseek_v2", "num_key_value_heads": 2},
+            "num_key_value_heads is 2; with latent attention it must be num_attention_heads, 4",
+        ),
+    ],
+)
+def test_keys_that_the_network_would_not_follow_are_refused(tmp_path: Path, keys: dict[str, Any], problem: str):
+    config = json.dumps({**CONFIG_JSON, **keys})
+    model_folder(tmp_path / "start", {"model.safetensors": EMPTY_SAFETENSORS, "config.json": config})
+    message, remedy = refusal(tmp_path, {"model": {"pretrained": {"path": "start"}}})
+    assert message.startswith(f"model.pretrained: config.json: {problem}")
+    assert remedy == "correct the config.json of the model"
 
 
 def test_truncated_weights_are_refused(tmp_path: Path):

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.errors import UserError
 from longhaul.train.build_model import check_rotary_embedding, place_of_fp32_weights
-from tests.support.small_configs import LLAMA
-from tests.workflow.bad_configs import DEEPSEEK
+from tests.support.small_configs import DEEPSEEK, LLAMA
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 MODELS: dict[str, dict[str, Any]] = {

@@ -138,6 +138,16 @@ class LatentAttention(Decoder):
     def _check_head_width(self) -> None:
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary embeddings need an even width")
+        check_latent_heads(self.model_dump())
+
+
+def check_latent_heads(config: HuggingFaceConfig) -> None:
+    """Raise ValueError for a config of latent attention whose query heads share keys and values: it computes them for each."""
+    heads, found = config["num_attention_heads"], config.get("num_key_value_heads")
+    if "kv_lora_rank" in config and found not in (None, heads):
+        raise ValueError(
+            f"num_key_value_heads is {found}; with latent attention it must be num_attention_heads, {heads}"
+        )
 
 
 def _check_selection(selected: int, key: str, experts: int) -> None:
