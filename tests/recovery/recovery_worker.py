@@ -27,8 +27,9 @@ from typing import Any
 
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.job_state import Deadline
+from longhaul.compat.deepspeed import gather_whole_layers
 from longhaul.errors import UserError
-from longhaul.train import detect_bad_steps
+from longhaul.train import deepspeed_engine, detect_bad_steps
 from longhaul.train import train_stage as loop
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.trainer import Trainer
@@ -94,6 +95,8 @@ def train(attempt: dict[str, Any]) -> str:
     if attempt.get("delay_results"):
         fuse_optimizer(Path(job.deepspeed))
     detect_bad_steps.can_skip_update_on_device = lambda _optimizer: bool(attempt.get("delay_results"))
+    gathers_modules = attempt.get("gather_single_modules")
+    deepspeed_engine.gather_whole_layers = (lambda *_: None) if gathers_modules else gather_whole_layers
     inject_faults(attempt)
     # Rank 0 alone: the other ranks look for these files only after all ranks have met.
     if "copy_checkpoints_from" in attempt and os.environ["RANK"] == "0":

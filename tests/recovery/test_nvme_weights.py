@@ -35,19 +35,21 @@ SWAPPED = {
 DISK = {"zero": {"stage": 3, "offload_optimizer": "cpu", **SWAPPED}}
 STATES_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu"}}
 ALL_ON_DISK = {"zero": {"stage": 3, "offload_optimizer": "nvme", **SWAPPED}}
+# As with weights on a disk. ZeRO 3 adds up a gradient in another order where it gathers whole layers.
+SINGLE_MODULES = {"gather_single_modules": True}
 KILLED = {"kill_at_step": HALF}
 SAVED_AFTER_LOAD = {"save_after_load": True, **KILLED}
 
 # Name -> the stage whose checkpoints it resumes, the keys of its config, and its faults.
 ATTEMPTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "memory uninterrupted": ("", MEMORY, {}),
-    "states uninterrupted": ("", STATES_ON_DISK, {}),
+    "memory uninterrupted": ("", MEMORY, SINGLE_MODULES),
+    "states uninterrupted": ("", STATES_ON_DISK, SINGLE_MODULES),
     "disk uninterrupted": ("", DISK, {}),
     "all uninterrupted": ("", ALL_ON_DISK, {}),
     "all half": ("", ALL_ON_DISK, KILLED),
     "all resumed": ("all half", ALL_ON_DISK, {}),
     "all to ZeRO 1": ("all half", {}, SAVED_AFTER_LOAD),
-    "bf16 memory": ("", {**MEMORY, **BF16}, {}),
+    "bf16 memory": ("", {**MEMORY, **BF16}, SINGLE_MODULES),
     "bf16 disk": ("", {**DISK, **BF16}, {}),
 }
 
