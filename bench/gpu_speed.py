@@ -78,9 +78,10 @@ def plan_rows(folder: Path, model: str, stages: list[dict[str, Any]]) -> Plan:
     """Return a plan with these stages on this machine's first GPU."""
     gpus = min(1, torch.cuda.device_count())
     node = {"cpus": os.cpu_count(), "memory_mb": 100_000, "gpus": gpus, "gpu_peak_tflops": PEAK_TFLOPS}
-    site = {"name": "here", "scheduler": "local", "max_nodes": 1, "node": node, "gpu_request": "none"}
+    partition = {"jobs": ["gpu"], "max_nodes": 1, "node": node, "gpu_request": "none"}
+    site: dict[str, Any] = {"name": "here", "scheduler": "local", "partitions": [partition]}
     if gpus:
-        site["cuda_build"] = f"cu{str(torch.version.cuda).replace('.', '')}"
+        site["accelerator"] = {"cuda": str(torch.version.cuda)}
     config = {
         "run": "speed",
         "site": "./site.yaml",

@@ -30,7 +30,7 @@ from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
 
-ROUNDS, TIMEOUT_S = 5, 300
+ROUNDS, TIMEOUT_S = 3, 300
 HERE = Path(__file__).resolve().parent
 JOB = JobId("train", ("start",))
 Times = dict[str, float]
