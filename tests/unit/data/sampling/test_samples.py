@@ -349,6 +349,25 @@ def test_mixture_opens_its_parts_with_the_same_settings(
         assert (batch[batch % 2 == 0] // 2).tolist() == alone.at(np.arange(2)).tolist()
 
 
+def test_truncate_holds_in_a_dataset_and_in_a_mixture(tmp_path: Path, tokenizer_folder: Path):
+    manifest = _long_prompts(tmp_path, tokenizer_folder, [300, 1])
+    mixture = dataclasses.replace(manifest, mixture=[{"weight": 1, "manifest": dataclasses.asdict(manifest)}])
+    end_of_first = reader(manifest).document(0)[0][-64:].tolist()
+    for opened in (manifest, mixture):
+        samples = Samples.open(opened, "train", "sft", 64, 1, tmp_path, truncate="left")
+        assert end_of_first in [samples[index].input_ids.tolist() for index in range(len(samples))]
+
+
+def test_an_invalid_dataset_of_a_mixture_is_refused_with_the_remedy(text_shards: DataManifest, tmp_path: Path):
+    mixture = [{"weight": 1, "manifest": {**dataclasses.asdict(text_shards), "dtype": 5}}]
+    with pytest.raises(UserError) as refused:
+        windows(dataclasses.replace(text_shards, dataset="mixed", mixture=mixture), tmp_path)
+    assert refused.value.message.startswith(
+        "the manifest of the mixture mixed lists an invalid dataset: `dtype` is 5: "
+    )
+    assert refused.value.hint == "delete the mixture's manifest; the next run writes it again"
+
+
 def test_training_split_without_a_sample_is_refused(text_shards: DataManifest, tmp_path: Path):
     entry = {"shards": [], "tokens": 0, "documents": 0, "loss_tokens": 0}
     empty = dataclasses.replace(text_shards, splits={"train": entry, "validation": entry})
