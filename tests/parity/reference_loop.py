@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from longhaul.data.sampling.sample_format import is_text
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import collate
@@ -50,12 +51,12 @@ def train(job: TrainSpec, samples: Samples, perturb: bool = False) -> Trace:
         loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
         coefficient = job.stage.sequence_aux_loss_coef
-        is_text = batch.position_ids >= 0
-        balance = sum(_balance_loss(*routing, is_text) for routing in routed.values())
+        text_BS = is_text(batch.position_ids, job.stage.sequence_length)
+        balance = sum(_balance_loss(*routing, text_BS) for routing in routed.values())
         (loss + coefficient * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
         optimizer.step()
-        _update_router_biases(model, routed, job.stage.router_bias_update_rate, is_text.flatten())
+        _update_router_biases(model, routed, job.stage.router_bias_update_rate, text_BS.flatten())
         losses.append(loss.item())
         norms.append(norm.item())
     return Trace(losses, norms, model.eval())

@@ -24,6 +24,7 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
 from longhaul.train.parallel.slice_model import build_sliced_model
 from tests.parity.parity_cases import MODELS
+from tests.support.tiny_sizes import tiny_stage
 
 RANKS, LENGTH = 2, 16
 LAYOUTS: dict[str, tuple[str, dict[str, int], str]] = {
@@ -41,7 +42,7 @@ def gradients(name: str, captures: bool) -> tuple[dict[str, torch.Tensor], dict[
     model_name, axes, checkpointing = LAYOUTS[name]
     dims = build_parallel_dims(Parallel(**axes), dist.get_rank(), RANKS)
     model = _build(model_name, dims)
-    load = ExpertLoad(model, dims, 0.0, torch.device("cpu"))
+    load = ExpertLoad(model, dims, tiny_stage(), torch.device("cpu"))
     apply_activation_checkpointing(model, checkpointing)
     if captures:
         compile_layers(model, "aot_eager")

@@ -56,7 +56,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 )
 def test_one_graph_per_kind_of_layer_gives_the_same_bits(name: str, checkpointing: str, dynamo: Any):
     plain, captured = build(name), build(name)
-    expected_load, load = (ExpertLoad(model, ParallelDims(0, 1, Parallel()), 0.0, CPU) for model in (plain, captured))
+    expected_load, load = (
+        ExpertLoad(model, ParallelDims(0, 1, Parallel()), tiny_stage(), CPU) for model in (plain, captured)
+    )
     expected = gradients(plain)
     apply_activation_checkpointing(captured, checkpointing)
     compile_layers(captured, "aot_eager")

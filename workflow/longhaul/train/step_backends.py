@@ -67,7 +67,7 @@ class WholeModelBackend:
 
             apply_sequence_parallel(model, self.dims)
         self._model = model
-        self.load = ExpertLoad(model, self.dims, job.stage.router_bias_update_rate, self._device)
+        self.load = ExpertLoad(model, self.dims, job.stage, self._device)
         self.balance = SequenceBalanceLoss(model, self.dims, job, self._device)
         self.engine = build_engine(job, model, context)
         self._powersgd = install_powersgd(self.engine, job)
@@ -130,7 +130,7 @@ class PipelineBackend:
 
         self._job, self._context, self._device, self.dims = job, context, context.device, context.dims
         self._scale, self._head = 1.0, model.lm_head
-        self.load = ExpertLoad(model, self.dims, job.stage.router_bias_update_rate, self._device)
+        self.load = ExpertLoad(model, self.dims, job.stage, self._device)
         self.balance = SequenceBalanceLoss(model, self.dims, job, self._device)
         self.engine = build_engine(job, build_pipeline_module(model, self.dims, self._loss), context)
         self.bad_steps = BadStepFilter(self.engine)

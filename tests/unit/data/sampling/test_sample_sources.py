@@ -10,7 +10,7 @@ import pytest
 
 from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
-from longhaul.data.sampling.sample_format import Sample, clear_sample
+from longhaul.data.sampling.sample_format import Sample, clear_sample, is_text
 from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource
 from longhaul.data.sampling.samples import MixedSamples, Samples
 from longhaul.errors import UserError
@@ -75,7 +75,15 @@ def test_window_reads_one_token_more_than_it_holds():
     assert (source.length, source.token_count, source.cut_documents) == (4, 10, 0)
     assert lists(filled(source, 0)) == ([1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3])
     assert lists(filled(source, 1)) == ([5, 6, 7, 8], [6, 7, 8, 9], [0, 1, 2, 3])
-    assert lists(filled(source, 2)) == ([9, 10, PAD, PAD], [10, -100, -100, -100], [0, 1, 2, 3])
+    assert lists(filled(source, 2)) == ([9, 10, PAD, PAD], [10, -100, -100, -100], [-6, -5, -4, -3])
+
+
+@pytest.mark.parametrize("tokens", range(2, 6))
+def test_positions_tell_the_padding_of_the_last_window_and_do_not_split_it(tokens: int):
+    """Attention sees one document, so that it needs no mask."""
+    sample = filled(WindowSource(numbered(tokens), 4, PAD), 0)  # type: ignore[arg-type]
+    assert is_text(sample.position_ids, 4).tolist() == [place < tokens for place in range(4)]
+    assert np.diff(sample.position_ids).tolist() == [1, 1, 1]
 
 
 def test_openings_of_windows_are_at_most_half_a_document_and_shorter_than_a_sequence():

@@ -74,7 +74,8 @@ def loss_by_formula(model: Any) -> torch.Tensor:
     return total
 
 
-def test_the_hand_computed_case_of_equations_17_to_20():
+@pytest.mark.parametrize("padded", [[0, -1], [-3, -2]], ids=["pack", "window"])
+def test_the_hand_computed_case_of_equations_17_to_20(padded: list[int]):
     """Two experts of four, one of two sequences with padding, and a bias that makes the router use other experts.
 
     Sequence 1, tokens (0.8 0.4 0.2 0.2) and (0.4 0.8 0.2 0.2), sums 1.6: P = (3/8 3/8 1/8 1/8). Experts 0 and 1 are among the two
@@ -91,7 +92,7 @@ def test_the_hand_computed_case_of_equations_17_to_20():
     stage = SimpleNamespace(sequence_aux_loss_coef=0.5, sequence_length=2, global_batch_size=2)
     job: Any = SimpleNamespace(stage=stage)
     balance = SequenceBalanceLoss(model, ParallelDims(0, 1, Parallel()), job, torch.device("cpu"))
-    layer(torch.zeros(4), position_ids=torch.tensor([[0, 1], [0, -1]]))
+    layer(torch.zeros(4), position_ids=torch.tensor([[0, 1], padded]))
     assert balance.pop_loss().item() == pytest.approx(0.5 * (1.5 + 1.6) / 2)
 
 

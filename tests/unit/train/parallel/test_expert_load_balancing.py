@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from longhaul.config.stage_config import Parallel
@@ -12,8 +13,8 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad, load_summa
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
 CHOSEN_NK = torch.tensor([[0, 1], [0, 2], [0, 1], [3, 2], [3, 2], [3, 2]])
-POSITIONS = torch.tensor([[0, 1, 2], [0, -2, -1]])
-"""Positions in two sequences; the last two tokens are padding."""
+POSITIONS = {"pack": torch.tensor([[0, 1, 2], [0, -2, -1]]), "window": torch.tensor([[0, 1, 2], [-4, -3, -2]])}
+"""Positions in two sequences of three tokens; the last two tokens are padding, of a pack or of a dataset's last window."""
 
 
 class Experts(torch.nn.Module):
@@ -48,15 +49,17 @@ class Layer(torch.nn.Module):
         return self.mlp(hidden)
 
 
-def test_padding_is_no_load_and_moves_no_bias():
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+def test_padding_is_no_load_and_moves_no_bias(positions: torch.Tensor):
     layer = Layer()
     model: Any = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
-    load = ExpertLoad(model, ParallelDims(0, 1, Parallel()), bias_rate=0.5, device=torch.device("cpu"))
-    layer(torch.zeros(6), position_ids=POSITIONS)
+    stage: Any = SimpleNamespace(sequence_length=3, router_bias_update_rate=0.5)
+    load = ExpertLoad(model, ParallelDims(0, 1, Parallel()), stage, device=torch.device("cpu"))
+    layer(torch.zeros(6), position_ids=positions)
     loads = {layer: counts.tolist() for layer, counts in load.finish_step(torch.ones(())).items()}
     assert loads == {"5": [3, 2, 2, 1]}, "four tokens use two experts each"
     assert load_summary(loads) == {"expert_load_max": 1.5, "expert_load_min": 0.5}
     assert layer.mlp.gate.e_score_correction_bias.tolist() == [-0.5, 0.0, 0.0, 0.5]
     layer.eval()
-    layer(torch.zeros(6), position_ids=POSITIONS)
+    layer(torch.zeros(6), position_ids=positions)
     assert not any(counts.any() for counts in load.finish_step(torch.ones(())).values()), "validation counts nothing"

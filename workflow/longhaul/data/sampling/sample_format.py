@@ -5,7 +5,7 @@ S = sequence length.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,20 @@ class Sample(NamedTuple):
     """One sequence, all arrays [S] int64.
 
     labels[t] is the token that position t has to predict (already shifted), or IGNORED_LABEL where it does not count in
-    the loss. position_ids restart at 0 with every conversation of a pack. In the padding after the last conversation they are
-    negative and end with -1: the padding is a document of its own, and mixtures of experts do not count its tokens. A window of
-    text has no document borders; the padding of the last one has the next positions.
+    the loss. position_ids restart at 0 with every conversation of a pack. Mixtures of experts do not count padding, so its
+    positions have values that no token has: -S to -1 (`is_text`). The padding of a pack is a document of its own. A window of
+    text has no document borders, because they would need an attention mask of S x S entries; where a window ends in padding,
+    its first position is so low that the padding begins with -S. Rotary embeddings depend on differences of positions alone.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
+
+
+def is_text(position_ids: Any, sequence_length: int) -> Any:
+    """Return which positions hold a token: a boolean array or tensor of the shape of `position_ids`."""
+    return (position_ids >= 0) | (position_ids < -sequence_length)
 
 
 def clear_sample(sample: Sample, pad_id: int) -> None:

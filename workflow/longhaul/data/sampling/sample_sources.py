@@ -44,6 +44,8 @@ class WindowSource:
         self._reader.read_into(sample.labels[:count], start + 1)
         tokens = min(self.length, count + 1)
         self._reader.read_into(sample.input_ids[:tokens], start)
+        if tokens < self.length:
+            sample.position_ids[:] -= self.length + tokens
         return tokens
 
     def openings(self) -> Iterator[tuple[int, ...]]:

@@ -59,7 +59,7 @@ class SequenceBalanceLoss:
         self._total = torch.zeros((), device=device)
         for layer in decoder_layers(model) if self._scale else ():
             if hasattr(layer.mlp, "experts"):
-                layer.mlp.gate.register_forward_hook(partial(self._add_loss, TextTokens(layer)))
+                layer.mlp.gate.register_forward_hook(partial(self._add_loss, TextTokens(layer, self._sequence_length)))
 
     def _add_loss(
         self, text: TextTokens, router: torch.nn.Module, _inputs: object, output: RouterOutput

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longhaul.config.stage_config import Stage
 from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pass
@@ -24,17 +25,19 @@ Load = dict[str, list[int]]
 class ExpertLoad:
     """Counts the tokens of each expert in this rank's layers while the model trains.
 
-    bias_rate: amount by which a bias changes in a step
-    device:    of the counts
+    stage:  its sequence length, and the amount by which a bias changes in a step
+    device: of the counts
     """
 
-    def __init__(self, model: Any, dims: ParallelDims, bias_rate: float, device: torch.device) -> None:
-        self._dims, self._bias_rate, self._device = dims, bias_rate, device
+    def __init__(self, model: Any, dims: ParallelDims, stage: Stage, device: torch.device) -> None:
+        self._dims, self._bias_rate, self._device = dims, stage.router_bias_update_rate, device
         self._routers: dict[str, torch.nn.Module] = {}
         self._counts: dict[str, torch.Tensor] = {}
         for layer in decoder_layers(model):
             if hasattr(layer.mlp, "experts"):
-                self._count_tokens_of(str(layer.self_attn.layer_idx), layer.mlp, TextTokens(layer))
+                self._count_tokens_of(
+                    str(layer.self_attn.layer_idx), layer.mlp, TextTokens(layer, stage.sequence_length)
+                )
 
     def _count_tokens_of(self, layer: str, mixture: Any, text: TextTokens) -> None:
         self._routers[layer] = mixture.gate

@@ -1,6 +1,6 @@
 """Tells routers which tokens are padding, so that experts do not count them.
 
-A decoder layer gets the position ids, which are negative for padding (longhaul.data.sampling.sample_format). It gets them in the
+A decoder layer gets the position ids, which tell text from padding (longhaul.data.sampling.sample_format). It gets them in the
 backward pass, too, where activation checkpointing computes it again; and on each pipeline rank.
 """
 
@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 
+from longhaul.data.sampling.sample_format import is_text
+
 
 class TextTokens:
-    """The tokens of a decoder layer's current forward pass that are no padding."""
+    """The tokens of a decoder layer's current forward pass that are no padding.
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    sequence_length: of a whole sample, also where ranks divide its tokens
+    """
+
+    def __init__(self, layer: torch.nn.Module, sequence_length: int) -> None:
         self._position_ids: torch.Tensor | None = None
+        self._sequence_length = sequence_length
         layer.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def _remember(self, _layer: object, _inputs: object, options: dict[str, Any]) -> None:
@@ -24,5 +30,5 @@ class TextTokens:
     def mask(self, count: int) -> torch.Tensor:
         """Return bool [count]: which of the tokens, in the order of the flattened micro batch, are no padding."""
         assert self._position_ids is not None
-        is_text = self._position_ids >= 0
-        return is_text.expand(count // is_text.shape[1], -1).flatten()
+        is_text_BS = is_text(self._position_ids, self._sequence_length)
+        return is_text_BS.expand(count // is_text_BS.shape[1], -1).flatten()
