@@ -13,7 +13,7 @@ import pytest
 from longhaul.cli import main
 from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config
+from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config, write_weights
 from tests.workflow.bad_configs import CONFIGS
 
 
@@ -154,7 +154,7 @@ def test_sliding_window_that_the_layout_would_ignore_is_reported(
 ):
     window = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG_JSON, **window}))
-    (tmp_path / "model.safetensors").write_text(EMPTY_SAFETENSORS)
+    write_weights(tmp_path / "model.safetensors", {**CONFIG_JSON, **window})
     layout = {"stages.0.parallel": {axis: 2}, "stages.0.gpus_per_node": 2, "model": {"pretrained": {"path": "."}}}
     message = refused_message(capsys, "plan", str(write_config(tmp_path, layout)))
     assert f"parallel.{axis} 2 with sequence_length 64: the model's sliding_window 32" in message
@@ -178,7 +178,7 @@ def test_deep_json_and_devices_in_a_pretrained_folder_are_reported(tmp_path: Pat
 
 def test_complete_pretrained_folder_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
-    (tmp_path / "model.safetensors").write_text(EMPTY_SAFETENSORS)
+    write_weights(tmp_path / "model.safetensors", CONFIG_JSON)
     with pytest.raises(SystemExit) as exited:
         main(["plan", str(write_config(tmp_path, {"model": {"pretrained": {"path": "."}}}))])
     assert not exited.value.code
@@ -230,7 +230,8 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "braces of a template": (b"run: {{ env.HOME }}\n", "quote a text with braces or brackets (line 1, column 7)"),
     "200,000 keys": (b"".join(b"k%d: 1\n" % i for i in range(200_000)), "a config or site file has at most 200000"),
     "15,000 unknown keys": (b"".join(b"key%d: 1\n" % i for i in range(15_000)), "run.yaml: 14985 more problems"),
-    "number with 5000 digits": (b"seed: " + b"1" * 5000 + b"\n", "quote the value, or correct it"),
+    "number with 5000 digits": (b"seed: " + b"1" * 5000 + b"\n", "a number of 5000 digits; numbers have at most 1000"),
+    "hexadecimal number with 5000 digits": (b"seed: 0x" + b"f" * 5000 + b"\n", "numbers have at most 1000 (line 1"),
     "alias of itself": (b"run: &a [*a]\n", "found unconstructable recursive node"),
     "exponential aliases (billion laughs)": (
         b"a: &a [x,x,x,x,x,x,x,x,x,x]\n"

@@ -19,11 +19,11 @@ from longhaul.artifacts.artifact_schemas import Lock
 from tests.support.chain import SECRETS, leaks
 from tests.support.fake_hub import COMMIT, Hub
 from tests.support.forked_module import ForkedModule
-from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, STAGE, write_config
+from tests.support.small_configs import LLAMA, STAGE, write_config, write_weights
 
+BASE = {"model_type": "llama", **LLAMA, "vocab_size": 400}
 FILES = {
-    "models/org/base/config.json": json.dumps({"model_type": "llama", **LLAMA, "vocab_size": 400}),
-    "models/org/base/model.safetensors": EMPTY_SAFETENSORS,
+    "models/org/base/config.json": json.dumps(BASE),
     "models/org/base/pytorch_model.bin": "a pickle",
     "models/org/base/modeling_own.py": "raise SystemExit('this code must not run')",
     "models/org/pickle/config.json": json.dumps({"model_type": "llama", **LLAMA}),
@@ -93,11 +93,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(server: Hub, tmp_path: Path) -> Hub:
-    """The hub with FILES, which a test may change."""
+    """The hub with FILES and the weights of BASE, which a test may change."""
     for name, text in FILES.items():
         path = tmp_path / "served" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    write_weights(tmp_path / "served/models/org/base/model.safetensors", BASE)
     server.serve_only(tmp_path / "served")
     return server
 

@@ -100,6 +100,12 @@ def test_what_is_no_file_is_refused(
     assert refusal(tmp_path, pattern) == (f"{KEY}: FOLDER/data/2.jsonl {message}", remedy)
 
 
+def test_a_pipe_that_is_named_itself_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "1.jsonl")
+    message = f"{KEY}: FOLDER/1.jsonl is a pipe or a device, not a file"
+    assert refusal(tmp_path, "1.jsonl") == (message, "name a file, or a folder of files")
+
+
 @pytest.mark.parametrize("pattern", ["/", "/**/*.txt", "~", "~/**"])
 def test_the_whole_disk_and_the_home_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str):
     monkeypatch.setenv("HOME", str(tmp_path))

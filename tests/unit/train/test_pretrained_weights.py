@@ -229,6 +229,8 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     (path / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(UserError, match=re.escape(message)):
         initial_values(path)
+    (path / "config.json").write_text(json.dumps(CONFIG))  # the remedy: restore it
+    initial_values(path)
 
 
 def test_a_tensor_in_two_files_is_refused(folder, tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ def has_latent_attention(c: HuggingFaceConfig) -> bool:
 
 def head_dim(c: HuggingFaceConfig) -> int:
     """Return the width of one attention head without latent attention."""
-    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    default = (
+        128 if c["model_type"] == "qwen3" else None
+    )  # of transformers' Qwen3Config, where config.json lacks the key
+    return c.get("head_dim", default) or c["hidden_size"] // c["num_attention_heads"]
 
 
 def expert_counts(c: HuggingFaceConfig) -> tuple[int, int]:

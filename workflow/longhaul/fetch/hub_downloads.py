@@ -17,7 +17,8 @@ from longhaul.config.load_config import LoadedConfig
 from longhaul.data.demo_corpus import write_demo_corpus
 from longhaul.errors import UserError, first_line
 from longhaul.fetch.hub_splits import list_split_files, stream_rows
-from longhaul.planning.input_files import read_model_folder
+from longhaul.planning.check_pretrained_weights import check_pretrained_weights
+from longhaul.planning.input_files import model_config, read_model_folder
 
 _MODEL_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKENIZER_PATTERNS = [
@@ -49,7 +50,10 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
     if pretrained and pretrained.hub:
         patterns = [*_MODEL_PATTERNS, "*.py"] if pretrained.trust_remote_code else _MODEL_PATTERNS
         sources["model"] = _download_snapshot(pretrained.hub, "model", patterns)
-        model = read_model_folder(Path(sources["model"]["path"]), "model.pretrained.hub")
+        folder_of_model = Path(sources["model"]["path"])
+        model = read_model_folder(folder_of_model, "model.pretrained.hub")
+        model_config(loaded, Lock(model=model))  # refuses sizes and formats with which its tensors cannot be compared
+        check_pretrained_weights(folder_of_model, model)
     for name, dataset in config.datasets.items():
         if dataset.hub:
             sources[name] = _download_dataset(dataset.hub, dataset, folder / f"{name}.jsonl")

@@ -41,7 +41,8 @@ def find_files(key: str, pattern: Path, file_format: str) -> FoundFiles:
     try:
         if pattern.is_dir():
             return _files_of_folder(key, pattern, file_format)
-        if pattern.is_file():
+        if pattern.exists():
+            _check_file(key, pattern, "name a file, or a folder of files")
             return FoundFiles([pattern], [])
         return FoundFiles(sorted(_matches(key, pattern)), [])
     except OSError as error:
@@ -111,11 +112,11 @@ def _new_identity(key: str, folder: Path, above: tuple[tuple[int, int], ...]) ->
     return identity
 
 
-def _check_file(key: str, path: Path) -> None:
+def _check_file(key: str, path: Path, remedy: str = "remove it from the folder") -> None:
     if not path.exists():
         raise UserError(f"{key}: {path} is a broken link", "remove the link, or restore its target")
     if not path.is_file():
-        raise UserError(f"{key}: {path} is a pipe or a device, not a file", "remove it from the folder")
+        raise UserError(f"{key}: {path} is a pipe or a device, not a file", remedy)
 
 
 def _matches(key: str, pattern: Path) -> Iterator[Path]:

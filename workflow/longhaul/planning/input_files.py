@@ -17,7 +17,6 @@ from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
 from longhaul.config.rotary_embedding import check_rope
 from longhaul.config.run_config import Storage
-from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
 from longhaul.planning.find_data_files import FoundFiles, check_format, find_files
 
@@ -66,7 +65,7 @@ def _pretrained_config(loaded: LoadedConfig, lock: Lock | None) -> HuggingFaceCo
 
 
 def read_model_folder(folder: Path, key: str) -> HuggingFaceConfig:
-    """Return the config.json of a Hugging Face folder that has all its weights.
+    """Return the config.json of a Hugging Face folder that has all its files of weights (check_pretrained_weights reads them).
 
     Raises:
         UserError: config.json or weights are missing, invalid or incomplete. The message begins with `key`.
@@ -80,7 +79,6 @@ def read_model_folder(folder: Path, key: str) -> HuggingFaceConfig:
     for weights in sorted(folder.glob(_WEIGHTS)):
         if not weights.is_file():
             raise UserError(f"{key}: {weights} is not a file", "complete the download")
-        safetensors_header(weights)  # refuses an incomplete download before a job waits in the queue
     for index in folder.glob("*.index.json"):
         weight_map = _read_json_object(index, key).get("weight_map")
         names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []

@@ -42,6 +42,7 @@ from longhaul.planning.check_parallel_layout import (
     pipeline_bubble,
     pipeline_bubble_warning,
 )
+from longhaul.planning.check_pretrained_weights import check_pretrained_folder
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
@@ -206,6 +207,7 @@ def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     check_files(loaded)
     check_job_limits(config, loaded.site)
     model = model_config(loaded, lock)
+    check_pretrained_folder(loaded)
     sizes = model_size(model) if model else None
     if sizes:
         check_vocabulary(config, sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
+from longhaul.config.hub_tensors import WRONG_WEIGHTS_HINT, check_names, check_shape
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, expert_keys, fp8_block_shape, mtp_prefixes
 from longhaul.errors import UserError
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _SCALE = "_scale_inv"
-_HINT = "the weights do not belong to this config.json, or the download is incomplete"
-_LISTED_KEYS = 5
-# Folders of older transformers releases hold these buffers. As transformers does, longhaul computes them from config.json.
-_DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,10 @@ def pretrained_values(
     """
     stored = _open_weights(folder)
     keys = {name: expert_keys(name, shape) or [name] for name, shape in shapes.items()}
-    _check_keys(folder, stored, {key for found in keys.values() for key in found}, config)
+    check_names(folder, stored, {key for found in keys.values() for key in found}, config.tie_word_embeddings)
     for name, shape in shapes.items():
-        stored_shapes = [(key, stored[key].shape) for key in keys[name]]
-        _check_shapes(folder, stored_shapes, _stored_shape(name, shape, keys[name]), config)
+        for key in keys[name]:
+            check_shape(folder, key, stored[key].shape, _stored_shape(name, shape, keys[name]), config.vocab_size)
 
     def values(tensor_slice: TensorSlice) -> torch.Tensor:
         if keys[tensor_slice.name] == [tensor_slice.name]:
@@ -96,7 +93,7 @@ def _open_files(folder: Path, excluded_prefixes: tuple[str, ...]) -> dict[str, L
             key: tensor for key, tensor in open_safetensors(path).items() if not key.startswith(excluded_prefixes)
         }
         if doubled := sorted(set(opened) & set(tensors)):
-            raise UserError(f"{folder}: {doubled[0]} is in two files, the second is {path.name}", _HINT)
+            raise UserError(f"{folder}: {doubled[0]} is in two files, the second is {path.name}", WRONG_WEIGHTS_HINT)
         tensors |= opened
     if not tensors:
         raise UserError(f"{folder} holds no *.safetensors", "save the model with save_pretrained: pickles are not read")
@@ -119,40 +116,15 @@ def _with_factors(folder: Path, tensors: dict[str, LazyTensor], block: tuple[int
 def _block_scaled(folder: Path, tensors: dict[str, LazyTensor], key: str, block: tuple[int, int]) -> BlockScaledTensor:
     weight, scale = tensors[key], tensors.get(key + _SCALE)
     if scale is None:
-        raise UserError(f"{folder}: {key} is stored as FP8 without its factors {key + _SCALE}", _HINT)
+        raise UserError(f"{folder}: {key} is stored as FP8 without its factors {key + _SCALE}", WRONG_WEIGHTS_HINT)
     expected = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=False))
     if len(weight.shape) != 2 or scale.shape != expected or not scale.dtype.is_floating_point:
         raise UserError(
             f"{folder}: {key + _SCALE} is {list(scale.shape)} {scale.pieces[0].dtype}, but {list(weight.shape)} in blocks "
             f"of {block[0]} x {block[1]} has {list(expected)} factors",
-            _HINT,
+            WRONG_WEIGHTS_HINT,
         )
     return BlockScaledTensor(weight, scale, block)
-
-
-def _check_keys(folder: Path, stored: Iterable[str], expected: set[str], config: PreTrainedConfig) -> None:
-    known = expected | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    unexpected = {name for name in stored if name not in known and not name.endswith(_DERIVED)}
-    for kind, names in (("missing keys", expected - set(stored)), ("unexpected keys", unexpected)):
-        if names:
-            listed = ", ".join(sorted(names)[:_LISTED_KEYS])
-            raise UserError(f"{folder}: {kind}: {listed} ({len(names)} in all)", _HINT)
-
-
-def _check_shapes(
-    folder: Path, stored: list[tuple[str, tuple[int, ...]]], expected: tuple[int, ...], config: PreTrainedConfig
-) -> None:
-    for key, shape in stored:
-        if shape == expected:
-            continue
-        rows = shape[0] if shape else 0
-        if key in ("model.embed_tokens.weight", "lm_head.weight") and rows != config.vocab_size:
-            raise UserError(
-                f"{folder}: {key} has {rows} rows, but config.json's vocab_size is {config.vocab_size}",
-                f"set vocab_size to {rows} if the tokenizer's vocabulary has that size, too; else restore the weights' own "
-                "config.json",
-            )
-        raise UserError(f"{folder}: {key} has shape {list(shape)}, the model expects {list(expected)}", _HINT)
 
 
 def _stored_shape(name: str, shape: tuple[int, ...], keys: list[str]) -> tuple[int, ...]:
