@@ -21,6 +21,7 @@ from tests.support.corpora import dataset
 IM, EOT, R1 = "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 NO_TOOLS, NO_CALLS, NO_REASONING = "!does not write the tools", "!does not write the tool calls", "!write the reasoning"
+NO_CONTENT = "!does not write the content of this"
 DROPS, EMPTY = "!drops a part of the last assistant message", "!an assistant turn has no text in the loss, only the EOS"
 
 
@@ -184,6 +185,18 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "tools that nobody calls": (
         {"messages": [user(), answer()], "tools": json.dumps(TOOLS)},
         {**everywhere("A"), "chatml": NO_TOOLS, "deepseek-r1": NO_TOOLS},
+    ),
+    "a developer message": (
+        {"messages": [{"role": "developer", "content": "Be brief."}, user(), answer()]},
+        {
+            **everywhere("A"),
+            "qwen3": f"{NO_CONTENT} developer message",
+            "deepseek-r1": f"{NO_CONTENT} developer message",
+        },
+    ),
+    "two system messages": (
+        {"messages": [*({"role": "system", "content": text} for text in ("One.", "Two.")), user(), answer()]},
+        {**everywhere("A"), "deepseek-r1": f"{NO_CONTENT} system message"},
     ),
     "empty answer": ({"messages": [user(), answer("")]}, refused(EMPTY)),
     "empty earlier answer": ({"messages": [user(), answer(" "), user(), answer()]}, refused(EMPTY)),

@@ -20,7 +20,12 @@ from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, Span, without_reasoning
 from longhaul.data.tokenizers.control_tokens import REASONING_MARKERS, ControlTokens
-from longhaul.data.tokenizers.message_keys import MessageKeyCount, UnreadKeys, require_keys_reached
+from longhaul.data.tokenizers.message_keys import (
+    MessageKeyCount,
+    UnreadKeys,
+    require_contents_reached,
+    require_keys_reached,
+)
 from longhaul.data.tokenizers.reference_and_fast_encoder import (
     ControlTextEncoder,
     FastEncoder,
@@ -201,11 +206,12 @@ class DocumentEncoder:
 
     def _check_keys(self, template: ChatTemplate, rendered: Rendered) -> None:
         conversation = rendered.conversation
+        text = template.text(conversation) if rendered.has_control_text else rendered.text
+        require_contents_reached(template, conversation, text)
         if not conversation.tools and all(
             len(message) == len(("role", "content")) for message in conversation.messages
         ):
             return
-        text = template.text(conversation) if rendered.has_control_text else rendered.text
         dropped = require_keys_reached(template, conversation, text)
         if self._unread_keys:
             self._unread_keys.add(conversation, text, dropped)

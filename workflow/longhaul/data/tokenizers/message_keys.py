@@ -1,4 +1,4 @@
-"""Tests which message keys (tool_calls, reasoning, own keys) the chat template writes; unread ones stop or are counted."""
+"""Tests which contents and keys of messages the chat template writes; unread contents, calls and reasoning stop the job."""
 
 from __future__ import annotations
 
@@ -42,6 +42,24 @@ def require_keys_reached(template: ChatTemplate, conversation: Conversation, tex
                     raise _unread(f"{conversation.where}, message {index + 1}", "the reasoning")
                 dropped += 1
     return dropped
+
+
+def require_contents_reached(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Raise BadData unless the template writes the content of every message that is not the assistant's.
+
+    Some templates leave out roles that they do not know (developer), or all system messages but one.
+    text: the rendered conversation. A content that it does not have in the order of the messages is tried by rendering again.
+    """
+    end = 0
+    for index, message in enumerate(conversation.messages):
+        content = message["content"].strip()
+        if (found := text.find(content, end)) >= 0:
+            end = found + len(content)
+        elif message["role"] != "assistant":
+            silent = _with_message(conversation, index, {**message, "content": ""})
+            if not _changes(template, silent, text):
+                where = f"{conversation.where}, message {index + 1}"
+                raise _unread(where, f"the content of this {message['role']} message")
 
 
 class MessageKeyCount(TypedDict):
