@@ -76,7 +76,9 @@ def _write_stage(paths: RunPaths) -> None:
     write_json(folder / "manifest.json", {**manifest, **layout, "files": {"mp_rank_00_model_states.pt": entry}})
     saved = {"step": STEP, "path": f"checkpoints/{folder.name}", "sha256": file_sha256(folder / "manifest.json")}
     checkpoint = {"last": {**saved, "validation_loss": 1.5}}
-    Checkpoint("small", STAGE, str(weights.path), {"kind": "pretrain"}, checkpoint, STEP, "d", "t").write(  # type: ignore[arg-type]
+    write_text(weights.model_config, "{}")
+    configs = {weights.model_config.name: file_sha256(weights.model_config)}
+    Checkpoint("small", STAGE, str(weights.path), {"kind": "pretrain"}, checkpoint, STEP, "d", "t", configs).write(  # type: ignore[arg-type]
         stage.checkpoint
     )
     _write_records(stage.history, {"time_s": 1.0, "event": "running", "queued_since_s": 0.5})

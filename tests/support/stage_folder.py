@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.paths import WeightsFolder
 from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 from tests.support.train_zero_checkpoints import STEPS, TAG, write_manifest
@@ -102,6 +103,7 @@ def _write_checkpoint(root: Path, tag: Path, manifest_sha256: str) -> None:
         steps=STEPS,
         data_hash="d0",
         tokenizer_hash="t0",
+        configs={path.name: file_sha256(path) for path in WeightsFolder(tag.parents[1]).exported_configs()},
     ).write(root / "stages/main/checkpoint.json")
 
 

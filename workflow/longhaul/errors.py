@@ -17,8 +17,13 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 
 def printable(text: str) -> str:
     """Return a text for a terminal: unprintable characters as escapes such as \\x1b, and at most 8,000 characters."""
-    shown = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    shown = escape_unprintable(text)
     return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[:_MAX_CHARACTERS]}…"
+
+
+def escape_unprintable(text: str) -> str:
+    """Return a text of any length whose unprintable characters are written as escapes."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):

@@ -39,7 +39,7 @@ def test_every_part_of_an_untouched_run_is_intact(run: RunPaths):
     assert [(row.name, row.files, row.damage) for row in found] == [
         ("tokenizer", 1, ""),
         (DATASET, 1, ""),
-        (STAGE, 1, ""),  # checkpoint.json
+        (STAGE, 2, ""),  # checkpoint.json: a manifest and the model's config
         (STAGE, 1, ""),  # the checkpoint
         (STAGE, 1, ""),  # the export
     ]
@@ -47,6 +47,7 @@ def test_every_part_of_an_untouched_run_is_intact(run: RunPaths):
 
 FILES: dict[str, Callable[[RunPaths], Path]] = {
     "tokenizer": lambda run: run.tokenizers / "t" / "tokenizer.json",
+    "model config": lambda run: weights_of(run).model_config,
     "shard": lambda run: run.shards(DATASET) / "a" / "0.bin",
     "weights": lambda run: weights_of(run).checkpoint(STEP) / "mp_rank_00_model_states.pt",
     "export": lambda run: run.export(STAGE) / "config.json",

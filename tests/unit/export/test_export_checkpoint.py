@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.artifact_schemas import Checkpoint, Export, TokenizerManifest
+from longhaul.artifacts.paths import WeightsFolder
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.errors import DiskFull, UserError
 from longhaul.export.export_checkpoint import run
@@ -129,6 +131,8 @@ def test_export_keeps_the_settings_of_the_pretrained_model(zero_checkpoints: Pat
     (weights / "model_config.json").write_text(json.dumps(config | kept | {"_name_or_path": "org/base"}))
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [7, 8], "bos_token_id": 5}
     (weights / "pretrained_generation.json").write_text(json.dumps(settings))
+    checkpoint = Path(stage.job.checkpoint)
+    replace(Checkpoint.read(checkpoint), configs={}).write(checkpoint)  # as earlier releases wrote it
     folder = Path(export(stage).path)
     written = json.loads((folder / "config.json").read_text())
     assert {key: written[key] for key in kept} == kept | {"eos_token_id": [7, 8, 1]}
@@ -169,6 +173,24 @@ def test_altered_manifest_is_refused(zero_checkpoints: Path, tmp_path: Path):
     manifest = stage.tag / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
     assert_refused(stage, "manifest.json has SHA-256")
+
+
+def test_another_tokenizer_is_refused_until_its_own_is_restored(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+    manifest = Path(stage.job.tokenizer)
+    restored = manifest.read_text()
+    replace(TokenizerManifest.read(manifest), hash="other").write(manifest)
+    assert_refused(stage, "has hash other, but stage main was trained with .*\n  remedy: .*restore the tokenizer")
+    manifest.write_text(restored)
+    export(stage)
+
+
+def test_altered_model_config_is_refused(zero_checkpoints: Path, tmp_path: Path):
+    """The logits do not show a change of the longest sequence."""
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+    path = WeightsFolder(stage.tag.parents[1]).model_config
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 10**6}))
+    assert_refused(stage, "model_config.json does not have the SHA-256")
 
 
 def test_missing_file_is_refused(zero_checkpoints: Path, tmp_path: Path):

@@ -42,24 +42,26 @@ class Artifact:
         )
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path, hint: str = "") -> Self:
         """Read an artifact.
+
+        hint: the remedy for an invalid file that a user named: it may be any file, which nobody should delete
 
         Raises:
             UserError: the file is missing or invalid, it is of another class or version, or a field has another type.
         """
-        value = read_json(path, cls.hint)
+        value = read_json(path, hint or cls.hint)
         fields = value if isinstance(value, dict) else {}
         found = fields.pop("artifact", None), fields.pop("schema_version", None)
         if found != (cls.__name__, cls.schema_version):
             raise UserError(
                 f"{path} holds {found[0]} version {found[1]}, not {cls.__name__} version {cls.schema_version}",
-                f"another release wrote it: {cls.hint}",
+                hint or f"another release wrote it: {cls.hint}",
             )
         try:
             return cls.from_fields(fields)
         except ValueError as error:
-            raise UserError(f"{path} is not a complete {cls.__name__}: {error}", cls.hint) from None
+            raise UserError(f"{path} is not a complete {cls.__name__}: {error}", hint or cls.hint) from None
 
     @classmethod
     def from_fields(cls, fields: dict[str, object]) -> Self:
@@ -286,6 +288,7 @@ class Checkpoint(Artifact):
     spec:        the result spec of the stage (planning.result_spec)
     checkpoints: "last" and, where there is validation, "best" -> {"step", "path", "sha256", "validation_loss"};
                  path is relative to `weights`; sha256 is that of the checkpoint's manifest.json
+    configs:     files in `weights` that an export copies -> SHA-256; empty in files of earlier releases
     """
 
     run: str
@@ -296,6 +299,7 @@ class Checkpoint(Artifact):
     steps: int
     data_hash: str
     tokenizer_hash: str
+    configs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from longhaul.artifacts.atomic_files import content_hash, free_bytes
 from longhaul.artifacts.paths import JobFolder, RunPaths
 from longhaul.artifacts.shared_file_system import exists_on_server, list_names
 from longhaul.artifacts.typed_json import HostName, SlurmJobId
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 
 PERMANENT, ENVIRONMENT, CANCELLED, REFUSED = "permanent", "environment", "cancelled", "refused"
 TRANSIENT, NODE, WALLTIME = "transient", "node", "walltime"
@@ -133,7 +133,7 @@ class Failure(Artifact):
         """Return cause, evidence and remedy, one per line, for a log."""
         where = f" (rank {self.rank} on {self.host})" if self.rank is not None else ""
         lines = [f"error: {self.cause}{where}", *(f"  {line}" for line in self.evidence)]
-        return "\n".join([*lines, f"  remedy: {self.remedy}"] if self.remedy else lines)
+        return printable("\n".join([*lines, f"  remedy: {self.remedy}"] if self.remedy else lines))
 
 
 def read_state(folder: Path) -> State | None:

@@ -139,6 +139,10 @@ class WeightsFolder:
         """The pretrained model's generation_config.json, where it has one."""
         return self.path / "pretrained_generation.json"
 
+    def exported_configs(self) -> list[Path]:
+        """Return those of these two files that exist: an export copies them."""
+        return [path for path in (self.model_config, self.generation_config) if path.is_file()]
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.compare_hashes import dataset_files
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 from longhaul.planning import Plan
 from longhaul.train.checkpoint.checkpoint_folders import (
     MANIFEST,
@@ -101,10 +102,10 @@ def _verify_dataset(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
 
 
 def _verify_stage(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
-    """Verify that the checkpoints that checkpoint.json states are the ones on the disk."""
+    """Verify that the checkpoints and configs that checkpoint.json states are the ones on the disk."""
     checkpoint = Checkpoint.read(path)
     manifests = {f"{entry['path']}/{MANIFEST}": entry["sha256"] for entry in checkpoint.checkpoints.values()}
-    return _verify_files(checkpoint.stage, Path(checkpoint.weights), manifests, pool)
+    return _verify_files(checkpoint.stage, Path(checkpoint.weights), manifests | checkpoint.configs, pool)
 
 
 def _verify_export(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
@@ -132,7 +133,8 @@ def print_results(results: list[FolderIntegrity]) -> None:
     table = Table("dataset or stage", "folder", "files", "MB", "result")
     for result in results:
         size = f"{result.size_bytes / 1e6:,.1f}"
-        table.add_row(result.name, str(result.folder), str(result.files), size, result.damage or "intact")
+        line = (result.name, str(result.folder), str(result.files), size, result.damage or "intact")
+        table.add_row(*(Text(printable(cell)) for cell in line))
     # Wide, because a wrapped path cannot be copied.
     Console(width=240, soft_wrap=True).print(table)
     damaged = sum(bool(result.damage) for result in results)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256, read_json
-from longhaul.artifacts.compare_hashes import read_tokenizer
+from longhaul.artifacts.compare_hashes import read_tokenizer, wrong_files
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import InputError, UserError
@@ -67,6 +67,8 @@ def open_verified_checkpoint(job: ExportSpec) -> VerifiedCheckpoint:
             f"{job.tokenizer} has hash {tokenizer.hash}, but stage {job.stage} was trained with {checkpoint.tokenizer_hash}",
             "train the stage again, or restore the tokenizer it was trained with",
         )
+    if problem := next(wrong_files({weights / name: sha256 for name, sha256 in checkpoint.configs.items()}), None):
+        raise UserError(problem, ALTERED_HINT)
     config = read_json(WeightsFolder(weights).model_config, ALTERED_HINT)
     generation = WeightsFolder(weights).generation_config
     settings = read_json(generation, ALTERED_HINT) if generation.is_file() else {}

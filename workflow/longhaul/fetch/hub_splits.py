@@ -11,7 +11,7 @@ from typing import Any
 from longhaul.artifacts.atomic_files import atomic_path, content_hash, file_sha256
 from longhaul.config.dataset_config import Dataset, HubDataset
 from longhaul.data.readers.columnar_files import without_null_fields
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 
 
 def list_split_files(source: HubDataset, commit: str) -> list[str]:
@@ -76,7 +76,8 @@ def stream_rows(source: HubDataset, commit: str, dataset: Dataset, out: Path) ->
 
 def _print_unread(dataset: str, columns: list[str]) -> None:
     if columns:
-        print(f"dataset {dataset}: nothing reads the columns {', '.join(columns)}", file=sys.stderr, flush=True)
+        unread = printable(", ".join(columns))
+        print(f"dataset {dataset}: nothing reads the columns {unread}", file=sys.stderr, flush=True)
 
 
 def _rows(source: HubDataset, commit: str) -> Any:

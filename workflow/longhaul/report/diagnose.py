@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from longhaul.artifacts.paths import JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
+from longhaul.errors import printable
 from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RunStatus
 
 KNOWN_PROBLEMS = Path(__file__).with_name("known_problems.yaml")
@@ -193,7 +194,7 @@ def findings_text(findings: list[Finding], status: RunStatus) -> str:
 def _finding_text(number: int, finding: Finding) -> str:
     often = f" ({finding.count} times)" if finding.count > 1 else ""
     effect = " This is usually the effect of another problem." if finding.follows else ""
-    return (
+    return printable(
         f"{number}. {finding.job}: {finding.cause}{often}.{effect}\n"
         f"   evidence: {finding.evidence}\n"
         f"   remedy: {finding.remedy}"

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from longhaul.artifacts.paths import JobId
+from longhaul.errors import printable
 from longhaul.planning import Plan
 from longhaul.report.number_format import size
 from longhaul.report.plan_json import Row, plan_json
@@ -51,7 +53,7 @@ def print_plan(plan: Plan) -> None:
     if plan.site.scheduler == "slurm":
         console.print(request_table(content["jobs"]))
     for note in plan_notes(content):
-        console.print(note)
+        console.print(printable(note), markup=False)
 
 
 def stage_table(stages: list[Row]) -> Table:
@@ -144,5 +146,5 @@ def _table(title: str, header: list[str], lines: list[list[str]]) -> Table:
     for column in header:
         table.add_column(column, overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(Text(printable(cell)) for cell in line))
     return table

@@ -9,6 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from longhaul.errors import printable
 from longhaul.report import number_format as text
 from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RUNNING, JobStatus, RunStatus, StageStatus
 
@@ -38,6 +39,11 @@ def _headline(status: RunStatus) -> Text:
     )
 
 
+def _line(words: str) -> Text:
+    """Return a text that is shown as it is: names and causes come from files of the run."""
+    return Text(printable(words))
+
+
 def _done(status: RunStatus) -> str:
     return f"{sum(job.state == DONE for job in status.jobs)} of {len(status.jobs)} jobs done"
 
@@ -47,7 +53,9 @@ def _stage_table(status: RunStatus) -> Table:
     for title in ("stage", "state", "step", "", "loss", "validation", "tokens/s", "time left"):
         table.add_column(title, no_wrap=True)
     for stage in status.stages:
-        table.add_row(stage.name, Text(stage.job.state, _STYLES.get(stage.job.state, "dim")), *_stage_cells(stage))
+        table.add_row(
+            _line(stage.name), Text(stage.job.state, _STYLES.get(stage.job.state, "dim")), *_stage_cells(stage)
+        )
     return table
 
 
@@ -81,7 +89,7 @@ def _stage_details(stage: StageStatus) -> list[Text]:
         f"last save {_last_save(progress.last_saved_step, progress.last_saved_s)}",
         f"{progress.attempts} {'attempt' if progress.attempts == 1 else 'attempts'}",
     ]
-    return [Text(f"{stage.name}: {', '.join(details)}")]
+    return [_line(f"{stage.name}: {', '.join(details)}")]
 
 
 def _change(first: float | None, last: float | None) -> str:
@@ -101,9 +109,11 @@ def _jobs_to_show(status: RunStatus) -> list[JobStatus]:
 def _job_line(job: JobStatus) -> Text:
     slurm = f" (job {job.slurm_job_id})" if job.slurm_job_id else ""
     line = Text.assemble(
-        f"{job.name}{slurm} ", (job.state, _STYLES[job.state]), f": {job.detail}" if job.detail else ""
+        printable(f"{job.name}{slurm} "),
+        (job.state, _STYLES[job.state]),
+        printable(f": {job.detail}") if job.detail else "",
     )
-    return line.append(f"\n  remedy: {job.remedy}") if job.remedy else line
+    return line.append(printable(f"\n  remedy: {job.remedy}")) if job.remedy else line
 
 
 def _notes(status: RunStatus) -> list[Text]:
@@ -116,7 +126,7 @@ def _notes(status: RunStatus) -> list[Text]:
         lines.append(f"Quarantined nodes: {', '.join(status.quarantined)}")
     checkpoints = sum(stage.progress.checkpoint_bytes for stage in status.stages if stage.progress)
     lines.append(f"Disk: checkpoints {text.size(checkpoints)}, free {text.size(status.disk_free_bytes)}")
-    return [Text(line) for line in [*lines, *_costs(status), *_results(status)]]
+    return [_line(line) for line in [*lines, *_costs(status), *_results(status)]]
 
 
 def progress_lines(status: RunStatus) -> list[str]:

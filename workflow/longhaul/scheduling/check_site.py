@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
@@ -61,7 +62,8 @@ def print_answers(answers: list[SlurmAnswer]) -> None:
     for answer in answers:
         request = answer.request
         asked = (request.partition or "-", request.account or "-", str(request.nodes))
-        table.add_row(answer.jobs, *asked, "yes" if answer.is_accepted else "NO", answer.text)
+        line = (answer.jobs, *asked, "yes" if answer.is_accepted else "NO", answer.text)
+        table.add_row(*(Text(printable(cell)) for cell in line))
     console = Console(width=120)
     console.print(table)
     for answer in answers:

@@ -22,7 +22,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from longhaul.artifacts.job_state import read_failure
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.report import number_format as text
 from longhaul.report.run_status import RunStatus, read_status
@@ -91,10 +91,11 @@ class RunDisplay:
         """Show the summary of a run that succeeded."""
         self.close()
         if status := self._status():
-            self._console.print("\n".join(summary_lines(status, time.monotonic() - self._begun_s)), markup=False)
+            summary = "\n".join(summary_lines(status, time.monotonic() - self._begun_s))
+            self._console.print(printable(summary), markup=False)
 
     def _print(self, line: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False)
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {printable(line)}", markup=False)
 
     def _refresh(self) -> None:
         wait_s = _TERMINAL_EVERY_S if self._live else _LOG_EVERY_S

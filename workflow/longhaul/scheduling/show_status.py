@@ -34,7 +34,8 @@ def run_paths(named: Path | None) -> RunPaths:
     if named is None:
         return _last_run()
     if named.is_dir():
-        return RunPaths(named.absolute().name, named.parent)
+        folder = named.absolute()  # `.` in the run's folder has no name
+        return RunPaths(folder.name, folder.parent)
     return RunPaths(load_config(named).config.run)
 
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
-from longhaul.artifacts.atomic_files import disk_full_as_user_error
+from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -88,6 +88,7 @@ def stage_artifact(
         steps=job.steps,
         data_hash=data.hash,
         tokenizer_hash=tokenizer.hash,
+        configs={path.name: file_sha256(path) for path in WeightsFolder(checkpoints.folder).exported_configs()},
     )
 
 

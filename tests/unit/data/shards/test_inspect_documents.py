@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.cli import main
@@ -51,6 +52,21 @@ def test_a_missing_split_or_document_is_reported(
 ):
     assert inspect(chat_shards, tmp_path, tokenizer_folder, *options) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["run: mine\n", "{}", '{"artifact": "Lock", "schema_version": 1}'])
+def test_a_file_of_the_users_is_not_to_be_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", str(tmp_path / "mine.yaml")])
+    shown = capsys.readouterr().err
+    assert "remedy: give the path of results/<run>/data/<dataset>.json" in shown and "delete" not in shown
+
+
+def test_codes_of_a_terminal_in_a_text_are_shown_as_escapes(tokenizer_folder: Path):
+    folder = Path(TokenizerManifest.read(tokenizer_folder / "tokenizer.json").path)
+    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a\x1b[31m").ids)
+    assert style_tokens(ids, np.ones(len(ids), np.uint8), folder, marked=False).plain == "a\\x1b[31m"
 
 
 def test_another_tokenizer_is_refused(

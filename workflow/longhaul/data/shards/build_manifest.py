@@ -17,7 +17,7 @@ from longhaul.data.shards.source_index import IndexedSources
 from longhaul.data.shards.unigram_entropy import unigram_entropy
 from longhaul.data.shards.write_chunk import SPLITS, ChunkRecord, EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice
-from longhaul.errors import InputError
+from longhaul.errors import InputError, printable
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
 
 
@@ -82,7 +82,7 @@ def print_unread(manifest: DataManifest) -> None:
         if manifest.unread[key]
     ]
     if found:
-        print(f"dataset {manifest.dataset}: nothing reads {'; '.join(found)}", file=sys.stderr, flush=True)
+        print(f"dataset {manifest.dataset}: nothing reads {printable('; '.join(found))}", file=sys.stderr, flush=True)
     if manifest.control_texts:
         print(
             f"dataset {manifest.dataset}: {manifest.control_texts:,} conversations contain the text of a control token, "

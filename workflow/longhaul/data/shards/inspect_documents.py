@@ -12,7 +12,7 @@ from rich.text import Text
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.data.shards.shard_reader import SplitReader
-from longhaul.errors import UserError
+from longhaul.errors import UserError, escape_unprintable, printable
 
 LOSS_STYLE, CONTEXT_STYLE = "green", "dim"
 
@@ -23,7 +23,7 @@ def run(manifest_path: Path, split: str, first: int, count: int, tokenizer_path:
     Raises:
         UserError: the split or the document does not exist, or another tokenizer encoded the shards.
     """
-    manifest = DataManifest.read(manifest_path)
+    manifest = DataManifest.read(manifest_path, "give the path of results/<run>/data/<dataset>.json")
     tokenizer = read_tokenizer(tokenizer_path or manifest_path.parent.parent / "tokenizer.json")
     if tokenizer.hash != manifest.tokenizer_hash:
         raise UserError(
@@ -38,7 +38,8 @@ def run(manifest_path: Path, split: str, first: int, count: int, tokenizer_path:
     console = Console(soft_wrap=True, highlight=False)
     for number in range(first, min(first + count, reader.document_count)):
         tokens, mask = reader.document(number)
-        console.rule(f"{manifest.dataset} {split} {number}: {len(tokens)} tokens, {int(mask.sum())} in the loss")
+        title = f"{manifest.dataset} {split} {number}: {len(tokens)} tokens, {int(mask.sum())} in the loss"
+        console.rule(Text(printable(title)))
         console.print(style_tokens(tokens, mask, Path(tokenizer.path), marked=not console.is_terminal))
     if not console.is_terminal:
         print("[[…]] marks loss tokens", file=sys.stderr)
@@ -52,7 +53,7 @@ def style_tokens(tokens: np.ndarray, mask: np.ndarray, tokenizer: Path, marked: 
     text = Text()
     edges = np.flatnonzero(np.diff(mask)) + 1
     for run, in_loss in zip(np.split(tokens, edges), mask[[0, *edges]] == 1, strict=True):
-        decoded = decode(run.tolist(), skip_special_tokens=False)
+        decoded = escape_unprintable(decode(run.tolist(), skip_special_tokens=False))
         text.append(f"[[{decoded}]]" if marked and in_loss else decoded, style=LOSS_STYLE if in_loss else CONTEXT_STYLE)
     return text
 
