@@ -79,11 +79,13 @@ def test_working_folder_with_unusable_name_is_reported(tmp_path: Path):
 
 def test_results_folder_that_cannot_be_created_is_reported(tmp_path: Path):
     """A file has the name of the results folder. File modes cannot be used here: they do not restrict root."""
-    config = write_config(tmp_path / "config")
+    config = write_config(tmp_path / "config", None, LOCAL)
     (tmp_path / "results").write_text("")
-    done = snakemake(tmp_path, "--configfile", str(config))
+    done = snakemake(tmp_path, "-n", "--configfile", str(config))
     assert done.returncode == 2, done.stderr
-    assert "results" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
+    assert "remedy: move it away" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "results").rename(tmp_path / "away")
+    assert snakemake(tmp_path, "-n", "--configfile", str(config)).returncode == 0
 
 
 def test_a_folder_is_no_file_to_write(tmp_path: Path):
@@ -95,6 +97,17 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path):
         check=False,
     )
     assert done.returncode == 2 and "Invalid value for '--out'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("out", ["run.yaml/plan.json", "pipe"])
+def test_plan_is_not_written_where_no_file_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str):
+    """A pipe, or a device, would be replaced."""
+    config = write_config(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    place = tmp_path / out
+    before = place.lstat() if place.exists() else None
+    assert str(place) in refused_message(capsys, "plan", str(config), "--out", str(place))
+    assert before is None or place.lstat().st_ino == before.st_ino
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path):

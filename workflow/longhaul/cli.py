@@ -87,7 +87,7 @@ def plan(
 
     Example: `longhaul plan mine.yaml`
     """
-    from longhaul.artifacts.atomic_files import write_json
+    from longhaul.artifacts.atomic_files import writable_file, write_json
     from longhaul.data.check_inputs import check_inputs
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
@@ -95,7 +95,7 @@ def plan(
     made = _load_plan(config)
     check_inputs(made)
     if out:
-        write_json(out, plan_json(made))
+        write_json(writable_file(out), plan_json(made))
     else:
         print_plan(made)
 
@@ -135,6 +135,7 @@ def fetch(
 
     Example: `longhaul fetch mine.yaml`
     """
+    from longhaul.artifacts.atomic_files import writable_file
     from longhaul.artifacts.paths import RunPaths
     from longhaul.config.load_config import load_config
     from longhaul.fetch.hub_downloads import fetch as fetch_all
@@ -145,7 +146,7 @@ def fetch(
     deferred = build_plan(loaded).deferred_checks
     lock = fetch_all(loaded, paths.fetched)
     build_plan(loaded, lock)
-    lock.write(out or paths.lock)
+    lock.write(writable_file(out or paths.lock))
     for check in deferred:
         print(f"checked now: {check}")
 
@@ -195,10 +196,11 @@ def report(
 
     Example: `longhaul report results/demo`
     """
+    from longhaul.artifacts.atomic_files import writable_file
     from longhaul.artifacts.paths import RunPaths
     from longhaul.report.html_page import run as write_report
 
-    write_report(folder, out or RunPaths(folder.name, folder.parent).report)
+    write_report(folder, writable_file(out or RunPaths(folder.name, folder.parent).report))
 
 
 @app.command()
@@ -292,13 +294,13 @@ def detect(
 
     Example: `longhaul site detect --out my-centre.yaml`
     """
-    from longhaul.artifacts.atomic_files import write_text
+    from longhaul.artifacts.atomic_files import writable_file, write_text
     from longhaul.config.load_config import load_site
     from longhaul.scheduling.detect_site import detect_site
 
     if out.exists():
         raise UserError(f"{out} exists already", "name another file with --out, or move it away")
-    write_text(out, detect_site(out.stem))
+    write_text(writable_file(out), detect_site(out.stem))
     load_site(str(out.absolute()), Path())
     print(f"wrote {out}. Next: compare it with your centre's guide, then longhaul site check CONFIG")
 

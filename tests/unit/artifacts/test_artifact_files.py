@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from longhaul.artifacts.atomic_files import (
     atomic_path,
     content_hash,
     disk_full_as_user_error,
+    read_bytes,
     read_json,
     write_json,
     write_text,
 )
+from longhaul.artifacts.line_records import read_lines
 from longhaul.errors import DiskFull, UserError
 
 
@@ -102,3 +105,12 @@ def test_a_full_disk_is_the_one_that_is_written_to(number: int, tmp_path: Path):
 def test_other_errors_of_the_system_stay(tmp_path: Path):
     with pytest.raises(PermissionError), disk_full_as_user_error("an export", tmp_path):
         raise PermissionError(errno.EACCES, "denied")
+
+
+@pytest.mark.parametrize("read", [read_bytes, lambda path: list(read_lines(path, dict))])
+def test_a_pipe_or_a_device_is_not_read(read: Callable[[Path], object], tmp_path: Path):
+    """Neither ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            read(path)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,22 @@ def _umask() -> int:
     return mask
 
 
+def writable_file(path: Path) -> Path:
+    """Return the path that a user named for a file to write. A file there is replaced, as a device would be.
+
+    Raises:
+        UserError: there is a folder, a pipe or a device, or no file can be made.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is a folder, a pipe or a device, not a file", "name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "name a file in a folder of your own") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
@@ -81,9 +98,10 @@ def read_bytes(path: Path) -> bytes:
     """Return the bytes of a file of the run.
 
     Raises:
-        UserError: the file is missing or cannot be read.
+        UserError: the file is missing or cannot be read, or it is a pipe or a device, which may never end.
     """
     try:
+        require_regular(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(
@@ -91,6 +109,12 @@ def read_bytes(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read") from None
+
+
+def require_regular(path: Path) -> None:
+    """Raise UserError for a pipe or a device, and OSError if there is no file."""
+    if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise UserError(f"{path} is a pipe or a device, not a file", "give the path of a file")
 
 
 def read_json(path: Path, hint: str = DELETE_HINT) -> Any:

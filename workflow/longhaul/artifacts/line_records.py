@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Generic, TypeVar
 
+from longhaul.artifacts.atomic_files import require_regular
 from longhaul.artifacts.typed_json import parse_json
 from longhaul.errors import UserError
 
@@ -35,10 +36,11 @@ def read_lines(path: Path, kind: type[T]) -> Iterator[RecordLine[T]]:
     """Yield each line of a file with its record, checked as parse_json does; nothing if there is no file.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is a pipe or a device.
     """
     bad = 0
     try:
+        require_regular(path)
         with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 parsed = _parsed(path, number, line, kind)

@@ -15,7 +15,7 @@ FORMAT_OF_SUFFIX = {
     ".text": "text",
     ".md": "text",
 }
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
 KNOWN_SUFFIXES = ", ".join(sorted(FORMAT_OF_SUFFIX))
 # Files that describe a folder of data, by the lower-case stem of their names.
 _DESCRIPTIONS = {"readme", "license", "licence", "copying", "notice", "citation", "changelog"}
@@ -25,8 +25,13 @@ _DESCRIPTIONS |= {"dataset_info", "dataset_infos", "dataset_dict", "state"}
 
 def known_format(path: Path) -> str | None:
     """Return the format for a file's suffix, without the compression suffix; None for an unknown suffix."""
-    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in COMPRESSION]
-    return FORMAT_OF_SUFFIX.get(suffixes[-1].lower()) if suffixes else None
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:] if suffix.lower() not in _COMPRESSION_OF_SUFFIX]
+    return FORMAT_OF_SUFFIX.get(suffixes[-1]) if suffixes else None
+
+
+def known_compression(path: Path) -> str | None:
+    """Return the compression for a file's suffix; None without one."""
+    return _COMPRESSION_OF_SUFFIX.get(path.suffix.lower())
 
 
 def describes_a_folder(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from longhaul.config.data_formats import COMPRESSION
+from longhaul.config.data_formats import known_compression
 from longhaul.data.readers.rows_and_file_ranges import (
     BUFFER_BYTES,
     BadData,
@@ -222,7 +222,7 @@ def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
     """Return a stream of the uncompressed bytes of an open file; reading a truncated stream raises OSError."""
     import pyarrow
 
-    compression = COMPRESSION.get(path.suffix)
+    compression = known_compression(path)
     if compression is None:
         return raw
     if compression == "zstd":
