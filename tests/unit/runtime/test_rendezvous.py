@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
-from longhaul.runtime.rendezvous import parse_node_list
+from longhaul.errors import UserError
+from longhaul.runtime import rendezvous
+from longhaul.runtime.process_rank import Rank
+from longhaul.runtime.rendezvous import parse_node_list, process_group
 
 WORKER = """
 import sys, time, torch
@@ -79,6 +82,19 @@ def test_missing_rank_0_is_reported_with_its_address():
     (output,) = start([1], 2, timeout_s=1.0)
     assert "rank 1 did not reach rank 0 at 127.0.0.1:" in output and "firewall" in output
     assert float(output.split()[-1]) < 30
+
+
+def test_name_of_rank_0_without_an_address_is_reported_at_once(monkeypatch: pytest.MonkeyPatch):
+    """torch would ask for it until the rendezvous times out, and then name a firewall."""
+    monkeypatch.setattr(rendezvous, "_NAME_SERVICE_S", 0.0)
+    monkeypatch.setattr(rendezvous, "_NAME_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(rendezvous, "export_rank", lambda rank: None)
+    monkeypatch.setenv("MASTER_ADDR", "n7.invalid")
+    wanted = (
+        "n8: rank 1 cannot resolve n7.invalid, the name of rank 0's node: .*\n  remedy: set interconnect.master_address"
+    )
+    with pytest.raises(UserError, match=wanted), process_group(Rank(1, 2, 0, 2, "n8"), "gloo", 30.0):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,9 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
     python = _python(plan.site)
     if plan.site.scheduler == "local" and step.request.tasks > 1:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
-        python = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={step.request.tasks}"]
+        # Without --local-addr, the ranks look for rank 0 under this machine's name, which need not be in DNS or /etc/hosts.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+        python = [*python, *torchrun, f"--nproc-per-node={step.request.tasks}"]
     words = ("-m", "longhaul", "job", "run", step.kind, str(folder.path / step.file))
     container = container_command(plan, step.spec, workdir, _code_folder(workdir))
     return LaunchStep(title=step.title, command=(*launcher, *container, *python, *words))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ RENDEZVOUS_TIMEOUT_S = 180.0
 _COMPLETE = "complete"
 _RESULT_KEY = "longhaul/rendezvous"
 _POLL_INTERVAL_S = 0.05
+_NAME_SERVICE_S, _NAME_RETRY_INTERVAL_S = 5.0, 1.0
+"""A busy name service may miss a question. So many seconds without an answer are a wrong name."""
 
 
 def host_key(rank: int) -> str:
@@ -92,6 +95,7 @@ def _meet(rank: Rank, timeout_s: float) -> TCPStore:
     """Return the store that rank 0 serves at MASTER_ADDR:MASTER_PORT, after every rank has registered in it."""
     from torch.distributed import DistError
 
+    _require_known_name(rank, os.environ["MASTER_ADDR"])
     try:
         store = _open_store(rank, timeout_s)
         store.set(host_key(rank.rank), rank.host)
@@ -110,6 +114,27 @@ def _meet(rank: Rank, timeout_s: float) -> TCPStore:
             result, "read in the job's log why they did not start: a drained node, a failed module or mount"
         )
     return store
+
+
+def _require_known_name(rank: Rank, name: str) -> None:
+    """Raise UserError if this node finds no address of rank 0's node. torch would ask again until the rendezvous times out."""
+    deadline = time.monotonic() + _NAME_SERVICE_S
+    while problem := _name_problem(name):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{rank.host}: rank {rank.rank} cannot resolve {name}, the name of rank 0's node: {problem}",
+                "set interconnect.master_address in the site file to an interface of the nodes, or to the suffix of a name that "
+                "they resolve; then run the same command again",
+            )
+        time.sleep(_NAME_RETRY_INTERVAL_S)
+
+
+def _name_problem(name: str) -> str:
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return ""
 
 
 def _open_store(rank: Rank, timeout_s: float) -> TCPStore:
