@@ -37,7 +37,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedStage]:
         "resumed": TrainedStage(folder / "killed", 2, zero=2),
         "continued": TrainedStage(folder / "stopped", 2, zero=2),
         "from first": from_first,
+        "repaired": TrainedStage(folder / "repaired", 2, zero=2),
     }
+    shutil.copytree(first["failed"].folder, second["repaired"].folder)
     train(shared, *second.values())
     return first | second
 
@@ -90,7 +92,12 @@ def test_an_error_in_the_background_ends_all_ranks_with_its_message(stages: dict
     """It is found after a step, before the next save."""
     stage = stages["failed"]
     assert "could not be saved: [Errno 5] Input/output error" in stage.ended and "UserError" in stage.ended
-    assert "earlier checkpoints are unchanged" in stage.ended
+    assert "earlier checkpoints stay" in stage.ended
     assert stage.checkpoints == [FIRST]
     assert [event["checkpoint"] for event in stage.events("save_failed")] == [f"{SECOND}.partial"]
     assert HALF < len(stage.rows()) < STEPS
+
+
+def test_after_an_error_the_same_command_finishes(stages: dict[str, TrainedStage]):
+    assert [event["step"] for event in stages["repaired"].events("resumed")] == [HALF // 2]
+    assert stages["repaired"].master_hashes() == stages["asynchronous"].master_hashes()

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "expert 2": ("deepseek_v3", {"parallel": {"expert": 2}}),
 }
 """Name -> model and keys of the stage. Each layout has files of another kind."""
+REPAIRED = "ZeRO 2"
 OTHER_LAYOUT: dict[str, Any] = {"zero": {"stage": 1}}
 
 
@@ -89,6 +90,9 @@ def entered(tampered: dict[str, Tampered]) -> dict[tuple[str, str], TrainedStage
                 shutil.copytree(source.folder, stage.folder)
                 _stop_before_the_end(stage)
             stages[way, name] = stage
+    stages["remedy", REPAIRED] = repaired = TrainedStage(folder / "remedy", 2, stage={**SHORT, **LAYOUTS[REPAIRED][1]})
+    shutil.copytree(tampered[REPAIRED].source.folder, repaired.folder)
+    repaired.checkpoint(STEPS).rename(repaired.folder / "moved-away")
     train(next(iter(tampered.values())).source.folder.parent / "shared", *stages.values())
     return stages
 
@@ -111,6 +115,15 @@ def test_no_way_into_a_training_runs_the_payload(
     ended = entered[way, name].ended
     assert not tampered[name].marker.exists()
     assert ended == "finished" if way == "start" else "is not read, because it holds more than tensors" in ended
+
+
+def test_after_the_remedy_the_checkpoint_before_is_used(
+    tampered: dict[str, Tampered], entered: dict[tuple[str, str], TrainedStage]
+):
+    """The remedy is to move the checkpoint away."""
+    stage = entered["remedy", REPAIRED]
+    assert [event["step"] for event in stage.events("resumed")] == [STEPS - 1]
+    assert stage.master_hashes() == tampered[REPAIRED].source.master_hashes()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

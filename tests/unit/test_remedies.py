@@ -1,11 +1,10 @@
 """Every remedy that tells to delete, move or restore something is followed: afterwards the same action works.
 
-REMEDIES is the table. FOLLOWED_ELSEWHERE names the test of a remedy that needs more than the small files of this module.
+REMEDIES is the table; test_table_of_remedies.py holds it against the source.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import subprocess
@@ -23,7 +22,6 @@ from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import JobId, WeightsFolder
 from longhaul.artifacts.quarantine import read_quarantine
-from longhaul.config.shipped_files import PACKAGE
 from longhaul.data.sampling import mixture_manifest
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards import tokenize_dataset
@@ -313,24 +311,6 @@ REMEDIES: dict[str, Remedy] = {
     ),
 }
 
-FOLLOWED_ELSEWHERE = {
-    "restore the file, or pin the newest revisions: longhaul fetch": "unit/planning/test_tampered_lock.py",
-    "the folder was copied or edited: move it away, and the stage is trained in its place": "unit/train/checkpoint",
-    "restore the file, or move its weights folder away": "unit/train/checkpoint",
-    "let this user write there, then run the same command again": "recovery/test_damaged_checkpoints.py",
-    "then run the same command again": "workflow/test_final_failure.py",
-    "remove repaired nodes from": "unit/scheduling/test_request_at_submission.py",
-    "if it is certainly dead: rm ": "unit/artifacts/test_leases.py",
-    "restore it, then run again": "unit/data/shards/test_write_chunk.py",
-    "move it away, or run with another --directory": "workflow/bad_configs.py",
-    "name another file with --out, or move it away": "unit/scheduling/test_detect_site.py",
-    "restore the config.json that belongs to the weights": "unit/train/test_pretrained_weights.py",
-    "else restore the weights' own config.json": "unit/train/test_pretrained_weights.py",
-    "restore it there, or remove {} to begin a new one": "unit/train/monitoring/test_trackers.py",
-    "train the stage again, or restore the tokenizer it was trained with": "unit/export/test_export_checkpoint.py",
-    "the checkpoint belongs to another model: move it away": "recovery/test_resharding.py",
-}
-
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
@@ -359,38 +339,3 @@ def test_after_the_remedy_the_same_action_works(name: str, place: Place):
     remedy.follow(place, failed.value)
     remedy.again(place)
     remedy.use(place)
-
-
-def texts_of(node: ast.AST) -> str:
-    """Return the text of a string, with {…} for what is filled in."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else ""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(texts_of(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-    return ""
-
-
-def remedies_in_source() -> dict[str, str]:
-    """Return text -> module of every hint of the package that tells to delete, move or restore a file of a run."""
-    found = {}
-    for module in PACKAGE.rglob("*.py"):
-        if {"config", "planning", "readers"} & {*module.parts} or module.name == "container.py":
-            continue  # remedies of the plan and of rows: tests/workflow/bad_configs.py, tests/workflow/test_bad_data.py
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError" and len(node.args) == 2:
-                words = texts_of(node.args[1])
-                if re.search(r"\b(delete|rm|move|restore) ", words):
-                    found[words] = str(module.relative_to(PACKAGE))
-    return found
-
-
-def test_every_remedy_about_files_is_in_the_table():
-    known = [part for remedy in REMEDIES.values() for part in [remedy.says.split("{folder}")[0]]]
-    known += FOLLOWED_ELSEWHERE
-    missing = {text: module for text, module in remedies_in_source().items() if not any(part in text for part in known)}
-    assert missing == {}
-
-
-def test_the_other_tests_exist():
-    tests = Path(__file__).parents[1]
-    assert [path for path in FOLLOWED_ELSEWHERE.values() if not (tests / path).exists()] == []

@@ -279,6 +279,10 @@ def test_refusal_names_the_owner_and_the_remedy(tmp_path: Path, capsys: pytest.C
         "error: another snakemake (process 5 on login7 (job 9)) works on this run\n"
         f"  remedy: wait for it or stop it; if it is certainly dead: rm {tmp_path}/lease\n"
     )
+    (tmp_path / "lease").unlink()
+    lease.acquire_or_exit()
+    assert lease.current_owner() == lease.owner
+    lease.release()
 
 
 def test_unreadable_lease_is_refused_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,11 +104,18 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments))
     require_enough_nodes(plan, tmp_path)
     assert asked == [("gpu", 1, []), ("gpu", 1, [])]
-    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: "too few")
+    monkeypatch.setattr(
+        request_at_submission, "node_shortage", lambda _name, _nodes, excluded: "few" if excluded else ""
+    )
+    add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
-    assert refused.value.message == "stages.base: too few"
+    assert refused.value.message == "stages.base: few"
     assert refused.value.hint == f"remove repaired nodes from {QUARANTINE}"
+    quarantine = json.loads((tmp_path / QUARANTINE).read_text())
+    quarantine["nodes"].clear()
+    (tmp_path / QUARANTINE).write_text(json.dumps(quarantine))
+    require_enough_nodes(plan, tmp_path)
 
 
 def test_nodes_are_not_counted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -42,7 +42,8 @@ def load_plain_data(
     ) as error:
         raise UserError(
             f"{path} is not read, because it holds more than tensors and plain data: {_reason(error)}",
-            "the file was altered, and may hold code: find out who wrote it; use another checkpoint",
+            "the file was altered, and may hold code: find out who wrote it. Then move the checkpoint's folder away and run the "
+            "same command again: the checkpoint before it is used",
         ) from None
 
 

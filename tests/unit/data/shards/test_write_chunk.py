@@ -88,11 +88,14 @@ def test_a_foreign_folder_with_a_chunks_name_is_reported(tmp_path: Path, tokeniz
 def test_a_source_that_is_removed_is_reported(tmp_path: Path, tokenizer_folder: Path):
     chunk, writer = chunk_and_writer(tmp_path, tokenizer_folder)
     (source,) = writer._task.sources.values()
-    Path(source.path).unlink()
+    removed = Path(source.path).rename(tmp_path / "removed")
     with pytest.raises(UserError, match=r"a.jsonl does not exist"):
         writer.write(chunk)
-    with pytest.raises(UserError, match=r"a.jsonl was removed while it was read"):
+    with pytest.raises(UserError, match=r"a.jsonl was removed while it was read\n  remedy: restore it, then run again"):
         source.require_unchanged()
+    removed.rename(source.path)
+    source.require_unchanged()
+    writer.write(chunk)
 
 
 def test_a_source_that_changes_is_refused(tmp_path: Path, tokenizer_folder: Path):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from longhaul.checkpoint_io import OptimizerState
-from longhaul.train.checkpoint.resharding import new_adam_state
+from longhaul.errors import UserError
+from longhaul.train.checkpoint import resharding
+from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints
+from longhaul.train.checkpoint.resharding import load_resharded, new_adam_state
+from tests.support.checkpoint_manifest import manifest_fields
 
 STEPS = 3
 
@@ -49,3 +56,23 @@ def test_training_continues_with_the_same_bits(options: dict[str, Any]):
             copied.grad = flat.grad.clone()
             again.step()
     assert torch.equal(flat, copied)
+
+
+@pytest.mark.parametrize(
+    ("stored", "state"), [({}, "does not have weight"), ({"weight": (2, 3)}, "has weight in shape")]
+)
+def test_checkpoint_of_another_model_is_refused_until_it_is_moved_away(
+    stored: dict[str, tuple[int, int]], state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Then the checkpoint before it is the newest one."""
+    masters = {name: SimpleNamespace(shape=shape) for name, shape in stored.items()}
+    monkeypatch.setattr(resharding, "open_master_weights", lambda _folder: masters)
+    monkeypatch.setattr(resharding, "open_optimizer_state", lambda _folder: None)
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps(manifest_fields({}, step=step)))
+    with pytest.raises(UserError, match=f"step-00000006 {state}.*\n  remedy: .*move it away"):
+        load_resharded(SimpleNamespace(module=torch.nn.Linear(2, 2, bias=False)), complete_checkpoints(tmp_path)[6])
+    (tmp_path / "checkpoints/step-00000006").rename(tmp_path / "moved-away")
+    assert list(complete_checkpoints(tmp_path)) == [3]

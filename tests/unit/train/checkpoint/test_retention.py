@@ -89,10 +89,17 @@ def test_nothing_is_removed_while_a_reference_cannot_be_read(
 ):
     weights = write_checkpoints(tmp_path)
     path = write_reference(tmp_path, reference, ANY_SHA256)
-    path.write_bytes(path.read_bytes()[:-20])
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-20])
     remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
     assert list(complete_checkpoints(weights)) == sorted(LOSSES)
     assert f"no old checkpoint is removed, as one may still be needed: {path}" in capsys.readouterr().out
+    if reference == "another stage":
+        path.parent.rename(tmp_path / "moved-away")
+    else:
+        path.write_bytes(complete)
+    remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))
+    assert list(complete_checkpoints(weights)) == [60]
 
 
 @pytest.mark.parametrize("reference", ["its own checkpoint.json", "another stage", "an export"])

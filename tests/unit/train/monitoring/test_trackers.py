@@ -22,6 +22,7 @@ import pytest
 import wandb
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
+from longhaul.artifacts.paths import WeightsFolder
 from longhaul.errors import UserError
 from longhaul.train.monitoring.trackers import Tracker, open_trackers
 from tests.support.chain import REPOSITORY
@@ -111,6 +112,9 @@ def test_a_missing_mlflow_run_is_reported_by_its_id(tmp_path: Path, by: str):
         shutil.rmtree(next((tmp_path / "mlruns").rglob(gone)))
     with pytest.raises(UserError, match=f"run {gone} does not exist at file://.*/mlruns\n.*trackers.json"):
         open_attempt(tmp_path, "mlflow", 2)
+    WeightsFolder(tmp_path).tracker_runs.unlink()
+    run_attempt(tmp_path, "mlflow")
+    assert run_id(tmp_path, "mlflow") != gone
 
 
 def test_deleted_mlflow_files_give_one_warning_and_do_not_end_a_training(

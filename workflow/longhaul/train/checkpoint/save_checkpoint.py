@@ -185,7 +185,7 @@ class CheckpointSave:
             raise DiskFull("a checkpoint", parent, needed_bytes, shutil.disk_usage(parent).free)
         raise UserError(
             f"{self._partial} could not be saved: {text}",
-            "let this user write there, then run the same command again; earlier checkpoints are unchanged",
+            "let this user write there (permissions, ulimit -f), then run the same command again; earlier checkpoints stay",
         )
 
 

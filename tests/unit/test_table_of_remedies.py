@@ -1,0 +1,98 @@
+"""Every remedy of the package that tells to delete, move or restore a file is followed by a test.
+
+Those about tokens, shards and job files are in test_remedies.py. The others need more than small files: FOLLOWED_ELSEWHERE names
+the test that follows them.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from longhaul.config.shipped_files import PACKAGE
+from tests.unit.test_remedies import REMEDIES
+
+FOLLOWED_ELSEWHERE = {
+    "restore the file, or pin the newest revisions: longhaul fetch": (
+        "unit/planning/test_tampered_lock.py::test_the_remedy_pins_again_instead_of_deleting"
+    ),
+    "the folder was copied or edited: move it away, and the stage is trained in its place": (
+        "unit/train/checkpoint/test_weights_folder.py::test_edited_identity_is_refused_until_the_folder_is_moved_away"
+    ),
+    "restore the file, or move its weights folder away": (
+        "unit/train/checkpoint/test_retention.py::test_nothing_is_removed_while_a_reference_cannot_be_read"
+    ),
+    "let this user write there (permissions, ulimit -f), then run the same command again": (
+        "recovery/test_asynchronous_saves.py::test_after_an_error_the_same_command_finishes"
+    ),
+    "then run the same command again": (
+        "workflow/test_final_failure.py::test_repaired_folder_needs_only_the_same_command"
+    ),
+    "remove repaired nodes from": (
+        "unit/scheduling/test_request_at_submission.py::test_every_stage_must_have_enough_nodes"
+    ),
+    "if it is certainly dead: rm ": ("unit/artifacts/test_leases.py::test_refusal_names_the_owner_and_the_remedy"),
+    "restore it, then run again": ("unit/data/shards/test_write_chunk.py::test_a_source_that_is_removed_is_reported"),
+    "move it away, or run with another --directory": (
+        "workflow/test_bad_calls.py::test_results_folder_that_cannot_be_created_is_reported"
+    ),
+    "name another file with --out, or move it away": (
+        "unit/scheduling/test_detect_site.py::test_existing_file_is_refused_until_it_is_moved_away"
+    ),
+    "restore the config.json that belongs to the weights": (
+        "unit/train/test_pretrained_weights.py::test_a_config_that_does_not_fit_the_weights_is_refused"
+    ),
+    "else restore the weights' own config.json": (
+        "unit/planning/test_check_pretrained_weights.py::test_weights_of_another_config_are_refused_until_it_is_restored"
+    ),
+    "restore it there, or remove {} to begin a new one": (
+        "unit/train/monitoring/test_trackers.py::test_a_missing_mlflow_run_is_reported_by_its_id"
+    ),
+    "train the stage again, or restore the tokenizer it was trained with": (
+        "unit/export/test_export_checkpoint.py::test_another_tokenizer_is_refused_until_its_own_is_restored"
+    ),
+    "the checkpoint belongs to another model: move it away": (
+        "unit/train/checkpoint/test_resharding.py::test_checkpoint_of_another_model_is_refused_until_it_is_moved_away"
+    ),
+    "Then move the checkpoint's folder away and run the same command again": (
+        "recovery/test_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
+    ),
+}
+"""A part of the remedy's text -> the test that follows it."""
+
+
+def texts_of(node: ast.AST) -> str:
+    """Return the text of a string, with {…} for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(texts_of(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return ""
+
+
+def remedies_in_source() -> dict[str, str]:
+    """Return text -> module of every hint of the package that tells to delete, move or restore a file of a run."""
+    found = {}
+    for module in PACKAGE.rglob("*.py"):
+        if {"config", "planning", "readers"} & {*module.parts} or module.name == "container.py":
+            continue  # remedies of the plan and of rows: tests/workflow/bad_configs.py, tests/workflow/test_bad_data.py
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError" and len(node.args) == 2:
+                words = texts_of(node.args[1])
+                if re.search(r"\b(delete|rm|move|restore) ", words):
+                    found[words] = str(module.relative_to(PACKAGE))
+    return found
+
+
+def test_every_remedy_about_files_is_in_the_table():
+    known = [part for remedy in REMEDIES.values() for part in [remedy.says.split("{folder}")[0]]]
+    known += FOLLOWED_ELSEWHERE
+    missing = {text: module for text, module in remedies_in_source().items() if not any(part in text for part in known)}
+    assert missing == {}
+
+
+def test_the_other_tests_exist():
+    tests = Path(__file__).parents[1]
+    places = [named.split("::") for named in FOLLOWED_ELSEWHERE.values()]
+    assert [name for path, name in places if f"\ndef {name}(" not in (tests / path).read_text()] == []
