@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from longhaul.config.load_config import load_config
 from longhaul.planning.result_spec import result_spec
 from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, write_config
@@ -77,14 +79,28 @@ def test_hub_model_counts_with_id_and_revision(tmp_path: Path):
     }
 
 
-def test_local_model_counts_with_names_and_sizes_of_its_files(tmp_path: Path):
+def test_local_model_counts_with_names_sizes_and_fingerprints_of_its_files(tmp_path: Path):
     folder = tmp_path / "start"
     (folder / "folder").mkdir(parents=True)
     (folder / "model.safetensors").write_text(EMPTY_SAFETENSORS)
     (folder / "config.json").write_text("{}")
     (spec, _) = specs(tmp_path, {"model": {"pretrained": {"path": "start"}}})
-    assert spec["model"] == {"path": str(folder), "files": {"config.json": 2, "model.safetensors": 10}}
-    assert list(spec["model"]["files"]) == ["config.json", "model.safetensors"]
+    files = spec["model"]["files"]
+    assert spec["model"]["path"] == str(folder) and list(files) == ["config.json", "model.safetensors"]
+    assert [size for size, _ in files.values()] == [2, 10]
+
+
+@pytest.mark.parametrize("place", [0, 500_000, 999_999])
+def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path, place: int):
+    weights = tmp_path / "start/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(1_000_000))
+    (before, _) = specs(tmp_path, {"model": {"pretrained": {"path": "start"}}})
+    changed = bytearray(1_000_000)
+    changed[place] = 1
+    weights.write_bytes(changed)
+    (after, _) = specs(tmp_path, {"model": {"pretrained": {"path": "start"}}})
+    assert before["model"] != after["model"]
 
 
 def test_spec_has_truncate_only_where_it_is_not_the_default(tmp_path: Path):

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.stage_config import Stage
+
+_BLOCK_BYTES = 65_536
 
 
 def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, object]:
@@ -39,12 +46,34 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, obj
 
 
 def _pretrained_spec(loaded: LoadedConfig) -> dict[str, object]:
-    """Return id and revision of a Hub model, or names and sizes of a local model's files.
+    """Return id and revision of a Hub model, or names, sizes and fingerprints of a local model's files.
 
-    Weights are not hashed: each parsing of the workflow would have to read them.
+    Weights are not hashed as a whole: each parsing of the workflow would have to read them.
     """
     pretrained = loaded.config.model.pretrained
     if pretrained is None or pretrained.hub:
         return pretrained.model_dump(mode="json") if pretrained else {}
     folder = loaded.resolve("model.pretrained.path", pretrained.path or "")
-    return {"path": str(folder), "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}}
+    return {
+        "path": str(folder),
+        "files": {path.name: _file_facts(path) for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+
+
+def _file_facts(path: Path) -> list[int | str]:
+    found = path.stat()
+    return [found.st_size, _fingerprint(path, found.st_size, found.st_mtime_ns)]
+
+
+@cache
+def _fingerprint(path: Path, size: int, _modified_ns: int) -> str:
+    """Return a hash of a file's first, middle and last block. Weights of two trainings differ nearly everywhere.
+
+    An unreadable file, which the weights cannot come from, has the hash of an empty one.
+    """
+    blocks = hashlib.sha256()
+    with suppress(PermissionError), path.open("rb") as stream:
+        for start in (0, max(0, (size - _BLOCK_BYTES) // 2), max(0, size - _BLOCK_BYTES)):
+            stream.seek(start)
+            blocks.update(stream.read(_BLOCK_BYTES))
+    return blocks.hexdigest()[:16]
