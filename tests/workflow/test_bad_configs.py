@@ -52,6 +52,31 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
         {"model.safetensors": EMPTY_SAFETENSORS},
         "quantization_config has quant_method 'awq', fmt None, weight_block_size None; training can start only from",
     ),
+    "two rope types": (
+        {**CONFIG_JSON, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "rope_scaling.rope_type 'linear' differs from rope_parameters.rope_type 'default'; keep one of them",
+    ),
+    "two rope bases": (
+        {**CONFIG_JSON, "rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "rope_parameters.rope_theta 10000.0 differs from rope_theta 500000.0",
+    ),
+    "heads that cannot be shared": (
+        {**CONFIG_JSON, "num_key_value_heads": 3},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+    ),
+    "odd head width": (
+        {**CONFIG_JSON, "head_dim": 15},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "the head width is 15; rotary embeddings need an even width",
+    ),
+    "dropout of text": (
+        {**CONFIG_JSON, "attention_dropout": "0.1"},
+        {"model.safetensors": EMPTY_SAFETENSORS},
+        "attention_dropout is '0.1'; it must be a number from 0 to 1",
+    ),
     "quantization as text": (
         {**CONFIG_JSON, "quantization_config": "x"},
         {"model.safetensors": EMPTY_SAFETENSORS},

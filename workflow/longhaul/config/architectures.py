@@ -185,6 +185,20 @@ FIXED_ROUTING = {
 }
 
 
+def check_attention(config: HuggingFaceConfig) -> None:
+    """Raise ValueError for keys of a Hugging Face config with which its attention or its norms cannot be computed."""
+    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
+    if not config["model_type"].startswith("deepseek"):
+        if heads % shared:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}")
+        if (width := config.get("head_dim") or config["hidden_size"] // heads) % 2:
+            raise ValueError(f"the head width is {width}; rotary embeddings need an even width")
+    for key, lowest, highest in (("attention_dropout", 0, 1), ("rms_norm_eps", 0, 1), ("initializer_range", 0, 10)):
+        value = config.get(key, lowest)
+        if type(value) not in (int, float) or not lowest <= value <= highest:
+            raise ValueError(f"{key} is {value!r}; it must be a number from {lowest} to {highest}")
+
+
 def check_routing(config: HuggingFaceConfig) -> None:
     """Raise ValueError for keys of a Hugging Face config that choose experts in a way that transformers does not compute."""
     architecture = config["model_type"]

@@ -68,14 +68,35 @@ def rope_parameters(config: HuggingFaceConfig) -> HuggingFaceConfig:
     for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{name} is {value!r}; it must hold keys and values")
-    rope = dict(scaling or parameters or {})
-    kind = rope.pop("type", None)
-    if kind is not None and rope.setdefault("rope_type", kind) != kind:
-        raise ValueError(f"rope_scaling has type {kind!r} and rope_type {rope['rope_type']!r}; keep one of them")
+    rope = _one_type(scaling or parameters or {})
+    if scaling and parameters:
+        _check_agreement(rope, _one_type(parameters))
     theta = rope.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
-    if scaling and config.get("rope_theta") not in (None, theta):
-        raise ValueError(f"rope_scaling.rope_theta {theta!r} differs from rope_theta {config['rope_theta']!r}")
+    if config.get("rope_theta") not in (None, theta):
+        name = "rope_scaling" if scaling else "rope_parameters"
+        raise ValueError(f"{name}.rope_theta {theta!r} differs from rope_theta {config['rope_theta']!r}")
     return rope
+
+
+def _one_type(rope: HuggingFaceConfig) -> HuggingFaceConfig:
+    """Return the keys with rope_type in place of the older word `type`."""
+    found = dict(rope)
+    kind = found.pop("type", None)
+    if kind is not None and found.setdefault("rope_type", kind) != kind:
+        raise ValueError(f"rope_scaling has type {kind!r} and rope_type {found['rope_type']!r}; keep one of them")
+    return found
+
+
+def _check_agreement(scaling: HuggingFaceConfig, parameters: HuggingFaceConfig) -> None:
+    """Raise ValueError if rope_scaling and rope_parameters, which transformers 5 writes, say different things."""
+    defaults = {"rope_type": "default"}
+    shared = {"rope_type"} | (scaling.keys() & parameters.keys())
+    for key in sorted(shared):
+        one, other = ({**defaults, **keys}[key] for keys in (scaling, parameters))
+        if one != other:
+            raise ValueError(
+                f"rope_scaling.{key} {one!r} differs from rope_parameters.{key} {other!r}; keep one of them"
+            )
 
 
 def check_rope(config: HuggingFaceConfig) -> None:

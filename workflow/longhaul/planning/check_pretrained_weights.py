@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.hub_tensors import WRONG_WEIGHTS_HINT, check_names, check_shape, hub_tensors
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.pretrained_format import mtp_prefixes
@@ -26,12 +25,12 @@ def check_pretrained_folder(loaded: LoadedConfig) -> None:
         check_pretrained_weights(folder, read_model_folder(folder, "model.pretrained.path"))
 
 
-def check_pretrained_weights(folder: Path, config: Mapping[str, Any]) -> None:
+def check_pretrained_weights(folder: Path, config: HuggingFaceConfig) -> None:
     """Raise UserError unless the folder holds the tensors of its config.json, and no others.
 
     config: the folder's config.json, whose sizes and format have been checked. Factors of FP8 matrices are not compared.
     """
-    stored = _stored_shapes(folder, mtp_prefixes(dict(config)))
+    stored = _stored_shapes(folder, mtp_prefixes(config))
     if config.get("quantization_config"):
         stored = {name: shape for name, shape in stored.items() if not name.endswith(_FP8_SCALE)}
     # Not all of them where a config.json claims far more than there are: it may claim billions.
@@ -55,7 +54,7 @@ def _stored_shapes(folder: Path, left_out: tuple[str, ...]) -> dict[str, tuple[i
     return stored
 
 
-def _shape(path: Path, name: str, entry: Any) -> tuple[int, ...]:
+def _shape(path: Path, name: str, entry: object) -> tuple[int, ...]:
     shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
         raise UserError(f"{path} has no valid safetensors header: {name} has no shape", WRONG_WEIGHTS_HINT)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Lock
-from longhaul.config.architectures import check_latent_heads, check_routing
+from longhaul.config.architectures import check_attention, check_latent_heads, check_routing
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.model_size import model_size
@@ -43,6 +43,7 @@ def _check_effective_keys(config: HuggingFaceConfig) -> None:
     """Raise UserError for keys of a pretrained config.json that the network would not follow."""
     model_size(config)  # refuses missing and wrong sizes, which the next checks read
     try:
+        check_attention(config)
         check_rope(config)
         check_routing(config)
         check_latent_heads(config)
