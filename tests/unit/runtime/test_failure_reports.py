@@ -30,6 +30,8 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.EMFILE, "Too many open files"), ENVIRONMENT, "Too many open files"),
         (MemoryError(), ENVIRONMENT, "out of memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ENVIRONMENT, "out of memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), ENVIRONMENT, "out of memory"),
+        (RuntimeError("can't start new thread"), ENVIRONMENT, "can't start new thread"),
         (OutOfMemoryError("CUDA out of memory"), PERMANENT, "out of memory"),
         (RuntimeError("connection reset by peer"), TRANSIENT, "connection reset"),
     ],

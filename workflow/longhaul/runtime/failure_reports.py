@@ -16,7 +16,13 @@ from longhaul.runtime.process_rank import Rank
 
 _AGAIN = "then run the same command again"
 _LESS_MEMORY = "lower micro_batch_size, raise zero.stage, set activation_checkpointing to full, or offload"
-_OUT_OF_HOST_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+_OUT_OF_HOST_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "failed to map segment from shared",
+)
+_OUT_OF_THREADS = "can't start new thread"
 _REPAIRS = {
     errno.EACCES: "let this user read and write there",
     errno.EPERM: "let this user read and write there",
@@ -60,6 +66,9 @@ def classify_error(error: BaseException, rank: Rank) -> Failure:
     elif _is_out_of_host_memory(error):
         limit = f"raise the limit on memory (ulimit -v, node.memory_mb), or {_LESS_MEMORY}"
         found = ENVIRONMENT, "out of memory", f"{limit}; {_AGAIN}"
+    elif _OUT_OF_THREADS in str(error):
+        limits = "raise the limits on processes and on memory (ulimit -u, ulimit -v)"
+        found = ENVIRONMENT, f"{type(error).__name__}: {first_line(error)}", f"{limits}; {_AGAIN}"
     elif isinstance(error, OSError) and error.errno in _REPAIRS:
         found = ENVIRONMENT, f"{type(error).__name__}: {first_line(error)}", f"{_REPAIRS[error.errno]}; {_AGAIN}"
     else:
