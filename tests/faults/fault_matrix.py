@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tests.faults.faulted_run import EXPORT, TOKENIZE, TRAIN, FaultedRun
+from tests.faults import broken_environments as environment
+from tests.faults import damaged_files as damage
+from tests.faults.broken_environments import EXPORTS, SMALL
+from tests.faults.faulted_run import ENVIRONMENT, EXPORT, TOKENIZE, TRAIN, FaultedRun
 
+THE_START = "the start"
 _PHASES = {"tokenizing": TOKENIZE, "exporting": EXPORT}
 
 
@@ -18,13 +20,19 @@ _PHASES = {"tokenizing": TOKENIZE, "exporting": EXPORT}
 class FaultCase:
     """One fault. The run must finish afterwards; if the fault ends the command, the same command is given once more.
 
-    when:          queued | starting | training | saving | tokenizing | exporting
+    when:          queued | starting | training | saving | tokenizing | exporting | the start: `before_start` is the fault
     inject:        injects the fault when `when` holds
     ends_command:  the fault ends the main Snakemake process, or a user ends the job
-    fails_with:    cause of the failure, which a change of the environment repairs
+    fails_with:    cause of the failure of the first command, or of the second one if the fault ends the first; it needs a repair
+    failing_job:   the job that fails so; default: the one that makes the phase's results
     last_message:  part of what the first command, which does not retry, prints at its end
     before_start:  called before the first command
     before_second: called before the second command
+    remedy:        called before the command that must succeed, if `fails_with` is not repaired by `before_second`
+    mount:         folder of the run that is a small file system of its own
+    limits:        options of prlimit for the first command
+    checks:        keys of the config's `checks`; other values than before run the check again
+    makes:         phase whose results are compared, if `when` does not say it
     logs:          part of the logs
     min_attempts:  with fewer attempts the fault came too late to test anything
     cuts_off_node: a node stays unreachable; its processes must end when it is reachable again
@@ -33,12 +41,18 @@ class FaultCase:
 
     name: str
     when: str
-    inject: Callable[[FaultedRun], None]
+    inject: Callable[[FaultedRun], None] = lambda run: None
     ends_command: bool = False
     fails_with: str = ""
+    failing_job: str = ""
     last_message: str = ""
     before_start: Callable[[FaultedRun], None] = lambda run: None
     before_second: Callable[[FaultedRun], None] = lambda run: None
+    remedy: Callable[[FaultedRun], None] | None = None
+    mount: str = ""
+    limits: tuple[str, ...] = ()
+    checks: dict[str, float] = field(default_factory=dict)
+    makes: str = ""
     logs: str = ""
     min_attempts: int = 2
     cuts_off_node: bool = False
@@ -48,7 +62,7 @@ class FaultCase:
 
     @property
     def phase(self) -> str:
-        return _PHASES.get(self.when, TRAIN)
+        return self.makes or _PHASES.get(self.when, TRAIN)
 
 
 def kill_rank(index: int) -> Callable[[FaultedRun], None]:
@@ -150,29 +164,6 @@ def restart_slurmd(run: FaultedRun) -> None:
     run.cluster.restart_slurmd(run.state()["nodes"][1])
 
 
-def fill_disk(run: FaultedRun) -> None:
-    """Fill the small file system that holds the weights, apart from a few blocks."""
-    root = run.folder / "small"
-    free = shutil.disk_usage(root).free
-    with (root / "ballast").open("wb") as ballast:
-        os.posix_fallocate(ballast.fileno(), 0, free - 65536)
-
-
-def free_disk(run: FaultedRun) -> None:
-    (run.folder / "small" / "ballast").unlink()
-
-
-def damage_newest_checkpoint(run: FaultedRun) -> None:
-    """Change one byte in the largest file of the newest checkpoint."""
-    newest = max(run.in_weights("checkpoints/step-????????"))
-    largest = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
-    with largest.open("r+b") as stream:
-        stream.seek(largest.stat().st_size // 2)
-        byte = stream.read(1)
-        stream.seek(-1, os.SEEK_CUR)
-        stream.write(bytes([byte[0] ^ 1]))
-
-
 _ENDED = {"ends_command": True}
 _CANCELLED = {**_ENDED, "last_message": "cancelled by scancel"}
 
@@ -238,17 +229,97 @@ CASES = [
     FaultCase(
         "disk full",
         "training",
-        fill_disk,
+        environment.fill_disk(SMALL),
         fails_with="disk full",
         last_message="disk full",
-        before_second=free_disk,
+        before_second=environment.free_disk(SMALL),
+        mount=SMALL,
+    ),
+    FaultCase(
+        "disk of the exports full",
+        THE_START,
+        before_start=environment.fill_disk(EXPORTS, left_bytes=300_000),
+        fails_with="disk full: an export needs",
+        last_message=EXPORTS,
+        before_second=environment.free_disk(EXPORTS),
+        mount=EXPORTS,
+        makes=EXPORT,
+    ),
+    FaultCase(
+        "disk too small, then freed",
+        THE_START,
+        before_start=environment.fill_disk(SMALL),
+        fails_with="GB free, checks.min_disk_free_gb is 0.02",
+        failing_job=ENVIRONMENT,
+        before_second=environment.free_disk(SMALL),
+        mount=SMALL,
+        checks={"min_disk_free_gb": 0.02},
+        min_attempts=1,
+    ),
+    FaultCase(
+        "weights folder not writable, then writable",
+        THE_START,
+        before_start=environment.seal_disk,
+        fails_with="Read-only file system",
+        before_second=environment.unseal_disk,
+        mount=SMALL,
+    ),
+    FaultCase(
+        "limit on file size, then lifted",
+        THE_START,
+        fails_with="File too large",
+        limits=("--fsize=262144",),
+    ),
+    FaultCase(
+        "clock wrong, then right",
+        THE_START,
+        before_start=environment.set_clock_wrong,
+        fails_with="clock is +3600",
+        failing_job=ENVIRONMENT,
+        before_second=environment.set_clock_right,
+        checks={"nodes": 2, "min_disk_free_gb": 0.01},
+        min_attempts=1,
+    ),
+    FaultCase(
+        "host names not resolved",
+        THE_START,
+        before_start=environment.hide_host_names,
+        fails_with="cannot resolve n",
+        before_second=environment.use_addresses,
     ),
     FaultCase(
         "newest checkpoint damaged",
         "training",
         scancel,
         **_CANCELLED,
-        before_second=damage_newest_checkpoint,
+        before_second=damage.damage_newest_checkpoint,
         logs="it is not used",
     ),
+    FaultCase(
+        "payload in the newest checkpoint",
+        "training",
+        scancel,
+        **_CANCELLED,
+        before_second=damage.put_payload_in_newest_checkpoint,
+        fails_with="is not read, because it holds more than tensors",
+        remedy=damage.move_newest_checkpoint_away,
+    ),
+    FaultCase(
+        "token shard damaged",
+        "training",
+        scancel,
+        **_CANCELLED,
+        before_second=damage.damage_token_shard,
+        fails_with="does not have the SHA-256",
+        remedy=damage.run_remedy(TRAIN),
+    ),
+    FaultCase(
+        "tokenizer damaged",
+        THE_START,
+        before_start=damage.damage_tokenizer,
+        fails_with="does not have the SHA-256",
+        before_second=damage.run_remedy(EXPORT),
+        makes=EXPORT,
+    ),
+    FaultCase("records torn", "training", scancel, **_CANCELLED, before_second=damage.tear_records),
 ]

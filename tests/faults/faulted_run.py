@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from longhaul.artifacts.record_types import read_events
+from longhaul.artifacts.line_records import read_records
+from longhaul.artifacts.record_types import MetricsRow, read_events
 from longhaul.report.goodput import Goodput, read_goodput, start_up_times
 from tests.support.chain import REPOSITORY
 from tests.support.cluster_chain import SITE, ClusterChain
@@ -27,11 +28,13 @@ DOCUMENTS = 60_000
 NAN_BATCHES = (90, 91, 130)
 
 TRAIN, TOKENIZE, EXPORT = "stages/base", "jobs/tokenize-prose", "jobs/export-base"
+ENVIRONMENT = "jobs/environment"
 _TARGETS = {
     TRAIN: "results/tiny/stages/base/checkpoint.json",
     TOKENIZE: "results/tiny/data/prose.json",
     EXPORT: "results/tiny/export/base.json",
 }
+_JOBS = {TRAIN: "train-base", TOKENIZE: "tokenize-prose", EXPORT: "export-base"}
 # Results that a run of a phase does not start with, because the phase writes them.
 _NOT_COPIED = {
     TRAIN: ("stages", "export", "logs", "jobs"),
@@ -52,15 +55,15 @@ def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS,
     return config
 
 
-def faulted_site(partition: str = "main", poisoned: bool = False) -> dict[str, Any]:
-    """Return a site of three nodes. poisoned: trainers compute NaN in some batches, through tests/support/injected."""
+def faulted_site(partition: str = "main", **injected: str) -> dict[str, Any]:
+    """Return a site of three nodes. injected: variables for tests/support/injected/sitecustomize.py."""
     (given,) = SITE["partitions"]
     gpu = {**given, "name": partition, "max_nodes": 3}
     cpu = {**given, "jobs": ["cpu"], "name": "main", "max_nodes": 1}
     site: dict[str, Any] = {"deadline_poll_interval_s": 1.0, "partitions": [gpu, cpu]}
-    if poisoned:
+    if injected:
         site["srun_extra"] = [f"--task-prolog={REPOSITORY / 'tests/support/injected/task_prolog.sh'}"]
-        site["environment"] = {"NAN_BATCHES": ",".join(map(str, NAN_BATCHES))}
+        site["environment"] = injected
     return site
 
 
@@ -77,7 +80,8 @@ class FaultedRun(ClusterChain):
         site: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(folder, config, cluster, **(site or faulted_site()))
-        shutil.copytree(given, self.results, ignore=shutil.ignore_patterns(*_NOT_COPIED[phase]))
+        ignored = shutil.ignore_patterns(*_NOT_COPIED[phase])
+        shutil.copytree(given, self.results, ignore=ignored, dirs_exist_ok=True)
         for data in folder.glob("*.jsonl"):
             os.utime(data, (1e9, 1e9))  # older than the results made from them
         self.phase, self.target = phase, _TARGETS[phase]
@@ -87,11 +91,13 @@ class FaultedRun(ClusterChain):
 
     # Start and end
 
-    def start(self) -> None:
+    def start(self, *limits: str) -> None:
+        """Give the command. limits: options of prlimit for it; Slurm gives its jobs the same limits."""
+        limited = ["prlimit", *limits] if limits else []
         log = (self.folder / "main.log").open("a")
         self.main = subprocess.Popen(
             # a shell that runs the tests in the background ignores SIGINT
-            ["env", "--default-signal=INT", *self.command(self.target)],
+            ["env", "--default-signal=INT", *limited, *self.command(self.target)],
             cwd=self.folder,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -131,8 +137,12 @@ class FaultedRun(ClusterChain):
         return "is tried again" in (self.folder / "main.log").read_text()
 
     def failure_message(self) -> str:
-        """Return what the main Snakemake process printed about the stage's failure at its end."""
-        return (self.folder / "main.log").read_text().partition("train-base failed (")[2]
+        """Return what the main Snakemake process printed at its end about the failure of the phase's job."""
+        return (self.folder / "main.log").read_text().partition(f"\n{_JOBS[self.phase]} failed (")[2]
+
+    def failure(self, job: str) -> dict[str, Any]:
+        """Return how a job, jobs/environment for example, failed."""
+        return self.read(f"{job}/failure.json")
 
     # Progress
 
@@ -209,8 +219,10 @@ class FaultedRun(ClusterChain):
         return {name: entry["sha256_fp32"] for name, entry in tensors.items()}
 
     def trained_steps(self) -> list[int]:
-        rows = [json.loads(line) for line in (self.weights("base") / "metrics.jsonl").open()]
-        return [row["step"] for row in rows if "loss" in row]
+        """Return the steps of metrics.jsonl, without torn lines."""
+        return [
+            row["step"] for row in read_records(self.weights("base") / "metrics.jsonl", MetricsRow) if "loss" in row
+        ]
 
     def attempts(self) -> int:
         """Return how often the job's steps were started."""

@@ -11,12 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longhaul.artifacts.quarantine import add_to_quarantine
 from tests.faults import fault_table
-from tests.faults.fault_matrix import CASES, FaultCase, shorten_allocation, slow_rank
+from tests.faults.broken_environments import SMALL
+from tests.faults.fault_matrix import CASES, THE_START, FaultCase, shorten_allocation, slow_rank
 from tests.faults.faulted_run import (
     EXPORT,
     NAN_BATCHES,
@@ -41,13 +43,15 @@ POLICIES, CONTROLLER = ("skip", "roll_back"), "time limit of the controller job"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a small file system, which is mounted before the hosts start, so that all of them see it."""
+    """A folder with small file systems, which are mounted before the hosts start, so that all of them see them."""
     folder = tmp_path_factory.mktemp("faults")
-    small = folder / "disk-full-training" / "small"
-    small.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MB}m", "tmpfs", str(small)], check=True)
+    mounts = [folder / slug(case) / case.mount for case in CASES if case.mount]
+    for mount in mounts:
+        mount.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MB}m", "tmpfs", str(mount)], check=True)
     yield folder
-    subprocess.run(["umount", "--lazy", str(small)], check=True)
+    for mount in mounts:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +86,14 @@ def undisturbed(
     return run_of
 
 
-def prepare(run: FaultedRun) -> None:
-    """Write data that take some seconds to tokenize, if the fault comes while tokenizing."""
+def prepare(run: FaultedRun, case: FaultCase | None = None) -> None:
+    """Write data that take some seconds to tokenize, if the fault comes while tokenizing. Use the case's disk and checks."""
+    if case and case.mount == SMALL:
+        run.config["storage"] = {"weights": str(run.folder / SMALL)}
+        run.config["checks"]["min_disk_free_gb"] = 0.0
+    if case:
+        run.config["checks"] |= case.checks
+        run.save()
     if run.phase == TOKENIZE:
         run.config["datasets"]["prose"]["chunk_mb"] = 4
         run.save()
@@ -117,6 +127,7 @@ def repaired_cluster(three_nodes: VirtualCluster) -> Iterator[VirtualCluster]:
     yield three_nodes
     for job in three_nodes.run("squeue", "-h", "-o", "%i").split():
         three_nodes.run("scancel", job)
+    three_nodes.write_host_names()
     for node in three_nodes.node_names:
         if three_nodes.is_on(node):
             three_nodes.plug(node)
@@ -126,6 +137,8 @@ def repaired_cluster(three_nodes: VirtualCluster) -> Iterator[VirtualCluster]:
 
 
 def inject_at_the_right_time(run: FaultedRun, case: FaultCase) -> None:
+    if case.when == THE_START:
+        return
     if case.when == "queued":
         run.wait_until(lambda: bool(run.queued_jobs()))
     elif case.when == "starting":
@@ -154,24 +167,23 @@ def test_results_are_bit_identical_after_a_fault(
     given = undisturbed(TRAIN, case.nodes).results if case.phase == EXPORT else finished.results
     config, site = faulted_config(finished.config, case.nodes, steps), faulted_site(case.partition)
     run = FaultedRun(folder / slug(case), config, repaired_cluster, given, case.phase, site)
-    prepare(run)
-    if case.fails_with:
-        run.config["storage"] = {"weights": str(run.folder / "small")}
-        run.config["checks"]["min_disk_free_gb"] = 0.0
-        run.save()
+    prepare(run, case)
     case.before_start(run)
     started = time.monotonic()
-    run.start()
+    run.start(*case.limits)
     inject_at_the_right_time(run, case)
     code = run.finish()
-    if case.fails_with:
-        failure = run.read("stages/base/failure.json")
-        assert code != 0 and failure["failure_class"] == "environment", run.output()[-6000:]
-        assert case.fails_with in failure["cause"] and failure["remedy"]
+    if case.fails_with and not case.ends_command:
+        assert_waits_for_a_repair(run, case, code)
     if case.last_message:
         assert code == 1 and not run.was_retried() and case.last_message in run.failure_message(), run.output()[-6000:]
     if case.ends_command or case.fails_with:
         case.before_second(run)
+        run.start()
+        code = run.finish()
+    if case.remedy:
+        assert_waits_for_a_repair(run, case, code)
+        case.remedy(run)
         run.start()
         code = run.finish()
     assert code == 0, run.output()[-8000:]
@@ -187,6 +199,14 @@ def test_results_are_bit_identical_after_a_fault(
         )
     else:
         table.append(fault_table.passed_row(case.name, case.when, lost_s, run.attempts()))
+
+
+def assert_waits_for_a_repair(run: FaultedRun, case: FaultCase, code: int) -> None:
+    """Assert that the command failed once, with the expected cause and a remedy."""
+    assert code == 1 and not run.was_retried(), run.output()[-6000:]
+    failure = run.failure(case.failing_job or case.phase)
+    assert failure["failure_class"] == "environment" and failure["remedy"]
+    assert case.fails_with in failure["cause"] and failure["cause"] in run.output()
 
 
 def assert_nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
@@ -211,7 +231,7 @@ def test_nan_skips_only_the_listed_batches(
     window = {"window_batches": 2} if policy == "roll_back" else {}
     stage = {"bad_steps": {"policy": policy, "limit": 3, **window}}
     config = faulted_config(finished.config, **stage)
-    site = faulted_site(poisoned=True)
+    site = faulted_site(NAN_BATCHES=",".join(map(str, NAN_BATCHES)))
     with_nan = finish_timed(
         FaultedRun(folder / f"nan-{policy}", config, repaired_cluster, finished.results, TRAIN, site)
     )
@@ -255,6 +275,24 @@ def test_controller_job_continues_after_its_time_limit(
     lost_s = time.monotonic() - started - expected.seconds
     row = fault_table.passed_row(CONTROLLER, "training", lost_s, run.attempts(), run.last_start_up_s())
     table.append(row)
+
+
+@pytest.mark.all_faults
+def test_ranks_of_one_machine_do_not_need_its_name(finished: Chain, tmp_path: Path):
+    """torchrun gives the ranks the machine's own name as rank 0's address, unless it gets another one."""
+    chain = Chain(tmp_path / "nameless", finished.config)
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname nameless.invalid && exec "$@"', "sh"]
+    command = [*renamed, *chain.command("results/tiny/stages/base/checkpoint.json")]
+    done = subprocess.run(
+        command, cwd=chain.folder, env=chain.environment(), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + chain.logs()
+    assert reference_tensors(chain) == reference_tensors(finished)
+
+
+def reference_tensors(chain: Chain) -> Any:
+    (found,) = chain.weights("base").glob("checkpoints/step-00000040/reference/tensors.json")
+    return json.loads(found.read_text())
 
 
 def test_quarantine_that_leaves_too_few_nodes_is_refused(

@@ -126,6 +126,12 @@ class VirtualCluster(VirtualHosts):
             process.kill()
         psutil.wait_procs(daemons, timeout=5)
 
+    def write_host_names(self, known: bool = True) -> None:
+        """Write the /etc/hosts of all hosts; without the names of the nodes, for which Slurm has addresses, if not known."""
+        names = [CONTROLLER, *(self.node_names if known else ())]
+        hosts = ["127.0.0.1 localhost", *(f"{self.address(name)} {name}" for name in names)]
+        (self._etc / "hosts").write_text("\n".join(hosts) + "\n")
+
     # Daemons
 
     def _start_controller(self) -> None:
@@ -215,8 +221,7 @@ class VirtualCluster(VirtualHosts):
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         addresses = {name: self.address(name) for name in (CONTROLLER, *self.node_names)}
-        hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
-        (self._etc / "hosts").write_text("\n".join(hosts) + "\n")
+        self.write_host_names()
         (self._etc / "slurm.conf").write_text(slurm_conf(self.size, self.folder, addresses))
         nodes = ",".join(name for name in self.node_names if has_gpus(self.size, name))
         gpus = (f"NodeName={nodes} Name=gpu File={device}" for device in _FAKE_GPUS[: self.size.gpus])
