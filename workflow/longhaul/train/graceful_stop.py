@@ -10,8 +10,8 @@ from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
 from longhaul.artifacts.paths import JobFolder
 from longhaul.errors import AllocationTooShort
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.delayed_sum import DelayedSum
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.host_copy import HostCopy
 
 _WALLTIME, _PREEMPTED, _SIGNAL = 1, 2, 3
 _REASONS = {_WALLTIME: "the allocation ends", _PREEMPTED: "preempted", _SIGNAL: SIGNALLED}
@@ -26,7 +26,7 @@ class GracefulStop:
         self._got_sigterm, self._preempted = False, False
         self._end_s: float | None = None
         self._read_at = -_READ_EVERY_S
-        self._votes: HostCopy | None = None
+        self._votes = DelayedSum(context)
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def reason(self, needed_s: float) -> str:
@@ -37,16 +37,9 @@ class GracefulStop:
         own = _SIGNAL * self._got_sigterm
         if self._context.is_main:
             own = self._deadline_reason(needed_s) or own
-        if not self._sum_of_votes(own):
+        if not self._votes.next(own):
             return ""
         return self._context.broadcast(_REASONS.get(own, _REASONS[_SIGNAL]))
-
-    def _sum_of_votes(self, own: int) -> float:
-        """Return the sum over the ranks; on GPUs that of the previous call, so that the CPU does not wait for the step."""
-        votes: HostCopy | None = HostCopy({"sum": self._context.sums_on_device([own])})
-        if self._context.device.type == "cuda":
-            votes, self._votes = self._votes, votes
-        return votes.read()["sum"].item() if votes else 0.0
 
     def require_time_for(self, needed_s: float) -> None:
         """Raise AllocationTooShort on every rank if the rest of the allocation is too short for a step and a save.

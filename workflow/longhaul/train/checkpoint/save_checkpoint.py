@@ -30,6 +30,7 @@ from longhaul.train.checkpoint.rank_files import RankFiles
 from longhaul.train.checkpoint.retention import remove_old_checkpoints
 from longhaul.train.checkpoint.saved_layout import planned_layout
 from longhaul.train.checkpoint.training_state import TrainingState
+from longhaul.train.delayed_sum import DelayedSum
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.parallel.slice_index import has_tied_embeddings, write_slice_index
@@ -71,6 +72,7 @@ class CheckpointSave:
         self._manifest = manifest
         self._own_entries: Manifest = {}
         self._background: Future[None] = Future()
+        self._ranks_done = DelayedSum(context)
         self._is_publishing = False
         self._started, self._ended = time.perf_counter(), 0.0
 
@@ -103,6 +105,8 @@ class CheckpointSave:
     def advance(self) -> bool:
         """Return True once the checkpoint has its name. Every rank calls this; it takes the steps that all ranks must agree on.
 
+        On GPUs the ranks' threads count as done one call later, so that no CPU waits for the step that runs.
+
         Raises:
             DiskFull: the disk is full or a quota is exhausted. The unfinished save is removed; earlier checkpoints stay.
             UserError: another error of the file system.
@@ -110,8 +114,9 @@ class CheckpointSave:
         is_done = self._background.done()
         if is_done:
             self._background.result()
-        if self._context.sum(is_done) < self._context.rank.world_size:
+        if self._ranks_done.next(is_done) < self._context.rank.world_size:
             return False
+        self._ranks_done = DelayedSum(self._context)  # what the ranks gave so far says nothing about the publishing
         if failures := [failure for failure in self._context.gather(self._files.failure()) if failure]:
             self._abandon(failures, sum(self._context.gather(self._files.bytes)))
         if self._is_publishing:
