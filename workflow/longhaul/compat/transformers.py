@@ -49,6 +49,21 @@ def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..
     model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
 
+def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return the product of each group of rows with the transposed matrix of its group, with one kernel where torch has one.
+
+    Written for transformers 5.23. torch's grouped_mm does not accept every precision and card. This function of
+    transformers.integrations.moe, which is not documented, knows which, and falls back to a loop that torch.compile can capture.
+
+    rows:    [S, input], sorted by group
+    weights: [E, output, input]
+    ends:    [E] in int32, the row behind the last one of each group
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    return _grouped_linear(rows, weights, ends)
+
+
 def repeat_shared_heads_in_fp32() -> None:
     """Make transformers repeat shared key and value heads on GPUs in fp32, as it does wherever there is a mask.
 
