@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import mixed_precision_linkage, tensor_fragment
 
 from longhaul.compat import deepspeed as compat
+from longhaul.compat.deepspeed_update import update_in_one_pass
 
 
 def source_of(*functions: Any) -> str:
@@ -165,3 +166,39 @@ def test_swapped_states_are_tensors_with_a_file_each(tmp_path: Path):
 
 def test_the_swapper_forgets_moments_in_one_call():
     assert "swap_info.tensors = [swap_info.tensors[0]]" in inspect.getsource(OptimizerSwapper.purge_state)
+
+
+def test_the_step_of_zero_1_and_2_converts_gradients_and_weights_in_passes_of_their_own():
+    step = inspect.getsource(DeepSpeedZeroOptimizer.step)
+    assert "flat_grad_partition.to(self.single_partition_of_fp32_groups[i].dtype)" in step
+    assert "bit16_partitions[partition_id].data.copy_(fp32_partition.data)" in step
+
+
+def test_an_update_in_one_pass_gets_flat_partitions_and_frees_gradients():
+    master, weights = torch.ones(4), torch.zeros(4)
+    freed: list[Any] = []
+    optimizer: Any = SimpleNamespace(
+        bit16_groups=[None], bit16_groups_flat=[weights], parallel_partitioned_bit16_groups=[[weights]],
+        single_partition_of_fp32_groups=[master], real_dp_process_group=[None], partition_size=[4],
+        params_not_in_partition=[["other"]], params_in_partition=[["own"]],
+        averaged_gradients={0: [torch.full((3,), 2.0)]}, all_grad_tensors={0: "kept"},
+        nccl_start_alignment_factor=2, allgather_bucket_size=8, micro_step_id=3,
+        scaled_global_norm=lambda: torch.tensor(5.0), free_grad_in_param_list=freed.extend,
+        _get_preflattened_grad_partition=lambda group: None, _release_preflattened_grad_buffers=lambda group: None,
+        flatten_dense_tensors_aligned=lambda tensors, size: torch.nn.functional.pad(tensors[0], (0, size - 3)),
+        _update_model_bit16_weights=freed.append,
+    )  # fmt: skip
+
+    def update(group: int, own: torch.Tensor, gradient: torch.Tensor, lower: torch.Tensor) -> None:
+        assert own is master and optimizer._global_grad_norm == 5.0
+        lower.copy_(own - gradient)
+
+    with (
+        mock.patch("torch.distributed.get_rank", return_value=0),
+        mock.patch("torch.distributed.get_world_size", return_value=1),
+        mock.patch("deepspeed.runtime.utils.all_gather_dp_groups"),
+    ):
+        update_in_one_pass(SimpleNamespace(optimizer=optimizer), update)
+        optimizer.step()
+    assert weights.tolist() == [-1, -1, -1, 1] and freed == ["other", "own", 0]
+    assert optimizer.averaged_gradients == {0: None} and optimizer.all_grad_tensors == {0: None}

@@ -20,7 +20,9 @@ from longhaul.compat.deepspeed import (
     take_over_clipping,
     wrap_optimizer_step,
 )
+from longhaul.compat.deepspeed_update import can_update_in_one_pass, update_in_one_pass
 from longhaul.compat.torch import can_skip_update_on_device, set_update_scale
+from longhaul.train.adamw_in_one_pass import adamw_in_one_pass, is_compiled
 
 _MIN_RECENT_LOSSES = 8
 """Fewer recent losses than this give no reliable median; the first steps of a stage have no spikes."""
@@ -156,6 +158,8 @@ class DeviceBadStepFilter(BadStepFilter):
         self._largest_norm = take_over_clipping(engine)
         measure_norm_in_fp32(engine)
         self._unnoticed: torch.Tensor | None = None
+        if can_update_in_one_pass(engine) and is_compiled(inner_optimizer(engine)):
+            update_in_one_pass(engine, self._update)
 
     def finish(self) -> Examined:
         examined = super().finish()
@@ -177,10 +181,23 @@ class DeviceBadStepFilter(BadStepFilter):
         return Examined(loss, norm, is_bad)
 
     def _apply(self, step: Step, arguments: tuple[object, ...], options: dict[str, object]) -> object:
+        divisor, is_bad = self._decision()
+        set_update_scale(inner_optimizer(self._engine), divisor, is_bad)
+        return step(*arguments, **options)
+
+    def _update(self, group: int, master: torch.Tensor, gradient: torch.Tensor, weights: torch.Tensor) -> None:
+        """Update a partition of ZeRO 1 or 2, in the place of the inner optimizer's `step`."""
+        if self._examined is None:
+            self._examined = self._examine(self._norm_before_update())
+        optimizer = inner_optimizer(self._engine)
+        settings, state = optimizer.param_groups[group], optimizer.state[master]
+        adamw_in_one_pass(settings, state, master, gradient, weights, *self._decision())
+
+    def _decision(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return (the number by which clipping divides gradients, 1 if the step is bad else 0): scalars in fp32."""
         examined = self._examined
         assert examined is not None
-        divisor = (
-            ((examined.grad_norm + 1e-6) / self._largest_norm).clamp(min=1.0).float() if self._largest_norm else None
-        )
-        set_update_scale(inner_optimizer(self._engine), divisor, examined.is_bad.float())
-        return step(*arguments, **options)
+        is_bad = examined.is_bad.float()
+        if not self._largest_norm:
+            return None, is_bad
+        return ((examined.grad_norm + 1e-6) / self._largest_norm).clamp(min=1.0).float(), is_bad
