@@ -1,8 +1,9 @@
-"""Throughput of one GPU: longhaul's trainer beside what a user would pick instead, in one run, with equal weights and tokens.
+"""Throughput of GPUs: longhaul's trainer beside what a user would pick instead, in one run, with equal weights and tokens.
 
-    make bench-gpu                       every row, of a dense model of 1.2 B parameters and a mixture of experts of 1 B
+    make bench-gpu                       every row of one GPU: a dense model of 1.2 B parameters, a mixture of experts of 1 B
+    make bench-gpu-2                     every row of two GPUs
     make bench-gpu PYTHON=python3        with an installed torch, without a virtual environment
-    make bench-gpu ROWS="dense/ losses/" only the rows of these models; a row's whole name chooses it alone
+    make bench-gpu ROWS="dense/ losses/" only the rows of these groups; a row's whole name chooses it alone
 
 A row runs in a process of its own (bench/gpu_speed_worker.py). It prepares its model while the row before it is measured, and
 touches the GPU only after that. The rows `losses` train 200 steps on real text and are compared step by step.
@@ -24,6 +25,7 @@ import torch
 import yaml
 
 from bench.gpu_speed_rows import LOSS_STEPS, MODELS, ROWS, Row
+from bench.kernel_times import class_table, kernel_table
 from bench.machine import describe_machine, write_result
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Columns, PythonStdlib
@@ -43,7 +45,8 @@ ROW_TIMEOUT_S = 300
 
 def main() -> None:
     """Run the chosen rows and write the table."""
-    chosen = [row for row in ROWS if not sys.argv[1:] or {row.name, f"{row.model}/"} & set(sys.argv[1:])]
+    gpus, names = (2, sys.argv[2:]) if sys.argv[1:2] == ["--two"] else (1, sys.argv[1:])
+    chosen = [row for row in ROWS if row.gpus == gpus and (not names or {row.name, f"{row.group}/"} & set(names))]
     if not chosen:
         raise SystemExit("no such row; the names are\n" + "\n".join(row.name for row in ROWS))
     results: dict[str, dict[str, Any]] = {}
@@ -62,8 +65,25 @@ def main() -> None:
         text=True,
         check=False,
     )
-    lines = [*describe_machine(packages), f"card: {card}, driver {driver.stdout.strip()}, CUDA {torch.version.cuda}"]
-    write_result("gpu_speed", [*lines, *speed_table(results), *loss_table(results)])
+    lines = [
+        *describe_machine(packages),
+        f"card: {card}, driver {driver.stdout.split()[0] if driver.stdout else None}, CUDA {torch.version.cuda}",
+    ]
+    write_results(lines, results, "" if gpus == 1 else "_2")
+
+
+def write_results(lines: list[str], results: dict[str, dict[str, Any]], suffix: str) -> None:
+    """Write a record of the speeds and one of the losses, each where it was measured; a part of the rows erases no other."""
+    speeds = {name: found for name, found in results.items() if "losses" not in found}
+    classes, kernels = (
+        {name: found[key] for name, found in speeds.items() if found.get(key)} for key in ("classes", "kernels")
+    )
+    if kernels:
+        write_result("gpu_kernels" + suffix, [*lines, *kernel_table(kernels)])
+    if speeds:
+        write_result("gpu_speed" + suffix, [*lines, *speed_table(speeds), *class_table(classes)])
+    if table := loss_table(results):
+        write_result("gpu_losses" + suffix, [*lines, *table])
 
 
 def write_data(folder: Path) -> None:
@@ -74,9 +94,9 @@ def write_data(folder: Path) -> None:
     make_shards(folder / "corpus", folder, [corpus], dataset("text"), workers=min(8, os.cpu_count() or 1))
 
 
-def plan_rows(folder: Path, model: str, stages: list[dict[str, Any]]) -> Plan:
-    """Return a plan with these stages on this machine's first GPU."""
-    gpus = min(1, torch.cuda.device_count())
+def plan_stages(folder: Path, model: dict[str, Any], stages: list[dict[str, Any]], gpus: int = 1) -> Plan:
+    """Return a plan with these stages on this machine's first GPUs, over the data that `write_data` wrote to `folder`."""
+    gpus = min(gpus, torch.cuda.device_count())
     node = {"cpus": os.cpu_count(), "memory_mb": 100_000, "gpus": gpus, "gpu_peak_tflops": PEAK_TFLOPS}
     partition = {"jobs": ["gpu"], "max_nodes": 1, "node": node, "gpu_request": "none"}
     site: dict[str, Any] = {"name": "here", "scheduler": "local", "partitions": [partition]}
@@ -87,7 +107,7 @@ def plan_rows(folder: Path, model: str, stages: list[dict[str, Any]]) -> Plan:
         "site": "./site.yaml",
         "tokenizer": {"train": {"vocab_size": 16_000, "datasets": ["corpus"]}},
         "datasets": {"corpus": {"kind": "text", "files": ["corpus.jsonl"]}},
-        "model": MODELS[model],
+        "model": model,
         "trackers": {"tensorboard": False},
         "storage": {"scratch": str(folder)},
         "stages": stages,
@@ -99,7 +119,7 @@ def plan_rows(folder: Path, model: str, stages: list[dict[str, Any]]) -> Plan:
 
 def write_job(row: Row, folder: Path) -> Path:
     """Write the spec of the training job that a row runs, or from which a peer takes its model and its batches."""
-    planned = plan_rows(folder, row.model, [{**row.stage, "name": "row", "dataset": "corpus"}])
+    planned = plan_stages(folder, MODELS[row.model], [{**row.stage, "name": "row", "dataset": "corpus"}], row.gpus)
     own = folder / row.name.replace("/", "-").replace(" ", "-")
     job_id = JobId("train", ("row",))
     render_job(planned, job_id, own).write(own)
@@ -112,42 +132,56 @@ def write_job(row: Row, folder: Path) -> Path:
 
 
 def run_rows(rows: list[Row], folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Run the rows, and put what each row's process prints into `results`; {"error"} where it fails."""
-    following = start(rows[0], write_job(rows[0], folder)) if rows else None
+    """Run the rows, and put what each row's first process prints into `results`; {"error"} where it fails."""
+    following = start(rows[0], write_job(rows[0], folder)) if rows else []
     for index, row in enumerate(rows):
-        process, following = following, None
-        assert process is not None and process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+        ranks, following = following, []
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
         if index + 1 < len(rows):
             following = start(rows[index + 1], write_job(rows[index + 1], folder))
-        results[row.name] = finish(row, process)
-        print(row.name, json.dumps({k: v for k, v in results[row.name].items() if k != "losses"}), flush=True)
+        results[row.name] = finish(ranks)
+        hidden = ("losses", "classes", "kernels")
+        print(row.name, json.dumps({k: v for k, v in results[row.name].items() if k not in hidden}), flush=True)
 
 
-def start(row: Row, own: Path) -> subprocess.Popen[str]:
-    """Start the process of a row. It waits for a line before it touches the GPU."""
-    port = 21_000 + (os.getpid() * 31 + ROWS.index(row)) % 9_000
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
-    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": str(min(16, os.cpu_count() or 1))}
-    environment = {**os.environ, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
+def start(row: Row, own: Path) -> list[subprocess.Popen[str]]:
+    """Start a process for each GPU of a row. Each waits for a line before it touches its GPU."""
+    sizes = {"WORLD_SIZE": row.gpus, "LOCAL_WORLD_SIZE": row.gpus, "GROUP_WORLD_SIZE": 1}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 21_000 + (os.getpid() * 31 + ROWS.index(row)) % 9_000}
+    threads = min(16, (os.cpu_count() or 1) // row.gpus)
+    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": max(1, threads)}
     command = [sys.executable, str(Path(__file__).with_name("gpu_speed_worker.py")), str(own), row.name]
-    log = (own / "log.txt").open("w")
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    ranks = []
+    for rank in range(row.gpus):
+        own_variables = {**sizes, **address, **launch, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {**os.environ, **{name: str(value) for name, value in own_variables.items()}}
+        with log_of(own, rank).open("w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment
+                )
+            )
+    return ranks
 
 
-def finish(row: Row, process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Wait for a row and return its result."""
+def log_of(own: Path, rank: int) -> Path:
+    """Return the file of a rank's output."""
+    return own / f"log-{rank}.txt"
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
+    """Wait for the processes of a row and return its result. One that fails ends the others."""
     started = time.perf_counter()
-    own = Path(process.args[2])  # pyright: ignore
-    try:
-        process.wait(ROW_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    lines = (own / "log.txt").read_text(errors="replace").splitlines()
+    own = Path(ranks[0].args[2])  # pyright: ignore
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks) or time.perf_counter() - started > ROW_TIMEOUT_S:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.05)
+    lines = log_of(own, 0).read_text(errors="replace").splitlines()
     found = next((json.loads(line[7:]) for line in reversed(lines) if line.startswith("RESULT ")), None)
     if found is None:
         print("\n".join(lines[-25:]), flush=True)
@@ -163,15 +197,15 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
     for row in ROWS:
         found = results.get(row.name)
-        if not found or "losses" in found:
+        if not found:
             continue
         if "error" in found:
             lines.append(f"{row.name:58} {found['error']}")
             continue
         (architecture, keys), *_ = MODELS[row.model].items()
-        flops = model_size({"model_type": architecture, **keys}).flops_per_token(4096)
+        flops = model_size({"model_type": architecture, **keys}).flops_per_token(4096) / row.gpus
         speed = found["tokens_per_s"]
-        peer = results.get(f"{row.model}/FSDP2, compiled layers, chunked loss, micro batch 8", {}).get("tokens_per_s")
+        peer = results.get(f"{row.group}/FSDP2, compiled layers, chunked loss, micro batch 8", {}).get("tokens_per_s")
         ratio = f"{speed / peer:9.3f}" if peer else f"{'':9}"
         start_s = f"{found['first_step_s']:9.1f} s" if "first_step_s" in found else ""
         gib = f"{found['peak_gib']:6.1f}" if "peak_gib" in found else f"{'':6}"
@@ -182,9 +216,9 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
 def loss_table(results: dict[str, dict[str, Any]]) -> list[str]:
     """Return the differences of the losses from those of the plain row, step by step."""
     losses = {name: found["losses"] for name, found in results.items() if "losses" in found}
-    plain = next((values for name, values in losses.items() if name.endswith("plain")), None)
-    if plain is None:
+    if not losses:
         return []
+    plain = next(iter(losses.values()))
     lines = [
         f"losses of {LOSS_STEPS} steps on real text, a dense model of 0.3 B parameters; differences from the first row"
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOSS_STEPS = 200
+ON_TWO = " on 2 GPUs"
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
         "llama": {
@@ -64,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 class Row:
     """A row of the table.
 
-    name:  <model>/<what runs>
+    name:  <group>/<what runs>; a group is a model, with " on 2 GPUs" where that is so
     kind:  "longhaul", or a function of gpu_speed_peers.py
     stage: config of the stage, from which peers take their model and batches
     """
@@ -74,8 +75,16 @@ class Row:
     stage: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def model(self) -> str:
+    def group(self) -> str:
         return self.name.partition("/")[0]
+
+    @property
+    def model(self) -> str:
+        return self.group.removesuffix(ON_TWO)
+
+    @property
+    def gpus(self) -> int:
+        return 2 if self.group.endswith(ON_TWO) else 1
 
     @property
     def flash_only(self) -> bool:
@@ -97,6 +106,10 @@ def _stage(micro_batch: int, steps: int = 1_000, **keys: Any) -> dict[str, Any]:
         "checkpoints": {"every_steps": steps},
         **keys,
     }
+
+
+def _two(stage: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {**stage, "gpus_per_node": 2, "global_batch_size": 2 * stage["micro_batch_size"], **keys}
 
 
 def _losses(**keys: Any) -> dict[str, Any]:
@@ -124,4 +137,9 @@ ROWS = [
     Row("losses/longhaul, plain, other attention kernel", "longhaul", _losses(compile="off")),
     Row("losses/longhaul", "longhaul", _losses()),
     Row("losses/longhaul, ZeRO 3", "longhaul", _losses(zero={"stage": 3})),
+    Row("dense on 2 GPUs/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _two(_stage(8))),
+    Row("dense on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),
+    Row("dense on 2 GPUs/longhaul, ZeRO 3, micro batch 8", "longhaul", _two(_stage(8), zero={"stage": 3})),
+    Row("losses on 2 GPUs/longhaul, ZeRO 1", "longhaul", _two(_losses())),
+    Row("losses on 2 GPUs/longhaul, ZeRO 3", "longhaul", _two(_losses(), zero={"stage": 3})),
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from bench import gpu_speed_peers, stepping
+from bench import gpu_speed_peers, kernel_times, stepping
 from bench.gpu_speed_rows import ROWS, Row
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -59,8 +59,14 @@ def _measure(row: Row, job: TrainSpec, folder: Path) -> dict[str, Any]:
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
             return {"losses": [found["loss"] for found in rows], "first_step_s": first_step_s}
         seconds = _blocks(step, finish)
-    tokens = job.stage.global_batch_size * job.stage.sequence_length
+        tokens = job.stage.global_batch_size * job.stage.sequence_length
+        times = (
+            kernel_times.profile(step, finish, tokens // job.world_size)
+            if torch.cuda.is_available()
+            else {"classes": {}, "kernels": {}}
+        )
     return {
+        **times,
         "tokens_per_s": tokens / statistics.median(seconds),
         "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_speed import plan_rows, write_data
+from bench.gpu_speed import plan_stages, write_data
+from bench.gpu_speed_rows import MODELS
 from bench.machine import describe_machine, write_result
 from longhaul.artifacts.paths import JobId, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, read_events
@@ -65,7 +66,7 @@ def _write_job(folder: Path, on_gpu: bool) -> TrainSpec:
         "zero": {"stage": 1},
         "checkpoints": {"every_steps": 1_000},
     }
-    planned = plan_rows(folder, "dense" if on_gpu else "losses", [stage])
+    planned = plan_stages(folder, MODELS["dense" if on_gpu else "losses"], [stage])
     render_job(planned, JOB, folder / "job").write(folder / "job")
     job = job_spec(planned, JOB)
     assert isinstance(job, TrainSpec)

@@ -7,19 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu_speed import plan_rows
+from bench.gpu_speed import plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
+from bench.kernel_times import IDLE, times_by_class
+from longhaul.train.monitoring.kernel_classes import COPY, MATRIX
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_row_of_bench_gpu_can_be_planned(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+@pytest.mark.parametrize("group", sorted({row.group for row in ROWS}))
+def test_every_row_of_bench_gpu_can_be_planned(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n')
-    rows = [row for row in ROWS if row.model == model]
+    rows = [row for row in ROWS if row.group == group]
     stages = [{**row.stage, "name": f"row-{index}", "dataset": "corpus"} for index, row in enumerate(rows)]
-    plan = plan_rows(tmp_path, model, stages)
+    plan = plan_stages(tmp_path, MODELS[rows[0].model], stages, rows[0].gpus)
     assert [planned.stage.micro_batch_size for planned in plan.stages] == [
         row.stage["micro_batch_size"] for row in rows
     ]
-    assert plan.site.node.gpus == 1
+    assert {planned.world_size for planned in plan.stages} == {plan.site.node.gpus} == {rows[0].gpus}
+
+
+def test_time_without_a_kernel_is_idle():
+    spans = [("Memcpy DtoD", 10.0, 14.0), ("nvjet_a", 12.0, 20.0), ("nvjet_b", 25.0, 26.0), ("nvjet_a", 26.0, 27.0)]
+    classes, kernels = times_by_class(spans)
+    assert (classes[COPY], classes[MATRIX], classes[IDLE]) == (4.0, 10.0, 5.0)
+    assert kernels == {"Memcpy DtoD": 4.0, "nvjet_a": 9.0, "nvjet_b": 1.0}

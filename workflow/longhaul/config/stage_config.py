@@ -334,6 +334,11 @@ class Stage(FrozenModel):
         description="torch.compile of the decoder layers. auto: on GPUs, where the stage allows it. off: never. Compiled layers "
         "round differently; if this key changes, the stage is trained again in a new weights folder.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="On GPUs, use only kernels that give the same bits in every run: a killed training then ends with the bits "
+        "of an undisturbed one. Attention is slower. If this key changes, the stage is trained again in a new weights folder.",
+    )
     checkpoints: CheckpointSettings = Field(default=CheckpointSettings(), description="When to save, and what to keep.")
     validation: Validation = Field(default=Validation(), description="Validation during training.")
     profile_steps: tuple[PositiveStepCount, PositiveStepCount] | None = Field(

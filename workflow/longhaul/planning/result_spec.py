@@ -41,6 +41,7 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, obj
         "router_bias_update_rate": stage.router_bias_update_rate,
         "sequence_aux_loss_coef": stage.sequence_aux_loss_coef,
         "compile": stage.compile,
+        **({"deterministic": True} if stage.deterministic else {}),
         "communication": stage.communication.model_dump(mode="json"),
     }
 

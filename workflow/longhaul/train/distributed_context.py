@@ -102,6 +102,8 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
     if not on_gpu or job.stage.compile == "off":
         # DeepSpeed decorates its Muon optimizer with torch.compile, which imports the compiler: that costs every rank a second.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if on_gpu and job.stage.deterministic:
+        _use_deterministic_kernels()
     if job.bind_cores and on_gpu:
         cores = bind_to_gpu_cores(device.index, job.stage.gpus_per_node, rank.local_rank)
         print(f"rank {rank.rank}: bound to the cores {cores}", flush=True)
@@ -114,6 +116,19 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
         _initialize_deepspeed(on_gpu)
         dims = build_parallel_dims(job.stage.parallel, rank.rank, rank.world_size)
         yield DistributedContext(rank, device, threads, dims, swap)
+
+
+def _use_deterministic_kernels() -> None:
+    """Let torch choose only kernels that add in the same order in every run.
+
+    Attention's backward pass is the one that matters: cuDNN and flash attention add to the gradient of the queries from many
+    thread blocks, in the order in which these finish. It must be called before the first matrix product.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch demands it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a help for debugging, which costs a pass over new memory
+    )
 
 
 def _own_swap_folder(job: TrainSpec, rank: Rank) -> AbstractContextManager[Path | None]:
