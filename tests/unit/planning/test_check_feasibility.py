@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from longhaul.config.load_config import load_config
+from longhaul.config.model_size import model_size
 from longhaul.config.partition_config import NodeShape, Partition
 from longhaul.config.run_config import Config, Storage
 from longhaul.config.site_config import Site
@@ -33,7 +34,7 @@ from longhaul.planning.check_feasibility import (
 )
 from longhaul.planning.gpu_memory import MemoryEstimate
 from tests.support.small_configs import write_config
-from tests.support.tiny_sizes import tiny_size, tiny_stage
+from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 GIB = 2**30
 
@@ -403,13 +404,20 @@ def test_a_save_that_is_longer_than_the_margin_gives_a_warning():
 
 def test_layers_that_are_not_compiled_on_gpus_give_a_warning_with_the_reason():
     offloads = tiny_stage(activation_checkpointing="offload")
-    assert not_compiled_warning(offloads, site()) == (
+    assert not_compiled_warning(offloads, None, site()) == (
         "stages.base: its layers run without torch.compile: activation_checkpointing: offload moves the input of a layer to the "
         "CPU"
     )
-    assert not_compiled_warning(tiny_stage(), site()) is None
-    assert not_compiled_warning(offloads, site(with_node(gpus=0))) is None
-    assert not_compiled_warning(tiny_stage(activation_checkpointing="offload", compile="off"), site()) is None
+    assert not_compiled_warning(tiny_stage(), None, site()) is None
+    assert not_compiled_warning(offloads, None, site(with_node(gpus=0))) is None
+    assert not_compiled_warning(tiny_stage(activation_checkpointing="offload", compile="off"), None, site()) is None
+
+
+def test_zero_3_compiles_dense_models_alone():
+    stage = tiny_stage(zero={"stage": 3})
+    dense, mixture = tiny_size(), model_size(TINY_QWEN3_MOE)
+    assert not_compiled_warning(stage, dense, site()) is None
+    assert "only dense models" in (not_compiled_warning(stage, mixture, site()) or "")
 
 
 def test_a_sequence_may_be_as_long_as_the_models_positions():

@@ -18,7 +18,7 @@ from longhaul.train.compile_layers import compile_layers, compiles_layers
 from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.parity.parity_cases import MODELS
-from tests.support import compiled_layers_worker
+from tests.support import compiled_layers_worker, compiled_zero3_worker
 from tests.support.ranks import launch_worker
 from tests.support.tiny_sizes import tiny_stage
 
@@ -89,6 +89,14 @@ def test_every_sliced_layout_is_captured():
     assert "without torch.compile" not in done.stdout
 
 
+def test_zero_3_trains_captured_layers_to_the_same_bits():
+    worker = Path(compiled_zero3_worker.__file__)
+    done = launch_worker(worker, 2, environment={"TORCHDYNAMO_DISABLE": "0"}, timeout_s=240)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert re.search(r"EQUAL \[.*\] 1$", done.stdout, re.MULTILINE), done.stdout
+    assert "without torch.compile" not in done.stdout
+
+
 def test_a_layer_that_cannot_be_captured_is_named_and_runs(capsys: pytest.CaptureFixture[str]):
     plain, broken = build("llama"), build("llama")
     layer = broken.model.layers[1]
@@ -119,7 +127,11 @@ def test_a_compiler_that_fails_ends_the_training():
 
 
 def test_only_gpus_compile_and_only_where_the_stage_allows_it():
-    assert compiles_layers(tiny_stage(), GPU) and not compiles_layers(tiny_stage(), CPU)
-    assert not compiles_layers(tiny_stage(compile="off"), GPU)
-    assert not compiles_layers(tiny_stage(activation_checkpointing="offload"), GPU)
-    assert not compiles_layers(tiny_stage(zero={"stage": 3}), GPU)
+    dense, mixture = build("llama"), build("qwen3_moe")
+    assert compiles_layers(tiny_stage(), mixture, GPU) and not compiles_layers(tiny_stage(), mixture, CPU)
+    assert not compiles_layers(tiny_stage(compile="off"), dense, GPU)
+    assert not compiles_layers(tiny_stage(activation_checkpointing="offload"), dense, GPU)
+    assert compiles_layers(tiny_stage(zero={"stage": 3}), dense, GPU)
+    assert not compiles_layers(tiny_stage(zero={"stage": 3}), mixture, GPU)
+    for keys in ({"activation_checkpointing": "full"}, {"parallel": {"tensor": 2}, "gpus_per_node": 2}):
+        assert not compiles_layers(tiny_stage(zero={"stage": 3}, **keys), dense, GPU)

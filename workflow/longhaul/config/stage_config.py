@@ -369,14 +369,20 @@ class Stage(FrozenModel):
         "changes.",
     )
 
-    @property
-    def why_not_compiled(self) -> str | None:
-        """Return why the decoder layers of this stage cannot be compiled; None if they can."""
+    def why_not_compiled(self, has_experts: bool) -> str | None:
+        """Return why the decoder layers of this stage are not compiled; None if they can be.
+
+        has_experts: the model is a mixture of experts
+        """
         if self.activation_checkpointing == "offload":
             return "activation_checkpointing: offload moves the input of a layer to the CPU"
-        if self.zero.stage == 3:
-            # It ran on one GPU. Its losses on several ranks have not been compared with those of ZeRO 1 yet.
-            return "ZeRO stage 3 replaces the weights of a layer in each pass"
+        is_divided = self.parallel.tensor > 1 or self.parallel.sequence > 1 or self.zero.offload_param != "none"
+        if self.zero.stage == 3 and (has_experts or is_divided or self.activation_checkpointing != "none"):
+            # Losses on several GPUs were compared without these alone.
+            return (
+                "under ZeRO stage 3 only dense models are compiled, without tensor or sequence parallelism, activation "
+                "checkpointing and offload_param"
+            )
         return None
 
     @model_validator(mode="after")

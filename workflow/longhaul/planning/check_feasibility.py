@@ -227,11 +227,12 @@ def save_time_warning(stage: Stage, save_bytes: int, site: Site) -> str | None:
     )
 
 
-def not_compiled_warning(stage: Stage, site: Site) -> str | None:
+def not_compiled_warning(stage: Stage, sizes: ModelSize | None, site: Site) -> str | None:
     """Return a warning if the layers run without torch.compile on the GPUs of the site, although the config asks for it."""
-    if not site.node.gpus or stage.compile == "off" or stage.why_not_compiled is None:
+    reason = stage.why_not_compiled(has_experts=bool(sizes and sizes.routed_experts))
+    if not site.node.gpus or stage.compile == "off" or reason is None:
         return None
-    return f"stages.{stage.name}: its layers run without torch.compile: {stage.why_not_compiled}"
+    return f"stages.{stage.name}: its layers run without torch.compile: {reason}"
 
 
 def check_positions(stage: Stage, sizes: ModelSize) -> None:

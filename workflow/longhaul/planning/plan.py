@@ -257,7 +257,7 @@ def _plan_stage(
         synchronous_reason,
         pipeline_bubble_warning(stage, micro_batches),
         save_time_warning(stage, save_bytes or 0, loaded.site),
-        not_compiled_warning(stage, loaded.site),
+        not_compiled_warning(stage, sizes, loaded.site),
     )
     return StagePlan(
         stage=stage,

@@ -61,7 +61,7 @@ def build_model(
         use_experts_for_gpus(model)
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
         release_expert_weights(model)
-    if compiles_layers(job.stage, context.device):
+    if compiles_layers(job.stage, model, context.device):
         compile_layers(model)
     return model.train()
 

@@ -18,9 +18,10 @@ from longhaul.errors import UserError
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
-def compiles_layers(stage: Stage, device: torch.device) -> bool:
-    """Return whether the trainer compiles the decoder layers of a stage on this device."""
-    return stage.compile == "auto" and device.type == "cuda" and stage.why_not_compiled is None
+def compiles_layers(stage: Stage, model: Any, device: torch.device) -> bool:
+    """Return whether the trainer compiles the decoder layers of a stage's Hugging Face causal LM on this device."""
+    has_experts = any(hasattr(layer.mlp, "experts") for layer in decoder_layers(model))
+    return stage.compile == "auto" and device.type == "cuda" and stage.why_not_compiled(has_experts) is None
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:

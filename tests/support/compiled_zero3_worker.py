@@ -1,0 +1,64 @@
+"""Trains a small model under ZeRO 3 on two ranks, without and with captured layers; prints "EQUAL <losses> <graphs>"."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longhaul.compat.deepspeed import disable_shm_comm, gather_whole_layers
+from longhaul.runtime.process_rank import exit_without_cleanup
+from longhaul.train.batches import MicroBatch
+from longhaul.train.compile_layers import compile_layers
+from longhaul.train.loss import loss_sum
+from tests.parity.parity_cases import MODELS
+
+STEPS, LENGTH = 3, 32
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def losses(captures: bool) -> list[float]:
+    (kind, keys), *_ = MODELS["llama"].items()
+    config = AutoConfig.for_model(kind, **keys, use_cache=False)
+    torch.manual_seed(3)
+    with deepspeed.zero.Init(config_dict_or_path=CONFIG):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    if captures:
+        compile_layers(model, "aot_eager")
+    gather_whole_layers(model, [type(layer) for layer in model.model.layers])
+    engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+    ids = torch.arange(2, 2 + 2 * LENGTH).view(2, LENGTH) + 7 * dist.get_rank()
+    found = []
+    for _ in range(STEPS):
+        loss = loss_sum(engine, MicroBatch(ids, ids + 1, torch.arange(LENGTH).repeat(2, 1))) / ids.numel()
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    return found
+
+
+def main() -> None:
+    import torch._dynamo
+
+    disable_shm_comm()
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    plain, captured = losses(captures=False), losses(captures=True)
+    assert plain == captured and plain[-1] < plain[0], (plain, captured)
+    if dist.get_rank() == 0:
+        print("EQUAL", plain, torch._dynamo.utils.counters["stats"]["unique_graphs"], flush=True)
+    dist.barrier()
+    sys.stdout.flush()
+    exit_without_cleanup()
+
+
+if __name__ == "__main__":
+    main()
