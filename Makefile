@@ -8,7 +8,7 @@ CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-gpu bench-start bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-data bench-comm bench-read bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -116,6 +116,9 @@ bench-gpu: $(if $(findstring command,$(origin PYTHON)),,setup)  ## one GPU: long
 
 bench-start: $(if $(findstring command,$(origin PYTHON)),,setup)  ## time from a trainer's start to its first step, by phase, beside bare DeepSpeed; PYTHON=python3 as for bench-gpu
 	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.start
+
+bench-gpu-2: $(if $(findstring command,$(origin PYTHON)),,setup)  ## two GPUs: ZeRO 1 and ZeRO 3 beside FSDP2, with losses
+	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.gpu_speed --two $(ROWS)
 
 bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's CUDA build in .venv)
 	$(BIN)/python -m bench.gpu_memory

@@ -27,7 +27,7 @@ from longhaul.train.checkpoint.hashed_file import WriterThreads
 from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.rank_files import RankFiles
 
-ROUNDS, RAW_THREADS, PART_BYTES = 5, 8, 32 << 20
+RAW_THREADS, PART_BYTES = 8, 32 << 20
 Times = dict[str, float]
 
 
@@ -45,18 +45,22 @@ def main() -> None:
             "one thread": lambda: _one_thread(folder, files),
             "trainer": lambda: _trainer(folder, files, threads, memory),
         }
-        for _ in range(ROUNDS + 1):  # the first round reserves memory and does not count
+        folder.mkdir()
+        writers["trainer"]()  # the first save reserves memory and does not count
+        shutil.rmtree(folder)
+        for _ in range(arguments.rounds):
             for way, write in writers.items():
                 folder.mkdir()
                 found[way].append(write())
                 shutil.rmtree(folder)
     threads.stop()
-    _publish({way: times[1:] for way, times in found.items()}, arguments.parameters, device)
+    _publish(found, arguments, device)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", type=int, default=70_000_000, help="14 bytes each are saved")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     return parser.parse_args()
 
@@ -127,13 +131,14 @@ def _trainer(folder: Path, files: dict[str, Any], threads: WriterThreads, memory
     return {"stall": stall, "copied": copied, "durable": time.perf_counter() - started}
 
 
-def _publish(found: dict[str, list[Times]], parameters: int, device: torch.device) -> None:
+def _publish(found: dict[str, list[Times]], arguments: argparse.Namespace, device: torch.device) -> None:
+    parameters = arguments.parameters
     medians = {way: {key: statistics.median(t[key] for t in times) for key in times[0]} for way, times in found.items()}
     raw = medians["raw"]["durable"]
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     lines = [
         *describe_machine(("torch", "deepspeed")),
-        f"{title}, {14 * parameters / 1e9:.2f} GB, median of {ROUNDS} alternating rounds, seconds",
+        f"{title}, {14 * parameters / 1e9:.2f} GB, median of {arguments.rounds} alternating rounds, seconds",
         "",
         f"{'':12}{'stall':>8}{'copied':>8}{'durable':>9}{'GB/s':>7}{'durable / raw':>15}",
     ]
@@ -141,7 +146,7 @@ def _publish(found: dict[str, list[Times]], parameters: int, device: torch.devic
         parts = [f"{times[key]:.3f}" if key in times else "-" for key in ("stall", "copied")]
         rate, ratio = 14 * parameters / 1e9 / times["durable"], times["durable"] / raw
         lines.append(f"{way:12}{parts[0]:>8}{parts[1]:>8}{times['durable']:>9.3f}{rate:>7.2f}{ratio:>15.2f}")
-    write_result("save" if device.type == "cpu" else "save_gpu", lines)
+    write_result("save" if device.type == "cpu" else "gpu_save", lines)
 
 
 if __name__ == "__main__":
