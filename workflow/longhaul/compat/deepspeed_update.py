@@ -1,4 +1,4 @@
-"""The update of ZeRO 1 and 2 in one pass over memory, in the place of DeepSpeed's own. Written for DeepSpeed 0.19.8."""
+"""Patches the step of ZeRO 1 and 2: one call updates a partition, in one pass over memory. Written for DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW for ZeRO 1 and 2 on GPUs in one pass over memory: clipping, update, moments and the rounding to bf16 in one kernel.
+"""Applies AdamW on GPUs under ZeRO 1 and 2 in one kernel: clipping, update, moments and the rounding to bf16.
 
 It keeps the state of torch.optim.AdamW under the same names, so checkpoints do not depend on which of the two has run.
 """

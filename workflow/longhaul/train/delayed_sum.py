@@ -1,4 +1,4 @@
-"""Sums over all ranks in which no rank waits for a step: on GPUs each call returns the sum of the call before."""
+"""Sums a number over all ranks once a step; on GPUs each call returns the sum of the call before, so no rank waits."""
 
 from __future__ import annotations
 

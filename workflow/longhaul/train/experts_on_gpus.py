@@ -1,4 +1,4 @@
-"""The experts of a mixture on GPUs: tokens are sorted by expert and summed again without atomic additions.
+"""Computes the experts of a mixture on GPUs: sorts tokens by expert and sums their outputs without atomic additions.
 
 transformers' grouped experts compute the same. But autograd turns the reading of rows there into additions at indices, for which
 torch sorts the indices again. Here each row has one place, so the backward pass reads rows as well, and the compiler fuses the
