@@ -71,3 +71,10 @@ def test_shared_heads_stay_shared_in_fp32_on_a_gpu_without_the_patch() -> None:
     assert patched.__wrapped__(None, key, key) and not patched(None, key, key)
     key.dtype = torch.bfloat16
     assert patched(None, key, key)
+
+
+def test_the_parts_of_grouped_experts_have_no_public_names():
+    from transformers.integrations import moe
+
+    assert hasattr(moe, "_grouped_linear") and not hasattr(moe, "grouped_linear")
+    assert "experts_class._apply_gate = " in inspect.getsource(moe.use_experts_implementation)

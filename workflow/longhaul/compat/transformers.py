@@ -64,6 +64,11 @@ def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
     return _grouped_linear(rows, weights, ends)
 
 
+def apply_gate(experts: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+    """Return the gated activation of experts: [S, 2 · inner] -> [S, inner]. `grouped_linear` has no public form, nor has this."""
+    return experts._apply_gate(gate_and_up)
+
+
 def repeat_shared_heads_in_fp32() -> None:
     """Make transformers repeat shared key and value heads on GPUs in fp32, as it does wherever there is a mask.
 

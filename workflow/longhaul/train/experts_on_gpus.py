@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from longhaul.compat.transformers import grouped_linear
+from longhaul.compat.transformers import apply_gate, grouped_linear
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 _SUPPORTED = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
@@ -37,7 +37,7 @@ def _forward(
     order_S, place_NK = _sort_by_expert(top_k_index, experts.num_experts)
     ends_E = _rows_of_experts(top_k_index, experts.num_experts).cumsum(0, dtype=torch.int32)
     rows_SH: Any = _ReadTokens.apply(hidden_states, order_S, place_NK)
-    gated = experts._apply_gate(grouped_linear(rows_SH, experts.gate_up_proj, ends_E))
+    gated = apply_gate(experts, grouped_linear(rows_SH, experts.gate_up_proj, ends_E))
     outputs_SH = grouped_linear(gated, experts.down_proj, ends_E)
     summed_NH: Any = _SumOfExperts.apply(outputs_SH, top_k_weights, order_S, place_NK)
     return summed_NH.to(hidden_states.dtype)
