@@ -66,7 +66,7 @@ def _complete(
 def _sample(tokenizer: PreTrainedTokenizerBase, split: str, prompt: list[int], completion: list[int]) -> Sample:
     return {
         "split": split,
-        "prompt": tokenizer.decode(prompt),
-        "completion": tokenizer.decode(completion, skip_special_tokens=True),
+        "prompt": str(tokenizer.decode(prompt)),
+        "completion": str(tokenizer.decode(completion, skip_special_tokens=True)),
         "ended_with_eos": tokenizer.eos_token_id in completion,
     }
