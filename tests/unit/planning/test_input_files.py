@@ -12,7 +12,7 @@ from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.errors import UserError
 from longhaul.planning import dataset_files, evaluation_files, left_out_files, model_config
 from longhaul.planning.input_files import _check_file_name, changes_of_pretrained_weights, read_model_folder
-from tests.support.small_configs import DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, plan_of, write_weights
+from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, plan_of, write_weights
 
 
 def test_a_file_may_be_listed_only_once(tmp_path: Path):
@@ -267,6 +267,18 @@ def test_hub_model_has_the_sizes_that_fetch_recorded(tmp_path: Path):
     found = model_config(plan.loaded, Lock(model=CONFIG_JSON))
     assert found and {key: found[key] for key in LLAMA} == LLAMA
     assert changes_of_pretrained_weights(plan.loaded, None) == ()
+
+
+def test_a_missing_number_of_key_heads_is_the_default_of_transformers(tmp_path: Path):
+    """128 for DeepSeek-V3, num_attention_heads for DeepSeek-V2."""
+    plan = plan_of(tmp_path, {"model": {"pretrained": {"hub": {"id": "org/model"}}}})
+    keys = {key: value for key, value in DEEPSEEK.items() if key != "num_key_value_heads"}
+    v2 = {**keys, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}
+    assert model_config(plan.loaded, Lock(model=v2)) == v2
+    with pytest.raises(UserError, match=r"num_key_value_heads is 128; .* must be num_attention_heads, 4"):
+        model_config(plan.loaded, Lock(model={**keys, "model_type": "deepseek_v3"}))
+    v3 = {**keys, "model_type": "deepseek_v3", "num_attention_heads": 128}
+    assert model_config(plan.loaded, Lock(model=v3)) == v3
 
 
 def test_unreadable_format_of_a_hub_model_is_refused(tmp_path: Path):

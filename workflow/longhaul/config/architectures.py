@@ -143,7 +143,9 @@ class LatentAttention(Decoder):
 
 def check_latent_heads(config: HuggingFaceConfig) -> None:
     """Raise ValueError for a config of latent attention whose query heads share keys and values: it computes them for each."""
-    heads, found = config["num_attention_heads"], config.get("num_key_value_heads")
+    heads = config["num_attention_heads"]
+    # Without the key, transformers takes 128 for DeepSeek-V3, and num_attention_heads for DeepSeek-V2.
+    found = config.get("num_key_value_heads", 128 if config.get("model_type") == "deepseek_v3" else None)
     if "kv_lora_rank" in config and found not in (None, heads):
         raise ValueError(
             f"num_key_value_heads is {found}; with latent attention it must be num_attention_heads, {heads}"
@@ -187,8 +189,9 @@ FIXED_ROUTING = {
 
 def check_attention(config: HuggingFaceConfig) -> None:
     """Raise ValueError for keys of a Hugging Face config with which its attention or its norms cannot be computed."""
-    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
+    check_latent_heads(config)
     if not config["model_type"].startswith("deepseek"):
+        heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
         if heads % shared:
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}")
         if (width := config.get("head_dim") or config["hidden_size"] // heads) % 2:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Lock
-from longhaul.config.architectures import check_attention, check_latent_heads, check_routing
+from longhaul.config.architectures import check_attention, check_routing
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.model_size import model_size
@@ -46,7 +46,6 @@ def _check_effective_keys(config: HuggingFaceConfig) -> None:
         check_attention(config)
         check_rope(config)
         check_routing(config)
-        check_latent_heads(config)
     except ValueError as error:
         raise UserError(f"model.pretrained: config.json: {error}", "correct the config.json of the model") from None
 
