@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,15 @@ from typing import Any
 import pytest
 
 from longhaul.config.load_config import load_site
+from longhaul.config.partition_config import JobPlace
+from longhaul.config.site_config import Site
 from tests.support.chain import tiny_config
 from tests.support.cluster_chain import ClusterChain
+from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -105,6 +111,11 @@ def test_sbatch_accepts_the_rendered_header_of_every_job(chain: ClusterChain, ce
         centre.run("sbatch", "--test-only", str(script), cwd=Path("/"))
 
 
+def changed_site(number: int, **keys: Any) -> list[dict[str, Any]]:
+    """Return PARTITIONS with other keys in one of them."""
+    return [{**partition, **(keys if place == number else {})} for place, partition in enumerate(PARTITIONS)]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
@@ -114,35 +125,99 @@ def test_sbatch_accepts_the_rendered_header_of_every_job(chain: ClusterChain, ce
     ],
 )
 def test_a_wrong_option_of_one_partition_is_refused_by_slurm(chain: ClusterChain, key: str, value: str, reason: str):
-    wrong = [*PARTITIONS[:2], {**PARTITIONS[2], key: value}, PARTITIONS[3]]
-    other = ClusterChain(chain.folder / f"wrong-{key}", chain.config, chain.cluster, partitions=wrong)
-    done = other.snakemake("results/tiny/tokenizer.json", "--retries=0", timeout_s=120)
-    assert done.returncode == 1 and reason in done.stdout + done.stderr
+    """Despite ten retries, Slurm's reason is the last that is printed, within a minute."""
+    partitions = changed_site(2, **{key: value})
+    other = ClusterChain(chain.folder / f"wrong-{key}", chain.config, chain.cluster, partitions=partitions)
+    begun = time.monotonic()
+    done = other.snakemake("results/tiny/tokenizer.json", timeout_s=120)
+    assert done.returncode == 1 and time.monotonic() - begun < 60, done.stderr
+    cause, remedy = done.stderr.split("tokenizer failed (refused):")[1].strip().splitlines()
+    assert "Slurm refused the job" in cause and reason in cause and f"correct {key}" in remedy, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "keys", "target", "reason"),
+    [
+        # 400 minutes are within the site file's limit, and not within the partition's.
+        (2, {"max_minutes": 600}, "tokenizer.json", "PartitionTimeLimit"),
+        # 25 minutes are within the limit of the partition, and not within that of the QOS.
+        (1, {}, "environment.json", "QOSMaxWallDurationPerJobLimit"),
+    ],
+)
+def test_a_job_beyond_a_limit_is_named_with_slurms_reason(
+    chain: ClusterChain, number: int, keys: dict[str, Any], target: str, reason: str
+):
+    """Slurm accepts such a job, and lets it wait for ever."""
+    config = {**chain.config, "data_minutes": 400, "checks": {**chain.config["checks"], "minutes": 25}}
+    if number != 2:
+        config["data_minutes"] = 60
+    folder = chain.folder / f"limit-{number}"
+    other = ClusterChain(folder, config, chain.cluster, partitions=changed_site(number, **keys))
+    log = folder / "main.log"
+    with log.open("w") as stream:
+        command = other.command(f"results/tiny/{target}")
+        process = subprocess.Popen(command, cwd=folder, env=other.environment(), stdout=stream, stderr=stream)
+        try:
+            wait_for(lambda: f"will not start; Slurm's reason: {reason}" in log.read_text(), 60)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def longhaul(chain: ClusterChain, *words: str, path: str = "") -> tuple[int, str]:
+    """Return the exit code and the output of a verb on the login node. Cells of a table may have several lines."""
+    command = chain.cluster.command([sys.executable, "-m", "longhaul", *words], cwd=chain.folder)
+    environment = chain.environment()
+    environment["PATH"] = f"{path}{environment['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return done.returncode, " ".join((done.stdout + done.stderr).replace("│", " ").split())
 
 
 def test_site_check_shows_slurms_answer_to_each_request(chain: ClusterChain):
-    def check(folder: Path) -> tuple[int, str]:
-        words = chain.cluster.command([sys.executable, "-m", "longhaul", "site", "check", "run.yaml"], cwd=folder)
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=chain.environment())
-        return done.returncode, " ".join(
-            (done.stdout + done.stderr).replace("│", " ").split()
-        )  # cells have several lines
-
-    code, printed = check(chain.folder)
+    code, printed = longhaul(chain, "site", "check", "run.yaml")
     assert code == 0 and " NO " not in printed, printed
-    wrong = [{**PARTITIONS[0], "account": "nobody"}, *PARTITIONS[1:]]
-    other = ClusterChain(chain.folder / "checked", chain.config, chain.cluster, partitions=wrong)
-    code, printed = check(other.folder)
-    assert code == 1 and "Invalid account" in printed and "correct account" in printed, printed
+    partitions = changed_site(0, account="nobody")
+    other = ClusterChain(chain.folder / "checked", chain.config, chain.cluster, partitions=partitions)
+    for file in ("run.yaml", "site.yaml"):
+        code, printed = longhaul(other, "site", "check", file)
+        assert code == 1 and "Invalid account" in printed and "correct account" in printed, printed
 
 
-def test_site_detect_finds_the_partitions_of_this_cluster(chain: ClusterChain):
-    words = [sys.executable, "-m", "longhaul", "site", "detect", "--out", "found.yaml"]
-    command = chain.cluster.command(words, cwd=chain.folder)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=chain.environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = load_site("./found.yaml", chain.folder)
-    gpu, debug, cpu = (found.partition_for(place) for place in ("gpu", "debug", "cpu"))
-    assert (gpu.name, gpu.account, gpu.qos, gpu.node.gpus) == ("accelerated", "proj_gpu", "gpu_long", 2)
-    assert (debug.name, debug.qos, debug.max_minutes) == ("quick", "gpu_debug", 30)
-    assert (cpu.name, cpu.account, cpu.node.gpus) in [(name, "proj_cpu", 0) for name in ("cores", "shared")]
+@pytest.fixture(scope="module")
+def found(chain: ClusterChain) -> Site:
+    """The site file that `site detect --probe` writes. nvidia-smi is a stand-in that finds two H200 on n1."""
+    code, printed = longhaul(chain, "site", "detect", "--probe", "--out", "found.yaml", path=nvidia_smi_path(chain))
+    assert code == 0 and "submitted probe job" in printed, printed
+    return load_site("./found.yaml", chain.folder)
+
+
+def nvidia_smi_path(chain: ClusterChain) -> str:
+    return fake_nvidia_smi(chain.folder, host="n1").partition(":")[0] + ":"
+
+
+def test_site_detect_reproduces_the_clusters_own_site_file(found: Site, chain: ClusterChain):
+    own = load_site("./site.yaml", chain.folder)
+    places: tuple[JobPlace, ...] = ("gpu", "debug", "cpu", "login")
+    keys = ("name", "account", "max_minutes", "exclusive", "memory", "reservation")
+    for place in places:
+        ours, theirs = found.partition_for(place), own.partition_for(place)
+        assert [getattr(ours, key) for key in keys] == [getattr(theirs, key) for key in keys], place
+        assert ours.qos == (theirs.qos or "normal"), "Slurm's default QOS is written, too"
+        has_gpus = place in ("gpu", "debug")
+        shape = {"cpus": 8, "memory_mb": 8000, "gpus": 2 if has_gpus else 0}
+        rates = {"gpu_memory_gib": 140.4 if has_gpus else None, "gpu_peak_tflops": 989 if has_gpus else None}
+        assert ours.node.model_dump() == {**shape, **rates}, "the whole node; the own file uses a part of it"
+    text = (chain.folder / "found.yaml").read_text()
+    assert "# constraint: nodes have the features gpu, h100" in text
+    assert found.accelerator.build == "cuda 13.0"
+
+
+def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: Site, chain: ClusterChain):
+    path = nvidia_smi_path(chain)
+    code, printed = longhaul(chain, "site", "check", "found.yaml", "--probe", path=path)
+    assert code == 0 and " NO " not in printed, printed
+    assert "NVIDIA H200" in printed and printed.count("submitted probe job") == 3, printed
+    wrong = (chain.folder / "found.yaml").read_text().replace("gpu_memory_gib: 140.4", "gpu_memory_gib: 192")
+    (chain.folder / "wrong.yaml").write_text(wrong)
+    code, printed = longhaul(chain, "site", "check", "wrong.yaml", "--probe", path=path)
+    assert code == 1 and "set node.gpu_memory_gib to 140.4" in printed, printed

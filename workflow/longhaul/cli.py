@@ -17,11 +17,10 @@ import typer
 
 from longhaul import __version__
 from longhaul.errors import UserError
+from longhaul.scheduling import site_verbs
 
 if TYPE_CHECKING:
     from longhaul.planning import Plan
-
-DEMO = "demo"
 
 app = typer.Typer(
     name="longhaul",
@@ -32,6 +31,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look into token shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(site_verbs.app, name="site")
 
 RunArgument = Annotated[
     Path | None,
@@ -41,7 +41,7 @@ RunArgument = Annotated[
     ),
 ]
 ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help=f"The run's YAML file, or `{DEMO}` for the demo that longhaul ships.")
+    Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, or `demo` for the demo that longhaul ships.")
 ]
 
 
@@ -280,47 +280,6 @@ def init(
     print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
 
 
-site_app = typer.Typer(help="Describe a computing centre, and check the description.", no_args_is_help=True)
-app.add_typer(site_app, name="site")
-
-
-@site_app.command()
-def detect(
-    out: Annotated[Path, typer.Option(help="The site file to write; an existing file is refused.")] = Path(
-        "my-centre.yaml"
-    ),
-) -> None:
-    """Write a first site file from what Slurm shows on this login node. It says what Slurm does not know.
-
-    Example: `longhaul site detect --out my-centre.yaml`
-    """
-    from longhaul.artifacts.atomic_files import writable_file, write_text
-    from longhaul.config.load_config import load_site
-    from longhaul.scheduling.detect_site import detect_site
-
-    if out.exists():
-        raise UserError(f"{out} exists already", "name another file with --out, or move it away")
-    write_text(writable_file(out), detect_site(out.stem))
-    load_site(str(out.absolute()), Path())
-    print(f"wrote {out}. Next: compare it with your centre's guide, then longhaul site check CONFIG")
-
-
-@site_app.command()
-def check(config: ConfigArgument) -> None:
-    """Ask Slurm whether it accepts each kind of job of a run (`sbatch --test-only`). Nothing is submitted.
-
-    Exit code 1: a request is refused.
-
-    Example: `longhaul site check mine.yaml`
-    """
-    from longhaul.scheduling.check_site import check_site, print_answers
-
-    answers = check_site(_load_plan(config))
-    print_answers(answers)
-    if not all(answer.is_accepted for answer in answers):
-        raise SystemExit(1)
-
-
 job_app = typer.Typer(help="Verbs that launch scripts and rules call.", no_args_is_help=True)
 app.add_typer(job_app, name="job", hidden=True)
 
@@ -374,17 +333,12 @@ def run_job(
 
 
 def _load_plan(config: Path) -> Plan:
-    from longhaul.artifacts.artifact_schemas import Lock
-    from longhaul.artifacts.paths import RunPaths
-    from longhaul.config.load_config import load_config
-    from longhaul.planning import build_plan
+    from longhaul.planning.load_plan import load_plan
 
-    loaded = load_config(_config_path(config))
-    lock = RunPaths(loaded.config.run).lock
-    return build_plan(loaded, Lock.read(lock) if lock.exists() else None)
+    return load_plan(config)
 
 
 def _config_path(config: Path) -> Path:
-    from longhaul.config.shipped_files import data_root
+    from longhaul.planning.load_plan import config_path
 
-    return data_root() / "config" / "config.yaml" if str(config) == DEMO else config
+    return config_path(config)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.cli import main
+from longhaul.config.load_config import SITES, load_site
+from longhaul.config.start_files import names_in
 from longhaul.errors import UserError
-from longhaul.scheduling.check_site import check_site, print_answers
-from tests.support.small_configs import LOCAL, SITE, plan_of
+from longhaul.scheduling.check_site import check_run, check_site, example_plan, print_answers
+from tests.support.small_configs import LOCAL, SITE, plan_of, write_config
 from tests.support.supervised_job import fake_program
 
 CORES = {"jobs": ["cpu"], "name": "cores", "account": "poor", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
@@ -27,7 +30,7 @@ def test_every_different_request_is_tried_once(
     log = tmp_path / "log"
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=log)))
     gpu = {**SITE["partitions"][0], "jobs": ["gpu", "debug"]}
-    found = check_site(plan_of(tmp_path, None, {"partitions": [gpu, CORES]}))
+    found = check_run(plan_of(tmp_path, None, {"partitions": [gpu, CORES]}))
     calls = log.read_text().splitlines()
     assert len(calls) == len(found) and all(call.startswith("--test-only ") for call in calls)
     accepted = {answer.jobs: answer.is_accepted for answer in found}
@@ -44,6 +47,44 @@ def test_every_different_request_is_tried_once(
     assert "NO" in printed and "correct account of the partition" in printed
 
 
+def test_bare_site_file_is_asked_for_every_kind_of_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log = tmp_path / "log"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=log)))
+    gpu = {**SITE["partitions"][0], "jobs": ["gpu", "debug"]}
+    site = plan_of(tmp_path, None, {"partitions": [gpu, CORES]}).site
+    found = {answer.jobs: answer for answer in check_site(site)}
+    kinds = {name.partition("-")[0].strip() for jobs in found for name in jobs.split(",")}
+    assert kinds >= {"environment", "fabric", "tokenizer", "tokenize", "train", "export", "controller"}
+    assert {jobs for jobs, answer in found.items() if not answer.is_accepted} == {
+        "tokenizer, tokenize-docstrings, tokenize-stdlib, export-chat",
+        "controller",
+    }
+    train = found["train-pretrain, train-chat"].request
+    assert (train.nodes, train.gpus_per_node, train.minutes) == (2, 8, 30)
+    largest = found["train, with max_nodes and max_minutes"].request
+    assert (largest.nodes, largest.gpus_per_node, largest.minutes) == (16, 8, 1440)
+
+
+@pytest.mark.parametrize("name", names_in(SITES))
+def test_every_shipped_site_has_an_example_plan(name: str, tmp_path: Path):
+    plan = example_plan(load_site(name, tmp_path))
+    assert all(stage.stage.gpus_per_node in (2, plan.site.node.gpus) for stage in plan.stages)
+
+
 def test_site_without_slurm_is_refused(tmp_path: Path):
+    plan = plan_of(tmp_path, None, LOCAL)
     with pytest.raises(UserError, match="scheduler: local"):
-        check_site(plan_of(tmp_path, None, LOCAL))
+        check_run(plan)
+    with pytest.raises(UserError, match="scheduler: local"):
+        check_site(plan.site)
+
+
+def test_verb_takes_a_config_or_a_site_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log")))
+    config = write_config(tmp_path)
+    for file, job in ((config, "train-base"), (tmp_path / "site.yaml", "train-pretrain")):
+        with pytest.raises(SystemExit) as ended:
+            main(["site", "check", str(file)])
+        assert ended.value.code == 0 and job in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,16 @@ from longhaul.cli import main
 from longhaul.config.load_config import load_site
 from longhaul.errors import UserError
 from longhaul.scheduling import detect_site as detection
-from longhaul.scheduling.detect_site import detect_site, fast_interfaces, found_partitions, places, site_text
+from longhaul.scheduling.detect_site import (
+    FoundCluster,
+    detect_site,
+    fast_interfaces,
+    found_partitions,
+    places,
+    site_text,
+)
 from tests.support.bad_input import refused_message
+from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.supervised_job import fake_program
 
 PARTITIONS = """\
@@ -108,7 +117,7 @@ def test_cluster_without_accounting_and_gpus_gets_its_default_partition():
     ]
     fields = [dict(word.split("=", 1) for word in partitions)]
     nodes = [{"NodeName": "n1", "CPUTot": "8", "RealMemory": "8000", "Partitions": "main"}]
-    text = site_text("lab", found_partitions(fields, nodes), [], [])
+    text = site_text("lab", FoundCluster(found_partitions(fields, nodes)))
     assert yaml.safe_load(text)["accelerator"] == "cpu" and "# account: the partition accepts a, b" in text
     assert yaml.safe_load(text)["partitions"][0]["jobs"] == ["gpu"]
 
@@ -116,11 +125,69 @@ def test_cluster_without_accounting_and_gpus_gets_its_default_partition():
 def test_gpus_of_amd_need_a_rocm_build():
     fields = [{"PartitionName": "g", "State": "UP", "MaxTime": "1:00:00"}]
     nodes = [{"CPUTot": "64", "RealMemory": "1000", "Partitions": "g", "Gres": "gpu:mi250:8"}]
-    found = found_partitions(fields, nodes)
-    assert yaml.safe_load(site_text("a", found, [], ["hsn0", "hsn1"]))["accelerator"] == {"rocm": "6.4"}
-    assert (
-        yaml.safe_load(site_text("a", found, [], ["hsn0", "hsn1"]))["interconnect"]["socket_interface"] == "hsn0,hsn1"
-    )
+    cluster = FoundCluster(found_partitions(fields, nodes), interfaces=["hsn0", "hsn1"])
+    site = yaml.safe_load(site_text("a", cluster))
+    assert site["accelerator"] == {"rocm": "6.4"} and site["interconnect"]["socket_interface"] == "hsn0,hsn1"
+
+
+def test_controller_runs_where_jobs_run_longest_and_cpu_jobs_where_they_have_cores_of_their_own():
+    common = {"State": "UP", "MaxNodes": "UNLIMITED"}
+    fields = [
+        {**common, "PartitionName": "gpu", "MaxTime": "10:00:00"},
+        {**common, "PartitionName": "cores", "MaxTime": "05:00:00"},
+        {**common, "PartitionName": "shared", "MaxTime": "20:00:00", "OverSubscribe": "YES:4"},
+    ]
+    nodes = [
+        {"CPUTot": "8", "RealMemory": "800", "Partitions": "gpu", "Gres": "gpu:2"},
+        {"CPUTot": "8", "RealMemory": "800", "Partitions": "cores,shared"},
+    ]
+    found = {place: partition.name for place, partition in places(found_partitions(fields, nodes)).items()}
+    assert found == {"gpu": "gpu", "cpu": "cores", "login": "shared"}
+
+
+@pytest.fixture
+def probed(slurm: Path) -> Path:
+    """Fake sbatch that runs the probe script here, on a node with two H200; scontrol knows no job any more."""
+    script = f"""#!/bin/sh
+for word; do case "$word" in --output=*) out=${{word#--output=}};; esac; done
+echo "$*" >> "{slurm}/submitted"
+sh "$word" > "$out"
+echo "7;lab"
+"""
+    fake_program(slurm, "sbatch", script)
+    fake_nvidia_smi(slurm)
+    answers = f'#!/bin/sh\ncase "$*" in *job*) echo "Invalid job id specified" >&2; exit 1;; esac\ncat "{slurm}/$3"\n'
+    fake_program(slurm, "scontrol", answers)
+    return slurm
+
+
+def test_probe_adds_what_slurm_does_not_know(probed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(probed)
+    text = detect_site("centre", probe_minutes=1)
+    calls = (probed / "submitted").read_text().splitlines()
+    assert [re.findall(r"--(?:partition|time|gpus-per-node)=(\S+)", call) for call in calls] == [
+        ["a100:4", "1", "boost"],
+        ["a100:4", "1", "test"],
+        ["1", "cores"],
+    ]
+    found = yaml.safe_load(text)
+    assert found["partitions"][0]["node"] == {
+        "cpus": 32,
+        "memory_mb": 499_000,
+        "gpus": 4,
+        "gpu_memory_gib": 140.4,
+        "gpu_peak_tflops": 989,
+    }
+    assert found["accelerator"] == {"cuda": "13.0"} and "# NVIDIA H200" in text
+    assert "on a GPU node" in text and not list(probed.glob("longhaul-probe-*"))
+
+
+def test_refused_probe_leaves_what_slurm_knows(probed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(probed)
+    fake_program(probed, "sbatch", "#!/bin/sh\necho 'sbatch: error: Invalid account' >&2; exit 1\n")
+    text = detect_site("centre", probe_minutes=1)
+    assert "# the probe found nothing: refused: Invalid account" in text
+    assert yaml.safe_load(text)["partitions"][0]["node"] == {"cpus": 32, "memory_mb": 499_000, "gpus": 4}
 
 
 def test_interfaces_of_fast_networks_are_found():

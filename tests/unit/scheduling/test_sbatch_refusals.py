@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from longhaul.artifacts.job_state import REFUSED, read_failure
-from longhaul.scheduling.retry_policy import final_failure
+from longhaul.scheduling.retry_policy import allowed_restarts, final_failure
 from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal, warner_of_waiting_jobs
 from tests.support.supervised_job import fake_program, write_job
 
@@ -77,10 +77,18 @@ def test_permanent_refusal_ends_the_retries_of_this_main_process_only(tmp_path: 
     assert final_failure(folder) is None, "the user may have corrected the site file"
 
 
-def test_temporary_refusal_waits_longer_each_time_and_is_not_recorded(tmp_path: Path):
+def test_temporary_refusal_waits_longer_each_time_says_why_and_is_retried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = Path(write_job(tmp_path, "").folder)
-    waits = [record_refusal(job(folder, attempt), f"{FAILED}Socket timed out") for attempt in (1, 2, 3, 9)]
-    assert waits == [15, 30, 60, 600] and read_failure(folder) is None
+    (tmp_path / "results/small.lease.json").write_text("this main")
+    said = f"{FAILED}QOSMaxSubmitJobPerUserLimit"
+    assert [record_refusal(job(folder, attempt), said) for attempt in (1, 2, 3, 9)] == [15, 30, 60, 600]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "QOSMaxSubmitJobPerUserLimit; next try in 15 s" in lines[0]
+    assert final_failure(folder) is None and allowed_restarts(job(folder), 10) == 10
+    failure = read_failure(folder)
+    assert failure and "QOSMaxSubmitJobPerUserLimit" in failure.as_text()
 
 
 def test_waiting_job_that_cannot_start_is_named_once(

@@ -85,6 +85,16 @@ def load_site(written: str, folder: Path) -> Site:
     return read_model(SITES / f"{written}.yaml", Site)
 
 
+def is_site_file(path: Path) -> bool:
+    """Return whether a YAML file is a site file rather than a run config.
+
+    Raises:
+        UserError: the file is missing, or no YAML with keys and values.
+    """
+    keys = read_yaml(path).keys()
+    return "partitions" in keys and "stages" not in keys
+
+
 def read_model(path: Path, model: type[M]) -> M:
     """Return the YAML file `path` as an instance of `model`; raise UserError if it is invalid."""
     value = read_yaml(path)

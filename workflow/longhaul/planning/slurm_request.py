@@ -149,6 +149,10 @@ class SlurmRequest:
         }
         return {option: str(value) for option, value in options.items() if value is not None}
 
+    def options(self) -> list[str]:
+        """Return the words of an sbatch command line."""
+        return [f"{name}={value}" if value else name for name, value in self.as_sbatch().items()]
+
     def as_srun(self) -> list[str]:
         """Return the size of a step over the whole allocation; srun cannot read it from SLURM_*, which the plugin removes."""
         options = {**self._size(), "--gres": self._gpu_gres}

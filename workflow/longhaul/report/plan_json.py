@@ -15,6 +15,8 @@ from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.plan import ASSUMED_MFU
 
 Row = dict[str, Any]
+DATA_PARALLEL = "data parallel"
+"""Text for a layout in which no axis has several ranks."""
 
 
 class StageRow(TypedDict):
@@ -120,7 +122,7 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
 
 def layout_text(parallel: Parallel) -> str:
     """Return the parallel axes that have several ranks, such as `pipeline 2, tensor 4`."""
-    return ", ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if size > 1) or "data parallel"
+    return ", ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if size > 1) or DATA_PARALLEL
 
 
 def gpu_hours(flops: float | None, peak_tflops: float | None) -> float | None:

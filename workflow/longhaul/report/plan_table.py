@@ -13,6 +13,7 @@ from rich.text import Text
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import printable
 from longhaul.planning import Plan
+from longhaul.report.needed_nodes_table import stage_nodes_tables
 from longhaul.report.number_format import size
 from longhaul.report.plan_json import Row, plan_json
 
@@ -41,13 +42,15 @@ STAGE_KEYS = (
 
 
 def print_plan(plan: Plan) -> None:
-    """Print the stages, their memory, the Slurm requests and the notes of a plan."""
+    """Print the stages, their memory, the nodes they need, the Slurm requests and the notes of a plan."""
     content = plan_json(plan)
     console = Console()
     console.print(f"run [bold]{plan.run}[/] at site [bold]{plan.site.name}[/] ({plan.site.scheduler})")
     console.print(stage_table(content["stages"]))
     if all(row["memory_per_gpu_gib"] for row in content["stages"]):
         console.print(memory_table(content["stages"]))
+    for table in stage_nodes_tables(plan):
+        console.print(table)
     if content["datasets"]:
         console.print(files_table(content["datasets"]))
     if plan.site.scheduler == "slurm":

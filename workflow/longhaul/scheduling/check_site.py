@@ -1,19 +1,26 @@
-"""Verb `longhaul site check`: asks Slurm with `sbatch --test-only` whether it accepts each job of a run."""
+"""Verb `longhaul site check`: asks Slurm with `sbatch --test-only` about each job of a run, or of a site file alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from longhaul.config.load_config import LoadedConfig, load_config
+from longhaul.config.shipped_files import data_root
+from longhaul.config.site_config import Site
+from longhaul.config.stage_config import Parallel, Stage
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_request, jobs_of
-from longhaul.planning import Plan
+from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
 from longhaul.scheduling.sbatch_refusals import read_refusal
 from longhaul.scheduling.slurm_client import SlurmCommandError, try_submission
+
+_EXAMPLE_MINUTES = 30
 
 
 @dataclass(frozen=True)
@@ -30,38 +37,86 @@ class SlurmAnswer:
         return not self.remedy
 
 
-def check_site(plan: Plan) -> list[SlurmAnswer]:
+def check_run(plan: Plan) -> list[SlurmAnswer]:
     """Return Slurm's answer to every different request of a run, and to that of the controller.
 
     Raises:
         UserError: the site has no Slurm.
     """
-    if plan.site.scheduler != "slurm":
-        raise UserError(f"site {plan.site.name} has scheduler: local", "name a config whose site uses Slurm")
+    _require_slurm(plan.site)
+    return _ask_each(_requests(plan))
+
+
+def check_site(site: Site) -> list[SlurmAnswer]:
+    """Return Slurm's answer to every kind of job on two nodes, and to the largest training that the site file allows.
+
+    Raises:
+        UserError: the site has no Slurm.
+    """
+    _require_slurm(site)
+    plan = example_plan(site)
+    requests = _requests(plan)
+    partition = site.partition_for("gpu")
+    train = next(job_request(plan, job) for job in jobs_of(plan) if job.kind == "train")
+    largest = replace(train, nodes=partition.max_nodes, minutes=partition.max_minutes or train.minutes)
+    requests.setdefault(largest, []).append("train, with max_nodes and max_minutes")
+    return _ask_each(requests)
+
+
+def example_plan(site: Site) -> Plan:
+    """Return the plan of the demo at a site, over two nodes where it has them. It has every kind of job."""
+    partition = site.partition_for("gpu")
+    nodes, ranks = min(2, partition.max_nodes), site.node.gpus or min(2, site.node.cpus)
+    changes = {
+        "nodes": nodes,
+        "gpus_per_node": ranks,
+        "micro_batch_size": 1,
+        "global_batch_size": nodes * ranks,
+        "parallel": Parallel(),
+        "minutes": min(_EXAMPLE_MINUTES, partition.max_minutes or _EXAMPLE_MINUTES),
+    }
+    demo = load_config(data_root() / "config" / "config.yaml")
+    stages: tuple[Stage, ...] = tuple(stage.model_copy(update=changes) for stage in demo.config.stages)
+    checks = demo.config.checks.model_copy(update={"nodes": None})
+    return build_plan(
+        LoadedConfig(demo.config.model_copy(update={"stages": stages, "checks": checks}), site, demo.path)
+    )
+
+
+def _require_slurm(site: Site) -> None:
+    if site.scheduler != "slurm":
+        raise UserError(f"site {site.name} has scheduler: local", "name a config or a site file that uses Slurm")
+
+
+def _requests(plan: Plan) -> dict[SlurmRequest, list[str]]:
+    """Return the jobs of a run by their request, with the controller."""
     jobs: dict[SlurmRequest, list[str]] = {}
     for job in jobs_of(plan):
         jobs.setdefault(job_request(plan, job), []).append(str(job))
     jobs.setdefault(controller_request(plan.site), []).append("controller")
-    return [_ask(", ".join(names), request) for request, names in jobs.items()]
+    return jobs
+
+
+def _ask_each(requests: dict[SlurmRequest, list[str]]) -> list[SlurmAnswer]:
+    return [_ask(", ".join(names), request) for request, names in requests.items()]
 
 
 def _ask(jobs: str, request: SlurmRequest) -> SlurmAnswer:
-    options = [f"{name}={value}" if value else name for name, value in request.as_sbatch().items()]
     try:
-        return SlurmAnswer(jobs, request, try_submission(options))
+        return SlurmAnswer(jobs, request, try_submission(request.options()))
     except SlurmCommandError as error:
         refusal = read_refusal(str(error))
         return SlurmAnswer(jobs, request, refusal.reason, refusal.remedy)
 
 
-def print_answers(answers: list[SlurmAnswer]) -> None:
+def print_answers(answers: Sequence[SlurmAnswer]) -> None:
     """Print a table of the answers, and a remedy for each refusal."""
     table = Table(title="What Slurm says to each request", title_justify="left")
-    for column in ("jobs", "partition", "account", "nodes", "accepted", "Slurm's answer"):
+    for column in ("jobs", "partition", "account", "nodes", "minutes", "accepted", "Slurm's answer"):
         table.add_column(column, overflow="fold")
     for answer in answers:
         request = answer.request
-        asked = (request.partition or "-", request.account or "-", str(request.nodes))
+        asked = (request.partition or "-", request.account or "-", str(request.nodes), str(request.minutes))
         line = (answer.jobs, *asked, "yes" if answer.is_accepted else "NO", answer.text)
         table.add_row(*(Text(printable(cell)) for cell in line))
     console = Console(width=120)

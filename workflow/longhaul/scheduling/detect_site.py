@@ -1,18 +1,26 @@
-"""Verb `longhaul site detect`: writes a first site file from Slurm's partitions, node shapes, accounts and interfaces."""
+"""Verb `longhaul site detect`: writes a first site file from Slurm's partitions, node shapes, accounts and interfaces.
+
+With a probe, short jobs also read what Slurm does not know: the GPUs' memory, their driver, the networks of compute nodes.
+"""
 
 from __future__ import annotations
 
 import getpass
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import psutil
+import yaml
 
+from longhaul.config.gpu_datasheets import peak_tflops
 from longhaul.config.partition_config import JobPlace
+from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
+from longhaul.scheduling.compare_nodes import probe_requests
+from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer, probe_nodes
 
 _LONGEST_MINUTES = 7 * 24 * 60  # written for a partition without a limit
 _DEBUG_MINUTES = 120  # a GPU partition with a shorter limit is taken for tests
@@ -42,10 +50,32 @@ class FoundPartition:
     accounts: frozenset[str] | None
     qos: frozenset[str] | None
     is_exclusive: bool
+    shares_cores: bool
 
 
-def detect_site(name: str) -> str:
-    """Return the text of a site file for this cluster, with a comment for what Slurm does not show.
+@dataclass(frozen=True)
+class FoundCluster:
+    """What a site file is written from.
+
+    associations: the user's accounts with their QOS
+    interfaces:   fast network interfaces of this machine
+    probes:       what probe jobs found, by the first kind of job of their partition
+    """
+
+    partitions: Sequence[FoundPartition]
+    associations: Sequence[tuple[str, set[str]]] = ()
+    interfaces: Sequence[str] = ()
+    probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
+
+    def node(self, place: str) -> FoundNode | None:
+        """Return what the probe job of a partition found; None without a probe."""
+        return self.probes[place].node if place in self.probes else None
+
+
+def detect_site(name: str, probe_minutes: float | None = None) -> str:
+    """Return the text of a site file for this cluster, with a comment for what is not known.
+
+    probe_minutes: how long to wait for one-minute probe jobs; None submits none
 
     Raises:
         UserError: Slurm does not answer, or shows no partition that is up.
@@ -55,7 +85,11 @@ def detect_site(name: str) -> str:
     except slurm_client.SlurmCommandError as error:
         raise UserError(f"Slurm does not answer: {error}", "call this on a login node, and try again") from None
     associations = slurm_client.associations(getpass.getuser())
-    return site_text(name, partitions, associations, fast_interfaces(psutil.net_if_addrs()))
+    cluster = FoundCluster(partitions, associations, fast_interfaces(psutil.net_if_addrs()))
+    if probe_minutes is not None:
+        site = Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
+        cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
+    return site_text(name, cluster)
 
 
 def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]]) -> list[FoundPartition]:
@@ -87,6 +121,7 @@ def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPart
         accounts=_names(fields.get("AllowAccounts", "")),
         qos=_names(fields.get("AllowQos", "")),
         is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+        shares_cores=fields.get("OverSubscribe", "").startswith(("YES", "FORCE")),
     )
 
 
@@ -121,7 +156,8 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
 
     gpu:   the one with the most GPUs, not for tests, and not mixed if possible; without GPUs the default one
     debug: a short GPU partition
-    cpu:   the one with the most nodes without GPUs
+    cpu:   without GPUs, one whose jobs do not share cores if possible, with the most nodes
+    login: the one without GPUs whose jobs run longest
 
     Raises:
         UserError: there is no partition.
@@ -138,45 +174,54 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     if debug := [p for p in short if p is not gpu]:
         chosen["debug"] = max(debug, key=lambda p: p.nodes)
     if cores := [p for p in partitions if not p.gpus]:
-        chosen["cpu"] = max(cores, key=lambda p: (p.nodes, p.max_minutes or _LONGEST_MINUTES))
+        chosen["cpu"] = max(cores, key=lambda p: (not p.shares_cores, p.nodes, _longest(p)))
+        chosen["login"] = max(cores, key=lambda p: (_longest(p), p is chosen["cpu"]))
     return chosen
 
 
-def site_text(
-    name: str,
-    partitions: Sequence[FoundPartition],
-    associations: Sequence[tuple[str, set[str]]],
-    interfaces: Sequence[str],
-) -> str:
-    """Return the site file. associations: the user's accounts with their QOS"""
-    chosen = places(partitions)
+def _longest(partition: FoundPartition) -> int:
+    return partition.max_minutes or _LONGEST_MINUTES
+
+
+def site_text(name: str, cluster: FoundCluster) -> str:
+    """Return the site file."""
+    chosen = places(cluster.partitions)
     lines = [
         "# Written by `longhaul site detect`. Check each line that ends in a comment against your centre's guide.",
         f"name: {name}",
         "scheduler: slurm",
         "partitions:",
     ]
-    for place, partition in chosen.items():
-        jobs = [place, *(["login"] if place == "cpu" else [])]
-        lines += _partition_lines(jobs, partition, associations)
-    others = [p.name for p in partitions if p not in chosen.values()]
+    for partition in dict.fromkeys(chosen.values()):
+        jobs = [place for place, found in chosen.items() if found is partition]
+        lines += _partition_lines(jobs, partition, cluster)
+    others = [p.name for p in cluster.partitions if p not in chosen.values()]
     lines += [f"# Not used: {', '.join(others)}"] if others else []
-    lines += _network_lines(interfaces)
+    node = cluster.node("gpu")
+    lines += _network_lines(node, fast_interfaces(node.interfaces) if node else cluster.interfaces)
     lines += ["software: {kind: current}  # or venv, conda, container, srun, modules"]
-    gpus = chosen["gpu"].gpus
-    amd = (chosen["gpu"].gpu_type or "").lower().startswith(("mi", "amd"))
-    build = ('{rocm: "6.4"}' if amd else '{cuda: "13.0"}') if gpus else "cpu"
-    lines += [f"accelerator: {build}" + ("  # not known to Slurm: the version of your torch" if gpus else "")]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, _accelerator_line(chosen["gpu"], node)]) + "\n"
 
 
-def _partition_lines(
-    jobs: Sequence[str], partition: FoundPartition, associations: Sequence[tuple[str, set[str]]]
-) -> Iterator[str]:
+def _accelerator_line(partition: FoundPartition, node: FoundNode | None) -> str:
+    if not partition.gpus:
+        return "accelerator: cpu"
+    if node and node.toolkit:
+        newest = "the newest CUDA of the driver" if node.toolkit == "cuda" else "the ROCm of the node"
+        if node.version:
+            return f'accelerator: {{{node.toolkit}: "{node.version}"}}  # {newest}; write the version of your torch'
+    amd = (partition.gpu_type or "").lower().startswith(("mi", "amd"))
+    build = '{rocm: "6.4"}' if amd or (node and node.toolkit == "rocm") else '{cuda: "13.0"}'
+    return f"accelerator: {build}  # not known to Slurm: the version of your torch"
+
+
+def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
     yield f"  - jobs: [{', '.join(jobs)}]"
     yield f"    name: {json.dumps(partition.name)}"
     usable = [
-        (account, qos) for account, qos in associations if partition.accounts is None or account in partition.accounts
+        (account, qos)
+        for account, qos in cluster.associations
+        if partition.accounts is None or account in partition.accounts
     ]
     if usable:
         account, own_qos = usable[0]
@@ -193,16 +238,30 @@ def _partition_lines(
     yield f"    max_nodes: {partition.max_nodes}"
     if partition.is_exclusive:
         yield "    exclusive: true"
-    gpus = f", gpus: {partition.gpus}" if partition.gpus else ""
-    unknown = "  # gpu_memory_gib, gpu_peak_tflops: not known to Slurm" if partition.gpus else ""
-    yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{unknown}"
+    gpus, comment = _gpu_keys(partition, cluster.node(jobs[0]))
+    yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{comment}"
+    if jobs[0] in cluster.probes and (problem := cluster.probes[jobs[0]].problem):
+        yield f"    # the probe found nothing: {problem}"
     if partition.gpu_type:
         yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
 
 
-def _network_lines(interfaces: Sequence[str]) -> list[str]:
+def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, str]:
+    """Return the keys of `node` about GPUs, and a comment."""
+    if not partition.gpus:
+        return "", ""
+    keys = f", gpus: {partition.gpus}"
+    if node is None or not node.gpu_names:
+        return keys, "  # gpu_memory_gib, gpu_peak_tflops: not known to Slurm"
+    keys += f", gpu_memory_gib: {node.gpu_memory_gib:g}"
+    rate = peak_tflops(node.gpu_names[0])
+    return keys + (f", gpu_peak_tflops: {rate:g}" if rate else ""), f"  # {', '.join(dict.fromkeys(node.gpu_names))}"
+
+
+def _network_lines(node: FoundNode | None, interfaces: Sequence[str]) -> list[str]:
+    where = "on a GPU node" if node else "on this machine"
     if not interfaces:
-        return ["interconnect: {kind: ethernet}  # no ib or hsn interface on this machine; set socket_interface"]
+        return [f"interconnect: {{kind: ethernet}}  # no ib or hsn interface {where}; set socket_interface"]
     infiniband = [name for name in interfaces if name.startswith("ib")]
     kind, name = ("infiniband", infiniband[0]) if infiniband else ("ethernet", ",".join(interfaces))
-    return [f"interconnect: {{kind: {kind}, socket_interface: {json.dumps(name)}}}  # as on this machine"]
+    return [f"interconnect: {{kind: {kind}, socket_interface: {json.dumps(name)}}}  # as {where}"]

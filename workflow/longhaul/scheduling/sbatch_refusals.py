@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from longhaul.artifacts.job_state import REFUSED, Failure, current_invocation
-from longhaul.artifacts.paths import JobFolder, run_of
+from longhaul.artifacts.job_state import REFUSED, TRANSIENT, Failure, current_invocation
+from longhaul.artifacts.paths import JobFolder, job_of, run_of
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.retry_policy import job_folder_of
 
@@ -63,7 +63,12 @@ def read_refusal(text: str) -> Refusal:
                 return Refusal(
                     reason, True, f"correct {key} of the partition in the site file; {command} shows what is valid"
                 )
-    return Refusal(reason, False, "longhaul submits it again after a pause")
+    return Refusal(reason, False, "longhaul submits it again after a pause; the same command again does so later")
+
+
+def never_starts(reason: str) -> bool:
+    """Return whether a job that waits for this reason waits for ever."""
+    return _NEVER_STARTS.search(reason) is not None
 
 
 def warner_of_waiting_jobs() -> Callable[[str], None]:
@@ -75,7 +80,7 @@ def warner_of_waiting_jobs() -> Callable[[str], None]:
 
     def warn(run_id: str) -> None:
         for job_id, reason in slurm_client.pending_reasons(run_id).items():
-            if job_id not in warned and _NEVER_STARTS.search(reason):
+            if job_id not in warned and never_starts(reason):
                 warned.add(job_id)
                 text = f"job {job_id} waits and will not start; Slurm's reason: {reason}. {read_refusal(reason).remedy}"
                 print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -84,18 +89,22 @@ def warner_of_waiting_jobs() -> Callable[[str], None]:
 
 
 def record_refusal(job: Any, message: str) -> float:
-    """Record why a Snakemake job was refused. Return the seconds to wait before it may be submitted again.
+    """Record and print why a Snakemake job was refused. Return the seconds to wait before it may be submitted again.
 
-    A permanent refusal is written as failure.json, so that this main process does not retry the job. The next one does.
+    After a permanent refusal, this main process does not retry the job. The next one does. After a temporary one, the pauses
+    grow.
     """
     refusal, folder = read_refusal(message), job_folder_of(job)
+    pause_s = 0.0 if refusal.is_permanent else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (max(1, job.attempt) - 1))
+    if folder is None:
+        return pause_s
+    cause = f"Slurm refused the job: {refusal.reason}"
+    kind = REFUSED if refusal.is_permanent else TRANSIENT
+    failure = Failure(kind, cause, refusal.remedy, invocation=current_invocation(run_of(folder)))
+    failure.write(JobFolder(folder).failure)
     if not refusal.is_permanent:
-        return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (max(1, job.attempt) - 1))
-    if folder:
-        cause = f"Slurm refused the job: {refusal.reason}"
-        invocation = current_invocation(run_of(folder))
-        Failure(REFUSED, cause, refusal.remedy, invocation=invocation).write(JobFolder(folder).failure)
-    return 0.0
+        print(f"warning: {job_of(folder)}: {cause}; next try in {pause_s:.0f} s", file=sys.stderr, flush=True)
+    return pause_s
 
 
 def _reason(text: str) -> str:

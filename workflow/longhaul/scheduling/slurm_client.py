@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from longhaul.errors import UserError
 
@@ -199,6 +200,28 @@ def try_submission(options: Sequence[str]) -> str:
     """
     done = _completed("sbatch", "--test-only", *options, "--output=/dev/null", "--wrap=true")
     return done.stderr.strip().removeprefix("sbatch: ")
+
+
+def submit(options: Sequence[str], script: Path) -> str:
+    """Submit a job script with these options, and return the job's id.
+
+    Raises:
+        SlurmCommandError: sbatch refuses the job.
+    """
+    printed = _run("sbatch", "--parsable", *options, str(script)).strip()
+    job_id = printed.partition(";")[0]  # a cluster's name may follow
+    if not job_id.isdigit():
+        raise SlurmCommandError(f"sbatch printed {printed!r} instead of a job id")
+    return job_id
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs; print a warning if Slurm does not answer."""
+    try:
+        if job_ids:
+            _run("scancel", *job_ids)
+    except SlurmCommandError as error:
+        print(f"warning: jobs {', '.join(job_ids)} could not be cancelled: {error}", flush=True)
 
 
 def show_all(kind: str) -> list[dict[str, str]]:

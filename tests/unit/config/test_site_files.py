@@ -1,0 +1,89 @@
+"""Mistakes in site files: keys of the old form, options that longhaul sets itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longhaul.config.load_config import is_site_file, load_site
+from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, RESERVED_SRUN_OPTIONS
+from longhaul.errors import UserError
+from tests.support.small_configs import SITE, changed, write_config
+
+# The form of site files before partitions had options of their own.
+OLD_SITE = """\
+name: slurm-gres
+scheduler: slurm
+partitions:
+  gpu: {name: accelerated, max_minutes: 2880, max_nodes: 64}
+  cpu: {name: cpuonly, max_minutes: 4320}
+max_nodes: 64
+node: {cpus: 152, memory_mb: 501600, gpus: 4}
+account: my-project
+qos: normal
+constraint: a100
+reservation: course
+gpu_request: gres
+gpu_type: a100
+memory: all
+exclusive: true
+cuda_build: cu130
+"""
+MOVED = (
+    "max_nodes",
+    "node",
+    "account",
+    "qos",
+    "constraint",
+    "reservation",
+    "gpu_request",
+    "gpu_type",
+    "memory",
+    "exclusive",
+)
+
+
+def refusal(folder: Path, text: str) -> str:
+    (folder / "site.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_site("./site.yaml", folder)
+    return str(refused.value)
+
+
+def test_each_key_of_the_old_form_is_named_with_its_new_place(tmp_path: Path):
+    message = refusal(tmp_path, OLD_SITE)
+    assert all(f"{key} is not a known key; it is a key of partitions" in message for key in MOVED), message
+    assert 'cuda_build is not a known key; write accelerator: {cuda: "13.0"}' in message
+    assert "partitions is {" in message and "expected: a list, whose items begin with `- `" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "reserved"),
+    [
+        ("partitions.0.sbatch_extra", RESERVED_SBATCH_OPTIONS),
+        ("srun_extra", RESERVED_SRUN_OPTIONS),
+    ],
+)
+def test_each_option_that_longhaul_sets_is_refused(key: str, reserved: set[str], tmp_path: Path):
+    accepted = [
+        option
+        for option in sorted(reserved)
+        if f"contains {option}, which longhaul sets itself; remove it"
+        not in refusal(tmp_path, yaml.safe_dump(changed(SITE, {key: [f"{option}=1"]})))
+    ]
+    assert accepted == []
+
+
+def test_options_that_longhaul_does_not_set_are_accepted(tmp_path: Path):
+    options = ["--mail-type=END", "--licenses=scratch", "--network=single_node_vni", "--signal=USR1@60", "--switches=1"]
+    write_config(tmp_path, None, {"partitions.0.sbatch_extra": options})
+    assert load_site("./site.yaml", tmp_path).partitions[0].sbatch_extra == tuple(options)
+
+
+def test_site_files_and_configs_are_told_apart(tmp_path: Path):
+    config = write_config(tmp_path)
+    (tmp_path / "old.yaml").write_text(OLD_SITE)
+    assert [is_site_file(tmp_path / name) for name in ("site.yaml", "old.yaml")] == [True, True]
+    assert not is_site_file(config)

@@ -1,0 +1,98 @@
+"""The verbs of `longhaul site`: they describe a computing centre, and check the description."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longhaul.errors import UserError
+
+app = typer.Typer(help="Describe a computing centre, and check the description.", no_args_is_help=True)
+
+ProbeOption = Annotated[
+    bool, typer.Option("--probe", help="Submit a short job per partition, which reads what its nodes have.")
+]
+WaitOption = Annotated[
+    float, typer.Option(min=0.1, help="With --probe: cancel jobs that have not ended after so many minutes.")
+]
+
+
+@app.command()
+def detect(
+    out: Annotated[Path, typer.Option(help="The site file to write; an existing file is refused.")] = Path(
+        "my-centre.yaml"
+    ),
+    probe: ProbeOption = False,
+    wait_minutes: WaitOption = 30.0,
+) -> None:
+    """Write a first site file from what Slurm shows on this login node. It says what is not known.
+
+    With `--probe`, one-minute jobs read the memory of GPUs, their driver and the networks of compute nodes.
+
+    Example: `longhaul site detect --out my-centre.yaml`
+    """
+    from longhaul.artifacts.atomic_files import write_text
+    from longhaul.config.load_config import load_site
+    from longhaul.scheduling.detect_site import detect_site
+
+    if out.exists():
+        raise UserError(f"{out} exists already", "name another file with --out, or move it away")
+    write_text(out, detect_site(out.stem, wait_minutes if probe else None))
+    load_site(str(out.absolute()), Path())
+    print(f"wrote {out}. Next: compare it with your centre's guide, then longhaul site check {out}")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG|SITE", help="A run's YAML file, or a site file.")],
+    probe: ProbeOption = False,
+    wait_minutes: WaitOption = 30.0,
+) -> None:
+    """Ask Slurm whether it accepts each kind of job (`sbatch --test-only`), of a run or of a site file alone.
+
+    Nothing is submitted, except with `--probe`: a two-minute job per partition, whose findings are compared with the site
+    file.
+
+    Exit code 1: a request is refused, or a node differs from the site file.
+
+    Example: `longhaul site check my-centre.yaml --probe`
+    """
+    from longhaul.config.load_config import is_site_file, load_site
+    from longhaul.planning.load_plan import load_plan
+    from longhaul.scheduling.check_site import check_run, check_site, print_answers
+    from longhaul.scheduling.compare_nodes import compare_nodes, print_comparisons, probe_requests
+    from longhaul.scheduling.probe_nodes import probe_nodes
+
+    if is_site_file(file):
+        site = load_site(str(file.absolute()), Path())
+        answers = check_site(site)
+    else:
+        plan = load_plan(file)
+        site, answers = plan.site, check_run(plan)
+    print_answers(answers)
+    fits = all(answer.is_accepted for answer in answers)
+    if probe:
+        lines = compare_nodes(site, probe_nodes(probe_requests(site), wait_minutes))
+        print_comparisons(lines)
+        fits = fits and not any(line.problem for line in lines)
+    if not fits:
+        raise SystemExit(1)
+
+
+@app.command()
+def nodes(
+    site: Annotated[str, typer.Argument(help="A site in config/sites, or the path of a site file.")],
+    sequence_length: Annotated[int, typer.Option(min=8, max=10**8, help="Tokens per sample.")] = 4096,
+) -> None:
+    """Print how many nodes of a site well-known models need, from 1.5 to 671 billion parameters, by the memory plan.
+
+    `longhaul plan CONFIG` prints the same for the model of a run.
+
+    Example: `longhaul site nodes leonardo`
+    """
+    from longhaul.config.load_config import load_site
+    from longhaul.report.needed_nodes_table import reference_nodes_text
+
+    print(reference_nodes_text(load_site(site, Path()), sequence_length))
