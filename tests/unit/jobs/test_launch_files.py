@@ -15,6 +15,7 @@ import yaml
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
+from longhaul.config.load_config import load_site
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec
@@ -34,6 +35,9 @@ def test_rendered_files_equal_the_golden_files(case: str):
     assert texts == {name: (GOLDEN / case / name).read_text() for name in texts}
 
 
+CENTRES_PAGE = REPOSITORY / "docs" / "sites.md"
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_headers_at_every_shipped_site_equal_the_golden_file(site: str):
     assert rendered_headers(site) == (GOLDEN / "sites" / f"{site}.txt").read_text()
@@ -41,7 +45,7 @@ def test_headers_at_every_shipped_site_equal_the_golden_file(site: str):
 
 def test_the_page_of_centres_shows_rendered_options():
     """Column 2 of docs/sites.md is the training job's; options in column 3 belong to other jobs of the same site."""
-    sections = (REPOSITORY / "docs" / "sites.md").read_text().split("\n## ")[1:]
+    sections = CENTRES_PAGE.read_text().split("\n## Limits")[0].split("\n## ")[1:]
     centres = [name for name in SITES if not name.startswith("slurm-")]
     assert sorted(re.search(r"`([\w-]+)`", section)[1] for section in sections) == centres  # pyright: ignore[reportOptionalSubscript]
     for section in sections:
@@ -53,6 +57,16 @@ def test_the_page_of_centres_shows_rendered_options():
             missing = [option for option in re.findall(r"`(--[^`…]+)", ours) if option not in training]
             missing += [option for option in re.findall(r"`(--[^`…]+)", others) if option not in rendered_text]
             assert not missing, (site, missing)
+
+
+def test_the_page_of_centres_states_the_limits_of_the_site_files():
+    table = CENTRES_PAGE.read_text().split("\n## Limits")[1].split("\n## ")[0]
+    rows = [row.split("|")[1:3] for row in re.findall(r"^\| .*\d.* \|$", table, flags=re.MULTILINE)]
+    assert len(rows) == 5
+    for centre, limits in rows:
+        name = next(name for name in SITES if name.replace("-", "") == centre.lower().replace(" ", ""))
+        written = {partition.max_nodes for partition in load_site(name, REPOSITORY).partitions}
+        assert {int(number) for number in re.findall(r"(\d+) nodes", limits)} <= written, name
 
 
 def test_zero3_settings_of_a_common_guide_are_rendered_key_for_key():
