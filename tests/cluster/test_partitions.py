@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
-from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -148,20 +148,25 @@ def test_a_job_beyond_a_limit_is_named_with_slurms_reason(
     chain: ClusterChain, number: int, keys: dict[str, Any], target: str, reason: str
 ):
     """Slurm accepts such a job, and lets it wait for ever."""
-    config = {**chain.config, "data_minutes": 400, "checks": {**chain.config["checks"], "minutes": 25}}
-    if number != 2:
-        config["data_minutes"] = 60
+    data_minutes = 400 if number == 2 else 60
+    config = {**chain.config, "data_minutes": data_minutes, "checks": {**chain.config["checks"], "minutes": 25}}
     folder = chain.folder / f"limit-{number}"
     other = ClusterChain(folder, config, chain.cluster, partitions=changed_site(number, **keys))
     log = folder / "main.log"
     with log.open("w") as stream:
         command = other.command(f"results/tiny/{target}")
-        process = subprocess.Popen(command, cwd=folder, env=other.environment(), stdout=stream, stderr=stream)
-        try:
-            wait_for(lambda: f"will not start; Slurm's reason: {reason}" in log.read_text(), 60)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
+        process = subprocess.Popen(
+            command, cwd=folder, env=other.environment(), stdout=stream, stderr=stream, start_new_session=True
+        )
+    deadline = time.monotonic() + 60
+    expected = f"will not start; Slurm's reason: {reason}"
+    while expected not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)  # nsenter forwards no signal to its child
+    process.wait(10)
+    queue = chain.cluster.run("squeue", "--noheader", "--format=%i %P %q %l %r")
+    chain.cluster.run("scancel", "--user=root")
+    assert expected in log.read_text(), log.read_text() + queue
 
 
 def longhaul(chain: ClusterChain, *words: str, path: str = "") -> tuple[int, str]:

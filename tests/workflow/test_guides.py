@@ -1,19 +1,27 @@
-"""The guides for a first run: the commands that need neither Slurm, GPUs nor internet work, in the order of the page."""
+"""Guides: the commands that need neither Slurm, GPUs nor internet work, in the order of the page."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from longhaul.cli import main
 from tests.support.chain import REPOSITORY
+from tests.support.local_model import write_local_files
 
-GUIDES = ("docs/how-to/first-run-at-your-centre.md", "docs/zh/first-run.md")
-WITHOUT_CENTRE = ("longhaul init", "longhaul plan")
-"""The other commands ask Slurm or the hub."""
+FIRST_RUN = ("docs/how-to/first-run-at-your-centre.md", "docs/zh/first-run.md")
+LOCAL_FILES = "docs/how-to/use-local-data-and-a-local-model.md"
+# Page -> the verbs of its commands that need no centre, in order.
+GUIDES = {
+    **{page: ["init", "plan"] for page in FIRST_RUN},
+    "docs/zh/multi-node-guide.md": ["site nodes", "init", "plan", "run -n", "init", "plan"],
+    LOCAL_FILES: ["init", "plan", "run -n"],
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -21,16 +29,33 @@ def commands(page: Path) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
+def verb_without_centre(line: str) -> str | None:
+    """Return the verb of a command that needs neither Slurm, GPUs nor internet; None for the other commands.
+
+    The second `init` of a guide for a first run is for a site file that only Slurm can give.
+    """
+    if line.startswith(("longhaul init", "longhaul plan")) and "./my-centre.yaml" not in line:
+        return line.split()[1]
+    if line.startswith("longhaul site nodes"):
+        return "site nodes"
+    return "run -n" if line.startswith("longhaul run") and line.endswith(" -n") else None
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 def test_commands_work_in_an_empty_folder(
     guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
-    found = [line for line in commands(REPOSITORY / guide) if line.startswith(WITHOUT_CENTRE)]
-    # The page's second `init` is for a centre that is not in the list, with a file that only Slurm can give.
-    found = [line for line in found if "./my-centre.yaml" not in line]
-    assert [line.split()[1] for line in found] == ["init", "plan"]
+    if guide == LOCAL_FILES:
+        write_local_files(tmp_path)
+    found = [line for line in commands(REPOSITORY / guide) if verb_without_centre(line)]
+    assert [verb_without_centre(line) for line in found] == GUIDES[guide]
     for line in found:
+        if verb_without_centre(line) == "run -n":
+            words = [sys.executable, "-m", *shlex.split(line)]
+            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0 and "train" in done.stdout + done.stderr, done.stderr
+            continue
         with pytest.raises(SystemExit) as ended:
             main(shlex.split(line)[1:])
         assert ended.value.code == 0, capsys.readouterr().out
@@ -38,5 +63,5 @@ def test_commands_work_in_an_empty_folder(
 
 
 def test_both_guides_show_the_same_commands():
-    english, chinese = ({" ".join(line.split()[:3]) for line in commands(REPOSITORY / guide)} for guide in GUIDES)
+    english, chinese = ({" ".join(line.split()[:3]) for line in commands(REPOSITORY / guide)} for guide in FIRST_RUN)
     assert chinese <= english

@@ -11,10 +11,12 @@ from longhaul.config.start_files import EXAMPLES, copy_start_files, names_in
 from longhaul.errors import UserError
 from longhaul.planning import build_plan
 from tests.support.bad_input import refused_message
+from tests.support.local_model import write_local_files
 
 
 @pytest.mark.parametrize("example", names_in(EXAMPLES))
 def test_every_example_can_be_planned_as_a_copy(example: str, tmp_path: Path):
+    write_local_files(tmp_path)
     config, site = copy_start_files(example, "slurm-generic", "mine", tmp_path)
     loaded = load_config(config)
     assert (config.name, site.name, loaded.config.run, loaded.site.name) == (
