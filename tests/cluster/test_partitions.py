@@ -23,6 +23,7 @@ from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -167,6 +168,22 @@ def test_a_job_beyond_a_limit_is_named_with_slurms_reason(
     queue = chain.cluster.run("squeue", "--noheader", "--format=%i %P %q %l %r")
     chain.cluster.run("scancel", "--user=root")
     assert expected in log.read_text(), log.read_text() + queue
+
+
+def test_a_submit_limit_is_waited_for(chain: ClusterChain):
+    """Slurm's reason is printed at once, and the job is submitted again after a pause."""
+    other = ClusterChain(chain.folder / "submit-limit", chain.config, chain.cluster, partitions=PARTITIONS)
+    chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=0")
+    log = other.folder / "main.log"
+    try:
+        with log.open("w") as stream:
+            command = other.command("results/tiny/tokenizer.json")
+            process = subprocess.Popen(command, cwd=other.folder, env=other.environment(), stdout=stream, stderr=stream)
+        wait_for(lambda: "next try in 15 s" in log.read_text(), 60)
+    finally:
+        chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=-1")
+    assert process.wait(120) == 0, log.read_text()
+    assert "warning: tokenizer: Slurm refused the job: " in log.read_text() and "submit limit" in log.read_text()
 
 
 def longhaul(chain: ClusterChain, *words: str, path: str = "") -> tuple[int, str]:

@@ -36,17 +36,29 @@ NodeName=g1 CPUTot=32 RealMemory=500000 Gres=gpu:a100:4(S:0-1),nvme:1 AvailableF
 NodeName=g2 CPUTot=32 RealMemory=499000 Gres=gpu:a100:4(S:0-1) AvailableFeatures=gpu,a100 Partitions=boost,old
 NodeName=c1 CPUTot=128 RealMemory=250000 Gres=(null) AvailableFeatures=(null) Partitions=cores
 """
+CONFIG = """\
+Configuration data as of 2026-11-28T21:00:00
+JobRequeue              = 1
+SelectTypeParameters    = CR_CORE_MEMORY
+"""
+SCONTROL = """#!/bin/sh
+case "$*" in
+  "show config") cat "{folder}/config";;
+  *"show job"*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;
+  *) cat "{folder}/$3";;
+esac
+"""
 ASSOCIATIONS = "proj_gpu|long,other\nproj_cpu|normal\n"
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Fake scontrol and sacctmgr that answer with these texts."""
-    texts = {"partition": PARTITIONS, "node": NODES, "assoc": ASSOCIATIONS}
+    texts = {"partition": PARTITIONS, "node": NODES, "config": CONFIG, "assoc": ASSOCIATIONS}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     fake_program(tmp_path, "sacctmgr", f'#!/bin/sh\ncat "{tmp_path}/assoc"\n')
-    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", f'#!/bin/sh\ncat "{tmp_path}/$3"\n'))
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", SCONTROL.format(folder=tmp_path)))
     monkeypatch.setattr(detection.psutil, "net_if_addrs", lambda: ["lo", "eth0", "ib1", "ib0"])
     return tmp_path
 
@@ -156,8 +168,7 @@ echo "7;lab"
 """
     fake_program(slurm, "sbatch", script)
     fake_nvidia_smi(slurm)
-    answers = f'#!/bin/sh\ncase "$*" in *job*) echo "Invalid job id specified" >&2; exit 1;; esac\ncat "{slurm}/$3"\n'
-    fake_program(slurm, "scontrol", answers)
+    fake_program(slurm, "scontrol", SCONTROL.format(folder=slurm))
     return slurm
 
 
@@ -188,6 +199,15 @@ def test_refused_probe_leaves_what_slurm_knows(probed: Path, monkeypatch: pytest
     text = detect_site("centre", probe_minutes=1)
     assert "# the probe found nothing: refused: Invalid account" in text
     assert yaml.safe_load(text)["partitions"][0]["node"] == {"cpus": 32, "memory_mb": 499_000, "gpus": 4}
+
+
+def test_settings_of_the_cluster_are_written(slurm: Path):
+    (slurm / "config").write_text("JobRequeue = 0\nSelectTypeParameters = CR_CORE\n")
+    (slurm / "node").write_text(NODES.replace("CPUTot=128", "CPUTot=128 ThreadsPerCore=2"))
+    text = detect_site("centre")
+    site = yaml.safe_load(text)
+    assert site["requeue"] is False and {partition["memory"] for partition in site["partitions"]} == {"omit"}
+    assert text.count("# threads_per_core: cpus counts 2 hardware threads") == 1
 
 
 def test_interfaces_of_fast_networks_are_found():

@@ -32,6 +32,7 @@ class FoundPartition:
     """One partition as Slurm shows it.
 
     cpus, memory_mb: of its smallest node
+    threads_per_core: of its first node
     gpus:            of the node with the most
     is_mixed:        only some of its nodes have GPUs
     """
@@ -42,6 +43,7 @@ class FoundPartition:
     max_nodes: int
     nodes: int
     cpus: int
+    threads_per_core: int
     memory_mb: int
     gpus: int
     gpu_type: str | None
@@ -57,15 +59,27 @@ class FoundPartition:
 class FoundCluster:
     """What a site file is written from.
 
+    settings:     slurmctld's configuration, as `scontrol show config` prints it
     associations: the user's accounts with their QOS
     interfaces:   fast network interfaces of this machine
     probes:       what probe jobs found, by the first kind of job of their partition
     """
 
     partitions: Sequence[FoundPartition]
+    settings: Mapping[str, str] = field(default_factory=dict)
     associations: Sequence[tuple[str, set[str]]] = ()
     interfaces: Sequence[str] = ()
     probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
+
+    @property
+    def forbids_requeue(self) -> bool:
+        return self.settings.get("JobRequeue") == "0"
+
+    @property
+    def ignores_memory(self) -> bool:
+        """Return whether memory is no resource of this cluster, so that jobs need not ask for it."""
+        selection = self.settings.get("SelectTypeParameters", "")
+        return bool(selection) and "MEMORY" not in selection.upper()
 
     def node(self, place: str) -> FoundNode | None:
         """Return what the probe job of a partition found; None without a probe."""
@@ -85,7 +99,8 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     except slurm_client.SlurmCommandError as error:
         raise UserError(f"Slurm does not answer: {error}", "call this on a login node, and try again") from None
     associations = slurm_client.associations(getpass.getuser())
-    cluster = FoundCluster(partitions, associations, fast_interfaces(psutil.net_if_addrs()))
+    interfaces = fast_interfaces(psutil.net_if_addrs())
+    cluster = FoundCluster(partitions, slurm_client.settings(), associations, interfaces)
     if probe_minutes is not None:
         site = Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
         cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
@@ -113,6 +128,7 @@ def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPart
         max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
         nodes=len(nodes),
         cpus=min(int(node["CPUTot"]) for node in nodes),
+        threads_per_core=int(nodes[0].get("ThreadsPerCore", "1")),
         memory_mb=min(int(node["RealMemory"]) for node in nodes),
         gpus=gpus,
         gpu_type=gpu_type,
@@ -197,6 +213,7 @@ def site_text(name: str, cluster: FoundCluster) -> str:
         lines += _partition_lines(jobs, partition, cluster)
     others = [p.name for p in cluster.partitions if p not in chosen.values()]
     lines += [f"# Not used: {', '.join(others)}"] if others else []
+    lines += ["requeue: false  # JobRequeue is 0"] if cluster.forbids_requeue else []
     node = cluster.node("gpu")
     lines += _network_lines(node, fast_interfaces(node.interfaces) if node else cluster.interfaces)
     lines += ["software: {kind: current}  # or venv, conda, container, srun, modules"]
@@ -242,8 +259,13 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{comment}"
     if jobs[0] in cluster.probes and (problem := cluster.probes[jobs[0]].problem):
         yield f"    # the probe found nothing: {problem}"
+    if partition.threads_per_core > 1:
+        threads = partition.threads_per_core
+        yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
     if partition.gpu_type:
         yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
+    if cluster.ignores_memory:
+        yield "    memory: omit  # Slurm does not count memory here"
 
 
 def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, str]:

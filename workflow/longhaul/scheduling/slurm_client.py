@@ -230,6 +230,15 @@ def show_all(kind: str) -> list[dict[str, str]]:
     return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if "=" in line]
 
 
+def settings() -> dict[str, str]:
+    """Return slurmctld's configuration, as `scontrol show config` prints it; {} if Slurm does not answer."""
+    try:
+        lines = _scontrol("show", "config").splitlines()
+    except SlurmCommandError:
+        return {}
+    return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
+
+
 def associations(user: str) -> list[tuple[str, set[str]]]:
     """Return the accounts of a user with their QOS; [] where there is no accounting or users may not ask."""
     try:
