@@ -12,14 +12,9 @@ from longhaul.cli import main
 from longhaul.config.load_config import load_site
 from longhaul.errors import UserError
 from longhaul.scheduling import detect_site as detection
-from longhaul.scheduling.detect_site import (
-    FoundCluster,
-    detect_site,
-    fast_interfaces,
-    found_partitions,
-    places,
-    site_text,
-)
+from longhaul.scheduling.detect_site import detect_site
+from longhaul.scheduling.find_partitions import FoundCluster, fast_interfaces, found_partitions, places
+from longhaul.scheduling.site_file_text import site_text
 from tests.support.bad_input import refused_message
 from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.supervised_job import fake_program

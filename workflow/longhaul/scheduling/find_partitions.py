@@ -1,0 +1,166 @@
+"""Reads partitions and nodes from `scontrol show`, and chooses a partition for each kind of job of a site file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from longhaul.config.partition_config import JobPlace
+from longhaul.errors import UserError
+from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
+
+_DEBUG_MINUTES = 120  # a GPU partition with a shorter limit is taken for tests
+_FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
+
+
+@dataclass(frozen=True)
+class FoundPartition:
+    """One partition as Slurm shows it.
+
+    cpus, memory_mb: of its smallest node
+    threads_per_core: of its first node
+    gpus:            of the node with the most
+    is_mixed:        only some of its nodes have GPUs
+    """
+
+    name: str
+    is_default: bool
+    max_minutes: int | None
+    max_nodes: int
+    nodes: int
+    cpus: int
+    threads_per_core: int
+    memory_mb: int
+    gpus: int
+    gpu_type: str | None
+    is_mixed: bool
+    features: tuple[str, ...]
+    accounts: frozenset[str] | None
+    qos: frozenset[str] | None
+    is_exclusive: bool
+    shares_cores: bool
+
+    @property
+    def longest_minutes(self) -> int:
+        """Return the time limit to write: that of the partition, or a week where it has none."""
+        return self.max_minutes or 7 * 24 * 60
+
+
+@dataclass(frozen=True)
+class FoundCluster:
+    """What a site file is written from.
+
+    settings:     slurmctld's configuration, as `scontrol show config` prints it
+    associations: the user's accounts with their QOS
+    interfaces:   fast network interfaces of this machine
+    probes:       what probe jobs found, by the first kind of job of their partition
+    """
+
+    partitions: Sequence[FoundPartition]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    associations: Sequence[tuple[str, set[str]]] = ()
+    interfaces: Sequence[str] = ()
+    probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
+
+    @property
+    def forbids_requeue(self) -> bool:
+        return self.settings.get("JobRequeue") == "0"
+
+    @property
+    def ignores_memory(self) -> bool:
+        """Return whether memory is no resource of this cluster, so that jobs need not ask for it."""
+        selection = self.settings.get("SelectTypeParameters", "")
+        return bool(selection) and "MEMORY" not in selection.upper()
+
+    def node(self, place: str) -> FoundNode | None:
+        """Return what the probe job of a partition found; None without a probe."""
+        return self.probes[place].node if place in self.probes else None
+
+
+def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]]) -> list[FoundPartition]:
+    """Return the partitions that are up and have nodes, from the fields that `scontrol show` prints."""
+    found = []
+    for fields in partitions:
+        own = [node for node in nodes if fields["PartitionName"] in node.get("Partitions", "").split(",")]
+        if fields.get("State") == "UP" and own:
+            found.append(_partition(fields, own))
+    return found
+
+
+def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPartition:
+    found = [_gpus(node.get("Gres", "")) for node in nodes]
+    gpus, gpu_type = max(found, key=lambda one: one[0])
+    limit = fields.get("MaxNodes", "")
+    return FoundPartition(
+        name=fields["PartitionName"],
+        is_default=fields.get("Default") == "YES",
+        max_minutes=_minutes(fields.get("MaxTime", "")),
+        max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
+        nodes=len(nodes),
+        cpus=min(int(node["CPUTot"]) for node in nodes),
+        threads_per_core=int(nodes[0].get("ThreadsPerCore", "1")),
+        memory_mb=min(int(node["RealMemory"]) for node in nodes),
+        gpus=gpus,
+        gpu_type=gpu_type,
+        is_mixed=gpus > 0 and min(count for count, _ in found) == 0,
+        features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
+        accounts=_names(fields.get("AllowAccounts", "")),
+        qos=_names(fields.get("AllowQos", "")),
+        is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+        shares_cores=fields.get("OverSubscribe", "").startswith(("YES", "FORCE")),
+    )
+
+
+def _gpus(gres: str) -> tuple[int, str | None]:
+    """Return number and type of the GPUs in a node's Gres: gpu:a100:4(S:0-1) -> 4, a100."""
+    found = [re.match(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", part) for part in re.sub(r"\([^)]*\)", "", gres).split(",")]
+    counts = [(int(match[2]), match[1]) for match in found if match]
+    return (sum(count for count, _ in counts), counts[0][1]) if counts else (0, None)
+
+
+def _minutes(text: str) -> int | None:
+    """Return the minutes of days-hours:minutes:seconds; None without a limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", text)
+    if match is None:
+        return None
+    days, hours, minutes = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes
+
+
+def _names(text: str) -> frozenset[str] | None:
+    """Return the names in a comma-separated list; None for ALL, or without a list."""
+    return None if text in ("", "ALL", "(null)") else frozenset(text.split(","))
+
+
+def fast_interfaces(names: Iterable[str]) -> list[str]:
+    """Return the InfiniBand and Slingshot interfaces of this machine; compute nodes usually have the same names."""
+    return sorted(name for name in names if _FAST_INTERFACES.match(name))
+
+
+def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartition]:
+    """Return the partition for each kind of job.
+
+    gpu:   the one with the most GPUs, not for tests, and not mixed if possible; without GPUs the default one
+    debug: a short GPU partition
+    cpu:   without GPUs, one whose jobs do not share cores if possible, with the most nodes
+    login: the one without GPUs whose jobs run longest
+
+    Raises:
+        UserError: there is no partition.
+    """
+    if not partitions:
+        raise UserError("Slurm shows no partition that is up and has nodes", "ask your centre, or try again later")
+    with_gpus = [partition for partition in partitions if partition.gpus]
+    short = [p for p in with_gpus if p.max_minutes and p.max_minutes <= _DEBUG_MINUTES]
+    for_training = [p for p in with_gpus if p not in short] or short
+    if not for_training:
+        return {"gpu": max(partitions, key=lambda p: (p.is_default, p.nodes))}
+    gpu = max(for_training, key=lambda p: (not p.is_mixed, p.gpus * p.nodes, p.is_default))
+    chosen: dict[JobPlace, FoundPartition] = {"gpu": gpu}
+    if debug := [p for p in short if p is not gpu]:
+        chosen["debug"] = max(debug, key=lambda p: p.nodes)
+    if cores := [p for p in partitions if not p.gpus]:
+        chosen["cpu"] = max(cores, key=lambda p: (not p.shares_cores, p.nodes, p.longest_minutes))
+        chosen["login"] = max(cores, key=lambda p: (p.longest_minutes, p is chosen["cpu"]))
+    return chosen

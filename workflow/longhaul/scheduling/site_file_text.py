@@ -1,0 +1,100 @@
+"""Writes the text of a site file from partitions, accounts and probed nodes; comments say what is not known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from longhaul.config.gpu_datasheets import peak_tflops
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, fast_interfaces, places
+from longhaul.scheduling.probe_nodes import FoundNode
+
+
+def site_text(name: str, cluster: FoundCluster) -> str:
+    """Return the site file."""
+    chosen = places(cluster.partitions)
+    lines = [
+        "# Written by `longhaul site detect`. Check each line that ends in a comment against your centre's guide.",
+        f"name: {name}",
+        "scheduler: slurm",
+        "partitions:",
+    ]
+    for partition in dict.fromkeys(chosen.values()):
+        jobs = [place for place, found in chosen.items() if found is partition]
+        lines += _partition_lines(jobs, partition, cluster)
+    others = [p.name for p in cluster.partitions if p not in chosen.values()]
+    lines += [f"# Not used: {', '.join(others)}"] if others else []
+    lines += ["requeue: false  # JobRequeue is 0"] if cluster.forbids_requeue else []
+    node = cluster.node("gpu")
+    lines += _network_lines(node, fast_interfaces(node.interfaces) if node else cluster.interfaces)
+    lines += ["software: {kind: current}  # or venv, conda, container, srun, modules"]
+    return "\n".join([*lines, _accelerator_line(chosen["gpu"], node)]) + "\n"
+
+
+def _accelerator_line(partition: FoundPartition, node: FoundNode | None) -> str:
+    if not partition.gpus:
+        return "accelerator: cpu"
+    if node and node.toolkit:
+        newest = "the newest CUDA of the driver" if node.toolkit == "cuda" else "the ROCm of the node"
+        if node.version:
+            return f'accelerator: {{{node.toolkit}: "{node.version}"}}  # {newest}; write the version of your torch'
+    amd = (partition.gpu_type or "").lower().startswith(("mi", "amd"))
+    build = '{rocm: "6.4"}' if amd or (node and node.toolkit == "rocm") else '{cuda: "13.0"}'
+    return f"accelerator: {build}  # not known to Slurm: the version of your torch"
+
+
+def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
+    yield f"  - jobs: [{', '.join(jobs)}]"
+    yield f"    name: {json.dumps(partition.name)}"
+    usable = [
+        (account, qos)
+        for account, qos in cluster.associations
+        if partition.accounts is None or account in partition.accounts
+    ]
+    if usable:
+        account, own_qos = usable[0]
+        others = f"  # or {', '.join(other for other, _ in usable[1:])}" if len(usable) > 1 else ""
+        yield f"    account: {json.dumps(account)}{others}"
+        if qos := sorted(own_qos & partition.qos) if partition.qos else []:
+            yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
+    elif partition.accounts:
+        yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"
+    if partition.features:
+        yield f"    # constraint: nodes have the features {', '.join(partition.features)}"
+    limit = "" if partition.max_minutes else "  # the partition has no limit"
+    yield f"    max_minutes: {partition.longest_minutes}{limit}"
+    yield f"    max_nodes: {partition.max_nodes}"
+    if partition.is_exclusive:
+        yield "    exclusive: true"
+    gpus, comment = _gpu_keys(partition, cluster.node(jobs[0]))
+    yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{comment}"
+    if jobs[0] in cluster.probes and (problem := cluster.probes[jobs[0]].problem):
+        yield f"    # the probe found nothing: {problem}"
+    if partition.threads_per_core > 1:
+        threads = partition.threads_per_core
+        yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
+    if partition.gpu_type:
+        yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
+    if cluster.ignores_memory:
+        yield "    memory: omit  # Slurm does not count memory here"
+
+
+def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, str]:
+    """Return the keys of `node` about GPUs, and a comment."""
+    if not partition.gpus:
+        return "", ""
+    keys = f", gpus: {partition.gpus}"
+    if node is None or not node.gpu_names:
+        return keys, "  # gpu_memory_gib, gpu_peak_tflops: not known to Slurm"
+    keys += f", gpu_memory_gib: {node.gpu_memory_gib:g}"
+    rate = peak_tflops(node.gpu_names[0])
+    return keys + (f", gpu_peak_tflops: {rate:g}" if rate else ""), f"  # {', '.join(dict.fromkeys(node.gpu_names))}"
+
+
+def _network_lines(node: FoundNode | None, interfaces: Sequence[str]) -> list[str]:
+    where = "on a GPU node" if node else "on this machine"
+    if not interfaces:
+        return [f"interconnect: {{kind: ethernet}}  # no ib or hsn interface {where}; set socket_interface"]
+    infiniband = [name for name in interfaces if name.startswith("ib")]
+    kind, name = ("infiniband", infiniband[0]) if infiniband else ("ethernet", ",".join(interfaces))
+    return [f"interconnect: {{kind: {kind}, socket_interface: {json.dumps(name)}}}  # as {where}"]
