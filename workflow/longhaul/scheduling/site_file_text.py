@@ -69,7 +69,7 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     gpus, comment = _gpu_keys(partition, cluster.node(jobs[0]))
     yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{comment}"
     if jobs[0] in cluster.probes and (problem := cluster.probes[jobs[0]].problem):
-        yield f"    # the probe found nothing: {problem}"
+        yield f"    # the probe found nothing: {' '.join(problem.split())}"  # Slurm's text may have several lines
     if partition.threads_per_core > 1:
         threads = partition.threads_per_core
         yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
