@@ -30,7 +30,6 @@ _FAKE_GPUS = (
 # What sacctmgr adds to a cluster that is set up like a centre.
 _CENTRE_ACCOUNTS = (
     "add qos gpu_long,gpu_debug",
-    "modify qos gpu_debug set MaxWall=00:20:00",
     "add account proj_gpu,proj_cpu",
     "add user root account=proj_gpu qos=normal,gpu_long,gpu_debug",
     "add user root account=proj_cpu qos=normal",
