@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -74,6 +73,5 @@ def test_the_example_for_one_gpu_trains_on_the_cpu(config: Path):
         text = text.replace(old, new)
     config.write_text(text + "checks: {min_disk_free_gb: 0.1}\ntrackers: {tensorboard: false}\n")
     longhaul(config.parent, "run", "mine.yaml")
-    export = json.loads((config.parent / "results/mine/export/sft.json").read_text())
-    assert export["stage"] == "sft" or export, export
     assert (config.parent / "results/mine/export/sft/model.safetensors").exists()
+    longhaul(config.parent, "verify", "mine.yaml")  # exit code 0: no file is missing or damaged

@@ -35,7 +35,9 @@ def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, Slurm
     On a GPU partition it is a whole node as the site file describes it. A partition for the controller job alone is left out.
     """
     kinds: list[JobPlace] = ["gpu", "debug", "cpu"]
-    first = [next((kind for kind in kinds if kind in partition.jobs), None) for partition in site.partitions]
+    first: list[JobPlace | None] = [
+        next((kind for kind in kinds if kind in partition.jobs), None) for partition in site.partitions
+    ]
     return {kind: _probe_request(site, kind, minutes) for kind in first if kind}
 
 
