@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from longhaul.config.partition_config import JobPlace, Partition
 from longhaul.config.site_config import Site
+from longhaul.errors import printable
 from longhaul.planning.slurm_request import SlurmRequest, cpu_request, gpu_request
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 
@@ -35,10 +36,8 @@ def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, Slurm
     On a GPU partition it is a whole node as the site file describes it. A partition for the controller job alone is left out.
     """
     kinds: list[JobPlace] = ["gpu", "debug", "cpu"]
-    first: list[JobPlace | None] = [
-        next((kind for kind in kinds if kind in partition.jobs), None) for partition in site.partitions
-    ]
-    return {kind: _probe_request(site, kind, minutes) for kind in first if kind}
+    served = [[kind for kind in kinds if kind in partition.jobs] for partition in site.partitions]
+    return {found[0]: _probe_request(site, found[0], minutes) for found in served if found}
 
 
 def _probe_request(site: Site, kind: JobPlace, minutes: int) -> SlurmRequest:
@@ -134,10 +133,10 @@ def print_comparisons(lines: list[Comparison]) -> None:
     for column in ("jobs", "", "site file", "found", "fits"):
         table.add_column(column, overflow="fold")
     for line in lines:
-        cells = (line.place, line.subject, line.site_file, escape(line.found))
-        table.add_row(*cells, "NO" if line.problem else "yes")
+        cells = (line.place, line.subject, line.site_file, line.found, "NO" if line.problem else "yes")
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console(width=120)
     console.print(table)
     for line in lines:
         if line.problem:
-            console.print(f"{line.place}, {line.subject}: {line.problem}", markup=False)
+            console.print(f"{line.place}, {line.subject}: {printable(line.problem)}", markup=False)

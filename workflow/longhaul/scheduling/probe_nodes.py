@@ -14,7 +14,7 @@ from typing import Literal
 
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.shipped_files import data_root
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.sbatch_refusals import never_starts, read_refusal
@@ -146,7 +146,7 @@ def parse_probe(text: str) -> FoundNode:
     for line in text.splitlines():
         key, colon, value = line.partition(": ")
         if colon:
-            values.setdefault(key, []).append(value.strip())
+            values.setdefault(key, []).append(printable(value.strip()))
     nvidia, amd = _nvidia_gpus(values.get("nvidia", [])), _amd_gpus(values.get("amd", []))
     gpus = nvidia or amd
     toolkit = "cuda" if nvidia else "rocm" if amd else None

@@ -33,13 +33,13 @@ def detect(
 
     Example: `longhaul site detect --out my-centre.yaml`
     """
-    from longhaul.artifacts.atomic_files import write_text
+    from longhaul.artifacts.atomic_files import writable_file, write_text
     from longhaul.config.load_config import load_site
     from longhaul.scheduling.detect_site import detect_site
 
     if out.exists():
         raise UserError(f"{out} exists already", "name another file with --out, or move it away")
-    write_text(out, detect_site(out.stem, wait_minutes if probe else None))
+    write_text(writable_file(out), detect_site(out.stem, wait_minutes if probe else None))
     load_site(str(out.absolute()), Path())
     print(f"wrote {out}. Next: compare it with your centre's guide, then longhaul site check {out}")
 
