@@ -32,7 +32,7 @@ def expensive(run: Chain) -> dict[str, int]:
 
 
 def test_finished_run_has_nothing_to_do(run: Chain):
-    assert run.would_run() == {}
+    assert run.would_run() == {} and "Compared with the results" not in run.dry_run()
     assert not list((run.folder / "results").glob("*.lease*")), "the lease was not released"
 
 
@@ -88,9 +88,12 @@ def test_partition_environment_and_container_rerun_nothing(run: Chain):
 
 
 def test_learning_rate_reruns_the_stage_and_its_successors(run: Chain):
+    before = run.config["stages"][1]["optimizer"]["lr"]
     run.config["stages"][1]["optimizer"]["lr"] = 0.001
     run.save()
     assert expensive(run) == {"train": 1, "export": 1}
+    printed = run.dry_run()
+    assert "stage base is kept: " in printed and f"stage chat trains again: optimizer.lr {before} → 0.001" in printed
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
     run.save()
     assert expensive(run) == {"train": 2, "export": 2}

@@ -160,7 +160,7 @@ def test_encode_jobs_are_listed_before_the_job_that_writes_the_manifest(tmp_path
 
 
 def test_checks_use_two_nodes_or_the_only_one(tmp_path: Path):
-    assert job_request(plan_of(tmp_path, {"checks": {}}), JobId("fabric")).nodes == 2
+    assert job_request(plan_of(tmp_path, {"checks": {}, "stages.0.nodes": 2}), JobId("fabric")).nodes == 2
     assert (
         job_request(plan_of(tmp_path, {"checks": {}}, {"partitions.0.max_nodes": 1}), JobId("environment")).nodes == 1
     )
@@ -379,9 +379,10 @@ def test_fetch_is_needed_for_sources_that_are_not_the_users_files(
 
 
 def test_checks_use_the_nodes_and_gpus_of_the_config_or_those_of_the_largest_stage(tmp_path: Path):
-    shape = {"checks": {}, "stages.0.gpus_per_node": 2, "stages.1.gpus_per_node": 4}
+    shape = {"checks": {}, "stages.0.gpus_per_node": 2, "stages.1.gpus_per_node": 4, "stages.1.nodes": 2}
     plan = plan_of(tmp_path, shape)
     assert (plan.check_nodes, plan.check_gpus_per_node) == (2, 4)
+    assert plan_of(tmp_path, {**shape, "stages.1.nodes": 1}).check_nodes == 1  # no more than the largest stage
     assert plan_of(tmp_path, shape, {"partitions.0.max_nodes": 1}).check_nodes == 1
     plan = plan_of(tmp_path, {**shape, "checks": {"nodes": 3, "gpus_per_node": 1}})
     assert (plan.check_nodes, plan.check_gpus_per_node) == (3, 1)

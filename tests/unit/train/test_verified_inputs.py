@@ -16,7 +16,7 @@ from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.errors import UserError
-from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
 from longhaul.train.verified_inputs import own_part, verify_data, verify_start
 from tests.support.small_run import DATASET, STAGE, STEP, write_small_run
 

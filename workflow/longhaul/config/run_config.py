@@ -35,7 +35,8 @@ class Checks(FrozenModel):
     """The environment check and the fabric check, which run before training."""
 
     nodes: HardwareCount | None = Field(
-        default=None, description="Number of nodes to check; null: 2, or 1 if the site has only one node."
+        default=None,
+        description="Number of nodes to check; null: 2, or 1 if no stage has more, or the site has only one node.",
     )
     gpus_per_node: HardwareCount | None = Field(
         default=None, description="Ranks per node; null: the largest gpus_per_node of all stages."

@@ -185,8 +185,10 @@ class Plan:
 
     @property
     def check_nodes(self) -> int:
+        """Return the number of nodes that the checks ask for: two, but no more than the largest stage or the site has."""
         limits = (self.site.partition_for(place).max_nodes for place in ("gpu", "debug"))
-        return self.config.checks.nodes or min(2, *limits)
+        largest_stage = max(stage.stage.nodes for stage in self.stages)
+        return self.config.checks.nodes or min(2, largest_stage, *limits)
 
     @property
     def check_gpus_per_node(self) -> int:

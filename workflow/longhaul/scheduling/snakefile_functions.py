@@ -27,6 +27,7 @@ from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.report.plan_json import plan_json
+from longhaul.report.planned_changes import KEPT, change_lines, stage_changes
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
@@ -76,7 +77,20 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     if workflow.is_main_process:
         check_inputs(plan)
         render_run(plan, Path.cwd())  # refuses in a dry run, too, what a launch script cannot contain
+        _print_changes(plan)
     return config, plan
+
+
+def _print_changes(plan: Plan) -> None:
+    """Print what the run will do to stages that have trained, unless it keeps all of them.
+
+    Raises:
+        UserError: the weights of a stage cannot continue under the planned number of steps.
+    """
+    changes = stage_changes(plan)
+    if any(change.action != KEPT for change in changes):
+        for line in change_lines(changes):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _config_file(workflow: Any) -> Path:

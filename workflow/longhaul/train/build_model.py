@@ -23,7 +23,7 @@ from longhaul.config.rotary_embedding import rotary_numbers
 from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
-from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
 from longhaul.train.compile_layers import compile_layers, compiles_layers
 from longhaul.train.deepspeed_engine import read_deepspeed_config
 from longhaul.train.distributed_context import DistributedContext

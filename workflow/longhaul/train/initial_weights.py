@@ -19,7 +19,7 @@ from longhaul.compat.deepspeed import Engine
 from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.resharding import write_master_weights
-from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
 from longhaul.train.counter_based_normal import normal
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices

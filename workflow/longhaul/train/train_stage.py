@@ -16,9 +16,9 @@ from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.batches import Prefetcher
 from longhaul.train.build_model import build_model, build_model_config
 from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
-from longhaul.train.checkpoint.weights_folder import (
+from longhaul.train.checkpoint.weights_folder import claim_weights_folder
+from longhaul.train.checkpoint.weights_identity import (
     StartingCheckpoint,
-    claim_weights_folder,
     find_starting_checkpoint,
     weights_folder,
     weights_identity,

@@ -20,7 +20,7 @@ from longhaul.data.sampling.sample_sources import delete_packs_hint
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, read_manifest
-from longhaul.train.checkpoint.weights_folder import StartingCheckpoint
+from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
 from longhaul.train.distributed_context import DistributedContext
 
 

@@ -21,7 +21,8 @@ from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
 from longhaul.train.checkpoint.load_checkpoint import TRAINING_STATE, check_belongs_to
 from longhaul.train.checkpoint.retention import last_and_best
 from longhaul.train.checkpoint.training_state import TrainingState
-from longhaul.train.checkpoint.weights_folder import _check_identity, _check_steps
+from longhaul.train.checkpoint.weights_folder import _check_identity
+from longhaul.train.checkpoint.weights_identity import check_steps
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import _drop_lines_from
 from longhaul.train.monitoring.trackers import _run_ids
@@ -56,7 +57,7 @@ def read_manifest(run: RunPaths, path: Path) -> None:
 def read_identity(run: RunPaths, path: Path) -> None:
     job: Any = job_spec(plan_of(run.results / "planned", {"stages.0.gpus_per_node": 1}), JobId("train", ("base",)))
     _check_identity(path.parent, {"spec": {}, "start": None})
-    _check_steps(job.model_copy(update={"steps": STEP}), path.parent)
+    check_steps(job.model_copy(update={"steps": STEP}), path.parent)
     referenced_checkpoints(run.stage(STAGE).path / "weights", run.stage(STAGE).checkpoint)
 
 

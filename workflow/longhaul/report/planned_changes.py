@@ -1,0 +1,236 @@
+"""Says what a config will do to stages that have trained already: which are kept, which continue, which train again and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, cast
+
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
+from longhaul.artifacts.paths import STAGE_KIND, JobId, WeightsFolder
+from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_kinds, job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.planning import Plan, StagePlan
+from longhaul.report import number_format as text
+from longhaul.report.plan_json import gpu_hours
+from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints
+from longhaul.train.checkpoint.weights_identity import (
+    check_steps,
+    find_starting_checkpoint,
+    weights_folder,
+    weights_identity,
+)
+
+TRAINS, CONTINUES, AGAIN, KEPT = "trains", "continues", "trains again", "is kept"
+_LISTED_DIFFERENCES = 6
+
+
+@dataclass(frozen=True)
+class StageChange:
+    """What the next run does with one stage.
+
+    action:    TRAINS (for the first time), CONTINUES, AGAIN or KEPT
+    reasons:   why the present weights do not fit the config; empty unless the action is AGAIN
+    done:      steps that are trained already
+    gpu_hours: estimate for the steps that are left; None where the plan has none
+    present:   the weights folder that the stage has now; None before its first attempt
+    planned:   the weights folder that the next run uses; None where its name is not known before the jobs have run
+    export:    what happens to the stage's export, as a sentence
+    """
+
+    stage: str
+    action: str
+    reasons: tuple[str, ...]
+    done: int
+    steps: int
+    gpu_hours: float | None
+    present: Path | None
+    planned: Path | None
+    export: str
+
+
+class _Identity(TypedDict):
+    """identity.json of a weights folder: what its name is a hash of, and the planned steps."""
+
+    spec: dict[str, Any]
+    data: str
+    tokenizer: str
+    pretrained: str | None
+    start: str | None
+    steps: NotRequired[int]
+
+
+def stage_changes(plan: Plan) -> list[StageChange]:
+    """Compare the plan with the results that the working folder holds. Stages are in the plan's order.
+
+    Raises:
+        UserError: the weights of a stage cannot continue under the planned number of steps, or a record is damaged.
+    """
+    found: dict[str, StageChange] = {}
+    for stage in plan.stages:
+        found[stage.name] = _stage_change(plan, stage, found)
+    return list(found.values())
+
+
+def change_lines(changes: list[StageChange]) -> list[str]:
+    """Return a line per stage; none where no stage has weights yet."""
+    if all(change.present is None for change in changes):
+        return []
+    return ["Compared with the results of this run:", *(f"  {_line(change)}" for change in changes)]
+
+
+def _line(change: StageChange) -> str:
+    hours = f", about {text.significant(change.gpu_hours)} GPU-hours" if change.gpu_hours else ""
+    what = {
+        TRAINS: f"trains for the first time{hours}",
+        CONTINUES: f"continues at step {change.done:,} of {change.steps:,}{hours}",
+        AGAIN: f"trains again{hours}: {'; '.join(change.reasons)}",
+        KEPT: f"is kept: {change.steps:,} steps are trained",
+    }[change.action]
+    stays = f". Its weights {change.present.name} stay" if change.present and change.action == AGAIN else ""
+    return f"stage {change.stage} {what}{stays}" + (f". {change.export}" if change.export else "")
+
+
+def _stage_change(plan: Plan, stage: StagePlan, earlier: dict[str, StageChange]) -> StageChange:
+    job = cast(TrainSpec, job_spec(plan, JobId(STAGE_KIND, (stage.name,))))
+    present = _present_weights(job)
+    made_again = list(_inputs_made_again(plan, stage, earlier))
+    planned = None if made_again else _planned_weights(job)
+    done = _trained_steps(job, planned) if planned else 0
+    if planned and WeightsFolder(planned).identity.exists():
+        action = KEPT if present == planned and _is_finished(job, done) else CONTINUES
+    else:
+        action = AGAIN if present else TRAINS
+    reasons = (*_differences(job, present), *made_again) if action == AGAIN and present else ()
+    hours = gpu_hours(stage.flops, plan.site.node.gpu_peak_tflops)
+    left = hours * (1 - min(done, job.steps) / job.steps) if hours and action != KEPT else None
+    export = _export_text(plan, stage, action != KEPT)
+    return StageChange(stage.name, action, reasons, done, job.steps, left, present, planned, export)
+
+
+def _present_weights(job: TrainSpec) -> Path | None:
+    """Return the weights folder of the finished stage, else the one that changed last."""
+    if Path(job.out).exists():
+        return Path(Checkpoint.read(Path(job.out)).weights)
+    identities = [(path.stat().st_mtime, path.parent) for path in Path(job.weights_root).glob("*/identity.json")]
+    return max(identities)[1] if identities else None
+
+
+def _planned_weights(job: TrainSpec) -> Path | None:
+    """Return the weights folder that the trainer would choose; None while the data or the starting checkpoint are missing."""
+    if job.start_checkpoint and not Path(job.start_checkpoint).exists():
+        return None
+    data, tokenizer = DataManifest.read(Path(job.data)), TokenizerManifest.read(Path(job.tokenizer))
+    return weights_folder(job, weights_identity(job, data, tokenizer, find_starting_checkpoint(job)))
+
+
+def _trained_steps(job: TrainSpec, folder: Path) -> int:
+    """Return the newest complete checkpoint's step. Raises UserError if the weights cannot continue under the planned steps."""
+    check_steps(job, folder)
+    return max(complete_checkpoints(folder), default=0)
+
+
+def _is_finished(job: TrainSpec, done: int) -> bool:
+    return Path(job.out).exists() and done >= job.steps == Checkpoint.read(Path(job.out)).steps
+
+
+# Why weights do not fit
+
+
+def _inputs_made_again(plan: Plan, stage: StagePlan, earlier: dict[str, StageChange]) -> Iterator[str]:
+    """Yield the inputs of a stage that the next run makes again, so that their hashes are not known yet."""
+    start = stage.stage.start_from
+    if start and earlier[start.stage].action != KEPT:
+        yield f"it starts from {start.stage}, which {earlier[start.stage].action}"
+    if _tokenizer_is_made_again(plan):
+        yield "the tokenizer is made again"
+    elif _dataset_is_made_again(plan, stage.stage.dataset):
+        yield f"dataset {stage.stage.dataset} is made again"
+
+
+def _tokenizer_is_made_again(plan: Plan) -> bool:
+    train = plan.config.tokenizer.train
+    inputs = [path for name in (train.datasets if train else ()) for path in plan.rule_inputs(name)]
+    return _is_made_again(plan, JobId("tokenizer"), plan.paths.tokenizer, inputs)
+
+
+def _dataset_is_made_again(plan: Plan, dataset: str) -> bool:
+    parts = plan.config.datasets[dataset].mixture
+    inputs = [] if parts else plan.rule_inputs(dataset)
+    is_made_again = _is_made_again(plan, JobId("tokenize", (dataset,)), plan.paths.manifest(dataset), inputs)
+    return is_made_again or any(_dataset_is_made_again(plan, part) for part in parts)
+
+
+def _is_made_again(plan: Plan, job: JobId, out: Path, inputs: list[Path]) -> bool:
+    """Return whether a job's artifact is missing, older than an input, or of other settings than the config's."""
+    if not out.exists() or any(path.stat().st_mtime > out.stat().st_mtime for path in inputs if path.exists()):
+        return True
+    return _has_other_settings(plan, job)
+
+
+def _has_other_settings(plan: Plan, job: JobId) -> bool:
+    recorded = plan.paths.job(job).job_spec
+    try:
+        return job_kinds()[job.kind].spec.read(recorded).rerun_key() != job_spec(plan, job).rerun_key()
+    except UserError:  # another release wrote it, or it was removed: the rule decides
+        return recorded.exists()
+
+
+def _differences(job: TrainSpec, present: Path) -> list[str]:
+    """Return what differs between the planned result spec and that of the present weights, `key old → new`."""
+    identity = read_typed_json(WeightsFolder(present).identity, _Identity)
+    recorded = _flat({**identity["spec"], "steps": identity.get("steps")})
+    planned = _flat(job.spec)
+    if not job.stage.restart:  # more steps alone continue the same weights
+        recorded.pop("steps", None)
+        planned.pop("steps", None)
+    keys = [key for key in dict.fromkeys([*planned, *recorded]) if planned.get(key) != recorded.get(key)]
+    listed = [f"{key} {_value(recorded, key)} → {_value(planned, key)}" for key in keys[:_LISTED_DIFFERENCES]]
+    more = [f"{len(keys) - _LISTED_DIFFERENCES} more keys"] if len(keys) > _LISTED_DIFFERENCES else []
+    return [*listed, *more, *([] if keys else _other_inputs(job, identity))]
+
+
+def _other_inputs(job: TrainSpec, identity: _Identity) -> Iterator[str]:
+    """Yield which input of the stage has another content than the one that its present weights were trained from."""
+    if Path(job.data).exists() and identity["data"] != DataManifest.read(Path(job.data)).hash:
+        yield "its data changed"
+    if Path(job.tokenizer).exists() and identity["tokenizer"] != TokenizerManifest.read(Path(job.tokenizer)).hash:
+        yield "its tokenizer changed"
+    if job.start_checkpoint and Path(job.start_checkpoint).exists():
+        start = find_starting_checkpoint(job)
+        if start and identity["start"] != start.sha256:
+            yield "its starting checkpoint changed"
+    if identity["pretrained"] != job.pretrained:
+        yield f"its first weights {identity['pretrained']} → {job.pretrained}"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of nested dicts."""
+    if not isinstance(value, dict):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    fields = cast(dict[str, Any], value)
+    return {
+        name: found
+        for key, part in fields.items()
+        for name, found in _flat(part, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _value(values: dict[str, Any], key: str) -> str:
+    value = values.get(key)
+    return "unset" if value is None else str(value)
+
+
+def _export_text(plan: Plan, stage: StagePlan, is_trained: bool) -> str:
+    """Return what happens to the export that the stage has; "" where it has none, or where it stays as it is."""
+    manifest = plan.paths.export_manifest(stage.name)
+    if stage.name not in plan.exported or not manifest.exists():
+        return ""
+    if not is_trained and not _has_other_settings(plan, JobId("export", (stage.name,))):
+        return ""
+    return f"Its export is made again; {Export.read(manifest).path} stays"
