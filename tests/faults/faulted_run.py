@@ -162,7 +162,7 @@ class FaultedRun(ClusterChain):
         return any(self.results.glob("data/prose/*/record.json"))
 
     def is_exporting(self) -> bool:
-        return any(self.results.glob("export/.base.partial/*"))
+        return any(self.results.glob("export/base/.*.partial/*"))
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds

@@ -30,7 +30,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "tests.serve.make_exports", folder], check=True, env=environment, cwd=ROOT)
-    return {name: folder / name / "export" / "main" for name in CASES}
+    return {name: folder / name / "export" / "main" / "latest" for name in CASES}
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Trains one tiny model of each family for two steps and exports it with the real exporter.
 
-python -m tests.serve.make_exports FOLDER writes FOLDER/<case>/export/main and FOLDER/<case>/export/main.json. The sizes are those
-that vLLM's CPU kernels accept: heads of 64, and for DeepSeek's latent attention 512 + 64.
+python -m tests.serve.make_exports FOLDER writes FOLDER/<case>/export/main/latest and FOLDER/<case>/export/main.json. The
+sizes are those that vLLM's CPU kernels accept: heads of 64, and for DeepSeek's latent attention 512 + 64.
 """
 
 from __future__ import annotations

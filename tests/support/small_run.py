@@ -15,7 +15,7 @@ from longhaul.artifacts.artifact_schemas import (
     Split,
     TokenizerManifest,
 )
-from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
+from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_json, write_text
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
 
@@ -119,8 +119,9 @@ def _profile() -> StepProfile:
 
 
 def _write_export(paths: RunPaths) -> None:
-    folder = paths.export(STAGE)
+    folder = paths.exports(STAGE) / f"0123-{STEP}-fp32"
     write_text(folder / "config.json", "{}")
+    replace_link(paths.export(STAGE), folder.name)
     verification = {"tensors": {"count": 3, "equal": 3}, "logits": {"bit_equal": True, "bound": 0.0}}
     sample = {"prompt": "a", "split": "train", "completion": "b", "ended_with_eos": True}
     Export(

@@ -28,6 +28,7 @@ def write_job(folder: Path, code: str, max_restarts: int = 3) -> LaunchSpec:
         data=(str(folder / "corpus"),),
         checkpoints=None,
         quarantine="results/quarantine.json",
+        attempt_logs=str(folder / "results/small/logs/train/base"),
     )
     spec.write(folder_of(spec).launch_spec)
     return spec

@@ -28,7 +28,7 @@ def test_verify_names_damaged_files(finished: Chain, tmp_path: Path):
     data = bytearray(optimizer.read_bytes())
     data[-1000] ^= 1
     optimizer.write_bytes(data)
-    (folder / "results/tiny/export/chat/config.json").unlink()
+    (folder / "results/tiny/export/chat/latest/config.json").unlink()
     prose = DataManifest.read(
         folder / "results/tiny/data/prose.json"
     )  # the folder may also hold shards of earlier inputs

@@ -51,4 +51,4 @@ def test_a_whole_run_finishes(installed: Path, tmp_path: Path):
     assert str(REPOSITORY) not in launch and (tmp_path / "results/.code/longhaul").resolve().is_relative_to(
         installed.parent
     )
-    assert (chain.results / "report.html").exists() and (chain.results / "export/chat/config.json").exists()
+    assert (chain.results / "report.html").exists() and (chain.results / "export/chat/latest/config.json").exists()

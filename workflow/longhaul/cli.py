@@ -49,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. A UserError is printed without a traceback and ends the process with exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # under LC_ALL=C, an escape stands for a letter that is not ASCII
+            # Under LC_ALL=C, an escape stands for a letter that is not ASCII.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=list(arguments) if arguments is not None else None)
     except UserError as error:
@@ -83,7 +82,7 @@ def plan(
         Path | None, typer.Option(dir_okay=False, help="Write the plan as JSON to this file, and print nothing.")
     ] = None,
 ) -> None:
-    """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests. Nothing is started.
+    """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests, changes. Nothing is started.
 
     Example: `longhaul plan mine.yaml`
     """
@@ -91,13 +90,16 @@ def plan(
     from longhaul.data.check_inputs import check_inputs
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
+    from longhaul.report.planned_changes import change_lines, stage_changes
 
     made = _load_plan(config)
     check_inputs(made)
     if out:
         write_json(writable_file(out), plan_json(made))
-    else:
-        print_plan(made)
+        return
+    changes = stage_changes(made)
+    print_plan(made)
+    print("\n".join(change_lines(changes)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -109,19 +111,9 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
 
     Example: `longhaul run mine.yaml -n`
     """
-    from longhaul.config.load_config import load_config
-    from longhaul.config.shipped_files import data_root
+    from longhaul.scheduling.start_snakemake import start_snakemake
 
-    config, options = _config_path(config), context.args
-    if named := [word for word in options if word.startswith("--configfile")]:
-        raise UserError(f"{named[0]} names a second config", f"drop it: {config} is the run's only config file")
-    # Snakemake ends in a traceback where its --configfile is no readable YAML file.
-    site = load_config(config).site
-    if not any(word.startswith("--profile") for word in options):
-        options = [*options, "--profile", str(data_root() / "profiles" / site.scheduler)]
-    # --configfile takes every word up to the next option, so it goes before the user's words, which may begin with a target.
-    own = ["--configfile", str(config.absolute()), "--snakefile", str(data_root() / "Snakefile")]
-    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *own, *options])  # nosec B606  # the user's own words, without a shell
+    start_snakemake(_config_path(config), context.args)
 
 
 @app.command()
@@ -220,6 +212,22 @@ def verify(config: ConfigArgument) -> None:
 
 
 @app.command()
+def prune(
+    config: ConfigArgument,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+) -> None:
+    """List old weights, exports and logs of a run with their sizes; with --delete, remove them.
+
+    Old is what neither the config nor the run's finished stages and exports refer to.
+
+    Example: `longhaul prune mine.yaml`
+    """
+    from longhaul.scheduling.prune_results import prune as prune_results
+
+    prune_results(_load_plan(config), delete)
+
+
+@app.command()
 def retry(
     folder: Annotated[
         Path, typer.Argument(help="The failed job's folder: results/<run>/stages/<stage> or results/<run>/jobs/<job>.")
@@ -288,8 +296,10 @@ app.add_typer(job_app, name="job", hidden=True)
 def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
     """Run a job's steps, restart them after a crash, requeue the job."""
     from longhaul.jobs.job_spec import LaunchSpec
+    from longhaul.runtime.log_lines import stamp_lines
     from longhaul.scheduling.supervisor import run as run_supervisor
 
+    stamp_lines()
     run_supervisor(LaunchSpec.read(spec))
 
 
@@ -313,8 +323,10 @@ def run_job(
     from longhaul.artifacts.paths import JobFolder
     from longhaul.jobs.job_kind import job_kinds
     from longhaul.runtime.lean_imports import lean_imports
+    from longhaul.runtime.log_lines import stamp_lines
     from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
 
+    stamp_lines()
     if kind not in job_kinds():
         raise UserError(f"there is no job kind {kind!r}", f"use one of {', '.join(job_kinds())}")
     os.environ.update(OFFLINE_ENVIRONMENT)

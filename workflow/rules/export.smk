@@ -1,7 +1,7 @@
 """
 Exports a stage's checkpoint as a Hugging Face folder and verifies it: every tensor, the logits, no missing key.
 IN   results/<run>/stages/<stage>/checkpoint.json
-OUT  results/<run>/export/<stage>.json   (the folder of the same name is beside it)
+OUT  results/<run>/export/<stage>.json   (the folders are in export/<stage>/, and `latest` names the newest)
 """
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export, TokenizerManifest
+from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.errors import DiskFull, UserError
@@ -45,9 +46,7 @@ def assert_refused(stage: ExportableStage, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(stage.job)
     assert not Path(stage.job.out).exists()
-    assert not [path for path in Path(stage.job.folder).parent.glob("*main*")], (
-        "an export was left that is not verified"
-    )
+    assert not list(Path(stage.job.folder).glob("*")), "an export was left that is not verified"
 
 
 @pytest.mark.parametrize(("case", "dtype"), EXPORTED, ids=["-".join(case) for case in EXPORTED])
@@ -119,7 +118,7 @@ def test_model_card_states_changes_of_pretrained_weights(zero_checkpoints: Path,
         update={"pretrained_changes": ("Its FP8 weights were dequantised.", "Layers were left out.")}
     )
     run(job)
-    card = (Path(job.folder) / "README.md").read_text()
+    card = (Path(job.folder) / "latest" / "README.md").read_text()
     assert "from random weights. Its FP8 weights were dequantised. Layers were left out." in card, card
 
 
@@ -144,6 +143,23 @@ def test_export_keeps_the_settings_of_the_pretrained_model(zero_checkpoints: Pat
     assert (loaded.eos_token_id, loaded.temperature, loaded.top_p) == ([7, 8, 1], 0.6, 0.95)
 
 
+def test_exports_of_other_precisions_stay_and_latest_names_the_newest(zero_checkpoints: Path, tmp_path: Path):
+    """The link is relative, so that the results can be moved, and a refused export changes nothing."""
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")
+    first = export(stage)
+    before = file_sha256(Path(first.path) / "model.safetensors")
+    second = export(replace(stage, job=stage.job.model_copy(update={"dtype": "bf16"})))
+    folder = Path(stage.job.folder)
+    assert [Path(made.path).name for made in (first, second)] == ["0123-2-fp32", "0123-2-bf16"]
+    assert file_sha256(Path(first.path) / "model.safetensors") == before
+    assert (folder / "latest").readlink() == Path("0123-2-bf16")
+    (stage.tag / "manifest.json").write_text("{}")
+    with pytest.raises(UserError):
+        run(stage.job)
+    assert {path.name for path in folder.iterdir()} == {"0123-2-fp32", "0123-2-bf16", "latest"}
+    assert (folder / "latest" / "config.json").exists()
+
+
 def test_altered_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
     victim = max(stage.tag.glob("*.pt"), key=lambda path: path.stat().st_size)
@@ -165,7 +181,7 @@ def test_full_disk_names_the_folder_of_exports(zero_checkpoints: Path, tmp_path:
         export(stage)
     folder = Path(stage.job.folder)
     assert full.value.folder == folder.parent and full.value.needed_bytes > 1000
-    assert not list(folder.parent.glob(f"*{folder.name}*"))
+    assert not list(folder.glob("*"))
 
 
 def test_altered_manifest_is_refused(zero_checkpoints: Path, tmp_path: Path):

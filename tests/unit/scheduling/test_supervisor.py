@@ -19,7 +19,7 @@ from longhaul.artifacts.job_state import (
     read_state,
     utc_now,
 )
-from longhaul.artifacts.paths import RunPaths
+from longhaul.artifacts.paths import JobId, RunPaths
 from tests.support.chain import REPOSITORY
 from tests.support.supervised_job import folder_of, supervise, write_job
 
@@ -51,6 +51,25 @@ def test_crash_is_followed_by_a_restart_in_place(tmp_path: Path):
     assert state and state.state == "done" and read_failure(folder) is None
     assert [event["event"] for event in events(folder)] == ["running", "restarted", "restarted", "done"]
     assert {event["allocation"] for event in events(folder)} == {1}
+
+
+def test_each_attempt_has_a_log_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Also those of a second supervisor; the job's own log names them."""
+    says = f"print('attempt', len(__import__('os').listdir({str(tmp_path / 'results/small/logs/train/base')!r}))); "
+    spec = write_job(tmp_path, says + FAILS_TWICE)
+    supervise(spec)
+    logs = RunPaths("small", tmp_path / "results").attempt_logs(JobId("train", ("base",))).logs()
+    assert [path.read_text() for path in logs] == ["attempt 1\n", "attempt 2\n", "attempt 3\n"]
+    printed = capfd.readouterr().out
+    assert all(f": what this attempt prints is in {path}" in printed for path in logs)
+    supervise(write_job(tmp_path, "print('fourth')"))
+    assert (logs[0].parent / "attempt-0004.log").read_text() == "fourth\n"
+
+
+def test_job_runs_without_a_log_where_none_can_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    (tmp_path / "results/small").mkdir(parents=True)
+    (tmp_path / "results/small/logs").write_text("a file")
+    assert supervise(write_job(tmp_path, "print('hello')")) == 0 and "hello" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("repair", ["another main process", "a changed input"])

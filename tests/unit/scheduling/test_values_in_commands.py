@@ -61,6 +61,7 @@ def launch_spec(folder: Path) -> LaunchSpec:
         data=(),
         checkpoints=None,
         quarantine=str(folder / QUARANTINE),
+        attempt_logs=str(folder / "logs"),
     )
 
 

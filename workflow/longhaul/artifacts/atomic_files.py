@@ -86,6 +86,22 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def replace_link(link: Path, target: str) -> None:
+    """Make a symbolic link to `target`, or let an existing link name it; the link exists at every moment.
+
+    target: relative to the link's folder, so that the results can be moved
+
+    Raises:
+        UserError: something that is no link has the name.
+    """
+    if link.exists() and not link.is_symlink():
+        raise UserError(f"{link} is not a link", f"move it away: longhaul makes a link to {target} there")
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -202,6 +202,11 @@ class WeightsFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> WeightsFolder:
+        """Return the weights folder that holds a checkpoint's folder."""
+        return cls(checkpoint.parents[1])
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
@@ -210,6 +215,28 @@ class WeightsFolder:
         """Return the newest step of which any weights folder below the root holds a complete checkpoint, else 0."""
         manifests = weights_root.glob("*/checkpoints/step-????????/manifest.json")
         return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=0)
+
+
+@dataclass(frozen=True)
+class AttemptLogs:
+    """The folder of what a job's processes print: attempt-0001.log, attempt-0002.log, …; no attempt overwrites another's."""
+
+    path: Path
+
+    def log(self, attempt: int) -> Path:
+        return self.path / f"attempt-{attempt:04d}.log"
+
+    def logs(self) -> list[Path]:
+        """Return the logs that exist, the oldest first."""
+        return sorted(self.path.glob("attempt-*.log"), key=self._number)
+
+    def next_number(self) -> int:
+        return self._number(logs[-1]) + 1 if (logs := self.logs()) else 1
+
+    @staticmethod
+    def _number(log: Path) -> int:
+        number = log.stem.removeprefix("attempt-")
+        return int(number) if number.isdecimal() else 0
 
 
 @dataclass(frozen=True)
@@ -281,6 +308,9 @@ class RunPaths:
     def log(self, job: JobId) -> Path:
         return self._per_rule("logs", job, "log")
 
+    def attempt_logs(self, job: JobId) -> AttemptLogs:
+        return AttemptLogs(self.log(job).with_suffix(""))
+
     def benchmark(self, job: JobId) -> Path:
         """Snakemake's record of how long the job ran."""
         return self._per_rule("benchmarks", job, "tsv")
@@ -317,9 +347,13 @@ class RunPaths:
         """Folder of a dataset's shards, unless the config's storage.data names another place."""
         return self.folder / "data" / dataset
 
-    def export(self, stage: str) -> Path:
-        """The exported Hugging Face folder."""
+    def exports(self, stage: str) -> Path:
+        """The folder of all exports of a stage; each is named by its weights, their step and its precision."""
         return self.folder / "export" / stage
+
+    def export(self, stage: str) -> Path:
+        """The link to the newest exported Hugging Face folder."""
+        return latest_export(self.exports(stage))
 
     def export_manifest(self, stage: str) -> Path:
         return self.folder / "export" / f"{stage}.json"
@@ -327,6 +361,11 @@ class RunPaths:
     def export_manifests(self) -> list[Path]:
         """Return the manifests of all exports that exist."""
         return sorted((self.folder / "export").glob("*.json"))
+
+
+def latest_export(exports: Path) -> Path:
+    """Return the link to the newest of a stage's exports."""
+    return exports / "latest"
 
 
 def run_of(job_folder: Path) -> RunPaths:

@@ -13,7 +13,15 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from longhaul.artifacts.artifact_schemas import Export, Sample
-from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256, read_json, write_json, write_text
+from longhaul.artifacts.atomic_files import (
+    disk_full_as_user_error,
+    file_sha256,
+    read_json,
+    replace_link,
+    write_json,
+    write_text,
+)
+from longhaul.artifacts.paths import latest_export
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_master_weights
 from longhaul.errors import InputError
@@ -40,8 +48,8 @@ def run(job: ExportSpec) -> None:
     """Verify the checkpoint, write the folder, verify it and generate samples. job.out is written last.
 
     Raises:
-        UserError: the checkpoint is damaged, or the export's verification fails. Then job.out does not exist, and an
-            earlier export in job.folder is unchanged.
+        UserError: the checkpoint is damaged, or the export's verification fails. Then job.out does not exist, and the
+            earlier exports in job.folder, and the link to the latest one, are unchanged.
     """
     Path(job.out).unlink(missing_ok=True)
     source = open_verified_checkpoint(job)
@@ -53,30 +61,37 @@ def run(job: ExportSpec) -> None:
     architecture, parameters = type(trained).__name__, sum(math.prod(master.shape) for master in masters.values())
     facts = provenance(job, source)
     size_bytes = sum(tensor.size_bytes for tensor in tensors)
+    export = Path(job.folder) / export_name(source, job.dtype)
     written = disk_full_as_user_error(
-        "an export", Path(job.folder).parent, size_bytes, "remove exports that you do not need"
+        "an export", Path(job.folder).parent, size_bytes, "remove exports that you do not need: longhaul prune"
     )
-    with written, _replace_folder(Path(job.folder)) as folder:
+    with written, _replace_folder(export) as folder:
         write_shards(folder, tensors)
         _write_configs(folder, source, architecture, dtype)
         tokenizer = write_tokenizer(Path(source.tokenizer.path), folder)
         exported = WrittenExport(folder, read_json(folder / "config.json"), tensors)
         verification = _verify(exported, source, dtype) | {"tokenizer": tokenizer}
         samples = _samples(job, source, exported)
-        write_text(folder / "README.md", model_card(facts, architecture, parameters, job.folder, verification))
+        write_text(folder / "README.md", model_card(facts, architecture, parameters, str(export), verification))
+    replace_link(latest_export(Path(job.folder)), export.name)
     Export(
         stage=job.stage,
         checkpoint=str(source.folder),
         step=source.step,
-        path=job.folder,
+        path=str(export),
         dtype=job.dtype,
         parameters=parameters,
         bytes=size_bytes,
-        files=_file_hashes(Path(job.folder)),
+        files=_file_hashes(export),
         verification=verification,
         samples=samples,
         provenance=facts,
     ).write(Path(job.out))
+
+
+def export_name(source: VerifiedCheckpoint, dtype: str) -> str:
+    """Return <hash of the weights>-<step>-<dtype>: exports of other weights, steps or precisions never replace each other."""
+    return f"{Path(source.checkpoint.weights).name}-{source.step}-{dtype}"
 
 
 def _list_tensors(

@@ -94,3 +94,4 @@ class LaunchSpec(JobSpec):
     data: tuple[str, ...]  # data files that it depends on, too large to be read for that
     checkpoints: str | None  # root of a stage's weights folders, where the supervisor looks for progress
     quarantine: str  # results/quarantine.json
+    attempt_logs: str  # absolute: folder of what the steps print, one file per attempt

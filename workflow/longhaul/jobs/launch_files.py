@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from longhaul.artifacts.atomic_files import write_text
+from longhaul.artifacts.atomic_files import replace_link, write_text
 from longhaul.artifacts.paths import CODE_LINK, QUARANTINE, JobFolder, JobId
 from longhaul.config.shipped_files import PACKAGE, data_root, is_installed
 from longhaul.config.site_config import Site
@@ -53,10 +53,7 @@ def _link_code(link: Path) -> None:
     if link.is_symlink() and link.readlink() == PACKAGE:
         return
     link.parent.mkdir(parents=True, exist_ok=True)
-    new = link.with_name(f"{link.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(PACKAGE)
-    new.rename(link)
+    replace_link(link, str(PACKAGE))
 
 
 def _code_folder(workdir: Path) -> Path:
@@ -138,6 +135,7 @@ def _launch_spec(
         inputs=tuple(map(str, inputs)),
         data=tuple(spec.input_data()),
         checkpoints=spec.weights_folders_root(),
+        attempt_logs=str(workdir / plan.paths.attempt_logs(job).path),
         quarantine=str(QUARANTINE),
     )
 

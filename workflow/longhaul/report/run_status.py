@@ -84,7 +84,7 @@ class JobStatus:
     """One job of the run.
 
     detail: nodes, the reason it waits, or the cause of its failure
-    folder: of its launch files and records; log: the file that its processes write to
+    folder: of its launch files and records; log: what its newest attempt printed
     """
 
     name: str
@@ -215,7 +215,9 @@ def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOw
     slurm_id = queued.job_id if queued else state.job_id if state else None
 
     def status(found: tuple[str, str], remedy: str = "", job_id: str | None = slurm_id, since: str = "") -> JobStatus:
-        return JobStatus(str(job), job.kind, *found, remedy, job_id, since, str(folder.path), str(paths.log(job)))
+        return JobStatus(
+            str(job), job.kind, *found, remedy, job_id, since, str(folder.path), str(_newest_log(paths, job))
+        )
 
     if queued and queued.state == "PENDING":
         return status((QUEUED, _pending_detail(queued)))
@@ -224,6 +226,12 @@ def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOw
     if state is None:
         return status((RUNNING, "the job is starting") if queued else (NOT_STARTED, ""))
     return status(_recorded(state, queue is not None and queued is None, owner), since=state.since)
+
+
+def _newest_log(paths: RunPaths, job: JobId) -> Path:
+    """Return the log of the job's newest attempt; before the first one, and after `longhaul prune`, its rule's log."""
+    logs = paths.attempt_logs(job).logs()
+    return logs[-1] if logs else paths.log(job)
 
 
 def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> tuple[str, str]:

@@ -187,9 +187,11 @@ class JobEvents:
         failure = read_failure(self._paths.job(job.job_id).path) if job.job_id else None
         if failure:
             return f"  cause: {failure.cause}"
-        if job.log is None or not job.log.exists():
+        of_attempts = self._paths.attempt_logs(job.job_id).logs() if job.job_id else []
+        log = of_attempts[-1] if of_attempts else job.log
+        if log is None or not log.exists():
             return ""
-        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"  {line}" for line in lines[-_LAST_LOG_LINES:])
 
 

@@ -7,7 +7,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from longhaul.artifacts.job_state import (
     TRANSIENT,
@@ -18,6 +22,7 @@ from longhaul.artifacts.job_state import (
     read_outcome,
     this_host,
 )
+from longhaul.artifacts.paths import AttemptLogs
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.master_address import master_address
@@ -45,22 +50,43 @@ class StepRunner:
         """
         folder = Path(self._job.folder)
         clear_attempt(folder)
-        for step in self._job.steps:
-            code = self._run_command(list(step.command))
-            if outcome := read_outcome(folder):
-                return outcome
-            if code:
-                reported = rank_failures(folder)
-                return reported[0] if reported else _unreported_failure(step.title, code)
+        with self._attempt_log() as log:
+            for step in self._job.steps:
+                code = self._run_command(list(step.command), log)
+                if outcome := read_outcome(folder):
+                    return outcome
+                if code:
+                    reported = rank_failures(folder)
+                    return reported[0] if reported else _unreported_failure(step.title, code)
         return None
+
+    @contextmanager
+    def _attempt_log(self) -> Iterator[BinaryIO | None]:
+        """Yield the log of a new attempt. None: the steps print where this process prints, to a terminal or on a full disk."""
+        stream = None if sys.stdout.isatty() else _new_log(AttemptLogs(Path(self._job.attempt_logs)))
+        if stream:
+            nodes = ", ".join(self._allocation.nodes)
+            job = f"job {self._allocation.job_id} on {nodes}" if self._job.slurm else f"on {nodes}"
+            print(f"{self._job.name}, {job}: what this attempt prints is in {stream.name}", flush=True)
+        try:
+            yield stream
+        finally:
+            if stream:
+                stream.close()
 
     def terminate(self) -> None:
         """Send SIGTERM to the running step's processes. Under Slurm this does nothing, because Slurm sends it."""
         if self._process and not self._job.slurm:
             os.killpg(self._process.pid, signal.SIGTERM)
 
-    def _run_command(self, command: list[str]) -> int:
-        with subprocess.Popen(command, env=self._environment(), start_new_session=not self._job.slurm) as process:
+    def _run_command(self, command: list[str], log: BinaryIO | None) -> int:
+        with subprocess.Popen(
+            command,
+            env=self._environment(),
+            start_new_session=not self._job.slurm,
+            stdout=log,
+            stderr=subprocess.STDOUT if log else None,
+        ) as process:
             self._process = process
             if self._signals.received:  # the signal may have come before self._process was set
                 self.terminate()
@@ -81,6 +107,18 @@ class StepRunner:
         address = master_address(nodes[0], self._job.master_suffix, self._job.master_interface)
         print(f"job {job_id}: {len(nodes)} nodes, rendezvous {address}:{port}", flush=True)
         return {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def _new_log(logs: AttemptLogs) -> BinaryIO | None:
+    """Create the log after the newest one; None where that is not possible. A log must not be the reason that a job fails."""
+    with suppress(OSError):
+        logs.path.mkdir(parents=True, exist_ok=True)
+        number = logs.next_number()
+        while True:
+            with suppress(FileExistsError):
+                return logs.log(number).open("xb")
+            number += 1
+    return None
 
 
 def _unreported_failure(title: str, code: int) -> Failure:

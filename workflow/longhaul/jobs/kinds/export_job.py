@@ -23,7 +23,7 @@ class ExportSpec(JobSpec):
     config_hash: str
     pretrained_changes: tuple[str, ...]  # how the first weights differ from those in the pretrained folder, in words
     chat: bool  # the export must contain a chat template
-    folder: str  # results/<run>/export/<stage>
+    folder: str  # results/<run>/export/<stage>: holds a folder per export, and the link `latest`
     out: str  # results/<run>/export/<stage>.json
 
 
@@ -40,7 +40,7 @@ def _build(plan: Plan, job: JobId) -> ExportSpec:
         config_hash=content_hash(plan.config.model_dump(mode="json")),
         pretrained_changes=plan.pretrained_changes,
         chat=stage.kind == "sft",
-        folder=str(plan.paths.export(name)),
+        folder=str(plan.paths.exports(name)),
         out=str(plan.paths.export_manifest(name)),
     )
 
