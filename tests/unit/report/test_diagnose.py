@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from longhaul.artifacts.job_state import Failure
-from longhaul.report.diagnose import Finding, diagnose, findings_text, known_problems, match_line, search_log
+from longhaul.artifacts.leases import LeaseOwner
+from longhaul.artifacts.paths import JobId
+from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.run_status import QueuedJob
-from tests.unit.report.test_run_status import TRAIN, RunFolder
+from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
+from tests.support.run_folder import TRAIN, RunFolder
 
 EXAMPLES = Path(__file__).with_name("known_problems")
 
@@ -72,6 +76,7 @@ def test_recorded_failure_comes_first_and_effects_come_last(tmp_path: Path) -> N
 
 def test_pending_job_is_explained(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
+    run.main_process()
     (finding,) = found(run, train_base=QueuedJob("8", "PENDING", "QOSMaxJobsPerUserLimit", "N/A"))
     assert finding.cause == "the job waits in Slurm's queue: QOSMaxJobsPerUserLimit"
     assert "QOS" in finding.remedy and finding.evidence == "squeue, job 8"
@@ -79,6 +84,7 @@ def test_pending_job_is_explained(tmp_path: Path) -> None:
 
 def test_handled_faults_are_named_with_their_number(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
+    run.main_process()
     run.state(TRAIN, "running")
     events = [
         {"time_s": 1.0, "event": "running", "reason": "", "job_id": "7"},
@@ -108,9 +114,63 @@ def test_log_of_sbatch_is_searched_by_job_id(tmp_path: Path) -> None:
 def test_log_of_a_job_that_is_done_is_not_searched(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.state(TRAIN, "done")
+    run.state(JobId("environment"), "done")
     log_of(run, "RuntimeError: Connection closed by peer")
     assert found(run) == []
-    assert findings_text([], run.status()) == "No problem found: run r is interrupted."
+    assert findings_text([], run.status()) == "No problem found: run r is done."
+
+
+def attempt_of(run: RunFolder, number: int, *lines: str) -> Path:
+    log = run.paths.attempt_logs(TRAIN).log(number)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(f"{line}\n" for line in lines))
+    return log
+
+
+def test_cause_of_an_earlier_attempt_is_in_its_own_log(tmp_path: Path) -> None:
+    """What the other ranks said is left out, as the cause is known. The last attempt of a finished job is fine."""
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.state(TRAIN, "done")
+    reason = "RuntimeError: Connection reset by peer"
+    events = [{"time_s": 1.0, "event": "running"}, {"time_s": 2.0, "event": "restarted", "reason": reason}]
+    run.paths.job(TRAIN).history.write_text("".join(json.dumps(event) + "\n" for event in events))
+    first = attempt_of(
+        run, 1, "srun: error: n2: task 1: Killed", "*** STEP 2.1 ON n1 CANCELLED AT 2026-11-28T16:40:22 ***"
+    )
+    second = attempt_of(run, 2, "No space left on device", "straggler at step 120: rank 1 on n2: compute takes 61.3 ms")
+    killed, slow = sorted(found(run), key=lambda finding: finding.evidence)
+    assert killed.evidence.startswith(f"{first}:1: ") and killed.cause.startswith("a process was killed with signal 9")
+    assert slow.evidence.startswith(f"{second}:2: ") and slow.cause == "a rank is slower than the others"
+    assert killed.remedy.startswith("none is needed: the job continued. If it happens again: ")
+
+
+def test_attempts_without_an_end_and_cancelled_ones_are_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.state(TRAIN, "running")
+    names = ["running", "running", "failed", "running"]
+    events = [
+        {"time_s": float(k), "event": name, "reason": "cancelled: cancelled by scancel"} for k, name in enumerate(names)
+    ]
+    run.paths.job(TRAIN).history.write_text("".join(json.dumps(event) + "\n" for event in events))
+    causes = [finding.cause for finding in found(run, train_base=QueuedJob("7", "RUNNING", "None", "N/A"))]
+    assert len(causes) == 2 and causes[0].startswith("the supervisor left no record of an attempt's end")
+    assert causes[1] == "cancelled by scancel"
+
+
+def test_ended_main_process_is_named_while_jobs_are_left(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+    going_on = {"train_base": QueuedJob("7", "RUNNING", "None", "N/A")}
+    (finding,) = found(run, **going_on)
+    assert "it was stopped; left: environment, train-base" in finding.cause and "same command again" in finding.remedy
+    dead = {**asdict(LeaseOwner.this_process()), "started": "1.0"}
+    run.paths.lease.write_text(json.dumps(dead))
+    (finding,) = found(run, **going_on)
+    assert "ended without releasing the run: it was killed" in finding.cause and finding.evidence == str(
+        run.paths.lease
+    )
 
 
 def test_only_the_end_of_a_huge_log_is_searched_with_right_line_numbers(tmp_path: Path) -> None:

@@ -1,30 +1,22 @@
-"""Finds the causes for `longhaul doctor`: failure.json, advice for each Slurm pending reason, patterns in logs; formats the
-findings.
+"""Finds the causes for `longhaul doctor`: failure.json, advice for each Slurm pending reason, problems in logs, past faults; formats
+the findings.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NotRequired
 
-import yaml
-from pydantic import TypeAdapter
-from typing_extensions import TypedDict
-
-from longhaul.artifacts.paths import JobFolder, RunPaths
+from longhaul.artifacts.leases import Lease
+from longhaul.artifacts.paths import AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
 from longhaul.errors import printable
-from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RunStatus
+from longhaul.report.past_attempts import past_faults
+from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, NOT_STARTED, QUEUED, RUNNING, JobStatus, RunStatus
+from longhaul.report.search_logs import Finding, search_log
 
-KNOWN_PROBLEMS = Path(__file__).with_name("known_problems.yaml")
-_LOG_BYTES = 2 * 2**20
-"""Largest part of a log that is searched, from its end."""
-_LINE_CHARACTERS = 300
-_HANDLED = ("restarted", "waiting")
+_SEARCHED_ATTEMPTS = 5
 _WAITS = {
     "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
     "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
@@ -39,49 +31,50 @@ _WAITS = {
 """Beginning of Slurm's reason for a pending job -> what to do. https://slurm.schedmd.com/job_reason_codes.html"""
 
 
-class KnownProblem(TypedDict):
-    """One entry of known_problems.yaml."""
+@dataclass
+class _JobLogs:
+    """The logs of one job: of its rule, of its newest attempts, the oldest first, and those of sbatch."""
 
-    name: str
-    pattern: str
-    cause: str
-    remedy: str
-    source: str
-    follows: NotRequired[bool]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One cause. evidence: `file:line: text`, or the record that it was read from."""
-
-    job: str
-    cause: str
-    evidence: str
-    remedy: str
-    count: int = 1
-    follows: bool = False
-
-
-@cache
-def known_problems() -> tuple[KnownProblem, ...]:
-    """Return the entries of known_problems.yaml."""
-    entries = yaml.safe_load(KNOWN_PROBLEMS.read_text(encoding="utf-8"))
-    return tuple(TypeAdapter(list[KnownProblem]).validate_python(entries))
+    of_rule: list[Path] = field(default_factory=list)
+    attempts: list[Path] = field(default_factory=list)
+    of_sbatch: list[Path] = field(default_factory=list)
 
 
 def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Finding]:
-    """Return what explains the state of a run: recorded failures first, then what logs show, then what was handled.
+    """Return what explains the state of a run: what stops it now, then what its jobs have survived.
 
     slurm_logs: folder of the logs that the Slurm plugin asks sbatch to write; it may be absent
     """
-    logs = _logs(paths, status, slurm_logs)
-    in_logs = [finding for job, path in logs for finding in search_log(job, path)]
+    logs = _logs_by_job(paths, status, slurm_logs)
+    present = [finding for job in status.jobs for finding in _present_problems(job, logs[job.name])]
     return [
         *_recorded_failures(status),
         *_waiting_jobs(status),
-        *sorted(in_logs, key=lambda finding: finding.follows),
-        *_handled_faults(status),
+        *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
+        *_ended_main_process(paths, status),
+        *(fault for job in status.jobs for fault in _past_faults(job, logs[job.name])),
     ]
+
+
+def _present_problems(job: JobStatus, logs: _JobLogs) -> Iterator[Finding]:
+    """Yield what the logs of a job that is not done show. Of a job that goes on, the newest attempt alone counts."""
+    if job.state == DONE:
+        return
+    goes_on = job.state in (RUNNING, QUEUED)
+    searched = [*logs.of_rule, *logs.attempts[-1:]] if goes_on else [*logs.of_rule, *logs.attempts, *logs.of_sbatch]
+    for path in searched:
+        yield from search_log(job.name, path)
+
+
+def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
+    """Return the faults that a job has survived; of a failed job, its failure says them."""
+    if job.state in (FAILED, INTERRUPTED, NOT_STARTED):
+        return []
+    found = [finding for path in [*logs.attempts[:-1], *logs.of_sbatch] for finding in search_log(job.name, path)]
+    if job.state == DONE:
+        found += [finding for path in logs.attempts[-1:] for finding in search_log(job.name, path) if finding.continues]
+    history = JobFolder(Path(job.folder)).history
+    return past_faults(job.name, history, read_events(history), found)
 
 
 def _recorded_failures(status: RunStatus) -> Iterator[Finding]:
@@ -105,83 +98,42 @@ def _waiting_jobs(status: RunStatus) -> Iterator[Finding]:
             )
 
 
-def _handled_faults(status: RunStatus) -> Iterator[Finding]:
-    """Yield the faults that a restart or a requeue has already dealt with."""
-    for job in status.jobs:
-        history = JobFolder(Path(job.folder)).history
-        reasons = [
-            event["reason"] for event in read_events(history) if event["event"] in _HANDLED and event.get("reason")
-        ]
-        for reason in dict.fromkeys(reasons):
-            yield Finding(job.name, reason, str(history), "none is needed: the job continued", reasons.count(reason))
+def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
+    """Yield that nothing works on a run whose jobs are not all done."""
+    left = [job.name for job in status.jobs if job.state != DONE]
+    if status.main_process or not left or status.state in (NOT_STARTED, FAILED):
+        return
+    owner = Lease(paths.lease).current_owner()
+    how = f"{owner} ended without releasing the run: it was killed, or its host failed" if owner else "it was stopped"
+    yield Finding(
+        "main process",
+        f"the main Snakemake process has ended before all jobs were done, {how}; left: {', '.join(left)}",
+        str(paths.lease) if owner else f"{paths.lease} does not exist",
+        "run the same command again: it continues; jobs that are still in Slurm's queue are waited for",
+    )
 
 
-def _logs(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[tuple[str, Path]]:
-    """Return (job, file) of the logs of all jobs that are not done: the job's own, and those of sbatch by job id."""
-    done = {job.name for job in status.jobs if job.state == DONE}
-    names = {job.log: job.name for job in status.jobs}
-    own = [(names.get(str(path), path.stem), path) for path in sorted(paths.logs.rglob("*.log"))]
-    by_id = {path.stem: path for path in slurm_logs.rglob("*.log")}
-    ids: list[tuple[str, str]] = []
+def _logs_by_job(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> dict[str, _JobLogs]:
+    """Return the logs of every job: of its rule, of its newest attempts, and those of sbatch by job id."""
+    found = {job.name: _JobLogs() for job in status.jobs}
+    for folder in sorted({path.parent for path in paths.logs.rglob("*.log")}):
+        attempts = AttemptLogs(folder).logs()
+        if logs := found.get(_job_name(paths, folder)):
+            logs.attempts += attempts[-_SEARCHED_ATTEMPTS:]
+        for path in sorted(set(folder.glob("*.log")) - set(attempts)):
+            if logs := found.get(_job_name(paths, path.with_suffix(""))):
+                logs.of_rule.append(path)
+    of_sbatch = {path.stem: path for path in slurm_logs.rglob("*.log")}
     for job in status.jobs:
         events = read_events(JobFolder(Path(job.folder)).history)
-        ids += dict.fromkeys((job.name, str(event["job_id"])) for event in events if event.get("job_id"))
-    of_sbatch = [(name, by_id[job_id]) for name, job_id in ids if job_id in by_id]
-    return [(name, path) for name, path in own + of_sbatch if name not in done]
+        ids = dict.fromkeys(str(event["job_id"]) for event in events if event.get("job_id"))
+        found[job.name].of_sbatch += [of_sbatch[job_id] for job_id in ids if job_id in of_sbatch]
+    return found
 
 
-def search_log(job: str, path: Path) -> list[Finding]:
-    """Return the known problems that a log shows, each once with its first line. Only the last 2 MiB are searched."""
-    first_line, text = _end_of(path)
-    found: dict[str, tuple[KnownProblem, str]] = {}
-    counts: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), first_line):
-        if problem := match_line(line):
-            counts[problem["name"]] = counts.get(problem["name"], 0) + 1
-            found.setdefault(problem["name"], (problem, f"{path}:{number}: {line.strip()[:_LINE_CHARACTERS]}"))
-    return [
-        Finding(job, problem["cause"], evidence, problem["remedy"], counts[name], problem.get("follows", False))
-        for name, (problem, evidence) in found.items()
-    ]
-
-
-def match_line(line: str) -> KnownProblem | None:
-    """Return the first known problem that a line shows, in the order of the file."""
-    if not _any_problem().search(line):
-        return None
-    return next(problem for problem in known_problems() if _compiled(problem["pattern"]).search(line))
-
-
-@cache
-def _any_problem() -> re.Pattern[str]:
-    """Return one expression for all problems: nearly every line of a log is decided with one search."""
-    return _compiled("|".join(f"(?:{problem['pattern']})" for problem in known_problems()))
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
-
-
-def _end_of(path: Path) -> tuple[int, str]:
-    """Return the number of the first line that is searched, and the text from there on."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            start = max(0, size - _LOG_BYTES)
-            stream.seek(0)
-            skipped = _line_breaks(stream, start)
-            return skipped + 1, stream.read().decode("utf-8", errors="replace")
-    except OSError:
-        return 1, ""
-
-
-def _line_breaks(stream: BinaryIO, size: int) -> int:
-    """Return how many line breaks the next `size` bytes hold."""
-    count, left = 0, size
-    while left and (part := stream.read(min(left, 2**20))):
-        count, left = count + part.count(b"\n"), left - len(part)
-    return count
+def _job_name(paths: RunPaths, log: Path) -> str:
+    """Return the name of the job that logs/<kind>/<names> belongs to."""
+    return "-".join(log.relative_to(paths.logs).parts)
 
 
 def findings_text(findings: list[Finding], status: RunStatus) -> str:

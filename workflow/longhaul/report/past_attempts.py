@@ -1,0 +1,56 @@
+"""Faults that a job has survived: from its history and from the logs of its earlier attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from longhaul.artifacts.record_types import Event
+from longhaul.report.goodput import ATTEMPT_BEGINS
+from longhaul.report.search_logs import Finding, known_problems, match_line
+
+_CONTINUED = "none is needed: the job continued"
+
+
+def past_faults(job: str, history: Path, events: list[Event], in_logs: list[Finding]) -> list[Finding]:
+    """Return each fault once, with how often it occurred. Effects of other faults are left out where their cause is known.
+
+    history: history.jsonl, of which `events` are
+    in_logs: what the logs of earlier attempts show
+    """
+    found = [*in_logs, *(_of_record(job, history, reason) for reason in _recorded_reasons(events))]
+    ranked = sorted(found, key=lambda finding: (finding.follows, finding.rank))
+    causes = [finding for finding in ranked if not finding.follows] or ranked
+    return [_handled(cause, causes) for cause in {finding.cause: finding for finding in reversed(causes)}.values()][
+        ::-1
+    ]
+
+
+def _recorded_reasons(events: list[Event]) -> Iterator[str]:
+    """Yield why each attempt but the last has ended, as its supervisor recorded it."""
+    for event, following in pairwise(events):
+        begins_again = following["event"] in ATTEMPT_BEGINS
+        if event["event"] in ATTEMPT_BEGINS and following["event"] == "running":
+            yield "the supervisor left no record of an attempt's end: it was killed, or its node failed"
+        elif event["event"] in ("waiting", "failed") and begins_again and event.get("reason"):
+            yield str(event["reason"]).removeprefix("cancelled: ")
+        if following["event"] == "restarted" and following.get("reason"):
+            yield str(following["reason"])
+
+
+def _of_record(job: str, history: Path, reason: str) -> Finding:
+    """Return the finding of a recorded reason. Where it only repeats a process' last words, a known problem explains them."""
+    problem = match_line(reason)
+    if problem is None:
+        return Finding(job, reason, str(history), _CONTINUED)
+    rank = known_problems().index(problem)
+    cause, remedy = problem["cause"], problem["remedy"]
+    return Finding(job, cause, f"{history}: {reason}", remedy, follows=problem.get("follows", False), rank=rank)
+
+
+def _handled(finding: Finding, all_of_them: list[Finding]) -> Finding:
+    count = max(sum(other.cause == finding.cause for other in all_of_them), finding.count)
+    again = "" if finding.remedy.startswith("none is needed") else f". If it happens again: {finding.remedy}"
+    return replace(finding, count=count, remedy=f"{_CONTINUED}{again}", follows=False)
