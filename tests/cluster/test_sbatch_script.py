@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 def rendered(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The finished run's data and tokenizer in another folder, with its first stage rendered for 2 nodes of 1 rank."""
     copy = Chain(tmp_path_factory.mktemp("sbatch"), json.loads(json.dumps(finished.config)))
-    shutil.copytree(finished.results, copy.results)
+    shutil.copytree(finished.results, copy.results, symlinks=True)
     shutil.rmtree(copy.results / "stages")
     write_site(copy.folder, SITE)
     copy.config["stages"][0].update(nodes=2, gpus_per_node=1)

@@ -159,7 +159,9 @@ def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):
 def test_text_of_a_run_is_escaped(browser: Browser, finished: Chain, tmp_path: Path):
     """A model may generate <script>. A tokenizer's template or a host name may contain it, too."""
     results = tmp_path / "tiny"
-    shutil.copytree(finished.results, results, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
+    shutil.copytree(
+        finished.results, results, symlinks=True, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors")
+    )
     attack = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
     export = json.loads((results / "export" / "base.json").read_text())
     export["samples"] = [{"prompt": attack, "split": "validation", "completion": attack, "ended_with_eos": True}]

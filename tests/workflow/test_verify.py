@@ -23,7 +23,7 @@ def test_verify_names_damaged_files(finished: Chain, tmp_path: Path):
         intact.stdout.count("intact") >= 10
     )  # tokenizer, two datasets; of two stages: checkpoint.json, checkpoints, export
 
-    folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "copy", symlinks=True))
     optimizer = sorted(folder.glob("results/tiny/stages/base/weights/*/checkpoints/step-*/zero_pp_rank_0*optim*"))[-1]
     data = bytearray(optimizer.read_bytes())
     data[-1000] ^= 1

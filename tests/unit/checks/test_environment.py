@@ -40,6 +40,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentSpec:
         "prebuild_ops": (),
         "swap_bytes": 0,
         "locked_bytes": 0,
+        "measures_gpus": False,
         "folder": str(folder / "results"),
         "out": str(folder / "environment.json"),
     }

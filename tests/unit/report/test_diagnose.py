@@ -11,8 +11,9 @@ import pytest
 from longhaul.artifacts.job_state import Failure
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId
+from longhaul.errors import UserError
 from longhaul.report.diagnose import diagnose, findings_text
-from longhaul.report.run_status import QueuedJob
+from longhaul.report.run_status import QueuedJob, read_status
 from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
 from tests.support.run_folder import TRAIN, RunFolder
 
@@ -179,3 +180,27 @@ def test_only_the_end_of_a_huge_log_is_searched_with_right_line_numbers(tmp_path
     log.write_text("Permission denied\n" + line * 30_000 + "No space left on device\n")
     (finding,) = search_log("train-base", log)
     assert finding.evidence == f"{log}:30002: No space left on device"
+
+
+def test_silent_slurm_and_removed_logs_are_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    Failure("permanent", "out of memory", "lower micro_batch_size").write(run.paths.job(TRAIN).failure)
+
+    def ask(_jobs: object) -> dict[str, QueuedJob]:
+        raise UserError("squeue is not on the PATH of this node")
+
+    status = read_status(run.paths, ask)
+    failure, slurm, logs = diagnose(run.paths, status, tmp_path / "slurm_logs")
+    assert failure.cause == "out of memory" and slurm.cause.endswith("squeue is not on the PATH of this node")
+    assert logs.job == "train-base" and logs.cause.startswith("its logs do not exist any more")
+    log_of(run, "an ordinary line")
+    assert len(diagnose(run.paths, status, tmp_path / "slurm_logs")) == 2
+
+
+def test_record_of_another_release_is_the_finding(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.paths.job(TRAIN).path.mkdir(parents=True)
+    run.paths.job(TRAIN).state.write_text('{"artifact": "State", "schema_version": 9}')
+    (finding,) = found(run)
+    assert "version 9, not State version 1" in finding.cause and "another release" in finding.remedy

@@ -19,6 +19,7 @@ from longhaul.report.run_status import (
     NOT_STARTED,
     QUEUED,
     RUNNING,
+    UNKNOWN,
     QueuedJob,
     RunStatus,
     allocated_seconds,
@@ -51,6 +52,35 @@ def test_progress_of_a_running_stage(tmp_path: Path) -> None:
     assert progress.seconds_left == pytest.approx(60 * 2.5)
     assert (progress.tokens_per_s, progress.mfu, progress.attempts) == (1000.0, 0.4, 1)
     assert (progress.last_saved_step, progress.last_saved_s, progress.checkpoint_bytes) == (30, 1000.0, 1000)
+
+
+def test_plan_of_another_release_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    plan = json.loads(run.paths.plan.read_text())
+    del plan["scheduler"]
+    for damaged in (json.dumps(plan), run.paths.plan.read_text()[:100]):
+        run.paths.plan.write_text(damaged)
+        with pytest.raises(UserError, match=r"plan\.json: (`scheduler` is missing|no valid JSON)") as caught:
+            run.status()
+        assert "another release of longhaul wrote it, or its writer was stopped" in caught.value.hint
+
+
+@pytest.mark.parametrize("record", ["state", "failure"])
+@pytest.mark.parametrize("how", ["half-written", "another release"])
+def test_record_that_cannot_be_read_is_named(tmp_path: Path, record: str, how: str) -> None:
+    """It is not taken for a job that has not started."""
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+    Failure("permanent", "out of memory", "").write(run.paths.job(TRAIN).failure)
+    if record == "state":
+        run.paths.job(TRAIN).failure.unlink()
+    path = getattr(run.paths.job(TRAIN), record)
+    text = path.read_text()
+    path.write_text(text[:40] if how == "half-written" else text.replace('"schema_version": 1', '"schema_version": 9'))
+    status = run.status()
+    state, detail = job_state(status)
+    assert state == UNKNOWN == status.state and str(path) in detail
+    assert "not valid JSON" in detail if how == "half-written" else "version 9, not" in detail
 
 
 def test_half_written_metrics_are_left_out(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -144,6 +144,22 @@ def read_state(folder: Path) -> State | None:
 def read_failure(folder: Path) -> Failure | None:
     """Read failure.json; None if it is missing, damaged or of another release."""
     return _read_from_server(Failure, JobFolder(folder).failure)
+
+
+def unreadable_records(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with state.json and failure.json of a job, where they exist and cannot be read."""
+    records: tuple[tuple[type[Artifact], Path], ...] = (
+        (State, JobFolder(folder).state),
+        (Failure, JobFolder(folder).failure),
+    )
+    for kind, path in records:
+        try:
+            if path.exists():
+                kind.read(path)
+        except UserError as error:
+            yield error.message
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror}"
 
 
 def read_outcome(folder: Path) -> Outcome | None:

@@ -35,7 +35,9 @@ def run(job: EnvironmentSpec) -> None:
     """
     rank = this_rank()
     require_planned_size(rank, job.nodes, job.nodes)
-    facts = node_facts(rank.host, Path(job.folder)) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
+    facts = node_facts(rank.host, Path(job.folder), job.measures_gpus) | {
+        "ops": build_ops(job.prebuild_ops, job.scratch)
+    }
     if job.swap_bytes and job.scratch:
         facts |= {"swap": swap_facts(job.scratch)}
     with process_group(rank, "gloo", _TIMEOUT_S):

@@ -31,8 +31,12 @@ PROBE_BYTES = 4096
 """One block of a file system. A quota may allow an empty or a tiny file when no block is left."""
 
 
-def node_facts(host: str, folder: Path) -> dict[str, Any]:
-    """Return the facts of this node. `folder` is on the file system that will hold the checkpoints."""
+def node_facts(host: str, folder: Path, measures_gpus: bool = False) -> dict[str, Any]:
+    """Return the facts of this node.
+
+    folder:        on the file system that will hold the checkpoints
+    measures_gpus: measure the matrix products of each GPU, too, which takes a second per GPU
+    """
     return {
         "host": host,
         "kernel": platform.release(),
@@ -42,7 +46,7 @@ def node_facts(host: str, folder: Path) -> dict[str, Any]:
         "disk_free_bytes": _free_bytes(folder),
         "write_error": write_error(folder),
         "compiler": compiler(),
-        "gpus": gpus(),
+        "gpus": gpus(measures_gpus),
         "rdma_ports": rdma_ports(),
         "versions": versions(),
     }
@@ -71,14 +75,20 @@ def torch_build(cuda: str | None, hip: str | None) -> str:
     return build_name(cuda, ".".join(hip.split(".")[:2]) if hip else None)
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Return name and memory of every GPU that this job may use."""
+def gpus(measures: bool = False) -> list[dict[str, Any]]:
+    """Return name and memory of every GPU that this job may use; with `measures`, its rate of matrix products, too."""
     import torch
 
     if not torch.cuda.is_available():
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+    facts: list[dict[str, Any]] = [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+    if measures:
+        from longhaul.checks.matrix_products import matrix_tflops
+
+        for index, gpu in enumerate(facts):
+            gpu["matrix_tflops"] = round(matrix_tflops(torch.device("cuda", index)), 1)
+    return facts
 
 
 def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> list[str]:

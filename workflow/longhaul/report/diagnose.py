@@ -13,7 +13,17 @@ from longhaul.artifacts.paths import AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
 from longhaul.errors import printable
 from longhaul.report.past_attempts import past_faults
-from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, NOT_STARTED, QUEUED, RUNNING, JobStatus, RunStatus
+from longhaul.report.run_status import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    NOT_STARTED,
+    QUEUED,
+    RUNNING,
+    UNKNOWN,
+    JobStatus,
+    RunStatus,
+)
 from longhaul.report.search_logs import Finding, search_log
 
 _SEARCHED_ATTEMPTS = 5
@@ -52,6 +62,8 @@ def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Findi
         *_waiting_jobs(status),
         *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
         *_ended_main_process(paths, status),
+        *_unknown_queue(status),
+        *_removed_logs(status, logs),
         *(fault for job in status.jobs for fault in _past_faults(job, logs[job.name])),
     ]
 
@@ -68,7 +80,7 @@ def _present_problems(job: JobStatus, logs: _JobLogs) -> Iterator[Finding]:
 
 def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
     """Return the faults that a job has survived; of a failed job, its failure says them."""
-    if job.state in (FAILED, INTERRUPTED, NOT_STARTED):
+    if job.state in (FAILED, INTERRUPTED, UNKNOWN, NOT_STARTED):
         return []
     found = [finding for path in [*logs.attempts[:-1], *logs.of_sbatch] for finding in search_log(job.name, path)]
     if job.state == DONE:
@@ -79,7 +91,7 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
 
 def _recorded_failures(status: RunStatus) -> Iterator[Finding]:
     for job in status.jobs:
-        if job.state in (FAILED, INTERRUPTED):
+        if job.state in (FAILED, INTERRUPTED, UNKNOWN):
             record = JobFolder(Path(job.folder))
             evidence = record.failure if job.state == FAILED else record.state
             remedy = job.remedy or "run the same command again: the job continues from its last checkpoint"
@@ -111,6 +123,22 @@ def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]
         str(paths.lease) if owner else f"{paths.lease} does not exist",
         "run the same command again: it continues; jobs that are still in Slurm's queue are waited for",
     )
+
+
+def _unknown_queue(status: RunStatus) -> Iterator[Finding]:
+    if status.queue_problem:
+        cause = f"Slurm's queue is unknown, so states are those that the jobs recorded last: {status.queue_problem}"
+        yield Finding("Slurm", cause, "squeue", "ask on a host of the cluster where Slurm answers")
+
+
+def _removed_logs(status: RunStatus, logs: dict[str, _JobLogs]) -> Iterator[Finding]:
+    """Yield the jobs whose logs would explain more, and have been removed."""
+    for job in status.jobs:
+        found = logs[job.name]
+        has_logs = found.of_rule or found.attempts or found.of_sbatch
+        if job.state in (FAILED, INTERRUPTED) and not has_logs:
+            cause = "its logs do not exist any more: only its records were read"
+            yield Finding(job.name, cause, job.log, "run the same command again: a new attempt writes a new log")
 
 
 def _logs_by_job(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> dict[str, _JobLogs]:

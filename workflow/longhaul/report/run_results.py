@@ -95,7 +95,7 @@ class RunResults:
     """Everything that the report shows, in the order of the pipeline."""
 
     plan: PlanFile
-    config: str
+    config: str  # empty until rule `render` has copied it
     status: RunStatus
     environment: EnvironmentReport | None
     fabric: FabricReport | None
@@ -123,7 +123,7 @@ def read_run(folder: Path) -> RunResults:
     stages = [_read_stage(paths, row, data.get(row["dataset"])) for row in plan["stages"]]
     return RunResults(
         plan=plan,
-        config=read_bytes(paths.config).decode(errors="replace"),
+        config=read_bytes(paths.config).decode(errors="replace") if paths.config.exists() else "",
         status=status,
         environment=_read_if_made(EnvironmentReport, paths.environment),
         fabric=_read_if_made(FabricReport, paths.fabric),

@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
-from longhaul.artifacts.job_state import State, read_failure, read_state
+from longhaul.artifacts.job_state import State, read_failure, read_state, unreadable_records
 from longhaul.artifacts.leases import Lease, LeaseOwner
 from longhaul.artifacts.line_records import read_first_records, read_last_records
 from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobFolder, JobId, RunPaths, WeightsFolder
@@ -29,13 +29,18 @@ from longhaul.report.goodput import ATTEMPT_BEGINS
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 
-NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED = (
+NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
     "not started",
     "queued",
     "running",
     "done",
     "failed",
     "interrupted",
+    "unknown",
+)
+_OTHER_RELEASE = (
+    "another release of longhaul wrote it, or its writer was stopped: read the run with that release, or run the same "
+    "command again, which writes it anew"
 )
 _RECENT_STEPS = 50
 _PART_BYTES = 64 * 1024  # of a metrics file, at its start and at its end
@@ -128,11 +133,13 @@ class RunStatus:
 
     @property
     def state(self) -> str:
-        """Return failed, running, queued, done, or interrupted: jobs are left and no main process works on the run."""
+        """Return failed, running, queued, unknown, done, or interrupted: jobs are left and no main process works on the run."""
         states = {job.state for job in self.jobs}
         if states == {DONE}:
             return DONE
-        return next((state for state in (FAILED, RUNNING, QUEUED) if state in states), self._idle_state(states))
+        return next(
+            (state for state in (FAILED, RUNNING, QUEUED, UNKNOWN) if state in states), self._idle_state(states)
+        )
 
     def _idle_state(self, states: set[str]) -> str:
         if self.main_process:
@@ -169,7 +176,7 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
             f"{paths.folder.absolute()} holds no plan.json: nothing has run there yet",
             "start it with `longhaul run CONFIG`, or name another run's folder or config",
         )
-    plan = read_typed_json(paths.plan, PlanFile)
+    plan = read_typed_json(paths.plan, PlanFile, _OTHER_RELEASE)
     jobs = [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
     queue, problem = _ask(plan, jobs, ask_queue)
     owner = _living_owner(paths)
@@ -223,6 +230,8 @@ def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOw
         return status((QUEUED, _pending_detail(queued)))
     if failure:
         return status((FAILED, failure.cause), failure.remedy, failure.job_id, failure.time)
+    if problem := next(unreadable_records(folder.path), ""):
+        return status((UNKNOWN, problem), _OTHER_RELEASE)
     if state is None:
         return status((RUNNING, "the job is starting") if queued else (NOT_STARTED, ""))
     return status(_recorded(state, queue is not None and queued is None, owner), since=state.since)

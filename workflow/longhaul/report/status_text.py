@@ -11,9 +11,20 @@ from rich.text import Text
 
 from longhaul.errors import printable
 from longhaul.report import number_format as text
-from longhaul.report.run_status import DONE, FAILED, INTERRUPTED, QUEUED, RUNNING, JobStatus, RunStatus, StageStatus
+from longhaul.report.run_status import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    QUEUED,
+    RUNNING,
+    UNKNOWN,
+    JobStatus,
+    RunStatus,
+    StageStatus,
+)
 
-_STYLES = {DONE: "green", RUNNING: "cyan", QUEUED: "yellow", FAILED: "red", INTERRUPTED: "red"}
+_STYLES = {DONE: "green", RUNNING: "cyan", QUEUED: "yellow", FAILED: "red", INTERRUPTED: "red", UNKNOWN: "red"}
+_STATES_TO_SHOW = (RUNNING, QUEUED, FAILED, INTERRUPTED, UNKNOWN)
 _BAR_WIDTH = 10
 
 
@@ -103,7 +114,7 @@ def _last_save(step: int | None, seconds: float | None) -> str:
 
 
 def _jobs_to_show(status: RunStatus) -> list[JobStatus]:
-    return [job for job in status.jobs if job.state in (RUNNING, QUEUED, FAILED, INTERRUPTED)]
+    return [job for job in status.jobs if job.state in _STATES_TO_SHOW]
 
 
 def _job_line(job: JobStatus) -> Text:
