@@ -12,7 +12,16 @@ from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.paths import JobId, WeightsFolder
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec
-from longhaul.report.planned_changes import AGAIN, CONTINUES, KEPT, TRAINS, StageChange, change_lines, stage_changes
+from longhaul.report.planned_changes import (
+    AGAIN,
+    CONTINUES,
+    KEPT,
+    TRAINS,
+    UNREADABLE,
+    StageChange,
+    change_lines,
+    stage_changes,
+)
 from tests.support.small_configs import plan_of
 from tests.support.trained_results import SPLIT, train, write_trained_results
 
@@ -125,8 +134,9 @@ def test_export_with_other_settings_is_made_again(folder: Path) -> None:
     assert base.action == KEPT and base.export == "Its export is made again; results/small/export/base/old stays"
 
 
-def test_damaged_identity_is_named(folder: Path) -> None:
+def test_damaged_identity_is_named_and_stops_no_run(folder: Path) -> None:
     changes = changes_of(folder)
     WeightsFolder(cast(Path, changes[0].present)).identity.write_text('{"spec": {')
-    with pytest.raises(UserError, match=r"identity\.json"):
-        changes_of(folder, {"stages.0.optimizer.lr": 5e-4})
+    changed = changes_of(folder, {"stages.0.optimizer.lr": 5e-4})
+    assert actions(changed) == [UNREADABLE, AGAIN]
+    assert "stage base cannot be compared: " in change_lines(changed)[1] and "identity.json" in change_lines(changed)[1]

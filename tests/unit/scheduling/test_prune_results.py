@@ -87,6 +87,12 @@ def test_stage_that_is_no_longer_exported_leaves_no_dangling_link(plan: Plan, tm
     assert list(plan.paths.exports("base").iterdir()) == [] and not plan.paths.export_manifest("base").exists()
 
 
+def test_stage_whose_records_cannot_be_read_keeps_all_of_its_weights(plan: Plan, tmp_path: Path) -> None:
+    train(plan_of(tmp_path, LR), "base", steps=10)
+    plan.paths.stage("base").checkpoint.write_text("{")
+    assert paths_of(plan) == []
+
+
 def test_logs_of_the_last_attempts_stay(plan: Plan) -> None:
     logs = plan.paths.attempt_logs(JobId("train", ("base",)))
     for attempt in range(1, KEPT_ATTEMPTS + 3):

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
 from longhaul.artifacts.paths import STAGE_KIND, JobId, WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.jobs.job_kind import job_kinds, job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan, StagePlan
@@ -27,6 +27,7 @@ from longhaul.train.checkpoint.weights_identity import (
 )
 
 TRAINS, CONTINUES, AGAIN, KEPT = "trains", "continues", "trains again", "is kept"
+UNREADABLE = "cannot be compared"
 _LISTED_DIFFERENCES = 6
 
 
@@ -34,8 +35,8 @@ _LISTED_DIFFERENCES = 6
 class StageChange:
     """What the next run does with one stage.
 
-    action:    TRAINS (for the first time), CONTINUES, AGAIN or KEPT
-    reasons:   why the present weights do not fit the config; empty unless the action is AGAIN
+    action:    TRAINS (for the first time), CONTINUES, AGAIN, KEPT, or UNREADABLE: a record is damaged or of another release
+    reasons:   why the present weights do not fit the config, or which record cannot be read
     done:      steps that are trained already
     gpu_hours: estimate for the steps that are left; None where the plan has none
     present:   the weights folder that the stage has now; None before its first attempt
@@ -69,17 +70,23 @@ def stage_changes(plan: Plan) -> list[StageChange]:
     """Compare the plan with the results that the working folder holds. Stages are in the plan's order.
 
     Raises:
-        UserError: the weights of a stage cannot continue under the planned number of steps, or a record is damaged.
+        InputError: the weights of a stage cannot continue under the planned number of steps.
     """
     found: dict[str, StageChange] = {}
     for stage in plan.stages:
-        found[stage.name] = _stage_change(plan, stage, found)
+        try:
+            found[stage.name] = _stage_change(plan, stage, found)
+        except InputError:
+            raise
+        except UserError as error:  # the jobs that write or read the record decide: some make it again
+            reasons = (error.message,)
+            found[stage.name] = StageChange(stage.name, UNREADABLE, reasons, 0, stage.steps, None, None, None, "")
     return list(found.values())
 
 
 def change_lines(changes: list[StageChange]) -> list[str]:
     """Return a line per stage; none where no stage has weights yet."""
-    if all(change.present is None for change in changes):
+    if all(change.present is None and change.action != UNREADABLE for change in changes):
         return []
     return ["Compared with the results of this run:", *(f"  {_line(change)}" for change in changes)]
 
@@ -91,6 +98,7 @@ def _line(change: StageChange) -> str:
         CONTINUES: f"continues at step {change.done:,} of {change.steps:,}{hours}",
         AGAIN: f"trains again{hours}: {'; '.join(change.reasons)}",
         KEPT: f"is kept: {change.steps:,} steps are trained",
+        UNREADABLE: f"cannot be compared: {'; '.join(change.reasons)}",
     }[change.action]
     stays = f". Its weights {change.present.name} stay" if change.present and change.action == AGAIN else ""
     return f"stage {change.stage} {what}{stays}" + (f". {change.export}" if change.export else "")
