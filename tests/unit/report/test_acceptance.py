@@ -13,7 +13,13 @@ from longhaul.report.metric_series import STEP_VALUES, Curve
 GIB = 2**30
 
 
-def results(gpus: bool = True, data_wait: float | None = 0.02, **values: list[float]) -> dict[str, tuple[str, str]]:
+def results(
+    gpus: bool = True,
+    data_wait: float | None = 0.02,
+    profiles: Any = (),
+    mfu: float | None = None,
+    **values: list[float],
+) -> dict[str, tuple[str, str]]:
     curves = {name: Curve() for name in STEP_VALUES}
     for name, numbers in values.items():
         curves[name] = Curve(list(range(len(numbers))), list(numbers))
@@ -21,11 +27,13 @@ def results(gpus: bool = True, data_wait: float | None = 0.02, **values: list[fl
     stage: Any = SimpleNamespace(
         name="base",
         metrics=SimpleNamespace(curves=curves),
-        summary=SimpleNamespace(peak_memory_bytes=peak, data_wait_share=data_wait),
+        summary=SimpleNamespace(peak_memory_bytes=peak, data_wait_share=data_wait, median_mfu=mfu),
+        profiles=profiles,
     )
-    nodes = [{"gpus": [{"memory_bytes": 80 * GIB}, {"memory_bytes": 100 * GIB}] if gpus else []}]
+    both = [{"memory_bytes": 80 * GIB, "matrix_tflops": 800.0}, {"memory_bytes": 100 * GIB, "matrix_tflops": 750.0}]
+    nodes = [{"gpus": both if gpus else []}]
     environment: Any = SimpleNamespace(nodes=nodes)
-    return {row.metric: (row.value, row.result) for row in acceptance_rows(stage, environment)}
+    return {row.metric: (row.value, row.result) for row in acceptance_rows(stage, environment, 990.0)}
 
 
 @pytest.mark.parametrize(
@@ -54,3 +62,28 @@ def test_memory_of_a_cpu_is_not_compared() -> None:
 
 def test_waiting_for_data_above_the_limit_is_not_met() -> None:
     assert results(data_wait=0.2)["waiting for data"] == ("20 %", NOT_MET)
+
+
+def profile(communication_s: float, idle_s: float, has_kernels: bool = True) -> dict[str, Any]:
+    """Return the profile of steps of 10 s; the rest is matrix products and attention."""
+    busy_s = 10.0 - communication_s - idle_s
+    covered = {"matrix products": busy_s - 1, "attention": 1.0, "communication": communication_s}
+    return {"breakdown": {"has_kernels": has_kernels, "seconds": 10.0, "covered_s": covered, "idle_s": idle_s}}
+
+
+def test_communication_efficiency_is_that_of_the_worse_rank() -> None:
+    assert results(profiles=[profile(1.0, 0.5), profile(0.5, 0.0)])["communication efficiency"] == ("90 %", OK)
+    assert results(profiles=[profile(1.0, 0.5), profile(2.0, 0.0)])["communication efficiency"] == ("80 %", NOT_MET)
+
+
+def test_compute_efficiency_is_the_rate_while_rank_0_computes() -> None:
+    """MFU 40 % of 990 TFLOP/s over 80 % of the time is 495 TFLOP/s; the slowest GPU multiplies at 750 TFLOP/s."""
+    profiles = [profile(1.0, 1.0), profile(5.0, 1.0)]
+    assert results(profiles=profiles, mfu=0.4)["compute efficiency"] == ("66 %", NOT_MET)
+    assert results(profiles=profiles, mfu=0.5)["compute efficiency"] == ("82.5 %", OK)
+
+
+def test_efficiencies_need_a_profile_of_gpus() -> None:
+    for found in (results(mfu=0.4), results(mfu=0.4, profiles=[profile(1.0, 1.0, has_kernels=False)])):
+        assert found["communication efficiency"] == found["compute efficiency"] == ("–", NOT_MEASURED)
+    assert results(profiles=[profile(1.0, 1.0)])["compute efficiency"] == ("–", NOT_MEASURED)  # MFU is unknown

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
+from longhaul.artifacts.record_types import TimeBreakdown
 from longhaul.report.number_format import percent
 from longhaul.report.run_results import StageResults
 
 OK, NOT_MET, NOT_MEASURED = "ok", "not met", "not measured"
 _UTILISATION, _STEP_TIME, _MEMORY, _DATA_WAIT = 0.75, 0.05, 0.9, 0.05
+_COMMUNICATION, _COMPUTE = 0.85, 0.7
+_PROFILE = "set profile_steps of the stage to a range of steps, such as [100, 104]"
 _FEWEST_STEPS = 20
 
 
 @dataclass(frozen=True)
 class AcceptanceRow:
-    """One metric of a stage. value and limit are texts."""
+    """One metric of a stage. value and limit are texts; to_measure: what to do where it is not measured."""
 
     stage: str
     metric: str
@@ -27,49 +30,118 @@ class AcceptanceRow:
     value: str
     limit: str
     result: str
+    to_measure: str = ""
 
 
-def acceptance_rows(stage: StageResults, environment: EnvironmentReport | None) -> list[AcceptanceRow]:
-    """Return the metrics of a stage with their results."""
+@dataclass(frozen=True)
+class _Metric:
+    """A metric and its value. sign: ≥ or ≤, how the value must compare with the limit."""
+
+    name: str
+    definition: str
+    value: float | None
+    sign: str
+    limit: float
+    to_measure: str
+
+
+def acceptance_rows(
+    stage: StageResults, environment: EnvironmentReport | None, gpu_peak_tflops: float | None = None
+) -> list[AcceptanceRow]:
+    """Return the metrics of a stage with their results. gpu_peak_tflops: the rate from which MFU is computed."""
+    return [_row(stage.name, metric) for metric in _metrics(stage, environment, gpu_peak_tflops)]
+
+
+def _row(stage: str, metric: _Metric) -> AcceptanceRow:
+    limit = f"{metric.sign} {percent(metric.limit)}"
+    if metric.value is None:
+        return AcceptanceRow(
+            stage, metric.name, metric.definition, percent(None), limit, NOT_MEASURED, metric.to_measure
+        )
+    is_met = metric.value >= metric.limit if metric.sign == "≥" else metric.value <= metric.limit
+    result = OK if is_met else NOT_MET
+    return AcceptanceRow(stage, metric.name, metric.definition, percent(metric.value), limit, result)
+
+
+def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tflops: float | None) -> list[_Metric]:
     curves = stage.metrics.curves
     utilisation = curves["gpu_utilisation"].values
-
-    def row(metric: str, definition: str, value: float | None, sign: str, limit: float) -> AcceptanceRow:
-        if value is None:
-            return AcceptanceRow(
-                stage.name, metric, definition, percent(None), f"{sign} {percent(limit)}", NOT_MEASURED
-            )
-        is_met = value >= limit if sign == "≥" else value <= limit
-        return AcceptanceRow(
-            stage.name, metric, definition, percent(value), f"{sign} {percent(limit)}", OK if is_met else NOT_MET
-        )
-
     return [
-        row(
+        _Metric(
             "GPU utilisation",
             "median over the steps of the share of time in which a kernel ran on rank 0's GPU, as NVML counts it",
             statistics.median(utilisation) / 100 if utilisation else None,
             "≥",
             _UTILISATION,
+            "train on NVIDIA GPUs",
         ),
-        row(
+        _Metric(
             "step time",
             "largest distance of the middle 90 % of step times from their median",
             _step_time_spread(curves["step_time_s"].values),
             "≤",
             _STEP_TIME,
+            f"train at least {_FEWEST_STEPS} steps",
         ),
-        row(
-            "GPU memory", "peak of PyTorch's allocator on rank 0's GPU", _memory_share(stage, environment), "≤", _MEMORY
+        _Metric(
+            "GPU memory",
+            "peak of PyTorch's allocator on rank 0's GPU",
+            _memory_share(stage, environment),
+            "≤",
+            _MEMORY,
+            "train on GPUs",
         ),
-        row(
+        _Metric(
             "waiting for data",
             "share of the time of all steps in which rank 0 waits for its batch",
             stage.summary.data_wait_share,
             "≤",
             _DATA_WAIT,
+            "train a step",
+        ),
+        _Metric(
+            "communication efficiency",
+            "share of the profiled steps' time in which rank 0 or the last rank, whichever is worse, does not wait for "
+            "communication: 1 − time in which a communication kernel runs and no other, by the time of the steps",
+            _communication_efficiency(stage),
+            "≥",
+            _COMMUNICATION,
+            f"{_PROFILE}, on GPUs",
+        ),
+        _Metric(
+            "compute efficiency",
+            "rate of the model's FLOPs while rank 0 computes, by the rate of bf16 matrix products that the environment check "
+            "measured on the slowest GPU. Rank 0 computes while a kernel other than communication runs in the profiled "
+            "steps; the rate is MFU × the datasheet's rate ÷ the share of that time",
+            _compute_efficiency(stage, environment, peak_tflops),
+            "≥",
+            _COMPUTE,
+            f"{_PROFILE}, on GPUs; set gpu_peak_tflops in the site file",
         ),
     ]
+
+
+def _gpu_breakdowns(stage: StageResults) -> list[TimeBreakdown]:
+    """Return where the time of profiled steps went, in the order of the ranks; on CPUs, operators hide each other."""
+    return [profile["breakdown"] for profile in stage.profiles if profile["breakdown"]["has_kernels"]]
+
+
+def _communication_efficiency(stage: StageResults) -> float | None:
+    shares = [1 - found["covered_s"].get("communication", 0.0) / found["seconds"] for found in _gpu_breakdowns(stage)]
+    return min(shares, default=None)
+
+
+def _compute_efficiency(
+    stage: StageResults, environment: EnvironmentReport | None, peak_tflops: float | None
+) -> float | None:
+    """Return achieved by measured rate; None without a profile of rank 0, MFU, or measured matrix products."""
+    mfu, breakdowns = stage.summary.median_mfu, _gpu_breakdowns(stage)
+    measured = [gpu["matrix_tflops"] for gpu in _gpus(environment) if gpu.get("matrix_tflops")]
+    if not (breakdowns and mfu and peak_tflops and measured):
+        return None
+    first = breakdowns[0]
+    computing_s = sum(seconds for name, seconds in first["covered_s"].items() if name != "communication")
+    return mfu * peak_tflops / (computing_s / first["seconds"]) / min(measured) if computing_s else None
 
 
 def _step_time_spread(times: list[float]) -> float | None:
@@ -82,7 +154,10 @@ def _step_time_spread(times: list[float]) -> float | None:
 
 def _memory_share(stage: StageResults, environment: EnvironmentReport | None) -> float | None:
     """Return peak memory divided by the smallest GPU's memory; None without GPUs."""
-    nodes: list[dict[str, Any]] = [dict(node) for node in environment.nodes] if environment else []
-    sizes = [gpu["memory_bytes"] for node in nodes for gpu in node["gpus"]]
+    sizes = [gpu["memory_bytes"] for gpu in _gpus(environment)]
     peak = stage.summary.peak_memory_bytes
     return peak / min(sizes) if sizes and peak else None
+
+
+def _gpus(environment: EnvironmentReport | None) -> list[dict[str, Any]]:
+    return [dict(gpu) for node in environment.nodes for gpu in node["gpus"]] if environment else []

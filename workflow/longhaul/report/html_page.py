@@ -20,7 +20,7 @@ from longhaul.artifacts.record_types import StepProfile
 from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
-from longhaul.report.acceptance import acceptance_rows
+from longhaul.report.acceptance import AcceptanceRow, acceptance_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
 
 TEMPLATES = data_root() / "templates" / "report"
@@ -52,7 +52,11 @@ def render_page(results: RunResults) -> str:
         summary=[_summary_row(stage, results) for stage in results.stages],
         used_gpu_hours=_sum_known(stage.gpu_hours for stage in results.status.stages),
         planned_gpu_hours=_sum_known(stage.gpu_hours_planned for stage in results.status.stages),
-        acceptance=[row for stage in results.stages for row in acceptance_rows(stage, results.environment)],
+        acceptance=[
+            row
+            for stage in results.stages
+            for row in acceptance_rows(stage, results.environment, results.plan.get("gpu_peak_tflops"))
+        ],
         stages=[_stage_rows(stage) for stage in results.stages],
         exports=[_export_rows(export) for export in results.exports],
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
@@ -61,6 +65,10 @@ def render_page(results: RunResults) -> str:
         plotly=Markup(get_plotlyjs()),  # nosec B704  # the library itself
         version=__version__,
     )
+
+
+def _acceptance(stage: StageResults, results: RunResults) -> list[AcceptanceRow]:
+    return acceptance_rows(stage, results.environment, results.plan.get("gpu_peak_tflops"))
 
 
 def _fabric_figure(results: RunResults) -> Markup | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -50,6 +50,7 @@ class PlanFile(TypedDict):
     run: str
     site: str
     scheduler: str
+    gpu_peak_tflops: NotRequired[float | None]  # of the datasheet, as the site file states it
     stages: Annotated[list[StageRow], Field(min_length=1)]
     jobs: list[JobRow]
 
@@ -60,6 +61,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "run": plan.run,
         "site": plan.site.name,
         "scheduler": plan.site.scheduler,
+        "gpu_peak_tflops": plan.site.node.gpu_peak_tflops,
         "stages": [_stage_row(plan, stage) for stage in plan.stages],
         "datasets": [
             _dataset_row(plan, name) for name in sorted(plan.used_datasets) if plan.config.datasets[name].files
