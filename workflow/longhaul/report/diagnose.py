@@ -1,5 +1,5 @@
-"""Finds the causes for `longhaul doctor`: failure.json, advice for each Slurm pending reason, problems in logs, past faults; formats
-the findings.
+"""Finds the causes for `longhaul doctor`: failure.json, advice for each Slurm pending reason, problems in logs, past faults;
+formats the findings.
 """
 
 from __future__ import annotations
