@@ -159,7 +159,7 @@ def test_no_other_module_starts_processes():
         )
     }
     assert found == {
-        "cli.py",  # longhaul run: the user's own words
+        "scheduling/start_snakemake.py",  # longhaul run: the user's own words
         "checks/node_facts.py",  # nvidia-smi, the compiler: fixed words
         "export/model_card.py",  # git describe of the package's folder
         "scheduling/slurm_client.py",  # WAYS
