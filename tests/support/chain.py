@@ -176,7 +176,7 @@ class Chain:
 
     def logs(self) -> str:
         return "\n".join(
-            f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.results.glob("logs/**/*.log"))
+            f"--- {path}\n{path.read_text()[-6000:]}" for path in sorted(self.results.glob("logs/**/*.log"))
         )
 
     def weights(self, stage: str) -> Path:

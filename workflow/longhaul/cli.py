@@ -296,10 +296,8 @@ app.add_typer(job_app, name="job", hidden=True)
 def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
     """Run a job's steps, restart them after a crash, requeue the job."""
     from longhaul.jobs.job_spec import LaunchSpec
-    from longhaul.runtime.log_lines import stamp_lines
     from longhaul.scheduling.supervisor import run as run_supervisor
 
-    stamp_lines()
     run_supervisor(LaunchSpec.read(spec))
 
 
@@ -323,10 +321,8 @@ def run_job(
     from longhaul.artifacts.paths import JobFolder
     from longhaul.jobs.job_kind import job_kinds
     from longhaul.runtime.lean_imports import lean_imports
-    from longhaul.runtime.log_lines import stamp_lines
     from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
 
-    stamp_lines()
     if kind not in job_kinds():
         raise UserError(f"there is no job kind {kind!r}", f"use one of {', '.join(job_kinds())}")
     os.environ.update(OFFLINE_ENVIRONMENT)

@@ -47,3 +47,10 @@ def test_a_process_stamps_its_traceback_and_its_last_line(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert re.fullmatch(rf"{STAMP}no end\n", done.stdout)
     assert re.search(rf"^{STAMP}ZeroDivisionError: division by zero$", done.stderr, re.MULTILINE)
+
+
+def test_jobs_stamp_what_they_print_and_other_verbs_do_not(tmp_path: Path) -> None:
+    for verb, start in ((["job", "run", "no-kind", "spec"], STAMP), (["retry", str(tmp_path)], "")):
+        command = [sys.executable, "-m", "longhaul", *verb]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and re.match(f"{start}error: ", done.stderr), done.stderr

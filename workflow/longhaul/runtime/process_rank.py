@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from longhaul.errors import UserError
+from longhaul.runtime.log_lines import StampedLines
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def exit_without_cleanup(code: int = 0) -> NoReturn:
     During finalization, gloo's threads that need the interpreter sometimes abort the process ("terminate called without an
     active exception"). A job that has succeeded would then count as failed.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, StampedLines):
+            stream.end_line()
+        stream.flush()
     os._exit(code)
 
 
