@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Generic, TypeVar
 
@@ -21,6 +22,8 @@ from longhaul.errors import UserError
 T = TypeVar("T")
 
 _MOST_WARNINGS = 10
+_PART_BYTES = 64 * 1024
+"""Part of a file, at its start or its end, of which the first or the last records are read."""
 
 
 @dataclass(frozen=True)
@@ -67,32 +70,36 @@ def read_records(path: Path, kind: type[T]) -> list[T]:
     return [line.record for line in read_lines(path, kind) if line.record is not None]
 
 
-def read_first_records(path: Path, kind: type[T], most_bytes: int) -> list[T]:
-    """Return the valid records among the first `most_bytes` of a file; [] if there is no file. No warning is printed."""
+def read_first_records(path: Path, kind: type[T], most: int) -> list[T]:
+    """Return the first valid records of a file, of its first 64 KiB; [] if there is no file. No warning is printed."""
     try:
         with path.open("rb") as stream:
-            return _valid_records(stream.read(most_bytes), kind)
+            lines = stream.read(_PART_BYTES).splitlines()
     except FileNotFoundError:
         return []
+    return list(islice(_valid_records(lines, kind), most))
 
 
-def read_last_records(path: Path, kind: type[T], most_bytes: int) -> list[T]:
-    """Return the valid records among the last `most_bytes` of a file; [] if there is no file. No warning is printed."""
+def read_last_records(path: Path, kind: type[T], most: int, containing: bytes = b"") -> list[T]:
+    """Return the last valid records of a file, in their order, of its last 64 KiB; [] if there is no file. No warning is printed.
+
+    containing: text of the lines to look at. Parsing takes far longer than this search, so it saves time.
+    """
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - most_bytes))
-            return _valid_records(stream.read(), kind)
+            stream.seek(max(0, stream.seek(0, 2) - _PART_BYTES))
+            lines = reversed(stream.read().splitlines())
     except FileNotFoundError:
         return []
+    wanted = (line for line in lines if containing in line)
+    return list(islice(_valid_records(wanted, kind), most))[::-1]
 
 
-def _valid_records(text: bytes, kind: type[T]) -> list[T]:
-    """Return the valid records of a part of a file; its first and last line may be cut."""
-    found = []
-    for line in text.splitlines():
+def _valid_records(lines: Iterable[bytes], kind: type[T]) -> Iterator[T]:
+    """Yield the valid records of some lines of a file, of which the first and the last may be cut."""
+    for line in lines:
         with suppress(ValueError):
-            found.append(parse_json(line, kind))
-    return found
+            yield parse_json(line, kind)
 
 
 def append_record(path: Path, record: Mapping[str, object]) -> None:

@@ -43,7 +43,8 @@ _OTHER_RELEASE = (
     "command again, which writes it anew"
 )
 _RECENT_STEPS = 50
-_PART_BYTES = 64 * 1024  # of a metrics file, at its start and at its end
+_FIRST_ROWS = 5
+"""Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
 _ATTEMPT_ENDS = ("waiting", "failed", "done")
 
 
@@ -181,16 +182,14 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
     queue, problem = _ask(plan, jobs, ask_queue)
     owner = _living_owner(paths)
 
-    def status(job: JobId) -> JobStatus:
-        return _job_status(paths, job, queue, owner)
-
+    statuses = {job: _job_status(paths, job, queue, owner) for job in jobs}
     return RunStatus(
         run=paths.run,
         site=plan["site"],
         folder=str(paths.folder),
         main_process=str(owner) if owner else None,
-        jobs=[status(job) for job in jobs],
-        stages=[_stage_status(paths, row, status(JobId(STAGE_KIND, (row["name"],)))) for row in plan["stages"]],
+        jobs=list(statuses.values()),
+        stages=[_stage_status(paths, row, statuses[JobId(STAGE_KIND, (row["name"],))]) for row in plan["stages"]],
         quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
         queue_problem=problem,
@@ -262,7 +261,7 @@ def _pending_detail(job: QueuedJob) -> str:
 def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus) -> StageStatus:
     folder = paths.stage(row["name"])
     weights = weights_folder(folder)
-    attempts = read_first_records(weights.attempts, _AttemptFields, _PART_BYTES) if weights else []
+    attempts = read_first_records(weights.attempts, _AttemptFields, 1) if weights else []
     has_gpus = any(attempt["device"] != "cpu" for attempt in attempts)
     hours = allocated_seconds(read_events(folder.history), time.time()) / 3600
     return StageStatus(
@@ -287,9 +286,9 @@ def weights_folder(stage: JobFolder) -> WeightsFolder | None:
 
 
 def _progress(weights: WeightsFolder, steps: int, job: JobStatus) -> Progress:
-    first_rows = read_first_records(weights.metrics, MetricsRow, _PART_BYTES)
-    last_rows = read_last_records(weights.metrics, MetricsRow, _PART_BYTES)
-    trained = [row for row in last_rows if "loss" in row]
+    first_rows = read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS)
+    trained = read_last_records(weights.metrics, MetricsRow, _RECENT_STEPS, containing=b'"loss"')
+    validated = read_last_records(weights.metrics, MetricsRow, 1, containing=b'"validation_loss"')
     step = trained[-1]["step"] if trained else 0
     saved = [event for event in read_events(weights.events) if event["event"] == "saved"]
     return Progress(
@@ -297,7 +296,7 @@ def _progress(weights: WeightsFolder, steps: int, job: JobStatus) -> Progress:
         first_loss=next((row["loss"] for row in first_rows if "loss" in row), None),
         loss=mean_of_last([loss for row in trained if (loss := row.get("loss")) is not None]),
         first_validation_loss=_validation_loss(first_rows[:1], only_step=0),
-        validation_loss=_validation_loss(last_rows),
+        validation_loss=_validation_loss(validated),
         tokens_per_s=_recent_median(trained, "tokens_per_s"),
         mfu=_recent_median(trained, "mfu"),
         seconds_left=None if job.state == DONE else _seconds_left(trained, steps - step),

@@ -30,8 +30,8 @@ from longhaul.report.status_text import progress_lines, progress_view, summary_l
 from longhaul.scheduling.job_queue import queue_asker
 
 _LOG_EVERY_S, _TERMINAL_EVERY_S = 60.0, 5.0
-_SHARE_OF_A_CORE = 0.01
-"""Largest share of a core that reading the status may take on the login node."""
+_SHARE_OF_A_CORE = 0.005
+"""Largest share of a core that reading the status may take on the login node; squeue takes some more."""
 _LAST_LOG_LINES = 15
 _TARGET_RULE = "all"
 _NOTHING_TO_RUN = "Nothing to be done"
