@@ -19,7 +19,7 @@ from longhaul.planning.gpu_memory import estimate_gpu_memory
 from longhaul.planning.result_spec import result_spec
 from longhaul.report.plan_json import plan_json
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import LLAMA, plan_of
+from tests.support.small_configs import LLAMA, SITE, plan_of
 
 # The examples local-* need files beside them: tests/workflow/test_local_examples.py
 EXAMPLES = sorted(
@@ -383,6 +383,10 @@ def test_checks_use_the_nodes_and_gpus_of_the_config_or_those_of_the_largest_sta
     plan = plan_of(tmp_path, shape)
     assert (plan.check_nodes, plan.check_gpus_per_node) == (2, 4)
     assert plan_of(tmp_path, {**shape, "stages.1.nodes": 1}).check_nodes == 1  # no more than the largest stage
-    assert plan_of(tmp_path, shape, {"partitions.0.max_nodes": 1}).check_nodes == 1
+    debug = [
+        {**SITE["partitions"][0], "jobs": ["gpu", "cpu"]},
+        {**SITE["partitions"][0], "jobs": ["debug"], "max_nodes": 1},
+    ]
+    assert plan_of(tmp_path, shape, {"partitions": debug}).check_nodes == 1
     plan = plan_of(tmp_path, {**shape, "checks": {"nodes": 3, "gpus_per_node": 1}})
     assert (plan.check_nodes, plan.check_gpus_per_node) == (3, 1)
