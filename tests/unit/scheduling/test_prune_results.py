@@ -80,6 +80,12 @@ def test_other_folders_and_links_beside_weights_stay(plan: Plan, tmp_path: Path)
     assert paths_of(plan) == []
 
 
+def test_interrupted_export_is_old(plan: Plan) -> None:
+    write_text(plan.paths.exports("base") / ".0123-10-bf16.partial" / "model.safetensors", "x")
+    (found,) = find_old_results(plan)
+    assert (found.kind, found.reason) == ("export", "base: an export that was interrupted")
+
+
 def test_stage_that_is_no_longer_exported_leaves_no_dangling_link(plan: Plan, tmp_path: Path) -> None:
     changed = plan_of(tmp_path, {"stages.0.export": "none"})
     assert paths_of(changed) == ["results/small/export/base/old"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longhaul.artifacts.leases import Lease
-from longhaul.artifacts.paths import AttemptLogs, JobFolder, RunPaths
+from longhaul.artifacts.paths import STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
 from longhaul.errors import printable
 from longhaul.report.past_attempts import past_faults
@@ -94,7 +94,8 @@ def _recorded_failures(status: RunStatus) -> Iterator[Finding]:
         if job.state in (FAILED, INTERRUPTED, UNKNOWN):
             record = JobFolder(Path(job.folder))
             evidence = record.failure if job.state == FAILED else record.state
-            remedy = job.remedy or "run the same command again: the job continues from its last checkpoint"
+            continues = ": the job continues from its last checkpoint" if job.kind == STAGE_KIND else ""
+            remedy = job.remedy or f"run the same command again{continues}"
             yield Finding(job.name, job.detail, str(evidence), remedy)
 
 

@@ -147,7 +147,8 @@ def _old_exports(plan: Plan, current: dict[str, Path]) -> Iterator[OldResult]:
         reason = "an earlier export" if stage in plan.exported else "the config does not export this stage"
         for folder in sorted(path for path in exports.iterdir() if path.is_dir() and not path.is_symlink()):
             if folder.resolve() not in kept:
-                yield OldResult("export", folder, _size(folder), f"{stage}: {reason}")
+                why = "an export that was interrupted" if folder.name.startswith(".") else reason
+                yield OldResult("export", folder, _size(folder), f"{stage}: {why}")
 
 
 # Logs
