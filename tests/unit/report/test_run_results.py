@@ -15,6 +15,7 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.artifacts.record_types import START_UP_PHASES
 from longhaul.report import run_results as module
 from longhaul.report.run_results import JobTimespan, StageResults
+from tests.support.small_run import write_small_run
 
 BENCHMARK = "s\th:m:s\n{seconds}\t0:00:01\n"
 
@@ -90,3 +91,11 @@ def test_start_is_that_of_the_last_attempt_with_a_step() -> None:
     found = module._last_start_up([started(9.0), started(0.5), {"time_s": 2.0, "event": "saved"}])
     assert list(found) == list(START_UP_PHASES) and set(found.values()) == {0.5}
     assert module._last_start_up([{"time_s": 2.0, "event": "training"}]) == {}
+
+
+def test_run_without_a_copied_config_is_read(tmp_path: Path) -> None:
+    """plan.json is written before the first job, the copy of the config by a job."""
+    paths = write_small_run(tmp_path / "results")
+    assert module.read_run(paths.folder).config == "run: small\n"
+    paths.config.unlink()
+    assert module.read_run(paths.folder).config == ""
