@@ -1,0 +1,47 @@
+"""What `longhaul doctor` must say about each fault of the matrix: a pattern of its first finding."""
+
+from __future__ import annotations
+
+import re
+
+_KILLED = "a process was killed with signal 9"
+_NO_RECORD = "the supervisor left no record of an attempt's end"
+_MAIN_ENDED = "the main Snakemake process has ended before all jobs were done"
+_PREEMPTED = "Slurm gave the nodes to another job"
+_NODE_LOST = "a node died|does not respond|stopped sending heartbeats"
+EXPECTED = {
+    "kill -9 of a rank": _KILLED,
+    "kill -9 of rank 0": _KILLED,
+    "kill -9 of the process": _KILLED,
+    "kill -9 of the supervisor": _NO_RECORD,
+    "kill -9 of the nested snakemake": f"{_NO_RECORD}|Slurm ended the allocation",
+    "kill -9 of the main snakemake": _MAIN_ENDED,
+    "SIGINT of the main snakemake": f"{_MAIN_ENDED}|cancelled by scancel",
+    "SIGTERM of the main snakemake": _MAIN_ENDED,
+    "scancel": "cancelled by scancel",
+    "scontrol requeue": "the job was put back into Slurm's queue",
+    "preemption": _PREEMPTED,
+    "preemption of one process": _PREEMPTED,
+    "preemption with grace": _PREEMPTED,
+    "preemption that cancels": _PREEMPTED,
+    "preemption that cancels, with grace": _PREEMPTED,
+    "time limit": "time limit|the allocation ended|the allocation ends",
+    "time limit of one process": "time limit|the allocation ended|the allocation ends",
+    "power-off of a node": _NODE_LOST,
+    "power-off of the first node": f"{_NODE_LOST}|{_NO_RECORD}",
+    "power-off of the node": f"{_NODE_LOST}|{_NO_RECORD}",
+    "link unplugged for 10 s": _NODE_LOST,
+    "link unplugged for good": _NODE_LOST,
+    "link of the first node unplugged for good": f"{_NODE_LOST}|{_NO_RECORD}",
+    "a hung rank": "stopped sending heartbeats|sent no heartbeat",
+    "a hung rank 0": "stopped sending heartbeats|sent no heartbeat",
+    "a slow rank": "a rank is slower than the others",
+    "disk full": "disk full",
+    "newest checkpoint damaged": "a checkpoint is damaged|cancelled by scancel",
+}
+"""Fault -> pattern. A fault that is not listed, such as a restart of slurmctld, is one that a run does not notice."""
+
+
+def names_the_cause(fault: str, cause: str) -> bool:
+    """Return whether a cause that doctor gives is that of a fault."""
+    return fault in EXPECTED and re.search(EXPECTED[fault], cause) is not None
