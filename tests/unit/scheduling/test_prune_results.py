@@ -72,6 +72,19 @@ def test_only_delete_removes_and_says_how_much(plan: Plan, tmp_path: Path, capsy
     assert "4.88 KiB freed" in capsys.readouterr().out and paths_of(plan) == []
 
 
+def test_weights_in_a_storage_of_their_own_are_found(plan: Plan, tmp_path: Path) -> None:
+    """Those below the run are old then, too, as the config has moved them; but not those of base, of which the export is."""
+    stored = plan_of(tmp_path, {**EXPORTED, "storage.weights": str(tmp_path / "scratch")})
+    new = train(stored, "base", steps=10)
+    train(stored, "chat", steps=10)
+    assert new.is_relative_to(tmp_path / "scratch/small/base")
+    old = tmp_path / "scratch/small/base/0123456789abcdef"
+    old.mkdir()
+    found = [result.path.absolute() for result in find_old_results(stored) if result.kind == "weights"]
+    assert old in found and new.absolute() not in found
+    assert [path.parent.parent.name for path in found if path != old] == ["chat"]
+
+
 def test_other_folders_and_links_beside_weights_stay(plan: Plan, tmp_path: Path) -> None:
     weights = plan.paths.stage("base").weights
     write_text(weights / "my-notes" / "a.txt", "mine")

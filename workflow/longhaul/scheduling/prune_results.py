@@ -88,7 +88,7 @@ def _manifest_export(paths: RunPaths, stage: str) -> Export | None:
 
 
 def _old_weights(plan: Plan, changes: list[StageChange], exports: list[Export]) -> Iterator[OldResult]:
-    by_stage = dict(_weights_folders(plan))
+    by_stage = _weights_folders(plan)
     kept = _kept_weights(changes, exports, by_stage)
     configured = {change.stage for change in changes}
     for stage, folders in by_stage.items():
@@ -98,17 +98,17 @@ def _old_weights(plan: Plan, changes: list[StageChange], exports: list[Export]) 
                 yield OldResult("weights", folder, _size(folder), f"{stage}: {reason}")
 
 
-def _weights_folders(plan: Plan) -> Iterator[tuple[str, list[Path]]]:
-    """Yield every stage of the run that has weights, also one that the config no longer has, with its weights folders."""
-    root = plan.config.storage.weights
-    stages = (plan.paths.stage("any").path.parent).glob("*/")
+def _weights_folders(plan: Plan) -> dict[str, list[Path]]:
+    """Return stage -> its weights folders, also of stages that the config no longer has, below the run and in storage.weights."""
+    stages = plan.paths.stage("any").path.parent.glob("*/")
     roots = [(path.name, plan.paths.stage(path.name).weights) for path in sorted(stages)]
-    if root:
+    if root := plan.config.storage.weights:
         roots += [(path.name, path) for path in sorted((Path(root) / plan.run).glob("*/"))]
+    by_stage: dict[str, list[Path]] = {}
     for stage, folder in roots:
-        found = [path for path in sorted(folder.glob("*/")) if _WEIGHTS.fullmatch(path.name) and not path.is_symlink()]
-        if found:
-            yield stage, found
+        named = (path for path in sorted(folder.glob("*/")) if _WEIGHTS.fullmatch(path.name))
+        by_stage.setdefault(stage, []).extend(path for path in named if not path.is_symlink())
+    return by_stage
 
 
 def _kept_weights(changes: list[StageChange], exports: list[Export], by_stage: dict[str, list[Path]]) -> set[Path]:
