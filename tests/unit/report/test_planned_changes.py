@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.paths import JobId, WeightsFolder
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.jobs.job_kind import job_spec
 from longhaul.report.planned_changes import (
     AGAIN,
@@ -23,6 +24,7 @@ from longhaul.report.planned_changes import (
     stage_changes,
 )
 from tests.support.small_configs import plan_of
+from tests.support.tampered_files import tampered_texts
 from tests.support.trained_results import SPLIT, train, write_trained_results
 
 SITE = {"partitions.0.node.gpu_peak_tflops": 1e-9}
@@ -132,6 +134,26 @@ def test_input_file_newer_than_its_manifest_counts_as_changed(folder: Path) -> N
 def test_export_with_other_settings_is_made_again(folder: Path) -> None:
     base = changes_of(folder, {"stages.0.export_dtype": "fp32"})[0]
     assert base.action == KEPT and base.export == "Its export is made again; results/small/export/base/old stays"
+
+
+@pytest.mark.parametrize("record", ["base checkpoint", "chat checkpoint", "identity", "data", "tokenizer", "export"])
+def test_no_tampered_record_ends_in_a_traceback(folder: Path, record: str) -> None:
+    plan = plan_of(folder, EXPORTED, SITE)
+    weights = WeightsFolder(cast(Path, changes_of(folder)[0].present))
+    path = {
+        "base checkpoint": plan.paths.stage("base").checkpoint,
+        "chat checkpoint": plan.paths.stage("chat").checkpoint,
+        "identity": weights.identity,
+        "data": plan.paths.manifest("prose"),
+        "tokenizer": plan.paths.tokenizer,
+        "export": plan.paths.export_manifest("base"),
+    }[record]
+    plans = [plan_of(folder, {**EXPORTED, **changes}, SITE) for changes in ({}, {"stages.0.optimizer.lr": 5e-4})]
+    for _, tampered in tampered_texts(path.read_bytes()):
+        path.write_bytes(tampered)
+        for plan in plans:
+            with suppress(InputError):
+                change_lines(stage_changes(plan))
 
 
 def test_damaged_identity_is_named_and_stops_no_run(folder: Path) -> None:

@@ -78,8 +78,8 @@ def stage_changes(plan: Plan) -> list[StageChange]:
             found[stage.name] = _stage_change(plan, stage, found)
         except InputError:
             raise
-        except UserError as error:  # the jobs that write or read the record decide: some make it again
-            reasons = (error.message,)
+        except (UserError, OSError, ValueError) as error:  # the jobs that write or read the record decide
+            reasons = (error.message if isinstance(error, UserError) else str(error),)
             found[stage.name] = StageChange(stage.name, UNREADABLE, reasons, 0, stage.steps, None, None, None, "")
     return list(found.values())
 
