@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
 from longhaul.artifacts.paths import STAGE_KIND, JobId, WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.errors import InputError, UserError
+from longhaul.errors import InputError, UserError, printable
 from longhaul.jobs.job_kind import job_kinds, job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan, StagePlan
@@ -88,7 +88,7 @@ def change_lines(changes: list[StageChange]) -> list[str]:
     """Return a line per stage; none where no stage has weights yet."""
     if all(change.present is None and change.action != UNREADABLE for change in changes):
         return []
-    return ["Compared with the results of this run:", *(f"  {_line(change)}" for change in changes)]
+    return ["Compared with the results of this run:", *(printable(f"  {_line(change)}") for change in changes)]
 
 
 def _line(change: StageChange) -> str:

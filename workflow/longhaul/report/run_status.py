@@ -182,14 +182,15 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
     queue, problem = _ask(plan, jobs, ask_queue)
     owner = _living_owner(paths)
 
-    statuses = {job: _job_status(paths, job, queue, owner) for job in jobs}
+    trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
+    statuses = {job: _job_status(paths, job, queue, owner) for job in dict.fromkeys([*jobs, *trained])}
     return RunStatus(
         run=paths.run,
         site=plan["site"],
         folder=str(paths.folder),
         main_process=str(owner) if owner else None,
-        jobs=list(statuses.values()),
-        stages=[_stage_status(paths, row, statuses[JobId(STAGE_KIND, (row["name"],))]) for row in plan["stages"]],
+        jobs=[statuses[job] for job in jobs],
+        stages=[_stage_status(paths, row, statuses[job]) for row, job in zip(plan["stages"], trained, strict=True)],
         quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
         queue_problem=problem,

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import AttemptLogs, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds, jobs_of
 from longhaul.planning import Plan
 from longhaul.report import number_format as text
@@ -220,7 +221,8 @@ def _print_list(results: list[OldResult]) -> None:
         return
     table = Table("what", "path", "size", "why")
     for result in results:
-        table.add_row(result.kind, str(result.path), text.size(result.bytes), result.reason)
+        cells = (result.kind, str(result.path), text.size(result.bytes), result.reason)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console()
     if not console.is_terminal:
         console.width = 200
