@@ -37,6 +37,16 @@ EXPECTED = {
     "a hung rank 0": "sent no heartbeat",
     "a slow rank": "a rank is slower than the others",
     "disk full": "disk full",
+    "disk of the exports full": "disk full: an export needs",
+    "disk too small, then freed": "GB free, checks.min_disk_free_gb is 0.02",
+    "weights folder not writable, then writable": "Read-only file system",
+    "limit on file size, then lifted": "File too large",
+    "clock wrong, then right": "clock is [+]3600",
+    "host names not resolved": "cannot resolve n",
+    "payload in the newest checkpoint": "is not read, because it holds more than tensors|cancelled by scancel",
+    "token shard damaged": "does not have the SHA-256|cancelled by scancel",
+    "tokenizer damaged": "does not have the SHA-256",
+    "records torn": "cancelled by scancel",
     "newest checkpoint damaged": "a checkpoint is damaged|cancelled by scancel",
 }
 """Fault -> pattern. A fault that is not listed, such as a restart of slurmctld, is one that a run does not notice."""

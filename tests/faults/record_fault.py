@@ -1,6 +1,6 @@
 """Copies what `longhaul doctor` reads of a faulted run into tests/unit/report/recorded_faults, for a test without a cluster.
 
-python -m tests.faults.record_fault RUN_FOLDER...   where make faults left the runs: pytest's --basetemp
+python -m tests.faults.record_fault RUN_FOLDER JOB   JOB: the faulted job's folder in the run, such as stages/base
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from tests.support.chain import REPOSITORY
 
 RECORDED = REPOSITORY / "tests" / "unit" / "report" / "recorded_faults"
 RECORDS = ("history.jsonl", "state.json", "failure.json")
-_ORDINARY = re.compile(r"step \d+/\d+|saved step|[━─│]|^(\d+: )?\s*$|\[rank\d+\]:|socket\.cpp")
-"""Lines that no test needs: progress, tables, and tracebacks of ranks."""
+_ORDINARY = re.compile(
+    r"Command|Snakefile|Base directory|CalledProcessError|step \d+/\d+|saved step|[━─│]|^(\d+: )?\s*$|\[rank\d+\]:|"
+    r"socket\.cpp"
+)
+"""Lines that no test needs: progress, tables, tracebacks of ranks, and where Snakemake is installed."""
 
 
-def record(run: Path) -> None:
-    """Copy the records and the logs of the stage of one run, without ordinary lines."""
-    stage, out = run / "results/tiny/stages/base", RECORDED / run.name
+def record(run: Path, job: str) -> None:
+    """Copy the records and the logs of one job of a run, without ordinary lines."""
+    folder, out = run / "results/tiny" / job, RECORDED / run.name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for name in RECORDS:
-        if (stage / name).exists():
-            shutil.copy(stage / name, out / name)
-    for log in (run / "results/tiny/logs/train/base").glob("attempt-*.log"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, out / name)
+    kind, _, names = "train-base".partition("-") if job == "stages/base" else folder.name.partition("-")
+    for log in (run / "results/tiny/logs" / kind / names).glob("attempt-*.log"):
         _copy(log, out / log.name, run)
-    for log in (run / ".snakemake/slurm_logs").rglob("*.log"):
+    for log in (run / ".snakemake/slurm_logs").glob(f"rule_{kind}/**/*.log"):
         _copy(log, out / f"sbatch-{log.name}", run)
 
 
@@ -41,5 +45,4 @@ def _copy(log: Path, copy: Path, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        record(Path(name))
+    record(Path(sys.argv[1]), sys.argv[2])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from longhaul.artifacts.job_state import TRANSIENT
 from longhaul.artifacts.record_types import Event
 from longhaul.report.goodput import ATTEMPT_BEGINS
 from longhaul.report.search_logs import Finding, known_problems, match_line
@@ -20,7 +21,7 @@ def past_faults(job: str, history: Path, events: list[Event], in_logs: list[Find
     history: history.jsonl, of which `events` are
     in_logs: what the logs of earlier attempts show
     """
-    found = [*in_logs, *(_of_record(job, history, reason) for reason in _recorded_reasons(events))]
+    found = [*in_logs, *(_of_record(job, history, *reason) for reason in _recorded_reasons(events))]
     ranked = sorted(found, key=lambda finding: (finding.follows, finding.rank))
     causes = [finding for finding in ranked if not finding.follows] or ranked
     return [_handled(cause, causes) for cause in {finding.cause: finding for finding in reversed(causes)}.values()][
@@ -28,21 +29,24 @@ def past_faults(job: str, history: Path, events: list[Event], in_logs: list[Find
     ]
 
 
-def _recorded_reasons(events: list[Event]) -> Iterator[str]:
-    """Yield why each attempt but the last has ended, as its supervisor recorded it."""
+def _recorded_reasons(events: list[Event]) -> Iterator[tuple[str, bool]]:
+    """Yield why each attempt but the last has ended, as its supervisor recorded it, and whether that is known to be the cause."""
     for event, following in pairwise(events):
         begins_again = following["event"] in ATTEMPT_BEGINS
         if event["event"] in ATTEMPT_BEGINS and following["event"] == "running":
-            yield "the supervisor left no record of an attempt's end: it was killed, or its node failed"
-        elif event["event"] in ("waiting", "failed") and begins_again and event.get("reason"):
-            yield str(event["reason"]).removeprefix("cancelled: ")
+            yield "the supervisor left no record of an attempt's end: it was killed, or its node failed", True
+        elif event["event"] == "waiting" and begins_again and event.get("reason"):
+            yield str(event["reason"]), False
+        elif event["event"] == "failed" and begins_again and event.get("reason"):
+            failure_class, _, cause = str(event["reason"]).partition(": ")
+            yield cause, failure_class != TRANSIENT
         if following["event"] == "restarted" and following.get("reason"):
-            yield str(following["reason"])
+            yield str(following["reason"]), False
 
 
-def _of_record(job: str, history: Path, reason: str) -> Finding:
+def _of_record(job: str, history: Path, reason: str, is_cause: bool) -> Finding:
     """Return the finding of a recorded reason. Where it only repeats a process' last words, a known problem explains them."""
-    problem = match_line(reason)
+    problem = None if is_cause else match_line(reason)
     if problem is None:
         return Finding(job, reason, str(history), _CONTINUED)
     rank = known_problems().index(problem)
