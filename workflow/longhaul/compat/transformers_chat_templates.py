@@ -6,6 +6,8 @@ In a module of its own, because compat/transformers.py imports torch, which enco
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sized
 from datetime import date
 from typing import Any, NoReturn
 
@@ -27,9 +29,13 @@ def render_chat(
     Written for transformers 5.23. Its render function passes no function on to a template, so the clock can only be replaced in
     the compiled template, which an internal function returns from its cache.
     """
+    from jinja2.sandbox import SandboxedEnvironment
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-    _make_deterministic(_compile_jinja_template(template))
+    SandboxedEnvironment.intercepted_binops = frozenset(_BOUNDED)  # read while a template is compiled
+    compiled = _compile_jinja_template(template)
+    compiled.environment.binop_table.update(_BOUNDED)
+    _make_deterministic(compiled)
     variables: dict[str, Any] = special_tokens
     rendered: Any = render_jinja_template(
         [messages],
@@ -41,6 +47,25 @@ def render_chat(
     )
     (text,), (spans,) = rendered
     return text, spans
+
+
+def _bounded_power(base: Any, exponent: Any) -> Any:
+    """Return base ** exponent. No time limit ends one operation of Python, and a large power takes hours."""
+    if abs(exponent) * math.log2(abs(base) + 2) > _MOST_BITS:
+        raise OverflowError("the power is too large")
+    return base**exponent
+
+
+def _bounded_product(one: Any, other: Any) -> Any:
+    """Return one * other. The product of a text or a list and a number would fill the memory."""
+    for repeated, count in ((one, other), (other, one)):
+        if isinstance(repeated, Sized) and isinstance(count, int) and len(repeated) * count > _MOST_ITEMS:
+            raise OverflowError("the product is too long")
+    return one * other
+
+
+_MOST_BITS, _MOST_ITEMS = 10_000, 10_000_000
+_BOUNDED: dict[str, Callable[[Any, Any], Any]] = {"**": _bounded_power, "*": _bounded_product}
 
 
 def _make_deterministic(compiled: Any) -> None:

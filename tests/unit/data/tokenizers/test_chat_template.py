@@ -110,3 +110,23 @@ def test_an_endless_template_is_refused(monkeypatch: pytest.MonkeyPatch):
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"here: the chat template refuses .* no end within 0.2 s of CPU time"):
         ChatTemplate(endless, {"eos_token": "<e>"}).render([{"role": "assistant", "content": "A"}], "here")
+
+
+@pytest.mark.parametrize(
+    ("expression", "error"),
+    [
+        ("9 ** (9 ** 9)", "the power is too large"),
+        ("2.0 ** (10 ** 9)", "the power is too large"),
+        ("'a' * 10 ** 10", "the product is too long"),
+        ("10 ** 10 * [0]", "the product is too long"),
+    ],
+)
+def test_an_operation_that_does_not_end_is_refused(expression: str, error: str):
+    """No signal ends it: Python computes it in one instruction."""
+    with pytest.raises(UserError, match=f"here: the chat template refuses this conversation: OverflowError: {error}"):
+        ChatTemplate(f"{{{{ {expression} }}}}", {"eos_token": "<e>"}).render([{"role": "user", "content": "Q"}], "here")
+
+
+def test_small_powers_and_products_are_computed():
+    template = ChatTemplate("{{ 2 ** 10 }} {{ 'ab' * 2 }} {{ 3 * 4 }} {{ 0.5 ** 2 }}", {"eos_token": "<e>"})
+    assert template.render([{"role": "user", "content": "Q"}], "here").text == "1024 abab 12 0.25"
