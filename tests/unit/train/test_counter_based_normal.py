@@ -39,6 +39,17 @@ def test_values_depend_on_key_and_index_alone(monkeypatch: pytest.MonkeyPatch):
     assert not torch.equal(normal("2/name", torch.Size([40, 50]), 0.02, CPU), whole)
 
 
+def test_the_number_of_threads_is_restored(monkeypatch: pytest.MonkeyPatch):
+    before, used = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "index_select", lambda *_arguments, **_options: used.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        normal("0/x", torch.Size([3]), 1.0, CPU)
+        assert used == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_values_are_normal():
     """The largest distance to the distribution function is below the limit of Kolmogorov and Smirnov at 1 %."""
     count, std = 200_000, 0.5

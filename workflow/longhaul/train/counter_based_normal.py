@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from statistics import NormalDist
 
@@ -18,7 +20,7 @@ import torch
 _LEVELS = 1 << 16
 _SHARES = (0.8, 0.6)
 """Weights of the two table entries; their squares add up to 1, so the sum of two normal numbers is normal again."""
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_CHUNK_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 26}
 _GAMMA, _FIRST, _SECOND = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 """SplitMix64's constants as signed numbers: torch has no products of unsigned ones."""
 
@@ -29,12 +31,24 @@ def normal(key: str, shape: torch.Size, std: float, device: torch.device) -> tor
     tables = [table.to(device) for table in _tables(std)]
     values = torch.empty(math.prod(shape), device=device)
     elements = _CHUNK_ELEMENTS[device.type]
-    for first in range(0, len(values), elements):
-        chunk = values[first : first + elements]
-        bits = _random_bits(begin, first, len(chunk), device)
-        torch.index_select(tables[0], 0, bits & (_LEVELS - 1), out=chunk)
-        chunk.add_(tables[1][(bits >> 16) & (_LEVELS - 1)])
+    with _one_cpu_thread():
+        for first in range(0, len(values), elements):
+            chunk = values[first : first + elements]
+            bits = _random_bits(begin, first, len(chunk), device)
+            torch.index_select(tables[0], 0, bits & (_LEVELS - 1), out=chunk)
+            chunk.add_(tables[1][(bits >> 16) & (_LEVELS - 1)])
     return values.view(shape)
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    """Let torch use one thread of the CPU: on busy cores, waiting for the others after every small operation takes far longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _random_bits(begin: int, first: int, count: int, device: torch.device) -> torch.Tensor:
