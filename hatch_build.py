@@ -14,6 +14,7 @@ SHARED = (
     "profiles",
     "config/config.yaml",
     "config/default.yaml",
+    "config/evaluation",
     "config/examples",
     "config/sites",
     "envs/constraints.txt",

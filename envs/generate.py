@@ -54,7 +54,7 @@ def _names(requirements: list[str]) -> list[str]:
 def packages(group: str) -> list[str]:
     """The direct requirements of an environment with their pins; torch first, as everything else builds on it."""
     project = tomllib.loads((ENVS.parent / "pyproject.toml").read_text())["project"]
-    names = _names(project["dependencies"])
+    names = _names([*project["dependencies"], *project["optional-dependencies"]["evaluate"]])
     if group == "job":
         # Jobs run the same package: what it imports everywhere, without Snakemake.
         shared = [name for name in names if not name.startswith("snakemake")]

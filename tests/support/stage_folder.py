@@ -59,7 +59,7 @@ def create_exportable_stage(
     """
     weights = root / "stages/main/weights/0123"
     shutil.copytree(trained / "weights", weights, copy_function=copy)
-    _write_tokenizer(root / "tokenizer")
+    write_tokenizer(root / "tokenizer")
     tokenizer = TokenizerManifest(
         path=str(root / "tokenizer"),
         hash="t0",
@@ -107,7 +107,7 @@ def _write_checkpoint(root: Path, tag: Path, manifest_sha256: str) -> None:
     ).write(root / "stages/main/checkpoint.json")
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer of all bytes and three special tokens."""
     vocabulary = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))

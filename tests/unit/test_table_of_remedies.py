@@ -14,6 +14,8 @@ from longhaul.config.shipped_files import PACKAGE
 from tests.unit.test_remedies import REMEDIES
 
 FOLLOWED_ELSEWHERE = {
+    "export it again: rm ": "unit/evaluation/test_evaluate_model.py::test_altered_export_is_refused",
+    "download it again: rm -r ": "unit/evaluation/test_evaluate_model.py::test_data_of_the_hub_come_from_what_fetch_stored",
     "restore the file, or pin the newest revisions: longhaul fetch": (
         "unit/planning/test_tampered_lock.py::test_the_remedy_pins_again_instead_of_deleting"
     ),

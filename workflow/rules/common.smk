@@ -14,6 +14,8 @@ if (RULES.parent / "longhaul").is_dir():
 from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.compat.snakemake import order_only, run_hooks_in_module
 from longhaul.config.shipped_files import PACKAGE
+from longhaul.jobs.job_kind import job_kinds
+from longhaul.jobs.kinds.evaluate_job import evaluation_inputs
 from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
 from longhaul.scheduling.snakefile_functions import (
     RuleSettings,
@@ -41,6 +43,8 @@ wildcard_constraints:
     run=PLAN.run,
     stage="|".join(stage.name for stage in PLAN.stages),
     dataset="|".join(sorted(PLAN.used_datasets)),
+    model="trained|start",
+    task=r"[A-Za-z0-9_-]+",
     partition=r"\d+",
     partitions=r"\d+",
 
@@ -69,6 +73,11 @@ def finished_stages():
 
 def exports():
     return [PLAN.paths.export_manifest(stage) for stage in PLAN.exported]
+
+
+def evaluations():
+    jobs = job_kinds()["evaluate"].jobs(PLAN)
+    return [PLAN.paths.evaluation(*job.names) for job in jobs]
 
 
 def on_start():

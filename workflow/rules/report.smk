@@ -20,6 +20,7 @@ rule report:
         ),
         stages=finished_stages(),
         exports=exports(),
+        evaluations=evaluations(),
     output:
         "results/{run}/report.html",
     log:

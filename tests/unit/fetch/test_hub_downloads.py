@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock
+from longhaul.evaluation.offline_datasets import OfflineDatasets
 from tests.support.chain import SECRETS, leaks
 from tests.support.fake_hub import COMMIT, Hub
 from tests.support.forked_module import ForkedModule
@@ -73,6 +74,7 @@ configs:
     "datasets/org/folders/dev/y.jsonl": '{"text": "m"}\n',
     "datasets/org/unsplit/anything.csv": "text\nn\n",
     "datasets/org/pictures/train/cat.png": "not text",
+    "datasets/org/quiz/data/test-00000-of-00001.jsonl": '{"question": "1+1", "answer": "2"}\n',
     "datasets/org/scripted/scripted.py": "raise SystemExit('this code must not run')",
 }
 CONFIG = {
@@ -180,6 +182,39 @@ def test_complete_files_are_not_downloaded_again(tmp_path: Path, hub: Hub, fetch
     assert fetch(tmp_path).returncode == 0
     assert hub.served == []
     assert (tmp_path / "results" / "small.lock.json").read_bytes() == lock
+
+
+QUIZ = """\
+task: quiz
+dataset_path: org/quiz
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+metric_list: [{metric: chrf}]
+"""
+
+
+def test_data_of_an_evaluation_task_are_pinned_and_stored_for_jobs_without_a_network(
+    tmp_path: Path, hub: Hub, fetch: Fetch
+):
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
+    done = fetch(tmp_path, {"stages": [stage]})
+    assert done.returncode == 0, done.stderr
+    (data,) = Lock.read(tmp_path / "results" / "small.lock.json").tasks
+    assert data["revision"] == COMMIT and data["path"].startswith("results/small/fetched/tasks/")
+    hub.serve_only(tmp_path / "nothing")
+    stored = OfflineDatasets([{**data, "path": str(tmp_path / data["path"])}], tmp_path / "cache")
+    assert stored.load(path="org/quiz", name=None)["test"]["answer"] == ["2"]
+
+
+def test_task_whose_data_the_hub_does_not_have(tmp_path: Path, fetch: Fetch):
+    (tmp_path / "quiz.yaml").write_text(QUIZ.replace("org/quiz", "org/none"))
+    stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
+    done = fetch(tmp_path, {"stages": [stage]})
+    assert done.returncode == 2 and "cannot download the data of task quiz" in done.stderr
+    assert not list(tmp_path.glob("results/*.lock.json"))
 
 
 SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {

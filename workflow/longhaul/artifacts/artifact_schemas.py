@@ -180,6 +180,21 @@ def _require_training_split(splits: dict[str, Split]) -> dict[str, Split]:
     return splits
 
 
+class TaskData(TypedDict):
+    """One dataset that an evaluation task loads with datasets.load_dataset.
+
+    request:  canonical JSON of the arguments of load_dataset
+    revision: commit of the repository
+    path:     folder that datasets.load_from_disk reads
+    files:    name in the folder -> SHA-256
+    """
+
+    request: str
+    revision: str
+    path: str
+    files: dict[str, Sha256]
+
+
 @dataclass(frozen=True)
 class Lock(Artifact):
     """`results/<run>.lock.json`: the revisions and files that fetch pinned.
@@ -188,12 +203,14 @@ class Lock(Artifact):
              "files": [data files]} (hub; streamed rows with "documents" and "sha256" of their one file) or
              {"path", "files", "documents", "skipped_files", "bytes"} (python_stdlib).
     model:   the Hugging Face config.json of a pretrained model, as a dict; empty when the model is built from the config.
+    tasks:   the datasets of evaluation tasks.
     """
 
     hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
 
     sources: dict[str, LockedSource] = field(default_factory=dict)
     model: dict[str, object] = field(default_factory=dict)
+    tasks: list[TaskData] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -361,3 +378,39 @@ class Export(Artifact):
     verification: dict[str, dict[str, object]]
     samples: list[Sample]
     provenance: dict[str, object]
+
+
+class Score(TypedDict):
+    """One metric of a task. A group has scores of its tasks and of itself.
+
+    filter:           the filter of lm-evaluation-harness that was applied to the answers, such as none or strict-match
+    standard_error:   None where the harness computes none
+    higher_is_better: None where the harness does not say
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    standard_error: float | None
+    higher_is_better: bool | None
+    documents: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Artifact):
+    """`results/<run>/evaluation/<stage>/<model>/<task>.json`: the scores of one model on one task or group of tasks.
+
+    model:    trained (the stage's export) or start (the model that the stage starts from)
+    path:     the evaluated Hugging Face folder
+    weights:  a hash of the recorded hashes of its files; None where none are recorded
+    settings: limit, few-shot examples, batch size, chat template, and versions of the libraries
+    """
+
+    stage: str
+    model: str
+    task: str
+    path: str
+    weights: str | None
+    scores: list[Score]
+    settings: dict[str, object]

@@ -362,6 +362,14 @@ class RunPaths:
         """Return the manifests of all exports that exist."""
         return sorted((self.folder / "export").glob("*.json"))
 
+    def evaluation(self, stage: str, model: str, task: str) -> Path:
+        """The results of one task. model: trained, or start for the model that the stage starts from."""
+        return self.folder / "evaluation" / stage / model / f"{task}.json"
+
+    def evaluations(self) -> list[Path]:
+        """Return the results of all tasks that exist."""
+        return sorted((self.folder / "evaluation").glob("*/*/*.json"))
+
 
 def latest_export(exports: Path) -> Path:
     """Return the link to the newest of a stage's exports."""

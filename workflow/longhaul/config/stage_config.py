@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from longhaul.config.evaluation_config import Evaluation
 from longhaul.config.field_types import (
     MAX_STEPS,
     FrozenModel,
@@ -360,6 +361,9 @@ class Stage(FrozenModel):
         description="Precision of the exported weights. fp8: the matrices of the decoder layers in blocks of 128 x 128 as "
         "DeepSeek publishes them, the others in bf16.",
     )
+    evaluate: Evaluation | None = Field(
+        default=None, description="Evaluation of the export with lm-evaluation-harness; null: none."
+    )
     minutes: Minutes = Field(
         default=60, description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00."
     )
@@ -399,4 +403,6 @@ class Stage(FrozenModel):
     def _check_length(self) -> Stage:
         if self.kind == "pretrain" and self.truncate != "right":
             raise ValueError(f"truncate {self.truncate} has no effect on kind pretrain; remove it")
+        if self.evaluate and self.export == "none":
+            raise ValueError("evaluate needs an exported model; set export to last or best, or remove evaluate")
         return require_exactly_one(self, "steps", "tokens")

@@ -19,6 +19,9 @@ _MB = 1_000_000
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings", "lib2to3"}
 _MAX_ANSWER_CHARACTERS = 600
 _MIN_ANSWER_CHARACTERS = 20
+_HELD_OUT = 25
+"""One docstring in so many is a question of the evaluation instead of a chat."""
+_CHOICES = 4
 
 
 def write_demo_corpus(kind: str, settings: PythonStdlib, out: Path, columns: Columns) -> dict[str, object]:
@@ -30,11 +33,12 @@ def write_demo_corpus(kind: str, settings: PythonStdlib, out: Path, columns: Col
     root = Path(sysconfig.get_path("stdlib"))
     skipped = 0
     written_bytes = documents = 0
+    held_out: list[tuple[str, str]] = []
     with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for path in _module_files(root):
             try:
                 source = path.read_text(encoding="utf-8")
-                rows = list(_rows(kind, source, _module_name(path, root), columns))
+                rows = list(_rows(kind, source, _module_name(path, root), columns, held_out))
             except (UnicodeDecodeError, SyntaxError):
                 skipped += 1
                 continue
@@ -50,6 +54,8 @@ def write_demo_corpus(kind: str, settings: PythonStdlib, out: Path, columns: Col
             f"no Python sources in {root}",
             "this Python has no standard library on disk: set the dataset's `files` instead",
         )
+    if held_out:
+        _write_questions(held_out, out.with_stem(f"{out.stem}-evaluation"))
     return {
         "path": str(root),
         "files": [str(out)],
@@ -73,14 +79,33 @@ def _module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _rows(kind: str, source: str, module: str, columns: Columns) -> Iterator[dict[str, object]]:
+def _rows(
+    kind: str, source: str, module: str, columns: Columns, held_out: list[tuple[str, str]]
+) -> Iterator[dict[str, object]]:
+    """Yield the rows of one module; questions and answers for the evaluation are appended to `held_out` instead."""
     if kind == "text":
         if source.strip():
             yield {columns.text: source}
         return
     for name, docstring in _docstrings(source, module):
-        messages = [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": docstring}]
-        yield {columns.messages: messages}
+        question = f"What does {name} do?"
+        if int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT == 0:
+            held_out.append((question, docstring))
+        else:
+            yield {
+                columns.messages: [{"role": "user", "content": question}, {"role": "assistant", "content": docstring}]
+            }
+
+
+def _write_questions(held_out: list[tuple[str, str]], out: Path) -> None:
+    """Write one row per question: {"question", "answer", "choices", "label"}; wrong choices are answers of the next questions."""
+    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for number, (question, answer) in enumerate(held_out):
+            choices = [held_out[(number + offset) % len(held_out)][1] for offset in range(_CHOICES)]
+            label = number % _CHOICES  # the right choice is not always the first one
+            choices[0], choices[label] = choices[label], choices[0]
+            row = {"question": question, "answer": answer, "choices": choices, "label": label}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _docstrings(source: str, module: str) -> Iterator[tuple[str, str]]:

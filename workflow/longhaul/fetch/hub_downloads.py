@@ -17,6 +17,7 @@ from longhaul.config.load_config import LoadedConfig
 from longhaul.data.demo_corpus import write_demo_corpus
 from longhaul.errors import UserError, first_line
 from longhaul.fetch.hub_splits import list_split_files, stream_rows
+from longhaul.fetch.task_data import fetch_task_data
 from longhaul.planning.check_pretrained_weights import check_pretrained_weights
 from longhaul.planning.input_files import model_config, read_model_folder
 
@@ -61,7 +62,11 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
             sources[name] = write_demo_corpus(
                 dataset.kind, dataset.python_stdlib, folder / f"{name}.jsonl", dataset.columns
             )
-    return Lock(sources=cast(dict[str, LockedSource], sources), model=model)
+    return Lock(
+        sources=cast(dict[str, LockedSource], sources),
+        model=model,
+        tasks=fetch_task_data(loaded, folder / "tasks"),
+    )
 
 
 def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> dict[str, Any]:

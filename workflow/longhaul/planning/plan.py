@@ -45,6 +45,7 @@ from longhaul.planning.check_parallel_layout import (
 from longhaul.planning.check_pretrained_weights import check_pretrained_folder
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
+from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
 from longhaul.planning.input_files import (
     changes_of_pretrained_weights,
@@ -176,7 +177,21 @@ class Plan:
         config = self.config
         pretrained = config.model.pretrained
         sources = [config.tokenizer.hub, pretrained and pretrained.hub]
-        return any(sources) or any(d.hub or d.python_stdlib for d in config.datasets.values())
+        sources += [dataset.hub or dataset.python_stdlib for dataset in config.datasets.values()]
+        return any(sources) or any(needs_task_data(self.loaded, stage) for stage in config.stages)
+
+    def evaluated_export(self, stage: str, model: str) -> str | None:
+        """Return the stage whose export is evaluated as `trained` or `start` of a stage; None: the pretrained model."""
+        start = self.stage(stage).stage.start_from
+        return stage if model == "trained" else start.stage if start else None
+
+    @property
+    def pretrained_folder(self) -> str | None:
+        """Folder of the pretrained model; None without one, and until fetch has downloaded it."""
+        pretrained = self.config.model.pretrained
+        if pretrained is None or pretrained.hub:
+            return self.fetched("model", "path")
+        return str(self.loaded.resolve("model.pretrained.path", pretrained.path or ""))
 
     @cached_property
     def pretrained_changes(self) -> tuple[str, ...]:
@@ -207,6 +222,7 @@ def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     stages = sort_stages(config)
     check_references(config)
     check_files(loaded)
+    check_evaluations(loaded)
     check_job_limits(config, loaded.site)
     model = model_config(loaded, lock)
     check_pretrained_folder(loaded)

@@ -21,6 +21,7 @@ from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
 from longhaul.report.acceptance import AcceptanceRow, acceptance_rows
+from longhaul.report.evaluation_table import evaluation_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
 
 TEMPLATES = data_root() / "templates" / "report"
@@ -59,6 +60,7 @@ def render_page(results: RunResults) -> str:
         ],
         stages=[_stage_rows(stage) for stage in results.stages],
         exports=[_export_rows(export) for export in results.exports],
+        evaluations=evaluation_rows(results.evaluations),
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
         fabric=_fabric_figure(results),
         # The page contains the whole library, so that it works without internet.

@@ -15,6 +15,7 @@ from longhaul.artifacts.artifact_schemas import (
     Count,
     DataManifest,
     EnvironmentReport,
+    EvaluationResult,
     Export,
     FabricReport,
     TokenizerManifest,
@@ -103,6 +104,7 @@ class RunResults:
     data: list[DataManifest]
     stages: list[StageResults]
     exports: list[Export]
+    evaluations: list[EvaluationResult]
     timespans: list[JobTimespan]
 
 
@@ -131,6 +133,7 @@ def read_run(folder: Path) -> RunResults:
         data=list(data.values()),
         stages=[stage for stage in stages if stage],
         exports=[Export.read(path) for path in exports if path.exists()],
+        evaluations=[EvaluationResult.read(path) for path in paths.evaluations()],
         timespans=_read_timespans(paths, plan),
     )
 

@@ -1,0 +1,38 @@
+"""compat/lm_eval.py is still needed. A failing test means that lm_eval offers a public way to give a task its data."""
+
+from __future__ import annotations
+
+import inspect
+
+import datasets
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+
+from longhaul.compat.lm_eval import build_tasks
+
+
+def test_tasks_call_load_dataset_while_they_are_built_and_take_no_dataset():
+    assert "datasets.load_dataset(" in inspect.getsource(ConfigurableTask.download)
+    parameters = {*inspect.signature(ConfigurableTask).parameters, *inspect.signature(TaskManager).parameters}
+    assert not [name for name in parameters if "dataset" in name or "offline" in name or "revision" in name]
+
+
+def test_load_dataset_is_restored_after_an_error():
+    original = datasets.load_dataset
+
+    def fail(**options: object) -> None:
+        raise ValueError(f"asked for {options['path']}")
+
+    own = {
+        "quiz": {
+            "task": "quiz",
+            "dataset_path": "org/quiz",
+            "test_split": "test",
+            "doc_to_text": "a",
+            "doc_to_target": "b",
+        }
+    }
+    with pytest.raises(ValueError, match="asked for org/quiz"):
+        build_tasks(["quiz"], own, fail)
+    assert datasets.load_dataset is original

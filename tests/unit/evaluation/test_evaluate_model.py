@@ -1,0 +1,177 @@
+"""Scores of an evaluation equal an independent count, and damaged or missing inputs are refused before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, TaskData
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.evaluation_data import dataset_request
+from longhaul.errors import UserError
+from longhaul.evaluation.evaluate_model import read_scores, run
+from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
+from tests.support.small_configs import LLAMA
+from tests.support.stage_folder import write_tokenizer
+
+QUESTIONS = [
+    {
+        "question": f"What is {number}?",
+        "choices": [f"an odd {number}", "even", "nothing at all", "one"],
+        "label": number % 4,
+    }
+    for number in range(12)
+]
+TASK = {
+    "task": "quiz",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of an export with random weights."""
+    folder = tmp_path_factory.mktemp("export")
+    write_tokenizer(folder / "model")
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)).save_pretrained(folder / "model")
+    files = {path.name: file_sha256(path) for path in (folder / "model").iterdir()}
+    manifest = folder / "model.json"
+    Export("base", "c", 1, str(folder / "model"), "fp32", 1, 1, files, {}, [], {}).write(manifest)
+    return manifest
+
+
+def spec(tmp_path: Path, exported: Path, task: dict[str, Any] | None = None, **changes: Any) -> EvaluateSpec:
+    """Return the spec of an evaluation on QUESTIONS."""
+    data, file = tmp_path / "quiz.jsonl", tmp_path / "quiz.yaml"
+    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    local = {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    file.write_text(yaml.safe_dump({**TASK, **local, **(task or {})}))
+    values: dict[str, Any] = {
+        "run": "small",
+        "stage": "base",
+        "model": "trained",
+        "task": "quiz",
+        "export": str(exported),
+        "folder": str(exported.with_suffix("")),
+        "task_files": (str(file),),
+        "data_files": (str(data),),
+        "task_data": (),
+        "limit": None,
+        "num_fewshot": 0,
+        "batch_size": 5,
+        "seed": 1,
+        "chat": False,
+        "gpus": 1,
+        "out": str(tmp_path / "quiz.json"),
+    }
+    return EvaluateSpec(**(values | changes))
+
+
+def log_likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
+    """Return the sum of the log probabilities of the answer's tokens after the question."""
+    before = tokenizer(question).input_ids
+    ids = tokenizer(f"{question} {answer}").input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logits[place - 1, ids[place]]) for place in range(len(before), len(ids)))
+
+
+def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, exported: Path):
+    job = spec(tmp_path, exported)
+    run(job)
+    folder = job.folder
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    right = 0
+    for row in QUESTIONS:
+        values = [log_likelihood(model, tokenizer, row["question"], choice) for choice in row["choices"]]
+        right += values.index(max(values)) == row["label"]
+    result = EvaluationResult.read(Path(job.out))
+    (score,) = result.scores
+    accuracy = right / len(QUESTIONS)
+    error = (accuracy * (1 - accuracy) / (len(QUESTIONS) - 1)) ** 0.5
+    assert score["value"] == pytest.approx(accuracy) and score["standard_error"] == pytest.approx(error)
+    assert (score["task"], score["metric"], score["filter"]) == ("quiz", "acc", "none")
+    assert score["documents"] == len(QUESTIONS) and score["higher_is_better"] is True
+    assert result.settings["chat_template"] is False and result.weights
+
+
+def test_fewer_documents_on_request(tmp_path: Path, exported: Path):
+    job = spec(tmp_path, exported, limit=3)
+    run(job)
+    assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 3
+
+
+def test_altered_export_is_refused(tmp_path: Path, exported: Path):
+    export = Export.read(exported)
+    other = tmp_path / "other.json"
+    files = export.files | {"config.json": "0" * 64}
+    Export("base", "c", 1, export.path, "fp32", 1, 1, files, {}, [], {}).write(other)
+    with pytest.raises(UserError, match=r"config\.json does not have the SHA-256"):
+        run(spec(tmp_path, other, folder=export.path))
+    assert not (tmp_path / "quiz.json").exists()
+    other.unlink()  # the remedy; the export rule writes it again
+    export.write(other)
+    run(spec(tmp_path, other, folder=export.path))
+    assert (tmp_path / "quiz.json").exists()
+
+
+def write_questions(folder: Path) -> None:
+    """Write five questions as fetch stores a dataset."""
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(QUESTIONS[:5])}).save_to_disk(str(folder))
+
+
+def test_data_of_the_hub_come_from_what_fetch_stored(tmp_path: Path, exported: Path):
+    stored = tmp_path / "stored"
+    write_questions(stored)
+    files = {str(path.relative_to(stored)): file_sha256(path) for path in stored.rglob("*") if path.is_file()}
+    data = TaskData(request=dataset_request("org/quiz", "en", {}), revision="r", path=str(stored), files=files)
+    on_the_hub = {"dataset_path": "org/quiz", "dataset_name": "en", "dataset_kwargs": {}}
+    job = spec(tmp_path, exported, on_the_hub, task_data=(data,))
+    run(job)
+    assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 5
+    with pytest.raises(UserError, match=r"org/quiz, configuration en, of the task is not in the run's lock"):
+        run(spec(tmp_path, exported, on_the_hub))
+    shard = next(stored.glob("test/*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0\0")
+    with pytest.raises(UserError, match="does not have the SHA-256") as failed:
+        run(job)
+    assert f"rm -r {stored}" in failed.value.hint
+    shutil.rmtree(stored)
+    write_questions(stored)  # as fetch does it
+    run(job)
+
+
+@pytest.mark.slow  # lm_eval reads its 14,000 task files to find a name
+def test_unknown_task_is_named(tmp_path: Path, exported: Path):
+    job = spec(tmp_path, exported).model_copy(update={"task": "quizz"})
+    with pytest.raises(UserError, match="has no task or group 'quizz'"):
+        run(job)
+
+
+def test_scores_of_groups_and_without_standard_error_are_read():
+    results = {
+        "results": {"a": {"alias": "a", "chrf,none": 12.5, "chrf_stderr,none": "N/A"}},
+        "groups": {"g": {"acc,strict": 0.5, "acc_stderr,strict": 0.1}},
+        "n-samples": {"a": {"original": 9, "effective": 4}},
+        "higher_is_better": {"a": {"chrf": True}},
+    }
+    keys = ("task", "metric", "filter", "value", "standard_error", "higher_is_better", "documents")
+    assert read_scores(results) == [
+        dict(zip(keys, ("a", "chrf", "none", 12.5, None, True, 4), strict=True)),
+        dict(zip(keys, ("g", "acc", "strict", 0.5, 0.1, None, 0), strict=True)),
+    ]

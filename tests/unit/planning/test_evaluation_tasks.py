@@ -1,0 +1,118 @@
+"""Evaluations that could not run are refused by the plan, and each task of each model is a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longhaul.artifacts.paths import JobId
+from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_kinds, job_request, job_spec
+from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
+from longhaul.planning import Plan
+from tests.support.small_configs import plan_of
+
+QUIZ: dict[str, Any] = {
+    "task": "quiz",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "quiz.jsonl"}},
+}
+
+
+def planned(folder: Path, evaluate: dict[str, Any], task: dict[str, Any] | None = None, **config: Any) -> Plan:
+    """Return the plan of a config whose stage `chat` is evaluated, with quiz.yaml beside it and the working folder there."""
+    (folder / "quiz.yaml").write_text(yaml.safe_dump({**QUIZ, **(task or {})}))
+    (folder / "quiz.jsonl").write_text("{}\n")
+    return plan_of(folder, {"stages.1.export": "last", "stages.1.evaluate": evaluate, **config})
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "task", "config", "message"),
+    [
+        ({"tasks": ["quiz"], "files": ["missing.yaml"]}, {}, {}, r"missing\.yaml does not exist"),
+        ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"task": None}, {}, "has no key `task`"),
+        ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"dataset_path": None}, {}, "has no key `dataset_path`"),
+        ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"include": "other.yaml"}, {}, "has the key include"),
+        ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"class": "x.y"}, {}, "has the key class"),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"dataset_kwargs": {"data_files": "none.jsonl"}},
+            {},
+            r"reads none\.jsonl, which does not exist",
+        ),
+        ({"tasks": ["arc_easy"], "files": ["quiz.yaml"]}, {}, {}, r"no task of stages\.chat\.evaluate\.tasks is in"),
+        ({"tasks": ["quiz"], "files": ["quiz.yaml", "quiz.yaml"]}, {}, {}, "two files define the task quiz"),
+        ({"tasks": ["quiz", "quiz"]}, {}, {}, "tasks contains quiz twice"),
+        ({"tasks": ["a/../b"]}, {}, {}, "a/../b"),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {},
+            {"stages.1.export": "none"},
+            "evaluate needs an exported model",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"], "starting_model": True},
+            {},
+            {},
+            "starts from the last checkpoint of base, whose export is none",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"], "starting_model": True},
+            {},
+            {"stages.1.from": None},
+            "starts from random weights",
+        ),
+    ],
+)
+def test_evaluation_that_cannot_run_is_refused(
+    tmp_path: Path, evaluate: dict[str, Any], task: dict[str, Any], config: dict[str, Any], message: str
+):
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, evaluate, task, **config)
+
+
+def test_task_file_may_not_name_python_code(tmp_path: Path):
+    (tmp_path / "code.yaml").write_text("task: quiz\ndataset_path: json\nprocess_docs: !function utils.f\n")
+    with pytest.raises(UserError, match="tag !function is not allowed"):
+        planned(tmp_path, {"tasks": ["quiz"], "files": ["code.yaml"]})
+
+
+def test_every_task_of_every_model_is_a_job_that_waits_for_its_export(tmp_path: Path):
+    evaluate = {"tasks": ["quiz", "arc_easy"], "files": ["quiz.yaml"], "starting_model": True, "gpus": 2, "minutes": 30}
+    plan = planned(tmp_path, evaluate, **{"stages.0.export": "last"})
+    jobs = job_kinds()["evaluate"].jobs(plan)
+    assert jobs == [
+        JobId("evaluate", ("chat", model, task)) for model in ("start", "trained") for task in ("quiz", "arc_easy")
+    ]
+    specs = {job.names[1]: job_spec(plan, job) for job in jobs}
+    assert all(isinstance(found, EvaluateSpec) for found in specs.values())
+    assert {model: getattr(found, "export", None) for model, found in specs.items()} == {
+        "start": "results/small/export/base.json",
+        "trained": "results/small/export/chat.json",
+    }
+    assert evaluation_inputs(plan, jobs[2]) == [
+        Path("results/small/export/chat.json"),
+        tmp_path / "quiz.yaml",
+        Path("quiz.jsonl"),
+    ]
+    request = job_request(plan, jobs[0])
+    assert (request.nodes, request.gpus_per_node, request.tasks, request.minutes) == (1, 2, 1, 30)
+    assert plan.needs_fetch, "lm_eval downloads the data of arc_easy"
+
+
+def test_local_task_needs_no_fetch(tmp_path: Path):
+    files = {
+        "datasets.prose": {"kind": "text", "files": ["prose.jsonl"]},
+        "datasets.chats": {"kind": "chat", "files": ["c.jsonl"]},
+    }
+    (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "c.jsonl").write_text('{"messages": []}\n')
+    assert not planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, **files).needs_fetch

@@ -1,0 +1,48 @@
+"""The table of evaluations compares each metric with that of the model before the stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
+from longhaul.report.evaluation_table import evaluation_rows
+
+
+def result(model: str, value: float, error: float | None, higher_is_better: bool | None = True) -> EvaluationResult:
+    score = Score(
+        task="quiz",
+        metric="acc",
+        filter="none",
+        value=value,
+        standard_error=error,
+        higher_is_better=higher_is_better,
+        documents=50,
+    )
+    return EvaluationResult("chat", model, "quiz", "p", None, [score], {})
+
+
+@pytest.mark.parametrize(
+    ("start", "trained", "error", "higher_is_better", "change", "better"),
+    [
+        (0.25, 0.75, 0.05, True, "+0.5", True),
+        (0.75, 0.25, 0.05, True, "-0.5", False),
+        (0.75, 0.25, 0.05, False, "-0.5", True),
+        (0.50, 0.64, 0.05, True, "+0.14", None),  # two standard errors of the difference are 0.1414
+        (0.50, 0.65, 0.05, True, "+0.15", True),
+        (0.25, 0.75, None, True, "+0.5", None),
+        (0.25, 0.75, 0.05, None, "+0.5", None),
+    ],
+)
+def test_change_counts_beyond_two_standard_errors_of_the_difference(
+    start: float, trained: float, error: float | None, higher_is_better: bool | None, change: str, better: bool | None
+):
+    (row,) = evaluation_rows(
+        [result("start", start, error, higher_is_better), result("trained", trained, error, higher_is_better)]
+    )
+    assert (row["change"], row["better"]) == (change, better)
+
+
+def test_model_without_a_start_has_no_change():
+    (row,) = evaluation_rows([result("trained", 0.5, 0.125)])
+    assert (row["trained"], row["start"], row["change"], row["better"]) == ("0.5 ± 0.12", "–", "–", None)
+    assert (row["task"], row["metric"], row["documents"]) == ("quiz", "acc", 50)

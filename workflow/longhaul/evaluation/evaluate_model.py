@@ -1,0 +1,133 @@
+"""Evaluates one model on one task or group of lm-evaluation-harness, and writes the scores with their standard errors."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, Score
+from longhaul.artifacts.atomic_files import content_hash
+from longhaul.artifacts.compare_hashes import wrong_files
+from longhaul.compat.lm_eval import build_tasks
+from longhaul.config.strict_yaml import read_yaml
+from longhaul.errors import UserError
+from longhaul.evaluation.offline_datasets import OfflineDatasets
+from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
+
+_BOOTSTRAP_SAMPLES = 1000
+"""For metrics that have no formula of the standard error, such as chrF."""
+
+
+def run(job: EvaluateSpec) -> None:
+    """Evaluate the model and write job.out.
+
+    Raises:
+        UserError: lm_eval is missing, the export is damaged, the task does not exist, or its data are missing.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
+    weights = _verify_export(job)
+    with TemporaryDirectory() as cache:
+        results = _evaluate(job, _build_tasks(job, Path(cache)))
+    EvaluationResult(
+        stage=job.stage,
+        model=job.model,
+        task=job.task,
+        path=job.folder,
+        weights=weights,
+        scores=read_scores(results),
+        settings={
+            "limit": job.limit,
+            "num_fewshot": job.num_fewshot,
+            "batch_size": job.batch_size,
+            "chat_template": job.chat,
+            "seed": job.seed,
+            **{name: version(name) for name in ("lm_eval", "transformers", "torch")},
+        },
+    ).write(Path(job.out))
+
+
+def _evaluate(job: EvaluateSpec, tasks: list[Any]) -> dict[str, Any]:
+    """Return the results of lm_eval.simple_evaluate."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    on_gpu = torch.cuda.is_available()
+    model = HFLM(
+        pretrained=job.folder,
+        dtype="auto",
+        batch_size=job.batch_size,
+        device="cuda" if on_gpu else "cpu",
+        parallelize=on_gpu and job.gpus > 1,
+    )
+    results = simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=TaskManager(include_defaults=False),  # another one would read 14,000 task files for 8 s
+        num_fewshot=job.num_fewshot,
+        limit=job.limit,
+        apply_chat_template=job.chat and bool(model.tokenizer.chat_template),
+        log_samples=False,
+        bootstrap_iters=_BOOTSTRAP_SAMPLES,
+        random_seed=job.seed,
+        numpy_random_seed=job.seed,
+        torch_random_seed=job.seed,
+        fewshot_random_seed=job.seed,
+    )
+    if results is None:
+        raise RuntimeError("lm_eval gives results on its rank 0 alone; this job must have one rank")
+    return dict(results)
+
+
+def _verify_export(job: EvaluateSpec) -> str | None:
+    """Return a hash of the export's recorded hashes after a check of its files; None for a pretrained model, which has none."""
+    if job.export is None:
+        return None
+    export = Export.read(Path(job.export))
+    if problem := next(wrong_files({Path(export.path) / name: sha256 for name, sha256 in export.files.items()}), None):
+        raise UserError(f"the export is damaged: {problem}", f"export it again: rm {job.export}, then run again")
+    return content_hash(export.files)
+
+
+def _build_tasks(job: EvaluateSpec, cache: Path) -> list[Any]:
+    own = {config["task"]: config for config in (read_yaml(Path(path)) for path in job.task_files)}
+    try:
+        return build_tasks([job.task], own, OfflineDatasets(job.task_data, cache).load)[job.task]
+    except KeyError:
+        raise UserError(
+            f"lm_eval {version('lm_eval')} has no task or group {job.task!r}", "list the names: lm_eval ls tasks"
+        ) from None
+
+
+def read_scores(results: dict[str, Any]) -> list[Score]:
+    """Return the scores in the results of lm_eval.simple_evaluate.
+
+    There, results[task] holds "<metric>,<filter>" and "<metric>_stderr,<filter>", which is "N/A" where there is none.
+    """
+    scores = []
+    for task, values in {**results["results"], **results.get("groups", {})}.items():
+        documents = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+        better = results.get("higher_is_better", {}).get(task, {})
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{filter_name}")
+            scores.append(
+                Score(
+                    task=task,
+                    metric=metric,
+                    filter=filter_name,
+                    value=float(value),
+                    standard_error=float(error) if isinstance(error, int | float) else None,
+                    higher_is_better=better.get(metric),
+                    documents=int(documents),
+                )
+            )
+    return scores

@@ -1,0 +1,94 @@
+"""Downloads the datasets of evaluation tasks at a pinned revision, and stores them where jobs without a network read them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from longhaul.artifacts.artifact_schemas import TaskData
+from longhaul.artifacts.atomic_files import content_hash, file_sha256
+from longhaul.artifacts.evaluation_data import dataset_request, reads_local_files
+from longhaul.compat.lm_eval import build_tasks
+from longhaul.config.load_config import LoadedConfig
+from longhaul.errors import UserError, first_line
+from longhaul.planning.evaluation_tasks import needs_task_data, read_task_files
+
+_INSTALL = "pip install 'longhaul[evaluate]' where longhaul runs"
+
+
+def fetch_task_data(loaded: LoadedConfig, folder: Path) -> list[TaskData]:
+    """Store every dataset that the run's tasks load; a stored dataset is not downloaded again.
+
+    folder: gets one subfolder per dataset, named by a hash of repository, revision and options
+
+    Raises:
+        UserError: lm_eval is not installed, a task does not exist, or its data cannot be downloaded.
+    """
+    stages = [stage for stage in loaded.config.stages if needs_task_data(loaded, stage)]
+    if not stages:
+        return []
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"stages.{stages[0].name}.evaluate needs the package lm_eval", _INSTALL)
+    recorder = _Recorder(folder)
+    for stage in stages:
+        own = {file.task: file.config for file in read_task_files(loaded, stage) if not file.data_files}
+        local = {file.task for file in read_task_files(loaded, stage) if file.data_files}
+        for task in stage.evaluate.tasks if stage.evaluate else ():
+            if task not in local:
+                _build(f"stages.{stage.name}.evaluate", task, own, recorder)
+    return list(recorder.found.values())
+
+
+def _build(key: str, task: str, own: dict[str, dict[str, Any]], recorder: _Recorder) -> None:
+    try:
+        build_tasks([task], own, recorder.load)
+    except KeyError:
+        raise UserError(
+            f"{key}.tasks: lm_eval has no task or group {task!r}",
+            f"list the names: lm_eval ls tasks; or define it in {key}.files",
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{key}: cannot download the data of task {task}: {first_line(error)}",
+            "check the network, and `hf auth login` where the dataset asks for it",
+        ) from None
+
+
+class _Recorder:
+    """Downloads what tasks load, and remembers it."""
+
+    def __init__(self, folder: Path) -> None:
+        from datasets import load_dataset
+
+        self.found: dict[str, TaskData] = {}
+        self._folder, self._download = folder, load_dataset
+
+    def load(self, path: str, name: str | None = None, **options: Any) -> Any:
+        """Return a dataset as datasets.load_dataset does, and store it unless it consists of local files."""
+        if reads_local_files(path, options):
+            return self._download(path=path, name=name, **options)
+        request = dataset_request(path, name, options)
+        if request not in self.found:
+            self.found[request] = self._store(request, path, name, options)
+        return _open(self.found[request]["path"])
+
+    def _store(self, request: str, path: str, name: str | None, options: dict[str, Any]) -> TaskData:
+        from huggingface_hub import HfApi
+
+        commit = str(HfApi().dataset_info(path, revision=options.get("revision", "main")).sha)
+        folder = self._folder / content_hash([request, commit])
+        if not folder.exists():
+            partial = folder.with_name(f".{folder.name}.partial")
+            self._download(path=path, name=name, **(options | {"revision": commit})).save_to_disk(partial)
+            partial.rename(folder)
+        files = {
+            str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()
+        }
+        return TaskData(request=request, revision=commit, path=str(folder), files=files)
+
+
+def _open(folder: str) -> Any:
+    from datasets import load_from_disk
+
+    return load_from_disk(folder)

@@ -1,0 +1,132 @@
+"""Evaluation tasks of a run: reads task files of the user, checks them, and finds the model that a stage starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from longhaul.artifacts.evaluation_data import LOCAL_FORMATS, named_files, reads_local_files
+from longhaul.artifacts.paths import RunPaths
+from longhaul.config.load_config import LoadedConfig
+from longhaul.config.run_config import Config
+from longhaul.config.shipped_files import data_root
+from longhaul.config.stage_config import Stage
+from longhaul.config.strict_yaml import read_yaml
+from longhaul.errors import UserError
+
+EvaluatedModel = Literal["trained", "start"]
+SHIPPED_TASKS = data_root() / "config" / "evaluation"
+_CODE_KEYS = ("class", "custom_dataset", "include")
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One task file of the user.
+
+    config:     its keys, in the format of lm-evaluation-harness (docs/task_guide.md there)
+    data_files: files on this machine that the task reads, as they are written in it; () where it reads a repository of the Hub
+    """
+
+    path: Path
+    task: str
+    config: dict[str, Any]
+    data_files: tuple[Path, ...]
+
+
+def read_task_files(loaded: LoadedConfig, stage: Stage) -> list[TaskFile]:
+    """Read and check the task files of a stage.
+
+    Raises:
+        UserError: a file is missing, is no task, or names Python code; or a data file is missing.
+    """
+    if stage.evaluate is None:
+        return []
+    key = f"stages.{stage.name}.evaluate.files"
+    return [_read_task_file(key, _task_path(loaded, key, written)) for written in stage.evaluate.files]
+
+
+def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
+    """Return the path of a task file: the one of this name in config/evaluation, or a path relative to the config file."""
+    if "/" in written or written.endswith((".yaml", ".yml")):
+        return loaded.resolve(key, written)
+    return SHIPPED_TASKS / f"{written}.yaml"
+
+
+def _read_task_file(key: str, path: Path) -> TaskFile:
+    config = read_yaml(path)
+    if not isinstance(config.get("task"), str):
+        raise UserError(
+            f"{key}: {path} has no key `task`", "give a task file of lm-evaluation-harness: a name, data, a metric"
+        )
+    if code := [name for name in _CODE_KEYS if name in config]:
+        raise UserError(
+            f"{key}: {path} has the key {code[0]}, which brings other files or Python code into the task",
+            "write all keys of the task into the file, and use templates such as doc_to_text",
+        )
+    if not isinstance(config.get("dataset_path"), str):
+        raise UserError(
+            f"{key}: {path} has no key `dataset_path`",
+            f"use one of {', '.join(LOCAL_FORMATS)}, or a repository of the Hub",
+        )
+    return TaskFile(path, config["task"], config, _local_files(config))
+
+
+def _local_files(config: dict[str, Any]) -> tuple[Path, ...]:
+    options = config.get("dataset_kwargs") or {}
+    return tuple(map(Path, named_files(options))) if reads_local_files(config["dataset_path"], options) else ()
+
+
+def check_evaluations(loaded: LoadedConfig) -> None:
+    """Raise UserError for an evaluation that could not run: a missing file, a task twice, no starting model."""
+    fetched = RunPaths(loaded.config.run).fetched
+    for stage in loaded.config.stages:
+        files = read_task_files(loaded, stage)
+        key = f"stages.{stage.name}.evaluate"
+        for file in files:
+            for data in file.data_files:
+                if not data.is_file() and not data.is_relative_to(fetched):
+                    raise UserError(
+                        f"{key}.files: {file.path} reads {data}, which does not exist",
+                        "give the path of the data file, relative to the folder in which longhaul runs",
+                    )
+            if stage.evaluate and file.task not in stage.evaluate.tasks:
+                raise UserError(
+                    f"{key}.files: no task of {key}.tasks is in {file.path}",
+                    f"add {file.task} to tasks, or remove the file",
+                )
+        names = [file.task for file in files]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{key}.files: two files define the task {twice[0]}", "rename one of them")
+        if stage.evaluate and stage.evaluate.starting_model:
+            _check_starting_model(loaded.config, stage)
+
+
+def _check_starting_model(config: Config, stage: Stage) -> None:
+    key = f"stages.{stage.name}.evaluate.starting_model"
+    if stage.start_from is None:
+        if config.model.pretrained is None:
+            raise UserError(f"{key}: the stage starts from random weights", "remove the key")
+        return
+    earlier = next(other for other in config.stages if other.name == stage.start_from.stage)
+    if earlier.export != stage.start_from.checkpoint:
+        raise UserError(
+            f"{key}: the stage starts from the {stage.start_from.checkpoint} checkpoint of {earlier.name}, whose export is "
+            f"{earlier.export}",
+            f"set stages.{earlier.name}.export to {stage.start_from.checkpoint}, or remove the key",
+        )
+
+
+def needs_task_data(loaded: LoadedConfig, stage: Stage) -> bool:
+    """Return True if fetch must download data: a task reads a repository of the Hub, or lm_eval itself defines it."""
+    if stage.evaluate is None:
+        return False
+    local = {file.task for file in read_task_files(loaded, stage) if file.data_files}
+    return bool(set(stage.evaluate.tasks) - local)
+
+
+def evaluated_models(stage: Stage) -> list[EvaluatedModel]:
+    """Return which models of a stage are evaluated."""
+    if stage.evaluate is None:
+        return []
+    return ["start", "trained"] if stage.evaluate.starting_model else ["trained"]
