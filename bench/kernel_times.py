@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 from longhaul.train.monitoring.kernel_classes import CLASSES, kernel_class
 
@@ -29,7 +30,7 @@ def profile(step: Callable[[], Any], finish: Callable[[], Any], tokens: int) -> 
     spans = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start
+        if event.device_type == DeviceType.CUDA and event.time_range.end > event.time_range.start
     ]
     per_token = 1.0 / (STEPS * tokens)
     classes, kernels = times_by_class(spans)

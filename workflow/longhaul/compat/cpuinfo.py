@@ -17,7 +17,7 @@ def read_cpu_once_in_this_process() -> None:
     """
     package = import_module("cpuinfo")
     if not hasattr(package.get_cpu_info, "cache_clear"):
-        package.get_cpu_info = _reader(package.get_cpu_info)
+        package.get_cpu_info = _reader(package.get_cpu_info)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _reader(original: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

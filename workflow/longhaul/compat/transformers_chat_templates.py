@@ -34,7 +34,7 @@ def render_chat(
 
     SandboxedEnvironment.intercepted_binops = frozenset(_BOUNDED)  # read while a template is compiled
     compiled = _compile_jinja_template(template)
-    compiled.environment.binop_table.update(_BOUNDED)
+    compiled.environment.binop_table.update(_BOUNDED)  # pyright: ignore[reportAttributeAccessIssue]
     _make_deterministic(compiled)
     variables: dict[str, Any] = special_tokens
     rendered: Any = render_jinja_template(

@@ -54,12 +54,13 @@ def run(job: EvaluateSpec) -> None:
 
 def _evaluate(job: EvaluateSpec, tasks: list[Any]) -> dict[str, Any]:
     """Return the results of lm_eval.simple_evaluate."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     on_gpu = torch.cuda.is_available()
-    model = HFLM(
+    create: Any = HFLM  # its arguments are those of a class that a decorator hides
+    model = create(
         pretrained=job.folder,
         dtype="auto",
         batch_size=job.batch_size,
@@ -96,7 +97,7 @@ def _verify_export(job: EvaluateSpec) -> str | None:
 
 
 def _build_tasks(job: EvaluateSpec, cache: Path) -> list[Any]:
-    own = {config["task"]: config for config in (read_yaml(Path(path)) for path in job.task_files)}
+    own = {str(config["task"]): config for config in (read_yaml(Path(path)) for path in job.task_files)}
     try:
         return build_tasks([job.task], own, OfflineDatasets(job.task_data, cache).load)[job.task]
     except KeyError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class _Recorder:
         from datasets import load_dataset
 
         self.found: dict[str, TaskData] = {}
-        self._folder, self._download = folder, load_dataset
+        self._folder = folder
+        self._download: Callable[..., Any] = load_dataset
 
     def load(self, path: str, name: str | None = None, **options: Any) -> Any:
         """Return a dataset as datasets.load_dataset does, and store it unless it consists of local files."""

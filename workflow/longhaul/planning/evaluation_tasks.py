@@ -55,7 +55,8 @@ def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
 
 def _read_task_file(key: str, path: Path) -> TaskFile:
     config = read_yaml(path)
-    if not isinstance(config.get("task"), str):
+    task = config.get("task")
+    if not isinstance(task, str):
         raise UserError(
             f"{key}: {path} has no key `task`", "give a task file of lm-evaluation-harness: a name, data, a metric"
         )
@@ -69,7 +70,7 @@ def _read_task_file(key: str, path: Path) -> TaskFile:
             f"{key}: {path} has no key `dataset_path`",
             f"use one of {', '.join(LOCAL_FORMATS)}, or a repository of the Hub",
         )
-    return TaskFile(path, config["task"], config, _local_files(config))
+    return TaskFile(path, task, config, _local_files(config))
 
 
 def _local_files(config: dict[str, Any]) -> tuple[Path, ...]:

@@ -160,4 +160,5 @@ def _memory_share(stage: StageResults, environment: EnvironmentReport | None) ->
 
 
 def _gpus(environment: EnvironmentReport | None) -> list[dict[str, Any]]:
-    return [dict(gpu) for node in environment.nodes for gpu in node["gpus"]] if environment else []
+    nodes = environment.nodes if environment else []
+    return [gpu for node in nodes for gpu in node["gpus"] if isinstance(gpu, dict)]

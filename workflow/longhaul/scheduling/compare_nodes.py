@@ -35,9 +35,9 @@ def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, Slurm
 
     On a GPU partition it is a whole node as the site file describes it. A partition for the controller job alone is left out.
     """
-    kinds: list[JobPlace] = ["gpu", "debug", "cpu"]
-    served = [[kind for kind in kinds if kind in partition.jobs] for partition in site.partitions]
-    return {found[0]: _probe_request(site, found[0], minutes) for found in served if found}
+    kinds: tuple[JobPlace, ...] = ("gpu", "debug", "cpu")
+    firsts = [next((kind for kind in kinds if kind in partition.jobs), None) for partition in site.partitions]
+    return {kind: _probe_request(site, kind, minutes) for kind in firsts if kind}
 
 
 def _probe_request(site: Site, kind: JobPlace, minutes: int) -> SlurmRequest:

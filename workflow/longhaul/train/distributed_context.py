@@ -126,9 +126,8 @@ def _use_deterministic_kernels() -> None:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch demands it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a help for debugging, which costs a pass over new memory
-    )
+    # A help for debugging, which costs a pass over new memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _own_swap_folder(job: TrainSpec, rank: Rank) -> AbstractContextManager[Path | None]:

@@ -47,7 +47,7 @@ def trace_breakdown(events: list[dict[str, Any]]) -> TimeBreakdown:
     counted = _DEVICE_CATEGORIES if on_device else _OPERATORS
     calls = Counter(str(event["name"]) for event in events if event.get("cat") in counted)
     covered = _covered_s(inside)
-    seconds_of = Counter[str]()
+    seconds_of: defaultdict[str, float] = defaultdict(float)
     for interval in inside:
         seconds_of[interval.kind] += interval.end_s - interval.begin_s
     return TimeBreakdown(
@@ -109,7 +109,8 @@ def _covered_s(intervals: list[Interval]) -> dict[str, float]:
     """Return the seconds that each class covers; a moment counts once, for the first class of CLASSES that is running."""
     changes = [(interval.begin_s, 1, interval.kind) for interval in intervals]
     changes += [(interval.end_s, -1, interval.kind) for interval in intervals]
-    running, covered, before_s = Counter[str](), dict.fromkeys(CLASSES, 0.0), 0.0
+    running, before_s = Counter[str](), 0.0
+    covered: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     for now_s, change, kind in sorted(changes):
         if first := next((found for found in CLASSES if running[found]), None):
             covered[first] += now_s - before_s
@@ -133,10 +134,11 @@ def _largest_gaps(intervals: list[Interval], begin_s: float, end_s: float) -> li
 
 def _longest_kernels(intervals: list[Interval], calls: Counter[str]) -> list[KernelRecord]:
     """Return the kernels with the most time in all, with their number of calls."""
-    seconds, kinds = Counter[str](), {interval.name: interval.kind for interval in intervals}
+    seconds: defaultdict[str, float] = defaultdict(float)
+    kinds = {interval.name: interval.kind for interval in intervals}
     for interval in intervals:
         seconds[interval.name] += interval.end_s - interval.begin_s
     return [
         KernelRecord(name=name, kind=kinds[name], calls=calls[name], seconds=total)
-        for name, total in seconds.most_common(_LISTED_KERNELS)
+        for name, total in sorted(seconds.items(), key=lambda entry: -entry[1])[:_LISTED_KERNELS]
     ]
