@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tests.faults import broken_environments as environment
 from tests.faults import damaged_files as damage
 from tests.faults.broken_environments import EXPORTS, SMALL
-from tests.faults.faulted_run import ENVIRONMENT, EXPORT, TOKENIZE, TRAIN, FaultedRun
+from tests.faults.faulted_run import EXPORT, TOKENIZE, TRAIN, FaultedRun
 
 THE_START = "the start"
 _PHASES = {"tokenizing": TOKENIZE, "exporting": EXPORT}
@@ -24,7 +24,6 @@ class FaultCase:
     inject:        injects the fault when `when` holds
     ends_command:  the fault ends the main Snakemake process, or a user ends the job
     fails_with:    cause of the failure of the first command, or of the second one if the fault ends the first; it needs a repair
-    failing_job:   the job that fails so; default: the one that makes the phase's results
     last_message:  part of what the first command, which does not retry, prints at its end
     before_start:  called before the first command
     before_second: called before the second command
@@ -44,7 +43,6 @@ class FaultCase:
     inject: Callable[[FaultedRun], None] = lambda run: None
     ends_command: bool = False
     fails_with: str = ""
-    failing_job: str = ""
     last_message: str = ""
     before_start: Callable[[FaultedRun], None] = lambda run: None
     before_second: Callable[[FaultedRun], None] = lambda run: None
@@ -250,7 +248,6 @@ CASES = [
         THE_START,
         before_start=environment.fill_disk(SMALL),
         fails_with="GB free, checks.min_disk_free_gb is 0.02",
-        failing_job=ENVIRONMENT,
         before_second=environment.free_disk(SMALL),
         mount=SMALL,
         checks={"min_disk_free_gb": 0.02},
@@ -275,7 +272,6 @@ CASES = [
         THE_START,
         before_start=environment.set_clock_wrong,
         fails_with="clock is +3600",
-        failing_job=ENVIRONMENT,
         before_second=environment.set_clock_right,
         checks={"nodes": 2, "min_disk_free_gb": 0.01},
         min_attempts=1,

@@ -28,7 +28,6 @@ DOCUMENTS = 60_000
 NAN_BATCHES = (90, 91, 130)
 
 TRAIN, TOKENIZE, EXPORT = "stages/base", "jobs/tokenize-prose", "jobs/export-base"
-ENVIRONMENT = "jobs/environment"
 _TARGETS = {
     TRAIN: "results/tiny/stages/base/checkpoint.json",
     TOKENIZE: "results/tiny/data/prose.json",
@@ -141,7 +140,7 @@ class FaultedRun(ClusterChain):
         return (self.folder / "main.log").read_text().partition(f"\n{_JOBS[self.phase]} failed (")[2]
 
     def failure(self, job: str) -> dict[str, Any]:
-        """Return how a job, jobs/environment for example, failed."""
+        """Return how a job, jobs/export-base for example, failed."""
         return self.read(f"{job}/failure.json")
 
     # Progress

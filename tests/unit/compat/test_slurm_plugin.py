@@ -147,3 +147,10 @@ def test_refused_job_is_recorded_and_reported_after_a_pause(monkeypatch: pytest.
     )
     report(None, SimpleNamespace(job="j"), "refused")
     assert order == [("recorded", "j", "refused"), 15.0, ("reported", "j", "refused")]
+
+
+def test_nothing_is_asked_before_the_first_job(monkeypatch: pytest.MonkeyPatch):
+    """The executor has no run_uuid yet. An error would end the thread that checks, and Snakemake would wait for ever."""
+    monkeypatch.delattr(Executor, "run_uuid")
+    slurm, executor = Slurm(), Executor()
+    assert slurm.active_jobs(executor) == [] and slurm.asked == []

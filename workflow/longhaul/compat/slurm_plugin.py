@@ -87,6 +87,8 @@ def _without_guess(method: Any, resource: str, nothing: Callable[[], Any]) -> An
 
 def _patched(check_active_jobs: Any, actions: SlurmActions) -> Any:
     async def check_all(executor: Any, active_jobs: list[Any]) -> AsyncGenerator[Any, None]:
+        if not active_jobs:
+            return  # the thread of the checks begins before the executor has a run_uuid, and would end with its error
         ended: set[int] = set()
         with _ReportedJobs(executor, ended, actions.record_error):
             async for _ in check_active_jobs(executor, active_jobs):
