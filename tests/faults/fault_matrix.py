@@ -29,7 +29,6 @@ class FaultCase:
     before_second: called before the second command
     remedy:        called before the command that must succeed, if `fails_with` is not repaired by `before_second`
     mount:         folder of the run that is a small file system of its own
-    limits:        options of prlimit for the first command
     checks:        keys of the config's `checks`
     makes:         phase whose results are compared, if `when` does not say it
     logs:          part of the logs
@@ -48,7 +47,6 @@ class FaultCase:
     before_second: Callable[[FaultedRun], None] = lambda run: None
     remedy: Callable[[FaultedRun], None] | None = None
     mount: str = ""
-    limits: tuple[str, ...] = ()
     checks: dict[str, float] = field(default_factory=dict)
     makes: str = ""
     logs: str = ""
@@ -259,12 +257,6 @@ CASES = [
         fails_with="Read-only file system",
         before_second=environment.unseal_disk,
         mount=SMALL,
-    ),
-    FaultCase(
-        "limit on file size, then lifted",
-        THE_START,
-        fails_with="File too large",
-        limits=("--fsize=262144",),
     ),
     FaultCase(
         "clock wrong, then right",

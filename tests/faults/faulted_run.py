@@ -90,13 +90,11 @@ class FaultedRun(ClusterChain):
 
     # Start and end
 
-    def start(self, *limits: str) -> None:
-        """Give the command. limits: options of prlimit for it; Slurm gives its jobs the same limits."""
-        limited = ["prlimit", *limits] if limits else []
+    def start(self) -> None:
         log = (self.folder / "main.log").open("a")
         self.main = subprocess.Popen(
             # a shell that runs the tests in the background ignores SIGINT
-            ["env", "--default-signal=INT", *limited, *self.command(self.target)],
+            ["env", "--default-signal=INT", *self.command(self.target)],
             cwd=self.folder,
             stdout=log,
             stderr=subprocess.STDOUT,

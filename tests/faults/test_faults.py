@@ -170,7 +170,7 @@ def test_results_are_bit_identical_after_a_fault(
     prepare(run, case)
     case.before_start(run)
     started = time.monotonic()
-    run.start(*case.limits)
+    run.start()
     inject_at_the_right_time(run, case)
     code = run.finish()
     if case.fails_with and not case.ends_command:

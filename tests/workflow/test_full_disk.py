@@ -49,3 +49,15 @@ def test_disk_that_fills_up_during_a_job_is_reported_at_the_end(tmp_path: Path):
 def test_disk_with_free_space_is_not_mentioned(tmp_path: Path):
     done = run_on_small_disk(tmp_path / "disk", "")
     assert done.returncode == 0 and "free space" not in done.stderr, done.stderr
+
+
+def test_limit_on_file_size_is_reported_and_nothing_else_is_needed_after_it_is_lifted(tmp_path: Path):
+    chain = Chain(tmp_path / "limited", tiny_config())
+    command = ["prlimit", "--fsize=262144", *chain.command("-n", "results/tiny/tokenizer.json")]
+    done = subprocess.run(
+        command, cwd=chain.folder, capture_output=True, text=True, env=chain.environment(), check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "bytes to" in done.stderr and "File too large" in done.stderr and "ulimit -f" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert chain.would_run()["tokenizer"] == 1

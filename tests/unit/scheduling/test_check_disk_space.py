@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from longhaul.errors import DiskFull
+from longhaul.errors import DiskFull, UserError
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling.check_disk_space import RECORDS_BYTES, _print_full_disk, require_free_space
 
@@ -51,12 +51,12 @@ def test_full_disk_is_printed_to_stderr(tmp_path: Path, capsys: pytest.CaptureFi
     assert "error: log files may be empty or incomplete" in capsys.readouterr().err
 
 
-def test_another_error_of_the_probe_is_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_another_error_of_the_probe_is_reported_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fsync(handle: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(disk_space.os, "fsync", fsync)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(UserError, match=f"cannot write 1048576 bytes to {tmp_path}: Input/output error\n  remedy: let"):
         require_free_space(tmp_path)
 
 

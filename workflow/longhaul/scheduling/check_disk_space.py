@@ -10,9 +10,10 @@ import atexit
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from longhaul.errors import DISK_FULL_ERRNOS, DiskFull
+from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError
 
 RECORDS_BYTES = 1 << 20
 """Free space in bytes that jobs need to start and to record how they ended: plans, job files, logs."""
@@ -24,7 +25,8 @@ def require_free_space(folder: Path) -> None:
     The free space that a file system reports does not include quotas.
 
     Raises:
-        DiskFull: the bytes cannot be written.
+        DiskFull: the disk is full.
+        UserError: the bytes cannot be written for another reason.
     """
     probe = folder / f".disk-space-probe.{os.getpid()}"
     try:
@@ -34,11 +36,15 @@ def require_free_space(folder: Path) -> None:
             os.fsync(stream.fileno())
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
-            raise
+            raise UserError(
+                f"cannot write {RECORDS_BYTES} bytes to {folder.absolute()}: {error.strerror}",
+                "let this user write there (permissions, mount, ulimit -f), then run the same command again",
+            ) from None
         free = shutil.disk_usage(folder).free
         raise DiskFull("writing the run's records", folder.absolute(), RECORDS_BYTES, free) from None
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
 
 
 def print_full_disk_at_exit(folder: Path) -> None:
@@ -54,5 +60,5 @@ def cancel_print_at_exit() -> None:
 def _print_full_disk(folder: Path) -> None:
     try:
         require_free_space(folder)
-    except DiskFull as full:
-        print(f"error: log files may be empty or incomplete: {full}", file=sys.stderr, flush=True)
+    except UserError as error:
+        print(f"error: log files may be empty or incomplete: {error}", file=sys.stderr, flush=True)
