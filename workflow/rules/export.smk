@@ -1,6 +1,6 @@
 """
 Exports a stage's checkpoint as a Hugging Face folder and verifies it: every tensor, the logits, no missing key.
-IN   results/<run>/stages/<stage>/checkpoint.json
+IN   results/<run>/stages/<stage>/checkpoint.json;  results/<run>/tokenizer.json
 OUT  results/<run>/export/<stage>.json   (the folders are in export/<stage>/, and `latest` names the newest)
 """
 
@@ -8,6 +8,7 @@ OUT  results/<run>/export/<stage>.json   (the folders are in export/<stage>/, an
 rule export:
     input:
         checkpoint="results/{run}/stages/{stage}/checkpoint.json",
+        tokenizer="results/{run}/tokenizer.json",
     output:
         "results/{run}/export/{stage}.json",
     log:
