@@ -99,6 +99,6 @@ def test_a_damaged_file_is_refused(content: bytes, tmp_path: Path):
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"file\.pt") as refused:
         load_plain_data(tmp_path / "file.pt")
-    assert "another checkpoint" in refused.value.hint
+    assert "the checkpoint before it is used" in refused.value.hint
     with pytest.raises(UserError, match="does not exist"):
         load_plain_data(tmp_path / "none.pt")
