@@ -21,7 +21,7 @@ from longhaul.train.batches import MicroBatch, Prefetcher
 from longhaul.train.build_model import build_model
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
-from longhaul.train.train_stage import open_samples
+from longhaul.train.open_samples import open_samples
 
 Step = Callable[[], Any]
 BATCHES, LOSS_CHUNK = 4, 8192

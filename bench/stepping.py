@@ -14,9 +14,9 @@ from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
+from longhaul.train.open_samples import open_samples
 from longhaul.train.phase_times import StartUpTimes
 from longhaul.train.step_backends import build_backend
-from longhaul.train.train_stage import open_samples
 from longhaul.train.trainer import Trainer
 
 

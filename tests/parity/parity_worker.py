@@ -28,7 +28,7 @@ def before_fork() -> None:
 
 
 def train(job: TrainSpec, first_port: int, only_first_half: bool) -> None:
-    half = job.model_copy(update={"steps": STEPS // 2, "exported_checkpoints": ()})
+    half = job.model_copy(update={"planned_steps": STEPS // 2, "exported_checkpoints": ()})
     for index, attempt in enumerate([half] if only_first_half else [half, job]):
         os.environ["MASTER_PORT"] = str(first_port + index)
         loop.run(attempt)

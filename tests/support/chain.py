@@ -78,7 +78,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
                 "kind": "sft",
                 "dataset": "chats",
                 "from": {"stage": "base", "checkpoint": "best"},
-                "steps": 4,
+                "epochs": 0.4,
                 "zero": {"stage": 3},
                 "export": "last",
                 **stage,

@@ -41,7 +41,7 @@ class RunFolder:
             "steps": 100,
             "nodes": 2,
             "gpus_per_node": 4,
-            "gpu_hours_estimate": 7.5,
+            "gpu_hours_range": [7.5, 9.0],
             "memory_per_gpu_gib": None,
         }
 

@@ -35,7 +35,7 @@ def write_small_run(results: Path) -> RunPaths:
 def _write_checks_and_data(paths: RunPaths) -> None:
     memory = {"weights": 1.0, "total": 1.5}
     row = {"name": STAGE, "kind": "pretrain", "dataset": DATASET, "memory_per_gpu_gib": memory, "steps": STEP}
-    row |= {"nodes": 1, "gpus_per_node": 1, "gpu_hours_estimate": None}
+    row |= {"nodes": 1, "gpus_per_node": 1, "gpu_hours_range": None}
     job = {"kind": "train", "names": [STAGE], "request": {"--nodes": "1"}}
     write_json(paths.plan, {"run": "small", "site": "local", "scheduler": "local", "stages": [row], "jobs": [job]})
     write_text(paths.config, "run: small\n")

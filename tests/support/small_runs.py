@@ -113,15 +113,19 @@ _STAGE_CHOICES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+LENGTHS: list[dict[str, Any]] = [{"steps": 2}, {"epochs": 1e-9}]
+"""Lengths of two steps, and of one."""
+
+
 @st.composite
 def small_runs(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw the config of one stage of two steps. Data and site are those of tests.support.chain."""
+    """Draw the config of one stage of one or two steps. Data and site are those of tests.support.chain."""
     kind = draw(st.sampled_from(["pretrain", "sft"]))
     stage = {
         "name": "main",
         "kind": kind,
         "dataset": "prose" if kind == "pretrain" else "chats",
-        "steps": 2,
+        **draw(st.sampled_from(LENGTHS)),
         "minutes": 5,
         **draw(st.fixed_dictionaries(_STAGE, optional=_STAGE_CHOICES)),
     }

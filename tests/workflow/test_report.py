@@ -142,6 +142,17 @@ def test_report_of_an_unfinished_run_says_what_is_missing(browser: Browser, fini
     page.close()
 
 
+def test_a_length_in_epochs_is_counted_in_packs(finished: Chain):
+    """0.4 epochs of P packs are 0.4 * P / 8 steps, rounded up. The report shows the epochs that these steps are."""
+    weights = finished.weights("chat")
+    (totals,) = [json.loads(path.read_text()) for path in weights.glob("samples/pack-*-train-*.json")]
+    steps = -(-4 * totals["packs"] // 80)
+    assert steps > 1 and finished.read("stages/chat/checkpoint.json")["steps"] == steps
+    assert json.loads((weights / "identity.json").read_text())["steps"] == steps
+    assert f"chats {steps * 8 / totals['packs']:.2f}" in (finished.results / "report.html").read_text()
+    assert f"{steps} of {steps}" in (finished.results / "report.html").read_text()
+
+
 def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / finished.read("export/chat.json")["path"])
     for stage, dataset in (("base", "prose"), ("chat", "chats")):

@@ -104,7 +104,32 @@ def test_sizes_of_a_tiny_dense_model_equal_hand_computed_numbers():
     assert (sizes.routed_experts, sizes.is_sparse, sizes.positions) == (0, (False, False), 64)
     assert (sizes.saved_activations, sizes.repeated_key_values) == (2 * 8 + 24 + 4 * 16, 8)
     assert (sizes.normed_elements, sizes.matmul_results, sizes.attention_width) == (16, 24 + 32, 16)
-    assert sizes.flops_per_token(sequence_length=10) == 6 * 1272 + 3 * 2 * 16 * 10
+    assert sizes.flops_per_token(sequence_length=10) == 6 * 1272 + 6 * 2 * 16 * 5.5
+
+
+def test_flops_equal_a_hand_count_of_all_matrices():
+    """A token takes 6 FLOPs per element of each matrix and norm it passes, a pair 6 per layer and attention width."""
+    head, norms = 8 * 10, 2 * 2 * 8 + 8
+    mlp, grouped, all_heads = 3 * 8 * 16, 2 * 8 * 8 + 2 * 8 * 4, 4 * 8 * 8
+    expected = 6 * (2 * (grouped + mlp) + head + norms) * 100 + 6 * 2 * (2 * 2 * 4) * 700
+    assert tiny_size().training_flops(tokens=100, attention_pairs=700) == expected
+    expected = 6 * (2 * (all_heads + mlp) + head + norms) * 100 + 6 * 2 * (2 * 2 * 4) * 700
+    assert tiny_size(num_key_value_heads=2).training_flops(100, 700) == expected
+    # Two of four experts of width 4, the router, and norms of q and k of head width 4.
+    experts = 8 * 4 + 2 * 3 * 8 * 4
+    expected = 6 * (2 * (grouped + 2 * 4 + experts) + head + norms) * 100 + 6 * 2 * (2 * 2 * 4) * 700
+    assert model_size(TINY_QWEN3_MOE).training_flops(100, 700) == expected
+
+
+def test_flops_of_latent_attention_equal_a_hand_count():
+    """Three layers of width 64 with four heads of 16 + 8 for keys and 16 for values; the first one is dense."""
+    queries = 64 * 24 + 24 * 4 * (16 + 8)
+    keys_and_values = 64 * (16 + 8) + 16 * 4 * (16 + 16)
+    attention = queries + keys_and_values + 4 * 16 * 64 + (24 + 16)  # with the norms of both compressions
+    sparse = 64 * 8 + (2 + 1) * 3 * 64 * 32  # router, two routed experts and the shared one
+    active = 400 * 64 + 64 + 3 * (attention + 2 * 64) + 3 * 64 * 96 + 2 * sparse
+    expected = 6 * active * 10 + 6 * 3 * 4 * (16 + 8 + 16) * 55
+    assert model_size(hugging_face_config("deepseek_v3", MODELS["deepseek_v3"])).training_flops(10, 55) == expected
 
 
 def test_sizes_of_a_tiny_mixture_equal_hand_computed_numbers():

@@ -12,9 +12,10 @@ from longhaul.config.load_config import load_config
 from longhaul.config.model_size import model_size
 from longhaul.config.partition_config import NodeShape, Partition
 from longhaul.config.run_config import Config, Storage
+from longhaul.config.schedule_config import Schedule
 from longhaul.config.site_config import Site
 from longhaul.config.software_config import Accelerator
-from longhaul.config.stage_config import CheckpointSettings, Parallel, Recovery, Schedule, Stage, Zero
+from longhaul.config.stage_config import CheckpointSettings, Parallel, Recovery, Stage, Zero
 from longhaul.errors import UserError
 from longhaul.planning.check_feasibility import (
     accumulation_steps,
@@ -22,6 +23,7 @@ from longhaul.planning.check_feasibility import (
     check_chunk_files,
     check_job_limits,
     check_memory,
+    check_number_of_steps,
     check_offload,
     check_positions,
     check_precision,
@@ -108,6 +110,18 @@ def test_tokenizer_may_have_as_many_tokens_as_the_model(tmp_path: Path):
 SCHEDULES: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
     ({"kind": "wsd", "decay_steps": 1, "warmup_steps": 9}, None),
     ({"kind": "cosine", "warmup_steps": 10}, None),
+    ({"kind": "wsd", "warmup_steps": 0.5, "decay_steps": 0.5}, None),
+    (
+        {"kind": "wsd", "warmup_steps": 0.55, "decay_steps": 0.45},
+        (
+            "stages.base.schedule: warmup_steps 6 + decay_steps 5 exceed the stage's 10 steps",
+            "reduce them, write them as shares of the steps such as 0.03, or train for more steps",
+        ),
+    ),
+    (
+        {"kind": "wsd", "warmup_steps": 0.6, "decay_steps": 0.5},
+        ("stages.base.schedule: warmup_steps 0.6 + decay_steps 0.5 exceed the stage", "reduce them"),
+    ),
     (
         {"kind": "wsd"},
         ("stages.base.schedule: kind wsd needs decay_steps >= 1; it is 0", "use 10 to 20 % of the steps"),
@@ -120,7 +134,7 @@ SCHEDULES: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
         {"kind": "wsd", "decay_steps": 2, "warmup_steps": 9},
         (
             "stages.base.schedule: warmup_steps 9 + decay_steps 2 exceed the stage's 10 steps",
-            "reduce them, or train for more steps",
+            "reduce them, write them as shares of the steps such as 0.03, or train for more steps",
         ),
     ),
 ]
@@ -128,7 +142,17 @@ SCHEDULES: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
 
 @pytest.mark.parametrize(("schedule", "expected"), SCHEDULES)
 def test_schedule_must_fit_its_kind_and_the_steps(schedule: dict[str, Any], expected: tuple[str, str] | None):
-    assert refusal(check_schedule, tiny_stage(schedule=Schedule(**schedule)), 10) == expected
+    stage = tiny_stage(schedule=Schedule(**schedule))
+    assert (refusal(check_schedule, stage) or refusal(check_number_of_steps, stage, 10)) == expected
+
+
+def test_profile_must_end_with_the_steps():
+    stage = tiny_stage(profile_steps=(3, 11))
+    assert refusal(check_number_of_steps, stage, 11) is None
+    assert refusal(check_number_of_steps, stage, 10) == (
+        "stages.base.profile_steps [3, 11] exceed the stage's 10 steps",
+        "profile steps up to 10",
+    )
 
 
 PRECISIONS: list[tuple[dict[str, Any], int, tuple[str, str] | None]] = [

@@ -14,6 +14,7 @@ from longhaul.config.model_size import model_size
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan, StagePlan, build_plan
 from longhaul.planning.gpu_memory import estimate_gpu_memory
 from longhaul.planning.result_spec import result_spec
@@ -35,7 +36,20 @@ def base_stage_plan(folder: Path, **keys: Any) -> StagePlan:
 
 def test_tokens_are_rounded_up_to_whole_steps(tmp_path: Path):
     stage = base_stage_plan(tmp_path, steps=..., tokens=8 * 64 * 3 + 1)
-    assert (stage.steps, stage.tokens) == (4, 8 * 64 * 4)
+    assert (stage.steps, stage.tokens_per_step) == (4, 8 * 64)
+
+
+def test_length_in_epochs_leaves_the_steps_to_the_job(tmp_path: Path):
+    plan = plan_of(tmp_path, {"stages.0.steps": ..., "stages.0.epochs": 1.5})
+    assert plan.stages[0].steps is None and plan.stages[0].spec["epochs"] == 1.5
+    assert "steps" not in plan.stages[0].spec
+    spec = job_spec(plan, BASE)
+    assert isinstance(spec, TrainSpec)
+    with pytest.raises(ValueError, match=r"the steps of 1.5 epochs are not computed yet"):
+        print(spec.steps)
+    row = plan_json(plan)["stages"][0]
+    assert (row["epochs"], row["steps"], row["estimated_steps"]) == (1.5, None, None)
+    assert (row["tokens"], row["flops"], row["gpu_hours_range"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -221,12 +235,12 @@ def test_plan_of_a_stage_holds_exactly_what_its_keys_give(tmp_path: Path):
     assert base == StagePlan(
         stage=plan.config.stages[0],
         steps=10,
-        tokens=10 * 8 * 64,
+        tokens_per_step=8 * 64,
         world_size=4,
         data_parallel=4,
         accumulation=2,
         memory=estimate_gpu_memory(base.stage, sizes, 4),
-        flops=sizes.flops_per_token(64) * 10 * 8 * 64,
+        sizes=sizes,
         files_per_checkpoint=1 + 4 + 4 + 2 + 3,
         checkpoint_bytes=16 * sizes.total,
         asynchronous_saves=True,
@@ -245,7 +259,7 @@ def test_hub_model_has_no_sizes_before_fetch(tmp_path: Path):
         "model org/model: memory, positions and vocabulary are checked after fetch has read the model's size",
     )
     stage = plan.stages[0]
-    assert (stage.memory, stage.flops, stage.checkpoint_bytes) == (None, None, None)
+    assert (stage.memory, stage.sizes, stage.checkpoint_bytes) == (None, None, None)
     assert stage.warnings == () and plan.needs_fetch
 
 
@@ -257,6 +271,15 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"stages.0.steps": ..., "stages.0.tokens": 512 * 4, "stages.0.schedule": {"warmup_steps": 5}},
         {},
         "stages.base.schedule: warmup_steps 5 + decay_steps 0 exceed the stage's 4 steps",
+    ),
+    "shares of a schedule": (
+        {
+            "stages.0.steps": ...,
+            "stages.0.epochs": 1,
+            "stages.0.schedule": {"kind": "wsd", "warmup_steps": 0.5, "decay_steps": 0.6},
+        },
+        {},
+        "stages.base.schedule: warmup_steps 0.5 + decay_steps 0.6 exceed the stage",
     ),
     "precision": (
         {"stages.0.precision": "bf16", "stages.0.zero": {"stage": 0}},

@@ -103,6 +103,12 @@ def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path, place:
     assert before["model"] != after["model"]
 
 
+def test_length_in_epochs_stands_in_place_of_the_steps(tmp_path: Path):
+    loaded = load_config(write_config(tmp_path, {"stages.0.steps": ..., "stages.0.epochs": 0.5}))
+    spec = result_spec(loaded, loaded.config.stages[0], None)
+    assert spec["epochs"] == 0.5 and "steps" not in spec
+
+
 def test_spec_has_truncate_only_where_it_is_not_the_default(tmp_path: Path):
     assert all("truncate" not in spec for spec in specs(tmp_path))
     assert specs(tmp_path, {"stages.1.truncate": "left"})[1]["truncate"] == "left"

@@ -7,19 +7,9 @@ from pathlib import Path
 import pytest
 
 from longhaul.config.stage_config import Parallel
-from longhaul.report.plan_json import gpu_hours, layout_text, plan_json
+from longhaul.report.plan_json import layout_text, plan_json
 from longhaul.report.plan_table import plan_notes, print_plan
 from tests.support.small_configs import plan_of
-
-
-def test_gpu_hours_assume_forty_percent_of_the_peak() -> None:
-    assert gpu_hours(flops=1000e12 * 3600, peak_tflops=100.0) == 25.0
-    assert gpu_hours(flops=1e21, peak_tflops=989.0) == 702.2
-
-
-@pytest.mark.parametrize(("flops", "peak"), [(None, 100.0), (1e15, None), (1e15, 0.0)])
-def test_gpu_hours_are_unknown_without_model_or_peak(flops: float | None, peak: float | None) -> None:
-    assert gpu_hours(flops, peak) is None
 
 
 def test_layout_names_only_axes_with_several_ranks() -> None:
@@ -60,7 +50,15 @@ def test_data_files_are_listed_and_counted(tmp_path: Path, capsys: pytest.Captur
 def test_notes_follow_the_tables() -> None:
     dataset = {"name": "d", "unread_columns": ["id", "url"], "template_keys": ["user.name"]}
     content = {
-        "stages": [{"warnings": ["w"]}],
+        "stages": [
+            {
+                "name": "s",
+                "warnings": ["w"],
+                "gpu_hours_range": [1.0, 2.0],
+                "gpu_hours_basis": ["a", "b"],
+                "gpu_hours_unmeasured": ["offload"],
+            }
+        ],
         "datasets": [dataset],
         "pretrained_changes": ["f"],
         "deferred_checks": ["c"],
@@ -70,5 +68,6 @@ def test_notes_follow_the_tables() -> None:
         "warning: w",
         "warning: dataset d: nothing reads the columns id, url",
         "warning: dataset d: only the chat template may read the message keys user.name",
+        "GPU-hours of stage s: from a; b. Nothing was measured with offload",
         "not known yet: c",
     ]

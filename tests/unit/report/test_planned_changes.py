@@ -66,7 +66,7 @@ def test_changed_learning_rate_is_named_with_cost_and_followers(folder: Path) ->
     assert actions(changes) == [AGAIN, AGAIN]
     assert base.reasons == ("optimizer.lr 0.0003 → 0.0005",) and base.planned != base.present
     assert chat.reasons == ("it starts from base, which trains again",)
-    assert base.gpu_hours is not None and base.gpu_hours > 0
+    assert base.gpu_hours is not None and base.gpu_hours[0] > 0
     line = change_lines(changes)[1]
     assert line.startswith("  stage base trains again, about ") and f"Its weights {base.present.name} stay" in line  # type: ignore[union-attr]
     assert line.endswith("Its export is made again; results/small/export/base/old stays")
@@ -96,7 +96,7 @@ def test_unfinished_stage_continues_with_the_steps_that_are_left(folder: Path) -
     plan.paths.stage("base").checkpoint.unlink()
     base = stage_changes(plan)[0]
     assert (base.action, base.done, base.steps) == (CONTINUES, 30, 40)
-    assert whole is not None and base.gpu_hours == pytest.approx(whole / 4)
+    assert whole is not None and base.gpu_hours == pytest.approx((whole[0] / 4, whole[1] / 4))
     assert change_lines([base])[1].startswith("  stage base continues at step 30 of 40")
 
 

@@ -153,7 +153,8 @@ def test_gpu_hours_count_allocations_and_not_the_queue(tmp_path: Path) -> None:
     history = "".join(json.dumps({"time_s": float(t), "event": name}) + "\n" for t, name in events)
     run.paths.job(TRAIN).history.write_text(history)
     stage = run.status().stages[0]
-    assert stage.gpu_hours == pytest.approx((7200 + 900) / 3600 * 8) and stage.gpu_hours_planned == 7.5
+    assert stage.gpu_hours_expected == pytest.approx(18 + 60 * 2.5 * 8 / 3600), "60 steps of 2.5 s are left"
+    assert stage.gpu_hours == pytest.approx((7200 + 900) / 3600 * 8) and stage.gpu_hours_planned == (7.5, 9.0)
     assert allocated_seconds([{"time_s": 10.0, "event": "running"}], 25.0) == 15.0
 
 

@@ -25,7 +25,7 @@ PROGRESS = Progress(
     checkpoint_bytes=2**31,
 )
 JOB = JobStatus("train-base", "train", RUNNING, "on n1, n2", slurm_job_id="7")
-STAGE = StageStatus("base", JOB, 240, PROGRESS, 12.5, 40.0, None)
+STAGE = StageStatus("base", JOB, 240, PROGRESS, 12.5, 37.04, (36.0, 45.0), None)
 STATUS = RunStatus("r", "here", "results/r", "process 5 on login1", [JOB], [STAGE], ["n3"], 2**40, "", None)
 
 
@@ -47,10 +47,11 @@ def test_status_fits_80_columns_and_has_every_value() -> None:
         "MFU 41 %",
         "last save at step 80",
         "2 attempts",
+        "about 37 GPU-hours in all",
         "train-base (job 7) running: on n1, n2",
         "Quarantined nodes: n3",
         "checkpoints 2 GiB, free 1 TiB",
-        "GPU-hours: 12.5 of 40 planned",
+        "GPU-hours: 12.5 of 36 to 45 planned for the training steps",
     ):
         assert expected in words
 
@@ -84,7 +85,7 @@ def test_summary_says_whether_it_trained_what_it_cost_and_where_the_model_is() -
     assert summary_lines(status, 3723) == [
         "Run r: done after 1 h 2 min (1 of 1 jobs done)",
         "  base: 120 of 240 steps, loss 8.370 → 5.018, validation loss 8.363 → 5.454",
-        "  GPU-hours: 12.5 of 40 planned",
+        "  GPU-hours: 12.5 of 36 to 45 planned for the training steps",
         "  Model of base, verified: results/r/export/base",
         "  Report: results/r/report.html",
     ]

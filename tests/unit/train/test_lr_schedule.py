@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longhaul.config.stage_config import Schedule
+from longhaul.config.schedule_config import Schedule
 from longhaul.train.lr_schedule import can_extend_steps, learning_rate
 
 PEAK, STEPS = 2.0, 10
@@ -24,6 +24,11 @@ PEAK, STEPS = 2.0, 10
             Schedule(kind="wsd", warmup_steps=2, decay_steps=4, min_lr_ratio=0.0),
             {0: 1.0, 5: 2.0, 6: 1.5, 7: 1.0, 9: 0.0},
         ),
+        # Shares of ten steps: 0.2 are two, and 0.35 are four.
+        (
+            Schedule(kind="wsd", warmup_steps=0.2, decay_steps=0.35, min_lr_ratio=0.0),
+            {0: 1.0, 5: 2.0, 6: 1.5, 7: 1.0, 9: 0.0},
+        ),
     ],
 )
 def test_rates_at_the_bends_of_a_schedule(schedule: Schedule, expected: dict[int, float]):
@@ -39,6 +44,10 @@ def test_rates_at_the_bends_of_a_schedule(schedule: Schedule, expected: dict[int
         (Schedule(kind="linear"), 1, False),
         (Schedule(kind="wsd", decay_steps=4), 6, True),
         (Schedule(kind="wsd", decay_steps=4), 7, False),
+        (Schedule(kind="wsd", decay_steps=0.4), 6, True),
+        (Schedule(kind="wsd", decay_steps=0.4), 7, False),
+        (Schedule(kind="constant", warmup_steps=1), 10, True),
+        (Schedule(kind="constant", warmup_steps=0.1), 10, False),
     ],
 )
 def test_only_unchanged_rates_allow_more_steps(schedule: Schedule, trained: int, can_extend: bool):

@@ -38,6 +38,7 @@ class Attempt(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     hosts: list[str]
+    world_size: NotRequired[int]
     epochs: NotRequired[dict[str, float]]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, StringConstraints
 
 HuggingFaceConfig = dict[str, Any]
 """A Hugging Face config.json, or a section of it. The types of its values depend on the model; transformers declares none."""
@@ -71,13 +71,46 @@ def _minutes_of(value: object) -> object:
     return (days * 24 + hours) * 60 + minutes
 
 
+def _steps_or_share(value: Any) -> int | float:
+    is_steps = type(value) is int and 0 <= value <= MAX_STEPS
+    if is_steps or (isinstance(value, float) and 0 < value < 1):
+        return value
+    text = repr(value)[:40]
+    raise ValueError(
+        f"{text} is neither a number of steps from 0 to {MAX_STEPS} nor a share of the steps between 0 and 1"
+    )
+
+
+def _micro_batch(value: Any) -> Any:
+    """Return AUTO_MICRO_BATCH for `auto`, any other value unchanged."""
+    if value == "auto":
+        return AUTO_MICRO_BATCH
+    if isinstance(value, str) or value == AUTO_MICRO_BATCH:
+        raise ValueError(f"{value!r:.40} is no number of samples from 1; write one, or auto")
+    return value
+
+
 _Duration = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")]
 # A number of minutes, or a duration: hours:minutes:00 or days-hours:minutes:00.
 Minutes = Annotated[
     int, Field(ge=1, le=MAX_MINUTES), BeforeValidator(_minutes_of, json_schema_input_type=PositiveInt | _Duration)
 ]
+# Samples of a micro batch. The plan replaces `auto` (planning.fit_memory), so nothing behind it meets AUTO_MICRO_BATCH.
+AUTO_MICRO_BATCH = 0
+MicroBatchSize = Annotated[
+    int,
+    Field(ge=0, le=MAX_INTEGER),
+    BeforeValidator(_micro_batch, json_schema_input_type=PositiveInt | Literal["auto"]),
+    PlainSerializer(lambda value: value or "auto"),
+]
 StepCount = Annotated[int, Field(ge=0, le=MAX_STEPS)]
 PositiveStepCount = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+# A number of steps, or a share of a stage's steps.
+StepsOrShare = Annotated[
+    int | float,
+    PlainValidator(_steps_or_share, json_schema_input_type=StepCount | Annotated[float, Field(gt=0, lt=1)]),
+]
+Epochs = Annotated[float, Field(gt=0, le=1e6)]
 # Below a second, a busy file system looks like a dead rank. 10^6 s are 11 days.
 Timeout = Annotated[float, Field(ge=1, le=1e6)]
 HardwareCount = Annotated[int, Field(ge=1, le=100_000)]

@@ -88,11 +88,17 @@ class ModelSize:
     matmul_results: int
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Return the training FLOPs per token: 6·N_active plus causal attention.
+        """Return the training FLOPs per token of a full sequence without document borders under a causal mask."""
+        return self.training_flops(1, (sequence_length + 1) / 2)
 
-        Source: PaLM (arXiv:2204.02311, appendix B), with half of its attention term because the mask is causal.
+    def training_flops(self, tokens: float, attention_pairs: float) -> float:
+        """Return the FLOPs of forward and backward pass, the one definition behind MFU. Recomputation does not count.
+
+        A token takes 6 for each active parameter. A pair of a query and a key that the mask lets it attend to takes 6 for each
+        layer and element of the attention width: 2 for the multiplication and addition, and twice as much in the backward pass.
+        Source: PaLM (arXiv:2204.02311, appendix B), which counts all pairs.
         """
-        return 6.0 * self.active + 3.0 * self.layers * self.attention_width * sequence_length
+        return 6.0 * self.active * tokens + 6.0 * self.layers * self.attention_width * attention_pairs
 
 
 def layers_per_pipeline_rank(layers: int, pipeline_ranks: int) -> list[range]:

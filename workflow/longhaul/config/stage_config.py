@@ -11,18 +11,20 @@ from pydantic import Field, model_validator
 from longhaul.config.evaluation_config import Evaluation
 from longhaul.config.field_types import (
     MAX_STEPS,
+    Epochs,
     FrozenModel,
     HardwareCount,
+    MicroBatchSize,
     Minutes,
     Name,
     NonNegativeInt,
     PositiveInt,
     PositiveStepCount,
     Precision,
-    StepCount,
     Timeout,
     require_exactly_one,
 )
+from longhaul.config.schedule_config import Schedule
 
 MOST_PROFILED_STEPS = 20
 
@@ -48,20 +50,6 @@ class Optimizer(FrozenModel):
     gradient_clipping: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=1.0,
         description="Maximum global gradient norm; 0 disables clipping. longhaul always writes this key into ds_config.json.",
-    )
-
-
-class Schedule(FrozenModel):
-    """The learning rate as a function of the optimizer step."""
-
-    kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
-        default="cosine",
-        description="Shape after the warm-up. wsd: constant, then a linear decay (warmup-stable-decay).",
-    )
-    warmup_steps: StepCount = Field(default=0, description="Steps in which the rate rises linearly from 0 to the peak.")
-    decay_steps: StepCount = Field(default=0, description="kind wsd: length of the linear decay at the end, in steps.")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.1, description="Final learning rate divided by the peak learning rate."
     )
 
 
@@ -291,13 +279,22 @@ class Stage(FrozenModel):
         default=None, alias="from", description="Another stage to start from; null: start from `model`."
     )
     steps: PositiveStepCount | None = Field(
-        default=None, description="Number of optimizer steps. Set exactly one of steps and tokens."
+        default=None, description="Number of optimizer steps. Set exactly one of steps, tokens and epochs."
     )
     tokens: PositiveInt | None = Field(
         default=None, description="Number of tokens to train on, padding included, rounded up to whole steps."
     )
+    epochs: Epochs | None = Field(
+        default=None,
+        description="Number of passes over the dataset's training samples, such as 3 or 0.5, rounded up to whole steps. The job "
+        "counts the samples. A mixture: as many samples as this many passes over all its datasets; its proportions stay.",
+    )
     global_batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
-    micro_batch_size: PositiveInt = Field(default=1, description="Samples per rank and forward pass.")
+    micro_batch_size: MicroBatchSize = Field(
+        default=1,
+        description="Samples per rank and forward pass. auto: the most that fit into the planned memory, which needs "
+        "node.gpu_memory_gib in the site file.",
+    )
     sequence_length: Annotated[int, Field(ge=8, le=10**8)] = Field(description="Tokens per sample.")
     truncate: Literal["right", "left", "drop"] = Field(
         default="right",
@@ -325,10 +322,11 @@ class Stage(FrozenModel):
         default=0.0,
         description="Coefficient of the sequence-wise auxiliary loss that balances experts; 0: off. DeepSeek V3 used 0.0001.",
     )
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = Field(
         default="none",
         description="Operations that a decoder layer recomputes in the backward pass. selective: all except matmuls and "
-        "attention. full: the whole layer, from its input. offload: as full, with the input kept in CPU memory.",
+        "attention. full: the whole layer, from its input. offload: as full, with the input kept in CPU memory. auto: the least "
+        "of none, selective and full with which the planned memory fits.",
     )
     compile: Literal["auto", "off"] = Field(
         default="auto",
@@ -405,4 +403,4 @@ class Stage(FrozenModel):
             raise ValueError(f"truncate {self.truncate} has no effect on kind pretrain; remove it")
         if self.evaluate and self.export == "none":
             raise ValueError("evaluate needs an exported model; set export to last or best, or remove evaluate")
-        return require_exactly_one(self, "steps", "tokens")
+        return require_exactly_one(self, "steps", "tokens", "epochs")

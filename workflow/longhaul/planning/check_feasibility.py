@@ -12,7 +12,7 @@ from longhaul.config.partition_config import Partition
 from longhaul.config.run_config import Config, Storage
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 from longhaul.planning.checkpoint_size import checkpoint_write_s
 from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, SWAP_MIN_BYTES
 from longhaul.planning.gpu_memory import MemoryEstimate
@@ -43,14 +43,9 @@ def check_vocabulary(config: Config, sizes: ModelSize) -> None:
         )
 
 
-def check_schedule(stage: Stage, steps: int) -> None:
-    """Raise UserError if the learning-rate schedule does not fit its kind or the number of steps."""
+def check_schedule(stage: Stage) -> None:
+    """Raise UserError if the learning-rate schedule has keys that do not fit its kind."""
     schedule, where = stage.schedule, f"stages.{stage.name}.schedule"
-    if steps > MAX_STEPS:
-        raise UserError(
-            f"stages.{stage.name}.tokens {stage.tokens} are {steps} steps; a stage has at most {MAX_STEPS} steps",
-            "reduce tokens, or increase global_batch_size or sequence_length",
-        )
     if schedule.kind == "wsd" and schedule.decay_steps == 0:
         raise UserError(f"{where}: kind wsd needs decay_steps >= 1; it is 0", "use 10 to 20 % of the steps")
     if schedule.kind != "wsd" and schedule.decay_steps:
@@ -58,15 +53,37 @@ def check_schedule(stage: Stage, steps: int) -> None:
             f"{where}.decay_steps {schedule.decay_steps} has no effect with kind {schedule.kind}",
             "remove decay_steps, or use kind wsd",
         )
-    if schedule.warmup_steps + schedule.decay_steps > steps:
+    shares = [length for length in (schedule.warmup_steps, schedule.decay_steps) if isinstance(length, float)]
+    if sum(shares) > 1:
         raise UserError(
-            f"{where}: warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} exceed the stage's "
-            f"{steps} steps",
-            "reduce them, or train for more steps",
+            f"{where}: warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} exceed the stage",
+            "reduce them",
         )
 
 
-def check_profiled_steps(stage: Stage, steps: int) -> None:
+def check_number_of_steps(stage: Stage, steps: int) -> None:
+    """Raise UserError if a stage has too many steps, or too few for its learning-rate schedule or its profile.
+
+    The training job calls it, too: only there the number of steps of a stage with `epochs` is known.
+    """
+    if steps > MAX_STEPS:
+        key = "epochs" if stage.epochs else "tokens"
+        raise InputError(
+            f"stages.{stage.name}.{key} {getattr(stage, key)} are {steps} steps; a stage has at most {MAX_STEPS} steps",
+            f"reduce {key}, or increase global_batch_size or sequence_length",
+        )
+    schedule = stage.schedule.in_steps(steps)
+    if schedule.warmup_steps + schedule.decay_steps > steps:
+        length = f"{steps} steps" + (f", which are {stage.epochs:g} epochs" if stage.epochs else "")
+        raise InputError(
+            f"stages.{stage.name}.schedule: warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} exceed "
+            f"the stage's {length}",
+            "reduce them, write them as shares of the steps such as 0.03, or train for more steps",
+        )
+    _check_profiled_steps(stage, steps)
+
+
+def _check_profiled_steps(stage: Stage, steps: int) -> None:
     """Raise UserError if the stage is over before the last step of its profile."""
     if stage.profile_steps and stage.profile_steps[1] > steps:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Builds the plan: steps from tokens, ranks, accumulation, FLOPs (assumed MFU 40 %), warnings of every stage; calls all checks.
+"""Builds the plan: steps from tokens, ranks, accumulation, warnings of every stage; calls all checks.
 
 Apart from the config, the plan reads only small local JSON files: the lock file and a local model's config.json. So
 `snakemake -n` is fast, and every job can compute the plan again. All errors that can be found here are raised here.
@@ -25,10 +25,10 @@ from longhaul.planning.check_feasibility import (
     check_chunk_files,
     check_job_limits,
     check_memory,
+    check_number_of_steps,
     check_offload,
     check_positions,
     check_precision,
-    check_profiled_steps,
     check_save_time,
     check_schedule,
     check_site,
@@ -46,6 +46,7 @@ from longhaul.planning.check_pretrained_weights import check_pretrained_folder
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
 from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data
+from longhaul.planning.fit_memory import fit_memory
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
 from longhaul.planning.input_files import (
     changes_of_pretrained_weights,
@@ -58,31 +59,28 @@ from longhaul.planning.result_spec import result_spec
 from longhaul.planning.save_mode import synchronous_save_reason
 from longhaul.planning.stage_order import sort_stages
 
-# Assumed MFU for GPU-hours before any measurement. DeepSpeed ZeRO runs on H100-class GPUs reach 35-50 %.
-ASSUMED_MFU = 0.4
-
 
 @dataclass(frozen=True)
 class StagePlan:
     """The plan of one training stage.
 
-    tokens:        tokens in all steps
+    steps:         None with `epochs`: the training job counts the samples (planning.steps_of_epochs)
     data_parallel: number of groups of ranks that read different samples
     accumulation:  micro batches per rank and optimizer step
-    memory, flops, checkpoint_bytes: None until fetch has read the size of a Hub model
+    sizes, memory, checkpoint_bytes: None until fetch has read the size of a Hub model
     asynchronous_saves: whether files of a checkpoint are written while training continues
     exported_checkpoints: "last", "best" or none; these checkpoints need reference values
     spec:          the result spec
     """
 
     stage: Stage
-    steps: int
-    tokens: int
+    steps: int | None
+    tokens_per_step: int
     world_size: int
     data_parallel: int
     accumulation: int
     memory: MemoryEstimate | None
-    flops: float | None
+    sizes: ModelSize | None
     files_per_checkpoint: int
     checkpoint_bytes: int | None
     asynchronous_saves: bool
@@ -251,12 +249,14 @@ def _plan_stage(
     loaded: LoadedConfig, stage: Stage, sizes: ModelSize | None, model: HuggingFaceConfig | None
 ) -> StagePlan:
     world_size = stage.nodes * stage.gpus_per_node
+    stage = fit_memory(stage, sizes, loaded.site, world_size)
     data_parallel = data_parallel_size(stage, world_size)
     exported_checkpoints = () if stage.export == "none" else (stage.export,)
     tokens_per_step = stage.global_batch_size * stage.sequence_length
-    steps = stage.steps or -(-(stage.tokens or 0) // tokens_per_step)
-    check_schedule(stage, steps)
-    check_profiled_steps(stage, steps)
+    steps = -(-stage.tokens // tokens_per_step) if stage.tokens else stage.steps
+    check_schedule(stage)
+    if steps:
+        check_number_of_steps(stage, steps)
     check_precision(stage, loaded.site)
     check_offload(stage, loaded.config.storage)
     check_site(stage, loaded.site)
@@ -280,12 +280,12 @@ def _plan_stage(
     return StagePlan(
         stage=stage,
         steps=steps,
-        tokens=steps * tokens_per_step,
+        tokens_per_step=tokens_per_step,
         world_size=world_size,
         data_parallel=data_parallel,
         accumulation=micro_batches,
         memory=memory,
-        flops=sizes.flops_per_token(stage.sequence_length) * steps * tokens_per_step if sizes else None,
+        sizes=sizes,
         files_per_checkpoint=files,
         checkpoint_bytes=save_bytes,
         asynchronous_saves=synchronous_reason is None,

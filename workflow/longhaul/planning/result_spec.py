@@ -13,12 +13,13 @@ from longhaul.config.stage_config import Stage
 _BLOCK_BYTES = 65_536
 
 
-def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, object]:
+def result_spec(loaded: LoadedConfig, stage: Stage, steps: int | None) -> dict[str, object]:
     """Return everything that a stage's weights depend on, except its data and starting checkpoint; the job adds their hashes.
 
     Nodes, parallel layout, ZeRO stage, micro batch size and similar keys are left out: they change only how long the training
     takes. The policy for bad steps is left out, too: a stage that failed at a bad step resumes from its checkpoint under a
     new policy.
+    A length in epochs stays one: with the data, whose hash the job adds, it determines the steps.
     All values come from the config and none from the lock file, because the spec must not change when fetch has run.
     """
     model = loaded.config.model
@@ -28,7 +29,7 @@ def result_spec(loaded: LoadedConfig, stage: Stage, steps: int) -> dict[str, obj
         "kind": stage.kind,
         "dataset": stage.dataset,
         "from": stage.start_from.model_dump() if stage.start_from else None,
-        "steps": steps,
+        **({"epochs": stage.epochs} if stage.epochs else {"steps": steps}),
         "restart": stage.restart,
         "global_batch_size": stage.global_batch_size,
         "sequence_length": stage.sequence_length,

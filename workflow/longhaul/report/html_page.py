@@ -23,6 +23,8 @@ from longhaul.report import plotly_figures as figures
 from longhaul.report.acceptance import AcceptanceRow, acceptance_rows
 from longhaul.report.evaluation_table import evaluation_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
+from longhaul.report.run_status import StageStatus
+from longhaul.report.status_text import sum_of_estimates
 
 TEMPLATES = data_root() / "templates" / "report"
 
@@ -46,19 +48,20 @@ def render_page(results: RunResults) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(text, name) for name in ("count", "size", "nats", "percent", "duration", "words", "plain")
+        name: getattr(text, name)
+        for name in ("count", "size", "nats", "percent", "duration", "words", "plain", "estimate")
     }
     return environment.get_template("report.html.j2").render(
         results=results,
         summary=[_summary_row(stage, results) for stage in results.stages],
         used_gpu_hours=_sum_known(stage.gpu_hours for stage in results.status.stages),
-        planned_gpu_hours=_sum_known(stage.gpu_hours_planned for stage in results.status.stages),
+        planned_gpu_hours=sum_of_estimates(stage.gpu_hours_planned for stage in results.status.stages),
         acceptance=[
             row
             for stage in results.stages
             for row in acceptance_rows(stage, results.environment, results.plan.get("gpu_peak_tflops"))
         ],
-        stages=[_stage_rows(stage) for stage in results.stages],
+        stages=[_stage_rows(stage, _status_of(stage, results)) for stage in results.stages],
         exports=[_export_rows(export) for export in results.exports],
         evaluations=evaluation_rows(results.evaluations),
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
@@ -89,31 +92,33 @@ def _summary_row(stage: StageResults, results: RunResults) -> dict[str, object]:
     A pretraining should end below the entropy of the token frequencies, another stage below its first validation loss.
     """
     summary = stage.summary
-    status = next(found for found in results.status.stages if found.name == stage.name)
+    status = _status_of(stage, results)
     loss = summary.last_loss if summary.last_validation is None else summary.last_validation
     level = stage.unigram_entropy_nats if stage.kind == "pretrain" else summary.first_validation
     return {
         "name": stage.name,
         "state": status.job.state,
-        "steps": f"{stage.trained_steps:,} of {stage.planned_steps:,}",
+        "steps": f"{stage.trained_steps:,} of {text.exact(stage.planned_steps)}",
         "first_loss": status.progress.first_loss if status.progress else None,
         "last_loss": summary.last_loss,
         "first_validation": summary.first_validation,
         "last_validation": summary.last_validation,
         "level": level,
         "learned": None if loss is None or level is None else loss < level,
-        "gpu_hours": status.gpu_hours,
-        "planned_gpu_hours": status.gpu_hours_planned,
         "goodput": stage.goodput.goodput if stage.goodput else None,
         "model": status.exported_to,
     }
 
 
-def _stage_rows(stage: StageResults) -> dict[str, object]:
+def _status_of(stage: StageResults, results: RunResults) -> StageStatus:
+    return next(found for found in results.status.stages if found.name == stage.name)
+
+
+def _stage_rows(stage: StageResults, status: StageStatus) -> dict[str, object]:
     """Return {"name", "numbers": {title: text}, "figures"} of a stage."""
     summary = stage.summary
     numbers = {
-        "steps": f"{stage.trained_steps:,} of {stage.planned_steps:,}",
+        "steps": f"{stage.trained_steps:,} of {text.exact(stage.planned_steps)}",
         "epochs": ", ".join(f"{dataset} {epochs:.2f}" for dataset, epochs in stage.epochs.items()) or text.MISSING,
         "last training loss": text.nats(summary.last_loss),
         "validation loss, start → end": f"{text.nats(summary.first_validation)} → {text.nats(summary.last_validation)}",
@@ -129,6 +134,8 @@ def _stage_rows(stage: StageResults) -> dict[str, object]:
         "peak memory per GPU (per process on CPUs)": text.size(summary.peak_memory_bytes),
         "batches skipped after a bad step": text.count(stage.skipped_batches),
         "time in training steps": text.duration(summary.training_time_s),
+        "GPU-hours of the training steps, planned → real": _planned_and_real(stage, status),
+        "GPU-hours in allocations": text.significant(status.gpu_hours),
         "training waited for a save, median": text.duration(_median([save.waited_s for save in stage.saves])),
         "until a checkpoint was complete, median": text.duration(_median([save.durable_s for save in stage.saves])),
         "attempts": text.count(len(stage.attempts)),
@@ -169,6 +176,16 @@ def _start_up(phases: dict[str, float]) -> str:
         return text.MISSING
     parts = ", ".join(f"{text.words(phase)} {text.duration(seconds)}" for phase, seconds in phases.items() if seconds)
     return f"{text.duration(sum(phases.values()))}: {parts}"
+
+
+def _planned_and_real(stage: StageResults, status: StageStatus) -> str:
+    """Return the estimate of the plan and what the steps took so far, on the GPUs of the last attempt; nothing on CPUs."""
+    if status.gpu_hours is None or stage.summary.training_time_s is None:
+        return text.MISSING
+    gpus = stage.attempts[-1].get("world_size", 0) if stage.attempts else 0
+    done = "" if stage.trained_steps == stage.planned_steps else f" after {stage.trained_steps:,} steps"
+    real = text.significant(stage.summary.training_time_s * gpus / 3600)
+    return f"{text.estimate(status.gpu_hours_planned)} → {real}{done}"
 
 
 def _median(values: list[float]) -> float | None:

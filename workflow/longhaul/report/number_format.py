@@ -17,6 +17,11 @@ def finite(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def exact(value: int | None) -> str:
+    """Return a whole number with all its digits."""
+    return MISSING if value is None else f"{value:,}"
+
+
 def count(value: object) -> str:
     """Return a count: exact below 10,000, above with three significant digits and a unit (k, M, B, T, P)."""
     number = finite(value)
@@ -41,6 +46,14 @@ def _scaled(number: float, units: tuple[tuple[float, str], ...]) -> str:
         if abs(number) >= unit * (0.9995 if index < len(units) - 1 else 1):
             return f"{significant(number / unit)} {name}"
     return significant(number)
+
+
+def estimate(span: tuple[float, float] | None) -> str:
+    """Return the lowest and the highest value of an estimate, `898 to 1,350`; one number where both read the same."""
+    if span is None:
+        return MISSING
+    low, high = (significant(value) for value in span)
+    return low if low == high else f"{low} to {high}"
 
 
 def significant(value: object, digits: int = 3) -> str:

@@ -12,7 +12,9 @@ from longhaul.config.stage_config import Parallel
 from longhaul.data.readers.first_rows import first_rows
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
-from longhaul.planning.plan import ASSUMED_MFU
+from longhaul.planning.gpu_hours import HoursEstimate, MfuEstimate, estimate_mfu, stage_features
+from longhaul.planning.steps_of_epochs import estimate_steps
+from longhaul.report.stage_records import measured, planned_steps, recent_median, step_seconds, weights_folder
 
 Row = dict[str, Any]
 DATA_PARALLEL = "data parallel"
@@ -27,10 +29,12 @@ class StageRow(TypedDict):
     name: str
     kind: str
     dataset: str
-    steps: int
+    steps: int | None
+    epochs: NotRequired[float | None]
+    estimated_steps: NotRequired[int | None]
     nodes: int
     gpus_per_node: int
-    gpu_hours_estimate: float | None
+    gpu_hours_range: NotRequired[tuple[float, float] | None]
     memory_per_gpu_gib: dict[str, float] | None
 
 
@@ -92,16 +96,22 @@ def _dataset_row(plan: Plan, name: str) -> Row:
 
 def _stage_row(plan: Plan, planned: StagePlan) -> Row:
     stage = planned.stage
+    steps = _steps(plan, planned)
+    tokens = steps * planned.tokens_per_step if steps else None
+    hours = stage_hours(plan, planned)
     return {
         "name": stage.name,
         "kind": stage.kind,
         "dataset": stage.dataset,
         "from": f"{stage.start_from.stage} ({stage.start_from.checkpoint})" if stage.start_from else None,
+        "epochs": stage.epochs,
         "steps": planned.steps,
-        "tokens": planned.tokens,
+        "estimated_steps": None if planned.steps else steps,
+        "tokens": tokens,
         "sequence_length": stage.sequence_length,
         "global_batch_size": stage.global_batch_size,
         "micro_batch_size": stage.micro_batch_size,
+        "activation_checkpointing": stage.activation_checkpointing,
         "accumulation": planned.accumulation,
         "data_parallel": planned.data_parallel,
         "nodes": stage.nodes,
@@ -112,8 +122,10 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "pipeline_bubble": round(planned.pipeline_bubble, 4),
         "warnings": list(planned.warnings),
         "memory_per_gpu_gib": planned.memory.as_gib() if planned.memory else None,
-        "flops": planned.flops,
-        "gpu_hours_estimate": gpu_hours(planned.flops, plan.site.node.gpu_peak_tflops),
+        "flops": _flops(planned, steps),
+        "gpu_hours_range": [hours.low, hours.high] if hours else None,
+        "gpu_hours_basis": list(hours.basis) if hours else [],
+        "gpu_hours_unmeasured": list(hours.unmeasured) if hours else [],
         "gpu_hours_per_allocation": round(planned.world_size * stage.minutes / 60, 2),
         "files_per_checkpoint": planned.files_per_checkpoint,
         "checkpoint_gb": round(planned.checkpoint_bytes / 1e9, 3) if planned.checkpoint_bytes else None,
@@ -127,8 +139,39 @@ def layout_text(parallel: Parallel) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items() if size > 1) or DATA_PARALLEL
 
 
-def gpu_hours(flops: float | None, peak_tflops: float | None) -> float | None:
-    """Return the GPU-hours that `flops` take at a share of ASSUMED_MFU of a GPU's peak; None where either is unknown."""
-    if not flops or not peak_tflops:
+def _steps(plan: Plan, planned: StagePlan) -> int | None:
+    """Return a stage's number of steps; of a length in epochs what its job recorded, else an estimate."""
+    recorded = planned_steps(planned.steps, weights_folder(plan.paths.stage(planned.name)))
+    return recorded or estimate_steps(plan, planned.stage)
+
+
+def _flops(planned: StagePlan, steps: int | None) -> float | None:
+    if planned.sizes is None or steps is None:
         return None
-    return round(flops / (peak_tflops * 1e12 * ASSUMED_MFU) / 3600, 1)
+    return steps * planned.tokens_per_step * planned.sizes.flops_per_token(planned.stage.sequence_length)
+
+
+def stage_hours(plan: Plan, planned: StagePlan) -> HoursEstimate | None:
+    """Return the GPU-hours of a stage's steps: at its own speed if it has run, else at the MFU of similar trainings."""
+    node, stage, steps = plan.site.node, planned.stage, _steps(plan, planned)
+    flops = _flops(planned, steps)
+    if not node.gpus or steps is None:
+        return None
+    if step_s := measured(plan.paths.stage(stage.name), stage, step_seconds):
+        hours = round(steps * step_s * planned.world_size / 3600, 1)
+        return HoursEstimate(hours, hours, (f"the steps of stage {stage.name} in this run",))
+    mfu = _mfu(plan, planned)
+    return mfu.gpu_hours(flops, node.gpu_peak_tflops) if mfu and flops and node.gpu_peak_tflops else None
+
+
+def _mfu(plan: Plan, planned: StagePlan) -> MfuEstimate | None:
+    """Return the MFU of a similar stage of this run, else of similar trainings elsewhere."""
+    if planned.sizes is None:
+        return None
+    features = stage_features(planned.stage, planned.sizes, plan.site)
+    for other in plan.stages:
+        if other.sizes is None or stage_features(other.stage, other.sizes, plan.site) != features:
+            continue
+        if found := measured(plan.paths.stage(other.name), other.stage, lambda rows: recent_median(rows, "mfu")):
+            return MfuEstimate(found, found, (f"the steps of stage {other.name} in this run",))
+    return estimate_mfu(planned.stage, planned.sizes, plan.site)

@@ -14,7 +14,7 @@ from longhaul.artifacts.paths import JobId
 from longhaul.errors import printable
 from longhaul.planning import Plan
 from longhaul.report.needed_nodes_table import stage_nodes_tables
-from longhaul.report.number_format import size
+from longhaul.report.number_format import estimate, size
 from longhaul.report.plan_json import Row, plan_json
 
 _LISTED_NAMES = 3
@@ -28,10 +28,11 @@ STAGE_KEYS = (
     "tokens",
     "sequence_length",
     "precision",
+    "activation_checkpointing",
     "zero_stage",
     "nodes",
     "gpus_per_node",
-    "gpu_hours_estimate",
+    "gpu_hours_range",
     "gpu_hours_per_allocation",
     "minutes",
     "files_per_checkpoint",
@@ -39,6 +40,13 @@ STAGE_KEYS = (
     "asynchronous_saves",
 )
 """Keys of a stage in plan.json, in the order of the table."""
+
+
+_TITLES = {
+    "tokens": "tokens, padding included",
+    "gpu_hours_range": "GPU-hours of the training steps, estimated",
+    "gpu_hours_per_allocation": "GPU-hours per allocation",
+}
 
 
 def print_plan(plan: Plan) -> None:
@@ -66,12 +74,21 @@ def stage_table(stages: list[Row]) -> Table:
         for row in stages
     ]
     lines = [["global batch = micro x accumulation x data parallel", *batches]]
-    lines += [[_title(key), *(_text(row[key]) for row in stages)] for key in STAGE_KEYS]
+    lines += [[_title(key), *(_value(row, key) for row in stages)] for key in STAGE_KEYS]
     return _table("Stages", ["", *(row["name"] for row in stages)], lines)
 
 
 def _title(key: str) -> str:
-    return "tokens, padding included" if key == "tokens" else key.replace("_", " ")
+    return _TITLES.get(key, key.replace("_", " "))
+
+
+def _value(row: Row, key: str) -> str:
+    if key == "gpu_hours_range":
+        return estimate(row[key])
+    if key != "steps" or row["epochs"] is None:
+        return _text(row[key])
+    steps = f"about {row['estimated_steps']:,}" if row["estimated_steps"] else "the job counts the samples"
+    return f"{row['epochs']:g} epochs of {row['dataset']}: {steps}"
 
 
 def memory_table(stages: list[Row]) -> Table:
@@ -122,8 +139,16 @@ def plan_notes(content: dict[str, Any]) -> list[str]:
     return [
         *(f"pretrained weights: {note}" for note in content["pretrained_changes"]),
         *(f"warning: {warning}" for warning in warnings),
+        *(_hours_note(row) for row in content["stages"] if row["gpu_hours_range"]),
         *(f"not known yet: {check}" for check in content["deferred_checks"]),
     ]
+
+
+def _hours_note(row: Row) -> str:
+    note = f"GPU-hours of stage {row['name']}: from {'; '.join(row['gpu_hours_basis'])}"
+    return (
+        f"{note}. Nothing was measured with {', '.join(missing)}" if (missing := row["gpu_hours_unmeasured"]) else note
+    )
 
 
 def _unread_lines(row: Row) -> Iterator[str]:

@@ -16,8 +16,9 @@ from longhaul.errors import InputError, UserError, printable
 from longhaul.jobs.job_kind import job_kinds, job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan, StagePlan
+from longhaul.planning.steps_of_epochs import estimate_steps
 from longhaul.report import number_format as text
-from longhaul.report.plan_json import gpu_hours
+from longhaul.report.plan_json import stage_hours
 from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints
 from longhaul.train.checkpoint.weights_identity import (
     check_steps,
@@ -48,8 +49,8 @@ class StageChange:
     action: str
     reasons: tuple[str, ...]
     done: int
-    steps: int
-    gpu_hours: float | None
+    steps: int | None
+    gpu_hours: tuple[float, float] | None
     present: Path | None
     planned: Path | None
     export: str
@@ -64,6 +65,7 @@ class _Identity(TypedDict):
     pretrained: str | None
     start: str | None
     steps: NotRequired[int]
+    epochs: NotRequired[float]
 
 
 def stage_changes(plan: Plan) -> list[StageChange]:
@@ -92,12 +94,12 @@ def change_lines(changes: list[StageChange]) -> list[str]:
 
 
 def _line(change: StageChange) -> str:
-    hours = f", about {text.significant(change.gpu_hours)} GPU-hours" if change.gpu_hours else ""
+    hours = f", about {text.estimate(change.gpu_hours)} GPU-hours" if change.gpu_hours else ""
     what = {
         TRAINS: f"trains for the first time{hours}",
-        CONTINUES: f"continues at step {change.done:,} of {change.steps:,}{hours}",
+        CONTINUES: f"continues at step {change.done:,} of {text.exact(change.steps)}{hours}",
         AGAIN: f"trains again{hours}: {'; '.join(change.reasons)}",
-        KEPT: f"is kept: {change.steps:,} steps are trained",
+        KEPT: f"is kept: {text.exact(change.steps)} steps are trained",
         UNREADABLE: f"cannot be compared: {'; '.join(change.reasons)}",
     }[change.action]
     stays = f". Its weights {change.present.name} stay" if change.present and change.action == AGAIN else ""
@@ -109,16 +111,28 @@ def _stage_change(plan: Plan, stage: StagePlan, earlier: dict[str, StageChange])
     present = _present_weights(job)
     made_again = list(_inputs_made_again(plan, stage, earlier))
     planned = None if made_again else _planned_weights(job)
+    job = job.model_copy(update={"planned_steps": _steps(plan, stage, planned)})
     done = _trained_steps(job, planned) if planned else 0
     if planned and WeightsFolder(planned).identity.exists():
         action = KEPT if present == planned and _is_finished(job, done) else CONTINUES
     else:
         action = AGAIN if present else TRAINS
     reasons = (*_differences(job, present), *made_again) if action == AGAIN and present else ()
-    hours = gpu_hours(stage.flops, plan.site.node.gpu_peak_tflops)
-    left = hours * (1 - min(done, job.steps) / job.steps) if hours and action != KEPT else None
+    steps = job.planned_steps
+    hours = stage_hours(plan, stage)
+    share = 1 - min(done, steps) / steps if steps else 1
+    left = (hours.low * share, hours.high * share) if hours and action != KEPT else None
     export = _export_text(plan, stage, action != KEPT)
-    return StageChange(stage.name, action, reasons, done, job.steps, left, present, planned, export)
+    return StageChange(stage.name, action, reasons, done, steps, left, present, planned, export)
+
+
+def _steps(plan: Plan, stage: StagePlan, weights: Path | None) -> int | None:
+    """Return the number of steps; for a length in epochs what a job counted for the same epochs, else an estimate."""
+    path = WeightsFolder(weights).identity if weights and stage.steps is None else None
+    recorded = read_typed_json(path, _Identity) if path and path.exists() else {}
+    if recorded.get("epochs") == stage.stage.epochs and recorded.get("steps"):
+        return recorded.get("steps")
+    return stage.steps or estimate_steps(plan, stage.stage)
 
 
 def _present_weights(job: TrainSpec) -> Path | None:
@@ -139,12 +153,14 @@ def _planned_weights(job: TrainSpec) -> Path | None:
 
 def _trained_steps(job: TrainSpec, folder: Path) -> int:
     """Return the newest complete checkpoint's step. Raises UserError if the weights cannot continue under the planned steps."""
-    check_steps(job, folder)
+    if job.stage.epochs is None:  # else the job checks them: it counts the samples
+        check_steps(job, folder)
     return max(complete_checkpoints(folder), default=0)
 
 
 def _is_finished(job: TrainSpec, done: int) -> bool:
-    return Path(job.out).exists() and done >= job.steps == Checkpoint.read(Path(job.out)).steps
+    steps = job.planned_steps
+    return steps is not None and Path(job.out).exists() and done >= steps == Checkpoint.read(Path(job.out)).steps
 
 
 # Why weights do not fit
@@ -195,8 +211,9 @@ def _differences(job: TrainSpec, present: Path) -> list[str]:
     recorded = _flat({**identity["spec"], "steps": identity.get("steps")})
     planned = _flat(job.spec)
     if not job.stage.restart:  # more steps alone continue the same weights
-        recorded.pop("steps", None)
-        planned.pop("steps", None)
+        for key in ("steps", "epochs"):
+            recorded.pop(key, None)
+            planned.pop(key, None)
     keys = [key for key in dict.fromkeys([*planned, *recorded]) if planned.get(key) != recorded.get(key)]
     listed = [f"{key} {_value(recorded, key)} → {_value(planned, key)}" for key in keys[:_LISTED_DIFFERENCES]]
     more = [f"{len(keys) - _LISTED_DIFFERENCES} more keys"] if len(keys) > _LISTED_DIFFERENCES else []

@@ -30,7 +30,8 @@ from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
 from longhaul.report.number_format import duration, finite
 from longhaul.report.plan_json import PlanFile, StageRow
-from longhaul.report.run_status import RunStatus, read_status, weights_folder
+from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.stage_records import planned_steps, weights_folder
 
 A = TypeVar("A", bound=Artifact)
 _MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
@@ -51,7 +52,7 @@ class StageResults:
     name: str
     kind: str
     trained_steps: int
-    planned_steps: int
+    planned_steps: int | None  # None while nobody has counted the samples of a length in epochs
     attempts: list[Attempt]
     metrics: MetricSeries
     summary: Summary
@@ -157,7 +158,7 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
         name=row["name"],
         kind=row["kind"],
         trained_steps=int(max(metrics.curves["loss"].x, default=0)),
-        planned_steps=row["steps"],
+        planned_steps=planned_steps(row["steps"], weights),
         attempts=read_records(weights.attempts, Attempt),
         metrics=metrics,
         summary=summarise(metrics),

@@ -6,7 +6,6 @@ Only small files and the ends of large ones are read, so that the answer comes w
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.job_state import State, read_failure, read_state, unreadable_records
 from longhaul.artifacts.leases import Lease, LeaseOwner
 from longhaul.artifacts.line_records import read_first_records, read_last_records
-from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobFolder, JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
@@ -28,6 +27,7 @@ from longhaul.errors import UserError
 from longhaul.report.goodput import ATTEMPT_BEGINS
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
+from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
 
 NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
     "not started",
@@ -42,7 +42,6 @@ _OTHER_RELEASE = (
     "another release of longhaul wrote it, or its writer was stopped: read the run with that release, or run the same "
     "command again, which writes it anew"
 )
-_RECENT_STEPS = 50
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
 _ATTEMPT_ENDS = ("waiting", "failed", "done")
@@ -106,14 +105,22 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A training stage. progress: None before its first step. gpu_hours: GPUs × hours in allocations; None without GPUs."""
+    """A training stage.
+
+    steps: None while nobody has counted the samples of a length in epochs
+    progress: None before its first step
+    gpu_hours: GPUs × hours in allocations; None without GPUs
+    gpu_hours_expected: at the end of the stage, at the speed of the last steps; None once the stage has ended
+    gpu_hours_planned: lowest and highest estimate for the training steps
+    """
 
     name: str
     job: JobStatus
-    steps: int
+    steps: int | None
     progress: Progress | None
     gpu_hours: float | None
-    gpu_hours_planned: float | None
+    gpu_hours_expected: float | None
+    gpu_hours_planned: tuple[float, float] | None
     exported_to: str | None  # the verified Hugging Face folder
 
 
@@ -146,14 +153,6 @@ class RunStatus:
         if self.main_process:
             return RUNNING
         return NOT_STARTED if states == {NOT_STARTED} else INTERRUPTED
-
-
-class _TrainSpecFields(TypedDict):
-    """Keys of a stage's job.json that the status needs."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
-
-    weights_root: str
 
 
 class _AttemptFields(TypedDict):
@@ -264,31 +263,26 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus) -> StageStatus
     weights = weights_folder(folder)
     attempts = read_first_records(weights.attempts, _AttemptFields, 1) if weights else []
     has_gpus = any(attempt["device"] != "cpu" for attempt in attempts)
+    steps = planned_steps(row["steps"], weights)
     hours = allocated_seconds(read_events(folder.history), time.time()) / 3600
+    progress = _progress(weights, steps, job) if weights else None
+    gpus = row["nodes"] * row["gpus_per_node"] if has_gpus else None
+    seconds_left = progress.seconds_left if progress else None
     return StageStatus(
         name=row["name"],
         job=job,
-        steps=row["steps"],
-        progress=_progress(weights, row["steps"], job) if weights else None,
-        gpu_hours=hours * row["nodes"] * row["gpus_per_node"] if has_gpus else None,
-        gpu_hours_planned=row["gpu_hours_estimate"],
+        steps=steps,
+        progress=progress,
+        gpu_hours=hours * gpus if gpus else None,
+        gpu_hours_expected=(hours + seconds_left / 3600) * gpus if gpus and seconds_left is not None else None,
+        gpu_hours_planned=row.get("gpu_hours_range"),
         exported_to=_exported_to(paths, row["name"]),
     )
 
 
-def weights_folder(stage: JobFolder) -> WeightsFolder | None:
-    """Return the weights folder that the stage's last attempt wrote to; None before its first attempt."""
-    try:
-        root = Path(read_typed_json(stage.job_spec, _TrainSpecFields)["weights_root"])
-    except UserError:
-        return None
-    folders = [(path.stat().st_mtime, path.parent) for path in root.glob("*/attempts.jsonl")]
-    return WeightsFolder(max(folders)[1]) if folders else None
-
-
-def _progress(weights: WeightsFolder, steps: int, job: JobStatus) -> Progress:
+def _progress(weights: WeightsFolder, steps: int | None, job: JobStatus) -> Progress:
     first_rows = read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS)
-    trained = read_last_records(weights.metrics, MetricsRow, _RECENT_STEPS, containing=b'"loss"')
+    trained = recent_steps(weights)
     validated = read_last_records(weights.metrics, MetricsRow, 1, containing=b'"validation_loss"')
     step = trained[-1]["step"] if trained else 0
     saved = [event for event in read_events(weights.events) if event["event"] == "saved"]
@@ -298,9 +292,9 @@ def _progress(weights: WeightsFolder, steps: int, job: JobStatus) -> Progress:
         loss=mean_of_last([loss for row in trained if (loss := row.get("loss")) is not None]),
         first_validation_loss=_validation_loss(first_rows[:1], only_step=0),
         validation_loss=_validation_loss(validated),
-        tokens_per_s=_recent_median(trained, "tokens_per_s"),
-        mfu=_recent_median(trained, "mfu"),
-        seconds_left=None if job.state == DONE else _seconds_left(trained, steps - step),
+        tokens_per_s=recent_median(trained, "tokens_per_s"),
+        mfu=recent_median(trained, "mfu"),
+        seconds_left=None if job.state == DONE or steps is None else _seconds_left(trained, steps - step),
         last_saved_step=saved[-1]["step"] if saved else None,
         last_saved_s=saved[-1]["time_s"] if saved else None,
         attempts=_line_count(weights.attempts),
@@ -314,15 +308,10 @@ def _validation_loss(rows: list[MetricsRow], only_step: int | None = None) -> fl
     return found[-1] if found else None
 
 
-def _recent_median(rows: list[MetricsRow], name: str) -> float | None:
-    values = [value for row in rows[-_RECENT_STEPS:] if (value := row.get(name)) is not None]
-    return statistics.median(values) if values else None
-
-
 def _seconds_left(rows: list[MetricsRow], steps_left: int) -> float | None:
-    """Return the time for the steps that are left, at the median time of the last steps, waiting for data included."""
-    times = [(row.get("step_time_s") or 0.0) + (row.get("data_wait_s") or 0.0) for row in rows[-_RECENT_STEPS:]]
-    return statistics.median(times) * steps_left if times else None
+    """Return the time for the steps that are left, at the speed of the last ones."""
+    step_s = step_seconds(rows)
+    return None if step_s is None else step_s * steps_left
 
 
 def _line_count(path: Path) -> int:

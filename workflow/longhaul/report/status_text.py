@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from rich.console import Group, RenderableType
@@ -74,8 +75,8 @@ def _stage_cells(stage: StageStatus) -> list[RenderableType]:
     progress = stage.progress
     step = progress.step if progress else 0
     cells: list[RenderableType] = [
-        f"{step:,}/{stage.steps:,}",
-        ProgressBar(total=stage.steps, completed=step, width=_BAR_WIDTH),
+        f"{step:,}/{text.exact(stage.steps)}",
+        ProgressBar(total=stage.steps or 1, completed=step if stage.steps else 0, width=_BAR_WIDTH),
     ]
     if progress is None:
         return cells
@@ -93,10 +94,12 @@ def _stage_details(stage: StageStatus) -> list[Text]:
     progress = stage.progress
     if progress is None:
         return []
+    expected = stage.gpu_hours_expected
     details = [
         f"loss {_change(progress.first_loss, progress.loss)}",
         f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}",
         *([f"MFU {text.percent(progress.mfu)}"] if progress.mfu is not None else []),
+        *([f"about {text.significant(expected)} GPU-hours in all"] if expected is not None else []),
         f"last save {_last_save(progress.last_saved_step, progress.last_saved_s)}",
         f"{progress.attempts} {'attempt' if progress.attempts == 1 else 'attempts'}",
     ]
@@ -152,7 +155,7 @@ def _progress_line(job: JobStatus, stage: StageStatus | None) -> str:
         return line
     progress = stage.progress
     return (
-        f"{line}: step {progress.step:,} of {stage.steps:,}, loss {text.nats(progress.loss)}, "
+        f"{line}: step {progress.step:,} of {text.exact(stage.steps)}, loss {text.nats(progress.loss)}, "
         f"{text.count(progress.tokens_per_s)} tokens/s, {text.duration(progress.seconds_left)} left"
     )
 
@@ -167,7 +170,7 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
     for stage in status.stages:
         if progress := stage.progress:
             lines.append(
-                f"  {stage.name}: {progress.step:,} of {stage.steps:,} steps, "
+                f"  {stage.name}: {progress.step:,} of {text.exact(stage.steps)} steps, "
                 f"loss {_change(progress.first_loss, progress.loss)}, "
                 f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}"
             )
@@ -176,13 +179,19 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
 
 def _costs(status: RunStatus) -> list[str]:
     used = [stage.gpu_hours for stage in status.stages if stage.gpu_hours is not None]
-    planned = [stage.gpu_hours_planned for stage in status.stages if stage.gpu_hours_planned is not None]
+    planned = sum_of_estimates(stage.gpu_hours_planned for stage in status.stages)
     if not used:
         return []
     return [
         f"GPU-hours: {text.significant(sum(used))}"
-        + (f" of {text.significant(sum(planned))} planned" if planned else "")
+        + (f" of {text.estimate(planned)} planned for the training steps" if planned else "")
     ]
+
+
+def sum_of_estimates(spans: Iterable[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Return the sums of the lowest and of the highest values; None where nothing was estimated."""
+    known = [span for span in spans if span is not None]
+    return (sum(low for low, _ in known), sum(high for _, high in known)) if known else None
 
 
 def _results(status: RunStatus) -> list[str]:

@@ -26,12 +26,14 @@ class MicroBatch:
 
     input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss.
     tokens: number of tokens without padding; 0 where nobody counts them
+    attention_pairs: number of pairs of a token and one of its document that it attends to, itself included; 0 as above
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     tokens: int = 0
+    attention_pairs: int = 0
 
     @property
     def loss_tokens(self) -> int:
@@ -47,7 +49,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         tensors = (self.input_ids, self.labels, self.position_ids)
         moved = [] if device.type == "cpu" else [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return MicroBatch(*moved, tokens=self.tokens) if moved else self
+        return MicroBatch(*moved, tokens=self.tokens, attention_pairs=self.attention_pairs) if moved else self
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Batch:
     """One rank's part of global batch `number`.
 
     ids:         the samples of the whole global batch
-    tokens:      those of this rank's micro batches, without padding
+    tokens, attention_pairs: those of this rank's micro batches, without padding
     loss_tokens: those of this rank's micro batches
     wait_s:      how long the step waited for the batch
     """
@@ -65,6 +67,7 @@ class Batch:
     micro_batches: list[MicroBatch]
     tokens: int
     loss_tokens: int
+    attention_pairs: int = 0
     wait_s: float = 0.0
 
     @property
@@ -134,8 +137,11 @@ class Prefetcher:
         shape = (self._job.accumulation, self._job.data_parallel, stage.micro_batch_size)
         own_ids = ids.reshape(shape)[:, self._sample_rank]
         micro_batches = [collate(self._samples, row, self._device.type == "cuda") for row in own_ids]
-        tokens, loss_tokens = (sum(getattr(micro, key) for micro in micro_batches) for key in ("tokens", "loss_tokens"))
-        return Batch(number, ids, micro_batches, tokens, loss_tokens)
+        counts = {
+            key: sum(getattr(micro, key) for micro in micro_batches)
+            for key in ("tokens", "loss_tokens", "attention_pairs")
+        }
+        return Batch(number, ids, micro_batches, **counts)
 
 
 def _next_batch(read_ahead: _ReadAhead) -> Batch:
@@ -153,8 +159,13 @@ def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> Micro
     is_pinned: use pinned memory, so that the copy to the GPU does not block.
     """
     arrays = torch.empty((3, len(ids), samples.length), dtype=torch.int64, pin_memory=is_pinned)
-    tokens = sum(samples.fill(int(index), Sample(*arrays[:, row].numpy())) for row, index in enumerate(ids))
-    return MicroBatch(*arrays, tokens=tokens)
+    tokens = pairs = 0
+    for row, index in enumerate(ids):
+        sample = Sample(*arrays[:, row].numpy())
+        filled = samples.fill(int(index), sample)
+        tokens += filled
+        pairs += filled + int(sample.position_ids[:filled].sum())  # a token attends to itself and those before it
+    return MicroBatch(*arrays, tokens=tokens, attention_pairs=pairs)
 
 
 def validation_batches(samples: Samples, job: TrainSpec, context: DistributedContext) -> Iterator[MicroBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from longhaul.config.stage_config import Schedule
+from longhaul.config.schedule_config import Schedule
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
@@ -13,6 +13,7 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> flo
     A linear warm-up from peak / warmup_steps, so that the first step trains. Then constant, cosine (Loshchilov and Hutter 2017)
     or linear down to min_lr_ratio at the last step, or WSD (Hu et al. 2024, MiniCPM): constant, then a linear decay.
     """
+    schedule = schedule.in_steps(steps)
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     lowest = schedule.min_lr_ratio
@@ -37,8 +38,11 @@ def _decay_factor(schedule: Schedule, step: int, steps: int) -> float:
 def can_extend_steps(schedule: Schedule, trained_steps: int, planned_steps: int) -> bool:
     """Return whether weights with `trained_steps` of `planned_steps` may continue under a longer plan.
 
-    They may where the rates so far would have been the same: constant, and WSD before its decay begins.
+    They may where the rates so far would have been the same: constant, and WSD before its decay begins. A warm-up that is a
+    share of the steps would have been longer.
     """
+    if isinstance(schedule.warmup_steps, float):
+        return False
     if schedule.kind == "constant":
         return True
-    return schedule.kind == "wsd" and trained_steps <= planned_steps - schedule.decay_steps
+    return schedule.kind == "wsd" and trained_steps <= planned_steps - schedule.in_steps(planned_steps).decay_steps

@@ -4,14 +4,18 @@ each step.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import torch
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.data.sampling.samples import Samples
+from longhaul.errors import InputError, first_line
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.planning.fit_memory import smaller_settings
 from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.batches import Prefetcher
 from longhaul.train.build_model import build_model, build_model_config
@@ -24,12 +28,14 @@ from longhaul.train.checkpoint.weights_identity import (
     weights_identity,
 )
 from longhaul.train.checkpoint.weights_lock import hold_weights_lock
+from longhaul.train.count_steps import with_counted_steps
 from longhaul.train.distributed_context import DistributedContext, distributed_context
 from longhaul.train.graceful_stop import GracefulStop
 from longhaul.train.initial_weights import set_initial_master_weights
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.monitoring.profile_steps import StepProfiler
+from longhaul.train.open_samples import open_samples
 from longhaul.train.phase_times import StartUpTimes
 from longhaul.train.step_backends import build_backend
 from longhaul.train.trainer import Trainer
@@ -52,9 +58,24 @@ def run(job: TrainSpec) -> None:
         Heartbeat(context.rank, Path(job.folder), job.stage.recovery.heartbeat_timeout_s),
         # A small file, such as metrics. A checkpoint raises DiskFull itself, with the needed bytes.
         disk_full_as_user_error("a file of the stage", Path(job.weights_root)),
+        _names_smaller_settings(job),
     ):
         start_up.finish("rendezvous")
         _train_or_finish(job, context, start_up)
+
+
+@contextmanager
+def _names_smaller_settings(job: TrainSpec) -> Iterator[None]:
+    """Turn a lack of GPU memory into an error that names the next smaller settings."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        stage = job.stage
+        raise InputError(
+            f"stage {stage.name}: out of memory with micro_batch_size {stage.micro_batch_size} and activation_checkpointing "
+            f"{stage.activation_checkpointing}: {first_line(error)}",
+            smaller_settings(stage),
+        ) from error
 
 
 def _train_or_finish(job: TrainSpec, context: DistributedContext, start_up: StartUpTimes) -> None:
@@ -64,6 +85,7 @@ def _train_or_finish(job: TrainSpec, context: DistributedContext, start_up: Star
     identity = weights_identity(job, data, tokenizer, start)
     weights = weights_folder(job, identity)
     with hold_weights_lock(weights, context):
+        job = with_counted_steps(job, data, WeightsFolder(weights), context)
         claim_weights_folder(job, identity, weights, context)
         events = EventWriter(weights if context.is_main else None)
         with closing(CheckpointManager(weights, job, context, events)) as checkpoints:
@@ -155,16 +177,3 @@ def _run_steps(trainer: Trainer, batches: Prefetcher, graceful_stop: GracefulSto
             trainer.checkpoints.finish_save()
             graceful_stop.leave(reason, trainer.state.step)
             break
-
-
-def open_samples(
-    job: TrainSpec, data: DataManifest, split: str, cache: Path, context: DistributedContext
-) -> Samples | None:
-    """Return the samples of a split; None when it has none. Rank 0 goes first: it writes the packs that the others map."""
-    if not data.splits.get(split, {}).get("documents"):
-        return None
-    arguments = (data, split, job.stage.kind, job.stage.sequence_length, job.seed, cache)
-    if context.is_main:
-        Samples.open(*arguments, truncate=job.stage.truncate)
-    context.barrier()
-    return Samples.open(*arguments, truncate=job.stage.truncate)

@@ -134,7 +134,8 @@ class Trainer:
         self._stragglers.record_wait(batch.wait_s)
         self.times.add(STEP, batch.wait_s)
         lr = self._set_learning_rate()
-        tokens, loss_tokens = sums_over_samples([batch.tokens, batch.loss_tokens], self.context)
+        counts = [batch.tokens, batch.loss_tokens, batch.attention_pairs]
+        tokens, loss_tokens, attention_pairs = sums_over_samples(counts, self.context)
         examined = self.backend.train(batch, loss_tokens)
         results = {
             "loss": examined.loss,
@@ -143,6 +144,7 @@ class Trainer:
             "is_bad": examined.is_bad,
             "tokens": tokens,
             "loss_tokens": loss_tokens,
+            "attention_pairs": attention_pairs,
         }
         if self.job.stage.sequence_aux_loss_coef:
             results["balance_loss"] = self.context.sums_on_device([self.backend.balance.pop_loss()])[0]
@@ -183,6 +185,7 @@ class Trainer:
             "lr": step.lr,
             "tokens": int(results["tokens"]),
             "loss_tokens": int(results["loss_tokens"]),
+            "attention_pairs": int(results["attention_pairs"]),
             "data_wait_s": step.batch.wait_s,
             "batch": step.batch.number,
             "sample_ids": step.batch.ids_digest,

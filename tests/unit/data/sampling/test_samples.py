@@ -104,6 +104,12 @@ def test_openings_of_chats_end_before_the_answer(chat_shards: DataManifest, toke
         packs(chat_shards, tmp_path, length=8)
 
 
+def test_an_epoch_of_a_mixture_is_one_of_every_dataset(text_shards: DataManifest, tmp_path: Path):
+    parts = [windows(text_shards, tmp_path, length) for length in (8, S)]
+    mixed = MixedSamples(parts, [3, 1])
+    assert mixed.distinct_count == len(parts[0]) + len(parts[1]) == sum(part.distinct_count for part in parts)
+
+
 def test_openings_of_a_mixture_alternate(text_shards: DataManifest, tmp_path: Path):
     parts = [windows(text_shards, tmp_path, length) for length in (8, S)]
     first, second = (list(part.openings()) for part in parts)

@@ -57,7 +57,7 @@ def read_manifest(run: RunPaths, path: Path) -> None:
 def read_identity(run: RunPaths, path: Path) -> None:
     job: Any = job_spec(plan_of(run.results / "planned", {"stages.0.gpus_per_node": 1}), JobId("train", ("base",)))
     _check_identity(path.parent, {"spec": {}, "start": None})
-    check_steps(job.model_copy(update={"steps": STEP}), path.parent)
+    check_steps(job.model_copy(update={"planned_steps": STEP}), path.parent)
     referenced_checkpoints(run.stage(STAGE).path / "weights", run.stage(STAGE).checkpoint)
 
 

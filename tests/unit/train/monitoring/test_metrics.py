@@ -38,9 +38,8 @@ def open_metrics(folder: Path, resumed_from: int, job: TrainSpec | None = None, 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
     for step in steps:
-        metrics.step(
-            step, seconds=1.0, values={"loss": loss, "grad_norm": 1.0, "lr": 0.1, "tokens": 384, "data_wait_s": 0.5}
-        )
+        values = {"loss": loss, "grad_norm": 1.0, "lr": 0.1, "tokens": 384, "attention_pairs": 960, "data_wait_s": 0.5}
+        metrics.step(step, seconds=1.0, values=values)
 
 
 def rows(folder: Path) -> list[tuple[int, float]]:
@@ -104,14 +103,11 @@ def test_a_roll_back_drops_the_lines_after_its_step(tmp_path: Path):
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(tmp_path: Path):
-    job = base_stage(tmp_path)
-    step_flops = job.stage.global_batch_size * job.stage.sequence_length
-    step_flops *= model_size(MODEL).flops_per_token(job.stage.sequence_length)
-    job = job.model_copy(update={"gpu_peak_tflops": step_flops / 1e12, "world_size": 4})
-    train(
-        open_metrics(tmp_path, 0, job), range(1, 2), 1.0
-    )  # 3/4 of the positions hold tokens, in 1 s after a wait of 0.5 s
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25 * 3 / 4 / 1.5
+    """384 tokens of documents of four tokens have 960 pairs: 1 + 2 + 3 + 4 each. They took 1 s after a wait of 0.5 s."""
+    flops = 6 * model_size(MODEL).active * 384 + 6 * 2 * (2 * 4 * 16) * 960
+    job = base_stage(tmp_path).model_copy(update={"gpu_peak_tflops": flops / 1e12, "world_size": 4})
+    train(open_metrics(tmp_path, 0, job), range(1, 2), 1.0)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == round(1 / 4 / 1.5, 4)
 
 
 def test_mfu_is_null_if_the_site_has_no_peak(tmp_path: Path):

@@ -18,6 +18,7 @@ from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
 from longhaul.data.shards.shard_reader import SplitReader
+from longhaul.planning.steps_of_epochs import window_count
 
 OPENING_TOKENS = 24
 Truncate = Literal["right", "left", "drop"]
@@ -34,7 +35,7 @@ class WindowSource:
         self.token_count = reader.token_count
 
     def __len__(self) -> int:
-        return max(0, -(-(self.token_count - 1) // self.length))
+        return window_count(self.token_count, self.length)
 
     def fill(self, index: int, sample: Sample) -> int:
         """Write sample `index` to `sample`; the last window is padded. Return the number of tokens without padding."""

@@ -91,6 +91,11 @@ class Samples:
         return len(self._source)
 
     @property
+    def distinct_count(self) -> int:
+        """Return the number of different samples: one epoch of every dataset."""
+        return len(self)
+
+    @property
     def length(self) -> int:
         """Tokens of a sequence."""
         return self._source.length
@@ -164,6 +169,10 @@ class MixedSamples(Samples):
         return len(self._parts) * max(map(len, self._parts))
 
     @property
+    def distinct_count(self) -> int:
+        return sum(map(len, self._parts))
+
+    @property
     def length(self) -> int:
         return self._parts[0].length
 
@@ -178,7 +187,7 @@ class MixedSamples(Samples):
     @property
     def padding_share(self) -> float:
         """Fraction of the positions without a token, in one epoch of every dataset."""
-        return sum(part.padding_share * len(part) for part in self._parts) / sum(map(len, self._parts))
+        return sum(part.padding_share * len(part) for part in self._parts) / self.distinct_count
 
     def epochs(self, count: int) -> dict[str, float]:
         pairs = zip(self._parts, self._order.drawn(count), strict=True)

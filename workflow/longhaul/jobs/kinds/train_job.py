@@ -26,7 +26,7 @@ class TrainSpec(JobSpec):
     model: HuggingFaceConfig  # Hugging Face config, model_type included
     pretrained: str | None  # folder with the first weights; None: random weights from the seed
     trust_remote_code: bool
-    steps: int
+    planned_steps: int | None  # None: they follow from stage.epochs, and the job computes them
     accumulation: int  # micro batches per optimizer step and rank
     data_parallel: int
     world_size: int
@@ -44,6 +44,17 @@ class TrainSpec(JobSpec):
     trackers: Trackers
     scratch: str | None
     bind_cores: bool  # each rank takes its part of the cores next to its GPU
+
+    @property
+    def steps(self) -> int:
+        """Return the number of optimizer steps.
+
+        Raises:
+            ValueError: they follow from stage.epochs, and longhaul.train.count_steps has not computed them yet.
+        """
+        if self.planned_steps is None:
+            raise ValueError(f"the steps of {self.stage.epochs} epochs are not computed yet")
+        return self.planned_steps
 
     def input_texts(self) -> Iterable[str | None]:
         return [self.deepspeed, self.data, self.start_checkpoint]
@@ -66,7 +77,7 @@ def _build(plan: Plan, job: JobId) -> TrainSpec:
         model=model_config(plan.loaded, plan.lock) or {},
         pretrained=_pretrained_folder(plan),
         trust_remote_code=bool(pretrained and pretrained.trust_remote_code),
-        steps=planned.steps,
+        planned_steps=planned.steps,
         accumulation=planned.accumulation,
         data_parallel=planned.data_parallel,
         world_size=planned.world_size,

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, FiniteFloat
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Count, Export
@@ -33,6 +33,8 @@ from longhaul.errors import UserError
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
 _RESTORE = "restore the file, or move its weights folder away"
+MOVE_AWAY = "the folder was copied or edited: move it away, and the stage is trained in its place"
+"""The remedy for a weights folder that holds other weights than its name says."""
 _LEFTOVER = re.compile(r"step-\d{8}\.(partial|removed)")
 
 
@@ -64,6 +66,7 @@ class WeightsIdentity(TypedDict):
 
     start: NotRequired[str | None]
     steps: NotRequired[Count]
+    epochs: NotRequired[FiniteFloat]
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:

@@ -12,8 +12,8 @@ from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.checkpoint_folders import WeightsIdentity
-from longhaul.train.checkpoint.weights_identity import MOVE_AWAY, check_steps
+from longhaul.train.checkpoint.checkpoint_folders import MOVE_AWAY, WeightsIdentity
+from longhaul.train.checkpoint.weights_identity import check_steps
 from longhaul.train.distributed_context import DistributedContext
 
 
@@ -28,7 +28,8 @@ def claim_weights_folder(
     if context.is_main:
         _check_identity(folder, identity)
         check_steps(job, folder)
-        write_json(WeightsFolder(folder).identity, {**identity, "steps": job.steps})
+        length = {"steps": job.steps, **({"epochs": job.stage.epochs} if job.stage.epochs else {})}
+        write_json(WeightsFolder(folder).identity, {**identity, **length})
         write_json(WeightsFolder(folder).model_config, job.model)  # the export builds the model from it
         _keep_generation_config(job, folder)
     context.barrier()

@@ -14,11 +14,8 @@ from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.checkpoint.checkpoint_folders import WeightsIdentity, complete_checkpoints
+from longhaul.train.checkpoint.checkpoint_folders import MOVE_AWAY, WeightsIdentity, complete_checkpoints
 from longhaul.train.lr_schedule import can_extend_steps
-
-MOVE_AWAY = "the folder was copied or edited: move it away, and the stage is trained in its place"
-"""The remedy for an identity.json that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,10 @@ def weights_identity(
 ) -> dict[str, object]:
     """Return everything that the weights depend on.
 
-    The number of steps is not part of it, so a stage can be extended. With `restart: true` it is, so that another number of steps
-    trains new weights.
+    The length is not part of it, so a stage can be extended. With `restart: true` it is, so that another length trains new
+    weights.
     """
-    spec = {key: value for key, value in job.spec.items() if key != "steps" or job.stage.restart}
+    spec = {key: value for key, value in job.spec.items() if key not in ("steps", "epochs") or job.stage.restart}
     return {
         "spec": spec,
         "pretrained": job.pretrained,
@@ -79,5 +76,5 @@ def check_steps(job: TrainSpec, folder: Path) -> None:
         raise InputError(
             f"stage {job.stage.name}: steps changed from {planned} to {job.steps}, but its weights have {trained} steps of a "
             f"{job.stage.schedule.kind} schedule planned for {planned}",
-            f"set steps back to {planned}, or set restart: true in the stage to train it from its start",
+            f"set the length back to {planned} steps, or set restart: true in the stage to train it from its start",
         )

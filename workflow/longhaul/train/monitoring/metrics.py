@@ -46,7 +46,7 @@ class Metrics:
     ) -> None:
         """epochs: by dataset, in the whole stage."""
         self._job, self._context, self._events = job, context, events
-        self._flops_per_token = model_size(model).flops_per_token(job.stage.sequence_length)
+        self._sizes = model_size(model)
         self._started, self._first_step, self._printed = time.monotonic(), resumed_from, 0.0
         self._trackers: list[Tracker] = []
         hosts = context.gather(context.rank.host)
@@ -85,7 +85,8 @@ class Metrics:
         """
         if not self._context.is_main:
             return
-        tokens_per_s = values["tokens"] / (seconds + values["data_wait_s"])
+        whole_s = seconds + values["data_wait_s"]
+        tokens_per_s = values["tokens"] / whole_s
         positions = self._job.stage.global_batch_size * self._job.stage.sequence_length
         row = {
             "step": step,
@@ -93,7 +94,7 @@ class Metrics:
             "padding_share": round(padding_share(values["tokens"], positions), 6),
             "step_time_s": round(seconds, 6),
             "tokens_per_s": round(tokens_per_s, 1),
-            "mfu": self._mfu(tokens_per_s),
+            "mfu": self._mfu(values["tokens"], values["attention_pairs"], whole_s),
             **device_numbers(self._context.device),
         }
         self._write(row)
@@ -126,10 +127,12 @@ class Metrics:
         for tracker in self._trackers:
             tracker.log(row["step"], numbers)
 
-    def _mfu(self, tokens_per_s: float) -> float | None:
+    def _mfu(self, tokens: int, attention_pairs: int, seconds: float) -> float | None:
         """Return the model FLOPs utilisation; None where the site file has no peak of its GPUs."""
-        peak = self._job.gpu_peak_tflops
-        return round(tokens_per_s * self._flops_per_token / (peak * 1e12 * self._job.world_size), 4) if peak else None
+        if self._job.gpu_peak_tflops is None:
+            return None
+        possible_flops = self._job.gpu_peak_tflops * 1e12 * self._job.world_size * seconds
+        return round(self._sizes.training_flops(tokens, attention_pairs) / possible_flops, 4)
 
     def _print_progress(self, step: int, row: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -169,6 +172,7 @@ def _attempt(job: TrainSpec, resumed_from: int, context: DistributedContext, hos
         "hosts": list(dict.fromkeys(hosts)),
         "job_id": os.environ.get("SLURM_JOB_ID"),
         "zero": job.stage.zero.model_dump(mode="json"),
+        "parallel": job.stage.parallel.model_dump(),
         "micro_batch_size": job.stage.micro_batch_size,
         "accumulation": job.accumulation,
         "activation_checkpointing": job.stage.activation_checkpointing,

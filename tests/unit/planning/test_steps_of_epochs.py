@@ -1,0 +1,87 @@
+"""The number of steps of a length in epochs, and its estimate from the manifest of an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.planning import Plan
+from longhaul.planning.steps_of_epochs import estimate_steps, steps_of_epochs, window_count
+from longhaul.report.plan_json import plan_json
+from longhaul.report.plan_table import stage_table
+from tests.support.small_configs import plan_of
+
+SHA = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "global_batch", "steps"),
+    [
+        (1, 80, 8, 10),
+        (1, 81, 8, 11),
+        (3, 10, 8, 4),  # 30 samples: the fourth batch takes two of the fourth epoch
+        (0.5, 30, 8, 2),
+        (0.07, 100, 1, 7),  # 0.07 * 100 is more than 7 in binary numbers
+        (1e-9, 100, 8, 1),
+        (2, 0, 8, 0),
+    ],
+)
+def test_steps_are_rounded_up(epochs: float, samples: int, global_batch: int, steps: int):
+    assert steps_of_epochs(epochs, samples, global_batch) == steps
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (2, 1), (65, 1), (66, 2), (129, 2)])
+def test_a_window_of_64_tokens_predicts_64_tokens(tokens: int, windows: int):
+    assert window_count(tokens, 64) == windows
+
+
+def manifest(tokens: int, name: str = "prose", **fields: Any) -> DataManifest:
+    split: Any = {"shards": [], "tokens": tokens, "documents": 9, "loss_tokens": tokens}
+    return DataManifest(name, "text", "x", SHA, SHA, "uint16", {"train": split}, [], {}, 1.0, **fields)
+
+
+def written_plan(folder: Path, found: DataManifest, stage: int = 0) -> Plan:
+    """Return a plan of two epochs; its dataset has a manifest. Global batch 8, sequence length 64."""
+    plan = plan_of(folder, {f"stages.{stage}.steps": ..., f"stages.{stage}.epochs": 2})
+    found.write(plan.paths.manifest(plan.stages[stage].stage.dataset))
+    return plan
+
+
+def test_windows_of_a_manifest_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """6,401 tokens are 100 windows of 64; two epochs of them are 25 batches of 8."""
+    monkeypatch.chdir(tmp_path)
+    plan = written_plan(tmp_path, manifest(6401))
+    row = plan_json(plan)["stages"][0]
+    assert (row["steps"], row["estimated_steps"], row["tokens"]) == (None, 25, 25 * 8 * 64)
+    titles, values = ([str(cell) for cell in column.cells] for column in stage_table([row]).columns)
+    assert values[titles.index("steps")] == "2 epochs of prose: about 25"
+
+
+def test_packs_are_estimated_without_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """6,401 tokens fill 101 packs of 64; two epochs of them are 26 batches of 8."""
+    monkeypatch.chdir(tmp_path)
+    plan = written_plan(tmp_path, manifest(6401), stage=1)
+    assert estimate_steps(plan, plan.stages[1].stage) == 26
+
+
+def test_an_epoch_of_a_mixture_is_one_of_every_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """100 and 300 windows: two epochs are 800 samples, whatever the weights."""
+    monkeypatch.chdir(tmp_path)
+    parts = [dataclasses.asdict(manifest(tokens, name)) for name, tokens in (("a", 6401), ("b", 19_201))]
+    mixture: Any = [{"weight": weight, "manifest": part} for weight, part in zip((3, 1), parts, strict=True)]
+    plan = written_plan(tmp_path, manifest(25_602, mixture=mixture))
+    assert estimate_steps(plan, plan.stages[0].stage) == 100
+
+
+def test_there_is_no_estimate_without_a_readable_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    plan = written_plan(tmp_path, manifest(6401))
+    path = plan.paths.manifest("prose")
+    path.write_text("{}")
+    assert estimate_steps(plan, plan.stages[0].stage) is None
+    path.unlink()
+    assert estimate_steps(plan, plan.stages[0].stage) is None

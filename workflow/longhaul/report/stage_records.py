@@ -1,0 +1,100 @@
+"""Reads what a stage has recorded so far: its weights folder, its steps where the length is in epochs, its measured MFU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.artifact_schemas import Count
+from longhaul.artifacts.line_records import read_last_records
+from longhaul.artifacts.paths import JobFolder, WeightsFolder
+from longhaul.artifacts.record_types import MetricsRow
+from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.config.stage_config import Stage
+from longhaul.errors import UserError
+
+RECENT_STEPS = 50
+
+
+class _TrainSpecFields(TypedDict):
+    """Keys of a stage's job.json that are read here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    weights_root: str
+
+
+class _IdentityFields(TypedDict):
+    """Keys of identity.json of a weights folder that are read here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    steps: NotRequired[Count]
+
+
+class _AttemptSettings(TypedDict):
+    """Keys of a line in attempts.jsonl that the speed depends on."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    world_size: int
+    nodes: int
+    micro_batch_size: int
+    activation_checkpointing: str
+    zero: dict[str, Any]
+    parallel: NotRequired[dict[str, int]]
+
+
+def weights_folder(stage: JobFolder) -> WeightsFolder | None:
+    """Return the weights folder that the stage's last attempt wrote to; None before its first attempt."""
+    try:
+        root = Path(read_typed_json(stage.job_spec, _TrainSpecFields)["weights_root"])
+    except UserError:
+        return None
+    folders = [(path.stat().st_mtime, path.parent) for path in root.glob("*/attempts.jsonl")]
+    return WeightsFolder(max(folders)[1]) if folders else None
+
+
+def planned_steps(steps: int | None, weights: WeightsFolder | None) -> int | None:
+    """Return a stage's number of steps; for a length in epochs (None) what its job recorded, and None before that."""
+    if steps is not None or weights is None or not weights.identity.exists():
+        return steps
+    return read_typed_json(weights.identity, _IdentityFields).get("steps")
+
+
+def measured(folder: JobFolder, stage: Stage, of: Callable[[list[MetricsRow]], float | None]) -> float | None:
+    """Return a value of the last steps of a stage; None where it has not run on this number of GPUs with this layout."""
+    weights = weights_folder(folder)
+    attempts = read_last_records(weights.attempts, _AttemptSettings, 1) if weights else []
+    if weights is None or not attempts or not _is_alike(attempts[-1], stage):
+        return None
+    return of(recent_steps(weights))
+
+
+def _is_alike(attempt: _AttemptSettings, stage: Stage) -> bool:
+    found = [attempt[key] for key in ("world_size", "nodes", "micro_batch_size", "activation_checkpointing", "zero")]
+    wanted = [stage.nodes * stage.gpus_per_node, stage.nodes, stage.micro_batch_size, stage.activation_checkpointing]
+    parallel = stage.parallel.model_dump()
+    return found == [*wanted, stage.zero.model_dump(mode="json")] and attempt.get("parallel", parallel) == parallel
+
+
+def recent_steps(weights: WeightsFolder) -> list[MetricsRow]:
+    """Return the lines of the last steps."""
+    return read_last_records(weights.metrics, MetricsRow, RECENT_STEPS, containing=b'"loss"')
+
+
+def step_seconds(rows: list[MetricsRow]) -> float | None:
+    """Return the median time of the last steps, waiting for data included."""
+    times = [(row.get("step_time_s") or 0.0) + (row.get("data_wait_s") or 0.0) for row in rows[-RECENT_STEPS:]]
+    return statistics.median(times) if times else None
+
+
+def recent_median(rows: list[MetricsRow], name: str) -> float | None:
+    """Return the median of a value over the last steps."""
+    values = [value for row in rows[-RECENT_STEPS:] if (value := row.get(name)) is not None]
+    return statistics.median(values) if values else None
