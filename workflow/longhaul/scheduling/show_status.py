@@ -34,7 +34,9 @@ def run_paths(named: Path | None) -> RunPaths:
     if named is None:
         return _last_run()
     if named.is_dir():
-        folder = named.absolute()  # `.` in the run's folder has no name
+        if named.name not in ("", ".."):
+            return RunPaths(named.name, named.parent)  # paths are shown as the user gave them
+        folder = named.resolve()  # `.` and `..` have no name of their own
         return RunPaths(folder.name, folder.parent)
     return RunPaths(load_config(named).config.run)
 
