@@ -16,6 +16,7 @@ from longhaul.planning.slurm_request import SlurmRequest, cpu_request, gpu_reque
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 
 _PROBE_MINUTES = 2
+_PROBED: tuple[JobPlace, ...] = ("gpu", "debug", "cpu")
 _MEMORY_TOLERANCE = 1.03  # a card of "80 GB" has 79.6 GiB
 
 
@@ -35,9 +36,11 @@ def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, Slurm
 
     On a GPU partition it is a whole node as the site file describes it. A partition for the controller job alone is left out.
     """
-    kinds: tuple[JobPlace, ...] = ("gpu", "debug", "cpu")
-    firsts = [next((kind for kind in kinds if kind in partition.jobs), None) for partition in site.partitions]
-    return {kind: _probe_request(site, kind, minutes) for kind in firsts if kind}
+    requests: dict[str, SlurmRequest] = {}
+    for partition in site.partitions:
+        if first := next((kind for kind in _PROBED if kind in partition.jobs), None):
+            requests[first] = _probe_request(site, first, minutes)
+    return requests
 
 
 def _probe_request(site: Site, kind: JobPlace, minutes: int) -> SlurmRequest:
