@@ -38,7 +38,8 @@ def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, Slurm
     """
     requests: dict[str, SlurmRequest] = {}
     for partition in site.partitions:
-        if first := next((kind for kind in _PROBED if kind in partition.jobs), None):
+        first: JobPlace | None = next((kind for kind in _PROBED if kind in partition.jobs), None)
+        if first:
             requests[first] = _probe_request(site, first, minutes)
     return requests
 
