@@ -1,6 +1,4 @@
-"""Keys of one training stage: optimizer (lr, weight decay), schedule, batch, parallel, zero, checkpoints, recovery
-(max_restarts), export.
-"""
+"""Keys of a training stage: length, optimizer (lr, weight decay), schedule, parallel, zero, checkpoints, straggler_threshold."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Runs the steps of one attempt as processes (MASTER_PORT, SIGTERM), and returns the first failure; supervisor.py counts
-attempts.
-"""
+"""Starts the steps of one attempt (srun or local processes, MASTER_PORT), sends them SIGTERM, returns the first failure."""
 
 from __future__ import annotations
 

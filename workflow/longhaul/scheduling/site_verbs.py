@@ -1,4 +1,4 @@
-"""The verbs of `longhaul site`: they describe a computing centre, and check the description."""
+"""Registers the verbs `longhaul site detect`, `check` and `nodes` with their options; other modules do the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Indexes the word n-grams of evaluation texts (decontaminate.files), and finds documents that contain one."""
+"""Indexes the word n-grams (decontaminate.ngram_words) of evaluation texts, and finds documents that contain one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl, the trainer's progress line and attempts.jsonl; MFU, GPU memory and utilisation."""
+"""Computes tokens/s, MFU, GPU memory and utilisation; writes metrics.jsonl, attempts.jsonl and the progress line."""
 
 from __future__ import annotations
 

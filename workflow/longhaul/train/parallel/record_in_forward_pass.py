@@ -1,4 +1,4 @@
-"""Counts once in a forward pass that torch.compile captures or activation checkpointing repeats."""
+"""Adds up numbers of a forward pass, such as tokens per expert, once where activation checkpointing repeats it."""
 
 from __future__ import annotations
 
