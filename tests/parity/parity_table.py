@@ -167,7 +167,9 @@ def _export(case: Case, trace: reference_loop.Trace, shared: Path, own: Path) ->
     _, job = prepare_case(own, shared, run_config(*case))
     export_checkpoint.run(job)
     verification = json.loads(Path(job.out).read_text())["verification"]
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        f"{job.folder}/latest", dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     (prompts,) = own.glob(f"stages/main/weights/*/checkpoints/step-{STEPS:08d}/reference/logits.safetensors")
     ids = load_file(prompts)["input_ids"]
     with torch.no_grad():

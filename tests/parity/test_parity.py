@@ -102,7 +102,7 @@ def test_each_rank_holds_the_planned_bytes_of_the_optimizer(results: Results, fo
 def test_an_export_or_checkpoint_can_start_a_stage_in_any_layout(results: Results, folder: Path):
     """Three layouts start from one Hugging Face folder, and from one checkpoint of another layout; first losses agree."""
     source = folder / TENSOR_CASE[0] / TENSOR_CASE[1]
-    starts = {"pretrained": source / "export", "checkpoint": source / "stages/main/checkpoint.json"}
+    starts = {"pretrained": source / "export/latest", "checkpoint": source / "stages/main/checkpoint.json"}
     layouts = ("data 2, ZeRO 3", "expert 2", "pipeline 2")
     cases = [(TENSOR_CASE[0], layout, f"{kind}={path}") for kind, path in starts.items() for layout in layouts]
     assert parity_table.train_cases(2, cases, folder / "shared", folder) == {}

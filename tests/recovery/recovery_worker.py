@@ -110,6 +110,11 @@ def train(attempt: dict[str, Any]) -> str:
         return "killed"
     except UserError as error:
         return f"{type(error).__name__}: {error}"
+    except RuntimeError as error:
+        # Rank 0 alone writes metrics.jsonl, which may be the first file for which a full disk has no space.
+        if os.environ["RANK"] == "0" or "closed by peer" not in str(error):
+            raise
+        return "rank 0 has ended"
     return "finished"
 
 

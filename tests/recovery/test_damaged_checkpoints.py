@@ -124,10 +124,12 @@ def test_a_full_disk_loses_no_checkpoint(half: TrainedStage, tmp_path: Path):
         command_prefix=["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"],
     )
     assert stage.checkpoints == [BEFORE, NEWEST], output[-3000:]
-    assert stage.ended.startswith("DiskFull: a checkpoint needs ")
-    needed = int(stage.ended.split(" needs ")[1].split(" bytes")[0])
-    assert needed == pytest.approx(size, rel=0.02)
-    assert f"free space in {stage.folder}/stages/main/weights/" in stage.ended
+    # Training goes on while the files of a checkpoint are written: metrics.jsonl may be the first that finds no space.
+    if not stage.ended.startswith("DiskFull: a file of the stage needs more free space"):
+        assert stage.ended.startswith("DiskFull: a checkpoint needs ")
+        needed = int(stage.ended.split(" needs ")[1].split(" bytes")[0])
+        assert needed == pytest.approx(size, rel=0.02)
+    assert f"free space in {stage.folder}/stages/main/weights" in stage.ended
     assert "bytes (0.00 GiB) are free" in stage.ended
 
 

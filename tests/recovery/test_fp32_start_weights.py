@@ -45,7 +45,10 @@ def source(tmp_path_factory: pytest.TempPathFactory, offload_ops: None) -> Train
 @pytest.fixture(scope="module")
 def started(source: TrainedStage) -> dict[tuple[str, str], TrainedStage]:
     """Return every layout, started from the stage and from its export, and saved before the first step."""
-    starts = {"checkpoint": source.folder / "stages/main/checkpoint.json", "pretrained": source.folder / "export"}
+    starts = {
+        "checkpoint": source.folder / "stages/main/checkpoint.json",
+        "pretrained": source.folder / "export/latest",
+    }
     stages = {}
     for kind in SOURCES:
         for name, keys in LAYOUTS.items():

@@ -8,7 +8,9 @@ OUT  results/<run>/evaluation/<stage>/<model>/<task>.json   (model: trained or s
 rule evaluate:
     input:
         LOCK,
-        lambda wildcards: evaluation_inputs(PLAN, job_kinds()["evaluate"].job_id(wildcards)),
+        lambda wildcards: evaluation_inputs(
+            PLAN, job_kinds()["evaluate"].job_id(wildcards)
+        ),
     output:
         "results/{run}/evaluation/{stage}/{model}/{task}.json",
     log:

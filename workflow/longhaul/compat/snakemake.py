@@ -153,6 +153,8 @@ def replace_terminal_log(handle: Callable[[logging.LogRecord], None]) -> bool:
         replacement.addFilter(rule)
     logger.removeHandler(usual)
     logger.addHandler(replacement)
+    # On a full disk logging would print a traceback for every line of the log file. The end of the run names the disk.
+    logging.raiseExceptions = False
     return True
 
 
