@@ -65,6 +65,23 @@ def test_a_failed_write_is_kept_and_the_rest_is_counted(
     assert file.error and file.error.errno == errno.ENOSPC
 
 
+def test_failed_file_gives_its_space_back_before_it_is_closed(
+    threads: WriterThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Training goes on until all ranks know of the failure, and writes metrics.jsonl on the same disk."""
+    file = HashedFile(tmp_path / "file", threads, lambda _view: True)
+    file.write(bytes(5000))
+    assert (tmp_path / "file").stat().st_size == 5000
+
+    def fail(_handle: int, _view: memoryview, _offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    file.write(bytes(500))
+    assert (tmp_path / "file").stat().st_size == 0
+    file.close()
+
+
 def test_a_short_write_is_continued(threads: WriterThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usual = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, view, offset: usual(handle, view[:100], offset))

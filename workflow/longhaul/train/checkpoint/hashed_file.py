@@ -103,7 +103,14 @@ class HashedFile:
         self._hasher.shutdown()
         self._unless_failed(lambda: os.fsync(self._handle))
         if self._handle >= 0:
+            self._free_space_if_failed()
             os.close(self._handle)
+
+    def _free_space_if_failed(self) -> None:
+        """Give back the space of a file that nobody can use: training goes on, and metrics.jsonl needs some."""
+        if self.error and self._handle >= 0:
+            with suppress(OSError):
+                os.ftruncate(self._handle, 0)
 
     def _unless_failed(self, action: Callable[..., None], *arguments: object) -> None:
         """Run the action unless an earlier one failed or the threads are stopped; keep its error."""
@@ -112,6 +119,7 @@ class HashedFile:
                 action(*arguments)
             except OSError as error:
                 self.error = error
+                self._free_space_if_failed()
 
     def manifest_entry(self) -> dict[str, object]:
         """Return the closed file's entry in a manifest."""
