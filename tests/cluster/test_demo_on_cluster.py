@@ -40,16 +40,22 @@ class StatusWatcher(threading.Thread):
         super().__init__(daemon=True)
         self._chain, self._is_over = chain, threading.Event()
         self._found: list[dict[str, Any]] = []
+        self._failures: list[AssertionError] = []
 
     def run(self) -> None:
         while not self._is_over.wait(STATUS_EVERY_S):
-            if (self._chain.results / "plan.json").exists():
-                self._found.append(self._ask())
+            if self._found or (self._chain.results / "plan.json").exists():
+                try:
+                    self._found.append(self._ask())
+                except AssertionError as failure:
+                    self._failures.append(failure)
 
     def finish(self) -> list[dict[str, Any]]:
         """Return all answers, and that after the end of the run."""
         self._is_over.set()
         self.join(60)
+        if self._failures:
+            raise self._failures[0]
         return [*self._found, self._ask()]
 
     def _ask(self) -> dict[str, Any]:

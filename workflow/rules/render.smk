@@ -17,9 +17,10 @@ localrules:
 rule render:
     input:
         LOCK,
+    # Updated in place: the main process has written the plan, and longhaul status reads it at any moment.
     output:
-        plan="results/{run}/plan.json",
-        config="results/{run}/config.yaml",
+        plan=update("results/{run}/plan.json"),
+        config=update("results/{run}/config.yaml"),
     log:
         "results/{run}/logs/render.log",
     params:
