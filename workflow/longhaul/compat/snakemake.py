@@ -153,8 +153,10 @@ def replace_terminal_log(handle: Callable[[logging.LogRecord], None]) -> bool:
         replacement.addFilter(rule)
     logger.removeHandler(usual)
     logger.addHandler(replacement)
-    # On a full disk logging would print a traceback for every line of the log file. The end of the run names the disk.
-    logging.raiseExceptions = False
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            # A full disk would print a traceback for every line of the log file. The end of the run names the disk.
+            handler.handleError = lambda record: None
     return True
 
 
