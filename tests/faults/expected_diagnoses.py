@@ -1,4 +1,4 @@
-"""What `longhaul doctor` must say about each fault of the matrix: a pattern of its first finding."""
+"""Expected answers of `longhaul doctor` to each fault of the matrix: a pattern of its first finding."""
 
 from __future__ import annotations
 

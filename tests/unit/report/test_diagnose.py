@@ -129,7 +129,7 @@ def attempt_of(run: RunFolder, number: int, *lines: str) -> Path:
 
 
 def test_cause_of_an_earlier_attempt_is_in_its_own_log(tmp_path: Path) -> None:
-    """What the other ranks said is left out, as the cause is known. The last attempt of a finished job is fine."""
+    """Messages of other ranks are left out, as the cause is known. The last attempt of a finished job is fine."""
     run = RunFolder(tmp_path)
     run.main_process()
     run.state(TRAIN, "done")

@@ -68,7 +68,7 @@ def test_plan_of_another_release_is_refused_with_a_remedy(tmp_path: Path) -> Non
 @pytest.mark.parametrize("record", ["state", "failure"])
 @pytest.mark.parametrize("how", ["half-written", "another release"])
 def test_record_that_cannot_be_read_is_named(tmp_path: Path, record: str, how: str) -> None:
-    """It is not taken for a job that has not started."""
+    """It differs from a job that has not started."""
     run = RunFolder(tmp_path)
     run.state(TRAIN, "running")
     Failure("permanent", "out of memory", "").write(run.paths.job(TRAIN).failure)

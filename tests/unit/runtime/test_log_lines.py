@@ -1,4 +1,4 @@
-"""What jobs print has the time at the start of each line, and no escape codes."""
+"""Lines that jobs print begin with the time and have no escape codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the nodes have against the site file: each difference is named with the key to correct."""
+"""Nodes are compared with the site file: each difference is named with the key to correct."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_large_values_are_as_frequent_as_they_should_be():
 
 
 def test_the_first_values_never_change():
-    """A change would give every stage that starts anew other weights."""
+    """A change would give every new stage other initial weights."""
     values = normal("0/model.embed_tokens.weight", torch.Size([4]), 0.02, CPU)
     assert values.tolist() == pytest.approx(GOLDEN, abs=0)
 

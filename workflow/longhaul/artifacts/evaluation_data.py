@@ -1,4 +1,4 @@
-"""How a dataset that an evaluation task asks for is named in the lock, so that fetch and the job find the same one."""
+"""Names a dataset that an evaluation task asks for in the lock, so that fetch and the job find the same one."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _LISTED_DIFFERENCES = 6
 
 @dataclass(frozen=True)
 class StageChange:
-    """What the next run does with one stage.
+    """The next run's action on one stage.
 
     action:    TRAINS (for the first time), CONTINUES, AGAIN, KEPT, or UNREADABLE: a record is damaged or of another release
     reasons:   why the present weights do not fit the config, or which record cannot be read

@@ -40,7 +40,7 @@ NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
 )
 _OTHER_RELEASE = (
     "another release of longhaul wrote it, or its writer was stopped: read the run with that release, or run the same "
-    "command again, which writes it anew"
+    "command again, which writes the file again"
 )
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""

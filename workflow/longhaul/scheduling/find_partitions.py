@@ -10,7 +10,7 @@ from longhaul.config.partition_config import JobPlace
 from longhaul.errors import UserError
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 
-_DEBUG_MINUTES = 120  # a GPU partition with a shorter limit is taken for tests
+_DEBUG_MINUTES = 120  # a GPU partition with a shorter limit counts as one for tests
 _FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
 
 
@@ -49,7 +49,7 @@ class FoundPartition:
 
 @dataclass(frozen=True)
 class FoundCluster:
-    """What a site file is written from.
+    """Facts about a cluster from which a site file is written.
 
     settings:     slurmctld's configuration, as `scontrol show config` prints it
     associations: the user's accounts with their QOS

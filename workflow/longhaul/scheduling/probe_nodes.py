@@ -29,7 +29,7 @@ _WAIT_LONGER = "try again later, or wait longer with --wait-minutes; the job was
 
 @dataclass(frozen=True)
 class FoundNode:
-    """What a probe job found on a node.
+    """Facts about a node that a probe job found.
 
     cpus:       cores of the node that Slurm gave to the job
     gpu_names, gpu_memory_mib: of each GPU that the job may use

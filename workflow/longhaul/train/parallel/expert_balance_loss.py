@@ -28,7 +28,7 @@ from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pas
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""What transformers' routers return: logits [N, E], weights [N, K] and numbers [N, K] of the chosen experts."""
+"""Results of transformers' routers: logits [N, E], weights [N, K] and numbers [N, K] of the chosen experts."""
 
 
 class _AttachLoss(torch.autograd.Function):
