@@ -1,6 +1,7 @@
 """Computes the identity of a stage's weights (all that they depend on), and the name of their folder, a hash of it.
 
-Nothing here imports torch. The trainer and the plan compute both in the same way, so that the plan can say which weights a config uses.
+Nothing here imports torch. The trainer and the plan compute both in the same way, so that the plan can say which weights a
+config uses.
 """
 
 from __future__ import annotations
