@@ -67,7 +67,7 @@ def spec(tmp_path: Path, exported: Path, task: dict[str, Any] | None = None, **c
         "model": "trained",
         "task": "quiz",
         "export": str(exported),
-        "folder": str(exported.with_suffix("")),
+        "pretrained": None,
         "task_files": (str(file),),
         "data_files": (str(data),),
         "task_data": (),
@@ -94,7 +94,7 @@ def log_likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> fl
 def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, exported: Path):
     job = spec(tmp_path, exported)
     run(job)
-    folder = job.folder
+    folder = str(exported.with_suffix(""))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     right = 0
     for row in QUESTIONS:
@@ -107,7 +107,7 @@ def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, 
     assert score["value"] == pytest.approx(accuracy) and score["standard_error"] == pytest.approx(error)
     assert (score["task"], score["metric"], score["filter"]) == ("quiz", "acc", "none")
     assert score["documents"] == len(QUESTIONS) and score["higher_is_better"] is True
-    assert result.settings["chat_template"] is False and result.weights
+    assert result.settings["chat_template"] is False and result.weights and result.path == folder
 
 
 def test_fewer_documents_on_request(tmp_path: Path, exported: Path):
@@ -116,17 +116,24 @@ def test_fewer_documents_on_request(tmp_path: Path, exported: Path):
     assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 3
 
 
+def test_pretrained_model_is_evaluated_without_recorded_hashes(tmp_path: Path, exported: Path):
+    job = spec(tmp_path, exported, export=None, pretrained=str(exported.with_suffix("")), model="start", limit=2)
+    run(job)
+    result = EvaluationResult.read(Path(job.out))
+    assert (result.path, result.weights, result.model) == (job.pretrained, None, "start")
+
+
 def test_altered_export_is_refused(tmp_path: Path, exported: Path):
     export = Export.read(exported)
     other = tmp_path / "other.json"
     files = export.files | {"config.json": "0" * 64}
     Export("base", "c", 1, export.path, "fp32", 1, 1, files, {}, [], {}).write(other)
     with pytest.raises(UserError, match=r"config\.json does not have the SHA-256"):
-        run(spec(tmp_path, other, folder=export.path))
+        run(spec(tmp_path, other))
     assert not (tmp_path / "quiz.json").exists()
     other.unlink()  # the remedy; the export rule writes it again
     export.write(other)
-    run(spec(tmp_path, other, folder=export.path))
+    run(spec(tmp_path, other))
     assert (tmp_path / "quiz.json").exists()
 
 

@@ -31,14 +31,14 @@ def run(job: EvaluateSpec) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
-    weights = _verify_export(job)
+    folder, weights = _verified_model(job)
     with TemporaryDirectory() as cache:
-        results = _evaluate(job, _build_tasks(job, Path(cache)))
+        results = _evaluate(job, folder, _build_tasks(job, Path(cache)))
     EvaluationResult(
         stage=job.stage,
         model=job.model,
         task=job.task,
-        path=job.folder,
+        path=folder,
         weights=weights,
         scores=read_scores(results),
         settings={
@@ -52,7 +52,7 @@ def run(job: EvaluateSpec) -> None:
     ).write(Path(job.out))
 
 
-def _evaluate(job: EvaluateSpec, tasks: list[Any]) -> dict[str, Any]:
+def _evaluate(job: EvaluateSpec, folder: str, tasks: list[Any]) -> dict[str, Any]:
     """Return the results of lm_eval.simple_evaluate."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -61,7 +61,7 @@ def _evaluate(job: EvaluateSpec, tasks: list[Any]) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     create: Any = HFLM  # its arguments are those of a class that a decorator hides
     model = create(
-        pretrained=job.folder,
+        pretrained=folder,
         dtype="auto",
         batch_size=job.batch_size,
         device="cuda" if on_gpu else "cpu",
@@ -86,14 +86,18 @@ def _evaluate(job: EvaluateSpec, tasks: list[Any]) -> dict[str, Any]:
     return dict(results)
 
 
-def _verify_export(job: EvaluateSpec) -> str | None:
-    """Return a hash of the export's recorded hashes after a check of its files; None for a pretrained model, which has none."""
+def _verified_model(job: EvaluateSpec) -> tuple[str, str | None]:
+    """Return the model's folder and a hash of its files' recorded hashes, after a check of the files.
+
+    A pretrained model has no recorded hashes: None. The folder of an export is that of its manifest and not the link to the
+    newest one, which another export may replace while the job waits or runs.
+    """
     if job.export is None:
-        return None
+        return job.pretrained or "", None
     export = Export.read(Path(job.export))
     if problem := next(wrong_files({Path(export.path) / name: sha256 for name, sha256 in export.files.items()}), None):
         raise UserError(f"the export is damaged: {problem}", f"export it again: rm {job.export}, then run again")
-    return content_hash(export.files)
+    return export.path, content_hash(export.files)
 
 
 def _build_tasks(job: EvaluateSpec, cache: Path) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class _Recorder:
         folder = self._folder / content_hash([request, commit])
         if not folder.exists():
             partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
             self._download(path=path, name=name, **(options | {"revision": commit})).save_to_disk(partial)
             partial.rename(folder)
         files = {

@@ -23,8 +23,8 @@ class EvaluateSpec(JobSpec):
     stage: str
     model: str  # trained | start
     task: str
-    export: str | None  # manifest of the export that is evaluated; None: a pretrained model
-    folder: str  # the Hugging Face folder
+    export: str | None  # manifest of the export that is evaluated, which names its folder; None: a pretrained model
+    pretrained: str | None  # folder of the pretrained model; None: an export
     task_files: tuple[str, ...]  # files of the user that define tasks
     data_files: tuple[str, ...]  # local files that these tasks read
     task_data: tuple[TaskData, ...]  # what fetch downloaded for the run's tasks
@@ -43,7 +43,7 @@ class EvaluateSpec(JobSpec):
         return self.data_files
 
     def external_paths(self) -> Iterable[str | None]:
-        return (*self.task_files, *self.data_files, None if self.export else self.folder)
+        return (*self.task_files, *self.data_files, self.pretrained)
 
 
 def _jobs(plan: Plan) -> list[JobId]:
@@ -67,7 +67,7 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
         model=model,
         task=task,
         export=str(plan.paths.export_manifest(exported)) if exported else None,
-        folder=str(plan.paths.export(exported)) if exported else plan.pretrained_folder or "",
+        pretrained=None if exported else plan.pretrained_folder,
         task_files=tuple(str(file.path) for file in files),
         data_files=tuple(str(data) for file in files for data in file.data_files),
         task_data=tuple(plan.lock.tasks if plan.lock else ()),
