@@ -148,7 +148,8 @@ def test_a_job_beyond_a_limit_is_named_with_slurms_reason(chain: ClusterChain):
             command, cwd=folder, env=other.environment(), stdout=stream, stderr=stream, start_new_session=True
         )
     try:
-        wait_for(lambda: "will not start; Slurm's reason: PartitionTimeLimit" in log.read_text(), 60)
+        wait_for(lambda: "will not start; Slurm's reason: " in log.read_text(), 60)
+        assert "will not start; Slurm's reason: PartitionTimeLimit" in log.read_text()
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # nsenter forwards no signal to its child
         process.wait(10)

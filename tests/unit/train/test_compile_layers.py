@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,10 @@ from tests.support import compiled_layers_worker, compiled_zero3_worker
 from tests.support.ranks import launch_worker
 from tests.support.tiny_sizes import tiny_stage
 
+pytestmark = pytest.mark.usefixtures("dynamo")
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PACKED = torch.cat([torch.arange(10), torch.arange(6)]).repeat(2, 1)
-
-
-@pytest.fixture(autouse=True)
-def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Enable Dynamo, and forget graphs of earlier tests."""
-    import torch._dynamo
-
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 def build(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +14,7 @@ from longhaul.train.experts_on_gpus import use_experts_for_gpus
 from longhaul.train.free_gathered_experts import release_expert_weights
 from tests.parity.parity_cases import MODELS
 
-
-@pytest.fixture(autouse=True)
-def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Enable Dynamo, and forget graphs of earlier tests."""
-    import torch._dynamo
-
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def build(name: str) -> Any:
