@@ -13,6 +13,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
+from longhaul.scheduling.snakefile_functions import fetch_key
 from tests.support.small_configs import plan_of
 
 QUIZ: dict[str, Any] = {
@@ -116,3 +117,13 @@ def test_local_task_needs_no_fetch(tmp_path: Path):
     (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "c.jsonl").write_text('{"messages": []}\n')
     assert not planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, **files).needs_fetch
+
+
+def test_another_task_of_the_harness_is_fetched_and_a_local_one_is_not(tmp_path: Path):
+    local = {"tasks": ["quiz"], "files": ["quiz.yaml"]}
+    keys = [
+        fetch_key(planned(tmp_path, {**local, "tasks": ["quiz", *more]})) for more in ([], ["arc_easy"], ["arc_hard"])
+    ]
+    assert len(set(keys)) == 3
+    without = plan_of(tmp_path, {"stages.1.export": "last"})
+    assert keys[0] == fetch_key(without)

@@ -126,6 +126,18 @@ def needs_task_data(loaded: LoadedConfig, stage: Stage) -> bool:
     return bool(set(stage.evaluate.tasks) - local)
 
 
+def tasks_to_fetch(loaded: LoadedConfig) -> list[object]:
+    """Return the tasks whose data fetch downloads, with the keys of those in task files."""
+    stages = [stage for stage in loaded.config.stages if needs_task_data(loaded, stage)]
+    return [
+        [
+            sorted(stage.evaluate.tasks if stage.evaluate else ()),
+            [file.config for file in read_task_files(loaded, stage)],
+        ]
+        for stage in stages
+    ]
+
+
 def evaluated_models(stage: Stage) -> list[EvaluatedModel]:
     """Return which models of a stage are evaluated."""
     if stage.evaluate is None:

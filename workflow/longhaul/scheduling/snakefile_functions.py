@@ -25,6 +25,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
+from longhaul.planning.evaluation_tasks import tasks_to_fetch
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.report.plan_json import plan_json
 from longhaul.report.planned_changes import KEPT, change_lines, stage_changes
@@ -223,6 +224,8 @@ def fetch_key(plan: Plan) -> str:
             fetched,
             config.tokenizer.model_dump(mode="json"),
             config.model.pretrained and config.model.pretrained.model_dump(mode="json"),
+            # Left out where no task is downloaded, so that such runs are not fetched again.
+            *tasks_to_fetch(plan.loaded),
         ]
     )
 
