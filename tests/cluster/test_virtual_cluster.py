@@ -70,5 +70,6 @@ def test_accounting_records_a_finished_job(tmp_path: Path):
     with running_cluster(tmp_path / "accounted", ClusterSize(nodes=1, accounting=True)) as accounted:
         job = accounted.run("sbatch", "--parsable", "--wrap=true", f"--output={tmp_path}/out", cwd=tmp_path).strip()
         state_of_job = ["sacct", "-n", "-X", "-j", job, "-o", "State"]
-        wait_for(lambda: accounted.run(*state_of_job).strip() not in ("", "PENDING", "RUNNING", "REQUEUED"))
+        # A loaded machine can be too slow to start a batch job. Slurm then requeues it, and starts it after 2 min.
+        wait_for(lambda: accounted.run(*state_of_job).strip() not in ("", "PENDING", "RUNNING", "REQUEUED"), 240)
         assert accounted.run(*state_of_job).strip() == "COMPLETED"

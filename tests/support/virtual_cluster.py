@@ -103,6 +103,11 @@ class VirtualCluster(VirtualHosts):
         shown = self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False, timeout_s=10)
         return shown.strip() == str(self.size.nodes)
 
+    def ends_of_logs(self, characters: int = 3000) -> str:
+        """Return the last `characters` of each log of a daemon."""
+        logs = [path for path in sorted(self._log.iterdir()) if path.stat().st_size]
+        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-characters:]}" for path in logs)
+
     # Faults
 
     def restart_slurmctld(self, away_s: float = 3.0) -> None:
