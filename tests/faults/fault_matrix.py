@@ -104,7 +104,7 @@ def scancel(run: FaultedRun) -> None:
 
 def occupy(run: FaultedRun) -> None:
     """Occupy all nodes with another job."""
-    wanted = [f"--nodes={len(run.cluster.node_names)}", "--exclusive", "--output=/dev/null"]
+    wanted = [f"--nodes={len(run.cluster.node_names)}", "--exclusive", "--time=10", "--output=/dev/null"]
     run.slurm("sbatch", "--job-name=occupant", *wanted, "--wrap=sleep 600")
     run.wait_until(lambda: not run.queued_jobs())
 

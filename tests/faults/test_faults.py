@@ -18,6 +18,7 @@ import pytest
 from longhaul.artifacts.quarantine import add_to_quarantine
 from tests.faults import fault_table
 from tests.faults.broken_environments import SMALL
+from tests.faults.doctor_answers import Doctor
 from tests.faults.fault_matrix import CASES, THE_START, FaultCase, shorten_allocation, slow_rank
 from tests.faults.faulted_run import (
     EXPORT,
@@ -169,10 +170,12 @@ def test_results_are_bit_identical_after_a_fault(
     run = FaultedRun(folder / slug(case), config, repaired_cluster, given, case.phase, site)
     prepare(run, case)
     case.before_start(run)
+    doctor = Doctor(run)
     started = time.monotonic()
     run.start()
     inject_at_the_right_time(run, case)
     code = run.finish()
+    doctor.ask()
     if case.fails_with and not case.ends_command:
         assert_waits_for_a_repair(run, case, code)
     if case.last_message:
@@ -183,11 +186,14 @@ def test_results_are_bit_identical_after_a_fault(
         code = run.finish()
     if case.remedy:
         assert_waits_for_a_repair(run, case, code)
+        doctor.ask()
         case.remedy(run)
         run.start()
         code = run.finish()
     assert code == 0, run.output()[-8000:]
-    lost_s = time.monotonic() - started - expected.seconds
+    lost_s = time.monotonic() - started - doctor.seconds - expected.seconds
+    doctor.ask()
+    doctor.assert_named_the_cause(case.name, case.fails_with)
     assert run.product() == expected.product()
     assert case.logs in run.output()
     assert_nothing_is_left(run, case.cuts_off_node)

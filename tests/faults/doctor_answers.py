@@ -1,0 +1,48 @@
+"""Asks `longhaul doctor` about a faulted run on the login node."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.expected_diagnoses import EXPECTED, names_the_cause
+from tests.faults.faulted_run import FaultedRun
+
+
+class Doctor:
+    """Asks `longhaul doctor` on the login node about one run, and keeps the answers."""
+
+    def __init__(self, run: FaultedRun) -> None:
+        self._run = run
+        self.answers: list[str] = []
+        self.seconds = 0.0
+        """Time that the answers took: it does not count as time that the fault has cost."""
+
+    def ask(self) -> None:
+        started = time.monotonic()
+        words = [sys.executable, "-m", "longhaul", "doctor", str(self._run.results)]
+        command = self._run.cluster.command(words, cwd=self._run.folder)
+        environment = self._run.environment()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        self.answers.append(done.stdout)
+        self.seconds += time.monotonic() - started
+        (self._run.folder / f"doctor-{len(self.answers)}.txt").write_text(done.stdout)
+
+    def assert_named_the_cause(self, fault: str, recorded: str = "") -> None:
+        """Assert that the first finding of an answer names the fault, or holds the cause that its job recorded."""
+        causes = self._first_causes()
+        named = any(names_the_cause(fault, cause) for cause in causes)
+        assert named or fault not in EXPECTED, (fault, self.answers)
+        assert any(recorded in answer for answer in self.answers), (recorded, self.answers)
+
+    def _first_causes(self) -> list[str]:
+        """Return the first finding of each answer about the phase's job, and what the first one says of the main process."""
+        folder = Path(self._run.phase)
+        job = f"train-{folder.name}" if folder.parent.name == "stages" else folder.name
+        of_job = [re.findall(rf"^\d+\. {job}: (.*)$", answer, re.MULTILINE)[:1] for answer in self.answers]
+        of_main = [re.findall(r"^\d+\. main process: (.*)$", answer, re.MULTILINE)[:1] for answer in self.answers[:1]]
+        return [cause for found in (*of_job, *of_main) for cause in found]
