@@ -136,24 +136,39 @@ def test_a_wrong_option_of_one_partition_is_refused_by_slurm(chain: ClusterChain
     assert "Slurm refused the job" in cause and reason in cause and f"correct {key}" in remedy, done.stderr
 
 
-def test_a_job_beyond_a_limit_is_named_with_slurms_reason(chain: ClusterChain):
-    """400 minutes are within the site file's limit, and not within the partition's. Slurm accepts the job: it waits for ever."""
-    folder = chain.folder / "limit"
-    config, partitions = {**chain.config, "data_minutes": 400}, changed_site(2, max_minutes=600)
-    other = ClusterChain(folder, config, chain.cluster, partitions=partitions)
-    log = folder / "main.log"
+def expect_a_job_that_cannot_start(run: ClusterChain, target: str, reason: str) -> None:
+    """Start a run whose job is beyond a limit: it prints Slurm's reason. Slurm accepts such a job, and it waits for ever."""
+    log = run.folder / "main.log"
     with log.open("w") as stream:
-        command = other.command("results/tiny/tokenizer.json")
+        command = run.command(target)
         process = subprocess.Popen(
-            command, cwd=folder, env=other.environment(), stdout=stream, stderr=stream, start_new_session=True
+            command, cwd=run.folder, env=run.environment(), stdout=stream, stderr=stream, start_new_session=True
         )
     try:
         wait_for(lambda: "will not start; Slurm's reason: " in log.read_text(), 60)
-        assert "will not start; Slurm's reason: PartitionTimeLimit" in log.read_text()
+        assert f"will not start; Slurm's reason: {reason}" in log.read_text()
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # nsenter forwards no signal to its child
         process.wait(10)
-        chain.cluster.run("scancel", "--user=root")
+        run.cluster.run("scancel", "--user=root")
+
+
+def test_a_job_beyond_a_limit_is_named_with_slurms_reason(chain: ClusterChain):
+    """400 minutes are within the site file's limit, and not within the partition's."""
+    config, partitions = {**chain.config, "data_minutes": 400}, changed_site(2, max_minutes=600)
+    other = ClusterChain(chain.folder / "limit", config, chain.cluster, partitions=partitions)
+    expect_a_job_that_cannot_start(other, "results/tiny/tokenizer.json", "PartitionTimeLimit")
+
+
+def test_a_job_beyond_a_limit_of_the_qos_is_named(chain: ClusterChain):
+    """25 minutes are within the limit of the partition, and not within that of the QOS."""
+    config = {**chain.config, "checks": {**chain.config["checks"], "minutes": 25}}
+    other = ClusterChain(chain.folder / "limit-qos", config, chain.cluster, partitions=PARTITIONS)
+    chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "gpu_debug", "set", "MaxWall=00:20:00")
+    try:
+        expect_a_job_that_cannot_start(other, "results/tiny/environment.json", "QOSMaxWallDurationPerJobLimit")
+    finally:
+        chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "gpu_debug", "set", "MaxWall=-1")
 
 
 def longhaul(chain: ClusterChain, *words: str, path: str = "") -> tuple[int, str]:
@@ -213,3 +228,19 @@ def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: S
     (chain.folder / "wrong.yaml").write_text(wrong)
     code, printed = longhaul(chain, "site", "check", "wrong.yaml", "--probe", path=path)
     assert code == 1 and "set node.gpu_memory_gib to 140.4" in printed, printed
+
+
+def test_a_submit_limit_is_waited_for(chain: ClusterChain):
+    """Slurm's reason is printed at once, and the job is submitted again after a pause."""
+    other = ClusterChain(chain.folder / "submit-limit", chain.config, chain.cluster, partitions=PARTITIONS)
+    chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=0")
+    log = other.folder / "main.log"
+    try:
+        with log.open("w") as stream:
+            command = other.command("results/tiny/tokenizer.json")
+            process = subprocess.Popen(command, cwd=other.folder, env=other.environment(), stdout=stream, stderr=stream)
+        wait_for(lambda: "next try in 15 s" in log.read_text(), 60)
+    finally:
+        chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=-1")
+    assert process.wait(120) == 0, log.read_text()
+    assert "warning: tokenizer: Slurm refused the job: " in log.read_text() and "submit limit" in log.read_text()

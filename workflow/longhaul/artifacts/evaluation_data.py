@@ -1,4 +1,4 @@
-"""Names a dataset that an evaluation task asks for in the lock, so that fetch and the job find the same one."""
+"""Builds the key of an evaluation task's dataset in <run>.lock.json, under which fetch stores it and the job finds it."""
 
 from __future__ import annotations
 

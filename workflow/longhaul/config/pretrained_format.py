@@ -1,4 +1,4 @@
-"""Storage format of pretrained folders: one tensor per expert, FP8 blocks, multi-token prediction layers that are left out.
+"""Describes how Hub folders store a model: one tensor per expert, FP8 blocks, layers for multi-token prediction.
 
 Experts: transformers keeps all experts of a layer in one tensor. A folder on the Hugging Face Hub has one tensor per expert:
     mlp.experts.gate_up_proj [E, 2I, H] -> mlp.experts.<e>.gate_proj.weight [I, H] and mlp.experts.<e>.up_proj.weight [I, H]

@@ -1,4 +1,4 @@
-"""Finds and loads what a user names on the command line: a run config or a site file, and the plan of a run."""
+"""Loads the plan of the run that a user names on the command line: by config, run folder or site file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Checks before a run that 1 MiB can be written to results/, and prints at exit that the disk is full; retry_policy.py decides
-retries.
+"""Checks before a run that results/ has space (writes 1 MiB), and tells the user at exit if the disk is full.
 
 When the disk is full, log files stay empty. So these errors go to the terminal.
 """

@@ -1,4 +1,4 @@
-"""Reads partitions and nodes from `scontrol show`, and chooses a partition for each kind of job of a site file."""
+"""Reads partitions, nodes and gres names (gpu:a100:4) from `scontrol show`, and chooses a partition for each kind of job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short jobs that print what a node of a partition has: GPUs, their driver, cores, memory, network interfaces."""
+"""Short jobs that print what a node of a partition has: GPUs with their memory and driver, cores, host memory, interfaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts the steps of one attempt (srun or local processes, MASTER_PORT), sends them SIGTERM, returns the first failure."""
+"""Starts the steps of one attempt (srun or local processes, MASTER_PORT), stops them by SIGTERM, returns the first failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that the Snakefile calls: load the plan, resources of rules, patches, lease; the start and the end of a run."""
+"""Functions that the Snakefile calls: load the plan, take the run's lease, resources of rules; what happens at start and end."""
 
 from __future__ import annotations
 
