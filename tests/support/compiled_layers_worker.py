@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from longhaul.compat.deepspeed import disable_shm_comm
+from longhaul.compat.deepspeed_ops import disable_shm_comm
 from longhaul.config.stage_config import Parallel
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing

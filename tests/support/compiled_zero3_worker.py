@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longhaul.compat.deepspeed import disable_shm_comm, gather_whole_layers
+from longhaul.compat.deepspeed import gather_whole_layers
+from longhaul.compat.deepspeed_ops import disable_shm_comm
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.batches import MicroBatch
 from longhaul.train.compile_layers import compile_layers

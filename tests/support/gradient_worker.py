@@ -14,7 +14,7 @@ import transformers
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from longhaul.compat.deepspeed import disable_shm_comm
+from longhaul.compat.deepspeed_ops import disable_shm_comm
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.batches import MicroBatch

@@ -13,7 +13,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from longhaul.checkpoint_io.safe_torch_load import load_plain_data
-from longhaul.compat.deepspeed import disable_shm_comm, files_read_with
+from longhaul.compat.deepspeed import files_read_with
+from longhaul.compat.deepspeed_ops import disable_shm_comm
 
 STEPS = 3
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

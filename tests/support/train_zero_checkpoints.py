@@ -246,7 +246,7 @@ def start_deepspeed() -> None:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from longhaul.compat.deepspeed import disable_shm_comm
+    from longhaul.compat.deepspeed_ops import disable_shm_comm
 
     torch.set_num_threads(1)
     disable_shm_comm()

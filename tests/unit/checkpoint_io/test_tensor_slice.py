@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from longhaul.checkpoint_io import LazyTensor, open_safetensors
 from longhaul.checkpoint_io.sliced_checkpoint import AssembledTensor
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
-from longhaul.compat.deepspeed import OwnedRange
+from longhaul.compat.deepspeed_optimizer_states import OwnedRange
 from longhaul.train.checkpoint.resharding import OwnedElements
 
 FLOAT_BYTES = 4

@@ -17,7 +17,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from longhaul.compat.deepspeed import compile_without_debug_information, disable_shm_comm, op_builder
+from longhaul.compat.deepspeed_ops import compile_without_debug_information, disable_shm_comm, op_builder
 from longhaul.compat.torch import extension_build_locks
 
 

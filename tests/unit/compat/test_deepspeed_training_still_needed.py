@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import mixed_precision_linkage, tensor_fragment
 
 from longhaul.compat import deepspeed as compat
+from longhaul.compat import deepspeed_optimizer_states as states
 from longhaul.compat.deepspeed_update import update_in_one_pass
 
 
@@ -129,7 +130,7 @@ def test_cpu_adam_multiplies_powers_of_the_betas_and_restarts_them_with_pow():
     )
     group = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
     adam = SimpleNamespace(ds_opt_adam=op, param_groups=[group], state={"p": {"step": 3}}, opt_id=0, adam_w_mode=True)
-    compat.replay_cpu_adam_steps(SimpleNamespace(optimizer=adam))
+    states.replay_cpu_adam_steps(SimpleNamespace(optimizer=adam))
     assert calls == [("destroy",), ("create",), ("update", 1), ("update", 2), ("update", 3)]
 
 
@@ -137,9 +138,9 @@ def test_the_loss_scaler_has_no_state_dict():
     scaler = DynamicLossScaler(2.0**16, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
     assert not hasattr(scaler, "state_dict")
     engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
-    state = compat.loss_scaler_state(engine)
+    state = states.loss_scaler_state(engine)
     assert state == {"cur_scale": 2.0**16, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
-    compat.restore_loss_scaler(engine, state | {"cur_scale": 8.0})
+    states.restore_loss_scaler(engine, state | {"cur_scale": 8.0})
     assert scaler.cur_scale == 8.0
 
 
@@ -151,14 +152,14 @@ def test_swapped_states_are_tensors_with_a_file_each(tmp_path: Path):
     swapper = SimpleNamespace(swap_params_info={"7": info}, _io_aligned_numel=lambda numel: 16)
     assert "self.swap_params_info" in source_of(OptimizerSwapper) and hasattr(OptimizerSwapper, "_io_aligned_numel")
     assert "value.ds_id = state_name + '-' + parameter.ds_id" in inspect.getsource(OptimizerSwapper._get_state_tensors)
-    moment = compat.zero_moment(swapper, parameter, "exp_avg")
+    moment = states.zero_moment(swapper, parameter, "exp_avg")
     (_, state) = info.tensors
     assert isinstance(state, SwapTensorContext) and state.compute_tensor is moment and info.has_state_tensors
     assert Path(state.swap_path).stat().st_size == 16 * 4 and torch.equal(moment, torch.zeros(10))
     moment.fill_(2.0)
     Path(info.tensors[0].swap_path).write_bytes(torch.arange(16.0).numpy().tobytes())
     optimizer = SimpleNamespace(swap_optimizer=True, optimizer_swapper=swapper)
-    with compat.mapped_optimizer_states(SimpleNamespace(optimizer=optimizer)):
+    with states.mapped_optimizer_states(SimpleNamespace(optimizer=optimizer)):
         assert not optimizer.swap_optimizer
         assert torch.equal(parameter, torch.arange(10.0)) and torch.equal(moment, torch.full((10,), 2.0))
     assert optimizer.swap_optimizer and parameter.numel() == 0

@@ -189,7 +189,7 @@ def lockable_bytes() -> int | None:
 
 def _builder(name: str) -> Any:
     from longhaul.compat.cpuinfo import read_cpu_once_in_this_process
-    from longhaul.compat.deepspeed import compile_without_debug_information, op_builder
+    from longhaul.compat.deepspeed_ops import compile_without_debug_information, op_builder
 
     read_cpu_once_in_this_process()
     compile_without_debug_information()

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from longhaul.compat.cpuinfo import read_cpu_once_in_this_process
-from longhaul.compat.deepspeed import compile_without_debug_information, disable_shm_comm
+from longhaul.compat.deepspeed_ops import compile_without_debug_information, disable_shm_comm
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.compiled_ops import use_ops_folder
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank

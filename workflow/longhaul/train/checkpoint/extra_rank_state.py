@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.checkpoint_io.safe_torch_load import load_plain_data
-from longhaul.compat.deepspeed import Engine, loss_scaler_state, restore_loss_scaler
+from longhaul.compat.deepspeed import Engine
+from longhaul.compat.deepspeed_optimizer_states import loss_scaler_state, restore_loss_scaler
 
 
 def rank_state_file(checkpoint: Path, rank: int) -> Path:

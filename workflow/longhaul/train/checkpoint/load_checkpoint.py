@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.compat.deepspeed import Engine, replay_cpu_adam_steps
+from longhaul.compat.deepspeed import Engine
+from longhaul.compat.deepspeed_optimizer_states import replay_cpu_adam_steps
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import read_manifest

@@ -18,8 +18,8 @@ import torch
 
 from longhaul.checkpoint_io import LazyTensor, OptimizerState, open_master_weights, open_optimizer_state
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
-from longhaul.compat.deepspeed import (
-    Engine,
+from longhaul.compat.deepspeed import Engine
+from longhaul.compat.deepspeed_optimizer_states import (
     OwnedRange,
     clear_adam_state,
     mapped_optimizer_states,

@@ -18,7 +18,8 @@ from typing import Any
 
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.shared_file_system import refresh_listing
-from longhaul.compat.deepspeed import Engine, mapped_optimizer_states, save_without_recovery_script
+from longhaul.compat.deepspeed import Engine, save_without_recovery_script
+from longhaul.compat.deepspeed_optimizer_states import mapped_optimizer_states
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, fsync, partial_folder, publish, step_folder

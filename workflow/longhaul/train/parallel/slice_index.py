@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.checkpoint_io.sliced_checkpoint import BUFFERS_FILE, SLICE_INDEX
-from longhaul.compat.deepspeed import Engine, files_read_with, update_weights_from_masters
+from longhaul.compat.deepspeed import Engine, files_read_with
+from longhaul.compat.deepspeed_optimizer_states import update_weights_from_masters
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import buffer_slices, hugging_face_name
