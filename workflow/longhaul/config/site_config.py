@@ -19,6 +19,7 @@ from longhaul.config.field_types import (
     SlurmWord,
 )
 from longhaul.config.partition_config import JobPlace, NodeShape, Partition
+from longhaul.config.serving_config import Serving
 from longhaul.config.slurm_options import RESERVED_SRUN_OPTIONS, check_options
 from longhaul.config.software_config import Accelerator, AcceleratorOrCpu, Software
 
@@ -126,6 +127,7 @@ class Site(FrozenModel):
         description="File quota of the run folder. The plan compares its file counts with it; null: no limit.",
     )
     software: Software = Field(default=Software(), description="The job environment.")
+    serving: Serving = Field(default=Serving(), description="The inference engine that serves exports.")
     accelerator: AcceleratorOrCpu = Field(
         default=Accelerator(),
         description="Build of torch: `cpu`, or a section with the version of CUDA or ROCm. The environment check verifies it.",

@@ -1,0 +1,47 @@
+"""Creates and reads the file with a server's API key, which its owner alone can read.
+
+The file is YAML with one key, `api-key: <key>`, because SGLang takes its key only from such a file or from its command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+from longhaul.errors import UserError
+
+_LINE = re.compile(r"api-key: ([A-Za-z0-9_-]{16,256})\n")
+
+
+def create_key_file(path: Path) -> str:
+    """Write a new random key of 256 bits to a file that must not exist, and return the key. The name ends in .yaml."""
+    key = secrets.token_hex(32)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as stream:
+        stream.write(f"api-key: {key}\n")
+    return key
+
+
+def read_key_file(path: Path) -> str:
+    """Return the key in a file.
+
+    Raises:
+        UserError: the file is missing, others may read it, or it holds something else.
+    """
+    try:
+        mode, text = path.stat().st_mode, path.read_text()
+    except OSError as error:
+        raise UserError(
+            f"the API key in {path} cannot be read: {error.strerror}", f"delete {path}, and try again"
+        ) from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"others may read the API key in {path}: its mode is {mode & 0o777:o}", f"chmod 600 {path}")
+    if found := _LINE.fullmatch(text):
+        return found[1]
+    raise UserError(
+        f"{path} does not hold one line `api-key: KEY` with a key of 16 to 256 letters, digits, _ and -",
+        f"delete {path}; a new key is created",
+    )

@@ -1,0 +1,167 @@
+"""Says how each inference engine is started: the words of its command, its environment, and what it can do.
+
+| engine       | API key                          | log probabilities | started as                                |
+| transformers | none: it must listen on loopback | no                | python -m transformers.cli.transformers   |
+| vllm         | variable VLLM_API_KEY            | yes               | python -m vllm.entrypoints.cli.main serve |
+| sglang       | in a file, option --config       | yes               | python -m sglang.launch_server            |
+
+Read from transformers 5.23, vLLM 0.32 and SGLang 0.5.23. No engine gets a key on its command line, which every user of a
+node can read.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from longhaul.config.serving_config import EngineName, Serving
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a kind of engine can do.
+
+    accepts_key:             it refuses requests without the API key
+    gives_log_probabilities: /v1/completions takes token ids, and returns log probabilities of the prompt and of the answer
+    spreads_models:          it spreads a model over several GPUs and nodes as ServerShape says
+    """
+
+    accepts_key: bool
+    gives_log_probabilities: bool
+    spreads_models: bool
+
+
+ENGINES: dict[EngineName, Engine] = {
+    "transformers": Engine(accepts_key=False, gives_log_probabilities=False, spreads_models=False),
+    "vllm": Engine(accepts_key=True, gives_log_probabilities=True, spreads_models=True),
+    "sglang": Engine(accepts_key=True, gives_log_probabilities=True, spreads_models=True),
+}
+
+
+@dataclass(frozen=True)
+class ServerShape:
+    """How a server is spread over GPUs, and how much it must hold.
+
+    tensor:         GPUs over which each layer is spread
+    pipeline:       groups of layers, each on GPUs of its own
+    expert:         the experts of a layer are divided among its GPUs instead of being spread over them
+    context_tokens: most tokens of a prompt and its answer; None: as many as the model has positions
+    concurrency:    most requests that are answered at the same time; None: as the engine chooses
+    """
+
+    nodes: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    expert: bool = False
+    context_tokens: int | None = None
+    concurrency: int | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server of a model.
+
+    model:      the exported Hugging Face folder, as an absolute path
+    name:       what requests call the model, where the engine lets it be chosen
+    host, port: where it listens; several nodes: on the first of them
+    key_file:   the file of api_key.py; None for an engine without keys
+    """
+
+    serving: Serving
+    model: Path
+    name: str
+    host: str
+    port: int
+    shape: ServerShape = ServerShape()
+    key_file: Path | None = None
+
+    @property
+    def engine(self) -> Engine:
+        return ENGINES[self.serving.engine]
+
+    @property
+    def url(self) -> str:
+        """The address for clients, without /v1."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def health_url(self) -> str:
+        """An address that answers 200 when the model is loaded; no engine asks for a key there."""
+        return f"{self.url}/health"
+
+    @property
+    def requested_model(self) -> str:
+        """The value of `model` in requests. `transformers serve` accepts only the folder that it was started with."""
+        return str(self.model) if self.serving.engine == "transformers" else self.name
+
+    def command(self, node_rank: int = 0, leader: tuple[str, int] | None = None) -> tuple[str, ...]:
+        """Return the words that start the server's part on one of its nodes, without the API key.
+
+        leader: address of the first node, and a port there at which the other nodes meet it; None: the server has one node
+        """
+        python = self.serving.python or (sys.executable,)
+        address = ("--host", self.host, "--port", str(self.port))
+        if self.serving.engine == "transformers":
+            words = ("transformers.cli.transformers", "serve", str(self.model))
+        elif self.serving.engine == "vllm":
+            words = (*self._vllm(), *(_vllm_node(self.shape, node_rank, leader) if leader else ()))
+        else:
+            words = (*self._sglang(), *(_sglang_node(self.shape, node_rank, leader) if leader else ()))
+        return (*python, "-m", *words, *address, *self.serving.options)
+
+    def environment(self, key: str | None) -> dict[str, str]:
+        """Return the variables that the engine needs in addition to those of the job.
+
+        key: the API key; None for an engine without keys
+        """
+        variables = dict(self.serving.environment)
+        if self.serving.engine == "vllm":
+            # vLLM sends usage statistics to a public address, unless told not to.
+            variables |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+            variables |= {"VLLM_API_KEY": key} if key else {}
+            # Without it, the processes of vLLM meet at the address of the default route, which may be public.
+            variables |= {"VLLM_HOST_IP": self.host} if self.shape.nodes == 1 else {}
+        return variables
+
+    def _vllm(self) -> list[str]:
+        shape = self.shape
+        return [
+            *("vllm.entrypoints.cli.main", "serve", str(self.model), "--served-model-name", self.name),
+            *("--tensor-parallel-size", str(shape.tensor), "--pipeline-parallel-size", str(shape.pipeline)),
+            *(["--enable-expert-parallel"] if shape.expert else []),
+            *_option("--max-model-len", shape.context_tokens),
+            *_option("--max-num-seqs", shape.concurrency),
+            "--disable-uvicorn-access-log",
+        ]
+
+    def _sglang(self) -> list[str]:
+        shape = self.shape
+        return [
+            *("sglang.launch_server", "--model-path", str(self.model), "--served-model-name", self.name),
+            *("--tp-size", str(shape.tensor), "--pp-size", str(shape.pipeline)),
+            *_option("--ep-size", shape.tensor if shape.expert else None),
+            *_option("--context-length", shape.context_tokens),
+            *_option("--max-running-requests", shape.concurrency),
+            # At level info, SGLang logs all its settings, the API key among them.
+            *("--log-level", "warning"),
+            *_option("--config", self.key_file),
+        ]
+
+
+def _option(name: str, value: object | None) -> tuple[str, ...]:
+    return () if value is None else (name, str(value))
+
+
+def _vllm_node(shape: ServerShape, node_rank: int, leader: tuple[str, int]) -> list[str]:
+    """Return the options of vLLM's own start over several nodes; only the first one answers requests."""
+    host, port = leader
+    place = ["--nnodes", str(shape.nodes), "--node-rank", str(node_rank)]
+    return [*place, "--master-addr", host, "--master-port", str(port), *(["--headless"] if node_rank else [])]
+
+
+def _sglang_node(shape: ServerShape, node_rank: int, leader: tuple[str, int]) -> list[str]:
+    host, port = leader
+    return ["--nnodes", str(shape.nodes), "--node-rank", str(node_rank), "--dist-init-addr", f"{host}:{port}"]
