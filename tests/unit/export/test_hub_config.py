@@ -18,10 +18,11 @@ from transformers import AutoConfig
 
 from longhaul.checkpoint_io import LazyTensor
 from longhaul.config.architectures import Model
+from longhaul.config.hub_tensors import untied_where_servers_do_not_tie
 from longhaul.config.rotary_embedding import rotary_numbers
 from longhaul.export.exported_tensors import ExportedTensor, list_exported_tensors
 from longhaul.export.fp8_tensors import with_fp8_matrices
-from longhaul.export.hub_config import untied_where_servers_do_not_tie, with_official_keys, write_hub_config
+from longhaul.export.hub_config import with_official_keys, write_hub_config
 from longhaul.export.model_without_memory import meta_model
 from longhaul.export.pretrained_settings import SPECIAL_TOKENS
 from longhaul.export.safetensors_writer import SAFETENSORS_NAMES

@@ -6,6 +6,7 @@ tests/unit/config/test_hub_tensors.py compares them with the models of transform
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,22 +19,47 @@ _LISTED_KEYS = 5
 # Folders of older transformers releases hold these buffers. As transformers does, longhaul computes them from config.json.
 _DERIVED = ".rotary_emb.inv_freq"
 
+FP8_BLOCK = 128
+"""Rows and columns of the blocks of an FP8 export; each block has one factor."""
+_FP8_MATRIX = re.compile(r"model\.layers\.\d+\..*_proj(_with_mqa)?\.weight")
+UNTIED_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"})
+"""Families whose official repositories never tie head and embedding, so that servers ignore tie_word_embeddings.
+
+vLLM 0.32 ignores it for DeepSeek, SGLang 0.5.23 for Qwen3-MoE. Without a head in the files, vLLM answers with noise.
+"""
+
 Tensor = tuple[str, tuple[int, ...]]
+
+
+def untied_where_servers_do_not_tie(config: HuggingFaceConfig) -> HuggingFaceConfig:
+    """Return the config of the exported network: `config`, but with a head of its own in UNTIED_FAMILIES."""
+    return config | ({"tie_word_embeddings": False} if config["model_type"] in UNTIED_FAMILIES else {})
+
+
+def is_fp8_matrix(name: str) -> bool:
+    """Return whether an FP8 export stores this tensor in FP8: all matrices of the decoder layers except routers."""
+    return _FP8_MATRIX.fullmatch(name) is not None
 
 
 def hub_tensors(c: HuggingFaceConfig) -> Iterator[Tensor]:
     """Yield (name, shape) of every tensor; the head of a model with tied embeddings is left out."""
+    yield from outer_tensors(c)
+    for layer, is_sparse in enumerate(sparse_layers(c)):
+        for name, shape in layer_tensors(c, is_sparse):
+            yield f"model.layers.{layer}.{name}", shape
+
+
+def outer_tensors(c: HuggingFaceConfig) -> Iterator[Tensor]:
+    """Yield (name, shape) of the tensors outside of the decoder layers."""
     hidden, vocabulary = c["hidden_size"], c["vocab_size"]
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     yield "model.norm.weight", (hidden,)
     if not c.get("tie_word_embeddings"):
         yield "lm_head.weight", (vocabulary, hidden)
-    for layer, is_sparse in enumerate(sparse_layers(c)):
-        for name, shape in _layer(c, is_sparse):
-            yield f"model.layers.{layer}.{name}", shape
 
 
-def _layer(c: HuggingFaceConfig, is_sparse: bool) -> Iterator[Tensor]:
+def layer_tensors(c: HuggingFaceConfig, is_sparse: bool) -> Iterator[Tensor]:
+    """Yield (name, shape) of the tensors of one decoder layer; names begin behind `model.layers.<layer>.`"""
     yield "input_layernorm.weight", (c["hidden_size"],)
     yield "post_attention_layernorm.weight", (c["hidden_size"],)
     attention = _latent_attention(c) if has_latent_attention(c) else _grouped_attention(c)

@@ -24,12 +24,13 @@ from longhaul.artifacts.atomic_files import (
 from longhaul.artifacts.paths import latest_export
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_master_weights
+from longhaul.config.hub_tensors import untied_where_servers_do_not_tie
 from longhaul.errors import InputError
 from longhaul.export.exported_tensors import DTYPES, ExportedTensor, list_exported_tensors
 from longhaul.export.fp8_tensors import DTYPE as FP8
 from longhaul.export.fp8_tensors import with_fp8_matrices
 from longhaul.export.generate_samples import SamplePrompts, generate_samples
-from longhaul.export.hub_config import untied_where_servers_do_not_tie, write_hub_config
+from longhaul.export.hub_config import write_hub_config
 from longhaul.export.model_card import model_card, provenance
 from longhaul.export.model_without_memory import meta_model
 from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint

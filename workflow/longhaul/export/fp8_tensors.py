@@ -9,7 +9,6 @@ Embedding, head, norms, biases and routers are not stored in FP8.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,15 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from longhaul.config.field_types import HuggingFaceConfig
+from longhaul.config.hub_tensors import FP8_BLOCK as BLOCK
+from longhaul.config.hub_tensors import is_fp8_matrix
 from longhaul.export.exported_tensors import ExportedTensor
 
-BLOCK = 128
 FACTORS = "_scale_inv"
 DTYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(DTYPE).max
 # Half a step between neighbouring values: 3 bits behind the leading one; 2^-9 is the smallest value.
 _RELATIVE_ERROR, _ABSOLUTE_ERROR = 2.0**-4, 2.0**-10
-_MATRIX = re.compile(r"model\.layers\.\d+\..*_proj(_with_mqa)?\.weight")
 _SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 
 
@@ -104,7 +103,7 @@ class Fp8Factors(ExportedTensor):
 def with_fp8_matrices(tensors: Iterable[ExportedTensor]) -> Iterator[ExportedTensor]:
     """Yield the tensors with every matrix of the decoder layers in FP8, followed by its factors."""
     for tensor in tensors:
-        if not _MATRIX.fullmatch(tensor.name):
+        if not is_fp8_matrix(tensor.name):
             yield tensor
             continue
         matrix = Fp8Matrix(tensor.name, tensor.shape, DTYPE, tensor.model_name, tensor.master, tensor.start)

@@ -13,17 +13,13 @@ import torch
 from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.config.architectures import FIXED_ROUTING
 from longhaul.config.field_types import HuggingFaceConfig
+from longhaul.config.hub_tensors import untied_where_servers_do_not_tie
 from longhaul.config.rotary_embedding import rope_parameters
 from longhaul.export.fp8_tensors import DTYPE as FP8
 from longhaul.export.fp8_tensors import quantization_config
 from longhaul.export.model_without_memory import hugging_face_config
 from longhaul.export.pretrained_settings import special_token_ids, with_unknown_keys
 
-UNTIED_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"})
-"""Families whose official repositories never tie head and embedding, so that servers ignore tie_word_embeddings.
-
-vLLM 0.32 ignores it for DeepSeek, SGLang 0.5.23 for Qwen3-MoE. Without a head in the files, vLLM answers with noise.
-"""
 _DEEPSEEK = {"ep_size": 1, "moe_layer_freq": 1}
 # Values that describe every network of a family that transformers builds.
 _CONSTANTS: dict[str, HuggingFaceConfig] = {
@@ -32,11 +28,6 @@ _CONSTANTS: dict[str, HuggingFaceConfig] = {
     "deepseek_v3": _DEEPSEEK | FIXED_ROUTING["deepseek_v3"] | {"num_nextn_predict_layers": 0},
 }
 _LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3")
-
-
-def untied_where_servers_do_not_tie(config: HuggingFaceConfig) -> HuggingFaceConfig:
-    """Return the config of the exported network: `config`, but with a head of its own in UNTIED_FAMILIES."""
-    return config | ({"tie_word_embeddings": False} if config["model_type"] in UNTIED_FAMILIES else {})
 
 
 def write_hub_config(
