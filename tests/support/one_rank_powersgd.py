@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longhaul.config.stage_config import PowerSgd
+from longhaul.config.communication_config import PowerSgd
 from longhaul.train.powersgd import PowerSgdReducer, _in_buckets, _matrices, install_powersgd
 from tests.support.small_configs import plan_of
 

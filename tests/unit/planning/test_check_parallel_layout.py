@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from longhaul.config.stage_config import Communication, Parallel, PowerSgd, Zero
+from longhaul.config.communication_config import Communication, PowerSgd
+from longhaul.config.stage_config import Parallel, Zero
 from longhaul.errors import UserError
 from longhaul.planning.check_parallel_layout import (
     check_model,

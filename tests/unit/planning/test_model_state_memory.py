@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from longhaul.config.communication_config import Communication, PowerSgd
 from longhaul.config.model_size import model_size
-from longhaul.config.stage_config import Communication, Parallel, PowerSgd, Zero
+from longhaul.config.stage_config import Parallel, Zero
 from longhaul.planning.constants_shared_with_trainer import swap_param_buffer_elements
 from longhaul.planning.model_state_memory import (
     ModelStates,

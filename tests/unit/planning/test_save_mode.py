@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import pytest
 
+from longhaul.config.communication_config import Communication, PowerSgd
 from longhaul.config.partition_config import NodeShape, Partition
 from longhaul.config.site_config import Site
 from longhaul.config.software_config import Accelerator
-from longhaul.config.stage_config import Communication, Parallel, PowerSgd, Stage, Zero
+from longhaul.config.stage_config import Parallel, Stage, Zero
 from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
 from longhaul.planning.model_state_memory import snapshot_bytes
 from longhaul.planning.save_mode import PROCESS_BYTES, node_memory_needed, synchronous_save_reason

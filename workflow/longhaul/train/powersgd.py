@@ -15,7 +15,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from longhaul.compat.deepspeed import Engine, average_gradients_with, gradient_attribute
-from longhaul.config.stage_config import PowerSgd
+from longhaul.config.communication_config import PowerSgd
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning.constants_shared_with_trainer import POWERSGD_BUCKET_ELEMENTS
 
