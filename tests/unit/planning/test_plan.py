@@ -247,6 +247,7 @@ def test_plan_of_a_stage_holds_exactly_what_its_keys_give(tmp_path: Path):
         exported_checkpoints=("last",),
         spec=result_spec(plan.loaded, base.stage, 10),
         pipeline_bubble=0.0,
+        serving=None,
         warnings=(),
     )
     assert (chat.exported_checkpoints, chat.files_per_checkpoint) == ((), 1 + 1 + 1 + 2)

@@ -24,6 +24,11 @@ def head_dim(c: HuggingFaceConfig) -> int:
     return c.get("head_dim", default) or c["hidden_size"] // c["num_attention_heads"]
 
 
+def key_value_heads(c: HuggingFaceConfig) -> int:
+    """Return the number of key and value heads; with latent attention each query head has its own."""
+    return c["num_attention_heads"] if has_latent_attention(c) else c["num_key_value_heads"]
+
+
 def expert_counts(c: HuggingFaceConfig) -> tuple[int, int]:
     """Return (routed experts, shared experts) of a sparse layer."""
     if has_latent_attention(c):

@@ -23,6 +23,7 @@ from longhaul.config.field_types import (
     require_exactly_one,
 )
 from longhaul.config.schedule_config import Schedule
+from longhaul.config.serve_config import Serve
 
 MOST_PROFILED_STEPS = 20
 
@@ -330,6 +331,11 @@ class Stage(FrozenModel):
     evaluate: Evaluation | None = Field(
         default=None, description="Evaluation of the export with lm-evaluation-harness; null: none."
     )
+    serve: Serve | None = Field(
+        default=None,
+        description="The job of `longhaul serve`; null: its defaults. With this section, `longhaul plan` checks that the served "
+        "model fits.",
+    )
     minutes: Minutes = Field(
         default=60, description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00."
     )
@@ -369,6 +375,7 @@ class Stage(FrozenModel):
     def _check_length(self) -> Stage:
         if self.kind == "pretrain" and self.truncate != "right":
             raise ValueError(f"truncate {self.truncate} has no effect on kind pretrain; remove it")
-        if self.evaluate and self.export == "none":
-            raise ValueError("evaluate needs an exported model; set export to last or best, or remove evaluate")
+        for key in ("evaluate", "serve"):
+            if getattr(self, key) and self.export == "none":
+                raise ValueError(f"{key} needs an exported model; set export to last or best, or remove {key}")
         return require_exactly_one(self, "steps", "tokens", "epochs")

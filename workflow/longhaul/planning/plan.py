@@ -57,6 +57,7 @@ from longhaul.planning.input_files import (
 )
 from longhaul.planning.result_spec import result_spec
 from longhaul.planning.save_mode import synchronous_save_reason
+from longhaul.planning.serving_plan import ServingPlan, plan_serving
 from longhaul.planning.stage_order import sort_stages
 
 
@@ -71,6 +72,7 @@ class StagePlan:
     asynchronous_saves: whether files of a checkpoint are written while training continues
     exported_checkpoints: "last", "best" or none; these checkpoints need reference values
     spec:          the result spec
+    serving:       the plan of the server that `serve` describes; None without that section, and as `sizes`
     """
 
     stage: Stage
@@ -87,6 +89,7 @@ class StagePlan:
     exported_checkpoints: tuple[str, ...]
     spec: dict[str, object]
     pipeline_bubble: float
+    serving: ServingPlan | None
     warnings: tuple[str, ...]
 
     @property
@@ -292,5 +295,6 @@ def _plan_stage(
         exported_checkpoints=exported_checkpoints,
         spec=result_spec(loaded, stage, steps),
         pipeline_bubble=pipeline_bubble(stage.parallel.pipeline, micro_batches),
+        serving=plan_serving(stage, model, loaded.site) if stage.serve and model else None,
         warnings=tuple(warning for warning in warnings if warning),
     )

@@ -16,6 +16,7 @@ from longhaul.planning import Plan
 from longhaul.report.needed_nodes_table import stage_nodes_tables
 from longhaul.report.number_format import estimate, size
 from longhaul.report.plan_json import Row, plan_json
+from longhaul.report.serving_table import serving_table
 
 _LISTED_NAMES = 3
 STAGE_KEYS = (
@@ -59,6 +60,9 @@ def print_plan(plan: Plan) -> None:
         console.print(memory_table(content["stages"]))
     for table in stage_nodes_tables(plan):
         console.print(table)
+    for stage in plan.stages:
+        if stage.serving:
+            console.print(serving_table(stage.name, stage.serving))
     if content["datasets"]:
         console.print(files_table(content["datasets"]))
     if plan.site.scheduler == "slurm":

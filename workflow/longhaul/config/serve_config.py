@@ -1,0 +1,34 @@
+"""Config section `serve` of a stage: nodes, context length and time limit of the job that serves its exported model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from longhaul.config.field_types import FrozenModel, HardwareCount, Minutes
+
+
+class Serve(FrozenModel):
+    """The job that `longhaul serve CONFIG STAGE` starts. It serves the stage's export with an OpenAI-compatible API."""
+
+    nodes: HardwareCount | None = Field(
+        default=None, description="Number of nodes; null: the fewest that hold the weights and the KV cache."
+    )
+    gpus_per_node: HardwareCount | None = Field(
+        default=None,
+        description="GPUs of each node; null: the fewest that suffice on one node, all on several nodes and on exclusive nodes.",
+    )
+    context: Annotated[int, Field(ge=1, le=10**8)] | None = Field(
+        default=None,
+        description="Longest request, in tokens: prompt and answer together; null: the model's max_position_embeddings.",
+    )
+    concurrency: Annotated[int, Field(ge=1, le=10**6)] = Field(
+        default=1,
+        description="Number of requests of this length that the KV cache holds at once. More and shorter requests share it.",
+    )
+    minutes: Minutes = Field(
+        default=60,
+        description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00. Before it ends, the "
+        "server starts again in another allocation.",
+    )
