@@ -26,7 +26,7 @@ ON_TWO_NODES = ServerShape(nodes=2, tensor=8, pipeline=2, expert=True, concurren
 def server(engine: EngineName, shape: ServerShape = ON_ONE_NODE, **keys: object) -> Server:
     serving = Serving.model_validate({"engine": engine, "python": ("/opt/engine/bin/python",), **keys})
     key_file = Path("/private/key.yaml") if ENGINES[engine].accepts_key else None
-    return Server(serving, MODEL, "run-chat", "127.0.0.1", 8123, shape, key_file)
+    return Server(serving, MODEL, "run-chat", "bf16", "127.0.0.1", 8123, shape, key_file)
 
 
 def test_the_words_of_each_engine():
@@ -37,28 +37,49 @@ def test_the_words_of_each_engine():
     assert list(server("vllm", options=("--kv-cache-dtype=fp8",)).command()) == [
         *("/opt/engine/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
         *("--served-model-name", "run-chat", "--tensor-parallel-size", "4", "--pipeline-parallel-size", "1"),
-        *("--max-model-len", "2048", "--disable-uvicorn-access-log", *address, "--kv-cache-dtype=fp8"),
+        *(
+            "--dtype",
+            "bfloat16",
+            "--max-model-len",
+            "2048",
+            "--disable-uvicorn-access-log",
+            *address,
+            "--kv-cache-dtype=fp8",
+        ),
     ]
     assert list(server("sglang").command()) == [
         *("/opt/engine/bin/python", "-m", "sglang.launch_server", "--model-path", str(MODEL)),
-        *("--served-model-name", "run-chat", "--tp-size", "4", "--pp-size", "1", "--context-length", "2048"),
-        *("--log-level", "warning", "--config", "/private/key.yaml", *address),
+        *("--served-model-name", "run-chat", "--tp-size", "4", "--pp-size", "1"),
+        *(
+            "--dtype",
+            "bfloat16",
+            "--context-length",
+            "2048",
+            "--log-level",
+            "warning",
+            "--config",
+            "/private/key.yaml",
+            *address,
+        ),
     ]
 
 
 def test_the_words_on_the_second_of_two_nodes():
     leader = ("node-a", 29000)
     vllm = " ".join(server("vllm", ON_TWO_NODES).command(1, leader))
-    assert "--tensor-parallel-size 8 --pipeline-parallel-size 2 --enable-expert-parallel --max-num-seqs 64" in vllm
+    assert (
+        "--tensor-parallel-size 8 --pipeline-parallel-size 2 --enable-expert-parallel --dtype bfloat16 --max-num-seqs 64"
+        in vllm
+    )
     assert "--nnodes 2 --node-rank 1 --master-addr node-a --master-port 29000 --headless" in vllm
     assert "--headless" not in server("vllm", ON_TWO_NODES).command(0, leader)
     sglang = " ".join(server("sglang", ON_TWO_NODES).command(1, leader))
-    assert "--tp-size 8 --pp-size 2 --ep-size 8 --max-running-requests 64" in sglang
+    assert "--tp-size 8 --pp-size 2 --ep-size 8 --dtype bfloat16 --max-running-requests 64" in sglang
     assert "--nnodes 2 --node-rank 1 --dist-init-addr node-a:29000" in sglang
 
 
 def test_without_a_python_of_its_own_an_engine_starts_in_the_job_environment():
-    assert Server(Serving(), MODEL, "m", "127.0.0.1", 1).command()[:2] == (sys.executable, "-m")
+    assert Server(Serving(), MODEL, "m", "fp32", "127.0.0.1", 1).command()[:2] == (sys.executable, "-m")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

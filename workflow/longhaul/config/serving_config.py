@@ -30,6 +30,7 @@ _RESERVED_OPTIONS = {
     "--context-length",
     "--data-parallel-size",
     "--dist-init-addr",
+    "--dtype",
     "--enable-expert-parallel",
     "--ep-size",
     "--headless",

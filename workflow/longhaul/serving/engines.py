@@ -14,10 +14,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from longhaul.config.serving_config import EngineName, Serving
 
 LOOPBACK = "127.0.0.1"
+# By default, vLLM and SGLang compute with 16 bits even where config.json says fp32. FP8 weights are multiplied as bf16.
+_COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Server:
 
     model:      the exported Hugging Face folder, as an absolute path
     name:       what requests call the model, where the engine lets it be chosen
+    dtype:      the export's precision: fp32, bf16 or fp8
     host, port: where it listens; several nodes: on the first of them
     key_file:   the file of api_key.py; None for an engine without keys
     """
@@ -73,6 +77,7 @@ class Server:
     serving: Serving
     model: Path
     name: str
+    dtype: Literal["fp32", "bf16", "fp8"]
     host: str
     port: int
     shape: ServerShape = ServerShape()
@@ -132,6 +137,7 @@ class Server:
             *("vllm.entrypoints.cli.main", "serve", str(self.model), "--served-model-name", self.name),
             *("--tensor-parallel-size", str(shape.tensor), "--pipeline-parallel-size", str(shape.pipeline)),
             *(["--enable-expert-parallel"] if shape.expert else []),
+            *("--dtype", _COMPUTE[self.dtype]),
             *_option("--max-model-len", shape.context_tokens),
             *_option("--max-num-seqs", shape.concurrency),
             "--disable-uvicorn-access-log",
@@ -143,6 +149,7 @@ class Server:
             *("sglang.launch_server", "--model-path", str(self.model), "--served-model-name", self.name),
             *("--tp-size", str(shape.tensor), "--pp-size", str(shape.pipeline)),
             *_option("--ep-size", shape.tensor if shape.expert else None),
+            *("--dtype", _COMPUTE[self.dtype]),
             *_option("--context-length", shape.context_tokens),
             *_option("--max-running-requests", shape.concurrency),
             # At level info, SGLang logs all its settings, the API key among them.

@@ -1,0 +1,107 @@
+"""Runs a command, and ends all its processes when it ends, or when the process that started this one ends, even by kill -9.
+
+python -m longhaul.serving.guard_processes COMMAND…, with a pipe as standard input whose other end the starting process keeps
+open and never writes to. A server starts workers of its own, which may survive it, and Slurm ends a step's processes only
+when the step ends.
+
+- The end of the starting process closes the pipe; this process then stops the command.
+- Linux gives orphans below this process to it (PR_SET_CHILD_SUBREAPER), so none escapes.
+- If this process is killed, Linux kills the command (PR_SET_PDEATHSIG), and the starting process kills the rest: see
+  server_process.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+STOP_S = 20.0
+"""Time that a command gets to stop after SIGTERM."""
+_POLL_S = 0.1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of all orphans below it."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_descendants(spared: frozenset[int] = frozenset()) -> None:
+    """Kill and reap all processes below this one, apart from `spared` and what is below them."""
+    while found := [child for child in psutil.Process().children() if child.pid not in spared]:
+        for child in found:
+            for process in (child, *_below(child)):
+                _kill(process)
+        # Children of a killed process become children of this one, if it adopted orphans: look again.
+        psutil.wait_procs(found, timeout=5)
+        _reap()
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+def _reap() -> None:
+    """Remove the records of ended children that nothing waits for."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def main(command: list[str]) -> int:
+    """Run the command; return its exit code, or 128 and the number of the signal that ended it."""
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stopped.append(received))
+    adopt_orphans()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509  # this process has one thread
+    )
+    try:
+        while process.poll() is None:
+            parent_ended = bool(select.select([sys.stdin], [], [], _POLL_S)[0])
+            if stopped or parent_ended:
+                _stop(process)
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    finally:
+        kill_descendants()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the command to stop, and kill it after STOP_S."""
+    process.terminate()
+    end = time.monotonic() + STOP_S
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    process.kill()
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Starts an engine's server, waits until it answers, and leaves no process of it: neither after an error nor after kill -9."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2
+import psutil
+
+from longhaul.errors import UserError
+from longhaul.serving.engines import Server
+from longhaul.serving.guard_processes import STOP_S, adopt_orphans, kill_descendants
+
+_POLL_S = 0.25
+_KILL_MARGIN_S = 10.0
+
+
+@contextmanager
+def running_server(server: Server, key: str | None, start_timeout_s: float) -> Iterator[psutil.Process]:
+    """Start a server, yield its guardian process when the server answers, and stop all its processes at the end.
+
+    It prints where this process prints.
+
+    Raises:
+        UserError: the server ends before it answers, or does not answer within the time limit.
+    """
+    adopt_orphans()
+    before = frozenset(child.pid for child in psutil.Process().children())
+    guardian = subprocess.Popen(
+        [sys.executable, "-m", "longhaul.serving.guard_processes", *server.command()],
+        stdin=subprocess.PIPE,
+        env={**os.environ, **server.environment(key)},
+    )
+    try:
+        _wait_until_healthy(server, guardian, start_timeout_s)
+        yield psutil.Process(guardian.pid)
+    finally:
+        _stop(guardian)
+        kill_descendants(spared=before)
+
+
+def _wait_until_healthy(server: Server, guardian: subprocess.Popen[bytes], timeout_s: float) -> None:
+    engine = server.serving.engine
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if (code := guardian.poll()) is not None:
+            raise UserError(
+                f"the server of {engine} ended with code {code} before it answered at {server.url}",
+                f"what it printed is above; try it alone: {' '.join(server.command())}",
+            )
+        if _is_healthy(server):
+            return
+        time.sleep(_POLL_S)
+    raise UserError(
+        f"the server of {engine} did not answer at {server.health_url} within {timeout_s:g} s",
+        "what it printed is above; increase serve_check.start_timeout_s if it was still loading",
+    )
+
+
+def _is_healthy(server: Server) -> bool:
+    try:
+        # A proxy of the centre does not know this address.
+        return httpx2.get(server.health_url, timeout=5, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def _stop(guardian: subprocess.Popen[bytes]) -> None:
+    """Close the pipe to the guardian, which then stops the server; kill the guardian if it does not end."""
+    if guardian.stdin:
+        guardian.stdin.close()
+    try:
+        guardian.wait(STOP_S + _KILL_MARGIN_S)
+    except subprocess.TimeoutExpired:
+        guardian.kill()
+        guardian.wait()
+
+
+def free_port(host: str) -> int:
+    """Return a port of an address of this machine that nothing uses now."""
+    with socket.socket() as found:
+        found.bind((host, 0))
+        return found.getsockname()[1]
