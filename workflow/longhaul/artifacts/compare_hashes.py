@@ -1,5 +1,5 @@
 """Compares files with the SHA-256 in their manifest, for verified_inputs.py (training) and other jobs; reads a verified
-tokenizer.
+tokenizer or export.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, Export, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.errors import UserError
 
@@ -43,6 +43,20 @@ def read_tokenizer(path: Path) -> TokenizerManifest:
     if problem := next(wrong_files(tokenizer_files(manifest)), None):
         raise UserError(f"tokenizer: {problem}", f"restore the file, or make the tokenizer again: rm {path}")
     return manifest
+
+
+def read_export(path: Path) -> Export:
+    """Read an export's manifest, and verify the files of its folder.
+
+    The folder is that of the manifest, and not the link to the newest export, which another one may replace meanwhile.
+
+    Raises:
+        UserError: the manifest is invalid, or a file is missing or was altered.
+    """
+    export = Export.read(path)
+    if problem := next(wrong_files({Path(export.path) / name: sha256 for name, sha256 in export.files.items()}), None):
+        raise UserError(f"the export is damaged: {problem}", f"export it again: rm {path}, then run again")
+    return export
 
 
 def tokenizer_files(manifest: TokenizerManifest) -> dict[Path, str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, Score
+from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
 from longhaul.artifacts.atomic_files import content_hash
-from longhaul.artifacts.compare_hashes import wrong_files
+from longhaul.artifacts.compare_hashes import read_export
 from longhaul.compat.lm_eval import build_tasks
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.errors import UserError
@@ -89,14 +89,11 @@ def _evaluate(job: EvaluateSpec, folder: str, tasks: list[Any]) -> dict[str, Any
 def _verified_model(job: EvaluateSpec) -> tuple[str, str | None]:
     """Return the model's folder and a hash of its files' recorded hashes, after a check of the files.
 
-    A pretrained model has no recorded hashes: None. The folder of an export is that of its manifest and not the link to the
-    newest one, which another export may replace while the job waits or runs.
+    A pretrained model has no recorded hashes: None.
     """
     if job.export is None:
         return job.pretrained or "", None
-    export = Export.read(Path(job.export))
-    if problem := next(wrong_files({Path(export.path) / name: sha256 for name, sha256 in export.files.items()}), None):
-        raise UserError(f"the export is damaged: {problem}", f"export it again: rm {job.export}, then run again")
+    export = read_export(Path(job.export))
     return export.path, content_hash(export.files)
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx2
@@ -30,22 +30,41 @@ def running_server(server: Server, key: str | None, start_timeout_s: float) -> I
     Raises:
         UserError: the server ends before it answers, or does not answer within the time limit.
     """
+    with guarded_process(server.command(), server.environment(key)) as guardian:
+        wait_until_healthy(server, guardian, start_timeout_s)
+        yield psutil.Process(guardian.pid)
+
+
+@contextmanager
+def guarded_process(
+    command: Sequence[str], environment: dict[str, str], stop_s: float = STOP_S
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command below a guardian process, yield the guardian, and stop all processes of the command at the end.
+
+    environment: variables in addition to those of this process
+    stop_s:      time that the command gets to stop after SIGTERM
+    """
     adopt_orphans()
     before = frozenset(child.pid for child in psutil.Process().children())
     guardian = subprocess.Popen(
-        [sys.executable, "-m", "longhaul.serving.guard_processes", *server.command()],
+        [sys.executable, "-m", "longhaul.serving.guard_processes", str(stop_s), *command],
         stdin=subprocess.PIPE,
-        env={**os.environ, **server.environment(key)},
+        env={**os.environ, **environment},
+        start_new_session=True,
     )
     try:
-        _wait_until_healthy(server, guardian, start_timeout_s)
-        yield psutil.Process(guardian.pid)
+        yield guardian
     finally:
-        _stop(guardian)
+        _stop(guardian, stop_s)
         kill_descendants(spared=before)
 
 
-def _wait_until_healthy(server: Server, guardian: subprocess.Popen[bytes], timeout_s: float) -> None:
+def wait_until_healthy(server: Server, guardian: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Return when the server answers.
+
+    Raises:
+        UserError: it ends before, or does not answer within the time limit.
+    """
     engine = server.serving.engine
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -59,7 +78,7 @@ def _wait_until_healthy(server: Server, guardian: subprocess.Popen[bytes], timeo
         time.sleep(_POLL_S)
     raise UserError(
         f"the server of {engine} did not answer at {server.health_url} within {timeout_s:g} s",
-        "what it printed is above; increase serve_check.start_timeout_s if it was still loading",
+        "what it printed is above; increase start_timeout_s if it was still loading",
     )
 
 
@@ -71,12 +90,12 @@ def _is_healthy(server: Server) -> bool:
         return False
 
 
-def _stop(guardian: subprocess.Popen[bytes]) -> None:
+def _stop(guardian: subprocess.Popen[bytes], stop_s: float) -> None:
     """Close the pipe to the guardian, which then stops the server; kill the guardian if it does not end."""
     if guardian.stdin:
         guardian.stdin.close()
     try:
-        guardian.wait(STOP_S + _KILL_MARGIN_S)
+        guardian.wait(stop_s + _KILL_MARGIN_S)
     except subprocess.TimeoutExpired:
         guardian.kill()
         guardian.wait()
