@@ -15,6 +15,9 @@ from tests.unit.test_remedies import REMEDIES
 
 FOLLOWED_ELSEWHERE = {
     "move it away: longhaul makes a link": "unit/artifacts/test_atomic_files.py::test_link_replaces_a_link_and_nothing_else",
+    "delete it: the other ranks' records may say enough": (
+        "unit/report/test_stalled_collectives.py::test_altered_record_is_refused_and_named"
+    ),
     "export it again: rm ": "unit/evaluation/test_evaluate_model.py::test_altered_export_is_refused",
     "download it again: rm -r ": "unit/evaluation/test_evaluate_model.py::test_data_of_the_hub_come_from_what_fetch_stored",
     "restore the file, or pin the newest revisions: longhaul fetch": (

@@ -17,7 +17,7 @@ import typer
 
 from longhaul import __version__
 from longhaul.errors import UserError
-from longhaul.scheduling import site_verbs
+from longhaul.scheduling import fabric_verbs, site_verbs
 
 if TYPE_CHECKING:
     from longhaul.planning import Plan
@@ -32,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look into token shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(site_verbs.app, name="site")
+app.add_typer(fabric_verbs.app, name="fabric")
 
 RunArgument = Annotated[
     Path | None,

@@ -13,9 +13,13 @@ export HF_DATASETS_OFFLINE='1'
 export TRANSFORMERS_OFFLINE='1'
 export TOKENIZERS_PARALLELISM='false'
 export OMP_NUM_THREADS='38'
-export PYTORCH_ALLOC_CONF='expandable_segments:True'
+export LONGHAUL_INTERCONNECT='ethernet'
 export NCCL_IB_HCA='=mlx5_0:1,mlx5_1:1'
 export QUOTES='it'"'"'s "quoted" $(touch /tmp/pwned) `id`; #SBATCH --nodes=99'
+[[ -v PYTORCH_ALLOC_CONF ]] || export PYTORCH_ALLOC_CONF='expandable_segments:True'
+[[ -v TORCH_FR_BUFFER_SIZE ]] || export TORCH_FR_BUFFER_SIZE='2000'
+[[ -v TORCH_NCCL_DUMP_ON_TIMEOUT ]] || export TORCH_NCCL_DUMP_ON_TIMEOUT='1'
+[[ -v TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC ]] || export TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC='60000'
 
 # The supervisor checks the allocation, runs the steps of launch.json, restarts them, and requeues the job.
 exec /opt/venv/bin/python -m longhaul job supervise /scratch/my-run/results/container/stages/main/launch.json

@@ -116,11 +116,14 @@ def test_logs_of_the_last_attempts_stay(plan: Plan) -> None:
     logs = plan.paths.attempt_logs(JobId("train", ("base",)))
     for attempt in range(1, KEPT_ATTEMPTS + 3):
         write_text(logs.log(attempt), "text")
+        write_text(Path(f"{logs.collective_record_prefix(logs.log(attempt))}12"), "record")
     for name in ("train/gone/attempt-0001.log", "train/gone.log", "train/base.log", "controller.log", "mine/x.log"):
         write_text(plan.paths.logs / name, "text")
     old = [
         "train/base/attempt-0001.log",
+        "train/base/attempt-0001-collectives-rank-12",
         "train/base/attempt-0002.log",
+        "train/base/attempt-0002-collectives-rank-12",
         "train/gone/attempt-0001.log",
         "train/gone.log",
     ]

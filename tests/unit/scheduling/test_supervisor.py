@@ -66,6 +66,16 @@ def test_each_attempt_has_a_log_of_its_own(tmp_path: Path, capfd: pytest.Capture
     assert (logs[0].parent / "attempt-0004.log").read_text() == "fourth\n"
 
 
+def test_flight_recorder_writes_beside_the_log_of_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shows = "print(__import__('os').environ['TORCH_FR_DUMP_TEMP_FILE'])"
+    supervise(write_job(tmp_path, shows))
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/tmp/mine-")
+    supervise(write_job(tmp_path, shows))
+    logs = RunPaths("small", tmp_path / "results").attempt_logs(JobId("train", ("base",)))
+    assert logs.log(1).read_text() == f"{logs.path}/attempt-0001-collectives-rank-\n"
+    assert logs.log(2).read_text() == "/tmp/mine-\n"
+
+
 def test_job_runs_without_a_log_where_none_can_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "results/small").mkdir(parents=True)
     (tmp_path / "results/small/logs").write_text("a file")

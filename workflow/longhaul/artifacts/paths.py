@@ -234,6 +234,18 @@ class AttemptLogs:
         return self._number(logs[-1]) + 1 if (logs := self.logs()) else 1
 
     @staticmethod
+    def collective_record_prefix(log: Path) -> str:
+        """Beginning of the names of the files in which each rank's last collectives are written; the rank follows."""
+        return f"{log.with_suffix('')}-collectives-rank-"
+
+    @staticmethod
+    def collective_records(log: Path) -> dict[int, Path]:
+        """Return rank -> the file of its last collectives, in the order of the ranks, for those that exist."""
+        prefix = AttemptLogs.collective_record_prefix(log)
+        ranks = (path.name.removeprefix(Path(prefix).name) for path in log.parent.glob(f"{Path(prefix).name}*"))
+        return {rank: Path(f"{prefix}{rank}") for rank in sorted(int(rank) for rank in ranks if rank.isdecimal())}
+
+    @staticmethod
     def _number(log: Path) -> int:
         number = log.stem.removeprefix("attempt-")
         return int(number) if number.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""Writes launch.sh, launch.json, job.sbatch and controller.sbatch: srun command and binding, modules, environment variables."""
+"""Writes launch.sh, launch.json, job.sbatch and controller.sbatch: srun command and binding, modules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from longhaul.config.shipped_files import PACKAGE, data_root, is_installed
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.jobs.container import container_command
+from longhaul.jobs.environment_variables import job_variables
 from longhaul.jobs.job_kind import JobKind, PlannedStep, job_kinds, jobs_of
 from longhaul.jobs.job_spec import LaunchSpec, LaunchStep
 from longhaul.jobs.templates import template
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
-from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
 
 # MIOpen keeps databases in the home folder by default. Its locks fail there when jobs of several nodes use them:
 # https://docs.lumi-supercomputer.eu/software/packages/pytorch/
@@ -188,11 +188,14 @@ def _launch_script(plan: Plan, request: SlurmRequest, title: str, folder: JobFol
     The supervisor runs in the Python that runs Snakemake, outside of any container.
     """
     site = plan.site
+    variables = job_variables(site, request)
     return template("sbatch/launch.sh.j2").render(
         title=title,
         workdir=_safe_path(workdir),
         module_commands=_module_commands(site),
-        environment={"PYTHONPATH": str(_code_folder(workdir)), **_environment(site, request)},
+        code=_code_folder(workdir),
+        variables=[variable for variable in variables if not variable.unless_set],
+        default_variables=[variable for variable in variables if variable.unless_set],
         job_folders=_JOB_FOLDERS if site.accelerator.rocm else (),
         path_prefix=[f"{site.software.path}/bin"] if site.software.kind in ("venv", "conda") else [],
         python=sys.executable,
@@ -205,23 +208,6 @@ def _module_commands(site: Site) -> list[list[str]]:
     purge = [["module", "purge"]] if software.module_purge else []
     used = [["module", "use", folder] for folder in software.module_use]
     return [*purge, *used, *(["module", "load", module] for module in software.modules)]
-
-
-def _environment(site: Site, request: SlurmRequest) -> dict[str, str]:
-    variables = {
-        **OFFLINE_ENVIRONMENT,
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(request.cpus_per_task),
-    }
-    if site.node.gpus and site.accelerator.cuda:
-        # The allocator keeps no holes that are too small for the next pass. torch's own trainers set this, too:
-        # https://github.com/pytorch/torchtitan/blob/main/run_train.sh
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if not site.node.gpus:
-        variables["DS_ACCELERATOR"] = "cpu"
-    if interface := site.interconnect.socket_interface:
-        variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-    return variables | site.environment
 
 
 def _sbatch_script(request: SlurmRequest, title: str, folder: JobFolder, log: Path) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from longhaul.artifacts.job_state import State
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
-from longhaul.errors import printable
+from longhaul.errors import UserError, printable
 from longhaul.report.past_attempts import past_faults
 from longhaul.report.run_status import (
     DONE,
@@ -25,6 +26,7 @@ from longhaul.report.run_status import (
     RunStatus,
 )
 from longhaul.report.search_logs import Finding, search_log
+from longhaul.report.stalled_collectives import stalled_collectives
 
 _SEARCHED_ATTEMPTS = 5
 _WAITS = {
@@ -76,6 +78,17 @@ def _present_problems(job: JobStatus, logs: _JobLogs) -> Iterator[Finding]:
     searched = [*logs.of_rule, *logs.attempts[-1:]] if goes_on else [*logs.of_rule, *logs.attempts, *logs.of_sbatch]
     for path in searched:
         yield from search_log(job.name, path)
+    if logs.attempts:
+        yield from stalled_collectives(job.name, logs.attempts[-1], _nodes(job))
+
+
+def _nodes(job: JobStatus) -> list[str]:
+    """Return the nodes of a job's newest allocation, in the order of its ranks."""
+    path = JobFolder(Path(job.folder)).state
+    try:
+        return State.read(path).nodes if path.exists() else []
+    except UserError:
+        return []  # the status names the damaged file
 
 
 def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
@@ -85,6 +98,7 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
     found = [finding for path in [*logs.attempts[:-1], *logs.of_sbatch] for finding in search_log(job.name, path)]
     if job.state == DONE:
         found += [finding for path in logs.attempts[-1:] for finding in search_log(job.name, path) if finding.continues]
+    found += [finding for path in logs.attempts[:-1] for finding in stalled_collectives(job.name, path, [])]
     history = JobFolder(Path(job.folder)).history
     return past_faults(job.name, history, read_events(history), found)
 

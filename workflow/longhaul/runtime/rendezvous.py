@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import Rank, export_rank
 from longhaul.runtime.rank_placement import gpu_index
+from longhaul.runtime.rdma_variables import set_rdma_variables
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -67,6 +68,7 @@ def process_group(
     export_rank(rank)
     if backend == "nccl":
         os.environ["LOCAL_RANK"] = str(gpu_index(rank))  # DeepSpeed takes it for the GPU
+        _tell_nccl_about_adapters(rank)
     store = _meet(rank, rendezvous_timeout_s)
     device = torch.device("cuda", gpu_index(rank)) if backend == "nccl" else None
     if device:
@@ -89,6 +91,14 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _tell_nccl_about_adapters(rank: Rank) -> None:
+    from torch.cuda import nccl
+
+    lines = set_rdma_variables(nccl.version()[:3])
+    for line in lines if rank.local_rank == 0 else ():
+        print(f"{rank.host}: {line}", flush=True)
 
 
 def _meet(rank: Rank, timeout_s: float) -> TCPStore:

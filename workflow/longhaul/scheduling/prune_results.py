@@ -164,9 +164,13 @@ def _old_logs(plan: Plan) -> Iterator[OldResult]:
             continue
         attempts = AttemptLogs(path.parent).logs()
         if path not in attempts or path.parent.with_suffix(".log") not in known:
-            yield OldResult("log", path, path.stat().st_size, "the config has no such job")
+            reason = "the config has no such job"
         elif path not in attempts[-KEPT_ATTEMPTS:]:
-            yield OldResult("log", path, path.stat().st_size, f"older than the last {KEPT_ATTEMPTS} attempts")
+            reason = f"older than the last {KEPT_ATTEMPTS} attempts"
+        else:
+            continue
+        for file in (path, *AttemptLogs.collective_records(path).values()):
+            yield OldResult("log", file, file.stat().st_size, reason)
 
 
 # Removal

@@ -21,6 +21,7 @@ from longhaul.artifacts.job_state import (
     this_host,
 )
 from longhaul.artifacts.paths import AttemptLogs
+from longhaul.jobs.environment_variables import COLLECTIVE_RECORDS
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.master_address import master_address
@@ -80,7 +81,7 @@ class StepRunner:
     def _run_command(self, command: list[str], log: BinaryIO | None) -> int:
         with subprocess.Popen(
             command,
-            env=self._environment(),
+            env=self._environment(log),
             start_new_session=not self._job.slurm,
             stdout=log,
             stderr=subprocess.STDOUT if log else None,
@@ -92,19 +93,22 @@ class StepRunner:
         self._process = None
         return code
 
-    def _environment(self) -> dict[str, str]:
-        """Return the step's environment with the address of the ranks' rendezvous.
+    def _environment(self, log: BinaryIO | None) -> dict[str, str]:
+        """Return the step's environment with the address of the ranks' rendezvous and the files of the flight recorder.
 
         Each step gets another port, because a process of the last attempt may still listen on the last one.
         """
+        variables = dict(os.environ)
+        if log:
+            variables.setdefault(COLLECTIVE_RECORDS, AttemptLogs.collective_record_prefix(Path(log.name)))
         if not self._job.slurm:
-            return dict(os.environ)
+            return variables
         self._started_steps += 1
         job_id, nodes = int(self._allocation.job_id or 0), self._allocation.nodes
         port = _FIRST_PORT + (job_id * 16 + self._allocation_number * 4 + self._started_steps) % _PORTS
         address = master_address(nodes[0], self._job.master_suffix, self._job.master_interface)
         print(f"job {job_id}: {len(nodes)} nodes, rendezvous {address}:{port}", flush=True)
-        return {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        return {**variables, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def _new_log(logs: AttemptLogs) -> BinaryIO | None:
