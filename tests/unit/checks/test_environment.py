@@ -18,13 +18,14 @@ import pytest
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
-from longhaul.checks.node_facts import compiler, node_facts, rdma_ports, torch_build, write_error
+from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
 from longhaul.config.software_config import Accelerator
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
+from tests.support.node_hardware import hardware, port
 
 
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:
@@ -60,7 +61,7 @@ def nodes() -> list[dict[str, Any]]:
     node = {
         "versions": versions,
         "memory_bytes": 512 * 2**30,
-        "rdma_ports": ["InfiniBand"] * 4 + ["Ethernet"],
+        "hardware": hardware(ports=[*map(port, range(4)), port(4, link_layer="Ethernet")]),
         "gpus": [gpu] * 8,
         "disk_free_bytes": 50 * 10**9,
         "shared_memory_bytes": 2**33,
@@ -100,11 +101,11 @@ BAD: dict[str, tuple[Change, str]] = {
         "n2: the node has 99 MiB of memory, the site file says node.memory_mb: 100",
     ),
     "no InfiniBand": (
-        lambda node: node.update(rdma_ports=["Ethernet"]),
+        lambda node: node.update(hardware=hardware(ports=[port(0, link_layer="Ethernet")])),
         "n2: no active InfiniBand port in /sys/class/infiniband, the site file says interconnect.kind: infiniband",
     ),
     "a port that is down": (
-        lambda node: node["rdma_ports"].remove("InfiniBand"),
+        lambda node: node["hardware"].ports.pop(0),
         "number of active InfiniBand ports is not the same on all nodes: 4 on n1; 3 on n2",
     ),
     "a full disk": (
@@ -208,24 +209,13 @@ def test_unknown_disk_space_is_no_problem(tmp_path: Path):
 
 def test_ports_matter_only_between_nodes_and_for_rdma(tmp_path: Path):
     found = nodes()
-    found[1]["rdma_ports"] = []
+    found[1]["hardware"] = hardware(ports=[port(0, state="DOWN")])
     for kind in ("roce", "infiniband"):
         assert node_problems(found, job(tmp_path, build="cuda 13.0", interconnect=kind))
         assert node_problems(found[1:], job(tmp_path, build="cuda 13.0", interconnect=kind)) == [], (
             "a single node uses no port"
         )
     assert node_problems(found, job(tmp_path, build="cuda 13.0", interconnect="ethernet")) == []
-
-
-def test_active_ports_are_read_from_the_kernel(tmp_path: Path):
-    for device, state, layer in (("mlx5_0", "4: ACTIVE", "InfiniBand"), ("mlx5_1", "1: DOWN", "InfiniBand"),
-                                 ("mlx5_2", "4: ACTIVE", "Ethernet")):  # fmt: skip
-        port = tmp_path / device / "ports" / "1"
-        port.mkdir(parents=True)
-        (port / "state").write_text(f"{state}\n")
-        (port / "link_layer").write_text(f"{layer}\n")
-    assert rdma_ports(tmp_path) == ["InfiniBand", "Ethernet"]
-    assert rdma_ports(tmp_path / "none") == []
 
 
 def test_node_facts_describe_this_machine(tmp_path: Path):

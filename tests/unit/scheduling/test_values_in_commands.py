@@ -160,6 +160,7 @@ def test_no_other_module_starts_processes():
     }
     assert found == {
         "scheduling/start_snakemake.py",  # longhaul run: the user's own words
+        "checks/kernel_log.py",  # journalctl: fixed words
         "checks/node_facts.py",  # nvidia-smi, the compiler: fixed words
         "export/model_card.py",  # git describe of the package's folder
         "scheduling/slurm_client.py",  # WAYS

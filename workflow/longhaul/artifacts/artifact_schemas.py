@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.atomic_files import DELETE_HINT, read_json, write_json
+from longhaul.artifacts.check_rows import CheckRow
 from longhaul.artifacts.typed_json import Sha256, parse_json
 from longhaul.errors import UserError
 
@@ -345,6 +346,7 @@ class EnvironmentReport(CheckReport):
 
     nodes: list[CheckedNode]
     warnings: list[str]
+    checks: list[CheckRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

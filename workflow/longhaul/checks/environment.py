@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
+from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
+from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.config.shipped_files import data_root
@@ -44,8 +46,12 @@ def run(job: EnvironmentSpec) -> None:
         facts |= {"clock_skew_s": _clock_skew_s(rank), "sees_run_folder": _sees_run_folder(rank, Path(job.folder))}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        report = EnvironmentReport(node_problems(nodes, job), nodes, node_warnings(nodes, tested_versions()))
+        rows = hardware_rows(nodes, job)
+        problems = node_problems(nodes, job) + problem_lines(rows)
+        warnings = node_warnings(nodes, tested_versions()) + warning_lines(rows)
+        report = EnvironmentReport(problems, nodes, warnings, rows)
         _print_nodes(report)
+        print_checks(rows)
         report.write_or_raise(
             Path(job.out), "the nodes are not ready for training", "correct these problems, or exclude the nodes"
         )

@@ -1,5 +1,5 @@
-"""Collects facts about one node: versions, GPUs, RDMA ports, memory, disk, compiler, compiled ops; node_problems.py evaluates
-them.
+"""Collects facts about one node: versions, GPUs, hardware, memory, disk, compiler, compiled ops; node_problems.py and
+hardware_checks.py judge them.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import mmap
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import time
@@ -21,6 +20,10 @@ from typing import Any
 import psutil
 
 from longhaul.artifacts.atomic_files import free_bytes
+from longhaul.checks.gpu_facts import read_gpus, with_processes_of
+from longhaul.checks.hardware_facts import read_hardware
+from longhaul.checks.process_limits import lockable_bytes
+from longhaul.checks.sysfs_files import read_text
 from longhaul.config.software_config import build_name
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
@@ -37,6 +40,9 @@ def node_facts(host: str, folder: Path, measures_gpus: bool = False) -> dict[str
     folder:        on the file system that will hold the checkpoints
     measures_gpus: measure the matrix products of each GPU, too, which takes a second per GPU
     """
+    idle = read_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
+    found = gpus(measures_gpus)
+    at_work = read_gpus([gpu["uuid"] for gpu in found], is_loaded=measures_gpus)
     return {
         "host": host,
         "kernel": platform.release(),
@@ -46,8 +52,8 @@ def node_facts(host: str, folder: Path, measures_gpus: bool = False) -> dict[str
         "disk_free_bytes": _free_bytes(folder),
         "write_error": write_error(folder),
         "compiler": compiler(),
-        "gpus": gpus(measures_gpus),
-        "rdma_ports": rdma_ports(),
+        "gpus": found,
+        "hardware": read_hardware(with_processes_of(idle, at_work)),
         "versions": versions(),
     }
 
@@ -76,32 +82,21 @@ def torch_build(cuda: str | None, hip: str | None) -> str:
 
 
 def gpus(measures: bool = False) -> list[dict[str, Any]]:
-    """Return name and memory of every GPU that this job may use; with `measures`, its rate of matrix products, too."""
+    """Return name, UUID and memory of every GPU that this job may use; with `measures`, its rate of matrix products, too."""
     import torch
 
     if not torch.cuda.is_available():
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    facts: list[dict[str, Any]] = [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+    facts: list[dict[str, Any]] = [
+        {"name": gpu.name, "uuid": str(gpu.uuid), "memory_bytes": gpu.total_memory} for gpu in found
+    ]
     if measures:
         from longhaul.checks.matrix_products import matrix_tflops
 
         for index, gpu in enumerate(facts):
             gpu["matrix_tflops"] = round(matrix_tflops(torch.device("cuda", index)), 1)
     return facts
-
-
-def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """Return the link layer of every active RDMA port as the kernel states it: "InfiniBand", or "Ethernet" for RoCE."""
-    ports = sorted(devices.glob("*/ports/*"))
-    return [_read_text(port / "link_layer") for port in ports if _read_text(port / "state").endswith("ACTIVE")]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def compiler() -> str | None:
@@ -180,13 +175,6 @@ def _unbuffered_write_error(folder: Path) -> str | None:
     return None
 
 
-def lockable_bytes() -> int | None:
-    """Return the memory in bytes that a process may lock; None without a limit. CAP_IPC_LOCK (bit 14) removes the limit."""
-    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY or int(status["CapEff"], 16) >> 14 & 1 else soft
-
-
 def _builder(name: str) -> Any:
     from longhaul.compat.cpuinfo import read_cpu_once_in_this_process
     from longhaul.compat.deepspeed_ops import compile_without_debug_information, op_builder
@@ -205,7 +193,7 @@ def _version(package: str) -> str | None:
 
 def _driver(amd: Path = Path("/sys/module/amdgpu/version")) -> str | None:
     if amd.exists():
-        return _read_text(amd)
+        return read_text(amd)
     tool = shutil.which("nvidia-smi")
     return _first_output_line([tool, "--query-gpu=driver_version", "--format=csv,noheader"]) if tool else None
 

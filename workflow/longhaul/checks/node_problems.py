@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longhaul.checks.hardware_checks import LINK_LAYERS
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
@@ -15,8 +16,6 @@ MIN_SHARED_MEMORY_BYTES = 256 * 2**20
 """NCCL and gloo pass buffers between the ranks of a node through /dev/shm."""
 MEMORY_TOLERANCE = 0.03
 """Firmware and kernel reserve slightly different amounts on nodes of one kind. A lost memory module is a larger difference."""
-LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
-"""interconnect.kind in the site file -> link layer of the nodes' ports (node_facts.rdma_ports)."""
 _OP_REQUIREMENTS = {
     "async_io": "; it needs libaio with its headers (libaio-dev), and the CUDA toolkit on a node with GPUs"
 }
@@ -173,7 +172,10 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     layer = LINK_LAYERS.get(job.interconnect)
     if layer is None or len(nodes) == 1:
         return []
-    counts = {node["host"]: node["rdma_ports"].count(layer) for node in nodes}
+    counts = {
+        node["host"]: sum(port.is_active and port.link_layer == layer for port in node["hardware"].ports)
+        for node in nodes
+    }
     missing = [
         f"{host}: no active {layer} port in /sys/class/infiniband, the site file says interconnect.kind: {job.interconnect}"
         for host, count in counts.items()

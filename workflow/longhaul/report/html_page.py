@@ -22,6 +22,7 @@ from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
 from longhaul.report.acceptance import AcceptanceRow, acceptance_rows
 from longhaul.report.evaluation_table import evaluation_rows
+from longhaul.report.node_check_table import node_check_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
 from longhaul.report.run_status import StageStatus
 from longhaul.report.status_text import sum_of_estimates
@@ -64,6 +65,7 @@ def render_page(results: RunResults) -> str:
         stages=[_stage_rows(stage, _status_of(stage, results)) for stage in results.stages],
         exports=[_export_rows(export) for export in results.exports],
         evaluations=evaluation_rows(results.evaluations),
+        node_checks=node_check_rows(results.environment.checks if results.environment else []),
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
         fabric=_fabric_figure(results),
         # The page contains the whole library, so that it works without internet.

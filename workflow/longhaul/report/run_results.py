@@ -19,6 +19,7 @@ from longhaul.artifacts.artifact_schemas import (
     Export,
     FabricReport,
     TokenizerManifest,
+    failed_path,
 )
 from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.line_records import read_records
@@ -128,7 +129,8 @@ def read_run(folder: Path) -> RunResults:
         plan=plan,
         config=read_bytes(paths.config).decode(errors="replace") if paths.config.exists() else "",
         status=status,
-        environment=_read_if_made(EnvironmentReport, paths.environment),
+        environment=_read_if_made(EnvironmentReport, paths.environment)
+        or _read_if_made(EnvironmentReport, failed_path(paths.environment)),
         fabric=_read_if_made(FabricReport, paths.fabric),
         tokenizer=_read_if_made(TokenizerManifest, paths.tokenizer),
         data=list(data.values()),

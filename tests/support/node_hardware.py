@@ -1,0 +1,59 @@
+"""Facts of healthy nodes: 8 GPUs and 4 InfiniBand ports, or AMD GPUs, as tests change them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts
+from longhaul.checks.gpu_facts import GpuFacts, GpuReading
+from longhaul.checks.hardware_facts import HardwareFacts
+from longhaul.checks.infiniband_ports import PortFacts
+from longhaul.checks.kernel_log import KernelLog
+from longhaul.checks.pcie_links import PcieLink
+from longhaul.checks.process_limits import ProcessLimits
+
+
+def gpu(index: int, **changes: Any) -> GpuFacts:
+    """Return an H100 that has just been at work."""
+    facts: dict[str, Any] = {
+        "index": index, "name": "NVIDIA H100 80GB HBM3", "uuid": f"GPU-{index}",
+        "pci_address": f"00000000:{0x1B + 0x10 * index:02X}:00.0", "is_loaded": True, "ecc_enabled": True,
+        "ecc_uncorrected": 0, "ecc_corrected": 0, "ecc_uncorrected_ever": 0, "remapping_pending": False,
+        "remapping_failed": False, "slowdowns": [], "sm_clock_mhz": 1980, "sm_clock_max_mhz": 1980, "power_limit_w": 700.0,
+        "power_limit_default_w": 700.0, "persistence": True, "mig": False, "processes": [], "nvlinks": 18,
+        "nvlinks_down": [], "nvlink_errors": {}, "pcie_generation": 5, "pcie_generation_max": 5, "pcie_width": 16,
+        "pcie_width_max": 16,
+    }  # fmt: skip
+    return GpuFacts(**{**facts, **changes})
+
+
+def port(number: int, **changes: Any) -> PortFacts:
+    """Return an active port of 400 Gbit/s."""
+    facts: dict[str, Any] = {
+        "device": f"mlx5_{number}", "port": 1, "state": "ACTIVE", "link_layer": "InfiniBand", "rate_gbit_per_s": 400.0,
+        "errors": {}, "pci_address": f"0000:{0x18 + number:02x}:00.0", "numa_node": number % 2,
+    }  # fmt: skip
+    return PortFacts(**{**facts, **changes})
+
+
+def link(address: str = "0000:18:00.0", kind: str = "network adapter", **changes: Any) -> PcieLink:
+    """Return a link of 32 GT/s and 16 lanes."""
+    facts = {"vendor": "0x15b3", "speed": 32.0, "max_speed": 32.0, "width": 16, "max_width": 16}
+    return PcieLink(address, kind, **{**facts, **changes})  # type: ignore[arg-type]
+
+
+def hardware(**changes: Any) -> HardwareFacts:
+    """Return the hardware of a healthy node."""
+    cpu = {"model": "Intel(R) Xeon(R) Platinum 8480C", "numa_nodes": 2, "governors": {"performance": 112},
+           "huge_pages": "madvise", "modules_mib": [65536] * 16, "memory_uncorrected": 0, "memory_corrected": 0}  # fmt: skip
+    cpu |= changes.pop("cpu", {})
+    facts: dict[str, Any] = {
+        "gpus": GpuReading([gpu(index) for index in range(8)]),
+        "ports": [port(number) for number in range(4)],
+        "peer_memory": True,
+        "pcie_links": [link()],
+        "kernel_log": KernelLog([]),
+        "cpu_and_memory": CpuAndMemoryFacts(**cpu),
+        "limits": ProcessLimits(1_048_576, None, None),
+    }
+    return HardwareFacts(**{**facts, **changes})

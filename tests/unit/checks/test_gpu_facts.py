@@ -1,0 +1,136 @@
+"""Reads GPUs through a library with NVML's ABI, and judges healthy and degraded A100, H100 and H200 nodes."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from longhaul.checks.check_table import merge_equal_rows, problem_lines, warning_lines
+from longhaul.checks.gpu_checks import nvidia_rows
+from longhaul.checks.gpu_facts import GpuReading, with_processes_of
+from tests.support.fake_nvml import MODELS, build_fake_nvml, healthy_gpu, read_fake_gpus
+
+READING = TypeAdapter(GpuReading)
+HARDWARE_SLOWDOWN, THERMAL_SLOWDOWN = 0x8, 0x20
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_fake_nvml(tmp_path_factory.mktemp("nvml"))
+
+
+def read(library: Path, gpus: list[dict[str, Any]], *uuids: str, **node: Any) -> GpuReading:
+    return READING.validate_python(read_fake_gpus(library, gpus, uuids, **node))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_healthy_node_has_no_findings(library: Path, model: str):
+    reading = read(library, [healthy_gpu(model, index) for index in range(2)])
+    first = reading.gpus[0]
+    assert (first.name, first.pci_address) == (MODELS[model]["name"], "00000000:1B:00.0")
+    assert (first.nvlinks, first.pcie_generation, first.pcie_width) == (
+        MODELS[model]["nvlinks"],
+        MODELS[model]["pcie"],
+        16,
+    )
+    assert first.power_limit_w == MODELS[model]["power_mw"] / 1000 and first.slowdowns == ["software power cap"]
+    rows = nvidia_rows({"n1": reading})
+    assert {row["result"] for row in rows} == {"ok"} and len(rows) == 30
+    assert {row["component"] for row in merge_equal_rows(rows)} == {"GPU 0, GPU 1"}
+
+
+DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "uncorrectable ECC error": ({"uncorrected": 2}, "fail", "n1: GPU 1: uncorrectable ECC errors: 2, expected 0; drain"),
+    "pending remapping": ({"remap_pending": 1}, "fail", "n1: GPU 1: row remapping pending: yes, expected no; drain"),
+    "failed remapping": ({"remap_failed": 1}, "fail", "n1: GPU 1: row remapping failed: yes, expected no; the GPU must"),
+    "power brake": ({"reasons": 0x80 | 0x4}, "fail", "slowdown: software power cap, hardware power brake, expected"),
+    "hardware slowdown": ({"reasons": HARDWARE_SLOWDOWN}, "fail", "slowdown: hardware slowdown, expected none; check"),
+    "narrow PCIe": ({"width": 8}, "fail", "n1: GPU 1: PCIe width: x8, expected x16; let the admins reseat"),
+    "slow PCIe under load": ({"pcie": 1}, "fail", "n1: GPU 1: PCIe generation: 1, expected "),
+    "NVLink down": ({"nvlink3": 0}, "fail", " active, not active: 3, expected "),
+    "foreign process": ({"process": 4321}, "fail", "of other jobs: process 4321 (python1, 512 MiB), expected none"),
+    "corrected ECC errors": ({"corrected": 7}, "warn", "n1: GPU 1: corrected ECC errors: 7, expected 0"),
+    "old ECC errors": ({"uncorrected_ever": 1}, "warn", "n1: GPU 1: uncorrectable ECC errors in the GPU's life: 1"),
+    "ECC off": ({"ecc": 0}, "warn", "n1: GPU 1: ECC: off, expected on"),
+    "hot": ({"reasons": THERMAL_SLOWDOWN}, "warn", "slowdown: software thermal slowdown"),
+    "low power limit": ({"power_mw": 200_000}, "warn", "n1: GPU 1: power limit: 200 W, expected "),
+    "no persistence": ({"persistence": 0}, "warn", "persistence mode: off, expected on"),
+    "MIG": ({"mig": 1}, "warn", "MIG: on, expected off"),
+    "NVLink errors": ({"replays5": 12}, "warn", "NVLink errors: 12 on link 5, expected 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "result", "message"),
+    [(model, *case) for model, case in zip(cycle(MODELS), DEGRADED.values(), strict=False)],
+    ids=DEGRADED,
+)
+def test_degraded_gpu_is_named(library: Path, model: str, change: dict[str, Any], result: str, message: str):
+    reading = read(library, [healthy_gpu(model, 0), {**healthy_gpu(model, 1), **change}])
+    rows = nvidia_rows({"n1": reading})
+    bad = [row for row in rows if row["result"] != "ok"]
+    assert [(row["component"], row["result"]) for row in bad] == [("GPU 1", result)], bad
+    lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
+    assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(library: Path):
+    """As a PCIe card in a virtual machine: NVML answers Not Supported."""
+    lacking = ("corrected", "remap_pending", "reasons", *(f"nvlink{link}" for link in range(18)))
+    gpu = {key: value for key, value in healthy_gpu("H100", 0).items() if key not in lacking}
+    rows = nvidia_rows({"n1": read(library, [gpu])})
+    unknown = {row["check"]: row["value"] for row in rows if row["result"] == "unknown"}
+    assert unknown == dict.fromkeys(
+        ("corrected ECC errors", "row remapping pending", "row remapping failed", "slowdown"),
+        "not available: Not Supported",
+    )
+    assert problem_lines(rows) == warning_lines(rows) == []
+
+
+def test_idle_gpu_may_have_a_slow_link_but_no_narrow_one(library: Path):
+    reading = read(library, [{**healthy_gpu("H200", 0), "pcie": 1}])
+    idle = GpuReading([gpu.__class__(**{**vars(gpu), "is_loaded": False}) for gpu in reading.gpus])
+    rows = nvidia_rows({"n1": idle})
+    assert [(row["check"], row["result"]) for row in rows if row["result"] != "ok"] == [("PCIe generation", "unknown")]
+
+
+def test_links_are_compared_with_gpus_of_the_same_name_on_other_nodes(library: Path):
+    """A GPU whose links are all down is found although its own node has no other GPU."""
+    dead = {**healthy_gpu("A100", 0), **{f"nvlink{link}": 0 for link in range(12)}}
+    good, bad = read(library, [healthy_gpu("A100", 0)]), read(library, [dead])
+    assert problem_lines(nvidia_rows({"n1": bad})) == [], "cards without a bridge have no active link"
+    assert problem_lines(nvidia_rows({"n1": good, "n2": bad}))[0].startswith(
+        "n2: GPU 0: NVLinks: 0 active, not active: 0, 1,"
+    )
+
+
+def test_only_the_gpus_of_the_job_are_judged(library: Path):
+    gpus = [healthy_gpu("H100", 0), {**healthy_gpu("H100", 1), "process": 99}]
+    uuid = gpus[0]["uuid"].removeprefix("GPU-")
+    assert [gpu.index for gpu in read(library, gpus, uuid).gpus] == [0]
+    assert len(read(library, gpus, "MIG-of-another-form").gpus) == 2
+
+
+def test_processes_are_those_before_the_check_used_the_gpus(library: Path):
+    before = read(library, [healthy_gpu("H100", 0)])
+    now = read(library, [{**healthy_gpu("H100", 0), "process": 99}])
+    assert with_processes_of(before, now).gpus[0].processes == []
+
+
+def test_lost_gpu_is_named_and_the_others_are_read(library: Path):
+    reading = read(library, [healthy_gpu("H100", 0), {"lost": 1}])
+    (line,) = problem_lines(nvidia_rows({"n1": reading}))
+    assert line.startswith("n1: GPU 1: NVML: GPU is lost, expected an answer; drain the node and reset the GPU")
+
+
+def test_driver_mismatch_fails_and_a_missing_library_is_unknown(library: Path, tmp_path: Path):
+    mismatch = nvidia_rows({"n1": read(library, [], init=18)})
+    assert problem_lines(mismatch)[0].startswith("n1: NVIDIA driver: NVML: RM has detected an NVML/RM version mismatch")
+    none = READING.validate_python(read_fake_gpus(tmp_path, []))
+    (row,) = nvidia_rows({"n1": none})
+    assert row["result"] == "unknown" and row["value"] == "not available: NVML: NVML Shared Library Not Found"
+    assert "--nv" in row["remedy"]

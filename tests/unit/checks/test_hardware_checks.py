@@ -1,0 +1,208 @@
+"""Each fault of one of four nodes gives one finding with node, component, value and expected value; healthy nodes give none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.check_rows import CheckRow
+from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
+from longhaul.checks.gpu_facts import GpuReading
+from longhaul.checks.hardware_checks import hardware_rows
+from longhaul.checks.hardware_facts import HardwareFacts
+from longhaul.checks.kernel_log import KernelError, KernelLog
+from longhaul.checks.process_limits import ProcessLimits
+from longhaul.config.run_config import Checks
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from tests.support.node_hardware import gpu, hardware, link, port
+
+
+def job(**changes: Any) -> EnvironmentSpec:
+    settings: dict[str, Any] = {
+        "run": "r", "nodes": 4, "gpus_per_node": 8, "checks": Checks(), "memory_mb": 1, "interconnect": "infiniband",
+        "build": "cuda 13.0", "scratch": None, "prebuild_ops": (), "swap_bytes": 0, "locked_bytes": 0,
+        "measures_gpus": True, "folder": "results", "out": "environment.json",
+    }  # fmt: skip
+    return EnvironmentSpec(**{**settings, **changes})
+
+
+def nodes(*bad: HardwareFacts, tflops: float = 700.0, count: int = 4) -> list[dict[str, Any]]:
+    """Return the facts of `count` nodes, the last of which have the given hardware."""
+    found = [*[hardware()] * (count - len(bad)), *bad]
+    return [
+        {"host": f"n{number}", "hardware": facts, "gpus": [{"matrix_tflops": tflops}] * 8}
+        for number, facts in enumerate(found, start=1)
+    ]
+
+
+def bad(rows: list[CheckRow]) -> list[CheckRow]:
+    return [row for row in rows if row["result"] != "ok"]
+
+
+def test_healthy_nodes_have_only_rows_that_are_ok(capsys: pytest.CaptureFixture[str]):
+    rows = hardware_rows(nodes(), job())
+    assert bad(rows) == [] and len(rows) > 80
+    assert problem_lines(rows) == warning_lines(rows) == []
+    ecc = next(row for row in rows if row["check"] == "uncorrectable ECC errors" and row["node"] == "n3")
+    assert ecc["component"] == ", ".join(f"GPU {index}" for index in range(8)) and ecc["expected"] == "0"
+    print_checks(rows)
+    assert capsys.readouterr().out == f"hardware checks: {len(rows)} ok, 0 warn, 0 fail, 0 unknown\n"
+
+
+XID = KernelError("Xid", 79, "0000:3b:00", 2, "GPU has fallen off the bus.")
+FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
+    "GPU off the bus": (
+        hardware(kernel_log=KernelLog([XID])), "fail",
+        "n4: GPU 2 (PCI 0000:3b:00): kernel log: Xid 79, 2 times, the GPU has fallen off the bus: GPU has fallen off"),
+    "error of the application": (
+        hardware(kernel_log=KernelLog([KernelError("Xid", 31, "0000:3b:00", 1, "MMU Fault")])), "warn",
+        "n4: GPU 2 (PCI 0000:3b:00): kernel log: Xid 31, 1 times: MMU Fault, expected no Xid or SXid errors"),
+    "row that is already remapped": (
+        hardware(kernel_log=KernelLog([KernelError("Xid", 63, "0000:3b:00", 1, "Row Remapper")])), "warn",
+        "n4: GPU 2 (PCI 0000:3b:00): kernel log: Xid 63"),
+    "row that waits for a reset": (
+        hardware(gpus=GpuReading([gpu(0)]),
+                 kernel_log=KernelLog([KernelError("Xid", 63, "0000:99:00", 1, "Row Remapper")])), "fail",
+        "n4: PCI 0000:99:00: kernel log: Xid 63, 1 times, a memory row is marked for remapping"),
+    "switch": (
+        hardware(kernel_log=KernelLog([KernelError("SXid", 20034, "0000:05:00.0", 1, "Fatal, Link 32 LTSSM Fault Up")])),
+        "fail", "n4: PCI 0000:05:00.0: kernel log: SXid 20034, 1 times: Fatal, Link 32"),
+    "switch, not fatal": (
+        hardware(kernel_log=KernelLog([KernelError("SXid", 12028, "0000:05:00.0", 1, "Non-fatal, Link 32")])), "warn",
+        "SXid 12028"),
+    "port down": (
+        hardware(ports=[port(0), port(1, state="DOWN"), port(2), port(3)]), "fail",
+        "n4: mlx5_1 port 1: port state: DOWN, expected ACTIVE, as on the other nodes; let the admins check cable"),
+    "slow port": (
+        hardware(ports=[port(0), port(1), port(2, rate_gbit_per_s=200.0), port(3)]), "fail",
+        "n4: mlx5_2 port 1: port rate: 200 Gbit/s, expected 400 Gbit/s, as on the other nodes"),
+    "port errors": (
+        hardware(ports=[port(0, errors={"symbol_error": 5}), port(1), port(2), port(3)]), "warn",
+        "n4: mlx5_0 port 1: port errors: symbol_error 5, expected 0"),
+    "narrow adapter": (
+        hardware(pcie_links=[link(width=8)]), "fail",
+        "n4: network adapter 0000:18:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16; let the admins reseat"),
+    "slow disk link": (
+        hardware(pcie_links=[link("0000:90:00.0", "NVMe disk", speed=8.0, width=4, max_width=4)]), "warn",
+        "n4: NVMe disk 0000:90:00.0: PCIe link: 8 GT/s x4, expected 32 GT/s x4"),
+    "memory error": (
+        hardware(cpu={"memory_uncorrected": 1}), "fail", "n4: uncorrectable memory errors: 1, expected 0; drain the node"),
+    "corrected memory errors": (hardware(cpu={"memory_corrected": 9}), "warn", "n4: corrected memory errors: 9"),
+    "governor": (
+        hardware(cpu={"governors": {"performance": 100, "powersave": 12}}), "warn",
+        "n4: frequency governor: performance on 100 cores, powersave on 12 cores, expected performance; set it: cpupower"),
+    "huge pages": (hardware(cpu={"huge_pages": "never"}), "warn", "n4: transparent huge pages: never, expected always"),
+    "another CPU": (hardware(cpu={"model": "Intel 6338"}), "warn", "n4: CPU model: Intel 6338, expected Intel(R) Xeon(R)"),
+    "lost memory module": (
+        hardware(cpu={"modules_mib": [65536] * 15}), "warn", "n4: memory modules: 15 x 65536 MiB, expected 16 x 65536 MiB"),
+    "locked memory": (
+        hardware(limits=ProcessLimits(1_048_576, None, 65536)), "fail",
+        "n4: locked memory (ulimit -l): 65,536, expected unlimited; let the admins remove the limit"),
+    "some locked memory": (hardware(limits=ProcessLimits(1_048_576, None, 2**30)), "warn", "locked memory (ulimit -l)"),
+    "open files": (
+        hardware(limits=ProcessLimits(1024, 4096, None)), "warn", "n4: open files (ulimit -n): 1,024, expected >= 4096"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "result", "message"), FAULTS.values(), ids=FAULTS)
+def test_fault_is_named_once_with_its_component(facts: HardwareFacts, result: str, message: str):
+    rows = hardware_rows(nodes(facts), job())
+    found = bad(rows)
+    assert [(row["node"], row["result"]) for row in found] == [("n4", result)], found
+    lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
+    assert len(lines) == 1 and message in lines[0], lines
+
+
+UNKNOWN: dict[str, tuple[HardwareFacts, str]] = {
+    "NVML": (hardware(gpus=GpuReading([], "NVML: NVML Shared Library Not Found")), "NVML Shared Library Not Found"),
+    "kernel log": (hardware(kernel_log=KernelLog([], "/dev/kmsg: Operation not permitted")), "Operation not permitted"),
+    "GPUDirect": (hardware(peer_memory=False), "the module nvidia_peermem is not loaded"),
+}
+
+
+@pytest.mark.parametrize(("facts", "reason"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_a_node_does_not_tell_is_unknown_with_a_reason(facts: HardwareFacts, reason: str):
+    rows = hardware_rows(nodes(facts), job())
+    (row,) = bad(rows)
+    assert row["result"] == "unknown" and row["value"].startswith("not available: ") and reason in row["value"]
+    assert problem_lines(rows) == warning_lines(rows) == []
+
+
+def test_slow_gpu_is_named_and_a_very_slow_one_fails():
+    found = nodes()
+    found[2]["gpus"] = [{"matrix_tflops": rate} for rate in (700.0, 666.0, 664.0, 550.0, 700.0, 700.0, 700.0, 700.0)]
+    rows = hardware_rows(found, job())
+    assert [(row["component"], row["result"]) for row in bad(rows)] == [("GPU 2", "warn"), ("GPU 3", "fail")]
+    assert problem_lines(rows) == [
+        "n3: GPU 3: matrix products: 550 TFLOP/s, expected >= 95% of the median 700 TFLOP/s; exclude the node; let the admins "
+        "compare clocks, temperature and power limit with those of a fast GPU"
+    ]
+
+
+def test_two_gpus_are_not_compared():
+    """The median of two says nothing about which one is slow."""
+    found = nodes(count=1)
+    found[0]["gpus"] = [{"matrix_tflops": 700.0}, {"matrix_tflops": 300.0}]
+    assert [row["expected"] for row in hardware_rows(found, job()) if row["check"] == "matrix products"] == [
+        "measured only"] * 2  # fmt: skip
+    assert problem_lines(hardware_rows(found, job())) == []
+
+
+def test_port_that_is_down_everywhere_is_not_in_use():
+    unused = [port(0), port(1), port(2), port(3, state="DOWN", rate_gbit_per_s=10.0)]
+    found = nodes(*[hardware(ports=unused)] * 4)
+    assert bad(hardware_rows(found, job())) == []
+
+
+def test_ports_matter_only_for_rdma_between_nodes():
+    down = hardware(ports=[port(0, state="DOWN")], limits=ProcessLimits(1_048_576, None, 65536), peer_memory=False)
+    assert bad(hardware_rows(nodes(down), job(interconnect="ethernet"))) == []
+    assert bad(hardware_rows(nodes(down, count=1), job())) == []
+    assert bad(hardware_rows(nodes(down), job(interconnect="roce"))), "locked memory"
+
+
+def test_amd_gpus_are_judged_by_the_width_of_their_links():
+    """NVML says nothing about them, and the kernel states their links. An idle one lowers its speed."""
+
+    def amd(**changes: Any) -> HardwareFacts:
+        links = [link("0000:c1:00.0", "GPU", vendor="0x1002", speed=2.5), link("0000:c6:00.0", "GPU", **changes)]
+        return hardware(gpus=GpuReading([], "NVML: NVML Shared Library Not Found"), pcie_links=links)
+
+    spec = job(build="rocm 6.4", interconnect="ethernet")
+    assert bad(hardware_rows(nodes(*[amd()] * 4), spec)) == []
+    rows = hardware_rows(nodes(amd(), amd(), amd(), amd(width=8)), spec)
+    assert problem_lines(rows)[0].startswith("n4: GPU 0000:c6:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16")
+
+
+def test_cpu_nodes_have_no_gpu_rows():
+    rows = hardware_rows(
+        nodes(hardware(cpu={"governors": {"powersave": 8}})), job(build="cpu", interconnect="ethernet")
+    )
+    assert bad(rows) == [] and not any("ECC" in row["check"] for row in rows)
+
+
+def test_same_warning_of_many_nodes_is_one_line():
+    found = nodes(*[hardware(cpu={"huge_pages": "never"})] * 8, count=8)
+    assert warning_lines(hardware_rows(found, job())) == [
+        "n1, n2, n3, n4 and 4 others: transparent huge pages: never, expected always or madvise; enable them in "
+        "/sys/kernel/mm/transparent_hugepage/enabled"
+    ]
+
+
+def test_table_shows_the_worst_first(capsys: pytest.CaptureFixture[str]):
+    facts = hardware(cpu={"huge_pages": "never", "memory_uncorrected": 3}, peer_memory=False)
+    print_checks(hardware_rows(nodes(facts), job()))
+    lines = [
+        line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ") and " n4 " in line
+    ]
+    assert lines == ["fail", "warn", "unknown"]
+
+
+def test_rows_survive_the_report(tmp_path: Path):
+    from longhaul.artifacts.artifact_schemas import EnvironmentReport
+
+    rows = hardware_rows(nodes(), job())
+    EnvironmentReport([], [], [], rows).write(tmp_path / "environment.json")
+    assert EnvironmentReport.read(tmp_path / "environment.json").checks == rows

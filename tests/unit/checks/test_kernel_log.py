@@ -1,0 +1,55 @@
+"""Xid and SXid errors are found in lines of the kernel log, and a log that cannot be read says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longhaul.checks import kernel_log
+from longhaul.checks.kernel_log import KernelError, kernel_errors, read_kernel_log
+
+KMSG = """\
+6,1204,3021456,-;NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  580.95.05
+3,2201,912345678,-;NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+3,2202,912345999,-;NVRM: GPU 0000:3b:00.0: GPU has fallen off the bus.
+3,2300,922345678,-;NVRM: Xid (PCI:0000:86:00): 63, pid=1896, Row Remapper: New row marked for remapping, reset gpu to activate.
+3,2301,932345678,-;NVRM: Xid (PCI:0000:86:00): 63, pid=1897, Row Remapper: New row marked for remapping, reset gpu to activate.
+3,2400,942345678,-;nvidia-nvswitch0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 32 LTSSM Fault Up
+ SUBSYSTEM=pci
+"""
+
+
+def test_errors_are_counted_by_device_and_number(tmp_path: Path):
+    (tmp_path / "kmsg").write_text(KMSG)
+    found = read_kernel_log(tmp_path / "kmsg")
+    assert found.unreadable == "" and found.errors == [
+        KernelError("Xid", 79, "0000:3b:00", 1, "pid='<unknown>', name=<unknown>, GPU has fallen off the bus."),
+        KernelError("Xid", 63, "0000:86:00", 2,
+                    "pid=1897, Row Remapper: New row marked for remapping, reset gpu to activate."),
+        KernelError("SXid", 20034, "0000:05:00.0", 1, "Fatal, Link 32 LTSSM Fault Up"),
+    ]  # fmt: skip
+
+
+def test_form_without_the_word_pci_is_read():
+    """As the driver wrote it before release 460."""
+    assert kernel_errors(["[42.1] NVRM: Xid (0000:03:00): 14, Channel 00000001"]) == [
+        KernelError("Xid", 14, "0000:03:00", 1, "Channel 00000001")
+    ]
+
+
+def test_journal_is_read_where_the_kernel_log_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tool = tmp_path / "journalctl"
+    tool.write_text("#!/bin/sh\necho 'NVRM: Xid (PCI:0000:3b:00): 95, pid=7, Uncontained ECC error'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert [error.number for error in read_kernel_log(tmp_path / "none").errors] == [95]
+
+
+def test_log_that_nobody_may_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_log, "_journal_lines", lambda: [])
+    found = read_kernel_log(tmp_path / "none")
+    assert (
+        found.errors == []
+        and "none: No such file or directory; the journal shows no kernel messages" in found.unreadable
+    )

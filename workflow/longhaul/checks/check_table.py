@@ -1,0 +1,132 @@
+"""Builds rows of the environment check's table from facts, merges and prints them, and writes them as problems and warnings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from longhaul.artifacts.check_rows import CheckRow, Result
+
+_NAMED_NODES = 4
+_PRINTED_ROWS = 100
+
+
+@dataclass(frozen=True)
+class FactCheck:
+    """What is expected of one fact, and the remedy. judge: the fact's value -> result; text: the value as the table shows it."""
+
+    check: str
+    fact: str
+    expected: str
+    judge: Callable[[Any], Result]
+    remedy: str
+    text: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True)
+class Component:
+    """The node, or a part of it, to which rows belong."""
+
+    node: str
+    name: str = ""
+
+    def row(self, check: str, value: str, expected: str, result: Result = "ok", remedy: str = "") -> CheckRow:
+        """Return a row; only rows that are not ok have a remedy."""
+        return {
+            "check": check,
+            "node": self.node,
+            "component": self.name,
+            "value": value,
+            "expected": expected,
+            "result": result,
+            "remedy": "" if result == "ok" else remedy,
+        }
+
+    def unknown(self, check: str, reason: str, expected: str, remedy: str = "") -> CheckRow:
+        """Return the row of a value that the node does not tell."""
+        return self.row(check, f"not available: {reason}", expected, "unknown", remedy)
+
+    def judged(self, checks: Iterable[FactCheck], facts: Any) -> list[CheckRow]:
+        """Return one row per check of an object with facts as attributes; a fact that is None has a reason in `unavailable`."""
+        return [self._judged(check, facts) for check in checks]
+
+    def _judged(self, check: FactCheck, facts: Any) -> CheckRow:
+        value = getattr(facts, check.fact)
+        if value is None:
+            reason = facts.unavailable.get(check.fact, "no reason is known")
+            return self.unknown(check.check, reason, check.expected)
+        return self.row(check.check, check.text(value), check.expected, check.judge(value), check.remedy)
+
+
+def fail_if(is_bad: Callable[[Any], bool]) -> Callable[[Any], Result]:
+    return lambda value: "fail" if is_bad(value) else "ok"
+
+
+def warn_if(is_bad: Callable[[Any], bool]) -> Callable[[Any], Result]:
+    return lambda value: "warn" if is_bad(value) else "ok"
+
+
+def merge_equal_rows(rows: Sequence[CheckRow]) -> list[CheckRow]:
+    """Return the rows with one row for all components of a node that are ok, or unknown, with the same value."""
+    merged: dict[tuple[str, ...], CheckRow] = {}
+    components: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        alike = ("component", "remedy") if row["result"] in ("ok", "unknown") else ("remedy",)
+        key = tuple(str(value) for name, value in row.items() if name not in alike)
+        merged.setdefault(key, row)
+        components.setdefault(key, []).append(row["component"])
+    return [{**row, "component": ", ".join(dict.fromkeys(components[key]))} for key, row in merged.items()]
+
+
+def problem_lines(rows: Iterable[CheckRow]) -> list[str]:
+    """Return one line per row that failed."""
+    return [f"{_place(row)}: {_finding(row)}" for row in rows if row["result"] == "fail"]
+
+
+def warning_lines(rows: Iterable[CheckRow]) -> list[str]:
+    """Return one line per finding of result warn; nodes and components with the same finding share a line."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        if row["result"] == "warn":
+            places.setdefault(_finding(row), []).append(_place(row))
+    return [f"{_names(found)}: {finding}" for finding, found in places.items()]
+
+
+def print_checks(rows: Sequence[CheckRow]) -> None:
+    """Print the rows that are not ok, the worst first, and how many checks have which result."""
+    order = ("fail", "warn", "unknown")
+    shown = sorted((row for row in rows if row["result"] in order), key=lambda row: order.index(row["result"]))
+    console = Console(width=160)
+    if shown:
+        table = Table("result", "node", "component", "check", "value", "expected", "remedy", title_justify="left")
+        table.title = "Checks that are not ok"
+        for row in shown[:_PRINTED_ROWS]:
+            names = ("result", "node", "component", "check", "value", "expected", "remedy")
+            table.add_row(*(row[name] for name in names))
+        console.print(table, markup=False)
+    counts: Counter[Result] = Counter(row["result"] for row in rows)
+    left_out = f"; {len(shown) - _PRINTED_ROWS} rows are in the report only" if len(shown) > _PRINTED_ROWS else ""
+    console.print(f"hardware checks: {_counts_text(counts)}{left_out}", markup=False)
+
+
+def _counts_text(counts: Counter[Result]) -> str:
+    return ", ".join(f"{counts[result]} {result}" for result in ("ok", "warn", "fail", "unknown"))
+
+
+def _place(row: CheckRow) -> str:
+    return f"{row['node']}: {row['component']}" if row["component"] else row["node"]
+
+
+def _finding(row: CheckRow) -> str:
+    remedy = f"; {row['remedy']}" if row["remedy"] else ""
+    return f"{row['check']}: {row['value']}, expected {row['expected']}{remedy}"
+
+
+def _names(places: Sequence[str]) -> str:
+    more = len(places) - _NAMED_NODES
+    return ", ".join(places) if more <= 1 else f"{', '.join(places[:_NAMED_NODES])} and {more} others"

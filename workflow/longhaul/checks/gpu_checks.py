@@ -1,0 +1,197 @@
+"""Judges the state of NVIDIA GPUs: ECC errors, slowdowns, NVLinks, PCIe links, processes of others, Xid errors.
+
+Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
+from longhaul.checks.gpu_facts import GpuFacts, GpuReading
+from longhaul.checks.kernel_log import KernelError, KernelLog
+
+_RESET = "drain the node and reset the GPU (nvidia-smi -r)"
+_REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
+XID_FAILURES = {
+    48: "memory error that ECC could not correct",
+    63: "a memory row is marked for remapping",
+    64: "a memory row could not be remapped",
+    74: "NVLink error",
+    79: "the GPU has fallen off the bus",
+    94: "contained memory error",
+    95: "uncontained memory error",
+}
+"""Xid errors of a GPU that must not train before a reset or a repair (docs.nvidia.com/deploy/xid-errors, Xid catalog)."""
+_ROW_REMAPPED = 63
+_MIN_SHARE_OF_MEDIAN, _FAILED_SHARE_OF_MEDIAN = 0.95, 0.8
+"""Below the first share of the median rate of all GPUs, a GPU is named. Below the second one it fails: each step waits for it."""
+_MIN_GPUS_FOR_MEDIAN = 3
+_MISMATCH = "mismatch"
+"""Word in NVML's message about a library of another version than the kernel module: no program can then use the GPUs."""
+
+
+def _on_off(is_on: bool) -> str:
+    return "on" if is_on else "off"
+
+
+def _slowdown_result(found: list[str]) -> Result:
+    if any(text.startswith("hardware") for text in found):
+        return "fail"
+    return "warn" if any("thermal" in text for text in found) else "ok"
+
+
+_GPU_CHECKS = (
+    FactCheck("ECC", "ecc_enabled", "on", warn_if(lambda on: not on), "switch it on: nvidia-smi -e 1, then reset the GPU",
+              _on_off),
+    FactCheck("uncorrectable ECC errors", "ecc_uncorrected", "0", fail_if(lambda count: count > 0), _REPLACE),
+    FactCheck("uncorrectable ECC errors in the GPU's life", "ecc_uncorrected_ever", "0", warn_if(lambda count: count > 0),
+              "compare the GPU with others when a training fails on this node"),
+    FactCheck("corrected ECC errors", "ecc_corrected", "0", warn_if(lambda count: count > 0),
+              "watch whether the number grows"),
+    FactCheck("row remapping pending", "remapping_pending", "no", fail_if(bool), _RESET,
+              lambda pending: "yes" if pending else "no"),
+    FactCheck("row remapping failed", "remapping_failed", "no", fail_if(bool), "the GPU must be replaced",
+              lambda failed: "yes" if failed else "no"),
+    FactCheck("slowdown", "slowdowns", "none", _slowdown_result, "check the node's cooling and power supply",
+              lambda found: ", ".join(found) or "none"),
+    FactCheck("persistence mode", "persistence", "on", warn_if(lambda on: not on),
+              "start nvidia-persistenced; without it, the driver loads anew for each job", _on_off),
+    FactCheck("MIG", "mig", "off", warn_if(bool), "switch it off (nvidia-smi -mig 0): a rank gets a slice of the GPU", _on_off),
+    FactCheck("processes of other jobs", "processes", "none", fail_if(bool),
+              "end them, or let Slurm give the whole node (exclusive: true in the site file)",
+              lambda found: ", ".join(found) or "none"),
+)  # fmt: skip
+
+
+def nvidia_rows(readings: Mapping[str, GpuReading]) -> list[CheckRow]:
+    """Return the rows of all GPUs of all nodes. readings: node -> its GPUs."""
+    expected = _nvlinks_per_name(gpu for reading in readings.values() for gpu in reading.gpus)
+    rows: list[CheckRow] = []
+    for node, reading in readings.items():
+        if reading.error:
+            rows.append(_no_nvml_row(Component(node), reading.error))
+        for index, reason in reading.lost.items():
+            rows.append(Component(node, f"GPU {index}").row("NVML", reason, "an answer", "fail", _REPLACE))
+        for gpu in reading.gpus:
+            component = Component(node, f"GPU {gpu.index}")
+            rows += component.judged(_GPU_CHECKS, gpu)
+            rows += [*_power_rows(component, gpu), *_pcie_rows(component, gpu)]
+            rows += _nvlink_rows(component, gpu, expected[gpu.name])
+    return rows
+
+
+def _no_nvml_row(component: Component, error: str) -> CheckRow:
+    if _MISMATCH in error.lower():
+        remedy = "restart the node, so that library and kernel module of the driver have one version"
+        return component.row("NVIDIA driver", error, "usable", "fail", remedy)
+    remedy = "install nvidia-ml-py in the job environment, and make libnvidia-ml.so.1 visible in containers (--nv)"
+    return component.unknown("state of the GPUs", error, "NVML answers", remedy)
+
+
+def _power_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
+    limit, default = gpu.power_limit_w, gpu.power_limit_default_w
+    if limit is None or default is None:
+        reasons = gpu.unavailable
+        yield component.unknown(
+            "power limit", reasons.get("power_limit_w") or reasons["power_limit_default_w"], "default"
+        )
+        return
+    result: Result = "warn" if limit < default else "ok"
+    yield component.row("power limit", f"{limit:.0f} W", f"{default:.0f} W", result, "raise it: nvidia-smi -pl")
+
+
+def _pcie_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
+    """Judge width and generation of the PCIe link. An idle GPU lowers the generation, but never the width."""
+    remedy = "let the admins reseat the GPU or its riser, and look for PCIe errors in the kernel log"
+    if gpu.pcie_width is None or gpu.pcie_width_max is None:
+        yield component.unknown("PCIe width", gpu.unavailable.get("pcie_width", "NVML has no value"), "maximum")
+    else:
+        result: Result = "fail" if gpu.pcie_width < gpu.pcie_width_max else "ok"
+        yield component.row("PCIe width", f"x{gpu.pcie_width}", f"x{gpu.pcie_width_max}", result, remedy)
+    now, maximum = gpu.pcie_generation, gpu.pcie_generation_max
+    if now is None or maximum is None:
+        yield component.unknown(
+            "PCIe generation", gpu.unavailable.get("pcie_generation", "NVML has no value"), "maximum"
+        )
+    elif now < maximum and not gpu.is_loaded:
+        yield component.unknown(
+            "PCIe generation", f"the GPU is idle, and the link is at generation {now}", str(maximum)
+        )
+    else:
+        yield component.row("PCIe generation", str(now), str(maximum), "fail" if now < maximum else "ok", remedy)
+
+
+def _nvlinks_per_name(gpus: Iterable[GpuFacts]) -> dict[str, int]:
+    """Return the largest number of active NVLinks of any GPU of the same name."""
+    found: dict[str, int] = {}
+    for gpu in gpus:
+        found[gpu.name] = max(found.get(gpu.name, 0), gpu.nvlinks or 0)
+    return found
+
+
+def _nvlink_rows(component: Component, gpu: GpuFacts, expected: int) -> Iterator[CheckRow]:
+    if gpu.nvlinks is None:
+        if expected:
+            yield component.unknown(
+                "NVLinks", gpu.unavailable.get("nvlinks", "NVML has no value"), f"{expected} active"
+            )
+        return
+    is_short = gpu.nvlinks < expected
+    value = f"{gpu.nvlinks} active" + (f", not active: {', '.join(map(str, gpu.nvlinks_down))}" if is_short else "")
+    remedy = "let the admins check the NVLinks and the NVSwitches (nvidia-smi nvlink -s, fabric manager's log)"
+    yield component.row("NVLinks", value, f"{expected} active", "fail" if is_short else "ok", remedy)
+    errors = gpu.nvlink_errors
+    text = ", ".join(f"{count} on link {number}" for number, count in errors.items()) or "0"
+    yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", "watch whether the number grows")
+
+
+def kernel_log_rows(node: str, log: KernelLog, gpus: Sequence[GpuFacts]) -> list[CheckRow]:
+    """Return a row per Xid and SXid error of a node, or one row if there is none."""
+    expected = "no Xid or SXid errors"
+    if log.unreadable:
+        remedy = "let the admins allow it: sysctl kernel.dmesg_restrict=0, or the group systemd-journal"
+        return [Component(node).unknown("kernel log", log.unreadable, expected, remedy)]
+    if not log.errors:
+        return [Component(node).row("kernel log", expected, expected)]
+    return [_kernel_error_row(node, error, gpus) for error in log.errors]
+
+
+def _kernel_error_row(node: str, error: KernelError, gpus: Sequence[GpuFacts]) -> CheckRow:
+    gpu = next((gpu for gpu in gpus if _same_device(gpu.pci_address, error.device)), None)
+    name = f"GPU {gpu.index} (PCI {error.device})" if gpu else f"PCI {error.device}"
+    meaning = XID_FAILURES.get(error.number) if error.kind == "Xid" else None
+    value = (
+        f"{error.kind} {error.number}, {error.count} times" + (f", {meaning}" if meaning else "") + f": {error.text}"
+    )
+    is_remapped = error.number == _ROW_REMAPPED and gpu is not None and gpu.remapping_pending is False
+    failed = (bool(meaning) and not is_remapped) or (error.kind == "SXid" and error.text.lower().startswith("fatal"))
+    remedy = f"{_REPLACE}; the entry goes with a restart of the node" if failed else "watch whether it happens again"
+    return Component(node, name).row("kernel log", value, "no Xid or SXid errors", "fail" if failed else "warn", remedy)
+
+
+def _same_device(pci_address: str, logged: str) -> bool:
+    """Return whether NVML's 00000000:3B:00.0 is the log's 0000:3b:00, which may end in the function, .0."""
+    domain, _, rest = pci_address.lower().partition(":")
+    return f"{domain[-4:]}:{rest}".partition(".")[0] == logged.partition(".")[0]
+
+
+def rate_rows(check: str, unit: str, rates: Mapping[tuple[str, str], float], remedy: str) -> list[CheckRow]:
+    """Compare rates of like components with their median. rates: (node, component) -> rate.
+
+    Rows of fewer than three components are ok: then the median says nothing about which one is slow.
+    """
+    if not rates:
+        return []
+    median = statistics.median(rates.values())
+    comparable = len(rates) >= _MIN_GPUS_FOR_MEDIAN
+    expected = f">= {_MIN_SHARE_OF_MEDIAN:.0%} of the median {median:.3g} {unit}" if comparable else "measured only"
+    rows = []
+    for (node, component), rate in rates.items():
+        result: Result = "ok"
+        if comparable and rate < _MIN_SHARE_OF_MEDIAN * median:
+            result = "fail" if rate < _FAILED_SHARE_OF_MEDIAN * median else "warn"
+        rows.append(Component(node, component).row(check, f"{rate:.3g} {unit}", expected, result, remedy))
+    return rows

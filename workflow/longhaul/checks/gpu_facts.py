@@ -1,0 +1,225 @@
+"""Reads the state of each NVIDIA GPU through NVML: ECC errors, slowdowns, NVLinks, PCIe link, power limit, processes.
+
+NVML is the library of nvidia-smi, and pynvml (package nvidia-ml-py) is NVIDIA's interface to it. A value that a GPU does not
+have is None, and `unavailable` holds NVML's reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+MIB = 2**20
+SLOWDOWNS = {
+    0x04: "software power cap",
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+"""Bits of nvmlClocksEventReasons (nvml.h) that lower the clocks of a GPU at work."""
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """State of one GPU. Counts of errors are since the driver was loaded, those of `_ever` since the GPU was made.
+
+    is_loaded:     the GPU was at work just before, so its clocks and its PCIe link are at full speed
+    nvlinks:       number of active NVLinks
+    nvlinks_down:  numbers of the NVLinks that are not active
+    nvlink_errors: number of an NVLink -> replays, recoveries and CRC errors, where there are any
+    """
+
+    index: int
+    name: str
+    uuid: str
+    pci_address: str
+    is_loaded: bool
+    ecc_enabled: bool | None
+    ecc_uncorrected: int | None
+    ecc_corrected: int | None
+    ecc_uncorrected_ever: int | None
+    remapping_pending: bool | None
+    remapping_failed: bool | None
+    slowdowns: list[str] | None
+    sm_clock_mhz: int | None
+    sm_clock_max_mhz: int | None
+    power_limit_w: float | None
+    power_limit_default_w: float | None
+    persistence: bool | None
+    mig: bool | None
+    processes: list[str] | None
+    nvlinks: int | None
+    nvlinks_down: list[int]
+    nvlink_errors: dict[int, int]
+    pcie_generation: int | None
+    pcie_generation_max: int | None
+    pcie_width: int | None
+    pcie_width_max: int | None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """GPUs of this node.
+
+    error: why NVML cannot be used; `gpus` is empty then
+    lost:  index of a GPU that does not answer -> NVML's reason
+    """
+
+    gpus: list[GpuFacts]
+    error: str = ""
+    lost: dict[int, str] = field(default_factory=dict)
+
+
+def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReading:
+    """Return the state of the GPUs with these UUIDs; without UUIDs, of all GPUs that NVML shows.
+
+    uuids: UUIDs of the GPUs that the job may use. NVML also shows the GPUs of other jobs, where Slurm does not hide them.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return GpuReading([], "the package nvidia-ml-py is not installed")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return GpuReading([], f"NVML: {error}")
+    try:
+        return _chosen(_read_all(pynvml, is_loaded), uuids)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_all(pynvml: Any, is_loaded: bool) -> GpuReading:
+    found, lost = [], {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        try:
+            found.append(_gpu_facts(pynvml, index, pynvml.nvmlDeviceGetHandleByIndex(index), is_loaded))
+        except pynvml.NVMLError as error:
+            lost[index] = str(error)
+    return GpuReading(found, lost=lost)
+
+
+def _chosen(reading: GpuReading, uuids: Collection[str]) -> GpuReading:
+    """Return the reading of the GPUs with these UUIDs. torch writes a UUID without NVML's `GPU-`."""
+    words = {uuid.removeprefix("GPU-") for uuid in uuids}
+    return replace(
+        reading, gpus=[gpu for gpu in reading.gpus if gpu.uuid.removeprefix("GPU-") in words] or reading.gpus
+    )
+
+
+def with_processes_of(earlier: GpuReading, now: GpuReading) -> GpuReading:
+    """Return `now` with the processes of an earlier reading, when this process did not use the GPUs yet."""
+    processes = {gpu.uuid: gpu.processes for gpu in earlier.gpus}
+    return replace(now, gpus=[replace(gpu, processes=processes.get(gpu.uuid)) for gpu in now.gpus])
+
+
+class _Nvml:
+    """NVML's answers about one GPU. unavailable: fact -> why NVML does not have it."""
+
+    def __init__(self, pynvml: Any, handle: Any) -> None:
+        self.pynvml, self.handle = pynvml, handle
+        self.unavailable: dict[str, str] = {}
+
+    def read(self, fact: str, function: str, *arguments: int) -> Any:
+        """Return what an NVML function answers; None if it fails."""
+        try:
+            return getattr(self.pynvml, f"nvmlDeviceGet{function}")(self.handle, *arguments)
+        except self.pynvml.NVMLError as error:
+            self.unavailable[fact] = str(error)
+            return None
+
+    def flag(self, fact: str, function: str) -> bool | None:
+        value = self.read(fact, function)
+        return None if value is None else bool(value)
+
+    def watts(self, fact: str, function: str) -> float | None:
+        """NVML states power in milliwatts."""
+        value = self.read(fact, function)
+        return None if value is None else value / 1000
+
+
+def _gpu_facts(pynvml: Any, index: int, handle: Any, is_loaded: bool) -> GpuFacts:
+    nvml = _Nvml(pynvml, handle)
+    rows = nvml.read("remapping_pending", "RemappedRows")
+    mig = nvml.read("mig", "MigMode")
+    nvlinks = _nvlinks(nvml)
+    if rows is None:
+        nvml.unavailable["remapping_failed"] = nvml.unavailable["remapping_pending"]
+    return GpuFacts(
+        index=index,
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+        pci_address=_pci_address(nvml),
+        is_loaded=is_loaded,
+        ecc_enabled=nvml.flag("ecc_enabled", "CurrentEccMode"),
+        ecc_uncorrected=nvml.read("ecc_uncorrected", "TotalEccErrors", 1, pynvml.NVML_VOLATILE_ECC),
+        ecc_corrected=nvml.read("ecc_corrected", "TotalEccErrors", 0, pynvml.NVML_VOLATILE_ECC),
+        ecc_uncorrected_ever=nvml.read("ecc_uncorrected_ever", "TotalEccErrors", 1, pynvml.NVML_AGGREGATE_ECC),
+        remapping_pending=None if rows is None else bool(rows[2]),
+        remapping_failed=None if rows is None else bool(rows[3]),
+        slowdowns=_slowdowns(nvml),
+        sm_clock_mhz=nvml.read("sm_clock_mhz", "ClockInfo", pynvml.NVML_CLOCK_SM),
+        sm_clock_max_mhz=nvml.read("sm_clock_max_mhz", "MaxClockInfo", pynvml.NVML_CLOCK_SM),
+        power_limit_w=nvml.watts("power_limit_w", "PowerManagementLimit"),
+        power_limit_default_w=nvml.watts("power_limit_default_w", "PowerManagementDefaultLimit"),
+        persistence=nvml.flag("persistence", "PersistenceMode"),
+        mig=None if mig is None else bool(mig[0]),
+        processes=_processes(nvml),
+        nvlinks=None if nvlinks is None else sum(nvlinks.values()),
+        nvlinks_down=[number for number, is_up in (nvlinks or {}).items() if not is_up],
+        nvlink_errors=_nvlink_errors(nvml, nvlinks or {}),
+        pcie_generation=nvml.read("pcie_generation", "CurrPcieLinkGeneration"),
+        pcie_generation_max=nvml.read("pcie_generation_max", "MaxPcieLinkGeneration"),
+        pcie_width=nvml.read("pcie_width", "CurrPcieLinkWidth"),
+        pcie_width_max=nvml.read("pcie_width_max", "MaxPcieLinkWidth"),
+        unavailable=nvml.unavailable,
+    )
+
+
+def _pci_address(nvml: _Nvml) -> str:
+    """Return the address as NVML writes it, 00000000:3B:00.0; "" if it is unknown."""
+    found = nvml.read("pci_address", "PciInfo")
+    return "" if found is None else found.busId.decode() if isinstance(found.busId, bytes) else str(found.busId)
+
+
+def _slowdowns(nvml: _Nvml) -> list[str] | None:
+    reasons = nvml.read("slowdowns", "CurrentClocksEventReasons")
+    return None if reasons is None else [text for bit, text in SLOWDOWNS.items() if reasons & bit]
+
+
+def _processes(nvml: _Nvml) -> list[str] | None:
+    """Return one text per process that computes on the GPU."""
+    found = nvml.read("processes", "ComputeRunningProcesses")
+    return None if found is None else [_process_text(nvml.pynvml, process) for process in found]
+
+
+def _process_text(pynvml: Any, process: Any) -> str:
+    try:
+        name = str(pynvml.nvmlSystemGetProcessName(process.pid))
+    except (pynvml.NVMLError, UnicodeDecodeError):  # of another user, or in another container
+        name = "unknown program"
+    used = "" if process.usedGpuMemory is None else f", {process.usedGpuMemory / MIB:.0f} MiB"
+    return f"process {process.pid} ({name}{used})"
+
+
+def _nvlinks(nvml: _Nvml) -> dict[int, bool] | None:
+    """Return number -> whether it is active, of the GPU's NVLinks. NVML refuses the numbers of links that a GPU has not."""
+    states = {
+        number: nvml.read("nvlinks", "NvLinkState", number) for number in range(nvml.pynvml.NVML_NVLINK_MAX_LINKS)
+    }
+    found = {number: bool(state) for number, state in states.items() if state is not None}
+    if found:
+        nvml.unavailable.pop("nvlinks", None)
+    return found or None
+
+
+def _nvlink_errors(nvml: _Nvml, links: Iterable[int]) -> dict[int, int]:
+    """Return the sum of each link's error counters (nvmlNvLinkErrorCounter_t 0 to 3) that is not 0."""
+    sums = {}
+    for link in links:
+        counts = [nvml.read("nvlink_errors", "NvLinkErrorCounter", link, counter) for counter in range(4)]
+        sums[link] = sum(count or 0 for count in counts)
+    return {link: count for link, count in sums.items() if count}

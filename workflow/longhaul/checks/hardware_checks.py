@@ -1,0 +1,165 @@
+"""Judges the hardware of all nodes, one table row each: GPUs, RDMA ports, PCIe links, memory errors, CPU settings, limits."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equal_rows, warn_if
+from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows, rate_rows
+from longhaul.checks.hardware_facts import HardwareFacts
+from longhaul.checks.infiniband_ports import PortFacts
+from longhaul.checks.process_limits import ProcessLimits
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+
+LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
+"""interconnect.kind in the site file -> link layer of the nodes' ports."""
+_MIN_OPEN_FILES = _MIN_PROCESSES = 4096
+_MIN_LOCKED_BYTES = 64 * 2**20
+"""RDMA registers its buffers as locked memory. Linux's default of 64 KiB or 8 MiB makes ibv_reg_mr fail."""
+_CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink)"
+_RESEAT = "let the admins reseat the card, and look for PCIe errors in the kernel log"
+
+_MEMORY_CHECKS = (
+    FactCheck("uncorrectable memory errors", "memory_uncorrected", "0", fail_if(lambda count: count > 0),
+              "drain the node; the memory module must be replaced (dmesg names it)"),
+    FactCheck("corrected memory errors", "memory_corrected", "0", warn_if(lambda count: count > 0),
+              "watch whether the number grows"),
+)  # fmt: skip
+_CPU_CHECKS = (
+    FactCheck("frequency governor", "governors", "performance", warn_if(lambda found: set(found) != {"performance"}),
+              "set it: cpupower frequency-set -g performance",
+              lambda found: ", ".join(f"{name} on {count} cores" for name, count in found.items())),
+    FactCheck("transparent huge pages", "huge_pages", "always or madvise", warn_if(lambda word: word == "never"),
+              "enable them in /sys/kernel/mm/transparent_hugepage/enabled"),
+)  # fmt: skip
+
+
+def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> list[CheckRow]:
+    """Return the rows of all nodes. Components of a node that are ok with the same value share a row."""
+    hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
+    rows: list[CheckRow] = []
+    if job.build.startswith("cuda"):
+        rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()})
+        for node, facts in hardware.items():
+            rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
+    rows += _matrix_rows(nodes)
+    layer = LINK_LAYERS.get(job.interconnect)
+    if layer and len(nodes) > 1:
+        rows += _port_rows({node: _ports_of_layer(facts, layer) for node, facts in hardware.items()})
+    for node, facts in hardware.items():
+        rows += _node_rows(Component(node), facts, job, uses_rdma=bool(layer) and len(nodes) > 1)
+    rows += _same_everywhere("CPU model", {node: str(facts.cpu_and_memory.model) for node, facts in hardware.items()})
+    rows += _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
+    return merge_equal_rows(rows)
+
+
+def _matrix_rows(nodes: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
+    rates = {
+        (node["host"], f"GPU {index}"): gpu["matrix_tflops"]
+        for node in nodes
+        for index, gpu in enumerate(node["gpus"])
+        if "matrix_tflops" in gpu
+    }
+    remedy = "exclude the node; let the admins compare clocks, temperature and power limit with those of a fast GPU"
+    return rate_rows("matrix products", "TFLOP/s", rates, remedy)
+
+
+def _node_rows(component: Component, facts: HardwareFacts, job: EnvironmentSpec, uses_rdma: bool) -> list[CheckRow]:
+    rows = component.judged(_MEMORY_CHECKS, facts.cpu_and_memory)
+    if job.build != "cpu":
+        rows += component.judged(_CPU_CHECKS, facts.cpu_and_memory)
+        rows += _pcie_rows(component.node, facts)
+    rows += _limit_rows(component, facts.limits, uses_rdma)
+    if uses_rdma and job.build.startswith("cuda") and not facts.peer_memory:
+        reason = (
+            "the module nvidia_peermem is not loaded; DMA-BUF can replace it, and only NCCL's log says whether it does"
+        )
+        rows.append(component.unknown("GPUDirect RDMA", reason, "nvidia_peermem or DMA-BUF", "modprobe nvidia_peermem"))
+    return rows
+
+
+def _limit_rows(component: Component, limits: ProcessLimits, uses_rdma: bool) -> Iterator[CheckRow]:
+    limited = (
+        ("open files (ulimit -n)", limits.open_files, _MIN_OPEN_FILES),
+        ("processes (ulimit -u)", limits.processes, _MIN_PROCESSES),
+    )
+    for check, value, minimum in limited:
+        result: Result = "warn" if value is not None and value < minimum else "ok"
+        yield component.row(check, _limit_text(value), f">= {minimum}", result, "raise the limit on the compute nodes")
+    if uses_rdma:
+        locked = limits.locked_bytes
+        result = "ok" if locked is None else "fail" if locked < _MIN_LOCKED_BYTES else "warn"
+        remedy = "let the admins remove the limit for Slurm's jobs (LimitMEMLOCK=infinity of slurmd)"
+        yield component.row("locked memory (ulimit -l)", _limit_text(locked), "unlimited", result, remedy)
+
+
+def _limit_text(value: int | None) -> str:
+    return "unlimited" if value is None else f"{value:,}"
+
+
+def _ports_of_layer(facts: HardwareFacts, layer: str) -> list[PortFacts]:
+    return [port for port in facts.ports if port.link_layer == layer]
+
+
+def _port_rows(ports: Mapping[str, Sequence[PortFacts]]) -> Iterator[CheckRow]:
+    """Judge each port by the ports of the same name on the other nodes. A port that is down on most nodes is not in use."""
+    by_name: dict[str, list[PortFacts]] = {}
+    for port in (port for found in ports.values() for port in found):
+        by_name.setdefault(port.name, []).append(port)
+    used = {name for name, found in by_name.items() if 2 * sum(port.is_active for port in found) >= len(ports)}
+    rates = {
+        name: [port.rate_gbit_per_s for port in by_name[name] if port.is_active and port.rate_gbit_per_s]
+        for name in used
+    }
+    for node, found in ports.items():
+        for port in (port for port in found if port.name in used):
+            component = Component(node, port.name)
+            state: Result = "ok" if port.is_active else "fail"
+            yield component.row("port state", port.state or "unknown", "ACTIVE, as on the other nodes", state, _CABLE)
+            if port.is_active:
+                yield _rate_row(component, port, statistics.median(rates[port.name]) if rates[port.name] else None)
+            text = ", ".join(f"{name} {count}" for name, count in port.errors.items()) or "0"
+            yield component.row("port errors", text, "0", "warn" if port.errors else "ok", f"if they grow: {_CABLE}")
+
+
+def _rate_row(component: Component, port: PortFacts, median: float | None) -> CheckRow:
+    rate = port.rate_gbit_per_s
+    if rate is None or median is None:
+        return component.unknown(
+            "port rate", port.unavailable.get("rate_gbit_per_s", "no port states a rate"), "a rate"
+        )
+    result: Result = "fail" if rate < median else "ok"
+    return component.row("port rate", f"{rate:g} Gbit/s", f"{median:g} Gbit/s, as on the other nodes", result, _CABLE)
+
+
+def _pcie_rows(node: str, facts: HardwareFacts) -> Iterator[CheckRow]:
+    """Judge the links of adapters and disks, and the width of GPUs that NVML does not know. A link of an idle GPU is slow."""
+    rdma = {port.pci_address for port in facts.ports}
+    for link in facts.pcie_links:
+        if link.kind == "GPU" and facts.gpus.gpus:
+            continue
+        bad: Result = "fail" if link.kind == "GPU" or link.address in rdma else "warn"
+        component = Component(node, f"{link.kind} {link.address}")
+        is_narrow, is_slow = link.width < link.max_width, link.speed < link.max_speed and link.kind != "GPU"
+        now, maximum = f"{link.speed:g} GT/s x{link.width}", f"{link.max_speed:g} GT/s x{link.max_width}"
+        yield component.row("PCIe link", now, maximum, bad if is_narrow or is_slow else "ok", _RESEAT)
+
+
+def _modules_text(facts: HardwareFacts) -> str:
+    modules = facts.cpu_and_memory.modules_mib
+    if modules is None:
+        return f"not available: {facts.cpu_and_memory.unavailable['modules_mib']}"
+    return ", ".join(f"{count} x {size} MiB" for size, count in sorted(Counter(modules).items()))
+
+
+def _same_everywhere(check: str, values: Mapping[str, str]) -> Iterator[CheckRow]:
+    """Warn of nodes with another value than most nodes."""
+    (usual, count), *_ = Counter(values.values()).most_common()
+    for node, value in values.items():
+        differs = value != usual and count > 1
+        remedy = "ask the admins whether the nodes of this partition should be equal"
+        yield Component(node).row(check, value, usual, "warn" if differs else "ok", remedy)

@@ -1,0 +1,41 @@
+"""Collects what kernel and drivers tell about this node's hardware: GPUs, RDMA ports, PCIe links, kernel log, CPUs, limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts, read_cpu_and_memory
+from longhaul.checks.gpu_facts import GpuReading
+from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, read_ports
+from longhaul.checks.kernel_log import KernelLog, read_kernel_log
+from longhaul.checks.pcie_links import PcieLink, read_pcie_links
+from longhaul.checks.process_limits import ProcessLimits, read_process_limits
+
+
+@dataclass(frozen=True)
+class HardwareFacts:
+    """Hardware of one node. peer_memory: a module of GPUDirect RDMA is loaded."""
+
+    gpus: GpuReading
+    ports: list[PortFacts]
+    peer_memory: bool
+    pcie_links: list[PcieLink]
+    kernel_log: KernelLog
+    cpu_and_memory: CpuAndMemoryFacts
+    limits: ProcessLimits
+
+
+def read_hardware(gpus: GpuReading) -> HardwareFacts:
+    """Return the facts of this node.
+
+    gpus: read before and after the GPUs were at work, so it is given
+    """
+    return HardwareFacts(
+        gpus=gpus,
+        ports=read_ports(),
+        peer_memory=has_peer_memory(),
+        pcie_links=read_pcie_links(),
+        kernel_log=read_kernel_log(),
+        cpu_and_memory=read_cpu_and_memory(),
+        limits=read_process_limits(),
+    )

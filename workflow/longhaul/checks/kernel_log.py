@@ -1,0 +1,97 @@
+"""Finds errors that NVIDIA's driver wrote to the kernel log since boot: Xid (GPU) and SXid (NVSwitch).
+
+Forms: docs.nvidia.com/deploy/xid-errors, and the Fabric Manager User Guide for SXid. The kernel keeps the newest messages only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+KMSG = Path("/dev/kmsg")
+# NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
+# nvidia-nvswitch0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 32 LTSSM Fault Up
+_SXID = re.compile(r"nvidia-nvswitch\d+: SXid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
+_MAX_RECORD_BYTES = 8192
+"""The kernel refuses reads of a record into a smaller buffer."""
+
+
+@dataclass(frozen=True)
+class KernelError:
+    """One kind of error of one device. kind: Xid or SXid; count: how often; text: the newest message, after the number."""
+
+    kind: str
+    number: int
+    device: str
+    count: int
+    text: str
+
+
+@dataclass(frozen=True)
+class KernelLog:
+    """Errors in the kernel log. unreadable: why the log cannot be read; "" if it was read."""
+
+    errors: list[KernelError]
+    unreadable: str = ""
+
+
+def read_kernel_log(kmsg: Path = KMSG) -> KernelLog:
+    """Return the errors in the kernel log. Many sites let only root read it; members of systemd-journal may read the journal."""
+    try:
+        return KernelLog(kernel_errors(_kmsg_lines(kmsg)))
+    except OSError as error:
+        lines = _journal_lines()
+        reason = f"{kmsg}: {error.strerror}; the journal shows no kernel messages to this user either"
+        return KernelLog(kernel_errors(lines)) if lines else KernelLog([], reason)
+
+
+def kernel_errors(lines: Iterable[str]) -> list[KernelError]:
+    """Return the Xid and SXid errors in lines of the kernel log, one entry per device and number."""
+    found: dict[tuple[str, int, str], KernelError] = {}
+    for line in lines:
+        for kind, pattern in (("Xid", _XID), ("SXid", _SXID)):
+            if match := pattern.search(line):
+                device, number = match[1].lower(), int(match[2])
+                count = found[kind, number, device].count + 1 if (kind, number, device) in found else 1
+                found[kind, number, device] = KernelError(kind, number, device, count, match[3][:200])
+    return list(found.values())
+
+
+def _kmsg_lines(kmsg: Path) -> list[str]:
+    """Return the messages of the kernel's ring buffer. Each read returns one record: `priority,number,time,flags;message`.
+
+    Raises:
+        OSError: this user may not read them.
+    """
+    handle, lines = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK), []
+    try:
+        while True:
+            try:
+                record = os.read(handle, _MAX_RECORD_BYTES)
+            except BlockingIOError:  # after the newest record
+                return lines
+            except BrokenPipeError:  # newer messages overwrote this one
+                continue
+            if not record:  # the end of a plain file
+                return lines
+            lines += record.decode("utf-8", "replace").splitlines()
+    finally:
+        os.close(handle)
+
+
+def _journal_lines() -> list[str]:
+    tool = shutil.which("journalctl")
+    if tool is None:
+        return []
+    command = [tool, "--dmesg", "--boot", "--no-pager", "--quiet", "--output=cat"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
