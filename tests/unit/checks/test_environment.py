@@ -41,7 +41,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentSpec:
         "prebuild_ops": (),
         "swap_bytes": 0,
         "locked_bytes": 0,
-        "measures_gpus": False,
+        "measures_speed": False,
         "folder": str(folder / "results"),
         "out": str(folder / "environment.json"),
     }
@@ -66,7 +66,7 @@ def nodes() -> list[dict[str, Any]]:
         "disk_free_bytes": 50 * 10**9,
         "shared_memory_bytes": 2**33,
         "write_error": None,
-        "sees_run_folder": True,
+        "run_folder_seen_after_s": 0.1,
         "clock_skew_s": 0.0,
         "compiler": "c++ 12",
         "ops": {"removed": [], "built": {}, "failed": {}},
@@ -113,7 +113,10 @@ BAD: dict[str, tuple[Change, str]] = {
         "0.0 GB free, checks.min_disk_free_gb is 0.001",
     ),
     "an unwritable folder": (lambda node: node.update(write_error="Read-only file system"), "n2: cannot write to"),
-    "a folder that is not shared": (lambda node: node.update(sees_run_folder=False), "must be on a shared file system"),
+    "a folder that is not shared": (
+        lambda node: node.update(run_folder_seen_after_s=None),
+        "must be on a shared file system",
+    ),
     "a wrong clock": (
         lambda node: node.update(clock_skew_s=-7.25),
         "n2: clock is -7.2 s from that of n1, checks.max_clock_skew_s is 5",
@@ -219,12 +222,13 @@ def test_ports_matter_only_between_nodes_and_for_rdma(tmp_path: Path):
 
 
 def test_node_facts_describe_this_machine(tmp_path: Path):
-    facts = node_facts("here", tmp_path / "not" / "yet")
+    facts = node_facts("here", job(tmp_path).model_copy(update={"folder": str(tmp_path / "not" / "yet")}))
     assert facts["cpus"] == len(os.sched_getaffinity(0))
     assert facts["memory_bytes"] == psutil.virtual_memory().total
     assert facts["versions"]["torch"].startswith(check.tested_versions()["torch"])
     assert facts["write_error"] is None and (tmp_path / "not" / "yet").is_dir()
     assert list((tmp_path / "not" / "yet").iterdir()) == []
+    assert facts["measured"] is None and facts["hardware"].cpu_and_memory.model
 
 
 def test_write_error_states_why_a_folder_cannot_be_written(tmp_path: Path):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
 from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
-from longhaul.checks.hardware_checks import hardware_rows
+from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.config.shipped_files import data_root
@@ -24,8 +24,7 @@ from longhaul.runtime.rendezvous import process_group
 # Compiling ops takes minutes on a node that has none yet. The other nodes wait.
 _TIMEOUT_S = 900.0
 _CLOCK_ROUNDS = 5
-# NFS clients may hide a new file until their directory cache expires.
-_SHARED_FOLDER_WAIT_S = 10.0
+_SHARED_FOLDER_POLL_S = 0.1
 CONSTRAINTS = data_root() / "envs" / "constraints.txt"
 
 
@@ -37,13 +36,14 @@ def run(job: EnvironmentSpec) -> None:
     """
     rank = this_rank()
     require_planned_size(rank, job.nodes, job.nodes)
-    facts = node_facts(rank.host, Path(job.folder), job.measures_gpus) | {
-        "ops": build_ops(job.prebuild_ops, job.scratch)
-    }
+    facts = node_facts(rank.host, job) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
     if job.swap_bytes and job.scratch:
         facts |= {"swap": swap_facts(job.scratch)}
     with process_group(rank, "gloo", _TIMEOUT_S):
-        facts |= {"clock_skew_s": _clock_skew_s(rank), "sees_run_folder": _sees_run_folder(rank, Path(job.folder))}
+        facts |= {
+            "clock_skew_s": _clock_skew_s(rank),
+            "run_folder_seen_after_s": _run_folder_seen_after_s(rank, Path(job.folder)),
+        }
         nodes = _gather(facts, rank)
     if rank.is_main:
         rows = hardware_rows(nodes, job)
@@ -84,8 +84,8 @@ def _clock_skew_s(rank: Rank) -> float:
     return round(min(differences, key=abs), 3)
 
 
-def _sees_run_folder(rank: Rank, folder: Path) -> bool:
-    """Return whether this node sees a file that the first node writes to the run folder."""
+def _run_folder_seen_after_s(rank: Rank, folder: Path) -> float | None:
+    """Return after how many seconds this node sees a file that the first node writes to the run folder; None: not at all."""
     import torch.distributed as dist
 
     probe = folder / f".shared-test-{_gather(uuid.uuid4().hex, rank)[0]}"
@@ -93,14 +93,15 @@ def _sees_run_folder(rank: Rank, folder: Path) -> bool:
         with suppress(OSError):  # the write test reports this error
             probe.touch()
     dist.barrier()
-    deadline = time.monotonic() + _SHARED_FOLDER_WAIT_S
-    while not (seen := probe.exists()) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    started = time.monotonic()
+    while not (seen := probe.exists()) and time.monotonic() - started < SHARED_FOLDER_WAIT_S:
+        time.sleep(_SHARED_FOLDER_POLL_S)
+    seen_after_s = round(time.monotonic() - started, 3)
     dist.barrier()
     if rank.is_main:
         with suppress(OSError):  # a read-only file system refuses it also for a file that is not there
             probe.unlink()
-    return seen
+    return seen_after_s if seen else None
 
 
 def _print_nodes(report: EnvironmentReport) -> None:

@@ -5,7 +5,6 @@ Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from longhaul.artifacts.check_rows import CheckRow, Result
@@ -26,9 +25,6 @@ XID_FAILURES = {
 }
 """Xid errors of a GPU that must not train before a reset or a repair (docs.nvidia.com/deploy/xid-errors, Xid catalog)."""
 _ROW_REMAPPED = 63
-_MIN_SHARE_OF_MEDIAN, _FAILED_SHARE_OF_MEDIAN = 0.95, 0.8
-"""Below the first share of the median rate of all GPUs, a GPU is named. Below the second one it fails: each step waits for it."""
-_MIN_GPUS_FOR_MEDIAN = 3
 _MISMATCH = "mismatch"
 """Word in NVML's message about a library of another version than the kernel module: no program can then use the GPUs."""
 
@@ -176,22 +172,3 @@ def _same_device(pci_address: str, logged: str) -> bool:
     """Return whether NVML's 00000000:3B:00.0 is the log's 0000:3b:00, which may end in the function, .0."""
     domain, _, rest = pci_address.lower().partition(":")
     return f"{domain[-4:]}:{rest}".partition(".")[0] == logged.partition(".")[0]
-
-
-def rate_rows(check: str, unit: str, rates: Mapping[tuple[str, str], float], remedy: str) -> list[CheckRow]:
-    """Compare rates of like components with their median. rates: (node, component) -> rate.
-
-    Rows of fewer than three components are ok: then the median says nothing about which one is slow.
-    """
-    if not rates:
-        return []
-    median = statistics.median(rates.values())
-    comparable = len(rates) >= _MIN_GPUS_FOR_MEDIAN
-    expected = f">= {_MIN_SHARE_OF_MEDIAN:.0%} of the median {median:.3g} {unit}" if comparable else "measured only"
-    rows = []
-    for (node, component), rate in rates.items():
-        result: Result = "ok"
-        if comparable and rate < _MIN_SHARE_OF_MEDIAN * median:
-            result = "fail" if rate < _FAILED_SHARE_OF_MEDIAN * median else "warn"
-        rows.append(Component(node, component).row(check, f"{rate:.3g} {unit}", expected, result, remedy))
-    return rows

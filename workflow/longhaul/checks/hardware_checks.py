@@ -9,14 +9,17 @@ from typing import Any
 
 from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equal_rows, warn_if
-from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows, rate_rows
+from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.infiniband_ports import PortFacts
+from longhaul.checks.measurement_checks import measurement_rows
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
 LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
 """interconnect.kind in the site file -> link layer of the nodes' ports."""
+# NFS clients may hide a new file until their directory cache expires.
+SHARED_FOLDER_WAIT_S = 10.0
 _MIN_OPEN_FILES = _MIN_PROCESSES = 4096
 _MIN_LOCKED_BYTES = 64 * 2**20
 """RDMA registers its buffers as locked memory. Linux's default of 64 KiB or 8 MiB makes ibv_reg_mr fail."""
@@ -46,7 +49,8 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
         rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()})
         for node, facts in hardware.items():
             rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
-    rows += _matrix_rows(nodes)
+    rows += measurement_rows({node["host"]: node["measured"] for node in nodes if node["measured"]}, job.build != "cpu")
+    rows += [_run_folder_row(Component(node["host"]), node["run_folder_seen_after_s"]) for node in nodes]
     layer = LINK_LAYERS.get(job.interconnect)
     if layer and len(nodes) > 1:
         rows += _port_rows({node: _ports_of_layer(facts, layer) for node, facts in hardware.items()})
@@ -57,15 +61,12 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
     return merge_equal_rows(rows)
 
 
-def _matrix_rows(nodes: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
-    rates = {
-        (node["host"], f"GPU {index}"): gpu["matrix_tflops"]
-        for node in nodes
-        for index, gpu in enumerate(node["gpus"])
-        if "matrix_tflops" in gpu
-    }
-    remedy = "exclude the node; let the admins compare clocks, temperature and power limit with those of a fast GPU"
-    return rate_rows("matrix products", "TFLOP/s", rates, remedy)
+def _run_folder_row(component: Component, seen_after_s: float | None) -> CheckRow:
+    """Return the row of a file that the first node wrote. A folder that is not shared is a problem of the run, not of a node."""
+    check, expected = "file of the first node is visible", f"within {SHARED_FOLDER_WAIT_S:g} s"
+    if seen_after_s is None:
+        return component.unknown(check, "the run folder is not the folder that the first node sees", expected)
+    return component.row(check, f"after {seen_after_s:.1f} s", expected)
 
 
 def _node_rows(component: Component, facts: HardwareFacts, job: EnvironmentSpec, uses_rdma: bool) -> list[CheckRow]:

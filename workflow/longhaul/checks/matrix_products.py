@@ -1,4 +1,4 @@
-"""Measures how fast a GPU multiplies matrices: the limit to which the report compares the speed of a training."""
+"""Measures how fast a device multiplies matrices, and verifies products whose exact result is known."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 import torch
 
 _SIZE, _WARMUP_ROUNDS, _ROUNDS = 8192, 5, 20
+_NONZERO_OF = 8
+"""Of so many equally likely numbers two become -1 and 1, the others 0."""
 
 
 def matrix_tflops(device: torch.device, size: int = _SIZE) -> float:
@@ -21,14 +23,46 @@ def matrix_tflops(device: torch.device, size: int = _SIZE) -> float:
     return 2 * size**3 / statistics.median(times_s) / 1e12
 
 
+class ExactProduct:
+    """A bf16 product of two matrices of -1, 0 and 1 that is exact on every device, in any order of additions.
+
+    A quarter of the elements is not 0. So elements of the product of two 8192 x 8192 matrices have a standard deviation of
+    sqrt(8192) / 4 = 23, and none exceeds 256, up to which bf16 holds every integer.
+
+    a_NN, b_NN: the factors, int8 in host memory
+    """
+
+    def __init__(self, size: int = _SIZE) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.a_NN, self.b_NN = (_signs(size, generator) for _ in range(2))
+        self.weights_N = (torch.arange(size) % 7).double()
+        # Exact, too: 8192 * 8192 * 6 is far below 2^53.
+        self.sums_N = self.a_NN.double() @ (self.b_NN.double() @ self.weights_N)
+
+    def wrong_rows(self, device: torch.device) -> int:
+        """Return how many rows of the product that a device computes have another weighted sum than the exact product."""
+        a_NN, b_NN = (matrix.to(device, torch.bfloat16) for matrix in (self.a_NN, self.b_NN))
+        return self.count_wrong_rows(a_NN @ b_NN)
+
+    def count_wrong_rows(self, product_NN: torch.Tensor) -> int:
+        """Return how many rows of a product are wrong. NaN is wrong."""
+        sums_N = product_NN.double() @ self.weights_N.to(product_NN.device)
+        return int((sums_N.cpu() != self.sums_N).sum())
+
+
+def _signs(size: int, generator: torch.Generator) -> torch.Tensor:
+    numbers_NN = torch.randint(0, _NONZERO_OF, (size, size), generator=generator, dtype=torch.int8)
+    return (numbers_NN == 1).to(torch.int8) - (numbers_NN == 0).to(torch.int8)
+
+
 def _product_s(a_NN: torch.Tensor, b_NN: torch.Tensor, out_NN: torch.Tensor) -> float:
-    _synchronize(a_NN.device)
+    synchronize(a_NN.device)
     started = time.perf_counter()
     torch.mm(a_NN, b_NN, out=out_NN)
-    _synchronize(a_NN.device)
+    synchronize(a_NN.device)
     return time.perf_counter() - started
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

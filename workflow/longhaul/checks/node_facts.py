@@ -15,34 +15,35 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from longhaul.artifacts.atomic_files import free_bytes
-from longhaul.checks.gpu_facts import read_gpus, with_processes_of
+from longhaul.checks.gpu_facts import GpuReading, read_gpus, with_processes_of
 from longhaul.checks.hardware_facts import read_hardware
 from longhaul.checks.process_limits import lockable_bytes
 from longhaul.checks.sysfs_files import read_text
 from longhaul.config.software_config import build_name
 from longhaul.jobs.container import SHARED_MEMORY
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
 from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
+
+if TYPE_CHECKING:
+    from longhaul.checks.node_measurements import NodeMeasurements
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 PROBE_BYTES = 4096
 """One block of a file system. A quota may allow an empty or a tiny file when no block is left."""
 
 
-def node_facts(host: str, folder: Path, measures_gpus: bool = False) -> dict[str, Any]:
-    """Return the facts of this node.
-
-    folder:        on the file system that will hold the checkpoints
-    measures_gpus: measure the matrix products of each GPU, too, which takes a second per GPU
-    """
+def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
+    """Return the facts of this node."""
+    folder = Path(job.folder)
     idle = read_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
-    found = gpus(measures_gpus)
-    at_work = read_gpus([gpu["uuid"] for gpu in found], is_loaded=measures_gpus)
+    found = gpus(job.measures_speed)
+    measured, now = _measure(job, [gpu["uuid"] for gpu in found])
     return {
         "host": host,
         "kernel": platform.release(),
@@ -53,9 +54,20 @@ def node_facts(host: str, folder: Path, measures_gpus: bool = False) -> dict[str
         "write_error": write_error(folder),
         "compiler": compiler(),
         "gpus": found,
-        "hardware": read_hardware(with_processes_of(idle, at_work)),
+        "hardware": read_hardware(with_processes_of(idle, now)),
+        "measured": measured,
         "versions": versions(),
     }
+
+
+def _measure(job: EnvironmentSpec, uuids: Sequence[str]) -> tuple[NodeMeasurements | None, GpuReading]:
+    """Return the measurements, if the job asks for them, and the state of its GPUs; under load, if they are measured."""
+    if not job.measures_speed:
+        return None, read_gpus(uuids)
+    from longhaul.checks.node_measurements import measure_node, read_under_load
+
+    measured = measure_node(Path(job.folder), job.scratch, job.checks.burn_in_s)
+    return measured, read_under_load(lambda: read_gpus(uuids, is_loaded=bool(uuids)))
 
 
 def versions() -> dict[str, str | None]:

@@ -126,7 +126,7 @@ def _memory_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
 def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     if node["write_error"]:
         return [f"cannot write to {job.folder}: {node['write_error']}"]
-    if not node["sees_run_folder"]:
+    if node["run_folder_seen_after_s"] is None:
         return [f"{job.folder} is not the folder that the first node sees: it must be on a shared file system"]
     free, minimum = node["disk_free_bytes"], job.checks.min_disk_free_gb
     if free is not None and free < minimum * GB:

@@ -44,6 +44,11 @@ class Checks(FrozenModel):
     minutes: Minutes = Field(
         default=20, description="Time limit of each check's allocation, in minutes or as hours:minutes:00."
     )
+    burn_in_s: Annotated[float, Field(ge=0, le=30)] = Field(
+        default=10.0,
+        description="Time for which all GPUs of a node multiply matrices at once, in seconds. Then their rates are compared, and "
+        "products with a known result are verified.",
+    )
     min_disk_free_gb: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=10.0, description="Minimum free disk space for the run folder, in GB."
     )

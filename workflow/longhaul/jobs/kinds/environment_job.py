@@ -26,9 +26,7 @@ class EnvironmentSpec(JobSpec):
     prebuild_ops: tuple[str, ...]  # DeepSpeed op builders that the stages need, such as "cpu_adam"
     swap_bytes: int  # what a node's ranks offload to its disk below scratch; 0 without offload to NVMe
     locked_bytes: int  # memory that each rank must be able to lock for that
-    measures_gpus: (
-        bool  # measure the matrix products of each GPU; false on a stage's own nodes, where a start must be quick
-    )
+    measures_speed: bool  # measure GPUs, memory and disks; false on a stage's own nodes, where a start must be quick
     folder: str  # where free space and write access are tested
     out: str  # environment.json
 
@@ -50,7 +48,7 @@ def environment_spec(plan: Plan, place: JobPlace, nodes: int, gpus_per_node: int
         prebuild_ops=(("cpu_adam",) if offloads else ()) + (("pin_memory", "async_io") if swapped else ()),
         swap_bytes=max((rank.disk * ranks for rank, ranks in memory), default=0),
         locked_bytes=max((rank.locked for rank, _ in memory), default=0),
-        measures_gpus=out == str(plan.paths.environment),
+        measures_speed=out == str(plan.paths.environment),
         folder=plan.config.storage.weights or str(plan.paths.folder),
         out=out,
     )

@@ -1,0 +1,90 @@
+"""Measures how fast a node writes and reads its local disk without the page cache, and writes a file safely to the run folder."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Rates in GB/s. error: why they could not be measured; the rates are 0 then."""
+
+    write_gb_per_s: float
+    read_gb_per_s: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class SafeWrite:
+    """Seconds of one safe write and read; None with an error. is_corrupt: the file held other bytes than were written."""
+
+    seconds: float | None
+    is_corrupt: bool = False
+    error: str = ""
+
+
+def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
+    """Write and read a file with O_DIRECT, which goes past the page cache, at most `limit_s` seconds each.
+
+    size_bytes: a multiple of BLOCK_BYTES
+    """
+    path = folder / f".disk-test-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with mmap.mmap(-1, BLOCK_BYTES) as block:  # O_DIRECT needs aligned memory
+            block.write(os.urandom(BLOCK_BYTES))  # some disks compress
+            blocks = size_bytes // BLOCK_BYTES
+            write, written = _rate(
+                path, os.O_CREAT | os.O_WRONLY, lambda handle: os.write(handle, block), blocks, limit_s
+            )
+            read, _ = _rate(path, os.O_RDONLY, lambda handle: os.readv(handle, [block]), written, limit_s)
+        return DiskSpeed(write, read)
+    except OSError as error:
+        return DiskSpeed(0.0, 0.0, error.strerror or str(error))
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _rate(path: Path, flags: int, move_block: Callable[[int], int], blocks: int, limit_s: float) -> tuple[float, int]:
+    """Return GB/s, and how many blocks were moved within the limit."""
+    handle = os.open(path, flags | os.O_DIRECT, 0o600)
+    try:
+        started, moved_bytes, done = time.perf_counter(), 0, 0
+        while done < blocks and time.perf_counter() - started < limit_s:
+            moved_bytes += move_block(handle)
+            done += 1
+        os.fsync(handle)
+        return round(moved_bytes / (time.perf_counter() - started) / 1e9, 4), done
+    finally:
+        os.close(handle)
+
+
+def safe_write(folder: Path, size_bytes: int) -> SafeWrite:
+    """Write a file, make it durable (fsync), rename it and read it again: the steps of each file of a checkpoint."""
+    data, path = os.urandom(size_bytes), folder / f".speed-test-{uuid.uuid4().hex}"
+    renamed = path.with_suffix(".renamed")
+    started = time.perf_counter()
+    try:
+        with path.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        path.rename(renamed)
+        is_corrupt = renamed.read_bytes() != data
+        return SafeWrite(round(time.perf_counter() - started, 4), is_corrupt)
+    except OSError as error:
+        return SafeWrite(None, error=error.strerror or str(error))
+    finally:
+        for left in (path, renamed):
+            with suppress(OSError):
+                left.unlink()
