@@ -1,4 +1,4 @@
-"""Facts of healthy nodes: 8 GPUs and 4 InfiniBand ports, or AMD GPUs, as tests change them."""
+"""Specs of environment checks, and facts of healthy nodes with 8 GPUs and 4 InfiniBand ports, as tests change them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.kernel_log import KernelLog
 from longhaul.checks.pcie_links import PcieLink
 from longhaul.checks.process_limits import ProcessLimits
+from longhaul.config.node_minimums import NodeMinimums
+from longhaul.config.run_config import Checks
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+
+
+def environment_job(**changes: Any) -> EnvironmentSpec:
+    """Return the spec of a check of 4 nodes with 8 GPUs each and InfiniBand between them."""
+    settings: dict[str, Any] = {
+        "run": "r", "nodes": 4, "gpus_per_node": 8, "checks": Checks(), "memory_mb": 100, "interconnect": "infiniband",
+        "build": "cuda 13.0", "scratch": None, "prebuild_ops": (), "swap_bytes": 0, "locked_bytes": 0,
+        "measures_speed": False, "minimums": NodeMinimums(), "baseline": None, "folder": "results",
+        "out": "environment.json",
+    }  # fmt: skip
+    return EnvironmentSpec(**{**settings, **changes})
 
 
 def gpu(index: int, **changes: Any) -> GpuFacts:

@@ -61,6 +61,9 @@ FOLLOWED_ELSEWHERE = {
     "the checkpoint belongs to another model: move it away": (
         "unit/train/checkpoint/test_resharding.py::test_checkpoint_of_another_model_is_refused_until_it_is_moved_away"
     ),
+    "delete it, and run the environment check again": (
+        "unit/checks/test_learn_baseline.py::test_report_without_measurements_is_refused_until_it_is_written_again"
+    ),
     "Then move the checkpoint's folder away and run the same command again": (
         "recovery/test_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
     ),

@@ -29,6 +29,21 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     (mistake, {}, changes, expected)
     for mistake, changes, expected in (
         (
+            "minimum in GFLOP/s",
+            {"node_minimums": {"matrix_tflops": 640_000.0}},
+            ("node_minimums.matrix_tflops is 640000.0", "less than or equal to 20000"),
+        ),
+        (
+            "minimum above the datasheet",
+            {"node_minimums": {"matrix_tflops": 990.0}, "partitions.0.node.gpu_peak_tflops": 989.0},
+            ("node_minimums.matrix_tflops 990 is above node.gpu_peak_tflops 989; both are in TFLOP/s",),
+        ),
+        (
+            "rate of a port in bytes",
+            {"node_minimums": {"port_gbit_per_s": 5e10}},
+            ("node_minimums.port_gbit_per_s is 50000000000.0", "less than or equal to 3200"),
+        ),
+        (
             "account outside of a partition",
             {"account": "proj"},
             ("account is not a known key; it is a key of partitions",),

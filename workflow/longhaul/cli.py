@@ -213,6 +213,25 @@ def verify(config: ConfigArgument) -> None:
 
 
 @app.command()
+def baseline(config: ConfigArgument) -> None:
+    """Store what the nodes of a run's environment check reached, as the usual values of the site.
+
+    Writes `<site file>.baseline.json` beside the site file. Later environment checks compare with it.
+
+    Example: `longhaul baseline mine.yaml`
+    """
+    from longhaul.artifacts.atomic_files import writable_file
+    from longhaul.artifacts.site_baseline import baseline_path
+    from longhaul.checks.learn_baseline import learn_baseline, print_baseline
+
+    made = _load_plan(config)
+    learned, path = learn_baseline(made), baseline_path(made.loaded.site_path)
+    learned.write(writable_file(path))
+    print_baseline(learned)
+    print(f"wrote {path}; later environment checks compare with it")
+
+
+@app.command()
 def prune(
     config: ConfigArgument,
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,

@@ -25,27 +25,15 @@ from longhaul.config.software_config import Accelerator
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
-from tests.support.node_hardware import hardware, port
+from tests.support.node_hardware import environment_job, hardware, port
 
 
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:
-    settings: dict[str, Any] = {
-        "run": "r",
-        "nodes": 1,
-        "gpus_per_node": 8,
-        "checks": Checks(min_disk_free_gb=0.001),
-        "memory_mb": 100,
-        "interconnect": "infiniband",
-        "build": "cpu",
-        "scratch": str(folder / "scratch"),
-        "prebuild_ops": (),
-        "swap_bytes": 0,
-        "locked_bytes": 0,
-        "measures_speed": False,
-        "folder": str(folder / "results"),
-        "out": str(folder / "environment.json"),
-    }
-    return EnvironmentSpec(**{**settings, **changes})
+    """Return the spec of a check of one node, with all paths in a folder."""
+    paths = {name: str(folder / value) for name, value in
+             {"scratch": "scratch", "folder": "results", "out": "environment.json"}.items()}  # fmt: skip
+    settings = {"nodes": 1, "checks": Checks(min_disk_free_gb=0.001), "build": "cpu", **paths}
+    return environment_job(**{**settings, **changes})
 
 
 def nodes() -> list[dict[str, Any]]:

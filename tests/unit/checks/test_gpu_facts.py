@@ -85,7 +85,7 @@ def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(libra
     rows = nvidia_rows({"n1": read(library, [gpu])})
     unknown = {row["check"]: row["value"] for row in rows if row["result"] == "unknown"}
     assert unknown == dict.fromkeys(
-        ("corrected ECC errors", "row remapping pending", "row remapping failed", "slowdown"),
+        ("corrected ECC errors", "row remapping pending", "row remapping failed", "slowdown", "NVLinks"),
         "not available: Not Supported",
     )
     assert problem_lines(rows) == warning_lines(rows) == []
@@ -99,13 +99,23 @@ def test_idle_gpu_may_have_a_slow_link_but_no_narrow_one(library: Path):
 
 
 def test_links_are_compared_with_gpus_of_the_same_name_on_other_nodes(library: Path):
-    """A GPU whose links are all down is found although its own node has no other GPU."""
-    dead = {**healthy_gpu("A100", 0), **{f"nvlink{link}": 0 for link in range(12)}}
-    good, bad = read(library, [healthy_gpu("A100", 0)]), read(library, [dead])
+    """The datasheet of a PCIe card states no number of links: it may have a bridge, or not."""
+    card = {**healthy_gpu("A100", 0), "name": "NVIDIA A100 80GB PCIe"}
+    dead = {**card, **{f"nvlink{link}": 0 for link in range(12)}}
+    good, bad = read(library, [card]), read(library, [dead])
     assert problem_lines(nvidia_rows({"n1": bad})) == [], "cards without a bridge have no active link"
     assert problem_lines(nvidia_rows({"n1": good, "n2": bad}))[0].startswith(
         "n2: GPU 0: NVLinks: 0 active, not active: 0, 1,"
     )
+
+
+def test_links_are_compared_with_datasheet_and_site_file(library: Path):
+    """A GPU without peers whose links are all down is found; the site file replaces the datasheet's number."""
+    dead = {**healthy_gpu("H100", 0), **{f"nvlink{link}": 0 for link in range(18)}}
+    found = {"n1": read(library, [dead])}
+    assert ", expected 18 active" in problem_lines(nvidia_rows(found))[0]
+    assert problem_lines(nvidia_rows(found, min_nvlinks=0)) == []
+    assert ", expected 6 active" in problem_lines(nvidia_rows(found, min_nvlinks=6))[0]
 
 
 def test_only_the_gpus_of_the_job_are_judged(library: Path):

@@ -14,25 +14,14 @@ from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.kernel_log import KernelError, KernelLog
 from longhaul.checks.process_limits import ProcessLimits
-from longhaul.config.run_config import Checks
-from longhaul.jobs.kinds.environment_job import EnvironmentSpec
-from tests.support.node_hardware import gpu, hardware, link, port
-
-
-def job(**changes: Any) -> EnvironmentSpec:
-    settings: dict[str, Any] = {
-        "run": "r", "nodes": 4, "gpus_per_node": 8, "checks": Checks(), "memory_mb": 1, "interconnect": "infiniband",
-        "build": "cuda 13.0", "scratch": None, "prebuild_ops": (), "swap_bytes": 0, "locked_bytes": 0,
-        "measures_speed": True, "folder": "results", "out": "environment.json",
-    }  # fmt: skip
-    return EnvironmentSpec(**{**settings, **changes})
+from tests.support.node_hardware import environment_job, gpu, hardware, link, port
 
 
 def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
     """Return the facts of `count` nodes, the last of which have the given hardware."""
     found = [*[hardware()] * (count - len(bad)), *bad]
     return [
-        {"host": f"n{number}", "hardware": facts, "measured": None, "run_folder_seen_after_s": 0.1}
+        {"host": f"n{number}", "hardware": facts, "gpus": [], "measured": None, "run_folder_seen_after_s": 0.1}
         for number, facts in enumerate(found, start=1)
     ]
 
@@ -42,7 +31,7 @@ def bad(rows: list[CheckRow]) -> list[CheckRow]:
 
 
 def test_healthy_nodes_have_only_rows_that_are_ok(capsys: pytest.CaptureFixture[str]):
-    rows = hardware_rows(nodes(), job())
+    rows = hardware_rows(nodes(), environment_job())
     assert bad(rows) == [] and len(rows) > 50
     assert problem_lines(rows) == warning_lines(rows) == []
     ecc = next(row for row in rows if row["check"] == "uncorrectable ECC errors" and row["node"] == "n3")
@@ -108,7 +97,7 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
 
 @pytest.mark.parametrize(("facts", "result", "message"), FAULTS.values(), ids=FAULTS)
 def test_fault_is_named_once_with_its_component(facts: HardwareFacts, result: str, message: str):
-    rows = hardware_rows(nodes(facts), job())
+    rows = hardware_rows(nodes(facts), environment_job())
     found = bad(rows)
     assert [(row["node"], row["result"]) for row in found] == [("n4", result)], found
     lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
@@ -124,7 +113,7 @@ UNKNOWN: dict[str, tuple[HardwareFacts, str]] = {
 
 @pytest.mark.parametrize(("facts", "reason"), UNKNOWN.values(), ids=UNKNOWN)
 def test_what_a_node_does_not_tell_is_unknown_with_a_reason(facts: HardwareFacts, reason: str):
-    rows = hardware_rows(nodes(facts), job())
+    rows = hardware_rows(nodes(facts), environment_job())
     (row,) = bad(rows)
     assert row["result"] == "unknown" and row["value"].startswith("not available: ") and reason in row["value"]
     assert problem_lines(rows) == warning_lines(rows) == []
@@ -133,14 +122,14 @@ def test_what_a_node_does_not_tell_is_unknown_with_a_reason(facts: HardwareFacts
 def test_port_that_is_down_everywhere_is_not_in_use():
     unused = [port(0), port(1), port(2), port(3, state="DOWN", rate_gbit_per_s=10.0)]
     found = nodes(*[hardware(ports=unused)] * 4)
-    assert bad(hardware_rows(found, job())) == []
+    assert bad(hardware_rows(found, environment_job())) == []
 
 
 def test_ports_matter_only_for_rdma_between_nodes():
     down = hardware(ports=[port(0, state="DOWN")], limits=ProcessLimits(1_048_576, None, 65536), peer_memory=False)
-    assert bad(hardware_rows(nodes(down), job(interconnect="ethernet"))) == []
-    assert bad(hardware_rows(nodes(down, count=1), job())) == []
-    assert bad(hardware_rows(nodes(down), job(interconnect="roce"))), "locked memory"
+    assert bad(hardware_rows(nodes(down), environment_job(interconnect="ethernet"))) == []
+    assert bad(hardware_rows(nodes(down, count=1), environment_job())) == []
+    assert bad(hardware_rows(nodes(down), environment_job(interconnect="roce"))), "locked memory"
 
 
 def test_amd_gpus_are_judged_by_the_width_of_their_links():
@@ -150,7 +139,7 @@ def test_amd_gpus_are_judged_by_the_width_of_their_links():
         links = [link("0000:c1:00.0", "GPU", vendor="0x1002", speed=2.5), link("0000:c6:00.0", "GPU", **changes)]
         return hardware(gpus=GpuReading([], "NVML: NVML Shared Library Not Found"), pcie_links=links)
 
-    spec = job(build="rocm 6.4", interconnect="ethernet")
+    spec = environment_job(build="rocm 6.4", interconnect="ethernet")
     assert bad(hardware_rows(nodes(*[amd()] * 4), spec)) == []
     rows = hardware_rows(nodes(amd(), amd(), amd(), amd(width=8)), spec)
     assert problem_lines(rows)[0].startswith("n4: GPU 0000:c6:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16")
@@ -158,14 +147,14 @@ def test_amd_gpus_are_judged_by_the_width_of_their_links():
 
 def test_cpu_nodes_have_no_gpu_rows():
     rows = hardware_rows(
-        nodes(hardware(cpu={"governors": {"powersave": 8}})), job(build="cpu", interconnect="ethernet")
+        nodes(hardware(cpu={"governors": {"powersave": 8}})), environment_job(build="cpu", interconnect="ethernet")
     )
     assert bad(rows) == [] and not any("ECC" in row["check"] for row in rows)
 
 
 def test_same_warning_of_many_nodes_is_one_line():
     found = nodes(*[hardware(cpu={"huge_pages": "never"})] * 8, count=8)
-    assert warning_lines(hardware_rows(found, job())) == [
+    assert warning_lines(hardware_rows(found, environment_job())) == [
         "n1, n2, n3, n4 and 4 others: transparent huge pages: never, expected always or madvise; enable them in "
         "/sys/kernel/mm/transparent_hugepage/enabled"
     ]
@@ -173,7 +162,7 @@ def test_same_warning_of_many_nodes_is_one_line():
 
 def test_table_shows_the_worst_first(capsys: pytest.CaptureFixture[str]):
     facts = hardware(cpu={"huge_pages": "never", "memory_uncorrected": 3}, peer_memory=False)
-    print_checks(hardware_rows(nodes(facts), job()))
+    print_checks(hardware_rows(nodes(facts), environment_job()))
     lines = [
         line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ") and " n4 " in line
     ]
@@ -183,6 +172,6 @@ def test_table_shows_the_worst_first(capsys: pytest.CaptureFixture[str]):
 def test_rows_survive_the_report(tmp_path: Path):
     from longhaul.artifacts.artifact_schemas import EnvironmentReport
 
-    rows = hardware_rows(nodes(), job())
+    rows = hardware_rows(nodes(), environment_job())
     EnvironmentReport([], [], [], rows).write(tmp_path / "environment.json")
     assert EnvironmentReport.read(tmp_path / "environment.json").checks == rows

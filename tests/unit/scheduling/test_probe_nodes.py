@@ -61,7 +61,13 @@ def test_ports_are_read():
 
 @pytest.mark.parametrize(
     ("name", "rate"),
-    [("NVIDIA H200", 989), ("NVIDIA A100-SXM-64GB", 312), ("NVIDIA H100 PCIe", 756), ("AMD Instinct MI250X", 191.5)],
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM-64GB", 312),
+        ("NVIDIA H100 PCIe", 756),
+        ("AMD Instinct MI250X", 191.5),
+    ],
 )
 def test_rates_are_those_of_the_datasheets(name: str, rate: float):
     assert peak_tflops(name) == rate

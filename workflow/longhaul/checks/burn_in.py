@@ -5,29 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from longhaul.checks.matrix_products import ExactProduct, synchronize
+from longhaul.checks.measured_rates import BurnIn
 
 T = TypeVar("T")
 _PRODUCTS, _COPIES = 10, 5
 _BUSY_PRODUCTS = 200
 """Products in a GPU's queue while NVML is read: at least 0.1 s of work, as a product of 8192 takes over 1 ms at 1 PFLOP/s."""
-
-
-@dataclass(frozen=True)
-class BurnIn:
-    """What a device did under load. wrong_rows: of `verified` products with a known result; rates in TFLOP/s and GB/s."""
-
-    verified: int
-    wrong_rows: int
-    sustained_tflops: float
-    device_copy_gb_per_s: float
-    host_to_device_gb_per_s: float
-    device_to_host_gb_per_s: float
 
 
 class _Load:
@@ -130,7 +118,7 @@ def _result(load: _Load, copy_bytes: int) -> BurnIn:
     return BurnIn(
         verified=load.verified,
         wrong_rows=load.wrong_rows,
-        sustained_tflops=round(statistics.median(load.rates), 3),
+        matrix_tflops=round(statistics.median(load.rates), 3),
         # A copy on the device reads and writes each byte.
         device_copy_gb_per_s=2 * _copy_rate(on_device[0], on_device[1]),
         host_to_device_gb_per_s=_copy_rate(on_device[0], on_host),

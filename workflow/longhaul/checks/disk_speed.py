@@ -8,28 +8,11 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from longhaul.checks.measured_rates import DiskSpeed, SafeWrite
+
 BLOCK_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class DiskSpeed:
-    """Rates in GB/s. error: why they could not be measured; the rates are 0 then."""
-
-    write_gb_per_s: float
-    read_gb_per_s: float
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class SafeWrite:
-    """Seconds of one safe write and read; None with an error. is_corrupt: the file held other bytes than were written."""
-
-    seconds: float | None
-    is_corrupt: bool = False
-    error: str = ""
 
 
 def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:

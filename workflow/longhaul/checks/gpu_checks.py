@@ -11,6 +11,7 @@ from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.kernel_log import KernelError, KernelLog
+from longhaul.config.gpu_datasheets import datasheet
 
 _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
@@ -62,8 +63,12 @@ _GPU_CHECKS = (
 )  # fmt: skip
 
 
-def nvidia_rows(readings: Mapping[str, GpuReading]) -> list[CheckRow]:
-    """Return the rows of all GPUs of all nodes. readings: node -> its GPUs."""
+def nvidia_rows(readings: Mapping[str, GpuReading], min_nvlinks: int | None = None) -> list[CheckRow]:
+    """Return the rows of all GPUs of all nodes.
+
+    readings:    node -> its GPUs
+    min_nvlinks: active NVLinks of each GPU by the site file; None: those of the datasheet and of the other GPUs
+    """
     expected = _nvlinks_per_name(gpu for reading in readings.values() for gpu in reading.gpus)
     rows: list[CheckRow] = []
     for node, reading in readings.items():
@@ -75,7 +80,7 @@ def nvidia_rows(readings: Mapping[str, GpuReading]) -> list[CheckRow]:
             component = Component(node, f"GPU {gpu.index}")
             rows += component.judged(_GPU_CHECKS, gpu)
             rows += [*_power_rows(component, gpu), *_pcie_rows(component, gpu)]
-            rows += _nvlink_rows(component, gpu, expected[gpu.name])
+            rows += _nvlink_rows(component, gpu, expected[gpu.name] if min_nvlinks is None else min_nvlinks)
     return rows
 
 
@@ -121,10 +126,12 @@ def _pcie_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
 
 
 def _nvlinks_per_name(gpus: Iterable[GpuFacts]) -> dict[str, int]:
-    """Return the largest number of active NVLinks of any GPU of the same name."""
+    """Return name -> the largest number of active NVLinks of a GPU of this name, or that of its datasheet if it is larger."""
     found: dict[str, int] = {}
     for gpu in gpus:
-        found[gpu.name] = max(found.get(gpu.name, 0), gpu.nvlinks or 0)
+        sheet = datasheet(gpu.name)
+        found.setdefault(gpu.name, (sheet.nvlinks if sheet else None) or 0)
+        found[gpu.name] = max(found[gpu.name], gpu.nvlinks or 0)
     return found
 
 

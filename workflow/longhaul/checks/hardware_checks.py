@@ -14,6 +14,7 @@ from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.measurement_checks import measurement_rows
 from longhaul.checks.process_limits import ProcessLimits
+from longhaul.checks.rate_checks import RateLimits
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
 LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
@@ -46,14 +47,16 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
     hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
     rows: list[CheckRow] = []
     if job.build.startswith("cuda"):
-        rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()})
+        rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, job.minimums.nvlinks)
         for node, facts in hardware.items():
             rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
-    rows += measurement_rows({node["host"]: node["measured"] for node in nodes if node["measured"]}, job.build != "cpu")
-    rows += [_run_folder_row(Component(node["host"]), node["run_folder_seen_after_s"]) for node in nodes]
+    measured = {node["host"]: node["measured"] for node in nodes if node["measured"]}
+    rows += measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job)))
+    rows += [_visible_row(Component(node["host"]), node["run_folder_seen_after_s"]) for node in nodes]
     layer = LINK_LAYERS.get(job.interconnect)
     if layer and len(nodes) > 1:
-        rows += _port_rows({node: _ports_of_layer(facts, layer) for node, facts in hardware.items()})
+        ports = {node: _ports_of_layer(facts, layer) for node, facts in hardware.items()}
+        rows += _port_rows(ports, job.minimums.port_gbit_per_s)
     for node, facts in hardware.items():
         rows += _node_rows(Component(node), facts, job, uses_rdma=bool(layer) and len(nodes) > 1)
     rows += _same_everywhere("CPU model", {node: str(facts.cpu_and_memory.model) for node, facts in hardware.items()})
@@ -61,7 +64,13 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
     return merge_equal_rows(rows)
 
 
-def _run_folder_row(component: Component, seen_after_s: float | None) -> CheckRow:
+def _gpu_name(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> str:
+    """Return the name of the GPUs; nodes with other GPUs are a problem of their own. "": nodes without GPUs."""
+    names = (gpu["name"] for node in nodes for gpu in node["gpus"])
+    return "" if job.build == "cpu" else next(names, "")
+
+
+def _visible_row(component: Component, seen_after_s: float | None) -> CheckRow:
     """Return the row of a file that the first node wrote. A folder that is not shared is a problem of the run, not of a node."""
     check, expected = "file of the first node is visible", f"within {SHARED_FOLDER_WAIT_S:g} s"
     if seen_after_s is None:
@@ -106,7 +115,7 @@ def _ports_of_layer(facts: HardwareFacts, layer: str) -> list[PortFacts]:
     return [port for port in facts.ports if port.link_layer == layer]
 
 
-def _port_rows(ports: Mapping[str, Sequence[PortFacts]]) -> Iterator[CheckRow]:
+def _port_rows(ports: Mapping[str, Sequence[PortFacts]], minimum: float | None) -> Iterator[CheckRow]:
     """Judge each port by the ports of the same name on the other nodes. A port that is down on most nodes is not in use."""
     by_name: dict[str, list[PortFacts]] = {}
     for port in (port for found in ports.values() for port in found):
@@ -122,19 +131,22 @@ def _port_rows(ports: Mapping[str, Sequence[PortFacts]]) -> Iterator[CheckRow]:
             state: Result = "ok" if port.is_active else "fail"
             yield component.row("port state", port.state or "unknown", "ACTIVE, as on the other nodes", state, _CABLE)
             if port.is_active:
-                yield _rate_row(component, port, statistics.median(rates[port.name]) if rates[port.name] else None)
+                usual = statistics.median(rates[port.name]) if rates[port.name] else None
+                yield _port_rate_row(component, port, usual, minimum)
             text = ", ".join(f"{name} {count}" for name, count in port.errors.items()) or "0"
             yield component.row("port errors", text, "0", "warn" if port.errors else "ok", f"if they grow: {_CABLE}")
 
 
-def _rate_row(component: Component, port: PortFacts, median: float | None) -> CheckRow:
-    rate = port.rate_gbit_per_s
-    if rate is None or median is None:
+def _port_rate_row(component: Component, port: PortFacts, usual: float | None, minimum: float | None) -> CheckRow:
+    """Judge a rate by node_minimums of the site file, else by the usual rate of this port on the nodes."""
+    rate, expected_rate = port.rate_gbit_per_s, minimum or usual
+    if rate is None or expected_rate is None:
         return component.unknown(
             "port rate", port.unavailable.get("rate_gbit_per_s", "no port states a rate"), "a rate"
         )
-    result: Result = "fail" if rate < median else "ok"
-    return component.row("port rate", f"{rate:g} Gbit/s", f"{median:g} Gbit/s, as on the other nodes", result, _CABLE)
+    origin = "node_minimums of the site file" if minimum else "as on the other nodes"
+    result: Result = "fail" if rate < expected_rate else "ok"
+    return component.row("port rate", f"{rate:g} Gbit/s", f"{expected_rate:g} Gbit/s, {origin}", result, _CABLE)
 
 
 def _pcie_rows(node: str, facts: HardwareFacts) -> Iterator[CheckRow]:

@@ -31,7 +31,7 @@ from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
 from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
 
 if TYPE_CHECKING:
-    from longhaul.checks.node_measurements import NodeMeasurements
+    from longhaul.checks.measured_rates import NodeMeasurements
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 PROBE_BYTES = 4096

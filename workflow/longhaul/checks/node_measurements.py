@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import torch
 
-from longhaul.checks.burn_in import BurnIn, burn_in, read_while_busy
-from longhaul.checks.disk_speed import DiskSpeed, SafeWrite, direct_speed, safe_write
+from longhaul.checks.burn_in import burn_in, read_while_busy
+from longhaul.checks.disk_speed import direct_speed, safe_write
+from longhaul.checks.measured_rates import NodeMeasurements
 from longhaul.checks.memory_bandwidth import triad_gb_per_s
 
 T = TypeVar("T")
@@ -34,16 +35,6 @@ _GPU_NODE = _Sizes(matrix=8192, copy=256 * MIB, memory=256 * MIB, disk=1024 * MI
 _CPU_NODE = _Sizes(matrix=256, copy=4 * MIB, memory=32 * MIB, disk=32 * MIB, file=MIB)
 
 
-@dataclass(frozen=True)
-class NodeMeasurements:
-    """What one node reached. devices: in the order of the GPUs, or the CPU alone on a node without GPUs."""
-
-    devices: list[BurnIn]
-    triad_gb_per_s: float
-    local_disk: DiskSpeed
-    run_folder: SafeWrite
-
-
 def measure_node(folder: Path, scratch: str | None, burn_in_s: float) -> NodeMeasurements:
     """Measure this node, which takes `burn_in_s` and some seconds more; without GPUs about a second.
 
@@ -55,7 +46,7 @@ def measure_node(folder: Path, scratch: str | None, burn_in_s: float) -> NodeMea
     sizes = _GPU_NODE if gpus else _CPU_NODE
     return NodeMeasurements(
         devices=burn_in(gpus or [torch.device("cpu")], burn_in_s if gpus else 0, sizes.matrix, sizes.copy),
-        triad_gb_per_s=triad_gb_per_s(sizes.memory),
+        memory_gb_per_s=triad_gb_per_s(sizes.memory),
         local_disk=direct_speed(Path(scratch or tempfile.gettempdir()), sizes.disk, _DISK_LIMIT_S),
         run_folder=safe_write(folder, sizes.file),
     )

@@ -1,24 +1,75 @@
-"""Dense bf16 rates of GPUs from their datasheets."""
+"""Values of GPUs from their datasheets: dense bf16 rate, memory bandwidth, NVLinks."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-# Pattern of the name that nvidia-smi or rocm-smi prints -> TFLOP/s. The first match counts.
-_PEAK_TFLOPS = (
-    (r"H100 PCIe", 756),
-    (r"H100 NVL", 835),
-    (r"GH200|H100|H200", 989),
-    (r"B200", 2250),
-    (r"A100", 312),
-    (r"L40S", 362),
-    (r"MI300A", 980.6),
-    (r"MI300X", 1307.4),
-    (r"MI250X|MI200", 191.5),  # one of the card's two dies, which counts as a GPU
+
+@dataclass(frozen=True)
+class GpuDatasheet:
+    """One kind of GPU.
+
+    name:                pattern of the name that nvidia-smi or rocm-smi prints
+    bf16_tflops:         dense rate
+    memory_gb_per_s:     bandwidth of its memory; of several sizes of memory, the lowest
+    nvlinks:             NVLinks that are connected in every server; None where it depends on the server
+    min_share_of_bf16:   share of the dense rate that large matrix products reach at least on a healthy GPU
+    min_share_of_memory: share of the bandwidth that copies reach at least on a healthy GPU
+    """
+
+    name: str
+    bf16_tflops: float
+    memory_gb_per_s: float
+    nvlinks: int | None = None
+    min_share_of_bf16: float = 0.6
+    min_share_of_memory: float = 0.65
+
+    @property
+    def min_matrix_tflops(self) -> float:
+        return self.min_share_of_bf16 * self.bf16_tflops
+
+    @property
+    def min_copy_gb_per_s(self) -> float:
+        return self.min_share_of_memory * self.memory_gb_per_s
+
+
+# The first match counts. Products of 8192 reach 80 to 87 % of the datasheet on A100 and H100 and about half on MI300X
+# (github.com/stas00/ml-engineering, Maximum Achievable Matmul FLOPS); the shares leave a margin for low power limits. Copies
+# reach 84 % on H100, and 40 to 60 % on MI300X (scalarlm.com/blog/scalarlm-benchmarking-mi300x-memcpy).
+_DATASHEETS = (
+    # resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet: H100 PCIe, NVL, SXM
+    GpuDatasheet(r"H100 PCIe", 756, 2000),
+    GpuDatasheet(r"H100 NVL", 835, 3900),
+    # resources.nvidia.com/en-us-grace-cpu/grace-hopper-superchip: the memory of 96 GB; a server may have one superchip
+    GpuDatasheet(r"GH200", 989, 4000),
+    # nvidia.com/en-us/data-center/h200
+    GpuDatasheet(r"H200 NVL", 835, 4800),
+    GpuDatasheet(r"H200", 989, 4800, nvlinks=18),
+    # H100 of 64 GB (MareNostrum 5) and H20 have slower memory than the datasheet's 3,350 GB/s of 80 GB.
+    GpuDatasheet(r"H100 80GB HBM3", 989, 3350, nvlinks=18),
+    GpuDatasheet(r"H100", 989, 2000),
+    # resources.nvidia.com/en-us-blackwell-architecture: HGX B200
+    GpuDatasheet(r"B200", 2250, 7700),
+    # nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet.pdf; 40 GB: 1,555 GB/s
+    GpuDatasheet(r"A100-SXM4-80GB", 312, 2039, nvlinks=12),
+    GpuDatasheet(r"A100-SXM", 312, 1555, nvlinks=12),
+    GpuDatasheet(r"A100", 312, 1555),
+    GpuDatasheet(r"L40S", 362, 864),
+    # amd.com/en/products/accelerators/instinct/mi300.html
+    GpuDatasheet(r"MI300A", 980.6, 5300, min_share_of_bf16=0.4, min_share_of_memory=0.35),
+    GpuDatasheet(r"MI300X", 1307.4, 5300, min_share_of_bf16=0.4, min_share_of_memory=0.35),
+    # amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of the card's two dies, which counts as a GPU
+    GpuDatasheet(r"MI250X|MI200", 191.5, 1638, min_share_of_bf16=0.4, min_share_of_memory=0.5),
 )
+
+
+def datasheet(gpu_name: str) -> GpuDatasheet | None:
+    """Return the values of a GPU; None for a GPU that is not listed."""
+    return next((sheet for sheet in _DATASHEETS if re.search(sheet.name, gpu_name, re.IGNORECASE)), None)
 
 
 def peak_tflops(gpu_name: str) -> float | None:
     """Return the dense bf16 rate of a GPU in TFLOP/s; None for a GPU that is not listed."""
-    found = (rate for pattern, rate in _PEAK_TFLOPS if re.search(pattern, gpu_name, re.IGNORECASE))
-    return next(found, None)
+    found = datasheet(gpu_name)
+    return found.bf16_tflops if found else None

@@ -26,11 +26,12 @@ M = TypeVar("M", bound=FrozenModel)
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A run config, its site, and the path of the config file."""
+    """A run config, its site, and the paths of both files."""
 
     config: Config
     site: Site
     path: Path
+    site_path: Path
 
     @property
     def folder(self) -> Path:
@@ -67,22 +68,28 @@ def load_config(path: Path) -> LoadedConfig:
         UserError: one of the two files is missing or invalid.
     """
     config = read_model(path, Config)
-    return LoadedConfig(config, load_site(config.site, path.resolve().parent), path.resolve())
+    site_path = find_site(config.site, path.resolve().parent)
+    return LoadedConfig(config, read_model(site_path, Site), path.resolve(), site_path)
 
 
 def load_site(written: str, folder: Path) -> Site:
-    """Return the site with this name in config/sites, or from this path relative to `folder`.
+    """Return the site that find_site finds."""
+    return read_model(find_site(written, folder), Site)
+
+
+def find_site(written: str, folder: Path) -> Path:
+    """Return the file of the site with this name in config/sites, or this path relative to `folder`.
 
     A value with a slash or with the extension .yaml or .yml is a path.
     """
     if "/" in written or written.endswith((".yaml", ".yml")):
-        return read_model(absolute_path("site", written, folder), Site)
+        return absolute_path("site", written, folder)
     names = sorted(file.stem for file in SITES.glob("*.yaml"))
     if written not in names:
         raise UserError(
             f"site: there is no site {shortened(written)}", f"use one of {', '.join(names)}, or the path of a site file"
         )
-    return read_model(SITES / f"{written}.yaml", Site)
+    return SITES / f"{written}.yaml"
 
 
 def is_site_file(path: Path) -> bool:

@@ -18,6 +18,7 @@ from longhaul.config.field_types import (
     SlurmOption,
     SlurmWord,
 )
+from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.partition_config import JobPlace, NodeShape, Partition
 from longhaul.config.serving_config import Serving
 from longhaul.config.slurm_options import RESERVED_SRUN_OPTIONS, check_options
@@ -122,6 +123,10 @@ class Site(FrozenModel):
         default=(), description="Additional options for each srun command, for example --mpi=pmix."
     )
     interconnect: Interconnect = Field(default=Interconnect(), description="The network between nodes.")
+    node_minimums: NodeMinimums = Field(
+        default=NodeMinimums(),
+        description="The least that a healthy node reaches. `longhaul baseline` learns what is usual at the site instead.",
+    )
     inode_limit: PositiveInt | None = Field(
         default=None,
         description="File quota of the run folder. The plan compares its file counts with it; null: no limit.",
@@ -175,6 +180,15 @@ class Site(FrozenModel):
         if self.interconnect.kind == "none" and gpu.max_nodes > 1:
             raise ValueError(
                 f"max_nodes {gpu.max_nodes} with interconnect.kind none: without a network a job has one node; change either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_units(self) -> Site:
+        minimum, peak = self.node_minimums.matrix_tflops, self.node.gpu_peak_tflops
+        if minimum and peak and minimum > peak:
+            raise ValueError(
+                f"node_minimums.matrix_tflops {minimum:g} is above node.gpu_peak_tflops {peak:g}; both are in TFLOP/s"
             )
         return self
 

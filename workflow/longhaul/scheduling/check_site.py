@@ -79,7 +79,9 @@ def example_plan(site: Site) -> Plan:
     stages: tuple[Stage, ...] = tuple(stage.model_copy(update=changes) for stage in demo.config.stages)
     checks = demo.config.checks.model_copy(update={"nodes": None})
     return build_plan(
-        LoadedConfig(demo.config.model_copy(update={"stages": stages, "checks": checks}), site, demo.path)
+        LoadedConfig(
+            demo.config.model_copy(update={"stages": stages, "checks": checks}), site, demo.path, demo.site_path
+        )
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.site_baseline import SiteBaseline, read_baseline
+from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.partition_config import JobPlace
 from longhaul.config.run_config import Checks
 from longhaul.jobs.job_kind import JobKind
@@ -14,7 +16,7 @@ from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 class EnvironmentSpec(JobSpec):
     """Checks the nodes that it runs on."""
 
-    no_rerun_fields = JobSpec.no_rerun_fields | {"scratch"}
+    no_rerun_fields = JobSpec.no_rerun_fields | {"scratch", "baseline"}
 
     nodes: int
     gpus_per_node: int
@@ -27,6 +29,8 @@ class EnvironmentSpec(JobSpec):
     swap_bytes: int  # what a node's ranks offload to its disk below scratch; 0 without offload to NVMe
     locked_bytes: int  # memory that each rank must be able to lock for that
     measures_speed: bool  # measure GPUs, memory and disks; false on a stage's own nodes, where a start must be quick
+    minimums: NodeMinimums  # from the site file
+    baseline: SiteBaseline | None  # from the file beside the site file
     folder: str  # where free space and write access are tested
     out: str  # environment.json
 
@@ -49,6 +53,8 @@ def environment_spec(plan: Plan, place: JobPlace, nodes: int, gpus_per_node: int
         swap_bytes=max((rank.disk * ranks for rank, ranks in memory), default=0),
         locked_bytes=max((rank.locked for rank, _ in memory), default=0),
         measures_speed=out == str(plan.paths.environment),
+        minimums=plan.site.node_minimums,
+        baseline=read_baseline(plan.loaded.site_path),
         folder=plan.config.storage.weights or str(plan.paths.folder),
         out=out,
     )

@@ -1,0 +1,96 @@
+"""`longhaul baseline` stores the usual rates of a healthy run beside the site file, and the next check's spec holds them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
+from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.site_baseline import SiteBaseline, baseline_path, read_baseline
+from longhaul.checks.learn_baseline import learn_baseline
+from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
+from longhaul.cli import main
+from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_spec
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.planning import Plan
+from tests.support.small_configs import plan_of
+
+
+def write_report(path: Path, *rates: float, gpu: str = "NVIDIA H200") -> None:
+    """Write environment.json of nodes with two GPUs of the given rate each."""
+    nodes = []
+    for number, rate in enumerate(rates):
+        burn_in = BurnIn(9, 0, rate, 3900.0, 55.0, 54.0)
+        measured = NodeMeasurements([burn_in] * 2, 400.0, DiskSpeed(3.0, 6.0), SafeWrite(0.2))
+        nodes.append({"host": f"n{number}", "gpus": [{"name": gpu}] * 2, "cpus": 2, "memory_bytes": 1, "disk_free_bytes": 1,
+                      "clock_skew_s": 0.0, "versions": {}, "measured": asdict(measured)})  # fmt: skip
+    EnvironmentReport([], nodes, []).write(path)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    return plan_of(tmp_path)
+
+
+def test_usual_rates_are_median_and_spread_over_all_gpus(plan: Plan):
+    write_report(plan.paths.environment, 700.0, 720.0, 650.0)
+    learned = learn_baseline(plan)
+    assert (learned.gpu, learned.run) == ("NVIDIA H200", plan.run)
+    assert learned.rates["matrix_tflops"] == {"median": 700.0, "lowest": 650.0, "highest": 720.0, "count": 6}
+    assert learned.rates["disk_read_gb_per_s"]["count"] == 3
+
+
+def test_file_is_beside_the_site_file_and_the_next_check_reads_it(plan: Plan, capsys: pytest.CaptureFixture[str]):
+    write_report(plan.paths.environment, 700.0)
+    with pytest.raises(SystemExit) as ended:
+        main(["baseline", str(plan.loaded.path)])
+    assert ended.value.code == 0
+    path = baseline_path(plan.loaded.site_path)
+    assert path.name == "site.baseline.json" and path.parent == plan.loaded.site_path.parent
+    printed = capsys.readouterr().out
+    assert "matrix products under load" in printed and f"wrote {path}" in printed.replace("\n", "")
+    spec = job_spec(plan, JobId("environment"))
+    assert isinstance(spec, EnvironmentSpec) and spec.baseline == SiteBaseline.read(path)
+    assert EnvironmentSpec.model_validate_json(spec.to_json()) == spec
+    before = spec.rerun_key()
+    path.unlink()
+    assert job_spec(plan, JobId("environment")).rerun_key() == before, "a baseline runs no finished check again"
+
+
+def test_run_without_a_passed_check_is_refused(plan: Plan):
+    with pytest.raises(UserError, match="the environment check has not run"):
+        learn_baseline(plan)
+    write_report(failed_path(plan.paths.environment), 700.0)
+    with pytest.raises(UserError, match=r"the environment check failed, so its rates are not those of healthy nodes"):
+        learn_baseline(plan)
+
+
+def test_report_without_measurements_is_refused_until_it_is_written_again(plan: Plan):
+    node = {
+        "host": "n1",
+        "gpus": [],
+        "cpus": 2,
+        "memory_bytes": 1,
+        "disk_free_bytes": 1,
+        "clock_skew_s": 0.0,
+        "versions": {},
+    }
+    EnvironmentReport([], [node], []).write(plan.paths.environment)
+    with pytest.raises(UserError, match="node n1 has no measurements"):
+        learn_baseline(plan)
+    plan.paths.environment.unlink()
+    write_report(plan.paths.environment, 700.0)
+    assert learn_baseline(plan).rates["matrix_tflops"]["median"] == 700.0
+
+
+def test_damaged_baseline_is_an_error_of_the_plan(plan: Plan):
+    assert read_baseline(plan.loaded.site_path) is None
+    baseline_path(plan.loaded.site_path).write_text("{}")
+    with pytest.raises(UserError, match="measure again: longhaul baseline") as raised:
+        job_spec(plan, JobId("environment"))
+    assert "site.baseline.json" in raised.value.message

@@ -1,0 +1,53 @@
+"""The rates that healthy nodes of a site usually reach; `longhaul baseline` writes them beside the site file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.artifact_schemas import Artifact
+
+
+class UsualRate(TypedDict):
+    """Rates of one kind over all GPUs or nodes of a run."""
+
+    median: float
+    lowest: float
+    highest: float
+    count: int
+
+
+@dataclass(frozen=True)
+class SiteBaseline(Artifact):
+    """`<site file>.baseline.json`.
+
+    gpu:   name of the GPUs; "" on nodes without GPUs
+    run:   the run whose environment check measured the rates
+    time:  when that was, in UTC
+    rates: name of a rate in RATE_CHECKS -> its values
+    """
+
+    hint: ClassVar[str] = "delete it, or measure again: longhaul baseline"
+
+    gpu: str
+    run: str
+    time: str
+    rates: dict[str, UsualRate]
+
+
+def baseline_path(site_path: Path) -> Path:
+    """Return the path of the baseline of a site file."""
+    return site_path.with_suffix(".baseline.json")
+
+
+def read_baseline(site_path: Path) -> SiteBaseline | None:
+    """Return the baseline of a site; None if it has none.
+
+    Raises:
+        UserError: the file is damaged or of another release.
+    """
+    path = baseline_path(site_path)
+    return SiteBaseline.read(path) if path.exists() else None

@@ -1,0 +1,68 @@
+"""Learns the usual rates of a site from a run whose environment check passed, for the file beside the site file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport, failed_path
+from longhaul.artifacts.job_state import utc_now
+from longhaul.artifacts.site_baseline import SiteBaseline
+from longhaul.checks.measured_rates import NodeMeasurements
+from longhaul.checks.rate_checks import RATE_CHECKS, rates_of, usual_rate
+from longhaul.errors import UserError
+from longhaul.planning import Plan
+
+_MEASUREMENTS = TypeAdapter(NodeMeasurements)
+
+
+def learn_baseline(plan: Plan) -> SiteBaseline:
+    """Return the usual rates of the nodes that a run's environment check measured.
+
+    Raises:
+        UserError: the check has not run, it failed, or it did not measure.
+    """
+    path, again = plan.paths.environment, f"run the check: longhaul run {plan.loaded.path} {plan.paths.environment}"
+    if failed_path(path).exists() and not path.exists():
+        raise UserError(
+            f"{failed_path(path)}: the environment check failed, so its rates are not those of healthy nodes", again
+        )
+    if not path.exists():
+        raise UserError(f"{path} is missing: the environment check has not run", again)
+    report = EnvironmentReport.read(path)
+    measured = {node["host"]: _measurements(node, str(path)) for node in report.nodes}
+    rates = {check.key: rates_of(check, measured) for check in RATE_CHECKS}
+    gpu = _gpu_name(report.nodes)
+    known = {key: usual_rate(found) for key, found in rates.items() if found}
+    return SiteBaseline(gpu, plan.run, utc_now(), known)
+
+
+def _measurements(node: CheckedNode, path: str) -> NodeMeasurements:
+    found: Any = node.get("measured")
+    try:
+        return _MEASUREMENTS.validate_python(found)
+    except ValidationError:
+        raise UserError(
+            f"{path}: node {node['host']} has no measurements",
+            "another release wrote the file: delete it, and run the environment check again",
+        ) from None
+
+
+def _gpu_name(nodes: Sequence[CheckedNode]) -> str:
+    gpus: list[Any] = [gpu for node in nodes for gpu in node["gpus"]]
+    return str(gpus[0]["name"]) if gpus else ""
+
+
+def print_baseline(baseline: SiteBaseline) -> None:
+    """Print the usual rates."""
+    title = f"Usual rates of {baseline.gpu or 'nodes without GPUs'}, by run {baseline.run}"
+    table = Table("rate", "unit", "median", "lowest", "highest", "values", title=title, title_justify="left")
+    for check in RATE_CHECKS:
+        if rate := baseline.rates.get(check.key):
+            values = (f"{rate[name]:.4g}" for name in ("median", "lowest", "highest"))
+            table.add_row(check.check, check.unit, *values, str(rate["count"]))
+    Console(width=120).print(table)

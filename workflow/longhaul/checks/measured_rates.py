@@ -1,0 +1,53 @@
+"""What the environment check measures on one node: results under load, rates of GPUs, memory and disks. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BurnIn:
+    """What a device did under load. wrong_rows: of `verified` products with a known result; rates in TFLOP/s and GB/s."""
+
+    verified: int
+    wrong_rows: int
+    matrix_tflops: float
+    device_copy_gb_per_s: float
+    host_to_device_gb_per_s: float
+    device_to_host_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Rates in GB/s. error: why they could not be measured; the rates are 0 then."""
+
+    write_gb_per_s: float
+    read_gb_per_s: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class SafeWrite:
+    """Seconds of one safe write and read; None with an error. is_corrupt: the file held other bytes than were written."""
+
+    seconds: float | None
+    is_corrupt: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class NodeMeasurements:
+    """What one node reached. devices: in the order of the GPUs, or the CPU alone on a node without GPUs."""
+
+    devices: list[BurnIn]
+    memory_gb_per_s: float
+    local_disk: DiskSpeed
+    run_folder: SafeWrite
+
+    @property
+    def disk_write_gb_per_s(self) -> float | None:
+        return None if self.local_disk.error else self.local_disk.write_gb_per_s
+
+    @property
+    def disk_read_gb_per_s(self) -> float | None:
+        return None if self.local_disk.error else self.local_disk.read_gb_per_s
