@@ -257,11 +257,17 @@ def run(job: EnvironmentSpec, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_problems_stop_the_run_and_are_kept_in_the_failed_report(tmp_path: Path):
-    done = run(job(tmp_path, checks=Checks(min_disk_free_gb=1e9), swap_bytes=10**18), tmp_path)
+    bad = job(tmp_path, checks=Checks(min_disk_free_gb=1e9), swap_bytes=10**18, measures_speed=True)
+    done = run(bad, tmp_path)
     assert done.returncode == 2 and "checks.min_disk_free_gb is 1e+09" in done.stderr, done.stderr
     assert "the ranks of this node offload 1000000000.0 GB" in done.stderr
     assert not (tmp_path / "environment.json").exists()
-    assert len(EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems) == 2
+    report = EnvironmentReport.read(failed_path(tmp_path / "environment.json"))
+    assert len(report.problems) == 2
+    checks = {row["check"]: row["value"] for row in report.checks}
+    assert checks["products with a known result"] == "0 wrong rows in 1 products"
+    assert checks["memory bandwidth (triad)"].endswith(" GB/s") and checks["file of the first node is visible"]
+    assert "hardware checks: " in done.stdout and " 0 fail" in done.stdout
 
 
 def test_an_op_whose_build_was_killed_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -160,13 +160,27 @@ def test_same_warning_of_many_nodes_is_one_line():
     ]
 
 
-def test_table_shows_the_worst_first(capsys: pytest.CaptureFixture[str]):
+def test_table_shows_the_worst_first_and_names_what_is_unknown(capsys: pytest.CaptureFixture[str]):
     facts = hardware(cpu={"huge_pages": "never", "memory_uncorrected": 3}, peer_memory=False)
     print_checks(hardware_rows(nodes(facts), environment_job()))
-    lines = [
-        line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ") and " n4 " in line
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("│ ") and " n4 " in line] == ["fail", "warn"]
+    assert "unknown: n4: GPUDirect RDMA: not available: the module nvidia_peermem is not loaded" in "\n".join(lines)
+    assert lines[-1].endswith(" 1 warn, 1 fail, 1 unknown")
+
+
+def test_text_of_a_node_is_not_markup(capsys: pytest.CaptureFixture[str]):
+    facts = hardware(kernel_log=KernelLog([KernelError("Xid", 31, "0000:3b:00", 1, "[red]MMU")]))
+    print_checks(hardware_rows(nodes(facts), environment_job()))
+    assert "[red]MMU" in "".join(capsys.readouterr().out.split())
+
+
+def test_memory_modules_are_compared_where_they_are_known():
+    unknown = hardware(cpu={"modules_mib": None, "unavailable": {"modules_mib": "no EDAC driver is loaded"}})
+    found = [
+        row["node"] for row in hardware_rows(nodes(unknown), environment_job()) if row["check"] == "memory modules"
     ]
-    assert lines == ["fail", "warn", "unknown"]
+    assert found == ["n1", "n2", "n3"]
 
 
 def test_rows_survive_the_report(tmp_path: Path):

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from longhaul.artifacts.check_rows import CheckRow, Result
 
 _NAMED_NODES = 4
 _PRINTED_ROWS = 100
+_COLUMNS = ("result", "node", "component", "check", "value", "expected", "remedy")
 
 
 @dataclass(frozen=True)
@@ -90,32 +92,31 @@ def problem_lines(rows: Iterable[CheckRow]) -> list[str]:
 
 def warning_lines(rows: Iterable[CheckRow]) -> list[str]:
     """Return one line per finding of result warn; nodes and components with the same finding share a line."""
-    places: dict[str, list[str]] = {}
-    for row in rows:
-        if row["result"] == "warn":
-            places.setdefault(_finding(row), []).append(_place(row))
-    return [f"{_names(found)}: {finding}" for finding, found in places.items()]
+    return _shared_lines(row for row in rows if row["result"] == "warn")
 
 
 def print_checks(rows: Sequence[CheckRow]) -> None:
-    """Print the rows that are not ok, the worst first, and how many checks have which result."""
-    order = ("fail", "warn", "unknown")
-    shown = sorted((row for row in rows if row["result"] in order), key=lambda row: order.index(row["result"]))
+    """Print the rows that failed or warn, the worst first, what is unknown, and how many checks have which result."""
+    shown = [row for result in ("fail", "warn") for row in rows if row["result"] == result]
     console = Console(width=160)
     if shown:
-        table = Table("result", "node", "component", "check", "value", "expected", "remedy", title_justify="left")
-        table.title = "Checks that are not ok"
+        table = Table(*_COLUMNS, title="Checks that are not ok", title_justify="left")
         for row in shown[:_PRINTED_ROWS]:
-            names = ("result", "node", "component", "check", "value", "expected", "remedy")
-            table.add_row(*(row[name] for name in names))
-        console.print(table, markup=False)
-    counts: Counter[Result] = Counter(row["result"] for row in rows)
+            table.add_row(*(escape(row[name]) for name in _COLUMNS))
+        console.print(table)
+    for line in _shared_lines(row for row in rows if row["result"] == "unknown"):
+        console.print(f"unknown: {line}", markup=False)
+    counts = Counter(row["result"] for row in rows)
+    text = ", ".join(f"{counts[result]} {result}" for result in ("ok", "warn", "fail", "unknown"))
     left_out = f"; {len(shown) - _PRINTED_ROWS} rows are in the report only" if len(shown) > _PRINTED_ROWS else ""
-    console.print(f"hardware checks: {_counts_text(counts)}{left_out}", markup=False)
+    console.print(f"hardware checks: {text}{left_out}", markup=False)
 
 
-def _counts_text(counts: Counter[Result]) -> str:
-    return ", ".join(f"{counts[result]} {result}" for result in ("ok", "warn", "fail", "unknown"))
+def _shared_lines(rows: Iterable[CheckRow]) -> list[str]:
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        places.setdefault(_finding(row), []).append(_place(row))
+    return [f"{_names(found)}: {finding}" for finding, found in places.items()]
 
 
 def _place(row: CheckRow) -> str:

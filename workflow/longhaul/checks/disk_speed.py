@@ -58,6 +58,7 @@ def safe_write(folder: Path, size_bytes: int) -> SafeWrite:
     renamed = path.with_suffix(".renamed")
     started = time.perf_counter()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             stream.write(data)
             stream.flush()

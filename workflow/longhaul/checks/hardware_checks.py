@@ -59,7 +59,7 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
         rows += _port_rows(ports, job.minimums.port_gbit_per_s)
     for node, facts in hardware.items():
         rows += _node_rows(Component(node), facts, job, uses_rdma=bool(layer) and len(nodes) > 1)
-    rows += _same_everywhere("CPU model", {node: str(facts.cpu_and_memory.model) for node, facts in hardware.items()})
+    rows += _same_everywhere("CPU model", {node: facts.cpu_and_memory.model or "" for node, facts in hardware.items()})
     rows += _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
     return merge_equal_rows(rows)
 
@@ -163,16 +163,18 @@ def _pcie_rows(node: str, facts: HardwareFacts) -> Iterator[CheckRow]:
 
 
 def _modules_text(facts: HardwareFacts) -> str:
-    modules = facts.cpu_and_memory.modules_mib
-    if modules is None:
-        return f"not available: {facts.cpu_and_memory.unavailable['modules_mib']}"
-    return ", ".join(f"{count} x {size} MiB" for size, count in sorted(Counter(modules).items()))
+    """Return the memory modules as `16 x 65536 MiB`; "" if the node does not tell them."""
+    modules = Counter(facts.cpu_and_memory.modules_mib or ())
+    return ", ".join(f"{count} x {size} MiB" for size, count in sorted(modules.items()))
 
 
 def _same_everywhere(check: str, values: Mapping[str, str]) -> Iterator[CheckRow]:
-    """Warn of nodes with another value than most nodes."""
-    (usual, count), *_ = Counter(values.values()).most_common()
-    for node, value in values.items():
+    """Warn of nodes with another value than most nodes. A value "" is not known, and says nothing."""
+    known = {node: value for node, value in values.items() if value}
+    if not known:
+        return
+    (usual, count), *_ = Counter(known.values()).most_common()
+    for node, value in known.items():
         differs = value != usual and count > 1
         remedy = "ask the admins whether the nodes of this partition should be equal"
         yield Component(node).row(check, value, usual, "warn" if differs else "ok", remedy)

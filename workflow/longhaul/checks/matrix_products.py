@@ -39,13 +39,12 @@ class ExactProduct:
         # Exact, too: 8192 * 8192 * 6 is far below 2^53.
         self.sums_N = self.a_NN.double() @ (self.b_NN.double() @ self.weights_N)
 
-    def wrong_rows(self, device: torch.device) -> int:
-        """Return how many rows of the product that a device computes have another weighted sum than the exact product."""
-        a_NN, b_NN = (matrix.to(device, torch.bfloat16) for matrix in (self.a_NN, self.b_NN))
-        return self.count_wrong_rows(a_NN @ b_NN)
+    def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both factors in bf16 on a device."""
+        return self.a_NN.to(device).bfloat16(), self.b_NN.to(device).bfloat16()
 
     def count_wrong_rows(self, product_NN: torch.Tensor) -> int:
-        """Return how many rows of a product are wrong. NaN is wrong."""
+        """Return how many rows of a product have another weighted sum than the exact product. NaN is wrong."""
         sums_N = product_NN.double() @ self.weights_N.to(product_NN.device)
         return int((sums_N.cpu() != self.sums_N).sum())
 
