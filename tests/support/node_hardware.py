@@ -52,7 +52,7 @@ def port(number: int, **changes: Any) -> PortFacts:
 
 def link(address: str = "0000:18:00.0", kind: str = "network adapter", **changes: Any) -> PcieLink:
     """Return a link of 32 GT/s and 16 lanes."""
-    facts = {"vendor": "0x15b3", "speed": 32.0, "max_speed": 32.0, "width": 16, "max_width": 16}
+    facts = {"vendor": "0x15b3", "speed": 32.0, "max_speed": 32.0, "width": 16, "max_width": 16, "numa_node": 0}
     return PcieLink(address, kind, **{**facts, **changes})  # type: ignore[arg-type]
 
 
@@ -63,8 +63,10 @@ def hardware(**changes: Any) -> HardwareFacts:
     cpu |= changes.pop("cpu", {})
     facts: dict[str, Any] = {
         "gpus": GpuReading([gpu(index) for index in range(8)]),
+        "amd_gpus": [],
         "ports": [port(number) for number in range(4)],
         "peer_memory": True,
+        "rdma_driver": "24.10-1.1.4",
         "pcie_links": [link()],
         "kernel_log": KernelLog([]),
         "cpu_and_memory": CpuAndMemoryFacts(**cpu),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.check_rows import CheckRow
+from longhaul.checks.amd_gpu_errors import AmdGpuErrors
 from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.hardware_checks import hardware_rows
@@ -76,6 +77,8 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
     "slow disk link": (
         hardware(pcie_links=[link("0000:90:00.0", "NVMe disk", speed=8.0, width=4, max_width=4)]), "warn",
         "n4: NVMe disk 0000:90:00.0: PCIe link: 8 GT/s x4, expected 32 GT/s x4"),
+    "another OFED": (
+        hardware(rdma_driver="23.10"), "warn", "n4: RDMA driver (OFED): 23.10, expected 24.10-1.1.4; ask the admins"),
     "memory error": (
         hardware(cpu={"memory_uncorrected": 1}), "fail", "n4: uncorrectable memory errors: 1, expected 0; drain the node"),
     "corrected memory errors": (hardware(cpu={"memory_corrected": 9}), "warn", "n4: corrected memory errors: 9"),
@@ -143,6 +146,31 @@ def test_amd_gpus_are_judged_by_the_width_of_their_links():
     assert bad(hardware_rows(nodes(*[amd()] * 4), spec)) == []
     rows = hardware_rows(nodes(amd(), amd(), amd(), amd(width=8)), spec)
     assert problem_lines(rows)[0].startswith("n4: GPU 0000:c6:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16")
+
+
+def test_errors_of_amd_gpus_fail_by_block():
+    good = AmdGpuErrors("0000:c1:00.0", True, {}, {})
+    bad_gpu = AmdGpuErrors("0000:c6:00.0", True, {"umc": 2}, {"umc": 1, "gfx": 5})
+    spec = environment_job(build="rocm 6.4", interconnect="ethernet")
+    found = nodes(*[hardware(amd_gpus=[good])] * 3, hardware(amd_gpus=[good, bad_gpu]))
+    rows = hardware_rows(found, spec)
+    assert problem_lines(rows)[0].startswith(
+        "n4: GPU 0000:c6:00.0: uncorrectable ECC errors: 2 in umc, expected 0; drain"
+    )
+    assert "n4: GPU 0000:c6:00.0: corrected ECC errors: 1 in umc, 5 in gfx" in warning_lines(rows)[0]
+    (row,) = bad(hardware_rows(nodes(hardware(amd_gpus=[AmdGpuErrors("0000:c1:00.0", False, {}, {})]), count=1), spec))
+    assert (row["result"], row["value"]) == ("unknown", "not available: the driver amdgpu has no counters")
+
+
+def test_node_whose_gpus_are_far_from_the_adapters_is_named():
+    def placed(*ports: int) -> HardwareFacts:
+        gpus = [link(f"0000:{index:02x}:00.0", "GPU", numa_node=index % 2) for index in range(4)]
+        return hardware(pcie_links=gpus, ports=[port(number, numa_node=node) for number, node in enumerate(ports)])
+
+    rows = hardware_rows(nodes(*[placed(0, 0, 1, 1)] * 3, placed(0, 0, 0, 0)), environment_job())
+    assert warning_lines(rows)[0].startswith(
+        "n4: adapters next to GPUs: NUMA node 0: 2 GPUs, 4 ports, NUMA node 1: 2 GPUs, 0 ports, expected NUMA node 0: 2 GPUs, 2"
+    )
 
 
 def test_cpu_nodes_have_no_gpu_rows():

@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from longhaul.checks.amd_gpu_errors import read_amd_gpu_errors
 from longhaul.checks.cpu_and_memory import read_cpu_and_memory
-from longhaul.checks.infiniband_ports import has_peer_memory, read_ports
+from longhaul.checks.infiniband_ports import has_peer_memory, rdma_driver, read_ports
 from longhaul.checks.pcie_links import read_pcie_links
 from longhaul.checks.process_limits import read_process_limits
 from tests.support.sysfs_tree import add_pcie_device, add_port, write_tree
@@ -42,7 +43,9 @@ def test_port_without_a_readable_rate_says_so(tmp_path: Path):
 def test_module_of_gpudirect_is_found(tmp_path: Path):
     assert not has_peer_memory(tmp_path)
     write_tree(tmp_path, {"module/nvidia_peermem/version": "580.95.05"})
-    assert has_peer_memory(tmp_path)
+    assert has_peer_memory(tmp_path) and rdma_driver(tmp_path) == ""
+    write_tree(tmp_path, {"module/mlx5_core/version": "24.10-1.1.4"})
+    assert rdma_driver(tmp_path) == "24.10-1.1.4"
 
 
 def test_link_has_the_maximum_of_its_slower_end(tmp_path: Path):
@@ -62,6 +65,20 @@ def test_link_has_the_maximum_of_its_slower_end(tmp_path: Path):
         16,
     )
     assert read_pcie_links(tmp_path / "none") == []
+
+
+def test_errors_of_amd_gpus_are_read_by_block(tmp_path: Path):
+    """A node with two MI250X dies, and the driver's own files beside them."""
+    driver = tmp_path / "bus" / "pci" / "drivers" / "amdgpu"
+    for address, umc in (("0000:c1:00.0", "ue: 0\nce: 0\nde: 0"), ("0000:c6:00.0", "ue: 2\nce: 17\nde: 0")):
+        write_tree(driver / address, {"vendor": "0x1002", "ras/umc_err_count": umc, "ras/gfx_err_count": "ue: 0\nce: 1",
+                                      "ras/features": "feature mask: 0x1ff"})  # fmt: skip
+    write_tree(driver / "0000:d1:00.0", {"vendor": "0x1002"})
+    write_tree(driver, {"new_id": "", "module/refcnt": 3})
+    good, bad, plain = read_amd_gpu_errors(tmp_path)
+    assert (good.address, good.is_known, good.uncorrected, good.corrected) == ("0000:c1:00.0", True, {}, {"gfx": 1})
+    assert (bad.uncorrected, bad.corrected) == ({"umc": 2}, {"gfx": 1, "umc": 17})
+    assert not plain.is_known and read_amd_gpu_errors(tmp_path / "none") == []
 
 
 def test_cpu_and_memory_are_read(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Judges the state of NVIDIA GPUs: ECC errors, slowdowns, NVLinks, PCIe links, processes of others, Xid errors.
+"""Judges the state of GPUs: ECC errors, slowdowns, NVLinks, PCIe links, processes of others, Xid errors; ECC errors of AMD GPUs.
 
 Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.checks.amd_gpu_errors import AmdGpuErrors
 from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.kernel_log import KernelError, KernelLog
 from longhaul.config.gpu_datasheets import datasheet
 
+_WATCH = "watch whether the number grows"
 _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
 XID_FAILURES = {
@@ -47,7 +49,7 @@ _GPU_CHECKS = (
     FactCheck("uncorrectable ECC errors in the GPU's life", "ecc_uncorrected_ever", "0", warn_if(lambda count: count > 0),
               "compare the GPU with others when a training fails on this node"),
     FactCheck("corrected ECC errors", "ecc_corrected", "0", warn_if(lambda count: count > 0),
-              "watch whether the number grows"),
+              _WATCH),
     FactCheck("row remapping pending", "remapping_pending", "no", fail_if(bool), _RESET,
               lambda pending: "yes" if pending else "no"),
     FactCheck("row remapping failed", "remapping_failed", "no", fail_if(bool), "the GPU must be replaced",
@@ -148,7 +150,27 @@ def _nvlink_rows(component: Component, gpu: GpuFacts, expected: int) -> Iterator
     yield component.row("NVLinks", value, f"{expected} active", "fail" if is_short else "ok", remedy)
     errors = gpu.nvlink_errors
     text = ", ".join(f"{count} on link {number}" for number, count in errors.items()) or "0"
-    yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", "watch whether the number grows")
+    yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", _WATCH)
+
+
+def amd_rows(gpus: Mapping[str, Sequence[AmdGpuErrors]]) -> list[CheckRow]:
+    """Return the rows of the error counters of all AMD GPUs. gpus: node -> its GPUs."""
+    return [row for node, found in gpus.items() for gpu in found for row in _amd_rows(node, gpu)]
+
+
+def _amd_rows(node: str, gpu: AmdGpuErrors) -> Iterator[CheckRow]:
+    component = Component(node, f"GPU {gpu.address}")
+    if not gpu.is_known:
+        yield component.unknown("uncorrectable ECC errors", "the driver amdgpu has no counters", "0")
+        return
+    bad, warned = _block_text(gpu.uncorrected), _block_text(gpu.corrected)
+    remedy = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"
+    yield component.row("uncorrectable ECC errors", bad, "0", "fail" if gpu.uncorrected else "ok", remedy)
+    yield component.row("corrected ECC errors", warned, "0", "warn" if gpu.corrected else "ok", _WATCH)
+
+
+def _block_text(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} in {block}" for block, count in counts.items()) or "0"
 
 
 def kernel_log_rows(node: str, log: KernelLog, gpus: Sequence[GpuFacts]) -> list[CheckRow]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equal_rows, warn_if
-from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows
+from longhaul.checks.gpu_checks import amd_rows, kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.measurement_checks import measurement_rows
@@ -50,6 +50,8 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
         rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, job.minimums.nvlinks)
         for node, facts in hardware.items():
             rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
+    if job.build.startswith("rocm"):
+        rows += amd_rows({node: facts.amd_gpus for node, facts in hardware.items()})
     measured = {node["host"]: node["measured"] for node in nodes if node["measured"]}
     rows += measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job)))
     rows += [_visible_row(Component(node["host"]), node["run_folder_seen_after_s"]) for node in nodes]
@@ -60,6 +62,8 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
     for node, facts in hardware.items():
         rows += _node_rows(Component(node), facts, job, uses_rdma=bool(layer) and len(nodes) > 1)
     rows += _same_everywhere("CPU model", {node: facts.cpu_and_memory.model or "" for node, facts in hardware.items()})
+    rows += _same_everywhere("RDMA driver (OFED)", {node: facts.rdma_driver for node, facts in hardware.items()})
+    rows += _same_everywhere("adapters next to GPUs", {node: _affinity_text(facts) for node, facts in hardware.items()})
     rows += _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
     return merge_equal_rows(rows)
 
@@ -166,6 +170,18 @@ def _modules_text(facts: HardwareFacts) -> str:
     """Return the memory modules as `16 x 65536 MiB`; "" if the node does not tell them."""
     modules = Counter(facts.cpu_and_memory.modules_mib or ())
     return ", ".join(f"{count} x {size} MiB" for size, count in sorted(modules.items()))
+
+
+def _affinity_text(facts: HardwareFacts) -> str:
+    """Return how many GPUs and active RDMA ports are next to each NUMA node; "" on a node without GPUs or ports.
+
+    On a node where a GPU has no port beside it, its traffic crosses the link between the CPUs.
+    """
+    gpus = Counter(link.numa_node for link in facts.pcie_links if link.kind == "GPU" and link.numa_node is not None)
+    ports = Counter(port.numa_node for port in facts.ports if port.is_active and port.numa_node is not None)
+    if not gpus or not ports:
+        return ""
+    return ", ".join(f"NUMA node {node}: {gpus[node]} GPUs, {ports[node]} ports" for node in sorted({*gpus, *ports}))
 
 
 def _same_everywhere(check: str, values: Mapping[str, str]) -> Iterator[CheckRow]:

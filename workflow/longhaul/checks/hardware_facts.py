@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longhaul.checks.amd_gpu_errors import AmdGpuErrors, read_amd_gpu_errors
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts, read_cpu_and_memory
 from longhaul.checks.gpu_facts import GpuReading
-from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, read_ports
+from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, rdma_driver, read_ports
 from longhaul.checks.kernel_log import KernelLog, read_kernel_log
 from longhaul.checks.pcie_links import PcieLink, read_pcie_links
 from longhaul.checks.process_limits import ProcessLimits, read_process_limits
@@ -14,11 +15,17 @@ from longhaul.checks.process_limits import ProcessLimits, read_process_limits
 
 @dataclass(frozen=True)
 class HardwareFacts:
-    """Hardware of one node. peer_memory: a module of GPUDirect RDMA is loaded."""
+    """Hardware of one node.
+
+    peer_memory: a module of GPUDirect RDMA is loaded
+    rdma_driver: version of the driver of the RDMA adapters, which is that of OFED; "" if it states none
+    """
 
     gpus: GpuReading
+    amd_gpus: list[AmdGpuErrors]
     ports: list[PortFacts]
     peer_memory: bool
+    rdma_driver: str
     pcie_links: list[PcieLink]
     kernel_log: KernelLog
     cpu_and_memory: CpuAndMemoryFacts
@@ -32,8 +39,10 @@ def read_hardware(gpus: GpuReading) -> HardwareFacts:
     """
     return HardwareFacts(
         gpus=gpus,
+        amd_gpus=read_amd_gpu_errors(),
         ports=read_ports(),
         peer_memory=has_peer_memory(),
+        rdma_driver=rdma_driver(),
         pcie_links=read_pcie_links(),
         kernel_log=read_kernel_log(),
         cpu_and_memory=read_cpu_and_memory(),

@@ -60,6 +60,11 @@ def has_peer_memory(sys: Path = SYS) -> bool:
     return any((sys / "module" / name).is_dir() for name in PEER_MEMORY_MODULES)
 
 
+def rdma_driver(sys: Path = SYS) -> str:
+    """Return the version of the driver of NVIDIA's adapters; "" if none is loaded, or if it has no version."""
+    return read_text(sys / "module" / "mlx5_core" / "version")
+
+
 def _port_facts(port: Path) -> PortFacts:
     device = port.parents[1]
     rate = re.match(r"[0-9.]+", read_text(port / "rate"))  # 400 Gb/sec (4X NDR)

@@ -19,7 +19,10 @@ _KINDS = {"0x0302": "GPU", "0x0300": "GPU", "0x0380": "GPU", "0x1200": "GPU", "0
 
 @dataclass(frozen=True)
 class PcieLink:
-    """The link of one device. Speeds are in GT/s per lane, widths in lanes. A maximum is the smaller one of both ends."""
+    """The link of one device. Speeds are in GT/s per lane, widths in lanes. A maximum is the smaller one of both ends.
+
+    numa_node: the NUMA node that the device is next to; None where the kernel does not know it
+    """
 
     address: str
     kind: str
@@ -28,6 +31,7 @@ class PcieLink:
     max_speed: float
     width: int
     max_width: int
+    numa_node: int | None
 
 
 def read_pcie_links(sys: Path = SYS) -> list[PcieLink]:
@@ -43,6 +47,7 @@ def _link(device: Path, kind: str) -> PcieLink | None:
     max_speed, max_width = _speed(device / "max_link_speed"), _width(device / "max_link_width")
     if not (kind and speed and width and max_speed and max_width):
         return None
+    numa_node = read_text(device / "numa_node")  # -1: unknown
     return PcieLink(
         address=device.name,
         kind=kind,
@@ -51,6 +56,7 @@ def _link(device: Path, kind: str) -> PcieLink | None:
         max_speed=min(max_speed, _speed(bridge / "max_link_speed") or max_speed),
         width=width,
         max_width=min(max_width, _width(bridge / "max_link_width") or max_width),
+        numa_node=int(numa_node) if numa_node.isdecimal() else None,
     )
 
 

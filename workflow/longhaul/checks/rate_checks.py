@@ -84,12 +84,11 @@ def rate_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> I
     for check in RATE_CHECKS:
         if check.is_of_device and not limits.gpu_name:
             continue
-        rates = rates_of(check, measured)
         fixed = [*_site_limits(check, limits), *_datasheet_limits(check, limits.gpu_name)]
-        for key, rate in rates.items():
-            peers = {other: value for other, value in rates.items() if not check.by_component or other[1] == key[1]}
+        for peers in _peers(check, rates_of(check, measured)):
             usual = _usual_limits(check, peers) if limits.gpu_name else []
-            yield _row(check, key, rate, [*fixed, *usual])
+            for key, rate in peers.items():
+                yield _row(check, key, rate, [*fixed, *usual])
 
 
 def rates_of(check: RateCheck, measured: Mapping[str, NodeMeasurements]) -> Rates:
@@ -102,6 +101,14 @@ def rates_of(check: RateCheck, measured: Mapping[str, NodeMeasurements]) -> Rate
         }
     rates = {(node, ""): getattr(found, check.key) for node, found in measured.items()}
     return {key: rate for key, rate in rates.items() if rate is not None}
+
+
+def _peers(check: RateCheck, rates: Rates) -> list[Rates]:
+    """Return the groups of rates that are compared with each other."""
+    groups: dict[str, Rates] = {}
+    for (node, component), rate in rates.items():
+        groups.setdefault(component if check.by_component else "", {})[node, component] = rate
+    return list(groups.values())
 
 
 def usual_rate(rates: Rates) -> UsualRate:
