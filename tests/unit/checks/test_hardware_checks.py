@@ -122,6 +122,12 @@ def test_what_a_node_does_not_tell_is_unknown_with_a_reason(facts: HardwareFacts
     assert problem_lines(rows) == warning_lines(rows) == []
 
 
+def test_nvlinks_matter_only_between_gpus():
+    facts = hardware(gpus=GpuReading([gpu(0, nvlinks=0, nvlinks_down=list(range(18)))]))
+    assert bad(hardware_rows(nodes(facts, count=1), environment_job()))[0]["check"] == "NVLinks"
+    assert bad(hardware_rows(nodes(facts, count=1), environment_job(gpus_per_node=1))) == []
+
+
 def test_port_that_is_down_everywhere_is_not_in_use():
     unused = [port(0), port(1), port(2), port(3, state="DOWN", rate_gbit_per_s=10.0)]
     found = nodes(*[hardware(ports=unused)] * 4)

@@ -47,7 +47,8 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
     hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
     rows: list[CheckRow] = []
     if job.build.startswith("cuda"):
-        rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, job.minimums.nvlinks)
+        min_nvlinks = job.minimums.nvlinks if job.gpus_per_node > 1 else 0  # a GPU alone sends nothing over NVLinks
+        rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, min_nvlinks)
         for node, facts in hardware.items():
             rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
     if job.build.startswith("rocm"):

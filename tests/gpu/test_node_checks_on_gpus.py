@@ -1,0 +1,54 @@
+"""The environment check on this machine's GPUs: the state that NVML tells, verified products and rates under load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longhaul.checks.check_table import print_checks, problem_lines
+from longhaul.checks.hardware_checks import hardware_rows
+from longhaul.checks.node_facts import node_facts
+from longhaul.config.gpu_datasheets import datasheet
+from longhaul.config.run_config import Checks
+from tests.support.node_hardware import environment_job
+
+GPUS = torch.cuda.device_count()
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
+    job = environment_job(
+        nodes=1,
+        gpus_per_node=GPUS,
+        build=f"cuda {torch.version.cuda}",
+        checks=Checks(burn_in_s=5.0),
+        measures_speed=True,
+        folder=str(tmp_path / "results"),
+        scratch=str(tmp_path / "scratch"),
+    )
+    facts = node_facts("here", job) | {"run_folder_seen_after_s": 0.0}
+    rows = hardware_rows([facts], job)
+    print_checks(rows)
+    assert problem_lines(rows) == []
+    reading, measured = facts["hardware"].gpus, facts["measured"]
+    assert len(reading.gpus) == len(measured.devices) == GPUS and not reading.error and not reading.lost
+    assert [gpu.uuid.removeprefix("GPU-") for gpu in reading.gpus] == [gpu["uuid"] for gpu in facts["gpus"]]
+    for state, device, gpu in zip(reading.gpus, measured.devices, facts["gpus"], strict=True):
+        sheet = datasheet(state.name)
+        assert state.is_loaded and state.processes is not None and state.pcie_width
+        assert device.verified >= 4 and device.wrong_rows == 0
+        assert 0.8 < device.matrix_tflops / gpu["matrix_tflops"] < 1.2
+        assert sheet is None or sheet.min_copy_gb_per_s < device.device_copy_gb_per_s < 1.05 * sheet.memory_gb_per_s
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_a_wrong_product_is_found_on_a_gpu():
+    from longhaul.checks.matrix_products import ExactProduct
+
+    exact, device = ExactProduct(), torch.device("cuda")
+    product_NN = torch.mm(*exact.factors(device))
+    assert exact.count_wrong_rows(product_NN) == 0
+    product_NN[4000, 17] += 1
+    assert exact.count_wrong_rows(product_NN) == 1
