@@ -48,7 +48,7 @@ DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
     "pending remapping": ({"remap_pending": 1}, "fail", "n1: GPU 1: row remapping pending: yes, expected no; drain"),
     "failed remapping": ({"remap_failed": 1}, "fail", "n1: GPU 1: row remapping failed: yes, expected no; the GPU must"),
     "power brake": ({"reasons": 0x80 | 0x4}, "fail", "slowdown: software power cap, hardware power brake, expected"),
-    "hardware slowdown": ({"reasons": HARDWARE_SLOWDOWN}, "fail", "slowdown: hardware slowdown, expected none; check"),
+    "hardware slowdown": ({"reasons": HARDWARE_SLOWDOWN}, "fail", "hardware slowdown, expected none by heat or hardware; check"),
     "narrow PCIe": ({"width": 8}, "fail", "n1: GPU 1: PCIe width: x8, expected x16; let the admins reseat"),
     "slow PCIe under load": ({"pcie": 1}, "fail", "n1: GPU 1: PCIe generation: 1, expected "),
     "NVLink down": ({"nvlink3": 0}, "fail", " active, not active: 3, expected "),

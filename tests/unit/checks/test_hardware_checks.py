@@ -22,7 +22,14 @@ def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
     """Return the facts of `count` nodes, the last of which have the given hardware."""
     found = [*[hardware()] * (count - len(bad)), *bad]
     return [
-        {"host": f"n{number}", "hardware": facts, "gpus": [], "measured": None, "run_folder_seen_after_s": 0.1}
+        {
+            "host": f"n{number}",
+            "hardware": facts,
+            "gpus": [],
+            "cpus": 96,
+            "measured": None,
+            "run_folder_seen_after_s": 0.1,
+        }
         for number, facts in enumerate(found, start=1)
     ]
 
@@ -120,6 +127,14 @@ def test_what_a_node_does_not_tell_is_unknown_with_a_reason(facts: HardwareFacts
     (row,) = bad(rows)
     assert row["result"] == "unknown" and row["value"].startswith("not available: ") and reason in row["value"]
     assert problem_lines(rows) == warning_lines(rows) == []
+
+
+def test_node_with_fewer_cores_is_named():
+    found = nodes()
+    found[1]["cpus"] = 95
+    assert warning_lines(hardware_rows(found, environment_job())) == [
+        "n2: cores of the job: 95, expected 96; ask the admins whether the nodes of this partition should be equal"
+    ]
 
 
 def test_nvlinks_matter_only_between_gpus():

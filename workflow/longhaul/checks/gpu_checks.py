@@ -54,7 +54,7 @@ _GPU_CHECKS = (
               lambda pending: "yes" if pending else "no"),
     FactCheck("row remapping failed", "remapping_failed", "no", fail_if(bool), "the GPU must be replaced",
               lambda failed: "yes" if failed else "no"),
-    FactCheck("slowdown", "slowdowns", "none", _slowdown_result, "check the node's cooling and power supply",
+    FactCheck("slowdown", "slowdowns", "none by heat or hardware", _slowdown_result, "check the node's cooling and power supply",
               lambda found: ", ".join(found) or "none"),
     FactCheck("persistence mode", "persistence", "on", warn_if(lambda on: not on),
               "start nvidia-persistenced; without it, the driver loads anew for each job", _on_off),

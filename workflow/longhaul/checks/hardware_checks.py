@@ -62,6 +62,7 @@ def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> l
         rows += _port_rows(ports, job.minimums.port_gbit_per_s)
     for node, facts in hardware.items():
         rows += _node_rows(Component(node), facts, job, uses_rdma=bool(layer) and len(nodes) > 1)
+    rows += _same_everywhere("cores of the job", {node["host"]: str(node["cpus"]) for node in nodes})
     rows += _same_everywhere("CPU model", {node: facts.cpu_and_memory.model or "" for node, facts in hardware.items()})
     rows += _same_everywhere("RDMA driver (OFED)", {node: facts.rdma_driver for node, facts in hardware.items()})
     rows += _same_everywhere("adapters next to GPUs", {node: _affinity_text(facts) for node, facts in hardware.items()})
