@@ -1,4 +1,6 @@
-"""Runs the environment check, one process per node, and writes its report; node_facts.py measures, node_problems.py decides."""
+"""Runs the environment check, one process per node, and writes its report; node_facts.py measures, node_problems.py and
+hardware_checks.py decide.
+"""
 
 from __future__ import annotations
 
