@@ -15,6 +15,7 @@ from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.kernel_log import KernelError, KernelLog
 from longhaul.checks.process_limits import ProcessLimits
+from longhaul.config.node_minimums import NodeMinimums
 from tests.support.node_hardware import environment_job, gpu, hardware, link, port
 
 
@@ -72,6 +73,9 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
     "port down": (
         hardware(ports=[port(0), port(1, state="DOWN"), port(2), port(3)]), "fail",
         "n4: mlx5_1 port 1: port state: DOWN, expected ACTIVE, as on the other nodes; let the admins check cable"),
+    "lost adapter": (
+        hardware(ports=[port(0), port(1), port(2)]), "fail",
+        "n4: mlx5_3 port 1: port state: missing, expected ACTIVE, as on the other nodes"),
     "slow port": (
         hardware(ports=[port(0), port(1), port(2, rate_gbit_per_s=200.0), port(3)]), "fail",
         "n4: mlx5_2 port 1: port rate: 200 Gbit/s, expected 400 Gbit/s, as on the other nodes"),
@@ -147,6 +151,15 @@ def test_port_that_is_down_everywhere_is_not_in_use():
     unused = [port(0), port(1), port(2), port(3, state="DOWN", rate_gbit_per_s=10.0)]
     found = nodes(*[hardware(ports=unused)] * 4)
     assert bad(hardware_rows(found, environment_job())) == []
+
+
+def test_rate_of_the_site_file_replaces_that_of_the_other_nodes():
+    spec = environment_job(minimums=NodeMinimums(port_gbit_per_s=800))
+    lines = problem_lines(hardware_rows(nodes(), spec))
+    assert len(lines) == 16
+    assert lines[0].startswith(
+        "n1: mlx5_0 port 1: port rate: 400 Gbit/s, expected 800 Gbit/s, node_minimums of the site file"
+    )
 
 
 def test_ports_matter_only_for_rdma_between_nodes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,8 +10,8 @@ from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equal_rows, warn_if
 from longhaul.checks.gpu_checks import amd_rows, kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
-from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.measurement_checks import measurement_rows
+from longhaul.checks.port_checks import port_rows
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.checks.rate_checks import RateLimits
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
@@ -24,7 +23,6 @@ SHARED_FOLDER_WAIT_S = 10.0
 _MIN_OPEN_FILES = _MIN_PROCESSES = 4096
 _MIN_LOCKED_BYTES = 64 * 2**20
 """RDMA registers its buffers as locked memory. Linux's default of 64 KiB or 8 MiB makes ibv_reg_mr fail."""
-_CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink)"
 _RESEAT = "let the admins reseat the card, and look for PCIe errors in the kernel log"
 
 _MEMORY_CHECKS = (
@@ -42,35 +40,52 @@ _CPU_CHECKS = (
 )  # fmt: skip
 
 
-def hardware_rows(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> list[CheckRow]:
+Nodes = Sequence[Mapping[str, Any]]
+"""Facts of node_facts.py, one mapping per node."""
+
+
+def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     """Return the rows of all nodes. Components of a node that are ok with the same value share a row."""
-    hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
-    rows: list[CheckRow] = []
-    if job.build.startswith("cuda"):
-        min_nvlinks = job.minimums.nvlinks if job.gpus_per_node > 1 else 0  # a GPU alone sends nothing over NVLinks
-        rows += nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, min_nvlinks)
-        for node, facts in hardware.items():
-            rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
-    if job.build.startswith("rocm"):
-        rows += amd_rows({node: facts.amd_gpus for node, facts in hardware.items()})
     measured = {node["host"]: node["measured"] for node in nodes if node["measured"]}
-    rows += measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job)))
-    rows += [_visible_row(Component(node["host"]), node["run_folder_seen_after_s"]) for node in nodes]
-    layer = LINK_LAYERS.get(job.interconnect)
-    if layer and len(nodes) > 1:
-        ports = {node: _ports_of_layer(facts, layer) for node, facts in hardware.items()}
-        rows += _port_rows(ports, job.minimums.port_gbit_per_s)
-    for node, facts in hardware.items():
-        rows += _node_rows(Component(node), facts, job, uses_rdma=bool(layer) and len(nodes) > 1)
-    rows += _same_everywhere("cores of the job", {node["host"]: str(node["cpus"]) for node in nodes})
-    rows += _same_everywhere("CPU model", {node: facts.cpu_and_memory.model or "" for node, facts in hardware.items()})
-    rows += _same_everywhere("RDMA driver (OFED)", {node: facts.rdma_driver for node, facts in hardware.items()})
-    rows += _same_everywhere("adapters next to GPUs", {node: _affinity_text(facts) for node, facts in hardware.items()})
-    rows += _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
+    uses_rdma = job.interconnect in LINK_LAYERS and len(nodes) > 1
+    rows = [
+        *measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job))),
+        *_gpu_rows(nodes, job),
+        *(_port_rows(nodes, job) if uses_rdma else ()),
+        *(row for node in nodes for row in _node_rows(node, job, uses_rdma)),
+        *_equality_rows(nodes),
+    ]
     return merge_equal_rows(rows)
 
 
-def _gpu_name(nodes: Sequence[Mapping[str, Any]], job: EnvironmentSpec) -> str:
+def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
+    hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
+    if job.build.startswith("rocm"):
+        return amd_rows({node: facts.amd_gpus for node, facts in hardware.items()})
+    if not job.build.startswith("cuda"):
+        return []
+    min_nvlinks = job.minimums.nvlinks if job.gpus_per_node > 1 else 0  # a GPU alone sends nothing over NVLinks
+    rows = nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, min_nvlinks)
+    for node, facts in hardware.items():
+        rows += kernel_log_rows(node, facts.kernel_log, facts.gpus.gpus)
+    return rows
+
+
+def _equality_rows(nodes: Nodes) -> Iterator[CheckRow]:
+    """Yield the rows of values that are usually equal on all nodes of a partition."""
+    hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
+    yield from _same_everywhere("cores of the job", {node["host"]: str(node["cpus"]) for node in nodes})
+    yield from _same_everywhere(
+        "CPU model", {node: facts.cpu_and_memory.model or "" for node, facts in hardware.items()}
+    )
+    yield from _same_everywhere("RDMA driver (OFED)", {node: facts.rdma_driver for node, facts in hardware.items()})
+    yield from _same_everywhere(
+        "adapters next to GPUs", {node: _affinity_text(facts) for node, facts in hardware.items()}
+    )
+    yield from _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
+
+
+def _gpu_name(nodes: Nodes, job: EnvironmentSpec) -> str:
     """Return the name of the GPUs; nodes with other GPUs are a problem of their own. "": nodes without GPUs."""
     names = (gpu["name"] for node in nodes for gpu in node["gpus"])
     return "" if job.build == "cpu" else next(names, "")
@@ -84,8 +99,10 @@ def _visible_row(component: Component, seen_after_s: float | None) -> CheckRow:
     return component.row(check, f"after {seen_after_s:.1f} s", expected)
 
 
-def _node_rows(component: Component, facts: HardwareFacts, job: EnvironmentSpec, uses_rdma: bool) -> list[CheckRow]:
-    rows = component.judged(_MEMORY_CHECKS, facts.cpu_and_memory)
+def _node_rows(node: Mapping[str, Any], job: EnvironmentSpec, uses_rdma: bool) -> list[CheckRow]:
+    component, facts = Component(node["host"]), node["hardware"]
+    rows = [_visible_row(component, node["run_folder_seen_after_s"])]
+    rows += component.judged(_MEMORY_CHECKS, facts.cpu_and_memory)
     if job.build != "cpu":
         rows += component.judged(_CPU_CHECKS, facts.cpu_and_memory)
         rows += _pcie_rows(component.node, facts)
@@ -117,42 +134,10 @@ def _limit_text(value: int | None) -> str:
     return "unlimited" if value is None else f"{value:,}"
 
 
-def _ports_of_layer(facts: HardwareFacts, layer: str) -> list[PortFacts]:
-    return [port for port in facts.ports if port.link_layer == layer]
-
-
-def _port_rows(ports: Mapping[str, Sequence[PortFacts]], minimum: float | None) -> Iterator[CheckRow]:
-    """Judge each port by the ports of the same name on the other nodes. A port that is down on most nodes is not in use."""
-    by_name: dict[str, list[PortFacts]] = {}
-    for port in (port for found in ports.values() for port in found):
-        by_name.setdefault(port.name, []).append(port)
-    used = {name for name, found in by_name.items() if 2 * sum(port.is_active for port in found) >= len(ports)}
-    rates = {
-        name: [port.rate_gbit_per_s for port in by_name[name] if port.is_active and port.rate_gbit_per_s]
-        for name in used
-    }
-    for node, found in ports.items():
-        for port in (port for port in found if port.name in used):
-            component = Component(node, port.name)
-            state: Result = "ok" if port.is_active else "fail"
-            yield component.row("port state", port.state or "unknown", "ACTIVE, as on the other nodes", state, _CABLE)
-            if port.is_active:
-                usual = statistics.median(rates[port.name]) if rates[port.name] else None
-                yield _port_rate_row(component, port, usual, minimum)
-            text = ", ".join(f"{name} {count}" for name, count in port.errors.items()) or "0"
-            yield component.row("port errors", text, "0", "warn" if port.errors else "ok", f"if they grow: {_CABLE}")
-
-
-def _port_rate_row(component: Component, port: PortFacts, usual: float | None, minimum: float | None) -> CheckRow:
-    """Judge a rate by node_minimums of the site file, else by the usual rate of this port on the nodes."""
-    rate, expected_rate = port.rate_gbit_per_s, minimum or usual
-    if rate is None or expected_rate is None:
-        return component.unknown(
-            "port rate", port.unavailable.get("rate_gbit_per_s", "no port states a rate"), "a rate"
-        )
-    origin = "node_minimums of the site file" if minimum else "as on the other nodes"
-    result: Result = "fail" if rate < expected_rate else "ok"
-    return component.row("port rate", f"{rate:g} Gbit/s", f"{expected_rate:g} Gbit/s, {origin}", result, _CABLE)
+def _port_rows(nodes: Nodes, job: EnvironmentSpec) -> Iterator[CheckRow]:
+    layer = LINK_LAYERS[job.interconnect]
+    ports = {node["host"]: [port for port in node["hardware"].ports if port.link_layer == layer] for node in nodes}
+    return port_rows(ports, job.minimums.port_gbit_per_s)
 
 
 def _pcie_rows(node: str, facts: HardwareFacts) -> Iterator[CheckRow]:

@@ -1,0 +1,65 @@
+"""Judges RDMA ports: state, rate and errors, each by the ports of the same name on the other nodes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.checks.check_table import Component
+from longhaul.checks.infiniband_ports import PortFacts
+
+_CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink)"
+
+Ports = Mapping[str, Sequence[PortFacts]]
+"""Node -> its ports."""
+
+
+def port_rows(ports: Ports, min_rate: float | None) -> Iterator[CheckRow]:
+    """Yield the rows of all ports that are in use: a port that is down on most nodes is not.
+
+    min_rate: Gbit/s, from the site file; None: the usual rate of the port
+    """
+    usual = _usual_rates(ports)
+    for node, found in ports.items():
+        own = {port.name: port for port in found}
+        for name in usual:
+            if name in own:
+                yield from _rows_of_port(Component(node, name), own[name], min_rate, usual[name])
+            else:
+                yield _state_row(Component(node, name), "missing")
+
+
+def _usual_rates(ports: Ports) -> dict[str, float | None]:
+    """Return name of a port -> its median rate in Gbit/s, of the ports that are active on half of the nodes or more."""
+    active: dict[str, list[PortFacts]] = {}
+    for port in (port for found in ports.values() for port in found if port.is_active):
+        active.setdefault(port.name, []).append(port)
+    used = {name: found for name, found in active.items() if 2 * len(found) >= len(ports)}
+    rates = {name: [port.rate_gbit_per_s for port in found if port.rate_gbit_per_s] for name, found in used.items()}
+    return {name: statistics.median(known) if known else None for name, known in rates.items()}
+
+
+def _rows_of_port(
+    component: Component, port: PortFacts, min_rate: float | None, usual: float | None
+) -> Iterator[CheckRow]:
+    yield _state_row(component, port.state or "unknown")
+    if port.is_active:
+        yield _rate_row(component, port, min_rate, usual)
+    errors = ", ".join(f"{name} {count}" for name, count in port.errors.items()) or "0"
+    yield component.row("port errors", errors, "0", "warn" if port.errors else "ok", f"if they grow: {_CABLE}")
+
+
+def _state_row(component: Component, state: str) -> CheckRow:
+    result: Result = "ok" if state == "ACTIVE" else "fail"
+    return component.row("port state", state, "ACTIVE, as on the other nodes", result, _CABLE)
+
+
+def _rate_row(component: Component, port: PortFacts, min_rate: float | None, usual: float | None) -> CheckRow:
+    rate, expected = port.rate_gbit_per_s, min_rate or usual
+    if rate is None or expected is None:
+        reason = port.unavailable.get("rate_gbit_per_s", "no port states a rate")
+        return component.unknown("port rate", reason, "a rate")
+    origin = "node_minimums of the site file" if min_rate else "as on the other nodes"
+    result: Result = "fail" if rate < expected else "ok"
+    return component.row("port rate", f"{rate:g} Gbit/s", f"{expected:g} Gbit/s, {origin}", result, _CABLE)
