@@ -155,11 +155,9 @@ def test_port_that_is_down_everywhere_is_not_in_use():
 
 def test_rate_of_the_site_file_replaces_that_of_the_other_nodes():
     spec = environment_job(minimums=NodeMinimums(port_gbit_per_s=800))
-    lines = problem_lines(hardware_rows(nodes(), spec))
-    assert len(lines) == 16
-    assert lines[0].startswith(
-        "n1: mlx5_0 port 1: port rate: 400 Gbit/s, expected 800 Gbit/s, node_minimums of the site file"
-    )
+    (line,) = problem_lines(hardware_rows(nodes(), spec))
+    assert line.startswith("n1: mlx5_0 port 1, n1: mlx5_1 port 1, ")
+    assert "n4: mlx5_3 port 1: port rate: 400 Gbit/s, expected 800 Gbit/s, node_minimums of the site file" in line
 
 
 def test_ports_matter_only_for_rdma_between_nodes():
@@ -220,6 +218,19 @@ def test_same_warning_of_many_nodes_is_one_line():
         "n1, n2, n3, n4 and 4 others: transparent huge pages: never, expected always or madvise; enable them in "
         "/sys/kernel/mm/transparent_hugepage/enabled"
     ]
+
+
+def test_values_that_differ_stand_beside_their_nodes():
+    found = nodes(*[hardware(cpu={"memory_corrected": count}) for count in (3, 1, 4, 1, 5, 9)], count=6)
+    assert warning_lines(hardware_rows(found, environment_job())) == [
+        "n1 (3), n2 (1), n3 (4), n4 (1) and 2 others: corrected memory errors, expected 0; watch whether the number grows"
+    ]
+
+
+def test_failures_of_a_thousand_nodes_fit_into_one_message():
+    found = nodes(*[hardware(limits=ProcessLimits(1_048_576, None, 65536))] * 1000, count=1000)
+    (line,) = problem_lines(hardware_rows(found, environment_job(nodes=1000)))
+    assert line.startswith("n1, n2, ") and "n20 and 980 others: locked memory (ulimit -l): 65,536" in line
 
 
 def test_table_shows_the_worst_first_and_names_what_is_unknown(capsys: pytest.CaptureFixture[str]):

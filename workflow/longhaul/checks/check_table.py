@@ -13,7 +13,8 @@ from rich.table import Table
 
 from longhaul.artifacts.check_rows import CheckRow, Result
 
-_NAMED_NODES = 4
+_NAMED_FAILURES, _NAMED_PLACES = 20, 4
+"""A line names so many places; all of them are in the report's table."""
 _PRINTED_ROWS = 100
 _COLUMNS = ("result", "node", "component", "check", "value", "expected", "remedy")
 
@@ -86,13 +87,13 @@ def merge_equal_rows(rows: Sequence[CheckRow]) -> list[CheckRow]:
 
 
 def problem_lines(rows: Iterable[CheckRow]) -> list[str]:
-    """Return one line per row that failed."""
-    return [f"{_place(row)}: {_finding(row)}" for row in rows if row["result"] == "fail"]
+    """Return one line per finding of result fail; nodes and components with the same finding share a line."""
+    return _shared_lines([row for row in rows if row["result"] == "fail"], _NAMED_FAILURES)
 
 
 def warning_lines(rows: Iterable[CheckRow]) -> list[str]:
-    """Return one line per finding of result warn; nodes and components with the same finding share a line."""
-    return _shared_lines(row for row in rows if row["result"] == "warn")
+    """Return one line per finding of result warn, as problem_lines does."""
+    return _shared_lines([row for row in rows if row["result"] == "warn"], _NAMED_PLACES)
 
 
 def print_checks(rows: Sequence[CheckRow]) -> None:
@@ -104,7 +105,7 @@ def print_checks(rows: Sequence[CheckRow]) -> None:
         for row in shown[:_PRINTED_ROWS]:
             table.add_row(*(escape(row[name]) for name in _COLUMNS))
         console.print(table)
-    for line in _shared_lines(row for row in rows if row["result"] == "unknown"):
+    for line in _shared_lines([row for row in rows if row["result"] == "unknown"], _NAMED_PLACES):
         console.print(f"unknown: {line}", markup=False)
     counts = Counter(row["result"] for row in rows)
     text = ", ".join(f"{counts[result]} {result}" for result in ("ok", "warn", "fail", "unknown"))
@@ -112,22 +113,27 @@ def print_checks(rows: Sequence[CheckRow]) -> None:
     console.print(f"hardware checks: {text}{left_out}", markup=False)
 
 
-def _shared_lines(rows: Iterable[CheckRow]) -> list[str]:
-    places: dict[str, list[str]] = {}
+def _shared_lines(rows: Sequence[CheckRow], named: int) -> list[str]:
+    """Return one line per check, expected value and remedy, with the first `named` places."""
+    findings: dict[tuple[str, str, str], list[CheckRow]] = {}
     for row in rows:
-        places.setdefault(_finding(row), []).append(_place(row))
-    return [f"{_names(found)}: {finding}" for finding, found in places.items()]
+        findings.setdefault((row["check"], row["expected"], row["remedy"]), []).append(row)
+    return [_line(found, named) for found in findings.values()]
+
+
+def _line(rows: Sequence[CheckRow], named: int) -> str:
+    """Return `n1: GPU 3, n2: GPU 0: check: value, expected …; remedy`; values that differ stand beside their places."""
+    first, values = rows[0], {row["value"] for row in rows}
+    places = [_place(row) + (f" ({row['value']})" if len(values) > 1 else "") for row in rows]
+    value = f": {first['value']}" if len(values) == 1 else ""
+    remedy = f"; {first['remedy']}" if first["remedy"] else ""
+    return f"{_names(places, named)}: {first['check']}{value}, expected {first['expected']}{remedy}"
 
 
 def _place(row: CheckRow) -> str:
-    return f"{row['node']}: {row['component']}" if row["component"] else row["node"]
+    return ": ".join(name for name in (row["node"], row["component"]) if name)
 
 
-def _finding(row: CheckRow) -> str:
-    remedy = f"; {row['remedy']}" if row["remedy"] else ""
-    return f"{row['check']}: {row['value']}, expected {row['expected']}{remedy}"
-
-
-def _names(places: Sequence[str]) -> str:
-    more = len(places) - _NAMED_NODES
-    return ", ".join(places) if more <= 1 else f"{', '.join(places[:_NAMED_NODES])} and {more} others"
+def _names(places: Sequence[str], named: int) -> str:
+    more = len(places) - named
+    return ", ".join(places) if more <= 1 else f"{', '.join(places[:named])} and {more} others"
