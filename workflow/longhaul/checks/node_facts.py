@@ -101,7 +101,12 @@ def gpus(measures: bool = False) -> list[dict[str, Any]]:
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     facts: list[dict[str, Any]] = [
-        {"name": gpu.name, "uuid": str(gpu.uuid), "memory_bytes": gpu.total_memory} for gpu in found
+        {
+            "name": gpu.name,
+            "uuid": str(getattr(gpu, "uuid", "")),
+            "memory_bytes": gpu.total_memory,
+        }  # not in each ROCm build
+        for gpu in found
     ]
     if measures:
         from longhaul.checks.matrix_products import matrix_tflops
