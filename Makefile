@@ -8,7 +8,7 @@ CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-status bench-data bench-comm bench-read bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-status bench-data bench-comm bench-read bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,6 +77,9 @@ faults: setup test-packages  ## every fault of the matrix on a real Slurm cluste
 
 layouts: setup test-packages  ## thirteen parallel layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
 	$(BIN)/pytest tests/cluster/test_layouts.py --all-layouts
+
+fabric-drill: setup test-packages  ## faults of the network on eight hosts of a real Slurm cluster; a table in bench/results/fabric_drill.txt
+	$(BIN)/pytest tests/cluster/test_fabric_drill.py --all-drills
 
 resharding: setup  ## resume a stage under another parallel layout: every pair; make test tries one of each kind
 	$(BIN)/pytest tests/recovery/test_resharding.py --all-reshardings

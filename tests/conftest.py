@@ -43,7 +43,7 @@ GROUPS = {
 """Name -> tests that one worker runs, because they share what takes long to make. Clusters also start one after another."""
 
 
-ALL = ("all_faults", "all_layouts", "all_reshardings")
+ALL = ("all_drills", "all_faults", "all_layouts", "all_reshardings")
 """Options that --all implies."""
 
 
@@ -52,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-faults", action="store_true", help="all cases of the fault matrix instead of the quick ones"
     )
+    parser.addoption("--all-drills", action="store_true", help="all faults of the network instead of a slow host")
     parser.addoption("--all-layouts", action="store_true", help="all layouts on the cluster instead of one per axis")
     parser.addoption("--all-reshardings", action="store_true", help="all pairs of layouts instead of one of each kind")
 

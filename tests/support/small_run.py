@@ -11,11 +11,11 @@ from longhaul.artifacts.artifact_schemas import (
     DataManifest,
     EnvironmentReport,
     Export,
-    FabricReport,
     Split,
     TokenizerManifest,
 )
 from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_json, write_text
+from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
 
@@ -43,7 +43,9 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     EnvironmentReport([], [{**node, "versions": {"torch": "2"}}], []).write(paths.environment)  # type: ignore[typeddict-item]
     result = {"collective": "all_reduce", "bytes": 8, "world_size": 2, "rounds": 3, "time_us": 1.0, "correct": True}
     result |= {"algorithm_bandwidth_gbps": 1.0, "bus_bandwidth_gbps": 1.0}
-    FabricReport([], "gloo", 2, ["n1"], [result], {"all_reduce_gbps": 0.5}).write(paths.fabric)  # type: ignore[list-item]
+    pair: PairResult = {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 0.7, "latency_us": 90.0}
+    limits = {"all_reduce_gbps": 0.5}
+    FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair]).write(paths.fabric)  # type: ignore[list-item]
     tokenizer = paths.tokenizers / "t"
     write_text(tokenizer / "tokenizer.json", "{}")
     files = {"tokenizer.json": file_sha256(tokenizer / "tokenizer.json")}

@@ -138,10 +138,14 @@ class VirtualHosts:
         self.run("ip", "link", "set", "eth0", "up", host=name)
 
     def on_bridge(self, *words: str, check: bool = True) -> None:
-        """Run `ip` in the controller's network namespace and this machine's PID namespace, because `netns` takes its PIDs."""
-        init = self.init_process(CONTROLLER)
+        """Run `ip` where the bridge and its links are."""
+        self.ip_on(CONTROLLER, *words, check=check)
+
+    def ip_on(self, host: str, *words: str, check: bool = True) -> None:
+        """Run `ip` in a host's network namespace and this machine's PID namespace, because `netns` takes its PIDs."""
+        init = self.init_process(host)
         if init is None:
-            raise ClusterError("the cluster is down")
+            raise ClusterError(f"host {host} is off")
         command = ["nsenter", f"--target={init.pid}", "--net", "--", "ip", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment())
         if check and done.returncode:

@@ -1,9 +1,10 @@
-"""Defines UserError (message, hint, exit code 2), InputError, DiskFull and AllocationTooShort; and how messages print."""
+"""Defines UserError (message, hint, exit code 2), InputError, DiskFull, BadNodesError, AllocationTooShort; how messages print."""
 
 from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -49,6 +50,19 @@ class InputError(UserError):
     """An error that follows from the config or the data: a job would fail with it again until they change."""
 
     failure_class = "permanent"
+
+
+class BadNodesError(UserError):
+    """Nodes of the allocation are not fit for the job. On other nodes it may succeed.
+
+    nodes: Slurm's names of these nodes; later jobs exclude them
+    """
+
+    failure_class = "node"
+
+    def __init__(self, message: str, hint: str, nodes: Sequence[str]) -> None:
+        super().__init__(message, hint)
+        self.nodes = list(nodes)
 
 
 class AllocationTooShort(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.artifact_schemas import FabricReport, failed_path
+from longhaul.artifacts.artifact_schemas import failed_path
+from longhaul.artifacts.fabric_report import FabricReport, SlowNode
 from longhaul.checks.collective_benchmarks import COLLECTIVES
-from longhaul.checks.fabric import fabric_problems, latency_us
+from longhaul.checks.fabric import fabric_problems, latency_us, raise_if_slow
 from longhaul.config.site_config import FabricLimits
+from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 
 FACTORS = {
@@ -76,20 +79,51 @@ def test_single_process_has_no_measurements_and_no_problems() -> None:
     assert latency_us([]) is None and fabric_problems([], limits) == []
 
 
+def start_ranks(job: Path, nodes: int) -> list[subprocess.Popen[str]]:
+    """Start the check on this machine with one rank per node, as srun would. The nodes are n0, n1, …"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-m", "longhaul", "job", "run", "fabric", str(job)]
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **shared, "RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"},
+        )
+        for rank in range(nodes)
+    ]
+
+
+def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path) -> None:
+    node = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
+    report = FabricReport(["n2 is slow"], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
+    with pytest.raises(BadNodesError, match="n2 is slow") as raised:
+        raise_if_slow(report, tmp_path / "fabric.json")
+    assert raised.value.nodes == ["n2"] and raised.value.failure_class == "node"
+    assert FabricReport.read(failed_path(tmp_path / "fabric.json")) == report
+    raise_if_slow(FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {}), tmp_path / "other.json")
+    assert not failed_path(tmp_path / "other.json").exists()
+
+
 def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) -> None:
-    """Three real processes measure over gloo. No machine reaches 10^6 GB/s."""
+    """Three real processes measure over gloo, each as a node of its own. No machine reaches 10^6 GB/s."""
     limits = FabricLimits(send_recv_gbps=1e6, all_reduce_gbps=1e-6)
-    job = FabricSpec(run="r", nodes=1, gpus_per_node=3, limits=limits, out=str(tmp_path / "fabric.json"))
+    job = FabricSpec(run="r", nodes=3, gpus_per_node=1, limits=limits, out=str(tmp_path / "fabric.json"))
     job.write(tmp_path / "job.json")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "longhaul", "job", "run", "fabric", str(tmp_path / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0
-    assert "is not fit for training" in done.stderr and "the site file's minimum is 1e+06 GB/s" in done.stderr
+    first, *others = start_ranks(tmp_path / "job.json", 3)
+    _, stderr = first.communicate(timeout=300)
+    assert first.returncode != 0 and [other.wait(timeout=60) for other in others] == [0, 0]
+    assert "is not fit for training" in stderr and "the site file's minimum is 1e+06 GB/s" in stderr
     assert not (tmp_path / "fabric.json").exists()
     report = FabricReport.read(failed_path(tmp_path / "fabric.json"))
     assert report.backend == "gloo" and report.world_size == 3 and len(report.problems) == 1
+    assert [pair["hosts"] for pair in report.pairs] == [["n0", "n1"], ["n0", "n2"], ["n1", "n2"]]
+    assert all(pair["bandwidth_gbps"] > 0 and pair["latency_us"] > 0 for pair in report.pairs)
     assert len(report.results) == 4 * 4 and all(found["correct"] for found in report.results)
     for found in report.results:
         bandwidth = found["bytes"] / found["time_us"] / 1e3

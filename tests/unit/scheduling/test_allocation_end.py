@@ -21,7 +21,7 @@ from longhaul.artifacts.job_state import (
     read_state,
 )
 from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
-from longhaul.errors import AllocationTooShort
+from longhaul.errors import AllocationTooShort, BadNodesError
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
@@ -185,12 +185,36 @@ def test_unresponsive_node_is_quarantined_and_the_job_requeued_without_it(
     assert slurm.requeued == [("7", ["n2"])] and waiting_reason(spec) == "n2 does not respond"
 
 
+def test_bad_node_is_quarantined_and_the_job_requeued_without_it(spec: LaunchSpec, slurm: Slurm):
+    """A node outside of the allocation comes from a damaged report; it is not excluded."""
+    error = BadNodesError("n2 is slow with most other nodes", "tell the administrators", ["n2", "n5"])
+    with pytest.raises(SystemExit):
+        begin(spec).exit_unless_restartable(classify_error(error, Rank(0, 2, 0, 2, "n1")))
+    (entry,) = read_quarantine(Path(spec.quarantine)).nodes
+    assert (entry["node"], entry.get("cause")) == ("n2", "n2 is slow with most other nodes")
+    assert slurm.requeued == [("7", ["n2"])] and "slow" in waiting_reason(spec)
+
+
+def test_bad_node_without_a_spare_ends_the_job_with_both_causes(spec: LaunchSpec, slurm: Slurm):
+    slurm.shortage = "2 nodes are needed; partition main has 2, of which n2 are quarantined"
+    error = BadNodesError("n2 is slow with most other nodes", "tell the administrators", ["n2"])
+    with pytest.raises(SystemExit):
+        begin(spec).exit_unless_restartable(classify_error(error, Rank(0, 2, 0, 2, "n1")))
+    assert read_quarantine(Path(spec.quarantine)).node_names == ("n2",) and slurm.requeued == []
+    assert failure_of(spec).failure_class == ENVIRONMENT and failure_of(spec).cause == (
+        "n2 is slow with most other nodes, and 2 nodes are needed; partition main has 2, of which n2 are quarantined"
+    )
+
+
 def test_shortage_of_nodes_is_a_permanent_failure(spec: LaunchSpec, slurm: Slurm):
     slurm.shortage = "2 nodes are needed; partition main has 2, of which n2 are quarantined"
     with pytest.raises(SystemExit):
         begin(spec).requeue("n2 does not respond", ["n2"])
     assert slurm.requeued == [] and failure_of(spec).failure_class == ENVIRONMENT
-    assert failure_of(spec).cause == slurm.shortage and spec.quarantine in failure_of(spec).remedy
+    assert (
+        failure_of(spec).cause == f"n2 does not respond, and {slurm.shortage}"
+        and spec.quarantine in failure_of(spec).remedy
+    )
 
 
 def test_second_allocation_in_a_row_without_a_checkpoint_is_a_permanent_failure(spec: LaunchSpec):

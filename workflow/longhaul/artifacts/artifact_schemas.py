@@ -133,19 +133,6 @@ class CheckedNode(TypedDict):
     versions: dict[str, str | None]
 
 
-class CollectiveResult(TypedDict):
-    """The measured speed of one collective at one size. Bandwidths are in GB/s."""
-
-    collective: str
-    bytes: int
-    world_size: int
-    rounds: int
-    time_us: float
-    algorithm_bandwidth_gbps: float
-    bus_bandwidth_gbps: float
-    correct: bool
-
-
 class Sample(TypedDict):
     """A completion by an exported model."""
 
@@ -347,17 +334,6 @@ class EnvironmentReport(CheckReport):
     nodes: list[CheckedNode]
     warnings: list[str]
     checks: list[CheckRow] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class FabricReport(CheckReport):
-    """`results/<run>/fabric.json`: measured speed of collectives."""
-
-    backend: str
-    world_size: int
-    hosts: list[str]
-    results: list[CollectiveResult]
-    limits: dict[str, float]
 
 
 @dataclass(frozen=True)

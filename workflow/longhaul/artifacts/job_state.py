@@ -98,6 +98,7 @@ class Failure(Artifact):
     invocation:    identity of the main Snakemake process under which it happened; a job that was cancelled, refused, or failed
                    because of its environment, is not retried by that one
     needed_bytes:  free space in `needed_in` with which the failure no longer applies; 0 if space is not the cause
+    bad_nodes:     nodes of the allocation that are not fit for the job
     """
 
     failure_class: str
@@ -112,6 +113,7 @@ class Failure(Artifact):
     invocation: str = ""
     needed_bytes: int = 0
     needed_in: str = ""
+    bad_nodes: list[HostName] = field(default_factory=list)
 
     def still_applies(self, key: str, invocation: str) -> bool:
         """Return whether a retry would only fail again.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from longhaul.artifacts.artifact_schemas import CollectiveResult
+from longhaul.artifacts.fabric_report import CollectiveResult
 
 _WARMUP_ROUNDS = 3
 _FLOAT_BYTES = 4

@@ -1,21 +1,28 @@
-"""Runs the fabric check: message sizes over NCCL or gloo, time limits, comparison with `interconnect.limits` of the site file."""
+"""Runs the fabric check over NCCL or gloo: pairs of nodes, then collectives; compares with `interconnect.limits` of the site."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.artifact_schemas import CollectiveResult, FabricReport
+from longhaul.artifacts.artifact_schemas import failed_path
+from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
+from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rank_placement import gpu_index
 from longhaul.runtime.rendezvous import process_group
 
+if TYPE_CHECKING:
+    from longhaul.checks.pair_tournament import Tournament
+
 _TIMEOUT_S = 300.0
+_TOURNAMENT_BUDGET_S = 300.0
+"""Enough for every pair of 1,000 nodes."""
 _BUDGET_S = 0.3
 """Duration of the timed rounds of one collective at one size."""
 _LATENCY_BYTES = 8
@@ -26,12 +33,15 @@ SIZES_BYTES = {
 
 
 def run(job: FabricSpec) -> None:
-    """Measure the collectives and write job.out, or `<out>.failed.json` beside it when there is a problem.
+    """Measure pairs of nodes and collectives, and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        UserError: a collective gave wrong values or is too slow; the first rank raises it and lists all problems.
+        BadNodesError: nodes are slow with most others.
+        UserError:     another problem; the first rank raises it and lists all problems.
     """
     import torch
+
+    from longhaul.checks.pair_tournament import run_tournament
 
     rank = this_rank()
     require_planned_size(rank, job.nodes * job.gpus_per_node, job.nodes)
@@ -39,16 +49,18 @@ def run(job: FabricSpec) -> None:
     backend = "nccl" if on_gpu else "gloo"
     with process_group(rank, backend, _TIMEOUT_S):
         device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
-        results = _measure_all(rank, device, backend)
-        hosts: list[Any] = [None] * rank.world_size
-        torch.distributed.all_gather_object(hosts, rank.host)
+        hosts = _node_names(rank)
+        tournament = run_tournament(rank, hosts, device, _TOURNAMENT_BUDGET_S)
+        # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
+        results = [] if tournament.problems else _measure_all(rank, device, backend)
     if rank.is_main:
-        report = _report(job, backend, list(dict.fromkeys(hosts)), results, rank.world_size)
+        report = _report(job, backend, hosts, results, rank.world_size, tournament)
         _print_measurements(report)
+        raise_if_slow(report, Path(job.out))
         report.write_or_raise(
             Path(job.out),
             f"the network between {', '.join(report.hosts)} is not fit for training",
-            "try other nodes to find the slow link, or correct interconnect.limits in the site file",
+            "exclude a node of each slow link; correct interconnect.limits in the site file if they are too strict",
         )
 
 
@@ -62,11 +74,37 @@ def _measure_all(rank: Rank, device: Any, backend: str) -> list[CollectiveResult
     return [measure(collective, group, size, _BUDGET_S) for collective in COLLECTIVES for size in SIZES_BYTES[backend]]
 
 
+def _node_names(rank: Rank) -> list[str]:
+    """Return the name of each node: Slurm's where there is one, as later jobs exclude it by this name."""
+    import torch.distributed as dist
+
+    names: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or rank.host)
+    return names[:: rank.world_size // rank.nodes]
+
+
+def raise_if_slow(report: FabricReport, out: Path) -> None:
+    """Write the failed report and raise BadNodesError if a node is slow."""
+    if report.slow_nodes:
+        report.write(failed_path(out))
+        raise BadNodesError(
+            "; ".join(report.problems),
+            f"ask the administrators to test the network of these nodes; the full report is {failed_path(out)}",
+            [node["host"] for node in report.slow_nodes],
+        )
+
+
 def _report(
-    job: FabricSpec, backend: str, hosts: list[str], results: list[CollectiveResult], world_size: int
+    job: FabricSpec,
+    backend: str,
+    hosts: list[str],
+    results: list[CollectiveResult],
+    world_size: int,
+    tournament: Tournament,
 ) -> FabricReport:
     limits = {name: value for name, value in job.limits.model_dump().items() if value is not None}
-    return FabricReport(fabric_problems(results, limits), backend, world_size, hosts, results, limits)
+    problems = [*tournament.problems, *fabric_problems(results, limits)]
+    return FabricReport(problems, backend, world_size, hosts, results, limits, tournament.pairs, tournament.slow_nodes)
 
 
 def fabric_problems(results: list[CollectiveResult], limits: dict[str, float]) -> list[str]:

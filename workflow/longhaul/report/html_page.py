@@ -68,6 +68,7 @@ def render_page(results: RunResults) -> str:
         node_checks=node_check_rows(results.environment.checks if results.environment else []),
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
         fabric=_fabric_figure(results),
+        pairs=_pairs_figure(results),
         # The page contains the whole library, so that it works without internet.
         plotly=Markup(get_plotlyjs()),  # nosec B704  # the library itself
         version=__version__,
@@ -81,6 +82,11 @@ def _acceptance(stage: StageResults, results: RunResults) -> list[AcceptanceRow]
 def _fabric_figure(results: RunResults) -> Markup | str:
     measured = results.fabric.results if results.fabric else []
     return _embed(figures.fabric_figure(measured)) if measured else ""
+
+
+def _pairs_figure(results: RunResults) -> Markup | str:
+    fabric = results.fabric
+    return _embed(figures.pairs_figure(fabric.hosts, fabric.pairs)) if fabric and fabric.pairs else ""
 
 
 def _sum_known(values: Iterable[float | None]) -> float | None:

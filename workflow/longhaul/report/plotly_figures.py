@@ -8,13 +8,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from longhaul.artifacts.artifact_schemas import CollectiveResult
+from longhaul.artifacts.fabric_report import CollectiveResult, PairResult
 from longhaul.report.goodput import Goodput
 from longhaul.report.metric_series import Curve, downsample
 from longhaul.report.number_format import duration, percent, words
 from longhaul.report.run_results import JobTimespan, StageResults
 
 COLOURS = ("#2563a8", "#d97706", "#3f8f5b", "#8b5cb8", "#b4483c")
+_MOST_NODES_IN_HEAT_MAP = 48
 _LAYOUT: dict[str, Any] = {
     "template": "simple_white",
     "font": {"family": "system-ui, sans-serif", "size": 13},
@@ -122,6 +123,36 @@ def fabric_figure(results: Sequence[CollectiveResult]) -> go.Figure:
         _add_line(figure, curve, name, colour, mode="lines+markers")
     figure.update_layout(xaxis={"type": "log", "title": "bytes"}, yaxis={"type": "log"})
     return figure
+
+
+def pairs_figure(hosts: Sequence[str], pairs: Sequence[PairResult]) -> go.Figure:
+    """Return a heat map of the bandwidth between nodes; of a large network, the nodes with the slowest pairs."""
+    shown = _nodes_with_slowest_pairs(hosts, pairs)
+    rates = {frozenset(pair["hosts"]): pair["bandwidth_gbps"] for pair in pairs}
+    figure = _figure("Bandwidth between two nodes, GB/s in each direction", "")
+    figure.add_heatmap(
+        x=shown,
+        y=shown,
+        z=[[rates.get(frozenset((a, b))) if a != b else None for b in shown] for a in shown],
+        colorscale="RdYlGn",
+        zmin=0,
+        hovertemplate="%{x} and %{y}: %{z:.3g} GB/s<extra></extra>",
+    )
+    figure.update_layout(
+        xaxis={"type": "category"},
+        yaxis={"type": "category", "autorange": "reversed"},
+        hovermode="closest",
+        height=260 + 12 * len(shown),
+    )
+    return figure
+
+
+def _nodes_with_slowest_pairs(hosts: Sequence[str], pairs: Sequence[PairResult]) -> list[str]:
+    """Return the nodes that the heat map shows, in the order of `hosts`."""
+    by_rate = sorted(pairs, key=lambda pair: pair["bandwidth_gbps"])
+    worst = dict.fromkeys(host for pair in by_rate for host in pair["hosts"])
+    chosen = set(list(worst)[:_MOST_NODES_IN_HEAT_MAP])
+    return [host for host in hosts if host in chosen]
 
 
 def _figure(title: str, x_title: str) -> go.Figure:

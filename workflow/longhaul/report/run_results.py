@@ -17,11 +17,11 @@ from longhaul.artifacts.artifact_schemas import (
     EnvironmentReport,
     EvaluationResult,
     Export,
-    FabricReport,
     TokenizerManifest,
     failed_path,
 )
 from longhaul.artifacts.atomic_files import read_bytes
+from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder

@@ -11,7 +11,7 @@ from typing import Any
 from longhaul.artifacts.atomic_files import free_bytes
 from longhaul.artifacts.job_state import ENVIRONMENT, PERMANENT, TRANSIENT, Failure
 from longhaul.artifacts.paths import JobFolder
-from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError, first_line
+from longhaul.errors import DISK_FULL_ERRNOS, BadNodesError, DiskFull, UserError, first_line
 from longhaul.runtime.process_rank import Rank
 
 _AGAIN = "then run the same command again"
@@ -50,16 +50,17 @@ def classify_error(error: BaseException, rank: Rank) -> Failure:
     Mistakes in config or data are permanent, and so is too little memory of a GPU. Disks, permissions, limits and the memory of
     the host are the environment. Other errors are transient.
     """
-    space: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     evidence = [] if isinstance(error, UserError) else _last_lines(error)
     if isinstance(error, DiskFull):
         needed_bytes = error.needed_bytes or error.free_bytes + _MARGIN_BYTES
-        space = {"needed_in": str(error.folder), "needed_bytes": needed_bytes}
+        more = {"needed_in": str(error.folder), "needed_bytes": needed_bytes}
         found = error.failure_class, f"disk full: {error.message}", error.hint
     elif isinstance(error, UserError):
         found = error.failure_class, error.message, error.hint
+        more = {"bad_nodes": error.nodes} if isinstance(error, BadNodesError) else {}
     elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-        space = _space_needed_by(error)
+        more = _space_needed_by(error)
         found = ENVIRONMENT, f"disk full: {error}", f"free space or raise the quota; {_AGAIN}"
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         found = PERMANENT, "out of memory", _LESS_MEMORY
@@ -73,7 +74,7 @@ def classify_error(error: BaseException, rank: Rank) -> Failure:
         found = ENVIRONMENT, f"{type(error).__name__}: {first_line(error)}", f"{_REPAIRS[error.errno]}; {_AGAIN}"
     else:
         found = TRANSIENT, f"{type(error).__name__}: {first_line(error)}", ""
-    return Failure(*found, evidence, rank.host, rank.rank, os.environ.get("SLURM_JOB_ID"), **space)
+    return Failure(*found, evidence, rank.host, rank.rank, os.environ.get("SLURM_JOB_ID"), **more)
 
 
 def _last_lines(error: BaseException) -> list[str]:

@@ -51,12 +51,19 @@ class AllocationEnd:
         self._exit_if_slurm_ends_it(failure)
         if failure.failure_class == WALLTIME:
             self._exit_short_of_time(failure)
+        self._requeue_without_bad_nodes(failure)
         lost = self._allocation.unresponsive_nodes()
         # Asked again: when Slurm takes an allocation away, none of its nodes responds.
         self._exit_if_slurm_ends_it(failure)
         if lost:
             self._records.quarantine(lost, failure.cause if failure.failure_class == NODE else "does not respond")
             self.requeue(f"{', '.join(lost)} does not respond", lost)
+
+    def _requeue_without_bad_nodes(self, failure: Failure) -> None:
+        """Quarantine the nodes that a check found unfit, and requeue the job: Slurm gives it others."""
+        if bad := [node for node in self._allocation.nodes if node in failure.bad_nodes]:
+            self._records.quarantine(bad, failure.cause)
+            self.requeue(failure.cause, bad)
 
     def exit_stopped_early(self, reason: str) -> NoReturn:
         """Exit after a training that saved and stopped on purpose."""
@@ -81,7 +88,7 @@ class AllocationEnd:
             self._leave_to_next_run(reason)
         listed = quarantined_nodes(Path(self._job.quarantine))
         all_excluded = [*listed, *(node for node in excluded or [] if node not in listed)]
-        self._require_enough_nodes(all_excluded)
+        self._require_enough_nodes(all_excluded, reason)
         self._records.write_end("waiting", reason)
         if refusal := slurm_client.requeue(str(self._allocation.job_id), all_excluded):
             self._leave_to_next_run(f"{reason}; Slurm refused to requeue the job: {refusal}")
@@ -129,11 +136,11 @@ class AllocationEnd:
             self.fail(replace(failure, failure_class=PERMANENT, cause=f"{cause}, twice in a row", remedy=remedy))
         self.fail(replace(failure, failure_class=WALLTIME, cause=cause))
 
-    def _require_enough_nodes(self, excluded: list[str]) -> None:
-        """Fail if too few nodes are left: the job would wait in the queue without end."""
+    def _require_enough_nodes(self, excluded: list[str], reason: str) -> None:
+        """Fail if too few nodes are left: the job would wait in the queue without end. reason: why it is requeued."""
         if shortage := slurm_client.node_shortage(self._allocation.partition, self._job.nodes, excluded):
             remedy = f"remove repaired nodes from {self._job.quarantine}; then {_RESUME_REMEDY}"
-            self.fail(Failure(ENVIRONMENT, shortage, remedy, host=this_host()))
+            self.fail(Failure(ENVIRONMENT, f"{reason}, and {shortage}", remedy, host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

@@ -1,0 +1,62 @@
+"""The fabric check on a cluster whose network has a fault: it names the right host, which costs the run that host alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.machine import describe_machine, write_result
+from tests.cluster.fabric_drill import CASES, FOUND_WITHIN_S, RATE, DrillCase, FabricDrill, limit_link
+from tests.support.running_cluster import running_cluster
+from tests.support.slurm_conf import ClusterSize
+from tests.support.virtual_cluster import VirtualCluster
+
+QUICK_HOSTS, ALL_HOSTS = 4, 8
+HEALTHY_RUNS = 5
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        is_all = metafunc.config.getoption("--all-drills")
+        cases = [*CASES, *[CASES[0]] * (HEALTHY_RUNS - 1)] if is_all else [case for case in CASES if case.quick]
+        metafunc.parametrize("case", cases, ids=[case.name.replace(" ", "-") for case in cases])
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[VirtualCluster]:
+    count = ALL_HOSTS if pytestconfig.getoption("--all-drills") else QUICK_HOSTS
+    with running_cluster(tmp_path_factory.mktemp("drill"), ClusterSize(nodes=count, cpus=1, memory_mb=2000)) as found:
+        for name in found.node_names:
+            limit_link(found, name, RATE)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def table(pytestconfig: pytest.Config) -> Iterator[list[str]]:
+    """One line per case. With --all-drills they are written to bench/results/fabric_drill.txt."""
+    lines: list[str] = []
+    yield lines
+    if pytestconfig.getoption("--all-drills"):
+        head = ["command: make fabric-drill", *describe_machine(("torch",))[1:]]
+        summary = f"{ALL_HOSTS} hosts of a Slurm cluster on one machine, the check runs on {ALL_HOSTS - 1} of them"
+        write_result("fabric_drill", [*head, summary, *lines])
+
+
+def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, table: list[str]):
+    drill = FabricDrill(tmp_path, hosts, hosts.size.nodes - 1)
+    with case.inject(hosts):
+        found = drill.run_check()
+    named = (case.named,) if case.named else ()
+    assert found.quarantined == named, found
+    assert [case.message in problem for problem in found.problems] == ([True] if case.message else []), found
+    assert found.seconds < FOUND_WITHIN_S
+    is_passed = bool(case.named) or not case.message
+    assert len(found.passed_on) == (hosts.size.nodes - 1 if is_passed else 0)
+    assert case.named not in found.passed_on
+    outcome = (
+        f"found after {found.seconds:.0f} s: {case.message or case.named}" if case.name != "healthy" else "no alarm"
+    )
+    after = f", passed on {', '.join(found.passed_on)}" if found.passed_on else ""
+    table.append(f"{case.name}: {outcome}{after}")

@@ -1,0 +1,84 @@
+"""What follows from the measurements of a pair tournament: nodes, rails and links by name, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from types import MappingProxyType
+
+import pytest
+
+from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
+
+HOSTS = ("n1", "n2", "n3", "n4")
+RAILS = 2
+
+
+def measured(
+    slow: Mapping[RailPair, float] = MappingProxyType({}), wrong: RailPair | None = None
+) -> dict[RailPair, PairMeasurement]:
+    """Return measurements of two rails of four nodes: 20 GB/s and 30 us, except for `slow` pairs."""
+    pairs = [(rail, *pair) for rail in range(RAILS) for pair in combinations(range(len(HOSTS)), 2)]
+    return {pair: PairMeasurement(slow.get(pair, 20.0), 30.0, pair != wrong) for pair in pairs}
+
+
+def pairs_of(node: int, *rails: int) -> list[RailPair]:
+    return [pair for pair in measured() if pair[0] in rails and node in pair[1:]]
+
+
+def test_healthy_nodes_have_no_suspects_and_no_problems():
+    evidence = PairEvidence(measured(), 0.7)
+    assert (evidence.suspects(), evidence.slow_nodes(HOSTS), evidence.problems(HOSTS)) == ([], [], [])
+    results = evidence.pair_results(HOSTS)
+    assert [row["hosts"] for row in results] == [list(pair) for pair in combinations(HOSTS, 2)]
+    assert results[0] == {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 20.0, "latency_us": 30.0}
+
+
+def test_slow_adapter_is_named_with_its_node_and_rail():
+    evidence = PairEvidence(measured(dict.fromkeys(pairs_of(2, 1), 12.0)), 0.7)
+    assert evidence.slow_nodes(HOSTS) == [
+        {"host": "n3", "rails": [1], "bandwidth_gbps": 12.0, "usual_bandwidth_gbps": 20.0}
+    ]
+    assert evidence.problems(HOSTS) == [
+        "n3 is slow with most other nodes: 12 GB/s, usual are 20 GB/s (rails: 1)",
+    ]
+    assert evidence.pair_results(HOSTS)[1] == {
+        "hosts": ["n1", "n3"],
+        "rail": 1,
+        "bandwidth_gbps": 12.0,
+        "latency_us": 30.0,
+    }
+
+
+def test_node_that_is_slow_on_both_rails_is_named_once_with_the_slowest():
+    slow = dict.fromkeys(pairs_of(0, 0), 9.0) | dict.fromkeys(pairs_of(0, 1), 3.0)
+    (node,) = PairEvidence(measured(slow), 0.7).slow_nodes(HOSTS)
+    assert node == {"host": "n1", "rails": [0, 1], "bandwidth_gbps": 3.0, "usual_bandwidth_gbps": 20.0}
+
+
+def test_slow_link_is_named_with_both_nodes():
+    assert PairEvidence(measured({(0, 1, 3): 2.0}), 0.7).problems(HOSTS) == [
+        "the link between n2 and n4 is slow: 2 GB/s on rail 0, usual are 20 GB/s; both nodes are fast with most others"
+    ]
+
+
+def test_wrong_values_are_named_even_if_a_later_measurement_is_right():
+    evidence = PairEvidence(measured(wrong=(1, 0, 2)), 0.7)
+    evidence.add({(1, 0, 2): PairMeasurement(20.0, 30.0, True)})
+    assert evidence.problems(HOSTS) == ["n1 and n3 received wrong values from each other (rail 1)"]
+
+
+@pytest.mark.parametrize(("again", "named"), [(13.9, ["n2"]), (14.1, [])])
+def test_suspects_are_cleared_by_a_good_measurement(again: float, named: list[str]):
+    evidence = PairEvidence(measured(dict.fromkeys(pairs_of(1, 0), 4.0)), 0.7)
+    suspects = evidence.suspects()
+    assert sorted(suspects) == [(0, 1), (1, 2), (1, 3)]
+    evidence.add({(rail, *pair): PairMeasurement(again, 20.0, True) for pair in suspects for rail in range(RAILS)})
+    assert [node["host"] for node in evidence.slow_nodes(HOSTS)] == named
+    assert evidence.suspects() == (suspects if named else [])
+    assert evidence.pair_results(HOSTS)[0] == {
+        "hosts": ["n1", "n2"],
+        "rail": 0,
+        "bandwidth_gbps": again,
+        "latency_us": 20.0,
+    }

@@ -1,0 +1,127 @@
+"""Runs the pair tournament: measures all pairs of nodes in rounds, repeats suspicious pairs, names slow nodes and links.
+
+Rank r of a node exchanges messages with rank r of another node, all ranks of both nodes at once. The ranks of the same
+number are a rail: on nodes with a network adapter per GPU, each rail has adapters and switches of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longhaul.artifacts.fabric_report import PairResult, SlowNode
+from longhaul.checks.pair_bandwidth import PairMeter
+from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
+from longhaul.checks.pair_schedule import (
+    Pair,
+    disjoint_rounds,
+    order_of_rounds,
+    pairs_of_round,
+    planned_rounds,
+    planned_seconds,
+)
+from longhaul.runtime.process_rank import Rank
+
+SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
+"""Pairs below this share of the usual bandwidth are slow. Network adapters or PCIe links that run at half of their rate are
+far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
+_MOST_REPETITIONS, _MOST_REPEATED_ROUNDS = 5, 16
+
+
+@dataclass(frozen=True)
+class Tournament:
+    """What a tournament found.
+
+    pairs:      the measured pairs of nodes, each with its slowest rail; on rank 0 alone
+    slow_nodes: nodes that are slow with most others
+    problems:   one line per slow node, slow link, and pair with wrong values
+    """
+
+    pairs: list[PairResult]
+    slow_nodes: list[SlowNode]
+    problems: list[str]
+
+
+def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budget_s: float) -> Tournament:
+    """Measure the pairs of all nodes within a time budget. The process group of all ranks must exist.
+
+    hosts:    name of each node, in the order of their ranks
+    budget_s: after so many seconds no further round starts; the pairs measured until then are an even sample
+    """
+    if len(hosts) < 2:
+        return Tournament([], [], [])
+    table = _MeasuredRounds(rank, len(hosts), device)
+    if rank.is_main:
+        rounds, seconds = planned_rounds(len(hosts), budget_s), planned_seconds(len(hosts), budget_s)
+        print(f"pair tournament: {len(hosts)} nodes, {rounds} rounds, about {seconds:.0f} s", flush=True)
+    table.play_within(budget_s)
+    evidence = PairEvidence(table.gather(), SLOW_SHARES[dist.get_backend()])
+    for _ in range(_MOST_REPETITIONS):
+        suspects = _on_all_ranks(evidence.suspects())
+        if not suspects:
+            break
+        table.play(list(disjoint_rounds(suspects))[:_MOST_REPEATED_ROUNDS])
+        evidence.add(table.gather())
+    slow_nodes, problems = _on_all_ranks((evidence.slow_nodes(hosts), evidence.problems(hosts)))
+    return Tournament(evidence.pair_results(hosts), slow_nodes, problems)
+
+
+class _MeasuredRounds:
+    """Plays rounds and keeps the measurements of this rank. The rank on the first node of a pair keeps them for both."""
+
+    def __init__(self, rank: Rank, nodes: int, device: torch.device) -> None:
+        self._rank, self._nodes, self._device = rank, nodes, device
+        self._rails = rank.world_size // nodes
+        self._node, self._rail = divmod(rank.rank, self._rails)
+        self._meter = PairMeter(rank.rank, device)
+        self._measured: dict[RailPair, PairMeasurement] = {}
+
+    def play_within(self, budget_s: float) -> None:
+        """Play the rounds of a full tournament until it is complete or the budget is used."""
+        started = time.monotonic()
+        fewest = planned_rounds(self._nodes, 0.0)
+        for played, number in enumerate(order_of_rounds(self._nodes)):
+            is_late = played >= fewest and time.monotonic() - started > budget_s
+            if self._rank_0_says(is_late):
+                return
+            self._play_round(pairs_of_round(self._nodes, number))
+
+    def play(self, rounds: Iterable[Sequence[Pair]]) -> None:
+        """Play the given rounds. The pairs of a round must be disjoint."""
+        for pairs in rounds:
+            self._rank_0_says(False)
+            self._play_round(pairs)
+
+    def gather(self) -> dict[RailPair, PairMeasurement]:
+        """Return on rank 0 what all ranks have measured since the last call; {} on other ranks."""
+        own, self._measured = self._measured, {}
+        parts: list[Any] | None = [None] * self._rank.world_size if self._rank.is_main else None
+        dist.gather_object(own, parts)
+        return {pair: found for part in parts or () for pair, found in part.items()}
+
+    def _play_round(self, pairs: Sequence[Pair]) -> None:
+        own = next((pair for pair in pairs if self._node in pair), None)
+        if own is None:
+            return
+        is_first = own[0] == self._node
+        found = self._meter.measure(own[is_first] * self._rails + self._rail)
+        if is_first:
+            self._measured[(self._rail, *own)] = found
+
+    def _rank_0_says(self, value: bool) -> bool:
+        """Return rank 0's value, when all ranks have come here: the pairs of a round begin together."""
+        said = torch.tensor([int(value and self._rank.is_main)], device=self._device)
+        dist.all_reduce(said)
+        return bool(said.item())
+
+
+def _on_all_ranks(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
