@@ -64,6 +64,9 @@ FOLLOWED_ELSEWHERE = {
     "delete it, and run the environment check again": (
         "unit/checks/test_learn_baseline.py::test_report_without_measurements_is_refused_until_it_is_written_again"
     ),
+    "delete {}; a new key is created": (
+        "unit/serving/test_engines.py::test_a_key_file_with_something_else_is_refused_until_it_is_deleted"
+    ),
     "Then move the checkpoint's folder away and run the same command again": (
         "recovery/test_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
     ),

@@ -111,12 +111,15 @@ def test_a_key_file_is_for_its_owner_alone_and_for_one_server(tmp_path: Path):
 @pytest.mark.parametrize(
     "text", ["", "api-key: short\n", "api-key: 0123456789abcdef $(id)\n", "api-key: a\napi-key: b\n"]
 )
-def test_a_key_file_with_something_else_is_refused(tmp_path: Path, text: str):
+def test_a_key_file_with_something_else_is_refused_until_it_is_deleted(tmp_path: Path, text: str):
     path = tmp_path / "key.yaml"
     path.write_text(text)
     path.chmod(0o600)
     with pytest.raises(UserError, match="does not hold one line `api-key: KEY`"):
         read_key_file(path)
+    path.unlink()
+    key = create_key_file(path)
+    assert read_key_file(path) == key
 
 
 @pytest.mark.parametrize(

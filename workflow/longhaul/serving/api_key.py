@@ -35,7 +35,7 @@ def read_key_file(path: Path) -> str:
         mode, text = path.stat().st_mode, path.read_text()
     except OSError as error:
         raise UserError(
-            f"the API key in {path} cannot be read: {error.strerror}", f"delete {path}, and try again"
+            f"the API key in {path} cannot be read: {error.strerror}", f"delete {path}; a new key is created"
         ) from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UserError(f"others may read the API key in {path}: its mode is {mode & 0o777:o}", f"chmod 600 {path}")
