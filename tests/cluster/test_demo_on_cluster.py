@@ -50,10 +50,12 @@ class StatusWatcher(threading.Thread):
                 except AssertionError as failure:
                     self._failures.append(failure)
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Return all answers, and that after the end of the run."""
+    def stop(self) -> None:
         self._is_over.set()
         self.join(60)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Return all answers, and that after the end of the run."""
         if self._failures:
             raise self._failures[0]
         return [*self._found, self._ask()]
@@ -86,8 +88,11 @@ def demo(
     chain = WatchedChain(folder, config, cluster, software={"kind": "container", "path": str(fake_image(folder))})
     watcher = StatusWatcher(chain)
     watcher.start()
-    chain.output = chain.run(timeout_s=580)
-    chain.statuses = watcher.finish()
+    try:
+        chain.output = chain.run(timeout_s=580)
+    finally:
+        watcher.stop()
+    chain.statuses = watcher.answers()
     return chain
 
 
