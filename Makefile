@@ -22,7 +22,7 @@ $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longhaul needs Python >= 3.11; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==$(TORCH)
-	$(BIN)/pip install --quiet -c envs/constraints.txt -e '.[job,dev,evaluate,trackers]'
+	$(BIN)/pip install --quiet -c envs/constraints.txt -e '.[job,dev,evaluate,serve,trackers]'
 	touch $@
 
 test: setup test-packages  ## the tests of every part, a real Slurm cluster included; docs/testing.md says what they cover

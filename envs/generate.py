@@ -59,7 +59,7 @@ def packages(group: str) -> list[str]:
         # Jobs run the same package: what it imports everywhere, without Snakemake.
         shared = [name for name in names if not name.startswith("snakemake")]
         extras = project["optional-dependencies"]
-        needed = _names([*extras["job"], *extras["trackers"]])
+        needed = _names([*extras["job"], *extras["serve"], *extras["trackers"]])
         names = ["torch", *(name for name in dict.fromkeys([*needed, *shared]) if name != "torch")]
     version = pins()
     return [f"{name}=={version[normal(name)]}" for name in names]

@@ -18,6 +18,7 @@ from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_jso
 from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
+from longhaul.artifacts.serve_check_result import ServeCheckResult
 
 STAGE, DATASET, STEP = "base", "prose", 2
 _SHA256 = hashlib.sha256(b"").hexdigest()
@@ -29,6 +30,7 @@ def write_small_run(results: Path) -> RunPaths:
     _write_checks_and_data(paths)
     _write_stage(paths)
     _write_export(paths)
+    _write_serve_check(paths)
     return paths
 
 
@@ -139,6 +141,45 @@ def _write_export(paths: RunPaths) -> None:
         samples=[sample],  # type: ignore[list-item]
         provenance={"run": "small", "checkpoint_sha256": _SHA256, "versions": {"torch": "2"}},
     ).write(paths.export_manifest(STAGE))
+
+
+def _write_serve_check(paths: RunPaths) -> None:
+    ServeCheckResult(
+        stage=STAGE,
+        engine="vllm",
+        engine_version="0.32.0",
+        path=str(paths.export(STAGE)),
+        weights="0123",
+        tensor=1,
+        context_tokens=64,
+        answer_tokens=8,
+        start_s=75.0,
+        refuses_other_keys=True,
+        listens_at=["127.0.0.1:8000"],
+        agreement={
+            "compared": 62,
+            "mean_difference": 0.0002,
+            "largest_difference": 0.0031,
+            "mean_bound": 0.001,
+            "largest_bound": 0.005,
+            "same_text": None,
+            "least_same_text": None,
+        },
+        load=[
+            {
+                "streams": 8,
+                "tokens": 64,
+                "tokens_per_s": 123.4,
+                "first_token_median_s": 0.25,
+                "first_token_p99_s": 0.5,
+                "inter_token_median_s": 0.0125,
+                "inter_token_p99_s": None,
+            }
+        ],
+        distinct_answers=8,
+        host_memory_bytes=3 * 2**30,
+        gpu_memory_bytes=None,
+    ).write(paths.serve_check(STAGE))
 
 
 def _write_records(path: Path, record: dict[str, object]) -> None:

@@ -75,6 +75,14 @@ def test_dry_run_of_the_demo_lists_all_rules(tmp_path: Path, profile: str):
     assert list(folder.iterdir()) in ([], [folder / ".snakemake"]), "a dry run writes nothing"
 
 
+def test_dry_run_with_a_server_check_lists_its_rule(tmp_path: Path):
+    check = {"stages.1.export": "last", "stages.1.serve_check": {}}
+    config = write_config(tmp_path, check, {"serving": {"engine": "vllm", "python": [sys.executable]}})
+    done = run("-m", "longhaul", "run", str(config), "-n", "--directory", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "serve_check" in done.stdout + done.stderr
+
+
 def test_software_deployment_by_snakemake_is_refused():
     done = run("-m", "snakemake", "-n", "--sdm", "conda")
     assert done.returncode == 2 and "software-deployment-method is conda" in done.stderr

@@ -80,6 +80,11 @@ def evaluations():
     return [PLAN.paths.evaluation(*job.names) for job in jobs]
 
 
+def serve_checks():
+    jobs = job_kinds()["serve_check"].jobs(PLAN)
+    return [PLAN.paths.serve_check(*job.names) for job in jobs]
+
+
 def on_start():
     if workflow.is_main_process:
         start_run(PLAN, workflow.dag.needrun_jobs())

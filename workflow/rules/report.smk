@@ -21,6 +21,7 @@ rule report:
         stages=finished_stages(),
         exports=exports(),
         evaluations=evaluations(),
+        serve_checks=serve_checks(),
     output:
         "results/{run}/report.html",
     log:

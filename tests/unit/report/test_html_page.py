@@ -34,3 +34,10 @@ def test_a_start_is_shown_by_its_phases(page: str) -> None:
     assert "last start, from rank 0's process to its first step 4 s: imports 500 ms, rendezvous 500 ms" in page.replace(
         "&#39;", "'"
     )
+
+
+def test_a_check_of_a_served_export_has_a_section(page: str) -> None:
+    assert "Served exports base engine vllm 0.32.0 answers 62 log probabilities differ" in page
+    assert "start of the server 1 min 15 s API key requests without the key are refused" in page
+    assert "requests at the same time tokens/s first token, median" in page
+    assert " 8 123 0.25 s 0.5 s 0.0125 s – " in page

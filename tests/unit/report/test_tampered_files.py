@@ -32,6 +32,7 @@ def artifacts_of(run: RunPaths) -> list[Path]:
     return [
         *own,
         run.export_manifest(STAGE),
+        run.serve_check(STAGE),
         weights.skipped_batches,
         *weights.samples.glob("*.json"),
         weights.profile(0),
@@ -40,7 +41,7 @@ def artifacts_of(run: RunPaths) -> list[Path]:
 
 def test_untouched_run_gives_a_report(run: RunPaths):
     page = render_page(read_run(run.folder))
-    assert "Stage base" in page and "all_reduce" in page and len(artifacts_of(run)) == 10
+    assert "Stage base" in page and "all_reduce" in page and len(artifacts_of(run)) == 11
 
 
 def test_no_tampered_artifact_ends_in_a_traceback(run: RunPaths):

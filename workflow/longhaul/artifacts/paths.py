@@ -382,6 +382,14 @@ class RunPaths:
         """Return the results of all tasks that exist."""
         return sorted((self.folder / "evaluation").glob("*/*/*.json"))
 
+    def serve_check(self, stage: str) -> Path:
+        """The result of the check of a server of a stage's export."""
+        return self.folder / "serve_check" / f"{stage}.json"
+
+    def serve_checks(self) -> list[Path]:
+        """Return the results of all these checks that exist."""
+        return sorted((self.folder / "serve_check").glob("*.json"))
+
 
 def latest_export(exports: Path) -> Path:
     """Return the link to the newest of a stage's exports."""

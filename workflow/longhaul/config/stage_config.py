@@ -23,6 +23,7 @@ from longhaul.config.field_types import (
     require_exactly_one,
 )
 from longhaul.config.schedule_config import Schedule
+from longhaul.config.serve_check_config import ServeCheck
 from longhaul.config.serve_config import Serve
 
 MOST_PROFILED_STEPS = 20
@@ -336,6 +337,9 @@ class Stage(FrozenModel):
         description="The job of `longhaul serve`; null: its defaults. With this section, `longhaul plan` checks that the served "
         "model fits.",
     )
+    serve_check: ServeCheck | None = Field(
+        default=None, description="Check of a server of the export: answers, speed under load, clean end; null: none."
+    )
     minutes: Minutes = Field(
         default=60, description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00."
     )
@@ -375,7 +379,7 @@ class Stage(FrozenModel):
     def _check_length(self) -> Stage:
         if self.kind == "pretrain" and self.truncate != "right":
             raise ValueError(f"truncate {self.truncate} has no effect on kind pretrain; remove it")
-        for key in ("evaluate", "serve"):
+        for key in ("evaluate", "serve", "serve_check"):
             if getattr(self, key) and self.export == "none":
                 raise ValueError(f"{key} needs an exported model; set export to last or best, or remove {key}")
         return require_exactly_one(self, "steps", "tokens", "epochs")

@@ -1,4 +1,4 @@
-"""Constants that plan and trainer share: tokens per loss chunk, PowerSGD bucket size, buffers and sizes of swapping to disk."""
+"""Constants that plan and trainer share: tokens per loss chunk and reference prompt, PowerSGD bucket size, sizes of swapping."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ with DeepSpeed's MIN_AIO_BYTES."""
 SWAP_PARAM_BUFFERS = 8
 """Buffers for weights on disk, one partition each (buffer_count). The module in use needs at most two, one for each of its
 weights."""
+
+LOGITS_PROMPT_TOKENS = 32
+"""Tokens of each prompt whose logits the trainer writes as reference values; a served model scores these prompts, too."""
 
 
 def swap_param_buffer_elements(sizes: ModelSize, ranks: int) -> int:

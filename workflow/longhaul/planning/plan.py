@@ -43,6 +43,7 @@ from longhaul.planning.check_parallel_layout import (
     pipeline_bubble_warning,
 )
 from longhaul.planning.check_pretrained_weights import check_pretrained_folder
+from longhaul.planning.check_serve_check import check_engine, check_serve_check
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
 from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data
@@ -72,7 +73,7 @@ class StagePlan:
     asynchronous_saves: whether files of a checkpoint are written while training continues
     exported_checkpoints: "last", "best" or none; these checkpoints need reference values
     spec:          the result spec
-    serving:       the plan of the server that `serve` describes; None without that section, and as `sizes`
+    serving:       the plan of the server that `serve` describes; None without that section and `serve_check`, and as `sizes`
     """
 
     stage: Stage
@@ -224,6 +225,8 @@ def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     check_references(config)
     check_files(loaded)
     check_evaluations(loaded)
+    if any(stage.serve_check for stage in stages):
+        check_engine(loaded.site)
     check_job_limits(config, loaded.site)
     model = model_config(loaded, lock)
     check_pretrained_folder(loaded)
@@ -295,6 +298,16 @@ def _plan_stage(
         exported_checkpoints=exported_checkpoints,
         spec=result_spec(loaded, stage, steps),
         pipeline_bubble=pipeline_bubble(stage.parallel.pipeline, micro_batches),
-        serving=plan_serving(stage, model, loaded.site) if stage.serve and model else None,
+        serving=_plan_server(loaded, stage, model) if model else None,
         warnings=tuple(warning for warning in warnings if warning),
     )
+
+
+def _plan_server(loaded: LoadedConfig, stage: Stage, model: HuggingFaceConfig) -> ServingPlan | None:
+    """Return the plan of a stage's server; None if nothing serves its export."""
+    if not (stage.serve or stage.serve_check):
+        return None
+    serving = plan_serving(stage, model, loaded.site)
+    if stage.serve_check:
+        check_serve_check(stage, serving)
+    return serving

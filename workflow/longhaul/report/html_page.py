@@ -25,6 +25,7 @@ from longhaul.report.evaluation_table import evaluation_rows
 from longhaul.report.node_check_table import node_check_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
 from longhaul.report.run_status import StageStatus
+from longhaul.report.serve_check_table import serve_check_rows
 from longhaul.report.status_text import sum_of_estimates
 
 TEMPLATES = data_root() / "templates" / "report"
@@ -66,6 +67,7 @@ def render_page(results: RunResults) -> str:
         exports=[_export_rows(export) for export in results.exports],
         evaluations=evaluation_rows(results.evaluations),
         node_checks=node_check_rows(results.environment.checks if results.environment else []),
+        serve_checks=[serve_check_rows(result) for result in results.serve_checks],
         timeline=_embed(figures.timeline_figure(results.timespans)) if results.timespans else "",
         fabric=_fabric_figure(results),
         pairs=_pairs_figure(results),

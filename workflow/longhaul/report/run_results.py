@@ -26,6 +26,7 @@ from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, Attempt, Event, StepProfile, read_events
+from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
@@ -107,6 +108,7 @@ class RunResults:
     stages: list[StageResults]
     exports: list[Export]
     evaluations: list[EvaluationResult]
+    serve_checks: list[ServeCheckResult]
     timespans: list[JobTimespan]
 
 
@@ -137,6 +139,7 @@ def read_run(folder: Path) -> RunResults:
         stages=[stage for stage in stages if stage],
         exports=[Export.read(path) for path in exports if path.exists()],
         evaluations=[EvaluationResult.read(path) for path in paths.evaluations()],
+        serve_checks=[ServeCheckResult.read(path) for path in paths.serve_checks()],
         timespans=_read_timespans(paths, plan),
     )
 

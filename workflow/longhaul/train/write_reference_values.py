@@ -19,12 +19,13 @@ from longhaul.artifacts.atomic_files import write_json
 from longhaul.compat.deepspeed import Engine
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.planning.constants_shared_with_trainer import LOGITS_PROMPT_TOKENS
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.gather_to_rank0 import gather_whole_tensors, tensor_sha256
 from longhaul.train.parallel.slice_index import TIED_WEIGHTS, has_tied_embeddings
 from longhaul.train.step_backends import Backend
 
-LOGITS_PROMPTS, LOGITS_PROMPT_TOKENS = 2, 32
+LOGITS_PROMPTS = 2
 SAMPLE_PROMPTS = 6
 _MOST_DOCUMENTS_READ = 1000
 # The exporter rounds to FP8 itself, from master weights with the recorded hash.

@@ -1,0 +1,127 @@
+"""A stand-in for vLLM with its completions API: log probabilities, streams and API key, of a model that is a table of bigrams.
+
+A site names it as the Python of the engine: `serving.python: [python, bigram_engine.py]`. The environment variable FAULT makes
+it wrong in one way: another_model, open, exposed, exchange or loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 50
+FAULT = os.environ.get("FAULT", "")
+
+
+def logits(seed: int = 1) -> np.ndarray:
+    """Return the logits of each token [V] after each token [V]."""
+    return np.random.default_rng(seed).normal(size=(VOCABULARY, VOCABULARY)) * 3
+
+
+TABLE = logits(2 if FAULT == "another_model" else 1)
+LOG_PROBABILITIES = TABLE - np.log(np.exp(TABLE).sum(-1, keepdims=True))
+
+
+class Answers:
+    """Counts the streams that are answered now; with FAULT=exchange, the second one gets the answer of the first one."""
+
+    lock = threading.Lock()
+    prompts: list[list[int]] = []  # noqa: RUF012
+
+    @classmethod
+    def begin(cls, prompt: list[int]) -> list[int]:
+        with cls.lock:
+            cls.prompts.append(prompt)
+            return cls.prompts[0] if FAULT == "exchange" and len(cls.prompts) > 1 else prompt
+
+    @classmethod
+    def end(cls, prompt: list[int]) -> None:
+        with cls.lock:
+            cls.prompts.remove(prompt)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._send(200 if self.path == "/health" or self._is_allowed() else 401, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._is_allowed():
+            self._send(401, {})
+        elif body.get("stream"):
+            self._stream(body["prompt"], body["max_tokens"])
+        else:
+            self._send(200, {"choices": [{"logprobs": {"token_logprobs": _scores(body["prompt"])}}]})
+
+    def _is_allowed(self) -> bool:
+        return FAULT == "open" or self.headers["Authorization"] == f"Bearer {os.environ['VLLM_API_KEY']}"
+
+    def _send(self, status: int, body: dict[str, Any]) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def _stream(self, prompt: list[int], count: int) -> None:
+        answered = Answers.begin(prompt)
+        self.send_response(200)
+        self.end_headers()
+        last = answered[-1]
+        for place in range(count):
+            is_last = place == count - 1
+            last, choice = _next(last)
+            choice["finish_reason"] = "length" if is_last and FAULT != "loss" else None
+            self._event({"choices": [choice]})
+            threading.Event().wait(0.005)
+        self._event({"choices": [], "usage": {"completion_tokens": count}})
+        self.wfile.write(b"data: [DONE]\n\n")
+        Answers.end(prompt)
+
+    def _event(self, piece: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing."""
+
+
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 128  # by default, a sixth connection at the same time is refused
+
+
+def _scores(ids: list[int]) -> list[float | None]:
+    """Return what vLLM returns with `echo`: nothing for the first token, then a score for each token and for the answer's."""
+    return [None, *(float(LOG_PROBABILITIES[one, two]) for one, two in pairwise(ids)), -1.0]
+
+
+def _next(last: int) -> tuple[int, dict[str, Any]]:
+    row = LOG_PROBABILITIES[last]
+    chosen = int(row.argmax())
+    alternatives = {f"<{token}>": float(row[token]) for token in np.argsort(-row)[:5]}
+    scores = {"tokens": [f"<{chosen}>"], "token_logprobs": [float(row[chosen])], "top_logprobs": [alternatives]}
+    return chosen, {"text": f"<{chosen}>", "logprobs": scores}
+
+
+def main() -> None:
+    if sys.argv[1] == "-c":  # engine_version.py asks
+        print(json.dumps({"missing": [], "version": "0.0"}))
+        return
+    parser = argparse.ArgumentParser()
+    for option in ("host", "port"):
+        parser.add_argument(f"--{option}")
+    found, _ = parser.parse_known_args()
+    host = "0.0.0.0" if FAULT == "exposed" else found.host
+    Listener((host, int(found.port)), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the plan refuses of a server check, and the job that it plans."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.paths import JobId
+from longhaul.config.serving_config import ENGINE_PACKAGES
+from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
+from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.planning import Plan
+from tests.support.small_configs import plan_of
+
+CHECK = {"stages.1.export": "last", "stages.1.serve_check": {"streams": [1, 4], "answer_tokens": 16, "minutes": 20}}
+VLLM = {"engine": "vllm", "python": [sys.executable]}
+
+
+def planned(folder: Path, site: dict[str, Any], **config: Any) -> Plan:
+    return plan_of(folder, {**CHECK, **config}, site)
+
+
+def test_the_job_of_a_check(tmp_path: Path):
+    plan = planned(tmp_path, {"serving": VLLM}, **{"stages.1.serve": {"context": 100, "gpus_per_node": 2}})
+    job = JobId("serve_check", ("chat",))
+    assert job_kinds()["serve_check"].jobs(plan) == [job]
+    spec = job_spec(plan, job)
+    assert isinstance(spec, ServeCheckSpec)
+    assert (spec.tensor, spec.context_tokens, spec.dtype) == (2, 100, "bf16")
+    assert spec.out == "results/small/serve_check/chat.json"
+    request = job_request(plan, job)
+    assert (request.nodes, request.gpus_per_node, request.minutes) == (1, 2, 20)
+
+
+def test_another_engine_checks_again_and_another_time_limit_does_not(tmp_path: Path):
+    job = JobId("serve_check", ("chat",))
+    keys = {
+        name: job_rerun_key(planned(tmp_path / name, {"serving": {**VLLM, "options": options}}), job)
+        for name, options in (("a", []), ("b", []), ("c", ["--enforce-eager"]))
+    }
+    assert keys["a"] == keys["b"] != keys["c"]
+
+
+@pytest.mark.parametrize(
+    ("config", "site", "message"),
+    [
+        ({"stages.1.export": "none"}, {"serving": VLLM}, "serve_check needs an exported model"),
+        (
+            {"stages.1.serve_check": {"answer_tokens": 97}},
+            {"serving": VLLM},
+            "with a prompt of 32 tokens this is longer than the server's context of 128 tokens",
+        ),
+        (
+            {"stages.1.serve": {"context": 4096}},
+            {"serving": VLLM},
+            "longer than the model's max_position_embeddings 128",
+        ),
+        (
+            {"stages.1.serve": {"nodes": 2, "gpus_per_node": 1}},
+            {"serving": VLLM},
+            "the server needs 2 nodes, and the check runs on one",
+        ),
+        (
+            {"stages.1.serve_check": {"streams": [8, 1]}},
+            {"serving": VLLM},
+            r"streams \[8, 1\]: the numbers must increase",
+        ),
+        ({"stages.1.serve_check": {"streams": [65]}}, {"serving": VLLM}, "at most 64|less than or equal to 64"),
+        ({}, {"serving": {**VLLM, "python": ["/none/python"]}}, r"serving\.python: /none/python does not exist"),
+        ({}, {"serving": {"engine": "sglang"}}, r"serving\.engine sglang needs the package sglang"),
+    ],
+)
+def test_a_check_that_cannot_run_is_refused(tmp_path: Path, config: dict[str, Any], site: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, site, **config)
+
+
+def test_the_default_engine_needs_what_the_extra_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from longhaul.planning import check_serve_check
+
+    present = set(ENGINE_PACKAGES["transformers"])
+    monkeypatch.setattr(check_serve_check, "find_spec", lambda name: name if name in present else None)
+    planned(tmp_path / "a", {})
+    present.remove("openai")
+    with pytest.raises(UserError, match="needs the package openai") as refused:
+        planned(tmp_path / "b", {})
+    assert refused.value.hint == "pip install -c envs/constraints.txt '.[serve]'"

@@ -1,0 +1,86 @@
+"""The report's rows about the check of a served export."""
+
+from __future__ import annotations
+
+from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
+from longhaul.report.serve_check_table import serve_check_rows
+
+TEXT = Agreement(
+    compared=6,
+    mean_difference=None,
+    largest_difference=None,
+    mean_bound=None,
+    largest_bound=None,
+    same_text=0.875,
+    least_same_text=0.75,
+)
+SCORES = Agreement(
+    compared=62,
+    mean_difference=0.0002,
+    largest_difference=0.0031,
+    mean_bound=0.001,
+    largest_bound=0.005,
+    same_text=None,
+    least_same_text=None,
+)
+STEP = LoadStep(
+    streams=8,
+    tokens=256,
+    tokens_per_s=123.456,
+    first_token_median_s=0.25,
+    first_token_p99_s=0.5,
+    inter_token_median_s=0.0123,
+    inter_token_p99_s=None,
+)
+
+
+def result(agreement: Agreement, refuses_other_keys: bool) -> ServeCheckResult:
+    return ServeCheckResult(
+        stage="chat",
+        engine="vllm",
+        engine_version="0.32.0",
+        path="p",
+        weights="w",
+        tensor=2,
+        context_tokens=512,
+        answer_tokens=32,
+        start_s=75.0,
+        refuses_other_keys=refuses_other_keys,
+        listens_at=["127.0.0.1:8000"],
+        agreement=agreement,
+        load=[STEP],
+        distinct_answers=8,
+        host_memory_bytes=3 * 2**30,
+        gpu_memory_bytes=None,
+    )
+
+
+def test_rows_of_an_engine_with_log_probabilities():
+    rows = serve_check_rows(result(SCORES, True))
+    assert rows["facts"] == {
+        "engine": "vllm 0.32.0",
+        "answers": "62 log probabilities differ from the trainer's by 2e-4 nats on average and 0.0031 at most "
+        "(limits 0.001, 0.005)",
+        "start of the server": "1 min 15 s",
+        "API key": "requests without the key are refused",
+        "listens at": "127.0.0.1:8000",
+        "memory of its processes": "3 GiB",
+        "memory of the GPUs": "–",
+    }
+    assert rows["load"] == [
+        {
+            "requests at the same time": "8",
+            "tokens/s": "123",
+            "first token, median": "0.25 s",
+            "first token, 99 %": "0.5 s",
+            "between tokens, median": "0.0123 s",
+            "between tokens, 99 %": "–",
+        }
+    ]
+
+
+def test_rows_of_an_engine_without_log_probabilities():
+    facts = serve_check_rows(result(TEXT, False))["facts"]
+    assert isinstance(facts, dict)
+    assert facts["answers"] == "87.5 % of the greedy text of 6 samples (limit 75 %)"
+    assert facts["API key"] == "none: it listens on this node alone"

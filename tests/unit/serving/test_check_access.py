@@ -1,0 +1,79 @@
+"""Servers that anybody can ask, or that listen elsewhere, are refused."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from longhaul.config.serving_config import Serving
+from longhaul.errors import UserError
+from longhaul.serving.check_access import check_address, check_keys, listening_addresses
+from longhaul.serving.engines import Server
+
+KEY = "0123456789abcdef"
+
+
+def server(port: int) -> Server:
+    return Server(Serving(engine="vllm"), Path("/model"), "m", "bf16", "127.0.0.1", port)
+
+
+@contextmanager
+def answering(accepted: set[str | None]) -> Iterator[int]:
+    """Yield the port of a server that answers 200 to these Authorization headers, and 401 to others."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.headers["Authorization"] in accepted else 401)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Print nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found.server_port
+        found.shutdown()
+
+
+def test_a_server_that_knows_its_key_is_accepted():
+    with answering({f"Bearer {KEY}"}) as port:
+        check_keys(server(port), KEY)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "message"),
+    [
+        ({f"Bearer {KEY}", None}, "a request without an API key with HTTP status 200 instead of 401"),
+        (
+            {f"Bearer {KEY}", f"Bearer {KEY[:-1]}-"},
+            "a request with a wrong API key with HTTP status 200 instead of 401",
+        ),
+        (set(), "a request with its API key with HTTP status 401 instead of 200"),
+    ],
+)
+def test_a_server_with_other_answers_is_refused(accepted: set[str | None], message: str):
+    with answering(accepted) as port, pytest.raises(UserError, match=message):
+        check_keys(server(port), KEY)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_address_of_a_server_is_that_of_its_processes(host: str):
+    with socket.socket() as opened:
+        opened.bind((host, 0))
+        opened.listen()
+        port = opened.getsockname()[1]
+        own = {f"{c.laddr.ip}:{c.laddr.port}" for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"}
+        assert f"{host}:{port}" in own
+        assert listening_addresses(psutil.Process()) == []  # this process has no children
+        if host == "127.0.0.1":
+            check_address(server(port), sorted(own))
+        else:
+            with pytest.raises(UserError, match=rf"listens at 0\.0\.0\.0:{port} instead of 127\.0\.0\.1:{port} alone"):
+                check_address(server(port), sorted(own))

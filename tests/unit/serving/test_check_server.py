@@ -1,0 +1,108 @@
+"""The whole check, with a stand-in for vLLM that is wrong in one way at a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.serve_check_result import ServeCheckResult
+from longhaul.config.serve_check_config import ServeCheck
+from longhaul.config.serve_config import Serve
+from longhaul.config.serving_config import Serving
+from longhaul.errors import UserError
+from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.serving.check_server import run
+from tests.support import bigram_engine
+from tests.support.served_export import write_manifest
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """The manifest of an export whose model is the table of bigrams."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    # Every token ends one of the prompts that are made of these two, so that all their answers are different.
+    ids_PT = np.random.default_rng(3).permutation(bigram_engine.VOCABULARY).reshape(2, -1)
+    return write_manifest(tmp_path, folder, ids_PT, bigram_engine.logits()[ids_PT], [], [])
+
+
+def job_of(manifest: Path, fault: str = "", **serving: object) -> ServeCheckSpec:
+    python = (sys.executable, bigram_engine.__file__)
+    own = Serving.model_validate({"engine": "vllm", "python": python, "environment": {"FAULT": fault}, **serving})
+    return ServeCheckSpec(
+        run="unit",
+        stage="main",
+        export=str(manifest),
+        dtype="fp32",
+        serving=own,
+        serve=Serve(),
+        check=ServeCheck(streams=(1, 32), answer_tokens=4, start_timeout_s=60.0),
+        tensor=1,
+        context_tokens=64,
+        out=str(manifest.with_name("result.json")),
+    )
+
+
+def test_the_check_compares_measures_and_leaves_no_process(manifest: Path, capfd: pytest.CaptureFixture[str]):
+    job = job_of(manifest)
+    run(job)
+    result = ServeCheckResult.read(Path(job.out))
+    assert (result.engine, result.engine_version, result.path) == ("vllm", "0.0", str(manifest.with_name("model")))
+    assert result.agreement["compared"] == 2 * 24
+    assert (result.agreement["largest_difference"] or 1) < 1e-5
+    assert [(step["streams"], step["tokens"]) for step in result.load] == [(1, 4), (32, 128)]
+    assert all(step["tokens_per_s"] > 0 for step in result.load)
+    assert all((step["first_token_median_s"] or 0) > 0 for step in result.load)
+    assert result.distinct_answers > 16
+    assert result.refuses_other_keys
+    assert len(result.listens_at) == 1
+    assert result.listens_at[0].startswith("127.0.0.1:")
+    assert result.host_memory_bytes > 10**7
+    assert not psutil.Process().children()
+    assert "Bearer" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("another_model", "log probabilities of the server differ from the trainer's by"),
+        ("open", "answers a request without an API key with HTTP status 200 instead of 401"),
+        ("exposed", r"listens at 0\.0\.0\.0:\d+ instead of 127\.0\.0\.1:\d+ alone"),
+        ("exchange", "with 32 requests at the same time, answer .* is not the answer to its prompt: token 1 is"),
+        ("loss", "the server lost an answer: it ended without a finish reason"),
+    ],
+)
+def test_a_fault_of_a_server_is_noticed(manifest: Path, fault: str, message: str):
+    job = job_of(manifest, fault)
+    with pytest.raises(UserError, match=message):
+        run(job)
+    assert not Path(job.out).exists()
+    assert not psutil.Process().children()
+
+
+def test_a_missing_engine_is_named(manifest: Path):
+    with pytest.raises(UserError, match=r"serving\.python: /none/python does not start: No such file"):
+        run(job_of(manifest, python=("/none/python",)))
+    with pytest.raises(UserError, match=r"serving\.engine sglang needs the package sglang"):
+        run(job_of(manifest, engine="sglang", python=(sys.executable,)))
+    with pytest.raises(UserError, match=r"`false` does not start a Python"):
+        run(job_of(manifest, python=("false",)))
+
+
+def test_altered_reference_values_are_refused(manifest: Path):
+    logits = Path(Export.read(manifest).checkpoint) / "reference" / "logits.json"
+    logits.write_text(logits.read_text().replace("fp32", "bf16"))
+    with pytest.raises(UserError, match="does not have the SHA-256 that was recorded"):
+        run(job_of(manifest))
+
+
+def test_an_altered_export_is_refused(manifest: Path):
+    (manifest.with_name("model") / "config.json").write_text('{"rope_theta": 1}')
+    with pytest.raises(UserError, match="the export is damaged"):
+        run(job_of(manifest))

@@ -1,0 +1,57 @@
+"""Checks who can reach a server: it refuses requests without its API key, and answers at its own address only."""
+
+from __future__ import annotations
+
+import httpx2
+import psutil
+
+from longhaul.errors import UserError
+from longhaul.serving.engines import Server
+
+_UNAUTHORIZED = 401
+
+
+def check_keys(server: Server, key: str) -> None:
+    """Check that requests without a key and with a wrong key are refused, and that the key is accepted.
+
+    Raises:
+        UserError: the server answers one of them in another way.
+    """
+    for sent, wanted in ((None, _UNAUTHORIZED), (f"{key[:-1]}-", _UNAUTHORIZED), (key, 200)):
+        headers = {"Authorization": f"Bearer {sent}"} if sent else {}
+        found = httpx2.get(f"{server.url}/v1/models", headers=headers, timeout=60, trust_env=False).status_code
+        if found != wanted:
+            kind = (
+                "without an API key" if sent is None else "with its API key" if sent == key else "with a wrong API key"
+            )
+            raise UserError(
+                f"the server of {server.serving.engine} answers a request {kind} with HTTP status {found} instead of {wanted}",
+                "do not let others reach this server; use another release of the engine",
+            )
+
+
+def listening_addresses(guardian: psutil.Process) -> list[str]:
+    """Return the addresses at which the processes below the guardian accept connections."""
+    found = set()
+    for process in guardian.children(recursive=True):
+        try:
+            connections = process.net_connections("inet")
+        except psutil.NoSuchProcess:
+            continue
+        found |= {f"{c.laddr.ip}:{c.laddr.port}" for c in connections if c.status == psutil.CONN_LISTEN}
+    return sorted(found)
+
+
+def check_address(server: Server, listens_at: list[str]) -> None:
+    """Check that the server's port is open at its own address only.
+
+    Raises:
+        UserError: it is open at another address.
+    """
+    at_port = [address for address in listens_at if address.endswith(f":{server.port}")]
+    if at_port != [f"{server.host}:{server.port}"]:
+        raise UserError(
+            f"the server of {server.serving.engine} listens at {', '.join(at_port) or 'no known address'} instead of "
+            f"{server.host}:{server.port} alone",
+            "remove options of the site key `serving` that open further addresses",
+        )

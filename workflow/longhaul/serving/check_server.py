@@ -1,0 +1,159 @@
+"""Checks a server of an export: starts it, compares and measures its answers, stops it, and writes the result last."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.atomic_files import content_hash
+from longhaul.artifacts.compare_hashes import read_export
+from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
+from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.serving.api_key import create_key_file
+from longhaul.serving.ask_server import Answer, Connection, Prompt, connection
+from longhaul.serving.check_access import check_address, check_keys, listening_addresses
+from longhaul.serving.compare_answers import (
+    SAME_TEXT,
+    Bound,
+    bound_for,
+    coarsest,
+    compare_log_probabilities,
+    compare_texts,
+)
+from longhaul.serving.engine_version import engine_version
+from longhaul.serving.engines import ENGINES, LOOPBACK, Server, ServerShape
+from longhaul.serving.measure_load import MemoryPeak, answers_alone, distinct_prompts, measure_load
+from longhaul.serving.reference_values import ReferenceValues, read_reference_values
+from longhaul.serving.sample_prompts import completions_of_text_prompts
+from longhaul.serving.server_process import free_port, running_server
+
+
+def run(job: ServeCheckSpec) -> None:
+    """Check a server of the export, and write job.out. No process of the server is left, whatever happens.
+
+    Raises:
+        UserError: the engine is missing or does not start, the export is damaged, or the server does not hold to a bound.
+    """
+    Path(job.out).unlink(missing_ok=True)
+    version = engine_version(job.serving)
+    export = read_export(Path(job.export))
+    reference = read_reference_values(export)
+    with TemporaryDirectory() as private:
+        server, key = _server(job, export, Path(private))
+        start = time.monotonic()
+        with running_server(server, key, job.check.start_timeout_s) as guardian:
+            start_s = time.monotonic() - start
+            listens_at = listening_addresses(guardian)
+            check_address(server, listens_at)
+            if key:
+                check_keys(server, key)
+            measured = asyncio.run(_measure(job, server, key, export, reference, guardian))
+    ServeCheckResult(
+        stage=job.stage,
+        engine=job.serving.engine,
+        engine_version=version,
+        path=export.path,
+        weights=content_hash(export.files),
+        tensor=job.tensor,
+        context_tokens=job.context_tokens,
+        answer_tokens=job.check.answer_tokens,
+        start_s=start_s,
+        refuses_other_keys=key is not None,
+        listens_at=listens_at,
+        **measured,
+    ).write(Path(job.out))
+
+
+def _server(job: ServeCheckSpec, export: Export, private: Path) -> tuple[Server, str | None]:
+    """Return the server, and its API key where the engine knows one. It listens on loopback: this process alone asks it."""
+    key_file = private / "api_key.yaml" if ENGINES[job.serving.engine].accepts_key else None
+    key = create_key_file(key_file) if key_file else None
+    shape = ServerShape(tensor=job.tensor, context_tokens=job.context_tokens)
+    port = free_port(LOOPBACK)
+    model = Path(export.path).absolute()
+    return Server(job.serving, model, job.stage, job.dtype, LOOPBACK, port, shape, key_file), key
+
+
+async def _measure(
+    job: ServeCheckSpec,
+    server: Server,
+    key: str | None,
+    export: Export,
+    reference: ReferenceValues,
+    guardian: psutil.Process,
+) -> dict[str, Any]:
+    """Return the fields of the result that come from the server's answers."""
+    bound = _bound(job, export, reference)
+    async with connection(server, key) as asked:
+        if server.engine.gives_log_probabilities:
+            agreement = await _compare_scores(asked, reference, bound)
+            prompts: Sequence[Prompt] = reference.prompts_PT
+        else:
+            completions = completions_of_text_prompts(export, reference.sample_ids)
+            least = SAME_TEXT[coarsest(reference.compute, job.dtype)]
+            agreement = await _compare_completions(asked, completions, job.check.answer_tokens, least)
+            prompts = list(completions)
+        with MemoryPeak(guardian) as memory:
+            load, alone = await _measure_load(asked, job, prompts, bound)
+    return {
+        "agreement": agreement,
+        "load": load,
+        "distinct_answers": len({answer.text for answer in alone}),
+        "host_memory_bytes": memory.host_bytes,
+        "gpu_memory_bytes": memory.gpu_bytes,
+    }
+
+
+def _bound(job: ServeCheckSpec, export: Export, reference: ReferenceValues) -> Bound:
+    difference = export.verification.get("logits", {}).get("max_abs_difference", 0.0)
+    return bound_for(coarsest(reference.compute, job.dtype), float(str(difference)))
+
+
+async def _compare_scores(asked: Connection, reference: ReferenceValues, bound: Bound) -> Agreement:
+    found_PT = np.array([await asked.score(ids) for ids in reference.prompts_PT])
+    mean, largest = compare_log_probabilities(found_PT, reference.log_probabilities_PT, bound)
+    return Agreement(
+        compared=found_PT.size,
+        mean_difference=mean,
+        largest_difference=largest,
+        mean_bound=bound.mean,
+        largest_bound=bound.one_token,
+        same_text=None,
+        least_same_text=None,
+    )
+
+
+async def _compare_completions(asked: Connection, completions: dict[str, str], tokens: int, least: float) -> Agreement:
+    """Compare greedy answers with the completions that the export wrote. least: the smallest share of equal text"""
+    answers = await answers_alone(asked, list(completions), tokens)
+    return Agreement(
+        compared=len(completions),
+        mean_difference=None,
+        largest_difference=None,
+        mean_bound=None,
+        largest_bound=None,
+        same_text=compare_texts([answer.text for answer in answers], list(completions.values()), least),
+        least_same_text=least,
+    )
+
+
+async def _measure_load(
+    asked: Connection, job: ServeCheckSpec, prompts: Sequence[Prompt], bound: Bound
+) -> tuple[list[LoadStep], list[Answer]]:
+    """Return what was measured for each number of streams, and the answers to all prompts one after the other."""
+    most, tokens = max(job.check.streams), job.check.answer_tokens
+    asked_prompts = distinct_prompts(prompts, most)
+    alone = await answers_alone(asked, asked_prompts, tokens)
+    load = [
+        await measure_load(asked, asked_prompts[:count], alone[:count], tokens, bound.one_token)
+        for count in job.check.streams
+    ]
+    return load, alone

