@@ -16,13 +16,32 @@ from longhaul.errors import UserError
 _LINE = re.compile(r"api-key: ([A-Za-z0-9_-]{16,256})\n")
 
 
-def create_key_file(path: Path) -> str:
-    """Write a new random key of 256 bits to a file that must not exist, and return the key. The name ends in .yaml."""
-    key = secrets.token_hex(32)
+def create_key_file(path: Path, key: str = "") -> str:
+    """Write a key, by default a random one of 256 bits, to a file that must not exist, and return the key.
+
+    path: its name ends in .yaml
+    """
+    key = key or secrets.token_hex(32)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as stream:
         stream.write(f"api-key: {key}\n")
     return key
+
+
+def keep_key(path: Path, wanted: str | None) -> None:
+    """Make sure that a server's key file exists: with the wanted key, else with the key that it has, else with a new one.
+
+    Raises:
+        UserError: the wanted key has a wrong form.
+    """
+    if wanted is None:
+        if not path.exists():
+            create_key_file(path)
+        return
+    if not _LINE.fullmatch(f"api-key: {wanted}\n"):
+        raise UserError("the wanted API key has a wrong form", "use 16 to 256 letters, digits, _ and -")
+    path.unlink(missing_ok=True)
+    create_key_file(path, wanted)
 
 
 def read_key_file(path: Path) -> str:

@@ -72,6 +72,7 @@ class Server:
     dtype:      the export's precision: fp32, bf16 or fp8
     host, port: where it listens; several nodes: on the first of them
     key_file:   the file of api_key.py; None for an engine without keys
+    drain_s:    time for accepted requests after SIGTERM; only vLLM waits for them
     """
 
     serving: Serving
@@ -82,6 +83,7 @@ class Server:
     port: int
     shape: ServerShape = ServerShape()
     key_file: Path | None = None
+    drain_s: int = 0
 
     @property
     def engine(self) -> Engine:
@@ -140,6 +142,7 @@ class Server:
             *("--dtype", _COMPUTE[self.dtype]),
             *_option("--max-model-len", shape.context_tokens),
             *_option("--max-num-seqs", shape.concurrency),
+            *_option("--shutdown-timeout", self.drain_s or None),
             "--disable-uvicorn-access-log",
         ]
 
