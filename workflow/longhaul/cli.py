@@ -179,6 +179,26 @@ def doctor(
 
 
 @app.command()
+def serve(
+    config: ConfigArgument,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The stage whose export is served.")],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", "-n", help="Print memory, Slurm request and the engine's commands. Start nothing."),
+    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the server of this stage.")] = False,
+) -> None:
+    """Serve a stage's export with an OpenAI-compatible API: as a Slurm job, or on this machine until Ctrl-C.
+
+    Example: `longhaul serve mine.yaml chat`
+    """
+    from longhaul.scheduling import serve_verb
+
+    act = serve_verb.stop if stop else serve_verb.show if dry_run else serve_verb.serve
+    act(_load_plan(config), stage)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder: results/<run>.")],
     out: Annotated[

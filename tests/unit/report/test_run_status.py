@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
-from longhaul.artifacts.job_state import Failure
+from longhaul.artifacts.endpoint import Endpoint
+from longhaul.artifacts.job_state import CANCELLED, Failure
+from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.report.run_status import (
@@ -186,3 +189,58 @@ def test_only_the_ends_of_a_long_metrics_file_are_read(tmp_path: Path) -> None:
     weights.metrics.write_text("".join(lines[:40]) + middle + " " * 100_000 + "\n" + "".join(lines[30:]))
     progress = run.status().stages[0].progress
     assert progress is not None and progress.loss == pytest.approx(4.645) and progress.first_loss == 4.99
+
+
+SERVE = JobId("serve", ("base",))
+
+
+def serving(run: RunFolder, ready: bool = True) -> Endpoint:
+    """Write the files of a server whose process is this one."""
+    folder = run.paths.job(SERVE)
+    folder.path.mkdir(parents=True)
+    folder.launch_spec.write_text("{}")
+    endpoint = Endpoint("http://10.0.0.1:8000/v1", "r-base", "vllm", "k.yaml", ready, LeaseOwner.this_process())
+    endpoint.write(folder.endpoint)
+    run.state(SERVE, "running")
+    return endpoint
+
+
+def test_a_server_that_runs_is_shown_with_its_endpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.status().servers == []
+    endpoint = serving(run)
+    (server,) = run.status(serve_base=QueuedJob("7", "RUNNING", "None", "N/A")).servers
+    assert (server.job.state, server.job.detail, server.endpoint) == (RUNNING, "on n1, n2", endpoint)
+
+
+def test_a_server_that_waits_has_no_endpoint_and_a_reason(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    serving(run)
+    (server,) = run.status(serve_base=QueuedJob("7", "PENDING", "BeginTime", "N/A")).servers
+    assert (server.job.state, server.job.detail, server.endpoint) == (QUEUED, "waits: BeginTime", None)
+
+
+def test_a_server_that_failed_is_shown_and_one_that_was_stopped_is_not(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    serving(run)
+    run.paths.job(SERVE).endpoint.unlink()
+    Failure("environment", "no module named vllm", "install it").write(run.paths.job(SERVE).failure)
+    (server,) = run.status().servers
+    assert (server.job.state, server.job.detail) == (FAILED, "no module named vllm")
+    Failure(CANCELLED, "cancelled by scancel", "").write(run.paths.job(SERVE).failure)
+    assert run.status().servers == []
+
+
+def test_a_server_without_slurm_runs_as_long_as_its_process(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    endpoint = serving(run)
+    run.state(SERVE, "running", None)
+    (server,) = run.status().servers
+    assert (server.job.state, server.endpoint) == (RUNNING, endpoint)
+    replace(endpoint, owner=LeaseOwner(endpoint.owner.host, endpoint.owner.pid, "1.0")).write(
+        run.paths.job(SERVE).endpoint
+    )
+    (server,) = run.status().servers
+    assert (server.job.state, server.endpoint) == (INTERRUPTED, None)
+    run.state(SERVE, "waiting", None)
+    assert run.status().servers == []

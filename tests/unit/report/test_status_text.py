@@ -7,7 +7,19 @@ from io import StringIO
 
 from rich.console import Console, RenderableType
 
-from longhaul.report.run_status import DONE, FAILED, QUEUED, RUNNING, JobStatus, Progress, RunStatus, StageStatus
+from longhaul.artifacts.endpoint import Endpoint
+from longhaul.artifacts.leases import LeaseOwner
+from longhaul.report.run_status import (
+    DONE,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    JobStatus,
+    Progress,
+    RunStatus,
+    ServerStatus,
+    StageStatus,
+)
 from longhaul.report.status_text import progress_lines, progress_view, status_view, summary_lines
 
 PROGRESS = Progress(
@@ -89,3 +101,16 @@ def test_summary_says_whether_it_trained_what_it_cost_and_where_the_model_is() -
         "  Model of base, verified: results/r/export/base",
         "  Report: results/r/report.html",
     ]
+
+
+def test_the_endpoint_of_a_server_is_shown_without_its_key() -> None:
+    job = JobStatus("serve-base", "serve", RUNNING, "on n1", slurm_job_id="9")
+    endpoint = Endpoint("http://10.0.0.1:8000/v1", "r-base", "vllm", "k.yaml", True, LeaseOwner("n1", 5, None))
+    for found, words in (
+        (endpoint, "vllm answers at http://10.0.0.1:8000/v1, model r-base, API key in k.yaml"),
+        (replace(endpoint, ready=False), "vllm loads the model; it will answer at http://10.0.0.1:8000/v1"),
+        (replace(endpoint, key_file=None), "model r-base, no API key"),
+        (None, "serve-base (job 9) running: on n1"),
+    ):
+        status = replace(STATUS, servers=[ServerStatus(job, found)])
+        assert words in " ".join(shown(status_view(status), 200).split())

@@ -47,6 +47,19 @@ def test_every_different_request_is_tried_once(
     assert "NO" in printed and "correct account of the partition" in printed
 
 
+def test_the_request_of_a_planned_server_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log")))
+    changes = {"stages.0.export": "last", "stages.1.export": "last", "stages.1.serve": {"nodes": 3, "gpus_per_node": 8}}
+    model = {
+        "model.llama.num_attention_heads": 8,
+        "model.llama.num_key_value_heads": 8,
+        "model.llama.num_hidden_layers": 3,
+    }
+    found = check_run(plan_of(tmp_path, {**changes, **model}, {"serving": {"engine": "vllm"}}))
+    (server,) = [answer for answer in found if "serve" in answer.jobs]
+    assert server.jobs == "serve-chat" and (server.request.nodes, server.request.gpus_per_node) == (3, 8)
+
+
 def test_bare_site_file_is_asked_for_every_kind_of_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log = tmp_path / "log"
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=log)))

@@ -165,4 +165,7 @@ def test_no_other_module_starts_processes():
         "export/model_card.py",  # git describe of the package's folder
         "scheduling/slurm_client.py",  # WAYS
         "scheduling/run_job_steps.py",  # the steps of launch.json
+        "scheduling/serve_verb.py",  # bash with the launch.sh that it has rendered
+        "serving/server_process.py",  # words of the site file, and what serving/engines.py adds: names, numbers, paths
+        "serving/guard_processes.py",  # the words of server_process.py
     }

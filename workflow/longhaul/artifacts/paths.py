@@ -17,6 +17,8 @@ CODE_LINK = RESULTS / ".code" / "longhaul"
 """Link to an installed package. Jobs have its folder on PYTHONPATH, because site-packages would add other packages, too."""
 STAGE_KIND = "train"
 """The job kind whose jobs have their folder below stages/ instead of jobs/."""
+SERVE_KIND = "serve"
+"""The job kind of servers, which `longhaul serve` starts."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class JobFolder:
     def missed_heartbeat(self, noticed_by: int) -> Path:
         """The file in which a rank records that another rank stopped sending heartbeats."""
         return self.rank_failures / f"heartbeat-{noticed_by:05d}.json"
+
+    # A serving job's folder holds these, too.
+
+    @property
+    def endpoint(self) -> Path:
+        """Where the served model answers."""
+        return self.path / "endpoint.json"
+
+    @property
+    def api_key(self) -> Path:
+        """The API key, which only its owner can read."""
+        return self.path / "api_key.yaml"
 
     # A training stage's folder holds these, too.
 

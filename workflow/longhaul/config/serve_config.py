@@ -1,4 +1,4 @@
-"""Config section `serve` of a stage: nodes, context length and time limit of the job that serves its exported model."""
+"""Config section `serve` of a stage: nodes, context length, port and time limit of the job that serves its exported model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ class Serve(FrozenModel):
     concurrency: Annotated[int, Field(ge=1, le=10**6)] = Field(
         default=1,
         description="Number of requests of this length that the KV cache holds at once. More and shorter requests share it.",
+    )
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        default=None, description="Port of the server on its first node; null: a free one at each start."
+    )
+    start_timeout_s: Annotated[int, Field(ge=1, le=86400)] = Field(
+        default=3600,
+        description="Time after its start, in seconds, in which the server must answer. It loads the model first.",
+    )
+    drain_s: Annotated[int, Field(ge=0, le=86400)] = Field(
+        default=60,
+        description="Time before the end of an allocation, in seconds, in which the server finishes accepted requests. Only vllm "
+        "waits for them.",
     )
     minutes: Minutes = Field(
         default=60,

@@ -78,7 +78,7 @@ def _gpu_variables(site: Site, request: SlurmRequest) -> Iterator[JobVariable]:
         yield JobVariable("PYTORCH_ALLOC_CONF", "expandable_segments:True", LONGHAUL, reason, True)
     if site.accelerator.cuda and _shares_nodes(site, request):
         reason = (
-            f"{request.tasks_per_node} of {site.node.gpus} GPUs: other jobs may use the node, and NVLink multicast is a "
+            f"{request.gpus_per_node} of {site.node.gpus} GPUs: other jobs may use the node, and NVLink multicast is a "
             "resource of the whole node"
         )
         for name, value in _NO_MULTICAST.items():
@@ -88,8 +88,8 @@ def _gpu_variables(site: Site, request: SlurmRequest) -> Iterator[JobVariable]:
 
 
 def _shares_nodes(site: Site, request: SlurmRequest) -> bool:
-    """Return whether several ranks use a part of a node's GPUs, and other jobs may use the rest."""
-    return 1 < request.tasks_per_node < site.node.gpus and not request.exclusive
+    """Return whether the job uses several of a node's GPUs, and other jobs may use the rest. A server has one task for all."""
+    return 1 < request.gpus_per_node < site.node.gpus and not request.exclusive
 
 
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}

@@ -32,6 +32,7 @@ class PlannedStep:
     file: str  # name of the spec's file in the job's folder
     request: SlurmRequest
     binds_ranks: bool = False
+    outside_environment: bool = False  # runs in the Python of the main process, outside of the job environment
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class JobKind:
     """The declaration of one kind of job."""
 
     name: str
-    """First word of the jobs' names, the name of their rule, and their verb in `longhaul job <name>`."""
+    """First word of the jobs' names, the name of their rule unless on_demand, and their verb in `longhaul job <name>`."""
     order: int
     """Position in the pipeline; tables are sorted by it."""
     help: str
@@ -63,6 +64,10 @@ class JobKind:
     max_restarts: Callable[[Plan, JobId], int] = lambda plan, job: 0
     binds_ranks: bool = False
     """True if the site's cpu_bind and gpu_bind apply to the job's own step."""
+    outside_environment: Callable[[Plan], bool] = lambda plan: False
+    """Returns whether the job's own step runs outside of the job environment, because it starts programs of another one."""
+    on_demand: bool = False
+    """True if no rule starts the jobs: a verb of `longhaul` does."""
 
     def job_id(self, wildcards: object) -> JobId:
         """Return the job that a rule's wildcards stand for."""
@@ -91,8 +96,13 @@ def job_kinds() -> dict[str, JobKind]:
 
 
 def jobs_of(plan: Plan) -> list[JobId]:
-    """Return every job of a run, in the order of the pipeline."""
-    return [job for kind in job_kinds().values() for job in kind.jobs(plan)]
+    """Return every job that Snakemake may start for a run, in the order of the pipeline."""
+    return [job for kind in job_kinds().values() if not kind.on_demand for job in kind.jobs(plan)]
+
+
+def jobs_on_demand(plan: Plan) -> list[JobId]:
+    """Return every job of a run that only a verb of `longhaul` starts."""
+    return [job for kind in job_kinds().values() if kind.on_demand for job in kind.jobs(plan)]
 
 
 def job_spec(plan: Plan, job: JobId) -> JobSpec:

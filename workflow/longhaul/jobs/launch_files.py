@@ -43,14 +43,23 @@ def write_launch_files(plan: Plan, workdir: Path) -> None:
     """Write the files of every job that can be rendered now, and make the log folders: Slurm starts no job without them."""
     for log in (plan.paths.controller_log, *(plan.paths.log(job) for job in jobs_of(plan))):
         (workdir / log).parent.mkdir(parents=True, exist_ok=True)
-    if is_installed():
-        _link_code(workdir / CODE_LINK)
+    _link_code(workdir / CODE_LINK)
     for folder, files in render_run(plan, workdir).items():
         files.write(workdir / folder)
 
 
+def write_job_files(plan: Plan, job: JobId, workdir: Path) -> JobFolder:
+    """Write the files of one job, make its log folder, and return the job's folder."""
+    (workdir / plan.paths.log(job)).parent.mkdir(parents=True, exist_ok=True)
+    _link_code(workdir / CODE_LINK)
+    folder = JobFolder(workdir / plan.paths.job(job).path)
+    render_job(plan, job, workdir).write(folder.path)
+    return folder
+
+
 def _link_code(link: Path) -> None:
-    if link.is_symlink() and link.readlink() == PACKAGE:
+    """Link an installed package, whose folder jobs have on PYTHONPATH."""
+    if not is_installed() or (link.is_symlink() and link.readlink() == PACKAGE):
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     replace_link(link, str(PACKAGE))
@@ -88,7 +97,9 @@ def render_job(plan: Plan, job: JobId, workdir: Path) -> RenderedFiles:
     folder = JobFolder(workdir / plan.paths.job(job).path)
     request, spec = kind.request(plan, job), kind.build_spec(plan, job)
     title = f"longhaul {plan.run}: {job}"
-    own_step = PlannedStep(kind.help, kind.name, spec, folder.job_spec.name, request, kind.binds_ranks)
+    own_step = PlannedStep(
+        kind.help, kind.name, spec, folder.job_spec.name, request, kind.binds_ranks, kind.outside_environment(plan)
+    )
     steps = [*kind.first_steps(plan, job, request), own_step]
     files = {
         folder.launch_script.name: _launch_script(plan, request, title, folder, workdir),
@@ -142,14 +153,15 @@ def _launch_spec(
 
 def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path) -> LaunchStep:
     launcher = _srun(plan.site, step) if plan.site.scheduler == "slurm" else []
-    python = _python(plan.site)
+    python = [sys.executable] if step.outside_environment else _python(plan.site)
     if plan.site.scheduler == "local" and step.request.tasks > 1:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
         # Without --local-addr, the ranks look for rank 0 under this machine's name, which need not be in DNS or /etc/hosts.
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
         python = [*python, *torchrun, f"--nproc-per-node={step.request.tasks}"]
     words = ("-m", "longhaul", "job", "run", step.kind, str(folder.path / step.file))
-    container = container_command(plan, step.spec, workdir, _code_folder(workdir))
+    inside = not step.outside_environment
+    container = container_command(plan, step.spec, workdir, _code_folder(workdir)) if inside else []
     return LaunchStep(title=step.title, command=(*launcher, *container, *python, *words))
 
 

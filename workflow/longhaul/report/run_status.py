@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
-from longhaul.artifacts.job_state import State, read_failure, read_state, unreadable_records
+from longhaul.artifacts.endpoint import Endpoint, read_endpoint
+from longhaul.artifacts.job_state import CANCELLED, State, read_failure, read_state, unreadable_records
 from longhaul.artifacts.leases import Lease, LeaseOwner
 from longhaul.artifacts.line_records import read_first_records, read_last_records
-from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.paths import QUARANTINE, SERVE_KIND, STAGE_KIND, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
@@ -125,6 +126,17 @@ class StageStatus:
 
 
 @dataclass(frozen=True)
+class ServerStatus:
+    """The job of `longhaul serve` for a stage.
+
+    endpoint: where the server answers; None until the engine has started
+    """
+
+    job: JobStatus
+    endpoint: Endpoint | None
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """A run at one moment."""
 
@@ -138,6 +150,7 @@ class RunStatus:
     disk_free_bytes: int
     queue_problem: str  # why Slurm could not be asked; "" where it was asked, or where there is no Slurm
     report: str | None
+    servers: list[ServerStatus] = field(default_factory=list)
 
     @property
     def state(self) -> str:
@@ -178,7 +191,9 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
         )
     plan = read_typed_json(paths.plan, PlanFile, _OTHER_RELEASE)
     jobs = [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
-    queue, problem = _ask(plan, jobs, ask_queue)
+    servers = [JobId(SERVE_KIND, (row["name"],)) for row in plan["stages"]]
+    servers = [job for job in servers if paths.job(job).launch_spec.exists()]
+    queue, problem = _ask(plan, [*jobs, *servers], ask_queue)
     owner = _living_owner(paths)
 
     trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
@@ -190,6 +205,7 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
         main_process=str(owner) if owner else None,
         jobs=[statuses[job] for job in jobs],
         stages=[_stage_status(paths, row, statuses[job]) for row, job in zip(plan["stages"], trained, strict=True)],
+        servers=list(filter(None, (_server_status(paths, job, queue) for job in servers))),
         quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
         queue_problem=problem,
@@ -234,6 +250,18 @@ def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOw
     if state is None:
         return status((RUNNING, "the job is starting") if queued else (NOT_STARTED, ""))
     return status(_recorded(state, queue is not None and queued is None, owner), since=state.since)
+
+
+def _server_status(paths: RunPaths, job: JobId, queue: Queue | None) -> ServerStatus | None:
+    """Return the status of a server; None if it was stopped on purpose, or never started."""
+    folder = paths.job(job)
+    endpoint, failure, state = read_endpoint(folder.endpoint), read_failure(folder.path), read_state(folder.path)
+    found = _job_status(paths, job, queue, endpoint.owner if endpoint else None)
+    was_stopped = found.state in (NOT_STARTED, DONE) or (failure and failure.failure_class == CANCELLED)
+    ended_here = state and state.state == "waiting" and state.job_id is None
+    if found.state != QUEUED and (was_stopped or ended_here):
+        return None
+    return ServerStatus(found, endpoint if found.state == RUNNING else None)
 
 
 def _newest_log(paths: RunPaths, job: JobId) -> Path:

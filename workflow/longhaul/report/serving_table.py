@@ -13,12 +13,13 @@ from longhaul.report.number_format import MISSING, exact, size
 def serving_table(stage: str, plan: ServingPlan) -> Table:
     """Return one line per quantity of the plan of a stage's server."""
     table = Table("", stage, title="Served model", title_justify="left")
-    for name, value in _lines(plan):
+    for name, value in serving_lines(plan):
         table.add_row(name, value)
     return table
 
 
-def _lines(plan: ServingPlan) -> list[tuple[str, str]]:
+def serving_lines(plan: ServingPlan) -> list[tuple[str, str]]:
+    """Return (name, value) of each quantity."""
     memory, tokens = plan.memory, plan.kv_cache_tokens
     required = plan.context * plan.concurrency
     lines = [

@@ -21,6 +21,7 @@ from longhaul.report.run_status import (
     UNKNOWN,
     JobStatus,
     RunStatus,
+    ServerStatus,
     StageStatus,
 )
 
@@ -33,7 +34,12 @@ def status_view(status: RunStatus) -> RenderableType:
     """Return all that `longhaul status` shows."""
     details = [line for stage in status.stages for line in _stage_details(stage)]
     return Group(
-        _headline(status), _stage_table(status), *details, *map(_job_line, _jobs_to_show(status)), *_notes(status)
+        _headline(status),
+        _stage_table(status),
+        *details,
+        *map(_job_line, _jobs_to_show(status)),
+        *map(_server_line, status.servers),
+        *_notes(status),
     )
 
 
@@ -128,6 +134,16 @@ def _job_line(job: JobStatus) -> Text:
         printable(f": {job.detail}") if job.detail else "",
     )
     return line.append(printable(f"\n  remedy: {job.remedy}")) if job.remedy else line
+
+
+def _server_line(server: ServerStatus) -> Text:
+    endpoint = server.endpoint
+    if endpoint is None:
+        return _job_line(server.job)
+    answers = f"answers at {endpoint.url}" if endpoint.ready else f"loads the model; it will answer at {endpoint.url}"
+    key = f", API key in {endpoint.key_file}" if endpoint.key_file else ", no API key"
+    line = _job_line(server.job)
+    return line.append(printable(f"\n  {endpoint.engine} {answers}, model {endpoint.model}{key}"))
 
 
 def _notes(status: RunStatus) -> list[Text]:

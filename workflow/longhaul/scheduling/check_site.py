@@ -14,7 +14,7 @@ from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Parallel, Stage
 from longhaul.errors import UserError, printable
-from longhaul.jobs.job_kind import job_request, jobs_of
+from longhaul.jobs.job_kind import job_request, jobs_of, jobs_on_demand
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
 from longhaul.scheduling.sbatch_refusals import read_refusal
@@ -93,7 +93,8 @@ def _require_slurm(site: Site) -> None:
 def _requests(plan: Plan) -> dict[SlurmRequest, list[str]]:
     """Return the jobs of a run by their request, with the controller."""
     jobs: dict[SlurmRequest, list[str]] = {}
-    for job in jobs_of(plan):
+    servers = [job for job in jobs_on_demand(plan) if plan.stage(job.names[0]).serving]
+    for job in (*jobs_of(plan), *servers):
         jobs.setdefault(job_request(plan, job), []).append(str(job))
     jobs.setdefault(controller_request(plan.site), []).append("controller")
     return jobs

@@ -23,7 +23,7 @@ from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import AttemptLogs, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError, printable
-from longhaul.jobs.job_kind import job_kinds, jobs_of
+from longhaul.jobs.job_kind import job_kinds, jobs_of, jobs_on_demand
 from longhaul.planning import Plan
 from longhaul.report import number_format as text
 from longhaul.report.planned_changes import StageChange, stage_changes
@@ -156,7 +156,7 @@ def _old_exports(plan: Plan, current: dict[str, Path]) -> Iterator[OldResult]:
 
 
 def _old_logs(plan: Plan) -> Iterator[OldResult]:
-    jobs = [*jobs_of(plan), *(JobId(_STAGE_RULE, (stage.name,)) for stage in plan.stages)]
+    jobs = [*jobs_of(plan), *jobs_on_demand(plan), *(JobId(_STAGE_RULE, (stage.name,)) for stage in plan.stages)]
     known = {plan.paths.log(job) for job in jobs}
     kinds = {*job_kinds(), _STAGE_RULE}
     for path in sorted(plan.paths.logs.rglob("*.log")):

@@ -1,0 +1,101 @@
+"""`longhaul serve` as a job on two nodes: the engine's start on each node, the address, the key, the end of the allocation."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longhaul.artifacts.endpoint import Endpoint
+from tests.support.cluster_chain import SITE as CLUSTER
+from tests.support.served_run import KEY, ServedRun
+from tests.support.virtual_cluster import VirtualCluster
+from tests.support.wait import wait_for
+
+SITE = {
+    "partitions": [
+        {**CLUSTER["partitions"][0], "node": {"cpus": 8, "memory_mb": 8000, "gpus": 2}, "gpu_request": "gres"},
+    ],
+    "interconnect": CLUSTER["interconnect"],
+    "deadline_poll_interval_s": 1.0,
+}
+
+
+class ServedOnCluster(ServedRun):
+    """A run whose verbs are called on the login node."""
+
+    def __init__(self, folder: Path, cluster: VirtualCluster) -> None:
+        super().__init__(folder, {"nodes": 2, "gpus_per_node": 2, "drain_s": 1, "minutes": 5}, SITE)
+        self.cluster = cluster
+
+    def command(self, *options: str) -> list[str]:
+        return self.cluster.command(super().command(*options), cwd=self.folder)
+
+    def environment(self) -> dict[str, str]:
+        return {**super().environment(), **VirtualCluster.environment()}
+
+    def ask(self, endpoint: Endpoint, key: str | None) -> str:
+        """Return the status code that the login node gets."""
+        header = ["-H", f"Authorization: Bearer {key}"] if key else []
+        return self.cluster.run(
+            "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header, f"{endpoint.url}/models"
+        )
+
+    def queue(self) -> str:
+        return self.cluster.run("squeue", "-h", "-o", "%i %T %k").strip()
+
+
+@pytest.fixture
+def run(cluster: VirtualCluster, tmp_path: Path) -> ServedOnCluster:
+    served = ServedOnCluster(tmp_path.resolve(), cluster)
+    served.write_export()
+    return served
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_server_on_two_nodes_is_requeued_at_the_end_of_its_allocation(run: ServedOnCluster):
+    submitted = run.call()
+    assert submitted.returncode == 0, submitted.stderr
+    job_id = submitted.stdout.split()[2].rstrip(";")
+    endpoint = run.wait_until_ready()
+    first, second = run.started_engines(0)[0], run.started_engines(1)[0]
+    leader = first[first.index("--master-addr") + 1]
+    assert endpoint.url.split(":")[1] == f"//{leader}" and not leader.startswith("127.")
+    assert endpoint.owner.job_id == job_id and endpoint.owner.host == "n1"
+    for rank, command in enumerate((first, second)):
+        options = dict(itertools.pairwise(command))
+        assert (options["--nnodes"], options["--node-rank"], options["--master-addr"]) == ("2", str(rank), leader)
+        assert (options["--tensor-parallel-size"], options["--pipeline-parallel-size"]) == ("2", "2")
+    assert first[first.index("--host") + 1] == leader != second[second.index("--host") + 1]
+    assert "--headless" in second and "--headless" not in first
+    assert [run.ask(endpoint, key) for key in (None, "wrong", KEY)] == ["401", "401", "200"]
+    again = run.call()
+    assert again.returncode == 2 and f"job {job_id} (RUNNING) serves stage base already" in again.stderr
+    run.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1")
+    wait_for(lambda: run.state and run.state.state == "waiting", 90)
+    wait_for(lambda: run.queue().startswith(f"{job_id} PENDING"), 60)
+    assert run.state and run.state.reason == "the allocation ends" and not run.job.endpoint.exists()
+    wait_for(lambda: not run.processes())
+    stopped = run.call("--stop")
+    assert stopped.stdout == f"cancelled job {job_id}\n", stopped.stderr
+    wait_for(lambda: not run.queue())
+
+
+def test_stop_cancels_the_job_and_leaves_no_process(run: ServedOnCluster):
+    assert run.call().returncode == 0
+    run.wait_until_ready()
+    assert len(run.started_engines(1)) == 1 and run.processes()
+    assert run.call("--stop").returncode == 0
+    wait_for(lambda: not run.queue() and not run.processes())
+    assert run.state and run.state.state == "failed" and run.state.reason == "cancelled: cancelled by scancel"
+    shown = subprocess.run(
+        run.cluster.command([*ServedRun.command(run)[:3], "status", "results/small"], cwd=run.folder),
+        env=run.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "serve-base" not in shown.stdout

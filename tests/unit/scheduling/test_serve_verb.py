@@ -1,0 +1,129 @@
+"""What `longhaul serve` submits, what it refuses before it does, and how it finds the job to cancel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.errors import UserError
+from longhaul.planning import Plan
+from longhaul.scheduling import serve_verb, slurm_client
+from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
+from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
+from tests.support.served_run import KEY, ServedRun
+from tests.support.small_configs import plan_of
+
+COMMENT = "rule_serve_wildcards_small_base"
+
+
+class FakeSlurm:
+    """Records submissions and cancellations. `queue` is what squeue lists."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[list[str], Path, str | None]] = []
+        self.cancelled: list[str] = []
+        self.queue: list[QueueEntry] = []
+        self.refusal = ""
+
+    def submit(self, options: list[str], script: Path) -> str:
+        if self.refusal:
+            raise SlurmCommandError(self.refusal)
+        self.submitted.append((options, script, os.environ.get(serve_verb.KEY_VARIABLE)))
+        return "17"
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm()
+    monkeypatch.setattr(slurm_client, "submit", fake.submit)
+    monkeypatch.setattr(slurm_client, "cancel", fake.cancelled.extend)
+    monkeypatch.setattr(slurm_client, "queue_of", lambda *_: fake.queue)
+    return fake
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    ServedRun(tmp_path, {}, {}).write_export()
+    return plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": {"engine": "vllm"}})
+
+
+def test_the_job_is_submitted_with_its_comment_and_without_the_key(
+    plan: Plan, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(serve_verb.KEY_VARIABLE, KEY)
+    serve_verb.serve(plan, "base")
+    folder = Path.cwd() / "results/small/jobs/serve-base"
+    assert slurm.submitted == [([f"--comment={COMMENT}"], folder / "job.sbatch", None)]
+    assert read_key_file(folder / "api_key.yaml") == KEY
+    assert (folder / "launch.sh").exists() and Path("results/small/logs/serve").is_dir()
+    printed = capsys.readouterr().out
+    assert printed.startswith("submitted job 17;") and KEY not in printed
+
+
+def test_a_random_key_is_made_once(plan: Plan, slurm: FakeSlurm):
+    key_file = Path("results/small/jobs/serve-base/api_key.yaml")
+    serve_verb.serve(plan, "base")
+    first = read_key_file(key_file)
+    serve_verb.serve(plan, "base")
+    assert read_key_file(key_file) == first and len(first) == 64
+
+
+def test_a_key_of_a_wrong_form_is_refused(tmp_path: Path):
+    path = tmp_path / "key.yaml"
+    create_key_file(path)
+    for wrong in ("short", "a b" * 10, "x" * 20 + "\nadmin: y"):
+        with pytest.raises(UserError, match="16 to 256 letters"):
+            keep_key(path, wrong)
+    assert len(read_key_file(path)) == 64, "the earlier key stays"
+
+
+def test_an_earlier_failure_does_not_prevent_another_start(plan: Plan, slurm: FakeSlurm):
+    failure = Path("results/small/jobs/serve-base/failure.json")
+    failure.parent.mkdir(parents=True)
+    failure.write_text("{}")
+    serve_verb.serve(plan, "base")
+    assert not failure.exists()
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_second_server_of_a_stage_is_refused(plan: Plan, slurm: FakeSlurm, state: str):
+    slurm.queue = [QueueEntry("9", state, "None", "N/A", COMMENT)]
+    with pytest.raises(UserError, match=rf"job 9 \({state}\) serves stage base already") as error:
+        serve_verb.serve(plan, "base")
+    assert "--stop" in error.value.hint and not slurm.submitted
+
+
+def test_stop_cancels_the_job_of_this_stage_alone(plan: Plan, slurm: FakeSlurm):
+    with pytest.raises(UserError, match="no serve-base of run small is in Slurm's queue"):
+        serve_verb.stop(plan, "base")
+    other = QueueEntry("8", "RUNNING", "", "", "rule_train_wildcards_small_base")
+    slurm.queue = [other, QueueEntry("9", "PENDING", "", "", COMMENT)]
+    serve_verb.stop(plan, "base")
+    assert slurm.cancelled == ["9"]
+
+
+def test_a_refusal_by_slurm_names_the_check(plan: Plan, slurm: FakeSlurm):
+    slurm.refusal = "Invalid qos specification"
+    with pytest.raises(UserError, match="Slurm refuses the job: Invalid qos") as error:
+        serve_verb.serve(plan, "base")
+    assert error.value.hint.startswith("longhaul site check")
+
+
+def test_a_model_whose_size_is_unknown_needs_fetch_first(tmp_path: Path, slurm: FakeSlurm):
+    hub = {"model": {"pretrained": {"hub": {"id": "org/model"}}}, "stages.0.export": "last"}
+    with pytest.raises(UserError, match="size of the model is not known yet") as error:
+        serve_verb.serve(plan_of(tmp_path, hub), "base")
+    assert error.value.hint.startswith("longhaul fetch")
+
+
+def test_an_engine_that_is_not_installed_is_named_before_submission(tmp_path: Path, slurm: FakeSlurm, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    ServedRun(tmp_path, {}, {}).write_export()
+    serving = {"engine": "vllm", "python": ["/no/such/python"]}
+    with pytest.raises(UserError, match=r"serving.python: /no/such/python"):
+        serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": serving}), "base")
+    assert not slurm.submitted

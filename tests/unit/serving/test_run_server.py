@@ -1,0 +1,127 @@
+"""Where a server listens, when it stops, and what it refuses before the engine starts."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.job_state import Deadline
+from longhaul.artifacts.paths import JobFolder
+from longhaul.config.serving_config import Serving
+from longhaul.errors import UserError
+from longhaul.jobs.kinds.serve_job import ServeSpec
+from longhaul.serving import run_server
+from longhaul.serving.run_server import run, server_of
+
+
+def spec(folder: Path, **changes: Any) -> ServeSpec:
+    values: dict[str, Any] = {
+        "run": "small",
+        "stage": "base",
+        "export": str(folder / "base.json"),
+        "dtype": "bf16",
+        "serving": Serving(engine="vllm"),
+        "model_name": "small-base",
+        "nodes": 1,
+        "tensor": 1,
+        "pipeline": 1,
+        "context": 128,
+        "port": None,
+        "start_timeout_s": 10,
+        "drain_s": 60,
+        "key_file": str(folder / "api_key.yaml"),
+        "folder": str(folder),
+        "local": False,
+    }
+    return ServeSpec(**{**values, **changes})
+
+
+def name_resolves_to(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: {"n1": address}[name])
+
+
+def test_a_server_listens_in_the_clusters_network_and_never_at_a_public_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name_resolves_to(monkeypatch, "10.1.2.3")
+    assert run_server._listening_address(spec(tmp_path)) == "10.1.2.3"
+    name_resolves_to(monkeypatch, "8.8.8.8")
+    with pytest.raises(UserError, match=r"8\.8\.8\.8, the address of the first node n1, is public") as error:
+        run_server._listening_address(spec(tmp_path))
+    assert "interconnect.master_address.interface" in error.value.hint
+
+
+@pytest.mark.parametrize("changes", [{"local": True}, {"key_file": None}])
+def test_without_slurm_or_without_a_key_only_this_machine_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+):
+    name_resolves_to(monkeypatch, "10.1.2.3")
+    assert run_server._listening_address(spec(tmp_path, **changes)) == "127.0.0.1"
+
+
+def test_several_nodes_cannot_meet_at_a_loopback_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name_resolves_to(monkeypatch, "127.0.1.1")
+    assert run_server._leader_address(spec(tmp_path)) == "127.0.1.1"
+    with pytest.raises(UserError, match=r"n1 is 127\.0\.1\.1: the other nodes cannot reach it"):
+        run_server._leader_address(spec(tmp_path, nodes=2))
+
+
+def test_another_node_announces_its_own_address_to_the_engine():
+    assert run_server._address_towards("127.0.0.1") == "127.0.0.1"
+
+
+def test_a_port_in_use_is_refused(tmp_path: Path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 cannot be used: Address already in use"):
+            run_server._require_free_port(server_of(spec(tmp_path), tmp_path, "127.0.0.1", port))
+
+
+def test_a_damaged_export_is_not_served(tmp_path: Path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    Export("base", "c", 1, str(model), "fp32", 1, 1, {"config.json": "0" * 64}, {}, [], {}).write(
+        tmp_path / "base.json"
+    )
+    with pytest.raises(UserError, match=r"the export is damaged: .*config\.json does not have the SHA-256"):
+        run(spec(tmp_path, local=True))
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "preempted", "reason"),
+    [(3600, False, ""), (60 + 31, False, ""), (60 + 29, False, "the allocation ends"), (3600, True, "preempted")],
+)
+def test_a_server_stops_drain_s_and_30_seconds_before_the_end(
+    tmp_path: Path, seconds_left: float, preempted: bool, reason: str
+):
+    Deadline(time.time() + seconds_left, preempted).write(JobFolder(tmp_path).deadline)
+    assert run_server._end_of_allocation(spec(tmp_path)) == reason
+
+
+def test_without_a_deadline_a_server_goes_on(tmp_path: Path):
+    assert run_server._end_of_allocation(spec(tmp_path)) == ""
+    Deadline(None, False).write(JobFolder(tmp_path).deadline)
+    assert run_server._end_of_allocation(spec(tmp_path)) == ""
+
+
+def test_the_variables_of_the_trainer_do_not_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("OMP_NUM_THREADS", "96")
+    server = server_of(spec(tmp_path), tmp_path, "127.0.0.1", 8000)
+    variables = run_server._variables(server, "key-key-key-key-key", None)
+    assert "PYTORCH_ALLOC_CONF" not in run_server.os.environ
+    assert variables["VLLM_API_KEY"] == "key-key-key-key-key"
+    assert run_server.os.environ["OMP_NUM_THREADS"] == "96", "one process uses all cores"
+    spread = server_of(spec(tmp_path, tensor=8), tmp_path, "127.0.0.1", 8000)
+    run_server._variables(spread, None, None)
+    assert "OMP_NUM_THREADS" not in run_server.os.environ
+    assert run_server._variables(server, None, ("127.0.0.1", 1))["SGLANG_HOST_IP"] == "127.0.0.1"

@@ -1,0 +1,181 @@
+"""Verb `longhaul serve`: submits the job that serves an export, or runs it on this machine; shows its plan; stops it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.endpoint import read_endpoint
+from longhaul.artifacts.job_state import this_host
+from longhaul.artifacts.leases import LeaseOwner
+from longhaul.artifacts.paths import SERVE_KIND, JobFolder, JobId
+from longhaul.compat.slurm_plugin import job_comment
+from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_request, job_spec
+from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
+from longhaul.jobs.launch_files import write_job_files
+from longhaul.planning import Plan, model_config
+from longhaul.report.run_status import QueuedJob
+from longhaul.report.serving_table import serving_table
+from longhaul.scheduling import slurm_client
+from longhaul.scheduling.job_queue import queue_asker
+from longhaul.scheduling.slurm_client import SlurmCommandError
+from longhaul.serving.api_key import keep_key
+from longhaul.serving.run_server import server_of
+
+KEY_VARIABLE = "LONGHAUL_API_KEY"
+"""Environment variable with the API key that the user wants; without it a random key is made."""
+_POLL_S = 0.1
+
+
+def serve(plan: Plan, stage: str) -> None:
+    """Submit the job that serves a stage's export, or become it on a machine without Slurm.
+
+    Raises:
+        UserError: the stage has no export, its server runs already, or Slurm refuses the job.
+    """
+    job = _job(plan, stage)
+    _require_export(plan, stage)
+    _require_engine(plan)
+    _require_no_server(plan, job)
+    folder = write_job_files(plan, job, Path.cwd())
+    spec = _spec(plan, job)
+    if spec.key_file:
+        # Popped: the job's environment would hold it otherwise.
+        keep_key(Path(spec.key_file), os.environ.pop(KEY_VARIABLE, None))
+    # The user asks for another attempt, whatever the last failure was.
+    folder.failure.unlink(missing_ok=True)
+    if plan.site.scheduler == "slurm":
+        _submit(plan, job, folder)
+    else:
+        os.execvp("bash", ["bash", str(folder.launch_script)])  # nosec B606, B607
+
+
+def show(plan: Plan, stage: str) -> None:
+    """Print the memory plan of a stage's server, its Slurm request, and the command of the engine on each node."""
+    job = _job(plan, stage)
+    console = Console(highlight=False)
+    console.print(serving_table(stage, serving_plan(plan, stage)))
+    if plan.site.scheduler == "slurm":
+        print("sbatch options: " + " ".join(job_request(plan, job).options()))
+    for rank, command in enumerate(engine_commands(_spec(plan, job))):
+        print(f"node {rank + 1}: {shlex.join(command)}")
+
+
+def engine_commands(spec: ServeSpec) -> list[tuple[str, ...]]:
+    """Return the command of the engine on each node, with words in capitals for what is known only in the job."""
+    first = "127.0.0.1" if spec.local or not spec.key_file else "FIRST_NODE"
+    leader = (first, 1) if spec.nodes > 1 else None
+    servers = [server_of(spec, Path("EXPORT"), first, spec.port or 0)]
+    servers += [server_of(spec, Path("EXPORT"), "THIS_NODE", 0)] * (spec.nodes - 1)
+    return [tuple(_in_capitals(server.command(rank, leader))) for rank, server in enumerate(servers)]
+
+
+def _in_capitals(words: tuple[str, ...]) -> Iterator[str]:
+    unknown = {("--port", "0"): "PORT", ("--master-port", "1"): "PORT_OF_JOB"}
+    for previous, word in itertools.pairwise(("", *words)):
+        yield unknown.get((previous, word), word).replace("FIRST_NODE:1", "FIRST_NODE:PORT_OF_JOB")
+
+
+def stop(plan: Plan, stage: str) -> None:
+    """Stop the server of a stage: cancel its Slurm job, or end its process on this machine.
+
+    Raises:
+        UserError: no server runs.
+    """
+    job = _job(plan, stage)
+    if plan.site.scheduler == "slurm":
+        _cancel(plan, job)
+        return
+    owner = _local_server(plan, job)
+    if owner is None:
+        raise UserError(
+            f"no {job} of run {plan.run} runs on {this_host()}", "use --stop on the host where the server was started"
+        )
+    os.kill(owner.pid, signal.SIGTERM)
+    while not owner.is_dead():
+        time.sleep(_POLL_S)
+    print(f"stopped {owner}")
+
+
+def _cancel(plan: Plan, job: JobId) -> None:
+    queued = _queued(plan, job)
+    if queued is None:
+        raise UserError(
+            f"no {job} of run {plan.run} is in Slurm's queue", f"longhaul status {plan.loaded.path} shows jobs"
+        )
+    slurm_client.cancel([queued.job_id])
+    print(f"cancelled job {queued.job_id}")
+
+
+def _job(plan: Plan, stage: str) -> JobId:
+    names = [planned.name for planned in plan.stages]
+    if stage not in names:
+        raise UserError(f"run {plan.run} has no stage {stage!r}", f"use one of {', '.join(names)}")
+    if stage not in plan.exported:
+        raise UserError(
+            f"stages.{stage}.export is none: there is nothing to serve", "set export to last or best, and run"
+        )
+    if model_config(plan.loaded, plan.lock) is None:
+        raise UserError("the size of the model is not known yet", f"longhaul fetch {plan.loaded.path}")
+    return JobId(SERVE_KIND, (stage,))
+
+
+def _spec(plan: Plan, job: JobId) -> ServeSpec:
+    spec = job_spec(plan, job)
+    assert isinstance(spec, ServeSpec)
+    return spec
+
+
+def _require_export(plan: Plan, stage: str) -> None:
+    path = plan.paths.export_manifest(stage)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: stage {stage} is not exported yet", f"longhaul run {plan.loaded.path}")
+    Export.read(path)
+
+
+def _require_engine(plan: Plan) -> None:
+    """Raise UserError if the site names an engine's Python by a path that does not exist. A module may provide others."""
+    words = plan.site.serving.python
+    if words and words[0].startswith("/") and not os.access(words[0], os.X_OK):
+        raise UserError(
+            f"site {plan.site.name}, serving.python: {words[0]} is no program on this host",
+            "install the engine there, or correct the site file",
+        )
+
+
+def _require_no_server(plan: Plan, job: JobId) -> None:
+    remedy = f"stop it first: longhaul serve {plan.loaded.path} {job.names[0]} --stop"
+    if plan.site.scheduler == "slurm":
+        if queued := _queued(plan, job):
+            raise UserError(f"job {queued.job_id} ({queued.state}) serves stage {job.names[0]} already", remedy)
+    elif owner := _local_server(plan, job):
+        raise UserError(f"{owner} serves stage {job.names[0]} already", remedy)
+
+
+def _queued(plan: Plan, job: JobId) -> QueuedJob | None:
+    return queue_asker(plan.paths)([job]).get(str(job)) if plan.paths.folder.is_dir() else None
+
+
+def _local_server(plan: Plan, job: JobId) -> LeaseOwner | None:
+    """Return the process that serves on this machine."""
+    endpoint = read_endpoint(plan.paths.job(job).endpoint)
+    return endpoint.owner if endpoint and endpoint.owner.host == this_host() else None
+
+
+def _submit(plan: Plan, job: JobId, folder: JobFolder) -> None:
+    comment = job_comment(job.kind, (plan.run, *job.names))
+    try:
+        job_id = slurm_client.submit([f"--comment={comment}"], folder.sbatch_script)
+    except SlurmCommandError as error:
+        raise UserError(f"Slurm refuses the job: {error}", f"longhaul site check {plan.loaded.path}") from None
+    print(f"submitted job {job_id}; its log is {plan.paths.log(job)}")
+    print(f"where it answers: longhaul status {plan.loaded.path}, or {plan.paths.job(job).endpoint}")

@@ -1,0 +1,244 @@
+"""Runs one node of a serving job: starts the engine, says where it answers, drains it before the allocation ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from longhaul.artifacts.compare_hashes import read_export
+from longhaul.artifacts.endpoint import Endpoint
+from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
+from longhaul.artifacts.leases import LeaseOwner
+from longhaul.artifacts.paths import JobFolder
+from longhaul.errors import UserError
+from longhaul.jobs.kinds.serve_job import ServeSpec
+from longhaul.runtime.process_rank import require_planned_size, this_rank
+from longhaul.serving.api_key import read_key_file
+from longhaul.serving.engines import LOOPBACK, Server, ServerShape
+from longhaul.serving.guard_processes import signal_at_end_of_parent
+from longhaul.serving.server_process import free_port, guarded_process, wait_until_healthy
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+_POLL_S = 0.5
+_STOP_MARGIN_S = 30.0
+"""Time before the end of an allocation in which the job requeues itself, after the requests have ended."""
+_ENVIRONMENT_OF_TRAINING = ("PYTORCH_ALLOC_CONF", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables of launch.sh and of launchers that are meant for the trainer. vLLM refuses expandable segments in some modes."""
+
+_THREADS = "OMP_NUM_THREADS"
+"""All cores of the node. Engines with several processes on a node choose fewer for each."""
+_OWN_ADDRESS = ("VLLM_HOST_IP", "SGLANG_HOST_IP")
+
+
+def run(job: ServeSpec) -> None:
+    """Serve until the allocation ends, a signal comes, or the engine ends.
+
+    Raises:
+        UserError: the export is damaged, the engine does not start, or the node has only a public address.
+        RuntimeError: the engine ended by itself.
+    """
+    signal_at_end_of_parent(signal.SIGTERM)
+    rank = this_rank()
+    require_planned_size(rank, job.nodes, job.nodes)
+    model = Path(read_export(Path(job.export)).path).absolute()
+    leader = (_leader_address(job), int(os.environ["MASTER_PORT"])) if job.nodes > 1 else None
+    if rank.is_main:
+        _serve(job, model, leader)
+    else:
+        _work(job, model, rank.rank, leader)
+
+
+def server_of(job: ServeSpec, model: Path, host: str, port: int) -> Server:
+    """Return the server of a job's export that listens on this address."""
+    shape = ServerShape(job.nodes, job.tensor, job.pipeline, context_tokens=job.context)
+    key_file = Path(job.key_file).absolute() if job.key_file else None
+    return Server(job.serving, model, job.model_name, job.dtype, host, port, shape, key_file, job.drain_s)
+
+
+def _serve(job: ServeSpec, model: Path, leader: tuple[str, int] | None) -> None:
+    """Serve on the first node."""
+    host = _listening_address(job)
+    server = server_of(job, model, host, job.port or free_port(host))
+    key = read_key_file(server.key_file) if server.key_file else None
+    _require_free_port(server)
+    engine = guarded_process(server.command(0, leader), _variables(server, key, leader), job.drain_s)
+    with _StopSignals() as signals, _endpoint(job, server) as endpoint, engine as guardian:
+        signals.interrupt(lambda: wait_until_healthy(server, guardian, job.start_timeout_s))
+        if not signals.received:
+            endpoint.announce()
+        reason = _wait_for_end(job, guardian, signals)
+        endpoint.withdraw()
+    Outcome(reason, 0).write(JobFolder(Path(job.folder)).outcome)
+    print(f"stopped the server: {reason}", flush=True)
+
+
+def _work(job: ServeSpec, model: Path, rank: int, leader: tuple[str, int] | None) -> None:
+    """Run the engine's part on another node than the first one, until the first one's part ends."""
+    assert leader is not None
+    host = _address_towards(leader[0])
+    # vLLM serves nothing here. SGLang answers only whether it lives.
+    server = server_of(job, model, host, free_port(host))
+    engine = guarded_process(server.command(rank, leader), _variables(server, None, leader))
+    with _StopSignals() as signals, engine as guardian:
+        while guardian.poll() is None and not signals.received:
+            time.sleep(_POLL_S)
+
+
+def _variables(server: Server, key: str | None, leader: tuple[str, int] | None) -> dict[str, str]:
+    """Return the variables of the engine on this node. Without its own address, it may take a public one of the node."""
+    is_spread = server.shape.tensor * server.shape.pipeline > 1
+    for name in (*_ENVIRONMENT_OF_TRAINING, *([_THREADS] if is_spread else [])):
+        os.environ.pop(name, None)
+    own = dict.fromkeys(_OWN_ADDRESS, _address_towards(leader[0])) if leader else {}
+    return own | server.environment(key)
+
+
+def _address_towards(host: str) -> str:
+    """Return the address of this node in the network in which it reaches another address. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return probe.getsockname()[0]
+
+
+def _wait_for_end(job: ServeSpec, guardian: Popen[bytes], signals: _StopSignals) -> str:
+    """Return why the server must stop.
+
+    Raises:
+        RuntimeError: the engine ended by itself.
+    """
+    while True:
+        if signals.received:
+            return SIGNALLED
+        if guardian.poll() is not None:
+            raise RuntimeError(f"the engine {job.serving.engine} ended with code {guardian.returncode}")
+        if reason := _end_of_allocation(job):
+            return reason
+        time.sleep(_POLL_S)
+
+
+def _end_of_allocation(job: ServeSpec) -> str:
+    deadline = read_deadline(Path(job.folder))
+    if deadline and deadline.preempted:
+        return "preempted"
+    end_s = deadline.end_s if deadline else None
+    return "the allocation ends" if end_s and time.time() + job.drain_s + _STOP_MARGIN_S >= end_s else ""
+
+
+class _Interrupted(Exception):
+    """A signal came while a function ran that must not be waited for."""
+
+
+class _StopSignals:
+    """Remembers SIGTERM and SIGINT during a `with` block."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._interrupts = False
+
+    def interrupt(self, function: Callable[[], None]) -> None:
+        """Call a function, and return at once when a signal comes."""
+        self._interrupts = True
+        try:
+            if not self.received:
+                function()
+        except _Interrupted:
+            return
+        finally:
+            self._interrupts = False
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.received = True
+        if self._interrupts:
+            raise _Interrupted
+
+
+class _EndpointFile:
+    """Writes endpoint.json: first that the server starts, then that it answers."""
+
+    def __init__(self, job: ServeSpec, server: Server) -> None:
+        self._path = JobFolder(Path(job.folder)).endpoint
+        self._endpoint = Endpoint(
+            url=f"{server.url}/v1",
+            model=server.requested_model,
+            engine=job.serving.engine,
+            key_file=str(server.key_file) if server.key_file else None,
+            ready=False,
+            owner=LeaseOwner.this_process(),
+        )
+        self._endpoint.write(self._path)
+
+    def announce(self) -> None:
+        replace(self._endpoint, ready=True).write(self._path)
+        print(f"serves {self._endpoint.model} at {self._endpoint.url}", flush=True)
+
+    def withdraw(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _endpoint(job: ServeSpec, server: Server) -> Iterator[_EndpointFile]:
+    file = _EndpointFile(job, server)
+    try:
+        yield file
+    finally:
+        file.withdraw()
+
+
+def _listening_address(job: ServeSpec) -> str:
+    """Return where the server listens: on this machine alone without Slurm or without a key, else in the cluster's network."""
+    if job.local or job.key_file is None:
+        return LOOPBACK
+    return _leader_address(job)
+
+
+def _leader_address(job: ServeSpec) -> str:
+    """Return the IPv4 address of the first node.
+
+    Raises:
+        UserError: it has none, or the address is public.
+    """
+    name = os.environ["MASTER_ADDR"]
+    hint = "name a network interface of the cluster in the site file: interconnect.master_address.interface"
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        raise UserError(f"the first node's name {name} has no address: {error}", hint) from None
+    if ipaddress.ip_address(address).is_global:
+        raise UserError(
+            f"{address}, the address of the first node {name}, is public: a server must not listen there", hint
+        )
+    if job.nodes > 1 and ipaddress.ip_address(address).is_loopback:
+        raise UserError(f"the first node's name {name} is {address}: the other nodes cannot reach it there", hint)
+    return address
+
+
+def _require_free_port(server: Server) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((server.host, server.port))
+        except OSError as error:
+            raise UserError(
+                f"port {server.port} of {server.host} cannot be used: {error.strerror}",
+                "set serve.port to another port, or leave it out: a free one is taken",
+            ) from None
