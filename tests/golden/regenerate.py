@@ -1,4 +1,4 @@
-"""Render the stage of every <case>/run.yaml beside it, and the headers of all jobs at every shipped site.
+"""Render the stage of every <case>/run.yaml beside it, servers, and the headers of all jobs at every shipped site.
 
 python -m tests.golden.regenerate (make generate)
 """
@@ -6,21 +6,29 @@ python -m tests.golden.regenerate (make generate)
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from longhaul.artifacts.artifact_schemas import Lock
+import yaml
+
+from longhaul.artifacts.artifact_schemas import Lock, LockedSource
 from longhaul.artifacts.atomic_files import write_text
-from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.paths import SERVE_KIND, JobId
 from longhaul.config.load_config import load_config, load_site
+from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.shipped_files import data_root
-from longhaul.jobs.job_kind import jobs_of
+from longhaul.jobs.job_kind import job_spec, jobs_of
+from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import RenderedFiles, render_controller, render_job, render_run
 from longhaul.planning import Plan, build_plan
+from longhaul.report.serving_table import serving_lines
+from longhaul.scheduling.serve_verb import engine_commands
 from tests.support.chain import REPOSITORY
-from tests.support.small_configs import write_config
+from tests.support.small_configs import changed, write_config
 
 GOLDEN = Path(__file__).parent
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
@@ -29,6 +37,17 @@ SITES = sorted(
     for path in (data_root() / "config" / "sites").glob("*.yaml")
     if "scheduler: slurm" in path.read_text("utf-8")
 )
+H100_GIB, H200_GIB = 80, 140
+SERVERS: dict[str, tuple[float, dict[str, Any]]] = {
+    "deepseek-r1-fp8-h100": (H100_GIB, {}),
+    "deepseek-r1-fp8-h200": (H200_GIB, {"stages.0.serve.context": 131072}),
+    "deepseek-r1-bf16-h100": (H100_GIB, {"stages.0.export_dtype": "bf16", "stages.0.serve.nodes": 4}),
+}
+"""Memory of a GPU in GiB, and changes of config/examples/deepseek-r1-671b-serve.yaml."""
+R1 = {**REFERENCE_MODELS["DeepSeek-R1"], "max_position_embeddings": 163840}
+_SOURCES: dict[str, LockedSource] = {
+    name: {"path": "/data", "files": ["/data/rows.jsonl"]} for name in ("tokenizer", "model", "traces")
+}
 WORKDIR = Path("/scratch/my-run")
 SHOWN = ("launch.sh", "launch.json", "job.sbatch", "ds_config.json")
 
@@ -60,6 +79,31 @@ def _plan_at(site: str) -> Plan:
         return build_plan(load_config(write_config(Path(folder), config)), lock)
 
 
+def rendered_server(case: str) -> str:
+    """Return memory, sbatch options, the job's step, and the engine's commands of a server of DeepSeek-R1."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = build_plan(load_config(_write_example(Path(folder), *SERVERS[case])), Lock(_SOURCES, R1))
+    job = JobId(SERVE_KIND, ("sft",))
+    spec = job_spec(plan, job)
+    assert isinstance(spec, ServeSpec)
+    lines = [f"{name}: {value}" for name, value in serving_lines(serving_plan(plan, "sft"))]
+    lines += ["", *_header(render_job(plan, job, WORKDIR)), ""]
+    lines += [f"node {rank + 1}: {shlex.join(command)}" for rank, command in enumerate(engine_commands(spec))]
+    return _with_example_paths("\n".join(lines) + "\n")
+
+
+def _write_example(folder: Path, gpu_memory_gib: float, changes: dict[str, Any]) -> Path:
+    example = REPOSITORY / "config" / "examples" / "deepseek-r1-671b-serve.yaml"
+    config = yaml.safe_load(example.read_text("utf-8"))
+    config["tokenizer"]["chat_template"] = str(example.parent / config["tokenizer"]["chat_template"])
+    site = yaml.safe_load((REPOSITORY / "config" / "sites" / f"{config['site']}.yaml").read_text("utf-8"))
+    site["partitions"][0]["node"]["gpu_memory_gib"] = gpu_memory_gib
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(changed(config, {"site": "./site.yaml", **changes})), "utf-8")
+    (folder / "site.yaml").write_text(yaml.safe_dump(site), "utf-8")
+    return path
+
+
 def _header(files: RenderedFiles) -> Iterator[str]:
     """Yield the sbatch options of a job, and the beginning of each step's command: all before longhaul's own words."""
     script = next(text for name, text in files.files.items() if name.endswith(".sbatch"))
@@ -79,5 +123,7 @@ if __name__ == "__main__":
     for case in CASES:
         for name, text in rendered(case).items():
             write_text(GOLDEN / case / name, text)
+    for case in SERVERS:
+        write_text(GOLDEN / "servers" / f"{case}.txt", rendered_server(case))
     for site in SITES:
         write_text(GOLDEN / "sites" / f"{site}.txt", rendered_headers(site))

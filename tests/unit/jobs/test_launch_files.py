@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import load_site
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
-from longhaul.jobs.job_kind import job_spec
+from longhaul.jobs.job_kind import job_spec, jobs_of, jobs_on_demand
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job, render_run, write_launch_files
 from longhaul.planning import Plan
 from longhaul.planning.deepspeed_config import deepspeed_sections
-from tests.golden.regenerate import CASES, GOLDEN, SITES, rendered, rendered_headers
+from tests.golden.regenerate import CASES, GOLDEN, SERVERS, SITES, rendered, rendered_headers, rendered_server
 from tests.support.chain import REPOSITORY
 from tests.support.small_configs import SITE, plan_of
 
@@ -33,6 +34,36 @@ def test_rendered_files_equal_the_golden_files(case: str):
     """After an intended change: run make generate and read the difference."""
     texts = rendered(case)
     assert texts == {name: (GOLDEN / case / name).read_text() for name in texts}
+
+
+@pytest.mark.parametrize("case", SERVERS)
+def test_plans_of_servers_equal_the_golden_file(case: str):
+    assert rendered_server(case) == (GOLDEN / "servers" / f"{case}.txt").read_text()
+
+
+def test_a_server_with_its_own_python_runs_outside_of_the_job_environment(tmp_path: Path):
+    """The engine's Python may start a container, which must not be inside of the job's container."""
+    software = {"kind": "container", "path": "/images/job.sif"}
+    for python, inside in ([], True), (["/vllm/bin/python"], False):
+        site = {"software": software, "serving": {"engine": "vllm", "python": python}}
+        plan = plan_of(tmp_path, {"stages.0.export": "last"}, site)
+        (step,) = json.loads(render_job(plan, JobId("serve", ("base",)), tmp_path).files["launch.json"])["steps"]
+        assert ("apptainer" in step["command"], sys.executable not in step["command"]) == (inside, inside)
+
+
+@pytest.mark.parametrize(("gpus", "is_off"), [(4, True), (8, False)])
+def test_a_server_on_a_part_of_a_node_does_not_take_nvlink_multicast(tmp_path: Path, gpus: int, is_off: bool):
+    serve = {"nodes": 1, "gpus_per_node": gpus}
+    plan = plan_of(tmp_path, {"stages.0.export": "last", "stages.0.serve": serve}, {"serving": {"engine": "vllm"}})
+    script = render_job(plan, JobId("serve", ("base",)), tmp_path).files["launch.sh"]
+    assert ("NCCL_NVLS_ENABLE" in script) == is_off
+
+
+def test_servers_are_no_jobs_of_the_pipeline(tmp_path: Path):
+    plan = plan_of(tmp_path, {"stages.0.export": "last"})
+    assert jobs_on_demand(plan) == [JobId("serve", ("base",))]
+    assert not {job.kind for job in jobs_of(plan)} & {"serve"}
+    assert not [path for path in render_run(plan, tmp_path) if "serve" in path.name]
 
 
 CENTRES_PAGE = REPOSITORY / "docs" / "sites.md"
