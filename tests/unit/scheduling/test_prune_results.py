@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.artifacts.atomic_files import replace_link, write_text
+from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.job_state import State
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId, WeightsFolder
@@ -117,7 +118,8 @@ def test_logs_of_the_last_attempts_stay(plan: Plan) -> None:
     for attempt in range(1, KEPT_ATTEMPTS + 3):
         write_text(logs.log(attempt), "text")
         write_text(Path(f"{logs.collective_record_prefix(logs.log(attempt))}12"), "record")
-    for name in ("train/gone/attempt-0001.log", "train/gone.log", "train/base.log", "controller.log", "mine/x.log"):
+    kept = ("train/base.log", "controller.log", "mine/x.log", "serve/base.log")
+    for name in ("train/gone/attempt-0001.log", "train/gone.log", *kept):
         write_text(plan.paths.logs / name, "text")
     old = [
         "train/base/attempt-0001.log",
@@ -156,6 +158,11 @@ def test_active_run_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match="did not answer"):
         prune(plan, delete=True)
     monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [])
+    endpoint = plan.paths.job(JobId("serve", ("base",))).endpoint
+    Endpoint("http://127.0.0.1:1/v1", "m", "vllm", None, True, LeaseOwner.this_process()).write(endpoint)
+    with pytest.raises(UserError, match="serves an export of run small"):
+        prune(plan, delete=True)
+    endpoint.unlink()
     WeightsFolder(old).lease.write_text(json.dumps(asdict(LeaseOwner("another-host", 1, "1"))))
     with pytest.raises(UserError, match="may write to"):
         prune(plan, delete=True)

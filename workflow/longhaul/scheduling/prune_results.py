@@ -19,6 +19,7 @@ from rich.text import Text
 
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.endpoint import read_endpoint
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import AttemptLogs, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
@@ -187,6 +188,11 @@ def require_idle_run(plan: Plan, results: list[OldResult]) -> None:
     if plan.site.scheduler == "slurm" and (jobs := jobs_in_queue(plan.paths)):
         raise UserError(
             f"jobs of run {plan.run} are in Slurm's queue: {', '.join(jobs)}", "wait until they end, or cancel them"
+        )
+    endpoints = filter(None, (read_endpoint(folder.endpoint) for folder in plan.paths.job_folders()))
+    if server := next(endpoints, None):
+        raise UserError(
+            f"{server.owner} serves an export of run {plan.run}", "stop it: longhaul serve CONFIG STAGE --stop"
         )
     for result in results:
         writer = Lease(WeightsFolder(result.path).lease).current_owner() if result.kind == "weights" else None
