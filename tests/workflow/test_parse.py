@@ -58,6 +58,11 @@ def test_report_imports_no_torch(tmp_path: Path):
     assert "torch" not in imported("-c", "import longhaul.report.html_page", cwd=tmp_path)
 
 
+def test_a_check_of_an_engine_with_its_own_environment_needs_only_the_controllers(tmp_path: Path):
+    found = imported("-c", "import longhaul.serving.check_server", cwd=tmp_path)
+    assert found & (HEAVY | {"safetensors"}) == set()
+
+
 @pytest.mark.parametrize("profile", ["local", "slurm"])
 def test_dry_run_of_the_demo_lists_all_rules(tmp_path: Path, profile: str):
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())

@@ -13,6 +13,7 @@ from longhaul.config.serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.jobs.launch_files import render_job
 from longhaul.planning import Plan
 from tests.support.small_configs import plan_of
 
@@ -34,6 +35,20 @@ def test_the_job_of_a_check(tmp_path: Path):
     assert spec.out == "results/small/serve_check/chat.json"
     request = job_request(plan, job)
     assert (request.nodes, request.gpus_per_node, request.minutes) == (1, 2, 20)
+
+
+def test_the_check_of_an_engine_with_its_own_python_runs_outside_of_the_jobs_container(tmp_path: Path):
+    container = {"software": {"kind": "container", "path": "/images/job.sif"}}
+    kind = job_kinds()["serve_check"]
+    for name, serving, outside in (
+        ("a", VLLM, True),
+        ("b", {"engine": "vllm"}, False),
+        ("c", {**VLLM, "engine": "transformers"}, False),
+    ):
+        plan = planned(tmp_path / name, {**container, "serving": serving})
+        command = render_job(plan, JobId("serve_check", ("chat",)), tmp_path).files["launch.json"]
+        assert kind.outside_environment(plan) is outside
+        assert ("apptainer" in command) is not outside
 
 
 def test_another_engine_checks_again_and_another_time_limit_does_not(tmp_path: Path):

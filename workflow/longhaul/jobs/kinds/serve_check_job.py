@@ -56,6 +56,15 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
     return gpu_request(plan.site, place="gpu", nodes=1, tasks=1, gpus=gpus, minutes=planned.stage.serve_check.minutes)
 
 
+def _starts_another_environment(plan: Plan) -> bool:
+    """Return whether the check runs in the Python of the main process.
+
+    Inside of the job's container it could not start the engine's container. For `transformers serve` it needs tokenizers,
+    which the controller environment has not.
+    """
+    return bool(plan.site.serving.python) and plan.site.serving.engine != "transformers"
+
+
 KIND = JobKind(
     name="serve_check",
     order=10,
@@ -66,4 +75,5 @@ KIND = JobKind(
     build_spec=_build,
     request=_request,
     wildcards=("stage",),
+    outside_environment=_starts_another_environment,
 )
