@@ -43,7 +43,17 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     write_text(paths.config, "run: small\n")
     node = {"host": "n1", "gpus": [], "cpus": 2, "memory_bytes": 1, "disk_free_bytes": 1, "clock_skew_s": 0.0}
     EnvironmentReport([], [{**node, "versions": {"torch": "2"}}], []).write(paths.environment)  # type: ignore[typeddict-item]
-    result = {"collective": "all_reduce", "bytes": 8, "world_size": 2, "rounds": 3, "time_us": 1.0, "correct": True}
+    result = {
+        "collective": "all_reduce",
+        "scope": "all",
+        "bytes": 8,
+        "median_us": 1.0,
+        "p95_us": 2.0,
+        "world_size": 2,
+        "rounds": 3,
+        "time_us": 1.0,
+        "correct": True,
+    }
     result |= {"algorithm_bandwidth_gbps": 1.0, "bus_bandwidth_gbps": 1.0}
     pair: PairResult = {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 0.7, "latency_us": 90.0}
     limits = {"all_reduce_gbps": 0.5}

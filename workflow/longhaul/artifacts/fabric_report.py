@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from typing_extensions import TypedDict
 
@@ -10,13 +11,21 @@ from longhaul.artifacts.artifact_schemas import CheckReport
 
 
 class CollectiveResult(TypedDict):
-    """The measured speed of one collective at one size. Bandwidths are in GB/s."""
+    """The measured speed of one collective at one size, on the slowest rank. Bandwidths are in GB/s.
+
+    scope:     all: between all ranks; node: between the ranks of each node, and the slowest node
+    time_us:   mean of rounds in a row, from which the bandwidths follow
+    median_us: of rounds that were timed one by one; p95_us: their 95th percentile
+    """
 
     collective: str
+    scope: str
     bytes: int
     world_size: int
     rounds: int
     time_us: float
+    median_us: float
+    p95_us: float
     algorithm_bandwidth_gbps: float
     bus_bandwidth_gbps: float
     correct: bool
@@ -51,8 +60,10 @@ class FabricReport(CheckReport):
 
     hosts:      the name of each node
     results:    empty where a node is slow, because it makes every collective slow
-    pairs:      empty for a single node, and in files of earlier releases
+    pairs:      empty for a single node
     """
+
+    schema_version: ClassVar[int] = 2
 
     backend: str
     world_size: int
@@ -61,3 +72,4 @@ class FabricReport(CheckReport):
     limits: dict[str, float]
     pairs: list[PairResult] = field(default_factory=list)
     slow_nodes: list[SlowNode] = field(default_factory=list)
+    node_limits: dict[str, float] = field(default_factory=dict)

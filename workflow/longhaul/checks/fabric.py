@@ -11,6 +11,7 @@ from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
+from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
@@ -18,17 +19,17 @@ from longhaul.runtime.rank_placement import gpu_index
 from longhaul.runtime.rendezvous import process_group
 
 if TYPE_CHECKING:
+    from longhaul.checks.collective_benchmarks import MeasuredGroup
     from longhaul.checks.pair_tournament import Tournament
 
 _TIMEOUT_S = 300.0
 _TOURNAMENT_BUDGET_S = 300.0
 """Enough for every pair of 1,000 nodes."""
-_BUDGET_S = 0.3
-"""Duration of the timed rounds of one collective at one size."""
-_LATENCY_BYTES = 8
+_COLLECTIVE_BUDGET_S = 4.0
+"""Time for all sizes of one collective; six collectives, inside the nodes and between all ranks, take less than a minute."""
 SIZES_BYTES = {
-    "gloo": (_LATENCY_BYTES, 2**16, 2**20, 2**24),
-    "nccl": (_LATENCY_BYTES, 2**16, 2**20, 2**24, 2**28, 2**30),
+    "gloo": (8, 2**16, 2**20, 2**24),
+    "nccl": (8, 2**16, 2**20, 2**24, 2**28, 2**30, 2**33),
 }
 
 
@@ -65,13 +66,57 @@ def run(job: FabricSpec) -> None:
 
 
 def _measure_all(rank: Rank, device: Any, backend: str) -> list[CollectiveResult]:
-    """Return one measurement per collective and size; a single process has none."""
-    from longhaul.checks.collective_benchmarks import COLLECTIVES, MeasuredGroup, measure
+    """Return on rank 0 one row per scope, collective and size; a single process has none.
 
-    if rank.world_size == 1:
-        return []
-    group = MeasuredGroup(rank.rank, rank.world_size, device)
-    return [measure(collective, group, size, _BUDGET_S) for collective in COLLECTIVES for size in SIZES_BYTES[backend]]
+    With several ranks on several nodes, the ranks of each node are measured first, all nodes at once.
+    """
+    import torch.distributed as dist
+
+    from longhaul.checks.collective_benchmarks import MeasuredGroup
+
+    results: list[CollectiveResult] = []
+    ranks_per_node = rank.world_size // rank.nodes
+    if rank.nodes > 1 and ranks_per_node > 1:
+        of_node: Any = dist.new_subgroups(ranks_per_node)[0]
+        group = MeasuredGroup(rank.rank % ranks_per_node, ranks_per_node, device, of_node, "node")
+        results += slowest_of_nodes(_on_rank_0(rank, _measure_group(group, backend)))
+    if rank.world_size > 1:
+        results += _measure_group(MeasuredGroup(rank.rank, rank.world_size, device), backend)
+    return results
+
+
+def _measure_group(group: MeasuredGroup, backend: str) -> list[CollectiveResult]:
+    from longhaul.checks.collective_benchmarks import COLLECTIVES, largest_message, measure_sizes
+
+    largest = largest_message(group)
+    sizes = [size for size in SIZES_BYTES[backend] if size <= largest]
+    return [row for one in COLLECTIVES for row in measure_sizes(one, group, sizes, _COLLECTIVE_BUDGET_S)]
+
+
+def _on_rank_0(rank: Rank, own: list[CollectiveResult]) -> list[list[CollectiveResult]]:
+    """Return on rank 0 the rows of every rank; [] on other ranks."""
+    import torch.distributed as dist
+
+    rows: list[Any] | None = [None] * rank.world_size if rank.is_main else None
+    dist.gather_object(own, rows)
+    return rows or []
+
+
+def slowest_of_nodes(rows_of_ranks: list[list[CollectiveResult]]) -> list[CollectiveResult]:
+    """Return of each collective and size the row of the slowest group. Sizes that a group left out are left out."""
+    found: dict[tuple[str, int], list[CollectiveResult]] = {}
+    for rows in rows_of_ranks:
+        for row in rows:
+            found.setdefault((row["collective"], row["bytes"]), []).append(row)
+    complete = [rows for rows in found.values() if len(rows) == len(rows_of_ranks)]
+    return [
+        {
+            **min(rows, key=lambda row: row["bus_bandwidth_gbps"]),
+            "time_us": max(row["time_us"] for row in rows),
+            "correct": all(row["correct"] for row in rows),
+        }
+        for rows in complete
+    ]
 
 
 def _node_names(rank: Rank) -> list[str]:
@@ -102,9 +147,22 @@ def _report(
     world_size: int,
     tournament: Tournament,
 ) -> FabricReport:
-    limits = {name: value for name, value in job.limits.model_dump().items() if value is not None}
-    problems = [*tournament.problems, *fabric_problems(results, limits)]
-    return FabricReport(problems, backend, world_size, hosts, results, limits, tournament.pairs, tournament.slow_nodes)
+    limits, node_limits = _set_limits(job.limits), _set_limits(job.node_limits)
+    problems = [
+        *tournament.problems,
+        *fabric_problems([row for row in results if row["scope"] == "all"], limits),
+        *(
+            f"inside a node: {line}"
+            for line in fabric_problems([r for r in results if r["scope"] == "node"], node_limits)
+        ),
+    ]
+    return FabricReport(
+        problems, backend, world_size, hosts, results, limits, tournament.pairs, tournament.slow_nodes, node_limits
+    )
+
+
+def _set_limits(limits: FabricLimits) -> dict[str, float]:
+    return {name: value for name, value in limits.model_dump().items() if value is not None}
 
 
 def fabric_problems(results: list[CollectiveResult], limits: dict[str, float]) -> list[str]:
@@ -112,12 +170,12 @@ def fabric_problems(results: list[CollectiveResult], limits: dict[str, float]) -
     found = [
         f"{row['collective']} of {row['bytes']:,} bytes gave wrong values" for row in results if not row["correct"]
     ]
-    largest = max((row["bytes"] for row in results), default=0)
-    for row in results:
-        minimum = limits.get(f"{row['collective']}_gbps")
-        if row["bytes"] == largest and minimum and row["bus_bandwidth_gbps"] < minimum:
+    for name in dict.fromkeys(row["collective"] for row in results):
+        minimum = limits.get(f"{name}_gbps")
+        row = max((row for row in results if row["collective"] == name), key=lambda row: row["bytes"])
+        if minimum and row["bus_bandwidth_gbps"] < minimum:
             found.append(
-                f"{row['collective']}: bus bandwidth {row['bus_bandwidth_gbps']:.3g} GB/s at {largest / 2**20:.0f} MiB over "
+                f"{name}: bus bandwidth {row['bus_bandwidth_gbps']:.3g} GB/s at {row['bytes'] / 2**20:.0f} MiB over "
                 f"{row['world_size']} ranks, the site file's minimum is {minimum:g} GB/s"
             )
     maximum, latency = limits.get("all_reduce_latency_us"), latency_us(results)
@@ -136,8 +194,10 @@ def latency_us(results: list[CollectiveResult]) -> float | None:
 
 def _print_measurements(report: FabricReport) -> None:
     title = f"{report.backend} between {report.world_size} ranks on {', '.join(report.hosts)}"
-    table = Table("collective", "bytes", "time us", "algorithm GB/s", "bus GB/s", title=title, title_justify="left")
+    columns = ("ranks", "collective", "bytes", "time us", "median us", "95 % us", "algorithm GB/s", "bus GB/s")
+    table = Table(*columns, title=title, title_justify="left")
     for row in report.results:
         rates = (f"{rate:.3f}" for rate in (row["algorithm_bandwidth_gbps"], row["bus_bandwidth_gbps"]))
-        table.add_row(row["collective"], f"{row['bytes']:,}", f"{row['time_us']:,.1f}", *rates)
+        times = (f"{row[key]:,.1f}" for key in ("time_us", "median_us", "p95_us"))
+        table.add_row(row["scope"], row["collective"], f"{row['bytes']:,}", *times, *rates)
     Console(width=120).print(table)

@@ -54,6 +54,12 @@ class FabricLimits(FrozenModel):
     reduce_scatter_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Minimum bus bandwidth of reduce_scatter, in GB/s; null: no limit."
     )
+    all_to_all_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="Minimum bus bandwidth of all_to_all, in GB/s; null: no limit."
+    )
+    broadcast_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="Minimum bus bandwidth of broadcast, in GB/s; null: no limit."
+    )
     send_recv_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Minimum bandwidth of send/recv between neighbouring ranks, in GB/s; null: no limit."
     )
@@ -93,7 +99,13 @@ class Interconnect(FrozenModel):
     master_address: MasterAddress = Field(
         default=MasterAddress(), description="The address of rank 0; default: the host name of the first node."
     )
-    limits: FabricLimits = Field(default=FabricLimits(), description="Limits of the fabric check.")
+    limits: FabricLimits = Field(
+        default=FabricLimits(), description="Limits of the fabric check for collectives between all ranks."
+    )
+    node_limits: FabricLimits = Field(
+        default=FabricLimits(),
+        description="Limits of the fabric check for collectives between the ranks of one node, of checks of several nodes.",
+    )
 
 
 class Site(FrozenModel):

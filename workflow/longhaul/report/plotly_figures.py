@@ -14,7 +14,7 @@ from longhaul.report.metric_series import Curve, downsample
 from longhaul.report.number_format import duration, percent, words
 from longhaul.report.run_results import JobTimespan, StageResults
 
-COLOURS = ("#2563a8", "#d97706", "#3f8f5b", "#8b5cb8", "#b4483c")
+COLOURS = ("#2563a8", "#d97706", "#3f8f5b", "#8b5cb8", "#b4483c", "#0f8b8d")
 _MOST_NODES_IN_HEAT_MAP = 48
 _LAYOUT: dict[str, Any] = {
     "template": "simple_white",
@@ -77,7 +77,7 @@ def schedule_figure(stage: StageResults) -> go.Figure:
 def goodput_figure(goodput: Goodput) -> go.Figure:
     """Return one bar with the parts of the stage's time, from its first submission to its end."""
     figure = _figure(f"Wall-clock time: {percent(goodput.goodput)} in training steps that were kept", "seconds")
-    colours = (*COLOURS, "#9db7d3", "#777777", "#c9b458", "#54b6c4")
+    colours = (*COLOURS[:5], "#9db7d3", "#777777", "#c9b458", "#54b6c4")
     for colour, (name, share) in zip(colours, goodput.shares().items(), strict=True):
         seconds = getattr(goodput, name)
         figure.add_bar(
@@ -117,8 +117,9 @@ def timeline_figure(timespans: Sequence[JobTimespan]) -> go.Figure:
 def fabric_figure(results: Sequence[CollectiveResult]) -> go.Figure:
     """Return bus bandwidth of each collective over message size. Both axes are logarithmic."""
     figure = _figure("Bus bandwidth, GB/s", "bytes")
-    for colour, name in zip(COLOURS, dict.fromkeys(row["collective"] for row in results), strict=False):
-        rows = [row for row in results if row["collective"] == name]
+    between_all = [row for row in results if row["scope"] == "all"]
+    for colour, name in zip(COLOURS, dict.fromkeys(row["collective"] for row in between_all), strict=False):
+        rows = [row for row in between_all if row["collective"] == name]
         curve = Curve([row["bytes"] for row in rows], [row["bus_bandwidth_gbps"] for row in rows])
         _add_line(figure, curve, name, colour, mode="lines+markers")
     figure.update_layout(xaxis={"type": "log", "title": "bytes"}, yaxis={"type": "log"})

@@ -16,6 +16,7 @@ class FabricSpec(JobSpec):
     nodes: int
     gpus_per_node: int
     limits: FabricLimits
+    node_limits: FabricLimits
     out: str  # fabric.json
 
 
@@ -25,6 +26,7 @@ def _build(plan: Plan, job: JobId) -> FabricSpec:
         nodes=plan.check_nodes,
         gpus_per_node=plan.check_gpus_per_node,
         limits=plan.site.interconnect.limits,
+        node_limits=plan.site.interconnect.node_limits,
         out=str(plan.paths.fabric),
     )
 

@@ -1,0 +1,85 @@
+"""Sizes within a time budget, the slowest node, and the bytes that bus bandwidth stands for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longhaul.checks import collective_benchmarks
+from longhaul.checks.collective_benchmarks import COLLECTIVES, Collective, MeasuredGroup, measure_sizes
+from longhaul.checks.fabric import slowest_of_nodes
+from tests.support.ranks import REPOSITORY, rank_environment, worker_command
+
+RANKS = 3
+# gloo's reduce_scatter is an all_reduce and sends twice the bytes that are needed; its broadcast is a tree.
+COUNTED = ("all_reduce", "all_gather")
+
+
+def row(collective: str, size: int, time_us: float = 10.0, bus: float = 1.0, correct: bool = True) -> dict[str, Any]:
+    return {
+        "collective": collective,
+        "scope": "node",
+        "bytes": size,
+        "rounds": 10,
+        "time_us": time_us,
+        "bus_bandwidth_gbps": bus,
+        "correct": correct,
+    }
+
+
+def test_bus_bandwidth_equals_the_bytes_that_the_interface_sent():
+    """Three ranks in a network of their own. The interface counts what they send; bus bandwidth x time must agree within 5 %."""
+    worker = Path(__file__).parents[2] / "support" / "counted_bytes_worker.py"
+    own_network = ["unshare", "--net", *(() if os.geteuid() == 0 else ("--map-root-user",))]
+    command = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *worker_command(worker, RANKS)]
+    environment = {**rank_environment(), "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = f"{REPOSITORY / 'workflow'}:{REPOSITORY}"
+    done = subprocess.run(
+        [*own_network, *command], capture_output=True, text=True, check=False, timeout=180, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [row["collective"] for row in rows] == [collective.name for collective in COLLECTIVES]
+    for found in rows:
+        assert found["correct"]
+        if found["collective"] in COUNTED:
+            by_bandwidth = found["bus_bandwidth_gbps"] * 1e3 * found["time_us"]
+            assert by_bandwidth == pytest.approx(found["sent_per_rank"], rel=0.05), found
+
+
+def test_sizes_end_when_the_next_one_would_not_fit_into_the_budget(monkeypatch: pytest.MonkeyPatch):
+    """A link of 1 MB/s: 1 MiB takes 1 s and 10 rounds; 16 MiB would take 16 s and at least 11 rounds."""
+    measured: list[int] = []
+
+    def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Any:
+        measured.append(size_bytes)
+        return row(collective.name, size_bytes, time_us=float(size_bytes))
+
+    monkeypatch.setattr(collective_benchmarks, "measure", measure)
+    group = MeasuredGroup(0, 2, torch.device("cpu"))
+    sizes = [8, 2**10, 2**20, 2**24, 2**26]
+    for budget_s, expected in ((30.0, 3), (500.0, 4), (1e4, 5), (0.0, 3)):
+        measured.clear()
+        found = list(measure_sizes(COLLECTIVES[0], group, sizes, budget_s))
+        assert [one["bytes"] for one in found] == measured == sizes[:expected]
+
+
+def test_size_below_the_smallest_shared_message_is_not_measured_twice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(collective_benchmarks, "measure", lambda one, group, size: row(one.name, max(size, 1024)))
+    group = MeasuredGroup(0, 256, torch.device("cpu"))
+    assert [one["bytes"] for one in measure_sizes(COLLECTIVES[0], group, [8, 512, 4096], 9.0)] == [1024, 4096]
+
+
+def test_slowest_node_counts_for_each_collective_and_size():
+    fast = [row("all_reduce", 8, 10.0, 4.0), row("all_reduce", 64, 20.0, 9.0), row("broadcast", 8, 5.0, 2.0)]
+    slow = [row("all_reduce", 8, 12.0, 3.0), row("broadcast", 8, 5.0, 2.0, correct=False)]
+    assert slowest_of_nodes([fast, fast, slow]) == [  # type: ignore[list-item]
+        row("all_reduce", 8, 12.0, 3.0),
+        row("broadcast", 8, 5.0, 2.0, correct=False),
+    ]
