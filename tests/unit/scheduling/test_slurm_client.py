@@ -76,6 +76,26 @@ def test_requeue_excludes_nodes_after_the_job_is_queued(tmp_path: Path, monkeypa
     assert calls == ["requeue 7", "update JobId=7 ExcNodeList=n2,n3"]
 
 
+def test_scontrol_that_slurms_signal_ends_is_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slurm ends the processes of a requeued job, of which scontrol is one. The first update is killed, the second works."""
+    log = tmp_path / "log"
+    killed = f'[ "$1" = update ] && [ $(grep -c update {log}) = 1 ] && kill -TERM $$\nexit 0\n'
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", LOGGED.format(log=log) + killed))
+    assert slurm_client.requeue("7", ["n2"]) == ""
+    calls = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines()]
+    assert calls == ["requeue 7", *["update JobId=7 ExcNodeList=n2"] * 2]
+
+
+def test_nodes_that_slurm_does_not_exclude_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(slurm_client, "_EXCLUDE_TIMEOUT_S", 0.0)
+    script = '#!/bin/sh\n[ "$1" = requeue ] || { echo "Invalid node name" >&2; exit 1; }\n'
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
+    assert slurm_client.requeue("7", ["n2"]) == ""
+    assert "warning: n2 could not be excluded: Invalid node name" in capsys.readouterr().out
+
+
 def test_preempted_jobs_of_a_run_are_those_that_squeue_lists_as_preempted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

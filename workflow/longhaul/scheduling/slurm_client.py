@@ -16,6 +16,8 @@ from pathlib import Path
 from longhaul.errors import UserError
 
 _COMMAND_TIMEOUT_S = 30.0
+_EXCLUDE_TIMEOUT_S = 2.0
+"""Slurm kills what is left of a requeued job KillWait seconds after its SIGTERM; the default is 30 s."""
 _END_STATES = {
     "COMPLETED",
     "FAILED",
@@ -261,11 +263,22 @@ def requeue(job_id: str, excluded: Sequence[str] = ()) -> str:
     except SlurmCommandError as error:
         return str(error)
     if excluded:
+        _exclude_nodes(job_id, excluded)
+    return ""
+
+
+def _exclude_nodes(job_id: str, excluded: Sequence[str]) -> None:
+    """Exclude nodes from a queued job. Slurm's SIGTERM to the requeued job may end scontrol, which is then called again."""
+    deadline = time.monotonic() + _EXCLUDE_TIMEOUT_S
+    while True:
         try:
             _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(excluded)}")
+            return
         except SlurmCommandError as error:
-            print(f"warning: {', '.join(excluded)} could not be excluded: {error}", flush=True)
-    return ""
+            if time.monotonic() > deadline:
+                print(f"warning: {', '.join(excluded)} could not be excluded: {error}", flush=True)
+                return
+            time.sleep(0.1)
 
 
 def down_nodes(nodes: list[str]) -> list[str]:
