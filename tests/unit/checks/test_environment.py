@@ -22,9 +22,11 @@ from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
 from longhaul.config.software_config import Accelerator
-from longhaul.errors import UserError
+from longhaul.errors import BadNodesError, UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
+from longhaul.runtime.failure_reports import classify_error
+from longhaul.runtime.process_rank import Rank
 from tests.support.node_hardware import environment_job, hardware, port
 
 
@@ -254,6 +256,45 @@ def run(job: EnvironmentSpec, folder: Path) -> subprocess.CompletedProcess[str]:
     job.write(folder / "job.json")
     command = [sys.executable, "-m", "longhaul", "job", "run", "environment", str(folder / "job.json")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def two_nodes(tmp_path: Path, *bad: bool) -> tuple[list[dict[str, Any]], EnvironmentSpec]:
+    """Return the facts of nodes, some of which have a memory error, and the spec of their check."""
+    found = [
+        {**nodes()[0], "host": f"n{number}", "cpus": 96, "measured": None,
+         "hardware": hardware(cpu={"memory_uncorrected": int(is_bad)})}
+        for number, is_bad in enumerate(bad, start=1)
+    ]  # fmt: skip
+    return found, job(tmp_path, nodes=len(bad), build="cuda 13.0")
+
+
+def test_bad_node_is_excluded_and_the_others_go_on(tmp_path: Path):
+    with pytest.raises(BadNodesError, match="n2: uncorrectable memory errors: 1, expected 0") as raised:
+        check._judge(*two_nodes(tmp_path, False, True))
+    failure = classify_error(raised.value, Rank(0, 2, 0, 2, "n1"))
+    assert (failure.failure_class, failure.bad_nodes) == ("node", ["n2"])
+    assert EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems
+    check._judge(*two_nodes(tmp_path, False, False))
+    assert EnvironmentReport.read(tmp_path / "environment.json").problems == []
+    assert not failed_path(tmp_path / "environment.json").exists()
+
+
+def test_no_node_is_excluded_where_all_are_bad_or_another_problem_is_left(tmp_path: Path):
+    """Every node has the same fault: the site is to be repaired, not the nodes to be replaced."""
+    facts, spec = two_nodes(tmp_path, False, True)
+    for node in facts:
+        node["versions"]["deepspeed"] = None
+    for nodes_and_job in (two_nodes(tmp_path, True, True), two_nodes(tmp_path, True), (facts, spec)):
+        with pytest.raises(UserError) as raised:
+            check._judge(*nodes_and_job)
+        assert not isinstance(raised.value, BadNodesError) and raised.value.failure_class == "environment"
+
+
+def test_nodes_are_named_as_slurm_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
+    assert Rank(0, 1, 0, 1, "n1.cluster.local").node_name == "n1.cluster.local"
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert Rank(0, 1, 0, 1, "n1.cluster.local").node_name == "n1"
 
 
 def test_problems_stop_the_run_and_are_kept_in_the_failed_report(tmp_path: Path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, NotRequired, Self
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.atomic_files import DELETE_HINT, read_json, write_json
 from longhaul.artifacts.check_rows import CheckRow
 from longhaul.artifacts.typed_json import Sha256, parse_json
-from longhaul.errors import UserError
+from longhaul.errors import BadNodesError, UserError
 
 Count = Annotated[int, Field(ge=0)]
 """A number of things."""
@@ -313,16 +314,20 @@ class CheckReport(Artifact):
 
     problems: list[str]
 
-    def write_or_raise(self, out: Path, summary: str, hint: str) -> None:
+    def write_or_raise(self, out: Path, summary: str, hint: str, bad_nodes: Sequence[str] = ()) -> None:
         """Write the report to `out` if there are no problems, else to failed_path(out).
 
+        bad_nodes: nodes without which the job may succeed
+
         Raises:
-            UserError: there are problems; the message is `summary` with the list of problems.
+            BadNodesError: there are problems, and all of them are of `bad_nodes`; the message is as that of the UserError.
+            UserError:     there are problems; the message is `summary` with the list of problems.
         """
         failed = failed_path(out)
         if self.problems:
             self.write(failed)
-            raise UserError(f"{summary}:\n  - " + "\n  - ".join(self.problems), f"{hint}; the full report is {failed}")
+            message, remedy = f"{summary}:\n  - " + "\n  - ".join(self.problems), f"{hint}; the full report is {failed}"
+            raise BadNodesError(message, remedy, bad_nodes) if bad_nodes else UserError(message, remedy)
         self.write(out)
         failed.unlink(missing_ok=True)
 

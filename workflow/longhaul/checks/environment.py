@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
+from longhaul.artifacts.check_rows import CheckRow
 from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
@@ -34,11 +36,12 @@ def run(job: EnvironmentSpec) -> None:
     """Check the nodes and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        UserError: there is a problem; the first node raises it and lists all problems.
+        BadNodesError: some nodes have bad hardware, and there is no other problem.
+        UserError:     there is another problem; the first node raises it and lists all problems.
     """
     rank = this_rank()
     require_planned_size(rank, job.nodes, job.nodes)
-    facts = node_facts(rank.host, job) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
+    facts = node_facts(rank.node_name, job) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
     if job.swap_bytes and job.scratch:
         facts |= {"swap": swap_facts(job.scratch)}
     with process_group(rank, "gloo", _TIMEOUT_S):
@@ -48,15 +51,31 @@ def run(job: EnvironmentSpec) -> None:
         }
         nodes = _gather(facts, rank)
     if rank.is_main:
-        rows = hardware_rows(nodes, job)
-        problems = node_problems(nodes, job) + problem_lines(rows)
-        warnings = node_warnings(nodes, tested_versions()) + warning_lines(rows)
-        report = EnvironmentReport(problems, nodes, warnings, rows)
-        _print_nodes(report)
-        print_checks(rows)
-        report.write_or_raise(
-            Path(job.out), "the nodes are not ready for training", "correct these problems, or exclude the nodes"
-        )
+        _judge(nodes, job)
+
+
+def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec) -> None:
+    """Print and write the report; raise the error of write_or_raise if there is a problem."""
+    rows, problems = hardware_rows(nodes, job), node_problems(nodes, job)
+    warnings = node_warnings(nodes, tested_versions()) + warning_lines(rows)
+    report = EnvironmentReport(problems + problem_lines(rows), nodes, warnings, rows)  # type: ignore[arg-type]
+    _print_nodes(report)
+    print_checks(rows)
+    report.write_or_raise(
+        Path(job.out),
+        "the nodes are not ready for training",
+        "correct these problems, or exclude the nodes",
+        () if problems else nodes_to_exclude(rows, len(nodes)),
+    )
+
+
+def nodes_to_exclude(rows: Sequence[CheckRow], nodes: int) -> list[str]:
+    """Return the nodes with bad hardware, for the quarantine.
+
+    None, if all nodes have some: then a setting of the site is more likely than so many bad nodes.
+    """
+    bad = list(dict.fromkeys(row["node"] for row in rows if row["result"] == "fail"))
+    return bad if len(bad) < nodes else []
 
 
 def tested_versions() -> dict[str, str]:

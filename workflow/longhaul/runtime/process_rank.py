@@ -30,6 +30,11 @@ class Rank:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def node_name(self) -> str:
+        """Return Slurm's name of this node, by which later jobs exclude it; without Slurm the host name."""
+        return os.environ.get("SLURMD_NODENAME") or self.host
+
 
 def this_rank(environ: Mapping[str, str] = os.environ) -> Rank:
     """Return the rank of this process.
