@@ -18,6 +18,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
+from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
@@ -27,7 +28,7 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
-from tests.support.node_hardware import environment_job, hardware, port
+from tests.support.node_hardware import environment_job, gpu, hardware, port
 
 
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:
@@ -40,7 +41,7 @@ def job(folder: Path, **changes: Any) -> EnvironmentSpec:
 
 def nodes() -> list[dict[str, Any]]:
     """Return the facts of two GPU nodes without problems."""
-    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}
+    h100 = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}
     versions = {
         "python": "3.11.7",
         "torch": "2.13.0+cu130",
@@ -52,7 +53,7 @@ def nodes() -> list[dict[str, Any]]:
         "versions": versions,
         "memory_bytes": 512 * 2**30,
         "hardware": hardware(ports=[*map(port, range(4)), port(4, link_layer="Ethernet")]),
-        "gpus": [gpu] * 8,
+        "gpus": [h100] * 8,
         "disk_free_bytes": 50 * 10**9,
         "shared_memory_bytes": 2**33,
         "write_error": None,
@@ -219,6 +220,20 @@ def test_node_facts_describe_this_machine(tmp_path: Path):
     assert facts["write_error"] is None and (tmp_path / "not" / "yet").is_dir()
     assert list((tmp_path / "not" / "yet").iterdir()) == []
     assert facts["measured"] is None and facts["hardware"].cpu_and_memory.model
+
+
+def test_gpus_of_a_killed_attempt_get_time_to_be_released(monkeypatch: pytest.MonkeyPatch):
+    """A process that stays is not of this job."""
+    busy, free = GpuReading([gpu(0, processes=["process 7 (python)"])]), GpuReading([gpu(0)])
+    clock = iter(range(100))
+    monkeypatch.setattr(node_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(node_module.time, "sleep", lambda seconds: None)
+    readings = iter([busy, busy, free])
+    monkeypatch.setattr(node_module, "read_gpus", lambda: next(readings))
+    assert node_module._released_gpus() is free
+    monkeypatch.setattr(node_module, "read_gpus", lambda: busy)
+    started = next(clock)
+    assert node_module._released_gpus() is busy and next(clock) - started < 20
 
 
 def test_write_error_states_why_a_folder_cannot_be_written(tmp_path: Path):

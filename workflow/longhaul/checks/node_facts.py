@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from longhaul.checks.measured_rates import NodeMeasurements
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+_RELEASE_S = 15.0
+"""The driver may need so long to free the memory of a process that was killed."""
 PROBE_BYTES = 4096
 """One block of a file system. A quota may allow an empty or a tiny file when no block is left."""
 
@@ -41,7 +43,7 @@ PROBE_BYTES = 4096
 def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
     """Return the facts of this node."""
     folder = Path(job.folder)
-    idle = read_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
+    idle = _released_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
     found = gpus(job.measures_speed)
     measured, now = _measure(job, [gpu["uuid"] for gpu in found])
     return {
@@ -58,6 +60,16 @@ def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
         "measured": measured,
         "versions": versions(),
     }
+
+
+def _released_gpus() -> GpuReading:
+    """Return the state of the GPUs. Processes of a killed attempt get some seconds to release them."""
+    deadline = time.monotonic() + _RELEASE_S
+    reading = read_gpus()
+    while any(gpu.processes for gpu in reading.gpus) and time.monotonic() < deadline:
+        time.sleep(1)
+        reading = read_gpus()
+    return reading
 
 
 def _measure(job: EnvironmentSpec, uuids: Sequence[str]) -> tuple[NodeMeasurements | None, GpuReading]:
