@@ -19,6 +19,7 @@ from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
 from longhaul.checks.gpu_facts import GpuReading
+from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks
@@ -303,6 +304,18 @@ def test_no_node_is_excluded_where_all_are_bad_or_another_problem_is_left(tmp_pa
         with pytest.raises(UserError) as raised:
             check._judge(*nodes_and_job)
         assert not isinstance(raised.value, BadNodesError) and raised.value.failure_class == "environment"
+
+
+def test_bad_hardware_is_only_reported_where_the_config_says_so(tmp_path: Path):
+    facts, spec = two_nodes(tmp_path, False, True)
+    check._judge(facts, spec.model_copy(update={"checks": Checks(min_disk_free_gb=0.001, bad_hardware="warn")}))
+    report = EnvironmentReport.read(tmp_path / "environment.json")
+    assert report.problems == [] and report.warnings[0].startswith("n2: uncorrectable memory errors: 1, expected 0")
+    wrong = NodeMeasurements([BurnIn(9, 1, 1.0, 1.0, 1.0, 1.0)], 1.0, DiskSpeed(1.0, 1.0), SafeWrite(0.1))
+    facts[0]["measured"] = wrong
+    with pytest.raises(BadNodesError, match="n1: GPU 0: products with a known result: 1 wrong rows") as raised:
+        check._judge(facts, spec.model_copy(update={"checks": Checks(min_disk_free_gb=0.001, bad_hardware="warn")}))
+    assert raised.value.nodes == ["n1"]
 
 
 def test_nodes_are_named_as_slurm_does(monkeypatch: pytest.MonkeyPatch):

@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
         "n4: mlx5_0 port 1: port errors: symbol_error 5, expected 0"),
     "narrow adapter": (
         hardware(pcie_links=[link(width=8)]), "fail",
-        "n4: network adapter 0000:18:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16; let the admins reseat"),
+        "n4: network adapter 0000:18:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16, as on another node; let"),
     "slow disk link": (
         hardware(pcie_links=[link("0000:90:00.0", "NVMe disk", speed=8.0, width=4, max_width=4)]), "warn",
         "n4: NVMe disk 0000:90:00.0: PCIe link: 8 GT/s x4, expected 32 GT/s x4"),
@@ -177,7 +177,16 @@ def test_amd_gpus_are_judged_by_the_width_of_their_links():
     spec = environment_job(build="rocm 6.4", interconnect="ethernet")
     assert bad(hardware_rows(nodes(*[amd()] * 4), spec)) == []
     rows = hardware_rows(nodes(amd(), amd(), amd(), amd(width=8)), spec)
-    assert problem_lines(rows)[0].startswith("n4: GPU 0000:c6:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16")
+    assert problem_lines(rows)[0].startswith("n4: GPU 0000:c6:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16, as on")
+
+
+def test_link_that_is_narrow_on_all_nodes_may_be_built_like_that():
+    """An adapter for two sockets has half of the lanes on each of them."""
+    found = nodes(*[hardware(pcie_links=[link(width=8)])] * 4)
+    rows = hardware_rows(found, environment_job())
+    assert problem_lines(rows) == []
+    assert warning_lines(rows)[0].startswith("n1: network adapter 0000:18:00.0, n2: ")
+    assert "PCIe link: 32 GT/s x8, expected 32 GT/s x16; let the admins reseat" in warning_lines(rows)[0]
 
 
 def test_errors_of_amd_gpus_fail_by_block():

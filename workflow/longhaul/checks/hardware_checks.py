@@ -11,6 +11,7 @@ from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equ
 from longhaul.checks.gpu_checks import amd_rows, kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.measurement_checks import measurement_rows
+from longhaul.checks.pcie_checks import pcie_rows
 from longhaul.checks.port_checks import port_rows
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.checks.rate_checks import RateLimits
@@ -23,7 +24,6 @@ SHARED_FOLDER_WAIT_S = 10.0
 _MIN_OPEN_FILES = _MIN_PROCESSES = 4096
 _MIN_LOCKED_BYTES = 64 * 2**20
 """RDMA registers its buffers as locked memory. Linux's default of 64 KiB or 8 MiB makes ibv_reg_mr fail."""
-_RESEAT = "let the admins reseat the card, and look for PCIe errors in the kernel log"
 
 _MEMORY_CHECKS = (
     FactCheck("uncorrectable memory errors", "memory_uncorrected", "0", fail_if(lambda count: count > 0),
@@ -52,6 +52,7 @@ def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
         *measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job))),
         *_gpu_rows(nodes, job),
         *(_port_rows(nodes, job) if uses_rdma else ()),
+        *(pcie_rows({node["host"]: node["hardware"] for node in nodes}) if job.build != "cpu" else ()),
         *(row for node in nodes for row in _node_rows(node, job, uses_rdma)),
         *_equality_rows(nodes),
     ]
@@ -105,7 +106,6 @@ def _node_rows(node: Mapping[str, Any], job: EnvironmentSpec, uses_rdma: bool) -
     rows += component.judged(_MEMORY_CHECKS, facts.cpu_and_memory)
     if job.build != "cpu":
         rows += component.judged(_CPU_CHECKS, facts.cpu_and_memory)
-        rows += _pcie_rows(component.node, facts)
     rows += _limit_rows(component, facts.limits, uses_rdma)
     if uses_rdma and job.build.startswith("cuda") and not facts.peer_memory:
         reason = (
@@ -138,19 +138,6 @@ def _port_rows(nodes: Nodes, job: EnvironmentSpec) -> Iterator[CheckRow]:
     layer = LINK_LAYERS[job.interconnect]
     ports = {node["host"]: [port for port in node["hardware"].ports if port.link_layer == layer] for node in nodes}
     return port_rows(ports, job.minimums.port_gbit_per_s)
-
-
-def _pcie_rows(node: str, facts: HardwareFacts) -> Iterator[CheckRow]:
-    """Judge the links of adapters and disks, and the width of GPUs that NVML does not know. A link of an idle GPU is slow."""
-    rdma = {port.pci_address for port in facts.ports}
-    for link in facts.pcie_links:
-        if link.kind == "GPU" and facts.gpus.gpus:
-            continue
-        bad: Result = "fail" if link.kind == "GPU" or link.address in rdma else "warn"
-        component = Component(node, f"{link.kind} {link.address}")
-        is_narrow, is_slow = link.width < link.max_width, link.speed < link.max_speed and link.kind != "GPU"
-        now, maximum = f"{link.speed:g} GT/s x{link.width}", f"{link.max_speed:g} GT/s x{link.max_width}"
-        yield component.row("PCIe link", now, maximum, bad if is_narrow or is_slow else "ok", _RESEAT)
 
 
 def _modules_text(facts: HardwareFacts) -> str:

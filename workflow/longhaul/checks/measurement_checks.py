@@ -9,6 +9,8 @@ from longhaul.checks.check_table import Component
 from longhaul.checks.measured_rates import BurnIn, NodeMeasurements
 from longhaul.checks.rate_checks import RateLimits, rate_rows
 
+EXACT_PRODUCTS = "products with a known result"
+
 
 def measurement_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> list[CheckRow]:
     """Return the rows of all nodes that measured something, wrong results first."""
@@ -40,7 +42,7 @@ def _exact_row(component: Component, device: BurnIn) -> CheckRow:
     value = f"{device.wrong_rows} wrong rows in {device.verified} products"
     remedy = "never train on it: exclude the node, and let the admins replace the device"
     result: Result = "fail" if device.wrong_rows else "ok"
-    return component.row("products with a known result", value, "0 wrong rows", result, remedy)
+    return component.row(EXACT_PRODUCTS, value, "0 wrong rows", result, remedy)
 
 
 def _run_folder_row(component: Component, found: NodeMeasurements) -> CheckRow:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -43,6 +43,11 @@ class Checks(FrozenModel):
     )
     minutes: Minutes = Field(
         default=20, description="Time limit of each check's allocation, in minutes or as hours:minutes:00."
+    )
+    bad_hardware: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="What a failed hardware check does. refuse: the run does not train on the node. warn: it is only reported, "
+        "for sites whose nodes are usable although they fail. A wrong result of a matrix product is always refused.",
     )
     burn_in_s: Annotated[float, Field(ge=0, le=30)] = Field(
         default=10.0,
