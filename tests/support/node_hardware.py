@@ -9,6 +9,7 @@ from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.kernel_log import KernelLog
+from longhaul.checks.network_interfaces import InterfaceFacts
 from longhaul.checks.pcie_links import PcieLink
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
@@ -19,7 +20,8 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 def environment_job(**changes: Any) -> EnvironmentSpec:
     """Return the spec of a check of 4 nodes with 8 GPUs each and InfiniBand between them."""
     settings: dict[str, Any] = {
-        "run": "r", "nodes": 4, "gpus_per_node": 8, "checks": Checks(), "memory_mb": 100, "interconnect": "infiniband",
+        "run": "r", "nodes": 4, "gpus_per_node": 8, "checks": Checks(), "memory_mb": 100,
+        "interconnect": "infiniband", "socket_interface": "ib0",
         "build": "cuda 13.0", "scratch": None, "prebuild_ops": (), "swap_bytes": 0, "locked_bytes": 0,
         "measures_speed": False, "minimums": NodeMinimums(), "baseline": None, "folder": "results",
         "out": "environment.json",
@@ -50,6 +52,12 @@ def port(number: int, **changes: Any) -> PortFacts:
     return PortFacts(**{**facts, **changes})
 
 
+def interface(name: str = "ib0", **changes: Any) -> InterfaceFacts:
+    """Return an interface that is up."""
+    facts: dict[str, Any] = {"name": name, "state": "ACTIVE", "rate_gbit_per_s": 400.0, "mtu": 4092, "errors": {}}
+    return InterfaceFacts(**{**facts, **changes})
+
+
 def link(address: str = "0000:18:00.0", kind: str = "network adapter", **changes: Any) -> PcieLink:
     """Return a link of 32 GT/s and 16 lanes."""
     facts = {"vendor": "0x15b3", "speed": 32.0, "max_speed": 32.0, "width": 16, "max_width": 16, "numa_node": 0}
@@ -65,6 +73,7 @@ def hardware(**changes: Any) -> HardwareFacts:
         "gpus": GpuReading([gpu(index) for index in range(8)]),
         "amd_gpus": [],
         "ports": [port(number) for number in range(4)],
+        "interfaces": [interface(), interface("eth0", rate_gbit_per_s=1.0, mtu=1500)],
         "peer_memory": True,
         "rdma_driver": "24.10-1.1.4",
         "pcie_links": [link()],

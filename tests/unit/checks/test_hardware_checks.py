@@ -16,7 +16,7 @@ from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.kernel_log import KernelError, KernelLog
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
-from tests.support.node_hardware import environment_job, gpu, hardware, link, port
+from tests.support.node_hardware import environment_job, gpu, hardware, interface, link, port
 
 
 def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
@@ -88,6 +88,10 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
     "slow disk link": (
         hardware(pcie_links=[link("0000:90:00.0", "NVMe disk", speed=8.0, width=4, max_width=4)]), "warn",
         "n4: NVMe disk 0000:90:00.0: PCIe link: 8 GT/s x4, expected 32 GT/s x4"),
+    "interface down": (
+        hardware(interfaces=[interface(state="DOWN")]), "fail", "n4: ib0: port state: DOWN, expected ACTIVE, as on the other"),
+    "interface of another MTU": (
+        hardware(interfaces=[interface(mtu=2044)]), "warn", "n4: MTU of ib0: 2044, expected 4092; ask the admins"),
     "another OFED": (
         hardware(rdma_driver="23.10"), "warn", "n4: RDMA driver (OFED): 23.10, expected 24.10-1.1.4; ask the admins"),
     "memory error": (
@@ -151,6 +155,20 @@ def test_port_that_is_down_everywhere_is_not_in_use():
     unused = [port(0), port(1), port(2), port(3, state="DOWN", rate_gbit_per_s=10.0)]
     found = nodes(*[hardware(ports=unused)] * 4)
     assert bad(hardware_rows(found, environment_job())) == []
+
+
+def test_slingshot_is_judged_by_its_interfaces():
+    def slingshot(*rates: float) -> HardwareFacts:
+        found = [interface(f"hsn{number}", rate_gbit_per_s=rate, mtu=9000) for number, rate in enumerate(rates)]
+        return hardware(ports=[], interfaces=[*found, interface("eth0", state="DOWN")])
+
+    spec = environment_job(interconnect="ethernet", socket_interface=None)
+    found = nodes(*[slingshot(200.0, 200.0)] * 3, slingshot(200.0, 100.0))
+    assert problem_lines(hardware_rows(found, spec))[0].startswith(
+        "n4: hsn1: port rate: 100 Gbit/s, expected 200 Gbit/s, as on the other nodes; let the admins check cable"
+    )
+    minimum = environment_job(interconnect="ethernet", minimums=NodeMinimums(port_gbit_per_s=400))
+    assert "expected 400 Gbit/s, node_minimums" in problem_lines(hardware_rows(found, minimum))[0]
 
 
 def test_rate_of_the_site_file_replaces_that_of_the_other_nodes():

@@ -11,6 +11,7 @@ import pytest
 from longhaul.checks.amd_gpu_errors import read_amd_gpu_errors
 from longhaul.checks.cpu_and_memory import read_cpu_and_memory
 from longhaul.checks.infiniband_ports import has_peer_memory, rdma_driver, read_ports
+from longhaul.checks.network_interfaces import read_interfaces
 from longhaul.checks.pcie_links import read_pcie_links
 from longhaul.checks.process_limits import read_process_limits
 from tests.support.sysfs_tree import add_pcie_device, add_port, write_tree
@@ -38,6 +39,28 @@ def test_port_without_a_readable_rate_says_so(tmp_path: Path):
     add_port(tmp_path, "mlx5_0", rate="")
     (port,) = read_ports(tmp_path)
     assert port.rate_gbit_per_s is None and port.unavailable["rate_gbit_per_s"].endswith("ports/1/rate cannot be read")
+
+
+def test_interfaces_have_state_rate_mtu_and_errors(tmp_path: Path):
+    write_tree(tmp_path / "class" / "net", {
+        "hsn0/operstate": "up", "hsn0/speed": 200000, "hsn0/mtu": 9000, "hsn0/statistics/rx_errors": 3,
+        "hsn0/statistics/tx_errors": 0, "veth0/operstate": "unknown", "veth0/speed": -1, "veth0/mtu": 1500,
+        "eth1/operstate": "down", "eth1/mtu": 1500, "lo/operstate": "unknown", "bonding_masters": "bond0",
+    })  # fmt: skip
+    down, slingshot, virtual = read_interfaces(tmp_path)
+    assert (slingshot.name, slingshot.state, slingshot.rate_gbit_per_s, slingshot.mtu) == (
+        "hsn0",
+        "ACTIVE",
+        200.0,
+        9000,
+    )
+    assert slingshot.errors == {"rx_errors": 3}
+    assert (down.name, down.state, down.is_active) == ("eth1", "DOWN", False)
+    assert (
+        virtual.is_active
+        and virtual.rate_gbit_per_s is None
+        and "states no speed" in virtual.unavailable["rate_gbit_per_s"]
+    )
 
 
 def test_module_of_gpudirect_is_found(tmp_path: Path):

@@ -11,12 +11,14 @@ from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equ
 from longhaul.checks.gpu_checks import amd_rows, kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.measurement_checks import measurement_rows
+from longhaul.checks.network_interfaces import InterfaceFacts
 from longhaul.checks.pcie_checks import pcie_rows
 from longhaul.checks.port_checks import port_rows
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.checks.rate_checks import RateLimits
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
+_SLINGSHOT = "hsn"
 LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
 """interconnect.kind in the site file -> link layer of the nodes' ports."""
 # NFS clients may hide a new file until their directory cache expires.
@@ -51,7 +53,7 @@ def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     rows = [
         *measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job))),
         *_gpu_rows(nodes, job),
-        *(_port_rows(nodes, job) if uses_rdma else ()),
+        *(_port_rows(nodes, job) if len(nodes) > 1 else ()),
         *(pcie_rows({node["host"]: node["hardware"] for node in nodes}) if job.build != "cpu" else ()),
         *(row for node in nodes for row in _node_rows(node, job, uses_rdma)),
         *_equality_rows(nodes),
@@ -135,9 +137,20 @@ def _limit_text(value: int | None) -> str:
 
 
 def _port_rows(nodes: Nodes, job: EnvironmentSpec) -> Iterator[CheckRow]:
-    layer = LINK_LAYERS[job.interconnect]
+    layer = LINK_LAYERS.get(job.interconnect)
     ports = {node["host"]: [port for port in node["hardware"].ports if port.link_layer == layer] for node in nodes}
-    return port_rows(ports, job.minimums.port_gbit_per_s)
+    yield from port_rows(ports, job.minimums.port_gbit_per_s)
+    interfaces = {node["host"]: _used_interfaces(node["hardware"], job) for node in nodes}
+    yield from port_rows(interfaces, None if layer else job.minimums.port_gbit_per_s)
+    for name in dict.fromkeys(one.name for found in interfaces.values() for one in found):
+        found = {node: str(one.mtu or "") for node, own in interfaces.items() for one in own if one.name == name}
+        yield from _same_everywhere(f"MTU of {name}", found)
+
+
+def _used_interfaces(facts: HardwareFacts, job: EnvironmentSpec) -> list[InterfaceFacts]:
+    """Return the interfaces of sockets and of Slingshot. A name in the site file is a prefix, as for NCCL_SOCKET_IFNAME."""
+    prefixes = (_SLINGSHOT, *(job.socket_interface or "").split(","))
+    return [one for one in facts.interfaces if one.name.startswith(tuple(filter(None, prefixes)))]
 
 
 def _modules_text(facts: HardwareFacts) -> str:

@@ -9,6 +9,7 @@ from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts, read_cpu_and_memor
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, rdma_driver, read_ports
 from longhaul.checks.kernel_log import KernelLog, read_kernel_log
+from longhaul.checks.network_interfaces import InterfaceFacts, read_interfaces
 from longhaul.checks.pcie_links import PcieLink, read_pcie_links
 from longhaul.checks.process_limits import ProcessLimits, read_process_limits
 
@@ -24,6 +25,7 @@ class HardwareFacts:
     gpus: GpuReading
     amd_gpus: list[AmdGpuErrors]
     ports: list[PortFacts]
+    interfaces: list[InterfaceFacts]
     peer_memory: bool
     rdma_driver: str
     pcie_links: list[PcieLink]
@@ -41,6 +43,7 @@ def read_hardware(gpus: GpuReading) -> HardwareFacts:
         gpus=gpus,
         amd_gpus=read_amd_gpu_errors(),
         ports=read_ports(),
+        interfaces=read_interfaces(),
         peer_memory=has_peer_memory(),
         rdma_driver=rdma_driver(),
         pcie_links=read_pcie_links(),

@@ -1,4 +1,4 @@
-"""Judges RDMA ports: state, rate and errors, each by the ports of the same name on the other nodes."""
+"""Judges RDMA ports and network interfaces: state, rate and errors, each by those of the same name on the other nodes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component
 from longhaul.checks.infiniband_ports import PortFacts
+from longhaul.checks.network_interfaces import InterfaceFacts
 
 _CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink)"
 
-Ports = Mapping[str, Sequence[PortFacts]]
-"""Node -> its ports."""
+Port = PortFacts | InterfaceFacts
+Ports = Mapping[str, Sequence[Port]]
+"""Node -> its ports, or its interfaces."""
 
 
 def port_rows(ports: Ports, min_rate: float | None) -> Iterator[CheckRow]:
@@ -32,7 +34,7 @@ def port_rows(ports: Ports, min_rate: float | None) -> Iterator[CheckRow]:
 
 def _usual_rates(ports: Ports) -> dict[str, float | None]:
     """Return name of a port -> its median rate in Gbit/s, of the ports that are active on half of the nodes or more."""
-    active: dict[str, list[PortFacts]] = {}
+    active: dict[str, list[Port]] = {}
     for port in (port for found in ports.values() for port in found if port.is_active):
         active.setdefault(port.name, []).append(port)
     used = {name: found for name, found in active.items() if 2 * len(found) >= len(ports)}
@@ -40,9 +42,7 @@ def _usual_rates(ports: Ports) -> dict[str, float | None]:
     return {name: statistics.median(known) if known else None for name, known in rates.items()}
 
 
-def _rows_of_port(
-    component: Component, port: PortFacts, min_rate: float | None, usual: float | None
-) -> Iterator[CheckRow]:
+def _rows_of_port(component: Component, port: Port, min_rate: float | None, usual: float | None) -> Iterator[CheckRow]:
     yield _state_row(component, port.state or "unknown")
     if port.is_active:
         yield _rate_row(component, port, min_rate, usual)
@@ -55,7 +55,7 @@ def _state_row(component: Component, state: str) -> CheckRow:
     return component.row("port state", state, "ACTIVE, as on the other nodes", result, _CABLE)
 
 
-def _rate_row(component: Component, port: PortFacts, min_rate: float | None, usual: float | None) -> CheckRow:
+def _rate_row(component: Component, port: Port, min_rate: float | None, usual: float | None) -> CheckRow:
     rate, expected = port.rate_gbit_per_s, min_rate or usual
     if rate is None or expected is None:
         reason = port.unavailable.get("rate_gbit_per_s", "no port states a rate")

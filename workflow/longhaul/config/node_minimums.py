@@ -44,7 +44,8 @@ class NodeMinimums(FrozenModel):
     )
     port_gbit_per_s: PortRate | None = Field(
         default=None,
-        description="Minimum rate of each active RDMA port, in Gbit/s, for example 400 for NDR; null: that of the other nodes.",
+        description="Minimum rate of each active RDMA port, or interface of Slingshot, in Gbit/s, for example 400 for NDR; null: "
+        "that of the other nodes.",
     )
     nvlinks: Annotated[int, Field(ge=0, le=36)] | None = Field(
         default=None,

@@ -23,6 +23,7 @@ class EnvironmentSpec(JobSpec):
     checks: Checks
     memory_mb: int  # memory of a node in MiB, from the site file
     interconnect: str  # infiniband | roce | ethernet | none, from the site file
+    socket_interface: str | None  # from the site file
     build: str  # build of torch that the site file names: cuda 13.0, rocm 6.4 or cpu
     scratch: str | None
     prebuild_ops: tuple[str, ...]  # DeepSpeed op builders that the stages need, such as "cpu_adam"
@@ -47,6 +48,7 @@ def environment_spec(plan: Plan, place: JobPlace, nodes: int, gpus_per_node: int
         checks=plan.config.checks,
         memory_mb=plan.site.partition_for(place).node.memory_mb,
         interconnect=plan.site.interconnect.kind,
+        socket_interface=plan.site.interconnect.socket_interface,
         build=plan.site.accelerator.build,
         scratch=plan.config.storage.scratch,
         prebuild_ops=(("cpu_adam",) if offloads else ()) + (("pin_memory", "async_io") if swapped else ()),
