@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts
@@ -82,3 +83,30 @@ def hardware(**changes: Any) -> HardwareFacts:
         "limits": ProcessLimits(1_048_576, None, None),
     }
     return HardwareFacts(**{**facts, **changes})
+
+
+def two_gpu_nodes() -> list[dict[str, Any]]:
+    """Return the facts of two GPU nodes without problems."""
+    h100 = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}
+    versions = {
+        "python": "3.11.7",
+        "torch": "2.13.0+cu130",
+        "deepspeed": "0.19.8",
+        "build": "cuda 13.0",
+        "driver": "590.1",
+    }
+    node = {
+        "versions": versions,
+        "memory_bytes": 512 * 2**30,
+        "hardware": hardware(ports=[*map(port, range(4)), port(4, link_layer="Ethernet")]),
+        "gpus": [h100] * 8,
+        "disk_free_bytes": 50 * 10**9,
+        "shared_memory_bytes": 2**33,
+        "write_error": None,
+        "run_folder_seen_after_s": 0.1,
+        "clock_skew_s": 0.0,
+        "compiler": "c++ 12",
+        "ops": {"removed": [], "built": {}, "failed": {}},
+        "swap": {"folder": "/local", "removed": [], "free_bytes": 10**12, "lockable_bytes": None, "error": None},
+    }
+    return [{**copy.deepcopy(node), "host": host} for host in ("n1", "n2")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import resource
 import subprocess
@@ -29,7 +28,7 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
-from tests.support.node_hardware import environment_job, gpu, hardware, port
+from tests.support.node_hardware import environment_job, gpu, hardware, port, two_gpu_nodes
 
 
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:
@@ -40,36 +39,9 @@ def job(folder: Path, **changes: Any) -> EnvironmentSpec:
     return environment_job(**{**settings, **changes})
 
 
-def nodes() -> list[dict[str, Any]]:
-    """Return the facts of two GPU nodes without problems."""
-    h100 = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}
-    versions = {
-        "python": "3.11.7",
-        "torch": "2.13.0+cu130",
-        "deepspeed": "0.19.8",
-        "build": "cuda 13.0",
-        "driver": "590.1",
-    }
-    node = {
-        "versions": versions,
-        "memory_bytes": 512 * 2**30,
-        "hardware": hardware(ports=[*map(port, range(4)), port(4, link_layer="Ethernet")]),
-        "gpus": [h100] * 8,
-        "disk_free_bytes": 50 * 10**9,
-        "shared_memory_bytes": 2**33,
-        "write_error": None,
-        "run_folder_seen_after_s": 0.1,
-        "clock_skew_s": 0.0,
-        "compiler": "c++ 12",
-        "ops": {"removed": [], "built": {}, "failed": {}},
-        "swap": {"folder": "/local", "removed": [], "free_bytes": 10**12, "lockable_bytes": None, "error": None},
-    }
-    return [{**copy.deepcopy(node), "host": host} for host in ("n1", "n2")]
-
-
 def test_good_nodes_have_no_problems_and_no_warnings(tmp_path: Path):
-    assert node_problems(nodes(), job(tmp_path, build="cuda 13.0")) == []
-    assert node_warnings(nodes(), check.tested_versions()) == []
+    assert node_problems(two_gpu_nodes(), job(tmp_path, build="cuda 13.0")) == []
+    assert node_warnings(two_gpu_nodes(), check.tested_versions()) == []
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -139,7 +111,7 @@ BAD: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_problem_names_its_node_value_and_limit(tmp_path: Path, change: Change, message: str):
-    found = nodes()
+    found = two_gpu_nodes()
     change(found[1])
     swapping = {"prebuild_ops": ("cpu_adam",), "swap_bytes": 2_500_000_000, "locked_bytes": 10**8}
     text = "\n".join(node_problems(found, job(tmp_path, build="cuda 13.0", **swapping)))
@@ -147,7 +119,7 @@ def test_problem_names_its_node_value_and_limit(tmp_path: Path, change: Change, 
 
 
 def test_warnings_name_untested_versions_small_memory_and_leftovers(tmp_path: Path):
-    found = nodes()
+    found = two_gpu_nodes()
     for node in found:
         node["versions"]["deepspeed"] = "0.18.0"
     found[1]["shared_memory_bytes"] = 2**20
@@ -162,7 +134,7 @@ def test_warnings_name_untested_versions_small_memory_and_leftovers(tmp_path: Pa
 
 
 def test_small_differences_in_memory_give_no_warning():
-    found = nodes()
+    found = two_gpu_nodes()
     found[0]["memory_bytes"], found[1]["memory_bytes"] = 100 * 2**30, 97 * 2**30
     assert node_warnings(found, check.tested_versions()) == []
     found[1]["memory_bytes"] -= 1
@@ -170,7 +142,7 @@ def test_small_differences_in_memory_give_no_warning():
 
 
 def test_shared_memory_of_256_mib_gives_no_warning():
-    found = nodes()
+    found = two_gpu_nodes()
     for free, warnings in ((256 * 2**20, 0), (256 * 2**20 - 1, 1), (None, 0)):
         found[1]["shared_memory_bytes"] = free
         assert len(node_warnings(found, check.tested_versions())) == warnings
@@ -191,19 +163,19 @@ def test_limits_themselves_are_allowed(
 ):
     spec = job(tmp_path, build="cuda 13.0", swap_bytes=2_500_000_000, locked_bytes=10**8)
     for value, count in ((limit, 0), (limit + beyond, 1)):
-        found = nodes()[:1]
-        change(found[0], value)
+        found = two_gpu_nodes()
+        change(found[1], value)
         assert len(node_problems(found, spec)) == count, value
 
 
 def test_unknown_disk_space_is_no_problem(tmp_path: Path):
-    found = nodes()
+    found = two_gpu_nodes()
     found[0]["disk_free_bytes"] = found[0]["swap"]["free_bytes"] = found[0]["swap"]["lockable_bytes"] = None
     assert node_problems(found, job(tmp_path, build="cuda 13.0", swap_bytes=10**9, locked_bytes=10**9)) == []
 
 
 def test_ports_matter_only_between_nodes_and_for_rdma(tmp_path: Path):
-    found = nodes()
+    found = two_gpu_nodes()
     found[1]["hardware"] = hardware(ports=[port(0, state="DOWN")])
     for kind in ("roce", "infiniband"):
         assert node_problems(found, job(tmp_path, build="cuda 13.0", interconnect=kind))
@@ -277,7 +249,7 @@ def run(job: EnvironmentSpec, folder: Path) -> subprocess.CompletedProcess[str]:
 def two_nodes(tmp_path: Path, *bad: bool) -> tuple[list[dict[str, Any]], EnvironmentSpec]:
     """Return the facts of nodes, some of which have a memory error, and the spec of their check."""
     found = [
-        {**nodes()[0], "host": f"n{number}", "cpus": 96, "measured": None,
+        {**two_gpu_nodes()[0], "host": f"n{number}", "cpus": 96, "measured": None,
          "hardware": hardware(cpu={"memory_uncorrected": int(is_bad)})}
         for number, is_bad in enumerate(bad, start=1)
     ]  # fmt: skip

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.measurement_checks import EXACT_PRODUCTS
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
+from longhaul.checks.nodes_to_exclude import nodes_to_exclude
 from longhaul.config.shipped_files import data_root
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
@@ -37,7 +37,7 @@ def run(job: EnvironmentSpec) -> None:
     """Check the nodes and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        BadNodesError: some nodes have bad hardware, and there is no other problem.
+        BadNodesError: some nodes have problems, and the others have none.
         UserError:     there is another problem; the first node raises it and lists all problems.
     """
     rank = this_rank()
@@ -68,22 +68,13 @@ def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec) -> None:
         Path(job.out),
         "the nodes are not ready for training",
         "correct these problems, or exclude the nodes",
-        () if problems else nodes_to_exclude(rows, len(nodes)),
+        nodes_to_exclude(nodes, rows, job),
     )
 
 
 def _tolerated(row: CheckRow) -> CheckRow:
     """Return a failed row as a warning. Nobody can use a device that computes wrong results."""
     return {**row, "result": "warn"} if row["result"] == "fail" and row["check"] != EXACT_PRODUCTS else row
-
-
-def nodes_to_exclude(rows: Sequence[CheckRow], nodes: int) -> list[str]:
-    """Return the nodes with bad hardware, for the quarantine.
-
-    None, if all nodes have some: then a setting of the site is more likely than so many bad nodes.
-    """
-    bad = list(dict.fromkeys(row["node"] for row in rows if row["result"] == "fail"))
-    return bad if len(bad) < nodes else []
 
 
 def tested_versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ def node_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     """Return one line for each problem that would make training fail. `nodes` begins with the first node."""
     found = _version_and_gpu_differences(nodes)
     for node in nodes:
-        found += [f"{node['host']}: {text}" for text in _problems_of_node(node, job)]
+        found += [f"{node['host']}: {text}" for text in problems_of_node(node, job)]
     return found + _port_problems(nodes, job) + _clock_problems(nodes, job)
 
 
@@ -91,7 +91,8 @@ def _gpus_text(gpus: Sequence[Facts]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
-def _problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
+def problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
+    """Return the problems that one node has by itself."""
     return [
         *_software_problems(node, job),
         *_memory_problems(node, job),
@@ -185,10 +186,10 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
 
 
 def _clock_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
-    maximum = job.checks.max_clock_skew_s
+    maximum, first = job.checks.max_clock_skew_s, nodes[0]["clock_skew_s"]
     return [
-        f"{node['host']}: clock is {node['clock_skew_s']:+.1f} s from that of {nodes[0]['host']}, "
+        f"{node['host']}: clock is {node['clock_skew_s'] - first:+.1f} s from that of {nodes[0]['host']}, "
         f"checks.max_clock_skew_s is {maximum:g}"
         for node in nodes
-        if abs(node["clock_skew_s"]) > maximum
+        if abs(node["clock_skew_s"] - first) > maximum
     ]

@@ -1,0 +1,80 @@
+"""A node with a problem of its own is excluded; a problem of all nodes, or between two, excludes none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.check_rows import CheckRow
+from longhaul.checks.nodes_to_exclude import nodes_to_exclude
+from tests.support.node_hardware import environment_job, hardware, two_gpu_nodes
+
+JOB = environment_job(build="cuda 13.0", memory_mb=100_000)
+
+
+def nodes(count: int = 4) -> list[dict[str, Any]]:
+    """Return the facts of some nodes without problems."""
+    return [{**two_gpu_nodes()[0], "host": f"n{number}"} for number in range(1, count + 1)]
+
+
+def failed(node: str) -> CheckRow:
+    return {"check": "MIG", "node": node, "component": "", "value": "", "expected": "", "result": "fail", "remedy": ""}
+
+
+FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a lost GPU": lambda node: node["gpus"].pop(),
+    "less memory": lambda node: node.update(memory_bytes=2**30),
+    "an unwritable folder": lambda node: node.update(write_error="Read-only file system"),
+    "a folder that is not shared": lambda node: node.update(run_folder_seen_after_s=None),
+    "another torch": lambda node: node["versions"].update(torch="2.12.0"),
+    "another driver": lambda node: node["versions"].update(driver="570"),
+    "a wrong clock": lambda node: node.update(clock_skew_s=3600.0),
+    "an op that does not build": lambda node: node["ops"]["failed"].update(cpu_adam="omp.h"),
+}
+
+
+@pytest.mark.parametrize("change", FAULTS.values(), ids=FAULTS)
+def test_node_with_a_problem_of_its_own_is_excluded(change: Callable[[dict[str, Any]], object]):
+    assert nodes_to_exclude(nodes(), [], JOB) == []
+    found = nodes()
+    change(found[2])
+    assert nodes_to_exclude(found, [], JOB) == ["n3"]
+
+
+def test_bad_hardware_and_other_problems_add_up():
+    found = nodes()
+    found[1]["gpus"].pop()
+    assert nodes_to_exclude(found, [failed("n4")], JOB) == ["n2", "n4"]
+
+
+def test_first_node_is_excluded_if_its_own_clock_is_wrong():
+    """Clocks are measured from the first node's, so all others seem to be wrong."""
+    found = nodes()
+    for node in found[1:]:
+        node["clock_skew_s"] = -3600.0
+    assert nodes_to_exclude(found, [], JOB) == ["n1"]
+
+
+@pytest.mark.parametrize("change", [FAULTS["another torch"], FAULTS["a wrong clock"]], ids=["torch", "clock"])
+def test_of_two_nodes_that_differ_none_is_excluded(change: Callable[[dict[str, Any]], object]):
+    found = nodes(2)
+    change(found[1])
+    assert nodes_to_exclude(found, [], JOB) == []
+
+
+@pytest.mark.parametrize("change", [FAULTS["less memory"], FAULTS["an unwritable folder"]], ids=["memory", "folder"])
+def test_fault_of_all_nodes_excludes_none(change: Callable[[dict[str, Any]], object]):
+    found = nodes()
+    for node in found:
+        change(node)
+    assert nodes_to_exclude(found, [], JOB) == []
+
+
+def test_problem_that_stays_without_the_bad_node_excludes_none(tmp_path: Path):
+    """The network is missing on every node."""
+    found = [{**node, "hardware": hardware(ports=[])} for node in nodes()]
+    found[0]["gpus"].pop()
+    assert nodes_to_exclude(found, [], JOB) == []
