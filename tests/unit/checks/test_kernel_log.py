@@ -46,6 +46,15 @@ def test_journal_is_read_where_the_kernel_log_is_closed(tmp_path: Path, monkeypa
     assert [error.number for error in read_kernel_log(tmp_path / "none").errors] == [95]
 
 
+def test_journal_that_takes_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tool = tmp_path / "journalctl"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(kernel_log, "_JOURNAL_S", 0.2)
+    assert "the journal shows no kernel messages" in read_kernel_log(tmp_path / "none").unreadable
+
+
 def test_log_that_nobody_may_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_log, "_journal_lines", lambda: [])
     found = read_kernel_log(tmp_path / "none")

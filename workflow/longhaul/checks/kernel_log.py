@@ -18,6 +18,8 @@ KMSG = Path("/dev/kmsg")
 _XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
 # nvidia-nvswitch0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 32 LTSSM Fault Up
 _SXID = re.compile(r"nvidia-nvswitch\d+: SXid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
+_JOURNAL_S = 5.0
+"""A stage starts only after this; journals of months may take longer to read."""
 _MAX_RECORD_BYTES = 8192
 """The kernel refuses reads of a record into a smaller buffer."""
 
@@ -91,7 +93,9 @@ def _journal_lines() -> list[str]:
         return []
     command = [tool, "--dmesg", "--boot", "--no-pager", "--quiet", "--output=cat"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_JOURNAL_S, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return done.stdout.splitlines()
