@@ -167,5 +167,6 @@ def test_no_other_module_starts_processes():
         "scheduling/run_job_steps.py",  # the steps of launch.json
         "scheduling/serve_verb.py",  # bash with the launch.sh that it has rendered
         "serving/server_process.py",  # words of the site file, and what serving/engines.py adds: names, numbers, paths
+        "serving/engine_version.py",  # words of the site file, and fixed code
         "serving/guard_processes.py",  # the words of server_process.py
     }
