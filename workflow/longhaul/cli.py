@@ -268,6 +268,17 @@ def prune(
 
 
 @app.command()
+def nodes() -> None:
+    """List the nodes of all runs in this folder: quarantined, unfit, flaky or fit, by what checks found over time.
+
+    Example: `longhaul nodes`
+    """
+    from longhaul.report.node_history import print_nodes
+
+    print_nodes(Path())
+
+
+@app.command()
 def retry(
     folder: Annotated[
         Path, typer.Argument(help="The failed job's folder: results/<run>/stages/<stage> or results/<run>/jobs/<job>.")

@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.artifact_schemas import failed_path
-from longhaul.artifacts.fabric_report import FabricReport, SlowNode
+from longhaul.artifacts.fabric_report import FabricReport, PairResult, SlowNode
+from longhaul.artifacts.line_records import read_records
+from longhaul.artifacts.node_results import NodeResult
+from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collective_benchmarks import COLLECTIVES
-from longhaul.checks.fabric import fabric_problems, latency_us, raise_if_slow
+from longhaul.checks.fabric import fabric_problems, latency_us, node_results, raise_if_slow, slowest_pairs
+from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
@@ -114,12 +118,42 @@ def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path
     assert not failed_path(tmp_path / "other.json").exists()
 
 
+def pair(number: int, rate: float) -> PairResult:
+    return {"hosts": ["n1", f"m{number}"], "rail": 0, "bandwidth_gbps": rate, "latency_us": 9.0}
+
+
+def test_report_keeps_the_slowest_pairs_of_a_large_network() -> None:
+    pairs = [pair(number, float(30_000 - number)) for number in range(30_000)]
+    assert slowest_pairs(pairs[:20_000]) == pairs[:20_000]
+    assert slowest_pairs(pairs) == pairs[:9_999:-1]
+
+
+def test_each_node_gets_the_median_of_its_pairs_and_the_reason_why_it_is_slow() -> None:
+    slow = SlowNode(host="m1", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
+    tournament = Tournament([pair(1, 1.0), pair(2, 7.0), pair(3, 9.0)], [slow])
+    assert [(row["node"], row["bandwidth_gbps"], row["problem"]) for row in node_results(tournament)] == [
+        ("n1", 7.0, ""),
+        ("m1", 1.0, "slow: usual are 9 GB/s"),
+        ("m2", 7.0, ""),
+        ("m3", 9.0, ""),
+    ]
+
+
 def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) -> None:
     """Two nodes of two real processes each measure over gloo. No machine reaches 10^6 GB/s."""
     limits = FabricLimits(send_recv_gbps=1e6, all_reduce_gbps=1e-6)
     node_limits = FabricLimits(broadcast_gbps=1e6)
     out = tmp_path / "fabric.json"
-    job = FabricSpec(run="r", nodes=2, gpus_per_node=2, limits=limits, node_limits=node_limits, out=str(out))
+    job = FabricSpec(
+        run="r",
+        nodes=2,
+        gpus_per_node=2,
+        limits=limits,
+        node_limits=node_limits,
+        pairs_only=False,
+        folder=str(tmp_path),
+        out=str(out),
+    )
     job.write(tmp_path / "job.json")
     first, *others = start_ranks(tmp_path / "job.json", 2, 2)
     _, stderr = first.communicate(timeout=300)
@@ -129,8 +163,12 @@ def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) 
     report = FabricReport.read(failed_path(out))
     assert report.backend == "gloo" and report.world_size == 4 and report.hosts == ["n0", "n1"]
     assert [problem.partition(" bus")[0] for problem in report.problems] == ["send_recv:", "inside a node: broadcast:"]
-    (pair,) = report.pairs
-    assert pair["hosts"] == ["n0", "n1"] and pair["bandwidth_gbps"] > 0 and pair["latency_us"] > 0
+    (measured,) = report.pairs
+    assert measured["hosts"] == ["n0", "n1"] and measured["bandwidth_gbps"] > 0 and measured["latency_us"] > 0
+    rows = read_records(JobFolder(tmp_path).node_results, NodeResult)
+    assert [(row["node"], row["bandwidth_gbps"], row["problem"]) for row in rows] == [
+        (host, measured["bandwidth_gbps"], "") for host in ("n0", "n1")
+    ]
     measured_sizes = Counter((found["scope"], found["collective"]) for found in report.results)
     assert set(measured_sizes) == {(scope, name) for scope in ("node", "all") for name in FACTORS}
     assert set(measured_sizes.values()) <= {3, 4}, "on a busy machine, the budget leaves out 16 MiB"

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import pytest
 
-from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
+from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair, slow_node_line
 
 HOSTS = ("n1", "n2", "n3", "n4")
 RAILS = 2
@@ -28,7 +28,8 @@ def pairs_of(node: int, *rails: int) -> list[RailPair]:
 
 def test_healthy_nodes_have_no_suspects_and_no_problems():
     evidence = PairEvidence(measured(), 0.7)
-    assert (evidence.suspects(), evidence.slow_nodes(HOSTS), evidence.problems(HOSTS)) == ([], [], [])
+    assert (evidence.suspects(), evidence.slow_nodes(HOSTS)) == ([], [])
+    assert (evidence.slow_links(HOSTS), evidence.wrong_values(HOSTS)) == ([], [])
     results = evidence.pair_results(HOSTS)
     assert [row["hosts"] for row in results] == [list(pair) for pair in combinations(HOSTS, 2)]
     assert results[0] == {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 20.0, "latency_us": 30.0}
@@ -39,9 +40,9 @@ def test_slow_adapter_is_named_with_its_node_and_rail():
     assert evidence.slow_nodes(HOSTS) == [
         {"host": "n3", "rails": [1], "bandwidth_gbps": 12.0, "usual_bandwidth_gbps": 20.0}
     ]
-    assert evidence.problems(HOSTS) == [
-        "n3 is slow with most other nodes: 12 GB/s, usual are 20 GB/s (rails: 1)",
-    ]
+    assert slow_node_line(evidence.slow_nodes(HOSTS)[0]) == (
+        "n3 is slow with most other nodes: 12 GB/s, usual are 20 GB/s (rails: 1)"
+    )
     assert evidence.pair_results(HOSTS)[1] == {
         "hosts": ["n1", "n3"],
         "rail": 1,
@@ -57,7 +58,7 @@ def test_node_that_is_slow_on_both_rails_is_named_once_with_the_slowest():
 
 
 def test_slow_link_is_named_with_both_nodes():
-    assert PairEvidence(measured({(0, 1, 3): 2.0}), 0.7).problems(HOSTS) == [
+    assert PairEvidence(measured({(0, 1, 3): 2.0}), 0.7).slow_links(HOSTS) == [
         "the link between n2 and n4 is slow: 2 GB/s on rail 0, usual are 20 GB/s; both nodes are fast with most others"
     ]
 
@@ -65,7 +66,7 @@ def test_slow_link_is_named_with_both_nodes():
 def test_wrong_values_are_named_even_if_a_later_measurement_is_right():
     evidence = PairEvidence(measured(wrong=(1, 0, 2)), 0.7)
     evidence.add({(1, 0, 2): PairMeasurement(20.0, 30.0, True)})
-    assert evidence.problems(HOSTS) == ["n1 and n3 received wrong values from each other (rail 1)"]
+    assert evidence.wrong_values(HOSTS) == ["n1 and n3 received wrong values from each other (rail 1)"]
 
 
 @pytest.mark.parametrize(("again", "named"), [(13.9, ["n2"]), (14.1, [])])

@@ -380,6 +380,20 @@ def commands(
     return [step["command"] for step in json.loads(launch)["steps"]]
 
 
+@pytest.mark.parametrize(("nodes", "pair_checks"), [(1, 0), (2, 0), (3, 1)])
+def test_training_on_three_nodes_measures_their_pairs_before_each_attempt(tmp_path: Path, nodes: int, pair_checks: int):
+    config = {"stages.0.nodes": nodes, "stages.0.gpus_per_node": 2, "stages.0.global_batch_size": 24}
+    files = render_job(plan_of(tmp_path, config, {"partitions.0.max_nodes": 4}), BASE, tmp_path / "run").files
+    steps = [step["command"] for step in json.loads(files["launch.json"])["steps"]]
+    kinds = [command[command.index("run") + 1] for command in steps]
+    assert kinds == ["environment", *["fabric"] * pair_checks, "train"]
+    if pair_checks:
+        assert f"--ntasks={2 * nodes}" in steps[1]
+        spec = json.loads(files["pair_check.json"])
+        assert (spec["nodes"], spec["gpus_per_node"], spec["pairs_only"]) == (nodes, 2, True)
+        assert (spec["out"], spec["folder"]) == ("results/small/stages/base/pairs.json", "results/small/stages/base")
+
+
 def bindings(command: list[str]) -> list[str]:
     return [word for word in command if word.startswith(("--cpu-bind", "--gpu-bind", "--threads-per-core"))]
 

@@ -60,7 +60,7 @@ class FabricReport(CheckReport):
 
     hosts:      the name of each node
     results:    empty where a node is slow, because it makes every collective slow
-    pairs:      empty for a single node
+    pairs:      empty for a single node; of more than 200 nodes, the slowest 20,000
     """
 
     schema_version: ClassVar[int] = 2

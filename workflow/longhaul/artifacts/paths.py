@@ -81,6 +81,11 @@ class JobFolder:
         return self.path / "history.jsonl"
 
     @property
+    def node_results(self) -> Path:
+        """What checks found about each node, one line per check and node; a job that checks nodes has it."""
+        return self.path / "node_results.jsonl"
+
+    @property
     def rank_failures(self) -> Path:
         """Folder of the files in which failing ranks say why they failed."""
         return self.path / "failures"
@@ -122,6 +127,15 @@ class JobFolder:
     @property
     def node_check_report(self) -> Path:
         return self.path / "nodes.json"
+
+    @property
+    def pair_check_spec(self) -> Path:
+        """Job spec of the pair tournament between the nodes that the stage was given."""
+        return self.path / "pair_check.json"
+
+    @property
+    def pair_check_report(self) -> Path:
+        return self.path / "pairs.json"
 
     @property
     def checkpoint(self) -> Path:

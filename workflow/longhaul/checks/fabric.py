@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import failed_path
-from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
+from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, PairResult
+from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
+from longhaul.artifacts.paths import JobFolder
+from longhaul.checks.pair_evidence import slow_node_line
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
@@ -23,8 +28,9 @@ if TYPE_CHECKING:
     from longhaul.checks.pair_tournament import Tournament
 
 _TIMEOUT_S = 300.0
-_TOURNAMENT_BUDGET_S = 300.0
-"""Enough for every pair of 1,000 nodes."""
+_TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
+"""Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
+_MOST_REPORTED_PAIRS = 20_000
 _COLLECTIVE_BUDGET_S = 4.0
 """Time for all sizes of one collective; six collectives, inside the nodes and between all ranks, take less than a minute."""
 SIZES_BYTES = {
@@ -51,11 +57,14 @@ def run(job: FabricSpec) -> None:
     with process_group(rank, backend, _TIMEOUT_S):
         device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
         hosts = _node_names(rank)
-        tournament = run_tournament(rank, hosts, device, _TOURNAMENT_BUDGET_S)
+        budget_s = _QUICK_TOURNAMENT_BUDGET_S if job.pairs_only else _TOURNAMENT_BUDGET_S
+        tournament = run_tournament(rank, hosts, device, budget_s)
         # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
-        results = [] if tournament.problems else _measure_all(rank, device, backend)
+        is_full = tournament.is_healthy and not job.pairs_only
+        results = _measure_all(rank, device, backend) if is_full else []
     if rank.is_main:
         report = _report(job, backend, hosts, results, rank.world_size, tournament)
+        append_node_results(JobFolder(Path(job.folder)), node_results(tournament))
         _print_measurements(report)
         raise_if_slow(report, Path(job.out))
         report.write_or_raise(
@@ -128,6 +137,21 @@ def _node_names(rank: Rank) -> list[str]:
     return names[:: rank.world_size // rank.nodes]
 
 
+def node_results(tournament: Tournament) -> list[NodeResult]:
+    """Return for each node the median bandwidth of its pairs, and why it is slow."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for pair in tournament.pairs:
+        for host in pair["hosts"]:
+            rates[host].append(pair["bandwidth_gbps"])
+    problems = {
+        node["host"]: f"slow: usual are {node['usual_bandwidth_gbps']:.3g} GB/s" for node in tournament.slow_nodes
+    }
+    return [
+        new_node_result(host, "pair tournament", statistics.median(found), problems.get(host, ""))
+        for host, found in rates.items()
+    ]
+
+
 def raise_if_slow(report: FabricReport, out: Path) -> None:
     """Write the failed report and raise BadNodesError if a node is slow."""
     if report.slow_nodes:
@@ -148,8 +172,12 @@ def _report(
     tournament: Tournament,
 ) -> FabricReport:
     limits, node_limits = _set_limits(job.limits), _set_limits(job.node_limits)
+    for line in tournament.slow_links if job.pairs_only else ():
+        print(f"warning: {line}", flush=True)
     problems = [
-        *tournament.problems,
+        *tournament.wrong_values,
+        *map(slow_node_line, tournament.slow_nodes),
+        *(() if job.pairs_only else tournament.slow_links),
         *fabric_problems([row for row in results if row["scope"] == "all"], limits),
         *(
             f"inside a node: {line}"
@@ -157,8 +185,23 @@ def _report(
         ),
     ]
     return FabricReport(
-        problems, backend, world_size, hosts, results, limits, tournament.pairs, tournament.slow_nodes, node_limits
+        problems,
+        backend,
+        world_size,
+        hosts,
+        results,
+        limits,
+        slowest_pairs(tournament.pairs),
+        tournament.slow_nodes,
+        node_limits,
     )
+
+
+def slowest_pairs(pairs: list[PairResult]) -> list[PairResult]:
+    """Return the pairs that the report keeps: all of up to 200 nodes, else the slowest ones."""
+    if len(pairs) <= _MOST_REPORTED_PAIRS:
+        return pairs
+    return sorted(pairs, key=lambda pair: pair["bandwidth_gbps"])[:_MOST_REPORTED_PAIRS]
 
 
 def _set_limits(limits: FabricLimits) -> dict[str, float]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from longhaul.checks.pair_schedule import Pair
+from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 _REPEATED_PAIRS = 3
 
@@ -43,7 +44,7 @@ def find_slow_parts(bandwidths: Mapping[Pair, float], share: float) -> SlowParts
     share:      a pair is slow below this share of the reference
     """
     by_node = _by_node(bandwidths)
-    if len(by_node) < 3:
+    if len(by_node) < FEWEST_COMPARED_NODES:
         return SlowParts(max(bandwidths.values(), default=0.0), {}, {})
     reference = statistics.median_high(_upper_quartile(list(found.values())) for found in by_node.values())
     slow_pairs = {pair for pair, bandwidth in bandwidths.items() if bandwidth < share * reference}

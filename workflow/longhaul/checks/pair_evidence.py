@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
@@ -61,14 +61,25 @@ class PairEvidence:
                 found[host] = row if is_slowest else {**found[host], "rails": rails}
         return list(found.values())
 
-    def problems(self, hosts: Sequence[str]) -> list[str]:
-        """Return one line per pair with wrong values, slow node and slow link."""
-        wrong = [
+    def wrong_values(self, hosts: Sequence[str]) -> list[str]:
+        """Return one line per pair that received other values than were sent."""
+        return [
             f"{hosts[first]} and {hosts[second]} received wrong values from each other (rail {rail})"
             for (rail, first, second), found in sorted(self._measured.items())
             if not found.correct
         ]
-        return [*wrong, *map(_node_line, self.slow_nodes(hosts)), *self._link_lines(hosts)]
+
+    def slow_links(self, hosts: Sequence[str]) -> list[str]:
+        """Return one line per slow link."""
+        lines = []
+        for rail, pairs in sorted(self._rails.items()):
+            parts = self._slow_parts(pairs)
+            lines += [
+                f"the link between {hosts[first]} and {hosts[second]} is slow: {bandwidth:.3g} GB/s on rail {rail}, "
+                f"usual are {parts.reference:.3g} GB/s; both nodes are fast with most others"
+                for (first, second), bandwidth in parts.links.items()
+            ]
+        return lines
 
     def pair_results(self, hosts: Sequence[str]) -> list[PairResult]:
         """Return the slowest rail of each pair of nodes."""
@@ -88,15 +99,6 @@ class PairEvidence:
     def _slow_parts(self, bandwidths: Mapping[Pair, float]) -> SlowParts:
         return find_slow_parts(bandwidths, self._share)
 
-    def _link_lines(self, hosts: Sequence[str]) -> Iterator[str]:
-        for rail, pairs in sorted(self._rails.items()):
-            parts = self._slow_parts(pairs)
-            for (first, second), bandwidth in parts.links.items():
-                yield (
-                    f"the link between {hosts[first]} and {hosts[second]} is slow: {bandwidth:.3g} GB/s on rail {rail}, "
-                    f"usual are {parts.reference:.3g} GB/s; both nodes are fast with most others"
-                )
-
 
 def _by_rail(measured: Mapping[RailPair, PairMeasurement]) -> dict[int, dict[Pair, float]]:
     """Return rail -> pair of nodes -> bandwidth in GB/s."""
@@ -115,7 +117,8 @@ def _better(one: PairMeasurement, other: PairMeasurement) -> PairMeasurement:
     )
 
 
-def _node_line(node: SlowNode) -> str:
+def slow_node_line(node: SlowNode) -> str:
+    """Return a sentence about a slow node."""
     return (
         f"{node['host']} is slow with most other nodes: {node['bandwidth_gbps']:.3g} GB/s, usual are "
         f"{node['usual_bandwidth_gbps']:.3g} GB/s (rails: {', '.join(map(str, node['rails']))})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,14 +37,20 @@ _MOST_REPETITIONS, _MOST_REPEATED_ROUNDS = 5, 16
 class Tournament:
     """What a tournament found.
 
-    pairs:      the measured pairs of nodes, each with its slowest rail; on rank 0 alone
-    slow_nodes: nodes that are slow with most others
-    problems:   one line per slow node, slow link, and pair with wrong values
+    pairs:        the measured pairs of nodes, each with its slowest rail; on rank 0 alone
+    slow_nodes:   nodes that are slow with most others
+    slow_links:   one line each
+    wrong_values: one line per pair that received other values than were sent
     """
 
-    pairs: list[PairResult]
-    slow_nodes: list[SlowNode]
-    problems: list[str]
+    pairs: list[PairResult] = field(default_factory=list)
+    slow_nodes: list[SlowNode] = field(default_factory=list)
+    slow_links: list[str] = field(default_factory=list)
+    wrong_values: list[str] = field(default_factory=list)
+
+    @property
+    def is_healthy(self) -> bool:
+        return not (self.slow_nodes or self.slow_links or self.wrong_values)
 
 
 def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budget_s: float) -> Tournament:
@@ -54,7 +60,7 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
     budget_s: after so many seconds no further round starts; the pairs measured until then are an even sample
     """
     if len(hosts) < 2:
-        return Tournament([], [], [])
+        return Tournament()
     table = _MeasuredRounds(rank, len(hosts), device)
     if rank.is_main:
         rounds, seconds = planned_rounds(len(hosts), budget_s), planned_seconds(len(hosts), budget_s)
@@ -67,8 +73,8 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
             break
         table.play(list(disjoint_rounds(suspects))[:_MOST_REPEATED_ROUNDS])
         evidence.add(table.gather())
-    slow_nodes, problems = _on_all_ranks((evidence.slow_nodes(hosts), evidence.problems(hosts)))
-    return Tournament(evidence.pair_results(hosts), slow_nodes, problems)
+    found = evidence.slow_nodes(hosts), evidence.slow_links(hosts), evidence.wrong_values(hosts)
+    return Tournament(evidence.pair_results(hosts), *_on_all_ranks(found))
 
 
 class _MeasuredRounds:

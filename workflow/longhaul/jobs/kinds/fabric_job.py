@@ -9,26 +9,40 @@ from longhaul.jobs.job_spec import JobSpec
 from longhaul.jobs.kinds.environment_job import check_request
 from longhaul.planning import Plan
 
+FEWEST_COMPARED_NODES = 3
+"""With fewer nodes there is one pair, and nothing to compare it with."""
+
 
 class FabricSpec(JobSpec):
-    """Measures collectives and compares them with the site's limits."""
+    """Measures pairs of nodes and collectives, and compares collectives with the site's limits."""
 
     nodes: int
     gpus_per_node: int
     limits: FabricLimits
     node_limits: FabricLimits
+    pairs_only: (
+        bool  # the quick half, before a training on its own nodes: slow nodes are named, collectives not measured
+    )
+    folder: str  # the job's folder, for the results of each node
     out: str  # fabric.json
 
 
-def _build(plan: Plan, job: JobId) -> FabricSpec:
+def fabric_spec(plan: Plan, job: JobId, nodes: int, gpus_per_node: int, out: str, pairs_only: bool) -> FabricSpec:
+    """Return the spec of a check of so many nodes that writes its report to `out`."""
     return FabricSpec(
         run=plan.run,
-        nodes=plan.check_nodes,
-        gpus_per_node=plan.check_gpus_per_node,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
         limits=plan.site.interconnect.limits,
         node_limits=plan.site.interconnect.node_limits,
-        out=str(plan.paths.fabric),
+        pairs_only=pairs_only,
+        folder=str(plan.paths.job(job).path),
+        out=out,
     )
+
+
+def _build(plan: Plan, job: JobId) -> FabricSpec:
+    return fabric_spec(plan, job, plan.check_nodes, plan.check_gpus_per_node, str(plan.paths.fabric), pairs_only=False)
 
 
 KIND = JobKind(

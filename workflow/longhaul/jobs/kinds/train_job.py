@@ -1,4 +1,4 @@
-"""Declares the training of one stage: what the trainer's spec holds, its nodes and GPUs, and the node check before it."""
+"""Declares the training of one stage: what the trainer's spec holds, its nodes and GPUs, and the checks of its nodes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from longhaul.config.stage_config import Stage
 from longhaul.jobs.job_kind import JobKind, PlannedStep
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.jobs.kinds.environment_job import environment_spec
+from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES, fabric_spec
 from longhaul.jobs.templates import render_deepspeed_config
 from longhaul.planning import Plan, model_config
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
@@ -119,14 +120,31 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
     )
 
 
-def _node_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
-    """Return the environment check on the stage's own nodes; it takes seconds, as compiled ops are kept per node."""
+def _checks(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
+    """Return the checks on the stage's own nodes, before each attempt."""
+    return [_node_check(plan, job, request), *_pair_check(plan, job, request)]
+
+
+def _pair_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
+    """Return the pair tournament; two nodes have nothing to be compared with."""
+    (name,) = job.names
+    stage, folder = plan.stage(name).stage, plan.paths.stage(name)
+    if stage.nodes < FEWEST_COMPARED_NODES:
+        return []
+    out = str(folder.pair_check_report)
+    spec = fabric_spec(plan, job, stage.nodes, stage.gpus_per_node, out, pairs_only=True)
+    title = "Check of the network between these nodes"
+    return [PlannedStep(title, "fabric", spec, folder.pair_check_spec.name, request)]
+
+
+def _node_check(plan: Plan, job: JobId, request: SlurmRequest) -> PlannedStep:
+    """Return the environment check; it takes seconds, as compiled ops are kept per node."""
     (name,) = job.names
     stage, folder = plan.stage(name).stage, plan.paths.stage(name)
     spec = environment_spec(plan, "gpu", stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
     one_per_node = replace(request, tasks_per_node=1, cpus_per_task=1)
     title = "Check of the nodes of this allocation"
-    return [PlannedStep(title, "environment", spec, folder.node_check_spec.name, one_per_node)]
+    return PlannedStep(title, "environment", spec, folder.node_check_spec.name, one_per_node)
 
 
 def _deepspeed_config(plan: Plan, job: JobId) -> dict[str, str]:
@@ -145,7 +163,7 @@ KIND = JobKind(
     request=_request,
     wildcards=("stage",),
     rerun_key=lambda plan, job: content_hash(plan.stage(*job.names).spec),
-    first_steps=_node_check,
+    first_steps=_checks,
     more_files=_deepspeed_config,
     binds_ranks=True,
     max_restarts=lambda plan, job: plan.stage(*job.names).stage.recovery.max_restarts,

@@ -1,0 +1,67 @@
+"""`longhaul nodes`: what checks of all runs found about each node, the worst nodes first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result, read_node_results
+from longhaul.artifacts.paths import QUARANTINE, RESULTS, JobId, RunPaths
+from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
+from longhaul.cli import app
+from longhaul.errors import UserError
+from longhaul.report.node_history import node_histories, print_nodes
+
+
+def result(node: str, time_s: float, problem: str = "", rate: float | None = 9.0) -> NodeResult:
+    return {"time_s": time_s, "node": node, "check": "pair tournament", "bandwidth_gbps": rate, "problem": problem}
+
+
+def test_worst_nodes_come_first_with_their_cause():
+    rows = [
+        result("n1", 1.0),
+        result("n2", 1.0, "slow: usual are 9 GB/s", 1.0),
+        result("n3", 1.0, "slow: usual are 9 GB/s", 2.0),
+        result("n3", 2.0, rate=8.0),
+    ]
+    found = node_histories(rows, [{"node": "n9", "cause": "does not respond"}])
+    assert [(one.node, one.verdict, one.checks, one.unfit) for one in found] == [
+        ("n9", "quarantined", 0, 0),
+        ("n2", "unfit", 1, 1),
+        ("n3", "flaky", 2, 1),
+        ("n1", "fit", 1, 0),
+    ]
+    assert [one.note for one in found] == ["does not respond", *["slow: usual are 9 GB/s"] * 2, ""]
+    assert (found[2].last_bandwidth_gbps, found[2].last_checked_s) == (8.0, 2.0)
+
+
+def test_results_of_all_jobs_of_all_runs_are_read_in_their_order(tmp_path: Path):
+    jobs = [RunPaths("a", tmp_path).job(JobId("fabric")), RunPaths("b", tmp_path).stage("base")]
+    for job, times in zip(jobs, [(3.0, 1.0), (2.0,)], strict=True):
+        job.path.mkdir(parents=True)
+        append_node_results(job, [result("n1", time_s) for time_s in times])
+    with jobs[1].node_results.open("a") as stream:
+        stream.write(json.dumps(result("--bad", 4.0)) + "\n")
+    assert [row["time_s"] for row in read_node_results(tmp_path)] == [1.0, 2.0, 3.0]
+    assert read_node_results(tmp_path / "none") == []
+
+
+def test_verb_prints_the_nodes_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    job = RunPaths("a", RESULTS).job(JobId("fabric"))
+    job.path.mkdir(parents=True)
+    append_node_results(job, [new_node_result("n1", "pair tournament", 11.5, "")])
+    add_to_quarantine(QUARANTINE, ["n2"], "n2 is slow\x1b[31m", "fabric, job 7")
+    assert read_quarantine(QUARANTINE).node_names == ("n2",)
+    shown = CliRunner().invoke(app, ["nodes"])
+    assert shown.exit_code == 0, shown.output
+    assert "n2 is slow\\x1b[31m" in shown.output and "11.5" in shown.output
+    assert shown.output.index("n2") < shown.output.index("n1")
+
+
+def test_folder_without_results_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no results of nodes"):
+        print_nodes(tmp_path)

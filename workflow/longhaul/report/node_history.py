@@ -1,0 +1,85 @@
+"""Lists nodes with what checks found about them over time, for `longhaul nodes`: slow, flaky or fit, and the quarantine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from longhaul.artifacts.node_results import NodeResult, read_node_results
+from longhaul.artifacts.paths import QUARANTINE, RESULTS
+from longhaul.artifacts.quarantine import QuarantinedNode, read_quarantine
+from longhaul.errors import UserError, printable
+from longhaul.report.number_format import MISSING, significant
+
+_ORDER = ("quarantined", "unfit", "flaky", "fit")
+
+
+@dataclass(frozen=True)
+class NodeHistory:
+    """One node. verdict: quarantined; unfit by its last result; flaky: unfit earlier; or fit."""
+
+    node: str
+    verdict: str
+    checks: int
+    unfit: int
+    last_bandwidth_gbps: float | None
+    last_checked_s: float | None
+    note: str
+
+
+def node_histories(rows: Sequence[NodeResult], quarantined: Sequence[QuarantinedNode]) -> list[NodeHistory]:
+    """Return every node that a check or the quarantine names, the worst first. rows: the oldest first."""
+    by_node: dict[str, list[NodeResult]] = defaultdict(list)
+    for row in rows:
+        by_node[row["node"]].append(row)
+    causes = {entry["node"]: entry.get("cause", "") for entry in quarantined}
+    found = [_history(node, by_node.get(node, []), causes.get(node)) for node in {**by_node, **causes}]
+    return sorted(found, key=lambda history: (_ORDER.index(history.verdict), -history.unfit, history.node))
+
+
+def _history(node: str, rows: Sequence[NodeResult], cause: str | None) -> NodeHistory:
+    unfit = [row for row in rows if row["problem"]]
+    if cause is not None:
+        verdict, note = "quarantined", cause
+    elif not unfit:
+        verdict, note = "fit", ""
+    else:
+        verdict, note = ("unfit" if rows[-1]["problem"] else "flaky"), unfit[-1]["problem"]
+    rates = [row["bandwidth_gbps"] for row in rows if row["bandwidth_gbps"] is not None]
+    last_s = rows[-1]["time_s"] if rows else None
+    return NodeHistory(node, verdict, len(rows), len(unfit), rates[-1] if rates else None, last_s, note)
+
+
+def print_nodes(workdir: Path) -> None:
+    """Print the nodes of all runs below a working folder.
+
+    Raises:
+        UserError: no check has written anything there yet, or a file cannot be read.
+    """
+    found = node_histories(read_node_results(workdir / RESULTS), read_quarantine(workdir / QUARANTINE).nodes)
+    if not found:
+        raise UserError(
+            f"{workdir / RESULTS} holds no results of nodes",
+            "call it in the working folder of a run whose fabric check or training has run on at least 2 nodes",
+        )
+    table = Table(title="Nodes of all runs in this folder", title_justify="left")
+    for column in ("node", "verdict", "checks", "unfit", "last GB/s", "last check", "cause"):
+        table.add_column(column, overflow="fold")
+    for history in found:
+        table.add_row(*(Text(printable(cell)) for cell in _cells(history)))
+    Console(width=140).print(table)
+
+
+def _cells(history: NodeHistory) -> tuple[str, ...]:
+    last = MISSING
+    if history.last_checked_s is not None:
+        last = datetime.fromtimestamp(history.last_checked_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    rate = significant(history.last_bandwidth_gbps)
+    return history.node, history.verdict, str(history.checks), str(history.unfit), rate, last, history.note
