@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
+from longhaul.artifacts.paths import QUARANTINE
 from longhaul.checks.pair_bandwidth import PairMeter
 from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
 from longhaul.checks.pair_schedule import (
@@ -25,12 +26,19 @@ from longhaul.checks.pair_schedule import (
     planned_rounds,
     planned_seconds,
 )
+from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import Rank
 
 SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
 """Pairs below this share of the usual bandwidth are slow. Network adapters or PCIe links that run at half of their rate are
 far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
 _MOST_REPETITIONS, _MOST_REPEATED_ROUNDS = 5, 16
+
+
+class BrokenLinkError(UserError):
+    """Two nodes cannot exchange messages. On other nodes, or a minute later, they may."""
+
+    failure_class = "node"
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
     """
     if len(hosts) < 2:
         return Tournament()
-    table = _MeasuredRounds(rank, len(hosts), device)
+    table = _MeasuredRounds(rank, hosts, device)
     if rank.is_main:
         rounds, seconds = planned_rounds(len(hosts), budget_s), planned_seconds(len(hosts), budget_s)
         print(f"pair tournament: {len(hosts)} nodes, {rounds} rounds, about {seconds:.0f} s", flush=True)
@@ -80,9 +88,9 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
 class _MeasuredRounds:
     """Plays rounds and keeps the measurements of this rank. The rank on the first node of a pair keeps them for both."""
 
-    def __init__(self, rank: Rank, nodes: int, device: torch.device) -> None:
-        self._rank, self._nodes, self._device = rank, nodes, device
-        self._rails = rank.world_size // nodes
+    def __init__(self, rank: Rank, hosts: Sequence[str], device: torch.device) -> None:
+        self._rank, self._hosts, self._nodes, self._device = rank, hosts, len(hosts), device
+        self._rails = rank.world_size // len(hosts)
         self._node, self._rail = divmod(rank.rank, self._rails)
         self._meter = PairMeter(rank.rank, device)
         self._measured: dict[RailPair, PairMeasurement] = {}
@@ -115,9 +123,21 @@ class _MeasuredRounds:
         if own is None:
             return
         is_first = own[0] == self._node
-        found = self._meter.measure(own[is_first] * self._rails + self._rail)
+        found = self._measure(own)
         if is_first:
             self._measured[(self._rail, *own)] = found
+
+    def _measure(self, pair: Pair) -> PairMeasurement:
+        """Measure this rank's exchange with the other node of a pair."""
+        peer = pair[1] if pair[0] == self._node else pair[0]
+        try:
+            return self._meter.measure(peer * self._rails + self._rail)
+        except RuntimeError as error:  # of gloo or NCCL, after the time-out of the process group
+            names = " and ".join(self._hosts[node] for node in pair)
+            raise BrokenLinkError(
+                f"{names} cannot exchange messages on rail {self._rail}: {first_line(error)}",
+                f"ask the administrators to test the network of both nodes; to exclude one, add it to {QUARANTINE}",
+            ) from None
 
     def _rank_0_says(self, value: bool) -> bool:
         """Return rank 0's value, when all ranks have come here: the pairs of a round begin together."""
