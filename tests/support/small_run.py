@@ -57,6 +57,7 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     result |= {"algorithm_bandwidth_gbps": 1.0, "bus_bandwidth_gbps": 1.0}
     pair: PairResult = {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 0.7, "latency_us": 90.0}
     limits = {"all_reduce_gbps": 0.5}
+    FabricReport([], "gloo", 2, ["n1", "n2", "n3"], [], {}, [pair]).write(paths.stage(STAGE).pair_check_report)
     FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair]).write(paths.fabric)  # type: ignore[list-item]
     tokenizer = paths.tokenizers / "t"
     write_text(tokenizer / "tokenizer.json", "{}")

@@ -41,3 +41,7 @@ def test_a_check_of_a_served_export_has_a_section(page: str) -> None:
     assert "start of the server 1 min 15 s API key requests without the key are refused" in page
     assert "requests at the same time tokens/s first token, median" in page
     assert " 8 123 0.25 s 0.5 s 0.0125 s – " in page
+
+
+def test_pairs_of_the_fabric_check_and_of_a_stage_are_heat_maps(page: str) -> None:
+    assert page.count("%{x} and %{y}") == 2

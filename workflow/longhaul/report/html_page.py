@@ -156,6 +156,8 @@ def _stage_rows(stage: StageResults, status: StageStatus) -> dict[str, object]:
     if stage.goodput and stage.goodput.total:
         numbers["goodput"] = text.percent(stage.goodput.goodput)
         stage_figures.append(figures.goodput_figure(stage.goodput))
+    if stage.pair_check:
+        stage_figures.append(figures.pairs_figure(stage.pair_check.hosts, stage.pair_check.pairs))
     return {
         "name": stage.name,
         "numbers": numbers,

@@ -69,6 +69,7 @@ class StageResults:
         str, float
     ]  # of the last attempt with a step: phase -> seconds from the start of rank 0's process on
     profiles: list[StepProfile]  # of the ranks that profile_steps recorded
+    pair_check: FabricReport | None  # of the stage's own nodes before its last attempt; None for fewer than three
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -179,6 +180,7 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
             if event["event"] == "saved"
         ],
         start_up=_last_start_up(events),
+        pair_check=_read_if_made(FabricReport, stage.pair_check_report),
         profiles=[read_typed_json(path, StepProfile) for path in weights.written_profiles()],
     )
 
