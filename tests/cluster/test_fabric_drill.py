@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from bench.machine import describe_machine, write_result
-from tests.cluster.fabric_drill import CASES, FOUND_WITHIN_S, RATE, DrillCase, FabricDrill, limit_link
+from longhaul.artifacts.line_records import read_records
+from longhaul.artifacts.node_results import read_node_results
+from longhaul.artifacts.paths import QUARANTINE, RESULTS, WeightsFolder
+from longhaul.artifacts.quarantine import read_quarantine
+from longhaul.artifacts.record_types import Attempt
+from tests.cluster.fabric_drill import CASES, FOUND_WITHIN_S, RATE, SLOW, DrillCase, FabricDrill, limit_link, limited
+from tests.faults.faulted_run import FaultedRun, faulted_config
+from tests.support.chain import Chain
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
@@ -60,3 +67,18 @@ def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, 
     )
     after = f", passed on {', '.join(found.passed_on)}" if found.passed_on else ""
     table.append(f"{case.name}: {outcome}{after}")
+
+
+@pytest.mark.slow
+def test_slow_node_costs_a_training_that_node_alone(finished: Chain, hosts: VirtualCluster, tmp_path: Path):
+    """The training finds the slow node before its first step, continues on the spare one, and finishes."""
+    config = faulted_config(finished.config, nodes=3, steps=30, global_batch_size=12)
+    run = FaultedRun(tmp_path / "run", config, hosts, finished.results)
+    with limited("n2", SLOW)(hosts):
+        run.start()
+        assert run.finish() == 0, run.output()
+    assert read_quarantine(run.folder / QUARANTINE).node_names == ("n2",)
+    attempts = read_records(WeightsFolder(run.weights("base")).attempts, Attempt)
+    assert [sorted(attempt["hosts"]) for attempt in attempts] == [["n1", "n3", "n4"]]
+    verdicts = {row["node"]: row["problem"].partition(":")[0] for row in read_node_results(run.folder / RESULTS)}
+    assert verdicts == {"n1": "", "n2": "slow", "n3": "", "n4": ""}
