@@ -43,7 +43,7 @@ GROUPS = {
 """Name -> tests that one worker runs, because they share what takes long to make. Clusters also start one after another."""
 
 
-ALL = ("all_drills", "all_faults", "all_layouts", "all_reshardings")
+ALL = ("all_faults", "all_layouts", "all_reshardings")
 """Options that --all implies."""
 
 

@@ -66,7 +66,8 @@ def run(job: FabricSpec) -> None:
     if rank.is_main:
         report = _report(job, backend, hosts, results, rank.world_size, tournament)
         append_node_results(JobFolder(Path(job.folder)), node_results(tournament))
-        _print_measurements(report)
+        if report.results:
+            _print_measurements(report)
         raise_if_slow(report, Path(job.out))
         report.write_or_raise(
             Path(job.out),
