@@ -36,7 +36,10 @@ GROUPS = {
     CLUSTER: (
         "tests/cluster/",
         "tests/faults/",
-        *(f"tests/workflow/test_{name}.py" for name in ("kills", "report", "reruns", "secrets", "verify")),
+        *(
+            f"tests/workflow/test_{name}.py"
+            for name in ("kills", "report", "reruns", "scale_test", "secrets", "verify")
+        ),
     ),
     "ZeRO checkpoints": ("tests/unit/checkpoint_io/test_zero_checkpoint.py", "tests/unit/export/"),
 }
@@ -152,7 +155,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
     """A finished run of the whole pipeline on this machine, with two processes."""
     from tests.support.chain import Chain, tiny_config
 
-    chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config())
+    # A limit for the step times of a busy machine.
+    scale_test = {"nodes": ["full"], "max_step_time_spread": 1000}
+    chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config(scale_test=scale_test))
     chain.run()
     return chain
 

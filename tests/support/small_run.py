@@ -18,6 +18,7 @@ from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_jso
 from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
+from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 
 STAGE, DATASET, STEP = "base", "prose", 2
@@ -59,6 +60,9 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     limits = {"all_reduce_gbps": 0.5}
     FabricReport([], "gloo", 2, ["n1", "n2", "n3"], [], {}, [pair]).write(paths.stage(STAGE).pair_check_report)
     FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair]).write(paths.fabric)  # type: ignore[list-item]
+    measured = {"step_time_s": 0.5, "step_time_spread": 0.04, "tokens_per_s_per_rank": 100.0, "efficiency": 0.9}
+    gpu = {"gpu_utilisation": 0.8, "gpu_memory_share": 0.5, "hosts": ["n1"], "limits": {"min_efficiency": 0.8}}
+    ScaleTestReport([], STAGE, 2, 1, 20, **measured, smallest_nodes=1, **gpu).write(paths.scale_test(2))  # type: ignore[arg-type]
     tokenizer = paths.tokenizers / "t"
     write_text(tokenizer / "tokenizer.json", "{}")
     files = {"tokenizer.json": file_sha256(tokenizer / "tokenizer.json")}

@@ -18,7 +18,18 @@ from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.report.number_format import size
 from tests.support.chain import Chain
 
-SECTIONS = ["summary", "plan", "environment", "fabric", "data", "timeline", "samples", "verification", "provenance"]
+SECTIONS = [
+    "summary",
+    "plan",
+    "environment",
+    "fabric",
+    "scale-test",
+    "data",
+    "timeline",
+    "samples",
+    "verification",
+    "provenance",
+]
 
 
 @pytest.fixture(scope="module")

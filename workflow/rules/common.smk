@@ -16,6 +16,7 @@ from longhaul.compat.snakemake import order_only, run_hooks_in_module
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.jobs.kinds.evaluate_job import evaluation_inputs
+from longhaul.jobs.kinds.scale_test_job import scale_test_before
 from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
 from longhaul.scheduling.snakefile_functions import (
     RuleSettings,
@@ -24,6 +25,7 @@ from longhaul.scheduling.snakefile_functions import (
     load_run_plan,
     patch_snakemake,
     plan_key,
+    scale_test_before_training,
     start_run,
 )
 
@@ -45,6 +47,7 @@ wildcard_constraints:
     dataset="|".join(sorted(PLAN.used_datasets)),
     model="trained|start",
     task=r"[A-Za-z0-9_-]+",
+    nodes=r"\d+",
     partition=r"\d+",
     partitions=r"\d+",
 
@@ -65,6 +68,17 @@ def stage_data(wildcards):
 def starting_checkpoint(wildcards):
     start = PLAN.stage(wildcards.stage).stage.start_from
     return PLAN.paths.stage(start.stage).checkpoint if start else []
+
+
+def fewer_nodes(wildcards):
+    return [
+        ancient(str(path)) for path in scale_test_before(PLAN, int(wildcards.nodes))
+    ]
+
+
+def passed_scale_test(wildcards):
+    reports = order_only(scale_test_before_training(PLAN, wildcards.stage))
+    return [ancient(path) for path in reports]
 
 
 def finished_stages():

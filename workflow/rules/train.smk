@@ -13,6 +13,7 @@ rule train:
         data=stage_data,
         start=starting_checkpoint,
         fabric=ancient("results/{run}/fabric.json"),
+        scale_test=passed_scale_test,
     output:
         "results/{run}/stages/{stage}/checkpoint.json",
     log:

@@ -78,7 +78,7 @@ def spelled_by_run_paths() -> set[str]:
                 if wanted == ["job"]:
                     answers.update(member(owner, job) for job in jobs)
                 elif wanted and all(
-                    w in ("dataset", "stage", "partition", "partitions", "model", "task") for w in wanted
+                    w in ("dataset", "stage", "partition", "partitions", "model", "task", "nodes") for w in wanted
                 ):
                     answers.add(member(owner, *map(placeholder, wanted)))
     return {str(answer) for answer in answers if isinstance(answer, Path)}

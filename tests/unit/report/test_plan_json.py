@@ -60,6 +60,7 @@ def test_notes_follow_the_tables() -> None:
             }
         ],
         "datasets": [dataset],
+        "scale_test": {"stage": "s", "nodes": [2, 4], "steps": 25, "left_out": {"1": "too small"}},
         "pretrained_changes": ["f"],
         "deferred_checks": ["c"],
     }
@@ -68,6 +69,8 @@ def test_notes_follow_the_tables() -> None:
         "warning: w",
         "warning: dataset d: nothing reads the columns id, url",
         "warning: dataset d: only the chat template may read the message keys user.name",
+        "scale test before stage s: 25 steps on 2, 4 nodes; scale_test: off skips it",
+        "scale test leaves out 1 node: too small",
         "GPU-hours of stage s: from a; b. Nothing was measured with offload",
         "not known yet: c",
     ]

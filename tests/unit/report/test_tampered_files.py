@@ -28,7 +28,15 @@ def weights_of(run: RunPaths) -> WeightsFolder:
 
 def artifacts_of(run: RunPaths) -> list[Path]:
     weights = weights_of(run)
-    own = [run.plan, run.environment, run.fabric, run.tokenizer, run.manifest("prose"), run.stage(STAGE).checkpoint]
+    own = [
+        run.plan,
+        run.environment,
+        run.fabric,
+        run.scale_test(2),
+        run.tokenizer,
+        run.manifest("prose"),
+        run.stage(STAGE).checkpoint,
+    ]
     return [
         *own,
         run.export_manifest(STAGE),
@@ -41,7 +49,9 @@ def artifacts_of(run: RunPaths) -> list[Path]:
 
 def test_untouched_run_gives_a_report(run: RunPaths):
     page = render_page(read_run(run.folder))
-    assert "Stage base" in page and "all_reduce" in page and len(artifacts_of(run)) == 11
+    assert (
+        "Stage base" in page and "all_reduce" in page and "within the limits" in page and len(artifacts_of(run)) == 12
+    )
 
 
 def test_no_tampered_artifact_ends_in_a_traceback(run: RunPaths):

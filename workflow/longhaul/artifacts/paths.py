@@ -97,6 +97,11 @@ class JobFolder:
         """The file in which a rank records that another rank stopped sending heartbeats."""
         return self.rank_failures / f"heartbeat-{noticed_by:05d}.json"
 
+    @property
+    def discarded_weights(self) -> Path:
+        """Folder of a scale test's short training; it is deleted after the steps."""
+        return self.path / "discarded"
+
     # A serving job's folder holds these, too.
 
     @property
@@ -315,6 +320,15 @@ class RunPaths:
     @property
     def fabric(self) -> Path:
         return self.folder / "fabric.json"
+
+    def scale_test(self, nodes: int) -> Path:
+        """The report of a short training on so many nodes."""
+        return self.folder / "scale_test" / f"{nodes}.json"
+
+    def scale_tests(self) -> list[Path]:
+        """Return the reports of all short trainings that exist, also of those that missed a limit, from the fewest nodes."""
+        found = (self.folder / "scale_test").glob("*.json")
+        return sorted(found, key=lambda path: (int(path.name.partition(".")[0]), path.name))
 
     @property
     def tokenizer(self) -> Path:

@@ -53,6 +53,7 @@ HubRepositoryId = Annotated[
 # Larger than any machine or training needs. Without a limit, a typing error makes the plan's arithmetic run for ever.
 MAX_INTEGER = 10**15
 MAX_STEPS = 10**9
+MAX_HARDWARE = 100_000
 MAX_MINUTES = 10 * 366 * 24 * 60
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
@@ -113,7 +114,7 @@ StepsOrShare = Annotated[
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
 # Below a second, a busy file system looks like a dead rank. 10^6 s are 11 days.
 Timeout = Annotated[float, Field(ge=1, le=1e6)]
-HardwareCount = Annotated[int, Field(ge=1, le=100_000)]
+HardwareCount = Annotated[int, Field(ge=1, le=MAX_HARDWARE)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 

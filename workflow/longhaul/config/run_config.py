@@ -1,4 +1,4 @@
-"""Top-level keys of a run config (run, site, seed, storage, checks, data_jobs, trackers), with defaults and limits.
+"""Top-level keys of a run config (run, site, seed, storage, checks, scale_test, data_jobs, trackers), with defaults and limits.
 
 `config/config.schema.json`, `config/default.yaml` and `docs/config.md` are generated from these classes.
 """
@@ -12,6 +12,7 @@ from pydantic import Field
 from longhaul.config.architectures import Model
 from longhaul.config.dataset_config import Dataset, Tokenizer
 from longhaul.config.field_types import FrozenModel, HardwareCount, Minutes, Name, SingleLine
+from longhaul.config.scale_test_config import ScaleTest, ScaleTestOrShortForm
 from longhaul.config.stage_config import Stage
 
 
@@ -89,6 +90,11 @@ class Config(FrozenModel):
     datasets: dict[Name, Dataset] = Field(min_length=1, description="Datasets by name.")
     model: Model = Field(description="An architecture with its sizes, or a pretrained model.")
     checks: Checks = Field(default=Checks(), description="Environment check and fabric check.")
+    scale_test: ScaleTestOrShortForm = Field(
+        default=ScaleTest(),
+        description="Short trainings on fewer nodes before the first stage. `[1, 2, 4, full]` is the short form of `nodes`; off: "
+        "none.",
+    )
     data_minutes: Minutes = Field(
         default=120, description="Time limit of one tokenizing or export allocation, in minutes or as hours:minutes:00."
     )

@@ -189,6 +189,8 @@ def check_job_limits(config: Config, site: Site) -> None:
     _check_nodes_and_ranks("checks", checks.nodes or 1, checks.gpus_per_node or 1, site, site.partition_for("debug"))
     if "minutes" in checks.model_fields_set:
         _check_minutes("checks.minutes", checks.minutes, site.partition_for("debug"))
+    if "minutes" in config.scale_test.model_fields_set:
+        _check_minutes("scale_test.minutes", config.scale_test.minutes, site.partition_for("gpu"))
     if "data_minutes" in config.model_fields_set:
         _check_minutes("data_minutes", config.data_minutes, site.partition_for("cpu"))
 

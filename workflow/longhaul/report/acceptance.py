@@ -10,14 +10,14 @@ from typing import Any
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
 from longhaul.artifacts.record_types import TimeBreakdown
+from longhaul.config import acceptance_limits as limits
+from longhaul.config.acceptance_limits import step_time_spread
 from longhaul.report.number_format import percent
 from longhaul.report.run_results import StageResults
 
 OK, NOT_MET, NOT_MEASURED = "ok", "not met", "not measured"
-_UTILISATION, _STEP_TIME, _MEMORY, _DATA_WAIT = 0.75, 0.05, 0.9, 0.05
-_COMMUNICATION, _COMPUTE = 0.85, 0.7
+_DATA_WAIT, _COMMUNICATION, _COMPUTE = 0.05, 0.85, 0.7
 _PROFILE = "set profile_steps of the stage to a range of steps, such as [100, 104]"
-_FEWEST_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,23 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             "median over the steps of the share of time in which a kernel ran on rank 0's GPU, as NVML counts it",
             statistics.median(utilisation) / 100 if utilisation else None,
             "≥",
-            _UTILISATION,
+            limits.GPU_UTILISATION,
             "train on NVIDIA GPUs",
         ),
         _Metric(
             "step time",
             "largest distance of the middle 90 % of step times from their median",
-            _step_time_spread(curves["step_time_s"].values),
+            step_time_spread(curves["step_time_s"].values),
             "≤",
-            _STEP_TIME,
-            f"train at least {_FEWEST_STEPS} steps",
+            limits.STEP_TIME_SPREAD,
+            f"train at least {limits.FEWEST_STEPS} steps",
         ),
         _Metric(
             "GPU memory",
             "peak of PyTorch's allocator on rank 0's GPU",
             _memory_share(stage, environment),
             "≤",
-            _MEMORY,
+            limits.GPU_MEMORY,
             "train on GPUs",
         ),
         _Metric(
@@ -142,14 +142,6 @@ def _compute_efficiency(
     first = breakdowns[0]
     computing_s = sum(seconds for name, seconds in first["covered_s"].items() if name != "communication")
     return mfu * peak_tflops / (computing_s / first["seconds"]) / min(measured) if computing_s else None
-
-
-def _step_time_spread(times: list[float]) -> float | None:
-    """Return the largest relative distance of the middle 90 % from the median; None for a few steps only."""
-    if len(times) < _FEWEST_STEPS:
-        return None
-    cuts, median = statistics.quantiles(times, n=20), statistics.median(times)
-    return max(median - cuts[0], cuts[-1] - median) / median
 
 
 def _memory_share(stage: StageResults, environment: EnvironmentReport | None) -> float | None:

@@ -60,8 +60,9 @@ def explained_variables(
     rows = [_of_job(variable, environ) for variable in job_variables(plan.site, job_request(plan, job))]
     if plan.site.node.gpus:
         rows += _of_nodes(plan, environ, ports)
-        files = f"{plan.paths.attempt_logs(job).path}/attempt-<number>-collectives-rank-<rank>"
-        reason = "files of the flight recorder beside the attempt's log; `longhaul doctor` reads them"
+        logs = plan.paths.attempt_logs(job)
+        files = f"{logs.collective_record_prefix(logs.log(1))}<rank>"
+        reason = "files of the flight recorder, here of the first attempt; `longhaul doctor` reads them"
         rows.append(ExplainedVariable(COLLECTIVE_RECORDS, files, "longhaul", reason))
     known = {row.name for row in rows}
     inherited = sorted(name for name in environ if name.startswith(_NETWORK_PREFIXES) and name not in known)

@@ -7,12 +7,14 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
+from longhaul.artifacts.paths import JobId
 from longhaul.config.data_formats import known_format
 from longhaul.config.stage_config import Parallel
 from longhaul.data.readers.first_rows import first_rows
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.gpu_hours import HoursEstimate, MfuEstimate, estimate_mfu, stage_features
+from longhaul.planning.scale_rungs import STEPS, scale_ladder
 from longhaul.planning.steps_of_epochs import estimate_steps
 from longhaul.report.stage_records import measured, planned_steps, recent_median, step_seconds, weights_folder
 
@@ -73,10 +75,26 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "jobs": [
             {"kind": job.kind, "names": list(job.names), "request": job_request(plan, job).as_sbatch()}
             for job in jobs_of(plan)
+            if not _is_omitted(plan, job)
         ],
+        "scale_test": _scale_test(plan),
         "pretrained_changes": list(plan.pretrained_changes),
         "deferred_checks": list(plan.deferred_checks),
     }
+
+
+def _is_omitted(plan: Plan, job: JobId) -> bool:
+    """Return whether a job of the scale test will not run, because its stage has begun without it."""
+    if job.kind != "scale_test" or plan.paths.scale_test(int(job.names[0])).exists():
+        return False
+    return weights_folder(plan.paths.stage(scale_ladder(plan).stage)) is not None
+
+
+def _scale_test(plan: Plan) -> Row:
+    """Return on how many nodes the first stage is tried before it trains, and which numbers are left out."""
+    ladder = scale_ladder(plan)
+    left_out = {str(nodes): reason for nodes, reason in ladder.left_out.items()}
+    return {"stage": ladder.stage, "nodes": list(ladder.rungs), "steps": STEPS, "left_out": left_out}
 
 
 def _dataset_row(plan: Plan, name: str) -> Row:

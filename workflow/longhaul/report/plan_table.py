@@ -143,9 +143,18 @@ def plan_notes(content: dict[str, Any]) -> list[str]:
     return [
         *(f"pretrained weights: {note}" for note in content["pretrained_changes"]),
         *(f"warning: {warning}" for warning in warnings),
+        *_scale_test_notes(content["scale_test"]),
         *(_hours_note(row) for row in content["stages"] if row["gpu_hours_range"]),
         *(f"not known yet: {check}" for check in content["deferred_checks"]),
     ]
+
+
+def _scale_test_notes(row: Row) -> Iterator[str]:
+    if counts := row["nodes"]:
+        nodes = ", ".join(map(str, counts))
+        yield f"scale test before stage {row['stage']}: {row['steps']} steps on {nodes} nodes; scale_test: off skips it"
+    for nodes, reason in row["left_out"].items():
+        yield f"scale test leaves out {nodes} node{'s' if nodes != '1' else ''}: {reason}"
 
 
 def _hours_note(row: Row) -> str:

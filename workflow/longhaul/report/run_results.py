@@ -26,6 +26,7 @@ from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, Attempt, Event, StepProfile, read_events
+from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.report.goodput import Goodput, read_goodput
@@ -104,6 +105,7 @@ class RunResults:
     status: RunStatus
     environment: EnvironmentReport | None
     fabric: FabricReport | None
+    scale_tests: list[ScaleTestReport]
     tokenizer: TokenizerManifest | None
     data: list[DataManifest]
     stages: list[StageResults]
@@ -135,6 +137,7 @@ def read_run(folder: Path) -> RunResults:
         environment=_read_if_made(EnvironmentReport, paths.environment)
         or _read_if_made(EnvironmentReport, failed_path(paths.environment)),
         fabric=_read_if_made(FabricReport, paths.fabric),
+        scale_tests=[ScaleTestReport.read(path) for path in paths.scale_tests()],
         tokenizer=_read_if_made(TokenizerManifest, paths.tokenizer),
         data=list(data.values()),
         stages=[stage for stage in stages if stage],

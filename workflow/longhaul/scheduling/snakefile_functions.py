@@ -26,9 +26,10 @@ from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.evaluation_tasks import tasks_to_fetch
+from longhaul.planning.scale_rungs import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.report.plan_json import plan_json
-from longhaul.report.planned_changes import KEPT, change_lines, stage_changes
+from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, stage_changes
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
@@ -228,6 +229,18 @@ def fetch_key(plan: Plan) -> str:
             *tasks_to_fetch(plan.loaded),
         ]
     )
+
+
+def scale_test_before_training(plan: Plan, stage: str) -> list[Path]:
+    """Return the report that must exist before a stage trains: that of the most nodes, which all others precede.
+
+    A stage that has begun is not tested again, so none is returned for it.
+    """
+    ladder = scale_ladder(plan)
+    if not ladder.rungs or ladder.stage != stage:
+        return []
+    change = next(change for change in stage_changes(plan) if change.stage == stage)
+    return [plan.paths.scale_test(max(ladder.rungs))] if change.action in (TRAINS, AGAIN) else []
 
 
 # The run's hooks, in the main process alone

@@ -4,18 +4,13 @@ each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-
-import torch
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.errors import InputError, first_line
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.planning.fit_memory import smaller_settings
 from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.batches import Prefetcher
 from longhaul.train.build_model import build_model, build_model_config
@@ -36,6 +31,7 @@ from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics
 from longhaul.train.monitoring.profile_steps import StepProfiler
 from longhaul.train.open_samples import open_samples
+from longhaul.train.out_of_memory import names_smaller_settings
 from longhaul.train.phase_times import StartUpTimes
 from longhaul.train.step_backends import build_backend
 from longhaul.train.trainer import Trainer
@@ -58,24 +54,10 @@ def run(job: TrainSpec) -> None:
         Heartbeat(context.rank, Path(job.folder), job.stage.recovery.heartbeat_timeout_s),
         # A small file, such as metrics. A checkpoint raises DiskFull itself, with the needed bytes.
         disk_full_as_user_error("a file of the stage", Path(job.weights_root)),
-        _names_smaller_settings(job),
+        names_smaller_settings(job),
     ):
         start_up.finish("rendezvous")
         _train_or_finish(job, context, start_up)
-
-
-@contextmanager
-def _names_smaller_settings(job: TrainSpec) -> Iterator[None]:
-    """Turn a lack of GPU memory into an error that names the next smaller settings."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        stage = job.stage
-        raise InputError(
-            f"stage {stage.name}: out of memory with micro_batch_size {stage.micro_batch_size} and activation_checkpointing "
-            f"{stage.activation_checkpointing}: {first_line(error)}",
-            smaller_settings(stage),
-        ) from error
 
 
 def _train_or_finish(job: TrainSpec, context: DistributedContext, start_up: StartUpTimes) -> None:

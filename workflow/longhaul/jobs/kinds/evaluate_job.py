@@ -105,7 +105,7 @@ def evaluation_inputs(plan: Plan, job: JobId) -> list[Path]:
 
 KIND = JobKind(
     name="evaluate",
-    order=9,
+    order=10,
     help="evaluate a model on a task of lm-evaluation-harness",
     spec=EvaluateSpec,
     entry_point="longhaul.evaluation.evaluate_model:run",

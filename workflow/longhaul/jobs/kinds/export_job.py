@@ -47,7 +47,7 @@ def _build(plan: Plan, job: JobId) -> ExportSpec:
 
 KIND = JobKind(
     name="export",
-    order=8,
+    order=9,
     help="export a checkpoint as a Hugging Face folder, and verify it",
     spec=ExportSpec,
     entry_point="longhaul.export.export_checkpoint:run",

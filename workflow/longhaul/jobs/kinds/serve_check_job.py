@@ -67,7 +67,7 @@ def _starts_another_environment(plan: Plan) -> bool:
 
 KIND = JobKind(
     name="serve_check",
-    order=10,
+    order=11,
     help="start a server of an export, compare its answers, and measure them under load",
     spec=ServeCheckSpec,
     entry_point="longhaul.serving.check_server:run",

@@ -80,7 +80,7 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
 
 KIND = JobKind(
     name=SERVE_KIND,
-    order=10,
+    order=11,
     help="serve an exported model",
     spec=ServeSpec,
     entry_point="longhaul.serving.run_server:run",

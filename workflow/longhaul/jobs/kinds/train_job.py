@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from longhaul.artifacts.atomic_files import content_hash
-from longhaul.artifacts.paths import STAGE_KIND, JobId
+from longhaul.artifacts.paths import STAGE_KIND, JobFolder, JobId
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.run_config import Trackers
 from longhaul.config.stage_config import Stage
@@ -67,8 +67,8 @@ class TrainSpec(JobSpec):
         return [self.pretrained]
 
 
-def _build(plan: Plan, job: JobId) -> TrainSpec:
-    (name,) = job.names
+def train_spec(plan: Plan, name: str) -> TrainSpec:
+    """Return the spec of a stage's training."""
     planned, config, folder = plan.stage(name), plan.config, plan.paths.stage(name)
     stage, pretrained = planned.stage, config.model.pretrained
     return TrainSpec(
@@ -122,7 +122,8 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
 
 def _checks(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
     """Return the checks on the stage's own nodes, before each attempt."""
-    return [_node_check(plan, job, request), *_pair_check(plan, job, request)]
+    stage, folder = plan.stage(job.names[0]).stage, plan.paths.stage(job.names[0])
+    return [node_check(plan, stage, folder, request), *_pair_check(plan, job, request)]
 
 
 def _pair_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
@@ -137,10 +138,8 @@ def _pair_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[Plann
     return [PlannedStep(title, "fabric", spec, folder.pair_check_spec.name, request)]
 
 
-def _node_check(plan: Plan, job: JobId, request: SlurmRequest) -> PlannedStep:
-    """Return the environment check; it takes seconds, as compiled ops are kept per node."""
-    (name,) = job.names
-    stage, folder = plan.stage(name).stage, plan.paths.stage(name)
+def node_check(plan: Plan, stage: Stage, folder: JobFolder, request: SlurmRequest) -> PlannedStep:
+    """Return the environment check on a training's own nodes; it takes seconds, as compiled ops are kept per node."""
     spec = environment_spec(plan, "gpu", stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
     one_per_node = replace(request, tasks_per_node=1, cpus_per_task=1)
     title = "Check of the nodes of this allocation"
@@ -154,12 +153,12 @@ def _deepspeed_config(plan: Plan, job: JobId) -> dict[str, str]:
 
 KIND = JobKind(
     name=STAGE_KIND,
-    order=7,
+    order=8,
     help="train one stage",
     spec=TrainSpec,
     entry_point="longhaul.train.train_stage:run",
     jobs=lambda plan: [JobId(STAGE_KIND, (stage.name,)) for stage in plan.stages],
-    build_spec=_build,
+    build_spec=lambda plan, job: train_spec(plan, *job.names),
     request=_request,
     wildcards=("stage",),
     rerun_key=lambda plan, job: content_hash(plan.stage(*job.names).spec),

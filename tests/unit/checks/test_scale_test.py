@@ -1,0 +1,56 @@
+"""What the first steps of a stage took is compared with limits and with the fewest nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.scale_test_report import ScaleTestReport
+from longhaul.checks.scale_test import scale_test_problems, scale_test_report
+from longhaul.config.acceptance_limits import FEWEST_STEPS
+from longhaul.config.scale_test_config import ScaleTest
+from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec
+from longhaul.planning.scale_rungs import STEPS, WARM_UP_STEPS
+from longhaul.train.train_few_steps import MeasuredSteps
+from tests.support.small_configs import base_stage
+
+REPORT = ScaleTestReport([], "base", 4, 8, 20, 1.0, 0.04, 90.0, 0.9, 1, 0.8, 0.85, ["n1"], {})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"step_time_spread": 0.051}, "spread of the step times on 4 nodes: 5.1%, at most 5.0% (max_step_time_spread)"),
+        ({"gpu_memory_share": 0.91}, "memory of the fullest GPU on 4 nodes: 91.0%, at most 90.0% (max_gpu_memory)"),
+        ({"gpu_utilisation": 0.7}, "GPU utilisation on 4 nodes: 70.0%, at least 75.0% (min_gpu_utilisation)"),
+        ({"efficiency": 0.79}, "speed per rank on 4 nodes, by that on 1: 79.0%, at least 80.0% (min_efficiency)"),
+        ({"step_time_spread": None, "gpu_memory_share": None, "gpu_utilisation": None, "efficiency": None}, None),
+    ],
+)
+def test_each_limit_is_compared(change: dict[str, Any], problem: str | None):
+    found = scale_test_problems(replace(REPORT, **change), ScaleTest())
+    assert [text.replace("(scale_test.", "(") for text in found] == ([problem] if problem else [])
+
+
+def test_warm_up_is_left_out_and_medians_are_taken(tmp_path: Path):
+    """The warm-up would be the spread, and the speed is that of one rank of eight."""
+    times = [100.0] * WARM_UP_STEPS + [2.0] * 19 + [2.04]
+    rows: list[Any] = [
+        {"step": step, "loss": 5.0, "step_time_s": time, "tokens_per_s": 4000.0 / time, "gpu_utilisation": 90}
+        for step, time in enumerate(times, 1)
+    ]
+    assert len(rows) == STEPS
+    stage = base_stage(tmp_path)
+    job = ScaleTestSpec.model_validate(
+        {**dict(stage), "world_size": 8, "limits": ScaleTest(), "warm_up_steps": WARM_UP_STEPS, "smallest": None}
+    )
+    smallest = replace(REPORT, nodes=1, tokens_per_s_per_rank=500.0)
+    report = scale_test_report(job, MeasuredSteps(rows, 0.5, ["n1", "n2"], True), smallest)
+    assert report.steps == FEWEST_STEPS and report.step_time_s == 2.0 and report.tokens_per_s_per_rank == 250.0
+    assert report.efficiency == 0.5 and report.gpu_utilisation == 0.9 and report.gpu_memory_share == 0.5
+    assert report.step_time_spread == pytest.approx(0.019, abs=1e-3)
+    assert [problem.partition(":")[0] for problem in report.problems] == ["speed per rank on 1 node, by that on 1"]

@@ -1,0 +1,25 @@
+"""Limits that a healthy training keeps, for the acceptance table and the scale test; computes the spread of step times.
+Limits are shares of 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+GPU_UTILISATION = 0.75
+"""Minimum median share of time in which a kernel runs on a GPU."""
+STEP_TIME_SPREAD = 0.05
+"""Maximum distance of the middle 90 % of step times from their median."""
+GPU_MEMORY = 0.9
+"""Maximum peak of PyTorch's allocator, by the memory of the GPU."""
+FEWEST_STEPS = 20
+"""Steps that a spread of step times needs."""
+
+
+def step_time_spread(times: Sequence[float]) -> float | None:
+    """Return the largest relative distance of the middle 90 % from the median; None for fewer than FEWEST_STEPS steps."""
+    if len(times) < FEWEST_STEPS:
+        return None
+    cuts, median = statistics.quantiles(times, n=20), statistics.median(times)
+    return max(median - cuts[0], cuts[-1] - median) / median
