@@ -1,4 +1,4 @@
-"""What the first steps of a stage took is compared with limits and with the fewest nodes."""
+"""The scale test measures the first steps of a stage on real ranks, keeps nothing of them, and compares them with limits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,45 @@ from longhaul.config.scale_test_config import ScaleTest
 from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec
 from longhaul.planning.scale_rungs import STEPS, WARM_UP_STEPS
 from longhaul.train.train_few_steps import MeasuredSteps
+from tests.parity.shared_data import write_shared_data
+from tests.support.ranks import run_worker
 from tests.support.small_configs import base_stage
 
+WORKER = Path(__file__).parents[2] / "support" / "scale_test_worker.py"
 REPORT = ScaleTestReport([], "base", 4, 8, 20, 1.0, 0.04, 90.0, 0.9, 1, 0.8, 0.85, ["n1"], {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the reports on one and on two nodes, each of one rank over gloo; `refused` is what the second one printed."""
+    folder = tmp_path_factory.mktemp("scale_test")
+    shared = str(write_shared_data(folder / "shared"))
+    run_worker(WORKER, 1, str(folder), shared)
+    (folder / "refused").write_text(run_worker(WORKER, 2, str(folder), shared, "max_step_time_spread=1e-9"))
+    run_worker(WORKER, 2, str(folder), shared)
+    return folder
+
+
+def test_real_ranks_are_measured_with_the_same_work_per_rank(folder: Path):
+    one, two = (ScaleTestReport.read(folder / f"{nodes}.json") for nodes in (1, 2))
+    assert (one.nodes, two.nodes, one.steps, two.steps) == (1, 2, FEWEST_STEPS, FEWEST_STEPS)
+    assert one.efficiency is None and two.efficiency == pytest.approx(
+        two.tokens_per_s_per_rank / one.tokens_per_s_per_rank
+    )
+    assert two.smallest_nodes == 1 and one.step_time_s > 0 and one.step_time_spread is not None
+    assert one.gpu_utilisation is None and one.gpu_memory_share is None and one.problems == []
+
+
+def test_what_the_steps_wrote_is_deleted(folder: Path):
+    assert not (folder / "discarded").exists() and not (folder / "2.json.failed.json").exists()
+
+
+def test_missed_limit_names_nodes_value_limit_and_key(folder: Path):
+    refused = (folder / "refused").read_text()
+    assert "the scale test of stage main on 2 nodes (" in refused
+    assert "spread of the step times on 2 nodes: " in refused
+    assert ", at most 0.0% (scale_test.max_step_time_spread)" in refused
+    assert "set scale_test: off" in refused and "2.json.failed.json" in refused
 
 
 @pytest.mark.parametrize(
