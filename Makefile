@@ -34,13 +34,14 @@ test-all: setup test-packages  ## every test: also all faults, layouts and resha
 test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUDA build in .venv)
 	$(BIN)/pytest tests/gpu -rA
 
-test-serve: setup .venv-vllm/.installed .venv-transformers-4/.installed  ## exports of every family in vLLM's CPU build and in transformers 4
+test-serve: setup .venv-vllm/.installed .venv-transformers-4/.installed  ## exports of every family in vLLM's CPU build and in transformers 4, served ones too
 	$(BIN)/pytest tests/serve -rA
 
-.venv-vllm/.installed: tests/serve/requirements-vllm.txt
+.venv-vllm/.installed: tests/serve/requirements-vllm.txt tests/serve/name_distribution.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet -r $<
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python tests/serve/name_distribution.py
 	touch $@
 
 .venv-transformers-4/.installed: tests/serve/requirements-transformers-4.txt
