@@ -35,6 +35,9 @@ _CENTRE_ACCOUNTS = (
     "add user root account=proj_cpu qos=normal",
 )
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
+# A path of a socket has at most 108 characters (unix(7)). Slurm's longest is <folder>/spool/n1/n1_<job>.4294967291. If it does
+# not fit, Slurm requeues the job for ever.
+_MAX_PATH = 108 - len("/spool/n1/n1_9999.4294967291")
 PACKAGES = ("slurm-wlm", "munge", "iproute2", "util-linux", "procps")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd")
 ACCOUNTING_PACKAGES = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
@@ -61,8 +64,12 @@ class VirtualCluster(VirtualHosts):
         dies_with_caller: end all hosts when this process dies.
 
         Raises:
-            ClusterError: it is up already, or a part of it does not start.
+            ClusterError: it is up already, its folder's path is too long, or a part of it does not start.
         """
+        if len(str(self.folder)) > _MAX_PATH:
+            raise ClusterError(
+                f"{self.folder} has {len(str(self.folder))} characters; at most {_MAX_PATH}, for sockets of jobs"
+            )
         if self.is_up():
             raise ClusterError(f"a cluster is up in {self.folder}: make cluster-down")
         self._dies_with_caller = dies_with_caller
