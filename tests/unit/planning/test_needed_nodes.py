@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_the_plan_accepts_each_layout(tmp_path: Path, site: Site):
     for fit in fits.values():
         stages: tuple[Stage, ...] = (fit.stage,)
         changed = loaded.config.model_copy(update={"stages": stages})
-        planned = build_plan(type(loaded)(changed, loaded.site, loaded.path)).stages[0]
+        planned = build_plan(replace(loaded, config=changed)).stages[0]
         assert planned.memory == fit.memory
 
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Export
@@ -19,7 +18,6 @@ from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.check_server import run
 from tests.support import bigram_engine
 from tests.support.served_export import write_manifest
-from tests.support.served_run import is_alive
 
 
 @pytest.fixture
@@ -50,6 +48,7 @@ def job_of(manifest: Path, fault: str = "", **serving: object) -> ServeCheckSpec
     )
 
 
+@pytest.mark.usefixtures("no_new_process")
 def test_the_check_compares_measures_and_leaves_no_process(manifest: Path, capfd: pytest.CaptureFixture[str]):
     job = job_of(manifest)
     run(job)
@@ -65,10 +64,10 @@ def test_the_check_compares_measures_and_leaves_no_process(manifest: Path, capfd
     assert len(result.listens_at) == 1
     assert result.listens_at[0].startswith("127.0.0.1:")
     assert result.host_memory_bytes > 10**7
-    assert not [child for child in psutil.Process().children() if is_alive(child)]
     assert "Bearer" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.usefixtures("no_new_process")
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -84,7 +83,6 @@ def test_a_fault_of_a_server_is_noticed(manifest: Path, fault: str, message: str
     with pytest.raises(UserError, match=message):
         run(job)
     assert not Path(job.out).exists()
-    assert not [child for child in psutil.Process().children() if is_alive(child)]
 
 
 def test_a_missing_engine_is_named(manifest: Path):

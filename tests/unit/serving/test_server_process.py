@@ -66,6 +66,8 @@ def launcher(pids: Path) -> subprocess.Popen[bytes]:
     """Start a process that runs a server and waits."""
     code = (
         "import sys, time; from pathlib import Path; from tests.unit.serving.test_server_process import *\n"
+        # A background process of a shell script ignores SIGINT, and so would this one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with running_server(server(ServerWithoutModel, Path(sys.argv[1])), None, 60): print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(pids)], stdout=subprocess.PIPE)
