@@ -230,6 +230,7 @@ def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: S
     assert code == 1 and "set node.gpu_memory_gib to 140.4" in printed, printed
 
 
+@pytest.mark.slow  # waits 15 s for the second try
 def test_a_submit_limit_is_waited_for(chain: ClusterChain):
     """Slurm's reason is printed at once, and the job is submitted again after a pause."""
     other = ClusterChain(chain.folder / "submit-limit", chain.config, chain.cluster, partitions=PARTITIONS)
