@@ -80,5 +80,5 @@ def test_slow_node_costs_a_training_that_node_alone(finished: Chain, hosts: Virt
     assert read_quarantine(run.folder / QUARANTINE).node_names == ("n2",)
     attempts = read_records(WeightsFolder(run.weights("base")).attempts, Attempt)
     assert [sorted(attempt["hosts"]) for attempt in attempts] == [["n1", "n3", "n4"]]
-    verdicts = {row["node"]: row["problem"].partition(":")[0] for row in read_node_results(run.folder / RESULTS)}
-    assert verdicts == {"n1": "", "n2": "slow", "n3": "", "n4": ""}
+    problems = {row["node"]: row["problem"].partition(":")[0] for row in read_node_results(run.folder / RESULTS)}
+    assert problems == {"n1": "", "n2": "slow", "n3": "", "n4": ""}

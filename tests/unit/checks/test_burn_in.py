@@ -32,7 +32,7 @@ def test_load_lasts_as_long_as_it_should():
 
 
 def test_wrong_results_are_counted(monkeypatch: pytest.MonkeyPatch):
-    """Of two devices, the second one computes five wrong rows each time."""
+    """Simulate two devices; the second one computes five wrong rows each time."""
     answers = iter([0, 5] * 1000)
     monkeypatch.setattr(ExactProduct, "count_wrong_rows", lambda self, product: next(answers))
     good, bad = burn_in([CPU, CPU], seconds=0, size=32, copy_bytes=4096)

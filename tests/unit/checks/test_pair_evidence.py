@@ -1,4 +1,4 @@
-"""What follows from the measurements of a pair tournament: nodes, rails and links by name, one line each."""
+"""Conclusions from the measurements of a pair tournament: nodes, rails and links by name, one line each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plan refuses of a server check, and the job that it plans."""
+"""The plan refuses server checks that cannot work, and plans the job of the others."""
 
 from __future__ import annotations
 

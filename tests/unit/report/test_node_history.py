@@ -28,7 +28,7 @@ def test_worst_nodes_come_first_with_their_cause():
         result("n3", 2.0, rate=8.0),
     ]
     found = node_histories(rows, [{"node": "n9", "cause": "does not respond"}])
-    assert [(one.node, one.verdict, one.checks, one.unfit) for one in found] == [
+    assert [(one.node, one.state, one.checks, one.unfit) for one in found] == [
         ("n9", "quarantined", 0, 0),
         ("n2", "unfit", 1, 1),
         ("n3", "flaky", 2, 1),

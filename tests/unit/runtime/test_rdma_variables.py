@@ -1,4 +1,4 @@
-"""NCCL is told about adapters and GIDs only where its own choice would fail."""
+"""Variables about adapters and GIDs are set only where NCCL's own choice would fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `longhaul serve` submits, what it refuses before it does, and how it finds the job to cancel."""
+"""`longhaul serve` submits a job, refuses before it does so, and finds the job to cancel."""
 
 from __future__ import annotations
 

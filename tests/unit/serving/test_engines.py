@@ -1,4 +1,4 @@
-"""How each engine is started: its words, its environment, and where its API key is."""
+"""Each engine starts with the right command, environment and API key."""
 
 from __future__ import annotations
 

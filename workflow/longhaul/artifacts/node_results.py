@@ -15,7 +15,7 @@ from longhaul.artifacts.typed_json import HostName
 
 
 class NodeResult(TypedDict):
-    """What one check found about one node.
+    """Result of one check for one node.
 
     time_s:         when, in seconds since the epoch
     check:          name of the check, such as "pair tournament"

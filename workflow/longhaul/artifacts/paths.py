@@ -82,7 +82,7 @@ class JobFolder:
 
     @property
     def node_results(self) -> Path:
-        """What checks found about each node, one line per check and node; a job that checks nodes has it."""
+        """Results of checks, one line per check and node; only a job that checks nodes has this file."""
         return self.path / "node_results.jsonl"
 
     @property

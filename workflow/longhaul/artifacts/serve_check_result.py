@@ -12,7 +12,7 @@ from longhaul.artifacts.artifact_schemas import Artifact
 
 
 class LoadStep(TypedDict):
-    """What was measured with a number of requests at the same time. None: too few pieces of text arrived.
+    """Measurements with a number of requests at the same time. None: too few pieces of text arrived.
 
     tokens:         of all answers
     first_token_s:  from a request to the first piece of its answer
@@ -29,7 +29,7 @@ class LoadStep(TypedDict):
 
 
 class Agreement(TypedDict):
-    """How far a server's answers equal the trainer's values. None: the engine does not give what is compared.
+    """Agreement of a server's answers with the trainer's values. None: the engine does not return this value.
 
     compared:                 log probabilities, or sample prompts
     mean_difference, largest_difference, mean_bound, largest_bound: of log probabilities, in nats

@@ -21,7 +21,7 @@ _COLUMNS = ("result", "node", "component", "check", "value", "expected", "remedy
 
 @dataclass(frozen=True)
 class FactCheck:
-    """What is expected of one fact, and the remedy. judge: the fact's value -> result; text: the value as the table shows it."""
+    """The expectation of one fact, and the remedy. judge: the fact's value -> result; text: the value as the table shows it."""
 
     check: str
     fact: str

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from longhaul.checks.pair_tournament import Tournament
 
 _TIMEOUT_S = 60.0
-"""Of one message or collective. The sizes are chosen so that each takes a few seconds at most."""
+"""Time-out of one message or collective. The sizes are chosen so that each takes a few seconds at most."""
 _TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
 """Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
 _MOST_REPORTED_PAIRS = 20_000

@@ -57,7 +57,7 @@ _GPU_CHECKS = (
     FactCheck("slowdown", "slowdowns", "none by heat or hardware", _slowdown_result, "check the node's cooling and power supply",
               lambda found: ", ".join(found) or "none"),
     FactCheck("persistence mode", "persistence", "on", warn_if(lambda on: not on),
-              "start nvidia-persistenced; without it, the driver loads anew for each job", _on_off),
+              "start nvidia-persistenced; without it, the driver loads again for each job", _on_off),
     FactCheck("MIG", "mig", "off", warn_if(bool), "switch it off (nvidia-smi -mig 0): a rank gets a slice of the GPU", _on_off),
     FactCheck("processes of other jobs", "processes", "none", fail_if(bool),
               "end them, or let Slurm give the whole node (exclusive: true in the site file)",

@@ -9,7 +9,7 @@ import torch
 
 _SIZE, _WARMUP_ROUNDS, _ROUNDS = 8192, 5, 20
 _NONZERO_OF = 8
-"""Of so many equally likely numbers two become -1 and 1, the others 0."""
+"""Number of equally likely integers; two of them become -1 and 1, the others 0."""
 
 
 def matrix_tflops(device: torch.device, size: int = _SIZE) -> float:

@@ -1,4 +1,4 @@
-"""What the environment check measures on one node: results under load, rates of GPUs, memory and disks. Needs no torch."""
+"""Types for the measurements of one node: results under load, rates of GPUs, memory and disks. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BurnIn:
-    """What a device did under load. wrong_rows: of `verified` products with a known result; rates in TFLOP/s and GB/s."""
+    """Results of one device under load. wrong_rows: of `verified` products with a known result; rates in TFLOP/s and GB/s."""
 
     verified: int
     wrong_rows: int
@@ -37,7 +37,7 @@ class SafeWrite:
 
 @dataclass(frozen=True)
 class NodeMeasurements:
-    """What one node reached. devices: in the order of the GPUs, or the CPU alone on a node without GPUs."""
+    """Measurements of one node. devices: in the order of the GPUs, or the CPU alone on a node without GPUs."""
 
     devices: list[BurnIn]
     memory_gb_per_s: float

@@ -43,7 +43,7 @@ class BrokenLinkError(UserError):
 
 @dataclass(frozen=True)
 class Tournament:
-    """What a tournament found.
+    """Findings of a tournament.
 
     pairs:        the measured pairs of nodes, each with its slowest rail; on rank 0 alone
     slow_nodes:   nodes that are slow with most others

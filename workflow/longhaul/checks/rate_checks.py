@@ -14,7 +14,7 @@ from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.node_minimums import NodeMinimums
 
 _MIN_FOR_MEDIAN = 3
-"""Of two, the median does not say which one is slow."""
+"""Fewest values to compare: the median of two does not say which one is slow."""
 _SLOW_GPU = "exclude the node; let the admins compare clocks, temperature and power limit with those of a fast GPU"
 _SLOW_HOST = "let the admins compare memory modules, NUMA settings and PCIe links with those of a fast node"
 _SLOW_DISK = "let the admins check the disk's health (smartctl) and its free space"

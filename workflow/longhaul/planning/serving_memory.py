@@ -44,7 +44,7 @@ _KEYS_AND_VALUES = (".k_proj.weight", ".v_proj.weight")
 
 @dataclass(frozen=True)
 class ServingLayout:
-    """How the GPUs of a server share the model.
+    """Layout of a served model over GPUs.
 
     tensor, pipeline: numbers of ranks; their product is nodes x gpus_per_node
     """
@@ -161,7 +161,7 @@ class ServedModel:
 
     @cached_property
     def _layer(self) -> dict[bool, _Part]:
-        """Whether a layer is sparse -> its bytes."""
+        """Map from "is the layer sparse?" to the bytes of such a layer."""
         return {
             is_sparse: sum(
                 (self._part(f"model.layers.0.{name}", shape) for name, shape in layer_tensors(self.config, is_sparse)),

@@ -23,10 +23,10 @@ _ORDER = ("quarantined", "unfit", "flaky", "fit")
 
 @dataclass(frozen=True)
 class NodeHistory:
-    """One node. verdict: quarantined; unfit by its last result; flaky: unfit earlier; or fit."""
+    """One node. state: quarantined; unfit by its last result; flaky: unfit earlier; or fit."""
 
     node: str
-    verdict: str
+    state: str
     checks: int
     unfit: int
     last_bandwidth_gbps: float | None
@@ -41,20 +41,20 @@ def node_histories(rows: Sequence[NodeResult], quarantined: Sequence[Quarantined
         by_node[row["node"]].append(row)
     causes = {entry["node"]: entry.get("cause", "") for entry in quarantined}
     found = [_history(node, by_node.get(node, []), causes.get(node)) for node in {**by_node, **causes}]
-    return sorted(found, key=lambda history: (_ORDER.index(history.verdict), -history.unfit, history.node))
+    return sorted(found, key=lambda history: (_ORDER.index(history.state), -history.unfit, history.node))
 
 
 def _history(node: str, rows: Sequence[NodeResult], cause: str | None) -> NodeHistory:
     unfit = [row for row in rows if row["problem"]]
     if cause is not None:
-        verdict, note = "quarantined", cause
+        state, note = "quarantined", cause
     elif not unfit:
-        verdict, note = "fit", ""
+        state, note = "fit", ""
     else:
-        verdict, note = ("unfit" if rows[-1]["problem"] else "flaky"), unfit[-1]["problem"]
+        state, note = ("unfit" if rows[-1]["problem"] else "flaky"), unfit[-1]["problem"]
     rates = [row["bandwidth_gbps"] for row in rows if row["bandwidth_gbps"] is not None]
     last_s = rows[-1]["time_s"] if rows else None
-    return NodeHistory(node, verdict, len(rows), len(unfit), rates[-1] if rates else None, last_s, note)
+    return NodeHistory(node, state, len(rows), len(unfit), rates[-1] if rates else None, last_s, note)
 
 
 def print_nodes(workdir: Path) -> None:
@@ -70,7 +70,7 @@ def print_nodes(workdir: Path) -> None:
             "call it in the working folder of a run whose fabric check or training has run on at least 2 nodes",
         )
     table = Table(title="Nodes of all runs in this folder", title_justify="left")
-    for column in ("node", "verdict", "checks", "unfit", "last GB/s", "last check", "cause"):
+    for column in ("node", "state", "checks", "unfit", "last GB/s", "last check", "cause"):
         table.add_column(column, overflow="fold")
     for history in found:
         table.add_row(*(Text(printable(cell)) for cell in _cells(history)))
@@ -82,4 +82,4 @@ def _cells(history: NodeHistory) -> tuple[str, ...]:
     if history.last_checked_s is not None:
         last = datetime.fromtimestamp(history.last_checked_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
     rate = significant(history.last_bandwidth_gbps)
-    return history.node, history.verdict, str(history.checks), str(history.unfit), rate, last, history.note
+    return history.node, history.state, str(history.checks), str(history.unfit), rate, last, history.note

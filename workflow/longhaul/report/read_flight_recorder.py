@@ -86,7 +86,7 @@ class _Dump(TypedDict):
 
 @dataclass(frozen=True)
 class RankRecord:
-    """What one rank recorded.
+    """Record of one rank.
 
     collectives: the oldest first
     groups:      name of a process group -> its ranks, where the file states them

@@ -25,7 +25,7 @@ _COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 
 @dataclass(frozen=True)
 class Engine:
-    """What a kind of engine can do.
+    """Features of one kind of engine.
 
     accepts_key:             it refuses requests without the API key
     gives_log_probabilities: /v1/completions takes token ids, and returns log probabilities of the prompt and of the answer
@@ -46,7 +46,7 @@ ENGINES: dict[EngineName, Engine] = {
 
 @dataclass(frozen=True)
 class ServerShape:
-    """How a server is spread over GPUs, and how much it must hold.
+    """Layout of a server over GPUs, and the length and number of its requests.
 
     tensor:         GPUs over which each layer is spread
     pipeline:       groups of layers, each on GPUs of its own

@@ -32,7 +32,7 @@ from longhaul.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """What the steps of a short training took.
+    """Measurements of the steps of a short training.
 
     rows:             one line of metrics per step, in order; rank 0 alone has them
     gpu_memory_share: peak of PyTorch's allocator by the memory of the GPU, on the fullest GPU; None without GPUs
