@@ -97,24 +97,30 @@ def without_cpu(host: str, runs_s: float = 0.002, stops_s: float = 0.06) -> Call
 
     @contextmanager
     def inject(cluster: VirtualCluster) -> Iterator[None]:
-        ended = threading.Event()
-
-        def slow_down() -> None:
+        def slow_down(ended: threading.Event) -> None:
             while not ended.is_set():
                 ranks = _ranks_on(cluster, host)
                 for _ in range(30 if ranks else 1):
                     _pause(ranks, stops_s)
                     time.sleep(runs_s if ranks else 0.2)
 
-        thread = threading.Thread(target=slow_down, daemon=True)
-        thread.start()
-        try:
+        with _in_background(slow_down):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
     return inject
+
+
+@contextmanager
+def _in_background(action: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `action` in a thread during the block. It ends when its event is set."""
+    ended = threading.Event()
+    thread = threading.Thread(target=action, args=(ended,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _pause(processes: list[psutil.Process], seconds: float) -> None:
@@ -144,21 +150,16 @@ def unplugged(host: str) -> Callable[[VirtualCluster], Any]:
 
     @contextmanager
     def inject(cluster: VirtualCluster) -> Iterator[None]:
-        ended = threading.Event()
-
-        def unplug() -> None:
+        def unplug(ended: threading.Event) -> None:
             while not ended.wait(0.2):
                 if _ranks_on(cluster, host):
                     cluster.unplug(host)
                     return
 
-        thread = threading.Thread(target=unplug, daemon=True)
-        thread.start()
         try:
-            yield
+            with _in_background(unplug):
+                yield
         finally:
-            ended.set()
-            thread.join()
             cluster.plug(host)
 
     return inject

@@ -131,11 +131,11 @@ def slowest_of_nodes(rows_of_ranks: list[list[CollectiveResult]]) -> list[Collec
 
 
 def _node_names(rank: Rank) -> list[str]:
-    """Return the name of each node: Slurm's where there is one, as later jobs exclude it by this name."""
+    """Return the name of each node, by its first rank."""
     import torch.distributed as dist
 
     names: list[Any] = [None] * rank.world_size
-    dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or rank.host)
+    dist.all_gather_object(names, rank.node_name)
     return names[:: rank.world_size // rank.nodes]
 
 
