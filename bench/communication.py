@@ -28,10 +28,9 @@ from typing import Any
 
 import yaml
 
-from bench.machine import describe_machine, write_result
+from bench.machine import MODULE_PATH, REPOSITORY, describe_machine, write_result
 from longhaul.artifacts.paths import RunPaths
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "build" / "bench-communication"
 ADDRESSES = ("10.97.53.1", "10.97.53.2")
 WARM_UP_STEPS = 6
@@ -207,7 +206,8 @@ def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int, each: 
         out = Path(name) / "found"
         worker = [
             sys.executable,
-            str(Path(__file__).with_name("communication_worker.py")),
+            "-m",
+            "bench.communication_worker",
             spec,
             str(steps),
             str(out),
@@ -227,7 +227,7 @@ def run(hosts: Sequence[int], variant: str, rate_mbit: float, steps: int, each: 
             subprocess.Popen(
                 [*on(hosts[rank // each]), *worker],
                 cwd=FOLDER,
-                env={**os.environ, **shared, **place},
+                env={**os.environ, **MODULE_PATH, **shared, **place},
                 stdout=sys.stderr,
             )
             for rank, place in enumerate(places)

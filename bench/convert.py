@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from bench.machine import describe_machine, write_result
+from bench.machine import MODULE_PATH, describe_machine, write_result
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.export.exported_tensors import list_exported_tensors
 from longhaul.export.model_without_memory import hugging_face_config, meta_model
@@ -97,8 +97,8 @@ def _measure_alternating(weights: Path, folder: Path) -> dict[str, list[dict[str
 
 def _run_in_process(name: str, weights: Path, out: Path) -> dict[str, float]:
     out.mkdir()
-    command = [sys.executable, __file__, "--run", name, "--checkpoint", str(weights), "--out", str(out)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "bench.convert", "--run", name, "--checkpoint", str(weights), "--out", str(out)]
+    environment = {**os.environ, **MODULE_PATH, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from bench.machine import describe_machine, write_result
+from bench.machine import MODULE_PATH, describe_machine, write_result
 from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import load_config
 from longhaul.jobs.job_kind import job_spec
@@ -176,8 +176,8 @@ def train_option(planned: Plan, name: str, folder: Path) -> dict[str, Any]:
     port = 21_000 + (os.getpid() * 31 + list(OPTIONS).index(name)) % 9_000
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
     launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8"}  # as in launch.sh
-    environment = {**os.environ, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
-    command = [sys.executable, str(Path(__file__).with_name("gpu_memory_worker.py")), str(own)]
+    environment = {**os.environ, **MODULE_PATH, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch}
+    command = [sys.executable, "-m", "bench.gpu_memory_worker", str(own)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
     if done.returncode:
         raise SystemExit(f"{name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

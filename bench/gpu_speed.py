@@ -26,7 +26,7 @@ import yaml
 
 from bench.gpu_speed_rows import LOSS_STEPS, MODELS, ROWS, Row
 from bench.kernel_times import class_table, kernel_table
-from bench.machine import describe_machine, write_result
+from bench.machine import MODULE_PATH, describe_machine, write_result
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Columns, PythonStdlib
 from longhaul.config.load_config import load_config
@@ -153,11 +153,11 @@ def start(row: Row, own: Path) -> list[subprocess.Popen[str]]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 21_000 + (os.getpid() * 31 + ROWS.index(row)) % 9_000}
     threads = min(16, (os.cpu_count() or 1) // row.gpus)
     launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": max(1, threads)}
-    command = [sys.executable, str(Path(__file__).with_name("gpu_speed_worker.py")), str(own), row.name]
+    command = [sys.executable, "-m", "bench.gpu_speed_worker", str(own), row.name]
     ranks = []
     for rank in range(row.gpus):
         own_variables = {**sizes, **address, **launch, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {**os.environ, **{name: str(value) for name, value in own_variables.items()}}
+        environment = {**os.environ, **MODULE_PATH, **{name: str(value) for name, value in own_variables.items()}}
         with log_of(own, rank).open("w") as log:
             ranks.append(
                 subprocess.Popen(

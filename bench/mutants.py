@@ -22,9 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.machine import describe_machine, write_result
+from bench.machine import REPOSITORY, describe_machine, write_result
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SCRATCH = REPOSITORY / "build" / "mutants"
 LOG = SCRATCH / "mutmut.log"
 MUTMUT = Path(sys.executable).with_name("mutmut")

@@ -9,9 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.machine import describe_machine, write_result
+from bench.machine import REPOSITORY, describe_machine, write_result
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ROUNDS = 7
 
 

@@ -134,14 +134,16 @@ def open_line(kind: Kind, folder: Path) -> str:
     manifest = manifest_of(folder, shards)
     manifest.write(folder / "billion.json")
     documents = manifest.splits["train"]["documents"]
-    packs = folder / f"pack-bench-train-{SEQUENCE_LENGTH}-1.bin"
+    packs = folder / f"pack-{manifest.hash}-train-{SEQUENCE_LENGTH}-1-right.bin"
     with packs.open("wb") as stream:
         stream.truncate(8 * documents - 4)
         stream.seek(0, os.SEEK_END)
         stream.write(np.uint32(documents).tobytes())
-    counts = {"documents": documents, "packs": documents - 1, "tokens": manifest.splits["train"]["tokens"]}
-    totals = {**counts, "sequence_length": SEQUENCE_LENGTH, "cut_documents": 0, "padding_share": 0.0}
-    write_json(packs.with_suffix(".json"), totals)
+    tokens = manifest.splits["train"]["tokens"]
+    nothing_cut = dict.fromkeys(("cut_documents", "dropped_documents", "documents_without_loss", "cut_loss_tokens"), 0)
+    totals = {"documents": documents, "packs": documents - 1, "tokens": tokens, "loss_tokens": tokens, **nothing_cut}
+    sizes = {"sequence_length": SEQUENCE_LENGTH, "padding_share": 0.0, "sha256": "0" * 64}
+    write_json(packs.with_suffix(".json"), {**totals, **sizes})
     started = time.perf_counter()
     samples = Samples.open(DataManifest.read(folder / "billion.json"), "train", kind, SEQUENCE_LENGTH, 1, folder)
     samples.ids(10**6, GLOBAL_BATCH)

@@ -10,10 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.machine import describe_machine, write_result
+from bench.machine import REPOSITORY, describe_machine, write_result
 from tests.support.run_folder import RunFolder
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES, STEPS, ROUNDS, WATCHED_S = 1000, 1000, 5, 240
 _SQUEUE = """#!/bin/sh
 echo "$@" >> "$0.calls"

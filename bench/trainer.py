@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from bench.machine import MODULE_PATH, REPOSITORY
 from longhaul.artifacts.paths import RunPaths
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "build" / "bench-trainer"
 DATA = str(RunPaths("demo").manifest("stdlib"))
 PROCESSES = 2
@@ -29,9 +28,14 @@ def main() -> None:
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
-    worker = str(Path(__file__).with_name("trainer_worker.py"))
-    command = [*torchrun, worker, str(RunPaths("demo").stage("pretrain").job_spec), " ".join(sys.argv)]
+    environment = {
+        **os.environ,
+        **MODULE_PATH,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": threads,
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [*torchrun, "-m", "bench.trainer_worker", str(RunPaths("demo").stage("pretrain").job_spec)]
     subprocess.run(command, check=True, cwd=FOLDER, env=environment)
 
 

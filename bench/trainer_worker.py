@@ -115,8 +115,7 @@ def _publish(job: TrainSpec, seconds: dict[str, list[float]]) -> None:
             f"(from {min(ratios):.3f} to {max(ratios):.3f})"
         )
     facts = f"{job.world_size} processes, micro batch {job.stage.micro_batch_size}, sequence length {job.stage.sequence_length}"
-    sys.argv = sys.argv[2].split()
-    versions = describe_machine(("torch", "deepspeed", "transformers"))
+    versions = describe_machine(("torch", "deepspeed", "transformers"), ("-m", "bench.trainer"))
     write_result(
         "trainer",
         [

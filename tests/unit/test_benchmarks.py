@@ -1,7 +1,8 @@
-"""Benchmarks that need a GPU: what they plan is accepted by the plan, also on machines without one."""
+"""Benchmarks: what a GPU is needed for is accepted by the plan, also on machines without one, and workers can be started."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,20 @@ import torch
 from bench.gpu_speed import plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
 from bench.kernel_times import IDLE, times_by_class
+from bench.machine import REPOSITORY
 from longhaul.train.monitoring.kernel_classes import COPY, MATRIX
+
+BENCH = REPOSITORY / "bench"
+
+
+def test_a_file_that_is_started_by_its_path_imports_nothing_of_this_repository():
+    """Python then searches its imports in bench/ alone. The others are started with -m and MODULE_PATH."""
+    text = "\n".join(path.read_text() for path in BENCH.glob("*.py"))
+    started = {BENCH / name for name in re.findall(r"(?:HERE / |with_name\()\"(\w+\.py)\"", text)}
+    assert len(started) == 2, started
+    for path in started:
+        assert not re.search(r"^from (bench|tests)\b", path.read_text(), re.MULTILINE), path
+    assert not re.search(r"sys\.executable, __file__", text)
 
 
 @pytest.mark.parametrize("group", sorted({row.group for row in ROWS}))

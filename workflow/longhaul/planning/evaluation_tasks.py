@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ def read_task_files(loaded: LoadedConfig, stage: Stage) -> list[TaskFile]:
     if stage.evaluate is None:
         return []
     key = f"stages.{stage.name}.evaluate.files"
-    return [_read_task_file(key, _task_path(loaded, key, written)) for written in stage.evaluate.files]
+    paths = [_task_path(loaded, key, written) for written in stage.evaluate.files]
+    return [_read_task_file(key, path, path.stat().st_mtime_ns if path.exists() else 0) for path in paths]
 
 
 def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
@@ -53,7 +55,9 @@ def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
     return SHIPPED_TASKS / f"{written}.yaml"
 
 
-def _read_task_file(key: str, path: Path) -> TaskFile:
+@cache
+def _read_task_file(key: str, path: Path, _changed_ns: int) -> TaskFile:
+    """Read a task file once per process until it changes: a plan asks for each several times."""
     config = read_yaml(path)
     task = config.get("task")
     if not isinstance(task, str):
