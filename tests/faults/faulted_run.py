@@ -43,8 +43,8 @@ _NOT_COPIED = {
 
 
 def faulted_config(finished: dict[str, Any], nodes: int = 2, steps: int = STEPS, **stage: Any) -> dict[str, Any]:
-    """Return the config of the tiny run's first stage with more steps, on nodes of one rank."""
-    config = json.loads(json.dumps(finished))
+    """Return the config of the tiny run's first stage with more steps, on nodes of one rank, without a scale test before it."""
+    config = json.loads(json.dumps({**finished, "scale_test": "off"}))
     base = config["stages"][0]
     base |= {"nodes": nodes, "gpus_per_node": 1, "steps": steps, "recovery": RECOVERY, "minutes": 5}
     base["schedule"] = {"kind": "constant"}

@@ -50,6 +50,7 @@ def job_variables(site: Site, request: SlurmRequest) -> list[JobVariable]:
 def _derived(site: Site, request: SlurmRequest) -> Iterator[JobVariable]:
     for name, value in OFFLINE_ENVIRONMENT.items():
         yield JobVariable(name, value, LONGHAUL, "jobs never download; `longhaul fetch` did it before")
+    yield JobVariable("PYTHONUNBUFFERED", "1", LONGHAUL, "a log shows each line at once")
     yield JobVariable("TOKENIZERS_PARALLELISM", "false", LONGHAUL, "worker processes are forked")
     yield JobVariable("OMP_NUM_THREADS", str(request.cpus_per_task), PLAN, "cores of each rank")
     if not site.node.gpus:

@@ -166,7 +166,8 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
 
 
 def _srun(site: Site, step: PlannedStep) -> list[str]:
-    options = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--label"]
+    # Not --unbuffered: it gives ranks a terminal, and libraries then write colours and progress bars into the log.
+    options = ["--kill-on-bad-exit=1", "--wait=60", "--label"]
     mpi = [] if any(extra.startswith("--mpi") for extra in site.srun_extra) else ["--mpi=none"]
     return ["srun", *step.request.as_srun(), *mpi, *options, *_binding(site, step), *site.srun_extra]
 
