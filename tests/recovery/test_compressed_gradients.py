@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def test_only_steps_from_start_step_on_are_compressed(stages: dict[str, TrainedS
     plain, compressed = stages["plain"].rows(), stages["compressed"].rows()
     norms = [(a["grad_norm"], b["grad_norm"]) for a, b in zip(plain, compressed, strict=True)]
     assert all(b == pytest.approx(a, rel=1e-6) for a, b in norms[:START])
-    assert all(abs(b / a - 1) > 1e-5 for a, b in norms[START:])
+    changes = [abs(b / a - 1) for a, b in norms[START:]]
+    assert min(changes) > 1e-6 and statistics.median(changes) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["compressed", "4 ranks", "bf16", "4 to 2"])

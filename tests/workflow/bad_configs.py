@@ -895,6 +895,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         )
     ),
     (
+        "one expert per group",
+        {"model": {"deepseek_v3": {**DEEPSEEK, "n_group": DEEPSEEK["n_routed_experts"]}}},
+        {},
+        ("is 1 expert per group", "a group needs at least 2"),
+    ),
+    (
         "shared keys and values in latent attention",
         {"model": {"deepseek_v3": {**DEEPSEEK, "num_key_value_heads": 2}}},
         {},

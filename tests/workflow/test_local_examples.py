@@ -73,5 +73,5 @@ def test_the_example_for_one_gpu_trains_on_the_cpu(config: Path):
         text = text.replace(old, new)
     config.write_text(text + "checks: {min_disk_free_gb: 0.1}\ntrackers: {tensorboard: false}\n")
     longhaul(config.parent, "run", "mine.yaml")
-    assert (config.parent / "results/mine/export/sft/model.safetensors").exists()
+    assert (config.parent / "results/mine/export/sft/latest/model.safetensors").exists()
     longhaul(config.parent, "verify", "mine.yaml")  # exit code 0: no file is missing or damaged

@@ -211,10 +211,17 @@ def check_routing(config: HuggingFaceConfig) -> None:
                 f"{key} {config[key]!r} has no effect in transformers' {architecture}; it computes {value!r}"
             )
     if architecture == "deepseek_v2":
-        _check_groups(config)
+        _check_v2_groups(config)
+    if architecture == "deepseek_v3":
+        _check_v3_groups(
+            config["n_routed_experts"],
+            config.get("n_group", 8),
+            config.get("topk_group", 4),
+            config["num_experts_per_tok"],
+        )
 
 
-def _check_groups(config: HuggingFaceConfig) -> None:
+def _check_v2_groups(config: HuggingFaceConfig) -> None:
     method, groups, selected = config.get("topk_method", "greedy"), config.get("n_group"), config.get("topk_group")
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method is {method!r}; use greedy or group_limited_greedy")
@@ -226,6 +233,23 @@ def _check_groups(config: HuggingFaceConfig) -> None:
         raise ValueError(
             f"topk_method group_limited_greedy needs n_group {groups}, a divisor of n_routed_experts "
             f"{config['n_routed_experts']}, and topk_group {selected}, at most n_group"
+        )
+
+
+def _check_v3_groups(experts: int, groups: int, selected_groups: int, selected_experts: int) -> None:
+    """Raise ValueError if the experts of a token cannot be selected: transformers rates a group by its two best experts."""
+    if experts % groups:
+        raise ValueError(f"n_routed_experts {experts} is not a multiple of n_group {groups}")
+    in_group = experts // groups
+    if in_group < 2:
+        raise ValueError(
+            f"n_routed_experts {experts} in n_group {groups} groups is {in_group} expert per group; a group needs at least 2"
+        )
+    selectable = selected_groups * in_group
+    if selected_groups > groups or selected_experts > selectable:
+        raise ValueError(
+            f"num_experts_per_tok {selected_experts} cannot be selected from topk_group {selected_groups} of "
+            f"n_group {groups} groups, which have {selectable} experts"
         )
 
 
@@ -243,14 +267,7 @@ class DeepseekV3(LatentAttention):
 
     @model_validator(mode="after")
     def _check_expert_groups(self) -> DeepseekV3:
-        if self.n_routed_experts % self.n_group:
-            raise ValueError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
-        selectable = self.topk_group * (self.n_routed_experts // self.n_group)
-        if self.topk_group > self.n_group or self.num_experts_per_tok > selectable:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} cannot be selected from topk_group {self.topk_group} of "
-                f"n_group {self.n_group} groups, which have {selectable} experts"
-            )
+        _check_v3_groups(self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok)
         return self
 
 
