@@ -1,4 +1,5 @@
-"""Judges the state of GPUs: ECC errors, slowdowns, NVLinks, PCIe links, processes of others, Xid errors; ECC errors of AMD GPUs.
+"""Decides which states of GPUs fail a node or only warn: ECC errors, slowdowns, NVLinks, PCIe links, other processes, each Xid
+number; ECC errors of AMD GPUs.
 
 Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
 """

@@ -1,4 +1,4 @@
-"""Finds errors that NVIDIA's driver wrote to the kernel log since boot: Xid (GPU) and SXid (NVSwitch).
+"""Parses errors that NVIDIA's driver wrote to the kernel log since boot: Xid (GPU) and SXid (NVSwitch).
 
 Forms: docs.nvidia.com/deploy/xid-errors, and the Fabric Manager User Guide for SXid. The kernel keeps the newest messages only.
 """

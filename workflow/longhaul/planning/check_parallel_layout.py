@@ -1,5 +1,5 @@
-"""Refuses parallel layouts that are untested or do not divide the model: tensor, pipeline, expert, sequence, ZeRO, PowerSGD. Each
-error names the nearest layout that works.
+"""Refuses parallel layouts that are untested or do not divide the model: tensor, pipeline, expert, sequence, ZeRO, PowerSGD;
+warns of pipelines whose GPUs idle. Each error names the nearest layout that works.
 
 Only combinations that tests/parity proves are allowed.
 """

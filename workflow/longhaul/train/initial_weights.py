@@ -1,4 +1,5 @@
-"""Sets the initial weights: from the seed (counter_based_normal.py), an earlier stage's checkpoint, or pretrained_weights.py.
+"""Sets the initial weights and the spread of random ones: from the seed (counter_based_normal.py), an earlier
+stage's checkpoint, or pretrained_weights.py.
 
 Values are looked up by the tensor's name, one tensor at a time. So every parallel layout starts from the same bits, and under
 ZeRO 3 no rank holds the whole model.
