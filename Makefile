@@ -77,10 +77,10 @@ faults: setup test-packages  ## every fault of the matrix on a real Slurm cluste
 	$(BIN)/pytest tests/faults/test_faults.py --all-faults
 
 layouts: setup test-packages  ## thirteen parallel layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
-	$(BIN)/pytest tests/cluster/test_layouts.py --all-layouts
+	$(BIN)/pytest tests/cluster/test_layouts.py --all
 
 fabric-drill: setup test-packages  ## faults of the network on eight hosts of a real Slurm cluster; a table in bench/results/fabric_drill.txt
-	$(BIN)/pytest tests/cluster/test_fabric_drill.py --all-drills
+	$(BIN)/pytest tests/cluster/test_fabric_drill.py --all --all-drills
 
 resharding: setup  ## resume a stage under another parallel layout: every pair; make test tries one of each kind
 	$(BIN)/pytest tests/recovery/test_resharding.py --all-reshardings

@@ -43,6 +43,11 @@ class Doctor:
         """Return the first finding of each answer about the phase's job, and what the first one says of the main process."""
         folder = Path(self._run.phase)
         job = f"train-{folder.name}" if folder.parent.name == "stages" else folder.name
-        of_job = [re.findall(rf"^\d+\. {job}: (.*)$", answer, re.MULTILINE)[:1] for answer in self.answers]
-        of_main = [re.findall(r"^\d+\. main process: (.*)$", answer, re.MULTILINE)[:1] for answer in self.answers[:1]]
+        of_job = [_causes(job, answer)[:1] for answer in self.answers]
+        of_main = [_causes("main process", answer)[:1] for answer in self.answers[:1]]
         return [cause for found in (*of_job, *of_main) for cause in found]
+
+
+def _causes(subject: str, answer: str) -> list[str]:
+    """Return the causes that an answer gives for a job or the main process. A cause may have several lines."""
+    return re.findall(rf"^\d+\. {subject}: (.*?)^   evidence: ", answer, re.MULTILINE | re.DOTALL)

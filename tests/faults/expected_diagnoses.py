@@ -8,6 +8,8 @@ _KILLED = "a process was killed with signal 9"
 _NO_RECORD = "the supervisor left no record of an attempt's end"
 _MAIN_ENDED = "the main Snakemake process has ended before all jobs were done"
 _PREEMPTED = "Slurm gave the nodes to another job"
+_ALLOCATION_ENDED = "Slurm ended the allocation before the job was done, for a preemption"
+"""Slurm signals a job at the begin of its grace time and does not say why."""
 _NODE_LOST = "a node died|does not respond|sent no heartbeat"
 EXPECTED = {
     "kill -9 of a rank": _KILLED,
@@ -22,9 +24,9 @@ EXPECTED = {
     "scontrol requeue": "the job was put back into Slurm's queue",
     "preemption": _PREEMPTED,
     "preemption of one process": _PREEMPTED,
-    "preemption with grace": _PREEMPTED,
+    "preemption with grace": f"{_PREEMPTED}|{_ALLOCATION_ENDED}",
     "preemption that cancels": _PREEMPTED,
-    "preemption that cancels, with grace": _PREEMPTED,
+    "preemption that cancels, with grace": f"{_PREEMPTED}|{_ALLOCATION_ENDED}",
     "time limit": "time limit|the allocation ended|the allocation ends",
     "time limit of one process": "time limit|the allocation ended|the allocation ends",
     "power-off of a node": _NODE_LOST,
