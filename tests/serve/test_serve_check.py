@@ -45,6 +45,7 @@ def write_job(folder: Path, latest: Path, streams: tuple[int, ...]) -> Path:
         serve=Serve(),
         check=ServeCheck(streams=streams, answer_tokens=16, start_timeout_s=300.0),
         tensor=1,
+        pipeline=1,
         context_tokens=64,
         out=str(folder / "result.json"),
     ).write(path)

@@ -18,6 +18,7 @@ from longhaul.planning import Plan
 from tests.support.small_configs import plan_of
 
 CHECK = {"stages.1.export": "last", "stages.1.serve_check": {"streams": [1, 4], "answer_tokens": 16, "minutes": 20}}
+TWO_HEADS = {"model.llama.num_attention_heads": 2, "stages.1.serve": {"context": 100, "gpus_per_node": 4}}
 VLLM = {"engine": "vllm", "python": [sys.executable]}
 
 
@@ -35,6 +36,13 @@ def test_the_job_of_a_check(tmp_path: Path):
     assert spec.out == "results/small/serve_check/chat.json"
     request = job_request(plan, job)
     assert (request.nodes, request.gpus_per_node, request.minutes) == (1, 2, 20)
+
+
+def test_a_check_has_the_pipeline_ranks_of_the_server(tmp_path: Path):
+    """A layer of 2 heads cannot be spread over 4 GPUs."""
+    spec = job_spec(planned(tmp_path, {"serving": VLLM}, **TWO_HEADS), JobId("serve_check", ("chat",)))
+    assert isinstance(spec, ServeCheckSpec)
+    assert (spec.tensor, spec.pipeline) == (2, 2)
 
 
 def test_the_check_of_an_engine_with_its_own_python_runs_outside_of_the_jobs_container(tmp_path: Path):

@@ -43,6 +43,7 @@ def job_of(manifest: Path, fault: str = "", **serving: object) -> ServeCheckSpec
         serve=Serve(),
         check=ServeCheck(streams=(1, 32), answer_tokens=4, start_timeout_s=60.0),
         tensor=1,
+        pipeline=1,
         context_tokens=64,
         out=str(manifest.with_name("result.json")),
     )

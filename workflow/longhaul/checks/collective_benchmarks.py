@@ -10,6 +10,7 @@ whole buffer.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -92,7 +93,7 @@ def measure_sizes(
 
 def _least_seconds(last: CollectiveResult, size_bytes: int) -> float:
     """Return how long the fewest rounds at a size take, if the time grows as the size does. It is the same on all ranks."""
-    rounds = _WARMUP_ROUNDS + _FEWEST_ROUNDS + _FEWEST_SINGLE_ROUNDS
+    rounds = 1 + _WARMUP_ROUNDS + _FEWEST_ROUNDS + _FEWEST_SINGLE_ROUNDS
     return last["time_us"] / 1e6 * size_bytes / last["bytes"] * rounds
 
 
@@ -104,8 +105,9 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
     elements = max(group.size, size_bytes // _FLOAT_BYTES)
     elements -= elements % group.size
     run_once, is_correct = collective.prepare(group, elements)
-    first_s = _slowest(group, [_seconds(group, run_once, _WARMUP_ROUNDS)])[0]
+    run_once()
     correct = _all_agree(group, is_correct())
+    first_s = _slowest(group, [_seconds(group, run_once, _WARMUP_ROUNDS)])[0]
     rounds = int(min(200, max(_FEWEST_ROUNDS, _ROUNDS_S / max(first_s, 1e-6))))
     seconds = _slowest(group, [_seconds(group, run_once, rounds)])[0]
     single_rounds = int(min(50, max(_FEWEST_SINGLE_ROUNDS, _SINGLE_ROUNDS_S / max(first_s, 1e-6))))
@@ -116,10 +118,10 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
         "scope": group.scope,
         "bytes": elements * _FLOAT_BYTES,
         "world_size": group.size,
-        "rounds": _WARMUP_ROUNDS + rounds + single_rounds,
+        "rounds": 1 + _WARMUP_ROUNDS + rounds + single_rounds,
         "time_us": round(seconds * 1e6, 1),
         "median_us": round(statistics.median(single_us), 1),
-        "p95_us": round(sorted(single_us)[int(0.95 * (single_rounds - 1))], 1),
+        "p95_us": round(sorted(single_us)[math.ceil(0.95 * single_rounds) - 1], 1),
         "algorithm_bandwidth_gbps": round(algorithm_gbps, 4),
         "bus_bandwidth_gbps": round(algorithm_gbps * collective.bus_factor(group.size), 4),
         "correct": correct,
@@ -157,13 +159,10 @@ def _all_agree(group: MeasuredGroup, correct: bool) -> bool:
 
 
 def _all_reduce(group: MeasuredGroup, elements: int) -> Prepared:
-    buffer = torch.empty(elements, device=group.device)
+    """Reduce in place. Later rounds add sums to sums, up to infinity: filling the buffer again would be timed, too."""
+    buffer = torch.full((elements,), float(group.rank + 1), device=group.device)
     expected = group.size * (group.size + 1) / 2
-
-    def run_once() -> None:
-        dist.all_reduce(buffer.fill_(group.rank + 1), group=group.group)
-
-    return run_once, lambda: bool((buffer == expected).all())
+    return lambda: dist.all_reduce(buffer, group=group.group), lambda: bool((buffer == expected).all())
 
 
 def _all_gather(group: MeasuredGroup, elements: int) -> Prepared:

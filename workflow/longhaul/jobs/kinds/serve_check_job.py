@@ -17,8 +17,8 @@ from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 class ServeCheckSpec(JobSpec):
     """Starts a server of one export, compares and measures its answers, and stops it."""
 
-    # The plan derives the latter two from the model's size, which it does not know before fetch.
-    no_rerun_fields = JobSpec.no_rerun_fields | {"tensor", "context_tokens"}
+    # The plan derives these from the model's size, which it does not know before fetch.
+    no_rerun_fields = JobSpec.no_rerun_fields | {"tensor", "pipeline", "context_tokens"}
 
     stage: str
     export: str  # manifest of the export, which names its folder
@@ -27,6 +27,7 @@ class ServeCheckSpec(JobSpec):
     serve: Serve
     check: ServeCheck
     tensor: int
+    pipeline: int
     context_tokens: int | None
     out: str
 
@@ -44,6 +45,7 @@ def _build(plan: Plan, job: JobId) -> ServeCheckSpec:
         serve=stage.serve or Serve(),
         check=stage.serve_check,
         tensor=planned.layout.tensor if planned else 1,
+        pipeline=planned.layout.pipeline if planned else 1,
         context_tokens=planned.context if planned else None,
         out=str(plan.paths.serve_check(name)),
     )
