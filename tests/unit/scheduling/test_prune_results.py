@@ -73,6 +73,15 @@ def test_only_delete_removes_and_says_how_much(plan: Plan, tmp_path: Path, capsy
     assert "4.88 KiB freed" in capsys.readouterr().out and paths_of(plan) == []
 
 
+def test_leftover_of_an_interrupted_prune_does_not_stop_the_next_one(plan: Plan) -> None:
+    old = Path("results/small/stages/gone/weights/0123456789abcdef")
+    leftover = old.with_name(f"{old.name}.removed")
+    write_text(old / "checkpoints/step-00000010/x.pt", "x")
+    write_text(leftover / "checkpoints/step-00000005/x.pt", "x")
+    prune(plan, delete=True)
+    assert not old.exists() and not leftover.exists() and paths_of(plan) == []
+
+
 def test_weights_in_a_storage_of_their_own_are_found(plan: Plan, tmp_path: Path) -> None:
     """Those below the run are old then, too, as the config has moved them; but not those of base, of which the export is."""
     stored = plan_of(tmp_path, {**EXPORTED, "storage.weights": str(tmp_path / "scratch")})

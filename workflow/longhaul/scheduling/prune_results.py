@@ -206,8 +206,12 @@ def _remove(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    removed = path if path.name.endswith(_REMOVED) else path.rename(path.with_name(path.name + _REMOVED))
-    shutil.rmtree(removed)
+    if not path.name.endswith(_REMOVED):
+        renamed = path.with_name(path.name + _REMOVED)
+        if renamed.exists():  # an interrupted prune left it, and rename cannot replace a folder that holds files
+            shutil.rmtree(renamed)
+        path = path.rename(renamed)
+    shutil.rmtree(path)
 
 
 def _remove_dangling_links(paths: RunPaths) -> None:
