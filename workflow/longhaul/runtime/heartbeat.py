@@ -22,8 +22,6 @@ from longhaul.runtime.rendezvous import host_key
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-_KEY = "longhaul/heartbeat"
-
 
 class Heartbeat:
     """Sends and watches heartbeats during a `with` block. With a single process it does nothing."""
@@ -51,7 +49,7 @@ class Heartbeat:
         while not self._stopped.wait(self._interval_s):
             try:
                 store = store or self._connect()
-                store.add(f"{_KEY}/{self._rank.rank}", 1)
+                send_heartbeat(store, self._rank.rank)
                 self._last_answer_s = time.monotonic()
                 if self._rank.is_main:
                     self._exit_if_rank_is_silent(store, counters)
@@ -72,9 +70,7 @@ class Heartbeat:
         return TCPStore(address, port, timeout=timeout, wait_for_workers=False)
 
     def _exit_if_rank_is_silent(self, store: TCPStore, counters: HeartbeatCounters) -> None:
-        known = [rank for rank in range(self._rank.world_size) if store.check([f"{_KEY}/{rank}"])]
-        counts = dict(zip(known, store.multi_get([f"{_KEY}/{rank}" for rank in known]), strict=True))
-        if silent := counters.silent_ranks(counts, time.monotonic()):
+        if silent := counters.silent_ranks(read_counts(store, self._rank.world_size), time.monotonic()):
             host = store.get(host_key(silent[0])).decode()
             names = ", ".join(f"rank {rank}" for rank in silent)
             self._report_and_exit(names, silent[0], host)
@@ -86,6 +82,23 @@ class Heartbeat:
         report = JobFolder(self._folder).missed_heartbeat(noticed_by=self._rank.rank)
         Failure(NODE, cause, remedy, host=host, rank=rank).write(report)
         exit_without_cleanup(1)
+
+
+def send_heartbeat(store: TCPStore, rank: int) -> None:
+    """Increment a rank's counter."""
+    store.add(_counter_key(rank), 1)
+
+
+def read_counts(store: TCPStore, world_size: int) -> dict[int, bytes]:
+    """Return rank -> counter, without ranks that have not sent a heartbeat yet. Two requests when all have sent one."""
+    ranks = list(range(world_size))
+    if not store.check([_counter_key(rank) for rank in ranks]):
+        ranks = [rank for rank in ranks if store.check([_counter_key(rank)])]
+    return dict(zip(ranks, store.multi_get([_counter_key(rank) for rank in ranks]), strict=True))
+
+
+def _counter_key(rank: int) -> str:
+    return f"longhaul/heartbeat/{rank}"
 
 
 class HeartbeatCounters:
