@@ -67,6 +67,9 @@ FOLLOWED_ELSEWHERE = {
     "delete {}; a new key is created": (
         "unit/serving/test_engines.py::test_a_key_file_with_something_else_is_refused_until_it_is_deleted"
     ),
+    "the files were altered after training: restore them, or remove checkpoint.json": (
+        "unit/export/test_export_checkpoint.py::test_altered_model_config_is_refused_until_it_is_restored"
+    ),
     "Then move the checkpoint's folder away and run the same command again": (
         "recovery/test_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
     ),
@@ -74,27 +77,55 @@ FOLLOWED_ELSEWHERE = {
 """A part of the remedy's text -> the test that follows it."""
 
 
-def texts_of(node: ast.AST) -> str:
-    """Return the text of a string, with {…} for what is filled in."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else ""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(texts_of(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-    return ""
+def constants() -> dict[str, str]:
+    """Return the text of every constant of the package that holds one string, by name."""
+    found: dict[str, str] = {}
+    for module in PACKAGE.rglob("*.py"):
+        for node in ast.parse(module.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and texts_of(node.value, {}):
+                name = node.targets[0].id
+                found[name] = f"{found.get(name, '')}{texts_of(node.value, {})}\n"
+    return found
+
+
+def texts_of(node: ast.AST, named: dict[str, str]) -> str:
+    """Return the text of an expression: constants by their names, every branch of a condition, {} for what is filled in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return named.get(name, "{}")
+        case ast.FormattedValue(value=value):
+            return texts_of(value, named) or "{}"
+        case ast.JoinedStr(values=parts):
+            separator = ""
+        case ast.BinOp(left=left, right=right):
+            separator, parts = "", [left, right]
+        case ast.IfExp(body=body, orelse=orelse):
+            separator, parts = "\n", [body, orelse]
+        case _:
+            return ""
+    return separator.join(texts_of(part, named) for part in parts)
 
 
 def remedies_in_source() -> dict[str, str]:
     """Return text -> module of every hint of the package that tells to delete, move or restore a file of a run."""
-    found = {}
+    found, named = {}, constants()
     for module in PACKAGE.rglob("*.py"):
         if {"config", "planning", "readers"} & {*module.parts} or module.name == "container.py":
             continue  # remedies of the plan and of rows: tests/workflow/bad_configs.py, tests/workflow/test_bad_data.py
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError" and len(node.args) == 2:
-                words = texts_of(node.args[1])
-                if re.search(r"\b(delete|rm|move|restore) ", words):
+                words = texts_of(node.args[1], named)
+                if re.search(r"\b(delete|rm|move|restore) ", words, re.IGNORECASE):
                     found[words] = str(module.relative_to(PACKAGE))
     return found
+
+
+def test_hints_in_constants_are_seen():
+    assert "export/open_verified_checkpoint.py" in remedies_in_source().values()
+    hint = ast.parse("f'{HINT} of {path}' if folder else HINT + ' now'", mode="eval").body
+    assert texts_of(hint, {"HINT": "move it"}) == "move it of {}\nmove it now"
 
 
 def test_every_remedy_about_files_is_in_the_table():

@@ -201,12 +201,15 @@ def test_another_tokenizer_is_refused_until_its_own_is_restored(zero_checkpoints
     export(stage)
 
 
-def test_altered_model_config_is_refused(zero_checkpoints: Path, tmp_path: Path):
+def test_altered_model_config_is_refused_until_it_is_restored(zero_checkpoints: Path, tmp_path: Path):
     """The logits do not show a change of the longest sequence."""
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
     path = WeightsFolder(stage.tag.parents[1]).model_config
-    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 10**6}))
-    assert_refused(stage, "model_config.json does not have the SHA-256")
+    restored = path.read_text()
+    path.write_text(json.dumps({**json.loads(restored), "max_position_embeddings": 10**6}))
+    assert_refused(stage, "model_config.json does not have the SHA-256 .*\n  remedy: .*restore them")
+    path.write_text(restored)
+    export(stage)
 
 
 def test_missing_file_is_refused(zero_checkpoints: Path, tmp_path: Path):
