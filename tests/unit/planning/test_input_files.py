@@ -238,6 +238,10 @@ def test_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, name: str, rem
             {**DEEPSEEK, "model_type": "deepseek_v3", "n_group": DEEPSEEK["n_routed_experts"]},
             "n_routed_experts 4 in n_group 4 groups is 1 expert per group; a group needs at least 2",
         ),
+        (
+            {**DEEPSEEK, "model_type": "deepseek_v3", "n_group": None},
+            "n_group is None; it must be an integer from 1",
+        ),
     ],
 )
 def test_keys_that_the_network_would_not_follow_are_refused(tmp_path: Path, keys: dict[str, Any], problem: str):

@@ -187,6 +187,10 @@ FIXED_ROUTING = {
 }
 
 
+_V3_GROUPS, _V3_SELECTED_GROUPS = 8, 4
+"""Values of transformers where a config.json of DeepSeek-V3 has no n_group or topk_group."""
+
+
 def check_attention(config: HuggingFaceConfig) -> None:
     """Raise ValueError for keys of a Hugging Face config with which its attention or its norms cannot be computed."""
     check_latent_heads(config)
@@ -213,12 +217,7 @@ def check_routing(config: HuggingFaceConfig) -> None:
     if architecture == "deepseek_v2":
         _check_v2_groups(config)
     if architecture == "deepseek_v3":
-        _check_v3_groups(
-            config["n_routed_experts"],
-            config.get("n_group", 8),
-            config.get("topk_group", 4),
-            config["num_experts_per_tok"],
-        )
+        _check_v3_groups(config)
 
 
 def _check_v2_groups(config: HuggingFaceConfig) -> None:
@@ -236,8 +235,13 @@ def _check_v2_groups(config: HuggingFaceConfig) -> None:
         )
 
 
-def _check_v3_groups(experts: int, groups: int, selected_groups: int, selected_experts: int) -> None:
+def _check_v3_groups(config: HuggingFaceConfig) -> None:
     """Raise ValueError if the experts of a token cannot be selected: transformers rates a group by its two best experts."""
+    experts, selected_experts = config["n_routed_experts"], config["num_experts_per_tok"]
+    groups, selected_groups = config.get("n_group", _V3_GROUPS), config.get("topk_group", _V3_SELECTED_GROUPS)
+    for key, value in (("n_group", groups), ("topk_group", selected_groups)):
+        if not value:
+            raise ValueError(f"{key} is {value!r}; it must be an integer from 1")
     if experts % groups:
         raise ValueError(f"n_routed_experts {experts} is not a multiple of n_group {groups}")
     in_group = experts // groups
@@ -256,8 +260,10 @@ def _check_v3_groups(experts: int, groups: int, selected_groups: int, selected_e
 class DeepseekV3(LatentAttention):
     """DeepSeek V3 and R1."""
 
-    n_group: Size = Field(default=8, description="Number of expert groups.")
-    topk_group: Size = Field(default=4, description="Number of groups from which the experts of a token are selected.")
+    n_group: Size = Field(default=_V3_GROUPS, description="Number of expert groups.")
+    topk_group: Size = Field(
+        default=_V3_SELECTED_GROUPS, description="Number of groups from which the experts of a token are selected."
+    )
     norm_topk_prob: bool = Field(
         default=True, description="Scale the selected experts' router weights so that their sum is 1."
     )
@@ -267,7 +273,7 @@ class DeepseekV3(LatentAttention):
 
     @model_validator(mode="after")
     def _check_expert_groups(self) -> DeepseekV3:
-        _check_v3_groups(self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok)
+        check_routing({"model_type": "deepseek_v3", **self.model_dump()})
         return self
 
 

@@ -10,7 +10,8 @@ from longhaul.config.architectures import MAX_LAYERS, MAX_SIZE
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import UserError
 
-# Keys that the counts read. The classes in architectures.py have checked them for a new model, but not for a config.json.
+# Keys that the counts and the check of expert groups read. The classes in architectures.py have checked them for a new model, but
+# not for a config.json.
 _SIZES = {
     "vocab_size",
     "hidden_size",
@@ -33,6 +34,8 @@ _OPTIONAL_SIZES = {
     "num_experts_per_tok",
     "n_routed_experts",
     "n_shared_experts",
+    "n_group",
+    "topk_group",
     "first_k_dense_replace",
     "q_lora_rank",
 }
