@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from longhaul.checks import collective_benchmarks
-from longhaul.checks.collective_benchmarks import COLLECTIVES, Collective, MeasuredGroup, measure_sizes
+from longhaul.checks.collective_benchmarks import COLLECTIVES, Collective, MeasuredGroup, measure, measure_sizes
 from longhaul.checks.fabric import slowest_of_nodes
 from tests.support.ranks import REPOSITORY, rank_environment, worker_command
 
 RANKS = 3
+CHECKED, WARM_UP = 1, 3
 # gloo's reduce_scatter is an all_reduce and sends twice the bytes that are needed; its broadcast is a tree.
 COUNTED = ("all_reduce", "all_gather", "all_to_all", "send_recv")
 
@@ -68,6 +70,28 @@ def test_sizes_end_when_the_next_one_would_not_fit_into_the_budget(monkeypatch: 
         measured.clear()
         found = list(measure_sizes(COLLECTIVES[0], group, sizes, budget_s))
         assert [one["bytes"] for one in found] == measured == sizes[:expected]
+
+
+def test_one_round_is_checked_before_rounds_are_timed(monkeypatch: pytest.MonkeyPatch):
+    """Rounds one by one take 1, 2, … 10 ms; the 95th percentile by the nearest rank is the tenth (ceil(0.95 x 10))."""
+    rounds: list[str] = []
+
+    def seconds(group: MeasuredGroup, run_once: Callable[[], object], count: int) -> float:
+        for _ in range(count):
+            run_once()
+        singles = len(rounds) - (CHECKED + WARM_UP + 40)
+        return 0.001 * singles if count == 1 else 0.005
+
+    def is_correct() -> bool:
+        return rounds == ["round"]
+
+    monkeypatch.setattr(collective_benchmarks, "_seconds", seconds)
+    monkeypatch.setattr(collective_benchmarks, "_slowest", lambda group, values: values)
+    monkeypatch.setattr(collective_benchmarks, "_all_agree", lambda group, value: value)
+    prepared = (lambda: rounds.append("round"), is_correct)
+    found = measure(Collective("one", lambda *_: prepared, lambda n: 1.0), MeasuredGroup(0, 2, torch.device("cpu")), 64)
+    assert found["correct"] and found["rounds"] == len(rounds) == CHECKED + WARM_UP + 40 + 10
+    assert (found["time_us"], found["median_us"], found["p95_us"]) == (5000.0, 5500.0, 10000.0)
 
 
 def test_size_below_the_smallest_shared_message_is_not_measured_twice(monkeypatch: pytest.MonkeyPatch):

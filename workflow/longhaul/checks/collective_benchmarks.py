@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import CollectiveResult
 
-_WARMUP_ROUNDS, _FEWEST_ROUNDS, _FEWEST_SINGLE_ROUNDS = 3, 3, 5
+_CHECKED_ROUNDS, _WARMUP_ROUNDS, _FEWEST_ROUNDS, _FEWEST_SINGLE_ROUNDS = 1, 3, 3, 5
 _ROUNDS_S, _SINGLE_ROUNDS_S = 0.2, 0.05
 """Durations of the rounds in a row, and of those that are timed one by one, of one collective at one size."""
 _ALWAYS_MEASURED_BYTES = 2**20
@@ -93,14 +93,14 @@ def measure_sizes(
 
 def _least_seconds(last: CollectiveResult, size_bytes: int) -> float:
     """Return how long the fewest rounds at a size take, if the time grows as the size does. It is the same on all ranks."""
-    rounds = 1 + _WARMUP_ROUNDS + _FEWEST_ROUNDS + _FEWEST_SINGLE_ROUNDS
+    rounds = _CHECKED_ROUNDS + _WARMUP_ROUNDS + _FEWEST_ROUNDS + _FEWEST_SINGLE_ROUNDS
     return last["time_us"] / 1e6 * size_bytes / last["bytes"] * rounds
 
 
 def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> CollectiveResult:
-    """Time one collective at one size on the slowest rank: many rounds in a row, and rounds one by one for the percentiles.
+    """Check one round of a collective at one size; then time it on the slowest rank.
 
-    GB = 10^9 bytes.
+    Many rounds in a row give the bandwidth, and rounds one by one the percentiles. GB = 10^9 bytes.
     """
     elements = max(group.size, size_bytes // _FLOAT_BYTES)
     elements -= elements % group.size
@@ -118,7 +118,7 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
         "scope": group.scope,
         "bytes": elements * _FLOAT_BYTES,
         "world_size": group.size,
-        "rounds": 1 + _WARMUP_ROUNDS + rounds + single_rounds,
+        "rounds": _CHECKED_ROUNDS + _WARMUP_ROUNDS + rounds + single_rounds,
         "time_us": round(seconds * 1e6, 1),
         "median_us": round(statistics.median(single_us), 1),
         "p95_us": round(sorted(single_us)[math.ceil(0.95 * single_rounds) - 1], 1),
