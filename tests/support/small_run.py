@@ -166,6 +166,7 @@ def _write_serve_check(paths: RunPaths) -> None:
         path=str(paths.export(STAGE)),
         weights="0123",
         tensor=1,
+        pipeline=1,
         context_tokens=64,
         answer_tokens=8,
         start_s=75.0,

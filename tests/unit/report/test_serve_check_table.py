@@ -42,6 +42,7 @@ def result(agreement: Agreement, refuses_other_keys: bool) -> ServeCheckResult:
         path="p",
         weights="w",
         tensor=2,
+        pipeline=1,
         context_tokens=512,
         answer_tokens=32,
         start_s=75.0,

@@ -52,6 +52,7 @@ class ServeCheckResult(Artifact):
     path:        the served Hugging Face folder
     weights:     a hash of the recorded hashes of its files
     tensor:      GPUs over which each layer was spread
+    pipeline:    groups of layers, each on GPUs of its own
     start_s:     from the start of the server to its first answer
     listens_at:  addresses at which processes of the server accept connections
     distinct_answers: answers under load that differ from all others; an exchange of equal answers would not be noticed
@@ -64,6 +65,7 @@ class ServeCheckResult(Artifact):
     path: str
     weights: str
     tensor: int
+    pipeline: int
     context_tokens: int | None
     answer_tokens: int
     start_s: float

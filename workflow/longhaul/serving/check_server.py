@@ -63,6 +63,7 @@ def run(job: ServeCheckSpec) -> None:
         path=export.path,
         weights=content_hash(export.files),
         tensor=job.tensor,
+        pipeline=job.pipeline,
         context_tokens=job.context_tokens,
         answer_tokens=job.check.answer_tokens,
         start_s=start_s,
