@@ -21,6 +21,7 @@ from bench.machine import describe_machine, write_result
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.data.sampling.sample_sources import pack_file_name
 from longhaul.data.sampling.samples import Samples
 from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.train.batches import Prefetcher
@@ -134,7 +135,7 @@ def open_line(kind: Kind, folder: Path) -> str:
     manifest = manifest_of(folder, shards)
     manifest.write(folder / "billion.json")
     documents = manifest.splits["train"]["documents"]
-    packs = folder / f"pack-{manifest.hash}-train-{SEQUENCE_LENGTH}-1-right.bin"
+    packs = folder / pack_file_name(manifest.hash, "train", SEQUENCE_LENGTH, 1, "right")
     with packs.open("wb") as stream:
         stream.truncate(8 * documents - 4)
         stream.seek(0, os.SEEK_END)

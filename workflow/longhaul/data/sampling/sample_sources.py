@@ -58,6 +58,11 @@ class WindowSource:
                 yield tuple(tokens[:stop].tolist())
 
 
+def pack_file_name(data_hash: str, split: str, length: int, seed: int, truncate: Truncate) -> str:
+    """Return the name of the pack file of a split, which depends on everything that its packs depend on."""
+    return f"pack-{data_hash}-{split}-{length}-{seed}-{truncate}.bin"
+
+
 class PackSource:
     """Sample i is pack i. A conversation longer than S is truncated to S tokens, or left out.
 

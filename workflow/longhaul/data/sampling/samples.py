@@ -25,7 +25,7 @@ from longhaul.artifacts.pack_totals import padding_share
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import Sample
-from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource
+from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource, pack_file_name
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import InputError, UserError
 
@@ -71,8 +71,8 @@ class Samples:
             source = WindowSource(reader, sequence_length, pad_id)
         else:
             _require_chats(manifest)
-            name = f"pack-{manifest.hash}-{split}-{sequence_length}-{seed}-{truncate}.bin"
-            source = PackSource(reader, sequence_length, pad_id, seed, cache / name, truncate)
+            path = cache / pack_file_name(manifest.hash, split, sequence_length, seed, truncate)
+            source = PackSource(reader, sequence_length, pad_id, seed, path, truncate)
         if kind == "sft" and reader.document_count and not len(source):
             raise InputError(
                 f"dataset {manifest.dataset}: with truncate {truncate}, none of the {reader.document_count:,} conversations of "
