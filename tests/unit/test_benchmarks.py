@@ -1,8 +1,11 @@
-"""Benchmarks: what a GPU is needed for is accepted by the plan, also on machines without one, and workers can be started."""
+"""Benchmarks: the plan accepts the stages of those that need a GPU, also on machines without one. All workers can be started."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from bench.gpu_speed import plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
 from bench.kernel_times import IDLE, times_by_class
-from bench.machine import REPOSITORY
+from bench.machine import MODULE_PATH, REPOSITORY
 from longhaul.train.monitoring.kernel_classes import COPY, MATRIX
 
 BENCH = REPOSITORY / "bench"
@@ -25,6 +28,16 @@ def test_a_file_that_is_started_by_its_path_imports_nothing_of_this_repository()
     for path in started:
         assert not re.search(r"^from (bench|tests)\b", path.read_text(), re.MULTILINE), path
     assert not re.search(r"sys\.executable, __file__", text)
+
+
+def test_modules_that_are_started_with_m_are_found_in_any_folder(tmp_path: Path):
+    text = "\n".join(path.read_text() for path in BENCH.glob("*.py"))
+    modules = set(re.findall(r"\"-m\",\s*\"(bench\.\w+)\"", text))
+    assert modules >= {f"bench.{path.stem}" for path in BENCH.glob("*_worker.py")} | {"bench.convert"}
+    find = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
+    command, environment = [sys.executable, "-c", find, *modules], {**os.environ, **MODULE_PATH}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert set(found.stdout.split()) == modules
 
 
 @pytest.mark.parametrize("group", sorted({row.group for row in ROWS}))
