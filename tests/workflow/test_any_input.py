@@ -48,10 +48,12 @@ def planned(path: Path) -> Plan | None:
         check_inputs(plan)
         with contextlib.redirect_stdout(io.StringIO()):
             print_plan(plan)
-        render_run(plan, path.parent)
+        rendered = render_run(plan, path.parent)
     except UserError as error:
         assert_is_message(error)
         return None
+    launched = [found.files["launch.json"] for found in rendered.values() if "launch.json" in found.files]
+    assert launched and all(json.loads(text)["steps"] for text in launched), "a job that runs nothing"
     return plan
 
 
@@ -64,6 +66,7 @@ def assert_is_message(error: UserError) -> None:
 
 @given(drawn=inputs())
 def test_any_run_is_planned_and_rendered_or_refused(drawn: Inputs):
+    """planned() asserts that each job has steps, or that the refusal is a short message with a remedy."""
     with tempfile.TemporaryDirectory() as folder:
         planned(drawn.write(Path(folder) / "run"))
 
