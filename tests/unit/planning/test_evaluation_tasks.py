@@ -13,6 +13,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
+from longhaul.planning.evaluation_tasks import read_task_files
 from longhaul.scheduling.snakefile_functions import fetch_key
 from tests.support.small_configs import plan_of
 
@@ -117,6 +118,13 @@ def test_local_task_needs_no_fetch(tmp_path: Path):
     (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "c.jsonl").write_text('{"messages": []}\n')
     assert not planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, **files).needs_fetch
+
+
+def test_a_changed_task_file_is_read_again(tmp_path: Path):
+    for question in ("first", "second"):
+        plan = planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"doc_to_text": question})
+        (file,) = read_task_files(plan.loaded, plan.stage("chat").stage)
+        assert file.config["doc_to_text"] == question
 
 
 def test_another_task_of_the_harness_is_fetched_and_a_local_one_is_not(tmp_path: Path):
