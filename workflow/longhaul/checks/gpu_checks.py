@@ -1,5 +1,5 @@
-"""Decides which states of GPUs fail a node or only warn: ECC errors, slowdowns, NVLinks, PCIe links, other processes, each Xid
-number; ECC errors of AMD GPUs.
+"""Decides which states of GPUs fail a node, and which only warn: ECC errors, slowdowns, NVLinks, PCIe links, other processes,
+each Xid number; ECC errors of AMD GPUs.
 
 Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
 """

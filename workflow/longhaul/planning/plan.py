@@ -1,4 +1,4 @@
-"""Builds the plan: steps from tokens, ranks, accumulation of every stage; calls all checks and collects their warnings.
+"""Builds the plan: steps from tokens, ranks and accumulation of every stage; calls all checks and collects their warnings.
 
 Apart from the config, the plan reads only small local JSON files: the lock file and a local model's config.json. So
 `snakemake -n` is fast, and every job can compute the plan again. All errors that can be found here are raised here.

@@ -1,5 +1,6 @@
-"""Compares what a server answers with the trainer's values, and answers under load with answers to the same prompts alone; the
-accepted differences for each precision."""
+"""Compares what a server answers with the trainer's values, and answers under load with answers to the same prompts alone;
+defines the accepted differences for each precision.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Writes the files of a checkpoint with threads, and hashes them meanwhile: how many files and parts a process writes at once. An
-error of the file system ends no thread: it is kept.
+"""Writes the files of a checkpoint with threads, and hashes them meanwhile; limits how many files and parts a process writes at
+once. An error of the file system ends no thread: it is kept.
 """
 
 from __future__ import annotations
