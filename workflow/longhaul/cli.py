@@ -1,5 +1,5 @@
-"""Defines the command `longhaul`: the verbs and options that people type, and the hidden group `longhaul job` that launch scripts
-call.
+"""Defines the command `longhaul`: the verbs and options that people type. Groups of verbs (site, fabric, job) have modules in
+scheduling/.
 
 A verb imports what it needs when it runs, so that `longhaul --help` and the start of a job stay fast.
 """
@@ -7,7 +7,6 @@ A verb imports what it needs when it runs, so that `longhaul --help` and the sta
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import typer
 
 from longhaul import __version__
 from longhaul.errors import UserError
-from longhaul.scheduling import fabric_verbs, site_verbs
+from longhaul.scheduling import fabric_verbs, job_verbs, site_verbs
 
 if TYPE_CHECKING:
     from longhaul.planning import Plan
@@ -33,6 +32,7 @@ data_app = typer.Typer(help="Look into token shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(site_verbs.app, name="site")
 app.add_typer(fabric_verbs.app, name="fabric")
+app.add_typer(job_verbs.app, name="job", hidden=True)
 
 RunArgument = Annotated[
     Path | None,
@@ -337,58 +337,6 @@ def init(
     name: str = run or typer.prompt("Name of the run", default="mine")
     config, site_file = copy_start_files(chosen_example, chosen_site, name, Path())
     print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
-
-
-job_app = typer.Typer(help="Verbs that launch scripts and rules call.", no_args_is_help=True)
-app.add_typer(job_app, name="job", hidden=True)
-
-
-@job_app.command()
-def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
-    """Run a job's steps, restart them after a crash, requeue the job."""
-    from longhaul.jobs.job_spec import LaunchSpec
-    from longhaul.scheduling.supervisor import run as run_supervisor
-
-    run_supervisor(LaunchSpec.read(spec))
-
-
-@job_app.command()
-def render(config: ConfigArgument) -> None:
-    """Write the launch files of every job of a run."""
-    from longhaul.jobs.launch_files import write_launch_files
-
-    write_launch_files(_load_plan(config), Path.cwd())
-
-
-@job_app.command("run")
-def run_job(
-    kind: Annotated[str, typer.Argument(help="The job's kind: environment, tokenize, train, …")],
-    spec: Annotated[Path, typer.Argument(help="The rendered job spec.")],
-) -> None:
-    """Run one process of a job.
-
-    A failure is recorded in the job's folder, as the exit code may not reach the supervisor.
-    """
-    from longhaul.artifacts.paths import JobFolder
-    from longhaul.jobs.job_kind import job_kinds
-    from longhaul.runtime.lean_imports import lean_imports
-    from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
-
-    if kind not in job_kinds():
-        raise UserError(f"there is no job kind {kind!r}", f"use one of {', '.join(job_kinds())}")
-    os.environ.update(OFFLINE_ENVIRONMENT)
-    folder = JobFolder(spec.parent)
-    try:
-        with lean_imports():
-            run_entry_point = job_kinds()[kind].load_entry_point()
-        run_entry_point(job_kinds()[kind].spec.read(spec))
-    except Exception as error:
-        from longhaul.runtime.failure_reports import write_failure_report
-        from longhaul.runtime.process_rank import this_rank
-
-        if folder.launch_spec.exists():
-            write_failure_report(folder.path, error, this_rank())
-        raise
 
 
 def _load_plan(config: Path) -> Plan:

@@ -1,0 +1,70 @@
+"""Registers the hidden verbs `longhaul job supervise`, `render` and `run`, which launch scripts and rules call; other modules do
+the work.
+
+A verb imports what it needs when it runs, so that the start of a job stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longhaul.errors import UserError
+
+app = typer.Typer(help="Verbs that launch scripts and rules call.", no_args_is_help=True)
+
+
+@app.command()
+def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
+    """Run a job's steps, restart them after a crash, requeue the job."""
+    from longhaul.jobs.job_spec import LaunchSpec
+    from longhaul.scheduling.supervisor import run as run_supervisor
+
+    run_supervisor(LaunchSpec.read(spec))
+
+
+@app.command()
+def render(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, or `demo` for the demo that longhaul ships.")
+    ],
+) -> None:
+    """Write the launch files of every job of a run."""
+    from longhaul.jobs.launch_files import write_launch_files
+    from longhaul.planning.load_plan import load_plan
+
+    write_launch_files(load_plan(config), Path.cwd())
+
+
+@app.command("run")
+def run_job(
+    kind: Annotated[str, typer.Argument(help="The job's kind: environment, tokenize, train, …")],
+    spec: Annotated[Path, typer.Argument(help="The rendered job spec.")],
+) -> None:
+    """Run one process of a job.
+
+    A failure is recorded in the job's folder, as the exit code may not reach the supervisor.
+    """
+    from longhaul.artifacts.paths import JobFolder
+    from longhaul.jobs.job_kind import job_kinds
+    from longhaul.runtime.lean_imports import lean_imports
+    from longhaul.runtime.offline import OFFLINE_ENVIRONMENT
+
+    if kind not in job_kinds():
+        raise UserError(f"there is no job kind {kind!r}", f"use one of {', '.join(job_kinds())}")
+    os.environ.update(OFFLINE_ENVIRONMENT)
+    folder = JobFolder(spec.parent)
+    try:
+        with lean_imports():
+            run_entry_point = job_kinds()[kind].load_entry_point()
+        run_entry_point(job_kinds()[kind].spec.read(spec))
+    except Exception as error:
+        from longhaul.runtime.failure_reports import write_failure_report
+        from longhaul.runtime.process_rank import this_rank
+
+        if folder.launch_spec.exists():
+            write_failure_report(folder.path, error, this_rank())
+        raise
