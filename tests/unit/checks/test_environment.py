@@ -122,13 +122,13 @@ def test_warnings_name_untested_versions_small_memory_and_leftovers(tmp_path: Pa
     found = two_gpu_nodes()
     for node in found:
         node["versions"]["deepspeed"] = "0.18.0"
-    found[1]["shared_memory_bytes"] = 2**20
+    found[1]["shared_memory_bytes"] = 100 * 2**20
     found[1]["memory_bytes"] = 448 * 2**30
     found[1]["ops"]["removed"] = ["cpu_adam"]
     found[1]["swap"]["removed"] = ["run-base-rank-00003-x"]
     found_warnings = node_warnings(found, check.tested_versions())
     assert found_warnings[0].startswith("deepspeed 0.18.0 is installed; longhaul is tested with ")
-    assert found_warnings[1].startswith("n2: /dev/shm has 1 MiB free") and "cpu_adam" in found_warnings[3]
+    assert found_warnings[1].startswith("n2: /dev/shm has 100 MiB free") and "cpu_adam" in found_warnings[3]
     assert found_warnings[4] == "n2: removed the optimizer states that killed ranks left: run-base-rank-00003-x"
     assert found_warnings[2] == "n2: the node has 448.0 GiB of memory, another node has 512.0 GiB"
 
@@ -146,6 +146,16 @@ def test_shared_memory_of_256_mib_gives_no_warning():
     for free, warnings in ((256 * 2**20, 0), (256 * 2**20 - 1, 1), (None, 0)):
         found[1]["shared_memory_bytes"] = free
         assert len(node_warnings(found, check.tested_versions())) == warnings
+
+
+def test_full_shared_memory_is_a_problem_of_the_node(tmp_path: Path):
+    found = two_gpu_nodes()
+    for free, problems in (
+        (16 * 2**20, []),
+        (2**20, ["n2: /dev/shm has 1 MiB free, 16 MiB are needed; remove files that killed jobs left there"]),
+    ):
+        found[1]["shared_memory_bytes"] = free
+        assert node_problems(found, job(tmp_path, build="cuda 13.0")) == problems
 
 
 LIMITS: dict[str, tuple[Callable[[dict[str, Any], int], object], int, int]] = {

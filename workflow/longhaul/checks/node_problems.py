@@ -14,6 +14,8 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 GB = 10**9
 MIN_SHARED_MEMORY_BYTES = 256 * 2**20
 """NCCL and gloo pass buffers between the ranks of a node through /dev/shm."""
+FEWEST_SHARED_MEMORY_BYTES = 16 * 2**20
+"""With less, /dev/shm counts as full."""
 MEMORY_TOLERANCE = 0.03
 """Firmware and kernel reserve slightly different amounts on nodes of one kind. A lost memory module is a larger difference."""
 _OP_REQUIREMENTS = {
@@ -51,7 +53,7 @@ def node_warnings(nodes: Sequence[Facts], tested: Mapping[str, str]) -> list[str
 def _warnings_of_node(node: Facts, largest_bytes: int) -> list[str]:
     """Return the warnings of one node. largest_bytes: memory of the node with the most memory."""
     found, free = [], node["shared_memory_bytes"]
-    if free is not None and free < MIN_SHARED_MEMORY_BYTES:
+    if free is not None and FEWEST_SHARED_MEMORY_BYTES <= free < MIN_SHARED_MEMORY_BYTES:
         found.append(f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free; ranks of one node communicate through it")
     if node["memory_bytes"] < (1 - MEMORY_TOLERANCE) * largest_bytes:
         memory, largest = node["memory_bytes"] / 2**30, largest_bytes / 2**30
@@ -96,9 +98,20 @@ def problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
     return [
         *_software_problems(node, job),
         *_memory_problems(node, job),
+        *_shared_memory_problems(node),
         *_disk_problems(node, job),
         *_op_problems(node, job),
         *_offload_problems(node, job),
+    ]
+
+
+def _shared_memory_problems(node: Facts) -> list[str]:
+    free = node["shared_memory_bytes"]
+    if free is None or free >= FEWEST_SHARED_MEMORY_BYTES:
+        return []
+    return [
+        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, {FEWEST_SHARED_MEMORY_BYTES / 2**20:.0f} MiB are needed; "
+        "remove files that killed jobs left there"
     ]
 
 
