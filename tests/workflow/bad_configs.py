@@ -992,4 +992,10 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         ("ZenFlow is not supported", "remove the key"),
     ),
+    (
+        "fabric limit in MB/s",
+        {},
+        {"interconnect": {"limits": {"all_reduce_gbps": 400000}}},
+        ("all_reduce_gbps", "400000 is above 5,000 GB/s", "write GB/s (1,000 MB/s, or 8 Gbit/s)"),
+    ),
 ]

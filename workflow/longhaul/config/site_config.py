@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from longhaul.config.field_types import (
     EnvironmentVariableName,
@@ -41,26 +41,42 @@ _RESERVED_VARIABLES = {
     "SLURM_JOB_ID",
 }
 
+_MOST_GB_PER_S = 5000.0
+"""More than the NVLink of any GPU has: 1,800 GB/s of Blackwell in both directions."""
+
+
+def _in_gb_per_s(value: float) -> float:
+    if value > _MOST_GB_PER_S:
+        raise ValueError(
+            f"{value:g} is above {_MOST_GB_PER_S:,.0f} GB/s, more than any GPU reaches; write GB/s (1,000 MB/s, or 8 Gbit/s)"
+        )
+    return value
+
+
+BusBandwidth = Annotated[
+    float, Field(gt=0, json_schema_extra={"maximum": _MOST_GB_PER_S}), AfterValidator(_in_gb_per_s)
+]
+
 
 class FabricLimits(FrozenModel):
     """Limits of the fabric check. Bandwidth limits are minimum bus bandwidths at the largest message size, in GB/s."""
 
-    all_reduce_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    all_reduce_gbps: BusBandwidth | None = Field(
         default=None, description="Minimum bus bandwidth of all_reduce, in GB/s; null: no limit."
     )
-    all_gather_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    all_gather_gbps: BusBandwidth | None = Field(
         default=None, description="Minimum bus bandwidth of all_gather, in GB/s; null: no limit."
     )
-    reduce_scatter_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    reduce_scatter_gbps: BusBandwidth | None = Field(
         default=None, description="Minimum bus bandwidth of reduce_scatter, in GB/s; null: no limit."
     )
-    all_to_all_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    all_to_all_gbps: BusBandwidth | None = Field(
         default=None, description="Minimum bus bandwidth of all_to_all, in GB/s; null: no limit."
     )
-    broadcast_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    broadcast_gbps: BusBandwidth | None = Field(
         default=None, description="Minimum bus bandwidth of broadcast, in GB/s; null: no limit."
     )
-    send_recv_gbps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    send_recv_gbps: BusBandwidth | None = Field(
         default=None, description="Minimum bandwidth of send/recv between neighbouring ranks, in GB/s; null: no limit."
     )
     all_reduce_latency_us: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
