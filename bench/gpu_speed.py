@@ -32,6 +32,7 @@ from longhaul.config.dataset_config import Columns, PythonStdlib
 from longhaul.config.load_config import load_config
 from longhaul.config.model_size import model_size
 from longhaul.data.demo_corpus import write_demo_corpus
+from longhaul.jobs.environment_variables import NO_MULTICAST
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
@@ -100,6 +101,7 @@ def plan_stages(folder: Path, model: dict[str, Any], stages: list[dict[str, Any]
     node = {"cpus": os.cpu_count(), "memory_mb": 100_000, "gpus": gpus, "gpu_peak_tflops": PEAK_TFLOPS}
     partition = {"jobs": ["gpu"], "max_nodes": 1, "node": node, "gpu_request": "none"}
     site: dict[str, Any] = {"name": "here", "scheduler": "local", "partitions": [partition]}
+    site["interconnect"] = {"kind": "none", "nvlink_multicast": "off"}  # other jobs may use the host's other GPUs
     if gpus:
         site["accelerator"] = {"cuda": str(torch.version.cuda)}
     config = {
@@ -152,7 +154,7 @@ def start(row: Row, own: Path) -> list[subprocess.Popen[str]]:
     sizes = {"WORLD_SIZE": row.gpus, "LOCAL_WORLD_SIZE": row.gpus, "GROUP_WORLD_SIZE": 1}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 21_000 + (os.getpid() * 31 + ROWS.index(row)) % 9_000}
     threads = min(16, (os.cpu_count() or 1) // row.gpus)
-    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": max(1, threads)}
+    launch = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": max(1, threads), **NO_MULTICAST}
     command = [sys.executable, "-m", "bench.gpu_speed_worker", str(own), row.name]
     ranks = []
     for rank in range(row.gpus):

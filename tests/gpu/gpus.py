@@ -85,5 +85,9 @@ def _site() -> dict[str, Any]:
         "scheduler": "local",
         "partitions": [{"jobs": ["gpu"], "node": node}],
         "accelerator": {"cuda": torch.version.cuda},
-        "interconnect": {"kind": "none", "limits": {"all_reduce_gbps": 1.0} if GPUS > 1 else {}},
+        "interconnect": {
+            "kind": "none",
+            "nvlink_multicast": "off",
+            "limits": {"all_reduce_gbps": 1.0} if GPUS > 1 else {},
+        },
     }

@@ -48,6 +48,7 @@ def test_every_row_of_bench_gpu_can_be_planned(group: str, tmp_path: Path, monke
     rows = [row for row in ROWS if row.group == group]
     stages = [{**row.stage, "name": f"row-{index}", "dataset": "corpus"} for index, row in enumerate(rows)]
     plan = plan_stages(tmp_path, MODELS[rows[0].model], stages, rows[0].gpus)
+    assert plan.site.interconnect.nvlink_multicast == "off"
     assert [planned.stage.micro_batch_size for planned in plan.stages] == [
         row.stage["micro_batch_size"] for row in rows
     ]

@@ -36,9 +36,13 @@ def variables(folder: Path, config: dict[str, Any] | None = None, site: dict[str
         (1, {}, False),
         (4, {"partitions.0.exclusive": True}, False),
         (4, {"accelerator": {"rocm": "6.4"}}, False),
+        (8, {"interconnect.nvlink_multicast": "off"}, True),
+        (8, {"interconnect.nvlink_multicast": "auto"}, False),
+        (4, {"interconnect.nvlink_multicast": "off", "partitions.0.exclusive": True}, True),
+        (8, {"interconnect.nvlink_multicast": "off", "accelerator": {"rocm": "6.4"}}, False),
     ],
 )
-def test_multicast_is_off_on_a_part_of_a_shared_node(gpus: int, site: dict[str, Any], is_off: bool, tmp_path: Path):
+def test_multicast_is_off_where_other_jobs_may_use_it(gpus: int, site: dict[str, Any], is_off: bool, tmp_path: Path):
     stage = {"stages.0.gpus_per_node": gpus, "stages.0.global_batch_size": 16}
     found = variables(tmp_path, stage, site)
     assert MULTICAST & set(found) == (MULTICAST if is_off else set())
@@ -60,10 +64,11 @@ def test_site_file_replaces_what_is_derived(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("inherited", "site", "value"), [({}, {}, "0"), ({"NCCL_NVLS_ENABLE": ""}, {}, ""), ({"NCCL_NVLS_ENABLE": "1"}, {}, "1"),
-    ({"NCCL_NVLS_ENABLE": "1"}, {"environment": {"NCCL_NVLS_ENABLE": "2"}}, "2")]
+    ({"NCCL_NVLS_ENABLE": "1"}, {"environment": {"NCCL_NVLS_ENABLE": "2"}}, "2"),
+    ({"NCCL_NVLS_ENABLE": "1"}, {"interconnect.nvlink_multicast": "off"}, "0")]
 )  # fmt: skip
 def test_launch_script_keeps_what_is_set(inherited: dict[str, str], site: dict[str, Any], value: str, tmp_path: Path):
-    """A module or the user's shell may have set it; an empty value counts, too."""
+    """A module or the user's shell may have set it; an empty value counts, too. Keys of the site file replace it."""
     plan = plan_of(tmp_path, {"stages.0.gpus_per_node": 4, "stages.0.global_batch_size": 16}, site)
     script = render_job(plan, BASE, tmp_path).files["launch.sh"]
     script = script[: script.index("exec ")] + 'printf %s "$NCCL_NVLS_ENABLE"'

@@ -27,6 +27,8 @@ def rows(
 def test_derived_values_come_with_source_and_reason(tmp_path: Path):
     found = rows(tmp_path, INFINIBAND, {}, MIXED)
     assert found["NCCL_NVLS_ENABLE"][1:3] == ("0", "plan") and "4 of 8 GPUs" in found["NCCL_NVLS_ENABLE"].reason
+    off = rows(tmp_path, {"interconnect.nvlink_multicast": "off"}, {"NCCL_NVLS_ENABLE": "1"}, [])
+    assert off["NCCL_NVLS_ENABLE"][1:3] == ("0", "site file, interconnect.nvlink_multicast")
     assert found["NCCL_IB_HCA"][1:3] == ("=mlx5_0:1", "this host's ports")
     assert found["TORCH_FR_DUMP_TEMP_FILE"].value.startswith("results/small/logs/train/base/attempt-")
     assert found["NCCL_ALGO, NCCL_PROTO"][1:3] == ("", "NCCL")

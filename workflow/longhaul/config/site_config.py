@@ -115,6 +115,12 @@ class Interconnect(FrozenModel):
     master_address: MasterAddress = Field(
         default=MasterAddress(), description="The address of rank 0; default: the host name of the first node."
     )
+    nvlink_multicast: Literal["auto", "off"] = Field(
+        default="auto",
+        description="NVLink multicast (NVLS) of NCCL, torch and NVSHMEM, a resource of the whole node. auto: off in jobs on "
+        "several, but not all, GPUs of a node that is not exclusive. off: never used, for containers and virtual machines "
+        "that have a part of a host's GPUs.",
+    )
     limits: FabricLimits = Field(
         default=FabricLimits(), description="Limits of the fabric check for collectives between all ranks."
     )

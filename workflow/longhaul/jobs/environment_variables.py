@@ -77,15 +77,25 @@ def _gpu_variables(site: Site, request: SlurmRequest) -> Iterator[JobVariable]:
         # torch's own trainers set this, too: https://github.com/pytorch/torchtitan/blob/main/run_train.sh
         reason = "the allocator keeps no holes that are too small for the next pass"
         yield JobVariable("PYTORCH_ALLOC_CONF", "expandable_segments:True", LONGHAUL, reason, True)
-    if site.accelerator.cuda and _shares_nodes(site, request):
+        yield from _multicast(site, request)
+    for name, (value, reason) in _FLIGHT_RECORDER.items():
+        yield JobVariable(name, value, LONGHAUL, reason, True)
+
+
+def _multicast(site: Site, request: SlurmRequest) -> Iterator[JobVariable]:
+    """Yield the variables that switch NVLink multicast off where other jobs may use it.
+
+    A container or virtual machine with a part of a host's GPUs looks like a whole node; only the site file can tell.
+    """
+    if site.interconnect.nvlink_multicast == "off":
+        source, reason = f"{SITE_FILE}, interconnect.nvlink_multicast", "NVLink multicast is off at this site"
+        yield from (JobVariable(name, value, source, reason) for name, value in NO_MULTICAST.items())
+    elif _shares_nodes(site, request):
         reason = (
             f"{request.gpus_per_node} of {site.node.gpus} GPUs: other jobs may use the node, and NVLink multicast is a "
             "resource of the whole node"
         )
-        for name, value in _NO_MULTICAST.items():
-            yield JobVariable(name, value, PLAN, reason, True)
-    for name, (value, reason) in _FLIGHT_RECORDER.items():
-        yield JobVariable(name, value, LONGHAUL, reason, True)
+        yield from (JobVariable(name, value, PLAN, reason, True) for name, value in NO_MULTICAST.items())
 
 
 def _shares_nodes(site: Site, request: SlurmRequest) -> bool:
@@ -93,7 +103,7 @@ def _shares_nodes(site: Site, request: SlurmRequest) -> bool:
     return 1 < request.gpus_per_node < site.node.gpus and not request.exclusive
 
 
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """The switches of NCCL, of torch's symmetric memory and of NVSHMEM.
 https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-nvls-enable
 """
