@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.bad_input import refused_message, snakemake
+from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.chain import REPOSITORY
 from tests.support.small_configs import LOCAL, write_config
 
@@ -108,6 +108,17 @@ def test_plan_is_not_written_where_no_file_can_be(tmp_path: Path, capsys: pytest
     before = place.lstat() if place.exists() else None
     assert str(place) in refused_message(capsys, "plan", str(config), "--out", str(place))
     assert before is None or place.lstat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize("arguments", [("job", "supervise", "."), ("report", "run.yaml")], ids=["supervise", "report"])
+def test_a_path_of_another_kind_ends_in_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+):
+    """`supervise` reads a launch spec and `report` reads a folder of results."""
+    write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    refused_message(capsys, *arguments)
+    assert files_below(tmp_path) == {"run.yaml", "site.yaml"}
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path):

@@ -82,6 +82,15 @@ def test_a_config_that_claims_billions_of_experts_ends_at_once(tmp_path: Path):
     assert time.monotonic() - began_s < 5
 
 
+def test_a_header_with_60_000_unknown_names_is_refused_at_once(tmp_path: Path):
+    write_weights(tmp_path / "a.safetensors", CONFIG)
+    add_tensors(tmp_path / "b.safetensors", *(f"model.extra.{number}" for number in range(60_000)))
+    began_s = time.monotonic()
+    message = refusal(tmp_path, CONFIG)
+    assert "unexpected keys: model.extra.0, " in message and "(60000 in all)" in message and len(message) < 2000
+    assert time.monotonic() - began_s < 10
+
+
 def test_the_plan_refuses_the_folder(tmp_path: Path):
     (tmp_path / "start").mkdir()
     (tmp_path / "start/config.json").write_text(json.dumps(CONFIG))

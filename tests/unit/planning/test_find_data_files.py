@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.data.readers.first_rows import first_rows
 from longhaul.errors import UserError
 from longhaul.planning import find_data_files as module
-from longhaul.planning.find_data_files import find_files
+from longhaul.planning.find_data_files import check_format, find_files
+from tests.support.small_configs import plan_of
 
 KEY = "datasets.web.files"
 
@@ -39,6 +41,21 @@ def test_a_folder_has_no_readme_no_license_and_nothing_hidden(tmp_path: Path):
     files = find_files(KEY, tmp_path, "auto")
     assert [path.name for path in files.files] == ["1.jsonl", "2.jsonl.gz"]
     assert [path.name for path in files.left_out] == ["README.md", "LICENSE.txt", "dataset_info.json"]
+
+
+def test_a_suffix_is_known_in_upper_case_and_a_foreign_one_is_refused_in_the_plan(tmp_path: Path):
+    write(tmp_path, "upper/A.JSONL", "upper/B.Jsonl.GZ", "rows.tsv")
+    assert found(tmp_path, "upper") == ["upper/A.JSONL", "upper/B.Jsonl.GZ"]
+    check_format(KEY, tmp_path / "upper/A.JSONL", "auto")
+    with pytest.raises(
+        UserError, match=r"rows.tsv: unknown file suffix\n  remedy: set `format`, or use one of .*\.csv"
+    ):
+        check_format(KEY, tmp_path / "rows.tsv", "auto")
+    (tmp_path / "A.JSONL").write_text('{"text": "a"}\n')
+    changes = {"datasets.prose.python_stdlib": ..., "datasets.prose.files": ["A.JSONL"]}
+    assert first_rows(plan_of(tmp_path, changes), "prose").unread_columns == []
+    with pytest.raises(UserError, match=r"rows.tsv: unknown file suffix"):
+        plan_of(tmp_path, {**changes, "datasets.prose.files": ["rows.tsv"]})
 
 
 def test_a_readme_that_is_named_itself_is_read(tmp_path: Path):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from tokenizers import Tokenizer
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.cli import main
 from longhaul.data.shards.inspect_documents import CONTEXT_STYLE, LOSS_STYLE, style_tokens
+from tests.support.corpora import dataset, make_shards, write_jsonl
 
 
 def inspect(manifest: DataManifest, folder: Path, tokenizer_folder: Path, *options: str) -> object:
@@ -61,6 +65,19 @@ def test_a_file_of_the_users_is_not_to_be_deleted(tmp_path: Path, capsys: pytest
         main(["data", "inspect", str(tmp_path / "mine.yaml")])
     shown = capsys.readouterr().err
     assert "remedy: give the path of results/<run>/data/<dataset>.json" in shown and "delete" not in shown
+
+
+def test_text_is_shown_as_escapes_where_the_locale_is_ascii(tokenizer_folder: Path, tmp_path: Path):
+    """Some login nodes set LC_ALL=C. Python then opens stdout as ASCII, unless it may choose UTF-8 itself."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", "text", ["Gr\u00fc\u00dfe aus \u5317\u4eac"] * 20)
+    manifest = make_shards(tmp_path, tokenizer_folder, [corpus], dataset())
+    manifest.write(tmp_path / "data.json")
+    words = ["data", "inspect", str(tmp_path / "data.json"), "--tokenizer", str(tokenizer_folder / "tokenizer.json")]
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ascii_only.pop("PYTHONIOENCODING", None)
+    done = subprocess.run([sys.executable, "-m", "longhaul", *words], env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"Gr\\xfc\\xdfe aus \\u5317\\u4eac" in done.stdout, done.stdout
 
 
 def test_codes_of_a_terminal_in_a_text_are_shown_as_escapes(tokenizer_folder: Path):
