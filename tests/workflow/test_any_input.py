@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,38 @@ _CONTROL = {*map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x2
 """Characters that change what a terminal shows, apart from tabs and line breaks."""
 
 
+@contextlib.contextmanager
+def ends_in_time(seconds: int = 20) -> Iterator[None]:
+    """Fail a step that hangs. hypothesis compares an example with its deadline only after the example has ended."""
+
+    def fail(*_signal: object) -> None:
+        pytest.fail(f"not ended after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_step_that_hangs_is_ended():
+    began_s = time.monotonic()
+    with pytest.raises(pytest.fail.Exception, match="not ended after 1 s"), ends_in_time(1):
+        time.sleep(60)
+    assert time.monotonic() - began_s < 30
+
+
 def planned(path: Path) -> Plan | None:
     """Plan, print and render a run; None if it is refused."""
     try:
-        plan = build_plan(load_config(path))
-        check_inputs(plan)
-        with contextlib.redirect_stdout(io.StringIO()):
-            print_plan(plan)
-        rendered = render_run(plan, path.parent)
+        with ends_in_time():
+            plan = build_plan(load_config(path))
+            check_inputs(plan)
+            with contextlib.redirect_stdout(io.StringIO()):
+                print_plan(plan)
+            rendered = render_run(plan, path.parent)
     except UserError as error:
         assert_is_message(error)
         return None
@@ -84,12 +111,14 @@ def test_any_chat_row_is_encoded_or_refused(encoders: dict[str, DocumentEncoder]
         file = Path(folder) / "a.jsonl"
         file.write_text(json.dumps(row))
         try:
-            documents = list(read_documents([str(file)], dataset("chat")))
+            with ends_in_time():
+                documents = list(read_documents([str(file)], dataset("chat")))
         except UserError as error:
             assert_is_message(error)
             return
         for encoder in encoders.values():
-            encoded = encoder.encode(documents)
+            with ends_in_time():
+                encoded = encoder.encode(documents)
             assert len(encoded.lengths) + len(encoded.left_out) == 1
             for error in encoded.left_out:
                 assert_is_message(error)
@@ -141,7 +170,8 @@ def test_any_tampered_file_of_a_run_is_read_or_refused(finished_files: tuple[Pat
     content = path.read_bytes()
     try:
         path.write_bytes(data.draw(tampered(content)))
-        read_run(folder)
+        with ends_in_time():
+            read_run(folder)
     except UserError as error:
         assert_is_message(error)
     finally:
