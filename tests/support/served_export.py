@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from longhaul.artifacts.artifact_schemas import Export, Sample
+from longhaul.artifacts.artifact_schemas import Export, GeneratedSample
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 
@@ -43,7 +43,7 @@ def write_llama_export(root: Path) -> Path:
     others = [token for text, token in tokenizer.get_vocab().items() if len(text) > 1 or not "!" <= text <= "~"]
     model.lm_head.weight.data[others] = 0.0
     model.save_pretrained(folder)
-    samples: list[Sample] = []
+    samples: list[GeneratedSample] = []
     for prompt in PROMPTS:
         ids_1T = tokenizer(prompt, return_tensors="pt").input_ids
         answer = model.generate(ids_1T, do_sample=False, max_new_tokens=24)[0, ids_1T.shape[1] :]
@@ -61,7 +61,7 @@ def write_manifest(
     folder: Path,
     ids_PT: np.ndarray,
     logits_PTV: np.ndarray,
-    samples: list[Sample],
+    samples: list[GeneratedSample],
     sample_ids: list[list[int]],
 ) -> Path:
     """Write the manifest of an export in `folder`, and a checkpoint with the given reference values; return its path."""

@@ -134,7 +134,7 @@ class CheckedNode(TypedDict):
     versions: dict[str, str | None]
 
 
-class Sample(TypedDict):
+class GeneratedSample(TypedDict):
     """A completion by an exported model."""
 
     prompt: str
@@ -359,7 +359,7 @@ class Export(Artifact):
     bytes: int
     files: dict[str, Sha256]
     verification: dict[str, dict[str, object]]
-    samples: list[Sample]
+    samples: list[GeneratedSample]
     provenance: dict[str, object]
 
 

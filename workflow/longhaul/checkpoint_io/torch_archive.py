@@ -89,7 +89,7 @@ class _Storage:
     dtype: torch.dtype
 
 
-class _Unpickler(pickle.Unpickler):
+class _ArchiveUnpickler(pickle.Unpickler):
     """Builds containers, numbers, strings and StoredTensors; it imports nothing and calls nothing that the file chooses."""
 
     def __init__(self, archive: _Archive) -> None:
@@ -199,7 +199,7 @@ def read_archive(path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as members:
-            return _Unpickler(_Archive(path, members)).load()
+            return _ArchiveUnpickler(_Archive(path, members)).load()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "the checkpoint is incomplete: use another checkpoint") from None
     except (

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from longhaul.artifacts.artifact_schemas import Export, Sample
+from longhaul.artifacts.artifact_schemas import Export, GeneratedSample
 from longhaul.artifacts.atomic_files import (
     disk_full_as_user_error,
     file_sha256,
@@ -142,7 +142,7 @@ def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dt
     }
 
 
-def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExport) -> list[Sample]:
+def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExport) -> list[GeneratedSample]:
     tokenizer = AutoTokenizer.from_pretrained(exported.folder, local_files_only=True)  # nosec B615  # the export
     if job.chat and not tokenizer.chat_template:
         raise InputError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
-from longhaul.artifacts.artifact_schemas import Sample
+from longhaul.artifacts.artifact_schemas import GeneratedSample
 from longhaul.export.layerwise_model import LayerwiseModel
 
 NEW_TOKENS = 48
@@ -25,7 +25,7 @@ class SamplePrompts(TypedDict):
 
 def generate_samples(
     model: LayerwiseModel, weights_bytes: int, tokenizer: PreTrainedTokenizerBase, prompts: SamplePrompts
-) -> list[Sample]:
+) -> list[GeneratedSample]:
     """Complete the trainer's prompts and return [{"split", "prompt", "completion", "ended_with_eos"}].
 
     weights_bytes: size of the exported weights. Large models get fewer new tokens, or no samples: see READ_BYTES.
@@ -63,7 +63,9 @@ def _complete(
     return completions
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase, split: str, prompt: list[int], completion: list[int]) -> Sample:
+def _sample(
+    tokenizer: PreTrainedTokenizerBase, split: str, prompt: list[int], completion: list[int]
+) -> GeneratedSample:
     return {
         "split": split,
         "prompt": str(tokenizer.decode(prompt)),

@@ -57,7 +57,7 @@ _PLAIN_DATA = frozenset(
 """Opcodes that build dictionaries, lists, tuples, numbers, strings and None."""
 
 
-class Collective(TypedDict):
+class RecordedCollective(TypedDict):
     """One recorded collective or point-to-point operation; other fields of the file are left out.
 
     process_group:     name and description of its process group
@@ -80,7 +80,7 @@ class _GroupRanks(TypedDict):
 
 
 class _Dump(TypedDict):
-    entries: list[Collective]
+    entries: list[RecordedCollective]
     pg_config: dict[str, _GroupRanks]
 
 
@@ -92,7 +92,7 @@ class RankRecord:
     groups:      name of a process group -> its ranks, where the file states them
     """
 
-    collectives: list[Collective]
+    collectives: list[RecordedCollective]
     groups: dict[str, list[int]]
 
 
@@ -107,7 +107,7 @@ def read_rank_record(path: Path) -> RankRecord:
     data = read_bytes(path)
     try:
         _refuse_all_but_plain_data(data)
-        dump = _adapter().validate_python(_Unpickler(io.BytesIO(data)).load())
+        dump = _adapter().validate_python(_RecordUnpickler(io.BytesIO(data)).load())
         groups = {name: json.loads(group["ranks"]) for name, group in dump["pg_config"].items()}
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
@@ -117,7 +117,7 @@ def read_rank_record(path: Path) -> RankRecord:
     return RankRecord(dump["entries"], groups)
 
 
-class _Unpickler(pickle.Unpickler):
+class _RecordUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
 

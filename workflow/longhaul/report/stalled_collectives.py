@@ -12,7 +12,7 @@ from pathlib import Path
 
 from longhaul.artifacts.paths import AttemptLogs
 from longhaul.errors import UserError
-from longhaul.report.read_flight_recorder import Collective, RankRecord, read_rank_record
+from longhaul.report.read_flight_recorder import RankRecord, RecordedCollective, read_rank_record
 from longhaul.report.search_logs import Finding
 
 _SHOWN_RANKS = 8
@@ -25,7 +25,7 @@ class _Group:
     """The collectives of one process group: rank -> number -> collective. Ranks without a record are `silent`."""
 
     name: str
-    recorded: dict[int, dict[int, Collective]]
+    recorded: dict[int, dict[int, RecordedCollective]]
     silent: list[int]
 
     @property
@@ -126,7 +126,7 @@ def _stall(group: _Group, place: _Places) -> Stall | None:
     return Stall(cause, "check the network and the GPUs of these nodes: no rank is missing", [], since_ns)
 
 
-def _disagreement(group: _Group, number: int, waiting: Mapping[int, Collective], place: _Places) -> Stall:
+def _disagreement(group: _Group, number: int, waiting: Mapping[int, RecordedCollective], place: _Places) -> Stall:
     by_operation: dict[str, list[int]] = {}
     for rank, entry in waiting.items():
         by_operation.setdefault(_operation(entry), []).append(rank)
@@ -140,7 +140,7 @@ def _disagreement(group: _Group, number: int, waiting: Mapping[int, Collective],
     )
 
 
-def _operation(entry: Collective) -> str:
+def _operation(entry: RecordedCollective) -> str:
     name = entry["profiling_name"].partition(":")[2] or entry["profiling_name"]
     shapes = ", ".join("x".join(map(str, size)) or "scalar" for size in entry["input_sizes"][:3])
     return f"{name} ({shapes})" if shapes else name
