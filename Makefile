@@ -8,7 +8,7 @@ CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-status bench-data bench-comm bench-read bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -88,7 +88,7 @@ resharding: setup  ## resume a stage under another parallel layout: every pair; 
 chaos: setup test-packages  ## random faults for MINUTES=5, one every MTBF_S=45 s on average; writes goodput to bench/results/chaos.txt
 	$(BIN)/pytest -s tests/faults/chaos.py
 
-mutants: setup  ## share of small faults that unit tests find, about 20 minutes; MODULES=report/goodput.py shows what they miss there
+mutants: setup  ## share of small faults that unit tests find, about 30 minutes; MODULES=report/goodput.py shows what they miss there
 	$(BIN)/python -m bench.mutants $(MODULES)
 
 cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to try things on

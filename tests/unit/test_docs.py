@@ -69,6 +69,14 @@ def test_every_page_is_reachable_from_the_index():
     assert sorted(page_name(page) for page in set(PAGES) - reached) == []
 
 
+def test_unit_tests_are_in_the_folders_of_the_package():
+    """docs/testing.md says so."""
+    folders = {
+        file.parent.relative_to(REPOSITORY / "tests/unit") for file in REPOSITORY.glob("tests/unit/**/test_*.py")
+    }
+    assert sorted(str(folder) for folder in folders if not (REPOSITORY / "workflow/longhaul" / folder).is_dir()) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_path_exists(page: Path):
     named = PATH.findall(page.read_text(encoding="utf-8"))
