@@ -45,26 +45,33 @@ _CONTROL = {*map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x2
 
 
 @contextlib.contextmanager
-def ends_in_time(seconds: int = 20) -> Iterator[None]:
-    """Fail a step that hangs. hypothesis compares an example with its deadline only after the example has ended."""
+def ends_in_time(seconds: float = 20) -> Iterator[None]:
+    """Fail a step that hangs. hypothesis compares an example with its deadline only after the example has ended.
+
+    The timer and the handler of pytest-timeout, which bounds the whole test, are put back.
+    """
 
     def fail(*_signal: object) -> None:
         pytest.fail(f"not ended after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(seconds)
+    began_s = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, fail)
+    test_ends_in_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        left_s = max(0.001, test_ends_in_s - (time.monotonic() - began_s)) if test_ends_in_s else 0.0
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left_s)
 
 
 def test_a_step_that_hangs_is_ended():
-    began_s = time.monotonic()
+    began_s, test_ends_in_s = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)[0]
     with pytest.raises(pytest.fail.Exception, match="not ended after 1 s"), ends_in_time(1):
         time.sleep(60)
     assert time.monotonic() - began_s < 30
+    assert abs(signal.getitimer(signal.ITIMER_REAL)[0] - test_ends_in_s) < 30, "the timer of pytest-timeout is lost"
 
 
 def planned(path: Path) -> Plan | None:
