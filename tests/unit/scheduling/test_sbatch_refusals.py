@@ -9,7 +9,13 @@ import pytest
 
 from longhaul.artifacts.job_state import REFUSED, read_failure
 from longhaul.scheduling.retry_policy import allowed_restarts, final_failure
-from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal, warner_of_waiting_jobs
+from longhaul.scheduling.sbatch_refusals import (
+    never_starts,
+    read_refusal,
+    record_refusal,
+    remedy_of,
+    warner_of_waiting_jobs,
+)
 from tests.support.supervised_job import fake_program, write_job
 
 FAILED = "sbatch: error: Batch job submission failed: "
@@ -27,9 +33,30 @@ PERMANENT = {
     "QOSMaxNodePerJobLimit; Job violates accounting/QOS policy": "qos, max_nodes",
     "Memory specification can not be satisfied": "memory",
 }
+VIOLATED = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+# Reason code of a limit that the request alone exceeds -> the remedy's beginning.
+LIMITS = {
+    "QOSMaxWallDurationPerJobLimit": "correct qos, max_nodes or max_minutes",
+    "QOSMaxNodePerUserLimit": "correct qos",
+    "QOSMaxGRESPerNode": "correct qos",
+    "QOSMinCpuNotSatisfied": "correct qos",
+    "QOSGrpNodeLimit": "correct qos",
+    "MaxNodePerAccount": "correct qos",
+    "AssocMaxWallDurationPerJobLimit": "correct account, max_nodes or max_minutes",
+    "AssocGrpGRES": "correct account",
+    "AssocGrpCPUMinutesLimit": "the budget",
+    "QOSGrpBillingMinutes": "the budget",
+}
+# Limits of the number of jobs, and texts without a code, which may be about that number.
+COUNTS = (
+    "QOSMaxSubmitJobPerUserLimit",
+    "QOSGrpSubmitJobsLimit",
+    "AssocMaxSubmitJobLimit",
+    "AssocGrpJobsLimit",
+    "MaxSubmitJobsPerAccount",
+)
 TEMPORARY = (
-    "QOSMaxSubmitJobPerUserLimit; Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
-    "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+    VIOLATED,
     "Unable to contact slurm controller (connect failure)",
     "Socket timed out on send/recv operation",
     "Resource temporarily unavailable",
@@ -48,6 +75,41 @@ def test_refusal_of_a_wrong_request_is_permanent_and_names_the_key(text: str, ke
 @pytest.mark.parametrize("text", TEMPORARY)
 def test_refusal_by_a_limit_or_a_busy_controller_is_temporary(text: str):
     assert not read_refusal(FAILED + text).is_permanent
+
+
+@pytest.mark.parametrize(("code", "remedy"), LIMITS.items())
+def test_refusal_by_a_limit_that_the_request_exceeds_is_permanent(code: str, remedy: str):
+    """The text after the code names the submit limit, too, whatever the limit is."""
+    refusal = read_refusal(f"sbatch: error: {code}\n{FAILED}{VIOLATED}")
+    assert refusal.is_permanent and refusal.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize("code", COUNTS)
+def test_refusal_by_the_number_of_jobs_is_temporary(code: str):
+    assert not read_refusal(f"sbatch: error: {code}\n{FAILED}{VIOLATED}").is_permanent
+
+
+WAITS_FOR_EVER = (
+    "AccountNotAllowed QOSNotAllowed InvalidQOS PartitionTimeLimit PartitionConfig BadConstraints QOSMaxNodePerJobLimit "
+    "QOSMaxWallDurationPerJobLimit AssocMaxCpuPerNode QOSMinGRES AssocGrpCPUMinutesLimit AssocGrpBillingMinutes "
+    "QOSGrpNodeMinutes QOSGrpWallLimit AssocMaxCpuMinutesPerJobLimit MaxMemPerLimit DependencyNeverSatisfied JobHeldUser "
+    "JobHoldMaxRequeue launch_failed_requeued_held ReservationDeleted"
+)
+STARTS_LATER = (
+    "None Priority Resources Dependency BeginTime Licenses PartitionDown ReqNodeNotAvail Reservation QOSMaxJobsPerUserLimit "
+    "QOSMaxNodePerUserLimit QOSGrpNodeLimit AssocGrpCPURunMinutesLimit AssocGrpGRESRunMinutes AssocGrpNodeLimit "
+    "AssocMaxJobsLimit MaxGRESPerAccount MaxNodeRunMinsPerUser JobArrayTaskLimit MaxPoweredUpNodes"
+)
+
+
+@pytest.mark.parametrize("reason", WAITS_FOR_EVER.split())
+def test_reason_that_does_not_pass_by_itself_has_a_remedy(reason: str):
+    assert never_starts(reason) and remedy_of(reason)
+
+
+@pytest.mark.parametrize("reason", STARTS_LATER.split())
+def test_reason_that_passes_when_other_jobs_end(reason: str):
+    assert not never_starts(reason)
 
 
 def test_reason_is_what_slurm_said_without_the_command():

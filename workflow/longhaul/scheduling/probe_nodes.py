@@ -17,7 +17,7 @@ from longhaul.config.shipped_files import data_root
 from longhaul.errors import UserError, printable
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.sbatch_refusals import never_starts, read_refusal
+from longhaul.scheduling.sbatch_refusals import never_starts, read_refusal, remedy_of
 
 SCRIPT = data_root() / "templates" / "sbatch" / "probe_node.sh"
 _POLL_INTERVAL_S = 2.0
@@ -100,9 +100,7 @@ def _wait(jobs: Mapping[str, str], deadline: float) -> dict[str, ProbeAnswer]:
                 if has_ended:
                     del left[title]
                 elif never_starts(state):
-                    unfinished[title] = ProbeAnswer(
-                        None, f"job {job} cannot start: {state}", read_refusal(state).remedy
-                    )
+                    unfinished[title] = ProbeAnswer(None, f"job {job} cannot start: {state}", remedy_of(state))
                 elif time.monotonic() > deadline:
                     unfinished[title] = ProbeAnswer(None, f"job {job} did not end in time: {state}", _WAIT_LONGER)
             left = {title: job for title, job in left.items() if title not in unfinished}
