@@ -83,6 +83,14 @@ def test_pending_job_is_explained(tmp_path: Path) -> None:
     assert "QOS" in finding.remedy and finding.evidence == "squeue, job 8"
 
 
+def test_pending_job_that_will_not_start_is_not_told_to_wait(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.main_process()
+    (finding,) = found(run, train_base=QueuedJob("8", "PENDING", "QOSMaxWallDurationPerJobLimit", "N/A"))
+    assert finding.cause == "the job waits in Slurm's queue, and will not start: QOSMaxWallDurationPerJobLimit"
+    assert finding.remedy.startswith("correct qos, max_nodes or max_minutes")
+
+
 def test_handled_faults_are_named_with_their_number(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.main_process()

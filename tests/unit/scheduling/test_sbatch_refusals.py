@@ -9,13 +9,7 @@ import pytest
 
 from longhaul.artifacts.job_state import REFUSED, read_failure
 from longhaul.scheduling.retry_policy import allowed_restarts, final_failure
-from longhaul.scheduling.sbatch_refusals import (
-    never_starts,
-    read_refusal,
-    record_refusal,
-    remedy_of,
-    warner_of_waiting_jobs,
-)
+from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal, warner_of_waiting_jobs
 from tests.support.supervised_job import fake_program, write_job
 
 FAILED = "sbatch: error: Batch job submission failed: "
@@ -87,29 +81,6 @@ def test_refusal_by_a_limit_that_the_request_exceeds_is_permanent(code: str, rem
 @pytest.mark.parametrize("code", COUNTS)
 def test_refusal_by_the_number_of_jobs_is_temporary(code: str):
     assert not read_refusal(f"sbatch: error: {code}\n{FAILED}{VIOLATED}").is_permanent
-
-
-WAITS_FOR_EVER = (
-    "AccountNotAllowed QOSNotAllowed InvalidQOS PartitionTimeLimit PartitionConfig BadConstraints QOSMaxNodePerJobLimit "
-    "QOSMaxWallDurationPerJobLimit AssocMaxCpuPerNode QOSMinGRES AssocGrpCPUMinutesLimit AssocGrpBillingMinutes "
-    "QOSGrpNodeMinutes QOSGrpWallLimit AssocMaxCpuMinutesPerJobLimit MaxMemPerLimit DependencyNeverSatisfied JobHeldUser "
-    "JobHoldMaxRequeue launch_failed_requeued_held ReservationDeleted"
-)
-STARTS_LATER = (
-    "None Priority Resources Dependency BeginTime Licenses PartitionDown ReqNodeNotAvail Reservation QOSMaxJobsPerUserLimit "
-    "QOSMaxNodePerUserLimit QOSGrpNodeLimit AssocGrpCPURunMinutesLimit AssocGrpGRESRunMinutes AssocGrpNodeLimit "
-    "AssocMaxJobsLimit MaxGRESPerAccount MaxNodeRunMinsPerUser JobArrayTaskLimit MaxPoweredUpNodes"
-)
-
-
-@pytest.mark.parametrize("reason", WAITS_FOR_EVER.split())
-def test_reason_that_does_not_pass_by_itself_has_a_remedy(reason: str):
-    assert never_starts(reason) and remedy_of(reason)
-
-
-@pytest.mark.parametrize("reason", STARTS_LATER.split())
-def test_reason_that_passes_when_other_jobs_end(reason: str):
-    assert not never_starts(reason)
 
 
 def test_reason_is_what_slurm_said_without_the_command():

@@ -12,6 +12,7 @@ from longhaul.artifacts.job_state import State
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
+from longhaul.config.slurm_reasons import never_starts, remedy_of
 from longhaul.errors import UserError, printable
 from longhaul.report.past_attempts import past_faults
 from longhaul.report.run_status import (
@@ -32,15 +33,12 @@ _SEARCHED_ATTEMPTS = 5
 _WAITS = {
     "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
     "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
-    "PartitionTimeLimit": "minutes is above the partition's limit: lower it",
-    "PartitionNodeLimit": "the job needs more nodes than the partition allows: use fewer, or another partition",
     "ReqNodeNotAvail": "nodes that the job needs are down or reserved: see `scontrol show reservation`",
-    "BadConstraints": "no node has what the site file asks for: check constraint, memory and GPUs",
     "Resources": "the nodes are busy: wait",
     "Priority": "other jobs are in front: wait",
     "Dependency": "it waits for another job",
 }
-"""Beginning of Slurm's reason for a pending job -> what to do. https://slurm.schedmd.com/job_reason_codes.html"""
+"""Beginning of a reason that passes by itself -> what to do. Of other reasons, config/slurm_reasons.py knows the remedy."""
 
 
 @dataclass
@@ -117,12 +115,14 @@ def _waiting_jobs(status: RunStatus) -> Iterator[Finding]:
     for job in status.jobs:
         if job.state == QUEUED:
             reason = job.detail.removeprefix("waits: ")
-            remedy = next(
-                (text for start, text in _WAITS.items() if reason.startswith(start)), "wait, or ask the administrators"
-            )
-            yield Finding(
-                job.name, f"the job waits in Slurm's queue: {reason}", f"squeue, job {job.slurm_job_id}", remedy
-            )
+            waits = f"the job waits in Slurm's queue{', and will not start' if never_starts(reason) else ''}: {reason}"
+            yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", _remedy_of_waiting(reason))
+
+
+def _remedy_of_waiting(reason: str) -> str:
+    if never_starts(reason):
+        return remedy_of(reason)
+    return next((text for start, text in _WAITS.items() if reason.startswith(start)), "wait, or ask the administrators")
 
 
 def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:

@@ -14,10 +14,11 @@ from typing import Literal
 
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.shipped_files import data_root
+from longhaul.config.slurm_reasons import never_starts, remedy_of
 from longhaul.errors import UserError, printable
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.sbatch_refusals import never_starts, read_refusal, remedy_of
+from longhaul.scheduling.sbatch_refusals import read_refusal
 
 SCRIPT = data_root() / "templates" / "sbatch" / "probe_node.sh"
 _POLL_INTERVAL_S = 2.0

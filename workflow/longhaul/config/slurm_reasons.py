@@ -1,0 +1,78 @@
+"""Slurm's reason codes of refused and waiting jobs: which limits the request alone exceeds, which reasons never pass, remedies.
+
+The codes are those of Slurm's src/common/job_state_reason.c (26.11), https://slurm.schedmd.com/job_reason_codes.html
+"""
+
+from __future__ import annotations
+
+import re
+
+# A limit of a QOS (with its flag DenyOnLimit), of an association or of an account that the request would exceed.
+_LIMIT_CODE = re.compile(r"\b(?:QOS(?:Grp|Max|Min)|Assoc(?:Grp|Max)|Max(?=\w+PerAccount|\w+PerUser))[A-Z]\w+")
+# Limits of the number of jobs: they depend on other jobs. At submission, all other limits are compared with the request alone.
+_JOB_COUNT_CODE = re.compile(r"SubmitJob|Jobs")
+# Limits of used node hours, CPU hours and the like. RunMinutes are those of running jobs only.
+_BUDGET_CODE = r"Grp(?!\w*Run)\w*Minutes|GrpWall"
+_ASSOCIATIONS = "sacctmgr show assoc user=$USER format=account,partition,qos"
+# Pattern of Slurm's text -> key of a partition in the site file, and the command that shows valid values.
+_PERMANENT = (
+    (r"Assoc(Grp|Max)", "account, max_nodes or max_minutes", f"{_ASSOCIATIONS},grptres,maxtres,maxwall"),
+    (r"QOS|Max\w+Per(Account|User)", "qos, max_nodes or max_minutes", "sacctmgr show qos"),
+    (r"account", "account", _ASSOCIATIONS),
+    (r"feature|constraint", "constraint", "sinfo -o '%P %f'"),
+    (r"generic resource|gres|gpu", "gpu_request, gpu_type or gres_extra", "sinfo -o '%P %G'"),
+    (r"time ?limit", "max_minutes", "sinfo -o '%P %l'"),
+    (r"reservation", "reservation", "scontrol show reservation"),
+    (r"license", "sbatch_extra", "scontrol show licenses"),
+    (r"memory|MaxMemPerLimit", "memory or node.memory_mb", "sinfo -o '%P %m'"),
+    (
+        r"PartitionNodeLimit|node configuration|node count|more processors|cpu count",
+        "node or max_nodes",
+        "sinfo -o '%P %D %c %m %G'",
+    ),
+    (r"partition|group not permitted", "name", "sinfo -s"),
+    (r"unrecognized option|invalid option|unknown option", "sbatch_extra", "sbatch --help"),
+    (r"permission denied|invalid", "account, name or qos", _ASSOCIATIONS),
+)
+# What no key of the site file changes.
+_OTHER_REMEDIES = (
+    (
+        _BUDGET_CODE,
+        "the budget of the account or QOS does not cover the job; ask your centre for more, or name another account",
+    ),
+    (r"held|JobHold", "scontrol show job says who holds it; scontrol release starts a job that you may release"),
+    (r"DependencyNeverSatisfied", "cancel it with scancel; the same command submits it again"),
+)
+# Reasons for which a job waits until its request, a limit, a budget or an account is changed.
+_NEVER_STARTS = re.compile(
+    r"(Account|QOS|Assoc)NotAllowed|Invalid(Account|QOS)|BadConstraints|Partition(Time|Node)Limit|PartitionConfig"
+    r"|Max\w+Per(Job|Node)|QOSMin|MaxMemPerLimit|DependencyNeverSatisfied|Reservation(Deleted|Invalid)"
+    rf"|[Hh]eld|JobHoldMaxRequeue|{_BUDGET_CODE}"
+)
+
+
+def limit_code(text: str) -> str | None:
+    """Return the code of the limit that a text of sbatch names; None if it names none."""
+    found = _LIMIT_CODE.search(text)
+    return found[0] if found else None
+
+
+def limits_number_of_jobs(code: str) -> bool:
+    """Return whether a limit's code is about the number of jobs, which passes when other jobs end."""
+    return _JOB_COUNT_CODE.search(code) is not None
+
+
+def never_starts(reason: str) -> bool:
+    """Return whether a job that waits for this reason waits until somebody changes something."""
+    return _NEVER_STARTS.search(reason) is not None
+
+
+def remedy_of(reason: str) -> str:
+    """Return what changes this reason; empty where it is unknown."""
+    for pattern, remedy in _OTHER_REMEDIES:
+        if re.search(pattern, reason, re.IGNORECASE):
+            return remedy
+    for pattern, key, command in _PERMANENT:
+        if re.search(pattern, reason, re.IGNORECASE):
+            return f"correct {key} of the partition in the site file; {command} shows what is valid"
+    return ""
