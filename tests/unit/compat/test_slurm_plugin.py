@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,15 +141,57 @@ def test_the_plugin_still_guesses_what_a_job_does_not_name(tmp_path: Path, monke
     assert list(account(executor, job)) == [" -A proj"]
 
 
-def test_refused_job_is_recorded_and_reported_after_a_pause(monkeypatch: pytest.MonkeyPatch):
-    order: list[Any] = []
-    monkeypatch.setattr("time.sleep", order.append)
-    report = _after_pause(
-        lambda executor, job_info, msg: order.append(("reported", job_info.job, msg)),
-        lambda job, msg: order.append(("recorded", job, msg)) or 15.0,
-    )
-    report(None, SimpleNamespace(job="j"), "refused")
-    assert order == [("recorded", "j", "refused"), 15.0, ("reported", "j", "refused")]
+class RefusedJobs:
+    """Reports refused jobs through the patch, and notes what is recorded and reported."""
+
+    def __init__(self, pause_s: float) -> None:
+        self.pause_s, self.recorded, self.reported = pause_s, [], []
+        self.executor, self.has_reported = SimpleNamespace(wait=True), threading.Event()
+        self._report = _after_pause(self._note, self._record)
+
+    def _record(self, job: Any, message: str) -> float:
+        self.recorded.append((job, message))
+        return self.pause_s
+
+    def _note(self, executor: Any, job_info: Any, message: str) -> None:
+        self.reported.append((job_info.job, message))
+        self.has_reported.set()
+
+    def refuse(self, job: str) -> None:
+        self._report(self.executor, SimpleNamespace(job=job), "refused")
+
+
+def test_refused_job_is_recorded_at_once_and_reported_after_its_pause():
+    jobs = RefusedJobs(pause_s=0.2)
+    began_s = time.monotonic()
+    jobs.refuse("j")
+    assert jobs.recorded == [("j", "refused")] and jobs.reported == []
+    assert jobs.has_reported.wait(10) and time.monotonic() - began_s >= 0.2
+    assert jobs.reported == [("j", "refused")]
+
+
+def test_permanent_refusal_is_reported_at_once():
+    jobs = RefusedJobs(pause_s=0)
+    jobs.refuse("j")
+    assert jobs.reported == [("j", "refused")]
+
+
+def test_pauses_of_refused_jobs_do_not_block_the_threads_that_submit():
+    """The plugin has two threads for all submissions."""
+    jobs = RefusedJobs(pause_s=600)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for name in ("a", "b", "c"):
+            pool.submit(jobs.refuse, name)
+        assert pool.submit(lambda: "submitted").result(timeout=10) == "submitted"
+    assert len(jobs.recorded) == 3 and jobs.reported == []
+
+
+def test_stopped_executor_gets_no_report_of_a_paused_job():
+    """Its event loop is closed by then."""
+    jobs = RefusedJobs(pause_s=0.05)
+    jobs.executor.wait = False
+    jobs.refuse("j")
+    assert not jobs.has_reported.wait(0.3)
 
 
 def test_nothing_is_asked_before_the_first_job(monkeypatch: pytest.MonkeyPatch):

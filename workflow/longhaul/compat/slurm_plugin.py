@@ -6,7 +6,7 @@ The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forge
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def patch_refused_submissions(record_refusal: Callable[[Any, str], float]) -> No
     """Make the plugin call `record_refusal` with job and message before it reports a job that sbatch refused.
 
     Snakemake would submit a refused job again at once, ten times in 41 seconds. `record_refusal` returns the seconds to wait
-    first. The plugin submits in threads of its own, so only submissions wait.
+    first. The plugin submits all jobs in two threads, so a thread of its own waits: other jobs are submitted meanwhile.
     """
     from snakemake_executor_plugin_slurm import Executor
 
@@ -57,8 +57,16 @@ def patch_refused_submissions(record_refusal: Callable[[Any, str], float]) -> No
 
 def _after_pause(report: Any, record_refusal: Callable[[Any, str], float]) -> Any:
     def report_later(executor: Any, job_info: Any, msg: str) -> None:
-        time.sleep(record_refusal(job_info.job, msg))
-        report(executor, job_info, msg)
+        def report_unless_stopped() -> None:
+            if executor.wait:  # false once Snakemake stops, which then expects no report
+                report(executor, job_info, msg)
+
+        if pause_s := record_refusal(job_info.job, msg):
+            timer = threading.Timer(pause_s, report_unless_stopped)
+            timer.daemon = True  # it does not keep an interrupted Snakemake alive
+            timer.start()
+        else:
+            report(executor, job_info, msg)
 
     report_later.unpatched = report  # pyright: ignore[reportFunctionMemberAccess]
     return report_later
