@@ -27,14 +27,22 @@ def test_gpu_of_a_rank_follows_from_the_gpus_that_its_process_sees(
 
 
 def test_ranks_divide_cores_evenly_and_get_none_where_there_are_too_few():
-    assert [part_of(range(8), [0, 1, 2], number) for number in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert part_of([4, 5, 6, 7], [2, 3], 3) == [6, 7]
-    assert part_of([1], [0, 1], 1) == []
+    cores = [[cpu] for cpu in range(8)]
+    assert [part_of(cores, [0, 1, 2], number) for number in range(3)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
+    assert part_of(cores[4:], [2, 3], 3) == [[6], [7]]
+    assert part_of([[1, 9]], [0, 1], 1) == []
 
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node of 16 cores with four GPUs. GPUs 0 and 1 are on NUMA node 1, the others on NUMA node 0; core 0 is not ours."""
+    """A node of 8 cores with four GPUs. Core n has the CPUs n and n + 8.
+
+    GPUs 0 and 1 are on NUMA node 1, the others on NUMA node 0; CPU 0 does not belong to the job.
+    """
+    for cpu in range(16):
+        folder = tmp_path / "cpus" / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 8},{cpu % 8 + 8}\n")
     for bus, numa_node in ((0x0A, 1), (0x0B, 1), (0x8A, 0), (0x8B, 0)):
         folder = tmp_path / "devices" / f"0000:{bus:02x}:00.0"
         folder.mkdir(parents=True)
@@ -44,6 +52,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True)
         (folder / "cpulist").write_text(f"{cores}\n")
     gpus = [SimpleNamespace(pci_domain_id=0, pci_bus_id=bus, pci_device_id=0) for bus in (0x0A, 0x0B, 0x8A, 0x8B)]
+    monkeypatch.setattr(rank_placement, "CPUS", tmp_path / "cpus")
     monkeypatch.setattr(rank_placement, "PCI_DEVICES", tmp_path / "devices")
     monkeypatch.setattr(rank_placement, "NUMA_NODES", tmp_path / "nodes")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -59,23 +68,43 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return calls
 
 
+def parts() -> list[list[int]]:
+    """Return the CPUs to which each rank of the node binds itself."""
+    return [bind_to_gpu_cores(4, local_rank) for local_rank in range(4)]
+
+
 def test_ranks_get_their_part_of_the_cores_next_to_their_gpu(node: Path, bound: list[list[int]]):
-    parts = [bind_to_gpu_cores(number, 4, number) for number in range(4)]
-    assert parts == [[4, 5, 6, 7], [12, 13, 14, 15], [1, 2, 3], [8, 9, 10]]
-    assert bound == parts
+    """Both hardware threads of a core go to the same rank. Of core 0, the job has only CPU 8."""
+    found = parts()
+    assert found == [[4, 5, 12, 13], [6, 7, 14, 15], [1, 8, 9], [2, 3, 10, 11]]
+    assert bound == found
+
+
+def test_cores_have_one_cpu_where_the_kernel_names_no_siblings(node: Path, bound: list[list[int]]):
+    for path in node.glob("cpus/*/topology/thread_siblings_list"):
+        path.unlink()
+    assert parts() == [[4, 5, 6, 7], [12, 13, 14, 15], [1, 2, 3], [8, 9, 10]]
 
 
 def test_ranks_divide_all_cores_where_the_kernel_knows_no_numa_node(node: Path, bound: list[list[int]]):
     for path in node.glob("devices/*/numa_node"):
         path.write_text("-1\n")
-    assert [bind_to_gpu_cores(number, 4, number) for number in (0, 3)] == [[1, 2, 3], [10, 11, 12]]
+    assert parts() == [[1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]
     for path in node.glob("devices/*/numa_node"):
         path.unlink()
-    assert bind_to_gpu_cores(1, 4, 1) == [4, 5, 6]
+    assert parts()[3] == [6, 7, 14, 15]
+
+
+def test_ranks_divide_all_cores_where_the_job_has_none_next_to_one_gpu(
+    node: Path, bound: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """No two ranks share a core: those with cores near their GPU divide with the others."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 8, 9, 10, 11})
+    assert parts() == [[0, 8], [1, 9], [2, 10], [3, 11]]
 
 
 def test_nothing_is_bound_where_ranks_outnumber_the_cores(
     node: Path, bound: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
-    assert bind_to_gpu_cores(0, 4, 0) == [] and bound == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 6, 7, 13})
+    assert parts() == [[], [], [], []] and bound == []

@@ -85,9 +85,9 @@ class Partition(FrozenModel):
     )
     cpu_bind: BindValue | None = Field(
         default=None,
-        description="Binding of the training step to cores: a value of srun --cpu-bind, or auto: each rank takes its part of the "
-        "cores next to its GPU. Masks and maps apply to whole nodes. Other steps then run with --cpu-bind=none. null: no option. "
-        "For jobs gpu only.",
+        description="Binding of the training step to cores: a value of srun --cpu-bind, or auto: each rank takes whole cores, "
+        "its part of those next to its GPU. Masks and maps apply to whole nodes. Other steps then run with --cpu-bind=none. "
+        "null: no option. For jobs gpu only.",
     )
     gpu_bind: BindValue | None = Field(
         default=None,

@@ -105,8 +105,8 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
     if on_gpu and job.stage.deterministic:
         _use_deterministic_kernels()
     if job.bind_cores and on_gpu:
-        cores = bind_to_gpu_cores(device.index, job.stage.gpus_per_node, rank.local_rank)
-        print(f"rank {rank.rank}: bound to the cores {cores}", flush=True)
+        cpus = bind_to_gpu_cores(job.stage.gpus_per_node, rank.local_rank)
+        print(f"rank {rank.rank}: bound to the CPUs {cpus}", flush=True)
     with (
         _own_swap_folder(job, rank) as swap,
         process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),
