@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.artifact_schemas import Checkpoint, Export
+from longhaul.artifacts.artifact_schemas import Checkpoint, Export, SavedCheckpoint
 from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.job_state import CANCELLED, Failure
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
 from longhaul.errors import UserError
+from longhaul.report import run_status
 from longhaul.report.run_status import (
     DONE,
     FAILED,
@@ -25,7 +26,6 @@ from longhaul.report.run_status import (
     UNKNOWN,
     QueuedJob,
     RunStatus,
-    allocated_seconds,
     read_status,
 )
 from tests.support.run_folder import TRAIN, RunFolder
@@ -158,7 +158,24 @@ def test_gpu_hours_count_allocations_and_not_the_queue(tmp_path: Path) -> None:
     stage = run.status().stages[0]
     assert stage.gpu_hours_expected == pytest.approx(18 + 60 * 2.5 * 8 / 3600), "60 steps of 2.5 s are left"
     assert stage.gpu_hours == pytest.approx((7200 + 900) / 3600 * 8) and stage.gpu_hours_planned == (7.5, 9.0)
-    assert allocated_seconds([{"time_s": 10.0, "event": "running"}], 25.0) == 15.0
+
+
+@pytest.mark.parametrize(("queue", "hours"), [("absent", 2), ("running", 5), ("unknown", 2)])
+def test_gpu_hours_of_a_killed_job_do_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: str, hours: float
+) -> None:
+    """It began five hours ago and wrote its last metrics after two; only Slurm knows whether it still runs."""
+    run = RunFolder(tmp_path)
+    weights = run.train(40)
+    run.state(TRAIN, "running")
+    run.paths.job(TRAIN).history.write_text(json.dumps({"time_s": 10_000.0, "event": "running"}) + "\n")
+    os.utime(weights.metrics, (10_000 + 2 * 3600, 10_000 + 2 * 3600))
+    monkeypatch.setattr(run_status.time, "time", lambda: 10_000.0 + 5 * 3600)
+    if queue == "unknown":
+        status = read_status(run.paths)
+    else:
+        status = run.status(**({"train_base": QueuedJob("7", "RUNNING", "None", "N/A")} if queue == "running" else {}))
+    assert status.stages[0].gpu_hours == pytest.approx(8 * hours)
 
 
 def test_training_on_cpus_has_no_gpu_hours(tmp_path: Path) -> None:
@@ -170,7 +187,7 @@ def test_training_on_cpus_has_no_gpu_hours(tmp_path: Path) -> None:
 def test_only_an_export_of_the_present_checkpoint_counts(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     folder = JobFolder(run.paths.stage("base").path)
-    entry = {"step": 100, "path": "checkpoints/step-00000100", "sha256": SHA, "validation_loss": None}
+    entry: SavedCheckpoint = {"step": 100, "path": "checkpoints/step-00000100", "sha256": SHA, "validation_loss": None}
     Checkpoint("r", "base", str(folder.weights / "0123"), {}, {"last": entry}, 100, "d", "t").write(folder.checkpoint)
     path = "results/r/export/base"
     for sha, expected in ((SHA, str(tmp_path / path)), ("cd" * 32, None)):

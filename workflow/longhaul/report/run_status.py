@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -22,10 +21,10 @@ from longhaul.artifacts.leases import Lease, LeaseOwner
 from longhaul.artifacts.line_records import read_first_records, read_last_records
 from longhaul.artifacts.paths import QUARANTINE, SERVE_KIND, STAGE_KIND, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import quarantined_nodes
-from longhaul.artifacts.record_types import MetricsRow, read_events
+from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
-from longhaul.report.goodput import ATTEMPT_BEGINS
+from longhaul.report.allocated_time import allocated_seconds
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
@@ -45,7 +44,6 @@ _OTHER_RELEASE = (
 )
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
-_ATTEMPT_ENDS = ("waiting", "failed", "done")
 
 
 @dataclass(frozen=True)
@@ -198,13 +196,16 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
 
     trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
     statuses = {job: _job_status(paths, job, queue, owner) for job in dict.fromkeys([*jobs, *trained])}
+    now_s = None if plan["scheduler"] == "slurm" and queue is None else time.time()
     return RunStatus(
         run=paths.run,
         site=plan["site"],
         folder=str(paths.folder),
         main_process=str(owner) if owner else None,
         jobs=[statuses[job] for job in jobs],
-        stages=[_stage_status(paths, row, statuses[job]) for row, job in zip(plan["stages"], trained, strict=True)],
+        stages=[
+            _stage_status(paths, row, statuses[job], now_s) for row, job in zip(plan["stages"], trained, strict=True)
+        ],
         servers=list(filter(None, (_server_status(paths, job, queue) for job in servers))),
         quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
@@ -286,14 +287,21 @@ def _pending_detail(job: QueuedJob) -> str:
     return f"waits: {job.reason}{start}"
 
 
-def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus) -> StageStatus:
+def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float | None) -> StageStatus:
+    """Return the status of a stage.
+
+    now_s: the time now; None if it is not known whether a job whose record says `running` still runs
+    """
     folder = paths.stage(row["name"])
     weights = weights_folder(folder)
     attempts = read_first_records(weights.attempts, _AttemptFields, 1) if weights else []
     has_gpus = any(attempt["device"] != "cpu" for attempt in attempts)
     steps = planned_steps(row["steps"], weights)
-    hours = allocated_seconds(read_events(folder.history), time.time()) / 3600
-    progress = _progress(weights, steps, job) if weights else None
+    events = read_events(weights.events) if weights else []
+    signs_of_life_s = [*(event["time_s"] for event in events), *_last_metrics_s(weights)]
+    running_until_s = now_s if job.state == RUNNING else None
+    hours = allocated_seconds(read_events(folder.history), signs_of_life_s, running_until_s) / 3600
+    progress = _progress(weights, events, steps, job) if weights else None
     gpus = row["nodes"] * row["gpus_per_node"] if has_gpus else None
     seconds_left = progress.seconds_left if progress else None
     return StageStatus(
@@ -308,12 +316,17 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus) -> StageStatus
     )
 
 
-def _progress(weights: WeightsFolder, steps: int | None, job: JobStatus) -> Progress:
+def _last_metrics_s(weights: WeightsFolder | None) -> list[float]:
+    """Return when the last line of the metrics was written; [] before the first one."""
+    return [weights.metrics.stat().st_mtime] if weights and weights.metrics.exists() else []
+
+
+def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, job: JobStatus) -> Progress:
     first_rows = read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS)
     trained = recent_steps(weights)
     validated = read_last_records(weights.metrics, MetricsRow, 1, containing=b'"validation_loss"')
     step = trained[-1]["step"] if trained else 0
-    saved = [event for event in read_events(weights.events) if event["event"] == "saved"]
+    saved = [event for event in events if event["event"] == "saved"]
     return Progress(
         step=step,
         first_loss=next((row["loss"] for row in first_rows if "loss" in row), None),
@@ -344,18 +357,6 @@ def _seconds_left(rows: list[MetricsRow], steps_left: int) -> float | None:
 
 def _line_count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def allocated_seconds(history: list[dict[str, Any]], now_s: float) -> float:
-    """Return the seconds that a job had its allocation, over all attempts; an attempt that still runs counts until `now_s`."""
-    total, begun_s = 0.0, None
-    for event in history:
-        if event["event"] in ATTEMPT_BEGINS and begun_s is None:
-            begun_s = event["time_s"]
-        elif event["event"] in _ATTEMPT_ENDS and begun_s is not None:
-            total += event["time_s"] - begun_s
-            begun_s = None
-    return total + (max(0.0, now_s - begun_s) if begun_s is not None else 0.0)
 
 
 def _exported_to(paths: RunPaths, stage: str) -> str | None:
