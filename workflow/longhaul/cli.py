@@ -158,7 +158,7 @@ def status(
     """
     from longhaul.scheduling.show_status import print_json, print_status, run_paths
 
-    paths = run_paths(_config_path(run) if run and not run.is_dir() else run)
+    paths = run_paths(run)
     if as_json:
         print_json(paths)
     else:
@@ -175,7 +175,7 @@ def doctor(
     """
     from longhaul.scheduling.show_status import print_diagnosis, run_paths
 
-    print_diagnosis(run_paths(_config_path(run) if run and not run.is_dir() else run))
+    print_diagnosis(run_paths(run))
 
 
 @app.command()
@@ -200,20 +200,21 @@ def serve(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run's folder: results/<run>.")],
+    run: RunArgument = None,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="The HTML file; default: report.html in the run's folder.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run, also while it runs.
 
-    Example: `longhaul report results/demo`
+    Example: `longhaul report mine.yaml`
     """
-    from longhaul.artifacts.atomic_files import writable_file
-    from longhaul.artifacts.paths import RunPaths
-    from longhaul.report.html_page import run as write_report
+    from longhaul.report.html_page import write_report
+    from longhaul.scheduling.job_queue import queue_asker
+    from longhaul.scheduling.show_status import run_paths
 
-    write_report(folder, writable_file(out or RunPaths(folder.name, folder.parent).report))
+    paths = run_paths(run)
+    write_report(paths.folder, out or paths.report, queue_asker(paths))
 
 
 @app.command()

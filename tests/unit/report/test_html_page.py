@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from longhaul.errors import UserError
 from longhaul.report import html_page
-from longhaul.report.html_page import render_page
+from longhaul.report.html_page import render_page, write_report
 from longhaul.report.run_results import read_run
+from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, AskQueue, Queue, QueuedJob, read_status
+from tests.support.run_folder import TRAIN, RunFolder
 from tests.support.small_run import write_small_run
 
 
@@ -19,6 +23,32 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
     run = write_small_run(tmp_path / "results")
     return " ".join(re.sub(r"<[^>]+>", " ", render_page(read_run(run.folder))).split())
+
+
+def test_the_queue_tells_the_report_what_it_tells_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that waits, one that left the queue without a record, and a queue that does not answer."""
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+    run.train(40)
+
+    def state_in_report(ask_queue: AskQueue) -> str:
+        results = read_run(run.paths.folder, ask_queue)
+        assert results.status == replace(
+            read_status(run.paths, ask_queue), disk_free_bytes=results.status.disk_free_bytes
+        )
+        return str(html_page._summary_row(results.stages[0], results)["state"])
+
+    waiting = QueuedJob("8", "PENDING", "Resources", "N/A")
+    assert state_in_report(lambda jobs: {"train-base": waiting}) == QUEUED
+    assert state_in_report(lambda jobs: {}) == INTERRUPTED
+
+    def ask_in_vain(jobs: object) -> Queue:
+        raise UserError("squeue did not answer")
+
+    assert state_in_report(ask_in_vain) == RUNNING
+    write_report(run.paths.folder, tmp_path / "page.html", ask_in_vain)
+    assert "states are those that the jobs recorded last: squeue did not answer" in (tmp_path / "page.html").read_text()
 
 
 def test_a_profile_shows_the_parts_of_a_step(page: str) -> None:

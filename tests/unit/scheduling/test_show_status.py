@@ -1,4 +1,4 @@
-"""`longhaul status` and `doctor` find the run that the user names."""
+"""`longhaul status`, `doctor` and `report` find the run that the user names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,37 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.cli import main
 from longhaul.scheduling.show_status import run_paths
+from tests.support.bad_input import refused_message
+from tests.support.small_configs import LOCAL, write_config
+from tests.support.small_run import write_small_run
+
+
+def test_report_of_a_config_is_that_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, None, LOCAL)
+    monkeypatch.chdir(tmp_path)
+    write_small_run(tmp_path / "results")
+    for arguments in ([str(config)], [], ["results/small", "--out", "page.html"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", *arguments])
+        assert ended.value.code == 0
+        assert Path("page.html" if "--out" in arguments else "results/small/report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("verb", ["status", "doctor", "report"])
+def test_run_that_does_not_exist_is_refused(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused_message(capsys, verb, str(tmp_path / "typo"))
+    assert f"{tmp_path}/typo does not exist" in message and "YAML file, or its folder results/<run>" in message
+
+
+def test_report_of_a_run_that_has_not_started_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert "results/small holds no plan.json" in refused_message(capsys, "report", str(config))
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("named", [".", "../small", "../../results/small"])

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from longhaul import __version__
 from longhaul.artifacts.artifact_schemas import Export
-from longhaul.artifacts.atomic_files import write_text
+from longhaul.artifacts.atomic_files import writable_file, write_text
 from longhaul.artifacts.record_types import StepProfile
 from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
@@ -24,20 +24,21 @@ from longhaul.report.acceptance import AcceptanceRow, acceptance_rows
 from longhaul.report.evaluation_table import evaluation_rows
 from longhaul.report.node_check_table import node_check_rows
 from longhaul.report.run_results import RunResults, StageResults, read_run
-from longhaul.report.run_status import StageStatus
+from longhaul.report.run_status import AskQueue, StageStatus
 from longhaul.report.serve_check_table import serve_check_rows
 from longhaul.report.status_text import sum_of_estimates
 
 TEMPLATES = data_root() / "templates" / "report"
 
 
-def run(folder: Path, out: Path) -> None:
+def write_report(folder: Path, out: Path, ask_queue: AskQueue) -> None:
     """Write the report of `folder`, which is results/<run>, to `out`.
 
     Raises:
-        UserError: nothing has run yet, an artifact is damaged, or another release wrote it.
+        UserError: nothing has run yet, an artifact is damaged or of another release, or `out` cannot be written.
     """
-    write_text(out, render_page(read_run(folder)))
+    page = render_page(read_run(folder, ask_queue))
+    write_text(writable_file(out), page)
 
 
 def render_page(results: RunResults) -> str:

@@ -33,7 +33,7 @@ from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
 from longhaul.report.number_format import duration, finite
 from longhaul.report.plan_json import PlanFile, StageRow
-from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.run_status import AskQueue, RunStatus, read_status
 from longhaul.report.stage_records import planned_steps, weights_folder
 
 A = TypeVar("A", bound=Artifact)
@@ -115,16 +115,17 @@ class RunResults:
     timespans: list[JobTimespan]
 
 
-def read_run(folder: Path) -> RunResults:
+def read_run(folder: Path, ask_queue: AskQueue | None = None) -> RunResults:
     """Read what a run has made so far.
 
-    folder: results/<run>
+    folder:    results/<run>
+    ask_queue: asks Slurm for the jobs in its queue; without it, states are those that the jobs recorded last
 
     Raises:
         UserError: there is no plan.json yet, an artifact is damaged, or another release wrote it.
     """
     paths = RunPaths(folder.name, folder.parent)
-    status = read_status(paths)
+    status = read_status(paths, ask_queue)
     plan = read_typed_json(paths.plan, PlanFile)
     manifests = {name: paths.manifest(name) for name in sorted({row["dataset"] for row in plan["stages"]})}
     data = {name: DataManifest.read(path) for name, path in manifests.items() if path.exists()}

@@ -63,6 +63,8 @@ class QueuedJob:
 
 Queue = Mapping[str, QueuedJob]
 """Name of a job of the run (`train-base`) -> its entry in Slurm's queue."""
+AskQueue = Callable[[list[JobId]], Queue]
+"""Asks Slurm once which of these jobs are in its queue; raises a UserError where Slurm does not answer."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,10 @@ class _AttemptFields(TypedDict):
     device: str
 
 
-def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | None = None) -> RunStatus:
+def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus:
     """Read the status of a run.
 
-    ask_queue: asks Slurm once for the jobs in the queue; called only where the run's scheduler is Slurm.
+    ask_queue: called once, and only where the run's scheduler is Slurm
 
     Raises:
         UserError: the run has no plan.json yet, or another release wrote it.
@@ -214,9 +216,7 @@ def read_status(paths: RunPaths, ask_queue: Callable[[list[JobId]], Queue] | Non
     )
 
 
-def _ask(
-    plan: PlanFile, jobs: list[JobId], ask_queue: Callable[[list[JobId]], Queue] | None
-) -> tuple[Queue | None, str]:
+def _ask(plan: PlanFile, jobs: list[JobId], ask_queue: AskQueue | None) -> tuple[Queue | None, str]:
     """Return the queue and why it is unknown. It is None where there is no Slurm, or where Slurm does not answer."""
     if plan["scheduler"] != "slurm" or ask_queue is None:
         return None, ""

@@ -1,5 +1,5 @@
-"""Verbs `longhaul status` and `longhaul doctor`: finds the named run, reads its status, prints text or JSON, repeats with
---watch.
+"""Verbs `longhaul status` and `longhaul doctor`: finds the run that a user names, reads its status, prints text or JSON, repeats
+with --watch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.live import Live
 from longhaul.artifacts.paths import RESULTS, RunPaths
 from longhaul.config.load_config import load_config
 from longhaul.errors import UserError
+from longhaul.planning.load_plan import config_path
 from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.run_status import RunStatus, read_status
 from longhaul.report.status_text import status_view
@@ -26,7 +27,7 @@ _WIDTH_OF_FILES = 160
 
 
 def run_paths(named: Path | None) -> RunPaths:
-    """Return the paths of a run that is named by its folder, or by its config; None: the run that changed last.
+    """Return the paths of a run that is named by its folder, its config or `demo`; None: the run that changed last.
 
     Raises:
         UserError: there is no such run.
@@ -38,7 +39,10 @@ def run_paths(named: Path | None) -> RunPaths:
             return RunPaths(named.name, named.parent)  # paths are shown as the user gave them
         folder = named.resolve()  # `.` and `..` have no name of their own
         return RunPaths(folder.name, folder.parent)
-    return RunPaths(load_config(named).config.run)
+    config = config_path(named)
+    if not config.exists():
+        raise UserError(f"{config} does not exist", "name the run's YAML file, or its folder results/<run>")
+    return RunPaths(load_config(config).config.run)
 
 
 def _last_run() -> RunPaths:
@@ -78,4 +82,4 @@ def print_diagnosis(paths: RunPaths) -> None:
 
 
 def _read(paths: RunPaths) -> RunStatus:
-    return read_status(paths, queue_asker(paths) if paths.folder.is_dir() else None)
+    return read_status(paths, queue_asker(paths))
