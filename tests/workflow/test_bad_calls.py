@@ -68,6 +68,29 @@ def test_run_passes_options_targets_and_config_to_snakemake(tmp_path: Path):
     assert re.search(r"^render +1$", done.stdout, re.MULTILINE) and "train" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message", "remedy"),
+    [
+        (["data", "inspect", "none.json"], "none.json does not exist", "longhaul run CONFIG"),
+        (["data", "inspect", "."], ". is a folder, not a file", "give the path of a file"),
+        (["job", "supervise", "."], ". is a folder; the file launch.json of a job is expected", "name launch.json"),
+        (["job", "run", "train", "."], ". is a folder; the file job.json of a job is expected", "name job.json"),
+    ],
+    ids=["no manifest", "folder as a manifest", "folder to supervise", "folder to run"],
+)
+def test_file_of_a_run_that_is_not_there_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    remedy: str,
+):
+    monkeypatch.chdir(tmp_path)
+    printed = refused_message(capsys, *arguments)
+    assert message in printed and remedy in printed.partition("remedy:")[2]
+
+
 def test_working_folder_with_unusable_name_is_reported(tmp_path: Path):
     config = write_config(tmp_path / "config", None, LOCAL)
     run = tmp_path / "costs $5"

@@ -121,8 +121,10 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist", "run the rule that writes it: snakemake --profile profiles/local"
+            f"{path} does not exist", "name another file, or run what writes it: longhaul run CONFIG"
         ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file", "give the path of a file") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read") from None
 

@@ -20,9 +20,11 @@ app = typer.Typer(help="Verbs that launch scripts and rules call.", no_args_is_h
 @app.command()
 def supervise(spec: Annotated[Path, typer.Argument(help="The rendered launch.json.")]) -> None:
     """Run a job's steps, restart them after a crash, requeue the job."""
+    from longhaul.artifacts.paths import JobFolder
     from longhaul.jobs.job_spec import LaunchSpec
     from longhaul.scheduling.supervisor import run as run_supervisor
 
+    _require_no_folder(spec, JobFolder(spec).launch_spec)
     run_supervisor(LaunchSpec.read(spec))
 
 
@@ -55,6 +57,7 @@ def run_job(
 
     if kind not in job_kinds():
         raise UserError(f"there is no job kind {kind!r}", f"use one of {', '.join(job_kinds())}")
+    _require_no_folder(spec, JobFolder(spec).job_spec)
     os.environ.update(OFFLINE_ENVIRONMENT)
     folder = JobFolder(spec.parent)
     try:
@@ -68,3 +71,9 @@ def run_job(
         if folder.launch_spec.exists():
             write_failure_report(folder.path, error, this_rank())
         raise
+
+
+def _require_no_folder(named: Path, expected: Path) -> None:
+    """Raise UserError that names the expected file if a user named its folder instead."""
+    if named.is_dir():
+        raise UserError(f"{named} is a folder; the file {expected.name} of a job is expected", f"name {expected}")
