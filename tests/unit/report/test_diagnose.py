@@ -91,6 +91,28 @@ def test_pending_job_that_will_not_start_is_not_told_to_wait(tmp_path: Path) -> 
     assert finding.remedy.startswith("correct qos, max_nodes or max_minutes")
 
 
+def test_server_that_failed_waits_or_was_killed_is_explained(tmp_path: Path) -> None:
+    """`longhaul serve` starts it, not the main process."""
+    run = RunFolder(tmp_path)
+    serve = JobId("serve", ("base",))
+    folder = run.paths.job(serve)
+    folder.path.mkdir(parents=True)
+    folder.launch_spec.write_text("{}")
+    (finding,) = found(run, serve_base=QueuedJob("9", "PENDING", "Resources", "N/A"))
+    assert (finding.job, finding.cause) == ("serve-base", "the job waits in Slurm's queue: Resources")
+    run.state(serve, "running")
+    killed = found(run)[0]
+    assert (killed.job, killed.cause) == ("serve-base", "job 7 is no longer in Slurm's queue")
+    assert killed.remedy == "start the server again: longhaul serve CONFIG base"
+    Failure("environment", "no module named vllm", "install vllm", job_id="7").write(folder.failure)
+    log = run.paths.log(serve)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
+    recorded, in_log = found(run)
+    assert (recorded.cause, recorded.remedy) == ("no module named vllm", "install vllm")
+    assert recorded.evidence == str(folder.failure) and in_log.evidence.startswith(f"{log}:1: ")
+
+
 def test_handled_faults_are_named_with_their_number(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.main_process()

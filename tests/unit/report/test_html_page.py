@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from longhaul.artifacts.job_state import Failure
+from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.report import html_page
 from longhaul.report.html_page import render_page, write_report
@@ -22,7 +25,11 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the text of a small run's page, with one space between its words."""
     monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
     run = write_small_run(tmp_path / "results")
-    return " ".join(re.sub(r"<[^>]+>", " ", render_page(read_run(run.folder))).split())
+    return text_of(render_page(read_run(run.folder)))
+
+
+def text_of(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
 def test_the_queue_tells_the_report_what_it_tells_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +58,25 @@ def test_the_queue_tells_the_report_what_it_tells_the_status(tmp_path: Path, mon
     assert "states are those that the jobs recorded last: squeue did not answer" in (tmp_path / "page.html").read_text()
 
 
+def test_the_summary_names_each_job_that_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = RunFolder(tmp_path, stages=4)
+    Failure("permanent", "out of memory", "use a smaller micro batch").write(run.paths.job(TRAIN).failure)
+    killed, waiting, damaged = (JobId("train", (f"stage-{number}",)) for number in (1, 2, 3))
+    run.state(killed, "running")
+    run.state(damaged, "running")
+    run.paths.job(damaged).state.write_text("{")
+    queue = {str(waiting): QueuedJob("8", "PENDING", "Priority", "N/A")}
+    summary = text_of(render_page(read_run(run.paths.folder, lambda jobs: queue))).partition("Environment The nodes")[0]
+    for line in (
+        "train-base failed: out of memory. Remedy: use a smaller micro batch",
+        "train-stage-1 interrupted: job 7 is no longer in Slurm's queue",
+        "train-stage-2 queued: waits: Priority",
+        f"train-stage-3 unknown: {run.paths.job(damaged).state} is not valid JSON",
+    ):
+        assert line in summary
+
+
 def test_a_profile_shows_the_parts_of_a_step(page: str) -> None:
     assert "Profile of steps 20 to 21, rank 0 on n1: 1 s for a step" in page
     for row in ("matrix products 800 ms 80 %", "communication 100 ms 10 %", "nothing runs 100 ms 10 %"):
@@ -61,9 +87,7 @@ def test_a_profile_shows_the_parts_of_a_step(page: str) -> None:
 
 
 def test_a_start_is_shown_by_its_phases(page: str) -> None:
-    assert "last start, from rank 0's process to its first step 4 s: imports 500 ms, rendezvous 500 ms" in page.replace(
-        "&#39;", "'"
-    )
+    assert "last start, from rank 0's process to its first step 4 s: imports 500 ms, rendezvous 500 ms" in page
 
 
 def test_a_check_of_a_served_export_has_a_section(page: str) -> None:

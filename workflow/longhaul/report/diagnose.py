@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longhaul.artifacts.job_state import State
 from longhaul.artifacts.leases import Lease
-from longhaul.artifacts.paths import STAGE_KIND, AttemptLogs, JobFolder, RunPaths
+from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
 from longhaul.config.slurm_reasons import never_starts, remedy_of
 from longhaul.errors import UserError, printable
@@ -55,16 +55,17 @@ def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Findi
 
     slurm_logs: folder of the logs that the Slurm plugin asks sbatch to write; it may be absent
     """
-    logs = _logs_by_job(paths, status, slurm_logs)
-    present = [finding for job in status.jobs for finding in _present_problems(job, logs[job.name])]
+    jobs = status.jobs_and_servers
+    logs = _logs_by_job(paths, jobs, slurm_logs)
+    present = [finding for job in jobs for finding in _present_problems(job, logs[job.name])]
     return [
-        *_recorded_failures(status),
-        *_waiting_jobs(status),
+        *_recorded_failures(jobs),
+        *_waiting_jobs(jobs),
         *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
         *_ended_main_process(paths, status),
         *_unknown_queue(status),
-        *_removed_logs(status, logs),
-        *(fault for job in status.jobs for fault in _past_faults(job, logs[job.name])),
+        *_removed_logs(jobs, logs),
+        *(fault for job in jobs for fault in _past_faults(job, logs[job.name])),
     ]
 
 
@@ -101,18 +102,23 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
     return past_faults(job.name, history, read_events(history), found)
 
 
-def _recorded_failures(status: RunStatus) -> Iterator[Finding]:
-    for job in status.jobs:
+def _recorded_failures(jobs: list[JobStatus]) -> Iterator[Finding]:
+    for job in jobs:
         if job.state in (FAILED, INTERRUPTED, UNKNOWN):
             record = JobFolder(Path(job.folder))
             evidence = record.failure if job.state == FAILED else record.state
-            continues = ": the job continues from its last checkpoint" if job.kind == STAGE_KIND else ""
-            remedy = job.remedy or f"run the same command again{continues}"
-            yield Finding(job.name, job.detail, str(evidence), remedy)
+            yield Finding(job.name, job.detail, str(evidence), job.remedy or _start_again(job))
 
 
-def _waiting_jobs(status: RunStatus) -> Iterator[Finding]:
-    for job in status.jobs:
+def _start_again(job: JobStatus) -> str:
+    if job.kind == SERVE_KIND:
+        return f"start the server again: longhaul serve CONFIG {job.name.removeprefix(f'{SERVE_KIND}-')}"
+    continues = ": the job continues from its last checkpoint" if job.kind == STAGE_KIND else ""
+    return f"run the same command again{continues}"
+
+
+def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
+    for job in jobs:
         if job.state == QUEUED:
             reason = job.detail.removeprefix("waits: ")
             waits = f"the job waits in Slurm's queue{', and will not start' if never_starts(reason) else ''}: {reason}"
@@ -146,9 +152,9 @@ def _unknown_queue(status: RunStatus) -> Iterator[Finding]:
         yield Finding("Slurm", cause, "squeue", "ask on a host of the cluster where Slurm answers")
 
 
-def _removed_logs(status: RunStatus, logs: dict[str, _JobLogs]) -> Iterator[Finding]:
+def _removed_logs(jobs: list[JobStatus], logs: dict[str, _JobLogs]) -> Iterator[Finding]:
     """Yield the jobs whose logs would explain more, and have been removed."""
-    for job in status.jobs:
+    for job in jobs:
         found = logs[job.name]
         has_logs = found.of_rule or found.attempts or found.of_sbatch
         if job.state in (FAILED, INTERRUPTED) and not has_logs:
@@ -156,9 +162,9 @@ def _removed_logs(status: RunStatus, logs: dict[str, _JobLogs]) -> Iterator[Find
             yield Finding(job.name, cause, job.log, "run the same command again: a new attempt writes a new log")
 
 
-def _logs_by_job(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> dict[str, _JobLogs]:
+def _logs_by_job(paths: RunPaths, jobs: list[JobStatus], slurm_logs: Path) -> dict[str, _JobLogs]:
     """Return the logs of every job: of its rule, of its newest attempts, and those of sbatch by job id."""
-    found = {job.name: _JobLogs() for job in status.jobs}
+    found = {job.name: _JobLogs() for job in jobs}
     for folder in sorted({path.parent for path in paths.logs.rglob("*.log")}):
         attempts = AttemptLogs(folder).logs()
         if logs := found.get(_job_name(paths, folder)):
@@ -167,7 +173,7 @@ def _logs_by_job(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> dict[s
             if logs := found.get(_job_name(paths, path.with_suffix(""))):
                 logs.of_rule.append(path)
     of_sbatch = {path.stem: path for path in slurm_logs.rglob("*.log")}
-    for job in status.jobs:
+    for job in jobs:
         events = read_events(JobFolder(Path(job.folder)).history)
         ids = dict.fromkeys(str(event["job_id"]) for event in events if event.get("job_id"))
         found[job.name].of_sbatch += [of_sbatch[job_id] for job_id in ids if job_id in of_sbatch]

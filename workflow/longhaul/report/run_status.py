@@ -153,6 +153,11 @@ class RunStatus:
     servers: list[ServerStatus] = field(default_factory=list)
 
     @property
+    def jobs_and_servers(self) -> list[JobStatus]:
+        """Return the jobs of the run, then those of its servers."""
+        return [*self.jobs, *(server.job for server in self.servers)]
+
+    @property
     def state(self) -> str:
         """Return failed, running, queued, unknown, done, or interrupted: jobs are left and no main process works on the run."""
         states = {job.state for job in self.jobs}
