@@ -29,6 +29,7 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
     assert "is tried again" not in first.stdout + first.stderr
     printed = first.stderr.split("tokenizer failed (permanent):")
     assert len(printed) == 2 and "prose.jsonl" in printed[1] and "remedy:" in printed[1], first.stderr
+    assert first.stderr.count("prose.jsonl") == first.stderr.count("remedy:") == 1, "one cause, one remedy"
     assert len(printed[1].splitlines()) < 12, "nothing is printed after it"
     assert first.stderr.count("tokenizer failed; log: ") == 1, "Snakemake's own messages about it are not shown"
 

@@ -74,7 +74,8 @@ def test_log_lines_name_step_loss_speed_and_time_left() -> None:
     ]
     queued = replace(JOB, state=QUEUED, detail="waits: Priority")
     assert progress_lines(replace(STATUS, jobs=[queued])) == ["train-base queued, waits: Priority"]
-    assert progress_lines(replace(STATUS, jobs=[replace(JOB, state=DONE)])) == []
+    for state in (DONE, FAILED):
+        assert progress_lines(replace(STATUS, jobs=[replace(JOB, state=state)])) == []
 
 
 def test_failure_is_shown_with_its_remedy() -> None:

@@ -46,16 +46,30 @@ def test_target_rule_is_not_shown(tmp_path: Path) -> None:
     assert events.line(record(LogEvent.PROGRESS, done=9, total=9)) is None
 
 
-def test_failure_is_shown_once_per_try_with_its_cause(tmp_path: Path) -> None:
-    """Snakemake logs each failed job again before it ends."""
+def test_failure_is_shown_once_per_try_and_its_cause_when_it_is_tried_again(tmp_path: Path) -> None:
+    """Snakemake logs each failed job again before it ends. A cause after which nothing is tried again is printed at exit."""
     paths = RunPaths("r", tmp_path)
-    Failure("node", "node n1 is down", "").write(paths.job(JobId("train", ("base",))).failure)
+    failure = Failure("node", "node n1 is down", "", invocation="this process")
+    failure.write(paths.job(JobId("train", ("base",))).failure)
+    paths.lease.write_text("this process")
+    events = JobEvents(paths)
+    events.line(started())
+    assert events.line(failed()) == "train-base failed; log: base.log"
+    assert events.line(failed()) is None
+    again = record(message="Trying to restart job 4.")
+    assert events.line(again) == "train-base is tried again; cause of its failure: node n1 is down"
+    events.line(started())
+    assert events.line(failed()) is not None
+
+
+def test_cause_of_a_failure_under_an_earlier_main_process_is_shown_at_once(tmp_path: Path) -> None:
+    """It is not printed at exit."""
+    paths = RunPaths("r", tmp_path)
+    failure = Failure("node", "node n1 is down", "", invocation="an earlier process")
+    failure.write(paths.job(JobId("train", ("base",))).failure)
     events = JobEvents(paths)
     events.line(started())
     assert events.line(failed()) == "train-base failed; log: base.log\n  cause: node n1 is down"
-    assert events.line(failed()) is None
-    events.line(started())
-    assert events.line(failed()) is not None
 
 
 def test_failure_without_a_record_shows_the_end_of_the_log(tmp_path: Path) -> None:

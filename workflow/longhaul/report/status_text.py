@@ -160,9 +160,9 @@ def _notes(status: RunStatus) -> list[Text]:
 
 
 def progress_lines(status: RunStatus) -> list[str]:
-    """Return one line per job that runs, waits or failed, for a log."""
+    """Return one line per job that runs or waits, for a log, which shows each failure once, when it happens."""
     stages = {stage.job.name: stage for stage in status.stages}
-    return [_progress_line(job, stages.get(job.name)) for job in _jobs_to_show(status)]
+    return [_progress_line(job, stages.get(job.name)) for job in _jobs_to_show(status) if job.state != FAILED]
 
 
 def _progress_line(job: JobStatus, stage: StageStatus | None) -> str:

@@ -1,8 +1,8 @@
 """Decides which failed jobs Snakemake submits again, refuses a run that would repeat a known failure, prints failures at exit.
 
 Snakemake retries every failed job as often as its profile says. That is right for a dead node. It is wrong if failure.json
-says that the job would only fail again, or that a user cancelled it. The cause is printed in three cases: before a run that
-would repeat the failure submits anything, when a job fails, and when the main Snakemake process exits.
+says that the job would only fail again, or that a user cancelled it. Each cause is printed once: before a run that would
+repeat the failure submits anything, when a job is tried again (run_display.py), or when the main Snakemake process exits.
 """
 
 from __future__ import annotations
@@ -84,9 +84,12 @@ def _print_failures(paths: RunPaths) -> None:
 
 
 def _failures_of_this_process(paths: RunPaths) -> Iterable[tuple[Path, Failure]]:
-    """Yield the failures that happened under the main process that owns the run's lease now."""
-    this_process = current_invocation(paths)
     for folder in paths.job_folders():
         failure = read_failure(folder.path)
-        if failure and failure.invocation == this_process:
+        if failure and is_of_this_process(failure, paths):
             yield folder.path, failure
+
+
+def is_of_this_process(failure: Failure, paths: RunPaths) -> bool:
+    """Return whether it happened under the main process that owns the run's lease now. It is then printed at its exit."""
+    return failure.invocation == current_invocation(paths)

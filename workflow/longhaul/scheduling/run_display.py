@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from longhaul.artifacts.job_state import read_failure
+from longhaul.artifacts.job_state import Failure, read_failure
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
@@ -28,6 +28,7 @@ from longhaul.report import number_format as text
 from longhaul.report.run_status import RunStatus, read_status
 from longhaul.report.status_text import progress_lines, progress_view, summary_lines
 from longhaul.scheduling.job_queue import queue_asker
+from longhaul.scheduling.retry_policy import is_of_this_process
 
 _LOG_EVERY_S, _TERMINAL_EVERY_S = 60.0, 5.0
 _SHARE_OF_A_CORE = 0.005
@@ -145,7 +146,7 @@ class JobEvents:
         if handler := handlers.get(event):
             return handler(fields)
         if retried := _RETRY.match(str(record.msg)):
-            return f"{self._jobs[int(retried[1])].name} is tried again"
+            return self._tried_again(self._jobs[int(retried[1])])
         return record.getMessage() if event in (None, LogEvent.ERROR) and self._is_news(record) else None
 
     def _is_news(self, record: logging.LogRecord) -> bool:
@@ -182,11 +183,18 @@ class JobEvents:
         job = self._jobs.get(fields["jobid"]) or _Job.of(fields)
         return f"{job.name} failed; log: {job.log}\n{self._reason(job)}".rstrip()
 
+    def _tried_again(self, job: _Job) -> str:
+        failure = self._recorded_failure(job)
+        return f"{job.name} is tried again" + (f"; cause of its failure: {failure.cause}" if failure else "")
+
+    def _recorded_failure(self, job: _Job) -> Failure | None:
+        return read_failure(self._paths.job(job.job_id).path) if job.job_id else None
+
     def _reason(self, job: _Job) -> str:
-        """Return the cause that the job recorded, else the last lines of its log."""
-        failure = read_failure(self._paths.job(job.job_id).path) if job.job_id else None
+        """Return the cause that the job recorded, else the last lines of its log; nothing if the cause is printed later."""
+        failure = self._recorded_failure(job)
         if failure:
-            return f"  cause: {failure.cause}"
+            return "" if is_of_this_process(failure, self._paths) else f"  cause: {failure.cause}"
         of_attempts = self._paths.attempt_logs(job.job_id).logs() if job.job_id else []
         log = of_attempts[-1] if of_attempts else job.log
         if log is None or not log.exists():
