@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.paths import JobId
-from longhaul.config.serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
@@ -93,22 +92,8 @@ def test_another_engine_checks_again_and_another_time_limit_does_not(tmp_path: P
             r"streams \[8, 1\]: the numbers must increase",
         ),
         ({"stages.1.serve_check": {"streams": [65]}}, {"serving": VLLM}, "at most 64|less than or equal to 64"),
-        ({}, {"serving": {**VLLM, "python": ["/none/python"]}}, r"serving\.python: /none/python does not exist"),
-        ({}, {"serving": {"engine": "sglang"}}, r"serving\.engine sglang needs the package sglang"),
     ],
 )
 def test_a_check_that_cannot_run_is_refused(tmp_path: Path, config: dict[str, Any], site: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         planned(tmp_path, site, **config)
-
-
-def test_the_default_engine_needs_what_the_extra_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from longhaul.planning import check_serve_check
-
-    present = set(ENGINE_PACKAGES["transformers"])
-    monkeypatch.setattr(check_serve_check, "find_spec", lambda name: name if name in present else None)
-    planned(tmp_path / "a", {})
-    present.remove("openai")
-    with pytest.raises(UserError, match="needs the package openai") as refused:
-        planned(tmp_path / "b", {})
-    assert refused.value.hint == "pip install -c envs/constraints.txt '.[serve]'"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longhaul.errors import UserError
-from longhaul.planning import Plan
+from longhaul.planning import Plan, check_engine
 from longhaul.scheduling import serve_verb, slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
@@ -48,7 +49,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
     ServedRun(tmp_path, {}, {}).write_export()
-    return plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": {"engine": "vllm"}})
+    return plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": {"engine": "vllm", "python": [sys.executable]}})
 
 
 def test_the_job_is_submitted_with_its_comment_and_without_the_key(
@@ -120,10 +121,29 @@ def test_a_model_whose_size_is_unknown_needs_fetch_first(tmp_path: Path, slurm: 
     assert error.value.hint.startswith("longhaul fetch")
 
 
-def test_an_engine_that_is_not_installed_is_named_before_submission(tmp_path: Path, slurm: FakeSlurm, monkeypatch: Any):
+@pytest.mark.parametrize(
+    ("serving", "message"),
+    [
+        ({"engine": "vllm", "python": ["/no/such/python"]}, r"serving\.python: /no/such/python is no program"),
+        ({"engine": "sglang"}, "needs the package sglang, which this Python does not have"),
+    ],
+)
+def test_an_engine_that_is_not_installed_is_named_before_submission(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, serving: dict[str, Any], message: str
+):
     monkeypatch.chdir(tmp_path)
     ServedRun(tmp_path, {}, {}).write_export()
-    serving = {"engine": "vllm", "python": ["/no/such/python"]}
-    with pytest.raises(UserError, match=r"serving.python: /no/such/python"):
+    with pytest.raises(UserError, match=message):
         serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": serving}), "base")
-    assert not slurm.submitted
+    assert not slurm.submitted and not Path("results/small/jobs/serve-base").exists()
+
+
+def test_the_default_engine_without_its_extra_is_named_before_submission(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    ServedRun(tmp_path, {}, {}).write_export()
+    monkeypatch.setattr(check_engine, "find_spec", lambda name: None if name == "fastapi" else name)
+    with pytest.raises(UserError, match="engine transformers needs the package fastapi") as error:
+        serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}), "base")
+    assert error.value.hint == "pip install -c envs/constraints.txt '.[serve]'" and not slurm.submitted

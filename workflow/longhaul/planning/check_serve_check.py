@@ -1,42 +1,11 @@
-"""Checks before anything runs whether a server check can run: the engine is there, and the server is of one node."""
+"""Checks before anything runs that a server check can run: the server is of one node, and its context is long enough."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
-from longhaul.config.serving_config import ENGINE_PACKAGES, EngineName
-from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.constants_shared_with_trainer import LOGITS_PROMPT_TOKENS
 from longhaul.planning.serving_plan import ServingPlan
-
-
-def check_engine(site: Site) -> None:
-    """Raise UserError if the site's engine is missing, as far as this machine can tell.
-
-    A command other than a path, and the packages of another environment, can only be tried where jobs run.
-    """
-    serving = site.serving
-    if serving.python and Path(serving.python[0]).is_absolute() and not Path(serving.python[0]).exists():
-        raise UserError(
-            f"serving.python: {serving.python[0]} does not exist",
-            f"install {serving.engine} there, or correct serving.python in the site file",
-        )
-    if serving.python or site.software.kind != "current":
-        return
-    if missing := next((name for name in ENGINE_PACKAGES[serving.engine] if find_spec(name) is None), None):
-        raise missing_package(serving.engine, missing, "this Python")
-
-
-def missing_package(engine: EngineName, package: str, python: str) -> UserError:
-    """Return the error for a package that an engine needs and its Python does not have."""
-    own = f"install {engine} in an environment of its own, and set serving.python in the site file to its Python"
-    return UserError(
-        f"serving.engine {engine} needs the package {package}, which {python} does not have",
-        "pip install -c envs/constraints.txt '.[serve]'" if engine == "transformers" else own,
-    )
 
 
 def check_serve_check(stage: Stage, serving: ServingPlan) -> None:

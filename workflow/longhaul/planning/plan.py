@@ -19,6 +19,7 @@ from longhaul.config.model_size import ModelSize, model_size
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
+from longhaul.planning.check_engine import check_engine
 from longhaul.planning.check_feasibility import (
     accumulation_steps,
     check_checkpoint_files,
@@ -43,7 +44,7 @@ from longhaul.planning.check_parallel_layout import (
     pipeline_bubble_warning,
 )
 from longhaul.planning.check_pretrained_weights import check_pretrained_folder
-from longhaul.planning.check_serve_check import check_engine, check_serve_check
+from longhaul.planning.check_serve_check import check_serve_check
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
 from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data

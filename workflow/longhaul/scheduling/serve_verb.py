@@ -23,6 +23,7 @@ from longhaul.jobs.job_kind import job_request, job_spec
 from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.planning import Plan, model_config
+from longhaul.planning.check_engine import check_engine
 from longhaul.report.run_status import QueuedJob
 from longhaul.report.serving_table import serving_table
 from longhaul.scheduling import slurm_client
@@ -40,11 +41,11 @@ def serve(plan: Plan, stage: str) -> None:
     """Submit the job that serves a stage's export, or become it on a machine without Slurm.
 
     Raises:
-        UserError: the stage has no export, its server runs already, or Slurm refuses the job.
+        UserError: the stage has no export, the engine is missing, its server runs already, or Slurm refuses the job.
     """
     job = _job(plan, stage)
     _require_export(plan, stage)
-    _require_engine(plan)
+    check_engine(plan.site)
     _require_no_server(plan, job)
     folder = write_job_files(plan, job, Path.cwd())
     spec = _spec(plan, job)
@@ -140,16 +141,6 @@ def _require_export(plan: Plan, stage: str) -> None:
     if not path.exists():
         raise UserError(f"{path} does not exist: stage {stage} is not exported yet", f"longhaul run {plan.loaded.path}")
     Export.read(path)
-
-
-def _require_engine(plan: Plan) -> None:
-    """Raise UserError if the site names an engine's Python by a path that does not exist. A module may provide others."""
-    words = plan.site.serving.python
-    if words and words[0].startswith("/") and not os.access(words[0], os.X_OK):
-        raise UserError(
-            f"site {plan.site.name}, serving.python: {words[0]} is no program on this host",
-            "install the engine there, or correct the site file",
-        )
 
 
 def _require_no_server(plan: Plan, job: JobId) -> None:

