@@ -10,7 +10,9 @@ from longhaul.artifacts.artifact_schemas import (
     Checkpoint,
     DataManifest,
     EnvironmentReport,
+    EvaluationResult,
     Export,
+    Score,
     Split,
     TokenizerManifest,
 )
@@ -32,6 +34,7 @@ def write_small_run(results: Path) -> RunPaths:
     _write_stage(paths)
     _write_export(paths)
     _write_serve_check(paths)
+    _write_evaluations(paths)
     return paths
 
 
@@ -156,6 +159,22 @@ def _write_export(paths: RunPaths) -> None:
         samples=[sample],  # type: ignore[list-item]
         provenance={"run": "small", "checkpoint_sha256": _SHA256, "versions": {"torch": "2"}},
     ).write(paths.export_manifest(STAGE))
+
+
+def _write_evaluations(paths: RunPaths) -> None:
+    """Write an evaluation of the start model without a chat template, and one of the trained model with it."""
+    for model, value, template in (("start", 0.25, None), ("trained", 0.5, "0123456789abcdef")):
+        score = Score(
+            task="quiz",
+            metric="acc",
+            filter="none",
+            value=value,
+            standard_error=0.01,
+            higher_is_better=True,
+            documents=40,
+        )
+        result = EvaluationResult(STAGE, model, "quiz", "folder", None, [score], {"chat_template_hash": template})
+        result.write(paths.evaluation(STAGE, model, "quiz"))
 
 
 def _write_serve_check(paths: RunPaths) -> None:

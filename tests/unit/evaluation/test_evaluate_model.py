@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, TaskData
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.artifacts.evaluation_data import dataset_request
 from longhaul.errors import UserError
 from longhaul.evaluation.evaluate_model import read_scores, run
@@ -107,7 +107,7 @@ def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, 
     assert score["value"] == pytest.approx(accuracy) and score["standard_error"] == pytest.approx(error)
     assert (score["task"], score["metric"], score["filter"]) == ("quiz", "acc", "none")
     assert score["documents"] == len(QUESTIONS) and score["higher_is_better"] is True
-    assert result.settings["chat_template"] is False and result.weights and result.path == folder
+    assert result.settings["chat_template_hash"] is None and result.weights and result.path == folder
 
 
 def test_fewer_documents_on_request(tmp_path: Path, exported: Path):
@@ -121,6 +121,19 @@ def test_pretrained_model_is_evaluated_without_recorded_hashes(tmp_path: Path, e
     run(job)
     result = EvaluationResult.read(Path(job.out))
     assert (result.path, result.weights, result.model) == (job.pretrained, None, "start")
+
+
+def test_recorded_chat_template_is_the_one_that_the_prompts_have(tmp_path: Path, exported: Path):
+    model = exported.with_suffix("")
+    without = tmp_path / "without"
+    shutil.copytree(model, without)
+    (without / "chat_template.jinja").unlink()
+    found = {}
+    for folder in (model, without):
+        job = spec(tmp_path, exported, export=None, pretrained=str(folder), model="start", limit=1, chat=True)
+        run(job)
+        found[folder] = EvaluationResult.read(Path(job.out)).settings["chat_template_hash"]
+    assert found == {model: content_hash((model / "chat_template.jinja").read_text()), without: None}
 
 
 def test_altered_export_is_refused(tmp_path: Path, exported: Path):

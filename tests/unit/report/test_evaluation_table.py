@@ -8,7 +8,9 @@ from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
 from longhaul.report.evaluation_table import evaluation_rows
 
 
-def result(model: str, value: float, error: float | None, higher_is_better: bool | None = True) -> EvaluationResult:
+def result(
+    model: str, value: float, error: float | None, higher_is_better: bool | None = True, template: str | None = None
+) -> EvaluationResult:
     score = Score(
         task="quiz",
         metric="acc",
@@ -18,7 +20,7 @@ def result(model: str, value: float, error: float | None, higher_is_better: bool
         higher_is_better=higher_is_better,
         documents=50,
     )
-    return EvaluationResult("chat", model, "quiz", "p", None, [score], {})
+    return EvaluationResult("chat", model, "quiz", "p", None, [score], {"chat_template_hash": template})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,17 @@ def test_change_counts_beyond_two_standard_errors_of_the_difference(
     (row,) = evaluation_rows(
         [result("start", start, error, higher_is_better), result("trained", trained, error, higher_is_better)]
     )
-    assert (row["change"], row["better"]) == (change, better)
+    assert (row["change"], row["better"], row["prompts_differ"]) == (change, better, False)
+
+
+@pytest.mark.parametrize(("start", "trained", "differ"), [(None, "a", True), ("b", "a", True), ("a", "a", False)])
+def test_different_prompts_are_marked_and_their_change_is_not_called_better(
+    start: str | None, trained: str | None, differ: bool
+):
+    (row,) = evaluation_rows(
+        [result("start", 0.25, 0.01, template=start), result("trained", 0.75, 0.01, template=trained)]
+    )
+    assert (row["change"], row["prompts_differ"], row["better"]) == ("+0.5", differ, None if differ else True)
 
 
 def test_model_without_a_start_has_no_change():

@@ -97,5 +97,10 @@ def test_a_check_of_a_served_export_has_a_section(page: str) -> None:
     assert " 8 123 0.25 s 0.5 s 0.0125 s – " in page
 
 
+def test_an_evaluation_says_that_its_prompts_differ(page: str) -> None:
+    assert "base quiz acc 40 0.5 ± 0.01 0.25 ± 0.01 +0.25 *" in page
+    assert "* The two models read different prompts" in page
+
+
 def test_pairs_of_the_fabric_check_and_of_a_stage_are_heat_maps(page: str) -> None:
     assert page.count("%{x} and %{y}") == 2

@@ -41,6 +41,7 @@ def artifacts_of(run: RunPaths) -> list[Path]:
         *own,
         run.export_manifest(STAGE),
         run.serve_check(STAGE),
+        run.evaluation(STAGE, "trained", "quiz"),
         weights.skipped_batches,
         *weights.samples.glob("*.json"),
         weights.profile(0),
@@ -50,7 +51,7 @@ def artifacts_of(run: RunPaths) -> list[Path]:
 def test_untouched_run_gives_a_report(run: RunPaths):
     page = render_page(read_run(run.folder))
     assert (
-        "Stage base" in page and "all_reduce" in page and "within the limits" in page and len(artifacts_of(run)) == 12
+        "Stage base" in page and "all_reduce" in page and "within the limits" in page and len(artifacts_of(run)) == 13
     )
 
 

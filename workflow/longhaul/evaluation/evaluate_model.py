@@ -33,7 +33,10 @@ def run(job: EvaluateSpec) -> None:
         raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
     folder, weights = _verified_model(job)
     with TemporaryDirectory() as cache:
-        results = _evaluate(job, folder, _build_tasks(job, Path(cache)))
+        tasks = _build_tasks(job, Path(cache))
+        model = _load_model(job, folder)
+        template = model.tokenizer.chat_template if job.chat else None
+        results = _evaluate(job, model, tasks, with_chat_template=bool(template))
     EvaluationResult(
         stage=job.stage,
         model=job.model,
@@ -45,35 +48,40 @@ def run(job: EvaluateSpec) -> None:
             "limit": job.limit,
             "num_fewshot": job.num_fewshot,
             "batch_size": job.batch_size,
-            "chat_template": job.chat,
+            "chat_template_hash": content_hash(template) if template else None,
             "seed": job.seed,
             **{name: version(name) for name in ("lm_eval", "transformers", "torch")},
         },
     ).write(Path(job.out))
 
 
-def _evaluate(job: EvaluateSpec, folder: str, tasks: list[Any]) -> dict[str, Any]:
-    """Return the results of lm_eval.simple_evaluate."""
-    from lm_eval.evaluator import simple_evaluate
+def _load_model(job: EvaluateSpec, folder: str) -> Any:
+    """Return lm_eval's wrapper of the model in a Hugging Face folder."""
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     on_gpu = torch.cuda.is_available()
     create: Any = HFLM  # its arguments are those of a class that a decorator hides
-    model = create(
+    return create(
         pretrained=folder,
         dtype="auto",
         batch_size=job.batch_size,
         device="cuda" if on_gpu else "cpu",
         parallelize=on_gpu and job.gpus > 1,
     )
+
+
+def _evaluate(job: EvaluateSpec, model: Any, tasks: list[Any], with_chat_template: bool) -> dict[str, Any]:
+    """Return the results of lm_eval.simple_evaluate."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     results = simple_evaluate(
         model=model,
         tasks=tasks,
         task_manager=TaskManager(include_defaults=False),  # another one would read 14,000 task files for 8 s
         num_fewshot=job.num_fewshot,
         limit=job.limit,
-        apply_chat_template=job.chat and bool(model.tokenizer.chat_template),
+        apply_chat_template=with_chat_template,
         log_samples=False,
         bootstrap_iters=_BOOTSTRAP_SAMPLES,
         random_seed=job.seed,

@@ -15,29 +15,44 @@ _SIGNIFICANT = 2.0
 def evaluation_rows(results: Sequence[EvaluationResult]) -> list[dict[str, object]]:
     """Return one row per stage, task and metric, in the order of the results.
 
-    better: whether the change is an improvement; None if it is within two standard errors, or nothing says what better is
+    prompts_differ: whether the two models read different prompts, as their chat templates differ or one has none
+    better:         whether the change is an improvement; None if it is within two standard errors, if nothing says what better
+                    is, or if the prompts differ
     """
-    found: dict[tuple[str, str, str, str], dict[str, Score]] = {}
+    pairs: dict[tuple[str, str], dict[str, EvaluationResult]] = {}
     for result in results:
+        pairs.setdefault((result.stage, result.task), {})[result.model] = result
+    return [row for pair in pairs.values() for row in _rows(pair)]
+
+
+def _rows(pair: dict[str, EvaluationResult]) -> list[dict[str, object]]:
+    """Return the rows of one evaluation of a stage. pair: the results by model, trained or start"""
+    templates = [result.settings.get("chat_template_hash") for result in pair.values()]
+    prompts_differ = templates[0] != templates[-1]
+    found: dict[tuple[str, str, str], dict[str, Score]] = {}
+    for model, result in pair.items():
         for score in result.scores:
-            key = (result.stage, score["task"], score["metric"], score["filter"])
-            found.setdefault(key, {})[result.model] = score
-    return [_row(key, scores.get("trained"), scores.get("start")) for key, scores in found.items()]
+            found.setdefault((score["task"], score["metric"], score["filter"]), {})[model] = score
+    stage = next(iter(pair.values())).stage
+    return [
+        {"stage": stage} | _row(scores.get("trained"), scores.get("start"), prompts_differ) for scores in found.values()
+    ]
 
 
-def _row(key: tuple[str, str, str, str], trained: Score | None, start: Score | None) -> dict[str, object]:
-    stage, task, metric, filter_name = key
+def _row(trained: Score | None, start: Score | None, prompts_differ: bool) -> dict[str, object]:
     known = trained or start
     assert known is not None
+    is_compared = trained is not None and start is not None
+    filtered = "" if known["filter"] == "none" else f" ({known['filter']})"
     return {
-        "stage": stage,
-        "task": task,
-        "metric": metric if filter_name == "none" else f"{metric} ({filter_name})",
+        "task": known["task"],
+        "metric": known["metric"] + filtered,
         "documents": known["documents"],
         "trained": _value(trained),
         "start": _value(start),
         "change": f"{trained['value'] - start['value']:+.4g}" if trained and start else MISSING,
-        "better": _is_better(trained, start) if trained and start else None,
+        "prompts_differ": is_compared and prompts_differ,
+        "better": _is_better(trained, start) if trained and start and not prompts_differ else None,
     }
 
 
