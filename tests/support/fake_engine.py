@@ -1,5 +1,7 @@
 """A stand-in for vLLM: its options, its API key, its drain after SIGTERM, and a worker process. It serves no model.
 
+With the variable LISTEN_AT it listens at another address than it was told.
+
 A site names it as the Python of the engine: `serving.python: [python, fake_engine.py]`. The words `-m vllm.… serve …` follow.
 """
 
@@ -59,7 +61,7 @@ def main() -> None:
         stream.write(json.dumps(sys.argv) + "\n")
     if found.headless:
         signal.pause()
-    server = ThreadingHTTPServer((found.host, int(found.port)), Handler)
+    server = ThreadingHTTPServer((os.environ.get("LISTEN_AT", found.host), int(found.port)), Handler)
 
     def drain(*_: object) -> None:
         def wait() -> None:

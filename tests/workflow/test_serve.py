@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, is_alive, listening_addresses
+from tests.support.served_run import FAKE_VLLM, KEY, LOCAL_SITE, ServedRun, answer, is_alive, listening_addresses
 from tests.support.wait import wait_for
 
 
@@ -94,6 +94,19 @@ def test_a_server_that_still_loads_is_shown_and_can_be_stopped(run: ServedRun):
     assert "loads the model; it will answer at http://127.0.0.1:" in _longhaul(run, "status", "results/small")
     assert run.call("--stop").returncode == 0
     wait_for(lambda: not run.processes())
+
+
+def test_a_server_that_listens_elsewhere_is_ended(tmp_path: Path):
+    serving = {**FAKE_VLLM, "environment": {"LISTEN_AT": "0.0.0.0"}}
+    run = ServedRun(tmp_path.resolve(), {"drain_s": 1}, {**LOCAL_SITE, "serving": serving})
+    run.write_export()
+    done = run.call()
+    assert done.returncode == 1 and len(run.started_engines()) == 1, "another start would end alike"
+    port = run.started_engines()[0][run.started_engines()[0].index("--port") + 1]
+    log = "".join(path.read_text() for path in (run.folder / "results/small/logs/serve").glob("*.log"))
+    assert f"listens at 0.0.0.0:{port} instead of 127.0.0.1:{port} alone" in log + done.stdout + done.stderr
+    wait_for(lambda: not run.processes())
+    assert not run.job.endpoint.exists()
 
 
 def test_dry_run_prints_memory_and_command_and_starts_nothing(run: ServedRun):

@@ -63,6 +63,20 @@ def test_a_server_with_other_answers_is_refused(accepted: set[str | None], messa
         check_keys(server(port), KEY)
 
 
+def test_a_process_of_root_below_the_guardian_is_left_out():
+    """The starter of a container belongs to root."""
+
+    class Other:
+        def net_connections(self, _kind: str) -> list[object]:
+            raise psutil.AccessDenied
+
+    class Guardian:
+        def children(self, recursive: bool) -> list[Other]:
+            return [Other()] if recursive else []
+
+    assert listening_addresses(Guardian()) == []  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_the_address_of_a_server_is_that_of_its_processes(host: str):
     with socket.socket() as opened:

@@ -36,8 +36,8 @@ def listening_addresses(guardian: psutil.Process) -> list[str]:
     for process in guardian.children(recursive=True):
         try:
             connections = process.net_connections("inet")
-        except psutil.NoSuchProcess:
-            continue
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # the starter of a container may belong to root; what runs in the container does not
         found |= {f"{c.laddr.ip}:{c.laddr.port}" for c in connections if c.status == psutil.CONN_LISTEN}
     return sorted(found)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import psutil
+
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
@@ -23,6 +25,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.api_key import read_key_file
+from longhaul.serving.check_access import check_address, listening_addresses
 from longhaul.serving.engines import LOOPBACK, Server, ServerShape
 from longhaul.serving.guard_processes import signal_at_end_of_parent
 from longhaul.serving.server_process import free_port, guarded_process, wait_until_healthy
@@ -45,7 +48,8 @@ def run(job: ServeSpec) -> None:
     """Serve until the allocation ends, a signal comes, or the engine ends.
 
     Raises:
-        UserError: the export is damaged, the engine does not start, or the node has only a public address.
+        UserError: the export is damaged, the engine does not start or listens at another address than planned, or the node has
+            only a public address.
         RuntimeError: the engine ended by itself.
     """
     signal_at_end_of_parent(signal.SIGTERM)
@@ -74,13 +78,23 @@ def _serve(job: ServeSpec, model: Path, leader: tuple[str, int] | None) -> None:
     _require_free_port(server)
     engine = guarded_process(server.command(0, leader), _variables(server, key, leader), job.drain_s)
     with _StopSignals() as signals, _endpoint(job, server) as endpoint, engine as guardian:
-        signals.interrupt(lambda: wait_until_healthy(server, guardian, job.start_timeout_s))
+        signals.interrupt(lambda: _wait_until_ready(server, guardian, job.start_timeout_s))
         if not signals.received:
             endpoint.announce()
         reason = _wait_for_end(job, guardian, signals)
         endpoint.withdraw()
     Outcome(reason, 0).write(JobFolder(Path(job.folder)).outcome)
     print(f"stopped the server: {reason}", flush=True)
+
+
+def _wait_until_ready(server: Server, guardian: Popen[bytes], timeout_s: float) -> None:
+    """Return when the server answers, at its own address only. Its users' keys and prompts are sent without encryption.
+
+    Raises:
+        UserError: it does not answer in time, or it listens at another address, which an option or the engine's release opened.
+    """
+    wait_until_healthy(server, guardian, timeout_s)
+    check_address(server, listening_addresses(psutil.Process(guardian.pid)))
 
 
 def _work(job: ServeSpec, model: Path, rank: int, leader: tuple[str, int] | None) -> None:
