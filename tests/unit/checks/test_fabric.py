@@ -18,7 +18,14 @@ from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import NodeResult
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collective_benchmarks import COLLECTIVES
-from longhaul.checks.fabric import fabric_problems, latency_us, node_results, raise_if_slow, slowest_pairs
+from longhaul.checks.fabric import (
+    fabric_problems,
+    latency_us,
+    node_results,
+    not_compared,
+    raise_if_slow,
+    slowest_pairs,
+)
 from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
@@ -85,6 +92,36 @@ def test_wrong_values_are_named_without_limits() -> None:
 def test_single_process_has_no_measurements_and_no_problems() -> None:
     limits = {"all_reduce_gbps": 1.0, "all_reduce_latency_us": 1.0}
     assert latency_us([]) is None and fabric_problems([], limits) == []
+
+
+ALL_LINE = (
+    "bandwidth between all ranks: nothing to compare with; set interconnect.limits in the site file, or checks.nodes to at "
+    "least 3"
+)
+NODE_LINE = (
+    "bandwidth inside a node: nothing to compare with; set interconnect.node_limits in the site file, or checks.nodes to at "
+    "least 3"
+)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "limits", "node_limits", "lines"),
+    [
+        (2, {}, {}, [ALL_LINE, NODE_LINE]),
+        (2, {"all_reduce_latency_us": 50.0}, {"all_reduce_gbps": 300.0}, [ALL_LINE]),
+        (2, {"all_gather_gbps": 12.0}, {}, [NODE_LINE]),
+        (2, {"all_gather_gbps": 12.0}, {"all_reduce_gbps": 300.0}, []),
+        (3, {}, {}, []),
+    ],
+)
+def test_bandwidth_that_passes_at_any_speed_is_unknown(
+    hosts: int, limits: dict[str, float], node_limits: dict[str, float], lines: list[str]
+) -> None:
+    rows: Any = [*ROWS, {**ROWS[0], "scope": "node"}]
+    names = [f"n{number}" for number in range(hosts)]
+    assert not_compared(names, rows, limits, node_limits) == lines
+    assert not_compared(names, rows[:-1], limits, node_limits) == [line for line in lines if line == ALL_LINE]
+    assert not_compared(names, [], limits, node_limits) == [], "a single rank measures nothing"
 
 
 def start_ranks(job: Path, nodes: int, ranks_per_node: int) -> list[subprocess.Popen[str]]:

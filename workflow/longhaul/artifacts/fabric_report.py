@@ -58,9 +58,10 @@ class SlowNode(TypedDict):
 class FabricReport(CheckReport):
     """`results/<run>/fabric.json`: measured speed of pairs of nodes, and of collectives.
 
-    hosts:      the name of each node
-    results:    empty where a node is slow, because it makes every collective slow
-    pairs:      empty for a single node; of more than 200 nodes, the slowest 20,000
+    hosts:        the name of each node
+    results:      empty where a node is slow, because it makes every collective slow
+    pairs:        empty for a single node; of more than 200 nodes, the slowest 20,000
+    not_compared: one line per measurement that passes at any speed, with the remedy
     """
 
     schema_version: ClassVar[int] = 2
@@ -73,3 +74,4 @@ class FabricReport(CheckReport):
     pairs: list[PairResult] = field(default_factory=list)
     slow_nodes: list[SlowNode] = field(default_factory=list)
     node_limits: dict[str, float] = field(default_factory=dict)
+    not_compared: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.pair_evidence import slow_node_line
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
-from longhaul.jobs.kinds.fabric_job import FabricSpec
+from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES, FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rank_placement import gpu_index
 from longhaul.runtime.rendezvous import process_group
@@ -32,6 +33,8 @@ _TIMEOUT_S = 60.0
 _TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
 """Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
 _MOST_REPORTED_PAIRS = 20_000
+_BANDWIDTH = "_gbps"
+"""End of the names of limits of bandwidths."""
 _COLLECTIVE_BUDGET_S = 4.0
 """Time for all sizes of one collective; six collectives, inside the nodes and between all ranks, take less than a minute."""
 SIZES_BYTES = {
@@ -68,6 +71,8 @@ def run(job: FabricSpec) -> None:
         append_node_results(JobFolder(Path(job.folder)), node_results(tournament))
         if report.results:
             _print_measurements(report)
+        for line in report.not_compared:
+            print(f"unknown: {line}", flush=True)
         raise_if_slow(report, Path(job.out))
         report.write_or_raise(
             Path(job.out),
@@ -196,7 +201,30 @@ def _report(
         slowest_pairs(tournament.pairs),
         tournament.slow_nodes,
         node_limits,
+        not_compared(hosts, results, limits, node_limits),
     )
+
+
+def not_compared(
+    hosts: Sequence[str],
+    results: Sequence[CollectiveResult],
+    limits: Mapping[str, float],
+    node_limits: Mapping[str, float],
+) -> list[str]:
+    """Return one line for each scope of collectives whose bandwidth passes at any speed, with the remedy.
+
+    limits, node_limits: those that the site file sets. From FEWEST_COMPARED_NODES nodes on, pairs of nodes are compared.
+    """
+    if len(hosts) >= FEWEST_COMPARED_NODES:
+        return []
+    scopes = {"all": ("between all ranks", "limits", limits), "node": ("inside a node", "node_limits", node_limits)}
+    measured = {row["scope"] for row in results}
+    return [
+        f"bandwidth {where}: nothing to compare with; set interconnect.{key} in the site file, or checks.nodes to at least "
+        f"{FEWEST_COMPARED_NODES}"
+        for scope, (where, key, found) in scopes.items()
+        if scope in measured and not any(name.endswith(_BANDWIDTH) for name in found)
+    ]
 
 
 def slowest_pairs(pairs: list[PairResult]) -> list[PairResult]:
@@ -216,7 +244,7 @@ def fabric_problems(results: list[CollectiveResult], limits: dict[str, float]) -
         f"{row['collective']} of {row['bytes']:,} bytes gave wrong values" for row in results if not row["correct"]
     ]
     for name in dict.fromkeys(row["collective"] for row in results):
-        minimum = limits.get(f"{name}_gbps")
+        minimum = limits.get(f"{name}{_BANDWIDTH}")
         row = max((row for row in results if row["collective"] == name), key=lambda row: row["bytes"])
         if minimum and row["bus_bandwidth_gbps"] < minimum:
             found.append(
