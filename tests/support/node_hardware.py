@@ -25,6 +25,7 @@ def environment_job(**changes: Any) -> EnvironmentSpec:
         "interconnect": "infiniband", "socket_interface": "ib0",
         "build": "cuda 13.0", "scratch": None, "prebuild_ops": (), "swap_bytes": 0, "locked_bytes": 0,
         "measures_speed": False, "minimums": NodeMinimums(), "baseline": None, "folder": "results",
+        "job_folder": "results",
         "out": "environment.json",
     }  # fmt: skip
     return EnvironmentSpec(**{**settings, **changes})

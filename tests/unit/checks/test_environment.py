@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
+from longhaul.artifacts.line_records import read_records
+from longhaul.artifacts.node_results import NodeResult
+from longhaul.artifacts.paths import JobFolder
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
 from longhaul.checks.gpu_facts import GpuReading
@@ -34,7 +37,7 @@ from tests.support.node_hardware import environment_job, gpu, hardware, port, tw
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:
     """Return the spec of a check of one node, with all paths in a folder."""
     paths = {name: str(folder / value) for name, value in
-             {"scratch": "scratch", "folder": "results", "out": "environment.json"}.items()}  # fmt: skip
+             {"scratch": "scratch", "folder": "results", "job_folder": ".", "out": "environment.json"}.items()}  # fmt: skip
     settings = {"nodes": 1, "checks": Checks(min_disk_free_gb=0.001), "build": "cpu", **paths}
     return environment_job(**{**settings, **changes})
 
@@ -273,6 +276,9 @@ def test_bad_node_is_excluded_and_the_others_go_on(tmp_path: Path):
     assert (failure.failure_class, failure.bad_nodes) == ("node", ["n2"])
     assert EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems
     check._judge(*two_nodes(tmp_path, False, False))
+    results = read_records(JobFolder(tmp_path).node_results, NodeResult)
+    assert [(row["node"], row["problem"]) for row in results] == [
+        ("n1", ""), ("n2", "uncorrectable memory errors: 1"), ("n1", ""), ("n2", "")]  # fmt: skip
     assert EnvironmentReport.read(tmp_path / "environment.json").problems == []
     assert not failed_path(tmp_path / "environment.json").exists()
 

@@ -30,7 +30,8 @@ def test_only_the_environment_job_measures(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     spec = job_spec(plan, JobId("environment"))
     assert isinstance(spec, EnvironmentSpec) and spec.measures_speed
-    assert not environment_spec(plan, "gpu", 1, 1, str(plan.paths.stage("base").node_check_report)).measures_speed
+    stage = plan.paths.stage("base")
+    assert not environment_spec(plan, stage, "gpu", 1, 1, str(stage.node_check_report)).measures_speed
 
 
 def test_product_is_exact_in_bf16_and_its_sums_are_those_of_integers() -> None:

@@ -15,12 +15,14 @@ from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
 from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_results import append_node_results
+from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.measurement_checks import EXACT_PRODUCTS
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
-from longhaul.checks.nodes_to_exclude import nodes_to_exclude
+from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
 from longhaul.config.shipped_files import data_root
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
@@ -56,7 +58,7 @@ def run(job: EnvironmentSpec) -> None:
 
 
 def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec) -> None:
-    """Print and write the report; raise the error of write_or_raise if there is a problem."""
+    """Print and write the report, and what it says about each node; raise the error of write_or_raise if there is a problem."""
     rows, problems = hardware_rows(nodes, job), node_problems(nodes, job)
     if job.checks.bad_hardware == "warn":
         rows = [_tolerated(row) for row in rows]
@@ -64,11 +66,13 @@ def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec) -> None:
     report = EnvironmentReport(problems + problem_lines(rows), nodes, warnings, rows)  # type: ignore[arg-type]
     _print_nodes(report)
     print_checks(rows)
+    problems_of_nodes = problems_by_node(nodes, rows, job)
+    append_node_results(JobFolder(Path(job.job_folder)), environment_results(problems_of_nodes))
     report.write_or_raise(
         Path(job.out),
         "the nodes are not ready for training",
         "correct these problems, or exclude the nodes",
-        nodes_to_exclude(nodes, rows, job),
+        nodes_to_exclude(nodes, problems_of_nodes, job),
     )
 
 

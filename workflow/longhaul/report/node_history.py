@@ -67,7 +67,7 @@ def print_nodes(workdir: Path) -> None:
     if not found:
         raise UserError(
             f"{workdir / RESULTS} holds no results of nodes",
-            "call it in the working folder of a run whose fabric check or training has run on at least 2 nodes",
+            "call it in the working folder of a run whose environment check has run",
         )
     table = Table(title="Nodes of all runs in this folder", title_justify="left")
     for column in ("node", "state", "checks", "unfit", "last GB/s", "last check", "cause"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.paths import JobFolder, JobId
 from longhaul.artifacts.site_baseline import SiteBaseline, read_baseline
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.partition_config import JobPlace
@@ -16,7 +16,7 @@ from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 class EnvironmentSpec(JobSpec):
     """Checks the nodes that it runs on."""
 
-    no_rerun_fields = JobSpec.no_rerun_fields | {"scratch", "baseline"}
+    no_rerun_fields = JobSpec.no_rerun_fields | {"scratch", "baseline", "job_folder"}
 
     nodes: int
     gpus_per_node: int
@@ -33,11 +33,14 @@ class EnvironmentSpec(JobSpec):
     minimums: NodeMinimums  # from the site file
     baseline: SiteBaseline | None  # from the file beside the site file
     folder: str  # where free space and write access are tested
+    job_folder: str  # the job's folder, for the results of each node
     out: str  # environment.json
 
 
-def environment_spec(plan: Plan, place: JobPlace, nodes: int, gpus_per_node: int, out: str) -> EnvironmentSpec:
-    """Return the spec of a check of so many nodes of a partition that writes its report to `out`."""
+def environment_spec(
+    plan: Plan, folder: JobFolder, place: JobPlace, nodes: int, gpus_per_node: int, out: str
+) -> EnvironmentSpec:
+    """Return the spec of a check by a job on so many nodes of a partition that writes its report to `out`."""
     swapped = [stage for stage in plan.stages if stage.stage.zero.nvme_keys]
     memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
     offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
@@ -58,6 +61,7 @@ def environment_spec(plan: Plan, place: JobPlace, nodes: int, gpus_per_node: int
         minimums=plan.site.node_minimums,
         baseline=read_baseline(plan.loaded.site_path),
         folder=plan.config.storage.weights or str(plan.paths.folder),
+        job_folder=str(folder.path),
         out=out,
     )
 
@@ -82,7 +86,7 @@ KIND = JobKind(
     entry_point="longhaul.checks.environment:run",
     jobs=lambda plan: [JobId("environment")],
     build_spec=lambda plan, job: environment_spec(
-        plan, "debug", plan.check_nodes, plan.check_gpus_per_node, str(plan.paths.environment)
+        plan, plan.paths.job(job), "debug", plan.check_nodes, plan.check_gpus_per_node, str(plan.paths.environment)
     ),
     request=lambda plan, job: check_request(plan, tasks=1),
     needs_fetch=False,

@@ -140,7 +140,7 @@ def _pair_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[Plann
 
 def node_check(plan: Plan, stage: Stage, folder: JobFolder, request: SlurmRequest) -> PlannedStep:
     """Return the environment check on a training's own nodes; it takes seconds, as compiled ops are kept per node."""
-    spec = environment_spec(plan, "gpu", stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
+    spec = environment_spec(plan, folder, "gpu", stage.nodes, stage.gpus_per_node, str(folder.node_check_report))
     one_per_node = replace(request, tasks_per_node=1, cpus_per_task=1)
     title = "Check of the nodes of this allocation"
     return PlannedStep(title, "environment", spec, folder.node_check_spec.name, one_per_node)
