@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -13,7 +13,8 @@ from longhaul.artifacts.artifact_schemas import CheckReport
 class CollectiveResult(TypedDict):
     """The measured speed of one collective at one size, on the slowest rank. Bandwidths are in GB/s.
 
-    scope:     all: between all ranks; node: between the ranks of each node, and the slowest node
+    scope:     all: between all ranks; node: between the ranks of each node, and of the slowest node
+    host:      the slowest node; only where the scope is node
     time_us:   mean of rounds in a row, from which the bandwidths follow
     median_us: of rounds that were timed one by one; p95_us: their 95th percentile
     """
@@ -29,6 +30,7 @@ class CollectiveResult(TypedDict):
     algorithm_bandwidth_gbps: float
     bus_bandwidth_gbps: float
     correct: bool
+    host: NotRequired[str]
 
 
 class PairResult(TypedDict):
