@@ -118,8 +118,14 @@ def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: Chain):
 
 @pytest.mark.parametrize(
     "named",
-    [[], ["--until", "train", "--"], ["--forcerun", "train", "--"], ["--omit-from", "export", "--"]],
-    ids=["target", "until", "forcerun", "omit-from"],
+    [
+        [],
+        ["--until", "train", "--"],
+        ["--forcerun", "train", "--"],
+        ["--omit-from", "export", "--"],
+        ["--rerun-triggers", "params", "mtime", "input", "--"],  # test_parse.py has fewer triggers, which are refused
+    ],
+    ids=["target", "until", "forcerun", "omit-from", "rerun-triggers"],
 )
 def test_missing_target_is_made_even_if_an_earlier_check_reruns(run: Chain, named: list[str]):
     """More GPUs per node need another check of the nodes, which training takes as ancient()."""
@@ -132,6 +138,13 @@ def test_missing_target_is_made_even_if_an_earlier_check_reruns(run: Chain, name
     would_run = job_counts(run.run("-n", *named, str(checkpoint.relative_to(run.folder))))
     checkpoint.write_text(text)
     assert would_run["environment"] == would_run["train"] == 1
+
+
+def test_target_by_the_name_of_a_rule_is_made_or_refused(run: Chain):
+    """A rule whose outputs have wildcards is no target: Snakemake says so, and does not end with exit code 0."""
+    assert job_counts(run.dry_run("all")) == {}
+    refused = run.snakemake("-n", "train")
+    assert refused.returncode != 0 and "Target rules may not contain wildcards" in refused.stdout + refused.stderr
 
 
 def test_changed_launch_scripts_rerun_no_finished_stage(run: Chain):
