@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from longhaul.config.shipped_files import PACKAGE
@@ -59,3 +60,16 @@ def test_a_name_that_another_module_defines_is_found():
         (3, "import of _inductor")
     ]
     assert private_names(ast.parse("engine._step()")) == [(1, "._step")]
+
+
+def test_each_module_of_compat_names_the_pinned_version():
+    """Whoever pins another version must read the module again."""
+    text = (PACKAGE.parents[1] / "envs/constraints.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+    wrong = list[str]()
+    for module in sorted((PACKAGE / "compat").glob("[a-z]*.py")):
+        docstring = " ".join((ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").split())
+        named = re.findall(r"([A-Za-z][\w-]*) (\d[\d.]*\d)", docstring.partition("ritten for ")[2])
+        fits = [(pinned[library.lower()] + ".").startswith(f"{version}.") for library, version in named]
+        wrong += [] if fits and all(fits) else [f"{module.name}: {named}"]
+    assert wrong == []

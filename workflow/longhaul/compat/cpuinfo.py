@@ -13,7 +13,9 @@ def read_cpu_once_in_this_process() -> None:
 
     DeepSpeed calls it twice for every op of CPUs that it loads, and in the constructors of its CPU optimizers. Each call starts
     an interpreter, which starts another one: more than a second. DeepSpeed reads only the architecture, the vendor and the
-    instruction sets, and these the kernel lists. Where it does not, the original function answers.
+    instruction sets, and the kernel lists these. Where it does not, the original function answers.
+
+    Upstream: py-cpuinfo issues 205 (it sleeps for a second) and 206 (nothing is cached).
     """
     package = import_module("cpuinfo")
     if not hasattr(package.get_cpu_info, "cache_clear"):

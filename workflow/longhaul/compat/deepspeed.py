@@ -31,7 +31,9 @@ def files_read_with(engine: Engine, load: Callable[..., Any]) -> Iterator[None]:
     """Let `engine.load_checkpoint` read every file through `load(path, classes, map_location)` for the length of the block.
 
     DeepSpeed's own checkpoint engines call torch.load with weights_only=False: a file could run any code. No setting changes
-    that. `classes` are those whose objects DeepSpeed saves beside tensors and plain data.
+    that. `classes` are those whose objects DeepSpeed saves together with tensors and plain data.
+
+    Upstream: DeepSpeed pull request 6094 asked for weights_only=True and was closed; 6751 made False explicit.
     """
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -58,12 +60,13 @@ def inner_optimizer(engine: Engine) -> Any:
     """Return the optimizer that updates the master weights.
 
     A ZeRO optimizer and the fp16 optimizer wrap it in their attribute `optimizer`. At ZeRO 0 in fp32 it is the engine's own.
+    DeepSpeed has no public function that returns it.
     """
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def has_wrapped_optimizer(engine: Engine) -> bool:
-    """Return whether a ZeRO or 16-bit optimizer wraps the one that updates the master weights."""
+    """Return whether a ZeRO or 16-bit optimizer wraps the one that updates the master weights. No public function says so."""
     return hasattr(engine.optimizer, "optimizer")
 
 
@@ -139,7 +142,10 @@ def measure_norm_in_fp32(engine: Engine) -> None:
 
 
 def gather_whole_layers(model: Any, layer_classes: list[type[torch.nn.Module]]) -> None:
-    """Let ZeRO 3 gather all weights of a module of these classes at once, in the place of one hook for each inner module."""
+    """Let ZeRO 3 gather all weights of a module of these classes at once, instead of one hook for each inner module.
+
+    DeepSpeed documents the function, but declares no types.
+    """
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, layer_classes)
@@ -149,16 +155,16 @@ def count_sliced_experts_in_gradient_norm(engine: Engine) -> None:
     """Let ZeRO 3 sum the gradient norm of experts over the tensor ranks, as it does for every parameter that they slice.
 
     `_grad_norm_counts_every_rank` assumes that experts with a group name come from DeepSpeed's AutoEP, which tensor ranks do
-    not slice. longhaul's experts are sliced, and marked as such.
+    not slice. longhaul's experts are sliced, and marked as sliced.
     """
     engine.optimizer._grad_norm_counts_every_rank = lambda *_arguments: False
 
 
 def average_gradients_with(engine: Engine, average: Callable[[], None]) -> None:
-    """Call `average` in the place of DeepSpeed's own averaging of gradients over the data ranks. ZeRO 0 and 1.
+    """Call `average` instead of DeepSpeed's own averaging of gradients over the data ranks. ZeRO 0 and 1.
 
     The engine has no communication hook as DistributedDataParallel has one. At ZeRO 1 the optimizer still distributes the
-    averaged gradients to the partitions, so its own all-reduce becomes a mere flattening.
+    averaged gradients to the partitions, so its own all-reduce only flattens them.
     """
     if not engine.zero_optimization_stage():
         engine.buffered_allreduce_fallback = lambda *_arguments, **_options: average()
@@ -176,7 +182,10 @@ def average_gradients_with(engine: Engine, average: Callable[[], None]) -> None:
 
 
 def gradient_attribute(engine: Engine) -> str:
-    """Return the name of the parameters' attribute in which DeepSpeed accumulates gradients at ZeRO 0 and 1."""
+    """Return the name of the parameters' attribute in which DeepSpeed accumulates gradients at ZeRO 0 and 1.
+
+    Which attribute it is depends on private settings of the optimizer.
+    """
     uses_accumulator = engine.zero_optimization_stage() and engine.optimizer.use_grad_accum_attribute
     return "grad_accum" if uses_accumulator else "grad"
 

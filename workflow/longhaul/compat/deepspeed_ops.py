@@ -17,7 +17,9 @@ def op_builder(name: str) -> Any:
 def disable_shm_comm() -> None:
     """Stop `deepspeed.init_distributed` from compiling shared-memory collectives on a CPU; gloo does their work.
 
-    No setting turns that off. The table of compatible ops is the only thing that DeepSpeed asks before it compiles.
+    No setting turns that off. The table of compatible ops is the only thing that DeepSpeed reads before it compiles.
+
+    Upstream: DeepSpeed issue 7625 (no way to choose another backend).
     """
     import deepspeed.ops
 

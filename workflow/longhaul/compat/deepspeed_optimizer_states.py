@@ -72,6 +72,8 @@ def replay_cpu_adam_steps(engine: Engine) -> None:
 
     The op multiplies the powers of the betas from step to step, in fp32, and saves none of them. After a load it takes them
     from pow(), which rounds differently. Here it counts to the loaded step again, over empty tensors.
+
+    Upstream: no issue about resuming is known; DeepSpeed issue 7819 is about the same powers within one step.
     """
     adam = inner_optimizer(engine)
     op = getattr(adam, "ds_opt_adam", None)
@@ -89,7 +91,10 @@ _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyste
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, float] | None:
-    """Return the state of fp16's dynamic loss scaler; None where there is none. It depends on no parallel layout."""
+    """Return the state of fp16's dynamic loss scaler; None where there is none. It depends on no parallel layout.
+
+    The scaler has no state_dict; DeepSpeed pickles the whole object.
+    """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not hasattr(scaler, "last_overflow_iter"):
         return None
@@ -114,6 +119,8 @@ def mapped_optimizer_states(engine: Engine, writable: bool = False) -> Iterator[
     steps. With mapped files, everything that saves, loads or gathers states in memory works, and the checkpoint has the usual
     form. Pages are read and written on demand, so the states never fill the memory.
 
+    Upstream: DeepSpeed pull request 4416 and issue 7549 are about these checkpoints.
+
     writable: what the block writes to the states goes to the files. Without swapped states the block runs unchanged.
     """
     optimizer = engine.optimizer
@@ -134,7 +141,10 @@ def mapped_optimizer_states(engine: Engine, writable: bool = False) -> Iterator[
 
 
 def clear_adam_state(engine: Engine) -> None:
-    """Remove moments and step counts: the optimizer holds only master weights, as after its construction."""
+    """Remove moments and step counts: the optimizer holds only master weights, as after its construction.
+
+    DeepSpeed has no public way to do so where the states are in files.
+    """
     if swapper := getattr(engine.optimizer, "optimizer_swapper", None):
         swapper.purge_state()
     adam = engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
@@ -143,6 +153,8 @@ def clear_adam_state(engine: Engine) -> None:
 
 def zero_moment(swapper: Any, flat: Any, name: str) -> torch.Tensor:
     """Return zeros of the shape of the optimizer's tensor `flat`; in a new file if `swapper` keeps `flat` in one, else in memory.
+
+    DeepSpeed creates such a file only when it first writes the states of a sub-group.
 
     swapper: DeepSpeed's OptimizerSwapper, or None. The tensor is mapped until the enclosing `mapped_optimizer_states` ends; then
     the file belongs to DeepSpeed.

@@ -1,5 +1,5 @@
-"""Patches of snakemake-executor-plugin-slurm (written for 2.8): requeue of preempted jobs, refused submissions, job names in
-Slurm.
+"""Patches of Snakemake's Slurm plugin: requeue of preempted jobs, refused submissions, job names in Slurm. Written for
+snakemake-executor-plugin-slurm 2.8.
 
 The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forgets the jobs that it does not yield.
 """
@@ -34,7 +34,8 @@ def patch_check_active_jobs(actions: SlurmActions) -> None:
     - The plugin reports a job that its user cancelled in the queue like any failure, and Snakemake retries it. No
       supervisor ran that could record the reason. Here `record_error` does.
     - The plugin leaves a preempted job to Slurm, which does nothing where preemption cancels jobs (PreemptMode=CANCEL).
-      Here such a job is requeued under its own id, or reported as failed, so that a retry submits another one.
+      Here such a job is requeued under its own id, or reported as failed, so that a retry submits another one. Upstream
+      issue 109 brought the present behaviour.
     """
     from snakemake_executor_plugin_slurm import Executor
 
@@ -76,7 +77,8 @@ def send_no_guesses() -> None:
     """Make the plugin send no account and no partition where a job names none; to be called before submissions.
 
     The plugin takes the account of the user's last job and the partition that `sinfo` marks as default. At centres that choose
-    both by QOS, Slurm refuses these options. job.sbatch, the same job, would not have them either.
+    both by QOS, Slurm refuses these options. job.sbatch, the same job, would not have them either. Upstream issue 76 made the
+    account optional; the guess remained.
     """
     from snakemake_executor_plugin_slurm import Executor
 

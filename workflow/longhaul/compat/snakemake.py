@@ -1,4 +1,6 @@
-"""Patches of Snakemake (written for 9.27): rerun triggers, order-only inputs, retries, hooks of a module, terminal log."""
+"""Patches of Snakemake: rerun triggers, order-only inputs, retries, hooks of a module, terminal log. Written for Snakemake
+9.27.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ def examine_jobs_behind_ancient_inputs() -> None:
 
     Snakemake examines no job behind a job that will run, as such jobs will run anyway. With ancient inputs they do not: a job
     whose output is missing, whose other inputs changed or which is forced does not run, and Snakemake exits with 0
-    (https://github.com/snakemake/snakemake/issues/4166).
+    (Snakemake issue 4166).
     """
     usual_update: Any = DAG.update_needrun
     usual_search: Any = DAG.bfs
@@ -122,6 +124,8 @@ def run_hooks_in_module(workflow: Any, on_start: Callable[[], None], on_success:
     """Run the hooks of a workflow that another Snakefile uses as a module: Snakemake ignores a module's own hooks.
 
     Hooks that the using Snakefile declares before its `module` statement run first.
+
+    Upstream: Snakemake issue 3920; since pull request 4050, the using Snakefile may call a module's hooks itself.
     """
     if workflow.modifier.is_main_snakefile():
         return

@@ -31,7 +31,9 @@ def matmul_and_attention_ops() -> list[Any]:
 def is_in_backward_pass() -> bool:
     """Return True while autograd runs a backward pass on this thread, e.g. while activation checkpointing recomputes a layer.
 
-    torch has no public function for it; its own checkpointing asks the same private one.
+    torch has no public function for it; its own checkpointing calls the same private one.
+
+    Upstream: PyTorch issue 144928 asks for a function that detects activation checkpointing.
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -41,6 +43,8 @@ def extension_build_locks(folder: Path) -> list[Path]:
 
     torch.utils.cpp_extension locks <folder>/<op> with a file named `lock` (torch.utils.file_baton). Neither the name nor the
     waiting is documented, and a process waits without limit for a lock whose owner was killed.
+
+    Upstream: PyTorch issue 189245; pull request 190543 uses a lock that ends with its process, after torch 2.13.
     """
     return sorted(folder.glob("*/lock"))
 

@@ -1,4 +1,6 @@
-"""Private parts of transformers: fp32 tensors, tied weights, hub names, activation checkpointing, shared heads in SDPA."""
+"""Private parts of transformers: fp32 tensors, tied weights, hub names, activation checkpointing, shared heads in SDPA. Written
+for transformers 5.23.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 def is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
     """Return whether transformers keeps the tensor `name` in fp32 when it loads the model as bf16 or fp16.
 
-    Written for transformers 5.23, which has no public way to ask. from_pretrained compares parts of the name with the
+    transformers has no public function for it. from_pretrained compares parts of the name with the
     model's private list. DeepSeek V3's list holds `e_score_correction_bias`.
     """
     return any(part in name for part in model._keep_in_fp32_modules_strict or ())
@@ -22,7 +24,7 @@ def is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
 def without_tied_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the entries of `state` that save_pretrained writes: of several names of one weight only the first.
 
-    Written for transformers 5.23. save_pretrained uses this function of modeling_utils, which is not documented.
+    save_pretrained uses this function of modeling_utils, which is not documented.
     """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -32,7 +34,7 @@ def without_tied_weights(model: PreTrainedModel, state: Mapping[str, torch.Tenso
 def hub_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return `state` with the names and shapes under which save_pretrained writes its tensors.
 
-    Written for transformers 5.23. save_pretrained uses this function of core_model_loading, which is not documented.
+    save_pretrained uses this function of core_model_loading, which is not documented.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -52,7 +54,7 @@ def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..
 def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Return the product of each group of rows with the transposed matrix of its group, with one kernel where torch has one.
 
-    Written for transformers 5.23. torch's grouped_mm does not accept every precision and card. This function of
+    torch's grouped_mm does not accept every precision and card. This function of
     transformers.integrations.moe, which is not documented, knows which, and falls back to a loop that torch.compile can capture.
 
     rows:    [S, input], sorted by group
@@ -76,6 +78,8 @@ def repeat_shared_heads_in_fp32() -> None:
     place, and it accepts half precision alone. For shared heads in fp32, torch uses the kernel that keeps S x S entries of each
     head for the backward pass: at 2,048 tokens more than all other activations of a layer. With repeated heads it uses one that
     keeps none. A second call changes nothing.
+
+    Upstream: transformers issue 48633 is about the same choice on older GPUs; about fp32 no issue is known.
     """
     from transformers.integrations import sdpa_attention
 

@@ -1,5 +1,5 @@
 """Renders a chat template through transformers, with a fixed date and without random choices; data/tokenizers/chat_template.py
-calls it.
+calls it. Written for transformers 5.23.
 
 In a module of its own, because compat/transformers.py imports torch, which encoding does without.
 """
@@ -26,7 +26,7 @@ def render_chat(
 
     Equal arguments give equal text, on every day: the hash of a dataset must tell its tokens.
 
-    Written for transformers 5.23. Its render function passes no function on to a template, so the clock can only be replaced in
+    transformers' render function passes no function on to a template, so the clock can only be replaced in
     the compiled template, which an internal function returns from its cache.
     """
     from jinja2.sandbox import SandboxedEnvironment
