@@ -13,7 +13,7 @@ from longhaul.config.load_config import load_site
 from longhaul.errors import UserError
 from longhaul.scheduling import detect_site as detection
 from longhaul.scheduling.detect_site import detect_site
-from longhaul.scheduling.find_partitions import FoundCluster, fast_interfaces, found_partitions, places
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, fast_interfaces, found_partitions, places
 from longhaul.scheduling.site_file_text import site_text
 from tests.support.bad_input import refused_message
 from tests.support.fake_nvidia_smi import fake_nvidia_smi
@@ -33,6 +33,7 @@ NodeName=c1 CPUTot=128 RealMemory=250000 Gres=(null) AvailableFeatures=(null) Pa
 """
 CONFIG = """\
 Configuration data as of 2026-11-28T21:00:00
+ClusterName             = lab
 JobRequeue              = 1
 SelectTypeParameters    = CR_CORE_MEMORY
 """
@@ -43,7 +44,15 @@ case "$*" in
   *) cat "{folder}/$3";;
 esac
 """
-ASSOCIATIONS = "proj_gpu|long,other\nproj_cpu|normal\n"
+ASSOCIATIONS = "proj_gpu||long,other\nproj_cpu||normal\n"
+# One line as `scontrol --oneliner show node` of Slurm 24.05 prints it. Two of 128 CPUs and 4 GiB are kept for the system.
+SPECIALIZED_NODE = (
+    "NodeName=nid1 Arch=x86_64 CoresPerSocket=64  CPUAlloc=0 CPUEfctv=126 CPUTot=128 CPULoad=0.02 AvailableFeatures=gpu,hbm80g "
+    "ActiveFeatures=gpu,hbm80g Gres=gpu:a100:4 NodeAddr=nid1 NodeHostName=nid1 Version=24.05.4 OS=Linux 5.14.21-cray_shasta_c "
+    "#1 SMP Mon Nov 13 20:38:54 UTC 2023 (5fa5be4)  RealMemory=256000 AllocMem=0 FreeMem=239000 Sockets=1 Boards=1 "
+    "CoreSpecCount=1 CPUSpecList=63,127 MemSpecLimit=4096 State=IDLE ThreadsPerCore=2 TmpDisk=0 Weight=1 Owner=N/A "
+    "MCS_label=N/A Partitions=gpu,shared  BootTime=2026-11-20T10:00:00\n"
+)
 
 
 @pytest.fixture
@@ -52,7 +61,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = {"partition": PARTITIONS, "node": NODES, "config": CONFIG, "assoc": ASSOCIATIONS}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    fake_program(tmp_path, "sacctmgr", f'#!/bin/sh\ncat "{tmp_path}/assoc"\n')
+    fake_program(tmp_path, "sacctmgr", f'#!/bin/sh\necho "$*" >> "{tmp_path}/asked"\ncat "{tmp_path}/assoc"\n')
     monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", SCONTROL.format(folder=tmp_path)))
     monkeypatch.setattr(detection.psutil, "net_if_addrs", lambda: ["lo", "eth0", "ib1", "ib0"])
     return tmp_path
@@ -127,6 +136,49 @@ def test_cluster_without_accounting_and_gpus_gets_its_default_partition():
     text = site_text("lab", FoundCluster(found_partitions(fields, nodes)))
     assert yaml.safe_load(text)["accelerator"] == "cpu" and "# account: the partition accepts a, b" in text
     assert yaml.safe_load(text)["partitions"][0]["jobs"] == ["gpu"]
+
+
+def found(partitions: str, nodes: str) -> dict[str, FoundPartition]:
+    """Return the partitions in these texts of scontrol, by name."""
+    fields = [[dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()] for text in (partitions, nodes)]
+    return {partition.name: partition for partition in found_partitions(*fields)}
+
+
+def test_cpus_and_memory_that_slurm_keeps_for_the_system_are_left_out():
+    """sbatch refuses a job that asks for them."""
+    partition = found("PartitionName=gpu MaxTime=1:00:00 State=UP", SPECIALIZED_NODE)["gpu"]
+    assert (partition.cpus, partition.memory_mb, partition.gpus) == (126, 256_000 - 4096, 4)
+
+
+def test_cpus_of_a_slurm_that_prints_no_effective_ones():
+    partition = found("PartitionName=gpu State=UP", SPECIALIZED_NODE.replace("CPUEfctv=126 ", ""))["gpu"]
+    assert partition.cpus == 128 - 1 * 2
+
+
+def test_limits_of_a_partition_per_node_count():
+    lines = "PartitionName=shared State=UP MaxCPUsPerNode=64 MaxMemPerNode=128000\nPartitionName=gpu State=UP "
+    partitions = found(lines + "MaxCPUsPerNode=UNLIMITED MaxMemPerNode=UNLIMITED", SPECIALIZED_NODE)
+    assert (partitions["shared"].cpus, partitions["shared"].memory_mb) == (64, 128_000)
+    assert partitions["gpu"].cpus == 126
+
+
+def test_partitions_of_administrators_are_left_out_and_newer_names_of_exclusive_are_known():
+    """Slurm 26 prints Exclusive=NODE beside OverSubscribe=NO."""
+    lines = "PartitionName=gpu State=UP Exclusive=NODE OverSubscribe=NO\nPartitionName=shared State=UP RootOnly=YES"
+    partitions = found(lines, SPECIALIZED_NODE)
+    assert list(partitions) == ["gpu"] and partitions["gpu"].is_exclusive
+
+
+def test_accounts_are_those_of_this_cluster_that_the_partition_accepts(slurm: Path):
+    (slurm / "partition").write_text(
+        "PartitionName=boost DenyAccounts=old_project AllowQos=ALL MaxTime=1:00:00 State=UP\n"
+    )
+    (slurm / "assoc").write_text(
+        "old_project||normal\ncores|cores|normal\nproj|boost|normal\nproj||normal\nother||normal\n"
+    )
+    text = detect_site("centre")
+    assert '    account: "proj"  # or other\n' in text
+    assert "cluster=lab" in (slurm / "asked").read_text().split()
 
 
 def test_gpus_of_amd_need_a_rocm_build():

@@ -33,9 +33,10 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
         partitions = found_partitions(slurm_client.show_all("partition"), slurm_client.show_all("node"))
     except slurm_client.SlurmCommandError as error:
         raise UserError(f"Slurm does not answer: {error}", "call this on a login node, and try again") from None
-    associations = slurm_client.associations(getpass.getuser())
+    settings = slurm_client.settings()
+    associations = slurm_client.associations(getpass.getuser(), settings.get("ClusterName", ""))
     interfaces = fast_interfaces(psutil.net_if_addrs())
-    cluster = FoundCluster(partitions, slurm_client.settings(), associations, interfaces)
+    cluster = FoundCluster(partitions, settings, associations, interfaces)
     if probe_minutes is not None:
         site = Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
         cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))

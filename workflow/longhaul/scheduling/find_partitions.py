@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from longhaul.config.partition_config import JobPlace
 from longhaul.errors import UserError
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
+from longhaul.scheduling.slurm_client import Association
 
 _DEBUG_MINUTES = 120  # a GPU partition with a shorter limit counts as one for tests
 _FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
@@ -18,7 +19,7 @@ _FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
 class FoundPartition:
     """One partition as Slurm shows it.
 
-    cpus, memory_mb: of its smallest node
+    cpus, memory_mb: what a job gets of its smallest node, without the cores and the memory that Slurm keeps for the system
     threads_per_core: of its first node
     gpus:            of the node with the most
     is_mixed:        only some of its nodes have GPUs
@@ -37,6 +38,7 @@ class FoundPartition:
     is_mixed: bool
     features: tuple[str, ...]
     accounts: frozenset[str] | None
+    denied_accounts: frozenset[str]
     qos: frozenset[str] | None
     is_exclusive: bool
     shares_cores: bool
@@ -46,20 +48,26 @@ class FoundPartition:
         """Return the time limit to write: that of the partition, or a week where it has none."""
         return self.max_minutes or 7 * 24 * 60
 
+    def accepts(self, association: Association) -> bool:
+        """Return whether the partition lets jobs of this account run."""
+        is_allowed = self.accounts is None or association.account in self.accounts
+        is_for_it = association.partition in ("", self.name)
+        return is_allowed and is_for_it and association.account not in self.denied_accounts
+
 
 @dataclass(frozen=True)
 class FoundCluster:
     """Facts about a cluster from which a site file is written.
 
     settings:     slurmctld's configuration, as `scontrol show config` prints it
-    associations: the user's accounts with their QOS
+    associations: the user's accounts with their QOS, on this cluster
     interfaces:   fast network interfaces of this machine
     probes:       what probe jobs found, by the first kind of job of their partition
     """
 
     partitions: Sequence[FoundPartition]
     settings: Mapping[str, str] = field(default_factory=dict)
-    associations: Sequence[tuple[str, set[str]]] = ()
+    associations: Sequence[Association] = ()
     interfaces: Sequence[str] = ()
     probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
 
@@ -79,11 +87,11 @@ class FoundCluster:
 
 
 def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]]) -> list[FoundPartition]:
-    """Return the partitions that are up and have nodes, from the fields that `scontrol show` prints."""
+    """Return the partitions that are up, have nodes and are for users, from the fields that `scontrol show` prints."""
     found = []
     for fields in partitions:
         own = [node for node in nodes if fields["PartitionName"] in node.get("Partitions", "").split(",")]
-        if fields.get("State") == "UP" and own:
+        if fields.get("State") == "UP" and own and fields.get("RootOnly") != "YES":
             found.append(_partition(fields, own))
     return found
 
@@ -98,18 +106,35 @@ def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPart
         max_minutes=_minutes(fields.get("MaxTime", "")),
         max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
         nodes=len(nodes),
-        cpus=min(int(node["CPUTot"]) for node in nodes),
+        cpus=_least((_cpus(node) for node in nodes), fields.get("MaxCPUsPerNode", "")),
         threads_per_core=int(nodes[0].get("ThreadsPerCore", "1")),
-        memory_mb=min(int(node["RealMemory"]) for node in nodes),
+        memory_mb=_least((_memory_mb(node) for node in nodes), fields.get("MaxMemPerNode", "")),
         gpus=gpus,
         gpu_type=gpu_type,
         is_mixed=gpus > 0 and min(count for count, _ in found) == 0,
         features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
         accounts=_names(fields.get("AllowAccounts", "")),
+        denied_accounts=_names(fields.get("DenyAccounts", "")) or frozenset(),
         qos=_names(fields.get("AllowQos", "")),
-        is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+        is_exclusive=fields.get("OverSubscribe") == "EXCLUSIVE" or fields.get("Exclusive") in ("NODE", "TOPO"),
         shares_cores=fields.get("OverSubscribe", "").startswith(("YES", "FORCE")),
     )
+
+
+def _cpus(node: dict[str, str]) -> int:
+    """Return the CPUs of a node that jobs get: CPUEfctv; before Slurm 22.05, without those of the cores in CoreSpecCount."""
+    if "CPUEfctv" in node:
+        return int(node["CPUEfctv"])
+    return int(node["CPUTot"]) - int(node.get("CoreSpecCount", "0")) * int(node.get("ThreadsPerCore", "1"))
+
+
+def _memory_mb(node: dict[str, str]) -> int:
+    return int(node["RealMemory"]) - int(node.get("MemSpecLimit", "0"))
+
+
+def _least(values: Iterable[int], limit: str) -> int:
+    """Return the smallest value, at most a limit of the partition; UNLIMITED is none."""
+    return min([*values, *([int(limit)] if limit.isdigit() else [])])
 
 
 def _gpus(gres: str) -> tuple[int, str | None]:

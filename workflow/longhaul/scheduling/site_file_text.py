@@ -46,16 +46,12 @@ def _accelerator_line(partition: FoundPartition, node: FoundNode | None) -> str:
 def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
     yield f"  - jobs: [{', '.join(jobs)}]"
     yield f"    name: {json.dumps(partition.name)}"
-    usable = [
-        (account, qos)
-        for account, qos in cluster.associations
-        if partition.accounts is None or account in partition.accounts
-    ]
+    usable = [association for association in cluster.associations if partition.accepts(association)]
     if usable:
-        account, own_qos = usable[0]
-        others = f"  # or {', '.join(other for other, _ in usable[1:])}" if len(usable) > 1 else ""
-        yield f"    account: {json.dumps(account)}{others}"
-        if qos := sorted(own_qos & partition.qos) if partition.qos else []:
+        others = sorted({other.account for other in usable} - {usable[0].account})
+        comment = f"  # or {', '.join(others)}" if others else ""
+        yield f"    account: {json.dumps(usable[0].account)}{comment}"
+        if qos := sorted(usable[0].qos & partition.qos) if partition.qos else []:
             yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
     elif partition.accounts:
         yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"

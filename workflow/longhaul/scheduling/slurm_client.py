@@ -241,14 +241,27 @@ def settings() -> dict[str, str]:
     return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
 
 
-def associations(user: str) -> list[tuple[str, set[str]]]:
-    """Return the accounts of a user with their QOS; [] where there is no accounting or users may not ask."""
+@dataclass(frozen=True)
+class Association:
+    """A user's right to use an account. partition: empty where it holds for all partitions."""
+
+    account: str
+    partition: str
+    qos: frozenset[str]
+
+
+def associations(user: str, cluster: str) -> list[Association]:
+    """Return the associations of a user; [] where there is no accounting or users may not ask.
+
+    cluster: its ClusterName; the database may hold associations of other clusters, too. Empty: all clusters
+    """
+    words = ["show", "assoc", f"user={user}", *([f"cluster={cluster}"] if cluster else [])]
     try:
-        shown = _run("sacctmgr", "-nP", "show", "assoc", f"user={user}", "format=Account,QOS")
+        shown = _run("sacctmgr", "-nP", *words, "format=Account,Partition,QOS")
     except (SlurmCommandError, UserError):
         return []
-    rows = (line.split("|") for line in shown.splitlines() if line.count("|") == 1)
-    return [(account, set(filter(None, qos.split(",")))) for account, qos in rows]
+    rows = (line.split("|") for line in shown.splitlines() if line.count("|") == 2)
+    return [Association(row[0], row[1], frozenset(filter(None, row[2].split(",")))) for row in rows]
 
 
 def expand_node_list(node_list: str) -> list[str]:
