@@ -78,7 +78,7 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         *(
             (f"sbatch option {option}", {"partitions.0.sbatch_extra": [option]}, (f"sbatch_extra contains {text}",))
             for option, text in (
-                ("--nodes=4", "--nodes, which longhaul sets itself"),
+                ("--nodes=4", "--nodes, which follows from the plan"),
                 ("--par=x", "--par (--parsable), which longhaul sets itself"),
                 ("--wrap=id", "--wrap, which longhaul sets itself"),
                 ("--output=/tmp/x", "--output, which longhaul sets itself"),
@@ -128,7 +128,7 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         (
             "size of a step among the options of a container",
             {"software": {"kind": "srun", "options": ["--environment=/a.toml", "--nodes=1"]}},
-            ("options contains --nodes, which longhaul sets itself",),
+            ("options contains --nodes, which follows from the plan",),
         ),
         (
             "mounts that longhaul lists",
@@ -498,7 +498,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "srun option of another user",
         {},
         {"srun_extra": ["--uid=0"]},
-        ("srun_extra contains --uid, which longhaul sets itself",),
+        ("srun_extra contains --uid, which is for administrators",),
     ),
     ("shortened srun option", {}, {"srun_extra": ["--ntas=4"]}, ("srun_extra contains --ntas (--ntasks)", "remove it")),
     ("a time without hours", {"stages.0.minutes": "90:00"}, {}, ("stages.0.minutes: '90:00' is no time", "1:30:00")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,18 +67,46 @@ def test_each_key_of_the_old_form_is_named_with_its_new_place(tmp_path: Path):
         ("srun_extra", RESERVED_SRUN_OPTIONS),
     ],
 )
-def test_each_option_that_longhaul_sets_is_refused(key: str, reserved: set[str], tmp_path: Path):
+def test_each_option_that_breaks_a_job_is_refused_with_its_reason(key: str, reserved: dict[str, str], tmp_path: Path):
     accepted = [
         option
-        for option in sorted(reserved)
-        if f"contains {option}, which longhaul sets itself; remove it"
+        for option, reason in reserved.items()
+        if f"contains {option}, which {reason}"
         not in refusal(tmp_path, yaml.safe_dump(changed(SITE, {key: [f"{option}=1"]})))
     ]
     assert accepted == []
 
 
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("--account=a", "the key account of the partition"),
+        ("--partition=p", "the key name of the partition"),
+        ("--cpu-bind=cores", "the key cpu_bind of the partition"),
+        ("--gpu-bind=closest", "the key gpu_bind of the partition"),
+        ("--gres=nvme:1", "gres_extra of the partition"),
+        ("--mem=1000", "the key memory or node.memory_mb of the partition"),
+        ("--no-requeue", "the key requeue of the site"),
+        ("--nodelist=n1", "constraint or reservation of the partition"),
+        ("--time=10", "max_minutes"),
+    ],
+)
+def test_refused_option_of_sbatch_names_the_key_that_replaces_it(option: str, remedy: str, tmp_path: Path):
+    assert remedy in refusal(tmp_path, yaml.safe_dump(changed(SITE, {"partitions.0.sbatch_extra": [option]})))
+
+
+def test_options_that_the_executor_plugin_refuses_are_refused_before_any_job():
+    """The plugin would end the run when it submits the first job."""
+    from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options
+
+    patterns = [re.compile(pattern) for pattern in get_forbidden_slurm_options()]
+    known = [pattern for pattern in patterns if any(pattern.search(f"{name}=1") for name in RESERVED_SBATCH_OPTIONS)]
+    assert known == patterns and len(patterns) > 10
+
+
 def test_options_that_longhaul_does_not_set_are_accepted(tmp_path: Path):
     options = ["--mail-type=END", "--licenses=scratch", "--network=single_node_vni", "--signal=USR1@60", "--switches=1"]
+    options += ["--core-spec=8", "--wait-all-nodes=1", "--nice", "--spread-job"]
     write_config(tmp_path, None, {"partitions.0.sbatch_extra": options})
     assert load_site("./site.yaml", tmp_path).partitions[0].sbatch_extra == tuple(options)
 

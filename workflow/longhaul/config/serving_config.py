@@ -13,7 +13,7 @@ from longhaul.config.field_types import (
     SingleLine,
     SingleLineOrEmpty,
 )
-from longhaul.config.slurm_options import check_options
+from longhaul.config.slurm_options import SET_BY_LONGHAUL, check_options
 
 EngineName = Literal["transformers", "vllm", "sglang"]
 ENGINE_PACKAGES: dict[EngineName, tuple[str, ...]] = {
@@ -83,7 +83,7 @@ class Serving(FrozenModel):
 
     @model_validator(mode="after")
     def _check_reserved(self) -> Serving:
-        check_options("options", self.options, _RESERVED_OPTIONS)
+        check_options("options", self.options, dict.fromkeys(_RESERVED_OPTIONS, SET_BY_LONGHAUL))
         if reserved := sorted(_RESERVED_VARIABLES & set(self.environment)):
             raise ValueError(f"environment sets {reserved[0]}, which longhaul sets for each server; remove it")
         return self

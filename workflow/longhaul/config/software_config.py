@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from longhaul.config.field_types import CommandOption, FrozenModel, SingleLine, SlurmWord, ToolkitVersion
-from longhaul.config.slurm_options import RESERVED_SRUN_OPTIONS, check_options
+from longhaul.config.slurm_options import RESERVED_SRUN_OPTIONS, SET_BY_LONGHAUL, check_options
 
 
 class Accelerator(FrozenModel):
@@ -112,9 +112,8 @@ class Software(FrozenModel):
         if self.kind == "srun" and not self.options:
             raise ValueError("kind srun needs options, for example --container-image=… or --environment=…")
         if self.kind == "srun":
-            check_options(
-                "options", self.options, {*RESERVED_SRUN_OPTIONS, "--container-mounts", "--container-workdir"}
-            )
+            mounts = dict.fromkeys(("--container-mounts", "--container-workdir"), SET_BY_LONGHAUL)
+            check_options("options", self.options, RESERVED_SRUN_OPTIONS | mounts)
         if self.options and self.kind not in ("container", "srun"):
             raise ValueError(f"options has no effect with kind {self.kind}; remove it, or use kind container or srun")
         if self.binds and self.kind != "container" and not self.is_pyxis:
