@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -331,13 +331,42 @@ def init(
     Example: `longhaul init --example llama-8b-pretrain --site slurm-generic --run mine`
     """
     from longhaul.config.load_config import SITES
-    from longhaul.config.start_files import EXAMPLES, copy_start_files, names_in
+    from longhaul.config.start_files import (
+        EXAMPLES,
+        check_example,
+        check_run,
+        check_site,
+        copy_start_files,
+        names_in,
+    )
 
-    chosen_example: str = example or typer.prompt(f"Which example? ({', '.join(names_in(EXAMPLES))})")
-    chosen_site: str = site or typer.prompt(f"Which site? ({', '.join(names_in(SITES))}, or the path of a site file)")
-    name: str = run or typer.prompt("Name of the run", default="mine")
+    examples, sites = (", ".join(names_in(folder)) for folder in (EXAMPLES, SITES))
+    chosen_example = _given_or_asked(example, f"Which example? ({examples})", check_example)
+    question = f"Which site? ({sites}, or the path of a site file)"
+    chosen_site = _given_or_asked(site, question, lambda written: check_site(written, Path()))
+    name = _given_or_asked(run, "Name of the run", check_run, default="mine")
     config, site_file = copy_start_files(chosen_example, chosen_site, name, Path())
     print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
+
+
+def _given_or_asked(given: str | None, question: str, check: Callable[[str], None], default: str | None = None) -> str:
+    """Return a given value, or the user's first answer that passes the check.
+
+    Raises:
+        UserError: the given value does not pass.
+    """
+    if given is not None:
+        check(given)
+        return given
+
+    def checked(answer: str) -> str:
+        try:
+            check(answer)
+        except UserError as error:
+            raise typer.BadParameter(str(error)) from None  # typer prints it and asks again
+        return answer
+
+    return typer.prompt(question, default=default, value_proc=checked)
 
 
 def _load_plan(config: Path) -> Plan:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +77,69 @@ def test_verb_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert ended.value.code == 0 and "longhaul plan mine.yaml" in capsys.readouterr().out
     assert load_site("./lumi.yaml", tmp_path).name == "lumi"
     assert "mine.yaml exists already" in refused_message(capsys, *words)
+
+
+@pytest.mark.parametrize("site", ["leonardo", "jupiter", "snellius"])
+def test_stages_keep_their_gpus_on_nodes_with_fewer_and_fit_the_time_limit(site: str, tmp_path: Path):
+    """The example has 4 nodes with 8 GPUs and asks for 1440 minutes."""
+    config, _ = copy_start_files("llama-8b-pretrain", site, "mine", tmp_path)
+    loaded = load_config(config)
+    (stage,) = loaded.config.stages
+    assert (stage.nodes, stage.gpus_per_node) == (8, 4)
+    assert stage.minutes == min(1440, loaded.site.partition_for("gpu").max_minutes or 0)
+    assert build_plan(loaded).stages
+
+
+def test_a_server_is_spread_over_nodes_of_the_site_too(tmp_path: Path):
+    config, _ = copy_start_files("deepseek-r1-671b-serve", "perlmutter", "mine", tmp_path)
+    serve = load_config(config).config.stages[0].serve
+    assert serve and (serve.nodes, serve.gpus_per_node) == (4, 4)
+
+
+def test_missing_site_file_writes_nothing(tmp_path: Path):
+    with pytest.raises(UserError, match=r"centre\.yaml"):
+        copy_start_files("llama-8b-pretrain", "./centre.yaml", "mine", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def converse(folder: Path, answers: str, *words: str) -> tuple[int, str]:
+    """Return exit code and output of `longhaul init` in a terminal in which these answers are typed."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "longhaul", "init", *words]
+    process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, answers.encode())
+    output = b""
+    try:
+        while piece := os.read(ours, 4096):
+            output += piece
+    except OSError:  # Linux: the other side is closed
+        pass
+    os.close(ours)
+    return process.wait(timeout=60), output.decode()
+
+
+def test_wrong_answers_are_explained_and_asked_again(tmp_path: Path):
+    code, output = converse(tmp_path, "llama\nllama-8b-pretrain\nmoon\n./none.yaml\nleonardo\nmy run\nfirst\n")
+    assert code == 0, output
+    for text in (
+        "there is no example 'llama'",
+        "there is no site 'moon'",
+        "none.yaml does not exist",
+        "run 'my run' is no name",
+    ):
+        assert output.count(text) == 1, (text, output)
+    assert output.count("Which example?") == 2 and output.count("Which site?") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.yaml", "leonardo.yaml"]
+    assert load_config(tmp_path / "first.yaml").config.run == "first"
+
+
+def test_only_what_is_not_given_is_asked_and_the_name_has_a_default(tmp_path: Path):
+    code, output = converse(tmp_path, "\n", "--example", "qwen3-sft", "--site", "lumi")
+    assert code == 0 and "Which" not in output and "Name of the run [mine]" in output
+    assert load_config(tmp_path / "mine.yaml").config.run == "mine"
+
+
+def test_end_of_the_input_writes_nothing(tmp_path: Path):
+    code, output = converse(tmp_path, "llama-8b-pretrain\n\x04")
+    assert code == 1 and "Aborted" in output and list(tmp_path.iterdir()) == []
