@@ -58,7 +58,7 @@ check: setup  ## linters, types, security, import layers, rule files, shell scri
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml workflow/longhaul
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/Snakefile workflow/rules
-	$(BIN)/shellcheck --severity=warning .ci/run tests/golden/*/launch.sh tests/golden/*/job.sbatch
+	$(BIN)/shellcheck --severity=warning .ci/run templates/sbatch/*.sh tests/golden/*/launch.sh tests/golden/*/job.sbatch
 	$(BIN)/python -m longhaul.config.generate_config_docs --check
 	$(BIN)/python envs/generate.py --check
 	$(BIN)/python docs/package_map.py --check

@@ -27,6 +27,7 @@ from longhaul.planning.deepspeed_config import deepspeed_sections
 from tests.golden.regenerate import CASES, GOLDEN, SERVERS, SITES, rendered, rendered_headers, rendered_server
 from tests.support.chain import REPOSITORY
 from tests.support.small_configs import SITE, plan_of
+from tests.support.supervised_job import fake_program
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -435,6 +436,37 @@ def test_container_gets_the_flag_of_the_accelerator_and_further_options(tmp_path
     assert start({"software": {**software, "gpu_flag": False}}) == ["--no-home", "--env=A=b c"]
     command = commands(tmp_path, {"software": software})[1]
     assert command[command.index("/a.sif") + 1 :][:3] == ["/venv/bin/python", "-m", "longhaul"]
+
+
+@pytest.mark.parametrize(
+    ("job", "has_gpus"),
+    [(BASE, True), (JobId("fabric"), True), (JobId("tokenizer"), False), (JobId("export", ("base",)), False)],
+)
+def test_only_steps_that_ask_for_gpus_get_the_flag_of_the_driver(job: JobId, has_gpus: bool, tmp_path: Path):
+    """Without GPUs, Apptainer finds no driver, and prints warnings that look like the cause of a failure."""
+    gpus = {**SITE["partitions"][0], "jobs": ["gpu", "debug"]}
+    cores = {"jobs": ["cpu"], "name": "cpu", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
+    software = {"kind": "container", "path": "/a.sif"}
+    command = commands(tmp_path, {"software": software, "partitions": [gpus, cores]}, job)[-1]
+    assert ("--nv" in command) == has_gpus
+
+
+@pytest.mark.parametrize(("name", "is_bound"), [("local", True), ("of,job", False), ("absent", False)])
+def test_folder_for_temporary_files_is_bound_on_each_node(name: str, is_bound: bool, tmp_path: Path):
+    (tmp_path / "bin").mkdir()
+    path = fake_program(tmp_path / "bin", "apptainer", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    temporary = tmp_path / name
+    if name != "absent":
+        temporary.mkdir()
+    config = {"storage.scratch": str(tmp_path / "scratch")}
+    software = {"kind": "container", "path": "/a b.sif", "gpu_flag": False}
+    command = commands(tmp_path, {"software": software}, JobId("tokenizer"), config)[0]
+    start = command[command.index("bash") :]
+    environment = {**os.environ, "PATH": path, "TMPDIR": str(temporary)}
+    shown = subprocess.run(start, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    assert (tmp_path / "scratch").is_dir() and "/a b.sif" in shown
+    bind = ["--bind", str(temporary)] if is_bound else ["--bind", "/dev/shm"]
+    assert shown[:3] == ["exec", *bind] and shown.count(str(temporary)) == is_bound
 
 
 def test_srun_starts_a_pyxis_container_with_all_folders_of_the_job(tmp_path: Path):

@@ -12,18 +12,16 @@ from longhaul.planning import Plan
 
 SHARED_MEMORY = "/dev/shm"  # nosec B108  # no folder for temporary files: ranks of one node communicate through it
 _UNBINDABLE = set(":,")
-# A folder that does not exist cannot be bound, and scratch is a different folder on every node.
-_MAKE_FOLDERS = 'while [ "$1" != -- ]; do mkdir -p -- "$1" || exit; shift; done; shift; exec "$@"'
-
-
+START_SCRIPT = data_root() / "templates" / "sbatch" / "start_container.sh"
 # srun leaves the working folder to the image, and variables of an image replace those of the host.
 _ENTER_FOLDER = 'cd -- "$1" && export PYTHONPATH="$2" && shift 2 && exec "$@"'
 
 
-def container_command(plan: Plan, spec: JobSpec, workdir: Path, code: Path) -> list[str]:
+def container_command(plan: Plan, spec: JobSpec, has_gpus: bool, workdir: Path, code: Path) -> list[str]:
     """Return the words between the launcher and a step's own command; none where the site uses no container.
 
-    code: folder that Python imports longhaul from
+    has_gpus: whether the step asks for GPUs; without them, Apptainer has no files of a driver to add
+    code:     folder that Python imports longhaul from
 
     All that the job reads and writes is bound. Slurm's client stays outside the container, so nothing of it is bound.
 
@@ -32,23 +30,24 @@ def container_command(plan: Plan, spec: JobSpec, workdir: Path, code: Path) -> l
     """
     software = plan.site.software
     if software.kind == "container":
-        return _apptainer_command(plan, spec, workdir)
+        return _apptainer_command(plan, spec, has_gpus, workdir)
     if software.kind != "srun":
         return []
     mounts = [_pyxis_mounts(plan, spec, workdir)] if software.is_pyxis else []
     return [*software.options, *mounts, "bash", "-c", _ENTER_FOLDER, "bash", str(workdir), str(code)]
 
 
-def _apptainer_command(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:
+def _apptainer_command(plan: Plan, spec: JobSpec, has_gpus: bool, workdir: Path) -> list[str]:
     software, roots = plan.site.software, _storage_roots(plan, workdir)
-    make = ["bash", "-c", _MAKE_FOLDERS, "bash", *roots, "--"] if roots else []
+    start = ["bash", str(START_SCRIPT), *roots, "--", software.runtime, "exec"]
+    gpu_flag = _gpu_flag(plan) if has_gpus else []
     folders = [SHARED_MEMORY, *_bound_folders(plan, spec, workdir), *software.binds]
     binds = [word for folder in folders for word in ("--bind", folder)]
-    return [*make, software.runtime, "exec", *_gpu_flag(plan), *software.options, *binds, str(software.path)]
+    return [*start, *gpu_flag, *software.options, *binds, str(software.path)]
 
 
 def _gpu_flag(plan: Plan) -> list[str]:
-    if not plan.site.node.gpus or not plan.site.software.gpu_flag:
+    if not plan.site.software.gpu_flag:
         return []
     return ["--rocm"] if plan.site.accelerator.rocm else ["--nv"]
 

@@ -161,7 +161,8 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
         python = [*python, *torchrun, f"--nproc-per-node={step.request.tasks}"]
     words = ("-m", "longhaul", "job", "run", step.kind, str(folder.path / step.file))
     inside = not step.outside_environment
-    container = container_command(plan, step.spec, workdir, _code_folder(workdir)) if inside else []
+    has_gpus = step.request.gpus_per_node > 0
+    container = container_command(plan, step.spec, has_gpus, workdir, _code_folder(workdir)) if inside else []
     return LaunchStep(title=step.title, command=(*launcher, *container, *python, *words))
 
 
