@@ -805,6 +805,15 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("max_nodes 16 with interconnect.kind none", "change either"),
     ),
     ("unknown CUDA version", {}, {"accelerator": {"cuda": "cu128"}}, ("accelerator.cuda is 'cu128'", "13.0")),
+    *(
+        (
+            f"{key} on AMD GPUs",
+            {},
+            {"accelerator": {"rocm": "6.4"}, key: value},
+            (f"{key} {value} with accelerator rocm 6.4", "only NVIDIA GPUs have NVLinks; remove it"),
+        )
+        for key, value in (("node_minimums.nvlinks", 4), ("interconnect.nvlink_multicast", "off"))
+    ),
     ("unknown accelerator", {}, {"accelerator": "tpu"}, ("accelerator is 'tpu'",)),
     (
         "two accelerators",

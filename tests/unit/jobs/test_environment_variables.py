@@ -39,7 +39,7 @@ def variables(folder: Path, config: dict[str, Any] | None = None, site: dict[str
         (8, {"interconnect.nvlink_multicast": "off"}, True),
         (8, {"interconnect.nvlink_multicast": "auto"}, False),
         (4, {"interconnect.nvlink_multicast": "off", "partitions.0.exclusive": True}, True),
-        (8, {"interconnect.nvlink_multicast": "off", "accelerator": {"rocm": "6.4"}}, False),
+        (4, {"accelerator": {"rocm": "6.4"}}, False),
     ],
 )
 def test_multicast_is_off_where_other_jobs_may_use_it(gpus: int, site: dict[str, Any], is_off: bool, tmp_path: Path):

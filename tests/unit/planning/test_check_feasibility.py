@@ -31,6 +31,7 @@ from longhaul.planning.check_feasibility import (
     check_schedule,
     check_site,
     check_vocabulary,
+    deterministic_warning,
     not_compiled_warning,
     save_time_warning,
 )
@@ -487,3 +488,10 @@ def test_chunks_of_a_dataset_must_fit_the_quota_of_files(tmp_path: Path):
         "datasets.prose: 6 chunks of 1 MB need up to 54 files; site centre's inode_limit is 26",
         "set chunk_mb to 3 or more",
     )
+
+
+def test_deterministic_kernels_on_amd_gpus_are_not_promised():
+    asked = tiny_stage(deterministic=True)
+    amd = site().model_copy(update={"accelerator": Accelerator(cuda=None, rocm="6.4")})
+    assert "deterministic: tested on NVIDIA GPUs only" in (deterministic_warning(asked, amd) or "")
+    assert deterministic_warning(asked, site()) is None and deterministic_warning(tiny_stage(), amd) is None

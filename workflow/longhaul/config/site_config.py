@@ -227,6 +227,22 @@ class Site(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _check_keys_of_nvidia(self) -> Site:
+        if self.accelerator.cuda:
+            return self
+        build = self.accelerator.build
+        if self.node_minimums.nvlinks is not None:
+            raise ValueError(
+                f"node_minimums.nvlinks {self.node_minimums.nvlinks} with accelerator {build}: only NVIDIA GPUs have NVLinks; "
+                "remove it"
+            )
+        if self.interconnect.nvlink_multicast == "off":
+            raise ValueError(
+                f"interconnect.nvlink_multicast off with accelerator {build}: only NVIDIA GPUs have NVLinks; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_reserved_names(self) -> Site:
         if reserved := sorted(_RESERVED_VARIABLES & set(self.environment)):
             raise ValueError(

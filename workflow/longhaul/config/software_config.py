@@ -68,7 +68,7 @@ class Software(FrozenModel):
     )
     gpu_flag: bool = Field(
         default=True,
-        description="kind container: start it with --nv or --rocm where nodes have GPUs. false: a module binds the GPUs.",
+        description="kind container: start jobs that ask for GPUs with --nv or --rocm. false: a module binds the GPUs.",
     )
     options: tuple[CommandOption, ...] = Field(
         default=(),

@@ -254,6 +254,13 @@ def not_compiled_warning(stage: Stage, sizes: ModelSize | None, site: Site) -> s
     return f"stages.{stage.name}: its layers run without torch.compile: {reason}"
 
 
+def deterministic_warning(stage: Stage, site: Site) -> str | None:
+    """Return a warning if a stage asks for deterministic kernels on AMD GPUs."""
+    if not stage.deterministic or not site.accelerator.rocm:
+        return None
+    return f"stages.{stage.name}.deterministic: tested on NVIDIA GPUs only; no test shows that kernels of ROCm repeat their bits"
+
+
 def check_positions(stage: Stage, sizes: ModelSize) -> None:
     """Raise UserError if sequences are longer than the model allows."""
     if stage.sequence_length > sizes.positions:

@@ -34,6 +34,7 @@ from longhaul.planning.check_feasibility import (
     check_schedule,
     check_site,
     check_vocabulary,
+    deterministic_warning,
     not_compiled_warning,
     save_time_warning,
 )
@@ -283,6 +284,7 @@ def _plan_stage(
         pipeline_bubble_warning(stage, micro_batches),
         save_time_warning(stage, save_bytes or 0, loaded.site),
         not_compiled_warning(stage, sizes, loaded.site),
+        deterministic_warning(stage, loaded.site),
     )
     return StagePlan(
         stage=stage,
