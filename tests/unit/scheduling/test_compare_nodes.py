@@ -50,7 +50,7 @@ def test_node_that_fits_has_no_difference(tmp_path: Path, capsys: pytest.Capture
         "active RDMA ports",
     ]
     assert not any(line.problem for line in lines)
-    print_comparisons(lines)
+    print_comparisons("What the nodes have", lines)
     printed = capsys.readouterr().out
     assert "NVIDIA H100 80GB HBM3" in printed and "NO" not in printed
 
@@ -79,7 +79,7 @@ def test_newer_driver_of_the_same_cuda_version_fits(tmp_path: Path):
 
 def test_job_without_a_result_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = compare_nodes(site_of(tmp_path), {"gpu": ProbeAnswer(None, "refused: [poor] account", "correct account")})
-    print_comparisons(lines)
+    print_comparisons("What the nodes have", lines)
     printed = capsys.readouterr().out
     assert "refused: [poor] account" in printed and "gpu, probe job: correct account" in printed
 

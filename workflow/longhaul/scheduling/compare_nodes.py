@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -131,9 +131,9 @@ def _ports(kind: str, node: FoundNode) -> Comparison:
     return Comparison("", "active RDMA ports", kind, found, problem)
 
 
-def print_comparisons(lines: list[Comparison]) -> None:
+def print_comparisons(title: str, lines: Sequence[Comparison]) -> None:
     """Print a table of the comparisons, and a remedy for each difference."""
-    table = Table(title="What the nodes have", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("jobs", "", "site file", "found", "fits"):
         table.add_column(column, overflow="fold")
     for line in lines:

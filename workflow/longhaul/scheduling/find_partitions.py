@@ -103,7 +103,7 @@ def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPart
     return FoundPartition(
         name=fields["PartitionName"],
         is_default=fields.get("Default") == "YES",
-        max_minutes=_minutes(fields.get("MaxTime", "")),
+        max_minutes=minutes_of(fields.get("MaxTime", "")),
         max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
         nodes=len(nodes),
         cpus=_least((_cpus(node) for node in nodes), fields.get("MaxCPUsPerNode", "")),
@@ -144,8 +144,8 @@ def _gpus(gres: str) -> tuple[int, str | None]:
     return (sum(count for count, _ in counts), counts[0][1]) if counts else (0, None)
 
 
-def _minutes(text: str) -> int | None:
-    """Return the minutes of days-hours:minutes:seconds; None without a limit."""
+def minutes_of(text: str) -> int | None:
+    """Return the minutes of Slurm's days-hours:minutes:seconds; None without a limit."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", text)
     if match is None:
         return None

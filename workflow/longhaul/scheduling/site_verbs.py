@@ -52,16 +52,19 @@ def check(
 ) -> None:
     """Ask Slurm whether it accepts each kind of job (`sbatch --test-only`), of a run or of a site file alone.
 
+    It also compares `max_minutes` and `max_nodes` with the limits that Slurm shows: sbatch may accept a job that never starts.
+
     Nothing is submitted, except with `--probe`: a two-minute job per partition, whose findings are compared with the site
     file.
 
-    Exit code 1: a request is refused, or a node differs from the site file.
+    Exit code 1: a request is refused, or a limit or a node differs from the site file.
 
     Example: `longhaul site check my-centre.yaml --probe`
     """
     from longhaul.config.load_config import is_site_file, load_site
     from longhaul.planning.load_plan import load_plan
     from longhaul.scheduling.check_site import check_run, check_site, print_answers
+    from longhaul.scheduling.compare_limits import compare_limits
     from longhaul.scheduling.compare_nodes import compare_nodes, print_comparisons, probe_requests
     from longhaul.scheduling.probe_nodes import probe_nodes
 
@@ -72,12 +75,14 @@ def check(
         plan = load_plan(file)
         site, answers = plan.site, check_run(plan)
     print_answers(answers)
-    fits = all(answer.is_accepted for answer in answers)
+    lines = compare_limits(site)
+    if lines:
+        print_comparisons("Limits of partitions, QOS and account", lines)
     if probe:
-        lines = compare_nodes(site, probe_nodes(probe_requests(site), wait_minutes))
-        print_comparisons(lines)
-        fits = fits and not any(line.problem for line in lines)
-    if not fits:
+        found = compare_nodes(site, probe_nodes(probe_requests(site), wait_minutes))
+        print_comparisons("What the nodes have", found)
+        lines += found
+    if not all(answer.is_accepted for answer in answers) or any(line.problem for line in lines):
         raise SystemExit(1)
 
 

@@ -255,13 +255,25 @@ def associations(user: str, cluster: str) -> list[Association]:
 
     cluster: its ClusterName; the database may hold associations of other clusters, too. Empty: all clusters
     """
-    words = ["show", "assoc", f"user={user}", *([f"cluster={cluster}"] if cluster else [])]
+    rows = accounting_rows("assoc", *association_filter(user, cluster), fields=("Account", "Partition", "QOS"))
+    return [
+        Association(row["Account"], row["Partition"], frozenset(filter(None, row["QOS"].split(",")))) for row in rows
+    ]
+
+
+def association_filter(user: str, cluster: str) -> list[str]:
+    """Return the conditions of sacctmgr for the associations of a user on a cluster."""
+    return [f"user={user}", *([f"cluster={cluster}"] if cluster else [])]
+
+
+def accounting_rows(kind: str, *conditions: str, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of `sacctmgr show kind` with these fields; [] without accounting, or where users may not ask."""
     try:
-        shown = _run("sacctmgr", "-nP", *words, "format=Account,Partition,QOS")
+        shown = _run("sacctmgr", "-nP", "show", kind, *conditions, f"format={','.join(fields)}")
     except (SlurmCommandError, UserError):
         return []
-    rows = (line.split("|") for line in shown.splitlines() if line.count("|") == 2)
-    return [Association(row[0], row[1], frozenset(filter(None, row[2].split(",")))) for row in rows]
+    rows = (line.split("|") for line in shown.splitlines())
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 
 
 def expand_node_list(node_list: str) -> list[str]:

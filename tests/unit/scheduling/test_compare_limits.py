@@ -1,0 +1,109 @@
+"""`longhaul site check` compares max_minutes and max_nodes with the limits that scontrol and sacctmgr show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.cli import main
+from longhaul.config.partition_config import Partition
+from longhaul.scheduling.compare_limits import SlurmLimits, compare_partition
+from tests.support.small_configs import write_config
+from tests.support.supervised_job import fake_program
+
+NODE = {"cpus": 64, "memory_mb": 500_000, "gpus": 8}
+GPU = {"PartitionName": "gpu", "MaxTime": "1-00:00:00", "MaxNodes": "UNLIMITED", "TotalNodes": "32", "QoS": "N/A"}
+QOS = {
+    "Name": "long",
+    "MaxWall": "",
+    "MaxTRES": "",
+    "MaxTRESPU": "",
+    "MaxTRESPA": "",
+    "GrpTRES": "",
+    "Flags": "",
+}
+
+
+def lines(
+    site: dict[str, Any], gpu: dict[str, str] | None = None, *qos: dict[str, str], account: dict[str, str] | None = None
+) -> dict[str, tuple[str, str]]:
+    """Return subject -> what Slurm allows and the problem, of a partition with 1440 minutes and 16 nodes."""
+    written = {"jobs": ["gpu"], "name": "gpu", "max_minutes": 1440, "max_nodes": 16, "node": NODE, **site}
+    names = {"gpu": {**GPU, **(gpu or {})}}
+    shown = SlurmLimits(names, {row["Name"]: row for row in qos}, [account] if account else [])
+    found = compare_partition(Partition.model_validate(written, strict=False), shown)
+    return {line.subject: (line.found, line.problem) for line in found}
+
+
+def test_smaller_values_than_the_limits_fit():
+    assert lines({}) == {"max_minutes": ("1440 (partition gpu)", ""), "max_nodes": ("32 (partition gpu)", "")}
+
+
+def test_values_beyond_the_limits_of_a_partition_are_named():
+    found = lines({"max_minutes": 1441}, {"MaxNodes": "4"})
+    assert found["max_minutes"][1].startswith("set max_minutes to at most 1440; jobs beyond the limit of partition gpu")
+    assert found["max_nodes"] == (
+        "4 (partition gpu)",
+        "set max_nodes to at most 4; jobs beyond the limit of partition gpu never start",
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "nodes"),
+    [
+        ({"MaxTRES": "node=8"}, 8),
+        ({"MaxTRESPU": "gres/gpu=24"}, 3),
+        ({"MaxTRES": "cpu=640,gres/gpu:a100=800"}, 10),
+        ({"GrpTRES": "mem=1T,node=12"}, 12),
+    ],
+)
+def test_limits_of_a_qos_count_nodes_gpus_and_cpus(limits: dict[str, str], nodes: int):
+    found = lines({"qos": "long"}, None, {**QOS, **limits, "MaxWall": "12:00:00"})
+    assert found["max_nodes"][0] == f"{nodes} (QOS long)" and found["max_minutes"][0] == "720 (QOS long)"
+    assert found["max_nodes"][1] and found["max_minutes"][1]
+
+
+def test_qos_of_the_partition_counts_and_may_replace_the_partitions_limit():
+    part = {**QOS, "Name": "part", "MaxWall": "2-00:00:00", "Flags": "DenyOnLimit,PartitionTimeLimit"}
+    found = lines({"max_minutes": 2880}, {"QoS": "part"}, part)
+    assert found["max_minutes"] == ("2880 (QOS part)", "")
+
+
+def test_limits_of_the_account_count():
+    account = {"Account": "proj", "Partition": "", "MaxWall": "06:00:00", "MaxTRES": "node=2", "GrpTRES": ""}
+    assert lines({"account": "proj"}, account=account)["max_nodes"][0] == "2 (account proj)"
+    assert lines({"account": "other"}, account=account)["max_nodes"][0] == "32 (partition gpu)"
+    assert (
+        lines({"account": "proj"}, account={**account, "Partition": "cpu"})["max_minutes"][0] == "1440 (partition gpu)"
+    )
+
+
+def test_unknown_names_are_reported_and_no_limit_is_guessed():
+    found = lines({"name": "nope", "qos": "wrong"}, None, QOS)
+    assert "correct name" in found["partition"][1] and "correct qos" in found["QOS"][1]
+    assert found["max_minutes"] == ("no limit is shown", "")
+    assert lines({"name": None})["max_nodes"] == ("no limit is shown", ""), "the centre chooses the partition by QOS"
+
+
+def test_a_job_may_start_in_the_larger_of_two_partitions():
+    shown = SlurmLimits({"a": {**GPU, "MaxTime": "1:00:00"}, "b": {**GPU, "TotalNodes": "64"}}, {}, [])
+    partition = {"jobs": ["gpu"], "name": "a,b", "max_minutes": 1440, "max_nodes": 64, "node": NODE}
+    found = list(compare_partition(Partition.model_validate(partition, strict=False), shown))
+    assert [line.problem for line in found] == ["", ""]
+
+
+def test_verb_reports_a_limit_that_sbatch_does_not_enforce(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fake_program(tmp_path, "sbatch", "#!/bin/sh\nexit 0\n")
+    fake_program(
+        tmp_path, "scontrol", "#!/bin/sh\necho PartitionName=gpu MaxTime=08:00:00 TotalNodes=16 QoS=N/A State=UP\n"
+    )
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sacctmgr", "#!/bin/sh\nexit 1\n"))
+    write_config(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["site", "check", str(tmp_path / "site.yaml")])
+    assert ended.value.code == 1
+    assert "gpu, max_minutes: set max_minutes to at most 480" in capsys.readouterr().out
