@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.job_state import State
+from longhaul.artifacts.job_state import State, StateName
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
-from longhaul.report.run_status import QueuedJob, RunStatus, read_status
+from longhaul.report.queued_jobs import Queue, QueuedJob
+from longhaul.report.run_status import RunStatus, read_status
 
 TRAIN = JobId("train", ("base",))
 
@@ -49,7 +50,7 @@ class RunFolder:
         """Let this process be the main process of the run."""
         self.paths.lease.write_text(json.dumps(asdict(LeaseOwner.this_process())))
 
-    def state(self, job: JobId, state: str, job_id: str | None = "7") -> None:
+    def state(self, job: JobId, state: StateName, job_id: str | None = "7") -> None:
         State(state, job_id, "n1", ["n1", "n2"], 1, "2026-11-28T10:00:00+00:00").write(self.paths.job(job).state)
 
     def weights(self, stage: str = "base", device: str = "cuda") -> WeightsFolder:
@@ -85,4 +86,5 @@ class RunFolder:
         return weights
 
     def status(self, **queue: QueuedJob) -> RunStatus:
-        return read_status(self.paths, lambda jobs: {name.replace("_", "-"): job for name, job in queue.items()})
+        by_job = {name.replace("_", "-"): job for name, job in queue.items()}
+        return read_status(self.paths, lambda jobs: Queue(by_job))

@@ -64,7 +64,7 @@ def test_job_names_begin_with_the_run(chosen: str | None, expected: str, monkeyp
             self.prefix = self.workflow.executor_settings.jobname_prefix
 
     monkeypatch.setattr(plugin, "Executor", Executor)
-    name_jobs("longhaul-r")
+    name_jobs("r")
     executor: Any = Executor()
     executor.__post_init__()
     assert executor.prefix == expected

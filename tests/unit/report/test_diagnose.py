@@ -13,7 +13,8 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.report.diagnose import diagnose, findings_text
-from longhaul.report.run_status import QueuedJob, read_status
+from longhaul.report.queued_jobs import Queue, QueuedJob
+from longhaul.report.run_status import read_status
 from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
 from tests.support.run_folder import TRAIN, RunFolder
 
@@ -216,7 +217,7 @@ def test_silent_slurm_and_removed_logs_are_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     Failure("permanent", "out of memory", "lower micro_batch_size").write(run.paths.job(TRAIN).failure)
 
-    def ask(_jobs: object) -> dict[str, QueuedJob]:
+    def ask(_jobs: object) -> Queue:
         raise UserError("squeue is not on the PATH of this node")
 
     status = read_status(run.paths, ask)

@@ -14,8 +14,9 @@ from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.report import html_page
 from longhaul.report.html_page import render_page, write_report
+from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.run_results import read_run
-from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, AskQueue, Queue, QueuedJob, read_status
+from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
 from tests.support.run_folder import TRAIN, RunFolder
 from tests.support.small_run import write_small_run
 
@@ -47,8 +48,8 @@ def test_the_queue_tells_the_report_what_it_tells_the_status(tmp_path: Path, mon
         return str(html_page._summary_row(results.stages[0], results)["state"])
 
     waiting = QueuedJob("8", "PENDING", "Resources", "N/A")
-    assert state_in_report(lambda jobs: {"train-base": waiting}) == QUEUED
-    assert state_in_report(lambda jobs: {}) == INTERRUPTED
+    assert state_in_report(lambda jobs: Queue({"train-base": waiting})) == QUEUED
+    assert state_in_report(lambda jobs: Queue({})) == INTERRUPTED
 
     def ask_in_vain(jobs: object) -> Queue:
         raise UserError("squeue did not answer")
@@ -66,7 +67,7 @@ def test_the_summary_names_each_job_that_does_not_go_on(tmp_path: Path, monkeypa
     run.state(killed, "running")
     run.state(damaged, "running")
     run.paths.job(damaged).state.write_text("{")
-    queue = {str(waiting): QueuedJob("8", "PENDING", "Priority", "N/A")}
+    queue = Queue({str(waiting): QueuedJob("8", "PENDING", "Priority", "N/A")})
     summary = text_of(render_page(read_run(run.paths.folder, lambda jobs: queue))).partition("Environment The nodes")[0]
     for line in (
         "train-base failed: out of memory. Remedy: use a smaller micro batch",

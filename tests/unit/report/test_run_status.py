@@ -16,6 +16,7 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.report import run_status
+from longhaul.report.queued_jobs import Queue, QueuedJob
 from longhaul.report.run_status import (
     DONE,
     FAILED,
@@ -24,7 +25,6 @@ from longhaul.report.run_status import (
     QUEUED,
     RUNNING,
     UNKNOWN,
-    QueuedJob,
     RunStatus,
     read_status,
 )
@@ -142,7 +142,7 @@ def test_slurm_that_does_not_answer_is_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.state(TRAIN, "running")
 
-    def ask(jobs: object) -> dict[str, QueuedJob]:
+    def ask(jobs: object) -> Queue:
         raise UserError("squeue did not answer within 30 s")
 
     status = read_status(run.paths, ask)

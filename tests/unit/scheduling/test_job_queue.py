@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError
-from longhaul.report.run_status import QueuedJob
+from longhaul.jobs.launch_files import write_job_files
+from longhaul.report.queued_jobs import QueuedJob
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.job_queue import match_jobs, queue_asker
+from longhaul.scheduling.job_queue import jobs_in_queue, match_jobs, queue_asker
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
+from tests.support.small_configs import plan_of
+
+NAME_BY_PLUGIN = "longhaul-r_0b3aa5a6-6a1c-4d5c-9d3a-1f6f6f0e2b11"
 
 
 def test_jobs_are_matched_by_rule_and_wildcards() -> None:
@@ -30,14 +36,57 @@ def test_jobs_are_matched_by_rule_and_wildcards() -> None:
         "rule_environment_wildcards_r",
         "",
     ]
-    entries = [QueueEntry(str(k), "PENDING", "Priority", "N/A", comment) for k, comment in enumerate(comments)]
-    found = match_jobs("r", jobs, entries)
+    entries = [
+        QueueEntry(str(k), "PENDING", "Priority", "N/A", NAME_BY_PLUGIN, comment) for k, comment in enumerate(comments)
+    ]
+    found = match_jobs("r", jobs, entries).by_job
     assert {name: job.job_id for name, job in found.items()} == {
         "train-a_b": "0",
         "encode-dataset-1-of-2": "1",
         "environment": "3",
     }
     assert found["train-a_b"] == QueuedJob("0", "PENDING", "Priority", "N/A")
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "name", "is_found"),
+    [
+        ("r", "a_b", NAME_BY_PLUGIN, True),
+        ("r_a", "b", NAME_BY_PLUGIN, False),
+        ("r", "a_b", "longhaul-r_a_f81d4fae-7dec-11d0-a765-00a0c91e6bf6", False),
+        ("r_a", "b", "longhaul-r_a_f81d4fae-7dec-11d0-a765-00a0c91e6bf6", True),
+        ("r", "a_b", "our-prefix_f81d4fae-7dec-11d0-a765-00a0c91e6bf6", True),
+        ("r", "a_b", "longhaul-r_a-train-b", False),
+    ],
+    ids=["own", "other", "other's name", "own underscore", "prefix of the user", "other by hand"],
+)
+def test_two_runs_may_have_one_comment(
+    run: str, stage: str, name: str, is_found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = QueueEntry("7", "RUNNING", "None", "N/A", name, "rule_train_wildcards_r_a_b")
+    assert bool(match_jobs(run, [JobId("train", (stage,))], [entry]).by_job) == is_found
+    paths = RunPaths(run, tmp_path / "results")
+    paths.folder.mkdir(parents=True)
+    monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [entry])
+    assert jobs_in_queue(paths) == (["7"] if is_found else [])
+
+
+def test_job_that_was_submitted_by_hand_is_found_by_its_name_or_its_recorded_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    folder = write_job_files(plan, JobId("train", ("base",)), tmp_path)
+    name = re.search(r"--job-name=(\S+)", folder.sbatch_script.read_text())
+    assert name is not None
+    entry = QueueEntry("7", "PENDING", "Priority", "N/A", name[1], "(null)")
+    renamed = replace(entry, name="mine")
+    found = match_jobs(plan.run, [JobId("train", ("base",))], [entry])
+    assert found.by_job["train-base"].job_id == "7" and found.find("train-base", None) == found.by_job["train-base"]
+    found = match_jobs(plan.run, [JobId("train", ("base",))], [renamed])
+    assert found.find("train-base", "7") == found.by_id["7"] and found.find("train-base", "8") is None
+    monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [entry])
+    assert jobs_in_queue(plan.paths) == ["7"]
 
 
 def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(
@@ -47,9 +96,9 @@ def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(
     paths.folder.mkdir(parents=True)
     comment = "rule_train_wildcards_r_base"
     lines = [
-        f"7|RUNNING|None|2026-11-28T10:00:00|{comment}|/elsewhere",
-        f"8|PENDING|Resources|N/A|{comment}|{tmp_path.resolve()}",
-        f"9|PENDING|Priority|N/A|a comment | with a bar|{tmp_path.resolve()}",
+        f"7|RUNNING|None|2026-11-28T10:00:00|{NAME_BY_PLUGIN}|{comment}|/elsewhere",
+        f"8|PENDING|Resources|N/A|{NAME_BY_PLUGIN}|{comment}|{tmp_path.resolve()}",
+        f"9|PENDING|Priority|N/A|other|a comment | with a bar|{tmp_path.resolve()}",
         "no job",
     ]
     calls: list[list[str]] = []
@@ -60,7 +109,8 @@ def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(
 
     monkeypatch.setattr(slurm_client.subprocess, "run", run)
     found = queue_asker(paths)([JobId("train", ("base",))])
-    assert found == {"train-base": QueuedJob("8", "PENDING", "Resources", "N/A")}
+    assert found.by_job == {"train-base": QueuedJob("8", "PENDING", "Resources", "N/A")}
+    assert list(found.by_id) == ["8", "9"]
     assert len(calls) == 1 and f"--user={paths.folder.stat().st_uid}" in calls[0]
 
 

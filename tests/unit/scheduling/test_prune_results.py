@@ -150,11 +150,18 @@ def test_active_run_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match="run small is active: process"):
         prune(plan, delete=True)
     plan.paths.lease.unlink()
-    entry = QueueEntry("8", "PENDING", "Priority", "N/A", "rule_train_wildcards_small_base")
+    entry = QueueEntry(
+        "8",
+        "PENDING",
+        "Priority",
+        "N/A",
+        "longhaul-small_0b3aa5a6-6a1c-4d5c-9d3a-1f6f6f0e2b11",
+        "rule_train_wildcards_small_base",
+    )
     monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [entry])
     with pytest.raises(UserError, match="jobs of run small are in Slurm's queue: 8"):
         prune(plan, delete=True)
-    by_hand = QueueEntry("9", "RUNNING", "None", "N/A", "")
+    by_hand = QueueEntry("9", "RUNNING", "None", "N/A", "by-hand", "")
     State("running", "9", "n1", ["n1"], 1, "2026-11-28T10:00:00+00:00").write(plan.paths.stage("chat").state)
     monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [by_hand])
     with pytest.raises(UserError, match="queue: 9"):

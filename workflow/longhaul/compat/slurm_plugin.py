@@ -149,10 +149,15 @@ def job_comment(rule: str, wildcards: Iterable[str]) -> str:
     return "_".join((f"rule_{rule}_wildcards", *wildcards))
 
 
-def name_jobs(prefix: str) -> None:
-    """Patch the plugin's executor: names of jobs in Slurm begin with `prefix`, unless the user chose another prefix.
+def job_name_prefix(run: str) -> str:
+    """Return what the names of a run's jobs begin with; the plugin accepts 50 characters, and appends `_<uuid>`."""
+    return f"longhaul-{run}"[:50]
 
-    The plugin has a setting for it, which a command line or a profile can set, but no Snakefile. It accepts 50 characters.
+
+def name_jobs(run: str) -> None:
+    """Patch the plugin's executor: names of a run's jobs in Slurm begin with job_name_prefix, unless the user chose another one.
+
+    The plugin has a setting for it, which a command line or a profile can set, but no Snakefile.
     """
     from snakemake_executor_plugin_slurm import Executor
 
@@ -162,7 +167,7 @@ def name_jobs(prefix: str) -> None:
 
     def with_prefix(executor: Any, *arguments: Any, **options: Any) -> None:
         settings = executor.workflow.executor_settings
-        settings.jobname_prefix = settings.jobname_prefix or prefix[:50]
+        settings.jobname_prefix = settings.jobname_prefix or job_name_prefix(run)
         usual(executor, *arguments, **options)
 
     with_prefix.unpatched = usual  # pyright: ignore[reportFunctionMemberAccess]

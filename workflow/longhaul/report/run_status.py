@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from longhaul.errors import UserError
 from longhaul.report.allocated_time import allocated_seconds
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
+from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
 
 NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
@@ -44,27 +44,6 @@ _OTHER_RELEASE = (
 )
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job in Slurm's queue, as squeue lists it.
-
-    state:          PENDING, RUNNING, COMPLETING …
-    reason:         why it is pending: Priority, Resources, QOSMaxJobsPerUser …
-    expected_start: Slurm's estimate in local time, `2026-11-28T18:00:00`; "N/A" where it has none
-    """
-
-    job_id: str
-    state: str
-    reason: str
-    expected_start: str
-
-
-Queue = Mapping[str, QueuedJob]
-"""Name of a job of the run (`train-base`) -> its entry in Slurm's queue."""
-AskQueue = Callable[[list[JobId]], Queue]
-"""Asks Slurm once which of these jobs are in its queue; raises a UserError where Slurm does not answer."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +218,7 @@ def _living_owner(paths: RunPaths) -> LeaseOwner | None:
 def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOwner | None) -> JobStatus:
     folder = paths.job(job)
     state, failure = read_state(folder.path), read_failure(folder.path)
-    queued = queue.get(str(job)) if queue is not None else None
+    queued = queue.find(str(job), state.job_id if state else None) if queue else None
     slurm_id = queued.job_id if queued else state.job_id if state else None
 
     def status(found: tuple[str, str], remedy: str = "", job_id: str | None = slurm_id, since: str = "") -> JobStatus:

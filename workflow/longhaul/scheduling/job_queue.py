@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 
 from longhaul.artifacts.job_state import read_state
-from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.compat.slurm_plugin import job_comment
+from longhaul.artifacts.paths import JobId, RunPaths, job_of
+from longhaul.compat.slurm_plugin import job_comment, job_name_prefix
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import wildcard_values
-from longhaul.report.run_status import Queue, QueuedJob
+from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 
+_UUID = "[0-9a-f-]{36}"
 
-def queue_asker(paths: RunPaths) -> Callable[[Sequence[JobId]], Queue]:
+
+def queue_asker(paths: RunPaths) -> AskQueue:
     """Return a function that asks Slurm which of a run's jobs are in the queue.
 
     The function raises a UserError where Slurm does not answer.
@@ -25,16 +28,21 @@ def queue_asker(paths: RunPaths) -> Callable[[Sequence[JobId]], Queue]:
 def jobs_in_queue(paths: RunPaths) -> list[str]:
     """Return the ids of all jobs of a run that are in Slurm's queue, also of stages that its config no longer has.
 
-    A job that a user submitted with job.sbatch has no comment; its supervisor recorded its id.
+    A job that a user submitted with job.sbatch has no comment. It has a name, and its supervisor records its id.
 
     Raises:
         UserError: Slurm does not answer.
     """
     states = filter(None, (read_state(folder.path) for folder in paths.job_folders()))
     recorded = {state.job_id for state in states if state.may_be_active}
-    mine = f"_wildcards_{paths.run}_"
+    names = {_name_by_hand(paths.run, job_of(folder.path)) for folder in paths.job_folders()}
+    comment = f"_wildcards_{paths.run}_"
     return [
-        entry.job_id for entry in _queue_of_folder(paths) if mine in f"{entry.comment}_" or entry.job_id in recorded
+        entry.job_id
+        for entry in _queue_of_folder(paths)
+        if (comment in f"{entry.comment}_" and not _is_of_another_run(entry, paths.run))
+        or entry.name in names
+        or entry.job_id in recorded
     ]
 
 
@@ -49,14 +57,33 @@ def _queue_of_folder(paths: RunPaths) -> Sequence[QueueEntry]:
 
 
 def match_jobs(run: str, jobs: Sequence[JobId], entries: Sequence[QueueEntry]) -> Queue:
-    """Return the entry of each job that is in the queue.
-
-    A job's comment in Slurm is made of its rule and wildcards.
-    """
-    by_comment = {entry.comment: entry for entry in entries}
-    found = {str(job): by_comment.get(job_comment(job.kind, (run, *wildcard_values(job)))) for job in jobs}
-    return {
-        name: QueuedJob(entry.job_id, entry.state, entry.reason, entry.expected_start)
-        for name, entry in found.items()
-        if entry
+    """Return the jobs that are in the queue, by their comment, which the plugin makes of rule and wildcards, or by their name."""
+    by_comment = {entry.comment: entry for entry in entries if not _is_of_another_run(entry, run)}
+    by_name = {entry.name: entry for entry in entries}
+    found = {
+        str(job): by_comment.get(job_comment(job.kind, (run, *wildcard_values(job))))
+        or by_name.get(_name_by_hand(run, str(job)))
+        for job in jobs
     }
+    return Queue(
+        by_job={name: _queued(entry) for name, entry in found.items() if entry},
+        by_id={entry.job_id: _queued(entry) for entry in entries},
+    )
+
+
+def _is_of_another_run(entry: QueueEntry, run: str) -> bool:
+    """Return whether a job's name says that its comment, which this run's jobs may have as well, was made by another run.
+
+    Stage `a_b` of run `r` and stage `b` of run `r_a` have one comment. A user may have chosen a prefix that names no run.
+    """
+    is_by_longhaul = entry.name.startswith(job_name_prefix(""))
+    return is_by_longhaul and not re.fullmatch(rf"{re.escape(job_name_prefix(run))}_{_UUID}", entry.name)
+
+
+def _name_by_hand(run: str, job: str) -> str:
+    """Return the job name in job.sbatch, which `longhaul serve` submits as well."""
+    return f"longhaul-{run}-{job}"
+
+
+def _queued(entry: QueueEntry) -> QueuedJob:
+    return QueuedJob(entry.job_id, entry.state, entry.reason, entry.expected_start)

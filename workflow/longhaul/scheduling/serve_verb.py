@@ -24,7 +24,7 @@ from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.planning import Plan, model_config
 from longhaul.planning.check_engine import check_engine
-from longhaul.report.run_status import QueuedJob
+from longhaul.report.queued_jobs import QueuedJob
 from longhaul.report.serving_table import serving_table
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.job_queue import queue_asker
@@ -153,7 +153,7 @@ def _require_no_server(plan: Plan, job: JobId) -> None:
 
 
 def _queued(plan: Plan, job: JobId) -> QueuedJob | None:
-    return queue_asker(plan.paths)([job]).get(str(job)) if plan.paths.folder.is_dir() else None
+    return queue_asker(plan.paths)([job]).by_job.get(str(job)) if plan.paths.folder.is_dir() else None
 
 
 def _local_server(plan: Plan, job: JobId) -> LeaseOwner | None:

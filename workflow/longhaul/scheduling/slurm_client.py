@@ -149,6 +149,7 @@ class QueueEntry:
     state: str
     reason: str
     expected_start: str
+    name: str
     comment: str
 
 
@@ -158,10 +159,10 @@ def queue_of(user_id: int, working_folder: str) -> list[QueueEntry]:
     Raises:
         SlurmCommandError: Slurm does not answer.
     """
-    lines = _run("squeue", "--noheader", f"--user={user_id}", "--format=%i|%T|%r|%S|%k|%Z").splitlines()
-    found = [line.split("|", 4) for line in lines if line.count("|") >= 5]
-    split = [(*fields[:4], *fields[4].rsplit("|", 1)) for fields in found]
-    return [QueueEntry(*fields[:5]) for fields in split if fields[5] == working_folder]
+    lines = _run("squeue", "--noheader", f"--user={user_id}", "--format=%i|%T|%r|%S|%j|%k|%Z").splitlines()
+    found = [line.split("|", 5) for line in lines if line.count("|") >= 6]
+    split = [(*fields[:5], *fields[5].rsplit("|", 1)) for fields in found]
+    return [QueueEntry(*fields[:6]) for fields in split if fields[6] == working_folder]
 
 
 def pending_reasons(name: str) -> dict[str, str]:

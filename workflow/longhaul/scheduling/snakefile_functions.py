@@ -264,7 +264,7 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
         slurm_plugin.send_no_guesses()
         slurm_plugin.patch_refused_submissions(record_refusal)
         requeue = slurm_client.requeue if plan.site.requeue else lambda job_id: "the site forbids requeue"
-        slurm_plugin.name_jobs(f"longhaul-{plan.run}")
+        slurm_plugin.name_jobs(plan.run)
         slurm_plugin.patch_check_active_jobs(
             slurm_plugin.SlurmActions(
                 slurm_client.preempted_jobs, requeue, record_cancelled_wait, warner_of_waiting_jobs()
