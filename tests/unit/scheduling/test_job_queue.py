@@ -13,10 +13,11 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.report.queued_jobs import QueuedJob
-from longhaul.scheduling import slurm_client
+from longhaul.scheduling import job_queue, slurm_client
 from longhaul.scheduling.job_queue import jobs_in_queue, match_jobs, queue_asker
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from tests.support.small_configs import plan_of
+from tests.support.supervised_job import fake_program
 
 NAME_BY_PLUGIN = "longhaul-r_0b3aa5a6-6a1c-4d5c-9d3a-1f6f6f0e2b11"
 
@@ -112,6 +113,15 @@ def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(
     assert found.by_job == {"train-base": QueuedJob("8", "PENDING", "Resources", "N/A")}
     assert list(found.by_id) == ["8", "9"]
     assert len(calls) == 1 and f"--user={paths.folder.stat().st_uid}" in calls[0]
+
+
+def test_status_waits_for_slurm_a_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = RunPaths("r", tmp_path / "results")
+    paths.folder.mkdir(parents=True)
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", "#!/bin/sh\nexec sleep 30\n"))
+    monkeypatch.setattr(job_queue, "_STATUS_TIMEOUT_S", 0.2)
+    with pytest.raises(UserError, match=r"squeue did not answer within 0\.2 s"):
+        queue_asker(paths)([])
 
 
 def test_silent_slurm_becomes_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,24 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import wildcard_values
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
+from longhaul.scheduling.slurm_client import COMMAND_TIMEOUT_S, QueueEntry, SlurmCommandError
 
+_STATUS_TIMEOUT_S = 5.0
 _UUID = "[0-9a-f-]{36}"
 
 
 def queue_asker(paths: RunPaths) -> AskQueue:
-    """Return a function that asks Slurm which of a run's jobs are in the queue.
+    """Return a function with which a status asks Slurm. It gives up soon: the status then says why the queue is unknown."""
+    return lambda jobs: read_queue(paths, jobs, _STATUS_TIMEOUT_S)
 
-    The function raises a UserError where Slurm does not answer.
+
+def read_queue(paths: RunPaths, jobs: Sequence[JobId], timeout_s: float = COMMAND_TIMEOUT_S) -> Queue:
+    """Return which of a run's jobs are in Slurm's queue.
+
+    Raises:
+        UserError: Slurm does not answer.
     """
-    return lambda jobs: match_jobs(paths.run, jobs, _queue_of_folder(paths))
+    return match_jobs(paths.run, jobs, _queue_of_folder(paths, timeout_s))
 
 
 def jobs_in_queue(paths: RunPaths) -> list[str]:
@@ -46,12 +53,12 @@ def jobs_in_queue(paths: RunPaths) -> list[str]:
     ]
 
 
-def _queue_of_folder(paths: RunPaths) -> Sequence[QueueEntry]:
+def _queue_of_folder(paths: RunPaths, timeout_s: float = COMMAND_TIMEOUT_S) -> Sequence[QueueEntry]:
     """Return the jobs of the owner of the run's folder that work in the folder that holds `results/`."""
     folder = paths.folder.absolute()
     owner, working_folder = folder.stat().st_uid, str(paths.results.absolute().parent.resolve())
     try:
-        return slurm_client.queue_of(owner, working_folder)
+        return slurm_client.queue_of(owner, working_folder, timeout_s)
     except SlurmCommandError as error:
         raise UserError(str(error), "ask again later") from None
 

@@ -27,7 +27,7 @@ from longhaul.planning.check_engine import check_engine
 from longhaul.report.queued_jobs import QueuedJob
 from longhaul.report.serving_table import serving_table
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.job_queue import queue_asker
+from longhaul.scheduling.job_queue import read_queue
 from longhaul.scheduling.slurm_client import SlurmCommandError
 from longhaul.serving.api_key import keep_key
 from longhaul.serving.run_server import server_of
@@ -153,7 +153,7 @@ def _require_no_server(plan: Plan, job: JobId) -> None:
 
 
 def _queued(plan: Plan, job: JobId) -> QueuedJob | None:
-    return queue_asker(plan.paths)([job]).by_job.get(str(job)) if plan.paths.folder.is_dir() else None
+    return read_queue(plan.paths, [job]).find(str(job), None) if plan.paths.folder.is_dir() else None
 
 
 def _local_server(plan: Plan, job: JobId) -> LeaseOwner | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from longhaul.errors import UserError
 
-_COMMAND_TIMEOUT_S = 30.0
+COMMAND_TIMEOUT_S = 30.0
 _EXCLUDE_TIMEOUT_S = 2.0
 """Slurm kills what is left of a requeued job KillWait seconds after its SIGTERM; the default is 30 s."""
 _END_STATES = {
@@ -153,13 +153,14 @@ class QueueEntry:
     comment: str
 
 
-def queue_of(user_id: int, working_folder: str) -> list[QueueEntry]:
+def queue_of(user_id: int, working_folder: str, timeout_s: float = COMMAND_TIMEOUT_S) -> list[QueueEntry]:
     """Return the jobs of a user in Slurm's queue that work in a folder.
 
     Raises:
         SlurmCommandError: Slurm does not answer.
     """
-    lines = _run("squeue", "--noheader", f"--user={user_id}", "--format=%i|%T|%r|%S|%j|%k|%Z").splitlines()
+    columns = "%i|%T|%r|%S|%j|%k|%Z"
+    lines = _run("squeue", "--noheader", f"--user={user_id}", f"--format={columns}", timeout_s=timeout_s).splitlines()
     found = [line.split("|", 5) for line in lines if line.count("|") >= 6]
     split = [(*fields[:5], *fields[5].rsplit("|", 1)) for fields in found]
     return [QueueEntry(*fields[:6]) for fields in split if fields[6] == working_folder]
@@ -336,11 +337,11 @@ def _scontrol(*arguments: str) -> str:
     return _run("scontrol", *arguments)
 
 
-def _run(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
+def _run(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
     return _completed(*command, timeout_s=timeout_s).stdout
 
 
-def _completed(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def _completed(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
