@@ -46,9 +46,9 @@ class RunFolder:
             "memory_per_gpu_gib": None,
         }
 
-    def main_process(self) -> None:
-        """Let this process be the main process of the run."""
-        self.paths.lease.write_text(json.dumps(asdict(LeaseOwner.this_process())))
+    def main_process(self, owner: LeaseOwner | None = None) -> None:
+        """Let a process be the main process of the run, by default this one."""
+        self.paths.lease.write_text(json.dumps(asdict(owner or LeaseOwner.this_process())))
 
     def state(self, job: JobId, state: StateName, job_id: str | None = "7") -> None:
         State(state, job_id, "n1", ["n1", "n2"], 1, "2026-11-28T10:00:00+00:00").write(self.paths.job(job).state)

@@ -191,6 +191,16 @@ def test_attempts_without_an_end_and_cancelled_ones_are_named(tmp_path: Path) ->
     assert causes[1] == "cancelled by scancel"
 
 
+def test_main_process_on_another_host_is_named_unless_a_job_shows_that_the_run_goes_on(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.main_process(LeaseOwner("login9", 5, "1.0"))
+    (finding,) = found(run)
+    assert finding.cause == "whether process 5 on login9 still runs cannot be checked from this host"
+    assert finding.remedy.startswith("run `longhaul doctor` on login9") and f"rm {run.paths.lease}" in finding.remedy
+    run.state(TRAIN, "running")
+    assert found(run, train_base=QueuedJob("7", "RUNNING", "None", "N/A")) == []
+
+
 def test_ended_main_process_is_named_while_jobs_are_left(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.state(TRAIN, "running")

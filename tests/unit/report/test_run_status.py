@@ -129,6 +129,27 @@ def test_local_job_without_a_main_process_is_interrupted(tmp_path: Path) -> None
     assert job_state(status) == (RUNNING, "on n1, n2") and f"process {os.getpid()} on" in str(status.main_process)
 
 
+@pytest.mark.parametrize("scheduler", ["local", "slurm"])
+def test_main_process_on_another_host_is_named_as_unchecked(tmp_path: Path, scheduler: str) -> None:
+    """GPU-hours of a job that may have been killed with it do not grow."""
+    run = RunFolder(tmp_path, scheduler=scheduler)
+    run.train(10)
+    run.state(TRAIN, "running", job_id=None)
+    run.paths.job(TRAIN).history.write_text(json.dumps({"time_s": 10_000.0, "event": "running"}) + "\n")
+    os.utime(run.paths.stage("base").weights / "0123/metrics.jsonl", (13_600, 13_600))
+    run.main_process(LeaseOwner("login9", 5, "1.0"))
+    status = run.status()
+    assert (status.main_process, status.unchecked_host) == ("process 5 on login9", "login9")
+    assert job_state(status) == (RUNNING, "on n1, n2")
+    hours = status.stages[0].gpu_hours
+    assert hours is not None and (hours == pytest.approx(8)) == (scheduler == "local")
+    run.main_process(LeaseOwner("login9", 5, "1.0", job_id="3"))
+    controller = QueuedJob("3", "RUNNING", "None", "N/A")
+    assert read_status(run.paths, lambda jobs: Queue({}, {})).unchecked_host == "login9"
+    checked = read_status(run.paths, lambda jobs: Queue({}, {"3": controller})).unchecked_host
+    assert checked == ("" if scheduler == "slurm" else "login9"), "its job is in the queue"
+
+
 def test_state_of_the_run_without_running_jobs(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.status().state == NOT_STARTED

@@ -68,6 +68,12 @@ def test_status_fits_80_columns_and_has_every_value() -> None:
         assert expected in words
 
 
+def test_main_process_that_cannot_be_checked_is_named() -> None:
+    words = " ".join(shown(status_view(replace(STATUS, unchecked_host="login1"))).split())
+    assert "Whether process 5 on login1 still runs cannot be checked from this host: ask on login1." in words
+    assert "cannot be checked" not in shown(status_view(STATUS))
+
+
 def test_log_lines_name_step_loss_speed_and_time_left() -> None:
     assert progress_lines(STATUS) == [
         "train-base running, on n1, n2: step 120 of 240, loss 5.018, 6,170 tokens/s, 4 min 10 s left"

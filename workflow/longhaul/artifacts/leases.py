@@ -50,7 +50,11 @@ class LeaseOwner:
 
     def is_dead(self) -> bool:
         """Return True if the owner was on this host and its process has ended; False if that is not known."""
-        return self.host == socket.gethostname() and process_start(self.pid) != self.started
+        return self.is_on_this_host and process_start(self.pid) != self.started
+
+    @property
+    def is_on_this_host(self) -> bool:
+        return self.host == socket.gethostname()
 
 
 def process_start(pid: int) -> str | None:

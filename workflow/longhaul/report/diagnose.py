@@ -63,6 +63,7 @@ def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Findi
         *_waiting_jobs(jobs),
         *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
         *_ended_main_process(paths, status),
+        *_unchecked_main_process(paths, status),
         *_unknown_queue(status),
         *_removed_logs(jobs, logs),
         *(fault for job in jobs for fault in _past_faults(job, logs[job.name])),
@@ -144,6 +145,19 @@ def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]
         str(paths.lease) if owner else f"{paths.lease} does not exist",
         "run the same command again: it continues; jobs that are still in Slurm's queue are waited for",
     )
+
+
+def _unchecked_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
+    """Yield that the main process may have ended, where no job in Slurm's queue shows that the run goes on."""
+    goes_on = any(job.slurm_job_id and job.state in (RUNNING, QUEUED) for job in status.jobs)
+    host = status.unchecked_host
+    if host and not goes_on and any(job.state != DONE for job in status.jobs):
+        yield Finding(
+            "main process",
+            f"whether {status.main_process} still runs cannot be checked from this host",
+            str(paths.lease),
+            f"run `longhaul doctor` on {host}; if {host} is gone for good, rm {paths.lease} and run the same command again",
+        )
 
 
 def _unknown_queue(status: RunStatus) -> Iterator[Finding]:

@@ -129,6 +129,7 @@ class RunStatus:
     disk_free_bytes: int
     queue_problem: str  # why Slurm could not be asked; "" where it was asked, or where there is no Slurm
     report: str | None
+    unchecked_host: str = ""  # the only host that knows whether the main process still runs; "" where it was checked
     servers: list[ServerStatus] = field(default_factory=list)
 
     @property
@@ -182,7 +183,9 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
 
     trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
     statuses = {job: _job_status(paths, job, queue, owner) for job in dict.fromkeys([*jobs, *trained])}
-    now_s = None if plan["scheduler"] == "slurm" and queue is None else time.time()
+    unchecked_host = _unchecked_host(owner, queue)
+    nobody_knows = queue is None if plan["scheduler"] == "slurm" else unchecked_host
+    now_s = None if nobody_knows else time.time()
     return RunStatus(
         run=paths.run,
         site=plan["site"],
@@ -197,6 +200,7 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
         queue_problem=problem,
         report=str(paths.report) if paths.report.exists() else None,
+        unchecked_host=unchecked_host,
     )
 
 
@@ -213,6 +217,12 @@ def _ask(plan: PlanFile, jobs: list[JobId], ask_queue: AskQueue | None) -> tuple
 def _living_owner(paths: RunPaths) -> LeaseOwner | None:
     owner = Lease(paths.lease).current_owner()
     return owner if owner and not owner.is_dead() else None
+
+
+def _unchecked_host(owner: LeaseOwner | None, queue: Queue | None) -> str:
+    """Return the host of a main process that may have ended: another host, and no job in the queue."""
+    is_queued = owner and queue and owner.job_id in queue.by_id
+    return "" if owner is None or owner.is_on_this_host or is_queued else owner.host
 
 
 def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOwner | None) -> JobStatus:

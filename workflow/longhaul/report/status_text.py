@@ -150,6 +150,10 @@ def _notes(status: RunStatus) -> list[Text]:
     lines = []
     if status.state == INTERRUPTED:
         lines.append("No main process works on this run. Start it again with the same command: it continues.")
+    if status.unchecked_host:
+        lines.append(
+            f"Whether {status.main_process} still runs cannot be checked from this host: ask on {status.unchecked_host}."
+        )
     if status.queue_problem:
         lines.append(f"Slurm's queue is unknown: {status.queue_problem}")
     if status.quarantined:
