@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.report.acceptance import NOT_MEASURED, NOT_MET, OK, acceptance_rows
+from longhaul.report.acceptance import NO_LIMIT, NOT_MEASURED, NOT_MET, OK, acceptance_rows, bandwidth_row
 from longhaul.report.metric_series import STEP_VALUES, Curve
 
 GIB = 2**30
@@ -50,10 +50,65 @@ def results(
         ("waiting for data", {}, ("2 %", OK)),
     ],
 )
-def test_metric_is_compared_with_its_limit(
-    metric: str, values: dict[str, list[float]], expected: tuple[str, str]
-) -> None:
+def test_metric_is_compared_with_its_limit(metric: str, values: dict[str, Any], expected: tuple[str, str]) -> None:
     assert results(**values)[metric] == expected
+
+
+def test_mfu_has_no_limit() -> None:
+    assert results(mfu=0.4)["MFU"] == ("40 %", NO_LIMIT)
+    assert results()["MFU"] == ("–", NOT_MEASURED)
+
+
+def bandwidth(
+    ports: list[list[dict[str, Any]]], backend: str = "nccl", hosts: int = 2, ranks_per_node: int = 4
+) -> tuple[str, str]:
+    """Return value and result: all_reduce reaches 90 GB/s at its largest size. ports: of each node."""
+    measured = [
+        {"scope": "all", "collective": "all_reduce", "bytes": 2**30, "bus_bandwidth_gbps": 90.0},
+        {"scope": "all", "collective": "all_reduce", "bytes": 2**20, "bus_bandwidth_gbps": 30.0},
+        {"scope": "all", "collective": "all_gather", "bytes": 2**31, "bus_bandwidth_gbps": 40.0},
+        {"scope": "node", "collective": "all_reduce", "bytes": 2**31, "bus_bandwidth_gbps": 350.0},
+    ]
+    names = [f"n{number}" for number in range(hosts)]
+    fabric: Any = SimpleNamespace(
+        backend=backend, hosts=names, world_size=hosts * ranks_per_node, results=measured if hosts > 1 else []
+    )
+    environment: Any = SimpleNamespace(nodes=[{"hardware": {"ports": found}} for found in ports])
+    row = bandwidth_row(fabric, environment)
+    return row.value, row.result
+
+
+def ports(*rates: float | None, state: str = "ACTIVE") -> list[dict[str, Any]]:
+    return [{"state": state, "rate_gbit_per_s": rate} for rate in rates]
+
+
+FOUR_OF_200 = [200.0] * 4  # 100 GB/s
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([ports(*FOUR_OF_200), ports(*FOUR_OF_200)], {}, ("90 %", OK)),
+        ([ports(*FOUR_OF_200, 25.0, None), ports(*FOUR_OF_200)], {}, ("90 %", OK)),
+        ([ports(*[400.0] * 4), ports(*[400.0] * 4)], {}, ("45 %", NOT_MET)),
+        ([ports(*[400.0] * 8), ports(*FOUR_OF_200)], {"ranks_per_node": 2}, ("180 %", OK)),
+        ([ports(*FOUR_OF_200, state="DOWN")], {}, ("–", NOT_MEASURED)),
+        ([ports(*FOUR_OF_200)], {"backend": "gloo"}, ("–", NOT_MEASURED)),
+        ([ports(*FOUR_OF_200)], {"hosts": 1}, ("–", NOT_MEASURED)),
+        ([ports(None)], {}, ("–", NOT_MEASURED)),
+        ([], {}, ("–", NOT_MEASURED)),
+    ],
+    ids=["healthy", "storage port", "half", "two ranks", "ports down", "gloo", "one node", "no rate", "no node"],
+)
+def test_bandwidth_is_compared_with_the_rates_of_the_ports(
+    nodes: list[list[dict[str, Any]]], options: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    assert bandwidth(nodes, **options) == expected
+
+
+def test_bandwidth_before_the_checks_is_not_measured() -> None:
+    row = bandwidth_row(None, None)
+    assert row.result == NOT_MEASURED and "interconnect.limits" in row.to_measure
 
 
 def test_memory_of_a_cpu_is_not_compared() -> None:

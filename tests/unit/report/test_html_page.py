@@ -78,6 +78,12 @@ def test_the_summary_names_each_job_that_does_not_go_on(tmp_path: Path, monkeypa
         assert line in summary
 
 
+def test_acceptance_has_rows_of_the_stage_and_of_the_network(page: str) -> None:
+    table = page.replace("\xa0", " ")
+    assert "base GPU utilisation " in table and "base MFU " in table
+    assert "all bus bandwidth – ≥ 80 % not measured bus bandwidth of the largest all_reduce" in table
+
+
 def test_a_profile_shows_the_parts_of_a_step(page: str) -> None:
     assert "Profile of steps 20 to 21, rank 0 on n1: 1 s for a step" in page
     for row in ("matrix products 800 ms 80 %", "communication 100 ms 10 %", "nothing runs 100 ms 10 %"):

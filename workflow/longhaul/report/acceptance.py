@@ -1,22 +1,24 @@
-"""Acceptance table of the report: limits for GPU utilisation, spread of step times, GPU memory, and time waiting for data. Each
-metric has a written definition and a limit.
+"""Acceptance table of the report: GPU utilisation, step times, memory, waiting, efficiencies and MFU of each stage, and the
+bandwidth between nodes. Each metric has a written definition, and a limit where one is known.
 """
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from longhaul.artifacts.artifact_schemas import EnvironmentReport
+from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport
+from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.record_types import TimeBreakdown
 from longhaul.config import acceptance_limits as limits
 from longhaul.config.acceptance_limits import step_time_spread
 from longhaul.report.number_format import percent
 from longhaul.report.run_results import StageResults
 
-OK, NOT_MET, NOT_MEASURED = "ok", "not met", "not measured"
-_DATA_WAIT, _COMMUNICATION, _COMPUTE = 0.05, 0.85, 0.7
+OK, NOT_MET, NOT_MEASURED, NO_LIMIT = "ok", "not met", "not measured", "no limit"
+_DATA_WAIT, _COMMUNICATION, _COMPUTE, _BANDWIDTH = 0.05, 0.85, 0.7, 0.8
+_BITS_PER_BYTE = 8
 _PROFILE = "set profile_steps of the stage to a range of steps, such as [100, 104]"
 
 
@@ -49,7 +51,24 @@ def acceptance_rows(
     stage: StageResults, environment: EnvironmentReport | None, gpu_peak_tflops: float | None = None
 ) -> list[AcceptanceRow]:
     """Return the metrics of a stage with their results. gpu_peak_tflops: the rate from which MFU is computed."""
-    return [_row(stage.name, metric) for metric in _metrics(stage, environment, gpu_peak_tflops)]
+    rows = [_row(stage.name, metric) for metric in _metrics(stage, environment, gpu_peak_tflops)]
+    return [*rows, _mfu_row(stage)]
+
+
+def bandwidth_row(fabric: FabricReport | None, environment: EnvironmentReport | None) -> AcceptanceRow:
+    """Return the bandwidth between all nodes of the run, which no single stage measures."""
+    return _row(
+        "all",
+        _Metric(
+            "bus bandwidth",
+            "bus bandwidth of the largest all_reduce between the nodes in the fabric check, by the sum of the rates of a node's "
+            "fastest RDMA ports, at most one per rank; of several nodes, the one with the smallest sum",
+            _bandwidth_share(fabric, environment),
+            "≥",
+            _BANDWIDTH,
+            "run the fabric check over NCCL on two nodes or more with RDMA ports; elsewhere set interconnect.limits of the site",
+        ),
+    )
 
 
 def _row(stage: str, metric: _Metric) -> AcceptanceRow:
@@ -119,6 +138,37 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             f"{_PROFILE}, on GPUs; set gpu_peak_tflops in the site file",
         ),
     ]
+
+
+def _mfu_row(stage: StageResults) -> AcceptanceRow:
+    """Return the MFU beside the compute efficiency. What is healthy depends on model, layout and GPU."""
+    value = stage.summary.median_mfu
+    definition = "model FLOPs utilisation, median over the steps: the model's FLOPs by the datasheet's rate of the GPUs"
+    to_measure = "" if value is not None else "train on GPUs; set gpu_peak_tflops in the site file"
+    result = NOT_MEASURED if value is None else NO_LIMIT
+    return AcceptanceRow(stage.name, "MFU", definition, percent(value), percent(None), result, to_measure)
+
+
+def _bandwidth_share(fabric: FabricReport | None, environment: EnvironmentReport | None) -> float | None:
+    """Return measured by expected bandwidth; None for one node, over gloo, or where no node lists active ports with a rate."""
+    if fabric is None or fabric.backend != "nccl" or len(fabric.hosts) < 2:
+        return None
+    measured = [row for row in fabric.results if row["scope"] == "all" and row["collective"] == "all_reduce"]
+    ranks_per_node = fabric.world_size // len(fabric.hosts)
+    expected = [_port_gbps(node, ranks_per_node) for node in (environment.nodes if environment else [])]
+    if not measured or not any(expected):
+        return None
+    return max(measured, key=lambda row: row["bytes"])["bus_bandwidth_gbps"] / min(filter(None, expected))
+
+
+def _port_gbps(node: CheckedNode, most: int) -> float:
+    """Return the summed rate of a node's fastest active ports in GB/s. Slower ones lead to other networks, as to the storage."""
+    hardware = cast(dict[str, Any], node).get("hardware")
+    ports = hardware.get("ports") if isinstance(hardware, dict) else None
+    active = [port for port in ports or [] if isinstance(port, dict) and port.get("state") == "ACTIVE"]
+    rates = [rate for port in active if isinstance(rate := port.get("rate_gbit_per_s"), int | float)]
+    fastest = [rate for rate in rates if rate == max(rates)]
+    return sum(fastest[:most]) / _BITS_PER_BYTE
 
 
 def _gpu_breakdowns(stage: StageResults) -> list[TimeBreakdown]:

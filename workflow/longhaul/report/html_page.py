@@ -20,7 +20,7 @@ from longhaul.artifacts.record_types import StepProfile
 from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures
-from longhaul.report.acceptance import AcceptanceRow, acceptance_rows
+from longhaul.report.acceptance import AcceptanceRow, acceptance_rows, bandwidth_row
 from longhaul.report.evaluation_table import evaluation_rows
 from longhaul.report.node_check_table import node_check_rows
 from longhaul.report.queued_jobs import AskQueue
@@ -60,11 +60,7 @@ def render_page(results: RunResults) -> str:
         summary=[_summary_row(stage, results) for stage in results.stages],
         used_gpu_hours=_sum_known(stage.gpu_hours for stage in results.status.stages),
         planned_gpu_hours=sum_of_estimates(stage.gpu_hours_planned for stage in results.status.stages),
-        acceptance=[
-            row
-            for stage in results.stages
-            for row in acceptance_rows(stage, results.environment, results.plan.get("gpu_peak_tflops"))
-        ],
+        acceptance=_acceptance(results),
         stages=[_stage_rows(stage, _status_of(stage, results)) for stage in results.stages],
         exports=[_export_rows(export) for export in results.exports],
         evaluations=evaluation_rows(results.evaluations),
@@ -79,8 +75,11 @@ def render_page(results: RunResults) -> str:
     )
 
 
-def _acceptance(stage: StageResults, results: RunResults) -> list[AcceptanceRow]:
-    return acceptance_rows(stage, results.environment, results.plan.get("gpu_peak_tflops"))
+def _acceptance(results: RunResults) -> list[AcceptanceRow]:
+    peak_tflops = results.plan.get("gpu_peak_tflops")
+    rows = [row for stage in results.stages for row in acceptance_rows(stage, results.environment, peak_tflops)]
+    has_rows = rows or results.fabric
+    return [*rows, bandwidth_row(results.fabric, results.environment)] if has_rows else []
 
 
 def _fabric_figure(results: RunResults) -> Markup | str:
