@@ -8,16 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 from bench.machine import REPOSITORY, describe_machine, write_result
+from longhaul.artifacts.paths import STAGE_KIND, JobId
+from longhaul.compat.slurm_plugin import job_name_prefix
 from tests.support.run_folder import RunFolder
 
 STAGES, STEPS, ROUNDS, WATCHED_S = 1000, 1000, 5, 240
 _SQUEUE = """#!/bin/sh
 echo "$@" >> "$0.calls"
-for stage in $(seq 1 20); do echo "$stage|PENDING|Priority|N/A|rule_train_wildcards_r_stage-$stage|{folder}"; done
+for stage in $(seq 1 20); do echo "$stage|PENDING|Priority|N/A|{name}|rule_train_wildcards_r_stage-$stage|{folder}"; done
 """
+_HISTORY = (
+    '{"time_s": 1.0, "event": "running"}\n{"time_s": 90.0, "event": "waiting"}\n{"time_s": 99.0, "event": "running"}\n'
+)
 _DISPLAY = """
 import os, sys, time
 from pathlib import Path
@@ -63,9 +69,13 @@ def _write_run(folder: Path, stages: int) -> int:
     """Write a run whose stages have all trained, and a squeue that knows 20 of its jobs. Return the bytes of the metrics."""
     run = RunFolder(folder, stages=stages)
     sizes = [run.train(STEPS, stage).metrics.stat().st_size for stage in run.names]
+    for stage in run.names:
+        job = JobId(STAGE_KIND, (stage,))
+        run.state(job, "running", job_id=None)
+        run.paths.job(job).history.write_text(_HISTORY)
     squeue = folder / "bin" / "squeue"
     squeue.parent.mkdir()
-    squeue.write_text(_SQUEUE.format(folder=folder.resolve()))
+    squeue.write_text(_SQUEUE.format(folder=folder.resolve(), name=f"{job_name_prefix(run.paths.run)}_{uuid.uuid4()}"))
     squeue.chmod(0o755)
     return sum(sizes)
 

@@ -74,10 +74,17 @@ def read_first_records(path: Path, kind: type[T], most: int) -> list[T]:
     """Return the first valid records of a file, of its first 64 KiB; [] if there is no file. No warning is printed."""
     try:
         with path.open("rb") as stream:
-            lines = stream.read(_PART_BYTES).splitlines()
+            return list(islice(_valid_records(_first_lines(stream), kind), most))
     except FileNotFoundError:
         return []
-    return list(islice(_valid_records(lines, kind), most))
+
+
+def _first_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of the first 64 KiB. The caller usually needs few of them."""
+    left = _PART_BYTES
+    while left > 0 and (line := stream.readline(left)):
+        left -= len(line)
+        yield line
 
 
 def read_last_records(path: Path, kind: type[T], most: int, containing: bytes = b"") -> list[T]:
@@ -88,11 +95,20 @@ def read_last_records(path: Path, kind: type[T], most: int, containing: bytes = 
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, 2) - _PART_BYTES))
-            lines = reversed(stream.read().splitlines())
+            data = stream.read()
     except FileNotFoundError:
         return []
-    wanted = (line for line in lines if containing in line)
-    return list(islice(_valid_records(wanted, kind), most))[::-1]
+    return list(islice(_valid_records(_lines_from_end(data, containing), kind), most))[::-1]
+
+
+def _lines_from_end(data: bytes, containing: bytes) -> Iterator[bytes]:
+    """Yield the lines that contain a text, the last one first. Searching is faster than splitting all lines."""
+    end = len(data)
+    while end >= 0 and (found := data.rfind(containing, 0, end)) >= 0:
+        start = data.rfind(b"\n", 0, found) + 1
+        stop = data.find(b"\n", found)
+        yield data[start : stop if stop >= 0 else len(data)]
+        end = start - 1
 
 
 def _valid_records(lines: Iterable[bytes], kind: type[T]) -> Iterator[T]:
