@@ -80,10 +80,15 @@ def _options(
 def plan(
     config: ConfigArgument,
     out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Write the plan as JSON to this file, and print nothing.")
+        Path | None, typer.Option(dir_okay=False, help="Write the plan as JSON to this file instead of printing it.")
     ] = None,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Ask Slurm about each request, as `longhaul site check` does.")
+    ] = False,
 ) -> None:
     """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests, changes. Nothing is started.
+
+    Exit code 1: with `--test-only`, Slurm refuses a request.
 
     Example: `longhaul plan mine.yaml`
     """
@@ -92,15 +97,21 @@ def plan(
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
     from longhaul.report.planned_changes import change_lines, stage_changes
+    from longhaul.scheduling.check_site import check_run, print_answers
 
     made = _load_plan(config)
     check_inputs(made)
+    answers = check_run(made) if test_only else []
     if out:
         write_json(writable_file(out), plan_json(made))
-        return
-    changes = stage_changes(made)
-    print_plan(made)
-    print("\n".join(change_lines(changes)))
+    else:
+        changes = stage_changes(made)
+        print_plan(made)
+        print("\n".join(change_lines(changes)))
+    if answers:
+        print_answers(answers)
+    if not all(answer.is_accepted for answer in answers):
+        raise SystemExit(1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

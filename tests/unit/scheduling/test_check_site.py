@@ -11,6 +11,7 @@ from longhaul.config.load_config import SITES, load_site
 from longhaul.config.start_files import names_in
 from longhaul.errors import UserError
 from longhaul.scheduling.check_site import check_run, check_site, example_plan, print_answers
+from tests.support.bad_input import refused_message
 from tests.support.small_configs import LOCAL, SITE, plan_of, write_config
 from tests.support.supervised_job import fake_program
 
@@ -101,3 +102,31 @@ def test_verb_takes_a_config_or_a_site_file(
         with pytest.raises(SystemExit) as ended:
             main(["site", "check", str(file)])
         assert ended.value.code == 0 and job in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("account", "code"), [("rich", 0), ("poor", 1)])
+def test_plan_asks_slurm_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], account: str, code: int
+):
+    log = tmp_path / "log"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=log)))
+    config = str(write_config(tmp_path, None, {"partitions.0.account": account}))
+    for options in ([], ["--out", str(tmp_path / "plan.json")]):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", config, *options])
+        assert not ended.value.code and "Slurm says" not in capsys.readouterr().out
+    assert not log.exists(), "only on request"
+    for options in ([], ["--out", str(tmp_path / "plan.json")]):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", config, "--test-only", *options])
+        printed = capsys.readouterr().out
+        assert (ended.value.code or 0) == code and "What Slurm says to each request" in printed
+        assert ("Job 24 to start at" in printed) == (code == 0)
+        assert "Slurm requests" in printed or "train-base" in printed
+    assert len(log.read_text().splitlines()) > 2
+
+
+def test_plan_without_slurm_cannot_ask_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = str(write_config(tmp_path, None, LOCAL))
+    message = refused_message(capsys, "plan", config, "--test-only")
+    assert "has scheduler: local" in message
