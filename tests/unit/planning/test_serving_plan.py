@@ -10,7 +10,7 @@ import pytest
 from longhaul.config.load_config import load_site
 from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.serving_config import EngineName, Serving
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
@@ -169,3 +169,43 @@ def test_defaults_are_used_without_the_section(site: Site):
     )
     plan = plan_serving(stage, QWEN, site)
     assert (plan.concurrency, plan.minutes, plan.context) == (1, Serve().minutes, 131072)
+
+
+def test_ranks_that_hold_whole_experts_divide_their_number(site: Site):
+    """6 experts: 2 tensor ranks with experts of their own, not 4, although 4 ranks can share each expert."""
+    model = {"model_type": "deepseek_v3", **DEEPSEEK, "n_routed_experts": 6}
+    layouts = [_plan(site, model, gpus_per_node=4, expert_parallel=expert).layout for expert in (False, True)]
+    assert [(layout.tensor, layout.pipeline) for layout in layouts] == [(4, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "serve", "message"),
+    [
+        (
+            "transformers",
+            DEEPSEEK,
+            {"max_running_requests": 8},
+            "max_running_requests 8: engine transformers answers one",
+        ),
+        (
+            "transformers",
+            DEEPSEEK,
+            {"expert_parallel": True},
+            "engine transformers of site slurm-generic does not spread",
+        ),
+        ("vllm", LLAMA, {"expert_parallel": True}, "expert_parallel is true, but the model has no experts"),
+    ],
+)
+def test_keys_without_effect_are_refused(
+    site: Site, engine: EngineName, model: dict[str, Any], serve: dict[str, Any], message: str
+):
+    family = "deepseek_v3" if model is DEEPSEEK else "llama"
+    own = site.model_copy(update={"serving": Serving(engine=engine)})
+    with pytest.raises(UserError, match=message):
+        _plan(own, {"model_type": family, **model}, **serve)
+
+
+def test_a_kv_cache_for_more_requests_than_run_is_refused():
+    with pytest.raises(ValueError, match="max_running_requests 4 is less than concurrency 8"):
+        Serve(concurrency=8, max_running_requests=4)
+    assert Serve(concurrency=8, max_running_requests=8).max_running_requests == 8

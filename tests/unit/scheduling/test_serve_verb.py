@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.planning import Plan, check_engine
 from longhaul.scheduling import serve_verb, slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
 from tests.support.served_run import KEY, ServedRun
-from tests.support.small_configs import plan_of
+from tests.support.small_configs import DEEPSEEK, plan_of
 
 COMMENT = "rule_serve_wildcards_small_base"
 
@@ -149,3 +150,12 @@ def test_the_default_engine_without_its_extra_is_named_before_submission(
     with pytest.raises(UserError, match="engine transformers needs the package fastapi") as error:
         serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}), "base")
     assert error.value.hint == "pip install -c envs/constraints.txt '.[serve]'" and not slurm.submitted
+
+
+def test_requests_and_experts_of_the_section_reach_the_engine(tmp_path: Path):
+    serve = {"gpus_per_node": 4, "max_running_requests": 64, "expert_parallel": True}
+    config = {"model": {"deepseek_v3": DEEPSEEK}, "stages.0.export": "last", "stages.0.serve": serve}
+    plan = plan_of(tmp_path, config, {"serving": {"engine": "vllm", "python": [sys.executable]}})
+    (command,) = serve_verb.engine_commands(serve_verb._spec(plan, JobId("serve", ("base",))))
+    assert "--tensor-parallel-size 4" in " ".join(command) and "--max-num-seqs 64" in " ".join(command)
+    assert "--enable-expert-parallel" in command

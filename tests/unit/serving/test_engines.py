@@ -20,7 +20,7 @@ KEY = "0123456789abcdef" * 4
 
 
 ON_ONE_NODE = ServerShape(tensor=4, context_tokens=2048)
-ON_TWO_NODES = ServerShape(nodes=2, tensor=8, pipeline=2, expert=True, concurrency=64)
+ON_TWO_NODES = ServerShape(nodes=2, tensor=8, pipeline=2, expert_parallel=True, max_running_requests=64)
 
 
 def server(engine: EngineName, shape: ServerShape = ON_ONE_NODE, **keys: object) -> Server:

@@ -1,10 +1,10 @@
-"""Config section `serve` of a stage: nodes, context length, port and time limit of the job that serves its exported model."""
+"""Config section `serve` of a stage: nodes, requests, port and time limit of the job that serves its exported model."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longhaul.config.field_types import FrozenModel, HardwareCount, Minutes
 
@@ -27,6 +27,16 @@ class Serve(FrozenModel):
         default=1,
         description="Number of requests of this length that the KV cache holds at once. More and shorter requests share it.",
     )
+    max_running_requests: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        default=None,
+        description="Most requests that the engine answers at the same time; further ones wait. null: as the engine chooses. "
+        "Only vllm and sglang have this limit.",
+    )
+    expert_parallel: bool = Field(
+        default=False,
+        description="In a mixture of experts, each of the GPUs that share a layer holds whole experts, instead of a part of "
+        "every expert. Only vllm and sglang do so, on GPUs.",
+    )
     port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         default=None, description="Port of the server on its first node; null: a free one at each start."
     )
@@ -44,3 +54,12 @@ class Serve(FrozenModel):
         description="Time limit of one allocation, in minutes or as hours:minutes:00, for example 1:30:00. Before it ends, the "
         "server starts again in another allocation.",
     )
+
+    @model_validator(mode="after")
+    def _check_running_requests(self) -> Serve:
+        if self.max_running_requests and self.max_running_requests < self.concurrency:
+            raise ValueError(
+                f"max_running_requests {self.max_running_requests} is less than concurrency {self.concurrency}: the KV cache "
+                "would be larger than what can be used; reduce concurrency"
+            )
+        return self

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.hub_tensors import FP8_BLOCK
-from longhaul.config.parameter_counts import has_latent_attention, head_dim, key_value_heads, sparse_layers
+from longhaul.config.parameter_counts import (
+    expert_counts,
+    has_latent_attention,
+    head_dim,
+    key_value_heads,
+    sparse_layers,
+)
 from longhaul.config.serve_config import Serve
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
@@ -59,10 +65,12 @@ def plan_serving(stage: Stage, model: HuggingFaceConfig, site: Site) -> ServingP
     model: the trained model's Hugging Face config
 
     Raises:
-        UserError: the model or its KV cache does not fit into the allocation, or the context is longer than the model.
+        UserError: the model or its KV cache does not fit into the allocation, the context is longer than the model, or the engine
+            or the model has nothing for a key.
     """
     serve = stage.serve or Serve()
     _check_context(stage, serve, model)
+    _check_keys_of_engines(stage, serve, model, site)
     _check_allocation(stage, serve, site)
     served = ServedModel(model, stage.export_dtype, caches_latents=spreads_models(site))
     plan = None
@@ -87,6 +95,23 @@ def _check_context(stage: Stage, serve: Serve, model: HuggingFaceConfig) -> None
             f"stages.{stage.name}.serve.context {serve.context} is longer than the model's max_position_embeddings {longest}",
             f"set serve.context to at most {longest}",
         )
+
+
+def _check_keys_of_engines(stage: Stage, serve: Serve, model: HuggingFaceConfig, site: Site) -> None:
+    """Raise UserError for keys that would have no effect."""
+    key, engine = f"stages.{stage.name}.serve", site.serving.engine
+    if serve.max_running_requests and engine == "transformers":
+        raise UserError(
+            f"{key}.max_running_requests {serve.max_running_requests}: engine transformers answers one request after the other",
+            "remove the key, or set serving.engine in the site file to vllm or sglang",
+        )
+    if serve.expert_parallel and not spreads_models(site):
+        raise UserError(
+            f"{key}.expert_parallel is true, but engine {engine} of site {site.name} does not spread a model over GPUs",
+            "remove the key, or use a site with GPUs whose serving.engine is vllm or sglang",
+        )
+    if serve.expert_parallel and not any(sparse_layers(model)):
+        raise UserError(f"{key}.expert_parallel is true, but the model has no experts", "remove the key")
 
 
 def spreads_models(site: Site) -> bool:
@@ -126,7 +151,7 @@ def _layouts(serve: Serve, served: ServedModel, site: Site) -> Iterator[ServingL
     node_counts = [serve.nodes] if serve.nodes else range(1, most_nodes + 1)
     for nodes in node_counts:
         for gpus in one_node if nodes == 1 else [all_gpus]:
-            if layout := _layout(served, nodes, gpus):
+            if layout := _layout(served, nodes, gpus, serve.expert_parallel):
                 yield layout
 
 
@@ -134,9 +159,12 @@ def _part_of_a_node(gpus: int) -> list[int]:
     return [*(2**power for power in range(gpus.bit_length()) if 2**power < gpus), gpus]
 
 
-def _layout(served: ServedModel, nodes: int, gpus: int) -> ServingLayout | None:
+def _layout(served: ServedModel, nodes: int, gpus: int, expert_parallel: bool) -> ServingLayout | None:
     """Return the layout with the most tensor-parallel ranks inside a node; None if there are more pipeline ranks than layers."""
-    sizes = (size for size in range(1, gpus + 1) if gpus % size == 0)
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    if expert_parallel:
+        # SGLang refuses a remainder; in vLLM the first ranks would hold more experts than the memory plan counts.
+        sizes = [size for size in sizes if expert_counts(served.config)[0] % size == 0]
     tensor = max(size for size in sizes if can_split(served.config, served.dtype, size))
     pipeline = nodes * gpus // tensor
     return ServingLayout(nodes, gpus, tensor, pipeline) if pipeline <= served.config["num_hidden_layers"] else None

@@ -77,7 +77,13 @@ def _server(job: ServeCheckSpec, export: Export, private: Path) -> tuple[Server,
     """Return the server, and its API key where the engine knows one. It listens on loopback: this process alone asks it."""
     key_file = private / "api_key.yaml" if ENGINES[job.serving.engine].accepts_key else None
     key = create_key_file(key_file) if key_file else None
-    shape = ServerShape(tensor=job.tensor, pipeline=job.pipeline, context_tokens=job.context_tokens)
+    shape = ServerShape(
+        tensor=job.tensor,
+        pipeline=job.pipeline,
+        expert_parallel=job.serve.expert_parallel,
+        context_tokens=job.context_tokens,
+        max_running_requests=job.serve.max_running_requests,
+    )
     port = free_port(LOOPBACK)
     model = Path(export.path).absolute()
     return Server(job.serving, model, job.stage, job.dtype, LOOPBACK, port, shape, key_file), key

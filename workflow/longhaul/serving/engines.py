@@ -48,19 +48,19 @@ ENGINES: dict[EngineName, Engine] = {
 class ServerShape:
     """Layout of a server over GPUs, and the length and number of its requests.
 
-    tensor:         GPUs over which each layer is spread
-    pipeline:       groups of layers, each on GPUs of its own
-    expert:         the experts of a layer are divided among its GPUs instead of being spread over them
-    context_tokens: most tokens of a prompt and its answer; None: as many as the model has positions
-    concurrency:    most requests that are answered at the same time; None: as the engine chooses
+    tensor:               GPUs over which each layer is spread
+    pipeline:             groups of layers, each on GPUs of its own
+    expert_parallel:      each GPU of a layer holds whole experts, instead of a part of every expert
+    context_tokens:       most tokens of a prompt and its answer; None: as many as the model has positions
+    max_running_requests: most requests that are answered at the same time; None: as the engine chooses
     """
 
     nodes: int = 1
     tensor: int = 1
     pipeline: int = 1
-    expert: bool = False
+    expert_parallel: bool = False
     context_tokens: int | None = None
-    concurrency: int | None = None
+    max_running_requests: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ class Server:
         return [
             *("vllm.entrypoints.cli.main", "serve", str(self.model), "--served-model-name", self.name),
             *("--tensor-parallel-size", str(shape.tensor), "--pipeline-parallel-size", str(shape.pipeline)),
-            *(["--enable-expert-parallel"] if shape.expert else []),
+            *(["--enable-expert-parallel"] if shape.expert_parallel else []),
             *("--dtype", _COMPUTE[self.dtype]),
             *_option("--max-model-len", shape.context_tokens),
-            *_option("--max-num-seqs", shape.concurrency),
+            *_option("--max-num-seqs", shape.max_running_requests),
             *_option("--shutdown-timeout", self.drain_s or None),
             "--disable-uvicorn-access-log",
         ]
@@ -151,10 +151,10 @@ class Server:
         return [
             *("sglang.launch_server", "--model-path", str(self.model), "--served-model-name", self.name),
             *("--tp-size", str(shape.tensor), "--pp-size", str(shape.pipeline)),
-            *_option("--ep-size", shape.tensor if shape.expert else None),
+            *_option("--ep-size", shape.tensor if shape.expert_parallel else None),
             *("--dtype", _COMPUTE[self.dtype]),
             *_option("--context-length", shape.context_tokens),
-            *_option("--max-running-requests", shape.concurrency),
+            *_option("--max-running-requests", shape.max_running_requests),
             # At level info, SGLang logs all its settings, the API key among them.
             *("--log-level", "warning"),
             *_option("--config", self.key_file),

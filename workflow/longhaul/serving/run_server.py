@@ -65,7 +65,14 @@ def run(job: ServeSpec) -> None:
 
 def server_of(job: ServeSpec, model: Path, host: str, port: int) -> Server:
     """Return the server of a job's export that listens on this address."""
-    shape = ServerShape(job.nodes, job.tensor, job.pipeline, context_tokens=job.context)
+    shape = ServerShape(
+        nodes=job.nodes,
+        tensor=job.tensor,
+        pipeline=job.pipeline,
+        expert_parallel=job.expert_parallel,
+        context_tokens=job.context,
+        max_running_requests=job.max_running_requests,
+    )
     key_file = Path(job.key_file).absolute() if job.key_file else None
     return Server(job.serving, model, job.model_name, job.dtype, host, port, shape, key_file, job.drain_s)
 

@@ -26,7 +26,9 @@ class ServeSpec(JobSpec):
     nodes: int
     tensor: int
     pipeline: int
+    expert_parallel: bool
     context: int
+    max_running_requests: int | None  # None: as the engine chooses
     port: int | None  # None: a free one
     start_timeout_s: int
     drain_s: int  # time for accepted requests, before the allocation ends
@@ -60,7 +62,9 @@ def _build(plan: Plan, job: JobId) -> ServeSpec:
         nodes=planned.layout.nodes,
         tensor=planned.layout.tensor,
         pipeline=planned.layout.pipeline,
+        expert_parallel=serve.expert_parallel,
         context=planned.context,
+        max_running_requests=serve.max_running_requests,
         port=serve.port,
         start_timeout_s=serve.start_timeout_s,
         drain_s=serve.drain_s,
