@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 
 import datasets
+import evaluate
 import pytest
+from lm_eval.api.registry import get_metric
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from longhaul.compat.lm_eval import build_tasks
+from longhaul.errors import UserError
 
 
 def test_tasks_call_load_dataset_while_they_are_built_and_take_no_dataset():
@@ -36,3 +39,22 @@ def test_load_dataset_is_restored_after_an_error():
     with pytest.raises(ValueError, match="asked for org/quiz"):
         build_tasks(["quiz"], own, fail)
     assert datasets.load_dataset is original
+
+
+def test_a_metric_outside_of_the_registry_is_code_of_the_hub_and_refused():
+    assert "hf_evaluate.load(name)" in inspect.getsource(get_metric)
+    original = evaluate.load
+    own = {
+        "quiz": {
+            "task": "quiz",
+            "dataset_path": "org/quiz",
+            "test_split": "test",
+            "doc_to_text": "a",
+            "doc_to_target": "b",
+            "metric_list": [{"metric": "rouge", "aggregation": "mean", "higher_is_better": True}],
+        }
+    }
+    rows = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": "1", "b": "2"}])})
+    with pytest.raises(UserError, match="task quiz has the metric rouge, which is not part of lm_eval"):
+        build_tasks(["quiz"], own, lambda **_: rows)
+    assert evaluate.load is original

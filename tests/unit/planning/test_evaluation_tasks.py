@@ -13,7 +13,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
-from longhaul.planning.evaluation_tasks import read_task_files
+from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, read_task_files
 from longhaul.scheduling.snakefile_functions import fetch_key
 from tests.support.small_configs import plan_of
 
@@ -52,6 +52,25 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"tasks": ["arc_easy"], "files": ["quiz.yaml"]}, {}, {}, r"no task of stages\.chat\.evaluate\.tasks is in"),
         ({"tasks": ["quiz"], "files": ["quiz.yaml", "quiz.yaml"]}, {}, {}, "two files define the task quiz"),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"metric_list": [{"metric": "acc"}, {"metric": "rouge"}]},
+            {},
+            "the metric rouge is not part of lm_eval, which would download Python code",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]},
+            {},
+            "the metric exact_match is not part of lm_eval",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"metric_list": [{"metric": "acc", "aggregation": "sum"}]},
+            {},
+            "lm_eval has no aggregation sum for the metric acc",
+        ),
+        ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"metric_list": "acc"}, {}, "metric_list is no list of items"),
         ({"tasks": ["quiz", "quiz"]}, {}, {}, "tasks contains quiz twice"),
         ({"tasks": ["a/../b"]}, {}, {}, "a/../b"),
         (
@@ -135,3 +154,11 @@ def test_another_task_of_the_harness_is_fetched_and_a_local_one_is_not(tmp_path:
     assert len(set(keys)) == 3
     without = plan_of(tmp_path, {"stages.1.export": "last"})
     assert keys[0] == fetch_key(without)
+
+
+def test_the_allowed_metrics_are_those_of_the_installed_lm_eval():
+    from lm_eval.api import metrics, registry
+
+    assert metrics is not None  # its import fills the registries
+    assert set(registry.metric_registry.keys()) == METRICS
+    assert set(registry.aggregation_registry.keys()) == AGGREGATIONS

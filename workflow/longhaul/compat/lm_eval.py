@@ -1,10 +1,15 @@
-"""Builds tasks of lm_eval with datasets from elsewhere than the Hub, for which it has no option. Written for lm_eval 0.4.13."""
+"""Builds tasks of lm_eval with datasets from elsewhere than the Hub, and without metrics that are code of the Hub.
+
+lm_eval has no option for either. Written for lm_eval 0.4.13.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from longhaul.errors import UserError
 
 
 def build_tasks(
@@ -17,6 +22,7 @@ def build_tasks(
 
     Raises:
         KeyError: lm_eval has no task or group of a name.
+        UserError: a task has a metric that is code of the Hub.
     """
     from lm_eval.tasks import TaskManager
 
@@ -25,7 +31,8 @@ def build_tasks(
     built: dict[str, list[Any]] = {}
     with _datasets_loaded_with(load_dataset):
         for name in names:
-            found = manager.load([dict(own[name])] if name in own else [name])
+            with no_metrics_of_the_hub(name):
+                found = manager.load([dict(own[name])] if name in own else [name])
             built[name] = list(found.get("groups", {}).values())[:1] or list(found["tasks"].values())
     return built
 
@@ -45,3 +52,35 @@ def _datasets_loaded_with(load_dataset: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextmanager
+def no_metrics_of_the_hub(task: str) -> Iterator[None]:
+    """Refuse evaluate.load in the block, which downloads Python code from the Hub and runs it.
+
+    lm_eval calls it for metrics that are not in its registry, and ignores that it fails (lm_eval/api/registry.py, get_metric);
+    the task then fails after the last answer.
+
+    Raises:
+        UserError: evaluate.load was called.
+    """
+    import evaluate
+
+    original = evaluate.load
+    asked: list[str] = []
+
+    def refuse(path: str, *_: object, **__: object) -> None:
+        asked.append(path)
+        raise RuntimeError(f"the metric {path} is code of the Hub")
+
+    evaluate.load = refuse
+    try:
+        yield
+    finally:
+        evaluate.load = original
+        if asked:
+            raise UserError(
+                f"task {task} has the metric {asked[0]}, which is not part of lm_eval: it is Python code that is downloaded from "
+                "the Hub and run",
+                "use another task, or write a task file with a metric of lm_eval",
+            )

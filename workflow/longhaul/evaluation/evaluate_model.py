@@ -13,7 +13,7 @@ import torch
 from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
-from longhaul.compat.lm_eval import build_tasks
+from longhaul.compat.lm_eval import build_tasks, no_metrics_of_the_hub
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
@@ -27,7 +27,8 @@ def run(job: EvaluateSpec) -> None:
     """Evaluate the model and write job.out.
 
     Raises:
-        UserError: lm_eval is missing, the export is damaged, the task does not exist, or its data are missing.
+        UserError: lm_eval is missing, the export is damaged, the task does not exist, its data are missing, or a metric is code
+            of the Hub.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
@@ -75,20 +76,21 @@ def _evaluate(job: EvaluateSpec, model: Any, tasks: list[Any], with_chat_templat
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    results = simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=TaskManager(include_defaults=False),  # another one would read 14,000 task files for 8 s
-        num_fewshot=job.num_fewshot,
-        limit=job.limit,
-        apply_chat_template=with_chat_template,
-        log_samples=False,
-        bootstrap_iters=_BOOTSTRAP_SAMPLES,
-        random_seed=job.seed,
-        numpy_random_seed=job.seed,
-        torch_random_seed=job.seed,
-        fewshot_random_seed=job.seed,
-    )
+    with no_metrics_of_the_hub(job.task):
+        results = simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),  # another one would read 14,000 task files for 8 s
+            num_fewshot=job.num_fewshot,
+            limit=job.limit,
+            apply_chat_template=with_chat_template,
+            log_samples=False,
+            bootstrap_iters=_BOOTSTRAP_SAMPLES,
+            random_seed=job.seed,
+            numpy_random_seed=job.seed,
+            torch_random_seed=job.seed,
+            fewshot_random_seed=job.seed,
+        )
     if results is None:
         raise RuntimeError("lm_eval gives results on its rank 0 alone; this job must have one rank")
     return dict(results)

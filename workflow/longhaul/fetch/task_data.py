@@ -25,7 +25,8 @@ def fetch_task_data(loaded: LoadedConfig, folder: Path) -> list[TaskData]:
     folder: gets one subfolder per dataset, named by a hash of repository, revision and options
 
     Raises:
-        UserError: lm_eval is not installed, a task does not exist, or its data cannot be downloaded.
+        UserError: lm_eval is not installed, a task does not exist or has a metric that is code of the Hub, or its data cannot
+            be downloaded.
     """
     stages = [stage for stage in loaded.config.stages if needs_task_data(loaded, stage)]
     if not stages:

@@ -19,6 +19,17 @@ from longhaul.errors import UserError
 EvaluatedModel = Literal["trained", "start"]
 SHIPPED_TASKS = data_root() / "config" / "evaluation"
 _CODE_KEYS = ("class", "custom_dataset", "include")
+# fmt: off
+METRICS = frozenset({
+    "acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score", "bypass",
+    "byte_perplexity", "chrf", "chrf++", "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter", "word_perplexity",
+})
+AGGREGATIONS = frozenset({
+    "bits_per_byte", "bleu", "brier_score", "bypass", "chrf", "chrf++", "f1", "matthews_corrcoef", "mean", "median", "nanmean",
+    "perplexity", "ter", "weighted_perplexity",
+})
+# fmt: on
+"""Names in the registries of lm_eval 0.4.13, which planning does not import. For other metrics, lm_eval runs code of the Hub."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,27 @@ def _read_task_file(key: str, path: Path, _changed_ns: int) -> TaskFile:
             f"{key}: {path} has no key `dataset_path`",
             f"use one of {', '.join(LOCAL_FORMATS)}, or a repository of the Hub",
         )
+    _check_metrics(f"{key}: {path}", config.get("metric_list") or [])
     return TaskFile(path, task, config, _local_files(config))
+
+
+def _check_metrics(where: str, metrics: Any) -> None:
+    """Raise UserError unless lm_eval itself has every metric and aggregation of a task's key `metric_list`."""
+    hint = f"use metrics of lm_eval: {', '.join(sorted(METRICS))}"
+    if not isinstance(metrics, list) or not all(isinstance(item, dict) and "metric" in item for item in metrics):
+        raise UserError(f"{where}: metric_list is no list of items such as {{metric: acc, aggregation: mean}}", hint)
+    for item in metrics:
+        name, aggregation = item["metric"], item.get("aggregation", "mean")
+        if not isinstance(name, str) or name not in METRICS or item.get("hf_evaluate"):
+            raise UserError(
+                f"{where}: the metric {name} is not part of lm_eval, which would download Python code of the Hub and run it",
+                hint,
+            )
+        if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
+            raise UserError(
+                f"{where}: lm_eval has no aggregation {aggregation} for the metric {name}",
+                f"use one of {', '.join(sorted(AGGREGATIONS))}",
+            )
 
 
 def _local_files(config: dict[str, Any]) -> tuple[Path, ...]:

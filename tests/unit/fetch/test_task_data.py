@@ -1,0 +1,46 @@
+"""Tasks that lm_eval does not have, or whose metrics are code of the Hub, are refused by fetch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from lm_eval.tasks import manager
+
+from longhaul.errors import UserError
+from longhaul.fetch.task_data import fetch_task_data
+from tests.support.small_configs import plan_of
+
+
+@pytest.fixture(autouse=True)
+def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval reads 14,000 files of tasks beside its task manager; here it has one task, whose metric is code of the Hub."""
+    folder = tmp_path / "lm_eval_tasks"
+    folder.mkdir()
+    task = {
+        "task": "summaries",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "a",
+        "doc_to_target": "b",
+        "metric_list": [{"metric": "rouge", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "summaries.yaml").write_text(yaml.safe_dump(task))
+    (folder / "rows.jsonl").write_text('{"a": "1", "b": "2"}\n')
+    monkeypatch.setattr(manager, "__file__", str(folder / "manager.py"))
+
+
+@pytest.mark.parametrize(
+    ("task", "message", "hint"),
+    [
+        ("summarise", r"stages\.base\.evaluate\.tasks: lm_eval has no task or group 'summarise'", "lm_eval ls tasks"),
+        ("summaries", "task summaries has the metric rouge, .* is downloaded from the Hub and run", "another task"),
+    ],
+)
+def test_task_that_cannot_run_is_refused(tmp_path: Path, task: str, message: str, hint: str):
+    plan = plan_of(tmp_path, {"stages.0.export": "last", "stages.0.evaluate": {"tasks": [task]}})
+    with pytest.raises(UserError, match=message) as refused:
+        fetch_task_data(plan.loaded, tmp_path / "fetched")
+    assert hint in refused.value.hint and not (tmp_path / "fetched").exists()
