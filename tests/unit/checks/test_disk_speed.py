@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path, quota: None):
     assert direct_speed(tmp_path, 2 * BLOCK_BYTES, 10).error == "File too large"
     found = safe_write(tmp_path, 2 * 2**20)
     assert found.seconds is None and found.error == "File too large" and not found.is_corrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "is_full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_disk_without_space_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_full: bool):
+    def refuse(handle: int, block: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "write", refuse)
+    found = direct_speed(tmp_path, BLOCK_BYTES, 10)
+    assert (found.error, found.is_full) == (os.strerror(number), is_full)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -209,17 +209,20 @@ def test_node_facts_describe_this_machine(tmp_path: Path):
 
 
 def test_gpus_of_a_killed_attempt_get_time_to_be_released(monkeypatch: pytest.MonkeyPatch):
-    """A process that stays is not of this job."""
+    """A process that stays is not of this job; those of other jobs' GPUs cost no time."""
+    other = gpu(1, processes=["process 9 (python)"])
     busy, free = GpuReading([gpu(0, processes=["process 7 (python)"])]), GpuReading([gpu(0)])
     clock = iter(range(100))
     monkeypatch.setattr(node_module.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(node_module.time, "sleep", lambda seconds: None)
     readings = iter([busy, busy, free])
-    monkeypatch.setattr(node_module, "read_gpus", lambda: next(readings))
-    assert node_module._released_gpus() is free
-    monkeypatch.setattr(node_module, "read_gpus", lambda: busy)
+    monkeypatch.setattr(node_module, "read_gpus", lambda uuids: next(readings))
+    before = GpuReading([*busy.gpus, other])
+    assert node_module._released_gpus(before, ["0"]) == free and next(readings, None) is None
+    assert node_module._released_gpus(GpuReading([gpu(0), other]), ["0"]) == free, "it reads nothing"
+    monkeypatch.setattr(node_module, "read_gpus", lambda uuids: busy)
     started = next(clock)
-    assert node_module._released_gpus() is busy and next(clock) - started < 20
+    assert node_module._released_gpus(before, ["0"]) == busy and next(clock) - started < 20
 
 
 def test_write_error_states_why_a_folder_cannot_be_written(tmp_path: Path):
@@ -299,7 +302,7 @@ def test_bad_hardware_is_only_reported_where_the_config_says_so(tmp_path: Path):
     check._judge(facts, spec.model_copy(update={"checks": Checks(min_disk_free_gb=0.001, bad_hardware="warn")}))
     report = EnvironmentReport.read(tmp_path / "environment.json")
     assert report.problems == [] and report.warnings[0].startswith("n2: uncorrectable memory errors: 1, expected 0")
-    wrong = NodeMeasurements([BurnIn(9, 1, 1.0, 1.0, 1.0, 1.0)], 1.0, DiskSpeed(1.0, 1.0), SafeWrite(0.1))
+    wrong = NodeMeasurements([BurnIn(9, 1, 1.0, 1.0, 1.0, 1.0, "GPU 0")], 1.0, DiskSpeed(1.0, 1.0), SafeWrite(0.1))
     facts[0]["measured"] = wrong
     with pytest.raises(BadNodesError, match="n1: GPU 0: products with a known result: 1 wrong rows") as raised:
         check._judge(facts, spec.model_copy(update={"checks": Checks(min_disk_free_gb=0.001, bad_hardware="warn")}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from pydantic import TypeAdapter
 
 from longhaul.checks.check_table import merge_equal_rows, problem_lines, warning_lines
 from longhaul.checks.gpu_checks import nvidia_rows
-from longhaul.checks.gpu_facts import GpuReading, with_processes_of
+from longhaul.checks.gpu_facts import GpuReading, with_processes_left, with_processes_of
 from tests.support.fake_nvml import MODELS, build_fake_nvml, healthy_gpu, read_fake_gpus
 
 READING = TypeAdapter(GpuReading)
 HARDWARE_SLOWDOWN, THERMAL_SLOWDOWN = 0x8, 0x20
+GPU_1 = "GPU 1 (PCI 0000:2b:00.0)"
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +41,29 @@ def test_healthy_node_has_no_findings(library: Path, model: str):
     )
     assert first.power_limit_w == MODELS[model]["power_mw"] / 1000 and first.slowdowns == ["software power cap"]
     rows = nvidia_rows({"n1": reading})
-    assert {row["result"] for row in rows} == {"ok"} and len(rows) == 30
-    assert {row["component"] for row in merge_equal_rows(rows)} == {"GPU 0, GPU 1"}
+    assert {row["result"] for row in rows} == {"ok"} and len(rows) == 32
+    assert {row["component"] for row in merge_equal_rows(rows)} == {
+        "GPU 0 (PCI 0000:1b:00.0), GPU 1 (PCI 0000:2b:00.0)"
+    }
 
 
 DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "uncorrectable ECC error": ({"uncorrected": 2}, "fail", "n1: GPU 1: uncorrectable ECC errors: 2, expected 0; drain"),
-    "pending remapping": ({"remap_pending": 1}, "fail", "n1: GPU 1: row remapping pending: yes, expected no; drain"),
-    "failed remapping": ({"remap_failed": 1}, "fail", "n1: GPU 1: row remapping failed: yes, expected no; the GPU must"),
+    "uncorrectable ECC error": ({"uncorrected": 2}, "fail", f"n1: {GPU_1}: uncorrectable ECC errors: 2, expected 0; drain"),
+    "pending remapping": ({"remap_pending": 1}, "fail", f"n1: {GPU_1}: row remapping pending: yes, expected no; drain"),
+    "failed remapping": ({"remap_failed": 1}, "fail", f"n1: {GPU_1}: row remapping failed: yes, expected no; the GPU must"),
     "power brake": ({"reasons": 0x80 | 0x4}, "fail", "slowdown: software power cap, hardware power brake, expected"),
     "hardware slowdown": ({"reasons": HARDWARE_SLOWDOWN}, "fail", "hardware slowdown, expected none by heat or hardware; check"),
-    "narrow PCIe": ({"width": 8}, "fail", "n1: GPU 1: PCIe width: x8, expected x16; let the admins reseat"),
-    "slow PCIe under load": ({"pcie": 1}, "fail", "n1: GPU 1: PCIe generation: 1, expected "),
+    "narrow PCIe": ({"width": 8}, "fail", f"n1: {GPU_1}: PCIe width: x8, expected x16; let the admins reseat"),
+    "slow PCIe under load": ({"pcie": 1}, "fail", f"n1: {GPU_1}: PCIe generation: 1, expected "),
     "NVLink down": ({"nvlink3": 0}, "fail", " active, not active: 3, expected "),
     "foreign process": ({"process": 4321}, "fail", "of other jobs: process 4321 (python1, 512 MiB), expected none"),
-    "corrected ECC errors": ({"corrected": 7}, "warn", "n1: GPU 1: corrected ECC errors: 7, expected 0"),
-    "old ECC errors": ({"uncorrected_ever": 1}, "warn", "n1: GPU 1: uncorrectable ECC errors in the GPU's life: 1"),
-    "ECC off": ({"ecc": 0}, "warn", "n1: GPU 1: ECC: off, expected on"),
+    "corrected ECC errors": ({"corrected": 7}, "warn", f"n1: {GPU_1}: corrected ECC errors: 7, expected 0"),
+    "old ECC errors": ({"uncorrected_ever": 1}, "warn", f"n1: {GPU_1}: uncorrectable ECC errors in the GPU's life: 1"),
+    "ECC off": ({"ecc": 0}, "warn", f"n1: {GPU_1}: ECC: off, expected on"),
     "hot": ({"reasons": THERMAL_SLOWDOWN}, "warn", "slowdown: software thermal slowdown"),
-    "low power limit": ({"power_mw": 200_000}, "warn", "n1: GPU 1: power limit: 200 W, expected "),
+    "low power limit": ({"power_mw": 200_000}, "warn", f"n1: {GPU_1}: power limit: 200 W, expected "),
     "no persistence": ({"persistence": 0}, "warn", "persistence mode: off, expected on"),
+    "locked clock": ({"clock": 1000, "reasons": 0}, "warn", f"n1: {GPU_1}: SM clock: 1000 MHz, expected >= 80% of the maximum"),
     "MIG": ({"mig": 1}, "warn", "MIG: on, expected off"),
     "NVLink errors": ({"replays5": 12}, "warn", "NVLink errors: 12 on link 5, expected 0"),
 }  # fmt: skip
@@ -73,7 +78,7 @@ def test_degraded_gpu_is_named(library: Path, model: str, change: dict[str, Any]
     reading = read(library, [healthy_gpu(model, 0), {**healthy_gpu(model, 1), **change}])
     rows = nvidia_rows({"n1": reading})
     bad = [row for row in rows if row["result"] != "ok"]
-    assert [(row["component"], row["result"]) for row in bad] == [("GPU 1", result)], bad
+    assert [(row["component"], row["result"]) for row in bad] == [(GPU_1, result)], bad
     lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
     assert len(lines) == 1 and message in lines[0], lines
 
@@ -85,7 +90,7 @@ def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(libra
     rows = nvidia_rows({"n1": read(library, [gpu])})
     unknown = {row["check"]: row["value"] for row in rows if row["result"] == "unknown"}
     assert unknown == dict.fromkeys(
-        ("corrected ECC errors", "row remapping pending", "row remapping failed", "slowdown", "NVLinks"),
+        ("corrected ECC errors", "row remapping pending", "row remapping failed", "slowdown", "SM clock", "NVLinks"),
         "not available: Not Supported",
     )
     assert problem_lines(rows) == warning_lines(rows) == []
@@ -95,7 +100,23 @@ def test_idle_gpu_may_have_a_slow_link_but_no_narrow_one(library: Path):
     reading = read(library, [{**healthy_gpu("H200", 0), "pcie": 1}])
     idle = GpuReading([gpu.__class__(**{**vars(gpu), "is_loaded": False}) for gpu in reading.gpus])
     rows = nvidia_rows({"n1": idle})
-    assert [(row["check"], row["result"]) for row in rows if row["result"] != "ok"] == [("PCIe generation", "unknown")]
+    assert [(row["check"], row["result"]) for row in rows if row["result"] != "ok"] == [
+        ("SM clock", "unknown"),
+        ("PCIe generation", "unknown"),
+    ]
+
+
+def test_clock_is_low_only_where_nothing_slows_the_gpu_down(library: Path):
+    """1,584 MHz is 80 % of an H200's 1,980 MHz. A GPU at its power limit may be slower."""
+    gpus = [{**healthy_gpu("H200", index), "clock": clock, "reasons": reasons}
+            for index, (clock, reasons) in enumerate([(1584, 0), (1583, 0), (1200, 0x4)])]  # fmt: skip
+    rows = [row for row in nvidia_rows({"n1": read(library, gpus)}) if row["check"] == "SM clock"]
+    assert [(row["value"], row["result"]) for row in rows] == [
+        ("1584 MHz", "ok"),
+        ("1583 MHz", "warn"),
+        ("1200 MHz", "ok"),
+    ]
+    assert rows[1]["remedy"] == "let the admins reset it: nvidia-smi -rgc, and -rac"
 
 
 def test_links_are_compared_with_gpus_of_the_same_name_on_other_nodes(library: Path):
@@ -105,7 +126,7 @@ def test_links_are_compared_with_gpus_of_the_same_name_on_other_nodes(library: P
     good, bad = read(library, [card]), read(library, [dead])
     assert problem_lines(nvidia_rows({"n1": bad})) == [], "cards without a bridge have no active link"
     assert problem_lines(nvidia_rows({"n1": good, "n2": bad}))[0].startswith(
-        "n2: GPU 0: NVLinks: 0 active, not active: 0, 1,"
+        "n2: GPU 0 (PCI 0000:1b:00.0): NVLinks: 0 active, not active: 0, 1,"
     )
 
 
@@ -129,6 +150,20 @@ def test_processes_are_those_before_the_check_used_the_gpus(library: Path):
     before = read(library, [healthy_gpu("H100", 0)])
     now = read(library, [{**healthy_gpu("H100", 0), "process": 99}])
     assert with_processes_of(before, now).gpus[0].processes == []
+
+
+def test_processes_that_are_left_are_those_of_before(library: Path):
+    """The memory of an ending process changes; a process that starts later is this one, which has opened the GPU."""
+    before, now = (
+        read(library, [{**healthy_gpu("H100", 0), **change}]) for change in ({"process": 99}, {"process": 99})
+    )
+    fewer = replace(
+        now, gpus=[replace(now.gpus[0], processes=["process 99 (python1, 1 MiB)", "process 7 (me, 9 MiB)"])]
+    )
+    assert with_processes_left(before, fewer).gpus[0].processes == ["process 99 (python1, 1 MiB)"]
+    none = replace(now, gpus=[replace(now.gpus[0], processes=None)])
+    assert with_processes_left(before, none).gpus[0].processes is None
+    assert with_processes_left(none, fewer).gpus[0].processes == []
 
 
 def test_lost_gpu_is_named_and_the_others_are_read(library: Path):

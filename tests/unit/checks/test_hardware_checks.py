@@ -10,7 +10,9 @@ import pytest
 from longhaul.artifacts.check_rows import CheckRow
 from longhaul.checks.amd_gpu_errors import AmdGpuErrors
 from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
+from longhaul.checks.gpu_checks import kernel_log_rows
 from longhaul.checks.gpu_facts import GpuReading
+from longhaul.checks.gpu_names import gpu_name
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.kernel_log import KernelError, KernelLog
@@ -44,7 +46,8 @@ def test_healthy_nodes_have_only_rows_that_are_ok(capsys: pytest.CaptureFixture[
     assert bad(rows) == [] and len(rows) > 50
     assert problem_lines(rows) == warning_lines(rows) == []
     ecc = next(row for row in rows if row["check"] == "uncorrectable ECC errors" and row["node"] == "n3")
-    assert ecc["component"] == ", ".join(f"GPU {index}" for index in range(8)) and ecc["expected"] == "0"
+    names = (gpu_name(index, gpu(index).pci_address) for index in range(8))
+    assert ecc["component"] == ", ".join(names) and ecc["expected"] == "0"
     print_checks(rows)
     assert capsys.readouterr().out == f"hardware checks: {len(rows)} ok, 0 warn, 0 fail, 0 unknown\n"
 
@@ -53,17 +56,17 @@ XID = KernelError("Xid", 79, "0000:3b:00", 2, "GPU has fallen off the bus.")
 FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
     "GPU off the bus": (
         hardware(kernel_log=KernelLog([XID])), "fail",
-        "n4: GPU 2 (PCI 0000:3b:00): kernel log: Xid 79, 2 times, the GPU has fallen off the bus: GPU has fallen off"),
+        "n4: GPU 2 (PCI 0000:3b:00.0): kernel log: Xid 79, 2 times, the GPU has fallen off the bus: GPU has fallen off"),
     "error of the application": (
         hardware(kernel_log=KernelLog([KernelError("Xid", 31, "0000:3b:00", 1, "MMU Fault")])), "warn",
-        "n4: GPU 2 (PCI 0000:3b:00): kernel log: Xid 31, 1 times: MMU Fault, expected no Xid or SXid errors"),
+        "n4: GPU 2 (PCI 0000:3b:00.0): kernel log: Xid 31, 1 times: MMU Fault, expected no Xid or SXid errors"),
     "row that is already remapped": (
         hardware(kernel_log=KernelLog([KernelError("Xid", 63, "0000:3b:00", 1, "Row Remapper")])), "warn",
-        "n4: GPU 2 (PCI 0000:3b:00): kernel log: Xid 63"),
-    "row that waits for a reset": (
-        hardware(gpus=GpuReading([gpu(0)]),
-                 kernel_log=KernelLog([KernelError("Xid", 63, "0000:99:00", 1, "Row Remapper")])), "fail",
-        "n4: PCI 0000:99:00: kernel log: Xid 63, 1 times, a memory row is marked for remapping"),
+        "n4: GPU 2 (PCI 0000:3b:00.0): kernel log: Xid 63"),
+    "error of another job's GPU": (
+        hardware(gpus=GpuReading([gpu(0)]), kernel_log=KernelLog([KernelError("Xid", 79, "0000:99:00", 1, "off the bus")])),
+        "warn", "n4: PCI 0000:99:00.0: kernel log: Xid 79, 1 times, the GPU has fallen off the bus: off the bus, expected no "
+        "Xid or SXid errors; tell the admins; this job does not use the GPU"),
     "switch": (
         hardware(kernel_log=KernelLog([KernelError("SXid", 20034, "0000:05:00.0", 1, "Fatal, Link 32 LTSSM Fault Up")])),
         "fail", "n4: PCI 0000:05:00.0: kernel log: SXid 20034, 1 times: Fatal, Link 32"),
@@ -120,6 +123,20 @@ def test_fault_is_named_once_with_its_component(facts: HardwareFacts, result: st
     assert [(row["node"], row["result"]) for row in found] == [("n4", result)], found
     lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
     assert len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.parametrize("reading", [GpuReading([], "no NVML"), GpuReading([gpu(0)], lost={1: "GPU is lost"})])
+def test_error_of_a_gpu_that_does_not_answer_fails(reading: GpuReading):
+    """It may be the job's own."""
+    (row,) = kernel_log_rows("n4", KernelLog([KernelError("Xid", 79, "0000:99:00", 1, "off the bus")]), reading)
+    assert (row["component"], row["result"]) == ("PCI 0000:99:00.0", "fail")
+
+
+def test_row_that_waits_for_a_reset_fails():
+    reading = GpuReading([gpu(0, remapping_pending=True)])
+    (row,) = kernel_log_rows("n4", KernelLog([KernelError("Xid", 63, "0000:1b:00", 1, "Row Remapper")]), reading)
+    assert row["result"] == "fail" and row["component"] == "GPU 0 (PCI 0000:1b:00.0)"
+    assert row["value"] == "Xid 63, 1 times, a memory row is marked for remapping: Row Remapper"
 
 
 UNKNOWN: dict[str, tuple[HardwareFacts, str]] = {

@@ -1,4 +1,4 @@
-"""Wrong results fail on a single device too; a run folder with other bytes fails; an unusable disk or baseline is unknown."""
+"""Wrong results fail on a single device too, as do other bytes and a full disk; what cannot be measured is unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from longhaul.checks.rate_checks import RateLimits
 from longhaul.config.node_minimums import NodeMinimums
 
 GPU = BurnIn(9, 0, 640.0, 2900.0, 55.0, 54.0)
-NODE = NodeMeasurements([GPU] * 2, 400.0, DiskSpeed(3.0, 6.0), SafeWrite(0.2))
+NODE = NodeMeasurements(
+    [replace(GPU, name=f"GPU {index}") for index in range(2)], 400.0, DiskSpeed(3.0, 6.0), SafeWrite(0.2)
+)
 RUN_FOLDER = "write, fsync, rename, read in the run folder"
 
 
@@ -31,16 +33,24 @@ def test_healthy_node_has_no_findings():
 
 
 def test_wrong_result_fails_and_comes_first():
-    found = rows(devices=[GPU, replace(GPU, wrong_rows=3, matrix_tflops=1.0)])
+    found = rows(devices=[GPU, replace(GPU, name="GPU 5 (PCI 0000:3b:00.0)", wrong_rows=3, matrix_tflops=1.0)])
     assert problem_lines(found)[0] == (
-        "n1: GPU 1: products with a known result: 3 wrong rows in 9 products, expected 0 wrong rows; never train on it: exclude "
-        "the node, and let the admins replace the device"
+        "n1: GPU 5 (PCI 0000:3b:00.0): products with a known result: 3 wrong rows in 9 products, expected 0 wrong rows; never "
+        "train on it: exclude the node, and let the admins replace the device"
     )
-    assert bad(rows("", devices=[replace(GPU, wrong_rows=1)])) == [("CPU", "products with a known result", "fail")]
+    assert bad(rows("", devices=[replace(GPU, wrong_rows=1, name="CPU")])) == [
+        ("CPU", "products with a known result", "fail")
+    ]
 
 
-def test_disk_that_cannot_be_measured_is_unknown():
-    assert bad(rows(local_disk=DiskSpeed(0.0, 0.0, "No space left on device"))) == [("", "local disk", "unknown")]
+def test_disk_that_cannot_be_measured_is_unknown_and_a_full_one_fails():
+    assert bad(rows(local_disk=DiskSpeed(0.0, 0.0, "Invalid argument"))) == [("", "local disk", "unknown")]
+    found = rows(local_disk=DiskSpeed(0.0, 0.0, "No space left on device", is_full=True))
+    assert bad(found) == [("", "local disk", "fail")]
+    assert problem_lines(found) == [
+        "n1: local disk: No space left on device, expected direct writes to storage.scratch; remove files from storage.scratch "
+        "on this node, or exclude the node"
+    ]
 
 
 def test_other_bytes_in_the_run_folder_fail():

@@ -58,14 +58,24 @@ def burn_in(devices: Sequence[torch.device], seconds: float, size: int, copy_byt
 
 
 def read_while_busy(devices: Sequence[torch.device], size: int, read: Callable[[], T]) -> T:
-    """Return what `read` returns while the devices multiply matrices."""
+    """Return what `read` returns while the devices multiply matrices. The first products only raise the clocks."""
     loads = [_Load(device, size) for device in devices]
+    _start_all(loads)
+    _wait_for_all(loads)
+    _start_all(loads)
+    found = read()
+    _wait_for_all(loads)
+    return found
+
+
+def _start_all(loads: Sequence[_Load]) -> None:
     for load in loads:
         load.start(_BUSY_PRODUCTS)
-    found = read()
+
+
+def _wait_for_all(loads: Sequence[_Load]) -> None:
     for load in loads:
         synchronize(load.device)
-    return found
 
 
 def _load_for_a_second(loads: Sequence[_Load], end: float) -> None:

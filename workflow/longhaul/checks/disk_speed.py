@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import time
@@ -32,7 +33,7 @@ def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
             read, _ = _rate(path, os.O_RDONLY, lambda handle: os.readv(handle, [block]), written, limit_s)
         return DiskSpeed(write, read)
     except OSError as error:
-        return DiskSpeed(0.0, 0.0, error.strerror or str(error))
+        return DiskSpeed(0.0, 0.0, error.strerror or str(error), error.errno in (errno.ENOSPC, errno.EDQUOT))
     finally:
         with suppress(OSError):
             path.unlink()

@@ -1,5 +1,5 @@
-"""Decides which states of GPUs fail a node, and which only warn: ECC errors, slowdowns, NVLinks, PCIe links, other processes,
-each Xid number; ECC errors of AMD GPUs.
+"""Decides which states of GPUs fail a node, and which only warn: ECC errors, slowdowns, clocks, NVLinks, PCIe links, other
+processes, errors in the kernel log; ECC errors of AMD GPUs.
 
 Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
 """
@@ -12,23 +12,16 @@ from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.amd_gpu_errors import AmdGpuErrors
 from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
+from longhaul.checks.gpu_names import gpu_name, short_address
 from longhaul.checks.kernel_log import KernelError, KernelLog
+from longhaul.checks.xid_errors import ROW_REMAPPED, xid_failure
 from longhaul.config.gpu_datasheets import datasheet
 
 _WATCH = "watch whether the number grows"
 _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
-XID_FAILURES = {
-    48: "memory error that ECC could not correct",
-    63: "a memory row is marked for remapping",
-    64: "a memory row could not be remapped",
-    74: "NVLink error",
-    79: "the GPU has fallen off the bus",
-    94: "contained memory error",
-    95: "uncontained memory error",
-}
-"""Xid errors of a GPU that must not train before a reset or a repair (docs.nvidia.com/deploy/xid-errors, Xid catalog)."""
-_ROW_REMAPPED = 63
+_LEAST_CLOCK_SHARE = 0.8
+_NO_KERNEL_ERRORS = "no Xid or SXid errors"
 _MISMATCH = "mismatch"
 """Word in NVML's message about a library of another version than the kernel module: no program can then use the GPUs."""
 
@@ -80,9 +73,9 @@ def nvidia_rows(readings: Mapping[str, GpuReading], min_nvlinks: int | None = No
         for index, reason in reading.lost.items():
             rows.append(Component(node, f"GPU {index}").row("NVML", reason, "an answer", "fail", _REPLACE))
         for gpu in reading.gpus:
-            component = Component(node, f"GPU {gpu.index}")
+            component = Component(node, gpu_name(gpu.index, gpu.pci_address))
             rows += component.judged(_GPU_CHECKS, gpu)
-            rows += [*_power_rows(component, gpu), *_pcie_rows(component, gpu)]
+            rows += [*_power_rows(component, gpu), _clock_row(component, gpu), *_pcie_rows(component, gpu)]
             rows += _nvlink_rows(component, gpu, expected[gpu.name] if min_nvlinks is None else min_nvlinks)
     return rows
 
@@ -105,6 +98,22 @@ def _power_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
         return
     result: Result = "warn" if limit < default else "ok"
     yield component.row("power limit", f"{limit:.0f} W", f"{default:.0f} W", result, "raise it: nvidia-smi -pl")
+
+
+def _clock_row(component: Component, gpu: GpuFacts) -> CheckRow:
+    """Judge the clock under load. Where nothing slows a GPU down, a low clock was set by hand (nvidia-smi -lgc or -ac)."""
+    check, clock, maximum = "SM clock", gpu.sm_clock_mhz, gpu.sm_clock_max_mhz
+    expected = f">= {_LEAST_CLOCK_SHARE:.0%} of the maximum"
+    if clock is None or maximum is None or gpu.slowdowns is None:
+        facts = ("sm_clock_mhz", "sm_clock_max_mhz", "slowdowns")
+        reason = next((gpu.unavailable[fact] for fact in facts if fact in gpu.unavailable), "NVML has no value")
+        return component.unknown(check, reason, expected)
+    if not gpu.is_loaded:
+        return component.unknown(check, f"the GPU is idle, at {clock} MHz", expected)
+    is_low = clock < _LEAST_CLOCK_SHARE * maximum and not gpu.slowdowns
+    remedy = "let the admins reset it: nvidia-smi -rgc, and -rac"
+    value, expected = f"{clock} MHz", f"{expected}, {maximum} MHz"
+    return component.row(check, value, expected, "warn" if is_low else "ok", remedy)
 
 
 def _pcie_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
@@ -174,31 +183,34 @@ def _block_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} in {block}" for block, count in counts.items()) or "0"
 
 
-def kernel_log_rows(node: str, log: KernelLog, gpus: Sequence[GpuFacts]) -> list[CheckRow]:
-    """Return a row per Xid and SXid error of a node, or one row if there is none."""
-    expected = "no Xid or SXid errors"
+def kernel_log_rows(node: str, log: KernelLog, reading: GpuReading) -> list[CheckRow]:
+    """Return a row per Xid and SXid error of a node, or one row if there is none. reading: the GPUs of the job."""
     if log.unreadable:
         remedy = "let the admins allow it: sysctl kernel.dmesg_restrict=0, or the group systemd-journal"
-        return [Component(node).unknown("kernel log", log.unreadable, expected, remedy)]
+        return [Component(node).unknown("kernel log", log.unreadable, _NO_KERNEL_ERRORS, remedy)]
     if not log.errors:
-        return [Component(node).row("kernel log", expected, expected)]
-    return [_kernel_error_row(node, error, gpus) for error in log.errors]
+        return [Component(node).row("kernel log", _NO_KERNEL_ERRORS, _NO_KERNEL_ERRORS)]
+    return [_kernel_error_row(node, error, reading) for error in log.errors]
 
 
-def _kernel_error_row(node: str, error: KernelError, gpus: Sequence[GpuFacts]) -> CheckRow:
-    gpu = next((gpu for gpu in gpus if _same_device(gpu.pci_address, error.device)), None)
-    name = f"GPU {gpu.index} (PCI {error.device})" if gpu else f"PCI {error.device}"
-    meaning = XID_FAILURES.get(error.number) if error.kind == "Xid" else None
+def _kernel_error_row(node: str, error: KernelError, reading: GpuReading) -> CheckRow:
+    address = short_address(error.device)
+    gpu = next((gpu for gpu in reading.gpus if short_address(gpu.pci_address) == address), None)
+    component = Component(node, gpu_name(gpu.index, gpu.pci_address) if gpu else f"PCI {address}")
+    meaning = xid_failure(error.number, error.text) if error.kind == "Xid" else ""
     value = (
-        f"{error.kind} {error.number}, {error.count} times" + (f", {meaning}" if meaning else "") + f": {error.text}"
+        ", ".join(filter(None, (f"{error.kind} {error.number}", f"{error.count} times", meaning))) + f": {error.text}"
     )
-    is_remapped = error.number == _ROW_REMAPPED and gpu is not None and gpu.remapping_pending is False
+    if _is_of_another_job(error, gpu, reading):
+        return component.row(
+            "kernel log", value, _NO_KERNEL_ERRORS, "warn", "tell the admins; this job does not use the GPU"
+        )
+    is_remapped = error.number == ROW_REMAPPED and gpu is not None and gpu.remapping_pending is False
     failed = (bool(meaning) and not is_remapped) or (error.kind == "SXid" and error.text.lower().startswith("fatal"))
     remedy = f"{_REPLACE}; the entry goes with a restart of the node" if failed else "watch whether it happens again"
-    return Component(node, name).row("kernel log", value, "no Xid or SXid errors", "fail" if failed else "warn", remedy)
+    return component.row("kernel log", value, _NO_KERNEL_ERRORS, "fail" if failed else "warn", remedy)
 
 
-def _same_device(pci_address: str, logged: str) -> bool:
-    """Return whether NVML's 00000000:3B:00.0 is the log's 0000:3b:00, which may end in the function, .0."""
-    domain, _, rest = pci_address.lower().partition(":")
-    return f"{domain[-4:]}:{rest}".partition(".")[0] == logged.partition(".")[0]
+def _is_of_another_job(error: KernelError, gpu: GpuFacts | None, reading: GpuReading) -> bool:
+    """Return whether a GPU's error is of none of the job's GPUs. A GPU that does not answer may be the job's own."""
+    return error.kind == "Xid" and gpu is None and bool(reading.gpus) and not reading.lost

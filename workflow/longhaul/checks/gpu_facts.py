@@ -87,7 +87,7 @@ def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReadin
     except pynvml.NVMLError as error:
         return GpuReading([], f"NVML: {error}")
     try:
-        return _chosen(_read_all(pynvml, is_loaded), uuids)
+        return chosen_gpus(_read_all(pynvml, is_loaded), uuids)
     finally:
         pynvml.nvmlShutdown()
 
@@ -102,12 +102,32 @@ def _read_all(pynvml: Any, is_loaded: bool) -> GpuReading:
     return GpuReading(found, lost=lost)
 
 
-def _chosen(reading: GpuReading, uuids: Collection[str]) -> GpuReading:
-    """Return the reading of the GPUs with these UUIDs. torch writes a UUID without NVML's `GPU-`."""
+def chosen_gpus(reading: GpuReading, uuids: Collection[str]) -> GpuReading:
+    """Return the reading of the GPUs with these UUIDs; of all GPUs if none has one of them.
+
+    torch writes a UUID without NVML's `GPU-`.
+    """
     words = {uuid.removeprefix("GPU-") for uuid in uuids}
     return replace(
         reading, gpus=[gpu for gpu in reading.gpus if gpu.uuid.removeprefix("GPU-") in words] or reading.gpus
     )
+
+
+def with_processes_left(earlier: GpuReading, now: GpuReading) -> GpuReading:
+    """Return `now` with those processes alone that an earlier reading had, too: not this process, which has opened the GPUs."""
+    before = {gpu.uuid: {_process_number(text) for text in gpu.processes or ()} for gpu in earlier.gpus}
+    return replace(now, gpus=[_with_processes(gpu, before.get(gpu.uuid, set())) for gpu in now.gpus])
+
+
+def _with_processes(gpu: GpuFacts, kept: Collection[str]) -> GpuFacts:
+    if gpu.processes is None:
+        return gpu
+    return replace(gpu, processes=[text for text in gpu.processes if _process_number(text) in kept])
+
+
+def _process_number(text: str) -> str:
+    """Return `process 7` of a text of _process_text; the memory in it changes while the process ends."""
+    return text.partition(" (")[0]
 
 
 def with_processes_of(earlier: GpuReading, now: GpuReading) -> GpuReading:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class BurnIn:
-    """Results of one device under load. wrong_rows: of `verified` products with a known result; rates in TFLOP/s and GB/s."""
+    """Results of one device under load. Rates are in TFLOP/s and GB/s.
+
+    wrong_rows: of `verified` products with a known result
+    name:       of the device in tables
+    """
 
     verified: int
     wrong_rows: int
@@ -15,15 +20,21 @@ class BurnIn:
     device_copy_gb_per_s: float
     host_to_device_gb_per_s: float
     device_to_host_gb_per_s: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """Rates in GB/s. error: why they could not be measured; the rates are 0 then."""
+    """Rates in GB/s.
+
+    error:   why they could not be measured; the rates are 0 then
+    is_full: the disk, or the user's quota on it, has no space left
+    """
 
     write_gb_per_s: float
     read_gb_per_s: float
     error: str = ""
+    is_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,11 @@ class NodeMeasurements:
     memory_gb_per_s: float
     local_disk: DiskSpeed
     run_folder: SafeWrite
+
+    def with_names(self, names: Sequence[str]) -> NodeMeasurements:
+        """Return these measurements with a name for each device."""
+        named = [replace(device, name=name) for device, name in zip(self.devices, names, strict=True)]
+        return replace(self, devices=named)
 
     @property
     def disk_write_gb_per_s(self) -> float | None:

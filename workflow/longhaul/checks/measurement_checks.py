@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component
-from longhaul.checks.measured_rates import BurnIn, NodeMeasurements
+from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements
 from longhaul.checks.rate_checks import RateLimits, rate_rows
 
 EXACT_PRODUCTS = "products with a known result"
@@ -15,17 +15,12 @@ EXACT_PRODUCTS = "products with a known result"
 def measurement_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> list[CheckRow]:
     """Return the rows of all nodes that measured something, wrong results first."""
     rows = [
-        _exact_row(Component(node, f"GPU {index}" if limits.gpu_name else "CPU"), device)
-        for node, found in measured.items()
-        for index, device in enumerate(found.devices)
+        _exact_row(Component(node, device.name), device) for node, found in measured.items() for device in found.devices
     ]
     rows += _baseline_rows(limits)
     rows += rate_rows(measured, limits)
     for node, found in measured.items():
-        if found.local_disk.error:
-            rows.append(
-                Component(node).unknown("local disk", found.local_disk.error, "direct writes to storage.scratch")
-            )
+        rows += _local_disk_rows(Component(node), found.local_disk)
         rows.append(_run_folder_row(Component(node), found))
     return rows
 
@@ -43,6 +38,15 @@ def _exact_row(component: Component, device: BurnIn) -> CheckRow:
     remedy = "never train on it: exclude the node, and let the admins replace the device"
     result: Result = "fail" if device.wrong_rows else "ok"
     return component.row(EXACT_PRODUCTS, value, "0 wrong rows", result, remedy)
+
+
+def _local_disk_rows(component: Component, disk: DiskSpeed) -> list[CheckRow]:
+    """Return a row if the disk could not be measured. A full one fails: compiled ops and optimizer states are written there."""
+    check, expected = "local disk", "direct writes to storage.scratch"
+    if disk.is_full:
+        remedy = "remove files from storage.scratch on this node, or exclude the node"
+        return [component.row(check, disk.error, expected, "fail", remedy)]
+    return [component.unknown(check, disk.error, expected)] if disk.error else []
 
 
 def _run_folder_row(component: Component, found: NodeMeasurements) -> CheckRow:

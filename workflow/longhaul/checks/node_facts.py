@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from longhaul.artifacts.atomic_files import free_bytes
-from longhaul.checks.gpu_facts import GpuReading, read_gpus, with_processes_of
+from longhaul.checks.gpu_facts import GpuReading, chosen_gpus, read_gpus, with_processes_left, with_processes_of
+from longhaul.checks.gpu_names import names_of_torch_gpus
 from longhaul.checks.hardware_facts import read_hardware
 from longhaul.checks.process_limits import lockable_bytes
 from longhaul.checks.sysfs_files import read_text
@@ -43,9 +44,10 @@ PROBE_BYTES = 4096
 def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
     """Return the facts of this node."""
     folder = Path(job.folder)
-    idle = _released_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
-    found = gpus(job.measures_speed)
-    measured, now = _measure(job, [gpu["uuid"] for gpu in found])
+    earlier = read_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
+    found = gpus()
+    idle = _released_gpus(earlier, [gpu["uuid"] for gpu in found])
+    measured, now = _measure(job, found)
     return {
         "host": host,
         "kernel": platform.release(),
@@ -62,24 +64,34 @@ def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
     }
 
 
-def _released_gpus() -> GpuReading:
-    """Return the state of the GPUs. Processes of a killed attempt get some seconds to release them."""
+def _released_gpus(earlier: GpuReading, uuids: Sequence[str]) -> GpuReading:
+    """Return the state of the job's GPUs. Processes of a killed attempt get some seconds to release them.
+
+    earlier: the state of all GPUs before this process opened them
+    """
     deadline = time.monotonic() + _RELEASE_S
-    reading = read_gpus()
+    reading = chosen_gpus(earlier, uuids)
     while any(gpu.processes for gpu in reading.gpus) and time.monotonic() < deadline:
         time.sleep(1)
-        reading = read_gpus()
+        reading = with_processes_left(reading, read_gpus(uuids))
     return reading
 
 
-def _measure(job: EnvironmentSpec, uuids: Sequence[str]) -> tuple[NodeMeasurements | None, GpuReading]:
-    """Return the measurements, if the job asks for them, and the state of its GPUs; under load, if they are measured."""
+def _measure(job: EnvironmentSpec, found: list[dict[str, Any]]) -> tuple[NodeMeasurements | None, GpuReading]:
+    """Return the measurements, if the job asks for them, and the state of its GPUs; under load, if they are measured.
+
+    found: facts of the GPUs, which get their rate of matrix products
+    """
+    uuids = [gpu["uuid"] for gpu in found]
     if not job.measures_speed:
         return None, read_gpus(uuids)
-    from longhaul.checks.node_measurements import measure_node, read_under_load
+    from longhaul.checks.node_measurements import matrix_rates, measure_node, read_under_load
 
+    for gpu, rate in zip(found, matrix_rates(), strict=True):
+        gpu["matrix_tflops"] = rate
     measured = measure_node(Path(job.folder), job.scratch, job.checks.burn_in_s)
-    return measured, read_under_load(lambda: read_gpus(uuids, is_loaded=bool(uuids)))
+    reading = read_under_load(lambda: read_gpus(uuids, is_loaded=bool(uuids)))
+    return measured.with_names(names_of_torch_gpus(found, reading)), reading
 
 
 def versions() -> dict[str, str | None]:
@@ -105,27 +117,31 @@ def torch_build(cuda: str | None, hip: str | None) -> str:
     return build_name(cuda, ".".join(hip.split(".")[:2]) if hip else None)
 
 
-def gpus(measures: bool = False) -> list[dict[str, Any]]:
-    """Return name, UUID and memory of every GPU that this job may use; with `measures`, its rate of matrix products, too."""
+def gpus() -> list[dict[str, Any]]:
+    """Return name, UUID, PCI address and memory of every GPU that this job may use."""
     import torch
 
     if not torch.cuda.is_available():
         return []
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    facts: list[dict[str, Any]] = [
+    return [
         {
             "name": gpu.name,
-            "uuid": str(getattr(gpu, "uuid", "")),
+            "uuid": str(getattr(gpu, "uuid", "")),  # not in each ROCm build
+            "pci_address": _pci_address(gpu),
             "memory_bytes": gpu.total_memory,
-        }  # not in each ROCm build
+        }
         for gpu in found
     ]
-    if measures:
-        from longhaul.checks.matrix_products import matrix_tflops
 
-        for index, gpu in enumerate(facts):
-            gpu["matrix_tflops"] = round(matrix_tflops(torch.device("cuda", index)), 1)
-    return facts
+
+def _pci_address(properties: Any) -> str:
+    """Return the address as sysfs writes it. torch's stubs do not name these properties, but torch/numa/binding.py uses them."""
+    numbers = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in numbers:
+        return ""
+    domain, bus, device = numbers
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
 def compiler() -> str | None:

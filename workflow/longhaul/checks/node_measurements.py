@@ -12,6 +12,7 @@ import torch
 
 from longhaul.checks.burn_in import burn_in, read_while_busy
 from longhaul.checks.disk_speed import direct_speed, safe_write
+from longhaul.checks.matrix_products import matrix_tflops
 from longhaul.checks.measured_rates import NodeMeasurements
 from longhaul.checks.memory_bandwidth import triad_gb_per_s
 
@@ -50,6 +51,11 @@ def measure_node(folder: Path, scratch: str | None, burn_in_s: float) -> NodeMea
         local_disk=direct_speed(Path(scratch or tempfile.gettempdir()), sizes.disk, _DISK_LIMIT_S),
         run_folder=safe_write(folder, sizes.file),
     )
+
+
+def matrix_rates() -> list[float]:
+    """Return the rate of matrix products of each GPU by itself, in TFLOP/s: the reference of a training's efficiency."""
+    return [round(matrix_tflops(device), 1) for device in _gpus()]
 
 
 def read_under_load(read: Callable[[], T]) -> T:

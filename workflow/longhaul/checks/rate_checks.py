@@ -20,7 +20,7 @@ _SLOW_HOST = "let the admins compare memory modules, NUMA settings and PCIe link
 _SLOW_DISK = "let the admins check the disk's health (smartctl) and its free space"
 
 Rates = dict[tuple[str, str], float]
-"""(node, component) -> rate."""
+"""(node, component) -> rate. A GPU's component is its number by torch, which is the same place on nodes of one kind."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,21 @@ def rate_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> I
         for peers in _peers(check, rates_of(check, measured)):
             usual = _usual_limits(check, peers) if limits.gpu_name else []
             for key, rate in peers.items():
-                yield _row(check, key, rate, [*fixed, *usual])
+                yield _row(check, _named(measured, *key), rate, [*fixed, *usual])
+
+
+def _named(measured: Mapping[str, NodeMeasurements], node: str, number: str) -> Component:
+    """Return the component of a rate: a GPU gets the name that other checks have for it."""
+    return Component(node, measured[node].devices[int(number)].name if number else "")
 
 
 def rates_of(check: RateCheck, measured: Mapping[str, NodeMeasurements]) -> Rates:
     """Return the rates of one kind; a node that could not measure it has none."""
     if check.is_of_device:
         return {
-            (node, f"GPU {index}"): getattr(device, check.key)
+            (node, str(number)): getattr(device, check.key)
             for node, found in measured.items()
-            for index, device in enumerate(found.devices)
+            for number, device in enumerate(found.devices)
         }
     rates = {(node, ""): getattr(found, check.key) for node, found in measured.items()}
     return {key: rate for key, rate in rates.items() if rate is not None}
@@ -152,10 +157,10 @@ def _usual_limits(check: RateCheck, peers: Rates) -> list[_Limit]:
     ]
 
 
-def _row(check: RateCheck, key: tuple[str, str], rate: float, limits: list[_Limit]) -> CheckRow:
+def _row(check: RateCheck, component: Component, rate: float, limits: list[_Limit]) -> CheckRow:
     """Return the row with the worst limit that the rate misses; if it misses none, with the highest one."""
     missed = sorted((limit for limit in limits if rate < limit.minimum), key=lambda limit: limit.below)  # fail, warn
     shown = next(iter(missed), max(limits, key=lambda limit: limit.minimum, default=None))
     expected = f">= {shown.minimum:.3g} {check.unit} ({shown.origin})" if shown else "measured only"
     result: Result = missed[0].below if missed else "ok"
-    return Component(*key).row(check.check, f"{rate:.3g} {check.unit}", expected, result, check.remedy)
+    return component.row(check.check, f"{rate:.3g} {check.unit}", expected, result, check.remedy)
