@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.artifacts.line_records import read_records
@@ -20,6 +22,7 @@ from longhaul.artifacts.node_results import NodeResult
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
+from longhaul.checks import node_measurements
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
@@ -223,6 +226,31 @@ def test_gpus_of_a_killed_attempt_get_time_to_be_released(monkeypatch: pytest.Mo
     monkeypatch.setattr(node_module, "read_gpus", lambda uuids: busy)
     started = next(clock)
     assert node_module._released_gpus(before, ["0"]) == busy and next(clock) - started < 20
+
+
+FOUND = [{"uuid": "0", "pci_address": "0000:3b:00.0"}]
+
+
+def test_a_stage_tests_its_own_gpus_for_a_short_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The CPU stands for a GPU. A node without GPUs measures nothing."""
+    sizes = replace(node_measurements._GPU_NODE, matrix=64, copy=4096)
+    monkeypatch.setattr(node_measurements, "_GPU_NODE", sizes)
+    monkeypatch.setattr(node_measurements, "_gpus", lambda: [torch.device("cpu")])
+    monkeypatch.setattr(node_module, "_SHORT_BURN_IN_S", 0.2)
+    measured, _ = node_module._measure(job(tmp_path, build="cuda 13.0"), FOUND)
+    assert measured is not None and [device.name for device in measured.devices] == ["GPU 0 (PCI 0000:3b:00.0)"]
+    assert measured.devices[0].verified >= 1 and measured.devices[0].wrong_rows == 0
+    assert measured.memory_gb_per_s is measured.local_disk is measured.run_folder is None
+    assert node_module._measure(job(tmp_path), [])[0] is None
+
+
+def test_gpu_that_fails_under_load_is_measured_as_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(burn_in_s: float) -> NodeMeasurements:
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    monkeypatch.setattr(node_measurements, "measure_gpus", fail)
+    measured, _ = node_module._measure(job(tmp_path, build="cuda 13.0"), FOUND)
+    assert measured == NodeMeasurements([], error="CUDA error: unspecified launch failure")
 
 
 def test_write_error_states_why_a_folder_cannot_be_written(tmp_path: Path):

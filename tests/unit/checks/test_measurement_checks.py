@@ -53,6 +53,19 @@ def test_disk_that_cannot_be_measured_is_unknown_and_a_full_one_fails():
     ]
 
 
+def test_short_check_has_rows_of_devices_alone():
+    found = rows(memory_gb_per_s=None, local_disk=None, run_folder=None)
+    assert {row["component"] for row in found} == {"GPU 0", "GPU 1"} and bad(found) == []
+
+
+def test_gpu_that_fails_under_load_fails_the_node():
+    found = rows(devices=[], error="CUDA error: unspecified launch failure")
+    assert bad(found) == [("", "burn-in", "fail")]
+    assert problem_lines(found)[0].startswith(
+        "n1: burn-in: CUDA error: unspecified launch failure, expected all GPUs compute; exclude the node"
+    )
+
+
 def test_other_bytes_in_the_run_folder_fail():
     assert bad(rows(run_folder=SafeWrite(0.1, is_corrupt=True))) == [("", RUN_FOLDER, "fail")]
     assert bad(rows(run_folder=SafeWrite(None, error="Read-only file system"))) == [("", RUN_FOLDER, "unknown")]

@@ -48,12 +48,17 @@ class SafeWrite:
 
 @dataclass(frozen=True)
 class NodeMeasurements:
-    """Measurements of one node. devices: in the order of the GPUs, or the CPU alone on a node without GPUs."""
+    """Measurements of one node; None for what a short check leaves out.
+
+    devices: in the order of the GPUs, or the CPU alone on a node without GPUs
+    error:   why the devices could not be measured; there are none then
+    """
 
     devices: list[BurnIn]
-    memory_gb_per_s: float
-    local_disk: DiskSpeed
-    run_folder: SafeWrite
+    memory_gb_per_s: float | None = None
+    local_disk: DiskSpeed | None = None
+    run_folder: SafeWrite | None = None
+    error: str = ""
 
     def with_names(self, names: Sequence[str]) -> NodeMeasurements:
         """Return these measurements with a name for each device."""
@@ -62,8 +67,8 @@ class NodeMeasurements:
 
     @property
     def disk_write_gb_per_s(self) -> float | None:
-        return None if self.local_disk.error else self.local_disk.write_gb_per_s
+        return self.local_disk.write_gb_per_s if self.local_disk and not self.local_disk.error else None
 
     @property
     def disk_read_gb_per_s(self) -> float | None:
-        return None if self.local_disk.error else self.local_disk.read_gb_per_s
+        return self.local_disk.read_gb_per_s if self.local_disk and not self.local_disk.error else None

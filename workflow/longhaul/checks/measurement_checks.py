@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from longhaul.artifacts.check_rows import CheckRow, Result
 from longhaul.checks.check_table import Component
-from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements
+from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.checks.rate_checks import RateLimits, rate_rows
 
 EXACT_PRODUCTS = "products with a known result"
@@ -17,11 +17,12 @@ def measurement_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimit
     rows = [
         _exact_row(Component(node, device.name), device) for node, found in measured.items() for device in found.devices
     ]
+    rows += [_no_burn_in_row(Component(node), found.error) for node, found in measured.items() if found.error]
     rows += _baseline_rows(limits)
     rows += rate_rows(measured, limits)
     for node, found in measured.items():
-        rows += _local_disk_rows(Component(node), found.local_disk)
-        rows.append(_run_folder_row(Component(node), found))
+        rows += _local_disk_rows(Component(node), found.local_disk) if found.local_disk else []
+        rows += [_run_folder_row(Component(node), found.run_folder)] if found.run_folder else []
     return rows
 
 
@@ -40,6 +41,11 @@ def _exact_row(component: Component, device: BurnIn) -> CheckRow:
     return component.row(EXACT_PRODUCTS, value, "0 wrong rows", result, remedy)
 
 
+def _no_burn_in_row(component: Component, error: str) -> CheckRow:
+    remedy = "exclude the node; its kernel log, and nvidia-smi or rocm-smi, show which GPU fails or is in use"
+    return component.row("burn-in", error, "all GPUs compute", "fail", remedy)
+
+
 def _local_disk_rows(component: Component, disk: DiskSpeed) -> list[CheckRow]:
     """Return a row if the disk could not be measured. A full one fails: compiled ops and optimizer states are written there."""
     check, expected = "local disk", "direct writes to storage.scratch"
@@ -49,13 +55,9 @@ def _local_disk_rows(component: Component, disk: DiskSpeed) -> list[CheckRow]:
     return [component.unknown(check, disk.error, expected)] if disk.error else []
 
 
-def _run_folder_row(component: Component, found: NodeMeasurements) -> CheckRow:
+def _run_folder_row(component: Component, write: SafeWrite) -> CheckRow:
     """A write error is a problem of the run folder, which the environment check states; other bytes are one of the node."""
-    check, expected, write = (
-        "write, fsync, rename, read in the run folder",
-        "the bytes that were written",
-        found.run_folder,
-    )
+    check, expected = "write, fsync, rename, read in the run folder", "the bytes that were written"
     if write.is_corrupt:
         remedy = "exclude the node; let the admins check its mount of the file system and its memory"
         return component.row(check, "other bytes", expected, "fail", remedy)

@@ -26,6 +26,7 @@ from longhaul.checks.hardware_facts import read_hardware
 from longhaul.checks.process_limits import lockable_bytes
 from longhaul.checks.sysfs_files import read_text
 from longhaul.config.software_config import build_name
+from longhaul.errors import first_line
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 _RELEASE_S = 15.0
 """The driver may need so long to free the memory of a process that was killed."""
+_SHORT_BURN_IN_S = 3.0
+"""Before each attempt of a training."""
 PROBE_BYTES = 4096
 """One block of a file system. A quota may allow an empty or a tiny file when no block is left."""
 
@@ -78,20 +81,32 @@ def _released_gpus(earlier: GpuReading, uuids: Sequence[str]) -> GpuReading:
 
 
 def _measure(job: EnvironmentSpec, found: list[dict[str, Any]]) -> tuple[NodeMeasurements | None, GpuReading]:
-    """Return the measurements, if the job asks for them, and the state of its GPUs; under load, if they are measured.
+    """Return the measurements, and the state of the job's GPUs under load. A short check measures nothing but GPUs.
 
-    found: facts of the GPUs, which get their rate of matrix products
+    found: facts of the GPUs, which a complete check gives their rate of matrix products
     """
     uuids = [gpu["uuid"] for gpu in found]
-    if not job.measures_speed:
+    if not (found or job.measures_speed):
         return None, read_gpus(uuids)
-    from longhaul.checks.node_measurements import matrix_rates, measure_node, read_under_load
+    from longhaul.checks.measured_rates import NodeMeasurements
+    from longhaul.checks.node_measurements import read_under_load
 
+    try:
+        measured = _measure_speed(job, found)
+        reading = read_under_load(lambda: read_gpus(uuids, is_loaded=bool(uuids)))
+    except RuntimeError as error:  # of a GPU that fails under load, or whose memory another process holds
+        return NodeMeasurements([], error=first_line(error)), read_gpus(uuids)
+    return measured.with_names(names_of_torch_gpus(found, reading)), reading
+
+
+def _measure_speed(job: EnvironmentSpec, found: list[dict[str, Any]]) -> NodeMeasurements:
+    from longhaul.checks.node_measurements import matrix_rates, measure_gpus, measure_node
+
+    if not job.measures_speed:
+        return measure_gpus(min(job.checks.burn_in_s, _SHORT_BURN_IN_S))
     for gpu, rate in zip(found, matrix_rates(), strict=True):
         gpu["matrix_tflops"] = rate
-    measured = measure_node(Path(job.folder), job.scratch, job.checks.burn_in_s)
-    reading = read_under_load(lambda: read_gpus(uuids, is_loaded=bool(uuids)))
-    return measured.with_names(names_of_torch_gpus(found, reading)), reading
+    return measure_node(Path(job.folder), job.scratch, job.checks.burn_in_s)
 
 
 def versions() -> dict[str, str | None]:

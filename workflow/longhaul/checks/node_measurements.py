@@ -53,6 +53,11 @@ def measure_node(folder: Path, scratch: str | None, burn_in_s: float) -> NodeMea
     )
 
 
+def measure_gpus(burn_in_s: float) -> NodeMeasurements:
+    """Keep all GPUs of this node busy for `burn_in_s` seconds, and verify their products: what a start has time for."""
+    return NodeMeasurements(burn_in(_gpus(), burn_in_s, _GPU_NODE.matrix, _GPU_NODE.copy))
+
+
 def matrix_rates() -> list[float]:
     """Return the rate of matrix products of each GPU by itself, in TFLOP/s: the reference of a training's efficiency."""
     return [round(matrix_tflops(device), 1) for device in _gpus()]

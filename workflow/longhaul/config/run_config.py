@@ -53,7 +53,7 @@ class Checks(FrozenModel):
     burn_in_s: Annotated[float, Field(ge=0, le=30)] = Field(
         default=10.0,
         description="Time for which all GPUs of a node multiply matrices at once, in seconds. Then their rates are compared, and "
-        "products with a known result are verified.",
+        "products with a known result are verified. Before each attempt of a training, it is 3 s at most.",
     )
     min_disk_free_gb: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=10.0, description="Minimum free disk space for the run folder, in GB."

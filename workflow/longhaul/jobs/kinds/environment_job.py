@@ -29,7 +29,9 @@ class EnvironmentSpec(JobSpec):
     prebuild_ops: tuple[str, ...]  # DeepSpeed op builders that the stages need, such as "cpu_adam"
     swap_bytes: int  # what a node's ranks offload to its disk below scratch; 0 without offload to NVMe
     locked_bytes: int  # memory that each rank must be able to lock for that
-    measures_speed: bool  # measure GPUs, memory and disks; false on a stage's own nodes, where a start must be quick
+    measures_speed: (
+        bool  # measure GPUs, memory and disks; false on a stage's own nodes, which test their GPUs for 3 s alone
+    )
     minimums: NodeMinimums  # from the site file
     baseline: SiteBaseline | None  # from the file beside the site file
     folder: str  # where free space and write access are tested
