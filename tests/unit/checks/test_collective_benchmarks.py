@@ -1,4 +1,4 @@
-"""Sizes within a time budget, the slowest node, and the bytes that bus bandwidth stands for."""
+"""Sizes within a time budget, and the bytes that bus bandwidth stands for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 
 from longhaul.checks import collective_benchmarks
 from longhaul.checks.collective_benchmarks import COLLECTIVES, Collective, MeasuredGroup, measure, measure_sizes
-from longhaul.checks.fabric import slowest_of_nodes
 from tests.support.ranks import REPOSITORY, rank_environment, worker_command
 
 RANKS = 3
@@ -98,12 +97,3 @@ def test_size_below_the_smallest_shared_message_is_not_measured_twice(monkeypatc
     monkeypatch.setattr(collective_benchmarks, "measure", lambda one, group, size: row(one.name, max(size, 1024)))
     group = MeasuredGroup(0, 256, torch.device("cpu"))
     assert [one["bytes"] for one in measure_sizes(COLLECTIVES[0], group, [8, 512, 4096], 9.0)] == [1024, 4096]
-
-
-def test_slowest_node_counts_for_each_collective_and_size():
-    fast = [row("all_reduce", 8, 10.0, 4.0), row("all_reduce", 64, 20.0, 9.0), row("broadcast", 8, 5.0, 2.0)]
-    slow = [row("all_reduce", 8, 12.0, 3.0), row("broadcast", 8, 5.0, 2.0, correct=False)]
-    assert slowest_of_nodes([fast, fast, slow]) == [  # type: ignore[list-item]
-        row("all_reduce", 8, 12.0, 3.0),
-        row("broadcast", 8, 5.0, 2.0, correct=False),
-    ]
