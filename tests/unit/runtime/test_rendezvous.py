@@ -6,8 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from longhaul.errors import UserError
 from longhaul.runtime import rendezvous
@@ -109,3 +112,27 @@ def test_name_of_rank_0_without_an_address_is_reported_at_once(monkeypatch: pyte
 )
 def test_node_list_is_expanded(nodelist: str, names: list[str]):
     assert parse_node_list(nodelist) == names
+
+
+@pytest.mark.parametrize(
+    ("backend", "fails", "is_destroyed"),
+    [("nccl", False, True), ("nccl", True, False), ("gloo", False, True), ("gloo", True, True)],
+)
+def test_group_of_nccl_is_left_to_torch_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, backend: str, fails: bool, is_destroyed: bool
+):
+    """NCCL waits for messages that never come, so the error would not be reported."""
+    calls: list[str] = []
+    for name in ("export_rank", "_tell_nccl_about_adapters", "_meet"):
+        monkeypatch.setattr(rendezvous, name, lambda *arguments: None)
+    monkeypatch.setattr(rendezvous, "gpu_index", lambda rank: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: calls.append("init"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
+    with (
+        pytest.raises(ValueError, match="broken") if fails else nullcontext(),
+        process_group(Rank(0, 1, 0, 1, "n1"), backend, 30.0),
+    ):
+        if fails:
+            raise ValueError("broken")
+    assert calls == ["init", *(["destroy"] if is_destroyed else [])]

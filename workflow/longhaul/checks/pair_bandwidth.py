@@ -22,6 +22,8 @@ _MOST_BYTES = {"cpu": 2**24, "cuda": 2**26}
 _WINDOWS, _WINDOW_S = 3, 0.04
 """The best of several short windows counts: another process that takes the CPU for a moment spoils one of them."""
 _MESSAGES_PER_WINDOW = 4
+_MOST_WAIT_S = 30.0
+"""Shorter than the time-out of the process group: after that, torch ends the processes of all ranks, and names no pair."""
 
 
 class PairMeter:
@@ -58,7 +60,7 @@ class PairMeter:
         ):
             work.wait()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            _wait_for_gpu(self._device)
 
     def _agree(self, peer: int, size_bytes: int, rounds: int) -> tuple[int, int]:
         """Return the message size and the rounds that the lower rank of the pair has computed."""
@@ -70,6 +72,22 @@ class PairMeter:
 
     def _has_values_of(self, peer: int, size_bytes: int) -> bool:
         return bool((self._incoming[: size_bytes // _FLOAT_BYTES] == peer + 1).all())
+
+
+def _wait_for_gpu(device: torch.device) -> None:
+    """Wait until the GPU's queue is empty.
+
+    Over NCCL, wait() of a message returns at once, and on a broken link torch.cuda.synchronize never returns.
+
+    Raises:
+        RuntimeError: a message did not arrive.
+    """
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    started = time.monotonic()
+    while not done.query():
+        if time.monotonic() - started > _MOST_WAIT_S:
+            raise RuntimeError(f"no message arrived within {_MOST_WAIT_S:g} s")
 
 
 def _window_size(bytes_per_s: float, most_bytes: int) -> tuple[int, int]:

@@ -87,10 +87,14 @@ def process_group(
             f"{rank.host}: rank {rank.rank} cannot open {backend} connections to the other ranks: {first_line(error)}",
             _interface_hint(backend),
         ) from None
+    is_healthy = False
     try:
         yield
+        is_healthy = True
     finally:
-        dist.destroy_process_group()
+        # After an error, NCCL would wait here for messages that never come. At the end of the process, torch aborts them.
+        if is_healthy or backend != "nccl":
+            dist.destroy_process_group()
 
 
 def _tell_nccl_about_adapters(rank: Rank) -> None:
