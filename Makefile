@@ -100,7 +100,7 @@ cluster-down:  ## stop it
 parity: setup  ## every model under every layout against plain PyTorch, about 40 minutes
 	$(BIN)/python -m tests.parity.parity_table
 
-bench-trainer: setup  ## trainer throughput beside bare deepspeed and bare PyTorch
+bench-trainer: setup  ## trainer throughput compared with bare deepspeed and bare PyTorch
 	$(BIN)/python -m bench.trainer
 
 bench-plan: setup  ## time of the demo's dry run
@@ -109,31 +109,31 @@ bench-plan: setup  ## time of the demo's dry run
 bench-status: setup  ## time of `longhaul status` on a run with 1,000 stages, CPU time of the terminal display
 	$(BIN)/python -m bench.status
 
-bench-convert: setup  ## conversion beside zero_to_fp32 with transformers and beside plain copying
+bench-convert: setup  ## conversion compared with zero_to_fp32 with transformers and with plain copying
 	$(BIN)/python -m bench.convert
 
-bench-save: setup  ## a save beside writing the same bytes raw, and how long training waits
+bench-save: setup  ## a save compared with writing the same bytes raw, and how long training waits
 	$(BIN)/python -m bench.save
 
-bench-data: setup .venv-bench/.installed $(if $(MEGATRON),.venv-bench/.megatron)  ## raw text to shards beside datasets map, datatrove and the raw limit; MEGATRON=<checkout of Megatron-LM> adds its preprocess
+bench-data: setup .venv-bench/.installed $(if $(MEGATRON),.venv-bench/.megatron)  ## raw text to shards compared with datasets map, datatrove and the raw limit; MEGATRON=<checkout of Megatron-LM> adds its preprocess
 	$(BIN)/python -m bench.data
 
-bench-gpu: $(if $(findstring command,$(origin PYTHON)),,setup)  ## one GPU: longhaul beside FSDP2, Hugging Face's Trainer and bare DeepSpeed; PYTHON=python3 uses an installed torch; ROWS="dense/ losses/"
+bench-gpu: $(if $(findstring command,$(origin PYTHON)),,setup)  ## one GPU: longhaul compared with FSDP2, Hugging Face's Trainer and bare DeepSpeed; PYTHON=python3 uses an installed torch; ROWS="dense/ losses/"
 	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.gpu_speed $(ROWS)
 
-bench-start: $(if $(findstring command,$(origin PYTHON)),,setup)  ## time from a trainer's start to its first step, by phase, beside bare DeepSpeed; PYTHON=python3 as for bench-gpu
+bench-start: $(if $(findstring command,$(origin PYTHON)),,setup)  ## time from a trainer's start to its first step, by phase, compared with bare DeepSpeed; PYTHON=python3 as for bench-gpu
 	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.start
 
-bench-gpu-2: $(if $(findstring command,$(origin PYTHON)),,setup)  ## two GPUs: ZeRO 1 and ZeRO 3 beside FSDP2, with losses
+bench-gpu-2: $(if $(findstring command,$(origin PYTHON)),,setup)  ## two GPUs: ZeRO 1 and ZeRO 3 compared with FSDP2, with losses
 	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.gpu_speed --two $(ROWS)
 
-bench-memory: setup  ## planned beside measured memory of one GPU (needs torch's CUDA build in .venv)
+bench-memory: setup  ## planned memory of one GPU compared with measured (needs torch's CUDA build in .venv)
 	$(BIN)/python -m bench.gpu_memory
 
 bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
 	$(BIN)/python -m bench.memory_plan
 
-bench-rank-slices: setup  ## DeepSeek-V3 split over 512 ranks on the meta device: what each rank holds, beside the plan
+bench-rank-slices: setup  ## DeepSeek-V3 split over 512 ranks on the meta device: what each rank holds, compared with the plan
 	$(BIN)/python -m bench.rank_slices
 
 bench-read: setup  ## wait for batches at 200,000 tokens/s, opening of a manifest of a billion samples

@@ -1,4 +1,4 @@
-"""Throughput of GPUs: longhaul's trainer beside what a user would pick instead, in one run, with equal weights and tokens.
+"""Throughput of GPUs: longhaul's trainer compared with what a user would pick instead, in one run, with equal weights and tokens.
 
     make bench-gpu                       every row of one GPU: a dense model of 1.2 B parameters, a mixture of experts of 1 B
     make bench-gpu-2                     every row of two GPUs

@@ -1,4 +1,4 @@
-"""Where a GPU's time goes in a step: microseconds for each token, by class of kernel."""
+"""Time of a GPU in a step, by class of kernel, in microseconds for each token."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The files are those of one rank of ZeRO 1: the weights in bf16, and fp32 master weights with two moments. They are written in
 turns: raw, with one thread that hashes and then writes, and as the trainer does. Every time ends when the bytes are on the
-disk. The stall is the time of the snapshot; on a GPU the copies go on beside the training, and `copied` is when they end.
+disk. The stall is the time of the snapshot; on a GPU the copies run during the training, and `copied` is when they end.
 """
 
 from __future__ import annotations

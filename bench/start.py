@@ -1,4 +1,4 @@
-"""Time from the start of a trainer's process to the end of its first step, beside bare DeepSpeed, in one run.
+"""Time from the start of a trainer's process to the end of its first step, compared with bare DeepSpeed, in one run.
 
     make bench-start                  on this machine's first GPU a dense model of 1.2 B parameters, else one of 0.3 B
     make bench-start PYTHON=python3   with an installed torch, without a virtual environment

@@ -1,4 +1,4 @@
-"""Throughput of longhaul's training step beside a bare deepspeed.initialize loop and a bare PyTorch loop.
+"""Throughput of longhaul's training step compared with a bare deepspeed.initialize loop and a bare PyTorch loop.
 
 All three train the demo's pretraining stage in turns, in the same processes: same model, micro batch, accumulation and world
 size. longhaul reads its data, reduces its loss, examines each step and writes its metrics. The bare loops repeat one batch in

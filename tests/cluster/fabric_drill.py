@@ -186,7 +186,7 @@ class DrillResult:
 
 
 class FabricDrill(ClusterChain):
-    """A run of which only the fabric check is started, by hand, on so many nodes of the cluster."""
+    """A run of which only the fabric check is started, by hand, on this number of nodes of the cluster."""
 
     def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int) -> None:
         config = tiny_config(checks={"nodes": nodes, "gpus_per_node": 1, "minutes": 5})

@@ -30,7 +30,7 @@ Layout = tuple[int, int, dict[str, Any]]
 
 STEPS = 6
 PART_OF_A_NODE = {"max_nodes": 4, "node": {"cpus": 2, "memory_mb": 2000}}
-"""Request of a job of one node: a quarter of the node, so that an export runs beside the trainings."""
+"""Request of a job of one node: a quarter of the node, so that an export runs at the same time as the trainings."""
 # model -> stage -> (nodes, ranks per node, keys of the stage). Groups of every axis cross hosts. Two hosts suffice for data and
 # tensor parallelism and for replicas of experts. Four hosts show what two cannot: pipeline ranks that are neither first nor
 # last, experts that send to three hosts at once, ZeRO 3 over more than two ranks, two axes that both cross hosts, three axes.

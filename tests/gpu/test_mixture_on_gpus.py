@@ -1,4 +1,4 @@
-"""The experts that train on GPUs beside transformers' grouped experts, compiled, with kernels of the GPU."""
+"""The experts that train on GPUs, compared with transformers' grouped experts, compiled, with kernels of the GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One of several ranks that train the stages of a list one after another: python recovery_worker.py ATTEMPTS.JSON.
 
 An attempt is {"folder", "shared", "run", …} with any of these keys:
-deadline_in_s         the allocation ends after so many seconds
+deadline_in_s         the allocation ends after this number of seconds
 kill_at_step          the attempt ends before the step after this many, as if it were killed; first it lists its swapped files
 writes                arguments of injected_faults.disturb_writes
 synchronous_saves     files are written while training waits, as where host memory does not suffice

@@ -124,7 +124,7 @@ def test_a_full_disk_loses_no_checkpoint(half: TrainedStage, tmp_path: Path):
         command_prefix=["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"],
     )
     assert stage.checkpoints == [BEFORE, NEWEST], output[-3000:]
-    # Training goes on while the files of a checkpoint are written: metrics.jsonl may be the first that finds no space.
+    # Training continues while the files of a checkpoint are written: metrics.jsonl may be the first that finds no space.
     if not stage.ended.startswith("DiskFull: a file of the stage needs more free space"):
         assert stage.ended.startswith("DiskFull: a checkpoint needs ")
         needed = int(stage.ended.split(" needs ")[1].split(" bytes")[0])

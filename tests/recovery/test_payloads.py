@@ -98,7 +98,7 @@ def entered(tampered: dict[str, Tampered]) -> dict[tuple[str, str], TrainedStage
 
 
 def _stop_before_the_end(stage: TrainedStage) -> None:
-    """Move the tampered checkpoint back to an earlier step, from which the stage has to go on."""
+    """Move the tampered checkpoint back to an earlier step, from which the stage has to continue."""
     folder, earlier = stage.checkpoint(STEPS), stage.checkpoint(STEPS - 1)
     for other in folder.parent.iterdir():
         if other != folder:

@@ -1,4 +1,4 @@
-"""Trains small models for two steps with real DeepSpeed and saves checkpoints, beside the weights of the live engine.
+"""Trains small models for two steps with real DeepSpeed and saves checkpoints, together with the weights of the live engine.
 
 python train_zero_checkpoints.py FOLDER, in one process for each rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Every case
 of the world size is written to FOLDER/<case>/: `reference.safetensors` with the gathered weights, and the weights folder of a

@@ -36,7 +36,7 @@ _CENTRE_ACCOUNTS = (
 )
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 # A path of a socket has at most 108 characters (unix(7)). Slurm's longest is <folder>/spool/n1/n1_<job>.4294967291. If it does
-# not fit, Slurm requeues the job for ever.
+# not fit, Slurm requeues the job again and again.
 _MAX_PATH = 108 - len("/spool/n1/n1_9999.4294967291")
 PACKAGES = ("slurm-wlm", "munge", "iproute2", "util-linux", "procps")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd")

@@ -163,7 +163,7 @@ def status(
 ) -> None:
     """Show how a run stands: steps, losses, speed, time left, jobs in Slurm's queue and why they wait, failures.
 
-    Works while the run goes on, on any host that sees its folder, and after it.
+    Works during the run, on any host that sees its folder, and after it.
 
     Example: `longhaul status mine.yaml --watch`
     """

@@ -29,7 +29,7 @@ class RunsCode:
 
 
 def deepspeed_objects() -> dict[str, Any]:
-    """Return what DeepSpeed saves beside tensors."""
+    """Return what DeepSpeed saves in addition to tensors."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -1,4 +1,4 @@
-"""Decision of the pair tournament: slow nodes and links are named, healthy ones are not, whatever the noise."""
+"""Decision of the pair tournament: slow nodes and links are named, healthy ones are not, for any noise."""
 
 from __future__ import annotations
 

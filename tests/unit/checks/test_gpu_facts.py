@@ -1,4 +1,4 @@
-"""Reads GPUs through a library with NVML's ABI, and judges healthy and degraded A100, H100 and H200 nodes."""
+"""Reads GPUs through a library with NVML's ABI, and classifies healthy and degraded A100, H100 and H200 nodes."""
 
 from __future__ import annotations
 

@@ -161,6 +161,6 @@ def test_each_rate_has_a_minimum_in_the_site_file():
     minimums = {check.minimum for check in RATE_CHECKS}
     assert minimums <= set(NodeMinimums.model_fields)
     assert set(NodeMinimums.model_fields) - minimums == {"port_gbit_per_s", "nvlinks"}, (
-        "hardware_checks.py judges these"
+        "hardware_checks.py classifies these"
     )
     assert all(rates_of(check, {"n1": node()}) for check in RATE_CHECKS)

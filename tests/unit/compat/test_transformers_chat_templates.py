@@ -1,4 +1,4 @@
-"""Equal conversations give equal text, whatever the day: templates have a fixed clock and no random choices."""
+"""Equal conversations give equal text on any day: templates have a fixed clock and no random choices."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_key_is_read_somewhere(model: type[BaseModel], name: str):
 
 @pytest.mark.parametrize("schema", [Config.model_json_schema(), Site.model_json_schema()], ids=["config", "site"])
 def test_every_number_has_two_limits(schema: object):
-    """A number without a limit is accepted in the plan and fails, or runs for ever, in a job."""
+    """A number without a limit is accepted in the plan and fails, or runs without end, in a job."""
     assert [
         text
         for text in _numbers(schema)

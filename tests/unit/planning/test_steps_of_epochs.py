@@ -69,7 +69,7 @@ def test_packs_are_estimated_without_padding(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_epoch_of_a_mixture_is_one_of_every_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """100 and 300 windows: two epochs are 800 samples, whatever the weights."""
+    """100 and 300 windows: two epochs are 800 samples, for any weights."""
     monkeypatch.chdir(tmp_path)
     parts = [dataclasses.asdict(manifest(tokens, name)) for name, tokens in (("a", 6401), ("b", 19_201))]
     mixture: Any = [{"weight": weight, "manifest": part} for weight, part in zip((3, 1), parts, strict=True)]

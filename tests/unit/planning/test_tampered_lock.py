@@ -1,4 +1,4 @@
-"""Whatever the lock file holds, a plan is made and rendered from it, or it is refused with its name."""
+"""A lock file with any content gives a plan that can be rendered, or an error with the name of the file."""
 
 from __future__ import annotations
 

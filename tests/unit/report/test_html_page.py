@@ -88,7 +88,7 @@ def test_a_profile_shows_the_parts_of_a_step(page: str) -> None:
     assert "Profile of steps 20 to 21, rank 0 on n1: 1 s for a step" in page
     for row in ("matrix products 800 ms 80 %", "communication 100 ms 10 %", "nothing runs 100 ms 10 %"):
         assert row in page
-    assert "Another 200 ms of a step ran beside other kernels" in page
+    assert "Another 200 ms of a step ran at the same time as other kernels" in page
     assert "nvjet_a matrix products 8 80 %" in page
     assert "150 ms nvjet_a ncclDevKernel_AllReduce" in page
 

@@ -1,4 +1,4 @@
-"""Whatever the files of a run hold, the report is written or refused with the file's name; no reader ends in a traceback."""
+"""Files of a run with any content give a report, or an error with the name of the file; no reader ends in a traceback."""
 
 from __future__ import annotations
 

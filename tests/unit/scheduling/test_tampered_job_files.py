@@ -1,4 +1,4 @@
-"""Whatever a job's records hold, its supervisor runs the job to its end."""
+"""A supervisor runs its job to the end for any content of the job's records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a server listens, when it stops, and what it refuses before the engine starts."""
+"""Address of a server, its end, and what it refuses before the engine starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update in one pass beside torch.optim.AdamW, on a CPU and not compiled."""
+"""The update in one pass compared with torch.optim.AdamW, on a CPU and not compiled."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def drawn(seed: int, step: int, rank: int) -> list[float]:
 def test_equal_seed_step_and_rank_draw_equal_numbers():
     assert drawn(1, 0, 0) == drawn(1, 0, 0)
     torch.rand(100)
-    assert drawn(1, 7, 3) == drawn(1, 7, 3), "whatever was drawn before"
+    assert drawn(1, 7, 3) == drawn(1, 7, 3), "independent of earlier draws"
 
 
 def test_seed_step_and_rank_each_change_the_numbers():

@@ -22,7 +22,7 @@ from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError
 
 
 def canonical_json(value: object) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text, whatever their key order."""
+    """Return JSON with sorted keys and no spaces: equal values give equal text, with any order of keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 Result = Literal["ok", "warn", "fail", "unknown"]
-"""Result of one check. unknown: the node does not tell the value; the row says why."""
+"""Result of one check. unknown: the node does not report the value; the row says why."""
 
 
 class CheckRow(TypedDict):

@@ -29,7 +29,7 @@ ABANDONED_AFTER_S = 60.0
 class LeaseOwner:
     """The process that owns a lease.
 
-    started: tells the process from a later one with the same PID (process_start); None if it had ended already
+    started: distinguishes the process from a later one with the same PID (process_start); None if it had ended already
     job_id:  Slurm's job id; None outside Slurm
     """
 

@@ -23,7 +23,7 @@ SERVE_KIND = "serve"
 
 @dataclass(frozen=True)
 class JobId:
-    """The name of one job of a run: its kind, and what tells it from other jobs of that kind.
+    """The name of one job of a run: its kind, and what distinguishes it from other jobs of that kind.
 
     JobId("environment"), JobId("train", ("pretrain",)), JobId("encode", ("web", "3")).
     """
@@ -106,7 +106,7 @@ class JobFolder:
 
     @property
     def endpoint(self) -> Path:
-        """Where the served model answers."""
+        """The file with the address at which the served model answers."""
         return self.path / "endpoint.json"
 
     @property
@@ -322,7 +322,7 @@ class RunPaths:
         return self.folder / "fabric.json"
 
     def scale_test(self, nodes: int) -> Path:
-        """The report of a short training on so many nodes."""
+        """The report of a short training on this number of nodes."""
         return self.folder / "scale_test" / f"{nodes}.json"
 
     def scale_tests(self) -> list[Path]:

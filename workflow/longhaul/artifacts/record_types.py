@@ -63,11 +63,11 @@ class KernelRecord(TypedDict):
 
 
 class TimeBreakdown(TypedDict):
-    """Where the time of the profiled steps of one rank went.
+    """Time of the profiled steps of one rank, by class of kernel.
 
     has_kernels:     false where the steps ran on a CPU; then operators take the place of kernels
     covered_s:       by class; a moment in which several classes run counts for one of them, for communication last
-    communication_s: with what other classes hide
+    communication_s: includes the time that other classes hide
     """
 
     has_kernels: bool

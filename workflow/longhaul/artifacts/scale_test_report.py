@@ -1,4 +1,4 @@
-"""Schema of scale_test/<nodes>.json: the speed of a stage's first steps on so many nodes, and its limits."""
+"""Schema of scale_test/<nodes>.json: the speed of a stage's first steps on this number of nodes, and its limits."""
 
 from __future__ import annotations
 

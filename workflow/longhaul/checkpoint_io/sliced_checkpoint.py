@@ -1,7 +1,7 @@
 """Finds tensors in a checkpoint of tensor, pipeline or expert parallelism; format of slice_index.json.
 
 A model is sliced if tensor, pipeline or expert parallelism spreads its tensors over ranks (ZeRO 1 to 3). DeepSpeed's files
-contain only the names and shapes that the parameters have on each rank. The trainer writes slice_index.json beside them; it
+contain only the names and shapes that the parameters have on each rank. The trainer adds slice_index.json; it
 states which slice of which tensor each parameter is:
 
 axes      {"tensor": t, "pipeline": p, "expert": e, "data": d}: d data-parallel ranks for each of the t x p model ranks

@@ -14,7 +14,7 @@ from rich.table import Table
 from longhaul.artifacts.check_rows import CheckRow, Result
 
 _NAMED_FAILURES, _NAMED_PLACES = 20, 4
-"""A line names so many places; all of them are in the report's table."""
+"""Largest numbers of failures, and of places in a line, that are printed; all of them are in the report's table."""
 _PRINTED_ROWS = 100
 _COLUMNS = ("result", "node", "component", "check", "value", "expected", "remedy")
 
@@ -51,7 +51,7 @@ class Component:
         }
 
     def unknown(self, check: str, reason: str, expected: str, remedy: str = "") -> CheckRow:
-        """Return the row of a value that the node does not tell."""
+        """Return the row of a value that the node does not report."""
         return self.row(check, f"not available: {reason}", expected, "unknown", remedy)
 
     def judged(self, checks: Iterable[FactCheck], facts: Any) -> list[CheckRow]:
@@ -122,7 +122,7 @@ def _shared_lines(rows: Sequence[CheckRow], named: int) -> list[str]:
 
 
 def _line(rows: Sequence[CheckRow], named: int) -> str:
-    """Return `n1: GPU 3, n2: GPU 0: check: value, expected …; remedy`; values that differ stand beside their places."""
+    """Return `n1: GPU 3, n2: GPU 0: check: value, expected …; remedy`; values that differ are after their places."""
     first, values = rows[0], {row["value"] for row in rows}
     places = [_place(row) + (f" ({row['value']})" if len(values) > 1 else "") for row in rows]
     value = f": {first['value']}" if len(values) == 1 else ""

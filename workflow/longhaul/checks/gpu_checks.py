@@ -117,7 +117,7 @@ def _clock_row(component: Component, gpu: GpuFacts) -> CheckRow:
 
 
 def _pcie_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
-    """Judge width and generation of the PCIe link. An idle GPU lowers the generation, but never the width."""
+    """Classify width and generation of the PCIe link. An idle GPU lowers the generation, but never the width."""
     remedy = "let the admins reseat the GPU or its riser, and look for PCIe errors in the kernel log"
     if gpu.pcie_width is None or gpu.pcie_width_max is None:
         yield component.unknown("PCIe width", gpu.unavailable.get("pcie_width", "NVML has no value"), "maximum")

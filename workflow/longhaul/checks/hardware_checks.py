@@ -1,4 +1,4 @@
-"""Judges the hardware of all nodes, one table row each: GPUs, RDMA ports, PCIe links, memory errors, CPU settings, limits."""
+"""Classifies the hardware of all nodes, one table row each: GPUs, RDMA ports, PCIe links, memory errors, CPU settings, limits."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _used_interfaces(facts: HardwareFacts, job: EnvironmentSpec) -> list[Interfa
 
 
 def _modules_text(facts: HardwareFacts) -> str:
-    """Return the memory modules as `16 x 65536 MiB`; "" if the node does not tell them."""
+    """Return the memory modules as `16 x 65536 MiB`; "" if the node does not report them."""
     modules = Counter(facts.cpu_and_memory.modules_mib or ())
     return ", ".join(f"{count} x {size} MiB" for size, count in sorted(modules.items()))
 

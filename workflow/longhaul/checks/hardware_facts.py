@@ -1,4 +1,4 @@
-"""Collects what kernel and drivers tell about this node's hardware: GPUs, RDMA ports, PCIe links, kernel log, CPUs, limits."""
+"""Collects facts from kernel and drivers about this node's hardware: GPUs, RDMA ports, PCIe links, kernel log, CPUs, limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judges what nodes measured: products with a known result, rates, the local disk, files in the run folder."""
+"""Classifies what nodes measured: products with a known result, rates, the local disk, files in the run folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Collects facts about one node: versions, GPUs, hardware, memory, disk, compiler, compiled ops; node_problems.py and
-hardware_checks.py judge them.
+hardware_checks.py classify them.
 """
 
 from __future__ import annotations

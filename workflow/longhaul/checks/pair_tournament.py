@@ -65,7 +65,7 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
     """Measure the pairs of all nodes within a time budget. The process group of all ranks must exist.
 
     hosts:    name of each node, in the order of their ranks
-    budget_s: after so many seconds no further round starts; the pairs measured until then are an even sample
+    budget_s: after this number of seconds no further round starts; the pairs measured until then are an even sample
     """
     if len(hosts) < 2:
         return Tournament()

@@ -1,4 +1,4 @@
-"""Judges PCIe links of adapters and disks, and of GPUs that NVML does not know, by the other nodes and by their own maximum."""
+"""Compares PCIe links of adapters, disks and GPUs without NVML with those of the other nodes and with their own maximum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judges RDMA ports and network interfaces: state, rate and errors, each by those of the same name on the other nodes."""
+"""Compares RDMA ports and network interfaces with those of the same name on the other nodes: state, rate and errors."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ RATE_CHECKS = (
 
 @dataclass(frozen=True)
 class RateLimits:
-    """Where limits of rates come from. gpu_name: "" on nodes without GPUs, whose rates are not compared with each other."""
+    """Sources of the limits of rates. gpu_name: "" on nodes without GPUs, whose rates are not compared with each other."""
 
     minimums: NodeMinimums
     baseline: SiteBaseline | None

@@ -145,7 +145,7 @@ class _ReportedJobs:
 
 
 def job_comment(rule: str, wildcards: Iterable[str]) -> str:
-    """Return the beginning of the --comment that the plugin gives to a job, which is all that tells a run's jobs apart."""
+    """Return the beginning of the --comment that the plugin gives to a job, which distinguishes the jobs of a run."""
     return "_".join((f"rule_{rule}_wildcards", *wildcards))
 
 

@@ -21,7 +21,7 @@ _ORDER_ONLY = "order_only"
 def executor_name() -> str | None:
     """Return the executor that --executor or a profile names; None where the command line did not start Snakemake.
 
-    Snakemake reads the rules before it tells its workflow of an executor, and a dry run never tells it.
+    Snakemake reads the rules before it sets the executor of its workflow; in a dry run it never sets it.
     """
     arguments = _command_line()
     return arguments.executor if arguments else None

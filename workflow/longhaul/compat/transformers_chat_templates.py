@@ -24,7 +24,7 @@ def render_chat(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation, and the spans between generation markers.
 
-    Equal arguments give equal text, on every day: the hash of a dataset must tell its tokens.
+    Equal arguments give equal text, on every day: the hash of a dataset must identify its tokens.
 
     transformers' render function passes no function on to a template, so the clock can only be replaced in
     the compiled template, which an internal function returns from its cache.

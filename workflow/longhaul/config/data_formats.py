@@ -19,7 +19,7 @@ _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
 KNOWN_SUFFIXES = ", ".join(sorted(FORMAT_OF_SUFFIX))
 # Files that describe a folder of data, by the lower-case stem of their names.
 _DESCRIPTIONS = {"readme", "license", "licence", "copying", "notice", "citation", "changelog"}
-# What `datasets` writes beside the data.
+# Files that `datasets` writes in addition to the data.
 _DESCRIPTIONS |= {"dataset_info", "dataset_infos", "dataset_dict", "state"}
 
 

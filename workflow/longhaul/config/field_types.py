@@ -50,7 +50,7 @@ HubRepositoryId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=128)
 ]
 
-# Larger than any machine or training needs. Without a limit, a typing error makes the plan's arithmetic run for ever.
+# Larger than any machine or training needs. Without a limit, a typing error makes the plan's arithmetic run without end.
 MAX_INTEGER = 10**15
 MAX_STEPS = 10**9
 MAX_HARDWARE = 100_000

@@ -50,7 +50,7 @@ class RotaryNumbers:
 
     inverse_frequencies: angle per position of each pair of elements
     attention_scale:     factor of sine and cosine
-    softmax_scale:       factor of the attention's logits, beside 1 / sqrt(head width); DeepSeek's MLA alone has one
+    softmax_scale:       factor of the attention's logits, in addition to 1 / sqrt(head width); DeepSeek's MLA alone has one
     """
 
     inverse_frequencies: tuple[float, ...]

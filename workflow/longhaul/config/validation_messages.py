@@ -1,4 +1,4 @@
-"""Words the error messages for bad config values and unknown keys: suggestions, renamed and unsupported keys."""
+"""Writes the error messages for bad config values and unknown keys: suggestions, renamed and unsupported keys."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__
 _MAX_ANSWER_CHARACTERS = 600
 _MIN_ANSWER_CHARACTERS = 20
 _HELD_OUT = 25
-"""One docstring in so many is a question of the evaluation instead of a chat."""
+"""One docstring in this number is a question of the evaluation instead of a chat."""
 _CHOICES = 4
 
 

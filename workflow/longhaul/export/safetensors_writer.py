@@ -1,5 +1,5 @@
 """Writes safetensors shards (5 GB each) and their index, block by block in bounded memory. Memory stays at one block per thread,
-whatever the size of the model.
+for any size of the model.
 
 Format: 8 bytes little-endian header length, JSON header, data. Source: https://huggingface.co/docs/safetensors
 """

@@ -109,7 +109,7 @@ def node_counts(most: int) -> list[int]:
 
 
 def _split_layouts(ranks: int, site: Site, model: dict[str, Any]) -> Iterator[Parallel]:
-    """Yield the layouts of so many ranks, from the smallest split: tensor ranks inside a node, then pipeline, then experts."""
+    """Yield the layouts of this number of ranks, smallest split first: tensor ranks in a node, then pipeline, then experts."""
     experts = model.get("n_routed_experts") or model.get("num_experts") or 1
     tensor_ranks = [size for size in (1, 2, 4, 8) if site.node.gpus % size == 0]
     pipeline_ranks = [size for size in (1, 2, 4, 8, 16, 32) if size <= model["num_hidden_layers"]]

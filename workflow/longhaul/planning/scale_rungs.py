@@ -28,7 +28,7 @@ _PILOT_NODES = 2
 class ScaleLadder:
     """The rungs of a scale test.
 
-    rungs:    number of nodes -> the plan of the stage on so many nodes, from the fewest
+    rungs:    number of nodes -> the plan of the stage on this number of nodes, from the fewest
     left_out: number of nodes -> why the stage cannot be tried there
     """
 
@@ -37,7 +37,7 @@ class ScaleLadder:
     left_out: dict[int, str]
 
     def before(self, nodes: int) -> int | None:
-        """Return the rung before that of so many nodes; None for the first one."""
+        """Return the rung before that of this number of nodes; None for the first one."""
         return max((count for count in self.rungs if count < nodes), default=None)
 
 
@@ -62,7 +62,7 @@ def _node_counts(plan: Plan, stage: Stage) -> Iterator[int]:
 
 
 def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
-    """Return the plan of the stage on so many nodes. Raises UserError if it does not fit."""
+    """Return the plan of the stage on this number of nodes. Raises UserError if it does not fit."""
     if nodes > full.stage.nodes:
         raise UserError(f"stage {full.name} has {full.stage.nodes} nodes", "")
     if full.sizes is None and nodes < full.stage.nodes:

@@ -114,7 +114,7 @@ class ServedModel:
         return ServingMemory(weights, max(map(len, ranks)) * self.token_bytes_per_layer(layout.tensor))
 
     def token_bytes_per_layer(self, tensor: int) -> int:
-        """Return the bytes of one token in one layer of the KV cache, on one of so many tensor-parallel ranks."""
+        """Return the bytes of one token in one layer of the KV cache, on one of this number of tensor-parallel ranks."""
         c, width = self.config, _BYTES[self.dtype]
         if has_latent_attention(c) and self.caches_latents:
             return width * (c["kv_lora_rank"] + c["qk_rope_head_dim"])

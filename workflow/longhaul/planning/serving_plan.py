@@ -171,7 +171,7 @@ def _layout(served: ServedModel, nodes: int, gpus: int, expert_parallel: bool) -
 
 
 def can_split(c: HuggingFaceConfig, dtype: ExportDtype, tensor: int) -> bool:
-    """Return whether so many tensor-parallel ranks can share the model.
+    """Return whether this number of tensor-parallel ranks can share the model.
 
     Each rank gets whole heads. Of FP8 matrices it gets whole blocks, as their factors cannot be divided.
     """
@@ -186,7 +186,7 @@ def can_split(c: HuggingFaceConfig, dtype: ExportDtype, tensor: int) -> bool:
 
 
 def _head_widths(c: HuggingFaceConfig, heads: int, shared: int) -> list[int]:
-    """Return the widths of the matrices of so many query heads, and of key and value heads."""
+    """Return the widths of the matrices of these numbers of query heads, and of key and value heads."""
     if not has_latent_attention(c):
         return [heads * head_dim(c), shared * head_dim(c)]
     keys = (c["qk_nope_head_dim"] + c["qk_rope_head_dim"], c["qk_nope_head_dim"] + c["v_head_dim"], c["v_head_dim"])
@@ -230,7 +230,7 @@ def _does_not_fit(stage: Stage, plan: ServingPlan, served: ServedModel, site: Si
         )
     return UserError(
         f"stages.{stage.name}.serve: on {plan.layout}, a KV cache for concurrency {plan.concurrency} x context {plan.context} "
-        f"tokens does not fit beside {weights:.1f} GiB of weights: {fitting} tokens fit; {limit}",
+        f"tokens does not fit in addition to {weights:.1f} GiB of weights: {fitting} tokens fit; {limit}",
         f"reduce serve.context or serve.concurrency so that their product is at most {fitting}, or {more}",
     )
 

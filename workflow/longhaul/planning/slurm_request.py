@@ -39,7 +39,7 @@ class SlurmRequest:
     """The options of one allocation.
 
     partition: None sends no option.
-    gres:      generic resources of each node beside the GPUs, such as nvme:100
+    gres:      generic resources of each node in addition to the GPUs, such as nvme:100
     memory_mb: MiB per node; 0 requests all of the node's memory, None sends no option.
     extra:     further sbatch options, such as --mail-type=END
     exclude:   nodes to exclude. An empty tuple sends an empty list, because the plugin otherwise excludes every node of an

@@ -71,7 +71,7 @@ def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Findi
 
 
 def _present_problems(job: JobStatus, logs: _JobLogs) -> Iterator[Finding]:
-    """Yield what the logs of a job that is not done show. Of a job that goes on, the newest attempt alone counts."""
+    """Yield what the logs of a job that is not done show. Of a job that still runs, the newest attempt alone counts."""
     if job.state == DONE:
         return
     goes_on = job.state in (RUNNING, QUEUED)

@@ -96,7 +96,7 @@ def _stage_cells(stage: StageStatus) -> list[RenderableType]:
 
 
 def _stage_details(stage: StageStatus) -> list[Text]:
-    """Return a line with what the table has no room for; nothing before the first step."""
+    """Return a line with values that do not fit into the table; nothing before the first step."""
     progress = stage.progress
     if progress is None:
         return []

@@ -19,7 +19,7 @@ from pathlib import Path
 from longhaul.runtime.single_user_folder import create_private_folder
 
 ABANDONED_AFTER_S = 1800.0
-"""Age from which an idle lock is stale on a file system where the kernel cannot tell whether a process has it open."""
+"""Age from which an idle lock is stale on a file system where the kernel does not know whether a process has it open."""
 
 
 def ops_folder(scratch: str | None) -> Path:
@@ -54,7 +54,7 @@ def remove_stale_builds(folder: Path, abandoned_after_s: float = ABANDONED_AFTER
     """Remove every incomplete op below `folder` whose builder is dead. Return the names of these ops.
 
     torch's builder keeps its lock file open while it builds. So a lock is stale if no process of this machine has it open.
-    The kernel answers that through a write lease, in whatever PID namespace (container) the builder runs. Where the file
+    The kernel answers that through a write lease, in any PID namespace (container) of the builder. Where the file
     system grants no leases (NFS, Lustre), a lock is stale if nothing in its folder changed for `abandoned_after_s` seconds.
 
     The folder is renamed before it is removed. A compiler that outlives its killed parent continues in the renamed folder

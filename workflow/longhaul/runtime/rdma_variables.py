@@ -1,8 +1,8 @@
 """Derives NCCL_IB_HCA and NCCL_IB_GID_INDEX on each node, from the InfiniBand and RoCE ports that the kernel shows.
 
-Only what NCCL cannot know is set. NCCL uses every active port, also the Ethernet port of a node's storage beside its
-InfiniBand ports; connections between ports of both kinds fail. Before 2.21, NCCL took GID 0 of a RoCE port, which is a
-link-local address of RoCE version 1.
+Only what NCCL cannot know is set. NCCL uses every active port: InfiniBand ports, and also the
+Ethernet port of a node's storage. Connections between ports of both kinds fail. Before 2.21, NCCL took GID 0 of a RoCE port,
+which is a link-local address of RoCE version 1.
 Sources: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html (NCCL_IB_HCA, NCCL_IB_GID_INDEX);
 https://docs.kernel.org/admin-guide/abi-stable.html (/sys/class/infiniband)
 """
@@ -56,7 +56,7 @@ def active_ports(devices: Path = _SYSFS) -> list[RdmaPort]:
 
 
 def rdma_variables(kind: str, ports: Sequence[RdmaPort], nccl: tuple[int, ...]) -> dict[str, tuple[str, str]]:
-    """Return name -> (value, reason) of what NCCL must be told on a node with these ports.
+    """Return name -> (value, reason) of the variables that NCCL needs on a node with these ports.
 
     kind: interconnect.kind of the site file
     nccl: NCCL's version

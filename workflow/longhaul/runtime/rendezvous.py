@@ -160,14 +160,14 @@ def _open_store(rank: Rank, timeout_s: float) -> TCPStore:
         rank.world_size,
         # torchrun's agent may serve the store; it then sets this variable
         is_master=rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        # the others wait longer than rank 0, which tells them the missing ranks
+        # the others wait longer than rank 0, which sends them the numbers of the missing ranks
         timeout=timedelta(seconds=timeout_s if rank.is_main else timeout_s + _grace_s(timeout_s)),
         wait_for_workers=False,
     )
 
 
 def _grace_s(timeout_s: float) -> float:
-    """Return the time after `timeout_s` in which rank 0 tells the ranks that arrived which ones did not."""
+    """Return the time after `timeout_s` in which rank 0 sends the list of missing ranks to those that arrived."""
     return min(10.0, timeout_s)
 
 

@@ -30,7 +30,7 @@ def swap_root(scratch: str) -> Path:
 
 @contextmanager
 def swap_folder(scratch: str, name: str) -> Iterator[Path]:
-    """Provide a new folder below `scratch` for this process during a `with` block. name: prefix that tells users its owner."""
+    """Provide a new folder below `scratch` for this process during a `with` block. name: prefix that shows users its owner."""
     root = swap_root(scratch)
     with _root_lock(root):
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))

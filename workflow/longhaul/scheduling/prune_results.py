@@ -32,7 +32,7 @@ from longhaul.scheduling.job_queue import jobs_in_queue
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, WeightsIdentity
 
 KEPT_ATTEMPTS = 5
-"""Logs of so many attempts of a job stay; `longhaul doctor` reads no older ones."""
+"""Number of the newest attempts of a job whose logs stay; `longhaul doctor` reads no older ones."""
 _REMOVED = ".removed"
 _WEIGHTS = re.compile(rf"[0-9a-f]{{16}}({re.escape(_REMOVED)})?")
 _STAGE_RULE = "render_result_spec"

@@ -52,7 +52,7 @@ def serve(plan: Plan, stage: str) -> None:
     if spec.key_file:
         # Popped: the job's environment would hold it otherwise.
         keep_key(Path(spec.key_file), os.environ.pop(KEY_VARIABLE, None))
-    # The user asks for another attempt, whatever the last failure was.
+    # The user asks for another attempt, after any failure.
     folder.failure.unlink(missing_ok=True)
     if plan.site.scheduler == "slurm":
         _submit(plan, job, folder)

@@ -15,7 +15,7 @@ ProbeOption = Annotated[
     bool, typer.Option("--probe", help="Submit a short job per partition, which reads what its nodes have.")
 ]
 WaitOption = Annotated[
-    float, typer.Option(min=0.1, help="With --probe: cancel jobs that have not ended after so many minutes.")
+    float, typer.Option(min=0.1, help="With --probe: cancel jobs that have not ended after this number of minutes.")
 ]
 
 

@@ -68,7 +68,7 @@ class JobInfo:
 
         restarts_at_start: `restarts` when the current allocation began.
 
-        While the job's processes end, its state is COMPLETING, whatever the cause. Other causes leave a trace: a time limit
+        While the job's processes end, its state is COMPLETING, for any cause. Other causes leave a trace: a time limit
         and a dead node set Reason, a preemption sets PreemptTime, and a requeue increments Restarts at once.
         """
         no_other_cause = self.reason == "None" and not self.preempted and self.restarts == restarts_at_start
@@ -176,7 +176,7 @@ def pending_reasons(name: str) -> dict[str, str]:
 
 
 def partition_nodes(partition: str) -> list[str]:
-    """Return all nodes of a partition, whatever their state; [] if Slurm does not answer."""
+    """Return all nodes of a partition, in any state; [] if Slurm does not answer."""
     try:
         return list(dict.fromkeys(_run("sinfo", "--noheader", "-N", "-p", partition, "-o", "%N").split()))
     except SlurmCommandError:

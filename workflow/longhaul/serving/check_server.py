@@ -37,7 +37,7 @@ from longhaul.serving.server_process import free_port, running_server
 
 
 def run(job: ServeCheckSpec) -> None:
-    """Check a server of the export, and write job.out. No process of the server is left, whatever happens.
+    """Check a server of the export, and write job.out. No process of the server is left, also after an error.
 
     Raises:
         UserError: the engine is missing or does not start, the export is damaged, or the server does not hold to a bound.

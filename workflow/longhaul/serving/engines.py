@@ -126,7 +126,7 @@ class Server:
         """
         variables = dict(self.serving.environment)
         if self.serving.engine == "vllm":
-            # vLLM sends usage statistics to a public address, unless told not to.
+            # Without these variables, vLLM sends usage statistics to a public address.
             variables |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
             variables |= {"VLLM_API_KEY": key} if key else {}
             # Without it, the processes of vLLM meet at the address of the default route, which may be public.

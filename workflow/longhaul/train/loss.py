@@ -107,7 +107,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _weight_accumulator(weight_VH: torch.Tensor, has_several_chunks: bool) -> torch.Tensor:
-    """Return zeros in which to sum the weight's gradient; in fp32 for several chunks, whatever the precision.
+    """Return zeros in which to sum the weight's gradient; in fp32 for several chunks, in any precision.
 
     A late chunk may add less than the rounding error of a 16-bit sum. Over 64 chunks a 16-bit sum was five times as far from the
     exact gradient as one product of all tokens.

@@ -173,11 +173,11 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "deepseek-r1": f"<｜tool▁calls▁begin｜>{R1_CALL}\n{R1_CALL}<｜tool▁calls▁end｜>{R1}",
         },
     ),
-    "a call beside content": (
+    "a call and content": (
         {"messages": [user(), answer("Look.", tool_calls=[call(PARIS)]), RESULT, answer("18")]},
         {
             "chatml": NO_CALLS,
-            "llama3": "!does not write the content beside tool calls",
+            "llama3": "!does not write the content of a message with tool calls",
             "qwen3": f"Look.\n{QWEN_CALL}{IM}{QWEN_EMPTY}18{IM}",
             "deepseek-r1": f"Look.<｜tool▁calls▁begin｜>{R1_CALL}<｜tool▁calls▁end｜>{R1}18{R1}",
         },

@@ -68,7 +68,7 @@ def test_a_failed_write_is_kept_and_the_rest_is_counted(
 def test_failed_file_gives_its_space_back_before_it_is_closed(
     threads: WriterThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Training goes on until all ranks know of the failure, and writes metrics.jsonl on the same disk."""
+    """Training continues until all ranks know of the failure, and writes metrics.jsonl on the same disk."""
     file = HashedFile(tmp_path / "file", threads, lambda _view: True)
     file.write(bytes(1000))  # small enough to be written by this thread, so nothing is pending
     assert (tmp_path / "file").stat().st_size == 1000

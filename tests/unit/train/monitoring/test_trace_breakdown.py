@@ -27,7 +27,7 @@ GPU = [
     event("kernel", "flash_fwd_kernel", 1060.0, 10.0),
     event("kernel", "vectorized_elementwise_kernel", 1070.0, 4.0),
     event("kernel", "vectorized_elementwise_kernel", 1074.0, 6.0),
-    event("gpu_memcpy", "Memcpy HtoD", 1078.0, 4.0, tid=21),  # 2 beside the kernel before
+    event("gpu_memcpy", "Memcpy HtoD", 1078.0, 4.0, tid=21),  # 2 at the same time as the kernel before
     event("kernel", "nvjet_after_the_window", 1099.0, 100.0),  # 1 inside
     {"ph": "M", "name": "process_name", "pid": 0},
 ]

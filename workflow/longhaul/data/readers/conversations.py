@@ -98,7 +98,7 @@ def _text_of_part(part: object, where: str, name: str) -> str:
 
 
 def _validated_assistant_keys(extra: dict[str, object], where: str) -> dict[str, object]:
-    """Return the keys of an assistant's message beside role and content. Empty tool calls and reasoning are left out."""
+    """Return the keys of an assistant's message other than role and content. Empty tool calls and reasoning are left out."""
     kept = {key: value for key, value in extra.items() if key not in ("tool_calls", *REASONING_KEYS) or value}
     for key in REASONING_KEYS:
         if key in kept:

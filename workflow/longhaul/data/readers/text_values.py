@@ -25,7 +25,7 @@ def validated_text(value: object, where: object, name: str) -> str:
 
 
 def validate_texts(value: object, where: object, name: str, levels: int = MAX_LEVELS) -> None:
-    """Raise BadData unless UTF-8 can encode all strings in a value, which has at most so many levels of lists and objects."""
+    """Raise BadData unless UTF-8 can encode all strings in a value, with at most this number of levels of lists and objects."""
     if isinstance(value, str):
         validated_text(value, where, name)
     elif isinstance(value, (dict, list)):

@@ -96,7 +96,7 @@ class ChatTemplate:
         if not self.control_tokens.occur_in(data):
             return self._render_turns(conversation, weights)
         if contain_private_characters(data):
-            message = "text of control tokens beside private characters (U+100000 to U+10FFFD)"
+            message = "text of control tokens together with private characters (U+100000 to U+10FFFD)"
             raise _refused(f"{where}: {message}", "remove the private characters")
         rendered = self._render_turns(self._hide_control_text(conversation), weights)
         if self.control_tokens.restore(rendered.text) != self.text(conversation):
@@ -173,7 +173,7 @@ class ChatTemplate:
         """Return the marked spans of each assistant message: those that its message adds."""
         counts = [0, *(len(self._render(conversation.until(index + 1))[1]) for index in assistant)]
         if counts[-1] != len(spans):
-            message = f"{conversation.where}: cannot tell which marked text of the chat template is from which message"
+            message = f"{conversation.where}: cannot find which marked text of the chat template is from which message"
             raise _refused(message, "set no message's weight to 0, or use another chat template")
         return [spans[first:stop] for first, stop in pairwise(counts)]
 

@@ -34,7 +34,7 @@ def require_keys_reached(template: ChatTemplate, conversation: Conversation, tex
                 raise _unread(f"{conversation.where}, message {index + 1}", "the tool calls")
             silent = _with_message(conversation, index, {**message, "content": ""})
             if message["content"] and not _changes(template, silent, text):
-                raise _unread(f"{conversation.where}, message {index + 1}", "the content beside tool calls")
+                raise _unread(f"{conversation.where}, message {index + 1}", "the content of a message with tool calls")
         if any(key in message for key in REASONING_KEYS):
             rest = {key: value for key, value in message.items() if key not in REASONING_KEYS}
             if not _changes(template, _with_message(conversation, index, rest), text):

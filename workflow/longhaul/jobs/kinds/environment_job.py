@@ -42,7 +42,7 @@ class EnvironmentSpec(JobSpec):
 def environment_spec(
     plan: Plan, folder: JobFolder, place: JobPlace, nodes: int, gpus_per_node: int, out: str
 ) -> EnvironmentSpec:
-    """Return the spec of a check by a job on so many nodes of a partition that writes its report to `out`."""
+    """Return the spec of a check by a job on this number of nodes of a partition that writes its report to `out`."""
     swapped = [stage for stage in plan.stages if stage.stage.zero.nvme_keys]
     memory = [(stage.memory, stage.stage.gpus_per_node) for stage in swapped if stage.memory]
     offloads = any(stage.stage.zero.offload_optimizer != "none" for stage in plan.stages)
@@ -69,7 +69,7 @@ def environment_spec(
 
 
 def check_request(plan: Plan, tasks: int) -> SlurmRequest:
-    """Return the request of a check before training, with so many tasks per node."""
+    """Return the request of a check before training, with this number of tasks per node."""
     return gpu_request(
         plan.site,
         place="debug",

@@ -28,7 +28,7 @@ class FabricSpec(JobSpec):
 
 
 def fabric_spec(plan: Plan, job: JobId, nodes: int, gpus_per_node: int, out: str, pairs_only: bool) -> FabricSpec:
-    """Return the spec of a check of so many nodes that writes its report to `out`."""
+    """Return the spec of a check of this number of nodes that writes its report to `out`."""
     return FabricSpec(
         run=plan.run,
         nodes=nodes,

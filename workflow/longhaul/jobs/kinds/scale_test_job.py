@@ -82,7 +82,7 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
 
 
 def _rerun_key(plan: Plan, job: JobId) -> str:
-    """Return a hash of what the speed on so many nodes depends on, and of its limits."""
+    """Return a hash of what the speed on this number of nodes depends on, and of its limits."""
     stage = plan.stage(scale_ladder(plan).stage)
     layout = stage.stage.model_dump(mode="json", include=set(_LAYOUT_KEYS))
     return content_hash(

@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 class HostMemory:
     """One block of host memory that holds the copies of one save at a time. It is reserved once and used by every save.
 
-    Where training runs on a GPU, the block is locked, and the copies run on a stream of their own beside the training.
+    Where training runs on a GPU, the block is locked, and the copies run on a stream of their own during the training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class HostMemory:
 
     @property
     def is_copied_later(self) -> bool:
-        """Return whether a copy goes on beside the training, so that its sources must not change yet."""
+        """Return whether a copy still runs during the training, so that its sources must not change yet."""
         return self._stream is not None
 
     def reserve(self, needed_bytes: int) -> None:

@@ -60,7 +60,7 @@ class CheckpointSave:
     ) -> None:
         """Prepare a save.
 
-        manifest: what the manifest says beside files and layout; `step` is part of it
+        manifest: what the manifest says in addition to files and layout; `step` is part of it
         memory:   None writes DeepSpeed's files inside `snapshot`
         """
         self.step = manifest["step"]

@@ -1,6 +1,6 @@
 """Locks a weights folder for one writer: a second copy of a running job waits until the first is dead.
 
-When a main Snakemake process is killed, its jobs go on running, and the next one starts them again. The owner of a weights folder
+When a main Snakemake process is killed, its jobs continue, and the next one starts them again. The owner of a weights folder
 holds a lease and increments a counter in a file beside it. Whoever sees that counter stand still for long enough, by its own
 clock, knows that the owner is dead. On the owner's own host the operating system answers instead.
 """

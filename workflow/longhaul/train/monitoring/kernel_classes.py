@@ -13,7 +13,7 @@ MATRIX, ATTENTION, ELEMENTWISE, COPY, COMMUNICATION, OTHER = (
     "other kernels",
 )
 CLASSES = (MATRIX, ATTENTION, ELEMENTWISE, OTHER, COPY, COMMUNICATION)
-"""Where kernels of several classes run at once, the time counts for the first of these. So communication is what is exposed."""
+"""Classes in order of priority: time in which several classes run at once counts for the first one, and communication is last."""
 
 _KERNELS = (
     (COMMUNICATION, r"nccl|rccl|mscclpp|nvshmem|deep_ep|symm_mem|one_shot_all|two_shot_all|multimem"),

@@ -1,7 +1,7 @@
-"""Tells routers which tokens are padding, so that experts do not count them.
+"""Marks padding tokens for the routers, so that experts do not count them.
 
-A decoder layer gets the position ids, which tell text from padding (longhaul.data.sampling.sample_format). It gets them in the
-backward pass, too, where activation checkpointing computes it again; and on each pipeline rank.
+A decoder layer gets the position ids, which differ between text and padding (longhaul.data.sampling.sample_format). It gets
+them on each pipeline rank, and again in the backward pass, where activation checkpointing computes the layer once more.
 """
 
 from __future__ import annotations

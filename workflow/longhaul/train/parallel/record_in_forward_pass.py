@@ -11,7 +11,7 @@ from longhaul.compat.torch import is_in_backward_pass
 def record_in_forward_pass(tensor: torch.Tensor, amount: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Add `amount` to `total`, except where a backward pass computes the layer again. Return a copy of `tensor`.
 
-    The layer goes on with the copy: a compiler removes an operator whose result is not used. `total` is not declared as changed.
+    The layer uses the copy: a compiler removes an operator whose result is not used. `total` is not declared as changed.
     Nothing in the layer reads it, and torch lets no region with activation checkpointing change its inputs.
     """
     if not is_in_backward_pass():
