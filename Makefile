@@ -89,7 +89,7 @@ chaos: setup test-packages  ## random faults for MINUTES=5, one every MTBF_S=45 
 	$(BIN)/pytest -s tests/faults/chaos.py
 
 mutants: setup  ## share of small faults that unit tests find, about 30 minutes; MODULES=report/goodput.py shows what they miss there
-	$(BIN)/python -m bench.mutants $(MODULES)
+	$(BIN)/python -m bench.mutation_score $(MODULES)
 
 cluster: setup test-packages  ## start a real two-node Slurm cluster on this machine to try things on
 	$(CLUSTER) up

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.stepping import open_trainer
+from bench.open_trainer import open_trainer
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import distributed_context
 

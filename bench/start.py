@@ -5,7 +5,7 @@
 
 Both train the same model from random weights and are started in turns. The first start of each fills the caches of files and of
 compiled kernels, and does not count. longhaul is `longhaul job run train`, as a launch script starts it; its phases are those of
-the event `start_up`. bench/start_peer.py is the peer.
+the event `start_up`. bench/start_deepspeed.py is the peer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
         job = _write_job(folder, on_gpu)
         for number in range(ROUNDS + 1):
             found["longhaul"].append(_start_longhaul(job, folder / f"round-{number}"))
-            found["deepspeed"].append(_start_peer(job, folder))
+            found["deepspeed"].append(_start_deepspeed(job, folder))
             print({way: times[-1] for way, times in found.items()}, flush=True)
     _publish({way: times[1:] for way, times in found.items()}, on_gpu)
 
@@ -101,9 +101,9 @@ def _start_up_event(own: Path) -> dict[str, Any] | None:
     return next((event for event in events if event["event"] == "start_up"), None)
 
 
-def _start_peer(job: TrainSpec, folder: Path) -> Times:
+def _start_deepspeed(job: TrainSpec, folder: Path) -> Times:
     job.write(folder / "peer.json")
-    command = [sys.executable, str(HERE / "start_peer.py"), str(time.time()), str(folder / "peer.json")]
+    command = [sys.executable, str(HERE / "start_deepspeed.py"), str(time.time()), str(folder / "peer.json")]
     done = subprocess.run(
         command,
         capture_output=True,

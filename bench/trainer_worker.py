@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.machine import describe_machine, write_result
-from bench.stepping import open_trainer
+from bench.open_trainer import open_trainer
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import MicroBatch

@@ -153,11 +153,11 @@ def offload_ops(pytestconfig: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory):
     """A finished run of the whole pipeline on this machine, with two processes."""
-    from tests.support.chain import Chain, tiny_config
+    from tests.support.pipeline_run import PipelineRun, tiny_config
 
     # A limit for the step times of a busy machine.
     scale_test = {"nodes": ["full"], "max_step_time_spread": 1000}
-    chain = Chain(tmp_path_factory.mktemp("finished"), tiny_config(scale_test=scale_test))
+    chain = PipelineRun(tmp_path_factory.mktemp("finished"), tiny_config(scale_test=scale_test))
     chain.run()
     return chain
 

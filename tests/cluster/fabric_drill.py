@@ -22,8 +22,8 @@ from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.config.load_config import load_config
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import build_plan
-from tests.support.chain import tiny_config
-from tests.support.cluster_chain import SITE, ClusterChain
+from tests.support.pipeline_run import tiny_config
+from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster
 from tests.support.virtual_cluster import VirtualCluster
 
 RATE = "rate 400mbit burst 256kb limit 1mb"
@@ -185,7 +185,7 @@ class DrillResult:
     passed_on: list[str]
 
 
-class FabricDrill(ClusterChain):
+class FabricDrill(PipelineRunOnCluster):
     """A run of which only the fabric check is started, by hand, on this number of nodes of the cluster."""
 
     def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.chain import Chain, tiny_config
-from tests.support.cluster_chain import ClusterChain
+from tests.support.pipeline_run import PipelineRun, tiny_config
+from tests.support.pipeline_run_on_cluster import PipelineRunOnCluster
 from tests.support.virtual_cluster import VirtualCluster
 
 MANIFEST = "results/tiny/data/prose.json"
 
 
-def manifest(chain: Chain) -> dict[str, Any]:
+def manifest(chain: PipelineRun) -> dict[str, Any]:
     """Return the manifest without the paths of its sources, which are in the run's own folder."""
     found = chain.read("data/prose.json")
     return {**found, "sources": [{**source, "path": ""} for source in found["sources"]]}
@@ -25,9 +25,9 @@ def manifest(chain: Chain) -> dict[str, Any]:
 def test_two_jobs_write_the_shards_of_one_local_job(cluster: VirtualCluster, tmp_path: Path):
     config = tiny_config()
     config["datasets"]["prose"]["chunk_mb"] = 0.005
-    local = Chain(tmp_path / "local", config)
+    local = PipelineRun(tmp_path / "local", config)
     local.run(MANIFEST)
-    on_cluster = ClusterChain(tmp_path / "cluster", {**config, "data_jobs": {"prose": 2}}, cluster)
+    on_cluster = PipelineRunOnCluster(tmp_path / "cluster", {**config, "data_jobs": {"prose": 2}}, cluster)
     output = on_cluster.run(MANIFEST, timeout_s=250)
     assert manifest(on_cluster) == manifest(local)
     assert all(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chain import REPOSITORY, Chain, leaks, local_site, write_site
-from tests.support.cluster_chain import SITE, ClusterChain, fake_image
+from tests.support.pipeline_run import REPOSITORY, PipelineRun, leaks, local_site, write_site
+from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster, fake_image
 from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
@@ -26,7 +26,7 @@ COMPARED_STEPS = 12
 """Enough steps to show a difference in routing, clipping or Adam. All 240 would take minutes."""
 
 
-class WatchedChain(ClusterChain):
+class WatchedChain(PipelineRunOnCluster):
     """A run with what its main process printed, and its status at many moments."""
 
     output: str
@@ -36,7 +36,7 @@ class WatchedChain(ClusterChain):
 class StatusWatcher(threading.Thread):
     """Asks `longhaul status` on the login node every few seconds, as a user does in a second terminal."""
 
-    def __init__(self, chain: ClusterChain) -> None:
+    def __init__(self, chain: PipelineRunOnCluster) -> None:
         super().__init__(daemon=True)
         self._chain, self._is_over = chain, threading.Event()
         self._found: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ def demo(
     return chain
 
 
-def validation_losses(demo: ClusterChain, stage: str) -> list[float]:
+def validation_losses(demo: PipelineRunOnCluster, stage: str) -> list[float]:
     lines = (demo.weights(stage) / "metrics.jsonl").read_text().splitlines()
     return [row["validation_loss"] for row in map(json.loads, lines) if "validation_loss" in row]
 
@@ -138,7 +138,7 @@ def test_main_process_prints_events_and_the_summary(demo: WatchedChain):
 
 
 @pytest.mark.timeout(700)
-def test_both_nodes_are_used(demo: ClusterChain):
+def test_both_nodes_are_used(demo: PipelineRunOnCluster):
     assert {node["host"] for node in demo.read("environment.json")["nodes"]} == HOSTS
     assert set(demo.read("fabric.json")["hosts"]) == HOSTS and demo.read("fabric.json")["world_size"] == 4
     for stage in ("pretrain", "chat"):
@@ -155,13 +155,13 @@ def training_losses(weights: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def local_run(demo: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def local_run(demo: PipelineRun, tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """The demo's data and tokenizer in another folder, with its first stage rendered for 4 ranks on this machine."""
     config = json.loads(json.dumps(demo.config))
     config["checks"]["nodes"] = 1
     for stage in config["stages"]:
         stage.update(nodes=1, gpus_per_node=4)
-    local_run = Chain(tmp_path_factory.mktemp("local"), config)
+    local_run = PipelineRun(tmp_path_factory.mktemp("local"), config)
     shutil.copytree(demo.folder / "results", local_run.folder / "results", ignore=shutil.ignore_patterns("stages"))
     # As many threads per rank as on the cluster: here one node has twice as many ranks.
     site = local_site()
@@ -172,7 +172,7 @@ def local_run(demo: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return local_run
 
 
-def test_losses_equal_those_of_the_same_world_size_on_one_machine(demo: Chain, local_run: Chain):
+def test_losses_equal_those_of_the_same_world_size_on_one_machine(demo: PipelineRun, local_run: PipelineRun):
     weights = local_run.results / "stages/pretrain/weights" / demo.weights("pretrain").name
     command, log = ["bash", str(local_run.results / "stages/pretrain/launch.sh")], local_run.folder / "log"
     with log.open("w") as stream:
@@ -189,25 +189,25 @@ def test_losses_equal_those_of_the_same_world_size_on_one_machine(demo: Chain, l
     )
 
 
-def test_no_secret_is_written(demo: ClusterChain):
+def test_no_secret_is_written(demo: PipelineRunOnCluster):
     assert leaks(demo.folder) == []
 
 
-def test_validation_loss_falls(demo: ClusterChain):
+def test_validation_loss_falls(demo: PipelineRunOnCluster):
     for stage in ("pretrain", "chat"):
         before, *_, after = validation_losses(demo, stage)
         assert after < before - 0.3, stage
 
 
 @pytest.mark.slow
-def test_validation_loss_falls_below_the_entropy_of_the_token_frequencies(demo: ClusterChain):
+def test_validation_loss_falls_below_the_entropy_of_the_token_frequencies(demo: PipelineRunOnCluster):
     entropy = demo.read("data/stdlib.json")["unigram_entropy_nats"]
     assert validation_losses(demo, "pretrain")[-1] < entropy - 1.0
     before, *_, after = validation_losses(demo, "chat")
     assert after < before - 0.5
 
 
-def test_export_is_verified_and_loads(demo: ClusterChain):
+def test_export_is_verified_and_loads(demo: PipelineRunOnCluster):
     from transformers import AutoModelForCausalLM
 
     export = demo.read("export/chat.json")
@@ -217,7 +217,7 @@ def test_export_is_verified_and_loads(demo: ClusterChain):
 
 
 @pytest.mark.slow
-def test_export_answers_and_ends_with_eos(demo: ClusterChain):
+def test_export_answers_and_ends_with_eos(demo: PipelineRunOnCluster):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = demo.read("export/chat.json")
@@ -231,7 +231,7 @@ def test_export_answers_and_ends_with_eos(demo: ClusterChain):
     assert all(sample["ended_with_eos"] for sample in export["samples"])
 
 
-def test_jobs_in_the_container_have_no_slurm_client(demo: ClusterChain, tmp_path: Path):
+def test_jobs_in_the_container_have_no_slurm_client(demo: PipelineRunOnCluster, tmp_path: Path):
     """The stand-in for Apptainer hides the client. The supervisor talks to Slurm outside the container."""
     steps = demo.read("stages/chat/launch.json")["steps"]
     assert all({"srun", "apptainer"} <= set(step["command"]) for step in steps)

@@ -15,7 +15,7 @@ from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.artifacts.record_types import Attempt
 from tests.cluster.fabric_drill import CASES, FOUND_WITHIN_S, RATE, SLOW, DrillCase, FabricDrill, limit_link, limited
 from tests.faults.faulted_run import FaultedRun, faulted_config
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
@@ -70,7 +70,7 @@ def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_slow_node_costs_a_training_that_node_alone(finished: Chain, hosts: VirtualCluster, tmp_path: Path):
+def test_slow_node_costs_a_training_that_node_alone(finished: PipelineRun, hosts: VirtualCluster, tmp_path: Path):
     """The training finds the slow node before its first step, continues on the spare one, and finishes."""
     config = faulted_config(finished.config, nodes=3, steps=30, global_batch_size=12)
     run = FaultedRun(tmp_path / "run", config, hosts, finished.results)

@@ -18,8 +18,8 @@ from longhaul.jobs.kinds.train_job import TrainSpec
 from tests.parity import reference_loop as reference
 from tests.parity.parity_cases import FP32, MODELS
 from tests.parity.parity_table import largest_difference
-from tests.support.chain import tiny_config
-from tests.support.cluster_chain import SITE, ClusterChain
+from tests.support.pipeline_run import tiny_config
+from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
@@ -101,13 +101,13 @@ def four_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualClus
 @pytest.fixture(scope="module")
 def trained(
     four_nodes: VirtualCluster, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> dict[str, ClusterChain]:
+) -> dict[str, PipelineRunOnCluster]:
     """One run per model, both at once. It has one stage per layout, all with the same first weights and data."""
     runs = {}
     for model_name, layouts in selected_layouts(pytestconfig).items():
         config = tiny_config(model=MODELS[model_name], run="layouts")
         config["stages"] = [_stage(name, *layout) for name, layout in layouts.items()]
-        runs[model_name] = ClusterChain(
+        runs[model_name] = PipelineRunOnCluster(
             tmp_path_factory.mktemp(model_name),
             config,
             four_nodes,
@@ -142,7 +142,7 @@ def _stage(name: str, nodes: int, ranks: int, keys: dict[str, Any]) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def traces(trained: dict[str, ClusterChain], pytestconfig: pytest.Config) -> dict[str, reference.Trace]:
+def traces(trained: dict[str, PipelineRunOnCluster], pytestconfig: pytest.Config) -> dict[str, reference.Trace]:
     """The same steps in plain PyTorch, per model."""
     return {
         model_name: _trace(trained[model_name], next(iter(layouts)))
@@ -150,7 +150,7 @@ def traces(trained: dict[str, ClusterChain], pytestconfig: pytest.Config) -> dic
     }
 
 
-def _trace(chain: ClusterChain, name: str) -> reference.Trace:
+def _trace(chain: PipelineRunOnCluster, name: str) -> reference.Trace:
     job = TrainSpec.read(chain.results / "stages" / name / "job.json")
     stage, manifest = job.stage, DataManifest.read(chain.results / "data/chats.json")
     cache = chain.folder / "reference-samples"
@@ -167,7 +167,11 @@ def _resolved(manifest: DataManifest, folder: Path) -> DataManifest:
 
 @pytest.mark.timeout(1200)
 def test_losses_and_gradient_norms_equal_those_of_plain_pytorch(
-    model_name: str, name: str, trained: dict[str, ClusterChain], traces: dict[str, reference.Trace], table: list[str]
+    model_name: str,
+    name: str,
+    trained: dict[str, PipelineRunOnCluster],
+    traces: dict[str, reference.Trace],
+    table: list[str],
 ):
     chain, (nodes, ranks, _) = trained[model_name], LAYOUTS[model_name][name]
     attempt = json.loads((chain.weights(name) / "attempts.jsonl").read_text())
@@ -183,7 +187,7 @@ def test_losses_and_gradient_norms_equal_those_of_plain_pytorch(
     )
 
 
-def test_export_is_verified(model_name: str, name: str, trained: dict[str, ClusterChain]):
+def test_export_is_verified(model_name: str, name: str, trained: dict[str, PipelineRunOnCluster]):
     verification = trained[model_name].read(f"export/{name}.json")["verification"]
     assert verification["tensors"]["equal"] == verification["tensors"]["count"] > 10
     assert verification["logits"]["bit_equal"] or verification["logits"]["max_abs_difference"] < 1e-4

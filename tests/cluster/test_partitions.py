@@ -17,9 +17,9 @@ import pytest
 from longhaul.config.load_config import load_site
 from longhaul.config.partition_config import JobPlace
 from longhaul.config.site_config import Site
-from tests.support.chain import tiny_config
-from tests.support.cluster_chain import ClusterChain
 from tests.support.fake_nvidia_smi import fake_nvidia_smi
+from tests.support.pipeline_run import tiny_config
+from tests.support.pipeline_run_on_cluster import PipelineRunOnCluster
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
@@ -75,11 +75,11 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]
 
 
 @pytest.fixture(scope="module")
-def chain(centre: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> ClusterChain:
+def chain(centre: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> PipelineRunOnCluster:
     """A run whose first stage is trained."""
     config = tiny_config()
     config["stages"][0]["steps"] = 4
-    chain = ClusterChain(tmp_path_factory.mktemp("run"), config, centre, partitions=PARTITIONS)
+    chain = PipelineRunOnCluster(tmp_path_factory.mktemp("run"), config, centre, partitions=PARTITIONS)
     chain.run(STAGE, timeout_s=350)
     return chain
 
@@ -91,7 +91,7 @@ def finished_jobs(cluster: VirtualCluster) -> dict[str, dict[str, str]]:
     return {job["Comment"].removeprefix("rule_").partition("_wildcards")[0]: job for job in jobs if "Comment" in job}
 
 
-def test_each_job_runs_on_the_partition_of_its_kind_with_its_options(chain: ClusterChain):
+def test_each_job_runs_on_the_partition_of_its_kind_with_its_options(chain: PipelineRunOnCluster):
     jobs = finished_jobs(chain.cluster)
     keys = ("Partition", "Account", "QOS", "Features", "NodeList", "NumCPUs", "MinMemoryNode", "TimeLimit", "Nice")
     found = {rule: tuple(job.get(key) for key in keys) for rule, job in jobs.items()}
@@ -104,7 +104,7 @@ def test_each_job_runs_on_the_partition_of_its_kind_with_its_options(chain: Clus
     assert not [rule for rule in ("tokenizer", "tokenize", "environment") if "gpu" in jobs[rule]["TRES"]]
 
 
-def test_sbatch_accepts_the_rendered_header_of_every_job(chain: ClusterChain, centre: VirtualCluster):
+def test_sbatch_accepts_the_rendered_header_of_every_job(chain: PipelineRunOnCluster, centre: VirtualCluster):
     """The header of a job that is submitted by hand, and of the controller, on the partition of its kind."""
     scripts = [*chain.results.glob("**/job.sbatch"), chain.results / "controller.sbatch"]
     assert len(scripts) == 10
@@ -125,10 +125,12 @@ def changed_site(number: int, **keys: Any) -> list[dict[str, Any]]:
         ("constraint", "tpu", "feature"),
     ],
 )
-def test_a_wrong_option_of_one_partition_is_refused_by_slurm(chain: ClusterChain, key: str, value: str, reason: str):
+def test_a_wrong_option_of_one_partition_is_refused_by_slurm(
+    chain: PipelineRunOnCluster, key: str, value: str, reason: str
+):
     """Despite ten retries, Slurm's reason is the last that is printed, within a minute."""
     partitions = changed_site(2, **{key: value})
-    other = ClusterChain(chain.folder / f"wrong-{key}", chain.config, chain.cluster, partitions=partitions)
+    other = PipelineRunOnCluster(chain.folder / f"wrong-{key}", chain.config, chain.cluster, partitions=partitions)
     begun = time.monotonic()
     done = other.snakemake("results/tiny/tokenizer.json", timeout_s=120)
     assert done.returncode == 1 and time.monotonic() - begun < 60, done.stderr
@@ -136,7 +138,7 @@ def test_a_wrong_option_of_one_partition_is_refused_by_slurm(chain: ClusterChain
     assert "Slurm refused the job" in cause and reason in cause and f"correct {key}" in remedy, done.stderr
 
 
-def expect_a_job_that_cannot_start(run: ClusterChain, target: str, reason: str) -> None:
+def expect_a_job_that_cannot_start(run: PipelineRunOnCluster, target: str, reason: str) -> None:
     """Start a run whose job is beyond a limit: it prints Slurm's reason. Slurm accepts such a job, and it waits for ever."""
     log = run.folder / "main.log"
     with log.open("w") as stream:
@@ -153,17 +155,17 @@ def expect_a_job_that_cannot_start(run: ClusterChain, target: str, reason: str) 
         run.cluster.run("scancel", "--user=root")
 
 
-def test_a_job_beyond_a_limit_is_named_with_slurms_reason(chain: ClusterChain):
+def test_a_job_beyond_a_limit_is_named_with_slurms_reason(chain: PipelineRunOnCluster):
     """400 minutes are within the site file's limit, and not within the partition's."""
     config, partitions = {**chain.config, "data_minutes": 400}, changed_site(2, max_minutes=600)
-    other = ClusterChain(chain.folder / "limit", config, chain.cluster, partitions=partitions)
+    other = PipelineRunOnCluster(chain.folder / "limit", config, chain.cluster, partitions=partitions)
     expect_a_job_that_cannot_start(other, "results/tiny/tokenizer.json", "PartitionTimeLimit")
 
 
-def test_a_job_beyond_a_limit_of_the_qos_is_named(chain: ClusterChain):
+def test_a_job_beyond_a_limit_of_the_qos_is_named(chain: PipelineRunOnCluster):
     """25 minutes are within the limit of the partition, and not within that of the QOS."""
     config = {**chain.config, "checks": {**chain.config["checks"], "minutes": 25}}
-    other = ClusterChain(chain.folder / "limit-qos", config, chain.cluster, partitions=PARTITIONS)
+    other = PipelineRunOnCluster(chain.folder / "limit-qos", config, chain.cluster, partitions=PARTITIONS)
     chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "gpu_debug", "set", "MaxWall=00:20:00")
     try:
         expect_a_job_that_cannot_start(other, "results/tiny/environment.json", "QOSMaxWallDurationPerJobLimit")
@@ -171,7 +173,7 @@ def test_a_job_beyond_a_limit_of_the_qos_is_named(chain: ClusterChain):
         chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "gpu_debug", "set", "MaxWall=-1")
 
 
-def longhaul(chain: ClusterChain, *words: str, path: str = "") -> tuple[int, str]:
+def longhaul(chain: PipelineRunOnCluster, *words: str, path: str = "") -> tuple[int, str]:
     """Return the exit code and the output of a verb on the login node. Cells of a table may have several lines."""
     command = chain.cluster.command([sys.executable, "-m", "longhaul", *words], cwd=chain.folder)
     environment = chain.environment()
@@ -180,29 +182,29 @@ def longhaul(chain: ClusterChain, *words: str, path: str = "") -> tuple[int, str
     return done.returncode, " ".join((done.stdout + done.stderr).replace("│", " ").split())
 
 
-def test_site_check_shows_slurms_answer_to_each_request(chain: ClusterChain):
+def test_site_check_shows_slurms_answer_to_each_request(chain: PipelineRunOnCluster):
     code, printed = longhaul(chain, "site", "check", "run.yaml")
     assert code == 0 and " NO " not in printed, printed
     partitions = changed_site(0, account="nobody")
-    other = ClusterChain(chain.folder / "checked", chain.config, chain.cluster, partitions=partitions)
+    other = PipelineRunOnCluster(chain.folder / "checked", chain.config, chain.cluster, partitions=partitions)
     for file in ("run.yaml", "site.yaml"):
         code, printed = longhaul(other, "site", "check", file)
         assert code == 1 and "Invalid account" in printed and "correct account" in printed, printed
 
 
 @pytest.fixture(scope="module")
-def found(chain: ClusterChain) -> Site:
+def found(chain: PipelineRunOnCluster) -> Site:
     """The site file that `site detect --probe` writes. nvidia-smi is a stand-in that finds two H200 on n1."""
     code, printed = longhaul(chain, "site", "detect", "--probe", "--out", "found.yaml", path=nvidia_smi_path(chain))
     assert code == 0 and "submitted probe job" in printed, printed
     return load_site("./found.yaml", chain.folder)
 
 
-def nvidia_smi_path(chain: ClusterChain) -> str:
+def nvidia_smi_path(chain: PipelineRunOnCluster) -> str:
     return fake_nvidia_smi(chain.folder, host="n1").partition(":")[0] + ":"
 
 
-def test_site_detect_reproduces_the_clusters_own_site_file(found: Site, chain: ClusterChain):
+def test_site_detect_reproduces_the_clusters_own_site_file(found: Site, chain: PipelineRunOnCluster):
     own = load_site("./site.yaml", chain.folder)
     places: tuple[JobPlace, ...] = ("gpu", "debug", "cpu", "login")
     keys = ("name", "account", "max_minutes", "exclusive", "memory", "reservation")
@@ -219,7 +221,7 @@ def test_site_detect_reproduces_the_clusters_own_site_file(found: Site, chain: C
     assert found.accelerator.build == "cuda 13.0"
 
 
-def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: Site, chain: ClusterChain):
+def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: Site, chain: PipelineRunOnCluster):
     path = nvidia_smi_path(chain)
     code, printed = longhaul(chain, "site", "check", "found.yaml", "--probe", path=path)
     assert code == 0 and " NO " not in printed, printed
@@ -231,9 +233,9 @@ def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: S
 
 
 @pytest.mark.slow  # waits 15 s for the second try
-def test_a_submit_limit_is_waited_for(chain: ClusterChain):
+def test_a_submit_limit_is_waited_for(chain: PipelineRunOnCluster):
     """Slurm's reason is printed at once, and the job is submitted again after a pause."""
-    other = ClusterChain(chain.folder / "submit-limit", chain.config, chain.cluster, partitions=PARTITIONS)
+    other = PipelineRunOnCluster(chain.folder / "submit-limit", chain.config, chain.cluster, partitions=PARTITIONS)
     chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=0")
     log = other.folder / "main.log"
     try:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chain import Chain, write_site
-from tests.support.cluster_chain import SITE
+from tests.support.pipeline_run import PipelineRun, write_site
+from tests.support.pipeline_run_on_cluster import SITE
 from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def rendered(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def rendered(finished: PipelineRun, tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """The finished run's data and tokenizer in another folder, with its first stage rendered for 2 nodes of 1 rank."""
-    copy = Chain(tmp_path_factory.mktemp("sbatch"), json.loads(json.dumps(finished.config)))
+    copy = PipelineRun(tmp_path_factory.mktemp("sbatch"), json.loads(json.dumps(finished.config)))
     shutil.copytree(finished.results, copy.results, symlinks=True)
     shutil.rmtree(copy.results / "stages")
     write_site(copy.folder, SITE)
@@ -39,7 +39,7 @@ def rendered(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain
 
 
 def test_losses_equal_those_of_the_same_world_size_on_one_machine(
-    rendered: Chain, finished: Chain, cluster: VirtualCluster
+    rendered: PipelineRun, finished: PipelineRun, cluster: VirtualCluster
 ):
     stage = rendered.results / "stages" / "base"
     cluster.run("sbatch", str(stage / "job.sbatch"), cwd=Path("/"))
@@ -52,13 +52,13 @@ def test_losses_equal_those_of_the_same_world_size_on_one_machine(
     wait_for(lambda: not cluster.run("squeue", "-h").strip(), 30)
 
 
-def test_allocation_of_another_size_is_refused(rendered: Chain, cluster: VirtualCluster, tmp_path: Path):
+def test_allocation_of_another_size_is_refused(rendered: PipelineRun, cluster: VirtualCluster, tmp_path: Path):
     launch, log = rendered.results / "stages" / "base" / "launch.sh", tmp_path / "log"
     cluster.run("sbatch", "--wait", "--nodes=1", f"--output={log}", f"--wrap=bash {launch}", check=False)
     assert "the allocation has 1 nodes; the plan says 2" in log.read_text()
 
 
-def test_launch_script_is_refused_outside_an_allocation(rendered: Chain):
+def test_launch_script_is_refused_outside_an_allocation(rendered: PipelineRun):
     launch = rendered.results / "stages" / "base" / "launch.sh"
     environment = {key: value for key, value in rendered.environment().items() if key != "SLURM_JOB_ID"}
     done = subprocess.run(["bash", str(launch)], capture_output=True, text=True, check=False, env=environment)

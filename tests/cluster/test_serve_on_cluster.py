@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.artifacts.endpoint import Endpoint
-from tests.support.cluster_chain import SITE as CLUSTER
+from tests.support.pipeline_run_on_cluster import SITE as CLUSTER
 from tests.support.served_run import KEY, ServedRun
 from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for

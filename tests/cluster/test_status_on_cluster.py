@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.fault_matrix import occupy, release_nodes, scancel
 from tests.faults.faulted_run import QUICK_STEPS, FaultedRun, faulted_config
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
@@ -35,7 +35,9 @@ def finished_with_code(run: FaultedRun, code: int) -> None:
 
 
 @pytest.fixture
-def run(cluster: VirtualCluster, finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultedRun]:
+def run(
+    cluster: VirtualCluster, finished: PipelineRun, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FaultedRun]:
     """A run that is rendered for the cluster. Its end leaves no job and no process, also after a failed test."""
     config = faulted_config(finished.config, steps=QUICK_STEPS)
     run = FaultedRun(tmp_path_factory.mktemp("status") / "run", config, cluster, finished.results)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.faulted_run import FaultedRun, faulted_site
-from tests.support.chain import write_site
-from tests.support.cluster_chain import SITE
+from tests.support.pipeline_run import write_site
+from tests.support.pipeline_run_on_cluster import SITE
 
 SMALL = "small"
 """Folder of a run for the weights of its stage."""

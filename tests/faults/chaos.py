@@ -35,7 +35,7 @@ from tests.faults.fault_matrix import (
     unplug_for,
 )
 from tests.faults.faulted_run import FaultedRun, faulted_config
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_hosts import ClusterError
@@ -66,7 +66,7 @@ _NO_TARGET = (AssertionError, IndexError, KeyError, StopIteration, psutil.Error,
 
 
 @pytest.mark.timeout(int(60 * MINUTES * 6) + 900)
-def test_chaos(tmp_path_factory: pytest.TempPathFactory, finished: Chain):
+def test_chaos(tmp_path_factory: pytest.TempPathFactory, finished: PipelineRun):
     steps = int(MINUTES * STEPS_A_MINUTE)
     folder = tmp_path_factory.mktemp("chaos")
     config = faulted_config(finished.config, steps=steps)

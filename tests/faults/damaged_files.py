@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.faulted_run import TRAIN, FaultedRun
-from tests.support.payloads import put_payload_in_checkpoint
+from tests.support.unpickling_payloads import put_payload_in_checkpoint
 
 RECORDS = ("history.jsonl", "attempts.jsonl", "events.jsonl", "metrics.jsonl")
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from bench.machine import RESULTS, describe_machine, write_result
 from longhaul.report.goodput import Goodput
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 _WIDTHS = (44, 11, 7, 9, 9, 8, 9)
 _TITLES = ("fault", "while", "lost s", "attempts", "restart s", "goodput", "commit")

@@ -17,8 +17,8 @@ import psutil
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.record_types import MetricsRow, read_events
 from longhaul.report.goodput import Goodput, read_goodput, start_up_times
-from tests.support.chain import REPOSITORY
-from tests.support.cluster_chain import SITE, ClusterChain
+from tests.support.pipeline_run import REPOSITORY
+from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster
 from tests.support.virtual_cluster import VirtualCluster
 
 STEPS, QUICK_STEPS, SAVE_EVERY = 400, 200, 25
@@ -66,7 +66,7 @@ def faulted_site(partition: str = "main", **injected: str) -> dict[str, Any]:
     return site
 
 
-class FaultedRun(ClusterChain):
+class FaultedRun(PipelineRunOnCluster):
     """A run in its own folder that makes one phase: a stage, a dataset or an export. It starts with the other results."""
 
     def __init__(

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 RECORDED = REPOSITORY / "tests" / "unit" / "report" / "recorded_faults"
 RECORDS = ("history.jsonl", "state.json", "failure.json")

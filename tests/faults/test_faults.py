@@ -32,7 +32,7 @@ from tests.faults.faulted_run import (
     faulted_site,
     write_larger_corpus,
 )
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 from tests.support.running_cluster import running_cluster
 from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
@@ -70,7 +70,7 @@ def steps(pytestconfig: pytest.Config) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    three_nodes: VirtualCluster, finished: Chain, folder: Path, steps: int
+    three_nodes: VirtualCluster, finished: PipelineRun, folder: Path, steps: int
 ) -> Callable[[str, int], FaultedRun]:
     """A function of (phase, nodes) that returns the run without a fault; it runs at the first call."""
     runs: dict[tuple[str, int], FaultedRun] = {}
@@ -159,7 +159,7 @@ def test_results_are_bit_identical_after_a_fault(
     case: FaultCase,
     repaired_cluster: VirtualCluster,
     undisturbed: Callable[[str, int], FaultedRun],
-    finished: Chain,
+    finished: PipelineRun,
     folder: Path,
     steps: int,
     table: list[fault_table.TableRow],
@@ -231,7 +231,11 @@ def assert_nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
 @pytest.mark.all_faults
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nan_skips_only_the_listed_batches(
-    policy: str, repaired_cluster: VirtualCluster, finished: Chain, folder: Path, table: list[fault_table.TableRow]
+    policy: str,
+    repaired_cluster: VirtualCluster,
+    finished: PipelineRun,
+    folder: Path,
+    table: list[fault_table.TableRow],
 ):
     """The run is bit-identical to a run without NaN whose config skips the same batches."""
     window = {"window_batches": 2} if policy == "roll_back" else {}
@@ -258,7 +262,7 @@ def test_nan_skips_only_the_listed_batches(
 def test_controller_job_continues_after_its_time_limit(
     repaired_cluster: VirtualCluster,
     undisturbed: Callable[[str, int], FaultedRun],
-    finished: Chain,
+    finished: PipelineRun,
     folder: Path,
     table: list[fault_table.TableRow],
 ):
@@ -284,9 +288,9 @@ def test_controller_job_continues_after_its_time_limit(
 
 
 @pytest.mark.all_faults
-def test_ranks_of_one_machine_do_not_need_its_name(finished: Chain, tmp_path: Path):
+def test_ranks_of_one_machine_do_not_need_its_name(finished: PipelineRun, tmp_path: Path):
     """torchrun gives the ranks the machine's own name as rank 0's address, unless it gets another one."""
-    chain = Chain(tmp_path / "nameless", finished.config)
+    chain = PipelineRun(tmp_path / "nameless", finished.config)
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname nameless.invalid && exec "$@"', "sh"]
     command = [*renamed, *chain.command("results/tiny/stages/base/checkpoint.json")]
     done = subprocess.run(
@@ -296,13 +300,13 @@ def test_ranks_of_one_machine_do_not_need_its_name(finished: Chain, tmp_path: Pa
     assert reference_tensors(chain) == reference_tensors(finished)
 
 
-def reference_tensors(chain: Chain) -> Any:
+def reference_tensors(chain: PipelineRun) -> Any:
     (found,) = chain.weights("base").glob("checkpoints/step-00000040/reference/tensors.json")
     return json.loads(found.read_text())
 
 
 def test_quarantine_that_leaves_too_few_nodes_is_refused(
-    repaired_cluster: VirtualCluster, finished: Chain, folder: Path
+    repaired_cluster: VirtualCluster, finished: PipelineRun, folder: Path
 ):
     run = FaultedRun(folder / "quarantined", faulted_config(finished.config), repaired_cluster, finished.results)
     add_to_quarantine(run.folder / "results/quarantine.json", ["n1", "n3"], "no answer", "job 7")

@@ -27,7 +27,7 @@ from longhaul.jobs.launch_files import RenderedFiles, render_controller, render_
 from longhaul.planning import Plan, build_plan
 from longhaul.report.serving_table import serving_lines
 from longhaul.scheduling.serve_verb import engine_commands
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import changed, write_config
 
 GOLDEN = Path(__file__).parent

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.support.chain import Chain, tiny_config, write_site
+from tests.support.pipeline_run import PipelineRun, tiny_config, write_site
 
 GPUS = torch.cuda.device_count()
 STEPS = 12
@@ -16,15 +16,15 @@ _STAGE_TIMEOUT_S = 90
 """Training, export and verification of a variant take about 35 s on two H100s."""
 
 
-def run_variants(folder: Path, variants: dict[str, dict[str, Any]], **changes: Any) -> Chain:
+def run_variants(folder: Path, variants: dict[str, dict[str, Any]], **changes: Any) -> PipelineRun:
     """Run all stages and return the finished chain; `changes` replace top-level keys of the tiny config."""
-    chain = Chain(folder, {**tiny_config(**changes), "stages": stages_of(variants)})
+    chain = PipelineRun(folder, {**tiny_config(**changes), "stages": stages_of(variants)})
     write_site(chain.folder, _site())
     chain.run(timeout_s=_STAGE_TIMEOUT_S * len(variants))
     return chain
 
 
-def run_again(chain: Chain, variants: dict[str, dict[str, Any]]) -> None:
+def run_again(chain: PipelineRun, variants: dict[str, dict[str, Any]]) -> None:
     """Run the chain again with other stage configs of the same names."""
     chain.config["stages"] = stages_of(variants)
     chain.save()
@@ -40,13 +40,13 @@ def stages_of(variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def metric(chain: Chain, stage: str, key: str) -> list[float]:
+def metric(chain: PipelineRun, stage: str, key: str) -> list[float]:
     """Return a metric of every step that has it."""
     lines = (chain.weights(stage) / "metrics.jsonl").read_text().splitlines()
     return [row[key] for row in map(json.loads, lines) if key in row]
 
 
-def verification_of(chain: Chain, stage: str) -> dict[str, Any]:
+def verification_of(chain: PipelineRun, stage: str) -> dict[str, Any]:
     """Return the verification of the stage's export."""
     return chain.read(f"export/{stage}.json")["verification"]
 
@@ -66,7 +66,7 @@ def verification_line(stage: str, verification: dict[str, Any]) -> str:
     return f"{stage:>20} {verification['tensors']['count']} tensors equal; logits {verification['logits']}"
 
 
-def trained_on_gpus(chain: Chain, stage: str, attempts: int = 1) -> bool:
+def trained_on_gpus(chain: PipelineRun, stage: str, attempts: int = 1) -> bool:
     """Return True if the stage had this number of attempts on GPUs."""
     return (chain.weights(stage) / "attempts.jsonl").read_text().count('"device": "cuda"') == attempts
 

@@ -22,7 +22,7 @@ from tests.gpu.gpus import (
     verification_of,
 )
 from tests.parity.parity_cases import MODELS
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 pytestmark = [
     pytest.mark.skipif(GPUS != 2, reason=f"needs two GPUs, this machine has {GPUS}"),
@@ -50,7 +50,7 @@ VARIANTS = {**EXACT, **ROUNDED, **LOSSY}
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """Return one run with a stage for every variant."""
     return run_variants(tmp_path_factory.mktemp("layouts"), VARIANTS, model=MODELS["deepseek_v3"])
 
@@ -66,7 +66,7 @@ def record() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_layout_has_the_same_losses(chain: Chain, variant: str, record: list[str]):
+def test_every_layout_has_the_same_losses(chain: PipelineRun, variant: str, record: list[str]):
     losses, baseline = metric(chain, variant, "loss"), metric(chain, BASELINE, "loss")
     difference = max(abs(loss / reference - 1) for loss, reference in zip(losses, baseline, strict=True))
     record.append(
@@ -79,7 +79,7 @@ def test_every_layout_has_the_same_losses(chain: Chain, variant: str, record: li
 
 
 @pytest.mark.parametrize("stage", VARIANTS)
-def test_every_export_is_verified(chain: Chain, stage: str, record: list[str]):
+def test_every_export_is_verified(chain: PipelineRun, stage: str, record: list[str]):
     verification = verification_of(chain, stage)
     record.append(verification_line(stage, verification))
     assert is_verified(verification), verification

@@ -25,7 +25,7 @@ from tests.gpu.gpus import (
     verification_of,
 )
 from tests.parity.parity_cases import MODELS
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 pytestmark = [
     pytest.mark.skipif(GPUS != 2, reason=f"needs two GPUs, this machine has {GPUS}"),
@@ -44,7 +44,7 @@ RESHARDINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """Return a run that was run twice: the second time its stages have other layouts and twice the steps."""
     first = {
         name: {**SAME, **before, "steps": STEPS // 2, "export": "none"} for name, (before, _) in RESHARDINGS.items()
@@ -69,7 +69,7 @@ def record() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("name", RESHARDINGS)
-def test_a_resharded_stage_has_the_losses_of_an_uninterrupted_one(chain: Chain, name: str, record: list[str]):
+def test_a_resharded_stage_has_the_losses_of_an_uninterrupted_one(chain: PipelineRun, name: str, record: list[str]):
     losses, uninterrupted = metric(chain, name, "loss"), metric(chain, "uninterrupted", "loss")
     difference = max(abs(loss / reference - 1) for loss, reference in zip(losses, uninterrupted, strict=True))
     record.append(
@@ -80,7 +80,7 @@ def test_a_resharded_stage_has_the_losses_of_an_uninterrupted_one(chain: Chain, 
 
 
 @pytest.mark.parametrize("name", RESHARDINGS)
-def test_its_export_is_verified(chain: Chain, name: str, record: list[str]):
+def test_its_export_is_verified(chain: PipelineRun, name: str, record: list[str]):
     verification = verification_of(chain, name)
     record.append(verification_line(name, verification))
     assert is_verified(verification), verification

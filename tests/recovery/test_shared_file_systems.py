@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 CACHED_S = 5
 DEAD_AFTER_S = 3 * CACHED_S  # the owner counts twice a second, and B sees it as late as its cache allows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.cli import main
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 
 def refused_message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.support.chain import write_data
 from tests.support.chat_families import make_family_tokenizer
+from tests.support.pipeline_run import write_data
 
 _HIDDEN, _INTERMEDIATE, _LAYERS, _HEADS = 64, 128, 2, 4
 

@@ -80,7 +80,7 @@ def rank_environment() -> dict[str, str]:
 def _fork_server() -> ForkServerContext:
     """Start the server; it ends with this process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.rank_imports"])
+    context.set_forkserver_preload(["tests.support.preloaded_rank_imports"])
     paths = os.pathsep.join([str(REPOSITORY), *sys.path])  # before Python 3.13 the server does not inherit sys.path
     with mock.patch.dict(os.environ, {**rank_environment(), "PYTHONPATH": paths}):
         forkserver.ensure_running()
@@ -145,6 +145,6 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    import tests.support.rank_imports  # noqa: F401  (without the fork server nothing else has imported it)
+    import tests.support.preloaded_rank_imports  # noqa: F401  (without the fork server nothing else has imported it)
 
     sys.exit(_run_ranks(Path(sys.argv[2]), int(sys.argv[1]), tuple(sys.argv[3:])))

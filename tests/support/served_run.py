@@ -20,7 +20,7 @@ from longhaul.artifacts.job_state import State, read_state
 from longhaul.artifacts.paths import SERVE_KIND, JobFolder, JobId, RunPaths
 from longhaul.planning.load_plan import load_plan
 from longhaul.report.plan_json import plan_json
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import write_config
 from tests.support.wait import wait_for
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 ROW = re.compile(r"^\|.*\]\((bench/results/\w+\.txt)\) \|$")
 

@@ -71,7 +71,7 @@ FOLLOWED_ELSEWHERE = {
         "unit/export/test_export_checkpoint.py::test_altered_model_config_is_refused_until_it_is_restored"
     ),
     "Then move the checkpoint's folder away and run the same command again": (
-        "recovery/test_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
+        "recovery/test_unpickling_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
     ),
 }
 """A part of the remedy's text -> the test that follows it."""

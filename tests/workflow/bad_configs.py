@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import CHAT, DEEPSEEK, DEEPSEEK_V2, LLAMA, SITE, STAGE
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.support.chain import REPOSITORY, SNAKEMAKE, Chain, tiny_config
+from tests.support.pipeline_run import REPOSITORY, SNAKEMAKE, PipelineRun, tiny_config
 
 DECLARATION = '''
 """A step that counts the words of a file."""
@@ -75,7 +75,7 @@ def test_an_added_step_runs_and_is_known_to_plan_and_cli(tmp_path: Path):
             'include: "rules/report.smk"', 'include: "rules/report.smk"\ninclude: "rules/count.smk"'
         )
     )
-    chain = Chain(tmp_path / "run", tiny_config())
+    chain = PipelineRun(tmp_path / "run", tiny_config())
     environment = {**os.environ, "PYTHONPATH": str(checkout / "workflow")}
 
     def call(*words: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.bad_input import files_below, refused_message, snakemake
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import LOCAL, write_config
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {

@@ -12,7 +12,7 @@ import pytest
 
 from longhaul.cli import main
 from tests.support.bad_input import files_below, refused_message, snakemake
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config, write_weights
 from tests.workflow.bad_configs import CONFIGS
 

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longhaul.jobs import container
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import Plan
-from tests.support.chain import REPOSITORY, write_data
-from tests.support.cluster_chain import fake_image
 from tests.support.corpora import make_tokenizer
+from tests.support.pipeline_run import REPOSITORY, write_data
+from tests.support.pipeline_run_on_cluster import fake_image
 from tests.support.small_configs import LLAMA, STAGE, plan_of
 
 SUPPORT = REPOSITORY / "tests" / "support"

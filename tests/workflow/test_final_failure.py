@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from longhaul.artifacts.record_types import read_events
-from tests.support.chain import Chain, tiny_config
+from tests.support.pipeline_run import PipelineRun, tiny_config
 
 TOKENIZER = "results/tiny/tokenizer.json"
 
 
-def attempts(chain: Chain) -> int:
+def attempts(chain: PipelineRun) -> int:
     events = read_events(chain.results / "jobs/tokenizer/history.jsonl")
     return sum(event["event"] in ("running", "restarted") for event in events)
 
 
 def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_path: Path):
-    chain = Chain(tmp_path / "broken", tiny_config())
+    chain = PipelineRun(tmp_path / "broken", tiny_config())
     prose = chain.folder / "prose.jsonl"
     valid = prose.read_text()
     prose.write_text(valid + "{half a row\n")
@@ -47,7 +47,7 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount needs root")
 def test_repaired_folder_needs_only_the_same_command(tmp_path: Path):
     """The folder is on a file system that is mounted read-only during the first run."""
-    chain = Chain(tmp_path / "sealed", tiny_config())
+    chain = PipelineRun(tmp_path / "sealed", tiny_config())
     sealed = chain.results / "tokenizers"
     sealed.mkdir(parents=True)
     seal = f'mount --bind {sealed} {sealed} && mount -o remount,bind,ro {sealed} && exec "$@"'

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chain import Chain, tiny_config
+from tests.support.pipeline_run import PipelineRun, tiny_config
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
@@ -22,7 +22,7 @@ FILL_WHEN_IT_RUNS = (
 
 def run_on_small_disk(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
     """Run the tokenizer job on a file system of 8 MiB in a new mount namespace. `before`: shell commands to run first."""
-    chain = Chain(folder, tiny_config())
+    chain = PipelineRun(folder, tiny_config())
     folder.rename(folder.with_name(f"{folder.name}.before"))
     folder.mkdir()
     script = (MOUNT + before).format(folder=folder) + 'cd "$0" && exec "$@"'
@@ -52,7 +52,7 @@ def test_disk_with_free_space_is_not_mentioned(tmp_path: Path):
 
 
 def test_limit_on_file_size_is_reported_and_nothing_else_is_needed_after_it_is_lifted(tmp_path: Path):
-    chain = Chain(tmp_path / "limited", tiny_config())
+    chain = PipelineRun(tmp_path / "limited", tiny_config())
     command = ["prlimit", "--fsize=262144", *chain.command("-n", "results/tiny/tokenizer.json")]
     done = subprocess.run(
         command, cwd=chain.folder, capture_output=True, text=True, env=chain.environment(), check=False

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from longhaul.cli import main
-from tests.support.chain import REPOSITORY
 from tests.support.local_model import write_local_files
+from tests.support.pipeline_run import REPOSITORY
 
 FIRST_RUN = ("docs/how-to/first-run-at-your-centre.md", "docs/zh/first-run.md")
 LOCAL_FILES = "docs/how-to/use-local-data-and-a-local-model.md"

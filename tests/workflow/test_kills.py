@@ -12,18 +12,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 STAGE = "results/tiny/stages/base/checkpoint.json"
 
 
-def steps_done(chain: Chain) -> int:
+def steps_done(chain: PipelineRun) -> int:
     """Return the last step in the stage's metrics."""
     lines = [line for path in chain.results.glob("stages/base/weights/*/metrics.jsonl") for line in path.open()]
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def is_saved(chain: Chain, step: int) -> bool:
+def is_saved(chain: PipelineRun, step: int) -> bool:
     """Return whether the checkpoint of a step is complete; its files are written while later steps run."""
     return any(chain.results.glob(f"stages/base/weights/*/checkpoints/step-{step:08d}"))
 
@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], bool], main: subprocess.Popen[str], timeout
         time.sleep(0.005)
 
 
-def start(chain: Chain) -> subprocess.Popen[str]:
+def start(chain: PipelineRun) -> subprocess.Popen[str]:
     command = chain.command(STAGE)
     return subprocess.Popen(
         command, cwd=chain.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=chain.environment()
@@ -53,13 +53,13 @@ def trainers(main: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
 
 
-def start_steps(chain: Chain) -> list[int]:
+def start_steps(chain: PipelineRun) -> list[int]:
     """Return the step from which each start of the stage resumed."""
     lines = [line for path in chain.results.glob("stages/base/weights/*/attempts.jsonl") for line in path.open()]
     return [json.loads(line)["resumed_from"] for line in lines if line.endswith("\n")]
 
 
-def master_weights(chain: Chain) -> dict[str, str]:
+def master_weights(chain: PipelineRun) -> dict[str, str]:
     """Return tensor name -> SHA-256 of the last checkpoint's master weights."""
     checkpoint = chain.read("stages/base/checkpoint.json")
     last = Path(checkpoint["weights"]) / checkpoint["checkpoints"]["last"]["path"]
@@ -68,13 +68,13 @@ def master_weights(chain: Chain) -> dict[str, str]:
 
 
 @pytest.fixture
-def killed(finished: Chain, tmp_path: Path) -> Chain:
+def killed(finished: PipelineRun, tmp_path: Path) -> PipelineRun:
     """A run with the config of the finished run, not yet started."""
-    return Chain(tmp_path / "killed", finished.config)
+    return PipelineRun(tmp_path / "killed", finished.config)
 
 
 @pytest.mark.slow
-def test_weights_are_bit_identical_after_kills(finished: Chain, killed: Chain):
+def test_weights_are_bit_identical_after_kills(finished: PipelineRun, killed: PipelineRun):
     first = start(killed)
     wait_for(lambda: steps_done(killed) >= 12 and is_saved(killed, 10), first)
     trainers(first)[-1].send_signal(signal.SIGKILL)  # restarted in place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.support.chain import REPOSITORY, SNAKEMAKE, Chain, tiny_config
+from tests.support.pipeline_run import REPOSITORY, SNAKEMAKE, PipelineRun, tiny_config
 
 USER = """
 from snakemake.utils import min_version
@@ -24,7 +24,7 @@ use rule * from longhaul
 """
 
 
-def start(chain: Chain, *words: str) -> subprocess.CompletedProcess[str]:
+def start(chain: PipelineRun, *words: str) -> subprocess.CompletedProcess[str]:
     command = [*SNAKEMAKE, "--cores", "4", "--executor", "local", "--nolock", *words]
     return subprocess.run(
         command, cwd=chain.folder, env=chain.environment(), capture_output=True, text=True, check=False
@@ -33,7 +33,7 @@ def start(chain: Chain, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_module_runs_jobs_with_the_users_config_file(tmp_path: Path):
     """Snakemake ignores the hooks of a module; without them no launch script would be written."""
-    chain = Chain(tmp_path, tiny_config())
+    chain = PipelineRun(tmp_path, tiny_config())
     (tmp_path / "Snakefile").write_text(USER.format(snakefile=REPOSITORY / "workflow" / "Snakefile"))
     done = start(chain, "results/tiny/tokenizer.json")
     assert done.returncode == 0, done.stdout + done.stderr + chain.logs()
@@ -42,7 +42,7 @@ def test_a_module_runs_jobs_with_the_users_config_file(tmp_path: Path):
 
 
 def test_a_second_config_file_is_refused(tmp_path: Path):
-    chain = Chain(tmp_path, tiny_config())
+    chain = PipelineRun(tmp_path, tiny_config())
     (tmp_path / "Snakefile").write_text(USER.format(snakefile=REPOSITORY / "workflow" / "Snakefile"))
     (tmp_path / "other.yaml").write_text((tmp_path / "run.yaml").read_text())
     done = start(chain, "-n", "--configfile", "other.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import write_config
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "plotly"}

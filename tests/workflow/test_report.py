@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.report.number_format import size
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 SECTIONS = [
     "summary",
@@ -60,11 +60,11 @@ class OpenedPage:
 
 
 @pytest.fixture(scope="module")
-def report(browser: Browser, finished: Chain) -> OpenedPage:
+def report(browser: Browser, finished: PipelineRun) -> OpenedPage:
     return OpenedPage(browser, finished.results / "report.html")
 
 
-def test_page_needs_no_other_file_and_no_network(report: OpenedPage, finished: Chain):
+def test_page_needs_no_other_file_and_no_network(report: OpenedPage, finished: PipelineRun):
     assert report.console_messages == []
     assert [url for url in report.requests if not url.startswith(("data:", "blob:"))] == [
         (finished.results / "report.html").as_uri()
@@ -90,7 +90,7 @@ def test_every_curve_is_drawn_with_its_reference_level(report: OpenedPage):
     assert len(bars) >= 8
 
 
-def test_numbers_equal_those_of_the_run(report: OpenedPage, finished: Chain):
+def test_numbers_equal_those_of_the_run(report: OpenedPage, finished: PipelineRun):
     rows = [json.loads(line) for line in (finished.weights("base") / "metrics.jsonl").open()]
     last = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
     assert f"{last:.3f}" in report.page.inner_text("#stage-base")
@@ -100,7 +100,7 @@ def test_numbers_equal_those_of_the_run(report: OpenedPage, finished: Chain):
     assert str(verification["tensors"]["count"]) in report.page.inner_text("#verification")
 
 
-def test_summary_says_whether_each_stage_learned_and_where_its_model_is(report: OpenedPage, finished: Chain):
+def test_summary_says_whether_each_stage_learned_and_where_its_model_is(report: OpenedPage, finished: PipelineRun):
     """The values are those of `longhaul status`."""
     command = [sys.executable, "-m", "longhaul", "status", "results/tiny", "--json"]
     done = subprocess.run(
@@ -117,7 +117,7 @@ def test_summary_says_whether_each_stage_learned_and_where_its_model_is(report: 
     assert "below" in text and "not\u00a0measured" in text  # one word for the browser, so that it is not broken
 
 
-def test_narrow_dark_page_needs_no_horizontal_scrolling(browser: Browser, report: OpenedPage, finished: Chain):
+def test_narrow_dark_page_needs_no_horizontal_scrolling(browser: Browser, report: OpenedPage, finished: PipelineRun):
     page = browser.new_page(viewport={"width": 420, "height": 900}, color_scheme="dark")
     page.goto((finished.results / "report.html").as_uri())
     page.wait_for_selector(".main-svg")
@@ -129,7 +129,7 @@ def test_narrow_dark_page_needs_no_horizontal_scrolling(browser: Browser, report
     page.close()
 
 
-def test_report_of_an_unfinished_run_says_what_is_missing(browser: Browser, finished: Chain, tmp_path: Path):
+def test_report_of_an_unfinished_run_says_what_is_missing(browser: Browser, finished: PipelineRun, tmp_path: Path):
     results = tmp_path / "tiny"
     results.mkdir()
     for name in ("plan.json", "config.yaml"):
@@ -153,7 +153,7 @@ def test_report_of_an_unfinished_run_says_what_is_missing(browser: Browser, fini
     page.close()
 
 
-def test_a_length_in_epochs_is_counted_in_packs(finished: Chain):
+def test_a_length_in_epochs_is_counted_in_packs(finished: PipelineRun):
     """0.4 epochs of P packs are 0.4 * P / 8 steps, rounded up. The report shows the epochs that these steps are."""
     weights = finished.weights("chat")
     (totals,) = [json.loads(path.read_text()) for path in weights.glob("samples/pack-*-train-*.json")]
@@ -164,7 +164,7 @@ def test_a_length_in_epochs_is_counted_in_packs(finished: Chain):
     assert f"{steps} of {steps}" in (finished.results / "report.html").read_text()
 
 
-def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):
+def test_sample_prompts_are_beginnings_of_validation_documents(finished: PipelineRun):
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / finished.read("export/chat.json")["path"])
     for stage, dataset in (("base", "prose"), ("chat", "chats")):
         manifest = DataManifest.read(finished.results / "data" / f"{dataset}.json")
@@ -178,7 +178,7 @@ def test_sample_prompts_are_beginnings_of_validation_documents(finished: Chain):
             assert all("What follows" in prompt and "After" not in prompt for prompt in prompts)
 
 
-def test_text_of_a_run_is_escaped(browser: Browser, finished: Chain, tmp_path: Path):
+def test_text_of_a_run_is_escaped(browser: Browser, finished: PipelineRun, tmp_path: Path):
     """A model may generate <script>. A tokenizer's template or a host name may contain it, too."""
     results = tmp_path / "tiny"
     shutil.copytree(

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chain import Chain, job_counts, local_site, write_site
+from tests.support.pipeline_run import PipelineRun, job_counts, local_site, write_site
 
 TRAINING = {"train", "export", "tokenize", "tokenizer"}
 
 
 @pytest.fixture
-def run(finished: Chain) -> Iterator[Chain]:
+def run(finished: PipelineRun) -> Iterator[PipelineRun]:
     """The finished run. A test may change its config, which is restored afterwards."""
     before = copy.deepcopy(finished.config)
     yield finished
@@ -26,23 +26,23 @@ def run(finished: Chain) -> Iterator[Chain]:
     write_site(finished.folder, local_site())
 
 
-def expensive(run: Chain) -> dict[str, int]:
+def expensive(run: PipelineRun) -> dict[str, int]:
     """Return rule -> number of training, data and export jobs of a dry run."""
     return {rule: count for rule, count in run.would_run().items() if rule in TRAINING}
 
 
-def test_finished_run_has_nothing_to_do(run: Chain):
+def test_finished_run_has_nothing_to_do(run: PipelineRun):
     assert run.would_run() == {} and "Compared with the results" not in run.dry_run()
     assert not list((run.folder / "results").glob("*.lease*")), "the lease was not released"
 
 
-def test_run_in_another_folder_contains_nothing_of_the_demo(run: Chain):
+def test_run_in_another_folder_contains_nothing_of_the_demo(run: PipelineRun):
     assert [path.name for path in (run.folder / "results").iterdir()] == ["tiny"]
     assert (run.results / "config.yaml").read_text() == (run.folder / "run.yaml").read_text()
     assert "stdlib" not in (run.results / "plan.json").read_text()
 
 
-def test_comment_and_key_order_rerun_nothing(run: Chain):
+def test_comment_and_key_order_rerun_nothing(run: PipelineRun):
     reordered = dict(reversed(run.config.items()))
     run.save("# a comment\n" + yaml.safe_dump(reordered, sort_keys=True))
     assert run.would_run() == {}
@@ -59,13 +59,13 @@ def test_comment_and_key_order_rerun_nothing(run: Chain):
     ],
     ids=["minutes", "micro batch", "zero stage", "check minutes", "kept checkpoints"],
 )
-def test_settings_that_do_not_change_results_rerun_nothing(run: Chain, change: Any):
+def test_settings_that_do_not_change_results_rerun_nothing(run: PipelineRun, change: Any):
     change(run.config)
     run.save()
     assert expensive(run) == {}
 
 
-def test_partition_environment_and_container_rerun_nothing(run: Chain):
+def test_partition_environment_and_container_rerun_nothing(run: PipelineRun):
     site = {
         "name": "elsewhere",
         "partitions": [
@@ -87,7 +87,7 @@ def test_partition_environment_and_container_rerun_nothing(run: Chain):
     assert expensive(run) == {}
 
 
-def test_learning_rate_reruns_the_stage_and_its_successors(run: Chain):
+def test_learning_rate_reruns_the_stage_and_its_successors(run: PipelineRun):
     before = run.config["stages"][1]["optimizer"]["lr"]
     run.config["stages"][1]["optimizer"]["lr"] = 0.001
     run.save()
@@ -99,7 +99,7 @@ def test_learning_rate_reruns_the_stage_and_its_successors(run: Chain):
     assert expensive(run) == {"train": 2, "export": 2}
 
 
-def test_deleted_report_is_written_alone(run: Chain):
+def test_deleted_report_is_written_alone(run: PipelineRun):
     (run.results / "report.html").unlink()
     assert run.would_run() == {"report": 1}
     run.run()
@@ -107,7 +107,7 @@ def test_deleted_report_is_written_alone(run: Chain):
     assert run.would_run() == {}
 
 
-def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: Chain):
+def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: PipelineRun):
     """Snakemake does not compare parameters of jobs after a job that reruns, even if its output is ancient()."""
     run.config["checks"]["min_disk_free_gb"] = 0.2
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
@@ -127,7 +127,7 @@ def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: Chain):
     ],
     ids=["target", "until", "forcerun", "omit-from", "rerun-triggers"],
 )
-def test_missing_target_is_made_even_if_an_earlier_check_reruns(run: Chain, named: list[str]):
+def test_missing_target_is_made_even_if_an_earlier_check_reruns(run: PipelineRun, named: list[str]):
     """More GPUs per node need another check of the nodes, which training takes as ancient()."""
     checkpoint = run.results / "stages/base/checkpoint.json"
     text = checkpoint.read_text()
@@ -140,14 +140,14 @@ def test_missing_target_is_made_even_if_an_earlier_check_reruns(run: Chain, name
     assert would_run["environment"] == would_run["train"] == 1
 
 
-def test_target_by_the_name_of_a_rule_is_made_or_refused(run: Chain):
+def test_target_by_the_name_of_a_rule_is_made_or_refused(run: PipelineRun):
     """A rule whose outputs have wildcards is no target: Snakemake says so, and does not end with exit code 0."""
     assert job_counts(run.dry_run("all")) == {}
     refused = run.snakemake("-n", "train")
     assert refused.returncode != 0 and "Target rules may not contain wildcards" in refused.stdout + refused.stderr
 
 
-def test_changed_launch_scripts_rerun_no_finished_stage(run: Chain):
+def test_changed_launch_scripts_rerun_no_finished_stage(run: PipelineRun):
     """Launch scripts are no inputs of the rules."""
     for launch in run.results.glob("stages/*/launch.sh"):
         launch.write_text(launch.read_text() + "\n# newer\n")
@@ -156,7 +156,7 @@ def test_changed_launch_scripts_rerun_no_finished_stage(run: Chain):
 
 
 @pytest.mark.slow
-def test_changed_source_file_gives_new_data_and_new_weights(run: Chain):
+def test_changed_source_file_gives_new_data_and_new_weights(run: PipelineRun):
     """The last test of the file, because it changes the run permanently."""
     old = {path.name for path in run.results.glob("data/prose/*")}
     weights = {path for path in run.results.glob("stages/*/weights/*")}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 
 @pytest.fixture
-def run(finished: Chain) -> Iterator[Chain]:
+def run(finished: PipelineRun) -> Iterator[PipelineRun]:
     """The finished run, which had a scale test on its one node. A test may change its config, which is restored afterwards."""
     before = copy.deepcopy(finished.config)
     yield finished
@@ -21,7 +21,7 @@ def run(finished: Chain) -> Iterator[Chain]:
     finished.save()
 
 
-def test_it_ran_before_the_first_stage_and_is_in_the_report(run: Chain):
+def test_it_ran_before_the_first_stage_and_is_in_the_report(run: PipelineRun):
     report = run.read("scale_test/1.json")
     assert report["problems"] == [] and report["nodes"] == 1 and report["step_time_s"] > 0
     (begun,) = (run.results / "stages/base").glob("weights/*/identity.json")
@@ -32,19 +32,19 @@ def test_it_ran_before_the_first_stage_and_is_in_the_report(run: Chain):
 
 
 @pytest.mark.parametrize("value", ["off", {"nodes": ["full"], "min_efficiency": 0.1}, [1]])
-def test_stage_that_has_trained_is_not_tested_again(run: Chain, value: object):
+def test_stage_that_has_trained_is_not_tested_again(run: PipelineRun, value: object):
     run.config["scale_test"] = value
     run.save()
     assert set(run.would_run()) <= {"render", "report"}
 
 
-def test_stage_that_trains_again_is_tested_again(run: Chain):
+def test_stage_that_trains_again_is_tested_again(run: PipelineRun):
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
     run.save()
     assert run.would_run()["scale_test"] == 1
 
 
-def test_missed_limit_ends_the_run_with_its_name(finished: Chain, tmp_path: Path):
+def test_missed_limit_ends_the_run_with_its_name(finished: PipelineRun, tmp_path: Path):
     shutil.copytree(finished.folder, tmp_path / "copy", symlinks=True)
     run = copy.deepcopy(finished)
     run.folder = tmp_path / "copy"

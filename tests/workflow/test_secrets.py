@@ -13,21 +13,21 @@ from typing import Any
 
 import pytest
 
-from tests.support.chain import REPOSITORY, SECRETS, Chain, leaks
+from tests.support.pipeline_run import REPOSITORY, SECRETS, PipelineRun, leaks
 from tests.support.small_configs import base_stage
 from tests.support.tracker_server import NO_BACKOFF, Answer, Server, mlflow_answer, unavailable, wandb_answer
 
 TRACKED_TRAINING = REPOSITORY / "tests/support/tracked_training.py"
 
 
-def test_run_writes_no_secrets(finished: Chain):
+def test_run_writes_no_secrets(finished: PipelineRun):
     written = [path for path in finished.folder.rglob("*") if path.is_file()]
     kinds = {path.relative_to(finished.folder).parts[0] for path in written}
     assert {"results", ".snakemake"} <= kinds and any(path.suffix == ".log" for path in written)
     assert leaks(finished.folder) == []
 
 
-def test_secrets_are_in_the_environment_of_jobs(finished: Chain, tmp_path: Path):
+def test_secrets_are_in_the_environment_of_jobs(finished: PipelineRun, tmp_path: Path):
     """The supervisor's processes inherit the environment. Otherwise test_run_writes_no_secrets would find nothing."""
     probe = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
     launch = json.loads((finished.results / "stages/chat/launch.json").read_text())

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import DataManifest
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 
 def verify(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -16,7 +16,7 @@ def verify(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_verify_names_damaged_files(finished: Chain, tmp_path: Path):
+def test_verify_names_damaged_files(finished: PipelineRun, tmp_path: Path):
     intact = verify(finished.folder)
     assert intact.returncode == 0 and intact.stdout.endswith(" folders, 0 damaged\n"), intact.stdout + intact.stderr
     assert (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chain import REPOSITORY, Chain, tiny_config
+from tests.support.pipeline_run import REPOSITORY, PipelineRun, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_the_demo_is_planned_and_its_jobs_are_found(installed: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_whole_run_finishes(installed: Path, tmp_path: Path):
-    chain = Chain(tmp_path, tiny_config())
+    chain = PipelineRun(tmp_path, tiny_config())
     longhaul(installed, tmp_path, "run", "run.yaml")
     launch = (chain.results / "stages/base/launch.sh").read_text()
     assert str(REPOSITORY) not in launch and (tmp_path / "results/.code/longhaul").resolve().is_relative_to(

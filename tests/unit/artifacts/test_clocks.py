@@ -14,7 +14,7 @@ from longhaul.artifacts.job_state import read_deadline
 from longhaul.artifacts.leases import Lease
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.deadline_updater import DeadlineUpdater
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 LEFT_S = 90
 SKEWS_S = [-300, 0, 300]

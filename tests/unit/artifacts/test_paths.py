@@ -13,7 +13,7 @@ from longhaul.artifacts import paths
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths, WeightsFolder, job_of, run_of
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.jobs.job_kind import job_kinds
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 PATHS = PACKAGE / "artifacts" / "paths.py"
 # Names that Hugging Face gives to files of its own, too.

@@ -11,13 +11,13 @@ import pytest
 
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.checks.verify_stored_files import FolderIntegrity, verify_stored_files
-from tests.support.small_run import DATASET, STAGE, STEP, write_small_run
+from tests.support.finished_run_files import DATASET, STAGE, STEP, write_finished_run
 from tests.support.tampered_files import tampered_texts
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunPaths:
-    return write_small_run(tmp_path / "results")
+    return write_finished_run(tmp_path / "results")
 
 
 def weights_of(run: RunPaths) -> WeightsFolder:

@@ -14,7 +14,7 @@ from longhaul.checks.collective_benchmarks import COLLECTIVES
 from longhaul.config.architectures import Decoder, Model
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import FabricLimits, Site
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 PACKAGE = REPOSITORY / "workflow" / "longhaul"
 # Modules that define keys. A validator in them does not count as a reader of a key.

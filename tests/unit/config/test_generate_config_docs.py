@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 GENERATORS = [["-m", "longhaul.config.generate_config_docs"], ["envs/generate.py"]]
 

@@ -11,7 +11,7 @@ from longhaul.config.architectures import Model
 from longhaul.config.load_config import load_config
 from longhaul.config.model_size import layers_per_pipeline_rank, model_size
 from longhaul.planning import build_plan
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size
 
 SHARED = {

@@ -17,9 +17,9 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.evaluation.offline_datasets import OfflineDatasets
-from tests.support.chain import SECRETS, leaks
 from tests.support.fake_hub import COMMIT, Hub
-from tests.support.forked_module import ForkedModule
+from tests.support.pipeline_run import SECRETS, leaks
+from tests.support.run_module_in_forks import ForkedModule
 from tests.support.small_configs import LLAMA, STAGE, write_config, write_weights
 
 BASE = {"model_type": "llama", **LLAMA, "vocab_size": 400}

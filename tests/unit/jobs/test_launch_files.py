@@ -25,7 +25,7 @@ from longhaul.jobs.launch_files import render_job, render_run, write_launch_file
 from longhaul.planning import Plan
 from longhaul.planning.deepspeed_config import deepspeed_sections
 from tests.golden.regenerate import CASES, GOLDEN, SERVERS, SITES, rendered, rendered_headers, rendered_server
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import SITE, plan_of
 from tests.support.supervised_job import fake_program
 
@@ -102,7 +102,7 @@ def test_the_page_of_centres_states_the_limits_of_the_site_files():
 
 
 def test_zero3_settings_of_a_common_guide_are_rendered_key_for_key():
-    found = json.loads((GOLDEN / "guide" / "ds_config.json").read_text())
+    found = json.loads((GOLDEN / "zero3_offload" / "ds_config.json").read_text())
     assert found["train_micro_batch_size_per_gpu"] == 4 and found["gradient_accumulation_steps"] == 8
     assert found["optimizer"] == {
         "type": "AdamW",

@@ -13,7 +13,7 @@ from longhaul.config.model_size import ModelSize, model_size
 from longhaul.planning import build_plan
 from longhaul.planning.gpu_hours import HoursEstimate, MfuEstimate, estimate_mfu, measured_speeds
 from longhaul.report.plan_json import plan_json
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import plan_of
 
 PEAK = 989e12

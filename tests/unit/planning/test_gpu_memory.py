@@ -15,7 +15,7 @@ from bench.memory_plan import MODEL, TARGET, plan_175b
 from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Parallel, Stage, Zero
 from longhaul.planning.gpu_memory import GIB, MemoryEstimate, estimate_gpu_memory
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 MEASURED = REPOSITORY / "bench/results/gpu_memory.txt"

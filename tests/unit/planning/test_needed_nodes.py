@@ -15,7 +15,7 @@ from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning import build_plan, model_config
 from longhaul.planning.needed_nodes import USED_SHARE, WAYS, example_stage, node_counts, smallest_fits
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import plan_of
 
 GIB = 2**30

@@ -19,7 +19,7 @@ from longhaul.planning import Plan, StagePlan, build_plan
 from longhaul.planning.gpu_memory import estimate_gpu_memory
 from longhaul.planning.result_spec import result_spec
 from longhaul.report.plan_json import plan_json
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import LLAMA, SITE, plan_of
 
 # The examples local-* need files beside them: tests/workflow/test_local_examples.py

@@ -17,15 +17,15 @@ from longhaul.report.html_page import render_page, write_report
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.run_results import read_run
 from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
+from tests.support.finished_run_files import write_finished_run
 from tests.support.run_folder import TRAIN, RunFolder
-from tests.support.small_run import write_small_run
 
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the text of a small run's page, with one space between its words."""
     monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
-    run = write_small_run(tmp_path / "results")
+    run = write_finished_run(tmp_path / "results")
     return text_of(render_page(read_run(run.folder)))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from longhaul.cli import main
 from longhaul.report.needed_nodes_table import stage_nodes_tables
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import plan_of
 
 PAGE = REPOSITORY / "docs/how-to/choose-the-number-of-nodes.md"

@@ -14,7 +14,7 @@ from longhaul.report import html_page
 from longhaul.report.html_page import render_page
 from longhaul.report.node_check_table import node_check_rows
 from longhaul.report.run_results import read_run
-from tests.support.small_run import write_small_run
+from tests.support.finished_run_files import write_finished_run
 
 
 def row(node: str, result: Any = "ok", check: str = "ECC", value: str = "on", component: str = "GPU 0") -> CheckRow:
@@ -49,7 +49,7 @@ def test_a_thousand_nodes_give_a_short_table():
 
 def test_a_failed_check_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
-    run = write_small_run(tmp_path / "results")
+    run = write_finished_run(tmp_path / "results")
     passed = EnvironmentReport.read(run.environment)
     run.environment.unlink()
     problem = "n1: GPU 3: <ECC>: 2, expected 0"

@@ -15,7 +15,7 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.artifacts.record_types import START_UP_PHASES
 from longhaul.report import run_results as module
 from longhaul.report.run_results import JobTimespan, StageResults
-from tests.support.small_run import write_small_run
+from tests.support.finished_run_files import write_finished_run
 
 BENCHMARK = "s\th:m:s\n{seconds}\t0:00:01\n"
 
@@ -95,7 +95,7 @@ def test_start_is_that_of_the_last_attempt_with_a_step() -> None:
 
 def test_run_without_a_copied_config_is_read(tmp_path: Path) -> None:
     """plan.json is written before the first job, the copy of the config by a job."""
-    paths = write_small_run(tmp_path / "results")
+    paths = write_finished_run(tmp_path / "results")
     assert module.read_run(paths.folder).config == "run: small\n"
     paths.config.unlink()
     assert module.read_run(paths.folder).config == ""

@@ -12,14 +12,14 @@ from longhaul.errors import UserError
 from longhaul.report import html_page
 from longhaul.report.html_page import render_page
 from longhaul.report.run_results import read_run
-from tests.support.small_run import STAGE, write_small_run
+from tests.support.finished_run_files import STAGE, write_finished_run
 from tests.support.tampered_files import DAMAGED_BYTES, tampered_texts
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
     monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
-    return write_small_run(tmp_path / "results")
+    return write_finished_run(tmp_path / "results")
 
 
 def weights_of(run: RunPaths) -> WeightsFolder:

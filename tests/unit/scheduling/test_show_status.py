@@ -9,14 +9,14 @@ import pytest
 from longhaul.cli import main
 from longhaul.scheduling.show_status import run_paths
 from tests.support.bad_input import refused_message
+from tests.support.finished_run_files import write_finished_run
 from tests.support.small_configs import LOCAL, write_config
-from tests.support.small_run import write_small_run
 
 
 def test_report_of_a_config_is_that_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path, None, LOCAL)
     monkeypatch.chdir(tmp_path)
-    write_small_run(tmp_path / "results")
+    write_finished_run(tmp_path / "results")
     for arguments in ([str(config)], [], ["results/small", "--out", "page.html"]):
         with pytest.raises(SystemExit) as ended:
             main(["report", *arguments])

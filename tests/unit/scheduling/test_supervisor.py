@@ -20,7 +20,7 @@ from longhaul.artifacts.job_state import (
     utc_now,
 )
 from longhaul.artifacts.paths import JobId, RunPaths
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.supervised_job import folder_of, supervise, write_job
 
 FAILS_TWICE = "import pathlib, sys; p = pathlib.Path('starts'); n = len(p.read_text()) if p.exists() else 0; " \

@@ -18,7 +18,7 @@ from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.errors import UserError
 from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
 from longhaul.train.verified_inputs import own_part, verify_data, verify_start
-from tests.support.small_run import DATASET, STAGE, STEP, write_small_run
+from tests.support.finished_run_files import DATASET, STAGE, STEP, write_finished_run
 
 ALONE: Any = SimpleNamespace(
     rank=SimpleNamespace(rank=0, world_size=1),
@@ -30,7 +30,7 @@ ALONE: Any = SimpleNamespace(
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunPaths:
-    return write_small_run(tmp_path / "results")
+    return write_finished_run(tmp_path / "results")
 
 
 @pytest.fixture

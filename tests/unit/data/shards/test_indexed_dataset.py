@@ -20,7 +20,7 @@ from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.shards.shard_reader import ShardReader, SplitReader
 from longhaul.data.shards.shard_writer import SplitWriter
 from longhaul.errors import UserError
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 
 LENGTHS = [3, 1, 5, 2]
 

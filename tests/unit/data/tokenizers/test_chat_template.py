@@ -8,8 +8,8 @@ import pytest
 
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, without_reasoning
 from longhaul.errors import UserError
-from tests.support.chain import REPOSITORY
 from tests.support.corpora import conversation, dataset, make_shards, write_jsonl
+from tests.support.pipeline_run import REPOSITORY
 
 REASONING = "<think>First 40, then 2.</think>It is 42."
 

@@ -26,14 +26,14 @@ from longhaul.train.checkpoint.weights_identity import check_steps
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import _drop_lines_from
 from longhaul.train.monitoring.trackers import _run_ids
+from tests.support.finished_run_files import STAGE, STEP, write_finished_run
 from tests.support.small_configs import plan_of
-from tests.support.small_run import STAGE, STEP, write_small_run
 from tests.support.tampered_files import DAMAGED_BYTES, tampered_texts
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunPaths:
-    paths = write_small_run(tmp_path / "results")
+    paths = write_finished_run(tmp_path / "results")
     folder = weights_of(paths).checkpoint(STEP)
     write_json(folder / TRAINING_STATE, {"step": STEP, "skipped": [], "recent_losses": [1.0]})
     write_json(weights_of(paths).tracker_runs, {"wandb": "abc"})

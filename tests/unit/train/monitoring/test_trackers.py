@@ -25,7 +25,7 @@ from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.errors import UserError
 from longhaul.train.monitoring.trackers import Tracker, open_trackers
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import base_stage
 from tests.support.tracker_server import (
     NO_BACKOFF,

@@ -21,7 +21,7 @@ from longhaul.planning.gpu_memory import estimate_gpu_memory
 from longhaul.planning.plan import StagePlan
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import parameter_slices, slice_model
-from tests.support.chain import REPOSITORY
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import plan_of
 
 MIXTURE: dict[str, Any] = {

@@ -19,7 +19,7 @@ from longhaul.export import export_checkpoint
 from tests.parity.prepare_case import prepare_case
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
-from tests.support.payloads import put_payload_in_checkpoint
+from tests.support.unpickling_payloads import put_payload_in_checkpoint
 
 STEPS = 2
 SHORT: dict[str, Any] = {

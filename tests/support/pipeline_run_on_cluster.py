@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
-from tests.support.chain import Chain, write_site
+from tests.support.pipeline_run import PipelineRun, write_site
 from tests.support.virtual_cluster import VirtualCluster
 
 HERE = Path(__file__).parent
 SITE: dict[str, Any] = yaml.safe_load((HERE / "cluster_site.yaml").read_text())
 
 
-class ClusterChain(Chain):
+class PipelineRunOnCluster(PipelineRun):
     """A run whose main Snakemake process is on the login node. `site` changes keys of the site file."""
 
     def __init__(self, folder: Path, config: dict[str, Any], cluster: VirtualCluster, **site: Any) -> None:

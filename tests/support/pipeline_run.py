@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from tests.support.forked_module import ForkedModule
+from tests.support.run_module_in_forks import ForkedModule
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -113,7 +113,7 @@ def write_data(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
 
 
-class Chain:
+class PipelineRun:
     """A run in a working folder with a config and data."""
 
     def __init__(self, folder: Path, config: dict[str, Any], profile: str = "local") -> None:

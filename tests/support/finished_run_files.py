@@ -27,7 +27,7 @@ STAGE, DATASET, STEP = "base", "prose", 2
 _SHA256 = hashlib.sha256(b"").hexdigest()
 
 
-def write_small_run(results: Path) -> RunPaths:
+def write_finished_run(results: Path) -> RunPaths:
     """Write results/small and return its paths."""
     paths = RunPaths("small", results)
     _write_checks_and_data(paths)

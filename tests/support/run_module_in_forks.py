@@ -23,7 +23,7 @@ class ForkedModule:
 
     def __init__(self, module: str, imports: Sequence[str], environment: Mapping[str, str]) -> None:
         self._folder = TemporaryDirectory()
-        command = [sys.executable, "-m", "tests.support.forked_module", module, *imports]
+        command = [sys.executable, "-m", "tests.support.run_module_in_forks", module, *imports]
         paths = os.pathsep.join([str(REPOSITORY), *sys.path])
         self._server = subprocess.Popen(
             command,

@@ -1,6 +1,6 @@
 """Measures how many small faults the unit tests find: mutmut changes one expression of a module at a time.
 
-    python -m bench.mutants [MODULE ...]     MODULE: a path below workflow/longhaul, for example report/goodput.py
+    python -m bench.mutation_score [MODULE ...]     MODULE: a path below workflow/longhaul, for example report/goodput.py
 
 A mutant is killed if one of the unit tests that call its function fails or does not end. Without arguments all modules of MODULES
 are measured and bench/results/mutants.txt is written. With arguments the surviving mutants of these modules are shown.
@@ -92,7 +92,7 @@ def _prepare_scratch(modules: tuple[str, ...]) -> None:
         "also_copy": list(SHARED_FILES),
         "pytest_add_cli_args": [
             "-p",
-            "bench.mutants",
+            "bench.mutation_score",
             "-p",
             "no:cacheprovider",
             "--hypothesis-seed=0",

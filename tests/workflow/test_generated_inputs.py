@@ -32,13 +32,13 @@ from longhaul.report.metric_series import read_metrics
 from longhaul.report.plan_table import print_plan
 from longhaul.report.run_results import read_run
 from tests.support import train_planned_run
-from tests.support.any_input import CHAT_ROWS, Inputs, inputs, tampered
-from tests.support.chain import local_site, write_data, write_site
 from tests.support.chat_families import FAMILIES, make_family_tokenizer
 from tests.support.corpora import dataset
+from tests.support.finished_run_files import write_finished_run
+from tests.support.generated_inputs import CHAT_ROWS, Inputs, inputs, tampered
+from tests.support.generated_trainings import trainings
+from tests.support.pipeline_run import local_site, write_data, write_site
 from tests.support.ranks import run_worker
-from tests.support.small_run import write_small_run
-from tests.support.small_runs import small_runs
 
 _CONTROL = {*map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])}
 """Characters that change what a terminal shows, apart from tabs and line breaks."""
@@ -143,7 +143,7 @@ def prepare_data(plan: Plan) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None)
-@given(config=small_runs())
+@given(config=trainings())
 def test_accepted_runs_train_their_steps(config: dict[str, Any]):
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
@@ -166,7 +166,7 @@ def test_accepted_runs_train_their_steps(config: dict[str, Any]):
 def finished_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """A finished run of fake files: its results folder, and its JSON files below."""
     results = tmp_path_factory.mktemp("finished") / "results"
-    folder = write_small_run(results).folder
+    folder = write_finished_run(results).folder
     return folder, sorted(path for path in folder.rglob("*.json*") if path.stat().st_size > len("{}\n"))
 
 

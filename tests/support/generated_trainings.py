@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.support.chain import tiny_config
+from tests.support.pipeline_run import tiny_config
 
 _SIZES = {
     "vocab_size": st.sampled_from([400, 401, 512]),
@@ -118,8 +118,8 @@ LENGTHS: list[dict[str, Any]] = [{"steps": 2}, {"epochs": 1e-9}]
 
 
 @st.composite
-def small_runs(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw the config of one stage of one or two steps. Data and site are those of tests.support.chain."""
+def trainings(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw the config of one stage of one or two steps. Data and site are those of tests.support.pipeline_run."""
     kind = draw(st.sampled_from(["pretrain", "sft"]))
     stage = {
         "name": "main",

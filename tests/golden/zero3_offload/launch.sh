@@ -1,5 +1,5 @@
 #!/bin/bash
-# longhaul guide: train-main
+# longhaul zero3_offload: train-main
 # Rendered before submission and run inside the allocation, by Snakemake and by job.sbatch alike.
 # Change the config and render again instead of editing this file.
 set -euo pipefail
@@ -21,4 +21,4 @@ export LONGHAUL_INTERCONNECT='infiniband'
 export PATH=/sw/longhaul/venv/bin:"$PATH"
 
 # The supervisor checks the allocation, runs the steps of launch.json, restarts them, and requeues the job.
-exec /opt/venv/bin/python -m longhaul job supervise /scratch/my-run/results/guide/stages/main/launch.json
+exec /opt/venv/bin/python -m longhaul job supervise /scratch/my-run/results/zero3_offload/stages/main/launch.json

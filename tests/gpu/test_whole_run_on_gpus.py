@@ -21,7 +21,7 @@ from tests.gpu.gpus import (
     verification_line,
     verification_of,
 )
-from tests.support.chain import Chain
+from tests.support.pipeline_run import PipelineRun
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-zero0": {"precision": "fp32", "zero": {"stage": 0}},
@@ -42,7 +42,7 @@ CHAT = {
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """Return one run with a stage for every variant, and a chat stage that starts from one of them."""
     return run_variants(tmp_path_factory.mktemp("gpus"), {**VARIANTS, "chat": CHAT})
 
@@ -57,7 +57,7 @@ def record() -> Iterator[list[str]]:
     )
 
 
-def test_environment_and_fabric_check_find_the_gpus(chain: Chain, record: list[str]):
+def test_environment_and_fabric_check_find_the_gpus(chain: PipelineRun, record: list[str]):
     (node,) = chain.read("environment.json")["nodes"]
     assert len(node["gpus"]) == GPUS and node["versions"]["nccl"] and node["versions"]["driver"]
     fabric = chain.read("fabric.json")
@@ -67,7 +67,7 @@ def test_environment_and_fabric_check_find_the_gpus(chain: Chain, record: list[s
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_has_the_same_losses(chain: Chain, variant: str, record: list[str]):
+def test_every_variant_has_the_same_losses(chain: PipelineRun, variant: str, record: list[str]):
     losses = metric(chain, variant, "loss")
     record.append(f"{variant:>16} losses {' '.join(f'{loss:.4f}' for loss in losses)}")
     bound = 1e-4 if variant.startswith("fp32") else 3e-2
@@ -77,7 +77,7 @@ def test_every_variant_has_the_same_losses(chain: Chain, variant: str, record: l
 
 
 @pytest.mark.parametrize("stage", [*VARIANTS, "chat"])
-def test_every_export_is_verified(chain: Chain, stage: str, record: list[str]):
+def test_every_export_is_verified(chain: PipelineRun, stage: str, record: list[str]):
     verification = verification_of(chain, stage)
     record.append(verification_line(stage, verification))
     assert is_verified(verification), verification
