@@ -1,4 +1,8 @@
-"""Small tokenizers with the chat templates of four families, as they are published (long fixed texts are shortened)."""
+"""Small tokenizers with chat templates of four families: ChatML, Llama 3.1, Qwen 3 and DeepSeek R1.
+
+CHATML is the plain format, without tools. The other three are short forms of the published templates: turns, calls, results and
+reasoning are written as published, and long fixed instructions are left out.
+"""
 
 from __future__ import annotations
 
@@ -123,12 +127,14 @@ QWEN3 = r"""
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 DEEPSEEK_R1 = (
-    "{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='') %}"
-    "{%- for message in messages %}{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}"
+    "{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='', is_first_sp=true) %}"
+    "{%- for message in messages %}{%- if message['role'] == 'system' %}{%- if not ns.is_first_sp %}"
+    "{% set ns.system_prompt = ns.system_prompt + '\\n\\n' %}{%- endif %}{% set ns.is_first_sp = false %}"
+    "{% set ns.system_prompt = ns.system_prompt + message['content'] %}"
     "{%- endif %}{%- endfor %}{{bos_token}}{{ns.system_prompt}}{%- for message in messages %}"
     "{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}{{'<｜User｜>' + message['content']}}{%- endif %}"
     "{%- if message['role'] == 'assistant' and 'tool_calls' in message %}{%- set ns.is_tool = false -%}"
-    "{%- for tool in message['tool_calls'] %}{%- if not ns.is_first %}{{'<｜Assistant｜>' + message['content'] + "
+    "{%- for tool in message['tool_calls'] %}{%- if not ns.is_first %}{{'<｜Assistant｜>' + (message['content'] or '') + "
     "'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>' + tool['function']['name'] + "
     "'\\n```json\\n' + tool['function']['arguments'] + '\\n```' + '<｜tool▁call▁end｜>'}}{%- set ns.is_first = true -%}"
     "{%- else %}"
