@@ -199,7 +199,7 @@ def _on_rank_0(hosts: Sequence[str], ranks_per_node: int, own: list[CollectiveRe
     if gathered is None:
         return {}
     return {
-        host: [{**row, "host": host} for row in found]
+        host: [row | {"host": host} for row in found]
         for host, found in zip(hosts, gathered[::ranks_per_node], strict=True)
     }
 
