@@ -357,12 +357,9 @@ class Stage(FrozenModel):
         if self.activation_checkpointing == "offload":
             return "activation_checkpointing: offload moves the input of a layer to the CPU"
         is_divided = self.parallel.tensor > 1 or self.parallel.sequence > 1 or self.zero.offload_param != "none"
-        if self.zero.stage == 3 and (has_experts or is_divided or self.activation_checkpointing != "none"):
+        if self.zero.stage == 3 and (has_experts or is_divided):
             # Losses on several GPUs were compared without these alone.
-            return (
-                "under ZeRO stage 3 only dense models are compiled, without tensor or sequence parallelism, activation "
-                "checkpointing and offload_param"
-            )
+            return "under ZeRO stage 3 only dense models are compiled, without tensor or sequence parallelism and offload_param"
         return None
 
     @model_validator(mode="after")

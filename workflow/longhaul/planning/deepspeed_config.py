@@ -45,7 +45,7 @@ def deepspeed_sections(plan: StagePlan, site: Site) -> dict[str, Any]:
     if stage.parallel.pipeline > 1:
         # Pipeline ranks send whole activations. If DeepSpeed splits them over tensor ranks, it loses the position ids.
         sections["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    if stage.precision == "bf16":
+    if stage.precision in {"bf16", "fp8"}:
         # The trainer examines the loss and the gradient norm of every step itself (train/detect_bad_steps.py).
         sections["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if stage.precision == "fp16":
@@ -87,6 +87,10 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     # PowerSGD compresses whole gradient matrices, which exist only after the backward pass.
     overlap_comm = reduces and zero.overlap_comm and plan.stage.communication.powersgd is None
     section |= {"overlap_comm": overlap_comm, "contiguous_gradients": reduces and zero.contiguous_gradients}
+    if zero.stage == 3 and plan.stage.activation_checkpointing == "selective":
+        # DeepSpeed's own linear function adds the bias in place, to the matrix product that selective checkpointing keeps. The
+        # recomputed layer would add it again.
+        section["memory_efficient_linear"] = False
     if zero.offload_optimizer != "none":
         section["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": zero.pin_memory}
     if zero.offload_optimizer == "nvme":
