@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ import yaml
 
 from bench.gpu_speed_rows import LOSS_STEPS, MODELS, ROWS, Row
 from bench.kernel_times import class_table, kernel_table
-from bench.machine import MODULE_PATH, describe_machine, write_result
+from bench.machine import MODULE_PATH, REPOSITORY, describe_machine, write_result
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Columns, PythonStdlib
 from longhaul.config.load_config import load_config
@@ -37,11 +38,19 @@ from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
 from longhaul.planning import Plan, build_plan
-from tests.support.corpora import dataset, make_shards, make_tokenizer
+from tests.support.corpora import dataset, make_shards, make_tokenizer, write_jsonl
 
 PEAK_TFLOPS = 989
 """Dense bf16 of an H100 or H200, by NVIDIA's data sheet."""
 ROW_TIMEOUT_S = 300
+CHATML = REPOSITORY / "templates" / "chat" / "chatml.jinja"
+DATASETS = {
+    "corpus": {"kind": "text", "files": ["corpus.jsonl"]},
+    "sources": {"kind": "text", "files": ["sources.jsonl"]},
+    "chat": {"kind": "chat", "files": ["chats.jsonl"]},
+}
+SOURCES_MB = 60
+"""Text for a thousand steps without a repetition."""
 
 
 def main() -> None:
@@ -53,7 +62,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder)
+        write_data(folder, {row.dataset for row in chosen})
         try:
             run_rows(chosen, folder, results)
         except KeyboardInterrupt:
@@ -83,16 +92,45 @@ def write_results(lines: list[str], results: dict[str, dict[str, Any]], suffix: 
         write_result("gpu_kernels" + suffix, [*lines, *kernel_table(kernels)])
     if speeds:
         write_result("gpu_speed" + suffix, [*lines, *speed_table(speeds), *class_table(classes)])
-    if table := loss_table(results):
-        write_result("gpu_losses" + suffix, [*lines, *table])
+    for group in LOSS_STEPS:
+        losses = {
+            name: found["losses"] for name, found in results.items() if name.startswith(group) and "losses" in found
+        }
+        if losses:
+            record = "gpu_losses" if group == "losses" else "gpu_loss_curves"
+            table = loss_table(losses) + (curve_table(losses) if group == "curves" else [])
+            write_result(record + suffix, [*lines, *table])
 
 
-def write_data(folder: Path) -> None:
-    """Write a tokenizer and shards of real text: the source code of Python's standard library."""
-    corpus = folder / "corpus.jsonl"
+def write_data(folder: Path, datasets: set[str] | None = None) -> None:
+    """Write a tokenizer, and the shards of each dataset in a folder of its own.
+
+    datasets: "corpus", the source code of Python's standard library, which is always written; "sources", that of all installed
+        packages; "chat", questions and answers from docstrings
+    """
+    corpus, workers = folder / "corpus.jsonl", min(8, os.cpu_count() or 1)
     write_demo_corpus("text", PythonStdlib(max_mb=12), corpus, Columns())
-    make_tokenizer(folder, [corpus], train_vocab_size=16_000)
-    make_shards(folder / "corpus", folder, [corpus], dataset("text"), workers=min(8, os.cpu_count() or 1))
+    make_tokenizer(folder, [corpus], train_vocab_size=16_000, chat_template=str(CHATML))
+    make_shards(folder / "corpus", folder, [corpus], dataset("text"), workers=workers)
+    if "sources" in (datasets or ()):
+        sources = write_jsonl(folder / "sources.jsonl", "text", _installed_sources())
+        make_shards(folder / "sources", folder, [sources], dataset("text"), workers=workers)
+    if "chat" in (datasets or ()):
+        chats = folder / "chats.jsonl"
+        write_demo_corpus("chat", PythonStdlib(max_mb=12), chats, Columns())
+        make_shards(folder / "chat", folder, [chats], dataset("chat"), workers=workers)
+
+
+def _installed_sources() -> list[str]:
+    """Return the source files of the installed packages, in order of their names, up to SOURCES_MB."""
+    texts, size = [], 0
+    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        size += len(text)
+        texts.append(text)
+        if size >= SOURCES_MB * 1_000_000:
+            break
+    return texts
 
 
 def plan_stages(folder: Path, model: dict[str, Any], stages: list[dict[str, Any]], gpus: int = 1) -> Plan:
@@ -107,8 +145,8 @@ def plan_stages(folder: Path, model: dict[str, Any], stages: list[dict[str, Any]
     config = {
         "run": "speed",
         "site": "./site.yaml",
-        "tokenizer": {"train": {"vocab_size": 16_000, "datasets": ["corpus"]}},
-        "datasets": {"corpus": {"kind": "text", "files": ["corpus.jsonl"]}},
+        "tokenizer": {"train": {"vocab_size": 16_000, "datasets": ["corpus"]}, "chat_template": str(CHATML)},
+        "datasets": {name: DATASETS[name] for name in sorted({"corpus", *(stage["dataset"] for stage in stages)})},
         "model": model,
         "trackers": {"tensorboard": False},
         "storage": {"scratch": str(folder)},
@@ -121,13 +159,13 @@ def plan_stages(folder: Path, model: dict[str, Any], stages: list[dict[str, Any]
 
 def write_job(row: Row, folder: Path) -> Path:
     """Write the spec of the training job that a row runs, or from which a peer takes its model and its batches."""
-    planned = plan_stages(folder, MODELS[row.model], [{**row.stage, "name": "row", "dataset": "corpus"}], row.gpus)
+    planned = plan_stages(folder, MODELS[row.model], [{**row.stage, "name": "row", "dataset": row.dataset}], row.gpus)
     own = folder / row.name.replace("/", "-").replace(" ", "-")
     job_id = JobId("train", ("row",))
     render_job(planned, job_id, own).write(own)
     job = job_spec(planned, job_id)
     assert isinstance(job, TrainSpec)
-    paths = {"tokenizer": folder / "tokenizer.json", "data": folder / "corpus/data.json"}
+    paths = {"tokenizer": folder / "tokenizer.json", "data": folder / row.dataset / "data.json"}
     paths["deepspeed"] = own / "ds_config.json"
     job.model_copy(update={key: str(path) for key, path in paths.items()}).write(own / "job.json")
     return own
@@ -177,7 +215,7 @@ def log_of(own: Path, rank: int) -> Path:
 def finish(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
     """Wait for the processes of a row and return its result. One that fails ends the others."""
     started = time.perf_counter()
-    own = Path(ranks[0].args[2])  # pyright: ignore
+    own = Path(ranks[0].args[-2])  # pyright: ignore
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks) or time.perf_counter() - started > ROW_TIMEOUT_S:
             for rank in ranks:
@@ -188,7 +226,8 @@ def finish(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
     if found is None:
         print("\n".join(lines[-25:]), flush=True)
         found = {"error": next((line for line in reversed(lines) if line.strip()), "no output")[:200]}
-    return {**found, "seconds": round(time.perf_counter() - started, 1)}
+    warning = next((line for line in lines if "run without torch.compile" in line), None)
+    return {**found, "seconds": round(time.perf_counter() - started, 1), **({"warning": warning} if warning else {})}
 
 
 def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -211,24 +250,37 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
         ratio = f"{speed / peer:9.3f}" if peer else f"{'':9}"
         start_s = f"{found['first_step_s']:9.1f} s" if "first_step_s" in found else ""
         gib = f"{found['peak_gib']:6.1f}" if "peak_gib" in found else f"{'':6}"
-        lines.append(f"{row.name:58} {speed:9,.0f} {speed * flops / PEAK_TFLOPS / 1e12:6.1%} {gib} {ratio} {start_s}")
+        # Attention inside packs does not compute the pairs of a whole window.
+        mfu = f"{speed * flops / PEAK_TFLOPS / 1e12:6.1%}" if row.dataset != "chat" else f"{'':6}"
+        lines.append(f"{row.name:58} {speed:9,.0f} {mfu} {gib} {ratio} {start_s}  {found.get('warning', '')}".rstrip())
     return lines
 
 
-def loss_table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the differences of the losses from those of the plain row, step by step."""
-    losses = {name: found["losses"] for name, found in results.items() if "losses" in found}
-    if not losses:
-        return []
+def loss_table(losses: dict[str, list[float]]) -> list[str]:
+    """Return the differences of the losses from those of the first row, step by step."""
     plain = next(iter(losses.values()))
     lines = [
-        f"losses of {LOSS_STEPS} steps on real text, a dense model of 0.3 B parameters; differences from the first row"
+        f"losses of {len(plain):,} steps on real text, a dense model of 0.3 B parameters; differences from the first row"
     ]
     for name, values in losses.items():
         differs = [abs(a - b) for a, b in zip(values, plain, strict=True)]
         last = statistics.fmean(values[-20:])
         lines.append(
             f"{name:58} mean {statistics.fmean(differs):.5f}, largest {max(differs):.5f}, last 20 steps {last:.4f}"
+        )
+    return lines
+
+
+def curve_table(losses: dict[str, list[float]], points: int = 20) -> list[str]:
+    """Return the mean losses of equal blocks of steps, a column for each row of the benchmark."""
+    steps = len(next(iter(losses.values())))
+    block = max(1, steps // points)
+    lines = ["", f"mean loss of each {block} steps", "steps up to  " + "  ".join(losses)]
+    for start in range(0, steps, block):
+        means = [statistics.fmean(values[start : start + block]) for values in losses.values()]
+        lines.append(
+            f"{start + block:11,}  "
+            + "  ".join(f"{mean:{len(name)}.4f}" for name, mean in zip(losses, means, strict=True))
         )
     return lines
 

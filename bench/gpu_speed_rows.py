@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-LOSS_STEPS = 200
+LOSS_STEPS = {"losses": 200, "curves": 1_000}
+"""Group of rows that compare losses -> steps."""
 ON_TWO = " on 2 GPUs"
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
@@ -59,6 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
+MODELS["curves"] = MODELS["losses"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,13 @@ class Row:
         return 2 if self.group.endswith(ON_TWO) else 1
 
     @property
+    def dataset(self) -> str:
+        """Return the name of the dataset in `write_data` of gpu_speed.py."""
+        if self.stage["kind"] == "sft":
+            return "chat"
+        return "sources" if self.model == "curves" else "corpus"
+
+    @property
     def flash_only(self) -> bool:
         """Return whether attention runs through another kernel than the one that torch prefers."""
         return self.name.endswith("other attention kernel")
@@ -112,8 +121,8 @@ def _two(stage: dict[str, Any], **keys: Any) -> dict[str, Any]:
     return {**stage, "gpus_per_node": 2, "global_batch_size": 2 * stage["micro_batch_size"], **keys}
 
 
-def _losses(**keys: Any) -> dict[str, Any]:
-    return _stage(4, LOSS_STEPS, **keys)
+def _losses(group: str = "losses", **keys: Any) -> dict[str, Any]:
+    return _stage(4, LOSS_STEPS[group], **keys)
 
 
 ROWS = [
@@ -129,14 +138,21 @@ ROWS = [
         _stage(16, activation_checkpointing="selective"),
     ),
     Row("dense/longhaul, ZeRO 3, micro batch 8", "longhaul", _stage(8, zero={"stage": 3})),
+    Row("dense/longhaul, ZeRO 1, micro batch 8, packed chats", "longhaul", _stage(8, kind="sft")),
+    Row("dense/longhaul, ZeRO 1, micro batch 8, FP8", "longhaul", _stage(8, precision="fp8")),
     Row("dense/HF Trainer, ZeRO 2, Liger, micro batch 8", "hf_trainer", _stage(8)),
     Row("dense/deepspeed.initialize, ZeRO 1, micro batch 8", "plain_deepspeed", _stage(8)),
     Row("mixture/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _stage(8)),
     Row("mixture/longhaul, ZeRO 1, micro batch 8", "longhaul", _stage(8)),
+    Row("mixture/longhaul, ZeRO 1, micro batch 8, FP8", "longhaul", _stage(8, precision="fp8")),
     Row("losses/longhaul, plain", "longhaul", _losses(compile="off")),
     Row("losses/longhaul, plain, other attention kernel", "longhaul", _losses(compile="off")),
     Row("losses/longhaul", "longhaul", _losses()),
     Row("losses/longhaul, ZeRO 3", "longhaul", _losses(zero={"stage": 3})),
+    Row("losses/longhaul, FP8", "longhaul", _losses(precision="fp8")),
+    Row("curves/longhaul", "longhaul", _losses("curves")),
+    Row("curves/longhaul, other attention kernel", "longhaul", _losses("curves")),
+    Row("curves/longhaul, FP8", "longhaul", _losses("curves", precision="fp8")),
     Row("dense on 2 GPUs/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 3, micro batch 8", "longhaul", _two(_stage(8), zero={"stage": 3})),

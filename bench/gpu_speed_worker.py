@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from bench import gpu_speed_peers, kernel_times
-from bench.gpu_speed_rows import ROWS, Row
+from bench.gpu_speed_rows import LOSS_STEPS, ROWS, Row
 from bench.open_trainer import open_trainer
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -53,7 +53,7 @@ def _measure(row: Row, job: TrainSpec, folder: Path) -> dict[str, Any]:
         step()
         finish()
         first_step_s = time.time() - psutil.Process().create_time() - waited_s
-        if row.model == "losses":
+        if row.model in LOSS_STEPS:
             for _ in range(job.steps - 1):
                 step()
             finish()

@@ -44,9 +44,10 @@ def test_modules_that_are_started_with_m_are_found_in_any_folder(tmp_path: Path)
 def test_every_row_of_bench_gpu_can_be_planned(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n')
+    for name in ("corpus", "sources", "chats"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
     rows = [row for row in ROWS if row.group == group]
-    stages = [{**row.stage, "name": f"row-{index}", "dataset": "corpus"} for index, row in enumerate(rows)]
+    stages = [{**row.stage, "name": f"row-{index}", "dataset": row.dataset} for index, row in enumerate(rows)]
     plan = plan_stages(tmp_path, MODELS[rows[0].model], stages, rows[0].gpus)
     assert plan.site.interconnect.nvlink_multicast == "off"
     assert [planned.stage.micro_batch_size for planned in plan.stages] == [

@@ -161,6 +161,28 @@ PRECISIONS: list[tuple[dict[str, Any], int, tuple[str, str] | None]] = [
     ({"precision": "bf16"}, 0, None),
     ({"precision": "fp32", "zero": Zero(stage=0)}, 8, None),
     ({"precision": "bf16", "sequence_aux_loss_coef": 0.5}, 8, None),
+    ({"precision": "fp8"}, 1, None),
+    (
+        {"precision": "fp8"},
+        0,
+        ("stages.base: precision fp8 on site centre, which has no GPU", "set precision to bf16 or fp32"),
+    ),
+    (
+        {"precision": "fp8", "sequence_length": 12},
+        1,
+        (
+            "stages.base: precision fp8 with 24 tokens for each rank and micro batch: FP8 units multiply multiples of 16",
+            "make micro_batch_size times sequence_length a multiple of 16",
+        ),
+    ),
+    (
+        {"precision": "fp8", "zero": Zero(stage=0)},
+        1,
+        (
+            "stages.base: precision fp8 with ZeRO stage 0 has no fp32 master weights, which changes the result",
+            "set zero.stage to 1",
+        ),
+    ),
     (
         {"precision": "fp16"},
         0,
@@ -193,6 +215,14 @@ def test_precision_must_work_with_site_zero_stage_and_loss(
     changes: dict[str, Any], gpus: int, expected: tuple[str, str] | None
 ):
     assert refusal(check_precision, tiny_stage(**changes), site(with_node(gpus=gpus))) == expected
+
+
+def test_fp8_is_refused_on_amd_gpus():
+    amd = site(accelerator=Accelerator(rocm="6.4"))
+    assert refusal(check_precision, tiny_stage(precision="fp8"), amd) == (
+        "stages.base: precision fp8 on site centre, which has AMD GPUs, is not supported",
+        "set precision to bf16",
+    )
 
 
 ON_DISK = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}

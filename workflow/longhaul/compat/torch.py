@@ -20,12 +20,33 @@ def matmul_and_attention_ops() -> list[Any]:
         "mm",
         "addmm",
         "_grouped_mm",
+        "_scaled_mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
     )
     return [getattr(torch.ops.aten, name).default for name in names]
+
+
+def multiply_fp8(
+    rows: torch.Tensor,
+    rows_scale: torch.Tensor,
+    columns: torch.Tensor,
+    columns_scale: torch.Tensor,
+    dtype: torch.dtype,
+    fast: bool = False,
+) -> torch.Tensor:
+    """Return the product of two matrices in FP8, the first stored by rows and the second by columns.
+
+    torch's public scaled_mm cannot be captured by torch.compile before torch 2.13.
+
+    rows_scale, columns_scale: fp32 scalars with which the matrices must be multiplied
+    fast: the GPU adds with fewer bits (Hopper), which the output of a layer tolerates
+    """
+    return torch._scaled_mm(
+        rows, columns, scale_a=rows_scale, scale_b=columns_scale, out_dtype=dtype, use_fast_accum=fast
+    )
 
 
 def is_in_backward_pass() -> bool:

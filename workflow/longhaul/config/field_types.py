@@ -116,7 +116,7 @@ Epochs = Annotated[float, Field(gt=0, le=1e6)]
 Timeout = Annotated[float, Field(ge=1, le=1e6)]
 HardwareCount = Annotated[int, Field(ge=1, le=MAX_HARDWARE)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
 class FrozenModel(BaseModel):

@@ -274,7 +274,9 @@ class Stage(FrozenModel):
     optimizer: Optimizer = Field(default=Optimizer(), description="AdamW settings.")
     schedule: Schedule = Field(default=Schedule(), description="Learning-rate schedule.")
     precision: Precision = Field(
-        default="bf16", description="Compute precision. With ZeRO stage 1 or higher, master weights are fp32."
+        default="bf16",
+        description="Compute precision. With ZeRO stage 1 or higher, master weights are fp32. fp8: bf16, with the operands of "
+        "the matrix products of decoder layers rounded to FP8; routed experts, head and validation stay in bf16.",
     )
     fp16: Fp16 = Field(default=Fp16(), description="Loss scaling for precision fp16.")
     nodes: HardwareCount = Field(default=1, description="Number of nodes.")

@@ -14,7 +14,7 @@ from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import InputError, UserError
 from longhaul.planning.checkpoint_size import checkpoint_write_s
-from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, SWAP_MIN_BYTES
+from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, FP8_MULTIPLE, SWAP_MIN_BYTES
 from longhaul.planning.gpu_memory import MemoryEstimate
 
 _FILES_PER_CHUNK = 9  # .bin, .idx and mask of two splits, keys, record, folder
@@ -99,6 +99,8 @@ def check_precision(stage: Stage, site: Site) -> None:
             f"stages.{stage.name}: precision fp16 on site {site.name}, which has no GPU: DeepSpeed's loss scaling needs GPUs",
             "set precision to bf16 or fp32",
         )
+    if stage.precision == "fp8":
+        _check_fp8(stage, site)
     if stage.precision != "fp32" and stage.zero.stage == 0:
         raise UserError(
             f"stages.{stage.name}: precision {stage.precision} with ZeRO stage 0 has no fp32 master weights, which changes the "
@@ -109,6 +111,20 @@ def check_precision(stage: Stage, site: Site) -> None:
         raise UserError(
             f"stages.{stage.name}: sequence_aux_loss_coef {stage.sequence_aux_loss_coef:g} with precision fp16 is not supported",
             "set precision to bf16 or fp32",
+        )
+
+
+def _check_fp8(stage: Stage, site: Site) -> None:
+    where = f"stages.{stage.name}: precision fp8"
+    if not site.node.gpus:
+        raise UserError(f"{where} on site {site.name}, which has no GPU", "set precision to bf16 or fp32")
+    if site.accelerator.rocm:
+        raise UserError(f"{where} on site {site.name}, which has AMD GPUs, is not supported", "set precision to bf16")
+    tokens = stage.micro_batch_size * stage.sequence_length // stage.parallel.sequence
+    if tokens % FP8_MULTIPLE:
+        raise UserError(
+            f"{where} with {tokens} tokens for each rank and micro batch: FP8 units multiply multiples of {FP8_MULTIPLE}",
+            f"make micro_batch_size times sequence_length a multiple of {FP8_MULTIPLE * stage.parallel.sequence}",
         )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from longhaul.config.model_size import ModelSize
 
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes per element in each compute precision."""
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+"""Bytes per element of weights, activations and gradients in each precision. fp8 rounds only the operands of matrix products."""
+
+FP8_MULTIPLE = 16
+"""FP8 units multiply matrices whose sizes are multiples of this number."""
 
 LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at the same time (train/loss.py). With this many rows, matmuls are as fast as with all rows."""

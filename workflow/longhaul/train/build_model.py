@@ -28,6 +28,7 @@ from longhaul.train.compile_layers import compile_layers, compiles_layers
 from longhaul.train.deepspeed_engine import read_deepspeed_config
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.experts_on_gpus import use_experts_for_gpus
+from longhaul.train.fp8_products import check_fp8_hardware, use_fp8_products
 from longhaul.train.free_gathered_experts import release_expert_weights
 from longhaul.train.initial_weights import all_shapes, fill_weights, initial_values, own_shapes
 from longhaul.train.parallel.slice_model import build_sliced_model
@@ -59,6 +60,11 @@ def build_model(
     apply_activation_checkpointing(model, job.stage.activation_checkpointing)
     if context.device.type == "cuda" and job.stage.compile == "auto":
         use_experts_for_gpus(model)
+    if job.stage.precision == "fp8":
+        check_fp8_hardware(context.device)
+        used = use_fp8_products(model)
+        if context.is_main:
+            print(used, flush=True)
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
         release_expert_weights(model)
     if compiles_layers(job.stage, model, context.device):

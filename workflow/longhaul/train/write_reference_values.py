@@ -49,7 +49,7 @@ def write_reference_values(
     computed_with = {
         "device": context.device.type,
         "threads": torch.get_num_threads(),
-        "dtype": job.stage.precision,
+        "dtype": "bf16" if job.stage.precision == "fp8" else job.stage.precision,  # evaluation mode uses no FP8
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         # These axes sum in another order than the exported model does on one device.
