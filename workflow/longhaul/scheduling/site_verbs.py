@@ -66,6 +66,7 @@ def check(
     from longhaul.scheduling.check_site import check_run, check_site, print_answers
     from longhaul.scheduling.compare_limits import compare_limits
     from longhaul.scheduling.compare_nodes import compare_nodes, print_comparisons, probe_requests
+    from longhaul.scheduling.find_software import compare_software
     from longhaul.scheduling.probe_nodes import probe_nodes
 
     if is_site_file(file):
@@ -75,9 +76,9 @@ def check(
         plan = load_plan(file)
         site, answers = plan.site, check_run(plan)
     print_answers(answers)
-    lines = compare_limits(site)
+    lines = [*compare_limits(site), *compare_software(site)]
     if lines:
-        print_comparisons("Limits of partitions, QOS and account", lines)
+        print_comparisons("Limits of partitions, QOS and account; software", lines)
     if probe:
         found = compare_nodes(site, probe_nodes(probe_requests(site), wait_minutes))
         print_comparisons("What the nodes have", found)

@@ -33,6 +33,7 @@ from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, s
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
+from longhaul.scheduling.find_software import require_software
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import RunDisplay
@@ -279,6 +280,7 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     """
     RunLease(plan.paths.lease).acquire_or_exit(slurm_client.job_has_ended)
     disk_space.print_full_disk_at_exit(RESULTS)
+    _or_exit(require_software, plan.site)
     _or_exit(require_enough_nodes, plan, Path.cwd())
     write_launch_files(plan, Path.cwd())
     _write_changed_plan(plan)
