@@ -53,4 +53,14 @@ def test_only_a_part_of_the_file_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(line_records, "_PART_BYTES", 100)
     path = write_rows(tmp_path / "rows.jsonl", 1000)
     assert numbers(read_first_records(path, Row, 99)) == [0, 1, 2, 3, 4, 5, 6]
-    assert numbers(read_last_records(path, Row, 99)) == [994, 995, 996, 997, 998, 999]
+    assert numbers(read_last_records(path, Row, 99, within_bytes=100)) == [994, 995, 996, 997, 998, 999]
+
+
+def test_search_goes_back_until_enough_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_records, "_PART_BYTES", 100)
+    path = write_rows(tmp_path / "rows.jsonl", 1000)
+    assert read_last_records(path, Row, 1, b" 7}", within_bytes=100) == []
+    assert numbers(read_last_records(path, Row, 1, b" 7}", within_bytes=2**20)) == [7]
+    assert numbers(read_last_records(path, Row, 2, b"7}", within_bytes=2**20)) == [987, 997]
+    assert read_last_records(path, Row, 1, b" 7}", within_bytes=10_000) == []
+    assert numbers(read_last_records(path, Row, 10_000, within_bytes=2**20)) == list(range(1000))

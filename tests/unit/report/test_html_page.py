@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.job_state import Failure
+from longhaul.artifacts.job_state import Failure, StateName
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
-from longhaul.report import html_page
+from longhaul.report import html_page, run_status
 from longhaul.report.html_page import render_page, write_report
+from longhaul.report.number_format import nats
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.run_results import read_run
 from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
+from longhaul.report.status_text import summary_lines
 from tests.support.finished_run_files import write_finished_run
 from tests.support.run_folder import TRAIN, RunFolder
 
@@ -76,6 +79,40 @@ def test_the_summary_names_each_job_that_does_not_go_on(tmp_path: Path, monkeypa
         f"train-stage-3 unknown: {run.paths.job(damaged).state} is not valid JSON",
     ):
         assert line in summary
+
+
+@pytest.mark.parametrize("more_steps", [0, 5, 4000])
+@pytest.mark.parametrize("state", ["running", "failed", "done"])
+def test_summary_of_the_terminal_and_of_the_report_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: StateName, more_steps: int
+) -> None:
+    """The report reads all metrics, status their beginning and end."""
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = RunFolder(tmp_path)
+    weights = run.train(40)
+    with weights.metrics.open("a") as stream:
+        for step in range(41, 41 + more_steps):
+            stream.write(json.dumps({"step": step, "loss": 3 + step / 10_000, "step_time_s": 2.0}) + "\n")
+    run.state(TRAIN, state)
+    if state == "failed":
+        Failure("permanent", "out of memory", "").write(run.paths.job(TRAIN).failure)
+    begun = json.dumps({"time_s": 0.0, "event": "running"}) + "\n"
+    end = json.dumps({"time_s": 7265.0, "event": state}) + "\n" if state != "running" else ""
+    run.paths.job(TRAIN).history.write_text(begun + end)
+    queue = Queue({str(TRAIN): QueuedJob("7", "RUNNING", "None", "N/A")} if state == "running" else {})
+    monkeypatch.setattr(run_status.time, "time", lambda: 3612.0)
+    results = read_run(run.paths.folder, lambda jobs: queue)
+    (stage,), row = results.status.stages, html_page._summary_row(results.stages[0], results)
+    progress = stage.progress
+    assert progress is not None and row["state"] == stage.job.state == state
+    assert row["steps"] == f"{progress.step:,} of 100" and progress.step == 40 + more_steps
+    assert (row["first_loss"], row["last_loss"]) == (progress.first_loss, pytest.approx(progress.loss))
+    assert (row["first_validation"], row["last_validation"]) == (5.5, 4.5)
+    assert (progress.first_validation_loss, progress.validation_loss) == (5.5, 4.5)
+    line, cost = summary_lines(results.status)[1:3]
+    assert f"loss {nats(progress.first_loss)} → {nats(results.stages[0].summary.last_loss)}" in line
+    hours = {"running": "8.03", "failed": "16.1", "done": "16.1"}[state]
+    assert f"GPU-hours: {hours} of" in cost and f"It used {hours} GPU-hours" in text_of(render_page(results))
 
 
 def test_acceptance_has_rows_of_the_stage_and_of_the_network(page: str) -> None:

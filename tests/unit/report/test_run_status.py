@@ -229,6 +229,17 @@ def test_only_the_ends_of_a_long_metrics_file_are_read(tmp_path: Path) -> None:
     assert progress is not None and progress.loss == pytest.approx(4.645) and progress.first_loss == 4.99
 
 
+def test_last_validation_is_found_far_before_the_last_step(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    weights = run.train(40)
+    with weights.metrics.open("a") as stream:
+        for step in range(41, 4000):
+            stream.write(json.dumps({"step": step, "loss": 3.0, "step_time_s": 2.0}) + "\n")
+    assert weights.metrics.stat().st_size > 2 * 64 * 1024
+    progress = run.status().stages[0].progress
+    assert progress is not None and (progress.step, progress.validation_loss) == (3999, 4.5)
+
+
 SERVE = JobId("serve", ("base",))
 
 

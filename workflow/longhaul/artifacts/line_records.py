@@ -87,18 +87,36 @@ def _first_lines(stream: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def read_last_records(path: Path, kind: type[T], most: int, containing: bytes = b"") -> list[T]:
-    """Return the last valid records of a file, in their order, of its last 64 KiB; [] if there is no file. No warning is printed.
+def read_last_records(
+    path: Path, kind: type[T], most: int, containing: bytes = b"", within_bytes: int = _PART_BYTES
+) -> list[T]:
+    """Return the last valid records of a file, in their order; [] if there is no file. No warning is printed.
 
-    containing: text of the lines to look at. Parsing takes far longer than this search, so it saves time.
+    containing:   text of the lines to look at. Parsing takes far longer than this search, so it saves time.
+    within_bytes: the end of the file that is searched, from its last 64 KiB on, until `most` records are found
     """
+    found: list[T] = []
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - _PART_BYTES))
-            data = stream.read()
+            size = stream.seek(0, 2)
+            for part in _growing_parts(min(size, within_bytes)):
+                stream.seek(size - part)
+                lines = _lines_from_end(stream.read(part), containing)
+                found = list(islice(_valid_records(lines, kind), most))
+                if len(found) == most:
+                    break
     except FileNotFoundError:
         return []
-    return list(islice(_valid_records(_lines_from_end(data, containing), kind), most))[::-1]
+    return found[::-1]
+
+
+def _growing_parts(largest: int) -> Iterator[int]:
+    """Yield 64 KiB, then four times as much, and so on up to `largest`."""
+    part = _PART_BYTES
+    while part < largest:
+        yield part
+        part *= 4
+    yield largest
 
 
 def _lines_from_end(data: bytes, containing: bytes) -> Iterator[bytes]:

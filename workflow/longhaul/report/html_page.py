@@ -53,7 +53,7 @@ def render_page(results: RunResults) -> str:
     )
     environment.filters |= {
         name: getattr(text, name)
-        for name in ("count", "size", "nats", "percent", "duration", "words", "plain", "estimate")
+        for name in ("count", "size", "nats", "percent", "duration", "words", "plain", "estimate", "significant")
     }
     return environment.get_template("report.html.j2").render(
         results=results,

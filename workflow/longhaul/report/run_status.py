@@ -45,6 +45,9 @@ _OTHER_RELEASE = (
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
 
+_VALIDATION_WITHIN_BYTES = 16 * 2**20
+"""End of a metrics file in which the last validation is searched: about 50,000 steps."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -318,7 +321,7 @@ def _last_metrics_s(weights: WeightsFolder | None) -> list[float]:
 def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, job: JobStatus) -> Progress:
     first_rows = read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS)
     trained = recent_steps(weights)
-    validated = read_last_records(weights.metrics, MetricsRow, 1, containing=b'"validation_loss"')
+    validated = read_last_records(weights.metrics, MetricsRow, 1, b'"validation_loss"', _VALIDATION_WITHIN_BYTES)
     step = trained[-1]["step"] if trained else 0
     saved = [event for event in events if event["event"] == "saved"]
     return Progress(
