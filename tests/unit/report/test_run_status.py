@@ -240,6 +240,14 @@ def test_last_validation_is_found_far_before_the_last_step(tmp_path: Path) -> No
     assert progress is not None and (progress.step, progress.validation_loss) == (3999, 4.5)
 
 
+def test_checkpoint_that_a_training_removes_meanwhile_is_left_out(tmp_path: Path) -> None:
+    """A file that is listed and does not exist any more looks as a link to nothing does."""
+    run = RunFolder(tmp_path)
+    (run.train(40).checkpoint(30) / "gone.pt").symlink_to("nothing")
+    progress = run.status().stages[0].progress
+    assert progress is not None and progress.checkpoint_bytes == 1000
+
+
 SERVE = JobId("serve", ("base",))
 
 

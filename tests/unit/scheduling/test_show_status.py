@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from longhaul.cli import main
+from longhaul.scheduling import show_status
 from longhaul.scheduling.show_status import run_paths
 from tests.support.bad_input import refused_message
 from tests.support.finished_run_files import write_finished_run
+from tests.support.run_folder import TRAIN, RunFolder
 from tests.support.small_configs import LOCAL, write_config
 
 
@@ -37,6 +39,34 @@ def test_report_of_a_run_that_has_not_started_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert "results/small holds no plan.json" in refused_message(capsys, "report", str(config))
     assert not Path("results").exists()
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path)
+    metrics = run.train(5).metrics
+    metrics.unlink()
+    metrics.mkdir()
+    assert f"{metrics} cannot be read: Is a directory" in refused_message(capsys, "status", str(run.paths.folder))
+
+
+def test_watch_goes_on_after_a_problem_until_the_user_stops_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    plan, waits = run.paths.plan.read_text(), iter(["damage", "repair", "stop"])
+
+    def sleep(seconds: float) -> None:
+        next_one = next(waits)
+        if next_one == "stop":
+            raise KeyboardInterrupt
+        run.paths.plan.write_text(plan if next_one == "repair" else "{")
+        if next_one == "repair":
+            run.state(TRAIN, "done", job_id=None)
+
+    monkeypatch.setattr(show_status.time, "sleep", sleep)
+    with pytest.raises(SystemExit) as ended:
+        main(["status", str(run.paths.folder), "--watch"])
+    assert not ended.value.code and "Run r on site here: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("named", [".", "../small", "../../results/small"])

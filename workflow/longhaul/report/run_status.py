@@ -5,8 +5,10 @@ Only small files and the ends of large ones are read, so that the answer comes w
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -336,8 +338,18 @@ def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, jo
         last_saved_step=saved[-1]["step"] if saved else None,
         last_saved_s=saved[-1]["time_s"] if saved else None,
         attempts=_line_count(weights.attempts),
-        checkpoint_bytes=sum(file.stat().st_size for file in weights.checkpoints.glob("step-????????/*")),
+        checkpoint_bytes=_bytes_below(weights.checkpoints),
     )
+
+
+def _bytes_below(folder: Path) -> int:
+    """Return the size of all files below a folder. A training may remove old checkpoints meanwhile."""
+    size = 0
+    for name, _, files in os.walk(folder):
+        for file in files:
+            with suppress(FileNotFoundError):
+                size += Path(name, file).stat().st_size
+    return size
 
 
 def _validation_loss(rows: list[MetricsRow], only_step: int | None = None) -> float | None:

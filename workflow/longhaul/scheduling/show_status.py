@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from longhaul.artifacts.paths import RESULTS, RunPaths
 from longhaul.config.load_config import load_config
-from longhaul.errors import UserError
+from longhaul.errors import UserError, printable
 from longhaul.planning.load_plan import config_path
 from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.run_status import RunStatus, read_status
@@ -60,13 +62,22 @@ def print_status(paths: RunPaths, watch: bool) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH_OF_FILES
+    view = status_view(_read(paths))
     if not watch:
-        console.print(status_view(_read(paths)))
+        console.print(view)
         return
-    with Live(status_view(_read(paths)), console=console, auto_refresh=False, screen=False) as live:
+    with suppress(KeyboardInterrupt), Live(view, console=console, auto_refresh=False, screen=False) as live:
         while True:
             time.sleep(_WATCH_EVERY_S)
-            live.update(status_view(_read(paths)), refresh=True)
+            live.update(_view_or_problem(paths), refresh=True)
+
+
+def _view_or_problem(paths: RunPaths) -> RenderableType:
+    """Return the status, or why it cannot be read now: that may pass, so it does not end --watch."""
+    try:
+        return status_view(_read(paths))
+    except UserError as error:
+        return Text(printable(str(error)))
 
 
 def print_json(paths: RunPaths) -> None:
@@ -82,4 +93,15 @@ def print_diagnosis(paths: RunPaths) -> None:
 
 
 def _read(paths: RunPaths) -> RunStatus:
-    return read_status(paths, queue_asker(paths))
+    """Read the status.
+
+    Raises:
+        UserError: the run has no plan yet, or its folder cannot be read.
+    """
+    try:
+        return read_status(paths, queue_asker(paths))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or paths.folder} cannot be read: {error.strerror}",
+            "ask again; if that does not help, check the file system and the permissions",
+        ) from None
