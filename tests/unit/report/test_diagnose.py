@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.report.diagnose import diagnose, findings_text
+from longhaul.report.ended_jobs import EndedJob
 from longhaul.report.queued_jobs import Queue, QueuedJob
 from longhaul.report.run_status import read_status
 from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
@@ -112,6 +114,33 @@ def test_server_that_failed_waits_or_was_killed_is_explained(tmp_path: Path) -> 
     recorded, in_log = found(run)
     assert (recorded.cause, recorded.remedy) == ("no module named vllm", "install vllm")
     assert recorded.evidence == str(folder.failure) and in_log.evidence.startswith(f"{log}:1: ")
+
+
+def test_job_that_left_no_record_is_explained_by_the_accounting(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, stages=3)
+    run.state(TRAIN, "running", job_id="7")
+    run.state(JobId("train", ("stage-1",)), "running", job_id="8")
+    run.state(JobId("environment"), "done", job_id="6")
+    asked: list[list[str]] = []
+
+    def ask(job_ids: Sequence[str]) -> dict[str, EndedJob]:
+        asked.append(list(job_ids))
+        return {"7": EndedJob("NODE_FAIL", "0:0", "2026-11-28T18:00:00", "n[1-2]", "sacct -X -j 7")}
+
+    explained, unexplained = diagnose(run.paths, run.status(), tmp_path, ask)[:2]
+    assert asked == [["7", "8"]], "once, and only for jobs whose end nobody recorded"
+    assert (explained.job, explained.evidence) == ("train-base", "sacct -X -j 7")
+    assert explained.cause == "Slurm ended job 7 (NODE_FAIL) at 2026-11-28T18:00:00 on n[1-2]: a node failed"
+    assert explained.remedy.endswith("run the same command again: the job continues from its last checkpoint")
+    assert unexplained.cause == "job 8 is no longer in Slurm's queue"
+
+
+def test_accounting_is_not_asked_about_a_healthy_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.state(TRAIN, "running")
+    status = run.status(train_base=QueuedJob("7", "RUNNING", "None", "N/A"))
+    assert diagnose(run.paths, status, tmp_path, lambda job_ids: pytest.fail("asked")) == []
 
 
 def test_handled_faults_are_named_with_their_number(tmp_path: Path) -> None:

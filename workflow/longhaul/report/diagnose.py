@@ -14,6 +14,7 @@ from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFol
 from longhaul.artifacts.record_types import read_events
 from longhaul.config.slurm_reasons import never_starts, remedy_of
 from longhaul.errors import UserError, printable
+from longhaul.report.ended_jobs import AskAccounting, EndedJob, how_it_ended
 from longhaul.report.past_attempts import past_faults
 from longhaul.report.run_status import (
     DONE,
@@ -50,16 +51,19 @@ class _JobLogs:
     of_sbatch: list[Path] = field(default_factory=list)
 
 
-def diagnose(paths: RunPaths, status: RunStatus, slurm_logs: Path) -> list[Finding]:
+def diagnose(
+    paths: RunPaths, status: RunStatus, slurm_logs: Path, ask_accounting: AskAccounting = lambda job_ids: {}
+) -> list[Finding]:
     """Return what explains the state of a run: what stops it now, then what its jobs have survived.
 
-    slurm_logs: folder of the logs that the Slurm plugin asks sbatch to write; it may be absent
+    slurm_logs:     folder of the logs that the Slurm plugin asks sbatch to write; it may be absent
+    ask_accounting: called once, if jobs have left Slurm's queue without a record of their end
     """
     jobs = status.jobs_and_servers
     logs = _logs_by_job(paths, jobs, slurm_logs)
     present = [finding for job in jobs for finding in _present_problems(job, logs[job.name])]
     return [
-        *_recorded_failures(jobs),
+        *_recorded_failures(jobs, ask_accounting),
         *_waiting_jobs(jobs),
         *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
         *_ended_main_process(paths, status),
@@ -103,12 +107,22 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
     return past_faults(job.name, history, read_events(history), found)
 
 
-def _recorded_failures(jobs: list[JobStatus]) -> Iterator[Finding]:
+def _recorded_failures(jobs: list[JobStatus], ask_accounting: AskAccounting) -> Iterator[Finding]:
+    lost = [job.slurm_job_id for job in jobs if job.state == INTERRUPTED and job.slurm_job_id]
+    ended = ask_accounting(lost) if lost else {}
     for job in jobs:
-        if job.state in (FAILED, INTERRUPTED, UNKNOWN):
+        job_id = job.slurm_job_id or ""
+        if job.state == INTERRUPTED and job_id in ended:
+            yield _ended_by_slurm(job, job_id, ended[job_id])
+        elif job.state in (FAILED, INTERRUPTED, UNKNOWN):
             record = JobFolder(Path(job.folder))
             evidence = record.failure if job.state == FAILED else record.state
             yield Finding(job.name, job.detail, str(evidence), job.remedy or _start_again(job))
+
+
+def _ended_by_slurm(job: JobStatus, job_id: str, ended: EndedJob) -> Finding:
+    cause, remedy = how_it_ended(job_id, ended)
+    return Finding(job.name, cause, ended.source, "; ".join(filter(None, (remedy, _start_again(job)))))
 
 
 def _start_again(job: JobStatus) -> str:

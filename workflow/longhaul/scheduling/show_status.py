@@ -21,6 +21,7 @@ from longhaul.planning.load_plan import config_path
 from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.run_status import RunStatus, read_status
 from longhaul.report.status_text import status_view
+from longhaul.scheduling.job_accounting import ended_jobs
 from longhaul.scheduling.job_queue import queue_asker
 
 _SLURM_LOGS = Path(".snakemake", "slurm_logs")  # where the Slurm plugin puts the logs of sbatch
@@ -89,7 +90,8 @@ def print_json(paths: RunPaths) -> None:
 def print_diagnosis(paths: RunPaths) -> None:
     """Print why the run fails or waits, with evidence and remedies."""
     status = _read(paths)
-    print(findings_text(diagnose(paths, status, paths.results.parent / _SLURM_LOGS), status))
+    slurm_logs = paths.results.parent / _SLURM_LOGS
+    print(findings_text(diagnose(paths, status, slurm_logs, ended_jobs), status))
 
 
 def _read(paths: RunPaths) -> RunStatus:

@@ -1,5 +1,5 @@
-"""Calls scontrol, squeue, sacctmgr, sbatch --test-only and srun: job info, queue, requeue, node lists, down nodes. An error of
-Slurm is never mistaken for a job that is unknown to Slurm or finished.
+"""Calls scontrol, squeue, sacct, sacctmgr, sbatch --test-only and srun: job info, queue, requeue, node lists, down nodes. An
+error of Slurm is never mistaken for a job that is unknown to Slurm or finished.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longhaul.errors import UserError
 COMMAND_TIMEOUT_S = 30.0
 _EXCLUDE_TIMEOUT_S = 2.0
 """Slurm kills what is left of a requeued job KillWait seconds after its SIGTERM; the default is 30 s."""
-_END_STATES = {
+END_STATES = {
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -42,6 +42,7 @@ class JobInfo:
     submit_s, end_s: last submission and end of the job, in seconds since the epoch by slurmctld's clock. Add `clock_offset_s`
                      for this host's clock.
     restarts:        how often the job was requeued.
+    exit_code:       `code:signal` of the batch script.
     """
 
     state: str
@@ -53,10 +54,11 @@ class JobInfo:
     partition: str = ""
     reason: str = "None"
     restarts: int = 0
+    exit_code: str = ""
 
     @property
     def has_ended(self) -> bool:
-        return self.state in _END_STATES
+        return self.state in END_STATES
 
     @property
     def never_started(self) -> bool:
@@ -107,6 +109,7 @@ def parse_job(line: str) -> JobInfo:
         partition=fields.get("Partition", ""),
         reason=fields.get("Reason", "None"),
         restarts=int(fields.get("Restarts", 0)),
+        exit_code=fields.get("ExitCode", ""),
     )
 
 
@@ -164,6 +167,16 @@ def queue_of(user_id: int, working_folder: str, timeout_s: float = COMMAND_TIMEO
     found = [line.split("|", 5) for line in lines if line.count("|") >= 6]
     split = [(*fields[:5], *fields[5].rsplit("|", 1)) for fields in found]
     return [QueueEntry(*fields[:6]) for fields in split if fields[6] == working_folder]
+
+
+def accounting(job_ids: Sequence[str], columns: Sequence[str]) -> list[list[str]]:
+    """Return these columns of sacct for jobs, one row each.
+
+    Raises:
+        SlurmCommandError: there is no accounting, or it does not answer.
+    """
+    lines = _run("sacct", "-XnP", f"--jobs={','.join(job_ids)}", f"--format={','.join(columns)}").splitlines()
+    return [fields for line in lines if len(fields := line.split("|")) == len(columns)]
 
 
 def pending_reasons(name: str) -> dict[str, str]:
