@@ -12,9 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ConfigDict
-from typing_extensions import TypedDict
-
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.endpoint import Endpoint, read_endpoint
 from longhaul.artifacts.job_state import CANCELLED, State, read_failure, read_state, unreadable_records
@@ -25,11 +22,11 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
-from longhaul.report.allocated_time import allocated_seconds
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
+from longhaul.report.used_gpu_hours import used_gpu_hours
 
 NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
     "not started",
@@ -94,7 +91,7 @@ class StageStatus:
 
     steps: None while nobody has counted the samples of a length in epochs
     progress: None before its first step
-    gpu_hours: GPUs × hours in allocations; None without GPUs
+    gpu_hours: GPUs × hours, over all allocations; None without GPUs, or before the first allocation
     gpu_hours_expected: at the end of the stage, at the speed of the last steps; None once the stage has ended
     gpu_hours_planned: lowest and highest estimate for the training steps
     """
@@ -156,14 +153,6 @@ class RunStatus:
         if self.main_process:
             return RUNNING
         return NOT_STARTED if states == {NOT_STARTED} else INTERRUPTED
-
-
-class _AttemptFields(TypedDict):
-    """Keys of a line in attempts.jsonl that the status needs."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
-
-    device: str
 
 
 def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus:
@@ -293,31 +282,22 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float |
     """
     folder = paths.stage(row["name"])
     weights = weights_folder(folder)
-    attempts = read_first_records(weights.attempts, _AttemptFields, 1) if weights else []
-    has_gpus = any(attempt["device"] != "cpu" for attempt in attempts)
     steps = planned_steps(row["steps"], weights)
     events = read_events(weights.events) if weights else []
-    signs_of_life_s = [*(event["time_s"] for event in events), *_last_metrics_s(weights)]
-    running_until_s = now_s if job.state == RUNNING else None
-    hours = allocated_seconds(read_events(folder.history), signs_of_life_s, running_until_s) / 3600
     progress = _progress(weights, events, steps, job) if weights else None
-    gpus = row["nodes"] * row["gpus_per_node"] if has_gpus else None
+    gpus = row["nodes"] * row["gpus_per_node"]
+    used = used_gpu_hours(folder, weights, events, gpus, now_s if job.state == RUNNING else None)
     seconds_left = progress.seconds_left if progress else None
     return StageStatus(
         name=row["name"],
         job=job,
         steps=steps,
         progress=progress,
-        gpu_hours=hours * gpus if gpus else None,
-        gpu_hours_expected=(hours + seconds_left / 3600) * gpus if gpus and seconds_left is not None else None,
+        gpu_hours=used,
+        gpu_hours_expected=used + seconds_left / 3600 * gpus if used is not None and seconds_left is not None else None,
         gpu_hours_planned=row.get("gpu_hours_range"),
         exported_to=_exported_to(paths, row["name"]),
     )
-
-
-def _last_metrics_s(weights: WeightsFolder | None) -> list[float]:
-    """Return when the last line of the metrics was written; [] before the first one."""
-    return [weights.metrics.stat().st_mtime] if weights and weights.metrics.exists() else []
 
 
 def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, job: JobStatus) -> Progress:
