@@ -17,7 +17,7 @@ from tests.support.wait import wait_for
 
 @pytest.mark.slow
 def test_transformers_serve_answers_on_this_machine_alone(tmp_path: Path):
-    """It knows no key, and the name of the model is its folder."""
+    """It knows no key, the name of the model is its folder, and no file has the prompt."""
     run = ServedRun(tmp_path.resolve(), {}, {**LOCAL_SITE, "serving": {}})
     write_tokenizer(run.folder / "model")
     torch.manual_seed(3)
@@ -31,3 +31,6 @@ def test_transformers_serve_answers_on_this_machine_alone(tmp_path: Path):
     assert answered.usage and answered.usage.completion_tokens == 5
     assert run.call("--stop").returncode == 0
     wait_for(lambda: not run.processes())
+    texts = [path.read_text(errors="replace") for path in (run.folder / "results").rglob("*") if path.is_file()]
+    assert any("/v1/completions" in text for text in texts), "the server's log is among the files"
+    assert not any("one two" in text for text in texts)

@@ -63,17 +63,27 @@ def test_a_served_export_gives_its_greedy_text_to_the_check_and_to_a_client_of_o
     assert result.listens_at[0].startswith("127.0.0.1:")
 
 
-def test_a_client_of_openai_gets_the_greedy_text_and_a_chat(manifest: Path):
-    export = Export.read(manifest)
+def test_a_client_of_openai_gets_the_greedy_text_and_a_chat_and_no_log_has_them(
+    manifest: Path, capfd: pytest.CaptureFixture[str]
+):
+    export, marker = Export.read(manifest), "a-text-that-no-log-may-hold"
     server = Server(Serving(), Path(export.path), "main", "fp32", LOOPBACK, free_port(LOOPBACK))
     with running_server(server, None, 120):
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
         model = server.requested_model
         found = client.completions.create(model=model, prompt=PROMPTS[0], max_tokens=8, temperature=0)
-        assert export.samples[0]["completion"].startswith(found.choices[0].text.rstrip("\ufffd"))
-        question = [{"role": "user", "content": PROMPTS[0]}]
+        text = found.choices[0].text.rstrip("\ufffd")
+        assert export.samples[0]["completion"].startswith(text)
+        question = [{"role": "user", "content": marker}]
         chat = client.chat.completions.create(model=model, messages=question, max_tokens=4)  # pyright: ignore
         assert chat.choices[0].finish_reason == "length"
+        with pytest.raises(openai.APIStatusError):
+            client.completions.create(model="another", prompt=marker, max_tokens=4)
+        with pytest.raises(openai.APIStatusError):
+            client.post("/chat/completions", body={"model": model, "messages": marker}, cast_to=object)
+    printed = "".join(capfd.readouterr())
+    assert len(text) > 4 and "/v1/completions" in printed, "the server prints into what is searched"
+    assert not [text for text in (marker, PROMPTS[0], text) if text in printed]
 
 
 def test_no_process_is_left_when_the_check_is_killed_while_the_server_starts(manifest: Path, tmp_path: Path):
