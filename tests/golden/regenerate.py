@@ -44,7 +44,6 @@ SERVERS: dict[str, tuple[float, dict[str, Any]]] = {
     "deepseek-r1-bf16-h100": (H100_GIB, {"stages.0.export_dtype": "bf16", "stages.0.serve.nodes": 4}),
 }
 """Memory of a GPU in GiB, and changes of config/examples/deepseek-r1-671b-serve.yaml."""
-R1 = {**REFERENCE_MODELS["DeepSeek-R1"], "max_position_embeddings": 163840}
 _SOURCES: dict[str, LockedSource] = {
     name: {"path": "/data", "files": ["/data/rows.jsonl"]} for name in ("tokenizer", "model", "traces")
 }
@@ -82,7 +81,9 @@ def _plan_at(site: str) -> Plan:
 def rendered_server(case: str) -> str:
     """Return memory, sbatch options, the job's step, and the engine's commands of a server of DeepSeek-R1."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = build_plan(load_config(_write_example(Path(folder), *SERVERS[case])), Lock(_SOURCES, R1))
+        plan = build_plan(
+            load_config(_write_example(Path(folder), *SERVERS[case])), Lock(_SOURCES, REFERENCE_MODELS["DeepSeek-R1"])
+        )
     job = JobId(SERVE_KIND, ("sft",))
     spec = job_spec(plan, job)
     assert isinstance(spec, ServeSpec)

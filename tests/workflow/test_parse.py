@@ -75,7 +75,18 @@ def test_dry_run_of_the_demo_lists_all_rules(tmp_path: Path, profile: str):
     where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(folder), "--configfile", str(named)]
     done = run("-m", "snakemake", *where, "-n", "--profile", str(REPOSITORY / "profiles" / profile))
     assert done.returncode == 0, done.stderr
-    rules = ["fetch", "environment", "fabric", "tokenizer", "tokenize", "render", "train", "export", "report"]
+    rules = [
+        "fetch",
+        "environment",
+        "fabric",
+        "tokenizer",
+        "tokenize",
+        "render",
+        "train",
+        "export",
+        "evaluate",
+        "report",
+    ]
     assert [rule for rule in rules if f"rule {rule}:" not in done.stdout] == []
     assert list(folder.iterdir()) in ([], [folder / ".snakemake"]), "a dry run writes nothing"
 

@@ -28,6 +28,7 @@ REFERENCE_MODELS: dict[str, dict[str, Any]] = {
     "DeepSeek-R1-Distill-Llama-70B": _dense("llama", 128256, 8192, 28672, 80, 64, 8),
     "DeepSeek-R1": {
         **_dense("deepseek_v3", 129280, 7168, 18432, 61, 128, 128),
+        "max_position_embeddings": 163840,
         "moe_intermediate_size": 2048,
         "n_routed_experts": 256,
         "n_shared_experts": 1,
