@@ -216,6 +216,19 @@ def test_export_is_verified_and_loads(demo: PipelineRunOnCluster):
     assert AutoModelForCausalLM.from_pretrained(demo.folder / export["path"]).config.model_type == "deepseek_v3"
 
 
+@pytest.mark.parametrize(("task", "metric"), [("docstring_choice", "acc"), ("docstring_answer", "chrf")])
+def test_export_is_evaluated_and_its_score_is_in_the_report(demo: PipelineRunOnCluster, task: str, metric: str):
+    result = demo.read(f"evaluation/chat/trained/{task}.json")
+    (score,) = [score for score in result["scores"] if score["metric"] == metric]
+    assert result["path"] == demo.read("export/chat.json")["path"] and result["settings"]["chat_template_hash"]
+    assert (
+        score["value"] > 0 and score["standard_error"] > 0 and score["documents"] == result["settings"]["limit"] == 100
+    )
+    cells = ("chat", task, metric, "100", f"{score['value']:.4g} ± {score['standard_error']:.2g}")
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    assert row in (demo.results / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_export_answers_and_ends_with_eos(demo: PipelineRunOnCluster):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.artifacts.evaluation_data import dataset_request
+from longhaul.artifacts.paths import RunPaths
 from longhaul.errors import UserError
 from longhaul.evaluation.evaluate_model import read_scores, run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
+from longhaul.planning.evaluation_tasks import SHIPPED_TASKS
 from tests.support.small_configs import LLAMA
 from tests.support.stage_folder import write_tokenizer
 
@@ -55,12 +57,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-def spec(tmp_path: Path, exported: Path, task: dict[str, Any] | None = None, **changes: Any) -> EvaluateSpec:
-    """Return the spec of an evaluation on QUESTIONS."""
+def spec(tmp_path: Path, exported: Path, keys: dict[str, Any] | None = None, **changes: Any) -> EvaluateSpec:
+    """Return the spec of an evaluation on QUESTIONS. keys: replace those of TASK"""
     data, file = tmp_path / "quiz.jsonl", tmp_path / "quiz.yaml"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     local = {"dataset_kwargs": {"data_files": {"test": str(data)}}}
-    file.write_text(yaml.safe_dump({**TASK, **local, **(task or {})}))
+    file.write_text(yaml.safe_dump({**TASK, **local, **(keys or {})}))
     values: dict[str, Any] = {
         "run": "small",
         "stage": "base",
@@ -108,6 +110,22 @@ def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, 
     assert (score["task"], score["metric"], score["filter"]) == ("quiz", "acc", "none")
     assert score["documents"] == len(QUESTIONS) and score["higher_is_better"] is True
     assert result.settings["chat_template_hash"] is None and result.weights and result.path == folder
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("docstring_choice", {"acc", "acc_norm"}), ("docstring_answer", {"chrf"})]
+)
+def test_tasks_of_the_demo_give_their_scores(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, task: str, metrics: set[str]
+):
+    monkeypatch.chdir(tmp_path)
+    data = RunPaths("demo").fetched / "docstrings-evaluation.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("".join(json.dumps(row | {"answer": "one"}) + "\n" for row in QUESTIONS))
+    job = spec(tmp_path, exported, task=task, task_files=(str(SHIPPED_TASKS / f"{task}.yaml"),), limit=4, chat=True)
+    run(job)
+    scores = EvaluationResult.read(Path(job.out)).scores
+    assert {score["metric"] for score in scores} == metrics and {score["documents"] for score in scores} == {4}
 
 
 def test_fewer_documents_on_request(tmp_path: Path, exported: Path):
