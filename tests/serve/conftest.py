@@ -15,6 +15,7 @@ import pytest
 
 from tests.serve.make_exports import CASES
 
+PROMPTS = 50
 ROOT = Path(__file__).parents[2]
 # `make test-serve` makes these environments. The variables name other ones.
 ENGINES = {
@@ -35,10 +36,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with two prompts of 24 token ids."""
+    """A file with PROMPTS prompts of 24 token ids."""
     generator = random.Random(1)
     path = tmp_path_factory.mktemp("prompts") / "prompts.json"
-    path.write_text(json.dumps([[generator.randrange(3, 259) for _ in range(24)] for _ in range(2)]))
+    path.write_text(json.dumps([[generator.randrange(3, 259) for _ in range(24)] for _ in range(PROMPTS)]))
     return path
 
 

@@ -11,17 +11,26 @@ from typing import Any
 
 import pytest
 
+from tests.serve.conftest import PROMPTS
 from tests.serve.make_exports import CASES
 
-# In fp32, engines differ in the order of their sums only. Log probabilities are of size 1 to 20.
-VLLM_BOUND = 2e-4
+# In fp32, engines differ in the order of their sums only. Log probabilities are of size 1 to 20. Measured with vLLM 0.32's CPU
+# build, over 200 prompts for each case, and for 4 further random Llama and Qwen3 models: the largest difference is 1.7e-5, with
+# latent attention 1.6e-4. There, vLLM folds two projections into one, and sums over the 512 elements of the latent vector. The
+# bounds are about six times that. The wrong rotary kernel of that build (score_with_vllm.py) changes them by up to 4.
+VLLM_BOUND, VLLM_BOUND_WITH_LATENT_ATTENTION = 1e-4, 1e-3
 TRANSFORMERS_BOUND = 1e-4
+
+
+def vllm_bound(name: str) -> float:
+    """Return the largest difference that log probabilities of a case may have in vLLM."""
+    return VLLM_BOUND_WITH_LATENT_ATTENTION if CASES[name].kind.startswith("deepseek") else VLLM_BOUND
 
 
 def largest_difference(found: list[list[float]], expected: list[list[float]]) -> float:
     """Return the largest absolute difference of two tables of log probabilities."""
     pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
-    assert len(pairs) == 2 * 23
+    assert len(pairs) == PROMPTS * 23
     return max(abs(one - other) for one, other in pairs)
 
 
@@ -43,4 +52,4 @@ def test_vllm_computes_alike(
     name: str, exports: dict[str, Path], prompts: Path, reference: dict[str, Any], run_script: Callable[..., Any]
 ):
     found = run_script("vllm", "score_with_vllm.py", exports[name], prompts, "OUT")
-    assert largest_difference(found, reference[name]["scores"]) < VLLM_BOUND
+    assert largest_difference(found, reference[name]["scores"]) < vllm_bound(name)

@@ -21,7 +21,7 @@ from longhaul.config.serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.reference_values import read_reference_values
 from tests.serve.conftest import ENGINES, ROOT
-from tests.serve.test_engines import VLLM_BOUND
+from tests.serve.test_engines import vllm_bound
 from tests.support.served_run import is_alive
 
 SERVING = Serving(
@@ -76,7 +76,7 @@ def test_a_served_export_holds_to_every_bound(
     reference = read_reference_values(Export.read(exports[name].parents[1] / "main.json"))
     assert result.agreement["compared"] == reference.log_probabilities_PT.size
     assert largest is not None
-    assert largest < VLLM_BOUND
+    assert largest < vllm_bound(name)
     assert [step["streams"] for step in result.load] == list(streams)
     # A few answers end before 16 tokens, and an untrained model gives some prompts the same answer.
     assert all(0.75 * 16 * step["streams"] <= step["tokens"] <= 16 * step["streams"] for step in result.load)

@@ -1,0 +1,83 @@
+"""`longhaul serve` with vLLM: who may ask, where it listens, what it logs, that it drains, and that no process is left."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.conftest import ENGINES
+from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
+from tests.support.wait import wait_for
+
+START_S = 300
+MARKER = "a-text-that-no-log-may-hold"
+
+
+def complete(url: str, prompt: Any, tokens: int) -> int:
+    """Return the number of tokens that the server writes for a prompt, a text or token ids."""
+    body = {"model": "small-base", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.loads(response.read())["usage"]["completion_tokens"]
+
+
+@pytest.fixture
+def run(exports: dict[str, Path], tmp_path: Path) -> Iterator[ServedRun]:
+    serving = {
+        "engine": "vllm",
+        "python": [ENGINES["vllm"]],
+        "options": ["--enforce-eager"],
+        "environment": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    }
+    serve = {"drain_s": 60, "concurrency": 2, "max_running_requests": 8}
+    served = ServedRun(tmp_path.resolve(), serve, {**LOCAL_SITE, "serving": serving})
+    served.write_export(exports["llama"].resolve())
+    yield served
+    for process in served.processes():
+        process.kill()
+
+
+def logged(run: ServedRun) -> str:
+    return "".join(path.read_text() for path in (run.folder / "results/small/logs").rglob("*.log"))
+
+
+@pytest.mark.timeout(900)
+def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun):
+    run.start_verb()
+    endpoint = run.wait_until_ready(START_S)
+    assert [answer(f"{endpoint.url}/models", key) for key in (None, "wrong", KEY)] == [401, 401, 200]
+    assert listening_addresses(run.processes()) == {"127.0.0.1"}
+    assert not [process for process in run.processes() if KEY in " ".join(process.cmdline())]
+    assert complete(endpoint.url, MARKER, 4) == 4
+    written: list[int] = []
+    asking = threading.Thread(target=lambda: written.append(complete(endpoint.url, [5, 6, 7, 8], 100)))
+    asking.start()
+    wait_for(lambda: _has_running_request(endpoint.url))
+    assert run.call("--stop").returncode == 0
+    asking.join()
+    assert written == [100], "an accepted request is answered"
+    wait_for(lambda: not run.processes())
+    assert "max_num_seqs" in logged(run) and KEY not in logged(run) and MARKER not in logged(run)
+
+
+def _has_running_request(url: str) -> bool:
+    """Return whether vLLM's metrics say that a request runs. They ask for no key."""
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0") for line in lines)
+
+
+@pytest.mark.timeout(900)
+def test_no_process_of_vllm_is_left_after_kill_9_of_the_supervisor(run: ServedRun):
+    run.start_verb()
+    run.wait_until_ready(START_S)
+    assert run.process is not None and len(run.processes()) > 4
+    run.process.kill()
+    wait_for(lambda: not run.processes(), 120)
