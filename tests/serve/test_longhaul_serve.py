@@ -53,6 +53,10 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun):
     run.start_verb()
     endpoint = run.wait_until_ready(START_S)
     assert [answer(f"{endpoint.url}/models", key) for key in (None, "wrong", KEY)] == [401, 401, 200]
+    server = endpoint.url.removesuffix("/v1")
+    paths = ("invocations", "tokenize", "metrics", "version", "load", "docs", "no-such-path")
+    assert {answer(f"{server}/{path}", None) for path in paths} == {401}
+    assert [answer(f"{server}/health"), answer(f"{server}/metrics", KEY)] == [200, 200]
     assert listening_addresses(run.processes()) == {"127.0.0.1"}
     assert not [process for process in run.processes() if KEY in " ".join(process.cmdline())]
     assert complete(endpoint.url, MARKER, 4) == 4
@@ -68,8 +72,9 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun):
 
 
 def _has_running_request(url: str) -> bool:
-    """Return whether vLLM's metrics say that a request runs. They ask for no key."""
-    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=30) as response:
+    """Return whether vLLM's metrics say that a request runs."""
+    metrics = urllib.request.Request(f"{url.removesuffix('/v1')}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(metrics, timeout=30) as response:
         lines = response.read().decode().splitlines()
     return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0") for line in lines)
 

@@ -25,12 +25,13 @@ def server(port: int) -> Server:
 
 
 @contextmanager
-def answering(accepted: set[str | None]) -> Iterator[int]:
-    """Yield the port of a server that answers 200 to these Authorization headers, and 401 to others."""
+def answering(accepted: set[str | None], open_path: str = "") -> Iterator[int]:
+    """Yield the port of a server that answers 200 to these Authorization headers and at an open path, and 401 to others."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.headers["Authorization"] in accepted else 401)
+            allowed = self.headers["Authorization"] in accepted or self.path == open_path
+            self.send_response(200 if allowed else 401)
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
@@ -50,16 +51,22 @@ def test_a_server_that_knows_its_key_is_accepted():
 @pytest.mark.parametrize(
     ("accepted", "message"),
     [
-        ({f"Bearer {KEY}", None}, "a request without an API key with HTTP status 200 instead of 401"),
+        ({f"Bearer {KEY}", None}, "a request to /v1/models without an API key with HTTP status 200 instead of 401"),
         (
             {f"Bearer {KEY}", f"Bearer {KEY[:-1]}-"},
-            "a request with a wrong API key with HTTP status 200 instead of 401",
+            "a request to /v1/models with a wrong API key with HTTP status 200 instead of 401",
         ),
-        (set(), "a request with its API key with HTTP status 401 instead of 200"),
+        (set(), "a request to /v1/models with its API key with HTTP status 401 instead of 200"),
     ],
 )
 def test_a_server_with_other_answers_is_refused(accepted: set[str | None], message: str):
     with answering(accepted) as port, pytest.raises(UserError, match=message):
+        check_keys(server(port), KEY)
+
+
+def test_an_engine_that_checks_keys_only_below_v1_is_refused():
+    """As vLLM does without require_key.py."""
+    with answering({f"Bearer {KEY}"}, open_path="/invocations") as port, pytest.raises(UserError, match="/invocations"):
         check_keys(server(port), KEY)
 
 

@@ -73,7 +73,7 @@ def test_the_check_compares_measures_and_leaves_no_process(manifest: Path, capfd
     ("fault", "message"),
     [
         ("another_model", "log probabilities of the server differ from the trainer's by"),
-        ("open", "answers a request without an API key with HTTP status 200 instead of 401"),
+        ("open", "answers a request to /v1/models without an API key with HTTP status 200 instead of 401"),
         ("exposed", r"listens at 0\.0\.0\.0:\d+ instead of 127\.0\.0\.1:\d+ alone"),
         ("exchange", "with 32 requests at the same time, answer .* is not the answer to its prompt: token 1 is"),
         ("loss", "the server lost an answer: it ended without a finish reason"),

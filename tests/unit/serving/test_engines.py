@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from longhaul.config.load_config import load_site
 from longhaul.config.serving_config import EngineName, Serving
 from longhaul.errors import UserError
+from longhaul.serving import require_key
 from longhaul.serving.api_key import create_key_file, read_key_file
 from longhaul.serving.engines import ENGINES, Server, ServerShape
 from tests.support.small_configs import SITE, changed
@@ -43,6 +45,8 @@ def test_the_words_of_each_engine():
             "--max-model-len",
             "2048",
             "--disable-uvicorn-access-log",
+            "--middleware",
+            "require_key.RequireKey",
             *address,
             "--kv-cache-dtype=fp8",
         ),
@@ -89,6 +93,15 @@ def test_no_engine_gets_its_key_on_the_command_line(engine: EngineName):
     assert found.environment(KEY)["OMP_NUM_THREADS"] == "2"
     assert (KEY in found.environment(KEY).values()) == (engine == "vllm")
     assert "VLLM_API_KEY" not in found.environment(None)
+
+
+def test_vllm_finds_the_check_of_the_key_beside_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", "/code")
+    own = replace(server("vllm"), key_file=tmp_path / "key.yaml")
+    own.place_files()
+    assert (tmp_path / "require_key.py").read_text() == Path(require_key.__file__).read_text()
+    assert own.environment(KEY)["PYTHONPATH"] == f"{tmp_path}:/code"
+    assert "--middleware" not in replace(own, key_file=None).command()
 
 
 def test_requests_name_the_model_as_the_engine_wants_it():

@@ -9,6 +9,9 @@ from longhaul.errors import UserError
 from longhaul.serving.engines import Server
 
 _UNAUTHORIZED = 401
+_ASKED = "/v1/models"
+_PROTECTED = (_ASKED, "/tokenize", "/invocations")
+"""vLLM's own check leaves out the last two: see require_key.py."""
 
 
 def check_keys(server: Server, key: str) -> None:
@@ -17,17 +20,21 @@ def check_keys(server: Server, key: str) -> None:
     Raises:
         UserError: the server answers one of them in another way.
     """
-    for sent, wanted in ((None, _UNAUTHORIZED), (f"{key[:-1]}-", _UNAUTHORIZED), (key, 200)):
-        headers = {"Authorization": f"Bearer {sent}"} if sent else {}
-        found = httpx2.get(f"{server.url}/v1/models", headers=headers, timeout=60, trust_env=False).status_code
-        if found != wanted:
-            kind = (
-                "without an API key" if sent is None else "with its API key" if sent == key else "with a wrong API key"
-            )
-            raise UserError(
-                f"the server of {server.serving.engine} answers a request {kind} with HTTP status {found} instead of {wanted}",
-                "do not let others reach this server; use another release of the engine",
-            )
+    for path in _PROTECTED:
+        _check_status(server, path, None, "without an API key", _UNAUTHORIZED)
+        _check_status(server, path, f"{key[:-1]}-", "with a wrong API key", _UNAUTHORIZED)
+    _check_status(server, _ASKED, key, "with its API key", 200)
+
+
+def _check_status(server: Server, path: str, key: str | None, kind: str, wanted: int) -> None:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    found = httpx2.get(f"{server.url}{path}", headers=headers, timeout=60, trust_env=False).status_code
+    if found != wanted:
+        raise UserError(
+            f"the server of {server.serving.engine} answers a request to {path} {kind} with HTTP status {found} instead of "
+            f"{wanted}",
+            "do not let others reach this server; use another release of the engine",
+        )
 
 
 def listening_addresses(guardian: psutil.Process) -> list[str]:

@@ -48,6 +48,7 @@ def run(job: ServeCheckSpec) -> None:
     reference = read_reference_values(export)
     with TemporaryDirectory() as private:
         server, key = _server(job, export, Path(private))
+        server.place_files()
         start = time.monotonic()
         with running_server(server, key, job.check.start_timeout_s) as guardian:
             start_s = time.monotonic() - start

@@ -2,7 +2,7 @@
 
 | engine       | API key                          | log probabilities | started as                                |
 | transformers | none: it must listen on loopback | no                | python -m transformers.cli.transformers   |
-| vllm         | variable VLLM_API_KEY            | yes               | python -m vllm.entrypoints.cli.main serve |
+| vllm         | VLLM_API_KEY, and require_key.py | yes               | python -m vllm.entrypoints.cli.main serve |
 | sglang       | in a file, option --config       | yes               | python -m sglang.launch_server            |
 
 Read from transformers 5.23, vLLM 0.32 and SGLang 0.5.23. No engine gets a key on its command line, which every user of a
@@ -11,12 +11,15 @@ node can read.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from longhaul.config.serving_config import EngineName, Serving
+from longhaul.serving import require_key
 
 LOOPBACK = "127.0.0.1"
 # By default, vLLM and SGLang compute with 16 bits even where config.json says fp32. FP8 weights are multiplied as bf16.
@@ -104,6 +107,11 @@ class Server:
         """The value of `model` in requests. `transformers serve` accepts only the folder that it was started with."""
         return str(self.model) if self.serving.engine == "transformers" else self.name
 
+    def place_files(self) -> None:
+        """Copy what vLLM imports beside the key file, which a container of the engine must bind anyway."""
+        if self.serving.engine == "vllm" and self.key_file:
+            shutil.copyfile(require_key.__file__, self.key_file.with_name(Path(require_key.__file__).name))
+
     def command(self, node_rank: int = 0, leader: tuple[str, int] | None = None) -> tuple[str, ...]:
         """Return the words that start the server's part on one of its nodes, without the API key.
 
@@ -131,7 +139,12 @@ class Server:
             variables |= {"VLLM_API_KEY": key} if key else {}
             # Without it, the processes of vLLM meet at the address of the default route, which may be public.
             variables |= {"VLLM_HOST_IP": self.host} if self.shape.nodes == 1 else {}
+            variables |= {"PYTHONPATH": self._python_path(self.key_file.parent)} if self.key_file else {}
         return variables
+
+    @staticmethod
+    def _python_path(folder: Path) -> str:
+        return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
     def _vllm(self) -> list[str]:
         shape = self.shape
@@ -144,6 +157,9 @@ class Server:
             *_option("--max-num-seqs", shape.max_running_requests),
             *_option("--shutdown-timeout", self.drain_s or None),
             "--disable-uvicorn-access-log",
+            *_option(
+                "--middleware", f"{require_key.__name__.rpartition('.')[2]}.RequireKey" if self.key_file else None
+            ),
         ]
 
     def _sglang(self) -> list[str]:

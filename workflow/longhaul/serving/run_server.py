@@ -25,7 +25,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.api_key import read_key_file
-from longhaul.serving.check_access import check_address, listening_addresses
+from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import LOOPBACK, Server, ServerShape
 from longhaul.serving.guard_processes import signal_at_end_of_parent
 from longhaul.serving.server_process import free_port, guarded_process, wait_until_healthy
@@ -83,9 +83,10 @@ def _serve(job: ServeSpec, model: Path, leader: tuple[str, int] | None) -> None:
     server = server_of(job, model, host, job.port or free_port(host))
     key = read_key_file(server.key_file) if server.key_file else None
     _require_free_port(server)
+    server.place_files()
     engine = guarded_process(server.command(0, leader), _variables(server, key, leader), job.drain_s)
     with _StopSignals() as signals, _endpoint(job, server) as endpoint, engine as guardian:
-        signals.interrupt(lambda: _wait_until_ready(server, guardian, job.start_timeout_s))
+        signals.interrupt(lambda: _wait_until_ready(server, guardian, job.start_timeout_s, key))
         if not signals.received:
             endpoint.announce()
         reason = _wait_for_end(job, guardian, signals)
@@ -94,14 +95,16 @@ def _serve(job: ServeSpec, model: Path, leader: tuple[str, int] | None) -> None:
     print(f"stopped the server: {reason}", flush=True)
 
 
-def _wait_until_ready(server: Server, guardian: Popen[bytes], timeout_s: float) -> None:
-    """Return when the server answers, at its own address only. Its users' keys and prompts are sent without encryption.
+def _wait_until_ready(server: Server, guardian: Popen[bytes], timeout_s: float, key: str | None) -> None:
+    """Return when the server answers, at its own address only and only with its key.
 
     Raises:
-        UserError: it does not answer in time, or it listens at another address, which an option or the engine's release opened.
+        UserError: it does not answer in time, it listens at another address, or it answers without the key.
     """
     wait_until_healthy(server, guardian, timeout_s)
     check_address(server, listening_addresses(psutil.Process(guardian.pid)))
+    if key:
+        check_keys(server, key)
 
 
 def _work(job: ServeSpec, model: Path, rank: int, leader: tuple[str, int] | None) -> None:

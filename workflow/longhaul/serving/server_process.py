@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx2
 import psutil
@@ -71,7 +73,7 @@ def wait_until_healthy(server: Server, guardian: subprocess.Popen[bytes], timeou
         if (code := guardian.poll()) is not None:
             raise UserError(
                 f"the server of {engine} ended with code {code} before it answered at {server.url}",
-                f"what it printed is above; try it alone: {' '.join(server.command())}",
+                f"what it printed is above; try it alone: {shlex.join(replace(server, key_file=None).command())}",
             )
         if _is_healthy(server):
             return
