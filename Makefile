@@ -8,7 +8,7 @@ CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-fabric-cost bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -105,6 +105,9 @@ bench-trainer: setup  ## trainer throughput compared with bare deepspeed and bar
 
 bench-plan: setup  ## time of the demo's dry run
 	$(BIN)/python -m bench.plan
+
+bench-fabric-cost: setup  ## time of the fabric check on up to 4,096 nodes, simulated from measured rounds
+	$(BIN)/python -m bench.fabric_cost
 
 bench-status: setup  ## time of `longhaul status` on a run with 1,000 stages, CPU time of the terminal display
 	$(BIN)/python -m bench.status

@@ -17,7 +17,7 @@ from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import NodeResult
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collective_benchmarks import COLLECTIVES
-from longhaul.checks.fabric import node_results, raise_if_slow, slowest_pairs
+from longhaul.checks.fabric import node_results, planned_check_seconds, raise_if_slow, slowest_pairs
 from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
@@ -39,6 +39,25 @@ def test_bus_bandwidth_factors_equal_those_of_nccl_tests() -> None:
     assert found == FACTORS
 
 
+@pytest.mark.parametrize(
+    ("nodes", "ranks_per_node", "pairs_only", "seconds"),
+    [
+        (1000, 8, False, [299.7, 24.0, 24.0]),
+        (4096, 8, False, [300.0, 24.0, 24.0]),
+        (1000, 8, True, [19.8]),
+        (2, 1, False, [0.3, 24.0]),
+        (1, 8, False, [24.0]),
+        (1, 1, False, []),
+    ],
+)
+def test_planned_time_does_not_grow_beyond_the_budgets(
+    nodes: int, ranks_per_node: int, pairs_only: bool, seconds: list[float]
+) -> None:
+    planned = planned_check_seconds(nodes, ranks_per_node, pairs_only)
+    assert list(planned.values()) == pytest.approx(seconds) and sum(planned.values()) <= 15 * 60
+    assert len(COLLECTIVES) * 4 == 24
+
+
 def start_ranks(job: Path, nodes: int, ranks_per_node: int) -> list[subprocess.Popen[str]]:
     """Start the check on this machine as srun would on several nodes. The nodes are n0, n1, …"""
     with socket.socket() as free:
@@ -53,9 +72,7 @@ def start_ranks(job: Path, nodes: int, ranks_per_node: int) -> list[subprocess.P
         own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "SLURMD_NODENAME": f"n{node}"}
         output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         environment = {**os.environ, **shared, **own}
-        processes.append(
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output, text=True, env=environment)
-        )
+        processes.append(subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment))
     return processes
 
 
@@ -112,7 +129,9 @@ def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) 
     )
     job.write(tmp_path / "job.json")
     first, *others = start_ranks(tmp_path / "job.json", 2, 2)
-    _, stderr = first.communicate(timeout=300)
+    stdout, stderr = first.communicate(timeout=300)
+    planned = "about 48 s (pairs 0 s, collectives inside the nodes 24 s, collectives between all ranks 24 s)"
+    assert f"fabric check of 2 nodes: {planned}" in stdout.splitlines()[0]
     assert first.returncode != 0 and [other.wait(timeout=60) for other in others] == [0, 0, 0]
     assert "is not fit for training" in stderr and "the site file's minimum is 5000 GB/s" in stderr
     assert not out.exists()

@@ -19,6 +19,7 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.fabric_limits import fabric_problems, not_compared, set_limits
 from longhaul.checks.pair_evidence import slow_node_line
+from longhaul.checks.pair_schedule import planned_seconds
 from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
@@ -34,7 +35,7 @@ _TIMEOUT_S = 60.0
 _TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
 """Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
 _MOST_REPORTED_PAIRS = 20_000
-_COLLECTIVE_BUDGET_S = 4.0
+_COLLECTIVES, _COLLECTIVE_BUDGET_S = 6, 4.0
 """Time for all sizes of one collective; six collectives, inside the nodes and between all ranks, take less than a minute."""
 SIZES_BYTES = {
     "gloo": (8, 2**16, 2**20, 2**24),
@@ -55,13 +56,14 @@ def run(job: FabricSpec) -> None:
 
     rank = this_rank()
     require_planned_size(rank, job.nodes * job.gpus_per_node, job.nodes)
+    if rank.is_main:
+        _print_planned_time(job)
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = "nccl" if on_gpu else "gloo"
     with process_group(rank, backend, _TIMEOUT_S):
         device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
         hosts = _node_names(rank)
-        budget_s = _QUICK_TOURNAMENT_BUDGET_S if job.pairs_only else _TOURNAMENT_BUDGET_S
-        tournament = run_tournament(rank, hosts, device, budget_s)
+        tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
         # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
         is_full = tournament.is_healthy and not job.pairs_only
         inside = _measure_inside(rank, hosts, device, backend, job) if is_full else InsideNodes()
@@ -79,6 +81,33 @@ def run(job: FabricSpec) -> None:
             f"the network between {', '.join(report.hosts)} is not fit for training",
             "exclude a node of each slow link; correct interconnect.limits in the site file if they are too strict",
         )
+
+
+def planned_check_seconds(nodes: int, ranks_per_node: int, pairs_only: bool = False) -> dict[str, float]:
+    """Return part of the check -> its planned duration in seconds; parts that are not measured have none.
+
+    A part ends at its budget, so that the time does not grow with the number of nodes: of more nodes, pairs are a sample.
+    """
+    found = {"pairs": planned_seconds(nodes, _tournament_budget_s(pairs_only))}
+    of_collectives = 0.0 if pairs_only else _COLLECTIVES * _COLLECTIVE_BUDGET_S
+    if nodes > 1 and ranks_per_node > 1:
+        found["collectives inside the nodes"] = of_collectives
+    if nodes * ranks_per_node > 1:
+        found["collectives between all ranks"] = of_collectives
+    return {part: seconds for part, seconds in found.items() if seconds}
+
+
+def _tournament_budget_s(pairs_only: bool) -> float:
+    return _QUICK_TOURNAMENT_BUDGET_S if pairs_only else _TOURNAMENT_BUDGET_S
+
+
+def _print_planned_time(job: FabricSpec) -> None:
+    parts = planned_check_seconds(job.nodes, job.gpus_per_node, job.pairs_only)
+    text = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts.items())
+    print(
+        f"fabric check of {job.nodes} nodes: about {sum(parts.values()):.0f} s ({text or 'nothing to measure'})",
+        flush=True,
+    )
 
 
 def _measure_inside(rank: Rank, hosts: list[str], device: Any, backend: str, job: FabricSpec) -> InsideNodes:
