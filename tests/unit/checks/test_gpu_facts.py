@@ -40,7 +40,7 @@ def test_healthy_node_has_no_findings(library: Path, model: str):
         16,
     )
     assert first.power_limit_w == MODELS[model]["power_mw"] / 1000 and first.slowdowns == ["software power cap"]
-    rows = nvidia_rows({"n1": reading})
+    rows = nvidia_rows({"n1": reading}, 1)
     assert {row["result"] for row in rows} == {"ok"} and len(rows) == 32
     assert {row["component"] for row in merge_equal_rows(rows)} == {
         "GPU 0 (PCI 0000:1b:00.0), GPU 1 (PCI 0000:2b:00.0)"
@@ -76,7 +76,7 @@ DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
 )
 def test_degraded_gpu_is_named(library: Path, model: str, change: dict[str, Any], result: str, message: str):
     reading = read(library, [healthy_gpu(model, 0), {**healthy_gpu(model, 1), **change}])
-    rows = nvidia_rows({"n1": reading})
+    rows = nvidia_rows({"n1": reading}, 1)
     bad = [row for row in rows if row["result"] != "ok"]
     assert [(row["component"], row["result"]) for row in bad] == [(GPU_1, result)], bad
     lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
@@ -87,7 +87,7 @@ def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(libra
     """As a PCIe card in a virtual machine: NVML answers Not Supported."""
     lacking = ("corrected", "remap_pending", "reasons", *(f"nvlink{link}" for link in range(18)))
     gpu = {key: value for key, value in healthy_gpu("H100", 0).items() if key not in lacking}
-    rows = nvidia_rows({"n1": read(library, [gpu])})
+    rows = nvidia_rows({"n1": read(library, [gpu])}, 1)
     unknown = {row["check"]: row["value"] for row in rows if row["result"] == "unknown"}
     assert unknown == dict.fromkeys(
         ("corrected ECC errors", "row remapping pending", "row remapping failed", "slowdown", "SM clock", "NVLinks"),
@@ -99,7 +99,7 @@ def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(libra
 def test_idle_gpu_may_have_a_slow_link_but_no_narrow_one(library: Path):
     reading = read(library, [{**healthy_gpu("H200", 0), "pcie": 1}])
     idle = GpuReading([gpu.__class__(**{**vars(gpu), "is_loaded": False}) for gpu in reading.gpus])
-    rows = nvidia_rows({"n1": idle})
+    rows = nvidia_rows({"n1": idle}, 1)
     assert [(row["check"], row["result"]) for row in rows if row["result"] != "ok"] == [
         ("SM clock", "unknown"),
         ("PCIe generation", "unknown"),
@@ -110,7 +110,7 @@ def test_clock_is_low_only_where_nothing_slows_the_gpu_down(library: Path):
     """1,584 MHz is 80 % of an H200's 1,980 MHz. A GPU at its power limit may be slower."""
     gpus = [{**healthy_gpu("H200", index), "clock": clock, "reasons": reasons}
             for index, (clock, reasons) in enumerate([(1584, 0), (1583, 0), (1200, 0x4)])]  # fmt: skip
-    rows = [row for row in nvidia_rows({"n1": read(library, gpus)}) if row["check"] == "SM clock"]
+    rows = [row for row in nvidia_rows({"n1": read(library, gpus)}, 1) if row["check"] == "SM clock"]
     assert [(row["value"], row["result"]) for row in rows] == [
         ("1584 MHz", "ok"),
         ("1583 MHz", "warn"),
@@ -124,8 +124,8 @@ def test_links_are_compared_with_gpus_of_the_same_name_on_other_nodes(library: P
     card = {**healthy_gpu("A100", 0), "name": "NVIDIA A100 80GB PCIe"}
     dead = {**card, **{f"nvlink{link}": 0 for link in range(12)}}
     good, bad = read(library, [card]), read(library, [dead])
-    assert problem_lines(nvidia_rows({"n1": bad})) == [], "cards without a bridge have no active link"
-    assert problem_lines(nvidia_rows({"n1": good, "n2": bad}))[0].startswith(
+    assert problem_lines(nvidia_rows({"n1": bad}, 1)) == [], "cards without a bridge have no active link"
+    assert problem_lines(nvidia_rows({"n1": good, "n2": bad}, 1))[0].startswith(
         "n2: GPU 0 (PCI 0000:1b:00.0): NVLinks: 0 active, not active: 0, 1,"
     )
 
@@ -134,9 +134,9 @@ def test_links_are_compared_with_datasheet_and_site_file(library: Path):
     """A GPU without peers whose links are all down is found; the site file replaces the datasheet's number."""
     dead = {**healthy_gpu("H100", 0), **{f"nvlink{link}": 0 for link in range(18)}}
     found = {"n1": read(library, [dead])}
-    assert ", expected 18 active" in problem_lines(nvidia_rows(found))[0]
-    assert problem_lines(nvidia_rows(found, min_nvlinks=0)) == []
-    assert ", expected 6 active" in problem_lines(nvidia_rows(found, min_nvlinks=6))[0]
+    assert ", expected 18 active" in problem_lines(nvidia_rows(found, 1))[0]
+    assert problem_lines(nvidia_rows(found, 1, min_nvlinks=0)) == []
+    assert ", expected 6 active" in problem_lines(nvidia_rows(found, 1, min_nvlinks=6))[0]
 
 
 def test_only_the_gpus_of_the_job_are_judged(library: Path):
@@ -168,14 +168,23 @@ def test_processes_that_are_left_are_those_of_before(library: Path):
 
 def test_lost_gpu_is_named_and_the_others_are_read(library: Path):
     reading = read(library, [healthy_gpu("H100", 0), {"lost": 1}])
-    (line,) = problem_lines(nvidia_rows({"n1": reading}))
+    (line,) = problem_lines(nvidia_rows({"n1": reading}, 2))
     assert line.startswith("n1: GPU 1: NVML: GPU is lost, expected an answer; drain the node and reset the GPU")
 
 
+def test_lost_gpu_that_the_job_does_not_need_is_a_warning(library: Path):
+    reading = read(library, [healthy_gpu("H100", 0), {"lost": 1}])
+    rows = nvidia_rows({"n1": reading}, 1)
+    assert problem_lines(rows) == []
+    assert warning_lines(rows) == [
+        "n1: GPU 1: NVML: GPU is lost, expected an answer; tell the admins; this job does not use the GPU"
+    ]
+
+
 def test_driver_mismatch_fails_and_a_missing_library_is_unknown(library: Path, tmp_path: Path):
-    mismatch = nvidia_rows({"n1": read(library, [], init=18)})
+    mismatch = nvidia_rows({"n1": read(library, [], init=18)}, 1)
     assert problem_lines(mismatch)[0].startswith("n1: NVIDIA driver: NVML: RM has detected an NVML/RM version mismatch")
     none = READING.validate_python(read_fake_gpus(tmp_path, []))
-    (row,) = nvidia_rows({"n1": none})
+    (row,) = nvidia_rows({"n1": none}, 1)
     assert row["result"] == "unknown" and row["value"] == "not available: NVML: NVML Shared Library Not Found"
     assert "--nv" in row["remedy"]

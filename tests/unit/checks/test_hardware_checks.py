@@ -63,10 +63,6 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
     "row that is already remapped": (
         hardware(kernel_log=KernelLog([KernelError("Xid", 63, "0000:3b:00", 1, "Row Remapper")])), "warn",
         "n4: GPU 2 (PCI 0000:3b:00.0): kernel log: Xid 63"),
-    "error of another job's GPU": (
-        hardware(gpus=GpuReading([gpu(0)]), kernel_log=KernelLog([KernelError("Xid", 79, "0000:99:00", 1, "off the bus")])),
-        "warn", "n4: PCI 0000:99:00.0: kernel log: Xid 79, 1 times, the GPU has fallen off the bus: off the bus, expected no "
-        "Xid or SXid errors; tell the admins; this job does not use the GPU"),
     "switch": (
         hardware(kernel_log=KernelLog([KernelError("SXid", 20034, "0000:05:00.0", 1, "Fatal, Link 32 LTSSM Fault Up")])),
         "fail", "n4: PCI 0000:05:00.0: kernel log: SXid 20034, 1 times: Fatal, Link 32"),
@@ -125,16 +121,26 @@ def test_fault_is_named_once_with_its_component(facts: HardwareFacts, result: st
     assert len(lines) == 1 and message in lines[0], lines
 
 
-@pytest.mark.parametrize("reading", [GpuReading([], "no NVML"), GpuReading([gpu(0)], lost={1: "GPU is lost"})])
-def test_error_of_a_gpu_that_does_not_answer_fails(reading: GpuReading):
-    """It may be the job's own."""
-    (row,) = kernel_log_rows("n4", KernelLog([KernelError("Xid", 79, "0000:99:00", 1, "off the bus")]), reading)
+OFF_THE_BUS = KernelLog([KernelError("Xid", 79, "0000:99:00", 1, "off the bus")])
+
+
+def test_error_of_a_gpu_that_the_job_does_not_use_is_a_warning():
+    (row,) = kernel_log_rows("n4", OFF_THE_BUS, GpuReading([gpu(0)]), 1)
+    assert (row["component"], row["result"]) == ("PCI 0000:99:00.0", "warn")
+    assert row["value"] == "Xid 79, 1 times, the GPU has fallen off the bus: off the bus"
+    assert row["remedy"] == "tell the admins; this job does not use the GPU"
+
+
+@pytest.mark.parametrize(("reading", "gpus"), [(GpuReading([], "no NVML"), 1), (GpuReading([gpu(0)]), 2)])
+def test_error_of_a_gpu_that_does_not_answer_fails(reading: GpuReading, gpus: int):
+    """It may be the job's own, as fewer GPUs answer than the job needs."""
+    (row,) = kernel_log_rows("n4", OFF_THE_BUS, reading, gpus)
     assert (row["component"], row["result"]) == ("PCI 0000:99:00.0", "fail")
 
 
 def test_row_that_waits_for_a_reset_fails():
     reading = GpuReading([gpu(0, remapping_pending=True)])
-    (row,) = kernel_log_rows("n4", KernelLog([KernelError("Xid", 63, "0000:1b:00", 1, "Row Remapper")]), reading)
+    (row,) = kernel_log_rows("n4", KernelLog([KernelError("Xid", 63, "0000:1b:00", 1, "Row Remapper")]), reading, 1)
     assert row["result"] == "fail" and row["component"] == "GPU 0 (PCI 0000:1b:00.0)"
     assert row["value"] == "Xid 63, 1 times, a memory row is marked for remapping: Row Remapper"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.checks import kernel_log
-from longhaul.checks.kernel_log import KernelError, kernel_errors, read_kernel_log
+from longhaul.checks.kernel_log import KernelError, is_fatal, kernel_errors, read_kernel_log
 
 KMSG = """\
 6,1204,3021456,-;NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  580.95.05
@@ -29,6 +29,13 @@ def test_errors_are_counted_by_device_and_number(tmp_path: Path):
                     "pid=1897, Row Remapper: New row marked for remapping, reset gpu to activate."),
         KernelError("SXid", 20034, "0000:05:00.0", 1, "Fatal, Link 32 LTSSM Fault Up"),
     ]  # fmt: skip
+
+
+def test_fatal_error_stays_when_one_that_is_not_fatal_follows():
+    lines = [f"NVRM: Xid (PCI:0009:01:00): 149, NETIR_LINK_EVT  {word}   XC0 i0 Link 01" for word in
+             ("Fatal", "Nonfatal", "Nonfatal")]  # fmt: skip
+    assert [(error.count, is_fatal(error.text)) for error in kernel_errors(lines)] == [(1, True), (2, False)]
+    assert not is_fatal("Non-fatal, Link 32") and is_fatal("Fatal, Link 32")
 
 
 def test_form_without_the_word_pci_is_read():

@@ -13,13 +13,14 @@ from longhaul.checks.amd_gpu_errors import AmdGpuErrors
 from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.gpu_names import gpu_name, short_address
-from longhaul.checks.kernel_log import KernelError, KernelLog
+from longhaul.checks.kernel_log import KernelError, KernelLog, is_fatal
 from longhaul.checks.xid_errors import ROW_REMAPPED, xid_failure
 from longhaul.config.gpu_datasheets import datasheet
 
 _WATCH = "watch whether the number grows"
 _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
+_NOT_OF_JOB = "tell the admins; this job does not use the GPU"
 _LEAST_CLOCK_SHARE = 0.8
 _NO_KERNEL_ERRORS = "no Xid or SXid errors"
 _MISMATCH = "mismatch"
@@ -59,11 +60,14 @@ _GPU_CHECKS = (
 )  # fmt: skip
 
 
-def nvidia_rows(readings: Mapping[str, GpuReading], min_nvlinks: int | None = None) -> list[CheckRow]:
+def nvidia_rows(
+    readings: Mapping[str, GpuReading], gpus_per_node: int, min_nvlinks: int | None = None
+) -> list[CheckRow]:
     """Return the rows of all GPUs of all nodes.
 
-    readings:    node -> its GPUs
-    min_nvlinks: active NVLinks of each GPU by the site file; None: those of the datasheet and of the other GPUs
+    readings:      node -> its GPUs
+    gpus_per_node: how many the job needs
+    min_nvlinks:   active NVLinks of each GPU by the site file; None: those of the datasheet and of the other GPUs
     """
     expected = _nvlinks_per_name(gpu for reading in readings.values() for gpu in reading.gpus)
     rows: list[CheckRow] = []
@@ -71,7 +75,8 @@ def nvidia_rows(readings: Mapping[str, GpuReading], min_nvlinks: int | None = No
         if reading.error:
             rows.append(_no_nvml_row(Component(node), reading.error))
         for index, reason in reading.lost.items():
-            rows.append(Component(node, f"GPU {index}").row("NVML", reason, "an answer", "fail", _REPLACE))
+            result, remedy = ("warn", _NOT_OF_JOB) if _is_complete(reading, gpus_per_node) else ("fail", _REPLACE)
+            rows.append(Component(node, f"GPU {index}").row("NVML", reason, "an answer", result, remedy))
         for gpu in reading.gpus:
             component = Component(node, gpu_name(gpu.index, gpu.pci_address))
             rows += component.judged(_GPU_CHECKS, gpu)
@@ -183,34 +188,37 @@ def _block_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} in {block}" for block, count in counts.items()) or "0"
 
 
-def kernel_log_rows(node: str, log: KernelLog, reading: GpuReading) -> list[CheckRow]:
-    """Return a row per Xid and SXid error of a node, or one row if there is none. reading: the GPUs of the job."""
+def kernel_log_rows(node: str, log: KernelLog, reading: GpuReading, gpus_per_node: int) -> list[CheckRow]:
+    """Return a row per Xid and SXid error of a node, or one row if there is none.
+
+    reading:       the GPUs of the job
+    gpus_per_node: how many the job needs
+    """
     if log.unreadable:
         remedy = "let the admins allow it: sysctl kernel.dmesg_restrict=0, or the group systemd-journal"
         return [Component(node).unknown("kernel log", log.unreadable, _NO_KERNEL_ERRORS, remedy)]
     if not log.errors:
         return [Component(node).row("kernel log", _NO_KERNEL_ERRORS, _NO_KERNEL_ERRORS)]
-    return [_kernel_error_row(node, error, reading) for error in log.errors]
+    is_complete = _is_complete(reading, gpus_per_node)
+    return [_kernel_error_row(node, error, reading.gpus, is_complete) for error in log.errors]
 
 
-def _kernel_error_row(node: str, error: KernelError, reading: GpuReading) -> CheckRow:
+def _kernel_error_row(node: str, error: KernelError, gpus: Sequence[GpuFacts], is_complete: bool) -> CheckRow:
     address = short_address(error.device)
-    gpu = next((gpu for gpu in reading.gpus if short_address(gpu.pci_address) == address), None)
+    gpu = next((gpu for gpu in gpus if short_address(gpu.pci_address) == address), None)
     component = Component(node, gpu_name(gpu.index, gpu.pci_address) if gpu else f"PCI {address}")
     meaning = xid_failure(error.number, error.text) if error.kind == "Xid" else ""
     value = (
         ", ".join(filter(None, (f"{error.kind} {error.number}", f"{error.count} times", meaning))) + f": {error.text}"
     )
-    if _is_of_another_job(error, gpu, reading):
-        return component.row(
-            "kernel log", value, _NO_KERNEL_ERRORS, "warn", "tell the admins; this job does not use the GPU"
-        )
+    if error.kind == "Xid" and gpu is None and is_complete:
+        return component.row("kernel log", value, _NO_KERNEL_ERRORS, "warn", _NOT_OF_JOB)
     is_remapped = error.number == ROW_REMAPPED and gpu is not None and gpu.remapping_pending is False
-    failed = (bool(meaning) and not is_remapped) or (error.kind == "SXid" and error.text.lower().startswith("fatal"))
+    failed = (bool(meaning) and not is_remapped) or (error.kind == "SXid" and is_fatal(error.text))
     remedy = f"{_REPLACE}; the entry goes with a restart of the node" if failed else "watch whether it happens again"
     return component.row("kernel log", value, _NO_KERNEL_ERRORS, "fail" if failed else "warn", remedy)
 
 
-def _is_of_another_job(error: KernelError, gpu: GpuFacts | None, reading: GpuReading) -> bool:
-    """Return whether a GPU's error is of none of the job's GPUs. A GPU that does not answer may be the job's own."""
-    return error.kind == "Xid" and gpu is None and bool(reading.gpus) and not reading.lost
+def _is_complete(reading: GpuReading, gpus_per_node: int) -> bool:
+    """Return whether all GPUs that the job needs are known, so that any other GPU is none of the job's."""
+    return len(reading.gpus) >= gpus_per_node

@@ -68,9 +68,9 @@ def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     if not job.build.startswith("cuda"):
         return []
     min_nvlinks = job.minimums.nvlinks if job.gpus_per_node > 1 else 0  # a GPU alone sends nothing over NVLinks
-    rows = nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, min_nvlinks)
+    rows = nvidia_rows({node: facts.gpus for node, facts in hardware.items()}, job.gpus_per_node, min_nvlinks)
     for node, facts in hardware.items():
-        rows += kernel_log_rows(node, facts.kernel_log, facts.gpus)
+        rows += kernel_log_rows(node, facts.kernel_log, facts.gpus, job.gpus_per_node)
     return rows
 
 

@@ -18,6 +18,7 @@ KMSG = Path("/dev/kmsg")
 _XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
 # nvidia-nvswitch0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 32 LTSSM Fault Up
 _SXID = re.compile(r"nvidia-nvswitch\d+: SXid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
+_FATAL = re.compile(r"(?<![-\w])fatal\b", re.IGNORECASE)
 _JOURNAL_S = 5.0
 """A stage starts only after this; journals of months may take longer to read."""
 _MAX_RECORD_BYTES = 8192
@@ -54,15 +55,24 @@ def read_kernel_log(kmsg: Path = KMSG) -> KernelLog:
 
 
 def kernel_errors(lines: Iterable[str]) -> list[KernelError]:
-    """Return the Xid and SXid errors in lines of the kernel log, one entry per device and number."""
-    found: dict[tuple[str, int, str], KernelError] = {}
+    """Return the Xid and SXid errors in lines of the kernel log.
+
+    There is one entry per device and number, and another one for fatal errors: a later error that is not fatal hides none.
+    """
+    found: dict[tuple[str, int, str, bool], KernelError] = {}
     for line in lines:
         for kind, pattern in (("Xid", _XID), ("SXid", _SXID)):
             if match := pattern.search(line):
-                device, number = match[1].lower(), int(match[2])
-                count = found[kind, number, device].count + 1 if (kind, number, device) in found else 1
-                found[kind, number, device] = KernelError(kind, number, device, count, match[3][:200])
+                device, number, text = match[1].lower(), int(match[2]), match[3][:200]
+                key = kind, number, device, is_fatal(text)
+                count = found[key].count + 1 if key in found else 1
+                found[key] = KernelError(kind, number, device, count, text)
     return list(found.values())
+
+
+def is_fatal(text: str) -> bool:
+    """Return whether an error of an NVSwitch or NVLink says that it is fatal, and not that it is `Non-fatal` or `Nonfatal`."""
+    return _FATAL.search(text) is not None
 
 
 def _kmsg_lines(kmsg: Path) -> list[str]:

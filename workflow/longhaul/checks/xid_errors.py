@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from longhaul.checks.kernel_log import is_fatal
+
 ROW_REMAPPED = 63
 _RECOVERY_ACTION = 154
 _NVLINK_5 = range(144, 151)
@@ -41,7 +43,7 @@ def xid_failure(number: int, text: str) -> str:
     that the driver asks for, as in `GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)`.
     """
     if number in _NVLINK_5:
-        return "NVLink error" if re.search(r"\bFatal\b", text) else ""
+        return "NVLink error" if is_fatal(text) else ""
     if number == _RECOVERY_ACTION:
         asked = text.rpartition(" to ")[2]
         return "the driver asks for a reset or a restart" if re.search(r"reset|reboot|\bFLR\b", asked, re.I) else ""
