@@ -69,6 +69,13 @@ def test_both_guides_for_a_first_run_have_the_same_steps_commands_tables_and_lin
     assert not linked_pages(english) - linked_pages(chinese) - {chinese}
 
 
+def test_guides_install_the_tested_version_of_torch():
+    pinned = re.search(r"^torch==.*$", (REPOSITORY / "envs/constraints.txt").read_text(), flags=re.MULTILINE)
+    assert pinned
+    for guide in FIRST_RUN:
+        assert sum(pinned[0] in line.split() for line in commands(REPOSITORY / guide)) == 1, guide
+
+
 def outline(page: Path) -> list[str]:
     """Return the level of each heading, and a mark for each row of a table, in order."""
     lines = page.read_text(encoding="utf-8").splitlines()
