@@ -155,6 +155,19 @@ def test_cpus_of_a_slurm_that_prints_no_effective_ones():
     assert partition.cpus == 128 - 1 * 2
 
 
+def test_shape_is_that_of_the_nodes_with_the_most_gpus_together():
+    """Values of different nodes would describe a node that does not exist."""
+    lines = [f"CPUTot=64 RealMemory=500000 Gres=gpu:a100:4 Partitions=p NodeName=a{number}" for number in range(3)]
+    lines += [
+        "CPUTot=32 RealMemory=200000 Gres=gpu:v100:8 Partitions=p NodeName=v",
+        "CPUTot=8 RealMemory=9000 Gres=(null) Partitions=p NodeName=c",
+    ]
+    partition = found("PartitionName=p State=UP MaxNodes=UNLIMITED", "\n".join(lines))["p"]
+    assert (partition.gpus, partition.gpu_type, partition.cpus, partition.memory_mb) == (4, "a100", 64, 500_000)
+    assert (partition.nodes, partition.max_nodes, partition.is_mixed) == (3, 3, True)
+    assert "# other nodes of the partition have 8 x v100\n" in site_text("lab", FoundCluster([partition]))
+
+
 def test_limits_of_a_partition_per_node_count():
     lines = "PartitionName=shared State=UP MaxCPUsPerNode=64 MaxMemPerNode=128000\nPartitionName=gpu State=UP "
     partitions = found(lines + "MaxCPUsPerNode=UNLIMITED MaxMemPerNode=UNLIMITED", SPECIALIZED_NODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,12 +18,13 @@ _FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
 
 @dataclass(frozen=True)
 class FoundPartition:
-    """One partition as Slurm shows it.
+    """One partition as Slurm shows it. Of nodes with different GPUs, those with the most GPUs together count.
 
-    cpus, memory_mb: what a job gets of its smallest node, without the cores and the memory that Slurm keeps for the system
-    threads_per_core: of its first node
-    gpus:            of the node with the most
-    is_mixed:        only some of its nodes have GPUs
+    cpus, memory_mb: what a job gets of the smallest node, without the cores and the memory that Slurm keeps for the system
+    threads_per_core: of the first node
+    gpus:            of one node
+    is_mixed:        only some nodes have GPUs
+    other_gpus:      GPUs of nodes that do not count, such as 4 x v100
     """
 
     name: str
@@ -36,6 +38,7 @@ class FoundPartition:
     gpus: int
     gpu_type: str | None
     is_mixed: bool
+    other_gpus: tuple[str, ...]
     features: tuple[str, ...]
     accounts: frozenset[str] | None
     denied_accounts: frozenset[str]
@@ -96,9 +99,10 @@ def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[
     return found
 
 
-def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPartition:
-    found = [_gpus(node.get("Gres", "")) for node in nodes]
-    gpus, gpu_type = max(found, key=lambda one: one[0])
+def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]]) -> FoundPartition:
+    kinds = Counter(_gpus(node.get("Gres", "")) for node in all_nodes)
+    gpus, gpu_type = max(kinds, key=lambda kind: (kind[0] * kinds[kind], kind[0]))
+    nodes = [node for node in all_nodes if _gpus(node.get("Gres", "")) == (gpus, gpu_type)]
     limit = fields.get("MaxNodes", "")
     return FoundPartition(
         name=fields["PartitionName"],
@@ -111,7 +115,10 @@ def _partition(fields: dict[str, str], nodes: list[dict[str, str]]) -> FoundPart
         memory_mb=_least((_memory_mb(node) for node in nodes), fields.get("MaxMemPerNode", "")),
         gpus=gpus,
         gpu_type=gpu_type,
-        is_mixed=gpus > 0 and min(count for count, _ in found) == 0,
+        is_mixed=gpus > 0 and (0, None) in kinds,
+        other_gpus=tuple(
+            f"{count} x {kind or 'gpu'}" for count, kind in kinds if count and (count, kind) != (gpus, gpu_type)
+        ),
         features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
         accounts=_names(fields.get("AllowAccounts", "")),
         denied_accounts=_names(fields.get("DenyAccounts", "")) or frozenset(),

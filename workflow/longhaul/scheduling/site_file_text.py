@@ -46,15 +46,7 @@ def _accelerator_line(partition: FoundPartition, node: FoundNode | None) -> str:
 def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
     yield f"  - jobs: [{', '.join(jobs)}]"
     yield f"    name: {json.dumps(partition.name)}"
-    usable = [association for association in cluster.associations if partition.accepts(association)]
-    if usable:
-        others = sorted({other.account for other in usable} - {usable[0].account})
-        comment = f"  # or {', '.join(others)}" if others else ""
-        yield f"    account: {json.dumps(usable[0].account)}{comment}"
-        if qos := sorted(usable[0].qos & partition.qos) if partition.qos else []:
-            yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
-    elif partition.accounts:
-        yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"
+    yield from _account_lines(partition, cluster)
     if partition.features:
         yield f"    # constraint: nodes have the features {', '.join(partition.features)}"
     limit = "" if partition.max_minutes else "  # the partition has no limit"
@@ -69,10 +61,24 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     if partition.threads_per_core > 1:
         threads = partition.threads_per_core
         yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
+    if partition.other_gpus:
+        yield f"    # other nodes of the partition have {', '.join(partition.other_gpus)}"
     if partition.gpu_type:
         yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
     if cluster.ignores_memory:
         yield "    memory: omit  # Slurm does not count memory here"
+
+
+def _account_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
+    usable = [association for association in cluster.associations if partition.accepts(association)]
+    if usable:
+        others = sorted({other.account for other in usable} - {usable[0].account})
+        comment = f"  # or {', '.join(others)}" if others else ""
+        yield f"    account: {json.dumps(usable[0].account)}{comment}"
+        if qos := sorted(usable[0].qos & partition.qos) if partition.qos else []:
+            yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
+    elif partition.accounts:
+        yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"
 
 
 def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, str]:
