@@ -26,6 +26,11 @@ PERMANENT = {
     "Invalid license specification": "sbatch_extra",
     "QOSMaxNodePerJobLimit; Job violates accounting/QOS policy": "qos, max_nodes",
     "Memory specification can not be satisfied": "memory",
+    "Invalid GRES specification (with and without type identification)": "gpu_request",
+    "Task count specification invalid": "node or max_nodes",
+    "Invalid --nice value": "sbatch_extra",
+    "Burst Buffer permission denied": "sbatch_extra",
+    "No partition specified or system default partition": "name",
 }
 VIOLATED = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 # Reason code of a limit that the request alone exceeds -> the remedy's beginning.
@@ -55,6 +60,15 @@ TEMPORARY = (
     "Socket timed out on send/recv operation",
     "Resource temporarily unavailable",
     "Slurm backup controller in standby mode",
+    "Operation now in progress",
+    "System submissions disabled",
+    "Licenses currently unavailable",
+    "Required partition not available (inactive or drain)",
+    "Partition in DOWN state",
+    "Requested partition configuration not available now",
+    "Requested reservation not usable now",
+    "Job can not start due to maintenance reservation.",
+    "Unable to connect to database",
     "something that nobody knows",
 )
 

@@ -20,18 +20,22 @@ _PERMANENT = (
     (r"QOS|Max\w+Per(Account|User)", "qos, max_nodes or max_minutes", "sacctmgr show qos"),
     (r"account", "account", _ASSOCIATIONS),
     (r"feature|constraint", "constraint", "sinfo -o '%P %f'"),
-    (r"generic resource|gres|gpu", "gpu_request, gpu_type or gres_extra", "sinfo -o '%P %G'"),
+    (r"generic resource|\bgres|gpu", "gpu_request, gpu_type or gres_extra", "sinfo -o '%P %G'"),
     (r"time ?limit", "max_minutes", "sinfo -o '%P %l'"),
     (r"reservation", "reservation", "scontrol show reservation"),
     (r"license", "sbatch_extra", "scontrol show licenses"),
     (r"memory|MaxMemPerLimit", "memory or node.memory_mb", "sinfo -o '%P %m'"),
     (
-        r"PartitionNodeLimit|node configuration|node count|more processors|cpu count",
+        r"PartitionNodeLimit|node configuration|node count|more processors|(cpu|task) count",
         "node or max_nodes",
         "sinfo -o '%P %D %c %m %G'",
     ),
     (r"partition|group not permitted", "name", "sinfo -s"),
-    (r"unrecognized option|invalid option|unknown option", "sbatch_extra", "sbatch --help"),
+    (
+        r"(unrecognized|invalid|unknown) option|burst buffer (permission|request)|wckey|--nice",
+        "sbatch_extra",
+        "sbatch --help",
+    ),
     (r"permission denied|invalid", "account, name or qos", _ASSOCIATIONS),
 )
 # What no key of the site file changes.

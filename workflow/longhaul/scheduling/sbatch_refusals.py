@@ -20,8 +20,9 @@ from longhaul.scheduling.retry_policy import job_folder_of
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 600.0
 _TEMPORARY = re.compile(
-    r"MaxSubmit|submit limit|unable to contact slurm|timed out|temporarily|try again|standby|connection refused|transport"
-    r"|slurmdbd|too many (jobs|requests)",
+    r"MaxSubmit|submit limit|submissions disabled|MaxJobCount|unable to contact slurm|timed out|temporarily|try again|standby"
+    r"|connection refused|transport|slurmdbd|database|too many (jobs|requests)|in progress|in use|not (available|usable) now"
+    r"|currently unavailable|maintenance|partition not available|DOWN state",
     re.IGNORECASE,
 )
 
