@@ -94,6 +94,22 @@ def test_a_job_may_start_in_the_larger_of_two_partitions():
     assert [line.problem for line in found] == ["", ""]
 
 
+def test_jobs_of_a_run_are_compared_instead_of_what_the_site_file_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A site file that allows more than a limit is no problem of a run that stays below it."""
+    fake_program(tmp_path, "sbatch", "#!/bin/sh\nexit 0\n")
+    fake_program(tmp_path, "sacctmgr", "#!/bin/sh\nexit 1\n")
+    partition = "#!/bin/sh\necho PartitionName=gpu MaxTime={} TotalNodes=8 QoS=N/A State=UP\n"
+    config = write_config(tmp_path)
+    for limit, code in (("20:00:00", 0), ("00:30:00", 1)):
+        monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", partition.format(limit)))
+        with pytest.raises(SystemExit) as ended:
+            main(["site", "check", str(config)])
+        printed = capsys.readouterr().out
+        assert ended.value.code == code and ("set minutes to at most 30" in printed) == bool(code), printed
+
+
 def test_verb_reports_a_limit_that_sbatch_does_not_enforce(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

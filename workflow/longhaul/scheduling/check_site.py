@@ -20,6 +20,8 @@ from longhaul.planning.slurm_request import SlurmRequest, controller_request
 from longhaul.scheduling.sbatch_refusals import read_refusal
 from longhaul.scheduling.slurm_client import SlurmCommandError, try_submission
 
+CONTROLLER = "controller"
+"""Name of the optional job in which the main process may run."""
 _EXAMPLE_MINUTES = 30
 
 
@@ -96,7 +98,7 @@ def _requests(plan: Plan) -> dict[SlurmRequest, list[str]]:
     servers = [job for job in jobs_on_demand(plan) if plan.stage(job.names[0]).serving]
     for job in (*jobs_of(plan), *servers):
         jobs.setdefault(job_request(plan, job), []).append(str(job))
-    jobs.setdefault(controller_request(plan.site), []).append("controller")
+    jobs.setdefault(controller_request(plan.site), []).append(CONTROLLER)
     return jobs
 
 

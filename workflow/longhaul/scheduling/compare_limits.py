@@ -1,4 +1,4 @@
-"""Compares max_minutes and max_nodes of a site file with the limits of its partitions, QOS and account.
+"""Compares max_minutes and max_nodes of a site file, or the jobs of a run, with the limits of partitions, QOS and account.
 
 sbatch accepts jobs beyond a limit where EnforcePartLimits is NO or a QOS lacks DenyOnLimit, and they wait for ever.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from longhaul.config.partition_config import Partition
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
+from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.compare_nodes import Comparison
 from longhaul.scheduling.find_partitions import minutes_of
@@ -41,8 +42,11 @@ class _Limit:
     nodes: int | None
 
 
-def compare_limits(site: Site) -> list[Comparison]:
-    """Return two lines for each partition of the site file; [] if Slurm does not answer."""
+def compare_limits(site: Site, requests: Sequence[SlurmRequest] | None = None) -> list[Comparison]:
+    """Return two lines for each partition of the site file; [] if Slurm does not answer.
+
+    requests: those of a run's jobs, whose nodes and minutes are compared then; None: what the site file allows
+    """
     try:
         partitions = slurm_client.show_all("partition")
     except (slurm_client.SlurmCommandError, UserError):
@@ -54,11 +58,27 @@ def compare_limits(site: Site) -> list[Comparison]:
         {fields["Name"]: fields for fields in slurm_client.accounting_rows("qos", fields=_QOS_FIELDS)},
         slurm_client.accounting_rows("assoc", *conditions, fields=_ASSOCIATION_FIELDS),
     )
-    return [line for partition in site.partitions for line in compare_partition(partition, limits)]
+    lines: list[Comparison] = []
+    for partition in site.partitions:
+        if requests is None:
+            lines += compare_partition(partition, limits)
+        elif own := [request for request in requests if _is_for(request, partition)]:
+            lines += compare_partition(partition, limits, own)
+    return lines
 
 
-def compare_partition(partition: Partition, shown: SlurmLimits) -> Iterator[Comparison]:
-    """Yield a line for each limit of a partition of the site file, and one for a partition or QOS that Slurm does not show."""
+def _is_for(request: SlurmRequest, partition: Partition) -> bool:
+    wanted = (request.partition, request.account, request.qos, request.constraint)
+    return wanted == (partition.name, partition.account, partition.qos, partition.constraint)
+
+
+def compare_partition(
+    partition: Partition, shown: SlurmLimits, requests: Sequence[SlurmRequest] = ()
+) -> Iterator[Comparison]:
+    """Yield a line for each limit of a partition of the site file, and one for a partition or QOS that Slurm does not show.
+
+    requests: as for `compare_limits`; none: what the site file allows
+    """
     place, names = partition.jobs[0], (partition.name or "").split(",")
     for name in names:
         if name and name not in shown.partitions:
@@ -66,9 +86,12 @@ def compare_partition(partition: Partition, shown: SlurmLimits) -> Iterator[Comp
     if partition.qos and shown.qos and partition.qos not in shown.qos:
         yield Comparison(place, "QOS", partition.qos, "unknown", "correct qos; sacctmgr show qos lists them")
     limits = list(_limits(partition, [shown.partitions[name] for name in names if name in shown.partitions], shown))
-    if partition.max_minutes is not None:
-        yield _line(place, "max_minutes", partition.max_minutes, [(limit.minutes, limit.source) for limit in limits])
-    yield _line(place, "max_nodes", partition.max_nodes, [(limit.nodes, limit.source) for limit in limits])
+    minutes = max((request.minutes for request in requests), default=partition.max_minutes)
+    nodes = max((request.nodes for request in requests), default=partition.max_nodes)
+    prefix = "" if requests else "max_"
+    if minutes is not None:
+        yield _line(place, f"{prefix}minutes", minutes, [(limit.minutes, limit.source) for limit in limits])
+    yield _line(place, f"{prefix}nodes", nodes, [(limit.nodes, limit.source) for limit in limits])
 
 
 def _limits(partition: Partition, own: Sequence[Fields], shown: SlurmLimits) -> Iterator[_Limit]:

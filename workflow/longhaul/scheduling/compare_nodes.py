@@ -131,10 +131,10 @@ def _ports(kind: str, node: FoundNode) -> Comparison:
     return Comparison("", "active RDMA ports", kind, found, problem)
 
 
-def print_comparisons(title: str, lines: Sequence[Comparison]) -> None:
-    """Print a table of the comparisons, and a remedy for each difference."""
+def print_comparisons(title: str, lines: Sequence[Comparison], written: str = "site file") -> None:
+    """Print a table of the comparisons, and a remedy for each difference. written: what the first values are"""
     table = Table(title=title, title_justify="left")
-    for column in ("jobs", "", "site file", "found", "fits"):
+    for column in ("jobs", "", written, "found", "fits"):
         table.add_column(column, overflow="fold")
     for line in lines:
         cells = (line.place, line.subject, line.site_file, line.found, "NO" if line.problem else "yes")

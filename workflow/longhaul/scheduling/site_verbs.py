@@ -52,7 +52,7 @@ def check(
 ) -> None:
     """Ask Slurm whether it accepts each kind of job (`sbatch --test-only`), of a run or of a site file alone.
 
-    It also compares `max_minutes` and `max_nodes` with the limits that Slurm shows: sbatch may accept a job that never starts.
+    It also compares their time and nodes with the limits that Slurm shows: sbatch may accept a job that never starts.
 
     Nothing is submitted, except with `--probe`: a two-minute job per partition, whose findings are compared with the site
     file.
@@ -63,7 +63,7 @@ def check(
     """
     from longhaul.config.load_config import is_site_file, load_site
     from longhaul.planning.load_plan import load_plan
-    from longhaul.scheduling.check_site import check_run, check_site, print_answers
+    from longhaul.scheduling.check_site import CONTROLLER, check_run, check_site, print_answers
     from longhaul.scheduling.compare_limits import compare_limits
     from longhaul.scheduling.compare_nodes import compare_nodes, print_comparisons, probe_requests
     from longhaul.scheduling.find_software import compare_software
@@ -71,14 +71,16 @@ def check(
 
     if is_site_file(file):
         site = load_site(str(file.absolute()), Path())
-        answers = check_site(site)
+        answers, requests = check_site(site), None
     else:
         plan = load_plan(file)
         site, answers = plan.site, check_run(plan)
+        requests = [answer.request for answer in answers if answer.jobs != CONTROLLER]
     print_answers(answers)
-    lines = [*compare_limits(site), *compare_software(site)]
+    lines = [*compare_limits(site, requests), *compare_software(site)]
     if lines:
-        print_comparisons("Limits of partitions, QOS and account; software", lines)
+        written = "site file" if requests is None else "jobs ask for"
+        print_comparisons("Limits of partitions, QOS and account; software", lines, written)
     if probe:
         found = compare_nodes(site, probe_nodes(probe_requests(site), wait_minutes))
         print_comparisons("What the nodes have", found)

@@ -106,7 +106,8 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
         _use_deterministic_kernels()
     if job.bind_cores and on_gpu:
         cpus = bind_to_gpu_cores(job.stage.gpus_per_node, rank.local_rank)
-        print(f"rank {rank.rank}: bound to the CPUs {cpus}", flush=True)
+        text = f"bound to the CPUs {cpus}" if cpus else "not bound: the job has fewer cores than ranks"
+        print(f"rank {rank.rank}: {text}", flush=True)
     with (
         _own_swap_folder(job, rank) as swap,
         process_group(rank, "nccl" if on_gpu else "gloo", job.stage.recovery.collective_timeout_s),
