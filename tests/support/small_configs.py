@@ -94,7 +94,7 @@ def changed(value: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if new is ...:
             del section[last]
         else:
-            section[last] = new
+            section[last] = copy.deepcopy(new)
     return value
 
 

@@ -187,9 +187,9 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "unknown precision",
-        {"stages.0.precision": "fp8"},
+        {"stages.0.precision": "fp4"},
         {},
-        ("stages.0.precision is 'fp8'", "'fp32', 'bf16' or 'fp16'"),
+        ("stages.0.precision is 'fp4'", "'fp32', 'bf16', 'fp16' or 'fp8'"),
     ),
     ("unknown kind", {"stages.0.kind": "dpo"}, {}, ("stages.0.kind is 'dpo'", "'pretrain' or 'sft'")),
     (
@@ -522,7 +522,8 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"partitions.0.node.gpu_memory_gib": 1},
         ("GiB per GPU", "site centre has 1 GiB"),
     ),
-    ("more files than the quota", {}, {"inode_limit": 5}, ("exceed site centre's inode_limit 5",)),
+    ("more files than the quota", {}, {"inode_limit": 19}, ("exceed site centre's inode_limit 19",)),
+    ("fewer files than two checkpoints need", {}, {"inode_limit": 5}, ("inode_limit 5", "need 10 files")),
     (
         "more chunk files than the quota",
         {"datasets.chats": {"kind": "chat", "files": [str(REPOSITORY / "docs" / "config.md")], "chunk_mb": 0.001}},

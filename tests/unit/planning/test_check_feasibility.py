@@ -486,14 +486,14 @@ def test_a_sequence_may_be_as_long_as_the_models_positions():
 @pytest.mark.parametrize(("more", "limit"), [(0, 6), (1, None)])
 def test_model_states_may_fill_a_gpu(more: int, limit: int | None):
     memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + more, *[GIB] * 9)
-    assert refusal(check_memory, tiny_stage(), memory, site(with_node(gpu_memory_gib=limit))) is None
+    assert refusal(check_memory, tiny_stage(), memory, tiny_size(), site(with_node(gpu_memory_gib=limit))) is None
 
 
 def test_model_states_that_are_larger_than_a_gpu_are_refused():
     memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + 1, *[GIB] * 9)
-    assert refusal(check_memory, tiny_stage(), memory, site(with_node(gpu_memory_gib=6))) == (
-        "stages.base: weights, gradients and optimizer states need 6.0 GiB per GPU; site centre has 6 GiB",
-        "increase zero.stage, offload to the CPU, or use more GPUs",
+    found = refusal(check_memory, tiny_stage(), memory, tiny_size(), site(with_node(gpu_memory_gib=6)))
+    assert found and found[0] == (
+        "stages.base: weights, gradients and optimizer states need 6.0 GiB per GPU; site centre has 6 GiB"
     )
 
 
@@ -504,7 +504,11 @@ def test_kept_checkpoints_must_fit_the_quota_of_files():
     assert refusal(check_checkpoint_files, stage, 10, site()) is None
     assert refusal(check_checkpoint_files, stage, 10, site(inode_limit=59)) == (
         "stages.base: 6 checkpoints with 10 files each exceed site centre's inode_limit 59",
-        "reduce checkpoints.keep_last or checkpoints.keep_best",
+        "keep at most 4 checkpoints: checkpoints.keep_last + checkpoints.keep_best",
+    )
+    assert refusal(check_checkpoint_files, stage, 10, site(inode_limit=19)) == (
+        "stages.base: 6 checkpoints with 10 files each exceed site centre's inode_limit 19",
+        "two checkpoints need 20 files: use fewer ranks, or ask for a larger quota and set inode_limit",
     )
 
 

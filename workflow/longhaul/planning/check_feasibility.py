@@ -16,6 +16,7 @@ from longhaul.errors import InputError, UserError
 from longhaul.planning.checkpoint_size import checkpoint_write_s
 from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, FP8_MULTIPLE, SWAP_MIN_BYTES
 from longhaul.planning.gpu_memory import MemoryEstimate
+from longhaul.planning.memory_remedies import fitting_settings
 
 _FILES_PER_CHUNK = 9  # .bin, .idx and mask of two splits, keys, record, folder
 
@@ -287,25 +288,27 @@ def check_positions(stage: Stage, sizes: ModelSize) -> None:
         )
 
 
-def check_memory(stage: Stage, memory: MemoryEstimate, site: Site) -> None:
+def check_memory(stage: Stage, memory: MemoryEstimate, sizes: ModelSize, site: Site) -> None:
     """Raise UserError if the model states alone are larger than the memory of a GPU."""
     limit = site.node.gpu_memory_gib
     if limit and memory.model_states > limit * 2**30:
         raise UserError(
             f"stages.{stage.name}: weights, gradients and optimizer states need {memory.model_states / 2**30:.1f} GiB per GPU; "
             f"site {site.name} has {limit:g} GiB",
-            "increase zero.stage, offload to the CPU, or use more GPUs",
+            fitting_settings(stage, sizes, site, lambda other: other.model_states <= limit * 2**30),
         )
 
 
 def check_checkpoint_files(stage: Stage, files: int, site: Site) -> None:
     """Raise UserError if the kept checkpoints have more files than the site's quota; `files` is the number in one checkpoint."""
-    kept = stage.checkpoints.keep_last + stage.checkpoints.keep_best + 1
-    if site.inode_limit and files * kept > site.inode_limit:
+    kept, limit = stage.checkpoints.keep_last + stage.checkpoints.keep_best + 1, site.inode_limit
+    if limit and files * kept > limit:
+        most = limit // files - 1  # without the one that is written
         raise UserError(
-            f"stages.{stage.name}: {kept} checkpoints with {files} files each exceed site {site.name}'s inode_limit "
-            f"{site.inode_limit}",
-            "reduce checkpoints.keep_last or checkpoints.keep_best",
+            f"stages.{stage.name}: {kept} checkpoints with {files} files each exceed site {site.name}'s inode_limit {limit}",
+            f"keep at most {most} checkpoints: checkpoints.keep_last + checkpoints.keep_best"
+            if most >= 1
+            else f"two checkpoints need {2 * files} files: use fewer ranks, or ask for a larger quota and set inode_limit",
         )
 
 

@@ -1,4 +1,4 @@
-"""Chooses micro_batch_size and activation_checkpointing where they are `auto`, from the memory plan; names smaller settings."""
+"""Chooses micro_batch_size and activation_checkpointing where they are `auto`, from the memory plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.check_parallel_layout import MAX_PIPELINE_BUBBLE, data_parallel_size, pipeline_bubble
 from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
+from longhaul.planning.memory_remedies import fitting_settings
 from longhaul.planning.needed_nodes import USED_SHARE
 
 _MOST_SAMPLES = 1024
@@ -50,7 +51,8 @@ def fit_memory(stage: Stage, sizes: ModelSize | None, site: Site, world_size: in
         f"{where}: micro_batch_size {smallest.micro_batch_size} with activation_checkpointing "
         f"{smallest.activation_checkpointing} needs {needed_gib:.1f} GiB per GPU; {USED_SHARE:.0%} of the "
         f"{limit_gib:g} GiB of site {site.name} are {USED_SHARE * limit_gib:.1f} GiB",
-        "raise zero.stage, offload to the CPU, use more GPUs, or shorten sequence_length",
+        fitting_settings(smallest, sizes, site, lambda memory: memory.total <= USED_SHARE * limit_gib * GIB)
+        + ", or shorten sequence_length",
     )
 
 
@@ -74,19 +76,3 @@ def _micro_batches(stage: Stage, data_parallel: int) -> Sequence[int]:
 
 def _is_busy(stage: Stage, micro_batches: int) -> bool:
     return pipeline_bubble(stage.parallel.pipeline, micro_batches) <= MAX_PIPELINE_BUBBLE
-
-
-def smaller_settings(stage: Stage) -> str:
-    """Return the remedy for a stage that ran out of GPU memory: the next smaller micro batch, or more recomputation."""
-    remedies = []
-    if stage.micro_batch_size > 1:
-        smaller = next(
-            micro for micro in range(stage.micro_batch_size - 1, 0, -1) if stage.micro_batch_size % micro == 0
-        )
-        remedies.append(f"set micro_batch_size to {smaller}")
-    if stage.activation_checkpointing in _LEAST_FIRST[:-1]:
-        more = _LEAST_FIRST[_LEAST_FIRST.index(stage.activation_checkpointing) + 1]
-        remedies.append(f"set activation_checkpointing to {more}")
-    if not remedies:
-        remedies = ["raise zero.stage", "offload to the CPU"]
-    return " or ".join(remedies)

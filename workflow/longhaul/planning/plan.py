@@ -272,7 +272,7 @@ def _plan_stage(
     if model and sizes and memory:
         check_model(stage, model)
         check_positions(stage, sizes)
-        check_memory(stage, memory, loaded.site)
+        check_memory(stage, memory, sizes, loaded.site)
     files = files_per_checkpoint(stage, world_size, bool(exported_checkpoints))
     check_checkpoint_files(stage, files, loaded.site)
     micro_batches = accumulation_steps(stage, data_parallel)

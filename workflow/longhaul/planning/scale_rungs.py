@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from longhaul.config.acceptance_limits import FEWEST_STEPS
+from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import BadSteps, Stage
 from longhaul.errors import UserError
 from longhaul.planning.check_feasibility import check_memory
@@ -84,8 +85,8 @@ def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
         }
     )
     memory = estimate_gpu_memory(stage, full.sizes, world_size) if full.sizes else None
-    if memory and nodes < full.stage.nodes:
-        _require_memory(plan, stage, memory)
+    if memory and full.sizes and nodes < full.stage.nodes:
+        _require_memory(plan, stage, memory, full.sizes)
     return replace(
         full,
         stage=stage,
@@ -99,8 +100,8 @@ def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
     )
 
 
-def _require_memory(plan: Plan, stage: Stage, memory: MemoryEstimate) -> None:
-    check_memory(stage, memory, plan.site)
+def _require_memory(plan: Plan, stage: Stage, memory: MemoryEstimate, sizes: ModelSize) -> None:
+    check_memory(stage, memory, sizes, plan.site)
     limit_gib = plan.site.node.gpu_memory_gib
     if limit_gib and memory.total > limit_gib * GIB:
         raise UserError(

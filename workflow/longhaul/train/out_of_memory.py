@@ -9,7 +9,7 @@ import torch
 
 from longhaul.errors import InputError, first_line
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.planning.fit_memory import smaller_settings
+from longhaul.planning.memory_remedies import smaller_settings
 
 
 @contextmanager

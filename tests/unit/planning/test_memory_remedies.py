@@ -1,0 +1,63 @@
+"""Settings with less memory of a GPU: what a remedy names is allowed, and is enough."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from longhaul.config.site_config import Site
+from longhaul.planning.gpu_memory import estimate_gpu_memory
+from longhaul.planning.memory_remedies import fitting_settings, smaller_settings
+from tests.support.small_configs import SITE, changed
+from tests.support.tiny_sizes import tiny_size, tiny_stage
+
+
+def remedy(limit: float, nodes: int = 2, **keys: Any) -> str:
+    """Return the remedy where a GPU holds `limit` of the model states that TINY_LLAMA has under these keys."""
+    site = Site.model_validate_json(json.dumps(changed(SITE, {"partitions.0.max_nodes": nodes})))
+    stage, sizes = tiny_stage(micro_batch_size=1, global_batch_size=16, **keys), tiny_size()
+    states = estimate_gpu_memory(stage, sizes, stage.nodes * stage.gpus_per_node).model_states
+    return fitting_settings(stage, sizes, site, lambda memory: memory.model_states <= limit * states)
+
+
+def test_the_first_settings_that_are_enough_are_named():
+    """bf16 under ZeRO 1 on one rank: 2 bytes of weights, 2 of gradients and 12 of states for each parameter."""
+    assert remedy(0.5) == "set zero.offload_optimizer to cpu or use 2 GPUs with zero.stage 3"
+    assert remedy(0.1) == (
+        "set zero.stage to 3, zero.offload_optimizer to cpu and zero.offload_param to cpu or use 16 GPUs with zero.stage 3"
+    )
+
+
+def test_more_gpus_than_the_site_has_are_not_named():
+    assert remedy(0.1, nodes=1).endswith("zero.offload_param to cpu")
+
+
+def test_a_pipeline_gets_no_higher_zero_stage():
+    """Pipelines work with ZeRO 0 and 1 alone."""
+    keys = {"parallel": {"pipeline": 2}, "gpus_per_node": 2}
+    assert remedy(0.5, **keys) == "set zero.offload_optimizer to cpu or use 8 GPUs"
+    assert remedy(0.01, **keys) == "use a smaller model, or GPUs with more memory"
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        ({"micro_batch_size": 12}, "set micro_batch_size to 6 or set activation_checkpointing to selective"),
+        ({"micro_batch_size": 9, "activation_checkpointing": "full"}, "set micro_batch_size to 3"),
+        ({"micro_batch_size": 1, "activation_checkpointing": "selective"}, "set activation_checkpointing to full"),
+        ({"micro_batch_size": 1, "activation_checkpointing": "full"}, "set zero.stage to 2 or set zero.stage to 3"),
+        (
+            {
+                "micro_batch_size": 1,
+                "activation_checkpointing": "full",
+                "zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
+            },
+            "use more GPUs, or shorten sequence_length",
+        ),
+    ],
+    ids=str,
+)
+def test_out_of_memory_names_the_next_smaller_settings(keys: dict[str, Any], remedy: str):
+    assert smaller_settings(tiny_stage(**keys)) == remedy

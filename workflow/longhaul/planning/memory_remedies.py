@@ -1,0 +1,89 @@
+"""Names settings that need less memory of a GPU: for a stage that does not fit, those with which it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from longhaul.config.model_size import ModelSize
+from longhaul.config.site_config import Site
+from longhaul.config.stage_config import Stage
+from longhaul.errors import UserError
+from longhaul.planning.check_parallel_layout import data_parallel_size
+from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
+
+_LARGEST_ZERO_STAGE = 3
+_RECOMPUTED: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+Fits = Callable[[MemoryEstimate], bool]
+
+
+def fitting_settings(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> str:
+    """Return the remedy for a stage that needs too much GPU memory: settings of `zero`, a number of GPUs, or both alternatives.
+
+    fits: whether a memory estimate is small enough
+    """
+    ranks = stage.nodes * stage.gpus_per_node
+    zero = (_text(keys) for keys, found in _zero_settings(stage) if fits(estimate_gpu_memory(found, sizes, ranks)))
+    gpus = _fitting_gpus(stage, sizes, site, fits)
+    remedies = [text for text in (next(zero, None), next(gpus, None)) if text]
+    return " or ".join(remedies) or "use a smaller model, or GPUs with more memory"
+
+
+def smaller_settings(stage: Stage) -> str:
+    """Return the remedy for a stage that ran out of GPU memory: a smaller micro batch, more recomputation, or less on the GPU."""
+    micro, remedies = stage.micro_batch_size, list[str]()
+    if isinstance(micro, int) and micro > 1:
+        smaller = next(number for number in range(micro - 1, 0, -1) if micro % number == 0)
+        remedies.append(f"set micro_batch_size to {smaller}")
+    if stage.activation_checkpointing in _RECOMPUTED[:-1]:
+        more = _RECOMPUTED[_RECOMPUTED.index(stage.activation_checkpointing) + 1]
+        remedies.append(f"set activation_checkpointing to {more}")
+    if not remedies:
+        remedies = [_text(keys) for keys, _ in _zero_settings(stage)][:2]
+    return " or ".join(remedies) or "use more GPUs, or shorten sequence_length"
+
+
+def _zero_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
+    """Yield the changes of `zero` that leave less on the GPU and that the layout allows, with the stage that has them."""
+    zero, ranks = stage.zero, stage.nodes * stage.gpus_per_node
+    changes: list[dict[str, Any]] = [{"stage": number} for number in range(zero.stage + 1, _LARGEST_ZERO_STAGE + 1)]
+    if zero.offload_optimizer == "none":
+        changes += [{"stage": number, "offload_optimizer": "cpu"} for number in range(max(1, zero.stage), 4)]
+    if zero.offload_param == "none":
+        optimizer = "cpu" if zero.offload_optimizer == "none" else zero.offload_optimizer
+        changes.append({"stage": _LARGEST_ZERO_STAGE, "offload_optimizer": optimizer, "offload_param": "cpu"})
+    for keys in changes:
+        changed = {key: value for key, value in keys.items() if value != getattr(zero, key)}
+        found = _with_zero(stage, changed)
+        if changed and _is_allowed(found, ranks):
+            yield changed, found
+
+
+def _fitting_gpus(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> Iterator[str]:
+    """Yield the numbers of GPUs, doubled each time, with which a stage fits as it is or with ZeRO 3."""
+    partition = site.partition_for("gpu")
+    most = partition.max_nodes * partition.node.gpus
+    ranks = 2 * stage.nodes * stage.gpus_per_node
+    while ranks <= most:
+        for text, found in (("", stage), (" with zero.stage 3", _with_zero(stage, {"stage": _LARGEST_ZERO_STAGE}))):
+            if _is_allowed(found, ranks) and fits(estimate_gpu_memory(found, sizes, ranks)):
+                yield f"use {ranks} GPUs{text}"
+        ranks *= 2
+
+
+def _with_zero(stage: Stage, changes: dict[str, Any]) -> Stage:
+    return stage.model_copy(update={"zero": stage.zero.model_copy(update=changes)})
+
+
+def _is_allowed(stage: Stage, ranks: int) -> bool:
+    """Return whether a layout is supported on this number of ranks, and the global batch can be divided."""
+    try:
+        samples_per_pass = data_parallel_size(stage, ranks) * int(stage.micro_batch_size)
+    except UserError:
+        return False
+    return stage.global_batch_size % samples_per_pass == 0
+
+
+def _text(changes: dict[str, Any]) -> str:
+    *others, last = [f"zero.{key} to {value}" for key, value in changes.items()]
+    return f"set {', '.join(others)} and {last}" if others else f"set {last}"
