@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_unit_tests_are_in_the_folders_of_the_package():
         file.parent.relative_to(REPOSITORY / "tests/unit") for file in REPOSITORY.glob("tests/unit/**/test_*.py")
     }
     assert sorted(str(folder) for folder in folders if not (REPOSITORY / "workflow/longhaul" / folder).is_dir()) == []
+
+
+def test_the_changelog_has_one_line_for_a_change_and_a_short_first_release():
+    """A merge can put a change into two sections."""
+    text = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = [line for line in text.splitlines() if line.startswith("- ")]
+    assert [change for change, number in Counter(changes).items() if number > 1] == []
+    assert len(text.partition("## [0.2.0]")[2].strip().splitlines()) <= 40
+    assert [line for line in text.splitlines() if len(line) > 150] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
