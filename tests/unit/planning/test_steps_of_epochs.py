@@ -77,6 +77,39 @@ def test_an_epoch_of_a_mixture_is_one_of_every_dataset(tmp_path: Path, monkeypat
     assert estimate_steps(plan, plan.stages[0].stage) == 100
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"), [((3, 1), {"a": 0.6, "b": 0.0667}), ((1, 3), {"a": 0.2, "b": 0.2})], ids=str
+)
+def test_epochs_of_a_mixture_follow_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[int, int], expected: dict[str, float]
+):
+    """10 steps of 8 samples are 80: of weights 3 and 1, 60 of the 100 windows and 20 of the 300."""
+    monkeypatch.chdir(tmp_path)
+    parts = [dataclasses.asdict(manifest(tokens, name)) for name, tokens in (("a", 6401), ("b", 19_201))]
+    mixture: Any = [{"weight": weight, "manifest": part} for weight, part in zip(weights, parts, strict=True)]
+    plan = plan_of(tmp_path)
+    manifest(25_602, mixture=mixture).write(plan.paths.manifest("prose"))
+    row = plan_json(plan)["stages"][0]
+    assert {name: round(epochs, 4) for name, epochs in row["estimated_epochs"].items()} == expected
+
+
+def test_the_plan_says_how_many_epochs_the_steps_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """10 steps of 8 samples are 0.8 epochs of 100 windows. Before the data are tokenized, nobody knows."""
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(tmp_path)
+    assert "epochs of each dataset, estimated" not in titles(plan)
+    manifest(6401).write(plan.paths.manifest("prose"))
+    assert titles(plan)["epochs of each dataset, estimated"] == "prose 0.80"
+
+
+def titles(plan: Plan) -> dict[str, str]:
+    """Return the lines of the plan's table: title -> value of the first stage."""
+    names, values, *_ = (
+        [str(cell) for cell in column.cells] for column in stage_table(plan_json(plan)["stages"]).columns
+    )
+    return dict(zip(names, values, strict=True))
+
+
 def test_there_is_no_estimate_without_a_readable_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     plan = written_plan(tmp_path, manifest(6401))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.artifacts.record_types import START_UP_PHASES
 from longhaul.report import run_results as module
@@ -40,31 +36,6 @@ def test_timespans_end_when_the_benchmark_file_was_written(tmp_path: Path) -> No
 def test_benchmark_file_without_rows_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "b.tsv").write_text("s\th:m:s\n")
     assert module._benchmark_s(tmp_path / "b.tsv") is None and module._benchmark_s(tmp_path / "none") is None
-
-
-def test_shares_cover_all_datasets_of_a_mixture(tmp_path: Path) -> None:
-    for name, packs, tokens in (("a", 3, 250), ("b", 1, 50)):
-        row = {"documents": 9, "packs": packs, "sequence_length": 100, "tokens": tokens, "cut_documents": 0}
-        row |= {"padding_share": 0.5, "loss_tokens": 2 * tokens, "cut_loss_tokens": packs}
-        (tmp_path / f"pack-{name}-train-100-0.json").write_text(json.dumps(row))
-    (tmp_path / "pack-a-validation-100-0.json").write_text("{}")
-    packs = module._read_pack_totals(tmp_path)
-    assert share_of_padding(packs) == pytest.approx(0.25)
-    assert cut_loss_share(packs) == pytest.approx(4 / 600)
-    assert module._read_pack_totals(tmp_path / "none") == []
-    assert share_of_padding([]) is None and cut_loss_share([]) is None
-
-
-def test_packs_of_an_older_release_tell_nothing_about_cuts() -> None:
-    old: PackTotals = {
-        "documents": 1,
-        "packs": 1,
-        "sequence_length": 4,
-        "tokens": 3,
-        "cut_documents": 0,
-        "padding_share": 0.25,
-    }
-    assert cut_loss_share([old]) is None and share_of_padding([old]) == 0.25
 
 
 def test_hosts_of_all_attempts_are_listed_once() -> None:

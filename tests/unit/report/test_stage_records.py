@@ -1,4 +1,4 @@
-"""The measured speed of a stage replaces the estimate of its plan."""
+"""What a stage has recorded: its speed replaces the estimate of the plan; its packs give padding and cuts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.planning import Plan
 from longhaul.report.plan_json import plan_json
-from longhaul.report.plan_table import plan_notes
-from longhaul.report.stage_records import measured, planned_steps, step_seconds
+from longhaul.report.plan_table import plan_notes, stage_table
+from longhaul.report.stage_records import measured, planned_steps, read_pack_totals, step_seconds
 from tests.support.small_configs import plan_of
 
 SITE = {"partitions.0.node.gpu_peak_tflops": 1e-6}
@@ -71,3 +72,57 @@ def test_steps_of_a_length_in_epochs_are_those_that_the_job_recorded(tmp_path: P
     assert planned_steps(None, None) is planned_steps(None, weights) is None
     write_json(weights.identity, {"steps": 17, "epochs": 2.0})
     assert (planned_steps(None, weights), planned_steps(5, weights)) == (17, 5)
+
+
+def test_shares_cover_all_datasets_of_a_mixture(tmp_path: Path):
+    weights = WeightsFolder(tmp_path)
+    weights.samples.mkdir()
+    for name, packs, tokens in (("a", 3, 250), ("b", 1, 50)):
+        row = {"documents": 9, "packs": packs, "sequence_length": 100, "tokens": tokens, "cut_documents": 0}
+        row |= {"padding_share": 0.5, "loss_tokens": 2 * tokens, "cut_loss_tokens": packs}
+        (weights.samples / f"pack-{name}-train-100-0-right.json").write_text(json.dumps(row))
+    (weights.samples / "pack-a-validation-100-0-right.json").write_text("{}")
+    packs = read_pack_totals(weights)
+    assert share_of_padding(packs) == pytest.approx(0.25)
+    assert cut_loss_share(packs) == pytest.approx(4 / 600)
+    assert read_pack_totals(WeightsFolder(tmp_path / "none")) == []
+    assert share_of_padding([]) is None and cut_loss_share([]) is None
+
+
+def test_packs_of_an_older_release_tell_nothing_about_cuts():
+    old: PackTotals = {
+        "documents": 1,
+        "packs": 1,
+        "sequence_length": 4,
+        "tokens": 3,
+        "cut_documents": 0,
+        "padding_share": 0.25,
+    }
+    assert cut_loss_share([old]) is None and share_of_padding([old]) == 0.25
+
+
+def test_the_plan_shows_padding_and_cuts_of_the_same_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The shares are those of the report. Packs of another length or truncation say nothing about the planned stage."""
+    monkeypatch.chdir(tmp_path)
+    plan = trained(tmp_path)
+    stage, weights = plan.stage("base").stage, WeightsFolder(plan.paths.stage("base").weights / "01")
+    assert plan_json(plan)["stages"][0]["padding_share"] is None
+    weights.samples.mkdir()
+    totals = {
+        "documents": 9,
+        "packs": 2,
+        "sequence_length": 64,
+        "tokens": 96,
+        "cut_documents": 1,
+        "padding_share": 0.25,
+    }
+    record = json.dumps({**totals, "loss_tokens": 50, "cut_loss_tokens": 2})
+    (weights.samples / "pack-0-train-64-0-right.json").write_text(record)
+    for other in ("128-0-right", "64-0-left"):
+        (weights.samples / f"pack-0-train-{other}.json").write_text(record.replace("96", "1"))
+    content = plan_json(plan)
+    row = content["stages"][0]
+    assert (stage.sequence_length, row["padding_share"], row["cut_loss_share"]) == (64, 0.25, 0.04)
+    names, values, *_ = ([str(cell) for cell in column.cells] for column in stage_table(content["stages"]).columns)
+    shown = dict(zip(names, values, strict=True))
+    assert shown["padding in the packs"] == "25.0%" and shown["loss tokens cut from long conversations"] == "4.0%"

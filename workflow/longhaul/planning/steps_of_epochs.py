@@ -1,4 +1,4 @@
-"""Computes the steps of `epochs`: passes over the samples by the global batch; the plan's estimate of them.
+"""Computes the steps of `epochs`, passes over the samples by the global batch; the plan's estimates of steps and epochs.
 
 Nobody knows the number of samples before the data are tokenized. The plan estimates the steps from the manifest of an earlier
 run; the training job computes them once and records them in identity.json of the weights folder.
@@ -33,17 +33,38 @@ def estimate_steps(plan: Plan, stage: Stage) -> int | None:
 
     The windows of a pretraining are counted exactly. Packs are counted as if they had no padding.
     """
-    path = plan.paths.manifest(stage.dataset)
-    if stage.epochs is None or not path.exists():
+    if stage.epochs is None:
         return None
+    samples = sum(_sample_count(part, stage) for _, part in _weighted_parts(plan, stage))
+    return steps_of_epochs(stage.epochs, samples, stage.global_batch_size) or None
+
+
+def estimate_epochs(plan: Plan, stage: Stage, steps: int) -> dict[str, float]:
+    """Return by dataset about how many of its epochs these steps are; {} without a manifest of the stage's dataset.
+
+    The weights of a mixture divide the samples of all steps. The counts are those of `estimate_steps`.
+    """
+    parts = _weighted_parts(plan, stage)
+    drawn, weights = steps * stage.global_batch_size, sum(weight for weight, _ in parts)
+    counts = [(part.dataset, weight, _sample_count(part, stage)) for weight, part in parts]
+    return {name: drawn * weight / weights / samples for name, weight, samples in counts if samples}
+
+
+def _weighted_parts(plan: Plan, stage: Stage) -> list[tuple[int, DataManifest]]:
+    """Return weight and manifest of each dataset of a stage; [] where the manifest is missing or cannot be read."""
+    path = plan.paths.manifest(stage.dataset)
+    if not path.exists():
+        return []
     try:
         manifest = DataManifest.read(path)
-        parts = [DataManifest.from_fields(part["manifest"]) for part in manifest.mixture] or [manifest]
+        parts = [(part["weight"], DataManifest.from_fields(part["manifest"])) for part in manifest.mixture]
     except (UserError, ValueError):  # the job that reads it reports it
-        return None
-    tokens = [part.splits["train"]["tokens"] for part in parts]
+        return []
+    return parts or [(1, manifest)]
+
+
+def _sample_count(manifest: DataManifest, stage: Stage) -> int:
+    tokens = manifest.splits["train"]["tokens"]
     if stage.kind == "pretrain":
-        samples = sum(window_count(count, stage.sequence_length) for count in tokens)
-    else:
-        samples = sum(math.ceil(count / stage.sequence_length) for count in tokens)
-    return steps_of_epochs(stage.epochs, samples, stage.global_batch_size) or None
+        return window_count(tokens, stage.sequence_length)
+    return math.ceil(tokens / stage.sequence_length)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
+from longhaul.artifacts.pack_totals import cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId
 from longhaul.config.data_formats import known_format
 from longhaul.config.stage_config import Parallel
@@ -15,8 +16,15 @@ from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.gpu_hours import HoursEstimate, MfuEstimate, estimate_mfu, stage_features
 from longhaul.planning.scale_rungs import STEPS, scale_ladder
-from longhaul.planning.steps_of_epochs import estimate_steps
-from longhaul.report.stage_records import measured, planned_steps, recent_median, step_seconds, weights_folder
+from longhaul.planning.steps_of_epochs import estimate_epochs, estimate_steps
+from longhaul.report.stage_records import (
+    earlier_packs,
+    measured,
+    planned_steps,
+    recent_median,
+    step_seconds,
+    weights_folder,
+)
 
 Row = dict[str, Any]
 DATA_PARALLEL = "data parallel"
@@ -116,7 +124,7 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
     stage = planned.stage
     steps = _steps(plan, planned)
     tokens = steps * planned.tokens_per_step if steps else None
-    hours = stage_hours(plan, planned)
+    hours, packs = stage_hours(plan, planned), earlier_packs(plan.paths.stage(stage.name), stage)
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -126,6 +134,9 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "steps": planned.steps,
         "estimated_steps": None if planned.steps else steps,
         "tokens": tokens,
+        "estimated_epochs": estimate_epochs(plan, stage, steps) if steps else {},
+        "padding_share": share_of_padding(packs),
+        "cut_loss_share": cut_loss_share(packs),
         "sequence_length": stage.sequence_length,
         "global_batch_size": stage.global_batch_size,
         "micro_batch_size": stage.micro_batch_size,

@@ -26,7 +26,10 @@ STAGE_KEYS = (
     "dataset",
     "from",
     "steps",
+    "estimated_epochs",
     "tokens",
+    "padding_share",
+    "cut_loss_share",
     "sequence_length",
     "precision",
     "activation_checkpointing",
@@ -41,10 +44,14 @@ STAGE_KEYS = (
     "asynchronous_saves",
 )
 """Keys of a stage in plan.json, in the order of the table."""
-
+_FROM_DATA = {"estimated_epochs", "padding_share", "cut_loss_share"}
+"""Values that are known when the data are tokenized, or packed by a first attempt. Before, the table has no line for them."""
 
 _TITLES = {
+    "estimated_epochs": "epochs of each dataset, estimated",
     "tokens": "tokens, padding included",
+    "padding_share": "padding in the packs",
+    "cut_loss_share": "loss tokens cut from long conversations",
     "gpu_hours_range": "GPU-hours of the training steps, estimated",
     "gpu_hours_per_allocation": "GPU-hours per allocation",
 }
@@ -78,7 +85,8 @@ def stage_table(stages: list[Row]) -> Table:
         for row in stages
     ]
     lines = [["global batch = micro x accumulation x data parallel", *batches]]
-    lines += [[_title(key), *(_value(row, key) for row in stages)] for key in STAGE_KEYS]
+    shown = [key for key in STAGE_KEYS if key not in _FROM_DATA or any(row[key] not in (None, {}) for row in stages)]
+    lines += [[_title(key), *(_value(row, key) for row in stages)] for key in shown]
     return _table("Stages", ["", *(row["name"] for row in stages)], lines)
 
 
@@ -89,6 +97,10 @@ def _title(key: str) -> str:
 def _value(row: Row, key: str) -> str:
     if key == "gpu_hours_range":
         return estimate(row[key])
+    if key == "estimated_epochs":
+        return ", ".join(f"{dataset} {epochs:.2f}" for dataset, epochs in row[key].items()) or "-"
+    if key in _FROM_DATA and row[key] is not None:
+        return f"{row[key]:.1%}"
     if key != "steps" or row["epochs"] is None:
         return _text(row[key])
     steps = f"about {row['estimated_steps']:,}" if row["estimated_steps"] else "the job counts the samples"

@@ -23,7 +23,7 @@ from longhaul.artifacts.artifact_schemas import (
 from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.line_records import read_records
-from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
+from longhaul.artifacts.pack_totals import cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, Attempt, Event, StepProfile, read_events
 from longhaul.artifacts.scale_test_report import ScaleTestReport
@@ -35,7 +35,7 @@ from longhaul.report.number_format import duration, finite
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue
 from longhaul.report.run_status import RunStatus, read_status
-from longhaul.report.stage_records import planned_steps, weights_folder
+from longhaul.report.stage_records import planned_steps, read_pack_totals, weights_folder
 
 A = TypeVar("A", bound=Artifact)
 _MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
@@ -163,7 +163,7 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
         return None
     metrics = read_metrics(weights.metrics)
     skipped = weights.skipped_batches
-    packs = _read_pack_totals(weights.samples)
+    packs = read_pack_totals(weights)
     events = read_events(weights.events)
     return StageResults(
         name=row["name"],
@@ -194,11 +194,6 @@ def _last_start_up(events: list[Event]) -> dict[str, float]:
     """Return phase -> seconds of the newest event `start_up`; {} where there is none."""
     found = [event for event in events if event["event"] == "start_up"]
     return {phase: found[-1][f"{phase}_s"] for phase in START_UP_PHASES} if found else {}
-
-
-def _read_pack_totals(folder: Path) -> list[PackTotals]:
-    """Return the JSON files beside the training packs (data/sampling/sample_sources.py); a mixture has one for each dataset."""
-    return [read_typed_json(path, PackTotals) for path in folder.glob("pack-*-train-*.json")]
 
 
 def _read_timespans(paths: RunPaths, plan: PlanFile) -> list[JobTimespan]:

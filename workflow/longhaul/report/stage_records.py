@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Count
 from longhaul.artifacts.line_records import read_last_records
+from longhaul.artifacts.pack_totals import PackTotals
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
 from longhaul.artifacts.record_types import MetricsRow
 from longhaul.artifacts.typed_json import read_typed_json
@@ -58,6 +59,23 @@ def weights_folder(stage: JobFolder) -> WeightsFolder | None:
         return None
     folders = [(path.stat().st_mtime, path.parent) for path in root.glob("*/attempts.jsonl")]
     return WeightsFolder(max(folders)[1]) if folders else None
+
+
+def read_pack_totals(weights: WeightsFolder, layout: str = "*") -> list[PackTotals]:
+    """Return the totals of a stage's training packs (data/sampling/sample_sources.py); a mixture has one for each dataset.
+
+    layout: length, seed and truncation in the name of the packs; `*` for all packs
+    """
+    return [read_typed_json(path, PackTotals) for path in sorted(weights.samples.glob(f"pack-*-train-{layout}.json"))]
+
+
+def earlier_packs(folder: JobFolder, stage: Stage) -> list[PackTotals]:
+    """Return the totals of the packs that an attempt made with this sequence length and truncation; [] where there are none."""
+    weights = weights_folder(folder)
+    try:
+        return read_pack_totals(weights, f"{stage.sequence_length}-*-{stage.truncate}") if weights else []
+    except UserError:  # the job that reads them reports it
+        return []
 
 
 def planned_steps(steps: int | None, weights: WeightsFolder | None) -> int | None:
