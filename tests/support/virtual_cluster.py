@@ -147,13 +147,7 @@ class VirtualCluster(VirtualHosts):
     # Daemons
 
     def _start_controller(self) -> None:
-        self.start_host(CONTROLLER)
-        for words in (
-            "link add br0 type bridge",
-            f"addr add {self.address(CONTROLLER)}/24 dev br0",
-            "link set br0 up",
-        ):
-            self.on_bridge(*words.split())
+        self.start_bridge()
         munge = self._run / "munge"
         files = {
             "key-file": self.folder / "munge/key",
@@ -228,7 +222,6 @@ class VirtualCluster(VirtualHosts):
         for name in ("etc", "run", "run/munge"):
             (self.folder / name).chmod(0o755)
         (self.folder / "munge").chmod(0o700)
-        Path("/etc/slurm").mkdir(exist_ok=True)  # only a mount point
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))

@@ -118,6 +118,17 @@ class VirtualHosts:
         init = self.wait(10, f"host {name}", lambda: _sleeping_child(outer.pid))
         (self._run / f"{name}.init").write_text(f"{init.pid} {init.create_time()}")
 
+    def start_bridge(self) -> None:
+        """Start the controller, with the bridge that connects all hosts."""
+        Path("/etc/slurm").mkdir(exist_ok=True)  # only a mount point
+        self.start_host(CONTROLLER)
+        for words in (
+            "link add br0 type bridge",
+            f"addr add {self.address(CONTROLLER)}/24 dev br0",
+            "link set br0 up",
+        ):
+            self.on_bridge(*words.split())
+
     def init_process(self, name: str) -> psutil.Process | None:
         """Return the host's PID 1; None if the host is off, even if another process has that PID since."""
         try:
