@@ -9,7 +9,8 @@ import pytest
 
 from longhaul.cli import main
 from longhaul.config.partition_config import Partition
-from longhaul.scheduling.compare_limits import SlurmLimits, compare_partition
+from longhaul.scheduling.compare_limits import compare_partition
+from longhaul.scheduling.slurm_limits import SlurmLimits
 from tests.support.small_configs import write_config
 from tests.support.supervised_job import fake_program
 
@@ -57,6 +58,8 @@ def test_values_beyond_the_limits_of_a_partition_are_named():
         ({"MaxTRESPU": "gres/gpu=24"}, 3),
         ({"MaxTRES": "cpu=640,gres/gpu:a100=800"}, 10),
         ({"GrpTRES": "mem=1T,node=12"}, 12),
+        ({"MaxTRESPA": "cpu=32"}, 1),
+        ({"GrpTRES": "node=0"}, 0),
     ],
 )
 def test_limits_of_a_qos_count_nodes_gpus_and_cpus(limits: dict[str, str], nodes: int):
@@ -72,12 +75,27 @@ def test_qos_of_the_partition_counts_and_may_replace_the_partitions_limit():
 
 
 def test_limits_of_the_account_count():
-    account = {"Account": "proj", "Partition": "", "MaxWall": "06:00:00", "MaxTRES": "node=2", "GrpTRES": ""}
+    account = {
+        "Account": "proj",
+        "Partition": "",
+        "DefaultQOS": "",
+        "MaxWall": "06:00:00",
+        "MaxTRES": "node=2",
+        "GrpTRES": "",
+    }
     assert lines({"account": "proj"}, account=account)["max_nodes"][0] == "2 (account proj)"
     assert lines({"account": "other"}, account=account)["max_nodes"][0] == "32 (partition gpu)"
     assert (
         lines({"account": "proj"}, account={**account, "Partition": "cpu"})["max_minutes"][0] == "1440 (partition gpu)"
     )
+
+
+def test_default_qos_of_the_account_counts_where_none_is_named():
+    account = {"Account": "proj", "Partition": "", "DefaultQOS": "long", "MaxWall": "", "MaxTRES": "", "GrpTRES": ""}
+    qos = {**QOS, "MaxWall": "04:00:00"}, {**QOS, "Name": "debug", "MaxWall": "00:30:00"}
+    assert lines({"account": "proj"}, None, *qos, account=account)["max_minutes"][0] == "240 (QOS long)"
+    named = lines({"account": "proj", "qos": "debug"}, None, *qos, account=account)
+    assert named["max_minutes"][0] == "30 (QOS debug)"
 
 
 def test_unknown_names_are_reported_and_no_limit_is_guessed():

@@ -194,6 +194,22 @@ def test_accounts_are_those_of_this_cluster_that_the_partition_accepts(slurm: Pa
     assert "cluster=lab" in (slurm / "asked").read_text().split()
 
 
+def test_limits_of_qos_and_account_are_written_with_their_source(slurm: Path):
+    """At centres whose partitions have no limit, the QOS has one."""
+    answers = """#!/bin/sh
+case "$*" in
+  *"show qos"*) printf 'long|12:00:00|node=1||||\\nnormal|||||||\\n';;
+  *MaxWall*) printf 'proj_gpu||long|||\\nproj_cpu||normal|2-00:00:00||\\n';;
+  *) cat "{folder}/assoc";;
+esac
+"""
+    fake_program(slurm, "sacctmgr", answers.format(folder=slurm))
+    text = detect_site("centre")
+    assert "    max_minutes: 720  # limit of QOS long\n    max_nodes: 1  # limit of QOS long\n" in text
+    assert "    max_minutes: 2880  # limit of account proj_cpu\n" in text
+    assert "    max_minutes: 30\n" in text, "the partition for tests has the smaller limit"
+
+
 def test_gpus_of_amd_need_a_rocm_build():
     fields = [{"PartitionName": "g", "State": "UP", "MaxTime": "1:00:00"}]
     nodes = [{"CPUTot": "64", "RealMemory": "1000", "Partitions": "g", "Gres": "gpu:mi250:8"}]

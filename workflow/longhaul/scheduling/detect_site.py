@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
@@ -16,9 +17,10 @@ from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.compare_nodes import probe_requests
-from longhaul.scheduling.find_partitions import FoundCluster, fast_interfaces, found_partitions
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, fast_interfaces, found_partitions
 from longhaul.scheduling.probe_nodes import probe_nodes
 from longhaul.scheduling.site_file_text import site_text
+from longhaul.scheduling.slurm_limits import JobLimit, limits_of, read_limits, smallest
 
 
 def detect_site(name: str, probe_minutes: float | None = None) -> str:
@@ -36,8 +38,38 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     settings = slurm_client.settings()
     associations = slurm_client.associations(getpass.getuser(), settings.get("ClusterName", ""))
     interfaces = fast_interfaces(psutil.net_if_addrs())
-    cluster = FoundCluster(partitions, settings, associations, interfaces)
+    cluster = _within_limits(name, FoundCluster(partitions, settings, associations, interfaces))
     if probe_minutes is not None:
-        site = Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
-        cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
+        requests = probe_requests(_site(name, cluster), minutes=1)
+        cluster = replace(cluster, probes=probe_nodes(requests, probe_minutes))
     return site_text(name, cluster)
+
+
+def _site(name: str, cluster: FoundCluster) -> Site:
+    """Return the site that the text describes."""
+    return Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
+
+
+def _within_limits(name: str, cluster: FoundCluster) -> FoundCluster:
+    """Return the cluster with time limits and numbers of nodes that QOS and account allow, too."""
+    shown = read_limits()
+    chosen = {partition.name: partition for partition in _site(name, cluster).partitions}
+    if shown is None:
+        return cluster
+    return replace(
+        cluster,
+        partitions=[
+            _limited(partition, limits_of(chosen[partition.name], shown)) if partition.name in chosen else partition
+            for partition in cluster.partitions
+        ],
+    )
+
+
+def _limited(partition: FoundPartition, limits: Sequence[JobLimit]) -> FoundPartition:
+    minutes = smallest((limit.minutes, limit.source) for limit in limits)
+    nodes = smallest((limit.nodes, limit.source) for limit in limits)
+    if minutes and 0 < minutes[0] < partition.longest_minutes:
+        partition = replace(partition, max_minutes=minutes[0], limits_time=minutes[1])
+    if nodes and 0 < nodes[0] < partition.max_nodes:
+        partition = replace(partition, max_nodes=nodes[0], limits_nodes=nodes[1])
+    return partition

@@ -25,6 +25,7 @@ class FoundPartition:
     gpus:            of one node
     is_mixed:        only some nodes have GPUs
     other_gpus:      GPUs of nodes that do not count, such as 4 x v100
+    limits_time, limits_nodes: what sets max_minutes or max_nodes, such as "QOS long", if not the partition itself
     """
 
     name: str
@@ -45,6 +46,8 @@ class FoundPartition:
     qos: frozenset[str] | None
     is_exclusive: bool
     shares_cores: bool
+    limits_time: str = ""
+    limits_nodes: str = ""
 
     @property
     def longest_minutes(self) -> int:

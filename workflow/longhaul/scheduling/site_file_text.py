@@ -49,9 +49,9 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     yield from _account_lines(partition, cluster)
     if partition.features:
         yield f"    # constraint: nodes have the features {', '.join(partition.features)}"
-    limit = "" if partition.max_minutes else "  # the partition has no limit"
-    yield f"    max_minutes: {partition.longest_minutes}{limit}"
-    yield f"    max_nodes: {partition.max_nodes}"
+    no_limit = "" if partition.max_minutes else "  # the partition has no limit"
+    yield f"    max_minutes: {partition.longest_minutes}{_limit_of(partition.limits_time) or no_limit}"
+    yield f"    max_nodes: {partition.max_nodes}{_limit_of(partition.limits_nodes)}"
     if partition.is_exclusive:
         yield "    exclusive: true"
     gpus, comment = _gpu_keys(partition, cluster.node(jobs[0]))
@@ -67,6 +67,11 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
         yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
     if cluster.ignores_memory:
         yield "    memory: omit  # Slurm does not count memory here"
+
+
+def _limit_of(source: str) -> str:
+    """Return a comment about the source of a limit; empty where it is the partition itself."""
+    return f"  # limit of {source}" if source else ""
 
 
 def _account_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
