@@ -22,12 +22,14 @@ _OP_REQUIREMENTS = {
     "async_io": "; it needs libaio with its headers (libaio-dev), and the CUDA toolkit on a node with GPUs"
 }
 """Requirements that DeepSpeed's own messages do not name."""
+_ONE_ENVIRONMENT = "give all nodes one environment (software in the site file)"
+_ONE_KIND = "use nodes of one kind (gpu_type, or --constraint in sbatch_extra)"
 
 Facts = Mapping[str, Any]
 
 
 def node_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
-    """Return one line for each problem that would make training fail. `nodes` begins with the first node."""
+    """Return one line for each problem that would make training fail, with its remedy. `nodes` begins with the first node."""
     found = _version_and_gpu_differences(nodes)
     for node in nodes:
         found += [f"{node['host']}: {text}" for text in problems_of_node(node, job)]
@@ -69,12 +71,13 @@ def _version_and_gpu_differences(nodes: Sequence[Facts]) -> list[str]:
     """Return one line for each version or GPU that is not the same on all nodes."""
     found = []
     for name in nodes[0]["versions"]:
-        found += _difference(name, {node["host"]: str(node["versions"].get(name)) for node in nodes})
+        remedy = "let the admins install one driver" if name == "driver" else _ONE_ENVIRONMENT
+        found += _difference(name, {node["host"]: str(node["versions"].get(name)) for node in nodes}, remedy)
     gpus = {node["host"]: _gpus_text(node["gpus"]) for node in nodes}
-    return found + _difference("GPUs", gpus)
+    return found + _difference("GPUs", gpus, _ONE_KIND)
 
 
-def _difference(name: str, value_of_host: Mapping[str, str]) -> list[str]:
+def _difference(name: str, value_of_host: Mapping[str, str], remedy: str) -> list[str]:
     """Return a line that names the hosts of each value, or [] when all hosts have the same value."""
     hosts: dict[str, list[str]] = {}
     for host, value in value_of_host.items():
@@ -82,7 +85,7 @@ def _difference(name: str, value_of_host: Mapping[str, str]) -> list[str]:
     if len(hosts) == 1:
         return []
     text = "; ".join(f"{value} on {', '.join(names)}" for value, names in hosts.items())
-    return [f"{name} is not the same on all nodes: {text}"]
+    return [f"{name} is not the same on all nodes: {text}; {remedy}"]
 
 
 def _gpus_text(gpus: Sequence[Facts]) -> str:
@@ -119,14 +122,20 @@ def _software_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     """Return problems of torch, DeepSpeed and the number of GPUs that torch can use."""
     found, versions = [], node["versions"]
     if versions["build"] != job.build:
-        found.append(f"torch is built for {versions['build']}, the site file says accelerator: {job.build}")
+        found.append(
+            f"torch is built for {versions['build']}, the site file says accelerator: {job.build}; install torch for "
+            f"{job.build} in the job environment, or correct accelerator"
+        )
     if versions["deepspeed"] is None:
-        found.append("deepspeed is not installed")
+        found.append("deepspeed is not installed; pip install 'longhaul[job]' in the job environment")
     if job.build == "cpu":
         return found
     if len(node["gpus"]) < job.gpus_per_node:
         driver = versions["driver"] or "none found"
-        found.append(f"torch can use {len(node['gpus'])} GPUs, {job.gpus_per_node} are needed (driver: {driver})")
+        found.append(
+            f"torch can use {len(node['gpus'])} GPUs, {job.gpus_per_node} are needed (driver: {driver}); exclude the node, or "
+            "lower gpus_per_node"
+        )
     return found
 
 
@@ -134,23 +143,33 @@ def _memory_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     found_mb = node["memory_bytes"] // 2**20
     if found_mb >= job.memory_mb:
         return []
-    return [f"the node has {found_mb} MiB of memory, the site file says node.memory_mb: {job.memory_mb}"]
+    return [
+        f"the node has {found_mb} MiB of memory, the site file says node.memory_mb: {job.memory_mb}; exclude the node, or "
+        "correct node.memory_mb"
+    ]
 
 
 def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     if node["write_error"]:
-        return [f"cannot write to {job.folder}: {node['write_error']}"]
+        return [f"cannot write to {job.folder}: {node['write_error']}; let this user write there on all nodes"]
     if node["run_folder_seen_after_s"] is None:
-        return [f"{job.folder} is not the folder that the first node sees: it must be on a shared file system"]
+        return [
+            f"{job.folder} is not the folder that the first node sees: it must be on a shared file system; mount it"
+        ]
     free, minimum = node["disk_free_bytes"], job.checks.min_disk_free_gb
     if free is not None and free < minimum * GB:
-        return [f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb is {minimum:g}"]
+        return [
+            f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb is {minimum:g}; free space, or lower the limit"
+        ]
     return []
 
 
 def _op_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
     if job.prebuild_ops and not node["compiler"]:
-        return [f"no C++ compiler (c++ or $CXX), but optimizer offload needs {', '.join(job.prebuild_ops)} compiled"]
+        return [
+            f"no C++ compiler (c++ or $CXX), but optimizer offload needs {', '.join(job.prebuild_ops)} compiled; install g++ in "
+            "the job environment, or load a module"
+        ]
     return [
         f"DeepSpeed's {op} does not build: {reason}{_OP_REQUIREMENTS.get(op, '')}"
         for op, reason in node["ops"]["failed"].items()
@@ -164,16 +183,20 @@ def _offload_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
         return []
     found, folder = [], f"storage.scratch {swap['folder']}"
     if swap["error"]:
-        found.append(f"{folder} does not support unbuffered writes ({swap['error']}), which offloading to nvme needs")
+        found.append(
+            f"{folder} does not support unbuffered writes ({swap['error']}), which offloading to nvme needs; choose a folder on "
+            "a disk"
+        )
     free, lockable = swap["free_bytes"], swap["lockable_bytes"]
     if free is not None and free < job.swap_bytes:
         found.append(
-            f"{folder} has {free / GB:.1f} GB free; the ranks of this node offload {job.swap_bytes / GB:.1f} GB"
+            f"{folder} has {free / GB:.1f} GB free; the ranks of this node offload {job.swap_bytes / GB:.1f} GB; free space, or "
+            "offload to cpu"
         )
     if lockable is not None and lockable < job.locked_bytes:
         found.append(
             f"a process may lock {lockable / GB:.3f} GB of memory (ulimit -l); offloading to nvme locks "
-            f"{job.locked_bytes / GB:.3f} GB in each process"
+            f"{job.locked_bytes / GB:.3f} GB in each process; let the admins raise the limit"
         )
     return found
 
@@ -191,18 +214,22 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
         for node in nodes
     }
     missing = [
-        f"{host}: no active {layer} port in /sys/class/infiniband, the site file says interconnect.kind: {job.interconnect}"
+        f"{host}: no active {layer} port in /sys/class/infiniband, the site file says interconnect.kind: {job.interconnect}; "
+        "exclude the node, or correct interconnect.kind"
         for host, count in counts.items()
         if not count
     ]
-    return missing or _difference(f"number of active {layer} ports", {host: str(n) for host, n in counts.items()})
+    remedy = "exclude the node with fewer ports, or let the admins repair it"
+    return missing or _difference(
+        f"number of active {layer} ports", {host: str(n) for host, n in counts.items()}, remedy
+    )
 
 
 def _clock_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     maximum, first = job.checks.max_clock_skew_s, nodes[0]["clock_skew_s"]
     return [
         f"{node['host']}: clock is {node['clock_skew_s'] - first:+.1f} s from that of {nodes[0]['host']}, "
-        f"checks.max_clock_skew_s is {maximum:g}"
+        f"checks.max_clock_skew_s is {maximum:g}; let the admins synchronise the clocks, or raise the limit"
         for node in nodes
         if abs(node["clock_skew_s"] - first) > maximum
     ]
