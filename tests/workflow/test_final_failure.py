@@ -32,6 +32,8 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
     assert first.stderr.count("prose.jsonl") == first.stderr.count("remedy:") == 1, "one cause, one remedy"
     assert len(printed[1].splitlines()) < 12, "nothing is printed after it"
     assert first.stderr.count("tokenizer failed; log: ") == 1, "Snakemake's own messages about it are not shown"
+    for noise in ("CalledProcessError", "Exiting because", "At least one job", "keep-incomplete"):
+        assert noise not in first.stderr
 
     again = chain.snakemake(TOKENIZER, "--retries", "3")
     assert again.returncode == 2 and attempts(chain) == 1, again.stderr

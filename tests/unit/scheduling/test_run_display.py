@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from longhaul.artifacts.job_state import Failure
@@ -85,6 +86,23 @@ def test_steps_to_run_are_counted_by_rule(tmp_path: Path) -> None:
     stats = {"all": 1, "train": 2, "report": 1, "total": 4}
     line = JobEvents(RunPaths("r", tmp_path)).line(record(LogEvent.RUN_INFO, stats=stats))
     assert line == "3 steps to run: train (2), report"
+    line = JobEvents(RunPaths("r", tmp_path)).line(record(LogEvent.RUN_INFO, stats={"train": 1, "total": 1}))
+    assert line == "1 step to run: train"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Exiting because a job execution failed. Look above for error messages",
+        "WorkflowError:\nAt least one job did not complete successfully.",
+        "--keep-incomplete mode is set, so incomplete output files and shadow directories of failed jobs are not removed.",
+        "RuleException:\nCalledProcessError in file \"train.smk\", line 26:\nCommand 'bash' returned non-zero exit status 1.",
+    ],
+)
+def test_what_snakemake_says_about_a_failed_job_is_said_once(tmp_path: Path, message: str) -> None:
+    events = JobEvents(RunPaths("r", tmp_path))
+    for event, level in ((None, logging.WARNING), (LogEvent.ERROR, logging.ERROR)):
+        assert events.line(record(event, level, message)) is None
 
 
 def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Path) -> None:
@@ -93,7 +111,7 @@ def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Pat
     assert events.line(record(message="Building DAG of jobs...")) is None
     assert events.line(record(level=logging.WARNING, message="disk is slow")) == "disk is slow"
     assert events.line(record(LogEvent.ERROR, logging.ERROR, "MissingInputException")) == "MissingInputException"
-    assert events.line(record(level=logging.ERROR, message="Exiting. Look below for error messages")) is None
+    assert events.line(record(LogEvent.ERROR, logging.ERROR, "RuleException:\nValueError in file x.smk")) is not None
     events.line(started())
     assert events.line(record(message="Trying to restart job 4.")) == "train-base is tried again"
     assert events.line(record(message="Execute 2 jobs...")) is None

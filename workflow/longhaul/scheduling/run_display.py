@@ -52,6 +52,14 @@ _NO_NEWS = (
 )
 """Beginnings of messages that Snakemake logs before the first job and that say nothing about this run."""
 
+_SAID_OTHERWISE = (
+    "Exiting because a job execution failed",
+    "At least one job did not complete successfully",
+    "--keep-incomplete mode is set",
+    "RuleException:\nCalledProcessError in file",  # the shell command of a job that failed
+)
+"""Texts in warnings and errors that only repeat that a job failed; its own line and the end of the run say why."""
+
 
 class RunDisplay:
     """The display of one run. All methods can be called from any thread."""
@@ -152,8 +160,7 @@ class JobEvents:
     def _is_news(self, record: logging.LogRecord) -> bool:
         message = str(record.msg)
         if record.levelno >= logging.WARNING:
-            # Snakemake repeats every failed job below this line; their causes are printed when the process exits.
-            return "Look below for error messages" not in message
+            return not any(said in message for said in _SAID_OTHERWISE)
         # Once jobs run, other messages only describe Snakemake's own work.
         return not self._jobs and not message.startswith(_NO_NEWS)
 
@@ -233,4 +240,5 @@ def _jobs_to_run(fields: dict[str, Any]) -> str:
     """Return how many jobs of which rule will run; `stats` is Snakemake's count by rule."""
     counts = {rule: count for rule, count in fields["stats"].items() if rule not in (_TARGET_RULE, "total")}
     listed = ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
-    return f"{sum(counts.values())} steps to run: {listed}"
+    total = sum(counts.values())
+    return f"{total} {'step' if total == 1 else 'steps'} to run: {listed}"
