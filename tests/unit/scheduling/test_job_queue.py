@@ -12,9 +12,9 @@ import pytest
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.jobs.launch_files import write_job_files
-from longhaul.report.queued_jobs import QueuedJob
+from longhaul.report.queued_jobs import Queue, QueuedJob
 from longhaul.scheduling import job_queue, slurm_client
-from longhaul.scheduling.job_queue import jobs_in_queue, match_jobs, queue_asker
+from longhaul.scheduling.job_queue import RecentQueue, jobs_in_queue, match_jobs, queue_asker
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from tests.support.small_configs import plan_of
 from tests.support.supervised_job import fake_program
@@ -122,6 +122,30 @@ def test_status_waits_for_slurm_a_few_seconds(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(job_queue, "_STATUS_TIMEOUT_S", 0.2)
     with pytest.raises(UserError, match=r"squeue did not answer within 0\.2 s"):
         queue_asker(paths)([])
+
+
+def test_display_asks_slurm_every_30_seconds_or_after_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [0.0]
+    monkeypatch.setattr(job_queue.time, "monotonic", lambda: clock_s[0])
+    answers = iter([Queue({}), UserError("squeue did not answer"), Queue({}), Queue({})])
+
+    def ask(jobs: list[JobId]) -> Queue:
+        answer = next(answers)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    queue = RecentQueue(ask, 30.0)
+    first = queue([])
+    clock_s[0] = 29.0
+    assert queue([]) is first
+    for clock_s[0] in (30.0, 59.0):
+        with pytest.raises(UserError, match="did not answer"):
+            queue([])
+    clock_s[0] = 60.0
+    second = queue([])
+    queue.forget()
+    assert queue([]) is not second
 
 
 def test_silent_slurm_becomes_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,11 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from longhaul.artifacts.job_state import Failure
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.scheduling.run_display import JobEvents
+from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
+from longhaul.report.run_status import RUNNING
+from longhaul.scheduling import run_display
+from longhaul.scheduling.run_display import JobEvents, RunDisplay
+from tests.support.run_folder import TRAIN, RunFolder
 
 
 def record(
@@ -116,3 +120,28 @@ def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Pat
     assert events.line(record(message="Trying to restart job 4.")) == "train-base is tried again"
     assert events.line(record(message="Execute 2 jobs...")) is None
     assert events.line(record(LogEvent.SHELLCMD, message="bash launch.sh")) is None
+
+
+def test_job_that_started_after_slurm_was_asked_is_not_shown_as_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = RunFolder(tmp_path), 0
+
+    def ask(paths: RunPaths) -> AskQueue:
+        def answer(jobs: list[JobId]) -> Queue:
+            nonlocal calls
+            calls += 1
+            return Queue({} if calls == 1 else {str(TRAIN): QueuedJob("7", "RUNNING", "None", "N/A")})
+
+        return answer
+
+    monkeypatch.setattr(run_display, "queue_asker", ask)
+    display = RunDisplay(run.paths)
+    for _ in range(3):
+        assert display._status() is not None
+    assert calls == 1
+    run.state(TRAIN, "running")
+    for _ in range(3):
+        status = display._status()
+        assert status is not None and status.stages[0].job.state == RUNNING
+    assert calls == 2

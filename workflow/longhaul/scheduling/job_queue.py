@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Sequence
 
 from longhaul.artifacts.job_state import read_state
@@ -21,6 +23,31 @@ _UUID = "[0-9a-f-]{36}"
 def queue_asker(paths: RunPaths) -> AskQueue:
     """Return a function with which a status asks Slurm. It gives up soon: the status then says why the queue is unknown."""
     return lambda jobs: read_queue(paths, jobs, _STATUS_TIMEOUT_S)
+
+
+class RecentQueue:
+    """Asks Slurm with `ask`, at most once in `every_s` seconds: many users who ask often slow slurmctld down for all."""
+
+    def __init__(self, ask: AskQueue, every_s: float) -> None:
+        self._ask, self._every_s = ask, every_s
+        self._asked_s = -math.inf
+        self._answer: Queue | UserError | None = None
+
+    def __call__(self, jobs: list[JobId]) -> Queue:
+        """Return the last answer, or raise the UserError that took its place."""
+        if self._answer is None or time.monotonic() - self._asked_s >= self._every_s:
+            try:
+                self._answer = self._ask(jobs)
+            except UserError as error:
+                self._answer = error
+            self._asked_s = time.monotonic()
+        if isinstance(self._answer, UserError):
+            raise self._answer
+        return self._answer
+
+    def forget(self) -> None:
+        """Ask again at the next call, because a job has been submitted or has ended."""
+        self._answer = None
 
 
 def read_queue(paths: RunPaths, jobs: Sequence[JobId], timeout_s: float = COMMAND_TIMEOUT_S) -> Queue:

@@ -25,12 +25,12 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.report import number_format as text
-from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.run_status import INTERRUPTED, RunStatus, read_status
 from longhaul.report.status_text import progress_lines, progress_view, summary_lines
-from longhaul.scheduling.job_queue import queue_asker
+from longhaul.scheduling.job_queue import RecentQueue, queue_asker
 from longhaul.scheduling.retry_policy import is_of_this_process
 
-_LOG_EVERY_S, _TERMINAL_EVERY_S = 60.0, 5.0
+_LOG_EVERY_S, _TERMINAL_EVERY_S, _QUEUE_EVERY_S = 60.0, 5.0, 30.0
 _SHARE_OF_A_CORE = 0.005
 """Largest share of a core that reading the status may take on the login node; squeue takes some more."""
 _LAST_LOG_LINES = 15
@@ -70,6 +70,7 @@ class RunDisplay:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._events = JobEvents(self._paths)
+        self._queue = RecentQueue(queue_asker(self._paths), _QUEUE_EVERY_S)
         self._begun_s = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="run display", daemon=True)
@@ -79,6 +80,7 @@ class RunDisplay:
         if str(record.msg).startswith(_NOTHING_TO_RUN):
             self.finish()
         elif line := self._events.line(record):
+            self._queue.forget()
             self._print(line)
 
     def start(self) -> None:
@@ -116,7 +118,11 @@ class RunDisplay:
 
     def _status(self) -> RunStatus | None:
         try:
-            return read_status(self._paths, queue_asker(self._paths))
+            status = read_status(self._paths, self._queue)
+            if any(job.state == INTERRUPTED for job in status.jobs):
+                self._queue.forget()  # the job may have been submitted after Slurm was asked
+                status = read_status(self._paths, self._queue)
+            return status
         except (UserError, OSError):
             return None  # plan.json is not written yet, or the file system does not answer: the next call may succeed
 
