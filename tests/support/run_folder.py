@@ -50,8 +50,9 @@ class RunFolder:
         """Let a process be the main process of the run, by default this one."""
         self.paths.lease.write_text(json.dumps(asdict(owner or LeaseOwner.this_process())))
 
-    def state(self, job: JobId, state: StateName, job_id: str | None = "7") -> None:
-        State(state, job_id, "n1", ["n1", "n2"], 1, "2026-11-28T10:00:00+00:00").write(self.paths.job(job).state)
+    def state(self, job: JobId, state: StateName, job_id: str | None = "7", reason: str = "") -> None:
+        record = State(state, job_id, "n1", ["n1", "n2"], 1, "2026-11-28T10:00:00+00:00", reason)
+        record.write(self.paths.job(job).state)
 
     def weights(self, stage: str = "base", device: str = "cuda") -> WeightsFolder:
         folder = self.paths.stage(stage)

@@ -135,6 +135,13 @@ def test_job_that_left_no_record_is_explained_by_the_accounting(tmp_path: Path) 
     assert unexplained.cause == "job 8 is no longer in Slurm's queue"
 
 
+def test_accounting_does_not_replace_a_recorded_reason(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "waiting", reason="the allocation ends")
+    finding = diagnose(run.paths, run.status(), tmp_path, lambda job_ids: pytest.fail("asked"))[0]
+    assert finding.cause == "the allocation ends; job 7 is no longer in Slurm's queue"
+
+
 def test_accounting_is_not_asked_about_a_healthy_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.main_process()

@@ -120,6 +120,16 @@ def test_job_that_left_the_queue_without_a_record_is_interrupted(tmp_path: Path)
     assert job_state(run.status()) == (INTERRUPTED, "job 7 is no longer in Slurm's queue")
 
 
+@pytest.mark.parametrize("job_id", ["7", None])
+def test_job_that_waits_for_another_allocation_and_left_the_queue_keeps_its_reason(
+    tmp_path: Path, job_id: str | None
+) -> None:
+    run = RunFolder(tmp_path, scheduler="slurm" if job_id else "local")
+    run.state(TRAIN, "waiting", job_id, "the allocation ends")
+    end = "job 7 is no longer in Slurm's queue" if job_id else "its main process has ended"
+    assert job_state(run.status()) == (INTERRUPTED, f"the allocation ends; {end}")
+
+
 def test_local_job_without_a_main_process_is_interrupted(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     run.state(TRAIN, "running", job_id=None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longhaul.artifacts.job_state import State
+from longhaul.artifacts.job_state import State, read_state
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
@@ -108,7 +108,7 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
 
 
 def _recorded_failures(jobs: list[JobStatus], ask_accounting: AskAccounting) -> Iterator[Finding]:
-    lost = [job.slurm_job_id for job in jobs if job.state == INTERRUPTED and job.slurm_job_id]
+    lost = [job.slurm_job_id for job in jobs if job.slurm_job_id and _left_no_record(job)]
     ended = ask_accounting(lost) if lost else {}
     for job in jobs:
         job_id = job.slurm_job_id or ""
@@ -118,6 +118,12 @@ def _recorded_failures(jobs: list[JobStatus], ask_accounting: AskAccounting) -> 
             record = JobFolder(Path(job.folder))
             evidence = record.failure if job.state == FAILED else record.state
             yield Finding(job.name, job.detail, str(evidence), job.remedy or _start_again(job))
+
+
+def _left_no_record(job: JobStatus) -> bool:
+    """Return whether nobody recorded why the job ended. A supervisor that waits for another allocation recorded it."""
+    state = read_state(Path(job.folder)) if job.state == INTERRUPTED else None
+    return state is not None and state.state == "running"
 
 
 def _ended_by_slurm(job: JobStatus, job_id: str, ended: EndedJob) -> Finding:

@@ -263,10 +263,11 @@ def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> t
     """Return state and detail by the supervisor's record, which stays `running` when the supervisor is killed."""
     if state.state == "done":
         return DONE, ""
+    reason = f"{state.reason}; " if state.state == "waiting" and state.reason else ""
     if state.job_id and left_the_queue:
-        return INTERRUPTED, f"job {state.job_id} is no longer in Slurm's queue"
+        return INTERRUPTED, f"{reason}job {state.job_id} is no longer in Slurm's queue"
     if state.job_id is None and owner is None:
-        return INTERRUPTED, "its main process has ended"
+        return INTERRUPTED, f"{reason}its main process has ended"
     return RUNNING, f"on {', '.join(state.nodes)}"
 
 
