@@ -41,7 +41,7 @@ def test_job_is_named_when_it_starts_and_ends(tmp_path: Path) -> None:
     assert events.line(started(5, "report", wildcards={"run": "r"}, local=True, log=[])) == "report started"
     assert events.line(record(LogEvent.JOB_FINISHED, job_id=4)) is None
     assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).startswith("train-base done after ")
-    assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).endswith(" (3 of 9 steps)")
+    assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).endswith(" (3 of 9 jobs)")
 
 
 def test_target_rule_is_not_shown(tmp_path: Path) -> None:
@@ -86,12 +86,15 @@ def test_failure_without_a_record_shows_the_end_of_the_log(tmp_path: Path) -> No
     assert lines[1] == "  line 25" and lines[-1] == "  line 39"
 
 
-def test_steps_to_run_are_counted_by_rule(tmp_path: Path) -> None:
+def test_jobs_to_run_are_counted_by_rule(tmp_path: Path) -> None:
     stats = {"all": 1, "train": 2, "report": 1, "total": 4}
-    line = JobEvents(RunPaths("r", tmp_path)).line(record(LogEvent.RUN_INFO, stats=stats))
-    assert line == "3 steps to run: train (2), report"
+    events = JobEvents(RunPaths("r", tmp_path))
+    assert events.line(record(LogEvent.RUN_INFO, stats=stats)) == "3 jobs to run: train (2), report"
+    events.line(started())
+    events.line(record(LogEvent.JOB_FINISHED, job_id=4))
+    assert str(events.line(record(LogEvent.PROGRESS, done=1, total=4))).endswith("(1 of 3 jobs)"), "without rule all"
     line = JobEvents(RunPaths("r", tmp_path)).line(record(LogEvent.RUN_INFO, stats={"train": 1, "total": 1}))
-    assert line == "1 step to run: train"
+    assert line == "1 job to run: train"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ class JobEvents:
         self._jobs: dict[int, _Job] = {}
         self._failed: set[int] = set()
         self._last_done: _Job | None = None
+        self._targets = 0  # jobs that do nothing; Snakemake counts them
 
     def line(self, record: logging.LogRecord) -> str | None:
         """Return a line for a record, or None where it is no news.
@@ -150,7 +151,7 @@ class JobEvents:
         """
         fields: dict[str, Any] = record.__dict__
         handlers: dict[Any, Callable[[dict[str, Any]], str | None]] = {
-            LogEvent.RUN_INFO: _jobs_to_run,
+            LogEvent.RUN_INFO: self._to_run,
             LogEvent.JOB_INFO: self._started,
             LogEvent.JOB_FINISHED: self._finished,
             LogEvent.PROGRESS: self._progress,
@@ -170,6 +171,14 @@ class JobEvents:
         # Once jobs run, other messages only describe Snakemake's own work.
         return not self._jobs and not message.startswith(_NO_NEWS)
 
+    def _to_run(self, fields: dict[str, Any]) -> str:
+        """Return how many jobs of which rule will run; `stats` is Snakemake's count by rule."""
+        self._targets = fields["stats"].get(_TARGET_RULE, 0)
+        counts = {rule: count for rule, count in fields["stats"].items() if rule not in (_TARGET_RULE, "total")}
+        listed = ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
+        total = sum(counts.values())
+        return f"{total} {'job' if total == 1 else 'jobs'} to run: {listed}"
+
     def _started(self, fields: dict[str, Any]) -> str | None:
         job = _Job.of(fields)
         self._jobs[fields["jobid"]] = job
@@ -187,7 +196,7 @@ class JobEvents:
         if job is None or job.rule == _TARGET_RULE:
             return None
         took = text.duration(time.monotonic() - job.begun_s)
-        return f"{job.name} done after {took} ({fields['done']} of {fields['total']} steps)"
+        return f"{job.name} done after {took} ({fields['done']} of {fields['total'] - self._targets} jobs)"
 
     def _error(self, fields: dict[str, Any]) -> str | None:
         if fields["jobid"] in self._failed:
@@ -240,11 +249,3 @@ class _Job:
         """Return the name that users see."""
         others = (value for key, value in self.wildcards.items() if key != "run")
         return str(self.job_id) if self.job_id else " ".join((self.rule, *others))
-
-
-def _jobs_to_run(fields: dict[str, Any]) -> str:
-    """Return how many jobs of which rule will run; `stats` is Snakemake's count by rule."""
-    counts = {rule: count for rule, count in fields["stats"].items() if rule not in (_TARGET_RULE, "total")}
-    listed = ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
-    total = sum(counts.values())
-    return f"{total} {'step' if total == 1 else 'steps'} to run: {listed}"
