@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from longhaul.artifacts import line_records
 from longhaul.artifacts.line_records import read_first_records, read_last_records
+from longhaul.errors import UserError
 
 
 class Row(TypedDict):
@@ -64,3 +65,9 @@ def test_search_goes_back_until_enough_is_found(tmp_path: Path, monkeypatch: pyt
     assert numbers(read_last_records(path, Row, 2, b"7}", within_bytes=2**20)) == [987, 997]
     assert read_last_records(path, Row, 1, b" 7}", within_bytes=10_000) == []
     assert numbers(read_last_records(path, Row, 10_000, within_bytes=2**20)) == list(range(1000))
+
+
+def test_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    for read in (read_first_records, read_last_records):
+        with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+            read(tmp_path, Row, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Captur
     metrics.unlink()
     metrics.mkdir()
     assert f"{metrics} cannot be read: Is a directory" in refused_message(capsys, "status", str(run.paths.folder))
+
+
+def test_file_system_that_does_not_answer_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "results/r/plan.json")
+
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(show_status, "read_status", fail)
+    for verb in ("status", "doctor"):
+        message = refused_message(capsys, verb, str(run.paths.folder))
+        assert "results/r/plan.json cannot be read: Stale file handle" in message
 
 
 def test_watch_goes_on_after_a_problem_until_the_user_stops_it(

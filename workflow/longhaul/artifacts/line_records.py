@@ -54,7 +54,11 @@ def read_lines(path: Path, kind: type[T]) -> Iterator[RecordLine[T]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read") from None
+        raise _cannot_read(path, error) from None
+
+
+def _cannot_read(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read: {error.strerror}", "make it a file that you can read")
 
 
 def _parsed(path: Path, number: int, line: bytes, kind: type[T]) -> RecordLine[T]:
@@ -71,12 +75,18 @@ def read_records(path: Path, kind: type[T]) -> list[T]:
 
 
 def read_first_records(path: Path, kind: type[T], most: int) -> list[T]:
-    """Return the first valid records of a file, of its first 64 KiB; [] if there is no file. No warning is printed."""
+    """Return the first valid records of a file, of its first 64 KiB; [] if there is no file. No warning is printed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         with path.open("rb") as stream:
             return list(islice(_valid_records(_first_lines(stream), kind), most))
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise _cannot_read(path, error) from None
 
 
 def _first_lines(stream: IO[bytes]) -> Iterator[bytes]:
@@ -94,6 +104,9 @@ def read_last_records(
 
     containing:   text of the lines to look at. Parsing takes far longer than this search, so it saves time.
     within_bytes: the end of the file that is searched, from its last 64 KiB on, until `most` records are found
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found: list[T] = []
     try:
@@ -107,6 +120,8 @@ def read_last_records(
                     break
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise _cannot_read(path, error) from None
     return found[::-1]
 
 
