@@ -57,6 +57,20 @@ def test_progress_of_a_running_stage(tmp_path: Path) -> None:
     assert (progress.last_saved_step, progress.last_saved_s, progress.checkpoint_bytes) == (30, 1000.0, 1000)
 
 
+def test_time_left_covers_stages_that_have_not_begun(tmp_path: Path) -> None:
+    """The second stage has twice the FLOPs of the first one, whose steps take 2.5 s."""
+    run = RunFolder(tmp_path, stages=2)
+    plan = json.loads(run.paths.plan.read_text())
+    for row, flops in zip(plan["stages"], (1e15, 2e15), strict=True):
+        row["flops"] = flops
+    run.paths.plan.write_text(json.dumps(plan))
+    assert run.status().training_left_s == pytest.approx((2 * 7.5 * 3600 / 8, 2 * 9 * 3600 / 8)), "as planned"
+    run.train(40)
+    assert run.status().training_left_s == pytest.approx((60 * 2.5 + 200 * 2.5,) * 2)
+    run.state(TRAIN, "done")
+    assert run.status().training_left_s == pytest.approx((200 * 2.5,) * 2)
+
+
 def test_plan_of_another_release_is_refused_with_a_remedy(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     plan = json.loads(run.paths.plan.read_text())

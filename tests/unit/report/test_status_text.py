@@ -84,6 +84,19 @@ def test_log_lines_name_step_loss_speed_and_time_left() -> None:
         assert progress_lines(replace(STATUS, jobs=[replace(JOB, state=state)])) == []
 
 
+def test_time_of_several_stages_is_shown_in_every_form() -> None:
+    second = replace(STAGE, name="chat", job=replace(JOB, name="train-chat", state=QUEUED), progress=None)
+    status = replace(STATUS, stages=[STAGE, second], training_left_s=(3600.0, 5400.0))
+    line = "Training left in 2 stages: about 1 h to 1 h 30 min, without queues, validations and saves"
+    assert line in " ".join(shown(status_view(status)).split()) and line in " ".join(
+        shown(progress_view(status)).split()
+    )
+    assert progress_lines(status)[-1] == line and len(progress_lines(status)) == 2
+    assert "about 1 h," in progress_lines(replace(status, training_left_s=(3600.0, 3600.0)))[-1]
+    for one in (replace(status, stages=[STAGE]), replace(status, training_left_s=None)):
+        assert len(progress_lines(one)) == 1
+
+
 def test_failure_is_shown_with_its_remedy() -> None:
     failed = replace(JOB, state=FAILED, detail="out of memory", remedy="use a smaller micro batch")
     text = shown(progress_view(replace(STATUS, jobs=[failed])))

@@ -45,6 +45,7 @@ class StageRow(TypedDict):
     nodes: int
     gpus_per_node: int
     gpu_hours_range: NotRequired[tuple[float, float] | None]
+    flops: NotRequired[float | None]  # of all steps
     memory_per_gpu_gib: dict[str, float] | None
 
 

@@ -26,6 +26,7 @@ from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
+from longhaul.report.time_left import StageWork, training_left_s
 from longhaul.report.used_gpu_hours import used_gpu_hours
 
 NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
@@ -64,6 +65,7 @@ class Progress:
     last_saved_s: float | None  # seconds since 1970
     attempts: int
     checkpoint_bytes: int
+    step_s: float | None = None  # median of the last steps, waiting for data included
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class RunStatus:
     disk_free_bytes: int
     queue_problem: str  # why Slurm could not be asked; "" where it was asked, or where there is no Slurm
     report: str | None
+    training_left_s: tuple[float, float] | None = None  # least and most, for the steps of all stages; None: unknown
     unchecked_host: str = ""  # the only host that knows whether the main process still runs; "" where it was checked
     servers: list[ServerStatus] = field(default_factory=list)
 
@@ -180,20 +183,21 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
     unchecked_host = _unchecked_host(owner, queue)
     nobody_knows = queue is None if plan["scheduler"] == "slurm" else unchecked_host
     now_s = None if nobody_knows else time.time()
+    rows = plan["stages"]
+    stages = [_stage_status(paths, row, statuses[job], now_s) for row, job in zip(rows, trained, strict=True)]
     return RunStatus(
         run=paths.run,
         site=plan["site"],
         folder=str(paths.folder),
         main_process=str(owner) if owner else None,
         jobs=[statuses[job] for job in jobs],
-        stages=[
-            _stage_status(paths, row, statuses[job], now_s) for row, job in zip(plan["stages"], trained, strict=True)
-        ],
+        stages=stages,
         servers=list(filter(None, (_server_status(paths, job, queue) for job in servers))),
         quarantined=list(quarantined_nodes(paths.results / QUARANTINE.name)),
         disk_free_bytes=shutil.disk_usage(paths.folder).free,
         queue_problem=problem,
         report=str(paths.report) if paths.report.exists() else None,
+        training_left_s=training_left_s([_work(row, stage) for row, stage in zip(rows, stages, strict=True)]),
         unchecked_host=unchecked_host,
     )
 
@@ -301,11 +305,23 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float |
     )
 
 
+def _work(row: StageRow, stage: StageStatus) -> StageWork:
+    progress = stage.progress
+    return StageWork(
+        ranks=row["nodes"] * row["gpus_per_node"],
+        steps=stage.steps,
+        seconds_left=0.0 if stage.job.state == DONE else progress.seconds_left if progress else None,
+        step_s=progress.step_s if progress else None,
+        flops=row.get("flops"),
+        gpu_hours=stage.gpu_hours_planned,
+    )
+
+
 def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, job: JobStatus) -> Progress:
     first_rows = read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS)
     trained = recent_steps(weights)
     validated = read_last_records(weights.metrics, MetricsRow, 1, b'"validation_loss"', _VALIDATION_WITHIN_BYTES)
-    step = trained[-1]["step"] if trained else 0
+    step, step_s = trained[-1]["step"] if trained else 0, step_seconds(trained)
     saved = [event for event in events if event["event"] == "saved"]
     return Progress(
         step=step,
@@ -315,11 +331,12 @@ def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, jo
         validation_loss=_validation_loss(validated),
         tokens_per_s=recent_median(trained, "tokens_per_s"),
         mfu=recent_median(trained, "mfu"),
-        seconds_left=None if job.state == DONE or steps is None else _seconds_left(trained, steps - step),
+        seconds_left=None if job.state == DONE or steps is None or step_s is None else step_s * (steps - step),
         last_saved_step=saved[-1]["step"] if saved else None,
         last_saved_s=saved[-1]["time_s"] if saved else None,
         attempts=_line_count(weights.attempts),
         checkpoint_bytes=_bytes_below(weights.checkpoints),
+        step_s=step_s,
     )
 
 
@@ -337,12 +354,6 @@ def _validation_loss(rows: list[MetricsRow], only_step: int | None = None) -> fl
     """Return the last validation loss of the rows, or that of one step."""
     found = [row["validation_loss"] for row in rows if "validation_loss" in row and only_step in (None, row["step"])]
     return found[-1] if found else None
-
-
-def _seconds_left(rows: list[MetricsRow], steps_left: int) -> float | None:
-    """Return the time for the steps that are left, at the speed of the last ones."""
-    step_s = step_seconds(rows)
-    return None if step_s is None else step_s * steps_left
 
 
 def _line_count(path: Path) -> int:

@@ -45,7 +45,7 @@ def status_view(status: RunStatus) -> RenderableType:
 
 def progress_view(status: RunStatus) -> RenderableType:
     """Return what the main process keeps at the bottom of a terminal: the stages, and the jobs that run or wait."""
-    return Group(_stage_table(status), *map(_job_line, _jobs_to_show(status)))
+    return Group(_stage_table(status), *map(_job_line, _jobs_to_show(status)), *map(_line, _time_left(status)))
 
 
 def _headline(status: RunStatus) -> Text:
@@ -146,6 +146,16 @@ def _server_line(server: ServerStatus) -> Text:
     return line.append(printable(f"\n  {endpoint.engine} {answers}, model {endpoint.model}{key}"))
 
 
+def _time_left(status: RunStatus) -> list[str]:
+    """Return a line with the time that several stages still take; that of a single one stands beside it."""
+    left = [stage for stage in status.stages if stage.job.state != DONE]
+    if status.training_left_s is None or len(left) < 2:
+        return []
+    low, high = (text.duration(seconds) for seconds in status.training_left_s)
+    about = low if low == high else f"{low} to {high}"
+    return [f"Training left in {len(left)} stages: about {about}, without queues, validations and saves"]
+
+
 def _notes(status: RunStatus) -> list[Text]:
     lines = []
     if status.state == INTERRUPTED:
@@ -159,6 +169,7 @@ def _notes(status: RunStatus) -> list[Text]:
     if status.quarantined:
         lines.append(f"Quarantined nodes: {', '.join(status.quarantined)}")
     checkpoints = sum(stage.progress.checkpoint_bytes for stage in status.stages if stage.progress)
+    lines += _time_left(status)
     lines.append(f"Disk: checkpoints {text.size(checkpoints)}, free {text.size(status.disk_free_bytes)}")
     return [_line(line) for line in [*lines, *_costs(status), *_results(status)]]
 
@@ -166,7 +177,8 @@ def _notes(status: RunStatus) -> list[Text]:
 def progress_lines(status: RunStatus) -> list[str]:
     """Return one line per job that runs or waits, for a log, which shows each failure once, when it happens."""
     stages = {stage.job.name: stage for stage in status.stages}
-    return [_progress_line(job, stages.get(job.name)) for job in _jobs_to_show(status) if job.state != FAILED]
+    lines = [_progress_line(job, stages.get(job.name)) for job in _jobs_to_show(status) if job.state != FAILED]
+    return [*lines, *_time_left(status)] if lines else []
 
 
 def _progress_line(job: JobStatus, stage: StageStatus | None) -> str:
