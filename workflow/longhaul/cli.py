@@ -225,7 +225,9 @@ def report(
     from longhaul.scheduling.show_status import run_paths
 
     paths = run_paths(run)
-    write_report(paths.folder, out or paths.report, queue_asker(paths))
+    page = out or paths.report
+    write_report(paths.folder, page, queue_asker(paths))
+    print(f"wrote {page}")
 
 
 @app.command()

@@ -123,6 +123,13 @@ def test_summary_says_whether_it_trained_what_it_cost_and_where_the_model_is() -
     ]
 
 
+def test_summary_of_a_part_of_a_run_does_not_say_that_it_runs() -> None:
+    """The main process still lives when it prints it."""
+    line = summary_lines(replace(STATUS, jobs=[JOB, replace(JOB, state=DONE)]), 3.0)[0]
+    assert line == "Run r: the requested targets are made after 3 s (1 of 2 jobs done)"
+    assert summary_lines(STATUS)[0] == "Run r: running (0 of 1 jobs done)"
+
+
 def test_the_endpoint_of_a_server_is_shown_without_its_key() -> None:
     job = JobStatus("serve-base", "serve", RUNNING, "on n1", slurm_job_id="9")
     endpoint = Endpoint("http://10.0.0.1:8000/v1", "r-base", "vllm", "k.yaml", True, LeaseOwner("n1", 5, None))

@@ -16,15 +16,19 @@ from tests.support.run_folder import TRAIN, RunFolder
 from tests.support.small_configs import LOCAL, write_config
 
 
-def test_report_of_a_config_is_that_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_a_config_is_that_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(tmp_path, None, LOCAL)
     monkeypatch.chdir(tmp_path)
     write_finished_run(tmp_path / "results")
     for arguments in ([str(config)], [], ["results/small", "--out", "page.html"]):
         with pytest.raises(SystemExit) as ended:
             main(["report", *arguments])
-        assert ended.value.code == 0
-        assert Path("page.html" if "--out" in arguments else "results/small/report.html").stat().st_size > 1000
+        assert not ended.value.code
+        page = Path("page.html" if "--out" in arguments else "results/small/report.html")
+        assert capsys.readouterr().out == f"wrote {page}\n"
+        assert page.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("verb", ["status", "doctor", "report"])

@@ -195,10 +195,12 @@ def _progress_line(job: JobStatus, stage: StageStatus | None) -> str:
 def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
     """Return the summary of a run: losses and costs of its stages, the verified models, the report.
 
-    seconds: how long the main process worked on it
+    seconds: how long the main process worked on it. It has then made all that it was asked for, which may be a part of the run.
     """
-    took = f" after {text.duration(seconds)}" if seconds is not None else ""
-    lines = [f"Run {status.run}: {status.state}{took} ({_done(status)})"]
+    state = status.state
+    if seconds is not None:
+        state = f"{state if state == DONE else 'the requested targets are made'} after {text.duration(seconds)}"
+    lines = [f"Run {status.run}: {state} ({_done(status)})"]
     for stage in status.stages:
         if progress := stage.progress:
             lines.append(
