@@ -11,9 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import yaml
 
+from longhaul.config.serving_config import Serving
+from longhaul.serving.engines import LOOPBACK, Server
+from longhaul.serving.server_process import free_port, running_server
 from tests.support.pipeline_run import REPOSITORY, PipelineRun, leaks, local_site, write_site
 from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster, fake_image
 from tests.support.virtual_cluster import VirtualCluster
@@ -214,6 +218,24 @@ def test_export_is_verified_and_loads(demo: PipelineRunOnCluster):
     assert export["verification"]["logits"]["bit_equal"]
     assert export["verification"]["tensors"]["equal"] == export["verification"]["tensors"]["count"]
     assert AutoModelForCausalLM.from_pretrained(demo.folder / export["path"]).config.model_type == "deepseek_v3"
+
+
+def test_export_is_served_to_a_client_of_openai(demo: PipelineRunOnCluster):
+    """The answer to a chat is what transformers generates for the same messages."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = demo.folder / demo.read("export/chat.json")["path"]
+    messages = [{"role": "user", "content": "What does os.path.join do?"}]
+    server = Server(Serving(), folder, "chat", "fp32", LOOPBACK, free_port(LOOPBACK))
+    with running_server(server, None, 120):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+        asked: Any = client.chat.completions.create
+        answer = asked(model=server.requested_model, messages=messages, max_tokens=12, temperature=0).choices[0].message
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer.content.rstrip("\ufffd") in tokenizer.decode(expected, skip_special_tokens=True)
+    assert len(answer.content) > 5
 
 
 @pytest.mark.parametrize(("task", "metric"), [("docstring_choice", "acc"), ("docstring_answer", "chrf")])
