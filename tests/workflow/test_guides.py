@@ -19,7 +19,7 @@ LOCAL_FILES = "docs/how-to/use-local-data-and-a-local-model.md"
 # Page -> the verbs of its commands that need no centre, in order.
 GUIDES = {
     **{page: ["init", "plan"] for page in FIRST_RUN},
-    "docs/zh/multi-node-guide.md": ["site nodes", "init", "plan", "run -n", "init", "plan"],
+    "docs/zh/multi-node-guide.md": ["site nodes", "init", "plan", "run -n", "fabric explain", "init", "plan"],
     LOCAL_FILES: ["init", "plan", "run -n"],
 }
 
@@ -36,8 +36,8 @@ def verb_without_centre(line: str) -> str | None:
     """
     if line.startswith(("longhaul init", "longhaul plan")) and "./my-centre.yaml" not in line:
         return line.split()[1]
-    if line.startswith("longhaul site nodes"):
-        return "site nodes"
+    if line.startswith(("longhaul site nodes", "longhaul fabric explain")):
+        return " ".join(line.split()[1:3])
     return "run -n" if line.startswith("longhaul run") and line.endswith(" -n") else None
 
 
