@@ -94,7 +94,10 @@ def test_refusal_by_a_limit_that_the_request_exceeds_is_permanent(code: str, rem
 
 @pytest.mark.parametrize("code", COUNTS)
 def test_refusal_by_the_number_of_jobs_is_temporary(code: str):
-    assert not read_refusal(f"sbatch: error: {code}\n{FAILED}{VIOLATED}").is_permanent
+    """A centre may set the limit 0 for jobs without an account."""
+    refusal = read_refusal(f"sbatch: error: {code}\n{FAILED}{VIOLATED}")
+    assert not refusal.is_permanent and "name another account in the site file" in refusal.remedy
+    assert "account" not in read_refusal(f"{FAILED}Slurm backup controller in standby mode").remedy
 
 
 def test_reason_is_what_slurm_said_without_the_command():

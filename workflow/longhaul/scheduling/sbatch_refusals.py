@@ -26,6 +26,12 @@ _TEMPORARY = re.compile(
     re.IGNORECASE,
 )
 
+_SUBMITTED_AGAIN = "longhaul submits it again after a pause; the same command again does so later"
+# Some centres allow no job without an account: https://docs.csc.fi/computing/running/creating-job-scripts-roihu/
+_MISSING_ACCOUNT = (
+    "; if no job of yours is queued, name another account in the site file: Slurm says so of a missing one, too"
+)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -42,7 +48,7 @@ def read_refusal(text: str) -> Refusal:
     code = limit_code(reason)
     if remedy := "" if _is_temporary(reason, code) else remedy_of(code or reason):
         return Refusal(reason, True, remedy)
-    return Refusal(reason, False, "longhaul submits it again after a pause; the same command again does so later")
+    return Refusal(reason, False, f"{_SUBMITTED_AGAIN}{_MISSING_ACCOUNT if code else ''}")
 
 
 def _is_temporary(reason: str, code: str | None) -> bool:
@@ -85,7 +91,8 @@ def record_refusal(job: Any, message: str) -> float:
     failure = Failure(kind, cause, refusal.remedy, invocation=current_invocation(run_of(folder)))
     failure.write(JobFolder(folder).failure)
     if not refusal.is_permanent:
-        print(f"warning: {job_of(folder)}: {cause}; next try in {pause_s:.0f} s", file=sys.stderr, flush=True)
+        text = f"{cause}; next try in {pause_s:.0f} s; {refusal.remedy}"
+        print(f"warning: {job_of(folder)}: {text}", file=sys.stderr, flush=True)
     return pause_s
 
 
