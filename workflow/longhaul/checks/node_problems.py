@@ -5,7 +5,7 @@ Problems stop the run, warnings do not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from longhaul.checks.hardware_checks import LINK_LAYERS
 from longhaul.jobs.container import SHARED_MEMORY
@@ -19,11 +19,11 @@ FEWEST_SHARED_MEMORY_BYTES = 16 * 2**20
 MEMORY_TOLERANCE = 0.03
 """Firmware and kernel reserve slightly different amounts on nodes of one kind. A lost memory module is a larger difference."""
 _OP_REQUIREMENTS = {
-    "async_io": "; it needs libaio with its headers (libaio-dev), and the CUDA toolkit on a node with GPUs"
+    "async_io": "it needs libaio with its headers (libaio-dev), and the CUDA toolkit on a node with GPUs"
 }
 """Requirements that DeepSpeed's own messages do not name."""
 _ONE_ENVIRONMENT = "give all nodes one environment (software in the site file)"
-_ONE_KIND = "use nodes of one kind (gpu_type, or --constraint in sbatch_extra)"
+_ONE_KIND = "use nodes of one kind (constraint or gpu_type of the partition)"
 
 Facts = Mapping[str, Any]
 
@@ -96,7 +96,17 @@ def _gpus_text(gpus: Sequence[Facts]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
-def problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
+class Problem(NamedTuple):
+    """What is wrong with one node, and the remedy; "" where the text says it."""
+
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, self))
+
+
+def problems_of_node(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     """Return the problems that one node has by itself."""
     return [
         *_software_problems(node, job),
@@ -108,96 +118,81 @@ def problems_of_node(node: Facts, job: EnvironmentSpec) -> list[str]:
     ]
 
 
-def _shared_memory_problems(node: Facts) -> list[str]:
+def _shared_memory_problems(node: Facts) -> list[Problem]:
     free = node["shared_memory_bytes"]
     if free is None or free >= FEWEST_SHARED_MEMORY_BYTES:
         return []
-    return [
-        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, {FEWEST_SHARED_MEMORY_BYTES / 2**20:.0f} MiB are needed; "
-        "remove files that killed jobs left there"
-    ]
+    text = f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, {FEWEST_SHARED_MEMORY_BYTES / 2**20:.0f} MiB are needed"
+    return [Problem(text, "remove files that killed jobs left there")]
 
 
-def _software_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _software_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     """Return problems of torch, DeepSpeed and the number of GPUs that torch can use."""
-    found, versions = [], node["versions"]
+    found, versions = list[Problem](), node["versions"]
     if versions["build"] != job.build:
-        found.append(
-            f"torch is built for {versions['build']}, the site file says accelerator: {job.build}; install torch for "
-            f"{job.build} in the job environment, or correct accelerator"
-        )
+        text = f"torch is built for {versions['build']}, the site file says accelerator: {job.build}"
+        found.append(Problem(text, f"install torch for {job.build} in the job environment, or correct accelerator"))
     if versions["deepspeed"] is None:
-        found.append("deepspeed is not installed; pip install 'longhaul[job]' in the job environment")
-    if job.build == "cpu":
-        return found
-    if len(node["gpus"]) < job.gpus_per_node:
+        found.append(Problem("deepspeed is not installed", "pip install 'longhaul[job]' in the job environment"))
+    if job.build != "cpu" and len(node["gpus"]) < job.gpus_per_node:
         driver = versions["driver"] or "none found"
-        found.append(
-            f"torch can use {len(node['gpus'])} GPUs, {job.gpus_per_node} are needed (driver: {driver}); exclude the node, or "
-            "lower gpus_per_node"
-        )
+        text = f"torch can use {len(node['gpus'])} GPUs, {job.gpus_per_node} are needed (driver: {driver})"
+        found.append(Problem(text, "exclude the node, or lower gpus_per_node"))
     return found
 
 
-def _memory_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _memory_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     found_mb = node["memory_bytes"] // 2**20
     if found_mb >= job.memory_mb:
         return []
-    return [
-        f"the node has {found_mb} MiB of memory, the site file says node.memory_mb: {job.memory_mb}; exclude the node, or "
-        "correct node.memory_mb"
-    ]
+    text = f"the node has {found_mb} MiB of memory, the site file says node.memory_mb: {job.memory_mb}"
+    return [Problem(text, "exclude the node, or correct node.memory_mb")]
 
 
-def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     if node["write_error"]:
-        return [f"cannot write to {job.folder}: {node['write_error']}; let this user write there on all nodes"]
-    if node["run_folder_seen_after_s"] is None:
         return [
-            f"{job.folder} is not the folder that the first node sees: it must be on a shared file system; mount it"
+            Problem(f"cannot write to {job.folder}: {node['write_error']}", "let this user write there on all nodes")
         ]
+    if node["run_folder_seen_after_s"] is None:
+        text = f"{job.folder} is not the folder that the first node sees: it must be on a shared file system"
+        return [Problem(text, "mount it")]
     free, minimum = node["disk_free_bytes"], job.checks.min_disk_free_gb
     if free is not None and free < minimum * GB:
-        return [
-            f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb is {minimum:g}; free space, or lower the limit"
-        ]
+        text = f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb is {minimum:g}"
+        return [Problem(text, "free space, or lower the limit")]
     return []
 
 
-def _op_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _op_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     if job.prebuild_ops and not node["compiler"]:
-        return [
-            f"no C++ compiler (c++ or $CXX), but optimizer offload needs {', '.join(job.prebuild_ops)} compiled; install g++ in "
-            "the job environment, or load a module"
-        ]
+        text = f"no C++ compiler (c++ or $CXX), but optimizer offload needs {', '.join(job.prebuild_ops)} compiled"
+        return [Problem(text, "install g++ in the job environment, or load a module")]
     return [
-        f"DeepSpeed's {op} does not build: {reason}{_OP_REQUIREMENTS.get(op, '')}"
+        Problem(f"DeepSpeed's {op} does not build: {reason}", _OP_REQUIREMENTS.get(op, ""))
         for op, reason in node["ops"]["failed"].items()
     ]
 
 
-def _offload_problems(node: Facts, job: EnvironmentSpec) -> list[str]:
+def _offload_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     """Return problems of offloading optimizer states or weights to the node's disk."""
     swap = node.get("swap")
     if not swap:
         return []
-    found, folder = [], f"storage.scratch {swap['folder']}"
+    found, folder = list[Problem](), f"storage.scratch {swap['folder']}"
     if swap["error"]:
-        found.append(
-            f"{folder} does not support unbuffered writes ({swap['error']}), which offloading to nvme needs; choose a folder on "
-            "a disk"
-        )
+        text = f"{folder} does not support unbuffered writes ({swap['error']}), which offloading to nvme needs"
+        found.append(Problem(text, "choose a folder on a disk"))
     free, lockable = swap["free_bytes"], swap["lockable_bytes"]
     if free is not None and free < job.swap_bytes:
-        found.append(
-            f"{folder} has {free / GB:.1f} GB free; the ranks of this node offload {job.swap_bytes / GB:.1f} GB; free space, or "
-            "offload to cpu"
-        )
+        text = f"{folder} has {free / GB:.1f} GB free; the ranks of this node offload {job.swap_bytes / GB:.1f} GB"
+        found.append(Problem(text, "free space, or offload to cpu"))
     if lockable is not None and lockable < job.locked_bytes:
-        found.append(
+        text = (
             f"a process may lock {lockable / GB:.3f} GB of memory (ulimit -l); offloading to nvme locks "
-            f"{job.locked_bytes / GB:.3f} GB in each process; let the admins raise the limit"
+            f"{job.locked_bytes / GB:.3f} GB in each process"
         )
+        found.append(Problem(text, "let the admins raise the limit"))
     return found
 
 

@@ -20,7 +20,7 @@ _KEPT_PROBLEMS = 3
 
 def problems_by_node(nodes: Sequence[Facts], rows: Sequence[CheckRow], job: EnvironmentSpec) -> dict[str, list[str]]:
     """Return host -> the problems of this node alone; an empty list if it has none."""
-    found = {node["host"]: problems_of_node(node, job) for node in nodes}
+    found = {node["host"]: [problem.text for problem in problems_of_node(node, job)] for node in nodes}
     for row in rows:
         if row["result"] == "fail" and row["node"] in found:
             found[row["node"]].append(": ".join(filter(None, (row["component"], row["check"], row["value"]))))
