@@ -35,7 +35,7 @@ class RoundTimes:
     start_s: dict[int, float]
 
     def start_of(self, nodes: int) -> float:
-        """Return the time to begin a round of so many nodes; it grows linearly, as in a ring. A tree grows more slowly."""
+        """Return the time to begin a round of this number of nodes; it grows linearly, as in a ring. A tree grows more slowly."""
         largest = max(self.start_s)
         return self.start_s[largest] * max(1.0, nodes / largest)
 

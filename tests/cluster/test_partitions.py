@@ -139,7 +139,7 @@ def test_a_wrong_option_of_one_partition_is_refused_by_slurm(
 
 
 def expect_a_job_that_cannot_start(run: PipelineRunOnCluster, target: str, reason: str) -> None:
-    """Start a run whose job is beyond a limit: it prints Slurm's reason. Slurm accepts such a job, and it waits for ever."""
+    """Start a run whose job is beyond a limit: it prints Slurm's reason. Slurm accepts such a job, and it waits without end."""
     log = run.folder / "main.log"
     with log.open("w") as stream:
         command = run.command(target)

@@ -1,6 +1,6 @@
 """A stand-in for vLLM: its options, its API key, its drain after SIGTERM, and a worker process. It serves no model.
 
-With the variable LISTEN_AT it listens at another address than it was told.
+With the variable LISTEN_AT it listens at another address than its options name.
 
 A site names it as the Python of the engine: `serving.python: [python, fake_engine.py]`. The words `-m vllm.… serve …` follow.
 """

@@ -1,4 +1,4 @@
-"""A GPU has one name in all checks, whatever number torch gives it."""
+"""A GPU has one name in all checks, for any number that torch gives it."""
 
 from __future__ import annotations
 

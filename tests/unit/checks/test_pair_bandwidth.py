@@ -13,7 +13,7 @@ from longhaul.checks.pair_bandwidth import PairMeter
 
 
 class Event:
-    """A point in a GPU's queue that is reached after so many queries."""
+    """A point in a GPU's queue that is reached after this number of queries."""
 
     queries: Iterator[bool]
 

@@ -75,7 +75,7 @@ class Slurm:
 
 
 def test_jobs_stay_active_if_no_status_query_succeeds():
-    """Snakemake would wait for ever for jobs that are not yielded."""
+    """Snakemake would wait without end for jobs that are not yielded."""
     executor = Executor(answers=False)
     assert Slurm().active_jobs(executor, "7", "8") == ["7", "8"]
     assert executor.reports == []
@@ -195,7 +195,7 @@ def test_stopped_executor_gets_no_report_of_a_paused_job():
 
 
 def test_nothing_is_asked_before_the_first_job(monkeypatch: pytest.MonkeyPatch):
-    """The executor has no run_uuid yet. An error would end the thread that checks, and Snakemake would wait for ever."""
+    """The executor has no run_uuid yet. An error would end the thread that checks, and Snakemake would wait without end."""
     monkeypatch.delattr(Executor, "run_uuid")
     slurm, executor = Slurm(), Executor()
     assert slurm.active_jobs(executor) == [] and slurm.asked == []

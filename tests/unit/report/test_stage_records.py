@@ -1,4 +1,4 @@
-"""What a stage has recorded: its speed replaces the estimate of the plan; its packs give padding and cuts."""
+"""Records of a stage: its speed replaces the estimate of the plan; its packs give padding and cuts."""
 
 from __future__ import annotations
 

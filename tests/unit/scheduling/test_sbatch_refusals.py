@@ -87,7 +87,7 @@ def test_refusal_by_a_limit_or_a_busy_controller_is_temporary(text: str):
 
 @pytest.mark.parametrize(("code", "remedy"), LIMITS.items())
 def test_refusal_by_a_limit_that_the_request_exceeds_is_permanent(code: str, remedy: str):
-    """The text after the code names the submit limit, too, whatever the limit is."""
+    """The text after the code names the submit limit, too, for any limit."""
     refusal = read_refusal(f"sbatch: error: {code}\n{FAILED}{VIOLATED}")
     assert refusal.is_permanent and refusal.remedy.startswith(remedy)
 

@@ -9,7 +9,7 @@ from longhaul.artifacts.artifact_schemas import CheckReport
 
 @dataclass(frozen=True)
 class ScaleTestReport(CheckReport):
-    """`results/<run>/scale_test/<nodes>.json`: the speed of a stage's first steps on so many nodes. Shares are of 1.
+    """`results/<run>/scale_test/<nodes>.json`: the speed of a stage's first steps on this number of nodes. Shares are of 1.
 
     steps:                 number of measured steps
     step_time_s:           median

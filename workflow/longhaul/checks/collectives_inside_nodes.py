@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class InsideNodes:
-    """What was measured inside the nodes; on rank 0 alone.
+    """Measurements inside the nodes; on rank 0 alone.
 
     rows:     of each collective and size the row of the slowest node
     findings: of each collective and limit the worst one first

@@ -106,7 +106,7 @@ def _power_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
 
 
 def _clock_row(component: Component, gpu: GpuFacts) -> CheckRow:
-    """Judge the clock under load. Where nothing slows a GPU down, a low clock was set by hand (nvidia-smi -lgc or -ac)."""
+    """Classify the clock under load. Where nothing slows a GPU down, a low clock was set by hand (nvidia-smi -lgc or -ac)."""
     check, clock, maximum = "SM clock", gpu.sm_clock_mhz, gpu.sm_clock_max_mhz
     expected = f">= {_LEAST_CLOCK_SHARE:.0%} of the maximum"
     if clock is None or maximum is None or gpu.slowdowns is None:

@@ -97,7 +97,7 @@ def _gpus_text(gpus: Sequence[Facts]) -> str:
 
 
 class Problem(NamedTuple):
-    """What is wrong with one node, and the remedy; "" where the text says it."""
+    """A problem of one node, and the remedy; "" where the text says it."""
 
     text: str
     remedy: str

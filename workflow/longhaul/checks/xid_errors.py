@@ -37,7 +37,7 @@ _FAILURES = {
 
 
 def xid_failure(number: int, text: str) -> str:
-    """Return what an Xid error means if its GPU must not train; "" if training can go on.
+    """Return what an Xid error means if its GPU must not train; "" if training can continue.
 
     text: the message after the number. The NVLink errors of Blackwell say whether they are fatal, and Xid 154 names the action
     that the driver asks for, as in `GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)`.

@@ -180,7 +180,7 @@ class DeepseekV2(LatentAttention):
         return self
 
 
-# Values of config.json that transformers' networks always compute, whatever the key says.
+# Values of config.json that transformers' networks always compute, for any value of the key.
 FIXED_ROUTING = {
     "deepseek_v2": {"norm_topk_prob": False, "scoring_func": "softmax"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},

@@ -1,7 +1,7 @@
 """Estimates a stage's GPU-hours from the MFU of similar trainings, ours and published ones in measured_speeds.json.
 
 docs/reference/speeds.md lists the measurements with their sources. The estimate counts training steps alone; start-up,
-validation and what a failure repeats come on top.
+validation and repeated steps are not included.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EndedJob:
-    """What Slurm knows about a job that has ended.
+    """Values that Slurm has of a job that has ended.
 
     state:     NODE_FAIL, OUT_OF_MEMORY, … (https://slurm.schedmd.com/job_state_codes.html)
     exit_code: `code:signal` of the batch script

@@ -35,7 +35,7 @@ class Queue:
     by_id: Mapping[str, QueuedJob] = field(default_factory=dict)
 
     def find(self, job: str, recorded_id: str | None) -> QueuedJob | None:
-        """Return the entry of a job. recorded_id: the id that its supervisor recorded, whatever the job's name and comment."""
+        """Return the entry of a job. recorded_id: the id that its supervisor recorded; the job may have any name and comment."""
         return self.by_job.get(job) or (self.by_id.get(recorded_id) if recorded_id else None)
 
 

@@ -1,6 +1,6 @@
 """Compares max_minutes and max_nodes of a site file, or the jobs of a run, with the limits of partitions, QOS and account.
 
-sbatch accepts jobs beyond a limit where EnforcePartLimits is NO or a QOS lacks DenyOnLimit, and they wait for ever.
+sbatch accepts jobs beyond a limit where EnforcePartLimits is NO or a QOS lacks DenyOnLimit, and they wait without end.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _is_temporary(reason: str, code: str | None) -> bool:
 def warner_of_waiting_jobs() -> Callable[[str], None]:
     """Return a function of a run id that prints each waiting job that cannot start, once.
 
-    Some centres accept a job that a partition does not allow, and let it wait for ever.
+    Some centres accept a job that a partition does not allow, and let it wait without end.
     """
     warned: set[str] = set()
 

@@ -20,7 +20,7 @@ Fields = Mapping[str, str]
 
 @dataclass(frozen=True)
 class SlurmLimits:
-    """What Slurm shows: partitions and QOS by name, and the user's associations on this cluster."""
+    """Limits that Slurm shows: partitions and QOS by name, and the user's associations on this cluster."""
 
     partitions: Mapping[str, Fields]
     qos: Mapping[str, Fields]

@@ -48,7 +48,7 @@ class MeasuredSteps:
 def train_few_steps(job: TrainSpec) -> MeasuredSteps:
     """Train job.steps steps from the stage's first weights; every rank calls this. What it writes is deleted.
 
-    The shards are not verified against their hashes, as the weights are thrown away: the stage itself verifies them.
+    The shards are not verified against their hashes, as the weights are deleted: the stage itself verifies them.
 
     Raises:
         UserError: the number of ranks or nodes differs from the plan, or the inputs do not fit together.
