@@ -236,6 +236,9 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
         f"bf16 with fp32 master weights, sequence length 4096; MFU of {PEAK_TFLOPS} TFLOP/s; median of three blocks of steps",
         f"{'':58} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'of FSDP2':>9} {'first step':>11}",
     ]
+    speeds = {
+        name: found["tokens_per_s"] for name, found in results.items() if "/FSDP2" in name and "error" not in found
+    }
     for row in ROWS:
         found = results.get(row.name)
         if not found:
@@ -246,7 +249,7 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
         (architecture, keys), *_ = MODELS[row.model].items()
         flops = model_size({"model_type": architecture, **keys}).flops_per_token(4096) / row.gpus
         speed = found["tokens_per_s"]
-        peer = results.get(f"{row.group}/FSDP2, compiled layers, chunked loss, micro batch 8", {}).get("tokens_per_s")
+        peer = next((speeds[other.name] for other in ROWS if other.group == row.group and other.name in speeds), None)
         ratio = f"{speed / peer:9.3f}" if peer else f"{'':9}"
         start_s = f"{found['first_step_s']:9.1f} s" if "first_step_s" in found else ""
         gib = f"{found['peak_gib']:6.1f}" if "peak_gib" in found else f"{'':6}"

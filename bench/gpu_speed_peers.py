@@ -27,7 +27,12 @@ Step = Callable[[], Any]
 BATCHES, LOSS_CHUNK = 4, 8192
 
 
-def fsdp2(job: TrainSpec, context: DistributedContext, tokenizer: TokenizerManifest) -> Step:
+def fsdp2_sharded(job: TrainSpec, context: DistributedContext, tokenizer: TokenizerManifest) -> Step:
+    """FSDP2 that gathers each layer's weights for its passes, like ZeRO 3."""
+    return fsdp2(job, context, tokenizer, reshards=True)
+
+
+def fsdp2(job: TrainSpec, context: DistributedContext, tokenizer: TokenizerManifest, reshards: bool = False) -> Step:
     """FSDP2 in bf16 over fp32 weights, compiled layers, chunked cross entropy: what torchtitan does on one GPU."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -37,7 +42,7 @@ def fsdp2(job: TrainSpec, context: DistributedContext, tokenizer: TokenizerManif
     module = _WithChunkedLoss(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(module, mp_policy=policy, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = _batches(job, context)

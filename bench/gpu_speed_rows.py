@@ -61,6 +61,19 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 MODELS["curves"] = MODELS["losses"]
+MODELS["8 B"] = {
+    "llama": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ def _losses(group: str = "losses", **keys: Any) -> dict[str, Any]:
     return _stage(4, LOSS_STEPS[group], **keys)
 
 
+FULL = {"activation_checkpointing": "full"}
 ROWS = [
     Row("dense/matrix products and attention alone", "limit", _stage(8)),
     Row("dense/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _stage(8)),
@@ -144,6 +158,7 @@ ROWS = [
     Row("dense/deepspeed.initialize, ZeRO 1, micro batch 8", "plain_deepspeed", _stage(8)),
     Row("mixture/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _stage(8)),
     Row("mixture/longhaul, ZeRO 1, micro batch 8", "longhaul", _stage(8)),
+    Row("mixture/longhaul, ZeRO 1, micro batch 8, packed chats", "longhaul", _stage(8, kind="sft")),
     Row("mixture/longhaul, ZeRO 1, micro batch 8, FP8", "longhaul", _stage(8, precision="fp8")),
     Row("losses/longhaul, plain", "longhaul", _losses(compile="off")),
     Row("losses/longhaul, plain, other attention kernel", "longhaul", _losses(compile="off")),
@@ -156,6 +171,9 @@ ROWS = [
     Row("dense on 2 GPUs/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 3, micro batch 8", "longhaul", _two(_stage(8), zero={"stage": 3})),
+    Row("8 B on 2 GPUs/FSDP2, compiled layers, chunked loss, full recompute", "fsdp2_sharded", _two(_stage(4), **FULL)),
+    Row("8 B on 2 GPUs/longhaul, ZeRO 3, full recompute", "longhaul", _two(_stage(4), zero={"stage": 3}, **FULL)),
     Row("losses on 2 GPUs/longhaul, ZeRO 1", "longhaul", _two(_losses())),
     Row("losses on 2 GPUs/longhaul, ZeRO 3", "longhaul", _two(_losses(), zero={"stage": 3})),
+    Row("losses on 2 GPUs/longhaul, ZeRO 3, full recompute", "longhaul", _two(_losses(), zero={"stage": 3}, **FULL)),
 ]

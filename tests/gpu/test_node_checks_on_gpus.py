@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.machine import describe_machine, write_result
 from longhaul.checks.check_table import print_checks, problem_lines
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.node_facts import node_facts
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.run_config import Checks
+from tests.gpu.gpus import GPUS, describe_gpus
 from tests.support.node_hardware import environment_job
-
-GPUS = torch.cuda.device_count()
 
 
 @pytest.mark.skipif(not GPUS, reason="needs a GPU")
@@ -31,6 +31,13 @@ def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
     facts = node_facts("here", job) | {"run_folder_seen_after_s": 0.0}
     rows = hardware_rows([facts], job)
     print_checks(rows)
+    lines = [
+        f"{row['result']:8} {row['component']:32} {row['check']:28} {row['value']}"
+        + (f"; expected {row['expected']}" if row["expected"] else "")
+        for row in rows
+    ]
+    versions = describe_machine(("torch", "nvidia-ml-py"))
+    write_result("node_checks", ["command: make test-gpu", *versions[1:], describe_gpus(), *lines])
     assert problem_lines(rows) == []
     reading, measured = facts["hardware"].gpus, facts["measured"]
     assert len(reading.gpus) == len(measured.devices) == GPUS and not reading.error and not reading.lost
