@@ -31,7 +31,7 @@ from longhaul.train.experts_on_gpus import use_experts_for_gpus
 from longhaul.train.fp8_products import check_fp8_hardware, use_fp8_products
 from longhaul.train.free_gathered_experts import release_expert_weights
 from longhaul.train.initial_weights import all_shapes, fill_weights, initial_values, own_shapes
-from longhaul.train.packed_attention import use_packed_attention
+from longhaul.train.packed_attention import can_skip_pairs, use_packed_attention
 from longhaul.train.parallel.slice_model import build_sliced_model
 
 # fp32 in transformers against fp64 here: powers of theta differ by about 1e-6.
@@ -69,7 +69,7 @@ def build_model(
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
         release_expert_weights(model)
     if compiles_layers(job.stage, model, context.device):
-        if job.stage.kind == "sft" and job.stage.parallel.sequence == 1:
+        if can_skip_pairs(job.stage, model):
             use_packed_attention(model)
         compile_layers(model)
     return model.train()
