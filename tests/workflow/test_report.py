@@ -124,6 +124,11 @@ def test_narrow_dark_page_needs_no_horizontal_scrolling(browser: Browser, report
     assert page.evaluate("document.documentElement.scrollWidth") == 420
     cells = page.query_selector_all("#summary td")
     assert cells and all((cell.bounding_box() or {"x": 999, "width": 0})["x"] < 420 for cell in cells)
+    label_widths = page.evaluate(
+        "[...document.querySelectorAll('#summary td[data-title=definition]')]"
+        ".map(cell => getComputedStyle(cell, '::before').width)"
+    )
+    assert len(label_widths) > 5 and len(set(label_widths)) == 1, "no label is broken, however long its text"
     colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
     assert colours == ["rgb(223, 230, 238)", "rgb(18, 24, 31)"]
     page.close()
