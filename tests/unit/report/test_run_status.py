@@ -169,7 +169,8 @@ def test_main_process_on_another_host_is_named_as_unchecked(tmp_path: Path, sche
     assert hours is not None and (hours == pytest.approx(8)) == (scheduler == "local")
     run.main_process(LeaseOwner("login9", 5, "1.0", job_id="3"))
     controller = QueuedJob("3", "RUNNING", "None", "N/A")
-    assert read_status(run.paths, lambda jobs: Queue({}, {})).unchecked_host == "login9"
+    ended = read_status(run.paths, lambda jobs: Queue({}, {})).main_process
+    assert (ended is None) == (scheduler == "slurm"), "its job has left the queue"
     checked = read_status(run.paths, lambda jobs: Queue({}, {"3": controller})).unchecked_host
     assert checked == ("" if scheduler == "slurm" else "login9"), "its job is in the queue"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.artifacts.job_state import State
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.jobs.launch_files import write_job_files
@@ -86,8 +87,13 @@ def test_job_that_was_submitted_by_hand_is_found_by_its_name_or_its_recorded_id(
     assert found.by_job["train-base"].job_id == "7" and found.find("train-base", None) == found.by_job["train-base"]
     found = match_jobs(plan.run, [JobId("train", ("base",))], [renamed])
     assert found.find("train-base", "7") == found.by_id["7"] and found.find("train-base", "8") is None
-    monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [entry])
-    assert jobs_in_queue(plan.paths) == ["7"]
+    elsewhere = replace(entry, in_folder=False)
+    assert match_jobs(plan.run, [JobId("train", ("base",))], [elsewhere]).by_job == {}
+    for listed, ids in (([entry], ["7"]), ([elsewhere], [])):
+        monkeypatch.setattr(slurm_client, "queue_of", lambda *_, listed=listed: listed)
+        assert jobs_in_queue(plan.paths) == ids
+    State("running", "7", "n1", ["n1"], 1, "2026-11-28T10:00:00+00:00").write(folder.state)
+    assert jobs_in_queue(plan.paths) == ["7"], "its supervisor recorded the id"
 
 
 def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(
@@ -111,7 +117,7 @@ def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(
     monkeypatch.setattr(slurm_client.subprocess, "run", run)
     found = queue_asker(paths)([JobId("train", ("base",))])
     assert found.by_job == {"train-base": QueuedJob("8", "PENDING", "Resources", "N/A")}
-    assert list(found.by_id) == ["8", "9"]
+    assert list(found.by_id) == ["7", "8", "9"], "a job with a recorded id may work anywhere"
     assert len(calls) == 1 and f"--user={paths.folder.stat().st_uid}" in calls[0]
 
 

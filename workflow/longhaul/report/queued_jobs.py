@@ -28,7 +28,7 @@ class Queue:
     """The part of Slurm's queue that concerns a run.
 
     by_job: name of a job of the run (`train-base`) -> its entry
-    by_id:  Slurm's job id -> entry, for all jobs that the run's owner has in the working folder
+    by_id:  Slurm's job id -> entry, for all jobs of the user who owns the run
     """
 
     by_job: Mapping[str, QueuedJob]

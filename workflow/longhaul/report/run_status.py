@@ -176,7 +176,7 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
     servers = [JobId(SERVE_KIND, (row["name"],)) for row in plan["stages"]]
     servers = [job for job in servers if paths.job(job).launch_spec.exists()]
     queue, problem = _ask(plan, [*jobs, *servers], ask_queue)
-    owner = _living_owner(paths)
+    owner = _living_owner(paths, queue)
 
     trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
     statuses = {job: _job_status(paths, job, queue, owner) for job in dict.fromkeys([*jobs, *trained])}
@@ -212,13 +212,17 @@ def _ask(plan: PlanFile, jobs: list[JobId], ask_queue: AskQueue | None) -> tuple
         return None, error.message
 
 
-def _living_owner(paths: RunPaths) -> LeaseOwner | None:
+def _living_owner(paths: RunPaths, queue: Queue | None) -> LeaseOwner | None:
+    """Return the main process, unless it has certainly ended: on this host, or with its Slurm job."""
     owner = Lease(paths.lease).current_owner()
-    return owner if owner and not owner.is_dead() else None
+    if owner is None or owner.is_dead():
+        return None
+    job_has_ended = queue and owner.job_id and owner.job_id not in queue.by_id
+    return None if job_has_ended and not owner.is_on_this_host else owner
 
 
 def _unchecked_host(owner: LeaseOwner | None, queue: Queue | None) -> str:
-    """Return the host of a main process that may have ended: another host, and no job in the queue."""
+    """Return the host of a main process that may have ended: another host, where it is no job in the queue."""
     is_queued = owner and queue and owner.job_id in queue.by_id
     return "" if owner is None or owner.is_on_this_host or is_queued else owner.host
 

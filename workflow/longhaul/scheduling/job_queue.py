@@ -56,7 +56,7 @@ def read_queue(paths: RunPaths, jobs: Sequence[JobId], timeout_s: float = COMMAN
     Raises:
         UserError: Slurm does not answer.
     """
-    return match_jobs(paths.run, jobs, _queue_of_folder(paths, timeout_s))
+    return match_jobs(paths.run, jobs, _queue_of_owner(paths, timeout_s))
 
 
 def jobs_in_queue(paths: RunPaths) -> list[str]:
@@ -73,15 +73,15 @@ def jobs_in_queue(paths: RunPaths) -> list[str]:
     comment = f"_wildcards_{paths.run}_"
     return [
         entry.job_id
-        for entry in _queue_of_folder(paths)
-        if (comment in f"{entry.comment}_" and not _is_of_another_run(entry, paths.run))
-        or entry.name in names
+        for entry in _queue_of_owner(paths)
+        if (entry.in_folder and comment in f"{entry.comment}_" and not _is_of_another_run(entry, paths.run))
+        or (entry.in_folder and entry.name in names)
         or entry.job_id in recorded
     ]
 
 
-def _queue_of_folder(paths: RunPaths, timeout_s: float = COMMAND_TIMEOUT_S) -> Sequence[QueueEntry]:
-    """Return the jobs of the owner of the run's folder that work in the folder that holds `results/`."""
+def _queue_of_owner(paths: RunPaths, timeout_s: float = COMMAND_TIMEOUT_S) -> Sequence[QueueEntry]:
+    """Return the jobs of the owner of the run's folder, and whether they work in the folder that holds `results/`."""
     folder = paths.folder.absolute()
     owner, working_folder = folder.stat().st_uid, str(paths.results.absolute().parent.resolve())
     try:
@@ -92,8 +92,9 @@ def _queue_of_folder(paths: RunPaths, timeout_s: float = COMMAND_TIMEOUT_S) -> S
 
 def match_jobs(run: str, jobs: Sequence[JobId], entries: Sequence[QueueEntry]) -> Queue:
     """Return the jobs that are in the queue, by their comment, which the plugin makes of rule and wildcards, or by their name."""
-    by_comment = {entry.comment: entry for entry in entries if not _is_of_another_run(entry, run)}
-    by_name = {entry.name: entry for entry in entries}
+    here = [entry for entry in entries if entry.in_folder]
+    by_comment = {entry.comment: entry for entry in here if not _is_of_another_run(entry, run)}
+    by_name = {entry.name: entry for entry in here}
     found = {
         str(job): by_comment.get(job_comment(job.kind, (run, *wildcard_values(job))))
         or by_name.get(_name_by_hand(run, str(job)))

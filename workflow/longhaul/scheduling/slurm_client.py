@@ -154,10 +154,11 @@ class QueueEntry:
     expected_start: str
     name: str
     comment: str
+    in_folder: bool = True
 
 
 def queue_of(user_id: int, working_folder: str, timeout_s: float = COMMAND_TIMEOUT_S) -> list[QueueEntry]:
-    """Return the jobs of a user in Slurm's queue that work in a folder.
+    """Return the jobs of a user in Slurm's queue; `in_folder` says which of them work in a folder.
 
     Raises:
         SlurmCommandError: Slurm does not answer.
@@ -166,7 +167,7 @@ def queue_of(user_id: int, working_folder: str, timeout_s: float = COMMAND_TIMEO
     lines = _run("squeue", "--noheader", f"--user={user_id}", f"--format={columns}", timeout_s=timeout_s).splitlines()
     found = [line.split("|", 5) for line in lines if line.count("|") >= 6]
     split = [(*fields[:5], *fields[5].rsplit("|", 1)) for fields in found]
-    return [QueueEntry(*fields[:6]) for fields in split if fields[6] == working_folder]
+    return [QueueEntry(*fields[:6], in_folder=fields[6] == working_folder) for fields in split]
 
 
 def accounting(job_ids: Sequence[str], columns: Sequence[str]) -> list[list[str]]:
