@@ -1,7 +1,7 @@
 """A stand-in for vLLM with its completions API: log probabilities, streams and API key, of a model that is a table of bigrams.
 
 A site names it as the Python of the engine: `serving.python: [python, bigram_engine.py]`. The environment variable FAULT makes
-it wrong in one way: another_model, open, exposed, exchange or loss.
+it wrong in one way: another_model, open, exposed, exchange, loss or no_json.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("stream"):
             self._stream(body["prompt"], body["max_tokens"])
         else:
-            self._send(200, {"choices": [{"logprobs": {"token_logprobs": _scores(body["prompt"])}}]})
+            prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+            self._send(200, {"choices": [_scored(number, ids, body) for number, ids in enumerate(prompts)]})
 
     def _is_allowed(self) -> bool:
         return FAULT == "open" or self.headers["Authorization"] == f"Bearer {os.environ['VLLM_API_KEY']}"
@@ -68,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         text = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", "text/plain" if FAULT == "no_json" else "application/json")
         self.end_headers()
         self.wfile.write(text)
 
@@ -98,9 +100,16 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 128  # by default, a sixth connection at the same time is refused
 
 
-def _scores(ids: list[int]) -> list[float | None]:
+def _scored(number: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
     """Return what vLLM returns with `echo`: nothing for the first token, then a score for each token and for the answer's."""
-    return [None, *(float(LOG_PROBABILITIES[one, two]) for one, two in pairwise(ids)), -1.0]
+    known = [token % VOCABULARY for token in ids]
+    scores = [None, *(float(LOG_PROBABILITIES[one, two]) for one, two in pairwise(known)), -1.0]
+    best = [None, *({"best": float(LOG_PROBABILITIES[one].max())} for one in known[:-1]), {"best": -1.0}]
+    return {
+        "index": number,
+        "text": "x" * body["max_tokens"],
+        "logprobs": {"token_logprobs": scores, "top_logprobs": best},
+    }
 
 
 def _next(last: int) -> tuple[int, dict[str, Any]]:

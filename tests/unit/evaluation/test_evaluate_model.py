@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,20 @@ import datasets
 import pytest
 import torch
 import yaml
+from aiohttp import ContentTypeError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.artifacts.evaluation_data import dataset_request
 from longhaul.artifacts.paths import RunPaths
+from longhaul.config.serve_config import Serve
+from longhaul.config.serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.evaluation.evaluate_model import read_scores, run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.planning.evaluation_tasks import SHIPPED_TASKS
+from tests.support import bigram_engine
 from tests.support.small_configs import LLAMA
 from tests.support.stage_folder import write_tokenizer
 
@@ -79,6 +85,12 @@ def spec(tmp_path: Path, exported: Path, keys: dict[str, Any] | None = None, **c
         "seed": 1,
         "chat": False,
         "gpus": 1,
+        "serving": None,
+        "serve": Serve(start_timeout_s=60),
+        "dtype": "fp32",
+        "tensor": 1,
+        "pipeline": 1,
+        "context_tokens": 128,
         "out": str(tmp_path / "quiz.json"),
     }
     return EvaluateSpec(**(values | changes))
@@ -109,6 +121,7 @@ def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, 
     assert score["value"] == pytest.approx(accuracy) and score["standard_error"] == pytest.approx(error)
     assert (score["task"], score["metric"], score["filter"]) == ("quiz", "acc", "none")
     assert score["documents"] == len(QUESTIONS) and score["higher_is_better"] is True
+    assert result.settings["engine"] == "transformers"
     assert result.settings["chat_template_hash"] is None and result.weights and result.path == folder
 
 
@@ -139,6 +152,45 @@ def test_pretrained_model_is_evaluated_without_recorded_hashes(tmp_path: Path, e
     run(job)
     result = EvaluationResult.read(Path(job.out))
     assert (result.path, result.weights, result.model) == (job.pretrained, None, "start")
+
+
+@pytest.mark.parametrize("requests", [1, 5])
+def test_an_engine_that_serves_the_model_gives_the_scores(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, requests: int
+):
+    """The engine's log probabilities are those of a table of bigrams."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    python = (sys.executable, bigram_engine.__file__)
+    job = spec(tmp_path, exported, serving=Serving(engine="vllm", python=python), batch_size=requests)
+    run(job)
+    tokenizer = AutoTokenizer.from_pretrained(exported.with_suffix(""))
+
+    def score(question: str, answer: str) -> float:
+        before, ids = (
+            [token % bigram_engine.VOCABULARY for token in tokenizer(text).input_ids]
+            for text in (question, f"{question} {answer}")
+        )
+        return sum(
+            bigram_engine.LOG_PROBABILITIES[ids[place - 1], ids[place]] for place in range(len(before), len(ids))
+        )
+
+    scores = [[score(row["question"], choice) for choice in row["choices"]] for row in QUESTIONS]
+    right = sum(values.index(max(values)) == row["label"] for values, row in zip(scores, QUESTIONS, strict=True))
+    result = EvaluationResult.read(Path(job.out))
+    assert result.scores[0]["value"] == pytest.approx(right / len(QUESTIONS)) and right not in (0, len(QUESTIONS))
+    assert result.settings["engine"] == "vllm 0.0"
+
+
+def test_no_log_has_the_key_of_a_server_that_answers_wrongly(
+    tmp_path: Path, exported: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
+    """lm_eval logs the headers of each request that fails."""
+    serving = Serving(engine="vllm", python=(sys.executable, bigram_engine.__file__), environment={"FAULT": "no_json"})
+    with pytest.raises(ContentTypeError):
+        run(spec(tmp_path, exported, serving=serving, limit=1))
+    printed = caplog.text + "".join(capfd.readouterr())
+    assert "Bearer [API key]" in printed and not re.search(r"\b[0-9a-f]{64}\b", printed)
 
 
 def test_recorded_chat_template_is_the_one_that_the_prompts_have(tmp_path: Path, exported: Path):

@@ -15,7 +15,7 @@ from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
-from longhaul.serving.check_server import _server, run
+from longhaul.serving.check_server import run
 from tests.support import bigram_engine
 from tests.support.served_export import write_manifest
 
@@ -84,12 +84,6 @@ def test_a_fault_of_a_server_is_noticed(manifest: Path, fault: str, message: str
     with pytest.raises(UserError, match=message):
         run(job)
     assert not Path(job.out).exists()
-
-
-def test_the_checked_server_has_the_requests_and_experts_of_the_section_serve(manifest: Path, tmp_path: Path):
-    job = job_of(manifest).model_copy(update={"serve": Serve(max_running_requests=16, expert_parallel=True)})
-    server, _ = _server(job, Export.read(manifest), tmp_path)
-    assert (server.shape.max_running_requests, server.shape.expert_parallel) == (16, True)
 
 
 def test_a_missing_engine_is_named(manifest: Path):

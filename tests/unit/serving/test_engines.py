@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from longhaul.config.load_config import load_site
+from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import EngineName, Serving
 from longhaul.errors import UserError
 from longhaul.serving import require_key
@@ -66,6 +67,12 @@ def test_the_words_of_each_engine():
             *address,
         ),
     ]
+
+
+def test_a_server_of_one_job_has_the_limits_of_the_section_serve():
+    serve = Serve(max_running_requests=16, expert_parallel=True)
+    shape = ServerShape.on_one_node(serve, 4, 2, 2048)
+    assert shape == ServerShape(1, 4, 2, expert_parallel=True, context_tokens=2048, max_running_requests=16)
 
 
 def test_the_words_on_the_second_of_two_nodes():

@@ -387,7 +387,7 @@ class EvaluationResult(Artifact):
     model:    trained (the stage's export) or start (the model that the stage starts from)
     path:     the evaluated Hugging Face folder
     weights:  a hash of the recorded hashes of its files; None where none are recorded
-    settings: limit, few-shot examples, batch size, versions of the libraries, and chat_template_hash: a hash of the chat
+    settings: limit, few-shot examples, batch size, engine, versions of the libraries, and chat_template_hash: a hash of the chat
               template with which the prompts were written, or None without one
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -31,9 +31,18 @@ class Evaluation(FrozenModel):
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         default=None, description="Number of solved examples in each prompt; null: as the task says."
     )
-    batch_size: PositiveInt = Field(default=8, description="Requests per forward pass.")
+    engine: Literal["transformers", "server"] = Field(
+        default="transformers",
+        description="transformers: the job computes with transformers. server: the job starts serving.engine of the site file, "
+        "vllm or sglang, as the section `serve` says, and asks it. Large models need it.",
+    )
+    batch_size: PositiveInt = Field(
+        default=8, description="Requests per forward pass; engine server: requests at the same time."
+    )
     gpus: HardwareCount = Field(
-        default=1, description="GPUs of one node, over which the layers of the model are spread."
+        default=1,
+        description="GPUs of one node, over which transformers spreads the layers of the model. engine server uses those of "
+        "`serve`.",
     )
     seed: NonNegativeInt = Field(default=1234, description="Random seed for the choice of the solved examples.")
     minutes: Minutes = Field(
@@ -44,4 +53,6 @@ class Evaluation(FrozenModel):
     def _check_tasks(self) -> Evaluation:
         if twice := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
             raise ValueError(f"tasks contains {twice[0]} twice")
+        if self.engine == "server" and "gpus" in self.model_fields_set:
+            raise ValueError("gpus has no effect with engine server: set serve.gpus_per_node of the stage instead")
         return self

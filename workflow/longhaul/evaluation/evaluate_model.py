@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +19,9 @@ from longhaul.compat.lm_eval import build_tasks, no_metrics_of_the_hub
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
+from longhaul.evaluation.served_model import served_model
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
+from longhaul.serving.engine_version import engine_version
 
 _BOOTSTRAP_SAMPLES = 1000
 """For metrics that have no formula of the standard error, such as chrF."""
@@ -27,17 +31,18 @@ def run(job: EvaluateSpec) -> None:
     """Evaluate the model and write job.out.
 
     Raises:
-        UserError: lm_eval is missing, the export is damaged, the task does not exist, its data are missing, or a metric is code
-            of the Hub.
+        UserError: lm_eval or the engine is missing, the export is damaged, the task does not exist, its data are missing, or a
+            metric is code of the Hub.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
+    engine = f"{job.serving.engine} {engine_version(job.serving)}" if job.serving else "transformers"
     folder, weights = _verified_model(job)
     with TemporaryDirectory() as cache:
         tasks = _build_tasks(job, Path(cache))
-        model = _load_model(job, folder)
-        template = model.tokenizer.chat_template if job.chat else None
-        results = _evaluate(job, model, tasks, with_chat_template=bool(template))
+        with served_model(job, folder) if job.serving else _loaded_model(job, folder) as model:
+            template = model.tokenizer.chat_template if job.chat else None
+            results = _evaluate(job, model, tasks, with_chat_template=bool(template))
     EvaluationResult(
         stage=job.stage,
         model=job.model,
@@ -51,18 +56,20 @@ def run(job: EvaluateSpec) -> None:
             "batch_size": job.batch_size,
             "chat_template_hash": content_hash(template) if template else None,
             "seed": job.seed,
+            "engine": engine,
             **{name: version(name) for name in ("lm_eval", "transformers", "torch")},
         },
     ).write(Path(job.out))
 
 
-def _load_model(job: EvaluateSpec, folder: str) -> Any:
-    """Return lm_eval's wrapper of the model in a Hugging Face folder."""
+@contextmanager
+def _loaded_model(job: EvaluateSpec, folder: str) -> Iterator[Any]:
+    """Yield lm_eval's wrapper of the model in a Hugging Face folder, with which transformers computes in this process."""
     from lm_eval.models.huggingface import HFLM
 
     on_gpu = torch.cuda.is_available()
     create: Any = HFLM  # its arguments are those of a class that a decorator hides
-    return create(
+    yield create(
         pretrained=folder,
         dtype="auto",
         batch_size=job.batch_size,

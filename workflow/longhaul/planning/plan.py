@@ -19,7 +19,6 @@ from longhaul.config.model_size import ModelSize, model_size
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
-from longhaul.planning.check_engine import check_engine
 from longhaul.planning.check_feasibility import (
     accumulation_steps,
     check_checkpoint_files,
@@ -38,6 +37,7 @@ from longhaul.planning.check_feasibility import (
     not_compiled_warning,
     save_time_warning,
 )
+from longhaul.planning.check_job_servers import check_engine_of_jobs, check_job_servers, has_served_evaluation
 from longhaul.planning.check_parallel_layout import (
     check_model,
     data_parallel_size,
@@ -45,7 +45,6 @@ from longhaul.planning.check_parallel_layout import (
     pipeline_bubble_warning,
 )
 from longhaul.planning.check_pretrained_weights import check_pretrained_folder
-from longhaul.planning.check_serve_check import check_serve_check
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
 from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data
@@ -227,8 +226,8 @@ def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     check_references(config)
     check_files(loaded)
     check_evaluations(loaded)
-    if any(stage.serve_check for stage in stages):
-        check_engine(loaded.site)
+    for stage in stages:
+        check_engine_of_jobs(stage, loaded.site)
     check_job_limits(config, loaded.site)
     model = model_config(loaded, lock)
     check_pretrained_folder(loaded)
@@ -308,9 +307,8 @@ def _plan_stage(
 
 def _plan_server(loaded: LoadedConfig, stage: Stage, model: HuggingFaceConfig) -> ServingPlan | None:
     """Return the plan of a stage's server; None if nothing serves its export."""
-    if not (stage.serve or stage.serve_check):
+    if not (stage.serve or stage.serve_check or has_served_evaluation(stage)):
         return None
     serving = plan_serving(stage, model, loaded.site)
-    if stage.serve_check:
-        check_serve_check(stage, serving)
+    check_job_servers(stage, serving)
     return serving

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
-from longhaul.serving.api_key import create_key_file
 from longhaul.serving.ask_server import Answer, Connection, Prompt, connection
-from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.compare_answers import (
     SAME_TEXT,
     Bound,
@@ -29,11 +24,11 @@ from longhaul.serving.compare_answers import (
     compare_texts,
 )
 from longhaul.serving.engine_version import engine_version
-from longhaul.serving.engines import ENGINES, LOOPBACK, Server, ServerShape
+from longhaul.serving.engines import ServerShape
+from longhaul.serving.local_server import LocalServer, local_server
 from longhaul.serving.measure_load import MemoryPeak, answers_alone, distinct_prompts, measure_load
 from longhaul.serving.reference_values import ReferenceValues, read_reference_values
 from longhaul.serving.sample_prompts import completions_of_text_prompts
-from longhaul.serving.server_process import free_port, running_server
 
 
 def run(job: ServeCheckSpec) -> None:
@@ -46,17 +41,10 @@ def run(job: ServeCheckSpec) -> None:
     version = engine_version(job.serving)
     export = read_export(Path(job.export))
     reference = read_reference_values(export)
-    with TemporaryDirectory() as private:
-        server, key = _server(job, export, Path(private))
-        server.place_files()
-        start = time.monotonic()
-        with running_server(server, key, job.check.start_timeout_s) as guardian:
-            start_s = time.monotonic() - start
-            listens_at = listening_addresses(guardian)
-            check_address(server, listens_at)
-            if key:
-                check_keys(server, key)
-            measured = asyncio.run(_measure(job, server, key, export, reference, guardian))
+    shape = ServerShape.on_one_node(job.serve, job.tensor, job.pipeline, job.context_tokens)
+    timeout_s = job.check.start_timeout_s
+    with local_server(job.serving, Path(export.path), job.stage, job.dtype, shape, timeout_s) as running:
+        measured = asyncio.run(_measure(job, running, export, reference))
     ServeCheckResult(
         stage=job.stage,
         engine=job.serving.engine,
@@ -67,41 +55,20 @@ def run(job: ServeCheckSpec) -> None:
         pipeline=job.pipeline,
         context_tokens=job.context_tokens,
         answer_tokens=job.check.answer_tokens,
-        start_s=start_s,
-        refuses_other_keys=key is not None,
-        listens_at=listens_at,
+        start_s=running.start_s,
+        refuses_other_keys=running.key is not None,
+        listens_at=running.listens_at,
         **measured,
     ).write(Path(job.out))
 
 
-def _server(job: ServeCheckSpec, export: Export, private: Path) -> tuple[Server, str | None]:
-    """Return the server, and its API key where the engine knows one. It listens on loopback: this process alone asks it."""
-    key_file = private / "api_key.yaml" if ENGINES[job.serving.engine].accepts_key else None
-    key = create_key_file(key_file) if key_file else None
-    shape = ServerShape(
-        tensor=job.tensor,
-        pipeline=job.pipeline,
-        expert_parallel=job.serve.expert_parallel,
-        context_tokens=job.context_tokens,
-        max_running_requests=job.serve.max_running_requests,
-    )
-    port = free_port(LOOPBACK)
-    model = Path(export.path).absolute()
-    return Server(job.serving, model, job.stage, job.dtype, LOOPBACK, port, shape, key_file), key
-
-
 async def _measure(
-    job: ServeCheckSpec,
-    server: Server,
-    key: str | None,
-    export: Export,
-    reference: ReferenceValues,
-    guardian: psutil.Process,
+    job: ServeCheckSpec, running: LocalServer, export: Export, reference: ReferenceValues
 ) -> dict[str, Any]:
     """Return the fields of the result that come from the server's answers."""
     bound = _bound(job, export, reference)
-    async with connection(server, key) as asked:
-        if server.engine.gives_log_probabilities:
+    async with connection(running.server, running.key) as asked:
+        if running.server.engine.gives_log_probabilities:
             agreement = await _compare_scores(asked, reference, bound)
             prompts: Sequence[Prompt] = reference.prompts_PT
         else:
@@ -109,7 +76,7 @@ async def _measure(
             least = SAME_TEXT[coarsest(reference.compute, job.dtype)]
             agreement = await _compare_completions(asked, completions, job.check.answer_tokens, least)
             prompts = list(completions)
-        with MemoryPeak(guardian) as memory:
+        with MemoryPeak(running.guardian) as memory:
             load, alone = await _measure_load(asked, job, prompts, bound)
     return {
         "agreement": agreement,

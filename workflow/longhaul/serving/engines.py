@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import EngineName, Serving
 from longhaul.serving import require_key
 
@@ -64,6 +65,17 @@ class ServerShape:
     expert_parallel: bool = False
     context_tokens: int | None = None
     max_running_requests: int | None = None
+
+    @classmethod
+    def on_one_node(cls, serve: Serve, tensor: int, pipeline: int, context_tokens: int | None) -> ServerShape:
+        """Return the shape of a server that a job of one node starts for itself, with the limits of the section `serve`."""
+        return cls(
+            tensor=tensor,
+            pipeline=pipeline,
+            expert_parallel=serve.expert_parallel,
+            context_tokens=context_tokens,
+            max_running_requests=serve.max_running_requests,
+        )
 
 
 @dataclass(frozen=True)

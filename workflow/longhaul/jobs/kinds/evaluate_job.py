@@ -8,17 +8,22 @@ from pathlib import Path
 from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.paths import JobId
 from longhaul.config.evaluation_config import Evaluation
+from longhaul.config.serve_config import Serve
+from longhaul.config.serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
+from longhaul.planning.check_job_servers import has_served_evaluation
 from longhaul.planning.evaluation_tasks import evaluated_models, read_task_files
+from longhaul.planning.serving_memory import ExportDtype
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 
 
 class EvaluateSpec(JobSpec):
     """Evaluates one model on one task."""
 
-    no_rerun_fields = JobSpec.no_rerun_fields | {"gpus"}
+    # The plan derives the last three from the model's size, which it does not know before fetch.
+    no_rerun_fields = JobSpec.no_rerun_fields | {"gpus", "tensor", "pipeline", "context_tokens"}
 
     stage: str
     model: str  # trained | start
@@ -34,6 +39,12 @@ class EvaluateSpec(JobSpec):
     seed: int
     chat: bool  # prompts are written with the chat template
     gpus: int
+    serving: Serving | None  # the engine that serves the model in the job; None: transformers computes
+    serve: Serve
+    dtype: ExportDtype | None  # of the export; None: a pretrained model
+    tensor: int
+    pipeline: int
+    context_tokens: int | None
     out: str
 
     def input_texts(self) -> Iterable[str | None]:
@@ -61,6 +72,7 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
     evaluation = _evaluation(plan, name)
     exported = plan.evaluated_export(name, model)
     files = read_task_files(plan.loaded, stage)
+    planned, is_served = plan.stage(name).serving, has_served_evaluation(stage)
     return EvaluateSpec(
         run=plan.run,
         stage=name,
@@ -77,6 +89,12 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
         seed=evaluation.seed,
         chat=stage.kind == "sft",
         gpus=evaluation.gpus,
+        serving=plan.site.serving if is_served else None,
+        serve=(stage.serve if is_served else None) or Serve(),
+        dtype=plan.stage(exported).stage.export_dtype if exported else None,
+        tensor=planned.layout.tensor if planned else 1,
+        pipeline=planned.layout.pipeline if planned else 1,
+        context_tokens=planned.context if planned else None,
         out=str(plan.paths.evaluation(name, model, task)),
     )
 
@@ -88,8 +106,10 @@ def _evaluation(plan: Plan, stage: str) -> Evaluation:
 
 
 def _request(plan: Plan, job: JobId) -> SlurmRequest:
+    stage, planned = plan.stage(job.names[0]).stage, plan.stage(job.names[0]).serving
     evaluation = _evaluation(plan, job.names[0])
-    return gpu_request(plan.site, place="gpu", nodes=1, tasks=1, gpus=evaluation.gpus, minutes=evaluation.minutes)
+    gpus = planned.layout.gpus_per_node if planned and has_served_evaluation(stage) else evaluation.gpus
+    return gpu_request(plan.site, place="gpu", nodes=1, tasks=1, gpus=gpus, minutes=evaluation.minutes)
 
 
 def evaluation_inputs(plan: Plan, job: JobId) -> list[Path]:

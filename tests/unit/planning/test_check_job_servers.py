@@ -1,4 +1,4 @@
-"""The plan refuses server checks that cannot work, and plans the job of the others."""
+"""The plan refuses server checks and served evaluations that cannot work, and plans the jobs of the others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
+from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.jobs.launch_files import render_job
 from longhaul.planning import Plan
@@ -84,7 +85,7 @@ def test_another_engine_checks_again_and_another_time_limit_does_not(tmp_path: P
         (
             {"stages.1.serve": {"nodes": 2, "gpus_per_node": 1}},
             {"serving": VLLM},
-            "the server needs 2 nodes, and the check runs on one",
+            r"stages\.chat\.serve_check: the server needs 2 nodes, and the job has one",
         ),
         (
             {"stages.1.serve_check": {"streams": [8, 1]}},
@@ -97,3 +98,69 @@ def test_another_engine_checks_again_and_another_time_limit_does_not(tmp_path: P
 def test_a_check_that_cannot_run_is_refused(tmp_path: Path, config: dict[str, Any], site: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         planned(tmp_path, site, **config)
+
+
+EVALUATE = {"tasks": ["arc_easy"], "engine": "server"}
+
+
+def evaluated(folder: Path, site: dict[str, Any], **config: Any) -> Plan:
+    return plan_of(folder, {"stages.1.export": "last", "stages.1.evaluate": EVALUATE, **config}, site)
+
+
+def test_a_served_evaluation_has_the_gpus_and_the_layout_of_the_server(tmp_path: Path):
+    serve = {"context": 100, "gpus_per_node": 2, "max_running_requests": 8}
+    plan = evaluated(tmp_path, {"serving": VLLM}, **{"stages.1.serve": serve})
+    job = JobId("evaluate", ("chat", "trained", "arc_easy"))
+    spec = job_spec(plan, job)
+    assert isinstance(spec, EvaluateSpec) and spec.serving and spec.serving.engine == "vllm"
+    assert (spec.tensor, spec.pipeline, spec.context_tokens, spec.dtype) == (2, 1, 100, "bf16")
+    assert spec.serve.max_running_requests == 8 and job_request(plan, job).gpus_per_node == 2
+
+
+def test_another_engine_of_the_site_evaluates_again_only_what_it_serves(tmp_path: Path):
+    job = JobId("evaluate", ("chat", "trained", "arc_easy"))
+    keys = {
+        (engine, options): job_rerun_key(
+            evaluated(
+                tmp_path / f"{engine}{len(options)}",
+                {"serving": {**VLLM, "options": list(options)}},
+                **{"stages.1.evaluate": {"tasks": ["arc_easy"], "engine": engine}},
+            ),
+            job,
+        )
+        for engine in ("transformers", "server")
+        for options in ((), ("--enforce-eager",))
+    }
+    same, other = (
+        [keys[engine, options] for options in ((), ("--enforce-eager",))] for engine in ("transformers", "server")
+    )
+    assert same[0] == same[1] and other[0] != other[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "site", "message"),
+    [
+        ({}, {}, r"stages\.chat\.evaluate\.engine is server, and serving\.engine of site centre is transformers"),
+        ({}, {"serving": {"engine": "sglang"}}, r"serving\.engine sglang needs the package sglang"),
+        (
+            {},
+            {"serving": VLLM, "software": {"kind": "container", "path": "/images/job.sif"}},
+            r"inside of the job environment's container, .* cannot be started",
+        ),
+        (
+            {"stages.1.serve": {"nodes": 2, "gpus_per_node": 1}},
+            {"serving": VLLM},
+            r"stages\.chat\.evaluate\.engine: the server needs 2 nodes, and the job has one",
+        ),
+        (
+            {"stages.1.evaluate": {**EVALUATE, "gpus": 2}},
+            {"serving": VLLM},
+            "gpus has no effect with engine server: set serve.gpus_per_node",
+        ),
+    ],
+)
+def test_a_served_evaluation_that_cannot_run_is_refused(
+    tmp_path: Path, config: dict[str, Any], site: dict[str, Any], message: str
+):
+    with pytest.raises(UserError, match=message):
+        evaluated(tmp_path, site, **config)
