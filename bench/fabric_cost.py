@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from bench.machine import MODULE_PATH, describe_machine, write_result
 from longhaul.checks.fabric import planned_check_seconds
-from longhaul.checks.pair_schedule import number_of_rounds, order_of_rounds, planned_rounds
+from longhaul.checks.pair_schedule import MOST_REPEATED_ROUNDS, number_of_rounds, order_of_rounds, planned_rounds
+from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 
 MEASURED_NODES = (2, 4, 8)
 SIMULATED_NODES = (8, 64, 512, 1000, 4096)
 RANKS_PER_NODE = 8
-REPEATED_ROUNDS = 80
-"""Rounds for suspicious pairs, at most: five times sixteen."""
+REPEATED_ROUNDS = len(REPETITION_PAUSES_S) * MOST_REPEATED_ROUNDS
+"""Rounds for suspicious pairs, at most."""
 AIM_S = 900.0
 
 
@@ -70,7 +71,9 @@ def measure_rounds() -> RoundTimes:
 
 
 def simulate_pairs(nodes: int, budget_s: float, times: RoundTimes, seed: int = 0) -> tuple[float, int]:
-    """Return the time of a tournament and its rounds. A round takes as long as the slowest of its pairs, drawn from the measured.
+    """Return the time of a tournament with all repetitions, and its rounds.
+
+    A round takes as long as the slowest of its pairs, drawn from the measured ones.
 
     budget_s: time after which no further round starts, as in longhaul.checks.pair_tournament
     """
@@ -81,7 +84,8 @@ def simulate_pairs(nodes: int, budget_s: float, times: RoundTimes, seed: int = 0
             break
         seconds += _round_s(nodes, times, draw)
         played += 1
-    return seconds + sum(_round_s(nodes, times, draw) for _ in range(REPEATED_ROUNDS)), played
+    repetitions_s = sum(REPETITION_PAUSES_S) + sum(_round_s(nodes, times, draw) for _ in range(REPEATED_ROUNDS))
+    return seconds + repetitions_s, played
 
 
 def _round_s(nodes: int, times: RoundTimes, draw: random.Random) -> float:

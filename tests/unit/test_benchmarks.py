@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.fabric_cost import AIM_S, REPEATED_ROUNDS, RoundTimes, simulate_pairs
+from bench.fabric_cost import AIM_S, RoundTimes, simulate_pairs
 from bench.gpu_speed import plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
 from bench.kernel_times import IDLE, times_by_class
@@ -66,12 +66,14 @@ def test_time_without_a_kernel_is_idle():
 
 def test_a_round_takes_as_long_as_its_slowest_pair_and_the_budget_ends_a_tournament():
     times = RoundTimes([0.5], {8: 0.0})
-    assert simulate_pairs(8, 300.0, times) == ((7 + REPEATED_ROUNDS) * 0.5, 7)
-    assert simulate_pairs(1000, 10.0, times) == ((21 + REPEATED_ROUNDS) * 0.5, 21)
+    assert simulate_pairs(8, 300.0, times) == ((7 + 48) * 0.5 + 12, 7), (
+        "three repetitions of 16 rounds, and their pauses"
+    )
+    assert simulate_pairs(1000, 10.0, times) == ((21 + 48) * 0.5 + 12, 21)
     assert simulate_pairs(1000, 0.0, times)[1] == 8, "with fewer rounds, a node could meet mostly slow ones"
     assert RoundTimes([0.5], {2: 0.1, 8: 0.2}).start_of(1000) == 25.0
     two = RoundTimes([0.1, 2.0], {8: 0.0})
-    assert simulate_pairs(512, 0.0, two)[0] == pytest.approx(2.0 * (8 + REPEATED_ROUNDS))
+    assert simulate_pairs(512, 0.0, two)[0] == pytest.approx(2.0 * (8 + 48) + 12)
 
 
 def test_recorded_simulation_of_a_thousand_nodes_ends_within_fifteen_minutes():

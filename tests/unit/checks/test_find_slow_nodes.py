@@ -93,6 +93,22 @@ def test_suspects_are_repeated_with_their_fastest_healthy_partners():
     assert pairs_to_repeat(pairs, find_slow_parts(measured(8, {}, {}))) == []
 
 
+def test_fresh_partners_come_first_then_those_with_the_fewest_repetitions():
+    pairs = measured(6, {1: 2.0}, {})
+    slow = find_slow_parts(pairs)
+    first = pairs_to_repeat(pairs, slow)
+    second = pairs_to_repeat(pairs, slow, dict.fromkeys(first, 1))
+    assert len(first) == 3 and set(second[:2]) == {pair for pair in pairs if 1 in pair} - set(first)
+    assert second[2] == first[0], "of the pairs that were repeated, the fastest one"
+
+
+def test_only_what_was_slow_earlier_too_stays():
+    earlier = find_slow_parts(measured(8, {1: 2.0, 3: 2.0}, {(0, 2): 2.0}))
+    now = find_slow_parts(measured(8, {3: 1.0, 5: 2.0}, {(0, 2): 2.0, (4, 6): 2.0}))
+    both = now.also_in(earlier)
+    assert both.nodes == {3: now.nodes[3]} and set(both.links) == {(0, 2)} and both.reference == now.reference
+
+
 @pytest.mark.parametrize(("again", "named"), [(2.0, {1}), (19.0, set())])
 def test_node_is_named_only_if_it_is_slow_in_the_second_measurement_too(again: float, named: set[int]):
     pairs = measured(8, {1: 2.0}, {})

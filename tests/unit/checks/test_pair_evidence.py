@@ -69,6 +69,15 @@ def test_wrong_values_are_named_even_if_a_later_measurement_is_right():
     assert evidence.wrong_values(HOSTS) == ["n1 and n3 received wrong values from each other (rail 1)"]
 
 
+def test_node_that_is_fast_in_a_repetition_is_fit_while_another_one_stays_slow():
+    evidence = PairEvidence(measured(dict.fromkeys(pairs_of(1, 0), 4.0) | dict.fromkeys(pairs_of(2, 0), 4.0)), 0.7)
+    assert [node["host"] for node in evidence.slow_nodes(HOSTS)] == ["n2", "n3"]
+    rates = [(0, 1, 4.0), (1, 3, 4.0), (0, 2, 20.0), (2, 3, 20.0)]
+    evidence.add({(0, first, second): PairMeasurement(rate, 30.0, True) for first, second, rate in rates})
+    assert [node["host"] for node in evidence.slow_nodes(HOSTS)] == ["n2"]
+    assert evidence.suspects() == [(1, 2), (0, 1), (1, 3)], "n3 is fit now, and a fresh partner for n2"
+
+
 @pytest.mark.parametrize(("again", "named"), [(13.9, ["n2"]), (14.1, [])])
 def test_suspects_are_cleared_by_a_good_measurement(again: float, named: list[str]):
     evidence = PairEvidence(measured(dict.fromkeys(pairs_of(1, 0), 4.0)), 0.7)

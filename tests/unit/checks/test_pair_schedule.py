@@ -13,6 +13,7 @@ from longhaul.checks.pair_schedule import (
     number_of_rounds,
     order_of_rounds,
     pairs_of_round,
+    planned_repetition_seconds,
     planned_rounds,
     planned_seconds,
 )
@@ -35,6 +36,14 @@ def test_thousand_nodes_take_less_than_fifteen_minutes():
     assert planned_seconds(1000, 300.0) == pytest.approx(299.7)
     assert planned_seconds(10_000, 300.0) == pytest.approx(300.0)
     assert planned_rounds(10_000, 300.0) == 1000
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seconds"), [(2, 0.0), (3, 12 + 3 * 3 * 0.3), (8, 12 + 3 * 7 * 0.3), (1000, 12 + 3 * 16 * 0.3)]
+)
+def test_repetitions_of_slow_pairs_are_bounded_with_their_pauses(nodes: int, seconds: float):
+    assert planned_repetition_seconds(nodes) == pytest.approx(seconds)
+    assert planned_seconds(1000, 20.0) + planned_repetition_seconds(1000) < 60
 
 
 def test_small_budget_still_gives_each_node_some_partners():

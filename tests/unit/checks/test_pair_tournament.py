@@ -1,6 +1,12 @@
-"""A link that breaks during the pair tournament is named. test_fabric.py and a cluster test healthy and slow links."""
+"""A link that breaks during the pair tournament is named, and a host that is busy for some seconds is not.
+
+test_fabric.py and a cluster test healthy and slow links.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import pytest
 import torch
@@ -44,3 +50,53 @@ def test_each_rank_meets_the_rank_of_its_rail_and_the_first_node_keeps_the_resul
     rounds._play_round([pair])
     rounds._play_round([(1, 2)] if rank == 1 else [(0, 1)])
     assert peers == [peer] and rounds._measured == ({(rank % 2, *pair): found} if kept else {})
+
+
+class BusyHosts:
+    """Stands for the rounds of real ranks: pairs of `busy` hosts have 0.28 of the rate until `until_s` by its clock."""
+
+    def __init__(self, hosts: Sequence[str], busy: Sequence[str], until_s: float) -> None:
+        self.hosts, self.busy, self.until_s = hosts, busy, until_s
+        self.clock_s, self.pauses_s, self.measured = 0.0, list[float](), dict[tuple[int, int, int], PairMeasurement]()
+        self.partners: list[set[int]] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.clock_s += seconds
+        self.pauses_s.append(seconds)
+
+    def play_within(self, budget_s: float) -> None:
+        self._measure(combinations(range(len(self.hosts)), 2))
+
+    def play(self, rounds: Iterable[Sequence[tuple[int, int]]]) -> None:
+        pairs = [pair for played in rounds for pair in played]
+        self.partners.append({node for pair in pairs for node in pair if self.hosts[node] not in self.busy})
+        self._measure(pairs)
+
+    def gather(self) -> dict[tuple[int, int, int], PairMeasurement]:
+        found, self.measured = self.measured, {}
+        return found
+
+    def _measure(self, pairs: Iterable[tuple[int, int]]) -> None:
+        for pair in pairs:
+            is_slow = self.clock_s < self.until_s and any(self.hosts[node] in self.busy for node in pair)
+            self.measured[0, *pair] = PairMeasurement(0.28 if is_slow else 1.0, 30.0, True)
+
+
+@pytest.mark.parametrize(
+    ("until_s", "named", "pauses_s"),
+    [(0.0, [], []), (1.0, [], [0.0, 2.0]), (9.0, [], [0.0, 2.0, 10.0]), (float("inf"), ["n3"], [0.0, 2.0, 10.0])],
+)
+def test_host_that_is_busy_for_seconds_is_not_named_and_one_that_stays_slow_is(
+    monkeypatch: pytest.MonkeyPatch, until_s: float, named: list[str], pauses_s: list[float]
+):
+    hosts = [f"n{number}" for number in range(1, 9)]
+    rounds = BusyHosts(hosts, ["n3"], until_s)
+    monkeypatch.setattr(pair_tournament, "_MeasuredRounds", lambda *_: rounds)
+    monkeypatch.setattr(pair_tournament, "_on_all_ranks", lambda value: value)
+    monkeypatch.setattr(pair_tournament.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(pair_tournament.time, "sleep", rounds.sleep)
+    found = pair_tournament.run_tournament(Rank(0, 8, 0, 8, "n1"), hosts, torch.device("cpu"), 20.0)
+    assert [node["host"] for node in found.slow_nodes] == named and not found.slow_links
+    assert rounds.pauses_s == pauses_s
+    assert all(len(partners) == 3 for partners in rounds.partners)
+    assert len(set().union(*rounds.partners)) == min(7, 3 * len(pauses_s)), "each repetition has fresh partners"

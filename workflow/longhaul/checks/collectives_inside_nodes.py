@@ -5,6 +5,7 @@ or below the limits of the site file.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from longhaul.artifacts.fabric_report import CollectiveResult
 from longhaul.artifacts.node_results import NodeResult, new_node_result
 from longhaul.checks.fabric_limits import BANDWIDTH, bandwidth_text, latency_text, wrong_values_text
+from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 if TYPE_CHECKING:
     from longhaul.checks.collective_benchmarks import MeasuredGroup
 
-_MOST_REPETITIONS = 3
-"""A suspicious collective is measured again so often, and the best measurement counts: a busy moment must not cost a node."""
 _NAMED_HOSTS = 4
 _LATENCY = "all_reduce_latency_us"
 
@@ -83,7 +83,7 @@ def measure_inside_nodes(
     limits: Mapping[str, float],
     slow_share: float,
 ) -> InsideNodes:
-    """Measure on all ranks, and again what is suspicious on some node.
+    """Measure on all ranks, and again what is suspicious on some node. Of several measurements the best one counts.
 
     group:       the ranks of this rank's node
     measure_all: yields the rows of this rank's node
@@ -94,10 +94,11 @@ def measure_inside_nodes(
 
     by_name = {collective.name: collective for collective in COLLECTIVES}
     rows = _on_rank_0(hosts, group.size, list(measure_all))
-    for _ in range(_MOST_REPETITIONS):
+    for pause_s in REPETITION_PAUSES_S:
         suspects = _value_of_rank_0(_slow_sizes(findings_of(rows, limits, slow_share)))
         if not suspects:
             break
+        time.sleep(pause_s)
         repeated = [measure(by_name[name], group, size_bytes) for name, size_bytes in suspects]
         rows = with_better(rows, _on_rank_0(hosts, group.size, repeated))
     return InsideNodes(list(rows), slowest_of_nodes(rows), findings_of(rows, limits, slow_share))

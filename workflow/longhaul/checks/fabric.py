@@ -19,7 +19,8 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.fabric_limits import fabric_problems, not_compared, set_limits
 from longhaul.checks.pair_evidence import slow_node_line
-from longhaul.checks.pair_schedule import planned_seconds
+from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
+from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
@@ -97,17 +98,22 @@ def planned_check_seconds(nodes: int, ranks_per_node: int, pairs_only: bool = Fa
     return {part: seconds for part, seconds in found.items() if seconds}
 
 
+def most_added_seconds(nodes: int, ranks_per_node: int, pairs_only: bool = False) -> float:
+    """Return how many seconds the repetitions of slow measurements add to the planned time, at most by plan."""
+    inside_s = 0.0 if pairs_only or nodes == 1 or ranks_per_node == 1 else sum(REPETITION_PAUSES_S)
+    return planned_repetition_seconds(nodes) + inside_s
+
+
 def _tournament_budget_s(pairs_only: bool) -> float:
     return _QUICK_TOURNAMENT_BUDGET_S if pairs_only else _TOURNAMENT_BUDGET_S
 
 
 def _print_planned_time(job: FabricSpec) -> None:
     parts = planned_check_seconds(job.nodes, job.gpus_per_node, job.pairs_only)
-    text = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts.items())
-    print(
-        f"fabric check of {job.nodes} nodes: about {sum(parts.values()):.0f} s ({text or 'nothing to measure'})",
-        flush=True,
-    )
+    text = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts.items()) or "nothing to measure"
+    added_s = most_added_seconds(job.nodes, job.gpus_per_node, job.pairs_only)
+    more = f", up to {added_s:.0f} s more if something is slow" if added_s else ""
+    print(f"fabric check of {job.nodes} nodes: about {sum(parts.values()):.0f} s ({text}){more}", flush=True)
 
 
 def _measure_inside(rank: Rank, hosts: list[str], device: Any, backend: str, job: FabricSpec) -> InsideNodes:

@@ -17,6 +17,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from longhaul.checks.pair_schedule import Pair
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
@@ -36,6 +37,14 @@ class SlowParts:
     nodes: Mapping[int, float]
     links: Mapping[Pair, float]
 
+    def also_in(self, earlier: SlowParts) -> SlowParts:
+        """Return the nodes and links that were slow in an earlier decision, too."""
+        return SlowParts(
+            self.reference,
+            {node: bandwidth for node, bandwidth in self.nodes.items() if node in earlier.nodes},
+            {pair: bandwidth for pair, bandwidth in self.links.items() if pair in earlier.links},
+        )
+
 
 def find_slow_parts(bandwidths: Mapping[Pair, float], share: float) -> SlowParts:
     """Return what is slow.
@@ -54,25 +63,32 @@ def find_slow_parts(bandwidths: Mapping[Pair, float], share: float) -> SlowParts
     return SlowParts(reference, medians, links)
 
 
-def pairs_to_repeat(bandwidths: Mapping[Pair, float], slow: SlowParts) -> list[Pair]:
-    """Return the pairs to measure a second time before anything is named: a busy moment must not cost a node.
+def pairs_to_repeat(
+    bandwidths: Mapping[Pair, float], slow: SlowParts, repetitions: Mapping[Pair, int] = MappingProxyType({})
+) -> list[Pair]:
+    """Return the pairs to measure again before anything is named: a busy moment must not cost a node.
 
-    These are the slow links, and of each slow node its fastest pairs with other nodes.
+    These are the slow links, and of each slow node its fastest pairs with other nodes. Fresh partners come first.
+
+    repetitions: pair -> how often it was measured again
     """
     repeated = list(slow.links)
     for node in slow.nodes:
         pairs = [pair for pair in bandwidths if node in pair and _other(pair, node) not in slow.nodes]
-        repeated += sorted(pairs, key=lambda pair: -bandwidths[pair])[:_REPEATED_PAIRS]
+        repeated += sorted(pairs, key=lambda pair: (repetitions.get(pair, 0), -bandwidths[pair]))[:_REPEATED_PAIRS]
     return list(dict.fromkeys(repeated))
 
 
 def with_repeated(
     bandwidths: Mapping[Pair, float], slow: SlowParts, repeated: Mapping[Pair, float]
 ) -> dict[Pair, float]:
-    """Return the bandwidths for the next decision: of repeated pairs the better value; of repeated slow nodes only those."""
+    """Return the bandwidths for the next decision: of repeated slow nodes only those of the repeated pairs.
+
+    repeated: pair -> its best bandwidth until now
+    """
     asked = {node for pair in repeated for node in pair} & set(slow.nodes)
     kept = {pair: value for pair, value in bandwidths.items() if asked.isdisjoint(pair)}
-    return kept | {pair: max(value, bandwidths[pair]) for pair, value in repeated.items()}
+    return kept | dict(repeated)
 
 
 def _by_node(bandwidths: Mapping[Pair, float]) -> dict[int, dict[Pair, float]]:

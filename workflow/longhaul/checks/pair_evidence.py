@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
-from longhaul.checks.find_slow_nodes import SlowParts, find_slow_parts, pairs_to_repeat, with_repeated
+from longhaul.checks.find_slow_nodes import find_slow_parts, pairs_to_repeat, with_repeated
 from longhaul.checks.pair_schedule import Pair
 
 RailPair = tuple[int, int, int]
@@ -30,29 +30,36 @@ class PairEvidence:
         self._measured = dict(measured)
         self._share = slow_share
         self._rails = _by_rail(measured)
-        """Rail -> the bandwidths that decide: of a suspicious node only those that were measured again."""
+        """Rail -> the bandwidths that decide: of a suspicious node only those of the last repetition."""
+        self._slow = {rail: find_slow_parts(pairs, slow_share) for rail, pairs in self._rails.items()}
+        """Rail -> what was slow in the first measurement and in every repetition."""
+        self._repetitions = dict.fromkeys(self._measured, 0)
 
     def suspects(self) -> list[Pair]:
         """Return the pairs to measure again, of all rails."""
-        pairs = (pairs_to_repeat(rail, self._slow_parts(rail)) for rail in self._rails.values())
-        return list(dict.fromkeys(pair for found in pairs for pair in found))
+        best = _by_rail(self._measured)
+        return list(dict.fromkeys(pair for rail in best for pair in self._suspects_of(rail, best[rail])))
 
     def add(self, repeated: Mapping[RailPair, PairMeasurement]) -> None:
-        """Add further measurements of suspicious pairs. A pair is as good as its best measurement."""
-        for rail, answers in _by_rail(repeated).items():
-            before = self._rails[rail]
-            slow = self._slow_parts(before)
-            asked = set(pairs_to_repeat(before, slow))
-            own = {pair: bandwidth for pair, bandwidth in answers.items() if pair in asked}
-            self._rails[rail] = with_repeated(before, slow, own)
+        """Add a repetition of the suspicious pairs. A pair is as good as its best measurement.
+
+        A node is fit as soon as it is fast in one repetition: nothing is named that was not slow in all of them.
+        """
+        best = _by_rail(self._measured)
+        asked = {rail: self._suspects_of(rail, best[rail]) for rail in best}
         for pair, found in repeated.items():
             self._measured[pair] = _better(self._measured[pair], found)
+            self._repetitions[pair] += 1
+        best = _by_rail(self._measured)
+        for rail, answers in _by_rail(repeated).items():
+            own = {pair: best[rail][pair] for pair in asked[rail] if pair in answers}
+            self._rails[rail] = with_repeated(self._rails[rail], self._slow[rail], own)
+            self._slow[rail] = find_slow_parts(self._rails[rail], self._share).also_in(self._slow[rail])
 
     def slow_nodes(self, hosts: Sequence[str]) -> list[SlowNode]:
         """Return each node that is slow on a rail, with its slowest rail."""
         found: dict[str, SlowNode] = {}
-        for rail, pairs in sorted(self._rails.items()):
-            parts = self._slow_parts(pairs)
+        for rail, parts in sorted(self._slow.items()):
             for node, bandwidth in parts.nodes.items():
                 host = hosts[node]
                 rails = [*found[host]["rails"], rail] if host in found else [rail]
@@ -72,8 +79,7 @@ class PairEvidence:
     def slow_links(self, hosts: Sequence[str]) -> list[str]:
         """Return one line per slow link."""
         lines = []
-        for rail, pairs in sorted(self._rails.items()):
-            parts = self._slow_parts(pairs)
+        for rail, parts in sorted(self._slow.items()):
             lines += [
                 f"the link between {hosts[first]} and {hosts[second]} is slow: {bandwidth:.3g} GB/s on rail {rail}, "
                 f"usual are {parts.reference:.3g} GB/s; both nodes are fast with most others"
@@ -96,8 +102,10 @@ class PairEvidence:
                 slowest[first, second] = row
         return list(slowest.values())
 
-    def _slow_parts(self, bandwidths: Mapping[Pair, float]) -> SlowParts:
-        return find_slow_parts(bandwidths, self._share)
+    def _suspects_of(self, rail: int, best: Mapping[Pair, float]) -> list[Pair]:
+        """Return the pairs of one rail to measure again. best: pair -> its best bandwidth on this rail."""
+        repetitions = {pair: self._repetitions[rail, *pair] for pair in best}
+        return pairs_to_repeat(best, self._slow[rail], repetitions)
 
 
 def _by_rail(measured: Mapping[RailPair, PairMeasurement]) -> dict[int, dict[Pair, float]]:

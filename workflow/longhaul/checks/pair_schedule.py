@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import gcd
 
+from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
+from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
+
 Pair = tuple[int, int]
 """Indices of two nodes, the smaller one first."""
 
@@ -18,6 +21,8 @@ ROUND_S = 0.3
 _GOLDEN_RATIO = 0.618
 _FEWEST_ROUNDS = 8
 """With fewer partners a healthy node could meet mostly slow ones."""
+MOST_REPEATED_ROUNDS = 16
+"""Most rounds of one repetition of suspicious pairs."""
 
 
 def number_of_rounds(nodes: int) -> int:
@@ -56,8 +61,16 @@ def planned_rounds(nodes: int, budget_s: float) -> int:
 
 
 def planned_seconds(nodes: int, budget_s: float) -> float:
-    """Return the planned duration of a tournament in seconds, the second measurement of suspicious pairs apart."""
+    """Return the planned duration of a tournament in seconds, the repetitions of suspicious pairs apart."""
     return planned_rounds(nodes, budget_s) * ROUND_S if nodes > 1 else 0.0
+
+
+def planned_repetition_seconds(nodes: int) -> float:
+    """Return the planned duration of all repetitions of suspicious pairs in seconds, the pauses before them included."""
+    if nodes < FEWEST_COMPARED_NODES:
+        return 0.0
+    rounds = min(MOST_REPEATED_ROUNDS, number_of_rounds(nodes))
+    return sum(REPETITION_PAUSES_S) + len(REPETITION_PAUSES_S) * rounds * ROUND_S
 
 
 def disjoint_rounds(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:

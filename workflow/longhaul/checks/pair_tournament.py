@@ -19,6 +19,7 @@ from longhaul.artifacts.paths import QUARANTINE
 from longhaul.checks.pair_bandwidth import PairMeter
 from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
 from longhaul.checks.pair_schedule import (
+    MOST_REPEATED_ROUNDS,
     Pair,
     disjoint_rounds,
     order_of_rounds,
@@ -26,13 +27,13 @@ from longhaul.checks.pair_schedule import (
     planned_rounds,
     planned_seconds,
 )
+from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import Rank
 
 SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
 """Pairs below this share of the usual bandwidth are slow. Network adapters or PCIe links that run at half of their rate are
 far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
-_MOST_REPETITIONS, _MOST_REPEATED_ROUNDS = 5, 16
 
 
 class BrokenLinkError(UserError):
@@ -75,11 +76,14 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
         print(f"pair tournament: {len(hosts)} nodes, {rounds} rounds, about {seconds:.0f} s", flush=True)
     table.play_within(budget_s)
     evidence = PairEvidence(table.gather(), SLOW_SHARES[dist.get_backend()])
-    for _ in range(_MOST_REPETITIONS):
+    for pause_s in REPETITION_PAUSES_S:
         suspects = _on_all_ranks(evidence.suspects())
         if not suspects:
             break
-        table.play(list(disjoint_rounds(suspects))[:_MOST_REPEATED_ROUNDS])
+        if rank.is_main:
+            print(f"pair tournament: {len(suspects)} suspicious pairs, repeated after {pause_s:g} s", flush=True)
+        time.sleep(pause_s)
+        table.play(list(disjoint_rounds(suspects))[:MOST_REPEATED_ROUNDS])
         evidence.add(table.gather())
     found = evidence.slow_nodes(hosts), evidence.slow_links(hosts), evidence.wrong_values(hosts)
     return Tournament(evidence.pair_results(hosts), *_on_all_ranks(found))
