@@ -43,7 +43,7 @@ class Slurm:
         self.state, self.reason, self.preempted, self.restarts = "RUNNING", "None", False, 0
         self.refusal = ""
         self.unresponsive: list[str] = []
-        self.shortage: str | None = None
+        self.partition: list[str] = []
         self.requeued: list[tuple[str, list[str]]] = []
 
     def job_info(self, job_id: str) -> JobInfo:
@@ -61,7 +61,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slurm:
     monkeypatch.setattr(slurm_client, "requeue", found.requeue)
     monkeypatch.setattr(slurm_client, "down_nodes", lambda nodes: [])
     monkeypatch.setattr(slurm_client, "unresponsive_nodes", lambda nodes, timeout_s: found.unresponsive)
-    monkeypatch.setattr(slurm_client, "node_shortage", lambda partition, needed, excluded: found.shortage)
+    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: found.partition)
     monkeypatch.setattr(allocation_end, "_REQUEUE_TIMEOUT_S", 0.0)
     monkeypatch.chdir(tmp_path)
     return found
@@ -196,25 +196,32 @@ def test_bad_node_is_quarantined_and_the_job_requeued_without_it(spec: LaunchSpe
 
 
 def test_bad_node_without_a_spare_ends_the_job_with_both_causes(spec: LaunchSpec, slurm: Slurm):
-    slurm.shortage = "2 nodes are needed; partition main has 2, of which n2 are quarantined"
+    slurm.partition, spec = ["n1", "n2"], spec.model_copy(update={"nodes": 2})
     error = BadNodesError("n2 is slow with most other nodes", "tell the administrators", ["n2"])
     with pytest.raises(SystemExit):
         begin(spec).exit_unless_restartable(classify_error(error, Rank(0, 2, 0, 2, "n1")))
     assert read_quarantine(Path(spec.quarantine)).node_names == ("n2",) and slurm.requeued == []
     assert failure_of(spec).failure_class == ENVIRONMENT and failure_of(spec).cause == (
-        "n2 is slow with most other nodes, and 2 nodes are needed; partition main has 2, of which n2 are quarantined"
+        "2 nodes are needed; partition main has 2, of which 1 is quarantined: "
+        "n2 (n2 is slow with most other nodes; found by train-base, job 7)"
+    )
+    assert failure_of(spec).remedy == (
+        "remove repaired nodes from results/quarantine.json, ask for at most 1 node in the config, or name a partition with "
+        "spare nodes in the site file; then run the same command again to resume"
     )
 
 
-def test_shortage_of_nodes_is_a_permanent_failure(spec: LaunchSpec, slurm: Slurm):
-    slurm.shortage = "2 nodes are needed; partition main has 2, of which n2 are quarantined"
+@pytest.mark.parametrize("requeue", [True, False])
+def test_shortage_of_nodes_is_a_permanent_failure(spec: LaunchSpec, slurm: Slurm, requeue: bool):
+    """Also at a site that forbids requeue: Snakemake would submit the job again, and sbatch would refuse it."""
+    slurm.partition, spec = ["n1", "n2"], spec.model_copy(update={"nodes": 2, "requeue": requeue})
     with pytest.raises(SystemExit):
         begin(spec).requeue("n2 does not respond", ["n2"])
     assert slurm.requeued == [] and failure_of(spec).failure_class == ENVIRONMENT
-    assert (
-        failure_of(spec).cause == f"n2 does not respond, and {slurm.shortage}"
-        and spec.quarantine in failure_of(spec).remedy
+    assert failure_of(spec).cause == (
+        "n2 does not respond, and 2 nodes are needed; partition main has 2, of which 1 is quarantined: n2"
     )
+    assert spec.quarantine in failure_of(spec).remedy
 
 
 def test_second_allocation_in_a_row_without_a_checkpoint_is_a_permanent_failure(spec: LaunchSpec):

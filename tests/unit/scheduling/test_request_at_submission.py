@@ -16,7 +16,8 @@ from longhaul.jobs.job_kind import job_request
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import Plan
-from longhaul.scheduling import request_at_submission
+from longhaul.scheduling import request_at_submission, slurm_client
+from longhaul.scheduling.node_shortage import NodeShortage
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from tests.support.small_configs import LOCAL, plan_of
 
@@ -78,12 +79,14 @@ def test_broken_quarantine_excludes_nothing_but_refuses_a_new_run(tmp_path: Path
 
 def test_quarantine_that_leaves_too_few_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan, _ = rendered_plan(tmp_path)
-    asked: list[tuple[str, int, list[str]]] = []
-    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments) or "too few")
+    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: ["n7"] if partition == "gpu" else [])
     add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
-    with pytest.raises(UserError, match=r"stages\.base: too few") as refused:
+    with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
-    assert str(QUARANTINE) in refused.value.hint and asked[0][2] == ["n7"]
+    assert refused.value.message == (
+        "stages.base: 1 node is needed; partition gpu has 1, of which 1 is quarantined: n7 (down; found by job 5)"
+    )
+    assert str(QUARANTINE) in refused.value.hint and "at most" not in refused.value.hint
 
 
 def test_request_without_state_or_quarantine_is_that_of_the_plan(tmp_path: Path):
@@ -100,18 +103,20 @@ def test_names_that_are_no_host_names_are_not_excluded(tmp_path: Path):
 
 def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan, _ = rendered_plan(tmp_path)
-    asked: list[tuple[str, int, list[str]]] = []
-    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments))
+    asked: list[tuple[str | None, int]] = []
+
+    def find(partition: str | None, needed: int, quarantine: Path) -> NodeShortage | None:
+        asked.append((partition, needed))
+        return NodeShortage("few", "remove repaired nodes") if read_quarantine(quarantine).nodes else None
+
+    monkeypatch.setattr(request_at_submission, "find_shortage", find)
     require_enough_nodes(plan, tmp_path)
-    assert asked == [("gpu", 1, []), ("gpu", 1, [])]
-    monkeypatch.setattr(
-        request_at_submission, "node_shortage", lambda _name, _nodes, excluded: "few" if excluded else ""
-    )
+    assert asked == [("gpu", 1), ("gpu", 1)]
     add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
     assert refused.value.message == "stages.base: few"
-    assert refused.value.hint == f"remove repaired nodes from {QUARANTINE}"
+    assert refused.value.hint == "remove repaired nodes"
     quarantine = json.loads((tmp_path / QUARANTINE).read_text())
     quarantine["nodes"].clear()
     (tmp_path / QUARANTINE).write_text(json.dumps(quarantine))
@@ -121,6 +126,6 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
 def test_nodes_are_not_counted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     local = plan_of(tmp_path, None, LOCAL)
     asked: list[object] = []
-    monkeypatch.setattr(request_at_submission, "node_shortage", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(request_at_submission, "find_shortage", lambda *arguments: asked.append(arguments))
     require_enough_nodes(local, tmp_path)
     assert asked == []

@@ -9,10 +9,11 @@ import pytest
 
 from longhaul.artifacts.job_state import CANCELLED, ENVIRONMENT, NODE, PERMANENT, TRANSIENT, WALLTIME, read_failure
 from longhaul.artifacts.paths import RunPaths, run_of
+from longhaul.artifacts.quarantine import add_to_quarantine
 from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.jobs.job_spec import LaunchSpec
-from longhaul.scheduling import retry_policy
+from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.retry_policy import (
     _print_failures,
     allowed_restarts,
@@ -35,7 +36,8 @@ def spec(tmp_path: Path) -> LaunchSpec:
 
 def snakemake_job(spec: LaunchSpec | None) -> SimpleNamespace:
     """Snakemake's view of the job; None: of a job that runs in the main process."""
-    return SimpleNamespace(params={"launch": f"{spec.folder}/launch.sh"} if spec else {})
+    params = {"launch": f"{spec.folder}/launch.sh"} if spec else {}
+    return SimpleNamespace(params=params, resources={"slurm_partition": "main"})
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,34 @@ def test_only_failures_that_may_not_recur_are_retried(
     write_failure(spec, failure_class, invocation)
     assert allowed_restarts(snakemake_job(spec), 10) == restarts
     assert allowed_restarts(snakemake_job(None), 10) == 10, "a rule of the main process"
+
+
+def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
+    spec: LaunchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    nodes = ["n1", "n2"]
+    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: nodes if partition == "main" else [])
+    spec = spec.model_copy(update={"slurm": True, "nodes": 2})
+    spec.write(folder_of(spec).launch_spec)
+    write_failure(spec, TRANSIENT, THIS_MAIN)
+    assert allowed_restarts(snakemake_job(spec), 10) == 10
+    add_to_quarantine(Path(spec.quarantine), ["n2"], "slow with most other nodes", "train-base, job 5")
+    assert allowed_restarts(snakemake_job(spec), 10) == 0
+    failure = final_failure(Path(spec.folder))
+    assert (
+        failure
+        and failure.failure_class == ENVIRONMENT
+        and failure.cause
+        == (
+            "why it failed, and 2 nodes are needed; partition main has 2, of which 1 is quarantined: "
+            "n2 (slow with most other nodes; found by train-base, job 5)"
+        )
+    )
+    assert failure.remedy.startswith("remove repaired nodes from results/quarantine.json, ask for at most 1 node")
+    (tmp_path / "results/small.lease.json").write_text("the next main")
+    nodes.append("n3")
+    assert allowed_restarts(snakemake_job(spec), 10) == 10, "a spare node"
 
 
 def test_known_failure_is_refused_before_submission_until_an_input_changes(spec: LaunchSpec):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from longhaul.artifacts.job_state import REFUSED, read_failure
+from longhaul.artifacts.quarantine import add_to_quarantine
+from longhaul.scheduling import slurm_client
 from longhaul.scheduling.retry_policy import allowed_restarts, final_failure
 from longhaul.scheduling.sbatch_refusals import read_refusal, record_refusal, warner_of_waiting_jobs
 from tests.support.supervised_job import fake_program, write_job
@@ -32,6 +34,8 @@ PERMANENT = {
     "Burst Buffer permission denied": "sbatch_extra",
     "No partition specified or system default partition": "name",
 }
+NO_NODES = "Requested node configuration is not available"
+SLOW = "n2 (slow with most other nodes; found by fabric, job 5)"
 VIOLATED = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 # Reason code of a limit that the request alone exceeds -> the remedy's beginning.
 LIMITS = {
@@ -111,7 +115,8 @@ def test_reason_is_what_slurm_said_without_the_command():
 
 def job(folder: Path, attempt: int = 1) -> SimpleNamespace:
     """Return Snakemake's view of a job with this folder."""
-    return SimpleNamespace(params={"launch": f"{folder}/launch.sh"}, attempt=attempt)
+    resources = {"slurm_partition": "main"}
+    return SimpleNamespace(params={"launch": f"{folder}/launch.sh"}, resources=resources, attempt=attempt)
 
 
 def test_permanent_refusal_ends_the_retries_of_this_main_process_only(tmp_path: Path):
@@ -125,6 +130,33 @@ def test_permanent_refusal_ends_the_retries_of_this_main_process_only(tmp_path: 
     assert "sacctmgr show qos" in failure.remedy
     lease.write_text("the next main")
     assert final_failure(folder) is None, "the user may have corrected the site file"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "text", "cause", "remedy"),
+    [
+        (["n1", "n2", "n3"], NO_NODES, f"3 nodes are needed; partition main has 3, of which 1 is quarantined: {SLOW}; ",
+         "remove repaired nodes from results/quarantine.json, ask for at most 2 nodes in the config"),
+        ([], NO_NODES, f"the job excludes quarantined nodes: {SLOW}; ",
+         "remove repaired nodes from results/quarantine.json, ask for fewer nodes in the config"),
+        ([], "Invalid qos specification", "", "correct qos"),
+    ],
+)  # fmt: skip
+def test_refusal_for_want_of_nodes_names_the_quarantine_first(
+    nodes: list[str], text: str, cause: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: nodes)
+    spec = write_job(tmp_path, "").model_copy(update={"slurm": True, "nodes": 3})
+    spec.write(Path(spec.folder) / "launch.json")
+    assert record_refusal(job(Path(spec.folder)), f"{FAILED}{text}") == 0
+    failure = read_failure(Path(spec.folder))
+    assert failure and "quarantine" not in failure.as_text(), "no node is quarantined"
+    add_to_quarantine(Path(spec.quarantine), ["n2"], "slow with most other nodes", "fabric, job 5")
+    record_refusal(job(Path(spec.folder)), f"{FAILED}{text}")
+    failure = read_failure(Path(spec.folder))
+    assert failure and failure.failure_class == REFUSED and failure.remedy.startswith(remedy)
+    assert failure.cause == f"{cause}Slurm refused the job: Batch job submission failed: {text}"
 
 
 def test_temporary_refusal_waits_longer_each_time_says_why_and_is_retried(

@@ -117,27 +117,6 @@ def test_refused_requeue_returns_slurms_message(tmp_path: Path, monkeypatch: pyt
     assert slurm_client.requeue("7", ["n2"]) == "Requested operation is presently disabled"
 
 
-@pytest.mark.parametrize(
-    ("needed", "excluded", "message"),
-    [
-        (2, ["n1"], None),
-        (3, ["n1"], "3 nodes are needed; partition main has 3, of which n1 are quarantined"),
-        (2, ["n1", "n3", "elsewhere"], "2 nodes are needed; partition main has 3, of which n1, n3 are quarantined"),
-        (4, [], None),
-    ],
-)
-def test_shortage_of_nodes_is_counted_without_excluded_ones(
-    needed: int, excluded: list[str], message: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: ["n1", "n2", "n3"])
-    assert slurm_client.node_shortage("main", needed, excluded) == message
-
-
-def test_no_shortage_is_reported_if_slurm_does_not_answer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: [])
-    assert slurm_client.node_shortage("main", 2, ["n1"]) is None
-
-
 def test_down_failing_and_not_responding_nodes_are_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     states = "n1 idle\nn2 down\nn3 mixed*\nn4 draining\nn5 drained*\nn6 failing\nn7 allocated\n"
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sinfo", f"#!/bin/sh\ncat <<END\n{states}END\n"))

@@ -129,7 +129,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return "JobState=RUNNING NumNodes=1"
 
     monkeypatch.setattr(slurm_client, "_run", run)
-    monkeypatch.setattr(slurm_client, "node_shortage", lambda *_: None)
+    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: [])
     return words
 
 

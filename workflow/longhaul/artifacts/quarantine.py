@@ -57,6 +57,20 @@ def quarantined_nodes(path: Path) -> tuple[str, ...]:
         return names
 
 
+def quarantine_reasons(path: Path) -> dict[str, str]:
+    """Return node -> why it is in the list and which job found that; {} if the file is not a valid list."""
+    try:
+        nodes = read_quarantine(path).nodes
+    except UserError:
+        return {}
+    return {entry["node"]: _reason(entry) for entry in nodes}
+
+
+def _reason(entry: QuarantinedNode) -> str:
+    evidence = entry.get("evidence")
+    return "; ".join(filter(None, (entry.get("cause"), f"found by {evidence}" if evidence else None)))
+
+
 def _valid_names(path: Path) -> tuple[str, ...]:
     try:
         found = read_json(path)

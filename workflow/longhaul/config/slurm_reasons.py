@@ -14,6 +14,7 @@ _JOB_COUNT_CODE = re.compile(r"SubmitJob|Jobs")
 # Limits of used node hours, CPU hours and the like. RunMinutes are those of running jobs only.
 _BUDGET_CODE = r"Grp(?!\w*Run)\w*Minutes|GrpWall"
 _ASSOCIATIONS = "sacctmgr show assoc user=$USER format=account,partition,qos"
+_NODES = "PartitionNodeLimit|node configuration|node count"
 # Pattern of Slurm's text -> key of a partition in the site file, and the command that shows valid values.
 _PERMANENT = (
     (r"Assoc(Grp|Max)", "account, max_nodes or max_minutes", f"{_ASSOCIATIONS},grptres,maxtres,maxwall"),
@@ -25,11 +26,7 @@ _PERMANENT = (
     (r"reservation", "reservation", "scontrol show reservation"),
     (r"license", "sbatch_extra", "scontrol show licenses"),
     (r"memory|MaxMemPerLimit", "memory or node.memory_mb", "sinfo -o '%P %m'"),
-    (
-        r"PartitionNodeLimit|node configuration|node count|more processors|(cpu|task) count",
-        "node or max_nodes",
-        "sinfo -o '%P %D %c %m %G'",
-    ),
+    (rf"{_NODES}|more processors|(cpu|task) count", "node or max_nodes", "sinfo -o '%P %D %c %m %G'"),
     (r"partition|group not permitted", "name", "sinfo -s"),
     (
         r"(unrecognized|invalid|unknown) option|burst buffer (permission|request)|wckey|--nice",
@@ -64,6 +61,11 @@ def limit_code(text: str) -> str | None:
 def limits_number_of_jobs(code: str) -> bool:
     """Return whether a limit's code is about the number of jobs, which passes when other jobs end."""
     return _JOB_COUNT_CODE.search(code) is not None
+
+
+def is_about_nodes(reason: str) -> bool:
+    """Return whether a partition has too few nodes for a request, without those that it excludes."""
+    return re.search(_NODES, reason, re.IGNORECASE) is not None
 
 
 def never_starts(reason: str) -> bool:

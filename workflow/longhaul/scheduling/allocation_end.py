@@ -27,6 +27,7 @@ from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.job_records import JobRecords
+from longhaul.scheduling.node_shortage import find_shortage
 from longhaul.scheduling.termination_signals import TerminationSignals
 
 _REQUEUE_TIMEOUT_S = 300.0
@@ -84,11 +85,12 @@ class AllocationEnd:
 
         If that is not allowed, leave the resubmission to Snakemake's retries.
         """
-        if not self._job.slurm or not self._job.requeue:
-            self._leave_to_next_run(reason)
         listed = quarantined_nodes(Path(self._job.quarantine))
         all_excluded = [*listed, *(node for node in excluded or [] if node not in listed)]
-        self._require_enough_nodes(all_excluded, reason)
+        if self._job.slurm:
+            self._require_enough_nodes(all_excluded, reason)
+        if not self._job.slurm or not self._job.requeue:
+            self._leave_to_next_run(reason)
         self._records.write_end("waiting", reason)
         if refusal := slurm_client.requeue(str(self._allocation.job_id), all_excluded):
             self._leave_to_next_run(f"{reason}; Slurm refused to requeue the job: {refusal}")
@@ -137,10 +139,11 @@ class AllocationEnd:
         self.fail(replace(failure, failure_class=WALLTIME, cause=cause))
 
     def _require_enough_nodes(self, excluded: list[str], reason: str) -> None:
-        """Fail if too few nodes are left: the job would wait in the queue without end. reason: why it is requeued."""
-        if shortage := slurm_client.node_shortage(self._allocation.partition, self._job.nodes, excluded):
-            remedy = f"remove repaired nodes from {self._job.quarantine}; then {_RESUME_REMEDY}"
-            self.fail(Failure(ENVIRONMENT, f"{reason}, and {shortage}", remedy, host=this_host()))
+        """Fail if too few nodes are left: Slurm would refuse the job. reason: why it is requeued."""
+        shortage = find_shortage(self._allocation.partition, self._job.nodes, Path(self._job.quarantine), excluded)
+        if shortage:
+            cause = shortage.cause if reason in shortage.cause else f"{reason}, and {shortage.cause}"
+            self.fail(Failure(ENVIRONMENT, cause, f"{shortage.remedy}; then {_RESUME_REMEDY}", host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

@@ -12,8 +12,8 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_request
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest, one_minute_request
+from longhaul.scheduling.node_shortage import find_shortage
 from longhaul.scheduling.retry_policy import final_failure
-from longhaul.scheduling.slurm_client import node_shortage
 
 
 def submitted_request(plan: Plan, job: JobId, workdir: Path) -> SlurmRequest:
@@ -36,8 +36,8 @@ def require_enough_nodes(plan: Plan, workdir: Path) -> None:
     Raises:
         UserError: it does not, or the quarantine file is invalid.
     """
-    excluded = list(read_quarantine(workdir / QUARANTINE).node_names)
+    read_quarantine(workdir / QUARANTINE)
     for stage in plan.stages if plan.site.scheduler == "slurm" else ():
         request = job_request(plan, JobId(STAGE_KIND, (stage.name,)))
-        if shortage := node_shortage(request.partition, request.nodes, excluded):
-            raise UserError(f"stages.{stage.name}: {shortage}", f"remove repaired nodes from {QUARANTINE}")
+        if shortage := find_shortage(request.partition, request.nodes, workdir / QUARANTINE):
+            raise UserError(f"stages.{stage.name}: {shortage.cause}", shortage.remedy)

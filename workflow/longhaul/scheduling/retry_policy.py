@@ -11,12 +11,13 @@ import atexit
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from longhaul.artifacts.job_state import Failure, current_invocation, launch_key, read_failure
+from longhaul.artifacts.job_state import ENVIRONMENT, Failure, current_invocation, launch_key, read_failure
 from longhaul.artifacts.paths import JobFolder, RunPaths, job_of, run_of
 from longhaul.errors import UserError
 from longhaul.jobs.job_spec import LaunchSpec
+from longhaul.scheduling.node_shortage import shortage_of_job
 
 
 class SnakemakeJob(Protocol):
@@ -24,6 +25,8 @@ class SnakemakeJob(Protocol):
 
     @property
     def params(self) -> Mapping[str, str]: ...
+    @property
+    def resources(self) -> Mapping[str, Any]: ...
 
 
 def final_failure(folder: Path) -> Failure | None:
@@ -45,7 +48,31 @@ def allowed_restarts(job: SnakemakeJob, usual: int) -> int:
     Snakemake asks when the job has failed, and restarts it if the number is not below the number of its attempts.
     """
     folder = job_folder_of(job)
-    return 0 if folder and final_failure(folder) else usual
+    return 0 if folder and (final_failure(folder) or _failed_for_want_of_nodes(job, folder)) else usual
+
+
+def _failed_for_want_of_nodes(job: SnakemakeJob, folder: Path) -> bool:
+    """Return whether the quarantine leaves too few nodes for a job, and record that as its failure: sbatch would refuse it."""
+    shortage = shortage_of_job(folder, partition_of(job))
+    if shortage is None:
+        return False
+    spec, invocation = LaunchSpec.read(JobFolder(folder).launch_spec), current_invocation(run_of(folder))
+    earlier = read_failure(folder)
+    before = f"{earlier.cause}, and " if earlier and earlier.invocation == invocation else ""
+    Failure(
+        ENVIRONMENT,
+        f"{before}{shortage.cause}",
+        f"{shortage.remedy}; then run the same command again",
+        evidence=earlier.evidence if earlier and before else [],
+        key=launch_key(spec.inputs, spec.data),
+        invocation=invocation,
+    ).write(JobFolder(folder).failure)
+    return True
+
+
+def partition_of(job: SnakemakeJob) -> str | None:
+    """Return the partition that a Snakemake job requests; None for the default partition."""
+    return job.resources.get("slurm_partition")
 
 
 def refuse_known_failures(jobs: Iterable[SnakemakeJob]) -> None:

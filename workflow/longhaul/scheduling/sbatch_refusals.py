@@ -10,13 +10,16 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.job_state import REFUSED, TRANSIENT, Failure, current_invocation
-from longhaul.artifacts.paths import JobFolder, job_of, run_of
-from longhaul.config.slurm_reasons import limit_code, limits_number_of_jobs, never_starts, remedy_of
+from longhaul.artifacts.paths import QUARANTINE, JobFolder, job_of, run_of
+from longhaul.artifacts.quarantine import quarantined_nodes
+from longhaul.config.slurm_reasons import is_about_nodes, limit_code, limits_number_of_jobs, never_starts, remedy_of
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.retry_policy import job_folder_of
+from longhaul.scheduling.node_shortage import quarantine_text, shortage_of_job, shortage_remedy
+from longhaul.scheduling.retry_policy import job_folder_of, partition_of
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 600.0
 _TEMPORARY = re.compile(
@@ -86,14 +89,26 @@ def record_refusal(job: Any, message: str) -> float:
     pause_s = 0.0 if refusal.is_permanent else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (max(1, job.attempt) - 1))
     if folder is None:
         return pause_s
-    cause = f"Slurm refused the job: {refusal.reason}"
+    cause, remedy = _cause_and_remedy(refusal, folder, partition_of(job))
     kind = REFUSED if refusal.is_permanent else TRANSIENT
-    failure = Failure(kind, cause, refusal.remedy, invocation=current_invocation(run_of(folder)))
+    failure = Failure(kind, cause, remedy, invocation=current_invocation(run_of(folder)))
     failure.write(JobFolder(folder).failure)
     if not refusal.is_permanent:
         text = f"{cause}; next try in {pause_s:.0f} s; {refusal.remedy}"
         print(f"warning: {job_of(folder)}: {text}", file=sys.stderr, flush=True)
     return pause_s
+
+
+def _cause_and_remedy(refusal: Refusal, folder: Path, partition: str | None) -> tuple[str, str]:
+    """Return cause and remedy of a refusal. The quarantine comes first if Slurm lacks nodes: the job excludes some."""
+    said = f"Slurm refused the job: {refusal.reason}"
+    excluded = quarantined_nodes(QUARANTINE) if is_about_nodes(refusal.reason) else ()
+    if not excluded:
+        return said, refusal.remedy
+    if shortage := shortage_of_job(folder, partition):
+        return f"{shortage.cause}; {said}", shortage.remedy
+    cause = f"the job excludes quarantined nodes: {quarantine_text(QUARANTINE, excluded)}; {said}"
+    return cause, f"{shortage_remedy(QUARANTINE)}; if enough nodes are left, {refusal.remedy}"
 
 
 def _reason(text: str) -> str:

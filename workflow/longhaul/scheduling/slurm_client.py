@@ -197,19 +197,6 @@ def partition_nodes(partition: str) -> list[str]:
         return []
 
 
-def node_shortage(partition: str | None, needed: int, excluded: list[str]) -> str | None:
-    """Return a message if fewer than `needed` nodes of the partition are left without the excluded ones, else None.
-
-    If Slurm does not answer, the result is None.
-    """
-    nodes = partition_nodes(partition) if excluded and partition else []
-    left = [node for node in nodes if node not in excluded]
-    if not nodes or len(left) >= needed:
-        return None
-    quarantined = ", ".join(node for node in nodes if node in excluded)
-    return f"{needed} nodes are needed; partition {partition} has {len(nodes)}, of which {quarantined} are quarantined"
-
-
 def try_submission(options: Sequence[str]) -> str:
     """Return what sbatch says to a job with these options, which is not submitted.
 
