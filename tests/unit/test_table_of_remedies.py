@@ -113,7 +113,7 @@ def remedies_in_source() -> dict[str, str]:
     found, named = {}, constants()
     for module in PACKAGE.rglob("*.py"):
         if {"config", "planning", "readers"} & {*module.parts} or module.name == "container.py":
-            continue  # remedies of the plan and of rows: tests/workflow/bad_configs.py, tests/workflow/test_bad_data.py
+            continue  # remedies of the plan and of rows: tests/workflow/test_config_remedies.py, test_data_remedies.py
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError" and len(node.args) == 2:
                 words = texts_of(node.args[1], named)

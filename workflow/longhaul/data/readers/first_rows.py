@@ -49,7 +49,7 @@ def first_rows(plan: Plan, name: str) -> FirstRows:
                     f"{message['role']}.{key}" for message in row.content for key in message.keys() - KNOWN_KEYS
                 )
         elif row is not None and dataset.bad_rows == "stop":
-            raise row
+            raise row.stopping()
     return FirstRows(sorted(columns), sorted(keys))
 
 

@@ -49,9 +49,9 @@ def read_documents(files: Sequence[str], dataset: Dataset) -> Iterator[Document]
             if isinstance(found, Document):
                 yield found
             elif dataset.bad_rows == "stop":
-                raise found
+                raise found.stopping()
         if found is None:
-            raise no_documents(file)
+            raise no_documents(file).stopping()
 
 
 def no_documents(file: str) -> BadData:

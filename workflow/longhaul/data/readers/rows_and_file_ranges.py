@@ -28,6 +28,12 @@ class BadData(InputError):
         error.reason = reason
         return error
 
+    def stopping(self) -> BadData:
+        """Return the error of a job that stops at a bad row: its remedy names the other policy, too."""
+        if "bad_rows" not in self.hint:
+            self.hint += ", or leave out such rows with bad_rows: skip"
+        return self
+
 
 class LineLocation(NamedTuple):
     """Location of a line. str() gives "file:line".
@@ -129,7 +135,9 @@ def missing_column(where: object, column: str, found: list[str]) -> BadData:
     """Return the error for a row or a file that has no such column."""
     names = ", ".join(map(repr, found[:12])) or "none"
     message = f"{where}: no column {column!r}; found {names}"
-    return BadData.with_reason("missing column", message, "set the column name in the dataset's `columns`")
+    return BadData.with_reason(
+        "missing column", message, "set the column name in the dataset's `columns`, or add the column"
+    )
 
 
 def require_columns(path: object, columns: WantedColumns, found: list[str]) -> None:

@@ -97,7 +97,7 @@ def _require_documents(
 ) -> None:
     for file, count in zip(job.files, documents, strict=True):
         if not count and job.dataset.bad_rows == "stop":
-            raise no_documents(file)
+            raise no_documents(file).stopping()
     if max(record["highest_key"] for record in records) < 0:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
         raise InputError(

@@ -134,7 +134,7 @@ class ChunkWriter:
         """Apply the dataset's `bad_rows` policy to an error; the first error of each kind in a chunk is printed."""
         if error.reason not in NOTHING_TO_TRAIN_ON:
             if self._task.dataset.bad_rows == "stop":
-                raise error
+                raise error.stopping()
             if error.reason not in contents.skipped:
                 rest = "; the rest of the file is not read" if error.ends_file else ""
                 print(f"left out ({error.reason}): {error.message}{rest}", file=sys.stderr, flush=True)

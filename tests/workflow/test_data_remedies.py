@@ -1,0 +1,93 @@
+"""Whoever follows the remedy of bad data can read them."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from longhaul.data.readers.read_documents import read_documents
+from longhaul.errors import UserError
+from tests.support.corpora import conversation, dataset, write_jsonl
+from tests.workflow.test_bad_data import CHATS, DATA, GOOD
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One alternative of a remedy.
+
+    says:     the part of the remedy's text that names it
+    content:  new content of the file; None leaves it as it is
+    settings: changed keys of the dataset
+    command:  what converts the file: words, the file is the last one; stdout replaces it
+    """
+
+    says: str
+    content: bytes | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+
+
+def _parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["one"]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+_SKIP = Remedy("leave out such rows with bad_rows: skip", settings={"bad_rows": "skip"})
+_WITHOUT_ROW = Remedy("remove this row", GOOD)
+REMEDIES: dict[str, list[Remedy]] = {
+    "invalid JSON": [Remedy("fix", GOOD + b'{"text": "thr"}\n'), Remedy("remove the line", GOOD), _SKIP],
+    "missing column": [Remedy("add the column", GOOD + b'{"text": "x"}\n'), _SKIP],
+    "null": [Remedy("every document needs text: fix", GOOD + b'{"text": "x"}\n'), _WITHOUT_ROW, _SKIP],
+    "a number": [Remedy("every document needs text: fix", b'{"text": "5"}\n')],
+    "invalid UTF-8": [Remedy("iconv -f", command=("iconv", "-f", "latin1", "-t", "utf-8")), _SKIP],
+    "unpaired surrogate": [Remedy("fix", b'{"text": "d800"}\n')],
+    "no documents": [Remedy("fill it", GOOD)],
+    "empty": [Remedy("fill it", GOOD)],
+    "truncated": [Remedy("fetch it again", gzip.compress(GOOD))],
+    "not Parquet": [Remedy("fetch it again", _parquet())],
+    "CSV with another header": [
+        Remedy("set the column name", settings={"columns": {"text": "body"}}),
+        Remedy("add the column", b"text,n\nx,1\n"),
+    ],
+    "CSV with an unquoted comma": [Remedy("quote texts that contain commas", b'text,n\n"a, b",1\n')],
+    "unknown suffix": [Remedy("set the dataset's `format`", settings={"format": "text"})],
+}
+FOLLOWED = [(name, remedy) for name, remedies in REMEDIES.items() for remedy in remedies]
+
+
+@pytest.mark.parametrize(("name", "remedy"), FOLLOWED, ids=[f"{name}: {remedy.says}" for name, remedy in FOLLOWED])
+def test_after_the_remedy_the_data_are_read(name: str, remedy: Remedy, tmp_path: Path):
+    path = tmp_path / DATA[name][0]
+    path.write_bytes(DATA[name][1])
+    with pytest.raises(UserError) as failed:
+        list(read_documents([str(path)], dataset()))
+    assert remedy.says in failed.value.hint
+    if remedy.content is not None:
+        path.write_bytes(remedy.content)
+    if remedy.command:
+        path.write_bytes(subprocess.run([*remedy.command, str(path)], capture_output=True, check=True).stdout)
+    assert list(read_documents([str(path)], dataset(**remedy.settings)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"bad_rows": "skip"}], ids=["a conversation in the named form", "bad_rows"])
+@pytest.mark.parametrize("name", CHATS)
+def test_after_the_remedy_the_chats_are_read(name: str, settings: dict[str, Any], tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", "messages", [CHATS[name][0], conversation(1)])
+    with pytest.raises(UserError) as failed:
+        list(read_documents([str(path)], dataset("chat")))
+    assert failed.value.hint.endswith(_SKIP.says)
+    if not settings:
+        write_jsonl(path, "messages", [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]])
+    assert len(list(read_documents([str(path)], dataset("chat", **settings)))) == 1
+
+
+def test_every_remedy_of_bad_data_is_followed():
+    assert {*REMEDIES} == {*DATA}
