@@ -79,7 +79,7 @@ faults: setup test-packages  ## every fault of the matrix on a real Slurm cluste
 layouts: setup test-packages  ## thirteen parallel layouts over two to four hosts of a real Slurm cluster; a table in bench/results/cluster_layouts.txt
 	$(BIN)/pytest tests/cluster/test_layouts.py --all
 
-fabric-drill: setup test-packages  ## faults of the network on eight hosts of a real Slurm cluster; a table in bench/results/fabric_drill.txt
+fabric-drill: setup test-packages  ## faults of network and hosts on eight hosts of a real Slurm cluster; a table in bench/results/fabric_drill.txt
 	$(BIN)/pytest tests/cluster/test_fabric_drill.py --all --all-drills
 
 resharding: setup  ## resume a stage under another parallel layout: every pair; make test tries one of each kind

@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-faults", action="store_true", help="all cases of the fault matrix instead of the quick ones"
     )
-    parser.addoption("--all-drills", action="store_true", help="all faults of the network instead of a slow host")
+    parser.addoption("--all-drills", action="store_true", help="all faults of network and hosts instead of three")
     parser.addoption("--all-layouts", action="store_true", help="all layouts on the cluster instead of one per axis")
     parser.addoption("--all-reshardings", action="store_true", help="all pairs of layouts instead of one of each kind")
 

@@ -1,4 +1,4 @@
-"""Faults of the network and of hosts that the fabric check must find on the test cluster, and the job that runs into them.
+"""Faults of the network and of hosts that the two checks must find on the test cluster, and the job that runs into them.
 
 Links have a rate limit, so that the rate does not depend on the CPU of the machine, which all hosts share.
 """
@@ -15,49 +15,67 @@ from typing import Any
 
 import psutil
 
-from longhaul.artifacts.artifact_schemas import failed_path
+from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, JobId
 from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.config.load_config import load_config
 from longhaul.jobs.launch_files import write_launch_files
 from longhaul.planning import build_plan
-from tests.support.pipeline_run import tiny_config
+from tests.cluster.host_faults import (
+    Fault,
+    full_disk,
+    full_shared_memory,
+    injected,
+    injected_variables,
+    other_torch,
+    scratch_folder,
+)
+from tests.support.pipeline_run import REPOSITORY, tiny_config
 from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster
 from tests.support.virtual_cluster import VirtualCluster
+from tests.support.virtual_hosts import VirtualHosts
 
 RATE = "rate 400mbit burst 256kb limit 1mb"
 SLOW = "rate 40mbit burst 32kb limit 1mb"
 LOSSY = "rate 400mbit burst 4kb limit 6kb"
 """A queue of four packets: the sender loses packets in every burst."""
-FOUND_WITHIN_S = 120.0
+MIN_DISK_GB_PER_S = 0.006
+"""Minimum of the local disk, which all hosts of this machine share: a slow host writes at half of it."""
+FABRIC, ENVIRONMENT = "fabric", "environment"
 
 
 @dataclass(frozen=True)
 class DrillCase:
-    """One fault. `inject` is a context manager in which the fault exists.
+    """One fault.
 
-    named:       the host that must be quarantined; "" if the fault is no host's
-    message:     part of a problem that the check must report; "" if it must find none
+    check:    the check that must find it
+    inject:   a context manager in which the fault exists
+    named:    the host that must be quarantined; "" if the fault is no host's
+    message:  part of a problem that the check must report; "" if it must find none
+    within_s: most seconds from the submission of the check until the fault is found
+    quick:    part of `make test`
     """
 
     name: str
-    inject: Callable[[VirtualCluster], Any]
+    inject: Fault
     named: str = ""
     message: str = ""
+    check: str = FABRIC
+    within_s: float = 120.0
     quick: bool = False
 
 
 @contextmanager
-def healthy(cluster: VirtualCluster) -> Iterator[None]:
+def healthy(cluster: VirtualHosts) -> Iterator[None]:
     yield
 
 
-def limited(host: str, bucket: str) -> Callable[[VirtualCluster], Any]:
+def limited(host: str, bucket: str) -> Fault:
     """Return the fault of a host whose outgoing link has another token bucket."""
 
     @contextmanager
-    def inject(cluster: VirtualCluster) -> Iterator[None]:
+    def inject(cluster: VirtualHosts) -> Iterator[None]:
         limit_link(cluster, host, bucket)
         try:
             yield
@@ -67,15 +85,15 @@ def limited(host: str, bucket: str) -> Callable[[VirtualCluster], Any]:
     return inject
 
 
-def limit_link(cluster: VirtualCluster, host: str, bucket: str, device: str = "eth0") -> None:
+def limit_link(cluster: VirtualHosts, host: str, bucket: str, device: str = "eth0") -> None:
     cluster.run("tc", "qdisc", "replace", "dev", device, "root", "tbf", *bucket.split(), host=host)
 
 
-def slow_link(first: str, second: str) -> Callable[[VirtualCluster], Any]:
+def slow_link(first: str, second: str) -> Fault:
     """Return the fault of one link: a cable of its own, with a tenth of the rate, joins the two hosts."""
 
     @contextmanager
-    def inject(cluster: VirtualCluster) -> Iterator[None]:
+    def inject(cluster: VirtualHosts) -> Iterator[None]:
         target = cluster.init_process(second)
         assert target is not None
         words = ["link", "add", "eth1", "type", "veth", "peer", "name", "eth1", "netns", str(target.pid)]
@@ -92,11 +110,11 @@ def slow_link(first: str, second: str) -> Callable[[VirtualCluster], Any]:
     return inject
 
 
-def without_cpu(host: str, runs_s: float = 0.002, stops_s: float = 0.06) -> Callable[[VirtualCluster], Any]:
+def without_cpu(host: str, runs_s: float = 0.002, stops_s: float = 0.06) -> Fault:
     """Return the fault of a host whose processes run for 2 ms and then stop for 60 ms, and so on."""
 
     @contextmanager
-    def inject(cluster: VirtualCluster) -> Iterator[None]:
+    def inject(cluster: VirtualHosts) -> Iterator[None]:
         def slow_down(ended: threading.Event) -> None:
             while not ended.is_set():
                 ranks = _ranks_on(cluster, host)
@@ -133,7 +151,7 @@ def _pause(processes: list[psutil.Process], seconds: float) -> None:
             process.resume()
 
 
-def _ranks_on(cluster: VirtualCluster, host: str) -> list[psutil.Process]:
+def _ranks_on(cluster: VirtualHosts, host: str) -> list[psutil.Process]:
     init = cluster.init_process(host)
     try:
         return [
@@ -145,11 +163,11 @@ def _ranks_on(cluster: VirtualCluster, host: str) -> list[psutil.Process]:
         return []
 
 
-def unplugged(host: str) -> Callable[[VirtualCluster], Any]:
+def unplugged(host: str) -> Fault:
     """Return the fault of a host that loses its link as soon as a rank runs there. Slurm would not choose it without a link."""
 
     @contextmanager
-    def inject(cluster: VirtualCluster) -> Iterator[None]:
+    def inject(cluster: VirtualHosts) -> Iterator[None]:
         def unplug(ended: threading.Event) -> None:
             while not ended.wait(0.2):
                 if _ranks_on(cluster, host):
@@ -165,19 +183,44 @@ def unplugged(host: str) -> Callable[[VirtualCluster], Any]:
     return inject
 
 
+HEALTHY = tuple(DrillCase(f"healthy, {check} check", healthy, check=check) for check in (ENVIRONMENT, FABRIC))
+_HOST: dict[str, Any] = {"named": "n2", "check": ENVIRONMENT, "within_s": 90.0}
 CASES = (
-    DrillCase("healthy", healthy),
-    DrillCase("one host at a tenth of the rate", limited("n3", SLOW), "n3", "n3 is slow with most other nodes", True),
+    DrillCase("one host at a tenth of the rate", limited("n3", SLOW), "n3", "n3 is slow with most other nodes", quick=True),
     DrillCase("one link at a tenth of the rate", slow_link("n2", "n4"), "", "the link between n2 and n4 is slow"),
     DrillCase("one host that loses packets", limited("n4", LOSSY), "n4", "n4 is slow with most other nodes"),
     DrillCase("one host without a CPU", without_cpu("n2"), "n2", "n2 is slow with most other nodes"),
     DrillCase("one host without a link", unplugged("n3"), "n3"),
-)
+    DrillCase("one host with a wrong clock", injected("WRONG_CLOCK", "n2"), message="n2: clock is +36", **_HOST, quick=True),
+    DrillCase("one host with another torch", other_torch("n2"), message="torch is not the same on all nodes", **_HOST),
+    DrillCase("one host with a full disk", full_disk("n2"), message="n2: local disk: No space left", **_HOST),
+    DrillCase("one host with a slow disk", injected("SLOW_DISK", "n2"), message="n2: local disk, write", **_HOST),
+    DrillCase("one host with a full /dev/shm", full_shared_memory("n2"), message="n2: /dev/shm has 8 MiB free",
+              **_HOST, quick=True),
+)  # fmt: skip
+
+
+_REPORTS: dict[str, type[FabricReport | EnvironmentReport]] = {FABRIC: FabricReport, ENVIRONMENT: EnvironmentReport}
+
+
+def _hosts_of(report: FabricReport | EnvironmentReport) -> list[str]:
+    return report.hosts if isinstance(report, FabricReport) else [node["host"] for node in report.nodes]
+
+
+def drill_site(cluster: VirtualHosts, nodes: int) -> dict[str, Any]:
+    """Return the keys of a site file of these nodes, into whose jobs the faults of host_faults.py are injected."""
+    return {
+        "partitions": [{**SITE["partitions"][0], "max_nodes": nodes, "max_minutes": 10}],
+        "deadline_poll_interval_s": 1.0,
+        "node_minimums": {"disk_write_gb_per_s": MIN_DISK_GB_PER_S},
+        "environment": injected_variables(cluster),
+        "srun_extra": [f"--task-prolog={REPOSITORY / 'tests/support/injected/task_prolog.sh'}"],
+    }
 
 
 @dataclass(frozen=True)
 class DrillResult:
-    """seconds: until the fault was found, or until the check succeeded."""
+    """seconds: until the fault was found, or until the check succeeded; passed_on: nodes on which it succeeded."""
 
     seconds: float
     quarantined: tuple[str, ...]
@@ -185,17 +228,18 @@ class DrillResult:
     passed_on: list[str]
 
 
-class FabricDrill(PipelineRunOnCluster):
-    """A run of which only the fabric check is started, by hand, on this number of nodes of the cluster."""
+class CheckDrill(PipelineRunOnCluster):
+    """A run of which only one check is started, by hand, on this number of nodes of the cluster."""
 
-    def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int) -> None:
-        config = tiny_config(checks={"nodes": nodes, "gpus_per_node": 1, "minutes": 5})
-        partition = {**SITE["partitions"][0], "max_nodes": nodes, "max_minutes": 10}
-        super().__init__(folder, config, cluster, partitions=[partition], deadline_poll_interval_s=1.0)
+    def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int, check: str) -> None:
+        checks = {"nodes": nodes, "gpus_per_node": 1, "minutes": 5, "min_disk_free_gb": 0.1}
+        config = tiny_config(checks=checks, storage={"scratch": str(scratch_folder(cluster))})
+        super().__init__(folder, config, cluster, **drill_site(cluster, nodes))
         plan = build_plan(load_config(folder / "run.yaml"))
         write_launch_files(plan, folder)
-        self._job = JobFolder(folder / plan.paths.job(JobId("fabric")).path)
-        self._out = folder / plan.paths.fabric
+        self._job = JobFolder(folder / plan.paths.job(JobId(check)).path)
+        self._report, out = _REPORTS[check], {FABRIC: plan.paths.fabric, ENVIRONMENT: plan.paths.environment}[check]
+        self._out = folder / out
 
     def run_check(self) -> DrillResult:
         """Submit the check and wait until it has found the fault and ended, or run on other nodes."""
@@ -204,9 +248,9 @@ class FabricDrill(PipelineRunOnCluster):
         found = (self._out.exists, failed_path(self._out).exists, self._job.failure.exists, self._quarantined)
         self.cluster.wait(300, "the fault is found or the check succeeds", lambda: any(is_so() for is_so in found))
         seconds = time.monotonic() - started
-        problems = FabricReport.read(failed_path(self._out)).problems if failed_path(self._out).exists() else []
+        problems = self._report.read(failed_path(self._out)).problems if failed_path(self._out).exists() else []
         self.cluster.wait(300, "the job has ended", lambda: not self.cluster.run("squeue", "-h").strip())
-        passed_on = FabricReport.read(self._out).hosts if self._out.exists() else []
+        passed_on = _hosts_of(self._report.read(self._out)) if self._out.exists() else []
         return DrillResult(seconds, self._quarantined(), problems, passed_on)
 
     def _quarantined(self) -> tuple[str, ...]:

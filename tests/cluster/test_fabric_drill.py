@@ -1,8 +1,10 @@
-"""The fabric check on a cluster whose network has a fault: it names the right host, which costs the run that host alone."""
+"""The two checks on a cluster of which a host or a link has a fault: they name it, and it costs the run that host alone."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,17 @@ from longhaul.artifacts.node_results import read_node_results
 from longhaul.artifacts.paths import QUARANTINE, RESULTS, WeightsFolder
 from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.artifacts.record_types import Attempt
-from tests.cluster.fabric_drill import CASES, FOUND_WITHIN_S, RATE, SLOW, DrillCase, FabricDrill, limit_link, limited
+from tests.cluster.fabric_drill import (
+    CASES,
+    HEALTHY,
+    RATE,
+    SLOW,
+    CheckDrill,
+    DrillCase,
+    DrillResult,
+    limit_link,
+    limited,
+)
 from tests.faults.faulted_run import FaultedRun, faulted_config
 from tests.support.pipeline_run import PipelineRun
 from tests.support.running_cluster import running_cluster
@@ -21,14 +33,14 @@ from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
 
 QUICK_HOSTS, ALL_HOSTS = 4, 8
-HEALTHY_RUNS = 5
+HEALTHY_RUNS = 20
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         is_all = metafunc.config.getoption("--all-drills")
-        cases = [*CASES, *[CASES[0]] * (HEALTHY_RUNS - 1)] if is_all else [case for case in CASES if case.quick]
-        metafunc.parametrize("case", cases, ids=[case.name.replace(" ", "-") for case in cases])
+        cases = [*CASES, *HEALTHY * HEALTHY_RUNS] if is_all else [case for case in CASES if case.quick]
+        metafunc.parametrize("case", cases, ids=[case.name.replace(" ", "-").replace("/", "") for case in cases])
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +53,49 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
 
 
 @pytest.fixture(scope="module")
-def table(pytestconfig: pytest.Config) -> Iterator[list[str]]:
-    """One line per case. With --all-drills they are written to bench/results/fabric_drill.txt."""
-    lines: list[str] = []
-    yield lines
-    if pytestconfig.getoption("--all-drills"):
+def table(pytestconfig: pytest.Config) -> DrillTable:
+    return DrillTable(is_written=pytestconfig.getoption("--all-drills"))
+
+
+@dataclass
+class DrillTable:
+    """The cases that passed. With --all-drills they are written to bench/results/fabric_drill.txt, after each case."""
+
+    is_written: bool
+    found: list[str] = field(default_factory=list)
+    healthy: Counter[str] = field(default_factory=Counter)
+
+    def add(self, case: DrillCase, result: DrillResult) -> None:
+        if case in HEALTHY:
+            self.healthy[case.name] += 1
+        else:
+            after = f"; passed on {', '.join(result.passed_on)}" if result.passed_on else ""
+            message = case.message or f"{case.named} does not respond"
+            seconds = f"found after {result.seconds:.0f} s of at most {case.within_s:.0f} s"
+            self.found.append(f"{case.name}: {case.check} check, {seconds}: {message}{after}")
+        if self.is_written:
+            write_result("fabric_drill", self._lines())
+
+    def _lines(self) -> list[str]:
         head = ["command: make fabric-drill", *describe_machine(("torch",))[1:]]
-        summary = f"{ALL_HOSTS} hosts of a Slurm cluster on one machine, the check runs on {ALL_HOSTS - 1} of them"
-        write_result("fabric_drill", [*head, summary, *lines])
+        summary = f"{ALL_HOSTS} hosts of a Slurm cluster on one machine, each check runs on {ALL_HOSTS - 1} of them"
+        counts = f"{len(self.found)} of {len(CASES)} faults were found"
+        healthy = [f"{name}: {count} of {HEALTHY_RUNS} runs, no alarm" for name, count in self.healthy.items()]
+        return [*head, summary, counts, *self.found, *healthy]
 
 
-def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, table: list[str]):
-    drill = FabricDrill(tmp_path, hosts, hosts.size.nodes - 1)
+def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, table: DrillTable):
+    drill = CheckDrill(tmp_path, hosts, hosts.size.nodes - 1, case.check)
     with case.inject(hosts):
         found = drill.run_check()
     named = (case.named,) if case.named else ()
     assert found.quarantined == named, found
     assert [case.message in problem for problem in found.problems] == ([True] if case.message else []), found
-    assert found.seconds < FOUND_WITHIN_S
+    assert found.seconds < case.within_s
     is_passed = bool(case.named) or not case.message
     assert len(found.passed_on) == (hosts.size.nodes - 1 if is_passed else 0)
     assert case.named not in found.passed_on
-    outcome = (
-        f"found after {found.seconds:.0f} s: {case.message or case.named}" if case.name != "healthy" else "no alarm"
-    )
-    after = f", passed on {', '.join(found.passed_on)}" if found.passed_on else ""
-    table.append(f"{case.name}: {outcome}{after}")
+    table.add(case, found)
 
 
 @pytest.mark.slow
