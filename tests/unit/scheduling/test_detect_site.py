@@ -155,6 +155,22 @@ def test_cpus_of_a_slurm_that_prints_no_effective_ones():
     assert partition.cpus == 128 - 1 * 2
 
 
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("gpu:3090:4", (4, "3090")),
+        ("gpu:2080ti:8(S:0-1),nvme:1", (8, "2080ti")),
+        ("gpu:1g.10gb:7", (7, "1g.10gb")),
+        ("gpu:4", (4, None)),
+        ("shard:8,gpu_mem:80", (0, None)),
+    ],
+)
+def test_types_of_gpus_may_begin_with_a_digit(gres: str, gpus: tuple[int, str | None]):
+    node = f"NodeName=n CPUTot=8 RealMemory=9000 Gres={gres} Partitions=p"
+    partition = found("PartitionName=p State=UP", node)["p"]
+    assert (partition.gpus, partition.gpu_type) == gpus
+
+
 def test_shape_is_that_of_the_nodes_with_the_most_gpus_together():
     """Values of different nodes would describe a node that does not exist."""
     lines = [f"CPUTot=64 RealMemory=500000 Gres=gpu:a100:4 Partitions=p NodeName=a{number}" for number in range(3)]
@@ -297,6 +313,29 @@ def test_cluster_without_partitions_and_silent_slurm_are_refused(tmp_path: Path,
     monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
     with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
         detect_site("centre")
+
+
+@pytest.mark.parametrize("file", ["my centre.yaml", ".yaml", "ümlaut.yaml"])
+def test_file_whose_name_is_no_name_of_a_site_is_refused(
+    slurm: Path, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused_message(capsys, "site", "detect", "--out", str(tmp_path / file))
+    assert f"site {Path(file).stem!r} is no name" in message and not (tmp_path / file).exists()
+
+
+@pytest.mark.parametrize("name", ["123", "on", "null"])
+def test_name_that_yaml_reads_as_another_type_is_quoted(slurm: Path, name: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["site", "detect", "--out", str(tmp_path / f"{name}.yaml")])
+    assert ended.value.code == 0 and load_site(str(tmp_path / f"{name}.yaml"), tmp_path).name == name
+
+
+def test_value_that_no_site_file_may_have_is_written_and_named(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "partition").write_text(PARTITIONS.replace("MaxNodes=64", "MaxNodes=0"))
+    message = refused_message(capsys, "site", "detect", "--out", str(tmp_path / "mine.yaml"))
+    assert "max_nodes is 0" in message and "max_nodes: 0" in (tmp_path / "mine.yaml").read_text()
 
 
 def test_existing_file_is_refused_until_it_is_moved_away(

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
 import yaml
+from pydantic import ValidationError
 
+from longhaul.config.field_types import NAME_PATTERN, PATTERN_DESCRIPTIONS
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
@@ -29,8 +32,10 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     probe_minutes: how long to wait for one-minute probe jobs; None submits none
 
     Raises:
-        UserError: Slurm does not answer, or shows no partition that is up.
+        UserError: the name is none of a site, Slurm does not answer, or shows no partition that is up.
     """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(f"site {name!r} is no name", f"name another file; use {PATTERN_DESCRIPTIONS[NAME_PATTERN]}")
     try:
         partitions = found_partitions(slurm_client.show_all("partition"), slurm_client.show_all("node"))
     except slurm_client.SlurmCommandError as error:
@@ -39,23 +44,28 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     associations = slurm_client.associations(getpass.getuser(), settings.get("ClusterName", ""))
     interfaces = fast_interfaces(psutil.net_if_addrs())
     cluster = _within_limits(name, FoundCluster(partitions, settings, associations, interfaces))
-    if probe_minutes is not None:
-        requests = probe_requests(_site(name, cluster), minutes=1)
-        cluster = replace(cluster, probes=probe_nodes(requests, probe_minutes))
+    if probe_minutes is not None and (site := _site(name, cluster)):
+        cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
     return site_text(name, cluster)
 
 
-def _site(name: str, cluster: FoundCluster) -> Site:
-    """Return the site that the text describes."""
-    return Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
+def _site(name: str, cluster: FoundCluster) -> Site | None:
+    """Return the site that the text describes; None if Slurm shows a value that no site file may have.
+
+    The file is written all the same. Who loads it is told which value that is.
+    """
+    try:
+        return Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
+    except ValidationError:
+        return None
 
 
 def _within_limits(name: str, cluster: FoundCluster) -> FoundCluster:
     """Return the cluster with time limits and numbers of nodes that QOS and account allow, too."""
-    shown = read_limits()
-    chosen = {partition.name: partition for partition in _site(name, cluster).partitions}
-    if shown is None:
+    site, shown = _site(name, cluster), read_limits()
+    if site is None or shown is None:
         return cluster
+    chosen = {partition.name: partition for partition in site.partitions}
     return replace(
         cluster,
         partitions=[

@@ -149,7 +149,7 @@ def _least(values: Iterable[int], limit: str) -> int:
 
 def _gpus(gres: str) -> tuple[int, str | None]:
     """Return number and type of the GPUs in a node's Gres: gpu:a100:4(S:0-1) -> 4, a100."""
-    found = [re.match(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", part) for part in re.sub(r"\([^)]*\)", "", gres).split(",")]
+    found = [re.fullmatch(r"gpu(?::([\w.-]+))?:(\d+)", part) for part in re.sub(r"\([^)]*\)", "", gres).split(",")]
     counts = [(int(match[2]), match[1]) for match in found if match]
     return (sum(count for count, _ in counts), counts[0][1]) if counts else (0, None)
 

@@ -15,7 +15,7 @@ def site_text(name: str, cluster: FoundCluster) -> str:
     chosen = places(cluster.partitions)
     lines = [
         "# Written by `longhaul site detect`. Check each line that ends in a comment against your centre's guide.",
-        f"name: {name}",
+        f"name: {json.dumps(name)}",
         "scheduler: slurm",
         "partitions:",
     ]
