@@ -51,6 +51,7 @@ def test_site_file_of_the_user_is_used_where_it_is(tmp_path: Path):
         ("nothing", "local", "mine", "there is no example 'nothing'"),
         ("llama-8b-pretrain", "moon", "mine", "there is no site 'moon'"),
         ("llama-8b-pretrain", "local", "../mine", "run '../mine' is no name"),
+        ("llama-8b-pretrain", "lumi", "lumi", r"the run and the site would both be .*/lumi\.yaml"),
     ],
 )
 def test_mistake_is_refused_and_writes_nothing(example: str, site: str, run: str, message: str, tmp_path: Path):
@@ -65,6 +66,16 @@ def test_existing_file_is_not_overwritten(tmp_path: Path):
         copy_start_files("llama-8b-pretrain", "local", "mine", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
     assert (tmp_path / "mine.yaml").read_text() == "precious"
+
+
+def test_second_run_is_told_to_use_the_site_file_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    copy_start_files("llama-8b-pretrain", "lumi", "first", Path())
+    with pytest.raises(UserError, match=r"lumi\.yaml exists already") as error:
+        copy_start_files("llama-8b-pretrain", "lumi", "second", Path())
+    assert error.value.hint.startswith("use it with --site ./lumi.yaml")
+    copy_start_files("llama-8b-pretrain", "./lumi.yaml", "second", Path())
+    assert load_config(Path("second.yaml")).site.name == "lumi"
 
 
 def test_verb_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -39,12 +39,15 @@ def copy_start_files(example: str, site: str, run: str, folder: Path) -> tuple[P
     # The example's own paths are relative to its folder.
     text = (EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8").replace(" ../../", f" {data_root()}/")
     text = _fitted(text, load_site(site, folder))
+    if site_file == config:
+        raise UserError(f"the run and the site would both be {config}", "choose another run name")
+    if config.exists():
+        raise UserError(f"{config} exists already", "choose another run name, or move the file away")
+    if is_shipped and site_file.exists():
+        raise UserError(f"{site_file} exists already", f"use it with --site ./{site_file.name}, or move it away")
     new = {config: _with_values(text, run=run, site=f"./{site_file.name}" if is_shipped else site)}
     if is_shipped:
         new[site_file] = found_site.read_text(encoding="utf-8")
-    for path in new:
-        if path.exists():
-            raise UserError(f"{path} exists already", "choose another run name, or move the file away")
     for path, content in new.items():
         write_text(path, content)
     load_config(config)
