@@ -87,6 +87,20 @@ def test_watch_goes_on_after_a_problem_until_the_user_stops_it(
     assert not ended.value.code and "Run r on site here: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("inside", "named"), [("results/r", "."), ("results", "r"), ("elsewhere", "../results/r")])
+def test_run_is_shown_with_its_steps_from_any_folder(
+    inside: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(Path())  # its files name relative paths, as those of any run do
+    run.train(5)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(SystemExit) as ended:
+        main(["status", named])
+    assert not ended.value.code and " 5/100 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("named", [".", "../small", "../../results/small"])
 def test_run_is_found_by_its_folder_from_inside(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "results/small"

@@ -158,7 +158,9 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
     """Read a stage's results; None before its first attempt. `row` is the stage's entry in plan.json."""
     stage = paths.stage(row["name"])
     checkpoint = _read_if_made(Checkpoint, stage.checkpoint)
-    weights = weights_folder(stage) or (WeightsFolder(Path(checkpoint.weights)) if checkpoint else None)
+    weights = weights_folder(stage)
+    if weights is None and checkpoint:
+        weights = WeightsFolder(stage.working_folder / checkpoint.weights)
     if weights is None:
         return None
     metrics = read_metrics(weights.metrics)

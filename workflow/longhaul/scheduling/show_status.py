@@ -38,9 +38,8 @@ def run_paths(named: Path | None) -> RunPaths:
     if named is None:
         return _last_run()
     if named.is_dir():
-        if named.name not in ("", ".."):
-            return RunPaths(named.name, named.parent)  # paths are shown as the user gave them
-        folder = named.resolve()  # `.` and `..` have no name of their own
+        # Paths are shown as the user gave them, unless they leave out the run's name or the folder that holds results/.
+        folder = named if len(named.parts) > 1 and ".." not in named.parts[-2:] else named.resolve()
         return RunPaths(folder.name, folder.parent)
     config = config_path(named)
     if not config.exists():
