@@ -28,6 +28,7 @@ from longhaul.report.run_status import (
     RunStatus,
     read_status,
 )
+from longhaul.report.status_text import summary_lines
 from tests.support.run_folder import TRAIN, RunFolder
 
 SHA = "ab" * 32
@@ -222,6 +223,26 @@ def test_gpu_hours_of_a_killed_job_do_not_grow(
     else:
         status = run.status(**({"train_base": QueuedJob("7", "RUNNING", "None", "N/A")} if queue == "running" else {}))
     assert status.stages[0].gpu_hours == pytest.approx(8 * hours)
+
+
+def test_gpu_hours_of_other_jobs_are_counted_apart(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    plan = json.loads(run.paths.plan.read_text())
+    for row in plan["jobs"]:
+        row["request"] = {"--nodes": "2", "--gres": "gpu:4"}
+    run.paths.plan.write_text(json.dumps(plan))
+    assert run.status().other_gpu_hours == 0
+    for job, seconds in ((JobId("environment"), 360), (TRAIN, 7200)):
+        history = [{"time_s": 1000.0, "event": "running"}, {"time_s": 1000.0 + seconds, "event": "done"}]
+        run.paths.job(job).path.mkdir(parents=True, exist_ok=True)
+        run.paths.job(job).history.write_text("".join(json.dumps(event) + "\n" for event in history))
+        run.state(job, "done")
+    run.train(40)
+    status = run.status()
+    assert status.other_gpu_hours == pytest.approx(0.8) and status.stages[0].gpu_hours == pytest.approx(16)
+    assert (
+        "GPU-hours: 16 of 7.5 to 9 planned for the training steps, and 0.8 in other jobs" in summary_lines(status)[-1]
+    )
 
 
 def test_training_on_cpus_has_no_gpu_hours(tmp_path: Path) -> None:

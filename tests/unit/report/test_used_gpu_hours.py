@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
-from longhaul.report.used_gpu_hours import allocated_timespans, used_gpu_hours
+from longhaul.report.used_gpu_hours import allocated_timespans, requested_gpu_hours, used_gpu_hours
 
 
 def allocated_seconds(events: list[dict[str, Any]], signs_of_life_s: list[float], now_s: float | None) -> float:
@@ -88,3 +88,22 @@ def test_stage_without_gpus_or_attempts_has_no_gpu_hours(tmp_path: Path) -> None
     assert used_gpu_hours(stage, weights, [], 32, None) is None
     weights.attempts.unlink()
     assert used_gpu_hours(stage, weights, [], 32, None) is used_gpu_hours(stage, None, [], 32, None) is None
+
+
+@pytest.mark.parametrize(
+    ("request_of_job", "gpus"),
+    [
+        ({"--nodes": "2", "--gpus-per-node": "4"}, 8),
+        ({"--nodes": "2", "--gpus-per-node": "h100:4"}, 8),
+        ({"--nodes": "3", "--gres": "gpu:2"}, 6),
+        ({"--nodes": "1", "--gres": "gpu:a100:2,tmp:50"}, 2),
+        ({"--nodes": "1", "--gres": "tmp:50"}, 0),
+        ({"--nodes": "4"}, 0),
+        ({}, 0),
+    ],
+)
+def test_other_jobs_count_with_the_gpus_that_they_request(
+    tmp_path: Path, request_of_job: dict[str, str], gpus: int
+) -> None:
+    job, _ = stage_with(tmp_path, [])
+    assert requested_gpu_hours(job, request_of_job, None) == pytest.approx(1.5 * gpus)

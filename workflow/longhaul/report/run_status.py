@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
 from longhaul.report.time_left import StageWork, training_left_s
-from longhaul.report.used_gpu_hours import used_gpu_hours
+from longhaul.report.used_gpu_hours import requested_gpu_hours, used_gpu_hours
 
 NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
     "not started",
@@ -134,6 +135,7 @@ class RunStatus:
     queue_problem: str  # why Slurm could not be asked; "" where it was asked, or where there is no Slurm
     report: str | None
     training_left_s: tuple[float, float] | None = None  # least and most, for the steps of all stages; None: unknown
+    other_gpu_hours: float = 0.0  # GPUs × hours of checks, exports and other jobs in Slurm that are no trainings
     unchecked_host: str = ""  # the only host that knows whether the main process still runs; "" where it was checked
     servers: list[ServerStatus] = field(default_factory=list)
 
@@ -198,7 +200,20 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
         queue_problem=problem,
         report=str(paths.report) if paths.report.exists() else None,
         training_left_s=training_left_s([_work(row, stage) for row, stage in zip(rows, stages, strict=True)]),
+        other_gpu_hours=_other_gpu_hours(paths, plan, statuses, now_s),
         unchecked_host=unchecked_host,
+    )
+
+
+def _other_gpu_hours(
+    paths: RunPaths, plan: PlanFile, statuses: Mapping[JobId, JobStatus], now_s: float | None
+) -> float:
+    jobs = [
+        (JobId(row["kind"], tuple(row["names"])), row["request"]) for row in plan["jobs"] if row["kind"] != STAGE_KIND
+    ]
+    return sum(
+        requested_gpu_hours(paths.job(job), request, now_s if statuses[job].state == RUNNING else None)
+        for job, request in jobs
     )
 
 

@@ -216,10 +216,9 @@ def _costs(status: RunStatus) -> list[str]:
     planned = sum_of_estimates(stage.gpu_hours_planned for stage in status.stages)
     if not used:
         return []
-    return [
-        f"GPU-hours: {text.significant(sum(used))}"
-        + (f" of {text.estimate(planned)} planned for the training steps" if planned else "")
-    ]
+    of_plan = f" of {text.estimate(planned)} planned for the training steps" if planned else ""
+    others = f", and {text.significant(status.other_gpu_hours)} in other jobs" if status.other_gpu_hours else ""
+    return [f"GPU-hours: {text.significant(sum(used))}{of_plan}{others}"]
 
 
 def sum_of_estimates(spans: Iterable[tuple[float, float] | None]) -> tuple[float, float] | None:

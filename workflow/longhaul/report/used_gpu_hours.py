@@ -1,4 +1,4 @@
-"""Computes the GPU-hours that a stage has used, from its allocations in history.jsonl and the GPUs of its attempts.
+"""Computes the GPU-hours that stages and other jobs have used, from their allocations in history.jsonl.
 
 An allocation without a recorded end counts until its last sign of life.
 """
@@ -6,7 +6,8 @@ An allocation without a recorded end counts until its last sign of life.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NotRequired
@@ -75,6 +76,25 @@ def used_gpu_hours(
     signs_of_life_s = [*(event["time_s"] for event in events), *metrics_s]
     spans = allocated_timespans(read_events(stage.history), signs_of_life_s, now_s)
     return sum(span.hours * (_gpus_in(span, attempts) or planned_gpus) for span in spans)
+
+
+def requested_gpu_hours(job: JobFolder, request: Mapping[str, str], now_s: float | None) -> float:
+    """Return requested GPUs × hours over all allocations of a job that is no training; 0 for a job without GPUs.
+
+    request: sbatch's options in plan.json
+    now_s:   as in `allocated_timespans`
+    """
+    gpus = _requested_gpus(request)
+    spans = allocated_timespans(read_events(job.history), [], now_s) if gpus else []
+    return sum(span.hours for span in spans) * gpus
+
+
+def _requested_gpus(request: Mapping[str, str]) -> int:
+    """Return the GPUs of all nodes: of --gpus-per-node=[type:]4, or of --gres=gpu:[type:]4[,…]."""
+    resources = f"gpu:{request['--gpus-per-node']}" if "--gpus-per-node" in request else request.get("--gres", "")
+    per_node = re.match(r"gpu:(?:[^:,]+:)?(\d+)(?:,|$)", resources)
+    nodes = request.get("--nodes", "1")
+    return int(per_node[1]) * int(nodes) if per_node and nodes.isdecimal() else 0
 
 
 def _gpus_in(span: Timespan, attempts: list[_Attempt]) -> int | None:
