@@ -154,6 +154,22 @@ def test_display_asks_slurm_every_30_seconds_or_after_an_event(monkeypatch: pyte
     assert queue([]) is not second
 
 
+def test_display_asks_again_about_a_job_that_was_submitted_during_the_question() -> None:
+    calls = 0
+
+    def ask(jobs: list[JobId]) -> Queue:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            queue.forget()  # as another thread does
+        return Queue({})
+
+    queue = RecentQueue(ask, 30.0)
+    for _ in range(3):
+        queue([])
+    assert calls == 2
+
+
 def test_silent_slurm_becomes_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = RunPaths("r", tmp_path / "results")
     paths.folder.mkdir(parents=True)

@@ -12,7 +12,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from longhaul.artifacts.job_state import Failure
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
-from longhaul.report.run_status import RUNNING
+from longhaul.report.run_status import INTERRUPTED, RUNNING
 from longhaul.scheduling import run_display
 from longhaul.scheduling.run_display import JobEvents, RunDisplay
 from tests.support.run_folder import TRAIN, RunFolder
@@ -147,4 +147,23 @@ def test_job_that_started_after_slurm_was_asked_is_not_shown_as_interrupted(
     for _ in range(3):
         status = display._status()
         assert status is not None and status.stages[0].job.state == RUNNING
+    assert calls == 2
+
+
+def test_slurm_is_asked_once_about_a_job_that_stays_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = RunFolder(tmp_path), 0
+
+    def ask(jobs: list[JobId]) -> Queue:
+        nonlocal calls
+        calls += 1
+        return Queue({})
+
+    monkeypatch.setattr(run_display, "queue_asker", lambda paths: ask)
+    run.state(TRAIN, "running")
+    display = RunDisplay(run.paths)
+    for _ in range(5):
+        status = display._status()
+        assert status is not None and status.stages[0].job.state == INTERRUPTED
     assert calls == 2

@@ -31,23 +31,23 @@ class RecentQueue:
     def __init__(self, ask: AskQueue, every_s: float) -> None:
         self._ask, self._every_s = ask, every_s
         self._asked_s = -math.inf
-        self._answer: Queue | UserError | None = None
+        self._answer: Queue | UserError = Queue({})
 
     def __call__(self, jobs: list[JobId]) -> Queue:
         """Return the last answer, or raise the UserError that took its place."""
-        if self._answer is None or time.monotonic() - self._asked_s >= self._every_s:
+        if time.monotonic() - self._asked_s >= self._every_s:
+            self._asked_s = time.monotonic()  # before the question: what happens during it is asked for next time
             try:
                 self._answer = self._ask(jobs)
             except UserError as error:
                 self._answer = error
-            self._asked_s = time.monotonic()
         if isinstance(self._answer, UserError):
             raise self._answer
         return self._answer
 
     def forget(self) -> None:
-        """Ask again at the next call, because a job has been submitted or has ended."""
-        self._answer = None
+        """Ask again at the next call, because a job has been submitted or has ended. Any thread may call this."""
+        self._asked_s = -math.inf
 
 
 def read_queue(paths: RunPaths, jobs: Sequence[JobId], timeout_s: float = COMMAND_TIMEOUT_S) -> Queue:

@@ -71,6 +71,7 @@ class RunDisplay:
         self._live: Live | None = None
         self._events = JobEvents(self._paths)
         self._queue = RecentQueue(queue_asker(self._paths), _QUEUE_EVERY_S)
+        self._interrupted: set[str] = set()
         self._begun_s = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="run display", daemon=True)
@@ -119,7 +120,9 @@ class RunDisplay:
     def _status(self) -> RunStatus | None:
         try:
             status = read_status(self._paths, self._queue)
-            if any(job.state == INTERRUPTED for job in status.jobs):
+            interrupted = {job.name for job in status.jobs if job.state == INTERRUPTED}
+            is_news, self._interrupted = not interrupted <= self._interrupted, interrupted
+            if is_news:
                 self._queue.forget()  # the job may have been submitted after Slurm was asked
                 status = read_status(self._paths, self._queue)
             return status
