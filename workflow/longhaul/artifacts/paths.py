@@ -42,9 +42,8 @@ class JobFolder:
 
     path: Path
 
-    @property
     def working_folder(self) -> Path:
-        """The folder that holds `results/`. Relative paths in the files of a job are relative to it."""
+        """Return the folder that holds `results/`. Relative paths in the files of a job are relative to it."""
         return self.path.parents[3]
 
     @property

@@ -160,7 +160,7 @@ def _read_stage(paths: RunPaths, row: StageRow, data: DataManifest | None) -> St
     checkpoint = _read_if_made(Checkpoint, stage.checkpoint)
     weights = weights_folder(stage)
     if weights is None and checkpoint:
-        weights = WeightsFolder(stage.working_folder / checkpoint.weights)
+        weights = WeightsFolder(stage.working_folder() / checkpoint.weights)
     if weights is None:
         return None
     metrics = read_metrics(weights.metrics)

@@ -57,7 +57,7 @@ def weights_folder(stage: JobFolder) -> WeightsFolder | None:
         root = Path(read_typed_json(stage.job_spec, _TrainSpecFields)["weights_root"])
     except UserError:
         return None
-    folders = [(path.stat().st_mtime, path.parent) for path in (stage.working_folder / root).glob("*/attempts.jsonl")]
+    folders = [(path.stat().st_mtime, path.parent) for path in (stage.working_folder() / root).glob("*/attempts.jsonl")]
     return WeightsFolder(max(folders)[1]) if folders else None
 
 
