@@ -48,6 +48,13 @@ def test_every_different_request_is_tried_once(
     assert "NO" in printed and "correct account of the partition" in printed
 
 
+def test_verb_does_not_promise_to_submit_what_slurm_may_accept_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = "#!/bin/sh\necho 'allocation failure: Unable to contact slurm controller (connect failure)' >&2; exit 1\n"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", script))
+    found = check_run(plan_of(tmp_path, None, {"partitions": SITE["partitions"]}))
+    assert {answer.remedy for answer in found} == {"Slurm may accept it later; the same command asks again"}
+
+
 def test_the_request_of_a_planned_server_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log")))
     changes = {"stages.0.export": "last", "stages.1.export": "last", "stages.1.serve": {"nodes": 3, "gpus_per_node": 8}}

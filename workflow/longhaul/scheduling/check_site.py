@@ -17,7 +17,7 @@ from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_request, jobs_of, jobs_on_demand
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
-from longhaul.scheduling.sbatch_refusals import read_refusal
+from longhaul.scheduling.sbatch_refusals import ASK_AGAIN, read_refusal
 from longhaul.scheduling.slurm_client import SlurmCommandError, try_submission
 
 CONTROLLER = "controller"
@@ -110,7 +110,7 @@ def _ask(jobs: str, request: SlurmRequest) -> SlurmAnswer:
     try:
         return SlurmAnswer(jobs, request, try_submission(request.options()))
     except SlurmCommandError as error:
-        refusal = read_refusal(str(error))
+        refusal = read_refusal(str(error), ASK_AGAIN)
         return SlurmAnswer(jobs, request, refusal.reason, refusal.remedy)
 
 

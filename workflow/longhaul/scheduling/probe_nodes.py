@@ -18,7 +18,7 @@ from longhaul.config.slurm_reasons import never_starts, remedy_of
 from longhaul.errors import UserError, printable
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.sbatch_refusals import read_refusal
+from longhaul.scheduling.sbatch_refusals import ASK_AGAIN, read_refusal
 
 SCRIPT = data_root() / "templates" / "sbatch" / "probe_node.sh"
 _POLL_INTERVAL_S = 2.0
@@ -78,7 +78,7 @@ def probe_nodes(requests: Mapping[str, SlurmRequest], wait_minutes: float) -> di
             try:
                 jobs[title] = _submit(request, outputs[title])
             except slurm_client.SlurmCommandError as error:
-                refusal = read_refusal(str(error))
+                refusal = read_refusal(str(error), ASK_AGAIN)
                 answers[title] = ProbeAnswer(None, f"refused: {refusal.reason}", refusal.remedy)
         unfinished = _wait(jobs, time.monotonic() + 60 * wait_minutes)
         answers |= {title: unfinished.get(title) or _answer(job, outputs[title]) for title, job in jobs.items()}

@@ -30,6 +30,8 @@ _TEMPORARY = re.compile(
 )
 
 _SUBMITTED_AGAIN = "longhaul submits it again after a pause; the same command again does so later"
+ASK_AGAIN = "Slurm may accept it later; the same command asks again"
+"""Remedy of a temporary refusal for verbs that submit nothing of a run."""
 # Some centres allow no job without an account: https://docs.csc.fi/computing/running/creating-job-scripts-roihu/
 _MISSING_ACCOUNT = (
     "; if no job of yours is queued, name another account in the site file: Slurm says so of a missing one, too"
@@ -45,13 +47,16 @@ class Refusal:
     remedy: str
 
 
-def read_refusal(text: str) -> Refusal:
-    """Return what an error message of sbatch means. An unknown text counts as temporary: a retry costs little."""
+def read_refusal(text: str, later: str = _SUBMITTED_AGAIN) -> Refusal:
+    """Return what an error message of sbatch means. An unknown text counts as temporary: a retry costs little.
+
+    later: remedy of a temporary refusal
+    """
     reason = _reason(text)
     code = limit_code(reason)
     if remedy := "" if _is_temporary(reason, code) else remedy_of(code or reason):
         return Refusal(reason, True, remedy)
-    return Refusal(reason, False, f"{_SUBMITTED_AGAIN}{_MISSING_ACCOUNT if code else ''}")
+    return Refusal(reason, False, f"{later}{_MISSING_ACCOUNT if code else ''}")
 
 
 def _is_temporary(reason: str, code: str | None) -> bool:
