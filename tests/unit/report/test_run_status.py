@@ -38,6 +38,14 @@ def job_state(status: RunStatus, job: JobId = TRAIN) -> tuple[str, str]:
     return next((found.state, found.detail) for found in status.jobs if found.name == str(job))
 
 
+def test_stage_with_more_steps_than_its_config_has_no_time_left(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.train(120)
+    (stage,) = run.status().stages
+    assert stage.progress and (stage.progress.step, stage.progress.seconds_left) == (120, 0.0)
+    assert run.status().training_left_s == (0.0, 0.0)
+
+
 def test_run_without_a_plan_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no plan.json"):
         read_status(RunPaths("none", tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,20 @@ def test_watch_goes_on_after_a_problem_until_the_user_stops_it(
     with pytest.raises(SystemExit) as ended:
         main(["status", str(run.paths.folder), "--watch"])
     assert not ended.value.code and "Run r on site here: " in capsys.readouterr().out
+
+
+def test_json_of_a_diverged_training_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunFolder(tmp_path, scheduler="local")
+    with run.train(5).metrics.open("a") as metrics:
+        metrics.write('{"step": 6, "loss": NaN, "mfu": Infinity}\n')
+    with pytest.raises(SystemExit):
+        main(["status", str(run.paths.folder), "--json"])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    (stage,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["stages"]
+    assert stage["progress"]["step"] == 6 and stage["progress"]["loss"] is None
 
 
 @pytest.mark.parametrize(("inside", "named"), [("results/r", "."), ("results", "r"), ("elsewhere", "../results/r")])

@@ -350,7 +350,8 @@ def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, jo
         validation_loss=_validation_loss(validated),
         tokens_per_s=recent_median(trained, "tokens_per_s"),
         mfu=recent_median(trained, "mfu"),
-        seconds_left=None if job.state == DONE or steps is None or step_s is None else step_s * (steps - step),
+        # Until it is trained again, a stage may have more steps than a config that was changed meanwhile.
+        seconds_left=None if job.state == DONE or steps is None or step_s is None else step_s * max(0, steps - step),
         last_saved_step=saved[-1]["step"] if saved else None,
         last_saved_s=saved[-1]["time_s"] if saved else None,
         attempts=_line_count(weights.attempts),

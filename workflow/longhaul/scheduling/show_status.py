@@ -81,9 +81,10 @@ def _view_or_problem(paths: RunPaths) -> RenderableType:
 
 
 def print_json(paths: RunPaths) -> None:
-    """Print the status as one JSON object: the fields of RunStatus, and its `state`."""
+    """Print the status as one JSON object: the fields of RunStatus, and its `state`. JSON has no NaN: it is null here."""
     status = _read(paths)
-    print(json.dumps({"state": status.state, **asdict(status)}, indent=2))
+    written = json.dumps({"state": status.state, **asdict(status)})
+    print(json.dumps(json.loads(written, parse_constant=lambda _: None), indent=2))
 
 
 def print_diagnosis(paths: RunPaths) -> None:
