@@ -90,6 +90,34 @@ def test_limits_of_the_account_count():
     )
 
 
+PROJ = {"Account": "proj", "Partition": "", "DefaultQOS": "", "MaxWall": "06:00:00", "MaxTRES": "node=2", "GrpTRES": ""}
+
+
+def test_limit_of_a_qos_replaces_the_smaller_one_of_the_account():
+    """A QOS for long jobs is made for it. Limits that the QOS does not have remain those of the account."""
+    qos = {**QOS, "MaxWall": "20:00:00"}
+    found = lines({"account": "proj", "qos": "long", "max_minutes": 1200}, None, qos, account=PROJ)
+    assert found["max_minutes"] == ("1200 (QOS long)", "") and found["max_nodes"][0] == "2 (account proj)"
+    found = lines({"account": "proj", "qos": "long"}, None, {**qos, "MaxTRES": "node=8"}, account=PROJ)
+    assert found["max_nodes"][0] == "8 (QOS long)"
+    found = lines({"account": "proj", "qos": "long"}, None, {**qos, "MaxTRES": "gres/gpu=64"}, account=PROJ)
+    assert found["max_nodes"][0] == "2 (account proj)", "another resource"
+
+
+def test_qos_of_the_partition_goes_before_that_of_the_job():
+    part, job = {**QOS, "Name": "part", "MaxWall": "10:00:00"}, {**QOS, "MaxWall": "05:00:00"}
+    assert lines({"qos": "long"}, {"QoS": "part"}, part, job)["max_minutes"][0] == "600 (QOS part)"
+    job["Flags"] = "DenyOnLimit,OverPartQOS"
+    assert lines({"qos": "long"}, {"QoS": "part"}, part, job)["max_minutes"][0] == "300 (QOS long)"
+
+
+def test_association_of_the_partition_replaces_that_of_all_partitions():
+    shown = SlurmLimits({"gpu": GPU}, {}, [PROJ, {**PROJ, "Partition": "gpu", "MaxWall": "08:00:00"}])
+    site = {"jobs": ["gpu"], "name": "gpu", "account": "proj", "max_minutes": 1440, "max_nodes": 2, "node": NODE}
+    found = list(compare_partition(Partition.model_validate(site, strict=False), shown))
+    assert [line.found for line in found] == ["480 (account proj)", "2 (account proj)"]
+
+
 def test_default_qos_of_the_account_counts_where_none_is_named():
     account = {"Account": "proj", "Partition": "", "DefaultQOS": "long", "MaxWall": "", "MaxTRES": "", "GrpTRES": ""}
     qos = {**QOS, "MaxWall": "04:00:00"}, {**QOS, "Name": "debug", "MaxWall": "00:30:00"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from longhaul.config.partition_config import Partition
@@ -52,23 +52,45 @@ def read_limits() -> SlurmLimits | None:
 
 
 def limits_of(partition: Partition, shown: SlurmLimits) -> list[JobLimit]:
-    """Return all limits of a job in a partition of the site file."""
+    """Return the limits of a job in a partition of the site file.
+
+    QOS and account: of each limit, the first one in Slurm's order counts, also if a later one is smaller
+    (https://slurm.schedmd.com/resource_limits.html). No job exceeds those of its partition, unless a flag of its QOS says so.
+    """
     own = [shown.partitions[name] for name in names_of(partition) if name in shown.partitions]
-    associations = [one for one in shown.associations if _is_for(one, partition)]
+    associations = _associations(partition, shown)
     qos = _qos(partition, own, associations, shown)
-    flags = {flag for one in qos for flag in one["Flags"].split(",")}
-    limits = []
-    if own:
-        # A job may start in any of several partitions. Two flags of a QOS replace the limits of its partition.
-        minutes = None if "PartitionTimeLimit" in flags else _largest(minutes_of(one.get("MaxTime", "")) for one in own)
-        nodes = None if "PartitionMaxNodes" in flags else _largest(_partition_nodes(one) for one in own)
-        limits.append(JobLimit(f"partition {partition.name}", minutes, nodes))
-    accounting = [*((f"QOS {one['Name']}", one) for one in qos)]
-    accounting += [(f"account {one['Account']}", one) for one in associations]
-    return [
-        *limits,
-        *(JobLimit(source, minutes_of(one["MaxWall"]), _nodes(one, partition)) for source, one in accounting),
+    sources = [
+        *((f"QOS {one['Name']}", one) for one in qos),
+        *((f"account {one['Account']}", one) for one in associations),
     ]
+    return [
+        *_partition_limits(partition, own, {flag for one in qos for flag in one["Flags"].split(",")}),
+        *_first_limits(sources, partition),
+    ]
+
+
+def _partition_limits(partition: Partition, own: Sequence[Fields], qos_flags: Set[str]) -> Iterator[JobLimit]:
+    """Yield the limit of Slurm's partitions. A job may start in any of several. Two flags of a QOS replace their limits."""
+    if own:
+        minutes = _largest(minutes_of(one.get("MaxTime", "")) for one in own)
+        nodes = _largest(_partition_nodes(one) for one in own)
+        yield JobLimit(
+            f"partition {partition.name}",
+            None if "PartitionTimeLimit" in qos_flags else minutes,
+            None if "PartitionMaxNodes" in qos_flags else nodes,
+        )
+
+
+def _first_limits(sources: Sequence[tuple[str, Fields]], partition: Partition) -> Iterator[JobLimit]:
+    """Yield the limits of QOS and account that count; sources: where the fields are from, in Slurm's order."""
+    seen: set[str] = set()
+    for source, fields in sources:
+        nodes = _nodes(fields, partition)
+        minutes = minutes_of(fields["MaxWall"])
+        new = [count for limit, count in nodes.items() if limit not in seen]
+        yield JobLimit(source, None if "MaxWall" in seen else minutes, min(new, default=None))
+        seen |= {*nodes, *(["MaxWall"] if minutes is not None else [])}
 
 
 def names_of(partition: Partition) -> list[str]:
@@ -76,17 +98,23 @@ def names_of(partition: Partition) -> list[str]:
     return [name for name in (partition.name or "").split(",") if name]
 
 
-def _is_for(association: Fields, partition: Partition) -> bool:
-    return association["Account"] == partition.account and association["Partition"] in ("", partition.name)
+def _associations(partition: Partition, shown: SlurmLimits) -> list[Fields]:
+    """Return the association of a job; one for its partition alone replaces that for all partitions."""
+    found = [one for one in shown.associations if one["Account"] == partition.account]
+    of_partition = [one for one in found if partition.name and one["Partition"] == partition.name]
+    return (of_partition or [one for one in found if not one["Partition"]])[:1]
 
 
 def _qos(
     partition: Partition, own: Sequence[Fields], associations: Sequence[Fields], shown: SlurmLimits
 ) -> list[Fields]:
-    """Return the QOS of a job, which is the account's default one where none is named, and those of its partitions."""
+    """Return the QOS of the partitions and that of the job, in Slurm's order. The account has one where none is named."""
     named = [partition.qos] if partition.qos else [one["DefaultQOS"] for one in associations]
-    names = dict.fromkeys([*named, *(fields.get("QoS", "") for fields in own)])
-    return [shown.qos[name] for name in names if name in shown.qos]
+    of_job = [shown.qos[name] for name in named if name in shown.qos]
+    of_partition = [shown.qos[name] for one in own if (name := one.get("QoS", "")) in shown.qos]
+    goes_first = any("OverPartQOS" in one["Flags"].split(",") for one in of_job)
+    ordered = [*of_job, *of_partition] if goes_first else [*of_partition, *of_job]
+    return list({one["Name"]: one for one in ordered}.values())
 
 
 def _partition_nodes(fields: Fields) -> int | None:
@@ -94,18 +122,20 @@ def _partition_nodes(fields: Fields) -> int | None:
     return min(counts, default=None)
 
 
-def _nodes(fields: Fields, partition: Partition) -> int | None:
-    """Return how many nodes the limits of trackable resources (TRES) allow: cpu=1280,gres/gpu=64,node=16.
+def _nodes(fields: Fields, partition: Partition) -> dict[str, int]:
+    """Return how many nodes each limit of trackable resources (TRES) allows: cpu=1280,gres/gpu=64,node=16.
 
     Of a limit below a whole node, a job gets a part of one.
     """
     per_node = {"node": 1, "cpu": partition.node.cpus, "gres/gpu": partition.node.gpus}
-    counts = []
+    counts: dict[str, int] = {}
     for key in _JOB_TRES:
-        for name, number in re.findall(r"(?:^|,)(node|cpu|gres/gpu)(?::[\w.-]+)?=(\d+)(?=,|$)", fields.get(key, "")):
-            if per_node[name]:
-                counts.append(max(min(int(number), 1), int(number) // per_node[name]))
-    return min(counts, default=None)
+        for name, number in re.findall(
+            r"(?:^|,)((?:node|cpu|gres/gpu)(?::[\w.-]+)?)=(\d+)(?=,|$)", fields.get(key, "")
+        ):
+            if of_node := per_node[name.partition(":")[0]]:
+                counts[f"{key} {name}"] = max(min(int(number), 1), int(number) // of_node)
+    return counts
 
 
 def _largest(values: Iterable[int | None]) -> int | None:
