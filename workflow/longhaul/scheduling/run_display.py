@@ -102,6 +102,7 @@ class RunDisplay:
     def finish(self) -> None:
         """Show the summary of a run that succeeded."""
         self.close()
+        self._queue.forget()
         if status := self._status():
             summary = "\n".join(summary_lines(status, time.monotonic() - self._begun_s))
             self._console.print(printable(summary), markup=False)
