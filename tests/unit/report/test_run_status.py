@@ -80,6 +80,17 @@ def test_time_left_covers_stages_that_have_not_begun(tmp_path: Path) -> None:
     assert run.status().training_left_s == pytest.approx((200 * 2.5,) * 2)
 
 
+def test_steps_of_a_length_in_epochs_are_those_of_the_plan_until_the_job_counts_them(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    plan = json.loads(run.paths.plan.read_text())
+    plan["stages"][0].update(steps=None, estimated_steps=90)
+    run.paths.plan.write_text(json.dumps(plan))
+    (stage,) = run.status().stages
+    assert (stage.steps, stage.estimated_steps) == (None, 90)
+    run.weights().identity.write_text(json.dumps({"steps": 88}))
+    assert run.status().stages[0].steps == 88
+
+
 def test_plan_of_another_release_is_refused_with_a_remedy(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     plan = json.loads(run.paths.plan.read_text())

@@ -84,6 +84,12 @@ def test_log_lines_name_step_loss_speed_and_time_left() -> None:
         assert progress_lines(replace(STATUS, jobs=[replace(JOB, state=state)])) == []
 
 
+def test_estimated_steps_stand_until_the_job_has_counted_its_samples() -> None:
+    for steps, estimated, shown_as in ((None, 1190, "0/~1,190"), (1200, 1190, "0/1,200"), (None, None, "0/–")):
+        stage = replace(STAGE, steps=steps, progress=None, estimated_steps=estimated)
+        assert shown_as in shown(progress_view(replace(STATUS, stages=[stage])))
+
+
 def test_time_of_several_stages_is_shown_in_every_form() -> None:
     second = replace(STAGE, name="chat", job=replace(JOB, name="train-chat", state=QUEUED), progress=None)
     status = replace(STATUS, stages=[STAGE, second], training_left_s=(3600.0, 5400.0))

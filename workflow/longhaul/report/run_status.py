@@ -107,6 +107,7 @@ class StageStatus:
     gpu_hours_expected: float | None
     gpu_hours_planned: tuple[float, float] | None
     exported_to: str | None  # the verified Hugging Face folder
+    estimated_steps: int | None = None  # of a length in epochs, by the plan
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,7 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float |
         gpu_hours_expected=used + seconds_left / 3600 * gpus if used is not None and seconds_left is not None else None,
         gpu_hours_planned=row.get("gpu_hours_range"),
         exported_to=_exported_to(paths, row["name"]),
+        estimated_steps=row.get("estimated_steps"),
     )
 
 

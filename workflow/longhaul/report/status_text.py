@@ -81,7 +81,7 @@ def _stage_cells(stage: StageStatus) -> list[RenderableType]:
     progress = stage.progress
     step = progress.step if progress else 0
     cells: list[RenderableType] = [
-        f"{step:,}/{text.exact(stage.steps)}",
+        f"{step:,}/{_steps(stage)}",
         ProgressBar(total=stage.steps or 1, completed=step if stage.steps else 0, width=_BAR_WIDTH),
     ]
     if progress is None:
@@ -93,6 +93,12 @@ def _stage_cells(stage: StageStatus) -> list[RenderableType]:
         text.count(progress.tokens_per_s),
         text.duration(progress.seconds_left),
     ]
+
+
+def _steps(stage: StageStatus) -> str:
+    if stage.steps is None and stage.estimated_steps:
+        return f"~{text.exact(stage.estimated_steps)}"
+    return text.exact(stage.steps)
 
 
 def _stage_details(stage: StageStatus) -> list[Text]:
