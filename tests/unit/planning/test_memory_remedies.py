@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longhaul.config.site_config import Site
-from longhaul.planning.gpu_memory import estimate_gpu_memory
+from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
 from longhaul.planning.memory_remedies import fitting_settings, smaller_settings
-from tests.support.small_configs import SITE, changed
+from tests.support.small_configs import SITE, changed, plan_of
 from tests.support.tiny_sizes import tiny_size, tiny_stage
 
 
@@ -28,6 +29,51 @@ def test_the_first_settings_that_are_enough_are_named():
     assert remedy(0.1) == (
         "set zero.stage to 3, zero.offload_optimizer to cpu and zero.offload_param to cpu or use 16 GPUs with zero.stage 3"
     )
+
+
+LARGE_BATCH = {
+    "model.llama.hidden_size": 1024,
+    "model.llama.num_hidden_layers": 8,
+    "stages.0.sequence_length": 128,
+    "stages.0.global_batch_size": 64,
+    "stages.0.micro_batch_size": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("share", "says", "changes"),
+    [
+        (0.9, "Set micro_batch_size to 32", {"stages.0.micro_batch_size": 32}),
+        (0.8, " or set zero.stage to 3", {"stages.0.zero": {"stage": 3}}),
+        (
+            0.3,
+            "Set micro_batch_size to 1, activation_checkpointing to full, zero.stage to 3 and zero.offload_optimizer to cpu",
+            {
+                "stages.0.micro_batch_size": 1,
+                "stages.0.activation_checkpointing": "full",
+                "stages.0.zero": {"stage": 3, "offload_optimizer": "cpu"},
+            },
+        ),
+    ],
+)
+def test_the_plan_warns_of_activations_that_do_not_fit_and_names_what_is_enough(
+    tmp_path: Path, share: float, says: str, changes: dict[str, Any]
+):
+    memory = plan_of(tmp_path, LARGE_BATCH).stages[0].memory
+    assert memory and memory.model_states < 0.1 * memory.total
+    limit = share * memory.total / GIB
+    site = {"partitions.0.node.gpu_memory_gib": limit}
+    (warning,) = plan_of(tmp_path, LARGE_BATCH, site).stages[0].warnings
+    assert f"needs about {memory.total / GIB:.1f} GiB per GPU; site centre has {limit:g} GiB" in warning
+    assert says in warning
+    assert plan_of(tmp_path, {**LARGE_BATCH, **changes}, site).stages[0].warnings == ()
+
+
+def test_a_stage_that_fits_gives_no_warning(tmp_path: Path):
+    memory = plan_of(tmp_path, LARGE_BATCH).stages[0].memory
+    assert memory
+    site = {"partitions.0.node.gpu_memory_gib": 1.0001 * memory.total / GIB}
+    assert plan_of(tmp_path, LARGE_BATCH, site).stages[0].warnings == ()
 
 
 def test_more_gpus_than_the_site_has_are_not_named():

@@ -299,6 +299,18 @@ def check_memory(stage: Stage, memory: MemoryEstimate, sizes: ModelSize, site: S
         )
 
 
+def memory_warning(stage: Stage, memory: MemoryEstimate | None, sizes: ModelSize | None, site: Site) -> str | None:
+    """Return a warning if a stage needs more than the memory of a GPU by the estimate, which is within a few percent."""
+    limit = site.node.gpu_memory_gib
+    if not (limit and memory and sizes) or memory.total <= limit * 2**30:
+        return None
+    remedy = fitting_settings(stage, sizes, site, lambda other: other.total <= limit * 2**30)
+    return (
+        f"stages.{stage.name} needs about {memory.total / 2**30:.1f} GiB per GPU; site {site.name} has {limit:g} GiB: it will "
+        f"probably run out of memory. {remedy[0].upper()}{remedy[1:]}"
+    )
+
+
 def check_checkpoint_files(stage: Stage, files: int, site: Site) -> None:
     """Raise UserError if the kept checkpoints have more files than the site's quota; `files` is the number in one checkpoint."""
     kept, limit = stage.checkpoints.keep_last + stage.checkpoints.keep_best + 1, site.inode_limit

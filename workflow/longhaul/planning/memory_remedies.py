@@ -18,15 +18,24 @@ Fits = Callable[[MemoryEstimate], bool]
 
 
 def fitting_settings(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> str:
-    """Return the remedy for a stage that needs too much GPU memory: settings of `zero`, a number of GPUs, or both alternatives.
+    """Return the remedy for a stage that needs too much GPU memory. Each alternative is enough: settings of the micro batch, of
+    `zero`, or a number of GPUs.
 
     fits: whether a memory estimate is small enough
     """
     ranks = stage.nodes * stage.gpus_per_node
-    zero = (_text(keys) for keys, found in _zero_settings(stage) if fits(estimate_gpu_memory(found, sizes, ranks)))
-    gpus = _fitting_gpus(stage, sizes, site, fits)
-    remedies = [text for text in (next(zero, None), next(gpus, None)) if text]
-    return " or ".join(remedies) or "use a smaller model, or GPUs with more memory"
+
+    def first(settings: Iterator[tuple[dict[str, Any], Stage]]) -> str | None:
+        found = (_text(keys) for keys, other in settings if fits(estimate_gpu_memory(other, sizes, ranks)))
+        return next(found, None)
+
+    single = (
+        first(_micro_batch_settings(stage)),
+        first(_zero_settings(stage)),
+        _fitting_gpus(stage, sizes, site, fits),
+    )
+    remedies = [text for text in single if text] or [first(_combined_settings(stage))]
+    return " or ".join(filter(None, remedies)) or "use a smaller model, or GPUs with more memory"
 
 
 def smaller_settings(stage: Stage) -> str:
@@ -43,6 +52,27 @@ def smaller_settings(stage: Stage) -> str:
     return " or ".join(remedies) or "use more GPUs, or shorten sequence_length"
 
 
+def _micro_batch_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
+    """Yield smaller micro batches, largest first, then more recomputation, then both; each with the stage that has them."""
+    micro, kind = int(stage.micro_batch_size), stage.activation_checkpointing
+    smaller = [{"micro_batch_size": number} for number in range(micro - 1, 0, -1) if micro % number == 0]
+    more = [
+        {"activation_checkpointing": other}
+        for other in _RECOMPUTED[1:]
+        if kind in _RECOMPUTED[: _RECOMPUTED.index(other)]
+    ]
+    both = [{**less, **recomputed} for recomputed in more for less in smaller]
+    for changes in (*smaller, *more, *both):
+        yield changes, stage.model_copy(update=changes)
+
+
+def _combined_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
+    """Yield the smallest micro batch with full recomputation, together with each change of `zero`."""
+    *_, (batch, smallest) = [(dict[str, Any](), stage), *_micro_batch_settings(stage)]
+    for keys, found in _zero_settings(smallest):
+        yield {**batch, **keys}, found
+
+
 def _zero_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
     """Yield the changes of `zero` that leave less on the GPU and that the layout allows, with the stage that has them."""
     zero, ranks = stage.zero, stage.nodes * stage.gpus_per_node
@@ -56,19 +86,20 @@ def _zero_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
         changed = {key: value for key, value in keys.items() if value != getattr(zero, key)}
         found = _with_zero(stage, changed)
         if changed and _is_allowed(found, ranks):
-            yield changed, found
+            yield {f"zero.{key}": value for key, value in changed.items()}, found
 
 
-def _fitting_gpus(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> Iterator[str]:
-    """Yield the numbers of GPUs, doubled each time, with which a stage fits as it is or with ZeRO 3."""
+def _fitting_gpus(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> str | None:
+    """Return the first number of GPUs, doubled each time, with which a stage fits as it is or with ZeRO 3."""
     partition = site.partition_for("gpu")
     most = partition.max_nodes * partition.node.gpus
     ranks = 2 * stage.nodes * stage.gpus_per_node
     while ranks <= most:
         for text, found in (("", stage), (" with zero.stage 3", _with_zero(stage, {"stage": _LARGEST_ZERO_STAGE}))):
             if _is_allowed(found, ranks) and fits(estimate_gpu_memory(found, sizes, ranks)):
-                yield f"use {ranks} GPUs{text}"
+                return f"use {ranks} GPUs{text}"
         ranks *= 2
+    return None
 
 
 def _with_zero(stage: Stage, changes: dict[str, Any]) -> Stage:
@@ -85,5 +116,5 @@ def _is_allowed(stage: Stage, ranks: int) -> bool:
 
 
 def _text(changes: dict[str, Any]) -> str:
-    *others, last = [f"zero.{key} to {value}" for key, value in changes.items()]
+    *others, last = [f"{key} to {value}" for key, value in changes.items()]
     return f"set {', '.join(others)} and {last}" if others else f"set {last}"

@@ -34,6 +34,7 @@ from longhaul.planning.check_feasibility import (
     check_site,
     check_vocabulary,
     deterministic_warning,
+    memory_warning,
     not_compiled_warning,
     save_time_warning,
 )
@@ -279,6 +280,7 @@ def _plan_stage(
     check_save_time(stage, save_bytes or 0, loaded.site)
     synchronous_reason = synchronous_save_reason(stage, memory, loaded.site)
     warnings = (
+        memory_warning(stage, memory, sizes, loaded.site),
         synchronous_reason,
         pipeline_bubble_warning(stage, micro_batches),
         save_time_warning(stage, save_bytes or 0, loaded.site),
