@@ -27,7 +27,7 @@ NodeRows = dict[str, list[CollectiveResult]]
 
 
 @dataclass(frozen=True)
-class Finding:
+class SlowCollective:
     """A collective of one node that is too slow or wrong.
 
     text:     what was measured; limit: what it was compared with
@@ -52,7 +52,7 @@ class InsideNodes:
 
     hosts: list[str] = field(default_factory=list)
     rows: list[CollectiveResult] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[SlowCollective] = field(default_factory=list)
 
     @property
     def bad_nodes(self) -> list[str]:
@@ -62,7 +62,7 @@ class InsideNodes:
 
     def problems(self) -> list[str]:
         """Return one line per collective and limit, with the values of the worst node."""
-        groups: dict[tuple[str, str], list[Finding]] = {}
+        groups: dict[tuple[str, str], list[SlowCollective]] = {}
         for found in self.findings:
             groups.setdefault((found.collective, found.limit.partition(" is ")[0]), []).append(found)
         return [
@@ -104,13 +104,13 @@ def measure_inside_nodes(
     return InsideNodes(list(rows), slowest_of_nodes(rows), findings_of(rows, limits, slow_share))
 
 
-def findings_of(rows: NodeRows, limits: Mapping[str, float], slow_share: float) -> list[Finding]:
+def findings_of(rows: NodeRows, limits: Mapping[str, float], slow_share: float) -> list[SlowCollective]:
     """Return wrong values, and at the largest size that all nodes measured, bandwidths below a limit or the median.
 
     The median counts from FEWEST_COMPARED_NODES nodes on. Of each collective, the slowest node comes first.
     """
     found = [
-        Finding(host, row["collective"], row["bytes"], wrong_values_text(row), "", is_wrong=True)
+        SlowCollective(host, row["collective"], row["bytes"], wrong_values_text(row), "", is_wrong=True)
         for host, own in rows.items()
         for row in own
         if not row["correct"]
@@ -126,7 +126,7 @@ def findings_of(rows: NodeRows, limits: Mapping[str, float], slow_share: float) 
     return found
 
 
-def _slow(rows: Mapping[str, CollectiveResult], minimum: float | None, slow_share: float) -> Iterator[Finding]:
+def _slow(rows: Mapping[str, CollectiveResult], minimum: float | None, slow_share: float) -> Iterator[SlowCollective]:
     """Yield the nodes that are slow in one collective at one size, the slowest one first."""
     usual = statistics.median(row["bus_bandwidth_gbps"] for row in rows.values())
     is_compared = len(rows) >= FEWEST_COMPARED_NODES
@@ -138,13 +138,13 @@ def _slow(rows: Mapping[str, CollectiveResult], minimum: float | None, slow_shar
             limit = f", the median of the nodes is {usual:.3g} GB/s"
         else:
             continue
-        yield Finding(host, row["collective"], row["bytes"], bandwidth_text(row), limit)
+        yield SlowCollective(host, row["collective"], row["bytes"], bandwidth_text(row), limit)
 
 
-def _late(rows: Mapping[str, CollectiveResult], maximum: float) -> Iterator[Finding]:
+def _late(rows: Mapping[str, CollectiveResult], maximum: float) -> Iterator[SlowCollective]:
     for host, row in sorted(rows.items(), key=lambda item: -item[1]["time_us"]):
         if row["time_us"] > maximum:
-            yield Finding(host, row["collective"], row["bytes"], latency_text(row["time_us"], maximum), "")
+            yield SlowCollective(host, row["collective"], row["bytes"], latency_text(row["time_us"], maximum), "")
 
 
 def slowest_of_nodes(rows: NodeRows) -> list[CollectiveResult]:
@@ -181,7 +181,7 @@ def _complete(rows: NodeRows) -> list[dict[str, CollectiveResult]]:
     return [size for size in found.values() if len(size) == len(rows)]
 
 
-def _slow_sizes(findings: Iterable[Finding]) -> list[tuple[str, int]]:
+def _slow_sizes(findings: Iterable[SlowCollective]) -> list[tuple[str, int]]:
     """Return the collectives and sizes to measure again. Wrong values need no second measurement."""
     return list(dict.fromkeys((found.collective, found.bytes) for found in findings if not found.is_wrong))
 
