@@ -14,7 +14,8 @@ from longhaul.config.software_config import Accelerator
 from longhaul.config.stage_config import Parallel, Stage, Zero
 from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
 from longhaul.planning.model_state_memory import snapshot_bytes
-from longhaul.planning.save_mode import PROCESS_BYTES, node_memory_needed, synchronous_save_reason
+from longhaul.planning.node_memory import PROCESS_BYTES
+from longhaul.planning.save_mode import node_memory_needed, synchronous_save_reason
 from tests.support.tiny_sizes import tiny_size, tiny_stage
 
 

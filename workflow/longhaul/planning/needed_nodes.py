@@ -13,7 +13,7 @@ from longhaul.errors import UserError
 from longhaul.planning.check_feasibility import accumulation_steps
 from longhaul.planning.check_parallel_layout import check_model, data_parallel_size
 from longhaul.planning.gpu_memory import GIB, MemoryEstimate, estimate_gpu_memory
-from longhaul.planning.save_mode import PROCESS_BYTES
+from longhaul.planning.node_memory import PROCESS_BYTES
 
 USED_SHARE = 0.9
 """Share of a GPU's memory that an estimate may use. The rest is for NCCL, the CUDA context and fragmentation."""

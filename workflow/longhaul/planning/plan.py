@@ -58,6 +58,7 @@ from longhaul.planning.input_files import (
     evaluation_files,
     model_config,
 )
+from longhaul.planning.node_memory import node_memory_warning
 from longhaul.planning.result_spec import result_spec
 from longhaul.planning.save_mode import synchronous_save_reason
 from longhaul.planning.serving_plan import ServingPlan, plan_serving
@@ -281,6 +282,7 @@ def _plan_stage(
     synchronous_reason = synchronous_save_reason(stage, memory, loaded.site)
     warnings = (
         memory_warning(stage, memory, sizes, loaded.site),
+        node_memory_warning(stage, memory, sizes, loaded.site),
         synchronous_reason,
         pipeline_bubble_warning(stage, micro_batches),
         save_time_warning(stage, save_bytes or 0, loaded.site),

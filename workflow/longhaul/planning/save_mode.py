@@ -5,21 +5,16 @@ from __future__ import annotations
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.planning.gpu_memory import GIB, MemoryEstimate
-
-PROCESS_BYTES = GIB
-"""Memory of a process that has loaded torch, DeepSpeed and transformers (0.8 to 1.2 GB were measured)."""
+from longhaul.planning.node_memory import job_bytes, training_bytes
 
 
 def node_memory_needed(stage: Stage, memory: MemoryEstimate, site: Site) -> int:
     """Return the bytes of CPU memory that the ranks of one node need with asynchronous saves."""
     ranks = stage.gpus_per_node
-    training = PROCESS_BYTES + memory.host
-    if not site.node.gpus:
-        training += memory.model_states + memory.activations + memory.logits
     # Only the first data-parallel rank saves the model; there is one for each tensor and pipeline rank.
     first = min(ranks, stage.parallel.tensor * stage.parallel.pipeline)
     others = {0: 0, 3: memory.snapshot}.get(stage.zero.stage, memory.snapshot - memory.weights)
-    return ranks * training + first * memory.snapshot + (ranks - first) * others
+    return training_bytes(stage, memory, site) + first * memory.snapshot + (ranks - first) * others
 
 
 def synchronous_save_reason(stage: Stage, memory: MemoryEstimate | None, site: Site) -> str | None:
@@ -31,17 +26,10 @@ def synchronous_save_reason(stage: Stage, memory: MemoryEstimate | None, site: S
     if memory is None:
         return None
     needed = node_memory_needed(stage, memory, site)
-    available = int(site.node.memory_mb * 2**20 * _share_of_node(stage, site))
+    available = job_bytes(stage, site)
     if needed <= available:
         return None
     return (
         f"stages.{stage.name}: each save stops the training until it is written: training and a copy of the save need "
         f"{needed / GIB:.1f} GiB of CPU memory per node, the job has {available / GIB:.1f} GiB (node.memory_mb)"
     )
-
-
-def _share_of_node(stage: Stage, site: Site) -> float:
-    """Return the share of a node's memory that Slurm gives to the job."""
-    if site.scheduler != "slurm" or site.partition_for("gpu").memory != "per_node":
-        return 1.0
-    return min(1.0, stage.gpus_per_node / (site.node.gpus or site.node.cpus))
