@@ -28,7 +28,7 @@ def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
         folder=str(tmp_path / "results"),
         scratch=str(tmp_path / "scratch"),
     )
-    facts = node_facts("here", job) | {"run_folder_seen_after_s": 0.0}
+    facts = node_facts("here", job) | {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
     rows = hardware_rows([facts], job)
     print_checks(rows)
     lines = [

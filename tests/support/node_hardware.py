@@ -105,6 +105,7 @@ def two_gpu_nodes() -> list[dict[str, Any]]:
         "shared_memory_bytes": 2**33,
         "write_error": None,
         "run_folder_seen_after_s": 0.1,
+        "own_file_seen_after_s": 0.1,
         "clock_skew_s": 0.0,
         "compiler": "c++ 12",
         "ops": {"removed": [], "built": {}, "failed": {}},

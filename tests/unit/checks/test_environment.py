@@ -87,6 +87,10 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda node: node.update(run_folder_seen_after_s=None),
         "must be on a shared file system",
     ),
+    "a folder that keeps its writes": (
+        lambda node: node.update(own_file_seen_after_s=None),
+        "are not visible on the first node after 10 s",
+    ),
     "a wrong clock": (
         lambda node: node.update(clock_skew_s=-7.25),
         "n2: clock is -7.2 s from that of n1, checks.max_clock_skew_s is 5",
@@ -182,6 +186,48 @@ def test_limits_themselves_are_allowed(
         found = two_gpu_nodes()
         change(found[1], value)
         assert len(node_problems(found, spec)) == count, value
+
+
+@pytest.mark.parametrize(("rank", "seen", "own"), [(0, 0.0, 0.0), (1, 0.0, None), (2, 0.0, 0.3)])
+def test_files_of_the_first_node_and_own_files_must_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, seen: float, own: float | None
+):
+    """The first node sees no file of the second one, and that of the third one late."""
+    touched: list[Path] = []
+    by_first = [0.0, None, 0.3]
+
+    def gather(value: Any, this: Rank) -> list[Any]:
+        if isinstance(value, list):
+            assert len(value) == (3 if this.is_main else 1)
+            touched.extend(tmp_path.iterdir())
+            return [by_first]
+        (tmp_path / ".shared-test-first-0").touch()
+        return ["first"]
+
+    monkeypatch.setattr(check, "_gather", gather)
+    monkeypatch.setattr(check, "SHARED_FOLDER_WAIT_S", 0.0)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    found = check._shared_folder_times(Rank(rank, 3, 0, 3, "n1"), tmp_path)
+    assert found == {"run_folder_seen_after_s": pytest.approx(seen, abs=0.1), "own_file_seen_after_s": own}
+    assert tmp_path / f".shared-test-first-{rank}" in touched
+    assert not (tmp_path / f".shared-test-first-{rank}").exists(), "each node removes its own file"
+
+
+def test_file_that_appears_late_or_never_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] > 2.95:
+            (tmp_path / "late").touch()
+
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(check.time, "sleep", sleep)
+    (tmp_path / "soon").touch()
+    files = [tmp_path / name for name in ("soon", "late")]
+    assert check._seen_after_s(files) == [0.0, pytest.approx(3.0)] and clock[0] == pytest.approx(3.0)
+    clock[0] = 0.0
+    assert check._seen_after_s([*files, tmp_path / "never"])[2] is None and clock[0] == pytest.approx(10.0)
 
 
 def test_unknown_disk_space_is_no_problem(tmp_path: Path):

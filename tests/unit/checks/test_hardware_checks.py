@@ -32,6 +32,7 @@ def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
             "cpus": 96,
             "measured": None,
             "run_folder_seen_after_s": 0.1,
+            "own_file_seen_after_s": 0.1,
         }
         for number, facts in enumerate(found, start=1)
     ]

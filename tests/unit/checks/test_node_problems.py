@@ -60,6 +60,9 @@ REMEDIES: dict[str, list[tuple[str, Change, dict[str, Any]]]] = {
     ],
     "an unwritable folder": [("let this user write there", lambda node: node.update(write_error=None), {})],
     "a folder that is not shared": [("mount it", lambda node: node.update(run_folder_seen_after_s=0.1), {})],
+    "a folder that keeps its writes": [
+        ("mount the same folder on all nodes", lambda node: node.update(own_file_seen_after_s=0.1), {})
+    ],
     "a wrong clock": [
         ("synchronise the clocks", lambda node: node.update(clock_skew_s=0.0), {}),
         ("raise the limit", nothing, {"checks": Checks(min_disk_free_gb=0.001, max_clock_skew_s=8)}),

@@ -33,6 +33,7 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "less memory": lambda node: node.update(memory_bytes=2**30),
     "an unwritable folder": lambda node: node.update(write_error="Read-only file system"),
     "a folder that is not shared": lambda node: node.update(run_folder_seen_after_s=None),
+    "a folder that keeps its writes": lambda node: node.update(own_file_seen_after_s=None),
     "another torch": lambda node: node["versions"].update(torch="2.12.0"),
     "another driver": lambda node: node["versions"].update(driver="570"),
     "a wrong clock": lambda node: node.update(clock_skew_s=3600.0),

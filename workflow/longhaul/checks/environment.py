@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,7 @@ def run(job: EnvironmentSpec) -> None:
     if job.swap_bytes and job.scratch:
         facts |= {"swap": swap_facts(job.scratch)}
     with process_group(rank, "gloo", _TIMEOUT_S):
-        facts |= {
-            "clock_skew_s": _clock_skew_s(rank),
-            "run_folder_seen_after_s": _run_folder_seen_after_s(rank, Path(job.folder)),
-        }
+        facts |= {"clock_skew_s": _clock_skew_s(rank), **_shared_folder_times(rank, Path(job.folder))}
         nodes = _gather(facts, rank)
     if rank.is_main:
         _judge(nodes, job)
@@ -108,24 +106,36 @@ def _clock_skew_s(rank: Rank) -> float:
     return round(min(differences, key=abs), 3)
 
 
-def _run_folder_seen_after_s(rank: Rank, folder: Path) -> float | None:
-    """Return after how many seconds this node sees a file that the first node writes to the run folder; None: not at all."""
+def _shared_folder_times(rank: Rank, folder: Path) -> dict[str, float | None]:
+    """Return after how many seconds nodes see each other's files in the run folder; None: not at all.
+
+    run_folder_seen_after_s: this node sees a file of the first node
+    own_file_seen_after_s:   the first node sees a file of this node
+    """
     import torch.distributed as dist
 
-    probe = folder / f".shared-test-{_gather(uuid.uuid4().hex, rank)[0]}"
-    if rank.is_main:
-        with suppress(OSError):  # the write test reports this error
-            probe.touch()
+    prefix = f".shared-test-{_gather(uuid.uuid4().hex, rank)[0]}"
+    files = [folder / f"{prefix}-{number}" for number in range(rank.world_size)]
+    with suppress(OSError):  # the write test reports this error
+        files[rank.rank].touch()
     dist.barrier()
+    seen = _seen_after_s(files if rank.is_main else files[:1])
+    by_first = _gather(seen, rank)[0]
+    with suppress(OSError):  # a read-only file system refuses it also for a file that is not there
+        files[rank.rank].unlink()
+    return {"run_folder_seen_after_s": seen[0], "own_file_seen_after_s": by_first[rank.rank]}
+
+
+def _seen_after_s(files: Sequence[Path]) -> list[float | None]:
+    """Wait until all files are visible, at most SHARED_FOLDER_WAIT_S. Return the seconds until each was; None: it never was."""
     started = time.monotonic()
-    while not (seen := probe.exists()) and time.monotonic() - started < SHARED_FOLDER_WAIT_S:
+    seen: dict[Path, float] = {}
+    while True:
+        now_s = round(time.monotonic() - started, 3)
+        seen |= {path: now_s for path in files if path not in seen and path.exists()}
+        if len(seen) == len(files) or now_s >= SHARED_FOLDER_WAIT_S:
+            return [seen.get(path) for path in files]
         time.sleep(_SHARED_FOLDER_POLL_S)
-    seen_after_s = round(time.monotonic() - started, 3)
-    dist.barrier()
-    if rank.is_main:
-        with suppress(OSError):  # a read-only file system refuses it also for a file that is not there
-            probe.unlink()
-    return seen_after_s if seen else None
 
 
 def _print_nodes(report: EnvironmentReport) -> None:

@@ -94,17 +94,22 @@ def _gpu_name(nodes: Nodes, job: EnvironmentSpec) -> str:
     return "" if job.build == "cpu" else next(names, "")
 
 
-def _visible_row(component: Component, seen_after_s: float | None) -> CheckRow:
-    """Return the row of a file that the first node wrote. A folder that is not shared is a problem of the run, not of a node."""
-    check, expected = "file of the first node is visible", f"within {SHARED_FOLDER_WAIT_S:g} s"
-    if seen_after_s is None:
-        return component.unknown(check, "the run folder is not the folder that the first node sees", expected)
-    return component.row(check, f"after {seen_after_s:.1f} s", expected)
+def _visible_rows(component: Component, node: Mapping[str, Any]) -> Iterator[CheckRow]:
+    """Yield the rows of files of other nodes. A folder that is not shared is a problem of the run, not of a node."""
+    expected = f"within {SHARED_FOLDER_WAIT_S:g} s"
+    for check, seen_after_s in (
+        ("file of the first node is visible", node["run_folder_seen_after_s"]),
+        ("own file is visible to the first node", node["own_file_seen_after_s"]),
+    ):
+        if seen_after_s is None:
+            yield component.unknown(check, "this node and the first one do not see the same run folder", expected)
+        else:
+            yield component.row(check, f"after {seen_after_s:.1f} s", expected)
 
 
 def _node_rows(node: Mapping[str, Any], job: EnvironmentSpec, uses_rdma: bool) -> list[CheckRow]:
     component, facts = Component(node["host"]), node["hardware"]
-    rows = [_visible_row(component, node["run_folder_seen_after_s"])]
+    rows = [*_visible_rows(component, node)]
     rows += component.judged(_MEMORY_CHECKS, facts.cpu_and_memory)
     if job.build != "cpu":
         rows += component.judged(_CPU_CHECKS, facts.cpu_and_memory)

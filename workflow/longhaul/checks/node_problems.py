@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from longhaul.checks.hardware_checks import LINK_LAYERS
+from longhaul.checks.hardware_checks import LINK_LAYERS, SHARED_FOLDER_WAIT_S
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
@@ -157,6 +157,9 @@ def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     if node["run_folder_seen_after_s"] is None:
         text = f"{job.folder} is not the folder that the first node sees: it must be on a shared file system"
         return [Problem(text, "mount it")]
+    if node["own_file_seen_after_s"] is None:
+        text = f"files that this node writes to {job.folder} are not visible on the first node after {SHARED_FOLDER_WAIT_S:g} s"
+        return [Problem(text, "mount the same folder on all nodes, without a cache for writes")]
     free, minimum = node["disk_free_bytes"], job.checks.min_disk_free_gb
     if free is not None and free < minimum * GB:
         text = f"{job.folder} has {free / GB:.1f} GB free, checks.min_disk_free_gb is {minimum:g}"
