@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,23 @@ def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Pat
     assert events.line(record(message="Trying to restart job 4.")) == "train-base is tried again"
     assert events.line(record(message="Execute 2 jobs...")) is None
     assert events.line(record(LogEvent.SHELLCMD, message="bash launch.sh")) is None
+
+
+def test_stopped_job_is_shown_with_its_recorded_reason_instead_of_the_end_of_its_log(tmp_path: Path) -> None:
+    """After Ctrl-C, the log of a training ends with a traceback of torchrun."""
+    run = RunFolder(tmp_path)
+    log = run.paths.log(TRAIN)
+    log.parent.mkdir(parents=True)
+    log.write_text("SignalException: Process 7 got signal: 15\n")
+    run.state(TRAIN, "waiting", job_id=None, reason="stopped by a signal")
+    events = JobEvents(run.paths)
+    events.line(started(log=[str(log)]))
+    assert events.line(failed()) == (
+        f"train-base stopped: stopped by a signal; it continues when it is started again; log: {log}"
+    )
+    os.utime(run.paths.job(TRAIN).state, (1000, 1000))  # of an earlier attempt: this one recorded nothing
+    events.line(started(log=[str(log)]))
+    assert "SignalException" in str(events.line(failed()))
 
 
 def test_job_that_started_after_slurm_was_asked_is_not_shown_as_interrupted(

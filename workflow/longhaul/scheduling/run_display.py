@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from longhaul.artifacts.job_state import Failure, read_failure
+from longhaul.artifacts.job_state import Failure, read_failure, read_state
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
@@ -34,6 +34,8 @@ _LOG_EVERY_S, _TERMINAL_EVERY_S, _QUEUE_EVERY_S = 60.0, 5.0, 30.0
 _SHARE_OF_A_CORE = 0.005
 """Largest share of a core that reading the status may take on the login node; squeue takes some more."""
 _LAST_LOG_LINES = 15
+_CLOCKS_DIFFER_S = 10.0
+"""Longest difference between the clocks of this host and of the file system."""
 _TARGET_RULE = "all"
 _NOTHING_TO_RUN = "Nothing to be done"
 _RETRY = re.compile(r"Trying to restart job (\d+)\.")
@@ -207,6 +209,8 @@ class JobEvents:
             return None
         self._failed.add(fields["jobid"])
         job = self._jobs.get(fields["jobid"]) or _Job.of(fields)
+        if stopped := self._why_stopped(job):
+            return f"{job.name} stopped: {stopped}; it continues when it is started again; log: {job.log}"
         return f"{job.name} failed; log: {job.log}\n{self._reason(job)}".rstrip()
 
     def _tried_again(self, job: _Job) -> str:
@@ -215,6 +219,16 @@ class JobEvents:
 
     def _recorded_failure(self, job: _Job) -> Failure | None:
         return read_failure(self._paths.job(job.job_id).path) if job.job_id else None
+
+    def _why_stopped(self, job: _Job) -> str:
+        """Return the recorded reason of a job that ended before it was done and can continue; "" for any other."""
+        folder = self._paths.job(job.job_id) if job.job_id else None
+        state = read_state(folder.path) if folder and not read_failure(folder.path) else None
+        if folder is None or state is None or state.state != "waiting":
+            return ""
+        # An attempt that ended before its supervisor began leaves the record of an earlier one.
+        age_s = time.time() - folder.state.stat().st_mtime
+        return state.reason if age_s <= time.monotonic() - job.begun_s + _CLOCKS_DIFFER_S else ""
 
     def _reason(self, job: _Job) -> str:
         """Return the cause that the job recorded, else the last lines of its log; nothing if the cause is printed later."""
