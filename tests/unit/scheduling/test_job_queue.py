@@ -11,6 +11,7 @@ import pytest
 
 from longhaul.artifacts.job_state import State
 from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.compat.slurm_plugin import job_comment
 from longhaul.errors import UserError
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.report.queued_jobs import Queue, QueuedJob
@@ -48,6 +49,15 @@ def test_jobs_are_matched_by_rule_and_wildcards() -> None:
         "environment": "3",
     }
     assert found["train-a_b"] == QueuedJob("0", "PENDING", "Priority", "N/A")
+
+
+def test_next_attempt_is_shown_while_slurm_still_ends_the_last_one():
+    comment = job_comment("train", ("r", "base"))
+    waits = QueueEntry("8", "PENDING", "Priority", "N/A", NAME_BY_PLUGIN, comment)
+    ends = replace(waits, job_id="7", state="COMPLETING", reason="None")
+    for entries in ([waits, ends], [ends, waits]):
+        assert match_jobs("r", [JobId("train", ("base",))], entries).by_job["train-base"].job_id == "8"
+    assert match_jobs("r", [JobId("train", ("base",))], [ends]).by_job["train-base"].job_id == "7"
 
 
 @pytest.mark.parametrize(

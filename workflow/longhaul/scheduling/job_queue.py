@@ -92,7 +92,8 @@ def _queue_of_owner(paths: RunPaths, timeout_s: float = COMMAND_TIMEOUT_S) -> Se
 
 def match_jobs(run: str, jobs: Sequence[JobId], entries: Sequence[QueueEntry]) -> Queue:
     """Return the jobs that are in the queue, by their comment, which the plugin makes of rule and wildcards, or by their name."""
-    here = [entry for entry in entries if entry.in_folder]
+    # A node that hangs keeps an ended attempt COMPLETING for hours. The next attempt, with the same comment, is the job.
+    here = sorted((entry for entry in entries if entry.in_folder), key=lambda entry: entry.state != "COMPLETING")
     by_comment = {entry.comment: entry for entry in here if not _is_of_another_run(entry, run)}
     by_name = {entry.name: entry for entry in here}
     found = {
