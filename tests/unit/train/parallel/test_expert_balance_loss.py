@@ -10,6 +10,7 @@ import torch
 
 from longhaul.config.stage_config import Parallel
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
+from longhaul.train.compile_layers import compile_layers
 from longhaul.train.parallel.expert_balance_loss import SequenceBalanceLoss
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.support.small_configs import LLAMA
@@ -47,9 +48,9 @@ def positions() -> torch.Tensor:
     return torch.stack([torch.cat([torch.arange(text), torch.arange(text - LENGTH, 0)]) for text in TEXT])
 
 
-def token_loss(model: Any) -> torch.Tensor:
+def token_loss(model: Any, position_ids: torch.Tensor | None = None) -> torch.Tensor:
     ids = torch.randint(400, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
-    return model(input_ids=ids, labels=ids, position_ids=positions()).loss
+    return model(input_ids=ids, labels=ids, position_ids=positions() if position_ids is None else position_ids).loss
 
 
 def loss_by_formula(model: Any) -> torch.Tensor:
@@ -85,7 +86,7 @@ def test_the_hand_computed_case_of_equations_17_to_20(padded: list[int]):
     """
     scores_NE = torch.tensor([[0.8, 0.4, 0.2, 0.2], [0.4, 0.8, 0.2, 0.2], [0.1, 0.2, 0.6, 0.6], [0.9, 0.9, 0.9, 0.1]])
     layer = torch.nn.Module()
-    layer.mlp = torch.nn.Module()
+    layer.mlp, layer.self_attn = torch.nn.Module(), torch.nn.Identity()
     layer.mlp.experts, layer.mlp.gate = torch.nn.Identity(), Router(scores_NE.logit())
     layer.forward = lambda hidden, position_ids: layer.mlp.gate(hidden)
     model: Any = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
@@ -121,6 +122,26 @@ def test_loss_and_gradients_follow_the_formula(kind: str, checkpointing: str):
     tokens.backward()
     assert balance.pop_loss().item() == pytest.approx(expected.item() - tokens.item(), rel=1e-4)
     assert balance.pop_loss().item() == 0.0
+    for (name, one), two in zip(expected_model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "captured"), [("selective", False), ("full", False), ("full", True)], ids=str
+)
+def test_micro_batches_of_a_pipeline_keep_their_own_padding(checkpointing: str, captured: bool, dynamo: object):
+    """A pipeline rank starts the second micro batch before the backward pass of the first one."""
+    expected_model, model = build_model("deepseek_v3"), build_model("deepseek_v3")
+    for changed in (expected_model, model):
+        add_balance_loss(changed, 1.0)
+    apply_activation_checkpointing(model, checkpointing)
+    if captured:
+        compile_layers(model, "aot_eager")
+    batches = [positions(), torch.arange(LENGTH).repeat(BATCH, 1)]
+    for position_ids in batches:
+        token_loss(expected_model, position_ids).backward()
+    for loss in [token_loss(model, position_ids) for position_ids in batches]:
+        loss.backward()
     for (name, one), two in zip(expected_model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -1,7 +1,7 @@
 """Marks padding tokens for the routers, so that experts do not count them.
 
 A decoder layer gets the position ids, which differ between text and padding (longhaul.data.sampling.sample_format). It gets
-them on each pipeline rank, and again in the backward pass, where activation checkpointing computes the layer once more.
+them on each pipeline rank. Where activation checkpointing computes the layer once more, its attention gets them again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,23 @@ class TextTokens:
     sequence_length: of a whole sample, also where ranks divide its tokens
     """
 
-    def __init__(self, layer: torch.nn.Module, sequence_length: int) -> None:
+    def __init__(self, layer: Any, sequence_length: int) -> None:
         self._position_ids: torch.Tensor | None = None
         self._sequence_length = sequence_length
         layer.register_forward_pre_hook(self._remember, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(self._remember_again, with_kwargs=True)
 
     def _remember(self, _layer: object, _inputs: object, options: dict[str, Any]) -> None:
         self._position_ids = options["position_ids"]
+
+    def _remember_again(self, attention: object, inputs: object, options: dict[str, Any]) -> None:
+        """Remember them inside the layer: transformers runs hooks of the layer itself once, before activation checkpointing.
+
+        A pipeline rank has begun other micro batches before it computes a layer again. A compiled layer keeps the position ids as
+        an input of its graph, in which no attribute may be changed.
+        """
+        if not torch.compiler.is_compiling():
+            self._remember(attention, inputs, options)
 
     def mask(self, count: int) -> torch.Tensor:
         """Return bool [count]: which of the tokens, in the order of the flattened micro batch, are no padding."""
