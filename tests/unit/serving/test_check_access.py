@@ -43,9 +43,11 @@ def answering(accepted: set[str | None], open_path: str = "") -> Iterator[int]:
         found.shutdown()
 
 
-def test_a_server_that_knows_its_key_is_accepted():
-    with answering({f"Bearer {KEY}"}) as port:
-        check_keys(server(port), KEY)
+@pytest.mark.parametrize("last", ["f", "-", "_"])
+def test_a_server_that_knows_its_key_is_accepted(last: str):
+    key = KEY[:-1] + last
+    with answering({f"Bearer {key}"}) as port:
+        check_keys(server(port), key)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ def check_keys(server: Server, key: str) -> None:
     Raises:
         UserError: the server answers one of them in another way.
     """
+    wrong = key[:-1] + ("_" if key.endswith("-") else "-")
     for path in _PROTECTED:
         _check_status(server, path, None, "without an API key", _UNAUTHORIZED)
-        _check_status(server, path, f"{key[:-1]}-", "with a wrong API key", _UNAUTHORIZED)
+        _check_status(server, path, wrong, "with a wrong API key", _UNAUTHORIZED)
     _check_status(server, _ASKED, key, "with its API key", 200)
 
 
