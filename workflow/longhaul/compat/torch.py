@@ -44,7 +44,7 @@ def multiply_fp8(
     rows_scale, columns_scale: fp32 scalars with which the matrices must be multiplied
     fast: the GPU adds with fewer bits (Hopper), which the output of a layer tolerates
     """
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         rows, columns, scale_a=rows_scale, scale_b=columns_scale, out_dtype=dtype, use_fast_accum=fast
     )
 
