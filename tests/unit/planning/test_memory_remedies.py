@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def test_a_stage_that_fits_gives_no_warning(tmp_path: Path):
     assert memory
     site = {"partitions.0.node.gpu_memory_gib": 1.0001 * memory.total / GIB}
     assert plan_of(tmp_path, LARGE_BATCH, site).stages[0].warnings == ()
+
+
+def test_a_huge_micro_batch_is_warned_of_at_once(tmp_path: Path):
+    """2^30 has few divisors, and a search through all smaller numbers would take minutes."""
+    huge = {**LARGE_BATCH, "stages.0.global_batch_size": 2**30, "stages.0.micro_batch_size": 2**30}
+    began_s = time.monotonic()
+    (warning,) = plan_of(tmp_path, huge, {"partitions.0.node.gpu_memory_gib": 80}).stages[0].warnings
+    assert "Set micro_batch_size to" in warning and time.monotonic() - began_s < 10
 
 
 def test_more_gpus_than_the_site_has_are_not_named():

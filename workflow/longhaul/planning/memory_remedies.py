@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from longhaul.planning.check_parallel_layout import data_parallel_size
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
 
 _LARGEST_ZERO_STAGE = 3
+_MOST_DIVISOR = 100_000
 _RECOMPUTED: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 Fits = Callable[[MemoryEstimate], bool]
 
@@ -42,8 +44,7 @@ def smaller_settings(stage: Stage) -> str:
     """Return the remedy for a stage that ran out of GPU memory: a smaller micro batch, more recomputation, or less on the GPU."""
     micro, remedies = stage.micro_batch_size, list[str]()
     if isinstance(micro, int) and micro > 1:
-        smaller = next(number for number in range(micro - 1, 0, -1) if micro % number == 0)
-        remedies.append(f"set micro_batch_size to {smaller}")
+        remedies.append(f"set micro_batch_size to {_smaller_divisors(micro)[0]}")
     if stage.activation_checkpointing in _RECOMPUTED[:-1]:
         more = _RECOMPUTED[_RECOMPUTED.index(stage.activation_checkpointing) + 1]
         remedies.append(f"set activation_checkpointing to {more}")
@@ -55,7 +56,7 @@ def smaller_settings(stage: Stage) -> str:
 def _micro_batch_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
     """Yield smaller micro batches, largest first, then more recomputation, then both; each with the stage that has them."""
     micro, kind = int(stage.micro_batch_size), stage.activation_checkpointing
-    smaller = [{"micro_batch_size": number} for number in range(micro - 1, 0, -1) if micro % number == 0]
+    smaller = [{"micro_batch_size": number} for number in _smaller_divisors(micro)]
     more = [
         {"activation_checkpointing": other}
         for other in _RECOMPUTED[1:]
@@ -64,6 +65,12 @@ def _micro_batch_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]
     both = [{**less, **recomputed} for recomputed in more for less in smaller]
     for changes in (*smaller, *more, *both):
         yield changes, stage.model_copy(update=changes)
+
+
+def _smaller_divisors(number: int) -> list[int]:
+    """Return the divisors of a number without itself, largest first; of a huge number only the smallest and the largest ones."""
+    small = [divisor for divisor in range(1, min(math.isqrt(number), _MOST_DIVISOR) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)} - {number}, reverse=True)
 
 
 def _combined_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
