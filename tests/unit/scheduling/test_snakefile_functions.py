@@ -55,6 +55,22 @@ def test_another_job_and_a_later_submission_read_the_state_again(
     assert [str(job) for job in submitted] == ["train-base", "train-chat", "train-chat"]
 
 
+def test_a_run_prints_the_warnings_of_stages_that_will_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A person may start a run without reading its plan."""
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(tmp_path, {"stages.0.minutes": 20}, {"checkpoint_write_gb_per_s": 1e-5})
+    (warning,) = plan.stages[0].warnings
+    assert "longer than recovery.stop_margin_s" in warning
+    snakefile_functions._print_changes_and_warnings(plan)
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    kept = [SimpleNamespace(stage=stage.name, action=snakefile_functions.KEPT) for stage in plan.stages]
+    monkeypatch.setattr(snakefile_functions, "stage_changes", lambda plan: kept)
+    snakefile_functions._print_changes_and_warnings(plan)
+    assert capsys.readouterr().err == ""
+
+
 def test_threads_are_the_cores_of_this_machine_or_one_on_a_cluster(tmp_path: Path):
     local = {
         "scheduler": "local",

@@ -80,12 +80,12 @@ def _load_run_plan(workflow: Any) -> tuple[Path, Plan]:
     if workflow.is_main_process:
         check_inputs(plan)
         render_run(plan, Path.cwd())  # refuses in a dry run, too, what a launch script cannot contain
-        _print_changes(plan)
+        _print_changes_and_warnings(plan)
     return config, plan
 
 
-def _print_changes(plan: Plan) -> None:
-    """Print what the run will do to stages that have trained, unless it keeps all of them.
+def _print_changes_and_warnings(plan: Plan) -> None:
+    """Print what the run will do to stages that have trained, unless it keeps all of them; and warnings of the other stages.
 
     Raises:
         UserError: the weights of a stage cannot continue under the planned number of steps.
@@ -94,6 +94,9 @@ def _print_changes(plan: Plan) -> None:
     if any(change.action != KEPT for change in changes):
         for line in change_lines(changes):
             print(line, file=sys.stderr, flush=True)
+    kept = {change.stage for change in changes if change.action == KEPT}
+    for warning in (text for stage in plan.stages if stage.name not in kept for text in stage.warnings):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _config_file(workflow: Any) -> Path:
