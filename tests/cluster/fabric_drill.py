@@ -111,16 +111,22 @@ def slow_link(first: str, second: str) -> Fault:
 
 
 def without_cpu(host: str, runs_s: float = 0.002, stops_s: float = 0.06) -> Fault:
-    """Return the fault of a host whose processes run for 2 ms and then stop for 60 ms, and so on."""
+    """Return the fault of a host whose ranks run for 2 ms and then stop for 60 ms, and so on, once they have joined the others.
+
+    Slowed down earlier, they would import torch for minutes.
+    """
 
     @contextmanager
     def inject(cluster: VirtualHosts) -> Iterator[None]:
         def slow_down(ended: threading.Event) -> None:
+            ranks: list[psutil.Process] = []
             while not ended.is_set():
-                ranks = _ranks_on(cluster, host)
-                for _ in range(30 if ranks else 1):
+                ranks = [rank for rank in ranks if rank.is_running()] or _ranks_on(cluster, host)
+                if _have_joined(ranks):
                     _pause(ranks, stops_s)
-                    time.sleep(runs_s if ranks else 0.2)
+                    time.sleep(runs_s)
+                else:
+                    time.sleep(0.02 if ranks else 0.2)
 
         with _in_background(slow_down):
             yield
@@ -139,6 +145,13 @@ def _in_background(action: Callable[[threading.Event], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _have_joined(ranks: list[psutil.Process]) -> bool:
+    """Return whether a rank has joined the process group. gloo starts its threads then; until then a rank has one."""
+    with suppress(psutil.NoSuchProcess):
+        return any(rank.num_threads() > 1 for rank in ranks)
+    return False
 
 
 def _pause(processes: list[psutil.Process], seconds: float) -> None:
