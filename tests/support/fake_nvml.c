@@ -87,6 +87,12 @@ int nvmlDeviceGetCurrPcieLinkGeneration(void *gpu, uint *out) { return uint_of(g
 int nvmlDeviceGetMaxPcieLinkGeneration(void *gpu, uint *out) { return uint_of(gpu, "pcie_max", out); }
 int nvmlDeviceGetCurrPcieLinkWidth(void *gpu, uint *out) { return uint_of(gpu, "width", out); }
 int nvmlDeviceGetMaxPcieLinkWidth(void *gpu, uint *out) { return uint_of(gpu, "width_max", out); }
+int nvmlDeviceGetTopologyCommonAncestor(void *gpu, void *other, uint *out) {
+    ull level = 0;
+    int code = indexed(gpu, "path", (uint)((size_t)other - 1), &level);
+    if (!code) *out = (uint)level;
+    return code;
+}
 int nvmlDeviceGetNvLinkState(void *gpu, uint link, uint *out) {
     ull state = 0;
     int code = indexed(gpu, "nvlink", link, &state);

@@ -55,6 +55,7 @@ def healthy_gpu(model: str, index: int) -> dict[str, Any]:
         "width": 16,
         "width_max": 16,
         **{f"nvlink{link}": 1 for link in range(shape["nvlinks"])},
+        **{f"path{other}": 40 if other // 4 == index // 4 else 50 for other in range(8)},
     }
 
 

@@ -83,6 +83,17 @@ def test_degraded_gpu_is_named(library: Path, model: str, change: dict[str, Any]
     assert len(lines) == 1 and message in lines[0], lines
 
 
+def test_each_gpu_has_the_paths_to_the_others(library: Path):
+    gpus = [healthy_gpu("H100", index) for index in range(5)]
+    uuids = [gpu["uuid"] for gpu in gpus]
+    gpus[1]["path0"], gpus[2]["path0"] = 10, 99
+    del gpus[3]["path0"]
+    found = read(library, gpus).gpus
+    assert found[0].paths == dict(zip(uuids[1:], ("NODE", "NODE", "NODE", "SYS"), strict=True))
+    assert found[1].paths[uuids[0]] == "PIX" and found[2].paths[uuids[0]] == "level 99"
+    assert list(found[3].paths) == [uuids[1], uuids[2], uuids[4]], "NVML does not know one of them"
+
+
 def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(library: Path):
     """As a PCIe card in a virtual machine: NVML answers Not Supported."""
     lacking = ("corrected", "remap_pending", "reasons", *(f"nvlink{link}" for link in range(18)))

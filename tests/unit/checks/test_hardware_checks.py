@@ -256,6 +256,23 @@ def test_node_whose_gpus_are_far_from_the_adapters_is_named():
     )
 
 
+def test_node_with_other_paths_between_its_gpus_is_named():
+    def wired(*paths: str) -> HardwareFacts:
+        """Return a node of three GPUs. paths: between GPU 0 and 1, 0 and 2, 1 and 2; "" if NVML does not know it."""
+        between = dict(zip(((0, 1), (0, 2), (1, 2)), paths, strict=True))
+        known = [(*pair, path) for pair, path in between.items() if path]
+        known += [(second, first, path) for first, second, path in known]
+        gpus = [gpu(index, paths={f"GPU-{b}": path for a, b, path in known if a == index}) for index in range(3)]
+        return hardware(gpus=GpuReading(gpus))
+
+    spec = environment_job(gpus_per_node=3)
+    rows = hardware_rows(nodes(*[wired("NODE", "SYS", "SYS")] * 3, wired("SYS", "SYS", "SYS")), spec)
+    (line,) = (line for line in warning_lines(rows) if "paths" in line)
+    assert line.startswith("n4: paths between GPUs: 3 SYS, expected 1 NODE, 2 SYS; ask the admins")
+    rows = hardware_rows(nodes(*[wired("NODE", "SYS", "SYS")] * 3, wired("", "", "")), spec)
+    assert [row["node"] for row in rows if row["check"] == "paths between GPUs"] == ["n1", "n2", "n3"]
+
+
 def test_cpu_nodes_have_no_gpu_rows():
     rows = hardware_rows(
         nodes(hardware(cpu={"governors": {"powersave": 8}})), environment_job(build="cpu", interconnect="ethernet")

@@ -7,6 +7,7 @@ have is None, and `unavailable` holds NVML's reason.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ SLOWDOWNS = {
     0x80: "hardware power brake",
 }
 """Bits of nvmlClocksEventReasons (nvml.h) that lower the clocks of a GPU at work."""
+PATHS = {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
+"""nvmlGpuTopologyLevel_t (nvml.h) -> the word of `nvidia-smi topo -m` for the path over PCIe between two GPUs."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class GpuFacts:
     nvlinks:       number of active NVLinks
     nvlinks_down:  numbers of the NVLinks that are not active
     nvlink_errors: number of an NVLink -> replays, recoveries and CRC errors, where there are any
+    paths:         UUID of another GPU of the node -> a word of PATHS
     """
 
     index: int
@@ -57,6 +61,7 @@ class GpuFacts:
     pcie_generation_max: int | None
     pcie_width: int | None
     pcie_width_max: int | None
+    paths: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
@@ -99,7 +104,19 @@ def _read_all(pynvml: Any, is_loaded: bool) -> GpuReading:
             found.append(_gpu_facts(pynvml, index, pynvml.nvmlDeviceGetHandleByIndex(index), is_loaded))
         except pynvml.NVMLError as error:
             lost[index] = str(error)
-    return GpuReading(found, lost=lost)
+    return GpuReading([replace(gpu, paths=_paths(pynvml, gpu, found)) for gpu in found], lost=lost)
+
+
+def _paths(pynvml: Any, gpu: GpuFacts, gpus: Iterable[GpuFacts]) -> dict[str, str]:
+    """Return the paths to the other GPUs of the node, as far as NVML knows them: virtual machines hide them."""
+    paths = {}
+    for other in gpus:
+        with suppress(pynvml.NVMLError):
+            if other.uuid != gpu.uuid:
+                handles = (pynvml.nvmlDeviceGetHandleByIndex(one.index) for one in (gpu, other))
+                level = pynvml.nvmlDeviceGetTopologyCommonAncestor(*handles)
+                paths[other.uuid] = PATHS.get(level, f"level {level}")
+    return paths
 
 
 def chosen_gpus(reading: GpuReading, uuids: Collection[str]) -> GpuReading:

@@ -85,6 +85,7 @@ def _equality_rows(nodes: Nodes) -> Iterator[CheckRow]:
     yield from _same_everywhere(
         "adapters next to GPUs", {node: _affinity_text(facts) for node, facts in hardware.items()}
     )
+    yield from _same_everywhere("paths between GPUs", {node: _paths_text(facts) for node, facts in hardware.items()})
     yield from _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
 
 
@@ -162,6 +163,15 @@ def _modules_text(facts: HardwareFacts) -> str:
     """Return the memory modules as `16 x 65536 MiB`; "" if the node does not report them."""
     modules = Counter(facts.cpu_and_memory.modules_mib or ())
     return ", ".join(f"{count} x {size} MiB" for size, count in sorted(modules.items()))
+
+
+def _paths_text(facts: HardwareFacts) -> str:
+    """Return the number of pairs of the job's GPUs by their path, `12 NODE, 16 SYS`; "" where no path is known."""
+    gpus = facts.gpus.gpus
+    paths = Counter(
+        path for number, gpu in enumerate(gpus) for other in gpus[:number] if (path := gpu.paths.get(other.uuid))
+    )
+    return ", ".join(f"{count} {path}" for path, count in sorted(paths.items()))
 
 
 def _affinity_text(facts: HardwareFacts) -> str:
