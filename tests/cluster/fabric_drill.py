@@ -38,8 +38,8 @@ from tests.support.virtual_hosts import VirtualHosts
 
 RATE = "rate 400mbit burst 256kb limit 1mb"
 SLOW = "rate 40mbit burst 32kb limit 1mb"
-LOSSY = "rate 400mbit burst 4kb limit 6kb"
-"""A queue of four packets: the sender loses packets in every burst."""
+LOSSY = "rate 400mbit burst 2kb limit 3kb"
+"""A queue of two packets: the sender loses packets in every burst, and reaches a fifth of the rate."""
 MIN_DISK_GB_PER_S = 0.006
 """Minimum of the local disk, which all hosts of this machine share: a slow host writes at half of it."""
 FABRIC, ENVIRONMENT = "fabric", "environment"
