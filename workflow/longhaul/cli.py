@@ -248,9 +248,9 @@ def verify(config: ConfigArgument) -> None:
 
 @app.command()
 def baseline(config: ConfigArgument) -> None:
-    """Store what the nodes of a run's environment check reached, as the usual values of the site.
+    """Store what a run's environment check and fabric check reached, as the usual values of the site.
 
-    Writes `<site file>.baseline.json` beside the site file. Later environment checks compare with it.
+    Writes `<site file>.baseline.json` beside the site file. Later checks compare with it.
 
     Example: `longhaul baseline mine.yaml`
     """
@@ -262,7 +262,7 @@ def baseline(config: ConfigArgument) -> None:
     learned, path = learn_baseline(made), baseline_path(made.loaded.site_path)
     learned.write(writable_file(path))
     print_baseline(learned)
-    print(f"wrote {path}; later environment checks compare with it")
+    print(f"wrote {path}; later checks compare with it")
 
 
 @app.command()

@@ -131,6 +131,7 @@ def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) 
         gpus_per_node=2,
         limits=limits,
         node_limits=node_limits,
+        baseline=None,
         pairs_only=False,
         folder=str(tmp_path),
         out=str(out),

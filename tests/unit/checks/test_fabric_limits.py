@@ -57,12 +57,12 @@ def test_single_process_has_no_measurements_and_no_problems() -> None:
 
 
 ALL_LINE = (
-    "bandwidth between all ranks: nothing to compare with; set interconnect.limits in the site file, or checks.nodes to at "
-    "least 3"
+    "bandwidth between all ranks: nothing to compare with; set interconnect.limits in the site file, set checks.nodes to at "
+    "least 3, or store a healthy run: longhaul baseline"
 )
 NODE_LINE = (
-    "bandwidth inside a node: nothing to compare with; set interconnect.node_limits in the site file, or checks.nodes to at "
-    "least 3"
+    "bandwidth inside a node: nothing to compare with; set interconnect.node_limits in the site file, set checks.nodes to at "
+    "least 3, or store a healthy run: longhaul baseline"
 )
 
 

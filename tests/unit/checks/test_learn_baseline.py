@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
+from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.site_baseline import SiteBaseline, baseline_path, read_baseline
-from longhaul.checks.learn_baseline import learn_baseline
+from longhaul.checks.learn_baseline import learn_baseline, print_baseline
 from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.planning import Plan
 from tests.support.small_configs import plan_of
 
@@ -43,6 +45,28 @@ def test_usual_rates_are_median_and_spread_over_all_gpus(plan: Plan):
     assert (learned.gpu, learned.run) == ("NVIDIA H200", plan.run)
     assert learned.rates["matrix_tflops"] == {"median": 700.0, "lowest": 650.0, "highest": 720.0, "count": 6}
     assert learned.rates["disk_read_gb_per_s"]["count"] == 3
+
+
+def test_network_is_stored_if_the_fabric_check_passed_too(plan: Plan, capsys: pytest.CaptureFixture[str]):
+    write_report(plan.paths.environment, 700.0, 720.0)
+    assert learn_baseline(plan).network == {}
+    pairs = [
+        PairResult(hosts=["n1", f"n{n}"], rail=0, bandwidth_gbps=rate, latency_us=9.0)
+        for n, rate in ((2, 48.0), (3, 46.0))
+    ]
+    FabricReport([], "nccl", 6, ["n1", "n2", "n3"], [], {}, pairs).write(plan.paths.fabric)
+    learned = learn_baseline(plan)
+    name = "pairs of nodes, nccl, 2 ranks per node"
+    assert learned.network == {name: {"median": 47.0, "lowest": 46.0, "highest": 48.0, "count": 2}}
+    print_baseline(learned)
+    assert "pairs of nodes" in capsys.readouterr().out
+    learned.write(baseline_path(plan.loaded.site_path))
+    spec = job_spec(plan, JobId("fabric"))
+    assert isinstance(spec, FabricSpec) and spec.baseline == learned
+    assert FabricSpec.model_validate_json(spec.to_json()) == spec
+    before = spec.rerun_key()
+    baseline_path(plan.loaded.site_path).unlink()
+    assert job_spec(plan, JobId("fabric")).rerun_key() == before, "a baseline runs no finished check again"
 
 
 def test_file_is_beside_the_site_file_and_the_next_check_reads_it(plan: Plan, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ from longhaul.artifacts.check_rows import CheckRow
 from longhaul.artifacts.site_baseline import SiteBaseline
 from longhaul.checks.check_table import problem_lines
 from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
-from longhaul.checks.rate_checks import RATE_CHECKS, RateLimits, rate_rows, rates_of, usual_rate
+from longhaul.checks.rate_checks import RATE_CHECKS, RateLimits, rate_rows, rates_of, usual_of
 from longhaul.config.node_minimums import NodeMinimums
 
 GPU = BurnIn(verified=9, wrong_rows=0, matrix_tflops=640.0, device_copy_gb_per_s=2900.0, host_to_device_gb_per_s=55.0,
@@ -43,8 +43,7 @@ def expected(found: list[CheckRow], check: str) -> set[str]:
 
 
 def learned(**rates: float) -> SiteBaseline:
-    usual = {key: usual_rate({("n", str(n)): value for n, value in enumerate((rate, rate, 0.94 * rate))})
-             for key, rate in rates.items()}  # fmt: skip
+    usual = {key: usual_of((rate, rate, 0.94 * rate)) for key, rate in rates.items()}
     return SiteBaseline(H100, "good", "2026-11-29", usual)
 
 

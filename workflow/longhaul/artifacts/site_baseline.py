@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,9 +25,10 @@ class SiteBaseline(Artifact):
     """`<site file>.baseline.json`.
 
     gpu:   name of the GPUs; "" on nodes without GPUs
-    run:   the run whose environment check measured the rates
+    run:   the run whose checks measured the rates
     time:  when that was, in UTC
     rates: name of a rate in RATE_CHECKS -> its values
+    network: name of checks.network_baseline.NetworkRate -> its values; empty if the fabric check had not run
     """
 
     hint: ClassVar[str] = "delete it, or measure again: longhaul baseline"
@@ -36,6 +37,7 @@ class SiteBaseline(Artifact):
     run: str
     time: str
     rates: dict[str, UsualRate]
+    network: dict[str, UsualRate] = field(default_factory=dict)
 
 
 def baseline_path(site_path: Path) -> Path:

@@ -17,7 +17,8 @@ from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, Pai
 from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
-from longhaul.checks.fabric_limits import fabric_problems, not_compared, set_limits
+from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
+from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_with_baseline
 from longhaul.checks.pair_evidence import slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
@@ -35,7 +36,6 @@ _TIMEOUT_S = 60.0
 """Time-out of one message or collective. The sizes are chosen so that each takes a few seconds at most."""
 _TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
 """Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
-_MOST_REPORTED_PAIRS = 20_000
 _COLLECTIVES, _COLLECTIVE_BUDGET_S = 6, 4.0
 """Time for all sizes of one collective; six collectives, inside the nodes and between all ranks, take less than a minute."""
 SIZES_BYTES = {
@@ -71,6 +71,7 @@ def run(job: FabricSpec) -> None:
         results = _measure_between(rank, device, backend) if is_full else []
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
+        report = _with_baseline(report, job, torch.cuda.get_device_name(device) if on_gpu else "")
         append_node_results(JobFolder(Path(job.folder)), [*node_results(tournament), *inside.node_results()])
         if report.results:
             _print_measurements(report)
@@ -80,7 +81,8 @@ def run(job: FabricSpec) -> None:
         report.write_or_raise(
             Path(job.out),
             f"the network between {', '.join(report.hosts)} is not fit for training",
-            "exclude a node of each slow link; correct interconnect.limits in the site file if they are too strict",
+            "exclude a node of each slow link; correct interconnect.limits in the site file if they are too strict, and "
+            "store a new baseline if the network has changed: longhaul baseline",
         )
 
 
@@ -121,7 +123,6 @@ def _measure_inside(rank: Rank, hosts: list[str], device: Any, backend: str, job
     import torch.distributed as dist
 
     from longhaul.checks.collective_benchmarks import MeasuredGroup
-    from longhaul.checks.pair_tournament import SLOW_SHARES
 
     ranks_per_node = rank.world_size // rank.nodes
     if rank.nodes == 1 or ranks_per_node == 1:
@@ -215,15 +216,24 @@ def _report(
         slowest_pairs(tournament.pairs),
         tournament.slow_nodes,
         node_limits,
-        not_compared(hosts, results, limits, node_limits),
     )
+
+
+def _with_baseline(report: FabricReport, job: FabricSpec, gpu: str) -> FabricReport:
+    """Return the report with what is far below the baseline; before a training, that is only a warning."""
+    compared = compare_with_baseline(report, job.baseline, gpu)
+    if not job.pairs_only:
+        return compared
+    for line in compared.problems[len(report.problems) :]:
+        print(f"warning: {line}", flush=True)
+    return report
 
 
 def slowest_pairs(pairs: list[PairResult]) -> list[PairResult]:
     """Return the pairs that the report keeps: all of up to 200 nodes, else the slowest ones."""
-    if len(pairs) <= _MOST_REPORTED_PAIRS:
+    if len(pairs) <= MOST_REPORTED_PAIRS:
         return pairs
-    return sorted(pairs, key=lambda pair: pair["bandwidth_gbps"])[:_MOST_REPORTED_PAIRS]
+    return sorted(pairs, key=lambda pair: pair["bandwidth_gbps"])[:MOST_REPORTED_PAIRS]
 
 
 def _print_measurements(report: FabricReport) -> None:

@@ -8,6 +8,9 @@ from longhaul.artifacts.fabric_report import CollectiveResult
 from longhaul.config.site_config import FabricLimits
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
+SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
+"""Backend -> share of the usual bandwidth below which something is slow. Network adapters or PCIe links that run at half of
+their rate are far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
 BANDWIDTH = "_gbps"
 """End of the names of limits of bandwidths."""
 
@@ -67,8 +70,8 @@ def not_compared(
     scopes = {"all": ("between all ranks", "limits", limits), "node": ("inside a node", "node_limits", node_limits)}
     measured = {row["scope"] for row in results}
     return [
-        f"bandwidth {where}: nothing to compare with; set interconnect.{key} in the site file, or checks.nodes to at least "
-        f"{FEWEST_COMPARED_NODES}"
+        f"bandwidth {where}: nothing to compare with; set interconnect.{key} in the site file, set checks.nodes to at least "
+        f"{FEWEST_COMPARED_NODES}, or store a healthy run: longhaul baseline"
         for scope, (where, key, found) in scopes.items()
         if scope in measured and not any(name.endswith(BANDWIDTH) for name in found)
     ]

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport, failed_path
+from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.job_state import utc_now
-from longhaul.artifacts.site_baseline import SiteBaseline
+from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
 from longhaul.checks.measured_rates import NodeMeasurements
-from longhaul.checks.rate_checks import RATE_CHECKS, rates_of, usual_rate
+from longhaul.checks.network_baseline import network_rates
+from longhaul.checks.rate_checks import RATE_CHECKS, rates_of, usual_of
 from longhaul.errors import UserError
 from longhaul.planning import Plan
 
@@ -21,7 +23,7 @@ _MEASUREMENTS = TypeAdapter(NodeMeasurements)
 
 
 def learn_baseline(plan: Plan) -> SiteBaseline:
-    """Return the usual rates of the nodes that a run's environment check measured.
+    """Return the usual rates of the nodes, and of the network if the fabric check passed, too.
 
     Raises:
         UserError: the check has not run, it failed, or it did not measure.
@@ -37,8 +39,15 @@ def learn_baseline(plan: Plan) -> SiteBaseline:
     measured = {node["host"]: _measurements(node, str(path)) for node in report.nodes}
     rates = {check.key: rates_of(check, measured) for check in RATE_CHECKS}
     gpu = _gpu_name(report.nodes)
-    known = {key: usual_rate(found) for key, found in rates.items() if found}
-    return SiteBaseline(gpu, plan.run, utc_now(), known)
+    known = {key: usual_of(found.values()) for key, found in rates.items() if found}
+    return SiteBaseline(gpu, plan.run, utc_now(), known, _network(plan))
+
+
+def _network(plan: Plan) -> dict[str, UsualRate]:
+    """Return the rates of the network; {} if the fabric check has not passed."""
+    if not plan.paths.fabric.exists():
+        return {}
+    return {rate.name: usual_of(rate.values) for rate in network_rates(FabricReport.read(plan.paths.fabric))}
 
 
 def _measurements(node: CheckedNode, path: str) -> NodeMeasurements:
@@ -65,4 +74,7 @@ def print_baseline(baseline: SiteBaseline) -> None:
         if rate := baseline.rates.get(check.key):
             values = (f"{rate[name]:.4g}" for name in ("median", "lowest", "highest"))
             table.add_row(check.check, check.unit, *values, str(rate["count"]))
+    for name, rate in baseline.network.items():
+        values = (f"{rate[name]:.4g}" for name in ("median", "lowest", "highest"))
+        table.add_row(name, "GB/s", *values, str(rate["count"]))
     Console(width=120).print(table)

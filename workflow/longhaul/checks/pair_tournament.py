@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
 from longhaul.artifacts.paths import QUARANTINE
+from longhaul.checks.fabric_limits import SLOW_SHARES
 from longhaul.checks.pair_bandwidth import PairMeter
 from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
 from longhaul.checks.pair_schedule import (
@@ -30,10 +31,6 @@ from longhaul.checks.pair_schedule import (
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import Rank
-
-SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
-"""Pairs below this share of the usual bandwidth are slow. Network adapters or PCIe links that run at half of their rate are
-far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
 
 
 class BrokenLinkError(UserError):

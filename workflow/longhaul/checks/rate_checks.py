@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from longhaul.artifacts.check_rows import CheckRow, Result
@@ -116,8 +116,8 @@ def _peers(check: RateCheck, rates: Rates) -> list[Rates]:
     return list(groups.values())
 
 
-def usual_rate(rates: Rates) -> UsualRate:
-    values = rates.values()
+def usual_of(values: Collection[float]) -> UsualRate:
+    """Return median and spread of values of one kind."""
     return {
         "median": statistics.median(values),
         "lowest": min(values),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.site_baseline import SiteBaseline, read_baseline
 from longhaul.config.site_config import FabricLimits
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
@@ -16,10 +17,13 @@ FEWEST_COMPARED_NODES = 3
 class FabricSpec(JobSpec):
     """Measures pairs of nodes and collectives, and compares collectives with the site's limits."""
 
+    no_rerun_fields = JobSpec.no_rerun_fields | {"baseline"}
+
     nodes: int
     gpus_per_node: int
     limits: FabricLimits
     node_limits: FabricLimits
+    baseline: SiteBaseline | None  # from the file beside the site file
     pairs_only: (
         bool  # the quick half, before a training on its own nodes: slow nodes are named, collectives not measured
     )
@@ -35,6 +39,7 @@ def fabric_spec(plan: Plan, job: JobId, nodes: int, gpus_per_node: int, out: str
         gpus_per_node=gpus_per_node,
         limits=plan.site.interconnect.limits,
         node_limits=plan.site.interconnect.node_limits,
+        baseline=read_baseline(plan.loaded.site_path),
         pairs_only=pairs_only,
         folder=str(plan.paths.job(job).path),
         out=out,
