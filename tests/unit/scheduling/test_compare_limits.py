@@ -68,6 +68,12 @@ def test_limits_of_a_qos_count_nodes_gpus_and_cpus(limits: dict[str, str], nodes
     assert found["max_nodes"][1] and found["max_minutes"][1]
 
 
+def test_limit_of_zero_asks_for_another_qos():
+    """The site file must allow one node at least."""
+    found = lines({"qos": "long"}, None, {**QOS, "GrpTRES": "node=0"})
+    assert found["max_nodes"][1].startswith("name another account, QOS or partition; jobs beyond the limit of QOS long")
+
+
 def test_qos_of_the_partition_counts_and_may_replace_the_partitions_limit():
     part = {**QOS, "Name": "part", "MaxWall": "2-00:00:00", "Flags": "DenyOnLimit,PartitionTimeLimit"}
     found = lines({"max_minutes": 2880}, {"QoS": "part"}, part)

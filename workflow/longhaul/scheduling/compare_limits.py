@@ -63,5 +63,6 @@ def _line(place: str, key: str, written: int, limits: Sequence[tuple[int | None,
     if found is None:
         return Comparison(place, key, str(written), "no limit is shown")
     value, source = found
-    problem = f"set {key} to at most {value}; jobs beyond the limit of {source} never start" if written > value else ""
+    remedy = f"set {key} to at most {value}" if value else "name another account, QOS or partition"
+    problem = f"{remedy}; jobs beyond the limit of {source} never start" if written > value else ""
     return Comparison(place, key, str(written), f"{value} ({source})", problem)
