@@ -46,6 +46,17 @@ def test_site_file_of_the_user_is_used_where_it_is(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("run", "file"),
+    [("123", "centre.yaml"), ("null", "my #1.yaml"), ("2026-13-01", "a: b.yaml"), ("mine", "größe.yaml")],
+)
+def test_names_that_yaml_reads_as_something_else_are_quoted(run: str, file: str, tmp_path: Path):
+    (tmp_path / file).write_text((SITES / "lumi.yaml").read_text())
+    config, _ = copy_start_files("llama-8b-pretrain", f"./{file}", run, tmp_path)
+    loaded = load_config(config)
+    assert (loaded.config.run, loaded.site.name) == (run, "lumi")
+
+
+@pytest.mark.parametrize(
     ("example", "site", "run", "message"),
     [
         ("nothing", "local", "mine", "there is no example 'nothing'"),

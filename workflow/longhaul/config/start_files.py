@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+
+import yaml
 
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.config.field_types import NAME_PATTERN, PATTERN_DESCRIPTIONS
@@ -88,5 +91,7 @@ def _fitted(text: str, site: Site) -> str:
 def _with_values(text: str, **values: str) -> str:
     """Return the config with other values of top-level keys that stand on lines of their own."""
     for key, value in values.items():
-        text = re.sub(rf"^{key}: .*$", lambda _, line=f"{key}: {value}": line, text, count=1, flags=re.MULTILINE)
+        # YAML puts 123 in quotes, which would be a number, and names with # or a colon.
+        line = yaml.safe_dump({key: value}, allow_unicode=True, width=math.inf).rstrip()
+        text = re.sub(rf"^{key}: .*$", lambda _, line=line: line, text, count=1, flags=re.MULTILINE)
     return text
