@@ -135,6 +135,15 @@ def test_job_that_left_no_record_is_explained_by_the_accounting(tmp_path: Path) 
     assert unexplained.cause == "job 8 is no longer in Slurm's queue"
 
 
+@pytest.mark.parametrize("record", ["state", "failure"])
+def test_evidence_of_a_damaged_record_is_that_record(record: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state(TRAIN, "running")
+    path = getattr(run.paths.job(TRAIN), record)
+    path.write_text("{")
+    assert next(finding.evidence for finding in found(run) if finding.job == "train-base") == str(path)
+
+
 def test_accounting_does_not_replace_a_recorded_reason(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.state(TRAIN, "waiting", reason="the allocation ends")

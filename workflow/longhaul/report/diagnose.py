@@ -116,7 +116,8 @@ def _recorded_failures(jobs: list[JobStatus], ask_accounting: AskAccounting) -> 
             yield _ended_by_slurm(job, job_id, ended[job_id])
         elif job.state in (FAILED, INTERRUPTED, UNKNOWN):
             record = JobFolder(Path(job.folder))
-            evidence = record.failure if job.state == FAILED else record.state
+            is_of_failure = job.state == FAILED or str(record.failure) in job.detail  # which may be that it is damaged
+            evidence = record.failure if is_of_failure else record.state
             yield Finding(job.name, job.detail, str(evidence), job.remedy or _start_again(job))
 
 
