@@ -136,7 +136,7 @@ def test_stopped_job_is_shown_with_its_recorded_reason_instead_of_the_end_of_its
     events = JobEvents(run.paths)
     events.line(started(log=[str(log)]))
     assert events.line(failed()) == (
-        f"train-base stopped: stopped by a signal; it continues when it is started again; log: {log}"
+        f"train-base ended before it was done: stopped by a signal; it continues when it is started again; log: {log}"
     )
     os.utime(run.paths.job(TRAIN).state, (1000, 1000))  # of an earlier attempt: this one recorded nothing
     events.line(started(log=[str(log)]))

@@ -210,7 +210,9 @@ class JobEvents:
         self._failed.add(fields["jobid"])
         job = self._jobs.get(fields["jobid"]) or _Job.of(fields)
         if stopped := self._why_stopped(job):
-            return f"{job.name} stopped: {stopped}; it continues when it is started again; log: {job.log}"
+            return (
+                f"{job.name} ended before it was done: {stopped}; it continues when it is started again; log: {job.log}"
+            )
         return f"{job.name} failed; log: {job.log}\n{self._reason(job)}".rstrip()
 
     def _tried_again(self, job: _Job) -> str:
