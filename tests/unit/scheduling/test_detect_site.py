@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,19 @@ def test_controller_runs_where_jobs_run_longest_and_cpu_jobs_where_they_have_cor
     ]
     found = {place: partition.name for place, partition in places(found_partitions(fields, nodes)).items()}
     assert found == {"gpu": "gpu", "cpu": "cores", "login": "shared"}
+
+
+def test_short_limit_of_a_qos_makes_no_partition_one_for_tests():
+    nodes = "NodeName=a CPUTot=8 RealMemory=800 Gres=gpu:4 Partitions=main,small,test\n"
+    nodes += "NodeName=b CPUTot=8 RealMemory=800 Gres=gpu:4 Partitions=main\n"
+    shown = found(
+        "PartitionName=main State=UP MaxTime=2-00:00:00\nPartitionName=small State=UP MaxTime=2-00:00:00\n"
+        "PartitionName=test State=UP MaxTime=00:30:00",
+        nodes,
+    )
+    limited = replace(shown["main"], max_minutes=60, limits_time="QOS short")
+    chosen = places([limited, shown["small"], shown["test"]])
+    assert {place: partition.name for place, partition in chosen.items()} == {"gpu": "main", "debug": "test"}
 
 
 @pytest.fixture

@@ -187,7 +187,8 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     if not partitions:
         raise UserError("Slurm shows no partition that is up and has nodes", "ask your centre, or try again later")
     with_gpus = [partition for partition in partitions if partition.gpus]
-    short = [p for p in with_gpus if p.max_minutes and p.max_minutes <= _DEBUG_MINUTES]
+    # A limit of the user's QOS or account does not make a partition one for tests.
+    short = [p for p in with_gpus if p.max_minutes and p.max_minutes <= _DEBUG_MINUTES and not p.limits_time]
     for_training = [p for p in with_gpus if p not in short] or short
     if not for_training:
         return {"gpu": max(partitions, key=lambda p: (p.is_default, p.nodes))}
