@@ -105,6 +105,20 @@ def test_refused_job_is_explained_and_the_others_run(slurm: Path):
     assert answers["cpu"].node is not None
 
 
+def test_ctrl_c_between_two_submissions_cancels_the_first_job(slurm: Path, monkeypatch: pytest.MonkeyPatch):
+    submit = probes.slurm_client.submit
+
+    def interrupted(options: list[str], script: Path) -> str:
+        if "--partition=cpu" in options:
+            raise KeyboardInterrupt
+        return submit(options, script)
+
+    monkeypatch.setattr(probes.slurm_client, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probe_nodes({"gpu": REQUEST, "cpu": replace(REQUEST, partition="cpu")}, 1.0)
+    assert (slurm / "cancelled").read_text().split() == ["7"] and not list(slurm.glob("longhaul-probe-*"))
+
+
 @pytest.mark.parametrize(
     ("reason", "minutes", "problem"),
     [

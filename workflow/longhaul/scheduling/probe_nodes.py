@@ -70,19 +70,31 @@ def probe_nodes(requests: Mapping[str, SlurmRequest], wait_minutes: float) -> di
     Jobs that have not ended after `wait_minutes`, or at Ctrl-C, are cancelled. The jobs write into the working folder, which
     compute nodes must see.
     """
-    answers: dict[str, ProbeAnswer] = {}
-    jobs: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="longhaul-probe-", dir=Path.cwd()) as folder:
         outputs = {title: Path(folder) / f"{number}.txt" for number, title in enumerate(requests)}
+        jobs, answers = _submit_each(requests, outputs)
+        unfinished = _wait(jobs, time.monotonic() + 60 * wait_minutes)
+        answers |= {title: unfinished.get(title) or _answer(job, outputs[title]) for title, job in jobs.items()}
+        return {title: answers[title] for title in requests}
+
+
+def _submit_each(
+    requests: Mapping[str, SlurmRequest], outputs: Mapping[str, Path]
+) -> tuple[dict[str, str], dict[str, ProbeAnswer]]:
+    """Return the ids of the submitted jobs, and the answers for the refused ones. Ctrl-C cancels those that are submitted."""
+    jobs: dict[str, str] = {}
+    answers: dict[str, ProbeAnswer] = {}
+    try:
         for title, request in requests.items():
             try:
                 jobs[title] = _submit(request, outputs[title])
             except slurm_client.SlurmCommandError as error:
                 refusal = read_refusal(str(error), ASK_AGAIN)
                 answers[title] = ProbeAnswer(None, f"refused: {refusal.reason}", refusal.remedy)
-        unfinished = _wait(jobs, time.monotonic() + 60 * wait_minutes)
-        answers |= {title: unfinished.get(title) or _answer(job, outputs[title]) for title, job in jobs.items()}
-        return {title: answers[title] for title in requests}
+    except BaseException:
+        slurm_client.cancel(list(jobs.values()))
+        raise
+    return jobs, answers
 
 
 def _submit(request: SlurmRequest, output: Path) -> str:
