@@ -96,6 +96,15 @@ def test_nodes_that_slurm_does_not_exclude_are_named(
     assert "warning: n2 could not be excluded: Invalid node name" in capsys.readouterr().out
 
 
+def test_names_of_jobs_may_have_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """squeue lists all jobs of the user, and Slurm takes names as bytes: here the Latin-1 of übung."""
+    line = r"7|RUNNING|None|N/A|\374bung|(null)|/work\n8|PENDING|Priority|N/A|other|(null)|/work\n"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", f"#!/bin/sh\nprintf '{line}'\n"))
+    for locale in ("C", "en_US.ISO-8859-1"):
+        monkeypatch.setenv("LC_ALL", locale)
+        assert [entry.name for entry in slurm_client.queue_of(0, "/work")] == ["\N{REPLACEMENT CHARACTER}bung", "other"]
+
+
 def test_preempted_jobs_of_a_run_are_those_that_squeue_lists_as_preempted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

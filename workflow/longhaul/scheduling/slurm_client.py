@@ -345,7 +345,13 @@ def _run(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
 def _completed(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # Slurm keeps names and comments of jobs in any encoding
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
         raise UserError(
