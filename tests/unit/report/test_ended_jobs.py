@@ -26,4 +26,9 @@ def test_state_and_exit_code_give_cause_and_remedy(
 ) -> None:
     found, what_to_do = how_it_ended("7", EndedJob(state, exit_code, END, nodes, "sacct"))
     assert found.startswith(f"Slurm ended job 7 ({state}) at {END}") and cause in found and remedy in what_to_do
-    assert bool(what_to_do) == bool(remedy)
+    assert bool(what_to_do) == bool(remedy) and "signal 125" not in found
+
+
+def test_job_whose_end_slurm_does_not_know():
+    found, _ = how_it_ended("7", EndedJob("CANCELLED", "0:0", "Unknown", "", "sacct"))
+    assert found == "Slurm ended job 7 (CANCELLED) at an unknown time: a user or an administrator cancelled it"

@@ -48,7 +48,9 @@ def how_it_ended(job_id: str, ended: EndedJob) -> tuple[str, str]:
     """Return cause and remedy; the remedy is empty where the job only has to be started again."""
     cause, remedy = _CAUSES.get(ended.state, (f"its state is {ended.state}", ""))
     code, _, signal = ended.exit_code.partition(":")
-    by_signal = f", killed by signal {signal}" if signal not in ("", "0") else ""
+    # 125 is Slurm's own code of a job without enough memory.
+    by_signal = f", killed by signal {signal}" if signal not in ("", "0", "125") else ""
     by_code = f", exit code {code}" if code not in ("", "0") and not by_signal else ""
+    when = "an unknown time" if ended.end in ("", "Unknown", "None") else ended.end
     where = f" on {ended.nodes}" if ended.nodes not in ("", "None assigned", "(null)") else ""
-    return f"Slurm ended job {job_id} ({ended.state}) at {ended.end}{where}: {cause}{by_signal or by_code}", remedy
+    return f"Slurm ended job {job_id} ({ended.state}) at {when}{where}: {cause}{by_signal or by_code}", remedy
