@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
@@ -32,6 +34,8 @@ def result(
         (0.50, 0.64, 0.05, True, "+0.14", None),  # two standard errors of the difference are 0.1414
         (0.50, 0.65, 0.05, True, "+0.15", True),
         (0.25, 0.75, None, True, "+0.5", None),
+        (0.25, 0.75, math.nan, True, "+0.5", None),
+        (2.0, math.nan, 0.05, False, "+nan", None),
         (0.25, 0.75, 0.05, None, "+0.5", None),
     ],
 )

@@ -16,8 +16,8 @@ def evaluation_rows(results: Sequence[EvaluationResult]) -> list[dict[str, objec
     """Return one row per stage, task and metric, in the order of the results.
 
     prompts_differ: whether the two models read different prompts, as their chat templates differ or one has none
-    better:         whether the change is an improvement; None if it is within two standard errors, if nothing says what better
-                    is, or if the prompts differ
+    better:         whether the change is an improvement; None if it is within two standard errors, if it is no number, if
+                    nothing says what better is, or if the prompts differ
     """
     pairs: dict[tuple[str, str], dict[str, EvaluationResult]] = {}
     for result in results:
@@ -67,7 +67,7 @@ def _is_better(trained: Score, start: Score) -> bool | None:
     error, start_error = trained["standard_error"], start["standard_error"]
     if trained["higher_is_better"] is None or error is None or start_error is None:
         return None
-    change = trained["value"] - start["value"]
-    if abs(change) <= _SIGNIFICANT * math.hypot(error, start_error):
+    change, margin = trained["value"] - start["value"], _SIGNIFICANT * math.hypot(error, start_error)
+    if not abs(change) > margin:  # also where a diverged model has a score or an error that is no number
         return None
     return (change > 0) == trained["higher_is_better"]
