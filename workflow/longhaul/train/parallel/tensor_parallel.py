@@ -163,11 +163,19 @@ class RowParallelLinear(torch.nn.Module):
     def __init__(self, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, group: str) -> None:
         super().__init__()
         self.weight, self.bias, self.group = weight, bias, group
-        self.multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.linear
+        self.multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _multiply
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         summed = sum_over_group(self.multiply(x, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute x · weightᵀ with the function that F.linear is now: ZeRO 3 replaces it after layers are built.
+
+    DeepSpeed's function keeps the parameter for the backward pass. torch's keeps a view, which holds the gathered weight.
+    """
+    return F.linear(x, weight)
 
 
 class VocabularyParallelEmbedding(torch.nn.Module):
