@@ -45,6 +45,13 @@ def test_form_without_the_word_pci_is_read():
     ]
 
 
+def test_form_with_the_instance_of_a_divided_gpu_is_read():
+    line = "NVRM: Xid (PCI:0000:01:00 GPU-I:05): 94, pid=7194, Contained: CE User Channel (0x9). RST: No, D-RST: No"
+    assert kernel_errors([line]) == [
+        KernelError("Xid", 94, "0000:01:00", 1, "pid=7194, Contained: CE User Channel (0x9). RST: No, D-RST: No")
+    ]
+
+
 def test_journal_is_read_where_the_kernel_log_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tool = tmp_path / "journalctl"
     tool.write_text("#!/bin/sh\necho 'NVRM: Xid (PCI:0000:3b:00): 95, pid=7, Uncontained ECC error'\n")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 KMSG = Path("/dev/kmsg")
 # NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
-_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
+# With MIG (docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt): NVRM: Xid (PCI:0000:01:00 GPU-I:05): 94, pid=7194, Contained: …
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)[^)]*\): (\d+),?\s*(.*)")
 # nvidia-nvswitch0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 32 LTSSM Fault Up
 _SXID = re.compile(r"nvidia-nvswitch\d+: SXid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),?\s*(.*)")
 _FATAL = re.compile(r"(?<![-\w])fatal\b", re.IGNORECASE)
