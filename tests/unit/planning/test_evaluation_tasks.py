@@ -71,6 +71,12 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "lm_eval has no aggregation sum for the metric acc",
         ),
         ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"metric_list": "acc"}, {}, "metric_list is no list of items"),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"dataset_kwargs": ["quiz.jsonl"]},
+            {},
+            r"quiz.yaml: dataset_kwargs is \['quiz.jsonl'\] and no mapping",
+        ),
         ({"tasks": ["quiz", "quiz"]}, {}, {}, "tasks contains quiz twice"),
         ({"tasks": ["a/../b"]}, {}, {}, "a/../b"),
         (

@@ -85,6 +85,11 @@ def _read_task_file(key: str, path: Path, _changed_ns: int) -> TaskFile:
             f"{key}: {path} has no key `dataset_path`",
             f"use one of {', '.join(LOCAL_FORMATS)}, or a repository of the Hub",
         )
+    if not isinstance(config.get("dataset_kwargs") or {}, dict):
+        raise UserError(
+            f"{key}: {path}: dataset_kwargs is {config['dataset_kwargs']!r} and no mapping",
+            "write it as {data_files: FILE.jsonl}, for example",
+        )
     _check_metrics(f"{key}: {path}", config.get("metric_list") or [])
     return TaskFile(path, task, config, _local_files(config))
 
