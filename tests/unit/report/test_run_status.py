@@ -256,6 +256,8 @@ def test_gpu_hours_of_other_jobs_are_counted_apart(tmp_path: Path) -> None:
         run.paths.job(job).path.mkdir(parents=True, exist_ok=True)
         run.paths.job(job).history.write_text("".join(json.dumps(event) + "\n" for event in history))
         run.state(job, "done")
+    # Also a run that ended before its first training has used them.
+    assert "GPU-hours: 0 of 7.5 to 9 planned for the training steps, and 0.8 in" in summary_lines(run.status())[-1]
     run.train(40)
     status = run.status()
     assert status.other_gpu_hours == pytest.approx(0.8) and status.stages[0].gpu_hours == pytest.approx(16)

@@ -220,7 +220,7 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
 def _costs(status: RunStatus) -> list[str]:
     used = [stage.gpu_hours for stage in status.stages if stage.gpu_hours is not None]
     planned = sum_of_estimates(stage.gpu_hours_planned for stage in status.stages)
-    if not used:
+    if not used and not status.other_gpu_hours:
         return []
     of_plan = f" of {text.estimate(planned)} planned for the training steps" if planned else ""
     others = f", and {text.significant(status.other_gpu_hours)} in other jobs" if status.other_gpu_hours else ""
