@@ -282,13 +282,26 @@ def prune(
 
 
 @app.command()
-def nodes() -> None:
+def nodes(
+    release: Annotated[
+        list[str] | None,
+        typer.Option("--release", metavar="NODE", help="Remove a repaired node from the quarantine; may be repeated."),
+    ] = None,
+) -> None:
     """List the nodes of all runs in this folder: quarantined, unfit, flaky or fit, by what checks found over time.
 
-    Example: `longhaul nodes`
+    Example: `longhaul nodes --release n3`
     """
+    from longhaul.artifacts.paths import QUARANTINE
+    from longhaul.artifacts.quarantine import release_from_quarantine
     from longhaul.report.node_history import print_nodes
 
+    if release:
+        release_from_quarantine(QUARANTINE, release)
+        print(
+            f"{', '.join(release)}: removed from {QUARANTINE}; later jobs may use {'it' if len(release) == 1 else 'them'}"
+        )
+        return
     print_nodes(Path())
 
 

@@ -49,6 +49,21 @@ def test_results_of_all_jobs_of_all_runs_are_read_in_their_order(tmp_path: Path)
     assert read_node_results(tmp_path / "none") == []
 
 
+def test_released_nodes_leave_the_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    add_to_quarantine(QUARANTINE, ["n1", "n2", "n3"], "slow", "fabric, job 7")
+    before = QUARANTINE.read_text()
+    refused = CliRunner().invoke(app, ["nodes", "--release", "n1", "--release", "n9"])
+    assert isinstance(refused.exception, UserError) and QUARANTINE.read_text() == before
+    assert refused.exception.message == "n9: not in results/quarantine.json, which lists n1, n2, n3"
+    released = CliRunner().invoke(app, ["nodes", "--release", "n1", "--release", "n3"])
+    assert released.output == "n1, n3: removed from results/quarantine.json; later jobs may use them\n"
+    assert read_quarantine(QUARANTINE).node_names == ("n2",)
+    QUARANTINE.write_text("{")
+    assert isinstance(CliRunner().invoke(app, ["nodes", "--release", "n2"]).exception, UserError)
+    assert QUARANTINE.read_text() == "{", "a file that is no valid list stays as it is"
+
+
 def test_verb_prints_the_nodes_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     job = RunPaths("a", RESULTS).job(JobId("fabric"))

@@ -206,8 +206,8 @@ def test_bad_node_without_a_spare_ends_the_job_with_both_causes(spec: LaunchSpec
         "n2 (n2 is slow with most other nodes; found by train-base, job 7)"
     )
     assert failure_of(spec).remedy == (
-        "remove repaired nodes from results/quarantine.json, ask for at most 1 node in the config, or name a partition with "
-        "spare nodes in the site file; then run the same command again to resume"
+        "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node in the "
+        "config, or name a partition with spare nodes in the site file; then run the same command again to resume"
     )
 
 

@@ -41,7 +41,9 @@ def test_nodes_are_counted_without_the_quarantined_ones(
     if found:
         asked = f"ask for {left} in the config, " if left else ""
         spare = "or name a partition with spare nodes in the site file"
-        assert found.remedy == f"remove repaired nodes from {quarantine}, {asked}{spare}"
+        assert (
+            found.remedy == f"remove repaired nodes from {quarantine} (longhaul nodes --release NODE), {asked}{spare}"
+        )
 
 
 def test_without_a_quarantine_a_partition_or_an_answer_nothing_is_said(

@@ -85,7 +85,9 @@ def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
             "n2 (slow with most other nodes; found by train-base, job 5)"
         )
     )
-    assert failure.remedy.startswith("remove repaired nodes from results/quarantine.json, ask for at most 1 node")
+    assert failure.remedy.startswith(
+        "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node"
+    )
     (tmp_path / "results/small.lease.json").write_text("the next main")
     nodes.append("n3")
     assert allowed_restarts(snakemake_job(spec), 10) == 10, "a spare node"

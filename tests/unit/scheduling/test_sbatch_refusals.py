@@ -36,6 +36,7 @@ PERMANENT = {
 }
 NO_NODES = "Requested node configuration is not available"
 SLOW = "n2 (slow with most other nodes; found by fabric, job 5)"
+RELEASE = "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE)"
 VIOLATED = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 # Reason code of a limit that the request alone exceeds -> the remedy's beginning.
 LIMITS = {
@@ -136,9 +137,9 @@ def test_permanent_refusal_ends_the_retries_of_this_main_process_only(tmp_path: 
     ("nodes", "text", "cause", "remedy"),
     [
         (["n1", "n2", "n3"], NO_NODES, f"3 nodes are needed; partition main has 3, of which 1 is quarantined: {SLOW}; ",
-         "remove repaired nodes from results/quarantine.json, ask for at most 2 nodes in the config"),
+         f"{RELEASE}, ask for at most 2 nodes in the config"),
         ([], NO_NODES, f"the job excludes quarantined nodes: {SLOW}; ",
-         "remove repaired nodes from results/quarantine.json, ask for fewer nodes in the config"),
+         f"{RELEASE}, ask for fewer nodes in the config"),
         ([], "Invalid qos specification", "", "correct qos"),
     ],
 )  # fmt: skip

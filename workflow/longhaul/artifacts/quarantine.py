@@ -1,4 +1,6 @@
-"""Reads and extends results/quarantine.json, bad nodes that later jobs exclude; supervisor.py and allocation_end.py add them."""
+"""Reads and changes results/quarantine.json, bad nodes that later jobs exclude; supervisor.py and allocation_end.py add them,
+`longhaul nodes --release` removes them.
+"""
 
 from __future__ import annotations
 
@@ -96,3 +98,18 @@ def add_to_quarantine(path: Path, nodes: Iterable[str], cause: str, evidence: st
     ]
     if added:
         Quarantine([*before.nodes, *added]).write(path)
+
+
+def release_from_quarantine(path: Path, nodes: Iterable[str]) -> None:
+    """Remove nodes from the list, so that later jobs may use them again.
+
+    Raises:
+        UserError: a node is not in the list, or the file is not a valid list. It is left as it is.
+    """
+    before, released = read_quarantine(path), set(nodes)
+    if unknown := sorted(released - set(before.node_names)):
+        listed = ", ".join(before.node_names) or "no node"
+        raise UserError(
+            f"{', '.join(unknown)}: not in {path}, which lists {listed}", "name a node of the list: longhaul nodes"
+        )
+    Quarantine([entry for entry in before.nodes if entry["node"] not in released]).write(path)

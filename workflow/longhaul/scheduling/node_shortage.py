@@ -63,4 +63,7 @@ def shortage_remedy(quarantine: Path, left: int | None = None) -> str:
     """Return what to do. left: number of nodes that a job can have; None if it is unknown."""
     fewer = "fewer nodes" if left is None else f"at most {left} node{'s' * (left != 1)}"
     lower = "" if left == 0 else f"ask for {fewer} in the config, "
-    return f"remove repaired nodes from {quarantine}, {lower}or name a partition with spare nodes in the site file"
+    return (
+        f"remove repaired nodes from {quarantine} (longhaul nodes --release NODE), {lower}"
+        "or name a partition with spare nodes in the site file"
+    )
