@@ -269,6 +269,7 @@ def test_gpus_of_a_killed_attempt_get_time_to_be_released(monkeypatch: pytest.Mo
     before = GpuReading([*busy.gpus, other])
     assert node_module._released_gpus(before, ["0"]) == free and next(readings, None) is None
     assert node_module._released_gpus(GpuReading([gpu(0), other]), ["0"]) == free, "it reads nothing"
+    assert node_module._released_gpus(before, []) == before, "a job on CPUs waits for no GPU"
     monkeypatch.setattr(node_module, "read_gpus", lambda uuids: busy)
     started = next(clock)
     assert node_module._released_gpus(before, ["0"]) == busy and next(clock) - started < 20

@@ -74,7 +74,8 @@ def _released_gpus(earlier: GpuReading, uuids: Sequence[str]) -> GpuReading:
     """
     deadline = time.monotonic() + _RELEASE_S
     reading = chosen_gpus(earlier, uuids)
-    while any(gpu.processes for gpu in reading.gpus) and time.monotonic() < deadline:
+    # A job without GPUs waits for none: processes of other jobs stay.
+    while uuids and any(gpu.processes for gpu in reading.gpus) and time.monotonic() < deadline:
         time.sleep(1)
         reading = with_processes_left(reading, read_gpus(uuids))
     return reading
