@@ -98,3 +98,33 @@ def test_size_below_the_smallest_shared_message_is_not_measured_twice(monkeypatc
     monkeypatch.setattr(collective_benchmarks, "measure", lambda one, group, size: row(one.name, max(size, 1024)))
     group = MeasuredGroup(0, 256, torch.device("cpu"))
     assert [one["bytes"] for one in measure_sizes(COLLECTIVES[0], group, [8, 512, 4096], 9.0)] == [1024, 4096]
+
+
+def test_sums_of_8192_ranks_have_no_rounding_that_looks_like_wrong_values(monkeypatch: pytest.MonkeyPatch):
+    """Ranks that add 1 to 8,192 would exceed 2^24, above which fp32 holds no odd number."""
+    ranks, device = 8192, torch.device("cpu")
+    prepare = {collective.name: collective.prepare for collective in COLLECTIVES}
+    total = torch.zeros(1)
+    monkeypatch.setattr(
+        collective_benchmarks.dist, "all_reduce", lambda buffer, group: buffer.copy_(total.add_(buffer))
+    )
+    prepared = [prepare["all_reduce"](MeasuredGroup(rank, ranks, device), 1) for rank in range(ranks)]
+    for run_once, _ in prepared:
+        run_once()
+    assert prepared[-1][1]() and total.item() > 4 * (ranks - 7)
+
+
+def test_sums_that_8192_ranks_scatter_have_none_either(monkeypatch: pytest.MonkeyPatch):
+    """All ranks send the same; this one gets the sum of one part."""
+    rank, ranks = 8190, 8192
+
+    def add(part: torch.Tensor, whole: torch.Tensor, group: object) -> None:
+        part.zero_()
+        for _ in range(ranks):
+            part += whole[rank]
+
+    monkeypatch.setattr(collective_benchmarks, "_reduce_scatter_single", add)
+    prepare = next(collective.prepare for collective in COLLECTIVES if collective.name == "reduce_scatter")
+    run_once, is_correct = prepare(MeasuredGroup(rank, ranks, torch.device("cpu")), ranks)
+    run_once()
+    assert is_correct()

@@ -158,11 +158,19 @@ def _all_agree(group: MeasuredGroup, correct: bool) -> bool:
     return bool(value.item())
 
 
+def _addend(rank: int) -> float:
+    """Return the value of a rank in sums. It is small: fp32 holds no odd number above 2^24, so sums of 1 to n are not exact."""
+    return float(rank % 7 + 1)
+
+
 def _all_reduce(group: MeasuredGroup, elements: int) -> Prepared:
     """Reduce in place. Later rounds add sums to sums, up to infinity: filling the buffer again would be timed, too."""
-    buffer = torch.full((elements,), float(group.rank + 1), device=group.device)
-    expected = group.size * (group.size + 1) / 2
-    return lambda: dist.all_reduce(buffer, group=group.group), lambda: bool((buffer == expected).all())
+    buffer = torch.full((elements,), _addend(group.rank), device=group.device)
+
+    def is_correct() -> bool:
+        return bool((buffer == sum(map(_addend, range(group.size)))).all())
+
+    return lambda: dist.all_reduce(buffer, group=group.group), is_correct
 
 
 def _all_gather(group: MeasuredGroup, elements: int) -> Prepared:
@@ -176,11 +184,12 @@ def _all_gather(group: MeasuredGroup, elements: int) -> Prepared:
 
 
 def _reduce_scatter(group: MeasuredGroup, elements: int) -> Prepared:
-    whole = torch.arange(1.0, group.size + 1, device=group.device).repeat_interleave(elements // group.size)
+    addends = torch.tensor([_addend(rank) for rank in range(group.size)], device=group.device)
+    whole = addends.repeat_interleave(elements // group.size)
     part = torch.empty(elements // group.size, device=group.device)
 
     def is_correct() -> bool:
-        return bool((part == (group.rank + 1) * group.size).all())
+        return bool((part == _addend(group.rank) * group.size).all())
 
     return lambda: _reduce_scatter_single(part, whole, group=group.group), is_correct
 
