@@ -55,3 +55,12 @@ def test_one_wrong_element_is_one_wrong_row(wrong: float) -> None:
     assert exact.count_wrong_rows(product_NN) == 0
     product_NN[17, 3] += wrong
     assert exact.count_wrong_rows(product_NN) == 1
+
+
+def test_an_error_in_any_column_is_found() -> None:
+    exact = ExactProduct(128)
+    product_NN = (exact.a_NN.float() @ exact.b_NN.float()).bfloat16()
+    for column in range(128):
+        wrong_NN = product_NN.clone()
+        wrong_NN[:, column] += 1
+        assert exact.count_wrong_rows(wrong_NN) == 128, column

@@ -35,8 +35,9 @@ class ExactProduct:
     def __init__(self, size: int = _SIZE) -> None:
         generator = torch.Generator().manual_seed(0)
         self.a_NN, self.b_NN = (_signs(size, generator) for _ in range(2))
-        self.weights_N = (torch.arange(size) % 7).double()
-        # Exact, too: 8192 * 8192 * 6 is far below 2^53.
+        # Not 0: an error in a column of weight 0 would change no sum.
+        self.weights_N = (torch.arange(size) % 7 + 1).double()
+        # Exact, too: 8192 * 8192 * 7 is far below 2^53.
         self.sums_N = self.a_NN.double() @ (self.b_NN.double() @ self.weights_N)
 
     def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
