@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
+import subprocess
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, listeni
 from tests.support.wait import wait_for
 
 START_S = 300
+REQUESTS = 24
+"""Of 100 tokens, at most 8 at the same time: the last one is answered seconds after the first one."""
 MARKER = "a-text-that-no-log-may-hold"
 
 
@@ -60,15 +63,30 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun):
     assert listening_addresses(run.processes()) == {"127.0.0.1"}
     assert not [process for process in run.processes() if KEY in " ".join(process.cmdline())]
     assert complete(endpoint.url, MARKER, 4) == 4
-    written: list[int] = []
-    asking = threading.Thread(target=lambda: written.append(complete(endpoint.url, [5, 6, 7, 8], 100)))
-    asking.start()
-    wait_for(lambda: _has_running_request(endpoint.url))
-    assert run.call("--stop").returncode == 0
-    asking.join()
-    assert written == [100], "an accepted request is answered"
+    _kill_a_client_with_a_running_request(endpoint.url)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        asked = [pool.submit(complete, endpoint.url, [5, 6, 7, number], 100) for number in range(REQUESTS)]
+        wait_for(lambda: _has_running_request(endpoint.url))
+        assert run.call("--stop").returncode == 0
+        assert [request.result() for request in asked] == [100] * REQUESTS, "accepted requests are answered"
     wait_for(lambda: not run.processes())
     assert "max_num_seqs" in logged(run) and KEY not in logged(run) and MARKER not in logged(run)
+
+
+def _kill_a_client_with_a_running_request(url: str) -> None:
+    """Check that the server ends the request of a killed client, and answers others."""
+    body = json.dumps(
+        {"model": "small-base", "prompt": [9, 8, 7], "max_tokens": 110, "stream": True, "ignore_eos": True}
+    )
+    headers = ("-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json")
+    command = ["curl", "-s", "-N", *headers, "-d", body, f"{url}/completions"]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    assert client.stdout.readline().startswith(b"data: "), "the first token came"
+    client.kill()
+    client.wait()
+    wait_for(lambda: not _has_running_request(url))
+    assert complete(url, [9, 8, 7], 4) == 4
 
 
 def _has_running_request(url: str) -> bool:
