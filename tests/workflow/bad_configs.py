@@ -82,7 +82,8 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
                 ("--par=x", "--par (--parsable), which longhaul sets itself"),
                 ("--wrap=id", "--wrap, which longhaul sets itself"),
                 ("--output=/tmp/x", "--output, which longhaul sets itself"),
-                ("--signal=B:USR1@60", "--signal=B:USR1@60: a signal to the batch shell ends the job"),
+                ("--signal=B:TERM@60", "--signal=B:TERM@60: a signal to the batch shell ends the job"),
+                ("--signal=USR1@60", "--signal=USR1@60: longhaul saves and stops at SIGTERM"),
             )
         ),
         (

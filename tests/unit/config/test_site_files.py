@@ -105,7 +105,13 @@ def test_options_that_the_executor_plugin_refuses_are_refused_before_any_job():
 
 
 def test_options_that_longhaul_does_not_set_are_accepted(tmp_path: Path):
-    options = ["--mail-type=END", "--licenses=scratch", "--network=single_node_vni", "--signal=USR1@60", "--switches=1"]
+    options = [
+        "--mail-type=END",
+        "--licenses=scratch",
+        "--network=single_node_vni",
+        "--signal=R:TERM@60",
+        "--switches=1",
+    ]
     options += ["--core-spec=8", "--wait-all-nodes=1", "--nice", "--spread-job"]
     write_config(tmp_path, None, {"partitions.0.sbatch_extra": options})
     assert load_site("./site.yaml", tmp_path).partitions[0].sbatch_extra == tuple(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -44,6 +45,20 @@ class NodeShape(FrozenModel):
         if self.gpus > self.cpus:
             raise ValueError(f"cpus {self.cpus} is less than gpus {self.gpus}; each GPU's process needs one core")
         return self
+
+
+def _check_signal(option: str) -> None:
+    name, _, value = option.partition("=")
+    if name != "--signal":
+        return
+    if "B:" in value:
+        # Snakemake's process in the batch step would receive the signal and end the job.
+        raise ValueError(f"sbatch_extra contains {option}: a signal to the batch shell ends the job; remove B:")
+    if re.fullmatch(r"(R:)?(SIG)?(TERM|15)(@[0-9]+)?", value) is None:
+        raise ValueError(
+            f"sbatch_extra contains {option}: longhaul saves and stops at SIGTERM; another signal ends the ranks without a save; "
+            "write --signal=TERM@<seconds>"
+        )
 
 
 class Partition(FrozenModel):
@@ -110,9 +125,7 @@ class Partition(FrozenModel):
     def _check_options(self) -> Partition:
         check_options("sbatch_extra", self.sbatch_extra, RESERVED_SBATCH_OPTIONS)
         for option in self.sbatch_extra:
-            # Snakemake's process in the batch step would receive the signal and end the job.
-            if option.startswith("--signal=") and "B:" in option:
-                raise ValueError(f"sbatch_extra contains {option}: a signal to the batch shell ends the job; remove B:")
+            _check_signal(option)
             if option.startswith("--hint") and (other := self._key_that_excludes_hint()):
                 raise ValueError(
                     f"sbatch_extra contains {option}, which Slurm refuses with {other}; remove one of them"
