@@ -30,6 +30,10 @@ class ClusterError(RuntimeError):
     """A command of the test cluster failed."""
 
 
+_POWER_OFF_TIMEOUT_S = 60
+"""A killed process ends after its write to the disk, which takes long on a busy disk."""
+
+
 class VirtualHosts:
     """The hosts of one cluster. Another process may open the same folder and use them."""
 
@@ -85,9 +89,9 @@ class VirtualHosts:
         """Kill every process of a host at once, like a power failure."""
         if init := self.init_process(name):
             os.kill(init.pid, signal.SIGKILL)
-            psutil.wait_procs([init], timeout=5)
+            psutil.wait_procs([init], timeout=_POWER_OFF_TIMEOUT_S)
         if outer := self._started.pop(name, None):
-            outer.wait(timeout=5)
+            outer.wait(timeout=_POWER_OFF_TIMEOUT_S)
         (self._run / f"{name}.init").unlink(missing_ok=True)
 
     def unplug(self, name: str) -> None:
