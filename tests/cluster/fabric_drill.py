@@ -37,7 +37,8 @@ from tests.support.virtual_cluster import VirtualCluster
 from tests.support.virtual_hosts import VirtualHosts
 
 RATE = "rate 400mbit burst 256kb limit 1mb"
-SLOW = "rate 40mbit burst 32kb limit 1mb"
+SLOW = "rate 40mbit burst 4kb limit 1mb"
+"""A larger bucket lets half of a short message of the pair tournament pass at full speed after a pause."""
 LOSSY = "rate 400mbit burst 2kb limit 3kb"
 """A queue of two packets: the sender loses packets in every burst, and reaches a fifth of the rate."""
 MIN_DISK_GB_PER_S = 0.006
@@ -166,14 +167,14 @@ def _pause(processes: list[psutil.Process], seconds: float) -> None:
 
 def _ranks_on(cluster: VirtualHosts, host: str) -> list[psutil.Process]:
     init = cluster.init_process(host)
-    try:
-        return [
-            child
-            for child in (init.children(recursive=True) if init else ())
-            if "fabric" in child.cmdline() and "python" in child.cmdline()[0]
-        ]
-    except (psutil.NoSuchProcess, IndexError):
-        return []
+    ranks = []
+    with suppress(psutil.NoSuchProcess):
+        for child in init.children(recursive=True) if init else ():
+            with suppress(psutil.NoSuchProcess):  # it has ended; a zombie, which a host may keep, is no rank
+                words = child.cmdline()
+                if "fabric" in words and "python" in words[0]:
+                    ranks.append(child)
+    return ranks
 
 
 def unplugged(host: str) -> Fault:
