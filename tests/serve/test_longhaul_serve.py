@@ -18,7 +18,7 @@ from tests.support.wait import wait_for
 
 START_S = 300
 REQUESTS = 24
-"""Of 100 tokens, at most 8 at the same time: the last one is answered seconds after the first one."""
+"""Each asks for 100 tokens. The server computes at most 8 requests at a time, so the last answer comes seconds later."""
 MARKER = "a-text-that-no-log-may-hold"
 
 

@@ -1,4 +1,4 @@
-"""Limits of the fabric check apply to the largest and the smallest size; what is compared with nothing is said."""
+"""Limits of the fabric check apply to the largest and the smallest size; a measurement without a limit is named."""
 
 from __future__ import annotations
 

@@ -10,14 +10,14 @@ import pytest
 
 from longhaul.config.serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
-from longhaul.planning import check_engine
+from longhaul.planning import Plan, check_engine
 from tests.support.small_configs import plan_of
 
 CHECK = {"stages.1.export": "last", "stages.1.serve_check": {"streams": [1], "answer_tokens": 16}}
 
 
-def planned(folder: Path, serving: dict[str, Any]) -> None:
-    plan_of(folder, CHECK, {"serving": serving})
+def planned(folder: Path, serving: dict[str, Any]) -> Plan:
+    return plan_of(folder, CHECK, {"serving": serving})
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_an_engine_that_is_not_installed_is_refused(tmp_path: Path, serving: dic
 
 
 def test_the_packages_of_another_python_are_not_looked_for_here(tmp_path: Path):
-    planned(tmp_path, {"engine": "vllm", "python": [sys.executable]})
-    planned(tmp_path, {"engine": "vllm", "python": ["apptainer", "exec", "/images/vllm.sif", "python3"]})
+    for python in ([sys.executable], ["apptainer", "exec", "/images/vllm.sif", "python3"]):
+        assert planned(tmp_path, {"engine": "vllm", "python": python}).site.serving.python == tuple(python)
 
 
 def test_the_default_engine_needs_what_the_extra_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ _SECONDS_PER_HOUR = 3600
 
 @dataclass(frozen=True)
 class StageWork:
-    """What is known about the training of a stage.
+    """Speed and amount of work of a stage's training.
 
     seconds_left: for the steps that are left, at the speed of the last ones; 0 if the stage is done; None before its first step
     step_s:       measured time of a step

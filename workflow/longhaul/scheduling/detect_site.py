@@ -52,7 +52,7 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
 def _site(name: str, cluster: FoundCluster) -> Site | None:
     """Return the site that the text describes; None if Slurm shows a value that no site file may have.
 
-    The file is written all the same. Who loads it is told which value that is.
+    The file is written in either case; a command that loads it names the value.
     """
     try:
         return Site.model_validate_json(json.dumps(yaml.safe_load(site_text(name, cluster))))
