@@ -73,7 +73,8 @@ NODE_LINE = (
         (2, {"all_reduce_latency_us": 50.0}, {"all_reduce_gbps": 300.0}, [ALL_LINE]),
         (2, {"all_gather_gbps": 12.0}, {}, [NODE_LINE]),
         (2, {"all_gather_gbps": 12.0}, {"all_reduce_gbps": 300.0}, []),
-        (3, {}, {}, []),
+        (3, {}, {}, [ALL_LINE.replace("set checks.nodes to at least 3, ", "")]),
+        (3, {"all_gather_gbps": 12.0}, {}, []),
     ],
 )
 def test_bandwidth_that_passes_at_any_speed_is_unknown(
@@ -82,5 +83,5 @@ def test_bandwidth_that_passes_at_any_speed_is_unknown(
     rows: Any = [*ROWS, {**ROWS[0], "scope": "node"}]
     names = [f"n{number}" for number in range(hosts)]
     assert not_compared(names, rows, limits, node_limits) == lines
-    assert not_compared(names, rows[:-1], limits, node_limits) == [line for line in lines if line == ALL_LINE]
+    assert not_compared(names, rows[:-1], limits, node_limits) == [line for line in lines if line != NODE_LINE]
     assert not_compared(names, [], limits, node_limits) == [], "a single rank measures nothing"
