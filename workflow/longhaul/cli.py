@@ -298,9 +298,7 @@ def nodes(
 
     if release:
         release_from_quarantine(QUARANTINE, release)
-        print(
-            f"{', '.join(release)}: removed from {QUARANTINE}; later jobs may use {'it' if len(release) == 1 else 'them'}"
-        )
+        print(f"removed from {QUARANTINE}, so that later jobs may use them: {', '.join(release)}")
         return
     print_nodes(Path())
 
@@ -356,22 +354,15 @@ def init(
 
     Example: `longhaul init --example llama-8b-pretrain --site slurm-generic --run mine`
     """
+    from longhaul.config import start_files
     from longhaul.config.load_config import SITES
-    from longhaul.config.start_files import (
-        EXAMPLES,
-        check_example,
-        check_run,
-        check_site,
-        copy_start_files,
-        names_in,
-    )
 
-    examples, sites = (", ".join(names_in(folder)) for folder in (EXAMPLES, SITES))
-    chosen_example = _given_or_asked(example, f"Which example? ({examples})", check_example)
+    examples, sites = (", ".join(start_files.names_in(folder)) for folder in (start_files.EXAMPLES, SITES))
+    chosen_example = _given_or_asked(example, f"Which example? ({examples})", start_files.check_example)
     question = f"Which site? ({sites}, or the path of a site file)"
-    chosen_site = _given_or_asked(site, question, lambda written: check_site(written, Path()))
-    name = _given_or_asked(run, "Name of the run", check_run, default="mine")
-    config, site_file = copy_start_files(chosen_example, chosen_site, name, Path())
+    chosen_site = _given_or_asked(site, question, lambda written: start_files.check_site(written, Path()))
+    name = _given_or_asked(run, "Name of the run", start_files.check_run, default="mine")
+    config, site_file = start_files.copy_start_files(chosen_example, chosen_site, name, Path())
     print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
 
 

@@ -57,7 +57,7 @@ def test_released_nodes_leave_the_quarantine(tmp_path: Path, monkeypatch: pytest
     assert isinstance(refused.exception, UserError) and QUARANTINE.read_text() == before
     assert refused.exception.message == "n9: not in results/quarantine.json, which lists n1, n2, n3"
     released = CliRunner().invoke(app, ["nodes", "--release", "n1", "--release", "n3"])
-    assert released.output == "n1, n3: removed from results/quarantine.json; later jobs may use them\n"
+    assert released.output == "removed from results/quarantine.json, so that later jobs may use them: n1, n3\n"
     assert read_quarantine(QUARANTINE).node_names == ("n2",)
     QUARANTINE.write_text("{")
     assert isinstance(CliRunner().invoke(app, ["nodes", "--release", "n2"]).exception, UserError)
