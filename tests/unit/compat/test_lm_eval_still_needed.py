@@ -14,6 +14,14 @@ from lm_eval.tasks import TaskManager
 from longhaul.compat.lm_eval import build_tasks
 from longhaul.errors import UserError
 
+QUIZ = {
+    "task": "quiz",
+    "dataset_path": "org/quiz",
+    "test_split": "test",
+    "doc_to_text": "a",
+    "doc_to_target": "b",
+}
+
 
 def test_tasks_call_load_dataset_while_they_are_built_and_take_no_dataset():
     assert "datasets.load_dataset(" in inspect.getsource(ConfigurableTask.download)
@@ -27,33 +35,15 @@ def test_load_dataset_is_restored_after_an_error():
     def fail(**options: object) -> None:
         raise ValueError(f"asked for {options['path']}")
 
-    own = {
-        "quiz": {
-            "task": "quiz",
-            "dataset_path": "org/quiz",
-            "test_split": "test",
-            "doc_to_text": "a",
-            "doc_to_target": "b",
-        }
-    }
     with pytest.raises(ValueError, match="asked for org/quiz"):
-        build_tasks(["quiz"], own, fail)
+        build_tasks(["quiz"], {"quiz": QUIZ}, fail)
     assert datasets.load_dataset is original
 
 
 def test_a_metric_outside_of_the_registry_is_code_of_the_hub_and_refused():
     assert "hf_evaluate.load(name)" in inspect.getsource(get_metric)
     original = evaluate.load
-    own = {
-        "quiz": {
-            "task": "quiz",
-            "dataset_path": "org/quiz",
-            "test_split": "test",
-            "doc_to_text": "a",
-            "doc_to_target": "b",
-            "metric_list": [{"metric": "rouge", "aggregation": "mean", "higher_is_better": True}],
-        }
-    }
+    own = {"quiz": {**QUIZ, "metric_list": [{"metric": "rouge", "aggregation": "mean", "higher_is_better": True}]}}
     rows = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": "1", "b": "2"}])})
     with pytest.raises(UserError, match="task quiz has the metric rouge, which is not part of lm_eval"):
         build_tasks(["quiz"], own, lambda **_: rows)
