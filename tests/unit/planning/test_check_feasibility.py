@@ -225,6 +225,13 @@ def test_fp8_is_refused_on_amd_gpus():
     )
 
 
+@pytest.mark.parametrize(("gpu", "is_refused"), [("a100", True), ("h100", False), ("gpu", False), (None, False)])
+def test_fp8_is_refused_on_a_known_gpu_without_it(gpu: str | None, is_refused: bool):
+    found = refusal(check_precision, tiny_stage(precision="fp8"), site(GPUS.model_copy(update={"gpu_type": gpu})))
+    expected = f"stages.base: precision fp8 on GPUs of type {gpu}, which do not multiply in FP8"
+    assert found == ((expected, "set precision to bf16, or use a partition with newer GPUs") if is_refused else None)
+
+
 ON_DISK = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}
 IGNORED = "(DeepSpeed would ignore the key)"
 IN_MEMORY = "(DeepSpeed would keep the states in CPU memory)"

@@ -16,6 +16,7 @@ class GpuDatasheet:
     nvlinks:             NVLinks that are connected in every server; None where it depends on the server
     min_share_of_bf16:   share of the dense rate that large matrix products reach at least on a healthy GPU
     min_share_of_memory: share of the bandwidth that copies reach at least on a healthy GPU
+    has_fp8:             whether it multiplies matrices in FP8
     """
 
     name: str
@@ -24,6 +25,7 @@ class GpuDatasheet:
     nvlinks: int | None = None
     min_share_of_bf16: float = 0.6
     min_share_of_memory: float = 0.65
+    has_fp8: bool = True
 
     @property
     def min_matrix_tflops(self) -> float:
@@ -52,15 +54,15 @@ _DATASHEETS = (
     # resources.nvidia.com/en-us-blackwell-architecture: HGX B200
     GpuDatasheet(r"B200", 2250, 7700),
     # nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet.pdf; 40 GB: 1,555 GB/s
-    GpuDatasheet(r"A100-SXM4-80GB", 312, 2039, nvlinks=12),
-    GpuDatasheet(r"A100-SXM", 312, 1555, nvlinks=12),
-    GpuDatasheet(r"A100", 312, 1555),
+    GpuDatasheet(r"A100-SXM4-80GB", 312, 2039, nvlinks=12, has_fp8=False),
+    GpuDatasheet(r"A100-SXM", 312, 1555, nvlinks=12, has_fp8=False),
+    GpuDatasheet(r"A100", 312, 1555, has_fp8=False),
     GpuDatasheet(r"L40S", 362, 864),
     # amd.com/en/products/accelerators/instinct/mi300.html
     GpuDatasheet(r"MI300A", 980.6, 5300, min_share_of_bf16=0.4, min_share_of_memory=0.35),
     GpuDatasheet(r"MI300X", 1307.4, 5300, min_share_of_bf16=0.4, min_share_of_memory=0.35),
     # amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of the card's two dies, which counts as a GPU
-    GpuDatasheet(r"MI250X|MI200", 191.5, 1638, min_share_of_bf16=0.4, min_share_of_memory=0.5),
+    GpuDatasheet(r"MI250X|MI200", 191.5, 1638, min_share_of_bf16=0.4, min_share_of_memory=0.5, has_fp8=False),
 )
 
 

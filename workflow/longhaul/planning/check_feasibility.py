@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from longhaul.config.dataset_config import Dataset
 from longhaul.config.field_types import MAX_STEPS
+from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.model_size import ModelSize
 from longhaul.config.partition_config import Partition
 from longhaul.config.run_config import Config, Storage
@@ -121,6 +122,13 @@ def _check_fp8(stage: Stage, site: Site) -> None:
         raise UserError(f"{where} on site {site.name}, which has no GPU", "set precision to bf16 or fp32")
     if site.accelerator.rocm:
         raise UserError(f"{where} on site {site.name}, which has AMD GPUs, is not supported", "set precision to bf16")
+    gpu = site.partition_for("gpu").gpu_type
+    sheet = datasheet(gpu) if gpu else None
+    if sheet and not sheet.has_fp8:
+        raise UserError(
+            f"{where} on GPUs of type {gpu}, which do not multiply in FP8",
+            "set precision to bf16, or use a partition with newer GPUs",
+        )
     tokens = stage.micro_batch_size * stage.sequence_length // stage.parallel.sequence
     if tokens % FP8_MULTIPLE:
         raise UserError(
