@@ -49,6 +49,21 @@ def test_unplugged_and_powered_off_nodes_return(cluster: VirtualCluster):
     assert cluster.run("srun", "--nodelist=n2", "hostname").strip() == "n2"
 
 
+def test_a_zombie_that_nobody_reaps_does_not_hold_a_host(tmp_path_factory: pytest.TempPathFactory):
+    """A killed `nsenter` leaves its command to PID 1 of this machine. In a container that often reaps nothing."""
+    with running_cluster(tmp_path_factory.mktemp("zombie"), ClusterSize(nodes=1)) as cluster:
+        nsenter = psutil.Popen(cluster.command(["sleep", "100"], "n1"))
+        wait_for(lambda: nsenter.children() and nsenter.children()[0].name() == "sleep")
+        command = nsenter.children()[0]
+        nsenter.suspend()
+        command.kill()
+        wait_for(lambda: command.status() == psutil.STATUS_ZOMBIE)
+        cluster.power_off("n1")
+        assert not cluster.is_on("n1")
+        nsenter.kill()
+        nsenter.wait(10)
+
+
 def descendants() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 

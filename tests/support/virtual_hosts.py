@@ -32,6 +32,7 @@ class ClusterError(RuntimeError):
 
 _POWER_OFF_TIMEOUT_S = 60
 """A killed process ends after its write to the disk, which takes long on a busy disk."""
+_REAP_TIMEOUT_S = 3
 
 
 class VirtualHosts:
@@ -88,10 +89,11 @@ class VirtualHosts:
     def power_off(self, name: str) -> None:
         """Kill every process of a host at once, like a power failure."""
         if init := self.init_process(name):
-            os.kill(init.pid, signal.SIGKILL)
-            psutil.wait_procs([init], timeout=_POWER_OFF_TIMEOUT_S)
+            namespace = _pid_namespace(init.pid)
+            os.kill(init.pid, signal.SIGKILL)  # the kernel then kills every process of the namespace
+            self.wait(_POWER_OFF_TIMEOUT_S, f"host {name} is off", lambda: not _running_in(namespace, init.pid))
         if outer := self._started.pop(name, None):
-            outer.wait(timeout=_POWER_OFF_TIMEOUT_S)
+            _end(outer)
         (self._run / f"{name}.init").unlink(missing_ok=True)
 
     def unplug(self, name: str) -> None:
@@ -182,6 +184,40 @@ class VirtualHosts:
                 raise ClusterError(f"not within {seconds:g} s: {what}\n{logs}")
             time.sleep(0.05)
         return value
+
+
+def _end(outer: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of `unshare`, or kill it.
+
+    It waits for PID 1 of the host, which does not end while a zombie is left in its namespace. An `nsenter` that was killed
+    leaves its command to this machine's PID 1, which reaps zombies late, or never in a container.
+    """
+    try:
+        outer.wait(timeout=_REAP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        outer.kill()
+        outer.wait(timeout=_POWER_OFF_TIMEOUT_S)
+
+
+def _pid_namespace(pid: int) -> str:
+    """Return the name of a process' PID namespace; empty if the process has ended."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
+
+
+def _running_in(namespace: str, init: int) -> bool:
+    """Return whether a process of a PID namespace runs, apart from its PID 1. Zombies do not run."""
+    pids = (pid for pid in psutil.pids() if pid != init and _pid_namespace(pid) == namespace)
+    return any(_is_running(pid) for pid in pids)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _sleeping_child(pid: int) -> psutil.Process | None:
