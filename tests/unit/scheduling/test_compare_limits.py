@@ -9,6 +9,7 @@ import pytest
 
 from longhaul.cli import main
 from longhaul.config.partition_config import Partition
+from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling.compare_limits import compare_partition
 from longhaul.scheduling.slurm_limits import SlurmLimits
 from tests.support.small_configs import write_config
@@ -24,6 +25,16 @@ QOS = {
     "MaxTRESPA": "",
     "GrpTRES": "",
     "Flags": "",
+}
+
+PROJ = {
+    "User": "me",
+    "Account": "proj",
+    "Partition": "",
+    "DefaultQOS": "",
+    "MaxWall": "06:00:00",
+    "MaxTRES": "node=2",
+    "GrpTRES": "",
 }
 
 
@@ -81,22 +92,12 @@ def test_qos_of_the_partition_counts_and_may_replace_the_partitions_limit():
 
 
 def test_limits_of_the_account_count():
-    account = {
-        "Account": "proj",
-        "Partition": "",
-        "DefaultQOS": "",
-        "MaxWall": "06:00:00",
-        "MaxTRES": "node=2",
-        "GrpTRES": "",
-    }
+    account = PROJ
     assert lines({"account": "proj"}, account=account)["max_nodes"][0] == "2 (account proj)"
     assert lines({"account": "other"}, account=account)["max_nodes"][0] == "32 (partition gpu)"
     assert (
         lines({"account": "proj"}, account={**account, "Partition": "cpu"})["max_minutes"][0] == "1440 (partition gpu)"
     )
-
-
-PROJ = {"Account": "proj", "Partition": "", "DefaultQOS": "", "MaxWall": "06:00:00", "MaxTRES": "node=2", "GrpTRES": ""}
 
 
 def test_limit_of_a_qos_replaces_the_smaller_one_of_the_account():
@@ -125,11 +126,65 @@ def test_association_of_the_partition_replaces_that_of_all_partitions():
 
 
 def test_default_qos_of_the_account_counts_where_none_is_named():
-    account = {"Account": "proj", "Partition": "", "DefaultQOS": "long", "MaxWall": "", "MaxTRES": "", "GrpTRES": ""}
+    account = {**PROJ, "DefaultQOS": "long", "MaxWall": "", "MaxTRES": ""}
     qos = {**QOS, "MaxWall": "04:00:00"}, {**QOS, "Name": "debug", "MaxWall": "00:30:00"}
     assert lines({"account": "proj"}, None, *qos, account=account)["max_minutes"][0] == "240 (QOS long)"
     named = lines({"account": "proj", "qos": "debug"}, None, *qos, account=account)
     assert named["max_minutes"][0] == "30 (QOS debug)"
+
+
+def needed_minutes(
+    requests: list[dict[str, Any]], *sources: dict[str, str], **site: Any
+) -> list[tuple[str, str, str, str]]:
+    """Return the lines about resources times minutes of requests: subject, amount, limit, and the problem's first words."""
+    written = {"jobs": ["gpu"], "name": "gpu", "account": "proj", "qos": "long", "max_minutes": 1440, "max_nodes": 16}
+    partition = Partition.model_validate({**written, "node": NODE, **site}, strict=False)
+    qos = {row["Name"]: row for row in sources if "Name" in row}
+    shown = SlurmLimits({"gpu": GPU}, qos, [row for row in sources if "Name" not in row])
+    base = {"tasks_per_node": 8, "cpus_per_task": 8, "gpus_per_node": 8, "partition": "gpu"}
+    found = compare_partition(partition, shown, [SlurmRequest(**{**base, **request}) for request in requests])
+    return [
+        (line.subject, line.site_file, line.found, " ".join(line.problem.split()[:9]))
+        for line in found
+        if " minutes" in line.subject
+    ]
+
+
+def test_a_job_beyond_the_node_minutes_of_a_qos_is_named():
+    """90 node minutes: two nodes for 45 minutes, or one for 90."""
+    qos = {**QOS, "MaxTRESMins": "node=90"}
+    assert needed_minutes([{"nodes": 2, "minutes": 45}], qos) == [("node minutes", "90", "90 (QOS long)", "")]
+    remedy = "reduce nodes or minutes of the job to at"
+    jobs = [{"nodes": 1, "minutes": 90}, {"nodes": 2, "minutes": 46}]
+    assert needed_minutes(jobs, qos) == [("node minutes", "92", "90 (QOS long)", remedy)]
+
+
+@pytest.mark.parametrize(("exclusive", "amount"), [(False, 2 * 2 * 3 * 10), (True, 2 * 64 * 10)])
+def test_cpu_minutes_are_those_that_the_job_asks_for_or_of_whole_nodes(exclusive: bool, amount: int):
+    request = {"nodes": 2, "minutes": 10, "tasks_per_node": 2, "cpus_per_task": 3, "exclusive": exclusive}
+    found = needed_minutes([request], {**QOS, "MaxTRESMins": "cpu=1279"})
+    assert found[0][:2] == ("cpu minutes", str(amount)) and bool(found[0][3]) == exclusive
+
+
+def test_budget_of_the_whole_account_is_compared_with_one_job():
+    """It stands in the account's own row, and those of its users do not repeat it."""
+    budget = {**PROJ, "User": "", "GrpTRESMins": "gres/gpu:h100=4800,energy=5"}
+    found = needed_minutes([{"nodes": 1, "minutes": 700}], PROJ, budget)
+    assert [line[:3] for line in found] == [("gres/gpu minutes", "5600", "4800 (account proj)")] and found[0][3]
+    assert needed_minutes([{"nodes": 1, "minutes": 600}], PROJ, budget)[0][3] == ""
+
+
+def test_minutes_of_a_qos_go_before_those_of_the_account():
+    qos, account = {**QOS, "MaxTRESMins": "node=900"}, {**PROJ, "MaxTRESMins": "node=90,cpu=64"}
+    found = needed_minutes([{"nodes": 1, "minutes": 60}], qos, account)
+    assert [line[2] for line in found] == ["900 (QOS long)", "64 (account proj)"]
+
+
+def test_site_file_alone_shows_how_long_all_nodes_may_run():
+    """max_nodes and max_minutes are limits of their own; only a job can exceed their product."""
+    found = needed_minutes([], {**QOS, "MaxTRESMins": "node=9600,gres/gpu=0"})
+    shown = "9600 (QOS long): at most 600 minutes on 16 nodes", "0 (QOS long): at most 0 minutes on 16 nodes"
+    assert [line[1:] for line in found] == [("-", text, "") for text in shown]
 
 
 def test_unknown_names_are_reported_and_no_limit_is_guessed():

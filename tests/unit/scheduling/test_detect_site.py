@@ -215,8 +215,8 @@ def test_limits_of_qos_and_account_are_written_with_their_source(slurm: Path):
     """At centres whose partitions have no limit, the QOS has one."""
     answers = """#!/bin/sh
 case "$*" in
-  *"show qos"*) printf 'long|12:00:00|node=1||||\\nnormal|||||||\\n';;
-  *MaxWall*) printf 'proj_gpu||long|||\\nproj_cpu||normal|2-00:00:00||\\n';;
+  *"show qos"*) printf 'long|12:00:00|node=1||||||\\nnormal||||||||\\n';;
+  *MaxWall*) printf 'me|proj_gpu||long|||||\\nme|proj_cpu||normal|2-00:00:00||||\\n';;
   *) cat "{folder}/assoc";;
 esac
 """

@@ -11,7 +11,15 @@ from longhaul.config.partition_config import Partition
 from longhaul.config.site_config import Site
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling.compare_nodes import Comparison
-from longhaul.scheduling.slurm_limits import SlurmLimits, limits_of, names_of, read_limits, smallest
+from longhaul.scheduling.slurm_limits import (
+    MinutesLimit,
+    SlurmLimits,
+    limits_of,
+    minutes_limits_of,
+    names_of,
+    read_limits,
+    smallest,
+)
 
 
 def compare_limits(site: Site, requests: Sequence[SlurmRequest] | None = None) -> list[Comparison]:
@@ -39,7 +47,8 @@ def _is_for(request: SlurmRequest, partition: Partition) -> bool:
 def compare_partition(
     partition: Partition, shown: SlurmLimits, requests: Sequence[SlurmRequest] = ()
 ) -> Iterator[Comparison]:
-    """Yield a line for each limit of a partition of the site file, and one for a partition or QOS that Slurm does not show.
+    """Yield a line for time, nodes and each limit of resources times minutes of a partition of the site file, and one for a
+    partition or QOS that Slurm does not show.
 
     requests: as for `compare_limits`; none: what the site file allows
     """
@@ -56,6 +65,41 @@ def compare_partition(
     if minutes is not None:
         yield _line(place, f"{prefix}minutes", minutes, [(limit.minutes, limit.source) for limit in limits])
     yield _line(place, f"{prefix}nodes", nodes, [(limit.nodes, limit.source) for limit in limits])
+    for limit in minutes_limits_of(partition, shown):
+        yield _minutes_line(partition, limit, requests) if requests else _minutes_of_all_nodes(partition, limit)
+
+
+def _minutes_line(partition: Partition, limit: MinutesLimit, requests: Sequence[SlurmRequest]) -> Comparison:
+    most = max(_amount(request, partition, limit.resource) * request.minutes for request in requests)
+    remedy = (
+        f"reduce nodes or minutes of the job to at most {limit.minutes} {limit.resource} minutes together; jobs beyond the limit "
+        f"of {limit.source} do not start, or end at it"
+    )
+    found = f"{limit.minutes} ({limit.source})"
+    return Comparison(partition.jobs[0], _subject(limit), str(most), found, remedy if most > limit.minutes else "")
+
+
+def _minutes_of_all_nodes(partition: Partition, limit: MinutesLimit) -> Comparison:
+    """Return how long a job on max_nodes runs at most. The site file has no key for this limit, so it is no problem of it."""
+    amount = partition.max_nodes * _per_node(partition, limit.resource)
+    most = limit.minutes // amount if amount else limit.minutes
+    found = f"{limit.minutes} ({limit.source}): at most {most} minutes on {partition.max_nodes} nodes"
+    return Comparison(partition.jobs[0], _subject(limit), "-", found)
+
+
+def _subject(limit: MinutesLimit) -> str:
+    return f"{limit.resource} minutes"
+
+
+def _per_node(partition: Partition, resource: str) -> int:
+    return {"node": 1, "cpu": partition.node.cpus, "gres/gpu": partition.node.gpus}[resource]
+
+
+def _amount(request: SlurmRequest, partition: Partition, resource: str) -> int:
+    """Return how much of a resource Slurm counts for a job; of an exclusive node all."""
+    if resource == "node" or request.exclusive:
+        return request.nodes * _per_node(partition, resource)
+    return request.tasks * request.cpus_per_task if resource == "cpu" else request.nodes * request.gpus_per_node
 
 
 def _line(place: str, key: str, written: int, limits: Sequence[tuple[int | None, str]]) -> Comparison:

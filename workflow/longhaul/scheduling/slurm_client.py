@@ -265,7 +265,7 @@ def associations(user: str, cluster: str) -> list[Association]:
 
 
 def association_filter(user: str, cluster: str) -> list[str]:
-    """Return the conditions of sacctmgr for the associations of a user on a cluster."""
+    """Return the conditions of sacctmgr for the associations of a user on a cluster; user "": those of accounts themselves."""
     return [f"user={user}", *([f"cluster={cluster}"] if cluster else [])]
 
 

@@ -1,4 +1,6 @@
-"""Reads the limits of time and nodes of a job: those of its partition, its QOS and its account, from scontrol and sacctmgr."""
+"""Reads the limits of time, of nodes, and of nodes times minutes of a job: those of its partition, QOS and account, from
+scontrol and sacctmgr.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,21 @@ from longhaul.scheduling import slurm_client
 from longhaul.scheduling.find_partitions import minutes_of
 
 _JOB_TRES = ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES")
-_QOS_FIELDS = ("Name", "MaxWall", *_JOB_TRES, "Flags")
-_ASSOCIATION_FIELDS = ("Account", "Partition", "DefaultQOS", "MaxWall", "MaxTRES", "GrpTRES")
+# Of one job, and the budget of all jobs together, which one job alone must not exceed either.
+_TRES_MINUTES = ("MaxTRESMins", "GrpTRESMins")
+_QOS_FIELDS = ("Name", "MaxWall", *_JOB_TRES, *_TRES_MINUTES, "Flags")
+_ASSOCIATION_FIELDS = ("User", "Account", "Partition", "DefaultQOS", "MaxWall", "MaxTRES", "GrpTRES", *_TRES_MINUTES)
+_TRES = r"(?:^|,)((?:node|cpu|gres/gpu)(?::[\w.-]+)?)=(\d+)(?=,|$)"
+"""Trackable resources (TRES) and their limits: cpu=1280,gres/gpu:a100=64,node=16."""
 Fields = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class SlurmLimits:
-    """Limits that Slurm shows: partitions and QOS by name, and the user's associations on this cluster."""
+    """Limits that Slurm shows: partitions and QOS by name, and associations on this cluster: the user's and whole accounts'.
+
+    An account's own row, without a user, has the budget that all its users share.
+    """
 
     partitions: Mapping[str, Fields]
     qos: Mapping[str, Fields]
@@ -36,6 +45,19 @@ class JobLimit:
     nodes: int | None
 
 
+@dataclass(frozen=True)
+class MinutesLimit:
+    """A limit of a resource times the minutes of a job, such as 1,000 node minutes.
+
+    source:   who sets it, such as "QOS long"
+    resource: node, cpu or gres/gpu
+    """
+
+    source: str
+    resource: str
+    minutes: int
+
+
 def read_limits() -> SlurmLimits | None:
     """Return what Slurm shows; None if it does not answer. Without accounting, limits of partitions alone."""
     try:
@@ -43,11 +65,17 @@ def read_limits() -> SlurmLimits | None:
     except (slurm_client.SlurmCommandError, UserError):
         return None
     cluster = slurm_client.settings().get("ClusterName", "")
-    conditions = slurm_client.association_filter(getpass.getuser(), cluster)
+    associations = [
+        row
+        for user in (getpass.getuser(), "")
+        for row in slurm_client.accounting_rows(
+            "assoc", *slurm_client.association_filter(user, cluster), fields=_ASSOCIATION_FIELDS
+        )
+    ]
     return SlurmLimits(
         {fields["PartitionName"]: fields for fields in partitions},
         {fields["Name"]: fields for fields in slurm_client.accounting_rows("qos", fields=_QOS_FIELDS)},
-        slurm_client.accounting_rows("assoc", *conditions, fields=_ASSOCIATION_FIELDS),
+        associations,
     )
 
 
@@ -57,16 +85,37 @@ def limits_of(partition: Partition, shown: SlurmLimits) -> list[JobLimit]:
     QOS and account: of each limit, the first one in Slurm's order counts, also if a later one is smaller
     (https://slurm.schedmd.com/resource_limits.html). No job exceeds those of its partition, unless a flag of its QOS says so.
     """
-    own = [shown.partitions[name] for name in names_of(partition) if name in shown.partitions]
-    associations = _associations(partition, shown)
-    qos = _qos(partition, own, associations, shown)
-    sources = [
-        *((f"QOS {one['Name']}", one) for one in qos),
-        *((f"account {one['Account']}", one) for one in associations),
-    ]
+    own = _own_partitions(partition, shown)
+    qos = _qos(partition, own, _associations(partition, shown), shown)
     return [
         *_partition_limits(partition, own, {flag for one in qos for flag in one["Flags"].split(",")}),
-        *_first_limits(sources, partition),
+        *_first_limits(_sources(partition, shown), partition),
+    ]
+
+
+def minutes_limits_of(partition: Partition, shown: SlurmLimits) -> list[MinutesLimit]:
+    """Return the limits of resources times minutes of a job in a partition of the site file, the first one in Slurm's order."""
+    found: dict[tuple[str, str], MinutesLimit] = {}
+    for source, fields in _sources(partition, shown):
+        for key in _TRES_MINUTES:
+            for resource, number in re.findall(_TRES, fields.get(key, "")):
+                limit = MinutesLimit(source, resource.partition(":")[0], int(number))
+                found.setdefault((key, resource), limit)
+    return list(found.values())
+
+
+def _own_partitions(partition: Partition, shown: SlurmLimits) -> list[Fields]:
+    return [shown.partitions[name] for name in names_of(partition) if name in shown.partitions]
+
+
+def _sources(partition: Partition, shown: SlurmLimits) -> list[tuple[str, Fields]]:
+    """Return who sets limits of a job beside its partitions, and the fields, in Slurm's order."""
+    associations = _associations(partition, shown)
+    qos = _qos(partition, _own_partitions(partition, shown), associations, shown)
+    accounts = [one for one in shown.associations if one["Account"] == partition.account and not one["User"]]
+    return [
+        *((f"QOS {one['Name']}", one) for one in qos),
+        *((f"account {one['Account']}", one) for one in (*associations, *accounts)),
     ]
 
 
@@ -100,7 +149,7 @@ def names_of(partition: Partition) -> list[str]:
 
 def _associations(partition: Partition, shown: SlurmLimits) -> list[Fields]:
     """Return the association of a job; one for its partition alone replaces that for all partitions."""
-    found = [one for one in shown.associations if one["Account"] == partition.account]
+    found = [one for one in shown.associations if one["Account"] == partition.account and one["User"]]
     of_partition = [one for one in found if partition.name and one["Partition"] == partition.name]
     return (of_partition or [one for one in found if not one["Partition"]])[:1]
 
@@ -123,16 +172,11 @@ def _partition_nodes(fields: Fields) -> int | None:
 
 
 def _nodes(fields: Fields, partition: Partition) -> dict[str, int]:
-    """Return how many nodes each limit of trackable resources (TRES) allows: cpu=1280,gres/gpu=64,node=16.
-
-    Of a limit below a whole node, a job gets a part of one.
-    """
+    """Return how many nodes each limit of trackable resources allows. Of a limit below a whole node, a job gets a part of one."""
     per_node = {"node": 1, "cpu": partition.node.cpus, "gres/gpu": partition.node.gpus}
     counts: dict[str, int] = {}
     for key in _JOB_TRES:
-        for name, number in re.findall(
-            r"(?:^|,)((?:node|cpu|gres/gpu)(?::[\w.-]+)?)=(\d+)(?=,|$)", fields.get(key, "")
-        ):
+        for name, number in re.findall(_TRES, fields.get(key, "")):
             if of_node := per_node[name.partition(":")[0]]:
                 counts[f"{key} {name}"] = max(min(int(number), 1), int(number) // of_node)
     return counts
