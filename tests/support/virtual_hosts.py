@@ -202,7 +202,7 @@ def _end(outer: subprocess.Popen[bytes]) -> None:
 def _pid_namespace(pid: int) -> str:
     """Return the name of a process' PID namespace; empty if the process has ended."""
     try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:
         return ""
 
