@@ -6,9 +6,10 @@ while [ "$1" != -- ]; do
     shift
 done
 shift
-# torch compiles in $TMPDIR, and MIOpen keeps its databases there; some centres set it for each job. Of a name with : or ,
-# Apptainer would read several folders.
-if [[ -d ${TMPDIR:-} && $TMPDIR != *[:,]* ]]; then
+# torch compiles in $TMPDIR, and MIOpen keeps its databases there; some centres set it for each job.
+# shellcheck source=templates/sbatch/usable_tmpdir.sh
+source "$(dirname -- "$0")/usable_tmpdir.sh"
+if [[ ${TMPDIR:-/tmp} != /tmp ]]; then  # Apptainer mounts /tmp itself
     set -- "$1" "$2" --bind "$TMPDIR" "${@:3}"
 fi
 exec "$@"

@@ -5,6 +5,15 @@
 set -euo pipefail
 cd /scratch/my-run
 set +u  # modules and the `module` function itself use unset variables
+if ! type -t module >/dev/null; then
+    # The shell of a job is no login shell, and not every centre exports the function `module`.
+    init=${MODULESHOME:-}/init/bash
+    [[ -r $init ]] || init=/etc/profile
+    set +e  # a command that fails in there is no failure of the job
+    # shellcheck source=/dev/null
+    source "$init"
+    set -e
+fi
 module load apptainer/1.3
 set -u
 export PYTHONPATH='/opt/longhaul/workflow'

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,19 +264,35 @@ def test_an_image_path_with_special_characters_stays_one_word(tmp_path: Path):
 MODULE = 'module() { echo "$HARMLESS_BUT_UNSET" > /dev/null; export LOADED="${LOADED:-} $2"; }'
 
 
-def test_modules_may_use_unset_variables(tmp_path: Path):
-    """Lmod and Tcl modules do so; afterwards the script fails again on unset variables."""
+def loaded_modules(folder: Path, first_lines: str = "", **environment: str) -> tuple[list[str], str]:
+    """Return the modules that launch.sh loads before it starts Python, and the flags of its shell then."""
     software = {"kind": "modules", "modules": ["cuda/13.0", "python"]}
-    launch = render_job(plan_of(tmp_path, None, {"software": software}), JobId("train", ("base",)), tmp_path).files[
-        "launch.sh"
-    ]
+    launch = render_job(plan_of(folder, None, {"software": software}), BASE, folder).files["launch.sh"]
     before_python = launch[: launch.index("exec ")]
     shown = subprocess.run(
-        ["bash", "-c", f'{MODULE}\n{before_python}\necho "$LOADED $-"'], capture_output=True, text=True, check=False
+        ["bash", "-c", f'{first_lines}\n{before_python}\necho "$LOADED $-"'],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
     )
     assert shown.returncode == 0, shown.stderr
     *loaded, flags = shown.stdout.split()
-    assert loaded == ["cuda/13.0", "python"] and "u" in flags
+    return loaded, flags
+
+
+def test_modules_may_use_unset_variables(tmp_path: Path):
+    """Lmod and Tcl modules do so; afterwards the script fails again on unset variables."""
+    loaded, flags = loaded_modules(tmp_path, MODULE)
+    assert loaded == ["cuda/13.0", "python"] and {"e", "u"} <= set(flags)
+
+
+def test_module_is_defined_where_login_shells_alone_have_it(tmp_path: Path):
+    """At Jean Zay, the shell of a job does not have it."""
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init" / "bash").write_text(f"false\n{MODULE}\n")
+    loaded, flags = loaded_modules(tmp_path, MODULESHOME=str(tmp_path))
+    assert loaded == ["cuda/13.0", "python"] and {"e", "u"} <= set(flags)
 
 
 def binds(plan: Plan, folder: Path, job: JobId) -> list[str]:
@@ -454,7 +471,7 @@ def test_only_steps_that_ask_for_gpus_get_the_flag_of_the_driver(job: JobId, has
 @pytest.mark.parametrize(("name", "is_bound"), [("local", True), ("of,job", False), ("absent", False)])
 def test_folder_for_temporary_files_is_bound_on_each_node(name: str, is_bound: bool, tmp_path: Path):
     (tmp_path / "bin").mkdir()
-    path = fake_program(tmp_path / "bin", "apptainer", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    path = fake_program(tmp_path / "bin", "apptainer", '#!/bin/sh\nprintf "%s\\n" "$@" "TMPDIR=$TMPDIR"\n')
     temporary = tmp_path / name
     if name != "absent":
         temporary.mkdir()
@@ -467,41 +484,94 @@ def test_folder_for_temporary_files_is_bound_on_each_node(name: str, is_bound: b
     assert (tmp_path / "scratch").is_dir() and "/a b.sif" in shown
     bind = ["--bind", str(temporary)] if is_bound else ["--bind", "/dev/shm"]
     assert shown[:3] == ["exec", *bind] and shown.count(str(temporary)) == is_bound
+    assert shown[-1] == f"TMPDIR={temporary if is_bound else '/tmp'}"
 
 
-def test_srun_starts_a_pyxis_container_with_all_folders_of_the_job(tmp_path: Path):
-    software = {
-        "kind": "srun",
-        "options": ["--container-image=nvcr.io#nvidia/pytorch:26.01-py3"],
-        "binds": ["/a:/b", "/c"],
-    }
+PYXIS = {
+    "kind": "srun",
+    "options": ["--container-image=nvcr.io#nvidia/pytorch:26.01-py3"],
+    "binds": ["/a:/b", "/c"],
+}
+ENTER_SCRIPT = f"{REPOSITORY}/templates/sbatch/enter_srun_container.sh"
+
+
+def test_srun_starts_a_pyxis_container_with_all_folders_and_variables_of_the_job(tmp_path: Path):
+    """Without --container-env, pyxis keeps a variable of the image (README of pyxis 0.24)."""
     run = tmp_path / "run"
-    command = commands(tmp_path, {"software": software})[1]
+    command = commands(tmp_path, {"software": PYXIS, "environment": {"NCCL_IB_HCA": "mlx5_1"}})[1]
     start = command.index("--container-image=nvcr.io#nvidia/pytorch:26.01-py3")
     assert command[0] == "srun"
-    assert command[start + 1] == f"--container-mounts={REPOSITORY}:{REPOSITORY},{run}:{run},/a:/b,/c:/c"
-    assert command[start + 2 : start + 4] == ["bash", "-c"]
-    assert command[start + 5 : start + 9] == ["bash", str(run), str(PACKAGE.parent), "python3"]
+    assert command[start + 1] == f"--container-mounts={REPOSITORY}:{REPOSITORY},{run}:{run},/c:/c,/a:/b"
+    option, _, names = command[start + 2].partition("=")
+    assert option == "--container-env" and {"NCCL_IB_HCA", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"} <= {*names.split(",")}
+    assert "PYTORCH_ALLOC_CONF" not in names, "what the job leaves alone if it is set is the image's"
+    assert command[start + 3 : start + 8] == ["bash", ENTER_SCRIPT, str(run), str(PACKAGE.parent), "--"]
+    assert command[start + 8] == "python3"
+
+
+def test_folder_inside_of_a_bind_is_made_in_the_container(tmp_path: Path):
+    """A local disk is the same folder on all nodes, and longhaul's folder on it is on none of them before the first job."""
+    config = {"storage.scratch": "/local/me/longhaul", "storage.weights": str(tmp_path / "weights")}
+    software = {**PYXIS, "binds": ["/local"]}
+    command = commands(tmp_path, {"software": software}, BASE, config)[-1]
+    (mounts,) = (word for word in command if word.startswith("--container-mounts="))
+    assert "/local:/local" in mounts and "/local/me" not in mounts
+    start = command.index(ENTER_SCRIPT)
+    assert command[start + 3 : command.index("--", start)] == [str(tmp_path / "weights"), "/local/me/longhaul"]
+
+
+def test_folders_that_pyxis_mounts_are_created_before_the_first_job(tmp_path: Path):
+    config = {"storage.weights": str(tmp_path / "a/weights"), "storage.data": str(tmp_path / "a/data")}
+    write_launch_files(plan_of(tmp_path, config, {"software": {"kind": "container", "path": "/a.sif"}}), tmp_path)
+    assert not (tmp_path / "a").exists(), "Apptainer's start script makes them on the nodes"
+    plan = plan_of(tmp_path, config, {"software": PYXIS})
+    write_launch_files(plan, tmp_path)
+    assert (tmp_path / "a/weights").is_dir() and (tmp_path / "a/data").is_dir()
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match=r"storage: .*weights cannot be created: Not a directory"):
+        write_launch_files(plan, tmp_path)
+
+
+def enter_srun_container(run: Path, *command: str, **environment: str) -> str:
+    """Return what a command prints that a step starts in run, in a container of srun; `srun` and its options are left out."""
+    plan = plan_of(run.parent, None, {"software": {"kind": "srun", "options": ["--environment=/images/job.toml"]}})
+    rendered_for = run.parent / "run"
+    words = json.loads(render_job(plan, JobId("fabric"), rendered_for).files["launch.json"])["steps"][0]["command"]
+    words = [str(run) if word == str(rendered_for) else word for word in words]
+    inner = words[words.index("--environment=/images/job.toml") + 1 : words.index("python3")]
+    assert inner[0] == "bash"
+    done = subprocess.run(
+        [*inner, *command], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    return done.stdout
 
 
 def test_step_in_an_srun_container_starts_in_the_working_folder_with_longhaul_on_its_path(tmp_path: Path):
     """Images choose their own working folder, and may set PYTHONPATH."""
     run = tmp_path / "a b'c"
     run.mkdir()
-    software = {"kind": "srun", "options": ["--environment=/images/job.toml"]}
-    launch = render_job(plan_of(tmp_path, None, {"software": software}), JobId("fabric"), tmp_path / "run").files
-    command = json.loads(launch["launch.json"])["steps"][0]["command"]
-    inner = command[command.index("--environment=/images/job.toml") + 1 :]
-    assert inner[0] == "bash"
-    inner = [str(run) if word == str(tmp_path / "run") else word for word in inner[: inner.index("python3")]]
-    shown = subprocess.run(
-        [*inner, "bash", "-c", 'echo "$PWD|$PYTHONPATH"'],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": "/of/the/image"},
+    shown = enter_srun_container(run, "bash", "-c", 'echo "$PWD|$PYTHONPATH"', PYTHONPATH="/of/the/image")
+    assert shown == f"{run}|{PACKAGE.parent}\n"
+
+
+@pytest.mark.parametrize(("name", "is_kept"), [("local", True), ("absent", False)])
+def test_step_in_an_srun_container_has_a_folder_for_temporary_files(name: str, is_kept: bool, tmp_path: Path):
+    """enroot mounts a /tmp of its own, and not $TMPDIR of the host. MIOpen's folders are below it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "local").mkdir()
+    folder = f"{tmp_path}/{name}"
+    shown = enter_srun_container(
+        tmp_path / "run",
+        "bash",
+        "-c",
+        'echo "$TMPDIR $MIOPEN_USER_DB_PATH $MIOPEN_CUSTOM_CACHE_DIR"',
+        TMPDIR=folder,
+        MIOPEN_USER_DB_PATH=f"{folder}/miopen-41",
+        MIOPEN_CUSTOM_CACHE_DIR="/of/the/user",
     )
-    assert shown.stdout == f"{run}|{PACKAGE.parent}\n"
+    place = folder if is_kept else "/tmp"
+    assert shown == f"{place} {place}/miopen-41 /of/the/user\n"
 
 
 def test_modules_are_loaded_after_purge_and_use(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from longhaul.artifacts.paths import RESULTS
@@ -12,16 +13,19 @@ from longhaul.planning import Plan
 
 SHARED_MEMORY = "/dev/shm"  # nosec B108  # no folder for temporary files: ranks of one node communicate through it
 _UNBINDABLE = set(":,")
-START_SCRIPT = data_root() / "templates" / "sbatch" / "start_container.sh"
-# srun leaves the working folder to the image, and variables of an image replace those of the host.
-_ENTER_FOLDER = 'cd -- "$1" && export PYTHONPATH="$2" && shift 2 && exec "$@"'
+_SCRIPTS = data_root() / "templates" / "sbatch"
+START_SCRIPT = _SCRIPTS / "start_container.sh"
+ENTER_SCRIPT = _SCRIPTS / "enter_srun_container.sh"
 
 
-def container_command(plan: Plan, spec: JobSpec, has_gpus: bool, workdir: Path, code: Path) -> list[str]:
+def container_command(
+    plan: Plan, spec: JobSpec, has_gpus: bool, variables: Sequence[str], workdir: Path, code: Path
+) -> list[str]:
     """Return the words between the launcher and a step's own command; none where the site uses no container.
 
-    has_gpus: whether the step asks for GPUs; without them, Apptainer has no files of a driver to add
-    code:     folder that Python imports longhaul from
+    has_gpus:  whether the step asks for GPUs; without them, Apptainer has no files of a driver to add
+    variables: names of the environment variables whose values of the job replace those of the image
+    code:      folder that Python imports longhaul from
 
     All that the job reads and writes is bound. Slurm's client stays outside the container, so nothing of it is bound.
 
@@ -33,8 +37,9 @@ def container_command(plan: Plan, spec: JobSpec, has_gpus: bool, workdir: Path, 
         return _apptainer_command(plan, spec, has_gpus, workdir)
     if software.kind != "srun":
         return []
-    mounts = [_pyxis_mounts(plan, spec, workdir)] if software.is_pyxis else []
-    return [*software.options, *mounts, "bash", "-c", _ENTER_FOLDER, "bash", str(workdir), str(code)]
+    pyxis = _pyxis_options(plan, spec, variables, workdir) if software.is_pyxis else []
+    enter = ["bash", str(ENTER_SCRIPT), str(workdir), str(code), *_storage_roots(plan, workdir), "--"]
+    return [*software.options, *pyxis, *enter]
 
 
 def _apptainer_command(plan: Plan, spec: JobSpec, has_gpus: bool, workdir: Path) -> list[str]:
@@ -52,9 +57,16 @@ def _gpu_flag(plan: Plan) -> list[str]:
     return ["--rocm"] if plan.site.accelerator.rocm else ["--nv"]
 
 
-def _pyxis_mounts(plan: Plan, spec: JobSpec, workdir: Path) -> str:
-    folders = [*_bound_folders(plan, spec, workdir), *plan.site.software.binds]
-    return "--container-mounts=" + ",".join(folder if ":" in folder else f"{folder}:{folder}" for folder in folders)
+def _pyxis_options(plan: Plan, spec: JobSpec, variables: Sequence[str], workdir: Path) -> list[str]:
+    """Return the mounts and the names of variables; pyxis 0.15 and later replace an image's values by the job's.
+
+    pyxis refuses a folder that a node does not have. A folder inside of one of the binds is made in the container.
+    """
+    binds = plan.site.software.binds
+    folders = _outermost([*_bound_folders(plan, spec, workdir), *(bind for bind in binds if ":" not in bind)])
+    mounts = [*(f"{folder}:{folder}" for folder in folders), *(bind for bind in binds if ":" in bind)]
+    names = [f"--container-env={','.join(variables)}"] if variables else []
+    return [f"--container-mounts={','.join(mounts)}", *names]
 
 
 def _bound_folders(plan: Plan, spec: JobSpec, workdir: Path) -> list[str]:

@@ -43,6 +43,7 @@ def write_launch_files(plan: Plan, workdir: Path) -> None:
     """Write the files of every job that can be rendered now, and make the log folders: Slurm starts no job without them."""
     for log in (plan.paths.controller_log, *(plan.paths.log(job) for job in jobs_of(plan))):
         (workdir / log).parent.mkdir(parents=True, exist_ok=True)
+    _create_mounted_folders(plan, workdir)
     _link_code(workdir / CODE_LINK)
     for folder, files in render_run(plan, workdir).items():
         files.write(workdir / folder)
@@ -51,10 +52,30 @@ def write_launch_files(plan: Plan, workdir: Path) -> None:
 def write_job_files(plan: Plan, job: JobId, workdir: Path) -> JobFolder:
     """Write the files of one job, make its log folder, and return the job's folder."""
     (workdir / plan.paths.log(job)).parent.mkdir(parents=True, exist_ok=True)
+    _create_mounted_folders(plan, workdir)
     _link_code(workdir / CODE_LINK)
     folder = JobFolder(workdir / plan.paths.job(job).path)
     render_job(plan, job, workdir).write(folder.path)
     return folder
+
+
+def _create_mounted_folders(plan: Plan, workdir: Path) -> None:
+    """Create the shared folders of `storage` where pyxis mounts them: it refuses a folder that does not exist.
+
+    Raises:
+        UserError: one of them cannot be created.
+    """
+    storage = plan.config.storage
+    if not plan.site.software.is_pyxis:
+        return
+    for folder in (workdir / root for root in (storage.weights, storage.data) if root):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"storage: {folder} cannot be created: {error.strerror}",
+                "name a folder of storage.weights and storage.data that you may write to",
+            ) from None
 
 
 def _link_code(link: Path) -> None:
@@ -162,7 +183,10 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
     words = ("-m", "longhaul", "job", "run", step.kind, str(folder.path / step.file))
     inside = not step.outside_environment
     has_gpus = step.request.gpus_per_node > 0
-    container = container_command(plan, step.spec, has_gpus, workdir, _code_folder(workdir)) if inside else []
+    # What is set only where nothing is set yet leaves the image's value, too.
+    variables = [variable.name for variable in job_variables(plan.site, step.request) if not variable.unless_set]
+    code = _code_folder(workdir)
+    container = container_command(plan, step.spec, has_gpus, variables, workdir, code) if inside else []
     return LaunchStep(title=step.title, command=(*launcher, *container, *python, *words))
 
 

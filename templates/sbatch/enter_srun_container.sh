@@ -1,0 +1,15 @@
+#!/bin/bash
+# Continues a step inside the container that srun started for it: enter_srun_container.sh WORKDIR PYTHONPATH FOLDER... -- WORD...
+# srun leaves the working folder to the image, and PYTHONPATH of an image replaces that of the host.
+cd -- "$1" || exit
+export PYTHONPATH="$2"
+shift 2
+while [ "$1" != -- ]; do
+    mkdir -p -- "$1" || exit
+    shift
+done
+shift
+# enroot gives a container a /tmp of its own, and does not mount $TMPDIR of the host.
+# shellcheck source=templates/sbatch/usable_tmpdir.sh
+source "$(dirname -- "$0")/usable_tmpdir.sh"
+exec "$@"
