@@ -95,7 +95,7 @@ def test_the_page_of_centres_shows_rendered_options():
 def test_the_page_of_centres_states_the_limits_of_the_site_files():
     table = CENTRES_PAGE.read_text().split("\n## Limits")[1].split("\n## ")[0]
     rows = [row.split("|")[1:3] for row in re.findall(r"^\| .*\d.* \|$", table, flags=re.MULTILINE)]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for centre, limits in rows:
         name = next(name for name in SITES if name.replace("-", "") == centre.lower().replace(" ", ""))
         written = {partition.max_nodes for partition in load_site(name, REPOSITORY).partitions}
