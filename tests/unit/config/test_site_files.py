@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from longhaul.config.load_config import is_site_file, load_site
-from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, RESERVED_SRUN_OPTIONS
+from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, RESERVED_SRUN_EXTRA
 from longhaul.errors import UserError
 from tests.support.small_configs import SITE, changed, write_config
 
@@ -64,7 +64,7 @@ def test_each_key_of_the_old_form_is_named_with_its_new_place(tmp_path: Path):
     ("key", "reserved"),
     [
         ("partitions.0.sbatch_extra", RESERVED_SBATCH_OPTIONS),
-        ("srun_extra", RESERVED_SRUN_OPTIONS),
+        ("srun_extra", RESERVED_SRUN_EXTRA),
     ],
 )
 def test_each_option_that_breaks_a_job_is_refused_with_its_reason(key: str, reserved: dict[str, str], tmp_path: Path):
@@ -89,6 +89,8 @@ def test_each_option_that_breaks_a_job_is_refused_with_its_reason(key: str, rese
         ("--no-requeue", "the key requeue of the site"),
         ("--nodelist=n1", "constraint or reservation of the partition"),
         ("--time=10", "max_minutes"),
+        ("--environment=/images/job.toml", "software: {kind: srun, options: […]}"),
+        ("--container-image=/images/job.sqsh", "software: {kind: srun, options: […]}"),
     ],
 )
 def test_refused_option_of_sbatch_names_the_key_that_replaces_it(option: str, remedy: str, tmp_path: Path):

@@ -21,7 +21,7 @@ from longhaul.config.field_types import (
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.partition_config import JobPlace, NodeShape, Partition
 from longhaul.config.serving_config import Serving
-from longhaul.config.slurm_options import RESERVED_SRUN_OPTIONS, check_options
+from longhaul.config.slurm_options import RESERVED_SRUN_EXTRA, check_options
 from longhaul.config.software_config import Accelerator, AcceleratorOrCpu, Software
 
 # Where the jobs of a kind run when no partition serves that kind.
@@ -248,5 +248,5 @@ class Site(FrozenModel):
             raise ValueError(
                 f"environment sets {reserved[0]}, which longhaul sets for each job; remove it, or load a module instead"
             )
-        check_options("srun_extra", self.srun_extra, RESERVED_SRUN_OPTIONS)
+        check_options("srun_extra", self.srun_extra, RESERVED_SRUN_EXTRA)
         return self

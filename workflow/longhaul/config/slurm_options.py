@@ -34,13 +34,21 @@ _OF_JOBS_AND_STEPS = {
     "--gres": _key("gpu_request or gres_extra"),
     "--threads-per-core": _key("threads_per_core"),
 }
+# Options of pyxis and of CSCS. With sbatch they start longhaul's supervisor in the container, where Slurm's commands are absent.
+_CONTAINERS = dict.fromkeys(
+    ("--container-image", "--container-mounts", "--container-name", "--container-workdir", "--environment"),
+    "starts a container without longhaul's folders; write software: {kind: srun, options: […]} instead",
+)
 RESERVED_SRUN_OPTIONS = _OF_JOBS_AND_STEPS | {
     **dict.fromkeys(("--jobid", "--kill-on-bad-exit", "--label", "--no-allocate", "--wait"), SET_BY_LONGHAUL),
     **dict.fromkeys(("--multi-prog", "--relative"), _SIZE),
     **dict.fromkeys(("--pty", "--unbuffered"), "writes terminal codes into the logs; remove it"),
     "--time": "ends a job before its allocation ends; remove it",
 }
+RESERVED_SRUN_EXTRA = RESERVED_SRUN_OPTIONS | _CONTAINERS
+"""What `srun_extra` must not set; `software.options` may choose the container."""
 RESERVED_SBATCH_OPTIONS = _OF_JOBS_AND_STEPS | {
+    **_CONTAINERS,
     **dict.fromkeys(("--comment", "--job-name", "--open-mode", "--parsable", "--quiet", "--wrap"), SET_BY_LONGHAUL),
     **dict.fromkeys(("--array", "--external"), "makes another kind of job, without longhaul's supervisor; remove it"),
     **dict.fromkeys(
