@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.errors import UserError
-from longhaul.train.build_model import check_rotary_embedding, place_of_fp32_weights
+from longhaul.train.build_model import check_rotary_embedding, place_of_fp32_weights, train_every_embedding
 from tests.support.small_configs import DEEPSEEK, LLAMA
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -52,6 +52,27 @@ def test_network_without_the_asked_scaling_is_refused():
     ):
         with pytest.raises(UserError, match=problem):
             check_rotary_embedding(unscaled, {**MODELS["llama"], "rope_scaling": scaling})
+
+
+def test_the_embedding_of_eos_learns_where_eos_is_also_the_padding_token():
+    """GPT-2, Llama and Mistral have no padding token of their own. torch gives no gradient to the row of its padding_idx."""
+    eos = 3
+    ids = torch.tensor([[5, 6, eos, 7, 8, eos]])
+    gradients = []
+    for pad in (None, eos):
+        torch.manual_seed(1)
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**MODELS["llama"], eos_token_id=eos, pad_token_id=pad)
+        )
+        embedding = model.model.embed_tokens
+        with torch.no_grad():
+            embedding.weight.copy_(torch.randn(embedding.weight.shape))
+        assert embedding.padding_idx == pad
+        train_every_embedding(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(embedding.weight.grad)
+    assert gradients[0][eos].abs().sum() > 0
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(

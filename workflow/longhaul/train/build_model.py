@@ -53,6 +53,7 @@ def build_model(
             print(f"pretrained weights: {change}", flush=True)
     config = build_model_config(job, tokenizer)
     model = _build_network(job, config, context)
+    train_every_embedding(model)
     check_rotary_embedding(model, job.model)
     shapes = all_shapes(model, context) if context.dims.is_sliced else own_shapes(model)
     values = initial_values(job, config, shapes, start, context.device)
@@ -105,6 +106,17 @@ def _build_network(job: TrainSpec, config: PreTrainedConfig, context: Distribute
     # zero.Init rounds every tensor that is made inside it to the compute precision, also the rotary frequencies.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
     return model
+
+
+def train_every_embedding(model: torch.nn.Module) -> None:
+    """Let the embedding of every token learn, also that of the padding token: torch gives it no gradient.
+
+    Many tokenizers have no padding token of their own, and use EOS instead, whose embedding must learn. Padding itself changes
+    no gradient: no text attends to it, and it has no labels.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def place_of_fp32_weights(job: TrainSpec, device: torch.device) -> AbstractContextManager[object]:

@@ -98,7 +98,7 @@ def _slice_vocabulary(model: Any, dims: ParallelDims) -> None:
     head: Any = model.lm_head
     if embedding is not None:
         _slice_axis(embedding, "weight", 0, dims)
-        model.model.embed_tokens = VocabularyParallelEmbedding(embedding.weight, embedding.padding_idx, dims)
+        model.model.embed_tokens = VocabularyParallelEmbedding(embedding.weight, dims)
     if head is not None:
         if tied:
             head.weight = model.model.embed_tokens.weight
@@ -181,19 +181,15 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class VocabularyParallelEmbedding(torch.nn.Module):
     """ids [B, T] -> [B, T, H]; each rank looks up the ids of its own rows, and the sum over ranks completes the result."""
 
-    def __init__(self, weight: torch.nn.Parameter, padding_idx: int | None, dims: ParallelDims) -> None:
+    def __init__(self, weight: torch.nn.Parameter, dims: ParallelDims) -> None:
         super().__init__()
         self.weight, self.group = weight, name_group(dims.group("tensor"))
         self.first_id = dims.tensor_rank * weight.shape[0]
-        self.padding_id = -1 if padding_idx is None else padding_idx
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         local_BT = ids_BT - self.first_id
         of_other_rank_BT = (local_BT < 0) | (local_BT >= self.weight.shape[0])
         rows_BTH = F.embedding(local_BT.masked_fill(of_other_rank_BT, 0), self.weight)
-        # As in torch.nn.Embedding, the padding token gets no gradient.
-        padding_BT = (ids_BT == self.padding_id)[..., None]
-        rows_BTH = torch.where(padding_BT, rows_BTH.detach(), rows_BTH)
         return sum_over_group(rows_BTH.masked_fill(of_other_rank_BT[..., None], 0.0), self.group)
 
 
