@@ -58,6 +58,13 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
+# Keys of the stage that balance experts; the loss is large enough to show in the gradient norms of every case.
+BALANCE_LOSS = {"sequence_aux_loss_coef": 0.1}
+BALANCE: dict[str, dict[str, float]] = {
+    "qwen3_moe": BALANCE_LOSS,
+    "deepseek_v2": BALANCE_LOSS,
+    "deepseek_v3": {**BALANCE_LOSS, "router_bias_update_rate": 0.01},
+}
 ALL_LAYOUT_MODELS = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
 """The models that train under every layout. The other models consist of the same modules; they train under a few layouts."""
 GLOBAL_BATCH = 8

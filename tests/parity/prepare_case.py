@@ -18,7 +18,7 @@ from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
 from longhaul.planning import build_plan
-from tests.parity.parity_cases import GLOBAL_BATCH, LAYOUTS, MODELS
+from tests.parity.parity_cases import BALANCE, GLOBAL_BATCH, LAYOUTS, MODELS
 
 STEPS = 10
 SEED = 2  # one of the few seeds with which rounding alone changes no model: see parity_table._check_sensitivity
@@ -53,9 +53,7 @@ def run_config(model: str, layout: str, **stage: Any) -> dict[str, Any]:
                 # (experts with few tokens have such gradients), and the bounds would test that instead of the layout.
                 "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
                 "schedule": {"kind": "constant", "warmup_steps": 3},
-                "router_bias_update_rate": 0.01,
-                # Large enough to show in the gradient norms of every case.
-                "sequence_aux_loss_coef": 0.1,
+                **BALANCE.get(model, {}),
                 "gpus_per_node": chosen.ranks,
                 "validation": {"every_steps": STEPS, "max_samples": 8},
                 "checkpoints": {"every_steps": STEPS // 2, "keep_last": 2},

@@ -15,7 +15,7 @@ from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
 Layout = tuple[int, int, dict[str, int]]
 KILLED = {"kill_at_step": HALF}
-BALANCED = {"router_bias_update_rate": 0.01}
+BALANCE = {"deepseek_v3": {"router_bias_update_rate": 0.01}}
 # Name -> (ranks, ZeRO stage and, with a second partition, zero_hpz_partition_size) before and after. `make resharding` runs all
 # of these and of LAYOUT_CHANGES, `make test` those of QUICK: there every way to slice a model is left once and entered once.
 SIZE_CHANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -91,7 +91,7 @@ def stages(shared: Path, pytestconfig: pytest.Config) -> dict[str, TrainedStage]
     halves = {sizes: _stage(folder / f"half-{sizes}", sizes, KILLED) for sizes, _ in size_changes.values()}
     found = {"uninterrupted": TrainedStage(folder / "uninterrupted", 2)}
     found |= {
-        model: TrainedStage(folder / model, 2, stage=BALANCED, model=model)
+        model: TrainedStage(folder / model, 2, stage=BALANCE.get(model, {}), model=model)
         for model in {model for model, _, _ in layout_changes.values()}
     }
     found |= {
@@ -164,7 +164,7 @@ def test_no_sample_is_lost_and_losses_are_those_of_the_uninterrupted_run(
 
 def _sliced_stage(folder: Path, layout: Layout, faults: dict[str, Any], model: str) -> TrainedStage:
     ranks, zero, axes = layout
-    return TrainedStage(folder, ranks, zero, {"parallel": axes, **BALANCED}, faults, model)
+    return TrainedStage(folder, ranks, zero, {"parallel": axes, **BALANCE.get(model, {})}, faults, model)
 
 
 def test_another_layout_has_the_saved_bits(stages: dict[str, TrainedStage], layout_change: str):

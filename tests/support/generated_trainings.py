@@ -103,13 +103,19 @@ _STAGE_CHOICES: dict[str, st.SearchStrategy[Any]] = {
         ]
     ),
     "communication": st.sampled_from([{"data_type": "bf16"}, {"powersgd": {"rank": 1, "start_step": 2}}]),
-    "router_bias_update_rate": st.sampled_from([0.0, 0.01]),
-    "sequence_aux_loss_coef": st.sampled_from([0.0, 0.01]),
     "validation": st.fixed_dictionaries({"every_steps": st.integers(1, 3), "max_samples": st.integers(1, 5)}),
     "checkpoints": st.fixed_dictionaries({"every_steps": st.integers(1, 3), "keep_best": st.integers(0, 1)}),
     "bad_steps": st.sampled_from([{"policy": "skip"}, {"policy": "roll_back"}]),
     "skip_batches": st.sampled_from([[0], [1, 3]]),
     "truncate": st.sampled_from(["right", "left", "drop"]),
+}
+
+_BALANCE = {
+    "qwen3_moe": {"sequence_aux_loss_coef": st.sampled_from([0.0, 0.01])},
+    "deepseek_v3": {
+        "sequence_aux_loss_coef": st.sampled_from([0.0, 0.01]),
+        "router_bias_update_rate": st.sampled_from([0.0, 0.01]),
+    },
 }
 
 
@@ -129,7 +135,9 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
         "minutes": 5,
         **draw(st.fixed_dictionaries(_STAGE, optional=_STAGE_CHOICES)),
     }
-    config = tiny_config(stages=[stage], model=draw(_MODELS), seed=draw(st.integers(0, 3)))
+    model = draw(_MODELS)
+    stage |= draw(st.fixed_dictionaries({}, optional=_BALANCE.get(next(iter(model)), {})))
+    config = tiny_config(stages=[stage], model=model, seed=draw(st.integers(0, 3)))
     for name in config["datasets"]:
         config["datasets"][name] |= draw(st.fixed_dictionaries({}, optional=_DATASETS))
     return config

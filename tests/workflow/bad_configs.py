@@ -656,9 +656,37 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "auxiliary loss in fp16",
-        {"stages.0.sequence_aux_loss_coef": 0.001, "stages.0.precision": "fp16"},
+        {
+            "model": {"qwen3_moe": QWEN3_MOE},
+            "stages.0.sequence_aux_loss_coef": 0.001,
+            "stages.0.precision": "fp16",
+        },
         {},
         ("sequence_aux_loss_coef 0.001 with precision fp16", "bf16 or fp32"),
+    ),
+    (
+        "auxiliary loss of experts in a dense model",
+        {"stages.0.sequence_aux_loss_coef": 0.001},
+        {},
+        ("stages.base.sequence_aux_loss_coef 0.001 has no effect: the model has no routed experts", "remove the key"),
+    ),
+    (
+        "bias of experts in a dense model",
+        {"stages.1.router_bias_update_rate": 0.001},
+        {},
+        ("stages.chat.router_bias_update_rate 0.001 has no effect: the model has no routed experts", "remove the key"),
+    ),
+    (
+        "bias of experts whose routers have none",
+        {"model": {"qwen3_moe": QWEN3_MOE}, "stages.0.router_bias_update_rate": 0.001},
+        {},
+        ("router_bias_update_rate 0.001 has no effect: routers of DeepSeek-V3 alone", "or balance experts with"),
+    ),
+    (
+        "loss scaling without fp16",
+        {"stages.0.fp16": {"loss_scale": 128.0}, "stages.0.precision": "bf16"},
+        {},
+        ("fp16 has no effect with precision bf16; remove it, or set precision to fp16",),
     ),
     (
         "gradients in fp8",

@@ -167,6 +167,17 @@ REMEDIES: dict[str, list[Remedy]] = {
         Remedy("use 8 GPUs with zero.stage 3", {**_ON_8_GPUS[0], **_ON_8_GPUS[1]}),
     ],
     "fp16 without a GPU": _PRECISIONS,
+    "auxiliary loss of experts in a dense model": [
+        Remedy("remove the key", {"stages.0.sequence_aux_loss_coef": ...}),
+    ],
+    "bias of experts in a dense model": [Remedy("remove the key", {"stages.1.router_bias_update_rate": ...})],
+    "bias of experts whose routers have none": [
+        Remedy("remove the key", {"stages.0.router_bias_update_rate": ...}),
+        Remedy(
+            "or balance experts with sequence_aux_loss_coef",
+            {"stages.0.router_bias_update_rate": ..., "stages.0.sequence_aux_loss_coef": 0.001},
+        ),
+    ],
     "auxiliary loss in fp16": _PRECISIONS,
     "fp16 with tensor parallelism": _PRECISIONS,
     "weights on disk in fp16": _PRECISIONS,

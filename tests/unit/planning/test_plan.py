@@ -20,7 +20,7 @@ from longhaul.planning.gpu_memory import estimate_gpu_memory
 from longhaul.planning.result_spec import result_spec
 from longhaul.report.plan_json import plan_json
 from tests.support.pipeline_run import REPOSITORY
-from tests.support.small_configs import LLAMA, SITE, plan_of
+from tests.support.small_configs import DEEPSEEK, LLAMA, SITE, plan_of
 
 # The examples local-* need files beside them: tests/workflow/test_local_examples.py
 EXAMPLES = sorted(
@@ -133,7 +133,6 @@ WITH_RERUN: dict[str, Any] = {
     "schedule": {"warmup_steps": 1},
     "precision": "bf16",
     "communication": {"data_type": "bf16"},
-    "sequence_aux_loss_coef": 0.001,
 }
 
 
@@ -141,6 +140,13 @@ WITH_RERUN: dict[str, Any] = {
 def test_keys_that_change_weights_trigger_a_rerun_of_their_stage_only(tmp_path: Path, key: str, value: Any):
     """Later stages are run again because of their input, the checkpoint."""
     before, after = rerun_keys(tmp_path), rerun_keys(tmp_path, {f"stages.0.{key}": value})
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+@pytest.mark.parametrize("key", ["sequence_aux_loss_coef", "router_bias_update_rate"])
+def test_balance_of_experts_triggers_a_rerun_of_its_stage_only(tmp_path: Path, key: str):
+    model = {"model": {"deepseek_v3": DEEPSEEK}}
+    before, after = rerun_keys(tmp_path, model), rerun_keys(tmp_path, {**model, f"stages.0.{key}": 0.001})
     assert before[0] != after[0] and before[1] == after[1]
 
 

@@ -11,7 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from longhaul.config.field_types import HuggingFaceConfig
-from longhaul.config.parameter_counts import expert_counts, has_latent_attention, head_dim, sparse_layers
+from longhaul.config.parameter_counts import (
+    expert_counts,
+    has_balancing_bias,
+    has_latent_attention,
+    head_dim,
+    sparse_layers,
+)
 from longhaul.errors import UserError
 
 WRONG_WEIGHTS_HINT = "the weights do not belong to this config.json, or the download is incomplete"
@@ -110,7 +116,7 @@ def _mlp(hidden: int, width: int, has_bias: bool = False) -> Iterator[Tensor]:
 def _mixture(c: HuggingFaceConfig) -> Iterator[Tensor]:
     hidden, width, (routed, shared) = c["hidden_size"], c["moe_intermediate_size"], expert_counts(c)
     yield "gate.weight", (routed, hidden)
-    if c["model_type"] == "deepseek_v3":
+    if has_balancing_bias(c):
         yield "gate.e_score_correction_bias", (routed,)
     for expert in range(routed):
         yield from ((f"experts.{expert}.{name}", shape) for name, shape in _mlp(hidden, width))

@@ -42,6 +42,11 @@ def sparse_layers(c: HuggingFaceConfig) -> tuple[bool, ...]:
     return tuple(_is_sparse(c, layer) for layer in range(c["num_hidden_layers"]))
 
 
+def has_balancing_bias(c: HuggingFaceConfig) -> bool:
+    """Return whether the routers add a bias to the scores of experts, by which the load can be balanced."""
+    return c["model_type"] == "deepseek_v3"
+
+
 def _is_sparse(c: HuggingFaceConfig, layer: int) -> bool:
     if has_latent_attention(c):
         return layer >= c["first_k_dense_replace"]

@@ -288,7 +288,8 @@ class Stage(FrozenModel):
     communication: Communication = Field(default=Communication(), description="Gradient reduction.")
     router_bias_update_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
-        description="Load balancing without auxiliary loss, as in DeepSeek V3: change of each expert's bias per step; 0: off.",
+        description="Load balancing without auxiliary loss: change of each expert's bias per step; 0: off. Only routers of "
+        "DeepSeek V3 have the bias.",
     )
     sequence_aux_loss_coef: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0,
@@ -372,6 +373,12 @@ class Stage(FrozenModel):
                 f"profile_steps [{first}, {last}] must be the first and the last of 1 to {MOST_PROFILED_STEPS} steps: a trace "
                 "needs up to 100 MB for a step"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss_scaling(self) -> Stage:
+        if self.precision != "fp16" and self.fp16 != Fp16():
+            raise ValueError(f"fp16 has no effect with precision {self.precision}; remove it, or set precision to fp16")
         return self
 
     @model_validator(mode="after")

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 from longhaul.config.dataset_config import Dataset
-from longhaul.config.field_types import MAX_STEPS
+from longhaul.config.field_types import MAX_STEPS, HuggingFaceConfig
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.model_size import ModelSize
+from longhaul.config.parameter_counts import has_balancing_bias, sparse_layers
 from longhaul.config.partition_config import Partition
 from longhaul.config.run_config import Config, Storage
 from longhaul.config.site_config import Site
@@ -134,6 +135,23 @@ def _check_fp8(stage: Stage, site: Site) -> None:
         raise UserError(
             f"{where} with {tokens} tokens for each rank and micro batch: FP8 units multiply multiples of {FP8_MULTIPLE}",
             f"make micro_batch_size times sequence_length a multiple of {FP8_MULTIPLE * stage.parallel.sequence}",
+        )
+
+
+def check_expert_balance(stage: Stage, model: HuggingFaceConfig) -> None:
+    """Raise UserError for keys that balance experts, if the model has no experts, or no bias that the key could move."""
+    has_experts = any(sparse_layers(model))
+    if stage.sequence_aux_loss_coef and not has_experts:
+        raise UserError(
+            f"stages.{stage.name}.sequence_aux_loss_coef {stage.sequence_aux_loss_coef:g} has no effect: the model has no routed "
+            "experts",
+            "remove the key",
+        )
+    if stage.router_bias_update_rate and not (has_experts and has_balancing_bias(model)):
+        raise UserError(
+            f"stages.{stage.name}.router_bias_update_rate {stage.router_bias_update_rate:g} has no effect: "
+            + ("routers of DeepSeek-V3 alone have this bias" if has_experts else "the model has no routed experts"),
+            "remove the key" + (", or balance experts with sequence_aux_loss_coef" if has_experts else ""),
         )
 
 

@@ -23,6 +23,7 @@ from longhaul.planning.check_feasibility import (
     accumulation_steps,
     check_checkpoint_files,
     check_chunk_files,
+    check_expert_balance,
     check_job_limits,
     check_memory,
     check_number_of_steps,
@@ -272,6 +273,7 @@ def _plan_stage(
     memory = estimate_gpu_memory(stage, sizes, world_size) if sizes else None
     if model and sizes and memory:
         check_model(stage, model)
+        check_expert_balance(stage, model)
         check_positions(stage, sizes)
         check_memory(stage, memory, sizes, loaded.site)
     files = files_per_checkpoint(stage, world_size, bool(exported_checkpoints))
