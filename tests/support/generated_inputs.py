@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
-from tests.support.small_configs import CONFIG, EMPTY_SAFETENSORS, LLAMA, SITE, changed
+from tests.support.small_configs import CONFIG, DEEPSEEK, EMPTY_SAFETENSORS, LLAMA, SITE, changed
 
 Json = Any
 TEXTS = st.sampled_from(
@@ -85,34 +85,56 @@ class _Changeable(NamedTuple):
     values: st.SearchStrategy[Json]
 
 
-def _keys_of(model: type[Any], prefixes: dict[str, str]) -> list[_Changeable]:
-    """Return the keys of all sections. prefixes: definition of a section -> its path."""
+def _keys_of(model: type[Any], example: dict[str, Json]) -> list[_Changeable]:
+    """Return the keys of all sections. Of lists and of optional sections, those that the example has."""
     schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
-    found = []
-    for name, prefix in prefixes.items():
-        section = definitions[name] if name else schema
-        for key, value in section.get("properties", {}).items():
-            path = f"{prefix}.{key}" if prefix else key
-            found.append(_Changeable(path, schema_values(value, definitions)))
-            inner = value.get("$ref", "").rsplit("/", 1)[-1]
-            for low, low_value in definitions.get(inner, {}).get("properties", {}).items():
-                found.append(_Changeable(f"{path}.{low}", schema_values(low_value, definitions)))
-    return found
+    return list(_keys_below(schema, schema.get("$defs", {}), example, ""))
 
 
-_CONFIG_KEYS = _keys_of(
-    Config,
+def _keys_below(
+    schema: dict[str, Any], definitions: dict[str, Any], example: Json, prefix: str
+) -> Iterator[_Changeable]:
+    """Yield the keys below a section, a list of sections, or sections by name. prefix: path of the value, with a dot."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rsplit("/", 1)[1]]
+    if "anyOf" in schema:
+        for option in schema["anyOf"] if example is not None else ():
+            yield from _keys_below(option, definitions, example, prefix)
+    for key, value in schema.get("properties", {}).items():
+        yield _Changeable(prefix + key, schema_values(value, definitions))
+        inner = example.get(key) if isinstance(example, dict) else None
+        yield from _keys_below(value, definitions, inner, f"{prefix}{key}.")
+    if isinstance(example, list) and schema.get("type") == "array":
+        for number, item in enumerate(example):
+            yield from _keys_below(schema.get("items") or {}, definitions, item, f"{prefix}{number}.")
+    if isinstance(example, dict) and isinstance(named := schema.get("additionalProperties"), dict):
+        for name, item in example.items():
+            yield from _keys_below(named, definitions, item, f"{prefix}{name}.")
+
+
+_EVERY_SECTION = changed(
+    CONFIG,
     {
-        "": "",
-        "Stage": "stages.0",
-        "Dataset": "datasets.chats",
-        "Columns": "datasets.chats.columns",
-        "Llama": "model.llama",
+        "model": {"deepseek_v3": DEEPSEEK},
+        "scale_test": {"nodes": [1, "full"]},
+        "stages.1.export": "last",
+        "stages.1.evaluate": {"tasks": ["arc_easy"]},
+        "stages.1.serve": {},
+        "stages.1.serve_check": {},
     },
 )
-_CONFIG_KEYS += _keys_of(Config, {"Stage": "stages.1", "Dataset": "datasets.prose"})
-_SITE_KEYS = _keys_of(Site, {"": ""})
+"""CONFIG with a mixture of experts and all optional sections of its second stage."""
+_CPUS = {"jobs": ["cpu"], "name": "cpu", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
+_TWO_PARTITIONS = changed(
+    SITE,
+    {
+        "partitions": [{**SITE["partitions"][0], "jobs": ["gpu", "debug"], "gpu_type": "h100"}, _CPUS],
+        "partitions.0.node": {"cpus": 64, "memory_mb": 500_000, "gpus": 8, "gpu_memory_gib": 80.0},
+    },
+)
+_CONFIG_KEYS = _keys_of(Config, _EVERY_SECTION)
+_CONFIG_KEYS += [key for key in _keys_of(Config, CONFIG) if key.path.startswith("model.llama.")]
+_SITE_KEYS = _keys_of(Site, _TWO_PARTITIONS)
 
 
 @st.composite
@@ -335,8 +357,8 @@ def inputs(draw: st.DrawFn) -> Inputs:
     if draw(st.integers(0, 4)) == 4:
         files |= {f"model/{name}": content for name, content in draw(MODEL_FILES).items()}
         config_changes |= {"model": {"pretrained": {"path": "model"}}}
-    config = _try_changed(CONFIG, config_changes)
-    site = _try_changed(SITE, draw(_changes(_SITE_KEYS)))
+    config = _try_changed(draw(st.sampled_from([CONFIG, _EVERY_SECTION])), config_changes)
+    site = _try_changed(draw(st.sampled_from([SITE, _TWO_PARTITIONS])), draw(_changes(_SITE_KEYS)))
     files["run.yaml"] = draw(yaml_texts(config)).encode("utf-8", "surrogatepass")
     files["site.yaml"] = draw(yaml_texts(site)).encode("utf-8", "surrogatepass")
     return Inputs(files, special)
