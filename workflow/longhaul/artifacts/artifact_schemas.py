@@ -47,7 +47,7 @@ class Artifact:
     def read(cls, path: Path, hint: str = "") -> Self:
         """Read an artifact.
 
-        hint: the remedy for an invalid file that a user named: it may be any file, which nobody should delete
+        hint: the remedy for an invalid file that a user named: it may be any file, so the remedy must not be to delete it
 
         Raises:
             UserError: the file is missing or invalid, it is of another class or version, or a field has another type.

@@ -18,7 +18,7 @@ class Endpoint(Artifact):
     url:       address of the OpenAI API, with /v1
     model:     value of `model` in requests
     engine:    transformers | vllm | sglang
-    key_file:  file with the API key; None: the engine knows no key, and listens on 127.0.0.1 only
+    key_file:  file with the API key; None: the engine supports no key, and listens on 127.0.0.1 only
     ready:     the model is loaded, and requests are answered
     owner:     the process that started the engine
     """

@@ -107,7 +107,7 @@ class Problem(NamedTuple):
 
 
 def problems_of_node(node: Facts, job: EnvironmentSpec) -> list[Problem]:
-    """Return the problems that one node has by itself."""
+    """Return the problems of one node that need no comparison with others."""
     return [
         *_software_problems(node, job),
         *_memory_problems(node, job),

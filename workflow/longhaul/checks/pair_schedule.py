@@ -38,7 +38,7 @@ def pairs_of_round(nodes: int, number: int) -> list[Pair]:
         second = (number - first) % rounds
         if first < second:
             pairs.append((first, second))
-        elif first == second and rounds < nodes:  # it meets the place that stays; with an odd number nobody is there
+        elif first == second and rounds < nodes:  # it meets the place that stays, which is empty for an odd number
             pairs.append((first, rounds))
     return pairs
 

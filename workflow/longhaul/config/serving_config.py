@@ -66,8 +66,8 @@ class Serving(FrozenModel):
 
     engine: EngineName = Field(
         default="transformers",
-        description="transformers: `transformers serve`, which knows no API key and answers one request after the other. vllm, "
-        "sglang: installed by you.",
+        description="transformers: `transformers serve`, which supports no API key and answers one request after the other. "
+        "vllm, sglang: installed by you.",
     )
     python: Annotated[tuple[SingleLine, ...], Field(max_length=64)] = Field(
         default=(),

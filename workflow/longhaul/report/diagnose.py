@@ -39,7 +39,7 @@ _WAITS = {
     "Priority": "other jobs are in front: wait",
     "Dependency": "it waits for another job",
 }
-"""Beginning of a reason that passes by itself -> what to do. Of other reasons, config/slurm_reasons.py knows the remedy."""
+"""Beginning of a reason that ends without action -> what to do. config/slurm_reasons.py has the remedies of other reasons."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _recorded_failures(jobs: list[JobStatus], ask_accounting: AskAccounting) -> 
 
 
 def _left_no_record(job: JobStatus) -> bool:
-    """Return whether nobody recorded why the job ended. A supervisor that waits for another allocation recorded it."""
+    """Return whether no process recorded why the job ended. A supervisor that waits for another allocation recorded it."""
     state = read_state(Path(job.folder)) if job.state == INTERRUPTED else None
     return state is not None and state.state == "running"
 
@@ -177,7 +177,7 @@ def _unchecked_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Find
             "main process",
             f"whether {status.main_process} still runs cannot be checked from this host",
             str(paths.lease),
-            f"run `longhaul doctor` on {host}; if {host} is gone for good, rm {paths.lease} and run the same command again",
+            f"run `longhaul doctor` on {host}; if {host} will not come back, rm {paths.lease} and run the same command again",
         )
 
 

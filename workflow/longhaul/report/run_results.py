@@ -56,7 +56,7 @@ class StageResults:
     name: str
     kind: str
     trained_steps: int
-    planned_steps: int | None  # None while nobody has counted the samples of a length in epochs
+    planned_steps: int | None  # None until the samples of a length in epochs are counted
     attempts: list[Attempt]
     metrics: MetricSeries
     summary: Summary

@@ -92,7 +92,7 @@ class JobStatus:
 class StageStatus:
     """A training stage.
 
-    steps: None while nobody has counted the samples of a length in epochs
+    steps: None until the samples of a length in epochs are counted
     progress: None before its first step
     gpu_hours: GPUs × hours, over all allocations; None without GPUs, or before the first allocation
     gpu_hours_expected: at the end of the stage, at the speed of the last steps; None once the stage has ended

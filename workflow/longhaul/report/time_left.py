@@ -27,7 +27,7 @@ class StageWork:
 
     @property
     def flops_per_rank_and_s(self) -> float | None:
-        """Return the measured speed; None before the first steps, or where the plan knows no FLOPs."""
+        """Return the measured speed; None before the first steps, or where the plan has no number of FLOPs."""
         if not (self.flops and self.steps and self.step_s and self.ranks):
             return None
         return self.flops / self.steps / self.step_s / self.ranks

@@ -1,7 +1,7 @@
 """Folder of DeepSpeed's compiled ops (TORCH_EXTENSIONS_DIR), and removal of locks that killed builds leave.
 
 torch compiles an op in `$TORCH_EXTENSIONS_DIR/<op>/`. The process that creates the lock file there builds; all others wait
-without limit until the file is gone. A builder that is killed leaves the file, and every later run would hang.
+without limit until the file is removed. A builder that is killed leaves the file, and every later run would hang.
 """
 
 from __future__ import annotations

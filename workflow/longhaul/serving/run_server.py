@@ -50,7 +50,7 @@ def run(job: ServeSpec) -> None:
     Raises:
         UserError: the export is damaged, the engine does not start or listens at another address than planned, or the node has
             only a public address.
-        RuntimeError: the engine ended by itself.
+        RuntimeError: the engine ended unexpectedly.
     """
     signal_at_end_of_parent(signal.SIGTERM)
     rank = this_rank()
@@ -139,7 +139,7 @@ def _wait_for_end(job: ServeSpec, guardian: Popen[bytes], signals: _StopSignals)
     """Return why the server must stop.
 
     Raises:
-        RuntimeError: the engine ended by itself.
+        RuntimeError: the engine ended unexpectedly.
     """
     while True:
         if signals.received:

@@ -25,7 +25,7 @@ class MicroBatch:
     """Samples of one forward pass.
 
     input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss.
-    tokens: number of tokens without padding; 0 where nobody counts them
+    tokens: number of tokens without padding; 0 where they are not counted
     attention_pairs: number of pairs of a token and one of its document that it attends to, itself included; 0 as above
     """
 

@@ -136,7 +136,7 @@ def check_rotary_embedding(model: PreTrainedModel, keys: HuggingFaceConfig) -> N
     """Compare the network's rotary embedding with the formulas for the keys of its Hugging Face config.
 
     Raises:
-        UserError: they differ, because this transformers release reads a key in another way, or not at all.
+        UserError: they differ, because this transformers release reads a key in another way, or ignores it.
     """
     sizes = {key: value for key, value in model.config.to_dict().items() if not key.startswith("rope_")}
     asked = rotary_numbers({**sizes, **keys})

@@ -107,7 +107,7 @@ class HashedFile:
             os.close(self._handle)
 
     def _free_space_if_failed(self) -> None:
-        """Give back the space of a file that nobody can use: training continues, and metrics.jsonl needs some."""
+        """Give back the space of an unusable file: training continues, and metrics.jsonl needs some."""
         if self.error and self._handle >= 0:
             with suppress(OSError):
                 os.ftruncate(self._handle, 0)

@@ -36,7 +36,7 @@ def claim_weights_folder(
 
 
 def _keep_generation_config(job: TrainSpec, folder: Path) -> None:
-    """Copy the pretrained model's generation settings for the export; the pretrained folder may be gone by then."""
+    """Copy the pretrained model's generation settings for the export; the pretrained folder may no longer exist then."""
     base = Path(job.pretrained) / "generation_config.json" if job.pretrained else None
     if base and base.is_file():
         write_json(WeightsFolder(folder).generation_config, read_json(base, DAMAGED_PRETRAINED_HINT))
