@@ -33,7 +33,9 @@ def find_starting_checkpoint(job: TrainSpec) -> StartingCheckpoint | None:
         return None
     earlier, which = Checkpoint.read(Path(job.start_checkpoint)), job.stage.start_from.checkpoint
     if which not in earlier.checkpoints:
-        raise InputError(f"stage {earlier.stage} has no `{which}` checkpoint", "set start_from.checkpoint to last")
+        raise InputError(
+            f"stage {earlier.stage} has no `{which}` checkpoint", f"set stages.{job.stage.name}.from.checkpoint to last"
+        )
     entry = earlier.checkpoints[which]
     return StartingCheckpoint(Path(earlier.weights) / entry["path"], entry["sha256"])
 
