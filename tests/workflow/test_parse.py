@@ -13,7 +13,7 @@ import yaml
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import write_config
 
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "plotly"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "plotly", "rich"}
 
 
 def run(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
@@ -22,10 +22,14 @@ def run(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[
 
 def imported(*arguments: str, cwd: Path) -> set[str]:
     """Return the top-level packages that a Python process imports."""
+    return {name.partition(".")[0] for name in imported_modules(*arguments, cwd=cwd)}
+
+
+def imported_modules(*arguments: str, cwd: Path) -> set[str]:
     done = run("-X", "importtime", *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    return {line.rpartition("|")[2].strip() for line in lines}
 
 
 def test_dry_run_imports_nothing_heavy(tmp_path: Path):
@@ -34,6 +38,14 @@ def test_dry_run_imports_nothing_heavy(tmp_path: Path):
     found = imported(*words, str(REPOSITORY / "profiles" / "slurm"), "--configfile", str(config), cwd=tmp_path)
     assert "longhaul" in found and "snakemake" in found
     assert found & HEAVY == set()
+
+
+def test_dry_run_of_longhaul_run_spares_the_slurm_plugins_pandas(tmp_path: Path):
+    words = ["-m", "longhaul.scheduling.run_snakemake", "-s", str(REPOSITORY / "Snakefile"), "-n"]
+    where = ["--directory", str(tmp_path), "--profile", str(REPOSITORY / "profiles" / "slurm")]
+    found = imported_modules(*words, *where, "--configfile", str(write_config(tmp_path)), cwd=tmp_path)
+    assert "snakemake_executor_plugin_slurm.partitions" in found and "longhaul.planning.plan" in found
+    assert found & {"pandas.core", "numpy.linalg"} == set()
 
 
 @pytest.mark.parametrize("memory", ["per_node", "all", "omit"])

@@ -2,6 +2,7 @@
 Reads the config into a plan, and gives the rules what they share. longhaul.planning decides; nothing here does.
 """
 
+import gc
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
 if (RULES.parent / "longhaul").is_dir():
     sys.path.insert(0, str(RULES.parent))
+
+# Snakemake's modules are no garbage: the collector need not look through them while the package is imported.
+gc.freeze()
 
 from longhaul.artifacts.atomic_files import canonical_json
 from longhaul.compat.snakemake import order_only, run_hooks_in_module

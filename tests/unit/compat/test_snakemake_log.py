@@ -11,7 +11,7 @@ import pytest
 from snakemake.logging import LoggerManager, logger
 from snakemake.settings.types import OutputSettings
 
-from longhaul.compat.snakemake import replace_terminal_log
+from longhaul.compat.snakemake import replace_terminal_log, terminal_log
 
 
 @pytest.fixture
@@ -22,10 +22,16 @@ def records() -> Iterator[list[logging.LogRecord]]:
     logger.handlers[:] = before
 
 
+def usual_handler() -> logging.Handler:
+    usual = terminal_log()
+    assert usual is not None
+    return usual
+
+
 def test_records_go_to_the_function(records: list[logging.LogRecord]) -> None:
     """Still needed: Snakemake gives its own handler this name, and a Snakefile cannot choose a logger plugin."""
     LoggerManager(logger, OutputSettings())
-    assert replace_terminal_log(records.append)
+    replace_terminal_log(usual_handler(), records.append)
     logger.info("hello")
     assert [record.getMessage() for record in records] == ["hello"]
     assert not any(handler.name == "DefaultStreamHandler" for handler in logger.handlers)
@@ -33,7 +39,7 @@ def test_records_go_to_the_function(records: list[logging.LogRecord]) -> None:
 
 def test_dry_run_keeps_snakemakes_log(records: list[logging.LogRecord]) -> None:
     LoggerManager(logger, OutputSettings(dryrun=True))
-    assert not replace_terminal_log(records.append)
+    assert terminal_log() is None
     assert any(handler.name == "DefaultStreamHandler" for handler in logger.handlers)
 
 
@@ -44,7 +50,7 @@ def test_error_in_the_function_does_not_end_the_run(
         raise KeyError(record.msg)
 
     LoggerManager(logger, OutputSettings())
-    assert replace_terminal_log(fail)
+    replace_terminal_log(usual_handler(), fail)
     logger.info("hello")
     assert "KeyError" in capsys.readouterr().err
 

@@ -141,17 +141,23 @@ def _chained(first: Callable[[Any], None], second: Callable[[], None]) -> Callab
     return run
 
 
-def replace_terminal_log(handle: Callable[[logging.LogRecord], None]) -> bool:
-    """Replace the handler that writes Snakemake's log to the terminal: `handle` gets the records. The log file stays complete.
+def terminal_log() -> logging.Handler | None:
+    """Return the handler that writes Snakemake's log to the terminal; None in a dry run and where the user chose another logger.
 
     Snakemake has logger plugins, but only a command-line option or a profile can name one, not a Snakefile. Its handler
-    is known by its name. Return False, and change nothing, in a dry run and where the user chose another logger.
+    is known by its name.
     """
     from snakemake.logging import logger
 
     usual = next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
-    if usual is None or any(getattr(rule, "dryrun", False) for rule in usual.filters):
-        return False
+    is_dry_run = usual is not None and any(getattr(rule, "dryrun", False) for rule in usual.filters)
+    return None if is_dry_run else usual
+
+
+def replace_terminal_log(usual: logging.Handler, handle: Callable[[logging.LogRecord], None]) -> None:
+    """Replace the handler of `terminal_log`: `handle` gets the records. The log file stays complete."""
+    from snakemake.logging import logger
+
     replacement = _CallingHandler(handle)
     for rule in usual.filters:
         replacement.addFilter(rule)
@@ -161,7 +167,6 @@ def replace_terminal_log(handle: Callable[[logging.LogRecord], None]) -> bool:
         if isinstance(handler, logging.FileHandler):
             # A full disk would print a traceback for every line of the log file. The end of the run names the disk.
             handler.handleError = lambda record: None
-    return True
 
 
 class _CallingHandler(logging.Handler):

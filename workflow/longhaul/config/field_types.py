@@ -122,7 +122,15 @@ Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 class FrozenModel(BaseModel):
     """Base of all config sections: immutable, without unknown keys, without silent conversion between types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        # The validator of Config holds those of all sections. Each section's own is made if a section is validated alone.
+        defer_build=True,
+    )
 
 
 class HubSource(FrozenModel):

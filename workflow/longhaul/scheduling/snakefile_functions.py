@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
@@ -33,11 +33,12 @@ from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, s
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
-from longhaul.scheduling.find_software import require_software
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
-from longhaul.scheduling.run_display import RunDisplay
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
+
+if TYPE_CHECKING:
+    from longhaul.scheduling.run_display import RunDisplay
 
 T = TypeVar("T")
 
@@ -260,8 +261,11 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
     snakemake.examine_jobs_behind_ancient_inputs()
     if not is_main_process:
         return
-    display = RunDisplay(plan.paths)
-    if snakemake.replace_terminal_log(display.handle):
+    if usual := snakemake.terminal_log():
+        from longhaul.scheduling.run_display import RunDisplay  # imports rich, which a dry run can spare
+
+        display = RunDisplay(plan.paths)
+        snakemake.replace_terminal_log(usual, display.handle)
         _displays.append(display)
     snakemake.limit_retries(retry_policy.allowed_restarts)
     if plan.site.scheduler == "slurm":
@@ -281,6 +285,8 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
 
     jobs: Snakemake's jobs that are about to run. A second main process of the same run is refused.
     """
+    from longhaul.scheduling.find_software import require_software  # imports rich, which a dry run can spare
+
     RunLease(plan.paths.lease).acquire_or_exit(slurm_client.job_has_ended)
     disk_space.print_full_disk_at_exit(RESULTS)
     _or_exit(require_software, plan.site)

@@ -26,4 +26,4 @@ def start_snakemake(config: Path, options: list[str]) -> NoReturn:
         options = [*options, "--profile", str(data_root() / "profiles" / site.scheduler)]
     # --configfile takes every word up to the next option, so it goes before the user's words, which may begin with a target.
     own = ["--configfile", str(config.absolute()), "--snakefile", str(data_root() / "Snakefile")]
-    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *own, *options])  # nosec B606  # the user's own words, without a shell
+    os.execv(sys.executable, [sys.executable, "-m", "longhaul.scheduling.run_snakemake", *own, *options])  # nosec B606  # the user's own words, without a shell
