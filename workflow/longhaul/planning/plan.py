@@ -6,7 +6,7 @@ Apart from the config, the plan reads only small local JSON files: the lock file
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -95,7 +95,7 @@ class StagePlan:
     spec: dict[str, object]
     pipeline_bubble: float
     serving: ServingPlan | None
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -281,17 +281,7 @@ def _plan_stage(
     micro_batches = accumulation_steps(stage, data_parallel)
     save_bytes = checkpoint_bytes(stage, sizes) if sizes else None
     check_save_time(stage, save_bytes or 0, loaded.site)
-    synchronous_reason = synchronous_save_reason(stage, memory, loaded.site)
-    warnings = (
-        memory_warning(stage, memory, sizes, loaded.site),
-        node_memory_warning(stage, memory, sizes, loaded.site),
-        synchronous_reason,
-        pipeline_bubble_warning(stage, micro_batches),
-        save_time_warning(stage, save_bytes or 0, loaded.site),
-        not_compiled_warning(stage, sizes, loaded.site),
-        deterministic_warning(stage, loaded.site),
-    )
-    return StagePlan(
+    planned = StagePlan(
         stage=stage,
         steps=steps,
         tokens_per_step=tokens_per_step,
@@ -302,13 +292,27 @@ def _plan_stage(
         sizes=sizes,
         files_per_checkpoint=files,
         checkpoint_bytes=save_bytes,
-        asynchronous_saves=synchronous_reason is None,
+        asynchronous_saves=synchronous_save_reason(stage, memory, loaded.site) is None,
         exported_checkpoints=exported_checkpoints,
         spec=result_spec(loaded, stage, steps),
         pipeline_bubble=pipeline_bubble(stage.parallel.pipeline, micro_batches),
         serving=_plan_server(loaded, stage, model) if model else None,
-        warnings=tuple(warning for warning in warnings if warning),
     )
+    return replace(planned, warnings=_warnings(planned, loaded.site))
+
+
+def _warnings(planned: StagePlan, site: Site) -> tuple[str, ...]:
+    stage, memory, sizes = planned.stage, planned.memory, planned.sizes
+    found = (
+        memory_warning(stage, memory, sizes, site),
+        node_memory_warning(stage, memory, sizes, site),
+        synchronous_save_reason(stage, memory, site),
+        pipeline_bubble_warning(stage, planned.accumulation),
+        save_time_warning(stage, planned.checkpoint_bytes or 0, site),
+        not_compiled_warning(stage, sizes, site),
+        deterministic_warning(stage, site),
+    )
+    return tuple(warning for warning in found if warning)
 
 
 def _plan_server(loaded: LoadedConfig, stage: Stage, model: HuggingFaceConfig) -> ServingPlan | None:
