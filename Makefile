@@ -8,6 +8,9 @@ CLUSTER := $(BIN)/python -m tests.support.cluster_cli
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
+# Tests and jobs start hundreds of processes. With this variable, each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-fabric-cost bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
