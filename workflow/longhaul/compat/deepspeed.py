@@ -21,7 +21,7 @@ def save_without_recovery_script(engine: Engine) -> None:
     """Stop `engine.save_checkpoint` from copying zero_to_fp32.py and zero_to_torch.py beside the checkpoint.
 
     No setting turns that off. The scripts would lie in the folder of all checkpoints and in no manifest, and
-    `longhaul export` reads the checkpoints itself.
+    `longhaul export` reads the checkpoints itself. Upstream: DeepSpeed pull request 892 added the copy.
     """
     engine._copy_recovery_script = lambda _folder: None
 
@@ -99,7 +99,8 @@ def call_before_update(engine: Engine, action: Callable[[], None]) -> None:
 def gradient_norm_before_update(engine: Engine) -> Any:
     """Return the global gradient norm while the inner step runs: a scalar tensor, or a number.
 
-    `engine.get_global_grad_norm()` returns the norm of the previous step until `engine.step` is over.
+    `engine.get_global_grad_norm()` returns the norm of the previous step until `engine.step` is over. Upstream: as DeepSpeed
+    pull request 1292 describes it.
     """
     return engine.optimizer._global_grad_norm
 
@@ -117,7 +118,8 @@ def measure_norm_in_fp32(engine: Engine) -> None:
     """Let ZeRO 1 and 2 measure the gradient norm in one pass over the gradients, without a wait of the CPU.
 
     DeepSpeed first converts every gradient to fp64, and copies a constant from the CPU's memory for every parameter group. The
-    norm of experts that ranks divide is left to DeepSpeed: it is averaged over other ranks.
+    norm of experts that ranks divide is left to DeepSpeed: it is averaged over other ranks. Upstream: DeepSpeed pull request
+    8331 can leave the norm out, but bad steps are found by it.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
@@ -164,7 +166,7 @@ def average_gradients_with(engine: Engine, average: Callable[[], None]) -> None:
     """Call `average` instead of DeepSpeed's own averaging of gradients over the data ranks. ZeRO 0 and 1.
 
     The engine has no communication hook as DistributedDataParallel has one. At ZeRO 1 the optimizer still distributes the
-    averaged gradients to the partitions, so its own all-reduce only flattens them.
+    averaged gradients to the partitions, so its own all-reduce only flattens them. Upstream: DeepSpeed issue 886.
     """
     if not engine.zero_optimization_stage():
         engine.buffered_allreduce_fallback = lambda *_arguments, **_options: average()

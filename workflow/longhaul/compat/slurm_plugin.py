@@ -48,6 +48,7 @@ def patch_refused_submissions(record_refusal: Callable[[Any, str], float]) -> No
 
     Snakemake would submit a refused job again at once, ten times in 41 seconds. `record_refusal` returns the seconds to wait
     first. The plugin submits all jobs in two threads, so a thread of its own waits: other jobs are submitted meanwhile.
+    Upstream: issues 313 and 320.
     """
     from snakemake_executor_plugin_slurm import Executor
 

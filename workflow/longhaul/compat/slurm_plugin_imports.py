@@ -13,7 +13,7 @@ def import_pandas_when_used() -> None:
     """Put stand-ins of pandas and numpy in place, to be called before Snakemake is imported.
 
     Snakemake imports all its plugins at each start. The Slurm plugin imports pandas for a report that longhaul does not ask
-    for, and this takes a quarter of Snakemake's start.
+    for, and this takes a quarter of Snakemake's start. Upstream: Snakemake issue 4220.
     """
     for name in _FOR_THE_EFFICIENCY_REPORT:
         if name not in sys.modules:

@@ -112,7 +112,8 @@ def limit_retries(allowed_restarts: Callable[[Any, int], int]) -> None:
     """Patch how often Snakemake restarts a job: it asks `allowed_restarts(job, number by the profile)` instead.
 
     Snakemake has no hook that decides on a retry. It compares this property with the number of attempts when a job has
-    failed; the property is the same for every executor, and nothing else reads it.
+    failed; the property is the same for every executor, and nothing else reads it. Upstream: Snakemake issue 2441 asks for
+    such a hook.
     """
     from snakemake.jobs import Job
 
@@ -145,7 +146,7 @@ def terminal_log() -> logging.Handler | None:
     """Return the handler that writes Snakemake's log to the terminal; None in a dry run and where the user chose another logger.
 
     Snakemake has logger plugins, but only a command-line option or a profile can name one, not a Snakefile. Its handler
-    is known by its name.
+    is known by its name. Upstream: pull request 3107 brought the plugins.
     """
     from snakemake.logging import logger
 

@@ -94,8 +94,9 @@ def compile_error_reason(error: Exception) -> CompileErrorReason | None:
 def configure_compiler(graphs: int) -> None:
     """Let torch.compile keep this many graphs of one function, and choose kernels without measuring them.
 
-    torch gives up after eight graphs, and has no public setting. A kernel that is chosen by its speed may add in another order
-    in the next attempt, and a resumed training would not end with the same bits.
+    torch gives up after eight graphs. Releases before torch.compile's argument `recompile_limit` (PyTorch pull request 177936)
+    have no public setting. A kernel that is chosen by its speed may add in another order in the next attempt, and a resumed
+    training would not end with the same bits.
     """
     import torch._dynamo
     import torch._inductor.config

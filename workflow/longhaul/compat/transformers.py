@@ -46,7 +46,7 @@ def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..
 
     Written for transformers 5.9 to 5.23. The public activation_checkpointing_enable accepts no function. Its `offload`, which
     the older versions do not have, always pins memory, also on a CPU. It also registers a hook that makes the embedding's
-    output require a gradient, which only adapters need.
+    output require a gradient, which only adapters need. Upstream: transformers issue 29648.
     """
     model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
