@@ -39,6 +39,64 @@ def test_example_is_recognised(example: Path) -> None:
     assert finding.evidence == f"{example}:2: {line[:300]}" and finding.remedy == problem["remedy"]
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("n1:1:2 [0] init.cc:1 NCCL WARN Cuda failure 2 'out of memory'", "gpu-out-of-memory"),
+        (
+            "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "gpu-out-of-memory",
+        ),
+        ("UCX  ERROR ibv_create_cq(cqe=4096) failed: Cannot allocate memory", "locked-memory-limit"),
+        (
+            "NVRM: Xid (PCI:0000:9b:00): 119, pid=40, name=python, Timeout after 45s of waiting for RPC response",
+            "gpu-lost",
+        ),
+        (
+            "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2097152 : CUDA error 401 'the operation cannot be "
+            "performed in the present state'.",
+            "nvlink-multicast",
+        ),
+        ("[rank0]: torch.AcceleratorError: CUDA error: unspecified launch failure", "illegal-memory-access"),
+        (
+            "n1:1:2 [0] misc/shmutils.cc:93 NCCL WARN Error while creating shared memory segment /dev/shm/nccl-vDxBXX "
+            "(size 5767524), error: No space left on device (28)",
+            "shared-memory-full",
+        ),
+        (
+            "n1:1:2 [3] misc/socket.cc:50 NCCL WARN socketProgress: Connection closed by remote peer n2<4>",
+            "nccl-remote-error",
+        ),
+        ("torch.distributed.DistNetworkError: failed to recv, got 0 bytes", "nccl-remote-error"),
+        (
+            "OSError: [Errno 108] Cannot send after transport endpoint shutdown: '/work/r/state.json'",
+            "file-system-lost",
+        ),
+        (
+            "LustreError: 167-0: work-OST0003: This client was evicted by work-OST0003; in progress ...",
+            "file-system-lost",
+        ),
+        ("OSError: [Errno 28] No space left on device", "disk-full"),
+        ("RuntimeError: can't start new thread", "thread-limit"),
+        ("bash: /envs/bin/python: cannot execute binary file: Exec format error", "other-processor"),
+        ("/tmp/x/cuda_utils.c:6:10: fatal error: Python.h: No such file or directory", "compiler-missing"),
+        ("FATAL:   container creation failed: mount /scratch->/scratch error: no such file", "container-not-started"),
+        (
+            "requests.exceptions.ConnectionError: huggingface.co: Max retries exceeded: Name or service not known",
+            "hub-not-reachable",
+        ),
+        (
+            "ImportError: /lib64/libm.so.6: version `GLIBC_2.34' not found (required by libtorch_cpu.so)",
+            "library-too-old",
+        ),
+    ],
+)
+def test_other_forms_of_a_problem_have_its_cause(line: str, name: str) -> None:
+    """A part of the line also appears in other problems: `No space left`, `Cannot allocate memory`, `CUDA error`."""
+    problem = match_line(line)
+    assert problem is not None and problem["name"] == name
+
+
 def test_ordinary_lines_of_a_training_are_no_problem() -> None:
     for line in (
         "step 120/240  loss 5.0180  grad norm 0.713  lr 2.00e-04  6,170 tokens/s  1.2 min left",
