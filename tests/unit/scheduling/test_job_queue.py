@@ -13,6 +13,7 @@ from longhaul.artifacts.job_state import State
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.compat.slurm_plugin import job_comment
 from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_name_by_hand
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.report.queued_jobs import Queue, QueuedJob
 from longhaul.scheduling import job_queue, slurm_client
@@ -68,7 +69,7 @@ def test_next_attempt_is_shown_while_slurm_still_ends_the_last_one():
         ("r", "a_b", "longhaul-r_a_f81d4fae-7dec-11d0-a765-00a0c91e6bf6", False),
         ("r_a", "b", "longhaul-r_a_f81d4fae-7dec-11d0-a765-00a0c91e6bf6", True),
         ("r", "a_b", "our-prefix_f81d4fae-7dec-11d0-a765-00a0c91e6bf6", True),
-        ("r", "a_b", "longhaul-r_a-train-b", False),
+        ("r", "a_b", "longhaul-r_a.train-b", False),
     ],
     ids=["own", "other", "other's name", "own underscore", "prefix of the user", "other by hand"],
 )
@@ -104,6 +105,15 @@ def test_job_that_was_submitted_by_hand_is_found_by_its_name_or_its_recorded_id(
         assert jobs_in_queue(plan.paths) == ids
     State("running", "7", "n1", ["n1"], 1, "2026-11-28T10:00:00+00:00").write(folder.state)
     assert jobs_in_queue(plan.paths) == ["7"], "its supervisor recorded the id"
+
+
+def test_jobs_that_two_runs_submit_by_hand_have_different_names() -> None:
+    """Each run has a job whose name, without a dot, would be longhaul-r-train-evaluate-x-trained-arc."""
+    first, second = JobId("train", ("evaluate-x-trained-arc",)), JobId("evaluate", ("x", "trained", "arc"))
+    name = job_name_by_hand("r", str(first))
+    entry = QueueEntry("7", "RUNNING", "None", "N/A", name, "(null)")
+    assert match_jobs("r", [first], [entry]).by_job[str(first)].job_id == "7"
+    assert match_jobs("r-train", [second], [entry]).by_job == {}
 
 
 def test_squeue_is_asked_once_and_jobs_of_other_folders_are_left_out(

@@ -93,7 +93,7 @@ def test_an_earlier_failure_does_not_prevent_another_start(plan: Plan, slurm: Fa
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
 def test_a_second_server_of_a_stage_is_refused(plan: Plan, slurm: FakeSlurm, state: str):
-    slurm.queue = [QueueEntry("9", state, "None", "N/A", "longhaul-small-serve-base", COMMENT)]
+    slurm.queue = [QueueEntry("9", state, "None", "N/A", "longhaul-small.serve-base", COMMENT)]
     with pytest.raises(UserError, match=rf"job 9 \({state}\) serves stage base already") as error:
         serve_verb.serve(plan, "base")
     assert "--stop" in error.value.hint and not slurm.submitted
@@ -105,7 +105,7 @@ def test_stop_cancels_the_job_of_this_stage_alone(plan: Plan, slurm: FakeSlurm):
     other = QueueEntry(
         "8", "RUNNING", "", "", "longhaul-small_0b3aa5a6-6a1c-4d5c-9d3a-1f6f6f0e2b11", "rule_train_wildcards_small_base"
     )
-    slurm.queue = [other, QueueEntry("9", "PENDING", "", "", "longhaul-small-serve-base", COMMENT)]
+    slurm.queue = [other, QueueEntry("9", "PENDING", "", "", "longhaul-small.serve-base", COMMENT)]
     serve_verb.stop(plan, "base")
     assert slurm.cancelled == ["9"]
 

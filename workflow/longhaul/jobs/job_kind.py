@@ -85,6 +85,14 @@ def wildcard_values(job: JobId) -> tuple[str, ...]:
     return tuple(name for word, name in zip(words, job.names, strict=True) if word != OF)
 
 
+def job_name_by_hand(run: str, job: str) -> str:
+    """Return the name in Slurm of a job that is submitted with job.sbatch.
+
+    A name in a config has no dot. With a hyphen, stage `evaluate-x` of run `r` could have the name of a job of run `r-train`.
+    """
+    return f"longhaul-{run}.{job}"
+
+
 @cache
 def job_kinds() -> dict[str, JobKind]:
     """Return every declared job kind by name, in the order of the pipeline."""

@@ -13,7 +13,7 @@ from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.jobs.container import container_command
 from longhaul.jobs.environment_variables import job_variables
-from longhaul.jobs.job_kind import JobKind, PlannedStep, job_kinds, jobs_of
+from longhaul.jobs.job_kind import JobKind, PlannedStep, job_kinds, job_name_by_hand, jobs_of
 from longhaul.jobs.job_spec import LaunchSpec, LaunchStep
 from longhaul.jobs.templates import template
 from longhaul.planning import Plan
@@ -130,15 +130,18 @@ def render_job(plan: Plan, job: JobId, workdir: Path) -> RenderedFiles:
     }
     if plan.site.scheduler == "slurm":
         log = workdir / plan.paths.log(job)
-        files[folder.sbatch_script.name] = _sbatch_script(request, title, folder, log)
+        options = _sbatch_options(request, job_name_by_hand(plan.run, str(job)), log)
+        files[folder.sbatch_script.name] = template("sbatch/job.sbatch.j2").render(
+            title=title, options=options, launch=folder.launch_script
+        )
     return RenderedFiles(files)
 
 
 def render_controller(plan: Plan, workdir: Path) -> RenderedFiles:
     """Return controller.sbatch: the main Snakemake process as a job, which queues its own successor."""
     script = plan.paths.controller_script
-    title = f"longhaul {plan.run} controller"
-    options = _sbatch_options(controller_request(plan.site), title, workdir / plan.paths.controller_log)
+    title, name = f"longhaul {plan.run} controller", f"longhaul-{plan.run}-controller"
+    options = _sbatch_options(controller_request(plan.site), name, workdir / plan.paths.controller_log)
     command = [sys.executable, "-m", "snakemake", "--snakefile", data_root() / "Snakefile", "--directory", workdir]
     command += ["--configfile", plan.loaded.path.absolute(), "--profile", data_root() / "profiles" / "slurm"]
     text = template("sbatch/controller.sbatch.j2").render(
@@ -248,15 +251,8 @@ def _module_commands(site: Site) -> list[list[str]]:
     return [*purge, *used, *(["module", "load", module] for module in software.modules)]
 
 
-def _sbatch_script(request: SlurmRequest, title: str, folder: JobFolder, log: Path) -> str:
-    return template("sbatch/job.sbatch.j2").render(
-        title=title, options=_sbatch_options(request, title, log), launch=folder.launch_script
-    )
-
-
-def _sbatch_options(request: SlurmRequest, title: str, log: Path) -> dict[str, str]:
-    options = {"--job-name": title.replace(": ", "-").replace(" ", "-")}
-    return {**options, **request.as_sbatch(), "--output": f'"{_safe_path(log)}"'}
+def _sbatch_options(request: SlurmRequest, name: str, log: Path) -> dict[str, str]:
+    return {"--job-name": name, **request.as_sbatch(), "--output": f'"{_safe_path(log)}"'}
 
 
 def _safe_path(path: Path) -> str:

@@ -11,7 +11,7 @@ from longhaul.artifacts.job_state import read_state
 from longhaul.artifacts.paths import JobId, RunPaths, job_of
 from longhaul.compat.slurm_plugin import job_comment, job_name_prefix
 from longhaul.errors import UserError
-from longhaul.jobs.job_kind import wildcard_values
+from longhaul.jobs.job_kind import job_name_by_hand, wildcard_values
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.slurm_client import COMMAND_TIMEOUT_S, QueueEntry, SlurmCommandError
@@ -69,7 +69,7 @@ def jobs_in_queue(paths: RunPaths) -> list[str]:
     """
     states = filter(None, (read_state(folder.path) for folder in paths.job_folders()))
     recorded = {state.job_id for state in states if state.may_be_active}
-    names = {_name_by_hand(paths.run, job_of(folder.path)) for folder in paths.job_folders()}
+    names = {job_name_by_hand(paths.run, job_of(folder.path)) for folder in paths.job_folders()}
     comment = f"_wildcards_{paths.run}_"
     return [
         entry.job_id
@@ -91,14 +91,17 @@ def _queue_of_owner(paths: RunPaths, timeout_s: float = COMMAND_TIMEOUT_S) -> Se
 
 
 def match_jobs(run: str, jobs: Sequence[JobId], entries: Sequence[QueueEntry]) -> Queue:
-    """Return the jobs that are in the queue, by their comment, which the plugin makes of rule and wildcards, or by their name."""
+    """Return the jobs that are in the queue, by their comment, which the plugin makes of rule and wildcards, or by their name.
+
+    `longhaul serve` submits job.sbatch, too: its jobs have both, and are found by their name.
+    """
     # A node that hangs keeps an ended attempt COMPLETING for hours. The next attempt, with the same comment, is the job.
     here = sorted((entry for entry in entries if entry.in_folder), key=lambda entry: entry.state != "COMPLETING")
     by_comment = {entry.comment: entry for entry in here if not _is_of_another_run(entry, run)}
     by_name = {entry.name: entry for entry in here}
     found = {
         str(job): by_comment.get(job_comment(job.kind, (run, *wildcard_values(job))))
-        or by_name.get(_name_by_hand(run, str(job)))
+        or by_name.get(job_name_by_hand(run, str(job)))
         for job in jobs
     }
     return Queue(
@@ -114,11 +117,6 @@ def _is_of_another_run(entry: QueueEntry, run: str) -> bool:
     """
     is_by_longhaul = entry.name.startswith(job_name_prefix(""))
     return is_by_longhaul and not re.fullmatch(rf"{re.escape(job_name_prefix(run))}_{_UUID}", entry.name)
-
-
-def _name_by_hand(run: str, job: str) -> str:
-    """Return the job name in job.sbatch, which `longhaul serve` submits as well."""
-    return f"longhaul-{run}-{job}"
 
 
 def _queued(entry: QueueEntry) -> QueuedJob:
