@@ -14,6 +14,8 @@ from longhaul.artifacts.artifact_schemas import (
     TokenizerManifest,
 )
 from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
+from longhaul.artifacts.job_state import utc_now
+from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobId, WeightsFolder
 from longhaul.jobs.job_kind import job_spec, jobs_of
 from longhaul.jobs.kinds.train_job import TrainSpec
@@ -44,6 +46,7 @@ def train(plan: Plan, stage: str, steps: int) -> Path:
     identity = weights_identity(job, data, tokenizer, find_starting_checkpoint(job))
     weights = weights_folder(job, identity)
     write_json(WeightsFolder(weights).identity, {**identity, "steps": job.steps})
+    append_record(WeightsFolder(weights).attempts, {"time": utc_now(), "hosts": ["n1"], "device": "cpu"})
     checkpoint = WeightsFolder(weights).checkpoint(steps)
     _write_checkpoint(checkpoint, f"{weights.name} {steps}")
     if steps == job.steps:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.artifacts.record_types import START_UP_PHASES
@@ -31,6 +34,26 @@ def test_timespans_end_when_the_benchmark_file_was_written(tmp_path: Path) -> No
         JobTimespan("encode-web-1-of-2", 894.5, 900),
         JobTimespan("train-base", 1000, 1030),
     ]
+
+
+@pytest.mark.parametrize(("done_s", "end_s"), [(1500.0, 1500.0), (1e300, 1030.0), (-5.0, 1030.0)])
+def test_timespans_of_a_copied_run_end_when_the_supervisor_recorded_it(
+    tmp_path: Path, done_s: float, end_s: float
+) -> None:
+    """The benchmark file of a copy is as old as the copy. A time that is no date does not count."""
+    paths, job = RunPaths("r", tmp_path), JobId("train", ("base",))
+    for path in (paths.benchmark(job), paths.job(job).history):
+        path.parent.mkdir(parents=True)
+    paths.benchmark(job).write_text(BENCHMARK.format(seconds=30))
+    os.utime(paths.benchmark(job), (1030, 1030))
+    history = [
+        {"time_s": 7.0, "event": "done"},
+        {"time_s": done_s, "event": "done"},
+        {"time_s": 1e9, "event": "running"},
+    ]
+    paths.job(job).history.write_text("".join(json.dumps(event) + "\n" for event in history))
+    plan: Any = {"jobs": [{"kind": "train", "names": ["base"]}]}
+    assert module._read_timespans(paths, plan) == [JobTimespan("train-base", end_s - 30, end_s)]
 
 
 def test_benchmark_file_without_rows_is_ignored(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from longhaul.artifacts.artifact_schemas import Checkpoint, Export, SavedCheckpo
 from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.job_state import CANCELLED, Failure
 from longhaul.artifacts.leases import LeaseOwner
+from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.report import run_status
@@ -180,7 +181,7 @@ def test_main_process_on_another_host_is_named_as_unchecked(tmp_path: Path, sche
     run.train(10)
     run.state(TRAIN, "running", job_id=None)
     run.paths.job(TRAIN).history.write_text(json.dumps({"time_s": 10_000.0, "event": "running"}) + "\n")
-    os.utime(run.paths.stage("base").weights / "0123/metrics.jsonl", (13_600, 13_600))
+    append_record(run.paths.stage("base").weights / "0123/metrics.jsonl", {"step": 10, "loss": 1.0, "time_s": 13_600.0})
     run.main_process(LeaseOwner("login9", 5, "1.0"))
     status = run.status()
     assert (status.main_process, status.unchecked_host) == ("process 5 on login9", "login9")
@@ -235,7 +236,7 @@ def test_gpu_hours_of_a_killed_job_do_not_grow(
     weights = run.train(40)
     run.state(TRAIN, "running")
     run.paths.job(TRAIN).history.write_text(json.dumps({"time_s": 10_000.0, "event": "running"}) + "\n")
-    os.utime(weights.metrics, (10_000 + 2 * 3600, 10_000 + 2 * 3600))
+    append_record(weights.metrics, {"step": 40, "validation_loss": 4.5, "time_s": 10_000.0 + 2 * 3600})
     monkeypatch.setattr(run_status.time, "time", lambda: 10_000.0 + 5 * 3600)
     if queue == "unknown":
         status = read_status(run.paths)

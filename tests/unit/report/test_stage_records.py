@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from longhaul.artifacts.paths import WeightsFolder
 from longhaul.planning import Plan
 from longhaul.report.plan_json import plan_json
 from longhaul.report.plan_table import plan_notes, stage_table
-from longhaul.report.stage_records import measured, planned_steps, read_pack_totals, step_seconds
+from longhaul.report.stage_records import last_trained, measured, planned_steps, read_pack_totals, step_seconds
 from tests.support.small_configs import plan_of
 
 SITE = {"partitions.0.node.gpu_peak_tflops": 1e-6}
@@ -72,6 +73,22 @@ def test_steps_of_a_length_in_epochs_are_those_that_the_job_recorded(tmp_path: P
     assert planned_steps(None, None) is planned_steps(None, weights) is None
     write_json(weights.identity, {"steps": 17, "epochs": 2.0})
     assert (planned_steps(None, weights), planned_steps(5, weights)) == (17, 5)
+
+
+def test_weights_of_the_last_attempt_are_found_in_a_copied_run(tmp_path: Path):
+    """Copying changes the times of files. Weights without an attempt were not trained."""
+    times = {"01": "2026-11-28T10:00:00+00:00", "02": "2026-11-29T09:00:00+00:00", "03": "2026-11-28T23:00:00+00:00"}
+    for name, time in times.items():
+        attempts = WeightsFolder(tmp_path / name).attempts
+        attempts.parent.mkdir()
+        attempts.write_text(
+            json.dumps({"time": "2026-01-01T00:00:00+00:00"}) + "\n" + json.dumps({"time": time}) + "\n"
+        )
+    os.utime(WeightsFolder(tmp_path / "02").attempts, (1, 1))
+    (tmp_path / "04").mkdir()
+    found = last_trained(tmp_path)
+    assert found is not None and found.path == tmp_path / "02"
+    assert last_trained(tmp_path / "04") is None
 
 
 def test_shares_cover_all_datasets_of_a_mixture(tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
-from longhaul.report.used_gpu_hours import allocated_timespans, requested_gpu_hours, used_gpu_hours
+from longhaul.report.stage_records import read_rows
+from longhaul.report.used_gpu_hours import allocated_timespans, requested_gpu_hours, signs_of_life, used_gpu_hours
 
 
 def allocated_seconds(events: list[dict[str, Any]], signs_of_life_s: list[float], now_s: float | None) -> float:
@@ -64,6 +67,33 @@ def stage_with(tmp_path: Path, attempts: list[dict[str, Any]]) -> tuple[JobFolde
     stage.history.write_text("".join(json.dumps(event) + "\n" for event in events))
     weights.attempts.write_text("".join(json.dumps(attempt) + "\n" for attempt in attempts))
     return stage, weights
+
+
+def killed_stage(tmp_path: Path) -> tuple[JobFolder, WeightsFolder]:
+    """Return a stage whose two allocations were killed, at 7,200 s after a step that was repeated, and at 98,000 s."""
+    stage, weights = stage_with(tmp_path, [attempt(0, 8), attempt(90_000, 8)])
+    stage.history.write_text("".join(json.dumps(e) + "\n" for e in history((0.0, "running"), (90_000.0, "running"))))
+    weights.metrics.write_text('{"step": 9, "loss": 1.0, "time_s": 98000.0}\n')
+    return stage, weights
+
+
+def hours_on_8_gpus(stage: JobFolder, weights: WeightsFolder, events: list[dict[str, Any]]) -> float | None:
+    return used_gpu_hours(stage, weights, signs_of_life(events, read_rows(weights).trained), 8, None)
+
+
+def test_killed_allocations_end_with_the_last_line_of_their_metrics(tmp_path: Path) -> None:
+    """The resume removed the last line of the first allocation; its event keeps the time of that line."""
+    lost = {"time_s": 90_060.0, "event": "work_lost", "to_step": 4, "seconds": 9.0, "last_step_s": 7200.0}
+    assert hours_on_8_gpus(*killed_stage(tmp_path), [lost]) == pytest.approx((7200 + 8000) / 3600 * 8)
+
+
+def test_copied_run_has_the_gpu_hours_of_the_original(tmp_path: Path) -> None:
+    stage, weights = killed_stage(tmp_path / "original")
+    shutil.copytree(stage.path, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*"):
+        os.utime(path, (95_000, 95_000))
+    copied = WeightsFolder(tmp_path / "copy" / weights.path.relative_to(stage.path))
+    assert hours_on_8_gpus(JobFolder(tmp_path / "copy"), copied, []) == pytest.approx(8000 / 3600 * 8)
 
 
 def attempt(time_s: int, world_size: int, device: str = "cuda") -> dict[str, Any]:

@@ -14,7 +14,10 @@ from longhaul.artifacts.line_records import read_records
 
 
 class MetricsRow(TypedDict):
-    """One line of metrics.jsonl: the numbers of an optimizer step, or the validation loss after it. None: not finite."""
+    """One line of metrics.jsonl: the numbers of an optimizer step, or the validation loss after it. None: not finite.
+
+    time_s: when the line was written, in seconds since 1970
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -30,6 +33,7 @@ class MetricsRow(TypedDict):
     memory_bytes: NotRequired[float | None]
     mfu: NotRequired[float | None]
     gpu_utilisation: NotRequired[float | None]
+    time_s: NotRequired[FiniteFloat]
 
 
 class Attempt(TypedDict):
@@ -107,6 +111,7 @@ class _EventFields(TypedDict):
     event: str
     queued_since_s: NotRequired[FiniteFloat | None]
     seconds: NotRequired[FiniteFloat]
+    last_step_s: NotRequired[FiniteFloat]
     step: NotRequired[int]
     to_step: NotRequired[int]
     training_s: NotRequired[FiniteFloat]

@@ -19,6 +19,7 @@ from longhaul.planning import Plan, StagePlan
 from longhaul.planning.steps_of_epochs import estimate_steps
 from longhaul.report import number_format as text
 from longhaul.report.plan_json import stage_hours
+from longhaul.report.stage_records import last_trained
 from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints
 from longhaul.train.checkpoint.weights_identity import (
     check_steps,
@@ -136,11 +137,11 @@ def _steps(plan: Plan, stage: StagePlan, weights: Path | None) -> int | None:
 
 
 def _present_weights(job: TrainSpec) -> Path | None:
-    """Return the weights folder of the finished stage, else the one that changed last."""
+    """Return the weights folder of the finished stage, else the one that was trained last."""
     if Path(job.out).exists():
         return Path(Checkpoint.read(Path(job.out)).weights)
-    identities = [(path.stat().st_mtime, path.parent) for path in Path(job.weights_root).glob("*/identity.json")]
-    return max(identities)[1] if identities else None
+    trained = last_trained(Path(job.weights_root))
+    return trained.path if trained else None
 
 
 def _planned_weights(job: TrainSpec) -> Path | None:

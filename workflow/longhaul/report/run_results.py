@@ -24,7 +24,7 @@ from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import cut_loss_share, share_of_padding
-from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.paths import JobFolder, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, Attempt, Event, StepProfile, read_events
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
@@ -39,6 +39,7 @@ from longhaul.report.stage_records import planned_steps, read_pack_totals, weigh
 
 A = TypeVar("A", bound=Artifact)
 _MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
+_LATEST_S = 253_000_000_000  # in the year 9987
 
 
 @dataclass(frozen=True)
@@ -199,15 +200,24 @@ def _last_start_up(events: list[Event]) -> dict[str, float]:
 
 
 def _read_timespans(paths: RunPaths, plan: PlanFile) -> list[JobTimespan]:
-    """Return when each job ran, from Snakemake's benchmark files. A job ends when its benchmark file is written."""
+    """Return when each job ran: how long, from Snakemake's benchmark file, until its supervisor recorded that it is done.
+
+    A job without that record ends when its benchmark file was written.
+    """
     found = []
     for row in plan["jobs"]:
         job = JobId(row["kind"], tuple(row["names"]))
         path = paths.benchmark(job)
         if seconds := _benchmark_s(path):
-            end_s = path.stat().st_mtime
+            end_s = _done_s(paths.job(job)) or path.stat().st_mtime
             found.append(JobTimespan(str(job), end_s - seconds, end_s))
     return sorted(found, key=lambda timespan: timespan.start_s)
+
+
+def _done_s(job: JobFolder) -> float | None:
+    """Return when a job was recorded as done for the last time; None if it never was, or at no possible date."""
+    done_s = [event["time_s"] for event in read_events(job.history) if event["event"] == "done"]
+    return done_s[-1] if done_s and 0 < done_s[-1] < _LATEST_S else None
 
 
 def _benchmark_s(path: Path) -> float | None:

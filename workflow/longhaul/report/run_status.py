@@ -17,7 +17,6 @@ from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.endpoint import Endpoint, read_endpoint
 from longhaul.artifacts.job_state import CANCELLED, State, read_failure, read_state, unreadable_records
 from longhaul.artifacts.leases import Lease, LeaseOwner
-from longhaul.artifacts.line_records import read_first_records, read_last_records
 from longhaul.artifacts.paths import QUARANTINE, SERVE_KIND, STAGE_KIND, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import Event, MetricsRow, read_events
@@ -26,9 +25,16 @@ from longhaul.errors import UserError
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
-from longhaul.report.stage_records import planned_steps, recent_median, recent_steps, step_seconds, weights_folder
+from longhaul.report.stage_records import (
+    MetricsRows,
+    planned_steps,
+    read_rows,
+    recent_median,
+    step_seconds,
+    weights_folder,
+)
 from longhaul.report.time_left import StageWork, training_left_s
-from longhaul.report.used_gpu_hours import requested_gpu_hours, used_gpu_hours
+from longhaul.report.used_gpu_hours import requested_gpu_hours, signs_of_life, used_gpu_hours
 
 NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
     "not started",
@@ -43,11 +49,6 @@ _OTHER_RELEASE = (
     "another release of longhaul wrote it, or its writer was stopped: read the run with that release, or run the same "
     "command again, which writes the file again"
 )
-_FIRST_ROWS = 5
-"""Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
-
-_VALIDATION_WITHIN_BYTES = 16 * 2**20
-"""End of a metrics file in which the last validation is searched: about 50,000 steps."""
 
 
 @dataclass(frozen=True)
@@ -309,9 +310,11 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float |
     weights = weights_folder(folder)
     steps = planned_steps(row["steps"], weights)
     events = read_events(weights.events) if weights else []
-    progress = _progress(weights, events, steps, job) if weights else None
+    rows = read_rows(weights) if weights else MetricsRows([], [], [])
+    progress = _progress(weights, rows, events, steps, job) if weights else None
     gpus = row["nodes"] * row["gpus_per_node"]
-    used = used_gpu_hours(folder, weights, events, gpus, now_s if job.state == RUNNING else None)
+    seen_s = signs_of_life(events, [*rows.trained[-1:], *rows.validated])
+    used = used_gpu_hours(folder, weights, seen_s, gpus, now_s if job.state == RUNNING else None)
     seconds_left = progress.seconds_left if progress else None
     return StageStatus(
         name=row["name"],
@@ -338,10 +341,10 @@ def _work(row: StageRow, stage: StageStatus) -> StageWork:
     )
 
 
-def _progress(weights: WeightsFolder, events: list[Event], steps: int | None, job: JobStatus) -> Progress:
-    first_rows = read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS)
-    trained = recent_steps(weights)
-    validated = read_last_records(weights.metrics, MetricsRow, 1, b'"validation_loss"', _VALIDATION_WITHIN_BYTES)
+def _progress(
+    weights: WeightsFolder, rows: MetricsRows, events: list[Event], steps: int | None, job: JobStatus
+) -> Progress:
+    first_rows, trained, validated = rows
     step, step_s = trained[-1]["step"] if trained else 0, step_seconds(trained)
     saved = [event for event in events if event["event"] == "saved"]
     return Progress(

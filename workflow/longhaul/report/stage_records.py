@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NamedTuple, NotRequired
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Count
-from longhaul.artifacts.line_records import read_last_records
+from longhaul.artifacts.line_records import read_first_records, read_last_records
 from longhaul.artifacts.pack_totals import PackTotals
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
 from longhaul.artifacts.record_types import MetricsRow
@@ -20,6 +20,10 @@ from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 
 RECENT_STEPS = 50
+_FIRST_ROWS = 5
+"""Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
+_VALIDATION_WITHIN_BYTES = 16 * 2**20
+"""End of a metrics file in which the last validation is searched: about 50,000 steps."""
 
 
 class _TrainSpecFields(TypedDict):
@@ -51,14 +55,32 @@ class _AttemptSettings(TypedDict):
     parallel: NotRequired[dict[str, int]]
 
 
+class _AttemptTime(TypedDict):
+    """Key of a line in attempts.jsonl: when the attempt began."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    time: NotRequired[str]
+
+
 def weights_folder(stage: JobFolder) -> WeightsFolder | None:
     """Return the weights folder that the stage's last attempt wrote to; None before its first attempt."""
     try:
         root = Path(read_typed_json(stage.job_spec, _TrainSpecFields)["weights_root"])
     except UserError:
         return None
-    folders = [(path.stat().st_mtime, path.parent) for path in (stage.working_folder() / root).glob("*/attempts.jsonl")]
-    return WeightsFolder(max(folders)[1]) if folders else None
+    return last_trained(stage.working_folder() / root)
+
+
+def last_trained(root: Path) -> WeightsFolder | None:
+    """Return the weights folder below `root` whose last attempt began last. A copy of a run has other file times."""
+    folders = [WeightsFolder(path.parent) for path in root.glob("*/attempts.jsonl")]
+    return max(folders, key=_last_begun, default=None) if len(folders) > 1 else next(iter(folders), None)
+
+
+def _last_begun(weights: WeightsFolder) -> str:
+    """Return the time of the last attempt, in UTC as ISO 8601, so that the text sorts by time; "" if there is none."""
+    return "".join(attempt.get("time", "") for attempt in read_last_records(weights.attempts, _AttemptTime, 1))
 
 
 def read_pack_totals(weights: WeightsFolder, layout: str = "*") -> list[PackTotals]:
@@ -99,6 +121,23 @@ def _is_alike(attempt: _AttemptSettings, stage: Stage) -> bool:
     wanted = [stage.nodes * stage.gpus_per_node, stage.nodes, stage.micro_batch_size, stage.activation_checkpointing]
     parallel = stage.parallel.model_dump()
     return found == [*wanted, stage.zero.model_dump(mode="json")] and attempt.get("parallel", parallel) == parallel
+
+
+class MetricsRows(NamedTuple):
+    """Lines of metrics.jsonl: the first ones, those of the last steps, and the last validation."""
+
+    first: list[MetricsRow]
+    trained: list[MetricsRow]
+    validated: list[MetricsRow]
+
+
+def read_rows(weights: WeightsFolder) -> MetricsRows:
+    """Return the lines that the status needs. Only the ends of the file are read."""
+    return MetricsRows(
+        read_first_records(weights.metrics, MetricsRow, _FIRST_ROWS),
+        recent_steps(weights),
+        read_last_records(weights.metrics, MetricsRow, 1, b'"validation_loss"', _VALIDATION_WITHIN_BYTES),
+    )
 
 
 def recent_steps(weights: WeightsFolder) -> list[MetricsRow]:

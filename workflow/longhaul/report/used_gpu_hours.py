@@ -1,6 +1,6 @@
 """Computes the GPU-hours that stages and other jobs have used, from their allocations in history.jsonl.
 
-An allocation without a recorded end counts until its last sign of life.
+An allocation without a recorded end counts until its last sign of life: the time in the last record that its trainer wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.artifact_schemas import Count
 from longhaul.artifacts.line_records import read_last_records
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
-from longhaul.artifacts.record_types import Event, read_events
+from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.report.goodput import ATTEMPT_BEGINS
 
 _ENDS = ("waiting", "failed", "done")
@@ -61,21 +61,30 @@ class Timespan:
 
 
 def used_gpu_hours(
-    stage: JobFolder, weights: WeightsFolder | None, events: list[Event], planned_gpus: int, now_s: float | None
+    stage: JobFolder,
+    weights: WeightsFolder | None,
+    signs_of_life_s: Sequence[float],
+    planned_gpus: int,
+    now_s: float | None,
 ) -> float | None:
     """Return GPUs × hours over all allocations of a stage; None without GPUs, or before the first attempt.
 
-    weights:      the weights folder of the last attempt; events: of its events.jsonl
-    planned_gpus: counts for an allocation without an attempt
-    now_s:        as in `allocated_timespans`
+    weights:         the weights folder of the last attempt
+    planned_gpus:    counts for an allocation without an attempt
+    signs_of_life_s: as in `allocated_timespans`; now_s: too
     """
     attempts = read_last_records(weights.attempts, _Attempt, _MOST_ATTEMPTS) if weights else []
     if weights is None or all(attempt["device"] == "cpu" for attempt in attempts):
         return None
-    metrics_s = [weights.metrics.stat().st_mtime] if weights.metrics.exists() else []
-    signs_of_life_s = [*(event["time_s"] for event in events), *metrics_s]
     spans = allocated_timespans(read_events(stage.history), signs_of_life_s, now_s)
     return sum(span.hours * (_gpus_in(span, attempts) or planned_gpus) for span in spans)
+
+
+def signs_of_life(events: list[Event], last_rows: list[MetricsRow]) -> list[float]:
+    """Return when a trainer wrote its events, the last lines of its metrics, and the last lines that a resume removed."""
+    written_s = [event["time_s"] for event in events]
+    removed_s = [event["last_step_s"] for event in events if "last_step_s" in event]
+    return [*written_s, *removed_s, *(row["time_s"] for row in last_rows if "time_s" in row)]
 
 
 def requested_gpu_hours(job: JobFolder, request: Mapping[str, str], now_s: float | None) -> float:

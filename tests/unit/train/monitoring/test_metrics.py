@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.monitoring import metrics as module
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics, device_numbers
 from tests.support.small_configs import LLAMA, base_stage
@@ -55,6 +57,7 @@ def drawn(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
 
 
 def test_a_resume_drops_the_lines_after_its_step(tmp_path: Path):
+    began_s = time.time() - 0.001  # times of records are rounded
     metrics = open_metrics(tmp_path, 0, tensorboard=True)
     metrics.validation(0, 9.0)
     train(metrics, range(1, 7), 1.0)
@@ -72,6 +75,21 @@ def test_a_resume_drops_the_lines_after_its_step(tmp_path: Path):
     assert drawn(tmp_path, "validation_loss") == [(0, 9.0), (4, 8.0)]
     lost = json.loads((tmp_path / "events.jsonl").read_text())
     assert (lost["event"], lost["to_step"], lost["steps"]) == ("work_lost", 4, 2)
+    assert began_s <= lost["last_step_s"] <= lost["time_s"]
+
+
+def test_lines_hold_the_time_at_which_they_were_written_and_trackers_get_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module.time, "time", lambda: 1_750_000_000.1234)
+    metrics = open_metrics(tmp_path, 0, tensorboard=True)
+    metrics.validation(0, 9.0)
+    train(metrics, range(1, 2), 1.0)
+    metrics.close()
+    written = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [row["time_s"] for row in written] == [1_750_000_000.123] * 2
+    with pytest.raises(KeyError, match="time_s"):
+        drawn(tmp_path, "time_s")
 
 
 def test_tokens_per_s_leave_out_padding_and_include_the_wait(tmp_path: Path):

@@ -67,7 +67,11 @@ class Metrics:
         lost = _drop_lines_from(self._path, step)
         if lost:
             seconds = sum((row.get("step_time_s") or 0.0) + (row.get("data_wait_s") or 0.0) for row in lost)
-            self._events.write("work_lost", to_step=max(0, step - 1), steps=len(lost), seconds=round(seconds, 3))
+            written_s = [row["time_s"] for row in lost if "time_s" in row]  # older releases wrote no time
+            last = {"last_step_s": max(written_s)} if written_s else {}
+            self._events.write(
+                "work_lost", to_step=max(0, step - 1), steps=len(lost), seconds=round(seconds, 3), **last
+            )
         return open_for_append(self._path)
 
     def roll_back(self, step: int) -> None:
@@ -119,7 +123,7 @@ class Metrics:
 
     def _write(self, row: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.write(json.dumps({**finite, "time_s": round(time.time(), 3)}) + "\n")
         self._stream.flush()
         numbers: dict[str, float] = {
             k: v for k, v in finite.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "step"
