@@ -76,6 +76,9 @@ generate: setup  ## write the config schema, defaults and docs, the environments
 	$(BIN)/python docs/package_map.py
 	$(BIN)/python -m tests.golden.regenerate
 
+images: setup test-packages  ## the images of the docs, from a run of the demo (about 6 minutes)
+	PYTHONPATH=. $(BIN)/python docs/make_images.py
+
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt
 	$(BIN)/pytest tests/faults/test_faults.py --all-faults
 

@@ -128,7 +128,7 @@ def test_main_process_prints_events_and_the_summary(demo: WatchedChain):
     """Its values are those of `longhaul status`; Snakemake's own messages are in its log file alone."""
     progress = demo.statuses[-1]["stages"][1]["progress"]
     for expected in (
-        "train-pretrain submitted, log: results/demo/logs/train/pretrain.log",
+        "train-pretrain submitted (train one stage), log: results/demo/logs/train/pretrain.log",
         "train-pretrain done after ",
         "Run demo: done after ",
         f"loss {progress['first_loss']:.3f} → {progress['loss']:.3f}",

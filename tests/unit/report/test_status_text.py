@@ -12,6 +12,7 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.report.run_status import (
     DONE,
     FAILED,
+    NOT_STARTED,
     QUEUED,
     RUNNING,
     JobStatus,
@@ -20,7 +21,7 @@ from longhaul.report.run_status import (
     ServerStatus,
     StageStatus,
 )
-from longhaul.report.status_text import progress_lines, progress_view, status_view, summary_lines
+from longhaul.report.status_text import progress_lines, progress_view, start_lines, status_view, summary_lines
 
 PROGRESS = Progress(
     step=120,
@@ -101,6 +102,32 @@ def test_time_of_several_stages_is_shown_in_every_form() -> None:
     assert "about 1 h," in progress_lines(replace(status, training_left_s=(3600.0, 3600.0)))[-1]
     for one in (replace(status, stages=[STAGE]), replace(status, training_left_s=None)):
         assert len(progress_lines(one)) == 1
+
+
+def test_run_that_starts_says_what_it_makes_where_and_how_long_it_takes() -> None:
+    waits = replace(JOB, state=NOT_STARTED, detail="", slurm_job_id=None)
+    base = replace(STAGE, job=waits, progress=None)
+    chat = replace(base, name="chat", steps=None, estimated_steps=90, job=replace(waits, name="train-chat"))
+    export = replace(waits, name="export-chat", kind="export")
+    status = replace(STATUS, stages=[base, chat], jobs=[base.job, chat.job, export])
+    assert start_lines(status) == [
+        "Run r on site here: trains base (240 steps), chat (~90 steps); exports chat",
+        "Results, logs and report are written to results/r",
+        "Training left: known after the first steps of base",
+    ]
+    assert "known after the first steps of base" in shown(progress_view(status))
+    trained = replace(base, job=JOB, progress=replace(PROGRESS, step_s=2.0))
+    assert "Training left" not in shown(progress_view(replace(status, stages=[trained, chat]))), "no speed of chat"
+    done = replace(STAGE, job=replace(JOB, state=DONE))
+    again = replace(status, stages=[done, chat], training_left_s=(60.0, 60.0), jobs=[done.job, chat.job])
+    assert start_lines(again)[::2] == [
+        "Run r on site here: trains chat (~90 steps)",
+        "Training left in 1 stage: about 1 min, without queues, validations and saves",
+    ]
+    assert start_lines(replace(status, stages=[done], jobs=[done.job])) == [
+        "Run r on site here",
+        "Results, logs and report are written to results/r",
+    ]
 
 
 def test_failure_is_shown_with_its_remedy() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snakemake.scheduling import job_scheduler
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from longhaul.artifacts.job_state import Failure
@@ -38,11 +39,35 @@ def failed(job: int = 4, log: str = "base.log") -> logging.LogRecord:
 
 def test_job_is_named_when_it_starts_and_ends(tmp_path: Path) -> None:
     events = JobEvents(RunPaths("r", tmp_path))
-    assert events.line(started()) == "train-base submitted, log: base.log"
-    assert events.line(started(5, "report", wildcards={"run": "r"}, local=True, log=[])) == "report started"
+    assert events.line(started()) == "train-base submitted (train one stage), log: base.log"
+    report = started(5, "report", wildcards={"run": "r"}, local=True, log=[])
+    assert events.line(report) == "report started (write the report)"
+    assert events.line(started(6, "count", wildcards={"run": "r"}, log=[])) == "count submitted", "a rule of a user"
     assert events.line(record(LogEvent.JOB_FINISHED, job_id=4)) is None
     assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).startswith("train-base done after ")
     assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).endswith(" (3 of 9 jobs)")
+
+
+def test_run_says_at_its_start_what_it_makes_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Paths are relative, as those of the logs. Slurm is not asked."""
+    run = RunFolder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    display = RunDisplay(RunPaths("r", Path("results")))
+    display.start()
+    display.close()
+    lines = [line.split("  ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "Run r on site here: trains base (100 steps)",
+        "Results, logs and report are written to results/r",
+        "Training left in 1 stage: about 56 min 15 s to 1 h 8 min, without queues, validations and saves",
+    ]
+    run.paths.plan.unlink()
+    display = RunDisplay(run.paths)
+    display.start()
+    display.close()
+    assert capsys.readouterr().err == ""
 
 
 def test_target_rule_is_not_shown(tmp_path: Path) -> None:
@@ -111,6 +136,19 @@ def test_what_snakemake_says_about_a_failed_job_is_said_once(tmp_path: Path, mes
     events = JobEvents(RunPaths("r", tmp_path))
     for event, level in ((None, logging.WARNING), (LogEvent.ERROR, logging.ERROR)):
         assert events.line(record(event, level, message)) is None
+
+
+def test_stop_by_ctrl_c_or_sigterm_is_shown_with_what_follows(tmp_path: Path) -> None:
+    """Other messages of Snakemake's own work are not shown once jobs run."""
+    events = JobEvents(RunPaths("r", tmp_path))
+    events.line(started())
+    for message, means in (
+        ("Terminating processes on user request, this might take some time.", "the running jobs are being stopped"),
+        ("Will exit after finishing currently running jobs (scheduler).", "no other job is started"),
+    ):
+        line = str(events.line(record(message=message)))
+        assert means in line and line.endswith("; the same command continues the run later")
+        assert message in Path(job_scheduler.__file__).read_text(), "Snakemake says it in these words"
 
 
 def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Path) -> None:

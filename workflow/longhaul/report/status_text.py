@@ -45,7 +45,23 @@ def status_view(status: RunStatus) -> RenderableType:
 
 def progress_view(status: RunStatus) -> RenderableType:
     """Return what the main process keeps at the bottom of a terminal: the stages, and the jobs that run or wait."""
-    return Group(_stage_table(status), *map(_job_line, _jobs_to_show(status)), *map(_line, _time_left(status)))
+    time_left = _time_left(status) or _time_unknown(status)
+    return Group(_stage_table(status), *map(_job_line, _jobs_to_show(status)), *map(_line, time_left))
+
+
+def start_lines(status: RunStatus) -> list[str]:
+    """Return what a run that starts will make, where, and how long its trainings take if something tells it."""
+    trains = [f"{stage.name} ({_steps(stage)} steps)" for stage in status.stages if stage.job.state != DONE]
+    exports = [job.name.removeprefix("export-") for job in status.jobs if job.kind == "export" and job.state != DONE]
+    makes = [
+        *([f"trains {', '.join(trains)}"] if trains else []),
+        *([f"exports {', '.join(exports)}"] if exports else []),
+    ]
+    return [
+        f"Run {status.run} on site {status.site}{': ' if makes else ''}{'; '.join(makes)}",
+        f"Results, logs and report are written to {status.folder}",
+        *(_time_left(status, fewest_stages=1) or _time_unknown(status)),
+    ]
 
 
 def _headline(status: RunStatus) -> Text:
@@ -152,14 +168,24 @@ def _server_line(server: ServerStatus) -> Text:
     return line.append(printable(f"\n  {endpoint.engine} {answers}, model {endpoint.model}{key}"))
 
 
-def _time_left(status: RunStatus) -> list[str]:
-    """Return a line with the time that several stages still take; that of a single one stands beside it."""
+def _time_left(status: RunStatus, fewest_stages: int = 2) -> list[str]:
+    """Return a line with the time that several stages still take; that of a single one stands beside it in a table."""
     left = [stage for stage in status.stages if stage.job.state != DONE]
-    if status.training_left_s is None or len(left) < 2:
+    if status.training_left_s is None or len(left) < fewest_stages:
         return []
     low, high = (text.duration(seconds) for seconds in status.training_left_s)
     about = low if low == high else f"{low} to {high}"
-    return [f"Training left in {len(left)} stages: about {about}, without queues, validations and saves"]
+    stages = f"{len(left)} {'stage' if len(left) == 1 else 'stages'}"
+    return [f"Training left in {stages}: about {about}, without queues, validations and saves"]
+
+
+def _time_unknown(status: RunStatus) -> list[str]:
+    """Return a line where nothing tells yet how long the trainings take: the site file has no speed, and no step is measured."""
+    left = [stage for stage in status.stages if stage.job.state != DONE]
+    is_measured = any(stage.progress and stage.progress.step_s is not None for stage in left)
+    if not left or is_measured or status.training_left_s is not None:
+        return []
+    return [f"Training left: known after the first steps of {left[0].name}"]
 
 
 def _notes(status: RunStatus) -> list[Text]:

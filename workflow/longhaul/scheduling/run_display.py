@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.report import number_format as text
 from longhaul.report.run_status import INTERRUPTED, RunStatus, read_status
-from longhaul.report.status_text import progress_lines, progress_view, summary_lines
+from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
 from longhaul.scheduling.job_queue import RecentQueue, queue_asker
 from longhaul.scheduling.retry_policy import is_of_this_process
 
@@ -37,6 +38,13 @@ _LAST_LOG_LINES = 15
 _CLOCKS_DIFFER_S = 10.0
 """Longest difference between the clocks of this host and of the file system."""
 _TARGET_RULE = "all"
+_PURPOSES = {
+    "fetch": "get the data and models that the config names",
+    "render": "write plan and launch files",
+    "render_result_spec": "write what makes a stage train again",
+    "report": "write the report",
+}
+"""What the rules do that are no declared job kinds; a kind says it itself."""
 _NOTHING_TO_RUN = "Nothing to be done"
 _RETRY = re.compile(r"Trying to restart job (\d+)\.")
 _NO_NEWS = (
@@ -54,6 +62,12 @@ _NO_NEWS = (
 )
 """Beginnings of messages that Snakemake logs before the first job and that say nothing about this run."""
 
+_STOPPED = {
+    "Terminating processes on user request": "the running jobs are being stopped",
+    "Will exit after finishing currently running jobs": "no other job is started, and this ends with the running jobs",
+}
+"""Beginning of a message that Snakemake logs after Ctrl-C or SIGTERM -> what it means for the run."""
+
 _SAID_OTHERWISE = (
     "Exiting because a job execution failed",
     "At least one job did not complete successfully",
@@ -68,7 +82,7 @@ class RunDisplay:
 
     def __init__(self, paths: RunPaths) -> None:
         # Absolute, because Snakemake leaves --directory before the process ends.
-        self._paths = RunPaths(paths.run, paths.results.absolute())
+        self._paths, self._paths_at_start = RunPaths(paths.run, paths.results.absolute()), paths
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._events = JobEvents(self._paths)
@@ -87,8 +101,11 @@ class RunDisplay:
             self._print(line)
 
     def start(self) -> None:
-        """Show the status from now on, until the process ends or `finish` is called."""
+        """Show what the run will make, then the status, until the process ends or `finish` is called."""
         atexit.register(self.close)
+        with suppress(UserError, OSError):
+            for line in start_lines(read_status(self._paths_at_start)):
+                self._print(line)
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -168,6 +185,8 @@ class JobEvents:
             return handler(fields)
         if retried := _RETRY.match(str(record.msg)):
             return self._tried_again(self._jobs[int(retried[1])])
+        if stopped := next((what for begin, what in _STOPPED.items() if str(record.msg).startswith(begin)), None):
+            return f"stopped by a user or a signal: {stopped}; the same command continues the run later"
         return record.getMessage() if event in (None, LogEvent.ERROR) and self._is_news(record) else None
 
     def _is_news(self, record: logging.LogRecord) -> bool:
@@ -192,7 +211,8 @@ class JobEvents:
         if job.rule == _TARGET_RULE:
             return None
         log = f", log: {job.log}" if job.log else ""
-        return f"{job.name} {'started' if fields['local'] else 'submitted'}{log}"
+        purpose = f" ({job.purpose})" if job.purpose else ""
+        return f"{job.name} {'started' if fields['local'] else 'submitted'}{purpose}{log}"
 
     def _finished(self, fields: dict[str, Any]) -> None:
         self._last_done = self._jobs.get(fields["job_id"])
@@ -263,6 +283,12 @@ class _Job:
     def job_id(self) -> JobId | None:
         kind = job_kinds().get(self.rule)
         return kind.job_id(SimpleNamespace(**self.wildcards)) if kind else None
+
+    @property
+    def purpose(self) -> str:
+        """Return what the job does, for people who do not know the workflow; "" if nothing says it."""
+        kind = job_kinds().get(self.rule)
+        return kind.help if kind else _PURPOSES.get(self.rule, "")
 
     @property
     def name(self) -> str:
