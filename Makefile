@@ -11,18 +11,20 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Tests and jobs start hundreds of processes. With this variable, each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-fabric-cost bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate images parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-fabric-cost bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 run: setup  ## the whole pipeline on this machine: text -> tokenizer -> shards -> two stages -> Hugging Face model -> report
+	@echo "The demo takes about 5 minutes on 2 cores and needs no GPU. Ctrl-C stops it; make run continues it."
 	$(BIN)/snakemake --profile profiles/local
 
 setup: $(VENV)/.installed  ## make .venv from the pinned versions (quick when it is there)
 
 $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longhaul needs Python >= 3.11; set PYTHON=python3.11")'
+	@echo "Installing the pinned packages into $(VENV), which takes some minutes and happens once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==$(TORCH)
 	$(BIN)/pip install --quiet -c envs/constraints.txt -e '.[job,dev,evaluate,serve,trackers]'
@@ -76,8 +78,8 @@ generate: setup  ## write the config schema, defaults and docs, the environments
 	$(BIN)/python docs/package_map.py
 	$(BIN)/python -m tests.golden.regenerate
 
-images: setup test-packages  ## the images of the docs, from a run of the demo (about 6 minutes)
-	PYTHONPATH=. $(BIN)/python docs/make_images.py
+images: setup test-packages  ## the images of the docs, from a run of the demo (about 6 minutes); FOLDER=<folder with results/demo>: all but running.svg
+	PYTHONPATH=. $(BIN)/python docs/make_images.py $(FOLDER)
 
 faults: setup test-packages  ## every fault of the matrix on a real Slurm cluster; a table in bench/results/faults.txt
 	$(BIN)/pytest tests/faults/test_faults.py --all-faults

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from transformers import AutoTokenizer
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.report.number_format import size
+from tests.support.browser import headless_browser, installed_browser
 from tests.support.pipeline_run import PipelineRun
 
 SECTIONS = [
@@ -35,14 +36,11 @@ SECTIONS = [
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Yield a headless Chromium of the system."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = installed_browser()
     if not program:
         pytest.skip("not installed: chromium (make test-packages)")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=quiet)
+    with headless_browser(program) as browser:
         yield browser
-        browser.close()
 
 
 class OpenedPage:
