@@ -98,6 +98,13 @@ def test_numbers_equal_those_of_the_run(report: OpenedPage, finished: PipelineRu
     assert str(verification["tensors"]["count"]) in report.page.inner_text("#verification")
 
 
+def test_tables_of_the_summary_are_not_cut_off(report: OpenedPage):
+    """The path of an export holds a hash, and wraps."""
+    widths = "Array.from(document.querySelectorAll('#summary .wide'), e => [e.scrollWidth, e.clientWidth])"
+    found = report.page.evaluate(widths)
+    assert len(found) == 2 and all(scroll <= client for scroll, client in found)
+
+
 def test_summary_says_whether_each_stage_learned_and_where_its_model_is(report: OpenedPage, finished: PipelineRun):
     """The values are those of `longhaul status`."""
     command = [sys.executable, "-m", "longhaul", "status", "results/tiny", "--json"]
