@@ -79,7 +79,10 @@ def _plan_at(site: str) -> Plan:
 
 
 def rendered_server(case: str) -> str:
-    """Return memory, sbatch options, the job's step, and the engine's commands of a server of DeepSeek-R1."""
+    """Return memory, sbatch options, the job's step, and the engine's commands of a server of DeepSeek-R1.
+
+    Below them are the sbatch options and the steps of the check and of an evaluation of that server.
+    """
     with tempfile.TemporaryDirectory() as folder:
         plan = build_plan(
             load_config(_write_example(Path(folder), *SERVERS[case])), Lock(_SOURCES, REFERENCE_MODELS["DeepSeek-R1"])
@@ -90,6 +93,8 @@ def rendered_server(case: str) -> str:
     lines = [f"{name}: {value}" for name, value in serving_lines(serving_plan(plan, "sft"))]
     lines += ["", *_header(render_job(plan, job, WORKDIR)), ""]
     lines += [f"node {rank + 1}: {shlex.join(command)}" for rank, command in enumerate(engine_commands(spec))]
+    for job in (JobId("serve_check", ("sft",)), JobId("evaluate", ("sft", "trained", "arc_easy"))):
+        lines += ["", f"== {job}", *_header(render_job(plan, job, WORKDIR))]
     return _with_example_paths("\n".join(lines) + "\n")
 
 
@@ -99,8 +104,12 @@ def _write_example(folder: Path, gpu_memory_gib: float, changes: dict[str, Any])
     config["tokenizer"]["chat_template"] = str(example.parent / config["tokenizer"]["chat_template"])
     site = yaml.safe_load((REPOSITORY / "config" / "sites" / f"{config['site']}.yaml").read_text("utf-8"))
     site["partitions"][0]["node"]["gpu_memory_gib"] = gpu_memory_gib
+    # The plan of a check looks for a Python that is named by its path.
+    site["serving"]["python"] = ["apptainer", "exec", "--nv", "/images/vllm.sif", "python3"]
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(changed(config, {"site": "./site.yaml", **changes})), "utf-8")
+    jobs = {"serve_check": {}, "evaluate": {"tasks": ["arc_easy"], "engine": "server"}}
+    checked = {f"stages.0.{key}": value for key, value in jobs.items()}
+    path.write_text(yaml.safe_dump(changed(config, {"site": "./site.yaml", **checked, **changes})), "utf-8")
     (folder / "site.yaml").write_text(yaml.safe_dump(site), "utf-8")
     return path
 

@@ -33,19 +33,24 @@ SERVING = Serving(
 )
 
 
-def write_job(folder: Path, latest: Path, streams: tuple[int, ...]) -> Path:
-    """Write the spec of the check of an export, and return its path. `latest` is the link to the export's folder."""
+def write_job(folder: Path, latest: Path, streams: tuple[int, ...], serving: Serving = SERVING, nodes: int = 1) -> Path:
+    """Write the spec of the check of an export, and return its path.
+
+    latest: the link to the export's folder
+    nodes:  number of nodes of the server, with one pipeline rank each
+    """
     path = folder / "job.json"
     ServeCheckSpec(
         run="unit",
         stage="main",
         export=str(latest.parents[1] / "main.json"),
         dtype="fp32",
-        serving=SERVING,
+        serving=serving,
         serve=Serve(),
         check=ServeCheck(streams=streams, answer_tokens=16, start_timeout_s=300.0),
+        nodes=nodes,
         tensor=1,
-        pipeline=1,
+        pipeline=nodes,
         context_tokens=64,
         out=str(folder / "result.json"),
     ).write(path)

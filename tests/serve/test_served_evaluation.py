@@ -83,6 +83,7 @@ def score(folder: Path, export: Path, keys: dict[str, Any], serving: Serving | N
             serving=serving,
             serve=Serve(start_timeout_s=300),
             dtype="fp32",
+            nodes=1,
             tensor=1,
             pipeline=1,
             context_tokens=128,

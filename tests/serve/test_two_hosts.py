@@ -13,13 +13,14 @@ import pytest
 
 from longhaul.artifacts.endpoint import Endpoint, read_endpoint
 from longhaul.artifacts.paths import JobFolder
+from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.config.serving_config import Serving
 from longhaul.jobs.kinds.serve_job import ServeSpec
-from longhaul.serving.api_key import create_key_file
+from longhaul.serving.api_key import create_key_file, read_key_file
 from tests.serve.conftest import ENGINES, ROOT
 from tests.serve.test_engines import vllm_bound
-from tests.support.slurm_conf import CONTROLLER
-from tests.support.virtual_hosts import VirtualHosts
+from tests.serve.test_serve_check import write_job
+from tests.support.virtual_hosts import VirtualHosts, two_hosts
 from tests.support.wait import wait_for
 
 NODES = ("n1", "n2")
@@ -31,21 +32,13 @@ OPTIONS = ('--compilation-config={"mode": 2, "backend": "eager"}',)
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[VirtualHosts]:
-    """Two hosts and a login node, without Slurm. Each has its own network, and no address but its own and 127.0.0.1."""
-    hosts = VirtualHosts(tmp_path / "hosts")
-    for name in ("etc", "run", "log"):
-        (hosts.folder / name).mkdir(parents=True)
-    lines = ["127.0.0.1 localhost", *(f"{hosts.address(name)} {name}" for name in NODES)]
-    (hosts.folder / "etc" / "hosts").write_text("\n".join(lines) + "\n")
-    try:
-        hosts.start_bridge()
-        for name in NODES:
-            hosts.start_host(name)
-            hosts.connect(name)
+    with two_hosts(tmp_path / "hosts") as hosts:
         yield hosts
-    finally:
-        for name in (*NODES, CONTROLLER):
-            hosts.power_off(name)
+
+
+SERVING = Serving(
+    engine="vllm", python=(ENGINES["vllm"],), options=OPTIONS, environment={"VLLM_CPU_KVCACHE_SPACE": "1"}
+)
 
 
 def write_spec(folder: Path, export: Path) -> Path:
@@ -58,9 +51,7 @@ def write_spec(folder: Path, export: Path) -> Path:
         stage="main",
         export=str(export),
         dtype="fp32",
-        serving=Serving(
-            engine="vllm", python=(ENGINES["vllm"],), options=OPTIONS, environment={"VLLM_CPU_KVCACHE_SPACE": "1"}
-        ),
+        serving=SERVING,
         model_name="small-main",
         nodes=2,
         tensor=1,
@@ -78,13 +69,13 @@ def write_spec(folder: Path, export: Path) -> Path:
     return path
 
 
-def start(hosts: VirtualHosts, spec: Path, rank: int) -> subprocess.Popen[bytes]:
+def start(hosts: VirtualHosts, kind: str, spec: Path, rank: int) -> subprocess.Popen[bytes]:
     """Start a node's part of the job with the variables that srun and the supervisor set."""
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     code = {"PYTHONPATH": f"{ROOT / 'workflow'}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     variables = {**place, **code, "MASTER_ADDR": NODES[0], "MASTER_PORT": 20017}
     words = ["env", *(f"{name}={value}" for name, value in variables.items())]
-    words += [sys.executable, "-m", "longhaul", "job", "run", "serve", str(spec)]
+    words += [sys.executable, "-m", "longhaul", "job", "run", kind, str(spec)]
     with spec.with_name(f"node-{rank}.log").open("wb") as log:
         command = hosts.command(words, host=NODES[rank], cwd=spec.parent)
         return subprocess.Popen(command, stdout=log, stderr=log, env=hosts.environment(), start_new_session=True)
@@ -103,7 +94,7 @@ def test_two_hosts_serve_one_model(
     folder = tmp_path / "job"
     folder.mkdir()
     spec = write_spec(folder, exports["llama"].parents[1] / "main.json")
-    parts = [start(hosts, spec, rank) for rank in range(len(NODES))]
+    parts = [start(hosts, "serve", spec, rank) for rank in range(len(NODES))]
 
     def is_ready() -> bool:
         assert [part.poll() for part in parts] == [None, None], (folder / "node-0.log").read_text()[-3000:]
@@ -115,8 +106,30 @@ def test_two_hosts_serve_one_model(
     assert endpoint is not None
     assert endpoint.url.startswith(f"http://{hosts.address('n1')}:")
     assert "PP1" in (folder / "node-1.log").read_text(), "the second host has the second half of the layers"
-    key = (folder / "api_key.yaml").read_text().split()[1]
+    _check_scores(hosts, folder, endpoint, prompts, reference)
+    hosts.run("kill", str(endpoint.owner.pid), host=NODES[0])
+    assert [part.wait(timeout=60) for part in parts] == [0, 0], "the second host's part ends with the first one's"
+
+
+def _check_scores(
+    hosts: VirtualHosts, folder: Path, endpoint: Endpoint, prompts: Path, reference: dict[str, Any]
+) -> None:
+    key = read_key_file(folder / "api_key.yaml")
     for ids, expected in list(zip(json.loads(prompts.read_text()), reference["llama"]["scores"], strict=True))[:3]:
         body = {"model": "small-main", "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
         found = ask(hosts, endpoint, key, body)["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids)]
         assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < vllm_bound("llama")
+
+
+@pytest.mark.timeout(600)
+def test_a_server_on_two_hosts_is_checked_from_the_first_one(
+    hosts: VirtualHosts, exports: dict[str, Path], tmp_path: Path
+):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    spec = write_job(folder, exports["llama"], (1, 8), SERVING, nodes=2)
+    parts = [start(hosts, "serve_check", spec, rank) for rank in range(len(NODES))]
+    assert [part.wait(timeout=START_S + 200) for part in parts] == [0, 0], (folder / "node-0.log").read_text()[-3000:]
+    result = ServeCheckResult.read(folder / "result.json")
+    assert (result.nodes, result.pipeline) == (2, 2) and (result.agreement["largest_difference"] or 1) < 1e-3
+    assert "PP1" in (folder / "node-1.log").read_text(), "the second host has the second half of the layers"

@@ -2,6 +2,8 @@
 
 A site names it as the Python of the engine: `serving.python: [python, bigram_engine.py]`. The environment variable FAULT makes
 it wrong in one way: another_model, open, exposed, exchange, loss or no_json.
+
+Over several nodes, the first part answers only after all others have connected to --master-addr and --master-port.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from typing import Any
@@ -120,14 +124,34 @@ def _next(last: int) -> tuple[int, dict[str, Any]]:
     return chosen, {"text": f"<{chosen}>", "logprobs": scores}
 
 
+def meet(address: tuple[str, int], nodes: int, headless: bool) -> list[socket.socket]:
+    """Return the connections between the first node's part and the others."""
+    if not headless:
+        listener = socket.create_server(address)
+        return [listener.accept()[0] for _ in range(nodes - 1)]
+    while True:
+        try:
+            return [socket.create_connection(address)]
+        except OSError:
+            time.sleep(0.1)
+
+
 def main() -> None:
     if sys.argv[1] == "-c":  # engine_version.py asks
         print(json.dumps({"missing": [], "version": "0.0"}))
         return
     parser = argparse.ArgumentParser()
-    for option in ("host", "port"):
+    for option in ("host", "port", "nnodes", "master-addr", "master-port"):
         parser.add_argument(f"--{option}")
+    parser.add_argument("--headless", action="store_true")
     found, _ = parser.parse_known_args()
+    if found.nnodes:
+        parts = meet((found.master_addr, int(found.master_port)), int(found.nnodes), found.headless)
+        print(
+            f"{len(parts)} parts of the engine reached, {'without' if found.headless else 'with'} answers", flush=True
+        )
+    if found.headless:
+        threading.Event().wait()
     host = "0.0.0.0" if FAULT == "exposed" else found.host
     Listener((host, int(found.port)), Handler).serve_forever()
 

@@ -13,7 +13,8 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -184,6 +185,25 @@ class VirtualHosts:
                 raise ClusterError(f"not within {seconds:g} s: {what}\n{logs}")
             time.sleep(0.05)
         return value
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[VirtualHosts]:
+    """Provide the hosts n1 and n2 and a login node, without Slurm. Each has no address but its own and 127.0.0.1."""
+    hosts, names = VirtualHosts(folder), ("n1", "n2")
+    for name in ("etc", "run", "log"):
+        (hosts.folder / name).mkdir(parents=True)
+    lines = ["127.0.0.1 localhost", *(f"{hosts.address(name)} {name}" for name in names)]
+    (hosts.folder / "etc" / "hosts").write_text("\n".join(lines) + "\n")
+    try:
+        hosts.start_bridge()
+        for name in names:
+            hosts.start_host(name)
+            hosts.connect(name)
+        yield hosts
+    finally:
+        for name in (*names, CONTROLLER):
+            hosts.power_off(name)
 
 
 def _end(outer: subprocess.Popen[bytes]) -> None:

@@ -88,6 +88,7 @@ def spec(tmp_path: Path, exported: Path, keys: dict[str, Any] | None = None, **c
         "serving": None,
         "serve": Serve(start_timeout_s=60),
         "dtype": "fp32",
+        "nodes": 1,
         "tensor": 1,
         "pipeline": 1,
         "context_tokens": 128,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
 from longhaul.report.serve_check_table import serve_check_rows
 
@@ -60,6 +62,7 @@ def test_rows_of_an_engine_with_log_probabilities():
     rows = serve_check_rows(result(SCORES, True))
     assert rows["facts"] == {
         "engine": "vllm 0.32.0",
+        "layout": "1 node, 2 tensor x 1 pipeline ranks",
         "answers": "62 log probabilities differ from the trainer's by 2e-4 nats on average and 0.0031 at most "
         "(limits 0.001, 0.005)",
         "start of the server": "1 min 15 s",
@@ -85,3 +88,10 @@ def test_rows_of_an_engine_without_log_probabilities():
     assert isinstance(facts, dict)
     assert facts["answers"] == "87.5 % of the greedy text of 6 samples (limit 75 %)"
     assert facts["API key"] == "none: it listens on this node alone"
+
+
+def test_rows_of_a_server_on_two_nodes_say_where_the_memory_was_measured():
+    facts = serve_check_rows(replace(result(SCORES, True), nodes=2, pipeline=2))["facts"]
+    assert isinstance(facts, dict)
+    assert facts["layout"] == "2 nodes, 2 tensor x 2 pipeline ranks"
+    assert facts["memory of its processes on the first node"] == "3 GiB"

@@ -42,6 +42,7 @@ def job_of(manifest: Path, fault: str = "", **serving: object) -> ServeCheckSpec
         serving=own,
         serve=Serve(),
         check=ServeCheck(streams=(1, 32), answer_tokens=4, start_timeout_s=60.0),
+        nodes=1,
         tensor=1,
         pipeline=1,
         context_tokens=64,

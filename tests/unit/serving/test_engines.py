@@ -71,8 +71,8 @@ def test_the_words_of_each_engine():
 
 def test_a_server_of_one_job_has_the_limits_of_the_section_serve():
     serve = Serve(max_running_requests=16, expert_parallel=True)
-    shape = ServerShape.on_one_node(serve, 4, 2, 2048)
-    assert shape == ServerShape(1, 4, 2, expert_parallel=True, context_tokens=2048, max_running_requests=16)
+    shape = ServerShape.of_job(serve, 2, 4, 2, 2048)
+    assert shape == ServerShape(2, 4, 2, expert_parallel=True, context_tokens=2048, max_running_requests=16)
 
 
 def test_the_words_on_the_second_of_two_nodes():

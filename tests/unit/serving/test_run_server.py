@@ -67,17 +67,6 @@ def test_without_slurm_or_without_a_key_only_this_machine_reaches_it(
     assert run_server._listening_address(spec(tmp_path, **changes)) == "127.0.0.1"
 
 
-def test_several_nodes_cannot_meet_at_a_loopback_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    name_resolves_to(monkeypatch, "127.0.1.1")
-    assert run_server._leader_address(spec(tmp_path)) == "127.0.1.1"
-    with pytest.raises(UserError, match=r"n1 is 127\.0\.1\.1: the other nodes cannot reach it"):
-        run_server._leader_address(spec(tmp_path, nodes=2))
-
-
-def test_another_node_announces_its_own_address_to_the_engine():
-    assert run_server._address_towards("127.0.0.1") == "127.0.0.1"
-
-
 def test_a_port_in_use_is_refused(tmp_path: Path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -113,17 +102,3 @@ def test_without_a_deadline_a_server_goes_on(tmp_path: Path):
     assert run_server._end_of_allocation(spec(tmp_path)) == ""
     Deadline(None, False).write(JobFolder(tmp_path).deadline)
     assert run_server._end_of_allocation(spec(tmp_path)) == ""
-
-
-def test_the_variables_of_the_trainer_do_not_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    monkeypatch.setenv("OMP_NUM_THREADS", "96")
-    server = server_of(spec(tmp_path), tmp_path, "127.0.0.1", 8000)
-    variables = run_server._variables(server, "key-key-key-key-key", None)
-    assert "PYTORCH_ALLOC_CONF" not in run_server.os.environ
-    assert variables["VLLM_API_KEY"] == "key-key-key-key-key"
-    assert run_server.os.environ["OMP_NUM_THREADS"] == "96", "one process uses all cores"
-    spread = server_of(spec(tmp_path, tensor=8), tmp_path, "127.0.0.1", 8000)
-    run_server._variables(spread, None, None)
-    assert "OMP_NUM_THREADS" not in run_server.os.environ
-    assert run_server._variables(server, None, ("127.0.0.1", 1))["SGLANG_HOST_IP"] == "127.0.0.1"

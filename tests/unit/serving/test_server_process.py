@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,8 +16,10 @@ import pytest
 
 from longhaul.config.serving_config import Serving
 from longhaul.errors import UserError
-from longhaul.serving.engines import Server
-from longhaul.serving.server_process import free_port, running_server
+from longhaul.serving import server_process
+from longhaul.serving.engines import Server, ServerShape
+from longhaul.serving.node_link import NodeLink
+from longhaul.serving.server_process import engine_variables, free_port, run_until_first_node_ends, running_server
 
 SLOW_SERVER = Path(__file__).with_name("slow_server.py")
 
@@ -33,10 +37,11 @@ class FailingServer(Server):
 
 
 class SilentServer(ServerWithoutModel):
-    """Answers at another port than the one that is asked."""
+    """Answers at another port than the one that is asked. Nobody asks before it has started."""
 
     @property
     def health_url(self) -> str:
+        written_pids(self.model)
         return f"http://127.0.0.1:{free_port('127.0.0.1')}/health"
 
 
@@ -46,7 +51,7 @@ def server(kind: type[Server], pids: Path) -> Server:
 
 def written_pids(file: Path) -> list[int]:
     """Return the pids in the file, once they are there."""
-    for _ in range(100):
+    for _ in range(600):
         if file.exists() and len(found := file.read_text().split()) == 2:
             return [int(pid) for pid in found]
         time.sleep(0.1)
@@ -116,3 +121,64 @@ def test_no_process_is_left_when_the_guardian_is_killed(tmp_path: Path):
     os.kill(process.pid, signal.SIGINT)
     assert all_end(pids)
     process.wait()
+
+
+def link_to(port: int) -> NodeLink:
+    connection = socket.create_connection(("127.0.0.1", port))
+    return NodeLink(1, "127.0.0.1", "127.0.0.1", 1, connection)
+
+
+def other_node(pids: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start the process of a second node, whose first node listens at a port."""
+    code = (
+        "import sys; from pathlib import Path; from tests.unit.serving.test_server_process import *\n"
+        "run_until_first_node_ends(server(ServerWithoutModel, Path(sys.argv[1])), link_to(int(sys.argv[2])))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(pids), str(port)])
+
+
+def test_another_nodes_part_ends_with_the_first_nodes_process_and_not_by_a_signal(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as first_node:
+        process = other_node(tmp_path / "pids", first_node.getsockname()[1])
+        pids = written_pids(tmp_path / "pids")
+        process.send_signal(signal.SIGTERM)
+        assert not all_end(pids, seconds=1), "the first node may still drain"
+    assert all_end(pids)
+    assert process.wait(timeout=60) == 0
+
+
+def test_no_process_is_left_when_another_nodes_process_is_killed(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as first_node:
+        process = other_node(tmp_path / "pids", first_node.getsockname()[1])
+        pids = written_pids(tmp_path / "pids")
+        process.kill()
+        assert all_end(pids)
+        process.wait()
+
+
+def test_the_end_of_the_engine_on_another_node_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_process, "_OTHER_NODES_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as first_node, link_to(first_node.getsockname()[1]).connection as link:
+        message = rf"the engine transformers ended with code 7 on {socket.gethostname()}"
+        with pytest.raises(RuntimeError, match=message):
+            run_until_first_node_ends(server(FailingServer, tmp_path), NodeLink(1, "127.0.0.1", "127.0.0.1", 1, link))
+
+
+def test_the_variables_of_the_trainer_do_not_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("OMP_NUM_THREADS", "96")
+    one = Server(Serving(engine="vllm"), tmp_path, "m", "bf16", "127.0.0.1", 8000)
+    assert engine_variables(one, "key-key-key-key-key", None)["VLLM_API_KEY"] == "key-key-key-key-key"
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "96", "one process uses all cores"
+    spread = replace(one, shape=ServerShape(tensor=8))
+    engine_variables(spread, None, None)
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_an_engine_on_several_nodes_gets_the_address_of_its_node(tmp_path: Path):
+    with socket.socket() as connection:
+        link = NodeLink(1, "10.0.0.1", "10.0.0.2", 1, connection)
+        several = Server(Serving(engine="vllm"), tmp_path, "m", "bf16", "10.0.0.2", 8000, ServerShape(nodes=2))
+        found = engine_variables(several, None, link)
+    assert (found["VLLM_HOST_IP"], found["SGLANG_HOST_IP"]) == ("10.0.0.2", "10.0.0.2")

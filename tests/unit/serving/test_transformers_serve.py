@@ -45,6 +45,7 @@ def job_of(manifest: Path, out: Path) -> ServeCheckSpec:
         serving=Serving(),
         serve=Serve(),
         check=ServeCheck(streams=(1, 6), answer_tokens=8, start_timeout_s=120.0),
+        nodes=1,
         tensor=1,
         pipeline=1,
         context_tokens=128,

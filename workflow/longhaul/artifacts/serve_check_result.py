@@ -56,7 +56,8 @@ class ServeCheckResult(Artifact):
     start_s:     from the start of the server to its first answer
     listens_at:  addresses at which processes of the server accept connections
     distinct_answers: answers under load that differ from all others; an exchange of equal answers would not be noticed
-    host_memory_bytes, gpu_memory_bytes: largest use during the load; gpu None without a GPU
+    host_memory_bytes, gpu_memory_bytes: largest use during the load on the first node; gpu None without a GPU
+    nodes:       number of nodes of the server
     """
 
     stage: str
@@ -76,3 +77,4 @@ class ServeCheckResult(Artifact):
     distinct_answers: int
     host_memory_bytes: int
     gpu_memory_bytes: int | None
+    nodes: int = 1

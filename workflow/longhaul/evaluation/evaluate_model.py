@@ -19,16 +19,18 @@ from longhaul.compat.lm_eval import build_tasks, no_metrics_of_the_hub
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
-from longhaul.evaluation.served_model import served_model
+from longhaul.evaluation.served_model import run_part_of_served_model, served_model
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
+from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.engine_version import engine_version
+from longhaul.serving.node_link import NodeLink, node_link
 
 _BOOTSTRAP_SAMPLES = 1000
 """For metrics that have no formula of the standard error, such as chrF."""
 
 
 def run(job: EvaluateSpec) -> None:
-    """Evaluate the model and write job.out.
+    """Evaluate the model and write job.out on the first node.
 
     Raises:
         UserError: lm_eval or the engine is missing, the export is damaged, the task does not exist, its data are missing, or a
@@ -36,11 +38,22 @@ def run(job: EvaluateSpec) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
+    rank = this_rank()
+    require_planned_size(rank, job.nodes, job.nodes)
+    with node_link(rank) as link:
+        if link is None or rank.is_main:
+            _score(job, link)
+        else:
+            run_part_of_served_model(job, _verified_model(job)[0], link)
+
+
+def _score(job: EvaluateSpec, link: NodeLink | None) -> None:
+    """Evaluate the model on the first node, and write job.out."""
     engine = f"{job.serving.engine} {engine_version(job.serving)}" if job.serving else "transformers"
     folder, weights = _verified_model(job)
     with TemporaryDirectory() as cache:
         tasks = _build_tasks(job, Path(cache))
-        with served_model(job, folder) if job.serving else _loaded_model(job, folder) as model:
+        with served_model(job, folder, link) if job.serving else _loaded_model(job, folder) as model:
             template = model.tokenizer.chat_template if job.chat else None
             results = _evaluate(job, model, tasks, with_chat_template=bool(template))
     EvaluationResult(

@@ -12,14 +12,17 @@ from typing import Any, Literal
 
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.serving.engines import LOOPBACK, ServerShape
-from longhaul.serving.local_server import local_server
+from longhaul.serving.local_server import local_server, run_part
+from longhaul.serving.node_link import NodeLink
 
-_ANSWER_TIMEOUT_S = 3600
+_NAME, _ANSWER_TIMEOUT_S = "evaluated", 3600
 
 
 @contextmanager
-def served_model(job: EvaluateSpec, folder: str) -> Iterator[Any]:
+def served_model(job: EvaluateSpec, folder: str, link: NodeLink | None) -> Iterator[Any]:
     """Start the engine, yield lm_eval's client of it, and stop the engine at the end.
+
+    link: of the first node to the others, which call run_part_of_served_model; None: the job has one node
 
     Raises:
         UserError: the engine does not start, or answers others.
@@ -27,11 +30,10 @@ def served_model(job: EvaluateSpec, folder: str) -> Iterator[Any]:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     assert job.serving is not None and job.context_tokens is not None
-    shape = ServerShape.on_one_node(job.serve, job.tensor, job.pipeline, job.context_tokens)
-    dtype = job.dtype or _dtype(Path(folder))
+    dtype, timeout_s = job.dtype or _dtype(Path(folder)), job.serve.start_timeout_s
     # With one request at a time, lm_eval asks through a proxy of the centre, which does not know this address.
     os.environ["NO_PROXY"] = LOOPBACK
-    with local_server(job.serving, Path(folder), "evaluated", dtype, shape, job.serve.start_timeout_s) as running:
+    with local_server(job.serving, Path(folder), _NAME, dtype, _shape(job), timeout_s, link) as running:
         assert running.key is not None
         logging.getLogger("lm_eval.models.api_models").addFilter(_Without(running.key))
         create: Any = LocalCompletionsAPI  # its arguments are those of a class that a decorator hides
@@ -45,6 +47,16 @@ def served_model(job: EvaluateSpec, folder: str) -> Iterator[Any]:
             max_length=job.context_tokens,
             timeout=_ANSWER_TIMEOUT_S,
         )
+
+
+def run_part_of_served_model(job: EvaluateSpec, folder: str, link: NodeLink) -> None:
+    """Run the engine's part on another node than the first one, until the first one's evaluation ends."""
+    assert job.serving is not None
+    run_part(job.serving, Path(folder), _NAME, job.dtype or _dtype(Path(folder)), _shape(job), link)
+
+
+def _shape(job: EvaluateSpec) -> ServerShape:
+    return ServerShape.of_job(job.serve, job.nodes, job.tensor, job.pipeline, job.context_tokens)
 
 
 class _Without(logging.Filter):

@@ -1,4 +1,4 @@
-"""Checks of servers that a job starts for itself, in serve_check and evaluate: one node, a context that is long enough."""
+"""Checks of servers that a job starts for itself, in serve_check and evaluate: the engine, a context that is long enough."""
 
 from __future__ import annotations
 
@@ -38,13 +38,7 @@ def check_engine_of_jobs(stage: Stage, site: Site) -> None:
 
 
 def check_job_servers(stage: Stage, serving: ServingPlan) -> None:
-    """Raise UserError if a server needs several nodes, or its context is too short for the check's prompts and answers."""
-    keys = {"serve_check": stage.serve_check is not None, "evaluate.engine": has_served_evaluation(stage)}
-    for key in (key for key, is_set in keys.items() if is_set and serving.layout.nodes > 1):
-        raise UserError(
-            f"stages.{stage.name}.{key}: the server needs {serving.layout.nodes} nodes, and the job has one",
-            f"remove {key}, or use export_dtype fp8 or a smaller serve.context so that the model fits on one node",
-        )
+    """Raise UserError if a server's context is too short for the check's prompts and answers."""
     answer = stage.serve_check.answer_tokens if stage.serve_check else 0
     if answer and LOGITS_PROMPT_TOKENS + answer > serving.context:
         raise UserError(

@@ -11,16 +11,19 @@ def serve_check_rows(result: ServeCheckResult) -> dict[str, object]:
     keys = (
         "requests without the key are refused" if result.refuses_other_keys else "none: it listens on this node alone"
     )
+    on_first = " on the first node" if result.nodes > 1 else ""
     return {
         "stage": result.stage,
         "facts": {
             "engine": f"{result.engine} {result.engine_version}",
+            "layout": f"{result.nodes} node{'s' if result.nodes > 1 else ''}, {result.tensor} tensor x {result.pipeline} "
+            "pipeline ranks",
             "answers": _agreement(result.agreement),
             "start of the server": text.duration(result.start_s),
             "API key": keys,
             "listens at": ", ".join(result.listens_at),
-            "memory of its processes": text.size(result.host_memory_bytes),
-            "memory of the GPUs": text.size(result.gpu_memory_bytes),
+            f"memory of its processes{on_first}": text.size(result.host_memory_bytes),
+            f"memory of the GPUs{on_first}": text.size(result.gpu_memory_bytes),
         },
         "load": [_load(step) for step in result.load],
     }

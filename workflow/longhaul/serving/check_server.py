@@ -14,6 +14,7 @@ from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.ask_server import Answer, Connection, Prompt, connection
 from longhaul.serving.compare_answers import (
     SAME_TEXT,
@@ -25,25 +26,42 @@ from longhaul.serving.compare_answers import (
 )
 from longhaul.serving.engine_version import engine_version
 from longhaul.serving.engines import ServerShape
-from longhaul.serving.local_server import LocalServer, local_server
+from longhaul.serving.local_server import LocalServer, local_server, run_part
 from longhaul.serving.measure_load import MemoryPeak, answers_alone, distinct_prompts, measure_load
+from longhaul.serving.node_link import NodeLink, node_link
 from longhaul.serving.reference_values import ReferenceValues, read_reference_values
 from longhaul.serving.sample_prompts import completions_of_text_prompts
 
 
 def run(job: ServeCheckSpec) -> None:
-    """Check a server of the export, and write job.out. No process of the server is left, also after an error.
+    """Check a server of the export, and write job.out on the first node. No process of the server is left, also after an error.
 
     Raises:
-        UserError: the engine is missing or does not start, the export is damaged, or the server does not hold to a bound.
+        UserError: the engine is missing or does not start, the export is damaged, the server does not hold to a bound, or a node
+            cannot reach the first one.
     """
+    rank = this_rank()
+    require_planned_size(rank, job.nodes, job.nodes)
+    with node_link(rank) as link:
+        if link is None or rank.is_main:
+            _check(job, link)
+        else:
+            export = read_export(Path(job.export))
+            run_part(job.serving, Path(export.path), job.stage, job.dtype, _shape(job), link)
+
+
+def _shape(job: ServeCheckSpec) -> ServerShape:
+    return ServerShape.of_job(job.serve, job.nodes, job.tensor, job.pipeline, job.context_tokens)
+
+
+def _check(job: ServeCheckSpec, link: NodeLink | None) -> None:
+    """Check the server from the first node, and write job.out."""
     Path(job.out).unlink(missing_ok=True)
     version = engine_version(job.serving)
     export = read_export(Path(job.export))
     reference = read_reference_values(export)
-    shape = ServerShape.on_one_node(job.serve, job.tensor, job.pipeline, job.context_tokens)
     timeout_s = job.check.start_timeout_s
-    with local_server(job.serving, Path(export.path), job.stage, job.dtype, shape, timeout_s) as running:
+    with local_server(job.serving, Path(export.path), job.stage, job.dtype, _shape(job), timeout_s, link) as running:
         measured = asyncio.run(_measure(job, running, export, reference))
     ServeCheckResult(
         stage=job.stage,
@@ -57,6 +75,7 @@ def run(job: ServeCheckSpec) -> None:
         answer_tokens=job.check.answer_tokens,
         start_s=running.start_s,
         refuses_other_keys=running.key is not None,
+        nodes=job.nodes,
         listens_at=running.listens_at,
         **measured,
     ).write(Path(job.out))

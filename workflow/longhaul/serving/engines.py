@@ -67,9 +67,10 @@ class ServerShape:
     max_running_requests: int | None = None
 
     @classmethod
-    def on_one_node(cls, serve: Serve, tensor: int, pipeline: int, context_tokens: int | None) -> ServerShape:
-        """Return the shape of a server that a job of one node starts for itself, with the limits of the section `serve`."""
+    def of_job(cls, serve: Serve, nodes: int, tensor: int, pipeline: int, context_tokens: int | None) -> ServerShape:
+        """Return the shape of a server that a job starts for itself, with the limits of the section `serve`."""
         return cls(
+            nodes=nodes,
             tensor=tensor,
             pipeline=pipeline,
             expert_parallel=serve.expert_parallel,

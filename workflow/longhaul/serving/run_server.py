@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import signal
 import socket
 import time
@@ -28,7 +26,14 @@ from longhaul.serving.api_key import read_key_file
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import LOOPBACK, Server, ServerShape
 from longhaul.serving.guard_processes import signal_at_end_of_parent
-from longhaul.serving.server_process import free_port, guarded_process, wait_until_healthy
+from longhaul.serving.node_link import NodeLink, first_node_address, node_link
+from longhaul.serving.server_process import (
+    engine_variables,
+    free_port,
+    guarded_process,
+    run_until_first_node_ends,
+    wait_until_healthy,
+)
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -36,12 +41,6 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 _STOP_MARGIN_S = 30.0
 """Time before the end of an allocation in which the job requeues itself, after the requests have ended."""
-_ENVIRONMENT_OF_TRAINING = ("PYTORCH_ALLOC_CONF", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-"""Variables of launch.sh and of launchers that are meant for the trainer. vLLM refuses expandable segments in some modes."""
-
-_THREADS = "OMP_NUM_THREADS"
-"""All cores of the node. Engines with several processes on a node choose fewer for each."""
-_OWN_ADDRESS = ("VLLM_HOST_IP", "SGLANG_HOST_IP")
 
 
 def run(job: ServeSpec) -> None:
@@ -55,12 +54,14 @@ def run(job: ServeSpec) -> None:
     signal_at_end_of_parent(signal.SIGTERM)
     rank = this_rank()
     require_planned_size(rank, job.nodes, job.nodes)
-    model = Path(read_export(Path(job.export)).path).absolute()
-    leader = (_leader_address(job), int(os.environ["MASTER_PORT"])) if job.nodes > 1 else None
-    if rank.is_main:
-        _serve(job, model, leader)
-    else:
-        _work(job, model, rank.rank, leader)
+    with node_link(rank) as link:
+        model = Path(read_export(Path(job.export)).path).absolute()
+        if link is None or rank.is_main:
+            _serve(job, model, link)
+        else:
+            # vLLM serves nothing here. SGLang answers only whether it lives.
+            server = server_of(job, model, link.own_address, free_port(link.own_address))
+            run_until_first_node_ends(server, link)
 
 
 def server_of(job: ServeSpec, model: Path, host: str, port: int) -> Server:
@@ -77,14 +78,15 @@ def server_of(job: ServeSpec, model: Path, host: str, port: int) -> Server:
     return Server(job.serving, model, job.model_name, job.dtype, host, port, shape, key_file, job.drain_s)
 
 
-def _serve(job: ServeSpec, model: Path, leader: tuple[str, int] | None) -> None:
+def _serve(job: ServeSpec, model: Path, link: NodeLink | None) -> None:
     """Serve on the first node."""
     host = _listening_address(job)
     server = server_of(job, model, host, job.port or free_port(host))
     key = read_key_file(server.key_file) if server.key_file else None
     _require_free_port(server)
     server.place_files()
-    engine = guarded_process(server.command(0, leader), _variables(server, key, leader), job.drain_s)
+    command, variables = server.command(0, link and link.leader), engine_variables(server, key, link)
+    engine = guarded_process(command, variables, job.drain_s)
     with _StopSignals() as signals, _endpoint(job, server) as endpoint, engine as guardian:
         signals.interrupt(lambda: _wait_until_ready(server, guardian, job.start_timeout_s, key))
         if not signals.received:
@@ -105,34 +107,6 @@ def _wait_until_ready(server: Server, guardian: Popen[bytes], timeout_s: float, 
     check_address(server, listening_addresses(psutil.Process(guardian.pid)))
     if key:
         check_keys(server, key)
-
-
-def _work(job: ServeSpec, model: Path, rank: int, leader: tuple[str, int] | None) -> None:
-    """Run the engine's part on another node than the first one, until the first one's part ends."""
-    assert leader is not None
-    host = _address_towards(leader[0])
-    # vLLM serves nothing here. SGLang answers only whether it lives.
-    server = server_of(job, model, host, free_port(host))
-    engine = guarded_process(server.command(rank, leader), _variables(server, None, leader))
-    with _StopSignals() as signals, engine as guardian:
-        while guardian.poll() is None and not signals.received:
-            time.sleep(_POLL_S)
-
-
-def _variables(server: Server, key: str | None, leader: tuple[str, int] | None) -> dict[str, str]:
-    """Return the variables of the engine on this node. Without its own address, it may take a public one of the node."""
-    is_spread = server.shape.tensor * server.shape.pipeline > 1
-    for name in (*_ENVIRONMENT_OF_TRAINING, *([_THREADS] if is_spread else [])):
-        os.environ.pop(name, None)
-    own = dict.fromkeys(_OWN_ADDRESS, _address_towards(leader[0])) if leader else {}
-    return own | server.environment(key)
-
-
-def _address_towards(host: str) -> str:
-    """Return the address of this node in the network in which it reaches another address. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return probe.getsockname()[0]
 
 
 def _wait_for_end(job: ServeSpec, guardian: Popen[bytes], signals: _StopSignals) -> str:
@@ -232,28 +206,7 @@ def _listening_address(job: ServeSpec) -> str:
     """Return where the server listens: on this machine alone without Slurm or without a key, else in the cluster's network."""
     if job.local or job.key_file is None:
         return LOOPBACK
-    return _leader_address(job)
-
-
-def _leader_address(job: ServeSpec) -> str:
-    """Return the IPv4 address of the first node.
-
-    Raises:
-        UserError: it has none, or the address is public.
-    """
-    name = os.environ["MASTER_ADDR"]
-    hint = "name a network interface of the cluster in the site file: interconnect.master_address.interface"
-    try:
-        address = socket.gethostbyname(name)
-    except OSError as error:
-        raise UserError(f"the first node's name {name} has no address: {error}", hint) from None
-    if ipaddress.ip_address(address).is_global:
-        raise UserError(
-            f"{address}, the address of the first node {name}, is public: a server must not listen there", hint
-        )
-    if job.nodes > 1 and ipaddress.ip_address(address).is_loopback:
-        raise UserError(f"the first node's name {name} is {address}: the other nodes cannot reach it there", hint)
-    return address
+    return first_node_address(job.nodes)
 
 
 def _require_free_port(server: Server) -> None:

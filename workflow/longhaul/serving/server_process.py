@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,24 +18,66 @@ import psutil
 
 from longhaul.errors import UserError
 from longhaul.serving.engines import Server
-from longhaul.serving.guard_processes import STOP_S, adopt_orphans, kill_descendants
+from longhaul.serving.guard_processes import STOP_S, adopt_orphans, kill_descendants, signal_at_end_of_parent
+from longhaul.serving.node_link import NodeLink, first_node_ended
 
 _POLL_S = 0.25
 _KILL_MARGIN_S = 10.0
+_OTHER_NODES_S = 30.0
+"""Time between the ends of the engine on two nodes of a server that stops."""
+_ENVIRONMENT_OF_TRAINING = ("PYTORCH_ALLOC_CONF", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables of launch.sh and of launchers that are meant for the trainer. vLLM refuses expandable segments in some modes."""
+_THREADS = "OMP_NUM_THREADS"
+"""All cores of the node. Engines with several processes on a node choose fewer for each."""
+_OWN_ADDRESS = ("VLLM_HOST_IP", "SGLANG_HOST_IP")
 
 
 @contextmanager
-def running_server(server: Server, key: str | None, start_timeout_s: float) -> Iterator[psutil.Process]:
+def running_server(
+    server: Server, key: str | None, start_timeout_s: float, link: NodeLink | None = None
+) -> Iterator[psutil.Process]:
     """Start a server, yield its guardian process when the server answers, and stop all its processes at the end.
 
-    It prints where this process prints.
+    It prints where this process prints. With a link, this node is the first one of the server.
 
     Raises:
         UserError: the server ends before it answers, or does not answer within the time limit.
     """
-    with guarded_process(server.command(), server.environment(key)) as guardian:
+    with guarded_process(server.command(0, link and link.leader), engine_variables(server, key, link)) as guardian:
         wait_until_healthy(server, guardian, start_timeout_s)
         yield psutil.Process(guardian.pid)
+
+
+def engine_variables(server: Server, key: str | None, link: NodeLink | None) -> dict[str, str]:
+    """Return the variables of the engine on this node, and remove those of the trainer from this process.
+
+    Without its own address, an engine on several nodes may take a public one of the node.
+    """
+    is_spread = server.shape.tensor * server.shape.pipeline > 1
+    for name in (*_ENVIRONMENT_OF_TRAINING, *([_THREADS] if is_spread else [])):
+        os.environ.pop(name, None)
+    own = dict.fromkeys(_OWN_ADDRESS, link.own_address) if link else {}
+    return own | server.environment(key)
+
+
+def run_until_first_node_ends(server: Server, link: NodeLink) -> None:
+    """Run the engine's part on another node than the first one, until the first one's process ends.
+
+    SIGTERM does not end it: Slurm sends it to all nodes, and the first one may still finish accepted requests with this part.
+
+    Raises:
+        RuntimeError: the engine's part ended by itself.
+    """
+    signal_at_end_of_parent(signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    command, variables = server.command(link.rank, link.leader), engine_variables(server, None, link)
+    with guarded_process(command, variables) as guardian:
+        while not first_node_ended(link, _POLL_S):
+            if guardian.poll() is not None and not first_node_ended(link, _OTHER_NODES_S):
+                raise RuntimeError(
+                    f"the engine {server.serving.engine} ended with code {guardian.returncode} on {socket.gethostname()}"
+                )
 
 
 @contextmanager

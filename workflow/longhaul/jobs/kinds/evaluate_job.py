@@ -22,8 +22,8 @@ from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 class EvaluateSpec(JobSpec):
     """Evaluates one model on one task."""
 
-    # The plan derives the last three from the model's size, which it does not know before fetch.
-    no_rerun_fields = JobSpec.no_rerun_fields | {"gpus", "tensor", "pipeline", "context_tokens"}
+    # The plan derives the last four from the model's size, which it does not know before fetch.
+    no_rerun_fields = JobSpec.no_rerun_fields | {"gpus", "nodes", "tensor", "pipeline", "context_tokens"}
 
     stage: str
     model: str  # trained | start
@@ -42,6 +42,7 @@ class EvaluateSpec(JobSpec):
     serving: Serving | None  # the engine that serves the model in the job; None: transformers computes
     serve: Serve
     dtype: ExportDtype | None  # of the export; None: a pretrained model
+    nodes: int
     tensor: int
     pipeline: int
     context_tokens: int | None
@@ -92,6 +93,7 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
         serving=plan.site.serving if is_served else None,
         serve=(stage.serve if is_served else None) or Serve(),
         dtype=plan.stage(exported).stage.export_dtype if exported else None,
+        nodes=planned.layout.nodes if planned and is_served else 1,
         tensor=planned.layout.tensor if planned else 1,
         pipeline=planned.layout.pipeline if planned else 1,
         context_tokens=planned.context if planned else None,
@@ -108,8 +110,9 @@ def _evaluation(plan: Plan, stage: str) -> Evaluation:
 def _request(plan: Plan, job: JobId) -> SlurmRequest:
     stage, planned = plan.stage(job.names[0]).stage, plan.stage(job.names[0]).serving
     evaluation = _evaluation(plan, job.names[0])
-    gpus = planned.layout.gpus_per_node if planned and has_served_evaluation(stage) else evaluation.gpus
-    return gpu_request(plan.site, place="gpu", nodes=1, tasks=1, gpus=gpus, minutes=evaluation.minutes)
+    served = planned.layout if planned and has_served_evaluation(stage) else None
+    nodes, gpus = (served.nodes, served.gpus_per_node) if served else (1, evaluation.gpus)
+    return gpu_request(plan.site, place="gpu", nodes=nodes, tasks=1, gpus=gpus, minutes=evaluation.minutes)
 
 
 def evaluation_inputs(plan: Plan, job: JobId) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Job kind `serve_check`: the check of a server of a stage's export, on one node."""
+"""Job kind `serve_check`: the check of a server of a stage's export, on the nodes of the section `serve`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from longhaul.config.serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
+from longhaul.planning.serving_memory import ServingLayout
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 
 
@@ -18,7 +19,7 @@ class ServeCheckSpec(JobSpec):
     """Starts a server of one export, compares and measures its answers, and stops it."""
 
     # The plan derives these from the model's size, which it does not know before fetch.
-    no_rerun_fields = JobSpec.no_rerun_fields | {"tensor", "pipeline", "context_tokens"}
+    no_rerun_fields = JobSpec.no_rerun_fields | {"nodes", "tensor", "pipeline", "context_tokens"}
 
     stage: str
     export: str  # manifest of the export, which names its folder
@@ -26,6 +27,7 @@ class ServeCheckSpec(JobSpec):
     serving: Serving
     serve: Serve
     check: ServeCheck
+    nodes: int
     tensor: int
     pipeline: int
     context_tokens: int | None
@@ -44,6 +46,7 @@ def _build(plan: Plan, job: JobId) -> ServeCheckSpec:
         serving=plan.site.serving,
         serve=stage.serve or Serve(),
         check=stage.serve_check,
+        nodes=planned.layout.nodes if planned else 1,
         tensor=planned.layout.tensor if planned else 1,
         pipeline=planned.layout.pipeline if planned else 1,
         context_tokens=planned.context if planned else None,
@@ -54,8 +57,9 @@ def _build(plan: Plan, job: JobId) -> ServeCheckSpec:
 def _request(plan: Plan, job: JobId) -> SlurmRequest:
     planned = plan.stage(job.names[0])
     assert planned.stage.serve_check is not None
-    gpus = planned.serving.layout.gpus_per_node if planned.serving else 1
-    return gpu_request(plan.site, place="gpu", nodes=1, tasks=1, gpus=gpus, minutes=planned.stage.serve_check.minutes)
+    layout = planned.serving.layout if planned.serving else ServingLayout(1, 1, 1, 1)
+    minutes = planned.stage.serve_check.minutes
+    return gpu_request(plan.site, place="gpu", nodes=layout.nodes, tasks=1, gpus=layout.gpus_per_node, minutes=minutes)
 
 
 def _starts_another_environment(plan: Plan) -> bool:
