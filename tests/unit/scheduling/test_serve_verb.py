@@ -77,7 +77,7 @@ def test_a_random_key_is_made_once(plan: Plan, slurm: FakeSlurm):
 def test_a_key_of_a_wrong_form_is_refused(tmp_path: Path):
     path = tmp_path / "key.yaml"
     create_key_file(path)
-    for wrong in ("short", "a b" * 10, "x" * 20 + "\nadmin: y"):
+    for wrong in ("short", "a b" * 10, "x" * 20 + "\nadmin: y", "-" + "x" * 20):
         with pytest.raises(UserError, match="16 to 256 letters"):
             keep_key(path, wrong)
     assert len(read_key_file(path)) == 64, "the earlier key stays"

@@ -128,8 +128,31 @@ def test_a_key_file_is_for_its_owner_alone_and_for_one_server(tmp_path: Path):
         read_key_file(path)
 
 
+@pytest.mark.parametrize("key", ["0123456701234567", "1234_5678_9012_3456", "0x12345678abcdef", KEY, ""])
+def test_yaml_reads_the_same_key(tmp_path: Path, key: str):
+    """Without quotes, YAML reads the first three as numbers."""
+    path = tmp_path / "key.yaml"
+    written = create_key_file(path, key)
+    assert yaml.safe_load(path.read_text()) == {"api-key": written} and read_key_file(path) == written
+
+
+def test_a_key_file_without_quotes_is_read(tmp_path: Path):
+    path = tmp_path / "key.yaml"
+    path.write_text(f"api-key: {KEY}\n")
+    path.chmod(0o600)
+    assert read_key_file(path) == KEY
+
+
 @pytest.mark.parametrize(
-    "text", ["", "api-key: short\n", "api-key: 0123456789abcdef $(id)\n", "api-key: a\napi-key: b\n"]
+    "text",
+    [
+        "",
+        'api-key: "0123456789abcdef\n',
+        "api-key: -123456789abcdef\n",
+        "api-key: short\n",
+        "api-key: 0123456789abcdef $(id)\n",
+        "api-key: a\napi-key: b\n",
+    ],
 )
 def test_a_key_file_with_something_else_is_refused_until_it_is_deleted(tmp_path: Path, text: str):
     path = tmp_path / "key.yaml"

@@ -1,6 +1,7 @@
 """Creates and reads the file with a server's API key, which its owner alone can read.
 
-The file is YAML with one key, `api-key: <key>`, because SGLang takes its key only from such a file or from its command line.
+The file is YAML with one key, `api-key: "<key>"`, because SGLang takes its key only from such a file or from its command line.
+Without the quotes, YAML reads a key of digits as a number. A key must not begin with -, which SGLang takes for an option.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from longhaul.errors import UserError
 
-_LINE = re.compile(r"api-key: ([A-Za-z0-9_-]{16,256})\n")
+_KEY = r"[A-Za-z0-9_][A-Za-z0-9_-]{15,255}"
+_LINE = re.compile(rf'api-key: (?P<quote>"?)(?P<key>{_KEY})(?P=quote)\n')
+_FORM = "16 to 256 letters, digits, _ and -, of which the first is no -"
 
 
 def create_key_file(path: Path, key: str = "") -> str:
@@ -24,7 +27,7 @@ def create_key_file(path: Path, key: str = "") -> str:
     key = key or secrets.token_hex(32)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as stream:
-        stream.write(f"api-key: {key}\n")
+        stream.write(f'api-key: "{key}"\n')
     return key
 
 
@@ -38,8 +41,8 @@ def keep_key(path: Path, wanted: str | None) -> None:
         if not path.exists():
             create_key_file(path)
         return
-    if not _LINE.fullmatch(f"api-key: {wanted}\n"):
-        raise UserError("the wanted API key has a wrong form", "use 16 to 256 letters, digits, _ and -")
+    if not re.fullmatch(_KEY, wanted):
+        raise UserError("the wanted API key has a wrong form", f"use {_FORM}")
     path.unlink(missing_ok=True)
     create_key_file(path, wanted)
 
@@ -59,8 +62,8 @@ def read_key_file(path: Path) -> str:
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UserError(f"others may read the API key in {path}: its mode is {mode & 0o777:o}", f"chmod 600 {path}")
     if found := _LINE.fullmatch(text):
-        return found[1]
+        return found["key"]
     raise UserError(
-        f"{path} does not hold one line `api-key: KEY` with a key of 16 to 256 letters, digits, _ and -",
+        f"{path} does not hold one line `api-key: KEY` with a key of {_FORM}",
         f"delete {path}; a new key is created",
     )
