@@ -1,4 +1,4 @@
-"""Tasks that lm_eval does not have, or whose metrics are code of the Hub, are refused by fetch."""
+"""Tasks that lm_eval does not have, that miss a package, or whose metrics are code of the Hub, are refused by fetch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from tests.support.small_configs import plan_of
 
 @pytest.fixture(autouse=True)
 def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_eval reads 14,000 files of tasks beside its task manager; here it has one task, whose metric is code of the Hub."""
+    """lm_eval reads 14,000 files of tasks beside its task manager; here it has two.
+
+    The metric of one is code of the Hub, and the code of the other imports a package that is not installed.
+    """
     folder = tmp_path / "lm_eval_tasks"
     folder.mkdir()
     task = {
@@ -28,6 +31,11 @@ def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "metric_list": [{"metric": "rouge", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "summaries.yaml").write_text(yaml.safe_dump(task))
+    code = yaml.safe_dump({**task, "task": "instructions"}).replace(
+        "doc_to_text: a", "doc_to_text: !function utils.text"
+    )
+    (folder / "instructions.yaml").write_text(code)
+    (folder / "utils.py").write_text("import package_of_an_extra\n")
     (folder / "rows.jsonl").write_text('{"a": "1", "b": "2"}\n')
     monkeypatch.setattr(manager, "__file__", str(folder / "manager.py"))
 
@@ -36,6 +44,7 @@ def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("task", "message", "hint"),
     [
         ("summarise", r"stages\.base\.evaluate\.tasks: lm_eval has no task or group 'summarise'", "lm_eval ls tasks"),
+        ("instructions", "task instructions needs the package package_of_an_extra", "in the job environment"),
         ("summaries", "task summaries has the metric rouge, .* is downloaded from the Hub and run", "another task"),
     ],
 )

@@ -22,7 +22,7 @@ def build_tasks(
 
     Raises:
         KeyError: lm_eval has no task or group of a name.
-        UserError: a task has a metric that is code of the Hub.
+        UserError: a task has a metric that is code of the Hub, or needs a package that is not installed.
     """
     from lm_eval.tasks import TaskManager
 
@@ -31,7 +31,7 @@ def build_tasks(
     built: dict[str, list[Any]] = {}
     with _datasets_loaded_with(load_dataset):
         for name in names:
-            with no_metrics_of_the_hub(name):
+            with _missing_packages_named(name), no_metrics_of_the_hub(name):
                 found = manager.load([dict(own[name])] if name in own else [name])
             built[name] = list(found.get("groups", {}).values())[:1] or list(found["tasks"].values())
     return built
@@ -52,6 +52,18 @@ def _datasets_loaded_with(load_dataset: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextmanager
+def _missing_packages_named(task: str) -> Iterator[None]:
+    """Raise UserError in place of ImportError: code of single tasks imports packages that only extras of lm_eval install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"task {task} needs the package {error.name or error}, which lm_eval installs only with an extra",
+            "pip install it where longhaul runs and in the job environment, or remove the task",
+        ) from None
 
 
 @contextmanager
