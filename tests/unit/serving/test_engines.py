@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.small_configs import SITE, changed
 
 MODEL = Path("/results/run/export/chat/abc-90-bf16")
 KEY = "0123456789abcdef" * 4
+OPTIONS = json.loads(Path(__file__).with_name("engine_options.json").read_text())
 
 
 ON_ONE_NODE = ServerShape(tensor=4, context_tokens=2048)
@@ -87,6 +89,39 @@ def test_the_words_on_the_second_of_two_nodes():
     sglang = " ".join(server("sglang", ON_TWO_NODES).command(1, leader))
     assert "--tp-size 8 --pp-size 2 --ep-size 8 --dtype bfloat16 --max-running-requests 64" in sglang
     assert "--nnodes 2 --node-rank 1 --dist-init-addr node-a:29000" in sglang
+
+
+def option_words(words: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return option -> the words after it, up to the next option."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            found[word] = []
+        elif found:
+            found[list(found)[-1]].append(word)
+    return found
+
+
+@pytest.mark.parametrize("engine", OPTIONS)
+@pytest.mark.parametrize(
+    ("shape", "leader"), [(ON_ONE_NODE, None), (ON_TWO_NODES, ("10.0.0.1", 29000))], ids=["one node", "two nodes"]
+)
+def test_the_engines_parser_has_every_option(engine: EngineName, shape: ServerShape, leader: tuple[str, int] | None):
+    """Compares with the options of one release of each engine, which are recorded in engine_options.json."""
+    known = OPTIONS[engine]["options"]
+    for rank in range(shape.nodes):
+        for option, words in option_words(replace(server(engine, shape), drain_s=60).command(rank, leader)).items():
+            assert len(words) == known[option]["value"], option
+            assert words[0] in known[option].get("choices", words) if words else True, option
+
+
+@pytest.mark.parametrize("engine", OPTIONS)
+def test_no_spelling_of_an_option_that_longhaul_sets_may_be_in_the_site_file(engine: EngineName):
+    for option, facts in OPTIONS[engine]["options"].items():
+        for name in (option, *facts["aliases"]):
+            if name != "--middleware":  # several may be given
+                with pytest.raises(ValueError, match="which longhaul sets itself"):
+                    Serving(engine=engine, options=(f"{name}=1",))
 
 
 def test_without_a_python_of_its_own_an_engine_starts_in_the_job_environment():

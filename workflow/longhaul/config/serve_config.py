@@ -46,8 +46,7 @@ class Serve(FrozenModel):
     )
     drain_s: Annotated[int, Field(ge=0, le=86400)] = Field(
         default=60,
-        description="Time before the end of an allocation, in seconds, in which the server finishes accepted requests. Only vllm "
-        "waits for them.",
+        description="Time before the end of an allocation, in seconds, in which vllm and sglang finish accepted requests.",
     )
     minutes: Minutes = Field(
         default=60,

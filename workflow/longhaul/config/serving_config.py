@@ -29,10 +29,13 @@ _RESERVED_OPTIONS = {
     "--config",
     "--context-length",
     "--data-parallel-size",
+    "--disable-uvicorn-access-log",
     "--dist-init-addr",
+    "--dp-size",
     "--dtype",
     "--enable-expert-parallel",
     "--ep-size",
+    "--expert-parallel-size",
     "--headless",
     "--enable-cors",
     "--enable-log-requests",
@@ -47,18 +50,22 @@ _RESERVED_OPTIONS = {
     "--max-running-requests",
     "--model",
     "--model-path",
+    "--nccl-init-addr",
     "--nnodes",
+    "--no-disable-uvicorn-access-log",
+    "--no-enable-expert-parallel",
     "--node-rank",
     "--pipeline-parallel-size",
     "--port",
     "--pp-size",
     "--served-model-name",
+    "--shutdown-timeout",
     "--tensor-parallel-size",
     "--tp-size",
     "--trust-remote-code",
     "--uds",
 }
-_RESERVED_VARIABLES = {"VLLM_API_KEY", "VLLM_HOST_IP", "PYTHONPATH"}
+_RESERVED_VARIABLES = {"VLLM_API_KEY", "VLLM_HOST_IP", "SGLANG_HOST_IP", "PYTHONPATH"}
 
 
 class Serving(FrozenModel):

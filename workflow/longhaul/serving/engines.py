@@ -88,7 +88,7 @@ class Server:
     dtype:      the export's precision: fp32, bf16 or fp8
     host, port: where it listens; several nodes: on the first of them
     key_file:   the file of api_key.py; None for an engine without keys
-    drain_s:    time for accepted requests after SIGTERM; only vLLM waits for them
+    drain_s:    time for accepted requests after SIGTERM. SGLang looks every 5 s whether they are done
     """
 
     serving: Serving
