@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from longhaul.planning import Plan, check_engine
 from longhaul.scheduling import serve_verb, slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
-from tests.support.served_run import KEY, ServedRun
+from tests.support.served_run import FAKE_VLLM, KEY, ServedRun
 from tests.support.small_configs import DEEPSEEK, plan_of
 
 COMMENT = "rule_serve_wildcards_small_base"
@@ -50,7 +49,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
     ServedRun(tmp_path, {}, {}).write_export()
-    return plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": {"engine": "vllm", "python": [sys.executable]}})
+    return plan_of(tmp_path, {"stages.0.export": "last"}, {"serving": FAKE_VLLM})
 
 
 def test_the_job_is_submitted_with_its_comment_and_without_the_key(
@@ -155,7 +154,7 @@ def test_the_default_engine_without_its_extra_is_named_before_submission(
 def test_requests_and_experts_of_the_section_reach_the_engine(tmp_path: Path):
     serve = {"gpus_per_node": 4, "max_running_requests": 64, "expert_parallel": True}
     config = {"model": {"deepseek_v3": DEEPSEEK}, "stages.0.export": "last", "stages.0.serve": serve}
-    plan = plan_of(tmp_path, config, {"serving": {"engine": "vllm", "python": [sys.executable]}})
+    plan = plan_of(tmp_path, config, {"serving": FAKE_VLLM})
     (command,) = serve_verb.engine_commands(serve_verb._spec(plan, JobId("serve", ("base",))))
     assert "--tensor-parallel-size 4" in " ".join(command) and "--max-num-seqs 64" in " ".join(command)
     assert "--enable-expert-parallel" in command

@@ -17,9 +17,14 @@ def has_served_evaluation(stage: Stage) -> bool:
     return stage.evaluate is not None and stage.evaluate.engine == "server"
 
 
+def starts_engine(stage: Stage) -> bool:
+    """Return whether a job of the stage starts the site's engine."""
+    return stage.serve_check is not None or has_served_evaluation(stage)
+
+
 def check_engine_of_jobs(stage: Stage, site: Site) -> None:
     """Raise UserError if a job of the stage starts the site's engine and cannot do so."""
-    if stage.serve_check or has_served_evaluation(stage):
+    if starts_engine(stage):
         check_engine(site)
     if not has_served_evaluation(stage):
         return

@@ -30,6 +30,7 @@ from longhaul.scheduling import slurm_client
 from longhaul.scheduling.job_queue import read_queue
 from longhaul.scheduling.slurm_client import SlurmCommandError
 from longhaul.serving.api_key import keep_key
+from longhaul.serving.engine_version import check_packages_here
 from longhaul.serving.run_server import server_of
 
 KEY_VARIABLE = "LONGHAUL_API_KEY"
@@ -46,6 +47,7 @@ def serve(plan: Plan, stage: str) -> None:
     job = _job(plan, stage)
     _require_export(plan, stage)
     check_engine(plan.site)
+    check_packages_here(plan.site.serving)
     _require_no_server(plan, job)
     folder = write_job_files(plan, job, Path.cwd())
     spec = _spec(plan, job)

@@ -25,6 +25,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
+from longhaul.planning.check_job_servers import starts_engine
 from longhaul.planning.evaluation_tasks import tasks_to_fetch
 from longhaul.planning.scale_rungs import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS
@@ -36,6 +37,7 @@ from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
+from longhaul.serving.engine_version import check_packages_here
 
 if TYPE_CHECKING:
     from longhaul.scheduling.run_display import RunDisplay
@@ -290,6 +292,8 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     RunLease(plan.paths.lease).acquire_or_exit(slurm_client.job_has_ended)
     disk_space.print_full_disk_at_exit(RESULTS)
     _or_exit(require_software, plan.site)
+    if any(starts_engine(stage.stage) for stage in plan.stages):
+        _or_exit(check_packages_here, plan.site.serving)
     _or_exit(require_enough_nodes, plan, Path.cwd())
     write_launch_files(plan, Path.cwd())
     _write_changed_plan(plan)
