@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
 from longhaul.compat.slurm_plugin import SlurmActions
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client, snakefile_functions
 from longhaul.scheduling.snakefile_functions import RuleSettings
-from tests.support.small_configs import plan_of
+from tests.support.served_run import FAKE_VLLM
+from tests.support.small_configs import LLAMA, plan_of
 
 BASE, CHAT = SimpleNamespace(stage="base"), SimpleNamespace(stage="chat")
 
@@ -53,6 +55,26 @@ def test_another_job_and_a_later_submission_read_the_state_again(
     now_s = 102.0
     nodes(CHAT)
     assert [str(job) for job in submitted] == ["train-base", "train-chat", "train-chat"]
+
+
+def test_a_server_is_requested_with_the_size_that_fetch_found_in_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    serve = {"export": "last", "serve": {"nodes": 2, "gpus_per_node": 2}, "serve_check": {}}
+    config = {"model": {"pretrained": {"hub": {"id": "org/model"}}}}
+    plan = plan_of(
+        tmp_path, {**config, **{f"stages.0.{key}": value for key, value in serve.items()}}, {"serving": FAKE_VLLM}
+    )
+    resources = RuleSettings(plan).resources("serve_check")
+    assert resources["nodes"](BASE) == 1, "the layout follows from the size of the model"
+    lock = tmp_path / plan.paths.lock
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text("{")
+    assert RuleSettings(plan).resources("serve_check")["nodes"](BASE) == 1
+    Lock(model={"model_type": "llama", "tie_word_embeddings": False, **LLAMA}).write(lock)
+    after = RuleSettings(plan).resources("serve_check")
+    assert (after["nodes"](BASE), after["tasks"](BASE)) == (2, 2)
 
 
 def test_a_run_prints_the_warnings_of_stages_that_will_train(

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -189,9 +190,19 @@ class RuleSettings:
 
     def _resources(self, job: JobId) -> dict[str, int | str]:
         if self._newest is None or self._newest[0] != job or time.monotonic() > self._newest[1] + _REQUEST_VALID_S:
-            request = submitted_request(self._plan, job, Path.cwd())
+            request = submitted_request(self._plan_after_fetch(), job, Path.cwd())
             self._newest = job, time.monotonic(), request.as_resources()
         return self._newest[2]
+
+    def _plan_after_fetch(self) -> Plan:
+        """Return the plan, with what fetch pinned in this run: the nodes of a server follow from the model's size.
+
+        An invalid lock changes nothing here; the jobs that read it name the cause.
+        """
+        if self._plan.lock is None and self._plan.paths.lock.exists():
+            with suppress(UserError):
+                self._plan = build_plan(self._plan.loaded, Lock.read(self._plan.paths.lock))
+        return self._plan
 
     def threads(self, kind: str) -> Callable[[object], int]:
         """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it."""
