@@ -28,6 +28,7 @@ from longhaul.export.pretrained_settings import SPECIAL_TOKENS
 from longhaul.export.safetensors_writer import SAFETENSORS_NAMES
 
 OFFICIAL: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("official_repositories.json").read_text())
+SGLANG = json.loads(Path(__file__).with_name("sglang_config_keys.json").read_text())
 # Keys that say how a repository was made or trained and that no server reads.
 NOT_OF_THE_NETWORK = {
     "auto_map",
@@ -114,6 +115,14 @@ def test_config_has_the_keys_and_values_of_the_official_repository(tmp_path: Pat
         expected["num_local_experts"] = expected["num_experts"]
     assert {key: written.get(key, "missing") for key in expected} == expected
     assert set(written) - set(expected) <= ADDED
+
+
+@pytest.mark.parametrize("repository", OFFICIAL)
+def test_config_has_every_key_that_sglang_reads_without_a_default(tmp_path: Path, repository: str):
+    """SGLang reads config.json through transformers 5. sglang_config_keys.json records the keys, from its model code."""
+    exported_config(tmp_path, OFFICIAL[repository]["config"])
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert [key for key in SGLANG["keys"][config.model_type] if not hasattr(config, key)] == []
 
 
 @pytest.mark.parametrize("repository", OFFICIAL)
