@@ -40,7 +40,7 @@ RATE = "rate 400mbit burst 256kb limit 1mb"
 SLOW = "rate 40mbit burst 4kb limit 1mb"
 """A larger bucket lets half of a short message of the pair tournament pass at full speed after a pause."""
 LOSSY = "rate 400mbit burst 2kb limit 3kb"
-"""A queue of two packets: the sender loses packets in every burst, and reaches a fifth of the rate."""
+"""A queue of two packets: the sender loses packets in every burst. Its rate changes from one moment to the next."""
 MIN_DISK_GB_PER_S = 0.006
 """Minimum of the local disk, which all hosts of this machine share: a slow host writes at half of it."""
 FABRIC, ENVIRONMENT = "fabric", "environment"
@@ -202,7 +202,7 @@ _HOST: dict[str, Any] = {"named": "n2", "check": ENVIRONMENT, "within_s": 90.0}
 CASES = (
     DrillCase("one host at a tenth of the rate", limited("n3", SLOW), "n3", "n3 is slow with most other nodes", quick=True),
     DrillCase("one link at a tenth of the rate", slow_link("n2", "n4"), "", "the link between n2 and n4 is slow"),
-    DrillCase("one host that loses packets", limited("n4", LOSSY), "n4", "n4 is slow with most other nodes"),
+    DrillCase("one host that loses packets", limited("n4", LOSSY), "n4", "and loses packets"),
     DrillCase("one host without a CPU", without_cpu("n2"), "n2", "n2 is slow with most other nodes"),
     DrillCase("one host without a link", unplugged("n3"), "n3"),
     DrillCase("one host with a wrong clock", injected("WRONG_CLOCK", "n2"), message="n2: clock is +36", **_HOST, quick=True),

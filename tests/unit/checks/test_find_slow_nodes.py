@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longhaul.checks import find_slow_nodes
-from longhaul.checks.find_slow_nodes import SlowParts, pairs_to_repeat, with_repeated
+from longhaul.checks.find_slow_nodes import SlowParts, lossy_pairs, pairs_to_repeat, with_repeated
 from longhaul.checks.pair_schedule import Pair, order_of_rounds, pairs_of_round
 
 RATE, SHARE = 20.0, 0.5
@@ -129,3 +129,18 @@ def test_slow_node_that_was_not_measured_again_stays_named():
     pairs = measured(8, {1: 2.0, 3: 2.0}, {})
     found = find_slow_parts(with_repeated(pairs, find_slow_parts(pairs), {(0, 1): 19.0, (1, 2): 18.0, (1, 4): 18.0}))
     assert set(found.nodes) == {3}
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 8, 9])
+@pytest.mark.parametrize(("usual", "of_one_node", "is_lossy"), [
+    (0.0, 0.011, True), (0.0, 0.009, False), (0.001, 0.012, True), (0.002, 0.019, False), (0.03, 0.31, True), (0.03, 0.29, False)
+])  # fmt: skip
+def test_loss_is_compared_with_that_of_the_other_pairs(nodes: int, usual: float, of_one_node: float, is_lossy: bool):
+    pairs = {pair: of_one_node if 1 in pair else usual for pair in combinations(range(nodes), 2)}
+    assert lossy_pairs(pairs) == ({pair for pair in pairs if 1 in pair} if is_lossy else set())
+    found = find_slow_nodes.find_slow_parts(dict.fromkeys(pairs, RATE), SHARE, lossy_pairs(pairs))
+    assert set(found.nodes) == ({1} if is_lossy else set()) and not found.links
+
+
+def test_nothing_measured_loses_nothing():
+    assert lossy_pairs({}) == set()

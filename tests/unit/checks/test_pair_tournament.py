@@ -5,7 +5,7 @@ test_fabric.py and a cluster test healthy and slow links.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import pytest
@@ -75,6 +75,9 @@ class BusyHosts:
     def gather(self) -> dict[tuple[int, int, int], PairMeasurement]:
         found, self.measured = self.measured, {}
         return found
+
+    def gather_grown_errors(self, before: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        return {}
 
     def _measure(self, pairs: Iterable[tuple[int, int]]) -> None:
         for pair in pairs:

@@ -34,26 +34,32 @@ class CollectiveResult(TypedDict):
 
 
 class PairResult(TypedDict):
-    """The exchange between two nodes on their slowest rail: GB/s in each direction, and the time of an exchange of 8 bytes."""
+    """The exchange between two nodes on their slowest rail: GB/s in each direction, and the time of an exchange of 8 bytes.
+
+    resent: share of the TCP segments that the worse of the two nodes sent again
+    """
 
     hosts: list[str]
     rail: int
     bandwidth_gbps: float
     latency_us: float
+    resent: NotRequired[float]
 
 
 class SlowNode(TypedDict):
-    """A node that is slow with most other nodes.
+    """A node that is slow with most other nodes, or that loses packets with them.
 
     rails:                on which it is slow
     bandwidth_gbps:       median of its pairs on its slowest rail
     usual_bandwidth_gbps: that of a typical node on this rail
+    resent:               median over its pairs of the share of TCP segments that were sent again
     """
 
     host: str
     rails: list[int]
     bandwidth_gbps: float
     usual_bandwidth_gbps: float
+    resent: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class FabricReport(CheckReport):
     results:      empty where a node is slow, because it makes every collective slow
     pairs:        empty for a single node; of more than 200 nodes, the slowest 20,000
     not_compared: one line per measurement that passes at any speed, with the remedy
+    grown_errors: node -> error counter of its ports and interfaces -> growth during the pair tournament, of those that grew
     """
 
     schema_version: ClassVar[int] = 2
@@ -77,3 +84,4 @@ class FabricReport(CheckReport):
     slow_nodes: list[SlowNode] = field(default_factory=list)
     node_limits: dict[str, float] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
+    grown_errors: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -19,7 +19,8 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_with_baseline
-from longhaul.checks.pair_evidence import slow_node_line
+from longhaul.checks.packet_loss import grown_text
+from longhaul.checks.pair_evidence import loss_text, slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.errors import BadNodesError
@@ -166,7 +167,8 @@ def node_results(tournament: Tournament) -> list[NodeResult]:
         for host in pair["hosts"]:
             rates[host].append(pair["bandwidth_gbps"])
     problems = {
-        node["host"]: f"slow: usual are {node['usual_bandwidth_gbps']:.3g} GB/s" for node in tournament.slow_nodes
+        node["host"]: f"slow{loss_text(node.get('resent', 0.0))}: usual are {node['usual_bandwidth_gbps']:.3g} GB/s"
+        for node in tournament.slow_nodes
     }
     return [
         new_node_result(host, "pair tournament", statistics.median(found), problems.get(host, ""))
@@ -198,9 +200,12 @@ def _report(
     limits, node_limits = set_limits(job.limits), set_limits(job.node_limits)
     for line in tournament.slow_links if job.pairs_only else ():
         print(f"warning: {line}", flush=True)
+    for host, counters in tournament.grown_errors.items():
+        text = f"errors of ports and interfaces during the pair tournament: {grown_text(counters)}"
+        print(f"warning: {host}: {text}; let the admins check cable, transceiver and switch port", flush=True)
     problems = [
         *tournament.wrong_values,
-        *map(slow_node_line, tournament.slow_nodes),
+        *(slow_node_line(node, tournament.grown_errors.get(node["host"], {})) for node in tournament.slow_nodes),
         *(() if job.pairs_only else tournament.slow_links),
         *fabric_problems(between, limits),
         *inside.problems(),
@@ -216,6 +221,7 @@ def _report(
         slowest_pairs(tournament.pairs),
         tournament.slow_nodes,
         node_limits,
+        grown_errors=tournament.grown_errors,
     )
 
 

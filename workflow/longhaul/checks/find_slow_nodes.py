@@ -4,7 +4,8 @@ A slow node makes all of its pairs slow, so one measurement blames two nodes. Th
 
 1. The reference is the bandwidth of a typical healthy node: of each node the upper quartile over its pairs, of these the
    median over the nodes. A healthy node has fast pairs as long as it meets healthy nodes, so half of the nodes may be slow.
-2. A pair is slow if it is below a share of the reference.
+2. A pair is slow if it is below a share of the reference. A pair that loses packets counts as slow at any bandwidth: the
+   bandwidth of such a link changes from moment to moment.
 3. The node with the largest share of slow pairs is named, if that is more than half of its pairs. Its pairs are left out, and
    step 3 is repeated. Slow pairs that are left are slow links: both of their nodes are fast with most others.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,6 +24,8 @@ from longhaul.checks.pair_schedule import Pair
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 _REPEATED_PAIRS = 3
+LOSSY_SHARE, _LOSSY_RATIO = 0.01, 10.0
+"""A healthy link sends less than one of 1,000 segments again; TCP reaches a fraction of a fast link's rate at one of 100."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,33 @@ class SlowParts:
         )
 
 
-def find_slow_parts(bandwidths: Mapping[Pair, float], share: float) -> SlowParts:
+def find_slow_parts(bandwidths: Mapping[Pair, float], share: float, lossy: Collection[Pair] = frozenset()) -> SlowParts:
     """Return what is slow.
 
     bandwidths: pair of nodes -> bandwidth in any unit; pairs that were not measured are absent
     share:      a pair is slow below this share of the reference
+    lossy:      pairs that lose packets
     """
     by_node = _by_node(bandwidths)
     if len(by_node) < FEWEST_COMPARED_NODES:
         return SlowParts(max(bandwidths.values(), default=0.0), {}, {})
     reference = statistics.median_high(_upper_quartile(list(found.values())) for found in by_node.values())
-    slow_pairs = {pair for pair, bandwidth in bandwidths.items() if bandwidth < share * reference}
+    slow_pairs = {pair for pair, bandwidth in bandwidths.items() if bandwidth < share * reference or pair in lossy}
     nodes = _slow_nodes(by_node, slow_pairs)
     links = {pair: bandwidths[pair] for pair in sorted(slow_pairs) if nodes.isdisjoint(pair)}
     medians = {node: statistics.median(by_node[node].values()) for node in sorted(nodes)}
     return SlowParts(reference, medians, links)
+
+
+def lossy_pairs(resent: Mapping[Pair, float]) -> set[Pair]:
+    """Return the pairs that lose packets: many, and many more than most pairs, as a busy network loses packets everywhere.
+
+    resent: pair of nodes -> share of its TCP segments that were sent again
+    """
+    if not resent:
+        return set()
+    usual = sorted(resent.values())[len(resent) // 4]  # one of three nodes makes two of three pairs lossy
+    return {pair for pair, share in resent.items() if share > max(LOSSY_SHARE, _LOSSY_RATIO * usual)}
 
 
 def pairs_to_repeat(

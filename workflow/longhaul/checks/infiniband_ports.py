@@ -20,6 +20,9 @@ ERROR_COUNTERS = (
     "excessive_buffer_overrun_errors",
 )
 """Counters of a port that stay at 0 as long as cable and transceiver are good. They count since the driver was loaded."""
+TRANSPORT_ERROR_COUNTERS = ("packet_seq_err", "local_ack_timeout_err", "implied_nak_seq_err")
+"""Counters of NVIDIA's adapters, in hw_counters: packets of this port that did not arrive, and were sent again. Adaptive routing
+raises out_of_sequence on a healthy fabric, so it is none of them."""
 PEER_MEMORY_MODULES = ("nvidia_peermem", "nv_peer_mem")
 
 

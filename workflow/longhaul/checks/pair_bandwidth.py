@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from longhaul.checks.packet_loss import read_tcp_segments
 from longhaul.checks.pair_evidence import PairMeasurement
 
 _FLOAT_BYTES = 4
@@ -37,12 +38,15 @@ class PairMeter:
 
     def measure(self, peer: int) -> PairMeasurement:
         """Exchange messages with another rank, which measures this one at the same time."""
+        before = read_tcp_segments()
         self._exchange(peer, 8)  # opens the connection
         latency_s = statistics.median(self._exchange(peer, 8) for _ in range(_LATENCY_ROUNDS))
         probe_s = self._exchange(peer, _PROBE_BYTES)
         size_bytes, rounds = self._agree(peer, *_window_size(_PROBE_BYTES / probe_s, self._most_bytes))
         fastest_s = min(self._mean_exchange(peer, size_bytes, rounds) for _ in range(_WINDOWS))
-        return PairMeasurement(size_bytes / fastest_s / 1e9, latency_s * 1e6, self._has_values_of(peer, size_bytes))
+        is_correct = self._has_values_of(peer, size_bytes)
+        resent = self._larger(peer, read_tcp_segments().share_resent_since(before))
+        return PairMeasurement(size_bytes / fastest_s / 1e9, latency_s * 1e6, is_correct, resent)
 
     def _mean_exchange(self, peer: int, size_bytes: int, rounds: int) -> float:
         return sum(self._exchange(peer, size_bytes) for _ in range(rounds)) / rounds
@@ -69,6 +73,13 @@ class PairMeter:
         self._swap(peer, own, other)
         agreed_bytes, agreed_rounds = (own if self._rank < peer else other).tolist()
         return agreed_bytes, agreed_rounds
+
+    def _larger(self, peer: int, value: float) -> float:
+        """Return the larger of this rank's value and the other one's."""
+        own = torch.tensor([value], device=self._device)
+        other = torch.empty_like(own)
+        self._swap(peer, own, other)
+        return float(torch.maximum(own, other).item())
 
     def _has_values_of(self, peer: int, size_bytes: int) -> bool:
         return bool((self._incoming[: size_bytes // _FLOAT_BYTES] == peer + 1).all())

@@ -7,7 +7,7 @@ number are a rail: on nodes with a network adapter per GPU, each rail has adapte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
 from longhaul.artifacts.paths import QUARANTINE
 from longhaul.checks.fabric_limits import SLOW_SHARES
+from longhaul.checks.packet_loss import grown, read_error_counters
 from longhaul.checks.pair_bandwidth import PairMeter
 from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
 from longhaul.checks.pair_schedule import (
@@ -47,12 +48,14 @@ class Tournament:
     slow_nodes:   nodes that are slow with most others
     slow_links:   one line each
     wrong_values: one line per pair that received other values than were sent
+    grown_errors: node -> error counter -> growth during the tournament, of those that grew; on rank 0 alone
     """
 
     pairs: list[PairResult] = field(default_factory=list)
     slow_nodes: list[SlowNode] = field(default_factory=list)
     slow_links: list[str] = field(default_factory=list)
     wrong_values: list[str] = field(default_factory=list)
+    grown_errors: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def is_healthy(self) -> bool:
@@ -68,6 +71,7 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
     if len(hosts) < 2:
         return Tournament()
     table = _MeasuredRounds(rank, hosts, device)
+    counters = read_error_counters() if rank.local_rank == 0 else {}
     if rank.is_main:
         rounds, seconds = planned_rounds(len(hosts), budget_s), planned_seconds(len(hosts), budget_s)
         print(f"pair tournament: {len(hosts)} nodes, {rounds} rounds, about {seconds:.0f} s", flush=True)
@@ -83,7 +87,8 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
         table.play(list(disjoint_rounds(suspects))[:MOST_REPEATED_ROUNDS])
         evidence.add(table.gather())
     found = evidence.slow_nodes(hosts), evidence.slow_links(hosts), evidence.wrong_values(hosts)
-    return Tournament(evidence.pair_results(hosts), *_on_all_ranks(found))
+    grown_errors = table.gather_grown_errors(counters)
+    return Tournament(evidence.pair_results(hosts), *_on_all_ranks(found), grown_errors=grown_errors)
 
 
 class _MeasuredRounds:
@@ -115,9 +120,19 @@ class _MeasuredRounds:
     def gather(self) -> dict[RailPair, PairMeasurement]:
         """Return on rank 0 what all ranks have measured since the last call; {} on other ranks."""
         own, self._measured = self._measured, {}
+        return {pair: found for part in self._gather(own) for pair, found in part.items()}
+
+    def gather_grown_errors(self, before: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        """Return on rank 0 the error counters of each node that are larger than `before`; {} on other ranks."""
+        own = grown(before, read_error_counters()) if self._rank.local_rank == 0 else {}
+        nodes = self._gather(own)[:: self._rails]
+        return {host: found for host, found in zip(self._hosts, nodes, strict=False) if found}
+
+    def _gather(self, own: Any) -> list[Any]:
+        """Return on rank 0 the values of all ranks; [] on other ranks."""
         parts: list[Any] | None = [None] * self._rank.world_size if self._rank.is_main else None
         dist.gather_object(own, parts)
-        return {pair: found for part in parts or () for pair, found in part.items()}
+        return parts or []
 
     def _play_round(self, pairs: Sequence[Pair]) -> None:
         own = next((pair for pair in pairs if self._node in pair), None)
