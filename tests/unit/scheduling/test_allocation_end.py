@@ -43,6 +43,7 @@ class Slurm:
         self.state, self.reason, self.preempted, self.restarts = "RUNNING", "None", False, 0
         self.refusal = ""
         self.unresponsive: list[str] = []
+        self.down: list[str] = []
         self.partition: list[str] = []
         self.requeued: list[tuple[str, list[str]]] = []
 
@@ -59,7 +60,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slurm:
     found = Slurm()
     monkeypatch.setattr(slurm_client, "job_info", found.job_info)
     monkeypatch.setattr(slurm_client, "requeue", found.requeue)
-    monkeypatch.setattr(slurm_client, "down_nodes", lambda nodes: [])
+    monkeypatch.setattr(slurm_client, "down_nodes", lambda nodes: [node for node in nodes if node in found.down])
     monkeypatch.setattr(slurm_client, "unresponsive_nodes", lambda nodes, timeout_s: found.unresponsive)
     monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: found.partition)
     monkeypatch.setattr(allocation_end, "_REQUEUE_TIMEOUT_S", 0.0)
@@ -162,6 +163,16 @@ def test_crash_in_an_allocation_that_slurm_requeues_is_no_failure(spec: LaunchSp
     with pytest.raises(SystemExit):
         begin(spec).exit_unless_restartable(CRASH)
     assert waiting_reason(spec) == "Slurm ended the allocation (COMPLETING)"
+
+
+def test_node_that_slurm_lost_is_named_and_quarantined(spec: LaunchSpec, slurm: Slurm):
+    """Slurm may find that a node is down, and requeue the job, before the first node's processes have noticed it."""
+    slurm.state, slurm.restarts, slurm.down = "COMPLETING", 1, ["n2", "n5"]
+    with pytest.raises(SystemExit):
+        begin(spec, signalled=True).exit_unless_restartable(CRASH)
+    assert waiting_reason(spec) == "Slurm ended the allocation (COMPLETING): n2 is down"
+    (entry,) = read_quarantine(Path(spec.quarantine)).nodes
+    assert (entry["node"], entry.get("cause")) == ("n2", "down while the job ran on it")
 
 
 def test_permanent_failure_is_recorded(spec: LaunchSpec):

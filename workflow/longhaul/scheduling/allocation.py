@@ -44,10 +44,16 @@ class Allocation:
 
     def unresponsive_nodes(self) -> list[str]:
         """Return nodes, other than this one, that are down or cannot start a process."""
-        others = [node for node in self.nodes if node != this_host()]
-        if not others:
-            return []
-        return slurm_client.down_nodes(others) or slurm_client.unresponsive_nodes(others, _SRUN_TIMEOUT_S)
+        others = self._other_nodes()
+        return self.down_nodes() or (slurm_client.unresponsive_nodes(others, _SRUN_TIMEOUT_S) if others else [])
+
+    def down_nodes(self) -> list[str]:
+        """Return nodes, other than this one, that Slurm lists as down."""
+        others = self._other_nodes()
+        return slurm_client.down_nodes(others) if others else []
+
+    def _other_nodes(self) -> list[str]:
+        return [node for node in self.nodes if node != this_host()]
 
 
 def join_allocation(job: LaunchSpec) -> Allocation:

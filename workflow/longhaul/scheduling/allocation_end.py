@@ -119,7 +119,11 @@ class AllocationEnd:
             self.fail(replace(failure, failure_class=CANCELLED, cause=cause, remedy=_RESUME_REMEDY))
         if info and info.reached_time_limit:
             self._fail_at_time_limit(failure)
-        self._leave_to_next_run(f"Slurm ended the allocation ({info.state if info else 'cause unknown'})")
+        down = self._allocation.down_nodes()
+        self._records.quarantine(down, "down while the job ran on it")
+        state = info.state if info else "cause unknown"
+        lost = f": {', '.join(down)} {'is' if len(down) == 1 else 'are'} down" if down else ""
+        self._leave_to_next_run(f"Slurm ended the allocation ({state}){lost}")
 
     def _exit_short_of_time(self, failure: Failure) -> NoReturn:
         """Exit when the allocation is too short for another restart; requeue if it has saved something."""
