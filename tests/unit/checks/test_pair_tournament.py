@@ -5,13 +5,14 @@ test_fabric.py and a cluster test healthy and slow links.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import pytest
 import torch
 
-from longhaul.checks import pair_tournament
+from longhaul.checks import pair_bandwidth, pair_tournament
 from longhaul.checks.pair_bandwidth import PairMeter
 from longhaul.checks.pair_evidence import PairMeasurement
 from longhaul.checks.pair_tournament import BrokenLinkError
@@ -37,6 +38,24 @@ def test_link_that_breaks_is_named_with_its_rail_and_the_error(monkeypatch: pyte
     assert raised.value.message == (
         "n2 and n3 cannot exchange messages on rail 1: Timed out waiting 60000ms for recv operation to complete"
     )
+
+
+def test_link_on_which_a_call_never_returns_is_named(monkeypatch: pytest.MonkeyPatch):
+    """NCCL blocks where it opens the first connection between two nodes."""
+    ended = threading.Event()
+    monkeypatch.setattr(PairMeter, "measure", lambda meter, peer: ended.wait())
+    monkeypatch.setattr(pair_tournament, "_MOST_MEASUREMENT_S", 0.05)
+    with pytest.raises(
+        BrokenLinkError, match=r"^n2 and n3 cannot exchange messages on rail 1: no answer within 0\.05 s"
+    ):
+        rounds_of(3)._play_round([(1, 2)])
+    ended.set()
+
+
+def test_broken_link_is_named_before_the_waiting_ranks_fail():
+    from longhaul.checks.fabric import _TIMEOUT_S
+
+    assert pair_bandwidth._MOST_WAIT_S < pair_tournament._MOST_MEASUREMENT_S < _TIMEOUT_S
 
 
 @pytest.mark.parametrize(("rank", "pair", "peer", "kept"), [(1, (0, 2), 5, True), (4, (0, 2), 0, False)])

@@ -38,6 +38,8 @@ class PairMeter:
 
     def measure(self, peer: int) -> PairMeasurement:
         """Exchange messages with another rank, which measures this one at the same time."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has a device of its own
         before = read_tcp_segments()
         self._exchange(peer, 8)  # opens the connection
         latency_s = statistics.median(self._exchange(peer, 8) for _ in range(_LATENCY_ROUNDS))

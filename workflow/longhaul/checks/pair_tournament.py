@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
 from longhaul.artifacts.paths import QUARANTINE
+from longhaul.checks.call_with_deadline import call_within
 from longhaul.checks.fabric_limits import SLOW_SHARES
 from longhaul.checks.packet_loss import grown, read_error_counters
 from longhaul.checks.pair_bandwidth import PairMeter
@@ -32,6 +33,9 @@ from longhaul.checks.pair_schedule import (
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import Rank
+
+_MOST_MEASUREMENT_S = 45.0
+"""Shorter than the time-out of the process group, after which the ranks that wait for the next round fail, and name no pair."""
 
 
 class BrokenLinkError(UserError):
@@ -147,8 +151,8 @@ class _MeasuredRounds:
         """Measure this rank's exchange with the other node of a pair."""
         peer = pair[1] if pair[0] == self._node else pair[0]
         try:
-            return self._meter.measure(peer * self._rails + self._rail)
-        except RuntimeError as error:  # of gloo or NCCL, after the time-out of the process group
+            return call_within(_MOST_MEASUREMENT_S, lambda: self._meter.measure(peer * self._rails + self._rail))
+        except (RuntimeError, TimeoutError) as error:  # RuntimeError: of gloo or NCCL
             names = " and ".join(self._hosts[node] for node in pair)
             raise BrokenLinkError(
                 f"{names} cannot exchange messages on rail {self._rail}: {first_line(error)}",
