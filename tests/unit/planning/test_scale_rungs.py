@@ -12,7 +12,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_spec, jobs_of
 from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec, scale_test_before
 from longhaul.planning import Plan
-from longhaul.planning.scale_rungs import STEPS, scale_ladder
+from longhaul.planning.scale_rungs import PROFILED_STEPS, STEPS, scale_ladder
 from longhaul.report.plan_json import plan_json
 from longhaul.report.plan_table import plan_notes
 from tests.support.small_configs import plan_of
@@ -30,8 +30,15 @@ def test_micro_batch_and_accumulation_stay(tmp_path: Path):
     assert list(ladder.rungs) == [1, 2, 4, 8] and ladder.left_out == {} and ladder.stage == "base"
     for nodes, rung in ladder.rungs.items():
         assert rung.stage.micro_batch_size == full.stage.micro_batch_size and rung.accumulation == full.accumulation
-        assert rung.stage.global_batch_size == 32 * nodes and rung.world_size == 8 * nodes and rung.steps == STEPS
+        assert rung.stage.global_batch_size == 32 * nodes and rung.world_size == 8 * nodes
+        assert rung.steps == rung.stage.steps == PROFILED_STEPS[1] and rung.stage.profile_steps == PROFILED_STEPS
     assert [ladder.before(nodes) for nodes in (1, 2, 4, 8)] == [None, 1, 2, 4]
+
+
+def test_steps_on_cpus_are_not_profiled(tmp_path: Path):
+    site = {"accelerator": "cpu", "partitions.0.node.gpus": 0}
+    (rung,) = scale_ladder(plan(tmp_path, site, **{"stages.0.gpus_per_node": 1}, scale_test=[2])).rungs.values()
+    assert rung.steps == STEPS and rung.stage.profile_steps is None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_jobs_come_before_training_and_compare_with_the_smallest(tmp_path: Path)
     spec = job_spec(made, job)
     assert isinstance(spec, ScaleTestSpec) and ScaleTestSpec.model_validate_json(spec.to_json()) == spec
     assert spec.smallest == "results/small/scale_test/1.json" and spec.weights_folders_root() is None
-    assert spec.planned_steps == STEPS and spec.exported_checkpoints == () and not spec.trackers.tensorboard
+    assert spec.planned_steps == PROFILED_STEPS[1] and spec.exported_checkpoints == () and not spec.trackers.tensorboard
     assert (job_request(made, job).nodes, job_request(made, job).minutes) == (8, 30)
     assert scale_test_before(made, 8) == [Path("results/small/scale_test/4.json")] and scale_test_before(made, 1) == []
 

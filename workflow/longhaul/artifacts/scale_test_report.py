@@ -16,7 +16,7 @@ class ScaleTestReport(CheckReport):
     step_time_spread:      config.acceptance_limits.step_time_spread; None for a few steps
     tokens_per_s_per_rank: median; padding does not count, and waiting for data does
     efficiency:            tokens_per_s_per_rank by that on `smallest_nodes` nodes; None on the fewest nodes
-    gpu_utilisation, gpu_memory_share: None without GPUs
+    gpu_utilisation, gpu_memory_share, communication_efficiency: None without GPUs
     limits:                keys of the config's scale_test -> value
     """
 
@@ -33,3 +33,4 @@ class ScaleTestReport(CheckReport):
     gpu_memory_share: float | None
     hosts: list[str]
     limits: dict[str, float]
+    communication_efficiency: float | None = None

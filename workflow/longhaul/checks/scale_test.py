@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longhaul.artifacts.record_types import MetricsRow
 from longhaul.artifacts.scale_test_report import ScaleTestReport
-from longhaul.config.acceptance_limits import step_time_spread
+from longhaul.config.acceptance_limits import FEWEST_STEPS, step_time_spread
 from longhaul.config.scale_test_config import ScaleTest
 from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec
 from longhaul.train.train_few_steps import MeasuredSteps, train_few_steps
@@ -35,7 +35,7 @@ def run(job: ScaleTestSpec) -> None:
 
 def scale_test_report(job: ScaleTestSpec, measured: MeasuredSteps, smallest: ScaleTestReport | None) -> ScaleTestReport:
     """Return what the steps after the warm-up show, and the problems among it."""
-    rows = measured.rows[job.warm_up_steps :]
+    rows = measured.rows[job.warm_up_steps : job.warm_up_steps + FEWEST_STEPS]
     utilisation = _numbers(rows, "gpu_utilisation")
     speed = statistics.median(_numbers(rows, "tokens_per_s")) / job.world_size
     times = _numbers(rows, "step_time_s")
@@ -54,6 +54,7 @@ def scale_test_report(job: ScaleTestSpec, measured: MeasuredSteps, smallest: Sca
         gpu_memory_share=measured.gpu_memory_share,
         hosts=measured.hosts,
         limits=job.limits.model_dump(exclude={"nodes", "minutes"}),
+        communication_efficiency=measured.communication_efficiency,
     )
     report.problems.extend(scale_test_problems(report, job.limits))
     return report
@@ -79,6 +80,12 @@ def scale_test_problems(report: ScaleTestReport, limits: ScaleTest) -> list[str]
     ]
     minima = [
         (f"GPU utilisation on {on}", report.gpu_utilisation, "min_gpu_utilisation", limits.min_gpu_utilisation),
+        (
+            f"communication efficiency on {on}",
+            report.communication_efficiency,
+            "min_communication_efficiency",
+            limits.min_communication_efficiency,
+        ),
         (compared, report.efficiency, "min_efficiency", limits.min_efficiency),
     ]
     missed = [(*row, "at most") for row in maxima if row[1] is not None and row[1] > row[3]]
@@ -99,6 +106,7 @@ def _summary(report: ScaleTestReport) -> str:
         "spread": report.step_time_spread,
         "efficiency": report.efficiency,
         "GPU utilisation": report.gpu_utilisation,
+        "communication efficiency": report.communication_efficiency,
         "GPU memory": report.gpu_memory_share,
     }
     known = "".join(f", {name} {value:.1%}" for name, value in shares.items() if value is not None)

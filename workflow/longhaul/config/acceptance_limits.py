@@ -5,7 +5,9 @@ Limits are shares of 1.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from longhaul.artifacts.record_types import TimeBreakdown
 
 GPU_UTILISATION = 0.75
 """Minimum median share of time in which a kernel runs on a GPU."""
@@ -13,6 +15,8 @@ STEP_TIME_SPREAD = 0.05
 """Maximum distance of the middle 90 % of step times from their median."""
 GPU_MEMORY = 0.9
 """Maximum peak of PyTorch's allocator, by the memory of the GPU."""
+COMMUNICATION_EFFICIENCY = 0.85
+"""Minimum share of profiled steps in which a rank does not wait for communication."""
 FEWEST_STEPS = 20
 """Steps that a spread of step times needs."""
 
@@ -23,3 +27,12 @@ def step_time_spread(times: Sequence[float]) -> float | None:
         return None
     cuts, median = statistics.quantiles(times, n=20), statistics.median(times)
     return max(median - cuts[0], cuts[-1] - median) / median
+
+
+def communication_efficiency(profiles: Iterable[TimeBreakdown]) -> float | None:
+    """Return 1 - the share of time in which a communication kernel runs and no other, on the worst of the profiled ranks.
+
+    None without kernels: on CPUs, operators hide each other.
+    """
+    found = [profile for profile in profiles if profile["has_kernels"]]
+    return min((1 - one["covered_s"].get("communication", 0.0) / one["seconds"] for one in found), default=None)

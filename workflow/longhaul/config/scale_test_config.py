@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from longhaul.config.acceptance_limits import GPU_MEMORY, GPU_UTILISATION, STEP_TIME_SPREAD
+from longhaul.config.acceptance_limits import COMMUNICATION_EFFICIENCY, GPU_MEMORY, GPU_UTILISATION, STEP_TIME_SPREAD
 from longhaul.config.field_types import MAX_HARDWARE, FrozenModel, HardwareCount, Minutes
 
 
@@ -44,6 +44,10 @@ class ScaleTest(FrozenModel):
     )
     min_gpu_utilisation: Share = Field(
         default=GPU_UTILISATION, description="Minimum median share of time in which a kernel runs on rank 0's GPU."
+    )
+    min_communication_efficiency: Share = Field(
+        default=COMMUNICATION_EFFICIENCY,
+        description="Minimum share of three profiled steps in which rank 0 and the last rank do not wait for communication.",
     )
     min_efficiency: Share = Field(
         default=0.8,

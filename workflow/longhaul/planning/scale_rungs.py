@@ -21,6 +21,8 @@ from longhaul.planning.plan import Plan, StagePlan
 WARM_UP_STEPS = 5
 """Steps that are not measured: kernels are compiled, and the allocator and the network settle."""
 STEPS = WARM_UP_STEPS + FEWEST_STEPS
+PROFILED_STEPS = (STEPS + 2, STEPS + 4)
+"""First and last step that is profiled on GPUs, after the measured ones; the profiler starts in the step before."""
 _PILOT_NODES = 2
 """The default where more nodes train: most faults between nodes show on two of them."""
 
@@ -69,19 +71,21 @@ def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
     if full.sizes is None and nodes < full.stage.nodes:
         raise UserError("the size of the model is known after `longhaul fetch`", "")
     world_size = nodes * full.stage.gpus_per_node
+    profiled = PROFILED_STEPS if plan.site.node.gpus else None
+    steps = profiled[1] if profiled else STEPS
     data_parallel = data_parallel_size(full.stage.model_copy(update={"nodes": nodes}), world_size)
     stage = full.stage.model_copy(
         update={
             "nodes": nodes,
             "global_batch_size": full.stage.micro_batch_size * full.accumulation * data_parallel,
-            "steps": STEPS,
+            "steps": steps,
             "tokens": None,
             "epochs": None,
             "export": "none",
-            "profile_steps": None,
+            "profile_steps": profiled,
             "skip_batches": (),
             "evaluate": None,
-            "bad_steps": BadSteps(policy="skip", limit=STEPS),
+            "bad_steps": BadSteps(policy="skip", limit=steps),
         }
     )
     memory = estimate_gpu_memory(stage, full.sizes, world_size) if full.sizes else None
@@ -90,7 +94,7 @@ def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
     return replace(
         full,
         stage=stage,
-        steps=STEPS,
+        steps=steps,
         tokens_per_step=stage.global_batch_size * stage.sequence_length,
         world_size=world_size,
         data_parallel=data_parallel,

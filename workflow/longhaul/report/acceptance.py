@@ -12,12 +12,12 @@ from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.record_types import TimeBreakdown
 from longhaul.config import acceptance_limits as limits
-from longhaul.config.acceptance_limits import step_time_spread
+from longhaul.config.acceptance_limits import communication_efficiency, step_time_spread
 from longhaul.report.number_format import percent
 from longhaul.report.run_results import StageResults
 
 OK, NOT_MET, NOT_MEASURED, NO_LIMIT = "ok", "not met", "not measured", "no limit"
-_DATA_WAIT, _COMMUNICATION, _COMPUTE, _BANDWIDTH = 0.05, 0.85, 0.7, 0.8
+_DATA_WAIT, _COMPUTE, _BANDWIDTH = 0.05, 0.7, 0.8
 _BITS_PER_BYTE = 8
 _PROFILE = "set profile_steps of the stage to a range of steps, such as [100, 104]"
 
@@ -122,9 +122,9 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             "communication efficiency",
             "share of the profiled steps' time in which rank 0 or the last rank, whichever is worse, does not wait for "
             "communication: 1 − time in which a communication kernel runs and no other, by the time of the steps",
-            _communication_efficiency(stage),
+            communication_efficiency(profile["breakdown"] for profile in stage.profiles),
             "≥",
-            _COMMUNICATION,
+            limits.COMMUNICATION_EFFICIENCY,
             f"{_PROFILE}, on GPUs",
         ),
         _Metric(
@@ -174,11 +174,6 @@ def _port_gbps(node: CheckedNode, most: int) -> float:
 def _gpu_breakdowns(stage: StageResults) -> list[TimeBreakdown]:
     """Return where the time of profiled steps went, in the order of the ranks; on CPUs, operators hide each other."""
     return [profile["breakdown"] for profile in stage.profiles if profile["breakdown"]["has_kernels"]]
-
-
-def _communication_efficiency(stage: StageResults) -> float | None:
-    shares = [1 - found["covered_s"].get("communication", 0.0) / found["seconds"] for found in _gpu_breakdowns(stage)]
-    return min(shares, default=None)
 
 
 def _compute_efficiency(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import torch
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.artifacts.line_records import read_lines
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.record_types import MetricsRow
+from longhaul.artifacts.record_types import MetricsRow, StepProfile, TimeBreakdown
+from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.config.acceptance_limits import communication_efficiency
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.heartbeat import Heartbeat
 from longhaul.train.batches import Prefetcher
@@ -23,6 +25,7 @@ from longhaul.train.distributed_context import DistributedContext, distributed_c
 from longhaul.train.initial_weights import set_initial_master_weights
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import Metrics, device_numbers
+from longhaul.train.monitoring.profile_steps import StepProfiler
 from longhaul.train.open_samples import open_samples
 from longhaul.train.out_of_memory import names_smaller_settings
 from longhaul.train.phase_times import StartUpTimes
@@ -37,12 +40,14 @@ class MeasuredSteps:
     rows:             one line of metrics per step, in order; rank 0 alone has them
     gpu_memory_share: peak of PyTorch's allocator by the memory of the GPU, on the fullest GPU; None without GPUs
     hosts:            in the order of the ranks
+    communication_efficiency: see config.acceptance_limits; None where no kernels were profiled
     """
 
     rows: list[MetricsRow]
     gpu_memory_share: float | None
     hosts: list[str]
     is_main: bool
+    communication_efficiency: float | None = None
 
 
 def train_few_steps(job: TrainSpec) -> MeasuredSteps:
@@ -64,9 +69,16 @@ def train_few_steps(job: TrainSpec) -> MeasuredSteps:
             [line.record for line in read_lines(WeightsFolder(folder).metrics, MetricsRow)] if context.is_main else []
         )
         shares = context.gather(_gpu_memory_share(context.device))
+        profiles = context.gather(_own_profile(folder, context.rank.rank))
         hosts = list(dict.fromkeys(context.gather(context.rank.host)))
     steps = [row for row in rows if row is not None and row.get("loss") is not None]
-    return MeasuredSteps(steps, max((share for share in shares if share), default=None), hosts, context.is_main)
+    return MeasuredSteps(
+        steps,
+        max((share for share in shares if share), default=None),
+        hosts,
+        context.is_main,
+        communication_efficiency(filter(None, profiles)),
+    )
 
 
 def _train(job: TrainSpec, context: DistributedContext, folder: Path) -> None:
@@ -81,8 +93,11 @@ def _train(job: TrainSpec, context: DistributedContext, folder: Path) -> None:
     state = checkpoints.resume(backend.engine)
     metrics = Metrics(job, folder, state.step, context, model.to_dict(), events, {})
     trainer = Trainer(job, context, backend, None, {}, checkpoints, metrics, events, state, start_up)
-    for batch in Prefetcher(samples, job, context, state):
-        trainer.step(batch)
+    with closing(StepProfiler(job, context, folder)) as profiler:
+        for batch in Prefetcher(samples, job, context, state):
+            profiler.begin_step(state.step + 1)
+            trainer.step(batch)
+            profiler.end_step()
     checkpoints.close()
     metrics.close()
 
@@ -98,6 +113,12 @@ def _empty_folder(folder: Path, context: DistributedContext) -> Iterator[Path]:
     context.barrier()
     if context.is_main:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_profile(folder: Path, rank: int) -> TimeBreakdown | None:
+    """Return what this rank's profile shows. None: it is not profiled, or could not write its profile."""
+    path = WeightsFolder(folder).profile(rank)
+    return read_typed_json(path, StepProfile)["breakdown"] if path.exists() else None
 
 
 def _gpu_memory_share(device: torch.device) -> float | None:
