@@ -22,6 +22,7 @@ def test_pandas_is_not_loaded_until_it_is_used():
     stand_ins = (
         "from longhaul.compat.slurm_plugin_imports import import_pandas_when_used\n"
         "import_pandas_when_used()\nimport snakemake_executor_plugin_slurm as plugin\n"
+        "from importlib.util import find_spec\nassert find_spec('pandas') and find_spec('numpy')\n"
     )
     assert loaded_after(stand_ins) == []
     use = "from snakemake_executor_plugin_slurm.efficiency_report import pd\nassert pd.isna(None)\n"

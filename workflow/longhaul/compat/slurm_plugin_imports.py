@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -16,8 +16,9 @@ def import_pandas_when_used() -> None:
     for, and this takes a quarter of Snakemake's start. Upstream: Snakemake issue 4220.
     """
     for name in _FOR_THE_EFFICIENCY_REPORT:
-        if name not in sys.modules:
+        if name not in sys.modules and (spec := importlib.util.find_spec(name)):
             sys.modules[name] = _StandIn(name)
+            sys.modules[name].__spec__ = spec  # libraries ask for it to find out whether the module is installed
 
 
 class _StandIn(ModuleType):
