@@ -57,24 +57,33 @@ def test_another_job_and_a_later_submission_read_the_state_again(
     assert [str(job) for job in submitted] == ["train-base", "train-chat", "train-chat"]
 
 
+HUB_MODEL = {"model": {"pretrained": {"hub": {"id": "org/model"}}}, "stages.0.export": "last"}
+LOCK = Lock(model={"model_type": "llama", "tie_word_embeddings": False, **LLAMA})
+WHOLE_NODES = {"serving": FAKE_VLLM, "partitions.0.exclusive": True}
+
+
 def test_a_server_is_requested_with_the_size_that_fetch_found_in_this_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    serve = {"export": "last", "serve": {"nodes": 2, "gpus_per_node": 2}, "serve_check": {}}
-    config = {"model": {"pretrained": {"hub": {"id": "org/model"}}}}
-    plan = plan_of(
-        tmp_path, {**config, **{f"stages.0.{key}": value for key, value in serve.items()}}, {"serving": FAKE_VLLM}
-    )
-    resources = RuleSettings(plan).resources("serve_check")
-    assert resources["nodes"](BASE) == 1, "the layout follows from the size of the model"
+    plan = plan_of(tmp_path, {**HUB_MODEL, "stages.0.serve_check": {}}, WHOLE_NODES)
+
+    def gpus() -> str:
+        return str(RuleSettings(plan).resources("serve_check")["slurm_extra"](BASE))
+
+    assert "--gpus-per-node=1 " in gpus(), "the layout follows from the size of the model"
     lock = tmp_path / plan.paths.lock
     lock.parent.mkdir(exist_ok=True)
     lock.write_text("{")
-    assert RuleSettings(plan).resources("serve_check")["nodes"](BASE) == 1
-    Lock(model={"model_type": "llama", "tie_word_embeddings": False, **LLAMA}).write(lock)
-    after = RuleSettings(plan).resources("serve_check")
-    assert (after["nodes"](BASE), after["tasks"](BASE)) == (2, 2)
+    assert "--gpus-per-node=1 " in gpus(), "the jobs that read the lock name its fault"
+    LOCK.write(lock)
+    assert "--gpus-per-node=8 " in gpus()
+
+
+def test_before_fetch_a_server_has_the_size_that_the_config_names(tmp_path: Path):
+    serve = {"stages.0.serve_check": {}, "stages.0.serve": {"nodes": 2, "gpus_per_node": 4}}
+    resources = RuleSettings(plan_of(tmp_path, {**HUB_MODEL, **serve}, WHOLE_NODES)).resources("serve_check")
+    assert resources["nodes"](BASE) == 2 and "--gpus-per-node=4 " in str(resources["slurm_extra"](BASE))
 
 
 def test_a_run_prints_the_warnings_of_stages_that_will_train(

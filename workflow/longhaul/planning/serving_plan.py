@@ -80,6 +80,17 @@ def plan_serving(stage: Stage, model: HuggingFaceConfig, site: Site) -> ServingP
     raise _no_layout(stage, served) if plan is None else _does_not_fit(stage, plan, served, site)
 
 
+def server_size(stage: Stage, serving: ServingPlan | None) -> tuple[int, int]:
+    """Return the nodes of a stage's server and the GPUs of each.
+
+    serving: None before fetch has read the model's size; the size is then what `serve` names, else one GPU
+    """
+    if serving:
+        return serving.layout.nodes, serving.layout.gpus_per_node
+    serve = stage.serve or Serve()
+    return serve.nodes or 1, serve.gpus_per_node or 1
+
+
 def _plans(serve: Serve, served: ServedModel, site: Site) -> Iterator[ServingPlan]:
     """Yield a plan for each allocation to try, from the smallest one."""
     context = serve.context or served.config["max_position_embeddings"]

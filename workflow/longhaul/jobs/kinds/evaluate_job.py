@@ -16,6 +16,7 @@ from longhaul.planning import Plan
 from longhaul.planning.check_job_servers import has_served_evaluation
 from longhaul.planning.evaluation_tasks import evaluated_models, read_task_files
 from longhaul.planning.serving_memory import ExportDtype
+from longhaul.planning.serving_plan import server_size
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 
 
@@ -110,8 +111,7 @@ def _evaluation(plan: Plan, stage: str) -> Evaluation:
 def _request(plan: Plan, job: JobId) -> SlurmRequest:
     stage, planned = plan.stage(job.names[0]).stage, plan.stage(job.names[0]).serving
     evaluation = _evaluation(plan, job.names[0])
-    served = planned.layout if planned and has_served_evaluation(stage) else None
-    nodes, gpus = (served.nodes, served.gpus_per_node) if served else (1, evaluation.gpus)
+    nodes, gpus = server_size(stage, planned) if has_served_evaluation(stage) else (1, evaluation.gpus)
     return gpu_request(plan.site, place="gpu", nodes=nodes, tasks=1, gpus=gpus, minutes=evaluation.minutes)
 
 

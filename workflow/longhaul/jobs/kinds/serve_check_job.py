@@ -11,7 +11,7 @@ from longhaul.config.serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
-from longhaul.planning.serving_memory import ServingLayout
+from longhaul.planning.serving_plan import server_size
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 
 
@@ -57,9 +57,9 @@ def _build(plan: Plan, job: JobId) -> ServeCheckSpec:
 def _request(plan: Plan, job: JobId) -> SlurmRequest:
     planned = plan.stage(job.names[0])
     assert planned.stage.serve_check is not None
-    layout = planned.serving.layout if planned.serving else ServingLayout(1, 1, 1, 1)
+    nodes, gpus = server_size(planned.stage, planned.serving)
     minutes = planned.stage.serve_check.minutes
-    return gpu_request(plan.site, place="gpu", nodes=layout.nodes, tasks=1, gpus=layout.gpus_per_node, minutes=minutes)
+    return gpu_request(plan.site, place="gpu", nodes=nodes, tasks=1, gpus=gpus, minutes=minutes)
 
 
 def _starts_another_environment(plan: Plan) -> bool:
