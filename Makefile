@@ -111,7 +111,7 @@ parity: setup  ## every model under every layout against plain PyTorch, about 40
 bench-trainer: setup  ## trainer throughput compared with bare deepspeed and bare PyTorch
 	$(BIN)/python -m bench.trainer
 
-bench-plan: setup  ## time of the demo's dry run
+bench-plan: setup  ## time of the demo's dry run, compared with an empty Snakefile; about a minute
 	$(BIN)/python -m bench.plan
 
 bench-fabric-cost: setup  ## time of the fabric check on up to 4,096 nodes, simulated from measured rounds
