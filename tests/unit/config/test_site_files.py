@@ -97,6 +97,13 @@ def test_refused_option_of_sbatch_names_the_key_that_replaces_it(option: str, re
     assert remedy in refusal(tmp_path, yaml.safe_dump(changed(SITE, {"partitions.0.sbatch_extra": [option]})))
 
 
+def test_containers_of_srun_need_slurm(tmp_path: Path):
+    keys = {"scheduler": "local", "partitions.0.max_nodes": 1, "partitions.0.gpu_request": "none"}
+    software = {"software": {"kind": "srun", "options": ["--container-image=/images/job.sqsh"]}}
+    message = refusal(tmp_path, yaml.safe_dump(changed(SITE, {**keys, **software})))
+    assert "software.kind srun with scheduler local" in message and "use kind container" in message
+
+
 def test_options_that_the_executor_plugin_refuses_are_refused_before_any_job():
     """The plugin would end the run when it submits the first job."""
     from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options

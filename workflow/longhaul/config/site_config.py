@@ -202,6 +202,10 @@ class Site(FrozenModel):
         gpu = self.partition_for("gpu")
         if self.scheduler == "local" and (len(self.partitions) > 1 or gpu.max_nodes > 1):
             raise ValueError("scheduler local: the site is one machine; write one partition with max_nodes 1")
+        if self.scheduler == "local" and self.software.kind == "srun":
+            raise ValueError(
+                "software.kind srun with scheduler local: Slurm starts such containers; use kind container"
+            )
         if gpu.node.gpus and self.accelerator.build == "cpu":
             raise ValueError(
                 f"node.gpus {gpu.node.gpus} with accelerator cpu: the CPU build of torch uses no GPU; set accelerator, e.g. "
