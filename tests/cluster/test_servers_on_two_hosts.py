@@ -1,4 +1,4 @@
-"""The check of a server on two hosts: one result from the first host, and the second host's part ends with the first one's."""
+"""Servers on two hosts, without Slurm: a check's result, drained requests, and parts that end with the first host's process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longhaul.artifacts.artifact_schemas import Export
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.endpoint import read_endpoint
+from longhaul.artifacts.paths import JobFolder
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.config.serve_check_config import ServeCheck
 from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.jobs.kinds.serve_job import ServeSpec
+from longhaul.serving.api_key import create_key_file
 from tests.support import bigram_engine
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.served_export import write_manifest
+from tests.support.served_run import FAKE_VLLM, KEY
 from tests.support.virtual_hosts import VirtualHosts, two_hosts
 from tests.support.wait import wait_for
 
@@ -58,7 +65,39 @@ def write_job(folder: Path, check: ServeCheck, fault: str = "") -> Path:
     return folder / "job.json"
 
 
-def start(hosts: VirtualHosts, job: Path) -> list[subprocess.Popen[bytes]]:
+def write_server(folder: Path) -> Path:
+    """Write the spec of a server, whose engine is tests/support/fake_engine.py; return its path."""
+    model, manifest, key_file = folder / "model", folder / "export.json", folder / "api_key.yaml"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    files = {"config.json": file_sha256(model / "config.json")}
+    Export("main", "c", 1, str(model), "fp32", 1, 1, files, {}, [], {}).write(manifest)
+    create_key_file(key_file, KEY)
+    job = ServeSpec(
+        run="unit",
+        stage="main",
+        export=str(manifest),
+        dtype="fp32",
+        serving=Serving.model_validate(FAKE_VLLM, strict=False),
+        model_name="unit-main",
+        nodes=2,
+        tensor=1,
+        pipeline=2,
+        expert_parallel=False,
+        context=64,
+        max_running_requests=None,
+        port=None,
+        start_timeout_s=END_S,
+        drain_s=60,
+        key_file=str(key_file),
+        folder=str(folder),
+        local=False,
+    )
+    job.write(folder / "job.json")
+    return folder / "job.json"
+
+
+def start(hosts: VirtualHosts, job: Path, kind: str = "serve_check") -> list[subprocess.Popen[bytes]]:
     """Start each host's part of the job with the variables that srun and the supervisor set."""
     parts = []
     for rank, host in enumerate(NODES):
@@ -66,7 +105,7 @@ def start(hosts: VirtualHosts, job: Path) -> list[subprocess.Popen[bytes]]:
         code = {"PYTHONPATH": f"{REPOSITORY / 'workflow'}:{REPOSITORY}", "OMP_NUM_THREADS": 1}
         variables = {**place, **code, "MASTER_ADDR": NODES[0], "MASTER_PORT": 20017}
         words = ["env", *(f"{name}={value}" for name, value in variables.items())]
-        words += [sys.executable, "-m", "longhaul", "job", "run", "serve_check", str(job)]
+        words += [sys.executable, "-m", "longhaul", "job", "run", kind, str(job)]
         with job.with_name(f"{host}.log").open("wb") as log:
             command = hosts.command(words, host=host, cwd=job.parent)
             parts.append(
@@ -111,3 +150,20 @@ def test_no_process_is_left_after_kill_9_of_the_check(hosts: VirtualHosts, tmp_p
     codes = ends(parts)
     assert codes[0] != 0 and codes[1] == 0
     wait_for(lambda: not any(engines(hosts, host) for host in NODES))
+
+
+def test_after_sigterm_on_both_hosts_an_accepted_request_is_answered(hosts: VirtualHosts, tmp_path: Path):
+    """Slurm sends SIGTERM to all hosts at once. The second host's part must live until the first one's is drained."""
+    parts = start(hosts, write_server(tmp_path), "serve")
+    wait_for(lambda: (found := read_endpoint(JobFolder(tmp_path).endpoint)) and found.ready, END_S)
+    endpoint = read_endpoint(JobFolder(tmp_path).endpoint)
+    assert endpoint is not None and endpoint.url.startswith(f"http://{hosts.address(NODES[0])}:")
+    header = ["-H", f"Authorization: Bearer {KEY}"]
+    words = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header, f"{endpoint.url}/slow"]
+    asked = subprocess.Popen(hosts.command(words), stdout=subprocess.PIPE, text=True, env=hosts.environment())
+    wait_for((tmp_path / "slow-request").exists)
+    for host in reversed(NODES):
+        hosts.run("pkill", "-f", "job run serve", host=host)
+    assert engines(hosts, NODES[1]), "the first host still answers"
+    assert asked.communicate(timeout=END_S)[0] == "200"
+    assert ends(parts) == [0, 0] and [engines(hosts, host) for host in NODES] == [[], []]
