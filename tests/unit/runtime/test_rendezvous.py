@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +137,24 @@ def test_group_of_nccl_is_left_to_torch_after_an_error(
         if fails:
             raise ValueError("broken")
     assert calls == ["init", *(["destroy"] if is_destroyed else [])]
+
+
+class CountedStore:
+    """A store in which ranks register one after another, one with each request."""
+
+    def __init__(self) -> None:
+        self.registered, self.requests = set[str](), 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.requests += 1
+        self.registered.add(rendezvous.host_key(self.requests))
+        return self.registered.issuperset(keys)
+
+
+def test_rank_0_asks_for_all_ranks_in_one_request(monkeypatch: pytest.MonkeyPatch):
+    """With one request per rank, 4,096 ranks would keep rank 0's store busy while they register."""
+    monkeypatch.setattr(rendezvous, "_POLL_INTERVAL_S", 0.0)
+    store: Any = CountedStore()
+    assert rendezvous._wait_for_keys(store, rendezvous.host_key, range(1, 51), 60.0) == []
+    assert store.requests == 50
+    assert rendezvous._wait_for_keys(store, rendezvous.host_key, [3, 90], -1.0) == [90]

@@ -172,14 +172,16 @@ def _grace_s(timeout_s: float) -> float:
 
 
 def _wait_for_keys(store: TCPStore, key_of: Callable[[int], str], ranks: Iterable[int], seconds: float) -> list[int]:
-    """Wait until all these ranks have set their key; return those that have not after `seconds`."""
-    deadline = time.monotonic() + seconds
-    missing = sorted(ranks)
-    while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([key_of(rank)])]
-        if missing:
-            time.sleep(_POLL_INTERVAL_S)
-    return missing
+    """Wait until all these ranks have set their key; return those that have not after `seconds`.
+
+    One request asks for all keys: thousands of requests per look would keep rank 0's store from the ranks that register.
+    """
+    deadline, waited_for = time.monotonic() + seconds, sorted(ranks)
+    while not store.check([key_of(rank) for rank in waited_for]):
+        if time.monotonic() > deadline:
+            return [rank for rank in waited_for if not store.check([key_of(rank)])]
+        time.sleep(_POLL_INTERVAL_S)
+    return []
 
 
 def _missing_message(missing: list[int], rank: Rank, timeout_s: float) -> str:
