@@ -11,7 +11,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Tests and jobs start hundreds of processes. With this variable, each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate images parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-fabric-cost bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
+.PHONY: help run setup test test-all test-gpu test-serve test-packages check format generate images parity faults layouts fabric-drill resharding chaos mutants cluster cluster-down bench-trainer bench-plan bench-fabric-cost bench-scale bench-status bench-data bench-comm bench-read bench-save bench-convert bench-gpu bench-gpu-2 bench-start bench-memory bench-memory-plan bench-rank-slices clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -116,6 +116,9 @@ bench-plan: setup  ## time of the demo's dry run, compared with an empty Snakefi
 
 bench-fabric-cost: setup  ## time of the fabric check on up to 4,096 nodes, simulated from measured rounds
 	$(BIN)/python -m bench.fabric_cost
+
+bench-scale: setup  ## what grows with the number of ranks, with up to 4,096 simulated ranks: rendezvous, heartbeats, files, checks
+	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m bench.scale
 
 bench-status: setup  ## time of `longhaul status` on a run with 1,000 stages, CPU time of the terminal display
 	$(BIN)/python -m bench.status

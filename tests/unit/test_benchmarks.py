@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import scale
 from bench.fabric_cost import AIM_S, RoundTimes, simulate_pairs
 from bench.gpu_speed import plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
 from bench.kernel_times import IDLE, times_by_class
 from bench.machine import MODULE_PATH, REPOSITORY
+from bench.scale import growth
 from longhaul.train.monitoring.kernel_classes import COPY, MATRIX
 
 BENCH = REPOSITORY / "bench"
@@ -81,3 +83,40 @@ def test_recorded_simulation_of_a_thousand_nodes_ends_within_fifteen_minutes():
         line for line in (BENCH / "results/fabric_cost.txt").read_text().splitlines() if line.startswith(" 1,000")
     ]
     assert int(line.split()[7]) <= AIM_S
+
+
+def test_growth_is_the_exponent_between_the_two_largest_numbers_of_ranks():
+    assert growth((64, 512, 4096), [9.0, 2.0, 16.0]) == pytest.approx(1.0)
+    assert growth((64, 512, 4096), [1.0, 3.0, 3.0]) == 0.0 == growth((64, 512, 4096), [1.0, 0.0, 3.0])
+
+
+def test_simulated_ranks_have_the_files_and_tables_of_their_number(tmp_path: Path):
+    small, large = (
+        {
+            **scale._launch_files(tmp_path / f"launch{ranks}", ranks),
+            **scale._checkpoint(tmp_path / f"checkpoint{ranks}", ranks),
+            **scale._environment_check(tmp_path, ranks),
+            **scale._pair_evidence(ranks // 8),
+        }
+        for ranks in (32, 64)
+    )
+    ratio = {name: large[name] / small[name] for name in small if not re.search(r"\bs\b", name)}
+    assert ratio["checkpoint: files"] == 65 / 33 and ratio["checkpoint: files that rank 0 verifies"] == 1.0
+    assert ratio["checkpoint: bytes of the manifest"] == pytest.approx(2.0, rel=0.05)
+    assert ratio["environment check: bytes that each node gathers"] == 2.0
+    assert ratio["fabric check: pairs on all rails"] == (8 * 7) / (4 * 3)
+    assert ratio["launch files of the stage: bytes"] == pytest.approx(1.0, rel=0.01)
+
+
+def test_recorded_scale_meets_its_aims():
+    text = (BENCH / "results/scale.txt").read_text()
+    rows = {
+        name.strip(): values.split()
+        for name, values in re.findall(r"^(.{62})((?: +[\d.,e+-]+){5})$", text, re.MULTILINE)
+    }
+    assert len(rows) == 19, "every measurement at three numbers of ranks, one calculated, and the exponent"
+    at_4096 = {name: float(values[2].replace(",", "")) for name, values in rows.items()}
+    assert at_4096["rendezvous: s from the last rank until all have met"] <= 30
+    assert at_4096["heartbeats: CPU of rank 0, share of a core"] <= 0.05
+    assert at_4096["heartbeats: s until a rank that stopped is named"] <= scale.HEARTBEAT_TIMEOUT_S + 10
+    assert at_4096["checkpoint: files that rank 0 verifies"] == 1

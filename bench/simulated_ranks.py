@@ -1,0 +1,98 @@
+"""Simulated ranks of scale.py: rank 0 with its store in one process; in a few others, threads that stand for many ranks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from longhaul.runtime.heartbeat import HeartbeatCounters, read_counts, send_heartbeat
+from longhaul.runtime.process_rank import Rank
+from longhaul.runtime.rendezvous import _meet
+
+RANKS_PER_NODE = 8
+MEET_TIMEOUT_S = 900.0
+HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, MEASURED_S = 5.0, 20.0, 30.0
+"""Interval and time-out of heartbeats, and how long rank 0's CPU time is measured."""
+
+
+def run_rank_0(ranks: int, pipe: Connection) -> None:
+    """Serve the rendezvous and watch the heartbeats. Send what was measured through the pipe."""
+    store = _meet(_rank(0, ranks), MEET_TIMEOUT_S)
+    pipe.send(time.time())
+    watched = connect()
+    pipe.recv()  # all ranks send heartbeats
+    counters, began_s, cpu_s = HeartbeatCounters(ranks, HEARTBEAT_TIMEOUT_S), time.monotonic(), _cpu_s()
+    while time.monotonic() - began_s < MEASURED_S:
+        _watch(watched, ranks, counters)
+    pipe.send((_cpu_s() - cpu_s) / (time.monotonic() - began_s))
+    pipe.recv()  # a rank has stopped
+    while not (silent := _watch(watched, ranks, counters)):
+        pass
+    pipe.send((silent, time.time()))
+    pipe.recv()
+    del store
+
+
+def run_other_ranks(ranks: int, own: Sequence[int], pipe: Connection) -> None:
+    """Stand for the ranks `own`: meet the others when told to, and then send heartbeats until the pipe says end."""
+    pipe.recv()
+    stores: dict[int, TCPStore] = {}
+
+    def meet(rank: int) -> None:
+        stores[rank] = _meet(_rank(rank, ranks), MEET_TIMEOUT_S)
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pipe.send(time.time())
+    connections = {rank: connect() for rank in own}
+    pipe.send(len(connections))
+    _send_heartbeats(connections, pipe)
+
+
+def _send_heartbeats(connections: dict[int, TCPStore], pipe: Connection) -> None:
+    """Send the heartbeats of these ranks, evenly over the interval. The pipe may name a rank that stops."""
+    stopped: set[int] = set()
+    while True:
+        began_s = time.monotonic()
+        for number, (rank, store) in enumerate(connections.items()):
+            if rank not in stopped:
+                send_heartbeat(store, rank)
+            time.sleep(max(0.0, began_s + HEARTBEAT_S * (number + 1) / len(connections) - time.monotonic()))
+            if pipe.poll():
+                if (message := pipe.recv()) == "end":
+                    return
+                stopped.add(message)
+
+
+def _watch(store: TCPStore, ranks: int, counters: HeartbeatCounters) -> list[int]:
+    """Do what rank 0 does in one interval."""
+    time.sleep(HEARTBEAT_S)
+    send_heartbeat(store, 0)
+    return counters.silent_ranks(read_counts(store, ranks), time.monotonic())
+
+
+def connect() -> TCPStore:
+    """Return a connection to rank 0's store, as the heartbeat opens one."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, timeout=timedelta(seconds=60), wait_for_workers=False)
+
+
+def _rank(rank: int, ranks: int) -> Rank:
+    node, local_rank = divmod(rank, RANKS_PER_NODE)
+    return Rank(rank, ranks, local_rank, max(1, ranks // RANKS_PER_NODE), f"node{node:04d}")
+
+
+def _cpu_s() -> float:
+    used: Any = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
