@@ -1,5 +1,5 @@
 """Decides which states of GPUs fail a node, and which only warn: ECC errors, slowdowns, clocks, NVLinks, PCIe links, other
-processes, errors in the kernel log; ECC errors of AMD GPUs.
+processes, errors in the kernel log; memory errors and power limits of AMD GPUs.
 
 Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from longhaul.artifacts.check_rows import CheckRow, Result
-from longhaul.checks.amd_gpu_errors import AmdGpuErrors
+from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts
 from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.gpu_names import gpu_name, short_address
@@ -22,6 +22,7 @@ _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
 _NOT_OF_JOB = "tell the admins; this job does not use the GPU"
 _LEAST_CLOCK_SHARE = 0.8
+_BAD_PAGES = "bad pages of the memory"
 _NO_KERNEL_ERRORS = "no Xid or SXid errors"
 _MISMATCH = "mismatch"
 """Word in NVML's message about a library of another version than the kernel module: no program can then use the GPUs."""
@@ -168,20 +169,38 @@ def _nvlink_rows(component: Component, gpu: GpuFacts, expected: int) -> Iterator
     yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", _WATCH)
 
 
-def amd_rows(gpus: Mapping[str, Sequence[AmdGpuErrors]]) -> list[CheckRow]:
-    """Return the rows of the error counters of all AMD GPUs. gpus: node -> its GPUs."""
+def amd_rows(gpus: Mapping[str, Sequence[AmdGpuFacts]]) -> list[CheckRow]:
+    """Return the rows of all AMD GPUs. gpus: node -> its GPUs."""
     return [row for node, found in gpus.items() for gpu in found for row in _amd_rows(node, gpu)]
 
 
-def _amd_rows(node: str, gpu: AmdGpuErrors) -> Iterator[CheckRow]:
+def _amd_rows(node: str, gpu: AmdGpuFacts) -> Iterator[CheckRow]:
     component = Component(node, f"GPU {gpu.address}")
-    if not gpu.is_known:
-        yield component.unknown("uncorrectable ECC errors", "the driver amdgpu has no counters", "0")
-        return
+    yield from (
+        _amd_error_rows(component, gpu)
+        if gpu.is_known
+        else [component.unknown("uncorrectable ECC errors", "the driver amdgpu has no counters", "0")]
+    )
+    limit, default = gpu.power_limit_w, gpu.power_limit_default_w
+    if limit is not None and default is not None:
+        result: Result = "warn" if limit < default else "ok"
+        remedy = "let the admins reset it (rocm-smi --resetpoweroverdrive), unless the site saves power on purpose"
+        yield component.row("power limit", f"{limit:.0f} W", f"{default:.0f} W", result, remedy)
+
+
+def _amd_error_rows(component: Component, gpu: AmdGpuFacts) -> Iterator[CheckRow]:
     bad, warned = _block_text(gpu.uncorrected), _block_text(gpu.corrected)
     remedy = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"
     yield component.row("uncorrectable ECC errors", bad, "0", "fail" if gpu.uncorrected else "ok", remedy)
     yield component.row("corrected ECC errors", warned, "0", "warn" if gpu.corrected else "ok", _WATCH)
+    if gpu.bad_pages is None:
+        yield component.unknown(_BAD_PAGES, "the driver amdgpu does not list them", "0")
+        return
+    texts = {RESERVED: "out of use", PENDING: "pending", UNRESERVED: "still in use"}
+    pages = ", ".join(f"{gpu.bad_pages[flag]} {text}" for flag, text in texts.items() if flag in gpu.bad_pages) or "0"
+    is_bad = PENDING in gpu.bad_pages or UNRESERVED in gpu.bad_pages
+    result: Result = "fail" if is_bad else "warn" if gpu.bad_pages else "ok"
+    yield component.row(_BAD_PAGES, pages, "0", result, remedy if is_bad else _WATCH)
 
 
 def _block_text(counts: Mapping[str, int]) -> str:

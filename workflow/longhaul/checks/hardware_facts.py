@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longhaul.checks.amd_gpu_errors import AmdGpuErrors, read_amd_gpu_errors
+from longhaul.checks.amd_gpu_facts import AmdGpuFacts, read_amd_gpus
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts, read_cpu_and_memory
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, rdma_driver, read_ports
@@ -23,7 +23,7 @@ class HardwareFacts:
     """
 
     gpus: GpuReading
-    amd_gpus: list[AmdGpuErrors]
+    amd_gpus: list[AmdGpuFacts]
     ports: list[PortFacts]
     interfaces: list[InterfaceFacts]
     peer_memory: bool
@@ -41,7 +41,7 @@ def read_hardware(gpus: GpuReading) -> HardwareFacts:
     """
     return HardwareFacts(
         gpus=gpus,
-        amd_gpus=read_amd_gpu_errors(),
+        amd_gpus=read_amd_gpus(),
         ports=read_ports(),
         interfaces=read_interfaces(),
         peer_memory=has_peer_memory(),
