@@ -66,6 +66,12 @@ def test_repetitions_add_a_bounded_time(nodes: int, ranks_per_node: int, pairs_o
     assert most_added_seconds(nodes, ranks_per_node, pairs_only) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize("nodes", [3, 8, 66, 1000, 4096])
+def test_quick_half_takes_less_than_a_minute_with_all_repetitions(nodes: int) -> None:
+    planned_s = sum(planned_check_seconds(nodes, 8, pairs_only=True).values())
+    assert planned_s + most_added_seconds(nodes, 8, pairs_only=True) <= 60
+
+
 def start_ranks(job: Path, nodes: int, ranks_per_node: int) -> list[subprocess.Popen[str]]:
     """Start the check on this machine as srun would on several nodes. The nodes are n0, n1, …"""
     with socket.socket() as free:
