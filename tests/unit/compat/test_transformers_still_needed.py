@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from transformers import DeepseekV3ForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import DeepseekV3ForCausalLM, LlamaConfig, PreTrainedModel, masking_utils
 
 from longhaul.compat.transformers import (
     hub_tensors,
     is_kept_in_fp32,
+    known_documents,
     repeat_shared_heads_in_fp32,
     set_activation_checkpointing,
     without_tied_weights,
@@ -78,3 +79,17 @@ def test_the_parts_of_grouped_experts_have_no_public_names():
 
     assert hasattr(moe, "_grouped_linear") and not hasattr(moe, "grouped_linear")
     assert "experts_class._apply_gate = " in inspect.getsource(moe.use_experts_implementation)
+
+
+def test_transformers_still_asks_the_tensor_for_documents() -> None:
+    usual = masking_utils.find_packed_sequence_indices
+    assert "(packed_sequence_mask[:, -1] == 0).all()" in inspect.getsource(usual)
+    positions = torch.tensor([[0, 1, 2, 0, 1, -2, -1], [*range(7)]])
+    with known_documents(None):
+        assert masking_utils.find_packed_sequence_indices is usual
+    with known_documents(True):
+        numbers = masking_utils.find_packed_sequence_indices(positions)
+        assert numbers is not None and torch.equal(numbers, usual(positions))
+    with known_documents(False):
+        assert masking_utils.find_packed_sequence_indices(positions) is None
+    assert masking_utils.find_packed_sequence_indices is usual

@@ -31,3 +31,4 @@ def test_only_pairs_within_a_document_count():
     found = [collate(samples, np.array(ids)) for ids in ([0], [1], [2], [0, 1, 2])]
     assert [micro.attention_pairs for micro in found] == [16, 55, 15, 86]
     assert [micro.tokens for micro in found] == [7, 10, 5, 22]
+    assert [micro.has_several_documents for micro in found] == [True, False, False, True]

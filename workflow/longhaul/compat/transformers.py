@@ -4,7 +4,8 @@ for transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -49,6 +50,34 @@ def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..
     output require a gradient, which only adapters need. Upstream: transformers issue 29648.
     """
     model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+
+
+@contextmanager
+def known_documents(have_several: bool | None) -> Iterator[None]:
+    """Tell transformers whether rows of a batch hold several documents. None lets it ask the tensor of position ids.
+
+    Written for transformers 5.9 to 5.23, which asks in each forward pass. If the tensor is on a GPU, the CPU waits until the GPU
+    has computed all that is in its queue, and the GPU then waits for the CPU. This function of masking_utils is not documented,
+    and no argument of a model replaces it.
+
+    Upstream: no issue is known; a comment of transformers calls the dynamic control flow sad.
+    """
+    from transformers import masking_utils
+
+    if have_several is None:
+        yield
+        return
+    usual = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = document_numbers if have_several else lambda _position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = usual
+
+
+def document_numbers(position_ids_BS: torch.Tensor) -> torch.Tensor:
+    """Return the number of each token's document, counted from 0 in each row: [B, S]. Position ids restart at each document."""
+    return (position_ids_BS.diff(dim=1, prepend=position_ids_BS[:, :1] - 1) != 1).cumsum(1)
 
 
 def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ class MicroBatch:
     input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss.
     tokens: number of tokens without padding; 0 where they are not counted
     attention_pairs: number of pairs of a token and one of its document that it attends to, itself included; 0 as above
+    has_several_documents: whether a row holds several documents, or padding; None where nobody has looked
     """
 
     input_ids: torch.Tensor
@@ -34,6 +35,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     tokens: int = 0
     attention_pairs: int = 0
+    has_several_documents: bool | None = None
 
     @property
     def loss_tokens(self) -> int:
@@ -48,8 +50,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = (self.input_ids, self.labels, self.position_ids)
-        moved = [] if device.type == "cpu" else [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return MicroBatch(*moved, tokens=self.tokens, attention_pairs=self.attention_pairs) if moved else self
+        if device.type == "cpu":
+            return self
+        ids, labels, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return replace(self, input_ids=ids, labels=labels, position_ids=positions)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> Micro
         filled = samples.fill(int(index), sample)
         tokens += filled
         pairs += filled + int(sample.position_ids[:filled].sum())  # a token attends to itself and those before it
-    return MicroBatch(*arrays, tokens=tokens, attention_pairs=pairs)
+    has_several_documents = bool((arrays[2].diff(dim=1) != 1).any())
+    return MicroBatch(*arrays, tokens=tokens, attention_pairs=pairs, has_several_documents=has_several_documents)
 
 
 def validation_batches(samples: Samples, job: TrainSpec, context: DistributedContext) -> Iterator[MicroBatch]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.compat.deepspeed import Engine
+from longhaul.compat.transformers import known_documents
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
 from longhaul.planning.constants_shared_with_trainer import COMPILED_LOSS_CHUNK_TOKENS, LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
@@ -30,7 +31,10 @@ def loss_sum(engine: Engine, batch: MicroBatch, dims: ParallelDims | None = None
 
     There is no attention mask: position ids that restart show transformers where a packed document ends.
     """
-    with _head_returns_loss(engine.module.lm_head, batch.labels, dims):
+    with (
+        _head_returns_loss(engine.module.lm_head, batch.labels, dims),
+        known_documents(batch.has_several_documents),
+    ):
         return engine(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from longhaul.compat.transformers import document_numbers
 from longhaul.train.batches import MicroBatch
 from longhaul.train.parallel.autograd_collectives import all_to_all, name_group
 from longhaul.train.parallel.parallel_dims import ParallelDims
@@ -50,20 +51,23 @@ def apply_sequence_parallel(model: Any, dims: ParallelDims) -> None:
 
 def slice_tokens(model: Any, batch: MicroBatch, dims: ParallelDims) -> MicroBatch:
     """Return this rank's tokens of a batch that all ranks of the group hold; store the mask of the whole batch in the model."""
-    model.whole_mask = document_mask(batch.position_ids)
+    model.whole_mask = document_mask(batch.position_ids, batch.has_several_documents)
     length = batch.input_ids.shape[1] // dims.parallel.sequence
     own = slice(dims.sequence_rank * length, (dims.sequence_rank + 1) * length)
-    return MicroBatch(batch.input_ids[:, own], batch.labels[:, own], batch.position_ids[:, own])
+    own_tokens = (tensor[:, own] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
+    return MicroBatch(*own_tokens, has_several_documents=batch.has_several_documents)
 
 
-def document_mask(position_ids_BS: torch.Tensor) -> torch.Tensor | None:
+def document_mask(position_ids_BS: torch.Tensor, has_several_documents: bool | None = None) -> torch.Tensor | None:
     """Return a mask, bool [B, 1, S, S]: a token attends to itself and to the earlier tokens of its document.
 
-    Position ids restart at each document. The result is None if every row is one document: attention is causal then, and
-    S x S entries would not fit in memory for long contexts.
+    The result is None if every row is one document: attention is causal then, and S x S entries would not fit in memory for long
+    contexts.
+
+    has_several_documents: whether a row has; None looks at the position ids, and the CPU waits for a GPU
     """
-    document_BS = (position_ids_BS.diff(dim=1, prepend=position_ids_BS[:, :1] - 1) != 1).cumsum(1)
-    if not document_BS.any():
+    document_BS = document_numbers(position_ids_BS)
+    if not (document_BS.any() if has_several_documents is None else has_several_documents):
         return None
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return same_BSS.tril()[:, None]
