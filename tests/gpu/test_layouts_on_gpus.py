@@ -39,6 +39,7 @@ EXACT: dict[str, dict[str, Any]] = {
     **{f"zero3-{axis}": {**AXES[axis], "zero": {"stage": 3}} for axis in ("tensor", "expert")},
     "pipeline-offloaded": {**AXES["pipeline"], "zero": {"stage": 1, "offload_optimizer": "cpu"}},
     "selective": {"activation_checkpointing": "selective"},
+    "expert-recomputed": {**AXES["expert"], "activation_checkpointing": "full"},
     "inputs-offloaded": {"activation_checkpointing": "offload"},
 }
 ROUNDED: dict[str, dict[str, Any]] = {

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, int], str]] = {
     "tensor, latent attention": ("deepseek_v3", {"tensor": 2}, "none"),
     "tensor, recompute": ("qwen3", {"tensor": 2}, "full"),
     "expert": ("qwen3_moe", {"expert": 2}, "none"),
+    "expert, recompute": ("deepseek_v3", {"expert": 2}, "full"),
     "sequence": ("llama", {"sequence": 2}, "none"),
     "sequence, experts": ("deepseek_v3", {"sequence": 2}, "selective"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -15,6 +16,7 @@ from longhaul.compat.transformers import (
     known_documents,
     repeat_shared_heads_in_fp32,
     set_activation_checkpointing,
+    take_over_activation_checkpointing,
     without_tied_weights,
 )
 
@@ -79,6 +81,24 @@ def test_the_parts_of_grouped_experts_have_no_public_names():
 
     assert hasattr(moe, "_grouped_linear") and not hasattr(moe, "grouped_linear")
     assert "experts_class._apply_gate = " in inspect.getsource(moe.use_experts_implementation)
+
+
+def test_a_layer_calls_its_checkpoint_itself() -> None:
+    model = tied_model().train()
+    layer, checkpointed = model.model.layers[0], []
+    assert take_over_activation_checkpointing(layer) is None
+
+    def checkpoint(compute: Callable[..., object], *arguments: object) -> object:
+        checkpointed.append(compute)
+        return compute(*arguments)
+
+    set_activation_checkpointing(model, checkpoint)
+    with known_documents(False):
+        model(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+        assert len(checkpointed) == 1
+        assert take_over_activation_checkpointing(layer) is checkpoint
+        model(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+    assert len(checkpointed) == 1 and not layer.gradient_checkpointing
 
 
 def test_transformers_still_asks_the_tensor_for_documents() -> None:

@@ -471,6 +471,13 @@ def test_layers_that_are_not_compiled_on_gpus_give_a_warning_with_the_reason():
         "CPU"
     )
     assert not_compiled_warning(tiny_stage(), None, site()) is None
+    experts = {"parallel": {"expert": 2}, "gpus_per_node": 2}
+    assert not_compiled_warning(tiny_stage(**experts, activation_checkpointing="selective"), None, site()) == (
+        "stages.base: its layers run without torch.compile: with expert parallelism, activation_checkpointing: selective cannot "
+        "keep single results of compiled layers; none and full are compiled"
+    )
+    for kind in ("none", "full"):
+        assert not_compiled_warning(tiny_stage(**experts, activation_checkpointing=kind), None, site()) is None
     assert not_compiled_warning(offloads, None, site(with_node(gpus=0))) is None
     assert not_compiled_warning(tiny_stage(activation_checkpointing="offload", compile="off"), None, site()) is None
 

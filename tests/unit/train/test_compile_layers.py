@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longhaul.config.stage_config import Parallel
 from longhaul.errors import UserError
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
-from longhaul.train.compile_layers import compile_layers, compiles_layers
+from longhaul.train.compile_layers import compile_layers, compiles_layers, not_compiled_line
 from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.parity.parity_cases import MODELS
@@ -58,6 +58,39 @@ def test_one_graph_per_kind_of_layer_gives_the_same_bits(name: str, checkpointin
     assert counts.keys() == expected_counts.keys() and bool(counts) == ("experts" in str(list(found)))
     for layer, expected_E in expected_counts.items():
         assert expected_E.sum() == 2 * 16 * 2 and torch.equal(counts[layer], expected_E)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_a_checkpoint_around_a_part_that_is_not_captured_recomputes_compiled_code(name: str, dynamo: Any):
+    """Expert parallelism has such a part. Captured in the forward pass, or not at all: torch says nothing."""
+    plain, captured = build(name), build(name)
+    expected = gradients(plain)
+    for layer in captured.model.layers:
+        if experts := getattr(layer.mlp, "experts", None):
+            experts.breaks_graph = True
+    apply_activation_checkpointing(captured, "full")
+    compile_layers(captured, "aot_eager")
+    found = gradients(captured)
+    assert len(found) > 20 and all(torch.equal(found[key], expected[key]) for key in expected)
+    # A mixture layer: before the mixture, its router, what follows the experts, what follows the mixture.
+    assert dynamo["stats"]["unique_graphs"] == (5 if name == "deepseek_v3" else 4)
+    assert dynamo["graph_break"] and all("torch.compiler.disable" in reason for reason in dynamo["graph_break"])
+    kept = _kept_elements(captured)
+    assert kept < _kept_elements(build(name)) / 3, "only the inputs of layers are kept"
+
+
+def _kept_elements(model: Any) -> int:
+    """Return the elements of the tensors, other than weights, that autograd keeps of the decoder layers for the backward pass."""
+    weights, kept = {weight.data_ptr() for weight in model.parameters()}, 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += 0 if tensor.data_ptr() in weights else tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model.model(input_ids=torch.arange(2, 34).view(2, 16), position_ids=PACKED)
+    return kept
 
 
 def test_passes_without_gradients_are_not_compiled(dynamo: Any):
@@ -127,3 +160,15 @@ def test_only_gpus_compile_and_only_where_the_stage_allows_it():
     assert compiles_layers(tiny_stage(zero={"stage": 3}, activation_checkpointing="full"), dense, GPU)
     split = tiny_stage(zero={"stage": 3}, parallel={"tensor": 2}, gpus_per_node=2)
     assert not compiles_layers(split, dense, GPU)
+    experts = {"parallel": {"expert": 2}, "gpus_per_node": 2}
+    assert compiles_layers(tiny_stage(**experts, activation_checkpointing="full"), mixture, GPU)
+    assert not compiles_layers(tiny_stage(**experts, activation_checkpointing="selective"), mixture, GPU)
+
+
+def test_the_log_says_why_layers_are_not_compiled():
+    offloads, dense = tiny_stage(activation_checkpointing="offload"), build("llama")
+    assert not_compiled_line(offloads, dense, GPU) == (
+        "decoder layers run without torch.compile: activation_checkpointing: offload moves the input of a layer to the CPU"
+    )
+    assert not_compiled_line(offloads, dense, CPU) is None and not_compiled_line(tiny_stage(), dense, GPU) is None
+    assert not_compiled_line(tiny_stage(activation_checkpointing="offload", compile="off"), dense, GPU) is None

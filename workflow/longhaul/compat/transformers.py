@@ -52,6 +52,24 @@ def set_activation_checkpointing(model: PreTrainedModel, checkpoint: Callable[..
     model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
 
+def take_over_activation_checkpointing(layer: Any) -> Callable[..., Any] | None:
+    """Make the forward pass of a decoder layer run without activation checkpointing. Return the function that checkpoints it.
+
+    Written for transformers 5.9 to 5.23, whose layers call the checkpoint inside their forward pass, and torch 2.13. If
+    torch.compile meets a checkpoint around a part that it must not capture, it computes the whole layer without compiled code,
+    and says nothing. The caller can checkpoint the compiled layer instead.
+
+    Returns:
+        The `checkpoint` of `set_activation_checkpointing`; None if the layer has no activation checkpointing.
+
+    Upstream: PyTorch issue 139989; pull request 193143 exchanges compiler and checkpoint in the same way, after torch 2.13.
+    """
+    if not layer.gradient_checkpointing:
+        return None
+    layer.gradient_checkpointing = False
+    return layer._gradient_checkpointing_func
+
+
 @contextmanager
 def known_documents(have_several: bool | None) -> Iterator[None]:
     """Tell transformers whether rows of a batch hold several documents. None lets it ask the tensor of position ids.

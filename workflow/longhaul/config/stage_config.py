@@ -359,6 +359,11 @@ class Stage(FrozenModel):
         """
         if self.activation_checkpointing == "offload":
             return "activation_checkpointing: offload moves the input of a layer to the CPU"
+        if self.activation_checkpointing == "selective" and self.parallel.expert > 1:
+            return (
+                "with expert parallelism, activation_checkpointing: selective cannot keep single results of compiled layers; "
+                "none and full are compiled"
+            )
         is_divided = self.parallel.tensor > 1 or self.parallel.sequence > 1 or self.zero.offload_param != "none"
         if self.zero.stage == 3 and (has_experts or is_divided):
             # Losses on several GPUs were compared without these alone.

@@ -24,7 +24,7 @@ from longhaul.errors import InputError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
-from longhaul.train.compile_layers import compile_layers, compiles_layers
+from longhaul.train.compile_layers import compile_layers, compiles_layers, not_compiled_line
 from longhaul.train.deepspeed_engine import read_deepspeed_config
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.experts_on_gpus import use_experts_for_gpus
@@ -73,6 +73,8 @@ def build_model(
         if can_skip_pairs(job.stage, model):
             use_packed_attention(model)
         compile_layers(model)
+    elif context.is_main and (line := not_compiled_line(job.stage, model, context.device)):
+        print(line, flush=True)
     return model.train()
 
 

@@ -3,25 +3,46 @@
 Each layer is compiled for itself. All layers of one kind share one compiled graph, so a deep model compiles as fast as a shallow
 one, and embedding, head and the hooks of DeepSpeed stay outside. Only passes that need gradients are compiled. Validation and the
 reference logits of an export run the layers as transformers does.
+
+A layer with activation checkpointing is one graph, in which the compiler recomputes. Expert-parallel layers are several graphs,
+because their exchange of tokens cannot be captured. torch captures no checkpoint around it. There the checkpoint is outside, and
+recomputes the layer through the same graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from longhaul.compat.torch import compile_error_reason, configure_compiler
+from longhaul.compat.transformers import take_over_activation_checkpointing
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
+_NOT_COMPILED = "decoder layers run without torch.compile"
+
 
 def compiles_layers(stage: Stage, model: Any, device: torch.device) -> bool:
     """Return whether the trainer compiles the decoder layers of a stage's Hugging Face causal LM on this device."""
-    has_experts = any(hasattr(layer.mlp, "experts") for layer in decoder_layers(model))
-    return stage.compile == "auto" and device.type == "cuda" and stage.why_not_compiled(has_experts) is None
+    return _is_asked(stage, device) and stage.why_not_compiled(_has_experts(model)) is None
+
+
+def not_compiled_line(stage: Stage, model: Any, device: torch.device) -> str | None:
+    """Return the line for the log of a stage whose layers run without torch.compile although it asks for it, else None."""
+    reason = stage.why_not_compiled(_has_experts(model))
+    return f"{_NOT_COMPILED}: {reason}" if _is_asked(stage, device) and reason else None
+
+
+def _is_asked(stage: Stage, device: torch.device) -> bool:
+    return stage.compile == "auto" and device.type == "cuda"
+
+
+def _has_experts(model: Any) -> bool:
+    return any(hasattr(layer.mlp, "experts") for layer in decoder_layers(model))
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
@@ -46,7 +67,7 @@ class _Fallback:
     def use(self, layer: torch.nn.Module, reason: str) -> None:
         self.reason = reason
         name = f"{type(layer).__name__} {getattr(layer.self_attn, 'layer_idx', '')}".strip()
-        print(f"decoder layers run without torch.compile: torch cannot capture {name}: {reason}", flush=True)
+        print(f"{_NOT_COMPILED}: torch cannot capture {name}: {reason}", flush=True)
 
 
 class CompiledForward:
@@ -58,13 +79,24 @@ class CompiledForward:
         breaking = [module for module in layer.modules() if getattr(module, "breaks_graph", False)]
         for module in breaking:
             module.forward = torch.compiler.disable(module.forward)
+        self._checkpoint = take_over_activation_checkpointing(layer) if breaking else None
+        layer.is_checkpointed_outside_of_graphs = self._checkpoint is not None
         self._compiled: Callable[..., object] = torch.compile(
             layer.forward, backend=backend, fullgraph=not breaking, dynamic=False
         )
 
     def __call__(self, *arguments: object, **named: object) -> object:
-        if self._fallback.reason or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return self._eager(*arguments, **named)
+        # Chosen before the checkpoint, which then recomputes a layer in the way in which it was computed.
+        compute = self._eager if self._fallback.reason else self._compute
+        return (
+            self._checkpoint(partial(compute, **named), *arguments)
+            if self._checkpoint
+            else compute(*arguments, **named)
+        )
+
+    def _compute(self, *arguments: object, **named: object) -> object:
         try:
             return self._compiled(*arguments, **named)
         except Exception as error:

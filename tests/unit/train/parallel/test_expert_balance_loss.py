@@ -127,15 +127,19 @@ def test_loss_and_gradients_follow_the_formula(kind: str, checkpointing: str):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "captured"), [("selective", False), ("full", False), ("full", True)], ids=str
+    ("checkpointing", "captured"),
+    [("selective", "no"), ("full", "no"), ("full", "layers"), ("full", "layers around experts")],
+    ids=str,
 )
-def test_micro_batches_of_a_pipeline_keep_their_own_padding(checkpointing: str, captured: bool, dynamo: object):
+def test_micro_batches_of_a_pipeline_keep_their_own_padding(checkpointing: str, captured: str, dynamo: object):
     """A pipeline rank starts the second micro batch before the backward pass of the first one."""
     expected_model, model = build_model("deepseek_v3"), build_model("deepseek_v3")
     for changed in (expected_model, model):
         add_balance_loss(changed, 1.0)
     apply_activation_checkpointing(model, checkpointing)
-    if captured:
+    if captured == "layers around experts":
+        model.model.layers[1].mlp.experts.breaks_graph = True
+    if captured != "no":
         compile_layers(model, "aot_eager")
     batches = [positions(), torch.arange(LENGTH).repeat(BATCH, 1)]
     for position_ids in batches:

@@ -6,7 +6,7 @@ them on each pipeline rank. Where activation checkpointing computes the layer on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +20,7 @@ class TextTokens:
     """
 
     def __init__(self, layer: Any, sequence_length: int) -> None:
-        self._position_ids: torch.Tensor | None = None
+        self._layer, self._position_ids = layer, cast(torch.Tensor | None, None)
         self._sequence_length = sequence_length
         layer.register_forward_pre_hook(self._remember, with_kwargs=True)
         layer.self_attn.register_forward_pre_hook(self._remember_again, with_kwargs=True)
@@ -31,10 +31,10 @@ class TextTokens:
     def _remember_again(self, attention: object, inputs: object, options: dict[str, Any]) -> None:
         """Remember them inside the layer: transformers runs hooks of the layer itself once, before activation checkpointing.
 
-        A pipeline rank has begun other micro batches before it computes a layer again. A compiled layer keeps the position ids as
-        an input of its graph, in which no attribute may be changed.
+        A pipeline rank has begun other micro batches before it computes a layer again. If the checkpoint is inside a compiled
+        graph, the position ids are an input of the graph, and torch allows no change of an attribute.
         """
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or getattr(self._layer, "is_checkpointed_outside_of_graphs", False):
             self._remember(attention, inputs, options)
 
     def mask(self, count: int) -> torch.Tensor:
