@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.compat.transformers import repeat_shared_heads_in_fp32
+from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from longhaul.train.compile_layers import compile_layers
 from longhaul.train.packed_attention import use_packed_attention
 from tests.parity.parity_cases import MODELS
@@ -39,10 +40,22 @@ def test_attention_keeps_no_scores_of_token_pairs(dtype: torch.dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3"])
-def test_compiled_attention_inside_packs_has_the_gradients_of_attention_with_a_mask(name: str):
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        ("llama", "none"),
+        ("qwen3_moe", "none"),
+        ("deepseek_v3", "none"),
+        ("llama", "selective"),
+        ("deepseek_v3", "selective"),
+        ("llama", "full"),
+        ("deepseek_v3", "full"),
+    ],
+)
+def test_compiled_attention_inside_packs_has_the_gradients_of_attention_with_a_mask(name: str, checkpointing: str):
     masked, packed = (_build(name) for _ in range(2))
     use_packed_attention(packed)
+    apply_activation_checkpointing(packed, checkpointing)
     compile_layers(packed)
     graphs = []
     for lengths in ([100, 412], [512], [3, 9, 500], [512]):

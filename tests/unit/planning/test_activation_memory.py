@@ -51,6 +51,50 @@ def test_first_pipeline_rank_holds_a_micro_batch_for_each_pipeline_rank(layers: 
     assert activation_bytes(stage, tiny_size(num_hidden_layers=layers)) == (held * LAYER, 0)
 
 
+PACKS: dict[str, Any] = {"kind": "sft", "sequence_length": 128}
+# changes of the stage, query heads, whether ranks have GPUs, saved elements per token. With heads of 16 elements: 2·8 + 64 as
+# above, and 2·(2+1)·16 = 96 in attention. Repeated keys and values add 2·(2-1)·16 = 32.
+SHARED_HEADS: dict[str, tuple[dict[str, Any], int, bool, int]] = {
+    "FlexAttention shares heads": ({}, 2, True, 176),
+    "CPUs repeat them": ({}, 2, False, 176 + 32),
+    "so does the kernel with a mask": ({"compile": "off"}, 2, True, 176 + 32),
+    "and the kernel of fp32": ({"precision": "fp32"}, 2, True, 176 + 32),
+    "three heads are no power of two": ({}, 3, True, 80 + 2 * 4 * 16 + 2 * 2 * 16),
+}
+
+
+@pytest.mark.parametrize(("changes", "heads", "on_gpus", "elements"), SHARED_HEADS.values(), ids=SHARED_HEADS)
+def test_packs_repeat_shared_heads_where_the_kernel_needs_it(
+    changes: dict[str, Any], heads: int, on_gpus: bool, elements: int
+):
+    stage, sizes = tiny_stage(**PACKS, **changes), tiny_size(head_dim=16, num_attention_heads=heads)
+    tokens, width = 2 * 128, 4 if stage.precision == "fp32" else 2
+    expected = 2 * (elements * tokens * width + 16 * tokens * (4 + width))
+    assert activation_bytes(stage, sizes, on_gpus) == (expected, 0)
+
+
+MASK = 2 * 128 * 128 * (1 + 2)
+# changes of the stage, changes of the model, whether ranks have GPUs, expected bytes
+MASKS_OF_PACKS: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
+    "one block": ({}, {}, True, 2 * 4 * (1 + 1) * 4),
+    "four blocks": ({"sequence_length": 512}, {}, True, 2 * 4 * (16 + 4) * 4),
+    "whole windows": ({"kind": "pretrain"}, {}, True, 0),
+    "CPUs": ({}, {}, False, MASK),
+    "compile: off": ({"compile": "off"}, {}, True, MASK),
+    "activations on the CPU are not compiled": ({"activation_checkpointing": "offload"}, {}, True, MASK),
+    "a part of a block": ({"sequence_length": 129}, {}, True, 2 * 129 * 129 * (1 + 2)),
+    "small heads": ({}, {"head_dim": 8}, True, MASK),
+    "dropout": ({}, {"attention_dropout": 0.1}, True, MASK),
+    "sequence parallelism": ({"parallel": Parallel(sequence=2)}, {}, True, MASK),
+}
+
+
+@pytest.mark.parametrize(("changes", "model", "on_gpus", "expected"), MASKS_OF_PACKS.values(), ids=MASKS_OF_PACKS)
+def test_masks_of_packs_follow_the_kernel(changes: dict[str, Any], model: dict[str, Any], on_gpus: bool, expected: int):
+    sizes = tiny_size(**{"head_dim": 16, **model})
+    assert attention_mask_bytes(tiny_stage(**{**PACKS, **changes}), sizes, on_gpus) == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -61,7 +105,7 @@ def test_first_pipeline_rank_holds_a_micro_batch_for_each_pipeline_rank(layers: 
     ],
 )
 def test_only_packed_conversations_have_an_attention_mask(changes: dict[str, Any], expected: int):
-    assert attention_mask_bytes(tiny_stage(**changes)) == expected
+    assert attention_mask_bytes(tiny_stage(**changes), tiny_size()) == expected
 
 
 LONG = {"sequence_length": 2048}  # 4096 tokens: two chunks

@@ -15,7 +15,10 @@ def matmul_and_attention_ops() -> list[Any]:
     """Return the ATen operators that compute matrix products and attention, as torch's selective checkpointing wants them.
 
     torch documents no stable names of ATen operators; those with a leading underscore are private to its dispatcher.
+    FlexAttention is an operator of a kind of its own, whose module is private.
     """
+    from torch._higher_order_ops.flex_attention import flex_attention
+
     names = (
         "mm",
         "addmm",
@@ -26,7 +29,7 @@ def matmul_and_attention_ops() -> list[Any]:
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
     )
-    return [getattr(torch.ops.aten, name).default for name in names]
+    return [*(getattr(torch.ops.aten, name).default for name in names), flex_attention]
 
 
 def multiply_fp8(

@@ -12,6 +12,11 @@ from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.parameter_counts import expert_counts, has_latent_attention, head_dim
 
 
+def head_width(c: HuggingFaceConfig) -> int:
+    """Return the elements of a query and a key of one head."""
+    return c["qk_nope_head_dim"] + c["qk_rope_head_dim"] if has_latent_attention(c) else head_dim(c)
+
+
 def attention_width(c: HuggingFaceConfig) -> int:
     """Return heads x (key width + value width), which determines the FLOPs of attention."""
     heads = c["num_attention_heads"]

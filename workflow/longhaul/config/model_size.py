@@ -59,7 +59,9 @@ class ModelSize:
         largest_layer:            the largest decoder layer
         largest_tensor:           the largest tensor; the routed experts of a layer are two tensors
     From the config:
-        vocab_size, hidden_size, layers, positions; is_sparse: for each layer, whether it is sparse
+        vocab_size, hidden_size, layers, positions, query_heads, attention_dropout
+        is_sparse:  for each layer, whether it is sparse
+        head_width: elements of a query and a key of one head
     Elements per token and layer (longhaul.config.activation_counts):
         attention_width:     heads x (key width + value width)
         saved_activations:   saved for the backward pass without recomputation, except those inside norms
@@ -83,7 +85,10 @@ class ModelSize:
     hidden_size: int
     layers: int
     positions: int
+    query_heads: int
+    attention_dropout: float
     is_sparse: tuple[bool, ...]
+    head_width: int
     attention_width: int
     saved_activations: int
     repeated_key_values: int
@@ -167,7 +172,10 @@ def _count(c: HuggingFaceConfig) -> ModelSize:
         hidden_size=hidden,
         layers=layers,
         positions=c["max_position_embeddings"],
+        query_heads=c["num_attention_heads"],
+        attention_dropout=c.get("attention_dropout") or 0.0,
         is_sparse=sparse,
+        head_width=activation_counts.head_width(c),
         attention_width=activation_counts.attention_width(c),
         saved_activations=activation_counts.saved_activations(c, sparse),
         repeated_key_values=activation_counts.repeated_key_values(c),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import Stage
+from longhaul.planning.choose_packed_attention import BLOCK_TOKENS, skips_pairs_on_gpus
 from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, LOSS_CHUNK_TOKENS
 
 
-def activation_bytes(stage: Stage, sizes: ModelSize) -> tuple[int, int]:
+def activation_bytes(stage: Stage, sizes: ModelSize, on_gpus: bool = True) -> tuple[int, int]:
     """Return the bytes (on the GPU, on the host) that layers save for the backward pass.
 
     They include all activations of the one layer that is being recomputed.
+
+    on_gpus: False for ranks that compute on CPUs, whose layers are not compiled
     """
     parallel, width = stage.parallel, COMPUTE_BYTES[stage.precision]
     tokens = stage.micro_batch_size * stage.sequence_length // parallel.sequence
@@ -18,7 +21,7 @@ def activation_bytes(stage: Stage, sizes: ModelSize) -> tuple[int, int]:
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
     # A norm saves its input in fp32 and the normalized value in compute precision. Tensor parallelism does not split norms.
     norms = sizes.normed_elements * tokens * (4 + width)
-    saved = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage) else 0)
+    saved = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage, sizes, on_gpus) else 0)
     whole_layer = saved // parallel.tensor * tokens * width + norms
     layer_input = sizes.hidden_size * tokens * width
     if stage.activation_checkpointing == "none":
@@ -31,15 +34,29 @@ def activation_bytes(stage: Stage, sizes: ModelSize) -> tuple[int, int]:
     return layers * kept + whole_layer, 0
 
 
-def _repeats_key_values(stage: Stage) -> bool:
-    """Return True if attention repeats shared key and value heads: the kernel without copies allows neither mask nor fp32."""
-    return stage.kind == "sft" or stage.precision == "fp32"
+def _repeats_key_values(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:
+    """Return True if attention repeats shared key and value heads.
+
+    torch's kernel without copies allows neither mask nor fp32. transformers repeats them for FlexAttention if the number of query
+    heads of a rank is no power of two.
+    """
+    heads = sizes.query_heads // stage.parallel.tensor
+    has_mask = stage.kind == "sft" and not (on_gpus and skips_pairs_on_gpus(stage, sizes))
+    return has_mask or stage.precision == "fp32" or (stage.kind == "sft" and bool(heads & (heads - 1)))
 
 
-def attention_mask_bytes(stage: Stage) -> int:
-    """Return the bytes of the mask that separates packed conversations: a boolean per pair of positions, and the added bias."""
-    pairs = stage.micro_batch_size * stage.sequence_length**2
-    return pairs * (1 + COMPUTE_BYTES[stage.precision]) if stage.kind == "sft" else 0
+def attention_mask_bytes(stage: Stage, sizes: ModelSize, on_gpus: bool = True) -> int:
+    """Return the bytes of the mask that separates packed conversations: a boolean per pair of positions, and the added bias.
+
+    FlexAttention keeps no mask, but numbers of blocks of tokens: of those that are masked in part and of those that are not, by
+    queries and by keys. For each row of blocks, these are four lists of int32, and their lengths.
+    """
+    if stage.kind != "sft":
+        return 0
+    if on_gpus and skips_pairs_on_gpus(stage, sizes):
+        blocks = stage.sequence_length // BLOCK_TOKENS
+        return stage.micro_batch_size * 4 * (blocks**2 + blocks) * 4
+    return stage.micro_batch_size * stage.sequence_length**2 * (1 + COMPUTE_BYTES[stage.precision])
 
 
 def logits_bytes(stage: Stage, sizes: ModelSize) -> int:

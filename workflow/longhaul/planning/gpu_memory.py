@@ -72,21 +72,23 @@ class MemoryEstimate:
         return {key: round(value / GIB, 3) for key, value in {**asdict(self), "total": self.total}.items()}
 
 
-def estimate_gpu_memory(stage: Stage, sizes: ModelSize, world_size: int) -> MemoryEstimate:
+def estimate_gpu_memory(stage: Stage, sizes: ModelSize, world_size: int, on_gpus: bool = True) -> MemoryEstimate:
     """Return the memory of the rank that needs the most.
 
     This is not always the rank with the most parameters, because ZeRO partitions experts over fewer ranks than other weights.
     The model states follow Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, section 3).
+
+    on_gpus: False for ranks that compute on CPUs, where the same tensors are in the memory of the node
     """
     estimates = [
-        _pipeline_rank_memory(stage, sizes, world_size, *parameters)
+        _pipeline_rank_memory(stage, sizes, world_size, on_gpus, *parameters)
         for parameters in set(_parameters_per_pipeline_rank(stage, sizes))
     ]
     return max(estimates, key=lambda memory: (memory.total, memory.host))
 
 
 def _pipeline_rank_memory(
-    stage: Stage, sizes: ModelSize, world_size: int, other_parameters: int, expert_parameters: int
+    stage: Stage, sizes: ModelSize, world_size: int, on_gpus: bool, other_parameters: int, expert_parameters: int
 ) -> MemoryEstimate:
     """Return the memory of a rank with this many parameters of routed experts and of everything else."""
     parallel = stage.parallel
@@ -96,14 +98,14 @@ def _pipeline_rank_memory(
     states = model_states(stage, other_parameters, data_parallel) + model_states(
         stage, expert_parameters, expert_data_parallel
     )
-    activations, offloaded_activations = activation_bytes(stage, sizes)
+    activations, offloaded_activations = activation_bytes(stage, sizes, on_gpus)
     partition = other_parameters // data_parallel + expert_parameters // expert_data_parallel
     locked = swap_buffer_bytes(stage, sizes, partition, data_parallel)
     return MemoryEstimate(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
-        activations=activations + attention_mask_bytes(stage),
+        activations=activations + attention_mask_bytes(stage, sizes, on_gpus),
         logits=logits_bytes(stage, sizes),
         gathered_weights=gathered_weight_bytes(stage, sizes, data_parallel, parameters),
         gradient_buckets=gradient_bucket_bytes(stage, parameters),

@@ -50,7 +50,7 @@ def _fitting_nodes(stage: Stage, sizes: ModelSize, site: Site) -> int | None:
     nodes = 2 * stage.nodes
     while nodes <= site.partition_for("gpu").max_nodes:
         more = stage.model_copy(update={"nodes": nodes})
-        memory = estimate_gpu_memory(more, sizes, nodes * stage.gpus_per_node)
+        memory = estimate_gpu_memory(more, sizes, nodes * stage.gpus_per_node, bool(site.node.gpus))
         if training_bytes(more, memory, site) <= job_bytes(more, site):
             return nodes
         nodes *= 2

@@ -270,7 +270,7 @@ def _plan_stage(
     check_precision(stage, loaded.site)
     check_offload(stage, loaded.config.storage)
     check_site(stage, loaded.site)
-    memory = estimate_gpu_memory(stage, sizes, world_size) if sizes else None
+    memory = estimate_gpu_memory(stage, sizes, world_size, bool(loaded.site.node.gpus)) if sizes else None
     if model and sizes and memory:
         check_model(stage, model)
         check_expert_balance(stage, model)

@@ -88,7 +88,7 @@ def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
             "bad_steps": BadSteps(policy="skip", limit=steps),
         }
     )
-    memory = estimate_gpu_memory(stage, full.sizes, world_size) if full.sizes else None
+    memory = estimate_gpu_memory(stage, full.sizes, world_size, bool(plan.site.node.gpus)) if full.sizes else None
     if memory and full.sizes and nodes < full.stage.nodes:
         _require_memory(plan, stage, memory, full.sizes)
     return replace(

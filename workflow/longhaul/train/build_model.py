@@ -70,7 +70,7 @@ def build_model(
     if job.stage.zero.stage == 3 and job.stage.activation_checkpointing == "none":
         release_expert_weights(model)
     if compiles_layers(job.stage, model, context.device):
-        if can_skip_pairs(job.stage, model):
+        if can_skip_pairs(job.stage, model_size(job.model), model):
             use_packed_attention(model)
         compile_layers(model)
     elif context.is_main and (line := not_compiled_line(job.stage, model, context.device)):

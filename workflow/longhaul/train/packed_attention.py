@@ -15,29 +15,19 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import Stage
+from longhaul.planning.choose_packed_attention import skips_pairs_on_gpus
 
 ATTENTION = "longhaul_packs"
-_BLOCK_TOKENS, _SMALLEST_HEAD = 128, 16
 
 
-def can_skip_pairs(stage: Stage, model: Any) -> bool:
-    """Return whether the stage has packs and FlexAttention computes this model's attention; else a mask separates documents.
+def can_skip_pairs(stage: Stage, sizes: ModelSize, model: Any) -> bool:
+    """Return whether FlexAttention computes this model's attention inside packs; else a mask separates documents.
 
-    FlexAttention has no dropout, and was compared for whole blocks of tokens and heads of 16 elements or more. Models of remote
-    code may compute attention in a way of their own.
+    Models of remote code may compute attention in a way of their own.
     """
-    config = model.config
-    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
-    return (
-        stage.kind == "sft"
-        and stage.parallel.sequence == 1
-        and stage.sequence_length % _BLOCK_TOKENS == 0
-        and width >= _SMALLEST_HEAD
-        and not getattr(config, "attention_dropout", 0.0)
-        and type(model).__module__.startswith("transformers.")
-    )
+    return skips_pairs_on_gpus(stage, sizes) and type(model).__module__.startswith("transformers.")
 
 
 def use_packed_attention(model: Any) -> None:
