@@ -16,7 +16,7 @@ import typer
 
 from longhaul import __version__
 from longhaul.errors import UserError
-from longhaul.scheduling import fabric_verbs, job_verbs, site_verbs
+from longhaul.scheduling import fabric_verbs, job_verbs, site_verbs, tune_verb
 
 if TYPE_CHECKING:
     from longhaul.planning import Plan
@@ -33,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(site_verbs.app, name="site")
 app.add_typer(fabric_verbs.app, name="fabric")
 app.add_typer(job_verbs.app, name="job", hidden=True)
+app.command()(tune_verb.tune)
 
 RunArgument = Annotated[
     Path | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from longhaul.config.field_types import AUTO_MICRO_BATCH
@@ -19,6 +20,18 @@ _MOST_SAMPLES = 1024
 """Larger micro batches are not tried: no GPU gets faster by them."""
 _Recomputed = Literal["none", "selective", "full"]
 _LEAST_FIRST: tuple[_Recomputed, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A stage with a micro batch and a kind of recomputation, and the memory that it needs of a GPU.
+
+    fits: whether that is within USED_SHARE of the GPU's memory; None if the site file does not state it
+    """
+
+    stage: Stage
+    needed_gib: float
+    fits: bool | None
 
 
 def fit_memory(stage: Stage, sizes: ModelSize | None, site: Site, world_size: int) -> Stage:
@@ -41,19 +54,39 @@ def fit_memory(stage: Stage, sizes: ModelSize | None, site: Site, world_size: in
             f"{where}: auto needs the memory of a GPU, and site {site.name} does not state it",
             "set node.gpu_memory_gib of the partition, or write micro_batch_size and activation_checkpointing as values",
         )
-    needed_gib = 0.0
-    for choice in choices:
-        needed_gib = estimate_gpu_memory(choice, sizes, world_size).total / GIB
-        if needed_gib <= USED_SHARE * limit_gib:
-            return choice
-    smallest = choices[-1]
+    settings = (_setting(choice, sizes, site, world_size) for choice in choices)
+    for setting in settings:
+        if setting.fits:
+            return setting.stage
+    smallest = _setting(choices[-1], sizes, site, world_size)
     raise UserError(
-        f"{where}: micro_batch_size {smallest.micro_batch_size} with activation_checkpointing "
-        f"{smallest.activation_checkpointing} needs {needed_gib:.1f} GiB per GPU; {USED_SHARE:.0%} of the "
+        f"{where}: micro_batch_size {smallest.stage.micro_batch_size} with activation_checkpointing "
+        f"{smallest.stage.activation_checkpointing} needs {smallest.needed_gib:.1f} GiB per GPU; {USED_SHARE:.0%} of the "
         f"{limit_gib:g} GiB of site {site.name} are {USED_SHARE * limit_gib:.1f} GiB",
-        fitting_settings(smallest, sizes, site, lambda memory: memory.total <= USED_SHARE * limit_gib * GIB)
+        fitting_settings(smallest.stage, sizes, site, lambda memory: memory.total <= USED_SHARE * limit_gib * GIB)
         + ", or shorten sequence_length",
     )
+
+
+def settings_of(stage: Stage, sizes: ModelSize, site: Site, world_size: int) -> list[Setting]:
+    """Return the settings of a stage from which `auto` chooses: less recomputation first, then smaller micro batches.
+
+    Of the micro batches of one kind of recomputation that do not fit, only the smallest is returned.
+    """
+    both = stage.model_copy(update={"micro_batch_size": AUTO_MICRO_BATCH, "activation_checkpointing": "auto"})
+    found = list[Setting]()
+    for choice in reversed(list(_choices(both, data_parallel_size(stage, world_size)))):
+        setting = _setting(choice, sizes, site, world_size)
+        kinds_too_large = {other.stage.activation_checkpointing for other in found if other.fits is False}
+        if setting.fits is not False or choice.activation_checkpointing not in kinds_too_large:
+            found.append(setting)
+    return sorted(found, key=lambda setting: _LEAST_FIRST.index(setting.stage.activation_checkpointing))  # pyright: ignore
+
+
+def _setting(stage: Stage, sizes: ModelSize, site: Site, world_size: int) -> Setting:
+    needed_gib = estimate_gpu_memory(stage, sizes, world_size, bool(site.node.gpus)).total / GIB
+    limit_gib = site.node.gpu_memory_gib
+    return Setting(stage, needed_gib, None if limit_gib is None else needed_gib <= USED_SHARE * limit_gib)
 
 
 def _choices(stage: Stage, data_parallel: int) -> Iterator[Stage]:
