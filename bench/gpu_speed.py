@@ -79,7 +79,9 @@ def main() -> None:
         *describe_machine(packages),
         f"card: {card}, driver {driver.stdout.split()[0] if driver.stdout else None}, CUDA {torch.version.cuda}",
     ]
-    write_results(lines, results, "" if gpus == 1 else "_2")
+    for record in sorted({row.record for row in chosen}):
+        names = {row.name for row in chosen if row.record == record}
+        write_results(lines, {name: found for name, found in results.items() if name in names}, record)
 
 
 def write_results(lines: list[str], results: dict[str, dict[str, Any]], suffix: str) -> None:

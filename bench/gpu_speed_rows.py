@@ -8,6 +8,8 @@ from typing import Any
 LOSS_STEPS = {"losses": 200, "curves": 1_000}
 """Group of rows that compare losses -> steps."""
 ON_TWO = " on 2 GPUs"
+_RECORDS = {"8 B" + ON_TWO: "_2_8b", "mixture" + ON_TWO: "_2_mixture"}
+"""Groups with records of their own, so that a run of one group erases no other."""
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
         "llama": {
@@ -102,6 +104,11 @@ class Row:
         return 2 if self.group.endswith(ON_TWO) else 1
 
     @property
+    def record(self) -> str:
+        """Return the end of the names of its records in bench/results/."""
+        return _RECORDS.get(self.group, "_2" if self.gpus == 2 else "")
+
+    @property
     def dataset(self) -> str:
         """Return the name of the dataset in `write_data` of gpu_speed.py."""
         if self.stage["kind"] == "sft":
@@ -138,6 +145,7 @@ def _losses(group: str = "losses", **keys: Any) -> dict[str, Any]:
     return _stage(4, LOSS_STEPS[group], **keys)
 
 
+EXPERTS = {"parallel": {"expert": 2}}
 FULL = {"activation_checkpointing": "full"}
 ROWS = [
     Row("dense/matrix products and attention alone", "limit", _stage(8)),
@@ -173,6 +181,10 @@ ROWS = [
     Row("dense on 2 GPUs/longhaul, ZeRO 3, micro batch 8", "longhaul", _two(_stage(8), zero={"stage": 3})),
     Row("8 B on 2 GPUs/FSDP2, compiled layers, chunked loss, full recompute", "fsdp2_sharded", _two(_stage(4), **FULL)),
     Row("8 B on 2 GPUs/longhaul, ZeRO 3, full recompute", "longhaul", _two(_stage(4), zero={"stage": 3}, **FULL)),
+    Row("mixture on 2 GPUs/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _two(_stage(8))),
+    Row("mixture on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),
+    Row("mixture on 2 GPUs/longhaul, experts over 2, micro batch 8", "longhaul", _two(_stage(8), **EXPERTS)),
+    Row("mixture on 2 GPUs/longhaul, experts over 2, full recompute", "longhaul", _two(_stage(8), **EXPERTS, **FULL)),
     Row("losses on 2 GPUs/longhaul, ZeRO 1", "longhaul", _two(_losses())),
     Row("losses on 2 GPUs/longhaul, ZeRO 3", "longhaul", _two(_losses(), zero={"stage": 3})),
     Row("losses on 2 GPUs/longhaul, ZeRO 3, full recompute", "longhaul", _two(_losses(), zero={"stage": 3}, **FULL)),

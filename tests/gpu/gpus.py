@@ -19,7 +19,7 @@ _STAGE_TIMEOUT_S = 90
 def run_variants(folder: Path, variants: dict[str, dict[str, Any]], **changes: Any) -> PipelineRun:
     """Run all stages and return the finished chain; `changes` replace top-level keys of the tiny config."""
     chain = PipelineRun(folder, {**tiny_config(**changes), "stages": stages_of(variants)})
-    write_site(chain.folder, _site())
+    write_site(chain.folder, this_site())
     chain.run(timeout_s=_STAGE_TIMEOUT_S * len(variants))
     return chain
 
@@ -32,8 +32,11 @@ def run_again(chain: PipelineRun, variants: dict[str, dict[str, Any]]) -> None:
 
 
 def stages_of(variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a stage of the tiny config for each variant, over all GPUs."""
-    stages = {stage["kind"]: stage for stage in tiny_config()["stages"]}
+    """Return a stage of the tiny config for each variant, over all GPUs; steps take the place of epochs."""
+    stages = {
+        stage["kind"]: {key: value for key, value in stage.items() if key != "epochs"}
+        for stage in tiny_config()["stages"]
+    }
     return [
         {**stages[variant.get("kind", "pretrain")], "name": name, "gpus_per_node": GPUS, "steps": STEPS, **variant}
         for name, variant in variants.items()
@@ -76,7 +79,7 @@ def describe_gpus() -> str:
     return f"{GPUS} x {torch.cuda.get_device_name(0)}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
 
 
-def _site() -> dict[str, Any]:
+def this_site() -> dict[str, Any]:
     """Return a site file of this machine, with fabric limits that any GPU reaches."""
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     node = {"cpus": 16, "memory_mb": 64_000, "gpus": GPUS, "gpu_memory_gib": memory_gib, "gpu_peak_tflops": 989}

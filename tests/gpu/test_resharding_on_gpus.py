@@ -41,19 +41,16 @@ RESHARDINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "offloaded-to-tensor": ({"zero": {"stage": 2, "offload_optimizer": "cpu"}}, {"parallel": {"tensor": 2}}),
     "zero3-to-offloaded": ({"zero": {"stage": 3}}, {"zero": {"stage": 2, "offload_optimizer": "cpu"}}),
 }
+_HALF = {"steps": STEPS // 2, "export": "none"}
+FIRST = {"uninterrupted": SAME, **{name: {**SAME, **keys, **_HALF} for name, (keys, _) in RESHARDINGS.items()}}
+SECOND = {"uninterrupted": SAME, **{name: {**SAME, **keys} for name, (_, keys) in RESHARDINGS.items()}}
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """Return a run that was run twice: the second time its stages have other layouts and twice the steps."""
-    first = {
-        name: {**SAME, **before, "steps": STEPS // 2, "export": "none"} for name, (before, _) in RESHARDINGS.items()
-    }
-    second = {name: {**SAME, **after} for name, (_, after) in RESHARDINGS.items()}
-    chain = run_variants(
-        tmp_path_factory.mktemp("resharding"), {"uninterrupted": SAME, **first}, model=MODELS["deepseek_v3"]
-    )
-    run_again(chain, {"uninterrupted": SAME, **second})
+    chain = run_variants(tmp_path_factory.mktemp("resharding"), FIRST, model=MODELS["deepseek_v3"])
+    run_again(chain, SECOND)
     return chain
 
 

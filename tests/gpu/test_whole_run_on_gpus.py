@@ -39,12 +39,13 @@ CHAT = {
     "export_dtype": "bf16",
     "from": {"stage": "bf16-zero3", "checkpoint": "best"},
 }
+RUN = {**VARIANTS, "chat": CHAT}
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
     """Return one run with a stage for every variant, and a chat stage that starts from one of them."""
-    return run_variants(tmp_path_factory.mktemp("gpus"), {**VARIANTS, "chat": CHAT})
+    return run_variants(tmp_path_factory.mktemp("gpus"), RUN)
 
 
 @pytest.fixture(scope="module")
