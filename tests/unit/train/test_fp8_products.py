@@ -65,6 +65,22 @@ def test_zeros_and_extreme_magnitudes_give_finite_numbers(value: float):
     assert torch.allclose(outputs, x, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_reaches_loss_and_gradients(value: float):
+    """The detection of bad steps looks at these: FP8's rounding must not hide it behind a largest number."""
+    x, w = torch.ones(16, 16), torch.eye(16)
+    bad = x.clone()
+    bad[3, 4] = value
+    for inputs, weight in ((bad, w), (x, bad)):
+        outputs: Any = Fp8Product.apply(inputs.clone().requires_grad_(), weight.clone().requires_grad_())
+        assert not outputs.isfinite().all()
+    inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+    products: Any = Fp8Product.apply(inputs, weight)
+    products.backward(bad)
+    assert inputs.grad is not None and weight.grad is not None
+    assert not inputs.grad.isfinite().all() and not weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
