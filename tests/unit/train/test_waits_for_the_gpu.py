@@ -25,6 +25,7 @@ from longhaul.train.loss import loss_sum, scale_to_global_mean
 from longhaul.train.parallel.expert_balance_loss import SequenceBalanceLoss
 from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
+from longhaul.train.parallel.pipeline_parallel import PipelineLayers, keep_own_layers
 from tests.parity.parity_cases import MODELS
 from tests.support.tiny_sizes import tiny_stage
 
@@ -130,6 +131,18 @@ def test_documents_that_nobody_has_looked_for_are_read_from_the_device():
         expected = loss_sum(engine, unknown)  # pyright: ignore[reportArgumentType]
     assert found.names == ["_local_scalar_dense"]
     assert torch.equal(loss_sum(engine, batch), expected)  # pyright: ignore[reportArgumentType]
+
+
+def test_layers_of_a_pipeline_need_not_read_positions_of_windows():
+    ((kind, keys),) = MODELS["llama"].items()
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys, use_cache=False)).train()
+    keep_own_layers(model, ParallelDims(0, 1, Parallel()))
+    inputs, outputs = (torch.randn(2, 16, 64), torch.arange(16).repeat(2, 1)), []
+    for known, expected in ((False, []), (None, ["_local_scalar_dense"])):
+        with WaitingOperators() as found:
+            outputs.append(PipelineLayers(model, True, known)(inputs))
+        assert found.names == expected
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -132,7 +132,10 @@ class PipelineBackend:
         self._scale, self._head = 1.0, model.lm_head
         self.load = ExpertLoad(model, self.dims, job.stage, self._device)
         self.balance = SequenceBalanceLoss(model, self.dims, job, self._device)
-        self.engine = build_engine(job, build_pipeline_module(model, self.dims, self._loss), context)
+        # A window of text has no document borders (longhaul.data.sampling.sample_format).
+        has_several_documents = False if job.stage.kind == "pretrain" else None
+        module = build_pipeline_module(model, self.dims, self._loss, has_several_documents)
+        self.engine = build_engine(job, module, context)
         self.bad_steps = BadStepFilter(self.engine)
 
     def _loss(self, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:

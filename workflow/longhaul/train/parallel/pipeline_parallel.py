@@ -17,6 +17,7 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from longhaul.compat.transformers import known_documents
 from longhaul.config.model_size import layers_per_pipeline_rank
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
@@ -33,11 +34,15 @@ def keep_own_layers(model: Any, dims: ParallelDims) -> None:
 
 
 def build_pipeline_module(
-    model: Any, dims: ParallelDims, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    model: Any,
+    dims: ParallelDims,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    has_several_documents: bool | None = None,
 ) -> PipelineModule:
     """Return the PipelineModule of a model that `keep_own_layers` has reduced.
 
     loss: (hidden states [B, S, H], labels [B, S]) -> scalar
+    has_several_documents: whether any row holds several documents; None: each rank asks the position ids of each micro batch
     """
     parallel = dims.parallel
     if model.config.tie_word_embeddings:
@@ -45,7 +50,10 @@ def build_pipeline_module(
         head = TiedLayerSpec("embed", PipelineEmbedding, model, forward_fn=_pass_through, tied_weight_attr="weight")
     else:
         embed, head = LayerSpec(PipelineEmbedding, model), LayerSpec(PipelineHead, model)
-    blocks = [LayerSpec(PipelineLayers, model, rank == parallel.pipeline - 1) for rank in range(parallel.pipeline)]
+    blocks = [
+        LayerSpec(PipelineLayers, model, rank == parallel.pipeline - 1, has_several_documents)
+        for rank in range(parallel.pipeline)
+    ]
     return PipelineModule(
         layers=[embed, *blocks, head],
         topology=PipeModelDataParallelTopology(parallel.pipeline, parallel.tensor, dims.data),
@@ -72,10 +80,14 @@ class PipelineEmbedding(torch.nn.Module):
 
 
 class PipelineLayers(torch.nn.Module):
-    """The decoder layers of one pipeline rank; on the last one also the final norm, after which positions are dropped."""
+    """The decoder layers of one pipeline rank; on the last one also the final norm, after which positions are dropped.
 
-    def __init__(self, model: Any, is_last: bool) -> None:
+    has_several_documents: as in `build_pipeline_module`
+    """
+
+    def __init__(self, model: Any, is_last: bool, has_several_documents: bool | None) -> None:
         super().__init__()
+        self._has_several_documents = has_several_documents
         self.layers, self.norm = model.model.layers, model.model.norm if is_last else None
         # A list hides the rotary embedding from the module tree: it has no state of its own to save.
         self._rotary_and_config = [model.model.rotary_emb, model.config]
@@ -85,9 +97,10 @@ class PipelineLayers(torch.nn.Module):
 
         hidden, positions = inputs
         rotary, config = self._rotary_and_config
-        mask = create_causal_mask(
-            config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
+        with known_documents(self._has_several_documents):
+            mask = create_causal_mask(
+                config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+            )
         angles = rotary(hidden, position_ids=positions)
         for layer in self.layers.values():
             hidden = layer(
