@@ -98,14 +98,9 @@ def _sum_known(values: Iterable[float | None]) -> float | None:
 
 
 def _summary_row(stage: StageResults, results: RunResults) -> dict[str, object]:
-    """Return whether a stage trained, what it cost, and where its model is.
-
-    A pretraining should end below the entropy of the token frequencies, another stage below its first validation loss.
-    """
+    """Return whether a stage trained, what it cost, and where its model is."""
     summary = stage.summary
     status = _status_of(stage, results)
-    loss = summary.last_loss if summary.last_validation is None else summary.last_validation
-    level = stage.unigram_entropy_nats if stage.kind == "pretrain" else summary.first_validation
     return {
         "name": stage.name,
         "state": status.job.state,
@@ -114,8 +109,8 @@ def _summary_row(stage: StageResults, results: RunResults) -> dict[str, object]:
         "last_loss": summary.last_loss,
         "first_validation": summary.first_validation,
         "last_validation": summary.last_validation,
-        "level": level,
-        "learned": None if loss is None or level is None else loss < level,
+        "level": status.learning.level if status.learning else None,
+        "learned": status.learning.learned if status.learning else None,
         "goodput": stage.goodput.goodput if stage.goodput else None,
         "model": status.exported_to,
     }

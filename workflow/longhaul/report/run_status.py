@@ -5,11 +5,9 @@ Only small files and the ends of large ones are read, so that the answer comes w
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +20,14 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
+from longhaul.report.learning_verdict import LearningVerdict, learning_verdict, read_unigram_entropies
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import (
     MetricsRows,
+    bytes_below,
+    line_count,
     planned_steps,
     read_rows,
     recent_median,
@@ -109,6 +110,7 @@ class StageStatus:
     gpu_hours_planned: tuple[float, float] | None
     exported_to: str | None  # the verified Hugging Face folder
     estimated_steps: int | None = None  # of a length in epochs, by the plan
+    learning: LearningVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,11 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
     nobody_knows = queue is None if plan["scheduler"] == "slurm" else unchecked_host
     now_s = None if nobody_knows else time.time()
     rows = plan["stages"]
-    stages = [_stage_status(paths, row, statuses[job], now_s) for row, job in zip(rows, trained, strict=True)]
+    entropies = read_unigram_entropies(paths, rows)
+    stages = [
+        _stage_status(paths, row, statuses[job], entropies.get(row["dataset"]), now_s)
+        for row, job in zip(rows, trained, strict=True)
+    ]
     return RunStatus(
         run=paths.run,
         site=plan["site"],
@@ -301,9 +307,12 @@ def _pending_detail(job: QueuedJob) -> str:
     return f"waits: {job.reason}{start}"
 
 
-def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float | None) -> StageStatus:
+def _stage_status(
+    paths: RunPaths, row: StageRow, job: JobStatus, entropy_nats: float | None, now_s: float | None
+) -> StageStatus:
     """Return the status of a stage.
 
+    entropy_nats: of the token frequencies of its data
     now_s: the time now; None if it is not known whether a job whose record says `running` still runs
     """
     folder = paths.stage(row["name"])
@@ -326,7 +335,13 @@ def _stage_status(paths: RunPaths, row: StageRow, job: JobStatus, now_s: float |
         gpu_hours_planned=row.get("gpu_hours_range"),
         exported_to=_exported_to(paths, row["name"]),
         estimated_steps=row.get("estimated_steps"),
+        learning=_learning(row, progress, entropy_nats) if progress else None,
     )
+
+
+def _learning(row: StageRow, progress: Progress, entropy_nats: float | None) -> LearningVerdict | None:
+    loss = progress.loss if progress.validation_loss is None else progress.validation_loss
+    return learning_verdict(row["kind"], loss, progress.first_validation_loss, entropy_nats)
 
 
 def _work(row: StageRow, stage: StageStatus) -> StageWork:
@@ -359,30 +374,16 @@ def _progress(
         seconds_left=None if job.state == DONE or steps is None or step_s is None else step_s * max(0, steps - step),
         last_saved_step=saved[-1]["step"] if saved else None,
         last_saved_s=saved[-1]["time_s"] if saved else None,
-        attempts=_line_count(weights.attempts),
-        checkpoint_bytes=_bytes_below(weights.checkpoints),
+        attempts=line_count(weights.attempts),
+        checkpoint_bytes=bytes_below(weights.checkpoints),
         step_s=step_s,
     )
-
-
-def _bytes_below(folder: Path) -> int:
-    """Return the size of all files below a folder. A training may remove old checkpoints meanwhile."""
-    size = 0
-    for name, _, files in os.walk(folder):
-        for file in files:
-            with suppress(FileNotFoundError):
-                size += Path(name, file).stat().st_size
-    return size
 
 
 def _validation_loss(rows: list[MetricsRow], only_step: int | None = None) -> float | None:
     """Return the last validation loss of the rows, or that of one step."""
     found = [row["validation_loss"] for row in rows if "validation_loss" in row and only_step in (None, row["step"])]
     return found[-1] if found else None
-
-
-def _line_count(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _exported_to(paths: RunPaths, stage: str) -> str | None:

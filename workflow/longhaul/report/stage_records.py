@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired
 
@@ -155,3 +157,18 @@ def recent_median(rows: list[MetricsRow], name: str) -> float | None:
     """Return the median of a value over the last steps."""
     values = [value for row in rows[-RECENT_STEPS:] if (value := row.get(name)) is not None]
     return statistics.median(values) if values else None
+
+
+def bytes_below(folder: Path) -> int:
+    """Return the size of all files below a folder. A training may remove old checkpoints meanwhile."""
+    size = 0
+    for name, _, files in os.walk(folder):
+        for file in files:
+            with suppress(FileNotFoundError):
+                size += Path(name, file).stat().st_size
+    return size
+
+
+def line_count(path: Path) -> int:
+    """Return the number of lines of a file; 0 if there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0

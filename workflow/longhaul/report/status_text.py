@@ -238,9 +238,18 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
             lines.append(
                 f"  {stage.name}: {progress.step:,} of {text.exact(stage.steps)} steps, "
                 f"loss {_change(progress.first_loss, progress.loss)}, "
-                f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}"
+                f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}{_learned(stage)}"
             )
     return [*lines, *(f"  {line}" for line in [*_costs(status), *_results(status)])]
+
+
+def _learned(stage: StageStatus) -> str:
+    """Return whether the loss fell enough, for people who do not know which loss is good; "" while nothing tells it."""
+    verdict = stage.learning
+    if verdict is None:
+        return ""
+    level = text.nats(verdict.level)
+    return f" (it learned: below {level})" if verdict.learned else f" (it has not learned: not below {level})"
 
 
 def _costs(status: RunStatus) -> list[str]:
