@@ -157,7 +157,7 @@ def _write_export(paths: RunPaths) -> None:
         files={"config.json": file_sha256(folder / "config.json")},
         verification=verification,
         samples=[sample],  # type: ignore[list-item]
-        provenance={"run": "small", "checkpoint_sha256": _SHA256, "versions": {"torch": "2"}},
+        provenance={"run": "small", "checkpoint_sha256": _SHA256, "versions": {"torch": "2"}},  # type: ignore[typeddict-unknown-key]
     ).write(paths.export_manifest(STAGE))
 
 

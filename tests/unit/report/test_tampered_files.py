@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_no_tampered_artifact_ends_in_a_traceback(run: RunPaths):
                 raise AssertionError(f"{path.name}: {change}") from error
         path.write_bytes(text)
     assert tried > 300 and refused > tried / 2
+
+
+@pytest.mark.parametrize("value", [[], {}, 7, "x"], ids=str)
+def test_export_whose_checkpoint_has_no_hash_is_named(run: RunPaths, value: object):
+    """Readers look the hash up in sets, which hold no lists."""
+    path = run.export_manifest(STAGE)
+    content = json.loads(path.read_text())
+    content["provenance"]["checkpoint_sha256"] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"base\.json .*`provenance\.checkpoint_sha256`"):
+        read_run(run.folder)
 
 
 LINES = (

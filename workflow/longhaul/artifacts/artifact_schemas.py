@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from longhaul.artifacts.atomic_files import DELETE_HINT, read_json, write_json
 from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.export_provenance import Provenance
 from longhaul.artifacts.typed_json import Sha256, parse_json
 from longhaul.errors import BadNodesError, UserError
 
@@ -360,7 +361,7 @@ class Export(Artifact):
     files: dict[str, Sha256]
     verification: dict[str, dict[str, object]]
     samples: list[GeneratedSample]
-    provenance: dict[str, object]
+    provenance: Provenance
 
 
 class Score(TypedDict):
