@@ -54,8 +54,8 @@ def slice_tokens(model: Any, batch: MicroBatch, dims: ParallelDims) -> MicroBatc
     model.whole_mask = document_mask(batch.position_ids, batch.has_several_documents)
     length = batch.input_ids.shape[1] // dims.parallel.sequence
     own = slice(dims.sequence_rank * length, (dims.sequence_rank + 1) * length)
-    own_tokens = (tensor[:, own] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
-    return MicroBatch(*own_tokens, has_several_documents=batch.has_several_documents)
+    ids, labels, positions = (tensor[:, own] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
+    return MicroBatch(ids, labels, positions, has_several_documents=batch.has_several_documents)
 
 
 def document_mask(position_ids_BS: torch.Tensor, has_several_documents: bool | None = None) -> torch.Tensor | None:
