@@ -581,7 +581,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     ("heads that do not divide", {"model.llama.num_key_value_heads": 3}, {}, ("4 is not a multiple of", "3")),
     ("unknown site", {"site": "moon"}, {}, ("there is no site 'moon'", "slurm-generic, slurm-gres")),
-    ("missing site file", {"site": "./moon.yaml"}, {}, ("moon.yaml does not exist",)),
+    ("missing site file", {"site": "./moon.yaml"}, {}, ("site: ", "moon.yaml does not exist", "correct './moon.yaml'")),
     ("misspelt site key", {}, {"interconect": {}}, ("interconect is not a known key", "did you mean interconnect?")),
     ("site without partitions", {}, {"partitions": ...}, ("partitions is missing",)),
     ("site with an empty list of partitions", {}, {"partitions": []}, ("partitions is []", "at least 1 item")),

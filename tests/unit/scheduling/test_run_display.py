@@ -130,9 +130,10 @@ def test_jobs_to_run_are_counted_by_rule(tmp_path: Path) -> None:
         "WorkflowError:\nAt least one job did not complete successfully.",
         "--keep-incomplete mode is set, so incomplete output files and shadow directories of failed jobs are not removed.",
         "RuleException:\nCalledProcessError in file \"train.smk\", line 26:\nCommand 'bash' returned non-zero exit status 1.",
+        "Warning: the following output files of rule render were not present when the DAG was created:\n{'results/r/plan.json'}",
     ],
 )
-def test_what_snakemake_says_about_a_failed_job_is_said_once(tmp_path: Path, message: str) -> None:
+def test_warnings_of_snakemake_that_say_nothing_new_are_left_out(tmp_path: Path, message: str) -> None:
     events = JobEvents(RunPaths("r", tmp_path))
     for event, level in ((None, logging.WARNING), (LogEvent.ERROR, logging.ERROR)):
         assert events.line(record(event, level, message)) is None

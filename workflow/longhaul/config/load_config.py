@@ -81,9 +81,18 @@ def find_site(written: str, folder: Path) -> Path:
     """Return the file of the site with this name in config/sites, or this path relative to `folder`.
 
     A value with a slash or with the extension .yaml or .yml is a path.
+
+    Raises:
+        UserError: there is no such site or file.
     """
     if "/" in written or written.endswith((".yaml", ".yml")):
-        return absolute_path("site", written, folder)
+        path = absolute_path("site", written, folder)
+        if not path.exists():
+            raise UserError(
+                f"site: {path} does not exist; a relative path starts at the folder of the config",
+                f"correct {shortened(written)}, or put the site file there",
+            )
+        return path
     names = sorted(file.stem for file in SITES.glob("*.yaml"))
     if written not in names:
         raise UserError(

@@ -73,8 +73,9 @@ _SAID_OTHERWISE = (
     "At least one job did not complete successfully",
     "--keep-incomplete mode is set",
     "RuleException:\nCalledProcessError in file",  # the shell command of a job that failed
+    "output files of rule render were not present when",  # the start of a run writes the plan, for `longhaul status`
 )
-"""Texts in warnings and errors that only repeat that a job failed; its own line and the end of the run say why."""
+"""Texts in warnings and errors that say nothing new: a failed job's own line and the end of the run say why it failed."""
 
 
 class RunDisplay:
