@@ -6,11 +6,25 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 TRAINING = Path(__file__).parents[1] / "support" / "train_zero_checkpoints.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_rank_of_another_module(monkeypatch_module: pytest.MonkeyPatch) -> None:
+    """Take away what DeepSpeed sets in a process that trains: accelerate would wait for other ranks."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch_module.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture
