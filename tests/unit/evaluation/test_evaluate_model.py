@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,13 @@ from longhaul.artifacts.paths import RunPaths
 from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import Serving
 from longhaul.errors import UserError
+from longhaul.evaluation import evaluate_model
 from longhaul.evaluation.evaluate_model import read_scores, run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.planning.evaluation_tasks import SHIPPED_TASKS
+from longhaul.runtime.process_rank import Rank
+from longhaul.serving import local_server
+from longhaul.serving.node_link import NodeLink
 from tests.support import bigram_engine
 from tests.support.small_configs import LLAMA
 from tests.support.stage_folder import write_tokenizer
@@ -181,6 +187,26 @@ def test_an_engine_that_serves_the_model_gives_the_scores(
     result = EvaluationResult.read(Path(job.out))
     assert result.scores[0]["value"] == pytest.approx(right / len(QUESTIONS)) and right not in (0, len(QUESTIONS))
     assert result.settings["engine"] == "vllm 0.0"
+
+
+def test_another_node_runs_its_part_of_the_engine_and_scores_nothing(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+):
+    parts: list[str] = []
+    monkeypatch.setattr(evaluate_model, "this_rank", lambda: Rank(1, 2, 0, 2, "n2"))
+    monkeypatch.setattr(
+        local_server,
+        "run_until_first_node_ends",
+        lambda server, link: parts.append(" ".join(server.command(link.rank, link.leader))),
+    )
+    with socket.socket() as connection:
+        link = NodeLink(1, "10.0.0.1", "127.0.0.1", 20017, connection)
+        monkeypatch.setattr(evaluate_model, "node_link", lambda rank: nullcontext(link))
+        run(spec(tmp_path, exported, serving=Serving(engine="vllm", python=("/vllm/python",)), nodes=2, pipeline=2))
+    (part,) = parts
+    assert "--pipeline-parallel-size 2" in part and "--dtype float32" in part
+    assert "--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 20017 --headless" in part
+    assert not (tmp_path / "quiz.json").exists()
 
 
 def test_no_log_has_the_key_of_a_server_that_answers_wrongly(
