@@ -105,7 +105,7 @@ cluster: setup test-packages  ## start a real two-node Slurm cluster on this mac
 cluster-down:  ## stop it
 	$(CLUSTER) down
 
-parity: setup  ## every model under every layout against plain PyTorch, about 40 minutes
+parity: setup  ## every model under every layout, and features together, against plain PyTorch, about 60 minutes
 	$(BIN)/python -m tests.parity.parity_table
 
 bench-trainer: setup  ## trainer throughput compared with bare deepspeed and bare PyTorch

@@ -12,22 +12,22 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from longhaul.errors import UserError
 from tests.parity import reference_loop
-from tests.parity.parity_cases import BF16, FP32, LAYOUTS, TABLES, Case, all_cases
+from tests.parity.parity_cases import BF16, FP32, LAYOUTS, TABLES, TASKS, Case, all_cases
 from tests.parity.prepare_case import STEPS, prepare_case, run_config
 from tests.parity.shared_data import write_shared_data
 from tests.support.ranks import launch_worker
 
 HERE = Path(__file__).resolve().parent
-_CASES_PER_LAUNCH = 12
-"""gloo keeps three threads for every process group of earlier cases; hundreds of threads slow down the later cases."""
+_ports = count(20_000 + os.getpid() * 211 % 10_000)
+"""Ports below the range that the kernel uses for outgoing connections."""
 
 
 @dataclass(frozen=True)
@@ -38,84 +38,83 @@ class CaseResult:
     layout: str
     loss: float = float("nan")
     norm: float = float("nan")
+    validation: float = float("nan")
     logits: float = float("nan")
     verification: str = ""
     problem: str = ""
 
     def line(self) -> str:
         """Return the case's line of the table."""
-        numbers = f"loss {self.loss:8.1e}  grad norm {self.norm:8.1e}  logits {self.logits:8.1e}"
-        return f"{self.model:12} {self.layout:48} {numbers}  {self.verification:24} {self.problem or 'agrees'}"
+        differences = {
+            "loss": self.loss,
+            "grad norm": self.norm,
+            "validation": self.validation,
+            "logits": self.logits,
+        }
+        numbers = "  ".join(f"{name} {value:8.1e}" for name, value in differences.items())
+        return f"{self.model:18} {self.layout:52} {numbers}  {self.verification:24} {self.problem or 'agrees'}"
 
 
 def run_cases(cases: list[Case], folder: Path) -> list[CaseResult]:
-    """Train and compare cases; those of one world size share their processes."""
+    """Train and compare cases."""
     shared = write_shared_data(folder / "shared")
-    failures: dict[tuple[str, ...], str] = {}
     with ThreadPoolExecutor(1) as executor:  # in parallel to the ranks, which mostly wait for one another
-        models = dict.fromkeys(model for model, _ in cases)
-        references = {model: executor.submit(train_reference, model, shared, folder) for model in models}
-        for ranks in sorted({LAYOUTS[layout].ranks for _, layout in cases}):
-            same_ranks = [case for case in cases if LAYOUTS[case[1]].ranks == ranks]
-            for first in range(0, len(same_ranks), _CASES_PER_LAUNCH):
-                failures |= train_cases(ranks, same_ranks[first : first + _CASES_PER_LAUNCH], shared, folder)
-        traces = {model: reference.result() for model, reference in references.items()}
-    return [compare_case(case, traces[case[0]], shared, folder, failures.get(case, "")) for case in cases]
+        kinds = dict.fromkeys(map(reference_of, cases))
+        references = {kind: executor.submit(train_reference, kind, shared, folder) for kind in kinds}
+        failures = {case: train_case(case, shared, folder) for case in cases}
+        traces = {kind: reference.result() for kind, reference in references.items()}
+    return [compare_case(case, traces[reference_of(case)], shared, folder, failures[case]) for case in cases]
 
 
-def train_cases(ranks: int, cases: Sequence[tuple[str, ...]], shared: Path, folder: Path) -> dict[tuple[str, ...], str]:
-    """Train cases in one set of processes; return case -> output of a failure. After a failure, new processes train the rest.
+def train_case(case: tuple[str, ...], shared: Path, folder: Path) -> str:
+    """Train a case in processes of its own, as users do: DeepSpeed replaces functions of torch for the rest of a process.
 
-    cases: parts of the case names of parity_worker.py
+    Returns the end of the ranks' output if they failed, else "".
+
+    case: parts of the case name of parity_worker.py
     """
-    failures: dict[tuple[str, ...], str] = {}
-    while cases:
-        names = ["/".join(case) for case in cases]
-        environment = {"PARITY_PORT": str(_first_port())}
-        done = launch_worker(
-            HERE / "parity_worker.py", ranks, str(shared), str(folder), *names, environment=environment, timeout_s=1500
-        )
-        if done.returncode == 0:
-            break
-        output = done.stdout + done.stderr
-        failed = next((line for line in output.splitlines() if line.startswith("FAILED ")), "")
-        index = names.index(failed.removeprefix("FAILED ")) if failed else 0
-        of_first_rank = output[output.find("FAILED ") :].split("\n\n")[0]
-        failures[cases[index]] = of_first_rank[-6000:] if failed else output[-6000:]
-        cases = cases[index + 1 :]
-    return failures
+    ranks, worker = LAYOUTS[case[1]].ranks, HERE / "parity_worker.py"
+    environment = {"PORT_OF_RESUME": str(next(_ports))}
+    done = launch_worker(
+        worker, ranks, str(shared), str(folder), "/".join(case), environment=environment, timeout_s=900
+    )
+    return (done.stdout + done.stderr)[-6000:] if done.returncode else ""
 
 
-def _first_port() -> int:
-    """Return the first of many consecutive ports below the range that the kernel uses for outgoing connections."""
-    return 20_000 + os.getpid() * 211 % 10_000
+def reference_of(case: Case) -> tuple[str, str]:
+    """Return (model, task): what the reference loop trains for a case."""
+    return case[0], LAYOUTS[case[1]].task
 
 
-def train_reference(model: str, shared: Path, folder: Path) -> reference_loop.Trace:
-    """Train the model with the reference loop; ValueError if rounding alone changes the result."""
+def train_reference(kind: tuple[str, str], shared: Path, folder: Path) -> reference_loop.Trace:
+    """Train (model, task) with the reference loop; ValueError if rounding alone changes the result."""
     import torch
 
     from longhaul.artifacts.artifact_schemas import DataManifest
     from longhaul.data.sampling.samples import Samples
 
     torch.set_num_threads(1)
-    job, _ = prepare_case(folder / model / "reference", shared, run_config(model, "one rank"))
+    model, task = kind
+    own = folder / model / f"reference {task}"
+    job, _ = prepare_case(own, shared, run_config(model, "one rank", **TASKS[task]))
     manifest, stage = DataManifest.read(Path(job.data)), job.stage
-    cache = folder / model / "reference" / "samples"
-    samples = Samples.open(manifest, "train", stage.kind, stage.sequence_length, job.seed, cache)
-    trace, perturbed = (reference_loop.train(job, samples, perturb) for perturb in (False, True))
-    _check_sensitivity(model, trace, perturbed)
+    samples, held_out = (
+        Samples.open(manifest, split, stage.kind, stage.sequence_length, job.seed, own / "samples")
+        for split in ("train", "validation")
+    )
+    trace, perturbed = (reference_loop.train(job, samples, held_out, perturb) for perturb in (False, True))
+    _check_sensitivity(f"{model}, {task}", trace, perturbed)
     return trace
 
 
-def _check_sensitivity(model: str, trace: reference_loop.Trace, perturbed: reference_loop.Trace) -> None:
+def _check_sensitivity(name: str, trace: reference_loop.Trace, perturbed: reference_loop.Trace) -> None:
     """Refuse a seed with which rounding alone changes the losses: it may send a token to another of two equal experts."""
     difference = max(
         largest_difference(perturbed.losses, trace.losses), largest_difference(perturbed.norms, trace.norms)
     )
     if difference > FP32.norm / 10:
         raise ValueError(
-            f"{model}: a change of all weights by one unit in the last place changes losses or gradient norms by "
+            f"{name}: a change of all weights by one unit in the last place changes losses or gradient norms by "
             f"{difference:.1e}, more than a tenth of the bound {FP32.norm:g}; choose another SEED"
         )
 
@@ -130,22 +129,36 @@ def compare_case(case: Case, trace: reference_loop.Trace, shared: Path, folder: 
         return CaseResult(*case, problem=f"has metrics of steps {[row['step'] for row in rows]}")
     loss = largest_difference([row["loss"] for row in rows], trace.losses)
     norm = largest_difference([row["grad_norm"] for row in rows], trace.norms)
+    validation = largest_difference(validation_losses(own)[-1:], [trace.validation_loss])
     try:
         logits, verification = _export(case, trace, shared, own)
     except UserError as error:
-        return CaseResult(*case, loss, norm, problem=f"is not exported: {error}")
+        return CaseResult(*case, loss, norm, validation, problem=f"is not exported: {error}")
     bounds = LAYOUTS[case[1]].bounds
-    measured = {"loss": (loss, bounds.loss), "grad norm": (norm, bounds.norm), "logits": (logits, bounds.logits)}
+    measured = {
+        "loss": (loss, bounds.loss),
+        "grad norm": (norm, bounds.norm),
+        "validation": (validation, bounds.loss),
+        "logits": (logits, bounds.logits),
+    }
     differing = [name for name, (value, bound) in measured.items() if not value <= bound]
     problem = f"differs in {', '.join(differing)}" if differing else ""
-    return CaseResult(*case, loss, norm, logits, verification, problem)
+    return CaseResult(*case, loss, norm, validation, logits, verification, problem)
 
 
 def step_metrics(case_folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of every optimizer step of a trained case."""
+    return [row for row in _metrics(case_folder) if "loss" in row]
+
+
+def validation_losses(case_folder: Path) -> list[float]:
+    """Return the validation losses of a trained case."""
+    return [row["validation_loss"] for row in _metrics(case_folder) if "validation_loss" in row]
+
+
+def _metrics(case_folder: Path) -> list[dict[str, Any]]:
     files = case_folder.glob("stages/main/weights/*/metrics.jsonl")
-    rows = [json.loads(line) for path in files for line in path.open()]
-    return [row for row in rows if "loss" in row]
+    return [json.loads(line) for path in files for line in path.open()]
 
 
 def largest_difference(values: list[float], expected: list[float]) -> float:

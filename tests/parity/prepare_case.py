@@ -18,7 +18,7 @@ from longhaul.jobs.kinds.export_job import ExportSpec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
 from longhaul.planning import build_plan
-from tests.parity.parity_cases import BALANCE, GLOBAL_BATCH, LAYOUTS, MODELS
+from tests.parity.parity_cases import BALANCE, GLOBAL_BATCH, LAYOUTS, MODELS, OPTIMIZER, TASKS
 
 STEPS = 10
 SEED = 2  # one of the few seeds with which rounding alone changes no model: see parity_table._check_sensitivity
@@ -43,22 +43,20 @@ def run_config(model: str, layout: str, **stage: Any) -> dict[str, Any]:
         "stages": [
             {
                 "name": "main",
-                "kind": "sft",
-                "dataset": "chats",
                 "steps": STEPS,
                 "global_batch_size": GLOBAL_BATCH,
                 "sequence_length": 64,
                 "precision": "fp32",
-                # eps is larger than usual. With 1e-8, Adam turns the rounding of a gradient near zero into a step of full size
-                # (experts with few tokens have such gradients), and the bounds would test that instead of the layout.
-                "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "gradient_clipping": 0.5, "eps": 1e-6},
+                "optimizer": OPTIMIZER,
                 "schedule": {"kind": "constant", "warmup_steps": 3},
-                **BALANCE.get(model, {}),
+                **BALANCE.get(next(iter(MODELS[model])), {}),
                 "gpus_per_node": chosen.ranks,
-                "validation": {"every_steps": STEPS, "max_samples": 8},
+                # Not a multiple of the ranks' micro batches.
+                "validation": {"every_steps": STEPS, "max_samples": 7},
                 "checkpoints": {"every_steps": STEPS // 2, "keep_last": 2},
                 "export": "last",
                 "export_dtype": "fp32",
+                **TASKS[chosen.task],
                 **chosen.stage,
                 **stage,
             }
@@ -67,7 +65,10 @@ def run_config(model: str, layout: str, **stage: Any) -> dict[str, Any]:
 
 
 def _datasets(shared: Path) -> dict[str, Any]:
-    return {"chats": {"kind": "chat", "files": [str(shared / "chats.jsonl")], "validation_fraction": 0.1}}
+    return {
+        name: {"kind": kind, "files": [str(shared / f"{name}.jsonl")], "validation_fraction": 0.1}
+        for name, kind in (("chats", "chat"), ("texts", "text"))
+    }
 
 
 def prepare_case(folder: Path, shared: Path, run: dict[str, Any], start: str = "") -> tuple[TrainSpec, ExportSpec]:
@@ -92,7 +93,7 @@ def prepare_case(folder: Path, shared: Path, run: dict[str, Any], start: str = "
     render_job(plan, JobId("train", (name,)), folder).write(stage_folder)
     paths = {
         "tokenizer": str(shared / "tokenizer.json"),
-        "data": str(shared / "data.json"),
+        "data": str(shared / plan.stages[0].stage.dataset / "data.json"),
         "deepspeed": str(stage_folder / "ds_config.json"),
         "folder": str(stage_folder),
         "weights_root": str(stage_folder / "weights"),

@@ -5,26 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from longhaul.data.sampling.sample_format import is_text
 from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.train.batches import collate
+from longhaul.train.batches import MicroBatch, collate
 from longhaul.train.initial_weights import seeded_values
 from longhaul.train.lr_schedule import learning_rate
+from longhaul.train.random_numbers import seed_random_numbers
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Loss and gradient norm (before clipping) of every step, and the model after the last step."""
+    """Loss and gradient norm (before clipping) of every step; the model and the validation loss after the last step."""
 
     losses: list[float]
     norms: list[float]
+    validation_loss: float
     model: Any
 
 
-def train(job: TrainSpec, samples: Samples, perturb: bool = False) -> Trace:
+def train(job: TrainSpec, samples: Samples, held_out: Samples, perturb: bool = False) -> Trace:
     """Train as the spec states; the parallel layout, ZeRO and precision of the spec are not used.
 
     perturb: change every initial weight by one unit in the last place, up or down, to measure the effect of rounding alone
@@ -47,19 +50,29 @@ def train(job: TrainSpec, samples: Samples, perturb: bool = False) -> Trace:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(job.stage.schedule, settings.lr, step, job.steps)
         batch = collate(samples, samples.ids(step, job.stage.global_batch_size))
-        logits_BSV = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
+        seed_random_numbers(job.seed, step, rank=0)
+        loss = _mean_loss(model, batch)
         optimizer.zero_grad()
         coefficient = job.stage.sequence_aux_loss_coef
         text_BS = is_text(batch.position_ids, job.stage.sequence_length)
         balance = sum(_balance_loss(*routing, text_BS) for routing in routed.values())
         (loss + coefficient * balance).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping or float("inf"))
         optimizer.step()
         _update_router_biases(model, routed, job.stage.router_bias_update_rate, text_BS.flatten())
         losses.append(loss.item())
         norms.append(norm.item())
-    return Trace(losses, norms, model.eval())
+    model.eval()
+    validated = np.arange(min(len(held_out), job.stage.validation.max_samples))
+    with torch.no_grad():
+        validation_loss = _mean_loss(model, collate(held_out, validated)).item()
+    return Trace(losses, norms, validation_loss, model)
+
+
+def _mean_loss(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """Return the mean over the loss tokens."""
+    logits_BSV = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch.labels.flatten())
 
 
 def _build_model(job: TrainSpec) -> Any:
