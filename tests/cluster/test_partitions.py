@@ -192,6 +192,21 @@ def test_site_check_shows_slurms_answer_to_each_request(chain: PipelineRunOnClus
         assert code == 1 and "Invalid account" in printed and "correct account" in printed, printed
 
 
+def test_site_check_compares_nodes_times_minutes(chain: PipelineRunOnCluster):
+    """Of a QOS for one job, and of an account for all its users together."""
+    limits = {"qos gpu_debug": "MaxTRESMins=node", "account proj_cpu": "GrpTRESMins=cpu"}
+    try:
+        for (source, key), limit in zip(limits.items(), ("5", "100"), strict=True):
+            chain.cluster.run("sacctmgr", "-iQ", "modify", *source.split(), "set", f"{key}={limit}")
+        code, printed = longhaul(chain, "site", "check", "run.yaml")
+    finally:
+        for source, key in limits.items():
+            chain.cluster.run("sacctmgr", "-iQ", "modify", *source.split(), "set", f"{key}=-1")
+    assert code == 1, printed
+    assert "at most 5 node minutes together; jobs beyond the limit of QOS gpu_debug do not start" in printed
+    assert "at most 100 cpu minutes together; jobs beyond the limit of account proj_cpu do not start" in printed
+
+
 @pytest.fixture(scope="module")
 def found(chain: PipelineRunOnCluster) -> Site:
     """The site file that `site detect --probe` writes. nvidia-smi is a stand-in that finds two H200 on n1."""
