@@ -21,6 +21,7 @@ from longhaul.artifacts.atomic_files import (
     write_json,
     write_text,
 )
+from longhaul.artifacts.export_provenance import Provenance
 from longhaul.artifacts.paths import latest_export
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_master_weights
@@ -86,7 +87,7 @@ def run(job: ExportSpec) -> None:
         files=_file_hashes(export),
         verification=verification,
         samples=samples,
-        provenance=facts,
+        provenance=Provenance(**facts),
     ).write(Path(job.out))
 
 
