@@ -22,7 +22,7 @@ from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.reference_values import read_reference_values
 from tests.serve.conftest import ENGINES, ROOT
 from tests.serve.test_engines import vllm_bound
-from tests.support.served_run import is_alive
+from tests.support.wait import is_alive
 
 SERVING = Serving(
     engine="vllm",

@@ -22,7 +22,7 @@ from longhaul.planning.load_plan import load_plan
 from longhaul.report.plan_json import plan_json
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import write_config
-from tests.support.wait import wait_for
+from tests.support.wait import is_alive, wait_for
 
 FAKE_VLLM = {"engine": "vllm", "python": [sys.executable, str(REPOSITORY / "tests" / "support" / "fake_engine.py")]}
 LOCAL_SITE = {
@@ -132,11 +132,3 @@ def listening_addresses(processes: list[psutil.Process]) -> set[str]:
     """Return the addresses at which processes listen for TCP connections."""
     connections = [connection for process in processes for connection in process.net_connections("tcp")]
     return {connection.laddr[0] for connection in connections if connection.status == psutil.CONN_LISTEN}
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Return whether a process has not ended. An ended one stays as a zombie if the tests' process has adopted it."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

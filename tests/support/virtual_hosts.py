@@ -92,7 +92,10 @@ class VirtualHosts:
         if init := self.init_process(name):
             namespace = _pid_namespace(init.pid)
             os.kill(init.pid, signal.SIGKILL)  # the kernel then kills every process of the namespace
-            self.wait(_POWER_OFF_TIMEOUT_S, f"host {name} is off", lambda: not _running_in(namespace, init.pid))
+            if left := _wait_for_end(namespace, init.pid):
+                print(
+                    f"host {name}: killed, and not ended within {_POWER_OFF_TIMEOUT_S} s: {', '.join(left)}", flush=True
+                )
         if outer := self._started.pop(name, None):
             _end(outer)
         (self._run / f"{name}.init").unlink(missing_ok=True)
@@ -227,17 +230,27 @@ def _pid_namespace(pid: int) -> str:
         return ""
 
 
-def _running_in(namespace: str, init: int) -> bool:
-    """Return whether a process of a PID namespace runs, apart from its PID 1. Zombies do not run."""
-    pids = (pid for pid in psutil.pids() if pid != init and _pid_namespace(pid) == namespace)
-    return any(_is_running(pid) for pid in pids)
+def _wait_for_end(namespace: str, init: int) -> list[str]:
+    """Wait until no process of a PID namespace runs, apart from its PID 1; zombies do not run. Return those that still do.
+
+    Nothing can end a killed process that waits for its disk.
+    """
+    deadline = time.monotonic() + _POWER_OFF_TIMEOUT_S
+    while (left := _running_in(namespace, init)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
-def _is_running(pid: int) -> bool:
+def _running_in(namespace: str, init: int) -> list[str]:
+    pids = [pid for pid in psutil.pids() if pid != init and _pid_namespace(pid) == namespace]
+    return [f"{pid} {status}" for pid in pids if (status := _status(pid)) not in (None, psutil.STATUS_ZOMBIE)]
+
+
+def _status(pid: int) -> str | None:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return False
+        return None
 
 
 def _sleeping_child(pid: int) -> psutil.Process | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,8 +158,10 @@ def test_changed_launch_scripts_rerun_no_finished_stage(run: PipelineRun):
 
 
 @pytest.mark.slow
-def test_changed_source_file_gives_new_data_and_new_weights(run: PipelineRun):
-    """The last test of the file, because it changes the run permanently."""
+def test_changed_source_file_gives_new_data_and_new_weights(finished: PipelineRun, tmp_path: Path):
+    """A copy of the run, because it trains again."""
+    run = copy.deepcopy(finished)
+    run.folder = Path(shutil.copytree(finished.folder, tmp_path / "copy", symlinks=True))
     old = {path.name for path in run.results.glob("data/prose/*")}
     weights = {path for path in run.results.glob("stages/*/weights/*")}
     source = run.folder / "prose.jsonl"

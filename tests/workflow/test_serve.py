@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.served_run import FAKE_VLLM, KEY, LOCAL_SITE, ServedRun, answer, is_alive, listening_addresses
-from tests.support.wait import wait_for
+from tests.support.served_run import FAKE_VLLM, KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
+from tests.support.wait import wait_for, wait_for_end
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_no_process_is_left_after_kill_9(run: ServedRun, victim: str):
     (killed,) = children_named(run, victim)
     engines = children_named(run, "--host") + children_named(run, "worker-of-fake-engine")
     killed.kill()
-    wait_for(lambda: not any(map(is_alive, engines)))
+    wait_for_end(engines)
     if victim != "supervise":
         wait_for(lambda: len(run.started_engines()) == 2)
         again = run.wait_until_ready()

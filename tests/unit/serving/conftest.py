@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.support.served_run import is_alive
+from tests.support.wait import is_alive
 
 
 def living_children() -> set[psutil.Process]:

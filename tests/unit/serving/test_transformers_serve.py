@@ -23,6 +23,7 @@ from longhaul.serving.check_server import run
 from longhaul.serving.engines import LOOPBACK, Server
 from longhaul.serving.server_process import free_port, running_server
 from tests.support.served_export import PROMPTS, write_llama_export
+from tests.support.wait import wait_for_end
 
 
 @pytest.fixture(scope="module")
@@ -99,4 +100,4 @@ def test_no_process_is_left_when_the_check_is_killed_while_the_server_starts(man
     assert len(found) == 2  # the guardian and the server
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert psutil.wait_procs(found, timeout=10)[1] == []
+    wait_for_end(found)
