@@ -24,6 +24,7 @@ NODE = FoundNode(
     interfaces=("lo", "eth0", "ib0", "ib1"),
     rdma_ports=("InfiniBand", "InfiniBand"),
 )
+NO_GPUS: dict[str, Any] = {"gpu_names": (), "gpu_memory_mib": (), "toolkit": None, "version": None}
 CPU = {"jobs": ["cpu"], "name": "cores", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
 LOGIN = {**CPU, "jobs": ["login"], "name": "long"}
 
@@ -61,6 +62,7 @@ def test_node_that_fits_has_no_difference(tmp_path: Path, capsys: pytest.Capture
         ({"cpus": 32}, "cpus", "set node.cpus to at most 32"),
         ({"memory_mib": 400_000}, "memory, MiB", "set node.memory_mb to at most 400000"),
         ({"gpu_names": NODE.gpu_names[:4]}, "GPUs", "set node.gpus to 4"),
+        (NO_GPUS, "GPUs", "if these nodes have no GPUs, remove node.gpus, and set accelerator to cpu"),
         ({"gpu_memory_mib": (40_960,) * 8}, "memory of a GPU, GiB", "set node.gpu_memory_gib to 40"),
         ({"version": "12.8"}, "driver", "the driver supports CUDA 12.8"),
         ({"toolkit": "rocm", "version": "6.4"}, "driver", "the build cuda 13.0 does not fit these GPUs"),

@@ -299,6 +299,13 @@ def test_probe_adds_what_slurm_does_not_know(probed: Path, monkeypatch: pytest.M
     assert "on a GPU node" in text and not list(probed.glob("longhaul-probe-*"))
 
 
+def test_probe_that_finds_no_gpus_says_so(probed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(probed)
+    fake_program(probed, "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    text = detect_site("centre", probe_minutes=1)
+    assert "gpus: 4}  # Slurm counts 4 GPUs, and the probe found none on " in text
+
+
 def test_refused_probe_leaves_what_slurm_knows(probed: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(probed)
     fake_program(probed, "sbatch", "#!/bin/sh\necho 'sbatch: error: Invalid account' >&2; exit 1\n")

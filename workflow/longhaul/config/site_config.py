@@ -209,7 +209,7 @@ class Site(FrozenModel):
         if gpu.node.gpus and self.accelerator.build == "cpu":
             raise ValueError(
                 f"node.gpus {gpu.node.gpus} with accelerator cpu: the CPU build of torch uses no GPU; set accelerator, e.g. "
-                '{cuda: "13.0"}'
+                '{cuda: "13.0"}, or remove node.gpus if there are no GPUs'
             )
         if gpu.node.gpus and not self.partition_for("debug").node.gpus:
             raise ValueError(

@@ -71,7 +71,7 @@ def _compare(site: Site, partition: Partition, node: FoundNode) -> Iterator[Comp
         yield _gpus(shape.gpus, node)
     if shape.gpus and node.gpu_memory_gib:
         yield _gpu_memory(shape.gpu_memory_gib, node.gpu_memory_gib)
-    if shape.gpus:
+    if shape.gpus and node.gpu_names:
         yield _toolkit(site, node)
     if site.interconnect.socket_interface:
         yield _interfaces(site.interconnect.socket_interface, node)
@@ -87,10 +87,18 @@ def _at_least(subject: str, written: int, found: int, key: str) -> Comparison:
 def _gpus(written: int, node: FoundNode) -> Comparison:
     found = len(node.gpu_names)
     names = ", ".join(dict.fromkeys(node.gpu_names)) or "neither nvidia-smi nor rocm-smi shows a GPU"
-    problem = "" if found == written else f"set node.gpus to {found}, or correct gpu_request and gpu_type"
-    if not written:
-        problem = ""  # a node may have GPUs that the job did not ask for
+    # A node may have GPUs that the job did not ask for.
+    problem = _wrong_number_of_gpus(found) if written and found != written else ""
     return Comparison("", "GPUs", str(written), f"{found} ({names})", problem)
+
+
+def _wrong_number_of_gpus(found: int) -> str:
+    if found:
+        return f"set node.gpus to {found}, or correct gpu_request and gpu_type"
+    return (
+        "correct gpu_request and gpu_type; if these nodes have no GPUs, remove node.gpus, and set accelerator to cpu where no "
+        "partition has GPUs"
+    )
 
 
 def _gpu_memory(written: float | None, found: float) -> Comparison:

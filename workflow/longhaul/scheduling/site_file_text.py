@@ -91,8 +91,13 @@ def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, s
     if not partition.gpus:
         return "", ""
     keys = f", gpus: {partition.gpus}"
-    if node is None or not node.gpu_names:
+    if node is None:
         return keys, "  # gpu_memory_gib, gpu_peak_tflops: not known to Slurm"
+    if not node.gpu_names:
+        return (
+            keys,
+            f"  # Slurm counts {partition.gpus} GPUs, and the probe found none on {node.host}; remove gpus if there are none",
+        )
     keys += f", gpu_memory_gib: {node.gpu_memory_gib:g}"
     rate = peak_tflops(node.gpu_names[0])
     return keys + (f", gpu_peak_tflops: {rate:g}" if rate else ""), f"  # {', '.join(dict.fromkeys(node.gpu_names))}"
