@@ -61,6 +61,7 @@ def test_a_server_on_two_nodes_is_requeued_at_the_end_of_its_allocation(run: Ser
     assert submitted.returncode == 0, submitted.stderr
     job_id = submitted.stdout.split()[2].rstrip(";")
     endpoint = run.wait_until_ready()
+    wait_for(lambda: run.started_engines(1))  # the second node's engine may start later
     first, second = run.started_engines(0)[0], run.started_engines(1)[0]
     leader = first[first.index("--master-addr") + 1]
     assert endpoint.url.split(":")[1] == f"//{leader}" and not leader.startswith("127.")
@@ -87,7 +88,7 @@ def test_a_server_on_two_nodes_is_requeued_at_the_end_of_its_allocation(run: Ser
 def test_stop_cancels_the_job_and_leaves_no_process(run: ServedOnCluster):
     assert run.call().returncode == 0
     run.wait_until_ready()
-    assert len(run.started_engines(1)) == 1 and run.processes()
+    wait_for(lambda: len(run.started_engines(1)) == 1 and run.processes())  # the second node's engine may start later
     assert run.call("--stop").returncode == 0
     wait_for(lambda: not run.queue() and not run.processes())
     assert run.state and run.state.state == "failed" and run.state.reason == "cancelled: cancelled by scancel"

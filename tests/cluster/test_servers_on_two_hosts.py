@@ -97,13 +97,16 @@ def write_server(folder: Path) -> Path:
     return folder / "job.json"
 
 
-def start(hosts: VirtualHosts, job: Path, kind: str = "serve_check") -> list[subprocess.Popen[bytes]]:
-    """Start each host's part of the job with the variables that srun and the supervisor set."""
+def start(hosts: VirtualHosts, job: Path, port: int, kind: str = "serve_check") -> list[subprocess.Popen[bytes]]:
+    """Start each host's part of the job with the variables that srun and the supervisor set.
+
+    port: MASTER_PORT, another one for each test, as for each job: an engine of an earlier test may still be ending
+    """
     parts = []
     for rank, host in enumerate(NODES):
         place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
         code = {"PYTHONPATH": f"{REPOSITORY / 'workflow'}:{REPOSITORY}", "OMP_NUM_THREADS": 1}
-        variables = {**place, **code, "MASTER_ADDR": NODES[0], "MASTER_PORT": 20017}
+        variables = {**place, **code, "MASTER_ADDR": NODES[0], "MASTER_PORT": port}
         words = ["env", *(f"{name}={value}" for name, value in variables.items())]
         words += [sys.executable, "-m", "longhaul", "job", "run", kind, str(job)]
         with job.with_name(f"{host}.log").open("wb") as log:
@@ -126,7 +129,7 @@ def ends(parts: list[subprocess.Popen[bytes]]) -> list[int]:
 
 def test_the_first_host_checks_a_server_that_both_hosts_serve(hosts: VirtualHosts, tmp_path: Path):
     job = write_job(tmp_path, QUICK)
-    assert ends(start(hosts, job)) == [0, 0], (tmp_path / "n1.log").read_text()
+    assert ends(start(hosts, job, 20017)) == [0, 0], (tmp_path / "n1.log").read_text()
     result = ServeCheckResult.read(tmp_path / "result.json")
     assert (result.nodes, result.tensor, result.pipeline) == (2, 1, 2)
     assert (result.agreement["largest_difference"] or 1) < 1e-5 and result.refuses_other_keys
@@ -138,14 +141,17 @@ def test_the_first_host_checks_a_server_that_both_hosts_serve(hosts: VirtualHost
 
 def test_the_error_of_the_first_host_is_the_jobs(hosts: VirtualHosts, tmp_path: Path):
     job = write_job(tmp_path, QUICK, "another_model")
-    assert ends(start(hosts, job)) == [2, 0]
+    assert ends(start(hosts, job, 20027)) == [2, 0]
     assert "log probabilities of the server differ from the trainer's" in (tmp_path / "n1.log").read_text()
     assert "error" not in (tmp_path / "n2.log").read_text() and not (tmp_path / "result.json").exists()
 
 
 def test_no_process_is_left_after_kill_9_of_the_check(hosts: VirtualHosts, tmp_path: Path):
-    parts = start(hosts, write_job(tmp_path, LONG))
-    wait_for(lambda: all(engines(hosts, host) for host in NODES), END_S)
+    parts = start(hosts, write_job(tmp_path, LONG), 20037)
+    wait_for(
+        lambda: all(engines(hosts, host) for host in NODES) or any(part.poll() is not None for part in parts), END_S
+    )
+    assert all(part.poll() is None for part in parts), (tmp_path / "n1.log").read_text()
     hosts.run("pkill", "-9", "-f", "job run serve_check", host=NODES[0])
     codes = ends(parts)
     assert codes[0] != 0 and codes[1] == 0
@@ -154,7 +160,7 @@ def test_no_process_is_left_after_kill_9_of_the_check(hosts: VirtualHosts, tmp_p
 
 def test_after_sigterm_on_both_hosts_an_accepted_request_is_answered(hosts: VirtualHosts, tmp_path: Path):
     """Slurm sends SIGTERM to all hosts at once. The second host's part must live until the first one's is drained."""
-    parts = start(hosts, write_server(tmp_path), "serve")
+    parts = start(hosts, write_server(tmp_path), 20047, "serve")
     wait_for(lambda: (found := read_endpoint(JobFolder(tmp_path).endpoint)) and found.ready, END_S)
     endpoint = read_endpoint(JobFolder(tmp_path).endpoint)
     assert endpoint is not None and endpoint.url.startswith(f"http://{hosts.address(NODES[0])}:")
@@ -162,6 +168,7 @@ def test_after_sigterm_on_both_hosts_an_accepted_request_is_answered(hosts: Virt
     words = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header, f"{endpoint.url}/slow"]
     asked = subprocess.Popen(hosts.command(words), stdout=subprocess.PIPE, text=True, env=hosts.environment())
     wait_for((tmp_path / "slow-request").exists)
+    wait_for(lambda: engines(hosts, NODES[1]))  # the stand-in on the first host answers before it
     for host in reversed(NODES):
         hosts.run("pkill", "-f", "job run serve", host=host)
     assert engines(hosts, NODES[1]), "the first host still answers"

@@ -56,6 +56,7 @@ def test_a_zombie_that_nobody_reaps_does_not_hold_a_host(tmp_path_factory: pytes
         wait_for(lambda: nsenter.children() and nsenter.children()[0].name() == "sleep")
         command = nsenter.children()[0]
         nsenter.suspend()
+        wait_for(lambda: nsenter.status() == psutil.STATUS_STOPPED)
         command.kill()
         wait_for(lambda: command.status() == psutil.STATUS_ZOMBIE)
         cluster.power_off("n1")

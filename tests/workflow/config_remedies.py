@@ -57,7 +57,7 @@ REMEDIES: dict[str, list[Remedy]] = {
         Remedy("the path of a site file", {"site": "./site.yaml"}),
     ],
     "site name that is too long": [Remedy("the path of a site file", {"site": "./site.yaml"})],
-    "missing site file": [Remedy("give the path of an existing YAML file", {"site": "./site.yaml"})],
+    "missing site file": [Remedy("correct './moon.yaml'", {"site": "./site.yaml"})],
     "key that is not a string": [
         Remedy(
             "quote the key",
