@@ -41,7 +41,7 @@ MEASURED_RANKS, CALCULATED_RANKS = (64, 512, 4096), 16_384
 CLIENT_PROCESSES = 4
 FILE_BYTES = 4096
 Measured = dict[str, float]
-"""What was measured, with its unit -> value."""
+"""Name of a measurement, with its unit -> value."""
 AIMS = (
     "aims at 4,096 ranks: all ranks have met 30 s after the last one came; heartbeats take 5 % of a core of rank 0; a rank that "
     f"stops is named {HEARTBEAT_TIMEOUT_S + 10:.0f} s later, with a time-out of {HEARTBEAT_TIMEOUT_S:.0f} s"

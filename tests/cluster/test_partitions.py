@@ -193,7 +193,7 @@ def test_site_check_shows_slurms_answer_to_each_request(chain: PipelineRunOnClus
 
 
 def test_site_check_compares_nodes_times_minutes(chain: PipelineRunOnCluster):
-    """Of a QOS for one job, and of an account for all its users together."""
+    """A QOS limits one job, and an account limits all its users together."""
     limits = {"qos gpu_debug": "MaxTRESMins=node", "account proj_cpu": "GrpTRESMins=cpu"}
     try:
         for (source, key), limit in zip(limits.items(), ("5", "100"), strict=True):

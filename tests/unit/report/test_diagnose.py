@@ -69,7 +69,7 @@ def test_example_is_recognised(example: Path) -> None:
         ),
         ("torch.distributed.DistNetworkError: failed to recv, got 0 bytes", "nccl-remote-error"),
         (
-            "OSError: [Errno 108] Cannot send after transport endpoint shutdown: '/work/r/state.json'",
+            "OSError: [Errno 108] Cannot send after transport endpoint shutdown: '/lustre/r/state.json'",
             "file-system-lost",
         ),
         (

@@ -46,7 +46,7 @@ RESERVED_SRUN_OPTIONS = _OF_JOBS_AND_STEPS | {
     "--time": "ends a job before its allocation ends; remove it",
 }
 RESERVED_SRUN_EXTRA = RESERVED_SRUN_OPTIONS | _CONTAINERS
-"""What `srun_extra` must not set; `software.options` may choose the container."""
+"""Options that `srun_extra` must not set. `software.options` may choose the container."""
 RESERVED_SBATCH_OPTIONS = _OF_JOBS_AND_STEPS | {
     **_CONTAINERS,
     **dict.fromkeys(("--comment", "--job-name", "--open-mode", "--parsable", "--quiet", "--wrap"), SET_BY_LONGHAUL),

@@ -244,12 +244,12 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
 
 
 def _learned(stage: StageStatus) -> str:
-    """Return whether the loss fell enough, for people who do not know which loss is good; "" while nothing tells it."""
-    verdict = stage.learning
-    if verdict is None:
+    """Return whether the loss fell enough, for people who do not know which loss is good; "" as long as this is not known."""
+    learning = stage.learning
+    if learning is None:
         return ""
-    level = text.nats(verdict.level)
-    return f" (it learned: below {level})" if verdict.learned else f" (it has not learned: not below {level})"
+    level = text.nats(learning.level)
+    return f" (it learned: below {level})" if learning.learned else f" (it has not learned: not below {level})"
 
 
 def _costs(status: RunStatus) -> list[str]:
