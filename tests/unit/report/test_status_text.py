@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.leases import LeaseOwner
-from longhaul.report.learning_verdict import LearningVerdict
+from longhaul.report.learning_result import LearningResult
 from longhaul.report.run_status import (
     DONE,
     FAILED,
@@ -132,12 +132,12 @@ def test_run_that_starts_says_what_it_makes_where_and_how_long_it_takes() -> Non
 
 
 def test_summary_says_whether_a_stage_learned() -> None:
-    def line(learning: LearningVerdict | None) -> str:
+    def line(learning: LearningResult | None) -> str:
         return summary_lines(replace(STATUS, stages=[replace(STAGE, learning=learning)]))[1]
 
     loss = "  base: 120 of 240 steps, loss 8.370 → 5.018, validation loss 8.363 → 5.454"
-    assert line(LearningVerdict(True, 6.808)) == f"{loss} (it learned: below 6.808)"
-    assert line(LearningVerdict(False, 5.3)) == f"{loss} (it has not learned: not below 5.300)"
+    assert line(LearningResult(True, 6.808)) == f"{loss} (it learned: below 6.808)"
+    assert line(LearningResult(False, 5.3)) == f"{loss} (it has not learned: not below 5.300)"
     assert line(None) == loss
 
 

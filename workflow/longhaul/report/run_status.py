@@ -20,7 +20,7 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
-from longhaul.report.learning_verdict import LearningVerdict, learning_verdict, read_unigram_entropies
+from longhaul.report.learning_result import LearningResult, learning_result, read_unigram_entropies
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
@@ -110,7 +110,7 @@ class StageStatus:
     gpu_hours_planned: tuple[float, float] | None
     exported_to: str | None  # the verified Hugging Face folder
     estimated_steps: int | None = None  # of a length in epochs, by the plan
-    learning: LearningVerdict | None = None
+    learning: LearningResult | None = None
 
 
 @dataclass(frozen=True)
@@ -339,9 +339,9 @@ def _stage_status(
     )
 
 
-def _learning(row: StageRow, progress: Progress, entropy_nats: float | None) -> LearningVerdict | None:
+def _learning(row: StageRow, progress: Progress, entropy_nats: float | None) -> LearningResult | None:
     loss = progress.loss if progress.validation_loss is None else progress.validation_loss
-    return learning_verdict(row["kind"], loss, progress.first_validation_loss, entropy_nats)
+    return learning_result(row["kind"], loss, progress.first_validation_loss, entropy_nats)
 
 
 def _work(row: StageRow, stage: StageStatus) -> StageWork:

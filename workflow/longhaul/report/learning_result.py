@@ -26,7 +26,7 @@ class _DataFields(TypedDict):
 
 
 @dataclass(frozen=True)
-class LearningVerdict:
+class LearningResult:
     """Whether a stage learned.
 
     level: loss in nats per token that it should end below
@@ -36,16 +36,16 @@ class LearningVerdict:
     level: float
 
 
-def learning_verdict(
+def learning_result(
     kind: str, loss: float | None, first_validation_loss: float | None, unigram_entropy_nats: float | None
-) -> LearningVerdict | None:
-    """Return whether a stage learned; None while nothing tells it.
+) -> LearningResult | None:
+    """Return whether a stage learned; None as long as this is not known.
 
     loss: the last validation loss; without validation the last training loss
     unigram_entropy_nats: loss of a model that only counts tokens, on the stage's data
     """
     level = unigram_entropy_nats if kind == _PRETRAIN else first_validation_loss
-    return None if loss is None or level is None else LearningVerdict(loss < level, level)
+    return None if loss is None or level is None else LearningResult(loss < level, level)
 
 
 def read_unigram_entropies(paths: RunPaths, rows: Iterable[StageRow]) -> dict[str, float]:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.report.learning_verdict import LearningVerdict, learning_verdict
+from longhaul.report.learning_result import LearningResult, learning_result
 from tests.support.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss", "first_validation_loss", "entropy_nats", "verdict"),
+    ("kind", "loss", "first_validation_loss", "entropy_nats", "expected"),
     [
-        ("pretrain", 5.4, 8.3, 6.8, LearningVerdict(True, 6.8)),
-        ("pretrain", 6.8, 8.3, 6.8, LearningVerdict(False, 6.8)),
+        ("pretrain", 5.4, 8.3, 6.8, LearningResult(True, 6.8)),
+        ("pretrain", 6.8, 8.3, 6.8, LearningResult(False, 6.8)),
         ("pretrain", 5.4, 8.3, None, None),
-        ("sft", 5.4, 6.3, 6.8, LearningVerdict(True, 6.3)),
-        ("sft", 6.4, 6.3, 6.8, LearningVerdict(False, 6.3)),
+        ("sft", 5.4, 6.3, 6.8, LearningResult(True, 6.3)),
+        ("sft", 6.4, 6.3, 6.8, LearningResult(False, 6.3)),
         ("sft", 5.4, None, 6.8, None),
         ("sft", None, 6.3, 6.8, None),
     ],
@@ -28,23 +28,23 @@ def test_pretraining_is_compared_with_the_token_frequencies_and_other_stages_wit
     loss: float | None,
     first_validation_loss: float | None,
     entropy_nats: float | None,
-    verdict: LearningVerdict | None,
+    expected: LearningResult | None,
 ) -> None:
-    assert learning_verdict(kind, loss, first_validation_loss, entropy_nats) == verdict
+    assert learning_result(kind, loss, first_validation_loss, entropy_nats) == expected
 
 
 @pytest.mark.parametrize(
-    ("manifest", "verdict"),
+    ("manifest", "expected"),
     [
-        ({"unigram_entropy_nats": 4.6, "dataset": "prose"}, LearningVerdict(True, 4.6)),
-        ({"unigram_entropy_nats": 4.4}, LearningVerdict(False, 4.4)),
+        ({"unigram_entropy_nats": 4.6, "dataset": "prose"}, LearningResult(True, 4.6)),
+        ({"unigram_entropy_nats": 4.4}, LearningResult(False, 4.4)),
         ({"unigram_entropy_nats": "4.6"}, None),
         (None, None),
     ],
     ids=["below", "above", "damaged", "missing"],
 )
 def test_status_reads_the_entropy_of_the_data(
-    tmp_path: Path, manifest: dict[str, object] | None, verdict: LearningVerdict | None
+    tmp_path: Path, manifest: dict[str, object] | None, expected: LearningResult | None
 ) -> None:
     """The last validation loss of the stage is 4.5. A manifest that cannot be read does not stop a status."""
     run = RunFolder(tmp_path)
@@ -53,7 +53,7 @@ def test_status_reads_the_entropy_of_the_data(
     path.parent.mkdir(parents=True)
     if manifest is not None:
         path.write_text(json.dumps(manifest))
-    assert run.status().stages[0].learning == verdict
+    assert run.status().stages[0].learning == expected
 
 
 def test_without_validation_the_training_loss_counts(tmp_path: Path) -> None:
@@ -63,4 +63,4 @@ def test_without_validation_the_training_loss_counts(tmp_path: Path) -> None:
     weights.metrics.write_text("\n".join(trained) + "\n")
     run.paths.manifest("prose").parent.mkdir(parents=True)
     run.paths.manifest("prose").write_text('{"unigram_entropy_nats": 4.95}')
-    assert run.status().stages[0].learning == LearningVerdict(True, 4.95)
+    assert run.status().stages[0].learning == LearningResult(True, 4.95)
