@@ -4,12 +4,7 @@
 cd -- "$1" || exit
 export PYTHONPATH="$2"
 shift 2
-while [ "$1" != -- ]; do
-    mkdir -p -- "$1" || exit
-    shift
-done
-shift
 # enroot gives a container a /tmp of its own, and does not mount $TMPDIR of the host.
-# shellcheck source=templates/sbatch/usable_tmpdir.sh
-source "$(dirname -- "$0")/usable_tmpdir.sh"
+# shellcheck source=templates/sbatch/prepare_container.sh
+source "$(dirname -- "$0")/prepare_container.sh"
 exec "$@"
