@@ -74,8 +74,8 @@ def test_a_step_that_hangs_is_ended():
     assert abs(signal.getitimer(signal.ITIMER_REAL)[0] - test_ends_in_s) < 30, "the timer of pytest-timeout is lost"
 
 
-def planned(path: Path) -> Plan | None:
-    """Plan, print and render a run; None if it is refused."""
+def planned(path: Path) -> tuple[Plan, list[str]] | UserError:
+    """Plan, print and render a run; return the plan with each job's launch.json, or the refusal."""
     try:
         with ends_in_time():
             plan = build_plan(load_config(path))
@@ -84,11 +84,8 @@ def planned(path: Path) -> Plan | None:
                 print_plan(plan)
             rendered = render_run(plan, path.parent)
     except UserError as error:
-        assert_is_message(error)
-        return None
-    launched = [found.files["launch.json"] for found in rendered.values() if "launch.json" in found.files]
-    assert launched and all(json.loads(text)["steps"] for text in launched), "a job that runs nothing"
-    return plan
+        return error
+    return plan, [found.files["launch.json"] for found in rendered.values() if "launch.json" in found.files]
 
 
 def assert_is_message(error: UserError) -> None:
@@ -100,9 +97,14 @@ def assert_is_message(error: UserError) -> None:
 
 @given(drawn=inputs())
 def test_any_run_is_planned_and_rendered_or_refused(drawn: Inputs):
-    """planned() asserts that each job has steps, or that the refusal is a short message with a remedy."""
+    """Each job of an accepted run has steps. A refusal is a short message with a remedy."""
     with tempfile.TemporaryDirectory() as folder:
-        planned(drawn.write(Path(folder) / "run"))
+        outcome = planned(drawn.write(Path(folder) / "run"))
+    if isinstance(outcome, UserError):
+        assert_is_message(outcome)
+    else:
+        _, launched = outcome
+        assert launched and all(json.loads(text)["steps"] for text in launched), "a job that runs nothing"
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +152,10 @@ def test_accepted_runs_train_their_steps(config: dict[str, Any]):
         write_data(folder)
         write_site(folder, local_site())
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
-        plan = planned(folder / "run.yaml")
-        assume(plan)
-        assert plan
+        outcome = planned(folder / "run.yaml")
+        assume(not isinstance(outcome, UserError))
+        assert not isinstance(outcome, UserError)
+        plan, _ = outcome
         prepare_data(plan)
         run_worker(Path(train_planned_run.__file__), plan.stages[0].world_size, name)
         checkpoint = Checkpoint.read(plan.paths.stage("main").checkpoint)
