@@ -19,16 +19,14 @@ from longhaul.config.serve_check_config import ServeCheck
 from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
-from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.serving.api_key import create_key_file
 from tests.support import bigram_engine
-from tests.support.pipeline_run import REPOSITORY
 from tests.support.served_export import write_manifest
 from tests.support.served_run import FAKE_VLLM, KEY
+from tests.support.server_on_two_hosts import NODES, start_parts, write_server_spec
 from tests.support.virtual_hosts import VirtualHosts, two_hosts
 from tests.support.wait import wait_for
 
-NODES = ("n1", "n2")
 END_S = 300
 QUICK, LONG = ServeCheck(streams=(1, 8), answer_tokens=4), ServeCheck(streams=(1,), answer_tokens=4096)
 
@@ -67,54 +65,13 @@ def write_job(folder: Path, check: ServeCheck, fault: str = "") -> Path:
 
 def write_server(folder: Path) -> Path:
     """Write the spec of a server, whose engine is tests/support/fake_engine.py; return its path."""
-    model, manifest, key_file = folder / "model", folder / "export.json", folder / "api_key.yaml"
+    model, manifest = folder / "model", folder / "export.json"
     model.mkdir()
     (model / "config.json").write_text("{}")
     files = {"config.json": file_sha256(model / "config.json")}
     Export("main", "c", 1, str(model), "fp32", 1, 1, files, {}, [], {}).write(manifest)
-    create_key_file(key_file, KEY)
-    job = ServeSpec(
-        run="unit",
-        stage="main",
-        export=str(manifest),
-        dtype="fp32",
-        serving=Serving.model_validate(FAKE_VLLM, strict=False),
-        model_name="unit-main",
-        nodes=2,
-        tensor=1,
-        pipeline=2,
-        expert_parallel=False,
-        context=64,
-        max_running_requests=None,
-        port=None,
-        start_timeout_s=END_S,
-        drain_s=60,
-        key_file=str(key_file),
-        folder=str(folder),
-        local=False,
-    )
-    job.write(folder / "job.json")
-    return folder / "job.json"
-
-
-def start(hosts: VirtualHosts, job: Path, port: int, kind: str = "serve_check") -> list[subprocess.Popen[bytes]]:
-    """Start each host's part of the job with the variables that srun and the supervisor set.
-
-    port: MASTER_PORT, another one for each test, as for each job: an engine of an earlier test may still be ending
-    """
-    parts = []
-    for rank, host in enumerate(NODES):
-        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
-        code = {"PYTHONPATH": f"{REPOSITORY / 'workflow'}:{REPOSITORY}", "OMP_NUM_THREADS": 1}
-        variables = {**place, **code, "MASTER_ADDR": NODES[0], "MASTER_PORT": port}
-        words = ["env", *(f"{name}={value}" for name, value in variables.items())]
-        words += [sys.executable, "-m", "longhaul", "job", "run", kind, str(job)]
-        with job.with_name(f"{host}.log").open("wb") as log:
-            command = hosts.command(words, host=host, cwd=job.parent)
-            parts.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=hosts.environment(), start_new_session=True)
-            )
-    return parts
+    create_key_file(folder / "api_key.yaml", KEY)
+    return write_server_spec(folder, manifest, Serving.model_validate(FAKE_VLLM, strict=False), END_S, drain_s=60)
 
 
 def engines(hosts: VirtualHosts, host: str) -> list[str]:
@@ -129,7 +86,7 @@ def ends(parts: list[subprocess.Popen[bytes]]) -> list[int]:
 
 def test_the_first_host_checks_a_server_that_both_hosts_serve(hosts: VirtualHosts, tmp_path: Path):
     job = write_job(tmp_path, QUICK)
-    assert ends(start(hosts, job, 20017)) == [0, 0], (tmp_path / "n1.log").read_text()
+    assert ends(start_parts(hosts, "serve_check", job, 20017)) == [0, 0], (tmp_path / "n1.log").read_text()
     result = ServeCheckResult.read(tmp_path / "result.json")
     assert (result.nodes, result.tensor, result.pipeline) == (2, 1, 2)
     assert (result.agreement["largest_difference"] or 1) < 1e-5 and result.refuses_other_keys
@@ -141,13 +98,13 @@ def test_the_first_host_checks_a_server_that_both_hosts_serve(hosts: VirtualHost
 
 def test_the_error_of_the_first_host_is_the_jobs(hosts: VirtualHosts, tmp_path: Path):
     job = write_job(tmp_path, QUICK, "another_model")
-    assert ends(start(hosts, job, 20027)) == [2, 0]
+    assert ends(start_parts(hosts, "serve_check", job, 20027)) == [2, 0]
     assert "log probabilities of the server differ from the trainer's" in (tmp_path / "n1.log").read_text()
     assert "error" not in (tmp_path / "n2.log").read_text() and not (tmp_path / "result.json").exists()
 
 
 def test_no_process_is_left_after_kill_9_of_the_check(hosts: VirtualHosts, tmp_path: Path):
-    parts = start(hosts, write_job(tmp_path, LONG), 20037)
+    parts = start_parts(hosts, "serve_check", write_job(tmp_path, LONG), 20037)
     wait_for(
         lambda: all(engines(hosts, host) for host in NODES) or any(part.poll() is not None for part in parts), END_S
     )
@@ -160,7 +117,7 @@ def test_no_process_is_left_after_kill_9_of_the_check(hosts: VirtualHosts, tmp_p
 
 def test_after_sigterm_on_both_hosts_an_accepted_request_is_answered(hosts: VirtualHosts, tmp_path: Path):
     """Slurm sends SIGTERM to all hosts at once. The second host's part must live until the first one's is drained."""
-    parts = start(hosts, write_server(tmp_path), 20047, "serve")
+    parts = start_parts(hosts, "serve", write_server(tmp_path), 20047)
     wait_for(lambda: (found := read_endpoint(JobFolder(tmp_path).endpoint)) and found.ready, END_S)
     endpoint = read_endpoint(JobFolder(tmp_path).endpoint)
     assert endpoint is not None and endpoint.url.startswith(f"http://{hosts.address(NODES[0])}:")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,14 @@ from longhaul.artifacts.endpoint import Endpoint, read_endpoint
 from longhaul.artifacts.paths import JobFolder
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.config.serving_config import Serving
-from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.serving.api_key import create_key_file, read_key_file
-from tests.serve.conftest import ENGINES, ROOT
+from tests.serve.conftest import ENGINES
 from tests.serve.test_engines import vllm_bound
 from tests.serve.test_serve_check import write_job
+from tests.support.server_on_two_hosts import NODES, start_parts, write_server_spec
 from tests.support.virtual_hosts import VirtualHosts, two_hosts
 from tests.support.wait import wait_for
 
-NODES = ("n1", "n2")
 START_S = 300
 # Without a compiled model, vLLM 0.32's CPU build leaves out the buffers for what a pipeline rank receives (AssertionError in
 # sync_and_gather_intermediate_tensors). Mode 2 with the backend eager compiles nothing, and makes them.
@@ -41,46 +38,6 @@ SERVING = Serving(
 )
 
 
-def write_spec(folder: Path, export: Path) -> Path:
-    """Write the spec of a server with one pipeline rank on each node, and return its path."""
-    key_file = folder / "api_key.yaml"
-    create_key_file(key_file)
-    path = folder / "job.json"
-    ServeSpec(
-        run="small",
-        stage="main",
-        export=str(export),
-        dtype="fp32",
-        serving=SERVING,
-        model_name="small-main",
-        nodes=2,
-        tensor=1,
-        pipeline=2,
-        expert_parallel=False,
-        context=64,
-        max_running_requests=8,
-        port=None,
-        start_timeout_s=START_S,
-        drain_s=10,
-        key_file=str(key_file),
-        folder=str(folder),
-        local=False,
-    ).write(path)
-    return path
-
-
-def start(hosts: VirtualHosts, kind: str, spec: Path, rank: int) -> subprocess.Popen[bytes]:
-    """Start a node's part of the job with the variables that srun and the supervisor set."""
-    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
-    code = {"PYTHONPATH": f"{ROOT / 'workflow'}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    variables = {**place, **code, "MASTER_ADDR": NODES[0], "MASTER_PORT": 20017}
-    words = ["env", *(f"{name}={value}" for name, value in variables.items())]
-    words += [sys.executable, "-m", "longhaul", "job", "run", kind, str(spec)]
-    with spec.with_name(f"node-{rank}.log").open("wb") as log:
-        command = hosts.command(words, host=NODES[rank], cwd=spec.parent)
-        return subprocess.Popen(command, stdout=log, stderr=log, env=hosts.environment(), start_new_session=True)
-
-
 def ask(hosts: VirtualHosts, endpoint: Endpoint, key: str, body: dict[str, Any]) -> dict[str, Any]:
     """Ask from the login node."""
     header = ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json"]
@@ -93,11 +50,12 @@ def test_two_hosts_serve_one_model(
 ):
     folder = tmp_path / "job"
     folder.mkdir()
-    spec = write_spec(folder, exports["llama"].parents[1] / "main.json")
-    parts = [start(hosts, "serve", spec, rank) for rank in range(len(NODES))]
+    create_key_file(folder / "api_key.yaml")
+    spec = write_server_spec(folder, exports["llama"].parents[1] / "main.json", SERVING, START_S, drain_s=10)
+    parts = start_parts(hosts, "serve", spec, 20017)
 
     def is_ready() -> bool:
-        assert [part.poll() for part in parts] == [None, None], (folder / "node-0.log").read_text()[-3000:]
+        assert [part.poll() for part in parts] == [None, None], (folder / "n1.log").read_text()[-3000:]
         found = read_endpoint(JobFolder(folder).endpoint)
         return bool(found and found.ready)
 
@@ -105,7 +63,7 @@ def test_two_hosts_serve_one_model(
     endpoint = read_endpoint(JobFolder(folder).endpoint)
     assert endpoint is not None
     assert endpoint.url.startswith(f"http://{hosts.address('n1')}:")
-    assert "PP1" in (folder / "node-1.log").read_text(), "the second host has the second half of the layers"
+    assert "PP1" in (folder / "n2.log").read_text(), "the second host has the second half of the layers"
     _check_scores(hosts, folder, endpoint, prompts, reference)
     hosts.run("kill", str(endpoint.owner.pid), host=NODES[0])
     assert [part.wait(timeout=60) for part in parts] == [0, 0], "the second host's part ends with the first one's"
@@ -128,8 +86,8 @@ def test_a_server_on_two_hosts_is_checked_from_the_first_one(
     folder = tmp_path / "job"
     folder.mkdir()
     spec = write_job(folder, exports["llama"], (1, 8), SERVING, nodes=2)
-    parts = [start(hosts, "serve_check", spec, rank) for rank in range(len(NODES))]
-    assert [part.wait(timeout=START_S + 200) for part in parts] == [0, 0], (folder / "node-0.log").read_text()[-3000:]
+    parts = start_parts(hosts, "serve_check", spec, 20017)
+    assert [part.wait(timeout=START_S + 200) for part in parts] == [0, 0], (folder / "n1.log").read_text()[-3000:]
     result = ServeCheckResult.read(folder / "result.json")
     assert (result.nodes, result.pipeline) == (2, 2) and (result.agreement["largest_difference"] or 1) < 1e-3
-    assert "PP1" in (folder / "node-1.log").read_text(), "the second host has the second half of the layers"
+    assert "PP1" in (folder / "n2.log").read_text(), "the second host has the second half of the layers"
