@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from longhaul.artifacts.artifact_schemas import EvaluationResult
+from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import Serving
 from longhaul.evaluation.evaluate_model import run

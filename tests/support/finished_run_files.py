@@ -10,13 +10,12 @@ from longhaul.artifacts.artifact_schemas import (
     Checkpoint,
     DataManifest,
     EnvironmentReport,
-    EvaluationResult,
     Export,
-    Score,
     Split,
     TokenizerManifest,
 )
 from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_json, write_text
+from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile

@@ -18,9 +18,10 @@ import yaml
 from aiohttp import ContentTypeError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from longhaul.artifacts.artifact_schemas import EvaluationResult, Export, TaskData
+from longhaul.artifacts.artifact_schemas import Export, TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.artifacts.evaluation_data import dataset_request
+from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.paths import RunPaths
 from longhaul.config.serve_config import Serve
 from longhaul.config.serving_config import Serving

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
+from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.report.evaluation_table import evaluation_rows
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
+from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.compat.lm_eval import build_tasks, no_metrics_of_the_hub
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from longhaul.artifacts.artifact_schemas import EvaluationResult, Score
+from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.report.number_format import MISSING
 
 _SIGNIFICANT = 2.0

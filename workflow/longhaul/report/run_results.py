@@ -15,12 +15,12 @@ from longhaul.artifacts.artifact_schemas import (
     Count,
     DataManifest,
     EnvironmentReport,
-    EvaluationResult,
     Export,
     TokenizerManifest,
     failed_path,
 )
 from longhaul.artifacts.atomic_files import read_bytes
+from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import cut_loss_share, share_of_padding
