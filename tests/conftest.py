@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; several workers share the cores
+os.environ.pop("COLUMNS", None)  # the width of somebody's terminal: tables, and ps, would cut their lines
 
 OPS_BUILD = pytest.StashKey[subprocess.Popen[bytes]]()
 # Low priority: the kernel may schedule each session as a group (autogroup), which has its own niceness.
@@ -142,6 +143,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             _start_build(item.config)
         item.config.stash[OPS_BUILD].wait(timeout=3600)
     return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handlers() -> Generator[None]:
+    """Undo what a test does to the signals that end processes: later tests, and processes that they fork, would ignore them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

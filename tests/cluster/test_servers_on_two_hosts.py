@@ -76,7 +76,7 @@ def write_server(folder: Path) -> Path:
 
 def engines(hosts: VirtualHosts, host: str) -> list[str]:
     """Return the command lines of the engine's processes on a host."""
-    running = hosts.run("ps", "-eo", "args", host=host).splitlines()
+    running = hosts.run("ps", "-ww", "-eo", "args", host=host).splitlines()
     return [line for line in running if "vllm.entrypoints" in line and "guard_processes" not in line]
 
 
