@@ -30,7 +30,6 @@ from longhaul.evaluation import evaluate_model
 from longhaul.evaluation.evaluate_model import read_scores, run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.planning.evaluation_tasks import SHIPPED_TASKS
-from longhaul.runtime.process_rank import Rank
 from longhaul.serving import local_server
 from longhaul.serving.node_link import NodeLink
 from tests.support import bigram_engine
@@ -140,6 +139,7 @@ def test_tasks_of_the_demo_give_their_scores(
     tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, task: str, metrics: set[str]
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("multiprocessing.Pool", None)  # a fork of this process, which has threads, may never end
     data = RunPaths("demo").fetched / "docstrings-evaluation.jsonl"
     data.parent.mkdir(parents=True)
     data.write_text("".join(json.dumps(row | {"answer": "one"}) + "\n" for row in QUESTIONS))
@@ -194,7 +194,6 @@ def test_another_node_runs_its_part_of_the_engine_and_scores_nothing(
     tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ):
     parts: list[str] = []
-    monkeypatch.setattr(evaluate_model, "this_rank", lambda: Rank(1, 2, 0, 2, "n2"))
     monkeypatch.setattr(
         local_server,
         "run_until_first_node_ends",
@@ -202,7 +201,7 @@ def test_another_node_runs_its_part_of_the_engine_and_scores_nothing(
     )
     with socket.socket() as connection:
         link = NodeLink(1, "10.0.0.1", "127.0.0.1", 20017, connection)
-        monkeypatch.setattr(evaluate_model, "node_link", lambda rank: nullcontext(link))
+        monkeypatch.setattr(evaluate_model, "node_link", lambda nodes: nullcontext(link))
         run(spec(tmp_path, exported, serving=Serving(engine="vllm", python=("/vllm/python",)), nodes=2, pipeline=2))
     (part,) = parts
     assert "--pipeline-parallel-size 2" in part and "--dtype float32" in part

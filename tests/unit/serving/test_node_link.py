@@ -15,7 +15,7 @@ import pytest
 from longhaul.errors import UserError
 from longhaul.runtime.process_rank import Rank
 from longhaul.serving import node_link as module
-from longhaul.serving.node_link import NodeLink, NodeLinkError, first_node_address, first_node_ended, node_link
+from longhaul.serving.node_link import NodeLink, NodeLinkError, _link, first_node_address, first_node_ended, node_link
 from longhaul.serving.server_process import free_port
 from tests.support.wait import wait_for
 
@@ -68,8 +68,13 @@ def test_a_port_that_is_in_use_is_named():
 
 
 def test_one_node_has_no_link():
-    with node_link(Rank(0, 1, 0, 1, "n1")) as link:
+    with node_link(1) as link:
         assert link is None
+
+
+def test_fewer_processes_than_planned_are_refused():
+    with pytest.raises(UserError, match="runs 1 ranks on 1 nodes; the plan says 2 ranks on 2 nodes"), node_link(2):
+        pass
 
 
 def test_two_nodes_have_the_ports_of_the_step(monkeypatch: pytest.MonkeyPatch):
@@ -77,8 +82,7 @@ def test_two_nodes_have_the_ports_of_the_step(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MASTER_ADDR", "n1")
     monkeypatch.setenv("MASTER_PORT", str(port - 1))
     monkeypatch.setattr(module, "first_node_address", lambda nodes: "127.0.0.1")
-    with node_link(Rank(0, 2, 0, 2, "n1")) as first, node_link(Rank(1, 2, 0, 2, "n2")) as second:
-        assert first is not None and second is not None
+    with _link(Rank(0, 2, 0, 2, "n1")) as first, _link(Rank(1, 2, 0, 2, "n2")) as second:
         assert first.leader == second.leader == ("127.0.0.1", port - 1)
         assert (first.rank, second.rank) == (0, 1)
         assert second.own_address == "127.0.0.1"

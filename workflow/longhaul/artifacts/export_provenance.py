@@ -1,4 +1,4 @@
-"""Fields of an export's `provenance`: the checkpoint that it was made from, and what people want to know of it."""
+"""Fields of an export's `provenance`: the checkpoint that it was made from, and facts that readers look for."""
 
 from __future__ import annotations
 

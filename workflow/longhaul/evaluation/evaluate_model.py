@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -21,7 +22,6 @@ from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
 from longhaul.evaluation.served_model import run_part_of_served_model, served_model
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
-from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.engine_version import engine_version
 from longhaul.serving.node_link import NodeLink, node_link
 
@@ -38,10 +38,8 @@ def run(job: EvaluateSpec) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs the package lm_eval", "pip install 'longhaul[evaluate]' in the job environment")
-    rank = this_rank()
-    require_planned_size(rank, job.nodes, job.nodes)
-    with node_link(rank) as link:
-        if link is None or rank.is_main:
+    with node_link(job.nodes) as link:
+        if link is None or link.rank == 0:
             _score(job, link)
         else:
             run_part_of_served_model(job, _verified_model(job)[0], link)
@@ -96,6 +94,7 @@ def _evaluate(job: EvaluateSpec, model: Any, tasks: list[Any], with_chat_templat
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else lm_eval forks one process per core for what one process computes
     with no_metrics_of_the_hub(job.task):
         results = simple_evaluate(
             model=model,

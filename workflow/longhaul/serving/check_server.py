@@ -14,7 +14,6 @@ from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
-from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.ask_server import Answer, Connection, Prompt, connection
 from longhaul.serving.compare_answers import (
     SAME_TEXT,
@@ -40,10 +39,8 @@ def run(job: ServeCheckSpec) -> None:
         UserError: the engine is missing or does not start, the export is damaged, the server does not hold to a bound, or a node
             cannot reach the first one.
     """
-    rank = this_rank()
-    require_planned_size(rank, job.nodes, job.nodes)
-    with node_link(rank) as link:
-        if link is None or rank.is_main:
+    with node_link(job.nodes) as link:
+        if link is None or link.rank == 0:
             _check(job, link)
         else:
             export = read_export(Path(job.export))

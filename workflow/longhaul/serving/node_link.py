@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from longhaul.errors import UserError
-from longhaul.runtime.process_rank import Rank
+from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 
 _CONNECT_TIMEOUT_S, _RETRY_S = 180.0, 1.0
 """Nodes of one srun start within seconds. Imports from a cold shared file system take up to minutes."""
@@ -53,16 +53,24 @@ class NodeLink:
 
 
 @contextmanager
-def node_link(rank: Rank) -> Iterator[NodeLink | None]:
-    """Link the nodes of a job during a `with` block. None: the job has one node.
+def node_link(nodes: int) -> Iterator[NodeLink | None]:
+    """Link the processes of a job, one on each of its `nodes`, during a `with` block. None: the job has one node.
 
     Raises:
-        UserError: the first node has no address, or a public one.
+        UserError: the job has another number of processes or nodes, or the first node has no address, or a public one.
         NodeLinkError: the first node's process cannot be reached, or its port is in use.
     """
-    if rank.nodes == 1:
+    rank = this_rank()
+    require_planned_size(rank, nodes, nodes)
+    if nodes == 1:
         yield None
         return
+    with _link(rank) as link:
+        yield link
+
+
+@contextmanager
+def _link(rank: Rank) -> Iterator[NodeLink]:
     address, engine_port = first_node_address(rank.nodes), int(os.environ["MASTER_PORT"])
     # The next port is that of the job's next step, which starts after this one.
     with _listen(address, engine_port + 1, rank.nodes) if rank.is_main else _connect(address, engine_port + 1) as link:

@@ -21,7 +21,6 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
-from longhaul.runtime.process_rank import require_planned_size, this_rank
 from longhaul.serving.api_key import read_key_file
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import LOOPBACK, Server, ServerShape
@@ -52,11 +51,9 @@ def run(job: ServeSpec) -> None:
         RuntimeError: the engine ended unexpectedly.
     """
     signal_at_end_of_parent(signal.SIGTERM)
-    rank = this_rank()
-    require_planned_size(rank, job.nodes, job.nodes)
-    with node_link(rank) as link:
+    with node_link(job.nodes) as link:
         model = Path(read_export(Path(job.export)).path).absolute()
-        if link is None or rank.is_main:
+        if link is None or link.rank == 0:
             _serve(job, model, link)
         else:
             # vLLM serves nothing here. SGLang answers only whether it lives.

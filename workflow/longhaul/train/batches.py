@@ -27,7 +27,7 @@ class MicroBatch:
     input_ids, labels, position_ids: int64 [micro batch, sequence length]. A label of IGNORED_LABEL is not in the loss.
     tokens: number of tokens without padding; 0 where they are not counted
     attention_pairs: number of pairs of a token and one of its document that it attends to, itself included; 0 as above
-    has_several_documents: whether a row holds several documents, or padding; None where nobody has looked
+    has_several_documents: whether a row holds several documents, or padding; None: not known
     """
 
     input_ids: torch.Tensor
