@@ -14,7 +14,8 @@ from longhaul.config.load_config import load_site
 from longhaul.errors import UserError
 from longhaul.scheduling import detect_site as detection
 from longhaul.scheduling.detect_site import detect_site
-from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, fast_interfaces, found_partitions, places
+from longhaul.scheduling.fast_interfaces import fast_interfaces
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, found_partitions, places
 from longhaul.scheduling.site_file_text import site_text
 from tests.support.bad_input import refused_message
 from tests.support.fake_nvidia_smi import fake_nvidia_smi
@@ -325,6 +326,7 @@ def test_settings_of_the_cluster_are_written(slurm: Path):
 
 def test_interfaces_of_fast_networks_are_found():
     assert fast_interfaces(["lo", "eth0", "hsn1", "hsn0", "ib0.8001", "docker0"]) == ["hsn0", "hsn1"]
+    assert fast_interfaces(["ibp129s0", "ibp65s0d1", "ib0", "ibs1.8001", "ibmveth"]) == ["ib0", "ibp129s0", "ibp65s0d1"]
 
 
 def test_cluster_without_partitions_and_silent_slurm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,8 @@ from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.compare_nodes import probe_requests
-from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, fast_interfaces, found_partitions
+from longhaul.scheduling.fast_interfaces import fast_interfaces
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, found_partitions
 from longhaul.scheduling.probe_nodes import probe_nodes
 from longhaul.scheduling.site_file_text import site_text
 from longhaul.scheduling.slurm_limits import JobLimit, limits_of, read_limits, smallest

@@ -13,7 +13,6 @@ from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 from longhaul.scheduling.slurm_client import Association
 
 _DEBUG_MINUTES = 120  # a GPU partition with a shorter limit counts as one for tests
-_FAST_INTERFACES = re.compile(r"(ib|hsn)\d+$")
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,6 @@ def minutes_of(text: str) -> int | None:
 def _names(text: str) -> frozenset[str] | None:
     """Return the names in a comma-separated list; None for ALL, or without a list."""
     return None if text in ("", "ALL", "(null)") else frozenset(text.split(","))
-
-
-def fast_interfaces(names: Iterable[str]) -> list[str]:
-    """Return the InfiniBand and Slingshot interfaces of this machine; compute nodes usually have the same names."""
-    return sorted(name for name in names if _FAST_INTERFACES.match(name))
 
 
 def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartition]:

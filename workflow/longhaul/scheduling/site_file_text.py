@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 
 from longhaul.config.gpu_datasheets import peak_tflops
-from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, fast_interfaces, places
+from longhaul.scheduling.fast_interfaces import fast_interfaces
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, places
 from longhaul.scheduling.probe_nodes import FoundNode
 
 

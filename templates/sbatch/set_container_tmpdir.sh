@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the scripts that start a container, without arguments: it works on their own.
-# It creates each FOLDER up to "--" and drops these words: neither a missing folder can be mounted, nor can it be used inside.
+# Creates the folders that a container mounts, and sets TMPDIR to /tmp where the container cannot have the host's folder.
+# Sourced by the scripts that start a container, without arguments: it takes each FOLDER up to "--" from theirs.
 while [ "$1" != -- ]; do
     mkdir -p -- "$1" || exit
     shift
 done
 shift
-# It sets $TMPDIR to /tmp where the container cannot have that folder: torch compiles there, and MIOpen keeps its databases there.
+# torch compiles in $TMPDIR, and MIOpen keeps its databases there.
 # Of a name with : or , Apptainer would read several folders.
 if [[ ! -d ${TMPDIR:-/tmp} || ! -w ${TMPDIR:-/tmp} || ${TMPDIR:-} == *[:,]* ]]; then
     # launch.sh has put MIOpen's folders below the old one.
