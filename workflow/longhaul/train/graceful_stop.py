@@ -12,10 +12,23 @@ from longhaul.errors import AllocationTooShort
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.delayed_sum import DelayedSum
 from longhaul.train.distributed_context import DistributedContext
+from longhaul.train.phase_times import STEP, VALIDATE, PhaseTimes
 
 _WALLTIME, _PREEMPTED, _SIGNAL = 1, 2, 3
 _REASONS = {_WALLTIME: "the allocation ends", _PREEMPTED: "preempted", _SIGNAL: SIGNALLED}
 _READ_EVERY_S = 1.0
+_STEPS, _SAVES, _SAVES_WHILE_SAVING = 2.0, 1.5, 3.0
+"""Multiples of the longest step and save so far for which time must be left: file systems slow down."""
+
+
+def needed_to_leave_s(times: PhaseTimes, longest_save_s: float, is_saving: bool) -> float:
+    """Return the time that another step, a validation and a save on the disk may take, from the longest so far.
+
+    longest_save_s: of all attempts
+    is_saving:      whether an earlier save must finish first
+    """
+    saves = _SAVES_WHILE_SAVING if is_saving else _SAVES
+    return _STEPS * times.longest_s[STEP] + times.longest_s[VALIDATE] + saves * longest_save_s
 
 
 class GracefulStop:

@@ -22,11 +22,6 @@ class PhaseTimes:
         self.longest_s = dict.fromkeys(_EVENT_KEYS, 0.0)
         self._since_save_s = dict.fromkeys(_EVENT_KEYS, 0.0)
 
-    @property
-    def needed_for_step_s(self) -> float:
-        """Return the time that another step and a validation may take, from the longest so far."""
-        return 2 * self.longest_s[STEP] + self.longest_s[VALIDATE]
-
     def add(self, phase: str, seconds: float) -> None:
         """Add to a phase's time since the last save, but not to its longest duration."""
         self._since_save_s[phase] += seconds

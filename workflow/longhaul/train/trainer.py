@@ -15,6 +15,7 @@ from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.deepspeed_engine import peak_learning_rate
 from longhaul.train.detect_bad_steps import bad_step_reason
 from longhaul.train.distributed_context import DistributedContext
+from longhaul.train.graceful_stop import needed_to_leave_s
 from longhaul.train.handle_bad_steps import BadStepPolicy
 from longhaul.train.host_copy import HostCopy
 from longhaul.train.lr_schedule import learning_rate
@@ -102,8 +103,8 @@ class Trainer:
 
     @property
     def needed_to_leave_s(self) -> float:
-        """Return the time that another step, a validation and a save may take, from the longest so far."""
-        return self.times.needed_for_step_s + self.checkpoints.needed_to_save_s
+        """Return the time that another step, a validation and a save may take."""
+        return needed_to_leave_s(self.times, self.checkpoints.longest_save_s, self.checkpoints.is_saving)
 
     def is_due(self, every_steps: int) -> bool:
         """Return whether something is due that happens every `every_steps` steps and after the last one."""

@@ -42,7 +42,7 @@ class CheckpointManager:
         self._has_reserved = self._delays_updates = False
         self._save: CheckpointSave | None = None
         self._spent_s: dict[str, float] = {}
-        self._longest_save_s = 0.0
+        self.longest_save_s = 0.0
 
     def close(self) -> None:
         """End the threads. A save that is still in flight stays unfinished: an error ended the training."""
@@ -58,14 +58,14 @@ class CheckpointManager:
         return bool(self._complete())
 
     def read_longest_save(self) -> None:
-        """Read the duration of the longest save of all attempts so far, for `needed_to_save_s`."""
+        """Read the duration of the longest save of all attempts so far into `longest_save_s`."""
         own = self._events.largest("saved", "durable_s") if self._context.is_main else 0.0
-        self._longest_save_s = self._context.broadcast(own)
+        self.longest_save_s = self._context.broadcast(own)
 
     @property
-    def needed_to_save_s(self) -> float:
-        """Return the time that a save may take until it is on the disk, from the longest so far; and the one in flight."""
-        return (3.0 if self._save else 1.5) * self._longest_save_s
+    def is_saving(self) -> bool:
+        """Whether a save is not yet finished."""
+        return self._save is not None
 
     def resume(self, engine: Engine, is_needed: bool = False) -> TrainingState:
         """Load the newest undamaged checkpoint into the engine; return a new state when there is none.
@@ -168,7 +168,7 @@ class CheckpointManager:
         if not save.advance():
             self._save = save
             return
-        self._longest_save_s = max(self._longest_save_s, save.durable_s)
+        self.longest_save_s = max(self.longest_save_s, save.durable_s)
         waited_s = self._spent_s["saving_s"] + (time.perf_counter() - waiting_since if waiting_since else 0.0)
         spent_s = {**self._spent_s, "saving_s": round(waited_s, 3), "durable_s": round(save.durable_s, 3)}
         self._events.write("saved", step=save.step, **spent_s)
