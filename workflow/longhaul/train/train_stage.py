@@ -33,10 +33,10 @@ from longhaul.train.monitoring.profile_steps import StepProfiler
 from longhaul.train.open_samples import open_samples
 from longhaul.train.out_of_memory import names_smaller_settings
 from longhaul.train.phase_times import StartUpTimes
+from longhaul.train.sample_prompts import sample_prompts
 from longhaul.train.step_backends import build_backend
 from longhaul.train.trainer import Trainer
 from longhaul.train.verified_inputs import verify_data, verify_packs, verify_start
-from longhaul.train.write_reference_values import sample_prompts
 
 
 def run(job: TrainSpec) -> None:

@@ -1,4 +1,4 @@
-"""Writes reference/ of a checkpoint for the export's verification: tensor hashes, logits of fixed prompts, 6 sample prompts.
+"""Writes reference/ of a checkpoint for the export's verification: tensor hashes, logits of fixed prompts, sample prompts.
 
 | file               | content                                                                                  |
 | tensors.json       | name -> shape and SHA-256 of every tensor, in fp32 and in the export's dtype              |
@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from safetensors.torch import save_file
 
 from longhaul.artifacts.atomic_files import write_json
 from longhaul.compat.deepspeed import Engine
-from longhaul.data.sampling.samples import Samples
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning.constants_shared_with_trainer import LOGITS_PROMPT_TOKENS
 from longhaul.train.distributed_context import DistributedContext
@@ -26,8 +24,6 @@ from longhaul.train.parallel.slice_index import TIED_WEIGHTS, has_tied_embedding
 from longhaul.train.step_backends import Backend
 
 LOGITS_PROMPTS = 2
-SAMPLE_PROMPTS = 6
-_MOST_DOCUMENTS_READ = 1000
 # The exporter rounds to FP8 itself, from master weights with the recorded hash.
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -88,16 +84,6 @@ def _aliases(module: torch.nn.Module, is_tied: bool) -> dict[str, list[str]]:
             shared.setdefault(first[id(parameter)], []).append(name)
         first.setdefault(id(parameter), name)
     return shared
-
-
-def sample_prompts(**splits: Samples | None) -> dict[str, object]:
-    """Return {"split", "input_ids": [[int]]}: how the first documents begin, without repetitions.
-
-    The documents come from the first of the given splits that has any.
-    """
-    split, samples = next((name, samples) for name, samples in splits.items() if samples)
-    distinct = dict.fromkeys(islice(samples.openings(), _MOST_DOCUMENTS_READ))
-    return {"split": split, "input_ids": [list(ids) for ids in islice(distinct, SAMPLE_PROMPTS)]}
 
 
 def _logits_prompts(job: TrainSpec) -> torch.Tensor:

@@ -15,7 +15,7 @@ from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSo
 from longhaul.data.sampling.samples import MixedSamples, Samples
 from longhaul.errors import UserError
 
-PAD = 99
+PAD, PROMPT_TOKENS = 99, 24
 
 
 class Documents:
@@ -88,9 +88,9 @@ def test_positions_tell_the_padding_of_the_last_window_and_do_not_split_it(token
 
 def test_openings_of_windows_are_at_most_half_a_document_and_shorter_than_a_sequence():
     documents = Documents([1], [1, 2], [1, 2, 3], list(range(60)), [])
-    openings = list(WindowSource(documents, 64, PAD).openings())  # type: ignore[arg-type]
+    openings = list(WindowSource(documents, 64, PAD).openings(PROMPT_TOKENS))  # type: ignore[arg-type]
     assert openings == [(1,), (1,), (1, 2), tuple(range(24))]
-    assert list(WindowSource(documents, 8, PAD).openings())[-1] == tuple(range(7))  # type: ignore[arg-type]
+    assert list(WindowSource(documents, 8, PAD).openings(PROMPT_TOKENS))[-1] == tuple(range(7))  # type: ignore[arg-type]
 
 
 CHATS = Documents([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13, 14], masks=[[0, 0, 1, 1], [0, 1, 0], [0] * 6 + [1]])
@@ -170,15 +170,20 @@ def test_loss_tokens_that_no_sequence_keeps_are_counted(tmp_path: Path, truncate
 
 def test_split_without_documents_has_no_pack_and_no_file(tmp_path: Path):
     source = pack_source(tmp_path, Documents())
-    assert (len(source), source.token_count, source.cut_documents, list(source.openings())) == (0, 0, 0, [])
+    assert (len(source), source.token_count, source.cut_documents, list(source.openings(PROMPT_TOKENS))) == (
+        0,
+        0,
+        0,
+        [],
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_openings_of_packs_end_before_the_first_loss_token(tmp_path: Path):
-    assert list(pack_source(tmp_path).openings()) == [(1, 2), (5,), (8, 9, 10, 11, 12, 13)]
+    assert list(pack_source(tmp_path).openings(PROMPT_TOKENS)) == [(1, 2), (5,), (8, 9, 10, 11, 12, 13)]
     documents = Documents([1, 2, 3], [4, 5, 6], [7, 8, 9, 10], masks=[[1, 0, 0], [0, 0, 0], [0, 0, 0, 1]])
     (tmp_path / "other").mkdir()
-    assert list(pack_source(tmp_path / "other", documents, length=3).openings()) == []
+    assert list(pack_source(tmp_path / "other", documents, length=3).openings(PROMPT_TOKENS)) == []
 
 
 def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -256,7 +261,7 @@ def test_mixed_samples_alternate_and_repeat_small_datasets():
     assert (len(large), len(small), len(mixed), mixed.length, mixed.cut_documents) == (4, 2, 8, 4, 0)
     assert [int(mixed[index].input_ids[0]) for index in range(8)] == [1, 51, 5, 55, 9, 51, 13, 55]
     assert mixed.padding_share == pytest.approx(((1 - 14 / 16) * 4 + (1 - 6 / 8) * 2) / 6)
-    assert list(mixed.openings()) == [(1, 2, 3), (51, 52, 53)]
+    assert list(mixed.openings(PROMPT_TOKENS)) == [(1, 2, 3), (51, 52, 53)]
     assert mixed.ids(0, 4).dtype == np.int64
     # positions 4 to 7 of the mixture: samples 3, 4 and 5 of the large dataset, and 1 of the small one
     expected = [*(2 * large.at(np.array([3, 4]))).tolist(), 2 * int(small.at(np.array([1]))[0]) + 1]

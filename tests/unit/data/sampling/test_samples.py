@@ -16,13 +16,12 @@ from longhaul.artifacts.atomic_files import file_sha256, read_json
 from longhaul.data.sampling.pack_conversations import PackFile, best_fit, pack_block, write_pack_file
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample
-from longhaul.data.sampling.sample_sources import OPENING_TOKENS
 from longhaul.data.sampling.samples import MixedSamples, Samples, batch_of_step
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset, make_shards, write_jsonl
 
-S = 64
+S, PROMPT_TOKENS = 64, 24
 
 
 def windows(manifest: DataManifest, tmp_path: Path, length: int = S, seed: int = 1) -> Samples:
@@ -81,12 +80,12 @@ def test_an_epoch_holds_every_sample_once_for_any_batch_size(
 
 def test_openings_of_texts_are_the_first_tokens_of_documents(text_shards: DataManifest, tmp_path: Path):
     documents = reader(text_shards)
-    openings = list(windows(text_shards, tmp_path).openings())
+    openings = list(windows(text_shards, tmp_path).openings(PROMPT_TOKENS))
     assert len(openings) == documents.document_count
     for number, opening in enumerate(openings):
         tokens = documents.document(number)[0].tolist()
-        assert list(opening) == tokens[: len(opening)] and len(opening) == min(OPENING_TOKENS, -(-len(tokens) // 2))
-    assert max(map(len, windows(text_shards, tmp_path, length=8).openings())) == 7
+        assert list(opening) == tokens[: len(opening)] and len(opening) == min(PROMPT_TOKENS, -(-len(tokens) // 2))
+    assert max(map(len, windows(text_shards, tmp_path, length=8).openings(PROMPT_TOKENS))) == 7
 
 
 def test_openings_of_chats_end_before_the_answer(chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path):
@@ -94,7 +93,7 @@ def test_openings_of_chats_end_before_the_answer(chat_shards: DataManifest, toke
 
     path = TokenizerManifest.read(tokenizer_folder / "tokenizer.json").path
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    found = {tokenizer.decode(opening) for opening in packs(chat_shards, tmp_path, length=512).openings()}
+    found = {tokenizer.decode(opening) for opening in packs(chat_shards, tmp_path, length=512).openings(PROMPT_TOKENS)}
     questions = {
         tokenizer.apply_chat_template(conversation(number)[:2], tokenize=False, add_generation_prompt=True)
         for number in range(200)
@@ -112,8 +111,8 @@ def test_an_epoch_of_a_mixture_is_one_of_every_dataset(text_shards: DataManifest
 
 def test_openings_of_a_mixture_alternate(text_shards: DataManifest, tmp_path: Path):
     parts = [windows(text_shards, tmp_path, length) for length in (8, S)]
-    first, second = (list(part.openings()) for part in parts)
-    assert list(MixedSamples(parts, [3, 1]).openings())[:4] == [first[0], second[0], first[1], second[1]]
+    first, second = (list(part.openings(PROMPT_TOKENS)) for part in parts)
+    assert list(MixedSamples(parts, [3, 1]).openings(PROMPT_TOKENS))[:4] == [first[0], second[0], first[1], second[1]]
 
 
 def test_the_order_depends_on_the_seed_only(text_shards: DataManifest, tmp_path: Path):

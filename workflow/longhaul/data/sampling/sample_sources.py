@@ -20,7 +20,6 @@ from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sa
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.planning.steps_of_epochs import window_count
 
-OPENING_TOKENS = 24
 Truncate = Literal["right", "left", "drop"]
 """Conversations longer than a sequence keep their first tokens (right) or their last ones (left), or are left out (drop)."""
 
@@ -49,13 +48,13 @@ class WindowSource:
             sample.position_ids[:] -= self.length + tokens
         return tokens
 
-    def openings(self) -> Iterator[tuple[int, ...]]:
-        """Yield the first tokens of each document: OPENING_TOKENS, or half of a shorter document."""
+    def openings(self, tokens: int) -> Iterator[tuple[int, ...]]:
+        """Yield the first `tokens` tokens of each document, or half of a shorter document."""
         for number in range(self._reader.document_count):
-            tokens, _ = self._reader.document(number)
-            stop = min(OPENING_TOKENS, -(-len(tokens) // 2), self.length - 1)
+            document, _ = self._reader.document(number)
+            stop = min(tokens, -(-len(document) // 2), self.length - 1)
             if stop:
-                yield tuple(tokens[:stop].tolist())
+                yield tuple(document[:stop].tolist())
 
 
 def pack_file_name(data_hash: str, split: str, length: int, seed: int, truncate: Truncate) -> str:
@@ -106,7 +105,7 @@ class PackSource:
         sample.position_ids[start:] = np.arange(start - self.length, 0)
         return start
 
-    def openings(self) -> Iterator[tuple[int, ...]]:
+    def openings(self, _tokens: int) -> Iterator[tuple[int, ...]]:
         """Yield the tokens of each conversation before the first loss token; none where this is 0 or >= S tokens."""
         for number in range(self._reader.document_count):
             tokens, mask = self._reader.document(number)

@@ -129,13 +129,13 @@ class Samples:
         """Return by dataset how many of its epochs the first `count` samples are."""
         return {self.dataset: count / len(self)}
 
-    def openings(self) -> Iterator[tuple[int, ...]]:
+    def openings(self, tokens: int) -> Iterator[tuple[int, ...]]:
         """Yield the first token ids of each document, in storage order; each opening is shorter than a sequence.
 
-        For windows these are the first tokens. For packs they end before the first token of an answer: the question in
+        For windows these are at most `tokens` tokens. For packs they end before the first token of an answer: the question in
         the chat template, generation prompt included. A conversation without a question is left out.
         """
-        return self._source.openings()
+        return self._source.openings(tokens)
 
     def ids(self, batch: int, global_batch_size: int) -> np.ndarray:
         """Return [global_batch_size] int64: the samples of global batch number `batch` (from 0), in order.
@@ -193,9 +193,9 @@ class MixedSamples(Samples):
         pairs = zip(self._parts, self._order.drawn(count), strict=True)
         return {part.dataset: drawn / len(part) for part, drawn in pairs}
 
-    def openings(self) -> Iterator[tuple[int, ...]]:
+    def openings(self, tokens: int) -> Iterator[tuple[int, ...]]:
         """Yield the openings of the datasets alternately."""
-        alternating = chain.from_iterable(zip_longest(*(part.openings() for part in self._parts)))
+        alternating = chain.from_iterable(zip_longest(*(part.openings(tokens) for part in self._parts)))
         return (opening for opening in alternating if opening is not None)
 
     def ids(self, batch: int, global_batch_size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from longhaul.train.write_reference_values import SAMPLE_PROMPTS, sample_prompts
+from longhaul.train.sample_prompts import SAMPLE_PROMPTS, sample_prompts
 
 
 class EndlessDocuments:
@@ -15,7 +15,7 @@ class EndlessDocuments:
     def __len__(self) -> int:
         return 1
 
-    def openings(self) -> Iterator[tuple[int, ...]]:
+    def openings(self, tokens: int) -> Iterator[tuple[int, ...]]:
         return ((5, number // 2) for number in count())
 
 

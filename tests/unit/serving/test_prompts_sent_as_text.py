@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.errors import UserError
-from longhaul.serving.sample_prompts import completions_of_text_prompts
+from longhaul.serving.prompts_sent_as_text import completions_of_text_prompts
 
 
 def export_with(folder: Path, begins_texts: bool, prompts: list[str]) -> Export:
