@@ -101,6 +101,18 @@ def test_learning_rate_reruns_the_stage_and_its_successors(run: PipelineRun):
     assert expensive(run) == {"train": 2, "export": 2}
 
 
+def test_first_stage_waits_for_chats_of_a_later_one_but_does_not_depend_on_them(run: PipelineRun, tmp_path: Path):
+    """The manifest of the chats is tokenized again, but the first stage is finished."""
+    run.config["stages"][1]["sequence_length"] = 96
+    run.save()
+    assert expensive(run) == {"tokenize": 1, "train": 1, "export": 1}
+    manifest = run.results / "data/chats.json"
+    shutil.move(manifest, tmp_path)
+    would_run = job_counts(run.dry_run("results/tiny/stages/base/checkpoint.json"))
+    shutil.move(tmp_path / manifest.name, manifest)
+    assert would_run == {"tokenize": 1}
+
+
 def test_deleted_report_is_written_alone(run: PipelineRun):
     (run.results / "report.html").unlink()
     assert run.would_run() == {"report": 1}

@@ -21,7 +21,7 @@ from longhaul.config.shipped_files import PACKAGE
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.jobs.kinds.evaluate_job import evaluation_inputs
 from longhaul.jobs.kinds.scale_test_job import scale_test_before
-from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
+from longhaul.jobs.kinds.tokenize_jobs import manifests_checked_for_stages, shared_artifacts
 from longhaul.scheduling.snakefile_functions import (
     RuleSettings,
     fetch_key,
@@ -67,6 +67,11 @@ def tokenizer_text(wildcards):
 
 def stage_data(wildcards):
     return PLAN.paths.manifest(PLAN.stage(wildcards.stage).stage.dataset)
+
+
+def chats_of_other_stages(wildcards):
+    manifests = set(manifests_checked_for_stages(PLAN)) - {stage_data(wildcards)}
+    return [ancient(path) for path in order_only(sorted(manifests))]
 
 
 def starting_checkpoint(wildcards):

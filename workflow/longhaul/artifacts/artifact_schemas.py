@@ -85,8 +85,36 @@ class Shard(TypedDict):
     sha256: dict[str, Sha256]
 
 
+class KeptConversations(TypedDict):
+    """What sequences of one length keep of a split's conversations. Records of earlier releases have fewer keys.
+
+    documents:              conversations of which a sequence keeps a loss token
+    tokens:                 their tokens in the sequences
+    cut_documents:          those of which a part is in no sequence
+    dropped_documents:      conversations left out because they are longer than a sequence (truncate: drop)
+    documents_without_loss: conversations left out because what a sequence keeps of them holds no loss token
+    loss_tokens:            loss tokens of the split
+    cut_loss_tokens:        those in no sequence
+    median_tokens:          half of the conversations are not longer, before truncation
+    """
+
+    sequence_length: Count
+    truncate: NotRequired[str]
+    documents: Count
+    tokens: Count
+    cut_documents: Count
+    dropped_documents: NotRequired[Count]
+    documents_without_loss: NotRequired[Count]
+    loss_tokens: NotRequired[Count]
+    cut_loss_tokens: NotRequired[Count]
+    median_tokens: NotRequired[Count]
+
+
 class Split(TypedDict):
-    """Shards of one split. The totals leave out the documents of `filtered_out`, a file in the manifest's `path`."""
+    """Shards of one split. The totals leave out the documents of `filtered_out`, a file in the manifest's `path`.
+
+    kept: of chats, for each sequence_length and truncate of the run's sft stages
+    """
 
     shards: list[Shard]
     tokens: Count
@@ -94,6 +122,7 @@ class Split(TypedDict):
     loss_tokens: Count
     filtered_out: NotRequired[str]
     filtered_out_sha256: NotRequired[Sha256]
+    kept: NotRequired[list[KeptConversations]]
 
 
 class Source(TypedDict):
@@ -260,6 +289,7 @@ class DataManifest(Artifact):
               "tokens", "documents", "loss_tokens"}; a prefix is relative to `path`
               "filtered_out": file in `path` with the documents that readers filter out, where there are any;
               the totals are then without them
+              "kept": what the run's sft stages keep of the conversations
     sources:  [{"path", "bytes", "sha256", "documents"}]
     skipped:  reason -> number of documents that are not in the shards or are filtered out
     unigram_entropy_nats: entropy in nats of the training split's tokens (data.shards.unigram_entropy), which is the loss of a

@@ -5,34 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NotRequired
 
-from typing_extensions import TypedDict
-
-from longhaul.artifacts.artifact_schemas import Count
+from longhaul.artifacts.artifact_schemas import Count, KeptConversations
 from longhaul.artifacts.typed_json import Sha256
 
 
-class PackTotals(TypedDict):
-    """The JSON file beside a pack file: pack-*-<split>-*.json.
+class PackTotals(KeptConversations):
+    """The JSON file beside a pack file: pack-*-<split>-*.json. sha256: of the pack file."""
 
-    documents:              conversations in packs
-    tokens:                 their tokens in the packs
-    cut_documents:          those of which a part is in no pack
-    dropped_documents:      conversations left out because they are longer than a sequence (truncate: drop)
-    documents_without_loss: conversations left out because what a sequence keeps of them holds no loss token
-    loss_tokens:            loss tokens of the split
-    cut_loss_tokens:        those in no pack
-    sha256:                 of the pack file
-    """
-
-    documents: Count
     packs: Count
-    sequence_length: Count
-    tokens: Count
-    cut_documents: Count
-    dropped_documents: NotRequired[Count]
-    documents_without_loss: NotRequired[Count]
-    loss_tokens: NotRequired[Count]
-    cut_loss_tokens: NotRequired[Count]
     padding_share: float
     sha256: NotRequired[Sha256]
 
@@ -48,7 +28,7 @@ def share_of_padding(packs: Sequence[PackTotals]) -> float | None:
     return padding_share(sum(pack["tokens"] for pack in packs), positions) if positions else None
 
 
-def cut_loss_share(packs: Sequence[PackTotals]) -> float | None:
-    """Return the share of the loss tokens that no pack holds; None where nothing is packed, or an older release did it."""
-    total = sum(pack.get("loss_tokens", 0) for pack in packs)
-    return sum(pack.get("cut_loss_tokens", 0) for pack in packs) / total if total else None
+def cut_loss_share(counts: Sequence[KeptConversations]) -> float | None:
+    """Return the share of the loss tokens that no sequence keeps; None where nothing is counted, or an older release did it."""
+    total = sum(kept.get("loss_tokens", 0) for kept in counts)
+    return sum(kept.get("cut_loss_tokens", 0) for kept in counts) / total if total else None

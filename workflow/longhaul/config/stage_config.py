@@ -28,6 +28,9 @@ from longhaul.config.serve_config import Serve
 
 MOST_PROFILED_STEPS = 20
 
+Truncate = Literal["right", "left", "drop"]
+"""Conversations longer than a sequence keep their first tokens (right) or their last ones (left), or are left out (drop)."""
+
 
 class StartFrom(FrozenModel):
     """The checkpoint of another stage that this stage starts from."""
@@ -266,7 +269,7 @@ class Stage(FrozenModel):
         "node.gpu_memory_gib in the site file.",
     )
     sequence_length: Annotated[int, Field(ge=8, le=10**8)] = Field(description="Tokens per sample.")
-    truncate: Literal["right", "left", "drop"] = Field(
+    truncate: Truncate = Field(
         default="right",
         description="sft: what stays of conversations longer than sequence_length. right: the first tokens. left: the last "
         "tokens, so the system message is lost. drop: nothing.",

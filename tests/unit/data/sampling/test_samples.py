@@ -272,6 +272,8 @@ def test_padding_share_is_the_fraction_of_positions_without_a_token(chat_shards:
         "documents_without_loss": 0,
         "loss_tokens": chat_shards.splits["train"]["loss_tokens"],
         "cut_loss_tokens": 0,
+        "truncate": "right",
+        "median_tokens": int(np.median(lengths)),
         "padding_share": samples.padding_share,
         "sha256": file_sha256(record.with_suffix(".bin")),
     }

@@ -8,20 +8,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, padding_share
 from longhaul.artifacts.typed_json import read_typed_json
+from longhaul.config.stage_config import Truncate
+from longhaul.data.sampling.kept_conversations import count_conversations, kept_tokens
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.planning.steps_of_epochs import window_count
-
-Truncate = Literal["right", "left", "drop"]
-"""Conversations longer than a sequence keep their first tokens (right) or their last ones (left), or are left out (drop)."""
 
 
 class WindowSource:
@@ -81,6 +79,7 @@ class PackSource:
         self._reader, self.length, self._pad_id = reader, length, pad_id
         self._truncate: Truncate = truncate
         self.token_count = self.cut_documents = 0
+        self.totals: PackTotals | None = None  # None where the split has no documents
         self._packs: PackFile | list[np.ndarray] = []
         if not reader.document_count:
             return
@@ -89,7 +88,7 @@ class PackSource:
             _write_packs(reader, length, seed, path, record, truncate)
         # The totals come from the record, because reading the lengths of all documents is slow.
         totals = read_typed_json(record, PackTotals, delete_packs_hint(path))
-        self.token_count, self.cut_documents = totals["tokens"], totals["cut_documents"]
+        self.totals, self.token_count, self.cut_documents = totals, totals["tokens"], totals["cut_documents"]
         if totals["documents"]:
             self._packs = PackFile(path, totals["documents"])
 
@@ -115,18 +114,13 @@ class PackSource:
 
     def _write_conversation(self, sample: Sample, start: int, tokens: np.ndarray, mask: np.ndarray) -> int:
         """Write one conversation [T] at position `start`; return its length. Its last position has no label."""
-        kept = _kept_tokens(len(tokens), self.length, self._truncate)
+        kept = kept_tokens(len(tokens), self.length, self._truncate)
         tokens, mask = tokens[kept], mask[kept]
         stop = start + len(tokens)
         sample.input_ids[start:stop] = tokens
         sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)
         sample.position_ids[start:stop] = np.arange(len(tokens))
         return len(tokens)
-
-
-def _kept_tokens(count: int, length: int, truncate: Truncate) -> slice:
-    """Return which of a conversation's tokens [count] are in a sequence of `length` tokens."""
-    return slice(max(0, count - length), count) if truncate == "left" else slice(0, min(count, length))
 
 
 def delete_packs_hint(path: Path) -> str:
@@ -136,45 +130,19 @@ def delete_packs_hint(path: Path) -> str:
 
 def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record: Path, truncate: Truncate) -> None:
     """Write the pack file, then `record`, a JSON file with its totals. The report reads the record too."""
-    lengths = reader.lengths()
-    is_cut = lengths > length
-    has_loss, cut_loss_tokens = _count_loss(reader, np.flatnonzero(is_cut), length, truncate)
+    kept, has_loss, lengths = count_conversations(reader, length, truncate)
     packed = np.flatnonzero(has_loss)
     write_pack_file(lengths[packed], length, seed, path, numbers=packed)
     packs = len(PackFile(path, len(packed))) if len(packed) else 0
-    tokens = int(np.minimum(lengths[packed], length).sum(dtype=np.int64))
     totals: PackTotals = {
-        "documents": len(packed),
+        **kept,
         "packs": packs,
-        "sequence_length": length,
-        "tokens": tokens,
-        "cut_documents": int(is_cut[packed].sum()),
-        "dropped_documents": int(is_cut.sum()) if truncate == "drop" else 0,
-        "documents_without_loss": 0 if truncate == "drop" else int((~has_loss).sum()),
-        "loss_tokens": reader.loss_token_count,
-        "cut_loss_tokens": cut_loss_tokens,
-        "padding_share": padding_share(tokens, packs * length),
+        "padding_share": padding_share(kept["tokens"], packs * length),
         "sha256": file_sha256(path),
     }
     write_json(record, totals)
     for line in _describe(totals):
         print(line, file=sys.stderr, flush=True)
-
-
-def _count_loss(reader: SplitReader, cut: np.ndarray, length: int, truncate: Truncate) -> tuple[np.ndarray, int]:
-    """Return which documents keep a loss token in a sequence, [D] bool, and how many loss tokens no sequence keeps.
-
-    cut: numbers of the documents longer than a sequence. Only their masks have to be read, because every whole document
-    has a loss token. No position predicts the first of the kept tokens.
-    """
-    has_loss = np.ones(reader.document_count, dtype=bool)
-    lost = 0
-    for number in cut.tolist():
-        mask = reader.document(number)[1]
-        kept = 0 if truncate == "drop" else int(mask[_kept_tokens(len(mask), length, truncate)][1:].sum())
-        has_loss[number] = kept > 0
-        lost += int(mask[1:].sum()) - kept
-    return has_loss, lost
 
 
 def _describe(totals: PackTotals) -> Iterator[str]:

@@ -22,10 +22,12 @@ import numpy as np
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.pack_totals import padding_share
+from longhaul.config.stage_config import Truncate
+from longhaul.data.sampling.kept_conversations import require_kept_conversations
 from longhaul.data.sampling.mixture_order import MixtureOrder
 from longhaul.data.sampling.permutation import permutation
 from longhaul.data.sampling.sample_format import Sample
-from longhaul.data.sampling.sample_sources import PackSource, Truncate, WindowSource, pack_file_name
+from longhaul.data.sampling.sample_sources import PackSource, WindowSource, pack_file_name
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import InputError, UserError
 
@@ -73,12 +75,8 @@ class Samples:
             _require_chats(manifest)
             path = cache / pack_file_name(manifest.hash, split, sequence_length, seed, truncate)
             source = PackSource(reader, sequence_length, pad_id, seed, path, truncate)
-        if kind == "sft" and reader.document_count and not len(source):
-            raise InputError(
-                f"dataset {manifest.dataset}: with truncate {truncate}, none of the {reader.document_count:,} conversations of "
-                f"the {split} split has a loss token within sequence_length {sequence_length}",
-                "raise the stage's sequence_length, use another truncate, or hold out other conversations (validation_fraction)",
-            )
+            if source.totals:
+                require_kept_conversations(source.totals, truncate, split, f"dataset {manifest.dataset}")
         if split == "train" and not len(source):
             raise InputError(
                 f"dataset {manifest.dataset}: the train split has {reader.token_count} tokens, too few for one sample",

@@ -1,0 +1,110 @@
+"""Counts what sequences of one length keep of a split's conversations, and refuses a length that keeps none.
+
+D = documents of the split, S = sequence length, T = tokens of a document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from longhaul.artifacts.artifact_schemas import DataManifest, KeptConversations, Split
+from longhaul.config.stage_config import Truncate
+from longhaul.data.shards.shard_reader import SplitReader
+from longhaul.errors import InputError
+from longhaul.jobs.kinds.tokenize_jobs import ChatStage
+
+
+class CountedConversations(NamedTuple):
+    """has_loss [D] bool: of which documents a sequence keeps a loss token. lengths [D] int32: their tokens, uncut."""
+
+    totals: KeptConversations
+    has_loss: np.ndarray
+    lengths: np.ndarray
+
+
+def kept_tokens(count: int, length: int, truncate: Truncate) -> slice:
+    """Return which of a conversation's tokens [count] are in a sequence of `length` tokens."""
+    return slice(max(0, count - length), count) if truncate == "left" else slice(0, min(count, length))
+
+
+def count_conversations(reader: SplitReader, length: int, truncate: Truncate) -> CountedConversations:
+    """Count what sequences of `length` tokens keep of a split with documents."""
+    lengths = reader.lengths()
+    is_cut = lengths > length
+    has_loss, cut_loss_tokens = _count_loss(reader, np.flatnonzero(is_cut), length, truncate)
+    totals: KeptConversations = {
+        "sequence_length": length,
+        "truncate": truncate,
+        "documents": int(has_loss.sum()),
+        "tokens": int(np.minimum(lengths[has_loss], length).sum(dtype=np.int64)),
+        "cut_documents": int(is_cut[has_loss].sum()),
+        "dropped_documents": int(is_cut.sum()) if truncate == "drop" else 0,
+        "documents_without_loss": 0 if truncate == "drop" else int((~has_loss).sum()),
+        "loss_tokens": reader.loss_token_count,
+        "cut_loss_tokens": cut_loss_tokens,
+        "median_tokens": int(np.median(lengths)),
+    }
+    return CountedConversations(totals, has_loss, lengths)
+
+
+def with_kept_conversations(manifest: DataManifest, stages: Sequence[ChatStage]) -> DataManifest:
+    """Return the manifest with what each stage keeps of the conversations.
+
+    Raises:
+        InputError: a stage would keep no conversation of a split. Its training would find the same, maybe weeks later.
+    """
+    splits: dict[str, Split] = {
+        name: {**split, "kept": kept} if (kept := _count_for_stages(manifest, name, stages)) else split
+        for name, split in manifest.splits.items()
+    }
+    return dataclasses.replace(manifest, splits=splits)
+
+
+def _count_for_stages(manifest: DataManifest, split: str, stages: Sequence[ChatStage]) -> list[KeptConversations]:
+    reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=True)
+    if not stages or not reader.document_count:
+        return []
+    counted: dict[tuple[int, Truncate], KeptConversations] = {}
+    for stage in stages:
+        settings = stage.sequence_length, stage.truncate
+        if settings not in counted:
+            counted[settings] = count_conversations(reader, *settings).totals
+        where = f"stage {stage.name}: dataset {manifest.dataset}"
+        require_kept_conversations(counted[settings], stage.truncate, split, where)
+    return list(counted.values())
+
+
+def require_kept_conversations(kept: KeptConversations, truncate: Truncate, split: str, where: str) -> None:
+    """Raise InputError where sequences keep no conversation of a split.
+
+    where: stage and dataset, for the message
+    """
+    if kept["documents"]:
+        return
+    count = kept.get("dropped_documents", 0) + kept.get("documents_without_loss", 0)
+    raise InputError(
+        f"{where}: with truncate {truncate}, none of the {count:,} conversations of the {split} split has a loss token within "
+        f"sequence_length {kept['sequence_length']}; half of them have {kept.get('median_tokens', 0):,} tokens or more",
+        "raise the stage's sequence_length, use another truncate, or hold out other conversations (validation_fraction)",
+    )
+
+
+def _count_loss(reader: SplitReader, cut: np.ndarray, length: int, truncate: Truncate) -> tuple[np.ndarray, int]:
+    """Return which documents keep a loss token in a sequence, [D] bool, and how many loss tokens no sequence keeps.
+
+    cut: numbers of the documents longer than a sequence. Only their masks have to be read, because every whole document
+    has a loss token. No position predicts the first of the kept tokens.
+    """
+    has_loss = np.ones(reader.document_count, dtype=bool)
+    lost = 0
+    for number in cut.tolist():
+        mask = reader.document(number)[1]
+        kept = 0 if truncate == "drop" else int(mask[kept_tokens(len(mask), length, truncate)][1:].sum())
+        has_loss[number] = kept > 0
+        lost += int(mask[1:].sum()) - kept
+    return has_loss, lost
