@@ -50,4 +50,4 @@ class Doctor:
 
 def _causes(subject: str, answer: str) -> list[str]:
     """Return the causes that an answer gives for a job or the main process. A cause may have several lines."""
-    return re.findall(rf"^\d+\. {subject}: (.*?)^   evidence: ", answer, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^(?:\d+\.| -) {subject}: (.*?)^   evidence: ", answer, re.MULTILINE | re.DOTALL)

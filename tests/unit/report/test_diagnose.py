@@ -12,6 +12,7 @@ import pytest
 from longhaul.artifacts.job_state import Failure
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId
+from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.ended_jobs import EndedJob
@@ -141,7 +142,7 @@ def test_pending_job_is_explained(tmp_path: Path) -> None:
     run.main_process()
     (finding,) = found(run, train_base=QueuedJob("8", "PENDING", "QOSMaxJobsPerUserLimit", "N/A"))
     assert finding.cause == "the job waits in Slurm's queue: QOSMaxJobsPerUserLimit"
-    assert "QOS" in finding.remedy and finding.evidence == "squeue, job 8"
+    assert "QOS" in finding.remedy and finding.evidence == "squeue, job 8" and finding.continues
 
 
 def test_pending_job_that_will_not_start_is_not_told_to_wait(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_pending_job_that_will_not_start_is_not_told_to_wait(tmp_path: Path) -> 
     run.main_process()
     (finding,) = found(run, train_base=QueuedJob("8", "PENDING", "QOSMaxWallDurationPerJobLimit", "N/A"))
     assert finding.cause == "the job waits in Slurm's queue, and will not start: QOSMaxWallDurationPerJobLimit"
-    assert finding.remedy.startswith("correct qos, max_nodes or max_minutes")
+    assert finding.remedy.startswith("correct qos, max_nodes or max_minutes") and not finding.continues
 
 
 def test_server_that_failed_waits_or_was_killed_is_explained(tmp_path: Path) -> None:
@@ -229,6 +230,30 @@ def test_handled_faults_are_named_with_their_number(tmp_path: Path) -> None:
     run.paths.job(TRAIN).history.write_text("".join(json.dumps(event) + "\n" for event in events))
     (finding,) = found(run, train_base=QueuedJob("7", "RUNNING", "None", "N/A"))
     assert (finding.cause, finding.count) == ("rank 1 was killed", 2) and "the job continued" in finding.remedy
+
+
+def test_faults_that_a_job_survived_are_notes_and_no_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.state(JobId("environment"), "done", job_id=None)
+    run.state(TRAIN, "done", job_id=None)
+    log = attempt_of(run, 1, "straggler at step 20: rank 1 on n1: compute takes 61.3 ms")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", str(run.paths.folder)])
+    assert not ended.value.code
+    answer = capsys.readouterr().out
+    assert answer.startswith(
+        "No problem found: run r is done.\n\nNotes (no action is needed):\n\n"
+        f" - train-base: a rank is slower than the others.\n   evidence: {log}:1: "
+    )
+    assert "1. " not in answer
+    run.state(TRAIN, "running", job_id=None)
+    with pytest.raises(SystemExit):
+        main(["doctor", str(run.paths.folder)])
+    answer = capsys.readouterr().out
+    assert answer.startswith("1. ") and "No problem" not in answer
+    assert answer.index("Notes (") < answer.index(" - train-base: a rank is slower than the others")
 
 
 def test_log_of_sbatch_is_searched_by_job_id(tmp_path: Path) -> None:

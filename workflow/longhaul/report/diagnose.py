@@ -144,13 +144,10 @@ def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
         if job.state == QUEUED:
             reason = job.detail.removeprefix("waits: ")
             waits = f"the job waits in Slurm's queue{', and will not start' if never_starts(reason) else ''}: {reason}"
-            yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", _remedy_of_waiting(reason))
-
-
-def _remedy_of_waiting(reason: str) -> str:
-    if never_starts(reason):
-        return remedy_of(reason)
-    return next((text for start, text in _WAITS.items() if reason.startswith(start)), "wait, or ask the administrators")
+            passes = next((text for start, text in _WAITS.items() if reason.startswith(start)), "")
+            remedy = remedy_of(reason) if never_starts(reason) else passes or "wait, or ask the administrators"
+            continues = bool(passes) and not never_starts(reason)
+            yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", remedy, continues=continues)
 
 
 def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
@@ -221,17 +218,22 @@ def _job_name(paths: RunPaths, log: Path) -> str:
 
 
 def findings_text(findings: list[Finding], status: RunStatus) -> str:
-    """Return the findings for people, the most likely cause first."""
-    if not findings:
-        return f"No problem found: run {status.run} is {status.state}."
-    return "\n\n".join(_finding_text(number, finding) for number, finding in enumerate(findings, 1))
+    """Return the findings for people: numbered problems, the most likely cause first, then notes about what needs no action."""
+    problems = [finding for finding in findings if not finding.continues]
+    notes = [finding for finding in findings if finding.continues]
+    parts = [_finding_text(f"{number}.", finding) for number, finding in enumerate(problems, 1)]
+    if not problems:
+        parts.append(f"No problem found: run {status.run} is {status.state}.")
+    if notes:
+        parts += ["Notes (no action is needed):", *(_finding_text(" -", finding) for finding in notes)]
+    return "\n\n".join(parts)
 
 
-def _finding_text(number: int, finding: Finding) -> str:
+def _finding_text(mark: str, finding: Finding) -> str:
     often = f" ({finding.count} times)" if finding.count > 1 else ""
     effect = " This is usually the effect of another problem." if finding.follows else ""
     return printable(
-        f"{number}. {finding.job}: {finding.cause}{often}.{effect}\n"
+        f"{mark} {finding.job}: {finding.cause}{often}.{effect}\n"
         f"   evidence: {finding.evidence}\n"
         f"   remedy: {finding.remedy}"
     )

@@ -57,4 +57,4 @@ def _of_record(job: str, history: Path, reason: str, is_cause: bool) -> Finding:
 def _handled(finding: Finding, all_of_them: list[Finding]) -> Finding:
     count = max(sum(other.cause == finding.cause for other in all_of_them), finding.count)
     again = "" if finding.remedy.startswith("none is needed") else f". If it happens again: {finding.remedy}"
-    return replace(finding, count=count, remedy=f"{_CONTINUED}{again}", follows=False)
+    return replace(finding, count=count, remedy=f"{_CONTINUED}{again}", follows=False, continues=True)

@@ -36,7 +36,7 @@ class Finding:
 
     evidence:  `file:line: text`, or the record that it was read from
     follows:   it is usually the effect of another problem
-    continues: a job continues after it
+    continues: the job continues or starts without any action: a note, no problem
     rank:      findings of a lower rank are more special; -1: a record of longhaul names the cause
     """
 
