@@ -7,19 +7,28 @@ from typing import Any
 
 import pytest
 
-from longhaul.report.acceptance import NO_LIMIT, NOT_MEASURED, NOT_MET, OK, acceptance_rows, bandwidth_row
+from longhaul.report.acceptance import (
+    NO_LIMIT,
+    NOT_MEASURED,
+    NOT_MET,
+    OK,
+    AcceptanceRow,
+    acceptance_rows,
+    bandwidth_row,
+)
 from longhaul.report.metric_series import STEP_VALUES, Curve
 
 GIB = 2**30
 
 
-def results(
+def rows(
     gpus: bool = True,
     data_wait: float | None = 0.02,
     profiles: Any = (),
     mfu: float | None = None,
+    planned_steps: int | None = 100,
     **values: list[float],
-) -> dict[str, tuple[str, str]]:
+) -> list[AcceptanceRow]:
     curves = {name: Curve() for name in STEP_VALUES}
     for name, numbers in values.items():
         curves[name] = Curve(list(range(len(numbers))), list(numbers))
@@ -29,11 +38,16 @@ def results(
         metrics=SimpleNamespace(curves=curves),
         summary=SimpleNamespace(peak_memory_bytes=peak, data_wait_share=data_wait, median_mfu=mfu),
         profiles=profiles,
+        planned_steps=planned_steps,
     )
     both = [{"memory_bytes": 80 * GIB, "matrix_tflops": 800.0}, {"memory_bytes": 100 * GIB, "matrix_tflops": 750.0}]
     nodes = [{"gpus": both if gpus else []}]
     environment: Any = SimpleNamespace(nodes=nodes)
-    return {row.metric: (row.value, row.result) for row in acceptance_rows(stage, environment, 990.0)}
+    return acceptance_rows(stage, environment, 990.0)
+
+
+def results(**options: Any) -> dict[str, tuple[str, str]]:
+    return {row.metric: (row.value, row.result) for row in rows(**options)}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +66,20 @@ def results(
 )
 def test_metric_is_compared_with_its_limit(metric: str, values: dict[str, Any], expected: tuple[str, str]) -> None:
     assert results(**values)[metric] == expected
+
+
+def test_a_stage_with_too_few_steps_is_told_how_many_it_has_and_needs() -> None:
+    (row,) = [row for row in rows(step_time_s=[1.0] * 12) if row.metric == "step time"]
+    assert (row.result, row.limit) == (NOT_MEASURED, "≤ 5 %")
+    assert row.to_measure == "train at least 20 steps; 12 have been measured"
+
+
+@pytest.mark.parametrize(
+    ("planned_steps", "example"), [(3, "[1, 3]"), (30, "[26, 30]"), (100_000, "[100, 104]"), (None, "[100, 104]")]
+)
+def test_the_steps_to_profile_are_steps_of_the_stage(planned_steps: int | None, example: str) -> None:
+    found = [row.to_measure for row in rows(planned_steps=planned_steps) if "profile_steps" in row.to_measure]
+    assert len(found) == 2 and all(f"such as {example}, on GPUs" in text for text in found)
 
 
 def test_mfu_has_no_limit() -> None:

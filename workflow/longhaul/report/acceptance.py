@@ -19,7 +19,7 @@ from longhaul.report.run_results import StageResults
 OK, NOT_MET, NOT_MEASURED, NO_LIMIT = "ok", "not met", "not measured", "no limit"
 _DATA_WAIT, _COMPUTE, _BANDWIDTH = 0.05, 0.7, 0.8
 _BITS_PER_BYTE = 8
-_PROFILE = "set profile_steps of the stage to a range of steps, such as [100, 104]"
+_PROFILED, _LAST_PROFILED = 5, 104  # steps of the example for profile_steps: by then, a long training is warm
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def _row(stage: str, metric: _Metric) -> AcceptanceRow:
 
 def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tflops: float | None) -> list[_Metric]:
     curves = stage.metrics.curves
-    utilisation = curves["gpu_utilisation"].values
+    utilisation, step_times = curves["gpu_utilisation"].values, curves["step_time_s"].values
+    to_profile = _how_to_profile(stage)
     return [
         _Metric(
             "GPU utilisation",
@@ -97,10 +98,10 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
         _Metric(
             "step time",
             "largest distance of the middle 90 % of step times from their median",
-            step_time_spread(curves["step_time_s"].values),
+            step_time_spread(step_times),
             "≤",
             limits.STEP_TIME_SPREAD,
-            f"train at least {limits.FEWEST_STEPS} steps",
+            f"train at least {limits.FEWEST_STEPS} steps; {len(step_times)} have been measured",
         ),
         _Metric(
             "GPU memory",
@@ -125,7 +126,7 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             communication_efficiency(profile["breakdown"] for profile in stage.profiles),
             "≥",
             limits.COMMUNICATION_EFFICIENCY,
-            f"{_PROFILE}, on GPUs",
+            f"{to_profile}, on GPUs",
         ),
         _Metric(
             "compute efficiency",
@@ -135,9 +136,15 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             _compute_efficiency(stage, environment, peak_tflops),
             "≥",
             _COMPUTE,
-            f"{_PROFILE}, on GPUs; set gpu_peak_tflops in the site file",
+            f"{to_profile}, on GPUs; set gpu_peak_tflops in the site file",
         ),
     ]
+
+
+def _how_to_profile(stage: StageResults) -> str:
+    """Return how to profile steps, with an example that the stage's number of steps allows."""
+    last = min(_LAST_PROFILED, stage.planned_steps or _LAST_PROFILED)
+    return f"set profile_steps of the stage to a range of steps, such as [{max(1, last - _PROFILED + 1)}, {last}]"
 
 
 def _mfu_row(stage: StageResults) -> AcceptanceRow:
