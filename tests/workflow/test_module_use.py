@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 from tests.support.pipeline_run import REPOSITORY, SNAKEMAKE, PipelineRun, tiny_config
@@ -47,3 +49,15 @@ def test_a_second_config_file_is_refused(tmp_path: Path):
     (tmp_path / "other.yaml").write_text((tmp_path / "run.yaml").read_text())
     done = start(chain, "-n", "--configfile", "other.yaml")
     assert done.returncode != 0 and "2 config files are named" in done.stdout + done.stderr
+
+
+def test_the_snakefile_of_the_guide_adds_its_rule(tmp_path: Path):
+    """A rule of the guide must not have the name of a rule of longhaul."""
+    chain = PipelineRun(tmp_path, tiny_config())
+    guide = (REPOSITORY / "docs/how-to/call-as-a-module.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?) *```", guide, flags=re.DOTALL)
+    assert block
+    text = textwrap.dedent(block[1]).replace("/path/to/longhaul", str(REPOSITORY)).replace("mine.yaml", "run.yaml")
+    (tmp_path / "Snakefile").write_text(text.replace("results/my-run", "results/tiny").replace("chat", "base"))
+    done = start(chain, "-n")
+    assert done.returncode == 0 and "rule my_evaluation:" in done.stdout + done.stderr, done.stdout + done.stderr
