@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import textwrap
 from collections import Counter
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,37 @@ def test_every_verb_and_option_is_described():
     assert len(verbs) >= 7
     assert {verb for verb in verbs if f"### {verb}" not in page} == set()
     assert {name for name in names if name.startswith("-") and f"`{name}" not in page} == set()
+
+
+def longhaul_commands(page: Path) -> list[list[str]]:
+    """Return the words after `longhaul` of each such command in a page's code blocks."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for language, block in blocks if language in ("", "bash") for line in block.splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r"(?:\S*/)?longhaul ", line)]
+    return [words[1:] for words in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_longhaul_command_exists(page: Path):
+    """Verbs and options; the options that `longhaul run` does not know go to Snakemake."""
+    for words in longhaul_commands(page):
+        command: Any = typer.main.get_command(app)
+        verbs = list(takewhile(lambda word: not word.startswith("-"), words))
+        while verbs and hasattr(command, "commands"):
+            assert verbs[0] in command.commands, words
+            command = command.commands[verbs.pop(0)]
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        used = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert words[0] == "run" or used <= known, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_example_that_init_copies_exists(page: Path):
+    for words in longhaul_commands(page):
+        options = dict(pairwise(words))
+        for option, folder in (("--example", "examples"), ("--site", "sites")):
+            name = options.get(option, "")
+            assert not re.match(r"\w", name) or (REPOSITORY / "config" / folder / f"{name}.yaml").exists(), words
 
 
 @pytest.mark.parametrize("name", ["cli.md", "results.md"])
