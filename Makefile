@@ -17,14 +17,14 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 run: setup  ## the whole pipeline on this machine: text -> tokenizer -> shards -> two stages -> Hugging Face model -> report
-	@echo "The demo takes about 5 minutes on 2 cores and needs no GPU. Ctrl-C stops it; make run continues it."
+	@echo "The demo takes about 2.5 minutes on 2 cores and needs no GPU. Ctrl-C stops it; make run continues it."
 	$(BIN)/snakemake --profile profiles/local
 
 setup: $(VENV)/.installed  ## make .venv from the pinned versions (quick when it is there)
 
 $(VENV)/.installed: envs/constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longhaul needs Python >= 3.11; set PYTHON=python3.11")'
-	@echo "Installing the pinned packages into $(VENV), which takes some minutes and happens once."
+	@echo "Installing the pinned packages into $(VENV), which takes 1.5 to 3.5 minutes and happens once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==$(TORCH)
 	$(BIN)/pip install --quiet -c envs/constraints.txt -e '.[job,dev,evaluate,serve,trackers]'

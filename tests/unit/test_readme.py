@@ -1,4 +1,4 @@
-"""Figures of the README are those that a benchmark wrote."""
+"""Figures of the README are those that a benchmark wrote; the long list of files is folded at its end."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def test_every_figure_stands_in_its_record():
         text = (REPOSITORY / record).read_text()
         for figure in re.findall(r"\*\*(.+?)\*\*", line):
             assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.])", text), f"{figure} is not in {record}"
+
+
+def test_the_map_of_the_package_is_folded_and_last():
+    """GitHub shows markdown inside of <details> only after an empty line."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    before, part = text.split("## The package, file by file\n")
+    assert part.count("<details>\n<summary>Show all files</summary>\n\n") == 1
+    assert part.endswith("<!-- end of package map -->\n\n</details>\n")
+    assert "](#the-package-file-by-file)" in before.split("## Where do I change")[1]
