@@ -252,8 +252,18 @@ def test_faults_that_a_job_survived_are_notes_and_no_problems(
     with pytest.raises(SystemExit):
         main(["doctor", str(run.paths.folder)])
     answer = capsys.readouterr().out
-    assert answer.startswith("1. ") and "No problem" not in answer
+    assert answer.startswith("1. ") and "No problem" not in answer and "Slurm" not in answer
     assert answer.index("Notes (") < answer.index(" - train-base: a rank is slower than the others")
+
+
+def test_what_longhaul_handles_itself_is_a_note_also_of_a_stopped_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.state(JobId("environment"), "done", job_id=None)
+    run.state(TRAIN, "running", job_id=None)
+    attempt_of(run, 1, "torch.distributed.elastic.multiprocessing.api.SignalException: Process 40 got signal: 15")
+    text = findings_text(found(run), run.status())
+    problems, notes = text.split("Notes (no action is needed):")
+    assert "torchrun" in notes and "torchrun" not in problems and "1. " in problems
 
 
 def test_log_of_sbatch_is_searched_by_job_id(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
         return []
     found = [finding for path in [*logs.attempts[:-1], *logs.of_sbatch] for finding in search_log(job.name, path)]
     if job.state == DONE:
-        found += [finding for path in logs.attempts[-1:] for finding in search_log(job.name, path) if finding.continues]
+        found += [finding for path in logs.attempts[-1:] for finding in search_log(job.name, path) if finding.is_note]
     found += [finding for path in logs.attempts[:-1] for finding in stalled_collectives(job.name, path, [])]
     history = JobFolder(Path(job.folder)).history
     return past_faults(job.name, history, read_events(history), found)
@@ -155,13 +155,15 @@ def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]
     left = [job.name for job in status.jobs if job.state != DONE]
     if status.main_process or not left or status.state in (NOT_STARTED, FAILED):
         return
+    has_jobs_in_slurm = any(job.slurm_job_id for job in status.jobs)
+    in_queue = ", and waits for jobs that are still in Slurm's queue" if has_jobs_in_slurm else ""
     owner = Lease(paths.lease).current_owner()
     how = f"{owner} ended without releasing the run: it was killed, or its host failed" if owner else "it was stopped"
     yield Finding(
         "main process",
         f"the main Snakemake process has ended before all jobs were done, {how}; left: {', '.join(left)}",
         str(paths.lease) if owner else f"{paths.lease} does not exist",
-        "run the same command again: it continues; jobs that are still in Slurm's queue are waited for",
+        "run the same command again: it continues" + in_queue,
     )
 
 
@@ -219,8 +221,8 @@ def _job_name(paths: RunPaths, log: Path) -> str:
 
 def findings_text(findings: list[Finding], status: RunStatus) -> str:
     """Return the findings for people: numbered problems, the most likely cause first, then notes about what needs no action."""
-    problems = [finding for finding in findings if not finding.continues]
-    notes = [finding for finding in findings if finding.continues]
+    problems = [finding for finding in findings if not finding.is_note]
+    notes = [finding for finding in findings if finding.is_note]
     parts = [_finding_text(f"{number}.", finding) for number, finding in enumerate(problems, 1)]
     if not problems:
         parts.append(f"No problem found: run {status.run} is {status.state}.")

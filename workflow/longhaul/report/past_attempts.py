@@ -10,9 +10,9 @@ from pathlib import Path
 from longhaul.artifacts.job_state import TRANSIENT
 from longhaul.artifacts.record_types import Event
 from longhaul.report.goodput import ATTEMPT_BEGINS
-from longhaul.report.search_logs import Finding, known_problems, match_line
+from longhaul.report.search_logs import NOT_NEEDED, Finding, known_problems, match_line
 
-_CONTINUED = "none is needed: the job continued"
+_CONTINUED = f"{NOT_NEEDED}: the job continued"
 
 
 def past_faults(job: str, history: Path, events: list[Event], in_logs: list[Finding]) -> list[Finding]:
@@ -56,5 +56,5 @@ def _of_record(job: str, history: Path, reason: str, is_cause: bool) -> Finding:
 
 def _handled(finding: Finding, all_of_them: list[Finding]) -> Finding:
     count = max(sum(other.cause == finding.cause for other in all_of_them), finding.count)
-    again = "" if finding.remedy.startswith("none is needed") else f". If it happens again: {finding.remedy}"
-    return replace(finding, count=count, remedy=f"{_CONTINUED}{again}", follows=False, continues=True)
+    again = "" if finding.remedy.startswith(NOT_NEEDED) else f". If it happens again: {finding.remedy}"
+    return replace(finding, count=count, remedy=f"{_CONTINUED}{again}", follows=False)

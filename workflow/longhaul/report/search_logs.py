@@ -16,6 +16,8 @@ KNOWN_PROBLEMS = Path(__file__).with_name("known_problems.yaml")
 _LOG_BYTES = 2 * 2**20
 """Largest part of a log that is searched, from its end."""
 _LINE_CHARACTERS = 300
+NOT_NEEDED = "none is needed"
+"""Beginning of the remedy of what longhaul has handled itself."""
 
 
 class KnownProblem(TypedDict):
@@ -36,7 +38,7 @@ class Finding:
 
     evidence:  `file:line: text`, or the record that it was read from
     follows:   it is usually the effect of another problem
-    continues: the job continues or starts without any action: a note, no problem
+    continues: the job continues or starts without any action
     rank:      findings of a lower rank are more special; -1: a record of longhaul names the cause
     """
 
@@ -48,6 +50,11 @@ class Finding:
     follows: bool = False
     continues: bool = False
     rank: int = -1
+
+    @property
+    def is_note(self) -> bool:
+        """Return whether nobody has to do anything."""
+        return self.continues or self.remedy.startswith(NOT_NEEDED)
 
 
 @cache
