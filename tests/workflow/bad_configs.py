@@ -36,7 +36,9 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         (
             "minimum above the datasheet",
             {"node_minimums": {"matrix_tflops": 990.0}, "partitions.0.node.gpu_peak_tflops": 989.0},
-            ("node_minimums.matrix_tflops 990 is above node.gpu_peak_tflops 989; both are in TFLOP/s",),
+            (
+                "node_minimums.matrix_tflops 990 is above node.gpu_peak_tflops 989 of partitions.gpu; both are in TFLOP/s",
+            ),
         ),
         (
             "rate of a port in bytes",
@@ -51,19 +53,23 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("node outside of a partition", {"node": {"cpus": 4}}, ("node is not a known key; it is a key of partitions",)),
         ("key of an earlier release", {"cuda_build": "cu130"}, ("cuda_build is not a known key; write accelerator: ",)),
         ("partitions by name", {"partitions": {"gpu": {"name": "gpu"}}}, ("partitions is {", "expected: a list")),
-        ("partition without jobs", {"partitions.0.jobs": []}, ("partitions.0.jobs is []", "at least 1 item")),
-        ("unknown kind of job", {"partitions.0.jobs": ["gpu", "tpu"]}, ("partitions.0.jobs.1 is 'tpu'", "'login'")),
+        ("partition without jobs", {"partitions.0.jobs": []}, ("partitions.gpu.jobs is []", "at least 1 item")),
+        ("unknown kind of job", {"partitions.0.jobs": ["gpu", "tpu"]}, ("partitions.gpu.jobs.1 is 'tpu'", "'login'")),
         ("no partition for training", {"partitions.0.jobs": ["cpu"]}, ("no partition has jobs: [gpu]", "add gpu")),
         (
             "two partitions for one kind of job",
             {"partitions": [{**_GPUS, "jobs": ["gpu", "cpu"]}, {**_CPUS, "jobs": ["cpu", "login"]}]},
             ("partitions name the jobs cpu 2 times", "remove it from all but one"),
         ),
-        ("partition without a time limit", {"partitions.0.max_minutes": ...}, ("partitions.0", "needs max_minutes")),
+        (
+            "partition without a time limit",
+            {"partitions.0.max_minutes": ...},
+            ("partitions.gpu.max_minutes is missing", "scheduler slurm needs it"),
+        ),
         (
             "checks where there is no GPU",
             {"partitions": [_GPUS, {**_CPUS, "jobs": ["debug"]}]},
-            ("the partition for debug jobs has no GPUs", "give debug to another one"),
+            ("partitions.cpu.jobs: debug jobs test GPUs", "give debug to another one"),
         ),
         (
             "two partitions of a local site",
@@ -111,7 +117,7 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         (
             "binding where nothing is trained",
             {"partitions": [_GPUS, {**_CPUS, "cpu_bind": "cores"}]},
-            ("partitions.1: cpu_bind has no effect", "only training is bound"),
+            ("partitions.cpu: cpu_bind has no effect", "only training is bound"),
         ),
         ("shell in a binding", {"partitions.0.cpu_bind": "cores;id"}, ("cpu_bind is 'cores;id'",)),
         (
@@ -150,18 +156,18 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
 # (mistake, changes of the config, changes of the site, texts in the message)
 CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("misspelt key", {"datsets": {}}, {}, ("datsets is not a known key", "did you mean datasets?")),
-    ("misspelt stage key", {"stages.0.gradient_cliping": 1}, {}, ("stages.0.gradient_cliping", "known key")),
+    ("misspelt stage key", {"stages.0.gradient_cliping": 1}, {}, ("stages.base.gradient_cliping", "known key")),
     (
         "misspelt nested key",
         {"stages.0.optimizer": {"gradient_cliping": 1.0}},
         {},
-        ("stages.0.optimizer.gradient_cliping", "did you mean gradient_clipping?"),
+        ("stages.base.optimizer.gradient_cliping", "did you mean gradient_clipping?"),
     ),
     (
         "misspelt ZeRO key",
         {"stages.0.zero": {"overlap_com": True}},
         {},
-        ("stages.0.zero.overlap_com", "did you mean overlap_comm?"),
+        ("stages.base.zero.overlap_com", "did you mean overlap_comm?"),
     ),
     (
         "misspelt model key",
@@ -171,28 +177,28 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     ("missing key", {"run": ...}, {}, ("run is missing",)),
     ("missing model size", {"model.llama.hidden_size": ...}, {}, ("model.llama.hidden_size is missing",)),
-    ("string for a number", {"stages.0.steps": "ten"}, {}, ("stages.0.steps is 'ten'", "valid integer")),
+    ("string for a number", {"stages.0.steps": "ten"}, {}, ("stages.base.steps is 'ten'", "valid integer")),
     ("number for a boolean", {"stages.0.restart": 1}, {}, ("restart is 1", "boolean")),
     (
         "fraction for an integer",
         {"stages.0.global_batch_size": 8.5},
         {},
-        ("stages.0.global_batch_size is 8.5", "integer"),
+        ("stages.base.global_batch_size is 8.5", "integer"),
     ),
-    ("zero steps", {"stages.0.steps": 0}, {}, ("stages.0.steps is 0", "greater than or equal to 1")),
+    ("zero steps", {"stages.0.steps": 0}, {}, ("stages.base.steps is 0", "greater than or equal to 1")),
     (
         "negative learning rate",
         {"stages.0.optimizer": {"lr": -1.0}},
         {},
-        ("stages.0.optimizer.lr is -1.0", "greater than 0"),
+        ("stages.base.optimizer.lr is -1.0", "greater than 0"),
     ),
     (
         "unknown precision",
         {"stages.0.precision": "fp4"},
         {},
-        ("stages.0.precision is 'fp4'", "'fp32', 'bf16', 'fp16' or 'fp8'"),
+        ("stages.base.precision is 'fp4'", "'fp32', 'bf16', 'fp16' or 'fp8'"),
     ),
-    ("unknown kind", {"stages.0.kind": "dpo"}, {}, ("stages.0.kind is 'dpo'", "'pretrain' or 'sft'")),
+    ("unknown kind", {"stages.0.kind": "dpo"}, {}, ("stages.base.kind is 'dpo'", "'pretrain' or 'sft'")),
     (
         "validation fraction of one",
         {"datasets.prose.validation_fraction": 1.0},
@@ -206,13 +212,13 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "no epochs",
         {"stages.0.steps": ..., "stages.0.epochs": 0},
         {},
-        ("stages.0.epochs is 0", "greater than 0"),
+        ("stages.base.epochs is 0", "greater than 0"),
     ),
     (
         "a word as micro batch",
         {"stages.0.micro_batch_size": "many"},
         {},
-        ("stages.0.micro_batch_size: 'many' is no number of samples from 1; write one, or auto",),
+        ("stages.base.micro_batch_size: 'many' is no number of samples from 1; write one, or auto",),
     ),
     (
         "auto without the memory of a GPU",
@@ -224,7 +230,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "warm-up of more than all steps",
         {"stages.0.schedule": {"warmup_steps": 1.5}},
         {},
-        ("stages.0.schedule.warmup_steps: 1.5 is neither a number of steps", "nor a share"),
+        ("stages.base.schedule.warmup_steps: 1.5 is neither a number of steps", "nor a share"),
     ),
     (
         "two sources of a dataset",
@@ -272,7 +278,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "truncate of windows",
         {"stages.0.truncate": "left"},
         {},
-        ("stages.0", "truncate left has no effect on kind pretrain"),
+        ("stages.base", "truncate left has no effect on kind pretrain"),
     ),
     ("two models", {"model.pretrained": {"path": "m"}}, {}, ("exactly one of llama", "llama and pretrained")),
     ("path in the run's name", {"run": "../elsewhere"}, {}, ("run is '../elsewhere'",)),
@@ -450,7 +456,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             ),
         )
     ),
-    ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.0.zero.stage is 4", "less than or equal to 3")),
+    ("ZeRO 4", {"stages.0.zero": {"stage": 4}}, {}, ("stages.base.zero.stage is 4", "less than or equal to 3")),
     (
         "sequence longer than the positions",
         {"stages.0.sequence_length": 256},
@@ -502,7 +508,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("srun_extra contains --uid, which is for administrators",),
     ),
     ("shortened srun option", {}, {"srun_extra": ["--ntas=4"]}, ("srun_extra contains --ntas (--ntasks)", "remove it")),
-    ("a time without hours", {"stages.0.minutes": "90:00"}, {}, ("stages.0.minutes: '90:00' is no time", "1:30:00")),
+    ("a time without hours", {"stages.0.minutes": "90:00"}, {}, ("stages.base.minutes: '90:00' is no time", "1:30:00")),
     ("a time with seconds", {"data_minutes": "1:30:30"}, {}, ("data_minutes: '1:30:30' is no time", "minutes")),
     ("a time of zero", {"checks.minutes": "0:00:00"}, {}, ("checks.minutes is", "greater than or equal to 1")),
     (
@@ -826,13 +832,13 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "GPUs with the CPU build of torch",
         {},
         {"accelerator": "cpu"},
-        ("node.gpus 8 with accelerator cpu", "set accelerator, e.g."),
+        ("partitions.gpu.node.gpus 8 with accelerator cpu", "set accelerator, e.g."),
     ),
     (
         "several nodes without a network",
         {},
         {"interconnect": {"kind": "none"}},
-        ("max_nodes 16 with interconnect.kind none", "change either"),
+        ("partitions.gpu.max_nodes 16 with interconnect.kind none", "change either"),
     ),
     ("unknown CUDA version", {}, {"accelerator": {"cuda": "cu128"}}, ("accelerator.cuda is 'cu128'", "13.0")),
     *(
@@ -856,7 +862,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "number with 400 digits",
         {"stages.0.tokens": 10**400, "stages.0.steps": ...},
         {},
-        ("stages.0.tokens is 1000", "…"),
+        ("stages.base.tokens is 1000", "…"),
     ),
     ("too many layers", {"model.llama.num_hidden_layers": 10**9}, {}, ("num_hidden_layers is 1000000000", "10000")),
     (
@@ -986,7 +992,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         "option in an account",
         {},
         {"partitions.0.account": "--wrap=id"},
-        ("partitions.0.account is '--wrap=id'", "starting with a letter"),
+        ("partitions.gpu.account is '--wrap=id'", "starting with a letter"),
     ),
     (
         "option in a module name",

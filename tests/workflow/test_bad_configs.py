@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 
 from longhaul.cli import main
+from longhaul.config.run_config import Config
+from longhaul.config.site_config import Site
 from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config, write_weights
 from tests.workflow.bad_configs import CONFIGS
+
+KEYS = {*Config.model_fields, *Site.model_fields}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,8 @@ def test_mistake_in_config_or_site_is_reported(
     message = refused_message(capsys, "plan", str(path))
     assert [text for text in expected if text not in message] == [], message
     assert "stages is [{" not in message, "a list with an invalid item must not also be reported as too short"
+    first_keys = re.findall(rf"{re.escape(str(tmp_path))}/(?:run|site)\.yaml: (\w*)", message)
+    assert {*first_keys} <= KEYS | {*config, *site}, "a line must begin with the file and the key"
     assert files_below(tmp_path) == before
 
 

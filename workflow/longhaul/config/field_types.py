@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, StringConstraints
@@ -117,6 +118,13 @@ Timeout = Annotated[float, Field(ge=1, le=1e6)]
 HardwareCount = Annotated[int, Field(ge=1, le=MAX_HARDWARE)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+
+
+def item_name(names: Sequence[object], index: int) -> str:
+    """Return what messages call an item of a list: its name, or its index where the name is missing, invalid or given twice."""
+    name = names[index]
+    is_name = isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) is not None and names.count(name) == 1
+    return str(name) if is_name else str(index)
 
 
 class FrozenModel(BaseModel):

@@ -118,4 +118,4 @@ def read_model(path: Path, model: type[M]) -> M:
         # YAML has no tuples. In JSON mode, pydantic's strict models accept lists for them.
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        raise UserError(validation_message(path, model, error), "docs/config.md lists all keys") from None
+        raise UserError(validation_message(path, value, model, error), "docs/config.md lists all keys") from None

@@ -17,6 +17,7 @@ from longhaul.config.field_types import (
     SingleLineOrEmpty,
     SlurmOption,
     SlurmWord,
+    item_name,
 )
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.partition_config import JobPlace, NodeShape, Partition
@@ -185,6 +186,11 @@ class Site(FrozenModel):
         found = next((partition for partition in self.partitions if kind in partition.jobs), None)
         return found or self.partition_for(_FALLBACKS[kind])
 
+    # pydantic has no location for the validators below: each of their messages begins with the key.
+    def _key_of(self, partition: Partition) -> str:
+        names = [other.name for other in self.partitions]
+        return f"partitions.{item_name(names, self.partitions.index(partition))}"
+
     @model_validator(mode="after")
     def _check_partitions(self) -> Site:
         kinds = Counter(kind for partition in self.partitions for kind in partition.jobs)
@@ -192,9 +198,9 @@ class Site(FrozenModel):
             raise ValueError(f"partitions name the jobs {twice[0]} {kinds[twice[0]]} times; remove it from all but one")
         if "gpu" not in kinds:
             raise ValueError("partitions: no partition has jobs: [gpu], which training needs; add gpu to one of them")
-        for number, partition in enumerate(self.partitions):
+        for partition in self.partitions:
             if self.scheduler == "slurm" and partition.max_minutes is None:
-                raise ValueError(f"partitions.{number}: scheduler slurm needs max_minutes")
+                raise ValueError(f"{self._key_of(partition)}.max_minutes is missing; scheduler slurm needs it")
         return self
 
     @model_validator(mode="after")
@@ -208,16 +214,18 @@ class Site(FrozenModel):
             )
         if gpu.node.gpus and self.accelerator.build == "cpu":
             raise ValueError(
-                f"node.gpus {gpu.node.gpus} with accelerator cpu: the CPU build of torch uses no GPU; set accelerator, e.g. "
-                '{cuda: "13.0"}, or remove node.gpus if there are no GPUs'
+                f"{self._key_of(gpu)}.node.gpus {gpu.node.gpus} with accelerator cpu: the CPU build of torch uses no GPU; set "
+                'accelerator, e.g. {cuda: "13.0"}, or remove node.gpus if there are no GPUs'
             )
-        if gpu.node.gpus and not self.partition_for("debug").node.gpus:
+        debug = self.partition_for("debug")
+        if gpu.node.gpus and not debug.node.gpus:
             raise ValueError(
-                "the partition for debug jobs has no GPUs, but the checks test GPUs; give debug to another one"
+                f"{self._key_of(debug)}.jobs: debug jobs test GPUs, and this partition has none; give debug to another one"
             )
         if self.interconnect.kind == "none" and gpu.max_nodes > 1:
             raise ValueError(
-                f"max_nodes {gpu.max_nodes} with interconnect.kind none: without a network a job has one node; change either"
+                f"{self._key_of(gpu)}.max_nodes {gpu.max_nodes} with interconnect.kind none: without a network a job has one "
+                "node; change either"
             )
         return self
 
@@ -226,7 +234,8 @@ class Site(FrozenModel):
         minimum, peak = self.node_minimums.matrix_tflops, self.node.gpu_peak_tflops
         if minimum and peak and minimum > peak:
             raise ValueError(
-                f"node_minimums.matrix_tflops {minimum:g} is above node.gpu_peak_tflops {peak:g}; both are in TFLOP/s"
+                f"node_minimums.matrix_tflops {minimum:g} is above node.gpu_peak_tflops {peak:g} of "
+                f"{self._key_of(self.partition_for('gpu'))}; both are in TFLOP/s"
             )
         return self
 

@@ -8,11 +8,12 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from longhaul.config.field_types import PATTERN_DESCRIPTIONS
+from longhaul.config.field_types import PATTERN_DESCRIPTIONS, item_name
 
 _MAX_PROBLEMS = 20
 # Keys of earlier releases -> what to write now.
@@ -25,8 +26,8 @@ _UNSUPPORTED_KEYS = {
 }
 
 
-def validation_message(path: Path, model: type[BaseModel], error: ValidationError) -> str:
-    """Return one line per problem of the file `path`, which was read into `model`."""
+def validation_message(path: Path, value: object, model: type[BaseModel], error: ValidationError) -> str:
+    """Return one line per problem of `value`, which was read from the file `path` as an instance of `model`."""
     problems = error.errors(include_url=False)
     # pydantic counts only valid items, so it also reports a list with an invalid item as too short. Leave that problem out.
     shown = [
@@ -35,19 +36,17 @@ def validation_message(path: Path, model: type[BaseModel], error: ValidationErro
         if problem["type"] != "too_short"
         or not any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
     ]
-    lines = [f"{path}: {_problem_text(model, problem)}" for problem in shown[:_MAX_PROBLEMS]]
+    lines = [f"{path}: {_problem_text(value, model, problem)}" for problem in shown[:_MAX_PROBLEMS]]
     if len(shown) > _MAX_PROBLEMS:
         lines.append(f"{path}: {len(shown) - _MAX_PROBLEMS} more problems")
     return "\n".join(lines)
 
 
-def _problem_text(model: type[BaseModel], problem: ErrorDetails) -> str:
+def _problem_text(value: object, model: type[BaseModel], problem: ErrorDetails) -> str:
     location, kind = problem["loc"], problem["type"]
-    where = ".".join(str(part) for part in location) or "the file"
+    where = ".".join(_keys_to(value, location))
     if kind == "extra_forbidden":
-        if feature := _UNSUPPORTED_KEYS.get(str(location[-1])):
-            return f"{where}: {feature} is not supported; remove the key"
-        return f"{where} is not a known key{_suggestion(str(location[-1]), _model_at(model, location[:-1]))}"
+        return _unknown_key_text(where, model, location)
     if kind == "missing":
         return f"{where} is missing"
     if kind == "tuple_type":
@@ -62,9 +61,27 @@ def _problem_text(model: type[BaseModel], problem: ErrorDetails) -> str:
         "",
         problem["msg"],
     )
-    return (
-        f"{where}: {text}" if kind == "value_error" else f"{where} is {shortened(problem['input'])}; expected: {text}"
-    )
+    if kind != "value_error":
+        return f"{where} is {shortened(problem['input'])}; expected: {text}"
+    return ": ".join(filter(None, (where, text)))  # without a location, the text begins with the key
+
+
+def _unknown_key_text(where: str, model: type[BaseModel], location: Sequence[int | str]) -> str:
+    word = str(location[-1])
+    if feature := _UNSUPPORTED_KEYS.get(word):
+        return f"{where}: {feature} is not supported; remove the key"
+    return f"{where} is not a known key{_suggestion(word, _model_at(model, location[:-1]))}"
+
+
+def _keys_to(value: Any, location: Sequence[int | str]) -> Iterator[str]:
+    """Yield the keys that lead to `location`. Items of a list are called by their names, as in all other messages."""
+    for part in location:
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            yield item_name([item.get("name") if isinstance(item, dict) else None for item in value], part)
+            value = value[part]
+        else:
+            yield str(part)
+            value = value.get(part) if isinstance(value, dict) else None
 
 
 def _suggestion(word: str, model: type[BaseModel]) -> str:
