@@ -14,6 +14,8 @@ from longhaul.checks.collective_benchmarks import COLLECTIVES
 from longhaul.config.architectures import Decoder, Model
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import FabricLimits, Site
+from longhaul.config.stage_config import Stage
+from longhaul.config.validation_messages import KEYS_OF_OTHER_TOOLS
 from tests.support.pipeline_run import REPOSITORY
 
 PACKAGE = REPOSITORY / "workflow" / "longhaul"
@@ -99,3 +101,13 @@ def _numbers(schema: object) -> Iterator[set[str]]:
 def test_fabric_limits_are_those_of_the_measured_collectives():
     names = {f"{collective.name}_gbps" for collective in COLLECTIVES} | {"all_reduce_latency_us"}
     assert set(FabricLimits.model_fields) == names
+
+
+@pytest.mark.parametrize(("foreign", "written"), KEYS_OF_OTHER_TOOLS.items(), ids=KEYS_OF_OTHER_TOOLS)
+def test_key_of_another_tool_has_a_counterpart(foreign: str, written: str):
+    """A name that a stage has itself never reaches the table."""
+    assert foreign not in Stage.model_fields
+    section: type[BaseModel] = Stage
+    for key in written.split("."):
+        annotation = section.model_fields[key].annotation
+        section = next((model for _, model in holders(annotation, key)), section)

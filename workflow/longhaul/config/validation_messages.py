@@ -25,6 +25,37 @@ _UNSUPPORTED_KEYS = {
     "zenflow": "ZenFlow",
 }
 
+# Keys of Hugging Face's Trainer, DeepSpeed and Megatron-LM -> the key of a stage that sets the same thing.
+KEYS_OF_OTHER_TOOLS = {
+    "learning_rate": "optimizer.lr",
+    "adam_epsilon": "optimizer.eps",
+    "max_grad_norm": "optimizer.gradient_clipping",
+    "clip_grad": "optimizer.gradient_clipping",
+    "lr_scheduler_type": "schedule.kind",
+    "lr_decay_style": "schedule.kind",
+    "warmup_ratio": "schedule.warmup_steps",
+    "max_steps": "steps",
+    "train_iters": "steps",
+    "num_train_epochs": "epochs",
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "max_length": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "seq_length": "sequence_length",
+    "gradient_checkpointing": "activation_checkpointing",
+    "bf16": "precision",
+    "torch_compile": "compile",
+    "zero_optimization": "zero",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "save_steps": "checkpoints.every_steps",
+    "save_total_limit": "checkpoints.keep_last",
+    "eval_steps": "validation.every_steps",
+}
+
 
 def validation_message(path: Path, value: object, model: type[BaseModel], error: ValidationError) -> str:
     """Return one line per problem of `value`, which was read from the file `path` as an instance of `model`."""
@@ -61,6 +92,8 @@ def _problem_text(value: object, model: type[BaseModel], problem: ErrorDetails) 
         "",
         problem["msg"],
     )
+    if kind == "literal_error" and (close := _closest(str(problem["input"]), re.findall("'(.*?)'", text))):
+        text = f"{text}; did you mean {close}?"
     if kind != "value_error":
         return f"{where} is {shortened(problem['input'])}; expected: {text}"
     return ": ".join(filter(None, (where, text)))  # without a location, the text begins with the key
@@ -70,6 +103,8 @@ def _unknown_key_text(where: str, model: type[BaseModel], location: Sequence[int
     word = str(location[-1])
     if feature := _UNSUPPORTED_KEYS.get(word):
         return f"{where}: {feature} is not supported; remove the key"
+    if word in KEYS_OF_OTHER_TOOLS and location[0] in (word, "stages"):
+        return f"{where} is not a known key; write {KEYS_OF_OTHER_TOOLS[word]} of the stage"
     return f"{where} is not a known key{_suggestion(word, _model_at(model, location[:-1]))}"
 
 
@@ -88,13 +123,17 @@ def _suggestion(word: str, model: type[BaseModel]) -> str:
     if word in _REPLACED_KEYS:
         return f"; {_REPLACED_KEYS[word]}"
     keys = _keys_of(model)
-    if close := difflib.get_close_matches(word, keys, n=1, cutoff=0.7):
-        return f"; did you mean {close[0]}?"
+    if close := _closest(word, keys):
+        return f"; did you mean {close}?"
     if inner := next(_sections_with_key(model, word), None):
         return f"; it is a key of {inner}"
-    if close := difflib.get_close_matches(word, keys, n=1, cutoff=0.5):
-        return f"; did you mean {close[0]}?"
+    if close := _closest(word, keys, cutoff=0.5):
+        return f"; did you mean {close}?"
     return f"; known keys: {', '.join(keys)}"
+
+
+def _closest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=cutoff)), None)
 
 
 def _sections_with_key(model: type[BaseModel], word: str, path: str = "") -> Iterator[str]:
