@@ -17,6 +17,8 @@ SHARED = (
     "config/evaluation",
     "config/examples",
     "config/sites",
+    "docs/config.md",
+    "docs/how-to",
     "envs/constraints.txt",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ import yaml
 
 from longhaul.artifacts.paths import JobFolder, RunPaths, WeightsFolder
 from longhaul.cli import app
+from longhaul.config.shipped_files import KEY_LIST
 from longhaul.jobs.job_kind import job_kinds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,6 +31,9 @@ PAGES = [
 ]
 TOP_FOLDERS = "bench|config|docs|envs|profiles|templates|tests|workflow"
 PATH = re.compile(rf"`((?:{TOP_FOLDERS})/[^`\s<>]*)`")
+
+NAMED_PAGE = re.compile(r"(?<![\w/.-])docs/[\w/-]+\.md")
+"""A page that a text names by its path in the repository; not a part of a URL."""
 
 
 def page_name(page: Path) -> str:
@@ -93,6 +98,32 @@ def test_the_changelog_has_one_line_for_a_change_and_a_short_first_release():
 def test_every_path_exists(page: Path):
     named = PATH.findall(page.read_text(encoding="utf-8"))
     assert [path for path in named if not any(REPOSITORY.glob(path.rstrip("/")))] == []
+
+
+def strings_in(module: Path) -> str:
+    """Return the texts of a module that a user may see: all string constants without docstrings."""
+    nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
+    statements = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return "\n".join(
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements
+    )
+
+
+def test_pages_that_messages_and_shipped_files_name_are_in_the_wheel():
+    """A user of the wheel has no checkout, so a message names the full path: KEY_LIST."""
+    build = ast.parse((REPOSITORY / "hatch_build.py").read_text(encoding="utf-8"))
+    (shared,) = (ast.literal_eval(node.value) for node in build.body if isinstance(node, ast.Assign))
+    shipped = {
+        file for path in shared for file in (REPOSITORY / path, *(REPOSITORY / path).rglob("*")) if file.is_file()
+    }
+    texts = {file: file.read_text(encoding="utf-8") for file in shipped if file.suffix != ".md"}
+    texts |= {module: strings_in(module) for module in (REPOSITORY / "workflow" / "longhaul").rglob("*.py")}
+    named = [(file, REPOSITORY / page) for file, text in texts.items() for page in NAMED_PAGE.findall(text)]
+    assert len(named) > 5
+    assert [(str(file), str(page)) for file, page in named if page not in shipped] == []
+    assert KEY_LIST in shipped
 
 
 def test_the_table_of_changes_names_existing_places():

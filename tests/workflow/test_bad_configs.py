@@ -302,3 +302,13 @@ def test_pipe_or_device_as_config_or_site_is_reported(tmp_path: Path, capsys: py
 def test_missing_config_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "does not exist" in refused_message(capsys, "plan", str(tmp_path / "no.yaml"))
     assert "is a folder" in refused_message(capsys, "plan", str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["rn: a\n", "- run\n", "run: [a\n"], ids=["bad key", "no keys", "no YAML"])
+def test_the_page_that_a_remedy_names_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str):
+    """Also for a user who has no checkout and works in another folder."""
+    (tmp_path / "run.yaml").write_text(text)
+    (page,) = re.findall(
+        r"remedy: .*?(/\S+\.md) (?:lists|shows)", refused_message(capsys, "plan", str(tmp_path / "run.yaml"))
+    )
+    assert Path(page).is_file()

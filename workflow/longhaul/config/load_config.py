@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from longhaul.config.field_types import FrozenModel
 from longhaul.config.run_config import Config
-from longhaul.config.shipped_files import data_root
+from longhaul.config.shipped_files import KEY_LIST, data_root
 from longhaul.config.site_config import Site
 from longhaul.config.strict_yaml import read_yaml
 from longhaul.config.validation_messages import shortened, validation_message
@@ -118,4 +118,4 @@ def read_model(path: Path, model: type[M]) -> M:
         # YAML has no tuples. In JSON mode, pydantic's strict models accept lists for them.
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        raise UserError(validation_message(path, value, model, error), "docs/config.md lists all keys") from None
+        raise UserError(validation_message(path, value, model, error), f"{KEY_LIST} lists all keys") from None

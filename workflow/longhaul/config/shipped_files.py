@@ -20,3 +20,7 @@ def data_root() -> Path:
     This is the repository root in a checkout, and longhaul/share in an installed wheel.
     """
     return _INSTALLED if is_installed() else PACKAGE.parents[1]
+
+
+KEY_LIST = data_root() / "docs" / "config.md"
+"""The page with all keys of run configs and site files. Messages name its full path, as a wheel has it elsewhere."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import yaml
 
+from longhaul.config.shipped_files import KEY_LIST
 from longhaul.config.validation_messages import shortened
 from longhaul.errors import UserError
 
@@ -82,7 +83,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     """
     value = _parse(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected keys and values, found {shortened(value)}", "docs/config.md lists the keys")
+        raise UserError(f"{path}: expected keys and values, found {shortened(value)}", f"{KEY_LIST} lists the keys")
     _check_json_keys(value, path)
     return value
 
@@ -103,7 +104,7 @@ def _parse(path: Path) -> object:
         ) from None
     except yaml.YAMLError as error:
         raise UserError(
-            f"{path} is not valid YAML: {_one_line(error)}", "correct the line; docs/config.md shows the format"
+            f"{path} is not valid YAML: {_one_line(error)}", f"correct the line; {KEY_LIST} shows the format"
         ) from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply", f"use at most {_MAX_DEPTH} levels") from None
