@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from longhaul.checks.amd_gpu_facts import AmdReading
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.hardware_facts import HardwareFacts
@@ -73,7 +74,7 @@ def hardware(**changes: Any) -> HardwareFacts:
     cpu |= changes.pop("cpu", {})
     facts: dict[str, Any] = {
         "gpus": GpuReading([gpu(index) for index in range(8)]),
-        "amd_gpus": [],
+        "amd_gpus": AmdReading([]),
         "ports": [port(number) for number in range(4)],
         "interfaces": [interface(), interface("eth0", rate_gbit_per_s=1.0, mtu=1500)],
         "peer_memory": True,

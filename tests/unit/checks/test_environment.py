@@ -23,6 +23,7 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
 from longhaul.checks import node_measurements
+from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
@@ -255,6 +256,14 @@ def test_node_facts_describe_this_machine(tmp_path: Path):
     assert facts["write_error"] is None and (tmp_path / "not" / "yet").is_dir()
     assert list((tmp_path / "not" / "yet").iterdir()) == []
     assert facts["measured"] is None and facts["hardware"].cpu_and_memory.model
+
+
+def test_processes_on_amd_gpus_are_those_before_the_check_opened_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    readings = iter(
+        [AmdReading([AmdGpuFacts("0000:c1:00.0", processes=found)]) for found in ({7: "a"}, {7: "a", 9: "this"})]
+    )
+    monkeypatch.setattr(node_module, "read_amd_gpus", lambda *addresses: next(readings))
+    assert node_facts("here", job(tmp_path))["hardware"].amd_gpus.gpus[0].processes == {7: "a"}
 
 
 def test_gpus_of_a_killed_attempt_get_time_to_be_released(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from longhaul.checks.amd_gpu_facts import read_amd_gpus
+from longhaul.checks.amd_gpu_reading import read_amd_gpus
 from longhaul.checks.cpu_and_memory import read_cpu_and_memory
 from longhaul.checks.infiniband_ports import has_peer_memory, rdma_driver, read_ports
 from longhaul.checks.network_interfaces import read_interfaces
@@ -102,13 +102,16 @@ def test_errors_of_amd_gpus_are_read_by_block(tmp_path: Path):
                                          "hwmon/hwmon5/power1_cap_default": 560000000})  # fmt: skip
     write_tree(driver / "0000:d1:00.0", {"vendor": "0x1002", "hwmon/hwmon7/power1_cap": 0})
     write_tree(driver, {"new_id": "", "module/refcnt": 3})
-    good, bad, plain = read_amd_gpus(tmp_path)
-    assert (good.address, good.is_known, good.uncorrected, good.corrected) == ("0000:c1:00.0", True, {}, {"gfx": 1})
+    reading = read_amd_gpus(sys=tmp_path)
+    good, bad, plain = reading.gpus
+    assert (reading.source, reading.error) == ("files of the driver amdgpu", "the package amdsmi is not installed")
+    assert (good.address, good.uncorrected, good.corrected) == ("0000:c1:00.0", {}, {"gfx": 1})
     assert (bad.uncorrected, bad.corrected) == ({"umc": 2}, {"gfx": 1, "umc": 17})
     assert (good.bad_pages, bad.bad_pages, plain.bad_pages) == ({}, {"R": 2, "P": 1}, None)
     assert (bad.power_limit_w, bad.power_limit_default_w) == (450.0, 560.0)
-    assert good.power_limit_w is None and plain.power_limit_w is None
-    assert not plain.is_known and read_amd_gpus(tmp_path / "none") == []
+    assert good.power_limit_w is None and plain.power_limit_w == 0
+    assert plain.unavailable["uncorrected"] == "the driver amdgpu has no counters"
+    assert read_amd_gpus(sys=tmp_path / "none").gpus == []
 
 
 def test_cpu_and_memory_are_read(tmp_path: Path):

@@ -1,77 +1,103 @@
-"""Reads AMD GPUs from files of the kernel driver amdgpu: error counters per block (umc is the memory), bad pages, power limit.
-
-Files: docs.kernel.org/gpu/amdgpu/ras.html and thermal.html. They need neither ROCm nor amdsmi.
-"""
+"""States what a node knows about its AMD GPUs: errors, bad pages, power limit, slowdowns, clock, processes, links."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from longhaul.checks.sysfs_files import SYS, read_text
-
-AMD = "0x1002"
 RESERVED, PENDING, UNRESERVED = "R", "P", "F"
 """Flags of a bad page: out of use, out of use after the next reset, and still in use because it cannot be reserved."""
-_MICROWATT = 1e-6
+_LOADED_PERCENT = 90
 
 
 @dataclass(frozen=True)
 class AmdGpuFacts:
-    """One GPU. Errors since the driver was loaded: block -> count, of the blocks that have some.
+    """One GPU; None where nothing states a value, and `unavailable` then holds the reason.
 
-    is_known:  the GPU has error counters; consumer cards have none
-    bad_pages: flag -> number of memory pages, over the GPU's life; None where the driver does not list them
-    power_limit_w, power_limit_default_w: None where the driver does not state them
+    address:        PCI address as sysfs writes it
+    uncorrected:    errors since the driver was loaded: block -> count, of the blocks that have some; umc is the memory
+    deferred:       the same, of errors in data that nothing has used yet
+    bad_pages:      flag -> number of memory pages, over the GPU's life
+    power_limit_w:  0 where another die of the card has the limit of both
+    activity:       per cent of the time that the GPU was at work when its clock was read
+    processes:      process ID -> text, of the processes that have memory of the GPU
+    xgmi_links:     number of XGMI links that are up; xgmi_links_down has the numbers of those that are down
+    pcie_speed:     GT/s per lane
     """
 
     address: str
-    is_known: bool
-    uncorrected: dict[str, int]
-    corrected: dict[str, int]
-    bad_pages: Mapping[str, int] | None = field(default_factory=dict)
+    uncorrected: Mapping[str, int] | None = None
+    corrected: Mapping[str, int] | None = None
+    deferred: Mapping[str, int] | None = None
+    bad_pages: Mapping[str, int] | None = None
     power_limit_w: float | None = None
     power_limit_default_w: float | None = None
+    slowdowns: list[str] | None = None
+    activity: int | None = None
+    gfx_clock_mhz: int | None = None
+    gfx_clock_max_mhz: int | None = None
+    processes: Mapping[int, str] | None = None
+    xgmi_links: int | None = None
+    xgmi_links_down: list[int] | None = None
+    pcie_speed: float | None = None
+    pcie_speed_max: float | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Return whether the GPU was at work, so that its clock is at full speed."""
+        return (self.activity or 0) >= _LOADED_PERCENT
 
 
-def read_amd_gpus(sys: Path = SYS) -> list[AmdGpuFacts]:
-    """Return this node's AMD GPUs, in the order of their PCI addresses."""
-    devices = sorted((sys / "bus" / "pci" / "drivers" / "amdgpu").glob("*:*"))
-    return [_facts(device) for device in devices if read_text(device / "vendor") == AMD]
+@dataclass(frozen=True)
+class AmdReading:
+    """AMD GPUs of this node, in the order of their PCI addresses.
+
+    source: what the facts are from
+    error:  why amdsmi was not used; "" where it was
+    """
+
+    gpus: list[AmdGpuFacts]
+    source: str = ""
+    error: str = ""
 
 
-def _facts(device: Path) -> AmdGpuFacts:
-    texts = {path.name.removesuffix("_err_count"): read_text(path) for path in (device / "ras").glob("*_err_count")}
-    return AmdGpuFacts(
-        device.name,
-        bool(texts),
-        _counts(texts, "ue"),
-        _counts(texts, "ce"),
-        _bad_pages(device / "ras" / "gpu_vram_bad_pages"),
-        _watts(device, "power1_cap"),
-        _watts(device, "power1_cap_default"),
-    )
+@dataclass
+class Answers:
+    """Facts about one GPU by one source, and why it has no others."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def ask(self, facts: Sequence[str], answer: Callable[[], Sequence[Any]]) -> None:
+        """Keep what a function of the source answers, one value per fact. None: the source knows the fact, but has no value."""
+        try:
+            values = answer()
+        except Exception as error:  # GPUs, drivers and versions of ROCm differ in what they answer
+            self.unavailable |= dict.fromkeys(facts, reason_of(error))
+            return
+        for fact, value in zip(facts, values, strict=True):
+            if value is None:
+                self.unavailable[fact] = "no value"
+            else:
+                self.values[fact] = value
 
 
-def _counts(texts: dict[str, str], kind: str) -> dict[str, int]:
-    """Return block -> count from texts such as `ue: 0` and `ce: 3` on two lines."""
-    found = {block: re.search(rf"^{kind}:\s*(\d+)", text, re.MULTILINE) for block, text in sorted(texts.items())}
-    counts = {block: int(match[1]) for block, match in found.items() if match}
-    return {block: count for block, count in counts.items() if count}
+def reason_of(error: Exception) -> str:
+    """Return an error in one line. AmdSmiLibraryException has its words in `err_info`; its text begins with a line break."""
+    return " ".join(str(getattr(error, "err_info", "") or error or type(error).__name__).split())
 
 
-def _bad_pages(path: Path) -> dict[str, int] | None:
-    """Return flag -> number of pages from lines such as `0x027f5d43 : 0x00001000 : R`: page, size, flag."""
-    if not path.exists():
-        return None
-    return dict(Counter(re.findall(r":\s*([RPF])\s*$", read_text(path), re.MULTILINE)))
+def with_earlier_processes(earlier: AmdReading, now: AmdReading) -> AmdReading:
+    """Return `now` with those processes alone that an earlier reading had, too: not this process, which has opened the GPUs."""
+    before = {gpu.address: gpu.processes for gpu in earlier.gpus}
+    return replace(now, gpus=[_with_processes_of(before.get(gpu.address), gpu) for gpu in now.gpus])
 
 
-def _watts(device: Path, name: str) -> float | None:
-    """Return a value that the driver states in microwatts; None for 0, as of a die whose card has one limit for both."""
-    texts = [read_text(path) for path in sorted((device / "hwmon").glob(f"hwmon*/{name}"))]
-    values = [int(text) * _MICROWATT for text in texts if text.isdecimal() and int(text)]
-    return values[0] if values else None
+def _with_processes_of(before: Mapping[int, str] | None, gpu: AmdGpuFacts) -> AmdGpuFacts:
+    if before is None or gpu.processes is None:
+        return replace(gpu, processes=None)
+    return replace(gpu, processes={number: text for number, text in gpu.processes.items() if number in before})

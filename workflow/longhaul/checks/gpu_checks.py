@@ -1,5 +1,5 @@
-"""Decides which states of GPUs fail a node, and which only warn: ECC errors, slowdowns, clocks, NVLinks, PCIe links, other
-processes, errors in the kernel log; memory errors and power limits of AMD GPUs.
+"""Decides which states of NVIDIA GPUs fail a node, and which only warn: ECC errors, slowdowns, clocks, NVLinks, PCIe links,
+other processes, errors in the kernel log.
 
 Meaning of the counters: docs.nvidia.com/deploy/nvml-api, docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from longhaul.artifacts.check_rows import CheckRow, Result
-from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts
+from longhaul.checks.amd_gpu_facts import AmdGpuFacts
 from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.gpu_names import gpu_name, short_address
@@ -17,12 +17,12 @@ from longhaul.checks.kernel_log import KernelError, KernelLog, is_fatal
 from longhaul.checks.xid_errors import ROW_REMAPPED, xid_failure
 from longhaul.config.gpu_datasheets import datasheet
 
-_WATCH = "watch whether the number grows"
+WATCH = "watch whether the number grows"
 _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
 _NOT_OF_JOB = "tell the admins; this job does not use the GPU"
+_RESET_CLOCK = "let the admins reset it: nvidia-smi -rgc, and -rac"
 _LEAST_CLOCK_SHARE = 0.8
-_BAD_PAGES = "bad pages of the memory"
 _NO_KERNEL_ERRORS = "no Xid or SXid errors"
 _MISMATCH = "mismatch"
 """Word in NVML's message about a library of another version than the kernel module: no program can then use the GPUs."""
@@ -32,7 +32,7 @@ def _on_off(is_on: bool) -> str:
     return "on" if is_on else "off"
 
 
-def _slowdown_result(found: list[str]) -> Result:
+def slowdown_result(found: list[str]) -> Result:
     if any(text.startswith("hardware") for text in found):
         return "fail"
     return "warn" if any("thermal" in text for text in found) else "ok"
@@ -45,12 +45,12 @@ _GPU_CHECKS = (
     FactCheck("uncorrectable ECC errors in the GPU's life", "ecc_uncorrected_ever", "0", warn_if(lambda count: count > 0),
               "compare the GPU with others when a training fails on this node"),
     FactCheck("corrected ECC errors", "ecc_corrected", "0", warn_if(lambda count: count > 0),
-              _WATCH),
+              WATCH),
     FactCheck("row remapping pending", "remapping_pending", "no", fail_if(bool), _RESET,
               lambda pending: "yes" if pending else "no"),
     FactCheck("row remapping failed", "remapping_failed", "no", fail_if(bool), "the GPU must be replaced",
               lambda failed: "yes" if failed else "no"),
-    FactCheck("slowdown", "slowdowns", "none by heat or hardware", _slowdown_result, "check the node's cooling and power supply",
+    FactCheck("slowdown", "slowdowns", "none by heat or hardware", slowdown_result, "check the node's cooling and power supply",
               lambda found: ", ".join(found) or "none"),
     FactCheck("persistence mode", "persistence", "on", warn_if(lambda on: not on),
               "start nvidia-persistenced; without it, the driver loads again for each job", _on_off),
@@ -81,7 +81,9 @@ def nvidia_rows(
         for gpu in reading.gpus:
             component = Component(node, gpu_name(gpu.index, gpu.pci_address))
             rows += component.judged(_GPU_CHECKS, gpu)
-            rows += [*_power_rows(component, gpu), _clock_row(component, gpu), *_pcie_rows(component, gpu)]
+            rows += _power_rows(component, gpu)
+            rows.append(clock_row(component, "SM clock", gpu, "sm_clock_mhz", _RESET_CLOCK))
+            rows += _pcie_rows(component, gpu)
             rows += _nvlink_rows(component, gpu, expected[gpu.name] if min_nvlinks is None else min_nvlinks)
     return rows
 
@@ -106,19 +108,21 @@ def _power_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]:
     yield component.row("power limit", f"{limit:.0f} W", f"{default:.0f} W", result, "raise it: nvidia-smi -pl")
 
 
-def _clock_row(component: Component, gpu: GpuFacts) -> CheckRow:
-    """Classify the clock under load. Where nothing slows a GPU down, a low clock was set by hand (nvidia-smi -lgc or -ac)."""
-    check, clock, maximum = "SM clock", gpu.sm_clock_mhz, gpu.sm_clock_max_mhz
+def clock_row(component: Component, check: str, gpu: GpuFacts | AmdGpuFacts, clock: str, remedy: str) -> CheckRow:
+    """Classify the clock under load. Where nothing slows a GPU down, a low clock was set by hand (nvidia-smi -lgc or -ac).
+
+    clock: name of the fact; that of the maximum has `_max` before the unit
+    """
+    facts = (clock, clock.replace("_mhz", "_max_mhz"), "slowdowns")
+    now, maximum, slowdowns = (getattr(gpu, fact) for fact in facts)
     expected = f">= {_LEAST_CLOCK_SHARE:.0%} of the maximum"
-    if clock is None or maximum is None or gpu.slowdowns is None:
-        facts = ("sm_clock_mhz", "sm_clock_max_mhz", "slowdowns")
-        reason = next((gpu.unavailable[fact] for fact in facts if fact in gpu.unavailable), "NVML has no value")
+    if now is None or maximum is None or slowdowns is None:
+        reason = next((gpu.unavailable[fact] for fact in facts if fact in gpu.unavailable), "no value")
         return component.unknown(check, reason, expected)
     if not gpu.is_loaded:
-        return component.unknown(check, f"the GPU is idle, at {clock} MHz", expected)
-    is_low = clock < _LEAST_CLOCK_SHARE * maximum and not gpu.slowdowns
-    remedy = "let the admins reset it: nvidia-smi -rgc, and -rac"
-    value, expected = f"{clock} MHz", f"{expected}, {maximum} MHz"
+        return component.unknown(check, f"the GPU is idle, at {now} MHz", expected)
+    is_low = now < _LEAST_CLOCK_SHARE * maximum and not slowdowns
+    value, expected = f"{now} MHz", f"{expected}, {maximum} MHz"
     return component.row(check, value, expected, "warn" if is_low else "ok", remedy)
 
 
@@ -166,45 +170,7 @@ def _nvlink_rows(component: Component, gpu: GpuFacts, expected: int) -> Iterator
     yield component.row("NVLinks", value, f"{expected} active", "fail" if is_short else "ok", remedy)
     errors = gpu.nvlink_errors
     text = ", ".join(f"{count} on link {number}" for number, count in errors.items()) or "0"
-    yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", _WATCH)
-
-
-def amd_rows(gpus: Mapping[str, Sequence[AmdGpuFacts]]) -> list[CheckRow]:
-    """Return the rows of all AMD GPUs. gpus: node -> its GPUs."""
-    return [row for node, found in gpus.items() for gpu in found for row in _amd_rows(node, gpu)]
-
-
-def _amd_rows(node: str, gpu: AmdGpuFacts) -> Iterator[CheckRow]:
-    component = Component(node, f"GPU {gpu.address}")
-    yield from (
-        _amd_error_rows(component, gpu)
-        if gpu.is_known
-        else [component.unknown("uncorrectable ECC errors", "the driver amdgpu has no counters", "0")]
-    )
-    limit, default = gpu.power_limit_w, gpu.power_limit_default_w
-    if limit is not None and default is not None:
-        result: Result = "warn" if limit < default else "ok"
-        remedy = "let the admins reset it (rocm-smi --resetpoweroverdrive), unless the site saves power on purpose"
-        yield component.row("power limit", f"{limit:.0f} W", f"{default:.0f} W", result, remedy)
-
-
-def _amd_error_rows(component: Component, gpu: AmdGpuFacts) -> Iterator[CheckRow]:
-    bad, warned = _block_text(gpu.uncorrected), _block_text(gpu.corrected)
-    remedy = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"
-    yield component.row("uncorrectable ECC errors", bad, "0", "fail" if gpu.uncorrected else "ok", remedy)
-    yield component.row("corrected ECC errors", warned, "0", "warn" if gpu.corrected else "ok", _WATCH)
-    if gpu.bad_pages is None:
-        yield component.unknown(_BAD_PAGES, "the driver amdgpu does not list them", "0")
-        return
-    texts = {RESERVED: "out of use", PENDING: "pending", UNRESERVED: "still in use"}
-    pages = ", ".join(f"{gpu.bad_pages[flag]} {text}" for flag, text in texts.items() if flag in gpu.bad_pages) or "0"
-    is_bad = PENDING in gpu.bad_pages or UNRESERVED in gpu.bad_pages
-    result: Result = "fail" if is_bad else "warn" if gpu.bad_pages else "ok"
-    yield component.row(_BAD_PAGES, pages, "0", result, remedy if is_bad else _WATCH)
-
-
-def _block_text(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} in {block}" for block, count in counts.items()) or "0"
+    yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", WATCH)
 
 
 def kernel_log_rows(node: str, log: KernelLog, reading: GpuReading, gpus_per_node: int) -> list[CheckRow]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.checks.amd_gpu_checks import amd_rows
 from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equal_rows, warn_if
-from longhaul.checks.gpu_checks import amd_rows, kernel_log_rows, nvidia_rows
+from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.measurement_checks import measurement_rows
 from longhaul.checks.network_interfaces import InterfaceFacts

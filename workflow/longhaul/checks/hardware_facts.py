@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longhaul.checks.amd_gpu_facts import AmdGpuFacts, read_amd_gpus
+from longhaul.checks.amd_gpu_facts import AmdReading
+from longhaul.checks.amd_gpu_reading import with_amd_links
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts, read_cpu_and_memory
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, rdma_driver, read_ports
@@ -23,7 +24,7 @@ class HardwareFacts:
     """
 
     gpus: GpuReading
-    amd_gpus: list[AmdGpuFacts]
+    amd_gpus: AmdReading
     ports: list[PortFacts]
     interfaces: list[InterfaceFacts]
     peer_memory: bool
@@ -34,19 +35,19 @@ class HardwareFacts:
     limits: ProcessLimits
 
 
-def read_hardware(gpus: GpuReading) -> HardwareFacts:
+def read_hardware(gpus: GpuReading, amd_gpus: AmdReading) -> HardwareFacts:
     """Return the facts of this node.
 
-    gpus: read before and after the GPUs were at work, so it is given
+    gpus, amd_gpus: read before and after the GPUs were at work, so they are given
     """
     return HardwareFacts(
         gpus=gpus,
-        amd_gpus=read_amd_gpus(),
+        amd_gpus=amd_gpus,
         ports=read_ports(),
         interfaces=read_interfaces(),
         peer_memory=has_peer_memory(),
         rdma_driver=rdma_driver(),
-        pcie_links=read_pcie_links(),
+        pcie_links=with_amd_links(read_pcie_links(), amd_gpus.gpus),
         kernel_log=read_kernel_log(),
         cpu_and_memory=read_cpu_and_memory(),
         limits=read_process_limits(),

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from longhaul.artifacts.atomic_files import free_bytes
+from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
+from longhaul.checks.amd_gpu_reading import read_amd_gpus
 from longhaul.checks.gpu_facts import GpuReading, chosen_gpus, read_gpus, with_processes_left, with_processes_of
 from longhaul.checks.gpu_names import names_of_torch_gpus
 from longhaul.checks.hardware_facts import read_hardware
@@ -47,10 +49,13 @@ PROBE_BYTES = 4096
 def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
     """Return the facts of this node."""
     folder = Path(job.folder)
-    earlier = read_gpus()  # before torch opens the GPUs: what runs on them now is not of this job
+    earlier, earlier_amd = (
+        read_gpus(),
+        read_amd_gpus(),
+    )  # before torch opens the GPUs: what runs on them now is not of this job
     found = gpus()
     idle = _released_gpus(earlier, [gpu["uuid"] for gpu in found])
-    measured, now = _measure(job, found)
+    measured, (now, now_amd) = _measure(job, found)
     return {
         "host": host,
         "kernel": platform.release(),
@@ -61,7 +66,7 @@ def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
         "write_error": write_error(folder),
         "compiler": compiler(),
         "gpus": found,
-        "hardware": read_hardware(with_processes_of(idle, now)),
+        "hardware": read_hardware(with_processes_of(idle, now), with_earlier_processes(earlier_amd, now_amd)),
         "measured": measured,
         "versions": versions(),
     }
@@ -81,23 +86,29 @@ def _released_gpus(earlier: GpuReading, uuids: Sequence[str]) -> GpuReading:
     return reading
 
 
-def _measure(job: EnvironmentSpec, found: list[dict[str, Any]]) -> tuple[NodeMeasurements | None, GpuReading]:
+def _measure(
+    job: EnvironmentSpec, found: list[dict[str, Any]]
+) -> tuple[NodeMeasurements | None, tuple[GpuReading, AmdReading]]:
     """Return the measurements, and the state of the job's GPUs under load. A short check measures nothing but GPUs.
 
     found: facts of the GPUs, which a complete check gives their rate of matrix products
     """
-    uuids = [gpu["uuid"] for gpu in found]
+    uuids, addresses = [gpu["uuid"] for gpu in found], [gpu["pci_address"] for gpu in found]
+
+    def read(is_loaded: bool = False) -> tuple[GpuReading, AmdReading]:
+        return read_gpus(uuids, is_loaded), read_amd_gpus(addresses)
+
     if not (found or job.measures_speed):
-        return None, read_gpus(uuids)
+        return None, read()
     from longhaul.checks.measured_rates import NodeMeasurements
     from longhaul.checks.node_measurements import read_under_load
 
     try:
         measured = _measure_speed(job, found)
-        reading = read_under_load(lambda: read_gpus(uuids, is_loaded=bool(uuids)))
+        readings = read_under_load(lambda: read(is_loaded=bool(uuids)))
     except RuntimeError as error:  # of a GPU that fails under load, or whose memory another process holds
-        return NodeMeasurements([], error=first_line(error)), read_gpus(uuids)
-    return measured.with_names(names_of_torch_gpus(found, reading)), reading
+        return NodeMeasurements([], error=first_line(error)), read()
+    return measured.with_names(names_of_torch_gpus(found, readings[0])), readings
 
 
 def _measure_speed(job: EnvironmentSpec, found: list[dict[str, Any]]) -> NodeMeasurements:

@@ -1,0 +1,251 @@
+"""Reads AMD GPUs through a module with the interface of amdsmi and through the driver's files, and classifies them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.check_rows import CheckRow
+from longhaul.checks import amd_gpu_reading
+from longhaul.checks.amd_gpu_checks import amd_rows
+from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
+from longhaul.checks.amd_gpu_library import read_library
+from longhaul.checks.amd_gpu_reading import read_amd_gpus
+from longhaul.checks.check_table import problem_lines, warning_lines
+from longhaul.checks.hardware_checks import hardware_rows
+from longhaul.checks.hardware_facts import HardwareFacts
+from longhaul.checks.pcie_links import PcieLink
+from tests.support.fake_amdsmi import (
+    NO_PERMISSION,
+    AmdSmiGpuBlock,
+    AmdSmiLibraryException,
+    AmdSmiMemoryPageStatus,
+    errors,
+    fake_amdsmi,
+    mi250x,
+    mi300x,
+    page,
+    process,
+    violations,
+)
+from tests.support.node_hardware import environment_job, hardware, link
+from tests.support.sysfs_tree import write_tree
+
+ADDRESS, OTHER = "0000:c1:00.0", "0000:c6:00.0"
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that reads a node whose amdsmi shows these GPUs, and whose driver has these files for each of them."""
+
+    def read_node(
+        *gpus: dict[str, Any], addresses: tuple[str, ...] = (), files: dict[str, Any] | None = None
+    ) -> AmdReading:
+        monkeypatch.setitem(sys.modules, "amdsmi", fake_amdsmi(gpus))
+        add_driver_files(tmp_path, files or {}, *(gpu["amdsmi_get_gpu_device_bdf"] for gpu in gpus))
+        return read_amd_gpus(addresses, tmp_path)
+
+    return read_node
+
+
+def add_driver_files(root: Path, files: dict[str, Any], *addresses: str) -> None:
+    for address in addresses:
+        write_tree(root / "bus" / "pci" / "drivers" / "amdgpu" / address, {"vendor": "0x1002", **files})
+
+
+def results(rows: list[CheckRow], result: str) -> dict[str, str]:
+    """Return check -> value, of the rows with this result."""
+    return {row["check"]: row["value"] for row in rows if row["result"] == result}
+
+
+def test_healthy_mi300x_node_has_no_findings(read: Any):
+    """Its power limit lowers the clock to 69 % of the maximum, which is no locked clock."""
+    reading = read(*map(mi300x, range(8)))
+    gpu = reading.gpus[0]
+    assert (gpu.power_limit_w, gpu.slowdowns, gpu.xgmi_links, gpu.xgmi_links_down) == (750.0, ["power limit"], 7, [])
+    assert (gpu.gfx_clock_mhz, gpu.activity, gpu.pcie_speed, gpu.pcie_width) == (1450, 100, 32.0, 16)
+    rows = amd_rows({"n1": reading})
+    assert {row["result"] for row in rows} == {"ok"} and len(rows) == 1 + 8 * 9
+    assert results(rows, "ok")["source of the GPUs' state"] == "amdsmi 26.0.2 and files of the driver amdgpu"
+
+
+def test_healthy_mi250x_node_has_no_findings_and_says_what_is_unknown(read: Any):
+    """The second die of a card has no power limit of its own. ROCm states slowdowns and links from MI300 on."""
+    rows = amd_rows({"n1": read(*map(mi250x, range(2)))})
+    unsupported = "not available: amdsmi: AMDSMI_STATUS_NOT_SUPPORTED - Feature not supported"
+    assert results(rows, "unknown") == dict.fromkeys(("slowdown", "clock of the shaders", "XGMI links"), unsupported)
+    assert [row["component"] for row in rows if row["check"] == "power limit"] == [f"GPU {ADDRESS}"]
+    assert problem_lines(rows) == warning_lines(rows) == []
+
+
+RESERVED, PENDING, UNRESERVABLE = (page(number, status) for number, status in enumerate(AmdSmiMemoryPageStatus))
+LOW_CLOCK = {"clk": 1000, "min_clk": 500, "max_clk": 2100, "clk_locked": True, "clk_deep_sleep": 0}
+DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "uncorrectable error": ({"amdsmi_get_gpu_ecc_count": {AmdSmiGpuBlock["UMC"]: errors(2), AmdSmiGpuBlock["GFX"]: errors()}},
+                            "fail", "uncorrectable ECC errors: 2 in umc, expected 0; drain the node and reset"),
+    "no counters per block": ({"amdsmi_get_gpu_ecc_count": {}, "amdsmi_get_gpu_total_ecc_count": errors(3)},
+                              "fail", "uncorrectable ECC errors: 3 in all blocks, expected 0; drain"),
+    "corrected errors": ({"amdsmi_get_gpu_ecc_count": {AmdSmiGpuBlock["XGMI_WAFL"]: errors(0, 7)}},
+                         "warn", "corrected ECC errors: 7 in xgmi_wafl, expected 0; watch"),
+    "deferred error": ({"amdsmi_get_gpu_ecc_count": {AmdSmiGpuBlock["UMC"]: errors(0, 0, 1)}},
+                       "warn", "deferred ECC errors: 1 in umc, expected 0; watch"),
+    "bad pages": ({"amdsmi_get_gpu_bad_page_info": [RESERVED, RESERVED]}, "warn", "bad pages of the memory: 2 out of use"),
+    "pending page": ({"amdsmi_get_gpu_bad_page_info": [RESERVED, PENDING]},
+                     "fail", "bad pages of the memory: 1 out of use, 1 pending, expected 0; drain"),
+    "bad page in use": ({"amdsmi_get_gpu_bad_page_info": [UNRESERVABLE]}, "fail", "bad pages of the memory: 1 still in use, exp"),
+    "PROCHOT": ({"amdsmi_get_violation_status": violations(active_prochot_thrm=True)},
+                "fail", "slowdown: hardware slowdown (PROCHOT), expected none by heat or hardware; check"),
+    "hot memory": ({"amdsmi_get_violation_status": violations(active_hbm_thrm=True)},
+                   "warn", "slowdown: thermal slowdown by the memory, expected none"),
+    "low power limit": ({"amdsmi_get_power_cap_info": {"power_cap": 500_000_000, "default_power_cap": 750_000_000}},
+                        "warn", "power limit: 500 W, expected 750 W; let the admins reset it (rocm-smi"),
+    "locked clock": ({"amdsmi_get_clock_info": [LOW_CLOCK], "amdsmi_get_violation_status": violations()},
+                     "warn", "clock of the shaders: 1000 MHz, expected >= 80% of the maximum, 2100 MHz; let the admins"),
+    "foreign process": ({"amdsmi_get_gpu_process_list": [process(7, "python", 512), process(8, "opens all GPUs", 0)]},
+                        "warn", "processes of other jobs: process 7 (python, 512 MiB), expected none; end them"),
+    "XGMI link down": ({"amdsmi_get_gpu_xgmi_link_status": {"status": list("UXUUDUUU"), "total_links": 8}},
+                       "fail", "XGMI links: 6 active, not active: 4, expected 7 active; drain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "result", "message"), DEGRADED.values(), ids=DEGRADED)
+def test_degraded_mi300x_is_named(read: Any, change: dict[str, Any], result: str, message: str):
+    rows = amd_rows({"n1": read(mi300x(0), mi300x(1, **change))})
+    bad = [row for row in rows if row["result"] != "ok"]
+    assert [(row["component"], row["result"]) for row in bad] == [(f"GPU {OTHER}", result)], bad
+    (line,) = problem_lines(rows) if result == "fail" else warning_lines(rows)
+    assert line.startswith(f"n1: GPU {OTHER}: {message}")
+
+
+def test_clock_of_an_idle_gpu_is_unknown(read: Any):
+    idle = mi300x(0, amdsmi_get_gpu_activity={"gfx_activity": 0}, amdsmi_get_violation_status=violations())
+    assert results(amd_rows({"n1": read(idle)}), "unknown") == {
+        "clock of the shaders": "not available: the GPU is idle, at 1450 MHz"
+    }
+
+
+ECC_FILES = {"ras/umc_err_count": "ue: 1\nce: 0", "ras/gpu_vram_bad_pages": "0x1 : 0x1000 : R"}
+
+
+def test_call_that_fails_is_answered_by_the_files_or_unknown(read: Any):
+    """All functions refuse, as in a container without permissions; the driver's files are there."""
+    gpu = {name: AmdSmiLibraryException(NO_PERMISSION) for name in mi300x(0)}
+    rows = amd_rows({"n1": read({**gpu, "amdsmi_get_gpu_device_bdf": ADDRESS}, files=ECC_FILES)})
+    assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"}
+    assert results(rows, "warn") == {"bad pages of the memory": "1 out of use"}
+    refused = "not available: amdsmi: AMDSMI_STATUS_NO_PERM - Permission Denied"
+    checks = ("slowdown", "processes of other jobs", "clock of the shaders", "XGMI links", "power limit")
+    assert results(rows, "unknown") == dict.fromkeys(checks, refused)
+
+
+def test_numbers_that_stand_for_no_value_are_unknown(read: Any):
+    """ROCm 6.3 gives the largest integer, later versions `N/A`; ROCm 6.3 has no states of links, and fields may be missing."""
+    cap = {"power_cap": 2**64 - 1, "default_power_cap": 2**64 - 1}
+    clock = {"clk": "N/A", "max_clk": 2**32 - 1}
+    reading = read(mi300x(0, amdsmi_get_power_cap_info=cap, amdsmi_get_clock_info=[clock], amdsmi_get_violation_status={},
+                          amdsmi_get_gpu_bad_page_info="No bad pages found."))  # fmt: skip
+    assert results(amd_rows({"n1": reading}), "unknown") == {
+        "bad pages of the memory": "not available: amdsmi: no value",
+        "power limit": "not available: amdsmi: no value",
+        "slowdown": "not available: amdsmi: 'active_ppt_pwr'",
+        "clock of the shaders": "not available: amdsmi: no value",
+    }
+    delattr(sys.modules["amdsmi"], "amdsmi_get_gpu_xgmi_link_status")
+    assert "no attribute" in read_library()[1][ADDRESS].unavailable["xgmi_links"]
+
+
+@pytest.mark.parametrize(
+    ("init", "reason"),
+    [
+        (AmdSmiLibraryException(34), "amdsmi: AMDSMI_STATUS_DRIVER_NOT_LOADED - Driver not loaded"),
+        (
+            OSError("libamd_smi.so: cannot open shared object file"),
+            "amdsmi: libamd_smi.so: cannot open shared object file",
+        ),
+        (ImportError("No module named 'amdsmi'"), "the package amdsmi is not installed"),
+        (None, "amdsmi: no answer within 0.05 s"),
+    ],
+)
+def test_node_without_amdsmi_has_the_rows_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: Exception | None, reason: str
+):
+    """None: amdsmi never returns, as from a GPU that hangs."""
+
+    def fail() -> None:
+        if init is None:
+            Event().wait()
+        else:
+            raise init
+
+    monkeypatch.setitem(sys.modules, "amdsmi", fake_amdsmi([mi300x(0)], fail))
+    monkeypatch.setattr(amd_gpu_reading, "_LIBRARY_S", 0.05 if init is None else 30.0)
+    add_driver_files(tmp_path, {"ras/umc_err_count": "ue: 1\nce: 0", "hwmon/hwmon1/power1_cap": 0}, ADDRESS)
+    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)})
+    assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"}
+    assert results(rows, "unknown") == {
+        "slowdowns, clocks, processes and XGMI links": f"not available: {reason}",
+        "bad pages of the memory": "not available: the driver amdgpu does not list them",
+        "power limit": "not available: the driver amdgpu does not state it",
+    }
+    assert results(rows, "ok")["source of the GPUs' state"] == "files of the driver amdgpu"
+    assert next(row["remedy"] for row in rows if "clocks" in row["check"]).startswith(
+        "install the amdsmi of the node's ROCm"
+    )
+
+
+def test_consumer_card_has_no_counters_and_node_without_driver_is_unknown(tmp_path: Path):
+    add_driver_files(
+        tmp_path, {"hwmon/hwmon1/power1_cap": 250_000_000, "hwmon/hwmon1/power1_cap_default": 250_000_000}, ADDRESS
+    )
+    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path), "n2": read_amd_gpus(sys=tmp_path / "none")})
+    assert results(rows, "unknown")["uncorrectable ECC errors"] == "not available: the driver amdgpu has no counters"
+    assert [(row["node"], row["check"]) for row in rows[-1:]] == [("n2", "state of the GPUs")]
+
+
+def test_only_the_gpus_of_the_job_are_judged(read: Any):
+    gpus = [mi300x(0), mi300x(1, amdsmi_get_gpu_process_list=[process(7, "python", 512)])]
+    assert [gpu.address for gpu in read(*gpus, addresses=(ADDRESS,)).gpus] == [ADDRESS]
+    assert len(read(*gpus, addresses=("",)).gpus) == 2, "torch does not state the address in each build"
+
+
+def test_process_that_started_after_the_check_is_this_one(read: Any):
+    def using(*pids: int) -> AmdReading:
+        return read(mi300x(0, amdsmi_get_gpu_process_list=[process(pid, "python", 9) for pid in pids]))
+
+    found = with_earlier_processes(using(7), using(7, os.getpid()))
+    assert found.gpus[0].processes == {7: "process 7 (python, 9 MiB)"}
+    unread = replace(found, gpus=[replace(found.gpus[0], processes=None)])
+    assert with_earlier_processes(unread, using(7)).gpus[0].processes is None
+
+
+def test_width_of_the_link_is_that_of_amdsmi(read: Any, tmp_path: Path):
+    """The kernel's file has the full width, as of a switch inside the GPU."""
+    narrow = {**mi300x(0)["amdsmi_get_pcie_info"]}
+    narrow["pcie_metric"] = {**narrow["pcie_metric"], "pcie_width": 8}
+    kernel: list[PcieLink] = [link(ADDRESS, "GPU", vendor="0x1002")]
+
+    def node(**changes: Any) -> HardwareFacts:
+        reading = read(mi300x(0, **changes))
+        links = amd_gpu_reading.with_amd_links(kernel, reading.gpus)
+        return hardware(gpus=hardware().gpus.__class__([]), amd_gpus=reading, pcie_links=links)
+
+    job = environment_job(build="rocm 7.0", interconnect="ethernet")
+    good, bad = node(), node(amdsmi_get_pcie_info=narrow)
+    rows = hardware_rows([_facts("n1", good), _facts("n2", bad)], job)
+    assert problem_lines(rows) == [
+        f"n2: GPU {ADDRESS}: PCIe link: 32 GT/s x8, expected 32 GT/s x16, as on another node; let the admins reseat the card, "
+        "and look for PCIe errors in the kernel log"
+    ]
+    plain = amd_gpu_reading.with_amd_links(kernel, read(mi250x(0)).gpus)
+    assert plain == kernel, "the link to an MI250X is none of PCIe"
+
+
+def _facts(host: str, facts: HardwareFacts) -> dict[str, Any]:
+    return {"host": host, "hardware": facts, "measured": None, "gpus": [], "cpus": 8, "run_folder_seen_after_s": 0.1,
+            "own_file_seen_after_s": 0.1}  # fmt: skip
