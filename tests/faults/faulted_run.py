@@ -131,7 +131,7 @@ class FaultedRun(PipelineRunOnCluster):
         return (self.folder / "main.log").read_text() + self.logs()
 
     def was_retried(self) -> bool:
-        return "is tried again" in (self.folder / "main.log").read_text()
+        return ", starts again (" in (self.folder / "main.log").read_text()
 
     def failure_message(self) -> str:
         """Return what the main Snakemake process printed at its end about the failure of the phase's job."""

@@ -26,7 +26,7 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
     prose.write_text(valid + "{half a row\n")
     first = chain.snakemake(TOKENIZER, "--retries", "3")
     assert first.returncode == 1 and attempts(chain) == 1, first.stderr
-    assert "is tried again" not in first.stdout + first.stderr
+    assert "starts again" not in first.stdout + first.stderr
     printed = first.stderr.split("tokenizer failed (permanent):")
     assert len(printed) == 2 and "prose.jsonl" in printed[1] and "remedy:" in printed[1], first.stderr
     assert first.stderr.count("prose.jsonl") == first.stderr.count("remedy:") == 1, "one cause, one remedy"

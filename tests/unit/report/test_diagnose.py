@@ -353,6 +353,14 @@ def test_ended_main_process_is_named_while_jobs_are_left(tmp_path: Path) -> None
     )
 
 
+def test_failed_job_that_starts_again_needs_nobody(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    Failure("node", "node n1 is down", "call the centre", invocation="earlier").write(run.paths.job(TRAIN).failure)
+    (finding,) = diagnose(run.paths, read_status(run.paths), tmp_path)
+    assert (finding.cause, finding.remedy) == ("node n1 is down", "wait: the main process starts the job again")
+
+
 def test_only_the_end_of_a_huge_log_is_searched_with_right_line_numbers(tmp_path: Path) -> None:
     log = tmp_path / "huge.log"
     line = "x" * 99 + "\n"

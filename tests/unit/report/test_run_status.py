@@ -25,6 +25,7 @@ from longhaul.report.run_status import (
     NOT_STARTED,
     QUEUED,
     RUNNING,
+    STARTS_AGAIN,
     UNKNOWN,
     RunStatus,
     read_status,
@@ -147,6 +148,24 @@ def test_failed_job_has_cause_and_remedy(tmp_path: Path) -> None:
     status = run.status()
     assert job_state(status) == (FAILED, "out of memory") and status.jobs[1].remedy == "use a smaller micro batch"
     assert status.state == FAILED
+
+
+def test_failed_job_starts_again_only_while_a_main_process_works_on_the_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    of_this = Failure("node", "node n1 is down", "call the centre", invocation=run.paths.lease.read_text())
+    states: list[tuple[str, str]] = []
+    for failure in (replace(of_this, next_attempt="attempt 2 of 3"), replace(of_this, invocation="earlier"), of_this):
+        failure.write(run.paths.job(TRAIN).failure)
+        states.append(job_state(run.status()))
+    assert states == [
+        (STARTS_AGAIN, "attempt 2 of 3: node n1 is down"),
+        (STARTS_AGAIN, "node n1 is down"),
+        (FAILED, "node n1 is down"),
+    ]
+    replace(of_this, next_attempt="attempt 2 of 3").write(run.paths.job(TRAIN).failure)
+    run.paths.lease.unlink()
+    assert job_state(run.status()) == (FAILED, "node n1 is down") and run.status().state == FAILED
 
 
 def test_job_that_left_the_queue_without_a_record_is_interrupted(tmp_path: Path) -> None:

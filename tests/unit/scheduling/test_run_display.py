@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from longhaul.artifacts.job_state import Failure
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
-from longhaul.report.run_status import INTERRUPTED, RUNNING
+from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
 from longhaul.scheduling import run_display
 from longhaul.scheduling.run_display import JobEvents, RunDisplay
 from tests.support.run_folder import TRAIN, RunFolder
@@ -77,20 +78,34 @@ def test_target_rule_is_not_shown(tmp_path: Path) -> None:
     assert events.line(record(LogEvent.PROGRESS, done=9, total=9)) is None
 
 
-def test_failure_is_shown_once_per_try_and_its_cause_when_it_is_tried_again(tmp_path: Path) -> None:
-    """Snakemake logs each failed job again before it ends. A cause after which nothing is tried again is printed at exit."""
-    paths = RunPaths("r", tmp_path)
-    failure = Failure("node", "node n1 is down", "", invocation="this process")
-    failure.write(paths.job(JobId("train", ("base",))).failure)
-    paths.lease.write_text("this process")
-    events = JobEvents(paths)
-    events.line(started())
-    assert events.line(failed()) == "train-base failed; log: base.log"
-    assert events.line(failed()) is None
-    again = record(message="Trying to restart job 4.")
-    assert events.line(again) == "train-base is tried again; cause of its failure: node n1 is down"
-    events.line(started())
-    assert events.line(failed()) is not None
+def test_failure_says_whether_the_job_starts_again_and_so_does_the_status(tmp_path: Path) -> None:
+    """Snakemake logs each failed job again before it ends. A cause after which nothing starts again is printed at exit."""
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    invocation = run.paths.lease.read_text()
+    job: Any = SimpleNamespace(
+        jobid=4, attempt=1, restart_times=1, params={"launch": f"{run.paths.job(TRAIN).path}/launch.sh"}
+    )
+    events = JobEvents(run.paths)
+    events.to_run = {4: job}
+    seen: list[tuple[str | None, str, str]] = []
+    for attempt in (1, 2):
+        job.attempt = attempt
+        events.line(started())
+        Failure("node", "node n1 is down", "", invocation=invocation).write(run.paths.job(TRAIN).failure)
+        line = events.line(failed())
+        assert events.line(failed()) is None
+        status = read_status(run.paths)
+        seen.append((line, status.stages[0].job.state, status.state))
+    assert seen == [
+        (
+            "train-base failed, starts again (attempt 2 of 2); log: base.log\n  cause: node n1 is down",
+            "failed, starts again",
+            "running",
+        ),
+        ("train-base failed; log: base.log", "failed", "failed"),
+    ]
+    assert events.line(record(message="Trying to restart job 4.")) is None, "the line of the failure has said it"
 
 
 def test_cause_of_a_failure_under_an_earlier_main_process_is_shown_at_once(tmp_path: Path) -> None:
@@ -160,7 +175,7 @@ def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Pat
     assert events.line(record(LogEvent.ERROR, logging.ERROR, "MissingInputException")) == "MissingInputException"
     assert events.line(record(LogEvent.ERROR, logging.ERROR, "RuleException:\nValueError in file x.smk")) is not None
     events.line(started())
-    assert events.line(record(message="Trying to restart job 4.")) == "train-base is tried again"
+    assert events.line(record(message="Trying to restart job 4.")) == "train-base starts again"
     assert events.line(record(message="Execute 2 jobs...")) is None
     assert events.line(record(LogEvent.SHELLCMD, message="bash launch.sh")) is None
 

@@ -99,6 +99,7 @@ class Failure(Artifact):
                    because of its environment, is not retried by that one
     needed_bytes:  free space in `needed_in` with which the failure no longer applies; 0 if space is not the cause
     bad_nodes:     nodes of the allocation that are not fit for the job
+    next_attempt:  `attempt 2 of 3` where that main Snakemake process starts the job again; "" where it does not
     """
 
     failure_class: str
@@ -114,6 +115,7 @@ class Failure(Artifact):
     needed_bytes: int = 0
     needed_in: str = ""
     bad_nodes: list[HostName] = field(default_factory=list)
+    next_attempt: str = ""
 
     def still_applies(self, key: str, invocation: str) -> bool:
         """Return whether a retry would only fail again.

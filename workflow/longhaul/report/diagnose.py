@@ -23,6 +23,7 @@ from longhaul.report.run_status import (
     NOT_STARTED,
     QUEUED,
     RUNNING,
+    STARTS_AGAIN,
     UNKNOWN,
     JobStatus,
     RunStatus,
@@ -97,7 +98,7 @@ def _nodes(job: JobStatus) -> list[str]:
 
 def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
     """Return the faults that a job has survived; of a failed job, its failure says them."""
-    if job.state in (FAILED, INTERRUPTED, UNKNOWN, NOT_STARTED):
+    if job.state in (FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN, NOT_STARTED):
         return []
     found = [finding for path in [*logs.attempts[:-1], *logs.of_sbatch] for finding in search_log(job.name, path)]
     if job.state == DONE:
@@ -114,9 +115,11 @@ def _recorded_failures(jobs: list[JobStatus], ask_accounting: AskAccounting) -> 
         job_id = job.slurm_job_id or ""
         if job.state == INTERRUPTED and job_id in ended:
             yield _ended_by_slurm(job, job_id, ended[job_id])
-        elif job.state in (FAILED, INTERRUPTED, UNKNOWN):
+        elif job.state in (FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN):
             record = JobFolder(Path(job.folder))
-            is_of_failure = job.state == FAILED or str(record.failure) in job.detail  # which may be that it is damaged
+            is_of_failure = (
+                job.state in (FAILED, STARTS_AGAIN) or str(record.failure) in job.detail
+            )  # which may be that it is damaged
             evidence = record.failure if is_of_failure else record.state
             yield Finding(job.name, job.detail, str(evidence), job.remedy or _start_again(job))
 
@@ -135,6 +138,8 @@ def _ended_by_slurm(job: JobStatus, job_id: str, ended: EndedJob) -> Finding:
 def _start_again(job: JobStatus) -> str:
     if job.kind == SERVE_KIND:
         return f"start the server again: longhaul serve CONFIG {job.name.removeprefix(f'{SERVE_KIND}-')}"
+    if job.state == STARTS_AGAIN:
+        return "wait: the main process starts the job again"
     continues = ": the job continues from its last checkpoint" if job.kind == STAGE_KIND else ""
     return f"run the same command again{continues}"
 

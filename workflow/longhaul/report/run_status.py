@@ -13,7 +13,15 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.endpoint import Endpoint, read_endpoint
-from longhaul.artifacts.job_state import CANCELLED, State, read_failure, read_state, unreadable_records
+from longhaul.artifacts.job_state import (
+    CANCELLED,
+    Failure,
+    State,
+    current_invocation,
+    read_failure,
+    read_state,
+    unreadable_records,
+)
 from longhaul.artifacts.leases import Lease, LeaseOwner
 from longhaul.artifacts.paths import QUARANTINE, SERVE_KIND, STAGE_KIND, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import quarantined_nodes
@@ -37,12 +45,13 @@ from longhaul.report.stage_records import (
 from longhaul.report.time_left import StageWork, training_left_s
 from longhaul.report.used_gpu_hours import requested_gpu_hours, signs_of_life, used_gpu_hours
 
-NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, INTERRUPTED, UNKNOWN = (
+NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN = (
     "not started",
     "queued",
     "running",
     "done",
     "failed",
+    "failed, starts again",
     "interrupted",
     "unknown",
 )
@@ -264,7 +273,9 @@ def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOw
     if queued and queued.state == "PENDING":
         return status((QUEUED, _pending_detail(queued)))
     if failure:
-        return status((FAILED, failure.cause), failure.remedy, failure.job_id, failure.time)
+        # The main process owns no server, and starts none again.
+        found = _failed(failure, current_invocation(paths) if owner and job.kind != SERVE_KIND else "")
+        return status(found, failure.remedy if found[0] == FAILED else "", failure.job_id, failure.time)
     if problem := next(unreadable_records(folder.path), ""):
         return status((UNKNOWN, problem), _OTHER_RELEASE)
     if state is None:
@@ -300,6 +311,18 @@ def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> t
     if state.job_id is None and owner is None:
         return INTERRUPTED, f"{reason}its main process has ended"
     return RUNNING, f"on {', '.join(state.nodes)}"
+
+
+def _failed(failure: Failure, invocation: str) -> tuple[str, str]:
+    """Return state and detail of a job that has failed. invocation: of the main process that works on the run; "" if none does.
+
+    A main process has refused at its start what an earlier one has left and what would only fail again.
+    """
+    if invocation and failure.invocation != invocation:
+        return STARTS_AGAIN, failure.cause
+    if invocation and failure.next_attempt:
+        return STARTS_AGAIN, f"{failure.next_attempt}: {failure.cause}"
+    return FAILED, failure.cause
 
 
 def _pending_detail(job: QueuedJob) -> str:

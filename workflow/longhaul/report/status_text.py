@@ -18,6 +18,7 @@ from longhaul.report.run_status import (
     INTERRUPTED,
     QUEUED,
     RUNNING,
+    STARTS_AGAIN,
     UNKNOWN,
     JobStatus,
     RunStatus,
@@ -25,8 +26,16 @@ from longhaul.report.run_status import (
     StageStatus,
 )
 
-_STYLES = {DONE: "green", RUNNING: "cyan", QUEUED: "yellow", FAILED: "red", INTERRUPTED: "red", UNKNOWN: "red"}
-_STATES_TO_SHOW = (RUNNING, QUEUED, FAILED, INTERRUPTED, UNKNOWN)
+_STYLES = {
+    DONE: "green",
+    RUNNING: "cyan",
+    QUEUED: "yellow",
+    FAILED: "red",
+    STARTS_AGAIN: "yellow",
+    INTERRUPTED: "red",
+    UNKNOWN: "red",
+}
+_STATES_TO_SHOW = (RUNNING, QUEUED, FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN)
 _BAR_WIDTH = 10
 
 
@@ -209,7 +218,8 @@ def _notes(status: RunStatus) -> list[Text]:
 def progress_lines(status: RunStatus) -> list[str]:
     """Return one line per job that runs or waits, for a log, which shows each failure once, when it happens."""
     stages = {stage.job.name: stage for stage in status.stages}
-    lines = [_progress_line(job, stages.get(job.name)) for job in _jobs_to_show(status) if job.state != FAILED]
+    is_news = [job for job in _jobs_to_show(status) if job.state not in (FAILED, STARTS_AGAIN)]
+    lines = [_progress_line(job, stages.get(job.name)) for job in is_news]
     return [*lines, *_time_left(status)] if lines else []
 
 

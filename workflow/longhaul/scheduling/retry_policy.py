@@ -2,7 +2,7 @@
 
 Snakemake retries every failed job as often as its profile says. That is right for a dead node. It is wrong if failure.json
 says that the job would only fail again, or that a user cancelled it. Each cause is printed once: before a run that would
-repeat the failure submits anything, when a job is tried again (run_display.py), or when the main Snakemake process exits.
+repeat the failure submits anything, when a job starts again (run_display.py), or when the main Snakemake process exits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,12 @@ class SnakemakeJob(Protocol):
     def params(self) -> Mapping[str, str]: ...
     @property
     def resources(self) -> Mapping[str, Any]: ...
+    @property
+    def jobid(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def restart_times(self) -> int: ...
 
 
 def final_failure(folder: Path) -> Failure | None:
@@ -49,6 +56,19 @@ def allowed_restarts(job: SnakemakeJob, usual: int) -> int:
     """
     folder = job_folder_of(job)
     return 0 if folder and (final_failure(folder) or _failed_for_want_of_nodes(job, folder)) else usual
+
+
+def next_attempt(job: SnakemakeJob) -> str:
+    """Return `attempt 2 of 3` if Snakemake starts a failed job again, and record it for the status; "" if it does not."""
+    restarts = job.restart_times
+    if restarts < job.attempt:  # Snakemake's own comparison; it counts attempts from 1
+        return ""
+    text = f"attempt {job.attempt + 1} of {restarts + 1}"
+    folder = job_folder_of(job)
+    failure = read_failure(folder) if folder else None
+    if folder and failure and failure.invocation == current_invocation(run_of(folder)):
+        replace(failure, next_attempt=text).write(JobFolder(folder).failure)
+    return text
 
 
 def _failed_for_want_of_nodes(job: SnakemakeJob, folder: Path) -> bool:

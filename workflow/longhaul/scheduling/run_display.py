@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from longhaul.report import number_format as text
 from longhaul.report.run_status import INTERRUPTED, RunStatus, read_status
 from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
 from longhaul.scheduling.job_queue import RecentQueue, queue_asker
-from longhaul.scheduling.retry_policy import is_of_this_process
+from longhaul.scheduling.retry_policy import SnakemakeJob, is_of_this_process, next_attempt
 
 _LOG_EVERY_S, _TERMINAL_EVERY_S, _QUEUE_EVERY_S = 60.0, 5.0, 30.0
 _SHARE_OF_A_CORE = 0.005
@@ -90,7 +90,7 @@ class RunDisplay:
         self._queue = RecentQueue(queue_asker(self._paths), _QUEUE_EVERY_S)
         self._interrupted: set[str] = set()
         self._begun_s = time.monotonic()
-        self._stop = threading.Event()
+        self._stop, self._changed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="run display", daemon=True)
 
     def handle(self, record: logging.LogRecord) -> None:
@@ -100,9 +100,15 @@ class RunDisplay:
         elif line := self._events.line(record):
             self._queue.forget()
             self._print(line)
+            if self._live and record.__dict__.get("event") == LogEvent.JOB_ERROR:
+                self._changed.set()  # else the table would still say for a while that the job runs
 
-    def start(self) -> None:
-        """Show what the run will make, then the status, until the process ends or `finish` is called."""
+    def start(self, jobs: Iterable[SnakemakeJob] = ()) -> None:
+        """Show what the run will make, then the status, until the process ends or `finish` is called.
+
+        jobs: Snakemake's jobs that are about to run
+        """
+        self._events.to_run = {job.jobid: job for job in jobs}
         atexit.register(self.close)
         with suppress(UserError, OSError):
             for line in start_lines(read_status(self._paths_at_start)):
@@ -115,6 +121,7 @@ class RunDisplay:
     def close(self) -> None:
         """Stop showing the status."""
         self._stop.set()
+        self._changed.set()
         if self._live:
             self._live.stop()
             self._live = None
@@ -132,7 +139,11 @@ class RunDisplay:
 
     def _refresh(self) -> None:
         wait_s = _TERMINAL_EVERY_S if self._live else _LOG_EVERY_S
-        while not self._stop.wait(wait_s):
+        while True:
+            self._changed.wait(wait_s)
+            self._changed.clear()
+            if self._stop.is_set():
+                return
             begun_s = time.thread_time()
             if status := self._status():
                 self._show(status)
@@ -163,6 +174,8 @@ class JobEvents:
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
+        self.to_run: dict[int, SnakemakeJob] = {}
+        """Snakemake's jobs by their number: they know whether Snakemake starts them again."""
         self._jobs: dict[int, _Job] = {}
         self._failed: set[int] = set()
         self._last_done: _Job | None = None
@@ -185,7 +198,7 @@ class JobEvents:
         if handler := handlers.get(event):
             return handler(fields)
         if retried := _RETRY.match(str(record.msg)):
-            return self._tried_again(self._jobs[int(retried[1])])
+            return self._starts_again(int(retried[1]))
         if stopped := next((what for begin, what in _STOPPED.items() if str(record.msg).startswith(begin)), None):
             return f"stopped by a user or a signal: {stopped}; the same command continues the run later"
         return record.getMessage() if event in (None, LogEvent.ERROR) and self._is_news(record) else None
@@ -230,15 +243,17 @@ class JobEvents:
             return None
         self._failed.add(fields["jobid"])
         job = self._jobs.get(fields["jobid"]) or _Job.of(fields)
+        to_run = self.to_run.get(fields["jobid"])
+        attempt = next_attempt(to_run) if to_run else ""
         if stopped := self._why_stopped(job):
-            return (
-                f"{job.name} ended before it was done: {stopped}; it continues when it is started again; log: {job.log}"
-            )
-        return f"{job.name} failed; log: {job.log}\n{self._reason(job)}".rstrip()
+            continues = f"it starts again ({attempt})" if attempt else "it continues when it is started again"
+            return f"{job.name} ended before it was done: {stopped}; {continues}; log: {job.log}"
+        again = f", starts again ({attempt})" if attempt else ""
+        return f"{job.name} failed{again}; log: {job.log}\n{self._reason(job, bool(attempt))}".rstrip()
 
-    def _tried_again(self, job: _Job) -> str:
-        failure = self._recorded_failure(job)
-        return f"{job.name} is tried again" + (f"; cause of its failure: {failure.cause}" if failure else "")
+    def _starts_again(self, number: int) -> str | None:
+        """Return a line for a restart that no line of a failure has announced: the job ended well, but without its output."""
+        return None if number in self._failed else f"{self._jobs[number].name} starts again"
 
     def _recorded_failure(self, job: _Job) -> Failure | None:
         return read_failure(self._paths.job(job.job_id).path) if job.job_id else None
@@ -253,11 +268,12 @@ class JobEvents:
         age_s = time.time() - folder.state.stat().st_mtime
         return state.reason if age_s <= time.monotonic() - job.begun_s + _CLOCKS_DIFFER_S else ""
 
-    def _reason(self, job: _Job) -> str:
-        """Return the cause that the job recorded, else the last lines of its log; nothing if the cause is printed later."""
+    def _reason(self, job: _Job, starts_again: bool) -> str:
+        """Return the cause that the job recorded, else the last lines of its log; nothing if the cause is printed at the end."""
         failure = self._recorded_failure(job)
         if failure:
-            return "" if is_of_this_process(failure, self._paths) else f"  cause: {failure.cause}"
+            is_printed_later = not starts_again and is_of_this_process(failure, self._paths)
+            return "" if is_printed_later else f"  cause: {failure.cause}"
         of_attempts = self._paths.attempt_logs(job.job_id).logs() if job.job_id else []
         log = of_attempts[-1] if of_attempts else job.log
         if log is None or not log.exists():

@@ -308,10 +308,11 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     _or_exit(require_enough_nodes, plan, Path.cwd())
     write_launch_files(plan, Path.cwd())
     _write_changed_plan(plan)
+    jobs = list(jobs)
     _or_exit(retry_policy.refuse_known_failures, jobs)
     retry_policy.print_failures_at_exit(plan.paths)
     for display in _displays:
-        display.start()
+        display.start(jobs)
 
 
 def _write_changed_plan(plan: Plan) -> None:
