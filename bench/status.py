@@ -29,7 +29,7 @@ import os, sys, time
 from pathlib import Path
 from longhaul.artifacts.paths import RunPaths
 from longhaul.scheduling.run_display import RunDisplay
-display, before = RunDisplay(RunPaths("r", Path("results"))), os.times()
+display, before = RunDisplay(RunPaths("r", Path("results")), 0), os.times()
 display.start()
 time.sleep({seconds})
 display.close()

@@ -17,7 +17,7 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
 from longhaul.scheduling import run_display
-from longhaul.scheduling.run_display import JobEvents, RunDisplay
+from longhaul.scheduling.run_display import JobEvents, RunDisplay, jobs_to_run
 from tests.support.run_folder import TRAIN, RunFolder
 
 
@@ -39,14 +39,14 @@ def failed(job: int = 4, log: str = "base.log") -> logging.LogRecord:
 
 
 def test_job_is_named_when_it_starts_and_ends(tmp_path: Path) -> None:
-    events = JobEvents(RunPaths("r", tmp_path))
+    events = JobEvents(RunPaths("r", tmp_path), 3)
     assert events.line(started()) == "train-base submitted (train one stage), log: base.log"
     report = started(5, "report", wildcards={"run": "r"}, local=True, log=[])
     assert events.line(report) == "report started (write the report)"
     assert events.line(started(6, "count", wildcards={"run": "r"}, log=[])) == "count submitted", "a rule of a user"
     assert events.line(record(LogEvent.JOB_FINISHED, job_id=4)) is None
-    assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).startswith("train-base done after ")
-    assert str(events.line(record(LogEvent.PROGRESS, done=3, total=9))).endswith(" (3 of 9 jobs)")
+    line = str(events.line(record(LogEvent.PROGRESS, done=3, total=9)))
+    assert line.startswith("train-base done after ") and "jobs" not in line, "there is no plan to count them from"
 
 
 def test_run_says_at_its_start_what_it_makes_and_where(
@@ -55,7 +55,7 @@ def test_run_says_at_its_start_what_it_makes_and_where(
     """Paths are relative, as those of the logs. Slurm is not asked."""
     run = RunFolder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    display = RunDisplay(RunPaths("r", Path("results")))
+    display = RunDisplay(RunPaths("r", Path("results")), 2)
     display.start()
     display.close()
     lines = [line.split("  ", 1)[1] for line in capsys.readouterr().err.splitlines()]
@@ -65,14 +65,14 @@ def test_run_says_at_its_start_what_it_makes_and_where(
         "Training left in 1 stage: about 56 min 15 s to 1 h 8 min, without queues, validations and saves",
     ]
     run.paths.plan.unlink()
-    display = RunDisplay(run.paths)
+    display = RunDisplay(run.paths, 2)
     display.start()
     display.close()
     assert capsys.readouterr().err == ""
 
 
 def test_target_rule_is_not_shown(tmp_path: Path) -> None:
-    events = JobEvents(RunPaths("r", tmp_path))
+    events = JobEvents(RunPaths("r", tmp_path), 3)
     assert events.line(started(0, "all", wildcards={}, log=[])) is None
     assert events.line(record(LogEvent.JOB_FINISHED, job_id=0)) is None
     assert events.line(record(LogEvent.PROGRESS, done=9, total=9)) is None
@@ -86,7 +86,7 @@ def test_failure_says_whether_the_job_starts_again_and_so_does_the_status(tmp_pa
     job: Any = SimpleNamespace(
         jobid=4, attempt=1, restart_times=1, params={"launch": f"{run.paths.job(TRAIN).path}/launch.sh"}
     )
-    events = JobEvents(run.paths)
+    events = JobEvents(run.paths, 2)
     events.to_run = {4: job}
     seen: list[tuple[str | None, str, str]] = []
     for attempt in (1, 2):
@@ -113,7 +113,7 @@ def test_cause_of_a_failure_under_an_earlier_main_process_is_shown_at_once(tmp_p
     paths = RunPaths("r", tmp_path)
     failure = Failure("node", "node n1 is down", "", invocation="an earlier process")
     failure.write(paths.job(JobId("train", ("base",))).failure)
-    events = JobEvents(paths)
+    events = JobEvents(paths, 3)
     events.line(started())
     assert events.line(failed()) == "train-base failed; log: base.log\n  cause: node n1 is down"
 
@@ -121,21 +121,32 @@ def test_cause_of_a_failure_under_an_earlier_main_process_is_shown_at_once(tmp_p
 def test_failure_without_a_record_shows_the_end_of_the_log(tmp_path: Path) -> None:
     log = tmp_path / "render.log"
     log.write_text("".join(f"line {k}\n" for k in range(40)))
-    events = JobEvents(RunPaths("r", tmp_path))
+    events = JobEvents(RunPaths("r", tmp_path), 3)
     events.line(started(log=[str(log)]))
     lines = str(events.line(failed(log=str(log)))).splitlines()
     assert lines[1] == "  line 25" and lines[-1] == "  line 39"
 
 
-def test_jobs_to_run_are_counted_by_rule(tmp_path: Path) -> None:
-    stats = {"all": 1, "train": 2, "report": 1, "total": 4}
-    events = JobEvents(RunPaths("r", tmp_path))
-    assert events.line(record(LogEvent.RUN_INFO, stats=stats)) == "3 jobs to run: train (2), report"
+def test_display_and_status_count_the_same_jobs(tmp_path: Path) -> None:
+    """Snakemake also counts its target and what the main process does itself."""
+    run = RunFolder(tmp_path)
+    events = JobEvents(run.paths, 2)
+    stats = {"all": 1, "render": 1, "render_result_spec": 2, "train": 1, "report": 1, "total": 6}
+    line = events.line(record(LogEvent.RUN_INFO, stats=stats))
+    assert line == "1 of 2 jobs to run: train; beside them: render, render_result_spec (2), report"
+    assert jobs_to_run({"report": 1, "total": 1}, 2) == "0 of 2 jobs to run; beside them: report"
+    assert jobs_to_run({"encode": 3, "train": 1, "total": 4}, 9) == "4 of 9 jobs to run: encode (3), train"
+    run.state(JobId("environment"), "done")
     events.line(started())
     events.line(record(LogEvent.JOB_FINISHED, job_id=4))
-    assert str(events.line(record(LogEvent.PROGRESS, done=1, total=4))).endswith("(1 of 3 jobs)"), "without rule all"
-    line = JobEvents(RunPaths("r", tmp_path)).line(record(LogEvent.RUN_INFO, stats={"train": 1, "total": 1}))
-    assert line == "1 job to run: train"
+    run.state(TRAIN, "done")
+    line = str(events.line(record(LogEvent.PROGRESS, done=5, total=6)))
+    assert line.endswith(" (2 of 2 jobs done)") and str(run.status().job_count) == "2 of 2 jobs done"
+    events.line(started(5, "report", wildcards={"run": "r"}, local=True, log=[]))
+    events.line(record(LogEvent.JOB_FINISHED, job_id=5))
+    assert "jobs" not in str(events.line(record(LogEvent.PROGRESS, done=6, total=6))), (
+        "the report is no job of the plan"
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,14 +160,14 @@ def test_jobs_to_run_are_counted_by_rule(tmp_path: Path) -> None:
     ],
 )
 def test_warnings_of_snakemake_that_say_nothing_new_are_left_out(tmp_path: Path, message: str) -> None:
-    events = JobEvents(RunPaths("r", tmp_path))
+    events = JobEvents(RunPaths("r", tmp_path), 3)
     for event, level in ((None, logging.WARNING), (LogEvent.ERROR, logging.ERROR)):
         assert events.line(record(event, level, message)) is None
 
 
 def test_stop_by_ctrl_c_or_sigterm_is_shown_with_what_follows(tmp_path: Path) -> None:
     """Other messages of Snakemake's own work are not shown once jobs run."""
-    events = JobEvents(RunPaths("r", tmp_path))
+    events = JobEvents(RunPaths("r", tmp_path), 3)
     events.line(started())
     for message, means in (
         ("Terminating processes on user request, this might take some time.", "the running jobs are being stopped"),
@@ -168,7 +179,7 @@ def test_stop_by_ctrl_c_or_sigterm_is_shown_with_what_follows(tmp_path: Path) ->
 
 
 def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Path) -> None:
-    events = JobEvents(RunPaths("r", tmp_path))
+    events = JobEvents(RunPaths("r", tmp_path), 3)
     assert events.line(record(message="Unlocked working directory.")) == "Unlocked working directory."
     assert events.line(record(message="Building DAG of jobs...")) is None
     assert events.line(record(level=logging.WARNING, message="disk is slow")) == "disk is slow"
@@ -187,7 +198,7 @@ def test_stopped_job_is_shown_with_its_recorded_reason_instead_of_the_end_of_its
     log.parent.mkdir(parents=True)
     log.write_text("SignalException: Process 7 got signal: 15\n")
     run.state(TRAIN, "waiting", job_id=None, reason="stopped by a signal")
-    events = JobEvents(run.paths)
+    events = JobEvents(run.paths, 2)
     events.line(started(log=[str(log)]))
     assert events.line(failed()) == (
         f"train-base ended before it was done: stopped by a signal; it continues when it is started again; log: {log}"
@@ -211,7 +222,7 @@ def test_job_that_started_after_slurm_was_asked_is_not_shown_as_interrupted(
         return answer
 
     monkeypatch.setattr(run_display, "queue_asker", ask)
-    display = RunDisplay(run.paths)
+    display = RunDisplay(run.paths, 2)
     for _ in range(3):
         assert display._status() is not None
     assert calls == 1
@@ -234,7 +245,7 @@ def test_slurm_is_asked_once_about_a_job_that_stays_interrupted(
 
     monkeypatch.setattr(run_display, "queue_asker", lambda paths: ask)
     run.state(TRAIN, "running")
-    display = RunDisplay(run.paths)
+    display = RunDisplay(run.paths, 2)
     for _ in range(5):
         status = display._status()
         assert status is not None and status.stages[0].job.state == INTERRUPTED

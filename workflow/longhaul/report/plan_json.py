@@ -83,13 +83,17 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         ],
         "jobs": [
             {"kind": job.kind, "names": list(job.names), "request": job_request(plan, job).as_sbatch()}
-            for job in jobs_of(plan)
-            if not _is_omitted(plan, job)
+            for job in planned_jobs(plan)
         ],
         "scale_test": _scale_test(plan),
         "pretrained_changes": list(plan.pretrained_changes),
         "deferred_checks": list(plan.deferred_checks),
     }
+
+
+def planned_jobs(plan: Plan) -> list[JobId]:
+    """Return the jobs of the run, which dry run, terminal and `longhaul status` count. Rules of the main process are no jobs."""
+    return [job for job in jobs_of(plan) if not _is_omitted(plan, job)]
 
 
 def _is_omitted(plan: Plan, job: JobId) -> bool:

@@ -100,6 +100,21 @@ class JobStatus:
 
 
 @dataclass(frozen=True)
+class JobCount:
+    """How many jobs of the plan are done. What the main process does itself, such as fetch, render and report, is no job."""
+
+    done: int
+    planned: int
+
+    @classmethod
+    def of_states(cls, states: list[str]) -> JobCount:
+        return cls(states.count(DONE), len(states))
+
+    def __str__(self) -> str:
+        return f"{self.done} of {self.planned} jobs done"
+
+
+@dataclass(frozen=True)
 class StageStatus:
     """A training stage.
 
@@ -153,6 +168,10 @@ class RunStatus:
     servers: list[ServerStatus] = field(default_factory=list)
 
     @property
+    def job_count(self) -> JobCount:
+        return JobCount.of_states([job.state for job in self.jobs])
+
+    @property
     def jobs_and_servers(self) -> list[JobStatus]:
         """Return the jobs of the run, then those of its servers."""
         return [*self.jobs, *(server.job for server in self.servers)]
@@ -181,13 +200,8 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
     Raises:
         UserError: the run has no plan.json yet, or another release wrote it.
     """
-    if not paths.plan.exists():
-        raise UserError(
-            f"{paths.folder.absolute()} holds no plan.json: nothing has run there yet",
-            "start it with `longhaul run CONFIG`, or name another run's folder or config",
-        )
-    plan = read_typed_json(paths.plan, PlanFile, _OTHER_RELEASE)
-    jobs = [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
+    plan = _read_plan(paths)
+    jobs = _planned_jobs(plan)
     servers = [JobId(SERVE_KIND, (row["name"],)) for row in plan["stages"]]
     servers = [job for job in servers if paths.job(job).launch_spec.exists()]
     queue, problem = _ask(plan, [*jobs, *servers], ask_queue)
@@ -220,6 +234,28 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
         other_gpu_hours=_other_gpu_hours(paths, plan, statuses, now_s),
         unchecked_host=unchecked_host,
     )
+
+
+def count_jobs(paths: RunPaths) -> JobCount:
+    """Count the jobs as read_status does. Slurm is not asked: a job that is done waits in no queue.
+
+    Raises:
+        UserError: as read_status.
+    """
+    return JobCount.of_states([_job_status(paths, job, None, None).state for job in _planned_jobs(_read_plan(paths))])
+
+
+def _read_plan(paths: RunPaths) -> PlanFile:
+    if not paths.plan.exists():
+        raise UserError(
+            f"{paths.folder.absolute()} holds no plan.json: nothing has run there yet",
+            "start it with `longhaul run CONFIG`, or name another run's folder or config",
+        )
+    return read_typed_json(paths.plan, PlanFile, _OTHER_RELEASE)
+
+
+def _planned_jobs(plan: PlanFile) -> list[JobId]:
+    return [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
 
 
 def _other_gpu_hours(

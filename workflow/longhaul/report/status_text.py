@@ -78,17 +78,13 @@ def _headline(status: RunStatus) -> Text:
     return Text.assemble(
         f"Run {status.run} on site {status.site}: ",
         (status.state, _STYLES.get(status.state, "")),
-        f" ({_done(status)}{main})",
+        f" ({status.job_count}{main})",
     )
 
 
 def _line(words: str) -> Text:
     """Return a text that is shown as it is: names and causes come from files of the run."""
     return Text(printable(words))
-
-
-def _done(status: RunStatus) -> str:
-    return f"{sum(job.state == DONE for job in status.jobs)} of {len(status.jobs)} jobs done"
 
 
 def _stage_table(status: RunStatus) -> Table:
@@ -242,7 +238,7 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
     state = status.state
     if seconds is not None:
         state = f"{state if state == DONE else 'the requested targets are made'} after {text.duration(seconds)}"
-    lines = [f"Run {status.run}: {state} ({_done(status)})"]
+    lines = [f"Run {status.run}: {state} ({status.job_count})"]
     for stage in status.stages:
         if progress := stage.progress:
             lines.append(

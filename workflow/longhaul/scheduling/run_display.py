@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.report import number_format as text
-from longhaul.report.run_status import INTERRUPTED, RunStatus, read_status
+from longhaul.report.run_status import INTERRUPTED, RunStatus, count_jobs, read_status
 from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
 from longhaul.scheduling.job_queue import RecentQueue, queue_asker
 from longhaul.scheduling.retry_policy import SnakemakeJob, is_of_this_process, next_attempt
@@ -79,14 +79,17 @@ _SAID_OTHERWISE = (
 
 
 class RunDisplay:
-    """The display of one run. All methods can be called from any thread."""
+    """The display of one run. All methods can be called from any thread.
 
-    def __init__(self, paths: RunPaths) -> None:
+    planned: number of jobs in the plan
+    """
+
+    def __init__(self, paths: RunPaths, planned: int) -> None:
         # Absolute, because Snakemake leaves --directory before the process ends.
         self._paths, self._paths_at_start = RunPaths(paths.run, paths.results.absolute()), paths
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._events = JobEvents(self._paths)
+        self._events = JobEvents(self._paths, planned)
         self._queue = RecentQueue(queue_asker(self._paths), _QUEUE_EVERY_S)
         self._interrupted: set[str] = set()
         self._begun_s = time.monotonic()
@@ -169,17 +172,30 @@ class RunDisplay:
                 self._print(line)
 
 
+def jobs_to_run(stats: Mapping[str, int], planned: int) -> str:
+    """Return how many jobs of the plan will run, by rule, and which rules beside them are no jobs. stats: Snakemake's count."""
+    counts = {rule: count for rule, count in stats.items() if rule not in (_TARGET_RULE, "total")}
+    jobs = {rule: count for rule, count in counts.items() if rule in job_kinds()}
+    others = {rule: count for rule, count in counts.items() if rule not in jobs}
+    line = f"{sum(jobs.values())} of {planned} jobs to run"
+    line += f": {_by_rule(jobs)}" if jobs else ""
+    return line + (f"; beside them: {_by_rule(others)}" if others else "")
+
+
+def _by_rule(counts: Mapping[str, int]) -> str:
+    return ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
+
+
 class JobEvents:
     """Turns records of Snakemake's log into lines for people."""
 
-    def __init__(self, paths: RunPaths) -> None:
-        self._paths = paths
+    def __init__(self, paths: RunPaths, planned: int) -> None:
+        self._paths, self._planned = paths, planned
         self.to_run: dict[int, SnakemakeJob] = {}
         """Snakemake's jobs by their number: they know whether Snakemake starts them again."""
         self._jobs: dict[int, _Job] = {}
         self._failed: set[int] = set()
         self._last_done: _Job | None = None
-        self._targets = 0  # jobs that do nothing; Snakemake counts them
 
     def line(self, record: logging.LogRecord) -> str | None:
         """Return a line for a record, or None where it is no news.
@@ -188,7 +204,7 @@ class JobEvents:
         """
         fields: dict[str, Any] = record.__dict__
         handlers: dict[Any, Callable[[dict[str, Any]], str | None]] = {
-            LogEvent.RUN_INFO: self._to_run,
+            LogEvent.RUN_INFO: lambda fields: jobs_to_run(fields["stats"], self._planned),
             LogEvent.JOB_INFO: self._started,
             LogEvent.JOB_FINISHED: self._finished,
             LogEvent.PROGRESS: self._progress,
@@ -210,14 +226,6 @@ class JobEvents:
         # Once jobs run, other messages only describe Snakemake's own work.
         return not self._jobs and not message.startswith(_NO_NEWS)
 
-    def _to_run(self, fields: dict[str, Any]) -> str:
-        """Return how many jobs of which rule will run; `stats` is Snakemake's count by rule."""
-        self._targets = fields["stats"].get(_TARGET_RULE, 0)
-        counts = {rule: count for rule, count in fields["stats"].items() if rule not in (_TARGET_RULE, "total")}
-        listed = ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
-        total = sum(counts.values())
-        return f"{total} {'job' if total == 1 else 'jobs'} to run: {listed}"
-
     def _started(self, fields: dict[str, Any]) -> str | None:
         job = _Job.of(fields)
         self._jobs[fields["jobid"]] = job
@@ -235,8 +243,10 @@ class JobEvents:
         job = self._last_done
         if job is None or job.rule == _TARGET_RULE:
             return None
-        took = text.duration(time.monotonic() - job.begun_s)
-        return f"{job.name} done after {took} ({fields['done']} of {fields['total'] - self._targets} jobs)"
+        count = ""
+        with suppress(UserError, OSError):  # the next job may find the plan and the file system again
+            count = f" ({count_jobs(self._paths)})" if job.job_id else ""
+        return f"{job.name} done after {text.duration(time.monotonic() - job.begun_s)}{count}"
 
     def _error(self, fields: dict[str, Any]) -> str | None:
         if fields["jobid"] in self._failed:

@@ -30,7 +30,7 @@ from longhaul.planning.check_job_servers import starts_engine
 from longhaul.planning.evaluation_tasks import tasks_to_fetch
 from longhaul.planning.scale_rungs import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS
-from longhaul.report.plan_json import plan_json
+from longhaul.report.plan_json import plan_json, planned_jobs
 from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, stage_changes
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
@@ -277,7 +277,7 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
     if usual := snakemake.terminal_log():
         from longhaul.scheduling.run_display import RunDisplay  # imports rich, which a dry run can spare
 
-        display = RunDisplay(plan.paths)
+        display = RunDisplay(plan.paths, len(planned_jobs(plan)))
         snakemake.replace_terminal_log(usual, display.handle)
         _displays.append(display)
     snakemake.limit_retries(retry_policy.allowed_restarts)
