@@ -171,7 +171,7 @@ def test_main_process_in_a_job_is_dead_if_slurm_says_so(
     else:
         with pytest.raises(SystemExit):
             lease.acquire_or_exit(lambda job_id: bool(asked.append(job_id)))
-        assert "(job 7)) works on this run" in capsys.readouterr().err
+        assert "(job 7) works on this run" in capsys.readouterr().err
     assert asked == ["7"]
 
 
@@ -276,8 +276,9 @@ def test_refusal_names_the_owner_and_the_remedy(tmp_path: Path, capsys: pytest.C
     output = capsys.readouterr()
     assert (ended.value.code, output.out) == (2, "")
     assert output.err == (
-        "error: another snakemake (process 5 on login7 (job 9)) works on this run\n"
-        f"  remedy: wait for it or stop it; if it is certainly dead: rm {tmp_path}/lease\n"
+        "error: process 5 on login7 (job 9) works on this run already\n"
+        "  remedy: see how it stands with `longhaul status CONFIG`; wait for it, or stop it with Ctrl-C in its terminal; "
+        f"if it is certainly dead: rm {tmp_path}/lease\n"
     )
     (tmp_path / "lease").unlink()
     lease.acquire_or_exit()

@@ -56,6 +56,12 @@ class LeaseOwner:
     def is_on_this_host(self) -> bool:
         return self.host == socket.gethostname()
 
+    @property
+    def is_this_process(self) -> bool:
+        """Return whether it is this process, which may have replaced its program (exec) or its variables of Slurm since."""
+        this = LeaseOwner.this_process()
+        return (self.host, self.pid, self.started) == (this.host, this.pid, this.started)
+
 
 def process_start(pid: int) -> str | None:
     """Return when a process of this host started, as "<clock ticks since boot>.<boot id>"; None if it has ended.
@@ -156,15 +162,17 @@ class RunLease(Lease):
     """The lease of a run's main Snakemake process. It is released when the process exits normally."""
 
     def acquire_or_exit(self, job_has_ended: Callable[[str], bool] = lambda job_id: False) -> None:
-        """Acquire the lease, or print its owner and exit with code 2.
+        """Acquire the lease, or print its owner and exit with code 2. `longhaul run` has acquired it before Snakemake starts.
 
         job_has_ended: returns whether a Slurm job has certainly ended. A main process that ran in it is dead on any host.
         """
         owner = self.current_owner()
-        if owner and owner.job_id and owner.job_id != self.owner.job_id and job_has_ended(owner.job_id):
+        if owner and owner.is_this_process:
+            self.owner = owner
+        elif owner and owner.job_id and owner.job_id != self.owner.job_id and job_has_ended(owner.job_id):
             print(f"{owner} has ended; taking over", flush=True)
             self.remove_dead(owner)
-        if not self.try_acquire():
+        if self.owner != owner and not self.try_acquire():
             print(f"error: {self._refusal()}", file=sys.stderr, flush=True)
             sys.exit(UserError.exit_code)
         atexit.register(self.release)
@@ -174,6 +182,7 @@ class RunLease(Lease):
         if owner is None:
             return UserError(f"{self.path} is unreadable", f"if no other snakemake works on this run: rm {self.path}")
         return UserError(
-            f"another snakemake ({owner}) works on this run",
-            f"wait for it or stop it; if it is certainly dead: rm {self.path}",
+            f"{owner} works on this run already",
+            "see how it stands with `longhaul status CONFIG`; wait for it, or stop it with Ctrl-C in its terminal; "
+            f"if it is certainly dead: rm {self.path}",
         )

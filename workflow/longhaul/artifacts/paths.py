@@ -13,6 +13,7 @@ from pathlib import Path
 
 RESULTS = Path("results")
 QUARANTINE = RESULTS / "quarantine.json"
+_LEASE = ".lease.json"
 CODE_LINK = RESULTS / ".code" / "longhaul"
 """Link to an installed package. Jobs have its folder on PYTHONPATH, because site-packages would add other packages, too."""
 STAGE_KIND = "train"
@@ -307,7 +308,12 @@ class RunPaths:
     @property
     def lease(self) -> Path:
         """The lease of the main Snakemake process that owns the run."""
-        return self.results / f"{self.run}.lease.json"
+        return self.results / f"{self.run}{_LEASE}"
+
+    @classmethod
+    def with_lease(cls) -> list[RunPaths]:
+        """Return the paths of the runs in the results folder that have a lease."""
+        return [cls(path.name.removesuffix(_LEASE)) for path in RESULTS.glob(f"*{_LEASE}")]
 
     @property
     def plan(self) -> Path:

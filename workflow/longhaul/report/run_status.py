@@ -45,7 +45,7 @@ from longhaul.report.stage_records import (
 from longhaul.report.time_left import StageWork, training_left_s
 from longhaul.report.used_gpu_hours import requested_gpu_hours, signs_of_life, used_gpu_hours
 
-NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN = (
+NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN, STARTING = (
     "not started",
     "queued",
     "running",
@@ -54,6 +54,7 @@ NOT_STARTED, QUEUED, RUNNING, DONE, FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN =
     "failed, starts again",
     "interrupted",
     "unknown",
+    "starting",
 )
 _OTHER_RELEASE = (
     "another release of longhaul wrote it, or its writer was stopped: read the run with that release, or run the same "
@@ -178,7 +179,11 @@ class RunStatus:
 
     @property
     def state(self) -> str:
-        """Return failed, running, queued, unknown, done, or interrupted: jobs are left and no main process works on the run."""
+        """Return failed, running, queued, unknown, done, starting (its jobs are not known yet), or interrupted: jobs are left
+        and no main process works on the run.
+        """
+        if not self.jobs:
+            return STARTING
         states = {job.state for job in self.jobs}
         if states == {DONE}:
             return DONE
@@ -233,6 +238,26 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
         training_left_s=training_left_s([_work(row, stage) for row, stage in zip(rows, stages, strict=True)]),
         other_gpu_hours=_other_gpu_hours(paths, plan, statuses, now_s),
         unchecked_host=unchecked_host,
+    )
+
+
+def starting_status(paths: RunPaths) -> RunStatus | None:
+    """Return the status of a run whose main process has not written plan.json yet; None if there is no such process."""
+    owner = None if paths.plan.exists() else _living_owner(paths, None)
+    if owner is None:
+        return None
+    return RunStatus(
+        run=paths.run,
+        site="",
+        folder=str(paths.folder),
+        main_process=str(owner),
+        jobs=[],
+        stages=[],
+        quarantined=[],
+        disk_free_bytes=shutil.disk_usage(paths.results).free,
+        queue_problem="",
+        report=None,
+        unchecked_host=_unchecked_host(owner, None),
     )
 
 

@@ -18,6 +18,7 @@ from longhaul.report.run_status import (
     INTERRUPTED,
     QUEUED,
     RUNNING,
+    STARTING,
     STARTS_AGAIN,
     UNKNOWN,
     JobStatus,
@@ -41,6 +42,9 @@ _BAR_WIDTH = 10
 
 def status_view(status: RunStatus) -> RenderableType:
     """Return all that `longhaul status` shows."""
+    if status.state == STARTING:
+        doing = "It reads the config and finds the jobs to run: ask again in some seconds."
+        return _line(f"Run {status.run}: starting (main process: {status.main_process}). {doing}")
     details = [line for stage in status.stages for line in _stage_details(stage)]
     return Group(
         _headline(status),

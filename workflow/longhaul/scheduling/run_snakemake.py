@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from longhaul.artifacts.leases import RunLease
 from longhaul.compat.slurm_plugin_imports import import_pandas_when_used
 from longhaul.runtime.lean_imports import lean_imports
 
+LEASE_OPTION = "--longhaul-lease"
+"""First word of the command line where this process owns the run's lease. The lease's path follows; Snakemake sees neither."""
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == [LEASE_OPTION]:
+        RunLease(Path(sys.argv[2])).acquire_or_exit()  # releases it also where Snakemake ends before it starts a job
+        del sys.argv[1:3]
     import_pandas_when_used()
     with lean_imports():
         from snakemake.cli import main

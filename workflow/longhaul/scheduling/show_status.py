@@ -19,7 +19,7 @@ from longhaul.config.load_config import load_config
 from longhaul.errors import UserError, printable
 from longhaul.planning.load_plan import config_path
 from longhaul.report.diagnose import diagnose, findings_text
-from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.run_status import RunStatus, read_status, starting_status
 from longhaul.report.status_text import status_view
 from longhaul.scheduling.job_accounting import ended_jobs
 from longhaul.scheduling.job_queue import queue_asker
@@ -48,13 +48,14 @@ def run_paths(named: Path | None) -> RunPaths:
 
 
 def _last_run() -> RunPaths:
-    plans = [(path.stat().st_mtime, path) for path in RESULTS.glob("*/plan.json")]
-    if not plans:
+    runs = {path.parent.name: path for path in RESULTS.glob("*/plan.json")}
+    runs |= {paths.run: paths.lease for paths in RunPaths.with_lease() if starting_status(paths)}
+    if not runs:
         raise UserError(
             f"{RESULTS.absolute()} holds no run",
             "name the run's config or folder, or work in the folder that holds results/",
         )
-    return RunPaths(max(plans)[1].parent.name)
+    return RunPaths(max(runs, key=lambda name: runs[name].stat().st_mtime))
 
 
 def print_status(paths: RunPaths, watch: bool) -> None:
@@ -101,7 +102,7 @@ def _read(paths: RunPaths) -> RunStatus:
         UserError: the run has no plan yet, or its folder cannot be read.
     """
     try:
-        return read_status(paths, queue_asker(paths))
+        return starting_status(paths) or read_status(paths, queue_asker(paths))
     except OSError as error:
         raise UserError(
             f"{error.filename or paths.folder} cannot be read: {error.strerror}",
