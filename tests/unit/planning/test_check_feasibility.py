@@ -507,7 +507,7 @@ def test_model_states_that_are_larger_than_a_gpu_are_refused():
     memory = MemoryEstimate(GIB, 2 * GIB, 3 * GIB + 1, *[GIB] * 9)
     found = refusal(check_memory, tiny_stage(), memory, tiny_size(), site(with_node(gpu_memory_gib=6)))
     assert found and found[0] == (
-        "stages.base: weights, gradients and optimizer states need 6.0 GiB per GPU; site centre has 6 GiB"
+        "stages.base: weights, gradients and optimizer states need 6.1 GiB per GPU; site centre has 6 GiB"
     )
 
 

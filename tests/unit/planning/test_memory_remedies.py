@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longhaul.config.site_config import Site
-from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
+from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory, needed_gib
 from longhaul.planning.memory_remedies import fitting_settings, smaller_settings
 from tests.support.small_configs import SITE, changed, plan_of
 from tests.support.tiny_sizes import tiny_size, tiny_stage
@@ -65,7 +65,7 @@ def test_the_plan_warns_of_activations_that_do_not_fit_and_names_what_is_enough(
     limit = share * memory.total / GIB
     site = {"partitions.0.node.gpu_memory_gib": limit}
     (warning,) = plan_of(tmp_path, LARGE_BATCH, site).stages[0].warnings
-    assert f"needs about {memory.total / GIB:.1f} GiB per GPU; site centre has {limit:g} GiB" in warning
+    assert f"needs about {needed_gib(memory.total)} GiB per GPU; site centre has {limit:g} GiB" in warning
     assert says in warning
     assert plan_of(tmp_path, {**LARGE_BATCH, **changes}, site).stages[0].warnings == ()
 

@@ -17,7 +17,7 @@ from longhaul.config.stage_config import Stage
 from longhaul.errors import InputError, UserError
 from longhaul.planning.checkpoint_size import checkpoint_write_s
 from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, FP8_MULTIPLE, SWAP_MIN_BYTES
-from longhaul.planning.gpu_memory import MemoryEstimate
+from longhaul.planning.gpu_memory import MemoryEstimate, needed_gib
 from longhaul.planning.memory_remedies import fitting_settings
 
 _FILES_PER_CHUNK = 9  # .bin, .idx and mask of two splits, keys, record, folder
@@ -319,7 +319,7 @@ def check_memory(stage: Stage, memory: MemoryEstimate, sizes: ModelSize, site: S
     limit = site.node.gpu_memory_gib
     if limit and memory.model_states > limit * 2**30:
         raise UserError(
-            f"stages.{stage.name}: weights, gradients and optimizer states need {memory.model_states / 2**30:.1f} GiB per GPU; "
+            f"stages.{stage.name}: weights, gradients and optimizer states need {needed_gib(memory.model_states)} GiB per GPU; "
             f"site {site.name} has {limit:g} GiB",
             fitting_settings(stage, sizes, site, lambda other: other.model_states <= limit * 2**30),
         )
@@ -332,7 +332,7 @@ def memory_warning(stage: Stage, memory: MemoryEstimate | None, sizes: ModelSize
         return None
     remedy = fitting_settings(stage, sizes, site, lambda other: other.total <= limit * 2**30)
     return (
-        f"stages.{stage.name} needs about {memory.total / 2**30:.1f} GiB per GPU; site {site.name} has {limit:g} GiB: it will "
+        f"stages.{stage.name} needs about {needed_gib(memory.total)} GiB per GPU; site {site.name} has {limit:g} GiB: it will "
         f"probably run out of memory. {remedy[0].upper()}{remedy[1:]}"
     )
 

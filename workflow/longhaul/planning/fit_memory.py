@@ -12,7 +12,7 @@ from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.check_parallel_layout import MAX_PIPELINE_BUBBLE, data_parallel_size, pipeline_bubble
-from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
+from longhaul.planning.gpu_memory import GIB, available_gib, estimate_gpu_memory, needed_gib
 from longhaul.planning.memory_remedies import fitting_settings
 from longhaul.planning.needed_nodes import USED_SHARE
 
@@ -58,12 +58,12 @@ def fit_memory(stage: Stage, sizes: ModelSize | None, site: Site, world_size: in
     for setting in settings:
         if setting.fits:
             return setting.stage
-    smallest = _setting(choices[-1], sizes, site, world_size)
+    smallest, usable = _setting(choices[-1], sizes, site, world_size), USED_SHARE * limit_gib * GIB
     raise UserError(
         f"{where}: micro_batch_size {smallest.stage.micro_batch_size} with activation_checkpointing "
-        f"{smallest.stage.activation_checkpointing} needs {smallest.needed_gib:.1f} GiB per GPU; {USED_SHARE:.0%} of the "
-        f"{limit_gib:g} GiB of site {site.name} are {USED_SHARE * limit_gib:.1f} GiB",
-        fitting_settings(smallest.stage, sizes, site, lambda memory: memory.total <= USED_SHARE * limit_gib * GIB)
+        f"{smallest.stage.activation_checkpointing} needs {needed_gib(smallest.needed_gib * GIB)} GiB per GPU; "
+        f"{USED_SHARE:.0%} of the {limit_gib:g} GiB of site {site.name} are {available_gib(usable)} GiB",
+        fitting_settings(smallest.stage, sizes, site, lambda memory: memory.total <= usable)
         + ", or shorten sequence_length",
     )
 

@@ -4,6 +4,7 @@ Nothing is allocated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -20,6 +21,16 @@ from longhaul.planning.model_state_memory import (
 )
 
 GIB = 2**30
+
+
+def needed_gib(needed: float) -> str:
+    """Return GiB of memory that is needed, rounded up: a message shows more than the limit that is exceeded."""
+    return f"{math.ceil(10 * needed / GIB) / 10:.1f}"
+
+
+def available_gib(available: float) -> str:
+    """Return GiB of memory that there is, rounded down."""
+    return f"{math.floor(10 * available / GIB) / 10:.1f}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Names settings that need less memory of a GPU: for a stage that does not fit, those with which it does."""
+"""Names settings that need less memory: for a stage that does not fit, those with which it does."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def fitting_settings(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> 
     ranks = stage.nodes * stage.gpus_per_node
 
     def first(settings: Iterator[tuple[dict[str, Any], Stage]]) -> str | None:
-        found = (_text(keys) for keys, other in settings if fits(estimate_gpu_memory(other, sizes, ranks)))
+        found = (settings_text(keys) for keys, other in settings if fits(estimate_gpu_memory(other, sizes, ranks)))
         return next(found, None)
 
     single = (
-        first(_micro_batch_settings(stage)),
+        first(micro_batch_settings(stage)),
         first(_zero_settings(stage)),
         _fitting_gpus(stage, sizes, site, fits),
     )
@@ -49,11 +49,11 @@ def smaller_settings(stage: Stage) -> str:
         more = _RECOMPUTED[_RECOMPUTED.index(stage.activation_checkpointing) + 1]
         remedies.append(f"set activation_checkpointing to {more}")
     if not remedies:
-        remedies = [_text(keys) for keys, _ in _zero_settings(stage)][:2]
+        remedies = [settings_text(keys) for keys, _ in _zero_settings(stage)][:2]
     return " or ".join(remedies) or "use more GPUs, or shorten sequence_length"
 
 
-def _micro_batch_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
+def micro_batch_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
     """Yield smaller micro batches, largest first, then more recomputation, then both; each with the stage that has them."""
     micro, kind = int(stage.micro_batch_size), stage.activation_checkpointing
     smaller = [{"micro_batch_size": number} for number in _smaller_divisors(micro)]
@@ -75,7 +75,7 @@ def _smaller_divisors(number: int) -> list[int]:
 
 def _combined_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
     """Yield the smallest micro batch with full recomputation, together with each change of `zero`."""
-    *_, (batch, smallest) = [(dict[str, Any](), stage), *_micro_batch_settings(stage)]
+    *_, (batch, smallest) = [(dict[str, Any](), stage), *micro_batch_settings(stage)]
     for keys, found in _zero_settings(smallest):
         yield {**batch, **keys}, found
 
@@ -92,7 +92,7 @@ def _zero_settings(stage: Stage) -> Iterator[tuple[dict[str, Any], Stage]]:
     for keys in changes:
         changed = {key: value for key, value in keys.items() if value != getattr(zero, key)}
         found = _with_zero(stage, changed)
-        if changed and _is_allowed(found, ranks):
+        if changed and is_allowed(found, ranks):
             yield {f"zero.{key}": value for key, value in changed.items()}, found
 
 
@@ -103,7 +103,7 @@ def _fitting_gpus(stage: Stage, sizes: ModelSize, site: Site, fits: Fits) -> str
     ranks = 2 * stage.nodes * stage.gpus_per_node
     while ranks <= most:
         for text, found in (("", stage), (" with zero.stage 3", _with_zero(stage, {"stage": _LARGEST_ZERO_STAGE}))):
-            if _is_allowed(found, ranks) and fits(estimate_gpu_memory(found, sizes, ranks)):
+            if is_allowed(found, ranks) and fits(estimate_gpu_memory(found, sizes, ranks)):
                 return f"use {ranks} GPUs{text}"
         ranks *= 2
     return None
@@ -113,7 +113,7 @@ def _with_zero(stage: Stage, changes: dict[str, Any]) -> Stage:
     return stage.model_copy(update={"zero": stage.zero.model_copy(update=changes)})
 
 
-def _is_allowed(stage: Stage, ranks: int) -> bool:
+def is_allowed(stage: Stage, ranks: int) -> bool:
     """Return whether a layout is supported on this number of ranks, and the global batch can be divided."""
     try:
         samples_per_pass = data_parallel_size(stage, ranks) * int(stage.micro_batch_size)
@@ -122,6 +122,7 @@ def _is_allowed(stage: Stage, ranks: int) -> bool:
     return stage.global_batch_size % samples_per_pass == 0
 
 
-def _text(changes: dict[str, Any]) -> str:
+def settings_text(changes: dict[str, Any]) -> str:
+    """Return the words of a remedy for changed keys: set a to 1 and b to 2."""
     *others, last = [f"{key} to {value}" for key, value in changes.items()]
     return f"set {', '.join(others)} and {last}" if others else f"set {last}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
-from longhaul.planning.gpu_memory import GIB, MemoryEstimate
+from longhaul.planning.gpu_memory import MemoryEstimate, available_gib, needed_gib
 from longhaul.planning.node_memory import job_bytes, training_bytes
 
 
@@ -31,5 +31,5 @@ def synchronous_save_reason(stage: Stage, memory: MemoryEstimate | None, site: S
         return None
     return (
         f"stages.{stage.name}: each save stops the training until it is written: training and a copy of the save need "
-        f"{needed / GIB:.1f} GiB of CPU memory per node, the job has {available / GIB:.1f} GiB (node.memory_mb)"
+        f"{needed_gib(needed)} GiB of CPU memory per node, the job gets {available_gib(available)} GiB of node.memory_mb"
     )

@@ -15,7 +15,7 @@ from longhaul.config.stage_config import BadSteps, Stage
 from longhaul.errors import UserError
 from longhaul.planning.check_feasibility import check_memory
 from longhaul.planning.check_parallel_layout import data_parallel_size
-from longhaul.planning.gpu_memory import GIB, MemoryEstimate, estimate_gpu_memory
+from longhaul.planning.gpu_memory import GIB, MemoryEstimate, estimate_gpu_memory, needed_gib
 from longhaul.planning.plan import Plan, StagePlan
 
 WARM_UP_STEPS = 5
@@ -109,7 +109,7 @@ def _require_memory(plan: Plan, stage: Stage, memory: MemoryEstimate, sizes: Mod
     limit_gib = plan.site.node.gpu_memory_gib
     if limit_gib and memory.total > limit_gib * GIB:
         raise UserError(
-            f"stages.{stage.name} needs {memory.total / GIB:.1f} GiB per GPU on {stage.nodes} nodes; site {plan.site.name} has "
+            f"stages.{stage.name} needs {needed_gib(memory.total)} GiB per GPU on {stage.nodes} nodes; site {plan.site.name} has "
             f"{limit_gib:g} GiB",
             "",
         )
