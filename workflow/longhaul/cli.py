@@ -110,7 +110,7 @@ def plan(
         print_plan(made)
         print("\n".join(change_lines(changes)))
     if answers:
-        print_answers(answers)
+        print_answers(answers, f"each job of run {made.run}")
     if not all(answer.is_accepted for answer in answers):
         raise SystemExit(1)
 

@@ -43,7 +43,7 @@ def test_every_different_request_is_tried_once(
     }
     refused = next(answer for answer in found if not answer.is_accepted)
     assert refused.text == "Batch job submission failed: Invalid account" and "correct account" in refused.remedy
-    print_answers(found)
+    print_answers(found, "each job of run small")
     printed = capsys.readouterr().out
     assert "NO" in printed and "correct account of the partition" in printed
 
@@ -74,13 +74,13 @@ def test_bare_site_file_is_asked_for_every_kind_of_job(tmp_path: Path, monkeypat
     gpu = {**SITE["partitions"][0], "jobs": ["gpu", "debug"]}
     site = plan_of(tmp_path, None, {"partitions": [gpu, CORES]}).site
     found = {answer.jobs: answer for answer in check_site(site)}
-    kinds = {name.partition("-")[0].strip() for jobs in found for name in jobs.split(",")}
+    kinds = {name.strip() for jobs in found for name in jobs.split(",")}
     assert kinds >= {"environment", "fabric", "tokenizer", "tokenize", "train", "export", "controller"}
     assert {jobs for jobs, answer in found.items() if not answer.is_accepted} == {
-        "tokenizer, tokenize-docstrings, tokenize-stdlib, export-chat",
+        "tokenizer, tokenize, export",
         "controller",
     }
-    train = found["train-pretrain, train-chat"].request
+    train = found["train"].request
     assert (train.nodes, train.gpus_per_node, train.minutes) == (2, 8, 30)
     largest = found["train, with max_nodes and max_minutes"].request
     assert (largest.nodes, largest.gpus_per_node, largest.minutes) == (16, 8, 1440)
@@ -105,10 +105,30 @@ def test_verb_takes_a_config_or_a_site_file(
 ):
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log")))
     config = write_config(tmp_path)
-    for file, job in ((config, "train-base"), (tmp_path / "site.yaml", "train-pretrain")):
+    for file, job, subject in (
+        (config, "train-base", "each job of run small;"),
+        (tmp_path / "site.yaml", "train", "each kind of job on up to 2 nodes of site centre,"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(["site", "check", str(file)])
-        assert ended.value.code == 0 and job in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert ended.value.code == 0 and job in printed and "pretrain" not in printed, "the demo's stages"
+        assert printed.startswith(f"Slurm was asked for {subject}") and "no job was submitted" in printed
+        assert "could start at" in printed and "Job 24" not in printed, "nobody finds that job in the queue"
+
+
+@pytest.mark.parametrize(
+    ("enforced", "is_checked"), [("none", False), ("nosteps", False), ("associations,limits,qos", True)]
+)
+def test_an_account_that_slurm_does_not_check_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], enforced: str, is_checked: bool
+):
+    fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log"))
+    config = f"#!/bin/sh\necho 'AccountingStorageEnforce = {enforced}'\n"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", config))
+    answers = check_run(plan_of(tmp_path, None, {"partitions.0.account": "rich"}))
+    print_answers(answers, "each job of run small")
+    assert ("not checked: account rich" in capsys.readouterr().out) is not is_checked
 
 
 @pytest.mark.parametrize(("account", "code"), [("rich", 0), ("poor", 1)])
@@ -128,7 +148,7 @@ def test_plan_asks_slurm_on_request(
             main(["plan", config, "--test-only", *options])
         printed = capsys.readouterr().out
         assert (ended.value.code or 0) == code and "What Slurm says to each request" in printed
-        assert ("Job 24 to start at" in printed) == (code == 0)
+        assert ("could start at" in printed) == (code == 0)
         assert "Slurm requests" in printed or "train-base" in printed
     assert len(log.read_text().splitlines()) > 2
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import LoadedConfig, load_config
 from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
@@ -18,7 +19,7 @@ from longhaul.jobs.job_kind import job_request, jobs_of, jobs_on_demand
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.slurm_request import SlurmRequest, controller_request
 from longhaul.scheduling.sbatch_refusals import ASK_AGAIN, read_refusal
-from longhaul.scheduling.slurm_client import SlurmCommandError, try_submission
+from longhaul.scheduling.slurm_client import SlurmCommandError, accounts_are_checked, try_submission
 
 CONTROLLER = "controller"
 """Name of the optional job in which the main process may run."""
@@ -57,7 +58,7 @@ def check_site(site: Site) -> list[SlurmAnswer]:
     """
     _require_slurm(site)
     plan = example_plan(site)
-    requests = _requests(plan)
+    requests = _requests(plan, lambda job: job.kind)
     partition = site.partition_for("gpu")
     train = next(job_request(plan, job) for job in jobs_of(plan) if job.kind == "train")
     largest = replace(train, nodes=partition.max_nodes, minutes=partition.max_minutes or train.minutes)
@@ -92,18 +93,18 @@ def _require_slurm(site: Site) -> None:
         raise UserError(f"site {site.name} has scheduler: local", "name a config or a site file that uses Slurm")
 
 
-def _requests(plan: Plan) -> dict[SlurmRequest, list[str]]:
-    """Return the jobs of a run by their request, with the controller."""
+def _requests(plan: Plan, name: Callable[[JobId], str] = str) -> dict[SlurmRequest, list[str]]:
+    """Return the names of a plan's jobs by their request, with the controller."""
     jobs: dict[SlurmRequest, list[str]] = {}
     servers = [job for job in jobs_on_demand(plan) if plan.stage(job.names[0]).serving]
     for job in (*jobs_of(plan), *servers):
-        jobs.setdefault(job_request(plan, job), []).append(str(job))
+        jobs.setdefault(job_request(plan, job), []).append(name(job))
     jobs.setdefault(controller_request(plan.site), []).append(CONTROLLER)
     return jobs
 
 
 def _ask_each(requests: dict[SlurmRequest, list[str]]) -> list[SlurmAnswer]:
-    return [_ask(", ".join(names), request) for request, names in requests.items()]
+    return [_ask(", ".join(dict.fromkeys(names)), request) for request, names in requests.items()]
 
 
 def _ask(jobs: str, request: SlurmRequest) -> SlurmAnswer:
@@ -114,8 +115,11 @@ def _ask(jobs: str, request: SlurmRequest) -> SlurmAnswer:
         return SlurmAnswer(jobs, request, refusal.reason, refusal.remedy)
 
 
-def print_answers(answers: Sequence[SlurmAnswer]) -> None:
-    """Print a table of the answers, and a remedy for each refusal."""
+def print_answers(answers: Sequence[SlurmAnswer], asked_for: str) -> None:
+    """Print a table of the answers, what they do not say, and a remedy for each refusal.
+
+    asked_for: what the requests are those of
+    """
     table = Table(title="What Slurm says to each request", title_justify="left")
     for column in ("jobs", "partition", "account", "nodes", "minutes", "accepted", "Slurm's answer"):
         table.add_column(column, overflow="fold")
@@ -125,7 +129,15 @@ def print_answers(answers: Sequence[SlurmAnswer]) -> None:
         line = (answer.jobs, *asked, "yes" if answer.is_accepted else "NO", answer.text)
         table.add_row(*(Text(printable(cell)) for cell in line))
     console = Console(width=120)
+    console.print(f"Slurm was asked for {asked_for}; no job was submitted (sbatch --test-only).", markup=False)
     console.print(table)
+    accounts = sorted({answer.request.account for answer in answers if answer.is_accepted and answer.request.account})
+    if accounts and not accounts_are_checked():
+        console.print(
+            f"not checked: account {', '.join(accounts)}. This Slurm accepts any account (AccountingStorageEnforce in "
+            "`scontrol show config`).",
+            markup=False,
+        )
     for answer in answers:
         if not answer.is_accepted:
             console.print(f"{answer.jobs}: {answer.remedy}", markup=False)

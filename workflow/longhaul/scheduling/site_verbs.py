@@ -72,11 +72,13 @@ def check(
     if is_site_file(file):
         site = load_site(str(file.absolute()), Path())
         answers, requests = check_site(site), None
+        asked_for = f"each kind of job on up to 2 nodes of site {site.name}, and for its largest training"
     else:
         plan = load_plan(file)
         site, answers = plan.site, check_run(plan)
         requests = [answer.request for answer in answers if answer.jobs != CONTROLLER]
-    print_answers(answers)
+        asked_for = f"each job of run {plan.run}"
+    print_answers(answers, asked_for)
     lines = [*compare_limits(site, requests), *compare_software(site)]
     if lines:
         written = "site file" if requests is None else "jobs ask for"

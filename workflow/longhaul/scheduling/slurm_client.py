@@ -198,13 +198,15 @@ def partition_nodes(partition: str) -> list[str]:
 
 
 def try_submission(options: Sequence[str]) -> str:
-    """Return what sbatch says to a job with these options, which is not submitted.
+    """Return what sbatch says to a job with these options, which is not submitted: when and where it could start.
+
+    sbatch counts such a question as a job ("Job 7 to start at …"), and users look for that job in the queue.
 
     Raises:
         SlurmCommandError: sbatch would refuse it.
     """
     done = _completed("sbatch", "--test-only", *options, "--output=/dev/null", "--wrap=true")
-    return done.stderr.strip().removeprefix("sbatch: ")
+    return re.sub(r"\bJob \d+ to start at\b", "could start at", done.stderr.strip().removeprefix("sbatch: "))
 
 
 def submit(options: Sequence[str], script: Path) -> str:
@@ -242,6 +244,15 @@ def settings() -> dict[str, str]:
     except SlurmCommandError:
         return {}
     return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
+
+
+def accounts_are_checked() -> bool:
+    """Return whether Slurm refuses an account that it does not know; True if it does not say.
+
+    Each of these values of AccountingStorageEnforce includes associations (https://slurm.schedmd.com/slurm.conf.html).
+    """
+    enforced = settings().get("AccountingStorageEnforce")
+    return enforced is None or bool({"all", "associations", "limits", "qos", "safe", "wckeys"} & {*enforced.split(",")})
 
 
 @dataclass(frozen=True)
