@@ -107,7 +107,8 @@ def test_slow_node_costs_a_training_that_node_alone(finished: PipelineRun, hosts
         run.start()
         assert run.finish() == 0, run.output()
     assert read_quarantine(run.folder / QUARANTINE).node_names == ("n2",)
-    attempts = read_records(WeightsFolder(run.weights("base")).attempts, Attempt)
-    assert [sorted(attempt["hosts"]) for attempt in attempts] == [["n1", "n3", "n4"]]
+    (attempt,) = read_records(WeightsFolder(run.weights("base")).attempts, Attempt)
+    assert len(attempt["hosts"]) == 3 and "n2" not in attempt["hosts"]
     problems = {row["node"]: row["problem"].partition(":")[0] for row in read_node_results(run.folder / RESULTS)}
-    assert problems == {"n1": "", "n2": "slow", "n3": "", "n4": ""}
+    assert problems.pop("n2") == "slow" and not any(problems.values())
+    assert problems.keys() >= set(attempt["hosts"])
