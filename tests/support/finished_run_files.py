@@ -61,7 +61,8 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     pair: PairResult = {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 0.7, "latency_us": 90.0}
     limits = {"all_reduce_gbps": 0.5}
     FabricReport([], "gloo", 2, ["n1", "n2", "n3"], [], {}, [pair]).write(paths.stage(STAGE).pair_check_report)
-    FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair]).write(paths.fabric)  # type: ignore[list-item]
+    fabric = FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair], warnings=["slow by its datasheet"])  # type: ignore[list-item]
+    fabric.write(paths.fabric)
     measured = {"step_time_s": 0.5, "step_time_spread": 0.04, "tokens_per_s_per_rank": 100.0, "efficiency": 0.9}
     gpu = {"gpu_utilisation": 0.8, "gpu_memory_share": 0.5, "hosts": ["n1"], "limits": {"min_efficiency": 0.8}}
     ScaleTestReport([], STAGE, 2, 1, 20, **measured, smallest_nodes=1, **gpu).write(paths.scale_test(2))  # type: ignore[arg-type]

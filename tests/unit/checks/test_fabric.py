@@ -10,14 +10,24 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import FabricReport, PairResult, SlowNode
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import NodeResult
 from longhaul.artifacts.paths import JobFolder
+from longhaul.checks.catalogue_comparison import FabricHardware
 from longhaul.checks.collective_benchmarks import COLLECTIVES
-from longhaul.checks.fabric import most_added_seconds, node_results, planned_check_seconds, raise_if_slow, slowest_pairs
+from longhaul.checks.fabric import (
+    measured_hardware,
+    most_added_seconds,
+    node_results,
+    planned_check_seconds,
+    raise_if_slow,
+    slowest_pairs,
+)
+from longhaul.checks.node_network import NodeNetwork
 from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
@@ -70,6 +80,16 @@ def test_repetitions_add_a_bounded_time(nodes: int, ranks_per_node: int, pairs_o
 def test_quick_half_takes_less_than_a_minute_with_all_repetitions(nodes: int) -> None:
     planned_s = sum(planned_check_seconds(nodes, 8, pairs_only=True).values())
     assert planned_s + most_added_seconds(nodes, 8, pairs_only=True) <= 60
+
+
+def test_variable_of_nccl_says_whether_nvls_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    network, gpu = NodeNetwork("InfiniBand", 8, 400.0), torch.device("cuda", 0)
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    assert measured_hardware(gpu, network) == FabricHardware("NVIDIA H200", network, has_multicast=True)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    assert measured_hardware(gpu, network) == FabricHardware("NVIDIA H200", network, has_multicast=False)
+    assert measured_hardware(torch.device("cpu"), network) == FabricHardware()
 
 
 def start_ranks(job: Path, nodes: int, ranks_per_node: int) -> list[subprocess.Popen[str]]:
@@ -153,6 +173,7 @@ def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) 
     assert not out.exists()
     report = FabricReport.read(failed_path(out))
     assert report.backend == "gloo" and report.world_size == 4 and report.hosts == ["n0", "n1"]
+    assert report.warnings == [], "the catalogue is of NCCL"
     between, inside = (problem.partition(": bus")[0] for problem in report.problems)
     assert between == "send_recv" and inside in ("inside n0, n1: broadcast", "inside n1, n0: broadcast")
     (measured,) = report.pairs

@@ -10,10 +10,12 @@ import pytest
 
 from longhaul.artifacts.fabric_report import FabricReport, SlowNode
 from longhaul.artifacts.site_baseline import SiteBaseline
-from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_with_baseline, network_rates
+from longhaul.checks.catalogue_comparison import FabricHardware
+from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network, network_rates
 from longhaul.checks.rate_checks import usual_of
 
 GPU = "NVIDIA H200"
+HARDWARE = FabricHardware(GPU)
 PAIRS = "pairs of nodes, nccl, 8 ranks per node"
 ALL_REDUCE = "all_reduce between all ranks, nccl, 16 ranks, 1,073,741,824 bytes"
 INSIDE = "all_reduce inside a node, nccl, 8 ranks, 1,073,741,824 bytes"
@@ -66,15 +68,15 @@ def test_rates_are_all_pairs_and_each_collective_at_its_largest_size():
     ],
 )
 def test_rate_far_below_the_baseline_is_a_problem(changes: dict[str, float], problems: list[str]):
-    found = compare_with_baseline(report(**changes), baseline(), GPU)
+    found = compare_network(report(**changes), baseline(), HARDWARE)
     assert found.problems == problems and found.not_compared == []
     slow: SlowNode = {"host": "n1", "rails": [0], "bandwidth_gbps": 1.0, "usual_bandwidth_gbps": 9.0}
-    assert compare_with_baseline(replace(report(**changes), slow_nodes=[slow]), baseline(), GPU).problems == []
+    assert compare_network(replace(report(**changes), slow_nodes=[slow]), baseline(), HARDWARE).problems == []
 
 
 @pytest.mark.parametrize("known", [None, baseline("NVIDIA A100"), SiteBaseline(GPU, "old", "2026-11-28", {})])
 def test_without_a_baseline_of_these_gpus_the_report_says_what_is_unknown(known: SiteBaseline | None):
-    found = compare_with_baseline(report(pairs=1.0, between=1.0), known, GPU)
+    found = compare_network(report(pairs=1.0, between=1.0), known, HARDWARE)
     assert found.problems == [] and found.not_compared[0].startswith(UNKNOWN)
     assert found.not_compared[0].endswith("or store a healthy run: longhaul baseline")
 
@@ -82,5 +84,5 @@ def test_without_a_baseline_of_these_gpus_the_report_says_what_is_unknown(known:
 def test_other_shapes_are_not_compared_and_a_rate_of_the_healthy_run_is_no_finding():
     other = {**{name: usual_of([900.0]) for name in ("all_reduce between all ranks, nccl, 32 ranks, 8 bytes",)},
              PAIRS: usual_of([48.0, 48.0, 20.0])}  # fmt: skip
-    found = compare_with_baseline(report(pairs=21.0), SiteBaseline(GPU, "good", "2026-11-29", {}, other), GPU)
+    found = compare_network(report(pairs=21.0), SiteBaseline(GPU, "good", "2026-11-29", {}, other), HARDWARE)
     assert found.problems == [] and found.not_compared[0].startswith(UNKNOWN)

@@ -148,3 +148,7 @@ def test_an_evaluation_says_that_its_prompts_differ(page: str) -> None:
 
 def test_pairs_of_the_fabric_check_and_of_a_stage_are_heat_maps(page: str) -> None:
     assert page.count("%{x} and %{y}") == 2
+
+
+def test_collectives_below_published_figures_are_warnings(page: str) -> None:
+    assert "Warning: slow by its datasheet." in page

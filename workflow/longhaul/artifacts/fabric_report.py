@@ -70,6 +70,7 @@ class FabricReport(CheckReport):
     results:      empty where a node is slow, because it makes every collective slow
     pairs:        empty for a single node; of more than 200 nodes, the slowest 20,000
     not_compared: one line per measurement that passes at any speed, with the remedy
+    warnings:     one line per collective that is slower than published figures of such hardware, with the remedy
     grown_errors: node -> error counter of its ports and interfaces -> growth during the pair tournament, of those that grew
     """
 
@@ -85,3 +86,4 @@ class FabricReport(CheckReport):
     node_limits: dict[str, float] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
     grown_errors: dict[str, dict[str, int]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Runs the fabric check over NCCL or gloo: pairs of nodes, then collectives; compares with `interconnect.limits` of the site."""
+"""Runs the fabric check over NCCL or gloo: pairs of nodes, then collectives; compares with limits, baseline and catalogue."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, PairResult
 from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
 from longhaul.artifacts.paths import JobFolder
+from longhaul.checks.catalogue_comparison import FabricHardware
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
-from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_with_baseline
+from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
+from longhaul.checks.node_network import NodeNetwork, read_node_network, slowest_network
 from longhaul.checks.packet_loss import grown_text
 from longhaul.checks.pair_evidence import loss_text, slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
@@ -27,6 +29,7 @@ from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rank_placement import gpu_index
+from longhaul.runtime.rdma_variables import INTERCONNECT
 from longhaul.runtime.rendezvous import process_group
 
 if TYPE_CHECKING:
@@ -64,18 +67,21 @@ def run(job: FabricSpec) -> None:
     backend = "nccl" if on_gpu else "gloo"
     with process_group(rank, backend, _TIMEOUT_S):
         device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
-        hosts = _node_names(rank)
+        hosts = _of_first_ranks(rank, rank.node_name)
         tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
         # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
         is_full = tournament.is_healthy and not job.pairs_only
         inside = _measure_inside(rank, hosts, device, backend, job) if is_full else InsideNodes()
         results = _measure_between(rank, device, backend) if is_full else []
+        hardware = measured_hardware(device, _slowest_network(rank) if is_full else None)
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
-        report = _with_baseline(report, job, torch.cuda.get_device_name(device) if on_gpu else "")
+        report = _compared(report, job, hardware)
         append_node_results(JobFolder(Path(job.folder)), [*node_results(tournament), *inside.node_results()])
         if report.results:
             _print_measurements(report)
+        for line in report.warnings:
+            print(f"warning: {line}", flush=True)
         for line in report.not_compared:
             print(f"unknown: {line}", flush=True)
         raise_if_slow(report, Path(job.out), inside.bad_nodes)
@@ -151,13 +157,30 @@ def _measure_group(group: MeasuredGroup, backend: str) -> list[CollectiveResult]
     return [row for one in COLLECTIVES for row in measure_sizes(one, group, sizes, _COLLECTIVE_BUDGET_S)]
 
 
-def _node_names(rank: Rank) -> list[str]:
-    """Return the name of each node, by its first rank."""
+def _of_first_ranks(rank: Rank, value: Any) -> list[Any]:
+    """Return the value of each node, by its first rank."""
     import torch.distributed as dist
 
-    names: list[Any] = [None] * rank.world_size
-    dist.all_gather_object(names, rank.node_name)
-    return names[:: rank.world_size // rank.nodes]
+    values: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(values, value)
+    return values[:: rank.world_size // rank.nodes]
+
+
+def _slowest_network(rank: Rank) -> NodeNetwork | None:
+    network = read_node_network(
+        os.environ.get(INTERCONNECT, ""), rank.world_size // rank.nodes, os.environ.get("NCCL_IB_HCA", "")
+    )
+    return slowest_network(_of_first_ranks(rank, network))
+
+
+def measured_hardware(device: Any, network: NodeNetwork | None) -> FabricHardware:
+    """Return this rank's GPU, and the network. Without GPUs, the catalogue says nothing."""
+    import torch
+
+    if device.type != "cuda":
+        return FabricHardware()
+    has_multicast = os.environ.get("NCCL_NVLS_ENABLE") != "0"
+    return FabricHardware(torch.cuda.get_device_name(device), network, has_multicast)
 
 
 def node_results(tournament: Tournament) -> list[NodeResult]:
@@ -225,9 +248,9 @@ def _report(
     )
 
 
-def _with_baseline(report: FabricReport, job: FabricSpec, gpu: str) -> FabricReport:
-    """Return the report with what is far below the baseline; before a training, that is only a warning."""
-    compared = compare_with_baseline(report, job.baseline, gpu)
+def _compared(report: FabricReport, job: FabricSpec, hardware: FabricHardware) -> FabricReport:
+    """Return the report with what is far below baseline or catalogue; before a training, that is only a warning."""
+    compared = compare_network(report, job.baseline, hardware)
     if not job.pairs_only:
         return compared
     for line in compared.problems[len(report.problems) :]:

@@ -13,6 +13,8 @@ SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
 their rate are far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
 BANDWIDTH = "_gbps"
 """End of the names of limits of bandwidths."""
+SCOPES = {"all": ("between all ranks", "limits"), "node": ("inside a node", "node_limits")}
+"""Scope of a collective -> where it was measured, and the key of its limits below `interconnect`."""
 
 
 def set_limits(limits: FabricLimits) -> dict[str, float]:
@@ -66,15 +68,15 @@ def not_compared(
     limits, node_limits: those that the site file states. From FEWEST_COMPARED_NODES nodes on, nodes and pairs are compared with
         each other, but collectives between all ranks with nothing: a network that is slow everywhere passes.
     """
-    scopes = {"all": ("between all ranks", "limits", limits), "node": ("inside a node", "node_limits", node_limits)}
+    limits_of = {"all": limits, "node": node_limits}
     more_nodes = f"set checks.nodes to at least {FEWEST_COMPARED_NODES}, "
     if len(hosts) >= FEWEST_COMPARED_NODES:
-        del scopes["node"]
+        del limits_of["node"]
         more_nodes = ""
     measured = {row["scope"] for row in results}
     return [
-        f"bandwidth {where}: nothing to compare with; set interconnect.{key} in the site file, {more_nodes}or store a healthy "
-        "run: longhaul baseline"
-        for scope, (where, key, found) in scopes.items()
+        f"bandwidth {SCOPES[scope][0]}: nothing to compare with; set interconnect.{SCOPES[scope][1]} in the site file, "
+        f"{more_nodes}or store a healthy run: longhaul baseline"
+        for scope, found in limits_of.items()
         if scope in measured and not any(name.endswith(BANDWIDTH) for name in found)
     ]

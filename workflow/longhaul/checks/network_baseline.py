@@ -1,4 +1,6 @@
-"""Compares pairs of nodes and collectives with the rates that the network of a site usually reaches (`longhaul baseline`)."""
+"""Compares pairs of nodes and collectives with the rates that the network of a site usually reaches (`longhaul baseline`), and
+collectives that have none with the catalogue.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
 from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
-from longhaul.checks.fabric_limits import SLOW_SHARES, not_compared
+from longhaul.checks.catalogue_comparison import FabricHardware, compare_with_catalogue, slow_lines
+from longhaul.checks.fabric_limits import SCOPES, SLOW_SHARES, not_compared
 
-_SCOPES = {"all": "between all ranks", "node": "inside a node"}
 MOST_REPORTED_PAIRS = 20_000
 """A report with more pairs keeps the slowest ones, whose median says nothing."""
 
@@ -20,11 +22,13 @@ class NetworkRate:
     """Bandwidths in GB/s. The name says what was measured between how many ranks: only equal names are compared.
 
     scope: pairs, or that of a collective
+    row:   of a collective
     """
 
     name: str
     scope: str
     values: list[float]
+    row: CollectiveResult | None = None
 
 
 def network_rates(report: FabricReport) -> list[NetworkRate]:
@@ -37,26 +41,29 @@ def network_rates(report: FabricReport) -> list[NetworkRate]:
     for row in sorted(report.results, key=lambda row: row["bytes"]):
         largest[row["scope"], row["collective"]] = row
     for (scope, collective), row in largest.items():
-        name = f"{collective} {_SCOPES[scope]}, {report.backend}, {row['world_size']} ranks, {row['bytes']:,} bytes"
-        found.append(NetworkRate(name, scope, [row["bus_bandwidth_gbps"]]))
+        name = f"{collective} {SCOPES[scope][0]}, {report.backend}, {row['world_size']} ranks, {row['bytes']:,} bytes"
+        found.append(NetworkRate(name, scope, [row["bus_bandwidth_gbps"]], row))
     return found
 
 
-def compare_with_baseline(report: FabricReport, baseline: SiteBaseline | None, gpu: str) -> FabricReport:
-    """Return the report with a problem per rate that is far below the baseline.
+def compare_network(report: FabricReport, baseline: SiteBaseline | None, hardware: FabricHardware) -> FabricReport:
+    """Return the report with a problem per rate that is far below the baseline, and a warning per rate without a limit or a
+    baseline that is far below the catalogue's.
 
     A baseline of other GPUs says nothing. A report that names slow nodes needs no second reason.
-
-    gpu: name of this run's GPUs; "" without GPUs
     """
-    usual = baseline.network if baseline and baseline.gpu == gpu else {}
-    compared = {rate.scope for rate in network_rates(report) if rate.name in usual}
+    usual = baseline.network if baseline and baseline.gpu == hardware.gpu else {}
+    rates = network_rates(report)
+    others = [rate.row for rate in rates if rate.row and rate.name not in usual]
+    in_catalogue = compare_with_catalogue(report, others, hardware)
+    compared = {rate.scope for rate in rates if rate.name in usual} | {one.row["scope"] for one in in_catalogue}
     uncompared = [row for row in report.results if row["scope"] not in compared]
     problems = [] if report.slow_nodes else list(_slow_rates(report, usual))
     return replace(
         report,
         problems=[*report.problems, *problems],
         not_compared=not_compared(report.hosts, uncompared, report.limits, report.node_limits),
+        warnings=[*report.warnings, *slow_lines(in_catalogue)],
     )
 
 

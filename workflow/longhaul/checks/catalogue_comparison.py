@@ -1,0 +1,132 @@
+"""Compares collectives with what healthy hardware of this kind reaches by published figures; a slow one is a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
+from longhaul.checks.fabric_limits import BANDWIDTH, SCOPES, bandwidth_text
+from longhaul.checks.node_network import NodeNetwork
+from longhaul.config.interconnect_datasheets import (
+    NODE,
+    PORT,
+    RANK,
+    RATE_OF,
+    Figure,
+    GpuLinks,
+    gpu_links,
+    network_share,
+)
+
+SLOW_SHARE, SLOW_SHARE_OF_DERIVED = 0.8, 0.6
+"""Shares of a published and of a derived figure below which a collective is slow."""
+FULL_BYTES_PER_RANK, FEWEST_BYTES_PER_RANK = 64 * 2**20, 8 * 2**20
+"""The figures are of messages with the first size or more. With the second one, healthy networks reach half of them: between
+32 ranks, 229 of 382 GB/s at 256 MiB (github.com/stas00/ml-engineering, network/README.md); between 256 ranks, 200 of about 370
+GB/s at 2 GiB (github.com/NVIDIA/nccl/issues/1218). Smaller ones are not compared."""
+
+
+@dataclass(frozen=True)
+class FabricHardware:
+    """What a fabric check ran on.
+
+    gpu:           name of the GPUs; "" without GPUs
+    network:       of the slowest node; None if it is not known
+    has_multicast: NCCL may use NVLink multicast (NVLS)
+    """
+
+    gpu: str = ""
+    network: NodeNetwork | None = None
+    has_multicast: bool = True
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """A row with the figure for it, in GB/s. hardware: what the figure is of"""
+
+    row: CollectiveResult
+    figure: Figure
+    hardware: str
+    needs_multicast: bool = False
+
+    @property
+    def is_slow(self) -> bool:
+        share = SLOW_SHARE_OF_DERIVED if self.figure.is_derived else SLOW_SHARE
+        if _bytes_per_rank(self.row) < FULL_BYTES_PER_RANK:
+            share /= 2
+        return self.row["bus_bandwidth_gbps"] < share * self.figure.value
+
+    @property
+    def text(self) -> str:
+        """Return what was measured and expected, with the source and the remedy."""
+        where, key = SCOPES[self.row["scope"]]
+        kind = "derived from" if self.figure.is_derived else "source:"
+        with_multicast = ", with NVLink multicast (NVLS)" if self.needs_multicast else ""
+        off = "if the site has no NVLS, set interconnect.nvlink_multicast: off; " if self.needs_multicast else ""
+        return (
+            f"{where}, {bandwidth_text(self.row)}; expected {self.figure.value:.3g} GB/s of healthy {self.hardware}"
+            f"{with_multicast} ({kind} {self.figure.source}); {off}if this rate is usual at the site, set interconnect.{key} in "
+            "the site file, or store the run: longhaul baseline"
+        )
+
+
+def compare_with_catalogue(
+    report: FabricReport, rows: Iterable[CollectiveResult], hardware: FabricHardware
+) -> list[ComparedRow]:
+    """Return the rows that the catalogue has a figure for, and the site file no limit. gloo runs have none.
+
+    rows: one per collective and scope
+    """
+    if report.backend != "nccl":
+        return []
+    limits = {"all": report.limits, "node": report.node_limits}
+    ranks_per_node = report.world_size // len(report.hosts)
+    found = (
+        _compared(row, len(report.hosts), ranks_per_node, hardware)
+        for row in rows
+        if not _has_limit(row, limits) and _bytes_per_rank(row) >= FEWEST_BYTES_PER_RANK
+    )
+    return [compared for compared in found if compared]
+
+
+def slow_lines(compared: Iterable[ComparedRow]) -> Iterator[str]:
+    """Yield a line per row that is slow."""
+    return (one.text for one in compared if one.is_slow)
+
+
+def _has_limit(row: CollectiveResult, limits: Mapping[str, Mapping[str, float]]) -> bool:
+    return f"{row['collective']}{BANDWIDTH}" in limits[row["scope"]]
+
+
+def _bytes_per_rank(row: CollectiveResult) -> float:
+    return row["bytes"] / row["world_size"]
+
+
+def _compared(row: CollectiveResult, nodes: int, ranks_per_node: int, hardware: FabricHardware) -> ComparedRow | None:
+    links = gpu_links(hardware.gpu)
+    if not links:
+        return None
+    if row["scope"] == "all" and nodes > 1:
+        return _between_nodes(row, ranks_per_node, hardware, links) if links.feeds_network else None
+    figure = links.figure(row["collective"], ranks_per_node, hardware.has_multicast)
+    return ComparedRow(row, figure, _gpu_text(hardware, links), figure is links.nvls) if figure else None
+
+
+def _between_nodes(
+    row: CollectiveResult, ranks_per_node: int, hardware: FabricHardware, links: GpuLinks
+) -> ComparedRow | None:
+    """Compare with the network, or with the links inside a node if they are slower: a ring of all ranks passes both."""
+    network, name = hardware.network, row["collective"]
+    share = network_share(network.name, name) if network else None
+    if not network or not share:
+        return None
+    rates = {NODE: network.gb_per_s, RANK: network.gb_per_s / ranks_per_node, PORT: network.port_gb_per_s}
+    between = Figure(share.value * rates[RATE_OF[name]], share.source, share.is_derived)
+    inside = links.figure(name, ranks_per_node, has_multicast=False)
+    slower = inside if inside and inside.value < between.value else between
+    return ComparedRow(row, slower, f"{_gpu_text(hardware, links)} over {network}")
+
+
+def _gpu_text(hardware: FabricHardware, links: GpuLinks) -> str:
+    return f"{hardware.gpu} ({links.links})"
