@@ -141,7 +141,9 @@ def test_unknown_hardware_and_gloo_are_not_compared(hardware: FabricHardware, ba
         (8 * GIB, 290.0, True, True),
         (GIB // 4, 290.0, False, True),  # 16 MiB per rank
         (GIB // 4, 140.0, True, True),
-        (GIB // 16, 1.0, False, False),  # 4 MiB per rank: the time is latency
+        (GIB // 64, 64.0, False, True),  # 1 MiB per rank
+        (GIB // 64, 1.0, True, True),  # so slow that the check has no time for larger messages
+        (2**20, 0.1, False, False),  # the time is latency
     ],
 )
 def test_smaller_messages_may_be_slower(size: int, rate: float, is_slow: bool, is_compared: bool):
