@@ -127,7 +127,7 @@ def _suggestion(word: str, model: type[BaseModel]) -> str:
         return f"; did you mean {close}?"
     if inner := next(_sections_with_key(model, word), None):
         return f"; it is a key of {inner}"
-    if close := _closest(word, keys, cutoff=0.5):
+    if close := _closest(word, keys, cutoff=0.6):
         return f"; did you mean {close}?"
     return f"; known keys: {', '.join(keys)}"
 
