@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from longhaul.planning.load_plan import load_plan
+from longhaul.report.plan_json import planned_jobs
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import write_config
 
@@ -108,7 +110,22 @@ def test_dry_run_with_a_server_check_lists_its_rule(tmp_path: Path):
     config = write_config(tmp_path, check, {"serving": {"engine": "vllm", "python": [sys.executable]}})
     done = run("-m", "longhaul", "run", str(config), "-n", "--directory", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "serve_check" in done.stdout + done.stderr
+    assert "serve_check" in done.stdout
+
+
+def test_dry_run_of_longhaul_run_says_what_happens_to_stages_and_how_many_jobs_run(tmp_path: Path):
+    """`snakemake -n` prints files and reasons of every job. Both count, and print, what differs in their own words."""
+    config = write_config(tmp_path)
+    planned = len(planned_jobs(load_plan(config)))
+    done = run("-m", "longhaul", "run", config.name, "-n", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *stages, count, end = done.stdout.splitlines()
+    assert stages[0] == "Stages:" and stages[1].startswith("  stage base trains for the first time")
+    assert count.startswith(f"{planned} of {planned} jobs to run: ") and ", train (2); beside them: " in count
+    assert end == "This was a dry run: nothing was started."
+    for raw in ("input:", "jobid", "Job stats", "--cleanup-metadata", "Building DAG"):
+        assert raw not in done.stdout + done.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_software_deployment_by_snakemake_is_refused():

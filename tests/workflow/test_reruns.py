@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +98,10 @@ def test_learning_rate_reruns_the_stage_and_its_successors(run: PipelineRun):
     assert expensive(run) == {"train": 1, "export": 1}
     printed = run.dry_run()
     assert "stage base is kept: " in printed and f"stage chat trains again: optimizer.lr {before} → 0.001" in printed
+    words = [sys.executable, "-m", "longhaul", "run", "run.yaml", "-n"]
+    own = subprocess.run(words, cwd=run.folder, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in printed.splitlines() if line.startswith(("Compared with", "  stage "))]
+    assert own.splitlines()[:-2] == lines and "2 of 9 jobs to run: train, export; beside them: " in own
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
     run.save()
     assert expensive(run) == {"train": 2, "export": 2}

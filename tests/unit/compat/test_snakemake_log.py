@@ -11,7 +11,7 @@ import pytest
 from snakemake.logging import LoggerManager, logger
 from snakemake.settings.types import OutputSettings
 
-from longhaul.compat.snakemake import replace_terminal_log, terminal_log
+from longhaul.compat.snakemake import is_dry_run, replace_terminal_log, terminal_log
 
 
 @pytest.fixture
@@ -37,10 +37,12 @@ def test_records_go_to_the_function(records: list[logging.LogRecord]) -> None:
     assert not any(handler.name == "DefaultStreamHandler" for handler in logger.handlers)
 
 
-def test_dry_run_keeps_snakemakes_log(records: list[logging.LogRecord]) -> None:
-    LoggerManager(logger, OutputSettings(dryrun=True))
-    assert terminal_log() is None
-    assert any(handler.name == "DefaultStreamHandler" for handler in logger.handlers)
+def test_dry_run_is_known(records: list[logging.LogRecord]) -> None:
+    """Still needed: the filter of the handler is the only one that knows it while the rules are read."""
+    for dry_run in (True, False):
+        logger.handlers.clear()
+        LoggerManager(logger, OutputSettings(dryrun=dry_run))
+        assert is_dry_run(usual_handler()) == dry_run
 
 
 def test_error_in_the_function_does_not_end_the_run(

@@ -17,7 +17,8 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
 from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
 from longhaul.scheduling import run_display
-from longhaul.scheduling.run_display import JobEvents, RunDisplay, jobs_to_run
+from longhaul.scheduling.dry_run_lines import jobs_to_run
+from longhaul.scheduling.run_display import JobEvents, RunDisplay
 from tests.support.run_folder import TRAIN, RunFolder
 
 

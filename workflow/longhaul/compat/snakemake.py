@@ -143,16 +143,19 @@ def _chained(first: Callable[[Any], None], second: Callable[[], None]) -> Callab
 
 
 def terminal_log() -> logging.Handler | None:
-    """Return the handler that writes Snakemake's log to the terminal; None in a dry run and where the user chose another logger.
+    """Return the handler that writes Snakemake's log to the terminal; None where the user chose another logger.
 
     Snakemake has logger plugins, but only a command-line option or a profile can name one, not a Snakefile. Its handler
     is known by its name. Upstream: pull request 3107 brought the plugins.
     """
     from snakemake.logging import logger
 
-    usual = next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
-    is_dry_run = usual is not None and any(getattr(rule, "dryrun", False) for rule in usual.filters)
-    return None if is_dry_run else usual
+    return next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
+
+
+def is_dry_run(usual: logging.Handler) -> bool:
+    """Return whether this is a dry run; the filter of the handler of `terminal_log` knows it."""
+    return any(getattr(rule, "dryrun", False) for rule in usual.filters)
 
 
 def replace_terminal_log(usual: logging.Handler, handle: Callable[[logging.LogRecord], None]) -> None:

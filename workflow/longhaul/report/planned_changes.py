@@ -87,11 +87,11 @@ def stage_changes(plan: Plan) -> list[StageChange]:
     return list(found.values())
 
 
-def change_lines(changes: list[StageChange]) -> list[str]:
-    """Return a line per stage; none where no stage has weights yet."""
-    if all(change.present is None and change.action != UNREADABLE for change in changes):
-        return []
-    return ["Compared with the results of this run:", *(printable(f"  {_line(change)}") for change in changes)]
+def change_lines(changes: list[StageChange], new_title: str = "") -> list[str]:
+    """Return a line per stage, below a title. Where no stage has weights yet, the title is `new_title`; without it, no line."""
+    is_new = all(change.present is None and change.action != UNREADABLE for change in changes)
+    title = new_title if is_new else "Compared with the results of this run:"
+    return [title, *(printable(f"  {_line(change)}") for change in changes)] if changes and title else []
 
 
 def _line(change: StageChange) -> str:

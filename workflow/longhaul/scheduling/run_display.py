@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from longhaul.jobs.job_kind import job_kinds
 from longhaul.report import number_format as text
 from longhaul.report.run_status import INTERRUPTED, RunStatus, count_jobs, read_status
 from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
+from longhaul.scheduling.dry_run_lines import NOTHING_TO_RUN, TARGET_RULE, jobs_to_run
 from longhaul.scheduling.job_queue import RecentQueue, queue_asker
 from longhaul.scheduling.retry_policy import SnakemakeJob, is_of_this_process, next_attempt
 
@@ -37,7 +38,6 @@ _SHARE_OF_A_CORE = 0.005
 _LAST_LOG_LINES = 15
 _CLOCKS_DIFFER_S = 10.0
 """Longest difference between the clocks of this host and of the file system."""
-_TARGET_RULE = "all"
 _PURPOSES = {
     "fetch": "get the data and models that the config names",
     "render": "write plan and launch files",
@@ -45,7 +45,6 @@ _PURPOSES = {
     "report": "write the report",
 }
 """What the rules do that are no declared job kinds; a kind says it itself."""
-_NOTHING_TO_RUN = "Nothing to be done"
 _RETRY = re.compile(r"Trying to restart job (\d+)\.")
 _NO_NEWS = (
     "Assuming unrestricted shared filesystem",
@@ -98,7 +97,7 @@ class RunDisplay:
 
     def handle(self, record: logging.LogRecord) -> None:
         """Show a record of Snakemake's log, if it is news for the user."""
-        if str(record.msg).startswith(_NOTHING_TO_RUN):
+        if str(record.msg).startswith(NOTHING_TO_RUN):
             self.finish()
         elif line := self._events.line(record):
             self._queue.forget()
@@ -172,20 +171,6 @@ class RunDisplay:
                 self._print(line)
 
 
-def jobs_to_run(stats: Mapping[str, int], planned: int) -> str:
-    """Return how many jobs of the plan will run, by rule, and which rules beside them are no jobs. stats: Snakemake's count."""
-    counts = {rule: count for rule, count in stats.items() if rule not in (_TARGET_RULE, "total")}
-    jobs = {rule: count for rule, count in counts.items() if rule in job_kinds()}
-    others = {rule: count for rule, count in counts.items() if rule not in jobs}
-    line = f"{sum(jobs.values())} of {planned} jobs to run"
-    line += f": {_by_rule(jobs)}" if jobs else ""
-    return line + (f"; beside them: {_by_rule(others)}" if others else "")
-
-
-def _by_rule(counts: Mapping[str, int]) -> str:
-    return ", ".join(rule if count == 1 else f"{rule} ({count})" for rule, count in counts.items())
-
-
 class JobEvents:
     """Turns records of Snakemake's log into lines for people."""
 
@@ -230,7 +215,7 @@ class JobEvents:
         job = _Job.of(fields)
         self._jobs[fields["jobid"]] = job
         self._failed.discard(fields["jobid"])
-        if job.rule == _TARGET_RULE:
+        if job.rule == TARGET_RULE:
             return None
         log = f", log: {job.log}" if job.log else ""
         purpose = f" ({job.purpose})" if job.purpose else ""
@@ -241,7 +226,7 @@ class JobEvents:
 
     def _progress(self, fields: dict[str, Any]) -> str | None:
         job = self._last_done
-        if job is None or job.rule == _TARGET_RULE:
+        if job is None or job.rule == TARGET_RULE:
             return None
         count = ""
         with suppress(UserError, OSError):  # the next job may find the plan and the file system again

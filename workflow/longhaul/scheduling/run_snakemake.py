@@ -12,6 +12,13 @@ from longhaul.runtime.lean_imports import lean_imports
 LEASE_OPTION = "--longhaul-lease"
 """First word of the command line where this process owns the run's lease. The lease's path follows; Snakemake sees neither."""
 
+
+def is_main_program() -> bool:
+    """Return whether `longhaul run` started this process: users who call Snakemake themselves keep its dry run."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == __name__
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == [LEASE_OPTION]:
         RunLease(Path(sys.argv[2])).acquire_or_exit()  # releases it also where Snakemake ends before it starts a job

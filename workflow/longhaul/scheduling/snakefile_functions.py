@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -37,6 +38,7 @@ from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
+from longhaul.scheduling.run_snakemake import is_main_program
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
 from longhaul.serving.engine_version import check_packages_here
 
@@ -95,7 +97,7 @@ def _print_changes_and_warnings(plan: Plan) -> None:
         UserError: the weights of a stage cannot continue under the planned number of steps.
     """
     changes = stage_changes(plan)
-    if any(change.action != KEPT for change in changes):
+    if any(change.action != KEPT for change in changes) and not _has_own_dry_run():
         for line in change_lines(changes):
             print(line, file=sys.stderr, flush=True)
     kept = {change.stage for change in changes if change.action == KEPT}
@@ -275,11 +277,7 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
     if not is_main_process:
         return
     if usual := snakemake.terminal_log():
-        from longhaul.scheduling.run_display import RunDisplay  # imports rich, which a dry run can spare
-
-        display = RunDisplay(plan.paths, len(planned_jobs(plan)))
-        snakemake.replace_terminal_log(usual, display.handle)
-        _displays.append(display)
+        _replace_terminal_log(usual, plan)
     snakemake.limit_retries(retry_policy.allowed_restarts)
     if plan.site.scheduler == "slurm":
         slurm_plugin.send_no_guesses()
@@ -291,6 +289,25 @@ def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
                 slurm_client.preempted_jobs, requeue, record_cancelled_wait, warner_of_waiting_jobs()
             )
         )
+
+
+def _replace_terminal_log(usual: logging.Handler, plan: Plan) -> None:
+    if _has_own_dry_run():
+        from longhaul.scheduling.dry_run_lines import DryRunLines
+
+        snakemake.replace_terminal_log(usual, DryRunLines(plan).handle)
+    elif not snakemake.is_dry_run(usual):
+        from longhaul.scheduling.run_display import RunDisplay  # imports rich, which a dry run can spare
+
+        display = RunDisplay(plan.paths, len(planned_jobs(plan)))
+        snakemake.replace_terminal_log(usual, display.handle)
+        _displays.append(display)
+
+
+def _has_own_dry_run() -> bool:
+    """Return whether this is `longhaul run -n`; `snakemake -n` keeps Snakemake's own text."""
+    usual = snakemake.terminal_log()
+    return usual is not None and snakemake.is_dry_run(usual) and is_main_program()
 
 
 def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
