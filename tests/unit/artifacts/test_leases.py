@@ -304,6 +304,19 @@ def test_acquired_lease_of_a_run_is_released_at_exit(tmp_path: Path, monkeypatch
     assert registered == [lease.release] and lease.current_owner() == lease.owner
 
 
+def test_process_that_became_snakemake_still_owns_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Snakemake's Slurm plugin removes the variables of Slurm from the main process."""
+    monkeypatch.delenv("LONGHAUL_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    RunLease(tmp_path / "lease").acquire_or_exit()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    lease = RunLease(tmp_path / "lease")
+    lease.acquire_or_exit(lambda job_id: pytest.fail("Slurm is asked about this process"))
+    lease.release()
+    assert not lease.path.exists()
+
+
 def test_job_of_this_process_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A requeued job has the id of its earlier allocation."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
