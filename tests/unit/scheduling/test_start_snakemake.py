@@ -55,7 +55,7 @@ def test_run_says_at_once_that_it_starts_and_so_does_the_status(
 ) -> None:
     words = started(monkeypatch, str(config))
     assert words[:2] == [LEASE_OPTION, str(LEASE.absolute())]
-    line = f"Run small starts: config {config}, results in results/small, log of Snakemake in .snakemake/log\n"
+    line = f"Run small starts: config {config}, log of Snakemake in .snakemake/log\n"
     assert capsys.readouterr().err == line
     for named in ([], [str(config)]):
         with pytest.raises(SystemExit) as ended:

@@ -78,15 +78,14 @@ def _take_lease(config: Path, run: str, folder: Path) -> list[str]:
     Snakemake takes the lease itself where this cannot: where a profile of the user names another working folder, or where no
     file can be written, for which the Snakefile has the remedy.
     """
-    paths = RunPaths(run, folder / RESULTS)
-    lease = RunLease(paths.lease)
+    lease = RunLease(RunPaths(run, folder / RESULTS).lease)
     try:
         lease.acquire_or_exit(slurm_client.job_has_ended)
     except OSError:
         return []
     log = folder / ".snakemake" / "log"
     print(
-        f"Run {run} starts: config {config}, results in {paths.folder}, log of Snakemake in {log}",
+        f"Run {run} starts: config {config}, log of Snakemake in {log}",
         file=sys.stderr,
         flush=True,
     )
