@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from longhaul.runtime.heartbeat import HeartbeatCounters, read_counts, send_heartbeat
 from longhaul.runtime.process_rank import Rank
-from longhaul.runtime.rendezvous import _meet
+from longhaul.runtime.rendezvous import meet
 
 RANKS_PER_NODE = 8
 MEET_TIMEOUT_S = 900.0
@@ -25,7 +25,7 @@ HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, MEASURED_S = 5.0, 20.0, 30.0
 
 def run_rank_0(ranks: int, pipe: Connection) -> None:
     """Serve the rendezvous and watch the heartbeats. Send what was measured through the pipe."""
-    store = _meet(_rank(0, ranks), MEET_TIMEOUT_S)
+    store = meet(_rank(0, ranks), MEET_TIMEOUT_S)
     pipe.send(time.time())
     watched = connect()
     pipe.recv()  # all ranks send heartbeats
@@ -46,10 +46,10 @@ def run_other_ranks(ranks: int, own: Sequence[int], pipe: Connection) -> None:
     pipe.recv()
     stores: dict[int, TCPStore] = {}
 
-    def meet(rank: int) -> None:
-        stores[rank] = _meet(_rank(rank, ranks), MEET_TIMEOUT_S)
+    def join(rank: int) -> None:
+        stores[rank] = meet(_rank(rank, ranks), MEET_TIMEOUT_S)
 
-    threads = [threading.Thread(target=meet, args=(rank,)) for rank in own]
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in own]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -124,7 +124,7 @@ def test_group_of_nccl_is_left_to_torch_after_an_error(
 ):
     """NCCL waits for messages that never come, so the error would not be reported."""
     calls: list[str] = []
-    for name in ("export_rank", "_tell_nccl_about_adapters", "_meet"):
+    for name in ("export_rank", "_tell_nccl_about_adapters", "meet"):
         monkeypatch.setattr(rendezvous, name, lambda *arguments: None)
     monkeypatch.setattr(rendezvous, "gpu_index", lambda rank: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -155,6 +155,6 @@ def test_rank_0_asks_for_all_ranks_in_one_request(monkeypatch: pytest.MonkeyPatc
     """With one request per rank, 4,096 ranks would keep rank 0's store busy while they register."""
     monkeypatch.setattr(rendezvous, "_POLL_INTERVAL_S", 0.0)
     store: Any = CountedStore()
-    assert rendezvous._wait_for_keys(store, rendezvous.host_key, range(1, 51), 60.0) == []
+    assert rendezvous.wait_for_keys(store, rendezvous.host_key, range(1, 51), 60.0) == []
     assert store.requests == 50
-    assert rendezvous._wait_for_keys(store, rendezvous.host_key, [3, 90], -1.0) == [90]
+    assert rendezvous.wait_for_keys(store, rendezvous.host_key, [3, 90], -1.0) == [90]

@@ -19,15 +19,17 @@ from longhaul.artifacts.check_rows import CheckRow
 from longhaul.artifacts.node_results import append_node_results
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
+from longhaul.checks.connection_checks import connection_rows
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.measurement_checks import EXACT_PRODUCTS
+from longhaul.checks.node_connections import connect_to_others
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
 from longhaul.config.shipped_files import data_root
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
-from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
-from longhaul.runtime.rendezvous import process_group
+from longhaul.runtime.process_rank import Rank, export_rank, require_planned_size, this_rank
+from longhaul.runtime.rendezvous import meet, process_group
 
 # Compiling ops takes minutes on a node that has none yet. The other nodes wait.
 _TIMEOUT_S = 900.0
@@ -48,16 +50,43 @@ def run(job: EnvironmentSpec) -> None:
     facts = node_facts(rank.node_name, job) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
     if job.swap_bytes and job.scratch:
         facts |= {"swap": swap_facts(job.scratch)}
-    with process_group(rank, "gloo", _TIMEOUT_S):
+    export_rank(rank)
+    store = meet(rank)
+    is_connected, found = connect_to_others(store, rank) if rank.world_size > 1 else (True, [])
+    rows = connection_rows(found)
+    if not is_connected:  # gloo would wait for them
+        if rank.is_main:
+            _refuse_connections(rows, job)
+        return
+    with process_group(rank, "gloo", _TIMEOUT_S, store=store):
         facts |= {"clock_skew_s": _clock_skew_s(rank), **_shared_folder_times(rank, Path(job.folder))}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        _judge(nodes, job)
+        _judge(nodes, job, rows)
 
 
-def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec) -> None:
-    """Print and write the report, and what it says about each node; raise the error of write_or_raise if there is a problem."""
-    rows, problems = hardware_rows(nodes, job), node_problems(nodes, job)
+def _refuse_connections(rows: Sequence[CheckRow], job: EnvironmentSpec) -> None:
+    """Print and write what was found about each node, and raise the error of write_or_raise."""
+    print_checks(rows)
+    problems = {row["node"]: list[str]() for row in rows}
+    for row in rows:
+        problems[row["node"]] += [f"{row['check']}: {row['value']}"] if row["result"] == "fail" else []
+    append_node_results(JobFolder(Path(job.job_folder)), environment_results(problems))
+    bad = [node for node, found in problems.items() if found]
+    EnvironmentReport(problem_lines(rows), [], warning_lines(rows), list(rows)).write_or_raise(
+        Path(job.out),
+        "nodes do not reach each other; nothing else was compared",
+        "correct these problems, or exclude the nodes",
+        bad if len(bad) < len(problems) else [],
+    )
+
+
+def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec, connections: Sequence[CheckRow] = ()) -> None:
+    """Print and write the report, and what it says about each node; raise the error of write_or_raise if there is a problem.
+
+    connections: rows about the connections between nodes
+    """
+    rows, problems = [*connections, *hardware_rows(nodes, job)], node_problems(nodes, job)
     if job.checks.bad_hardware == "warn":
         rows = [_tolerated(row) for row in rows]
     warnings = node_warnings(nodes, tested_versions()) + warning_lines(rows)

@@ -51,12 +51,17 @@ def _received_key(rank: int) -> str:
 
 @contextmanager
 def process_group(
-    rank: Rank, backend: str, timeout_s: float, rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT_S
+    rank: Rank,
+    backend: str,
+    timeout_s: float,
+    rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT_S,
+    store: TCPStore | None = None,
 ) -> Iterator[None]:
     """Provide the default process group of all ranks during a `with` block.
 
     backend:   "gloo" or "nccl"
     timeout_s: time-out of each collective, after which torch raises its own error
+    store:     of meet(), where the ranks have met already
 
     Raises:
         RendezvousError: on every rank that arrived, if a rank does not arrive within `rendezvous_timeout_s` or the backend
@@ -69,7 +74,7 @@ def process_group(
     if backend == "nccl":
         os.environ["LOCAL_RANK"] = str(gpu_index(rank))  # DeepSpeed takes it for the GPU
         _tell_nccl_about_adapters(rank)
-    store = _meet(rank, rendezvous_timeout_s)
+    store = store or meet(rank, rendezvous_timeout_s)
     device = torch.device("cuda", gpu_index(rank)) if backend == "nccl" else None
     if device:
         torch.cuda.set_device(device)
@@ -105,7 +110,7 @@ def _tell_nccl_about_adapters(rank: Rank) -> None:
         print(f"{rank.host}: {line}", flush=True)
 
 
-def _meet(rank: Rank, timeout_s: float) -> TCPStore:
+def meet(rank: Rank, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> TCPStore:
     """Return the store that rank 0 serves at MASTER_ADDR:MASTER_PORT, after every rank has registered in it."""
     from torch.distributed import DistError
 
@@ -115,12 +120,12 @@ def _meet(rank: Rank, timeout_s: float) -> TCPStore:
         store.set(host_key(rank.rank), rank.host)
         missing: list[int] = []
         if rank.is_main:
-            missing = _wait_for_keys(store, host_key, range(rank.world_size), timeout_s)
+            missing = wait_for_keys(store, host_key, range(rank.world_size), timeout_s)
             store.set(_RESULT_KEY, _missing_message(missing, rank, timeout_s) if missing else _COMPLETE)
         result = store.get(_RESULT_KEY).decode()
         store.set(_received_key(rank.rank), "")
         if missing:  # the store ends with rank 0, so rank 0 waits until the others have read which ranks are missing
-            _wait_for_keys(store, _received_key, set(range(rank.world_size)) - set(missing), _grace_s(timeout_s))
+            wait_for_keys(store, _received_key, set(range(rank.world_size)) - set(missing), _grace_s(timeout_s))
     except (DistError, OSError) as error:
         raise _unreachable(rank, timeout_s, error) from None
     if result != _COMPLETE:
@@ -171,7 +176,7 @@ def _grace_s(timeout_s: float) -> float:
     return min(10.0, timeout_s)
 
 
-def _wait_for_keys(store: TCPStore, key_of: Callable[[int], str], ranks: Iterable[int], seconds: float) -> list[int]:
+def wait_for_keys(store: TCPStore, key_of: Callable[[int], str], ranks: Iterable[int], seconds: float) -> list[int]:
     """Wait until all these ranks have set their key; return those that have not after `seconds`.
 
     One request asks for all keys: thousands of requests per look would keep rank 0's store from the ranks that register.

@@ -1,0 +1,148 @@
+"""Nodes connect to each other over real sockets of this machine; the node that is not reached is named."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+from longhaul.artifacts.check_rows import CheckRow
+from longhaul.checks import node_connections
+from longhaul.checks.check_table import problem_lines, warning_lines
+from longhaul.checks.connection_checks import connection_rows
+from longhaul.checks.node_connections import Connections, ListeningNode, connect_to_others, peers_of
+from longhaul.runtime.process_rank import Rank
+
+
+@pytest.fixture(autouse=True)
+def without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURMD_NODENAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def rank(number: int, nodes: int) -> Rank:
+    """Return the rank of a node whose name is its own address of this machine's loopback."""
+    return Rank(number, nodes, 0, nodes, f"127.0.0.{number + 1}")
+
+
+def connected(nodes: int) -> tuple[bool, list[CheckRow]]:
+    """Let nodes test their connections at once, and return what the first one has."""
+    store = HashStore()
+    with ThreadPoolExecutor(nodes) as threads:
+        results = list(threads.map(lambda number: connect_to_others(store, rank(number, nodes)), range(nodes)))  # type: ignore[arg-type]
+    assert len({is_good for is_good, _ in results}) == 1 and not any(found for _, found in results[1:])
+    return results[0][0], connection_rows(results[0][1])
+
+
+def test_each_node_connects_to_its_neighbours_and_to_the_first_one():
+    assert [peers_of(rank(number, 6)) for number in (0, 1, 3)] == [[1, 5], [0, 2], [0, 2, 4]]
+    assert [peers_of(rank(number, 2)) for number in range(2)] == [[1], [0]]
+    is_good, rows = connected(7)
+    assert is_good and {row["result"] for row in rows} == {"ok"} and len(rows) == 14
+    assert rows[0]["value"] == "from 127.0.0.2, 127.0.0.3, 127.0.0.4, 127.0.0.5 and 2 others"
+
+
+Wrap = Callable[[ListeningNode], ListeningNode]
+
+
+def change_endpoint(monkeypatch: pytest.MonkeyPatch, host: str, change: Wrap) -> None:
+    """Let a node publish another endpoint."""
+    listening = node_connections._listening
+
+    @contextmanager
+    def changed(of: Rank) -> Iterator[ListeningNode]:
+        with listening(of) as endpoint:
+            yield change(endpoint) if of.host == host else endpoint
+
+    monkeypatch.setattr(node_connections, "_listening", changed)
+
+
+def test_node_behind_a_firewall_is_named(monkeypatch: pytest.MonkeyPatch):
+    """Its queue of connections is full, so the kernel drops the request, as a firewall does."""
+    monkeypatch.setattr(node_connections, "CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.3", 0), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(3)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        change_endpoint(monkeypatch, "127.0.0.3", lambda endpoint: replace(endpoint, port=full.getsockname()[1]))
+        is_good, rows = connected(4)
+        for one in waiting:
+            one.close()
+    (line,) = problem_lines(rows)
+    assert not is_good and line.startswith(
+        "127.0.0.3: connections from other nodes: not from 127.0.0.2, 127.0.0.4: 127.0.0.3 does not answer"
+    )
+
+
+def test_node_that_takes_its_name_for_the_loopback_is_named(monkeypatch: pytest.MonkeyPatch):
+    """Another program answers there on the other nodes."""
+    with socket.create_server(("127.0.1.1", 0)) as other:
+        change_endpoint(
+            monkeypatch,
+            "127.0.0.2",
+            lambda found: replace(found, address="127.0.1.1", port=other.getsockname()[1], host="n2"),
+        )
+        other.settimeout(60)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: [other.accept()[0].close() for _ in range(1)])
+            is_good, rows = connected(2)
+    (line,) = problem_lines(rows)
+    assert not is_good and line == (
+        "127.0.0.2: connections from other nodes: not from 127.0.0.1: another program answers at 127.0.1.1 (n2 itself "
+        "resolves its name to it), expected within 5 s; set interconnect.socket_interface in the site file to an interface "
+        "that connects the nodes, or let the admins correct the node's name in its /etc/hosts"
+    )
+
+
+def test_node_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    is_good, rows = connected(2)
+    assert not is_good and "it has no address on ib7" in problem_lines(rows)[0]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert connected(2)[0]
+
+
+def node(number: int, reached: dict[int, str], names: dict[int, str] | None = None) -> Connections:
+    endpoint = ListeningNode(
+        f"n{number}", f"n{number}.cluster", f"10.0.0.{number}", 1, "word", "", [f"10.0.0.{number}"]
+    )
+    return Connections(endpoint, reached, names or {})
+
+
+def test_node_that_reaches_nobody_is_bad_and_not_the_others():
+    silent = "10.0.0.1 does not answer"
+    found = [
+        node(0, {1: "", 3: ""}),
+        node(1, {0: "", 2: ""}),
+        node(2, {0: silent, 1: silent, 3: silent}),
+        node(3, {0: "", 2: ""}),
+    ]
+    (line,) = problem_lines(connection_rows(found))
+    assert line.startswith(
+        "n2: connections to other nodes: not to n0, n1, n3: 10.0.0.1 does not answer, expected within 5 s; let"
+    )
+
+
+def test_two_nodes_without_a_link_are_both_named():
+    lines = problem_lines(connection_rows([node(0, {1: "refused"}), node(1, {0: "refused"})]))
+    assert lines == [
+        "n0 (not from n1: refused), n1 (not from n0: refused): connections from other nodes, expected within 5 s; let the admins "
+        "open all TCP ports between compute nodes, or set interconnect.socket_interface in the site file to an interface that "
+        "connects them"
+    ]
+
+
+def test_name_that_leads_to_another_address_is_a_warning():
+    assert node_connections._name_problem(replace(node(1, {}).endpoint, host="127.9.9.9")) == "resolves it to 127.9.9.9"
+    unknown = node_connections._name_problem(replace(node(1, {}).endpoint, host="no.such.host.invalid"))
+    assert unknown.startswith("does not resolve it (")
+    rows = connection_rows([node(0, {1: ""}, {1: "resolves it to 10.9.9.9"}), node(1, {0: ""}, {0: ""})])
+    assert warning_lines(rows)[0].startswith(
+        "n1: name on other nodes: n1.cluster: n0 resolves it to 10.9.9.9, expected an address"
+    )
