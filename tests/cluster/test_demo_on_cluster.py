@@ -15,7 +15,7 @@ import openai
 import pytest
 import yaml
 
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.serving.engines import LOOPBACK, Server
 from longhaul.serving.server_process import free_port, running_server
 from tests.support.pipeline_run import REPOSITORY, PipelineRun, leaks, local_site, write_site

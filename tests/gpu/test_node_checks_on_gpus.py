@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.machine import describe_machine, write_result
-from longhaul.checks.check_table import print_checks, problem_lines
+from longhaul.checks.build_check_rows import print_checks, problem_lines
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.node_facts import node_facts
 from longhaul.config.gpu_datasheets import datasheet

@@ -17,7 +17,7 @@ from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.config.serve_check_config import ServeCheck
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.reference_values import read_reference_values
 from tests.serve.conftest import ENGINES, ROOT

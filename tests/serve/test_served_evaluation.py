@@ -12,7 +12,7 @@ import yaml
 
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.evaluation.evaluate_model import run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from tests.serve.conftest import ENGINES

@@ -12,7 +12,7 @@ import pytest
 from longhaul.artifacts.endpoint import Endpoint, read_endpoint
 from longhaul.artifacts.paths import JobFolder
 from longhaul.artifacts.serve_check_result import ServeCheckResult
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.serving.api_key import create_key_file, read_key_file
 from tests.serve.conftest import ENGINES
 from tests.serve.test_engines import vllm_bound

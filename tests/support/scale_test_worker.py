@@ -14,7 +14,7 @@ from longhaul.checks.scale_test import run
 from longhaul.config.scale_test_config import ScaleTest
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec
-from longhaul.planning.scale_rungs import STEPS, WARM_UP_STEPS
+from longhaul.planning.scale_test_sizes import STEPS, WARM_UP_STEPS
 from tests.parity.prepare_case import prepare_case, run_config
 
 NO_LIMITS = {"max_step_time_spread": 1000.0, "min_efficiency": 0.0}

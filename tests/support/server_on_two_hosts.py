@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.virtual_hosts import VirtualHosts

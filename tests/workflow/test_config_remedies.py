@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.data.check_inputs import check_inputs
+from longhaul.data.check_first_rows import check_inputs
 from longhaul.errors import UserError
 from tests.support.small_configs import CONFIG, SITE, changed, plan_of
 from tests.workflow.bad_configs import CONFIGS

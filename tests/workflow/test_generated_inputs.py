@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from longhaul.artifacts.artifact_schemas import Checkpoint
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.config.load_config import load_config
-from longhaul.data.check_inputs import check_inputs
+from longhaul.data.check_first_rows import check_inputs
 from longhaul.data.readers.read_documents import read_documents
 from longhaul.data.tokenizers.document_encoder import DocumentEncoder
 from longhaul.errors import UserError

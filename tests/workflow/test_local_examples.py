@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.config.start_files import EXAMPLES, copy_start_files, names_in
+from longhaul.config.init_files import EXAMPLES, copy_start_files, names_in
 from longhaul.planning.load_plan import load_plan
 from tests.support.local_model import write_local_files
 

@@ -43,7 +43,7 @@ def test_dry_run_imports_nothing_heavy(tmp_path: Path):
 
 
 def test_dry_run_of_longhaul_run_spares_the_slurm_plugins_pandas(tmp_path: Path):
-    words = ["-m", "longhaul.scheduling.run_snakemake", "-s", str(REPOSITORY / "Snakefile"), "-n"]
+    words = ["-m", "longhaul.scheduling.snakemake_main", "-s", str(REPOSITORY / "Snakefile"), "-n"]
     where = ["--directory", str(tmp_path), "--profile", str(REPOSITORY / "profiles" / "slurm")]
     found = imported_modules(*words, *where, "--configfile", str(write_config(tmp_path)), cwd=tmp_path)
     assert "snakemake_executor_plugin_slurm.partitions" in found and "longhaul.planning.plan" in found

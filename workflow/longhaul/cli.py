@@ -94,7 +94,7 @@ def plan(
     Example: `longhaul plan mine.yaml`
     """
     from longhaul.artifacts.atomic_files import writable_file, write_json
-    from longhaul.data.check_inputs import check_inputs
+    from longhaul.data.check_first_rows import check_inputs
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
     from longhaul.report.planned_changes import change_lines, stage_changes
@@ -124,7 +124,7 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
 
     Example: `longhaul run mine.yaml -n`
     """
-    from longhaul.scheduling.start_snakemake import start_snakemake
+    from longhaul.scheduling.run_verb import start_snakemake
 
     start_snakemake(_config_path(config), context.args)
 
@@ -222,7 +222,7 @@ def report(
     Example: `longhaul report mine.yaml`
     """
     from longhaul.report.html_page import write_report
-    from longhaul.scheduling.job_queue import queue_asker
+    from longhaul.scheduling.read_job_queue import queue_asker
     from longhaul.scheduling.show_status import run_paths
 
     paths = run_paths(run)
@@ -355,15 +355,15 @@ def init(
 
     Example: `longhaul init --example llama-8b-pretrain --site slurm-generic --run mine`
     """
-    from longhaul.config import start_files
+    from longhaul.config import init_files
     from longhaul.config.load_config import SITES
 
-    examples, sites = (", ".join(start_files.names_in(folder)) for folder in (start_files.EXAMPLES, SITES))
-    chosen_example = _given_or_asked(example, f"Which example? ({examples})", start_files.check_example)
+    examples, sites = (", ".join(init_files.names_in(folder)) for folder in (init_files.EXAMPLES, SITES))
+    chosen_example = _given_or_asked(example, f"Which example? ({examples})", init_files.check_example)
     question = f"Which site? ({sites}, or the path of a site file)"
-    chosen_site = _given_or_asked(site, question, lambda written: start_files.check_site(written, Path()))
-    name = _given_or_asked(run, "Name of the run", start_files.check_run, default="mine")
-    config, site_file = start_files.copy_start_files(chosen_example, chosen_site, name, Path())
+    chosen_site = _given_or_asked(site, question, lambda written: init_files.check_site(written, Path()))
+    name = _given_or_asked(run, "Name of the run", init_files.check_run, default="mine")
+    config, site_file = init_files.copy_start_files(chosen_example, chosen_site, name, Path())
     print(f"wrote {config}, with the site {site_file}. Next: adapt both, then longhaul plan {config}")
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks import amd_gpu_reading
 from longhaul.checks.amd_gpu_checks import amd_rows
 from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
 from longhaul.checks.amd_gpu_library import read_library
 from longhaul.checks.amd_gpu_reading import read_amd_gpus
-from longhaul.checks.check_table import problem_lines, warning_lines
+from longhaul.checks.build_check_rows import problem_lines, warning_lines
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.pcie_links import PcieLink

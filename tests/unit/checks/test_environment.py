@@ -25,7 +25,7 @@ from longhaul.checks import node_facts as node_module
 from longhaul.checks import node_measurements
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading
 from longhaul.checks.gpu_facts import GpuReading
-from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
+from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.config.run_config import Checks

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from longhaul.checks.check_table import merge_equal_rows, problem_lines, warning_lines
+from longhaul.checks.build_check_rows import merge_equal_rows, problem_lines, warning_lines
 from longhaul.checks.gpu_checks import nvidia_rows
 from longhaul.checks.gpu_facts import GpuReading, with_processes_left, with_processes_of
 from tests.support.fake_nvml import MODELS, build_fake_nvml, healthy_gpu, read_fake_gpus

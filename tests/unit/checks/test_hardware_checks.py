@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.check_rows import CheckRow
-from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
+from longhaul.artifacts.node_check_row import CheckRow
+from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
 from longhaul.checks.gpu_checks import kernel_log_rows
 from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.gpu_names import gpu_name

@@ -12,7 +12,7 @@ from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.site_baseline import SiteBaseline, baseline_path, read_baseline
 from longhaul.checks.learn_baseline import learn_baseline, print_baseline
-from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
+from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec

@@ -11,8 +11,8 @@ import pytest
 from longhaul.artifacts.fabric_report import FabricReport, SlowNode
 from longhaul.artifacts.site_baseline import SiteBaseline
 from longhaul.checks.catalogue_comparison import FabricHardware
+from longhaul.checks.compare_rates_with_limits import usual_of
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network, network_rates
-from longhaul.checks.rate_checks import usual_of
 
 GPU = "NVIDIA H200"
 HARDWARE = FabricHardware(GPU)

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks import node_connections
-from longhaul.checks.check_table import problem_lines, warning_lines
+from longhaul.checks.build_check_rows import problem_lines, warning_lines
 from longhaul.checks.connection_checks import connection_rows
 from longhaul.checks.node_connections import Connections, ListeningNode, connect_to_others, peers_of
 from longhaul.runtime.process_rank import Rank

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
 from tests.support.node_hardware import environment_job, hardware, two_gpu_nodes
 

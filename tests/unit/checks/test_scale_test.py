@@ -15,7 +15,7 @@ from longhaul.checks.scale_test import scale_test_problems, scale_test_report
 from longhaul.config.acceptance_limits import FEWEST_STEPS, communication_efficiency
 from longhaul.config.scale_test_config import ScaleTest
 from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec
-from longhaul.planning.scale_rungs import PROFILED_STEPS, STEPS, WARM_UP_STEPS
+from longhaul.planning.scale_test_sizes import PROFILED_STEPS, STEPS, WARM_UP_STEPS
 from longhaul.train import train_few_steps
 from longhaul.train.train_few_steps import MeasuredSteps
 from tests.parity.shared_data import write_shared_data

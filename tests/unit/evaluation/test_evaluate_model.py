@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from longhaul.artifacts.artifact_schemas import Export, TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
-from longhaul.artifacts.evaluation_data import dataset_request
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.paths import RunPaths
+from longhaul.artifacts.task_data_lock_key import dataset_request
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.evaluation import evaluate_model
 from longhaul.evaluation.evaluate_model import read_scores, run

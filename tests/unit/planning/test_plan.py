@@ -17,7 +17,7 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan, StagePlan, build_plan
 from longhaul.planning.gpu_memory import estimate_gpu_memory
-from longhaul.planning.result_spec import result_spec
+from longhaul.planning.retraining_keys import result_spec
 from longhaul.report.plan_json import plan_json
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import DEEPSEEK, LLAMA, SITE, plan_of

@@ -16,7 +16,7 @@ from longhaul.errors import UserError
 from longhaul.report import html_page, run_status
 from longhaul.report.html_page import render_page, write_report
 from longhaul.report.number_format import nats
-from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
+from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.run_results import read_run
 from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
 from longhaul.report.status_text import summary_lines

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.report import html_page
 from longhaul.report.html_page import render_page
 from longhaul.report.node_check_table import node_check_rows

@@ -17,7 +17,7 @@ from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.report import run_status
-from longhaul.report.queued_jobs import Queue, QueuedJob
+from longhaul.report.queue_types import Queue, QueuedJob
 from longhaul.report.run_status import (
     DONE,
     FAILED,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from longhaul.cli import main
+from longhaul.config.init_files import names_in
 from longhaul.config.load_config import SITES, load_site
-from longhaul.config.start_files import names_in
 from longhaul.errors import UserError
 from longhaul.scheduling.check_site import check_run, check_site, example_plan, print_answers
 from tests.support.bad_input import refused_message

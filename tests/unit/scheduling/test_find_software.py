@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from longhaul.config.init_files import names_in
 from longhaul.config.load_config import SITES, load_site
 from longhaul.config.site_config import Site
-from longhaul.config.start_files import names_in
 from longhaul.errors import UserError
 from longhaul.scheduling.find_software import compare_software, missing_software, require_software
 from tests.support.small_configs import LOCAL, SITE, changed

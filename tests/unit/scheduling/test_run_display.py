@@ -14,7 +14,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from longhaul.artifacts.job_state import Failure
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
+from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
 from longhaul.scheduling import run_display
 from longhaul.scheduling.dry_run_lines import jobs_to_run

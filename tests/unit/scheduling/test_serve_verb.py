@@ -10,7 +10,7 @@ import pytest
 
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
-from longhaul.planning import Plan, check_engine
+from longhaul.planning import Plan, check_inference_engine
 from longhaul.scheduling import serve_verb, slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
@@ -145,7 +145,7 @@ def test_the_default_engine_without_its_extra_is_named_before_submission(
 ):
     monkeypatch.chdir(tmp_path)
     ServedRun(tmp_path, {}, {}).write_export()
-    monkeypatch.setattr(check_engine, "find_spec", lambda name: None if name == "fastapi" else name)
+    monkeypatch.setattr(check_inference_engine, "find_spec", lambda name: None if name == "fastapi" else name)
     with pytest.raises(UserError, match="engine transformers needs the package fastapi") as error:
         serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}), "base")
     assert error.value.hint == "pip install -c envs/constraints.txt '.[serve]'" and not slurm.submitted

@@ -24,7 +24,7 @@ from longhaul.artifacts.quarantine import Quarantine
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import allocation, slurm_client
 from longhaul.scheduling.allocation import Allocation
-from longhaul.scheduling.allocation_end import AllocationEnd
+from longhaul.scheduling.decide_after_attempt import AllocationEnd
 from longhaul.scheduling.job_records import JobRecords
 from longhaul.scheduling.request_at_submission import submitted_request
 from longhaul.scheduling.supervisor import Supervisor
@@ -159,7 +159,7 @@ def test_no_other_module_starts_processes():
         )
     }
     assert found == {
-        "scheduling/start_snakemake.py",  # longhaul run: the user's own words
+        "scheduling/run_verb.py",  # longhaul run: the user's own words
         "checks/kernel_log.py",  # journalctl: fixed words
         "checks/node_facts.py",  # nvidia-smi, the compiler: fixed words
         "export/model_card.py",  # git describe of the package's folder

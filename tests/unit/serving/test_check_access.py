@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import Server

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.serving.engine_version import check_packages_here, engine_version
 

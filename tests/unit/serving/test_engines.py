@@ -12,7 +12,7 @@ import yaml
 
 from longhaul.config.load_config import load_site
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import EngineName, Serving
+from longhaul.config.site_serving_config import EngineName, Serving
 from longhaul.errors import UserError
 from longhaul.serving import require_key
 from longhaul.serving.api_key import create_key_file, read_key_file

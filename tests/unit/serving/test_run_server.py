@@ -12,7 +12,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.job_state import Deadline
 from longhaul.artifacts.paths import JobFolder
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.serving import run_server

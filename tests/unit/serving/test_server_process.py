@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.serving import server_process
 from longhaul.serving.engines import Server, ServerShape

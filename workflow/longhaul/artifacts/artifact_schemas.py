@@ -15,8 +15,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.atomic_files import DELETE_HINT, read_json, write_json
-from longhaul.artifacts.check_rows import CheckRow
 from longhaul.artifacts.export_provenance import Provenance
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.typed_json import Sha256, parse_json
 from longhaul.errors import BadNodesError, UserError
 

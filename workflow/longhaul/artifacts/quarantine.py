@@ -1,4 +1,4 @@
-"""Reads and changes results/quarantine.json, bad nodes that later jobs exclude; supervisor.py and allocation_end.py add them,
+"""Reads and changes results/quarantine.json, nodes that later jobs exclude; supervisor.py and decide_after_attempt.py add them,
 `longhaul nodes --release` removes them.
 """
 

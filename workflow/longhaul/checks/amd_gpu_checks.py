@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts, AmdReading
-from longhaul.checks.check_table import Component, FactCheck, fail_if, warn_if
+from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_checks import WATCH, clock_row, slowdown_result
 
 _STATE, _NO_STATE = "source of the GPUs' state", "slowdowns, clocks, processes and XGMI links"

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from longhaul.checks.matrix_products import ExactProduct, synchronize
-from longhaul.checks.measured_rates import BurnIn
+from longhaul.checks.measurement_types import BurnIn
 
 T = TypeVar("T")
 _PRODUCTS, _COPIES = 10, 5

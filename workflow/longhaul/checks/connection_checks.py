@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator, Sequence
 
-from longhaul.artifacts.check_rows import CheckRow
-from longhaul.checks.check_table import Component
+from longhaul.artifacts.node_check_row import CheckRow
+from longhaul.checks.build_check_rows import Component
 from longhaul.checks.node_connections import CONNECT_S, Connections, ListeningNode
 
 _FROM, _TO, _NAME = "connections from other nodes", "connections to other nodes", "name on other nodes"

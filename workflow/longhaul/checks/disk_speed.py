@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from longhaul.checks.measured_rates import DiskSpeed, SafeWrite
+from longhaul.checks.measurement_types import DiskSpeed, SafeWrite
 
 BLOCK_BYTES = 4 * 2**20
 

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.node_results import append_node_results
 from longhaul.artifacts.paths import JobFolder
-from longhaul.checks.check_table import print_checks, problem_lines, warning_lines
+from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
 from longhaul.checks.connection_checks import connection_rows
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
-from longhaul.checks.measurement_checks import EXACT_PRODUCTS
+from longhaul.checks.judge_measurements import EXACT_PRODUCTS
 from longhaul.checks.node_connections import connect_to_others
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings

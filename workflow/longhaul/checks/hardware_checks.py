@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_checks import amd_rows
-from longhaul.checks.check_table import Component, FactCheck, fail_if, merge_equal_rows, warn_if
+from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, merge_equal_rows, warn_if
+from longhaul.checks.compare_rates_with_limits import RateLimits
 from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
-from longhaul.checks.measurement_checks import measurement_rows
+from longhaul.checks.judge_measurements import measurement_rows
 from longhaul.checks.network_interfaces import InterfaceFacts
 from longhaul.checks.pcie_checks import pcie_rows
 from longhaul.checks.port_checks import port_rows
 from longhaul.checks.process_limits import ProcessLimits
-from longhaul.checks.rate_checks import RateLimits
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
 _SLINGSHOT = "hsn"

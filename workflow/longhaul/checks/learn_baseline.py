@@ -13,9 +13,9 @@ from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport, 
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.job_state import utc_now
 from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
-from longhaul.checks.measured_rates import NodeMeasurements
+from longhaul.checks.compare_rates_with_limits import RATE_CHECKS, rates_of, usual_of
+from longhaul.checks.measurement_types import NodeMeasurements
 from longhaul.checks.network_baseline import network_rates
-from longhaul.checks.rate_checks import RATE_CHECKS, rates_of, usual_of
 from longhaul.errors import UserError
 from longhaul.planning import Plan
 

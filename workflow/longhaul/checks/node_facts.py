@@ -35,7 +35,7 @@ from longhaul.runtime.compiled_ops import remove_stale_builds, use_ops_folder
 from longhaul.runtime.swap_folders import remove_stale_swap_folders, swap_folder
 
 if TYPE_CHECKING:
-    from longhaul.checks.measured_rates import NodeMeasurements
+    from longhaul.checks.measurement_types import NodeMeasurements
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 _RELEASE_S = 15.0
@@ -100,7 +100,7 @@ def _measure(
 
     if not (found or job.measures_speed):
         return None, read()
-    from longhaul.checks.measured_rates import NodeMeasurements
+    from longhaul.checks.measurement_types import NodeMeasurements
     from longhaul.checks.node_measurements import read_under_load
 
     try:

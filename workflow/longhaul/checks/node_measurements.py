@@ -13,7 +13,7 @@ import torch
 from longhaul.checks.burn_in import burn_in, read_while_busy
 from longhaul.checks.disk_speed import direct_speed, safe_write
 from longhaul.checks.matrix_products import matrix_tflops
-from longhaul.checks.measured_rates import NodeMeasurements
+from longhaul.checks.measurement_types import NodeMeasurements
 from longhaul.checks.memory_bandwidth import triad_gb_per_s
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.node_results import NodeResult, new_node_result
 from longhaul.checks.node_problems import Facts, node_problems, problems_of_node
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from longhaul.artifacts.check_rows import CheckRow, Result
-from longhaul.checks.check_table import Component
+from longhaul.artifacts.node_check_row import CheckRow, Result
+from longhaul.checks.build_check_rows import Component
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.pcie_links import PcieLink
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from longhaul.artifacts.check_rows import CheckRow, Result
-from longhaul.checks.check_table import Component
+from longhaul.artifacts.node_check_row import CheckRow, Result
+from longhaul.checks.build_check_rows import Component
 from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.network_interfaces import InterfaceFacts
 

@@ -21,7 +21,7 @@ from longhaul.config.field_types import (
 )
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.partition_config import JobPlace, NodeShape, Partition
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.config.slurm_options import RESERVED_SRUN_EXTRA, check_options
 from longhaul.config.software_config import Accelerator, AcceleratorOrCpu, Software
 

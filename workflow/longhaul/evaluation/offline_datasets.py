@@ -8,7 +8,7 @@ from typing import Any
 
 from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.compare_hashes import wrong_files
-from longhaul.artifacts.evaluation_data import dataset_request, reads_local_files
+from longhaul.artifacts.task_data_lock_key import dataset_request, reads_local_files
 from longhaul.errors import UserError
 
 

@@ -18,8 +18,8 @@ from longhaul.data.demo_corpus import write_demo_corpus
 from longhaul.errors import UserError, first_line
 from longhaul.fetch.hub_splits import list_split_files, stream_rows
 from longhaul.fetch.task_data import fetch_task_data
+from longhaul.planning.check_files_exist import model_config, read_model_folder
 from longhaul.planning.check_pretrained_weights import check_pretrained_weights
-from longhaul.planning.input_files import model_config, read_model_folder
 
 _MODEL_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKENIZER_PATTERNS = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
-from longhaul.artifacts.evaluation_data import dataset_request, reads_local_files
+from longhaul.artifacts.task_data_lock_key import dataset_request, reads_local_files
 from longhaul.compat.lm_eval import build_tasks
 from longhaul.config.load_config import LoadedConfig
 from longhaul.errors import UserError, first_line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
-from longhaul.planning.check_engine import check_engine
+from longhaul.planning.check_inference_engine import check_engine
 from longhaul.planning.constants_shared_with_trainer import LOGITS_PROMPT_TOKENS
 from longhaul.planning.serving_plan import ServingPlan
 

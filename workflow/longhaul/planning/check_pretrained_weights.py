@@ -11,7 +11,7 @@ from longhaul.config.load_config import LoadedConfig
 from longhaul.config.pretrained_format import mtp_prefixes
 from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
-from longhaul.planning.input_files import read_model_folder
+from longhaul.planning.check_files_exist import read_model_folder
 
 _FP8_SCALE = "_scale_inv"
 _MOST_MISSING = 100_000

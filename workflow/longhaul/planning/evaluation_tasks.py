@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from longhaul.artifacts.evaluation_data import LOCAL_FORMATS, named_files, reads_local_files
 from longhaul.artifacts.paths import RunPaths
+from longhaul.artifacts.task_data_lock_key import LOCAL_FORMATS, named_files, reads_local_files
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.run_config import Config
 from longhaul.config.shipped_files import data_root

@@ -39,6 +39,13 @@ from longhaul.planning.check_feasibility import (
     not_compiled_warning,
     save_time_warning,
 )
+from longhaul.planning.check_files_exist import (
+    changes_of_pretrained_weights,
+    check_files,
+    dataset_files,
+    evaluation_files,
+    model_config,
+)
 from longhaul.planning.check_job_servers import check_engine_of_jobs, check_job_servers, has_served_evaluation
 from longhaul.planning.check_parallel_layout import (
     check_model,
@@ -52,15 +59,8 @@ from longhaul.planning.config_references import check_references
 from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data
 from longhaul.planning.fit_memory import fit_memory
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
-from longhaul.planning.input_files import (
-    changes_of_pretrained_weights,
-    check_files,
-    dataset_files,
-    evaluation_files,
-    model_config,
-)
 from longhaul.planning.node_memory import node_memory_warning
-from longhaul.planning.result_spec import result_spec
+from longhaul.planning.retraining_keys import result_spec
 from longhaul.planning.save_mode import synchronous_save_reason
 from longhaul.planning.serving_plan import ServingPlan, plan_serving
 from longhaul.planning.stage_order import sort_stages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 
 _ORDER = {"fail": 0, "warn": 1, "unknown": 2, "ok": 3}
 _MOST_FINDINGS, _MOST_VALUES = 200, 3

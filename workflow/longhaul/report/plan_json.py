@@ -15,7 +15,7 @@ from longhaul.data.readers.first_rows import first_rows
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.gpu_hours import HoursEstimate, MfuEstimate, estimate_mfu, stage_features
-from longhaul.planning.scale_rungs import STEPS, scale_ladder
+from longhaul.planning.scale_test_sizes import STEPS, scale_ladder
 from longhaul.planning.steps_of_epochs import estimate_epochs, estimate_steps
 from longhaul.report.stage_records import (
     earlier_packs,

@@ -1,4 +1,4 @@
-"""Computes the values of `longhaul status`: job states, step, loss, time left, GPU-hours; job_queue.py fetches pending reasons.
+"""Computes the values of `longhaul status`: job states, step, loss, time left, GPU-hours; read_job_queue.py asks Slurm.
 
 Only small files and the ends of large ones are read, so that the answer comes within two seconds for 1,000 stages.
 """
@@ -31,7 +31,7 @@ from longhaul.errors import UserError
 from longhaul.report.learning_result import LearningResult, learning_result, read_unigram_entropies
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
-from longhaul.report.queued_jobs import AskQueue, Queue, QueuedJob
+from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import (
     MetricsRows,
     bytes_below,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from longhaul.config.partition_config import Partition
 from longhaul.config.site_config import Site
 from longhaul.planning.slurm_request import SlurmRequest
-from longhaul.scheduling.compare_nodes import Comparison
+from longhaul.scheduling.compare_nodes_with_site import Comparison
 from longhaul.scheduling.slurm_limits import (
     MinutesLimit,
     SlurmLimits,

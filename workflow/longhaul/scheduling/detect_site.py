@@ -19,7 +19,7 @@ from longhaul.config.field_types import NAME_PATTERN, PATTERN_DESCRIPTIONS
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.compare_nodes import probe_requests
+from longhaul.scheduling.compare_nodes_with_site import probe_requests
 from longhaul.scheduling.fast_interfaces import fast_interfaces
 from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, found_partitions
 from longhaul.scheduling.probe_nodes import probe_nodes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longhaul.config.site_config import Site
 from longhaul.errors import UserError
-from longhaul.scheduling.compare_nodes import Comparison
+from longhaul.scheduling.compare_nodes_with_site import Comparison
 
 _PLACEHOLDER = "/path/to/"
 """Beginning of the paths in shipped site files."""

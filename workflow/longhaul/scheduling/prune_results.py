@@ -28,7 +28,7 @@ from longhaul.jobs.job_kind import job_kinds, jobs_of, jobs_on_demand
 from longhaul.planning import Plan
 from longhaul.report import number_format as text
 from longhaul.report.planned_changes import StageChange, stage_changes
-from longhaul.scheduling.job_queue import jobs_in_queue
+from longhaul.scheduling.read_job_queue import jobs_in_queue
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, WeightsIdentity
 
 KEPT_ATTEMPTS = 5

@@ -29,7 +29,7 @@ from longhaul.report import number_format as text
 from longhaul.report.run_status import INTERRUPTED, RunStatus, count_jobs, read_status
 from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
 from longhaul.scheduling.dry_run_lines import NOTHING_TO_RUN, TARGET_RULE, jobs_to_run
-from longhaul.scheduling.job_queue import RecentQueue, queue_asker
+from longhaul.scheduling.read_job_queue import RecentQueue, queue_asker
 from longhaul.scheduling.retry_policy import SnakemakeJob, is_of_this_process, next_attempt
 
 _LOG_EVERY_S, _TERMINAL_EVERY_S, _QUEUE_EVERY_S = 60.0, 5.0, 30.0

@@ -23,11 +23,11 @@ from longhaul.jobs.job_kind import job_request, job_spec
 from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.planning import Plan, model_config
-from longhaul.planning.check_engine import check_engine
-from longhaul.report.queued_jobs import QueuedJob
+from longhaul.planning.check_inference_engine import check_engine
+from longhaul.report.queue_types import QueuedJob
 from longhaul.report.serving_table import serving_table
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.job_queue import read_queue
+from longhaul.scheduling.read_job_queue import read_queue
 from longhaul.scheduling.slurm_client import SlurmCommandError
 from longhaul.serving.api_key import keep_key
 from longhaul.serving.engine_version import check_packages_here

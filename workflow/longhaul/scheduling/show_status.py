@@ -22,7 +22,7 @@ from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.run_status import RunStatus, read_status, starting_status
 from longhaul.report.status_text import status_view
 from longhaul.scheduling.job_accounting import ended_jobs
-from longhaul.scheduling.job_queue import queue_asker
+from longhaul.scheduling.read_job_queue import queue_asker
 
 _SLURM_LOGS = Path(".snakemake", "slurm_logs")  # where the Slurm plugin puts the logs of sbatch
 _WATCH_EVERY_S = 30.0

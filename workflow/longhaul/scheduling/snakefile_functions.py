@@ -22,14 +22,14 @@ from longhaul.compat import slurm_plugin, snakemake
 from longhaul.config.load_config import load_config
 from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
-from longhaul.data.check_inputs import check_inputs
+from longhaul.data.check_first_rows import check_inputs
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.check_job_servers import starts_engine
 from longhaul.planning.evaluation_tasks import tasks_to_fetch
-from longhaul.planning.scale_rungs import scale_ladder
+from longhaul.planning.scale_test_sizes import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.report.plan_json import plan_json, planned_jobs
 from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, stage_changes
@@ -38,8 +38,8 @@ from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
-from longhaul.scheduling.run_snakemake import is_main_program
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
+from longhaul.scheduling.snakemake_main import is_main_program
 from longhaul.serving.engine_version import check_packages_here
 
 if TYPE_CHECKING:

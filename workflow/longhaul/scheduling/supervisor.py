@@ -17,8 +17,8 @@ from longhaul.artifacts.job_state import Outcome, State
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation, join_allocation
-from longhaul.scheduling.allocation_end import AllocationEnd
 from longhaul.scheduling.deadline_updater import DeadlineUpdater
+from longhaul.scheduling.decide_after_attempt import AllocationEnd
 from longhaul.scheduling.job_records import JobRecords
 from longhaul.scheduling.run_job_steps import StepRunner
 from longhaul.scheduling.termination_signals import TerminationSignals

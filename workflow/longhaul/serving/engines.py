@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import EngineName, Serving
+from longhaul.config.site_serving_config import EngineName, Serving
 from longhaul.serving import require_key
 
 LOOPBACK = "127.0.0.1"

@@ -15,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.serving.api_key import create_key_file
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import ENGINES, LOOPBACK, Server, ServerShape

@@ -9,7 +9,7 @@ from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.paths import JobId
 from longhaul.config.evaluation_config import Evaluation
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan

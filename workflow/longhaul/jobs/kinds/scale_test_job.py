@@ -12,7 +12,7 @@ from longhaul.jobs.job_kind import JobKind, PlannedStep
 from longhaul.jobs.kinds.train_job import TrainSpec, node_check, train_spec
 from longhaul.jobs.templates import render_deepspeed_config
 from longhaul.planning import Plan, StagePlan
-from longhaul.planning.scale_rungs import WARM_UP_STEPS, scale_ladder
+from longhaul.planning.scale_test_sizes import WARM_UP_STEPS, scale_ladder
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 
 

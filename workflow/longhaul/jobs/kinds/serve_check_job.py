@@ -7,7 +7,7 @@ from typing import Literal
 from longhaul.artifacts.paths import JobId
 from longhaul.config.serve_check_config import ServeCheck
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longhaul.artifacts.paths import SERVE_KIND, JobId
 from longhaul.config.serve_config import Serve
-from longhaul.config.serving_config import Serving
+from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, model_config

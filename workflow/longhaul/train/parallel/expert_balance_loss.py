@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.parallel.autograd_collectives import all_reduced, name_group
+from longhaul.train.parallel.count_once_per_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

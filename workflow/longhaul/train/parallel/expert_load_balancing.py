@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from longhaul.config.stage_config import Stage
+from longhaul.train.parallel.count_once_per_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.padding_tokens import TextTokens
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from longhaul.train.parallel.record_in_forward_pass import record_in_forward_pass
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 Load = dict[str, list[int]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from longhaul.artifacts.check_rows import CheckRow, Result
-from longhaul.checks.check_table import Component
-from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
-from longhaul.checks.rate_checks import RateLimits, rate_rows
+from longhaul.artifacts.node_check_row import CheckRow, Result
+from longhaul.checks.build_check_rows import Component
+from longhaul.checks.compare_rates_with_limits import RateLimits, rate_rows
+from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 
 EXACT_PRODUCTS = "products with a known result"
 

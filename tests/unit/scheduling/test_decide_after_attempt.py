@@ -25,9 +25,9 @@ from longhaul.errors import AllocationTooShort, BadNodesError
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
-from longhaul.scheduling import allocation_end, slurm_client
+from longhaul.scheduling import decide_after_attempt, slurm_client
 from longhaul.scheduling.allocation import Allocation
-from longhaul.scheduling.allocation_end import AllocationEnd
+from longhaul.scheduling.decide_after_attempt import AllocationEnd
 from longhaul.scheduling.job_records import JobRecords
 from longhaul.scheduling.slurm_client import JobInfo
 from longhaul.scheduling.termination_signals import TerminationSignals
@@ -63,7 +63,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slurm:
     monkeypatch.setattr(slurm_client, "down_nodes", lambda nodes: [node for node in nodes if node in found.down])
     monkeypatch.setattr(slurm_client, "unresponsive_nodes", lambda nodes, timeout_s: found.unresponsive)
     monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: found.partition)
-    monkeypatch.setattr(allocation_end, "_REQUEUE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(decide_after_attempt, "_REQUEUE_TIMEOUT_S", 0.0)
     monkeypatch.chdir(tmp_path)
     return found
 

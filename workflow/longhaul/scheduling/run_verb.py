@@ -15,7 +15,7 @@ from longhaul.config.load_config import load_config
 from longhaul.config.shipped_files import data_root
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.run_snakemake import LEASE_OPTION
+from longhaul.scheduling.snakemake_main import LEASE_OPTION
 
 STARTS_NO_JOB = (
     *(
@@ -59,7 +59,7 @@ def start_snakemake(config: Path, options: list[str]) -> NoReturn:
         options = [*options, "--profile", str(data_root() / "profiles" / loaded.site.scheduler)]
     # --configfile takes every word up to the next option, so it goes before the user's words, which may begin with a target.
     own = [*lease, "--configfile", str(config.absolute()), "--snakefile", str(data_root() / "Snakefile")]
-    os.execv(sys.executable, [sys.executable, "-m", "longhaul.scheduling.run_snakemake", *own, *options])  # nosec B606  # the user's own words, without a shell
+    os.execv(sys.executable, [sys.executable, "-m", "longhaul.scheduling.snakemake_main", *own, *options])  # nosec B606  # the user's own words, without a shell
 
 
 def _starts_jobs(options: list[str]) -> bool:

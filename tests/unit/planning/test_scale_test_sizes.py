@@ -12,7 +12,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_spec, jobs_of
 from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec, scale_test_before
 from longhaul.planning import Plan
-from longhaul.planning.scale_rungs import PROFILED_STEPS, STEPS, scale_ladder
+from longhaul.planning.scale_test_sizes import PROFILED_STEPS, STEPS, scale_ladder
 from longhaul.report.plan_json import plan_json
 from longhaul.report.plan_table import plan_notes
 from tests.support.small_configs import plan_of

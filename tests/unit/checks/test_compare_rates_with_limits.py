@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.site_baseline import SiteBaseline
-from longhaul.checks.check_table import problem_lines
-from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
-from longhaul.checks.rate_checks import RATE_CHECKS, RateLimits, rate_rows, rates_of, usual_of
+from longhaul.checks.build_check_rows import problem_lines
+from longhaul.checks.compare_rates_with_limits import RATE_CHECKS, RateLimits, rate_rows, rates_of, usual_of
+from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.config.node_minimums import NodeMinimums
 
 GPU = BurnIn(verified=9, wrong_rows=0, matrix_tflops=640.0, device_copy_gb_per_s=2900.0, host_to_device_gb_per_s=55.0,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from longhaul.artifacts.check_rows import CheckRow
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.site_baseline import SiteBaseline
-from longhaul.checks.check_table import problem_lines
-from longhaul.checks.measured_rates import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
-from longhaul.checks.measurement_checks import measurement_rows
-from longhaul.checks.rate_checks import RateLimits
+from longhaul.checks.build_check_rows import problem_lines
+from longhaul.checks.compare_rates_with_limits import RateLimits
+from longhaul.checks.judge_measurements import measurement_rows
+from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.config.node_minimums import NodeMinimums
 
 GPU = BurnIn(9, 0, 640.0, 2900.0, 55.0, 54.0)

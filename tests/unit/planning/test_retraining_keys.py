@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longhaul.config.load_config import load_config
-from longhaul.planning.result_spec import result_spec
+from longhaul.planning.retraining_keys import result_spec
 from tests.support.small_configs import EMPTY_SAFETENSORS, LLAMA, write_config
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.artifacts.node_check_row import CheckRow, Result
 
 _NAMED_FAILURES, _NAMED_PLACES = 20, 4
 """Largest numbers of failures, and of places in a line, that are printed; all of them are in the report's table."""

@@ -1,4 +1,4 @@
-"""Types of what the status needs from Slurm's queue; scheduling/job_queue.py asks Slurm."""
+"""Types of what the status needs from Slurm's queue; scheduling/read_job_queue.py asks Slurm."""
 
 from __future__ import annotations
 

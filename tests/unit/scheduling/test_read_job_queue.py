@@ -15,9 +15,9 @@ from longhaul.compat.slurm_plugin import job_comment
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_name_by_hand
 from longhaul.jobs.launch_files import write_job_files
-from longhaul.report.queued_jobs import Queue, QueuedJob
-from longhaul.scheduling import job_queue, slurm_client
-from longhaul.scheduling.job_queue import RecentQueue, jobs_in_queue, match_jobs, queue_asker
+from longhaul.report.queue_types import Queue, QueuedJob
+from longhaul.scheduling import read_job_queue, slurm_client
+from longhaul.scheduling.read_job_queue import RecentQueue, jobs_in_queue, match_jobs, queue_asker
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from tests.support.small_configs import plan_of
 from tests.support.supervised_job import fake_program
@@ -145,14 +145,14 @@ def test_status_waits_for_slurm_a_few_seconds(tmp_path: Path, monkeypatch: pytes
     paths = RunPaths("r", tmp_path / "results")
     paths.folder.mkdir(parents=True)
     monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", "#!/bin/sh\nexec sleep 30\n"))
-    monkeypatch.setattr(job_queue, "_STATUS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(read_job_queue, "_STATUS_TIMEOUT_S", 0.2)
     with pytest.raises(UserError, match=r"squeue did not answer within 0\.2 s"):
         queue_asker(paths)([])
 
 
 def test_display_asks_slurm_every_30_seconds_or_after_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_s = [0.0]
-    monkeypatch.setattr(job_queue.time, "monotonic", lambda: clock_s[0])
+    monkeypatch.setattr(read_job_queue.time, "monotonic", lambda: clock_s[0])
     answers = iter([Queue({}), UserError("squeue did not answer"), Queue({}), Queue({})])
 
     def ask(jobs: list[JobId]) -> Queue:

@@ -6,8 +6,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from longhaul.config.serving_config import ENGINE_PACKAGES, EngineName
 from longhaul.config.site_config import Site
+from longhaul.config.site_serving_config import ENGINE_PACKAGES, EngineName
 from longhaul.errors import UserError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.config.init_files import EXAMPLES, copy_start_files, names_in
 from longhaul.config.load_config import SITES, load_config, load_site
-from longhaul.config.start_files import EXAMPLES, copy_start_files, names_in
 from longhaul.errors import UserError
 from longhaul.planning import build_plan
 from tests.support.bad_input import refused_message

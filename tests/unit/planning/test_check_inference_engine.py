@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from longhaul.config.serving_config import ENGINE_PACKAGES
+from longhaul.config.site_serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
-from longhaul.planning import Plan, check_engine
+from longhaul.planning import Plan, check_inference_engine
 from tests.support.small_configs import plan_of
 
 CHECK = {"stages.1.export": "last", "stages.1.serve_check": {"streams": [1], "answer_tokens": 16}}
@@ -40,7 +40,7 @@ def test_the_packages_of_another_python_are_not_looked_for_here(tmp_path: Path):
 
 def test_the_default_engine_needs_what_the_extra_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     present = set(ENGINE_PACKAGES["transformers"])
-    monkeypatch.setattr(check_engine, "find_spec", lambda name: name if name in present else None)
+    monkeypatch.setattr(check_inference_engine, "find_spec", lambda name: name if name in present else None)
     planned(tmp_path / "a", {})
     present.remove("openai")
     with pytest.raises(UserError, match="needs the package openai") as refused:

@@ -15,8 +15,8 @@ from snakemake.cli import get_argument_parser
 from longhaul.artifacts.leases import Lease, LeaseOwner, process_start
 from longhaul.artifacts.paths import RunPaths
 from longhaul.cli import main
-from longhaul.scheduling import start_snakemake
-from longhaul.scheduling.run_snakemake import LEASE_OPTION
+from longhaul.scheduling import run_verb
+from longhaul.scheduling.snakemake_main import LEASE_OPTION
 from tests.support.bad_input import refused_message
 from tests.support.small_configs import LOCAL, write_config
 
@@ -112,7 +112,7 @@ def test_folder_that_cannot_be_written_is_left_to_the_snakefile(config: Path, mo
 
 def test_options_that_start_no_job_are_snakemakes() -> None:
     known = set(get_argument_parser()._option_string_actions)
-    assert set(start_snakemake.STARTS_NO_JOB) - known == set()
+    assert set(run_verb.STARTS_NO_JOB) - known == set()
 
 
 def test_lease_is_released_where_snakemake_ends_before_its_first_job(config: Path) -> None:

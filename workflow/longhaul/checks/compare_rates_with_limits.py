@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from longhaul.artifacts.check_rows import CheckRow, Result
+from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
-from longhaul.checks.check_table import Component
-from longhaul.checks.measured_rates import NodeMeasurements
+from longhaul.checks.build_check_rows import Component
+from longhaul.checks.measurement_types import NodeMeasurements
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.node_minimums import NodeMinimums
 

@@ -11,7 +11,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.errors import UserError
 from longhaul.planning import dataset_files, evaluation_files, left_out_files, model_config
-from longhaul.planning.input_files import _check_file_name, changes_of_pretrained_weights, read_model_folder
+from longhaul.planning.check_files_exist import _check_file_name, changes_of_pretrained_weights, read_model_folder
 from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, plan_of, write_weights
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longhaul.config.site_config import Site
-from longhaul.scheduling.compare_nodes import compare_nodes, print_comparisons, probe_requests
+from longhaul.scheduling.compare_nodes_with_site import compare_nodes, print_comparisons, probe_requests
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 from tests.support.small_configs import SITE, plan_of
 
