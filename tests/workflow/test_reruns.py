@@ -110,15 +110,24 @@ def test_learning_rate_reruns_the_stage_and_its_successors(run: PipelineRun):
 
 
 def test_first_stage_waits_for_chats_of_a_later_one_but_does_not_depend_on_them(run: PipelineRun, tmp_path: Path):
-    """The manifest of the chats is tokenized again, but the first stage is finished."""
+    """As where the second stage is new: only it runs. A first stage that trains again waits for the chats."""
+    made_by_second = [run.results / "data/chats.json", run.results / "stages/chat/checkpoint.json"]
+    for number, path in enumerate(made_by_second):
+        shutil.move(path, tmp_path / str(number))
+    new = expensive(run)
+    run.config["stages"][0]["optimizer"]["lr"] = 0.001
+    run.save()
+    again = job_counts(run.dry_run("results/tiny/stages/base/checkpoint.json"))
+    for number, path in enumerate(made_by_second):
+        shutil.move(tmp_path / str(number), path)
+    assert new == {"tokenize": 1, "train": 1, "export": 1}
+    assert (again["tokenize"], again["train"]) == (1, 1)
+
+
+def test_another_sequence_length_counts_what_it_keeps_and_reruns_the_stage(run: PipelineRun):
     run.config["stages"][1]["sequence_length"] = 96
     run.save()
     assert expensive(run) == {"tokenize": 1, "train": 1, "export": 1}
-    manifest = run.results / "data/chats.json"
-    shutil.move(manifest, tmp_path)
-    would_run = job_counts(run.dry_run("results/tiny/stages/base/checkpoint.json"))
-    shutil.move(tmp_path / manifest.name, manifest)
-    assert would_run == {"tokenize": 1}
 
 
 def test_deleted_report_is_written_alone(run: PipelineRun):

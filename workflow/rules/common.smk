@@ -21,9 +21,10 @@ from longhaul.config.shipped_files import PACKAGE
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.jobs.kinds.evaluate_job import evaluation_inputs
 from longhaul.jobs.kinds.scale_test_job import scale_test_before
-from longhaul.jobs.kinds.tokenize_jobs import manifests_checked_for_stages, shared_artifacts
+from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
 from longhaul.scheduling.snakefile_functions import (
     RuleSettings,
+    chats_before_training,
     fetch_key,
     finish_run,
     load_run_plan,
@@ -70,8 +71,8 @@ def stage_data(wildcards):
 
 
 def chats_of_other_stages(wildcards):
-    manifests = set(manifests_checked_for_stages(PLAN)) - {stage_data(wildcards)}
-    return [ancient(path) for path in order_only(sorted(manifests))]
+    manifests = order_only(chats_before_training(PLAN, wildcards.stage))
+    return [ancient(path) for path in manifests]
 
 
 def starting_checkpoint(wildcards):

@@ -25,6 +25,7 @@ from longhaul.config.site_config import Site
 from longhaul.data.check_first_rows import check_inputs
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
+from longhaul.jobs.kinds.tokenize_jobs import manifests_checked_for_stages
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.check_job_servers import starts_engine
@@ -261,6 +262,17 @@ def scale_test_before_training(plan: Plan, stage: str) -> list[Path]:
         return []
     change = next(change for change in stage_changes(plan) if change.stage == stage)
     return [plan.paths.scale_test(max(ladder.rungs))] if change.action in (TRAINS, AGAIN) else []
+
+
+def chats_before_training(plan: Plan, stage: str) -> list[Path]:
+    """Return the manifests of the chats of other stages, whose jobs refuse chats that are too long for a stage.
+
+    None for a stage that is kept: Snakemake would run it again where such a manifest is missing, even if that is `ancient()`.
+    """
+    own = plan.paths.manifest(plan.stage(stage).stage.dataset)
+    others = [path for path in manifests_checked_for_stages(plan) if path != own]
+    kept = bool(others) and any(change.stage == stage and change.action == KEPT for change in stage_changes(plan))
+    return [] if kept else others
 
 
 # The run's hooks, in the main process alone

@@ -203,6 +203,8 @@ def test_writing_packs_prints_and_records_the_totals(tmp_path: Path, capsys: pyt
         "dropped_documents": 0,
         "documents_without_loss": 0,
         "loss_tokens": 16,
+        "truncate": "right",
+        "median_tokens": 4,
         "cut_loss_tokens": 1,
         "padding_share": 1 / 16,
         "sha256": file_sha256(tmp_path / "packs.bin"),
