@@ -61,11 +61,35 @@ def test_windows_of_a_manifest_are_counted(tmp_path: Path, monkeypatch: pytest.M
     assert values[titles.index("steps")] == "2 epochs of prose: about 25"
 
 
-def test_packs_are_estimated_without_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """6,401 tokens fill 101 packs of 64; two epochs of them are 26 batches of 8."""
+def chats_manifest(**kept: Any) -> DataManifest:
+    """Return the manifest of 9 conversations with 6,401 tokens. kept: what sequences of 64 keep of them, where it is counted."""
+    found = manifest(6401, "chats")
+    if kept:
+        counts: Any = {"sequence_length": 64, "truncate": "right", "cut_documents": 0, **kept}
+        found.splits["train"]["kept"] = [counts]
+    return found
+
+
+def test_packs_are_estimated_from_what_the_stage_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """3,201 of the tokens are kept. They fill 51 packs of 64; two epochs of them are 13 batches of 8."""
     monkeypatch.chdir(tmp_path)
-    plan = written_plan(tmp_path, manifest(6401), stage=1)
-    assert estimate_steps(plan, plan.stages[1].stage) == 26
+    kept = {"documents": 4, "dropped_documents": 5, "tokens": 3201, "loss_tokens": 100, "cut_loss_tokens": 60}
+    plan = written_plan(tmp_path, chats_manifest(**kept), stage=1)
+    row = plan_json(plan)["stages"][1]
+    assert (row["estimated_steps"], row["cut_loss_share"], row["left_out_share"]) == (13, 0.6, 5 / 9)
+    assert titles(plan, 1)["conversations left out"] == "55.6%"
+    assert {name: round(epochs, 2) for name, epochs in row["estimated_epochs"].items()} == {"chats": 2.04}
+
+
+def test_there_is_no_estimate_of_packs_without_the_counts_of_these_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The manifest of an earlier release has no counts, and that of another sequence length has others."""
+    monkeypatch.chdir(tmp_path)
+    for found in (chats_manifest(), chats_manifest(documents=9, tokens=6401, sequence_length=128)):
+        plan = written_plan(tmp_path, found, stage=1)
+        row = plan_json(plan)["stages"][1]
+        assert (row["estimated_steps"], row["estimated_epochs"], row["left_out_share"]) == (None, {}, None)
 
 
 def test_an_epoch_of_a_mixture_is_one_of_every_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -102,12 +126,10 @@ def test_the_plan_says_how_many_epochs_the_steps_are(tmp_path: Path, monkeypatch
     assert titles(plan)["epochs of each dataset, estimated"] == "prose 0.80"
 
 
-def titles(plan: Plan) -> dict[str, str]:
-    """Return the lines of the plan's table: title -> value of the first stage."""
-    names, values, *_ = (
-        [str(cell) for cell in column.cells] for column in stage_table(plan_json(plan)["stages"]).columns
-    )
-    return dict(zip(names, values, strict=True))
+def titles(plan: Plan, stage: int = 0) -> dict[str, str]:
+    """Return the lines of the plan's table: title -> value of a stage."""
+    names, *values = ([str(cell) for cell in column.cells] for column in stage_table(plan_json(plan)["stages"]).columns)
+    return dict(zip(names, values[stage], strict=True))
 
 
 def test_there_is_no_estimate_without_a_readable_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.atomic_files import write_json
-from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, share_of_padding
+from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, left_out_share, share_of_padding
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.planning import Plan
 from longhaul.report.plan_json import plan_json
@@ -115,7 +115,7 @@ def test_packs_of_an_older_release_tell_nothing_about_cuts():
         "cut_documents": 0,
         "padding_share": 0.25,
     }
-    assert cut_loss_share([old]) is None and share_of_padding([old]) == 0.25
+    assert cut_loss_share([old]) is None and left_out_share([old]) is None and share_of_padding([old]) == 0.25
 
 
 def test_the_plan_shows_padding_and_cuts_of_the_same_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -32,3 +32,11 @@ def cut_loss_share(counts: Sequence[KeptConversations]) -> float | None:
     """Return the share of the loss tokens that no sequence keeps; None where nothing is counted, or an older release did it."""
     total = sum(kept.get("loss_tokens", 0) for kept in counts)
     return sum(kept.get("cut_loss_tokens", 0) for kept in counts) / total if total else None
+
+
+def left_out_share(counts: Sequence[KeptConversations]) -> float | None:
+    """Return the share of the conversations that are in no sequence; None where nothing, or an older release, counted them."""
+    counted = [kept for kept in counts if "dropped_documents" in kept]
+    left_out = sum(kept.get("dropped_documents", 0) + kept.get("documents_without_loss", 0) for kept in counted)
+    total = sum(kept["documents"] for kept in counted) + left_out
+    return left_out / total if total else None

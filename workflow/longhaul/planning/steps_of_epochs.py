@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 
-from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import DataManifest, KeptConversations
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.plan import Plan
@@ -29,23 +29,26 @@ def window_count(tokens: int, sequence_length: int) -> int:
 
 
 def estimate_steps(plan: Plan, stage: Stage) -> int | None:
-    """Return about how many steps a stage with `epochs` has; None without a manifest of its dataset.
+    """Return about how many steps a stage with `epochs` has; None where the samples of its dataset are not known.
 
     The windows of a pretraining are counted exactly. Packs are counted as if they had no padding.
     """
     if stage.epochs is None:
         return None
-    samples = sum(_sample_count(part, stage) for _, part in _weighted_parts(plan, stage))
-    return steps_of_epochs(stage.epochs, samples, stage.global_batch_size) or None
+    counts = [_sample_count(part, stage) for _, part in _weighted_parts(plan, stage)]
+    if None in counts:
+        return None
+    return steps_of_epochs(stage.epochs, sum(filter(None, counts)), stage.global_batch_size) or None
 
 
-def estimate_epochs(plan: Plan, stage: Stage, steps: int) -> dict[str, float]:
-    """Return by dataset about how many of its epochs these steps are; {} without a manifest of the stage's dataset.
+def estimate_epochs(plan: Plan, stage: Stage, steps: int, padding: float) -> dict[str, float]:
+    """Return by dataset about how many of its epochs these steps are, without datasets whose samples are not known.
 
-    The weights of a mixture divide the samples of all steps. The counts are those of `estimate_steps`.
+    The weights of a mixture divide the samples of all steps. padding: share of the positions in packs, as
+    far as it is known.
     """
     parts = _weighted_parts(plan, stage)
-    drawn, weights = steps * stage.global_batch_size, sum(weight for weight, _ in parts)
+    drawn, weights = steps * stage.global_batch_size * (1 - padding), sum(weight for weight, _ in parts)
     counts = [(part.dataset, weight, _sample_count(part, stage)) for weight, part in parts]
     return {name: drawn * weight / weights / samples for name, weight, samples in counts if samples}
 
@@ -63,8 +66,23 @@ def _weighted_parts(plan: Plan, stage: Stage) -> list[tuple[int, DataManifest]]:
     return parts or [(1, manifest)]
 
 
-def _sample_count(manifest: DataManifest, stage: Stage) -> int:
-    tokens = manifest.splits["train"]["tokens"]
+def kept_conversations(plan: Plan, stage: Stage) -> list[KeptConversations]:
+    """Return what the stage keeps of the training conversations, one of each dataset; [] where a manifest does not say it."""
+    counts = [_kept(part, stage) for _, part in _weighted_parts(plan, stage)]
+    return [] if None in counts else list(filter(None, counts))
+
+
+def _kept(manifest: DataManifest, stage: Stage) -> KeptConversations | None:
+    counts = manifest.splits["train"].get("kept", ())
+    settings = stage.sequence_length, stage.truncate
+    return next((kept for kept in counts if (kept["sequence_length"], kept.get("truncate")) == settings), None)
+
+
+def _sample_count(manifest: DataManifest, stage: Stage) -> int | None:
+    """Return the number of windows, or about that of packs; None where the manifest does not say what packs keep."""
     if stage.kind == "pretrain":
-        return window_count(tokens, stage.sequence_length)
-    return math.ceil(tokens / stage.sequence_length)
+        return window_count(manifest.splits["train"]["tokens"], stage.sequence_length)
+    if not manifest.splits["train"]["documents"]:
+        return 0
+    kept = _kept(manifest, stage)
+    return math.ceil(kept["tokens"] / stage.sequence_length) if kept else None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from longhaul.artifacts.pack_totals import cut_loss_share, share_of_padding
+from longhaul.artifacts.pack_totals import cut_loss_share, left_out_share, share_of_padding
 from longhaul.artifacts.paths import JobId
 from longhaul.config.data_formats import known_format
 from longhaul.config.stage_config import Parallel
@@ -16,7 +16,7 @@ from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning import Plan, StagePlan, dataset_files, left_out_files
 from longhaul.planning.gpu_hours import HoursEstimate, MfuEstimate, estimate_mfu, stage_features
 from longhaul.planning.scale_test_sizes import STEPS, scale_ladder
-from longhaul.planning.steps_of_epochs import estimate_epochs, estimate_steps
+from longhaul.planning.steps_of_epochs import estimate_epochs, estimate_steps, kept_conversations
 from longhaul.report.stage_records import (
     earlier_packs,
     measured,
@@ -130,6 +130,7 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
     steps = _steps(plan, planned)
     tokens = steps * planned.tokens_per_step if steps else None
     hours, packs = stage_hours(plan, planned), earlier_packs(plan.paths.stage(stage.name), stage)
+    padding, kept = share_of_padding(packs), packs or kept_conversations(plan, stage)
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -139,9 +140,10 @@ def _stage_row(plan: Plan, planned: StagePlan) -> Row:
         "steps": planned.steps,
         "estimated_steps": None if planned.steps else steps,
         "tokens": tokens,
-        "estimated_epochs": estimate_epochs(plan, stage, steps) if steps else {},
-        "padding_share": share_of_padding(packs),
-        "cut_loss_share": cut_loss_share(packs),
+        "estimated_epochs": estimate_epochs(plan, stage, steps, padding or 0.0) if steps else {},
+        "padding_share": padding,
+        "cut_loss_share": cut_loss_share(kept),
+        "left_out_share": left_out_share(kept),
         "sequence_length": stage.sequence_length,
         "global_batch_size": stage.global_batch_size,
         "micro_batch_size": stage.micro_batch_size,

@@ -30,6 +30,7 @@ STAGE_KEYS = (
     "tokens",
     "padding_share",
     "cut_loss_share",
+    "left_out_share",
     "sequence_length",
     "precision",
     "activation_checkpointing",
@@ -44,14 +45,15 @@ STAGE_KEYS = (
     "asynchronous_saves",
 )
 """Keys of a stage in plan.json, in the order of the table."""
-_FROM_DATA = {"estimated_epochs", "padding_share", "cut_loss_share"}
-"""Values that are known when the data are tokenized, or packed by a first attempt. Before, the table has no line for them."""
+_FROM_DATA = {"estimated_epochs", "padding_share", "cut_loss_share", "left_out_share"}
+"""Values that are known when the data are tokenized; padding when a first attempt has packed them. Before, they have no line."""
 
 _TITLES = {
     "estimated_epochs": "epochs of each dataset, estimated",
     "tokens": "tokens, padding included",
     "padding_share": "padding in the packs",
     "cut_loss_share": "loss tokens cut from long conversations",
+    "left_out_share": "conversations left out",
     "gpu_hours_range": "GPU-hours of the training steps, estimated",
     "gpu_hours_per_allocation": "GPU-hours per allocation",
 }

@@ -6,7 +6,8 @@ D = documents of the split, S = sequence length, T = tokens of a document.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,18 @@ def count_conversations(reader: SplitReader, length: int, truncate: Truncate) ->
     return CountedConversations(totals, has_loss, lengths)
 
 
+def left_out_lines(kept: KeptConversations) -> Iterator[str]:
+    """Yield lines for a log about conversations that are in no sequence."""
+    length = kept["sequence_length"]
+    if dropped := kept.get("dropped_documents"):
+        yield f"left out {dropped:,} conversations longer than {length} tokens (truncate: drop)"
+    if without := kept.get("documents_without_loss"):
+        yield (
+            f"left out {without:,} conversations whose {length} tokens hold no loss token: raise sequence_length, or use "
+            "another truncate"
+        )
+
+
 def with_kept_conversations(manifest: DataManifest, stages: Sequence[ChatStage]) -> DataManifest:
     """Return the manifest with what each stage keeps of the conversations.
 
@@ -76,6 +89,8 @@ def _count_for_stages(manifest: DataManifest, split: str, stages: Sequence[ChatS
             counted[settings] = count_conversations(reader, *settings).totals
         where = f"stage {stage.name}: dataset {manifest.dataset}"
         require_kept_conversations(counted[settings], stage.truncate, split, where)
+        for line in left_out_lines(counted[settings]):
+            print(f"{where}, split {split}: {line}", file=sys.stderr, flush=True)
     return list(counted.values())
 
 

@@ -15,7 +15,7 @@ from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, padding_share
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.stage_config import Truncate
-from longhaul.data.sampling.kept_conversations import count_conversations, kept_tokens
+from longhaul.data.sampling.kept_conversations import count_conversations, kept_tokens, left_out_lines
 from longhaul.data.sampling.pack_conversations import PackFile, write_pack_file
 from longhaul.data.sampling.sample_format import IGNORED_LABEL, Sample, clear_sample
 from longhaul.data.shards.shard_reader import SplitReader
@@ -153,10 +153,4 @@ def _describe(totals: PackTotals) -> Iterator[str]:
         f"{totals['padding_share']:.2%} padding, {totals['cut_documents']:,} conversations truncated"
         + (f", which cuts {share:.2%} of the loss tokens" if (share := cut_loss_share([totals])) else "")
     )
-    if dropped := totals.get("dropped_documents"):
-        yield f"left out {dropped:,} conversations longer than {length} tokens (truncate: drop)"
-    if without := totals.get("documents_without_loss"):
-        yield (
-            f"left out {without:,} conversations whose {length} tokens hold no loss token: raise sequence_length, or use "
-            "another truncate"
-        )
+    yield from left_out_lines(totals)
