@@ -48,7 +48,8 @@ def test_data_files_are_listed_and_counted(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_notes_follow_the_tables() -> None:
-    dataset = {"name": "d", "unread_columns": ["id", "url"], "template_keys": ["user.name"]}
+    dataset = {"name": "d", "unread_columns": ["id", "url"], "template_keys": ["tool.tool_call_id"]}
+    dataset |= {"rows_read": 120, "files_read": 2, "count": 3}
     content = {
         "stages": [
             {
@@ -67,8 +68,10 @@ def test_notes_follow_the_tables() -> None:
     assert plan_notes(content) == [
         "pretrained weights: f",
         "warning: w",
-        "warning: dataset d: nothing reads the columns id, url",
-        "warning: dataset d: only the chat template may read the message keys user.name",
+        "warning: dataset d: nothing reads the columns id, url, found in 120 rows, the first of 2 of 3 files",
+        "warning: dataset d: longhaul does not read the message keys tool_call_id of role tool, found in 120 rows, the first of "
+        "2 of 3 files. Nothing of them reaches the text unless the chat template writes them. If the model must see them, use a "
+        "template that writes them, or move them into content",
         "scale test before stage s: 25 steps on 2, 4 nodes; scale_test: off skips it",
         "scale test leaves out 1 node: too small",
         "GPU-hours of stage s: from a; b. Nothing was measured with offload",

@@ -8,7 +8,7 @@ from longhaul.planning import Plan
 
 
 def check_inputs(plan: Plan) -> None:
-    """Raise UserError for a bad first row of a data file, and for a tokenizer that does not fit the model."""
+    """Raise UserError for a bad row among the first ones of a data file, and for a tokenizer that does not fit the model."""
     for dataset in sorted(plan.used_datasets):
         first_rows(plan, dataset)
     check_tokenizer_folder(plan)

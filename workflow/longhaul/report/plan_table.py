@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from longhaul.artifacts.paths import JobId
+from longhaul.data.readers.conversations import key_text
 from longhaul.errors import printable
 from longhaul.planning import Plan
 from longhaul.report.needed_nodes_table import stage_nodes_tables
@@ -180,10 +181,15 @@ def _hours_note(row: Row) -> str:
 
 def _unread_lines(row: Row) -> Iterator[str]:
     """Yield lines about what the first rows of a dataset contain and longhaul does not read."""
+    read = f"in {row['rows_read']:,} rows, the first of {row['files_read']:,} of {row['count']:,} files"
     if columns := row["unread_columns"]:
-        yield f"dataset {row['name']}: nothing reads the columns {', '.join(columns)}"
+        yield f"dataset {row['name']}: nothing reads the columns {', '.join(columns)}, found {read}"
     if keys := row["template_keys"]:
-        yield f"dataset {row['name']}: only the chat template may read the message keys {', '.join(keys)}"
+        yield (
+            f"dataset {row['name']}: longhaul does not read the message keys {', '.join(map(key_text, keys))}, found {read}. "
+            "Nothing of them reaches the text unless the chat template writes them. If the model must see them, use a template "
+            "that writes them, or move them into content"
+        )
 
 
 def _option(name: str, value: str) -> str:

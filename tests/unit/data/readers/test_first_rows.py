@@ -1,4 +1,4 @@
-"""The plan reads the first row of data files."""
+"""The plan reads the first rows of data files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> None:
 def test_columns_and_message_keys_that_nothing_reads_are_named(tmp_path: Path):
     messages = [{"role": "user", "content": "Q", "name": "Ann"}, {**ANSWER, "weight": 1, "reasoning": "R"}]
     write_rows(tmp_path / "chats1.jsonl", {"id": 1, "messages": messages, "tools": []})
-    write_rows(tmp_path / "chats2.jsonl", {"source": "x", "messages": [ANSWER]}, {"third": 1})
-    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows(["id", "source"], ["user.name"])
+    write_rows(tmp_path / "chats2.jsonl", {"source": "x", "messages": [ANSWER]})
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows(["id", "source"], ["user.name"], 2, 2)
 
 
 def test_a_bad_first_row_is_refused_unless_bad_rows_are_skipped(tmp_path: Path):
@@ -33,7 +33,17 @@ def test_a_bad_first_row_is_refused_unless_bad_rows_are_skipped(tmp_path: Path):
     with pytest.raises(UserError, match=r"chats2.jsonl:1: no column 'messages'"):
         first_rows(plan_of(tmp_path, CHATS), "chats")
     plan = plan_of(tmp_path, {**CHATS, "datasets.chats.bad_rows": "skip"})
-    assert first_rows(plan, "chats") == FirstRows([], [])
+    assert first_rows(plan, "chats") == FirstRows([], [], 1, 2)
+
+
+def test_keys_of_later_rows_are_named_up_to_a_number_of_rows_and_bytes(tmp_path: Path):
+    """A conversation of 1 MB is the last one that is read of its file."""
+    result = {"role": "tool", "content": "20 C", "tool_call_id": "1"}
+    later = [{"messages": [ANSWER, result]}, {"messages": [ANSWER]}, {"messages": [{**ANSWER, "late": 1}]}]
+    write_rows(tmp_path / "chats1.jsonl", *[{"messages": [ANSWER]}] * 98, *later)
+    large = {"messages": [{"role": "assistant", "content": "A" * 1_000_000}]}
+    write_rows(tmp_path / "chats2.jsonl", {"messages": [ANSWER]}, large, later[2])
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows([], ["tool.tool_call_id"], 102, 2)
 
 
 def test_first_and_last_of_many_files_are_read(tmp_path: Path):
@@ -46,11 +56,11 @@ def test_first_and_last_of_many_files_are_read(tmp_path: Path):
 def test_texts_and_long_lists_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("longhaul.data.readers.first_rows._MAX_LIST_BYTES", 10)
     (tmp_path / "chats.json").write_text(json.dumps([{"messages": 1}]))
-    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows([], [])
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows([], [], 0, 0)
     (tmp_path / "prose.txt").write_bytes(b"\xff")
     prose = {"datasets.prose.python_stdlib": ..., "datasets.prose.files": ["prose.txt"]}
-    assert first_rows(plan_of(tmp_path, prose), "prose") == FirstRows([], [])
+    assert first_rows(plan_of(tmp_path, prose), "prose") == FirstRows([], [], 0, 0)
 
 
 def test_a_dataset_without_own_files_has_no_first_rows(tmp_path: Path):
-    assert first_rows(plan_of(tmp_path), "chats") == FirstRows([], [])
+    assert first_rows(plan_of(tmp_path), "chats") == FirstRows([], [], 0, 0)

@@ -218,5 +218,8 @@ def test_what_nothing_reads_is_in_the_manifest_and_the_log(
     assert manifest.unread == {"columns": {"id": 6}, "message_keys": {"user.name": 6}}
     assert manifest.control_texts == 6
     log = capsys.readouterr().err
-    assert "dataset corpus: nothing reads the columns id (6 rows); the message keys user.name (6 messages)" in log
+    assert (
+        "dataset corpus: nothing reads the columns id (6 rows); the message keys name of role user (6 messages); nothing of"
+        in log
+    )
     assert "6 conversations contain the text of a control token" in log

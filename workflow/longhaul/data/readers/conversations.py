@@ -25,6 +25,12 @@ KNOWN_KEYS = frozenset({"role", "content", "weight", "tool_calls", *REASONING_KE
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
+def key_text(name: str) -> str:
+    """Return "tool_call_id of role tool" for "tool.tool_call_id"; another text as it is."""
+    role, dot, key = name.partition(".")
+    return f"{key} of role {role}" if dot and role in ROLES else name
+
+
 def validated_messages(value: object, where: object) -> list[Message]:
     """Return a row's conversation as a list of messages; BadData, with the location `where`, for what cannot be one."""
     if not isinstance(value, list) or not value:

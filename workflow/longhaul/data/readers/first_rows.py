@@ -1,7 +1,8 @@
-"""Reads the first row of up to 50 data files before submission: is it valid, and which columns or keys are unread?"""
+"""Reads the first rows of up to 50 data files before submission: are they valid, and which columns or keys are unread?"""
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from longhaul.data.readers.rows_and_file_ranges import FileRange
 from longhaul.planning import Plan
 
 _MAX_FILES = 50
+_MAX_ROWS, _MAX_BYTES = 100, 1_000_000
+"""What is read of each file: at most so many rows, and no further row after so many bytes."""
 _MAX_LIST_BYTES = 16_000_000
 
 
@@ -25,35 +28,46 @@ class FirstRows(NamedTuple):
 
     unread_columns: list[str]
     template_keys: list[str]
+    rows_read: int
+    files_read: int
 
 
 def first_rows(plan: Plan, name: str) -> FirstRows:
-    """Read the first row of each of a dataset's own files; of 50 files, the first and the last included, if there are more.
+    """Read the first rows of a dataset's own files; of 50 files, the first and the last included, if there are more.
 
     Raises:
-        UserError: a first row is a bad row, and the dataset's bad_rows is stop.
+        UserError: one of these rows is a bad row, and the dataset's bad_rows is stop.
     """
     dataset = plan.config.datasets[name]
     files = [Path(file) for file in plan.source_files(name)] if dataset.files else []
     if len(files) > _MAX_FILES:
         files = [files[number * (len(files) - 1) // (_MAX_FILES - 1)] for number in range(_MAX_FILES)]
     columns, keys = set[str](), set[str]()
-    for path in files:
-        if not _is_quick(path, dataset):
+    read = [_documents(path, dataset) for path in files if _is_quick(path, dataset)]
+    for document in chain.from_iterable(read):
+        columns.update(document.unread)
+        if isinstance(document.content, list):
+            keys.update(
+                f"{message['role']}.{key}" for message in document.content for key in message.keys() - KNOWN_KEYS
+            )
+    return FirstRows(sorted(columns), sorted(keys), sum(map(len, read)), len(read))
+
+
+def _documents(path: Path, dataset: Dataset) -> list[Document]:
+    """Return the first documents of a file, without bad rows."""
+    documents = []
+    for row in islice(read_range(FileRange(path, dataset.format), dataset), _MAX_ROWS):
+        if not isinstance(row, Document):
+            if dataset.bad_rows == "stop":
+                raise row.stopping()
             continue
-        row = next(read_range(FileRange(path, dataset.format), dataset), None)
-        if isinstance(row, Document):
-            columns.update(row.unread)
-            if isinstance(row.content, list):
-                keys.update(
-                    f"{message['role']}.{key}" for message in row.content for key in message.keys() - KNOWN_KEYS
-                )
-        elif row is not None and dataset.bad_rows == "stop":
-            raise row.stopping()
-    return FirstRows(sorted(columns), sorted(keys))
+        documents.append(row)
+        if row.position > _MAX_BYTES:
+            break
+    return documents
 
 
 def _is_quick(path: Path, dataset: Dataset) -> bool:
-    """Return whether the first row can be read without the rest. A text is one row, and a JSON list is parsed as a whole."""
+    """Return whether the first rows can be read without the rest. A text is one row, and a JSON list is parsed as a whole."""
     file_format = known_format(path) if dataset.format == "auto" else dataset.format
     return file_format != "text" and (file_format != "json" or path.stat().st_size <= _MAX_LIST_BYTES)

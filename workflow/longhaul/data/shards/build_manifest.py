@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import DataManifest, Shard, Split
 from longhaul.artifacts.atomic_files import content_hash
+from longhaul.data.readers.conversations import key_text
 from longhaul.data.readers.read_documents import no_documents
 from longhaul.data.shards.chunks import Chunk
 from longhaul.data.shards.indexed_dataset import token_dtype
@@ -77,12 +78,18 @@ def _unread(records: Sequence[ChunkRecord]) -> dict[str, dict[str, int]]:
 def print_unread(manifest: DataManifest) -> None:
     """Print what the dataset contains and nothing reads."""
     found = [
-        f"{what} {', '.join(f'{name} ({count:,} {unit})' for name, count in manifest.unread[key].items())}"
-        for key, what, unit in (("columns", "the columns", "rows"), ("message_keys", "the message keys", "messages"))
+        f"{what} {', '.join(f'{text(name)} ({count:,} {unit})' for name, count in manifest.unread[key].items())}"
+        for key, what, unit, text in (
+            ("columns", "the columns", "rows", str),
+            ("message_keys", "the message keys", "messages", key_text),
+        )
         if manifest.unread[key]
     ]
     if found:
-        print(f"dataset {manifest.dataset}: nothing reads {printable('; '.join(found))}", file=sys.stderr, flush=True)
+        line = (
+            f"dataset {manifest.dataset}: nothing reads {printable('; '.join(found))}; nothing of them reaches the text"
+        )
+        print(line, file=sys.stderr, flush=True)
     if manifest.control_texts:
         print(
             f"dataset {manifest.dataset}: {manifest.control_texts:,} conversations contain the text of a control token, "
