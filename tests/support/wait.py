@@ -21,9 +21,13 @@ def wait_for_end(processes: Iterable[psutil.Process], timeout_s: float = 40.0) -
     wait_for(lambda: not any(map(is_alive, processes)), timeout_s)
 
 
-def is_alive(process: psutil.Process) -> bool:
-    """Return whether a process has not ended. An ended one stays as a zombie until its parent, or PID 1, reaps it."""
+def is_alive(process: psutil.Process | int) -> bool:
+    """Return whether a process, or the one with a pid, has not ended.
+
+    An ended one stays as a zombie until its parent, or PID 1, reaps it.
+    """
     try:
+        process = psutil.Process(process) if isinstance(process, int) else process
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -20,6 +20,7 @@ from longhaul.serving import server_process
 from longhaul.serving.engines import Server, ServerShape
 from longhaul.serving.node_link import NodeLink
 from longhaul.serving.server_process import engine_variables, free_port, run_until_first_node_ends, running_server
+from tests.support.wait import is_alive
 
 SLOW_SERVER = Path(__file__).with_name("slow_server.py")
 
@@ -61,7 +62,7 @@ def written_pids(file: Path) -> list[int]:
 def all_end(pids: list[int], seconds: float = 10) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        if not any(map(is_alive, pids)):
             return True
         time.sleep(0.1)
     return False
