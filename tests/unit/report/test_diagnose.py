@@ -244,7 +244,7 @@ def test_faults_that_a_job_survived_are_notes_and_no_problems(
     assert not ended.value.code
     answer = capsys.readouterr().out
     assert answer.startswith(
-        "No problem found: run r is done.\n\nNotes (no action is needed):\n\n"
+        "No problem found: run r is done.\n\nNotes (the run goes on):\n\n"
         f" - train-base: a rank is slower than the others.\n   evidence: {log}:1: "
     )
     assert "1. " not in answer
@@ -262,7 +262,7 @@ def test_what_longhaul_handles_itself_is_a_note_also_of_a_stopped_run(tmp_path: 
     run.state(TRAIN, "running", job_id=None)
     attempt_of(run, 1, "torch.distributed.elastic.multiprocessing.api.SignalException: Process 40 got signal: 15")
     text = findings_text(found(run), run.status())
-    problems, notes = text.split("Notes (no action is needed):")
+    problems, notes = text.split("Notes (the run goes on):")
     assert "torchrun" in notes and "torchrun" not in problems and "1. " in problems
 
 

@@ -26,7 +26,7 @@ def test_a_validation_without_loss_tokens_has_no_loss(
 ):
     """A loss of 0.0 would make that checkpoint the best one."""
     batches = [SimpleNamespace(loss_tokens=count) for count in loss_tokens]
-    monkeypatch.setattr(validation, "validation_batches", lambda *_: batches)
+    monkeypatch.setattr(validation, "_validation_batches", lambda *_: batches)
     backend = SimpleNamespace(evaluate=lambda micro: 3.0 * micro.loss_tokens)
     context = SimpleNamespace(sum=float, sums_on_device=torch.tensor, dims=SimpleNamespace(counts_samples=True))
     found = validation.validation_loss(cast(Any, backend), cast(Any, None), cast(Any, None), cast(Any, context))

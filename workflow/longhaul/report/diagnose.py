@@ -12,7 +12,7 @@ from longhaul.artifacts.job_state import State, read_state
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
-from longhaul.config.slurm_reasons import never_starts, remedy_of
+from longhaul.config.slurm_reasons import limits_number_of_jobs, never_starts, remedy_of
 from longhaul.errors import UserError, printable
 from longhaul.report.ended_jobs import AskAccounting, EndedJob, how_it_ended
 from longhaul.report.past_attempts import past_faults
@@ -39,8 +39,11 @@ _WAITS = {
     "Resources": "the nodes are busy: wait",
     "Priority": "other jobs are in front: wait",
     "Dependency": "it waits for another job",
+    "BeginTime": "Slurm holds a requeued job back for some minutes: wait",
 }
-"""Beginning of a reason that ends without action -> what to do. config/slurm_reasons.py has the remedies of other reasons."""
+"""Beginning of a reason that may pass -> what to do. config/slurm_reasons.py has the remedies of other reasons."""
+_PASSES_BY_ITSELF = ("Resources", "Priority", "Dependency", "BeginTime")
+"""A limit of nodes or cores may be one that the request alone exceeds; one of the number of jobs passes with other jobs."""
 
 
 @dataclass
@@ -151,7 +154,7 @@ def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
             waits = f"the job waits in Slurm's queue{', and will not start' if never_starts(reason) else ''}: {reason}"
             passes = next((text for start, text in _WAITS.items() if reason.startswith(start)), "")
             remedy = remedy_of(reason) if never_starts(reason) else passes or "wait, or ask the administrators"
-            continues = bool(passes) and not never_starts(reason)
+            continues = reason.startswith(_PASSES_BY_ITSELF) or (bool(passes) and limits_number_of_jobs(reason))
             yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", remedy, continues=continues)
 
 
@@ -232,7 +235,7 @@ def findings_text(findings: list[Finding], status: RunStatus) -> str:
     if not problems:
         parts.append(f"No problem found: run {status.run} is {status.state}.")
     if notes:
-        parts += ["Notes (no action is needed):", *(_finding_text(" -", finding) for finding in notes)]
+        parts += ["Notes (the run goes on):", *(_finding_text(" -", finding) for finding in notes)]
     return "\n\n".join(parts)
 
 

@@ -53,7 +53,7 @@ class Finding:
 
     @property
     def is_note(self) -> bool:
-        """Return whether nobody has to do anything."""
+        """Return whether the run goes on although nobody does anything."""
         return self.continues or self.remedy.startswith(NOT_NEEDED)
 
 

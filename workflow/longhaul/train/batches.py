@@ -171,17 +171,3 @@ def collate(samples: Samples, ids: np.ndarray, is_pinned: bool = False) -> Micro
         pairs += filled + int(sample.position_ids[:filled].sum())  # a token attends to itself and those before it
     has_several_documents = bool((arrays[2].diff(dim=1) != 1).any())
     return MicroBatch(*arrays, tokens=tokens, attention_pairs=pairs, has_several_documents=has_several_documents)
-
-
-def validation_batches(samples: Samples, job: TrainSpec, context: DistributedContext) -> Iterator[MicroBatch]:
-    """Yield this rank's micro batches of the first `validation.max_samples` samples.
-
-    All ranks yield equally many, as ZeRO 3 gathers weights in each forward pass. Samples past the last one have no loss tokens.
-    """
-    count = min(len(samples), job.stage.validation.max_samples)
-    micro = job.stage.micro_batch_size
-    for first in range(0, count, micro * job.data_parallel):
-        own_ids = np.arange(micro) + first + context.dims.sample_rank * micro
-        batch = collate(samples, np.minimum(own_ids, count - 1))
-        batch.labels[torch.from_numpy(own_ids >= count)] = IGNORED_LABEL
-        yield batch
