@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from longhaul.artifacts.node_check_row import CheckRow
-from longhaul.checks import node_connections
+from longhaul.checks import environment, node_connections
 from longhaul.checks.build_check_rows import problem_lines, warning_lines
-from longhaul.checks.connection_checks import connection_rows
+from longhaul.checks.connection_checks import connection_rows, nodes_without_connections
 from longhaul.checks.node_connections import Connections, ListeningNode, connect_to_others, peers_of
+from longhaul.errors import BadNodesError, UserError
 from longhaul.runtime.process_rank import Rank
+from tests.support.node_hardware import environment_job
 
 
 @pytest.fixture(autouse=True)
@@ -145,4 +148,54 @@ def test_name_that_leads_to_another_address_is_a_warning():
     rows = connection_rows([node(0, {1: ""}, {1: "resolves it to 10.9.9.9"}), node(1, {0: ""}, {0: ""})])
     assert warning_lines(rows)[0].startswith(
         "n1: name on other nodes: n1.cluster: n0 resolves it to 10.9.9.9, expected an address"
+    )
+
+
+def job_with_failures(nodes: int, *failed: tuple[int, int]) -> list[Connections]:
+    """Return what the nodes of a job find if these connections, from rank to rank, fail and all others work."""
+    return [
+        node(number, {peer: "no route" if (number, peer) in failed else "" for peer in peers_of(rank(number, nodes))})
+        for number in range(nodes)
+    ]
+
+
+ISLANDS = ((3, 4), (4, 3), (0, 7), (7, 0), (4, 0), (5, 0), (6, 0))
+"""Eight nodes in two groups without a route between them."""
+BAD_NODES: dict[str, tuple[int, tuple[tuple[int, int], ...], list[str]]] = {
+    "two groups without a route": (8, ISLANDS, []),
+    "one way between two groups": (8, ((3, 4), (0, 7)), []),
+    "bad routes to two nodes": (8, ((5, 0), (5, 4)), []),
+    "two nodes, one way": (2, ((0, 1),), []),
+    "two nodes, both ways": (2, ((0, 1), (1, 0)), []),
+    "no connection at all": (4, tuple((one, other) for one in range(4) for other in range(4)), []),
+    "only the first node is open": (8, tuple((one, other) for one in range(8) for other in range(1, 8)), []),
+    "closed ports": (8, ((2, 3), (4, 3)), ["n3"]),
+    "closed ports of the first node": (8, tuple((one, 0) for one in range(1, 8)), ["n0"]),
+    "reaches nobody": (8, ((3, 0), (3, 2), (3, 4)), ["n3"]),
+    "dead neighbours": (8, ((3, 0), (3, 2), (3, 4), (2, 3), (4, 3), (5, 4), (4, 0), (4, 5)), ["n3", "n4"]),
+    "closed ports, and a route elsewhere": (8, ((2, 3), (4, 3), (6, 7)), []),
+}
+
+
+@pytest.mark.parametrize(("nodes", "failed", "bad"), BAD_NODES.values(), ids=BAD_NODES)
+def test_node_is_bad_only_if_it_explains_all_failures(nodes: int, failed: tuple[tuple[int, int], ...], bad: list[str]):
+    found = job_with_failures(nodes, *failed)
+    assert nodes_without_connections(found) == bad
+    assert any(row["result"] == "fail" for row in connection_rows(found)), "the failures stay"
+
+
+def test_message_names_the_pairs_and_nobody_is_quarantined(tmp_path: Path):
+    paths = {name: str(tmp_path / name) for name in ("folder", "out")} | {"job_folder": str(tmp_path)}
+    with pytest.raises(UserError) as raised:
+        environment._refuse_connections(job_with_failures(8, *ISLANDS), environment_job(**paths))
+    assert not isinstance(raised.value, BadNodesError)
+    assert raised.value.message.startswith(
+        "nodes do not reach each other (n0 to n7, n3 to n4, n4 to n0, n4 to n3, n5 to n0, n6 to n0, n7 to n0), and no node is "
+        "excluded, as the fault may be in the network between them; nothing else was compared:\n"
+    )
+    with pytest.raises(BadNodesError) as raised:
+        environment._refuse_connections(job_with_failures(8, (2, 3), (4, 3)), environment_job(**paths))
+    assert raised.value.nodes == ["n3"]
+    assert raised.value.message.startswith(
+        "nodes do not reach each other; nothing else was compared:\n  - n3: connections"
     )

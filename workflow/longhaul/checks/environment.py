@@ -19,10 +19,10 @@ from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.node_results import append_node_results
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
-from longhaul.checks.connection_checks import connection_rows
+from longhaul.checks.connection_checks import connection_rows, failed_pairs, nodes_without_connections
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.judge_measurements import EXACT_PRODUCTS
-from longhaul.checks.node_connections import connect_to_others
+from longhaul.checks.node_connections import Connections, connect_to_others
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
@@ -53,31 +53,36 @@ def run(job: EnvironmentSpec) -> None:
     export_rank(rank)
     store = meet(rank)
     is_connected, found = connect_to_others(store, rank) if rank.world_size > 1 else (True, [])
-    rows = connection_rows(found)
     if not is_connected:  # gloo would wait for them
         if rank.is_main:
-            _refuse_connections(rows, job)
+            _refuse_connections(found, job)
         return
     with process_group(rank, "gloo", _TIMEOUT_S, store=store):
         facts |= {"clock_skew_s": _clock_skew_s(rank), **_shared_folder_times(rank, Path(job.folder))}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        _judge(nodes, job, rows)
+        _judge(nodes, job, connection_rows(found))
 
 
-def _refuse_connections(rows: Sequence[CheckRow], job: EnvironmentSpec) -> None:
-    """Print and write what was found about each node, and raise the error of write_or_raise."""
+def _refuse_connections(found: Sequence[Connections], job: EnvironmentSpec) -> None:
+    """Print and write what was found about each node, and raise the error of write_or_raise. found: by rank"""
+    rows = connection_rows(found)
     print_checks(rows)
     problems = {row["node"]: list[str]() for row in rows}
     for row in rows:
         problems[row["node"]] += [f"{row['check']}: {row['value']}"] if row["result"] == "fail" else []
     append_node_results(JobFolder(Path(job.job_folder)), environment_results(problems))
-    bad = [node for node, found in problems.items() if found]
+    bad = nodes_without_connections(found)
+    pairs = (
+        ""
+        if bad
+        else f" ({failed_pairs(found)}), and no node is excluded, as the fault may be in the network between them"
+    )
     EnvironmentReport(problem_lines(rows), [], warning_lines(rows), list(rows)).write_or_raise(
         Path(job.out),
-        "nodes do not reach each other; nothing else was compared",
+        f"nodes do not reach each other{pairs}; nothing else was compared",
         "correct these problems, or exclude the nodes",
-        bad if len(bad) < len(problems) else [],
+        bad,
     )
 
 
