@@ -16,14 +16,15 @@ from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks import environment, node_connections
 from longhaul.checks.build_check_rows import problem_lines, warning_lines
 from longhaul.checks.connection_checks import connection_rows, nodes_without_connections
-from longhaul.checks.node_connections import Connections, ListeningNode, connect_to_others, peers_of
+from longhaul.checks.node_connections import RETRY_PAUSES_S, Connections, ListeningNode, connect_to_others, peers_of
 from longhaul.errors import BadNodesError, UserError
 from longhaul.runtime.process_rank import Rank
 from tests.support.node_hardware import environment_job
 
 
 @pytest.fixture(autouse=True)
-def without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_slurm_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_connections, "RETRY_PAUSES_S", (0.0, 0.0))
     for name in ("SLURMD_NODENAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -83,6 +84,31 @@ def test_node_behind_a_firewall_is_named(monkeypatch: pytest.MonkeyPatch):
     )
 
 
+@pytest.mark.parametrize(("failures", "attempts", "problem"), [(0, 1, ""), (2, 3, ""), (3, 3, "attempt 3 failed")])
+def test_failed_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch, failures: int, attempts: int, problem: str):
+    """A busy host may miss the first attempt. The reason is that of the last one."""
+    made = 0
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        nonlocal made
+        made += 1
+        if made <= failures:
+            raise OSError(None, f"attempt {made} failed")
+        return create_connection(address, timeout)
+
+    create_connection = socket.create_connection
+    with node_connections._listening(rank(0, 2)) as endpoint:
+        monkeypatch.setattr(socket, "create_connection", connect)
+        found = node_connections._connection_problem(endpoint)
+    assert (made, found) == (attempts, problem and f"127.0.0.1: {problem}")
+
+
+def test_results_are_waited_for_as_long_as_all_attempts_last():
+    attempts = 1 + len(RETRY_PAUSES_S)
+    longest_s = sum(RETRY_PAUSES_S) + attempts * (node_connections.CONNECT_S + node_connections.CONNECT_S)
+    assert longest_s + 10 <= node_connections._RESULTS_S
+
+
 def test_node_that_takes_its_name_for_the_loopback_is_named(monkeypatch: pytest.MonkeyPatch):
     """Another program answers there on the other nodes."""
     with socket.create_server(("127.0.1.1", 0)) as other:
@@ -93,7 +119,7 @@ def test_node_that_takes_its_name_for_the_loopback_is_named(monkeypatch: pytest.
         )
         other.settimeout(60)
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(lambda: [other.accept()[0].close() for _ in range(1)])
+            thread.submit(lambda: [other.accept()[0].close() for _ in range(3)])
             is_good, rows = connected(2)
     (line,) = problem_lines(rows)
     assert not is_good and line == (

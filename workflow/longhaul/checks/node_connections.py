@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 """Linux repeats a lost request for a connection after 1 s and 3 s."""
-_RESULTS_S, _RECEIVED_S = 60.0, 10.0
+RETRY_PAUSES_S = (1.0, 5.0)
+"""A connection that fails is tried again after each pause: a host or switch that is busy for a moment must not cost a node."""
+_WORST_CASE_S = 2 * CONNECT_S * (1 + len(RETRY_PAUSES_S)) + sum(RETRY_PAUSES_S)
+"""Each attempt waits for the connection, and then for the word."""
+_START_S, _RECEIVED_S = 30.0, 10.0
+_RESULTS_S = _WORST_CASE_S + _START_S
+"""_START_S: nodes do not begin at the same moment, and a name service may be slow."""
 _BACKLOG = 4096
 _VERDICT_KEY, _GOOD, _BAD = "longhaul/connections/verdict", "good", "bad"
 
@@ -131,8 +138,19 @@ def _received_key(rank: int) -> str:
 
 
 def _connection_problem(peer: ListeningNode) -> str:
+    """Return why another node cannot be reached, by the last attempt; "" if it can."""
     if peer.error:
         return peer.error
+    problem = _failed_attempt(peer)
+    for pause_s in RETRY_PAUSES_S:
+        if not problem:
+            break
+        time.sleep(pause_s)
+        problem = _failed_attempt(peer)
+    return problem
+
+
+def _failed_attempt(peer: ListeningNode) -> str:
     try:
         with socket.create_connection((peer.address, peer.port), CONNECT_S) as connection:
             word = connection.recv(len(peer.word), socket.MSG_WAITALL)
