@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -225,3 +228,30 @@ def test_message_names_the_pairs_and_nobody_is_quarantined(tmp_path: Path):
     assert raised.value.message.startswith(
         "nodes do not reach each other; nothing else was compared:\n  - n3: connections"
     )
+
+
+def test_name_that_leads_to_the_loopback_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    """Each node has 127.0.0.1 and ::1, so they say nothing about which node a name leads to."""
+    inet = [SimpleNamespace(family=socket.AF_INET, address=address) for address in ("127.0.0.1", "10.0.0.1")]
+    inet6 = [SimpleNamespace(family=socket.AF_INET6, address="::1")]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"all": [*inet, *inet6]})
+    with node_connections._listening(rank(1, 2)) as endpoint:
+        assert endpoint.interfaces == ["10.0.0.1", "127.0.0.2"], (
+            "the loopback's address where this node listens is its own"
+        )
+        assert node_connections._name_problem(endpoint) == ""
+        localhost = node_connections._name_problem(replace(endpoint, host="127.0.0.1"))
+    assert localhost == "resolves it to 127.0.0.1"
+
+
+def test_node_listens_on_its_next_address_where_ipv6_is_off(monkeypatch: pytest.MonkeyPatch):
+    class WithoutIpv6(socket.socket):
+        def __init__(self, family: int = -1, *others: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            super().__init__(family, *others)
+
+    monkeypatch.setattr(socket, "socket", WithoutIpv6)
+    listener = node_connections._listener(["::1", "127.0.0.1"])
+    assert listener and listener.getsockname()[0] == "127.0.0.1"
+    listener.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator, Sequence
 
 from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.build_check_rows import Component
-from longhaul.checks.node_connections import CONNECT_S, Connections, ListeningNode
+from longhaul.checks.node_connections import CONNECT_S, Connections, ListeningNode, is_loopback
 
 _FROM, _TO, _NAME = "connections from other nodes", "connections to other nodes", "name on other nodes"
 _OPEN = (
@@ -93,7 +92,7 @@ def _rows_of_node(rank: int, found: Sequence[Connections], cut_off: set[int]) ->
 
 
 def _loopback_text(endpoint: ListeningNode) -> str:
-    is_own = endpoint.address and not endpoint.interface and ipaddress.ip_address(endpoint.address).is_loopback
+    is_own = endpoint.address and not endpoint.interface and is_loopback(endpoint.address)
     return f" ({endpoint.host} itself resolves its name to it)" if is_own else ""
 
 

@@ -7,6 +7,7 @@ go through rank 0's store, which the nodes have reached already.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -49,7 +50,7 @@ class ListeningNode:
 
     word:       what it sends to each connection, so that another program is noticed
     interface:  of GLOO_SOCKET_IFNAME; "": the address is that of the host's own name
-    interfaces: all addresses of the node
+    interfaces: all addresses of the node; of the loopback, which each node has, only the one where it listens
     error:      why it cannot listen
     """
 
@@ -179,7 +180,10 @@ def _listening(rank: Rank) -> Iterator[ListeningNode]:
     """Listen on a port that the kernel chooses, and send the word to each connection."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     interfaces = {name: _ip_addresses(found) for name, found in psutil.net_if_addrs().items()}
-    word, everywhere = secrets.token_hex(16), [address for found in interfaces.values() for address in found]
+    word, everywhere = (
+        secrets.token_hex(16),
+        [one for found in interfaces.values() for one in found if not is_loopback(one)],
+    )
     tried = interfaces.get(interface, []) if interface else _own_addresses(rank.host)
     listener = _listener(tried)
     if listener is None:
@@ -192,6 +196,10 @@ def _listening(rank: Rank) -> Iterator[ListeningNode]:
         yield ListeningNode(rank.node_name, rank.host, address, port, word, interface, [*everywhere, address])
         with suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 def _ip_addresses(found: Sequence[Any]) -> list[str]:
@@ -210,13 +218,9 @@ def _own_addresses(host: str) -> list[str]:
 def _listener(addresses: Iterable[str]) -> socket.socket | None:
     """Return a socket that listens on the first of these addresses that this node has."""
     for address in addresses:
-        listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        try:
-            listener.bind((address, 0))
-            listener.listen(_BACKLOG)
-            return listener
-        except OSError:
-            listener.close()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with suppress(OSError):  # another node's address, or one of IPv6 where the kernel has it off
+            return socket.create_server((address, 0), family=family, backlog=_BACKLOG)
     return None
 
 
