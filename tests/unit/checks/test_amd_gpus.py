@@ -130,7 +130,7 @@ def test_clock_of_an_idle_gpu_is_unknown(read: Any):
     }
 
 
-ECC_FILES = {"ras/umc_err_count": "ue: 1\nce: 0", "ras/gpu_vram_bad_pages": "0x1 : 0x1000 : R"}
+ECC_FILES = {"ras/umc_err_count": "ue: 1\nce: 0\nde: 0", "ras/gpu_vram_bad_pages": "0x1 : 0x1000 : R"}
 
 
 def test_call_that_fails_is_answered_by_the_files_or_unknown(read: Any):
@@ -160,6 +160,59 @@ def test_numbers_that_stand_for_no_value_are_unknown(read: Any):
     assert "no attribute" in read_library()[1][ADDRESS].unavailable["xgmi_links"]
 
 
+def test_counts_without_a_number_are_unknown_and_those_of_the_files_replace_them(read: Any):
+    no_counts = dict.fromkeys(errors(), "N/A")
+    gpu = mi300x(0, amdsmi_get_gpu_ecc_count={AmdSmiGpuBlock["UMC"]: no_counts})
+    assert results(amd_rows({"n1": read(gpu)}), "unknown") == dict.fromkeys(
+        ("uncorrectable ECC errors", "corrected ECC errors", "deferred ECC errors"), "not available: amdsmi: no value"
+    )
+    rows = amd_rows({"n1": read(gpu, files=ECC_FILES)})
+    assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"} and results(rows, "unknown") == {}
+
+
+NO_QUERY = "Query currently inaccessible"
+
+
+@pytest.mark.parametrize(
+    ("umc", "gfx", "uncorrected", "reason"),
+    [
+        (NO_QUERY, NO_QUERY, None, f"gfx_err_count: {NO_QUERY}"),
+        ("ue: 0\nce: 0", NO_QUERY, None, f"gfx_err_count: {NO_QUERY}"),
+        ("ue: 0\nce: 0", "", None, "gfx_err_count: it is empty"),
+        ("ue: 2\nce: 0", NO_QUERY, {"umc": 2}, None),
+        ("ue: 0\nce: 0", "ue: 0\nce: 0", {}, None),
+    ],
+)
+def test_counters_of_the_driver_without_an_answer_are_unknown(
+    tmp_path: Path, umc: str, gfx: str, uncorrected: dict[str, int] | None, reason: str | None
+):
+    add_driver_files(tmp_path, {"ras/umc_err_count": umc, "ras/gfx_err_count": gfx}, ADDRESS)
+    (gpu,) = read_amd_gpus(sys=tmp_path).gpus
+    assert (gpu.uncorrected, gpu.unavailable.get("uncorrected")) == (uncorrected, reason)
+    (row,) = (row for row in amd_rows({"n1": AmdReading([gpu])}) if row["check"] == "uncorrectable ECC errors")
+    assert row["result"] == ("unknown" if reason else "fail" if uncorrected else "ok")
+
+
+def test_files_of_the_driver_that_cannot_be_read_are_unknown_and_an_empty_list_of_pages_is_none(tmp_path: Path):
+    """The kernel answers EINVAL to a query that fails; here a folder answers EISDIR."""
+    files = {"ras/umc_err_count": "ue: 0\nce: 0", "ras/gpu_vram_bad_pages": ""}
+    add_driver_files(tmp_path, files, ADDRESS)
+    ras = tmp_path / "bus" / "pci" / "drivers" / "amdgpu" / ADDRESS / "ras"
+    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)})
+    assert results(rows, "ok")["bad pages of the memory"] == "0"
+    assert results(rows, "unknown")["deferred ECC errors"] == "not available: the driver amdgpu does not count them"
+    (ras / "gpu_vram_bad_pages").write_text(NO_QUERY)
+    assert results(amd_rows({"n1": read_amd_gpus(sys=tmp_path)}), "unknown")["bad pages of the memory"].endswith(
+        NO_QUERY
+    )
+    for name in ("gpu_vram_bad_pages", "gfx_err_count"):
+        (ras / name).unlink(missing_ok=True)
+        (ras / name).mkdir()
+    (gpu,) = read_amd_gpus(sys=tmp_path).gpus
+    assert gpu.bad_pages is None and gpu.unavailable["bad_pages"] == "gpu_vram_bad_pages: Is a directory"
+    assert gpu.uncorrected is None and gpu.unavailable["uncorrected"] == "gfx_err_count: Is a directory"
+
+
 @pytest.mark.parametrize(
     ("init", "reason"),
     [
@@ -185,7 +238,7 @@ def test_node_without_amdsmi_has_the_rows_of_the_files(
 
     monkeypatch.setitem(sys.modules, "amdsmi", fake_amdsmi([mi300x(0)], fail))
     monkeypatch.setattr(amd_gpu_reading, "_LIBRARY_S", 0.05 if init is None else 30.0)
-    add_driver_files(tmp_path, {"ras/umc_err_count": "ue: 1\nce: 0", "hwmon/hwmon1/power1_cap": 0}, ADDRESS)
+    add_driver_files(tmp_path, {"ras/umc_err_count": "ue: 1\nce: 0\nde: 0", "hwmon/hwmon1/power1_cap": 0}, ADDRESS)
     rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)})
     assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"}
     assert results(rows, "unknown") == {

@@ -54,8 +54,10 @@ def _rows_of_node(node: Component, reading: AmdReading, usual_links: int) -> Ite
         yield node.unknown(_NO_STATE, reading.error, "amdsmi answers", _INSTALL)
     for gpu in reading.gpus:
         component = Component(node.node, f"GPU {gpu.address}")
-        yield from component.judged((_UNCORRECTED,) if gpu.uncorrected is None else _ERRORS, gpu)
-        if gpu.uncorrected is not None:
+        counts = (gpu.uncorrected, gpu.corrected, gpu.deferred, gpu.bad_pages)
+        has_counters = any(count is not None for count in counts)  # consumer cards have none
+        yield from component.judged(_ERRORS if has_counters else (_UNCORRECTED,), gpu)
+        if has_counters:
             yield _page_row(component, gpu)
         yield from _power_rows(component, gpu)
         if not reading.error:

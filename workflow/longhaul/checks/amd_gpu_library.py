@@ -89,18 +89,24 @@ def _slowdowns(status: Mapping[str, Any]) -> list[str] | None:
     return [text for text, is_active in known.items() if is_active] if known else None
 
 
-def _error_counts(amdsmi: Any, gpu: Any) -> list[dict[str, int]]:
-    """Return block -> count, of the blocks that have some: uncorrectable, correctable and deferred errors."""
+def _error_counts(amdsmi: Any, gpu: Any) -> list[dict[str, int] | None]:
+    """Return block -> count, of the blocks that have some: uncorrectable, correctable and deferred errors.
+
+    None: no block has a number.
+    """
     answers: dict[str, Mapping[str, Any]] = {}
     for block in amdsmi.AmdSmiGpuBlock:
         if block.name not in _NO_BLOCKS:
             with suppress(amdsmi.AmdSmiLibraryException):  # a block without counters
                 answers[block.name.lower()] = amdsmi.amdsmi_get_gpu_ecc_count(gpu, block)
     answers = answers or {"all blocks": amdsmi.amdsmi_get_gpu_total_ecc_count(gpu)}
-    return [
-        {block: count for block, answer in answers.items() if (count := _number(answer[f"{kind}_count"]))}
-        for kind in ("uncorrectable", "correctable", "deferred")
-    ]
+    kinds = ("uncorrectable_count", "correctable_count", "deferred_count")
+    return [_known_counts({block: _number(answer[kind]) for block, answer in answers.items()}) for kind in kinds]
+
+
+def _known_counts(counts: Mapping[str, int | None]) -> dict[str, int] | None:
+    is_known = any(count is not None for count in counts.values())
+    return {block: count for block, count in counts.items() if count} if is_known else None
 
 
 def _bad_pages(amdsmi: Any, gpu: Any) -> dict[str, int] | None:
