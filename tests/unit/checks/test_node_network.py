@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.checks.node_network import NodeNetwork, read_node_network, slowest_network
-from tests.support.sysfs_tree import add_port, write_tree
+from tests.support.sysfs_tree import add_pcie_device, add_port, write_tree
 
 NDR, HDR = "400 Gb/sec (4X NDR)", "200 Gb/sec (4X HDR)"
 
@@ -53,6 +53,60 @@ def test_slingshot_interfaces_are_counted(tmp_path: Path):
     }
     write_tree(tmp_path / "class" / "net", {**files, "eth0/operstate": "up", "eth0/speed": 400000})
     assert read_node_network("ethernet", 8, sys=tmp_path) == NodeNetwork("Slingshot", 4, 200.0)
+
+
+def add_gpus(root: Path, number: int) -> Path:
+    for index in range(number):
+        add_pcie_device(root, f"0000:{0xA0 + index:02x}:00.0", "0x030200", vendor="0x10de")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("ports", "ranks", "gpus", "used"),
+    [
+        (8, 8, 8, 8),
+        (8, 4, 8, 4),
+        (4, 4, 8, 2),
+        (4, 2, 8, 1),
+        (2, 1, 8, 1),
+        (1, 8, 8, 1),
+        (4, 4, 0, 4),  # a container without /sys of the GPUs
+        (8, 8, 4, 8),  # more ranks than GPUs
+    ],
+)
+def test_job_with_a_part_of_the_gpus_has_that_part_of_the_ports(
+    tmp_path: Path, ports: int, ranks: int, gpus: int, used: int
+):
+    add_gpus(add_ports(tmp_path, [NDR] * ports), gpus)
+    add_pcie_device(tmp_path, "0000:f0:00.0", "0x030000", vendor="0x1a03")  # the screen of the node's controller
+    found = read_node_network("infiniband", ranks, sys=tmp_path)
+    assert found == NodeNetwork("InfiniBand", used, 400.0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "speed", "ports", "port_rate"),
+    [
+        (HDR, "16.0 GT/s PCIe", 1, 200.0),  # two of 200 Gbit/s share 252
+        (HDR, "32.0 GT/s PCIe", 2, 200.0),
+        (NDR, "16.0 GT/s PCIe", 1, 252.06),
+        (HDR, "5.0 GT/s PCIe", 1, 64.0),
+    ],
+)
+def test_ports_of_one_device_share_its_slot(tmp_path: Path, rate: str, speed: str, ports: int, port_rate: float):
+    for function in range(2):
+        address = f"0000:18:00.{function}"
+        add_port(tmp_path, f"mlx5_{function}", rate=rate, address=address)
+        add_pcie_device(tmp_path, address, "0x020700", max_speed=speed, bridge_speed="32.0 GT/s PCIe")
+    found = read_node_network("infiniband", 8, sys=tmp_path)
+    assert found and (found.ports, found.port_gbit_per_s) == (ports, pytest.approx(port_rate, abs=0.01))
+
+
+def test_virtual_functions_are_no_ports(tmp_path: Path):
+    add_ports(tmp_path, [NDR] * 3)
+    for number in (1, 2):
+        device = tmp_path / "class" / "infiniband" / f"mlx5_{number}" / "device"
+        (device / "physfn").symlink_to("../0000:10:00.0")
+    assert read_node_network("infiniband", 8, sys=tmp_path) == NodeNetwork("InfiniBand", 1, 400.0)
 
 
 def test_the_slowest_node_counts_and_an_unknown_one_makes_all_unknown():

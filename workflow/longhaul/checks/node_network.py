@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from longhaul.checks.infiniband_ports import PortFacts, read_ports
 from longhaul.checks.network_interfaces import read_interfaces
+from longhaul.checks.pcie_links import PcieLink, read_pcie_links
 from longhaul.checks.sysfs_files import SYS
 from longhaul.runtime.rdma_variables import LINK_LAYERS
 
@@ -40,20 +42,53 @@ class NodeNetwork:
 def read_node_network(kind: str, ranks: int, hca: str = "", sys: Path = SYS) -> NodeNetwork | None:
     """Return the fastest ports of this node, at most one per rank; None where NCCL uses sockets, or no port has a rate.
 
-    Slower ports lead to other networks, as to the storage.
+    Slower ports lead to other networks, as to the storage. Ranks on a part of the node's GPUs have the same part of its ports.
 
     kind:  interconnect.kind of the site file; others than infiniband and roce may be Slingshot
     ranks: of this node
     hca:   NCCL_IB_HCA
     """
     if kind in LINK_LAYERS:
-        used = [port for port in read_ports(sys) if port.link_layer == LINK_LAYERS[kind] and _is_chosen(port, hca)]
+        found = [port for port in read_ports(sys) if port.link_layer == LINK_LAYERS[kind] and _is_chosen(port, hca)]
+        devices = [sys / "class" / "infiniband" / port.device / "device" for port in found]
     else:
-        used = [interface for interface in read_interfaces(sys) if _SLINGSHOT.fullmatch(interface.name)]
-    rates = [port.rate_gbit_per_s for port in used if port.is_active and port.rate_gbit_per_s]
-    if not rates:
+        found = [interface for interface in read_interfaces(sys) if _SLINGSHOT.fullmatch(interface.name)]
+        devices = [sys / "class" / "net" / interface.name / "device" for interface in found]
+    ports = [
+        (device.resolve().name, port.rate_gbit_per_s)
+        for port, device in zip(found, devices, strict=True)
+        if port.is_active and port.rate_gbit_per_s and not _is_virtual(device)
+    ]
+    if not ports:
         return None
-    return NodeNetwork(_NAMES.get(kind, "Slingshot"), min(rates.count(max(rates)), ranks), max(rates))
+    links, port_rate = read_pcie_links(sys), max(rate for _, rate in ports)
+    slots = {_slot(link.address): link.max_gbit_per_s for link in links}
+    used = Counter(_slot(address) for address, rate in ports if rate == port_rate)
+    count = sum(_carried(number, port_rate, slots.get(slot)) for slot, number in used.items())
+    port_rate = min(port_rate, *(slots.get(slot, port_rate) for slot in used))
+    return NodeNetwork(_NAMES.get(kind, "Slingshot"), _ports_of_ranks(count, ranks, links), port_rate)
+
+
+def _is_virtual(device: Path) -> bool:
+    """Return whether a PCI device is a virtual function (SR-IOV): it shares the port of its physical function."""
+    return (device / "physfn").exists()
+
+
+def _slot(address: str) -> str:
+    """Return a PCI address without the function: the ports of one adapter may be functions of one device."""
+    return address.rpartition(".")[0]
+
+
+def _carried(ports: int, port_rate: float, slot_rate: float | None) -> int:
+    """Return how many of a device's ports its slot can feed at full rate; all of them where its link is not known."""
+    return ports if slot_rate is None else max(1, min(ports, int(slot_rate / port_rate)))
+
+
+def _ports_of_ranks(ports: int, ranks: int, links: Iterable[PcieLink]) -> int:
+    """Return how many ports the ranks use. Of the node's display controllers, those of the most frequent vendor are its GPUs."""
+    vendors = Counter(link.vendor for link in links if link.kind == "GPU")
+    gpus = max(vendors.values(), default=ranks)
+    return min(ports, ranks, max(1, ports * ranks // gpus))
 
 
 def slowest_network(networks: Sequence[NodeNetwork | None]) -> NodeNetwork | None:

@@ -16,6 +16,8 @@ _KINDS = {"0x0302": "GPU", "0x0300": "GPU", "0x0380": "GPU", "0x1200": "GPU", "0
           "0x0200": "network adapter", "0x0108": "NVMe disk"}  # fmt: skip
 """First digits of a device's class (pci.ids): 3D and display controllers, accelerators, InfiniBand, Ethernet, NVMe."""
 
+_PCIE_3 = 8.0
+
 
 @dataclass(frozen=True)
 class PcieLink:
@@ -32,6 +34,11 @@ class PcieLink:
     width: int
     max_width: int
     numa_node: int | None
+
+    @property
+    def max_gbit_per_s(self) -> float:
+        """Rate of one direction, less the line code: 8b/10b up to PCIe 2, 128b/130b from PCIe 3 on."""
+        return self.max_speed * self.max_width * (0.8 if self.max_speed < _PCIE_3 else 128 / 130)
 
 
 def read_pcie_links(sys: Path = SYS) -> list[PcieLink]:
