@@ -38,6 +38,8 @@ from tests.support.node_hardware import environment_job, hardware, link
 from tests.support.sysfs_tree import write_tree
 
 ADDRESS, OTHER = "0000:c1:00.0", "0000:c6:00.0"
+GPUS = 8
+"""GPUs that a job needs of each node."""
 
 
 @pytest.fixture
@@ -70,14 +72,14 @@ def test_healthy_mi300x_node_has_no_findings(read: Any):
     gpu = reading.gpus[0]
     assert (gpu.power_limit_w, gpu.slowdowns, gpu.xgmi_links, gpu.xgmi_links_down) == (750.0, ["power limit"], 7, [])
     assert (gpu.gfx_clock_mhz, gpu.activity, gpu.pcie_speed, gpu.pcie_width) == (1450, 100, 32.0, 16)
-    rows = amd_rows({"n1": reading})
+    rows = amd_rows({"n1": reading}, GPUS)
     assert {row["result"] for row in rows} == {"ok"} and len(rows) == 1 + 8 * 9
     assert results(rows, "ok")["source of the GPUs' state"] == "amdsmi 26.0.2 and files of the driver amdgpu"
 
 
 def test_healthy_mi250x_node_has_no_findings_and_says_what_is_unknown(read: Any):
     """The second die of a card has no power limit of its own. ROCm states slowdowns and links from MI300 on."""
-    rows = amd_rows({"n1": read(*map(mi250x, range(2)))})
+    rows = amd_rows({"n1": read(*map(mi250x, range(2)))}, GPUS)
     unsupported = "not available: amdsmi: AMDSMI_STATUS_NOT_SUPPORTED - Feature not supported"
     assert results(rows, "unknown") == dict.fromkeys(("slowdown", "clock of the shaders", "XGMI links"), unsupported)
     assert [row["component"] for row in rows if row["check"] == "power limit"] == [f"GPU {ADDRESS}"]
@@ -116,16 +118,24 @@ DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize(("change", "result", "message"), DEGRADED.values(), ids=DEGRADED)
 def test_degraded_mi300x_is_named(read: Any, change: dict[str, Any], result: str, message: str):
-    rows = amd_rows({"n1": read(mi300x(0), mi300x(1, **change))})
+    rows = amd_rows({"n1": read(mi300x(0), mi300x(1, **change))}, GPUS)
     bad = [row for row in rows if row["result"] != "ok"]
     assert [(row["component"], row["result"]) for row in bad] == [(f"GPU {OTHER}", result)], bad
     (line,) = problem_lines(rows) if result == "fail" else warning_lines(rows)
     assert line.startswith(f"n1: GPU {OTHER}: {message}")
 
 
+def test_xgmi_links_do_not_fail_a_job_with_one_gpu_per_node(read: Any):
+    """A GPU alone sends nothing over them."""
+    down = mi300x(1, amdsmi_get_gpu_xgmi_link_status={"status": list("UXUUDUUU"), "total_links": 8})
+    readings = {"n1": read(mi300x(0)), "n2": read(down)}
+    assert results(amd_rows(readings, 2), "fail") == {"XGMI links": "6 active, not active: 4"}
+    assert results(amd_rows(readings, 1), "fail") == {}
+
+
 def test_clock_of_an_idle_gpu_is_unknown(read: Any):
     idle = mi300x(0, amdsmi_get_gpu_activity={"gfx_activity": 0}, amdsmi_get_violation_status=violations())
-    assert results(amd_rows({"n1": read(idle)}), "unknown") == {
+    assert results(amd_rows({"n1": read(idle)}, GPUS), "unknown") == {
         "clock of the shaders": "not available: the GPU is idle, at 1450 MHz"
     }
 
@@ -136,7 +146,7 @@ ECC_FILES = {"ras/umc_err_count": "ue: 1\nce: 0\nde: 0", "ras/gpu_vram_bad_pages
 def test_call_that_fails_is_answered_by_the_files_or_unknown(read: Any):
     """All functions refuse, as in a container without permissions; the driver's files are there."""
     gpu = {name: AmdSmiLibraryException(NO_PERMISSION) for name in mi300x(0)}
-    rows = amd_rows({"n1": read({**gpu, "amdsmi_get_gpu_device_bdf": ADDRESS}, files=ECC_FILES)})
+    rows = amd_rows({"n1": read({**gpu, "amdsmi_get_gpu_device_bdf": ADDRESS}, files=ECC_FILES)}, GPUS)
     assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"}
     assert results(rows, "warn") == {"bad pages of the memory": "1 out of use"}
     refused = "not available: amdsmi: AMDSMI_STATUS_NO_PERM - Permission Denied"
@@ -150,7 +160,7 @@ def test_numbers_that_stand_for_no_value_are_unknown(read: Any):
     clock = {"clk": "N/A", "max_clk": 2**32 - 1}
     reading = read(mi300x(0, amdsmi_get_power_cap_info=cap, amdsmi_get_clock_info=[clock], amdsmi_get_violation_status={},
                           amdsmi_get_gpu_bad_page_info="No bad pages found."))  # fmt: skip
-    assert results(amd_rows({"n1": reading}), "unknown") == {
+    assert results(amd_rows({"n1": reading}, GPUS), "unknown") == {
         "bad pages of the memory": "not available: amdsmi: no value",
         "power limit": "not available: amdsmi: no value",
         "slowdown": "not available: amdsmi: 'active_ppt_pwr'",
@@ -163,10 +173,10 @@ def test_numbers_that_stand_for_no_value_are_unknown(read: Any):
 def test_counts_without_a_number_are_unknown_and_those_of_the_files_replace_them(read: Any):
     no_counts = dict.fromkeys(errors(), "N/A")
     gpu = mi300x(0, amdsmi_get_gpu_ecc_count={AmdSmiGpuBlock["UMC"]: no_counts})
-    assert results(amd_rows({"n1": read(gpu)}), "unknown") == dict.fromkeys(
+    assert results(amd_rows({"n1": read(gpu)}, GPUS), "unknown") == dict.fromkeys(
         ("uncorrectable ECC errors", "corrected ECC errors", "deferred ECC errors"), "not available: amdsmi: no value"
     )
-    rows = amd_rows({"n1": read(gpu, files=ECC_FILES)})
+    rows = amd_rows({"n1": read(gpu, files=ECC_FILES)}, GPUS)
     assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"} and results(rows, "unknown") == {}
 
 
@@ -189,7 +199,7 @@ def test_counters_of_the_driver_without_an_answer_are_unknown(
     add_driver_files(tmp_path, {"ras/umc_err_count": umc, "ras/gfx_err_count": gfx}, ADDRESS)
     (gpu,) = read_amd_gpus(sys=tmp_path).gpus
     assert (gpu.uncorrected, gpu.unavailable.get("uncorrected")) == (uncorrected, reason)
-    (row,) = (row for row in amd_rows({"n1": AmdReading([gpu])}) if row["check"] == "uncorrectable ECC errors")
+    (row,) = (row for row in amd_rows({"n1": AmdReading([gpu])}, GPUS) if row["check"] == "uncorrectable ECC errors")
     assert row["result"] == ("unknown" if reason else "fail" if uncorrected else "ok")
 
 
@@ -198,11 +208,11 @@ def test_files_of_the_driver_that_cannot_be_read_are_unknown_and_an_empty_list_o
     files = {"ras/umc_err_count": "ue: 0\nce: 0", "ras/gpu_vram_bad_pages": ""}
     add_driver_files(tmp_path, files, ADDRESS)
     ras = tmp_path / "bus" / "pci" / "drivers" / "amdgpu" / ADDRESS / "ras"
-    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)})
+    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)}, GPUS)
     assert results(rows, "ok")["bad pages of the memory"] == "0"
     assert results(rows, "unknown")["deferred ECC errors"] == "not available: the driver amdgpu does not count them"
     (ras / "gpu_vram_bad_pages").write_text(NO_QUERY)
-    assert results(amd_rows({"n1": read_amd_gpus(sys=tmp_path)}), "unknown")["bad pages of the memory"].endswith(
+    assert results(amd_rows({"n1": read_amd_gpus(sys=tmp_path)}, GPUS), "unknown")["bad pages of the memory"].endswith(
         NO_QUERY
     )
     for name in ("gpu_vram_bad_pages", "gfx_err_count"):
@@ -239,7 +249,7 @@ def test_node_without_amdsmi_has_the_rows_of_the_files(
     monkeypatch.setitem(sys.modules, "amdsmi", fake_amdsmi([mi300x(0)], fail))
     monkeypatch.setattr(amd_gpu_reading, "_LIBRARY_S", 0.05 if init is None else 30.0)
     add_driver_files(tmp_path, {"ras/umc_err_count": "ue: 1\nce: 0\nde: 0", "hwmon/hwmon1/power1_cap": 0}, ADDRESS)
-    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)})
+    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)}, GPUS)
     assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"}
     assert results(rows, "unknown") == {
         "slowdowns, clocks, processes and XGMI links": f"not available: {reason}",
@@ -256,7 +266,7 @@ def test_consumer_card_has_no_counters_and_node_without_driver_is_unknown(tmp_pa
     add_driver_files(
         tmp_path, {"hwmon/hwmon1/power1_cap": 250_000_000, "hwmon/hwmon1/power1_cap_default": 250_000_000}, ADDRESS
     )
-    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path), "n2": read_amd_gpus(sys=tmp_path / "none")})
+    rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path), "n2": read_amd_gpus(sys=tmp_path / "none")}, GPUS)
     assert results(rows, "unknown")["uncorrectable ECC errors"] == "not available: the driver amdgpu has no counters"
     assert [(row["node"], row["check"]) for row in rows[-1:]] == [("n2", "state of the GPUs")]
 

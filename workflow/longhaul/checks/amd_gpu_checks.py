@@ -37,9 +37,14 @@ _LIBRARY_CHECKS = (
 )  # fmt: skip
 
 
-def amd_rows(readings: Mapping[str, AmdReading]) -> list[CheckRow]:
-    """Return the rows of all AMD GPUs. readings: node -> its GPUs."""
-    usual = max((gpu.xgmi_links or 0 for reading in readings.values() for gpu in reading.gpus), default=0)
+def amd_rows(readings: Mapping[str, AmdReading], gpus_per_node: int) -> list[CheckRow]:
+    """Return the rows of all AMD GPUs.
+
+    readings:      node -> its GPUs
+    gpus_per_node: how many the job needs
+    """
+    links = [gpu.xgmi_links or 0 for reading in readings.values() for gpu in reading.gpus]
+    usual = max(links, default=0) if gpus_per_node > 1 else 0  # a GPU alone sends nothing over XGMI links
     return [row for node, reading in readings.items() for row in _rows_of_node(Component(node), reading, usual)]
 
 

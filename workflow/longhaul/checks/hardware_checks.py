@@ -65,7 +65,7 @@ def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
 def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
     if job.build.startswith("rocm"):
-        return amd_rows({node: facts.amd_gpus for node, facts in hardware.items()})
+        return amd_rows({node: facts.amd_gpus for node, facts in hardware.items()}, job.gpus_per_node)
     if not job.build.startswith("cuda"):
         return []
     min_nvlinks = job.minimums.nvlinks if job.gpus_per_node > 1 else 0  # a GPU alone sends nothing over NVLinks
