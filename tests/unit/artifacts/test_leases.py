@@ -179,13 +179,14 @@ def test_main_process_in_a_job_is_dead_if_slurm_says_so(
     ("variables", "job_id"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": "7"}, "7"),
+        ({"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}, "7"),
+        ({"SLURM_JOB_ID": "7"}, None),  # a shell of salloc on the login node outlives the job
         ({"LONGHAUL_JOB_ID": "8"}, "8"),
-        ({"SLURM_JOB_ID": "7", "LONGHAUL_JOB_ID": "8"}, "7"),
+        ({"SLURM_JOB_ID": "7", "LONGHAUL_JOB_ID": "8", "SLURMD_NODENAME": "n1"}, "7"),
     ],
 )
 def test_owner_has_host_process_and_job(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], job_id: str | None):
-    for name in ("SLURM_JOB_ID", "LONGHAUL_JOB_ID"):
+    for name in ("SLURM_JOB_ID", "LONGHAUL_JOB_ID", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -308,6 +309,7 @@ def test_process_that_became_snakemake_still_owns_its_lease(tmp_path: Path, monk
     """Snakemake's Slurm plugin removes the variables of Slurm from the main process."""
     monkeypatch.delenv("LONGHAUL_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setattr(atexit, "register", lambda function: None)
     RunLease(tmp_path / "lease").acquire_or_exit()
     monkeypatch.delenv("SLURM_JOB_ID")
@@ -317,9 +319,20 @@ def test_process_that_became_snakemake_still_owns_its_lease(tmp_path: Path, monk
     assert not lease.path.exists()
 
 
+def test_process_that_lives_on_this_host_keeps_its_run_though_its_job_has_ended(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        owner = replace(LeaseOwner.this_process(), pid=other.pid, started=process_start(other.pid), job_id="7")
+        lease = run_lease_of(tmp_path / "lease", owner)
+        with pytest.raises(SystemExit):
+            lease.acquire_or_exit(lambda job_id: True)
+        other.kill()
+    assert lease.current_owner() == owner
+
+
 def test_job_of_this_process_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A requeued job has the id of its earlier allocation."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     lease = run_lease_of(tmp_path / "lease", replace(on_another_host(), job_id="7"))
     with pytest.raises(SystemExit):
         lease.acquire_or_exit(lambda job_id: True)

@@ -40,9 +40,7 @@ class LeaseOwner:
 
     @classmethod
     def this_process(cls) -> LeaseOwner:
-        # The executor plugin removes Slurm's variables from the main process. controller.sbatch sets another one.
-        job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("LONGHAUL_JOB_ID")
-        return cls(socket.gethostname(), os.getpid(), process_start(os.getpid()), job_id)
+        return cls(socket.gethostname(), os.getpid(), process_start(os.getpid()), _job_of_this_process())
 
     def __str__(self) -> str:
         job = f" (job {self.job_id})" if self.job_id else ""
@@ -61,6 +59,16 @@ class LeaseOwner:
         """Return whether it is this process, which may have replaced its program (exec) or its variables of Slurm since."""
         this = LeaseOwner.this_process()
         return (self.host, self.pid, self.started) == (this.host, this.pid, this.started)
+
+
+def _job_of_this_process() -> str | None:
+    """Return the Slurm job that this process ends with; None outside Slurm.
+
+    salloc opens a shell on the login node that outlives its allocation: only slurmd sets SLURMD_NODENAME. The executor plugin
+    removes Slurm's variables from the main process; controller.sbatch sets another one.
+    """
+    of_slurm = os.environ.get("SLURM_JOB_ID") if "SLURMD_NODENAME" in os.environ else None
+    return of_slurm or os.environ.get("LONGHAUL_JOB_ID")
 
 
 def process_start(pid: int) -> str | None:
@@ -164,18 +172,22 @@ class RunLease(Lease):
     def acquire_or_exit(self, job_has_ended: Callable[[str], bool] = lambda job_id: False) -> None:
         """Acquire the lease, or print its owner and exit with code 2. `longhaul run` has acquired it before Snakemake starts.
 
-        job_has_ended: returns whether a Slurm job has certainly ended. A main process that ran in it is dead on any host.
+        job_has_ended: returns whether a Slurm job has certainly ended. A main process that ran in it on another host is dead.
         """
         owner = self.current_owner()
         if owner and owner.is_this_process:
             self.owner = owner
-        elif owner and owner.job_id and owner.job_id != self.owner.job_id and job_has_ended(owner.job_id):
+        elif owner and not owner.is_on_this_host and self._ended_with_its_job(owner, job_has_ended):
             print(f"{owner} has ended; taking over", flush=True)
             self.remove_dead(owner)
         if self.owner != owner and not self.try_acquire():
             print(f"error: {self._refusal()}", file=sys.stderr, flush=True)
             sys.exit(UserError.exit_code)
         atexit.register(self.release)
+
+    def _ended_with_its_job(self, owner: LeaseOwner, job_has_ended: Callable[[str], bool]) -> bool:
+        # A requeued job has the id of its earlier allocation.
+        return bool(owner.job_id and owner.job_id != self.owner.job_id and job_has_ended(owner.job_id))
 
     def _refusal(self) -> UserError:
         owner = self.current_owner()
