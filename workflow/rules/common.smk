@@ -114,4 +114,4 @@ def on_start():
         start_run(PLAN, workflow.dag.needrun_jobs())
 
 
-run_hooks_in_module(workflow, on_start, finish_run)
+run_hooks_in_module(workflow, on_start, lambda: finish_run(PLAN))

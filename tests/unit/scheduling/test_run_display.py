@@ -12,11 +12,11 @@ import pytest
 from snakemake.scheduling import job_scheduler
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from longhaul.artifacts.job_state import Failure
+from longhaul.artifacts.job_state import Failure, JobsToRun, State
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
-from longhaul.scheduling import run_display
+from longhaul.scheduling import run_display, snakefile_functions
 from longhaul.scheduling.dry_run_lines import jobs_to_run
 from longhaul.scheduling.run_display import JobEvents, RunDisplay
 from tests.support.run_folder import TRAIN, RunFolder
@@ -137,17 +137,52 @@ def test_display_and_status_count_the_same_jobs(tmp_path: Path) -> None:
     assert line == "1 of 2 jobs to run: train; beside them: render, render_result_spec (2), report"
     assert jobs_to_run({"report": 1, "total": 1}, 2) == "0 of 2 jobs to run; beside them: report"
     assert jobs_to_run({"encode": 3, "train": 1, "total": 4}, 9) == "4 of 9 jobs to run: encode (3), train"
-    run.state(JobId("environment"), "done")
+    events.left = {str(TRAIN)}
     events.line(started())
     events.line(record(LogEvent.JOB_FINISHED, job_id=4))
-    run.state(TRAIN, "done")
-    line = str(events.line(record(LogEvent.PROGRESS, done=5, total=6)))
-    assert line.endswith(" (2 of 2 jobs done)") and str(run.status().job_count) == "2 of 2 jobs done"
+    assert str(events.line(record(LogEvent.PROGRESS, done=5, total=6))).endswith(" (2 of 2 jobs done)")
     events.line(started(5, "report", wildcards={"run": "r"}, local=True, log=[]))
     events.line(record(LogEvent.JOB_FINISHED, job_id=5))
     assert "jobs" not in str(events.line(record(LogEvent.PROGRESS, done=6, total=6))), (
         "the report is no job of the plan"
     )
+
+
+def test_job_that_runs_again_is_not_done_before_in_display_and_status(tmp_path: Path) -> None:
+    """Its state says `done`, from the earlier run. The status sees when the job is done; the display when Snakemake says so."""
+    run = RunFolder(tmp_path, scheduler="local", stages=2)
+    jobs = [JobId("environment"), TRAIN, JobId("train", ("stage-1",))]
+    for job in jobs:
+        run.state(job, "done", None)
+    assert str(run.status().job_count) == "3 of 3 jobs done"
+    run.main_process()
+    again: Any = [SimpleNamespace(jobid=0, params={})]
+    again += [SimpleNamespace(jobid=k, params={"launch": f"{run.paths.job(jobs[k]).path}/launch.sh"}) for k in (1, 2)]
+    snakefile_functions._record_jobs_to_run(run.paths, again)
+    display = RunDisplay(run.paths, 3)
+    display.start(again)
+    display.close()
+    counts: list[tuple[str, str]] = []
+    for number, stage in ((1, "base"), (2, "stage-1")):
+        since = f"2026-11-29T10:00:0{number}+00:00"
+        State("done", None, "n1", ["n1"], 1, since).write(run.paths.job(jobs[number]).state)
+        display._events.line(started(number, wildcards={"run": "r", "stage": stage}))
+        display._events.line(record(LogEvent.JOB_FINISHED, job_id=number))
+        line = str(display._events.line(record(LogEvent.PROGRESS, done=number, total=4)))
+        counts.append((line.partition(" (")[2], str(run.status().job_count)))
+    assert counts == [("2 of 3 jobs done)", "2 of 3 jobs done"), ("3 of 3 jobs done)", "3 of 3 jobs done")]
+
+
+def test_run_with_nothing_to_do_ends_what_a_stopped_run_had_left(tmp_path: Path) -> None:
+    """The user has taken back a change of the config."""
+    run = RunFolder(tmp_path, scheduler="local")
+    for job in (JobId("environment"), TRAIN):
+        run.state(job, "done", None)
+    JobsToRun("an earlier process", {str(TRAIN): "2026-11-28T10:00:00+00:00"}).write(run.paths.jobs_to_run)
+    status = run.status()
+    assert (status.state, status.stages[0].job.state) == ("interrupted", "not started")
+    RunDisplay(run.paths, 2).handle(record(message="Nothing to be done (all requested files are present)."))
+    assert run.status().state == "done"
 
 
 @pytest.mark.parametrize(

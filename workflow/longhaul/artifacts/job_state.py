@@ -8,6 +8,7 @@ Exit codes get lost between srun and Snakemake's executor. These files replace t
 | failures/rank-*.json  | why one process failed                                     | that process                 |
 | outcome.json          | why a training stopped on purpose before its last step     | rank 0                       |
 | deadline.json         | the end of the allocation                                  | supervisor; rank 0 reads it  |
+| jobs_to_run.json      | jobs that the run had to run when it started               | main process                 |
 """
 
 from __future__ import annotations
@@ -138,6 +139,27 @@ class Failure(Artifact):
         where = f" (rank {self.rank} on {self.host})" if self.rank is not None else ""
         lines = [f"error: {self.cause}{where}", *(f"  {line}" for line in self.evidence)]
         return printable("\n".join([*lines, f"  remedy: {self.remedy}"] if self.remedy else lines))
+
+
+@dataclass(frozen=True)
+class JobsToRun(Artifact):
+    """The jobs that the newest main process had to run when it started; some were done in an earlier run.
+
+    invocation: identity of that process
+    left:       job -> `since` of the state that an earlier run left; "" if there was none
+    """
+
+    invocation: str = ""
+    left: dict[str, str] = field(default_factory=dict)
+
+    def is_left(self, job: str, state: State) -> bool:
+        """Return whether an earlier run left this state, and the job runs again. Times of two hosts are not compared."""
+        return self.left.get(job) == state.since
+
+
+def read_jobs_to_run(paths: RunPaths) -> JobsToRun:
+    """Read jobs_to_run.json; no jobs if it is missing, damaged or of another release."""
+    return _read_from_server(JobsToRun, paths.jobs_to_run) or JobsToRun()
 
 
 def read_state(folder: Path) -> State | None:

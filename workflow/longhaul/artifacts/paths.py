@@ -320,6 +320,11 @@ class RunPaths:
         return self.folder / "plan.json"
 
     @property
+    def jobs_to_run(self) -> Path:
+        """The jobs that the main process has yet to run."""
+        return self.folder / "jobs_to_run.json"
+
+    @property
     def config(self) -> Path:
         return self.folder / "config.yaml"
 

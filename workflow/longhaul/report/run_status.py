@@ -16,9 +16,11 @@ from longhaul.artifacts.endpoint import Endpoint, read_endpoint
 from longhaul.artifacts.job_state import (
     CANCELLED,
     Failure,
+    JobsToRun,
     State,
     current_invocation,
     read_failure,
+    read_jobs_to_run,
     read_state,
     unreadable_records,
 )
@@ -102,14 +104,13 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class JobCount:
-    """How many jobs of the plan are done. What the main process does itself, such as fetch, render and report, is no job."""
+    """How many jobs of the plan are done. A job that the run does again is not done until it has run again.
+
+    What the main process does itself, such as fetch, render and report, is no job.
+    """
 
     done: int
     planned: int
-
-    @classmethod
-    def of_states(cls, states: list[str]) -> JobCount:
-        return cls(states.count(DONE), len(states))
 
     def __str__(self) -> str:
         return f"{self.done} of {self.planned} jobs done"
@@ -170,7 +171,7 @@ class RunStatus:
 
     @property
     def job_count(self) -> JobCount:
-        return JobCount.of_states([job.state for job in self.jobs])
+        return JobCount(sum(job.state == DONE for job in self.jobs), len(self.jobs))
 
     @property
     def jobs_and_servers(self) -> list[JobStatus]:
@@ -213,7 +214,8 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
     owner = _living_owner(paths, queue)
 
     trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
-    statuses = {job: _job_status(paths, job, queue, owner) for job in dict.fromkeys([*jobs, *trained])}
+    to_run = read_jobs_to_run(paths)
+    statuses = {job: _job_status(paths, job, queue, owner, to_run) for job in dict.fromkeys([*jobs, *trained])}
     unchecked_host = _unchecked_host(owner, queue)
     nobody_knows = queue is None if plan["scheduler"] == "slurm" else unchecked_host
     now_s = None if nobody_knows else time.time()
@@ -259,15 +261,6 @@ def starting_status(paths: RunPaths) -> RunStatus | None:
         report=None,
         unchecked_host=_unchecked_host(owner, None),
     )
-
-
-def count_jobs(paths: RunPaths) -> JobCount:
-    """Count the jobs as read_status does. Slurm is not asked: a job that is done waits in no queue.
-
-    Raises:
-        UserError: as read_status.
-    """
-    return JobCount.of_states([_job_status(paths, job, None, None).state for job in _planned_jobs(_read_plan(paths))])
 
 
 def _read_plan(paths: RunPaths) -> PlanFile:
@@ -320,9 +313,13 @@ def _unchecked_host(owner: LeaseOwner | None, queue: Queue | None) -> str:
     return "" if owner is None or owner.is_on_this_host or is_queued else owner.host
 
 
-def _job_status(paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOwner | None) -> JobStatus:
+def _job_status(
+    paths: RunPaths, job: JobId, queue: Queue | None, owner: LeaseOwner | None, to_run: JobsToRun
+) -> JobStatus:
     folder = paths.job(job)
     state, failure = read_state(folder.path), read_failure(folder.path)
+    if state and state.state == "done" and to_run.is_left(str(job), state):
+        state = None
     queued = queue.find(str(job), state.job_id if state else None) if queue else None
     slurm_id = queued.job_id if queued else state.job_id if state else None
 
@@ -348,7 +345,7 @@ def _server_status(paths: RunPaths, job: JobId, queue: Queue | None) -> ServerSt
     """Return the status of a server; None if it was stopped on purpose, or never started."""
     folder = paths.job(job)
     endpoint, failure, state = read_endpoint(folder.endpoint), read_failure(folder.path), read_state(folder.path)
-    found = _job_status(paths, job, queue, endpoint.owner if endpoint else None)
+    found = _job_status(paths, job, queue, endpoint.owner if endpoint else None, JobsToRun())
     was_stopped = found.state in (NOT_STARTED, DONE) or (failure and failure.failure_class == CANCELLED)
     ended_here = state and state.state == "waiting" and state.job_id is None
     if found.state != QUEUED and (was_stopped or ended_here):

@@ -26,7 +26,7 @@ from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.report import number_format as text
-from longhaul.report.run_status import INTERRUPTED, RunStatus, count_jobs, read_status
+from longhaul.report.run_status import DONE, INTERRUPTED, JobCount, RunStatus, read_status
 from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
 from longhaul.scheduling.dry_run_lines import NOTHING_TO_RUN, TARGET_RULE, jobs_to_run
 from longhaul.scheduling.read_job_queue import RecentQueue, queue_asker
@@ -98,6 +98,7 @@ class RunDisplay:
     def handle(self, record: logging.LogRecord) -> None:
         """Show a record of Snakemake's log, if it is news for the user."""
         if str(record.msg).startswith(NOTHING_TO_RUN):
+            self._paths.jobs_to_run.unlink(missing_ok=True)  # of an earlier run; Snakemake calls no hook of this one
             self.finish()
         elif line := self._events.line(record):
             self._queue.forget()
@@ -113,7 +114,9 @@ class RunDisplay:
         self._events.to_run = {job.jobid: job for job in jobs}
         atexit.register(self.close)
         with suppress(UserError, OSError):
-            for line in start_lines(read_status(self._paths_at_start)):
+            status = read_status(self._paths_at_start)
+            self._events.left = {job.name for job in status.jobs if job.state != DONE}
+            for line in start_lines(status):
                 self._print(line)
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -178,6 +181,8 @@ class JobEvents:
         self._paths, self._planned = paths, planned
         self.to_run: dict[int, SnakemakeJob] = {}
         """Snakemake's jobs by their number: they know whether Snakemake starts them again."""
+        self.left: set[str] | None = None
+        """Jobs of the plan that are not done; None if the status could not be read at the start of the run."""
         self._jobs: dict[int, _Job] = {}
         self._failed: set[int] = set()
         self._last_done: _Job | None = None
@@ -223,14 +228,16 @@ class JobEvents:
 
     def _finished(self, fields: dict[str, Any]) -> None:
         self._last_done = self._jobs.get(fields["job_id"])
+        if self._last_done and self.left:
+            self.left.discard(str(self._last_done.job_id))
 
     def _progress(self, fields: dict[str, Any]) -> str | None:
         job = self._last_done
         if job is None or job.rule == TARGET_RULE:
             return None
-        count = ""
-        with suppress(UserError, OSError):  # the next job may find the plan and the file system again
-            count = f" ({count_jobs(self._paths)})" if job.job_id else ""
+        # Counted in memory, as Snakemake starts no job while its log is written. `longhaul status` counts the same jobs.
+        is_counted = job.job_id and self.left is not None
+        count = f" ({JobCount(self._planned - len(self.left or ()), self._planned)})" if is_counted else ""
         return f"{job.name} done after {text.duration(time.monotonic() - job.begun_s)}{count}"
 
     def _error(self, fields: dict[str, Any]) -> str | None:

@@ -16,8 +16,9 @@ from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.atomic_files import canonical_json, content_hash, read_json, write_json
+from longhaul.artifacts.job_state import JobsToRun, current_invocation, read_state
 from longhaul.artifacts.leases import RunLease
-from longhaul.artifacts.paths import RESULTS, JobId, RunPaths
+from longhaul.artifacts.paths import RESULTS, JobId, RunPaths, job_of
 from longhaul.compat import slurm_plugin, snakemake
 from longhaul.config.load_config import load_config
 from longhaul.config.shipped_files import data_root
@@ -340,6 +341,7 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     jobs = list(jobs)
     _or_exit(retry_policy.refuse_known_failures, jobs)
     retry_policy.print_failures_at_exit(plan.paths)
+    _record_jobs_to_run(plan.paths, jobs)
     for display in _displays:
         display.start(jobs)
 
@@ -358,8 +360,19 @@ def _write_changed_plan(plan: Plan) -> None:
         write_json(plan.paths.plan, value)
 
 
-def finish_run() -> None:
+def _record_jobs_to_run(paths: RunPaths, jobs: Iterable[SnakemakeJob]) -> None:
+    """Record the jobs that this run has to run. Their own files say `done` where an earlier run has done them.
+
+    A run that is stopped leaves the file: these jobs are still to be run. The next run replaces or removes it.
+    """
+    folders = filter(None, map(retry_policy.job_folder_of, jobs))
+    left = {job_of(folder): state.since if (state := read_state(folder)) else "" for folder in folders}
+    JobsToRun(current_invocation(paths), left).write(paths.jobs_to_run)
+
+
+def finish_run(plan: Plan) -> None:
     """Show the summary, and cancel what would be printed at exit: a run that succeeded has no failure to explain."""
+    plan.paths.jobs_to_run.unlink(missing_ok=True)
     disk_space.cancel_print_at_exit()
     retry_policy.cancel_print_at_exit()
     for display in _displays:
