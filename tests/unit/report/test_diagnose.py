@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.job_state import Failure
+from longhaul.artifacts.job_state import Failure, JobsToRun
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId
 from longhaul.cli import main
@@ -357,6 +357,7 @@ def test_failed_job_that_starts_again_needs_nobody(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     run.main_process()
     Failure("node", "node n1 is down", "call the centre", invocation="earlier").write(run.paths.job(TRAIN).failure)
+    JobsToRun(run.paths.lease.read_text(), {str(TRAIN): ""}).write(run.paths.jobs_to_run)
     (finding,) = diagnose(run.paths, read_status(run.paths), tmp_path)
     assert (finding.cause, finding.remedy) == ("node n1 is down", "wait: the main process starts the job again")
 

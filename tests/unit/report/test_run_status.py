@@ -11,7 +11,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export, SavedCheckpoint
 from longhaul.artifacts.endpoint import Endpoint
-from longhaul.artifacts.job_state import CANCELLED, Failure
+from longhaul.artifacts.job_state import CANCELLED, Failure, JobsToRun
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
@@ -155,6 +155,7 @@ def test_failed_job_starts_again_only_while_a_main_process_works_on_the_run(tmp_
     run.main_process()
     of_this = Failure("node", "node n1 is down", "call the centre", invocation=run.paths.lease.read_text())
     states: list[tuple[str, str]] = []
+    JobsToRun(of_this.invocation, {str(TRAIN): ""}).write(run.paths.jobs_to_run)
     for failure in (replace(of_this, next_attempt="attempt 2 of 3"), replace(of_this, invocation="earlier"), of_this):
         failure.write(run.paths.job(TRAIN).failure)
         states.append(job_state(run.status()))
@@ -166,6 +167,24 @@ def test_failed_job_starts_again_only_while_a_main_process_works_on_the_run(tmp_
     replace(of_this, next_attempt="attempt 2 of 3").write(run.paths.job(TRAIN).failure)
     run.paths.lease.unlink()
     assert job_state(run.status()) == (FAILED, "node n1 is down") and run.status().state == FAILED
+
+
+@pytest.mark.parametrize(
+    "to_run",
+    [
+        pytest.param({"environment": ""}, id="a run up to a target that does not need the job"),
+        pytest.param(None, id="a run that has not compared the failure with its inputs yet, and may refuse it"),
+    ],
+)
+def test_failure_that_this_run_may_not_repeat_stays_a_failure(tmp_path: Path, to_run: dict[str, str] | None) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    JobsToRun("earlier", {str(TRAIN): ""}).write(run.paths.jobs_to_run)
+    if to_run is not None:
+        JobsToRun(run.paths.lease.read_text(), to_run).write(run.paths.jobs_to_run)
+    Failure("permanent", "out of memory", "less", invocation="earlier").write(run.paths.job(TRAIN).failure)
+    status = run.status()
+    assert job_state(status) == (FAILED, "out of memory") and status.jobs[1].remedy == "less"
 
 
 def test_job_that_left_the_queue_without_a_record_is_interrupted(tmp_path: Path) -> None:

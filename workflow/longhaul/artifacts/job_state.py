@@ -145,6 +145,8 @@ class Failure(Artifact):
 class JobsToRun(Artifact):
     """The jobs that the newest main process had to run when it started; some were done in an earlier run.
 
+    It is written once the main process has refused what would only fail again.
+
     invocation: identity of that process
     left:       job -> `since` of the state that an earlier run left; "" if there was none
     """
@@ -155,6 +157,10 @@ class JobsToRun(Artifact):
     def is_left(self, job: str, state: State) -> bool:
         """Return whether an earlier run left this state, and the job runs again. Times of two hosts are not compared."""
         return self.left.get(job) == state.since
+
+    def starts_again(self, job: str, invocation: str) -> bool:
+        """Return whether this main process runs a job that failed under an earlier one; "" is none."""
+        return bool(invocation) and self.invocation == invocation and job in self.left
 
 
 def read_jobs_to_run(paths: RunPaths) -> JobsToRun:

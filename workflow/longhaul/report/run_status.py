@@ -332,7 +332,8 @@ def _job_status(
         return status((QUEUED, _pending_detail(queued)))
     if failure:
         # The main process owns no server, and starts none again.
-        found = _failed(failure, current_invocation(paths) if owner and job.kind != SERVE_KIND else "")
+        invocation = current_invocation(paths) if owner and job.kind != SERVE_KIND else ""
+        found = _failed(failure, invocation, to_run.starts_again(str(job), invocation))
         return status(found, failure.remedy if found[0] == FAILED else "", failure.job_id, failure.time)
     if problem := next(unreadable_records(folder.path), ""):
         return status((UNKNOWN, problem), _OTHER_RELEASE)
@@ -371,14 +372,15 @@ def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> t
     return RUNNING, f"on {', '.join(state.nodes)}"
 
 
-def _failed(failure: Failure, invocation: str) -> tuple[str, str]:
-    """Return state and detail of a job that has failed. invocation: of the main process that works on the run; "" if none does.
+def _failed(failure: Failure, invocation: str, is_to_run: bool) -> tuple[str, str]:
+    """Return state and detail of a job that has failed.
 
-    A main process has refused at its start what an earlier one has left and what would only fail again.
+    invocation: of the main process that works on the run; "" if none does
+    is_to_run:  that process had to run the job when it started
     """
-    if invocation and failure.invocation != invocation:
-        return STARTS_AGAIN, failure.cause
-    if invocation and failure.next_attempt:
+    if not invocation or failure.invocation != invocation:
+        return (STARTS_AGAIN if is_to_run else FAILED), failure.cause
+    if failure.next_attempt:
         return STARTS_AGAIN, f"{failure.next_attempt}: {failure.cause}"
     return FAILED, failure.cause
 
