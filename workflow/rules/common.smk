@@ -111,7 +111,11 @@ def serve_checks():
 
 def on_start():
     if workflow.is_main_process:
-        start_run(PLAN, workflow.dag.needrun_jobs())
+        start_run(
+            PLAN,
+            workflow.dag.needrun_jobs(),
+            workflow.execution_settings.keep_going,
+        )
 
 
 run_hooks_in_module(workflow, on_start, lambda: finish_run(PLAN))

@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from snakemake.scheduling import job_scheduler
@@ -18,6 +18,7 @@ from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
 from longhaul.scheduling import run_display, snakefile_functions
 from longhaul.scheduling.dry_run_lines import jobs_to_run
+from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import JobEvents, RunDisplay
 from tests.support.run_folder import TRAIN, RunFolder
 
@@ -107,6 +108,40 @@ def test_failure_says_whether_the_job_starts_again_and_so_does_the_status(tmp_pa
         ("train-base failed; log: base.log", "failed", "failed"),
     ]
     assert events.line(record(message="Trying to restart job 4.")) is None, "the line of the failure has said it"
+
+
+def failing_job(run: RunFolder, events: JobEvents, number: int, stage: str, attempt: int) -> str:
+    """Let the job of a stage fail, which Snakemake would start twice. Return the line of the failure."""
+    folder = run.paths.job(JobId("train", (stage,)))
+    launch = {"launch": f"{folder.path}/launch.sh"}
+    events.to_run[number] = cast(
+        "SnakemakeJob", SimpleNamespace(jobid=number, attempt=attempt, restart_times=1, params=launch)
+    )
+    events.line(started(number, wildcards={"run": "r", "stage": stage}))
+    Failure("node", "node n1 is down", "", invocation=run.paths.lease.read_text()).write(folder.failure)
+    return str(events.line(failed(number)))
+
+
+@pytest.mark.parametrize("ends_by", ["a final failure", "Ctrl-C", "a final failure with --keep-going"])
+def test_no_job_is_said_to_start_again_once_snakemake_starts_none(tmp_path: Path, ends_by: str) -> None:
+    """Without --keep-going, Snakemake starts no job after a failure without an attempt left, nor after Ctrl-C."""
+    run = RunFolder(tmp_path, scheduler="local", stages=4)
+    run.main_process()
+    not_yet = JobId("train", ("stage-3",))
+    Failure("node", "node n1 is down", "", invocation="an earlier process").write(run.paths.job(not_yet).failure)
+    JobsToRun(run.paths.lease.read_text(), {str(not_yet): ""}).write(run.paths.jobs_to_run)
+    events = JobEvents(run.paths, 5)
+    events.keeps_going = "--keep-going" in ends_by
+    assert "starts again (attempt 2 of 2)" in failing_job(run, events, 4, "base", attempt=1)
+    assert run.status().stages[0].job.state == "failed, starts again"
+    if ends_by == "Ctrl-C":
+        events.line(record(message="Terminating processes on user request, this might take some time."))
+    else:
+        assert "starts again" not in failing_job(run, events, 5, "stage-1", attempt=2)
+    goes_on = events.keeps_going
+    assert ("starts again (attempt 2 of 2)" in failing_job(run, events, 6, "stage-2", attempt=1)) == goes_on
+    expected = "failed, starts again" if goes_on else "failed"
+    assert [run.status().stages[number].job.state for number in (0, 2, 3)] == [expected] * 3
 
 
 def test_cause_of_a_failure_under_an_earlier_main_process_is_shown_at_once(tmp_path: Path) -> None:

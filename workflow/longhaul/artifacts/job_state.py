@@ -147,7 +147,7 @@ class JobsToRun(Artifact):
 
     It is written once the main process has refused what would only fail again.
 
-    invocation: identity of that process
+    invocation: identity of that process; "" once it starts no job any more
     left:       job -> `since` of the state that an earlier run left; "" if there was none
     """
 

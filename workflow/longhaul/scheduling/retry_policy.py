@@ -64,11 +64,20 @@ def next_attempt(job: SnakemakeJob) -> str:
     if restarts < job.attempt:  # Snakemake's own comparison; it counts attempts from 1
         return ""
     text = f"attempt {job.attempt + 1} of {restarts + 1}"
+    _record_next_attempt(job, text)
+    return text
+
+
+def cancel_next_attempt(job: SnakemakeJob) -> None:
+    """Record of a failed job that Snakemake does not start it again after all."""
+    _record_next_attempt(job, "")
+
+
+def _record_next_attempt(job: SnakemakeJob, text: str) -> None:
     folder = job_folder_of(job)
     failure = read_failure(folder) if folder else None
-    if folder and failure and failure.invocation == current_invocation(run_of(folder)):
+    if folder and failure and failure.next_attempt != text and is_of_this_process(failure, run_of(folder)):
         replace(failure, next_attempt=text).write(JobFolder(folder).failure)
-    return text
 
 
 def _failed_for_want_of_nodes(job: SnakemakeJob, folder: Path) -> bool:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from longhaul.artifacts.job_state import Failure, read_failure, read_state
+from longhaul.artifacts.job_state import Failure, read_failure, read_jobs_to_run, read_state
 from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds
@@ -30,7 +30,7 @@ from longhaul.report.run_status import DONE, INTERRUPTED, JobCount, RunStatus, r
 from longhaul.report.status_text import progress_lines, progress_view, start_lines, summary_lines
 from longhaul.scheduling.dry_run_lines import NOTHING_TO_RUN, TARGET_RULE, jobs_to_run
 from longhaul.scheduling.read_job_queue import RecentQueue, queue_asker
-from longhaul.scheduling.retry_policy import SnakemakeJob, is_of_this_process, next_attempt
+from longhaul.scheduling.retry_policy import SnakemakeJob, cancel_next_attempt, is_of_this_process, next_attempt
 
 _LOG_EVERY_S, _TERMINAL_EVERY_S, _QUEUE_EVERY_S = 60.0, 5.0, 30.0
 _SHARE_OF_A_CORE = 0.005
@@ -106,12 +106,14 @@ class RunDisplay:
             if self._live and record.__dict__.get("event") == LogEvent.JOB_ERROR:
                 self._changed.set()  # else the table would still say for a while that the job runs
 
-    def start(self, jobs: Iterable[SnakemakeJob] = ()) -> None:
+    def start(self, jobs: Iterable[SnakemakeJob] = (), keeps_going: bool = False) -> None:
         """Show what the run will make, then the status, until the process ends or `finish` is called.
 
-        jobs: Snakemake's jobs that are about to run
+        jobs:        Snakemake's jobs that are about to run
+        keeps_going: Snakemake starts other jobs when one has failed and does not start again (--keep-going)
         """
         self._events.to_run = {job.jobid: job for job in jobs}
+        self._events.keeps_going = keeps_going
         atexit.register(self.close)
         with suppress(UserError, OSError):
             status = read_status(self._paths_at_start)
@@ -183,8 +185,11 @@ class JobEvents:
         """Snakemake's jobs by their number: they know whether Snakemake starts them again."""
         self.left: set[str] | None = None
         """Jobs of the plan that are not done; None if the status could not be read at the start of the run."""
+        self.keeps_going = False
+        self._starts_no_job = False
         self._jobs: dict[int, _Job] = {}
         self._failed: set[int] = set()
+        """Jobs that have failed and have not started again."""
         self._last_done: _Job | None = None
 
     def line(self, record: logging.LogRecord) -> str | None:
@@ -206,6 +211,7 @@ class JobEvents:
         if retried := _RETRY.match(str(record.msg)):
             return self._starts_again(int(retried[1]))
         if stopped := next((what for begin, what in _STOPPED.items() if str(record.msg).startswith(begin)), None):
+            self._start_no_job()
             return f"stopped by a user or a signal: {stopped}; the same command continues the run later"
         return record.getMessage() if event in (None, LogEvent.ERROR) and self._is_news(record) else None
 
@@ -245,13 +251,29 @@ class JobEvents:
             return None
         self._failed.add(fields["jobid"])
         job = self._jobs.get(fields["jobid"]) or _Job.of(fields)
-        to_run = self.to_run.get(fields["jobid"])
-        attempt = next_attempt(to_run) if to_run else ""
+        attempt = self._next_attempt(fields["jobid"])
         if stopped := self._why_stopped(job):
             continues = f"it starts again ({attempt})" if attempt else "it continues when it is started again"
             return f"{job.name} ended before it was done: {stopped}; {continues}; log: {job.log}"
         again = f", starts again ({attempt})" if attempt else ""
         return f"{job.name} failed{again}; log: {job.log}\n{self._reason(job, bool(attempt))}".rstrip()
+
+    def _next_attempt(self, number: int) -> str:
+        to_run = self.to_run.get(number)
+        if to_run is None or self._starts_no_job:
+            return ""
+        attempt = next_attempt(to_run)
+        if not attempt and not self.keeps_going:
+            self._start_no_job()
+        return attempt
+
+    def _start_no_job(self) -> None:
+        """Note that Snakemake starts no job any more, also none that has failed and has attempts left."""
+        self._starts_no_job = True
+        for job in filter(None, map(self.to_run.get, self._failed)):
+            cancel_next_attempt(job)
+        if (to_run := read_jobs_to_run(self._paths)).left:
+            replace(to_run, invocation="").write(self._paths.jobs_to_run)
 
     def _starts_again(self, number: int) -> str | None:
         """Return a line for a restart that no line of a failure has announced: the job ended well, but without its output."""

@@ -323,10 +323,13 @@ def _has_own_dry_run() -> bool:
     return usual is not None and snakemake.is_dry_run(usual) and is_main_program()
 
 
-def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
+def start_run(plan: Plan, jobs: Iterable[SnakemakeJob], keeps_going: bool) -> None:
     """Take the run's lease, refuse what would only fail again, and write the files that the jobs are started with.
 
-    jobs: Snakemake's jobs that are about to run. A second main process of the same run is refused.
+    A second main process of the same run is refused.
+
+    jobs:        Snakemake's jobs that are about to run
+    keeps_going: Snakemake starts other jobs when one has failed and does not start again (--keep-going)
     """
     from longhaul.scheduling.find_software import require_software  # imports rich, which a dry run can spare
 
@@ -343,7 +346,7 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob]) -> None:
     retry_policy.print_failures_at_exit(plan.paths)
     _record_jobs_to_run(plan.paths, jobs)
     for display in _displays:
-        display.start(jobs)
+        display.start(jobs, keeps_going)
 
 
 def _write_changed_plan(plan: Plan) -> None:
