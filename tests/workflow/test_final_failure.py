@@ -23,7 +23,7 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
     chain = PipelineRun(tmp_path / "broken", tiny_config())
     prose = chain.folder / "prose.jsonl"
     valid = prose.read_text()
-    prose.write_text(valid + "{half a row\n")
+    prose.write_text(valid * 2 + "{half a row\n")  # the plan reads 100 rows
     first = chain.snakemake(TOKENIZER, "--retries", "3")
     assert first.returncode == 1 and attempts(chain) == 1, first.stderr
     assert "starts again" not in first.stdout + first.stderr
