@@ -70,6 +70,21 @@ def test_run_says_at_once_that_it_starts_and_so_does_the_status(
     assert "nothing has run there yet" in refused_message(capsys, "status", str(config))
 
 
+def test_start_on_another_host_that_may_have_failed_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its process may have died before Snakemake knew the jobs. The run would be `starting` for ever."""
+    lease_of(LeaseOwner("login9", 5, "1.0"))
+    printed: list[str] = []
+    for verb in ("status", "doctor"):
+        with pytest.raises(SystemExit) as ended:
+            main([verb, str(config)])
+        assert not ended.value.code
+        printed.append(capsys.readouterr().out)
+    status, doctor = printed
+    assert "starting" in status and "cannot be checked from this host: ask on login9." in status
+    assert "whether process 5 on login9 still runs cannot be checked from this host" in doctor
+    assert f"rm {RunPaths('small').lease}" in doctor
+
+
 def test_second_run_is_refused_before_snakemake_starts(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,7 +179,7 @@ def _unchecked_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Find
     """Yield that the main process may have ended, where no job in Slurm's queue shows that the run continues."""
     goes_on = any(job.slurm_job_id and job.state in (RUNNING, QUEUED) for job in status.jobs)
     host = status.unchecked_host
-    if host and not goes_on and any(job.state != DONE for job in status.jobs):
+    if host and not goes_on and status.state != DONE:
         yield Finding(
             "main process",
             f"whether {status.main_process} still runs cannot be checked from this host",

@@ -44,7 +44,8 @@ def status_view(status: RunStatus) -> RenderableType:
     """Return all that `longhaul status` shows."""
     if status.state == STARTING:
         doing = "It reads the config and finds the jobs to run: ask again in some seconds."
-        return _line(f"Run {status.run}: starting (main process: {status.main_process}). {doing}")
+        starting = f"Run {status.run}: starting (main process: {status.main_process}). {doing}"
+        return Group(*map(_line, [starting, *_unchecked(status)]))
     details = [line for stage in status.stages for line in _stage_details(stage)]
     return Group(
         _headline(status),
@@ -201,10 +202,7 @@ def _notes(status: RunStatus) -> list[Text]:
     lines = []
     if status.state == INTERRUPTED:
         lines.append("No main process works on this run. Start it again with the same command: it continues.")
-    if status.unchecked_host:
-        lines.append(
-            f"Whether {status.main_process} still runs cannot be checked from this host: ask on {status.unchecked_host}."
-        )
+    lines += _unchecked(status)
     if status.queue_problem:
         lines.append(f"Slurm's queue is unknown: {status.queue_problem}")
     if status.quarantined:
@@ -213,6 +211,14 @@ def _notes(status: RunStatus) -> list[Text]:
     lines += _time_left(status)
     lines.append(f"Disk: checkpoints {text.size(checkpoints)}, free {text.size(status.disk_free_bytes)}")
     return [_line(line) for line in [*lines, *_costs(status), *_results(status)]]
+
+
+def _unchecked(status: RunStatus) -> list[str]:
+    if not status.unchecked_host:
+        return []
+    return [
+        f"Whether {status.main_process} still runs cannot be checked from this host: ask on {status.unchecked_host}."
+    ]
 
 
 def progress_lines(status: RunStatus) -> list[str]:
