@@ -119,6 +119,20 @@ def test_links_inside_the_nodes_bound_what_the_network_can_reach():
     assert found.warnings == [] and found.not_compared == []
 
 
+def test_published_share_below_a_derived_rate_inside_the_nodes_counts_as_derived():
+    """Four of eight H100 per node: 367 GB/s inside are derived, and 366 over the network are published."""
+    four = [row("all_reduce", rate, ranks=8) for rate in (230.0, 215.0)]
+    ports = NodeNetwork("InfiniBand", 8, 400.0)
+    healthy, slow = (compared([one], FabricHardware(H100, ports), 2, ranks_per_node=4) for one in four)
+    assert healthy.warnings == [] and "expected 366 GB/s" in slow.warnings[0]
+    assert "(derived from github.com/NVIDIA/nccl-tests/issues/309; github.com/stas00/ml-engineering" in slow.warnings[0]
+
+
+def test_published_share_far_below_a_derived_rate_inside_the_nodes_stays_a_published_one():
+    (line,) = compared([row("all_to_all", 38.0, ranks=16)], FabricHardware(H100, NDR), nodes=2).warnings
+    assert "expected 48 GB/s" in line and "(source: github.com/NVIDIA/nccl-tests/issues/267)" in line
+
+
 @pytest.mark.parametrize(
     ("hardware", "backend"),
     [

@@ -54,8 +54,7 @@ class ComparedRow:
 
     @property
     def is_slow(self) -> bool:
-        share = SLOW_SHARE_OF_DERIVED if self.figure.is_derived else SLOW_SHARE
-        return self.row["bus_bandwidth_gbps"] < share * _reached_share(self.row) * self.figure.value
+        return self.row["bus_bandwidth_gbps"] < _reached_share(self.row) * _least(self.figure)
 
     @property
     def text(self) -> str:
@@ -126,8 +125,24 @@ def _between_nodes(
     rates = {NODE: network.gb_per_s, RANK: network.gb_per_s / ranks_per_node, PORT: network.port_gb_per_s}
     between = Figure(share.value * rates[RATE_OF[name]], share.source, share.is_derived)
     inside = links.figure(name, ranks_per_node, has_multicast=False)
-    slower = inside if inside and inside.value < between.value else between
-    return ComparedRow(row, slower, f"{_gpu_text(hardware, links)} over {network}")
+    figure = _slower(between, inside) if inside else between
+    return ComparedRow(row, figure, f"{_gpu_text(hardware, links)} over {network}")
+
+
+def _slower(one: Figure, other: Figure) -> Figure:
+    """Return the smaller figure. It is derived from both if the larger one is derived, and may be the smaller one in truth.
+
+    It is not where both are from one source: a node carries what was measured between nodes.
+    """
+    smaller, larger = sorted((one, other), key=lambda figure: figure.value)
+    if _least(larger) >= _least(smaller) or larger.source == smaller.source:
+        return smaller
+    return Figure(smaller.value, f"{smaller.source}; {larger.source}", is_derived=True)
+
+
+def _least(figure: Figure) -> float:
+    """Return the rate in GB/s below which a collective is slow."""
+    return figure.value * (SLOW_SHARE_OF_DERIVED if figure.is_derived else SLOW_SHARE)
 
 
 def _gpu_text(hardware: FabricHardware, links: GpuLinks) -> str:
