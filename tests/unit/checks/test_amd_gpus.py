@@ -224,19 +224,31 @@ def test_files_of_the_driver_that_cannot_be_read_are_unknown_and_an_empty_list_o
 
 
 @pytest.mark.parametrize(
-    ("init", "reason"),
+    ("init", "reason", "result", "remedy"),
     [
-        (AmdSmiLibraryException(34), "amdsmi: AMDSMI_STATUS_DRIVER_NOT_LOADED - Driver not loaded"),
+        (
+            AmdSmiLibraryException(34),
+            "amdsmi: AMDSMI_STATUS_DRIVER_NOT_LOADED - Driver not loaded",
+            "unknown",
+            "make /sys/module/amdgpu",
+        ),
         (
             OSError("libamd_smi.so: cannot open shared object file"),
             "amdsmi: libamd_smi.so: cannot open shared object file",
+            "unknown",
+            "install the amdsmi of the node's ROCm",
         ),
-        (ImportError("No module named 'amdsmi'"), "the package amdsmi is not installed"),
-        (None, "amdsmi: no answer within 0.05 s"),
+        (
+            ImportError("No module named 'amdsmi'"),
+            "the package amdsmi is not installed",
+            "unknown",
+            "install the amdsmi",
+        ),
+        (None, "amdsmi: no answer within 0.05 s", "warn", "a GPU may hang: run rocm-smi on the node, and drain it"),
     ],
 )
 def test_node_without_amdsmi_has_the_rows_of_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: Exception | None, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: Exception | None, reason: str, result: str, remedy: str
 ):
     """None: amdsmi never returns, as from a GPU that hangs."""
 
@@ -251,15 +263,14 @@ def test_node_without_amdsmi_has_the_rows_of_the_files(
     add_driver_files(tmp_path, {"ras/umc_err_count": "ue: 1\nce: 0\nde: 0", "hwmon/hwmon1/power1_cap": 0}, ADDRESS)
     rows = amd_rows({"n1": read_amd_gpus(sys=tmp_path)}, GPUS)
     assert results(rows, "fail") == {"uncorrectable ECC errors": "1 in umc"}
-    assert results(rows, "unknown") == {
-        "slowdowns, clocks, processes and XGMI links": f"not available: {reason}",
+    (row,) = (row for row in rows if row["check"] == "slowdowns, clocks, processes and XGMI links")
+    assert (row["value"], row["result"]) == (f"not available: {reason}", result) and row["remedy"].startswith(remedy)
+    others = [other for other in rows if other is not row]
+    assert results(others, "unknown") == {
         "bad pages of the memory": "not available: the driver amdgpu does not list them",
         "power limit": "not available: the driver amdgpu does not state it",
     }
     assert results(rows, "ok")["source of the GPUs' state"] == "files of the driver amdgpu"
-    assert next(row["remedy"] for row in rows if "clocks" in row["check"]).startswith(
-        "install the amdsmi of the node's ROCm"
-    )
 
 
 def test_consumer_card_has_no_counters_and_node_without_driver_is_unknown(tmp_path: Path):

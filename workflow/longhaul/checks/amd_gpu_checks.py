@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
-from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts, AmdReading
+from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts, AmdReading, Cause
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_checks import WATCH, clock_row, slowdown_result
 
@@ -13,7 +13,12 @@ _STATE, _NO_STATE = "source of the GPUs' state", "slowdowns, clocks, processes a
 _RESET = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"
 _RESET_POWER = "let the admins reset it (rocm-smi --resetpoweroverdrive), unless the site saves power on purpose"
 _RESET_CLOCK = "let the admins reset it: rocm-smi --resetclocks"
-_INSTALL = "install the amdsmi of the node's ROCm in the job environment: pip install /opt/rocm/share/amd_smi"
+_REMEDIES: dict[Cause, str] = {
+    "not installed": "install the amdsmi of the node's ROCm in the job environment: pip install /opt/rocm/share/amd_smi",
+    "no driver": "make /sys/module/amdgpu, /dev/kfd and /dev/dri of the node visible in the container, or let the admins load "
+    "the driver amdgpu",
+    "no answer": "a GPU may hang: run rocm-smi on the node, and drain it if that does not return either",
+}
 _PAGES = {RESERVED: "out of use", PENDING: "pending", UNRESERVED: "still in use"}
 
 
@@ -56,7 +61,9 @@ def _rows_of_node(node: Component, reading: AmdReading, usual_links: int) -> Ite
         return
     yield node.row(_STATE, reading.source, "amdsmi, and what it does not give by the driver amdgpu")
     if reading.error:
-        yield node.unknown(_NO_STATE, reading.error, "amdsmi answers", _INSTALL)
+        result: Result = "warn" if reading.cause == "no answer" else "unknown"
+        value, remedy = f"not available: {reading.error}", _REMEDIES[reading.cause]
+        yield node.row(_NO_STATE, value, "amdsmi answers", result, remedy)
     for gpu in reading.gpus:
         component = Component(node.node, f"GPU {gpu.address}")
         counts = (gpu.uncorrected, gpu.corrected, gpu.deferred, gpu.bad_pages)

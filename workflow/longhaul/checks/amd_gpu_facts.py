@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 RESERVED, PENDING, UNRESERVED = "R", "P", "F"
 """Flags of a bad page: out of use, out of use after the next reset, and still in use because it cannot be reserved."""
 _LOADED_PERCENT = 90
+Cause = Literal["not installed", "no driver", "no answer"]
+"""Why amdsmi gives nothing: package or library are missing or do not fit, it finds no driver, or a call does not return."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class AmdReading:
 
     source: what the facts are from
     error:  why amdsmi was not used; "" where it was
+    cause:  of this error
     """
 
     gpus: list[AmdGpuFacts]
     source: str = ""
     error: str = ""
+    cause: Cause = "not installed"
 
 
 @dataclass

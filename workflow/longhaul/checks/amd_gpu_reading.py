@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
-from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading, Answers, reason_of
+from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading, Answers, Cause, reason_of
 from longhaul.checks.amd_gpu_files import read_gpu_files
 from longhaul.checks.amd_gpu_library import read_library
 from longhaul.checks.call_with_deadline import call_within
@@ -15,6 +15,8 @@ from longhaul.checks.sysfs_files import SYS
 
 _LIBRARY_S = 30.0
 """A GPU that hangs may keep a call into amdsmi for ever. 8 GPUs take about 2 s."""
+_DRIVER_NOT_LOADED = 34
+"""AMDSMI_STATUS_DRIVER_NOT_LOADED of amdsmi.h"""
 _FILES = "files of the driver amdgpu"
 _FACTS = [field.name for field in fields(AmdGpuFacts)]
 
@@ -30,14 +32,21 @@ def read_amd_gpus(addresses: Collection[str] = (), sys: Path = SYS) -> AmdReadin
     try:
         version, library = call_within(_LIBRARY_S, read_library)
     except ImportError:
-        error = "the package amdsmi is not installed"
+        error, cause = "the package amdsmi is not installed", "not installed"
     except Exception as failed:  # amdsmi looks for libamd_smi.so in many ways, and for the driver
-        error = f"amdsmi: {reason_of(failed)}"
+        error, cause = f"amdsmi: {reason_of(failed)}", _cause(failed)
     else:
         missing = Answers(unavailable=dict.fromkeys(_FACTS, "it does not show this GPU"))
         gpus = [_joined(address, answers, library.get(address, missing)) for address, answers in files.items()]
         return AmdReading(_chosen(gpus, addresses), " ".join(("amdsmi", version, "and", _FILES)))
-    return AmdReading(_chosen([_joined(*found, Answers()) for found in files.items()], addresses), _FILES, error)
+    gpus = [_joined(*found, Answers()) for found in files.items()]
+    return AmdReading(_chosen(gpus, addresses), _FILES, error, cause)
+
+
+def _cause(error: Exception) -> Cause:
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return "no driver" if getattr(error, "err_code", None) == _DRIVER_NOT_LOADED else "not installed"
 
 
 def _joined(address: str, files: Answers, library: Answers) -> AmdGpuFacts:
