@@ -17,7 +17,7 @@ def test_chats_too_long_for_the_second_stage_end_the_run_before_the_first_one_tr
 
     first = chain.snakemake("--keep-going")
     assert first.returncode == 1, first.stdout + first.stderr
-    printed = first.stderr.split("tokenize-chats failed (permanent):")[1]
+    printed = first.stderr.split("count_chats-chats failed (permanent):")[1]
     assert "stage chat: dataset chats: with truncate right, none of the " in printed, printed
     assert "has a loss token within sequence_length 64" in printed and "raise the stage's sequence_length" in printed
     assert (chain.results / "fabric.json").exists() and (chain.results / "data/prose.json").exists()
@@ -27,6 +27,6 @@ def test_chats_too_long_for_the_second_stage_end_the_run_before_the_first_one_tr
     assert again.returncode == 2 and "would only fail again" in again.stderr, again.stderr
     chain.config["stages"][1]["truncate"] = "left"
     chain.save()
-    chain.run("results/tiny/data/chats.json")
-    kept = chain.read("data/chats.json")["splits"]["train"]["kept"]
+    chain.run("results/tiny/data/chats.kept.json")
+    kept = chain.read("data/chats.kept.json")["splits"]["train"]
     assert [(found["truncate"], found["cut_documents"] == found["documents"] > 0) for found in kept] == [("left", True)]

@@ -95,6 +95,7 @@ def test_dry_run_of_the_demo_lists_all_rules(tmp_path: Path, profile: str):
         "fabric",
         "tokenizer",
         "tokenize",
+        "count_chats",
         "render",
         "train",
         "export",

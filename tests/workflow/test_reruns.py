@@ -18,7 +18,7 @@ import yaml
 from longhaul.scheduling.dry_run_lines import jobs_to_run
 from tests.support.pipeline_run import PipelineRun, job_counts, local_site, write_site
 
-TRAINING = {"train", "export", "tokenize", "tokenizer"}
+TRAINING = {"train", "export", "tokenize", "tokenizer", "count_chats"}
 
 
 @pytest.fixture
@@ -109,25 +109,41 @@ def test_learning_rate_reruns_the_stage_and_its_successors(run: PipelineRun):
     assert expensive(run) == {"train": 2, "export": 2}
 
 
-def test_first_stage_waits_for_chats_of_a_later_one_but_does_not_depend_on_them(run: PipelineRun, tmp_path: Path):
-    """As where the second stage is new: only it runs. A first stage that trains again waits for the chats."""
-    made_by_second = [run.results / "data/chats.json", run.results / "stages/chat/checkpoint.json"]
-    for number, path in enumerate(made_by_second):
-        shutil.move(path, tmp_path / str(number))
-    new = expensive(run)
+def test_first_stage_waits_for_counted_chats_but_a_finished_one_does_not_depend_on_them(
+    run: PipelineRun, tmp_path: Path
+):
+    """A run of an earlier release has no counts, and is finished. A first stage that trains again waits for them."""
+    counts = run.results / "data/chats.kept.json"
+    shutil.move(counts, tmp_path)
+    earlier = run.would_run()
     run.config["stages"][0]["optimizer"]["lr"] = 0.001
     run.save()
     again = job_counts(run.dry_run("results/tiny/stages/base/checkpoint.json"))
-    for number, path in enumerate(made_by_second):
-        shutil.move(tmp_path / str(number), path)
-    assert new == {"tokenize": 1, "train": 1, "export": 1}
-    assert (again["tokenize"], again["train"]) == (1, 1)
+    shutil.move(tmp_path / counts.name, counts)
+    assert earlier == {}
+    assert (again["count_chats"], again["train"]) == (1, 1) and "tokenize" not in again
 
 
-def test_another_sequence_length_counts_what_it_keeps_and_reruns_the_stage(run: PipelineRun):
+def test_stage_on_new_chats_trains_alone_even_if_the_weights_of_a_finished_stage_are_gone(
+    run: PipelineRun, tmp_path: Path
+):
+    run.config["datasets"]["more"] = copy.deepcopy(run.config["datasets"]["chats"])
+    stage = {**copy.deepcopy(run.config["stages"][1]), "name": "more", "dataset": "more"}
+    run.config["stages"].append({key: value for key, value in stage.items() if key != "from"})
+    run.save()
+    shutil.move(run.results / "stages/base/weights", tmp_path)
+    counts = run.would_run()
+    shutil.move(tmp_path / "weights", run.results / "stages/base")
+    found = {rule: counts[rule] for rule in sorted(counts.keys() & TRAINING)}
+    assert found == {"count_chats": 1, "export": 1, "tokenize": 1, "train": 1}
+
+
+def test_another_sequence_length_counts_what_it_keeps_and_reruns_only_its_stage(run: PipelineRun):
+    """Other stages may read the same chats: their manifest stays."""
     run.config["stages"][1]["sequence_length"] = 96
     run.save()
-    assert expensive(run) == {"tokenize": 1, "train": 1, "export": 1}
+    assert expensive(run) == {"count_chats": 1, "train": 1, "export": 1}
+    assert "dataset chats is made again" not in run.dry_run()
 
 
 def test_deleted_report_is_written_alone(run: PipelineRun):

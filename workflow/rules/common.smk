@@ -70,9 +70,9 @@ def stage_data(wildcards):
     return PLAN.paths.manifest(PLAN.stage(wildcards.stage).stage.dataset)
 
 
-def chats_of_other_stages(wildcards):
-    manifests = order_only(chats_before_training(PLAN, wildcards.stage))
-    return [ancient(path) for path in manifests]
+def counted_chats(wildcards):
+    counts = order_only(chats_before_training(PLAN, wildcards.stage))
+    return [ancient(path) for path in counts]
 
 
 def starting_checkpoint(wildcards):

@@ -1,7 +1,8 @@
 """
-Makes the tokenizer, and token shards for each dataset that a stage trains on.
+Makes the tokenizer, and token shards for each dataset that a stage trains on. Counts what sft stages keep of conversations.
 IN   the datasets' files, or the lock that fetch wrote
-OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards are beside it, in folders named by their hash)
+OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards are beside it, in folders named by their hash);
+     results/<run>/data/<dataset>.kept.json
 
 Where several jobs share a dataset's chunks (config key data_jobs), index_sources and encode run before tokenize.
 """
@@ -82,5 +83,24 @@ rule tokenize:
         **JOBS.resources("tokenize"),
     params:
         **JOBS.params("tokenize"),
+    shell:
+        "bash {params.launch:q} >> {log:q} 2>&1"
+
+
+# Not in the manifest: then another sequence_length would train every stage on these chats again.
+rule count_chats:
+    input:
+        "results/{run}/data/{dataset}.json",
+    output:
+        "results/{run}/data/{dataset}.kept.json",
+    log:
+        "results/{run}/logs/count_chats/{dataset}.log",
+    benchmark:
+        "results/{run}/benchmarks/count_chats/{dataset}.tsv"
+    threads: JOBS.threads("count_chats")
+    resources:
+        **JOBS.resources("count_chats"),
+    params:
+        **JOBS.params("count_chats"),
     shell:
         "bash {params.launch:q} >> {log:q} 2>&1"

@@ -1,7 +1,7 @@
 """
 Trains one stage of the plan; the same rule serves every stage.
 IN   results/<run>/stages/<stage>/result_spec.json; the dataset; the checkpoint.json that the stage starts from; the passed checks;
-     the chats of all stages, tokenized and checked
+     the counts of all stages' chats
 OUT  results/<run>/stages/<stage>/checkpoint.json   (written last, after a verified save)
 
 Weights are no output, as Snakemake deletes outputs before a rerun. They are in <stage>/weights/<hash of all they depend on>.
@@ -16,7 +16,7 @@ rule train:
         fabric=ancient("results/{run}/fabric.json"),
         scale_test=passed_scale_test,
         # Their jobs refuse chats that are too long for a stage, which must not wait for the stages before it.
-        chats=chats_of_other_stages,
+        chats=counted_chats,
     output:
         "results/{run}/stages/{stage}/checkpoint.json",
     log:

@@ -177,6 +177,7 @@ def test_each_job_gets_the_partition_of_its_kind(tmp_path: Path):
         "environment": "quick",
         "fabric": "quick",
         "tokenizer": "lean",
+        "count_chats-chats": "lean",
         "export-chat": "lean",
     }
     assert requested["fabric"].minutes == 15, "the time limit of the partition"

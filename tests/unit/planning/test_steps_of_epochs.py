@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.artifact_schemas import DataManifest
+from longhaul.artifacts.artifact_schemas import ConversationCounts, DataManifest
 from longhaul.planning import Plan
 from longhaul.planning.steps_of_epochs import estimate_steps, steps_of_epochs, window_count
 from longhaul.report.plan_json import plan_json
@@ -61,20 +61,19 @@ def test_windows_of_a_manifest_are_counted(tmp_path: Path, monkeypatch: pytest.M
     assert values[titles.index("steps")] == "2 epochs of prose: about 25"
 
 
-def chats_manifest(**kept: Any) -> DataManifest:
-    """Return the manifest of 9 conversations with 6,401 tokens. kept: what sequences of 64 keep of them, where it is counted."""
-    found = manifest(6401, "chats")
-    if kept:
-        counts: Any = {"sequence_length": 64, "truncate": "right", "cut_documents": 0, **kept}
-        found.splits["train"]["kept"] = [counts]
-    return found
+def counted_plan(folder: Path, kept: dict[str, int], data_hash: str = SHA) -> Plan:
+    """Return a plan of two epochs of 9 conversations with 6,401 tokens. kept: what sequences of 64 keep of them."""
+    plan = written_plan(folder, manifest(6401, "chats"), stage=1)
+    counts: Any = {"sequence_length": 64, "truncate": "right", "cut_documents": 0, **kept}
+    ConversationCounts(data_hash, {"train": [counts]}).write(plan.paths.conversation_counts("chats"))
+    return plan
 
 
 def test_packs_are_estimated_from_what_the_stage_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """3,201 of the tokens are kept. They fill 51 packs of 64; two epochs of them are 13 batches of 8."""
     monkeypatch.chdir(tmp_path)
     kept = {"documents": 4, "dropped_documents": 5, "tokens": 3201, "loss_tokens": 100, "cut_loss_tokens": 60}
-    plan = written_plan(tmp_path, chats_manifest(**kept), stage=1)
+    plan = counted_plan(tmp_path, kept)
     row = plan_json(plan)["stages"][1]
     assert (row["estimated_steps"], row["cut_loss_share"], row["left_out_share"]) == (13, 0.6, 5 / 9)
     assert titles(plan, 1)["conversations left out"] == "55.6%"
@@ -84,12 +83,23 @@ def test_packs_are_estimated_from_what_the_stage_keeps(tmp_path: Path, monkeypat
 def test_there_is_no_estimate_of_packs_without_the_counts_of_these_sequences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The manifest of an earlier release has no counts, and that of another sequence length has others."""
+    """The counts are of another sequence length, of other data, damaged, or missing, as in runs of earlier releases."""
     monkeypatch.chdir(tmp_path)
-    for found in (chats_manifest(), chats_manifest(documents=9, tokens=6401, sequence_length=128)):
-        plan = written_plan(tmp_path, found, stage=1)
+    kept = {"documents": 9, "tokens": 6401}
+
+    def estimates(plan: Plan) -> list[Any]:
         row = plan_json(plan)["stages"][1]
-        assert (row["estimated_steps"], row["estimated_epochs"], row["left_out_share"]) == (None, {}, None)
+        return [row[key] for key in ("estimated_steps", "estimated_epochs", "left_out_share")]
+
+    assert estimates(counted_plan(tmp_path, {**kept, "sequence_length": 128})) == [None, {}, None]
+    assert estimates(counted_plan(tmp_path, kept, data_hash="1" * 64)) == [None, {}, None]
+    plan = counted_plan(tmp_path, kept)
+    assert estimates(plan)[0] == 26
+    path = plan.paths.conversation_counts("chats")
+    path.write_text("{}")
+    assert estimates(plan) == [None, {}, None]
+    path.unlink()
+    assert estimates(plan) == [None, {}, None]
 
 
 def test_an_epoch_of_a_mixture_is_one_of_every_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -111,10 +111,7 @@ class KeptConversations(TypedDict):
 
 
 class Split(TypedDict):
-    """Shards of one split. The totals leave out the documents of `filtered_out`, a file in the manifest's `path`.
-
-    kept: of chats, for each sequence_length and truncate of the run's sft stages
-    """
+    """Shards of one split. The totals leave out the documents of `filtered_out`, a file in the manifest's `path`."""
 
     shards: list[Shard]
     tokens: Count
@@ -122,7 +119,6 @@ class Split(TypedDict):
     loss_tokens: Count
     filtered_out: NotRequired[str]
     filtered_out_sha256: NotRequired[Sha256]
-    kept: NotRequired[list[KeptConversations]]
 
 
 class Source(TypedDict):
@@ -289,7 +285,6 @@ class DataManifest(Artifact):
               "tokens", "documents", "loss_tokens"}; a prefix is relative to `path`
               "filtered_out": file in `path` with the documents that readers filter out, where there are any;
               the totals are then without them
-              "kept": what the run's sft stages keep of the conversations
     sources:  [{"path", "bytes", "sha256", "documents"}]
     skipped:  reason -> number of documents that are not in the shards or are filtered out
     unigram_entropy_nats: entropy in nats of the training split's tokens (data.shards.unigram_entropy), which is the loss of a
@@ -315,6 +310,18 @@ class DataManifest(Artifact):
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     control_texts: int = 0
     mixture: list[MixturePart] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ConversationCounts(Artifact):
+    """`results/<run>/data/<dataset>.kept.json`: what the run's sft stages keep of a dataset's conversations.
+
+    data_hash: `hash` of the data manifest with these conversations
+    splits:    split -> counts, one for each sequence_length and truncate of the stages
+    """
+
+    data_hash: str
+    splits: dict[str, list[KeptConversations]]
 
 
 @dataclass(frozen=True)

@@ -412,6 +412,10 @@ class RunPaths:
     def encoded_partition(self, dataset: str, partition: int, partitions: int) -> Path:
         return self.folder / "data" / f"{dataset}.encoded-{partition}-of-{partitions}.json"
 
+    def conversation_counts(self, dataset: str) -> Path:
+        """What the run's sft stages keep of a dataset's conversations."""
+        return self.folder / "data" / f"{dataset}.kept.json"
+
     def shards(self, dataset: str) -> Path:
         """Folder of a dataset's shards, unless the config's storage.data names another place."""
         return self.folder / "data" / dataset

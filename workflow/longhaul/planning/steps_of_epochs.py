@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 
-from longhaul.artifacts.artifact_schemas import DataManifest, KeptConversations
+from longhaul.artifacts.artifact_schemas import ConversationCounts, DataManifest, KeptConversations
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.plan import Plan
@@ -35,7 +35,7 @@ def estimate_steps(plan: Plan, stage: Stage) -> int | None:
     """
     if stage.epochs is None:
         return None
-    counts = [_sample_count(part, stage) for _, part in _weighted_parts(plan, stage)]
+    counts = [_sample_count(plan, part, stage) for _, part in _weighted_parts(plan, stage)]
     if None in counts:
         return None
     return steps_of_epochs(stage.epochs, sum(filter(None, counts)), stage.global_batch_size) or None
@@ -49,7 +49,7 @@ def estimate_epochs(plan: Plan, stage: Stage, steps: int, padding: float) -> dic
     """
     parts = _weighted_parts(plan, stage)
     drawn, weights = steps * stage.global_batch_size * (1 - padding), sum(weight for weight, _ in parts)
-    counts = [(part.dataset, weight, _sample_count(part, stage)) for weight, part in parts]
+    counts = [(part.dataset, weight, _sample_count(plan, part, stage)) for weight, part in parts]
     return {name: drawn * weight / weights / samples for name, weight, samples in counts if samples}
 
 
@@ -67,22 +67,30 @@ def _weighted_parts(plan: Plan, stage: Stage) -> list[tuple[int, DataManifest]]:
 
 
 def kept_conversations(plan: Plan, stage: Stage) -> list[KeptConversations]:
-    """Return what the stage keeps of the training conversations, one of each dataset; [] where a manifest does not say it."""
-    counts = [_kept(part, stage) for _, part in _weighted_parts(plan, stage)]
+    """Return what the stage keeps of the training conversations, one of each dataset; [] where they are not counted."""
+    counts = [_kept(plan, part, stage) for _, part in _weighted_parts(plan, stage)]
     return [] if None in counts else list(filter(None, counts))
 
 
-def _kept(manifest: DataManifest, stage: Stage) -> KeptConversations | None:
-    counts = manifest.splits["train"].get("kept", ())
+def _kept(plan: Plan, manifest: DataManifest, stage: Stage) -> KeptConversations | None:
+    """Return what the stage keeps of these conversations; None where it is not counted, or of other data or settings."""
+    path = plan.paths.conversation_counts(manifest.dataset)
+    if not path.exists():
+        return None
+    try:
+        counted = ConversationCounts.read(path)
+    except UserError:  # the job that writes it writes it again
+        return None
+    counts = counted.splits.get("train", []) if counted.data_hash == manifest.hash else []
     settings = stage.sequence_length, stage.truncate
     return next((kept for kept in counts if (kept["sequence_length"], kept.get("truncate")) == settings), None)
 
 
-def _sample_count(manifest: DataManifest, stage: Stage) -> int | None:
-    """Return the number of windows, or about that of packs; None where the manifest does not say what packs keep."""
+def _sample_count(plan: Plan, manifest: DataManifest, stage: Stage) -> int | None:
+    """Return the number of windows, or about that of packs; None where nobody has counted what packs keep."""
     if stage.kind == "pretrain":
         return window_count(manifest.splits["train"]["tokens"], stage.sequence_length)
     if not manifest.splits["train"]["documents"]:
         return 0
-    kept = _kept(manifest, stage)
+    kept = _kept(plan, manifest, stage)
     return math.ceil(kept["tokens"] / stage.sequence_length) if kept else None

@@ -26,7 +26,6 @@ from longhaul.config.site_config import Site
 from longhaul.data.check_first_rows import check_inputs
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
-from longhaul.jobs.kinds.tokenize_jobs import manifests_checked_for_stages
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.check_job_servers import starts_engine
@@ -266,14 +265,21 @@ def scale_test_before_training(plan: Plan, stage: str) -> list[Path]:
 
 
 def chats_before_training(plan: Plan, stage: str) -> list[Path]:
-    """Return the manifests of the chats of other stages, whose jobs refuse chats that are too long for a stage.
+    """Return what must be counted before a stage trains: the conversations of all sft stages, so that none is refused later.
 
-    None for a stage that is kept: Snakemake would run it again where such a manifest is missing, even if that is `ancient()`.
+    For a finished stage only what exists: Snakemake trains it again where an input is missing, even if that is `ancient()`.
     """
-    own = plan.paths.manifest(plan.stage(stage).stage.dataset)
-    others = [path for path in manifests_checked_for_stages(plan) if path != own]
-    kept = bool(others) and any(change.stage == stage and change.action == KEPT for change in stage_changes(plan))
-    return [] if kept else others
+    counts = [plan.paths.conversation_counts(*job.names) for job in job_kinds()["count_chats"].jobs(plan)]
+    return [path for path in counts if path.exists()] if _stays_finished(plan, stage) else counts
+
+
+def _stays_finished(plan: Plan, stage: str) -> bool:
+    """Return whether a stage is finished with this result spec, by what the rule `train` compares."""
+    folder = plan.paths.stage(stage)
+    if not (folder.checkpoint.exists() and folder.result_spec.exists()):
+        return False
+    is_newer = folder.result_spec.stat().st_mtime > folder.checkpoint.stat().st_mtime
+    return not is_newer and folder.result_spec.read_bytes().strip() == canonical_json(plan.stage(stage).spec).encode()
 
 
 # The run's hooks, in the main process alone

@@ -5,19 +5,15 @@ D = documents of the split, S = sequence length, T = tokens of a document.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from longhaul.artifacts.artifact_schemas import DataManifest, KeptConversations, Split
+from longhaul.artifacts.artifact_schemas import KeptConversations
 from longhaul.config.stage_config import Truncate
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import InputError
-from longhaul.jobs.kinds.tokenize_jobs import ChatStage
 
 
 class CountedConversations(NamedTuple):
@@ -63,35 +59,6 @@ def left_out_lines(kept: KeptConversations) -> Iterator[str]:
             f"left out {without:,} conversations whose {length} tokens hold no loss token: raise sequence_length, or use "
             "another truncate"
         )
-
-
-def with_kept_conversations(manifest: DataManifest, stages: Sequence[ChatStage]) -> DataManifest:
-    """Return the manifest with what each stage keeps of the conversations.
-
-    Raises:
-        InputError: a stage would keep no conversation of a split. Its training would find the same, maybe weeks later.
-    """
-    splits: dict[str, Split] = {
-        name: {**split, "kept": kept} if (kept := _count_for_stages(manifest, name, stages)) else split
-        for name, split in manifest.splits.items()
-    }
-    return dataclasses.replace(manifest, splits=splits)
-
-
-def _count_for_stages(manifest: DataManifest, split: str, stages: Sequence[ChatStage]) -> list[KeptConversations]:
-    reader = SplitReader(Path(manifest.path), manifest.splits[split], with_mask=True)
-    if not stages or not reader.document_count:
-        return []
-    counted: dict[tuple[int, Truncate], KeptConversations] = {}
-    for stage in stages:
-        settings = stage.sequence_length, stage.truncate
-        if settings not in counted:
-            counted[settings] = count_conversations(reader, *settings).totals
-        where = f"stage {stage.name}: dataset {manifest.dataset}"
-        require_kept_conversations(counted[settings], stage.truncate, split, where)
-        for line in left_out_lines(counted[settings]):
-            print(f"{where}, split {split}: {line}", file=sys.stderr, flush=True)
-    return list(counted.values())
 
 
 def require_kept_conversations(kept: KeptConversations, truncate: Truncate, split: str, where: str) -> None:

@@ -22,7 +22,6 @@ from longhaul.artifacts.compare_hashes import read_tokenizer
 from longhaul.data.filters.chunk_fingerprints import TextFilters
 from longhaul.data.filters.filter_documents import filter_documents
 from longhaul.data.sampling import mixture_manifest
-from longhaul.data.sampling.kept_conversations import with_kept_conversations
 from longhaul.data.shards.build_manifest import build_manifest, print_unread, require_complete_shards
 from longhaul.data.shards.chunks import SourceFile, chunks_of_partition
 from longhaul.data.shards.source_index import IndexedSources
@@ -39,7 +38,7 @@ def run(job: TokenizeSpec) -> None:
 
     Raises:
         UserError: the sources contain an error (longhaul.data.readers.read_documents), the dataset contains nothing to train
-            on, all conversations are too long for an sft stage, or the shards cannot be written.
+            on, or the shards cannot be written.
     """
     if job.dataset.mixture:
         mixture_manifest.run(job)
@@ -48,7 +47,6 @@ def run(job: TokenizeSpec) -> None:
         manifest = _encode_dataset(sources, filters, pool)
         require_complete_shards(manifest, Path(job.folder))
         print_unread(manifest)
-        manifest = with_kept_conversations(manifest, job.chat_stages)
         manifest.write(Path(job.out))
 
 

@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.paths import JobId
 from longhaul.config.dataset_config import Dataset
-from longhaul.config.field_types import FrozenModel
-from longhaul.config.stage_config import Truncate
 from longhaul.jobs.job_kind import OF, JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, evaluation_files
 from longhaul.planning.slurm_request import SlurmRequest, cpu_request
 
 
-class ChatStage(FrozenModel):
-    """What an sft stage keeps of long conversations."""
-
-    name: str
-    sequence_length: int
-    truncate: Truncate
-
-
 class TokenizeSpec(JobSpec):
     """Turns one dataset into token shards."""
 
-    no_rerun_fields = JobSpec.no_rerun_fields | {"workers", "source_index", "files", "chat_stages"}
+    no_rerun_fields = JobSpec.no_rerun_fields | {"workers", "source_index", "files"}
 
     name: str
     dataset: Dataset
@@ -37,14 +26,8 @@ class TokenizeSpec(JobSpec):
     tokenizer: str  # results/<run>/tokenizer.json
     workers: int
     source_index: str | None  # the source index, where several jobs share the dataset's chunks
-    chat_stages: tuple[ChatStage, ...] = ()  # for which the job counts and checks what they keep of the conversations
     folder: str  # results/<run>/data/<dataset>
     out: str  # the dataset's manifest; the index_sources job writes the source index there
-
-    def rerun_key(self) -> str:
-        """Return the hash of the spec; without sft stages that of earlier releases, whose data are not tokenized again."""
-        key = super().rerun_key()
-        return content_hash([key, self.model_dump(mode="json")["chat_stages"]]) if self.chat_stages else key
 
     def input_texts(self) -> Iterable[str | None]:
         return [self.tokenizer, self.source_index, *self.parts.values()]
@@ -72,27 +55,8 @@ def shared_artifacts(plan: Plan, dataset: str) -> list[Path]:
     return [plan.paths.source_index(dataset), *partitions]
 
 
-def manifests_checked_for_stages(plan: Plan) -> list[Path]:
-    """Return the manifests whose jobs check that sft stages can use the conversations, before anything is trained."""
-    return [plan.paths.manifest(name) for name in sorted(plan.used_datasets) if _chat_stages(plan, name)]
-
-
-def _chat_stages(plan: Plan, name: str) -> tuple[ChatStage, ...]:
-    """Return the sft stages that read a dataset, also as a part of a mixture; none for a mixture, whose parts are checked."""
-    mixtures = {other for other, dataset in plan.config.datasets.items() if name in dataset.mixture}
-    read = [stage.stage for stage in plan.stages if stage.stage.dataset in {name, *mixtures}]
-    if plan.config.datasets[name].kind != "chat" or plan.config.datasets[name].mixture:
-        return ()
-    return tuple(
-        ChatStage(name=stage.name, sequence_length=stage.sequence_length, truncate=stage.truncate)
-        for stage in read
-        if stage.kind == "sft"
-    )
-
-
 def _tokenize(plan: Plan, job: JobId) -> TokenizeSpec:
-    name = job.names[0]
-    return _of_dataset(plan, name).model_copy(update={"chat_stages": _chat_stages(plan, name)})
+    return _of_dataset(plan, job.names[0])
 
 
 def _of_dataset(plan: Plan, name: str) -> TokenizeSpec:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from longhaul.artifacts.artifact_schemas import DataManifest, KeptConversations
+from longhaul.artifacts.artifact_schemas import ConversationCounts, DataManifest, KeptConversations
 from longhaul.config.stage_config import Truncate
-from longhaul.data.sampling.kept_conversations import with_kept_conversations
+from longhaul.data.sampling.count_chats import run
 from longhaul.errors import InputError
-from longhaul.jobs.kinds.tokenize_jobs import ChatStage
+from longhaul.jobs.kinds.count_chats_job import ChatStage, CountChatsSpec
 from tests.support.corpora import dataset, make_shards, make_tokenizer, text, write_jsonl
 
 
@@ -26,9 +28,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> DataManifest:
     return make_shards(folder, folder, [file], dataset("chat", validation_fraction=0))
 
 
+def job(shards: DataManifest, *stages: ChatStage) -> CountChatsSpec:
+    folder = Path(shards.path).parent
+    out = str(folder / "kept.json")
+    return CountChatsSpec(run="test", dataset="corpus", stages=stages, data=str(folder / "data.json"), out=out)
+
+
 def kept(shards: DataManifest, length: int, truncate: Truncate) -> KeptConversations:
     stage = ChatStage(name="chat", sequence_length=length, truncate=truncate)
-    (found,) = with_kept_conversations(shards, [stage, stage]).splits["train"].get("kept", [])
+    counted = job(shards, stage, stage)
+    run(counted)
+    written = ConversationCounts.read(Path(counted.out))
+    assert written.data_hash == shards.hash and written.splits["validation"] == []
+    (found,) = written.splits["train"]
     return found
 
 
@@ -55,5 +67,10 @@ def test_a_length_that_keeps_no_conversation_is_refused_with_the_stage(shards: D
     )
 
 
-def test_without_sft_stages_nothing_is_counted(shards: DataManifest):
-    assert with_kept_conversations(shards, []) == shards
+def test_names_and_order_of_stages_do_not_count_again(shards: DataManifest):
+    short = ChatStage(name="a", sequence_length=64, truncate="right")
+    long = ChatStage(name="b", sequence_length=128, truncate="right")
+    key = job(shards, short, long).rerun_key()
+    renamed = [stage.model_copy(update={"name": f"{stage.name}2"}) for stage in (long, short, long)]
+    assert job(shards, *renamed).rerun_key() == key
+    assert job(shards, short).rerun_key() != key
