@@ -13,7 +13,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("fake_nvml.c")
 READ = """
 import dataclasses, json, sys
-from longhaul.checks.gpu_facts import read_gpus
+from longhaul.checks.nvidia_gpu_facts import read_gpus
 print(json.dumps(dataclasses.asdict(read_gpus(sys.argv[1:], is_loaded=True))))
 """
 MODELS: dict[str, dict[str, Any]] = {

@@ -7,11 +7,11 @@ from typing import Any
 
 from longhaul.checks.amd_gpu_facts import AmdReading
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts
-from longhaul.checks.gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.kernel_log import KernelLog
 from longhaul.checks.network_interfaces import InterfaceFacts
+from longhaul.checks.nvidia_gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.pcie_links import PcieLink
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums

@@ -10,8 +10,8 @@ from typing import Any
 from longhaul.artifacts.job_state import State, StateName
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
-from longhaul.report.queue_types import Queue, QueuedJob
 from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.slurm_queue_types import Queue, QueuedJob
 
 TRAIN = JobId("train", ("base",))
 

@@ -24,10 +24,10 @@ from longhaul.checks import environment as check
 from longhaul.checks import node_facts as node_module
 from longhaul.checks import node_measurements
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading
-from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
+from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.config.run_config import Checks
 from longhaul.config.software_config import Accelerator
 from longhaul.errors import BadNodesError, UserError

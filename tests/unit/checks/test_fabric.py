@@ -17,8 +17,8 @@ from longhaul.artifacts.fabric_report import FabricReport, PairResult, SlowNode
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import NodeResult
 from longhaul.artifacts.paths import JobFolder
-from longhaul.checks.catalogue_comparison import FabricHardware
 from longhaul.checks.collective_benchmarks import COLLECTIVES
+from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric import (
     measured_hardware,
     most_added_seconds,
@@ -27,7 +27,7 @@ from longhaul.checks.fabric import (
     raise_if_slow,
     slowest_pairs,
 )
-from longhaul.checks.node_network import NodeNetwork
+from longhaul.checks.network_ports_for_nccl import NodeNetwork
 from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError

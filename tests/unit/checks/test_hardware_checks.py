@@ -9,12 +9,12 @@ import pytest
 
 from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
-from longhaul.checks.gpu_checks import kernel_log_rows
-from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.gpu_names import gpu_name
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.kernel_log import KernelError, KernelLog
+from longhaul.checks.nvidia_gpu_checks import kernel_log_rows
+from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
 from tests.support.node_hardware import environment_job, gpu, hardware, interface, link, port

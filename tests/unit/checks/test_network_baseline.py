@@ -10,8 +10,8 @@ import pytest
 
 from longhaul.artifacts.fabric_report import FabricReport, SlowNode
 from longhaul.artifacts.site_baseline import SiteBaseline
-from longhaul.checks.catalogue_comparison import FabricHardware
 from longhaul.checks.compare_rates_with_limits import usual_of
+from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network, network_rates
 
 GPU = "NVIDIA H200"

@@ -19,7 +19,7 @@ from deepspeed.utils import mixed_precision_linkage, tensor_fragment
 
 from longhaul.compat import deepspeed as compat
 from longhaul.compat import deepspeed_optimizer_states as states
-from longhaul.compat.deepspeed_update import update_in_one_pass
+from longhaul.compat.deepspeed_optimizer_step import update_in_one_pass
 
 
 def source_of(*functions: Any) -> str:

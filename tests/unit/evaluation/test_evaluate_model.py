@@ -31,7 +31,7 @@ from longhaul.evaluation.evaluate_model import read_scores, run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.planning.evaluation_tasks import SHIPPED_TASKS
 from longhaul.serving import local_server
-from longhaul.serving.node_link import NodeLink
+from longhaul.serving.link_server_nodes import NodeLink
 from tests.support import bigram_engine
 from tests.support.small_configs import LLAMA
 from tests.support.stage_folder import write_tokenizer

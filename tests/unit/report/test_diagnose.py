@@ -16,9 +16,9 @@ from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.ended_jobs import EndedJob
-from longhaul.report.queue_types import Queue, QueuedJob
 from longhaul.report.run_status import read_status
 from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
+from longhaul.report.slurm_queue_types import Queue, QueuedJob
 from tests.support.run_folder import TRAIN, RunFolder
 
 EXAMPLES = Path(__file__).with_name("known_problems")

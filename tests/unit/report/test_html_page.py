@@ -16,9 +16,9 @@ from longhaul.errors import UserError
 from longhaul.report import html_page, run_status
 from longhaul.report.html_page import render_page, write_report
 from longhaul.report.number_format import nats
-from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.run_results import read_run
 from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
+from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.status_text import summary_lines
 from tests.support.finished_run_files import write_finished_run
 from tests.support.run_folder import TRAIN, RunFolder

@@ -17,7 +17,6 @@ from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
 from longhaul.errors import UserError
 from longhaul.report import run_status
-from longhaul.report.queue_types import Queue, QueuedJob
 from longhaul.report.run_status import (
     DONE,
     FAILED,
@@ -30,6 +29,7 @@ from longhaul.report.run_status import (
     RunStatus,
     read_status,
 )
+from longhaul.report.slurm_queue_types import Queue, QueuedJob
 from longhaul.report.status_text import summary_lines
 from tests.support.run_folder import TRAIN, RunFolder
 

@@ -15,7 +15,7 @@ from longhaul.compat.slurm_plugin import job_comment
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_name_by_hand
 from longhaul.jobs.launch_files import write_job_files
-from longhaul.report.queue_types import Queue, QueuedJob
+from longhaul.report.slurm_queue_types import Queue, QueuedJob
 from longhaul.scheduling import read_job_queue, slurm_client
 from longhaul.scheduling.read_job_queue import RecentQueue, jobs_in_queue, match_jobs, queue_asker
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError

@@ -14,8 +14,8 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from longhaul.artifacts.job_state import Failure, JobsToRun, State
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.run_status import INTERRUPTED, RUNNING, read_status
+from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
 from longhaul.scheduling import run_display, snakefile_functions
 from longhaul.scheduling.dry_run_lines import jobs_to_run
 from longhaul.scheduling.retry_policy import SnakemakeJob

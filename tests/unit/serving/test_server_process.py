@@ -18,7 +18,7 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.serving import server_process
 from longhaul.serving.engines import Server, ServerShape
-from longhaul.serving.node_link import NodeLink
+from longhaul.serving.link_server_nodes import NodeLink
 from longhaul.serving.server_process import engine_variables, free_port, run_until_first_node_ends, running_server
 from tests.support.wait import is_alive
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts, AmdReading, Cause
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn_if
-from longhaul.checks.gpu_checks import WATCH, clock_row, slowdown_result
+from longhaul.checks.nvidia_gpu_checks import WATCH, clock_row, slowdown_result
 
 _STATE, _NO_STATE = "source of the GPUs' state", "slowdowns, clocks, processes and XGMI links"
 _RESET = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"

@@ -16,11 +16,11 @@ from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, PairResult
 from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
 from longhaul.artifacts.paths import JobFolder
-from longhaul.checks.catalogue_comparison import FabricHardware
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
+from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
-from longhaul.checks.node_network import NodeNetwork, read_node_network, slowest_network
+from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
 from longhaul.checks.packet_loss import grown_text
 from longhaul.checks.pair_evidence import loss_text, slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longhaul.checks.gpu_facts import GpuReading
+from longhaul.checks.nvidia_gpu_facts import GpuReading
 
 
 def gpu_name(index: int, address: str) -> str:

@@ -10,10 +10,10 @@ from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_checks import amd_rows
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, merge_equal_rows, warn_if
 from longhaul.checks.compare_rates_with_limits import RateLimits
-from longhaul.checks.gpu_checks import kernel_log_rows, nvidia_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.judge_measurements import measurement_rows
 from longhaul.checks.network_interfaces import InterfaceFacts
+from longhaul.checks.nvidia_gpu_checks import kernel_log_rows, nvidia_rows
 from longhaul.checks.pcie_checks import pcie_rows
 from longhaul.checks.port_checks import port_rows
 from longhaul.checks.process_limits import ProcessLimits

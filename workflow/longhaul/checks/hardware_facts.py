@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from longhaul.checks.amd_gpu_facts import AmdReading
 from longhaul.checks.amd_gpu_reading import with_amd_links
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts, read_cpu_and_memory
-from longhaul.checks.gpu_facts import GpuReading
 from longhaul.checks.infiniband_ports import PortFacts, has_peer_memory, rdma_driver, read_ports
 from longhaul.checks.kernel_log import KernelLog, read_kernel_log
 from longhaul.checks.network_interfaces import InterfaceFacts, read_interfaces
+from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.checks.pcie_links import PcieLink, read_pcie_links
 from longhaul.checks.process_limits import ProcessLimits, read_process_limits
 

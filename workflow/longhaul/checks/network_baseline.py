@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
 from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
-from longhaul.checks.catalogue_comparison import FabricHardware, compare_with_catalogue, slow_lines
+from longhaul.checks.compare_with_published_rates import FabricHardware, compare_with_catalogue, slow_lines
 from longhaul.checks.fabric_limits import SCOPES, SLOW_SHARES, not_compared
 
 MOST_REPORTED_PAIRS = 20_000

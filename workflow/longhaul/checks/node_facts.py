@@ -22,9 +22,9 @@ import psutil
 from longhaul.artifacts.atomic_files import free_bytes
 from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
 from longhaul.checks.amd_gpu_reading import read_amd_gpus
-from longhaul.checks.gpu_facts import GpuReading, chosen_gpus, read_gpus, with_processes_left, with_processes_of
 from longhaul.checks.gpu_names import names_of_torch_gpus
 from longhaul.checks.hardware_facts import read_hardware
+from longhaul.checks.nvidia_gpu_facts import GpuReading, chosen_gpus, read_gpus, with_processes_left, with_processes_of
 from longhaul.checks.process_limits import lockable_bytes
 from longhaul.checks.sysfs_files import read_text
 from longhaul.config.software_config import build_name

@@ -23,7 +23,7 @@ from longhaul.evaluation.offline_datasets import OfflineDatasets
 from longhaul.evaluation.served_model import run_part_of_served_model, served_model
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.serving.engine_version import engine_version
-from longhaul.serving.node_link import NodeLink, node_link
+from longhaul.serving.link_server_nodes import NodeLink, node_link
 
 _BOOTSTRAP_SAMPLES = 1000
 """For metrics that have no formula of the standard error, such as chrF."""

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.serving.engines import LOOPBACK, ServerShape
+from longhaul.serving.link_server_nodes import NodeLink
 from longhaul.serving.local_server import local_server, run_part
-from longhaul.serving.node_link import NodeLink
 
 _NAME, _ANSWER_TIMEOUT_S = "evaluated", 3600
 

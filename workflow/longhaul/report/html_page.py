@@ -23,10 +23,10 @@ from longhaul.report import plotly_figures as figures
 from longhaul.report.acceptance import AcceptanceRow, acceptance_rows, bandwidth_row
 from longhaul.report.evaluation_table import evaluation_rows
 from longhaul.report.node_check_table import node_check_rows
-from longhaul.report.queue_types import AskQueue
 from longhaul.report.run_results import RunResults, StageResults, read_run
 from longhaul.report.run_status import StageStatus
 from longhaul.report.serve_check_table import serve_check_rows
+from longhaul.report.slurm_queue_types import AskQueue
 from longhaul.report.status_text import sum_of_estimates
 
 TEMPLATES = data_root() / "templates" / "report"

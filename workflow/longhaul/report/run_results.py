@@ -33,8 +33,8 @@ from longhaul.report.goodput import Goodput, read_goodput
 from longhaul.report.metric_series import MetricSeries, Summary, read_metrics, summarise
 from longhaul.report.number_format import duration, finite
 from longhaul.report.plan_json import PlanFile, StageRow
-from longhaul.report.queue_types import AskQueue
 from longhaul.report.run_status import RunStatus, read_status
+from longhaul.report.slurm_queue_types import AskQueue
 from longhaul.report.stage_records import planned_steps, read_pack_totals, weights_folder
 
 A = TypeVar("A", bound=Artifact)

@@ -33,7 +33,7 @@ from longhaul.errors import UserError
 from longhaul.report.learning_result import LearningResult, learning_result, read_unigram_entropies
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
-from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
+from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import (
     MetricsRows,
     bytes_below,

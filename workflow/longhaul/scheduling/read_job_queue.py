@@ -12,7 +12,7 @@ from longhaul.artifacts.paths import JobId, RunPaths, job_of
 from longhaul.compat.slurm_plugin import job_comment, job_name_prefix
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_name_by_hand, wildcard_values
-from longhaul.report.queue_types import AskQueue, Queue, QueuedJob
+from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.slurm_client import COMMAND_TIMEOUT_S, QueueEntry, SlurmCommandError
 

@@ -24,8 +24,8 @@ from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import write_job_files
 from longhaul.planning import Plan, model_config
 from longhaul.planning.check_inference_engine import check_engine
-from longhaul.report.queue_types import QueuedJob
 from longhaul.report.serving_table import serving_table
+from longhaul.report.slurm_queue_types import QueuedJob
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.read_job_queue import read_queue
 from longhaul.scheduling.slurm_client import SlurmCommandError

@@ -64,8 +64,8 @@ def check(
     from longhaul.config.load_config import is_site_file, load_site
     from longhaul.planning.load_plan import load_plan
     from longhaul.scheduling.check_site import CONTROLLER, check_run, check_site, print_answers
-    from longhaul.scheduling.compare_limits import compare_limits
     from longhaul.scheduling.compare_nodes_with_site import compare_nodes, print_comparisons, probe_requests
+    from longhaul.scheduling.compare_with_slurm_limits import compare_limits
     from longhaul.scheduling.find_software import compare_software
     from longhaul.scheduling.probe_nodes import probe_nodes
 

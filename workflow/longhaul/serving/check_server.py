@@ -25,9 +25,9 @@ from longhaul.serving.compare_answers import (
 )
 from longhaul.serving.engine_version import engine_version
 from longhaul.serving.engines import ServerShape
+from longhaul.serving.link_server_nodes import NodeLink, node_link
 from longhaul.serving.local_server import LocalServer, local_server, run_part
 from longhaul.serving.measure_load import MemoryPeak, answers_alone, distinct_prompts, measure_load
-from longhaul.serving.node_link import NodeLink, node_link
 from longhaul.serving.prompts_sent_as_text import completions_of_text_prompts
 from longhaul.serving.reference_values import ReferenceValues, read_reference_values
 

@@ -19,7 +19,7 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.serving.api_key import create_key_file
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import ENGINES, LOOPBACK, Server, ServerShape
-from longhaul.serving.node_link import NodeLink
+from longhaul.serving.link_server_nodes import NodeLink
 from longhaul.serving.server_process import free_port, run_until_first_node_ends, running_server
 
 

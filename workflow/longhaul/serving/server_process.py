@@ -19,7 +19,7 @@ import psutil
 from longhaul.errors import UserError
 from longhaul.serving.engines import Server
 from longhaul.serving.guard_processes import STOP_S, adopt_orphans, kill_descendants, signal_at_end_of_parent
-from longhaul.serving.node_link import NodeLink, first_node_ended
+from longhaul.serving.link_server_nodes import NodeLink, first_node_ended
 
 _POLL_S = 0.25
 _KILL_MARGIN_S = 10.0

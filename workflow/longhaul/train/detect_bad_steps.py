@@ -20,7 +20,7 @@ from longhaul.compat.deepspeed import (
     take_over_clipping,
     wrap_optimizer_step,
 )
-from longhaul.compat.deepspeed_update import can_update_in_one_pass, update_in_one_pass
+from longhaul.compat.deepspeed_optimizer_step import can_update_in_one_pass, update_in_one_pass
 from longhaul.compat.torch import can_skip_update_on_device, set_update_scale
 from longhaul.train.adamw_in_one_pass import adamw_in_one_pass, is_compiled
 

@@ -8,10 +8,10 @@ import pytest
 
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.site_baseline import SiteBaseline
-from longhaul.checks.catalogue_comparison import FabricHardware
 from longhaul.checks.compare_rates_with_limits import usual_of
+from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.network_baseline import compare_network, network_rates
-from longhaul.checks.node_network import NodeNetwork
+from longhaul.checks.network_ports_for_nccl import NodeNetwork
 
 H100, MI250X = "NVIDIA H100 80GB HBM3", "AMD Instinct MI250X"
 NDR = NodeNetwork("InfiniBand", 8, 400.0)

@@ -11,8 +11,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from longhaul.checks.build_check_rows import merge_equal_rows, problem_lines, warning_lines
-from longhaul.checks.gpu_checks import nvidia_rows
-from longhaul.checks.gpu_facts import GpuReading, with_processes_left, with_processes_of
+from longhaul.checks.nvidia_gpu_checks import nvidia_rows
+from longhaul.checks.nvidia_gpu_facts import GpuReading, with_processes_left, with_processes_of
 from tests.support.fake_nvml import MODELS, build_fake_nvml, healthy_gpu, read_fake_gpus
 
 READING = TypeAdapter(GpuReading)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.checks.node_network import NodeNetwork, read_node_network, slowest_network
+from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
 from tests.support.sysfs_tree import add_pcie_device, add_port, write_tree
 
 NDR, HDR = "400 Gb/sec (4X NDR)", "200 Gb/sec (4X HDR)"

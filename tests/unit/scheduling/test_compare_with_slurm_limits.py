@@ -10,7 +10,7 @@ import pytest
 from longhaul.cli import main
 from longhaul.config.partition_config import Partition
 from longhaul.planning.slurm_request import SlurmRequest
-from longhaul.scheduling.compare_limits import compare_partition
+from longhaul.scheduling.compare_with_slurm_limits import compare_partition
 from longhaul.scheduling.slurm_limits import SlurmLimits
 from tests.support.small_configs import write_config
 from tests.support.supervised_job import fake_program

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
 from longhaul.checks.fabric_limits import BANDWIDTH, SCOPES, bandwidth_text
-from longhaul.checks.node_network import NodeNetwork
+from longhaul.checks.network_ports_for_nccl import NodeNetwork
 from longhaul.config.interconnect_datasheets import (
     NODE,
     PORT,

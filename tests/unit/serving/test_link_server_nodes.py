@@ -14,15 +14,22 @@ import pytest
 
 from longhaul.errors import UserError
 from longhaul.runtime.process_rank import Rank
-from longhaul.serving import node_link as module
-from longhaul.serving.node_link import NodeLink, NodeLinkError, _link, first_node_address, first_node_ended, node_link
+from longhaul.serving import link_server_nodes as module
+from longhaul.serving.link_server_nodes import (
+    NodeLink,
+    NodeLinkError,
+    _link,
+    first_node_address,
+    first_node_ended,
+    node_link,
+)
 from longhaul.serving.server_process import free_port
 from tests.support.wait import wait_for
 
 FIRST_NODE = """
 import sys, time
 from pathlib import Path
-from longhaul.serving.node_link import _listen
+from longhaul.serving.link_server_nodes import _listen
 link = _listen("127.0.0.1", int(sys.argv[1]), 2)
 Path(sys.argv[2]).touch()
 time.sleep(600)
