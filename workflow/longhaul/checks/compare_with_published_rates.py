@@ -109,7 +109,7 @@ def _compared(row: CollectiveResult, nodes: int, ranks_per_node: int, hardware: 
     if not links:
         return None
     if row["scope"] == "all" and nodes > 1:
-        return _between_nodes(row, ranks_per_node, hardware, links) if links.feeds_network else None
+        return _between_nodes(row, ranks_per_node, hardware, links)
     figure = links.figure(row["collective"], ranks_per_node, hardware.has_multicast)
     return ComparedRow(row, figure, _gpu_text(hardware, links), figure is links.nvls) if figure else None
 

@@ -32,13 +32,12 @@ class Figure:
 class GpuLinks:
     """The links between the GPUs of a node.
 
-    name:          pattern of the name that nvidia-smi or rocm-smi prints
-    links:         for people
-    ranks:         number of GPUs that the figures were measured between
-    figures:       collective -> GB/s
-    nvls:          all_reduce with NVLink multicast between as many GPUs
-    any_ranks:     from FEWEST_RANKS GPUs on, each has its full rate whatever their number
-    feeds_network: False where GPUs and network adapters share PCIe, so that nothing can be said of the network
+    name:      pattern of the name that nvidia-smi or rocm-smi prints
+    links:     for people
+    ranks:     number of GPUs that the figures were measured between
+    figures:   collective -> GB/s
+    nvls:      all_reduce with NVLink multicast between as many GPUs
+    any_ranks: from FEWEST_RANKS GPUs on, each has its full rate whatever their number
     """
 
     name: str
@@ -47,7 +46,6 @@ class GpuLinks:
     figures: Mapping[str, Figure]
     nvls: Figure | None = None
     any_ranks: bool = False
-    feeds_network: bool = True
 
     def figure(self, collective: str, ranks: int, has_multicast: bool) -> Figure | None:
         """Return what a collective between this number of GPUs reaches; None where nothing is known."""
@@ -85,7 +83,6 @@ RATE_OF = {
 
 _NCCL_TESTS = "github.com/NVIDIA/nccl-tests/issues"
 _BEKMAN = "github.com/stas00/ml-engineering, network/README.md"
-_AZURE = "github.com/Azure/azurehpc-health-checks, conf"
 _AMD_XGMI = "rocm.blogs.amd.com, mi300x-rccl-xgmi: usable rate of a link"
 _AMD_CVS = "github.com/ROCm/cvs, rccl_config.json: 8 GiB, two nodes"
 _LUMI = "github.com/Lumi-supercomputer/lumi-reframe-tests"
@@ -140,14 +137,6 @@ GPU_LINKS = (
         8,
         {"all_reduce": Figure(234.9, _BEKMAN), **_all(_OTHERS, Figure(234.9, _BEKMAN, is_derived=True))},
         any_ranks=True,
-    ),
-    # Two pairs with NVLink bridges, over PCIe 4.
-    GpuLinks(
-        r"A100.*PCIe",
-        "PCIe 4",
-        4,
-        {"all_reduce": Figure(25, f"{_AZURE}/nc96ads_a100_v4.conf")},
-        feeds_network=False,
     ),
     # A node carries at least what two nodes reach. Azure's health check demands 314 GB/s of all_reduce.
     GpuLinks(
