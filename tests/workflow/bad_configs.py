@@ -189,6 +189,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("stages.base.schedule.warmup_ratio is not a known key; write schedule.warmup_steps of the stage",),
     ),
     (
+        "key of another tool in a section where it means something else",
+        {"stages.0.evaluate": {"tasks": ["arc_easy"], "max_length": 64}},
+        {},
+        ("stages.base.evaluate.max_length is not a known key; known keys: tasks",),
+    ),
+    (
         "length of the model under a name that stages have elsewhere",
         {"model.llama.seq_length": 64},
         {},

@@ -103,9 +103,21 @@ def _unknown_key_text(where: str, model: type[BaseModel], location: Sequence[int
     word = str(location[-1])
     if feature := _UNSUPPORTED_KEYS.get(word):
         return f"{where}: {feature} is not supported; remove the key"
-    if word in KEYS_OF_OTHER_TOOLS and location[0] in (word, "stages"):
-        return f"{where} is not a known key; write {KEYS_OF_OTHER_TOOLS[word]} of the stage"
+    if (written := KEYS_OF_OTHER_TOOLS.get(word)) and _is_meant_for_a_stage(location, written):
+        return f"{where} is not a known key; write {written} of the stage"
     return f"{where} is not a known key{_suggestion(word, _model_at(model, location[:-1]))}"
+
+
+def _is_meant_for_a_stage(location: Sequence[int | str], written: str) -> bool:
+    """Return whether a key of another tool is at the root, in a stage, or in the section of the key that is written instead.
+
+    In other sections it means something else, such as the length of generated texts.
+
+    location: `stages`, the number of the stage, the sections, the key
+    """
+    if len(location) == 1:
+        return True
+    return location[0] == "stages" and list(location[2:-1]) in ([], written.split(".")[:-1])
 
 
 def _keys_to(value: Any, location: Sequence[int | str]) -> Iterator[str]:
