@@ -46,7 +46,7 @@ case "$*" in
   *) cat "{folder}/$3";;
 esac
 """
-ASSOCIATIONS = "proj_gpu||long,other\nproj_cpu||normal\n"
+ASSOCIATIONS = "proj_gpu||long,other|other\nproj_cpu||normal|normal\n"
 # One line as `scontrol --oneliner show node` of Slurm 24.05 prints it. Two of 128 CPUs and 4 GiB are kept for the system.
 SPECIALIZED_NODE = (
     "NodeName=nid1 Arch=x86_64 CoresPerSocket=64  CPUAlloc=0 CPUEfctv=126 CPUTot=128 CPULoad=0.02 AvailableFeatures=gpu,hbm80g "
@@ -205,11 +205,35 @@ def test_accounts_are_those_of_this_cluster_that_the_partition_accepts(slurm: Pa
         "PartitionName=boost DenyAccounts=old_project AllowQos=ALL MaxTime=1:00:00 State=UP\n"
     )
     (slurm / "assoc").write_text(
-        "old_project||normal\ncores|cores|normal\nproj|boost|normal\nproj||normal\nother||normal\n"
+        "old_project||normal|\ncores|cores|normal|\nproj|boost|normal|\nproj||normal|\nother||normal|\n"
     )
     text = detect_site("centre")
     assert '    account: "proj"  # or other\n' in text
     assert "cluster=lab" in (slurm / "asked").read_text().split()
+
+
+MANY_QOS = (
+    "big|1-00:00:00|||||||\nacc_debug|02:00:00|||||||\nlong|4-00:00:00|node=3||||||\nwide|4-00:00:00|cpu=320||||||\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("default", "qos", "line"),
+    [
+        ("big", MANY_QOS, '"big"  # or wide, long, reserved, acc_debug'),
+        ("normal", MANY_QOS, '"wide"  # or long, big, reserved, acc_debug'),
+        ("normal", "", '"big"  # or long, reserved, wide, acc_debug'),
+    ],
+)
+def test_qos_is_the_default_one_or_the_one_with_the_largest_limits(slurm: Path, default: str, qos: str, line: str):
+    """It was the first one by name, which is often the one for tests."""
+    names = "acc_debug,big,long,reserved,wide"
+    (slurm / "partition").write_text(f"PartitionName=boost AllowQos={names} MaxTime=9-00:00:00 State=UP\n")
+    (slurm / "assoc").write_text(f"proj||{names},normal|{default}\n")
+    (slurm / "qos").write_text(qos and f"{qos}reserved||||||||RequiresReservation\n")
+    answer = f'#!/bin/sh\ncase "$*" in *"show qos"*) cat "{slurm}/qos";; *) cat "{slurm}/assoc";; esac\n'
+    fake_program(slurm, "sacctmgr", answer)
+    assert f"    qos: {line}\n" in detect_site("centre")
 
 
 def test_limits_of_qos_and_account_are_written_with_their_source(slurm: Path):

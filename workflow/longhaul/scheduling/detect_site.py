@@ -24,7 +24,7 @@ from longhaul.scheduling.fast_interfaces import fast_interfaces
 from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, found_partitions
 from longhaul.scheduling.probe_nodes import probe_nodes
 from longhaul.scheduling.site_file_text import site_text
-from longhaul.scheduling.slurm_limits import JobLimit, limits_of, read_limits, smallest
+from longhaul.scheduling.slurm_limits import JobLimit, SlurmLimits, limits_of, read_limits, smallest
 
 
 def detect_site(name: str, probe_minutes: float | None = None) -> str:
@@ -44,7 +44,9 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     settings = slurm_client.settings()
     associations = slurm_client.associations(getpass.getuser(), settings.get("ClusterName", ""))
     interfaces = fast_interfaces(psutil.net_if_addrs())
-    cluster = _within_limits(name, FoundCluster(partitions, settings, associations, interfaces))
+    limits = read_limits()
+    cluster = FoundCluster(partitions, settings, associations, limits.qos if limits else {}, interfaces)
+    cluster = _within_limits(name, cluster, limits)
     if probe_minutes is not None and (site := _site(name, cluster)):
         cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
     return site_text(name, cluster)
@@ -61,9 +63,9 @@ def _site(name: str, cluster: FoundCluster) -> Site | None:
         return None
 
 
-def _within_limits(name: str, cluster: FoundCluster) -> FoundCluster:
+def _within_limits(name: str, cluster: FoundCluster, shown: SlurmLimits | None) -> FoundCluster:
     """Return the cluster with time limits and numbers of nodes that QOS and account allow, too."""
-    site, shown = _site(name, cluster), read_limits()
+    site = _site(name, cluster)
     if site is None or shown is None:
         return cluster
     chosen = {partition.name: partition for partition in site.partitions}

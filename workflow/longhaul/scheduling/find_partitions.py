@@ -66,6 +66,7 @@ class FoundCluster:
 
     settings:     slurmctld's configuration, as `scontrol show config` prints it
     associations: the user's accounts with their QOS, on this cluster
+    qos:          the fields of each QOS, as sacctmgr shows them
     interfaces:   fast network interfaces of this machine
     probes:       what probe jobs found, by the first kind of job of their partition
     """
@@ -73,6 +74,7 @@ class FoundCluster:
     partitions: Sequence[FoundPartition]
     settings: Mapping[str, str] = field(default_factory=dict)
     associations: Sequence[Association] = ()
+    qos: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     interfaces: Sequence[str] = ()
     probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 
 from longhaul.config.gpu_datasheets import peak_tflops
 from longhaul.scheduling.fast_interfaces import fast_interfaces
-from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, places
+from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, minutes_of, places
 from longhaul.scheduling.probe_nodes import FoundNode
+from longhaul.scheduling.slurm_client import Association
+from longhaul.scheduling.slurm_limits import node_limits
+
+_TEST_QOS = re.compile(r"debug|dbg|test|devel|interactive", re.IGNORECASE)
 
 
 def site_text(name: str, cluster: FoundCluster) -> str:
@@ -81,10 +87,28 @@ def _account_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator
         others = sorted({other.account for other in usable} - {usable[0].account})
         comment = f"  # or {', '.join(others)}" if others else ""
         yield f"    account: {json.dumps(usable[0].account)}{comment}"
-        if qos := sorted(usable[0].qos & partition.qos) if partition.qos else []:
+        if qos := _qos_names(usable[0], partition, cluster):
             yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
     elif partition.accounts:
         yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"
+
+
+def _qos_names(association: Association, partition: FoundPartition, cluster: FoundCluster) -> list[str]:
+    """Return the QOS of the account that the partition names, the one for training first; [] where it names none.
+
+    This is the default one. If the partition does not allow that, it is the one with the longest jobs, then with the most
+    nodes, but not one for tests or for reservations.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, float, float]:
+        fields = cluster.qos.get(name, {})
+        nodes = node_limits(fields, partition.cpus, partition.gpus).values()
+        is_special = bool(_TEST_QOS.search(name)) or "RequiresReservation" in fields.get("Flags", "")
+        minutes = minutes_of(fields.get("MaxWall", ""))
+        limits = math.inf if minutes is None else minutes, min(nodes, default=math.inf)
+        return name == association.default_qos, not is_special, *limits
+
+    return sorted(sorted(association.qos & (partition.qos or set())), key=rank, reverse=True)
 
 
 def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, str]:

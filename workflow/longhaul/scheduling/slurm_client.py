@@ -257,11 +257,16 @@ def accounts_are_checked() -> bool:
 
 @dataclass(frozen=True)
 class Association:
-    """A user's right to use an account. partition: empty where it holds for all partitions."""
+    """A user's right to use an account.
+
+    partition:   empty where it holds for all partitions
+    default_qos: that of a job without --qos; empty where there is none
+    """
 
     account: str
     partition: str
     qos: frozenset[str]
+    default_qos: str = ""
 
 
 def associations(user: str, cluster: str) -> list[Association]:
@@ -269,9 +274,12 @@ def associations(user: str, cluster: str) -> list[Association]:
 
     cluster: its ClusterName; the database may hold associations of other clusters, too. Empty: all clusters
     """
-    rows = accounting_rows("assoc", *association_filter(user, cluster), fields=("Account", "Partition", "QOS"))
+    rows = accounting_rows(
+        "assoc", *association_filter(user, cluster), fields=("Account", "Partition", "QOS", "DefaultQOS")
+    )
     return [
-        Association(row["Account"], row["Partition"], frozenset(filter(None, row["QOS"].split(",")))) for row in rows
+        Association(row["Account"], row["Partition"], frozenset(filter(None, row["QOS"].split(","))), row["DefaultQOS"])
+        for row in rows
     ]
 
 

@@ -135,7 +135,7 @@ def _first_limits(sources: Sequence[tuple[str, Fields]], partition: Partition) -
     """Yield the limits of QOS and account that count; sources: where the fields are from, in Slurm's order."""
     seen: set[str] = set()
     for source, fields in sources:
-        nodes = _nodes(fields, partition)
+        nodes = node_limits(fields, partition.node.cpus, partition.node.gpus)
         minutes = minutes_of(fields["MaxWall"])
         new = [count for limit, count in nodes.items() if limit not in seen]
         yield JobLimit(source, None if "MaxWall" in seen else minutes, min(new, default=None))
@@ -171,9 +171,12 @@ def _partition_nodes(fields: Fields) -> int | None:
     return min(counts, default=None)
 
 
-def _nodes(fields: Fields, partition: Partition) -> dict[str, int]:
-    """Return how many nodes each limit of trackable resources allows. Of a limit below a whole node, a job gets a part of one."""
-    per_node = {"node": 1, "cpu": partition.node.cpus, "gres/gpu": partition.node.gpus}
+def node_limits(fields: Fields, cpus: int, gpus: int) -> dict[str, int]:
+    """Return how many nodes with these CPUs and GPUs each limit of trackable resources allows.
+
+    Of a limit below a whole node, a job gets a part of one.
+    """
+    per_node = {"node": 1, "cpu": cpus, "gres/gpu": gpus}
     counts: dict[str, int] = {}
     for key in _JOB_TRES:
         for name, number in re.findall(_TRES, fields.get(key, "")):
