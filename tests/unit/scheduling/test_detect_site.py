@@ -212,6 +212,14 @@ def test_accounts_are_those_of_this_cluster_that_the_partition_accepts(slurm: Pa
     assert "cluster=lab" in (slurm / "asked").read_text().split()
 
 
+def test_account_has_a_qos_that_the_partition_allows(slurm: Path):
+    (slurm / "assoc").write_text("teach||normal|normal\nproj_gpu||long|long\nproj_cpu||normal|normal\n")
+    text = detect_site("centre")
+    assert '    name: "boost"\n    account: "proj_gpu"\n    qos: "long"\n' in text.replace(
+        "    # constraint: nodes have the features a100, gpu\n", ""
+    )
+
+
 MANY_QOS = (
     "big|1-00:00:00|||||||\nacc_debug|02:00:00|||||||\nlong|4-00:00:00|node=3||||||\nwide|4-00:00:00|cpu=320||||||\n"
 )

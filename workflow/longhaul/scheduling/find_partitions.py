@@ -54,10 +54,11 @@ class FoundPartition:
         return self.max_minutes or 7 * 24 * 60
 
     def accepts(self, association: Association) -> bool:
-        """Return whether the partition lets jobs of this account run."""
+        """Return whether the partition lets jobs of this account run, with one of its QOS."""
         is_allowed = self.accounts is None or association.account in self.accounts
         is_for_it = association.partition in ("", self.name)
-        return is_allowed and is_for_it and association.account not in self.denied_accounts
+        has_qos = self.qos is None or bool(self.qos & association.qos)
+        return is_allowed and is_for_it and has_qos and association.account not in self.denied_accounts
 
 
 @dataclass(frozen=True)
