@@ -127,6 +127,8 @@ def test_dry_run_of_longhaul_run_says_what_happens_to_stages_and_how_many_jobs_r
     for raw in ("input:", "jobid", "Job stats", "--cleanup-metadata", "Building DAG"):
         assert raw not in done.stdout + done.stderr
     assert not (tmp_path / "results").exists()
+    for quiet in ("rules", "progress"):
+        assert run("-m", "longhaul", "run", config.name, "-n", "--quiet", quiet, cwd=tmp_path).stdout == done.stdout
 
 
 def test_software_deployment_by_snakemake_is_refused():

@@ -167,13 +167,21 @@ def _read_owner(path: Path) -> LeaseOwner | None:
 
 
 class RunLease(Lease):
-    """The lease of a run's main Snakemake process. It is released when the process exits normally."""
+    """The lease of a run's main Snakemake process. It is released when the process exits normally.
+
+    made_folder: this process has made the lease's folder. It removes the folder again if the run writes nothing there.
+    """
+
+    def __init__(self, path: Path, made_folder: bool = False) -> None:
+        super().__init__(path)
+        self.made_folder = made_folder
 
     def acquire_or_exit(self, job_has_ended: Callable[[str], bool] = lambda job_id: False) -> None:
         """Acquire the lease, or print its owner and exit with code 2. `longhaul run` has acquired it before Snakemake starts.
 
         job_has_ended: returns whether a Slurm job has certainly ended. A main process that ran in it on another host is dead.
         """
+        self.made_folder |= not self.path.parent.exists()
         owner = self.current_owner()
         if owner and owner.is_this_process:
             self.owner = owner
@@ -184,6 +192,13 @@ class RunLease(Lease):
             print(f"error: {self._refusal()}", file=sys.stderr, flush=True)
             sys.exit(UserError.exit_code)
         atexit.register(self.release)
+
+    def release(self) -> None:
+        """Remove the lease file if this process still owns it, and the folder if this process made it for nothing else."""
+        super().release()
+        if self.made_folder:
+            with suppress(OSError):  # it is not empty: the run has begun
+                self.path.parent.rmdir()
 
     def _ended_with_its_job(self, owner: LeaseOwner, job_has_ended: Callable[[str], bool]) -> bool:
         # A requeued job has the id of its earlier allocation.

@@ -158,12 +158,17 @@ def is_dry_run(usual: logging.Handler) -> bool:
     return any(getattr(rule, "dryrun", False) for rule in usual.filters)
 
 
-def replace_terminal_log(usual: logging.Handler, handle: Callable[[logging.LogRecord], None]) -> None:
-    """Replace the handler of `terminal_log`: `handle` gets the records. The log file stays complete."""
+def replace_terminal_log(
+    usual: logging.Handler, handle: Callable[[logging.LogRecord], None], with_quiet_ones: bool = False
+) -> None:
+    """Replace the handler of `terminal_log`: `handle` gets the records. The log file stays complete.
+
+    with_quiet_ones: also the records that --quiet leaves out
+    """
     from snakemake.logging import logger
 
     replacement = _CallingHandler(handle)
-    for rule in usual.filters:
+    for rule in [] if with_quiet_ones else usual.filters:
         replacement.addFilter(rule)
     logger.removeHandler(usual)
     logger.addHandler(replacement)

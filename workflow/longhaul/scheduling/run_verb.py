@@ -15,7 +15,7 @@ from longhaul.config.load_config import load_config
 from longhaul.config.shipped_files import data_root
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.snakemake_main import LEASE_OPTION
+from longhaul.scheduling.snakemake_main import LEASE_OPTION, NEW_FOLDER_OPTION
 
 STARTS_NO_JOB = (
     *(
@@ -40,7 +40,8 @@ STARTS_NO_JOB = (
     *("--print-compilation", "--report", "--rulegraph", "--summary", "-S", "--unlock", "--version", "-v"),
 )
 """Options with which Snakemake starts no job of the run. Such a call needs no lease."""
-_DRY_RUN = re.compile(r"-[a-zA-Z]*n[a-zA-Z]*")  # -n alone, or together with other letters: -np
+_DRY_RUN = re.compile(r"-[a-zA-Z]*n.*")
+"""-n alone, or together with other letters: -np, -nj4. Where a value has the n (-dnew), Snakemake takes the lease itself."""
 
 
 def start_snakemake(config: Path, options: list[str]) -> NoReturn:
@@ -89,4 +90,4 @@ def _take_lease(config: Path, run: str, folder: Path) -> list[str]:
         file=sys.stderr,
         flush=True,
     )
-    return [LEASE_OPTION, str(lease.path)]
+    return [NEW_FOLDER_OPTION if lease.made_folder else LEASE_OPTION, str(lease.path)]

@@ -314,7 +314,8 @@ def _replace_terminal_log(usual: logging.Handler, plan: Plan) -> None:
     if _has_own_dry_run():
         from longhaul.scheduling.dry_run_lines import DryRunLines
 
-        snakemake.replace_terminal_log(usual, DryRunLines(plan).handle)
+        # Its few lines come from records that `--quiet rules` and `--quiet progress` leave out.
+        snakemake.replace_terminal_log(usual, DryRunLines(plan).handle, with_quiet_ones=True)
     elif not snakemake.is_dry_run(usual):
         from longhaul.scheduling.run_display import RunDisplay  # imports rich, which a dry run can spare
 

@@ -9,8 +9,10 @@ from longhaul.artifacts.leases import RunLease
 from longhaul.compat.slurm_plugin_imports import import_pandas_when_used
 from longhaul.runtime.lean_imports import lean_imports
 
-LEASE_OPTION = "--longhaul-lease"
-"""First word of the command line where this process owns the run's lease. The lease's path follows; Snakemake sees neither."""
+LEASE_OPTION, NEW_FOLDER_OPTION = "--longhaul-lease", "--longhaul-lease-in-new-folder"
+"""First word of the command line where this process owns the run's lease, or has also made its folder. The lease's path
+follows; Snakemake sees neither.
+"""
 
 
 def is_main_program() -> bool:
@@ -20,8 +22,9 @@ def is_main_program() -> bool:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [LEASE_OPTION]:
-        RunLease(Path(sys.argv[2])).acquire_or_exit()  # releases it also where Snakemake ends before it starts a job
+    if sys.argv[1:2] in ([LEASE_OPTION], [NEW_FOLDER_OPTION]):
+        lease = RunLease(Path(sys.argv[2]), made_folder=sys.argv[1] == NEW_FOLDER_OPTION)
+        lease.acquire_or_exit()  # releases it also where Snakemake ends before it starts a job
         del sys.argv[1:3]
     import_pandas_when_used()
     with lean_imports():
