@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
 import pytest
 
 from longhaul.data.readers.first_rows import FirstRows, first_rows
@@ -44,6 +46,19 @@ def test_keys_of_later_rows_are_named_up_to_a_number_of_rows_and_bytes(tmp_path:
     large = {"messages": [{"role": "assistant", "content": "A" * 1_000_000}]}
     write_rows(tmp_path / "chats2.jsonl", {"messages": [ANSWER]}, large, later[2])
     assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows([], ["tool.tool_call_id"], 102, 2)
+
+
+def test_bytes_of_arrow_files_and_of_bad_rows_count(tmp_path: Path):
+    """No position in an Arrow file is known. A bad row of 1 MB is the last one that is read of its file, too."""
+    rows = [{"messages": [{"role": "assistant", "content": "A" * 600_000}], "id": number} for number in range(3)]
+    rows[2]["messages"][0]["late"] = "1"
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(tmp_path / "chats1.arrow", table.schema) as stream:
+        stream.write_table(table)
+    late = {"messages": [ANSWER], "late": 1}
+    write_rows(tmp_path / "chats2.jsonl", {"messages": [ANSWER]}, {"text": "A" * 1_000_000}, late)
+    plan = plan_of(tmp_path, {**CHATS, "datasets.chats.bad_rows": "skip"})
+    assert first_rows(plan, "chats") == FirstRows(["id"], [], 3, 2)
 
 
 def test_first_and_last_of_many_files_are_read(tmp_path: Path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,12 @@ from longhaul.config.data_formats import known_format
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.conversations import KNOWN_KEYS
 from longhaul.data.readers.read_documents import Document, read_range
-from longhaul.data.readers.rows_and_file_ranges import FileRange
+from longhaul.data.readers.rows_and_file_ranges import FileRange, text_bytes
 from longhaul.planning import Plan
 
 _MAX_FILES = 50
 _MAX_ROWS, _MAX_BYTES = 100, 1_000_000
-"""What is read of each file: at most so many rows, and no further row after so many bytes."""
+"""What is read of each file: at most so many rows, and no further row after so many bytes of the file or of content."""
 _MAX_LIST_BYTES = 16_000_000
 
 
@@ -42,29 +43,35 @@ def first_rows(plan: Plan, name: str) -> FirstRows:
     files = [Path(file) for file in plan.source_files(name)] if dataset.files else []
     if len(files) > _MAX_FILES:
         files = [files[number * (len(files) - 1) // (_MAX_FILES - 1)] for number in range(_MAX_FILES)]
-    columns, keys = set[str](), set[str]()
-    read = [_documents(path, dataset) for path in files if _is_quick(path, dataset)]
-    for document in chain.from_iterable(read):
-        columns.update(document.unread)
-        if isinstance(document.content, list):
-            keys.update(
-                f"{message['role']}.{key}" for message in document.content for key in message.keys() - KNOWN_KEYS
-            )
-    return FirstRows(sorted(columns), sorted(keys), sum(map(len, read)), len(read))
+    quick = [path for path in files if _is_quick(path, dataset)]
+    columns, keys, rows_read = set[str](), set[str](), 0
+    for path in quick:
+        for document in _documents(path, dataset):
+            rows_read += 1
+            columns.update(document.unread)
+            keys.update(_template_keys(document))
+    return FirstRows(sorted(columns), sorted(keys), rows_read, len(quick))
 
 
-def _documents(path: Path, dataset: Dataset) -> list[Document]:
-    """Return the first documents of a file, without bad rows."""
-    documents = []
+def _template_keys(document: Document) -> Iterator[str]:
+    for message in document.content if isinstance(document.content, list) else ():
+        yield from (f"{message['role']}.{key}" for key in message.keys() - KNOWN_KEYS)
+
+
+def _documents(path: Path, dataset: Dataset) -> Iterator[Document]:
+    """Yield the first documents of a file, without bad rows.
+
+    The bytes of content count, too: the position in an Arrow file is not known, and one in a compressed file is small.
+    """
+    content_bytes = 0
     for row in islice(read_range(FileRange(path, dataset.format), dataset), _MAX_ROWS):
-        if not isinstance(row, Document):
-            if dataset.bad_rows == "stop":
-                raise row.stopping()
-            continue
-        documents.append(row)
-        if row.position > _MAX_BYTES:
-            break
-    return documents
+        if isinstance(row, Document):
+            yield row
+            content_bytes += text_bytes(row.content)
+        elif dataset.bad_rows == "stop":
+            raise row.stopping()
+        if max(row.position, content_bytes) > _MAX_BYTES:
+            return
 
 
 def _is_quick(path: Path, dataset: Dataset) -> bool:

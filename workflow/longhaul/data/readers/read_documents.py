@@ -66,6 +66,7 @@ def read_range(file_range: FileRange, dataset: Dataset) -> Iterator[Document | B
     wanted = set(columns.names)
     for row in read_rows(file_range, columns, int(dataset.max_document_mb * 1e6)):
         if isinstance(row.values, BadData):
+            row.values.position = row.position
             yield row.values
             continue
         unread = tuple(name for name in row.found if name not in wanted)
@@ -74,6 +75,7 @@ def read_range(file_range: FileRange, dataset: Dataset) -> Iterator[Document | B
             content = _content(values, row.where, dataset)
             yield Document(content, row.where, row.position, _tools(values, row.where, dataset), unread)
         except BadData as error:
+            error.position = row.position
             yield error
 
 

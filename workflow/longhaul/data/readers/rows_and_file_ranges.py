@@ -16,10 +16,12 @@ class BadData(InputError):
 
     reason:    category of the error. The data manifest counts bad rows by reason.
     ends_file: True when nothing after this row can be read from the file.
+    position:  bytes of the file that have been read, including this row; 0 where it is unknown.
     """
 
     reason = "damaged file"
     ends_file = False
+    position = 0
 
     @classmethod
     def with_reason(cls, reason: str, message: str, hint: str) -> BadData:
@@ -157,14 +159,14 @@ def refuse_long_rows(rows: Iterable[Row], max_bytes: int) -> Iterator[Row]:
     Readers of line-based formats do not need this, because they limit the length of lines.
     """
     for row in rows:
-        is_long = not isinstance(row.values, BadData) and _text_bytes(row.values) > max_bytes
+        is_long = not isinstance(row.values, BadData) and text_bytes(row.values) > max_bytes
         yield row._replace(values=too_long(row.where, max_bytes)) if is_long else row
 
 
-def _text_bytes(value: object) -> int:
+def text_bytes(value: object) -> int:
     """Return the UTF-8 bytes of all texts in a value."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):
-        return sum(map(_text_bytes, value.values()))
-    return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(text_bytes, value.values()))
+    return sum(map(text_bytes, value)) if isinstance(value, list | tuple) else 0
