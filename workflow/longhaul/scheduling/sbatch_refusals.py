@@ -16,7 +16,14 @@ from typing import Any
 from longhaul.artifacts.job_state import REFUSED, TRANSIENT, Failure, current_invocation
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, job_of, run_of
 from longhaul.artifacts.quarantine import quarantined_nodes
-from longhaul.config.slurm_reasons import is_about_nodes, limit_code, limits_number_of_jobs, never_starts, remedy_of
+from longhaul.config.slurm_reasons import (
+    is_about_nodes,
+    is_by_plugin,
+    limit_code,
+    limits_number_of_jobs,
+    never_starts,
+    remedy_of,
+)
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.node_shortage import quarantine_text, shortage_of_job, shortage_remedy
 from longhaul.scheduling.retry_policy import job_folder_of, partition_of
@@ -106,7 +113,8 @@ def record_refusal(job: Any, message: str) -> float:
 
 def _cause_and_remedy(refusal: Refusal, folder: Path, partition: str | None) -> tuple[str, str]:
     """Return cause and remedy of a refusal. The quarantine comes first if Slurm lacks nodes: the job excludes some."""
-    said = f"Slurm refused the job: {refusal.reason}"
+    who = "Snakemake's Slurm plugin" if is_by_plugin(refusal.reason) else "Slurm"
+    said = f"{who} refused the job: {refusal.reason}"
     excluded = quarantined_nodes(QUARANTINE) if is_about_nodes(refusal.reason) else ()
     if not excluded:
         return said, refusal.remedy
