@@ -132,6 +132,10 @@ def test_forms_of_an_answer(tmp_path: Path, message: dict[str, Any], expected: d
         ({"content": "A", "weight": 0.5}, "message 1: weight is 0.5; it is 0 or 1"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "message 1, tool call 1: no name of a function"),
         ({"tool_calls": [{"name": "f", "arguments": "{a"}]}, "tool call 1: arguments is not valid JSON: '{a'"),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"a": ' + "1" * 5000 + "}"}]},
+            'tool call 1: arguments is not valid JSON: \'{"a": 111',
+        ),
         ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "tool call 1: arguments is list, not an object"),
         ({"content": "A", "reasoning_content": ["R"]}, "message 1: reasoning_content is list"),
         ({"content": "A", "name": "\ud83d"}, "a key of the message holds an unpaired surrogate"),
@@ -267,6 +271,18 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "a column twice in parquet": ("a.parquet", _twice_in_parquet(), "text", "a.parquet: 2 columns are named 'text'"),
     "a column twice in CSV": ("a.csv", b"text,text\n1,a\n", "text", "a.csv:1: 2 columns are named 'text'"),
     "deep list": ("a.json", b"[" * 200_000, "text", "a.json: not valid JSON: nested too deep"),
+    "long integer": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "id": ' + b"1" * 5000 + b"}\n",
+        "text",
+        "a.jsonl:2: not valid JSON: an integer of more than 4300 digits",
+    ),
+    "long integer in list": (
+        "a.json",
+        b'[{"text": "b", "id": ' + b"1" * 5000 + b"}]",
+        "text",
+        "a.json: not valid JSON: an integer of more than 4300 digits",
+    ),
     "open quote in CSV": ("a.csv", b'id,text\n1,"a\n', "text", "not valid CSV"),
     "invalid UTF-8": (
         "a.jsonl",

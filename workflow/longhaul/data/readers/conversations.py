@@ -141,7 +141,7 @@ def _validated_tool_call(call: Any, where: str) -> dict[str, object]:
 def _parsed(text: str, where: object, name: str) -> object:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: also for an integer of more than 4300 digits
         raise _malformed(f"{where}: {name} is not valid JSON: {text[:60]!r}", "fix or remove this row") from None
 
 

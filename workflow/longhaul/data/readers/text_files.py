@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -98,12 +99,18 @@ def _parse_line(line: bytes, where: LineLocation) -> Any:
         text = decode_utf8(line, where=where)
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        )
-        message = f"{where}: not valid JSON: {reason}"
+    except (ValueError, RecursionError) as error:
+        message = f"{where}: not valid JSON: {_mistake(error)}"
         raise BadData.with_reason("not valid JSON", message, "fix or remove the line") from None
+
+
+def _mistake(error: Exception) -> str:
+    """Return what the standard parser found wrong. For too long an integer, Python raises a plain ValueError."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return f"an integer of more than {sys.get_int_max_str_digits()} digits"
 
 
 def _select_columns(row: object, columns: WantedColumns, where: object) -> tuple[object, ...]:
@@ -146,10 +153,9 @@ def _parse_list(data: bytes, path: Path) -> list[Any]:
         text = decode_utf8(data, path)
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        message = f"{path}: not valid JSON: nested too deep"
-        if isinstance(error, json.JSONDecodeError):
-            message = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        message = f"{where}: not valid JSON: {_mistake(error)}"
         hint = "fix the file, or write one object per line as .jsonl"
         raise BadData.with_reason("not valid JSON", message, hint) from None
 
