@@ -294,6 +294,18 @@ BROKEN: dict[str, tuple[str, bytes | None, str, str]] = {
     "invalid UTF-8 in parquet": ("a.parquet", _bad_utf8_parquet(), "text", "a.parquet row 2: not valid UTF-8"),
     "UTF-16": ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text", "a.jsonl:1: byte 0xff is not valid UTF-8"),
     "unpaired surrogate": ("a.jsonl", b'{"text": "\\ud83d"}', "text", "a.jsonl:1: text holds an unpaired surrogate"),
+    "unpaired surrogate in a column's name": (
+        "a.jsonl",
+        b'{"text": "a", "\\ud800x": 1}',
+        "text",
+        "a.jsonl:1: a name of a column holds an unpaired surrogate (\\ud800)",
+    ),
+    "invalid UTF-8 in a column's name": (
+        "a.csv",
+        b"text,\xff\na,1\n",
+        "text",
+        "a.csv:2: a name of a column holds an unpaired surrogate (\\udcff)",
+    ),
     "null text": ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "text", "a.jsonl:3: text is null, not a string"),
     "null in parquet": ("a.parquet", _parquet_of(text=["a", None]), "text", "a.parquet row 2: text is null"),
     "number for text": ("a.jsonl", b'{"text": 5}', "text", "a.jsonl:1: text is int '5', not a string"),

@@ -69,14 +69,19 @@ def read_range(file_range: FileRange, dataset: Dataset) -> Iterator[Document | B
             row.values.position = row.position
             yield row.values
             continue
-        unread = tuple(name for name in row.found if name not in wanted)
         values = dict(zip(columns.names, row.values, strict=True))
         try:
             content = _content(values, row.where, dataset)
+            unread = tuple(_validated_name(name, row.where) for name in row.found if name not in wanted)
             yield Document(content, row.where, row.position, _tools(values, row.where, dataset), unread)
         except BadData as error:
             error.position = row.position
             yield error
+
+
+def _validated_name(name: str, where: object) -> str:
+    """Return a column's name that UTF-8 can encode: the plan and its record show it."""
+    return validated_text(name, where, "a name of a column")
 
 
 def document_texts(document: Document) -> Iterator[str]:
