@@ -220,6 +220,50 @@ def test_account_has_a_qos_that_the_partition_allows(slurm: Path):
     )
 
 
+BIG_NODES = "\n".join(f"NodeName=b{n} CPUTot=8 RealMemory=900 Gres=gpu:h100:8 Partitions=big" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    ("keys", "comment"),
+    [
+        ("AllowAccounts=lab", "# Not for your accounts and their QOS: big"),
+        ("AllowQos=urgent", "# Not for your accounts and their QOS: big"),
+        ("ReqResv=YES", ""),
+        ("AllocNodes=other-login", ""),
+        ("PreemptMode=REQUEUE PriorityTier=0", "# Not used: big"),
+    ],
+)
+def test_larger_partition_that_is_not_for_training_is_not_chosen(slurm: Path, keys: str, comment: str):
+    (slurm / "partition").write_text(f"{PARTITIONS}PartitionName=big MaxTime=1-00:00:00 State=UP {keys}\n")
+    nodes = BIG_NODES.replace("Partitions=big", "Partitions=big,test")
+    (slurm / "partition").write_text((slurm / "partition").read_text().replace("test", "test PreemptMode=OFF", 1))
+    (slurm / "node").write_text(NODES + nodes + "\n")
+    text = detect_site("centre")
+    assert yaml.safe_load(text)["partitions"][0]["name"] == "boost" and comment in text
+
+
+def test_sub_account_may_use_partitions_of_the_account_above_it(slurm: Path):
+    (slurm / "partition").write_text(PARTITIONS.replace("ALL AllowQos=long,short", "physics AllowQos=ALL"))
+    answer = f"""#!/bin/sh
+case "$*" in
+  *ParentName*) printf 'proj_gpu|group\\ngroup|physics\\nphysics|root\\nroot|\\n';;
+  *) cat "{slurm}/assoc";;
+esac
+"""
+    fake_program(slurm, "sacctmgr", answer)
+    assert yaml.safe_load(detect_site("centre"))["partitions"][0]["name"] == "boost"
+
+
+def test_file_says_that_no_partition_accepts_the_accounts_and_that_jobs_may_be_preempted(slurm: Path):
+    (slurm / "partition").write_text(
+        "PartitionName=boost AllowAccounts=lab MaxTime=1-00:00:00 State=UP PreemptMode=CANCEL PriorityTier=1\n"
+        "PartitionName=test AllowAccounts=lab MaxTime=00:30:00 State=UP PreemptMode=CANCEL PriorityTier=2\n"
+    )
+    text = detect_site("centre")
+    assert "# No partition accepts your accounts (proj_cpu, proj_gpu) and their QOS." in text
+    assert text.count("# PreemptMode: jobs of other partitions may end or requeue jobs here") == 1
+
+
 MANY_QOS = (
     "big|1-00:00:00|||||||\nacc_debug|02:00:00|||||||\nlong|4-00:00:00|node=3||||||\nwide|4-00:00:00|cpu=320||||||\n"
 )

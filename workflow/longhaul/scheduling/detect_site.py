@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import json
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -38,7 +39,9 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     if not re.fullmatch(NAME_PATTERN, name):
         raise UserError(f"site {name!r} is no name", f"name another file; use {PATTERN_DESCRIPTIONS[NAME_PATTERN]}")
     try:
-        partitions = found_partitions(slurm_client.show_all("partition"), slurm_client.show_all("node"))
+        shown = slurm_client.show_all("partition")
+        here = [fields for fields in shown if _takes_jobs_from_here(fields.get("AllocNodes", "ALL"))]
+        partitions = found_partitions(here or shown, slurm_client.show_all("node"))
     except slurm_client.SlurmCommandError as error:
         raise UserError(f"Slurm does not answer: {error}", "call this on a login node, and try again") from None
     settings = slurm_client.settings()
@@ -50,6 +53,17 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     if probe_minutes is not None and (site := _site(name, cluster)):
         cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
     return site_text(name, cluster)
+
+
+def _takes_jobs_from_here(alloc_nodes: str) -> bool:
+    """Return whether users may submit jobs from this machine; alloc_nodes: Slurm's list of such machines, or ALL."""
+    if alloc_nodes in ("", "ALL", "(null)"):
+        return True
+    try:
+        names = slurm_client.expand_node_list(alloc_nodes)
+    except slurm_client.SlurmCommandError:
+        names = alloc_nodes.split(",")
+    return socket.gethostname().partition(".")[0] in {name.partition(".")[0] for name in names}
 
 
 def _site(name: str, cluster: FoundCluster) -> Site | None:

@@ -23,6 +23,7 @@ class FoundPartition:
     threads_per_core: of the first node
     gpus:            of one node
     is_mixed:        only some nodes have GPUs
+    is_preemptible:  jobs of other partitions may end or requeue its jobs
     other_gpus:      GPUs of nodes that do not count, such as 4 x v100
     limits_time, limits_nodes: what sets max_minutes or max_nodes, such as "QOS long", if not the partition itself
     """
@@ -38,6 +39,7 @@ class FoundPartition:
     gpus: int
     gpu_type: str | None
     is_mixed: bool
+    is_preemptible: bool
     other_gpus: tuple[str, ...]
     features: tuple[str, ...]
     accounts: frozenset[str] | None
@@ -55,10 +57,11 @@ class FoundPartition:
 
     def accepts(self, association: Association) -> bool:
         """Return whether the partition lets jobs of this account run, with one of its QOS."""
-        is_allowed = self.accounts is None or association.account in self.accounts
+        accounts = {association.account, *association.parents}
+        is_allowed = self.accounts is None or bool(accounts & self.accounts)
         is_for_it = association.partition in ("", self.name)
         has_qos = self.qos is None or bool(self.qos & association.qos)
-        return is_allowed and is_for_it and has_qos and association.account not in self.denied_accounts
+        return is_allowed and is_for_it and has_qos and not accounts & self.denied_accounts
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class FoundCluster:
     probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
 
     @property
+    def accepting(self) -> list[FoundPartition]:
+        """Return the partitions that accept one of the user's accounts; all where none does, or no account is known."""
+        return [p for p in self.partitions if any(map(p.accepts, self.associations))] or list(self.partitions)
+
+    @property
     def forbids_requeue(self) -> bool:
         return self.settings.get("JobRequeue") == "0"
 
@@ -95,16 +103,32 @@ class FoundCluster:
 
 
 def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]]) -> list[FoundPartition]:
-    """Return the partitions that are up, have nodes and are for users, from the fields that `scontrol show` prints."""
-    found = []
-    for fields in partitions:
+    """Return the partitions that are up, have nodes and are for users, from the fields that `scontrol show` prints.
+
+    Those whose jobs all need a reservation are left out.
+    """
+    found, shown = [], list(partitions)
+    for fields in shown:
         own = [node for node in nodes if fields["PartitionName"] in node.get("Partitions", "").split(",")]
-        if fields.get("State") == "UP" and own and fields.get("RootOnly") != "YES":
-            found.append(_partition(fields, own))
+        if fields.get("State") == "UP" and own and "YES" not in (fields.get("RootOnly"), fields.get("ReqResv")):
+            beside = {name for node in own for name in node["Partitions"].split(",")}
+            is_preemptible = _is_preemptible(fields, [one for one in shown if one["PartitionName"] in beside])
+            found.append(_partition(fields, own, is_preemptible))
     return found
 
 
-def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]]) -> FoundPartition:
+def _is_preemptible(fields: dict[str, str], beside: Iterable[dict[str, str]]) -> bool:
+    """Return whether a partition's jobs make room for others; beside: the partitions on its nodes.
+
+    PreemptMode is that of the cluster where the partition names none, and then tells nothing by itself.
+    """
+    tier = int(fields.get("PriorityTier", "1"))
+    return fields.get("PreemptMode") in ("REQUEUE", "CANCEL") and any(
+        one.get("PreemptMode") == "OFF" or int(one.get("PriorityTier", "1")) > tier for one in beside
+    )
+
+
+def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preemptible: bool) -> FoundPartition:
     kinds = Counter(_gpus(node.get("Gres", "")) for node in all_nodes)
     gpus, gpu_type = max(kinds, key=lambda kind: (kind[0] * kinds[kind], kind[0]))
     nodes = [node for node in all_nodes if _gpus(node.get("Gres", "")) == (gpus, gpu_type)]
@@ -121,6 +145,7 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]]) -> Found
         gpus=gpus,
         gpu_type=gpu_type,
         is_mixed=gpus > 0 and (0, None) in kinds,
+        is_preemptible=is_preemptible,
         other_gpus=tuple(
             f"{count} x {kind or 'gpu'}" for count, kind in kinds if count and (count, kind) != (gpus, gpu_type)
         ),
@@ -173,7 +198,7 @@ def _names(text: str) -> frozenset[str] | None:
 def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartition]:
     """Return the partition for each kind of job.
 
-    gpu:   the one with the most GPUs, not for tests, and not mixed if possible; without GPUs the default one
+    gpu:   the one with the most GPUs, not for tests, and if possible not mixed and not preemptible; without GPUs the default one
     debug: a short GPU partition
     cpu:   without GPUs, one whose jobs do not share cores if possible, with the most nodes
     login: the one without GPUs whose jobs run longest
@@ -188,11 +213,11 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     short = [p for p in with_gpus if p.max_minutes and p.max_minutes <= _DEBUG_MINUTES and not p.limits_time]
     for_training = [p for p in with_gpus if p not in short] or short
     if not for_training:
-        return {"gpu": max(partitions, key=lambda p: (p.is_default, p.nodes))}
-    gpu = max(for_training, key=lambda p: (not p.is_mixed, p.gpus * p.nodes, p.is_default))
+        return {"gpu": max(partitions, key=lambda p: (not p.is_preemptible, p.is_default, p.nodes))}
+    gpu = max(for_training, key=lambda p: (not p.is_mixed, not p.is_preemptible, p.gpus * p.nodes, p.is_default))
     chosen: dict[JobPlace, FoundPartition] = {"gpu": gpu}
     if debug := [p for p in short if p is not gpu]:
-        chosen["debug"] = max(debug, key=lambda p: p.nodes)
+        chosen["debug"] = max(debug, key=lambda p: (not p.is_preemptible, p.nodes))
     if cores := [p for p in partitions if not p.gpus]:
         chosen["cpu"] = max(cores, key=lambda p: (not p.shares_cores, p.nodes, p.longest_minutes))
         chosen["login"] = max(cores, key=lambda p: (p.longest_minutes, p is chosen["cpu"]))

@@ -19,7 +19,7 @@ _TEST_QOS = re.compile(r"debug|dbg|test|devel|interactive", re.IGNORECASE)
 
 def site_text(name: str, cluster: FoundCluster) -> str:
     """Return the site file."""
-    chosen = places(cluster.partitions)
+    chosen = places(cluster.accepting)
     lines = [
         "# Written by `longhaul site detect`. Check each line that ends in a comment against your centre's guide.",
         f"name: {json.dumps(name)}",
@@ -29,13 +29,24 @@ def site_text(name: str, cluster: FoundCluster) -> str:
     for partition in dict.fromkeys(chosen.values()):
         jobs = [place for place, found in chosen.items() if found is partition]
         lines += _partition_lines(jobs, partition, cluster)
-    others = [p.name for p in cluster.partitions if p not in chosen.values()]
-    lines += [f"# Not used: {', '.join(others)}"] if others else []
+    lines += _comments_on_others(cluster, [partition.name for partition in chosen.values()])
     lines += ["requeue: false  # JobRequeue is 0"] if cluster.forbids_requeue else []
     node = cluster.node("gpu")
     lines += _network_lines(node, fast_interfaces(node.interfaces) if node else cluster.interfaces)
     lines += ["software: {kind: current}  # or venv, conda, container, srun, modules"]
     return "\n".join([*lines, _accelerator_line(chosen["gpu"], node)]) + "\n"
+
+
+def _comments_on_others(cluster: FoundCluster, chosen: Sequence[str]) -> Iterator[str]:
+    """Yield which partitions are not used, and why where it is known."""
+    accepting = [partition.name for partition in cluster.accepting]
+    if others := [name for name in accepting if name not in chosen]:
+        yield f"# Not used: {', '.join(others)}"
+    if closed := [partition.name for partition in cluster.partitions if partition.name not in accepting]:
+        yield f"# Not for your accounts and their QOS: {', '.join(closed)}"
+    if cluster.associations and not any(p.accepts(one) for p in cluster.partitions for one in cluster.associations):
+        accounts = ", ".join(sorted({one.account for one in cluster.associations}))
+        yield f"# No partition accepts your accounts ({accounts}) and their QOS. Ask your centre which one is for you."
 
 
 def _accelerator_line(partition: FoundPartition, node: FoundNode | None) -> str:
@@ -59,6 +70,8 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     no_limit = "" if partition.max_minutes else "  # the partition has no limit"
     yield f"    max_minutes: {partition.longest_minutes}{_limit_of(partition.limits_time) or no_limit}"
     yield f"    max_nodes: {partition.max_nodes}{_limit_of(partition.limits_nodes)}"
+    if partition.is_preemptible:
+        yield "    # PreemptMode: jobs of other partitions may end or requeue jobs here"
     if partition.is_exclusive:
         yield "    exclusive: true"
     gpus, comment = _gpu_keys(partition, cluster.node(jobs[0]))

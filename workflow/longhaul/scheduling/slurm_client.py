@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -261,12 +261,14 @@ class Association:
 
     partition:   empty where it holds for all partitions
     default_qos: that of a job without --qos; empty where there is none
+    parents:     the accounts above it; a partition that accepts one of them accepts it, too
     """
 
     account: str
     partition: str
     qos: frozenset[str]
     default_qos: str = ""
+    parents: frozenset[str] = frozenset()
 
 
 def associations(user: str, cluster: str) -> list[Association]:
@@ -277,10 +279,26 @@ def associations(user: str, cluster: str) -> list[Association]:
     rows = accounting_rows(
         "assoc", *association_filter(user, cluster), fields=("Account", "Partition", "QOS", "DefaultQOS")
     )
+    accounts = accounting_rows("assoc", *association_filter("", cluster), fields=("Account", "ParentName"))
+    parent = {row["Account"]: row["ParentName"] for row in accounts}
     return [
-        Association(row["Account"], row["Partition"], frozenset(filter(None, row["QOS"].split(","))), row["DefaultQOS"])
+        Association(
+            row["Account"],
+            row["Partition"],
+            frozenset(filter(None, row["QOS"].split(","))),
+            row["DefaultQOS"],
+            _parents(row["Account"], parent),
+        )
         for row in rows
     ]
+
+
+def _parents(account: str, parent: Mapping[str, str]) -> frozenset[str]:
+    """Return the accounts above one; parent: account -> the account above it."""
+    found: set[str] = set()
+    while (account := parent.get(account, "")) and account not in found:
+        found.add(account)
+    return frozenset(found)
 
 
 def association_filter(user: str, cluster: str) -> list[str]:
