@@ -164,6 +164,10 @@ def test_cpus_of_a_slurm_that_prints_no_effective_ones():
         ("gpu:2080ti:8(S:0-1),nvme:1", (8, "2080ti")),
         ("gpu:1g.10gb:7", (7, "1g.10gb")),
         ("gpu:4", (4, None)),
+        ("gpu:a100:6(S:0-1),gpu:a100_1g.5gb:14(S:0-1)", (6, "a100")),
+        ("gpu:a100_1g.5gb:14,gpu:a100:1,gpu:v100:2", (2, "v100")),
+        ("gpu:a100:2(S:0),gpu:a100:2(S:1)", (4, "a100")),
+        ("gpu:nvidia_a100_1g.10gb+me:4(S:0-1)", (4, "nvidia_a100_1g.10gb+me")),
         ("shard:8,gpu_mem:80", (0, None)),
     ],
 )
@@ -183,7 +187,17 @@ def test_shape_is_that_of_the_nodes_with_the_most_gpus_together():
     partition = found("PartitionName=p State=UP MaxNodes=UNLIMITED", "\n".join(lines))["p"]
     assert (partition.gpus, partition.gpu_type, partition.cpus, partition.memory_mb) == (4, "a100", 64, 500_000)
     assert (partition.nodes, partition.max_nodes, partition.is_mixed) == (3, 3, True)
-    assert "# other nodes of the partition have 8 x v100\n" in site_text("lab", FoundCluster([partition]))
+    assert "# the partition also has 8 x v100\n" in site_text("lab", FoundCluster([partition]))
+
+
+def test_whole_gpus_are_preferred_to_slices():
+    lines = [f"CPUTot=64 RealMemory=500000 Gres=gpu:a100_1g.5gb:28 Partitions=mig,gpu NodeName=m{n}" for n in range(3)]
+    lines += ["CPUTot=64 RealMemory=500000 Gres=gpu:a100:3,gpu:a100_2g.10gb:3 Partitions=gpu NodeName=g"]
+    shown = found("PartitionName=mig State=UP Default=YES\nPartitionName=gpu State=UP", "\n".join(lines))
+    assert places(list(shown.values()))["gpu"].name == "gpu"
+    text = site_text("lab", FoundCluster(list(shown.values())))
+    assert "gpus: 3}" in text and "# the partition also has 28 x a100_1g.5gb, 3 x a100_2g.10gb\n" in text
+    assert "# MIG slices" in site_text("lab", FoundCluster([shown["mig"]]))
 
 
 def test_limits_of_a_partition_per_node_count():
@@ -372,7 +386,8 @@ def test_probe_adds_what_slurm_does_not_know(probed: Path, monkeypatch: pytest.M
         "gpu_memory_gib": 140.4,
         "gpu_peak_tflops": 989,
     }
-    assert found["accelerator"] == {"cuda": "13.0"} and "# NVIDIA H200" in text
+    assert found["accelerator"] == {"cuda": "13.0"}
+    assert "# NVIDIA H200; Slurm counts 4 GPUs, and the probe found 2 on " in text
     assert "on a GPU node" in text and not list(probed.glob("longhaul-probe-*"))
 
 

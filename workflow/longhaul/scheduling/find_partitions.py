@@ -24,7 +24,7 @@ class FoundPartition:
     gpus:            of one node
     is_mixed:        only some nodes have GPUs
     is_preemptible:  jobs of other partitions may end or requeue its jobs
-    other_gpus:      GPUs of nodes that do not count, such as 4 x v100
+    other_gpus:      GPUs of the same nodes or of others that do not count, such as 4 x v100
     limits_time, limits_nodes: what sets max_minutes or max_nodes, such as "QOS long", if not the partition itself
     """
 
@@ -49,6 +49,11 @@ class FoundPartition:
     shares_cores: bool
     limits_time: str = ""
     limits_nodes: str = ""
+
+    @property
+    def has_slices(self) -> bool:
+        """Return whether the GPUs are MIG slices, not whole GPUs."""
+        return _is_slice(self.gpu_type)
 
     @property
     def longest_minutes(self) -> int:
@@ -130,8 +135,9 @@ def _is_preemptible(fields: dict[str, str], beside: Iterable[dict[str, str]]) ->
 
 def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preemptible: bool) -> FoundPartition:
     kinds = Counter(_gpus(node.get("Gres", "")) for node in all_nodes)
-    gpus, gpu_type = max(kinds, key=lambda kind: (kind[0] * kinds[kind], kind[0]))
+    gpus, gpu_type = max(kinds, key=lambda kind: (kind[0] > 0, not _is_slice(kind[1]), kind[0] * kinds[kind], kind[0]))
     nodes = [node for node in all_nodes if _gpus(node.get("Gres", "")) == (gpus, gpu_type)]
+    types = {kind for node in all_nodes for kind in _gpu_counts(node.get("Gres", ""))}
     limit = fields.get("MaxNodes", "")
     return FoundPartition(
         name=fields["PartitionName"],
@@ -147,7 +153,7 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preem
         is_mixed=gpus > 0 and (0, None) in kinds,
         is_preemptible=is_preemptible,
         other_gpus=tuple(
-            f"{count} x {kind or 'gpu'}" for count, kind in kinds if count and (count, kind) != (gpus, gpu_type)
+            f"{count} x {kind or 'gpu'}" for count, kind in sorted(types, key=str) if (count, kind) != (gpus, gpu_type)
         ),
         features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
         accounts=_names(fields.get("AllowAccounts", "")),
@@ -175,10 +181,25 @@ def _least(values: Iterable[int], limit: str) -> int:
 
 
 def _gpus(gres: str) -> tuple[int, str | None]:
-    """Return number and type of the GPUs in a node's Gres: gpu:a100:4(S:0-1) -> 4, a100."""
-    found = [re.fullmatch(r"gpu(?::([\w.-]+))?:(\d+)", part) for part in re.sub(r"\([^)]*\)", "", gres).split(",")]
-    counts = [(int(match[2]), match[1]) for match in found if match]
-    return (sum(count for count, _ in counts), counts[0][1]) if counts else (0, None)
+    """Return number and type of the GPUs in a node's Gres: gpu:a100:4(S:0-1) -> 4, a100.
+
+    Of several types, the one with the most GPUs counts, and MIG slices only without whole GPUs.
+    """
+    return max(_gpu_counts(gres), key=lambda kind: (not _is_slice(kind[1]), kind[0]), default=(0, None))
+
+
+def _gpu_counts(gres: str) -> list[tuple[int, str | None]]:
+    """Return number and type of each type of GPU in a node's Gres. One type may stand there twice, with other cores."""
+    counts: Counter[str | None] = Counter()
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        if match := re.fullmatch(r"gpu(?::([\w.+-]+))?:(\d+)", part):
+            counts[match[1]] += int(match[2])
+    return [(count, kind) for kind, count in counts.items() if count]
+
+
+def _is_slice(gpu_type: str | None) -> bool:
+    """Return whether a type of GPU is a slice of one (MIG), such as a100_1g.5gb or nvidia_a100_1g.10gb+me."""
+    return bool(re.search(r"\dg\.\d+gb", gpu_type or ""))
 
 
 def minutes_of(text: str) -> int | None:
@@ -198,7 +219,7 @@ def _names(text: str) -> frozenset[str] | None:
 def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartition]:
     """Return the partition for each kind of job.
 
-    gpu:   the one with the most GPUs, not for tests, and if possible not mixed and not preemptible; without GPUs the default one
+    gpu:   the best one for training that is not for tests; without GPUs the default one
     debug: a short GPU partition
     cpu:   without GPUs, one whose jobs do not share cores if possible, with the most nodes
     login: the one without GPUs whose jobs run longest
@@ -214,7 +235,7 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     for_training = [p for p in with_gpus if p not in short] or short
     if not for_training:
         return {"gpu": max(partitions, key=lambda p: (not p.is_preemptible, p.is_default, p.nodes))}
-    gpu = max(for_training, key=lambda p: (not p.is_mixed, not p.is_preemptible, p.gpus * p.nodes, p.is_default))
+    gpu = max(for_training, key=_rank_for_training)
     chosen: dict[JobPlace, FoundPartition] = {"gpu": gpu}
     if debug := [p for p in short if p is not gpu]:
         chosen["debug"] = max(debug, key=lambda p: (not p.is_preemptible, p.nodes))
@@ -222,3 +243,10 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
         chosen["cpu"] = max(cores, key=lambda p: (not p.shares_cores, p.nodes, p.longest_minutes))
         chosen["login"] = max(cores, key=lambda p: (p.longest_minutes, p is chosen["cpu"]))
     return chosen
+
+
+def _rank_for_training(partition: FoundPartition) -> tuple[bool, bool, bool, int, bool]:
+    """Return a larger value for a partition with whole GPUs, on all nodes, that is not preemptible, with more GPUs."""
+    has_whole_gpus = not partition.has_slices
+    gpus = partition.gpus * partition.nodes
+    return has_whole_gpus, not partition.is_mixed, not partition.is_preemptible, gpus, partition.is_default

@@ -82,7 +82,9 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
         threads = partition.threads_per_core
         yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
     if partition.other_gpus:
-        yield f"    # other nodes of the partition have {', '.join(partition.other_gpus)}"
+        yield f"    # the partition also has {', '.join(partition.other_gpus)}"
+    if partition.has_slices:
+        yield "    # MIG slices, not whole GPUs: NCCL may not connect them"
     if partition.gpu_type:
         yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
     if cluster.ignores_memory:
@@ -138,7 +140,10 @@ def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, s
         )
     keys += f", gpu_memory_gib: {node.gpu_memory_gib:g}"
     rate = peak_tflops(node.gpu_names[0])
-    return keys + (f", gpu_peak_tflops: {rate:g}" if rate else ""), f"  # {', '.join(dict.fromkeys(node.gpu_names))}"
+    comment = f"  # {', '.join(dict.fromkeys(node.gpu_names))}"
+    if len(node.gpu_names) != partition.gpus:
+        comment += f"; Slurm counts {partition.gpus} GPUs, and the probe found {len(node.gpu_names)} on {node.host}"
+    return keys + (f", gpu_peak_tflops: {rate:g}" if rate else ""), comment
 
 
 def _network_lines(node: FoundNode | None, interfaces: Sequence[str]) -> list[str]:

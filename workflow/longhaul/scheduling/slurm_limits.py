@@ -19,7 +19,7 @@ _JOB_TRES = ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES")
 _TRES_MINUTES = ("MaxTRESMins", "GrpTRESMins")
 _QOS_FIELDS = ("Name", "MaxWall", *_JOB_TRES, *_TRES_MINUTES, "Flags")
 _ASSOCIATION_FIELDS = ("User", "Account", "Partition", "DefaultQOS", "MaxWall", "MaxTRES", "GrpTRES", *_TRES_MINUTES)
-_TRES = r"(?:^|,)((?:node|cpu|gres/gpu)(?::[\w.-]+)?)=(\d+)(?=,|$)"
+_TRES = r"(?:^|,)((?:node|cpu|gres/gpu)(?::[\w.+-]+)?)=(\d+)(?=,|$)"
 """Trackable resources (TRES) and their limits: cpu=1280,gres/gpu:a100=64,node=16."""
 Fields = Mapping[str, str]
 
