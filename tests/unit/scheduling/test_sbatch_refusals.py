@@ -33,6 +33,7 @@ PERMANENT = {
     "Invalid GRES specification (with and without type identification)": "gpu_request",
     "Task count specification invalid": "node or max_nodes",
     "Invalid --nice value": "sbatch_extra",
+    "Invalid --signal specification": "sbatch_extra",
     "Burst Buffer permission denied": "sbatch_extra",
     "No partition specified or system default partition": "name",
 }
@@ -163,6 +164,8 @@ def test_option_that_the_plugin_refuses_is_not_retried_and_is_not_blamed_on_slur
          f"{RELEASE}, ask for at most 2 nodes in the config"),
         ([], NO_NODES, f"the job excludes quarantined nodes: {SLOW}; ",
          f"{RELEASE}, ask for fewer nodes in the config"),
+        (["n1", "n3"], "Invalid node name specified", f"the job excludes quarantined nodes: {SLOW}; ",
+         "release quarantined nodes that the cluster no longer has: longhaul nodes --release NODE; "),
         ([], "Invalid qos specification", "", "correct qos"),
     ],
 )  # fmt: skip
@@ -175,7 +178,9 @@ def test_refusal_for_want_of_nodes_names_the_quarantine_first(
     spec.write(Path(spec.folder) / "launch.json")
     assert record_refusal(job(Path(spec.folder)), f"{FAILED}{text}") == 0
     failure = read_failure(Path(spec.folder))
-    assert failure and "quarantine" not in failure.as_text(), "no node is quarantined"
+    assert failure and "is quarantined" not in failure.cause and "excludes" not in failure.cause, (
+        "no node is quarantined"
+    )
     add_to_quarantine(Path(spec.quarantine), ["n2"], "slow with most other nodes", "fabric, job 5")
     record_refusal(job(Path(spec.folder)), f"{FAILED}{text}")
     failure = read_failure(Path(spec.folder))

@@ -15,6 +15,7 @@ _JOB_COUNT_CODE = re.compile(r"SubmitJob|Jobs")
 _BUDGET_CODE = r"Grp(?!\w*Run)\w*Minutes|GrpWall"
 _ASSOCIATIONS = "sacctmgr show assoc user=$USER format=account,partition,qos"
 _BY_PLUGIN = "not allowed in the 'slurm_extra'"
+_UNKNOWN_NODE = "invalid node name"
 _NODES = "PartitionNodeLimit|node configuration|node count"
 # Pattern of Slurm's text -> key of a partition in the site file, and the command that shows valid values.
 _PERMANENT = (
@@ -30,7 +31,7 @@ _PERMANENT = (
     (rf"{_NODES}|more processors|(cpu|task) count", "node or max_nodes", "sinfo -o '%P %D %c %m %G'"),
     (r"partition|group not permitted", "name", "sinfo -s"),
     (
-        r"(unrecognized|invalid|unknown) option|burst buffer (permission|request)|wckey|--nice",
+        r"(unrecognized|unknown) option|invalid (option|--)|burst buffer (permission|request)|wckey",
         "sbatch_extra",
         "sbatch --help",
     ),
@@ -38,6 +39,11 @@ _PERMANENT = (
 )
 # Texts with another remedy.
 _OTHER_REMEDIES = (
+    # Jobs name nodes only to exclude them.
+    (
+        _UNKNOWN_NODE,
+        "release quarantined nodes that the cluster no longer has: longhaul nodes --release NODE; sinfo -N lists its nodes",
+    ),
     (_BY_PLUGIN, "remove this option from sbatch_extra of the partition in the site file"),
     (
         _BUDGET_CODE,
@@ -68,6 +74,11 @@ def limits_number_of_jobs(code: str) -> bool:
 def is_about_nodes(reason: str) -> bool:
     """Return whether a partition has too few nodes for a request, without those that it excludes."""
     return re.search(_NODES, reason, re.IGNORECASE) is not None
+
+
+def is_unknown_node(reason: str) -> bool:
+    """Return whether Slurm has no node with a name in the request."""
+    return re.search(_UNKNOWN_NODE, reason, re.IGNORECASE) is not None
 
 
 def is_by_plugin(reason: str) -> bool:

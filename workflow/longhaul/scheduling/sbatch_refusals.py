@@ -19,6 +19,7 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.config.slurm_reasons import (
     is_about_nodes,
     is_by_plugin,
+    is_unknown_node,
     limit_code,
     limits_number_of_jobs,
     never_starts,
@@ -112,15 +113,18 @@ def record_refusal(job: Any, message: str) -> float:
 
 
 def _cause_and_remedy(refusal: Refusal, folder: Path, partition: str | None) -> tuple[str, str]:
-    """Return cause and remedy of a refusal. The quarantine comes first if Slurm lacks nodes: the job excludes some."""
+    """Return cause and remedy of a refusal. The quarantine comes first if it is about nodes: the job excludes some."""
     who = "Snakemake's Slurm plugin" if is_by_plugin(refusal.reason) else "Slurm"
     said = f"{who} refused the job: {refusal.reason}"
-    excluded = quarantined_nodes(QUARANTINE) if is_about_nodes(refusal.reason) else ()
+    is_unknown = is_unknown_node(refusal.reason)
+    excluded = quarantined_nodes(QUARANTINE) if is_unknown or is_about_nodes(refusal.reason) else ()
     if not excluded:
         return said, refusal.remedy
+    cause = f"the job excludes quarantined nodes: {quarantine_text(QUARANTINE, excluded)}; {said}"
+    if is_unknown:
+        return cause, refusal.remedy
     if shortage := shortage_of_job(folder, partition):
         return f"{shortage.cause}; {said}", shortage.remedy
-    cause = f"the job excludes quarantined nodes: {quarantine_text(QUARANTINE, excluded)}; {said}"
     return cause, f"{shortage_remedy(QUARANTINE)}; if enough nodes are left, {refusal.remedy}"
 
 
