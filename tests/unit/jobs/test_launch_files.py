@@ -428,6 +428,17 @@ def test_only_the_training_step_is_bound(tmp_path: Path):
     assert [bindings(command) for command in commands(tmp_path, {})] == [[], []]
 
 
+@pytest.mark.parametrize("prefix", ["", "v,", "verbose,", "q,", "quiet,"])
+def test_masks_and_maps_are_for_whole_nodes(prefix: str, tmp_path: Path):
+    binds = [f"{prefix}mask_cpu:0xfe,0xfe00", f"{prefix}map_gpu:7,6,5,4,3,2,1,0"]
+    site = {"partitions.0.cpu_bind": binds[0], "partitions.0.gpu_bind": binds[1]}
+    assert bindings(commands(tmp_path, site)[1]) == ["--cpu-bind=none", "--gpu-bind=none"], "one GPU of eight"
+    whole = commands(tmp_path, site, config={"stages.0.gpus_per_node": 8})[1]
+    assert bindings(whole) == [f"--cpu-bind={binds[0]}", f"--gpu-bind={binds[1]}"]
+    closest = {"partitions.0.gpu_bind": f"{prefix}closest"}
+    assert bindings(commands(tmp_path, closest)[1]) == [f"--gpu-bind={prefix}closest"]
+
+
 def test_ranks_bind_themselves_with_cpu_bind_auto(tmp_path: Path):
     plan = plan_of(tmp_path, None, {"partitions.0.cpu_bind": "auto"})
     assert bindings(commands(tmp_path, {"partitions.0.cpu_bind": "auto"})[1]) == ["--cpu-bind=none"]

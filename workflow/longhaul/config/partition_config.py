@@ -106,8 +106,8 @@ class Partition(FrozenModel):
     )
     gpu_bind: BindValue | None = Field(
         default=None,
-        description="Value of srun --gpu-bind for the training step, for example none or closest; null: no option. For jobs gpu "
-        "only.",
+        description="Value of srun --gpu-bind for the training step, for example none or closest; null: no option. Masks and "
+        "maps apply to whole nodes. For jobs gpu only.",
     )
     sbatch_extra: tuple[SbatchOption, ...] = Field(
         default=(), description="Additional sbatch options, for example --mail-type=END or --licenses=scratch."

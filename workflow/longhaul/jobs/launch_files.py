@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,17 +204,24 @@ def _srun(site: Site, step: PlannedStep) -> list[str]:
 def _binding(site: Site, step: PlannedStep) -> list[str]:
     """Return srun's binding options. With cpu_bind auto, each rank binds itself.
 
-    Masks and maps name cores that a smaller step or a part of a node does not have; srun would refuse that step.
+    Masks and maps name cores or GPUs that a smaller step or a part of a node does not have; srun would refuse that step.
     """
     partition = site.partition_for("gpu")
     if not step.binds_ranks:
         return ["--cpu-bind=none"] if partition.cpu_bind else []
-    names_cores = (partition.cpu_bind or "").startswith(("mask_", "map_"))
     on_part_of_a_node = step.request.tasks_per_node < (partition.node.gpus or partition.node.cpus)
-    unbound = partition.cpu_bind == "auto" or (names_cores and on_part_of_a_node)
-    cpu_bind = "none" if unbound else partition.cpu_bind
+    cpu_bind = "none" if partition.cpu_bind == "auto" else partition.cpu_bind
     options = {"--cpu-bind": cpu_bind, "--gpu-bind": partition.gpu_bind}
-    return [f"{option}={value}" for option, value in options.items() if value]
+    return [
+        f"{option}={'none' if on_part_of_a_node and _names_devices(value) else value}"
+        for option, value in options.items()
+        if value
+    ]
+
+
+def _names_devices(binding: str) -> bool:
+    """Return whether a binding is a mask or a map, also after `verbose` or `quiet`."""
+    return re.search(r"(^|,)(mask|map)_", binding, re.IGNORECASE) is not None
 
 
 def _python(site: Site) -> list[str]:
