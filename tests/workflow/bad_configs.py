@@ -90,6 +90,7 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
                 ("--output=/tmp/x", "--output, which longhaul sets itself"),
                 ("--signal=B:TERM@60", "--signal=B:TERM@60: a signal to the batch shell ends the job"),
                 ("--signal=USR1@60", "--signal=USR1@60: longhaul saves and stops at SIGTERM"),
+                ("--sig=USR1@60", "--sig=USR1@60: longhaul saves and stops at SIGTERM"),
             )
         ),
         (
@@ -113,6 +114,32 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             "two ways to switch hyperthreads off",
             {"partitions.0.threads_per_core": 1, "partitions.0.sbatch_extra": ["--hint=nomultithread"]},
             ("--hint=nomultithread, which Slurm refuses with threads_per_core",),
+        ),
+        (
+            "abbreviated second way to switch hyperthreads off",
+            {"partitions.0.threads_per_core": 1, "partitions.0.sbatch_extra": ["--hin=nomultithread"]},
+            ("--hin=nomultithread, which Slurm refuses with threads_per_core",),
+        ),
+        *(
+            (
+                f"whole nodes that are shared: {option}",
+                {"partitions.0.exclusive": True, "partitions.0.sbatch_extra": [option]},
+                (f"sbatch_extra contains {option}, which contradicts exclusive true; remove one of them",),
+            )
+            for option in ("--oversubscribe", "--overs")
+        ),
+        *(
+            (
+                f"GPUs asked for twice: {item}",
+                {"partitions.0.gres_extra": ["nvme:100", item]},
+                (f"gres_extra contains {gpus}, but gpu_request gpus_per_node asks for GPUs already",),
+            )
+            for item, gpus in (("gpu", "gpu"), ("gpu:a100:2", "gpu:a100:2"), ("shm:1,gres:gpu:2", "gres:gpu:2"))
+        ),
+        (
+            "GPU type that no option requests",
+            {"partitions.0.gpu_request": "none", "partitions.0.gpu_type": "a100"},
+            ("gpu_type a100 has no effect with gpu_request none", "remove it"),
         ),
         (
             "binding where nothing is trained",

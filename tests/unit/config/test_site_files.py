@@ -126,6 +126,14 @@ def test_options_that_longhaul_does_not_set_are_accepted(tmp_path: Path):
     assert load_site("./site.yaml", tmp_path).partitions[0].sbatch_extra == tuple(options)
 
 
+def test_resources_that_are_no_second_request_for_gpus_are_accepted(tmp_path: Path):
+    write_config(tmp_path, None, {"partitions.0.gres_extra": ["gpu_mem:80G", "nvme:100", "mygpu:1"]})
+    load_site("./site.yaml", tmp_path)
+    keys = {"partitions.0.gpu_request": "none", "partitions.0.gres_extra": ["gpu:8"]}
+    write_config(tmp_path, None, keys)
+    load_site("./site.yaml", tmp_path)
+
+
 def test_site_files_and_configs_are_told_apart(tmp_path: Path):
     config = write_config(tmp_path)
     (tmp_path / "old.yaml").write_text(OLD_SITE)

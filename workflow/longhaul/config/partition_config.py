@@ -17,7 +17,7 @@ from longhaul.config.field_types import (
     SlurmConstraint,
     SlurmWord,
 )
-from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, check_options
+from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, check_options, is_option
 
 JobPlace = Literal["gpu", "cpu", "debug", "login"]
 """Kind of job that a partition serves. It also names where the job runs when no partition serves its kind."""
@@ -48,9 +48,9 @@ class NodeShape(FrozenModel):
 
 
 def _check_signal(option: str) -> None:
-    name, _, value = option.partition("=")
-    if name != "--signal":
+    if not is_option(option, "--signal"):
         return
+    value = option.partition("=")[2]
     if "B:" in value:
         # Snakemake's process in the batch step would receive the signal and end the job.
         raise ValueError(f"sbatch_extra contains {option}: a signal to the batch shell ends the job; remove B:")
@@ -59,6 +59,11 @@ def _check_signal(option: str) -> None:
             f"sbatch_extra contains {option}: longhaul saves and stops at SIGTERM; another signal ends the ranks without a save; "
             "write --signal=TERM@<seconds>"
         )
+
+
+def _is_gpu(resource: str) -> bool:
+    """Return whether a generic resource is a GPU, such as gpu, gpu:2 or gres:gpu:a100:2; gpu_mem is another one."""
+    return re.match(r"(gres[:/])?gpu(?![\w-])", resource) is not None
 
 
 class Partition(FrozenModel):
@@ -126,9 +131,13 @@ class Partition(FrozenModel):
         check_options("sbatch_extra", self.sbatch_extra, RESERVED_SBATCH_OPTIONS)
         for option in self.sbatch_extra:
             _check_signal(option)
-            if option.startswith("--hint") and (other := self._key_that_excludes_hint()):
+            if is_option(option, "--hint") and (other := self._key_that_excludes_hint()):
                 raise ValueError(
                     f"sbatch_extra contains {option}, which Slurm refuses with {other}; remove one of them"
+                )
+            if is_option(option, "--oversubscribe") and self.exclusive:
+                raise ValueError(
+                    f"sbatch_extra contains {option}, which contradicts exclusive true; remove one of them"
                 )
         if (self.cpu_bind or self.gpu_bind) and "gpu" not in self.jobs:
             key = "cpu_bind" if self.cpu_bind else "gpu_bind"
@@ -139,6 +148,20 @@ class Partition(FrozenModel):
             raise ValueError(
                 f"cpu_bind auto with gpu_bind {self.gpu_bind}: a rank must see all GPUs; set gpu_bind to none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpu_request(self) -> Partition:
         if self.gpu_request == "gres" and not self.node.gpus:
             raise ValueError(f"gpu_request gres needs node.gpus >= 1; it is {self.node.gpus}")
+        if self.gpu_type and self.gpu_request == "none":
+            raise ValueError(
+                f"gpu_type {self.gpu_type} has no effect with gpu_request none; remove it, or set gpu_request to gres"
+            )
+        asks_for_gpus = self.node.gpus and self.gpu_request != "none"
+        resources = [resource for item in self.gres_extra for resource in item.split(",")]
+        if asks_for_gpus and (gpus := next((name for name in resources if _is_gpu(name)), None)):
+            raise ValueError(
+                f"gres_extra contains {gpus}, but gpu_request {self.gpu_request} asks for GPUs already; remove it from gres_extra"
+            )
         return self

@@ -70,6 +70,11 @@ RESERVED_SBATCH_OPTIONS = _OF_JOBS_AND_STEPS | {
 }
 
 
+def is_option(given: str, known: str) -> bool:
+    """Return whether `given`, with or without a value, is this option. sbatch and srun accept the beginning of a name, too."""
+    return known.startswith(given.partition("=")[0])
+
+
 def check_options(key: str, options: Iterable[str], reserved: Mapping[str, str]) -> None:
     """Check the options that a site file lists below `key`.
 
@@ -81,8 +86,7 @@ def check_options(key: str, options: Iterable[str], reserved: Mapping[str, str])
     seen: set[str] = set()
     for option in options:
         name = option.partition("=")[0]
-        # sbatch and srun also accept the beginning of an option's name.
-        if found := next((known for known in sorted(reserved) if known.startswith(name)), None):
+        if found := next((known for known in sorted(reserved) if is_option(option, known)), None):
             also = "" if found == name else f" ({found})"
             raise ValueError(f"{key} contains {name}{also}, which {reserved[found]}")
         if name in seen:

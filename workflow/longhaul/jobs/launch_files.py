@@ -11,6 +11,7 @@ from longhaul.artifacts.atomic_files import replace_link, write_text
 from longhaul.artifacts.paths import CODE_LINK, QUARANTINE, JobFolder, JobId
 from longhaul.config.shipped_files import PACKAGE, data_root, is_installed
 from longhaul.config.site_config import Site
+from longhaul.config.slurm_options import is_option
 from longhaul.errors import UserError
 from longhaul.jobs.container import container_command
 from longhaul.jobs.environment_variables import job_variables
@@ -197,7 +198,7 @@ def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path
 def _srun(site: Site, step: PlannedStep) -> list[str]:
     # Not --unbuffered: it gives ranks a terminal, and libraries then write colours and progress bars into the log.
     options = ["--kill-on-bad-exit=1", "--wait=60", "--label"]
-    mpi = [] if any(extra.startswith("--mpi") for extra in site.srun_extra) else ["--mpi=none"]
+    mpi = [] if any(is_option(extra, "--mpi") for extra in site.srun_extra) else ["--mpi=none"]
     return ["srun", *step.request.as_srun(), *mpi, *options, *_binding(site, step), *site.srun_extra]
 
 
