@@ -43,6 +43,14 @@ def test_an_altered_tokenizer_is_not_used(tokenizer: Path, name: str):
         read_tokenizer(tokenizer)
 
 
+def test_a_device_in_the_place_of_a_file_is_not_read(tokenizer: Path):
+    path = Path(read_tokenizer(tokenizer).path) / "tokenizer.json"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"tokenizer\.json is a pipe or a device, not a file"):
+        read_tokenizer(tokenizer)
+
+
 def manifest_of(folder: Path, name: str) -> DataManifest:
     """Write a dataset of one shard and a table of filtered documents; return its manifest."""
     for file in ("c/0.bin", "c/0.idx", "filtered.npy"):

@@ -32,7 +32,12 @@ def content_hash(value: object, length: int = 16) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hex digits; the file is read in blocks."""
+    """Return the SHA-256 of a file's bytes as hex digits; the file is read in blocks.
+
+    Raises:
+        UserError: it is a pipe or a device, which may never end.
+    """
+    require_regular(path)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

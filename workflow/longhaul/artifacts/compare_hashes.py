@@ -30,6 +30,8 @@ def _problem(entry: tuple[Path, str]) -> str:
         found = file_sha256(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
+    except UserError as error:
+        return error.message
     return "" if found == recorded else f"{path} does not have the SHA-256 that was recorded when it was written"
 
 

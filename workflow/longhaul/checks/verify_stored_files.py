@@ -122,6 +122,8 @@ def _verify_files(name: str, folder: Path, files: Mapping[str, str], pool: Threa
             return "" if file_sha256(folder / file) == sha256 else f"{file} does not have the SHA-256 of the manifest"
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte
             return f"{file} cannot be read: {getattr(error, 'strerror', error)}"
+        except UserError as error:
+            return error.message
 
     damages = list(pool.map(damage, files.items()))
     size = sum((folder / file).stat().st_size for file in files if (folder / file).is_file())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -122,10 +123,14 @@ def wrong_sizes(folder: Path) -> str | None:
 
 
 def _size(path: Path, manifest_bytes: int) -> int:
-    """Return a file's size. Where it is not the manifest's, open the file: NFS asks its server for the size only then."""
+    """Return a file's size. Where it is not the manifest's, open the file: NFS asks its server for the size only then.
+
+    A pipe is not opened, which waits for a writer.
+    """
     with suppress(FileNotFoundError):
-        if path.stat().st_size == manifest_bytes:
-            return manifest_bytes
+        found = path.stat()
+        if found.st_size == manifest_bytes or stat.S_ISFIFO(found.st_mode):
+            return found.st_size
     exists_on_server(path)
     with path.open("rb") as stream:
         return os.fstat(stream.fileno()).st_size
@@ -140,6 +145,8 @@ def wrong_hashes(folder: Path, files: Iterable[tuple[str, ManifestFile]]) -> Ite
                 yield f"{name} does not have the SHA-256 of the manifest"
         except OSError as error:
             yield f"{name} cannot be read: {error}"
+        except UserError as error:
+            yield error.message
 
 
 def set_aside(folder: Path, reason: str) -> None:
