@@ -182,6 +182,15 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "deepseek-r1": f"Look.<｜tool▁calls▁begin｜>{R1_CALL}<｜tool▁calls▁end｜>{R1}18{R1}",
         },
     ),
+    "a result quotes the arguments in Python's notation": (
+        {"messages": [user(), answer(None, tool_calls=[call(PARIS)]), {**RESULT, "content": str(PARIS)}, answer("18")]},
+        {
+            "chatml": NO_CALLS,
+            "llama3": f"{LLAMA_CALL}18{EOT}",
+            "qwen3": f"{QWEN_CALL}{IM}{QWEN_EMPTY}18{IM}",
+            "deepseek-r1": f"<｜tool▁calls▁begin｜>{R1_CALL}<｜tool▁calls▁end｜>{R1}18{R1}",
+        },
+    ),
     "tools that nobody calls": (
         {"messages": [user(), answer()], "tools": json.dumps(TOOLS)},
         {**everywhere("A"), "chatml": NO_TOOLS, "deepseek-r1": NO_TOOLS},
@@ -266,8 +275,9 @@ def test_a_template_that_prints_python_values_gets_arguments_as_text():
     calls = "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}"
     source = "{% for m in messages %}{{ m.content }}" + calls + "<e>{% endfor %}"
     template = ChatTemplate(source, {"eos_token": "<e>"})
-    rendered = template.render([user("Q"), answer("", tool_calls=[call({"is": True})])], "here")
-    assert rendered.text == 'Q<e>{"is": true}<e>'
+    for question in ("Q", "{'is': True}"):
+        rendered = template.render([user(question), answer("", tool_calls=[call({"is": True})])], "here")
+        assert rendered.text == question + '<e>{"is": true}<e>'
 
 
 def test_reasoning_that_is_the_whole_answer_is_no_target_without_the_reasoning(folder: Path, tmp_path: Path):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longhaul.compat.transformers_chat_templates import render_chat
 from longhaul.data.readers.conversations import Message, Tool
@@ -123,17 +124,29 @@ class ChatTemplate:
         if not any("tool_calls" in message for message in messages):
             return conversation
         try:
-            if not _prints_objects(self.text(conversation), messages):
+            if not self._prints_objects(conversation):
                 return conversation
             refusal = _refused(f"{where}: the chat template writes the arguments of a tool call not as JSON", REMEDY)
         except BadData as error:
             refusal = error
-        as_text = conversation._replace(messages=list(map(_with_arguments_as_text, seen)))
+        as_text = conversation._replace(messages=[_with_arguments(message, _json_text) for message in seen])
         try:
             self.text(as_text)
         except BadData:
             raise refusal from None
         return as_text
+
+    def _prints_objects(self, conversation: Conversation) -> bool:
+        """Return whether the template writes a call's arguments in Python's notation ({'city': 'Paris'}), not as JSON.
+
+        A message may quote this notation. What the template writes itself changes with the arguments, a quotation does not.
+        """
+        if not _contains_objects(self.text(conversation), conversation.messages):
+            return False
+        marked = conversation._replace(
+            messages=[_with_arguments(message, _marked) for message in conversation.messages]
+        )
+        return _contains_objects(self.text(marked), marked.messages)
 
     def text(self, conversation: Conversation) -> str:
         """Return the rendered conversation. Raises BadData if the template refuses it."""
@@ -232,11 +245,12 @@ def _without_role(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "role"}
 
 
-def _with_arguments_as_text(message: Message) -> Message:
+def _with_arguments(message: Message, function: Callable[[Any], object]) -> Message:
+    """Return a message with function(arguments) as the arguments of its calls."""
     if "tool_calls" not in message:
         return message
     calls = [
-        {**call, "function": {**call["function"], "arguments": _json_text(call["function"]["arguments"])}}
+        {**call, "function": {**call["function"], "arguments": function(call["function"]["arguments"])}}
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
@@ -246,8 +260,13 @@ def _json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _prints_objects(text: str, messages: list[Message]) -> bool:
-    """Return whether a text contains Python's notation of a call's arguments ({'city': 'Paris'}) in place of JSON."""
+def _marked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments that no message quotes."""
+    return {**arguments, "longhaul_marks_arguments": True}
+
+
+def _contains_objects(text: str, messages: list[Message]) -> bool:
+    """Return whether a text contains Python's notation of a call's arguments, and this notation is not JSON, too."""
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     notations = [(str(call["function"]["arguments"]), _json_text(call["function"]["arguments"])) for call in calls]
     return any(python != as_json and python in text for python, as_json in notations)
