@@ -115,6 +115,18 @@ def nested(levels: int) -> list[Any]:
         ({"content": None, "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": null}'}]}, {"content": "", "tool_calls": [CALL]}),
         ({"content": "A", "tool_calls": [], "reasoning_content": "", "name": None}, {"content": "A"}),
+        (
+            {"tool_calls": [{"name": "f", "id": "1", "index": 0, "parameters": None}]},
+            {
+                "content": "",
+                "tool_calls": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "id": "1", "index": 0, "parameters": None, "arguments": {}},
+                    }
+                ],
+            },
+        ),
         ({"content": "A", "weight": 0}, {"content": "A", "weight": 0}),
         ({"reasoning_content": "R"}, {"content": "", "reasoning_content": "R"}),
     ],
@@ -137,6 +149,11 @@ def test_forms_of_an_answer(tmp_path: Path, message: dict[str, Any], expected: d
             'tool call 1: arguments is not valid JSON: \'{"a": 111',
         ),
         ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "tool call 1: arguments is list, not an object"),
+        (
+            {"tool_calls": [{"name": "f", "parameters": {"a": 1}}]},
+            "call 1: no 'arguments' in the function, but 'parameters'",
+        ),
+        ({"tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}, "in the function, but 'arguments'"),
         ({"content": "A", "reasoning_content": ["R"]}, "message 1: reasoning_content is list"),
         ({"content": "A", "name": "\ud83d"}, "a key of the message holds an unpaired surrogate"),
         ({"content": "A", "name": nested(101)}, "a key of the message has more than 100 levels"),

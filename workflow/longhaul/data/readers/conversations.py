@@ -130,12 +130,23 @@ def _validated_tool_call(call: Any, where: str) -> dict[str, object]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise _malformed(f"{where}: no name of a function", "use {type: function, function: {name, arguments}}")
+    if "arguments" not in function:
+        _refuse_other_keys({**call, **function}, where)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _parsed(arguments or "{}", where, "arguments")
     if not isinstance(arguments, dict):
         raise _malformed(f"{where}: arguments is {type(arguments).__name__}, not an object", "use {name: value, …}")
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def _refuse_other_keys(call: dict[str, object], where: str) -> None:
+    """Raise BadData if a call without arguments has a key that may be another name of them (parameters, input)."""
+    known = ("function", "name", "description", "id", "type", "index")
+    if others := [key for key, value in call.items() if key not in known and value is not None]:
+        found = ", ".join(map(repr, others))
+        message = f"{where}: no 'arguments' in the function, but {found}, which would be lost"
+        raise _malformed(message, "use {type: function, function: {name, arguments}}: rename the key, or remove it")
 
 
 def _parsed(text: str, where: object, name: str) -> object:
