@@ -207,6 +207,29 @@ def test_limits_of_a_partition_per_node_count():
     assert partitions["gpu"].cpus == 126
 
 
+@pytest.mark.parametrize(
+    ("partition", "cluster", "memory_mb"),
+    [
+        ("MaxMemPerCPU=4000", "UNLIMITED", 128_000),
+        ("MaxMemPerNode=UNLIMITED", "2000", 64_000),
+        ("MaxMemPerCPU=4000", "2000", 128_000),  # that of the partition replaces it
+        ("MaxMemPerCPU=90000", "2000", 499_000),
+    ],
+)
+def test_memory_is_within_the_limits_per_cpu(slurm: Path, partition: str, cluster: str, memory_mb: int):
+    (slurm / "partition").write_text(PARTITIONS.replace("MaxNodes=64", partition))
+    (slurm / "config").write_text(f"{CONFIG}MaxMemPerCPU = {cluster}\n")
+    assert yaml.safe_load(detect_site("centre"))["partitions"][0]["node"]["memory_mb"] == memory_mb
+
+
+def test_memory_that_slurm_does_not_know_is_not_asked_for(slurm: Path):
+    (slurm / "node").write_text(NODES.replace("RealMemory=499000", "RealMemory=1").replace("=250000", "=1"))
+    text = detect_site("centre")
+    gpu, _, cores = yaml.safe_load(text)["partitions"]
+    assert gpu["node"]["memory_mb"] == 500_000 and "memory" not in gpu
+    assert cores["memory"] == "omit" and "# RealMemory is 1" in text
+
+
 def test_partitions_of_administrators_are_left_out_and_newer_names_of_exclusive_are_known():
     """Slurm 26 prints Exclusive=NODE beside OverSubscribe=NO."""
     lines = "PartitionName=gpu State=UP Exclusive=NODE OverSubscribe=NO\nPartitionName=shared State=UP RootOnly=YES"

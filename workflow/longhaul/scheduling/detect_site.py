@@ -41,10 +41,11 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     try:
         shown = slurm_client.show_all("partition")
         here = [fields for fields in shown if _takes_jobs_from_here(fields.get("AllocNodes", "ALL"))]
-        partitions = found_partitions(here or shown, slurm_client.show_all("node"))
+        nodes = slurm_client.show_all("node")
     except slurm_client.SlurmCommandError as error:
         raise UserError(f"Slurm does not answer: {error}", "call this on a login node, and try again") from None
     settings = slurm_client.settings()
+    partitions = found_partitions(here or shown, nodes, settings)
     associations = slurm_client.associations(getpass.getuser(), settings.get("ClusterName", ""))
     interfaces = fast_interfaces(psutil.net_if_addrs())
     limits = read_limits()

@@ -107,10 +107,12 @@ class FoundCluster:
         return self.probes[place].node if place in self.probes else None
 
 
-def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]]) -> list[FoundPartition]:
+def found_partitions(
+    partitions: Iterable[dict[str, str]], nodes: Sequence[dict[str, str]], settings: Mapping[str, str] | None = None
+) -> list[FoundPartition]:
     """Return the partitions that are up, have nodes and are for users, from the fields that `scontrol show` prints.
 
-    Those whose jobs all need a reservation are left out.
+    Those whose jobs all need a reservation are left out. settings: slurmctld's configuration, with limits for all partitions
     """
     found, shown = [], list(partitions)
     for fields in shown:
@@ -118,8 +120,15 @@ def found_partitions(partitions: Iterable[dict[str, str]], nodes: Sequence[dict[
         if fields.get("State") == "UP" and own and "YES" not in (fields.get("RootOnly"), fields.get("ReqResv")):
             beside = {name for node in own for name in node["Partitions"].split(",")}
             is_preemptible = _is_preemptible(fields, [one for one in shown if one["PartitionName"] in beside])
-            found.append(_partition(fields, own, is_preemptible))
+            found.append(_partition(_with_memory_limit(fields, settings or {}), own, is_preemptible))
     return found
+
+
+def _with_memory_limit(fields: dict[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the fields of a partition with the cluster's limit of memory, which holds where the partition has none."""
+    keys = ("MaxMemPerCPU", "MaxMemPerNode")
+    has_limit = any(fields.get(key, "").isdigit() for key in keys)
+    return fields if has_limit else {**fields, **{key: settings[key] for key in keys if key in settings}}
 
 
 def _is_preemptible(fields: dict[str, str], beside: Iterable[dict[str, str]]) -> bool:
@@ -139,15 +148,16 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preem
     nodes = [node for node in all_nodes if _gpus(node.get("Gres", "")) == (gpus, gpu_type)]
     types = {kind for node in all_nodes for kind in _gpu_counts(node.get("Gres", ""))}
     limit = fields.get("MaxNodes", "")
+    cpus = _least((_cpus(node) for node in nodes), fields.get("MaxCPUsPerNode", ""))
     return FoundPartition(
         name=fields["PartitionName"],
         is_default=fields.get("Default") == "YES",
         max_minutes=minutes_of(fields.get("MaxTime", "")),
         max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
         nodes=len(nodes),
-        cpus=_least((_cpus(node) for node in nodes), fields.get("MaxCPUsPerNode", "")),
+        cpus=cpus,
         threads_per_core=int(nodes[0].get("ThreadsPerCore", "1")),
-        memory_mb=_least((_memory_mb(node) for node in nodes), fields.get("MaxMemPerNode", "")),
+        memory_mb=_memory_of_job(nodes, cpus, fields),
         gpus=gpus,
         gpu_type=gpu_type,
         is_mixed=gpus > 0 and (0, None) in kinds,
@@ -169,6 +179,17 @@ def _cpus(node: dict[str, str]) -> int:
     if "CPUEfctv" in node:
         return int(node["CPUEfctv"])
     return int(node["CPUTot"]) - int(node.get("CoreSpecCount", "0")) * int(node.get("ThreadsPerCore", "1"))
+
+
+def _memory_of_job(nodes: Sequence[dict[str, str]], cpus: int, fields: Mapping[str, str]) -> int:
+    """Return the memory of a job that has all CPUs of the smallest node, in MiB.
+
+    Nodes whose memory is not configured (RealMemory=1) count only if there are no others.
+    """
+    known = [memory for node in nodes if (memory := _memory_mb(node)) > 1]
+    per_cpu = fields.get("MaxMemPerCPU", "")
+    limits = [cpus * int(per_cpu)] if known and per_cpu.isdigit() else []
+    return _least([*(known or [1]), *limits], fields.get("MaxMemPerNode", ""))
 
 
 def _memory_mb(node: dict[str, str]) -> int:

@@ -78,6 +78,13 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     yield f"    node: {{cpus: {partition.cpus}, memory_mb: {partition.memory_mb}{gpus}}}{comment}"
     if jobs[0] in cluster.probes and (problem := cluster.probes[jobs[0]].problem):
         yield f"    # the probe found nothing: {' '.join(problem.split())}"  # Slurm's text may have several lines
+    yield from _comments_on_nodes(partition)
+    if partition.gpu_type:
+        yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
+    yield from _memory_lines(partition, cluster)
+
+
+def _comments_on_nodes(partition: FoundPartition) -> Iterator[str]:
     if partition.threads_per_core > 1:
         threads = partition.threads_per_core
         yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
@@ -85,10 +92,13 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
         yield f"    # the partition also has {', '.join(partition.other_gpus)}"
     if partition.has_slices:
         yield "    # MIG slices, not whole GPUs: NCCL may not connect them"
-    if partition.gpu_type:
-        yield f"    gpu_type: {json.dumps(partition.gpu_type)}"
+
+
+def _memory_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator[str]:
     if cluster.ignores_memory:
         yield "    memory: omit  # Slurm does not count memory here"
+    elif partition.memory_mb == 1:
+        yield "    memory: omit  # RealMemory is 1: Slurm does not know the memory; write that of the node as memory_mb"
 
 
 def _limit_of(source: str) -> str:
