@@ -364,6 +364,20 @@ def test_controller_runs_where_jobs_run_longest_and_cpu_jobs_where_they_have_cor
     assert found == {"gpu": "gpu", "cpu": "cores", "login": "shared"}
 
 
+def test_cpu_jobs_run_where_they_may_run_longest_and_not_on_the_partition_for_tests():
+    lines = ["devel MaxTime=00:30:00", "shared MaxTime=1-00:00:00 OverSubscribe=YES:4", "gpu MaxTime=1-00:00:00"]
+    nodes = [f"NodeName=d{n} CPUTot=8 RealMemory=800 Partitions=devel,wide" for n in range(9)]
+    nodes += ["NodeName=c CPUTot=8 RealMemory=800 Partitions=devel,cores,shared"]
+    nodes += ["NodeName=g CPUTot=8 RealMemory=800 Gres=gpu:4 Partitions=gpu"]
+
+    def chosen(*names: str) -> str:
+        text = "\n".join(f"PartitionName={name} State=UP" for name in (*lines, *names))
+        return places(list(found(text, "\n".join(nodes)).values()))["cpu"].name
+
+    assert chosen() == "shared" and chosen("wide MaxTime=10:00:00") == "wide"
+    assert chosen("wide MaxTime=10:00:00", "cores MaxTime=2-00:00:00") == "cores"
+
+
 def test_short_limit_of_a_qos_makes_no_partition_one_for_tests():
     nodes = "NodeName=a CPUTot=8 RealMemory=800 Gres=gpu:4 Partitions=main,small,test\n"
     nodes += "NodeName=b CPUTot=8 RealMemory=800 Gres=gpu:4 Partitions=main\n"

@@ -12,7 +12,7 @@ from longhaul.errors import UserError
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 from longhaul.scheduling.slurm_client import Association
 
-_DEBUG_MINUTES = 120  # a GPU partition with a shorter limit counts as one for tests
+_DEBUG_MINUTES = 120  # a partition with this limit or a shorter one counts as one for tests
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class FoundPartition:
     shares_cores: bool
     limits_time: str = ""
     limits_nodes: str = ""
+
+    @property
+    def is_for_tests(self) -> bool:
+        """Return whether the time limit is that of tests. A limit of the user's QOS or account says nothing about it."""
+        return bool(self.max_minutes) and self.longest_minutes <= _DEBUG_MINUTES and not self.limits_time
 
     @property
     def has_slices(self) -> bool:
@@ -242,8 +247,8 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
 
     gpu:   the best one for training that is not for tests; without GPUs the default one
     debug: a short GPU partition
-    cpu:   without GPUs, one whose jobs do not share cores if possible, with the most nodes
-    login: the one without GPUs whose jobs run longest
+    cpu:   without GPUs, the best one for jobs of one node
+    login: the one without GPUs whose jobs run longest, not preemptible if possible
 
     Raises:
         UserError: there is no partition.
@@ -251,8 +256,7 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     if not partitions:
         raise UserError("Slurm shows no partition that is up and has nodes", "ask your centre, or try again later")
     with_gpus = [partition for partition in partitions if partition.gpus]
-    # A limit of the user's QOS or account does not make a partition one for tests.
-    short = [p for p in with_gpus if p.max_minutes and p.max_minutes <= _DEBUG_MINUTES and not p.limits_time]
+    short = [p for p in with_gpus if p.is_for_tests]
     for_training = [p for p in with_gpus if p not in short] or short
     if not for_training:
         return {"gpu": max(partitions, key=lambda p: (not p.is_preemptible, p.is_default, p.nodes))}
@@ -261,8 +265,8 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     if debug := [p for p in short if p is not gpu]:
         chosen["debug"] = max(debug, key=lambda p: (not p.is_preemptible, p.nodes))
     if cores := [p for p in partitions if not p.gpus]:
-        chosen["cpu"] = max(cores, key=lambda p: (not p.shares_cores, p.nodes, p.longest_minutes))
-        chosen["login"] = max(cores, key=lambda p: (p.longest_minutes, p is chosen["cpu"]))
+        chosen["cpu"] = max(cores, key=_rank_for_cpu_jobs)
+        chosen["login"] = max(cores, key=lambda p: (not p.is_preemptible, p.longest_minutes, p is chosen["cpu"]))
     return chosen
 
 
@@ -271,3 +275,9 @@ def _rank_for_training(partition: FoundPartition) -> tuple[bool, bool, bool, int
     has_whole_gpus = not partition.has_slices
     gpus = partition.gpus * partition.nodes
     return has_whole_gpus, not partition.is_mixed, not partition.is_preemptible, gpus, partition.is_default
+
+
+def _rank_for_cpu_jobs(partition: FoundPartition) -> tuple[bool, bool, bool, int, int]:
+    """Return a larger value for a partition not for tests, with cores of its own, not preemptible, with longer jobs."""
+    is_good = not partition.is_for_tests, not partition.shares_cores, not partition.is_preemptible
+    return *is_good, partition.longest_minutes, partition.nodes
