@@ -449,7 +449,8 @@ def test_settings_of_the_cluster_are_written(slurm: Path):
     text = detect_site("centre")
     site = yaml.safe_load(text)
     assert site["requeue"] is False and {partition["memory"] for partition in site["partitions"]} == {"omit"}
-    assert text.count("# threads_per_core: cpus counts 2 hardware threads") == 1
+    comment = "# threads_per_core: cpus counts 2 hardware threads of each core; with 1, write cpus: 64, too\n"
+    assert text.count(comment) == 1
 
 
 def test_interfaces_of_fast_networks_are_found():

@@ -86,8 +86,8 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
 
 def _comments_on_nodes(partition: FoundPartition) -> Iterator[str]:
     if partition.threads_per_core > 1:
-        threads = partition.threads_per_core
-        yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; 1 uses one of them"
+        threads, cores = partition.threads_per_core, max(partition.cpus // partition.threads_per_core, 1)
+        yield f"    # threads_per_core: cpus counts {threads} hardware threads of each core; with 1, write cpus: {cores}, too"
     if partition.other_gpus:
         yield f"    # the partition also has {', '.join(partition.other_gpus)}"
     if partition.has_slices:
