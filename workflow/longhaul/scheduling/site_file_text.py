@@ -98,7 +98,9 @@ def _memory_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator[
     if cluster.ignores_memory:
         yield "    memory: omit  # Slurm does not count memory here"
     elif partition.memory_mb == 1:
-        yield "    memory: omit  # RealMemory is 1: Slurm does not know the memory; write that of the node as memory_mb"
+        yield "    memory: omit  # Slurm does not know the memory"
+    if partition.memory_mb == 1:
+        yield "    # memory_mb: RealMemory is 1; write the memory of the node"
 
 
 def _limit_of(source: str) -> str:
