@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from longhaul.cli import main
 from longhaul.config.load_config import load_config
 from longhaul.config.model_size import model_size
 from longhaul.config.partition_config import NodeShape, Partition
@@ -430,6 +431,22 @@ def test_site_must_have_the_resources_of_checks_and_data_jobs(
     """Default minutes are longer than these partitions allow. They are reduced, not refused."""
     config = run_config(tmp_path, **changes)
     assert refusal(check_job_limits, config, site(BIG, LEAN, QUICK)) == expected
+
+
+def test_plan_warns_where_a_partition_cuts_the_default_minutes_of_data_jobs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def printed(minutes: int, config: dict[str, Any]) -> str:
+        path = write_config(tmp_path, config, {"partitions.0.max_minutes": minutes})
+        with pytest.raises(SystemExit) as exited:
+            main(["plan", str(path)])
+        assert not exited.value.code
+        return " ".join(capsys.readouterr().out.split())
+
+    short = {"stages.0.minutes": 60, "stages.1.minutes": 60}
+    assert "warning: partition gpu allows 60 minutes, less than the usual 120 of data_minutes" in printed(60, short)
+    assert "data_minutes" not in printed(60, {**short, "data_minutes": 60})
+    assert "data_minutes" not in printed(120, short)
 
 
 def test_checks_use_at_least_one_node_and_one_gpu(tmp_path: Path):

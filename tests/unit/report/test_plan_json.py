@@ -61,12 +61,14 @@ def test_notes_follow_the_tables() -> None:
             }
         ],
         "datasets": [dataset],
+        "warnings": ["v"],
         "scale_test": {"stage": "s", "nodes": [2, 4], "steps": 25, "left_out": {"1": "too small"}},
         "pretrained_changes": ["f"],
         "deferred_checks": ["c"],
     }
     assert plan_notes(content) == [
         "pretrained weights: f",
+        "warning: v",
         "warning: w",
         "warning: dataset d: nothing reads the columns id, url, found in 120 rows, the first of 2 of 3 files",
         "warning: dataset d: longhaul does not read the message keys tool_call_id of role tool, found in 120 rows, the first of "

@@ -238,6 +238,19 @@ def check_job_limits(config: Config, site: Site) -> None:
         _check_minutes("data_minutes", config.data_minutes, site.partition_for("cpu"))
 
 
+def data_minutes_warning(config: Config, site: Site) -> str | None:
+    """Return a warning if the time limit of the data jobs is the default, and the partition cuts it."""
+    partition = site.partition_for("cpu")
+    limit = partition.max_minutes
+    if "data_minutes" in config.model_fields_set or not limit or config.data_minutes <= limit:
+        return None
+    return (
+        f"{partition.title} allows {limit} minutes, less than the usual {config.data_minutes} of data_minutes: a job that "
+        f"tokenizes or exports for longer is stopped; give the jobs cpu a partition with more, or set data_minutes to {limit} "
+        "if it is enough"
+    )
+
+
 def _check_minutes(key: str, minutes: int, partition: Partition) -> None:
     if partition.max_minutes and minutes > partition.max_minutes:
         raise UserError(

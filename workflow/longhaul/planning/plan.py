@@ -34,6 +34,7 @@ from longhaul.planning.check_feasibility import (
     check_schedule,
     check_site,
     check_vocabulary,
+    data_minutes_warning,
     deterministic_warning,
     memory_warning,
     not_compiled_warning,
@@ -144,6 +145,11 @@ class Plan:
         """Names of the datasets that a stage trains on, including the datasets in mixtures."""
         trained_on = {stage.stage.dataset for stage in self.stages}
         return trained_on.union(*(self.config.datasets[name].mixture for name in trained_on))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings that are about no stage."""
+        return tuple(filter(None, [data_minutes_warning(self.config, self.site)]))
 
     def data_jobs(self, dataset: str) -> int:
         """Return the number of encode jobs of a dataset."""

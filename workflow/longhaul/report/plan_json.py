@@ -85,6 +85,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             {"kind": job.kind, "names": list(job.names), "request": job_request(plan, job).as_sbatch()}
             for job in planned_jobs(plan)
         ],
+        "warnings": list(plan.warnings),
         "scale_test": _scale_test(plan),
         "pretrained_changes": list(plan.pretrained_changes),
         "deferred_checks": list(plan.deferred_checks),

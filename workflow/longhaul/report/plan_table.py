@@ -153,7 +153,8 @@ def request_table(jobs: list[Row]) -> Table:
 
 def plan_notes(content: dict[str, Any]) -> list[str]:
     """Return the lines below the tables: changes of pretrained weights, warnings, and checks that need `fetch`."""
-    warnings = [warning for row in content["stages"] for warning in row["warnings"]]
+    warnings = list(content["warnings"])
+    warnings += [warning for row in content["stages"] for warning in row["warnings"]]
     warnings += [line for row in content["datasets"] for line in _unread_lines(row)]
     return [
         *(f"pretrained weights: {note}" for note in content["pretrained_changes"]),
