@@ -20,8 +20,8 @@ from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.artifacts.typed_json import Sha256, parse_json
 from longhaul.errors import BadNodesError, UserError
 
-Count = Annotated[int, Field(ge=0)]
-"""A number of things."""
+Count = Annotated[int, Field(ge=0, le=10**18)]
+"""A number of things. It fits the 64-bit integers of NumPy."""
 
 
 def failed_path(out: Path) -> Path:

@@ -118,6 +118,16 @@ DAMAGE = {
         "10 tokens, but its index has 11",
     ),
     "truncated index": ("idx", lambda path: path.write_bytes(path.read_bytes()[:-8]), "do not fit 4 documents"),
+    "negative length": (
+        "idx",
+        lambda path: path.write_bytes(path.read_bytes()[:34] + struct.pack("<i", -3) + path.read_bytes()[38:]),
+        "document 0 has -3 tokens",
+    ),
+    "another offset": (
+        "idx",
+        lambda path: path.write_bytes(path.read_bytes()[:58] + struct.pack("<q", 8) + path.read_bytes()[66:]),
+        "document 1 starts at byte 8, but the documents before it end at 6",
+    ),
     "half a header": ("idx", lambda path: path.write_bytes(path.read_bytes()[:20]), "too short"),
     "another format": ("idx", lambda path: path.write_bytes(b"x" * 200), "not a Megatron-LM index"),
     "empty index": ("idx", lambda path: path.write_bytes(b""), "empty file"),
@@ -131,3 +141,12 @@ def test_damage_is_reported_with_the_file(tmp_path: Path, suffix: str, damage: A
     with pytest.raises(UserError, match=expected) as refused:
         ShardReader(tmp_path / "train-00000", with_mask=True)
     assert f"train-00000.{suffix}" in refused.value.message and refused.value.hint.endswith("; then run again")
+
+
+@pytest.mark.parametrize(("name", "stated"), [("documents", 5), ("documents", 3), ("tokens", 12)])
+def test_a_shard_with_other_counts_than_the_manifest_is_refused(tmp_path: Path, name: str, stated: int):
+    entry: Any = write(tmp_path, LENGTHS)
+    found = entry["shards"][0][name]
+    entry["shards"][0][name] = stated
+    with pytest.raises(UserError, match=f"{found} {name}, but the manifest states {stated}"):
+        SplitReader(tmp_path, entry, with_mask=True).document(0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,3 +93,28 @@ def test_another_tokenizer_is_refused(
 ):
     assert inspect(dataclasses.replace(chat_shards, tokenizer_hash="other"), tmp_path, tokenizer_folder) == 2
     assert "was encoded with tokenizer other" in capsys.readouterr().err
+
+
+def test_altered_tokens_are_refused(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", "text", ["Some text of a document"] * 20)
+    manifest = make_shards(tmp_path, tokenizer_folder, [corpus], dataset())
+    (shard, *_) = manifest.splits["train"]["shards"]
+    path = Path(manifest.path) / f"{shard['prefix']}.bin"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    assert inspect(manifest, tmp_path, tokenizer_folder) == 2
+    shown = capsys.readouterr()
+    assert f"{path} does not have the SHA-256 that was recorded" in shown.err and not shown.out
+    assert "remedy: delete the folder" in shown.err
+
+
+@pytest.mark.parametrize("stated", [10**6, 10**30])
+def test_a_wrong_number_of_documents_is_refused(
+    chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stated: int
+):
+    splits: Any = copy.deepcopy(chat_shards.splits)
+    splits["train"]["shards"][0]["documents"] = stated
+    altered = dataclasses.replace(chat_shards, splits=splits)
+    assert inspect(altered, tmp_path, tokenizer_folder) == 2
+    assert ("the manifest states 1000000" if stated == 10**6 else "documents") in capsys.readouterr().err

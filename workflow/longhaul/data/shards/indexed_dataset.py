@@ -57,7 +57,22 @@ def parse_index(path: Path, index: np.ndarray) -> tuple[str, np.ndarray, np.ndar
     if len(index) != _HEADER.size + 12 * count + 8 * boundaries:
         raise damaged_shard(path, f"{len(index)} bytes do not fit {count} documents")
     lengths = np.frombuffer(index, np.int32, count, _HEADER.size)
-    return names[code], lengths, np.frombuffer(index, np.int64, count, _HEADER.size + lengths.nbytes)
+    offsets = np.frombuffer(index, np.int64, count, _HEADER.size + lengths.nbytes)
+    _refuse_wrong_positions(path, lengths, offsets, np.dtype(names[code]).itemsize)
+    return names[code], lengths, offsets
+
+
+def _refuse_wrong_positions(path: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> None:
+    """Raise UserError unless each document starts where the one before it ends, as build_index writes them."""
+    if (wrong := np.flatnonzero(lengths < 0)).size:
+        raise damaged_shard(path, f"document {wrong[0]} has {lengths[wrong[0]]} tokens")
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * itemsize
+    if (wrong := np.flatnonzero(offsets != starts)).size:
+        first = wrong[0]
+        message = (
+            f"document {first} starts at byte {offsets[first]}, but the documents before it end at {starts[first]}"
+        )
+        raise damaged_shard(path, message)
 
 
 def damaged_shard(path: Path, reason: str) -> UserError:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from longhaul.artifacts.artifact_schemas import DataManifest
-from longhaul.artifacts.compare_hashes import read_tokenizer
+from longhaul.artifacts.compare_hashes import dataset_files, read_tokenizer, wrong_files
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.errors import UserError, escape_unprintable, printable
 
@@ -21,7 +21,8 @@ def run(manifest_path: Path, split: str, first: int, count: int, tokenizer_path:
     """Print `count` documents of a split, from document `first`.
 
     Raises:
-        UserError: the split or the document does not exist, or another tokenizer encoded the shards.
+        UserError: the split or the document does not exist, another tokenizer encoded the shards, or a file of the split
+            was altered.
     """
     manifest = DataManifest.read(manifest_path, "give the path of results/<run>/data/<dataset>.json")
     tokenizer = read_tokenizer(tokenizer_path or manifest_path.parent.parent / "tokenizer.json")
@@ -59,6 +60,13 @@ def style_tokens(tokens: np.ndarray, mask: np.ndarray, tokenizer: Path, marked: 
 
 
 def _open_split(manifest: DataManifest, split: str) -> SplitReader:
+    """Open a split after its files have been compared with their SHA-256: altered tokens would be shown as true."""
     if split not in manifest.splits:
         raise UserError(f"{manifest.dataset} has no split {split!r}", f"choose one of {', '.join(manifest.splits)}")
+    files = dataset_files(manifest, [split])
+    if problem := next(wrong_files(files), None):
+        raise UserError(
+            f"{manifest.dataset} {split}: {problem}",
+            f"delete the folder {manifest.path} and the dataset's manifest; then run again",
+        )
     return SplitReader(Path(manifest.path), manifest.splits[split], with_mask=manifest.kind == "chat")

@@ -57,7 +57,17 @@ class SplitReader:
         self._filtered = FilteredDocuments(folder / filtered_out if filtered_out else None)
 
     def _open_shard(self, index: int) -> ShardReader:
-        return ShardReader(self._folder / self._prefixes[index], self._with_mask)
+        """Map a shard; UserError if it has other counts than the manifest, by which documents and tokens are found."""
+        prefix = self._folder / self._prefixes[index]
+        shard = ShardReader(prefix, self._with_mask)
+        for name, ends, found in (
+            ("documents", self._document_ends, len(shard.lengths)),
+            ("tokens", self._token_ends, len(shard.tokens)),
+        ):
+            stated = int(ends[index]) - (int(ends[index - 1]) if index else 0)
+            if found != stated:
+                raise damaged_shard(prefix.with_suffix(".idx"), f"{found} {name}, but the manifest states {stated}")
+        return shard
 
     @property
     def token_count(self) -> int:
