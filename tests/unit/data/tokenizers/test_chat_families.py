@@ -22,6 +22,7 @@ IM, EOT, R1 = "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 NO_TOOLS, NO_CALLS, NO_REASONING = "!does not write the tools", "!does not write the tool calls", "!write the reasoning"
 NO_CONTENT = "!does not write the content of this"
+PART = "!message 2: the chat template does not write a part of this assistant message"
 DROPS, EMPTY = "!drops a part of the last assistant message", "!an assistant turn has no text in the loss, only the EOS"
 
 
@@ -128,6 +129,33 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "deepseek-r1": DROPS,
         },
     ),
+    "reasoning in the content of an earlier answer": (
+        {"messages": [user(), answer("<think>old</think>A1"), user(), answer("A2")]},
+        {
+            "chatml": f"<think>old</think>A1{IM}A2{IM}",
+            "llama3": f"<think>old</think>A1{EOT}A2{EOT}",
+            "qwen3": f"A1{IM}{QWEN_EMPTY}A2{IM}",
+            "deepseek-r1": f"A1{R1}A2{R1}",
+        },
+    ),
+    "earlier answer quotes </think>": (
+        {"messages": [user(), answer("Close it with </think> always."), user(), answer("A2")]},
+        {
+            "chatml": f"Close it with </think> always.{IM}A2{IM}",
+            "llama3": f"Close it with </think> always.{EOT}A2{EOT}",
+            "qwen3": PART,
+            "deepseek-r1": PART,
+        },
+    ),
+    "earlier reasoning, then an answer that quotes </think>": (
+        {"messages": [user(), answer("<think>old</think>Write </think> then."), user(), answer("A2")]},
+        {
+            "chatml": f"<think>old</think>Write </think> then.{IM}A2{IM}",
+            "llama3": f"<think>old</think>Write </think> then.{EOT}A2{EOT}",
+            "qwen3": PART,
+            "deepseek-r1": PART,
+        },
+    ),
     "reasoning in a key": (
         {"messages": [user(), answer(reasoning_content="why")]},
         {
@@ -197,6 +225,14 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "a developer message": (
         {"messages": [{"role": "developer", "content": "Be brief."}, user(), answer()]},
+        {
+            **everywhere("A"),
+            "qwen3": f"{NO_CONTENT} developer message",
+            "deepseek-r1": f"{NO_CONTENT} developer message",
+        },
+    ),
+    "a developer message whose text another message contains": (
+        {"messages": [{"role": "developer", "content": "Hi"}, user("Hi there"), answer()]},
         {
             **everywhere("A"),
             "qwen3": f"{NO_CONTENT} developer message",
@@ -285,6 +321,13 @@ def test_reasoning_that_is_the_whole_answer_is_no_target_without_the_reasoning(f
     assert not encode("qwen3", folder, row, tmp_path).left_out
     (error,) = encode("qwen3", folder, row, tmp_path, reasoning_in_loss=False).left_out
     assert "only the EOS" in error.message
+
+
+def test_earlier_reasoning_in_the_content_is_counted(folder: Path):
+    encoder = DocumentEncoder(tokenizer_of("qwen3", folder), dataset("chat"), "tokenizers")
+    earlier = [user(), answer("<think>old</think>A1"), user(), answer("<think>old</think>A2"), user()]
+    encoder.encode([Document([*earlier, answer("<think>new</think>A3")], "row 1", 0)])
+    assert encoder.take_unread_keys() == {"reasoning of an earlier turn": {"messages": 2, "is_read": False}}
 
 
 def test_keys_that_the_template_does_not_read_are_counted(folder: Path, tmp_path: Path):

@@ -226,7 +226,7 @@ class ChatTemplate:
         if not written.rstrip().endswith(self.eos):
             raise self._missing_eos(conversation.where)
         last = next(message for message in reversed(conversation.messages) if message["role"] == "assistant")
-        if _without_spaces(last["content"]) not in _without_spaces(written):
+        if without_spaces(last["content"]) not in without_spaces(written):
             raise _refused(
                 f"{conversation.where}: the chat template drops a part of the last assistant message (most often the "
                 "reasoning), so the model would not be trained on it",
@@ -283,7 +283,8 @@ def _joined(spans: list[Span]) -> list[Span]:
     return joined
 
 
-def _without_spaces(text: str) -> str:
+def without_spaces(text: str) -> str:
+    """Return a text without spaces and line breaks."""
     return "".join(text.split())
 
 

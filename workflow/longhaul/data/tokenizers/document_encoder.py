@@ -207,13 +207,11 @@ class DocumentEncoder:
     def _check_keys(self, template: ChatTemplate, rendered: Rendered) -> None:
         conversation = rendered.conversation
         text = template.text(conversation) if rendered.has_control_text else rendered.text
-        require_contents_reached(template, conversation, text)
-        if not conversation.tools and all(
-            len(message) == len(("role", "content")) for message in conversation.messages
-        ):
-            return
-        dropped = require_keys_reached(template, conversation, text)
-        if self._unread_keys:
+        dropped = require_contents_reached(template, conversation, text)
+        has_keys = any(len(message) > len(("role", "content")) for message in conversation.messages)
+        if conversation.tools or has_keys:
+            dropped += require_keys_reached(template, conversation, text)
+        if self._unread_keys and (dropped or has_keys):
             self._unread_keys.add(conversation, text, dropped)
 
     def _spans_in_loss(self, template: ChatTemplate, rendered: Rendered, turn: list[Span]) -> list[Span]:

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from longhaul.data.readers.conversations import KNOWN_KEYS, REASONING_KEYS, Message
 from longhaul.data.readers.rows_and_file_ranges import BadData
-from longhaul.data.tokenizers.chat_template import REMEDY, ChatTemplate, Conversation
+from longhaul.data.tokenizers.chat_template import REMEDY, ChatTemplate, Conversation, without_spaces
 
 _TRIES = 16
 EARLIER_REASONING = "reasoning of an earlier turn"
@@ -44,22 +44,57 @@ def require_keys_reached(template: ChatTemplate, conversation: Conversation, tex
     return dropped
 
 
-def require_contents_reached(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """Raise BadData unless the template writes the content of every message that is not the assistant's.
+def require_contents_reached(template: ChatTemplate, conversation: Conversation, text: str) -> int:
+    """Raise BadData unless the template writes the content of every message.
 
-    Some templates leave out roles that they do not know (developer), or all system messages but one.
-    text: the rendered conversation. A content that it does not have in the order of the messages is tried by rendering again.
+    Some templates leave out roles that they do not know (developer), all system messages but one, or an earlier answer's text
+    before </think>. text: the rendered conversation.
+
+    Return the number of earlier turns whose reasoning, written as <think>…</think> in the content, the template drops.
     """
-    end = 0
+    if _has_contents_in_order(conversation, text):
+        return 0
+    dropped = 0
+    written = without_spaces(text)
     for index, message in enumerate(conversation.messages):
-        content = message["content"].strip()
-        if (found := text.find(content, end)) >= 0:
-            end = found + len(content)
-        elif message["role"] != "assistant":
+        where = f"{conversation.where}, message {index + 1}"
+        if message["role"] == "assistant":
+            dropped += _drops_reasoning(message, written, where)
+        elif message["content"].strip():
             silent = _with_message(conversation, index, {**message, "content": ""})
             if not _changes(template, silent, text):
-                where = f"{conversation.where}, message {index + 1}"
                 raise _unread(where, f"the content of this {message['role']} message")
+    return dropped
+
+
+def _has_contents_in_order(conversation: Conversation, text: str) -> bool:
+    """Return whether a text contains the contents of all messages one after the other.
+
+    A dropped content may be found in a later message. Then that message, or one behind it, is not found.
+    """
+    end = 0
+    for message in conversation.messages:
+        content = message["content"].strip()
+        if (found := text.find(content, end)) < 0:
+            return False
+        end = found + len(content)
+    return True
+
+
+def _drops_reasoning(message: Message, written: str, where: str) -> bool:
+    """Return whether an answer's text is written without the <think>…</think> that it begins with.
+
+    written: the rendered conversation without spaces, because templates change those around the reasoning.
+    """
+    content = without_spaces(message["content"])
+    if content in written:
+        return False
+    reasoning, _, answer = content.partition("</think>")
+    if reasoning.startswith("<think>") and answer in written:
+        return True
+    if message.get("tool_calls"):
+        raise _unread(where, "the content of a message with tool calls")
+    raise _unread(where, "a part of this assistant message")
 
 
 class MessageKeyCount(TypedDict):
