@@ -23,10 +23,12 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> None:
 
 
 def test_columns_and_message_keys_that_nothing_reads_are_named(tmp_path: Path):
-    messages = [{"role": "user", "content": "Q", "name": "Ann"}, {**ANSWER, "weight": 1, "reasoning": "R"}]
+    messages = [{"role": "user", "content": "Q", "name": "Ann", "weight": 0}, {**ANSWER, "weight": 1, "reasoning": "R"}]
     write_rows(tmp_path / "chats1.jsonl", {"id": 1, "messages": messages, "tools": []})
     write_rows(tmp_path / "chats2.jsonl", {"source": "x", "messages": [ANSWER]})
-    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows(["id", "source"], ["user.name"], 2, 2)
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows(
+        ["id", "source"], ["user.name", "user.weight"], 2, 2
+    )
 
 
 def test_a_bad_first_row_is_refused_unless_bad_rows_are_skipped(tmp_path: Path):

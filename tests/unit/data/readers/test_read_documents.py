@@ -155,6 +155,7 @@ def test_forms_of_an_answer(tmp_path: Path, message: dict[str, Any], expected: d
         ),
         ({"tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}, "in the function, but 'arguments'"),
         ({"content": "A", "reasoning_content": ["R"]}, "message 1: reasoning_content is list"),
+        ({"content": "A", "reasoning": "R", "thinking": "T"}, "message 1: reasoning and thinking differ"),
         ({"content": "A", "name": "\ud83d"}, "a key of the message holds an unpaired surrogate"),
         ({"content": "A", "name": nested(101)}, "a key of the message has more than 100 levels"),
         ({"tool_calls": [{"name": "f", "arguments": json.dumps({"a": nested(500)})}]}, "more than 100 levels"),

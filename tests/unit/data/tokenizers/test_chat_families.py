@@ -333,12 +333,15 @@ def test_earlier_reasoning_in_the_content_is_counted(folder: Path):
 def test_keys_that_the_template_does_not_read_are_counted(folder: Path, tmp_path: Path):
     chats = dataset("chat")
     encoder = DocumentEncoder(tokenizer_of("qwen3", folder), chats, "tokenizers")
-    messages = [user(name="Ann"), answer("A1", reasoning_content="old"), user(), answer("A2", refusal="no")]
+    asked = user(name="Ann", weight=0, thinking="T")
+    messages = [asked, answer("A1", reasoning_content="old"), user(), answer("A2", refusal="no")]
     encoder.encode([Document(messages, f"row {number}", 0) for number in range(20)])
     expected = {
         "assistant.refusal": {"messages": 20, "is_read": False},
         "reasoning of an earlier turn": {"messages": 20, "is_read": False},
         "user.name": {"messages": 20, "is_read": False},
+        "user.thinking": {"messages": 20, "is_read": False},
+        "user.weight": {"messages": 20, "is_read": False},
     }
     assert encoder.take_unread_keys() == expected
     assert encoder.take_unread_keys() == {}

@@ -18,11 +18,17 @@ Tool = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the key with the assistant's reasoning. transformers passes any of them to a template as the first one."""
-KNOWN_KEYS = frozenset({"role", "content", "weight", "tool_calls", *REASONING_KEYS})
+_KNOWN_KEYS = frozenset({"role", "content"})
+_KNOWN_KEYS_OF_ANSWERS = _KNOWN_KEYS | {"weight", "tool_calls", *REASONING_KEYS}
 """Keys of messages whose meaning longhaul knows. The others are for the chat template."""
 
 # ShareGPT's names for these roles.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+
+
+def keys_for_template(message: Message) -> set[str]:
+    """Return the names of a message's keys that only the chat template may read."""
+    return message.keys() - (_KNOWN_KEYS_OF_ANSWERS if message["role"] == "assistant" else _KNOWN_KEYS)
 
 
 def key_text(name: str) -> str:
@@ -109,6 +115,10 @@ def _validated_assistant_keys(extra: dict[str, object], where: str) -> dict[str,
     for key in REASONING_KEYS:
         if key in kept:
             validated_text(kept[key], where, key)
+    found = [key for key in REASONING_KEYS if key in kept]
+    if len({kept[key] for key in found}) > 1:
+        message = f"{where}: {' and '.join(found)} differ; a template reads one of them"
+        raise _malformed(message, "keep the one with the reasoning")
     if "weight" in kept and kept["weight"] not in (0, 1):
         raise _malformed(f"{where}: weight is {kept['weight']!r}; it is 0 or 1", "use 0 for turns outside of the loss")
     if "tool_calls" in kept:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from longhaul.config.data_formats import known_format
 from longhaul.config.dataset_config import Dataset
-from longhaul.data.readers.conversations import KNOWN_KEYS
+from longhaul.data.readers.conversations import keys_for_template
 from longhaul.data.readers.read_documents import Document, read_range
 from longhaul.data.readers.rows_and_file_ranges import FileRange, text_bytes
 from longhaul.planning import Plan
@@ -55,7 +55,7 @@ def first_rows(plan: Plan, name: str) -> FirstRows:
 
 def _template_keys(document: Document) -> Iterator[str]:
     for message in document.content if isinstance(document.content, list) else ():
-        yield from (f"{message['role']}.{key}" for key in message.keys() - KNOWN_KEYS)
+        yield from (f"{message['role']}.{key}" for key in keys_for_template(message))
 
 
 def _documents(path: Path, dataset: Dataset) -> Iterator[Document]:

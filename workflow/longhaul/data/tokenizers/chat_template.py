@@ -113,13 +113,13 @@ class ChatTemplate:
     def _prepare(self, messages: list[Message], tools: list[Tool] | None, where: object) -> Conversation:
         """Return a conversation in the form that the template can read.
 
-        The template does not see weights. Some templates read the arguments of tool calls as an object, as the
+        The template does not see weights of answers. Some templates read the arguments of tool calls as an object, as the
         documentation of transformers has them, and others as JSON text, as OpenAI has them.
 
         Raises:
             BadData: the template refuses both forms.
         """
-        seen = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        seen = [_without_weight(message) if message["role"] == "assistant" else message for message in messages]
         conversation = Conversation(seen, tools, where)
         if not any("tool_calls" in message for message in messages):
             return conversation
@@ -243,6 +243,10 @@ class ChatTemplate:
 
 def _without_role(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "role"}
+
+
+def _without_weight(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _with_arguments(message: Message, function: Callable[[Any], object]) -> Message:

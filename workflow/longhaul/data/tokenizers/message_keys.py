@@ -6,7 +6,7 @@ from collections import Counter
 
 from typing_extensions import TypedDict
 
-from longhaul.data.readers.conversations import KNOWN_KEYS, REASONING_KEYS, Message
+from longhaul.data.readers.conversations import REASONING_KEYS, Message, keys_for_template
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.chat_template import REMEDY, ChatTemplate, Conversation, without_spaces
 
@@ -124,7 +124,7 @@ class UnreadKeys:
         """Count the keys of a rendered conversation."""
         self._messages[EARLIER_REASONING] += dropped_reasoning
         for index, message in enumerate(conversation.messages):
-            for key in message.keys() - KNOWN_KEYS if len(message) > len(("role", "content")) else ():
+            for key in keys_for_template(message) if len(message) > len(("role", "content")) else ():
                 name = f"{message['role']}.{key}"
                 self._messages[name] += 1
                 if name not in self._read and self._tries[name] < _TRIES:
