@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from longhaul.data.readers.first_rows import FirstRows, first_rows
@@ -38,6 +39,24 @@ def test_a_bad_first_row_is_refused_unless_bad_rows_are_skipped(tmp_path: Path):
         first_rows(plan_of(tmp_path, CHATS), "chats")
     plan = plan_of(tmp_path, {**CHATS, "datasets.chats.bad_rows": "skip"})
     assert first_rows(plan, "chats") == FirstRows([], [], 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("chats.jsonl", b"\n \n"), ("chats.csv", b"messages\n"), ("chats.json", b"[]")]
+)
+def test_a_file_without_documents_is_refused_as_by_the_job(tmp_path: Path, name: str, data: bytes):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} holds no documents") as refused:
+        first_rows(plan_of(tmp_path, CHATS), "chats")
+    assert "remove it from the dataset's `files`, or fill it" in refused.value.hint
+    skipping = plan_of(tmp_path, {**CHATS, "datasets.chats.bad_rows": "skip"})
+    assert first_rows(skipping, "chats").rows_read == 0, "the job leaves such a file out"
+
+
+def test_a_table_without_rows_is_refused(tmp_path: Path):
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array([], pyarrow.string())}), tmp_path / "chats.parquet")
+    with pytest.raises(UserError, match=r"chats.parquet holds no documents"):
+        first_rows(plan_of(tmp_path, CHATS), "chats")
 
 
 def test_keys_of_later_rows_are_named_up_to_a_number_of_rows_and_bytes(tmp_path: Path):

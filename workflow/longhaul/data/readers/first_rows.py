@@ -10,7 +10,7 @@ from typing import NamedTuple
 from longhaul.config.data_formats import known_format
 from longhaul.config.dataset_config import Dataset
 from longhaul.data.readers.conversations import keys_for_template
-from longhaul.data.readers.read_documents import Document, read_range
+from longhaul.data.readers.read_documents import Document, no_documents, read_range
 from longhaul.data.readers.rows_and_file_ranges import FileRange, text_bytes
 from longhaul.planning import Plan
 
@@ -37,7 +37,7 @@ def first_rows(plan: Plan, name: str) -> FirstRows:
     """Read the first rows of a dataset's own files; of 50 files, the first and the last included, if there are more.
 
     Raises:
-        UserError: one of these rows is a bad row, and the dataset's bad_rows is stop.
+        UserError: the dataset's bad_rows is stop, and a file holds no documents or one of these rows is a bad row.
     """
     dataset = plan.config.datasets[name]
     files = [Path(file) for file in plan.source_files(name)] if dataset.files else []
@@ -63,7 +63,7 @@ def _documents(path: Path, dataset: Dataset) -> Iterator[Document]:
 
     The bytes of content count, too: the position in an Arrow file is not known, and one in a compressed file is small.
     """
-    content_bytes = 0
+    content_bytes, row = 0, None
     for row in islice(read_range(FileRange(path, dataset.format), dataset), _MAX_ROWS):
         if isinstance(row, Document):
             yield row
@@ -72,6 +72,8 @@ def _documents(path: Path, dataset: Dataset) -> Iterator[Document]:
             raise row.stopping()
         if max(row.position, content_bytes) > _MAX_BYTES:
             return
+    if row is None and dataset.bad_rows == "stop":
+        raise no_documents(str(path)).stopping()
 
 
 def _is_quick(path: Path, dataset: Dataset) -> bool:
