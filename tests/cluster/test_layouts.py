@@ -154,10 +154,11 @@ def _trace(chain: PipelineRunOnCluster, name: str) -> reference.Trace:
     job = TrainSpec.read(chain.results / "stages" / name / "job.json")
     stage, manifest = job.stage, DataManifest.read(chain.results / "data/chats.json")
     cache = chain.folder / "reference-samples"
-    samples = Samples.open(
-        _resolved(manifest, chain.folder), "train", stage.kind, stage.sequence_length, job.seed, cache
+    samples, held_out = (
+        Samples.open(_resolved(manifest, chain.folder), split, stage.kind, stage.sequence_length, job.seed, cache)
+        for split in ("train", "validation")
     )
-    return reference.train(job, samples)
+    return reference.train(job, samples, held_out)
 
 
 def _resolved(manifest: DataManifest, folder: Path) -> DataManifest:

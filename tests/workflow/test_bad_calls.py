@@ -15,7 +15,7 @@ from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import LOCAL, write_config
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
-    "mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.0.steps is 0"),
+    "mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.base.steps is 0"),
     "config value on the command line": ({}, {}, ["--config", "seed=4"], "--config sets seed"),
     "two configs": ({}, {}, [str(REPOSITORY / "config" / "config.yaml")], "2 config files are named"),
     "Slurm site without the Slurm executor": ({}, {}, [], "use --profile profiles/slurm"),

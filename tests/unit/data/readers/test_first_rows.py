@@ -32,6 +32,15 @@ def test_columns_and_message_keys_that_nothing_reads_are_named(tmp_path: Path):
     )
 
 
+def test_unread_keys_of_calls_and_text_parts_are_named(tmp_path: Path):
+    parts = [{"type": "text", "text": "Q", "cache_control": {}, "citations": None}]
+    call = {"id": "1", "function": {"name": "f", "arguments": {}, "strict": True}}
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call]}]
+    write_rows(tmp_path / "chats1.jsonl", {"messages": messages})
+    keys = ["assistant.tool_calls.function.strict", "assistant.tool_calls.id"]
+    assert first_rows(plan_of(tmp_path, CHATS), "chats") == FirstRows(["messages.content.cache_control"], keys, 1, 1)
+
+
 def test_a_bad_first_row_is_refused_unless_bad_rows_are_skipped(tmp_path: Path):
     write_rows(tmp_path / "chats1.jsonl", {"messages": [ANSWER]})
     write_rows(tmp_path / "chats2.jsonl", {"text": "no messages"})

@@ -323,6 +323,16 @@ def test_reasoning_that_is_the_whole_answer_is_no_target_without_the_reasoning(f
     assert "only the EOS" in error.message
 
 
+def test_unread_keys_of_tool_calls_are_counted(folder: Path):
+    encoder = DocumentEncoder(tokenizer_of("qwen3", folder), dataset("chat"), "tokenizers")
+    called = call(PARIS)
+    calls = [called, {**called, "id": "1", "function": {**called["function"], "strict": True}}]
+    encoder.encode([Document([user(), answer("", tool_calls=calls)], "row 1", 0)])
+    expected = {"messages": 1, "is_read": False}
+    names = ("assistant.tool_calls.function.strict", "assistant.tool_calls.id")
+    assert encoder.take_unread_keys() == dict.fromkeys(names, expected)
+
+
 def test_earlier_reasoning_in_the_content_is_counted(folder: Path):
     encoder = DocumentEncoder(tokenizer_of("qwen3", folder), dataset("chat"), "tokenizers")
     earlier = [user(), answer("<think>old</think>A1"), user(), answer("<think>old</think>A2"), user()]

@@ -15,6 +15,8 @@ from longhaul.data.readers.text_values import validate_texts, validated_text
 Message = dict[str, Any]
 Tool = dict[str, Any]
 """A chat template may read any key of both; validated_messages checks the types of those that longhaul reads."""
+KeyPath = tuple[str, ...]
+"""("name",) is a message's key; ("tool_calls", "function", "strict") is a key of the functions in its calls."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the key with the assistant's reasoning. transformers passes any of them to a template as the first one."""
@@ -26,9 +28,35 @@ _KNOWN_KEYS_OF_ANSWERS = _KNOWN_KEYS | {"weight", "tool_calls", *REASONING_KEYS}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
-def keys_for_template(message: Message) -> set[str]:
-    """Return the names of a message's keys that only the chat template may read."""
-    return message.keys() - (_KNOWN_KEYS_OF_ANSWERS if message["role"] == "assistant" else _KNOWN_KEYS)
+def keys_for_template(message: Message) -> set[KeyPath]:
+    """Return a message's keys that only the chat template may read, those of its tool calls and their functions included."""
+    known = _KNOWN_KEYS_OF_ANSWERS if message["role"] == "assistant" else _KNOWN_KEYS
+    found: set[KeyPath] = {(key,) for key in message.keys() - known}
+    for call in message.get("tool_calls", ()):
+        found |= {("tool_calls", key) for key in call.keys() - {"type", "function"}}
+        found |= {("tool_calls", "function", key) for key in call["function"].keys() - {"name", "arguments"}}
+    return found
+
+
+def without_key(value: Any, path: KeyPath) -> Any:
+    """Return a message without a key; for a key of tool calls, without that of all calls."""
+    if isinstance(value, list):
+        return [without_key(item, path) for item in value]
+    first, *rest = path
+    if not rest or first not in value:
+        return {key: item for key, item in value.items() if key != first}
+    return {**value, first: without_key(value[first], tuple(rest))}
+
+
+def unread_part_keys(messages: object) -> set[str]:
+    """Return the keys of text parts in a list of messages, apart from type and text. Joining the texts loses them."""
+    found = set[str]()
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content", message.get("value"))
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                found |= {key for key, value in part.items() if value is not None} - {"type", "text"}
+    return found
 
 
 def key_text(name: str) -> str:

@@ -55,7 +55,7 @@ def first_rows(plan: Plan, name: str) -> FirstRows:
 
 def _template_keys(document: Document) -> Iterator[str]:
     for message in document.content if isinstance(document.content, list) else ():
-        yield from (f"{message['role']}.{key}" for key in keys_for_template(message))
+        yield from (".".join((message["role"], *path)) for path in keys_for_template(message))
 
 
 def _documents(path: Path, dataset: Dataset) -> Iterator[Document]:

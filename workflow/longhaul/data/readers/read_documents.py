@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from longhaul.config.column_template import is_template, template_parts
 from longhaul.config.dataset_config import DEFAULT_TOOLS_COLUMN, Dataset
-from longhaul.data.readers.conversations import Message, Tool, validated_messages, validated_tools
+from longhaul.data.readers.conversations import Message, Tool, unread_part_keys, validated_messages, validated_tools
 from longhaul.data.readers.rows_and_file_ranges import BadData, FileRange, WantedColumns
 from longhaul.data.readers.select_reader import read_rows
 from longhaul.data.readers.text_values import validated_text
@@ -73,6 +73,8 @@ def read_range(file_range: FileRange, dataset: Dataset) -> Iterator[Document | B
         try:
             content = _content(values, row.where, dataset)
             unread = tuple(_validated_name(name, row.where) for name in row.found if name not in wanted)
+            if dataset.kind == "chat":
+                unread += _unread_part_keys(values, dataset)
             yield Document(content, row.where, row.position, _tools(values, row.where, dataset), unread)
         except BadData as error:
             error.position = row.position
@@ -118,6 +120,12 @@ def _content(values: dict[str, object], where: object, dataset: Dataset) -> str 
         *_prompt_or_completion(values, columns.prompt, "user", where),
         *_prompt_or_completion(values, columns.completion, "assistant", where),
     ]
+
+
+def _unread_part_keys(values: dict[str, object], dataset: Dataset) -> tuple[str, ...]:
+    names = (dataset.columns.messages, dataset.columns.prompt, dataset.columns.completion)
+    found = [f"{name}.content.{key}" for name in names if name in values for key in unread_part_keys(values[name])]
+    return tuple(sorted(found))
 
 
 def _prompt_or_completion(values: dict[str, object], column: str, role: str, where: object) -> list[Message]:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from typing_extensions import TypedDict
 
-from longhaul.data.readers.conversations import REASONING_KEYS, Message, keys_for_template
+from longhaul.data.readers.conversations import REASONING_KEYS, Message, keys_for_template, without_key
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.chat_template import REMEDY, ChatTemplate, Conversation, without_spaces
 
@@ -124,13 +124,13 @@ class UnreadKeys:
         """Count the keys of a rendered conversation."""
         self._messages[EARLIER_REASONING] += dropped_reasoning
         for index, message in enumerate(conversation.messages):
-            for key in keys_for_template(message) if len(message) > len(("role", "content")) else ():
-                name = f"{message['role']}.{key}"
+            for path in keys_for_template(message) if len(message) > len(("role", "content")) else ():
+                name = ".".join((message["role"], *path))
                 self._messages[name] += 1
                 if name not in self._read and self._tries[name] < _TRIES:
                     self._tries[name] += 1
-                    rest = {other: value for other, value in message.items() if other != key}
-                    if _changes(self._template, _with_message(conversation, index, rest), text):
+                    rest = _with_message(conversation, index, without_key(message, path))
+                    if _changes(self._template, rest, text):
                         self._read.add(name)
 
     def counts(self) -> dict[str, MessageKeyCount]:
