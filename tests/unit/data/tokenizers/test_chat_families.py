@@ -147,6 +147,15 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "deepseek-r1": PART,
         },
     ),
+    "earlier answer quotes </think>, and a question repeats it": (
+        {"messages": [user(), answer("Write </think> then."), user("Write </think> then. Why?"), answer("A2")]},
+        {
+            "chatml": f"Write </think> then.{IM}A2{IM}",
+            "llama3": f"Write </think> then.{EOT}A2{EOT}",
+            "qwen3": PART,
+            "deepseek-r1": PART,
+        },
+    ),
     "earlier reasoning, then an answer that quotes </think>": (
         {"messages": [user(), answer("<think>old</think>Write </think> then."), user(), answer("A2")]},
         {

@@ -59,6 +59,7 @@ def require_contents_reached(template: ChatTemplate, conversation: Conversation,
     for index, message in enumerate(conversation.messages):
         where = f"{conversation.where}, message {index + 1}"
         if message["role"] == "assistant":
+            _require_beginning(template, conversation, index, text)
             dropped += _drops_reasoning(message, written, where)
         elif message["content"].strip():
             silent = _with_message(conversation, index, {**message, "content": ""})
@@ -79,6 +80,16 @@ def _has_contents_in_order(conversation: Conversation, text: str) -> bool:
             return False
         end = found + len(content)
     return True
+
+
+def _require_beginning(template: ChatTemplate, conversation: Conversation, index: int, text: str) -> None:
+    """Raise BadData if the template drops what an answer says before </think>, also if another message repeats it."""
+    message = conversation.messages[index]
+    content = message["content"].strip()
+    if "</think>" in content and not content.startswith("<think>"):
+        longer = _with_message(conversation, index, {**message, "content": f"More. {content}"})
+        if not _changes(template, longer, text):
+            raise _unread(f"{conversation.where}, message {index + 1}", "a part of this assistant message")
 
 
 def _drops_reasoning(message: Message, written: str, where: str) -> bool:
