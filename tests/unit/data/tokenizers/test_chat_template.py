@@ -119,12 +119,37 @@ def test_an_endless_template_is_refused(monkeypatch: pytest.MonkeyPatch):
         ("2.0 ** (10 ** 9)", "the power is too large"),
         ("'a' * 10 ** 10", "the product is too long"),
         ("10 ** 10 * [0]", "the product is too long"),
+        ("'a' | center(1500000000)", "the text of center is too long"),
+        ("'a'.ljust(1500000000)", "the text of ljust is too long"),
+        ("'a'.rjust(1500000000)", "the text of rjust is too long"),
+        ("'1'.zfill(1500000000)", "the text of zfill is too long"),
+        ("'%1500000000d' | format(1)", "the text of format is too long"),
+        ("'%.1500000000f' | format(1)", "the text of format is too long"),
+        ("'%1500000000d' % 1", "the text of format is too long"),
+        ("'%*d' | format(1500000000, 1)", "the text of format is too long"),
+        ("'{:>1500000000}'.format(1)", "the text of format is too long"),
+        ("'{:>{}}'.format(1, 1500000000)", "the text of format is too long"),
     ],
 )
 def test_an_operation_that_does_not_end_is_refused(expression: str, error: str):
     """No signal ends it: Python computes it in one instruction."""
     with pytest.raises(UserError, match=f"here: the chat template refuses this conversation: OverflowError: {error}"):
         ChatTemplate(f"{{{{ {expression} }}}}", {"eos_token": "<e>"}).render([{"role": "user", "content": "Q"}], "here")
+
+
+def test_an_address_in_memory_is_refused_unless_the_conversation_has_it():
+    template = ChatTemplate("{{ messages[0].content }}{{ messages[0].items if messages[0].content == 'Q' }}", {})
+    with pytest.raises(UserError, match="it writes an object's address"):
+        template.render([{"role": "user", "content": "Q"}], "here")
+    text = "<object at 0x7f00>"
+    assert template.render([{"role": "user", "content": text}], "here").text == text
+
+
+def test_texts_are_padded_and_formatted():
+    template = "{{ 'a' | center(3) }}{{ '1'.zfill(3) }}{{ '%3d' | format(7) }}"
+    template += "{{ '%s 20240726' % 1 }}{{ '{}'.format(1700000000) }}{{ 5 % 3 }}"
+    found = ChatTemplate(template, {}).render([{"role": "user", "content": "Q"}], "here").text
+    assert found == " a 001  71 2024072617000000002"
 
 
 def test_small_powers_and_products_are_computed():
