@@ -47,6 +47,7 @@ GROUPS = {
 """Name -> tests that one worker runs, because they share what takes long to make. Clusters also start one after another."""
 
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALL = ("all_faults", "all_layouts", "all_reshardings")
 """Options that --all implies."""
 
@@ -146,13 +147,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.fixture(autouse=True)
-def _own_signal_handlers() -> Generator[None]:
-    """Undo what a test does to the signals that end processes: later tests, and processes that they fork, would ignore them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def _own_signals_and_ranks() -> Generator[None]:
+    """Undo what a test does to signals that end processes, and to variables of ranks: later tests would have them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        os.environ.update({name: value} if value is not None else {})
 
 
 @pytest.fixture(scope="session")

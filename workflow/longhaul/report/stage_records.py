@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import statistics
 from collections.abc import Callable
@@ -69,9 +70,13 @@ def weights_folder(stage: JobFolder) -> WeightsFolder | None:
     """Return the weights folder that the stage's last attempt wrote to; None before its first attempt."""
     try:
         root = Path(read_typed_json(stage.job_spec, _TrainSpecFields)["weights_root"])
+        return last_trained(stage.working_folder() / root)
     except UserError:
         return None
-    return last_trained(stage.working_folder() / root)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a damaged spec
+            return None
+        raise
 
 
 def last_trained(root: Path) -> WeightsFolder | None:

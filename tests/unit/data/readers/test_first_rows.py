@@ -63,7 +63,9 @@ def test_a_file_without_documents_is_refused_as_by_the_job(tmp_path: Path, name:
 
 
 def test_a_table_without_rows_is_refused(tmp_path: Path):
-    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array([], pyarrow.string())}), tmp_path / "chats.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"messages": pyarrow.array([], pyarrow.string())}), tmp_path / "chats.parquet"
+    )
     with pytest.raises(UserError, match=r"chats.parquet holds no documents"):
         first_rows(plan_of(tmp_path, CHATS), "chats")
 

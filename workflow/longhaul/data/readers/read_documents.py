@@ -74,7 +74,7 @@ def read_range(file_range: FileRange, dataset: Dataset) -> Iterator[Document | B
             content = _content(values, row.where, dataset)
             unread = tuple(_validated_name(name, row.where) for name in row.found if name not in wanted)
             if dataset.kind == "chat":
-                unread += _unread_part_keys(values, dataset)
+                unread += tuple(_validated_name(name, row.where) for name in _unread_part_keys(values, dataset))
             yield Document(content, row.where, row.position, _tools(values, row.where, dataset), unread)
         except BadData as error:
             error.position = row.position
