@@ -64,7 +64,7 @@ def test_run_passes_options_targets_and_config_to_snakemake(tmp_path: Path):
     words = ["-m", "longhaul", "run", config.name, "results/small/plan.json", "-n", "--profile", "none"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "0 of 7 jobs to run; beside them: fetch, render\n" in done.stdout and "train" not in done.stdout
+    assert "0 of 8 jobs to run; beside them: fetch, render\n" in done.stdout and "train" not in done.stdout
 
 
 @pytest.mark.parametrize(

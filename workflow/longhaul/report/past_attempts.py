@@ -16,14 +16,18 @@ _CONTINUED = f"{NOT_NEEDED}: the job continued"
 
 
 def past_faults(job: str, history: Path, events: list[Event], in_logs: list[Finding]) -> list[Finding]:
-    """Return each fault once, with how often it occurred. Effects of other faults are left out where their cause is known.
+    """Return each fault once, with how often it occurred: first what has ended an attempt, then what has not.
+
+    Effects of other faults are left out where their cause is known.
 
     history: history.jsonl, of which `events` are
     in_logs: what the logs of earlier attempts show
     """
     found = [*in_logs, *(_of_record(job, history, *reason) for reason in _recorded_reasons(events))]
     ranked = sorted(found, key=lambda finding: (finding.follows, finding.rank))
-    causes = [finding for finding in ranked if not finding.follows] or ranked
+    ends = [finding for finding in ranked if not finding.continues]
+    causes = [finding for finding in ends if not finding.follows] or ends
+    causes += [finding for finding in ranked if finding.continues]
     return [_handled(cause, causes) for cause in {finding.cause: finding for finding in reversed(causes)}.values()][
         ::-1
     ]
