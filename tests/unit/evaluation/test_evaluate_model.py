@@ -155,7 +155,12 @@ def test_fewer_documents_on_request(tmp_path: Path, exported: Path):
     assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 3
 
 
-def test_pretrained_model_is_evaluated_without_recorded_hashes(tmp_path: Path, exported: Path):
+def test_pretrained_model_is_evaluated_without_recorded_hashes(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the environment of an outer launcher, by which accelerate would wait for other processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     job = spec(tmp_path, exported, export=None, pretrained=str(exported.with_suffix("")), model="start", limit=2)
     run(job)
     result = EvaluationResult.read(Path(job.out))

@@ -22,6 +22,7 @@ from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
 from longhaul.evaluation.served_model import run_part_of_served_model, served_model
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
+from longhaul.runtime.process_rank import forget_launcher
 from longhaul.serving.engine_version import engine_version
 from longhaul.serving.link_server_nodes import NodeLink, node_link
 
@@ -78,6 +79,7 @@ def _loaded_model(job: EvaluateSpec, folder: str) -> Iterator[Any]:
     """Yield lm_eval's wrapper of the model in a Hugging Face folder, with which transformers computes in this process."""
     from lm_eval.models.huggingface import HFLM
 
+    forget_launcher()
     on_gpu = torch.cuda.is_available()
     create: Any = HFLM  # its arguments are those of a class that a decorator hides
     yield create(

@@ -12,6 +12,11 @@ from typing import NoReturn
 from longhaul.errors import UserError
 from longhaul.runtime.log_lines import StampedLines
 
+_LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -64,6 +69,15 @@ def require_planned_size(rank: Rank, world_size: int, nodes: int) -> None:
             f"this job runs {rank.world_size} ranks on {rank.nodes} nodes; the plan says {world_size} ranks on {nodes} nodes",
             "start it through its launch.sh, in an allocation of the planned size",
         )
+
+
+def forget_launcher() -> None:
+    """Remove the variables by which other libraries take this process for one of several, such as those of an outer torchrun.
+
+    accelerate reads all of them (accelerate/state.py); Cray's srun sets PMI_SIZE.
+    """
+    for name in _LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def export_rank(rank: Rank) -> None:

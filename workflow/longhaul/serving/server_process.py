@@ -17,6 +17,7 @@ import httpx2
 import psutil
 
 from longhaul.errors import UserError
+from longhaul.runtime.process_rank import forget_launcher
 from longhaul.serving.engines import Server
 from longhaul.serving.guard_processes import STOP_S, adopt_orphans, kill_descendants, signal_at_end_of_parent
 from longhaul.serving.link_server_nodes import NodeLink, first_node_ended
@@ -25,8 +26,8 @@ _POLL_S = 0.25
 _KILL_MARGIN_S = 10.0
 _OTHER_NODES_S = 30.0
 """Time between the ends of the engine on two nodes of a server that stops."""
-_ENVIRONMENT_OF_TRAINING = ("PYTORCH_ALLOC_CONF", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-"""Variables of launch.sh and of launchers that are meant for the trainer. vLLM refuses expandable segments in some modes."""
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+"""launch.sh sets it for the trainer. vLLM refuses expandable segments in some modes."""
 _THREADS = "OMP_NUM_THREADS"
 """All cores of the node. Engines with several processes on a node choose fewer for each."""
 _OWN_ADDRESS = ("VLLM_HOST_IP", "SGLANG_HOST_IP")
@@ -54,7 +55,8 @@ def engine_variables(server: Server, key: str | None, link: NodeLink | None) -> 
     Without its own address, an engine on several nodes may take a public one of the node.
     """
     is_spread = server.shape.tensor * server.shape.pipeline > 1
-    for name in (*_ENVIRONMENT_OF_TRAINING, *([_THREADS] if is_spread else [])):
+    forget_launcher()
+    for name in (_ALLOCATOR, *([_THREADS] if is_spread else [])):
         os.environ.pop(name, None)
     own = dict.fromkeys(_OWN_ADDRESS, link.own_address) if link else {}
     return own | server.environment(key)
