@@ -47,7 +47,7 @@ from longhaul.planning.check_files_exist import (
     evaluation_files,
     model_config,
 )
-from longhaul.planning.check_job_servers import check_engine_of_jobs, check_job_servers, has_served_evaluation
+from longhaul.planning.check_inference_servers import check_engine_of_jobs, check_job_servers, has_served_evaluation
 from longhaul.planning.check_parallel_layout import (
     check_model,
     data_parallel_size,

@@ -29,7 +29,7 @@ def explain(
     Example: `longhaul fabric explain mine.yaml`
     """
     from longhaul.planning.load_plan import load_plan
-    from longhaul.report.explain_variables import print_explained_variables
+    from longhaul.report.explain_environment_variables import print_explained_variables
     from longhaul.runtime.rdma_variables import active_ports
 
     print_explained_variables(load_plan(config), os.environ, active_ports())

@@ -28,7 +28,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
-from longhaul.planning.check_job_servers import starts_engine
+from longhaul.planning.check_inference_servers import starts_engine
 from longhaul.planning.evaluation_tasks import tasks_to_fetch
 from longhaul.planning.scale_test_sizes import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS

@@ -13,7 +13,7 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
-from longhaul.planning.check_job_servers import has_served_evaluation
+from longhaul.planning.check_inference_servers import has_served_evaluation
 from longhaul.planning.evaluation_tasks import evaluated_models, read_task_files
 from longhaul.planning.serving_memory import ExportDtype
 from longhaul.planning.serving_plan import server_size

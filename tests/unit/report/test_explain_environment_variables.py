@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from longhaul.report.explain_variables import ExplainedVariable, explained_variables, print_explained_variables
+from longhaul.report.explain_environment_variables import (
+    ExplainedVariable,
+    explained_variables,
+    print_explained_variables,
+)
 from longhaul.runtime.rdma_variables import RdmaPort
 from tests.support.small_configs import LOCAL, plan_of
 
