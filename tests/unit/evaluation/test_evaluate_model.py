@@ -174,6 +174,7 @@ def test_an_engine_that_serves_the_model_gives_the_scores(
     """The engine's log probabilities are those of a table of bigrams."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", ".cluster.example")
     python = (sys.executable, bigram_engine.__file__)
     job = spec(tmp_path, exported, serving=Serving(engine="vllm", python=python), batch_size=requests)
     run(job)

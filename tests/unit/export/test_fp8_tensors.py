@@ -103,9 +103,13 @@ def test_other_tensors_are_not_rounded(tmp_path: Path, name: str):
 
 
 def test_router_and_head_are_named_where_the_family_does_not_leave_them_out():
-    assert quantization_config("qwen3_moe", 2)["modules_to_not_convert"] == [
+    """transformers 4 and older versions of SGLang take `mlp.gate` for a part of `mlp.gate_proj` in a dense layer."""
+    mixture = {"model_type": "qwen3_moe", "num_hidden_layers": 3, "mlp_only_layers": [0]}
+    assert quantization_config(mixture)["modules_to_not_convert"] == [
         "lm_head",
-        "model.layers.0.mlp.gate",
         "model.layers.1.mlp.gate",
+        "model.layers.2.mlp.gate",
     ]
-    assert "modules_to_not_convert" not in quantization_config("deepseek_v3", 2)
+    dense = {"model_type": "llama", "num_hidden_layers": 2}
+    assert quantization_config(dense)["modules_to_not_convert"] == ["lm_head"]
+    assert "modules_to_not_convert" not in quantization_config({"model_type": "deepseek_v3", "num_hidden_layers": 2})

@@ -31,8 +31,9 @@ def served_model(job: EvaluateSpec, folder: str, link: NodeLink | None) -> Itera
 
     assert job.serving is not None and job.context_tokens is not None
     dtype, timeout_s = job.dtype or _dtype(Path(folder)), job.serve.start_timeout_s
-    # With one request at a time, lm_eval asks through a proxy of the centre, which does not know this address.
-    os.environ["NO_PROXY"] = LOOPBACK
+    # With one request at a time, lm_eval asks through a proxy of the centre, which would get the key. requests reads the name in
+    # small letters first.
+    os.environ.update(no_proxy=LOOPBACK, NO_PROXY=LOOPBACK)
     with local_server(job.serving, Path(folder), _NAME, dtype, _shape(job), timeout_s, link) as running:
         assert running.key is not None
         logging.getLogger("lm_eval.models.api_models").addFilter(_Without(running.key))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.hub_tensors import FP8_BLOCK as BLOCK
 from longhaul.config.hub_tensors import is_fp8_matrix
+from longhaul.config.parameter_counts import sparse_layers
 from longhaul.export.exported_tensors import ExportedTensor
 
 FACTORS = "_scale_inv"
@@ -111,10 +112,11 @@ def with_fp8_matrices(tensors: Iterable[ExportedTensor]) -> Iterator[ExportedTen
         yield matrix.factors
 
 
-def quantization_config(family: str, layers: int) -> HuggingFaceConfig:
-    """Return the section quantization_config of config.json.
+def quantization_config(network: HuggingFaceConfig) -> HuggingFaceConfig:
+    """Return the section quantization_config of the config.json of a network.
 
-    DeepSeek's networks leave out head and router by themselves; for other families the section names them.
+    DeepSeek's networks leave out head and router by themselves; for other families the section names them. It names no router
+    of a dense layer: transformers 4 takes `mlp.gate` for a part of `mlp.gate_proj`, and would read FP8 numbers without factors.
     """
     config: HuggingFaceConfig = {
         "activation_scheme": "dynamic",
@@ -122,8 +124,11 @@ def quantization_config(family: str, layers: int) -> HuggingFaceConfig:
         "quant_method": "fp8",
         "weight_block_size": [BLOCK, BLOCK],
     }
-    if not family.startswith("deepseek"):
-        config["modules_to_not_convert"] = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
+    if not network["model_type"].startswith("deepseek"):
+        routers = [
+            f"model.layers.{layer}.mlp.gate" for layer, is_sparse in enumerate(sparse_layers(network)) if is_sparse
+        ]
+        config["modules_to_not_convert"] = ["lm_head", *routers]
     return config
 
 

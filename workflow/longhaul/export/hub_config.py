@@ -52,7 +52,7 @@ def write_hub_config(
     config.save_pretrained(path.parent)
     written = with_official_keys(with_unknown_keys(read_json(path), base))
     if dtype == FP8:
-        written["quantization_config"] = quantization_config(base["model_type"], written["num_hidden_layers"])
+        written["quantization_config"] = quantization_config(base)
     write_json(path, written)
 
 

@@ -74,7 +74,8 @@ def require_planned_size(rank: Rank, world_size: int, nodes: int) -> None:
 def forget_launcher() -> None:
     """Remove the variables by which other libraries take this process for one of several, such as those of an outer torchrun.
 
-    accelerate reads all of them (accelerate/state.py); Cray's srun sets PMI_SIZE.
+    With LOCAL_RANK alone, accelerate waits for RANK; on CPUs it reads the sizes, too (accelerate/state.py). Cray's srun sets
+    PMI_SIZE.
     """
     for name in _LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
