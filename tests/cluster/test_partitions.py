@@ -107,7 +107,7 @@ def test_each_job_runs_on_the_partition_of_its_kind_with_its_options(chain: Pipe
 def test_sbatch_accepts_the_rendered_header_of_every_job(chain: PipelineRunOnCluster, centre: VirtualCluster):
     """The header of a job that is submitted by hand, and of the controller, on the partition of its kind."""
     scripts = [*chain.results.glob("**/job.sbatch"), chain.results / "controller.sbatch"]
-    assert len(scripts) == 10
+    assert len(scripts) == 11
     for script in scripts:
         centre.run("sbatch", "--test-only", str(script), cwd=Path("/"))
 

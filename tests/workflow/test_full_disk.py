@@ -41,7 +41,7 @@ def test_full_disk_is_reported_before_any_job(tmp_path: Path):
 def test_disk_that_fills_up_during_a_job_is_reported_at_the_end(tmp_path: Path):
     done = run_on_small_disk(tmp_path / "disk", FILL_WHEN_IT_RUNS)
     assert done.returncode == 1, done.stderr
-    assert "tokenizer failed" in done.stderr
+    assert "tokenizer failed" in done.stderr, done.stderr
     assert done.stderr.count(MESSAGE.format(folder=tmp_path / "disk/results")) == 1, done.stderr
     assert "0 bytes (0.00 GiB) are free" in done.stderr and "Traceback" not in done.stderr
 

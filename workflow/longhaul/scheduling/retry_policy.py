@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +78,8 @@ def _record_next_attempt(job: SnakemakeJob, text: str) -> None:
     folder = job_folder_of(job)
     failure = read_failure(folder) if folder else None
     if folder and failure and failure.next_attempt != text and is_of_this_process(failure, run_of(folder)):
-        replace(failure, next_attempt=text).write(JobFolder(folder).failure)
+        with suppress(OSError):  # as of a full disk; the record only gives the status its words
+            replace(failure, next_attempt=text).write(JobFolder(folder).failure)
 
 
 def _failed_for_want_of_nodes(job: SnakemakeJob, folder: Path) -> bool:

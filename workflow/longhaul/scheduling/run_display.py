@@ -273,7 +273,10 @@ class JobEvents:
         for job in filter(None, map(self.to_run.get, self._failed)):
             cancel_next_attempt(job)
         if (to_run := read_jobs_to_run(self._paths)).left:
-            replace(to_run, invocation="").write(self._paths.jobs_to_run)
+            with suppress(
+                OSError
+            ):  # a full disk must not hide why the job failed; the record only gives the status its words
+                replace(to_run, invocation="").write(self._paths.jobs_to_run)
 
     def _starts_again(self, number: int) -> str | None:
         """Return a line for a restart that no line of a failure has announced: the job ended well, but without its output."""
