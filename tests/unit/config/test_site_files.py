@@ -127,11 +127,11 @@ def test_options_that_longhaul_does_not_set_are_accepted(tmp_path: Path):
 
 
 def test_resources_that_are_no_second_request_for_gpus_are_accepted(tmp_path: Path):
-    write_config(tmp_path, None, {"partitions.0.gres_extra": ["gpu_mem:80G", "nvme:100", "mygpu:1"]})
-    load_site("./site.yaml", tmp_path)
-    keys = {"partitions.0.gpu_request": "none", "partitions.0.gres_extra": ["gpu:8"]}
-    write_config(tmp_path, None, keys)
-    load_site("./site.yaml", tmp_path)
+    others = ["gpu_mem:80G", "nvme:100", "mygpu:1"]
+    write_config(tmp_path, None, {"partitions.0.gres_extra": others})
+    assert load_site("./site.yaml", tmp_path).partitions[0].gres_extra == tuple(others)
+    write_config(tmp_path, None, {"partitions.0.gpu_request": "none", "partitions.0.gres_extra": ["gpu:8"]})
+    assert load_site("./site.yaml", tmp_path).partitions[0].gres_extra == ("gpu:8",)
 
 
 def test_site_files_and_configs_are_told_apart(tmp_path: Path):

@@ -86,7 +86,7 @@ class Shard(TypedDict):
 
 
 class KeptConversations(TypedDict):
-    """What sequences of one length keep of a split's conversations. Records of earlier releases have fewer keys.
+    """Counts of a split's conversations in sequences of one length. Records of earlier releases have fewer keys.
 
     documents:              conversations of which a sequence keeps a loss token
     tokens:                 their tokens in the sequences

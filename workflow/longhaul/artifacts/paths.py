@@ -413,7 +413,7 @@ class RunPaths:
         return self.folder / "data" / f"{dataset}.encoded-{partition}-of-{partitions}.json"
 
     def conversation_counts(self, dataset: str) -> Path:
-        """What the run's sft stages keep of a dataset's conversations."""
+        """Counts of a dataset's conversations that the run's sft stages keep after truncation."""
         return self.folder / "data" / f"{dataset}.kept.json"
 
     def shards(self, dataset: str) -> Path:

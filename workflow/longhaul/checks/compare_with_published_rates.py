@@ -31,7 +31,7 @@ of 382 GB/s at 256 MiB, and 64 at 16 MiB (github.com/stas00/ml-engineering, netw
 
 @dataclass(frozen=True)
 class FabricHardware:
-    """What a fabric check ran on.
+    """Hardware on which a fabric check ran.
 
     gpu:           name of the GPUs; "" without GPUs
     network:       of the slowest node; None if it is not known

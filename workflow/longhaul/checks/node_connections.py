@@ -66,7 +66,11 @@ class ListeningNode:
 
 @dataclass(frozen=True)
 class Connections:
-    """What one node found: rank of another node -> why it cannot be reached, "" if it can, and what is wrong with its name."""
+    """Result of one node. Both dicts have ranks of other nodes as keys.
+
+    reached: why the other node cannot be reached; "" if it can
+    names:   what is wrong with the other node's host name
+    """
 
     endpoint: ListeningNode
     reached: dict[int, str]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Figure:
-    """What a healthy machine reaches with large messages.
+    """Bandwidth of a healthy machine with large messages.
 
     value:      GB/s inside a node; between nodes, a share of the line rate
     source:     who published it

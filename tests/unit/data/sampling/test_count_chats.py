@@ -1,4 +1,4 @@
-"""What sequences of one length keep of conversations, and lengths that keep none."""
+"""Counts of the conversations that fit into sequences of a length, and lengths into which none fits."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from longhaul.planning import Plan
 
 _MAX_FILES = 50
 _MAX_ROWS, _MAX_BYTES = 100, 1_000_000
-"""What is read of each file: at most so many rows, and no further row after so many bytes of the file or of content."""
+"""Limits for each file: number of rows, and bytes of the file or of content after which no further row is read."""
 _MAX_LIST_BYTES = 16_000_000
 
 

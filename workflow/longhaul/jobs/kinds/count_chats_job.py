@@ -15,7 +15,7 @@ from longhaul.planning.slurm_request import cpu_request
 
 
 class ChatStage(FrozenModel):
-    """What an sft stage keeps of long conversations."""
+    """Settings of an sft stage that decide how much of a long conversation it keeps."""
 
     name: str
     sequence_length: int
