@@ -41,7 +41,7 @@ _START_S, _RECEIVED_S = 30.0, 10.0
 _RESULTS_S = _WORST_CASE_S + _START_S
 """_START_S: nodes do not begin at the same moment, and a name service may be slow."""
 _BACKLOG = 4096
-_VERDICT_KEY, _GOOD, _BAD = "longhaul/connections/verdict", "good", "bad"
+_RESULT_KEY, _GOOD, _BAD = "longhaul/connections/result", "good", "bad"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _connect_to_others(store: TCPStore, rank: Rank) -> tuple[bool, list[Connecti
         store.set(_endpoint_key(rank.rank), json.dumps(asdict(endpoint)))
         store.set(_result_key(rank.rank), json.dumps(asdict(_own_connections(store, rank, endpoint))))
         if not rank.is_main:
-            is_good = store.get(_VERDICT_KEY).decode() == _GOOD  # until then, others may still try this node
+            is_good = store.get(_RESULT_KEY).decode() == _GOOD  # until then, others may still try this node
             store.set(_received_key(rank.rank), "")
             return is_good, []
         everyone = range(rank.world_size)
@@ -111,7 +111,7 @@ def _connect_to_others(store: TCPStore, rank: Rank) -> tuple[bool, list[Connecti
             )
         found = [_CONNECTIONS.validate_json(store.get(_result_key(other))) for other in everyone]
         is_good = not any(reason for node in found for reason in node.reached.values())
-        store.set(_VERDICT_KEY, _GOOD if is_good else _BAD)
+        store.set(_RESULT_KEY, _GOOD if is_good else _BAD)
         wait_for_keys(store, _received_key, everyone[1:], _RECEIVED_S)  # the store ends with this process
         return is_good, found
 

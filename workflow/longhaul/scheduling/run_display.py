@@ -44,7 +44,7 @@ _PURPOSES = {
     "render_result_spec": "write what makes a stage train again",
     "report": "write the report",
 }
-"""What the rules do that are no declared job kinds; a kind says it itself."""
+"""Descriptions of the rules that are no declared job kinds; a kind has its own."""
 _RETRY = re.compile(r"Trying to restart job (\d+)\.")
 _NO_NEWS = (
     "Assuming unrestricted shared filesystem",
