@@ -141,8 +141,8 @@ def plan_stages(folder: Path, model: dict[str, Any], stages: list[dict[str, Any]
     node = {"cpus": os.cpu_count(), "memory_mb": 100_000, "gpus": gpus, "gpu_peak_tflops": PEAK_TFLOPS}
     partition = {"jobs": ["gpu"], "max_nodes": 1, "node": node, "gpu_request": "none"}
     site: dict[str, Any] = {"name": "here", "scheduler": "local", "partitions": [partition]}
-    site["interconnect"] = {"kind": "none", "nvlink_multicast": "off"}  # other jobs may use the host's other GPUs
     if gpus:
+        site["interconnect"] = {"kind": "none", "nvlink_multicast": "off"}  # other jobs may use the host's other GPUs
         site["accelerator"] = {"cuda": str(torch.version.cuda)}
     config = {
         "run": "speed",

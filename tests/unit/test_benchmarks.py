@@ -59,6 +59,14 @@ def test_every_row_of_bench_gpu_can_be_planned(group: str, tmp_path: Path, monke
     assert {planned.world_size for planned in plan.stages} == {plan.site.node.gpus} == {rows[0].gpus}
 
 
+def test_a_benchmark_can_be_planned_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n')
+    row = next(row for row in ROWS if row.model == "losses")
+    stage = {**row.stage, "name": "start", "dataset": "corpus", "precision": "fp32"}
+    assert plan_stages(tmp_path, MODELS["losses"], [stage]).stages[0].world_size == 1
+
+
 def test_time_without_a_kernel_is_idle():
     spans = [("Memcpy DtoD", 10.0, 14.0), ("nvjet_a", 12.0, 20.0), ("nvjet_b", 25.0, 26.0), ("nvjet_a", 26.0, 27.0)]
     classes, kernels = times_by_class(spans)
