@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from longhaul.planning.deepspeed_config import deepspeed_sections
 from tests.support.small_configs import plan_of
 
@@ -75,6 +77,13 @@ def sections(folder: Path, stage: dict[str, Any], site: dict[str, Any] | None = 
 
 
 OPTIMIZER = {"lr": 0.5, "betas": [0.25, 0.75], "eps": 0.125, "weight_decay": 2.0, "gradient_clipping": 3.0}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_zero_3_recomputes_with_the_linear_function_of_torch(checkpointing: str, tmp_path: Path):
+    keys = {"zero": {"stage": 3}, "activation_checkpointing": checkpointing}
+    expected = None if checkpointing == "none" else False
+    assert sections(tmp_path, keys)["zero_optimization"].get("memory_efficient_linear") is expected
 
 
 def test_all_sections_of_a_plain_stage_follow_from_its_keys(tmp_path: Path):

@@ -87,9 +87,10 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     # PowerSGD compresses whole gradient matrices, which exist only after the backward pass.
     overlap_comm = reduces and zero.overlap_comm and plan.stage.communication.powersgd is None
     section |= {"overlap_comm": overlap_comm, "contiguous_gradients": reduces and zero.contiguous_gradients}
-    if zero.stage == 3 and plan.stage.activation_checkpointing == "selective":
+    if zero.stage == 3 and plan.stage.activation_checkpointing != "none":
         # DeepSpeed's own linear function adds the bias in place, to the matrix product that selective checkpointing keeps. The
-        # recomputed layer would add it again.
+        # recomputed layer would add it again. With full checkpointing, torch.compile up to torch 2.12 keeps the function's
+        # results instead of recomputing them.
         section["memory_efficient_linear"] = False
     if zero.offload_optimizer != "none":
         section["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": zero.pin_memory}
