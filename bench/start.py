@@ -130,7 +130,7 @@ def _publish(found: dict[str, list[Times]], on_gpu: bool) -> None:
         rows = {way: [times.get(phase, 0.0) for times in starts] for way, starts in found.items()}
         lines.append(f"{phase.replace('_', ' '):14}" + "".join(_cell(seconds) for seconds in rows.values()))
     lines.append(f"{'in all':14}" + "".join(_cell(seconds) for seconds in totals.values()))
-    write_result("start", lines)
+    write_result("gpu_start" if on_gpu else "start", lines)
 
 
 def _cell(seconds: list[float]) -> str:
