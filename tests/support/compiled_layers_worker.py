@@ -19,6 +19,7 @@ from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.activation_checkpointing import apply_activation_checkpointing
 from longhaul.train.batches import MicroBatch
 from longhaul.train.compile_layers import compile_layers
+from longhaul.train.experts_on_gpus import use_experts_for_gpus
 from longhaul.train.loss import loss_sum
 from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
@@ -46,6 +47,7 @@ def gradients(name: str, captures: bool) -> tuple[dict[str, torch.Tensor], dict[
     load = ExpertLoad(model, dims, tiny_stage(), torch.device("cpu"))
     apply_activation_checkpointing(model, checkpointing)
     if captures:
+        use_experts_for_gpus(model)
         compile_layers(model, "aot_eager")
     batch = _batch(model, dims)
     engine: Any = _Engine(model)
@@ -105,6 +107,8 @@ def compare_layouts() -> Iterator[str]:
         torch._dynamo.utils.counters.clear()
         found, load = gradients(name, captures=True)
         assert all(torch.equal(load[layer], expected_load[layer]) for layer in expected_load), name
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        assert all("torch.compiler.disable" in reason for reason in breaks), (name, breaks)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         yield f"LAYOUT {name}: {graphs} graphs, {largest_difference(found, expected):.1e}"
 

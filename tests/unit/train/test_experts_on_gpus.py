@@ -63,6 +63,23 @@ def test_each_expert_may_get_all_rows_or_none():
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_experts_have_one_graph_for_any_number_of_rows(dynamo: Any):
+    """Expert parallelism receives another number in each step."""
+    experts = mixtures_of(build("qwen3_moe"))[0].experts
+    parallel: Any = torch.nn.Module()
+    parallel.local = experts
+    use_experts_for_gpus(_ModelOf(_mixture_with(parallel)))
+    captured = torch.compile(experts.forward, backend="aot_eager", dynamic=True)
+    for rows in (7, 52, 33):
+        hidden_NH, chosen_N1 = torch.randn(rows, experts.hidden_dim), torch.arange(rows)[:, None] % experts.num_experts
+        inputs: list[Any] = [hidden_NH.clone().requires_grad_() for _ in range(2)]
+        for compute, input_NH in zip((captured, experts.forward), inputs, strict=True):
+            compute(input_NH, chosen_N1, torch.ones(rows, 1)).square().sum().backward()
+        assert torch.equal(inputs[0].grad, inputs[1].grad) and inputs[0].grad.any()
+    assert dynamo["stats"]["unique_graphs"] == 1 and not dynamo["graph_break"]
+    assert parallel.can_compile_parts
+
+
 def test_zero_3_keeps_no_view_of_the_weights():
     expected, found = build("qwen3_moe"), build("qwen3_moe")
     for model in (expected, found):
@@ -79,6 +96,12 @@ def test_other_experts_keep_their_forward_pass():
     use_experts_for_gpus(model)
     use_experts_for_gpus(build("llama"))
     assert not any("forward" in vars(mixture.experts) for mixture in mixtures_of(model))
+
+
+def _mixture_with(experts: torch.nn.Module) -> torch.nn.Module:
+    mixture = torch.nn.Module()
+    mixture.experts = experts
+    return mixture
 
 
 class _ModelOf(torch.nn.Module):

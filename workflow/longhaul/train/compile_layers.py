@@ -6,7 +6,8 @@ reference logits of an export run the layers as transformers does.
 
 A layer with activation checkpointing is one graph, in which the compiler recomputes. Expert-parallel layers are several graphs,
 because their exchange of tokens cannot be captured. torch captures no checkpoint around it. There the checkpoint is outside, and
-recomputes the layer through the same graphs.
+recomputes the layer through the same graphs. What such layers compute before, between and after their exchanges has graphs of
+its own.
 """
 
 from __future__ import annotations
@@ -70,6 +71,16 @@ class _Fallback:
         print(f"{_NOT_COMPILED}: torch cannot capture {name}: {reason}", flush=True)
 
 
+def _compile_part(backend: str, eager: Callable[..., object], dynamic: bool) -> Callable[..., object]:
+    """Compile a part of a layer where gradients are needed. What cannot be captured of it runs without torch.compile."""
+    compiled = torch.compile(eager, backend=backend, dynamic=dynamic)
+
+    def compute(*arguments: object, **named: object) -> object:
+        return (compiled if torch.is_grad_enabled() else eager)(*arguments, **named)
+
+    return compute
+
+
 class CompiledForward:
     """The forward pass of a decoder layer, compiled where gradients are needed."""
 
@@ -79,6 +90,7 @@ class CompiledForward:
         breaking = [module for module in layer.modules() if getattr(module, "breaks_graph", False)]
         for module in breaking:
             module.forward = torch.compiler.disable(module.forward)
+            module.compile_parts(partial(_compile_part, backend))
         self._checkpoint = take_over_activation_checkpointing(layer) if breaking else None
         layer.is_checkpointed_outside_of_graphs = self._checkpoint is not None
         self._compiled: Callable[..., object] = torch.compile(

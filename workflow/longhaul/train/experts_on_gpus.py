@@ -22,29 +22,51 @@ _SUPPORTED = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_
 
 
 def use_experts_for_gpus(model: Any) -> None:
-    """Replace the forward pass of all experts of a Hugging Face causal LM, before layers are compiled."""
+    """Replace the forward pass of all experts of a Hugging Face causal LM, before layers are compiled.
+
+    With expert parallelism, a rank sorts its rows and sums the outputs in the same way.
+    """
     for layer in decoder_layers(model):
-        experts = getattr(layer.mlp, "experts", None)
+        experts: Any = getattr(layer.mlp, "experts", None)
         computing = getattr(experts, "local", experts)
-        if computing is not None and all(getattr(computing, key, None) is value for key, value in _SUPPORTED.items()):
-            computing.forward = MethodType(_forward, computing)
+        if computing is None or any(getattr(computing, key, None) is not value for key, value in _SUPPORTED.items()):
+            continue
+        computing.forward = MethodType(_forward, computing)
+        if experts is not computing:
+            experts.sort_rows, experts.sum_outputs, experts.can_compile_parts = _sort_rows, _sum_outputs, True
 
 
 def _forward(
     experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Compute the experts: hidden_states [N, H], index and weights [N, K] -> [N, H]."""
-    order_S, place_NK = _sort_by_expert(top_k_index, experts.num_experts)
-    ends_E = _rows_of_experts(top_k_index, experts.num_experts).cumsum(0, dtype=torch.int32)
-    rows_SH: Any = _ReadTokens.apply(hidden_states, order_S, place_NK)
+    rows_SH, rows_E, places = _sort_rows(hidden_states, top_k_index, experts.num_experts)
+    ends_E = rows_E.cumsum(0, dtype=torch.int32)
     gated = apply_gate(experts, grouped_linear(rows_SH, experts.gate_up_proj, ends_E))
     outputs_SH = grouped_linear(gated, experts.down_proj, ends_E)
-    summed_NH: Any = _SumOfExperts.apply(outputs_SH, top_k_weights, order_S, place_NK)
-    return summed_NH.to(hidden_states.dtype)
+    return _sum_outputs(outputs_SH, top_k_weights, places).to(hidden_states.dtype)
 
 
-def _sort_by_expert(chosen_NK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (index into the flattened [N, K] of every sorted row [S], row of every token and choice [N, K])."""
+_Places = tuple[torch.Tensor, torch.Tensor]
+"""(index into the flattened [N, K] of every sorted row [S], row of every token and choice [N, K])."""
+
+
+def _sort_rows(
+    hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, _Places]:
+    """Return (rows [S, H], rows of each expert [E], places of the rows)."""
+    order_S, place_NK = _sort_by_expert(chosen_NK, experts)
+    rows_SH: Any = _ReadTokens.apply(hidden_NH, order_S, place_NK)
+    return rows_SH, _rows_of_experts(chosen_NK, experts), (order_S, place_NK)
+
+
+def _sum_outputs(outputs_SH: torch.Tensor, weights_NK: torch.Tensor, places: _Places) -> torch.Tensor:
+    """Return the weighted sum of the experts' outputs for each token [N, H]."""
+    summed_NH: Any = _SumOfExperts.apply(outputs_SH, weights_NK, *places)
+    return summed_NH
+
+
+def _sort_by_expert(chosen_NK: torch.Tensor, experts: int) -> _Places:
     # A sort takes time for each byte of its keys.
     keys_S = chosen_NK.flatten().to(torch.uint8 if experts <= 256 else torch.int64)
     order_S = keys_S.argsort(stable=True)

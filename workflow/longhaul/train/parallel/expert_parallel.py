@@ -2,11 +2,13 @@
 
 transformers' router chooses the experts and its experts module computes them; this module only exchanges the tokens.
 
-T tokens of this rank, K experts for each token, E experts in all, R rows that ranks sent to this one, H hidden width.
+T tokens of this rank, K experts for each token, S = T · K rows, sorted by expert, E experts in all, R rows that ranks sent to
+this one, H hidden width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ class ExpertParallel(torch.nn.Module):
 
     breaks_graph = True
     """torch.compile cannot capture it: the sizes of the exchange are known only when the ranks have counted their rows."""
+    can_compile_parts = False
+    """Whether torch.compile can capture what is computed before, between and after the exchanges (experts_on_gpus.py)."""
 
     def __init__(self, experts: Any, dims: ParallelDims) -> None:
         torch.nn.Module.__init__(self)  # not super(): DeepSpeed's MoE would build experts of its own
@@ -57,23 +61,47 @@ class ExpertParallel(torch.nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute the experts as the replaced module does: hidden_states [T, H], index and weights [T, K] -> [T, H]."""
-        chosen = top_k_index.shape[1]
-        order_TK = top_k_index.flatten().argsort(stable=True)
-        tokens_TK = order_TK // chosen
-        sent, received_RE = self._exchange_counts(top_k_index)
-        received = received_RE.sum(1).tolist()
-        rows_RH = all_to_all(hidden_states[tokens_TK], sent, received, self.group_name)
-        outputs_TKH = all_to_all(self._compute(rows_RH, received_RE), received, sent, self.group_name)
-        weighted_TKH = outputs_TKH * top_k_weights.flatten()[order_TK, None]
-        return torch.zeros_like(hidden_states).index_add(0, tokens_TK, weighted_TKH.to(hidden_states.dtype))
+        rows_SH, counts_E, places = self.sort_rows(hidden_states, top_k_index, self.num_experts)
+        sent, received, received_RE = self._exchange_counts(counts_E)
+        arrived_RH = all_to_all(rows_SH, sent, received, self.group_name)
+        outputs_SH = all_to_all(self._compute(arrived_RH, received_RE), received, sent, self.group_name)
+        return self.sum_outputs(outputs_SH, top_k_weights, places).to(hidden_states.dtype)
 
-    def _exchange_counts(self, top_k_index: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-        """Return (number of rows that this rank sends to each rank, rows that it receives [sender, local expert])."""
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts)
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.group)
-        shape = (self.ranks, self.local_experts)
-        return counts.view(shape).sum(1).tolist(), received.view(shape)
+    def compile_parts(self, compile_part: Callable[..., Any]) -> None:
+        """Let `compile_part` compile what is computed between the exchanges.
+
+        The number of rows that arrive differs in each step, so the experts have a graph for any number.
+        """
+        if self.can_compile_parts:
+            self.sort_rows = compile_part(self.sort_rows, dynamic=False)
+            self.sum_outputs = compile_part(self.sum_outputs, dynamic=False)
+            self.local.forward = compile_part(self.local.forward, dynamic=True)
+
+    @staticmethod
+    def sort_rows(
+        hidden_TH: torch.Tensor, chosen_TK: torch.Tensor, experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Return (rows [S, H], rows of each expert [E], the places of the rows, for `sum_outputs`)."""
+        order_S = chosen_TK.flatten().argsort(stable=True)
+        tokens_S = order_S // chosen_TK.shape[1]
+        counts_E = torch.bincount(chosen_TK.flatten(), minlength=experts)
+        return hidden_TH[tokens_S], counts_E, (order_S, tokens_S)
+
+    @staticmethod
+    def sum_outputs(outputs_SH: torch.Tensor, weights_TK: torch.Tensor, places: Any) -> torch.Tensor:
+        """Return the weighted sum of the experts' outputs for each token [T, H]."""
+        order_S, tokens_S = places
+        weighted_SH = outputs_SH * weights_TK.flatten()[order_S, None]
+        summed_TH = outputs_SH.new_zeros(len(weights_TK), outputs_SH.shape[1])
+        return summed_TH.index_add(0, tokens_S, weighted_SH.to(outputs_SH.dtype))
+
+    def _exchange_counts(self, counts_E: torch.Tensor) -> tuple[list[int], list[int], torch.Tensor]:
+        """Return the number of rows for each rank, that from each rank, and that from each [sender, local expert]."""
+        received_E = torch.empty_like(counts_E)
+        dist.all_to_all_single(received_E, counts_E, group=self.group)
+        both = torch.stack([counts_E, received_E]).view(2, self.ranks, self.local_experts)
+        sent, received = both.sum(2).tolist()  # the CPU waits for the GPU: once, as each wait leaves the GPU idle
+        return sent, received, both[1]
 
     def _compute(self, rows_RH: torch.Tensor, received_RE: torch.Tensor) -> torch.Tensor:
         """Apply this rank's experts to the rows [R, H], which are sorted by sender, then by expert."""
@@ -83,5 +111,5 @@ class ExpertParallel(torch.nn.Module):
             row_1H = torch.cat([rows_RH, rows_RH.new_zeros(1, rows_RH.shape[1])])
             return self.local(row_1H, row_1H.new_zeros(1, 1, dtype=torch.long), row_1H.new_zeros(1, 1))[:0]
         experts = torch.arange(self.local_experts, device=rows_RH.device).repeat(self.ranks)
-        index_R1 = experts.repeat_interleave(received_RE.flatten())[:, None]
-        return self.local(rows_RH, index_R1, rows_RH.new_ones(len(rows_RH), 1))
+        index_R = experts.repeat_interleave(received_RE.flatten(), output_size=len(rows_RH))
+        return self.local(rows_RH, index_R[:, None], rows_RH.new_ones(len(rows_RH), 1))
