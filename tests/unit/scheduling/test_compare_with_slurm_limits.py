@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from longhaul.cli import main
+from longhaul.config.load_config import load_site
 from longhaul.config.partition_config import Partition
 from longhaul.planning.slurm_request import SlurmRequest
-from longhaul.scheduling.compare_with_slurm_limits import compare_partition
+from longhaul.scheduling.compare_with_slurm_limits import compare_limits, compare_partition
 from longhaul.scheduling.slurm_limits import SlurmLimits
 from tests.support.small_configs import write_config
 from tests.support.supervised_job import fake_program
@@ -215,6 +216,17 @@ def test_jobs_of_a_run_are_compared_instead_of_what_the_site_file_allows(
             main(["site", "check", str(config)])
         printed = capsys.readouterr().out
         assert ended.value.code == code and ("set minutes to at most 30" in printed) == bool(code), printed
+
+
+def test_partition_that_the_centre_hides_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_program(tmp_path, "sacctmgr", "#!/bin/sh\nexit 1\n")
+    script = """#!/bin/sh
+case "$*" in *--all*) echo PartitionName=gpu Hidden=YES MaxTime=1-00:00:00 TotalNodes=16 QoS=N/A State=UP;; esac
+"""
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
+    write_config(tmp_path)
+    found = compare_limits(load_site("./site.yaml", tmp_path))
+    assert found and not [line for line in found if line.found == "unknown"]
 
 
 def test_verb_reports_a_limit_that_sbatch_does_not_enforce(

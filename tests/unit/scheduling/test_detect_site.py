@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,7 @@ SCONTROL = """#!/bin/sh
 case "$*" in
   "show config") cat "{folder}/config";;
   *"show job"*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;
-  *) cat "{folder}/$3";;
+  *) cat "{folder}/$4";;
 esac
 """
 ASSOCIATIONS = "proj_gpu||long,other|other\nproj_cpu||normal|normal\n"
@@ -263,8 +265,11 @@ BIG_NODES = "\n".join(f"NodeName=b{n} CPUTot=8 RealMemory=900 Gres=gpu:h100:8 Pa
 @pytest.mark.parametrize(
     ("keys", "comment"),
     [
-        ("AllowAccounts=lab", "# Not for your accounts and their QOS: big"),
-        ("AllowQos=urgent", "# Not for your accounts and their QOS: big"),
+        ("AllowAccounts=lab", "# Not for your groups, or your accounts and their QOS: big"),
+        ("AllowQos=urgent", "# Not for your groups, or your accounts and their QOS: big"),
+        ("DenyQos=long,normal,other", "# Not for your groups, or your accounts and their QOS: big"),
+        ("AllowGroups=no-such-group,other", "# Not for your groups, or your accounts and their QOS: big"),
+        ("Hidden=YES", ""),
         ("ReqResv=YES", ""),
         ("AllocNodes=other-login", ""),
         ("PreemptMode=REQUEUE PriorityTier=0", "# Not used: big"),
@@ -277,6 +282,33 @@ def test_larger_partition_that_is_not_for_training_is_not_chosen(slurm: Path, ke
     (slurm / "node").write_text(NODES + nodes + "\n")
     text = detect_site("centre")
     assert yaml.safe_load(text)["partitions"][0]["name"] == "boost" and comment in text
+
+
+def test_partition_for_other_groups_is_not_offered_where_slurm_has_no_accounts(slurm: Path):
+    """The fields are those of one line of Slurm 24.05."""
+    own = grp.getgrgid(os.getegid()).gr_name
+    line = (
+        "PartitionName={} AllowGroups={} AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A DefaultTime=NONE "
+        "DisableRootJobs=NO ExclusiveUser=NO ExclusiveTopo=NO GraceTime=0 Hidden=NO MaxNodes=UNLIMITED MaxTime=1-00:00:00 "
+        "MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED MaxCPUsPerSocket=UNLIMITED Nodes=b[0-8] PriorityJobFactor=1 PriorityTier=1 "
+        "RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=OFF State=UP TotalCPUs=72 TotalNodes=9\n"
+    )
+    (slurm / "assoc").write_text("")
+    (slurm / "node").write_text(NODES + BIG_NODES + BIG_NODES.replace("=big", "=boost").replace("=b", "=d", 1))
+    (slurm / "partition").write_text(line.format("big", "physics,chemistry") + line.format("boost", f"physics,{own}"))
+    text = detect_site("centre")
+    assert [partition["name"] for partition in yaml.safe_load(text)["partitions"]] == ["boost"]
+    (slurm / "partition").write_text(line.format("big", "physics,chemistry"))
+    with pytest.raises(UserError, match="no partition that is up, has nodes and is for your groups"):
+        detect_site("centre")
+
+
+def test_qos_is_named_where_the_partition_denies_the_default_one(slurm: Path):
+    (slurm / "partition").write_text("PartitionName=boost DenyQos=normal,test MaxTime=1:00:00 State=UP\n")
+    (slurm / "assoc").write_text("proj||normal,test,long|normal\n")
+    assert '    qos: "long"\n' in detect_site("centre")
+    (slurm / "partition").write_text("PartitionName=boost DenyQos=test MaxTime=1:00:00 State=UP\n")
+    assert "    qos:" not in detect_site("centre")
 
 
 def test_sub_account_may_use_partitions_of_the_account_above_it(slurm: Path):

@@ -6,10 +6,13 @@ With a probe, short jobs also read what Slurm does not know: the GPUs' memory, t
 from __future__ import annotations
 
 import getpass
+import grp
 import json
+import os
 import re
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import psutil
@@ -49,7 +52,8 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     associations = slurm_client.associations(getpass.getuser(), settings.get("ClusterName", ""))
     interfaces = fast_interfaces(psutil.net_if_addrs())
     limits = read_limits()
-    cluster = FoundCluster(partitions, settings, associations, limits.qos if limits else {}, interfaces)
+    qos = limits.qos if limits else {}
+    cluster = FoundCluster(partitions, settings, associations, _own_groups(), qos, interfaces)
     cluster = _within_limits(name, cluster, limits)
     if probe_minutes is not None and (site := _site(name, cluster)):
         cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))
@@ -65,6 +69,15 @@ def _takes_jobs_from_here(alloc_nodes: str) -> bool:
     except slurm_client.SlurmCommandError:
         names = alloc_nodes.split(",")
     return socket.gethostname().partition(".")[0] in {name.partition(".")[0] for name in names}
+
+
+def _own_groups() -> set[str]:
+    """Return the names of the user's groups, as AllowGroups of a partition lists them; without those that have no name."""
+    names: set[str] = set()
+    for number in {os.getegid(), *os.getgroups()}:
+        with suppress(KeyError):
+            names.add(grp.getgrgid(number).gr_name)
+    return names
 
 
 def _site(name: str, cluster: FoundCluster) -> Site | None:

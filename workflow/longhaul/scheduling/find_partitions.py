@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from longhaul.config.partition_config import JobPlace
@@ -23,6 +23,7 @@ class FoundPartition:
     threads_per_core: of the first node
     gpus:            of one node
     is_mixed:        only some nodes have GPUs
+    groups, accounts, qos: who may use it; None: all
     is_preemptible:  jobs of other partitions may end or requeue its jobs
     other_gpus:      GPUs of the same nodes or of others that do not count, such as 4 x v100
     limits_time, limits_nodes: what sets max_minutes or max_nodes, such as "QOS long", if not the partition itself
@@ -42,9 +43,11 @@ class FoundPartition:
     is_preemptible: bool
     other_gpus: tuple[str, ...]
     features: tuple[str, ...]
+    groups: frozenset[str] | None
     accounts: frozenset[str] | None
     denied_accounts: frozenset[str]
     qos: frozenset[str] | None
+    denied_qos: frozenset[str]
     is_exclusive: bool
     shares_cores: bool
     limits_time: str = ""
@@ -70,8 +73,13 @@ class FoundPartition:
         accounts = {association.account, *association.parents}
         is_allowed = self.accounts is None or bool(accounts & self.accounts)
         is_for_it = association.partition in ("", self.name)
-        has_qos = self.qos is None or bool(self.qos & association.qos)
+        needs_qos = self.qos is not None or bool(association.qos)
+        has_qos = bool(self.allowed_qos(association)) or not needs_qos
         return is_allowed and is_for_it and has_qos and not accounts & self.denied_accounts
+
+    def allowed_qos(self, association: Association) -> frozenset[str]:
+        """Return the QOS of an account that jobs here may have."""
+        return (association.qos if self.qos is None else association.qos & self.qos) - self.denied_qos
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class FoundCluster:
 
     settings:     slurmctld's configuration, as `scontrol show config` prints it
     associations: the user's accounts with their QOS, on this cluster
+    groups:       the user's groups
     qos:          the fields of each QOS, as sacctmgr shows them
     interfaces:   fast network interfaces of this machine
     probes:       what probe jobs found, by the first kind of job of their partition
@@ -88,14 +97,19 @@ class FoundCluster:
     partitions: Sequence[FoundPartition]
     settings: Mapping[str, str] = field(default_factory=dict)
     associations: Sequence[Association] = ()
+    groups: Set[str] = frozenset()
     qos: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     interfaces: Sequence[str] = ()
     probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
 
     @property
     def accepting(self) -> list[FoundPartition]:
-        """Return the partitions that accept one of the user's accounts; all where none does, or no account is known."""
-        return [p for p in self.partitions if any(map(p.accepts, self.associations))] or list(self.partitions)
+        """Return the partitions for the user's groups that accept one of the user's accounts.
+
+        Where none does, or no account is known, these are all for the user's groups.
+        """
+        permitted = [p for p in self.partitions if p.groups is None or p.groups & self.groups]
+        return [p for p in permitted if any(map(p.accepts, self.associations))] or permitted
 
     @property
     def forbids_requeue(self) -> bool:
@@ -117,12 +131,15 @@ def found_partitions(
 ) -> list[FoundPartition]:
     """Return the partitions that are up, have nodes and are for users, from the fields that `scontrol show` prints.
 
-    Those whose jobs all need a reservation are left out. settings: slurmctld's configuration, with limits for all partitions
+    Those that the centre hides, or whose jobs all need a reservation, are left out.
+
+    settings: slurmctld's configuration, with limits for all partitions
     """
     found, shown = [], list(partitions)
     for fields in shown:
         own = [node for node in nodes if fields["PartitionName"] in node.get("Partitions", "").split(",")]
-        if fields.get("State") == "UP" and own and "YES" not in (fields.get("RootOnly"), fields.get("ReqResv")):
+        is_special = "YES" in map(fields.get, ("RootOnly", "ReqResv", "Hidden"))
+        if fields.get("State") == "UP" and own and not is_special:
             beside = {name for node in own for name in node["Partitions"].split(",")}
             is_preemptible = _is_preemptible(fields, [one for one in shown if one["PartitionName"] in beside])
             found.append(_partition(_with_memory_limit(fields, settings or {}), own, is_preemptible))
@@ -171,9 +188,11 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preem
             f"{count} x {kind or 'gpu'}" for count, kind in sorted(types, key=str) if (count, kind) != (gpus, gpu_type)
         ),
         features=tuple(sorted({f for node in nodes for f in _names(node.get("AvailableFeatures", "")) or ()})),
+        groups=_names(fields.get("AllowGroups", "")),
         accounts=_names(fields.get("AllowAccounts", "")),
         denied_accounts=_names(fields.get("DenyAccounts", "")) or frozenset(),
         qos=_names(fields.get("AllowQos", "")),
+        denied_qos=_names(fields.get("DenyQos", "")) or frozenset(),
         is_exclusive=fields.get("OverSubscribe") == "EXCLUSIVE" or fields.get("Exclusive") in ("NODE", "TOPO"),
         shares_cores=fields.get("OverSubscribe", "").startswith(("YES", "FORCE")),
     )
@@ -254,7 +273,10 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
         UserError: there is no partition.
     """
     if not partitions:
-        raise UserError("Slurm shows no partition that is up and has nodes", "ask your centre, or try again later")
+        raise UserError(
+            "Slurm shows no partition that is up, has nodes and is for your groups",
+            "ask your centre, or try again later",
+        )
     with_gpus = [partition for partition in partitions if partition.gpus]
     short = [p for p in with_gpus if p.is_for_tests]
     for_training = [p for p in with_gpus if p not in short] or short

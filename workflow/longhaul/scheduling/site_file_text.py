@@ -43,7 +43,7 @@ def _comments_on_others(cluster: FoundCluster, chosen: Sequence[str]) -> Iterato
     if others := [name for name in accepting if name not in chosen]:
         yield f"# Not used: {', '.join(others)}"
     if closed := [partition.name for partition in cluster.partitions if partition.name not in accepting]:
-        yield f"# Not for your accounts and their QOS: {', '.join(closed)}"
+        yield f"# Not for your groups, or your accounts and their QOS: {', '.join(closed)}"
     if cluster.associations and not any(p.accepts(one) for p in cluster.partitions for one in cluster.associations):
         accounts = ", ".join(sorted({one.account for one in cluster.associations}))
         yield f"# No partition accepts your accounts ({accounts}) and their QOS. Ask your centre which one is for you."
@@ -121,7 +121,7 @@ def _account_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator
 
 
 def _qos_names(association: Association, partition: FoundPartition, cluster: FoundCluster) -> list[str]:
-    """Return the QOS of the account that the partition names, the one for training first; [] where it names none.
+    """Return the QOS of the account that the partition allows, the one for training first; [] where each job may go without.
 
     This is the default one. If the partition does not allow that, it is the one with the longest jobs, then with the most
     nodes, but not one for tests or for reservations.
@@ -135,7 +135,9 @@ def _qos_names(association: Association, partition: FoundPartition, cluster: Fou
         limits = math.inf if minutes is None else minutes, min(nodes, default=math.inf)
         return name == association.default_qos, not is_special, *limits
 
-    return sorted(sorted(association.qos & (partition.qos or set())), key=rank, reverse=True)
+    if partition.qos is None and association.default_qos not in partition.denied_qos:
+        return []
+    return sorted(sorted(partition.allowed_qos(association)), key=rank, reverse=True)
 
 
 def _gpu_keys(partition: FoundPartition, node: FoundNode | None) -> tuple[str, str]:

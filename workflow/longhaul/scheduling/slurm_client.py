@@ -232,8 +232,8 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def show_all(kind: str) -> list[dict[str, str]]:
-    """Return the fields of every partition or node, as `scontrol show` prints them."""
-    lines = _scontrol("--oneliner", "show", kind).splitlines()
+    """Return the fields of every partition or node, as `scontrol show` prints them, also of partitions that it hides."""
+    lines = _scontrol("--all", "--oneliner", "show", kind).splitlines()
     return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if "=" in line]
 
 
