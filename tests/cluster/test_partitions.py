@@ -173,6 +173,16 @@ def test_a_job_beyond_a_limit_of_the_qos_is_named(chain: PipelineRunOnCluster):
         chain.cluster.run("sacctmgr", "-iQ", "modify", "qos", "gpu_debug", "set", "MaxWall=-1")
 
 
+def test_a_partition_for_larger_jobs_is_named(chain: PipelineRunOnCluster):
+    """A job on one node waits there without end."""
+    other = PipelineRunOnCluster(
+        chain.folder / "large", chain.config, chain.cluster, partitions=changed_site(2, name="large")
+    )
+    code, printed = longhaul(other, "site", "check", "run.yaml")
+    assert code == 1 and "cpu, nodes at least: jobs on fewer than 2 nodes never start there" in printed, printed
+    expect_a_job_that_cannot_start(other, "results/tiny/tokenizer.json", "PartitionNodeLimit")
+
+
 def longhaul(chain: PipelineRunOnCluster, *words: str, path: str = "") -> tuple[int, str]:
     """Return the exit code and the output of a verb on the login node. Cells of a table may have several lines."""
     command = chain.cluster.command([sys.executable, "-m", "longhaul", *words], cwd=chain.folder)

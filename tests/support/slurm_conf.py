@@ -55,6 +55,7 @@ _CENTRE_PARTITIONS = {
     "accelerated": "Nodes=n1 MaxTime=600 AllowAccounts=proj_gpu AllowQos=gpu_long",
     "cores": "Nodes=n2 MaxTime=300 AllowAccounts=proj_cpu AllowQos=normal",
     "quick": "Nodes=n1 MaxTime=30 AllowAccounts=proj_gpu AllowQos=gpu_debug",
+    "large": "Nodes=n2 MinNodes=2 MaxTime=9000 AllowAccounts=proj_cpu AllowQos=normal",
     "shared": "Nodes=n2 MaxTime=1200 OverSubscribe=YES AllowAccounts=proj_cpu AllowQos=normal",
 }
 _FEATURES = {"n1": "gpu,h100", "n2": "cpu"}

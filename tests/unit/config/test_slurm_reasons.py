@@ -33,7 +33,7 @@ def test_reason_that_passes_when_other_jobs_end(reason: str):
     ("reason", "key"),
     [
         ("PartitionTimeLimit", "max_minutes"),
-        ("PartitionNodeLimit", "node or max_nodes"),
+        ("PartitionNodeLimit", "node, max_nodes or name"),
         ("PartitionConfig", "name"),
         ("BadConstraints", "constraint"),
         ("ReservationDeleted", "reservation"),

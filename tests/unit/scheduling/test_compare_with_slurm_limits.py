@@ -12,8 +12,8 @@ from longhaul.config.load_config import load_site
 from longhaul.config.partition_config import Partition
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling.compare_with_slurm_limits import compare_limits, compare_partition
-from longhaul.scheduling.slurm_limits import SlurmLimits
-from tests.support.small_configs import write_config
+from longhaul.scheduling.slurm_limits import SlurmLimits, fewest_nodes
+from tests.support.small_configs import SITE, write_config
 from tests.support.supervised_job import fake_program
 
 NODE = {"cpus": 64, "memory_mb": 500_000, "gpus": 8}
@@ -216,6 +216,68 @@ def test_jobs_of_a_run_are_compared_instead_of_what_the_site_file_allows(
             main(["site", "check", str(config)])
         printed = capsys.readouterr().out
         assert ended.value.code == code and ("set minutes to at most 30" in printed) == bool(code), printed
+
+
+@pytest.fixture
+def large_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Fake Slurm that accepts everything; its partition gpu is for jobs of two nodes and more."""
+    answers = {
+        "sbatch": "",
+        "sacctmgr": "exit 1",
+        "scontrol": "echo PartitionName=gpu MaxTime=1-00:00:00 MinNodes=2 MaxNodes=UNLIMITED TotalNodes=16 QoS=N/A State=UP\n"
+        "echo PartitionName=cores MaxTime=1-00:00:00 MinNodes=0 MaxNodes=UNLIMITED TotalNodes=16 QoS=N/A State=UP",
+    }
+    paths = [fake_program(tmp_path, program, f"#!/bin/sh\n{text}\n") for program, text in answers.items()]
+    monkeypatch.setenv("PATH", paths[0])
+    return tmp_path
+
+
+CORES = {"name": "cores", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 800}}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "others", "nodes", "fits"),
+    [
+        (["gpu"], ["cpu", "debug"], "16", True),
+        (["gpu", "debug"], ["cpu"], "16", True),
+        (["gpu", "login"], ["cpu", "debug"], "1", False),
+        (["gpu"], ["debug"], "1", False),
+    ],
+)
+def test_partition_for_large_jobs_alone_takes_no_jobs_of_one_node(
+    jobs: list[str], others: list[str], nodes: str, fits: bool, large_jobs: Path
+):
+    """Without a partition of their own, CPU jobs run on that for training."""
+    gpus = {"gpus": 8} if "debug" in others else {}
+    cores = {**CORES, "jobs": others, "node": CORES["node"] | gpus}
+    partitions = [{**SITE["partitions"][0], "jobs": jobs}, cores]
+    write_config(large_jobs, site={"partitions": partitions})
+    found = [line for line in compare_limits(load_site("./site.yaml", large_jobs)) if line.subject == "nodes at least"]
+    assert [(line.site_file, line.found, not line.problem) for line in found] == [(nodes, "2 (partition gpu)", fits)]
+
+
+@pytest.mark.parametrize(("nodes", "code"), [(2, 0), (1, 1)])
+def test_job_that_is_too_small_for_its_partition_is_named(
+    large_jobs: Path, nodes: int, code: int, capsys: pytest.CaptureFixture[str]
+):
+    cores = {**CORES, "jobs": ["cpu", "debug"], "node": CORES["node"] | {"gpus": 8}, "max_nodes": 2}
+    site = {"partitions": [{**SITE["partitions"][0], "jobs": ["gpu"]}, cores]}
+    config = write_config(large_jobs, {"stages.0.nodes": nodes, "stages.1.nodes": nodes}, site)
+    with pytest.raises(SystemExit) as ended:
+        main(["site", "check", str(config)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == code, printed
+    assert ("gpu, nodes at least: jobs on fewer than 2 nodes never start there; give the stage" in printed) == bool(
+        code
+    )
+
+
+def test_qos_may_replace_the_least_number_of_nodes(large_jobs: Path):
+    qos = {**QOS, "Flags": "DenyOnLimit,PartitionMinNodes"}
+    partition = Partition.model_validate({**SITE["partitions"][0], "qos": "long"}, strict=False)
+    gpu = {**GPU, "MinNodes": "2"}
+    assert fewest_nodes(partition, SlurmLimits({"gpu": gpu}, {"long": qos}, [])) == 1
+    assert fewest_nodes(partition, SlurmLimits({"gpu": gpu}, {}, [])) == 2
 
 
 def test_partition_that_the_centre_hides_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

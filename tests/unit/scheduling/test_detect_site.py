@@ -224,6 +224,30 @@ def test_memory_is_within_the_limits_per_cpu(slurm: Path, partition: str, cluste
     assert yaml.safe_load(detect_site("centre"))["partitions"][0]["node"]["memory_mb"] == memory_mb
 
 
+def test_limit_of_cpus_per_socket_counts():
+    """The node has one socket of two threads per core."""
+    limited = found("PartitionName=gpu State=UP MaxCPUsPerSocket=48 MaxCPUsPerNode=UNLIMITED", SPECIALIZED_NODE)["gpu"]
+    assert limited.cpus == 48
+    two_sockets = SPECIALIZED_NODE.replace("Sockets=1", "Sockets=2")
+    assert found("PartitionName=gpu State=UP MaxCPUsPerSocket=48", two_sockets)["gpu"].cpus == 96
+
+
+def test_partition_for_large_jobs_alone_gets_neither_training_nor_jobs_of_one_node(slurm: Path):
+    """A job on fewer than MinNodes nodes waits without end."""
+    large = "PartitionName=large MinNodes=4 MaxTime=9-00:00:00 State=UP\n"
+    large += "PartitionName=wide MinNodes=2 MaxTime=9-00:00:00 State=UP\n"
+    (slurm / "partition").write_text(PARTITIONS.replace("boost Allow", "boost MinNodes=0 Allow") + large)
+    cores = "\n".join(f"NodeName=w{n} CPUTot=8 RealMemory=900 Gres=(null) Partitions=wide" for n in range(4))
+    (slurm / "node").write_text(f"{NODES}{BIG_NODES.replace('=big', '=large')}\n{cores}\n")
+    text = detect_site("centre")
+    assert [partition["name"] for partition in yaml.safe_load(text)["partitions"]] == ["boost", "test", "cores"]
+    assert "# MinNodes" not in text
+    (slurm / "partition").write_text(large)
+    text = detect_site("centre")
+    assert [partition["name"] for partition in yaml.safe_load(text)["partitions"]] == ["large"]
+    assert "    # MinNodes: jobs on fewer than 4 nodes do not start here\n" in text
+
+
 def test_memory_that_slurm_does_not_know_is_not_asked_for(slurm: Path):
     (slurm / "node").write_text(NODES.replace("RealMemory=499000", "RealMemory=1").replace("=250000", "=1"))
     text = detect_site("centre")

@@ -28,7 +28,7 @@ _PERMANENT = (
     (r"reservation", "reservation", "scontrol show reservation"),
     (r"license", "sbatch_extra", "scontrol show licenses"),
     (r"memory|MaxMemPerLimit", "memory or node.memory_mb", "sinfo -o '%P %m'"),
-    (rf"{_NODES}|more processors|(cpu|task) count", "node or max_nodes", "sinfo -o '%P %D %c %m %G'"),
+    (rf"{_NODES}|more processors|(cpu|task) count", "node, max_nodes or name", "sinfo -o '%P %s %D %c %m %G'"),
     (r"partition|group not permitted", "name", "sinfo -s"),
     (
         r"(unrecognized|unknown) option|invalid (option|--)|burst buffer (permission|request)|wckey",

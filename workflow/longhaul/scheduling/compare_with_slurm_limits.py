@@ -14,6 +14,7 @@ from longhaul.scheduling.compare_nodes_with_site import Comparison
 from longhaul.scheduling.slurm_limits import (
     MinutesLimit,
     SlurmLimits,
+    fewest_nodes,
     limits_of,
     minutes_limits_of,
     names_of,
@@ -34,9 +35,29 @@ def compare_limits(site: Site, requests: Sequence[SlurmRequest] | None = None) -
     for partition in site.partitions:
         if requests is None:
             lines += compare_partition(partition, limits)
+            lines += _nodes_of_smallest_job(partition, limits, _smallest_job(site, partition))
         elif own := [request for request in requests if _is_for(request, partition)]:
             lines += compare_partition(partition, limits, own)
+            lines += _nodes_of_smallest_job(partition, limits, min(request.nodes for request in own))
     return lines
+
+
+def _smallest_job(site: Site, partition: Partition) -> int:
+    """Return the nodes of the smallest job that surely runs in a partition. Those of stages and checks are not known here."""
+    has_cpu_jobs = partition in (site.partition_for("cpu"), site.partition_for("login"))
+    return 1 if has_cpu_jobs else partition.max_nodes
+
+
+def _nodes_of_smallest_job(partition: Partition, shown: SlurmLimits, nodes: int) -> Iterator[Comparison]:
+    """Yield a line where the partitions refuse small jobs (MinNodes)."""
+    fewest = fewest_nodes(partition, shown)
+    if fewest > 1:
+        remedy = (
+            f"jobs on fewer than {fewest} nodes never start there; give the stage or check at least {fewest} nodes, and jobs "
+            "cpu and login a partition that takes one node"
+        )
+        found = f"{fewest} (partition {partition.name})"
+        yield Comparison(partition.jobs[0], "nodes at least", str(nodes), found, remedy if nodes < fewest else "")
 
 
 def _is_for(request: SlurmRequest, partition: Partition) -> bool:

@@ -26,12 +26,14 @@ class FoundPartition:
     groups, accounts, qos: who may use it; None: all
     is_preemptible:  jobs of other partitions may end or requeue its jobs
     other_gpus:      GPUs of the same nodes or of others that do not count, such as 4 x v100
+    min_nodes:       jobs on fewer nodes do not start
     limits_time, limits_nodes: what sets max_minutes or max_nodes, such as "QOS long", if not the partition itself
     """
 
     name: str
     is_default: bool
     max_minutes: int | None
+    min_nodes: int
     max_nodes: int
     nodes: int
     cpus: int
@@ -57,6 +59,10 @@ class FoundPartition:
     def is_for_tests(self) -> bool:
         """Return whether the time limit is that of tests. A limit of the user's QOS or account says nothing about it."""
         return bool(self.max_minutes) and self.longest_minutes <= _DEBUG_MINUTES and not self.limits_time
+
+    @property
+    def takes_one_node(self) -> bool:
+        return self.min_nodes == 1
 
     @property
     def has_slices(self) -> bool:
@@ -170,11 +176,12 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preem
     nodes = [node for node in all_nodes if _gpus(node.get("Gres", "")) == (gpus, gpu_type)]
     types = {kind for node in all_nodes for kind in _gpu_counts(node.get("Gres", ""))}
     limit = fields.get("MaxNodes", "")
-    cpus = _least((_cpus(node) for node in nodes), fields.get("MaxCPUsPerNode", ""))
+    cpus = _least((_cpus(node, fields.get("MaxCPUsPerSocket", "")) for node in nodes), fields.get("MaxCPUsPerNode", ""))
     return FoundPartition(
         name=fields["PartitionName"],
         is_default=fields.get("Default") == "YES",
         max_minutes=minutes_of(fields.get("MaxTime", "")),
+        min_nodes=max(int(fields.get("MinNodes", "0")), 1),
         max_nodes=min(len(nodes), int(limit)) if limit.isdigit() else len(nodes),
         nodes=len(nodes),
         cpus=cpus,
@@ -198,11 +205,14 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preem
     )
 
 
-def _cpus(node: dict[str, str]) -> int:
-    """Return the CPUs of a node that jobs get: CPUEfctv; before Slurm 22.05, without those of the cores in CoreSpecCount."""
-    if "CPUEfctv" in node:
-        return int(node["CPUEfctv"])
-    return int(node["CPUTot"]) - int(node.get("CoreSpecCount", "0")) * int(node.get("ThreadsPerCore", "1"))
+def _cpus(node: dict[str, str], most_per_socket: str) -> int:
+    """Return the CPUs of a node that jobs get: CPUEfctv; before Slurm 22.05, without those of the cores in CoreSpecCount.
+
+    most_per_socket: limit of the partition, or UNLIMITED
+    """
+    all_cores = int(node["CPUTot"]) - int(node.get("CoreSpecCount", "0")) * int(node.get("ThreadsPerCore", "1"))
+    usable = int(node.get("CPUEfctv", all_cores))
+    return min(usable, int(node.get("Sockets", "1")) * int(most_per_socket)) if most_per_socket.isdigit() else usable
 
 
 def _memory_of_job(nodes: Sequence[dict[str, str]], cpus: int, fields: Mapping[str, str]) -> int:
@@ -268,6 +278,7 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     debug: a short GPU partition
     cpu:   without GPUs, the best one for jobs of one node
     login: the one without GPUs whose jobs run longest, not preemptible if possible
+    cpu and login: only partitions that take jobs of one node
 
     Raises:
         UserError: there is no partition.
@@ -281,22 +292,23 @@ def places(partitions: Sequence[FoundPartition]) -> dict[JobPlace, FoundPartitio
     short = [p for p in with_gpus if p.is_for_tests]
     for_training = [p for p in with_gpus if p not in short] or short
     if not for_training:
-        return {"gpu": max(partitions, key=lambda p: (not p.is_preemptible, p.is_default, p.nodes))}
+        return {"gpu": max(partitions, key=lambda p: (p.takes_one_node, not p.is_preemptible, p.is_default, p.nodes))}
     gpu = max(for_training, key=_rank_for_training)
     chosen: dict[JobPlace, FoundPartition] = {"gpu": gpu}
     if debug := [p for p in short if p is not gpu]:
-        chosen["debug"] = max(debug, key=lambda p: (not p.is_preemptible, p.nodes))
-    if cores := [p for p in partitions if not p.gpus]:
+        chosen["debug"] = max(debug, key=lambda p: (p.takes_one_node, not p.is_preemptible, p.nodes))
+    if cores := [p for p in partitions if not p.gpus and p.takes_one_node]:
         chosen["cpu"] = max(cores, key=_rank_for_cpu_jobs)
         chosen["login"] = max(cores, key=lambda p: (not p.is_preemptible, p.longest_minutes, p is chosen["cpu"]))
     return chosen
 
 
-def _rank_for_training(partition: FoundPartition) -> tuple[bool, bool, bool, int, bool]:
-    """Return a larger value for a partition with whole GPUs, on all nodes, that is not preemptible, with more GPUs."""
-    has_whole_gpus = not partition.has_slices
-    gpus = partition.gpus * partition.nodes
-    return has_whole_gpus, not partition.is_mixed, not partition.is_preemptible, gpus, partition.is_default
+def _rank_for_training(partition: FoundPartition) -> tuple[bool, bool, bool, bool, int, bool]:
+    """Return a larger value for a partition with whole GPUs, on all nodes, for jobs of any size, that is not preemptible, with
+    more GPUs.
+    """
+    is_good = not partition.has_slices, not partition.is_mixed, partition.takes_one_node, not partition.is_preemptible
+    return *is_good, partition.gpus * partition.nodes, partition.is_default
 
 
 def _rank_for_cpu_jobs(partition: FoundPartition) -> tuple[bool, bool, bool, int, int]:

@@ -70,6 +70,8 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     no_limit = "" if partition.max_minutes else "  # the partition has no limit"
     yield f"    max_minutes: {partition.longest_minutes}{_limit_of(partition.limits_time) or no_limit}"
     yield f"    max_nodes: {partition.max_nodes}{_limit_of(partition.limits_nodes)}"
+    if not partition.takes_one_node:
+        yield f"    # MinNodes: jobs on fewer than {partition.min_nodes} nodes do not start here"
     if partition.is_preemptible:
         yield "    # PreemptMode: jobs of other partitions may end or requeue jobs here"
     if partition.is_exclusive:

@@ -185,6 +185,15 @@ def node_limits(fields: Fields, cpus: int, gpus: int) -> dict[str, int]:
     return counts
 
 
+def fewest_nodes(partition: Partition, shown: SlurmLimits) -> int:
+    """Return the smallest number of nodes with which a job starts in a partition of the site file: in any of Slurm's."""
+    own = _own_partitions(partition, shown)
+    qos = _qos(partition, own, _associations(partition, shown), shown)
+    if any("PartitionMinNodes" in one["Flags"].split(",") for one in qos):
+        return 1
+    return max(min((int(one.get("MinNodes", "0")) for one in own), default=1), 1)
+
+
 def _largest(values: Iterable[int | None]) -> int | None:
     """Return the largest value; None, which is no limit, if any is None."""
     found = list(values)
