@@ -243,6 +243,7 @@ def test_site_detect_reproduces_the_clusters_own_site_file(found: Site, chain: P
         assert ours.node.model_dump() == {**shape, **rates}, "the whole node; the own file uses a part of it"
     text = (chain.folder / "found.yaml").read_text()
     assert "# constraint: nodes have the features gpu, h100" in text
+    assert text.count("# PreemptMode REQUEUE: jobs of partition urgent take nodes from jobs here") == 4
     assert found.accelerator.build == "cuda 13.0"
 
 

@@ -301,9 +301,7 @@ BIG_NODES = "\n".join(f"NodeName=b{n} CPUTot=8 RealMemory=900 Gres=gpu:h100:8 Pa
 )
 def test_larger_partition_that_is_not_for_training_is_not_chosen(slurm: Path, keys: str, comment: str):
     (slurm / "partition").write_text(f"{PARTITIONS}PartitionName=big MaxTime=1-00:00:00 State=UP {keys}\n")
-    nodes = BIG_NODES.replace("Partitions=big", "Partitions=big,test")
-    (slurm / "partition").write_text((slurm / "partition").read_text().replace("test", "test PreemptMode=OFF", 1))
-    (slurm / "node").write_text(NODES + nodes + "\n")
+    (slurm / "node").write_text(NODES + BIG_NODES.replace("Partitions=big", "Partitions=big,test") + "\n")
     text = detect_site("centre")
     assert yaml.safe_load(text)["partitions"][0]["name"] == "boost" and comment in text
 
@@ -354,12 +352,57 @@ def test_file_says_that_no_partition_accepts_the_accounts_and_that_jobs_may_be_p
     )
     text = detect_site("centre")
     assert "# No partition accepts your accounts (proj_cpu, proj_gpu) and their QOS." in text
-    assert text.count("# PreemptMode: jobs of other partitions may end or requeue jobs here") == 1
+    assert text.count("    # PreemptMode CANCEL: jobs of partition test take nodes from jobs here\n") == 1
 
 
-MANY_QOS = (
-    "big|1-00:00:00|||||||\nacc_debug|02:00:00|||||||\nlong|4-00:00:00|node=3||||||\nwide|4-00:00:00|cpu=320||||||\n"
+@pytest.mark.parametrize(
+    ("preempt_type", "low", "high", "comment"),
+    [
+        (
+            "preempt/partition_prio",
+            "GANG,SUSPEND",
+            "boost,test",
+            "# PreemptMode GANG,SUSPEND: jobs of partition test take nodes",
+        ),
+        ("preempt/partition_prio", "OFF", "boost,test", ""),
+        ("preempt/partition_prio", "REQUEUE", "test", ""),  # no common nodes
+        ("preempt/qos", "REQUEUE", "boost,test", ""),
+        ("preempt/none", "REQUEUE", "boost,test", ""),
+        ("(null)", "REQUEUE", "boost,test", ""),
+    ],
 )
+def test_tier_of_a_partition_with_common_nodes_preempts_only_with_that_plugin(
+    slurm: Path, preempt_type: str, low: str, high: str, comment: str
+):
+    (slurm / "config").write_text(f"{CONFIG}PreemptType             = {preempt_type}\n")
+    (slurm / "partition").write_text(
+        f"PartitionName=boost MaxTime=1-00:00:00 State=UP PreemptMode={low} PriorityTier=1\n"
+        "PartitionName=test MaxTime=00:30:00 State=UP PreemptMode=OFF PriorityTier=5\n"
+    )
+    (slurm / "node").write_text(NODES.replace("boost,test,old", high).replace("boost,old", "boost"))
+    text = detect_site("centre")
+    assert text.count("# Preempt") == bool(comment) and comment in text
+
+
+@pytest.mark.parametrize(("preempt_type", "qos"), [("preempt/qos", "short"), ("preempt/partition_prio", "spare")])
+def test_qos_whose_jobs_make_room_for_others_is_not_chosen(slurm: Path, preempt_type: str, qos: str):
+    """It often has the longest jobs. Preemption by QOS also works between partitions, and without a tier."""
+    (slurm / "config").write_text(f"{CONFIG}PreemptType             = {preempt_type}\n")
+    (slurm / "partition").write_text(
+        "PartitionName=boost AllowQos=spare,short MaxTime=9-00:00:00 State=UP PreemptMode=REQUEUE\n"
+    )
+    (slurm / "assoc").write_text("proj||spare,short,normal|normal\n")
+    (slurm / "qos").write_text("spare|7-00:00:00||||||||\nshort|1-00:00:00|||||||DenyOnLimit|idle,spare\n")
+    answer = f'#!/bin/sh\ncase "$*" in *"show qos"*) cat "{slurm}/qos";; *) cat "{slurm}/assoc";; esac\n'
+    fake_program(slurm, "sacctmgr", answer)
+    text = detect_site("centre")
+    assert yaml.safe_load(text)["partitions"][0]["qos"] == qos and "# Preempt" not in text
+    (slurm / "assoc").write_text("proj||spare|spare\n")
+    comment = "    # Preempt: jobs of QOS short take nodes from jobs of QOS spare\n"
+    assert (comment in detect_site("centre")) == (preempt_type == "preempt/qos")
+
+
+MANY_QOS = "big|1-00:00:00||||||||\nacc_debug|02:00:00||||||||\nlong|4-00:00:00|node=3|||||||\nwide|4-00:00:00|cpu=320|||||||\n"
 
 
 @pytest.mark.parametrize(
@@ -375,7 +418,7 @@ def test_qos_is_the_default_one_or_the_one_with_the_largest_limits(slurm: Path, 
     names = "acc_debug,big,long,reserved,wide"
     (slurm / "partition").write_text(f"PartitionName=boost AllowQos={names} MaxTime=9-00:00:00 State=UP\n")
     (slurm / "assoc").write_text(f"proj||{names},normal|{default}\n")
-    (slurm / "qos").write_text(qos and f"{qos}reserved||||||||RequiresReservation\n")
+    (slurm / "qos").write_text(qos and f"{qos}reserved||||||||RequiresReservation|\n")
     answer = f'#!/bin/sh\ncase "$*" in *"show qos"*) cat "{slurm}/qos";; *) cat "{slurm}/assoc";; esac\n'
     fake_program(slurm, "sacctmgr", answer)
     assert f"    qos: {line}\n" in detect_site("centre")
@@ -385,7 +428,7 @@ def test_limits_of_qos_and_account_are_written_with_their_source(slurm: Path):
     """At centres whose partitions have no limit, the QOS has one."""
     answers = """#!/bin/sh
 case "$*" in
-  *"show qos"*) printf 'long|12:00:00|node=1||||||\\nnormal||||||||\\n';;
+  *"show qos"*) printf 'long|12:00:00|node=1|||||||\\nnormal|||||||||\\n';;
   *MaxWall*) printf 'me|proj_gpu||long|||||\\nme|proj_cpu||normal|2-00:00:00||||\\n';;
   *) cat "{folder}/assoc";;
 esac

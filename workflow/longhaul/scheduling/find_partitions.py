@@ -13,6 +13,9 @@ from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 from longhaul.scheduling.slurm_client import Association
 
 _DEBUG_MINUTES = 120  # a partition with this limit or a shorter one counts as one for tests
+BY_PARTITION, BY_QOS = "preempt/partition_prio", "preempt/qos"
+"""Values of PreemptType."""
+_MODES = {"REQUEUE", "CANCEL", "SUSPEND"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class FoundPartition:
     gpus:            of one node
     is_mixed:        only some nodes have GPUs
     groups, accounts, qos: who may use it; None: all
-    is_preemptible:  jobs of other partitions may end or requeue its jobs
+    preempted_by:    partitions whose jobs end, requeue or suspend its jobs
+    preempt_mode:    how: REQUEUE, CANCEL or GANG,SUSPEND
     other_gpus:      GPUs of the same nodes or of others that do not count, such as 4 x v100
     min_nodes:       jobs on fewer nodes do not start
     limits_time, limits_nodes: what sets max_minutes or max_nodes, such as "QOS long", if not the partition itself
@@ -42,7 +46,8 @@ class FoundPartition:
     gpus: int
     gpu_type: str | None
     is_mixed: bool
-    is_preemptible: bool
+    preempted_by: tuple[str, ...]
+    preempt_mode: str
     other_gpus: tuple[str, ...]
     features: tuple[str, ...]
     groups: frozenset[str] | None
@@ -63,6 +68,10 @@ class FoundPartition:
     @property
     def takes_one_node(self) -> bool:
         return self.min_nodes == 1
+
+    @property
+    def is_preemptible(self) -> bool:
+        return bool(self.preempted_by)
 
     @property
     def has_slices(self) -> bool:
@@ -127,6 +136,12 @@ class FoundCluster:
         selection = self.settings.get("SelectTypeParameters", "")
         return bool(selection) and "MEMORY" not in selection.upper()
 
+    def preempting_qos(self, name: str) -> list[str]:
+        """Return the QOS whose jobs take nodes from jobs of a QOS, in any partition."""
+        if self.settings.get("PreemptType") != BY_QOS:
+            return []
+        return [other for other, fields in self.qos.items() if name in fields.get("Preempt", "").split(",")]
+
     def node(self, place: str) -> FoundNode | None:
         """Return what the probe job of a partition found; None without a probe."""
         return self.probes[place].node if place in self.probes else None
@@ -141,14 +156,14 @@ def found_partitions(
 
     settings: slurmctld's configuration, with limits for all partitions
     """
-    found, shown = [], list(partitions)
+    found, shown, settings = [], list(partitions), settings or {}
     for fields in shown:
         own = [node for node in nodes if fields["PartitionName"] in node.get("Partitions", "").split(",")]
         is_special = "YES" in map(fields.get, ("RootOnly", "ReqResv", "Hidden"))
         if fields.get("State") == "UP" and own and not is_special:
             beside = {name for node in own for name in node["Partitions"].split(",")}
-            is_preemptible = _is_preemptible(fields, [one for one in shown if one["PartitionName"] in beside])
-            found.append(_partition(_with_memory_limit(fields, settings or {}), own, is_preemptible))
+            preempting = _preempting(fields, [one for one in shown if one["PartitionName"] in beside], settings)
+            found.append(_partition(_with_memory_limit(fields, settings), own, preempting))
     return found
 
 
@@ -159,18 +174,23 @@ def _with_memory_limit(fields: dict[str, str], settings: Mapping[str, str]) -> d
     return fields if has_limit else {**fields, **{key: settings[key] for key in keys if key in settings}}
 
 
-def _is_preemptible(fields: dict[str, str], beside: Iterable[dict[str, str]]) -> bool:
-    """Return whether a partition's jobs make room for others; beside: the partitions on its nodes.
+def _preempting(
+    fields: dict[str, str], beside: Iterable[dict[str, str]], settings: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the partitions whose jobs take nodes from jobs of a partition; beside: the partitions on its nodes.
 
-    PreemptMode is that of the cluster where the partition names none, and then tells nothing by itself.
+    PreemptMode is that of the cluster where the partition names none, and then tells nothing by itself. The tier decides, unless
+    PreemptType is preempt/qos or none (https://slurm.schedmd.com/preempt.html).
     """
+    if settings.get("PreemptType", BY_PARTITION) != BY_PARTITION or not _MODES & {
+        *fields.get("PreemptMode", "").split(",")
+    }:
+        return ()
     tier = int(fields.get("PriorityTier", "1"))
-    return fields.get("PreemptMode") in ("REQUEUE", "CANCEL") and any(
-        one.get("PreemptMode") == "OFF" or int(one.get("PriorityTier", "1")) > tier for one in beside
-    )
+    return tuple(one["PartitionName"] for one in beside if int(one.get("PriorityTier", "1")) > tier)
 
 
-def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preemptible: bool) -> FoundPartition:
+def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], preempting: tuple[str, ...]) -> FoundPartition:
     kinds = Counter(_gpus(node.get("Gres", "")) for node in all_nodes)
     gpus, gpu_type = max(kinds, key=lambda kind: (kind[0] > 0, not _is_slice(kind[1]), kind[0] * kinds[kind], kind[0]))
     nodes = [node for node in all_nodes if _gpus(node.get("Gres", "")) == (gpus, gpu_type)]
@@ -190,7 +210,8 @@ def _partition(fields: dict[str, str], all_nodes: list[dict[str, str]], is_preem
         gpus=gpus,
         gpu_type=gpu_type,
         is_mixed=gpus > 0 and (0, None) in kinds,
-        is_preemptible=is_preemptible,
+        preempted_by=preempting,
+        preempt_mode=fields.get("PreemptMode", ""),
         other_gpus=tuple(
             f"{count} x {kind or 'gpu'}" for count, kind in sorted(types, key=str) if (count, kind) != (gpus, gpu_type)
         ),

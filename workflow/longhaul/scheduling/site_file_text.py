@@ -73,7 +73,8 @@ def _partition_lines(jobs: Sequence[str], partition: FoundPartition, cluster: Fo
     if not partition.takes_one_node:
         yield f"    # MinNodes: jobs on fewer than {partition.min_nodes} nodes do not start here"
     if partition.is_preemptible:
-        yield "    # PreemptMode: jobs of other partitions may end or requeue jobs here"
+        others = ", ".join(partition.preempted_by)
+        yield f"    # PreemptMode {partition.preempt_mode}: jobs of partition {others} take nodes from jobs here"
     if partition.is_exclusive:
         yield "    exclusive: true"
     gpus, comment = _gpu_keys(partition, cluster.node(jobs[0]))
@@ -116,8 +117,12 @@ def _account_lines(partition: FoundPartition, cluster: FoundCluster) -> Iterator
         others = sorted({other.account for other in usable} - {usable[0].account})
         comment = f"  # or {', '.join(others)}" if others else ""
         yield f"    account: {json.dumps(usable[0].account)}{comment}"
-        if qos := _qos_names(usable[0], partition, cluster):
+        qos = _qos_names(usable[0], partition, cluster)
+        if qos:
             yield f"    qos: {json.dumps(qos[0])}" + (f"  # or {', '.join(qos[1:])}" if qos[1:] else "")
+        of_job = qos[0] if qos else usable[0].default_qos
+        if preempting := cluster.preempting_qos(of_job):
+            yield f"    # Preempt: jobs of QOS {', '.join(preempting)} take nodes from jobs of QOS {of_job}"
     elif partition.accounts:
         yield f"    # account: the partition accepts {', '.join(sorted(partition.accounts))}"
 
@@ -126,16 +131,16 @@ def _qos_names(association: Association, partition: FoundPartition, cluster: Fou
     """Return the QOS of the account that the partition allows, the one for training first; [] where each job may go without.
 
     This is the default one. If the partition does not allow that, it is the one with the longest jobs, then with the most
-    nodes, but not one for tests or for reservations.
+    nodes, but not one for tests or for reservations, or one whose jobs make room for others.
     """
 
-    def rank(name: str) -> tuple[bool, bool, float, float]:
+    def rank(name: str) -> tuple[bool, bool, bool, float, float]:
         fields = cluster.qos.get(name, {})
         nodes = node_limits(fields, partition.cpus, partition.gpus).values()
         is_special = bool(_TEST_QOS.search(name)) or "RequiresReservation" in fields.get("Flags", "")
         minutes = minutes_of(fields.get("MaxWall", ""))
         limits = math.inf if minutes is None else minutes, min(nodes, default=math.inf)
-        return name == association.default_qos, not is_special, *limits
+        return name == association.default_qos, not is_special, not cluster.preempting_qos(name), *limits
 
     if partition.qos is None and association.default_qos not in partition.denied_qos:
         return []

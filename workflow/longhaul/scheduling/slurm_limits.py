@@ -17,7 +17,7 @@ from longhaul.scheduling.find_partitions import minutes_of
 _JOB_TRES = ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES")
 # Of one job, and the budget of all jobs together, which one job alone must not exceed either.
 _TRES_MINUTES = ("MaxTRESMins", "GrpTRESMins")
-_QOS_FIELDS = ("Name", "MaxWall", *_JOB_TRES, *_TRES_MINUTES, "Flags")
+_QOS_FIELDS = ("Name", "MaxWall", *_JOB_TRES, *_TRES_MINUTES, "Flags", "Preempt")
 _ASSOCIATION_FIELDS = ("User", "Account", "Partition", "DefaultQOS", "MaxWall", "MaxTRES", "GrpTRES", *_TRES_MINUTES)
 _TRES = r"(?:^|,)((?:node|cpu|gres/gpu)(?::[\w.+-]+)?)=(\d+)(?=,|$)"
 """Trackable resources (TRES) and their limits: cpu=1280,gres/gpu:a100=64,node=16."""
