@@ -142,6 +142,16 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             ("gpu_type a100 has no effect with gpu_request none", "remove it"),
         ),
         (
+            "GPU type of nodes without GPUs",
+            {"partitions": [_GPUS, {**_CPUS, "gpu_type": "a100"}]},
+            ("partitions.cpu: gpu_type a100 has no effect with node.gpus 0", "set node.gpus, or remove gpu_type"),
+        ),
+        (
+            "binding to GPUs that nodes do not have",
+            {"partitions.0.node.gpus": 0, "partitions.0.gpu_bind": "closest"},
+            ("partitions.gpu: gpu_bind closest has no effect with node.gpus 0", "set node.gpus, or remove gpu_bind"),
+        ),
+        (
             "binding where nothing is trained",
             {"partitions": [_GPUS, {**_CPUS, "cpu_bind": "cores"}]},
             ("partitions.cpu: cpu_bind has no effect", "only training is bound"),
@@ -886,6 +896,15 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {},
         {"accelerator": "cpu"},
         ("partitions.gpu.node.gpus 8 with accelerator cpu", "set accelerator, e.g."),
+    ),
+    *(
+        (
+            f"training partition with 0 GPUs and {build}",
+            {},
+            {"partitions.0.node.gpus": 0, "accelerator": {toolkit: version}},
+            (f"partitions.gpu.node.gpus 0 with accelerator {build}", "set node.gpus, or set accelerator to cpu"),
+        )
+        for toolkit, version, build in (("cuda", "13.0", "cuda 13.0"), ("rocm", "6.4", "rocm 6.4"))
     ),
     (
         "several nodes without a network",

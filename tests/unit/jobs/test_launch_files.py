@@ -218,12 +218,12 @@ def test_a_key_that_deepspeed_ignores_is_noticed(tmp_path: Path):
 
 
 def test_adam_is_torchs_fused_one_and_deepspeeds_with_offload(tmp_path: Path):
-    def optimizer(changes: dict[str, Any], gpus: int = 8) -> dict[str, Any]:
-        plan = plan_of(tmp_path, changes, {"partitions.0.node.gpus": gpus})
+    def optimizer(changes: dict[str, Any], site: dict[str, Any] | None = None) -> dict[str, Any]:
+        plan = plan_of(tmp_path, changes, site)
         return deepspeed_sections(plan.stages[0], plan.site)["optimizer"]["params"]
 
     assert optimizer({})["torch_adam"] and optimizer({})["fused"]
-    assert "fused" not in optimizer({}, gpus=0)
+    assert "fused" not in optimizer({}, {"partitions.0.node.gpus": 0, "accelerator": "cpu"})
     assert "torch_adam" not in optimizer({"stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"}})
 
 

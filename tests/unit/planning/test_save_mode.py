@@ -27,7 +27,8 @@ def site(
 ) -> Site:
     node = NodeShape(cpus=8, gpus=gpus, gpu_memory_gib=80, memory_mb=memory_mb)
     partition = Partition(jobs=("gpu",), max_minutes=60, node=node, memory=memory)
-    return Site(name="here", scheduler=scheduler, partitions=(partition,), accelerator=Accelerator(cuda="13.0"))
+    accelerator = Accelerator(cuda="13.0" if gpus else None)
+    return Site(name="here", scheduler=scheduler, partitions=(partition,), accelerator=accelerator)
 
 
 @pytest.mark.parametrize(

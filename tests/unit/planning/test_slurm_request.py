@@ -251,7 +251,8 @@ LOGIN = Partition(jobs=("login",), name="front", max_minutes=2000, node=NodeShap
 
 
 def site(*partitions: Partition, scheduler: Literal["slurm", "local"] = "slurm") -> Site:
-    return Site(name="centre", scheduler=scheduler, partitions=partitions, accelerator=Accelerator(cuda="13.0"))
+    accelerator = Accelerator(cuda="13.0" if partitions[0].node.gpus else None)
+    return Site(name="centre", scheduler=scheduler, partitions=partitions, accelerator=accelerator)
 
 
 def shared(**changes: Any) -> Partition:

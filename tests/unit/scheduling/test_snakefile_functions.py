@@ -108,6 +108,7 @@ def test_threads_are_the_cores_of_this_machine_or_one_on_a_cluster(tmp_path: Pat
         "partitions.0.max_nodes": 1,
         "partitions.0.node.cpus": 8,
         "partitions.0.node.gpus": 0,
+        "accelerator": "cpu",
     }
     changes = {"stages.0.gpus_per_node": 2}
     assert RuleSettings(plan_of(tmp_path / "here", changes, local)).threads("train")(BASE) == 2

@@ -154,6 +154,9 @@ class Partition(FrozenModel):
     def _check_gpu_request(self) -> Partition:
         if self.gpu_request == "gres" and not self.node.gpus:
             raise ValueError(f"gpu_request gres needs node.gpus >= 1; it is {self.node.gpus}")
+        for key, value in (("gpu_type", self.gpu_type), ("gpu_bind", self.gpu_bind)):
+            if value and not self.node.gpus:
+                raise ValueError(f"{key} {value} has no effect with node.gpus 0; set node.gpus, or remove {key}")
         if self.gpu_type and self.gpu_request == "none":
             raise ValueError(
                 f"gpu_type {self.gpu_type} has no effect with gpu_request none; remove it, or set gpu_request to gres"

@@ -217,6 +217,11 @@ class Site(FrozenModel):
                 f"{self._key_of(gpu)}.node.gpus {gpu.node.gpus} with accelerator cpu: the CPU build of torch uses no GPU; set "
                 'accelerator, e.g. {cuda: "13.0"}, or remove node.gpus if there are no GPUs'
             )
+        if not gpu.node.gpus and self.accelerator.build != "cpu":
+            raise ValueError(
+                f"{self._key_of(gpu)}.node.gpus 0 with accelerator {self.accelerator.build}: training would ask for no GPU; set "
+                "node.gpus, or set accelerator to cpu if there are no GPUs"
+            )
         debug = self.partition_for("debug")
         if gpu.node.gpus and not debug.node.gpus:
             raise ValueError(
