@@ -131,6 +131,31 @@ def test_an_account_that_slurm_does_not_check_is_named(
     assert ("not checked: account rich" in capsys.readouterr().out) is not is_checked
 
 
+@pytest.mark.parametrize(
+    ("account", "enforced", "note"),
+    [(None, "associations", True), ("rich", "associations", False), (None, "none", False)],
+)
+def test_partition_without_an_account_beside_one_with_an_account_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    account: str,
+    enforced: str,
+    note: bool,
+):
+    """Slurm accepts such jobs, and charges another budget."""
+    fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log"))
+    config = f"#!/bin/sh\necho 'AccountingStorageEnforce = {enforced}'\n"
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", config))
+    gpu = {**SITE["partitions"][0], "jobs": ["gpu", "debug"], "account": "rich"}
+    answers = check_run(plan_of(tmp_path, None, {"partitions": [gpu, {**CORES, "account": account}]}))
+    print_answers(answers, "each job of run small")
+    printed = " ".join(capsys.readouterr().out.split())
+    jobs = "tokenizer, tokenize-chats, tokenize-prose, count_chats-chats, controller"
+    assert (f"without an account: {jobs}. Slurm charges your default" in printed) is note
+    assert ("set account in each partition, or in none" in printed) is note
+
+
 @pytest.mark.parametrize(("account", "code"), [("rich", 0), ("poor", 1)])
 def test_plan_asks_slurm_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], account: str, code: int

@@ -131,13 +131,25 @@ def print_answers(answers: Sequence[SlurmAnswer], asked_for: str) -> None:
     console = Console(width=120)
     console.print(f"Slurm was asked for {asked_for}; no job was submitted (sbatch --test-only).", markup=False)
     console.print(table)
-    accounts = sorted({answer.request.account for answer in answers if answer.is_accepted and answer.request.account})
-    if accounts and not accounts_are_checked():
-        console.print(
-            f"not checked: account {', '.join(accounts)}. This Slurm accepts any account (AccountingStorageEnforce in "
-            "`scontrol show config`).",
-            markup=False,
-        )
+    if note := _note_on_accounts([answer for answer in answers if answer.is_accepted]):
+        console.print(note, markup=False)
     for answer in answers:
         if not answer.is_accepted:
             console.print(f"{answer.jobs}: {answer.remedy}", markup=False)
+
+
+def _note_on_accounts(accepted: Sequence[SlurmAnswer]) -> str:
+    """Return what Slurm's answers do not say about accounts; empty where no job names one."""
+    accounts = ", ".join(sorted({answer.request.account for answer in accepted if answer.request.account}))
+    without = [answer.jobs for answer in accepted if not answer.request.account]
+    if accounts and not accounts_are_checked():
+        return (
+            f"not checked: account {accounts}. This Slurm accepts any account (AccountingStorageEnforce in `scontrol show "
+            "config`)."
+        )
+    if accounts and without:
+        return (
+            f"without an account: {', '.join(without)}. Slurm charges your default account for them, and other jobs name "
+            f"{accounts}; set account in each partition, or in none."
+        )
+    return ""
