@@ -61,6 +61,27 @@ def test_each_key_of_the_old_form_is_named_with_its_new_place(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        *(
+            (key, "partitions")
+            for key in ("max_minutes", "sbatch_extra", "gres_extra", "threads_per_core", "cpu_bind", "jobs")
+        ),
+        *((key, "partitions.node") for key in ("cpus", "memory_mb", "gpus", "gpu_memory_gib", "gpu_peak_tflops")),
+        *((key, "interconnect") for key in ("socket_interface", "master_address", "limits")),
+        ("modules", "software"),
+        ("nvlinks", "node_minimums"),
+        ("partitions.0.memory_mb", "node"),
+        ("partitions.0.gpus", "node"),
+    ],
+)
+def test_key_in_the_wrong_place_is_named_with_its_section(key: str, place: str, tmp_path: Path):
+    """gres_extra is similar to srun_extra, and memory_mb to memory, but they are no misspelled ones."""
+    message = refusal(tmp_path, yaml.safe_dump(changed(SITE, {key: 1})))
+    assert f"{key.replace('.0.', '.gpu.')} is not a known key; it is a key of {place}\n" in message
+
+
+@pytest.mark.parametrize(
     ("key", "reserved"),
     [
         ("partitions.0.sbatch_extra", RESERVED_SBATCH_OPTIONS),

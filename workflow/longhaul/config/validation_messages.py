@@ -135,9 +135,7 @@ def _suggestion(word: str, model: type[BaseModel]) -> str:
     if word in _REPLACED_KEYS:
         return f"; {_REPLACED_KEYS[word]}"
     keys = _keys_of(model)
-    if close := _closest(word, keys):
-        return f"; did you mean {close}?"
-    if inner := next(_sections_with_key(model, word), None):
+    if inner := next(_sections_with_key(model, word), None):  # a known word is no misspelling
         return f"; it is a key of {inner}"
     if close := _closest(word, keys, cutoff=0.6):
         return f"; did you mean {close}?"
