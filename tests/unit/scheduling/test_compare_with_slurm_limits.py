@@ -280,6 +280,56 @@ def test_qos_may_replace_the_least_number_of_nodes(large_jobs: Path):
     assert fewest_nodes(partition, SlurmLimits({"gpu": gpu}, {}, [])) == 2
 
 
+@pytest.mark.parametrize(
+    ("keys", "limit", "fits"),
+    [
+        ({}, "400000", False),
+        ({}, "500000", True),
+        ({"memory": "all"}, "400000", None),
+        ({}, "UNLIMITED", None),
+        ({"name": "gpu,large"}, "400000", None),
+    ],
+)
+def test_memory_beyond_the_limit_of_a_partition_is_named(keys: dict[str, Any], limit: str, fits: bool | None):
+    """sbatch --test-only accepts it, and the job waits for the reason MaxMemPerLimit."""
+    partition = Partition.model_validate({**SITE["partitions"][0], **keys}, strict=False)
+    shown = {"gpu": {**GPU, "MaxMemPerNode": limit}, "large": {**GPU, "MaxMemPerNode": "UNLIMITED"}}
+    found = [line for line in compare_partition(partition, SlurmLimits(shown, {}, [])) if "memory" in line.subject]
+    assert [not line.problem for line in found] == ([] if fits is None else [fits])
+    assert [line.found for line in found] == [f"{limit} (partition gpu)"] * len(found)
+
+
+def test_memory_of_a_job_is_compared_with_the_limit_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job on half a node asks for half its memory."""
+    fake_program(tmp_path, "sacctmgr", "#!/bin/sh\nexit 1\n")
+    script = """#!/bin/sh
+case "$*" in
+  *config*) echo "MaxMemPerNode = 300000";;
+  *) echo PartitionName=gpu MaxMemPerNode=UNLIMITED MaxTime=1-00:00:00 TotalNodes=16 QoS=N/A State=UP;;
+esac
+"""
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
+    write_config(tmp_path)
+    site = load_site("./site.yaml", tmp_path)
+    base = {"nodes": 1, "tasks_per_node": 4, "cpus_per_task": 8, "minutes": 60, "gpus_per_node": 4, "partition": "gpu"}
+    for memory_mb, problem in ((250_000, ""), (400_000, "set node.memory_mb to at most 300000")):
+        lines = compare_limits(site, [SlurmRequest(**base, memory_mb=memory_mb)])
+        assert [line.problem.partition(";")[0] for line in lines if "memory" in line.subject] == [problem]
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "is_named"), [("DOWN", "gpu", True), ("UP", "gpu", False), ("DOWN", "gpu,b", False)]
+)
+def test_partition_that_is_down_is_named(state: str, name: str, is_named: bool):
+    """sbatch --test-only says when a job could start there, and the job waits for the reason PartitionDown."""
+    partition = Partition.model_validate({**SITE["partitions"][0], "name": name}, strict=False)
+    shown = SlurmLimits({"gpu": {**GPU, "State": state}, "b": GPU}, {}, [])
+    found = [line.problem for line in compare_partition(partition, shown) if line.subject == "state"]
+    assert (
+        found == ["jobs of partition gpu do not start before the centre opens it; name another one, or wait"] * is_named
+    )
+
+
 def test_partition_that_the_centre_hides_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake_program(tmp_path, "sacctmgr", "#!/bin/sh\nexit 1\n")
     script = """#!/bin/sh

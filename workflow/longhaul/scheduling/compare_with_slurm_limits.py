@@ -17,9 +17,11 @@ from longhaul.scheduling.slurm_limits import (
     fewest_nodes,
     limits_of,
     minutes_limits_of,
+    most_memory,
     names_of,
     read_limits,
     smallest,
+    state,
 )
 
 
@@ -68,8 +70,8 @@ def _is_for(request: SlurmRequest, partition: Partition) -> bool:
 def compare_partition(
     partition: Partition, shown: SlurmLimits, requests: Sequence[SlurmRequest] = ()
 ) -> Iterator[Comparison]:
-    """Yield a line for time, nodes and each limit of resources times minutes of a partition of the site file, and one for a
-    partition or QOS that Slurm does not show.
+    """Yield a line for time, nodes, memory and each limit of resources times minutes of a partition of the site file, and one
+    for a partition or QOS that Slurm does not show, or a partition that is not up.
 
     requests: as for `compare_limits`; none: what the site file allows
     """
@@ -79,6 +81,12 @@ def compare_partition(
             yield Comparison(place, "partition", name, "unknown", "correct name of the partition; sinfo -s lists them")
     if partition.qos and shown.qos and partition.qos not in shown.qos:
         yield Comparison(place, "QOS", partition.qos, "unknown", "correct qos; sacctmgr show qos lists them")
+    if (found := state(partition, shown)) != "UP":
+        remedy = (
+            f"jobs of partition {partition.name} do not start before the centre opens it; name another one, or wait"
+        )
+        yield Comparison(place, "state", "UP", found, remedy)
+    yield from _memory_line(partition, shown, requests)
     limits = limits_of(partition, shown)
     minutes = max((request.minutes for request in requests), default=partition.max_minutes)
     nodes = max((request.nodes for request in requests), default=partition.max_nodes)
@@ -88,6 +96,18 @@ def compare_partition(
     yield _line(place, f"{prefix}nodes", nodes, [(limit.nodes, limit.source) for limit in limits])
     for limit in minutes_limits_of(partition, shown):
         yield _minutes_line(partition, limit, requests) if requests else _minutes_of_all_nodes(partition, limit)
+
+
+def _memory_line(partition: Partition, shown: SlurmLimits, requests: Sequence[SlurmRequest]) -> Iterator[Comparison]:
+    of_file = partition.node.memory_mb if partition.memory == "per_node" else 0
+    asked = max((request.memory_mb or 0 for request in requests), default=of_file)
+    most = most_memory(partition, shown)
+    if asked and most is not None:
+        source = f"partition {partition.name}"
+        remedy = f"set node.memory_mb to at most {most}; jobs beyond the limit of {source} never start"
+        yield Comparison(
+            partition.jobs[0], "memory, MiB", str(asked), f"{most} ({source})", remedy if asked > most else ""
+        )
 
 
 def _minutes_line(partition: Partition, limit: MinutesLimit, requests: Sequence[SlurmRequest]) -> Comparison:

@@ -163,11 +163,11 @@ def found_partitions(
         if fields.get("State") == "UP" and own and not is_special:
             beside = {name for node in own for name in node["Partitions"].split(",")}
             preempting = _preempting(fields, [one for one in shown if one["PartitionName"] in beside], settings)
-            found.append(_partition(_with_memory_limit(fields, settings), own, preempting))
+            found.append(_partition(with_memory_limit(fields, settings), own, preempting))
     return found
 
 
-def _with_memory_limit(fields: dict[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+def with_memory_limit(fields: dict[str, str], settings: Mapping[str, str]) -> dict[str, str]:
     """Return the fields of a partition with the cluster's limit of memory, which holds where the partition has none."""
     keys = ("MaxMemPerCPU", "MaxMemPerNode")
     has_limit = any(fields.get(key, "").isdigit() for key in keys)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from longhaul.config.partition_config import Partition
 from longhaul.errors import UserError
 from longhaul.scheduling import slurm_client
-from longhaul.scheduling.find_partitions import minutes_of
+from longhaul.scheduling.find_partitions import minutes_of, with_memory_limit
 
 _JOB_TRES = ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES")
 # Of one job, and the budget of all jobs together, which one job alone must not exceed either.
@@ -64,7 +64,8 @@ def read_limits() -> SlurmLimits | None:
         partitions = slurm_client.show_all("partition")
     except (slurm_client.SlurmCommandError, UserError):
         return None
-    cluster = slurm_client.settings().get("ClusterName", "")
+    settings = slurm_client.settings()
+    cluster = settings.get("ClusterName", "")
     associations = [
         row
         for user in (getpass.getuser(), "")
@@ -73,7 +74,7 @@ def read_limits() -> SlurmLimits | None:
         )
     ]
     return SlurmLimits(
-        {fields["PartitionName"]: fields for fields in partitions},
+        {fields["PartitionName"]: with_memory_limit(fields, settings) for fields in partitions},
         {fields["Name"]: fields for fields in slurm_client.accounting_rows("qos", fields=_QOS_FIELDS)},
         associations,
     )
@@ -192,6 +193,18 @@ def fewest_nodes(partition: Partition, shown: SlurmLimits) -> int:
     if any("PartitionMinNodes" in one["Flags"].split(",") for one in qos):
         return 1
     return max(min((int(one.get("MinNodes", "0")) for one in own), default=1), 1)
+
+
+def most_memory(partition: Partition, shown: SlurmLimits) -> int | None:
+    """Return the most memory per node in MiB with which a job starts in any of the partitions; None without a limit."""
+    limits = [one.get("MaxMemPerNode", "") for one in _own_partitions(partition, shown)]
+    return _largest(int(limit) if limit.isdigit() else None for limit in limits) if limits else None
+
+
+def state(partition: Partition, shown: SlurmLimits) -> str:
+    """Return UP if one of the partitions starts jobs or is not shown, else the state of the first one."""
+    states = [one.get("State", "UP") for one in _own_partitions(partition, shown)]
+    return "UP" if "UP" in states or not states else states[0]
 
 
 def _largest(values: Iterable[int | None]) -> int | None:
