@@ -122,6 +122,7 @@ def test_file_says_what_slurm_does_not_know(slurm: Path):
         "# the partition has no limit",
         "# gpu_memory_gib, gpu_peak_tflops: not known to Slurm",
         "# not known to Slurm: the version of your torch",
+        "# Not up now: old (DOWN)\n",
     ):
         assert comment in text, comment
 

@@ -53,7 +53,8 @@ def detect_site(name: str, probe_minutes: float | None = None) -> str:
     interfaces = fast_interfaces(psutil.net_if_addrs())
     limits = read_limits()
     qos = limits.qos if limits else {}
-    cluster = FoundCluster(partitions, settings, associations, _own_groups(), qos, interfaces)
+    not_up = [f"{one['PartitionName']} ({one['State']})" for one in here or shown if one.get("State", "UP") != "UP"]
+    cluster = FoundCluster(partitions, settings, associations, _own_groups(), qos, interfaces, not_up)
     cluster = _within_limits(name, cluster, limits)
     if probe_minutes is not None and (site := _site(name, cluster)):
         cluster = replace(cluster, probes=probe_nodes(probe_requests(site, minutes=1), probe_minutes))

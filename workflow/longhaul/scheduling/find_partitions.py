@@ -106,6 +106,7 @@ class FoundCluster:
     groups:       the user's groups
     qos:          the fields of each QOS, as sacctmgr shows them
     interfaces:   fast network interfaces of this machine
+    not_up:       partitions that start no jobs now, such as "boost (DRAIN)"
     probes:       what probe jobs found, by the first kind of job of their partition
     """
 
@@ -115,6 +116,7 @@ class FoundCluster:
     groups: Set[str] = frozenset()
     qos: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     interfaces: Sequence[str] = ()
+    not_up: Sequence[str] = ()
     probes: Mapping[str, ProbeAnswer] = field(default_factory=dict)
 
     @property

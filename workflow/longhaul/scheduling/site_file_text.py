@@ -42,6 +42,8 @@ def _comments_on_others(cluster: FoundCluster, chosen: Sequence[str]) -> Iterato
     accepting = [partition.name for partition in cluster.accepting]
     if others := [name for name in accepting if name not in chosen]:
         yield f"# Not used: {', '.join(others)}"
+    if cluster.not_up:
+        yield f"# Not up now: {', '.join(cluster.not_up)}"
     if closed := [partition.name for partition in cluster.partitions if partition.name not in accepting]:
         yield f"# Not for your groups, or your accounts and their QOS: {', '.join(closed)}"
     if cluster.associations and not any(p.accepts(one) for p in cluster.partitions for one in cluster.associations):
