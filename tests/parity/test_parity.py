@@ -15,8 +15,8 @@ import torch
 from longhaul.artifacts.artifact_schemas import Checkpoint
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.checkpoint_io.torch_archive import StoredTensor, read_archive
+from longhaul.config.architectures import ARCHITECTURES
 from longhaul.config.load_config import load_config
-from longhaul.config.model_size import ARCHITECTURES
 from longhaul.errors import UserError
 from longhaul.planning import build_plan
 from tests.parity import parity_table

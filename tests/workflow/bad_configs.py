@@ -536,6 +536,19 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("checks.gpus_per_node 9: site centre has 8 GPUs",),
     ),
     *(
+        (f"model with {problem}", {"model": {family: {**sizes, **keys}}}, {}, (text,))
+        for problem, family, sizes, keys, text in (
+            (
+                "heads of unequal width",
+                "llama",
+                LLAMA,
+                {"num_attention_heads": 6, "head_dim": 16},
+                "hidden_size 64 is not a",
+            ),
+            ("narrow experts", "deepseek_v3", DEEPSEEK, {"moe_intermediate_size": 4}, "it must be a multiple of 8"),
+        )
+    ),
+    *(
         (f"absurd {key}", {key: value}, {}, (key.split(".")[-1], f" is {value!r}", limit))
         for key, value, limit in (
             ("stages.0.optimizer.lr", 1e10, "less than or equal to 10"),
@@ -543,7 +556,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
             ("stages.0.recovery.heartbeat_timeout_s", 1e-9, "greater than or equal to 1"),
             ("stages.0.recovery.collective_timeout_s", 1e300, "less than or equal to 1000000"),
             ("stages.0.steps", 10**15, "less than or equal to 1000000000"),
-            ("model.llama.initializer_range", 1e30, "less than or equal to 10"),
+            ("model.llama.initializer_range", 1e30, "less than or equal to 1"),
         )
     ),
     (

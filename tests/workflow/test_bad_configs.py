@@ -82,7 +82,7 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
     "dropout of text": (
         {**CONFIG_JSON, "attention_dropout": "0.1"},
         {"model.safetensors": EMPTY_SAFETENSORS},
-        "attention_dropout is '0.1'; it must be a number from 0 to 1",
+        "model.pretrained: config.json: attention_dropout is '0.1'; expected: a valid number",
     ),
     "quantization as text": (
         {**CONFIG_JSON, "quantization_config": "x"},
@@ -107,22 +107,22 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
     "missing size": (
         {key: value for key, value in CONFIG_JSON.items() if key != "hidden_size"},
         {"model.safetensors": EMPTY_SAFETENSORS},
-        "the llama config has no key hidden_size",
+        "model.pretrained: config.json: hidden_size is missing",
     ),
     "size as a string": (
         {**CONFIG_JSON, "hidden_size": "64"},
         {"model.safetensors": EMPTY_SAFETENSORS},
-        "hidden_size of the llama config is '64'; it must be an integer from 1",
+        "hidden_size is '64'; expected: a valid integer",
     ),
     "size zero": (
         {**CONFIG_JSON, "num_attention_heads": 0},
         {"model.safetensors": EMPTY_SAFETENSORS},
-        "num_attention_heads of the llama config is 0; it must be an integer from 1",
+        "num_attention_heads is 0; expected: greater than or equal to 1",
     ),
     "too many layers": (
         {**CONFIG_JSON, "num_hidden_layers": 10**12},
         {"model.safetensors": EMPTY_SAFETENSORS},
-        "num_hidden_layers of the llama config is 1000000000000; it must be an integer from 1 to 10000",
+        "num_hidden_layers is 1000000000000; expected: less than or equal to 10000",
     ),
     **{
         f"config.json with {problem}": (
@@ -135,6 +135,88 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
             ("a factor alone", {"rope_parameters": {"factor": 4.0}}, "rope_scaling has factor and no rope_type"),
             ("half a rotation", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 has no effect"),
             ("theta as text", {"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+            ("theta zero", {"rope_theta": 0}, "rope_theta is 0; it must be a number above 1"),
+            ("theta null", {"rope_theta": None}, "rope_theta is None; it must be a number above 1"),
+            (
+                "a switch as text",
+                {"tie_word_embeddings": "false"},
+                "tie_word_embeddings is 'false'; expected: a valid boolean",
+            ),
+            ("biases as text", {"attention_bias": "no"}, "attention_bias is 'no'; expected: a valid boolean"),
+            ("an unknown activation", {"hidden_act": "nope"}, "hidden_act is 'nope'; expected: 'silu'"),
+            ("epsilon as text", {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected: a valid number"),
+            ("epsilon zero", {"rms_norm_eps": 0}, "rms_norm_eps is 0; expected: greater than 0"),
+            ("epsilon NaN", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected: a finite number"),
+            ("a negative spread", {"initializer_range": -1}, "initializer_range is -1; expected: greater than 0"),
+            ("half a layer", {"num_hidden_layers": 1.5}, "num_hidden_layers is 1.5; expected: a valid integer"),
+            ("true layers", {"num_hidden_layers": True}, "num_hidden_layers is True; expected: a valid integer"),
+            ("head width zero", {"head_dim": 0}, "head_dim is 0; expected: greater than or equal to 1"),
+            (
+                "a head width that Qwen2 must have",
+                {"model_type": "qwen2", "head_dim": None},
+                "head_dim is None; it must be an integer, or not be there",
+            ),
+            (
+                "heads of unequal width",
+                {"num_attention_heads": 6, "head_dim": 16},
+                "hidden_size 64 is not a multiple of num_attention_heads 6",
+            ),
+            (
+                "a negative window",
+                {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": -1},
+                "sliding_window is -1; expected: greater than or equal to 1",
+            ),
+            (
+                "a window that Llama ignores",
+                {"use_sliding_window": True, "sliding_window": 32},
+                "use_sliding_window True has no effect in transformers' llama; it computes False",
+            ),
+            (
+                "types of other layers",
+                {"layer_types": ["full_attention"]},
+                "layer_types has 1 entries; it must have num_hidden_layers, 2",
+            ),
+            (
+                "a padding token outside",
+                {"pad_token_id": 400},
+                "pad_token_id is 400; it must be less than vocab_size 400",
+            ),
+            ("an unknown dtype", {"torch_dtype": "nope"}, "torch_dtype is 'nope'; expected: 'float64'"),
+            (
+                "another network",
+                {"architectures": ["MistralForCausalLM"]},
+                "architectures is ['MistralForCausalLM']; with model_type llama it must have LlamaForCausalLM",
+            ),
+            (
+                "other layers",
+                {"per_layer_config": {"0": {"head_dim": 8}}},
+                "per_layer_config is {'0': {'head_dim': 8}}",
+            ),
+            (
+                "experts without width",
+                {**DEEPSEEK, "model_type": "deepseek_v3", "moe_intermediate_size": 0},
+                "moe_intermediate_size is 0; expected: greater than or equal to 1",
+            ),
+            (
+                "experts of an odd width",
+                {**DEEPSEEK, "model_type": "deepseek_v3", "moe_intermediate_size": 33},
+                "moe_intermediate_size is 33; with routed experts it must be a multiple of 8",
+            ),
+            (
+                "too many selected experts",
+                {**DEEPSEEK_V2, "model_type": "deepseek_v2", "num_experts_per_tok": 5},
+                "num_experts_per_tok 5 is greater than n_routed_experts 4",
+            ),
+            (
+                "a text for router weights",
+                {**DEEPSEEK, "model_type": "deepseek_v3", "norm_topk_prob": "yes"},
+                "norm_topk_prob is 'yes'; expected: a valid boolean",
+            ),
+            (
+                "experts in every second layer",
+                {**DEEPSEEK, "model_type": "deepseek_v3", "moe_layer_freq": 2},
+                "moe_layer_freq 2 has no effect in transformers' deepseek_v3; it computes 1",
+            ),
             (
                 "V2 that scales router weights",
                 {"model_type": "deepseek_v2", **DEEPSEEK_V2, "norm_topk_prob": True},

@@ -36,7 +36,7 @@ class Decoder(FrozenModel):
         "with transformers' names.",
     )
     rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-6, description="Epsilon of RMSNorm.")
-    initializer_range: Annotated[float, Field(gt=0, le=10)] = Field(
+    initializer_range: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.02, description="Standard deviation of the initial weights."
     )
     tie_word_embeddings: bool = Field(default=False, description="The output head uses the weights of the embedding.")
@@ -62,13 +62,17 @@ class Decoder(FrozenModel):
     def _check_head_width(self) -> None:
         """Raise ValueError for an odd head width: rotary embeddings rotate pairs of elements."""
         width = getattr(self, "head_dim", None)
-        if width is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+        if width is None:
+            self._check_equal_heads()
         if (width or self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 f"the head width is {width or self.hidden_size // self.num_attention_heads}; rotary embeddings need an even width"
+            )
+
+    def _check_equal_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
 
 
@@ -80,6 +84,10 @@ class Llama(Decoder):
     )
     attention_bias: bool = Field(default=False, description="Attention projections have biases.")
     mlp_bias: bool = Field(default=False, description="MLP projections have biases.")
+
+    def _check_head_width(self) -> None:
+        super()._check_head_width()
+        self._check_equal_heads()  # transformers' class requires it, also where head_dim is set
 
 
 class Qwen2(Decoder):
@@ -107,11 +115,14 @@ class Qwen3Moe(Decoder):
         default=False, description="Scale the selected experts' router weights so that their sum is 1."
     )
     decoder_sparse_step: Size = Field(default=1, description="Every n-th layer has routed experts.")
-    mlp_only_layers: tuple[int, ...] = Field(default=(), description="Indices of layers without routed experts.")
+    mlp_only_layers: tuple[NonNegativeInt, ...] = Field(
+        default=(), description="Indices of layers without routed experts."
+    )
 
     @model_validator(mode="after")
     def _check_experts_per_token(self) -> Qwen3Moe:
         _check_selection(self.num_experts_per_tok, "num_experts", self.num_experts)
+        _check_expert_widths(self.hidden_size, self.moe_intermediate_size)
         return self
 
 
@@ -133,28 +144,30 @@ class LatentAttention(Decoder):
     @model_validator(mode="after")
     def _check_experts_per_token(self) -> LatentAttention:
         _check_selection(self.num_experts_per_tok, "n_routed_experts", self.n_routed_experts)
+        _check_expert_widths(self.hidden_size, self.moe_intermediate_size)
         return self
 
     def _check_head_width(self) -> None:
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary embeddings need an even width")
-        check_latent_heads(self.model_dump())
-
-
-def check_latent_heads(config: HuggingFaceConfig) -> None:
-    """Raise ValueError for a config of latent attention whose query heads share keys and values: it computes them for each."""
-    heads = config["num_attention_heads"]
-    # Without the key, transformers takes 128 for DeepSeek-V3, and num_attention_heads for DeepSeek-V2.
-    found = config.get("num_key_value_heads", 128 if config.get("model_type") == "deepseek_v3" else None)
-    if "kv_lora_rank" in config and found not in (None, heads):
-        raise ValueError(
-            f"num_key_value_heads is {found}; with latent attention it must be num_attention_heads, {heads}"
-        )
+        # It computes keys and values for each query head.
+        heads, found = self.num_attention_heads, self.num_key_value_heads
+        if found != heads:
+            raise ValueError(
+                f"num_key_value_heads is {found}; with latent attention it must be num_attention_heads, {heads}"
+            )
 
 
 def _check_selection(selected: int, key: str, experts: int) -> None:
     if selected > experts:
         raise ValueError(f"num_experts_per_tok {selected} is greater than {key} {experts}")
+
+
+def _check_expert_widths(hidden_size: int, moe_intermediate_size: int) -> None:
+    """Raise ValueError for widths whose rows are not multiples of 16 bytes in bf16: torch's grouped products need these."""
+    for key, width in (("hidden_size", hidden_size), ("moe_intermediate_size", moe_intermediate_size)):
+        if width % 8:
+            raise ValueError(f"{key} is {width}; with routed experts it must be a multiple of 8")
 
 
 class DeepseekV2(LatentAttention):
@@ -174,9 +187,18 @@ class DeepseekV2(LatentAttention):
         default=1.0, description="Factor for the output of the routed experts."
     )
 
+    def _check_head_width(self) -> None:
+        super()._check_head_width()
+        self._check_equal_heads()  # transformers' class requires it
+        for key, width in (("kv_lora_rank", self.kv_lora_rank), ("qk_nope_head_dim", self.qk_nope_head_dim)):
+            if width % 2:
+                raise ValueError(
+                    f"{key} is {width}; the rotary embedding of transformers' deepseek_v2 needs an even width"
+                )
+
     @model_validator(mode="after")
-    def _check_routing(self) -> DeepseekV2:
-        check_routing({"model_type": "deepseek_v2", **self.model_dump()})
+    def _check_network_values(self) -> DeepseekV2:
+        check_network_values({"model_type": "deepseek_v2", **self.model_dump()})
         return self
 
 
@@ -185,31 +207,24 @@ FIXED_ROUTING = {
     "deepseek_v2": {"norm_topk_prob": False, "scoring_func": "softmax"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
+_OTHER_FIXED_VALUES = {
+    "llama": {"use_sliding_window": False},
+    "qwen2": {"mlp_bias": False},
+    "qwen3": {"mlp_bias": False},
+    "qwen3_moe": {"mlp_bias": False},
+    "deepseek_v2": {"moe_layer_freq": 1, "use_sliding_window": False},
+    "deepseek_v3": {"moe_layer_freq": 1, "use_sliding_window": False, "mlp_bias": False},
+}
 
 
 _V3_GROUPS, _V3_SELECTED_GROUPS = 8, 4
 """Values of transformers where a config.json of DeepSeek-V3 has no n_group or topk_group."""
 
 
-def check_attention(config: HuggingFaceConfig) -> None:
-    """Raise ValueError for keys of a Hugging Face config with which its attention or its norms cannot be computed."""
-    check_latent_heads(config)
-    if not config["model_type"].startswith("deepseek"):
-        heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
-        if heads % shared:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}")
-        if (width := config.get("head_dim") or config["hidden_size"] // heads) % 2:
-            raise ValueError(f"the head width is {width}; rotary embeddings need an even width")
-    for key, lowest, highest in (("attention_dropout", 0, 1), ("rms_norm_eps", 0, 1), ("initializer_range", 0, 10)):
-        value = config.get(key, lowest)
-        if type(value) not in (int, float) or not lowest <= value <= highest:
-            raise ValueError(f"{key} is {value!r}; it must be a number from {lowest} to {highest}")
-
-
-def check_routing(config: HuggingFaceConfig) -> None:
-    """Raise ValueError for keys of a Hugging Face config that choose experts in a way that transformers does not compute."""
+def check_network_values(config: HuggingFaceConfig) -> None:
+    """Raise ValueError for values of a Hugging Face config with which transformers' network computes something else."""
     architecture = config["model_type"]
-    for key, value in FIXED_ROUTING.get(architecture, {}).items():
+    for key, value in (FIXED_ROUTING.get(architecture, {}) | _OTHER_FIXED_VALUES[architecture]).items():
         if config.get(key, value) != value:
             raise ValueError(
                 f"{key} {config[key]!r} has no effect in transformers' {architecture}; it computes {value!r}"
@@ -273,7 +288,7 @@ class DeepseekV3(LatentAttention):
 
     @model_validator(mode="after")
     def _check_expert_groups(self) -> DeepseekV3:
-        check_routing({"model_type": "deepseek_v3", **self.model_dump()})
+        check_network_values({"model_type": "deepseek_v3", **self.model_dump()})
         return self
 
 
@@ -323,3 +338,14 @@ class Model(FrozenModel):
         if architecture.startswith("deepseek"):
             keys["head_dim"] = keys["qk_rope_head_dim"]
         return {"model_type": architecture, **keys, "rope_parameters": rope}
+
+
+ARCHITECTURES: dict[str, type[Decoder]] = {
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3_moe": Qwen3Moe,
+    "deepseek_v2": DeepseekV2,
+    "deepseek_v3": DeepseekV3,
+}
+"""model_type of a Hugging Face config -> the class of its keys."""

@@ -6,40 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from longhaul.config import activation_counts, parameter_counts
-from longhaul.config.architectures import MAX_LAYERS, MAX_SIZE
 from longhaul.config.field_types import HuggingFaceConfig
-from longhaul.errors import UserError
-
-# Keys that the counts and the check of expert groups read. The classes in architectures.py have checked them for a new model, but
-# not for a config.json.
-_SIZES = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "decoder_sparse_step",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-}
-_OPTIONAL_SIZES = {
-    "head_dim",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "n_routed_experts",
-    "n_shared_experts",
-    "n_group",
-    "topk_group",
-    "first_k_dense_replace",
-    "q_lora_rank",
-}
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 
 @dataclass(frozen=True)
@@ -116,37 +83,8 @@ def layers_per_pipeline_rank(layers: int, pipeline_ranks: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def model_size(config: HuggingFaceConfig) -> ModelSize:
-    """Return the sizes of a supported architecture from its Hugging Face config.
-
-    Raises:
-        UserError: the architecture is not supported, a size is missing, or a size is not a positive integer within its limit.
-    """
-    architecture = config.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"model_type {architecture!r} is not supported", f"use one of {', '.join(ARCHITECTURES)}")
-    try:
-        _check_sizes(config)
-        return _count(config)
-    except KeyError as error:
-        raise UserError(
-            f"the {architecture} config has no key {error.args[0]}", "add the key to the model's config.json"
-        ) from None
-
-
-def _check_sizes(config: HuggingFaceConfig) -> None:
-    for key, value in config.items():
-        if key not in _SIZES | _OPTIONAL_SIZES or (key in _OPTIONAL_SIZES and not value):
-            continue
-        limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
-        if type(value) is not int or not 1 <= value <= limit:
-            raise UserError(
-                f"{key} of the {config['model_type']} config is {value!r}; it must be an integer from 1 to {limit}",
-                "correct the model's config.json",
-            )
-
-
-def _count(c: HuggingFaceConfig) -> ModelSize:
+def model_size(c: HuggingFaceConfig) -> ModelSize:
+    """Return the sizes of a model from its Hugging Face config, whose values have been checked."""
     hidden, layers = c["hidden_size"], c["num_hidden_layers"]
     sparse = parameter_counts.sparse_layers(c)
     experts = parameter_counts.expert_parameters(c)

@@ -71,8 +71,8 @@ def rope_parameters(config: HuggingFaceConfig) -> HuggingFaceConfig:
     rope = _one_type(scaling or parameters or {})
     if scaling and parameters:
         _check_agreement(rope, _one_type(parameters))
-    theta = rope.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
-    if config.get("rope_theta") not in (None, theta):
+    theta = rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    if config.get("rope_theta", theta) != theta:
         name = "rope_scaling" if scaling else "rope_parameters"
         raise ValueError(f"{name}.rope_theta {theta!r} differs from rope_theta {config['rope_theta']!r}")
     return rope

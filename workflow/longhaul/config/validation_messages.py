@@ -57,7 +57,7 @@ KEYS_OF_OTHER_TOOLS = {
 }
 
 
-def validation_message(path: Path, value: object, model: type[BaseModel], error: ValidationError) -> str:
+def validation_message(path: Path | str, value: object, model: type[BaseModel], error: ValidationError) -> str:
     """Return one line per problem of `value`, which was read from the file `path` as an instance of `model`."""
     problems = error.errors(include_url=False)
     # pydantic counts only valid items, so it also reports a list with an invalid item as too short. Leave that problem out.

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Lock
-from longhaul.config.architectures import check_attention, check_routing
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.load_config import LoadedConfig
-from longhaul.config.model_size import model_size
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
-from longhaul.config.rotary_embedding import check_rope
+from longhaul.config.pretrained_keys import check_pretrained_keys
 from longhaul.config.run_config import Storage
 from longhaul.errors import UserError
 from longhaul.planning.find_data_files import FoundFiles, check_format, find_files
@@ -27,7 +25,7 @@ def model_config(loaded: LoadedConfig, lock: Lock | None) -> HuggingFaceConfig |
     """Return the trained model's Hugging Face config; None for a Hub model that is not fetched yet.
 
     Raises:
-        UserError: the pretrained weights are missing, or training cannot start from their format.
+        UserError: the pretrained weights are missing, or training cannot start from their format or keys.
     """
     if loaded.config.model.pretrained is None:
         return loaded.config.model.config_dict()
@@ -35,19 +33,7 @@ def model_config(loaded: LoadedConfig, lock: Lock | None) -> HuggingFaceConfig |
     if pretrained is None:
         return None
     fp8_block_shape(pretrained, "model.pretrained")
-    _check_effective_keys(pretrained)
-    return trained_config(pretrained)
-
-
-def _check_effective_keys(config: HuggingFaceConfig) -> None:
-    """Raise UserError for keys of a pretrained config.json that the network would not follow."""
-    model_size(config)  # refuses missing and wrong sizes, which the next checks read
-    try:
-        check_attention(config)
-        check_rope(config)
-        check_routing(config)
-    except ValueError as error:
-        raise UserError(f"model.pretrained: config.json: {error}", "correct the config.json of the model") from None
+    return trained_config(check_pretrained_keys(pretrained))
 
 
 def changes_of_pretrained_weights(loaded: LoadedConfig, lock: Lock | None) -> tuple[str, ...]:
