@@ -117,24 +117,44 @@ def test_an_endless_template_is_refused(monkeypatch: pytest.MonkeyPatch):
     [
         ("9 ** (9 ** 9)", "the power is too large"),
         ("2.0 ** (10 ** 9)", "the power is too large"),
-        ("'a' * 10 ** 10", "the product is too long"),
-        ("10 ** 10 * [0]", "the product is too long"),
-        ("'a' | center(1500000000)", "the text of center is too long"),
-        ("'a'.ljust(1500000000)", "the text of ljust is too long"),
-        ("'a'.rjust(1500000000)", "the text of rjust is too long"),
-        ("'1'.zfill(1500000000)", "the text of zfill is too long"),
-        ("'%1500000000d' | format(1)", "the text of format is too long"),
-        ("'%.1500000000f' | format(1)", "the text of format is too long"),
-        ("'%1500000000d' % 1", "the text of format is too long"),
-        ("'%*d' | format(1500000000, 1)", "the text of format is too long"),
-        ("'{:>1500000000}'.format(1)", "the text of format is too long"),
-        ("'{:>{}}'.format(1, 1500000000)", "the text of format is too long"),
+        ("10 ** 2000 * 10 ** 2000", "the product is too large"),
     ],
 )
 def test_an_operation_that_does_not_end_is_refused(expression: str, error: str):
     """No signal ends it: Python computes it in one instruction."""
     with pytest.raises(UserError, match=f"here: the chat template refuses this conversation: OverflowError: {error}"):
         ChatTemplate(f"{{{{ {expression} }}}}", {"eos_token": "<e>"}).render([{"role": "user", "content": "Q"}], "here")
+
+
+TWICE = "{% set ns = namespace(x=START) %}{% for i in range(40) %}{% set ns.x = ns.x PLUS ns.x %}{% endfor %}{{ ns.x }}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ 10 ** 10 * [0] }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ 'a'.ljust(10 ** 10) }}",
+        "{{ '%10000000000d' | format(1) }}",
+        "{{ '%*d' | format(1500000000, 1) }}",
+        "{{ '{:>{}}'.format(1, 10 ** 10) }}",
+        "{{ ('a' * 10 ** 4).replace('', 'b' * 10 ** 6) }}",
+        "{{ ('a' * 10 ** 4) | replace('', 'b' * 10 ** 6) }}",
+        "{{ ','.join(['a' * 10 ** 6] * 10 ** 5) }}",
+        "{{ (['a' * 10 ** 6] * 10 ** 5) | join }}",
+        "{% for text in ['a' * 10 ** 7] * 1000 %}{{ text }}{% endfor %}",
+        "{{ ('{0}' * 10 ** 5).format('a' * 10 ** 6) }}",
+        "{{ ('a\n' * 10 ** 5) | indent('b' * 10 ** 6) }}",
+        "{{ ('a ' * 10 ** 5) | wordwrap(1, wrapstring='b' * 10 ** 6) }}",
+        "{{ [1] | batch(10 ** 10, 0) | list }}",
+        TWICE.replace("START", "'a'").replace("PLUS", "~"),
+        TWICE.replace("START", "[1]").replace("PLUS", "+"),
+    ],
+)
+def test_a_template_that_fills_the_memory_is_refused(template: str):
+    with pytest.raises(UserError, match=r"here: the chat template refuses .* it needs more than 1 GB of memory"):
+        ChatTemplate(template, {"eos_token": "<e>"}).render([{"role": "user", "content": "Q"}], "here")
 
 
 def test_an_address_in_memory_is_refused_unless_the_conversation_has_it():

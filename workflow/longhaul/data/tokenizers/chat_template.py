@@ -21,6 +21,7 @@ from longhaul.data.readers.conversations import Message, Tool
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.control_tokens import ControlTokens, contain_private_characters
 from longhaul.runtime.cpu_time_limit import cpu_time_limit
+from longhaul.runtime.memory_limit import memory_limit
 
 Span = tuple[int, int]
 """[start, end) in a text, in characters or in bytes of UTF-8."""
@@ -28,6 +29,7 @@ Span = tuple[int, int]
 _THINK, _THINK_END = "<think>", "</think>"
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 RENDER_LIMIT_S = 10
+RENDER_MEMORY_BYTES = 10**9
 REMEDY = "give a template with {% generation %} markers as tokenizer.chat_template (templates/chat has some)"
 
 
@@ -173,7 +175,7 @@ class ChatTemplate:
         import jinja2
 
         try:
-            with cpu_time_limit(RENDER_LIMIT_S):
+            with cpu_time_limit(RENDER_LIMIT_S), memory_limit(RENDER_MEMORY_BYTES):
                 return render_chat(
                     self.template, conversation.messages, conversation.tools, prompt, self.special_tokens
                 )
