@@ -83,7 +83,8 @@ class Columns(FrozenModel):
     messages: SingleLine = Field(default="messages", description="kind chat: column with a list of {role, content}.")
     prompt: Text | None = Field(
         default=None,
-        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages. Or a "
+        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages, whose "
+        "answers are outside of the loss. Or a "
         'template that joins columns, such as "{instruction}\\n{input}": an empty column is left out together with the text '
         "before it.",
     )

@@ -221,6 +221,15 @@ def test_a_template_joins_columns(tmp_path: Path, instruction: str, given: str |
     assert _read(tmp_path / "a.jsonl", "chat", columns=ALPACA) == [messages]
 
 
+def test_answers_in_a_prompt_are_outside_of_the_loss_unless_they_have_a_weight(tmp_path: Path):
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    row = {"prompt": [question, answer, {**answer, "weight": 1}, question], "completion": [answer, question, answer]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (found,) = _read(tmp_path / "a.jsonl", "chat", columns={"prompt": "prompt", "completion": "completion"})
+    weights = [message.get("weight") for message in found if isinstance(message, dict)]
+    assert weights == [None, 0, 1, None, None, None, None]
+
+
 def test_a_template_whose_columns_are_all_empty_is_refused(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "", "input": None, "output": "A"}))
     with pytest.raises(UserError, match=r"a.jsonl:1: instruction and input are empty"):

@@ -73,6 +73,23 @@ def test_reasoning_counts_in_the_loss_as_configured(tmp_path: Path, tokenizer_fo
     assert "First 40" in tokenizer.decode(tokens)
 
 
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_only_the_completion_of_a_prompt_with_answers_is_in_the_loss(
+    tmp_path: Path, tokenizer_folder: Path, column: str
+):
+    """In `messages`, all three answers are."""
+    answer = {"role": "assistant", "content": "A"}
+    prompt = [{"role": "user", "content": "Q"}, answer, {"role": "user", "content": "Q"}, answer]
+    row = {"prompt": prompt, "completion": [{"role": "user", "content": "Q"}, answer]}
+    row["messages"] = row["prompt"] + row["completion"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    columns = {"messages": "messages"} if column == "messages" else {"prompt": "prompt", "completion": "completion"}
+    settings = dataset("chat", columns=columns, validation_fraction=0)
+    manifest = make_shards(tmp_path, tokenizer_folder, [tmp_path / "a.jsonl"], settings)
+    one_answer = {"messages": 3, "prompt": 1}[column]
+    assert manifest.splits["train"]["loss_tokens"] == one_answer * 2, "A and EOS"
+
+
 def test_prompt_and_completion_become_a_conversation(tmp_path: Path, tokenizer_folder: Path):
     lines = [json.dumps({"p": f"Q{i}", "c": "A"}) for i in range(3)] + [
         '{"p": [{"role": "user", "content": "Q"}], "c": "A"}'

@@ -116,10 +116,9 @@ def _content(values: dict[str, object], where: object, dataset: Dataset) -> str 
         return validated_text(values[columns.text], where, columns.text)
     if not (columns.prompt and columns.completion):
         return validated_messages(values[columns.messages], where)
-    return [
-        *_prompt_or_completion(values, columns.prompt, "user", where),
-        *_prompt_or_completion(values, columns.completion, "assistant", where),
-    ]
+    prompt = _prompt_or_completion(values, columns.prompt, "user", where)
+    completion = _prompt_or_completion(values, columns.completion, "assistant", where)
+    return [*map(_as_context, prompt), *completion]
 
 
 def _unread_part_keys(values: dict[str, object], dataset: Dataset) -> tuple[str, ...]:
@@ -135,6 +134,11 @@ def _prompt_or_completion(values: dict[str, object], column: str, role: str, whe
     if isinstance(values[column], list):
         return validated_messages(values[column], where)
     return [{"role": role, "content": validated_text(values[column], where, column)}]
+
+
+def _as_context(message: Message) -> Message:
+    """Return a message of a prompt: an answer in it is outside of the loss, as in TRL, unless the data gives it a weight."""
+    return {"weight": 0, **message} if message["role"] == "assistant" else message
 
 
 def _joined_columns(values: dict[str, object], template: str, where: object) -> str:

@@ -105,7 +105,10 @@ class IndexedSources:
     def settings(self, encoder: str, threshold: int) -> dict[str, object]:
         """Return everything that a chunk's shards depend on, apart from its sources."""
         dataset = self.job.dataset
+        # Earlier releases had the answers of a prompt in the loss. Only shards of such datasets are made again.
+        prompts = {"answers_of_prompts": "context"} if dataset.kind == "chat" and dataset.columns.prompt else {}
         return {
+            **prompts,
             "version": _LAYOUT_VERSION,
             "kind": dataset.kind,
             "columns": dataset.columns.of_kind(dataset.kind),
