@@ -82,7 +82,7 @@ def test_weights_are_bit_identical_after_kills(finished: PipelineRun, killed: Pi
     assert second.returncode == 2, second.stdout + second.stderr
     assert f"process {first.pid} on " in second.stderr and "works on this run already" in second.stderr
     wait_for(lambda: steps_done(killed) >= 22 and len(start_steps(killed)) == 2, first)
-    first.kill()  # its trainers keep running; those of the next run wait for them
+    first.kill()  # its trainers save and end; those of the next run wait for them
     first.wait()
 
     killed.run(STAGE)

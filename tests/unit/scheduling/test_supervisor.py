@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from longhaul.artifacts.job_state import (
@@ -19,7 +23,9 @@ from longhaul.artifacts.job_state import (
     read_state,
     utc_now,
 )
+from longhaul.artifacts.leases import process_start
 from longhaul.artifacts.paths import JobId, RunPaths
+from longhaul.scheduling import run_job_steps
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.supervised_job import folder_of, supervise, write_job
 
@@ -120,6 +126,68 @@ def test_signal_reaches_the_step_and_cancels_the_job_for_this_invocation_only(tm
     assert failure and failure.failure_class == CANCELLED and failure.cause == f"ended by signal {signal.SIGTERM:d}"
     assert failure.still_applies(failure.key, "this main") and not failure.still_applies(failure.key, "the next main")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is restored"
+
+
+def test_step_that_ignores_sigterm_is_killed_with_the_processes_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A rank of torchrun is in a session of its own."""
+    monkeypatch.setattr(run_job_steps, "STOP_S", 0.2)
+    monkeypatch.setattr(run_job_steps, "_LOOK_EVERY_S", 0.05)
+    ignore = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    rank = (
+        ignore
+        + f"os.kill({os.getpid()}, {signal.SIGTERM:d}); open('rank', 'w').write(str(os.getpid())); time.sleep(600)"
+    )
+    starts = f"import subprocess; subprocess.Popen([sys.executable, '-c', {rank!r}], start_new_session=True).wait()"
+    spec = write_job(tmp_path, ignore + starts)
+    assert supervise(spec) == 1
+    failure = read_failure(Path(spec.folder))
+    assert failure and failure.cause == f"ended by signal {signal.SIGTERM:d}"
+    assert not psutil.pid_exists(int((tmp_path / "rank").read_text()))
+
+
+def test_second_signal_sends_no_second_sigterm_to_the_step(tmp_path: Path):
+    """torchrun would leave its ranks in the middle of a save."""
+    counts = (
+        "import os, signal, time; got = []; signal.signal(signal.SIGTERM, lambda *_: got.append(1)); "
+        f"[(os.kill({os.getpid()}, number), time.sleep(0.1)) for number in ({signal.SIGINT:d}, {signal.SIGTERM:d})]; "
+        "open('got', 'w').write(str(len(got)))"
+    )
+    assert supervise(write_job(tmp_path, counts)) == 0
+    assert (tmp_path / "got").read_text() == "1"
+
+
+def test_job_ends_with_a_main_process_that_is_killed(tmp_path: Path):
+    """SIGKILL: the main process can end nothing itself. The step saves and stops as after SIGTERM."""
+    outcome = str(tmp_path / "results/small/stages/base/outcome.json")
+    step = (
+        "import signal, time; from pathlib import Path; from longhaul.artifacts.job_state import Outcome; "
+        f"signal.signal(signal.SIGTERM, lambda *_: (Outcome('stopped by a signal', 5).write(Path({outcome!r})), exit(0))); "
+        "Path('begun').touch(); time.sleep(600)"
+    )
+    spec = write_job(tmp_path, step)
+    launch = str(folder_of(spec).launch_spec)
+    main = (
+        "import subprocess, sys; from longhaul.artifacts.leases import Lease; from longhaul.artifacts.paths import RunPaths; "
+        "assert Lease(RunPaths('small').lease).try_acquire(); "
+        f"command = [sys.executable, '-m', 'longhaul', 'job', 'supervise', {launch!r}]; "
+        "job = subprocess.Popen(command); open('supervisor', 'w').write(str(job.pid)); job.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", main]) as process:
+        wait_until((tmp_path / "begun").exists)
+        process.kill()
+    supervisor = int((tmp_path / "supervisor").read_text())
+    wait_until(lambda: process_start(supervisor) is None)
+    state = read_state(Path(spec.folder))
+    assert state and (state.state, state.reason) == ("waiting", "stopped by a signal")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_early_stop_leaves_the_job_waiting_for_the_next_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -103,8 +103,8 @@ class AllocationEnd:
         sys.exit(1)
 
     def _fail_if_signalled(self, failure: Failure) -> None:
-        if number := self._signals.received:
-            self.fail(replace(failure, failure_class=CANCELLED, cause=f"ended by signal {number}"))
+        if self._signals.received:
+            self.fail(replace(failure, failure_class=CANCELLED, cause=self._signals.cause))
 
     def _exit_if_slurm_ends_it(self, failure: Failure) -> None:
         info = self._allocation.slurm_info()

@@ -5,6 +5,7 @@
 | a node does not respond                         | quarantines the node and requeues the job without it         |
 | a training stops at the end of its allocation   | requeues the job                                             |
 | a failure would happen again                    | writes failure.json and exits                                |
+| without Slurm, `longhaul run` is killed         | ends the steps with SIGTERM, so that they save               |
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import psutil
+
 from longhaul.artifacts.job_state import Outcome, State
+from longhaul.artifacts.leases import Lease, LeaseOwner
+from longhaul.artifacts.paths import RunPaths
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation, join_allocation
@@ -51,7 +56,8 @@ class Supervisor:
         earlier = self.records.begin(allocation)
         self._quarantine_down_nodes(earlier)
         self.records.write_running()
-        steps = StepRunner(self.job, allocation, self.records.allocation_number, self.signals)
+        main_process = None if self.job.slurm else _main_process_above(self.job.run)
+        steps = StepRunner(self.job, allocation, self.records.allocation_number, self.signals, main_process)
         end = AllocationEnd(self.job, allocation, self.records, self.signals)
         self.steps = steps
         with self.signals, self._deadline_updates(allocation) as self.deadline:
@@ -96,3 +102,10 @@ class Supervisor:
             self.deadline.refresh_now()
         elif self.steps:
             self.steps.terminate()
+
+
+def _main_process_above(run: str) -> LeaseOwner | None:
+    """Return the main process of the run if it has started this process; None for a job that a user has started."""
+    owner = Lease(RunPaths(run).lease).current_owner()
+    above = {process.pid for process in psutil.Process().parents()}
+    return owner if owner and owner.is_on_this_host and owner.pid in above else None

@@ -12,64 +12,17 @@ only when the step ends.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import select
 import signal
 import subprocess
 import sys
 import time
 
-import psutil
+from longhaul.runtime.process_tree import adopt_orphans, kill_descendants, signal_at_end_of_parent
 
 STOP_S = 20.0
 """Time that a command gets to stop after SIGTERM."""
 _POLL_S = 0.1
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-
-
-def adopt_orphans() -> None:
-    """Make this process the parent of all orphans below it."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def kill_descendants(spared: frozenset[int] = frozenset()) -> None:
-    """Kill and reap all processes below this one, apart from `spared` and what is below them."""
-    while found := [child for child in psutil.Process().children() if child.pid not in spared]:
-        for child in found:
-            for process in (child, *_below(child)):
-                _kill(process)
-        # Children of a killed process become children of this one, if it adopted orphans: look again.
-        psutil.wait_procs(found, timeout=5)
-        _reap()
-
-
-def _below(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill(process: psutil.Process) -> None:
-    try:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return
-
-
-def _reap() -> None:
-    """Remove the records of ended children that nothing waits for."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
-
-
-def signal_at_end_of_parent(number: int) -> None:
-    """Make Linux send this process a signal when its parent ends, even by kill -9."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _die_with_parent() -> None:

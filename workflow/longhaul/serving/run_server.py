@@ -21,10 +21,10 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
+from longhaul.runtime.process_tree import signal_at_end_of_parent
 from longhaul.serving.api_key import read_key_file
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import LOOPBACK, Server, ServerShape
-from longhaul.serving.guard_processes import signal_at_end_of_parent
 from longhaul.serving.link_server_nodes import NodeLink, first_node_address, node_link
 from longhaul.serving.server_process import (
     engine_variables,

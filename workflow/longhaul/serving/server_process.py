@@ -18,8 +18,9 @@ import psutil
 
 from longhaul.errors import UserError
 from longhaul.runtime.process_rank import forget_launcher
+from longhaul.runtime.process_tree import adopt_orphans, kill_descendants, signal_at_end_of_parent
 from longhaul.serving.engines import Server
-from longhaul.serving.guard_processes import STOP_S, adopt_orphans, kill_descendants, signal_at_end_of_parent
+from longhaul.serving.guard_processes import STOP_S
 from longhaul.serving.link_server_nodes import NodeLink, first_node_ended
 
 _POLL_S = 0.25
