@@ -25,6 +25,7 @@ from longhaul.jobs.kinds.tokenize_jobs import shared_artifacts
 from longhaul.scheduling.snakefile_functions import (
     RuleSettings,
     chats_before_training,
+    fail_run,
     fetch_key,
     finish_run,
     load_run_plan,
@@ -118,4 +119,9 @@ def on_start():
         )
 
 
-run_hooks_in_module(workflow, on_start, lambda: finish_run(PLAN))
+def on_error():
+    if workflow.is_main_process:
+        fail_run()
+
+
+run_hooks_in_module(workflow, on_start, lambda: finish_run(PLAN), on_error)

@@ -249,6 +249,13 @@ def test_stop_by_ctrl_c_or_sigterm_is_shown_with_what_follows(tmp_path: Path) ->
         assert message in Path(job_scheduler.__file__).read_text(), "Snakemake says it in these words"
 
 
+def test_stop_of_jobs_on_this_machine_says_how_long_they_may_take(tmp_path: Path) -> None:
+    events = JobEvents(RunPaths("r", tmp_path), 3)
+    events.runs_here = True
+    line = str(events.line(record(message="Terminating processes on user request, this might take some time.")))
+    assert "trainings save first (5 min at most; another Ctrl-C or signal kills them)" in line
+
+
 def test_warnings_and_errors_pass_and_snakemakes_own_work_does_not(tmp_path: Path) -> None:
     events = JobEvents(RunPaths("r", tmp_path), 3)
     assert events.line(record(message="Unlocked working directory.")) == "Unlocked working directory."

@@ -121,7 +121,9 @@ def limit_retries(allowed_restarts: Callable[[Any, int], int]) -> None:
     setattr(Job, "restart_times", property(lambda job: allowed_restarts(job, usual.fget(job))))  # noqa: B010
 
 
-def run_hooks_in_module(workflow: Any, on_start: Callable[[], None], on_success: Callable[[], None]) -> None:
+def run_hooks_in_module(
+    workflow: Any, on_start: Callable[[], None], on_success: Callable[[], None], on_error: Callable[[], None]
+) -> None:
     """Run the hooks of a workflow that another Snakefile uses as a module: Snakemake ignores a module's own hooks.
 
     Hooks that the using Snakefile declares before its `module` statement run first.
@@ -132,6 +134,7 @@ def run_hooks_in_module(workflow: Any, on_start: Callable[[], None], on_success:
         return
     workflow._onstart = _chained(workflow._onstart, on_start)
     workflow._onsuccess = _chained(workflow._onsuccess, on_success)
+    workflow._onerror = _chained(workflow._onerror, on_error)
 
 
 def _chained(first: Callable[[Any], None], second: Callable[[], None]) -> Callable[[Any], None]:

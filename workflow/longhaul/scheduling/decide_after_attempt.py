@@ -104,7 +104,7 @@ class AllocationEnd:
 
     def _fail_if_signalled(self, failure: Failure) -> None:
         if self._signals.received:
-            self.fail(replace(failure, failure_class=CANCELLED, cause=self._signals.cause))
+            self.fail(replace(failure, failure_class=CANCELLED, cause=self._signals.cause, remedy=_RESUME_REMEDY))
 
     def _exit_if_slurm_ends_it(self, failure: Failure) -> None:
         info = self._allocation.slurm_info()

@@ -31,6 +31,7 @@ from longhaul.report.status_text import progress_lines, progress_view, start_lin
 from longhaul.scheduling.dry_run_lines import NOTHING_TO_RUN, TARGET_RULE, jobs_to_run
 from longhaul.scheduling.read_job_queue import RecentQueue, queue_asker
 from longhaul.scheduling.retry_policy import SnakemakeJob, cancel_next_attempt, is_of_this_process, next_attempt
+from longhaul.scheduling.run_job_steps import STOP_S
 
 _LOG_EVERY_S, _TERMINAL_EVERY_S, _QUEUE_EVERY_S = 60.0, 5.0, 30.0
 _SHARE_OF_A_CORE = 0.005
@@ -61,11 +62,16 @@ _NO_NEWS = (
 )
 """Beginnings of messages that Snakemake logs before the first job and that say nothing about this run."""
 
+_TERMINATING = "Terminating processes on user request"
 _STOPPED = {
-    "Terminating processes on user request": "the running jobs are being stopped",
+    _TERMINATING: "the running jobs are being stopped",
     "Will exit after finishing currently running jobs": "no other job is started, and this ends with the running jobs",
 }
 """Beginning of a message that Snakemake logs after Ctrl-C or SIGTERM -> what it means for the run."""
+_STOPPED_HERE = (
+    f"the running jobs end, trainings save first ({text.duration(STOP_S)} at most; another Ctrl-C or signal kills them)"
+)
+"""The same where the jobs run on this machine."""
 
 _SAID_OTHERWISE = (
     "Exiting because a job execution failed",
@@ -106,13 +112,15 @@ class RunDisplay:
             if self._live and record.__dict__.get("event") == LogEvent.JOB_ERROR:
                 self._changed.set()  # else the table would still say for a while that the job runs
 
-    def start(self, jobs: Iterable[SnakemakeJob] = (), keeps_going: bool = False) -> None:
+    def start(self, jobs: Iterable[SnakemakeJob] = (), keeps_going: bool = False, runs_here: bool = False) -> None:
         """Show what the run will make, then the status, until the process ends or `finish` is called.
 
         jobs:        Snakemake's jobs that are about to run
         keeps_going: Snakemake starts other jobs when one has failed and does not start again (--keep-going)
+        runs_here:   the jobs run on this machine
         """
         self._events.to_run = {job.jobid: job for job in jobs}
+        self._events.runs_here = runs_here
         self._events.keeps_going = keeps_going
         atexit.register(self.close)
         with suppress(UserError, OSError):
@@ -186,6 +194,7 @@ class JobEvents:
         self.left: set[str] | None = None
         """Jobs of the plan that are not done; None if the status could not be read at the start of the run."""
         self.keeps_going = False
+        self.runs_here = False
         self._starts_no_job = False
         self._jobs: dict[int, _Job] = {}
         self._failed: set[int] = set()
@@ -212,6 +221,8 @@ class JobEvents:
             return self._starts_again(int(retried[1]))
         if stopped := next((what for begin, what in _STOPPED.items() if str(record.msg).startswith(begin)), None):
             self._start_no_job()
+            if self.runs_here and str(record.msg).startswith(_TERMINATING):
+                stopped = _STOPPED_HERE
             return f"stopped by a user or a signal: {stopped}; the same command continues the run later"
         return record.getMessage() if event in (None, LogEvent.ERROR) and self._is_news(record) else None
 

@@ -37,6 +37,7 @@ from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, s
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
+from longhaul.scheduling.end_local_jobs import LocalJobs
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
@@ -287,6 +288,8 @@ def _stays_finished(plan: Plan, stage: str) -> bool:
 
 _displays: list[RunDisplay] = []
 """The display of this main process, once Snakemake has read the rules; none in a dry run."""
+_local_jobs: list[LocalJobs] = []
+"""The jobs of this main process, once it starts jobs and where these run on this machine."""
 
 
 def patch_snakemake(plan: Plan, is_main_process: bool) -> None:
@@ -352,8 +355,12 @@ def start_run(plan: Plan, jobs: Iterable[SnakemakeJob], keeps_going: bool) -> No
     _or_exit(retry_policy.refuse_known_failures, jobs)
     retry_policy.print_failures_at_exit(plan.paths)
     _record_jobs_to_run(plan.paths, jobs)
+    runs_here = plan.site.scheduler == "local"
     for display in _displays:
-        display.start(jobs, keeps_going)
+        display.start(jobs, keeps_going, runs_here)
+    if runs_here:
+        _local_jobs.append(LocalJobs())
+        _local_jobs[-1].end_at_signal()
 
 
 def _write_changed_plan(plan: Plan) -> None:
@@ -387,3 +394,11 @@ def finish_run(plan: Plan) -> None:
     retry_policy.cancel_print_at_exit()
     for display in _displays:
         display.finish()
+
+
+def fail_run() -> None:
+    """Wait for local jobs that end after a signal, and exit with that signal's code: Snakemake would exit with 1."""
+    for jobs in _local_jobs:
+        jobs.wait_until_ended()
+        if jobs.received:
+            sys.exit(128 + jobs.received)
