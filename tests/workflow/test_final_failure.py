@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,23 @@ def test_permanent_failure_is_attempted_once_printed_last_and_then_refused(tmp_p
     assert first.stderr.count("tokenizer failed; log: ") == 1, "Snakemake's own messages about it are not shown"
     for noise in ("CalledProcessError", "Exiting because", "At least one job", "keep-incomplete"):
         assert noise not in first.stderr
+
+    status = subprocess.run(
+        [sys.executable, "-m", "longhaul", "status", "run.yaml", "--json"],
+        cwd=chain.folder,
+        env=chain.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    state = json.loads(status.stdout)
+    job = next(job for job in state["jobs"] if job["name"] == "tokenizer")
+    assert state["state"] == job["state"] == "failed"
+    assert f"Run tiny: failed (0 of {len(state['jobs'])} jobs done)" in first.stderr
+    assert "report.html is not renewed" not in first.stderr
+    assert f"Report: {chain.results / 'report.html'}\n" in first.stderr
+    report = html.unescape((chain.results / "report.html").read_text())
+    assert f"tokenizer failed: {job['detail']}. Remedy: {job['remedy']}" in report and job["detail"] in printed[1]
 
     again = chain.snakemake(TOKENIZER, "--retries", "3")
     assert again.returncode == 2 and attempts(chain) == 1, again.stderr

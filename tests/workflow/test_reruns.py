@@ -154,6 +154,19 @@ def test_deleted_report_is_written_alone(run: PipelineRun):
     assert run.would_run() == {}
 
 
+def test_report_of_a_failed_run_is_renewed_also_where_all_results_are_as_before(run: PipelineRun):
+    """Snakemake compares the contents of small inputs: with the former config, they are those of the report before."""
+    report, allowed = run.results / "report.html", run.config["checks"]["min_disk_free_gb"]
+    run.config["checks"]["min_disk_free_gb"] = 1e6
+    run.save()
+    assert run.snakemake().returncode == 1
+    assert "The run is <strong>failed</strong>" in report.read_text()
+    run.config["checks"]["min_disk_free_gb"] = allowed
+    run.save()
+    run.run()
+    assert "The run is <strong>done</strong>" in report.read_text() and run.would_run() == {}
+
+
 def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: PipelineRun):
     """Snakemake does not compare parameters of jobs after a job that reruns, even if its output is ancient()."""
     run.config["checks"]["min_disk_free_gb"] = 0.2

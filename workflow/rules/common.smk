@@ -121,7 +121,7 @@ def on_start():
 
 def on_error():
     if workflow.is_main_process:
-        fail_run()
+        fail_run(workflow, PLAN)
 
 
 run_hooks_in_module(workflow, on_start, lambda: finish_run(PLAN), on_error)

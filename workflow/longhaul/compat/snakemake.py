@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from snakemake.cli import args_to_api
 from snakemake.dag import DAG
-from snakemake.io import flag, is_flagged
+from snakemake.io import IOFile, flag, is_flagged
 from snakemake.persistence import PersistenceBase
 
 _ORDER_ONLY = "order_only"
@@ -119,6 +120,17 @@ def limit_retries(allowed_restarts: Callable[[Any, int], int]) -> None:
 
     usual: Any = Job.restart_times
     setattr(Job, "restart_times", property(lambda job: allowed_restarts(job, usual.fget(job))))  # noqa: B010
+
+
+def make_again_in_next_run(workflow: Any, output: Path, newer_input: Path) -> None:
+    """Let the next run make an output again, although all that it is made from may be as before.
+
+    Snakemake makes an output again if an input is newer, and if its content is not the one in the output's record.
+    """
+    workflow.persistence.cleanup_metadata(IOFile(str(output)))
+    os.utime(newer_input)
+    before_s = newer_input.stat().st_mtime - 1
+    os.utime(output, (before_s, before_s))
 
 
 def run_hooks_in_module(

@@ -32,13 +32,15 @@ from longhaul.report.status_text import sum_of_estimates
 TEMPLATES = data_root() / "templates" / "report"
 
 
-def write_report(folder: Path, out: Path, ask_queue: AskQueue) -> None:
+def write_report(folder: Path, out: Path, ask_queue: AskQueue, main_process_ends: bool = False) -> None:
     """Write the report of `folder`, which is results/<run>, to `out`.
+
+    main_process_ends: as in read_status
 
     Raises:
         UserError: nothing has run yet, an artifact is damaged or of another release, or `out` cannot be written.
     """
-    page = render_page(read_run(folder, ask_queue))
+    page = render_page(read_run(folder, ask_queue, main_process_ends))
     write_text(writable_file(out), page)
 
 

@@ -117,17 +117,18 @@ class RunResults:
     timespans: list[JobTimespan]
 
 
-def read_run(folder: Path, ask_queue: AskQueue | None = None) -> RunResults:
+def read_run(folder: Path, ask_queue: AskQueue | None = None, main_process_ends: bool = False) -> RunResults:
     """Read what a run has made so far.
 
     folder:    results/<run>
     ask_queue: asks Slurm for the jobs in its queue; without it, states are those that the jobs recorded last
+    main_process_ends: as in read_status
 
     Raises:
         UserError: there is no plan.json yet, an artifact is damaged, or another release wrote it.
     """
     paths = RunPaths(folder.name, folder.parent)
-    status = read_status(paths, ask_queue)
+    status = read_status(paths, ask_queue, main_process_ends)
     plan = read_typed_json(paths.plan, PlanFile)
     manifests = {name: paths.manifest(name) for name in sorted({row["dataset"] for row in plan["stages"]})}
     data = {name: DataManifest.read(path) for name, path in manifests.items() if path.exists()}

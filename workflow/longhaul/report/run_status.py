@@ -198,10 +198,11 @@ class RunStatus:
         return NOT_STARTED if states == {NOT_STARTED} else INTERRUPTED
 
 
-def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus:
+def read_status(paths: RunPaths, ask_queue: AskQueue | None = None, main_process_ends: bool = False) -> RunStatus:
     """Read the status of a run.
 
-    ask_queue: called once, and only where the run's scheduler is Slurm
+    ask_queue:         called once, and only where the run's scheduler is Slurm
+    main_process_ends: this is the main process, and it ends now: the status is the one that `longhaul status` reads afterwards
 
     Raises:
         UserError: the run has no plan.json yet, or another release wrote it.
@@ -211,7 +212,7 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None) -> RunStatus
     servers = [JobId(SERVE_KIND, (row["name"],)) for row in plan["stages"]]
     servers = [job for job in servers if paths.job(job).launch_spec.exists()]
     queue, problem = _ask(plan, [*jobs, *servers], ask_queue)
-    owner = _living_owner(paths, queue)
+    owner = None if main_process_ends else _living_owner(paths, queue)
 
     trained = [JobId(STAGE_KIND, (row["name"],)) for row in plan["stages"]]
     to_run = read_jobs_to_run(paths)

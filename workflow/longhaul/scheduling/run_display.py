@@ -149,6 +149,21 @@ class RunDisplay:
             summary = "\n".join(summary_lines(status, time.monotonic() - self._begun_s))
             self._console.print(printable(summary), markup=False)
 
+    def fail(self, report_problem: str) -> None:
+        """Show the summary of a run that failed or was stopped; the causes follow at exit.
+
+        report_problem: why the report could not be written; "" if it is written
+        """
+        self.close()
+        self._queue.forget()
+        with suppress(UserError, OSError):
+            status = read_status(self._paths, self._queue, main_process_ends=True)
+            if report_problem:
+                status = replace(status, report=None)
+            self._console.print(printable("\n".join(summary_lines(status))), markup=False)
+        if report_problem:
+            self._print(f"warning: report.html is not renewed: {report_problem}")
+
     def _print(self, line: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')}  {printable(line)}", markup=False)
 

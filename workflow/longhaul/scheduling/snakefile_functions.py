@@ -38,6 +38,7 @@ from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
 from longhaul.scheduling.end_local_jobs import LocalJobs
+from longhaul.scheduling.report_failed_run import report_failed_run
 from longhaul.scheduling.request_at_submission import require_enough_nodes, submitted_request
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.sbatch_refusals import record_refusal, warner_of_waiting_jobs
@@ -396,9 +397,17 @@ def finish_run(plan: Plan) -> None:
         display.finish()
 
 
-def fail_run() -> None:
-    """Wait for local jobs that end after a signal, and exit with that signal's code: Snakemake would exit with 1."""
+def fail_run(workflow: Any, plan: Plan) -> None:
+    """Write the report and show the summary of a run that failed or was stopped.
+
+    After a signal, wait for local jobs before, and exit with the signal's code: Snakemake would exit with 1.
+    """
     for jobs in _local_jobs:
         jobs.wait_until_ended()
+    problem = report_failed_run(workflow, plan.paths)
+    for display in _displays:
+        with suppress(OSError):  # the terminal may be closed
+            display.fail(problem)
+    for jobs in _local_jobs:
         if jobs.received:
             sys.exit(128 + jobs.received)
