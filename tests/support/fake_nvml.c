@@ -100,8 +100,12 @@ int nvmlDeviceGetNvLinkState(void *gpu, uint link, uint *out) {
     return code;
 }
 int nvmlDeviceGetNvLinkErrorCounter(void *gpu, uint link, uint counter, ull *out) {
+    static const char *names[] = {"replays", "recoveries", "crc_flits", "crc_data"};
+    ull lacks_counters = 0;
+    number(gpu, "no_nvlink_errors", &lacks_counters);
+    if (lacks_counters || counter > 3) return 3;
     *out = 0;
-    if (counter == 0) indexed(gpu, "replays", link, out);
+    indexed(gpu, names[counter], link, out);
     return 0;
 }
 int nvmlDeviceGetComputeRunningProcesses_v3(void *gpu, uint *count, process_info *out) {

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def healthy_gpu(model: str, index: int) -> dict[str, Any]:
 
 
 def read_fake_gpus(
-    library: Path, gpus: list[Mapping[str, Any]], uuids: tuple[str, ...] = (), **node: Any
+    library: Path, gpus: Sequence[Mapping[str, Any]], uuids: tuple[str, ...] = (), **node: Any
 ) -> dict[str, Any]:
     """Return what read_gpus finds, in a process that loads the fake library. node: init, the code of nvmlInit."""
     lines = [f"0 {key} {value}" for key, value in {"gpus": len(gpus), **node}.items()]

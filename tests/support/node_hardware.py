@@ -40,8 +40,8 @@ def gpu(index: int, **changes: Any) -> GpuFacts:
         "ecc_uncorrected": 0, "ecc_corrected": 0, "ecc_uncorrected_ever": 0, "remapping_pending": False,
         "remapping_failed": False, "slowdowns": [], "sm_clock_mhz": 1980, "sm_clock_max_mhz": 1980, "power_limit_w": 700.0,
         "power_limit_default_w": 700.0, "persistence": True, "mig": False, "processes": [], "nvlinks": 18,
-        "nvlinks_down": [], "nvlink_errors": {}, "pcie_generation": 5, "pcie_generation_max": 5, "pcie_width": 16,
-        "pcie_width_max": 16,
+        "nvlinks_down": [], "nvlink_errors": {}, "nvlink_errors_before": {}, "pcie_generation": 5, "pcie_generation_max": 5,
+        "pcie_width": 16, "pcie_width_max": 16,
     }  # fmt: skip
     return GpuFacts(**{**facts, **changes})
 

@@ -24,7 +24,14 @@ from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
 from longhaul.checks.amd_gpu_reading import read_amd_gpus
 from longhaul.checks.gpu_names import names_of_torch_gpus
 from longhaul.checks.hardware_facts import read_hardware
-from longhaul.checks.nvidia_gpu_facts import GpuReading, chosen_gpus, read_gpus, with_processes_left, with_processes_of
+from longhaul.checks.nvidia_gpu_facts import (
+    GpuReading,
+    chosen_gpus,
+    read_gpus,
+    with_earlier_nvlink_errors,
+    with_processes_left,
+    with_processes_of,
+)
 from longhaul.checks.process_limits import lockable_bytes
 from longhaul.checks.sysfs_files import read_text
 from longhaul.config.software_config import build_name
@@ -56,6 +63,7 @@ def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
     found = gpus()
     idle = _released_gpus(earlier, [gpu["uuid"] for gpu in found])
     measured, (now, now_amd) = _measure(job, found)
+    now = with_earlier_nvlink_errors(idle, with_processes_of(idle, now))
     return {
         "host": host,
         "kernel": platform.release(),
@@ -66,7 +74,7 @@ def node_facts(host: str, job: EnvironmentSpec) -> dict[str, Any]:
         "write_error": write_error(folder),
         "compiler": compiler(),
         "gpus": found,
-        "hardware": read_hardware(with_processes_of(idle, now), with_earlier_processes(earlier_amd, now_amd)),
+        "hardware": read_hardware(now, with_earlier_processes(earlier_amd, now_amd)),
         "measured": measured,
         "versions": versions(),
     }

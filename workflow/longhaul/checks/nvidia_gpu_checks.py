@@ -14,6 +14,7 @@ from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn
 from longhaul.checks.gpu_names import gpu_name, short_address
 from longhaul.checks.kernel_log import KernelError, KernelLog, is_fatal
 from longhaul.checks.nvidia_gpu_facts import GpuFacts, GpuReading
+from longhaul.checks.nvlink_errors import nvlink_error_rows
 from longhaul.checks.xid_errors import ROW_REMAPPED, xid_failure
 from longhaul.config.gpu_datasheets import datasheet
 
@@ -84,7 +85,10 @@ def nvidia_rows(
             rows += _power_rows(component, gpu)
             rows.append(clock_row(component, "SM clock", gpu, "sm_clock_mhz", _RESET_CLOCK))
             rows += _pcie_rows(component, gpu)
-            rows += _nvlink_rows(component, gpu, expected[gpu.name] if min_nvlinks is None else min_nvlinks)
+            links = expected[gpu.name] if min_nvlinks is None else min_nvlinks
+            rows += _nvlink_rows(component, gpu, links)
+            if links and gpu.nvlinks:
+                rows += nvlink_error_rows(component, gpu)
     return rows
 
 
@@ -168,9 +172,6 @@ def _nvlink_rows(component: Component, gpu: GpuFacts, expected: int) -> Iterator
     value = f"{gpu.nvlinks} active" + (f", not active: {', '.join(map(str, gpu.nvlinks_down))}" if is_short else "")
     remedy = "let the admins check the NVLinks and the NVSwitches (nvidia-smi nvlink -s, fabric manager's log)"
     yield component.row("NVLinks", value, f"{expected} active", "fail" if is_short else "ok", remedy)
-    errors = gpu.nvlink_errors
-    text = ", ".join(f"{count} on link {number}" for number, count in errors.items()) or "0"
-    yield component.row("NVLink errors", text, "0", "warn" if errors else "ok", WATCH)
 
 
 def kernel_log_rows(node: str, log: KernelLog, reading: GpuReading, gpus_per_node: int) -> list[CheckRow]:

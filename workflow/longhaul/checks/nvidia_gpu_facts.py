@@ -6,6 +6,7 @@ have is None, and `unavailable` holds NVML's reason.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,12 @@ SLOWDOWNS = {
 """Bits of nvmlClocksEventReasons (nvml.h) that lower the clocks of a GPU at work."""
 PATHS = {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 """nvmlGpuTopologyLevel_t (nvml.h) -> the word of `nvidia-smi topo -m` for the path over PCIe between two GPUs."""
+NVLINK_ERRORS = {0: "replays", 1: "recoveries", 2: "CRC errors of flits", 3: "CRC errors of data"}
+"""nvmlNvLinkErrorCounter_t (nvml.h) -> the kind of error, as in `nvidia-smi nvlink -e`. A sender sends again (replay), or trains
+the link anew (recovery); a receiver finds a wrong checksum in flow control or in data. NVML's sums of all links of a GPU,
+NVML_FI_DEV_NVLINK_*_ERROR_COUNT_TOTAL, stay 0 on Hopper (github.com/DataDog/datadog-agent/pull/55966). The counter of ECC errors
+(4) is not read: no source says how many a healthy link has."""
+CRC_ERRORS = (NVLINK_ERRORS[2], NVLINK_ERRORS[3])
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,10 @@ class GpuFacts:
     is_loaded:     the GPU was at work just before, so its clocks and its PCIe link are at full speed
     nvlinks:       number of active NVLinks
     nvlinks_down:  numbers of the NVLinks that are not active
-    nvlink_errors: number of an NVLink -> replays, recoveries and CRC errors, where there are any
+    nvlink_errors: kind of NVLINK_ERRORS -> number of an NVLink -> errors
     paths:         UUID of another GPU of the node -> a word of PATHS
+
+    nvlink_errors_before: the same in an earlier reading, `watched_s` seconds before
     """
 
     index: int
@@ -56,11 +65,13 @@ class GpuFacts:
     processes: list[str] | None
     nvlinks: int | None
     nvlinks_down: list[int]
-    nvlink_errors: dict[int, int]
+    nvlink_errors: dict[str, dict[int, int]] | None
     pcie_generation: int | None
     pcie_generation_max: int | None
     pcie_width: int | None
     pcie_width_max: int | None
+    nvlink_errors_before: dict[str, dict[int, int]] | None = None
+    watched_s: float = 0.0
     paths: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
@@ -71,11 +82,13 @@ class GpuReading:
 
     error: why NVML cannot be used; `gpus` is empty then
     lost:  index of a GPU that does not answer -> NVML's reason
+    at_s:  time of the reading by the node's monotonic clock
     """
 
     gpus: list[GpuFacts]
     error: str = ""
     lost: dict[int, str] = field(default_factory=dict)
+    at_s: float = 0.0
 
 
 def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReading:
@@ -98,13 +111,13 @@ def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReadin
 
 
 def _read_all(pynvml: Any, is_loaded: bool) -> GpuReading:
-    found, lost = [], {}
+    found, lost, at_s = [], {}, time.monotonic()
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
             found.append(_gpu_facts(pynvml, index, pynvml.nvmlDeviceGetHandleByIndex(index), is_loaded))
         except pynvml.NVMLError as error:
             lost[index] = str(error)
-    return GpuReading([replace(gpu, paths=_paths(pynvml, gpu, found)) for gpu in found], lost=lost)
+    return GpuReading([replace(gpu, paths=_paths(pynvml, gpu, found)) for gpu in found], lost=lost, at_s=at_s)
 
 
 def _paths(pynvml: Any, gpu: GpuFacts, gpus: Iterable[GpuFacts]) -> dict[str, str]:
@@ -151,6 +164,15 @@ def with_processes_of(earlier: GpuReading, now: GpuReading) -> GpuReading:
     """Return `now` with the processes of an earlier reading, when this process did not use the GPUs yet."""
     processes = {gpu.uuid: gpu.processes for gpu in earlier.gpus}
     return replace(now, gpus=[replace(gpu, processes=processes.get(gpu.uuid)) for gpu in now.gpus])
+
+
+def with_earlier_nvlink_errors(earlier: GpuReading, now: GpuReading) -> GpuReading:
+    """Return `now` with the NVLinks' errors of an earlier reading, to tell new errors from old ones."""
+    before, watched_s = {gpu.uuid: gpu.nvlink_errors for gpu in earlier.gpus}, now.at_s - earlier.at_s
+    return replace(
+        now,
+        gpus=[replace(gpu, nvlink_errors_before=before.get(gpu.uuid), watched_s=watched_s) for gpu in now.gpus],
+    )
 
 
 class _Nvml:
@@ -253,10 +275,12 @@ def _nvlinks(nvml: _Nvml) -> dict[int, bool] | None:
     return found or None
 
 
-def _nvlink_errors(nvml: _Nvml, links: Iterable[int]) -> dict[int, int]:
-    """Return the sum of each link's error counters (nvmlNvLinkErrorCounter_t 0 to 3) that is not 0."""
-    sums = {}
+def _nvlink_errors(nvml: _Nvml, links: Iterable[int]) -> dict[str, dict[int, int]] | None:
+    """Return the counters of all links by kind; None where NVML has none."""
+    found: dict[str, dict[int, int]] = {}
     for link in links:
-        counts = [nvml.read("nvlink_errors", "NvLinkErrorCounter", link, counter) for counter in range(4)]
-        sums[link] = sum(count or 0 for count in counts)
-    return {link: count for link, count in sums.items() if count}
+        for counter, kind in NVLINK_ERRORS.items():
+            count = nvml.read("nvlink_errors", "NvLinkErrorCounter", link, counter)
+            if count is not None:
+                found.setdefault(kind, {})[link] = count
+    return found or None
