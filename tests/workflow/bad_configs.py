@@ -1101,6 +1101,7 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("binds '--pwn' is not an absolute path",),
     ),
     ("reserved variable", {}, {"environment": {"PYTHONPATH": "/x"}}, ("environment sets PYTHONPATH", "remove it")),
+    ("variable of a launcher", {}, {"environment": {"WORLD_SIZE": "2"}}, ("environment sets WORLD_SIZE", "remove it")),
     ("reserved srun option", {}, {"srun_extra": ["--nodes=1"]}, ("srun_extra contains --nodes", "remove it")),
     ("fewer cores than GPUs", {}, {"partitions.0.node.cpus": 4}, ("cpus 4 is less than gpus 8",)),
     ("local scheduler with 16 nodes", {}, {"scheduler": "local"}, ("the site is one machine", "with max_nodes 1")),

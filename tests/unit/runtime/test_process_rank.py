@@ -18,9 +18,13 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
         (TORCHRUN, (3, 4, 1, 2)),
         ({**TORCHRUN, **SRUN}, (5, 8, 1, 2)),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, (0, 1, 0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 1, 0, 1)),
         ({}, (0, 1, 0, 1)),
     ],
-    ids=["srun task", "torchrun", "srun task with torchrun's variables", "batch script", "single process"],
+    ids=[
+        *("srun task", "torchrun", "srun task with torchrun's variables", "batch script"),
+        *("PyTorchJob of Kubernetes", "single process"),
+    ],
 )
 def test_rank_is_read_from_srun_then_torchrun(environ: dict[str, str], expected: tuple[int, ...]):
     rank = this_rank(environ)

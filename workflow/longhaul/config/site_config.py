@@ -24,23 +24,11 @@ from longhaul.config.partition_config import JobPlace, NodeShape, Partition
 from longhaul.config.site_serving_config import Serving
 from longhaul.config.slurm_options import RESERVED_SRUN_EXTRA, check_options
 from longhaul.config.software_config import Accelerator, AcceleratorOrCpu, Software
+from longhaul.runtime.launcher_variables import launcher_variables, srun_variables
 
 # Where the jobs of a kind run when no partition serves that kind.
 _FALLBACKS: dict[JobPlace, JobPlace] = {"login": "cpu", "cpu": "gpu", "debug": "gpu"}
-# Variables that the launch script, srun, torchrun or the supervisor sets for each process.
-_RESERVED_VARIABLES = {
-    "PATH",
-    "PYTHONPATH",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_NTASKS",
-    "SLURM_JOB_ID",
-}
+_RESERVED_VARIABLES = {"PATH", "PYTHONPATH", "SLURM_JOB_ID"}
 
 _MOST_GB_PER_S = 5000.0
 """More than the NVLink of any GPU has: 1,800 GB/s of Blackwell in both directions."""
@@ -265,6 +253,10 @@ class Site(FrozenModel):
         if reserved := sorted(_RESERVED_VARIABLES & set(self.environment)):
             raise ValueError(
                 f"environment sets {reserved[0]}, which longhaul sets for each job; remove it, or load a module instead"
+            )
+        if of_launchers := [*launcher_variables(self.environment), *srun_variables(self.environment)]:
+            raise ValueError(
+                f"environment sets {of_launchers[0]}, which srun, torchrun or another launcher sets for each process; remove it"
             )
         check_options("srun_extra", self.srun_extra, RESERVED_SRUN_EXTRA)
         return self

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from longhaul.errors import UserError
+from longhaul.runtime.launcher_variables import launcher_variables
 from longhaul.runtime.log_lines import StampedLines
 
-_LAUNCHER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
-)
+_OF_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def this_rank(environ: Mapping[str, str] = os.environ) -> Rank:
             int(environ[f"SLURM_{key}"]) for key in ("PROCID", "NTASKS", "LOCALID", "NNODES")
         )
         return Rank(rank, world, local_rank, nodes, host)
-    if "RANK" in environ:
+    if environ.keys() >= _OF_TORCHRUN:  # other launchers set some of them
         world, local_world = int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]))
         return Rank(int(environ["RANK"]), world, int(environ["LOCAL_RANK"]), world // local_world, host)
     return Rank(0, 1, 0, 1, host)
@@ -72,13 +70,13 @@ def require_planned_size(rank: Rank, world_size: int, nodes: int) -> None:
 
 
 def forget_launcher() -> None:
-    """Remove the variables by which other libraries take this process for one of several, such as those of an outer torchrun.
+    """Remove the variables by which other libraries take this process for one of several.
 
     With LOCAL_RANK alone, accelerate waits for RANK; on CPUs it reads the sizes, too (accelerate/state.py). Cray's srun sets
     PMI_SIZE.
     """
-    for name in _LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
+    for name in launcher_variables(os.environ):
+        del os.environ[name]
 
 
 def export_rank(rank: Rank) -> None:

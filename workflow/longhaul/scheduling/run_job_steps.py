@@ -29,6 +29,7 @@ from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import AttemptLogs
 from longhaul.jobs.environment_variables import COLLECTIVE_RECORDS
 from longhaul.jobs.job_spec import LaunchSpec
+from longhaul.runtime.launcher_variables import without_launcher
 from longhaul.runtime.process_tree import adopt_orphans, kill_descendants, signal_at_end_of_parent
 from longhaul.scheduling.allocation import Allocation
 from longhaul.scheduling.master_address import master_address
@@ -145,7 +146,7 @@ class StepRunner:
 
         Each step gets another port, because a process of the last attempt may still listen on the last one.
         """
-        variables = dict(os.environ)
+        variables = without_launcher(os.environ, self._job.slurm)
         if log:
             variables.setdefault(COLLECTIVE_RECORDS, AttemptLogs.collective_record_prefix(Path(log.name)))
         if not self._job.slurm:
