@@ -11,6 +11,7 @@ import pytest
 from longhaul.artifacts.endpoint import Endpoint
 from tests.support.pipeline_run_on_cluster import SITE as CLUSTER
 from tests.support.served_run import KEY, ServedRun
+from tests.support.slurm_conf import CONTROLLER
 from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
@@ -26,8 +27,8 @@ SITE = {
 class ServedOnCluster(ServedRun):
     """A run whose verbs are called on the login node."""
 
-    def __init__(self, folder: Path, cluster: VirtualCluster) -> None:
-        super().__init__(folder, {"nodes": 2, "gpus_per_node": 2, "drain_s": 1, "minutes": 5}, SITE)
+    def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int = 2) -> None:
+        super().__init__(folder, {"nodes": nodes, "gpus_per_node": 2, "drain_s": 1, "minutes": 5}, SITE)
         self.cluster = cluster
 
     def command(self, *options: str) -> list[str]:
@@ -100,3 +101,23 @@ def test_stop_cancels_the_job_and_leaves_no_process(run: ServedOnCluster):
         check=True,
     )
     assert "serve-base" not in shown.stdout
+
+
+def test_a_node_that_takes_its_name_for_the_loopback_serves_the_cluster(cluster: VirtualCluster, tmp_path: Path):
+    """As Debian writes /etc/hosts."""
+    names = tmp_path / "hosts"
+    names.write_text(f"127.0.0.1 localhost\n127.0.1.1 n1 n2\n{cluster.address(CONTROLLER)} {CONTROLLER}\n")
+    run = ServedOnCluster(tmp_path.resolve(), cluster, nodes=1)
+    run.write_export()
+    for node in ("n1", "n2"):
+        cluster.run("mount", "--bind", str(names), "/etc/hosts", host=node)
+    try:
+        assert run.call().returncode == 0
+        endpoint = run.wait_until_ready()
+        assert endpoint.url.startswith(f"http://{cluster.address(endpoint.owner.host)}:")
+        assert run.ask(endpoint, KEY) == "200"
+        assert run.call("--stop").returncode == 0
+        wait_for(lambda: not run.queue() and not run.processes())
+    finally:
+        for node in ("n1", "n2"):
+            cluster.run("umount", "/etc/hosts", host=node)

@@ -35,9 +35,8 @@ def test_server_asks_for_the_key_and_stops_without_a_trace(run: ServedRun):
     _check_that_the_key_is_secret(run)
     _check_that_only_loopback_listens(run)
     shown = _longhaul(run, "status", "results/small")
-    assert f"vllm answers at {endpoint.url}, model small-base, API key in {endpoint.key_file}" in " ".join(
-        shown.split()
-    )
+    place = f"{endpoint.url} (on {endpoint.owner.host} only)"
+    assert f"vllm answers at {place}, model small-base, API key in {endpoint.key_file}" in " ".join(shown.split())
     second = run.call()
     assert second.returncode == 2 and f"process {endpoint.owner.pid}" in second.stderr and "--stop" in second.stderr
     answers: list[int] = []

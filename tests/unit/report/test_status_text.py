@@ -179,6 +179,10 @@ def test_the_endpoint_of_a_server_is_shown_without_its_key() -> None:
     endpoint = Endpoint("http://10.0.0.1:8000/v1", "r-base", "vllm", "k.yaml", True, LeaseOwner("n1", 5, None))
     for found, words in (
         (endpoint, "vllm answers at http://10.0.0.1:8000/v1, model r-base, API key in k.yaml"),
+        (
+            replace(endpoint, url="http://127.0.0.1:80/v1"),
+            "vllm answers at http://127.0.0.1:80/v1 (on n1 only), model r-base",
+        ),
         (replace(endpoint, ready=False), "vllm loads the model; it will answer at http://10.0.0.1:8000/v1"),
         (replace(endpoint, key_file=None), "model r-base, no API key"),
         (None, "serve-base (job 9) running: on n1"),

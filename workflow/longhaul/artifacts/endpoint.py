@@ -30,6 +30,11 @@ class Endpoint(Artifact):
     ready: bool
     owner: LeaseOwner
 
+    @property
+    def place(self) -> str:
+        """Return the URL, and for an address that each host has, the host that it is on."""
+        return f"{self.url} (on {self.owner.host} only)" if self.url.startswith("http://127.") else self.url
+
 
 def read_endpoint(path: Path) -> Endpoint | None:
     """Read endpoint.json; None if it is missing or damaged, or if its process has ended without removing it."""

@@ -172,7 +172,9 @@ def _server_line(server: ServerStatus) -> Text:
     endpoint = server.endpoint
     if endpoint is None:
         return _job_line(server.job)
-    answers = f"answers at {endpoint.url}" if endpoint.ready else f"loads the model; it will answer at {endpoint.url}"
+    answers = (
+        f"answers at {endpoint.place}" if endpoint.ready else f"loads the model; it will answer at {endpoint.place}"
+    )
     key = f", API key in {endpoint.key_file}" if endpoint.key_file else ", no API key"
     line = _job_line(server.job)
     return line.append(printable(f"\n  {endpoint.engine} {answers}, model {endpoint.model}{key}"))

@@ -246,6 +246,12 @@ def settings() -> dict[str, str]:
     return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
 
 
+def controller_hosts() -> list[str]:
+    """Return the addresses or names of slurmctld's hosts, the primary one first; none if Slurm does not answer."""
+    values = [value for key, value in settings().items() if key.startswith("SlurmctldHost[")]
+    return [re.sub(r".*\((.+)\)", r"\1", value) for value in values]  # head(10.0.0.1), or head alone
+
+
 def accounts_are_checked() -> bool:
     """Return whether Slurm refuses an account that it does not know; True if it does not say.
 

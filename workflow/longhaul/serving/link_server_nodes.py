@@ -80,6 +80,8 @@ def _link(rank: Rank) -> Iterator[NodeLink]:
 def first_node_address(nodes: int) -> str:
     """Return the IPv4 address of a job's first node.
 
+    A loopback address is right for one node: it may be the whole cluster, or the site file names the interface `lo`.
+
     Raises:
         UserError: it has none, it is public, or the other nodes cannot reach it.
     """

@@ -184,7 +184,7 @@ class _EndpointFile:
 
     def announce(self) -> None:
         replace(self._endpoint, ready=True).write(self._path)
-        print(f"serves {self._endpoint.model} at {self._endpoint.url}", flush=True)
+        print(f"serves {self._endpoint.model} at {self._endpoint.place}", flush=True)
 
     def withdraw(self) -> None:
         self._path.unlink(missing_ok=True)
