@@ -51,10 +51,18 @@ def name_resolves_to(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 def test_a_server_listens_in_the_clusters_network_and_never_at_a_public_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    name_resolves_to(monkeypatch, "10.1.2.3")
-    assert run_server._listening_address(spec(tmp_path)) == "10.1.2.3"
+    name_resolves_to(monkeypatch, "127.0.5.5")
+    assert run_server._listening_address(spec(tmp_path)) == "127.0.5.5"
     name_resolves_to(monkeypatch, "8.8.8.8")
     with pytest.raises(UserError, match=r"8\.8\.8\.8, the address of the first node n1, is public") as error:
+        run_server._listening_address(spec(tmp_path))
+    assert "interconnect.master_address.interface" in error.value.hint
+
+
+def test_an_address_that_the_node_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name_resolves_to(monkeypatch, "198.51.100.7")  # for documentation: no host has it
+    message = rf"198\.51\.100\.7, the address of the first node n1, is none of {socket.gethostname()}: Cannot assign"
+    with pytest.raises(UserError, match=message) as error:
         run_server._listening_address(spec(tmp_path))
     assert "interconnect.master_address.interface" in error.value.hint
 

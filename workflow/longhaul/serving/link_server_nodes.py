@@ -21,6 +21,7 @@ from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 
 _CONNECT_TIMEOUT_S, _RETRY_S = 180.0, 1.0
 """Nodes of one srun start within seconds. Imports from a cold shared file system take up to minutes."""
+_INTERFACE = "name a network interface of the cluster in the site file: interconnect.master_address.interface"
 
 
 class NodeLinkError(UserError):
@@ -71,7 +72,8 @@ def node_link(nodes: int) -> Iterator[NodeLink | None]:
 
 @contextmanager
 def _link(rank: Rank) -> Iterator[NodeLink]:
-    address, engine_port = first_node_address(rank.nodes), int(os.environ["MASTER_PORT"])
+    address = listening_address(rank.nodes) if rank.is_main else first_node_address(rank.nodes)
+    engine_port = int(os.environ["MASTER_PORT"])
     # The next port is that of the job's next step, which starts after this one.
     with _listen(address, engine_port + 1, rank.nodes) if rank.is_main else _connect(address, engine_port + 1) as link:
         yield NodeLink(rank.rank, address, link.getsockname()[0], engine_port, link)
@@ -86,17 +88,35 @@ def first_node_address(nodes: int) -> str:
         UserError: it has none, it is public, or the other nodes cannot reach it.
     """
     name = os.environ["MASTER_ADDR"]
-    hint = "name a network interface of the cluster in the site file: interconnect.master_address.interface"
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        raise UserError(f"the first node's name {name} has no address: {error}", hint) from None
+        raise UserError(f"the first node's name {name} has no address: {error}", _INTERFACE) from None
     if ipaddress.ip_address(address).is_global:
         raise UserError(
-            f"{address}, the address of the first node {name}, is public: a server must not listen there", hint
+            f"{address}, the address of the first node {name}, is public: a server must not listen there", _INTERFACE
         )
     if nodes > 1 and ipaddress.ip_address(address).is_loopback:
-        raise UserError(f"the first node's name {name} is {address}: the other nodes cannot reach it there", hint)
+        raise UserError(f"the first node's name {name} is {address}: the other nodes cannot reach it there", _INTERFACE)
+    return address
+
+
+def listening_address(nodes: int) -> str:
+    """Return the IPv4 address of a job's first node, which is this one.
+
+    Raises:
+        UserError: as first_node_address, or this node does not have the address, as with an outdated entry of a name service.
+    """
+    address = first_node_address(nodes)
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise UserError(
+                f"{address}, the address of the first node {os.environ['MASTER_ADDR']}, is none of {socket.gethostname()}: "
+                f"{error.strerror}",
+                _INTERFACE,
+            ) from None
     return address
 
 

@@ -25,7 +25,7 @@ from longhaul.runtime.process_tree import signal_at_end_of_parent
 from longhaul.serving.api_key import read_key_file
 from longhaul.serving.check_access import check_address, check_keys, listening_addresses
 from longhaul.serving.engines import LOOPBACK, Server, ServerShape
-from longhaul.serving.link_server_nodes import NodeLink, first_node_address, node_link
+from longhaul.serving.link_server_nodes import NodeLink, listening_address, node_link
 from longhaul.serving.server_process import (
     engine_variables,
     free_port,
@@ -47,7 +47,7 @@ def run(job: ServeSpec) -> None:
 
     Raises:
         UserError: the export is damaged, the engine does not start or listens at another address than planned, or the node has
-            only a public address.
+            not the address of its name, or a public one.
         RuntimeError: the engine ended unexpectedly.
     """
     signal_at_end_of_parent(signal.SIGTERM)
@@ -203,7 +203,7 @@ def _listening_address(job: ServeSpec) -> str:
     """Return where the server listens: on this machine alone without Slurm or without a key, else in the cluster's network."""
     if job.local or job.key_file is None:
         return LOOPBACK
-    return first_node_address(job.nodes)
+    return listening_address(job.nodes)
 
 
 def _require_free_port(server: Server) -> None:
