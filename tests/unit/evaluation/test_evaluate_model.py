@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from aiohttp import ContentTypeError
+from lm_eval.tasks import manager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from longhaul.artifacts.artifact_schemas import Export, TaskData
@@ -277,6 +278,32 @@ def test_data_of_the_hub_come_from_what_fetch_stored(tmp_path: Path, exported: P
     shutil.rmtree(stored)
     write_questions(stored)  # as fetch does it
     run(job)
+
+
+def test_pinned_data_stay_as_they_are_where_the_code_of_a_task_transforms_them(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`datasets` writes what Dataset.map returns beside the data, which may lie where the job cannot write."""
+    tasks, stored = tmp_path / "lm_eval_tasks", tmp_path / "stored"
+    tasks.mkdir()
+    keys = yaml.safe_dump({**TASK, "task": "mapped", "dataset_path": "org/quiz", "process_docs": "utils.shout"})
+    (tasks / "mapped.yaml").write_text(keys.replace("process_docs: ", "process_docs: !function "))
+    (tasks / "utils.py").write_text(
+        "def shout(rows):\n    return rows.map(lambda row: {'question': row['question'].upper()})\n"
+    )
+    monkeypatch.setattr(manager, "__file__", str(tasks / "manager.py"))
+    write_questions(stored)
+    folders = [stored, *(path for path in stored.rglob("*") if path.is_dir())]
+    files = {str(path.relative_to(stored)): file_sha256(path) for path in stored.rglob("*") if path.is_file()}
+    data = TaskData(request=dataset_request("org/quiz", None, {}), revision="r", path=str(stored), files=files)
+    job = spec(tmp_path, exported, task="mapped", task_files=(), task_data=(data,))
+    for folder in folders:
+        folder.chmod(0o555)
+    run(job)
+    for folder in folders:
+        folder.chmod(0o755)
+    assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 5
+    assert {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()} == files.keys()
 
 
 @pytest.mark.slow  # lm_eval reads its 14,000 task files to find a name

@@ -209,6 +209,19 @@ def test_data_of_an_evaluation_task_are_pinned_and_stored_for_jobs_without_a_net
     assert stored.load(path="org/quiz", name=None)["test"]["answer"] == ["2"]
 
 
+def test_recorded_hashes_of_task_data_are_those_of_the_files_that_were_downloaded(
+    tmp_path: Path, hub: Hub, fetch: Fetch
+):
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    changes = {"stages": [{**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}]}
+    assert fetch(tmp_path, changes).returncode == 0
+    lock = Lock.read(tmp_path / "results" / "small.lock.json")
+    (tmp_path / lock.tasks[0]["path"] / "test" / "cache-1.arrow").write_text("of another program")
+    hub.served.clear()
+    assert fetch(tmp_path, changes).returncode == 0
+    assert Lock.read(tmp_path / "results" / "small.lock.json") == lock and hub.served == []
+
+
 def test_task_whose_data_the_hub_does_not_have(tmp_path: Path, fetch: Fetch):
     (tmp_path / "quiz.yaml").write_text(QUIZ.replace("org/quiz", "org/none"))
     stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}

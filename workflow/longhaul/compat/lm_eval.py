@@ -17,6 +17,8 @@ def build_tasks(
 ) -> dict[str, list[Any]]:
     """Return by name the tasks and groups of lm_eval. Building a task loads its dataset.
 
+    What tasks make of their data is kept in a temporary folder of this process.
+
     own:          task -> its keys, for tasks of the user; all other names are looked up in lm_eval's own tasks
     load_dataset: has the arguments of datasets.load_dataset, and is called instead of it
 
@@ -46,6 +48,9 @@ def _datasets_loaded_with(load_dataset: Callable[..., Any]) -> Iterator[None]:
     """
     import datasets
 
+    # Tasks transform documents, also after the block. `datasets` would keep the results as cache-*.arrow files beside the data,
+    # which are pinned and may lie where a job cannot write.
+    datasets.disable_caching()
     original = datasets.load_dataset
     datasets.load_dataset = load_dataset  # pyright: ignore[reportPrivateImportUsage]
     try:

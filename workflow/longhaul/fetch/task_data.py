@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.artifacts.artifact_schemas import TaskData
-from longhaul.artifacts.atomic_files import content_hash, file_sha256
+from longhaul.artifacts.atomic_files import content_hash, file_sha256, write_json
 from longhaul.artifacts.task_data_lock_key import dataset_request, reads_local_files
+from longhaul.artifacts.typed_json import Sha256, read_typed_json
 from longhaul.compat.lm_eval import build_tasks
 from longhaul.config.load_config import LoadedConfig
 from longhaul.errors import UserError, first_line
@@ -22,7 +23,8 @@ _INSTALL = "pip install 'longhaul[evaluate]' where longhaul runs"
 def fetch_task_data(loaded: LoadedConfig, folder: Path) -> list[TaskData]:
     """Store every dataset that the run's tasks load; a stored dataset is not downloaded again.
 
-    folder: gets one subfolder per dataset, named by a hash of repository, revision and options
+    folder: gets one subfolder per dataset, named by a hash of repository, revision and options, and beside it a record of its
+            files' hashes, written last
 
     Raises:
         UserError: lm_eval is not installed, a task does not exist or has a metric that is code of the Hub, or its data cannot
@@ -82,14 +84,13 @@ class _Recorder:
 
         commit = str(HfApi().dataset_info(path, revision=options.get("revision", "main")).sha)
         folder = self._folder / content_hash([request, commit])
-        if not folder.exists():
-            partial = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
-            self._download(path=path, name=name, **(options | {"revision": commit})).save_to_disk(partial)
-            partial.rename(folder)
-        files = {
-            str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()
-        }
+        record = folder.with_suffix(".json")
+        if not (folder.exists() and record.exists()):
+            shutil.rmtree(folder, ignore_errors=True)  # of a fetch that was killed
+            self._download(path=path, name=name, **(options | {"revision": commit})).save_to_disk(folder)
+            files = {str(file.relative_to(folder)): file_sha256(file) for file in folder.rglob("*") if file.is_file()}
+            write_json(record, dict(sorted(files.items())))
+        files = read_typed_json(record, dict[str, Sha256])
         return TaskData(request=request, revision=commit, path=str(folder), files=files)
 
 
