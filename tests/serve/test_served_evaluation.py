@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.config.serve_config import Serve
@@ -60,9 +59,8 @@ VLLM = Serving(
 
 def score(folder: Path, export: Path, keys: dict[str, Any], serving: Serving | None) -> float:
     """Evaluate an export on QUESTIONS, and return the score."""
-    data, file, out = folder / "rows.jsonl", folder / "task.yaml", folder / "result.json"
+    data, out = folder / "rows.jsonl", folder / "result.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    file.write_text(yaml.safe_dump({**keys, "dataset_kwargs": {"data_files": {"test": str(data)}}}))
     run(
         EvaluateSpec(
             run="small",
@@ -71,7 +69,7 @@ def score(folder: Path, export: Path, keys: dict[str, Any], serving: Serving | N
             task=keys["task"],
             export=str(export),
             pretrained=None,
-            task_files=(str(file),),
+            own_task={**keys, "dataset_kwargs": {"data_files": {"test": str(data)}}},
             data_files=(str(data),),
             task_data=(),
             limit=None,

@@ -22,15 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from longhaul.artifacts.artifact_schemas import Export, TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.artifacts.evaluation_result import EvaluationResult
-from longhaul.artifacts.paths import RunPaths
+from longhaul.artifacts.paths import JobId, RunPaths
 from longhaul.artifacts.task_data_lock_key import dataset_request
 from longhaul.config.serve_config import Serve
 from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.evaluation import evaluate_model
 from longhaul.evaluation.evaluate_model import read_scores, run
+from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
-from longhaul.planning.evaluation_tasks import SHIPPED_TASKS
+from longhaul.planning.load_plan import DEMO, config_path, load_plan
 from longhaul.serving import local_server
 from longhaul.serving.link_server_nodes import NodeLink
 from tests.support import bigram_engine
@@ -72,10 +73,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spec(tmp_path: Path, exported: Path, keys: dict[str, Any] | None = None, **changes: Any) -> EvaluateSpec:
     """Return the spec of an evaluation on QUESTIONS. keys: replace those of TASK"""
-    data, file = tmp_path / "quiz.jsonl", tmp_path / "quiz.yaml"
+    data = tmp_path / "quiz.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     local = {"dataset_kwargs": {"data_files": {"test": str(data)}}}
-    file.write_text(yaml.safe_dump({**TASK, **local, **(keys or {})}))
     values: dict[str, Any] = {
         "run": "small",
         "stage": "base",
@@ -83,7 +83,7 @@ def spec(tmp_path: Path, exported: Path, keys: dict[str, Any] | None = None, **c
         "task": "quiz",
         "export": str(exported),
         "pretrained": None,
-        "task_files": (str(file),),
+        "own_task": {**TASK, **local, **(keys or {})},
         "data_files": (str(data),),
         "task_data": (),
         "limit": None,
@@ -139,12 +139,17 @@ def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, 
 def test_tasks_of_the_demo_give_their_scores(
     tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, task: str, metrics: set[str]
 ):
+    """In a copy of the demo's config with another run's name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("multiprocessing.Pool", None)  # a fork of this process, which has threads, may never end
-    data = RunPaths("demo").fetched / "docstrings-evaluation.jsonl"
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(config_path(Path(DEMO)).read_text().replace("run: demo", "run: mine"))
+    planned = job_spec(load_plan(copy), JobId("evaluate", ("chat", "trained", task)))
+    assert isinstance(planned, EvaluateSpec)
+    data = RunPaths("mine").fetched / "docstrings-evaluation.jsonl"
     data.parent.mkdir(parents=True)
     data.write_text("".join(json.dumps(row | {"answer": "one"}) + "\n" for row in QUESTIONS))
-    job = spec(tmp_path, exported, task=task, task_files=(str(SHIPPED_TASKS / f"{task}.yaml"),), limit=4, chat=True)
+    job = spec(tmp_path, exported, task=task, own_task=planned.own_task, limit=4, chat=True)
     run(job)
     scores = EvaluationResult.read(Path(job.out)).scores
     assert {score["metric"] for score in scores} == metrics and {score["documents"] for score in scores} == {4}
@@ -296,7 +301,7 @@ def test_pinned_data_stay_as_they_are_where_the_code_of_a_task_transforms_them(
     folders = [stored, *(path for path in stored.rglob("*") if path.is_dir())]
     files = {str(path.relative_to(stored)): file_sha256(path) for path in stored.rglob("*") if path.is_file()}
     data = TaskData(request=dataset_request("org/quiz", None, {}), revision="r", path=str(stored), files=files)
-    job = spec(tmp_path, exported, task="mapped", task_files=(), task_data=(data,))
+    job = spec(tmp_path, exported, task="mapped", own_task=None, task_data=(data,))
     for folder in folders:
         folder.chmod(0o555)
     run(job)

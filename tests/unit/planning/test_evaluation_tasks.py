@@ -10,7 +10,7 @@ import yaml
 
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
-from longhaul.jobs.job_kind import job_kinds, job_request, job_spec
+from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
 from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, read_task_files
@@ -133,6 +133,25 @@ def test_every_task_of_every_model_is_a_job_that_waits_for_its_export(tmp_path: 
     request = job_request(plan, jobs[0])
     assert (request.nodes, request.gpus_per_node, request.tasks, request.minutes) == (1, 2, 1, 30)
     assert plan.needs_fetch, "lm_eval downloads the data of arc_easy"
+
+
+def test_a_task_of_the_user_changes_no_other_evaluation(tmp_path: Path):
+    """Each evaluation reads the task file of its own task alone."""
+    job, keys = JobId("evaluate", ("chat", "trained", "arc_easy")), []
+    for more in ({}, {"files": ["quiz.yaml"]}):
+        plan = planned(tmp_path, {"tasks": ["arc_easy", *(["quiz"] if more else [])], **more})
+        keys.append((job_rerun_key(plan, job), evaluation_inputs(plan, job)))
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("written", ["a-{run}.jsonl", ["a-{run}.jsonl"], {"test": "a-{run}.jsonl"}])
+def test_data_files_of_a_task_contain_the_name_of_the_run(tmp_path: Path, written: Any):
+    (tmp_path / "a-small.jsonl").touch()
+    task = {"dataset_kwargs": {"data_files": written}, "doc_to_text": "{run} {{question}}"}
+    plan = planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task)
+    spec = job_spec(plan, JobId("evaluate", ("chat", "trained", "quiz")))
+    assert isinstance(spec, EvaluateSpec) and spec.own_task and spec.data_files == ("a-small.jsonl",)
+    assert "small" in str(spec.own_task["dataset_kwargs"]) and spec.own_task["doc_to_text"] == "{run} {{question}}"
 
 
 def test_local_task_needs_no_fetch(tmp_path: Path):

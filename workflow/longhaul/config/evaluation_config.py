@@ -21,7 +21,7 @@ class Evaluation(FrozenModel):
     files: tuple[SingleLine, ...] = Field(
         default=(),
         description="Task files of your own: paths relative to the config file, or names of files in `config/evaluation/`. Their "
-        "data files are relative to the working folder.",
+        "data files are relative to the working folder; `{run}` in them stands for the run's name.",
     )
     starting_model: bool = Field(
         default=False,

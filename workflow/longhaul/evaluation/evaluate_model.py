@@ -17,7 +17,6 @@ from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.compat.lm_eval import build_tasks, no_metrics_of_the_hub
-from longhaul.config.strict_yaml import read_yaml
 from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
 from longhaul.evaluation.served_model import run_part_of_served_model, served_model
@@ -129,7 +128,7 @@ def _verified_model(job: EvaluateSpec) -> tuple[str, str | None]:
 
 
 def _build_tasks(job: EvaluateSpec, cache: Path) -> list[Any]:
-    own = {str(config["task"]): config for config in (read_yaml(Path(path)) for path in job.task_files)}
+    own = {job.task: job.own_task} if job.own_task else {}
     try:
         return build_tasks([job.task], own, OfflineDatasets(job.task_data, cache).load)[job.task]
     except KeyError:

@@ -36,8 +36,8 @@ AGGREGATIONS = frozenset({
 class TaskFile:
     """One task file of the user.
 
-    config:     its keys, in the format of lm-evaluation-harness (docs/task_guide.md there)
-    data_files: files on this machine that the task reads, as they are written in it; () where it reads a repository of the Hub
+    config:     its keys, in the format of lm-evaluation-harness (docs/task_guide.md there), with the run's name for {run}
+    data_files: files on this machine that the task reads; () where it reads a repository of the Hub
     """
 
     path: Path
@@ -56,7 +56,8 @@ def read_task_files(loaded: LoadedConfig, stage: Stage) -> list[TaskFile]:
         return []
     key = f"stages.{stage.name}.evaluate.files"
     paths = [_task_path(loaded, key, written) for written in stage.evaluate.files]
-    return [_read_task_file(key, path, path.stat().st_mtime_ns if path.exists() else 0) for path in paths]
+    run = loaded.config.run
+    return [_read_task_file(key, path, run, path.stat().st_mtime_ns if path.exists() else 0) for path in paths]
 
 
 def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
@@ -67,7 +68,7 @@ def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
 
 
 @cache
-def _read_task_file(key: str, path: Path, _changed_ns: int) -> TaskFile:
+def _read_task_file(key: str, path: Path, run: str, _changed_ns: int) -> TaskFile:
     """Read a task file once per process until it changes: a plan asks for each several times."""
     config = read_yaml(path)
     task = config.get("task")
@@ -91,7 +92,24 @@ def _read_task_file(key: str, path: Path, _changed_ns: int) -> TaskFile:
             "write it as {data_files: FILE.jsonl}, for example",
         )
     _check_metrics(f"{key}: {path}", config.get("metric_list") or [])
+    config = _name_run_in_data_files(config, run)
     return TaskFile(path, task, config, _local_files(config))
+
+
+def _name_run_in_data_files(config: dict[str, Any], run: str) -> dict[str, Any]:
+    """Return a task's keys with the run's name for {run} in its data files: the demo's are below results/{run}."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {split: named(files) for split, files in value.items()}
+        if isinstance(value, list):
+            return [named(file) for file in value]
+        return value.replace("{run}", run) if isinstance(value, str) else value
+
+    options = config.get("dataset_kwargs") or {}
+    if "data_files" not in options:
+        return config
+    return {**config, "dataset_kwargs": {**options, "data_files": named(options["data_files"])}}
 
 
 def _check_metrics(where: str, metrics: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.paths import JobId
@@ -14,7 +15,7 @@ from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 from longhaul.planning.check_inference_servers import has_served_evaluation
-from longhaul.planning.evaluation_tasks import evaluated_models, read_task_files
+from longhaul.planning.evaluation_tasks import TaskFile, evaluated_models, read_task_files
 from longhaul.planning.serving_memory import ExportDtype
 from longhaul.planning.serving_plan import server_size
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
@@ -31,8 +32,8 @@ class EvaluateSpec(JobSpec):
     task: str
     export: str | None  # manifest of the export that is evaluated, which names its folder; None: a pretrained model
     pretrained: str | None  # folder of the pretrained model; None: an export
-    task_files: tuple[str, ...]  # files of the user that define tasks
-    data_files: tuple[str, ...]  # local files that these tasks read
+    own_task: dict[str, Any] | None  # keys of the user's task file; None: a task or group of lm_eval
+    data_files: tuple[str, ...]  # local files that it reads
     task_data: tuple[TaskData, ...]  # what fetch downloaded for the run's tasks
     limit: int | None
     num_fewshot: int | None
@@ -49,14 +50,11 @@ class EvaluateSpec(JobSpec):
     context_tokens: int | None
     out: str
 
-    def input_texts(self) -> Iterable[str | None]:
-        return self.task_files
-
     def input_data(self) -> Iterable[str]:
         return self.data_files
 
     def external_paths(self) -> Iterable[str | None]:
-        return (*self.task_files, *self.data_files, self.pretrained)
+        return (*self.data_files, self.pretrained)
 
 
 def _jobs(plan: Plan) -> list[JobId]:
@@ -73,7 +71,7 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
     stage = plan.stage(name).stage
     evaluation = _evaluation(plan, name)
     exported = plan.evaluated_export(name, model)
-    files = read_task_files(plan.loaded, stage)
+    own_task = _own_task(plan, job)
     planned, is_served = plan.stage(name).serving, has_served_evaluation(stage)
     return EvaluateSpec(
         run=plan.run,
@@ -82,8 +80,8 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
         task=task,
         export=str(plan.paths.export_manifest(exported)) if exported else None,
         pretrained=None if exported else plan.pretrained_folder,
-        task_files=tuple(str(file.path) for file in files),
-        data_files=tuple(str(data) for file in files for data in file.data_files),
+        own_task=own_task.config if own_task else None,
+        data_files=tuple(map(str, own_task.data_files)) if own_task else (),
         task_data=tuple(plan.lock.tasks if plan.lock else ()),
         limit=evaluation.limit,
         num_fewshot=evaluation.num_fewshot,
@@ -102,6 +100,12 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
     )
 
 
+def _own_task(plan: Plan, job: JobId) -> TaskFile | None:
+    """Return the user's task file of an evaluation; None for a task of lm_eval."""
+    name, _, task = job.names
+    return next((file for file in read_task_files(plan.loaded, plan.stage(name).stage) if file.task == task), None)
+
+
 def _evaluation(plan: Plan, stage: str) -> Evaluation:
     evaluation = plan.stage(stage).stage.evaluate
     assert evaluation is not None
@@ -116,13 +120,13 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
 
 
 def evaluation_inputs(plan: Plan, job: JobId) -> list[Path]:
-    """Return the inputs of an evaluation's rule: the export's manifest and the user's files."""
+    """Return the inputs of an evaluation's rule: the export's manifest, and the user's files of the task."""
     name, model, _ = job.names
     exported = plan.evaluated_export(name, model)
-    files = read_task_files(plan.loaded, plan.stage(name).stage)
+    own_task = _own_task(plan, job)
     return [
         *([plan.paths.export_manifest(exported)] if exported else []),
-        *(path for file in files for path in (file.path, *file.data_files) if path.exists()),
+        *(path for path in ((own_task.path, *own_task.data_files) if own_task else ()) if path.exists()),
     ]
 
 
