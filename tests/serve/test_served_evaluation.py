@@ -71,7 +71,7 @@ def score(folder: Path, export: Path, keys: dict[str, Any], serving: Serving | N
             pretrained=None,
             own_task={**keys, "dataset_kwargs": {"data_files": {"test": str(data)}}},
             data_files=(str(data),),
-            task_data=(),
+            task_data=None,
             limit=None,
             num_fewshot=0,
             batch_size=4,

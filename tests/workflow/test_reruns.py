@@ -146,6 +146,29 @@ def test_another_sequence_length_counts_what_it_keeps_and_reruns_only_its_stage(
     assert "dataset chats is made again" not in run.dry_run()
 
 
+def test_another_task_of_the_hub_runs_only_its_evaluation(run: PipelineRun):
+    """Its data have a lock of their own. The files stand for a finished evaluation."""
+    always = {"render": 1, "report": 1}
+    run.config["stages"][1]["evaluate"] = {"tasks": ["arc_easy"]}
+    run.save()
+    assert run.would_run() == {**always, "fetch_task_data": 1, "evaluate": 1}
+    made = [run.results / "task_data/chat/arc_easy.json", run.results / "evaluation/chat/trained/arc_easy.json"]
+    for path in made:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    finished = run.would_run()
+    run.config["stages"][1]["evaluate"] = {"tasks": ["arc_easy", "arc_challenge"]}
+    run.save()
+    added = run.would_run()
+    run.config["stages"][1]["evaluate"] = {"tasks": ["arc_challenge"]}
+    run.save()
+    removed = run.would_run()
+    for folder in ("task_data", "evaluation"):
+        shutil.rmtree(run.results / folder)
+    assert (finished, added) == (always, {**always, "fetch_task_data": 1, "evaluate": 1})
+    assert removed == added
+
+
 def test_deleted_report_is_written_alone(run: PipelineRun):
     (run.results / "report.html").unlink()
     assert run.would_run() == {"report": 1}

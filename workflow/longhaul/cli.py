@@ -132,28 +132,36 @@ def run(context: typer.Context, config: ConfigArgument) -> None:
 @app.command()
 def fetch(
     config: ConfigArgument,
-    out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Lock file; default: results/<run>.lock.json.")
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sources|STAGE/TASK", help="All but the data of evaluation tasks, or only the data of one task."
+        ),
     ] = None,
 ) -> None:
-    """Download what the config names on the hub, and pin its revisions. Needs internet access.
+    """Download what the config names on the hub and what its evaluation tasks load, and pin the revisions. Needs internet access.
 
     Example: `longhaul fetch mine.yaml`
     """
-    from longhaul.artifacts.atomic_files import writable_file
-    from longhaul.artifacts.paths import RunPaths
     from longhaul.config.load_config import load_config
-    from longhaul.fetch.hub_downloads import fetch as fetch_all
-    from longhaul.planning import build_plan
+    from longhaul.fetch.hub_downloads import pin_sources
+    from longhaul.fetch.task_data import pin_task_data
+    from longhaul.planning.evaluation_tasks import tasks_to_fetch
 
     loaded = load_config(_config_path(config))
-    paths = RunPaths(loaded.config.run)
-    deferred = build_plan(loaded).deferred_checks
-    lock = fetch_all(loaded, paths.fetched)
-    build_plan(loaded, lock)
-    lock.write(writable_file(out or paths.lock))
-    for check in deferred:
-        print(f"checked now: {check}")
+    tasks = {
+        f"{stage.name}/{task}": (stage.name, task)
+        for stage in loaded.config.stages
+        for task in tasks_to_fetch(loaded, stage)
+    }
+    if only not in (None, "sources", *tasks):
+        raise UserError(
+            f"--only {only}: nothing of this name is fetched", f"use one of {', '.join(['sources', *tasks])}"
+        )
+    if only in (None, "sources"):
+        pin_sources(loaded)
+    for name in tasks if only is None else [only] if only in tasks else []:
+        pin_task_data(loaded, *tasks[name])
 
 
 @app.command()

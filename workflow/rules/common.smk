@@ -33,6 +33,7 @@ from longhaul.scheduling.snakefile_functions import (
     plan_key,
     scale_test_before_training,
     start_run,
+    task_data_key,
 )
 
 CONFIG, PLAN = load_run_plan(workflow)

@@ -1,6 +1,6 @@
 """
 Evaluates a stage's export, and the model that it starts from if asked, on one task of lm-evaluation-harness.
-IN   results/<run>/export/<stage>.json; the user's files of the task
+IN   results/<run>/export/<stage>.json; results/<run>/task_data/<stage>/<task>.json; the user's files of the task
 OUT  results/<run>/evaluation/<stage>/<model>/<task>.json   (model: trained or start)
 """
 

@@ -19,11 +19,11 @@ from aiohttp import ContentTypeError
 from lm_eval.tasks import manager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from longhaul.artifacts.artifact_schemas import Export, TaskData
+from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.artifacts.task_data_lock_key import dataset_request
+from longhaul.artifacts.task_data_lock import PinnedDataset, TaskDataLock, dataset_request
 from longhaul.config.serve_config import Serve
 from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
@@ -85,7 +85,7 @@ def spec(tmp_path: Path, exported: Path, keys: dict[str, Any] | None = None, **c
         "pretrained": None,
         "own_task": {**TASK, **local, **(keys or {})},
         "data_files": (str(data),),
-        "task_data": (),
+        "task_data": None,
         "limit": None,
         "num_fewshot": 0,
         "batch_size": 5,
@@ -264,17 +264,24 @@ def write_questions(folder: Path) -> None:
     datasets.DatasetDict({"test": datasets.Dataset.from_list(QUESTIONS[:5])}).save_to_disk(str(folder))
 
 
+def write_lock(folder: Path, name: str | None, stored: Path, files: dict[str, str]) -> str:
+    """Write the lock of a task that loads a configuration of org/quiz."""
+    request, lock = dataset_request("org/quiz", name, {}), folder / "lock.json"
+    TaskDataLock([PinnedDataset(request=request, revision="r", path=str(stored), files=files)]).write(lock)
+    return str(lock)
+
+
 def test_data_of_the_hub_come_from_what_fetch_stored(tmp_path: Path, exported: Path):
     stored = tmp_path / "stored"
     write_questions(stored)
     files = {str(path.relative_to(stored)): file_sha256(path) for path in stored.rglob("*") if path.is_file()}
-    data = TaskData(request=dataset_request("org/quiz", "en", {}), revision="r", path=str(stored), files=files)
+    lock = write_lock(tmp_path, "en", stored, files)
     on_the_hub = {"dataset_path": "org/quiz", "dataset_name": "en", "dataset_kwargs": {}}
-    job = spec(tmp_path, exported, on_the_hub, task_data=(data,))
+    job = spec(tmp_path, exported, on_the_hub, task_data=lock)
     run(job)
     assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 5
-    with pytest.raises(UserError, match=r"org/quiz, configuration en, of the task is not in the run's lock"):
-        run(spec(tmp_path, exported, on_the_hub))
+    with pytest.raises(UserError, match=r"org/quiz, configuration de, of the task is not in the lock of its data"):
+        run(spec(tmp_path, exported, {**on_the_hub, "dataset_name": "de"}, task_data=lock))
     shard = next(stored.glob("test/*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0\0")
     with pytest.raises(UserError, match="does not have the SHA-256") as failed:
@@ -300,8 +307,8 @@ def test_pinned_data_stay_as_they_are_where_the_code_of_a_task_transforms_them(
     write_questions(stored)
     folders = [stored, *(path for path in stored.rglob("*") if path.is_dir())]
     files = {str(path.relative_to(stored)): file_sha256(path) for path in stored.rglob("*") if path.is_file()}
-    data = TaskData(request=dataset_request("org/quiz", None, {}), revision="r", path=str(stored), files=files)
-    job = spec(tmp_path, exported, task="mapped", own_task=None, task_data=(data,))
+    lock = write_lock(tmp_path, None, stored, files)
+    job = spec(tmp_path, exported, task="mapped", own_task=None, task_data=lock)
     for folder in folders:
         folder.chmod(0o555)
     run(job)

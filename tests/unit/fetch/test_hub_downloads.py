@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock
+from longhaul.artifacts.task_data_lock import TaskDataLock
 from longhaul.evaluation.offline_datasets import OfflineDatasets
 from tests.support.fake_hub import COMMIT, Hub
 from tests.support.pipeline_run import SECRETS, leaks
@@ -135,12 +136,12 @@ Fetch = Callable[..., subprocess.CompletedProcess[str]]
 def fetch(cli: ForkedModule, hub: Hub, home: Path) -> Fetch:
     """A function that runs `longhaul fetch` in a folder, with a cache in that folder, with changes of CONFIG."""
 
-    def run(folder: Path, changes: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(folder: Path, changes: dict[str, Any] | None = None, *options: str) -> subprocess.CompletedProcess[str]:
         config = write_config(folder, {**CONFIG, **(changes or {})})
         home.unlink(missing_ok=True)
         (folder / "cache").mkdir(exist_ok=True)
         home.symlink_to(folder / "cache")
-        return cli.run("fetch", str(config), cwd=folder, environment=environment(hub.url, home))
+        return cli.run("fetch", str(config), *options, cwd=folder, environment=environment(hub.url, home))
 
     return run
 
@@ -202,8 +203,9 @@ def test_data_of_an_evaluation_task_are_pinned_and_stored_for_jobs_without_a_net
     stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
     done = fetch(tmp_path, {"stages": [stage]})
     assert done.returncode == 0, done.stderr
-    (data,) = Lock.read(tmp_path / "results" / "small.lock.json").tasks
-    assert data["revision"] == COMMIT and data["path"].startswith("results/small/fetched/tasks/")
+    assert Lock.read(tmp_path / "results" / "small.lock.json").sources.keys() == {"tokenizer", "model", "prose"}
+    (data,) = TaskDataLock.read(tmp_path / "results/small/task_data/base/quiz.json").datasets
+    assert data["revision"] == COMMIT and data["path"].startswith("results/small/task_data/base/quiz/")
     hub.serve_only(tmp_path / "nothing")
     stored = OfflineDatasets([{**data, "path": str(tmp_path / data["path"])}], tmp_path / "cache")
     assert stored.load(path="org/quiz", name=None)["test"]["answer"] == ["2"]
@@ -215,11 +217,26 @@ def test_recorded_hashes_of_task_data_are_those_of_the_files_that_were_downloade
     (tmp_path / "quiz.yaml").write_text(QUIZ)
     changes = {"stages": [{**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}]}
     assert fetch(tmp_path, changes).returncode == 0
-    lock = Lock.read(tmp_path / "results" / "small.lock.json")
-    (tmp_path / lock.tasks[0]["path"] / "test" / "cache-1.arrow").write_text("of another program")
+    path = tmp_path / "results/small/task_data/base/quiz.json"
+    lock = TaskDataLock.read(path)
+    (tmp_path / lock.datasets[0]["path"] / "test" / "cache-1.arrow").write_text("of another program")
     hub.served.clear()
     assert fetch(tmp_path, changes).returncode == 0
-    assert Lock.read(tmp_path / "results" / "small.lock.json") == lock and hub.served == []
+    assert TaskDataLock.read(path) == lock and hub.served == []
+
+
+def test_fetch_of_one_task_pins_nothing_else(tmp_path: Path, hub: Hub, fetch: Fetch):
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
+    lock, task_lock = tmp_path / "results/small.lock.json", tmp_path / "results/small/task_data/base/quiz.json"
+    found = []
+    for only in ("base/other", "base/quiz", "sources"):
+        for path in (lock, task_lock):
+            path.unlink(missing_ok=True)
+        done = fetch(tmp_path, {"stages": [stage]}, "--only", only)
+        found.append((done.returncode, lock.exists(), task_lock.exists()))
+        assert done.returncode == 0 or "use one of sources, base/quiz" in done.stderr
+    assert found == [(2, False, False), (0, False, True), (0, True, False)]
 
 
 def test_task_whose_data_the_hub_does_not_have(tmp_path: Path, fetch: Fetch):
@@ -227,7 +244,7 @@ def test_task_whose_data_the_hub_does_not_have(tmp_path: Path, fetch: Fetch):
     stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
     done = fetch(tmp_path, {"stages": [stage]})
     assert done.returncode == 2 and "cannot download the data of task quiz" in done.stderr
-    assert not list(tmp_path.glob("results/*.lock.json"))
+    assert not list(tmp_path.glob("results/small/task_data/**/*.json"))
 
 
 SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -9,7 +9,7 @@ import yaml
 from lm_eval.tasks import manager
 
 from longhaul.errors import UserError
-from longhaul.fetch.task_data import fetch_task_data
+from longhaul.fetch.task_data import pin_task_data
 from tests.support.small_configs import plan_of
 
 
@@ -48,8 +48,11 @@ def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("summaries", "task summaries has the metric rouge, .* is downloaded from the Hub and run", "another task"),
     ],
 )
-def test_task_that_cannot_run_is_refused(tmp_path: Path, task: str, message: str, hint: str):
+def test_task_that_cannot_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, message: str, hint: str
+):
+    monkeypatch.chdir(tmp_path)
     plan = plan_of(tmp_path, {"stages.0.export": "last", "stages.0.evaluate": {"tasks": [task]}})
     with pytest.raises(UserError, match=message) as refused:
-        fetch_task_data(plan.loaded, tmp_path / "fetched")
-    assert hint in refused.value.hint and not (tmp_path / "fetched").exists()
+        pin_task_data(plan.loaded, "base", task)
+    assert hint in refused.value.hint and not (tmp_path / "results").exists()

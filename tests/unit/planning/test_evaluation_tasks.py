@@ -13,8 +13,8 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
-from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, read_task_files
-from longhaul.scheduling.snakefile_functions import fetch_key
+from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, read_task_files, tasks_to_fetch
+from longhaul.scheduling.snakefile_functions import fetch_key, task_data_key
 from tests.support.small_configs import plan_of
 
 QUIZ: dict[str, Any] = {
@@ -132,7 +132,8 @@ def test_every_task_of_every_model_is_a_job_that_waits_for_its_export(tmp_path: 
     ]
     request = job_request(plan, jobs[0])
     assert (request.nodes, request.gpus_per_node, request.tasks, request.minutes) == (1, 2, 1, 30)
-    assert plan.needs_fetch, "lm_eval downloads the data of arc_easy"
+    assert evaluation_inputs(plan, jobs[3])[1:] == [Path("results/small/task_data/chat/arc_easy.json")]
+    assert {Path(job_spec(plan, job).task_data or "local").stem for job in jobs} == {"local", "arc_easy"}  # type: ignore[attr-defined]
 
 
 def test_a_task_of_the_user_changes_no_other_evaluation(tmp_path: Path):
@@ -171,14 +172,23 @@ def test_a_changed_task_file_is_read_again(tmp_path: Path):
         assert file.config["doc_to_text"] == question
 
 
-def test_another_task_of_the_harness_is_fetched_and_a_local_one_is_not(tmp_path: Path):
-    local = {"tasks": ["quiz"], "files": ["quiz.yaml"]}
-    keys = [
-        fetch_key(planned(tmp_path, {**local, "tasks": ["quiz", *more]})) for more in ([], ["arc_easy"], ["arc_hard"])
-    ]
-    assert len(set(keys)) == 3
+def test_the_data_of_tasks_are_fetched_apart_from_everything_else(tmp_path: Path):
+    """Another task changes neither what `fetch` reads nor the evaluations that exist."""
+    local, job = {"tasks": ["quiz"], "files": ["quiz.yaml"]}, JobId("evaluate", ("chat", "trained", "quiz"))
+    plans = [planned(tmp_path, {**local, "tasks": ["quiz", *more]}) for more in ([], ["arc_easy"], ["arc_hard"])]
     without = plan_of(tmp_path, {"stages.1.export": "last"})
-    assert keys[0] == fetch_key(without)
+    assert {fetch_key(plan) for plan in plans} == {fetch_key(without)}
+    assert len({(job_rerun_key(plan, job), str(evaluation_inputs(plan, job))) for plan in plans}) == 1
+    fetched = [tasks_to_fetch(plan.loaded, plan.stage("chat").stage) for plan in plans]
+    assert fetched == [[], ["arc_easy"], ["arc_hard"]]
+
+
+def test_task_data_are_pinned_again_for_other_data_and_not_for_another_prompt(tmp_path: Path):
+    hub = {"dataset_path": "org/quiz", "dataset_kwargs": None}
+    tasks = ({**hub, "doc_to_text": "a"}, {**hub, "doc_to_text": "b"}, {**hub, "dataset_name": "en"})
+    plans = (planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task) for task in tasks)
+    first, other_prompt, other_data = (task_data_key(plan, "chat", "quiz") for plan in plans)
+    assert first == other_prompt != other_data
 
 
 def test_the_allowed_metrics_are_those_of_the_installed_lm_eval():

@@ -195,21 +195,6 @@ def _require_training_split(splits: dict[str, Split]) -> dict[str, Split]:
     return splits
 
 
-class TaskData(TypedDict):
-    """One dataset that an evaluation task loads with datasets.load_dataset.
-
-    request:  canonical JSON of the arguments of load_dataset
-    revision: commit of the repository
-    path:     folder that datasets.load_from_disk reads
-    files:    name in the folder -> SHA-256
-    """
-
-    request: str
-    revision: str
-    path: str
-    files: dict[str, Sha256]
-
-
 @dataclass(frozen=True)
 class Lock(Artifact):
     """`results/<run>.lock.json`: the revisions and files that fetch pinned.
@@ -218,14 +203,12 @@ class Lock(Artifact):
              "files": [data files]} (hub; streamed rows with "documents" and "sha256" of their one file) or
              {"path", "files", "documents", "skipped_files", "bytes"} (python_stdlib).
     model:   the Hugging Face config.json of a pretrained model, as a dict; empty when the model is built from the config.
-    tasks:   the datasets of evaluation tasks.
     """
 
     hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
 
     sources: dict[str, LockedSource] = field(default_factory=dict)
     model: dict[str, object] = field(default_factory=dict)
-    tasks: list[TaskData] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

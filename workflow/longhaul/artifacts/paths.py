@@ -443,6 +443,10 @@ class RunPaths:
         """Return the results of all tasks that exist."""
         return sorted((self.folder / "evaluation").glob("*/*/*.json"))
 
+    def task_data(self, stage: str, task: str) -> Path:
+        """The lock of the data that an evaluation task loads from the Hub. The data are in the folder of its name beside it."""
+        return self.folder / "task_data" / stage / f"{task}.json"
+
     def serve_check(self, stage: str) -> Path:
         """The result of the check of a server of a stage's export."""
         return self.folder / "serve_check" / f"{stage}.json"

@@ -16,6 +16,7 @@ import torch
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
+from longhaul.artifacts.task_data_lock import TaskDataLock
 from longhaul.compat.lm_eval import build_tasks, no_metrics_of_the_hub
 from longhaul.errors import UserError
 from longhaul.evaluation.offline_datasets import OfflineDatasets
@@ -129,8 +130,9 @@ def _verified_model(job: EvaluateSpec) -> tuple[str, str | None]:
 
 def _build_tasks(job: EvaluateSpec, cache: Path) -> list[Any]:
     own = {job.task: job.own_task} if job.own_task else {}
+    pinned = TaskDataLock.read(Path(job.task_data)).datasets if job.task_data else []
     try:
-        return build_tasks([job.task], own, OfflineDatasets(job.task_data, cache).load)[job.task]
+        return build_tasks([job.task], own, OfflineDatasets(pinned, cache).load)[job.task]
     except KeyError:
         raise UserError(
             f"lm_eval {version('lm_eval')} has no task or group {job.task!r}", "list the names: lm_eval ls tasks"

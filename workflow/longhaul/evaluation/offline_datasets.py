@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.compare_hashes import wrong_files
-from longhaul.artifacts.task_data_lock_key import dataset_request, reads_local_files
+from longhaul.artifacts.task_data_lock import PinnedDataset, dataset_request, reads_local_files
 from longhaul.errors import UserError
 
 
@@ -18,7 +17,7 @@ class OfflineDatasets:
     cache: a folder of this job alone, because jobs that share `datasets`' own cache could read each other's unfinished files
     """
 
-    def __init__(self, stored: Iterable[TaskData], cache: Path) -> None:
+    def __init__(self, stored: Iterable[PinnedDataset], cache: Path) -> None:
         from datasets import load_dataset
 
         self._stored = {data["request"]: data for data in stored}
@@ -37,7 +36,7 @@ class OfflineDatasets:
         data = self._stored.get(dataset_request(path, name, options))
         if data is None:
             raise UserError(
-                f"the dataset {path}{f', configuration {name},' if name else ''} of the task is not in the run's lock",
+                f"the dataset {path}{f', configuration {name},' if name else ''} of the task is not in the lock of its data",
                 "fetch it where there is a network: longhaul fetch CONFIG; then run again",
             )
         folder = Path(data["path"])

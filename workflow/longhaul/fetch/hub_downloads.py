@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from longhaul.artifacts.artifact_schemas import Lock, LockedSource
+from longhaul.artifacts.atomic_files import writable_file
+from longhaul.artifacts.paths import RunPaths
 from longhaul.config.dataset_config import Dataset, HubDataset
 from longhaul.config.field_types import HubSource
 from longhaul.config.load_config import LoadedConfig
 from longhaul.data.demo_corpus import write_demo_corpus
 from longhaul.errors import UserError, first_line
 from longhaul.fetch.hub_splits import list_split_files, stream_rows
-from longhaul.fetch.task_data import fetch_task_data
+from longhaul.planning import build_plan
 from longhaul.planning.check_files_exist import model_config, read_model_folder
 from longhaul.planning.check_pretrained_weights import check_pretrained_weights
 
@@ -34,8 +36,23 @@ _TOKENIZER_PATTERNS = [
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".arrow", ".txt")
 
 
-def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
-    """Download every hub source of a config and write the demo's corpus; return the content of the lock file.
+def pin_sources(loaded: LoadedConfig) -> None:
+    """Download every hub source of a config, write the demo's corpus and the lock, and print which checks it made possible.
+
+    Raises:
+        UserError: a source cannot be downloaded, or the plan with it is refused.
+    """
+    paths = RunPaths(loaded.config.run)
+    deferred = build_plan(loaded).deferred_checks
+    lock = _fetch(loaded, paths.fetched)
+    build_plan(loaded, lock)
+    lock.write(writable_file(paths.lock))
+    for check in deferred:
+        print(f"checked now: {check}")
+
+
+def _fetch(loaded: LoadedConfig, folder: Path) -> Lock:
+    """Download every hub source and write the demo's corpus to a folder; return the content of the lock file.
 
     Files that are already complete are not downloaded again.
 
@@ -62,11 +79,7 @@ def fetch(loaded: LoadedConfig, folder: Path) -> Lock:
             sources[name] = write_demo_corpus(
                 dataset.kind, dataset.python_stdlib, folder / f"{name}.jsonl", dataset.columns
             )
-    return Lock(
-        sources=cast(dict[str, LockedSource], sources),
-        model=model,
-        tasks=fetch_task_data(loaded, folder / "tasks"),
-    )
+    return Lock(sources=cast(dict[str, LockedSource], sources), model=model)
 
 
 def _download_snapshot(source: HubSource, kind: str, patterns: list[str]) -> dict[str, Any]:

@@ -8,46 +8,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.atomic_files import content_hash, file_sha256, write_json
-from longhaul.artifacts.task_data_lock_key import dataset_request, reads_local_files
+from longhaul.artifacts.paths import RunPaths
+from longhaul.artifacts.task_data_lock import PinnedDataset, TaskDataLock, dataset_request, reads_local_files
 from longhaul.artifacts.typed_json import Sha256, read_typed_json
 from longhaul.compat.lm_eval import build_tasks
 from longhaul.config.load_config import LoadedConfig
 from longhaul.errors import UserError, first_line
-from longhaul.planning.evaluation_tasks import needs_task_data, read_task_files
+from longhaul.planning.evaluation_tasks import own_task
 
 _INSTALL = "pip install 'longhaul[evaluate]' where longhaul runs"
 
 
-def fetch_task_data(loaded: LoadedConfig, folder: Path) -> list[TaskData]:
-    """Store every dataset that the run's tasks load; a stored dataset is not downloaded again.
+def pin_task_data(loaded: LoadedConfig, stage: str, task: str) -> None:
+    """Store every dataset that a task of a stage loads, and write its lock; a stored dataset is not downloaded again.
 
-    folder: gets one subfolder per dataset, named by a hash of repository, revision and options, and beside it a record of its
-            files' hashes, written last
+    Each dataset is in a folder beside the lock, named by a hash of repository, revision and options. A record of the files'
+    hashes is beside the folder, and is written last.
 
     Raises:
-        UserError: lm_eval is not installed, a task does not exist or has a metric that is code of the Hub, or its data cannot
+        UserError: lm_eval is not installed, the task does not exist or has a metric that is code of the Hub, or its data cannot
             be downloaded.
     """
-    stages = [stage for stage in loaded.config.stages if needs_task_data(loaded, stage)]
-    if not stages:
-        return []
+    key = f"stages.{stage}.evaluate"
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"stages.{stages[0].name}.evaluate needs the package lm_eval", _INSTALL)
-    recorder = _Recorder(folder)
-    for stage in stages:
-        own = {file.task: file.config for file in read_task_files(loaded, stage) if not file.data_files}
-        local = {file.task for file in read_task_files(loaded, stage) if file.data_files}
-        for task in stage.evaluate.tasks if stage.evaluate else ():
-            if task not in local:
-                _build(f"stages.{stage.name}.evaluate", task, own, recorder)
-    return list(recorder.found.values())
-
-
-def _build(key: str, task: str, own: dict[str, dict[str, Any]], recorder: _Recorder) -> None:
+        raise UserError(f"{key} needs the package lm_eval", _INSTALL)
+    lock = RunPaths(loaded.config.run).task_data(stage, task)
+    recorder = _Recorder(lock.with_suffix(""))
+    own = own_task(loaded, next(found for found in loaded.config.stages if found.name == stage), task)
     try:
-        build_tasks([task], own, recorder.load)
+        build_tasks([task], {task: own.config} if own else {}, recorder.load)
     except KeyError:
         raise UserError(
             f"{key}.tasks: lm_eval has no task or group {task!r}",
@@ -58,6 +48,7 @@ def _build(key: str, task: str, own: dict[str, dict[str, Any]], recorder: _Recor
             f"{key}: cannot download the data of task {task}: {first_line(error)}",
             "check the network, and `hf auth login` where the dataset asks for it",
         ) from None
+    TaskDataLock(list(recorder.found.values())).write(lock)
 
 
 class _Recorder:
@@ -66,7 +57,7 @@ class _Recorder:
     def __init__(self, folder: Path) -> None:
         from datasets import load_dataset
 
-        self.found: dict[str, TaskData] = {}
+        self.found: dict[str, PinnedDataset] = {}
         self._folder = folder
         self._download: Callable[..., Any] = load_dataset
 
@@ -79,7 +70,7 @@ class _Recorder:
             self.found[request] = self._store(request, path, name, options)
         return _open(self.found[request]["path"])
 
-    def _store(self, request: str, path: str, name: str | None, options: dict[str, Any]) -> TaskData:
+    def _store(self, request: str, path: str, name: str | None, options: dict[str, Any]) -> PinnedDataset:
         from huggingface_hub import HfApi
 
         commit = str(HfApi().dataset_info(path, revision=options.get("revision", "main")).sha)
@@ -91,7 +82,7 @@ class _Recorder:
             files = {str(file.relative_to(folder)): file_sha256(file) for file in folder.rglob("*") if file.is_file()}
             write_json(record, dict(sorted(files.items())))
         files = read_typed_json(record, dict[str, Sha256])
-        return TaskData(request=request, revision=commit, path=str(folder), files=files)
+        return PinnedDataset(request=request, revision=commit, path=str(folder), files=files)
 
 
 def _open(folder: str) -> Any:

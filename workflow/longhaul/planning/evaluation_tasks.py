@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longhaul.artifacts.paths import RunPaths
-from longhaul.artifacts.task_data_lock_key import LOCAL_FORMATS, named_files, reads_local_files
+from longhaul.artifacts.task_data_lock import LOCAL_FORMATS, named_files, reads_local_files
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.run_config import Config
 from longhaul.config.shipped_files import data_root
@@ -176,24 +176,20 @@ def _check_starting_model(config: Config, stage: Stage) -> None:
         )
 
 
-def needs_task_data(loaded: LoadedConfig, stage: Stage) -> bool:
-    """Return True if fetch must download data: a task reads a repository of the Hub, or lm_eval itself defines it."""
-    if stage.evaluate is None:
-        return False
-    local = {file.task for file in read_task_files(loaded, stage) if file.data_files}
-    return bool(set(stage.evaluate.tasks) - local)
+def own_task(loaded: LoadedConfig, stage: Stage, task: str) -> TaskFile | None:
+    """Return the user's file of a task; None for a task or group of lm_eval."""
+    return next((file for file in read_task_files(loaded, stage) if file.task == task), None)
 
 
-def tasks_to_fetch(loaded: LoadedConfig) -> list[object]:
-    """Return the tasks whose data fetch downloads, with the keys of those in task files."""
-    stages = [stage for stage in loaded.config.stages if needs_task_data(loaded, stage)]
-    return [
-        [
-            sorted(stage.evaluate.tasks if stage.evaluate else ()),
-            [file.config for file in read_task_files(loaded, stage)],
-        ]
-        for stage in stages
-    ]
+def reads_hub(own: TaskFile | None) -> bool:
+    """Return whether a task reads repositories of the Hub, so that fetch downloads them. own: its file, or None"""
+    return own is None or not own.data_files
+
+
+def tasks_to_fetch(loaded: LoadedConfig, stage: Stage) -> list[str]:
+    """Return the tasks of a stage whose data fetch downloads."""
+    tasks = stage.evaluate.tasks if stage.evaluate else ()
+    return [task for task in tasks if reads_hub(own_task(loaded, stage, task))]
 
 
 def evaluated_models(stage: Stage) -> list[EvaluatedModel]:

@@ -57,7 +57,7 @@ from longhaul.planning.check_parallel_layout import (
 from longhaul.planning.check_pretrained_weights import check_pretrained_folder
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
-from longhaul.planning.evaluation_tasks import check_evaluations, needs_task_data
+from longhaul.planning.evaluation_tasks import check_evaluations
 from longhaul.planning.fit_memory import fit_memory
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
 from longhaul.planning.node_memory import node_memory_warning
@@ -185,12 +185,12 @@ class Plan:
 
     @cached_property
     def needs_fetch(self) -> bool:
-        """True if something is downloaded from the Hub or collected on this machine."""
+        """True if something other than the data of evaluation tasks is downloaded from the Hub or collected on this machine."""
         config = self.config
         pretrained = config.model.pretrained
         sources = [config.tokenizer.hub, pretrained and pretrained.hub]
         sources += [dataset.hub or dataset.python_stdlib for dataset in config.datasets.values()]
-        return any(sources) or any(needs_task_data(self.loaded, stage) for stage in config.stages)
+        return any(sources)
 
     def evaluated_export(self, stage: str, model: str) -> str | None:
         """Return the stage whose export is evaluated as `trained` or `start` of a stage; None: the pretrained model."""

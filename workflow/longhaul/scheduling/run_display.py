@@ -41,6 +41,7 @@ _CLOCKS_DIFFER_S = 10.0
 """Longest difference between the clocks of this host and of the file system."""
 _PURPOSES = {
     "fetch": "get the data and models that the config names",
+    "fetch_task_data": "get the data of an evaluation task",
     "render": "write plan and launch files",
     "render_result_spec": "write what makes a stage train again",
     "report": "write the report",

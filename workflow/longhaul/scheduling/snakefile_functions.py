@@ -29,7 +29,7 @@ from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key
 from longhaul.jobs.launch_files import render_run, write_launch_files
 from longhaul.planning import Plan, build_plan
 from longhaul.planning.check_inference_servers import starts_engine
-from longhaul.planning.evaluation_tasks import tasks_to_fetch
+from longhaul.planning.evaluation_tasks import own_task
 from longhaul.planning.scale_test_sizes import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.report.plan_json import plan_json, planned_jobs
@@ -240,7 +240,7 @@ def plan_key(plan: Plan) -> str:
 
 
 def fetch_key(plan: Plan) -> str:
-    """Return a hash of everything that fetch reads."""
+    """Return a hash of everything that fetch reads. The data of evaluation tasks have a rule of their own."""
     config = plan.config
     fetched = {n: d.model_dump(mode="json") for n, d in config.datasets.items() if d.hub or d.python_stdlib}
     return content_hash(
@@ -248,10 +248,14 @@ def fetch_key(plan: Plan) -> str:
             fetched,
             config.tokenizer.model_dump(mode="json"),
             config.model.pretrained and config.model.pretrained.model_dump(mode="json"),
-            # Left out where no task is downloaded, so that such runs are not fetched again.
-            *tasks_to_fetch(plan.loaded),
         ]
     )
+
+
+def task_data_key(plan: Plan, stage: str, task: str) -> str:
+    """Return a hash of what decides which data an evaluation task loads. Another prompt for the same data pins nothing again."""
+    own = own_task(plan.loaded, plan.stage(stage).stage, task)
+    return content_hash([task, own and {key: value for key, value in own.config.items() if key.startswith("dataset_")}])
 
 
 def scale_test_before_training(plan: Plan, stage: str) -> list[Path]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.artifact_schemas import TaskData
 from longhaul.artifacts.paths import JobId
 from longhaul.config.evaluation_config import Evaluation
 from longhaul.config.serve_config import Serve
@@ -15,7 +14,7 @@ from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
 from longhaul.planning.check_inference_servers import has_served_evaluation
-from longhaul.planning.evaluation_tasks import TaskFile, evaluated_models, read_task_files
+from longhaul.planning.evaluation_tasks import evaluated_models, own_task, reads_hub
 from longhaul.planning.serving_memory import ExportDtype
 from longhaul.planning.serving_plan import server_size
 from longhaul.planning.slurm_request import SlurmRequest, gpu_request
@@ -34,7 +33,7 @@ class EvaluateSpec(JobSpec):
     pretrained: str | None  # folder of the pretrained model; None: an export
     own_task: dict[str, Any] | None  # keys of the user's task file; None: a task or group of lm_eval
     data_files: tuple[str, ...]  # local files that it reads
-    task_data: tuple[TaskData, ...]  # what fetch downloaded for the run's tasks
+    task_data: str | None  # lock of what fetch downloaded for the task; None: it reads local files
     limit: int | None
     num_fewshot: int | None
     batch_size: int
@@ -49,6 +48,9 @@ class EvaluateSpec(JobSpec):
     pipeline: int
     context_tokens: int | None
     out: str
+
+    def input_texts(self) -> Iterable[str | None]:
+        return (self.task_data,)
 
     def input_data(self) -> Iterable[str]:
         return self.data_files
@@ -71,7 +73,7 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
     stage = plan.stage(name).stage
     evaluation = _evaluation(plan, name)
     exported = plan.evaluated_export(name, model)
-    own_task = _own_task(plan, job)
+    own = own_task(plan.loaded, stage, task)
     planned, is_served = plan.stage(name).serving, has_served_evaluation(stage)
     return EvaluateSpec(
         run=plan.run,
@@ -80,9 +82,9 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
         task=task,
         export=str(plan.paths.export_manifest(exported)) if exported else None,
         pretrained=None if exported else plan.pretrained_folder,
-        own_task=own_task.config if own_task else None,
-        data_files=tuple(map(str, own_task.data_files)) if own_task else (),
-        task_data=tuple(plan.lock.tasks if plan.lock else ()),
+        own_task=own.config if own else None,
+        data_files=tuple(map(str, own.data_files)) if own else (),
+        task_data=str(plan.paths.task_data(name, task)) if reads_hub(own) else None,
         limit=evaluation.limit,
         num_fewshot=evaluation.num_fewshot,
         batch_size=evaluation.batch_size,
@@ -100,12 +102,6 @@ def _build(plan: Plan, job: JobId) -> EvaluateSpec:
     )
 
 
-def _own_task(plan: Plan, job: JobId) -> TaskFile | None:
-    """Return the user's task file of an evaluation; None for a task of lm_eval."""
-    name, _, task = job.names
-    return next((file for file in read_task_files(plan.loaded, plan.stage(name).stage) if file.task == task), None)
-
-
 def _evaluation(plan: Plan, stage: str) -> Evaluation:
     evaluation = plan.stage(stage).stage.evaluate
     assert evaluation is not None
@@ -120,13 +116,14 @@ def _request(plan: Plan, job: JobId) -> SlurmRequest:
 
 
 def evaluation_inputs(plan: Plan, job: JobId) -> list[Path]:
-    """Return the inputs of an evaluation's rule: the export's manifest, and the user's files of the task."""
-    name, model, _ = job.names
+    """Return the inputs of an evaluation's rule: the export's manifest, the lock of the task's data, the user's files of it."""
+    name, model, task = job.names
     exported = plan.evaluated_export(name, model)
-    own_task = _own_task(plan, job)
+    own = own_task(plan.loaded, plan.stage(name).stage, task)
     return [
         *([plan.paths.export_manifest(exported)] if exported else []),
-        *(path for path in ((own_task.path, *own_task.data_files) if own_task else ()) if path.exists()),
+        *([plan.paths.task_data(name, task)] if reads_hub(own) else []),
+        *(path for path in ((own.path, *own.data_files) if own else ()) if path.exists()),
     ]
 
 

@@ -1,13 +1,42 @@
-"""Builds the key of an evaluation task's dataset in <run>.lock.json, under which fetch stores it and the job finds it."""
+"""Fields of task_data/<stage>/<task>.json: what fetch pinned for an evaluation task; and the key under which the job finds it."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from typing_extensions import TypedDict
+
+from longhaul.artifacts.artifact_schemas import Artifact
 from longhaul.artifacts.atomic_files import canonical_json
+from longhaul.artifacts.typed_json import Sha256
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """Values of dataset_path with which `datasets` reads files instead of a repository of the Hub."""
+
+
+class PinnedDataset(TypedDict):
+    """One dataset that an evaluation task loads with datasets.load_dataset.
+
+    request:  canonical JSON of the arguments of load_dataset
+    revision: commit of the repository
+    path:     folder that datasets.load_from_disk reads
+    files:    name in the folder -> SHA-256
+    """
+
+    request: str
+    revision: str
+    path: str
+    files: dict[str, Sha256]
+
+
+@dataclass(frozen=True)
+class TaskDataLock(Artifact):
+    """`results/<run>/task_data/<stage>/<task>.json`: the datasets of an evaluation task or of a group's tasks."""
+
+    hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
+
+    datasets: list[PinnedDataset]
 
 
 def reads_local_files(path: str, options: dict[str, Any]) -> bool:
