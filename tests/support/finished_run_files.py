@@ -22,6 +22,7 @@ from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 
+HUB_DATA = "org/quiz@5d0e1c7ab0f54c3b8d0e6e1d1c4b9a7f3e2d1c0b"
 STAGE, DATASET, STEP = "base", "prose", 2
 _SHA256 = hashlib.sha256(b"").hexdigest()
 
@@ -173,7 +174,9 @@ def _write_evaluations(paths: RunPaths) -> None:
             higher_is_better=True,
             documents=40,
         )
-        result = EvaluationResult(STAGE, model, "quiz", "folder", None, [score], {"chat_template_hash": template})
+        result = EvaluationResult(
+            STAGE, model, "quiz", "folder", None, [score], {"chat_template_hash": template}, [HUB_DATA]
+        )
         result.write(paths.evaluation(STAGE, model, "quiz"))
 
 

@@ -129,7 +129,7 @@ def test_accuracy_and_standard_error_equal_an_independent_count(tmp_path: Path, 
     assert score["value"] == pytest.approx(accuracy) and score["standard_error"] == pytest.approx(error)
     assert (score["task"], score["metric"], score["filter"]) == ("quiz", "acc", "none")
     assert score["documents"] == len(QUESTIONS) and score["higher_is_better"] is True
-    assert result.settings["engine"] == "transformers"
+    assert result.settings["engine"] == "transformers" and result.data == []
     assert result.settings["chat_template_hash"] is None and result.weights and result.path == folder
 
 
@@ -279,7 +279,8 @@ def test_data_of_the_hub_come_from_what_fetch_stored(tmp_path: Path, exported: P
     on_the_hub = {"dataset_path": "org/quiz", "dataset_name": "en", "dataset_kwargs": {}}
     job = spec(tmp_path, exported, on_the_hub, task_data=lock)
     run(job)
-    assert EvaluationResult.read(Path(job.out)).scores[0]["documents"] == 5
+    result = EvaluationResult.read(Path(job.out))
+    assert (result.scores[0]["documents"], result.data) == (5, ["org/quiz@r"])
     with pytest.raises(UserError, match=r"org/quiz, configuration de, of the task is not in the lock of its data"):
         run(spec(tmp_path, exported, {**on_the_hub, "dataset_name": "de"}, task_data=lock))
     shard = next(stored.glob("test/*.arrow"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,7 +12,12 @@ from longhaul.report.evaluation_table import evaluation_rows
 
 
 def result(
-    model: str, value: float, error: float | None, higher_is_better: bool | None = True, template: str | None = None
+    model: str,
+    value: float,
+    error: float | None,
+    higher_is_better: bool | None = True,
+    template: str | None = None,
+    data: Sequence[str] = (),
 ) -> EvaluationResult:
     score = Score(
         task="quiz",
@@ -22,7 +28,7 @@ def result(
         higher_is_better=higher_is_better,
         documents=50,
     )
-    return EvaluationResult("chat", model, "quiz", "p", None, [score], {"chat_template_hash": template})
+    return EvaluationResult("chat", model, "quiz", "p", None, [score], {"chat_template_hash": template}, list(data))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,17 @@ def test_different_prompts_are_marked_and_their_change_is_not_called_better(
     assert (row["change"], row["prompts_differ"], row["better"]) == ("+0.5", differ, None if differ else True)
 
 
+def test_commits_of_the_data_are_shown_and_a_change_on_other_data_is_not_called_better():
+    first, second = (f"org/quiz@{digit * 40}" for digit in "ab")
+    (same,) = evaluation_rows(
+        [result(model, value, 0.01, data=[first]) for model, value in (("start", 0), ("trained", 1))]
+    )
+    assert (same["data"], same["better"]) == ("org/quiz@aaaaaaaa", True)
+    (other,) = evaluation_rows([result("start", 0, 0.01, data=[first]), result("trained", 1, 0.01, data=[second])])
+    assert (other["data"], other["better"]) == ("org/quiz@aaaaaaaa, org/quiz@bbbbbbbb", None)
+
+
 def test_model_without_a_start_has_no_change():
     (row,) = evaluation_rows([result("trained", 0.5, 0.125)])
     assert (row["trained"], row["start"], row["change"], row["better"]) == ("0.5 ± 0.12", "–", "–", None)
-    assert (row["task"], row["metric"], row["documents"]) == ("quiz", "acc", 50)
+    assert (row["task"], row["metric"], row["documents"], row["data"]) == ("quiz", "acc", 50, "–")

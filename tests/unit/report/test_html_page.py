@@ -142,7 +142,7 @@ def test_a_check_of_a_served_export_has_a_section(page: str) -> None:
 
 
 def test_an_evaluation_says_that_its_prompts_differ(page: str) -> None:
-    assert "base quiz acc 40 0.5 ± 0.01 0.25 ± 0.01 +0.25 *" in page
+    assert "base quiz acc 40 org/quiz@5d0e1c7a 0.5 ± 0.01 0.25 ± 0.01 +0.25 *" in page
     assert "* The two models read different prompts" in page
 
 

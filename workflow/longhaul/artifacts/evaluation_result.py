@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from typing_extensions import TypedDict
 
@@ -35,6 +35,7 @@ class EvaluationResult(Artifact):
     weights:  a hash of the recorded hashes of its files; None where none are recorded
     settings: limit, few-shot examples, batch size, engine, versions of the libraries, and chat_template_hash: a hash of the chat
               template with which the prompts were written, or None without one
+    data:     "<repository>@<commit>" of the Hub that the task read; empty for a task with local files
     """
 
     stage: str
@@ -44,3 +45,4 @@ class EvaluationResult(Artifact):
     weights: str | None
     scores: list[Score]
     settings: dict[str, object]
+    data: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,11 @@ class TaskDataLock(Artifact):
     hint: ClassVar[str] = "restore the file, or pin the newest revisions: longhaul fetch"
 
     datasets: list[PinnedDataset]
+
+    @property
+    def revisions(self) -> list[str]:
+        """The repositories and their commits: "<repository>@<commit>"."""
+        return sorted({f"{json.loads(data['request'])['path']}@{data['revision']}" for data in self.datasets})
 
 
 def reads_local_files(path: str, options: dict[str, Any]) -> bool:

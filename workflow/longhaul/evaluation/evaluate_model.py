@@ -50,8 +50,9 @@ def _score(job: EvaluateSpec, link: NodeLink | None) -> None:
     """Evaluate the model on the first node, and write job.out."""
     engine = f"{job.serving.engine} {engine_version(job.serving)}" if job.serving else "transformers"
     folder, weights = _verified_model(job)
+    pinned = TaskDataLock.read(Path(job.task_data)) if job.task_data else TaskDataLock([])
     with TemporaryDirectory() as cache:
-        tasks = _build_tasks(job, Path(cache))
+        tasks = _build_tasks(job, OfflineDatasets(pinned.datasets, Path(cache)))
         with served_model(job, folder, link) if job.serving else _loaded_model(job, folder) as model:
             template = model.tokenizer.chat_template if job.chat else None
             results = _evaluate(job, model, tasks, with_chat_template=bool(template))
@@ -71,6 +72,7 @@ def _score(job: EvaluateSpec, link: NodeLink | None) -> None:
             "engine": engine,
             **{name: version(name) for name in ("lm_eval", "transformers", "torch")},
         },
+        data=pinned.revisions,
     ).write(Path(job.out))
 
 
@@ -128,11 +130,10 @@ def _verified_model(job: EvaluateSpec) -> tuple[str, str | None]:
     return export.path, content_hash(export.files)
 
 
-def _build_tasks(job: EvaluateSpec, cache: Path) -> list[Any]:
+def _build_tasks(job: EvaluateSpec, data: OfflineDatasets) -> list[Any]:
     own = {job.task: job.own_task} if job.own_task else {}
-    pinned = TaskDataLock.read(Path(job.task_data)).datasets if job.task_data else []
     try:
-        return build_tasks([job.task], own, OfflineDatasets(pinned, cache).load)[job.task]
+        return build_tasks([job.task], own, data.load)[job.task]
     except KeyError:
         raise UserError(
             f"lm_eval {version('lm_eval')} has no task or group {job.task!r}", "list the names: lm_eval ls tasks"

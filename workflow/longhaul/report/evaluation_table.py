@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.report.number_format import MISSING
 
+_COMMIT_DIGITS = 8
 _SIGNIFICANT = 2.0
 """Standard errors of the difference from which on a change is more than chance."""
 
@@ -16,8 +17,9 @@ def evaluation_rows(results: Sequence[EvaluationResult]) -> list[dict[str, objec
     """Return one row per stage, task and metric, in the order of the results.
 
     prompts_differ: whether the two models read different prompts, as their chat templates differ or one has none
+    data:           the repositories of the Hub that the task read, with the first digits of their commits
     better:         whether the change is an improvement; None if it is within two standard errors, if it is no number, if
-                    nothing says what better is, or if the prompts differ
+                    nothing says what better is, or if the prompts or the data differ
     """
     pairs: dict[tuple[str, str], dict[str, EvaluationResult]] = {}
     for result in results:
@@ -29,20 +31,30 @@ def _rows(pair: dict[str, EvaluationResult]) -> list[dict[str, object]]:
     """Return the rows of one evaluation of a stage. pair: the results by model, trained or start"""
     templates = [result.settings.get("chat_template_hash") for result in pair.values()]
     prompts_differ = templates[0] != templates[-1]
+    data = [result.data for result in pair.values()]
+    shown = ", ".join(sorted({_with_short_commit(revision) for revisions in data for revision in revisions})) or MISSING
     found: dict[tuple[str, str, str], dict[str, Score]] = {}
     for model, result in pair.items():
         for score in result.scores:
             found.setdefault((score["task"], score["metric"], score["filter"]), {})[model] = score
     stage = next(iter(pair.values())).stage
     return [
-        {"stage": stage} | _row(scores.get("trained"), scores.get("start"), prompts_differ) for scores in found.values()
+        {"stage": stage, "data": shown}
+        | _row(scores.get("trained"), scores.get("start"), prompts_differ, data_differ=data[0] != data[-1])
+        for scores in found.values()
     ]
 
 
-def _row(trained: Score | None, start: Score | None, prompts_differ: bool) -> dict[str, object]:
+def _with_short_commit(revision: str) -> str:
+    repository, _, commit = revision.rpartition("@")
+    return f"{repository}@{commit[:_COMMIT_DIGITS]}"
+
+
+def _row(trained: Score | None, start: Score | None, prompts_differ: bool, data_differ: bool) -> dict[str, object]:
     known = trained or start
     assert known is not None
     is_compared = trained is not None and start is not None
+    is_comparable = not (prompts_differ or data_differ)
     filtered = "" if known["filter"] == "none" else f" ({known['filter']})"
     return {
         "task": known["task"],
@@ -52,7 +64,7 @@ def _row(trained: Score | None, start: Score | None, prompts_differ: bool) -> di
         "start": _value(start),
         "change": f"{trained['value'] - start['value']:+.4g}" if trained and start else MISSING,
         "prompts_differ": is_compared and prompts_differ,
-        "better": _is_better(trained, start) if trained and start and not prompts_differ else None,
+        "better": _is_better(trained, start) if trained and start and is_comparable else None,
     }
 
 
