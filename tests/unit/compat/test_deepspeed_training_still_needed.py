@@ -199,7 +199,7 @@ def test_an_update_in_one_pass_gets_flat_partitions_and_frees_gradients():
         mock.patch("torch.distributed.get_world_size", return_value=1),
         mock.patch("deepspeed.runtime.utils.all_gather_dp_groups"),
     ):
-        update_in_one_pass(SimpleNamespace(optimizer=optimizer), update)
+        update_in_one_pass(SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 1), update)
         optimizer.step()
     assert weights.tolist() == [-1, -1, -1, 1] and freed == ["other", "own", 0]
     assert optimizer.averaged_gradients == {0: None} and optimizer.all_grad_tensors == {0: None}

@@ -1,4 +1,4 @@
-"""Applies AdamW on GPUs under ZeRO 1 and 2 in one kernel: clipping, update, moments and the rounding to bf16.
+"""Applies AdamW on GPUs under ZeRO 1 to 3 in one kernel: clipping, update, moments and the rounding to bf16.
 
 It keeps the state of torch.optim.AdamW under the same names, so checkpoints do not depend on which of the two has run.
 """

@@ -186,7 +186,7 @@ class DeviceBadStepFilter(BadStepFilter):
         return step(*arguments, **options)
 
     def _update(self, group: int, master: torch.Tensor, gradient: torch.Tensor, weights: torch.Tensor) -> None:
-        """Update a partition of ZeRO 1 or 2, in the place of the inner optimizer's `step`."""
+        """Update a part of this rank's partition, in the place of the inner optimizer's `step`."""
         if self._examined is None:
             self._examined = self._examine(self._norm_before_update())
         optimizer = inner_optimizer(self._engine)
