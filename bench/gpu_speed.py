@@ -215,19 +215,25 @@ def log_of(own: Path, rank: int) -> Path:
 
 
 def finish(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
-    """Wait for the processes of a row and return its result. One that fails ends the others."""
+    """Wait for the processes of a row and return its result. One that fails ends the others, and its log is shown."""
     started = time.perf_counter()
     own = Path(ranks[0].args[-2])  # pyright: ignore
+    failed = 0
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks) or time.perf_counter() - started > ROW_TIMEOUT_S:
+            failed = next((number for number, rank in enumerate(ranks) if rank.poll()), 0)
             for rank in ranks:
                 rank.kill()
+            break
         time.sleep(0.05)
+    for rank in ranks:
+        rank.wait()
     lines = log_of(own, 0).read_text(errors="replace").splitlines()
     found = next((json.loads(line[7:]) for line in reversed(lines) if line.startswith("RESULT ")), None)
     if found is None:
-        print("\n".join(lines[-25:]), flush=True)
-        found = {"error": next((line for line in reversed(lines) if line.strip()), "no output")[:200]}
+        shown = log_of(own, failed).read_text(errors="replace").splitlines()
+        print(f"rank {failed} ended with {ranks[failed].returncode}", *shown[-25:], sep="\n", flush=True)
+        found = {"error": next((line for line in reversed(shown) if line.strip()), "no output")[:200]}
     warning = next((line for line in lines if "run without torch.compile" in line), None)
     return {**found, "seconds": round(time.perf_counter() - started, 1), **({"warning": warning} if warning else {})}
 
