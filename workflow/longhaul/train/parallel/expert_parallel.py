@@ -106,10 +106,14 @@ class ExpertParallel(torch.nn.Module):
     def _compute(self, rows_RH: torch.Tensor, received_RE: torch.Tensor) -> torch.Tensor:
         """Apply this rank's experts to the rows [R, H], which are sorted by sender, then by expert."""
         if not len(rows_RH):
-            # One row of zeros is computed and dropped: every rank must take part in the backward exchange, and in the
-            # collectives that gather and reduce every parameter.
-            row_1H = torch.cat([rows_RH, rows_RH.new_zeros(1, rows_RH.shape[1])])
-            return self.local(row_1H, row_1H.new_zeros(1, 1, dtype=torch.long), row_1H.new_zeros(1, 1))[:0]
+            # Two rows of zeros are computed and dropped: every rank must take part in the backward exchange, and in the
+            # collectives that gather and reduce every parameter. torch.compile would make other code for a single row.
+            rows_2H = rows_RH.new_zeros(2, rows_RH.shape[1])
+            index_2 = torch.zeros(2, dtype=torch.long, device=rows_RH.device)
+            return self._compute_rows(torch.cat([rows_RH, rows_2H]), index_2)[:0]
         experts = torch.arange(self.local_experts, device=rows_RH.device).repeat(self.ranks)
         index_R = experts.repeat_interleave(received_RE.flatten(), output_size=len(rows_RH))
+        return self._compute_rows(rows_RH, index_R)
+
+    def _compute_rows(self, rows_RH: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
         return self.local(rows_RH, index_R[:, None], rows_RH.new_ones(len(rows_RH), 1))
