@@ -64,3 +64,19 @@ def test_without_validation_the_training_loss_counts(tmp_path: Path) -> None:
     run.paths.manifest("prose").parent.mkdir(parents=True)
     run.paths.manifest("prose").write_text('{"unigram_entropy_nats": 4.95}')
     assert run.status().stages[0].learning == LearningResult(True, 4.95)
+
+
+def test_validation_before_the_first_step_does_not_say_what_was_learned(tmp_path: Path) -> None:
+    """A stage that was stopped before its second validation has a training loss of 4.95."""
+    run = RunFolder(tmp_path)
+    weights = run.train(10)
+    weights.metrics.write_text("".join(weights.metrics.read_text().splitlines(keepends=True)[:-1]))
+    run.paths.manifest("prose").parent.mkdir(parents=True)
+    run.paths.manifest("prose").write_text('{"unigram_entropy_nats": 5.2}')
+    (stage,) = run.status().stages
+    assert stage.progress and stage.progress.validation_loss == 5.5
+    assert stage.learning == LearningResult(True, 5.2)
+    plan = json.loads(run.paths.plan.read_text())
+    plan["stages"][0]["kind"] = "sft"
+    run.paths.plan.write_text(json.dumps(plan))
+    assert run.status().stages[0].learning == LearningResult(True, 5.5)

@@ -41,7 +41,7 @@ def learning_result(
 ) -> LearningResult | None:
     """Return whether a stage learned; None as long as this is not known.
 
-    loss: the last validation loss; without validation the last training loss
+    loss: the last validation loss; without a validation after the first step the last training loss
     unigram_entropy_nats: loss of a model that only counts tokens, on the stage's data
     """
     level = unigram_entropy_nats if kind == _PRETRAIN else first_validation_loss

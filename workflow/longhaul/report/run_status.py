@@ -419,12 +419,15 @@ def _stage_status(
         gpu_hours_planned=row.get("gpu_hours_range"),
         exported_to=_exported_to(paths, row["name"]),
         estimated_steps=row.get("estimated_steps"),
-        learning=_learning(row, progress, entropy_nats) if progress else None,
+        learning=_learning(row, progress, rows, entropy_nats) if progress else None,
     )
 
 
-def _learning(row: StageRow, progress: Progress, entropy_nats: float | None) -> LearningResult | None:
-    loss = progress.loss if progress.validation_loss is None else progress.validation_loss
+def _learning(
+    row: StageRow, progress: Progress, rows: MetricsRows, entropy_nats: float | None
+) -> LearningResult | None:
+    validated = _validation_loss([validation for validation in rows.validated if validation["step"] > 0])
+    loss = progress.loss if validated is None else validated
     return learning_result(row["kind"], loss, progress.first_validation_loss, entropy_nats)
 
 
