@@ -11,7 +11,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export, SavedCheckpoint
 from longhaul.artifacts.endpoint import Endpoint
-from longhaul.artifacts.job_state import CANCELLED, Failure, JobsToRun
+from longhaul.artifacts.job_state import CANCELLED, Failure, JobsToRun, StateName
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths
@@ -210,6 +210,32 @@ def test_local_job_without_a_main_process_is_interrupted(tmp_path: Path) -> None
     run.main_process()
     status = run.status()
     assert job_state(status) == (RUNNING, "on n1, n2") and f"process {os.getpid()} on" in str(status.main_process)
+
+
+def test_local_job_that_was_stopped_does_not_run_while_its_main_process_waits_for_others(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    run.state(JobId("environment"), "running", job_id=None)
+    run.state(TRAIN, "waiting", job_id=None, reason="stopped by a signal")
+    status = run.status()
+    assert job_state(status) == (INTERRUPTED, "stopped by a signal") and status.state == RUNNING
+
+
+@pytest.mark.parametrize("job_id", ["7", None])
+@pytest.mark.parametrize("left", ["running", "waiting"])
+def test_job_that_an_earlier_run_left_has_not_started_until_this_run_starts_it(
+    tmp_path: Path, job_id: str | None, left: StateName
+) -> None:
+    """The main process does other jobs first, or was killed again before it came to this one."""
+    run = RunFolder(tmp_path, scheduler="slurm" if job_id else "local")
+    run.state(TRAIN, left, job_id, "stopped by a signal")
+    JobsToRun("this run", {str(TRAIN): "2026-11-28T10:00:00+00:00"}).write(run.paths.jobs_to_run)
+    assert job_state(run.status())[0] == INTERRUPTED
+    run.main_process()
+    assert job_state(run.status()) == (NOT_STARTED, "")
+    if job_id:
+        still = run.status(train_base=QueuedJob("7", "RUNNING", "None", "N/A"))
+        assert job_state(still) == (RUNNING, "on n1, n2")
 
 
 @pytest.mark.parametrize("scheduler", ["local", "slurm"])

@@ -319,9 +319,11 @@ def _job_status(
 ) -> JobStatus:
     folder = paths.job(job)
     state, failure = read_state(folder.path), read_failure(folder.path)
-    if state and state.state == "done" and to_run.is_left(str(job), state):
-        state = None
     queued = queue.find(str(job), state.job_id if state else None) if queue else None
+    if state and to_run.is_left(str(job), state):
+        has_ended = state.job_id is None or (queue is not None and queued is None)
+        if state.state == "done" or (owner and has_ended):
+            state = None  # the main process has yet to run the job
     slurm_id = queued.job_id if queued else state.job_id if state else None
 
     def status(found: tuple[str, str], remedy: str = "", job_id: str | None = slurm_id, since: str = "") -> JobStatus:
@@ -370,6 +372,8 @@ def _recorded(state: State, left_the_queue: bool, owner: LeaseOwner | None) -> t
         return INTERRUPTED, f"{reason}job {state.job_id} is no longer in Slurm's queue"
     if state.job_id is None and owner is None:
         return INTERRUPTED, f"{reason}its main process has ended"
+    if state.job_id is None and state.state == "waiting":  # it waits for no allocation: its supervisor has ended
+        return INTERRUPTED, state.reason
     return RUNNING, f"on {', '.join(state.nodes)}"
 
 
