@@ -49,6 +49,16 @@ def shown(view: RenderableType, width: int = 80) -> str:
     return stream.getvalue()
 
 
+def test_narrow_terminal_shows_fewer_columns_and_no_cut_names() -> None:
+    name, job = "pretrain-long-context", replace(JOB, state="failed, starts again")
+    stage = replace(STAGE, name=name, job=job, steps=400_000)
+    for width, expected in ((100, "120/400,000  5.018"), (80, "120/400,000  5.018"), (60, "120/400,000"), (45, "")):
+        for view in (status_view, progress_view):
+            text = shown(view(replace(STATUS, stages=[STAGE, stage])), width)
+            row = next(line for line in text.splitlines() if line.startswith(name))
+            assert f"{name}  failed, starts again  {expected}".rstrip() in row and "…" not in text, (width, text)
+
+
 def test_status_fits_80_columns_and_has_every_value() -> None:
     text = shown(status_view(STATUS))
     row = next(line for line in text.splitlines() if line.startswith("base "))

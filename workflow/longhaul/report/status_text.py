@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,11 @@ _STYLES = {
 }
 _STATES_TO_SHOW = (RUNNING, QUEUED, FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN)
 _BAR_WIDTH = 10
+_BAR = ""
+_COLUMNS: tuple[str, ...] = ("stage", "state", "step", _BAR, "loss", "validation", "tokens/s", "time left")
+_LEFT_OUT_FIRST = (_BAR, "tokens/s", "validation", "time left", "loss", "step")
+"""Columns that a narrow terminal has no room for. The lines below the table have most of these values, too."""
+_ANY_WIDTH = 10_000
 
 
 def status_view(status: RunStatus) -> RenderableType:
@@ -49,7 +55,7 @@ def status_view(status: RunStatus) -> RenderableType:
     details = [line for stage in status.stages for line in _stage_details(stage)]
     return Group(
         _headline(status),
-        _stage_table(status),
+        StageTable(status),
         *details,
         *map(_job_line, _jobs_to_show(status)),
         *map(_server_line, status.servers),
@@ -60,7 +66,7 @@ def status_view(status: RunStatus) -> RenderableType:
 def progress_view(status: RunStatus) -> RenderableType:
     """Return what the main process keeps at the bottom of a terminal: the stages, and the jobs that run or wait."""
     time_left = _time_left(status) or _time_unknown(status)
-    return Group(_stage_table(status), *map(_job_line, _jobs_to_show(status)), *map(_line, time_left))
+    return Group(StageTable(status), *map(_job_line, _jobs_to_show(status)), *map(_line, time_left))
 
 
 def start_lines(status: RunStatus) -> list[str]:
@@ -92,15 +98,34 @@ def _line(words: str) -> Text:
     return Text(printable(words))
 
 
-def _stage_table(status: RunStatus) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("stage", "state", "step", "", "loss", "validation", "tokens/s", "time left"):
-        table.add_column(title, no_wrap=True)
-    for stage in status.stages:
-        table.add_row(
-            _line(stage.name), Text(stage.job.state, _STYLES.get(stage.job.state, "dim")), *_stage_cells(stage)
-        )
-    return table
+class StageTable:
+    """The table of stages, with as many columns as fit into the terminal: rich would cut the names of stages instead."""
+
+    def __init__(self, status: RunStatus) -> None:
+        self._status = status
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the widest table that fits."""
+        tables = [self._table(_LEFT_OUT_FIRST[:number]) for number in range(len(_LEFT_OUT_FIRST) + 1)]
+        any_width = options.update(max_width=_ANY_WIDTH)
+        fitting = (t for t in tables if Measurement.get(console, any_width, t).maximum <= options.max_width)
+        yield next(fitting, tables[-1])
+
+    def _table(self, left_out: tuple[str, ...]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        kept = [title for title in _COLUMNS if title not in left_out]
+        for title in kept:
+            table.add_column(title, no_wrap=True)
+        for stage in self._status.stages:
+            # Without progress, the last cells are missing.
+            cells: dict[str, RenderableType] = dict(zip(_COLUMNS, _stage_row(stage), strict=False))
+            table.add_row(*(cells.get(title, "") for title in kept))
+        return table
+
+
+def _stage_row(stage: StageStatus) -> list[RenderableType]:
+    state = Text(stage.job.state, _STYLES.get(stage.job.state, "dim"))
+    return [_line(stage.name), state, *_stage_cells(stage)]
 
 
 def _stage_cells(stage: StageStatus) -> list[RenderableType]:
