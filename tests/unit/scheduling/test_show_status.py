@@ -85,7 +85,26 @@ def test_watch_goes_on_after_a_problem_until_the_user_stops_it(
     monkeypatch.setattr(show_status.time, "sleep", sleep)
     with pytest.raises(SystemExit) as ended:
         main(["status", str(run.paths.folder), "--watch"])
-    assert not ended.value.code and "Run r on site here: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert not ended.value.code and printed.count("Run r on site here: ") == 2
+    assert printed.index("plan.json: no valid JSON") < printed.rindex("Run r on site here: ")
+
+
+def test_watch_in_a_pipe_prints_each_status_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    printed: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        printed.append(capsys.readouterr().out)
+        if len(printed) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(show_status.time, "sleep", sleep)
+    with pytest.raises(SystemExit):
+        main(["status", str(run.paths.folder), "--watch"])
+    assert [text.count("Run r on site here: ") for text in printed] == [1, 1]
 
 
 def test_json_of_a_diverged_training_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -64,13 +66,22 @@ def print_status(paths: RunPaths, watch: bool) -> None:
     if not console.is_terminal:
         console.width = _WIDTH_OF_FILES
     view = status_view(_read(paths))
-    if not watch:
+    if not watch or not console.is_terminal:
         console.print(view)
+    if not watch:
         return
-    with suppress(KeyboardInterrupt), Live(view, console=console, auto_refresh=False, screen=False) as live:
-        while True:
-            time.sleep(_WATCH_EVERY_S)
-            live.update(_view_or_problem(paths), refresh=True)
+    with suppress(KeyboardInterrupt):
+        if console.is_terminal:
+            with Live(view, console=console, auto_refresh=False, screen=False) as live:
+                _repeat(paths, lambda view: live.update(view, refresh=True))
+        else:
+            _repeat(paths, console.print)
+
+
+def _repeat(paths: RunPaths, show: Callable[[RenderableType], object]) -> NoReturn:
+    while True:
+        time.sleep(_WATCH_EVERY_S)
+        show(_view_or_problem(paths))
 
 
 def _view_or_problem(paths: RunPaths) -> RenderableType:
