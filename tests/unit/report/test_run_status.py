@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console, RenderableType
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export, SavedCheckpoint
 from longhaul.artifacts.endpoint import Endpoint
@@ -30,10 +32,16 @@ from longhaul.report.run_status import (
     read_status,
 )
 from longhaul.report.slurm_queue_types import Queue, QueuedJob
-from longhaul.report.status_text import summary_lines
+from longhaul.report.status_text import status_view, summary_lines
 from tests.support.run_folder import TRAIN, RunFolder
 
 SHA = "ab" * 32
+
+
+def shown(view: RenderableType) -> str:
+    stream = StringIO()
+    Console(file=stream, width=160).print(view)
+    return stream.getvalue()
 
 
 def job_state(status: RunStatus, job: JobId = TRAIN) -> tuple[str, str]:
@@ -102,6 +110,14 @@ def test_plan_of_another_release_is_refused_with_a_remedy(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=r"plan\.json: (`scheduler` is missing|no valid JSON)") as caught:
             run.status()
         assert "another release of longhaul wrote it, or its writer was stopped" in caught.value.hint
+
+
+def test_event_at_no_possible_date_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path)
+    saved = {"event": "saved", "step": 40, "training_s": 1.0, "validation_s": 0.0, "saving_s": 0.0}
+    append_record(run.train(40).events, {**saved, "time_s": 1e308})
+    assert "last save at step 30" in shown(status_view(run.status()))
+    assert "line 2: `time_s` is 1e+308" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("record", ["state", "failure"])

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.line_records import append_record, read_records
 from longhaul.artifacts.paths import JobFolder, RunPaths
+from longhaul.artifacts.record_types import Time
 from longhaul.artifacts.typed_json import HostName
 
 
@@ -23,7 +23,7 @@ class NodeResult(TypedDict):
     problem:        empty if the node is fit
     """
 
-    time_s: FiniteFloat
+    time_s: Time
     node: HostName
     check: str
     bandwidth_gbps: float | None

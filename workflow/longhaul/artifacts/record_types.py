@@ -12,6 +12,9 @@ from typing_extensions import TypedDict
 
 from longhaul.artifacts.line_records import read_records
 
+Time = Annotated[FiniteFloat, Field(ge=0, le=253_000_000_000)]
+"""Seconds since 1970, until the year 9987: later dates cannot be shown."""
+
 
 class MetricsRow(TypedDict):
     """One line of metrics.jsonl: the numbers of an optimizer step, or the validation loss after it. None: not finite.
@@ -33,7 +36,7 @@ class MetricsRow(TypedDict):
     memory_bytes: NotRequired[float | None]
     mfu: NotRequired[float | None]
     gpu_utilisation: NotRequired[float | None]
-    time_s: NotRequired[FiniteFloat]
+    time_s: NotRequired[Time]
 
 
 class Attempt(TypedDict):
@@ -107,9 +110,9 @@ _REQUIRED = {
 class _EventFields(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
-    time_s: FiniteFloat
+    time_s: Time
     event: str
-    queued_since_s: NotRequired[FiniteFloat | None]
+    queued_since_s: NotRequired[Time | None]
     seconds: NotRequired[FiniteFloat]
     last_step_s: NotRequired[FiniteFloat]
     step: NotRequired[int]

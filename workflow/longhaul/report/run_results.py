@@ -39,7 +39,6 @@ from longhaul.report.stage_records import planned_steps, read_pack_totals, weigh
 
 A = TypeVar("A", bound=Artifact)
 _MOST_SECONDS = 10**9  # dates beyond the year 9999 cannot be shown
-_LATEST_S = 253_000_000_000  # in the year 9987
 
 
 @dataclass(frozen=True)
@@ -216,9 +215,9 @@ def _read_timespans(paths: RunPaths, plan: PlanFile) -> list[JobTimespan]:
 
 
 def _done_s(job: JobFolder) -> float | None:
-    """Return when a job was recorded as done for the last time; None if it never was, or at no possible date."""
+    """Return when a job was recorded as done for the last time; None if it never was."""
     done_s = [event["time_s"] for event in read_events(job.history) if event["event"] == "done"]
-    return done_s[-1] if done_s and 0 < done_s[-1] < _LATEST_S else None
+    return done_s[-1] if done_s else None
 
 
 def _benchmark_s(path: Path) -> float | None:
