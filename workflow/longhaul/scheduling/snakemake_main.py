@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
-
-from longhaul.artifacts.leases import RunLease
-from longhaul.compat.slurm_plugin_imports import import_pandas_when_used
-from longhaul.runtime.lean_imports import lean_imports
 
 LEASE_OPTION, NEW_FOLDER_OPTION = "--longhaul-lease", "--longhaul-lease-in-new-folder"
 """First word of the command line where this process owns the run's lease, or has also made its folder. The lease's path
@@ -21,7 +18,11 @@ def is_main_program() -> bool:
     return spec is not None and spec.name == __name__
 
 
-if __name__ == "__main__":
+def _main() -> None:
+    from longhaul.artifacts.leases import RunLease
+    from longhaul.compat.slurm_plugin_imports import import_pandas_when_used
+    from longhaul.runtime.lean_imports import lean_imports
+
     if sys.argv[1:2] in ([LEASE_OPTION], [NEW_FOLDER_OPTION]):
         lease = RunLease(Path(sys.argv[2]), made_folder=sys.argv[1] == NEW_FOLDER_OPTION)
         lease.acquire_or_exit()  # releases it also where Snakemake ends before it starts a job
@@ -30,3 +31,11 @@ if __name__ == "__main__":
     with lean_imports():
         from snakemake.cli import main
     main()
+
+
+if __name__ == "__main__":
+    try:
+        _main()
+    except KeyboardInterrupt:  # Snakemake handles it only while jobs run
+        print("stopped by Ctrl-C; the same command starts or continues the run", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
