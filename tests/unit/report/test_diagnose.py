@@ -353,6 +353,36 @@ def test_ended_main_process_is_named_while_jobs_are_left(tmp_path: Path) -> None
     )
 
 
+def test_main_process_that_was_stopped_before_its_first_job_is_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    assert found(run) == []
+    JobsToRun("ended", {"environment": ""}).write(run.paths.jobs_to_run)
+    (finding,) = found(run)
+    assert "it was stopped; left: environment, train-base" in finding.cause
+
+
+@pytest.mark.parametrize("what", ["sources", "task data"])
+def test_failed_fetch_is_named_until_it_succeeds(tmp_path: Path, what: str) -> None:
+    """The main process fetches. No job has a record of it."""
+    run = RunFolder(tmp_path, scheduler="local")
+    JobsToRun("ended", {"environment": ""}).write(run.paths.jobs_to_run)
+    log, made = run.paths.logs / "fetch.log", run.paths.lock
+    if what == "task data":
+        log, made = run.paths.logs / "fetch_task_data/base-quiz.log", run.paths.task_data("base", "quiz")
+    log.parent.mkdir(parents=True)
+    log.write_text(f"error: earlier\nok\nerror: {UserError('org/x is not on the hub', 'correct the name')}\n")
+    (finding,) = found(run)
+    assert (finding.cause, finding.evidence) == ("org/x is not on the hub", f"{log}:3")
+    assert finding.remedy == "correct the name; then run the same command again"
+    run.main_process()
+    assert found(run) == [], "it may fetch again"
+    run.paths.lease.unlink()
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text("{}")
+    (finding,) = found(run)
+    assert finding.job == "main process"
+
+
 def test_failed_job_that_starts_again_needs_nobody(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     run.main_process()

@@ -447,6 +447,10 @@ class RunPaths:
         """The lock of the data that an evaluation task loads from the Hub. The data are in the folder of its name beside it."""
         return self.folder / "task_data" / stage / f"{task}.json"
 
+    def task_data_locks(self) -> list[Path]:
+        """Return the locks of the data of all evaluation tasks that were fetched."""
+        return sorted(self.folder.glob("task_data/*/*.json"))
+
     def serve_check(self, stage: str) -> Path:
         """The result of the check of a server of a stage's export."""
         return self.folder / "serve_check" / f"{stage}.json"

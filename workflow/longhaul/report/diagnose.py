@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longhaul.artifacts.job_state import State, read_state
+from longhaul.artifacts.job_state import State, read_jobs_to_run, read_state
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
@@ -28,7 +28,7 @@ from longhaul.report.run_status import (
     JobStatus,
     RunStatus,
 )
-from longhaul.report.search_logs import Finding, search_log
+from longhaul.report.search_logs import Finding, last_error, search_log
 from longhaul.report.stalled_collectives import stalled_collectives
 
 _SEARCHED_ATTEMPTS = 5
@@ -65,12 +65,14 @@ def diagnose(
     """
     jobs = status.jobs_and_servers
     logs = _logs_by_job(paths, jobs, slurm_logs)
+    fetches = [] if status.main_process else list(_failed_fetches(paths))
     present = [finding for job in jobs for finding in _present_problems(job, logs[job.name])]
     return [
         *_recorded_failures(jobs, ask_accounting),
         *_waiting_jobs(jobs),
         *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
-        *_ended_main_process(paths, status),
+        *fetches,
+        *([] if fetches else _ended_main_process(paths, status)),
         *_unchecked_main_process(paths, status),
         *_unknown_queue(status),
         *_removed_logs(jobs, logs),
@@ -158,10 +160,23 @@ def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
             yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", remedy, continues=continues)
 
 
+def _failed_fetches(paths: RunPaths) -> Iterator[Finding]:
+    """Yield why a fetch has failed: the main process runs it, so that no record of a job has the cause."""
+    fetched = {f"{lock.parent.name}-{lock.stem}" for lock in paths.task_data_locks()}
+    of_tasks = sorted((paths.logs / "fetch_task_data").glob("*.log"))
+    of_sources = [] if paths.lock.exists() else [paths.logs / "fetch.log"]
+    for path in [*of_sources, *(path for path in of_tasks if path.stem not in fetched)]:
+        if error := last_error(path):
+            cause, evidence, remedy = error
+            name = "fetch" if path.parent == paths.logs else f"fetch_task_data {path.stem}"
+            yield Finding(name, cause, evidence, f"{remedy}; then run the same command again".removeprefix("; then "))
+
+
 def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:
     """Yield that nothing works on a run whose jobs are not all done."""
     left = [job.name for job in status.jobs if job.state != DONE]
-    if status.main_process or not left or status.state in (NOT_STARTED, FAILED):
+    never_started = status.state == NOT_STARTED and not read_jobs_to_run(paths).left
+    if status.main_process or not left or status.state == FAILED or never_started:
         return
     has_jobs_in_slurm = any(job.slurm_job_id for job in status.jobs)
     in_queue = ", and waits for jobs that are still in Slurm's queue" if has_jobs_in_slurm else ""

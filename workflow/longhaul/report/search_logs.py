@@ -16,6 +16,8 @@ KNOWN_PROBLEMS = Path(__file__).with_name("known_problems.yaml")
 _LOG_BYTES = 2 * 2**20
 """Largest part of a log that is searched, from its end."""
 _LINE_CHARACTERS = 300
+_ERROR, _REMEDY = "error: ", "  remedy: "
+"""Beginnings of the lines of a UserError."""
 NOT_NEEDED = "none is needed"
 """Beginning of the remedy of what longhaul has handled itself."""
 
@@ -86,6 +88,18 @@ def search_log(job: str, path: Path) -> list[Finding]:
         )
         for name, (problem, evidence) in found.items()
     ]
+
+
+def last_error(path: Path) -> tuple[str, str, str] | None:
+    """Return cause, `file:line` and remedy of the last error of a verb that a log shows, without the marks before them."""
+    first_line, text = _end_of(path)
+    lines = text.splitlines()
+    found = [index for index, line in enumerate(lines) if line.startswith(_ERROR)]
+    if not found:
+        return None
+    after = lines[found[-1] + 1 :]
+    remedy = next((line.removeprefix(_REMEDY) for line in after if line.startswith(_REMEDY)), "")
+    return lines[found[-1]].removeprefix(_ERROR)[:_LINE_CHARACTERS], f"{path}:{first_line + found[-1]}", remedy
 
 
 def match_line(line: str) -> KnownProblem | None:
