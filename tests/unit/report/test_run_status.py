@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from longhaul.artifacts import shared_file_system
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export, SavedCheckpoint
 from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.job_state import CANCELLED, Failure, JobsToRun, StateName
@@ -110,6 +111,20 @@ def test_plan_of_another_release_is_refused_with_a_remedy(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=r"plan\.json: (`scheduler` is missing|no valid JSON)") as caught:
             run.status()
         assert "another release of longhaul wrote it, or its writer was stopped" in caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["scratch/purged/base", "scratch/base"])
+def test_stage_folder_that_links_to_nothing_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """A user moved the folder to scratch, which was purged."""
+    monkeypatch.setattr(shared_file_system.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    run = RunFolder(tmp_path, scheduler="local")
+    stage = run.paths.stage("base").path
+    stage.parent.mkdir(parents=True)
+    (stage.parent / "scratch").mkdir()
+    stage.symlink_to(target)
+    assert job_state(run.status()) == (NOT_STARTED, "")
 
 
 def test_event_at_no_possible_date_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ cannot be opened yet, these functions wait for it.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -22,6 +23,9 @@ def exists_on_server(path: Path, wait_s: float = CACHE_TIMEOUT_S) -> bool:
     """
     if path.name not in list_names(path.parent):
         return False
+    if path.is_symlink():  # its target may have been removed for good, by a purge of scratch for example
+        target = Path(os.path.realpath(path))
+        return not target.is_symlink() and exists_on_server(target, wait_s)
     deadline = time.monotonic() + wait_s
     while not path.exists():
         if time.monotonic() > deadline:
