@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import datasets
 import evaluate
 import pytest
+from jinja2.exceptions import SecurityError
 from lm_eval.api.registry import get_metric
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -38,6 +40,18 @@ def test_load_dataset_is_restored_after_an_error():
     with pytest.raises(ValueError, match="asked for org/quiz"):
         build_tasks(["quiz"], {"quiz": QUIZ}, fail)
     assert datasets.load_dataset is original
+
+
+def test_a_template_reaches_no_shell(tmp_path: Path):
+    rows = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": "1", "b": "2"}])})
+    shell = f"{{{{ cycler.__init__.__globals__.os.system('touch {tmp_path}/done') }}}}"
+    with pytest.raises(SecurityError, match="is unsafe"):
+        build_tasks(["quiz"], {"quiz": {**QUIZ, "doc_to_text": shell}}, lambda **_: rows)
+    assert not (tmp_path / "done").exists()
+    found = build_tasks(
+        ["quiz"], {"quiz": {**QUIZ, "doc_to_text": "{{ a | regex_replace('1', b) }}"}}, lambda **_: rows
+    )
+    assert found["quiz"][0].doc_to_text({"a": "1", "b": "2"}) == "2"
 
 
 def test_a_metric_outside_of_the_registry_is_code_of_the_hub_and_refused():

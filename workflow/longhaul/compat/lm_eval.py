@@ -1,6 +1,6 @@
-"""Builds tasks of lm_eval with datasets from elsewhere than the Hub, and without metrics that are code of the Hub.
+"""Builds tasks of lm_eval with datasets from elsewhere than the Hub, without metrics of the Hub, and with sandboxed templates.
 
-lm_eval has no option for either. Written for lm_eval 0.4.13.
+lm_eval has no option for any of them. Written for lm_eval 0.4.13.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def build_tasks(
     """
     from lm_eval.tasks import TaskManager
 
+    _sandbox_templates()
     names = list(names)
     manager = TaskManager(include_defaults=any(name not in own for name in names))
     built: dict[str, list[Any]] = {}
@@ -37,6 +38,19 @@ def build_tasks(
                 found = manager.load([dict(own[name])] if name in own else [name])
             built[name] = list(found.get("groups", {}).values())[:1] or list(found["tasks"].values())
     return built
+
+
+def _sandbox_templates() -> None:
+    """Let templates such as doc_to_text compute no more than a prompt: jinja's sandbox renders them in this process.
+
+    In lm_eval's own environment, a template reaches Python's modules through attributes such as __globals__, and so a shell.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    sandbox = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=utils.env.keep_trailing_newline)
+    sandbox.filters.update(utils.env.filters)
+    utils.env = sandbox
 
 
 @contextmanager
