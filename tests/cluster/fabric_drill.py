@@ -111,10 +111,10 @@ def slow_link(first: str, second: str) -> Fault:
     return inject
 
 
-def without_cpu(host: str, runs_s: float = 0.002, stops_s: float = 0.06) -> Fault:
-    """Return the fault of a host whose ranks run for 2 ms and then stop for 60 ms, and so on, once they have joined the others.
+def without_cpu(host: str, check: str, runs_s: float = 0.002, stops_s: float = 0.2) -> Fault:
+    """Return the fault of a host whose process of a check runs for 2 ms of 202 ms, once it has joined the others.
 
-    Slowed down earlier, they would import torch for minutes.
+    Slowed down earlier, it would import torch for minutes.
     """
 
     @contextmanager
@@ -122,7 +122,7 @@ def without_cpu(host: str, runs_s: float = 0.002, stops_s: float = 0.06) -> Faul
         def slow_down(ended: threading.Event) -> None:
             ranks: list[psutil.Process] = []
             while not ended.is_set():
-                ranks = [rank for rank in ranks if rank.is_running()] or _ranks_on(cluster, host)
+                ranks = [rank for rank in ranks if rank.is_running()] or _ranks_on(cluster, host, check)
                 if _have_joined(ranks):
                     _pause(ranks, stops_s)
                     time.sleep(runs_s)
@@ -149,9 +149,10 @@ def _in_background(action: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def _have_joined(ranks: list[psutil.Process]) -> bool:
-    """Return whether a rank has joined the process group. gloo starts its threads then; until then a rank has one."""
-    with suppress(psutil.NoSuchProcess):
-        return any(rank.num_threads() > 1 for rank in ranks)
+    """Return whether a rank has joined the process group: gloo's threads start then."""
+    names = (name for rank in ranks for name in Path(f"/proc/{rank.pid}/task").glob("*/comm"))
+    with suppress(OSError):  # a thread, or the rank, has ended
+        return any(name.read_text().startswith("pt_gloo") for name in names)
     return False
 
 
@@ -165,14 +166,14 @@ def _pause(processes: list[psutil.Process], seconds: float) -> None:
             process.resume()
 
 
-def _ranks_on(cluster: VirtualHosts, host: str) -> list[psutil.Process]:
+def _ranks_on(cluster: VirtualHosts, host: str, check: str) -> list[psutil.Process]:
     init = cluster.init_process(host)
     ranks = []
     with suppress(psutil.NoSuchProcess):
         for child in init.children(recursive=True) if init else ():
             with suppress(psutil.NoSuchProcess):  # it has ended; a zombie, which a host may keep, is no rank
                 words = child.cmdline()
-                if "fabric" in words and "python" in words[0]:
+                if check in words and "python" in words[0]:
                     ranks.append(child)
     return ranks
 
@@ -184,7 +185,7 @@ def unplugged(host: str) -> Fault:
     def inject(cluster: VirtualHosts) -> Iterator[None]:
         def unplug(ended: threading.Event) -> None:
             while not ended.wait(0.2):
-                if _ranks_on(cluster, host):
+                if _ranks_on(cluster, host, FABRIC):
                     cluster.unplug(host)
                     return
 
@@ -203,7 +204,8 @@ CASES = (
     DrillCase("one host at a tenth of the rate", limited("n3", SLOW), "n3", "n3 is slow with most other nodes", quick=True),
     DrillCase("one link at a tenth of the rate", slow_link("n2", "n4"), "", "the link between n2 and n4 is slow"),
     DrillCase("one host that loses packets", limited("n4", LOSSY), "n4", "and loses packets"),
-    DrillCase("one host without a CPU", without_cpu("n2"), "n2", "n2 is slow with most other nodes"),
+    DrillCase("one host without a CPU", without_cpu("n2", ENVIRONMENT), "n2", "n2: slowest core of the job",
+              check=ENVIRONMENT),
     DrillCase("one host without a link", unplugged("n3"), "n3"),
     DrillCase("one host with a wrong clock", injected("WRONG_CLOCK", "n2"), message="n2: clock is +36", **_HOST, quick=True),
     DrillCase("one host with another torch", other_torch("n2"), message="torch is not the same on all nodes", **_HOST),

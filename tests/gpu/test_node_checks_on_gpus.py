@@ -9,6 +9,7 @@ import torch
 
 from bench.machine import describe_machine, write_result
 from longhaul.checks.build_check_rows import print_checks, problem_lines
+from longhaul.checks.core_speed import measure_slowest_core
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.node_facts import node_facts
 from longhaul.config.gpu_datasheets import datasheet
@@ -29,6 +30,7 @@ def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
         scratch=str(tmp_path / "scratch"),
     )
     facts = node_facts("here", job) | {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
+    facts |= {"core_speed": measure_slowest_core()}
     rows = hardware_rows([facts], job)
     print_checks(rows)
     lines = [

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from longhaul.checks.amd_gpu_facts import AmdReading
+from longhaul.checks.core_speed import CoreSpeed
 from longhaul.checks.cpu_and_memory import CpuAndMemoryFacts
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.infiniband_ports import PortFacts
@@ -17,6 +18,8 @@ from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.run_config import Checks
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+
+HEALTHY_CORES = CoreSpeed(core=0, rate=2.0, run_share=1.0)
 
 
 def environment_job(**changes: Any) -> EnvironmentSpec:
@@ -105,6 +108,7 @@ def two_gpu_nodes() -> list[dict[str, Any]]:
         "disk_free_bytes": 50 * 10**9,
         "shared_memory_bytes": 2**33,
         "write_error": None,
+        "core_speed": HEALTHY_CORES,
         "run_folder_seen_after_s": 0.1,
         "own_file_seen_after_s": 0.1,
         "clock_skew_s": 0.0,

@@ -34,7 +34,7 @@ from tests.support.fake_amdsmi import (
     process,
     violations,
 )
-from tests.support.node_hardware import environment_job, hardware, link
+from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware, link
 from tests.support.sysfs_tree import write_tree
 
 ADDRESS, OTHER = "0000:c1:00.0", "0000:c6:00.0"
@@ -321,5 +321,5 @@ def test_width_of_the_link_is_that_of_amdsmi(read: Any, tmp_path: Path):
 
 
 def _facts(host: str, facts: HardwareFacts) -> dict[str, Any]:
-    return {"host": host, "hardware": facts, "measured": None, "gpus": [], "cpus": 8, "run_folder_seen_after_s": 0.1,
-            "own_file_seen_after_s": 0.1}  # fmt: skip
+    return {"host": host, "hardware": facts, "measured": None, "gpus": [], "cpus": 8, "core_speed": HEALTHY_CORES,
+            "run_folder_seen_after_s": 0.1, "own_file_seen_after_s": 0.1}  # fmt: skip

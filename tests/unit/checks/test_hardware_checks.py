@@ -17,7 +17,7 @@ from longhaul.checks.nvidia_gpu_checks import kernel_log_rows
 from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
-from tests.support.node_hardware import environment_job, gpu, hardware, interface, link, port
+from tests.support.node_hardware import HEALTHY_CORES, environment_job, gpu, hardware, interface, link, port
 
 
 def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
@@ -30,6 +30,7 @@ def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
             "gpus": [],
             "cpus": 96,
             "measured": None,
+            "core_speed": HEALTHY_CORES,
             "run_folder_seen_after_s": 0.1,
             "own_file_seen_after_s": 0.1,
         }

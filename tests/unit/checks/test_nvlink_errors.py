@@ -15,7 +15,7 @@ from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.nvidia_gpu_checks import nvidia_rows
 from longhaul.checks.nvidia_gpu_facts import GpuReading, with_earlier_nvlink_errors
 from tests.support.fake_nvml import build_fake_nvml, healthy_gpu, read_fake_gpus
-from tests.support.node_hardware import environment_job, hardware
+from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware
 
 READING = TypeAdapter(GpuReading)
 LINKS = range(18)
@@ -107,7 +107,7 @@ def test_the_environment_check_compares_with_its_first_reading(
     job = environment_job(folder=str(tmp_path))
     found = node_module.node_facts("n1", job)["hardware"].gpus
     node = {"host": "n1", "cpus": 4, "gpus": [], "measured": None, "hardware": hardware(gpus=found)}
-    node |= {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
+    node |= {"core_speed": HEALTHY_CORES, "run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
     lines = problem_lines(hardware_rows([node], job))
     assert lines[0].startswith(
         f"n1: GPU 0 (PCI 0000:1b:00.0): {NEW}: CRC errors of flits: 200/s, 2000 on link 4, expected no replay"
