@@ -1,6 +1,6 @@
 /* A libnvidia-ml.so.1 for tests: the functions of nvml.h that longhaul calls, with the same ABI. It answers from the text file
-   $FAKE_NVML, one `<gpu> <fact> <value>` per line. A fact that is not in the file is "Not Supported" (3). The fact `init` of
-   GPU 0 is the return code of nvmlInit. */
+   $FAKE_NVML, one `<gpu> <fact> <value>` per line. A fact that is not in the file is "Not Supported" (3). The facts `init` and
+   `count` of GPU 0 are the return codes of nvmlInit and of nvmlDeviceGetCount. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,7 +50,11 @@ static int copy(size_t gpu, const char *fact, char *out, uint length) {
 
 int nvmlInitWithFlags(uint flags) { ull code = 0; (void)flags; number((void *)1, "init", &code); return (int)code; }
 int nvmlShutdown(void) { return 0; }
-int nvmlDeviceGetCount_v2(uint *out) { return uint_of((void *)1, "gpus", out); }
+int nvmlDeviceGetCount_v2(uint *out) {
+    ull code = 0;
+    number((void *)1, "count", &code);
+    return code ? (int)code : uint_of((void *)1, "gpus", out);
+}
 int nvmlDeviceGetHandleByIndex_v2(uint index, void **out) {
     ull lost = 0;
     *out = (void *)(size_t)(index + 1);

@@ -62,7 +62,10 @@ def healthy_gpu(model: str, index: int) -> dict[str, Any]:
 def read_fake_gpus(
     library: Path, gpus: Sequence[Mapping[str, Any]], uuids: tuple[str, ...] = (), **node: Any
 ) -> dict[str, Any]:
-    """Return what read_gpus finds, in a process that loads the fake library. node: init, the code of nvmlInit."""
+    """Return what read_gpus finds, in a process that loads the fake library.
+
+    node: init and count, the codes of nvmlInit and nvmlDeviceGetCount
+    """
     lines = [f"0 {key} {value}" for key, value in {"gpus": len(gpus), **node}.items()]
     lines += [f"{index} {key} {value}" for index, gpu in enumerate(gpus) for key, value in gpu.items()]
     facts = library / "facts.txt"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.node_check_row import CheckRow
+from longhaul.checks.node_problems import node_problems
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
 from tests.support.node_hardware import environment_job, hardware, two_gpu_nodes
 
@@ -55,12 +56,14 @@ def test_bad_hardware_and_other_problems_add_up():
     assert excluded(found, [failed("n4")]) == ["n2", "n4"]
 
 
-def test_first_node_is_excluded_if_its_own_clock_is_wrong():
+def test_first_node_alone_is_named_and_excluded_if_its_own_clock_is_wrong():
     """Clocks are measured from the first node's, so all others seem to be wrong."""
     found = nodes()
     for node in found[1:]:
         node["clock_skew_s"] = -3600.0
     assert excluded(found) == ["n1"]
+    (problem,) = node_problems(found, JOB)
+    assert problem.startswith("n1: clock is +3600.0 s from the median of all nodes, checks.max_clock_skew_s is 5; let")
 
 
 @pytest.mark.parametrize("change", [FAULTS["another torch"], FAULTS["a wrong clock"]], ids=["torch", "clock"])

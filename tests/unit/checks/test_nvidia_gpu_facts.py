@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 from pydantic import TypeAdapter
 
@@ -14,6 +16,7 @@ from longhaul.checks.build_check_rows import merge_equal_rows, problem_lines, wa
 from longhaul.checks.nvidia_gpu_checks import nvidia_rows
 from longhaul.checks.nvidia_gpu_facts import (
     GpuReading,
+    _Nvml,
     with_earlier_nvlink_errors,
     with_processes_left,
     with_processes_of,
@@ -182,6 +185,19 @@ def test_processes_that_are_left_are_those_of_before(library: Path):
     none = replace(now, gpus=[replace(now.gpus[0], processes=None)])
     assert with_processes_left(before, none).gpus[0].processes is None
     assert with_processes_left(none, fewer).gpus[0].processes == []
+
+
+def test_nvml_that_cannot_count_the_gpus_is_reported(library: Path):
+    """As after a GPU has fallen off the bus: nvmlInit works, and what follows does not."""
+    (row,) = nvidia_rows({"n1": read(library, [healthy_gpu("H100", 0)], count=999)}, 1)
+    assert (row["result"], row["value"]) == ("unknown", "not available: NVML: Unknown Error")
+
+
+def test_function_that_an_older_nvidia_ml_py_lacks_is_an_unknown_value():
+    older: Any = SimpleNamespace(NVMLError=pynvml.NVMLError, __name__="pynvml")
+    nvml = _Nvml(older, None)
+    assert nvml.read("slowdowns", "CurrentClocksEventReasons") is None
+    assert "nvmlDeviceGetCurrentClocksEventReasons" in nvml.unavailable["slowdowns"]
 
 
 def test_lost_gpu_is_named_and_the_others_are_read(library: Path):

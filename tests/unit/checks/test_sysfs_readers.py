@@ -141,6 +141,14 @@ def test_what_a_virtual_machine_lacks_is_named(tmp_path: Path):
     assert facts.unavailable["memory_uncorrected"] == "no EDAC driver is loaded"
 
 
+def test_counters_that_cannot_be_read_are_unknown(tmp_path: Path):
+    """Some kernels let only root read them; a module of an empty slot may have no size."""
+    write_tree(tmp_path, {f"devices/system/edac/mc/mc0/{name}": "" for name in ("ue_count", "ce_count", "dimm0/size")})
+    facts = read_cpu_and_memory(tmp_path, tmp_path / "cpuinfo")
+    assert facts.memory_uncorrected is facts.memory_corrected is facts.modules_mib is None
+    assert facts.unavailable["memory_uncorrected"].endswith("edac/mc cannot be read")
+
+
 def test_this_machine_is_read():
     facts = read_cpu_and_memory()
     assert facts.model and len(facts.unavailable) < 7

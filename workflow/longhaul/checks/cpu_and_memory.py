@@ -39,7 +39,7 @@ def read_cpu_and_memory(sys: Path = SYS, cpuinfo: Path = CPUINFO) -> CpuAndMemor
         "numa_nodes": len(list((sys / "devices" / "system" / "node").glob("node[0-9]*"))) or None,
         "governors": _governors(sys / "devices" / "system" / "cpu"),
         "huge_pages": _huge_pages(sys / "kernel" / "mm" / "transparent_hugepage" / "enabled"),
-        "modules_mib": [int(read_text(path)) for path in sorted(controllers.glob("mc*/dimm*/size"))] or None,
+        "modules_mib": _numbers(controllers, "mc*/dimm*/size") or None,
         "memory_uncorrected": _sum(controllers, "ue_count"),
         "memory_corrected": _sum(controllers, "ce_count"),
     }
@@ -48,12 +48,15 @@ def read_cpu_and_memory(sys: Path = SYS, cpuinfo: Path = CPUINFO) -> CpuAndMemor
         "numa_nodes": "the kernel shows no NUMA nodes",
         "governors": "the kernel does not set the frequency (no cpufreq, as in a virtual machine)",
         "huge_pages": "the kernel has no transparent huge pages",
-        "modules_mib": "no EDAC driver is loaded",
-        "memory_uncorrected": "no EDAC driver is loaded",
-        "memory_corrected": "no EDAC driver is loaded",
+        **dict.fromkeys(("modules_mib", "memory_uncorrected", "memory_corrected"), _no_counters(controllers)),
     }
     unavailable = {name: reasons[name] for name, value in facts.items() if value is None}
     return CpuAndMemoryFacts(**facts, unavailable=unavailable)  # type: ignore[arg-type]
+
+
+def _no_counters(controllers: Path) -> str:
+    is_loaded = any(controllers.glob("mc*"))
+    return f"the files in {controllers} cannot be read" if is_loaded else "no EDAC driver is loaded"
 
 
 def _cpu_model(cpuinfo: Path) -> str | None:
@@ -75,5 +78,11 @@ def _huge_pages(path: Path) -> str | None:
 
 
 def _sum(controllers: Path, name: str) -> int | None:
-    counts = [read_text(path) for path in controllers.glob(f"mc*/{name}")]
-    return sum(map(int, counts)) if counts else None
+    counts = _numbers(controllers, f"mc*/{name}")
+    return sum(counts) if counts else None
+
+
+def _numbers(controllers: Path, pattern: str) -> list[int]:
+    """Return the numbers in these files; one that cannot be read has none."""
+    texts = (read_text(path) for path in sorted(controllers.glob(pattern)))
+    return [int(text) for text in texts if text.isdecimal()]

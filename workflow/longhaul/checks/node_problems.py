@@ -4,12 +4,14 @@ Problems stop the run, warnings do not.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longhaul.checks.hardware_checks import LINK_LAYERS, SHARED_FOLDER_WAIT_S
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 GB = 10**9
 MIN_SHARED_MEMORY_BYTES = 256 * 2**20
@@ -224,10 +226,14 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
 
 
 def _clock_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
-    maximum, first = job.checks.max_clock_skew_s, nodes[0]["clock_skew_s"]
+    """Return the nodes whose clock is far from the median of all clocks; of two nodes, far from the first one's."""
+    maximum, skews_s = job.checks.max_clock_skew_s, [node["clock_skew_s"] for node in nodes]
+    right_s, whose = statistics.median(skews_s), "the median of all nodes"
+    if len(nodes) < FEWEST_COMPARED_NODES:
+        right_s, whose = skews_s[0], f"that of {nodes[0]['host']}"
     return [
-        f"{node['host']}: clock is {node['clock_skew_s'] - first:+.1f} s from that of {nodes[0]['host']}, "
+        f"{node['host']}: clock is {skew_s - right_s:+.1f} s from {whose}, "
         f"checks.max_clock_skew_s is {maximum:g}; let the admins synchronise the clocks, or raise the limit"
-        for node in nodes
-        if abs(node["clock_skew_s"] - first) > maximum
+        for node, skew_s in zip(nodes, skews_s, strict=True)
+        if abs(skew_s - right_s) > maximum
     ]

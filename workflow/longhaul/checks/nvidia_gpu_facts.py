@@ -106,6 +106,8 @@ def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReadin
         return GpuReading([], f"NVML: {error}")
     try:
         return chosen_gpus(_read_all(pynvml, is_loaded), uuids)
+    except pynvml.NVMLError as error:
+        return GpuReading([], f"NVML: {error}")
     finally:
         pynvml.nvmlShutdown()
 
@@ -183,10 +185,10 @@ class _Nvml:
         self.unavailable: dict[str, str] = {}
 
     def read(self, fact: str, function: str, *arguments: int) -> Any:
-        """Return what an NVML function answers; None if it fails."""
+        """Return what an NVML function answers; None if it fails, or if an older nvidia-ml-py does not have it."""
         try:
             return getattr(self.pynvml, f"nvmlDeviceGet{function}")(self.handle, *arguments)
-        except self.pynvml.NVMLError as error:
+        except (self.pynvml.NVMLError, AttributeError) as error:
             self.unavailable[fact] = str(error)
             return None
 
