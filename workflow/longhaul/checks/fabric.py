@@ -6,6 +6,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
 from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
-from longhaul.checks.packet_loss import grown_text
+from longhaul.checks.packet_loss import grown_line
 from longhaul.checks.pair_evidence import loss_text, slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
@@ -57,6 +58,7 @@ def run(job: FabricSpec) -> None:
     """
     import torch
 
+    from longhaul.checks.new_link_errors import LinkErrors
     from longhaul.checks.pair_tournament import run_tournament
 
     rank = this_rank()
@@ -71,12 +73,14 @@ def run(job: FabricSpec) -> None:
         tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
         # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
         is_full = tournament.is_healthy and not job.pairs_only
+        errors = LinkErrors(rank, device) if is_full else None
         inside = _measure_inside(rank, hosts, device, backend, job) if is_full else InsideNodes()
         results = _measure_between(rank, device, backend) if is_full else []
+        new_errors = errors.gather_new() if errors else []
         hardware = measured_hardware(device, _slowest_network(rank) if is_full else None)
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
-        report = _compared(report, job, hardware)
+        report = _compared(replace(report, warnings=new_errors), job, hardware)
         append_node_results(JobFolder(Path(job.folder)), [*node_results(tournament), *inside.node_results()])
         if report.results:
             _print_measurements(report)
@@ -224,8 +228,7 @@ def _report(
     for line in tournament.slow_links if job.pairs_only else ():
         print(f"warning: {line}", flush=True)
     for host, counters in tournament.grown_errors.items():
-        text = f"errors of ports and interfaces during the pair tournament: {grown_text(counters)}"
-        print(f"warning: {host}: {text}; let the admins check cable, transceiver and switch port", flush=True)
+        print(f"warning: {grown_line(host, counters, 'the pair tournament')}", flush=True)
     problems = [
         *tournament.wrong_values,
         *(slow_node_line(node, tournament.grown_errors.get(node["host"], {})) for node in tournament.slow_nodes),

@@ -6,9 +6,10 @@ A sum since the driver was loaded says little: each link of two healthy H200 had
 - nvidia-resiliency-ext (NVLinkWindowHealthCheck in shared_utils/health_check.py) allows more replays and recoveries: a link is
   bad if it had some in more than half of the last 30 minutes. So new ones are a warning here.
 
-The check sends nothing over NVLinks, so the new errors are those of idle links. Errors under the load of earlier jobs are in the
-sums: there, a link is compared with the median of the GPU's links, which all count since the same reset. A link with 505
-recoveries failed days later, while the other links of 320 GPUs had no error (github.com/marin-community/marin/issues/9086).
+The environment check sends nothing over NVLinks, so its new errors are those of idle links. The fabric check compares readings
+before and after its collectives (new_link_errors.py). Errors under the load of earlier jobs are in the sums: there, a link is
+compared with the median of the GPU's links, which all count since the same reset. A link with 505 recoveries failed days later,
+while the other links of 320 GPUs had no error (github.com/marin-community/marin/issues/9086).
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def nvlink_error_rows(component: Component, gpu: GpuFacts) -> Iterator[CheckRow]
         yield component.unknown(_SUM, gpu.unavailable.get("nvlink_errors", "NVML has no value"), _SUM_EXPECTED)
         return
     yield _row(component, _SUM, _SUM_EXPECTED, "warn", _links_that_stand_out(gpu.nvlink_errors))
-    if gpu.nvlink_errors_before is None:
-        yield component.unknown(_NEW, "there is no earlier reading", _NEW_EXPECTED)
-        return
+    yield new_nvlink_errors_row(component, gpu)
+
+
+def new_nvlink_errors_row(component: Component, gpu: GpuFacts) -> CheckRow:
+    """Return the row of the errors since the earlier reading. The GPU must have counters."""
+    if gpu.nvlink_errors_before is None or gpu.nvlink_errors is None:
+        return component.unknown(_NEW, "there is no earlier reading", _NEW_EXPECTED)
     new = {kind: _growth(gpu.nvlink_errors_before.get(kind, {}), now) for kind, now in gpu.nvlink_errors.items()}
     resent = [f"{kind}: {_worst(counts)}" for kind, counts in new.items() if counts and kind not in CRC_ERRORS]
     damaged = _many_crc_errors(new, gpu.watched_s)
-    yield _row(component, _NEW, _NEW_EXPECTED, "fail" if damaged else "warn", damaged + resent)
+    return _row(component, _NEW, _NEW_EXPECTED, "fail" if damaged else "warn", damaged + resent)
 
 
 def _row(component: Component, check: str, expected: str, result: Result, found: Sequence[str]) -> CheckRow:

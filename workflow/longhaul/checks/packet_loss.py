@@ -60,6 +60,12 @@ def grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]
     return {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}
 
 
+def grown_line(host: str, counters: Mapping[str, int], during: str) -> str:
+    """Return the counters of grown() as a warning. during: what was measured meanwhile"""
+    text = f"errors of ports and interfaces during {during}: {grown_text(counters)}"
+    return f"{host}: {text}; let the admins check cable, transceiver and switch port"
+
+
 def grown_text(counters: Mapping[str, int]) -> str:
     """Return the counters of grown() as text."""
     return ", ".join(f"{name} +{count:,}" for name, count in counters.items())
